@@ -1,0 +1,89 @@
+"""Turn a Transformer checkpoint into a hybrid of attention and Mamba-2 layers by the MOHAWK method.
+
+Every public name is an attribute of this package and is imported when first used, so that `import mohawk` is
+cheap and `from mohawk import kd_loss` needs torch alone.
+"""
+
+import importlib
+import os
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_HERE = os.path.dirname(os.path.abspath(__file__))
+if not os.path.isdir(os.path.join(_HERE, "kernels")):
+    # A source checkout, or an editable install of one: kernels/ and models/ lie beside this folder, not in
+    # it. They carry no __init__.py, because with one ./kernels would shadow Hugging Face's `kernels` package
+    # for whatever is started from the repository root, and transformers would import it.
+    __path__.append(os.path.dirname(_HERE))
+
+if TYPE_CHECKING:
+    from mohawk.kernels.causal_conv1d import causal_conv1d
+    from mohawk.kernels.kd_loss import kd_loss, linear_kd_loss
+    from mohawk.kernels.kd_teachers import TeacherHidden, TeacherLogits, TeacherSamples, TeacherTopK
+    from mohawk.kernels.mixing import AttentionMixing, SSDMixing, mixing_matrix
+    from mohawk.kernels.mixing_distance import mixing_distance
+    from mohawk.kernels.ssd import ssd, ssd_step
+    from mohawk.models.from_teacher import hybrid_from_teacher
+    from mohawk.models.hybrid import HybridConfig, HybridForCausalLM
+    from mohawk.models.mixers import DiscreteMamba2Mixer, Mamba2Mixer
+
+_PUBLIC = {
+    "causal_conv1d": "mohawk.kernels.causal_conv1d",
+    "kd_loss": "mohawk.kernels.kd_loss",
+    "linear_kd_loss": "mohawk.kernels.kd_loss",
+    "TeacherHidden": "mohawk.kernels.kd_teachers",
+    "TeacherLogits": "mohawk.kernels.kd_teachers",
+    "TeacherSamples": "mohawk.kernels.kd_teachers",
+    "TeacherTopK": "mohawk.kernels.kd_teachers",
+    "AttentionMixing": "mohawk.kernels.mixing",
+    "SSDMixing": "mohawk.kernels.mixing",
+    "mixing_matrix": "mohawk.kernels.mixing",
+    "mixing_distance": "mohawk.kernels.mixing_distance",
+    "ssd": "mohawk.kernels.ssd",
+    "ssd_step": "mohawk.kernels.ssd",
+    "hybrid_from_teacher": "mohawk.models.from_teacher",
+    "HybridConfig": "mohawk.models.hybrid",
+    "HybridForCausalLM": "mohawk.models.hybrid",
+    "DiscreteMamba2Mixer": "mohawk.models.mixers",
+    "Mamba2Mixer": "mohawk.models.mixers",
+}
+
+__all__ = [
+    "AttentionMixing",
+    "DiscreteMamba2Mixer",
+    "HybridConfig",
+    "HybridForCausalLM",
+    "Mamba2Mixer",
+    "SSDMixing",
+    "TeacherHidden",
+    "TeacherLogits",
+    "TeacherSamples",
+    "TeacherTopK",
+    "causal_conv1d",
+    "hybrid_from_teacher",
+    "kd_loss",
+    "linear_kd_loss",
+    "mixing_distance",
+    "mixing_matrix",
+    "ssd",
+    "ssd_step",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PUBLIC:
+        raise AttributeError(f"module 'mohawk' has no attribute {name!r}")
+    try:
+        value = getattr(importlib.import_module(_PUBLIC[name]), name)
+    except ModuleNotFoundError as error:
+        if (error.name or "").startswith("mohawk"):
+            raise
+        missing = (error.name or "").partition(".")[0]
+        raise ImportError(f"mohawk.{name} needs the package {missing}: pip install {missing}") from error
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(set(globals()) | set(__all__))
