@@ -1,0 +1,293 @@
+"""The recipe: everything that decides a run, checked before anything heavy is imported or loaded.
+
+`Recipe.load("recipe.yaml", ["phases.hidden.tokens=2e6"])` either gives a recipe in which every value has the
+right type, lies in its range and contradicts no other, or raises one UserError with a line for each mistake.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+
+from mohawk import recipe_text
+from mohawk.errors import UserError
+from mohawk.recipe_check import check
+from mohawk.recipe_text import RecipeText
+
+
+def _whole(value: Any) -> Any:
+    return int(value) if isinstance(value, float) and math.isfinite(value) and value.is_integer() else value
+
+
+def _layers(value: Any) -> Any:
+    if value in ("every_second", "all"):
+        return value
+    if not isinstance(value, list) or not value or not all(type(i) is int and i >= 0 for i in value):
+        raise ValueError("every_second, all, or a list of layer indices counted from 0")
+    if len(set(value)) != len(value):
+        raise ValueError("a list that names each layer once")
+    return value
+
+
+Whole = Annotated[int, BeforeValidator(_whole)]  # 2e6 is a whole number too
+Count = Annotated[Whole, Field(ge=1)]
+Share = Annotated[float, Field(ge=0, le=1)]
+Text = Annotated[str, Field(min_length=1)]
+
+
+class Section(BaseModel):
+    """A part of the recipe: no unknown keys, no silent conversion of types, unchanged once checked."""
+
+    model_config = ConfigDict(
+        extra="forbid", strict=True, frozen=True, allow_inf_nan=False, protected_namespaces=()
+    )
+
+
+class Teacher(Section):
+    model: Text = Field(description="folder, .gguf file or hub id of the Transformer to convert")
+    gguf_file: Text | None = Field(None, description="name of the GGUF file inside `model`, if it is one")
+    revision: Text | None = Field(None, description="branch, tag or commit on the hub")
+    dtype: Literal["float32", "bfloat16", "float16", "auto"] = Field(
+        "float32", description="of the teacher's weights; auto: as saved"
+    )
+    trust_remote_code: bool = Field(False, description="run Python code that comes with the checkpoint")
+    tokenizer: Text | None = Field(None, description="folder or hub id, if not with the model")
+
+
+class Student(Section):
+    mixer: Literal["mamba2", "discrete_mamba2"] = Field(
+        "mamba2", description="mamba2: Bamba's, for stock transformers; discrete_mamba2: the MOHAWK paper's"
+    )
+    ssm_layers: Annotated[Literal["every_second", "all"] | list[int], BeforeValidator(_layers)] = Field(
+        "every_second", description="layers whose attention is replaced"
+    )
+    init: Literal["attention", "random"] = Field(
+        "attention", description="attention: C, B, x and output from the teacher's q, k, v and o"
+    )
+    gate: Literal["open", "output"] = Field(
+        "open", description="gate rows at the start; open: constant 1; output: from W_O and W_V"
+    )
+    state_size: Annotated[Count, Field(le=1024)] | None = Field(
+        None, description="of the state per head; null: the teacher's head_dim"
+    )
+    conv_kernel: Annotated[Count, Field(le=16)] = Field(4, description="width of the causal convolution")
+
+
+class Source(Section):
+    source: Text = Field(description="path, glob or hub dataset id")
+    split: Text = Field("train", description="of a hub dataset")
+    field: Text = Field("text", description="that holds the text in JSON lines, Parquet and hub datasets")
+    subset: Text | None = Field(None, description="configuration name of a hub dataset")
+    format: Literal["text", "jsonl", "parquet"] | None = Field(
+        None, description="of local files; null: by their extension (.txt, .jsonl, .parquet)"
+    )
+
+
+class Data(Section):
+    train: list[Source] = Field(min_length=1, description="text to train on")
+    evaluation: list[Source] = Field([], description="text from another source, only evaluated on")
+    validation_share: Annotated[float, Field(ge=0, le=0.5)] = Field(
+        0.01, description="of the training documents, held out and never trained on"
+    )
+    cache: Annotated[Path, Field(strict=False)] | None = Field(
+        None, description="folder for tokenised text; null: mohawk in the user's cache folder"
+    )
+
+
+class Phase(Section):
+    """One phase's budget and optimiser: AdamW with a warmup-stable-decay schedule of its own."""
+
+    tokens: Count = Field(description="training tokens of the phase")
+    batch_size: Count = Field(16, description="sequences at once, before accumulation")
+    sequence_length: Annotated[Whole, Field(ge=2)] = Field(2048, description="tokens in a sequence")
+    learning_rate: Annotated[float, Field(gt=0, le=1)] = Field(1e-4, description="after warmup")
+    betas: Annotated[
+        tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]], Field(strict=False)
+    ] = Field((0.9, 0.95), description="of AdamW")
+    weight_decay: Share = Field(0.1, description="of AdamW, on matrices")
+    max_grad_norm: Annotated[float, Field(gt=0)] | None = Field(
+        1.0, description="gradients are clipped to this norm; null: not clipped"
+    )
+    warmup: Share = Field(0.1, description="share of the steps in which the learning rate rises")
+    decay: Share = Field(0.1, description="share of the steps in which it falls to 0 at the end")
+    gradient_accumulation: Count = Field(1, description="batches in one step")
+    save_every: Count = Field(500, description="steps between checkpoints")
+    log_every: Count = Field(1, description="steps between lines in metrics.jsonl")
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.batch_size * self.sequence_length * self.gradient_accumulation
+
+    def steps(self) -> int:
+        """Optimiser steps of the phase; the last one may exceed the token budget."""
+        return math.ceil(self.tokens / self.tokens_per_step)
+
+
+class Mixing(Phase):
+    tokens: Count = Field(80_000_000, description="training tokens of the phase")
+    metric: Literal["frobenius", "squared", "mse", "relative"] = Field(
+        "frobenius", description="distance between the teacher's and the student's mixing matrices"
+    )
+
+
+class Hidden(Phase):
+    tokens: Count = Field(160_000_000, description="training tokens of the phase")
+    match: Literal["block_output", "mixer_output"] = Field(
+        "block_output", description="what of a layer is compared with the teacher's"
+    )
+    train_mlp: bool = Field(False, description="train the MLPs of the converted layers too")
+
+
+class EndToEnd(Phase):
+    tokens: Count = Field(2_760_000_000, description="training tokens of the phase")
+    learning_rate: Annotated[float, Field(gt=0, le=1)] = Field(1e-5, description="after warmup")
+    gradient_accumulation: Count = Field(16, description="batches in one step")
+    train: Literal["all", "all_but_mlp", "mixers"] = Field("all", description="which parameters train")
+    divergence: Literal[
+        "forward_kl", "reverse_kl", "jsd", "skew_kl", "skew_reverse_kl", "tvd", "mse", "cosine"
+    ] = Field("forward_kl", description="between the teacher's and the student's next-token distributions")
+    temperature: Annotated[float, Field(gt=0, le=100)] = Field(1.0, description="of both distributions")
+    kd_weight: Annotated[float, Field(ge=0)] = Field(1.0, description="of the divergence")
+    ce_weight: Annotated[float, Field(ge=0)] = Field(0.0, description="of the cross entropy with the text")
+
+
+class Phases(Section):
+    """The defaults are the MOHAWK paper's. A phase set to null is skipped."""
+
+    mixing: Mixing | None = Field(Mixing(), description="phase 1: match mixing matrices; null: skip")
+    hidden: Hidden | None = Field(Hidden(), description="phase 2: match hidden states; null: skip")
+    end_to_end: EndToEnd | None = Field(EndToEnd(), description="phase 3: distil the logits; null: skip")
+
+    def active(self) -> Iterator[tuple[str, Phase]]:
+        """(name, phase) of those not skipped, in order."""
+        for name in type(self).model_fields:
+            if (phase := getattr(self, name)) is not None:
+                yield name, phase
+
+
+class Evaluation(Section):
+    sequence_length: Annotated[Whole, Field(ge=2)] = Field(512, description="tokens in an evaluated window")
+    batch_size: Count = Field(8, description="windows at once")
+    tokens: Count = Field(32_768, description="evaluated per text")
+    contexts: Annotated[list[Count], Field(min_length=1)] = Field(
+        [512, 4096], description="context lengths at which decoding is timed"
+    )
+    decode_tokens: Count = Field(32, description="decoded for timing")
+    prompt: Text = Field("The most important thing about the state of the nation is", description="continued")
+    continuation_tokens: Count = Field(60, description="of the prompt's continuation")
+
+
+class Recipe(Section):
+    """A whole run. Make one with `load` or `from_dict`, which find contradictions between values as well."""
+
+    teacher: Teacher = Field(description="the Transformer to convert")
+    student: Student = Field(Student(), description="what takes attention's place")
+    data: Data = Field(description="the text")
+    phases: Phases = Field(Phases(), description="the training phases")
+    evaluation: Evaluation = Field(Evaluation(), description="what is measured before, between and after")
+    precision: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto", description="of training; auto: bfloat16 autocast where the device is fast at it"
+    )
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="to train on")
+    seed: Annotated[Whole, Field(ge=0, lt=2**32)] = Field(0, description="of data order and random weights")
+    output: Annotated[Path, Field(strict=False)] = Field(
+        Path("runs/student"), description="the run's folder; by default runs/<name of the recipe file>"
+    )
+
+    @classmethod
+    def load(cls, path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+        """Read and check a YAML file with `a.b=c` overrides on top. Raises UserError, a line per mistake."""
+        path = Path(path)
+        try:
+            text = path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            reason = error.strerror if isinstance(error, OSError) else "is not UTF-8 text"
+            raise UserError(f"cannot read the recipe {path}: {reason}") from error
+        read = RecipeText.read(text, str(path))
+        read.data.setdefault("output", f"runs/{path.stem}")
+        return check(cls, read, overrides, _contradictions)
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any], overrides: Sequence[str] = ()) -> Recipe:
+        """Check plain data as `load` checks a file. Raises UserError."""
+        # Through YAML text and back: a deep copy that holds only what a file could hold.
+        read = RecipeText.read(recipe_text.write(data), "recipe")
+        read.places.clear()  # lines of a text that the caller never saw
+        return check(cls, read, overrides, _contradictions)
+
+    def to_yaml(self) -> str:
+        """The resolved recipe, every value written out; reading it gives an equal recipe."""
+        return recipe_text.write(self.model_dump(mode="json"))
+
+    def save(self, path: str | Path) -> None:
+        Path(path).write_text(self.to_yaml(), encoding="utf-8")
+
+
+def shipped(name: str) -> Path:
+    """The path of a recipe that comes with the package, such as `demo`."""
+    import mohawk
+
+    for root in mohawk.__path__:  # the package itself, or a source checkout beside it
+        path = Path(root) / "recipes" / f"{name}.yaml"
+        if path.is_file():
+            return path
+    raise UserError(f"no recipe named {name!r} comes with mohawk")
+
+
+def _contradictions(recipe: Recipe) -> Iterator[tuple[list[recipe_text.Path], str]]:
+    """(the values involved, what is wrong with them together)."""
+    teacher, data, phases = recipe.teacher, recipe.data, recipe.phases
+    if teacher.gguf_file and teacher.model.lower().endswith(".gguf"):
+        yield (
+            [("teacher", "gguf_file"), ("teacher", "model")],
+            "teacher.gguf_file and a teacher.model that is itself a .gguf file; remove gguf_file",
+        )
+    if recipe.student.gate == "output" and recipe.student.init == "random":
+        yield (
+            [("student", "gate"), ("student", "init")],
+            "student.gate: output is made from attention weights, but student.init is random; "
+            "use gate: open or init: attention",
+        )
+    if data.validation_share == 0 and not data.evaluation:
+        yield (
+            [("data", "validation_share"), ("data", "evaluation")],
+            "data.validation_share is 0 and data.evaluation is empty, so there is no text to evaluate on; "
+            "give one of them",
+        )
+    for name, phase in phases.active():
+        at = ("phases", name)
+        if phase.warmup + phase.decay > 1:
+            yield (
+                [(*at, "warmup"), (*at, "decay")],
+                f"phases.{name}: warmup {phase.warmup:g} and decay {phase.decay:g} are shares of the steps "
+                "and together exceed 1; lower one",
+            )
+        if phase.tokens < phase.tokens_per_step:
+            yield (
+                [(*at, key) for key in ("tokens", "batch_size", "sequence_length", "gradient_accumulation")],
+                f"phases.{name}: {phase.tokens} tokens do not fill one step of batch_size x sequence_length x "
+                f"gradient_accumulation = {phase.tokens_per_step} tokens; raise tokens, lower one of those, or "
+                "set the phase to null",
+            )
+    hidden, last = phases.hidden, phases.end_to_end
+    if hidden and hidden.train_mlp and hidden.match == "mixer_output":
+        yield (
+            [("phases", "hidden", "train_mlp"), ("phases", "hidden", "match")],
+            "phases.hidden: train_mlp is true, but match: mixer_output gives an MLP no gradient; "
+            "use match: block_output or train_mlp: false",
+        )
+    if last and last.kd_weight == 0 and last.ce_weight == 0:
+        yield (
+            [("phases", "end_to_end", "kd_weight"), ("phases", "end_to_end", "ce_weight")],
+            "phases.end_to_end: kd_weight and ce_weight are both 0, so there is nothing to learn; raise one",
+        )
+    if recipe.evaluation.tokens < recipe.evaluation.sequence_length:
+        yield (
+            [("evaluation", "tokens"), ("evaluation", "sequence_length")],
+            f"evaluation: {recipe.evaluation.tokens} tokens do not fill one window of "
+            f"{recipe.evaluation.sequence_length}; raise tokens or lower sequence_length",
+        )
