@@ -1,0 +1,222 @@
+"""Folders that are complete or invisible: checkpoints, the student of a phase, the final student.
+
+A folder is written beside its place under a `.partial-` name, every file is hashed into MANIFEST.json, files
+and folder are flushed to the disk, and one rename makes it appear. A reader believes a folder only when its
+manifest verifies: a kill at any moment, a full disk or a flipped bit costs at most the newest folder.
+"""
+
+import hashlib
+import json
+import logging
+import os
+import re
+import secrets
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from mohawk.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+MANIFEST = "MANIFEST.json"
+PARTIAL = ".partial-"
+CHECKPOINT = re.compile(r"checkpoint-(\d+)")
+
+
+class Interrupted(Exception):
+    """A signal stopped the run after it saved: it will resume from `path`, the checkpoint of step `step`."""
+
+    def __init__(self, step: int, path: str | os.PathLike):
+        super().__init__(f"stopped by a signal at step {step}; the same command resumes from {path}")
+        self.step = step
+        self.path = Path(path)
+
+
+@contextmanager
+def write_whole(path: str | os.PathLike, *, replace: bool = False) -> Iterator[Path]:
+    """Write the folder `path` so that it appears complete or not at all.
+
+    Yields a temporary folder beside `path` to write into. On leaving the block its files are hashed into
+    MANIFEST.json, flushed, and the folder is renamed to `path`; when the block raises, the folder is removed
+    and `path` is as it was. A folder at `path` that carries a manifest, or is empty, is replaced; any other
+    only with `replace=True`.
+
+    Raises:
+        UserError: `path` exists and holds files that this function did not write.
+        OSError: the disk is full, or the place is not writable.
+    """
+    path = Path(path)
+    if not replace and path.exists() and not _ours(path):
+        raise UserError(f"{path}: exists, not written by mohawk; move it away, or choose another output")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    remove_partial(path.parent, of=path.name)  # what a killed process left of this same folder
+    partial, old = _hidden(path), None
+    partial.mkdir()
+    try:
+        yield partial
+        _write_manifest(partial)
+        old = _set_aside(path) if os.path.lexists(path) else None
+        os.rename(partial, path)
+        _fsync(path.parent)
+    except BaseException:
+        if old is not None and not os.path.lexists(path):
+            os.rename(old, path)
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    if old is not None:
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def why_incomplete(path: str | os.PathLike) -> str | None:
+    """None when the folder `path` verifies against its manifest, else what is wrong, in a few words."""
+    path = Path(path)
+    try:
+        files = json.loads((path / MANIFEST).read_bytes())["files"]
+        expected = {name: (entry["bytes"], entry["sha256"]) for name, entry in files.items()}
+    except FileNotFoundError:
+        return f"no {MANIFEST}" if path.is_dir() else "no such folder"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return f"{MANIFEST} cannot be read"
+    if not expected:
+        return f"{MANIFEST} lists no files"
+    for name, (size, _) in expected.items():  # sizes first: they cost nothing
+        file = path / name
+        if not file.is_file():
+            return f"{name} is missing"
+        if file.stat().st_size != size:
+            return f"{name} has {file.stat().st_size} bytes, not {size}"
+    for name, (_, digest) in expected.items():
+        try:
+            if _sha256(path / name) != digest:
+                return f"{name} is damaged"
+        except OSError as error:
+            return f"{name} cannot be read ({error.strerror})"
+    return None
+
+
+def is_complete(path: str | os.PathLike) -> bool:
+    """Whether every file of the folder `path` is there with the content its manifest promises."""
+    return why_incomplete(path) is None
+
+
+def step_of(path: str | os.PathLike) -> int:
+    """The N of a folder called checkpoint-N; -1 for any other name."""
+    match = CHECKPOINT.fullmatch(Path(path).name)
+    return int(match.group(1)) if match else -1
+
+
+def checkpoints(folder: str | os.PathLike) -> list[Path]:
+    """The checkpoint-N folders in `folder`, complete or not, the newest (highest N) first."""
+    folder = Path(folder)
+    if not folder.is_dir():
+        return []
+    return sorted((path for path in folder.iterdir() if step_of(path) >= 0), key=step_of, reverse=True)
+
+
+def newest_complete(folder: str | os.PathLike) -> Path | None:
+    """The newest checkpoint-N in `folder` whose manifest verifies, or None; logs those passed over and why."""
+    passed, found = [], None
+    for path in checkpoints(folder):
+        problem = why_incomplete(path)
+        if problem is None:
+            found = path
+            break
+        passed.append(f"{path.name} ({problem})")
+    if passed:
+        using = f"resuming from {found.name}" if found else "starting from the beginning"
+        logger.warning("%s: passed over %s; %s", folder, ", ".join(passed), using)
+    return found
+
+
+def rotate(folder: str | os.PathLike, newest: str | os.PathLike, keep: int = 1) -> None:
+    """Delete all but the `keep` newest checkpoints, once `newest` is complete.
+
+    Checkpoints of later steps than `newest` were passed over when the run resumed, so they go too. Each is
+    renamed away first: one half deleted is not seen as a checkpoint. One that cannot be deleted is logged.
+    """
+    older = [path for path in checkpoints(folder) if step_of(path) < step_of(newest)]
+    later = [path for path in checkpoints(folder) if step_of(path) > step_of(newest)]
+    for path in older[max(keep - 1, 0) :] + later:
+        try:
+            shutil.rmtree(_set_aside(path))
+        except OSError as error:
+            logger.warning("could not delete the old checkpoint %s: %s", path, error)
+
+
+def remove_partial(folder: str | os.PathLike, of: str = "") -> None:
+    """Remove what killed processes left half written or half deleted in `folder` (only of the name `of`)."""
+    for path in Path(folder).glob(f"{PARTIAL}{of + '-' if of else ''}*"):
+        logger.info("removing %s, left by a process that was stopped", path)
+        shutil.rmtree(path, ignore_errors=True)
+
+
+@contextmanager
+def locked(folder: str | os.PathLike) -> Iterator[None]:
+    """Hold `folder` for this process: a second one in it would delete the first one's unfinished checkpoints.
+
+    Raises:
+        UserError: another process holds it.
+    """
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        yield
+        return
+    with open(Path(folder) / ".lock", "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"{folder}: another process is at work here; wait for it, or stop it") from None
+        yield  # the kernel lets go when the file is closed, also when the process is killed
+
+
+def _ours(path: Path) -> bool:
+    return path.is_dir() and ((path / MANIFEST).exists() or not any(path.iterdir()))
+
+
+def _write_manifest(folder: Path) -> None:
+    names = sorted(str(path.relative_to(folder).as_posix()) for path in folder.rglob("*") if path.is_file())
+    if not names:
+        raise ValueError(f"{folder}: nothing was written into it")
+    files = {}
+    for name in names:
+        _fsync(folder / name)
+        files[name] = {"bytes": (folder / name).stat().st_size, "sha256": _sha256(folder / name)}
+    manifest = folder / MANIFEST
+    manifest.write_text(json.dumps({"files": files}, indent=1) + "\n", encoding="utf-8")
+    _fsync(manifest)
+    for path in folder.rglob("*"):
+        if path.is_dir():
+            _fsync(path)
+    _fsync(folder)
+
+
+def _set_aside(path: Path) -> Path:
+    """Rename `path` to a `.partial-` name: from here on nobody takes it for complete."""
+    aside = _hidden(path)
+    os.rename(path, aside)
+    return aside
+
+
+def _hidden(path: Path) -> Path:
+    return path.parent / f"{PARTIAL}{path.name}-{secrets.token_hex(4)}"
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _fsync(path: Path) -> None:
+    if path.is_dir() and os.name == "nt":
+        return  # Windows cannot open a folder
+    handle = os.open(path, os.O_RDONLY if os.name != "nt" else os.O_RDWR)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
