@@ -1,0 +1,368 @@
+"""Text to token ids on disk: read through `datasets`, tokenised once, cached by content.
+
+A source is a text file, JSON lines, Parquet, a glob, a folder of those, or a hub dataset id.
+"""
+
+from __future__ import annotations
+
+import glob as globbing
+import hashlib
+import json
+import logging
+import re
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from mohawk.errors import UserError
+from mohawk.fetch import cache_dir, whole_folder
+
+if TYPE_CHECKING:
+    import datasets
+    from transformers import PreTrainedTokenizerBase
+
+log = logging.getLogger(__name__)
+
+# suffix -> format; the format `paragraphs` reads a text file as one document per blank-line separated block
+SUFFIXES = {".txt": "text", ".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "jsonl", ".parquet": "parquet"}
+FORMATS = ("text", "paragraphs", "jsonl", "parquet")
+BUILDERS = {"text": "text", "paragraphs": "text", "jsonl": "json", "parquet": "parquet"}
+LAYOUT = 1  # of the cached folders; raise it when their contents change
+PIECE = (
+    1_000_000  # characters tokenised at once: an encoding takes some 100 bytes per token until it is copied
+)
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where text comes from.
+
+    source: a file, folder, glob or hub dataset id. format: text (one file is one document), paragraphs (one
+    blank-line separated block is one document), jsonl or parquet; None goes by the suffix. field: the column
+    with the text. split and subset: as in `datasets.load_dataset`.
+    """
+
+    source: str
+    split: str = "train"
+    field: str = "text"
+    subset: str | None = None
+    format: str | None = None
+
+
+def as_source(given: Any) -> Source:
+    """A Source from a string, a path, a mapping, or an object with its attributes (a recipe's entry)."""
+    if isinstance(given, Source):
+        return given
+    if isinstance(given, (str, Path)):
+        return Source(str(given))
+    fields = Source.__dataclass_fields__
+    if isinstance(given, dict):
+        return Source(**given)
+    return Source(**{name: getattr(given, name) for name in fields if hasattr(given, name)})
+
+
+class TokenizedText:
+    """A source's token ids on disk, document after document.
+
+    tokens: memory-mapped unsigned ids. offsets: int64 (documents + 1), where each document begins.
+    digests: uint64 (documents), of each document's text; equal text has an equal digest.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder = Path(folder)
+        meta = json.loads((self.folder / "meta.json").read_text())
+        self.name: str = meta["source"]
+        self.dtype = np.dtype(meta["dtype"])
+        self.offsets = np.load(self.folder / "offsets.npy")
+        self.digests = np.load(self.folder / "digests.npy")
+        self._tokens: np.ndarray | None = None
+
+    @property
+    def tokens(self) -> np.ndarray:
+        if self._tokens is None:
+            self._tokens = np.memmap(self.folder / "tokens.bin", dtype=self.dtype, mode="r")
+        return self._tokens
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_tokens": None}  # a pickled memmap would carry all its tokens to a worker
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+
+def tokenize(
+    source: Any, tokenizer: PreTrainedTokenizerBase, *, cache: Path | str | None = None
+) -> TokenizedText:
+    """Token ids of one source, from the cache where the same text met the same tokenizer before.
+
+    Every document is tokenised as the tokenizer does it by default (with its BOS if it adds one) and ends
+    with the tokenizer's EOS. Empty documents are left out. Documents beyond a million characters are tokenised in
+    pieces cut at line ends. The cache key is made of the text's content, the tokenizer and the settings; the
+    cached folder is whole or absent. Raises UserError.
+    """
+    source = as_source(source)
+    root = Path(cache).expanduser() if cache is not None else cache_dir()
+    files, form = _local_files(source)
+    with tempfile.TemporaryDirectory(prefix="mohawk-") as scratch:
+        if files:
+            dataset, content = None, _content_key(files)
+        else:
+            dataset = _load(source, files, form, scratch)
+            content = dataset._fingerprint
+        settings = {"layout": LAYOUT, "content": content, "field": source.field, "split": source.split}
+        settings |= {"format": form, "tokenizer": _tokenizer_key(tokenizer)}
+        key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:24]
+        folder = root / "tokens" / key
+        if not folder.is_dir():
+            if dataset is None:
+                dataset = _load(source, files, form, scratch)
+            _check_field(dataset, source)
+            with whole_folder(folder) as partial:
+                _write(dataset, source, form, tokenizer, partial)
+    return TokenizedText(folder)
+
+
+def _local_files(source: Source) -> tuple[list[Path], str | None]:
+    """The files a local source names, sorted, and their format; ([], None) for a hub id."""
+    name = source.source
+    if source.format is not None and source.format not in FORMATS:
+        raise UserError(f"data: {name}: format {source.format!r} is unknown; allowed: {', '.join(FORMATS)}")
+    path = Path(name).expanduser()
+    if path.is_file():
+        files = [path]
+    elif path.is_dir():
+        files = sorted(p for p in path.rglob("*") if p.is_file() and _suffix(p) in SUFFIXES)
+        if not files:
+            raise UserError(f"data: the folder {name} holds no {', '.join(SUFFIXES)} file")
+    elif any(c in name for c in "*?["):
+        files = sorted(Path(p) for p in globbing.glob(str(path), recursive=True) if Path(p).is_file())
+        if not files:
+            raise UserError(f"data: {name} matches no file (looked from {Path.cwd()})")
+    elif _looks_local(name):
+        raise UserError(f"data: {name} does not exist (looked for {path.absolute()})")
+    else:
+        return [], None
+    if empty := [p for p in files if p.stat().st_size == 0]:
+        raise UserError(f"data: {empty[0]} is empty; remove it or give it text")
+    if source.format is not None:
+        return files, source.format
+    forms = {SUFFIXES.get(_suffix(p)) for p in files}
+    if None in forms:
+        odd = next(p for p in files if _suffix(p) not in SUFFIXES)
+        raise UserError(f"data: {odd} has an unknown suffix; set format to one of {', '.join(FORMATS)}")
+    if len(forms) > 1:
+        raise UserError(
+            f"data: {name} mixes {', '.join(sorted(forms))}; give each kind as a source of its own"
+        )
+    return files, forms.pop()
+
+
+def _suffix(path: Path) -> str:
+    return (
+        path.with_suffix("") if path.suffix.lower() in (".gz", ".zst", ".xz", ".bz2") else path
+    ).suffix.lower()
+
+
+def _looks_local(name: str) -> bool:
+    parent = Path(name).expanduser().parent
+    return (
+        name.startswith((".", "/", "~", "\\"))
+        or name.count("/") > 1
+        or _suffix(Path(name)) in SUFFIXES
+        or (parent != Path(".") and parent.is_dir())
+    )
+
+
+def _load(source: Source, files: list[Path], form: str | None, scratch: str) -> datasets.Dataset:
+    import datasets
+
+    bars = datasets.are_progress_bars_disabled()
+    datasets.disable_progress_bars()
+    try:
+        if not files:
+            return datasets.load_dataset(source.source, source.subset, split=source.split)
+        # the Arrow copy of local files is only a step to the token ids, so it goes with the scratch folder
+        options: dict[str, Any] = {"sample_by": "document"} if BUILDERS[form] == "text" else {}
+        names = [globbing.escape(str(p.absolute())) for p in files]
+        return datasets.load_dataset(
+            BUILDERS[form], data_files=names, split=source.split, cache_dir=scratch, **options
+        )
+    except Exception as error:
+        raise _user_error(error, source, files, form) from error
+    finally:
+        if not bars:
+            datasets.enable_progress_bars()
+
+
+def _user_error(error: Exception, source: Source, files: list[Path], form: str | None) -> Exception:
+    name = source.source
+    chain, cause = [], error
+    while cause is not None and cause not in chain:
+        chain.append(cause)
+        cause = cause.__cause__ or cause.__context__
+    root = chain[-1]
+    said = next(
+        (str(e).strip().splitlines()[0][:300] for e in reversed(chain) if str(e).strip()), "no reason given"
+    )
+    if files:
+        if any(isinstance(e, UnicodeDecodeError) for e in chain) or "UTF-8" in said or "utf-8" in said:
+            for path in files:
+                _check_encoding(path)
+        if "split" in str(error).lower():
+            return UserError(f"data: {name}: a local file has only the split train, got {source.split!r}")
+        what = {"jsonl": "JSON lines", "parquet": "Parquet"}.get(form, "text")
+        return UserError(f"data: cannot read {name} as {what}: {said}")
+    import datasets
+
+    if isinstance(error, ValueError) and ("split" in str(error).lower() or "BuilderConfig" in str(error)):
+        return UserError(f"data: {name}: {str(error).strip().splitlines()[0][:300]}")
+    missing = isinstance(error, (datasets.exceptions.DatasetNotFoundError, FileNotFoundError))
+    offline = isinstance(error, ConnectionError) or type(root).__module__.split(".")[0] in (
+        "httpx",
+        "httpcore",
+    )
+    if missing or offline:
+        why = (
+            "the hub cannot be reached"
+            if offline
+            else "the hub has no such dataset, or no access was granted"
+        )
+        return UserError(f"data: {name} is no local file or folder, and {why}; give a path that exists")
+    return UserError(f"data: cannot load {name}: {said}")
+
+
+def _check_encoding(path: Path) -> None:
+    try:
+        with path.open(encoding="utf-8") as file:
+            while file.read(1 << 20):
+                continue
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"data: {path} is not UTF-8 ({error.reason}, byte 0x{error.object[error.start]:02x}); "
+            f"convert it, for example: iconv -f latin1 -t utf-8 {path.name}"
+        ) from None
+
+
+def _check_field(dataset: datasets.Dataset, source: Source) -> None:
+    names = dataset.column_names
+    if source.field not in names:
+        raise UserError(
+            f"data: {source.source} has no field {source.field!r}; its fields: {', '.join(names)}"
+        )
+    if len(dataset) and not isinstance(value := dataset[0][source.field], (str, type(None))):
+        raise UserError(
+            f"data: {source.source}: field {source.field!r} holds {type(value).__name__}, not text; "
+            f"its fields: {', '.join(names)}"
+        )
+
+
+def _content_key(files: list[Path]) -> str:
+    digest = hashlib.blake2b(digest_size=32)
+    for path in files:
+        digest.update(f"{path.stat().st_size} ".encode())
+        with path.open("rb") as file:
+            while block := file.read(1 << 22):
+                digest.update(block)
+    return digest.hexdigest()
+
+
+def _tokenizer_key(tokenizer: PreTrainedTokenizerBase) -> str:
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is not None:
+        parts = json.loads(backend.to_str())
+        # the last call's padding and truncation are kept in there, but change nothing for us
+        parts.pop("padding", None), parts.pop("truncation", None)
+    else:
+        parts = {"class": type(tokenizer).__name__, "vocab": sorted(tokenizer.get_vocab().items())}
+        parts["bos"] = getattr(tokenizer, "add_bos_token", None)
+    parts["eos"] = tokenizer.eos_token_id
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def _documents(dataset: datasets.Dataset, source: Source, form: str | None) -> Iterator[str]:
+    column = dataset.select_columns([source.field])
+    for row in column:
+        text = row[source.field]
+        if text is None:
+            continue
+        text = text.removeprefix("\ufeff")
+        blocks = re.split(r"\n[ \t\r]*\n", text) if form == "paragraphs" else (text,)
+        yield from (block for block in blocks if block.strip())
+
+
+def _pieces(text: str) -> Iterator[str]:
+    """Cut a very long document at line ends, so that no encoding of it is whole in memory."""
+    start = 0
+    while len(text) - start > PIECE:
+        cut = text.rfind("\n", start + PIECE // 2, start + PIECE)
+        cut = cut if cut > 0 else start + PIECE
+        yield text[start:cut]
+        start = cut
+    yield text[start:]
+
+
+def _write(
+    dataset: datasets.Dataset,
+    source: Source,
+    form: str | None,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+) -> None:
+    from tqdm import tqdm
+
+    vocab = max(len(tokenizer), (tokenizer.eos_token_id or 0) + 1)
+    dtype = np.dtype("<u2" if vocab <= 1 << 16 else "<u4")
+    eos = tokenizer.eos_token_id
+    if eos is None:
+        log.warning("the tokenizer has no EOS token: nothing is put between documents")
+    lengths, digests = [], []
+
+    def encode(texts: list[str], special: bool) -> list[list[int]]:
+        return tokenizer(texts, add_special_tokens=special, return_attention_mask=False, verbose=False)[
+            "input_ids"
+        ]
+
+    def flush(batch: list[str], file: Any) -> None:
+        rows = encode([t for t in batch if len(t) <= PIECE], True) if batch else []
+        short = iter(rows)
+        for text in batch:
+            if len(text) <= PIECE:
+                ids = next(short)
+            else:
+                # the default special tokens only around the whole: before the first piece
+                ids = [i for k, piece in enumerate(_pieces(text)) for i in encode([piece], k == 0)[0]]
+            if eos is not None and (not ids or ids[-1] != eos):
+                ids.append(eos)
+            np.asarray(ids, dtype=dtype).tofile(file)
+            lengths.append(len(ids))
+            digests.append(hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest())
+
+    log.info("tokenising %s (%d rows, once)", source.source, len(dataset))
+    with (
+        (folder / "tokens.bin").open("wb") as file,
+        tqdm(unit=" documents", disable=None, leave=False) as bar,
+    ):
+        batch, size = [], 0
+        for text in _documents(dataset, source, form):
+            batch.append(text)
+            size += len(text)
+            if size > PIECE:
+                flush(batch, file)
+                bar.update(len(batch))
+                batch, size = [], 0
+        flush(batch, file)
+    if not lengths:
+        raise UserError(f"data: {source.source} holds no text in field {source.field!r}")
+    np.save(folder / "offsets.npy", np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64))
+    np.save(folder / "digests.npy", np.frombuffer(b"".join(digests), dtype="<u8"))
+    meta = {
+        "source": source.source,
+        "dtype": dtype.str,
+        "documents": len(lengths),
+        "tokens": int(sum(lengths)),
+    }
+    (folder / "meta.json").write_text(json.dumps(meta, indent=1) + "\n")
