@@ -1,0 +1,114 @@
+"""The short depthwise convolution, against torch's own and against itself in pieces."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from mohawk.kernels.causal_conv1d import causal_conv1d
+
+
+def inputs(batch=2, seq=37, channels=6, kernel=4, dtype=torch.float64, seed=0):
+    torch.manual_seed(seed)
+    shapes = {
+        "x": (batch, seq, channels),
+        "weight": (channels, kernel),
+        "bias": (channels,),
+        "initial_state": (batch, channels, kernel - 1),
+    }
+    return {name: torch.randn(shape, dtype=dtype).requires_grad_() for name, shape in shapes.items()}
+
+
+def by_definition(x, weight, bias, initial_state, activation):
+    full = torch.cat((initial_state, x.transpose(1, 2)), dim=2)
+    y = F.conv1d(full, weight.unsqueeze(1), bias, groups=x.shape[2]).transpose(1, 2)
+    return F.silu(y) if activation == "silu" else y
+
+
+@pytest.mark.parametrize("activation", [None, "silu"])
+@pytest.mark.parametrize(("seq", "kernel"), [(1, 4), (2, 4), (63, 4), (17, 1), (40, 2)])
+def test_value_and_gradients_match_torch(seq, kernel, activation):
+    given = inputs(seq=seq, kernel=kernel)
+    y = causal_conv1d(**given, activation=activation)
+    expected = by_definition(**given, activation=activation)
+    torch.testing.assert_close(y, expected)
+    weights = torch.randn_like(y)
+    mine = torch.autograd.grad((y * weights).sum(), list(given.values()))
+    theirs = torch.autograd.grad((expected * weights).sum(), list(given.values()))
+    torch.testing.assert_close(mine, theirs)
+
+
+def test_gradcheck_with_segments():
+    given = inputs(seq=9, channels=3)
+    segments = torch.tensor([[0, 0, 0, 1, 2, 2, 2, 2, 2], [4, 4, 4, 4, 4, 4, -1, -1, -1]])
+    assert torch.autograd.gradcheck(
+        lambda x, w, b, s: causal_conv1d(
+            x, w, b, initial_state=s, segment_ids=segments, activation="silu", return_final_state=True
+        ),
+        tuple(given.values()),
+    )
+
+
+def test_segments_are_documents_on_their_own():
+    given = inputs(batch=1, seq=20)
+    segments = torch.tensor([[7] * 5 + [3] * 2 + [9] * 12 + [-1]])
+    y, final = causal_conv1d(**given, segment_ids=segments, return_final_state=True)
+    pieces, state = [], given["initial_state"]
+    for piece in given["x"].split([5, 2, 12, 1], dim=1):
+        out, state = causal_conv1d(
+            piece, given["weight"], given["bias"], initial_state=state, return_final_state=True
+        )
+        pieces.append(out)
+        last_state, state = state, torch.zeros_like(state)
+    torch.testing.assert_close(y, torch.cat(pieces, dim=1))
+    torch.testing.assert_close(final, last_state)
+
+
+@pytest.mark.parametrize("cuts", [[1] * 20, [13, 7], [2, 1, 17]])
+def test_prefill_in_pieces_and_steps_agree_with_the_whole(cuts):
+    given = inputs(seq=20)
+    whole, final = causal_conv1d(**given, return_final_state=True)
+    state, pieces = given["initial_state"], []
+    for piece in given["x"].split(cuts, dim=1):
+        out, state = causal_conv1d(
+            piece, given["weight"], given["bias"], initial_state=state, return_final_state=True
+        )
+        pieces.append(out)
+    torch.testing.assert_close(torch.cat(pieces, dim=1), whole)
+    torch.testing.assert_close(state, final)
+
+
+def test_bfloat16_rounds_once():
+    given = {name: value.detach().bfloat16() for name, value in inputs(seq=100).items()}
+    y = causal_conv1d(**given, activation="silu")
+    exact = by_definition(**{name: value.double() for name, value in given.items()}, activation="silu")
+    assert y.dtype == torch.bfloat16
+    once = (exact.bfloat16().double() - exact).norm()
+    assert (y.double() - exact).norm() <= 1.01 * once
+
+
+def test_non_contiguous_and_empty():
+    given = inputs()
+    y = causal_conv1d(**given)
+    turned = dict(given, x=given["x"].transpose(0, 1).contiguous().transpose(0, 1))
+    torch.testing.assert_close(causal_conv1d(**turned), y)
+    nothing = inputs(seq=0)
+    y, final = causal_conv1d(**nothing, return_final_state=True)
+    assert y.shape == (2, 0, 6)
+    torch.testing.assert_close(final, nothing["initial_state"])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"weight": torch.zeros(6, 1, 4)}, "squeeze"),
+        ({"bias": torch.zeros(5)}, "bias must be"),
+        ({"activation": "gelu"}, "None or 'silu'"),
+        ({"initial_state": torch.zeros(2, 6, 4)}, "kernel - 1"),
+        ({"segment_ids": torch.zeros(2, 4, dtype=torch.long)}, "segment_ids must be"),
+        ({"x": torch.zeros(2, 6)}, "batch, seq, channels"),
+    ],
+)
+def test_mistakes_are_named(change, message):
+    with pytest.raises(ValueError, match=message) as caught:
+        causal_conv1d(**{**inputs(), **change})
+    assert "\n" not in str(caught.value)
