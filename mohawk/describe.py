@@ -1,0 +1,171 @@
+"""`mohawk inspect`: a model's layers, mixers, parameters and state; a run's phases. Reads no weights."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mohawk.errors import UserError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from transformers import PretrainedConfig
+
+PHASES = ("mixing", "hidden", "end_to_end")
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One decoder layer: a state of `fixed_bytes` and, for attention, `token_bytes` per token in sight."""
+
+    index: int
+    mixer: str
+    mixer_parameters: int
+    parameters: int
+    fixed_bytes: int
+    token_bytes: int
+    window: int | None
+
+    def state_bytes(self, context: int) -> int:
+        """Of one sequence after `context` tokens."""
+        seen = context if self.window is None else min(context, self.window)
+        return self.fixed_bytes + self.token_bytes * seen
+
+
+@dataclass(frozen=True)
+class Description:
+    name: str
+    kind: str
+    dtype: str
+    parameters: int
+    layers: tuple[Layer, ...]
+
+
+def student_folder(path: str | Path) -> str:
+    """The model inside a run's folder (the final student, else the latest phase's), or the name as it is."""
+    folder = Path(path).expanduser()
+    if not (folder / "recipe.yaml").is_file():
+        return str(path)
+    for student in (folder / "student", *(folder / "phases" / name / "student" for name in reversed(PHASES))):
+        if (student / "config.json").is_file():
+            return str(student)
+    raise UserError(
+        f"{path} is a run without a student yet; `mohawk convert` with its recipe goes on with it"
+    )
+
+
+def describe(model: str | Path) -> Description:
+    """Build the model without weights and count. Raises UserError where there is no such model."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    import mohawk.models.hybrid  # noqa: F401  makes the Auto classes know hybrids
+    from mohawk.teachers import load_config, locate
+
+    try:
+        config = load_config(model)
+        name, gguf_file = locate(model)
+    except UserError as error:
+        raise UserError(str(error).removeprefix("teacher: ")) from error
+    with torch.device("meta"):
+        empty = AutoModelForCausalLM.from_config(config)
+    blocks = next(
+        (
+            m
+            for m in empty.modules()
+            if isinstance(m, torch.nn.ModuleList) and len(m) == config.num_hidden_layers
+        ),
+        torch.nn.ModuleList(),
+    )
+    dtype = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
+    layers = tuple(_layer(config, i, block, dtype.itemsize) for i, block in enumerate(blocks))
+    return Description(
+        name=f"{name}/{gguf_file}" if gguf_file else name,
+        kind=type(empty).__name__,
+        dtype=str(dtype).removeprefix("torch."),
+        parameters=sum(p.numel() for p in empty.parameters()),
+        layers=layers,
+    )
+
+
+def _layer(config: PretrainedConfig, index: int, block, itemsize: int) -> Layer:
+    from mohawk.models.families import decoder_shape
+
+    types = getattr(config, "layer_types", None)
+    kind = types[index] if types else "full_attention"
+    mixer = getattr(block, "self_attn", None) or getattr(block, "attn", None) or block
+    counts = sum(p.numel() for p in mixer.parameters()), sum(p.numel() for p in block.parameters())
+    if hasattr(mixer, "conv_size"):  # one of our mixers: a conv state in the model's dtype, a float32 state
+        conv = mixer.conv_size * mixer.conv_kernel * itemsize
+        state = mixer.num_heads * mixer.head_dim * mixer.state_size * 4
+        return Layer(index, config.mixer, *counts, fixed_bytes=conv + state, token_bytes=0, window=None)
+    shape = decoder_shape(config)
+    token_bytes = 2 * shape.num_kv_heads * shape.head_dim * itemsize
+    window = getattr(config, "sliding_window", None) if types is None or kind == "sliding_attention" else None
+    return Layer(index, kind, *counts, fixed_bytes=0, token_bytes=token_bytes, window=window)
+
+
+def print_description(described: Description, contexts: Sequence[int], console: Console) -> None:
+    """A table of the layers, neighbours of one kind in one row, and the sums."""
+    from rich.table import Table
+
+    console.print(f"[bold]{described.name}[/bold]: {described.kind}, {described.parameters:,} parameters, "
+                  f"{described.dtype}", highlight=False)  # fmt: skip
+    table = Table("layers", "mixer", box=None, header_style="bold")
+    table.add_column("parameters", justify="right")
+    table.add_column("of the mixer", justify="right")
+    for context in contexts:
+        table.add_column(f"state at {context}", justify="right")
+    for first, last in _runs(described.layers):
+        span = described.layers[first : last + 1]
+        table.add_row(
+            str(first) if first == last else f"{first}-{last}",
+            span[0].mixer,
+            f"{sum(layer.parameters for layer in span):,}",
+            f"{sum(layer.mixer_parameters for layer in span):,}",
+            *(_bytes(sum(layer.state_bytes(context) for layer in span)) for context in contexts),
+        )
+    table.add_section()
+    table.add_row(
+        "all",
+        "",
+        f"{sum(layer.parameters for layer in described.layers):,}",
+        f"{sum(layer.mixer_parameters for layer in described.layers):,}",
+        *(_bytes(sum(layer.state_bytes(context) for layer in described.layers)) for context in contexts),
+    )
+    console.print(table)
+
+
+def print_run(folder: Path, console: Console) -> None:
+    """Which phases of a run are done, and from which checkpoint the others would go on."""
+    from mohawk.checkpoints import newest_complete
+
+    for name in PHASES:
+        phase = folder / "phases" / name
+        if (phase / "student" / "config.json").is_file():
+            state = "done"
+        elif checkpoint := newest_complete(phase) if phase.is_dir() else None:
+            state = f"stopped at {checkpoint.name}"
+        else:
+            state = "not begun"
+        console.print(f"{name}: {state}", highlight=False)
+
+
+def _runs(layers: Sequence[Layer]) -> list[tuple[int, int]]:
+    """(first, last) index of each stretch of layers with one mixer."""
+    stretches: list[tuple[int, int]] = []
+    for layer in layers:
+        if stretches and layers[stretches[-1][1]].mixer == layer.mixer:
+            stretches[-1] = (stretches[-1][0], layer.index)
+        else:
+            stretches.append((layer.index, layer.index))
+    return stretches
+
+
+def _bytes(count: int) -> str:
+    for unit, size in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
+        if count >= size:
+            return f"{count / size:.1f} {unit}"
+    return f"{count} B"
