@@ -1,0 +1,160 @@
+"""From a Transformer to an untrained hybrid: everything is copied from the teacher but the replaced layers' mixers."""
+
+import copy
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from mohawk.models.families import check_supported, decoder_layers, decoder_shape
+from mohawk.models.hybrid import SSM_LAYER, HybridConfig, HybridForCausalLM, attention_types
+from mohawk.models.mixers import OPEN_GATE, Mamba2Mixer, SSMMixer
+
+INITS = ("attention", "random")
+GATES = ("open", "output", "random")
+
+
+def choose_layers(ssm_layers: str | Sequence[int], num_layers: int) -> list[int]:
+    """Resolves "every_second" (1, 3, 5, ...), "all" or explicit indices to a sorted list of layer indices.
+
+    Raises:
+        ValueError: an unknown word, an index out of range or given twice, or no layer at all.
+    """
+    if isinstance(ssm_layers, str):
+        words = {"every_second": range(1, num_layers, 2), "all": range(num_layers)}
+        if ssm_layers not in words:
+            raise ValueError(
+                f"ssm_layers: got {ssm_layers!r}, allowed: every_second, all, or a list of layer indices"
+            )
+        chosen = list(words[ssm_layers])
+    else:
+        chosen = sorted(int(i) for i in ssm_layers)
+    if not chosen:
+        raise ValueError(f"ssm_layers: no layer would be replaced in a model of {num_layers} layers")
+    wrong = [i for i in chosen if not 0 <= i < num_layers]
+    if wrong:
+        raise ValueError(f"ssm_layers: got {wrong}, but the teacher's layers are numbered 0 to {num_layers - 1}")
+    if len(set(chosen)) != len(chosen):
+        raise ValueError("ssm_layers: a layer is named twice")
+    return chosen
+
+
+@torch.no_grad()
+def hybrid_from_teacher(
+    model: nn.Module,
+    ssm_layers: str | Sequence[int] = "every_second",
+    mixer: str = "mamba2",
+    init: str = "attention",
+    *,
+    gate: str = "open",
+    state_size: int | None = None,
+    conv_kernel: int = 4,
+) -> HybridForCausalLM:
+    """A student: the teacher with the attention of some layers replaced by Mamba-2 mixers.
+
+    Args:
+        model: a causal LM of a supported family; left as it was.
+        ssm_layers: layers to replace: "every_second", "all" or indices.
+        mixer: "mamba2" (the stock Bamba mixer's mathematics) or "discrete_mamba2" (the MOHAWK paper's).
+        init: "attention" copies q -> C, k -> B, v -> x, o -> out_proj (MambaInLlama, arXiv 2408.15237); needs
+            state_size equal to the head dim. "random" leaves the mixer at its own initialisation.
+        gate: what z starts from under "attention": "open" (a constant; z rows 0), "output" (z from the output and
+            value projections, as AWS hybrid-model-factory does) or "random".
+        state_size: N; default the teacher's head dim.
+        conv_kernel: taps of the causal convolution.
+
+    Returns:
+        HybridForCausalLM with the teacher's weights elsewhere, on its device and in its dtype.
+
+    Raises:
+        ValueError: unsupported family, unknown option, or a state size "attention" cannot fill.
+    """
+    check_supported(model.config)
+    shape = decoder_shape(model.config)
+    state_size = shape.head_dim if state_size is None else state_size
+    if init not in INITS:
+        raise ValueError(f"init: got {init!r}, allowed: {', '.join(INITS)}")
+    if gate not in GATES:
+        raise ValueError(f"gate: got {gate!r}, allowed: {', '.join(GATES)}")
+    if init == "attention" and state_size != shape.head_dim:
+        raise ValueError(
+            f"init 'attention' copies q and k into C and B, so state_size must be the head dim {shape.head_dim}, "
+            f"got {state_size}; leave state_size out or use init 'random'"
+        )
+    chosen = choose_layers(ssm_layers, shape.num_layers)
+    base_config = copy.deepcopy(model.config)
+    if hasattr(base_config, "quantization_config"):
+        del base_config.quantization_config
+    attention = [layer.self_attn for layer in decoder_layers(model)]
+    kinds = attention_types(base_config)
+    config = HybridConfig(
+        base_config=base_config,
+        layer_types=[SSM_LAYER if i in chosen else kind for i, kind in enumerate(kinds)],
+        mixer=mixer,
+        mixer_state_size=state_size,
+        mixer_conv_kernel=conv_kernel,
+        # one switch for both projections: an output bias must be kept, and a constant gate needs a bias on z
+        mixer_bias=_has_bias(attention[0].o_proj) or (mixer == "mamba2" and init == "attention" and gate == "open"),
+    )
+    config._attn_implementation = model.config._attn_implementation
+    student = HybridForCausalLM(config).to(model.dtype)
+    missing = student.load_state_dict(model.state_dict(), strict=False).missing_keys
+    left = [key for key in missing if not any(f"layers.{i}.self_attn." in key for i in chosen)]
+    if left and not (config.tie_word_embeddings and left == ["lm_head.weight"]):
+        raise RuntimeError(f"weights without a source in the teacher: {left}")
+    student.tie_weights()
+    if init == "attention":
+        for i in chosen:
+            copy_attention(attention[i], decoder_layers(student)[i].self_attn, shape.num_kv_heads, gate)
+    student.generation_config = copy.deepcopy(model.generation_config)
+    return student.to(model.device).train(model.training)
+
+
+@torch.no_grad()
+def copy_attention(attention: nn.Module, mixer: SSMMixer, num_kv_heads: int, gate: str = "open") -> None:
+    """Fills a mixer from an attention layer: q -> C, k -> B, v -> x, o -> out_proj, kv rows repeated per query head.
+
+    The conv starts as the identity (last tap 1), so the biases of q, k and v go to the conv's bias. Without a softmax
+    the products C.B are far too large to average anything, so B and C are scaled down through their conv taps.
+    """
+    repeat = mixer.num_heads // num_kv_heads
+
+    def per_head(weight: Tensor, copies: int) -> Tensor:
+        heads = weight.unflatten(0, (-1, mixer.head_dim))
+        return heads.repeat_interleave(copies, 0).flatten(0, 1)
+
+    sources = {"x": (attention.v_proj, repeat), "B": (attention.k_proj, repeat), "C": (attention.q_proj, 1)}
+    rows = mixer.slices()
+    mixer.conv1d.weight.zero_()
+    mixer.conv1d.weight[:, 0, -1] = 1.0
+    mixer.conv1d.bias.zero_()
+    start = 0
+    for name, (projection, copies) in sources.items():
+        weight = per_head(projection.weight, copies)
+        channels = slice(start, start + len(weight))
+        mixer.in_proj.weight[rows[name]] = weight
+        if name != "x":
+            mixer.conv1d.weight[channels, 0, -1] = mixer.head_dim**-0.5
+        if _has_bias(projection):
+            bias = per_head(projection.bias[:, None], copies)[:, 0]
+            mixer.conv1d.bias[channels] = bias * mixer.conv1d.weight[channels, 0, -1]
+        start += len(weight)
+    mixer.out_proj.weight.copy_(attention.o_proj.weight)
+    if mixer.in_proj.bias is not None:
+        mixer.in_proj.bias.zero_()
+        mixer.out_proj.bias.zero_()
+        if _has_bias(attention.o_proj):
+            mixer.out_proj.bias.copy_(attention.o_proj.bias)
+    # the decay rows start small: decays are then set by their biases alone, spread over the heads
+    mixer.in_proj.weight[rows["decay"]] *= 0.1
+    if gate == "open":
+        mixer.in_proj.weight[rows["z"]] = 0.0
+        if isinstance(mixer, Mamba2Mixer):
+            mixer.in_proj.bias[rows["z"]] = OPEN_GATE
+    elif gate == "output":
+        values = per_head(attention.v_proj.weight, repeat)
+        mixer.in_proj.weight[rows["z"]] = 0.5 * (attention.o_proj.weight.T + values)
+
+
+def _has_bias(linear: nn.Module) -> bool:
+    return getattr(linear, "bias", None) is not None

@@ -1,0 +1,297 @@
+"""`HybridForCausalLM`: a decoder of a supported family in which some layers' `self_attn` is a Mamba-2 mixer.
+
+The decoder itself (embeddings, norms, MLPs, rotary positions, masks, the attention layers that stay) is the family's
+own transformers code; only attention modules are swapped. `layer_types` says which: "linear_attention" marks a Mamba-2
+layer and makes transformers' caches give that layer a conv and a recurrent state instead of keys and values.
+"""
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, DynamicCache, GenerationMixin, PreTrainedModel
+from transformers.configuration_utils import PreTrainedConfig
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from mohawk.models.families import check_supported, decoder_shape
+from mohawk.models.mixers import MIXERS, DiscreteMamba2Mixer, Mamba2Mixer, SSMMixer
+
+SSM_LAYER = "linear_attention"
+# read from the base configuration so that tools and caches that ask the student's find them
+_COPIED = (
+    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+    "num_key_value_heads", "head_dim", "max_position_embeddings", "sliding_window", "initializer_range",
+    "bos_token_id", "eos_token_id", "pad_token_id", "tie_word_embeddings",
+)  # fmt: skip
+
+
+class HybridConfig(PreTrainedConfig):
+    """Configuration of a hybrid student.
+
+    Args:
+        base_config: configuration (or its dict) of the decoder whose attention is replaced.
+        layer_types: one entry a layer: "linear_attention" (Mamba-2), "full_attention" or "sliding_attention".
+        mixer: "mamba2" or "discrete_mamba2".
+        mixer_num_heads, mixer_head_dim, mixer_state_size, mixer_num_groups, mixer_conv_kernel, mixer_bias: the mixers'
+            shapes (see `SSMMixer`); heads and head dim default to the decoder's attention, state size to its head dim.
+
+    Raises:
+        ValueError: unknown mixer, or layer_types that do not fit the base configuration.
+    """
+
+    model_type = "mohawk_hybrid"
+    sub_configs = {"base_config": AutoConfig}
+    keys_to_ignore_at_inference = ["past_key_values"]
+
+    def __init__(
+        self,
+        base_config=None,
+        layer_types=None,
+        mixer="mamba2",
+        mixer_num_heads=None,
+        mixer_head_dim=None,
+        mixer_state_size=None,
+        mixer_num_groups=None,
+        mixer_conv_kernel=4,
+        mixer_bias=False,
+        **kwargs,
+    ):
+        if isinstance(base_config, dict):
+            base_config = dict(base_config)
+            base_config = AutoConfig.for_model(base_config.pop("model_type"), **base_config)
+        self.base_config = base_config
+        self.mixer = mixer
+        self.mixer_num_heads, self.mixer_head_dim = mixer_num_heads, mixer_head_dim
+        self.mixer_state_size, self.mixer_num_groups = mixer_state_size, mixer_num_groups
+        self.mixer_conv_kernel, self.mixer_bias = mixer_conv_kernel, mixer_bias
+        self.layer_types = layer_types
+        if base_config is not None:
+            if mixer not in MIXERS:
+                raise ValueError(f"mixer: got {mixer!r}, allowed: {', '.join(MIXERS)}")
+            for name in _COPIED:
+                if hasattr(base_config, name):
+                    kwargs.setdefault(name, getattr(base_config, name))
+            shape = decoder_shape(base_config)
+            self.mixer_num_heads = mixer_num_heads or shape.num_heads
+            self.mixer_head_dim = mixer_head_dim or shape.head_dim
+            self.mixer_state_size = mixer_state_size or shape.head_dim
+            self.mixer_num_groups = mixer_num_groups or self.mixer_num_heads
+            self.layer_types = layer_types or attention_types(base_config)
+        super().__init__(**kwargs)
+        # set after, since the parent has its own ideas about a missing value
+        if base_config is not None and len(self.layer_types) != base_config.num_hidden_layers:
+            raise ValueError(
+                f"layer_types has {len(self.layer_types)} entries, the base model {base_config.num_hidden_layers} layers"
+            )
+
+    @property
+    def ssm_layers(self) -> list[int]:
+        """Indices of the layers that are Mamba-2."""
+        return [i for i, kind in enumerate(self.layer_types or []) if kind == SSM_LAYER]
+
+    @property
+    def is_pure_ssm(self) -> bool:
+        """Whether no attention layer is left."""
+        return len(self.ssm_layers) == len(self.layer_types)
+
+    def make_mixer(self, layer_idx: int) -> SSMMixer:
+        """A freshly initialised mixer for one layer."""
+        return MIXERS[self.mixer](
+            self.base_config.hidden_size,
+            self.mixer_num_heads,
+            self.mixer_head_dim,
+            self.mixer_state_size,
+            self.mixer_num_groups,
+            self.mixer_conv_kernel,
+            bias=self.mixer_bias,
+            norm_eps=getattr(self.base_config, "rms_norm_eps", 1e-5),
+            layer_idx=layer_idx,
+        )
+
+
+def attention_types(base_config) -> list[str]:
+    """The decoder's own layer types: what `layer_types` is before any layer is replaced."""
+    own = getattr(base_config, "layer_types", None)
+    if own is not None:
+        return list(own)
+    sliding = getattr(base_config, "sliding_window", None) is not None
+    return ["sliding_attention" if sliding else "full_attention"] * base_config.num_hidden_layers
+
+
+class StateCache(DynamicCache):
+    """The cache of a student without attention layers: states only, and a count of the tokens they have seen.
+
+    transformers reads a cache's length from its first attention layer, and `generate` needs the length.
+    """
+
+    is_compileable = False
+
+    def __init__(self, config: HybridConfig):
+        super().__init__(config=config)
+        self.seen = 0
+
+    def update_conv_state(self, conv_states: Tensor, layer_idx: int, *args, **kwargs) -> Tensor:
+        if layer_idx == 0:
+            self.seen += conv_states.shape[-1]
+        return super().update_conv_state(conv_states, layer_idx, *args, **kwargs)
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return self.seen
+
+    def reset(self) -> None:
+        super().reset()
+        self.seen = 0
+
+
+class HybridPreTrainedModel(PreTrainedModel):
+    config_class = HybridConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _skip_keys_device_placement = ["past_key_values"]
+    _supports_flash_attn = True
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = False
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        # mixers' own vectors are set where they are made; on loading, transformers asks only for what is missing
+        super()._init_weights(module)
+        if isinstance(module, SSMMixer) and any(p.is_meta for p in module.parameters(recurse=False)):
+            return
+        if isinstance(module, SSMMixer):
+            fresh = self.config.make_mixer(module.layer_idx)
+            for name, parameter in module.named_parameters(recurse=False):
+                if not getattr(parameter, "_is_hf_initialized", False):
+                    parameter.copy_(getattr(fresh, name))
+
+
+class HybridForCausalLM(HybridPreTrainedModel, GenerationMixin):
+    """A causal language model of attention and Mamba-2 layers, used like any transformers model.
+
+    `forward` takes what the family's own model takes, and `segment_ids` (b, n) for packed rows: attention, conv and
+    state then stay inside each document. Without it, packing is recognised from `position_ids` that restart, by the
+    rule transformers' attention masks follow. `generate`, beam search, left-padded batches and `save_pretrained` work
+    as for other transformers models; the cache is transformers' own.
+    """
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+
+    def __init__(self, config: HybridConfig):
+        super().__init__(config)
+        check_supported(config.base_config)
+        self.model = AutoModel.from_config(config.base_config)
+        for i in config.ssm_layers:
+            self.model.layers[i].self_attn = config.make_mixer(i)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values=None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        segment_ids: Tensor | None = None,
+        **kwargs,
+    ) -> CausalLMOutputWithPast:
+        body = self.body(
+            input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache, segment_ids, **kwargs
+        )
+        hidden = body.last_hidden_state
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) and logits_to_keep else logits_to_keep
+        logits = self.lm_head(hidden if isinstance(kept, int) else hidden[:, kept])
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        return CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=body.past_key_values,
+            hidden_states=body.hidden_states,
+            attentions=body.attentions,
+        )
+
+    def new_cache(self) -> DynamicCache:
+        """An empty cache: conv and recurrent state for Mamba-2 layers, keys and values where attention stays."""
+        return StateCache(self.config) if self.config.is_pure_ssm else DynamicCache(config=self.config)
+
+    def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
+        if self.config.is_pure_ssm and generation_config.use_cache and model_kwargs.get("past_key_values") is None:
+            model_kwargs["past_key_values"] = StateCache(self.config)
+            return None
+        return super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
+
+    def body(
+        self,
+        input_ids=None,
+        attention_mask=None,
+        position_ids=None,
+        past_key_values=None,
+        inputs_embeds=None,
+        use_cache=None,
+        segment_ids=None,
+        **kwargs,
+    ):
+        """Everything but the head: the decoder's output, with `last_hidden_state` (b, n, D) after the final norm."""
+        inputs = input_ids if input_ids is not None else inputs_embeds
+        if inputs is None:
+            raise ValueError("forward needs input_ids or inputs_embeds")
+        b, n = inputs.shape[:2]
+        if use_cache is None:
+            use_cache = past_key_values is not None or (not self.training and getattr(self.config, "use_cache", True))
+        if use_cache and past_key_values is None:
+            past_key_values = self.new_cache()
+        if segment_ids is None and position_ids is not None and attention_mask is None and past_key_values is None:
+            segment_ids = segments_of(position_ids.expand(b, -1))
+        elif segment_ids is not None and position_ids is None:
+            position_ids = positions_of(segment_ids)
+        padding_mask = None
+        if isinstance(attention_mask, dict):  # generate() prepares one mask a layer type for static caches
+            padding_mask = attention_mask.get(SSM_LAYER)
+            others = {kind: mask for kind, mask in attention_mask.items() if kind != SSM_LAYER}
+            takes_dict = getattr(self.config.base_config, "layer_types", None) is not None
+            attention_mask = others if takes_dict or not others else next(iter(others.values()))
+        elif attention_mask is not None and attention_mask.dim() == 2 and n > 1:
+            padding_mask = attention_mask[:, -n:]
+            if bool(padding_mask.all()):
+                padding_mask = None
+        if self.config.is_pure_ssm:
+            # no attention layer: transformers cannot size a mask from such a cache, and nothing here needs one
+            attention_mask = inputs.new_zeros((1, 1, 1, 1), dtype=torch.bool)
+            if position_ids is None:
+                position_ids = torch.arange(n, device=inputs.device)[None]
+        return self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            segment_ids=segment_ids,
+            padding_mask=padding_mask,
+            **kwargs,
+        )
+
+
+def segments_of(position_ids: Tensor) -> Tensor | None:
+    """(b, n) segment ids of rows whose positions restart, or None when none does: transformers' own packing rule."""
+    starts = position_ids.diff(dim=-1, prepend=position_ids[:, :1] - 1) != 1
+    return starts.cumsum(-1) if bool(starts.any()) else None
+
+
+def positions_of(segment_ids: Tensor) -> Tensor:
+    """(b, n) positions that restart at 0 with each segment."""
+    index = torch.arange(segment_ids.shape[1], device=segment_ids.device).expand_as(segment_ids)
+    starts = segment_ids.diff(dim=-1, prepend=segment_ids[:, :1] - 1) != 0
+    return index - torch.where(starts, index, 0).cummax(-1).values
+
+
+AutoConfig.register("mohawk_hybrid", HybridConfig, exist_ok=True)
+AutoModelForCausalLM.register(HybridConfig, HybridForCausalLM, exist_ok=True)
+
+__all__ = ["DiscreteMamba2Mixer", "HybridConfig", "HybridForCausalLM", "Mamba2Mixer"]

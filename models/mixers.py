@@ -1,0 +1,286 @@
+"""Mamba-2 mixers that take the place of a decoder layer's self-attention.
+
+Both are the same skeleton (in_proj -> causal conv -> state-space scan -> gate -> out_proj) and differ in what the
+MOHAWK literature varies: `Mamba2Mixer` is the continuous form, number for number the mixer of transformers' Bamba
+(dt, A_log, SiLU after the conv, gated RMSNorm); `DiscreteMamba2Mixer` is the form of the MOHAWK paper, Phi-Mamba and
+Llamba (decay straight from in_proj, no activation, no norm, a plain gate).
+
+Shapes: b batch, n sequence, D hidden size, h heads, p head dim, g groups, N state size, k conv kernel.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mohawk.kernels.causal_conv1d import causal_conv1d
+from mohawk.kernels.mixing import SSDMixing
+from mohawk.kernels.ssd import ssd, ssd_step
+
+OPEN_GATE = 1.278464542761  # silu(OPEN_GATE) = 1
+
+
+class GatedRMSNorm(nn.Module):
+    """RMSNorm of `x * silu(gate)` over each of `num_groups` groups of channels, in float32 (Mamba-2, section 7)."""
+
+    def __init__(self, size: int, num_groups: int, eps: float = 1e-5):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.num_groups = num_groups
+        self.eps = eps
+
+    def forward(self, x: Tensor, gate: Tensor) -> Tensor:
+        gated = x.float() * F.silu(gate.float())
+        grouped = gated.unflatten(-1, (self.num_groups, -1))
+        scale = torch.rsqrt(grouped.square().mean(-1, keepdim=True) + self.eps)
+        return (grouped * scale).flatten(-2) * self.weight
+
+
+class SSMMixer(nn.Module):
+    """What the two mixers share: shapes, the conv, the scan, the cache. Subclasses say how the projection is cut.
+
+    Args:
+        hidden_size: D, width of the residual stream.
+        num_heads, head_dim: h and p; the inner width is h * p and need not equal D.
+        state_size: N.
+        num_groups: g, how many B and C there are; default one per head. h must be a multiple of g.
+        conv_kernel: k, taps of the depthwise causal convolution.
+        bias: biases on in_proj and out_proj (one switch, as in Bamba).
+        norm_eps: epsilon of the output norm, where there is one.
+        layer_idx: index of the layer in the model, for the cache.
+
+    Raises:
+        ValueError: if num_heads is not a multiple of num_groups.
+    """
+
+    activation: str | None = None  # after the conv
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_heads: int,
+        head_dim: int,
+        state_size: int,
+        num_groups: int | None = None,
+        conv_kernel: int = 4,
+        *,
+        bias: bool = False,
+        norm_eps: float = 1e-5,
+        layer_idx: int = 0,
+    ):
+        super().__init__()
+        num_groups = num_heads if num_groups is None else num_groups
+        if num_heads % num_groups:
+            raise ValueError(f"num_heads ({num_heads}) must be a multiple of num_groups ({num_groups})")
+        self.hidden_size, self.num_heads, self.head_dim = hidden_size, num_heads, head_dim
+        self.state_size, self.num_groups, self.conv_kernel = state_size, num_groups, conv_kernel
+        self.layer_idx = layer_idx
+        self.inner_size = num_heads * head_dim
+        self.group_size = num_groups * state_size  # width of B, and of C
+        self.conv_size = self.inner_size + 2 * self.group_size
+        # as transformers' Mamba-2 layers: the weights of a depthwise Conv1d, applied by our own kernel
+        self.conv1d = nn.Conv1d(self.conv_size, self.conv_size, conv_kernel, groups=self.conv_size)
+        self.D = nn.Parameter(torch.ones(num_heads))
+        self.out_proj = nn.Linear(self.inner_size, hidden_size, bias=bias)
+        self.in_proj = nn.Linear(hidden_size, self.projection_size(), bias=bias)
+
+    # --- what a subclass defines ---------------------------------------------------------------------------------
+
+    def projection_size(self) -> int:
+        """Rows of in_proj."""
+        raise NotImplementedError
+
+    def slices(self) -> dict[str, slice]:
+        """Which rows of in_proj make x, B, C (B and C adjacent to each other), z and the decay."""
+        raise NotImplementedError
+
+    def decay(self, raw: Tensor) -> tuple[Tensor, Tensor | None]:
+        """(b, n, h) projected decay rows -> float32 (log_decay, input_scale or None), each (b, n, h)."""
+        raise NotImplementedError
+
+    def gate(self, y: Tensor, z: Tensor) -> Tensor:
+        """(b, n, h*p) scan output and gate -> input of out_proj."""
+        raise NotImplementedError
+
+    # --- shared --------------------------------------------------------------------------------------------------
+
+    def _conv(self, x: Tensor, channels: slice, state: Tensor | None = None, segment_ids: Tensor | None = None):
+        weight, bias = self.conv1d.weight[channels, 0], self.conv1d.bias[channels]
+        return causal_conv1d(
+            x, weight, bias, activation=self.activation, initial_state=state, segment_ids=segment_ids
+        )
+
+    def _heads(self, B: Tensor, C: Tensor) -> tuple[Tensor, Tensor]:
+        return B.unflatten(-1, (self.num_groups, -1)), C.unflatten(-1, (self.num_groups, -1))
+
+    def mixing(
+        self, hidden_states: Tensor, segment_ids: Tensor | None = None, padding_mask: Tensor | None = None
+    ) -> SSDMixing:
+        """The layer's mixing matrix, unmaterialised: only the projections it depends on are computed.
+
+        Args:
+            hidden_states: (b, n, D), the layer's normalised input.
+            segment_ids: (b, n) integers, documents of a packed row; -1 is padding.
+            padding_mask: (b, n), 0 at padding; made into segment ids when none are given.
+
+        Returns:
+            SSDMixing with C, B (b, n, g, N), log_decay and input_scale (b, n, h), D (h,).
+        """
+        rows = self.slices()
+        first = min(rows["B"].start, rows["C"].start)
+        if padding_mask is not None and segment_ids is None:
+            segment_ids = padding_mask.long() - 1
+        # B, C and the decay rows are neighbours in Mamba-2's order and nearly so in the discrete one
+        BC = F.linear(hidden_states, *self._rows(slice(first, first + 2 * self.group_size)))
+        raw = F.linear(hidden_states, *self._rows(rows["decay"]))
+        BC = self._conv(BC, slice(self.inner_size, self.conv_size), segment_ids=segment_ids)
+        B, C = self._heads(*BC.split(self.group_size, -1))
+        log_decay, input_scale = self.decay(raw)
+        return SSDMixing(
+            C=C, B=B, log_decay=log_decay, input_scale=input_scale, D=self.D, segment_ids=segment_ids
+        )
+
+    def _rows(self, rows: slice) -> tuple[Tensor, Tensor | None]:
+        return self.in_proj.weight[rows], None if self.in_proj.bias is None else self.in_proj.bias[rows]
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        past_key_values=None,
+        segment_ids: Tensor | None = None,
+        padding_mask: Tensor | None = None,
+        **kwargs,
+    ) -> tuple[Tensor, None]:
+        """Stands in for a decoder layer's `self_attn`.
+
+        Args:
+            hidden_states: (b, n, D).
+            attention_mask: the attention layers' mask; not used here (the scan is causal by construction).
+            past_key_values: a transformers cache whose layer `layer_idx` is a `LinearAttentionLayer`; read and updated.
+            segment_ids: (b, n) documents of a packed row: neither conv nor state crosses them.
+            padding_mask: (b, n), 0 at padded positions, which then leave no trace in conv or state.
+
+        Returns:
+            (output (b, n, D), None), as attention returns (output, weights).
+        """
+        rows = self.slices()
+        n = hidden_states.shape[1]
+        projected = self.in_proj(hidden_states)
+        xBC, z, raw = projected[..., rows["xBC"]], projected[..., rows["z"]], projected[..., rows["decay"]]
+        if padding_mask is not None:
+            keep = padding_mask[:, -n:, None].to(xBC.dtype)
+            xBC = xBC * keep
+
+        conv_state, state = self._read_cache(past_key_values, xBC)
+        convolved = self._conv(xBC, slice(0, self.conv_size), conv_state, segment_ids)
+        if padding_mask is not None:
+            convolved = convolved * keep
+        x, B, C = convolved.split([self.inner_size, self.group_size, self.group_size], -1)
+        x = x.unflatten(-1, (self.num_heads, self.head_dim))
+        B, C = self._heads(B, C)
+        log_decay, input_scale = self.decay(raw)
+
+        if past_key_values is None:
+            y = ssd(x, log_decay, B, C, input_scale=input_scale, D=self.D, segment_ids=segment_ids)
+        else:
+            if n == 1 and state is not None:
+                y, state = ssd_step(
+                    state, x[:, 0], log_decay[:, 0], B[:, 0], C[:, 0], D=self.D,
+                    input_scale=None if input_scale is None else input_scale[:, 0],
+                )  # fmt: skip
+                y = y[:, None]
+            else:
+                y, state = ssd(
+                    x, log_decay, B, C, input_scale=input_scale, D=self.D, segment_ids=segment_ids,
+                    initial_state=state, return_final_state=True,
+                )  # fmt: skip
+            past_key_values.update_conv_state(
+                xBC.transpose(1, 2), self.layer_idx, conv_kernel_size=self.conv_kernel
+            )
+            past_key_values.update_recurrent_state(state, self.layer_idx)
+        return self.out_proj(self.gate(y.flatten(-2), z).to(projected.dtype)), None
+
+    def _read_cache(self, cache, xBC: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """The conv's last k - 1 inputs (b, channels, k - 1) and the state (b, h, p, N), or None before any token."""
+        if cache is None or not cache.has_previous_state(self.layer_idx):
+            return None, None
+        layer = cache.layers[self.layer_idx]
+        # transformers keeps k inputs; a copy, since the cache is overwritten in place
+        conv_state = layer.conv_states[0][..., -(self.conv_kernel - 1) :].to(xBC.dtype, copy=True)
+        return conv_state, layer.recurrent_states[0]
+
+
+class Mamba2Mixer(SSMMixer):
+    """Mamba-2 (arXiv 2405.21060) exactly as transformers' `BambaMixer` computes it, state-dict keys included.
+
+    in_proj rows are [z | x | B | C | dt]; dt = softplus(dt + dt_bias), log decay = -dt * exp(A_log), the input is
+    scaled by dt; SiLU follows the conv; the output is RMSNorm(y * silu(z)) per group, then out_proj.
+    """
+
+    activation = "silu"
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.A_log = nn.Parameter(torch.log(torch.linspace(1, 16, self.num_heads)))
+        # dt log-uniform in [1e-3, 1e-1] (the paper's released initialisation), spread over heads
+        dt = torch.exp(torch.linspace(math.log(1e-3), math.log(1e-1), self.num_heads))
+        self.dt_bias = nn.Parameter(dt + torch.log(-torch.expm1(-dt)))
+        self.norm = GatedRMSNorm(self.inner_size, self.num_groups, kwargs.get("norm_eps", 1e-5))
+
+    def projection_size(self) -> int:
+        return self.inner_size + self.conv_size + self.num_heads
+
+    def slices(self) -> dict[str, slice]:
+        d, s = self.inner_size, self.group_size
+        return {
+            "z": slice(0, d),
+            "xBC": slice(d, d + self.conv_size),
+            "x": slice(d, 2 * d),
+            "B": slice(2 * d, 2 * d + s),
+            "C": slice(2 * d + s, 2 * d + 2 * s),
+            "decay": slice(2 * d + 2 * s, None),
+        }
+
+    def decay(self, raw: Tensor) -> tuple[Tensor, Tensor]:
+        dt = F.softplus(raw.float() + self.dt_bias.float())
+        return -dt * torch.exp(self.A_log.float()), dt
+
+    def gate(self, y: Tensor, z: Tensor) -> Tensor:
+        return self.norm(y, z)
+
+
+class DiscreteMamba2Mixer(SSMMixer):
+    """Discrete Mamba-2 of the MOHAWK paper (arXiv 2408.10189), Phi-Mamba and Llamba, state-dict keys included.
+
+    in_proj rows are [x | B | C | z | a]; log decay = -softplus(a) per token and head; no activation after the conv,
+    no norm; the output is out_proj(y * silu(z + z_bias)).
+    """
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.z_bias = nn.Parameter(torch.full((self.inner_size,), OPEN_GATE))
+
+    def projection_size(self) -> int:
+        return self.conv_size + self.inner_size + self.num_heads
+
+    def slices(self) -> dict[str, slice]:
+        d, s = self.inner_size, self.group_size
+        return {
+            "xBC": slice(0, d + 2 * s),
+            "x": slice(0, d),
+            "B": slice(d, d + s),
+            "C": slice(d + s, d + 2 * s),
+            "z": slice(d + 2 * s, 2 * d + 2 * s),
+            "decay": slice(2 * d + 2 * s, None),
+        }
+
+    def decay(self, raw: Tensor) -> tuple[Tensor, None]:
+        return -F.softplus(raw.float()), None
+
+    def gate(self, y: Tensor, z: Tensor) -> Tensor:
+        return y.float() * F.silu(z.float() + self.z_bias.float())
+
+
+MIXERS: dict[str, type[SSMMixer]] = {"mamba2": Mamba2Mixer, "discrete_mamba2": DiscreteMamba2Mixer}

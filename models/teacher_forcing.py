@@ -1,0 +1,130 @@
+"""Running a teacher one decoder layer at a time, and reading queries and keys off its attention.
+
+Phases 1 and 2 compare layer by layer on the teacher's own hidden states, so the teacher is never run with all of its
+layers' intermediate results alive: the caller walks the layers and keeps what it needs of one.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from mohawk.kernels.mixing import AttentionMixing
+from mohawk.models.families import decoder_layers
+
+RECORDING = "mohawk_recording_sdpa"
+
+
+@dataclass
+class LayerCall:
+    """What the decoder passes to one layer besides hidden states: masks, positions, rotary tables."""
+
+    args: tuple
+    kwargs: dict
+
+
+@dataclass
+class AttentionRecord:
+    """What one attention layer computed in its last call, before its softmax."""
+
+    query: Tensor | None = None  # (b, h, n, d), after rotary embedding
+    key: Tensor | None = None  # (b, kv heads, n, d)
+    scale: float | None = None
+    window: int | None = None
+    output: Tensor | None = field(default=None, repr=False)  # (b, n, D), after the output projection
+
+    def mixing(self, segment_ids: Tensor | None = None) -> AttentionMixing:
+        """The layer's mixing matrix softmax(mask(scale q k^T)), unmaterialised."""
+        return AttentionMixing(
+            self.query, self.key, scale=self.scale, window=self.window, segment_ids=segment_ids
+        )
+
+
+class _Recorder(nn.Module):
+    """Takes a decoder layer's place and notes how it is called."""
+
+    def __init__(self, layer: nn.Module, calls: list[LayerCall]):
+        super().__init__()
+        self.__dict__["layer"] = layer  # not a submodule: it belongs to the model
+        self.calls = calls
+
+    def __getattr__(self, name: str):
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self.__dict__["layer"], name)  # attention_type and the like, read by some families
+
+    def forward(self, hidden_states: Tensor, *args, **kwargs) -> Tensor:
+        self.calls.append(LayerCall(args, kwargs))
+        return hidden_states
+
+
+@torch.no_grad()
+def layer_calls(model: nn.Module, input_ids: Tensor, position_ids: Tensor) -> tuple[Tensor, list[LayerCall]]:
+    """The input of the first decoder layer and the arguments of each, without running any of them.
+
+    The family's own forward makes embeddings, masks and rotary tables, so nothing about a family is repeated here.
+
+    Args:
+        model: a causal LM; its decoder is left as it was.
+        input_ids, position_ids: (b, n); positions that restart mark the documents of packed rows.
+
+    Returns:
+        (hidden states (b, n, D), one LayerCall a layer).
+    """
+    body, layers, calls = model.model, decoder_layers(model), []
+    body.layers = nn.ModuleList(_Recorder(layer, calls) for layer in layers)
+    norm, hidden = body.norm, []
+    body.norm = nn.Identity()
+    try:
+        hidden = body(input_ids=input_ids, position_ids=position_ids, use_cache=False).last_hidden_state
+    finally:
+        body.layers, body.norm = layers, norm
+    return hidden, calls
+
+
+def _recording_sdpa(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask, **kwargs):
+    record = module.__dict__.get("mixing_record")
+    if record is not None:
+        record.query, record.key = query, key
+        scaling = kwargs.get("scaling")
+        record.scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+        record.window = kwargs.get("sliding_window")
+    return ALL_ATTENTION_FUNCTIONS["sdpa"](module, query, key, value, attention_mask, **kwargs)
+
+
+AttentionInterface.register(RECORDING, _recording_sdpa)
+AttentionMaskInterface.register(RECORDING, ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
+
+
+@contextmanager
+def recording_attention(model: nn.Module) -> Iterator[None]:
+    """Within it the model's attention runs through a registered function that can note queries and keys."""
+    before = model.config._attn_implementation
+    model.set_attn_implementation(RECORDING)
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(before)
+
+
+@contextmanager
+def record(attention: nn.Module) -> Iterator[AttentionRecord]:
+    """Notes queries, keys and output of one attention module's next call (under `recording_attention`)."""
+    noted = AttentionRecord()
+
+    def keep_output(module, args, result):
+        noted.output = result[0]
+
+    attention.__dict__["mixing_record"] = noted
+    hook = attention.register_forward_hook(keep_output)
+    try:
+        yield noted
+    finally:
+        hook.remove()
+        del attention.__dict__["mixing_record"]

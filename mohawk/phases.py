@@ -1,0 +1,207 @@
+"""The three phases of MOHAWK (arXiv 2408.10189, section 3) as training objectives.
+
+1. `MixingObjective`: each layer's semiseparable matrix against the teacher's attention matrix.
+2. `HiddenObjective`: each layer's output against the teacher's, given the teacher's input.
+3. `EndToEndObjective`: the student's next-token distribution against the teacher's.
+
+In phases 1 and 2 every layer sees the teacher's own hidden state, so layers are independent: each layer's loss is
+yielded, and back-propagated by the trainer, before the next layer is computed. One layer's graph is alive at a time.
+"""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from mohawk.kernels.kd_loss import linear_kd_loss
+from mohawk.kernels.kd_teachers import TeacherHidden
+from mohawk.kernels.mixing_distance import mixing_distance
+from mohawk.models.families import decoder_layers, mixer_input_norm
+from mohawk.models.hybrid import HybridForCausalLM
+from mohawk.models.mixers import SSMMixer
+from mohawk.models.teacher_forcing import AttentionRecord, layer_calls, record, recording_attention
+
+PHASES = ("mixing", "hidden", "end_to_end")
+NO_DECAY = ("bias", "A_log", "D", "dt_bias", "z_bias", "norm.weight", "layernorm.weight")
+
+
+class Objective(nn.Module):
+    """A student, a frozen teacher, and the losses that pull one to the other."""
+
+    def __init__(self, student: HybridForCausalLM, teacher: nn.Module):
+        super().__init__()
+        self.student = student
+        # the teacher is neither trained nor saved with the student, so it is kept out of the module tree
+        self.__dict__["teacher"] = teacher.requires_grad_(False).eval()
+        self.layers = student.config.ssm_layers
+        student.requires_grad_(False)
+        for _, parameter in self.trained():
+            parameter.requires_grad_(True)
+
+    def trained(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Names (in the student) and parameters that this phase trains."""
+        raise NotImplementedError
+
+    def losses(self, **batch: Tensor) -> Iterator[tuple[str, Tensor]]:
+        """Yields scalar losses to be back-propagated one by one; their sum is the step's loss."""
+        raise NotImplementedError
+
+    def parameter_groups(self, learning_rate: float, weight_decay: float) -> list[dict]:
+        """AdamW groups: weight decay on matrices only, none on norms, biases and the scan's own vectors."""
+        decayed, plain = [], []
+        for name, parameter in self.trained():
+            (plain if parameter.dim() < 2 or name.endswith(NO_DECAY) else decayed).append(parameter)
+        groups = [
+            {"params": decayed, "lr": learning_rate, "weight_decay": weight_decay},
+            {"params": plain, "lr": learning_rate, "weight_decay": 0.0},
+        ]
+        return [group for group in groups if group["params"]]
+
+    def _trained_in_layers(self, wanted) -> Iterator[tuple[str, nn.Parameter]]:
+        for i in self.layers:
+            layer = decoder_layers(self.student)[i]
+            for name, parameter in layer.named_parameters():
+                if wanted(name):
+                    yield f"model.layers.{i}.{name}", parameter
+
+
+class LayerwiseObjective(Objective):
+    """Walks the teacher's layers; `layer_loss` compares one layer of the student given the teacher's hidden state."""
+
+    def losses(self, input_ids: Tensor, position_ids: Tensor, segment_ids: Tensor, **_) -> Iterator[tuple[str, Tensor]]:
+        layers, last = decoder_layers(self.teacher), self.layers[-1]
+        with recording_attention(self.teacher):
+            hidden, calls = layer_calls(self.teacher, input_ids, position_ids)
+            for i, call in enumerate(calls[: last + 1]):
+                with torch.no_grad(), record(layers[i].self_attn) as attention:
+                    after = layers[i](hidden, *call.args, **call.kwargs)
+                if i in self.layers:
+                    loss = self.layer_loss(decoder_layers(self.student)[i], hidden, after, attention, call, segment_ids)
+                    yield f"layer_{i}", loss / len(self.layers)
+                    del loss
+                hidden = after
+                del attention, after
+
+    def layer_loss(
+        self,
+        layer: nn.Module,
+        before: Tensor,
+        after: Tensor,
+        attention: AttentionRecord,
+        call,
+        segment_ids: Tensor,
+    ) -> Tensor:
+        """Scalar loss of one student layer; `before` and `after` are the teacher's hidden states (b, n, D)."""
+        raise NotImplementedError
+
+
+class MixingObjective(LayerwiseObjective):
+    """Phase 1: mean over batch and heads of the distance between mixing matrices.
+
+    Trains what the matrix depends on: the layer's input norm and, in the mixer, in_proj (its rows for B, C and the
+    decay get gradients, the others none), conv, D and the decay's parameters.
+    """
+
+    def __init__(self, student: HybridForCausalLM, teacher: nn.Module, metric: str = "frobenius"):
+        super().__init__(student, teacher)
+        self.metric = metric
+
+    def trained(self):
+        kept_out = ("out_proj.weight", "out_proj.bias", "z_bias", "self_attn.norm.weight")
+        return self._trained_in_layers(
+            lambda name: name.startswith("input_layernorm")
+            or (name.startswith("self_attn.") and not name.endswith(kept_out))
+        )
+
+    def parameter_groups(self, learning_rate: float, weight_decay: float) -> list[dict]:
+        # in_proj and conv also hold rows this phase gives no gradient: weight decay would pull them to zero
+        return super().parameter_groups(learning_rate, 0.0)
+
+    def layer_loss(self, layer, before, after, attention, call, segment_ids):
+        mixing = layer.self_attn.mixing(mixer_input_norm(layer)(before), segment_ids=segment_ids)
+        return mixing_distance(mixing, attention.mixing(segment_ids), metric=self.metric)
+
+
+class HiddenObjective(LayerwiseObjective):
+    """Phase 2: mean over real tokens of the L2 norm of the difference in hidden states.
+
+    `match` "block_output" compares the whole layer with the teacher's hidden state after it; "mixer_output" compares
+    the mixer with the teacher's attention output. Trains the mixer, its input norm and, if asked, the MLP and its norm.
+    """
+
+    def __init__(
+        self,
+        student: HybridForCausalLM,
+        teacher: nn.Module,
+        match: str = "block_output",
+        train_mlp: bool = False,
+    ):
+        self.match, self.train_mlp = match, train_mlp
+        super().__init__(student, teacher)
+
+    def trained(self):
+        prefixes = ("self_attn.", "input_layernorm") + (("mlp.", "post_attention_layernorm") if self.train_mlp else ())
+        return self._trained_in_layers(lambda name: name.startswith(prefixes))
+
+    def layer_loss(self, layer, before, after, attention, call, segment_ids):
+        if self.match == "mixer_output":
+            mixer: SSMMixer = layer.self_attn
+            output, _ = mixer(mixer_input_norm(layer)(before), segment_ids=segment_ids)
+            target = attention.output
+        else:
+            output = layer(before, *call.args, **{**call.kwargs, "segment_ids": segment_ids})
+            target = after
+        real = segment_ids >= 0
+        norms = torch.linalg.vector_norm(output.float() - target.float(), dim=-1)
+        return (norms * real).sum() / real.sum().clamp(min=1)
+
+
+class EndToEndObjective(Objective):
+    """Phase 3: divergence of the student's next-token distribution from the teacher's, mean over real tokens.
+
+    `train`: "all", "all_but_mlp" or "mixers" (the replaced layers' mixers and input norms only).
+    """
+
+    def __init__(
+        self,
+        student: HybridForCausalLM,
+        teacher: nn.Module,
+        train: str = "all_but_mlp",
+        divergence: str = "forward_kl",
+        temperature: float = 1.0,
+        kd_weight: float = 1.0,
+        ce_weight: float = 0.0,
+    ):
+        self.train_what = train
+        super().__init__(student, teacher)
+        self.divergence, self.temperature = divergence, temperature
+        self.kd_weight, self.ce_weight = kd_weight, ce_weight
+
+    def trained(self):
+        if self.train_what == "mixers":
+            return self._trained_in_layers(lambda name: name.startswith(("self_attn.", "input_layernorm")))
+        named = self.student.named_parameters()
+        if self.train_what == "all_but_mlp":
+            return ((name, p) for name, p in named if ".mlp." not in name)
+        return named
+
+    def losses(
+        self, input_ids: Tensor, position_ids: Tensor, segment_ids: Tensor, labels: Tensor, **_
+    ) -> Iterator[tuple[str, Tensor]]:
+        with torch.no_grad():
+            teacher = self.teacher.model(input_ids=input_ids, position_ids=position_ids, use_cache=False)
+        student = self.student.body(
+            input_ids, position_ids=position_ids, segment_ids=segment_ids, use_cache=False
+        )
+        # position t predicts token t + 1
+        loss = linear_kd_loss(
+            student.last_hidden_state[:, :-1],
+            self.student.lm_head.weight,
+            TeacherHidden(teacher.last_hidden_state[:, :-1], self.teacher.lm_head.weight),
+            labels[:, 1:],
+            divergence=self.divergence,
+            temperature=self.temperature,
+            kd_weight=self.kd_weight,
+            ce_weight=self.ce_weight,
+        )
+        yield self.divergence, loss

@@ -1,0 +1,106 @@
+"""Making a student: what is copied, what is refused, and that the teacher is left alone."""
+
+import pytest
+import torch
+from transformers import BambaConfig, GPT2Config, GPT2LMHeadModel
+from transformers.models.bamba.modeling_bamba import BambaMixer
+
+from mohawk.models.from_teacher import choose_layers, hybrid_from_teacher
+from mohawk.models.mixers import Mamba2Mixer
+from tests.models.conftest import tiny_teacher
+
+
+def test_the_teacher_is_left_as_it_was_and_nothing_is_shared(teacher):
+    before = {k: v.clone() for k, v in teacher.state_dict().items()}
+    kinds = [type(layer.self_attn) for layer in teacher.model.layers]
+    student = hybrid_from_teacher(teacher, [0, 2])
+    with torch.no_grad():
+        for parameter in student.parameters():
+            parameter.add_(1.0)
+    assert [type(layer.self_attn) for layer in teacher.model.layers] == kinds
+    for key, value in teacher.state_dict().items():
+        assert torch.equal(value, before[key]), key
+
+
+def test_everything_outside_the_replaced_attention_is_the_teachers(teacher):
+    student = hybrid_from_teacher(teacher, [1])
+    own = teacher.state_dict()
+    for key, value in student.state_dict().items():
+        if "layers.1.self_attn" not in key:
+            assert torch.equal(value, own[key]), key
+
+
+@pytest.mark.parametrize("mixer", ["mamba2", "discrete_mamba2"])
+def test_attention_weights_become_c_b_x_and_out_proj(teacher, mixer):
+    """C, B and x of the untrained mixer are the teacher's q, k (scaled) and v, kv heads repeated, biases included."""
+    student = hybrid_from_teacher(teacher, [1], mixer)
+    attention, ssm = teacher.model.layers[1].self_attn, student.model.layers[1].self_attn
+    h, p = ssm.num_heads, ssm.head_dim
+    hidden = torch.randn(2, 5, teacher.config.hidden_size)
+    kv = teacher.config.num_key_value_heads
+    expected = {
+        "C": attention.q_proj(hidden).unflatten(-1, (h, p)) * p**-0.5,
+        "B": attention.k_proj(hidden).unflatten(-1, (kv, p)).repeat_interleave(h // kv, 2) * p**-0.5,
+    }
+    if mixer == "mamba2":  # SiLU follows the conv
+        expected = {k: torch.nn.functional.silu(v) for k, v in expected.items()}
+    mixing = ssm.mixing(hidden)
+    for name, value in expected.items():
+        torch.testing.assert_close(getattr(mixing, name), value, rtol=1e-5, atol=1e-5)
+    assert torch.equal(ssm.out_proj.weight, attention.o_proj.weight)
+
+
+def test_mamba2_is_the_stock_bamba_mixer():
+    """Same weights, same output as transformers' BambaMixer, to float32 rounding; grouped B and C included."""
+    config = BambaConfig(
+        vocab_size=97, hidden_size=32, num_hidden_layers=1, mamba_expand=2, mamba_n_heads=8, mamba_d_head=8,
+        mamba_n_groups=4, mamba_d_state=16, mamba_d_conv=4, mamba_proj_bias=True, attn_layer_indices=[],
+    )  # fmt: skip
+    torch.manual_seed(0)
+    stock = BambaMixer(config, layer_idx=0).eval()
+    ours = Mamba2Mixer(32, 8, 8, 16, 4, 4, bias=True, norm_eps=config.rms_norm_eps)
+    with torch.no_grad():
+        for parameter in stock.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.3)
+    ours.load_state_dict(stock.state_dict())
+    hidden = torch.randn(2, 37, 32)
+    torch.testing.assert_close(ours(hidden)[0], stock(hidden), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("gate", ["open", "output", "random"])
+@pytest.mark.parametrize("mixer", ["mamba2", "discrete_mamba2"])
+def test_gates(teacher, mixer, gate):
+    student = hybrid_from_teacher(teacher, [1], mixer, gate=gate)
+    ssm = student.model.layers[1].self_attn
+    z = ssm.in_proj(torch.randn(1, 3, teacher.config.hidden_size))[..., ssm.slices()["z"]]
+    if mixer == "discrete_mamba2":
+        z = z + ssm.z_bias
+    is_one = torch.allclose(torch.nn.functional.silu(z), torch.ones_like(z), atol=1e-5)
+    assert is_one == (gate == "open")
+
+
+def test_layer_choice():
+    assert choose_layers("every_second", 5) == [1, 3]
+    assert choose_layers("all", 3) == [0, 1, 2]
+    assert choose_layers([3, 0], 4) == [0, 3]
+    for wrong, said in (("evry_second", "allowed"), ([4], "0 to 3"), ([-1], "0 to 3"), ([1, 1], "twice"), ([], "no layer")):
+        with pytest.raises(ValueError, match=said):
+            choose_layers(wrong, 4)
+
+
+def test_refusals_say_what_is_supported():
+    gpt2 = GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=16, n_head=2, vocab_size=32))
+    with pytest.raises(ValueError, match="gpt2.*supported: llama"):
+        hybrid_from_teacher(gpt2)
+    with pytest.raises(ValueError, match="state_size must be the head dim 8, got 16"):
+        hybrid_from_teacher(tiny_teacher(), state_size=16)
+    with pytest.raises(ValueError, match="mixer: got 'mamba3'"):
+        hybrid_from_teacher(tiny_teacher(), mixer="mamba3")
+    with pytest.raises(ValueError, match="gate: got 'ajar'"):
+        hybrid_from_teacher(tiny_teacher(), gate="ajar")
+
+
+def test_random_init_takes_any_state_size():
+    student = hybrid_from_teacher(tiny_teacher(), "all", init="random", state_size=5)
+    assert student.model.layers[0].self_attn.state_size == 5
+    assert torch.isfinite(student(torch.tensor([[5, 6, 7]])).logits).all()

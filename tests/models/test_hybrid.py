@@ -1,0 +1,175 @@
+"""The student as a transformers model: parity with its teacher, caches, generation, saving."""
+
+import copy
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
+
+from mohawk.models.from_teacher import hybrid_from_teacher
+from mohawk.models.hybrid import HybridConfig, HybridForCausalLM, positions_of, segments_of
+from tests.models.conftest import tiny_teacher
+
+MIXERS = ("mamba2", "discrete_mamba2")
+LAYERS = ([1, 3], [0], "all")  # the first layer matters: caches read their length from it
+
+
+def student_of(teacher, layers=(1, 3), mixer="mamba2", **options):
+    torch.manual_seed(1)
+    student = hybrid_from_teacher(teacher, layers, mixer, **options).eval()
+    with torch.no_grad():  # away from the symmetric start, so that a wrong index or a skipped term shows
+        for name, parameter in student.named_parameters():
+            if "self_attn" in name and ("conv1d" in name or name.endswith((".D", "z_bias", "in_proj.bias"))):
+                parameter.add_(torch.randn_like(parameter) * 0.3)
+    return student
+
+
+def relative(got, expected):
+    return ((got - expected).norm() / expected.norm()).item()
+
+
+def ids(*shape, seed=0):
+    return torch.randint(3, 97, shape, generator=torch.Generator().manual_seed(seed))
+
+
+def test_nothing_replaced_gives_the_teachers_logits(teacher):
+    """A hybrid whose every layer stays attention is the teacher, to the last bit."""
+    config = HybridConfig(base_config=copy.deepcopy(teacher.config))
+    student = HybridForCausalLM(config).eval()
+    student.load_state_dict(teacher.state_dict(), strict=False)
+    student.tie_weights()
+    x = ids(2, 17)
+    torch.testing.assert_close(student(x).logits, teacher(x).logits, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("mixer", MIXERS)
+@pytest.mark.parametrize("layers", LAYERS, ids=str)
+def test_full_forward_prefill_with_steps_and_chunked_prefill_agree(teacher, layers, mixer):
+    student = student_of(teacher, layers, mixer)
+    x = ids(2, 23)
+    with torch.no_grad():
+        full = student(x, use_cache=False).logits
+        for cuts in ((23,), (1, 22), (9, 1, 1, 12), (16, 7), (22, 1), tuple([1] * 23)):
+            cache, parts, start = DynamicCache(config=student.config), [], 0
+            for length in cuts:
+                positions = torch.arange(start, start + length)[None]
+                out = student(x[:, start : start + length], past_key_values=cache, position_ids=positions)
+                parts.append(out.logits)
+                start += length
+            assert relative(torch.cat(parts, 1), full) < 1e-4, cuts
+
+
+@pytest.mark.parametrize("mixer", MIXERS)
+@pytest.mark.parametrize("layers", LAYERS, ids=str)
+def test_batched_left_padded_generation_equals_one_by_one(teacher, layers, mixer):
+    student = student_of(teacher, layers, mixer)
+    prompts = [ids(1, n, seed=n)[0] for n in (3, 11, 7)]
+    width = max(len(p) for p in prompts)
+    batch = torch.stack([torch.cat([torch.zeros(width - len(p), dtype=torch.long), p]) for p in prompts])
+    mask = torch.stack([torch.cat([torch.zeros(width - len(p)), torch.ones(len(p))]).long() for p in prompts])
+    options = dict(max_new_tokens=12, do_sample=False, eos_token_id=None, pad_token_id=0)
+    together = student.generate(batch, attention_mask=mask, **options)[:, width:]
+    for prompt, row in zip(prompts, together, strict=True):
+        alone = student.generate(prompt[None], attention_mask=torch.ones(1, len(prompt)).long(), **options)
+        assert alone[0, len(prompt) :].tolist() == row.tolist()
+
+
+@pytest.mark.parametrize("mixer", MIXERS)
+def test_generation_with_the_cache_equals_generation_without(teacher, mixer):
+    student = student_of(teacher, [0, 2], mixer)
+    options = dict(max_new_tokens=14, do_sample=False, eos_token_id=None, pad_token_id=0)
+    x = ids(2, 8)
+    assert student.generate(x, **options).tolist() == student.generate(x, use_cache=False, **options).tolist()
+
+
+def test_beam_search_reorders_states_and_sampling_is_seeded():
+    student = student_of(tiny_teacher())
+    x = ids(2, 6)
+    options = dict(max_new_tokens=8, eos_token_id=None, pad_token_id=0)
+    beams = student.generate(x, num_beams=3, do_sample=False, **options)
+    assert beams.tolist() == student.generate(x, num_beams=3, do_sample=False, use_cache=False, **options).tolist()
+    torch.manual_seed(5)
+    first = student.generate(x, do_sample=True, **options)
+    torch.manual_seed(5)
+    assert first.tolist() == student.generate(x, do_sample=True, **options).tolist()
+
+
+@pytest.mark.parametrize("mixer", MIXERS)
+def test_the_cache_of_a_replaced_layer_does_not_grow(mixer):
+    student = student_of(tiny_teacher(), [1, 3], mixer)
+    cache = DynamicCache(config=student.config)
+    sizes = []
+    with torch.no_grad():
+        for length in (5, 40):
+            student(ids(1, length), past_key_values=cache)
+            layer = cache.layers[1]
+            sizes.append(layer.conv_states[0].numel() + layer.recurrent_states[0].numel())
+    assert sizes[0] == sizes[1]
+    assert cache.layers[1].recurrent_states[0].dtype == torch.float32
+    assert cache.layers[0].keys.shape[-2] == 45
+
+
+@pytest.mark.parametrize("mixer", MIXERS)
+def test_save_and_load_are_exact(teacher, mixer, tmp_path):
+    student = student_of(teacher, [1, 2], mixer)
+    student.save_pretrained(tmp_path)
+    assert AutoConfig.from_pretrained(tmp_path).layer_types == student.config.layer_types
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    assert type(loaded) is HybridForCausalLM
+    before, after = student.state_dict(), loaded.state_dict()
+    assert before.keys() == after.keys()
+    for key in before:
+        assert torch.equal(before[key], after[key]), key
+    x = ids(2, 19)
+    assert torch.equal(loaded(x).logits, student(x).logits)
+
+
+@pytest.mark.parametrize("mixer", MIXERS)
+@pytest.mark.parametrize("layers", LAYERS, ids=str)
+def test_packed_documents_do_not_see_each_other(teacher, layers, mixer):
+    """A packed row gives each document the logits it has alone: attention, conv and state stop at its border."""
+    student = student_of(teacher, layers, mixer)
+    lengths = (7, 1, 12, 2)
+    documents = [ids(1, n, seed=n) for n in lengths]
+    segment_ids = torch.repeat_interleave(torch.arange(4), torch.tensor(lengths))[None]
+    packed = torch.cat(documents, 1)
+    with torch.no_grad():
+        alone = torch.cat([student(d, use_cache=False).logits for d in documents], 1)
+        by_segments = student(packed, segment_ids=segment_ids, use_cache=False).logits
+        by_positions = student(packed, position_ids=positions_of(segment_ids), use_cache=False).logits
+    assert relative(by_segments, alone) < 1e-5
+    assert relative(by_positions, alone) < 1e-5
+
+
+def test_positions_and_segments_are_inverse():
+    segment_ids = torch.tensor([[0, 0, 1, 1, 1, 2, -1, -1], [0, 1, 2, 2, 2, 2, 2, 2]])
+    positions = positions_of(segment_ids)
+    assert positions.tolist() == [[0, 1, 0, 1, 2, 0, 0, 1], [0, 0, 0, 1, 2, 3, 4, 5]]
+    again = segments_of(positions)
+    assert again.tolist() == [[0, 0, 1, 1, 1, 2, 3, 3], [0, 1, 2, 2, 2, 2, 2, 2]]
+    assert segments_of(torch.arange(6)[None]) is None
+
+
+def test_labels_give_the_shifted_loss():
+    student = student_of(tiny_teacher())
+    x = ids(2, 9)
+    out = student(x, labels=x)
+    expected = torch.nn.functional.cross_entropy(out.logits[:, :-1].flatten(0, 1), x[:, 1:].flatten())
+    torch.testing.assert_close(out.loss, expected)
+
+
+def test_gradient_checkpointing_changes_no_gradient():
+    student = student_of(tiny_teacher()).train()
+    x = ids(2, 9)
+
+    def gradients():
+        student.zero_grad()
+        student(x, labels=x, use_cache=False).loss.backward()
+        return {name: p.grad.clone() for name, p in student.named_parameters() if p.grad is not None}
+
+    plain = gradients()
+    student.gradient_checkpointing_enable()
+    again = gradients()
+    assert plain.keys() == again.keys() and len(plain) > 20
+    for name in plain:
+        torch.testing.assert_close(plain[name], again[name], rtol=1e-5, atol=1e-7)
