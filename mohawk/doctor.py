@@ -1,0 +1,225 @@
+"""`mohawk doctor`: versions, devices, and which backend each operation uses on this machine, by trying it."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import os
+import platform
+import shutil
+import sys
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import mohawk
+
+if TYPE_CHECKING:
+    import torch
+    from rich.console import Console
+
+# What each package is for. The last two have to be compiled, so nothing here asks for them.
+PACKAGES = {
+    "torch": "everything but checking recipes",
+    "transformers": "loading, converting and saving models",
+    "accelerate": "training",
+    "datasets": "reading text",
+    "safetensors": "weights",
+    "gguf": "GGUF checkpoints, such as the demo's",
+    "matplotlib": "plots in reports",
+    "tqdm": "progress bars",
+    "triton": "GPU kernels",
+    "mamba-ssm": "its scan on NVIDIA GPUs",
+    "causal-conv1d": "its convolution on NVIDIA GPUs",
+}
+MODULES = {"mamba-ssm": "mamba_ssm", "causal-conv1d": "causal_conv1d"}  # where the import name differs
+
+
+def doctor(console: Console | None = None) -> None:
+    """Print the report. Whatever is missing or broken is said in it, never raised."""
+    from rich.console import Console
+    from rich.table import Table
+
+    console = console or Console()
+    packages = Table("package", "version", "for", title="Versions", title_justify="left", title_style="bold")
+    packages.add_row("mohawk", mohawk.__version__, mohawk.__path__[0])
+    packages.add_row("python", platform.python_version(), sys.executable)
+    for name, purpose in PACKAGES.items():
+        packages.add_row(name, version(name) or "[yellow]missing[/yellow]", purpose)
+    console.print(packages)
+
+    devices = Table("device", "what", title="Devices", title_justify="left", title_style="bold")
+    for row in device_rows():
+        devices.add_row(*row)
+    console.print(devices)
+
+    operations = Table(
+        "operation", "backend", "why", title="Operations", title_justify="left", title_style="bold"
+    )
+    for row in operation_rows():
+        operations.add_row(*row)
+    console.print(operations)
+
+
+def version(package: str) -> str | None:
+    """Installed version of a package, "present" where it has none, None where it is missing."""
+    try:
+        if importlib.util.find_spec(MODULES.get(package, package)) is None:
+            return None
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "present"
+
+
+def device_rows() -> list[tuple[str, str]]:
+    """(device, what is to be known about it)."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    rows = [("cpu", f"{_cpu_model()}; {cores} of {os.cpu_count()} cores usable")]
+    try:
+        import torch
+    except ImportError as error:
+        return [*rows, ("torch", f"cannot be imported: {_line(error)}")]
+
+    from mohawk.precision import has_fast_bfloat16
+
+    threads = f"{torch.get_num_threads()} torch threads, {torch.backends.cpu.get_cpu_capability()}"
+    if has_fast_bfloat16(torch.device("cpu")):
+        rows.append(("cpu", f"{threads}, bfloat16 units: `precision: auto` is bfloat16"))
+    else:
+        rows.append(("cpu", f"{threads}, no bfloat16 units: `precision: auto` is float32"))
+    for index in range(torch.cuda.device_count()):
+        of = torch.cuda.get_device_properties(index)
+        kind = f"ROCm {torch.version.hip}" if torch.version.hip else f"CUDA {torch.version.cuda}"
+        name = f"{of.name}, {of.total_memory / 2**30:.0f} GiB, compute {of.major}.{of.minor}, {kind}"
+        rows.append((f"cuda:{index}", name))
+    if torch.cuda.device_count() == 0:
+        rows.append(("gpu", why_no_gpu()))
+    return rows
+
+
+def why_no_gpu() -> str:
+    """One sentence on why torch sees no GPU, with what to do where there is one."""
+    import torch
+
+    built = torch.version.cuda or torch.version.hip
+    if shutil.which("nvidia-smi") and not torch.version.cuda:
+        return (
+            f"an NVIDIA driver is here, but torch {torch.__version__} is built without CUDA: reinstall torch"
+        )
+    if built:
+        return f"none found (torch {torch.__version__} could use one)"
+    return f"none (torch {torch.__version__} is a CPU build)"
+
+
+def operation_rows() -> list[tuple[str, str, str]]:
+    """(operation, backend, why) on the device that `device: auto` means."""
+    try:
+        import torch
+    except ImportError:
+        return [(name, "none", "torch is missing: pip install torch") for name in _calls]
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    rows = []
+    for name, call in _calls.items():
+        try:
+            backend = backend_used(lambda call=call: call(device))
+        except Exception as error:  # the report goes on: one broken operation is a finding, not the end of it
+            rows.append((name, "[red]fails[/red]", _line(error)))
+        else:
+            rows.append((name, backend, _why(backend, device)))
+    return rows
+
+
+def backend_used(call: Callable[[], Any]) -> str:
+    """The backend that a call of a public operation ends up in, seen by which modules' functions run."""
+    call()  # a first time, since what is imported on the way runs too
+    ran: set[str] = set()
+
+    def watch(frame: Any, event: str, _: Any) -> None:
+        if event == "call":
+            ran.add(frame.f_globals.get("__name__", ""))
+
+    before = sys.getprofile()
+    sys.setprofile(watch)
+    try:
+        call()
+    finally:
+        sys.setprofile(before)
+    for package in MODULES.values():
+        if any(name == package or name.startswith(f"{package}.") for name in ran):
+            return package
+    ours = {name.removeprefix("mohawk.kernels.") for name in ran if name.startswith("mohawk.kernels.")}
+    for backend in ("triton", "chunked", "reference"):
+        if any(backend in name.split("_") for name in ours):
+            return backend
+    return "torch"
+
+
+def _why(backend: str, device: torch.device) -> str:
+    if backend in MODULES.values():
+        return f"the {backend} package is installed and there is a GPU"
+    if backend == "triton":
+        return f"there is a GPU, and triton {version('triton')} is installed"
+    if device.type == "cpu":
+        return "no GPU: torch on the CPU, in bounded memory"
+    if version("triton") is None:
+        return "there is a GPU, but triton is missing: pip install triton"
+    return "there is a GPU, but no GPU kernel for this operation yet; torch on the GPU"
+
+
+def _kd_loss(device: torch.device) -> None:
+    import torch
+
+    mohawk.kd_loss(torch.zeros(2, 8, device=device, requires_grad=True), torch.zeros(2, 8, device=device))
+
+
+def _linear_kd_loss(device: torch.device) -> None:
+    import torch
+
+    student = torch.zeros(2, 4, device=device, requires_grad=True)
+    head = torch.zeros(8, 4, device=device)
+    mohawk.linear_kd_loss(student, head, mohawk.TeacherHidden(torch.zeros(2, 4, device=device), head))
+
+
+def _mixing_distance(device: torch.device) -> None:
+    import torch
+
+    heads = torch.zeros(1, 2, 16, 4, device=device)
+    tokens = torch.zeros(1, 16, 2, 4, device=device)
+    student = mohawk.SSDMixing(tokens, tokens.clone().requires_grad_(), torch.zeros(1, 16, 2, device=device))
+    mohawk.mixing_distance(student, mohawk.AttentionMixing(heads, heads))
+
+
+def _ssd(device: torch.device) -> None:
+    import torch
+
+    x = torch.zeros(1, 16, 2, 4, device=device)
+    mohawk.ssd(x, torch.zeros(1, 16, 2, device=device), x, x)
+
+
+def _causal_conv1d(device: torch.device) -> None:
+    import torch
+
+    mohawk.causal_conv1d(torch.zeros(1, 16, 8, device=device), torch.zeros(8, 4, device=device))
+
+
+_calls: dict[str, Callable[[torch.device], None]] = {
+    "kd_loss": _kd_loss,
+    "linear_kd_loss": _linear_kd_loss,
+    "mixing_distance": _mixing_distance,
+    "ssd": _ssd,
+    "causal_conv1d": _causal_conv1d,
+}
+
+
+def _cpu_model() -> str:
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
+            for line in file:
+                if line.startswith("model name"):
+                    return line.partition(":")[2].strip()
+    except OSError:
+        return platform.processor() or platform.machine()  # not Linux
+    return platform.machine()
+
+
+def _line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}".splitlines()[0]
