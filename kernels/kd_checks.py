@@ -1,0 +1,271 @@
+"""Everything that can be wrong with a call of `kd_loss` or `linear_kd_loss`, said in one line before any
+work."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from mohawk.kernels.kd_reference import DIVERGENCES, LOGIT_DIVERGENCES
+from mohawk.kernels.kd_teachers import (
+    Teacher,
+    TeacherHidden,
+    TeacherLogits,
+    TeacherMixture,
+    TeacherSamples,
+    TeacherTAID,
+    TeacherTopK,
+)
+
+REDUCTIONS = ("mean", "sum", "none")
+BACKENDS = ("auto", "reference", "chunked", "triton")
+
+
+def _one_of(name: str, value: object, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ValueError(f"{name} is {value!r}; allowed: {', '.join(allowed)}")
+
+
+def _number(name: str, value: object, ok: bool, allowed: str) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value) or not ok:
+        raise ValueError(f"{name} is {value!r}; it must be {allowed}")
+
+
+def check_options(
+    divergence: str,
+    temperature: float,
+    kd_weight: float,
+    ce_weight: float,
+    beta: float,
+    lam: float,
+    reduction: str,
+    backend: str,
+    labels: Tensor | None,
+    normalizer: float | Tensor | None,
+) -> None:
+    """The options that need no shapes."""
+    _one_of("divergence", divergence, DIVERGENCES)
+    _one_of("reduction", reduction, REDUCTIONS)
+    _one_of("backend", backend, BACKENDS)
+    _number("temperature", temperature, temperature > 0, "a finite number above 0")
+    _number("kd_weight", kd_weight, kd_weight >= 0, "a finite number, 0 or above")
+    _number("ce_weight", ce_weight, ce_weight >= 0, "a finite number, 0 or above")
+    _number("beta", beta, 0 <= beta <= 1, "a number from 0 (forward KL) to 1 (reverse KL)")
+    _number("lam", lam, 0 <= lam < 1, "a number from 0 (no skew) to below 1")
+    if ce_weight and labels is None:
+        raise ValueError(f"ce_weight is {ce_weight} but labels is None; pass labels or set ce_weight to 0")
+    if normalizer is None:
+        return
+    if reduction != "mean":
+        raise ValueError(
+            f"normalizer is given but reduction is {reduction!r}; it replaces the count in 'mean' only"
+        )
+    if isinstance(normalizer, Tensor):
+        if normalizer.numel() != 1:
+            raise ValueError(f"normalizer has shape {tuple(normalizer.shape)}; it must be one number")
+    else:
+        _number("normalizer", normalizer, normalizer > 0, "a finite number above 0")
+
+
+def _float(name: str, x: object, dims: int | None = None) -> None:
+    if not isinstance(x, Tensor):
+        raise ValueError(f"{name} is a {type(x).__name__}; it must be a tensor")
+    if not x.is_floating_point():
+        raise ValueError(f"{name} has dtype {x.dtype}; it must be a float dtype")
+    if dims is not None and x.dim() != dims:
+        raise ValueError(
+            f"{name} has shape {tuple(x.shape)}; it must have {dims} dimension{'s' * (dims > 1)}"
+        )
+    if dims is None and x.dim() < 1:
+        raise ValueError(f"{name} is a scalar; its last dimension must be the vocabulary or the hidden size")
+
+
+def _device(name: str, x: Tensor, device: torch.device) -> None:
+    if x.device != device:
+        raise ValueError(f"{name} is on {x.device} but the student is on {device}")
+
+
+def check_head(
+    side: str, hidden: Tensor, head: Tensor, bias: Tensor | None, scale: float, softcap: float | None
+):
+    """Hidden states with their head."""
+    _float(f"{side} hidden states", hidden)
+    _float(f"{side} head", head, 2)
+    if hidden.shape[-1] != head.shape[1]:
+        raise ValueError(
+            f"{side} hidden size is {hidden.shape[-1]} but the head has shape {tuple(head.shape)}; "
+            "the head must be (vocab, hidden), as in nn.Linear.weight"
+        )
+    mixed = hidden.dtype != head.dtype
+    if mixed and not torch.is_autocast_enabled(hidden.device.type):
+        raise ValueError(
+            f"{side} hidden states are {hidden.dtype} but the head is {head.dtype}; "
+            "cast one of them, or call under torch.autocast"
+        )
+    _device(f"{side} head", head, hidden.device)
+    if bias is not None:
+        _float(f"{side} bias", bias, 1)
+        _device(f"{side} bias", bias, hidden.device)
+        if bias.shape[0] != head.shape[0]:
+            raise ValueError(f"{side} bias has {bias.shape[0]} entries but the head has {head.shape[0]} rows")
+    _number(f"{side} logit_scale", scale, True, "a finite number")
+    if softcap is not None:
+        _number(f"{side} logit_softcap", softcap, softcap > 0, "None or a finite number above 0")
+
+
+def vocab_of(side: str, rows: int, vocab_size: int | None, cut: str) -> int:
+    """The size of a vocabulary after `vocab_size`."""
+    if vocab_size is None:
+        return rows
+    if not isinstance(vocab_size, int) or isinstance(vocab_size, bool) or vocab_size < 1:
+        raise ValueError(f"vocab_size is {vocab_size!r}; it must be None or a whole number above 0")
+    if vocab_size > rows:
+        raise ValueError(f"vocab_size is {vocab_size} but the {side} {cut} only {rows} entries")
+    return vocab_size
+
+
+def _leading(name: str, shape: torch.Size, expected: torch.Size, what: str = "the student's") -> None:
+    if shape != expected:
+        raise ValueError(f"{name} has leading dimensions {tuple(shape)} but {what} are {tuple(expected)}")
+
+
+def check_teacher(
+    teacher: Teacher,
+    lead: torch.Size,
+    device: torch.device,
+    vocab: int,
+    vocab_size: int | None,
+    divergence: str,
+) -> None:
+    """A teacher source against the student's leading dimensions and (cut) vocabulary."""
+    if isinstance(teacher, TeacherTAID):
+        if not isinstance(teacher.teacher, (TeacherLogits, TeacherHidden, TeacherMixture)):
+            raise ValueError(
+                f"TeacherTAID takes a dense teacher or a mixture, not {type(teacher.teacher).__name__}"
+            )
+        _number("TeacherTAID.t", teacher.t, 0 <= teacher.t <= 1, "a number from 0 to 1")
+        check_teacher(teacher.teacher, lead, device, vocab, vocab_size, divergence)
+    elif isinstance(teacher, TeacherMixture):
+        _check_mixture(teacher, lead, device, vocab, vocab_size, divergence)
+    elif isinstance(teacher, TeacherLogits):
+        _float("teacher logits", teacher.logits)
+        _device("teacher logits", teacher.logits, device)
+        _leading("teacher logits", teacher.logits.shape[:-1], lead)
+        _same_vocab(
+            vocab_of("teacher", teacher.logits.shape[-1], vocab_size, "logits have"), vocab, vocab_size
+        )
+    elif isinstance(teacher, TeacherHidden):
+        check_head(
+            "teacher", teacher.hidden, teacher.head, teacher.bias, teacher.logit_scale, teacher.logit_softcap
+        )
+        _device("teacher hidden states", teacher.hidden, device)
+        _leading("teacher hidden states", teacher.hidden.shape[:-1], lead)
+        _same_vocab(vocab_of("teacher", teacher.head.shape[0], vocab_size, "head has"), vocab, vocab_size)
+    elif isinstance(teacher, (TeacherTopK, TeacherSamples)):
+        _check_ids(teacher, lead, device, vocab, divergence)
+    else:
+        raise ValueError(
+            f"teacher is a {type(teacher).__name__}; it must be a logits tensor or one of TeacherLogits, "
+            "TeacherHidden, TeacherTopK, TeacherSamples, TeacherMixture, TeacherTAID"
+        )
+
+
+def _same_vocab(teacher: int, student: int, vocab_size: int | None) -> None:
+    if teacher != student:
+        raise ValueError(
+            f"the student's vocabulary has {student} entries and the teacher's {teacher}; "
+            "pass vocab_size=the number of real tokens to cut both"
+        )
+
+
+def _check_mixture(teacher: TeacherMixture, lead, device, vocab, vocab_size, divergence) -> None:
+    if divergence in LOGIT_DIVERGENCES:
+        raise ValueError(
+            f"divergence {divergence!r} compares logits; a mixture of teachers has probabilities only"
+        )
+    if not len(teacher.teachers):
+        raise ValueError("TeacherMixture has no teachers")
+    for one in teacher.teachers:
+        if not isinstance(one, (TeacherLogits, TeacherHidden)):
+            raise ValueError(
+                f"TeacherMixture takes TeacherLogits and TeacherHidden, not {type(one).__name__}"
+            )
+        check_teacher(one, lead, device, vocab, vocab_size, divergence)
+    if teacher.weights is not None:
+        if len(teacher.weights) != len(teacher.teachers):
+            raise ValueError(
+                f"TeacherMixture has {len(teacher.teachers)} teachers, {len(teacher.weights)} weights"
+            )
+        for weight in teacher.weights:
+            _number("a weight of TeacherMixture", weight, weight > 0, "a finite number above 0")
+
+
+def _check_ids(teacher: TeacherTopK | TeacherSamples, lead, device, vocab: int, divergence: str) -> None:
+    kind = type(teacher).__name__
+    values = teacher.logprobs if isinstance(teacher, TeacherTopK) else teacher.weights
+    name = f"{kind}.{'logprobs' if isinstance(teacher, TeacherTopK) else 'weights'}"
+    if divergence in LOGIT_DIVERGENCES:
+        raise ValueError(f"divergence {divergence!r} compares logits; {kind} has probabilities only")
+    if isinstance(teacher, TeacherSamples) and divergence != "forward_kl":
+        raise ValueError(
+            f"divergence {divergence!r} of samples would be biased; only 'forward_kl' is linear in p"
+        )
+    _float(name, values)
+    if not isinstance(teacher.ids, Tensor) or teacher.ids.dtype != torch.int64:
+        raise ValueError(f"{kind}.ids must be an int64 tensor")
+    if teacher.ids.shape != values.shape:
+        raise ValueError(f"{kind}.ids has shape {tuple(teacher.ids.shape)} but {name} {tuple(values.shape)}")
+    _device(f"{kind}.ids", teacher.ids, device)
+    _device(name, values, device)
+    _leading(f"{kind}.ids", teacher.ids.shape[:-1], lead)
+    if values.shape[-1] < 1:
+        raise ValueError(f"{kind}.ids holds no ids: its last dimension is 0")
+    if isinstance(teacher, TeacherTopK) and teacher.tail_logprob is not None:
+        _float("TeacherTopK.tail_logprob", teacher.tail_logprob)
+        _device("TeacherTopK.tail_logprob", teacher.tail_logprob, device)
+        _leading("TeacherTopK.tail_logprob", teacher.tail_logprob.shape, lead)
+    if not values.numel():
+        return
+    low, high = (int(x) for x in torch.stack(torch.aminmax(teacher.ids)).tolist())
+    if low < 0 or high >= vocab:
+        raise ValueError(f"{kind}.ids run from {low} to {high}; they must be in 0..{vocab - 1}")
+    if isinstance(teacher, TeacherTopK):
+        ordered = teacher.ids.sort(-1).values
+        if bool((ordered[..., 1:] == ordered[..., :-1]).any()):
+            raise ValueError("TeacherTopK.ids repeats an id within a row; each may appear once")
+    elif bool((values < 0).any()):
+        raise ValueError("TeacherSamples.weights has negative entries; they must be 0 or above")
+
+
+def check_rows(
+    labels: Tensor | None,
+    token_weights: Tensor | None,
+    lead: torch.Size,
+    device: torch.device,
+    vocab: int,
+    ignore_index: int,
+) -> None:
+    """Labels and token weights against the student's leading dimensions."""
+    if labels is not None:
+        if not isinstance(labels, Tensor) or labels.dtype != torch.int64:
+            raise ValueError(
+                f"labels must be an int64 tensor, not {getattr(labels, 'dtype', type(labels).__name__)}"
+            )
+        _device("labels", labels, device)
+        _leading("labels", labels.shape, lead)
+        wrong = (labels != ignore_index) & ((labels < 0) | (labels >= vocab))
+        if bool(wrong.any()):
+            raise ValueError(
+                f"labels contain {int(labels[wrong][0])}; allowed: 0..{vocab - 1} and "
+                f"ignore_index ({ignore_index})"
+            )
+    if token_weights is not None:
+        _float("token_weights", token_weights, len(lead))
+        _device("token_weights", token_weights, device)
+        _leading("token_weights", token_weights.shape, lead)
+        if token_weights.requires_grad:
+            raise ValueError(
+                "token_weights requires grad, but none is computed for it; pass token_weights.detach()"
+            )

@@ -1,0 +1,169 @@
+"""Divergences of tiles of rows with their gradients by hand, for the chunked backend.
+
+Each function gets lp and lq, the log-probabilities of teacher and student (rows, vocab), and may overwrite
+both. It returns the divergence of each row and, if `want_grad`, its gradient with respect to the student's
+tempered logits u, where lq = log_softmax(u): for D = f(q) that is q * (f'(q) - sum q f'(q)).
+
+`guard` sets terms of probability 0 to 0. Without it a row with -inf logits may come out NaN; the caller then
+calls again with it, so that rows without -inf pay nothing. `total` sums a row statistic over the ranks that
+share a vocabulary. float32 tiles are enough: in forward, reverse and skewed KL the added sum(q - p), zero in
+exact arithmetic, cancels the rounding of both log-normalisers to first order (in JSD they cancel by
+themselves).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+Total = Callable[[Tensor], Tensor]
+Rows = tuple[Tensor, Tensor | None]
+
+
+def _times(prob: Tensor, log_ratio: Tensor, guard: bool) -> Tensor:
+    """prob * log_ratio in log_ratio's memory."""
+    if guard:
+        log_ratio.masked_fill_(prob == 0, 0.0)
+    return log_ratio.mul_(prob)
+
+
+def _centre(q: Tensor, slope: Tensor, total: Total) -> Tensor:
+    """q * (slope - sum q slope) in slope's memory."""
+    slope.mul_(q)
+    return slope.addcmul_(q, total(slope.sum(-1)).unsqueeze(-1), value=-1)
+
+
+def forward_kl(
+    lp: Tensor, lq: Tensor, beta: float, lam: float, guard: bool, want_grad: bool, total: Total
+) -> Rows:
+    p = lp.exp()
+    ratio = lp.sub_(lq)
+    grad = lq.exp_().sub_(p)
+    kl = _times(p, ratio, guard).sum(-1)
+    return total(kl + grad.sum(-1)), grad if want_grad else None
+
+
+def reverse_kl(
+    lp: Tensor, lq: Tensor, beta: float, lam: float, guard: bool, want_grad: bool, total: Total
+) -> Rows:
+    q = lq.exp()
+    ratio = lq.sub_(lp)
+    gap = lp.exp_().sub_(q).sum(-1)
+    grad = _times(q, ratio, guard)
+    kl = total(grad.sum(-1))
+    value = kl + total(gap)
+    return value, grad.addcmul_(q, kl.unsqueeze(-1), value=-1) if want_grad else None
+
+
+def _expm1_of_ratio(log_a: Tensor, log_b: Tensor, guard: bool) -> tuple[Tensor, Tensor]:
+    """r = log a - log b in log_a's memory, and a / b - 1 = expm1(r).
+
+    Mixtures are taken from it: log((1 - w) b + w a) = log b + log1p(w expm1(r)), which keeps its relative
+    precision where the two agree, as a log of rounded sums would not. Beyond +-80 one side is nothing beside
+    the other.
+    """
+    limit = 80.0 if log_a.dtype == torch.float32 else 700.0
+    r = log_a.sub_(log_b)
+    if guard:
+        r.nan_to_num_(nan=0.0, posinf=limit, neginf=-limit)
+    r.clamp_(-limit, limit)
+    return r, torch.expm1(r)
+
+
+def jsd(lp: Tensor, lq: Tensor, beta: float, lam: float, guard: bool, want_grad: bool, total: Total) -> Rows:
+    if beta in (0.0, 1.0):
+        return (forward_kl if beta == 0.0 else reverse_kl)(lp, lq, beta, lam, guard, want_grad, total)
+    p, q = lp.exp(), lq.exp()
+    r, m = _expm1_of_ratio(lq, lp, guard)
+    m.mul_(1 - beta).log1p_()  # log m - log p
+    r.sub_(m).mul_(q)  # q (log q - log m)
+    sums = total(torch.stack([-m.mul_(p).sum(-1), r.sum(-1)]))
+    value = beta * sums[0] + (1 - beta) * sums[1]
+    if not want_grad:
+        return value, None
+    return value, r.addcmul_(q, sums[1].unsqueeze(-1), value=-1).mul_(1 - beta)
+
+
+def skew_kl(
+    lp: Tensor, lq: Tensor, beta: float, lam: float, guard: bool, want_grad: bool, total: Total
+) -> Rows:
+    if lam == 0.0:
+        return forward_kl(lp, lq, beta, lam, guard, want_grad, total)
+    p, q = lp.exp(), lq.exp()
+    gap = torch.sub(q, p).sum(-1) * (1 - lam)
+    _, x = _expm1_of_ratio(lq, lp, guard)
+    x.mul_(1 - lam)  # m / p - 1
+    value = total(gap - p.mul_(torch.log1p(x)).sum(-1))
+    if not want_grad:
+        return value, None
+    slope = x.div_(x + 1)  # 1 - p / m
+    return value, _centre(q, slope, total).mul_(1 - lam)
+
+
+def skew_reverse_kl(
+    lp: Tensor, lq: Tensor, beta: float, lam: float, guard: bool, want_grad: bool, total: Total
+) -> Rows:
+    if lam == 0.0:
+        return reverse_kl(lp, lq, beta, lam, guard, want_grad, total)
+    p, q = lp.exp(), lq.exp()
+    gap = p.sub_(q).sum(-1) * (1 - lam)
+    _, x = _expm1_of_ratio(lp, lq, guard)
+    x.mul_(1 - lam)  # m / q - 1
+    log_m = torch.log1p(x)
+    value = total(gap - torch.mul(q, log_m).sum(-1))
+    if not want_grad:
+        return value, None
+    slope = x.div_(x + 1).mul_(lam).sub_(log_m)  # log(q / m) - lam q / m + lam
+    return value, _centre(q, slope, total)
+
+
+def tvd(lp: Tensor, lq: Tensor, beta: float, lam: float, guard: bool, want_grad: bool, total: Total) -> Rows:
+    q = lq.exp_()
+    difference = torch.sub(q, lp.exp_())
+    value = total(difference.abs().sum(-1)) / 2
+    if not want_grad:
+        return value, None
+    return value, _centre(q, difference.sign_().mul_(0.5), total)
+
+
+DISTRIBUTION = {
+    "forward_kl": forward_kl,
+    "reverse_kl": reverse_kl,
+    "jsd": jsd,
+    "skew_kl": skew_kl,
+    "skew_reverse_kl": skew_reverse_kl,
+    "tvd": tvd,
+}
+
+
+# On logits: z and t are raw, the gradient is with respect to z, entries that are -inf on either side are left
+# out.
+
+
+def mse(z: Tensor, t: Tensor, vocab: int, want_grad: bool, total: Total) -> Rows:
+    difference = torch.sub(z, t).masked_fill_(torch.isinf(z) | torch.isinf(t), 0.0)
+    value = total(difference.square().sum(-1)) / vocab
+    return value, difference.mul_(2 / vocab) if want_grad else None
+
+
+def cosine(z: Tensor, t: Tensor, vocab: int, want_grad: bool, total: Total) -> Rows:
+    out = torch.isinf(z) | torch.isinf(t)
+    z, t = z.masked_fill(out, 0.0), t.masked_fill(out, 0.0)
+    squares = total(torch.stack([z.square().sum(-1), t.square().sum(-1)])).unsqueeze(-1)
+    # As torch.nn.functional.cosine_similarity: each norm at least 1e-8.
+    norms = squares.sqrt()
+    floored = norms.clamp_min(1e-8)
+    z.div_(floored[0])
+    difference = torch.sub(z, t.div_(floored[1]))
+    # 1 - cos = |z - t|^2 / 2 for unit vectors, without the cancellation; vectors of norm 0 make up for the
+    # rest.
+    value = total(difference.square().sum(-1)) / 2 + (1 - (norms / floored).square()).sum(0).squeeze(-1) / 2
+    if not want_grad:
+        return value, None
+    inverse = torch.where(norms[0] > 1e-8, 1 / floored[0], 0.0)
+    return value, difference.addcmul_(z, value.unsqueeze(-1), value=-1).mul_(inverse)
+
+
+LOGITS = {"mse": mse, "cosine": cosine}

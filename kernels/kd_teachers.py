@@ -1,0 +1,137 @@
+"""What a distillation loss can compare the student with: dense logits, hidden states with their head, a
+cached top k, random samples, and two ways of combining dense teachers. All hold tensors as given; none is
+ever copied, and none receives a gradient."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class TeacherLogits:
+    """Dense logits, (..., vocab), of any float dtype. -inf means probability zero."""
+
+    logits: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class TeacherHidden:
+    """Final hidden states (..., hidden) and the head's weight (vocab, hidden), bias (vocab).
+
+    The logits are `logit_scale * (hidden @ head.T + bias)`, then `logit_softcap * tanh(logits /
+    logit_softcap)` where a softcap is given (Gemma 2). They are formed chunk by chunk in float32.
+    """
+
+    hidden: Tensor
+    head: Tensor
+    bias: Tensor | None = None
+    logit_scale: float = 1.0
+    logit_softcap: float | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class TeacherTopK:
+    """A cached top k: ids (..., k) without repeats in a row, their log-probabilities (..., k).
+
+    The rest of the vocabulary is one bucket of log mass `tail_logprob` (...); left out, it is the mass that
+    `logprobs` leave over. The log-probabilities are the teacher's at the temperature of the loss: from a cut
+    distribution they can't be tempered afterwards. The divergence is taken over k + 1 buckets, so it is a
+    lower bound of the dense one, and zero for a student that agrees (renormalising over k would not be). An
+    entry with logprob -inf is an id known to have no mass.
+    """
+
+    ids: Tensor
+    logprobs: Tensor
+    tail_logprob: Tensor | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class TeacherSamples:
+    """Ids drawn from the teacher, (..., k), and their weights (..., k): counts over draws when they are drawn
+    from the (tempered) teacher itself, importance weights otherwise. Ids may repeat.
+
+    The loss is `-sum w log q(id)`: an unbiased estimate of the cross-entropy, which differs from the forward
+    KL by the teacher's entropy, so that its gradient is an unbiased estimate of the KL's (arXiv 2503.16870).
+    """
+
+    ids: Tensor
+    weights: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class TeacherMixture:
+    """Several dense teachers as one: `log sum_i w_i p_i`, each p_i tempered first. The weights are positive
+    and are divided by their sum; None weighs all alike."""
+
+    teachers: Sequence[TeacherLogits | TeacherHidden]
+    weights: Sequence[float] | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class TeacherTAID:
+    """TAID's moving target (arXiv 2501.16937): `softmax((1 - t) stopgrad(z_student) + t z_teacher)`, from a
+    dense teacher or a mixture. `t` goes from about 0.4 to 1 during training: `TAIDSchedule` has the paper's
+    rule."""
+
+    teacher: TeacherLogits | TeacherHidden | TeacherMixture
+    t: float
+
+
+Teacher = TeacherLogits | TeacherHidden | TeacherTopK | TeacherSamples | TeacherMixture | TeacherTAID
+
+
+@dataclass
+class TAIDSchedule:
+    """TAID's adaptive t: call `update(loss)` once a step and pass the returned t to `TeacherTAID`.
+
+    `t += alpha * sigmoid(momentum) * (1 - t)`, where momentum is an exponential average (`decay`) of the
+    relative fall of the loss: t grows faster while the student is learning.
+    """
+
+    t: float = 0.4
+    alpha: float = 5e-4
+    decay: float = 0.99
+    end: float = 1.0
+    momentum: float = 0.0
+    last_loss: float | None = None
+
+    def update(self, loss: float) -> float:
+        """One step with this loss (a float); the new t."""
+        if self.last_loss is not None:
+            change = (self.last_loss - loss) / (self.last_loss + 1e-15)
+            self.momentum = self.decay * self.momentum + (1 - self.decay) * change
+            sigmoid = torch.sigmoid(torch.tensor(self.momentum, dtype=torch.float64)).item()
+            self.t = min(self.end, self.t + self.alpha * sigmoid * (1 - self.t))
+        self.last_loss = loss
+        return self.t
+
+
+def dense_parts(teacher: Teacher) -> list[TeacherLogits | TeacherHidden]:
+    """The dense teachers inside one; empty for a top k or samples."""
+    if isinstance(teacher, TeacherTAID):
+        return dense_parts(teacher.teacher)
+    if isinstance(teacher, TeacherMixture):
+        return list(teacher.teachers)
+    if isinstance(teacher, (TeacherLogits, TeacherHidden)):
+        return [teacher]
+    return []
+
+
+def mixture_weights(mixture: TeacherMixture) -> list[float]:
+    """The weights of a mixture, summing to one."""
+    given = mixture.weights if mixture.weights is not None else [1.0] * len(mixture.teachers)
+    total = float(sum(given))
+    return [float(w) / total for w in given]
+
+
+def tail_of(logprobs: Tensor) -> Tensor:
+    """log(1 - sum exp(logprobs)) over the last dimension, in log space: -inf where the k hold all the mass.
+
+    `1 - sum` of rounded probabilities goes negative and NaN; log(-expm1(lse)) does not, with lse cut at 0.
+    """
+    mass = torch.logsumexp(logprobs, -1).clamp(max=0.0)
+    return torch.log(-torch.expm1(mass))
