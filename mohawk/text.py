@@ -100,9 +100,9 @@ def tokenize(
     """Token ids of one source, from the cache where the same text met the same tokenizer before.
 
     Every document is tokenised as the tokenizer does it by default (with its BOS if it adds one) and ends
-    with the tokenizer's EOS. Empty documents are left out. Documents beyond a million characters are tokenised in
-    pieces cut at line ends. The cache key is made of the text's content, the tokenizer and the settings; the
-    cached folder is whole or absent. Raises UserError.
+    with the tokenizer's EOS. Empty documents are left out. Documents beyond a million characters are
+    tokenised in pieces cut at line ends. The cache key is made of the text's content, the tokenizer and the
+    settings; the cached folder is whole or absent. Raises UserError.
     """
     source = as_source(source)
     root = Path(cache).expanduser() if cache is not None else cache_dir()
@@ -322,19 +322,22 @@ def _write(
     lengths, digests = [], []
 
     def encode(texts: list[str], special: bool) -> list[list[int]]:
-        return tokenizer(texts, add_special_tokens=special, return_attention_mask=False, verbose=False)[
-            "input_ids"
-        ]
+        options = {"add_special_tokens": special, "return_attention_mask": False, "verbose": False}
+        return tokenizer(texts, **options)["input_ids"]
 
     def flush(batch: list[str], file: Any) -> None:
-        rows = encode([t for t in batch if len(t) <= PIECE], True) if batch else []
-        short = iter(rows)
+        short = [text for text in batch if len(text) <= PIECE]
+        rows = iter(encode(short, True) if short else ())
         for text in batch:
             if len(text) <= PIECE:
-                ids = next(short)
+                ids = next(rows)
             else:
-                # the default special tokens only around the whole: before the first piece
-                ids = [i for k, piece in enumerate(_pieces(text)) for i in encode([piece], k == 0)[0]]
+                ids = []
+                for k, piece in enumerate(_pieces(text)):
+                    # the tokenizer's own special tokens belong around the whole document
+                    ids += encode([piece], k == 0)[0]
+                    if ids and ids[-1] == eos:
+                        ids.pop()
             if eos is not None and (not ids or ids[-1] != eos):
                 ids.append(eos)
             np.asarray(ids, dtype=dtype).tofile(file)

@@ -1,0 +1,44 @@
+"""Tiny models, tokenizers and texts, made here: nothing comes from a network."""
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    """A byte-level tokenizer: 256 bytes, then <bos> 256 and <eos> 257, which it does not add by itself."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocab = {character: i for i, character in enumerate(alphabet)}
+    backend = Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    made = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<eos>", bos_token="<bos>")
+    assert (made.bos_token_id, made.eos_token_id) == (256, 257)
+    return made
+
+
+@pytest.fixture(scope="session")
+def make_llama():
+    """A function that makes a random Llama of a few thousand parameters in eval mode."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    def make(seed: int = 0, **overrides):
+        settings = {
+            "vocab_size": 258,
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "max_position_embeddings": 256,
+            "initializer_range": 0.2,
+            "bos_token_id": 256,
+            "eos_token_id": 257,
+        }
+        torch.manual_seed(seed)
+        return LlamaForCausalLM(LlamaConfig(**{**settings, **overrides})).eval()
+
+    return make
