@@ -17,7 +17,7 @@ from ruamel.yaml import YAML
 from ruamel.yaml.comments import CommentedSeq
 from ruamel.yaml.constructor import ConstructorError
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
-from ruamel.yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
+from ruamel.yaml.nodes import CollectionNode, MappingNode, Node, ScalarNode, SequenceNode
 from ruamel.yaml.representer import RoundTripRepresenter
 from ruamel.yaml.scalarstring import DoubleQuotedScalarString
 
@@ -73,7 +73,10 @@ class RecipeText:
         scratch = RecipeText({}, where)
         try:
             node = _compose(text, where)
-            value = None if node is None else scratch._plain(node, tuple(keys))
+            if isinstance(node, CollectionNode) and not node.flow_style:
+                value = text  # `a: b` and `- a` are meant as text here; [..] and {..} are collections
+            else:
+                value = None if node is None else scratch._plain(node, tuple(keys))
         except UserError:
             self.mistakes.append(f"{where}: cannot read the value {text!r} as YAML; put it in quotes")
             return
