@@ -1,0 +1,205 @@
+import json
+
+import pytest
+import torch
+
+from mohawk import teachers
+from mohawk.errors import UserError
+from mohawk.teachers import load_config, load_teacher, load_tokenizer, without_quantization
+
+IDS = torch.arange(20)[None]
+
+
+@pytest.fixture
+def folder(tmp_path, make_llama, tokenizer):
+    make_llama().save_pretrained(tmp_path / "llama")
+    tokenizer.save_pretrained(tmp_path / "llama")
+    return tmp_path / "llama"
+
+
+def test_a_folder_loads_frozen_and_exact(folder, make_llama, tokenizer):
+    teacher = load_teacher(folder)
+    assert not teacher.training and not any(p.requires_grad for p in teacher.parameters())
+    assert torch.equal(teacher(IDS).logits, make_llama()(IDS).logits)
+    assert load_teacher(str(folder), dtype="bfloat16").dtype == torch.bfloat16
+    assert load_tokenizer(folder)("some text").input_ids == tokenizer("some text").input_ids
+    assert load_config(folder).num_key_value_heads == 2
+
+
+def test_dtype_auto_is_the_checkpoints(tmp_path, make_llama):
+    make_llama().to(torch.bfloat16).save_pretrained(tmp_path)
+    assert load_teacher(tmp_path, dtype="auto").dtype == torch.bfloat16
+    assert load_teacher(tmp_path).dtype == torch.float32
+
+
+@pytest.mark.parametrize("family", ["Qwen2", "Mistral", "Phi"])
+def test_other_families_load(tmp_path, family):
+    import transformers
+
+    shape = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    config = getattr(transformers, f"{family}Config")(**shape, **heads, pad_token_id=0)
+    getattr(transformers, f"{family}ForCausalLM")(config).save_pretrained(tmp_path)
+    assert type(load_teacher(tmp_path)).__name__ == f"{family}ForCausalLM"
+
+
+def write_gguf(path, model, tokenizer):
+    """A float32 GGUF file of a tiny Llama, with the names and the row order that llama.cpp gives them."""
+    gguf = pytest.importorskip("gguf")
+    config = model.config
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_freq_base(10000.0)
+    writer.add_vocab_size(config.vocab_size)
+    vocab = sorted(tokenizer.get_vocab(), key=tokenizer.get_vocab().get)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list(vocab)
+    writer.add_token_types([1] * 256 + [3] * 2)
+    writer.add_bos_token_id(256)
+    writer.add_eos_token_id(257)
+
+    def permuted(weight, heads):  # llama.cpp keeps rotary pairs side by side
+        return weight.reshape(heads, 2, -1, weight.shape[1]).swapaxes(1, 2).reshape(weight.shape)
+
+    names = {
+        "self_attn.q_proj": "attn_q",
+        "self_attn.k_proj": "attn_k",
+        "self_attn.v_proj": "attn_v",
+        "self_attn.o_proj": "attn_output",
+        "mlp.gate_proj": "ffn_gate",
+        "mlp.up_proj": "ffn_up",
+        "mlp.down_proj": "ffn_down",
+        "input_layernorm": "attn_norm",
+        "post_attention_layernorm": "ffn_norm",
+    }
+    state = {k: v.numpy() for k, v in model.state_dict().items()}
+    writer.add_tensor("token_embd.weight", state["model.embed_tokens.weight"])
+    writer.add_tensor("output_norm.weight", state["model.norm.weight"])
+    writer.add_tensor("output.weight", state["lm_head.weight"])
+    for layer in range(config.num_hidden_layers):
+        for ours, theirs in names.items():
+            weight = state[f"model.layers.{layer}.{ours}.weight"]
+            if ours.endswith("q_proj"):
+                weight = permuted(weight, config.num_attention_heads)
+            if ours.endswith("k_proj"):
+                weight = permuted(weight, config.num_key_value_heads)
+            writer.add_tensor(f"blk.{layer}.{theirs}.weight", weight)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def test_a_gguf_file_loads_and_can_be_saved(tmp_path, make_llama, tokenizer):
+    model = make_llama()
+    path = tmp_path / "tiny.gguf"
+    write_gguf(path, model, tokenizer)
+    teacher = load_teacher(path)
+    torch.testing.assert_close(teacher(IDS).logits, model(IDS).logits, rtol=1e-5, atol=1e-5)
+    teacher.save_pretrained(tmp_path / "saved")  # transformers refuses this for a model straight from GGUF
+    again = load_teacher(tmp_path / "saved")
+    assert torch.equal(again(IDS).logits, teacher(IDS).logits)
+    assert torch.equal(load_teacher(tmp_path, gguf_file="tiny.gguf")(IDS).logits, teacher(IDS).logits)
+
+
+def test_tied_weights_stay_tied_without_quantization(make_llama):
+    model = make_llama(tie_word_embeddings=True)
+    plain = without_quantization(model)
+    assert plain.lm_head.weight is plain.model.embed_tokens.weight
+    assert plain.lm_head.weight.data_ptr() == model.lm_head.weight.data_ptr()
+    assert torch.equal(plain(IDS).logits, model(IDS).logits)
+
+
+def test_a_tokenizer_from_elsewhere(folder, tmp_path, tokenizer, make_llama):
+    make_llama().save_pretrained(tmp_path / "bare")
+    found = load_tokenizer(tmp_path / "bare", tokenizer=folder)
+    assert found("text").input_ids == tokenizer("text").input_ids
+    with pytest.raises(UserError, match="teacher.tokenizer: .*nowhere does not exist"):
+        load_tokenizer(folder, tokenizer=tmp_path / "nowhere")
+
+
+def test_mistakes_are_told_in_one_line(folder, tmp_path, make_llama):
+    from transformers import BertConfig, BertForMaskedLM, ViTConfig
+
+    shape = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    BertForMaskedLM(BertConfig(vocab_size=64, **shape)).save_pretrained(tmp_path / "bert")
+    ViTConfig(**shape).save_pretrained(tmp_path / "vit")
+    make_llama().model.save_pretrained(tmp_path / "headless")
+    config = json.loads((tmp_path / "headless" / "config.json").read_text())
+    config["architectures"] = ["LlamaForCausalLM"]
+    (tmp_path / "headless" / "config.json").write_text(json.dumps(config))
+    (tmp_path / "gguf").mkdir()
+    (tmp_path / "gguf" / "a.gguf").write_bytes(b"GGUF")
+    (tmp_path / "strange").mkdir()
+    (tmp_path / "strange" / "config.json").write_text('{"model_type": "never-heard-of"}')
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "config.json").write_text("{")
+    (tmp_path / "weightless").mkdir()
+    (tmp_path / "weightless" / "config.json").write_text((folder / "config.json").read_text())
+    for given, message in [
+        (dict(model=""), "the model is empty"),
+        (dict(model=tmp_path / "nowhere"), "nowhere does not exist"),
+        (dict(model="./nowhere"), "nowhere does not exist"),
+        (dict(model=folder / "config.json"), "config.json is a file; give the folder"),
+        (dict(model=tmp_path), "holds no config.json"),
+        (dict(model=tmp_path / "gguf"), r"its .gguf files: a.gguf \(set gguf_file\)"),
+        (dict(model=tmp_path / "gguf", gguf_file="b.gguf"), "holds no b.gguf; its .gguf files: a.gguf"),
+        (dict(model=tmp_path / "gguf" / "a.gguf", gguf_file="b.gguf"), "is itself a GGUF file"),
+        (dict(model=folder, dtype="float8"), "teacher.dtype: got 'float8'; allowed: float32"),
+        (dict(model=tmp_path / "bert"), "BertForMaskedLM, not as a causal language model"),
+        (dict(model=tmp_path / "vit"), "vit model, which transformers has no causal language model for"),
+        (dict(model=tmp_path / "headless"), r"lacks 1 weights \(lm_head.weight\)"),
+        (dict(model=tmp_path / "strange"), "cannot load the configuration from the folder"),
+        (dict(model=tmp_path / "broken"), "cannot load the configuration from the folder"),
+        (dict(model=tmp_path / "weightless"), "cannot load the weights from the folder"),
+    ]:
+        given["model"] = str(given["model"])
+        with pytest.raises(UserError, match=message) as caught:
+            load_teacher(**given)
+        assert "\n" not in str(caught.value), message
+
+
+def test_an_unreachable_hub_is_told(monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(
+        UserError, match="is no local folder, is not in the hub cache, and the hub cannot be reached"
+    ):
+        load_teacher("someone/no-such-model")
+    with pytest.raises(UserError, match="neither a local folder nor a model on the hub"):
+        load_teacher("not a name")
+
+
+@pytest.mark.parametrize(
+    "cause, message",
+    [
+        ("GatedRepoError", "is gated; accept its terms"),
+        ("RevisionNotFoundError", "has no revision v9"),
+        ("RepositoryNotFoundError", "neither a local folder nor a model on the hub"),
+    ],
+)
+def test_what_the_hub_answers_is_told(cause, message):
+    from huggingface_hub import errors
+
+    error = OSError("many\nlines")
+    error.__cause__ = errors.__dict__[cause].__new__(errors.__dict__[cause])
+    told = teachers._user_error(error, "someone/model", "v9", "weights")
+    assert isinstance(told, UserError) and message in str(told)
+
+
+def test_remote_code_is_off_unless_asked_for(tmp_path):
+    (tmp_path / "config.json").write_text(
+        json.dumps(
+            {"model_type": "mine", "auto_map": {"AutoConfig": "conf.Mine", "AutoModelForCausalLM": "m.M"}}
+        )
+    )
+    (tmp_path / "conf.py").write_text("raise SystemExit('the code of a stranger ran')\n")
+    with pytest.raises(
+        UserError, match="runs Python code of its own to load; .* teacher.trust_remote_code: true"
+    ):
+        load_teacher(tmp_path)
