@@ -116,7 +116,7 @@ def checkpoints(folder: str | os.PathLike) -> list[Path]:
 
 
 def newest_complete(folder: str | os.PathLike) -> Path | None:
-    """The newest checkpoint-N in `folder` whose manifest verifies, or None; logs those passed over and why."""
+    """The newest checkpoint-N in `folder` whose manifest verifies, or None; logs those passed over."""
     passed, found = [], None
     for path in checkpoints(folder):
         problem = why_incomplete(path)

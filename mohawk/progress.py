@@ -3,7 +3,8 @@
 metrics.jsonl has one object a logged step: phase, step, steps, tokens (positions trained on so far in the
 phase), learning_rate, skipped_steps (so far in the phase), loss (mean over the steps since the last
 record, but the skipped ones), grad_norm (of the last step, before clipping), tokens_per_s,
-parts (the loss by the objective's names), and skipped_at where steps were skipped. A value that is not finite is null: NaN is not JSON.
+parts (the loss by the objective's names), and skipped_at where steps were skipped. A value that is not finite
+is null: NaN is not JSON.
 """
 
 import json
@@ -62,16 +63,12 @@ class Progress(TrainerCallback):
             self.record = logs
             self.bar.set_postfix_str(describe(logs), refresh=False)
 
-    def on_step_end(self, args, state, control, **kwargs):
-        # Called before on_log: the bar shows the loss of the step before, the plain line waits for its own.
-        if self.bar is not None and not self.plain:
-            self.bar.update(state.global_step - self.bar.n)
-
+    # A step is logged after it ended, so it is shown when the next one begins: with its own loss.
     def on_step_begin(self, args, state, control, **kwargs):
-        self._maybe_say(state)
+        self._show(state)
 
     def on_train_end(self, args, state, control, **kwargs):
-        self._maybe_say(state)
+        self._show(state)
         self.close()
 
     def close(self) -> None:
@@ -80,7 +77,9 @@ class Progress(TrainerCallback):
             self.bar.close()
             self.bar = None
 
-    def _maybe_say(self, state) -> None:
+    def _show(self, state) -> None:
+        if self.bar is not None and not self.plain:
+            self.bar.update(state.global_step - self.bar.n)
         if self.bar is None or not self.plain or state.global_step <= self.said_step:
             return
         now = time.monotonic()

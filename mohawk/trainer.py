@@ -26,10 +26,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.utils.data import DataLoader
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
@@ -121,9 +122,7 @@ class PhaseTrainer(Trainer):
             report_to="none",
             disable_tqdm=True,
         )
-        args._n_gpu = min(
-            1, args.n_gpu
-        )  # more would mean nn.DataParallel; torchrun is the way to several GPUs
+        args._n_gpu = min(1, args.n_gpu)  # more would mean nn.DataParallel; use torchrun for several GPUs
         self.tokens_per_step = (
             phase.batch_size * phase.sequence_length * phase.gradient_accumulation * args.world_size
         )
@@ -189,6 +188,7 @@ class PhaseTrainer(Trainer):
                 "bfloat16 autocast" if self.autocast_dtype else "float32",
                 self.args.device,
             )
+            set_seed(self.args.seed)  # whatever was drawn until now; a checkpoint brings its own state
             self.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         if self._failure is not None:
             raise UserError(self._failure)
@@ -382,11 +382,7 @@ class PhaseTrainer(Trainer):
                 folder = None
                 if self.is_world_process_zero():
                     folder = stack.enter_context(write_whole(path, replace=True))
-                    weights = {name: p.detach().cpu().contiguous() for name, p in self.trainable.items()}
-                    save_file(weights, folder / WEIGHTS)
-                    self.state.save_to_json(str(folder / TRAINER_STATE_NAME))
-                    (folder / PHASE_STATE).write_text(json.dumps(self._phase_state(), indent=1) + "\n")
-                    self._save_optimizer_and_scheduler(str(folder))
+                    self._write_checkpoint(folder)
                 folder = self._agree(folder)
                 self._save_rng_state(str(folder))  # a file each: several machines must share the folder
                 self._wait_for_all()
@@ -401,6 +397,16 @@ class PhaseTrainer(Trainer):
         if self.is_world_process_zero():
             rotate(self.folder, path, keep=self.keep_checkpoints)
         self._wait_for_all()
+
+    def _write_checkpoint(self, folder: Path) -> None:
+        weights = {name: p.detach().cpu().contiguous() for name, p in self.trainable.items()}
+        try:
+            save_file(weights, folder / WEIGHTS)
+            self._save_optimizer_and_scheduler(str(folder))
+        except (RuntimeError, SafetensorError) as error:  # torch.save's and safetensors' full disk
+            raise OSError(str(error).splitlines()[0]) from error
+        self.state.save_to_json(str(folder / TRAINER_STATE_NAME))
+        (folder / PHASE_STATE).write_text(json.dumps(self._phase_state(), indent=1) + "\n", encoding="utf-8")
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None) -> None:
         """Restore the trainable parameters and the phase's counts."""
@@ -512,7 +518,7 @@ def _trainable(objective: nn.Module, groups: list[dict[str, Any]]) -> dict[str, 
     named = {name: p for name, p in objective.named_parameters() if id(p) in wanted}
     if not wanted or len(named) != len(wanted):
         raise ValueError(
-            f"parameter_groups: {len(wanted)} parameters, {len(named)} of them in the objective; all must be, or"
-            " a checkpoint could not name them, and there must be some"
+            f"parameter_groups: {len(wanted)} parameters, {len(named)} of them in the objective; all must be"
+            " (or a checkpoint could not name them), and there must be some"
         )
     return named
