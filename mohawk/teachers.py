@@ -250,7 +250,7 @@ def _user_error(error: Exception, name: str, revision: str | None, what: str) ->
 
 def _is_network(chain: list[BaseException]) -> bool:
     # requests, httpx and urllib3 each have their own hierarchy; the module's name is what they share
-    network = ("httpx", "httpcore", "requests", "urllib3")
+    network = ("httpx", "httpx2", "httpcore", "httpcore2", "requests", "urllib3")
     return any(type(e).__module__.split(".")[0] in network for e in chain)
 
 

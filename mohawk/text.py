@@ -221,10 +221,7 @@ def _user_error(error: Exception, source: Source, files: list[Path], form: str |
     if isinstance(error, ValueError) and ("split" in str(error).lower() or "BuilderConfig" in str(error)):
         return UserError(f"data: {name}: {str(error).strip().splitlines()[0][:300]}")
     missing = isinstance(error, (datasets.exceptions.DatasetNotFoundError, FileNotFoundError))
-    offline = isinstance(error, ConnectionError) or type(root).__module__.split(".")[0] in (
-        "httpx",
-        "httpcore",
-    )
+    offline = isinstance(error, ConnectionError) or type(root).__module__.split(".")[0].startswith("http")
     if missing or offline:
         why = (
             "the hub cannot be reached"
