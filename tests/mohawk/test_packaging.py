@@ -1,0 +1,237 @@
+"""The package as others get it: a wheel, editable, or a plain checkout; with and without neighbours."""
+
+import ast
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+import textwrap
+import zipfile
+from pathlib import Path
+
+import pytest
+
+import mohawk
+
+ROOT = Path(__file__).resolve().parents[2]
+PACKAGES = {"mohawk": "mohawk", "kernels": "mohawk/kernels", "models": "mohawk/models"}
+
+
+def run(*command: str | Path, cwd: Path = ROOT, **environment: str) -> str:
+    """Output of a command that must succeed, with no PYTHONPATH of ours."""
+    env = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    result = subprocess.run(
+        [str(part) for part in command],
+        cwd=cwd,
+        env={**env, "OMP_NUM_THREADS": "1", **environment},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert result.returncode == 0, f"{command}\n{result.stdout}\n{result.stderr}"
+    return result.stdout
+
+
+def python(code: str, **kwargs) -> str:
+    return run(sys.executable, "-c", textwrap.dedent(code), **kwargs)
+
+
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory) -> Path:
+    """A copy of the sources, so that building leaves nothing in the repository."""
+    target = tmp_path_factory.mktemp("checkout") / "mohawk"
+    target.mkdir()
+    for name in ("mohawk", "kernels", "models", "recipes", "tests"):
+        shutil.copytree(ROOT / name, target / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "README.md"):
+        shutil.copy(ROOT / name, target)
+    return target
+
+
+@pytest.fixture(scope="module")
+def wheel(checkout, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("wheel")
+    source = folder / "source"
+    shutil.copytree(checkout, source)
+    pip = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--no-index"]
+    run(*pip, "--wheel-dir", folder, source)
+    return next(folder.glob("mohawk-*.whl"))
+
+
+def new_venv(folder: Path, install: list[str | Path]) -> Path:
+    """A virtual environment that sees the running one's packages behind its own; returns its Python."""
+    run(sys.executable, "-m", "venv", "--without-pip", folder)
+    python = folder / "bin" / "python"
+    site = Path(run(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))").strip())
+    # Appended, and its own .pth files are not read: an editable mohawk in there stays out of the way.
+    (site / "running.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    pip = [sys.executable, "-m", "pip", "--python", python, "install", "--quiet"]
+    run(*pip, "--no-deps", "--no-build-isolation", "--no-index", "--force-reinstall", *install)
+    return python
+
+
+@pytest.fixture(scope="module")
+def pythons(checkout, wheel, tmp_path_factory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("venvs")
+    return {
+        "wheel": new_venv(folder / "wheel", [wheel]),
+        "editable": new_venv(folder / "editable", ["--editable", checkout]),
+        "checkout": Path(sys.executable),
+    }
+
+
+def test_wheel_holds_everything_and_nothing_else(wheel, checkout):
+    names = set(zipfile.ZipFile(wheel).namelist())
+    expected = {f"mohawk/recipes/{path.name}" for path in (checkout / "recipes").glob("*.yaml")}
+    for folder, inside in PACKAGES.items():
+        expected |= {f"{inside}/{path.name}" for path in (checkout / folder).glob("*.py")}
+        subfolders = [path for path in (checkout / folder).iterdir() if path.is_dir()]
+        assert not subfolders, f"list {subfolders} in pyproject.toml, or they are dropped in silence"
+    code = {name for name in names if ".dist-info/" not in name}
+    assert code == expected
+    entry = next(name for name in names if name.endswith("entry_points.txt"))
+    assert "mohawk = mohawk.cli:main" in zipfile.ZipFile(wheel).read(entry).decode()
+
+
+def test_folders_that_must_not_be_packages():
+    for folder in ("kernels", "models", "recipes"):
+        assert not (ROOT / folder / "__init__.py").exists(), f"{folder} would shadow other people's"
+
+
+USE = """
+    import importlib.util, sys
+    import mohawk
+    from mohawk import Mamba2Mixer, HybridForCausalLM, kd_loss
+    from mohawk.kernels.kd_loss import kd_loss as same
+    from mohawk.recipe import Recipe, shipped
+    from transformers.utils import is_kernels_available
+    assert kd_loss is same
+    assert Recipe.load(shipped("demo")).teacher.model
+    spec = importlib.util.find_spec("kernels")
+    print(mohawk.__file__)
+    print(spec.origin if spec else None)
+    print(is_kernels_available())
+"""
+
+
+@pytest.mark.parametrize(
+    ("where", "neighbour"),
+    [("root", "without kernels"), ("root", "with kernels"), ("elsewhere", "without kernels")],
+)
+@pytest.mark.parametrize("how", ["checkout", "editable", "wheel"])
+def test_imports(how, where, neighbour, pythons, checkout, tmp_path):
+    environment = {}
+    if how == "checkout" and where == "elsewhere":
+        environment["PYTHONPATH"] = str(checkout)
+    if neighbour == "with kernels":
+        environment["PYTHONPATH"] = os.pathsep.join(
+            filter(None, [environment.get("PYTHONPATH"), str(fake_kernels(tmp_path / "site"))])
+        )
+    cwd = checkout if where == "root" else tmp_path
+    code = textwrap.dedent(USE)
+    file, kernels, available = run(pythons[how], "-c", code, cwd=cwd, **environment).splitlines()
+    # from the root, the checkout's own files come first, whatever is installed
+    from_checkout = how != "wheel" or where == "root"
+    assert Path(file).is_relative_to(checkout) == from_checkout
+    if neighbour == "with kernels":
+        assert kernels == str(tmp_path / "site" / "kernels" / "__init__.py") and available == "True"
+    else:
+        assert kernels == "None" and available == "False", "install no `kernels` where the tests run"
+
+
+def fake_kernels(site: Path) -> Path:
+    """Something that transformers takes for Hugging Face's `kernels` package."""
+    from transformers.utils.import_utils import KERNELS_MIN_VERSION
+
+    package, info = site / "kernels", site / f"kernels-{KERNELS_MIN_VERSION}.dist-info"
+    package.mkdir(parents=True)
+    info.mkdir()
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: kernels\nVersion: {KERNELS_MIN_VERSION}\n")
+    (package / "__init__.py").write_text(
+        f"__version__ = {KERNELS_MIN_VERSION!r}\n"
+        "def __getattr__(name):\n"
+        "    if name.startswith('__'):\n"
+        "        raise AttributeError(name)\n"
+        "    from unittest.mock import MagicMock\n"
+        "    return MagicMock(name=name)\n"
+    )
+    return site
+
+
+@pytest.mark.parametrize("how", ["checkout", "editable", "wheel"])
+def test_python_m_and_console_script(how, pythons, checkout):
+    said = run(pythons[how], "-m", "mohawk", "--version", cwd=checkout)
+    assert said == f"mohawk {mohawk.__version__}\n"
+    if how != "checkout":
+        assert run(pythons[how].parent / "mohawk", "--version") == said
+
+
+def test_losses_pull_neither_transformers_nor_triton():
+    said = python(
+        """
+        import sys, torch
+        before = set(sys.modules)
+        import mohawk
+        assert set(sys.modules) - before <= {"mohawk"}, sorted(set(sys.modules) - before)
+        from mohawk import TeacherTopK, kd_loss, linear_kd_loss
+        new = {name.partition(".")[0] for name in set(sys.modules) - before}
+        print(sorted(new - sys.stdlib_module_names))
+        """
+    )
+    assert said == "['mohawk']\n"
+
+
+def test_kernels_work_with_torch_alone():
+    said = python(
+        """
+        import sys
+        for name in ("transformers", "triton", "einops", "pydantic", "ruamel", "rich", "datasets"):
+            sys.modules[name] = None  # importing it fails
+        import torch
+        from mohawk import TeacherHidden, kd_loss, linear_kd_loss, ssd
+        logits = torch.randn(3, 7, requires_grad=True)
+        kd_loss(logits, torch.randn(3, 7)).backward()
+        hidden, head = torch.randn(3, 4, requires_grad=True), torch.randn(7, 4)
+        linear_kd_loss(hidden, head, TeacherHidden(torch.randn(3, 4), head)).backward()
+        x = torch.randn(1, 5, 2, 4)
+        ssd(x, -torch.rand(1, 5, 2), x, x)
+        print(bool(logits.grad.abs().sum() > 0), bool(hidden.grad.abs().sum() > 0))
+        """
+    )
+    assert said == "True True\n"
+
+
+def test_a_missing_package_is_named():
+    said = python(
+        """
+        import sys
+        sys.modules["transformers"] = None
+        import mohawk
+        try:
+            mohawk.HybridForCausalLM
+        except ImportError as error:
+            print(error)
+        """
+    )
+    assert said == "mohawk.HybridForCausalLM needs the package transformers: pip install transformers\n"
+
+
+def test_every_public_name_is_there():
+    for name in mohawk.__all__:
+        assert getattr(mohawk, name).__name__ == name
+    assert set(mohawk.__all__) <= set(dir(mohawk))
+    with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
+        mohawk.nonsense  # noqa: B018
+    with pytest.raises(ImportError):
+        from mohawk import nonsense  # noqa: F401
+
+
+def test_type_checkers_see_the_same_names_from_the_same_modules():
+    tree = ast.parse((ROOT / "mohawk" / "__init__.py").read_text())
+    block = next(
+        node for node in tree.body if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
+    )
+    imported = {alias.name: node.module for node in block.body for alias in node.names}
+    assert imported == mohawk._PUBLIC
+    assert sorted(imported) == sorted(mohawk.__all__)
