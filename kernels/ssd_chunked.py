@@ -107,7 +107,7 @@ def _over_heads(value_bgcqN: Tensor, weight_bhcq: Tensor, dtype: torch.dtype) ->
     batch, groups, chunks, chunk, width = value_bgcqN.shape
     heads = weight_bhcq.shape[1]
     weight = weight_bhcq.view(batch, groups, heads // groups, chunks, chunk, 1).to(dtype)
-    return (value_bgcqN.unsqueeze(2) * weight).view(batch, heads, chunks, chunk, width)
+    return (value_bgcqN.unsqueeze(2) * weight).reshape(batch, heads, chunks, chunk, width)
 
 
 def _repeated(value: Tensor, groups: int) -> Tensor:

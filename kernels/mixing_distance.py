@@ -1,0 +1,100 @@
+"""The distance between two mixing matrices, with gradients, without either matrix: MOHAWK's first phase."""
+
+import torch
+from torch import Tensor
+
+from mohawk.kernels.mixing import AttentionMixing, Mixing
+from mohawk.kernels.mixing_chunked import distance_chunked
+from mohawk.kernels.mixing_reference import distance_reference
+
+METRICS = ("frobenius", "squared", "mse", "relative", "kl")
+REDUCTIONS = ("mean", "sum", "none")
+BACKENDS = ("auto", "reference", "chunked")
+
+
+def mixing_distance(
+    student: Mixing,
+    teacher: Mixing,
+    *,
+    metric: str = "frobenius",
+    reduction: str = "mean",
+    backend: str = "auto",
+) -> Tensor:
+    """How far the student's matrix S is from the teacher's A, per batch row and head, reduced over both.
+
+    metric: "frobenius" ||S - A||_F (MOHAWK's, arXiv 2408.10189; its gradient is 0 where the distance is 0),
+    "squared" ||S - A||_F^2, "mse" that over seq^2, "relative" ||S - A||_F / ||A||_F, or, between two
+    attentions, "kl" sum_j A (log A - log S) averaged over rows. Rows and columns of padding (segment -1)
+    count as equal.
+
+    Batch and seq must agree. If the head counts differ, one divides the other and each head of the smaller
+    side is compared with a group of consecutive heads of the larger, as in grouped-query attention.
+    reduction: "mean" or "sum" over (batch, heads), or "none". backend: "reference" builds both matrices,
+    "chunked" never holds more than some rows of them, memory linear in seq.
+
+    Returns float32, or float64 if any input is. Differentiable in the student's tensors, never in the
+    teacher's; the gradients are made together with the value. Raises ValueError for what does not fit
+    together.
+    """
+    _check(student, teacher, metric, reduction, backend)
+    if backend == "reference":
+        with torch.no_grad():
+            fixed = _detached(teacher)
+        values = distance_reference(student, fixed, metric)
+        return {"mean": values.mean, "sum": values.sum, "none": lambda: values}[reduction]()
+    return distance_chunked(student, teacher, metric, reduction)
+
+
+def _detached(mixing: Mixing) -> Mixing:
+    fields = {
+        name: value.detach() if isinstance(value, Tensor) else value for name, value in vars(mixing).items()
+    }
+    return type(mixing)(**fields)
+
+
+def _check(student: Mixing, teacher: Mixing, metric: str, reduction: str, backend: str) -> None:
+    where = "mixing_distance"
+    for name, value, allowed in (
+        ("metric", metric, METRICS),
+        ("reduction", reduction, REDUCTIONS),
+        ("backend", backend, BACKENDS),
+    ):
+        if value not in allowed:
+            raise ValueError(f"{where}: {name} must be one of {', '.join(allowed)}, got {value!r}")
+    for name, value in (("student", student), ("teacher", teacher)):
+        if not isinstance(value, Mixing):
+            raise ValueError(
+                f"{where}: {name} must be an AttentionMixing or an SSDMixing, got {type(value).__name__}"
+            )
+    (batch, heads, seq), (batch_t, heads_t, seq_t) = student.shape, teacher.shape
+    if (batch, seq) != (batch_t, seq_t):
+        raise ValueError(
+            f"{where}: student and teacher must agree in batch and seq, "
+            f"got {batch}, {seq} and {batch_t}, {seq_t}"
+        )
+    if min(heads, heads_t) < 1 or max(heads, heads_t) % min(heads, heads_t):
+        raise ValueError(
+            f"{where}: one number of heads must divide the other, "
+            f"got {heads} (student) and {heads_t} (teacher)"
+        )
+    if student.tensors[0].device != teacher.tensors[0].device:
+        raise ValueError(
+            f"{where}: student on {student.tensors[0].device}, teacher on {teacher.tensors[0].device}; "
+            "move them to one device"
+        )
+    if metric == "kl":
+        _check_kl(student, teacher)
+
+
+def _check_kl(student: Mixing, teacher: Mixing) -> None:
+    where = "mixing_distance: metric 'kl'"
+    if not (isinstance(student, AttentionMixing) and isinstance(teacher, AttentionMixing)):
+        raise ValueError(f"{where} compares two attentions; rows of an SSDMixing are no distributions")
+    if student.window is not None and (teacher.window is None or teacher.window > student.window):
+        raise ValueError(
+            f"{where} is infinite when the teacher sees more than the student: "
+            f"windows {student.window} (student) and {teacher.window} (teacher)"
+        )
+    if student.segment_ids is not None:
+        if teacher.segment_ids is None or not torch.equal(student.segment_ids, teacher.segment_ids):
+            raise ValueError(f"{where} needs the same segment_ids in student and teacher")
