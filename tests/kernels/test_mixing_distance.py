@@ -98,7 +98,7 @@ def pairs(seq):
             attention(2, 2, 2, seq, 8, window=33),
             state_space(2, 6, (3, 3), seq, 8, segment_ids=ids),
         ),
-        "asymmetric": (state_space(2, 1, (1, 1), seq, 130), attention(2, 1, 1, seq, 1)),
+        "asymmetric": (state_space(1, 1, (1, 1), seq, 130), attention(1, 1, 1, seq, 1)),
     }
 
 
