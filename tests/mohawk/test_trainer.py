@@ -27,7 +27,6 @@ from tests.mohawk.tiny_phase import (
     weights,
 )
 
-
 pytestmark = pytest.mark.usefixtures("cheap_training")
 
 
