@@ -111,8 +111,8 @@ def print_description(described: Description, contexts: Sequence[int], console: 
     """A table of the layers, neighbours of one kind in one row, and the sums."""
     from rich.table import Table
 
-    console.print(f"[bold]{described.name}[/bold]: {described.kind}, {described.parameters:,} parameters, "
-                  f"{described.dtype}", highlight=False)  # fmt: skip
+    heading = f"{described.kind}, {described.parameters:,} parameters, {described.dtype}"
+    console.print(f"[bold]{described.name}[/bold]: {heading}", highlight=False, soft_wrap=True)
     table = Table("layers", "mixer", box=None, header_style="bold")
     table.add_column("parameters", justify="right")
     table.add_column("of the mixer", justify="right")

@@ -1,0 +1,344 @@
+"""The command line: what it passes on, what it prints, and its exit codes."""
+
+import re
+import shlex
+import subprocess
+import sys
+import time
+import types
+from pathlib import Path
+
+import pytest
+
+from mohawk.checkpoints import Interrupted
+from mohawk.cli import main, parser
+from mohawk.errors import UserError
+from mohawk.recipe import Recipe
+
+ROOT = Path(__file__).resolve().parents[2]
+RECIPE = "teacher: some/model\ndata: {train: [a.txt]}\n"
+
+
+def mohawk(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "mohawk", *arguments]
+    env = {"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin"}
+    return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=60)
+
+
+@pytest.fixture
+def recipe(tmp_path) -> Path:
+    path = tmp_path / "mine.yaml"
+    path.write_text(RECIPE)
+    return path
+
+
+@pytest.fixture
+def module(monkeypatch):
+    """A function that puts `mohawk.NAME` in place for the command line to import, and records its calls."""
+
+    def install(name: str, function: str, action=lambda: None) -> list:
+        calls = []
+
+        def record(*args, **kwargs):
+            calls.append((args, kwargs))
+            action()
+
+        fake = types.ModuleType(f"mohawk.{name}")
+        setattr(fake, function, record)
+        monkeypatch.setitem(sys.modules, f"mohawk.{name}", fake)
+        return calls
+
+    return install
+
+
+def raising(error: BaseException):
+    def act():
+        raise error
+
+    return act
+
+
+def test_convert_gets_the_checked_recipe(recipe, module):
+    calls = module("convert", "convert")
+    assert main(["convert", str(recipe), "--dry-run", "--set", "seed=3", "--set", "phases.hidden=null"]) == 0
+    ((checked,), options) = calls[0]
+    assert isinstance(checked, Recipe) and options == {"dry_run": True}
+    assert checked.seed == 3 and checked.phases.hidden is None and checked.output == Path("runs/mine")
+    # a folder's name is text, whatever YAML would make of it
+    for name in ("runs/x", "2026", "null", "it's: here"):
+        assert main(["convert", str(recipe), "--output", name]) == 0
+        ((checked,), options) = calls[-1]
+        assert checked.output == Path(name) and options == {"dry_run": False}
+
+
+def test_demo_gets_its_arguments(module):
+    calls = module("demo", "demo")
+    assert main(["demo"]) == 0
+    assert main(["demo", "--teacher", "x", "--output", "y", "--set", "seed=1", "--set", "seed=2"]) == 0
+    assert calls == [((None, Path("runs/demo"), []), {}), (("x", Path("y"), ["seed=1", "seed=2"]), {})]
+
+
+def test_recipe_mistakes_are_lines_on_stderr(recipe, capsys):
+    recipe.write_text(RECIPE + "sead: 1\nprecision: half\n")
+    assert main(["convert", str(recipe), "--set", "seed=x"]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.splitlines() == [
+        f"error: {recipe}:3: sead: unknown key; did you mean seed?",
+        f"error: {recipe}:4: precision: got the text 'half'; allowed: auto, float32, bfloat16 "
+        "(of training; auto: bfloat16 autocast where the device is fast at it)",
+        "error: --set seed: got the text 'x'; allowed: a whole number, at least 0, below 4294967296 "
+        "(of data order and random weights)",
+    ]
+
+
+def test_a_recipe_is_checked_before_anything_heavy_is_imported(recipe):
+    recipe.write_text(RECIPE + "sead: 1\n")
+    code = (
+        f"import sys; from mohawk.cli import main; code = main(['convert', {str(recipe)!r}]);"
+        "print(code, sorted({'torch', 'transformers', 'datasets', 'numpy'} & set(sys.modules)))"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert result.stdout == "2 []\n"
+
+
+def test_user_errors_exit_with_2(recipe, module, capsys):
+    module("convert", "convert", raising(UserError("first line\nsecond line")))
+    assert main(["convert", str(recipe)]) == 2
+    assert capsys.readouterr().err == "error: first line\nerror: second line\n"
+
+
+def test_stopped_by_a_signal_exits_with_130_and_says_how_to_go_on(recipe, module, capsys):
+    module("convert", "convert", raising(Interrupted(7, "runs/mine/phases/hidden/checkpoint-7")))
+    assert main(["convert", str(recipe), "--output", "a b"]) == 130
+    err = capsys.readouterr().err
+    assert "step 7" in err and "checkpoint-7" in err
+    assert f"mohawk convert {recipe} --output 'a b'" in err
+    assert err.count("\n") == 1
+    module("convert", "convert", raising(KeyboardInterrupt()))
+    assert main(["convert", str(recipe)]) == 130
+
+
+def test_a_missing_package_is_one_line(recipe, module, capsys):
+    module("convert", "convert", raising(ModuleNotFoundError("no datasets", name="datasets.arrow")))
+    assert main(["convert", str(recipe)]) == 2
+    assert capsys.readouterr().err == (
+        "error: datasets is not installed, which reading text needs; run: pip install datasets\n"
+    )
+
+
+def test_bugs_keep_their_traceback(recipe, module):
+    module("convert", "convert", raising(ValueError("a bug")))
+    with pytest.raises(ValueError, match="a bug"):
+        main(["convert", str(recipe)])
+    module("convert", "convert", raising(ModuleNotFoundError("no such thing", name="mohawk.nowhere")))
+    with pytest.raises(ModuleNotFoundError):
+        main(["convert", str(recipe)])
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("", "the following arguments are required: COMMAND"),
+        ("conver r.yaml", "invalid choice: 'conver'"),
+        ("convert", "required: RECIPE"),
+        ("convert r.yaml --dry", "unrecognized arguments: --dry"),
+        ("generate x", "required: --prompt"),
+        ("generate x --prompt y --top-p 2", "--top-p: got '2'; allowed: a number from 0 to 1"),
+        (
+            "generate x --prompt y --temperature warm",
+            "--temperature: got 'warm'; allowed: a number of at least 0",
+        ),
+        ("generate x --prompt y --max-new-tokens 0", "got '0'; allowed: a whole number of at least 1"),
+        ("generate x --prompt y --max-new-tokens 1.5", "got '1.5'; allowed: a whole number of at least 1"),
+        ("generate x --prompt y --temperature nan", "got 'nan'; allowed: a number of at least 0"),
+        ("inspect x --contexts 0", "got '0'; allowed: a whole number of at least 1"),
+    ],
+)
+def test_usage_mistakes_exit_with_2(line, words, capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(shlex.split(line))
+    assert caught.value.code == 2
+    assert words in capsys.readouterr().err
+
+
+def test_top_p_needs_a_temperature(capsys):
+    assert main(["generate", "x", "--prompt", "y", "--top-p", "0.5"]) == 2
+    assert "--top-p needs --temperature above 0" in capsys.readouterr().err
+
+
+def test_help_is_quick_and_imports_nothing_heavy():
+    times = []
+    for _ in range(3):
+        start = time.perf_counter()
+        result = mohawk("--help")
+        times.append(time.perf_counter() - start)
+        assert result.returncode == 0
+    for name in ("demo", "convert", "evaluate", "generate", "inspect", "doctor"):
+        assert re.search(rf"^    {name} ", result.stdout, re.MULTILINE), name
+    assert min(times) < 0.5
+    code = (
+        "import sys\n"
+        "from mohawk.cli import main\n"
+        "try: main(['--version'])\n"
+        "except SystemExit: print(sorted({'torch', 'transformers', 'pydantic', 'rich'} & set(sys.modules)))\n"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert result.stdout.splitlines()[-1] == "[]"
+
+
+def test_exit_codes_of_the_process(tmp_path):
+    assert mohawk("convert", "nowhere.yaml", cwd=tmp_path).returncode == 2
+    assert mohawk("nonsense", cwd=tmp_path).returncode == 2
+    assert mohawk("--version", cwd=tmp_path).returncode == 0
+    (tmp_path / "r.yaml").write_text(RECIPE)
+    wrong = mohawk("convert", "r.yaml", "--set", "seed=x", cwd=tmp_path)
+    assert wrong.returncode == 2 and wrong.stdout == "" and wrong.stderr.count("\n") == 1
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory, make_llama, tokenizer):
+    """Folders of a tiny teacher and a hybrid made from it."""
+    from mohawk.models.from_teacher import hybrid_from_teacher
+
+    folder = tmp_path_factory.mktemp("models")
+    teacher = make_llama(num_hidden_layers=4)
+    teacher.save_pretrained(folder / "teacher")
+    hybrid_from_teacher(teacher, ssm_layers=[1, 2]).save_pretrained(folder / "hybrid")
+    for name in ("teacher", "hybrid"):
+        tokenizer.save_pretrained(folder / name)
+    return folder
+
+
+@pytest.mark.parametrize("name", ["teacher", "hybrid"])
+def test_generate_prints_what_the_model_generates(models, name, tokenizer, capsys):
+    from transformers import AutoModelForCausalLM
+
+    assert main(["generate", str(models / name), "--prompt", "Hello", "--max-new-tokens", "5"]) == 0
+    printed = capsys.readouterr().out
+    ids = tokenizer("Hello", return_tensors="pt")
+    model = AutoModelForCausalLM.from_pretrained(models / name)
+    expected = model.generate(**ids, max_new_tokens=5, do_sample=False, pad_token_id=257)
+    assert printed == tokenizer.decode(expected[0], skip_special_tokens=True) + "\n"
+    assert len(printed) > len("Hello\n")
+
+
+def test_generate_samples_as_the_seed_says(models, capsys):
+    texts = []
+    for seed in ("1", "1", "2"):
+        line = ["generate", str(models / "hybrid"), "--prompt", "Hello", "--max-new-tokens", "20"]
+        assert main([*line, "--temperature", "1.5", "--top-p", "0.9", "--seed", seed]) == 0
+        texts.append(capsys.readouterr().out)
+    assert texts[0] == texts[1] != texts[2]
+
+
+def test_generate_and_inspect_on_nothing(models, tmp_path, capsys):
+    (tmp_path / "empty").mkdir()
+    for command in (["generate", "--prompt", "x"], ["inspect"]):
+        for path in (tmp_path / "nowhere", tmp_path / "empty"):
+            assert main([command[0], str(path), *command[1:]]) == 2
+            err = capsys.readouterr().err
+            assert err.startswith(f"error: {path}") and err.count("\n") == 1
+    assert main(["generate", str(models / "teacher"), "--prompt", ""]) == 2
+    assert "--prompt: got an empty text" in capsys.readouterr().err
+
+
+def test_inspect_counts_what_the_model_has(models, capsys):
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from mohawk.describe import describe
+    from mohawk.evaluate import cache_bytes
+
+    model = AutoModelForCausalLM.from_pretrained(models / "hybrid")
+    described = describe(models / "hybrid")
+    assert described.parameters == sum(p.numel() for p in model.parameters())
+    assert [layer.mixer for layer in described.layers] == [
+        "full_attention",
+        "mamba2",
+        "mamba2",
+        "full_attention",
+    ]
+    for context in (1, 40):
+        cache = model(torch.zeros(1, context, dtype=torch.long), use_cache=True).past_key_values
+        assert sum(layer.state_bytes(context) for layer in described.layers) == cache_bytes(cache)
+    assert main(["inspect", str(models / "hybrid"), "--contexts", "1", "1000000"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert "HybridForCausalLM" in lines[0] and f"{described.parameters:,} parameters" in lines[0]
+    assert [line.split()[:2] for line in lines[2:5]] == [
+        ["0", "full_attention"],
+        ["1-2", "mamba2"],
+        ["3", "full_attention"],
+    ]
+    states = {line.split()[0]: line.split()[-4:] for line in lines[2:5]}
+    assert states["1-2"][:2] == states["1-2"][2:], "a constant state"
+    assert states["0"][:2] != states["0"][2:]
+
+
+def test_sliding_windows_bound_the_state(make_llama, tmp_path):
+    from transformers import MistralConfig, MistralForCausalLM
+
+    from mohawk.describe import describe
+
+    config = MistralConfig(**{**make_llama().config.to_dict(), "sliding_window": 16, "model_type": "mistral"})
+    MistralForCausalLM(config).save_pretrained(tmp_path)
+    layer = describe(tmp_path).layers[0]
+    assert layer.state_bytes(8) * 2 == layer.state_bytes(16) == layer.state_bytes(1000)
+
+
+def test_inspect_a_run(models, tmp_path, capsys):
+    run = tmp_path / "run"
+    (run / "phases").mkdir(parents=True)
+    (run / "recipe.yaml").write_text(RECIPE)
+    assert main(["inspect", str(run)]) == 2
+    out, err = capsys.readouterr()
+    assert "mixing: not begun" in out and "is a run without a student yet" in err
+    (run / "phases" / "mixing").mkdir()
+    (run / "phases" / "mixing" / "student").symlink_to(models / "hybrid")
+    assert main(["inspect", str(run)]) == 0
+    out = capsys.readouterr().out
+    assert "mixing: done" in out and "hidden: not begun" in out and "1-2" in out
+    # a run can be generated from as well
+    assert main(["generate", str(run), "--prompt", "Hello", "--max-new-tokens", "1"]) == 0
+
+
+def test_a_closed_pipe_is_no_error():
+    code = (
+        "import sys, types\n"
+        "demo = sys.modules['mohawk.demo'] = types.ModuleType('mohawk.demo')\n"
+        "demo.demo = lambda *_: print('x' * 1_000_000)\n"
+        "from mohawk.cli import main\n"
+        "sys.exit(main(['demo']))\n"
+    )
+    command = f"{shlex.join([sys.executable, '-c', code])} | true; echo ${{PIPESTATUS[0]}}"
+    result = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert result.stdout == "1\n" and result.stderr == ""
+
+
+def test_every_mohawk_and_make_command_in_the_readme_is_valid():
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"```(?:bash|sh|console)?\n(.*?)```", readme, re.DOTALL)
+    lines = [line.strip().removeprefix("$ ") for block in blocks for line in block.splitlines()]
+    ours = [shlex.split(line, comments=True) for line in lines if re.match(r"(python -m )?mohawk ", line)]
+    targets = [line.split()[1] for line in lines if line.startswith("make ")]
+    assert {"demo", "test"} <= set(targets), "the README's first screen has the two commands"
+    assert ours, "the README shows the command line"
+    makefile = (ROOT / "Makefile").read_text()
+    for target in targets:
+        assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
+    for words in ours:
+        options = parser().parse_args(words[words.index("mohawk") + 1 :])
+        recipe = getattr(options, "recipe", None)
+        if recipe is not None and (ROOT / recipe).exists():
+            Recipe.load(ROOT / recipe, options.set)
+    for script in re.findall(r"^python (\S+\.py)", "\n".join(lines), re.MULTILINE):
+        assert (ROOT / script).is_file(), script
+    for block in re.findall(r"```ya?ml\n(.*?)```", readme, re.DOTALL):
+        if "teacher:" in block:
+            from mohawk.recipe_text import RecipeText
+
+            Recipe.from_dict(RecipeText.read(block, "README.md").data)
