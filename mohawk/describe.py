@@ -109,10 +109,11 @@ def _layer(config: PretrainedConfig, index: int, block, itemsize: int) -> Layer:
 
 def print_description(described: Description, contexts: Sequence[int], console: Console) -> None:
     """A table of the layers, neighbours of one kind in one row, and the sums."""
+    from rich.markup import escape
     from rich.table import Table
 
     heading = f"{described.kind}, {described.parameters:,} parameters, {described.dtype}"
-    console.print(f"[bold]{described.name}[/bold]: {heading}", highlight=False, soft_wrap=True)
+    console.print(f"[bold]{escape(described.name)}[/bold]: {heading}", highlight=False, soft_wrap=True)
     table = Table("layers", "mixer", box=None, header_style="bold")
     table.add_column("parameters", justify="right")
     table.add_column("of the mixer", justify="right")

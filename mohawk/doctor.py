@@ -37,26 +37,27 @@ MODULES = {"mamba-ssm": "mamba_ssm", "causal-conv1d": "causal_conv1d"}  # where 
 def doctor(console: Console | None = None) -> None:
     """Print the report. Whatever is missing or broken is said in it, never raised."""
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     console = console or Console()
     packages = Table("package", "version", "for", title="Versions", title_justify="left", title_style="bold")
-    packages.add_row("mohawk", mohawk.__version__, mohawk.__path__[0])
-    packages.add_row("python", platform.python_version(), sys.executable)
+    packages.add_row("mohawk", mohawk.__version__, escape(mohawk.__path__[0]))
+    packages.add_row("python", platform.python_version(), escape(sys.executable))
     for name, purpose in PACKAGES.items():
         packages.add_row(name, version(name) or "[yellow]missing[/yellow]", purpose)
     console.print(packages)
 
     devices = Table("device", "what", title="Devices", title_justify="left", title_style="bold")
     for row in device_rows():
-        devices.add_row(*row)
+        devices.add_row(*map(escape, row))
     console.print(devices)
 
     operations = Table(
         "operation", "backend", "why", title="Operations", title_justify="left", title_style="bold"
     )
     for row in operation_rows():
-        operations.add_row(*row)
+        operations.add_row(row[0], row[1], escape(row[2]))
     console.print(operations)
 
 
