@@ -68,7 +68,7 @@ class Progress(TrainerCallback):
         self._show(state)
 
     def on_train_end(self, args, state, control, **kwargs):
-        self._show(state)
+        self._show(state, last=True)
         self.close()
 
     def close(self) -> None:
@@ -77,13 +77,12 @@ class Progress(TrainerCallback):
             self.bar.close()
             self.bar = None
 
-    def _show(self, state) -> None:
+    def _show(self, state, last: bool = False) -> None:
         if self.bar is not None and not self.plain:
             self.bar.update(state.global_step - self.bar.n)
         if self.bar is None or not self.plain or state.global_step <= self.said_step:
             return
         now = time.monotonic()
-        last = state.global_step >= state.max_steps
         due = now - self.said_at >= PLAIN_SECONDS or (
             # A fast phase passes many twentieths a second; nobody reads more than one line a second.
             state.global_step - self.said_step >= PLAIN_SHARE * state.max_steps and now - self.said_at >= 1.0

@@ -141,6 +141,11 @@ class PhaseTrainer(Trainer):
         )
         for callback in (PrinterCallback, ProgressCallback):
             self.remove_callback(callback)
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            raise UserError(
+                "accelerate is set to FSDP or DeepSpeed, which the phases do not support; launch with"
+                " torchrun or accelerate launch --multi_gpu"
+            )
         self.progress = Progress(name)
         self.add_callback(self.progress)
         self.autocast_dtype = autocast_dtype(precision, self.args.device)
