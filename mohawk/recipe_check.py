@@ -113,7 +113,12 @@ def _parts(annotation: Any) -> Iterator[Any]:
 
 
 def _is_section(annotation: Any) -> bool:
-    return isinstance(annotation, type) and issubclass(annotation, BaseModel)
+    # Python 3.10 takes list[int] for a type.
+    return (
+        typing.get_origin(annotation) is None
+        and isinstance(annotation, type)
+        and issubclass(annotation, BaseModel)
+    )
 
 
 def _allowed(annotation: Any) -> str:
