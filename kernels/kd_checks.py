@@ -4,6 +4,8 @@ work."""
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -18,6 +20,10 @@ from mohawk.kernels.kd_teachers import (
     TeacherTAID,
     TeacherTopK,
 )
+from mohawk.kernels.kd_vocabulary import Vocabulary
+
+if TYPE_CHECKING:
+    from mohawk.kernels.kd_call import Settings
 
 REDUCTIONS = ("mean", "sum", "none")
 BACKENDS = ("auto", "reference", "chunked", "triton")
@@ -28,45 +34,46 @@ def _one_of(name: str, value: object, allowed: tuple[str, ...]) -> None:
         raise ValueError(f"{name} is {value!r}; allowed: {', '.join(allowed)}")
 
 
-def _number(name: str, value: object, ok: bool, allowed: str) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value) or not ok:
+def _number(name: str, value: object, ok: Callable[[float], bool], allowed: str) -> None:
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not number or not math.isfinite(value) or not ok(value):
         raise ValueError(f"{name} is {value!r}; it must be {allowed}")
 
 
-def check_options(
-    divergence: str,
-    temperature: float,
-    kd_weight: float,
-    ce_weight: float,
-    beta: float,
-    lam: float,
-    reduction: str,
-    backend: str,
-    labels: Tensor | None,
-    normalizer: float | Tensor | None,
-) -> None:
+def check_settings(s: Settings, has_labels: bool, normalizer: float | Tensor | None) -> None:
     """The options that need no shapes."""
-    _one_of("divergence", divergence, DIVERGENCES)
-    _one_of("reduction", reduction, REDUCTIONS)
-    _one_of("backend", backend, BACKENDS)
-    _number("temperature", temperature, temperature > 0, "a finite number above 0")
-    _number("kd_weight", kd_weight, kd_weight >= 0, "a finite number, 0 or above")
-    _number("ce_weight", ce_weight, ce_weight >= 0, "a finite number, 0 or above")
-    _number("beta", beta, 0 <= beta <= 1, "a number from 0 (forward KL) to 1 (reverse KL)")
-    _number("lam", lam, 0 <= lam < 1, "a number from 0 (no skew) to below 1")
-    if ce_weight and labels is None:
-        raise ValueError(f"ce_weight is {ce_weight} but labels is None; pass labels or set ce_weight to 0")
+    _one_of("divergence", s.divergence, DIVERGENCES)
+    _one_of("reduction", s.reduction, REDUCTIONS)
+    _one_of("backend", s.backend, BACKENDS)
+    _number("temperature", s.temperature, lambda x: x > 0, "a finite number above 0")
+    _number("kd_weight", s.kd_weight, lambda x: x >= 0, "a finite number, 0 or above")
+    _number("ce_weight", s.ce_weight, lambda x: x >= 0, "a finite number, 0 or above")
+    _number("beta", s.beta, lambda x: 0 <= x <= 1, "a number from 0 (forward KL) to 1 (reverse KL)")
+    _number("lam", s.lam, lambda x: 0 <= x < 1, "a number from 0 (no skew) to below 1")
+    if s.ce_weight and not has_labels:
+        raise ValueError(f"ce_weight is {s.ce_weight} but labels is None; pass labels or set ce_weight to 0")
+    if isinstance(s.ignore_index, bool) or not isinstance(s.ignore_index, int):
+        raise ValueError(f"ignore_index is {s.ignore_index!r}; it must be a whole number")
     if normalizer is None:
         return
-    if reduction != "mean":
+    if s.reduction != "mean":
         raise ValueError(
-            f"normalizer is given but reduction is {reduction!r}; it replaces the count in 'mean' only"
+            f"normalizer is given but reduction is {s.reduction!r}; it replaces the count in 'mean'"
         )
     if isinstance(normalizer, Tensor):
         if normalizer.numel() != 1:
             raise ValueError(f"normalizer has shape {tuple(normalizer.shape)}; it must be one number")
     else:
-        _number("normalizer", normalizer, normalizer > 0, "a finite number above 0")
+        _number("normalizer", normalizer, lambda x: x > 0, "a finite number above 0")
+
+
+def check_student(student: tuple[Tensor, ...], s: Settings) -> None:
+    """Logits, or hidden states with their head."""
+    if not s.linear:
+        _float("student_logits", student[0])
+        return
+    bias = student[2] if len(student) > 2 else None
+    check_head("student", student[0], student[1], bias, s.logit_scale, s.logit_softcap)
 
 
 def _float(name: str, x: object, dims: int | None = None) -> None:
@@ -110,20 +117,9 @@ def check_head(
         _device(f"{side} bias", bias, hidden.device)
         if bias.shape[0] != head.shape[0]:
             raise ValueError(f"{side} bias has {bias.shape[0]} entries but the head has {head.shape[0]} rows")
-    _number(f"{side} logit_scale", scale, True, "a finite number")
+    _number(f"{side} logit_scale", scale, lambda x: True, "a finite number")
     if softcap is not None:
-        _number(f"{side} logit_softcap", softcap, softcap > 0, "None or a finite number above 0")
-
-
-def vocab_of(side: str, rows: int, vocab_size: int | None, cut: str) -> int:
-    """The size of a vocabulary after `vocab_size`."""
-    if vocab_size is None:
-        return rows
-    if not isinstance(vocab_size, int) or isinstance(vocab_size, bool) or vocab_size < 1:
-        raise ValueError(f"vocab_size is {vocab_size!r}; it must be None or a whole number above 0")
-    if vocab_size > rows:
-        raise ValueError(f"vocab_size is {vocab_size} but the {side} {cut} only {rows} entries")
-    return vocab_size
+        _number(f"{side} logit_softcap", softcap, lambda x: x > 0, "None or a finite number above 0")
 
 
 def _leading(name: str, shape: torch.Size, expected: torch.Size, what: str = "the student's") -> None:
@@ -132,39 +128,30 @@ def _leading(name: str, shape: torch.Size, expected: torch.Size, what: str = "th
 
 
 def check_teacher(
-    teacher: Teacher,
-    lead: torch.Size,
-    device: torch.device,
-    vocab: int,
-    vocab_size: int | None,
-    divergence: str,
+    teacher: Teacher, lead: torch.Size, device: torch.device, vocabulary: Vocabulary, s: Settings
 ) -> None:
-    """A teacher source against the student's leading dimensions and (cut) vocabulary."""
+    """A teacher source against the student's leading dimensions and vocabulary."""
     if isinstance(teacher, TeacherTAID):
         if not isinstance(teacher.teacher, (TeacherLogits, TeacherHidden, TeacherMixture)):
-            raise ValueError(
-                f"TeacherTAID takes a dense teacher or a mixture, not {type(teacher.teacher).__name__}"
-            )
-        _number("TeacherTAID.t", teacher.t, 0 <= teacher.t <= 1, "a number from 0 to 1")
-        check_teacher(teacher.teacher, lead, device, vocab, vocab_size, divergence)
+            kind = type(teacher.teacher).__name__
+            raise ValueError(f"TeacherTAID takes a dense teacher or a mixture, not {kind}")
+        _number("TeacherTAID.t", teacher.t, lambda x: 0 <= x <= 1, "a number from 0 to 1")
+        check_teacher(teacher.teacher, lead, device, vocabulary, s)
     elif isinstance(teacher, TeacherMixture):
-        _check_mixture(teacher, lead, device, vocab, vocab_size, divergence)
+        _check_mixture(teacher, lead, device, vocabulary, s)
     elif isinstance(teacher, TeacherLogits):
         _float("teacher logits", teacher.logits)
         _device("teacher logits", teacher.logits, device)
         _leading("teacher logits", teacher.logits.shape[:-1], lead)
-        _same_vocab(
-            vocab_of("teacher", teacher.logits.shape[-1], vocab_size, "logits have"), vocab, vocab_size
-        )
+        _same_vocab(teacher.logits.shape[-1], vocabulary, s)
     elif isinstance(teacher, TeacherHidden):
-        check_head(
-            "teacher", teacher.hidden, teacher.head, teacher.bias, teacher.logit_scale, teacher.logit_softcap
-        )
+        scale, softcap = teacher.logit_scale, teacher.logit_softcap
+        check_head("teacher", teacher.hidden, teacher.head, teacher.bias, scale, softcap)
         _device("teacher hidden states", teacher.hidden, device)
         _leading("teacher hidden states", teacher.hidden.shape[:-1], lead)
-        _same_vocab(vocab_of("teacher", teacher.head.shape[0], vocab_size, "head has"), vocab, vocab_size)
+        _same_vocab(teacher.head.shape[0], vocabulary, s)
     elif isinstance(teacher, (TeacherTopK, TeacherSamples)):
-        _check_ids(teacher, lead, device, vocab, divergence)
+        _check_ids(teacher, lead, device, vocabulary.size, s.divergence)
     else:
         raise ValueError(
             f"teacher is a {type(teacher).__name__}; it must be a logits tensor or one of TeacherLogits, "
@@ -172,18 +159,21 @@ def check_teacher(
         )
 
 
-def _same_vocab(teacher: int, student: int, vocab_size: int | None) -> None:
-    if teacher != student:
-        raise ValueError(
-            f"the student's vocabulary has {student} entries and the teacher's {teacher}; "
-            "pass vocab_size=the number of real tokens to cut both"
-        )
+def _same_vocab(entries: int, vocabulary: Vocabulary, s: Settings) -> None:
+    if entries == vocabulary.entries or s.vocab_size is not None and entries >= vocabulary.local:
+        return
+    raise ValueError(
+        f"the student's vocabulary has {vocabulary.entries} entries and the teacher's {entries}; "
+        "pass vocab_size=the number of real tokens to cut both"
+    )
 
 
-def _check_mixture(teacher: TeacherMixture, lead, device, vocab, vocab_size, divergence) -> None:
-    if divergence in LOGIT_DIVERGENCES:
+def _check_mixture(
+    teacher: TeacherMixture, lead: torch.Size, device: torch.device, vocabulary: Vocabulary, s: Settings
+) -> None:
+    if s.divergence in LOGIT_DIVERGENCES:
         raise ValueError(
-            f"divergence {divergence!r} compares logits; a mixture of teachers has probabilities only"
+            f"divergence {s.divergence!r} compares logits; a mixture of teachers has probabilities only"
         )
     if not len(teacher.teachers):
         raise ValueError("TeacherMixture has no teachers")
@@ -192,14 +182,13 @@ def _check_mixture(teacher: TeacherMixture, lead, device, vocab, vocab_size, div
             raise ValueError(
                 f"TeacherMixture takes TeacherLogits and TeacherHidden, not {type(one).__name__}"
             )
-        check_teacher(one, lead, device, vocab, vocab_size, divergence)
+        check_teacher(one, lead, device, vocabulary, s)
     if teacher.weights is not None:
         if len(teacher.weights) != len(teacher.teachers):
-            raise ValueError(
-                f"TeacherMixture has {len(teacher.teachers)} teachers, {len(teacher.weights)} weights"
-            )
+            counts = f"{len(teacher.teachers)} teachers and {len(teacher.weights)} weights"
+            raise ValueError(f"TeacherMixture has {counts}; it must have as many")
         for weight in teacher.weights:
-            _number("a weight of TeacherMixture", weight, weight > 0, "a finite number above 0")
+            _number("a weight of TeacherMixture", weight, lambda x: x > 0, "a finite number above 0")
 
 
 def _check_ids(teacher: TeacherTopK | TeacherSamples, lead, device, vocab: int, divergence: str) -> None:

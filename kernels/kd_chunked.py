@@ -28,7 +28,9 @@ from mohawk.kernels.kd_teachers import (
     mixture_weights,
     tail_of,
 )
+from mohawk.kernels.kd_vocabulary import Vocabulary
 
+WHOLE = Vocabulary(0, None, None)  # for what every rank holds whole
 TILE_BYTES = 96 << 20  # all tiles of logits together: 256 rows of two 49152-word vocabularies in float32
 CACHE_BYTES = 2 << 20  # of one array in the elementwise passes on CPU
 
@@ -43,7 +45,7 @@ class Options:
     ce_weight: float
     beta: float
     lam: float
-    vocab_size: int
+    vocabulary: Vocabulary
     need_kd: bool
     need_ce: bool
 
@@ -60,10 +62,6 @@ class Rows:
     ce: Tensor
 
 
-def _total(x: Tensor) -> Tensor:
-    return x
-
-
 def _spans(n: int, step: int) -> Iterator[tuple[int, int]]:
     """n rows in nearly equal spans of at most `step`."""
     if n == 0:
@@ -73,10 +71,17 @@ def _spans(n: int, step: int) -> Iterator[tuple[int, int]]:
         yield n * k // count, n * (k + 1) // count
 
 
-def _inner_rows(tile: Tensor) -> int:
-    if tile.device.type != "cpu":
-        return max(1, tile.shape[0])
-    return max(torch.get_num_threads(), CACHE_BYTES // (tile.shape[1] * tile.element_size()))
+def _outer_rows(tiles: int, vocabulary: Vocabulary, dtype: torch.dtype) -> int:
+    return max(1, TILE_BYTES // (max(1, tiles * vocabulary.widest) * dtype.itemsize))
+
+
+def _inner_rows(device: torch.device, vocabulary: Vocabulary, dtype: torch.dtype, outer: int) -> int:
+    if vocabulary.group is not None:
+        # Fewer, larger collectives; the same number on every rank, whatever its threads and slice.
+        return max(1, 8 * CACHE_BYTES // (vocabulary.widest * dtype.itemsize))
+    if device.type != "cpu":
+        return max(1, outer)
+    return max(torch.get_num_threads(), CACHE_BYTES // (vocabulary.widest * dtype.itemsize))
 
 
 def _take(x: Tensor, rows: Tensor | None, start: int, stop: int) -> Tensor:
@@ -99,11 +104,11 @@ class _Scores:
         self.start, self.tiles = start, [tile[: stop - start] for tile in tiles]
         for one, tile in zip(self.hidden, self.tiles, strict=True):
             hidden = _take(one.hidden, self.rows, start, stop)
-            kd_products.logits_product(hidden, one.head[: self.options.vocab_size], tile)
+            kd_products.logits_product(hidden, one.head[: self.options.vocabulary.local], tile)
 
     def _part(self, k: int, start: int, stop: int) -> Tensor:
         """Scores of one dense teacher for rows start..stop, ours to overwrite."""
-        one, vocab, temperature = self.parts[k], self.options.vocab_size, self.options.temperature
+        one, vocab, temperature = self.parts[k], self.options.vocabulary.local, self.options.temperature
         if not isinstance(one, TeacherHidden):
             scores = _take(one.logits, self.rows, start, stop)[:, :vocab]
             if scores.dtype != self.dtype:
@@ -122,7 +127,8 @@ class _Scores:
         if isinstance(self.mixture, TeacherMixture):
             scores = None
             for k, weight in enumerate(mixture_weights(self.mixture)):
-                part = torch.log_softmax(self._part(k, start, stop), -1).add_(math.log(weight))
+                (part,) = self.options.vocabulary.log_softmax(self._part(k, start, stop))
+                part += math.log(weight)
                 scores = part if scores is None else torch.logaddexp(scores, part)
         else:
             scores = self._part(0, start, stop)
@@ -141,81 +147,114 @@ def finish_logits(tile: Tensor, bias: Tensor | None, scale: float, softcap: floa
         tile.div_(softcap).tanh_().mul_(softcap)
 
 
-def _distribution(scores: Tensor, u: Tensor, lq: Tensor | None, options: Options, want_grad: bool):
-    """Divergence of softmax(scores) and softmax(u) per row, with the gradient in u; lq may be given and is
+def _distribution(
+    scores: Tensor, u: Tensor, lq: Tensor | None, options: Options, vocabulary: Vocabulary, want_grad: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Divergence of softmax(scores) and softmax(u) per row and its gradient in u; lq may be given and is
     kept."""
     function = kd_divergences.DISTRIBUTION[options.divergence]
-    lp = torch.log_softmax(scores, -1)
-    first = lq.clone() if lq is not None else torch.log_softmax(u, -1)
-    value, grad = function(lp, first, options.beta, options.lam, False, want_grad, _total)
-    if bool(torch.isnan(value).any()):  # 0 * inf somewhere: -inf logits, which the guarded form handles
-        lp, lq = torch.log_softmax(scores, -1), torch.log_softmax(u, -1)
-        value, grad = function(lp, lq, options.beta, options.lam, True, want_grad, _total)
+
+    def evaluate(guard: bool) -> tuple[Tensor, Tensor | None]:
+        if lq is None:
+            pair = vocabulary.log_softmax(scores, u)
+        else:
+            pair = [*vocabulary.log_softmax(scores), lq.clone()]
+        return function(*pair, options.beta, options.lam, guard, want_grad, vocabulary)
+
+    if vocabulary.group is not None:
+        return evaluate(guard=True)
+    value, grad = evaluate(guard=False)
+    if bool(torch.isnan(value).any()):  # 0 * inf somewhere: -inf logits
+        value, grad = evaluate(guard=True)
     return value, grad
 
 
-def _topk(teacher: TeacherTopK, rows, start: int, stop: int, u: Tensor, options: Options, want_grad: bool):
+def _topk(
+    teacher: TeacherTopK,
+    rows: Tensor | None,
+    span: tuple[int, int],
+    u: Tensor,
+    options: Options,
+    want_grad: bool,
+) -> tuple[Tensor, Tensor | None]:
     """The divergence over k + 1 buckets: the gradient in a bucket's logit is shared out within the bucket."""
-    ids = _take(teacher.ids, rows, start, stop)
-    lp = _take(teacher.logprobs, rows, start, stop).to(u.dtype)
+    vocabulary = options.vocabulary
+    ids = _take(teacher.ids, rows, *span)
+    lp = _take(teacher.logprobs, rows, *span).to(u.dtype)
     if teacher.tail_logprob is None:
         tail = tail_of(lp)
     else:
-        tail = _take(teacher.tail_logprob, rows, start, stop).to(u.dtype)
-    others = u.scatter(1, ids, float("-inf"))
-    rest = torch.logsumexp(others, -1, keepdim=True)
-    buckets = torch.cat([u.gather(1, ids), rest], -1)
-    value, grad = _distribution(torch.cat([lp, tail[:, None]], -1), buckets, None, options, want_grad)
+        tail = _take(teacher.tail_logprob, rows, *span).to(u.dtype)
+    others = vocabulary.scatter(u, ids, float("-inf"))
+    rest = vocabulary.across(torch.logsumexp(others, -1, keepdim=True))
+    buckets = torch.cat([vocabulary.total(vocabulary.gather(u, ids)), rest], -1)
+    scores = torch.cat([lp, tail[:, None]], -1)
+    # Every rank has all buckets.
+    value, grad = _distribution(scores, buckets, None, options, WHOLE, want_grad)
+    value = vocabulary.once(value)
     if not want_grad:
         return value, None
     # Where nothing is left in the rest, others - rest is -inf - -inf.
-    share = others.sub_(rest.clamp_min(torch.finfo(u.dtype).min)).exp_()
-    share.mul_(grad[:, -1:]).scatter_(1, ids, grad[:, :-1])
-    return value, share
+    share = others.sub_(rest.clamp_min(torch.finfo(u.dtype).min)).exp_().mul_(grad[:, -1:])
+    return value, vocabulary.scatter(share, ids, grad[:, :-1])
 
 
-def _samples(teacher: TeacherSamples, rows, start: int, stop: int, lq: Tensor, want_grad: bool):
-    ids = _take(teacher.ids, rows, start, stop)
-    weights = _take(teacher.weights, rows, start, stop).to(lq.dtype)
-    value = -(weights * lq.gather(1, ids).masked_fill_(weights == 0, 0.0)).sum(-1)
+def _samples(
+    teacher: TeacherSamples,
+    rows: Tensor | None,
+    span: tuple[int, int],
+    lq: Tensor,
+    options: Options,
+    want_grad: bool,
+) -> tuple[Tensor, Tensor | None]:
+    ids = _take(teacher.ids, rows, *span)
+    weights = _take(teacher.weights, rows, *span).to(lq.dtype)
+    value = -(weights * options.vocabulary.gather(lq, ids).masked_fill_(weights == 0, 0.0)).sum(-1)
     if not want_grad:
         return value, None
     grad = lq.exp().mul_(weights.sum(-1, keepdim=True))
-    return value, grad.scatter_add_(1, ids, -weights)
+    return value, options.vocabulary.scatter_add(grad, ids, -weights)
 
 
 def _tile(
-    z: Tensor, teacher: Teacher, scores: _Scores, labels: Tensor | None, span, scale, options, want_grad
-):
+    z: Tensor,
+    teacher: Teacher,
+    scores: _Scores,
+    labels: Tensor | None,
+    span: tuple[int, int],
+    scale: Tensor,
+    options: Options,
+    want_grad: bool,
+) -> tuple[Tensor, Tensor]:
     """kd and ce of the rows of z, the student's float logits; z becomes the gradient of sum(scale * loss)."""
     start, stop = span
-    temperature, rows = options.temperature, scores.rows
+    temperature, vocabulary = options.temperature, options.vocabulary
     u = z if temperature == 1.0 else z / temperature
     shared = options.need_ce and temperature == 1.0 or isinstance(teacher, TeacherSamples)
-    lq = torch.log_softmax(u, -1) if shared else None
+    lq = vocabulary.log_softmax(u)[0] if shared else None
 
     kd = ce = z.new_zeros(stop - start)
-    kd_grad = None
-    want_kd_grad = want_grad and options.kd_weight != 0.0
+    kd_grad = ce_grad = None
     if options.need_kd:
+        want = want_grad and options.kd_weight != 0.0
         if isinstance(teacher, TeacherSamples):
-            kd, kd_grad = _samples(teacher, rows, start, stop, lq, want_kd_grad)
+            kd, kd_grad = _samples(teacher, scores.rows, span, lq, options, want)
         elif isinstance(teacher, TeacherTopK):
-            kd, kd_grad = _topk(teacher, rows, start, stop, u, options, want_kd_grad)
+            kd, kd_grad = _topk(teacher, scores.rows, span, u, options, want)
         elif options.on_logits:
-            function = kd_divergences.LOGITS[options.divergence]
-            kd, kd_grad = function(z, scores(start, stop, u), options.vocab_size, want_kd_grad, _total)
+            kd, kd_grad = kd_divergences.LOGITS[options.divergence](
+                z, scores(start, stop, u), want, vocabulary
+            )
         else:
-            kd, kd_grad = _distribution(scores(start, stop, u), u, lq, options, want_kd_grad)
+            kd, kd_grad = _distribution(scores(start, stop, u), u, lq, options, vocabulary, want)
         kd = kd * temperature**2
-    ce_grad = None
     if options.need_ce:
-        log_prob = lq if lq is not None and temperature == 1.0 else torch.log_softmax(z, -1)
-        at = labels[start:stop, None]
-        ce = -log_prob.gather(1, at).squeeze(1)
+        log_prob = lq if lq is not None and temperature == 1.0 else vocabulary.log_softmax(z)[0]
+        target = labels[start:stop, None]
+        ce = -vocabulary.gather(log_prob, target).squeeze(1)
         if want_grad and options.ce_weight != 0.0:
-            ce_grad = log_prob.exp_()
-            ce_grad.scatter_add_(1, at, torch.full_like(at, -1, dtype=z.dtype))
+            minus_one = z.new_full(target.shape, -1.0)
+            ce_grad = vocabulary.scatter_add(log_prob.exp_(), target, minus_one)
     if want_grad:
         row = scale[start:stop, None]
         if kd_grad is not None:
@@ -244,34 +283,35 @@ def from_logits(
     `grad` (n, vocab), zero in the other rows and possibly `logits` itself, receives the gradient of
     sum(scale * (kd_weight * kd + ce_weight * ce)).
     """
-    n, vocab, dtype = len(scale), options.vocab_size, scale.dtype
+    n, vocabulary, dtype = len(scale), options.vocabulary, scale.dtype
+    vocab = vocabulary.local
     kd, ce = scale.new_empty(n), scale.new_empty(n)
-    step = max(1, TILE_BYTES // (2 * vocab * dtype.itemsize))
     scores = _Scores(teacher, rows, options, dtype)
-    hidden_tiles = [scale.new_empty((min(n, step), vocab)) for _ in scores.hidden] if options.need_kd else []
+    step = _outer_rows(1 + len(scores.hidden), vocabulary, dtype)
+    tiles = [scale.new_empty((min(n, step), vocab)) for _ in scores.hidden] if options.need_kd else []
     for first, last in _spans(n, step):
         if options.need_kd:
-            scores.load(first, last, hidden_tiles)
-        if logits.device.type == "cpu":
-            inner = max(torch.get_num_threads(), CACHE_BYTES // (vocab * dtype.itemsize))
-        else:
-            inner = last - first
-        for start, stop in _spans(last - first, inner):
+            scores.load(first, last, tiles)
+        for start, stop in _spans(last - first, _inner_rows(logits.device, vocabulary, dtype, last - first)):
             start, stop = first + start, first + stop
             z = _take(logits, rows, start, stop)[:, :vocab]
-            want_grad = grad is not None
-            if rows is None and z.dtype == dtype and want_grad:
+            if rows is None and z.dtype == dtype and grad is not None:
                 z = z.clone()
-            else:
-                z = z.to(dtype)
+            z = z.to(dtype)
             kd[start:stop], ce[start:stop] = _tile(
-                z, teacher, scores, labels, (start, stop), scale, options, want_grad
+                z, teacher, scores, labels, (start, stop), scale, options, grad is not None
             )
-            if want_grad:
-                if rows is None:
-                    grad[start:stop, :vocab] = z
-                else:
-                    grad[:, :vocab].index_copy_(0, rows[start:stop], z.to(grad.dtype))
+            if grad is None:
+                continue
+            if rows is None:
+                grad[start:stop, :vocab] = z
+            else:
+                grad[:, :vocab].index_copy_(0, rows[start:stop], z.to(grad.dtype))
+    return _summed(kd, ce, options)
+
+
+def _summed(kd: Tensor, ce: Tensor, options: Options) -> Rows:
+    kd, ce = options.vocabulary.total(torch.stack([kd, ce]))
     return Rows(kd, ce)
 
 
@@ -292,20 +332,22 @@ def from_hidden(
 ) -> Rows:
     """As `from_logits`, from hidden states (n, hidden) and a head (vocab, hidden).
 
-    `hidden_grad` (n, hidden) is in its final dtype and zero in the rows that don't count; `head_grad` and
-    `bias_grad` are zero and in the dtype of `scale` (float32, or float64). Each may be None.
+    `hidden_grad` (n, hidden) is zero in the rows that don't count, and summed over the ranks of a shared
+    vocabulary; `head_grad` and `bias_grad` are in the dtype of `scale` (float32, or float64), zero beyond the
+    real vocabulary, or everywhere if no row counts. Each may be None.
     """
-    n, vocab, dtype = len(scale), options.vocab_size, scale.dtype
+    n, vocabulary, dtype = len(scale), options.vocabulary, scale.dtype
+    vocab = vocabulary.local
     kd, ce = scale.new_empty(n), scale.new_empty(n)
     want_grad = not (hidden_grad is None and head_grad is None and bias_grad is None)
     scores = _Scores(teacher, rows, options, dtype)
     count = 1 + (len(scores.hidden) if options.need_kd else 0)
-    step = max(1, TILE_BYTES // (count * vocab * dtype.itemsize))
-    spans = list(_spans(n, step))
+    spans = list(_spans(n, _outer_rows(count, vocabulary, dtype)))
     most = max((last - first for first, last in spans), default=0)
     tiles = [scale.new_empty((most, vocab)) for _ in range(count)]
     head = head[:vocab]
-    round_grad = hidden_grad is not None and head.dtype == hidden.dtype == torch.bfloat16
+    inner = _inner_rows(head.device, vocabulary, dtype, most)
+    round_grad = hidden_grad is not None and head.dtype == hidden_grad.dtype == torch.bfloat16
     for first, last in spans:
         z_tile = tiles[0][: last - first]
         part = _take(hidden, rows, first, last)
@@ -322,7 +364,7 @@ def from_hidden(
                 if store is not None
                 else z_tile.new_empty(z_tile.shape, dtype=hidden.dtype)
             )
-        for start, stop in _spans(last - first, _inner_rows(z_tile)):
+        for start, stop in _spans(last - first, inner):
             z = z_tile[start:stop]
             finish_logits(z, bias, logit_scale, logit_softcap)
             damping = None
@@ -346,7 +388,9 @@ def from_hidden(
                 kd_products.hidden_gradient(z_tile, head, rounded, packed)
                 hidden_grad.index_copy_(0, rows[first:last], packed)
         if head_grad is not None:
-            kd_products.add_head_gradient(z_tile, part, head_grad[:vocab])
+            kd_products.add_head_gradient(z_tile, part, head_grad[:vocab], first == 0)
         if bias_grad is not None:
             bias_grad[:vocab] += z_tile.sum(0)
-    return Rows(kd, ce)
+    if hidden_grad is not None and vocabulary.group is not None:
+        hidden_grad.copy_(vocabulary.total(hidden_grad))
+    return _summed(kd, ce, options)

@@ -5,20 +5,19 @@ both. It returns the divergence of each row and, if `want_grad`, its gradient wi
 tempered logits u, where lq = log_softmax(u): for D = f(q) that is q * (f'(q) - sum q f'(q)).
 
 `guard` sets terms of probability 0 to 0. Without it a row with -inf logits may come out NaN; the caller then
-calls again with it, so that rows without -inf pay nothing. `total` sums a row statistic over the ranks that
-share a vocabulary. float32 tiles are enough: in forward, reverse and skewed KL the added sum(q - p), zero in
-exact arithmetic, cancels the rounding of both log-normalisers to first order (in JSD they cancel by
-themselves).
+calls again with it, so that rows without -inf pay nothing. Where ranks share the vocabulary, values are this
+rank's part of the sum and gradients are whole. float32 tiles are enough: in forward, reverse and skewed KL
+the added sum(q - p), zero in exact arithmetic, cancels the rounding of both log-normalisers to first order
+(in JSD they cancel by themselves).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
-Total = Callable[[Tensor], Tensor]
+from mohawk.kernels.kd_vocabulary import Vocabulary
+
 Rows = tuple[Tensor, Tensor | None]
 
 
@@ -29,32 +28,34 @@ def _times(prob: Tensor, log_ratio: Tensor, guard: bool) -> Tensor:
     return log_ratio.mul_(prob)
 
 
-def _centre(q: Tensor, slope: Tensor, total: Total) -> Tensor:
+def _centre(q: Tensor, slope: Tensor, vocabulary: Vocabulary) -> Tensor:
     """q * (slope - sum q slope) in slope's memory."""
     slope.mul_(q)
-    return slope.addcmul_(q, total(slope.sum(-1)).unsqueeze(-1), value=-1)
+    return slope.addcmul_(q, vocabulary.total(slope.sum(-1)).unsqueeze(-1), value=-1)
 
 
 def forward_kl(
-    lp: Tensor, lq: Tensor, beta: float, lam: float, guard: bool, want_grad: bool, total: Total
+    lp: Tensor, lq: Tensor, beta: float, lam: float, guard: bool, want_grad: bool, vocabulary: Vocabulary
 ) -> Rows:
     p = lp.exp()
     ratio = lp.sub_(lq)
     grad = lq.exp_().sub_(p)
     kl = _times(p, ratio, guard).sum(-1)
-    return total(kl + grad.sum(-1)), grad if want_grad else None
+    return kl + grad.sum(-1), grad if want_grad else None
 
 
 def reverse_kl(
-    lp: Tensor, lq: Tensor, beta: float, lam: float, guard: bool, want_grad: bool, total: Total
+    lp: Tensor, lq: Tensor, beta: float, lam: float, guard: bool, want_grad: bool, vocabulary: Vocabulary
 ) -> Rows:
     q = lq.exp()
     ratio = lq.sub_(lp)
     gap = lp.exp_().sub_(q).sum(-1)
     grad = _times(q, ratio, guard)
-    kl = total(grad.sum(-1))
-    value = kl + total(gap)
-    return value, grad.addcmul_(q, kl.unsqueeze(-1), value=-1) if want_grad else None
+    kl = grad.sum(-1)
+    value = kl + gap
+    if not want_grad:
+        return value, None
+    return value, grad.addcmul_(q, vocabulary.total(kl).unsqueeze(-1), value=-1)
 
 
 def _expm1_of_ratio(log_a: Tensor, log_b: Tensor, guard: bool) -> tuple[Tensor, Tensor]:
@@ -72,60 +73,64 @@ def _expm1_of_ratio(log_a: Tensor, log_b: Tensor, guard: bool) -> tuple[Tensor, 
     return r, torch.expm1(r)
 
 
-def jsd(lp: Tensor, lq: Tensor, beta: float, lam: float, guard: bool, want_grad: bool, total: Total) -> Rows:
+def jsd(
+    lp: Tensor, lq: Tensor, beta: float, lam: float, guard: bool, want_grad: bool, vocabulary: Vocabulary
+) -> Rows:
     if beta in (0.0, 1.0):
-        return (forward_kl if beta == 0.0 else reverse_kl)(lp, lq, beta, lam, guard, want_grad, total)
+        return (forward_kl if beta == 0.0 else reverse_kl)(lp, lq, beta, lam, guard, want_grad, vocabulary)
     p, q = lp.exp(), lq.exp()
     r, m = _expm1_of_ratio(lq, lp, guard)
     m.mul_(1 - beta).log1p_()  # log m - log p
     r.sub_(m).mul_(q)  # q (log q - log m)
-    sums = total(torch.stack([-m.mul_(p).sum(-1), r.sum(-1)]))
-    value = beta * sums[0] + (1 - beta) * sums[1]
+    from_student = r.sum(-1)
+    value = (1 - beta) * from_student - beta * m.mul_(p).sum(-1)
     if not want_grad:
         return value, None
-    return value, r.addcmul_(q, sums[1].unsqueeze(-1), value=-1).mul_(1 - beta)
+    return value, r.addcmul_(q, vocabulary.total(from_student).unsqueeze(-1), value=-1).mul_(1 - beta)
 
 
 def skew_kl(
-    lp: Tensor, lq: Tensor, beta: float, lam: float, guard: bool, want_grad: bool, total: Total
+    lp: Tensor, lq: Tensor, beta: float, lam: float, guard: bool, want_grad: bool, vocabulary: Vocabulary
 ) -> Rows:
     if lam == 0.0:
-        return forward_kl(lp, lq, beta, lam, guard, want_grad, total)
+        return forward_kl(lp, lq, beta, lam, guard, want_grad, vocabulary)
     p, q = lp.exp(), lq.exp()
     gap = torch.sub(q, p).sum(-1) * (1 - lam)
     _, x = _expm1_of_ratio(lq, lp, guard)
     x.mul_(1 - lam)  # m / p - 1
-    value = total(gap - p.mul_(torch.log1p(x)).sum(-1))
+    value = gap - p.mul_(torch.log1p(x)).sum(-1)
     if not want_grad:
         return value, None
     slope = x.div_(x + 1)  # 1 - p / m
-    return value, _centre(q, slope, total).mul_(1 - lam)
+    return value, _centre(q, slope, vocabulary).mul_(1 - lam)
 
 
 def skew_reverse_kl(
-    lp: Tensor, lq: Tensor, beta: float, lam: float, guard: bool, want_grad: bool, total: Total
+    lp: Tensor, lq: Tensor, beta: float, lam: float, guard: bool, want_grad: bool, vocabulary: Vocabulary
 ) -> Rows:
     if lam == 0.0:
-        return reverse_kl(lp, lq, beta, lam, guard, want_grad, total)
+        return reverse_kl(lp, lq, beta, lam, guard, want_grad, vocabulary)
     p, q = lp.exp(), lq.exp()
     gap = p.sub_(q).sum(-1) * (1 - lam)
     _, x = _expm1_of_ratio(lp, lq, guard)
     x.mul_(1 - lam)  # m / q - 1
     log_m = torch.log1p(x)
-    value = total(gap - torch.mul(q, log_m).sum(-1))
+    value = gap - torch.mul(q, log_m).sum(-1)
     if not want_grad:
         return value, None
     slope = x.div_(x + 1).mul_(lam).sub_(log_m)  # log(q / m) - lam q / m + lam
-    return value, _centre(q, slope, total)
+    return value, _centre(q, slope, vocabulary)
 
 
-def tvd(lp: Tensor, lq: Tensor, beta: float, lam: float, guard: bool, want_grad: bool, total: Total) -> Rows:
+def tvd(
+    lp: Tensor, lq: Tensor, beta: float, lam: float, guard: bool, want_grad: bool, vocabulary: Vocabulary
+) -> Rows:
     q = lq.exp_()
     difference = torch.sub(q, lp.exp_())
-    value = total(difference.abs().sum(-1)) / 2
+    value = difference.abs().sum(-1) / 2
     if not want_grad:
         return value, None
-    return value, _centre(q, difference.sign_().mul_(0.5), total)
+    return value, _centre(q, difference.sign_().mul_(0.5), vocabulary)
 
 
 DISTRIBUTION = {
@@ -142,16 +147,16 @@ DISTRIBUTION = {
 # out.
 
 
-def mse(z: Tensor, t: Tensor, vocab: int, want_grad: bool, total: Total) -> Rows:
+def mse(z: Tensor, t: Tensor, want_grad: bool, vocabulary: Vocabulary) -> Rows:
     difference = torch.sub(z, t).masked_fill_(torch.isinf(z) | torch.isinf(t), 0.0)
-    value = total(difference.square().sum(-1)) / vocab
-    return value, difference.mul_(2 / vocab) if want_grad else None
+    value = difference.square().sum(-1) / vocabulary.size
+    return value, difference.mul_(2 / vocabulary.size) if want_grad else None
 
 
-def cosine(z: Tensor, t: Tensor, vocab: int, want_grad: bool, total: Total) -> Rows:
+def cosine(z: Tensor, t: Tensor, want_grad: bool, vocabulary: Vocabulary) -> Rows:
     out = torch.isinf(z) | torch.isinf(t)
     z, t = z.masked_fill(out, 0.0), t.masked_fill(out, 0.0)
-    squares = total(torch.stack([z.square().sum(-1), t.square().sum(-1)])).unsqueeze(-1)
+    squares = vocabulary.total(torch.stack([z.square().sum(-1), t.square().sum(-1)])).unsqueeze(-1)
     # As torch.nn.functional.cosine_similarity: each norm at least 1e-8.
     norms = squares.sqrt()
     floored = norms.clamp_min(1e-8)
@@ -159,11 +164,12 @@ def cosine(z: Tensor, t: Tensor, vocab: int, want_grad: bool, total: Total) -> R
     difference = torch.sub(z, t.div_(floored[1]))
     # 1 - cos = |z - t|^2 / 2 for unit vectors, without the cancellation; vectors of norm 0 make up for the
     # rest.
-    value = total(difference.square().sum(-1)) / 2 + (1 - (norms / floored).square()).sum(0).squeeze(-1) / 2
+    value = difference.square().sum(-1) / 2
+    value += vocabulary.once((1 - (norms / floored).square()).sum(0).squeeze(-1) / 2)
     if not want_grad:
         return value, None
     inverse = torch.where(norms[0] > 1e-8, 1 / floored[0], 0.0)
-    return value, difference.addcmul_(z, value.unsqueeze(-1), value=-1).mul_(inverse)
+    return value, difference.addcmul_(z, vocabulary.total(value).unsqueeze(-1), value=-1).mul_(inverse)
 
 
 LOGITS = {"mse": mse, "cosine": cosine}

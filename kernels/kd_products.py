@@ -77,12 +77,14 @@ def hidden_gradient(grad: Tensor, head: Tensor, rounded: Tensor | None, out: Ten
         torch.mm(grad, head, out=out)
     else:
         total = grad.new_zeros(out.shape)
-        for columns, part in _slices(head, grad.dtype):
-            total.addmm_(grad[:, columns], part)
+        with _bf16_instructions() if _exact_in_bf16(head) else contextlib.nullcontext():
+            for columns, part in _slices(head, grad.dtype):
+                total.addmm_(grad[:, columns], part)
         out.copy_(total)
 
 
-def add_head_gradient(grad: Tensor, hidden: Tensor, total: Tensor) -> None:
-    """total += grad.T @ hidden, with grad and total in float32 or float64."""
+def add_head_gradient(grad: Tensor, hidden: Tensor, total: Tensor, first: bool) -> None:
+    """total += grad.T @ hidden, with grad and total in float32 or float64; `first`: total = grad.T @
+    hidden."""
     with _bf16_instructions() if _exact_in_bf16(hidden) else contextlib.nullcontext():
-        total.addmm_(grad.T, hidden.to(total.dtype))
+        total.addmm_(grad.T, hidden.to(total.dtype), beta=0 if first else 1)

@@ -1,0 +1,321 @@
+"""One call of the loss from its arguments to its gradient: check, pack the rows that count, pick the backend,
+and make the gradient with the loss."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+
+from mohawk.kernels import kd_checks, kd_chunked, kd_compile, kd_reference
+from mohawk.kernels.kd_chunked import Options
+from mohawk.kernels.kd_teachers import (
+    Teacher,
+    TeacherHidden,
+    TeacherLogits,
+    TeacherMixture,
+    TeacherSamples,
+    TeacherTAID,
+    TeacherTopK,
+)
+from mohawk.kernels.kd_vocabulary import Vocabulary
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+
+class KDParts(NamedTuple):
+    """The two terms, reduced like the loss, detached, before `kd_weight` and `ce_weight`: `kd` has its
+    T^2."""
+
+    kd: Tensor
+    ce: Tensor
+
+
+class Settings(NamedTuple):
+    """The options of a call that are not tensors."""
+
+    divergence: str
+    temperature: float
+    kd_weight: float
+    ce_weight: float
+    beta: float
+    lam: float
+    ignore_index: int
+    vocab_size: int | None
+    reduction: str
+    return_parts: bool
+    backend: str
+    inplace: bool = False
+    linear: bool = False
+    logit_scale: float = 1.0
+    logit_softcap: float | None = None
+
+
+def distil(
+    student: tuple[Tensor, ...],
+    teacher: Tensor | Teacher,
+    labels: Tensor | None,
+    token_weights: Tensor | None,
+    normalizer: float | Tensor | None,
+    group: ProcessGroup | None,
+    settings: Settings,
+) -> Tensor | tuple[Tensor, KDParts]:
+    """The loss of a student, (logits,) or (hidden, head[, bias]); arguments as in `kd_loss`."""
+    if isinstance(teacher, Tensor):
+        teacher = TeacherLogits(teacher)
+    if torch.compiler.is_compiling():
+        loss, kd, ce = kd_compile.distil(student, teacher, labels, token_weights, normalizer, group, settings)
+    else:
+        call = prepare(student, teacher, labels, token_weights, normalizer, group, settings)
+        if call.backend == "reference":
+            loss, kd, ce = call.reference(student)
+        else:
+            loss, kd, ce = _Loss.apply(call, *student)
+    return (loss, KDParts(kd.detach(), ce.detach())) if settings.return_parts else loss
+
+
+@dataclass
+class Call:
+    """A checked call: flat teacher, the rows that count, and what to do with their losses."""
+
+    settings: Settings
+    options: Options
+    teacher: Teacher
+    labels: Tensor | None  # of the rows that count
+    rows: Tensor | None  # their indices; None: all
+    scale: Tensor  # of each of these rows in the reduced loss
+    lead: torch.Size
+    backend: str
+
+    def reduce(self, kd: Tensor, ce: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """loss, kd and ce, (...) or scalars, from those of the rows that count."""
+        o = self.options
+        total = kd * o.kd_weight if o.kd_weight else torch.zeros_like(kd)
+        if o.ce_weight:
+            total = total + ce * o.ce_weight
+        terms = (total * self.scale, kd.detach() * self.scale, ce.detach() * self.scale)
+        if self.settings.reduction != "none":
+            # In float64: a mean over millions of rows is not where precision should go.
+            wide = torch.float32 if kd.device.type == "mps" else torch.float64
+            return tuple(x.sum(dtype=wide).to(x.dtype) for x in terms)
+        if self.rows is not None:
+            terms = (x.new_zeros(self.lead.numel()).index_copy(0, self.rows, x) for x in terms)
+        return tuple(x.reshape(self.lead) for x in terms)
+
+    def reference(self, student: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, Tensor]:
+        s, o, dtype = self.settings, self.options, self.scale.dtype
+        flat = student[0].reshape(-1, student[0].shape[-1])
+        teacher = self.teacher
+        if self.rows is not None:
+            flat, teacher = flat[self.rows], map_rows(teacher, lambda x, trailing: x[self.rows])
+        with torch.autocast(flat.device.type, enabled=False):
+            if s.linear:
+                bias = student[2] if len(student) > 2 else None
+                flat = kd_reference.head_logits(flat, student[1], bias, s.logit_scale, s.logit_softcap, dtype)
+            kd, ce = kd_reference.row_losses(
+                flat.to(dtype)[:, : o.vocabulary.local],
+                teacher,
+                self.labels,
+                divergence=o.divergence,
+                temperature=o.temperature,
+                beta=o.beta,
+                lam=o.lam,
+            )
+            return self.reduce(kd, ce)
+
+    def forward(
+        self, student: tuple[Tensor, ...], scale: Tensor, needs: tuple[bool, ...]
+    ) -> tuple[kd_chunked.Rows, list[Tensor | None]]:
+        """kd and ce of the rows that count, and the gradients of sum(scale * (kd_weight * kd + ce_weight *
+        ce))."""
+        with torch.no_grad(), torch.autocast(scale.device.type, enabled=False):
+            return (self._linear if self.settings.linear else self._logits)(student, scale, needs)
+
+    def _empty_or_zeros(self, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+        make = torch.empty if self.rows is None and len(self.scale) else torch.zeros
+        return make(shape, dtype=dtype, device=self.scale.device)
+
+    def _logits(self, student: tuple[Tensor, ...], scale: Tensor, needs: tuple[bool, ...]):
+        logits = student[0].reshape(-1, student[0].shape[-1])
+        grad, vocab = None, self.options.vocabulary.local
+        if needs[0] and self.settings.inplace:
+            grad = logits
+        elif needs[0]:
+            grad = self._empty_or_zeros(logits.shape, _held(logits.dtype))
+        inputs = (self.teacher, self.labels, self.rows, scale, self.options)
+        rows = kd_chunked.from_logits(logits, *inputs, grad)
+        if grad is None:
+            return rows, [None]
+        if grad is logits and self.rows is not None:
+            ignored = torch.ones(len(logits), dtype=torch.bool, device=logits.device)
+            grad[ignored.index_fill_(0, self.rows, False)] = 0
+        grad[:, vocab:] = 0
+        return rows, [grad.view(student[0].shape)]
+
+    def _linear(self, student: tuple[Tensor, ...], scale: Tensor, needs: tuple[bool, ...]):
+        s, vocabulary = self.settings, self.options.vocabulary
+        hidden, head = student[0].reshape(-1, student[0].shape[-1]), student[1]
+        bias = student[2] if len(student) > 2 else None
+        grads: list[Tensor | None] = [None] * len(student)
+        if needs[0]:
+            summed = vocabulary.group is not None  # over ranks, and then rounded
+            grads[0] = self._empty_or_zeros(hidden.shape, scale.dtype if summed else _held(hidden.dtype))
+        if needs[1]:
+            grads[1] = torch.empty(head.shape, dtype=scale.dtype, device=head.device)
+            grads[1][vocabulary.local if len(scale) else 0 :] = 0
+        if bias is not None and needs[2]:
+            grads[2] = torch.zeros(bias.shape, dtype=scale.dtype, device=bias.device)
+        inputs = (self.teacher, self.labels, self.rows, scale, self.options)
+        bias_grad = grads[2] if bias is not None else None
+        rows = kd_chunked.from_hidden(
+            hidden, head, bias, s.logit_scale, s.logit_softcap, *inputs, grads[0], grads[1], bias_grad
+        )
+        grads = [g if g is None else g.to(_held(x.dtype)) for g, x in zip(grads, student, strict=True)]
+        if grads[0] is not None:
+            grads[0] = grads[0].view(student[0].shape)
+        return rows, grads
+
+
+def _held(dtype: torch.dtype) -> torch.dtype:
+    """Of a gradient until the backward: before it is multiplied by the loss scale, float16 would
+    underflow."""
+    return torch.float32 if dtype == torch.float16 else dtype
+
+
+class _Loss(torch.autograd.Function):
+    """The gradients are made with the loss and handed out in the backward."""
+
+    @staticmethod
+    def forward(ctx, call: Call, *student: Tensor):
+        needs = ctx.needs_input_grad[1:]
+        if call.settings.reduction == "none":
+            ctx.save_for_backward(*student)
+            needs = (False,) * len(student)
+        rows, ctx.grads = call.forward(student, call.scale, needs)
+        ctx.call, ctx.dtypes = call, [x.dtype for x in student]
+        loss, kd, ce = call.reduce(rows.kd, rows.ce)
+        ctx.mark_non_differentiable(kd, ce)
+        return loss, kd, ce
+
+    @staticmethod
+    def backward(ctx, grad_loss: Tensor, *_):
+        with torch.no_grad():
+            grads = _Loss.gradients(ctx, grad_loss)
+            grads = [g if g is None else g.to(dtype) for g, dtype in zip(grads, ctx.dtypes, strict=True)]
+        if torch.is_grad_enabled():  # create_graph: a second derivative must not come out as zero in silence
+            probe = torch.zeros((), requires_grad=True)
+            grads = [g if g is None else _NoSecondDerivative.apply(g, probe) for g in grads]
+        return None, *grads
+
+    @staticmethod
+    def gradients(ctx, grad_loss: Tensor) -> list[Tensor | None]:
+        call = ctx.call
+        if call.settings.reduction == "none":
+            # Each row has its own factor, so the gradients are only made now.
+            factor = grad_loss.reshape(-1)
+            factor = factor if call.rows is None else factor[call.rows]
+            return call.forward(ctx.saved_tensors, call.scale * factor, ctx.needs_input_grad[1:])[1]
+        if ctx.grads is None:
+            raise RuntimeError(
+                "the gradient of kd_loss was already handed out; use backward(retain_graph=True)"
+            )
+        # Handed out for good, autograd takes the memory over instead of copying it.
+        keep, grads = torch._C._autograd._get_current_graph_task_keep_graph(), ctx.grads
+        if not keep:
+            ctx.grads = None
+        if grad_loss.device.type != "cpu" or grad_loss.item() != 1.0:
+            return [g if g is None else g * grad_loss if keep else g.mul_(grad_loss) for g in grads]
+        return [g.clone() if keep and g is not None else g for g in grads]
+
+
+class _NoSecondDerivative(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, grad: Tensor, probe: Tensor) -> Tensor:
+        return grad.view_as(grad)
+
+    @staticmethod
+    def backward(ctx, _):
+        raise RuntimeError("kd_loss has no second derivative; use backend='reference' for it")
+
+
+def map_rows(teacher: Teacher, f: Callable[[Tensor, int], Tensor]) -> Teacher:
+    """The teacher with f(tensor, trailing dimensions) in place of each tensor that has rows, all detached."""
+    if isinstance(teacher, TeacherTAID):
+        return replace(teacher, teacher=map_rows(teacher.teacher, f))
+    if isinstance(teacher, TeacherMixture):
+        return replace(teacher, teachers=[map_rows(one, f) for one in teacher.teachers])
+    if isinstance(teacher, TeacherLogits):
+        return TeacherLogits(f(teacher.logits.detach(), 1))
+    if isinstance(teacher, TeacherHidden):
+        bias = None if teacher.bias is None else teacher.bias.detach()
+        return replace(teacher, hidden=f(teacher.hidden.detach(), 1), head=teacher.head.detach(), bias=bias)
+    if isinstance(teacher, TeacherTopK):
+        tail = None if teacher.tail_logprob is None else f(teacher.tail_logprob.detach(), 0)
+        return TeacherTopK(f(teacher.ids, 1), f(teacher.logprobs.detach(), 1), tail)
+    return TeacherSamples(f(teacher.ids, 1), f(teacher.weights.detach(), 1))
+
+
+def prepare(
+    student: tuple[Tensor, ...],
+    teacher: Teacher,
+    labels: Tensor | None,
+    token_weights: Tensor | None,
+    normalizer: float | Tensor | None,
+    group: ProcessGroup | None,
+    settings: Settings,
+) -> Call:
+    """Check everything, flatten the leading dimensions, and find the rows that count."""
+    s = settings
+    kd_checks.check_settings(s, labels is not None, normalizer)
+    kd_checks.check_student(student, s)
+    lead, device = student[0].shape[:-1], student[0].device
+    vocabulary = Vocabulary(student[1].shape[0] if s.linear else student[0].shape[-1], s.vocab_size, group)
+    kd_checks.check_teacher(teacher, lead, device, vocabulary, s)
+    kd_checks.check_rows(labels, token_weights, lead, device, vocabulary.size, s.ignore_index)
+    backend = s.backend if s.backend != "auto" else "chunked"
+    if backend == "reference" and group is not None:
+        raise ValueError("backend 'reference' has no group; use 'chunked', or gather the vocabulary first")
+    if s.inplace:
+        if s.reduction == "none" or backend == "reference" or not student[0].is_contiguous():
+            needs = "contiguous student_logits, reduction 'mean' or 'sum', and not the reference backend"
+            raise ValueError(f"inplace needs {needs}")
+        if student[0].dtype == torch.float16:
+            raise ValueError(
+                "inplace would hold the gradient in float16 before the loss scale; use another dtype"
+            )
+
+    teacher = map_rows(teacher, lambda x, trailing: x.reshape(-1, *x.shape[x.dim() - trailing :]))
+    count = real = lead.numel()
+    rows = None
+    if labels is not None:
+        labels = labels.reshape(-1)
+        kept = (labels != s.ignore_index).nonzero().squeeze(1)
+        real = len(kept)
+        if real < count:
+            rows, labels = kept, labels[kept]
+    scale = torch.ones(
+        real, dtype=torch.float64 if student[0].dtype == torch.float64 else torch.float32, device=device
+    )
+    if token_weights is not None:
+        weights = token_weights.detach().reshape(-1)
+        scale *= weights if rows is None else weights[rows]
+    if s.reduction == "mean" and real:
+        if isinstance(normalizer, Tensor):
+            normalizer = normalizer.detach().reshape(()).to(scale)
+        scale /= real if normalizer is None else normalizer
+    options = Options(
+        divergence=s.divergence,
+        temperature=1.0 if s.divergence in kd_reference.LOGIT_DIVERGENCES else float(s.temperature),
+        kd_weight=float(s.kd_weight),
+        ce_weight=float(s.ce_weight),
+        beta=float(s.beta),
+        lam=float(s.lam),
+        vocabulary=vocabulary,
+        need_kd=s.kd_weight != 0 or s.return_parts,
+        need_ce=labels is not None and (s.ce_weight != 0 or s.return_parts),
+    )
+    return Call(s, options, teacher, labels, rows, scale, lead, backend)

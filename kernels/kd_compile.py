@@ -1,0 +1,212 @@
+"""The loss under torch.compile: one opaque operator, so that a compiled model around it stays one graph.
+
+The operator does in eager mode what an uncompiled call does, checks included. Its arguments can only be
+tensors and plain values, so a teacher travels as a list of tensors, a word per part, and a list of numbers.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from mohawk.kernels.kd_teachers import (
+    Teacher,
+    TeacherHidden,
+    TeacherLogits,
+    TeacherMixture,
+    TeacherSamples,
+    TeacherTAID,
+    TeacherTopK,
+    mixture_weights,
+)
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+
+def _flatten(teacher: Teacher, words: list[str], tensors: list[Tensor], numbers: list[float]) -> None:
+    if isinstance(teacher, TeacherTAID):
+        words.append("taid")
+        numbers.append(teacher.t)
+        _flatten(teacher.teacher, words, tensors, numbers)
+    elif isinstance(teacher, TeacherMixture):
+        words.append(f"mixture {len(teacher.teachers)}")
+        numbers.extend(mixture_weights(teacher))
+        for one in teacher.teachers:
+            _flatten(one, words, tensors, numbers)
+    elif isinstance(teacher, TeacherLogits):
+        words.append("logits")
+        tensors.append(teacher.logits)
+    elif isinstance(teacher, TeacherHidden):
+        words.append("hidden" if teacher.bias is None else "hidden bias")
+        tensors.extend([teacher.hidden, teacher.head])
+        if teacher.bias is not None:
+            tensors.append(teacher.bias)
+        numbers.append(teacher.logit_scale)
+        numbers.append(0.0 if teacher.logit_softcap is None else teacher.logit_softcap)
+    elif isinstance(teacher, TeacherTopK):
+        words.append("topk" if teacher.tail_logprob is None else "topk tail")
+        tensors.extend([teacher.ids, teacher.logprobs])
+        if teacher.tail_logprob is not None:
+            tensors.append(teacher.tail_logprob)
+    elif isinstance(teacher, TeacherSamples):
+        words.append("samples")
+        tensors.extend([teacher.ids, teacher.weights])
+    else:
+        raise ValueError(
+            f"teacher is a {type(teacher).__name__}; it must be a logits tensor or a teacher source"
+        )
+
+
+def _unflatten(words: list[str], tensors: list[Tensor], numbers: list[float]) -> Teacher:
+    """The reverse; takes its parts off the front of each list."""
+    kind, *more = words.pop(0).split()
+    if kind == "taid":
+        t = numbers.pop(0)
+        return TeacherTAID(_unflatten(words, tensors, numbers), t)
+    if kind == "mixture":
+        weights = [numbers.pop(0) for _ in range(int(more[0]))]
+        return TeacherMixture([_unflatten(words, tensors, numbers) for _ in weights], weights)
+    if kind == "logits":
+        return TeacherLogits(tensors.pop(0))
+    if kind == "hidden":
+        hidden, head = tensors.pop(0), tensors.pop(0)
+        bias = tensors.pop(0) if more else None
+        scale, softcap = numbers.pop(0), numbers.pop(0)
+        return TeacherHidden(hidden, head, bias, scale, softcap or None)
+    first, second = tensors.pop(0), tensors.pop(0)
+    if kind == "topk":
+        return TeacherTopK(first, second, tensors.pop(0) if more else None)
+    return TeacherSamples(first, second)
+
+
+@torch.library.custom_op("mohawk::kd_loss", mutates_args=())
+def _op(
+    student: list[Tensor],
+    teacher: list[Tensor],
+    labels: Tensor | None,
+    token_weights: Tensor | None,
+    normalizer: Tensor | None,
+    words: str,
+    numbers: list[float],
+    names: str,
+    floats: list[float],
+    ints: list[int],
+    needs: list[bool],
+    group: str,
+) -> list[Tensor]:
+    from mohawk.kernels import kd_call
+
+    divergence, reduction, backend = names.split()
+    temperature, kd_weight, ce_weight, beta, lam, logit_scale, softcap = floats
+    ignore_index, vocab_size, return_parts, linear = ints
+    settings = kd_call.Settings(
+        divergence=divergence,
+        temperature=temperature,
+        kd_weight=kd_weight,
+        ce_weight=ce_weight,
+        beta=beta,
+        lam=lam,
+        ignore_index=ignore_index,
+        vocab_size=None if vocab_size < 0 else vocab_size,
+        reduction=reduction,
+        return_parts=bool(return_parts),
+        backend=backend,
+        linear=bool(linear),
+        logit_scale=logit_scale,
+        logit_softcap=None if softcap == 0.0 else softcap,
+    )
+    process_group = None
+    if group:
+        from torch.distributed import distributed_c10d
+
+        process_group = distributed_c10d._resolve_process_group(group)
+    source = _unflatten(words.split("; "), list(teacher), list(numbers))
+    call = kd_call.prepare(tuple(student), source, labels, token_weights, normalizer, process_group, settings)
+    if call.backend == "reference":
+        raise ValueError(
+            "backend 'reference' can't be compiled; use 'chunked', or call it outside torch.compile"
+        )
+    rows, grads = call.forward(tuple(student), call.scale, tuple(needs))
+    loss, kd, ce = call.reduce(rows.kd, rows.ce)
+    return [loss, kd, ce, *(loss.new_empty(0) if g is None else g for g in grads)]
+
+
+@_op.register_fake
+def _(student, teacher, labels, token_weights, normalizer, words, numbers, names, floats, ints, needs, group):
+    dtype = torch.float64 if student[0].dtype == torch.float64 else torch.float32
+    shape = student[0].shape[:-1] if " none " in names else ()
+    terms = [student[0].new_empty(shape, dtype=dtype) for _ in range(3)]
+    held = {torch.float16: torch.float32}
+    grads = [
+        torch.empty(x.shape, dtype=held.get(x.dtype, x.dtype), device=x.device)
+        if need
+        else x.new_empty(0, dtype=dtype)
+        for x, need in zip(student, needs, strict=True)
+    ]
+    return terms + grads
+
+
+def _setup_context(ctx, inputs, output):
+    student, teacher, labels, token_weights, normalizer, *plain = inputs
+    ctx.plain, ctx.count, ctx.teacher_count = plain, len(student), len(teacher)
+    ctx.dtypes = [x.dtype for x in student]
+    if " none " in plain[2]:
+        ctx.save_for_backward(*student, *teacher, labels, token_weights, normalizer)
+    else:
+        ctx.save_for_backward(*output[3:])
+
+
+def _backward(ctx, grad):
+    words, numbers, names, floats, ints, needs, group = ctx.plain
+    n, m = ctx.count, ctx.teacher_count
+    if " none " not in names:
+        made = [g * grad[0] for g in ctx.saved_tensors]
+    else:
+        # Row by row: the same operator with the incoming gradient as token weights.
+        saved = ctx.saved_tensors
+        labels, token_weights, normalizer = saved[n + m :]
+        weights = grad[0] if token_weights is None else grad[0] * token_weights
+        wanted = [bool(x) for x in ctx.needs_input_grad[0]]
+        names = names.replace(" none ", " sum ")
+        made = _op(
+            list(saved[:n]), list(saved[n : n + m]), labels, weights, normalizer,
+            words, numbers, names, floats, ints, wanted, group,
+        )[3:]  # fmt: skip
+        needs = wanted
+    student = [g.to(dtype) if need else None for g, dtype, need in zip(made, ctx.dtypes, needs, strict=True)]
+    return student, [None] * m, *[None] * 10
+
+
+_op.register_autograd(_backward, setup_context=_setup_context)
+
+
+def distil(
+    student: tuple[Tensor, ...],
+    teacher: Teacher,
+    labels: Tensor | None,
+    token_weights: Tensor | None,
+    normalizer: float | Tensor | None,
+    group: ProcessGroup | None,
+    settings,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """loss, kd and ce, as kd_call.distil would make them."""
+    s = settings
+    words: list[str] = []
+    tensors: list[Tensor] = []
+    numbers: list[float] = []
+    _flatten(teacher, words, tensors, numbers)
+    if normalizer is not None and not isinstance(normalizer, Tensor):
+        normalizer = torch.full((), normalizer, dtype=torch.float64, device=student[0].device)
+    floats = [s.temperature, s.kd_weight, s.ce_weight, s.beta, s.lam, s.logit_scale]
+    floats = [float(x) for x in floats] + [0.0 if s.logit_softcap is None else float(s.logit_softcap)]
+    ints = [s.ignore_index, -1 if s.vocab_size is None else s.vocab_size, int(s.return_parts), int(s.linear)]
+    needs = [torch.is_grad_enabled() and x.requires_grad and s.reduction != "none" for x in student]
+    name = "" if group is None else group.group_name
+    outputs = _op(
+        list(student), [x.detach() for x in tensors], labels, token_weights, normalizer,
+        "; ".join(words), numbers, f"{s.divergence} {s.reduction} {s.backend}", floats, ints, needs, name,
+    )  # fmt: skip
+    return outputs[0], outputs[1], outputs[2]

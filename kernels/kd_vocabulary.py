@@ -1,0 +1,97 @@
+"""The vocabulary of a loss: whole, or one slice per rank of a process group (vocab-parallel heads).
+
+With slices, a row costs one gather of its two log-normalisers, one sum more for the divergences whose
+gradient needs one, and the values are added up once at the end.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+class Vocabulary:
+    """`entries` on this rank, of which `local` are real, from the global id `start`; `size` real ones over
+    all ranks; the `widest` slice of any."""
+
+    def __init__(self, local: int, vocab_size: int | None, group: dist.ProcessGroup | None):
+        self.group = group
+        self.start, self.rank, self.ranks = 0, 0, 1
+        sizes = [local]
+        if group is not None:
+            self.rank, self.ranks = dist.get_rank(group), dist.get_world_size(group)
+            sizes = [None] * self.ranks
+            dist.all_gather_object(sizes, local, group=group)
+            self.start = sum(sizes[: self.rank])
+        self.size = sum(sizes)
+        self.widest = max(sizes)
+        self.entries = self.local = local
+        if vocab_size is not None:
+            if not isinstance(vocab_size, int) or isinstance(vocab_size, bool) or vocab_size < 1:
+                raise ValueError(f"vocab_size is {vocab_size!r}; it must be None or a whole number above 0")
+            if vocab_size > self.size:
+                raise ValueError(f"vocab_size is {vocab_size} but the student has only {self.size} entries")
+            self.size = vocab_size
+            self.local = min(local, max(0, vocab_size - self.start))
+
+    def total(self, x: Tensor) -> Tensor:
+        """The sum over the ranks."""
+        if self.group is None:
+            return x
+        x = x.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(x, group=self.group)
+        return x
+
+    def once(self, x: Tensor) -> Tensor:
+        """Something every rank has, so that `total` counts it once."""
+        return x if self.rank == 0 else torch.zeros_like(x)
+
+    def across(self, local: Tensor) -> Tensor:
+        """logsumexp over the ranks."""
+        if self.group is None:
+            return local
+        parts = [torch.empty_like(local) for _ in range(self.ranks)]
+        dist.all_gather(parts, local.contiguous(), group=self.group)
+        return torch.logsumexp(torch.stack(parts), 0)
+
+    def log_softmax(self, *scores: Tensor) -> list[Tensor]:
+        """New tensors: each of the scores (rows, local) as log-probabilities over the whole vocabulary."""
+        if self.group is None:
+            return [torch.log_softmax(x, -1) for x in scores]
+        local = torch.stack([torch.logsumexp(x, -1) for x in scores])
+        return [x - n.unsqueeze(-1) for x, n in zip(scores, self.across(local), strict=True)]
+
+    def locate(self, ids: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Global ids as columns of this rank (0 where they are another's), and which are ours (None: all)."""
+        if self.group is None:
+            return ids, None
+        ours = (ids >= self.start) & (ids < self.start + self.local)
+        return torch.where(ours, ids - self.start, 0), ours
+
+    def gather(self, x: Tensor, ids: Tensor) -> Tensor:
+        """x (rows, local) at global ids (rows, k), 0 for ids of other ranks."""
+        columns, ours = self.locate(ids)
+        if ours is None:
+            return x.gather(1, columns)
+        if x.shape[1] == 0:
+            return x.new_zeros(ids.shape)
+        return x.gather(1, columns).masked_fill_(~ours, 0.0)
+
+    def scatter_add(self, x: Tensor, ids: Tensor, values: Tensor) -> Tensor:
+        """x[row, ids] += values where the ids are ours, in place."""
+        columns, ours = self.locate(ids)
+        if ours is not None:
+            if x.shape[1] == 0:
+                return x
+            values = values.masked_fill(~ours, 0.0)
+        return x.scatter_add_(1, columns, values)
+
+    def scatter(self, x: Tensor, ids: Tensor, values: Tensor | float) -> Tensor:
+        """A copy of x with x[row, ids] = values where the ids are ours."""
+        columns, ours = self.locate(ids)
+        if ours is None:
+            return x.scatter(1, columns, values)
+        # One spare column takes what belongs to other ranks.
+        padded = torch.cat([x, x.new_zeros(len(x), 1)], 1)
+        return padded.scatter_(1, torch.where(ours, columns, x.shape[1]), values)[:, :-1]
