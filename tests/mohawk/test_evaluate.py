@@ -1,0 +1,220 @@
+import math
+
+import numpy as np
+import pytest
+import torch
+import transformers
+
+from mohawk import evaluate
+from mohawk.data import PackedDataset, split_documents
+from mohawk.errors import UserError
+from mohawk.evaluate import (
+    Comparison,
+    Head,
+    cache_bytes,
+    compare,
+    continuation,
+    decode_speed,
+    teacher_states,
+)
+from mohawk.text import TokenizedText
+
+LENGTHS = [13, 40, 2, 1, 27, 9]  # one document has nothing to predict
+
+
+@pytest.fixture
+def dataset(tmp_path):
+    """Six documents of random bytes in rows of 24, the last one padded."""
+    tokens = np.random.default_rng(0).integers(0, 250, sum(LENGTHS))
+    tokens.astype("<u2").tofile(tmp_path / "tokens.bin")
+    np.save(tmp_path / "offsets.npy", np.concatenate([[0], np.cumsum(LENGTHS)]).astype(np.int64))
+    np.save(tmp_path / "digests.npy", np.arange(len(LENGTHS), dtype="<u8"))
+    (tmp_path / "meta.json").write_text('{"source": "made", "dtype": "<u2"}')
+    return PackedDataset(split_documents([TokenizedText(tmp_path)])[0], 24)
+
+
+def segments(dataset):
+    for row in dataset:
+        for segment in range(int(row["segment_ids"].max()) + 1):
+            yield row["input_ids"][row["segment_ids"] == segment][None]
+
+
+def by_definition(student, teacher, dataset, vocab=258) -> Comparison:
+    """Each document piece alone, whole logits, float64."""
+    sums = torch.zeros(4, dtype=torch.float64)
+    count = 0
+    with torch.no_grad():
+        for ids in segments(dataset):
+            p, q = (m(ids).logits[0, :-1, :vocab].double().log_softmax(-1) for m in (teacher, student))
+            targets = ids[0, 1:, None]
+            kl = (p.exp() * (p - q)).sum()
+            same = (p.argmax(-1) == q.argmax(-1)).sum()
+            sums += torch.stack([-p.gather(1, targets).sum(), -q.gather(1, targets).sum(), kl, same])
+            count += len(targets)
+    t, s, kl, same = (sums / count).tolist()
+    return Comparison(count, math.exp(t), math.exp(s), math.exp(s - t), kl, same)
+
+
+def close(ours: Comparison, truth: Comparison, rel=1e-4) -> bool:
+    return ours.tokens == truth.tokens and vars(ours) == pytest.approx(vars(truth), rel=rel, abs=1e-6)
+
+
+@pytest.mark.parametrize("rows", [1, 7, 256])
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_comparison_is_its_definition(dataset, make_llama, monkeypatch, rows, batch_size):
+    monkeypatch.setattr(evaluate, "ROWS", rows)
+    teacher, student = make_llama(0), make_llama(1)
+    ours = compare(student, teacher_states(teacher, dataset, batch_size=batch_size))
+    truth = by_definition(student, teacher, dataset)
+    assert close(ours, truth)
+    assert truth.kl > 0.1 and truth.tokens == sum(len(s[0]) - 1 for s in segments(dataset))
+
+
+def test_a_model_equals_itself(dataset, make_llama):
+    model = make_llama().train()
+    same = compare(model, teacher_states(model, dataset))
+    assert (same.perplexity_ratio, same.kl, same.top1_agreement) == (1.0, 0.0, 1.0)
+    assert model.training  # left as it was
+
+
+def test_a_hybrid_keeps_documents_apart(dataset, make_llama):
+    from mohawk.models.from_teacher import hybrid_from_teacher
+
+    teacher = make_llama()
+    student = hybrid_from_teacher(teacher, [1]).eval()
+    ours = compare(student, teacher_states(teacher, dataset))
+    assert close(ours, by_definition(student, teacher, dataset))
+
+
+FAMILIES = {
+    "Gemma2": {"final_logit_softcapping": 3.0, "head_dim": 8},
+    "Granite": {"logits_scaling": 4.0},
+    "Cohere": {"logit_scale": 0.25},
+    "Phi": {},  # a bias in the head
+    "Qwen2": {"tie_word_embeddings": True},
+    "Bamba": {"mamba_n_heads": 8, "mamba_d_head": 8, "mamba_d_state": 4, "attn_layer_indices": [0]},
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_any_familys_logits(dataset, make_llama, family):
+    shape = {"vocab_size": 258, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    shape |= {"num_attention_heads": 4, "num_key_value_heads": 2, "initializer_range": 0.3, "pad_token_id": 0}
+    torch.manual_seed(0)
+    model = getattr(transformers, f"{family}ForCausalLM")(
+        getattr(transformers, f"{family}Config")(**shape, **FAMILIES[family])
+    ).eval()
+    if family == "Phi":
+        torch.nn.init.normal_(model.lm_head.bias)
+    if family == "Bamba":  # recurrent without segments: only unpacked rows are its own
+        dataset.documents = type(dataset.documents)(dataset.documents.texts, dataset.documents.spans[1:2])
+        dataset.__init__(dataset.documents, 40)
+    teacher = make_llama()
+    assert close(compare(model, teacher_states(teacher, dataset)), by_definition(model, teacher, dataset))
+    assert close(compare(teacher, teacher_states(model, dataset)), by_definition(teacher, model, dataset))
+
+
+def test_a_head_with_another_formula_is_refused(dataset, make_llama):
+    model = make_llama()
+    model.lm_head.register_forward_hook(lambda module, args, output: output * 2)
+    with pytest.raises(UserError, match="does more to its logits"):
+        teacher_states(model, dataset)
+
+
+def test_padded_vocabularies_compare_what_both_have(dataset, make_llama):
+    teacher, student = make_llama(0), make_llama(1, vocab_size=320)
+    ours = compare(student, teacher_states(teacher, dataset))
+    assert close(ours, by_definition(student, teacher, dataset, vocab=258))
+
+
+def test_half_precision_states_and_autocast_stay_near(dataset, make_llama):
+    teacher, student = make_llama(0), make_llama(1)
+    truth = by_definition(student, teacher, dataset)
+    states = teacher_states(teacher, dataset, autocast=torch.bfloat16)
+    assert close(compare(student, states, autocast=torch.bfloat16), truth, rel=0.1)
+    states = teacher_states(make_llama(0).bfloat16(), dataset)
+    assert states.hidden[0].dtype == torch.bfloat16
+    assert close(compare(make_llama(1).bfloat16(), states), truth, rel=0.1)
+
+
+def test_a_broken_student_is_reported_not_hidden(dataset, make_llama):
+    student = make_llama()
+    with torch.no_grad():
+        student.model.layers[0].mlp.down_proj.weight.fill_(math.nan)
+    assert math.isnan(compare(student, teacher_states(make_llama(), dataset)).student_perplexity)
+    far = make_llama()
+    far.lm_head.weight.data.mul_(1e5)
+    assert compare(far, teacher_states(make_llama(), dataset)).student_perplexity == math.inf
+
+
+def test_logits_are_never_whole(dataset, make_llama, monkeypatch):
+    largest = 0
+    linear = torch.nn.functional.linear
+
+    def watch(x, weight, *args):
+        nonlocal largest
+        if len(weight) == 258:
+            largest = max(largest, x.numel() // x.shape[-1])
+        return linear(x, weight, *args)
+
+    monkeypatch.setattr(evaluate, "ROWS", 5)
+    monkeypatch.setattr(torch.nn.functional, "linear", watch)
+    compare(make_llama(1), teacher_states(make_llama(0), dataset, batch_size=4))
+    assert 0 < largest <= 5
+
+
+def test_a_text_that_predicts_nothing(dataset, make_llama):
+    dataset.documents.spans[:, 2] = dataset.documents.spans[:, 1] + 1
+    with pytest.raises(UserError, match="predicts no token"):
+        teacher_states(make_llama(), PackedDataset(dataset.documents, 8))
+
+
+def test_head_of_a_model_without_one(make_llama):
+    with pytest.raises(UserError, match="has no output embedding"):
+        Head.of(make_llama().model)
+
+
+@pytest.mark.parametrize("chunk", [3, 16])
+def test_state_bytes_count_keys_values_and_states(make_llama, chunk):
+    from mohawk.models.from_teacher import hybrid_from_teacher
+
+    teacher = make_llama()
+    kv = 2 * 2 * 8 * 4  # keys and values, 2 heads of 8, float32: bytes a token and layer
+    speeds = decode_speed(teacher, [8, 20], new_tokens=2, chunk=chunk)
+    assert [s.state_bytes for s in speeds] == [8 * kv * 2, 20 * kv * 2]
+    assert all(s.tokens_per_s > 0 for s in speeds) and [s.context for s in speeds] == [8, 20]
+    pure = decode_speed(hybrid_from_teacher(teacher, [0, 1]), [8, 20], new_tokens=2, chunk=chunk)
+    assert pure[0].state_bytes == pure[1].state_bytes > 0
+    half = decode_speed(hybrid_from_teacher(teacher, [0]), [8, 20], new_tokens=2, chunk=chunk)
+    assert [s.state_bytes for s in half] == [
+        8 * kv + pure[0].state_bytes // 2,
+        20 * kv + pure[0].state_bytes // 2,
+    ]
+
+
+def test_shared_storage_counts_once():
+    a = torch.zeros(10)
+    holder = type("Layer", (), {})()
+    holder.keys, holder.other, holder.flag, holder.empty = (
+        a,
+        [a, {"b": torch.zeros(3, dtype=torch.bfloat16)}],
+        1,
+        None,
+    )
+    holder.count, holder.self = torch.zeros(4, dtype=torch.int64), holder
+    assert cache_bytes(holder) == 40 + 6
+
+
+def test_continuation_is_greedy_and_without_the_prompt(make_llama, tokenizer):
+    model = make_llama()
+    ids = tokenizer("Once upon", return_tensors="pt").input_ids
+    for _ in range(5):
+        ids = torch.cat([ids, model(ids).logits[:, -1:].argmax(-1)], dim=1)
+    expected = tokenizer.decode(ids[0, 9:], skip_special_tokens=True)
+    model.generation_config.temperature, model.generation_config.do_sample = (
+        0.7,
+        True,
+    )  # as instruct models have
+    assert continuation(model, tokenizer, "Once upon", 5) == expected
+    with pytest.raises(UserError, match="evaluation.prompt"):
+        continuation(model, tokenizer, "", 5)
