@@ -31,7 +31,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
-from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from mohawk.batches import Batches
@@ -199,7 +199,7 @@ class PhaseTrainer(Trainer):
             raise UserError(self._failure)
         if self._stop:
             saved = Interrupted(self.state.global_step, self._checkpoint_path())
-            logger.warning("%s: %s", self.name, saved)
+            logger.info("%s: %s", self.name, saved)
             raise saved
         logger.info("%s: done after %d steps", self.name, self.state.global_step)
 
@@ -459,7 +459,10 @@ class PhaseTrainer(Trainer):
         if checkpoint is None:
             return
         fresh = [{key: group[key] for key in SETTINGS} for group in self.optimizer.param_groups]
-        super()._load_optimizer_and_scheduler(checkpoint)
+        # transformers 5.17 asks for the device cpu:0 here when there are several processes; torch has none.
+        for name, part in ((OPTIMIZER_NAME, self.optimizer), (SCHEDULER_NAME, self.lr_scheduler)):
+            state = torch.load(Path(checkpoint) / name, map_location="cpu", weights_only=True)
+            part.load_state_dict(state)  # moves the moments to the parameters' device
         self.lr_scheduler.base_lrs = [group["initial_lr"] for group in fresh]
         for group, settings, factor in zip(
             self.optimizer.param_groups, fresh, self.lr_scheduler.lr_lambdas, strict=True
