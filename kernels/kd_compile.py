@@ -1,7 +1,7 @@
 """The loss under torch.compile: one opaque operator, so that a compiled model around it stays one graph.
 
 The operator does in eager mode what an uncompiled call does, checks included. Its arguments can only be
-tensors and plain values, so a teacher travels as a list of tensors, a word per part, and a list of numbers.
+tensors and plain values, so a teacher travels as a list of tensors, a word per part, and numbers.
 """
 
 from __future__ import annotations
@@ -89,10 +89,9 @@ def _op(
     labels: Tensor | None,
     token_weights: Tensor | None,
     normalizer: Tensor | None,
+    numbers: Tensor,
     words: str,
-    numbers: list[float],
     names: str,
-    floats: list[float],
     ints: list[int],
     needs: list[bool],
     group: str,
@@ -100,7 +99,7 @@ def _op(
     from mohawk.kernels import kd_call
 
     divergence, reduction, backend = names.split()
-    temperature, kd_weight, ce_weight, beta, lam, logit_scale, softcap = floats
+    temperature, kd_weight, ce_weight, beta, lam, logit_scale, softcap, *of_teacher = numbers.tolist()
     ignore_index, vocab_size, return_parts, linear = ints
     settings = kd_call.Settings(
         divergence=divergence,
@@ -123,7 +122,7 @@ def _op(
         from torch.distributed import distributed_c10d
 
         process_group = distributed_c10d._resolve_process_group(group)
-    source = _unflatten(words.split("; "), list(teacher), list(numbers))
+    source = _unflatten(words.split("; "), list(teacher), of_teacher)
     call = kd_call.prepare(tuple(student), source, labels, token_weights, normalizer, process_group, settings)
     if call.backend == "reference":
         raise ValueError(
@@ -135,7 +134,7 @@ def _op(
 
 
 @_op.register_fake
-def _(student, teacher, labels, token_weights, normalizer, words, numbers, names, floats, ints, needs, group):
+def _(student, teacher, labels, token_weights, normalizer, numbers, words, names, ints, needs, group):
     dtype = torch.float64 if student[0].dtype == torch.float64 else torch.float32
     shape = student[0].shape[:-1] if " none " in names else ()
     terms = [student[0].new_empty(shape, dtype=dtype) for _ in range(3)]
@@ -150,34 +149,32 @@ def _(student, teacher, labels, token_weights, normalizer, words, numbers, names
 
 
 def _setup_context(ctx, inputs, output):
-    student, teacher, labels, token_weights, normalizer, *plain = inputs
+    student, teacher, labels, token_weights, normalizer, numbers, *plain = inputs
     ctx.plain, ctx.count, ctx.teacher_count = plain, len(student), len(teacher)
     ctx.dtypes = [x.dtype for x in student]
-    if " none " in plain[2]:
-        ctx.save_for_backward(*student, *teacher, labels, token_weights, normalizer)
+    if " none " in plain[1]:
+        ctx.save_for_backward(*student, *teacher, labels, token_weights, normalizer, numbers)
     else:
         ctx.save_for_backward(*output[3:])
 
 
 def _backward(ctx, grad):
-    words, numbers, names, floats, ints, needs, group = ctx.plain
+    words, names, ints, needs, group = ctx.plain
     n, m = ctx.count, ctx.teacher_count
     if " none " not in names:
         made = [g * grad[0] for g in ctx.saved_tensors]
     else:
         # Row by row: the same operator with the incoming gradient as token weights.
         saved = ctx.saved_tensors
-        labels, token_weights, normalizer = saved[n + m :]
+        labels, token_weights, normalizer, numbers = saved[n + m :]
         weights = grad[0] if token_weights is None else grad[0] * token_weights
         wanted = [bool(x) for x in ctx.needs_input_grad[0]]
         names = names.replace(" none ", " sum ")
-        made = _op(
-            list(saved[:n]), list(saved[n : n + m]), labels, weights, normalizer,
-            words, numbers, names, floats, ints, wanted, group,
-        )[3:]  # fmt: skip
+        tensors = (list(saved[:n]), list(saved[n : n + m]), labels, weights, normalizer, numbers)
+        made = _op(*tensors, words, names, ints, wanted, group)[3:]
         needs = wanted
     student = [g.to(dtype) if need else None for g, dtype, need in zip(made, ctx.dtypes, needs, strict=True)]
-    return student, [None] * m, *[None] * 10
+    return student, [None] * m, *[None] * 9
 
 
 _op.register_autograd(_backward, setup_context=_setup_context)
@@ -196,17 +193,17 @@ def distil(
     s = settings
     words: list[str] = []
     tensors: list[Tensor] = []
-    numbers: list[float] = []
-    _flatten(teacher, words, tensors, numbers)
+    of_teacher: list[float] = []
+    _flatten(teacher, words, tensors, of_teacher)
     if normalizer is not None and not isinstance(normalizer, Tensor):
         normalizer = torch.full((), normalizer, dtype=torch.float64, device=student[0].device)
-    floats = [s.temperature, s.kd_weight, s.ce_weight, s.beta, s.lam, s.logit_scale]
-    floats = [float(x) for x in floats] + [0.0 if s.logit_softcap is None else float(s.logit_softcap)]
+    softcap = 0.0 if s.logit_softcap is None else s.logit_softcap
+    numbers = [s.temperature, s.kd_weight, s.ce_weight, s.beta, s.lam, s.logit_scale, softcap, *of_teacher]
+    numbers = torch.stack([torch.full((), x, dtype=torch.float64) for x in numbers])
     ints = [s.ignore_index, -1 if s.vocab_size is None else s.vocab_size, int(s.return_parts), int(s.linear)]
     needs = [torch.is_grad_enabled() and x.requires_grad and s.reduction != "none" for x in student]
+    names = f"{s.divergence} {s.reduction} {s.backend}"
     name = "" if group is None else group.group_name
-    outputs = _op(
-        list(student), [x.detach() for x in tensors], labels, token_weights, normalizer,
-        "; ".join(words), numbers, f"{s.divergence} {s.reduction} {s.backend}", floats, ints, needs, name,
-    )  # fmt: skip
-    return outputs[0], outputs[1], outputs[2]
+    inputs = (list(student), [x.detach() for x in tensors], labels, token_weights, normalizer, numbers)
+    loss, kd, ce, *_ = _op(*inputs, "; ".join(words), names, ints, needs, name)
+    return loss, kd, ce
