@@ -4,6 +4,10 @@ Four shifted multiply-adds with the backward written out: `torch.nn.Conv1d` with
 to train on a CPU and knows neither states nor packed documents.
 """
 
+import functools
+import importlib.util
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -35,7 +39,13 @@ def causal_conv1d(
     ValueError for shapes that do not fit.
     """
     _check(x, weight, bias, activation, initial_state, segment_ids)
-    y = _CausalConv.apply(x, weight, bias, initial_state, segment_ids, activation == "silu")
+    package = (
+        _package_function() if x.is_cuda and _fits_package(x, weight, initial_state, segment_ids) else None
+    )
+    if package is not None:
+        y = by_package(package, x, weight, bias, activation, initial_state, segment_ids)
+    else:
+        y = _CausalConv.apply(x, weight, bias, initial_state, segment_ids, activation == "silu")
     if not return_final_state:
         return y
     batch, seq, channels = x.shape
@@ -51,6 +61,53 @@ def causal_conv1d(
         visible = (seq - back >= start.unsqueeze(1)) | (segment_runs(segment_ids)[:, -1:] == 0)
         final = final * visible.unsqueeze(1)
     return y, final
+
+
+@functools.cache
+def _package_function() -> Callable | None:
+    """`causal_conv1d_fn` of the causal-conv1d package, None where it is not installed; looked up once."""
+    if importlib.util.find_spec("causal_conv1d") is None:
+        return None
+    from causal_conv1d import causal_conv1d_fn
+
+    return causal_conv1d_fn
+
+
+def _fits_package(
+    x: Tensor, weight: Tensor, initial_state: Tensor | None, segment_ids: Tensor | None
+) -> bool:
+    """The package takes 2 to 4 taps, channels in eights, no float64, and not states and segments at once."""
+    return (
+        x.numel() > 0
+        and x.dtype != torch.float64
+        and 2 <= weight.shape[1] <= 4
+        and x.shape[2] % 8 == 0
+        and (initial_state is None or segment_ids is None)
+    )
+
+
+def by_package(
+    function: Callable,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    activation: str | None,
+    initial_state: Tensor | None,
+    segment_ids: Tensor | None,
+) -> Tensor:
+    """y by the causal-conv1d package's `causal_conv1d_fn`: (batch, channels, seq), channels last in memory."""
+    state = None
+    if initial_state is not None:
+        state = initial_state.to(x.dtype).transpose(1, 2).contiguous().transpose(1, 2)
+    y = function(
+        x.contiguous().transpose(1, 2),
+        weight.to(x.dtype),
+        None if bias is None else bias.to(x.dtype),
+        seq_idx=None if segment_ids is None else segment_runs(segment_ids).to(torch.int32),
+        initial_states=state,
+        activation=activation,
+    )
+    return y.transpose(1, 2)
 
 
 class _CausalConv(torch.autograd.Function):

@@ -12,9 +12,10 @@ from torch import Tensor
 
 from mohawk.kernels.mixing_segments import check_segment_ids
 from mohawk.kernels.ssd_chunked import ssd_chunked
+from mohawk.kernels.ssd_mamba import fits_mamba_ssm, mamba_ssm_installed, ssd_mamba
 from mohawk.kernels.ssd_reference import ssd_reference
 
-BACKENDS = ("auto", "reference", "chunked")
+BACKENDS = {"auto": None, "reference": ssd_reference, "chunked": ssd_chunked, "mamba_ssm": ssd_mamba}
 
 
 def ssd(
@@ -36,8 +37,11 @@ def ssd(
     at most 0 in a stable model, -inf allowed. B and C: (batch, seq, groups, state_size); the number of
     groups divides the number of heads and need not be the same for both. input_scale: (batch, seq, heads),
     1 if not given. D: (heads,). initial_state: (batch, heads, head_dim, state_size), 0 if not given.
-    segment_ids: (batch, seq) integers; the state starts anew wherever the id changes (the first segment
-    goes on from initial_state).
+    segment_ids: (batch, seq) integers; the state starts anew where the id changes (the first segment goes
+    on from initial_state).
+
+    backend: "reference" is the recurrence token by token, "chunked" torch on any device, "mamba_ssm" that
+    package's kernels, "auto" those on CUDA where they are installed and fit, else "chunked".
 
     Returns y like x, and with return_final_state also the state after the last token, (batch, heads,
     head_dim, state_size) in float32 (float64 for float64 x). Statistics are float32 inside whatever x is.
@@ -46,7 +50,19 @@ def ssd(
     _check(x, log_decay, B, C, input_scale, D, initial_state, segment_ids)
     if backend not in BACKENDS:
         raise ValueError(f"ssd: backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
-    run = ssd_reference if backend == "reference" else ssd_chunked
+    if backend == "mamba_ssm":
+        if not mamba_ssm_installed():
+            raise ValueError("ssd: backend 'mamba_ssm' needs the packages mamba-ssm and triton; install them")
+        if not fits_mamba_ssm(x, B, C):
+            raise ValueError(
+                "ssd: backend 'mamba_ssm' takes no float64 and no empty x, needs as many groups in B as in C "
+                "and state_size at most 256, "
+                f"got {x.dtype} {tuple(x.shape)}, B {tuple(B.shape)}, C {tuple(C.shape)}"
+            )
+    if backend == "auto":
+        usable = x.is_cuda and mamba_ssm_installed() and fits_mamba_ssm(x, B, C)
+        backend = "mamba_ssm" if usable else "chunked"
+    run = BACKENDS[backend]
     y, final_state = run(x, log_decay, B, C, input_scale, D, initial_state, segment_ids)
     return (y, final_state) if return_final_state else y
 

@@ -1,10 +1,15 @@
 """The short depthwise convolution, against torch's own and against itself in pieces."""
 
+import importlib
+import importlib.util
+import sys
+import types
+
 import pytest
 import torch
 import torch.nn.functional as F
 
-from mohawk.kernels.causal_conv1d import causal_conv1d
+from mohawk.kernels.causal_conv1d import by_package, causal_conv1d
 
 
 def inputs(batch=2, seq=37, channels=6, kernel=4, dtype=torch.float64, seed=0):
@@ -75,6 +80,39 @@ def test_prefill_in_pieces_and_steps_agree_with_the_whole(cuts):
         pieces.append(out)
     torch.testing.assert_close(torch.cat(pieces, dim=1), whole)
     torch.testing.assert_close(state, final)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("causal_conv1d") is None, reason="causal-conv1d not installed")
+@pytest.mark.parametrize("activation", [None, "silu"])
+def test_the_package_is_called_for_the_same_result(activation, monkeypatch):
+    """Its own definition stands in for its CUDA kernel: the same arguments, on a CPU."""
+    if importlib.util.find_spec("causal_conv1d_cuda") is None:  # the compiled part, absent from a pure wheel
+        monkeypatch.setitem(sys.modules, "causal_conv1d_cuda", types.ModuleType("causal_conv1d_cuda"))
+    package = importlib.import_module("causal_conv1d.causal_conv1d_interface").causal_conv1d_ref
+    given = inputs(channels=8)
+    y = by_package(
+        package, given["x"], given["weight"], given["bias"], activation, given["initial_state"], None
+    )
+    torch.testing.assert_close(y, causal_conv1d(**given, activation=activation))
+    del given["initial_state"]
+    segments = torch.arange(37).div(9, rounding_mode="floor").expand(2, 37)
+    y = by_package(package, given["x"], given["weight"], given["bias"], activation, None, segments)
+    torch.testing.assert_close(y, causal_conv1d(**given, activation=activation, segment_ids=segments))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_gpu_matches_cpu():
+    given = {name: value.detach().float().requires_grad_() for name, value in inputs(channels=16).items()}
+    there = {name: value.detach().cuda().requires_grad_() for name, value in given.items()}
+    here, y = causal_conv1d(**given, activation="silu"), causal_conv1d(**there, activation="silu")
+    torch.testing.assert_close(y.cpu(), here)
+    weights = torch.randn_like(here)
+    mine = torch.autograd.grad((y.cpu() * weights).sum(), list(there.values()))
+    torch.testing.assert_close(
+        [value.cpu() for value in mine],
+        list(torch.autograd.grad((here * weights).sum(), list(given.values()))),
+    )
 
 
 def test_bfloat16_rounds_once():

@@ -206,6 +206,7 @@ def test_empty(batch, seq):
         ({"segment_ids": torch.zeros(2, 150)}, "must be integers"),
         ({"B": torch.zeros(2, 150, 3, 8, dtype=torch.long)}, "floating point"),
         ({"backend": "cuda"}, "backend must be one of"),
+        ({"backend": "mamba_ssm"}, "mamba_ssm"),  # not installed, or float64
     ],
 )
 def test_mistakes_are_named(change, message):

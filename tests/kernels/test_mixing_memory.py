@@ -1,0 +1,76 @@
+"""Peak memory of the blockwise kernels: linear in the sequence length, and far below the eager version's."""
+
+import pytest
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from mohawk.kernels.mixing import AttentionMixing, SSDMixing, mixing_matrix
+from mohawk.kernels.mixing_distance import mixing_distance
+from mohawk.kernels.ssd import ssd
+
+
+def peak_bytes(function):
+    """The most that torch had allocated at once inside `function`, over what it held before: every allocation
+    and release is in the profile, so caches and the C library play no part."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        function()
+    held = peak = 0
+    events = profiled.profiler.kineto_results.events()
+    for event in sorted((e for e in events if e.name() == "[memory]"), key=lambda e: e.start_ns()):
+        held += event.nbytes()
+        peak = max(peak, held)
+    return peak
+
+
+def state_space(seq, heads=1, state=8):
+    C, B = (torch.randn(1, seq, heads, state).requires_grad_() for _ in range(2))
+    return SSDMixing(C, B, (-torch.rand(1, seq, heads)).requires_grad_())
+
+
+def attention(seq, heads=1, width=8):
+    return AttentionMixing(torch.randn(1, heads, seq, width), torch.randn(1, heads, seq, width))
+
+
+def test_the_measurement_sees_temporaries():
+    assert peak_bytes(lambda: torch.ones(1024, 1024).sum()) >= 4 * 2**20
+    eager = peak_bytes(
+        lambda: mixing_distance(state_space(1024), attention(1024), backend="reference").backward()
+    )
+    assert eager > 5 * 4 * 1024**2
+
+
+def test_distance_from_512_to_16384_tokens():
+    peaks = {}
+    for seq in (512, 2048, 8192, 16384):
+        student, teacher = state_space(seq), attention(seq)
+        peaks[seq] = peak_bytes(lambda s=student, t=teacher: mixing_distance(s, t).backward())
+    matrix = 4 * 16384**2
+    assert peaks[16384] < matrix / 20
+    assert peaks[16384] < 2.1 * peaks[8192] < 2.1 * 4.1 * peaks[2048]
+    assert peaks[2048] < 4.1 * peaks[512]
+
+
+def test_twenty_times_less_than_eager():
+    student, teacher = state_space(2048, 8, 64), attention(2048, 8, 64)
+    eager = peak_bytes(lambda: mixing_distance(student, teacher, backend="reference").backward())
+    mine = peak_bytes(lambda: mixing_distance(student, teacher, backend="chunked").backward())
+    assert mine * 20 <= eager
+
+
+def test_a_matrix_costs_itself_and_some_rows():
+    mixing = attention(2048)
+    assert peak_bytes(lambda: mixing_matrix(mixing)) < 1.5 * 4 * 2048**2
+    many = attention(1024, heads=16)
+    assert peak_bytes(lambda: mixing_matrix(many, mean_heads=True)) < 2 * 4 * 1024**2
+
+
+@pytest.mark.parametrize("heads", [1, 24])
+def test_scan(heads):
+    def peak(seq):
+        x = torch.randn(1, seq, heads, 32).requires_grad_()
+        B, C = (torch.randn(1, seq, 1, 32).requires_grad_() for _ in range(2))
+        log_decay = (-torch.rand(1, seq, heads)).requires_grad_()
+        return peak_bytes(lambda: ssd(x, log_decay, B, C).sum().backward())
+
+    peaks = {seq: peak(seq) for seq in (512, 2048, 8192)}
+    assert peaks[8192] < 4.1 * peaks[2048] < 4.1 * 4.1 * peaks[512]
