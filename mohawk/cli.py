@@ -97,6 +97,7 @@ def parser() -> argparse.ArgumentParser:
 
     evaluate = command("evaluate", _evaluate, "measure a run's student against its teacher again")
     evaluate.add_argument("model", type=Path, metavar="RUN", help="a run's folder")
+    _add_set(evaluate)
 
     generate = command("generate", _generate, "continue a prompt")
     generate.add_argument("model", metavar="MODEL", help="folder, run, .gguf file or hub id")
@@ -154,9 +155,9 @@ def _convert(options: argparse.Namespace) -> None:
 
 
 def _evaluate(options: argparse.Namespace) -> None:
-    from mohawk.convert import evaluate_run
+    from mohawk.evaluate_run import evaluate_run
 
-    evaluate_run(options.model)
+    evaluate_run(options.model, options.set)
 
 
 def _generate(options: argparse.Namespace) -> None:
@@ -225,10 +226,25 @@ def _quoted(text: str) -> str:
     return "'" + text.replace("'", "''") + "'"
 
 
+class _Terminal(logging.Handler):
+    """Log lines on stderr, above a progress bar if there is one: warnings, and what the user waits for."""
+
+    waited_for = ("mohawk.fetch", "mohawk.demo", "mohawk.data", "mohawk.text")
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        return record.levelno >= logging.WARNING or record.name in self.waited_for
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if "tqdm" in sys.modules:
+            from tqdm import tqdm
+
+            tqdm.write(self.format(record), file=sys.stderr)
+        else:
+            print(self.format(record), file=sys.stderr)
+
+
 def _log_to_stderr() -> None:
     logger = logging.getLogger("mohawk")
-    if not logger.handlers:
-        handler = logging.StreamHandler()
-        handler.setFormatter(logging.Formatter("%(message)s"))
-        logger.addHandler(handler)
+    if not any(isinstance(handler, _Terminal) for handler in logger.handlers):
+        logger.addHandler(_Terminal())
     logger.setLevel(logging.INFO)

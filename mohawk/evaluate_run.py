@@ -1,0 +1,71 @@
+"""`mohawk evaluate`: a run's student against its teacher once more, on the run's texts or on others."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from mohawk.describe import student_folder
+from mohawk.errors import UserError
+from mohawk.recipe import Recipe
+
+RESULTS = "evaluation/again.json"
+
+
+def evaluate_run(run: str | Path, overrides: Sequence[str] = (), console: Console | None = None) -> dict:
+    """Compare, time decoding, print both and write them to RUN/evaluation/again.json.
+
+    overrides: of the run's recipe, such as `data.evaluation=[other.txt]` or `evaluation.tokens=1e6`; those
+    that concern the student or its training change nothing. Returns what was written. Raises UserError.
+    """
+    folder, console = Path(run).expanduser(), console or Console()
+    if not (folder / "recipe.yaml").is_file():
+        raise UserError(f"{run} is not a run's folder: it holds no recipe.yaml")
+    recipe = Recipe.load(folder / "recipe.yaml", overrides)
+    name = student_folder(folder)
+
+    from mohawk.convert import Conversion
+    from mohawk.evaluate import compare, decode_speed
+    from mohawk.models.hybrid import HybridForCausalLM
+
+    conversion = Conversion(recipe, folder, console)
+    student = HybridForCausalLM.from_pretrained(name).to(conversion.device).eval()
+    texts = {
+        text: asdict(compare(student, states, autocast=conversion.autocast))
+        for text, states in conversion.texts.items()
+    }
+    asked = recipe.evaluation
+    speeds = {
+        kind: [asdict(speed) for speed in decode_speed(model, asked.contexts, asked.decode_tokens)]
+        for kind, model in (("teacher", conversion.teacher), ("student", student))
+    }
+    results = {"student": name, "overrides": list(overrides), "texts": texts, "decoding": speeds}
+    target = folder / RESULTS
+    target.parent.mkdir(exist_ok=True)
+    target.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+
+    table = Table("text", "tokens", "teacher", "student", "ratio", "KL", "same first choice", title=name)
+    for text, found in texts.items():
+        table.add_row(
+            text.replace("_", "-"),
+            f"{found['tokens']:,}",
+            f"{found['teacher_perplexity']:.2f}",
+            f"{found['student_perplexity']:.2f}",
+            f"{found['perplexity_ratio']:.3f}",
+            f"{found['kl']:.4f}",
+            f"{found['top1_agreement']:.1%}",
+        )
+    console.print(table)
+    table = Table("decoding", "context", "tokens/s", "state bytes")
+    for kind, measured in speeds.items():
+        for speed in measured:
+            row = f"{speed['context']:,}", f"{speed['tokens_per_s']:.1f}", f"{speed['state_bytes']:,}"
+            table.add_row(kind, *row)
+    console.print(table)
+    console.print(f"written to {target}", highlight=False, soft_wrap=True, markup=False)
+    return results
