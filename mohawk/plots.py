@@ -1,0 +1,217 @@
+"""Pictures of a run: loss curves, evaluation after each phase, mixing matrices as heat maps. All PNG."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+PHASES = ("mixing", "hidden", "end_to_end")
+STAGES = ("before", *PHASES)
+TITLES = {
+    "before": "before\nphase 1",
+    "mixing": "phase 1\nmatrices",
+    "hidden": "phase 2\nhidden states",
+    "end_to_end": "phase 3\nend to end",
+}
+TEXTS = {"held_out": "held-out text of the training source", "evaluation": "text of another source"}
+BLUE, ORANGE, GREY = "#1f6feb", "#d9730d", "#8c959f"
+
+
+@dataclass(frozen=True)
+class Heads:
+    """One head's mixing matrices (n, n): the teacher's, the student's before and after phase 1 (or None)."""
+
+    label: str
+    teacher: Any
+    before: Any
+    after: Any | None = None
+
+
+def plot_losses(
+    metrics: Path | str, target: Path | str, labels: Mapping[str, str] | None = None
+) -> Path | None:
+    """The loss curve of every phase in metrics.jsonl, side by side, over tokens; None if none was logged.
+
+    labels: what each phase's loss is, with its unit. A loss that was not finite leaves a gap.
+    """
+    records: dict[str, list[dict]] = {}
+    path = Path(metrics)
+    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
+        record = json.loads(line)
+        if "loss" in record:
+            records.setdefault(record["phase"], []).append(record)
+    names = [p for p in PHASES if p in records] + [p for p in records if p not in PHASES]
+    if not names:
+        return None
+    figure, axes = _subplots(1, len(names), width=4.6, height=3.4)
+    for axis, name in zip(axes[0], names, strict=True):
+        tokens = np.array([r["tokens"] for r in records[name]], dtype=float)
+        loss = np.array([math.nan if r["loss"] is None else r["loss"] for r in records[name]], dtype=float)
+        unit, scale = _unit(tokens.max())
+        few = len(loss) < 20
+        axis.plot(
+            tokens / scale, loss, color=BLUE, alpha=1 if few else 0.3, lw=1.6 if few else 0.8,
+            marker="o" if few else None, ms=3,
+        )  # fmt: skip
+        if not few:
+            axis.plot(tokens / scale, _smooth(loss), color=BLUE, lw=1.8, label="running mean")
+            axis.legend(frameon=False, loc="upper right")
+        finite = loss[np.isfinite(loss)]
+        if len(finite) and finite.min() > 0 and finite.max() / finite.min() > 4:
+            _log_axis(axis)
+        axis.set_title(TITLES.get(name, name).replace("\n", ": "))
+        axis.set_xlabel(f"tokens ({unit})" if unit else "tokens")
+        axis.set_ylabel((labels or {}).get(name, "loss"))
+        last = finite[-1] if len(finite) else math.nan
+        first = finite[0] if len(finite) else math.nan
+        axis.text(0.03, 0.04, f"{first:.4g} → {last:.4g}", transform=axis.transAxes, color=GREY, fontsize=9)
+    return _save(figure, target)
+
+
+def plot_evaluation(
+    stages: Mapping[str, Mapping[str, Mapping[str, float]]], target: Path | str
+) -> Path | None:
+    """Perplexity, KL and top-1 agreement before phase 1 and after each phase; None when there is nothing.
+
+    stages: {"before": {"held_out": a Comparison as a dict, ...}, "mixing": ..., ...}.
+    """
+    names = [s for s in STAGES if stages.get(s)]
+    if not names:
+        return None
+    texts = [t for t in TEXTS if any(t in stages[s] for s in names)]
+    panels = (
+        ("student_perplexity", "student's perplexity", True),
+        ("kl", "mean KL(teacher ‖ student), nats per token", True),
+        ("top1_agreement", "same most probable token, % of positions", False),
+    )
+    figure, axes = _subplots(1, len(panels), width=4.6, height=3.8)
+    for axis, (key, label, logarithmic) in zip(axes[0], panels, strict=True):
+        for text, color, marker in zip(texts, (BLUE, ORANGE), "os", strict=False):
+            values = [_number(stages[s].get(text, {}).get(key)) for s in names]
+            values = [v if math.isfinite(v) else math.nan for v in values]
+            if key == "top1_agreement":
+                values = [100 * v for v in values]
+            axis.plot(range(len(names)), values, color=color, marker=marker, lw=1.8, label=TEXTS[text])
+            if key == "student_perplexity":
+                of_teacher = next(
+                    _number(stages[s][text]["teacher_perplexity"]) for s in names if text in stages[s]
+                )
+                axis.axhline(of_teacher, color=color, ls="--", lw=1, label=f"teacher there: {of_teacher:.3g}")
+            for i, value in enumerate(values):
+                # the lower one of two texts has its number below the point, so that the two do not overlap
+                numbers = {t: _number(stages[names[i]].get(t, {}).get(key)) for t in texts}
+                below = any(numbers[text] < other for other in numbers.values())
+                if math.isfinite(value):
+                    axis.annotate(
+                        f"{value:.3g}", (i, value), xytext=(0, -14 if below else 8), fontsize=8, color=color,
+                        textcoords="offset points", ha="center",
+                    )  # fmt: skip
+        if logarithmic and any(value > 0 for line in axis.get_lines() for value in line.get_ydata()):
+            _log_axis(axis)
+        elif not logarithmic:
+            axis.set_ylim(-8, 108)
+        axis.margins(x=0.12, y=0.15)
+        axis.set_xticks(range(len(names)), [TITLES[s] for s in names], fontsize=8.5)
+        axis.set_title(label)
+    handles, shown = axes[0][0].get_legend_handles_labels()
+    figure.legend(handles, shown, loc="outside lower center", ncols=len(shown), frameon=False)
+    return _save(figure, target)
+
+
+def plot_mixing_matrices(rows: Sequence[Heads], target: Path | str) -> Path | None:
+    """Heat maps, a head a row: the teacher's matrix, the student's before phase 1, and after it.
+
+    Colour is a symmetric logarithm of the entry (red above 0, blue below), so that the faint structure of
+    attention stays visible beside its peaks; it is the same within a row and saturates at the teacher's
+    largest entry. Titles give the Frobenius distance.
+    """
+    if not rows:
+        return None
+    from matplotlib.colors import SymLogNorm
+
+    columns = 2 + any(row.after is not None for row in rows)
+    figure, axes = _subplots(len(rows), columns, width=3.7, height=3.5)
+    for line, row in zip(axes, rows, strict=True):
+        matrices = [
+            np.asarray(m, dtype=np.float64) for m in (row.teacher, row.before, row.after) if m is not None
+        ]
+        # before phase 1 the student's entries may be thousands of times larger, which its title tells
+        largest = max(1e-2, float(np.abs(matrices[0]).max()))
+        norm = SymLogNorm(linthresh=1e-3, vmin=-largest, vmax=largest)
+        names = (f"{row.label}: teacher", "student before phase 1", "student after phase 1")
+        for axis, matrix, name in zip(line, matrices, names, strict=False):
+            n = len(matrix)
+            shown = np.where(np.tri(n, dtype=bool), matrix, np.nan)
+            image = axis.imshow(shown, cmap="RdBu_r", norm=norm, interpolation="nearest")
+            axis.set_facecolor("#eaeef2")
+            if matrix is not matrices[0]:
+                name += f"\n‖S − A‖ = {np.linalg.norm(matrix - matrices[0]):.3g}"
+            else:
+                name += f"\n‖A‖ = {np.linalg.norm(matrix):.3g}"
+            axis.set_title(name, fontsize=10)
+            axis.set_xlabel("from position j")
+            axis.set_ylabel("to position i")
+            axis.grid(False)
+        for axis in line[len(matrices) :]:
+            axis.set_axis_off()
+        figure.colorbar(image, ax=list(line), label="entry (symmetric log)", shrink=0.85, pad=0.01)
+    return _save(figure, target)
+
+
+def _number(value: Any) -> float:
+    return float(value) if value is not None else math.nan  # also reads "inf" and "nan"
+
+
+def _unit(largest: float) -> tuple[str, float]:
+    for unit, scale in (("billions", 1e9), ("millions", 1e6), ("thousands", 1e3)):
+        if largest >= scale:
+            return unit, scale
+    return "", 1.0
+
+
+def _smooth(values: np.ndarray) -> np.ndarray:
+    """Centred running mean over a twentieth of the curve, ignoring gaps."""
+    width = max(3, len(values) // 20) | 1
+    padded = np.pad(values, width // 2, constant_values=np.nan)
+    windows = np.lib.stride_tricks.sliding_window_view(padded, width)
+    counts = np.isfinite(windows).sum(-1)
+    return np.where(counts > 0, np.nansum(windows, -1) / np.maximum(counts, 1), np.nan)
+
+
+def _log_axis(axis: Any) -> None:
+    from matplotlib.ticker import FuncFormatter, LogLocator
+
+    axis.set_yscale("log")
+    axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.yaxis.set_minor_formatter(FuncFormatter(lambda value, _: ""))
+
+
+def _subplots(rows: int, columns: int, *, width: float, height: float) -> tuple[Any, np.ndarray]:
+    # a figure of its own canvas: nothing here touches pyplot, the user's backend or a display
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width * columns, height * rows), dpi=130, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(rows, columns, squeeze=False)
+    for axis in axes.flat:
+        axis.grid(True, alpha=0.25)
+        axis.spines[["top", "right"]].set_visible(False)
+    return figure, axes
+
+
+def _save(figure: Any, target: Path | str) -> Path:
+    target = Path(target)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    beside = target.with_name(f".{target.name}.tmp")
+    figure.savefig(beside, format="png")
+    os.replace(beside, target)
+    return target

@@ -1,0 +1,90 @@
+import json
+
+import numpy as np
+import pytest
+
+from mohawk.plots import Heads, plot_evaluation, plot_losses, plot_mixing_matrices
+
+
+def pixels(path) -> np.ndarray:
+    from matplotlib.image import imread
+
+    image = imread(path)[..., :3]
+    assert image.shape[0] > 200 and image.shape[1] > 300
+    return image
+
+
+def write_metrics(path, losses):
+    with path.open("w") as file:
+        for phase, values in losses.items():
+            for i, loss in enumerate(values):
+                file.write(
+                    json.dumps({"phase": phase, "step": i + 1, "tokens": 512 * (i + 1), "loss": loss}) + "\n"
+                )
+
+
+def test_losses_of_every_phase_side_by_side(tmp_path, monkeypatch):
+    titles = []
+    from matplotlib.axes import Axes
+
+    original = Axes.set_title
+    monkeypatch.setattr(
+        Axes, "set_title", lambda self, text, **k: (titles.append(text), original(self, text, **k))
+    )
+    falling = [10 / (i + 1) for i in range(60)]
+    losses = {"end_to_end": [2.0, None, 1.0], "mixing": falling, "hidden": [-1.0, 0.0, 1.0]}
+    write_metrics(tmp_path / "metrics.jsonl", losses)
+    target = plot_losses(
+        tmp_path / "metrics.jsonl", tmp_path / "plots" / "losses.png", {"mixing": "a distance"}
+    )
+    assert titles == ["phase 1: matrices", "phase 2: hidden states", "phase 3: end to end"]
+    three = pixels(target)
+    write_metrics(tmp_path / "metrics.jsonl", {"mixing": falling})
+    one = pixels(plot_losses(tmp_path / "metrics.jsonl", tmp_path / "one.png"))
+    assert three.shape[1] == 3 * one.shape[1]
+    assert [p.name for p in (tmp_path / "plots").iterdir()] == ["losses.png"]
+
+
+@pytest.mark.parametrize("losses", [{"mixing": [1.0]}, {"mixing": [None, None]}, {"mixing": [None] * 40}])
+def test_losses_that_say_little_still_draw(tmp_path, losses):
+    write_metrics(tmp_path / "metrics.jsonl", losses)
+    pixels(plot_losses(tmp_path / "metrics.jsonl", tmp_path / "losses.png"))
+
+
+def test_nothing_to_draw_draws_nothing(tmp_path):
+    assert plot_losses(tmp_path / "metrics.jsonl", tmp_path / "a.png") is None
+    assert plot_evaluation({}, tmp_path / "b.png") is None
+    assert plot_evaluation({"before": {}}, tmp_path / "b.png") is None
+    assert plot_mixing_matrices([], tmp_path / "c.png") is None
+    assert list(tmp_path.iterdir()) == []
+
+
+def found(perplexity, kl=0.1):
+    return {"teacher_perplexity": 20.0, "student_perplexity": perplexity, "kl": kl, "top1_agreement": 0.5}
+
+
+def test_evaluation_draws_what_there_is(tmp_path):
+    both = {"held_out": found(3e4), "evaluation": found("inf", "nan")}
+    stages = {"before": both, "end_to_end": {"held_out": found(25.0), "evaluation": found(30.0)}}
+    full = pixels(plot_evaluation(stages, tmp_path / "full.png"))
+    held_out = {stage: {"held_out": texts["held_out"]} for stage, texts in stages.items()}
+    part = pixels(plot_evaluation(held_out, tmp_path / "part.png"))
+    assert full.shape != part.shape or not np.array_equal(full, part)
+    pixels(plot_evaluation({"before": {"evaluation": found(3.0, kl=0.0)}}, tmp_path / "one.png"))
+
+
+def test_heat_maps_show_faint_structure_and_both_signs(tmp_path):
+    n = 40
+    teacher = np.tril(np.full((n, n), 1e-3))
+    teacher[:, 0] = 0.9
+    wild = np.tril(np.full((n, n), -1e4))
+    image = pixels(
+        plot_mixing_matrices([Heads("layer 1, head 0", teacher, wild, teacher)], tmp_path / "a.png")
+    )
+    colours = {tuple(np.round(c, 2)) for c in image.reshape(-1, 3)}
+    assert any(r > 0.3 and g < 0.1 and b < 0.2 for r, g, b in colours)  # the peak, dark red
+    assert any(b > 0.3 and r < 0.1 for r, g, b in colours)  # negative, dark blue
+    faint = [c for c in colours if c[0] > 0.9 and 0.7 < c[2] < 0.93 and c[0] - c[2] > 0.05]
+    assert faint  # a thousandth is neither white nor red
+    without = pixels(plot_mixing_matrices([Heads("x", teacher, wild)] * 2, tmp_path / "b.png"))
+    assert without.shape[0] > 1.5 * image.shape[0] and without.shape[1] < image.shape[1]
