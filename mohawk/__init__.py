@@ -20,7 +20,15 @@ if not os.path.isdir(os.path.join(_HERE, "kernels")):
 if TYPE_CHECKING:
     from mohawk.kernels.causal_conv1d import causal_conv1d
     from mohawk.kernels.kd_loss import kd_loss, linear_kd_loss
-    from mohawk.kernels.kd_teachers import TeacherHidden, TeacherLogits, TeacherSamples, TeacherTopK
+    from mohawk.kernels.kd_teachers import (
+        TAIDSchedule,
+        TeacherHidden,
+        TeacherLogits,
+        TeacherMixture,
+        TeacherSamples,
+        TeacherTAID,
+        TeacherTopK,
+    )
     from mohawk.kernels.mixing import AttentionMixing, SSDMixing, mixing_matrix
     from mohawk.kernels.mixing_distance import mixing_distance
     from mohawk.kernels.ssd import ssd, ssd_step
@@ -32,9 +40,12 @@ _PUBLIC = {
     "causal_conv1d": "mohawk.kernels.causal_conv1d",
     "kd_loss": "mohawk.kernels.kd_loss",
     "linear_kd_loss": "mohawk.kernels.kd_loss",
+    "TAIDSchedule": "mohawk.kernels.kd_teachers",
     "TeacherHidden": "mohawk.kernels.kd_teachers",
     "TeacherLogits": "mohawk.kernels.kd_teachers",
+    "TeacherMixture": "mohawk.kernels.kd_teachers",
     "TeacherSamples": "mohawk.kernels.kd_teachers",
+    "TeacherTAID": "mohawk.kernels.kd_teachers",
     "TeacherTopK": "mohawk.kernels.kd_teachers",
     "AttentionMixing": "mohawk.kernels.mixing",
     "SSDMixing": "mohawk.kernels.mixing",
@@ -56,9 +67,12 @@ __all__ = [
     "HybridForCausalLM",
     "Mamba2Mixer",
     "SSDMixing",
+    "TAIDSchedule",
     "TeacherHidden",
     "TeacherLogits",
+    "TeacherMixture",
     "TeacherSamples",
+    "TeacherTAID",
     "TeacherTopK",
     "causal_conv1d",
     "hybrid_from_teacher",

@@ -125,7 +125,7 @@ def operation_rows() -> list[tuple[str, str, str]]:
         except Exception as error:  # the report goes on: one broken operation is a finding, not the end of it
             rows.append((name, "[red]fails[/red]", _line(error)))
         else:
-            rows.append((name, backend, _why(backend, device)))
+            rows.append((name, backend, _why(name, backend, device)))
     return rows
 
 
@@ -154,13 +154,16 @@ def backend_used(call: Callable[[], Any]) -> str:
     return "torch"
 
 
-def _why(backend: str, device: torch.device) -> str:
+def _why(operation: str, backend: str, device: torch.device) -> str:
     if backend in MODULES.values():
         return f"the {backend} package is installed and there is a GPU"
     if backend == "triton":
         return f"there is a GPU, and triton {version('triton')} is installed"
     if device.type == "cpu":
         return "no GPU: torch on the CPU, in bounded memory"
+    package = {"ssd": "mamba-ssm", "causal_conv1d": "causal-conv1d"}.get(operation)
+    if package and version(package) is None:
+        return f"there is a GPU, but {package} is missing, whose kernels this would use; torch on the GPU"
     if version("triton") is None:
         return "there is a GPU, but triton is missing: pip install triton"
     return "there is a GPU, but no GPU kernel for this operation yet; torch on the GPU"
@@ -192,7 +195,7 @@ def _mixing_distance(device: torch.device) -> None:
 def _ssd(device: torch.device) -> None:
     import torch
 
-    x = torch.zeros(1, 16, 2, 4, device=device)
+    x = torch.zeros(1, 16, 2, 16, device=device)
     mohawk.ssd(x, torch.zeros(1, 16, 2, device=device), x, x)
 
 

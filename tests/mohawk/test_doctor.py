@@ -96,18 +96,20 @@ def test_why_there_is_no_gpu(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("backend", "device", "triton", "words"),
+    ("operation", "backend", "device", "triton", "words"),
     [
-        ("chunked", "cpu", None, "no GPU"),
-        ("chunked", "cuda", None, "pip install triton"),
-        ("chunked", "cuda", "3.6.0", "no GPU kernel for this operation yet"),
-        ("triton", "cuda", "3.6.0", "triton 3.6.0 is installed"),
-        ("mamba_ssm", "cuda", "3.6.0", "the mamba_ssm package is installed"),
+        ("kd_loss", "chunked", "cpu", None, "no GPU"),
+        ("kd_loss", "chunked", "cuda", None, "pip install triton"),
+        ("kd_loss", "chunked", "cuda", "3.6.0", "no GPU kernel for this operation yet"),
+        ("kd_loss", "triton", "cuda", "3.6.0", "triton 3.6.0 is installed"),
+        ("ssd", "mamba_ssm", "cuda", "3.6.0", "the mamba_ssm package is installed"),
+        ("ssd", "chunked", "cuda", "3.6.0", "mamba-ssm is missing"),
+        ("causal_conv1d", "torch", "cuda", "3.6.0", "causal-conv1d is missing"),
     ],
 )
-def test_reasons(monkeypatch, backend, device, triton, words):
-    monkeypatch.setattr(doctor, "version", lambda name: triton)
-    assert words in doctor._why(backend, torch.device(device))
+def test_reasons(monkeypatch, operation, backend, device, triton, words):
+    monkeypatch.setattr(doctor, "version", lambda name: triton if name == "triton" else None)
+    assert words in doctor._why(operation, backend, torch.device(device))
 
 
 def test_without_torch_it_says_so(monkeypatch):
