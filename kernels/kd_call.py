@@ -74,7 +74,7 @@ def distil(
         if call.backend == "reference":
             loss, kd, ce = call.reference(student)
         else:
-            loss, kd, ce = _Loss.apply(call, *student)
+            loss, kd, ce = _Loss.apply(call, torch.is_grad_enabled(), *student)
     return (loss, KDParts(kd.detach(), ce.detach())) if settings.return_parts else loss
 
 
@@ -190,8 +190,9 @@ class _Loss(torch.autograd.Function):
     """The gradients are made with the loss and handed out in the backward."""
 
     @staticmethod
-    def forward(ctx, call: Call, *student: Tensor):
-        needs = ctx.needs_input_grad[1:]
+    def forward(ctx, call: Call, grad_enabled: bool, *student: Tensor):
+        # needs_input_grad knows nothing of no_grad.
+        needs = tuple(grad_enabled and need for need in ctx.needs_input_grad[2:])
         if call.settings.reduction == "none":
             ctx.save_for_backward(*student)
             needs = (False,) * len(student)
@@ -209,7 +210,7 @@ class _Loss(torch.autograd.Function):
         if torch.is_grad_enabled():  # create_graph: a second derivative must not come out as zero in silence
             probe = torch.zeros((), requires_grad=True)
             grads = [g if g is None else _NoSecondDerivative.apply(g, probe) for g in grads]
-        return None, *grads
+        return None, None, *grads
 
     @staticmethod
     def gradients(ctx, grad_loss: Tensor) -> list[Tensor | None]:
@@ -218,7 +219,7 @@ class _Loss(torch.autograd.Function):
             # Each row has its own factor, so the gradients are only made now.
             factor = grad_loss.reshape(-1)
             factor = factor if call.rows is None else factor[call.rows]
-            return call.forward(ctx.saved_tensors, call.scale * factor, ctx.needs_input_grad[1:])[1]
+            return call.forward(ctx.saved_tensors, call.scale * factor, ctx.needs_input_grad[2:])[1]
         if ctx.grads is None:
             raise RuntimeError(
                 "the gradient of kd_loss was already handed out; use backward(retain_graph=True)"

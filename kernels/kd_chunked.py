@@ -181,10 +181,8 @@ def _topk(
     vocabulary = options.vocabulary
     ids = _take(teacher.ids, rows, *span)
     lp = _take(teacher.logprobs, rows, *span).to(u.dtype)
-    if teacher.tail_logprob is None:
-        tail = tail_of(lp)
-    else:
-        tail = _take(teacher.tail_logprob, rows, *span).to(u.dtype)
+    tail = None if teacher.tail_logprob is None else _take(teacher.tail_logprob, rows, *span)
+    tail = tail_of(lp, tail, vocabulary.size)
     others = vocabulary.scatter(u, ids, float("-inf"))
     rest = vocabulary.across(torch.logsumexp(others, -1, keepdim=True))
     buckets = torch.cat([vocabulary.total(vocabulary.gather(u, ids)), rest], -1)

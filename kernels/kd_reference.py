@@ -108,8 +108,11 @@ def _bucket_scores(student: Tensor, teacher: TeacherTopK, temperature: float) ->
     """Log-probabilities of teacher and student over k ids and the rest, each (rows, k + 1)."""
     z = student / temperature
     lp = teacher.logprobs.to(z.dtype)
-    tail = tail_of(lp) if teacher.tail_logprob is None else teacher.tail_logprob.to(z.dtype)
-    rest = torch.logsumexp(z.scatter(1, teacher.ids, float("-inf")), -1, keepdim=True)
+    tail = tail_of(lp, teacher.tail_logprob, z.shape[-1])
+    if lp.shape[-1] >= z.shape[-1]:  # nothing is left, and autograd of a logsumexp of nothing is NaN
+        rest = torch.full_like(z[:, :1], float("-inf"))
+    else:
+        rest = torch.logsumexp(z.scatter(1, teacher.ids, float("-inf")), -1, keepdim=True)
     return torch.cat([lp, tail[:, None]], -1), torch.cat([z.gather(1, teacher.ids), rest], -1)
 
 

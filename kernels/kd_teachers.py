@@ -128,10 +128,15 @@ def mixture_weights(mixture: TeacherMixture) -> list[float]:
     return [float(w) / total for w in given]
 
 
-def tail_of(logprobs: Tensor) -> Tensor:
-    """log(1 - sum exp(logprobs)) over the last dimension, in log space: -inf where the k hold all the mass.
+def tail_of(logprobs: Tensor, tail_logprob: Tensor | None, vocab: int) -> Tensor:
+    """The log mass outside a top k, (rows): as given, or log(1 - sum exp(logprobs)) taken in log space.
 
     `1 - sum` of rounded probabilities goes negative and NaN; log(-expm1(lse)) does not, with lse cut at 0.
+    Where the k are the whole vocabulary nothing is left, whatever the rounding.
     """
+    if tail_logprob is not None:
+        return tail_logprob.to(logprobs.dtype)
     mass = torch.logsumexp(logprobs, -1).clamp(max=0.0)
+    if logprobs.shape[-1] >= vocab:
+        return torch.full_like(mass, float("-inf"))
     return torch.log(-torch.expm1(mass))

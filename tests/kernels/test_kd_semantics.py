@@ -1,0 +1,377 @@
+"""What nobody should be able to get wrong: ignored rows, -inf, empty input, precision, autocast, memory,
+errors."""
+
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+import torch
+
+from mohawk.kernels import kd_chunked
+from mohawk.kernels.kd_loss import (
+    TeacherHidden,
+    TeacherLogits,
+    TeacherMixture,
+    TeacherSamples,
+    TeacherTAID,
+    TeacherTopK,
+    kd_loss,
+    linear_kd_loss,
+)
+
+DIVERGENCES = ("forward_kl", "reverse_kl", "jsd", "skew_kl", "skew_reverse_kl", "tvd", "mse", "cosine")
+BACKENDS = ("reference", "chunked")
+
+
+def error(got: torch.Tensor, truth: torch.Tensor) -> float:
+    return ((got.double() - truth).norm() / truth.norm().clamp_min(1e-30)).item()
+
+
+def problem(n: int = 24, vocab: int = 50, hidden: int = 16, dtype=torch.float32, seed: int = 0):
+    g = torch.Generator().manual_seed(seed)
+    h, head = torch.randn(n, hidden, generator=g), torch.randn(vocab, hidden, generator=g) / hidden**0.5
+    th = h + 0.3 * torch.randn(n, hidden, generator=g)
+    labels = torch.randint(0, vocab, (n,), generator=g)
+    return h.to(dtype), head.to(dtype), th.to(dtype), labels
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_all_rows_ignored_and_empty_input(backend):
+    h, head, th, labels = problem()
+    for rows in (24, 0):
+        x, w = h[:rows].clone().requires_grad_(), head.clone().requires_grad_()
+        ignored = torch.full((rows,), -100)
+        loss = linear_kd_loss(x, w, TeacherHidden(th[:rows], head), ignored, ce_weight=1.0, backend=backend)
+        loss.backward()
+        assert loss == 0 and x.grad.abs().sum() == 0 and w.grad.abs().sum() == 0
+        z = (x.detach() @ head.T).requires_grad_()
+        for reduction in ("mean", "sum", "none"):
+            z.grad = None
+            loss = kd_loss(
+                z, th[:rows] @ head.T, ignored, ce_weight=1.0, reduction=reduction, backend=backend
+            )
+            loss.sum().backward()
+            assert loss.sum() == 0 and z.grad.abs().sum() == 0
+    x = torch.zeros(0, 16, requires_grad=True)
+    loss = linear_kd_loss(x, head, TeacherHidden(th[:0], head), backend=backend)
+    loss.backward()
+    assert loss == 0 and x.grad.shape == (0, 16)
+
+
+def test_what_is_ignored_does_not_matter():
+    """NaN in ignored rows reaches neither the loss nor a gradient, and unwritten memory would show."""
+    h, head, th, labels = problem()
+    labels[5:20] = -100
+    expected = linear_kd_loss(h[labels >= 0], head, TeacherHidden(th[labels >= 0], head), labels[labels >= 0])
+    h[5:20], th[5:20] = float("nan"), float("nan")
+    x, w = h.requires_grad_(), head.requires_grad_()
+    loss = linear_kd_loss(x, w, TeacherHidden(th, head), labels)
+    loss.backward()
+    torch.testing.assert_close(loss, expected)
+    assert x.grad[5:20].abs().sum() == 0 and x.grad.isfinite().all() and w.grad.isfinite().all()
+    z = (h.detach() @ head.detach().T).requires_grad_()
+    loss = kd_loss(z, th @ head.detach().T, labels)
+    loss.backward()
+    torch.testing.assert_close(loss, expected)
+    assert z.grad[5:20].abs().sum() == 0 and z.grad.isfinite().all()
+
+
+def test_nan_in_a_real_row_stays_visible():
+    z, t = torch.randn(4, 9), torch.randn(4, 9)
+    z[1, 2] = float("nan")
+    for divergence in DIVERGENCES:
+        assert kd_loss(z, t, divergence=divergence).isnan(), divergence
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_minus_infinity(divergence):
+    """On either side, as the float64 reference has it: finite gradients wherever the loss is finite."""
+    g = torch.Generator().manual_seed(0)
+    for student, teacher in ((True, True), (False, True), (True, False)):
+        z, t = 2 * torch.randn(6, 11, generator=g), 2 * torch.randn(6, 11, generator=g)
+        if student:
+            z[:, 7:] = float("-inf")
+        if teacher:
+            t[:, 7:] = float("-inf")
+        results = []
+        for backend, dtype in (("reference", torch.float64), ("chunked", torch.float32)):
+            x = z.to(dtype).clone().requires_grad_()
+            labels = torch.arange(6)
+            loss = kd_loss(x, t.to(dtype), labels, ce_weight=0.5, divergence=divergence, backend=backend)
+            loss.backward()
+            results.append((loss.detach(), x.grad))
+        (truth, truth_grad), (loss, grad) = results
+        torch.testing.assert_close(loss.double(), truth, rtol=1e-5, atol=1e-6)
+        if truth.isfinite():
+            assert error(grad, truth_grad) < 1e-6
+    # Both all but one word away from the mass of the other.
+    z, t = torch.full((1, 5), -300.0), torch.full((1, 5), -300.0)
+    z[0, 0], t[0, 1] = 300.0, 300.0
+    x = z.requires_grad_()
+    loss = kd_loss(x, t, divergence=divergence)
+    loss.backward()
+    assert loss.isfinite() and x.grad.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    "divergence", ("forward_kl", "reverse_kl", "jsd", "skew_kl", "skew_reverse_kl", "tvd")
+)
+def test_values_of_small_divergences(divergence):
+    """Relative to float64 while student and teacher come together: no worse than twice the reference's
+    error."""
+    g = torch.Generator().manual_seed(0)
+    for distance in (1.0, 0.1, 0.01):
+        z = 3 * torch.randn(64, 5000, generator=g)
+        t = z + distance * torch.randn(64, 5000, generator=g)
+        truth = kd_loss(z.double(), t.double(), divergence=divergence, backend="reference")
+        errors = {b: error(kd_loss(z, t, divergence=divergence, backend=b), truth) for b in BACKENDS}
+        assert errors["chunked"] <= max(2 * errors["reference"], 2e-6), (distance, errors)
+
+
+@pytest.mark.parametrize("distance", (0.9, 0.25, 0.08, 0.025))  # KL of about 0.3, 0.03, 0.003, 0.0003
+def test_bfloat16_gradients(distance):
+    """Hidden states and heads in bfloat16: 0.5 % relative gradient error at every KL (2 to 90 % with rounded
+    logits)."""
+    g = torch.Generator().manual_seed(1)
+    h, head = 1.5 * torch.randn(96, 128, generator=g), torch.randn(3000, 128, generator=g) / 128**0.5
+    th = h + distance * torch.randn(96, 128, generator=g)
+    h, head, th = (x.bfloat16() for x in (h, head, th))
+    results = []
+    for backend, dtype in (("reference", torch.float64), ("chunked", torch.bfloat16)):
+        x, w = h.to(dtype).clone().requires_grad_(), head.to(dtype).clone().requires_grad_()
+        loss = linear_kd_loss(x, w, TeacherHidden(th.to(dtype), head.to(dtype)), backend=backend)
+        loss.backward()
+        results.append((loss.detach(), x.grad, w.grad))
+    truth, got = results
+    assert got[0].dtype == torch.float32 and got[1].dtype == got[2].dtype == torch.bfloat16
+    assert error(got[0], truth[0]) < 1e-4
+    assert error(got[1], truth[1]) < 0.005 and error(got[2], truth[2]) < 0.005
+
+
+def test_products_leave_the_precision_setting_alone():
+    before = torch.get_float32_matmul_precision(), torch.backends.mkldnn.matmul.fp32_precision
+    h, head, th, _ = problem(dtype=torch.bfloat16)
+    linear_kd_loss(h, head, TeacherHidden(th, head))
+    assert (torch.get_float32_matmul_precision(), torch.backends.mkldnn.matmul.fp32_precision) == before
+
+
+def test_autocast_changes_nothing():
+    h, head, th, labels = problem(200, 300, 64)
+    x, w = h.clone().requires_grad_(), head.clone().requires_grad_()
+    plain = linear_kd_loss(x, w, TeacherHidden(th, head), labels, ce_weight=1.0)
+    grads = torch.autograd.grad(plain, (x, w))
+    for backend in BACKENDS:
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = linear_kd_loss(x, w, TeacherHidden(th, head), labels, ce_weight=1.0, backend=backend)
+        torch.testing.assert_close(loss, plain)
+        for got, expected in zip(torch.autograd.grad(loss, (x, w)), grads, strict=True):
+            torch.testing.assert_close(got, expected)
+    # bfloat16 hidden states against a float32 head, as autocast makes them
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = linear_kd_loss(h.bfloat16(), w, TeacherHidden(th.bfloat16(), head), labels)
+    exact = linear_kd_loss(
+        h.bfloat16().double(), w.double(), TeacherHidden(th.bfloat16().double(), head.double()), labels
+    )
+    torch.testing.assert_close(loss.double(), exact, rtol=1e-5, atol=1e-6)
+
+
+def test_frozen_parts_and_no_grad(monkeypatch):
+    h, head, th, _ = problem()
+    made = []
+    monkeypatch.setattr(kd_chunked.kd_products, "hidden_gradient", lambda *a: made.append("hidden"))
+    monkeypatch.setattr(kd_chunked.kd_products, "add_head_gradient", lambda *a: made.append("head"))
+    for x, w, expected in (
+        (h.clone().requires_grad_(), head, ["hidden"]),
+        (h, head.clone().requires_grad_(), ["head"]),
+        (h, head, []),
+    ):
+        made.clear()
+        linear_kd_loss(x, w, TeacherHidden(th, head))
+        assert made == expected
+    made.clear()
+    with torch.no_grad():
+        loss = linear_kd_loss(
+            h.clone().requires_grad_(), head.clone().requires_grad_(), TeacherHidden(th, head)
+        )
+    assert made == [] and not loss.requires_grad
+
+
+def test_tied_head():
+    """The head is also the embedding that made the hidden states."""
+    _, head, th, labels = problem()
+    got = []
+    for backend in BACKENDS:
+        table = head.clone().requires_grad_()
+        loss = linear_kd_loss(
+            torch.tanh(table[labels]), table, TeacherHidden(th, table), labels, backend=backend
+        )
+        loss.backward()
+        got.append(table.grad)
+    torch.testing.assert_close(got[0], got[1])
+
+
+def test_backward_twice_and_second_derivatives():
+    h, head, th, _ = problem()
+    x = h.clone().requires_grad_()
+    loss = 3 * linear_kd_loss(x, head, TeacherHidden(th, head))
+    loss.backward(retain_graph=True)
+    once = x.grad.clone()
+    loss.backward(retain_graph=True)
+    loss.backward()
+    torch.testing.assert_close(x.grad, 3 * once)
+    for reduction in ("mean", "none"):
+        loss = linear_kd_loss(x, head, TeacherHidden(th, head), reduction=reduction).sum()
+        (grad,) = torch.autograd.grad(loss, x, create_graph=True)
+        with pytest.raises(RuntimeError, match="no second derivative"):
+            (loss.detach() + grad.norm()).backward()
+
+
+def test_inplace_takes_the_logits():
+    g = torch.Generator().manual_seed(0)
+    h, w, t = torch.randn(7, 5, generator=g), torch.randn(5, 13, generator=g), torch.randn(7, 13, generator=g)
+    labels = torch.tensor([1, -100, 3, 4, -100, 5, 6])
+    got = []
+    for inplace in (False, True):
+        x = h.clone().requires_grad_()
+        logits = x @ w
+        loss = kd_loss(logits, t, labels, ce_weight=0.5, vocab_size=11, inplace=inplace, divergence="jsd")
+        loss.backward()
+        got.append((loss.detach(), x.grad))
+    torch.testing.assert_close(got[0], got[1])
+
+
+def test_float16_gradients_survive_until_the_loss_scale():
+    n = 4096
+    z = torch.zeros(n, 3, dtype=torch.float16, requires_grad=True)
+    t = torch.tensor([0.01, 0.0, -0.01]).half().expand(n, 3)
+    loss = kd_loss(z, t)
+    (loss * 2.0**16).backward()
+    truth = (torch.softmax(z.detach().double(), -1) - torch.softmax(t.double(), -1)) / n * 2.0**16
+    assert z.grad.dtype == torch.float16 and error(z.grad, truth) < 1e-3
+
+
+def test_any_leading_dimensions_and_strides():
+    g = torch.Generator().manual_seed(0)
+    z, t = torch.randn(2, 11, 3, 5, generator=g), torch.randn(2, 11, 3, 5, generator=g)
+    labels = torch.randint(0, 11, (2, 5, 3), generator=g)
+    losses = [kd_loss(x.transpose(1, 3), y.transpose(1, 3), labels, ce_weight=1.0, reduction="none", backend=b)
+              for b in BACKENDS for x, y in ((z, t), (z.clone(), t))]  # fmt: skip
+    assert losses[0].shape == (2, 5, 3)
+    for loss in losses[1:]:
+        torch.testing.assert_close(loss, losses[0])
+    one = kd_loss(z[0, :, 0, 0], t[0, :, 0, 0])  # a single row without leading dimensions
+    assert one.shape == ()
+
+
+class Peak:
+    """Resident memory above that at the start, in MiB, by polling."""
+
+    @staticmethod
+    def resident() -> float:
+        with open("/proc/self/statm") as f:
+            return int(f.read().split()[1]) * 4096 / 2**20
+
+    def __enter__(self):
+        self.start = self.most = self.resident()
+        self.running = True
+        self.thread = threading.Thread(target=self.watch)
+        self.thread.start()
+        return self
+
+    def watch(self):
+        while self.running:
+            self.most = max(self.most, self.resident())
+            time.sleep(0.002)
+
+    def __exit__(self, *_):
+        self.running = False
+        self.thread.join()
+        self.mib = self.most - self.start
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_memory_does_not_grow_with_the_rows():
+    vocab, hidden = 20000, 32
+    head = torch.randn(vocab, hidden) / hidden**0.5
+    peaks = []
+    linear_kd_loss(
+        torch.randn(64, hidden, requires_grad=True), head, TeacherHidden(torch.randn(64, hidden), head)
+    )
+    for n in (700, 2800):  # two tiles of 700 rows are 107 MiB, whole logits of 2800 rows 427 MiB for both
+        x, th = torch.randn(n, hidden, requires_grad=True), torch.randn(n, hidden)
+        with Peak() as peak:
+            linear_kd_loss(x, head, TeacherHidden(th, head)).backward()
+        peaks.append(peak.mib)
+    assert peaks[1] < 160, peaks
+
+
+MISTAKES = {
+    "divergence is 'kl'; allowed: forward_kl": lambda z, t, y: kd_loss(z, t, divergence="kl"),
+    "temperature is 0": lambda z, t, y: kd_loss(z, t, temperature=0),
+    "temperature is nan": lambda z, t, y: kd_loss(z, t, temperature=float("nan")),
+    "temperature is '2'": lambda z, t, y: kd_loss(z, t, temperature="2"),
+    "kd_weight is -1": lambda z, t, y: kd_loss(z, t, kd_weight=-1),
+    "beta is 1.5": lambda z, t, y: kd_loss(z, t, divergence="jsd", beta=1.5),
+    "lam is 1": lambda z, t, y: kd_loss(z, t, divergence="skew_kl", lam=1.0),
+    "reduction is 'batchmean'": lambda z, t, y: kd_loss(z, t, reduction="batchmean"),
+    "backend is 'cuda'": lambda z, t, y: kd_loss(z, t, backend="cuda"),
+    "ce_weight is 1.0 but labels is None": lambda z, t, y: kd_loss(z, t, ce_weight=1.0),
+    "normalizer is given but reduction is 'sum'": lambda z, t, y: kd_loss(
+        z, t, reduction="sum", normalizer=3
+    ),
+    "normalizer is 0": lambda z, t, y: kd_loss(z, t, normalizer=0),
+    "labels contain 9; allowed: 0..8": lambda z, t, y: kd_loss(z, t, y + 5),
+    "labels contain 7; allowed: 0..6": lambda z, t, y: kd_loss(z, t, y + 3, vocab_size=7),
+    "labels has leading dimensions": lambda z, t, y: kd_loss(z, t, y[:3]),
+    "labels must be an int64 tensor": lambda z, t, y: kd_loss(z, t, y.float()),
+    "student_logits has dtype torch.int64": lambda z, t, y: kd_loss(z.long(), t),
+    "teacher logits has dtype torch.int64": lambda z, t, y: kd_loss(z, t.long()),
+    "teacher logits has leading dimensions": lambda z, t, y: kd_loss(z, t[:4]),
+    "has 9 entries and the teacher's 8": lambda z, t, y: kd_loss(z, t[:, :8]),
+    "vocab_size is 10 but the student has only 9": lambda z, t, y: kd_loss(z, t, vocab_size=10),
+    "vocab_size is 0": lambda z, t, y: kd_loss(z, t, vocab_size=0),
+    "token_weights has leading": lambda z, t, y: kd_loss(z, t, token_weights=torch.ones(3)),
+    "teacher is a list": lambda z, t, y: kd_loss(z, [t]),
+    "TeacherTopK.ids run from 0 to 12": lambda z, t, y: kd_loss(
+        z, TeacherTopK(y[:, None] * 3, -t[:, :1].abs())
+    ),
+    "TeacherTopK.ids repeats": lambda z, t, y: kd_loss(
+        z, TeacherTopK(y[:, None].expand(5, 2), -t[:, :2].abs())
+    ),
+    "TeacherTopK.ids has shape": lambda z, t, y: kd_loss(z, TeacherTopK(y[:, None], t[:, :2])),
+    "'jsd' of samples": lambda z, t, y: kd_loss(
+        z, TeacherSamples(y[:, None], t[:, :1].abs()), divergence="jsd"
+    ),
+    "weights has negative": lambda z, t, y: kd_loss(z, TeacherSamples(y[:, None], -t[:, :1].abs() - 1)),
+    "TeacherMixture has no teachers": lambda z, t, y: kd_loss(z, TeacherMixture([])),
+    "a mixture of teachers": lambda z, t, y: kd_loss(z, TeacherMixture([TeacherLogits(t)]), divergence="mse"),
+    "1 teachers and 2 weights": lambda z, t, y: kd_loss(z, TeacherMixture([TeacherLogits(t)], [1, 2])),
+    "TeacherTAID.t is 2": lambda z, t, y: kd_loss(z, TeacherTAID(TeacherLogits(t), 2)),
+    "takes a dense teacher": lambda z, t, y: kd_loss(z, TeacherTAID(TeacherSamples(y, t), 0.5)),
+    "student hidden size is 9 but": lambda z, t, y: linear_kd_loss(z, z[:, :4], t),
+    "are torch.float32 but the head is torch.bfloat16": lambda z, t, y: linear_kd_loss(z, z.bfloat16(), t),
+    "student bias has 4 entries": lambda z, t, y: linear_kd_loss(z, z, t[:, :5], student_bias=torch.ones(4)),
+    "logit_softcap is 0": lambda z, t, y: linear_kd_loss(z, z, t[:, :5], logit_softcap=0),
+    "inplace needs": lambda z, t, y: kd_loss(z, t, inplace=True, reduction="none"),
+}
+
+
+@pytest.mark.parametrize("message", MISTAKES)
+def test_mistakes_are_one_clear_line(message):
+    z, t, y = torch.randn(5, 9), torch.randn(5, 9), torch.arange(5)
+    with pytest.raises(ValueError) as caught:
+        MISTAKES[message](z, t, y)
+    assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_import_needs_neither_triton_nor_transformers():
+    code = (
+        "import sys; sys.modules['triton'] = None; sys.modules['transformers'] = None\n"
+        "from mohawk.kernels.kd_loss import kd_loss, linear_kd_loss\n"
+        "import torch; print(float(kd_loss(torch.zeros(2, 3), torch.zeros(2, 3))))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=".", timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "0.0"
