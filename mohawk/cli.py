@@ -51,7 +51,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
         return 2
     except KeyboardInterrupt:
-        print("stopped; what was saved is whole, and the same command goes on from there", file=sys.stderr)
+        resumed = options.run in (_demo, _convert)
+        print("stopped" + "; the same command goes on from what was saved" * resumed, file=sys.stderr)
         return 130
     except BrokenPipeError:
         # Whoever read our output has closed it (`| head`); Python would complain again when it exits.
