@@ -1,0 +1,310 @@
+"""The end of a run: what was measured, as results.json, as report.md with plots, and on the screen."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import platform
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mohawk.plots import PHASES, STAGES, TEXTS, plot_evaluation, plot_losses
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from mohawk.recipe import Recipe
+
+RESULTS, REPORT = "results.json", "report.md"
+PACKAGES = ("torch", "transformers", "triton", "datasets", "accelerate")
+AFTER = {
+    "before": "before phase 1",
+    "mixing": "after phase 1, matrices",
+    "hidden": "after phase 2, hidden states",
+    "end_to_end": "after phase 3, end to end",
+}
+PLOTS = {
+    "losses.png": "Loss of each phase",
+    "evaluation.png": "Evaluation before phase 1 and after each phase",
+    "mixing_matrices.png": "Mixing matrices of teacher and student",
+}
+
+
+def finish(
+    folder: Path | str,
+    recipe: Recipe,
+    student: PreTrainedModel,
+    teacher: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    console: Console,
+) -> dict[str, Any]:
+    """Measure what is still missing, draw, write results.json and report.md, print the tables.
+
+    folder: a run's, with evaluation/*.json and metrics.jsonl. Speed, state size and continuations are
+    measured here, unless an earlier call left them in results.json. Returns the results.
+    """
+    from mohawk.evaluate import continuation, decode_speed
+
+    folder = Path(folder)
+    asked = recipe.evaluation
+    models = {"teacher": teacher, "student": student}
+    earlier = read_json(folder / RESULTS) or {}
+    decoding = earlier.get("decoding") or {
+        who: [asdict(s) for s in decode_speed(model, asked.contexts, asked.decode_tokens)]
+        for who, model in models.items()
+    }
+    continuations = earlier.get("continuations") or {
+        "prompt": asked.prompt,
+        **{
+            who: continuation(m, tokenizer, asked.prompt, asked.continuation_tokens)
+            for who, m in models.items()
+        },
+    }
+    stages = {stage: read_json(folder / "evaluation" / f"{stage}.json") for stage in STAGES}
+    stages = {stage: found for stage, found in stages.items() if found}
+    plot_losses(folder / "metrics.jsonl", folder / "plots" / "losses.png", loss_labels(recipe))
+    plot_evaluation(stages, folder / "plots" / "evaluation.png")
+    results = {
+        "teacher": recipe.teacher.model,
+        "architecture": architecture(teacher, student),
+        "parameters": {who: count_parameters(model) for who, model in models.items()},
+        "evaluation": stages,
+        "decoding": decoding,
+        "phases": phase_times(folder / "metrics.jsonl"),
+        "continuations": continuations,
+        "plots": sorted(f"plots/{path.name}" for path in (folder / "plots").glob("*.png")),
+        "machine": machine(teacher.device),
+        "recipe": recipe.model_dump(mode="json"),
+    }
+    write_json(folder / RESULTS, results)
+    write_text(folder / REPORT, to_markdown(results, recipe.to_yaml(), folder.resolve().name))
+    print_results(results, console)
+    console.print(f"report: {folder / REPORT}", highlight=False, soft_wrap=True, markup=False)
+    return results
+
+
+def write_json(path: Path | str, value: Any) -> None:
+    """Write JSON by one rename. JSON has no infinity and no NaN: they become "inf", "-inf" and "nan"."""
+    write_text(path, json.dumps(_finite(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def write_text(path: Path | str, text: str) -> None:
+    """Write a text file by one rename, making its folder."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f".{path.name}.tmp")
+    beside.write_text(text, encoding="utf-8")
+    os.replace(beside, path)
+
+
+def read_json(path: Path | str) -> Any | None:
+    """What `write_json` wrote, with its numbers back; None where there is no such file."""
+    path = Path(path)
+    return _numbers(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else None
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(k): _finite(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(v) for v in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _numbers(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: _numbers(v) for k, v in value.items()}
+    if isinstance(value, list):
+        return [_numbers(v) for v in value]
+    return float(value) if isinstance(value, str) and value in ("inf", "-inf", "nan") else value
+
+
+def count_parameters(model: PreTrainedModel) -> int:
+    """Parameters, tied ones once."""
+    return sum(p.numel() for p in model.parameters())
+
+
+def architecture(teacher: PreTrainedModel, student: PreTrainedModel) -> str:
+    """One line: what became of the teacher's layers."""
+    kinds = list(getattr(student.config, "layer_types", None) or [])
+    replaced = kinds.count("linear_attention")
+    mixer = getattr(student.config, "mixer", "state space")
+    return (
+        f"{type(teacher).__name__} with {len(kinds)} attention layers -> {type(student).__name__} with "
+        f"{replaced} {mixer} and {len(kinds) - replaced} attention layers"
+    )
+
+
+def phase_times(metrics: Path) -> dict[str, dict[str, float]]:
+    """Of each phase in metrics.jsonl: steps, tokens, seconds of training, first and last loss, steps skipped.
+
+    The seconds are those of the steps, added up over interruptions; saving and evaluating are not in them.
+    """
+    found: dict[str, dict[str, Any]] = {}
+    for line in metrics.read_text(encoding="utf-8").splitlines() if metrics.is_file() else ():
+        record = json.loads(line)
+        if "tokens_per_s" not in record:
+            continue
+        phase = found.setdefault(record["phase"], {"tokens": 0, "seconds": 0.0, "first_loss": record["loss"]})
+        speed = record["tokens_per_s"]
+        phase["seconds"] += (record["tokens"] - phase["tokens"]) / speed if speed else 0.0
+        phase |= {"steps": record["step"], "tokens": record["tokens"], "last_loss": record["loss"]}
+        phase["skipped_steps"] = record.get("skipped_steps", 0)
+    return {name: found[name] for name in PHASES if name in found}
+
+
+def loss_labels(recipe: Recipe) -> dict[str, str]:
+    """What each phase's loss is, for a plot's axis."""
+    phases = recipe.phases
+    labels = {}
+    if phases.mixing is not None:
+        frobenius = "‖S − A‖ per head, mean" if phases.mixing.metric == "frobenius" else None
+        labels["mixing"] = frobenius or f"{phases.mixing.metric} distance of the matrices"
+    if phases.hidden is not None:
+        labels["hidden"] = f"L2 distance of {phases.hidden.match.replace('_', ' ')}s per token, mean"
+    if (last := phases.end_to_end) is not None:
+        divergence = last.divergence.replace("_", " ").replace("kl", "KL")
+        plain = (last.kd_weight, last.ce_weight, last.temperature) == (1, 0, 1)
+        labels["end_to_end"] = f"{divergence}, nats per token" if plain else "distillation loss per token"
+    return labels
+
+
+def machine(device: Any) -> dict[str, Any]:
+    """Versions and devices: what a reader needs to know what the timings are timings of."""
+    from mohawk import __version__
+    from mohawk.doctor import device_rows, version
+
+    versions = {"mohawk": __version__, "python": platform.python_version()}
+    versions |= {package: found for package in PACKAGES if (found := version(package))}
+    devices = [f"{name}: {about}" for name, about in device_rows()]
+    return {"versions": versions, "device": str(device), "devices": devices, "system": platform.platform()}
+
+
+# Tables, once for the screen and for the file: (title, header, rows).
+Table = tuple[str, list[str], list[list[str]]]
+
+
+def tables(results: Mapping[str, Any]) -> list[Table]:
+    """The run's figures as tables of strings: quality for each text, size and speed, training."""
+    made: list[Table] = []
+    for text, name in TEXTS.items():
+        rows = []
+        for stage in STAGES:
+            if found := results["evaluation"].get(stage, {}).get(text):
+                rows.append(
+                    [
+                        AFTER[stage],
+                        _figure(found["student_perplexity"]),
+                        _figure(found["teacher_perplexity"]),
+                        _figure(found["perplexity_ratio"]),
+                        _figure(found["kl"]),
+                        f"{found['top1_agreement']:.1%}",
+                    ]
+                )
+                tokens = found["tokens"]
+        if rows:
+            header = ["student", "perplexity", "teacher's", "ratio", "KL (nats)", "same top token"]
+            made.append((f"On {name} ({tokens:,} tokens)", header, rows))
+    decoding, parameters = results["decoding"], results["parameters"]
+    rows = [["parameters", *(f"{parameters[who]:,}" for who in ("teacher", "student"))]]
+    for teacher, student in zip(decoding["teacher"], decoding["student"], strict=True):
+        context = f"after {teacher['context']:,} tokens"
+        rows.append([f"state {context}", *(_bytes(s["state_bytes"]) for s in (teacher, student))])
+        rows.append(
+            [f"decoding {context}", *(f"{s['tokens_per_s']:.1f} tokens/s" for s in (teacher, student))]
+        )
+    made.append(("Size and speed (one sequence, greedy, median)", ["", "teacher", "student"], rows))
+    rows = [
+        [
+            AFTER[name].removeprefix("after "),
+            f"{phase['steps']:,}",
+            f"{phase['tokens']:,}",
+            _seconds(phase["seconds"]),
+            f"{_figure(phase['first_loss'])} → {_figure(phase['last_loss'])}",
+            str(phase["skipped_steps"]),
+        ]
+        for name, phase in results["phases"].items()
+    ]
+    if rows:
+        made.append(("Training", ["phase", "steps", "tokens", "time", "loss", "steps skipped"], rows))
+    return made
+
+
+def to_markdown(results: Mapping[str, Any], recipe: str, name: str) -> str:
+    """report.md: the tables, the continuations, the plots, the machine and the recipe."""
+    parts = [f"# {name}\n\n{results['architecture']}\n\nTeacher: `{results['teacher']}`"]
+    for title, header, rows in tables(results):
+        lines = [
+            "| " + " | ".join(row) + " |" for row in (header, ["---"] + ["---:"] * (len(header) - 1), *rows)
+        ]
+        parts.append(f"## {title}\n\n" + "\n".join(lines))
+    said = results["continuations"]
+    quoted = [f"The prompt:\n\n{_indented(said['prompt'])}"]
+    quoted += [f"The {who}:\n\n{_indented(said[who])}" for who in ("teacher", "student")]
+    parts.append("## Greedy continuations\n\n" + "\n\n".join(quoted))
+    if results["plots"]:
+        images = [
+            f"![{PLOTS.get(Path(p).name, Path(p).stem.replace('_', ' '))}]({p})" for p in results["plots"]
+        ]
+        parts.append("## Plots\n\n" + "\n\n".join(images))
+    found = results["machine"]
+    versions = ", ".join(f"{package} {version}" for package, version in found["versions"].items())
+    lines = [
+        f"- {line}" for line in (versions, f"run on {found['device']}", *found["devices"], found["system"])
+    ]
+    parts.append("## Machine\n\n" + "\n".join(lines))
+    parts.append(f"## Recipe\n\n```yaml\n{recipe.strip()}\n```")
+    return "\n\n".join(parts) + "\n"
+
+
+def print_results(results: Mapping[str, Any], console: Console) -> None:
+    """The same tables on the screen, and both continuations side by side."""
+    from rich import box
+    from rich.markup import escape
+    from rich.table import Table as RichTable
+
+    console.print(escape(results["architecture"]), highlight=False)
+    for title, header, rows in tables(results):
+        table = RichTable(title=title, title_justify="left", box=box.SIMPLE_HEAD)
+        for i, column in enumerate(header):
+            table.add_column(column, justify="right" if i else "left")
+        for row in rows:
+            table.add_row(*map(escape, row))
+        console.print(table)
+    said = results["continuations"]
+    title = f"Greedy continuations of: {escape(said['prompt'])}"
+    table = RichTable("teacher", "student", title=title, title_justify="left", box=box.SIMPLE_HEAD)
+    table.add_row(*(escape(said[who].strip()) for who in ("teacher", "student")))
+    console.print(table)
+
+
+def _figure(value: float | None) -> str:
+    if value is None or math.isnan(value):
+        return "not finite"
+    if math.isinf(value):
+        return "∞"
+    if value == 0 or 1e-3 <= abs(value) < 1e5:
+        return f"{value:,.2f}" if abs(value) >= 10 else f"{value:.3f}"
+    return f"{value:.2e}"
+
+
+def _bytes(count: int) -> str:
+    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if count >= scale:
+            return f"{count / scale:.1f} {unit}"
+    return f"{count} bytes"
+
+
+def _seconds(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{rest} s"
+
+
+def _indented(text: str) -> str:
+    # an indented block shows any text as it is, whatever marks it contains
+    return "\n".join(f"    {line}" for line in text.strip("\n").splitlines() or [""])
