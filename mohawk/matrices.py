@@ -1,0 +1,86 @@
+"""Mixing matrices of teacher and student on one piece of text, kept beside the run and drawn."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from mohawk.kernels.mixing import mixing_matrix
+from mohawk.models.families import decoder_layers, mixer_input_norm
+from mohawk.models.hybrid import HybridForCausalLM
+from mohawk.models.teacher_forcing import layer_calls, record, recording_attention
+from mohawk.plots import Heads, plot_mixing_matrices
+
+FOLDER = "matrices"
+
+
+@torch.no_grad()
+def layer_matrices(
+    student: HybridForCausalLM, teacher: nn.Module, input_ids: Tensor, layers: list[int]
+) -> dict[str, Tensor]:
+    """Every head's mixing matrix of some replaced layers, given the teacher's hidden states.
+
+    Args:
+        student, teacher: on one device; the teacher's attention stays in its layers.
+        input_ids: (1, n) tokens.
+        layers: indices of replaced layers.
+
+    Returns:
+        {"layer_3.teacher": (h, n, n), "layer_3.student": (h, n, n), ...} in float32 on the CPU.
+    """
+    positions = torch.arange(input_ids.shape[1], device=teacher.device)[None]
+    found = {}
+    with recording_attention(teacher):
+        hidden, calls = layer_calls(teacher, input_ids.to(teacher.device), positions)
+        for i, call in enumerate(calls[: max(layers) + 1]):
+            layer = decoder_layers(teacher)[i]
+            with record(layer.self_attn) as attention:
+                after = layer(hidden, *call.args, **call.kwargs)
+            if i in layers:
+                replaced = decoder_layers(student)[i]
+                norm = mixer_input_norm(replaced)
+                mixing = replaced.self_attn.mixing(norm(hidden.to(norm.weight.dtype)))
+                found[f"layer_{i}.teacher"] = mixing_matrix(attention.mixing())[0].float().cpu()
+                found[f"layer_{i}.student"] = mixing_matrix(mixing)[0].float().cpu()
+            hidden = after
+    return found
+
+
+def save_matrices(run: Path, stage: str, student: HybridForCausalLM, teacher: nn.Module, input_ids: Tensor) -> None:
+    """Keeps the matrices of the first, middle and last replaced layer as `matrices/<stage>.safetensors`."""
+    replaced = student.config.ssm_layers
+    layers = sorted({replaced[0], replaced[len(replaced) // 2], replaced[-1]})
+    matrices = layer_matrices(student, teacher, input_ids, layers)
+    path = run / FOLDER / f"{stage}.safetensors"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_suffix(".tmp")
+    save_file({key: value.half().contiguous() for key, value in matrices.items()}, beside)
+    beside.rename(path)
+
+
+def saved_matrices(run: Path, stage: str) -> dict[str, Tensor]:
+    """What `save_matrices` kept, as float32; empty when there is none."""
+    path = run / FOLDER / f"{stage}.safetensors"
+    return {key: value.float() for key, value in load_file(path).items()} if path.is_file() else {}
+
+
+def draw_matrices(run: Path) -> Path | None:
+    """Draws one head of each kept layer: teacher, student before and after phase 1; None when none were kept.
+
+    Of each layer the head is drawn whose teacher matrix is the least trivial: the one that least resembles attending
+    to one fixed position.
+    """
+    before, after = saved_matrices(run, "before"), saved_matrices(run, "mixing")
+    rows = []
+    for key, teacher in before.items():
+        if not key.endswith(".teacher"):
+            continue
+        student = key.replace(".teacher", ".student")
+        head = int(teacher.mean(1).amax(-1).argmin())  # the smallest share of its favourite column
+        later = after[student][head].numpy() if student in after else None
+        label = f"{key.removesuffix('.teacher').replace('_', ' ')}, head {head}"
+        rows.append(Heads(label, teacher[head].numpy(), before[student][head].numpy(), later))
+    return plot_mixing_matrices(rows, run / "plots" / "mixing_matrices.png")
