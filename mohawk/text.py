@@ -105,24 +105,22 @@ def tokenize(
     settings; the cached folder is whole or absent. Raises UserError.
     """
     source = as_source(source)
-    root = Path(cache).expanduser() if cache is not None else cache_dir()
+    root = (Path(cache).expanduser() if cache is not None else cache_dir()) / "tokens"
     files, form = _local_files(source)
-    with tempfile.TemporaryDirectory(prefix="mohawk-") as scratch:
-        if files:
-            dataset, content = None, _content_key(files)
-        else:
-            dataset = _load(source, files, form, scratch)
-            content = dataset._fingerprint
-        settings = {"layout": LAYOUT, "content": content, "field": source.field, "split": source.split}
-        settings |= {"format": form, "tokenizer": _tokenizer_key(tokenizer)}
-        key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:24]
-        folder = root / "tokens" / key
-        if not folder.is_dir():
+    # a hub dataset has to be opened to know its content; local files are only hashed
+    dataset = None if files else _load(source, files, form)
+    content = dataset._fingerprint if dataset is not None else _content_key(files)
+    settings = {"layout": LAYOUT, "content": content, "field": source.field, "split": source.split}
+    settings |= {"format": form, "tokenizer": _tokenizer_key(tokenizer)}
+    key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:24]
+    folder = root / key
+    if not folder.is_dir():
+        # `scratch` vanishes at the end: the Arrow copy of local files is only a step to the token ids
+        with whole_folder(folder) as partial, tempfile.TemporaryDirectory(dir=partial.parent) as scratch:
             if dataset is None:
                 dataset = _load(source, files, form, scratch)
             _check_field(dataset, source)
-            with whole_folder(folder) as partial:
-                _write(dataset, source, form, tokenizer, partial)
+            _write(dataset, source, form, tokenizer, partial)
     return TokenizedText(folder)
 
 
@@ -177,7 +175,9 @@ def _looks_local(name: str) -> bool:
     )
 
 
-def _load(source: Source, files: list[Path], form: str | None, scratch: str) -> datasets.Dataset:
+def _load(
+    source: Source, files: list[Path], form: str | None, scratch: str | None = None
+) -> datasets.Dataset:
     import datasets
 
     bars = datasets.are_progress_bars_disabled()
@@ -185,7 +185,6 @@ def _load(source: Source, files: list[Path], form: str | None, scratch: str) -> 
     try:
         if not files:
             return datasets.load_dataset(source.source, source.subset, split=source.split)
-        # the Arrow copy of local files is only a step to the token ids, so it goes with the scratch folder
         options: dict[str, Any] = {"sample_by": "document"} if BUILDERS[form] == "text" else {}
         names = [globbing.escape(str(p.absolute())) for p in files]
         return datasets.load_dataset(

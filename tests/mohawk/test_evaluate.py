@@ -192,6 +192,17 @@ def test_state_bytes_count_keys_values_and_states(make_llama, chunk):
     ]
 
 
+@pytest.mark.parametrize("family", ["Qwen2", "Bamba", "Gemma2"])
+def test_any_family_decodes(family):
+    shape = {"vocab_size": 258, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    shape |= {"num_attention_heads": 4, "num_key_value_heads": 2, "pad_token_id": 0}
+    config = getattr(transformers, f"{family}Config")(**shape, **FAMILIES[family])
+    speeds = decode_speed(getattr(transformers, f"{family}ForCausalLM")(config), [8, 24], 2, chunk=8)
+    # from 8 to 24 tokens only keys and values of attention layers grow
+    attention = 1 if family == "Bamba" else 2
+    assert speeds[1].state_bytes - speeds[0].state_bytes == 16 * attention * 2 * 2 * 8 * 4
+
+
 def test_shared_storage_counts_once():
     a = torch.zeros(10)
     holder = type("Layer", (), {})()

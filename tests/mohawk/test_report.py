@@ -104,6 +104,7 @@ def test_a_finished_run_is_reported_everywhere(run, finish):
         assert "One [bold]two|" in shown
         assert results["continuations"]["student"].strip()[:3] in shown
     assert "| after phase 3, end to end | 25.00 | 20.00 | 1.250 |" in text
+    assert "|  | teacher (float32) | student (float32) |" in text
     assert "(plots/losses.png)" in text and "tokens: 40000" in text
     assert not [p for p in run.rglob("*.tmp")]
 

@@ -151,6 +151,12 @@ def test_an_interrupted_tokenisation_leaves_nothing(tmp_path, tokenizer, monkeyp
     assert read(tokenize(tmp_path / "a.txt", tokenizer, cache=tmp_path / "cache"), tokenizer)
 
 
+def test_an_unwritable_cache_is_told(tmp_path, tokenizer):
+    (tmp_path / "a.txt").write_text("some words")
+    with pytest.raises(UserError, match="cannot write the cache .*; set MOHAWK_CACHE to a writable folder"):
+        tokenize(tmp_path / "a.txt", tokenizer, cache=tmp_path / "a.txt" / "cache")
+
+
 def test_large_vocabularies_need_four_bytes(tmp_path, tokenizer):
     import copy
 
