@@ -1,0 +1,196 @@
+"""The loss with the vocabulary split over gloo processes, and as one operator under torch.compile."""
+
+import datetime
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from mohawk.kernels.kd_loss import (
+    TeacherHidden,
+    TeacherLogits,
+    TeacherMixture,
+    TeacherSamples,
+    TeacherTAID,
+    TeacherTopK,
+    kd_loss,
+    linear_kd_loss,
+)
+
+ROWS, HIDDEN, SLICES = 9, 6, {2: (20, 17), 3: (14, 13, 10)}
+REAL = 25  # of 37: with three ranks the last has no real word at all
+DIVERGENCES = ("forward_kl", "reverse_kl", "jsd", "skew_kl", "skew_reverse_kl", "tvd", "mse", "cosine")
+DENSE = ("logits", "hidden", "taid")
+KINDS = (*DENSE, "mixture", "topk", "samples")
+
+
+def cases():
+    for divergence in DIVERGENCES:
+        for kind in KINDS:
+            if kind == "samples" and divergence != "forward_kl":
+                continue
+            if divergence in ("mse", "cosine") and kind not in DENSE:
+                continue
+            yield divergence, kind
+
+
+def problem():
+    g = torch.Generator().manual_seed(0)
+    vocab = sum(SLICES[2])
+    d = {
+        "h": torch.randn(ROWS, HIDDEN, generator=g, dtype=torch.float64),
+        "head": torch.randn(vocab, HIDDEN, generator=g, dtype=torch.float64),
+        "bias": torch.randn(vocab, generator=g, dtype=torch.float64),
+        "th": torch.randn(ROWS, HIDDEN, generator=g, dtype=torch.float64),
+        "ids": torch.stack([torch.randperm(REAL, generator=g)[:4] for _ in range(ROWS)]),
+        "labels": torch.randint(0, REAL, (ROWS,), generator=g),
+    }
+    d["labels"][2] = -100
+    d["t"] = d["th"] @ d["head"].T / 2
+    d["t"][0, :5] = float("-inf")
+    return d
+
+
+def teacher(kind, d, part):
+    if kind == "topk":
+        return TeacherTopK(
+            d["ids"], torch.log_softmax(d["t"][:, :REAL].nan_to_num(neginf=-9), -1).gather(1, d["ids"])
+        )
+    if kind == "samples":
+        return TeacherSamples(d["ids"] // 2, torch.full((ROWS, 4), 0.25, dtype=torch.float64))
+    logits, hidden = (
+        TeacherLogits(d["t"][:, part]),
+        TeacherHidden(d["th"], d["head"][part], d["bias"][part], 0.7, 5.0),
+    )
+    return {
+        "logits": logits,
+        "hidden": hidden,
+        "taid": TeacherTAID(hidden, 0.3),
+        "mixture": TeacherMixture([logits, hidden], [1.0, 2.0]),
+    }[kind]
+
+
+def losses(d, part, divergence, kind, group):
+    """Values and gradients: the linear loss, and the loss from logits row by row."""
+    options = {
+        "divergence": divergence,
+        "vocab_size": REAL,
+        "ce_weight": 0.5,
+        "temperature": 1.5,
+        "group": group,
+    }
+    x, w, b = (
+        d["h"].clone().requires_grad_(),
+        d["head"][part].clone().requires_grad_(),
+        d["bias"][part].clone(),
+    )
+    b.requires_grad_()
+    target = teacher(kind, d, part)
+    first = linear_kd_loss(x, w, target, d["labels"], student_bias=b, logit_softcap=9.0, **options)
+    first.backward()
+    z = (d["h"] @ d["head"][part].T).requires_grad_()
+    second = kd_loss(z, target, d["labels"], reduction="none", **options)
+    second.sum().backward()
+    return [first.detach(), second.detach(), x.grad], [w.grad, b.grad, z.grad.T]
+
+
+def rank_main(rank, world, store, results):
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo",
+        init_method=f"file://{store}",
+        rank=rank,
+        world_size=world,
+        timeout=datetime.timedelta(seconds=60),
+    )
+    try:
+        d, start = problem(), sum(SLICES[world][:rank])
+        part = slice(start, start + SLICES[world][rank])
+        got = {case: losses(d, part, *case, dist.group.WORLD) for case in cases()}
+        torch.save(got, f"{results}/{rank}.pt")
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("world", SLICES)
+def test_split_over_processes(world, tmp_path):
+    mp.start_processes(rank_main, (world, tmp_path / "store", tmp_path), nprocs=world, start_method="fork")
+    ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in range(world)]
+    d = problem()
+    for case in cases():
+        same, slices = losses(d, slice(0, sum(SLICES[world])), *case, None)
+        for rank in range(world):
+            for got, expected in zip(ranks[rank][case][0], same, strict=True):
+                torch.testing.assert_close(
+                    got, expected, rtol=1e-9, atol=1e-12, equal_nan=True, msg=lambda m, c=case: f"{c}: {m}"
+                )
+        for k, expected in enumerate(slices):
+            got = torch.cat([ranks[rank][case][1][k] for rank in range(world)])
+            torch.testing.assert_close(
+                got, expected, rtol=1e-9, atol=1e-12, equal_nan=True, msg=lambda m, c=case: f"{c}: {m}"
+            )
+
+
+class Tiny(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.body, self.head = torch.nn.Linear(HIDDEN, HIDDEN), torch.nn.Linear(HIDDEN, 37)
+
+    def forward(self, x, th, labels, weights, kind):
+        h, head = torch.tanh(self.body(x)), self.head
+        source = TeacherHidden(th, head.weight, head.bias, 0.5, 8.0)
+        if kind == "linear":
+            return linear_kd_loss(h, head.weight, source, labels, student_bias=head.bias, ce_weight=0.5)
+        if kind == "rows":
+            rows = linear_kd_loss(
+                h,
+                head.weight,
+                source,
+                labels,
+                student_bias=head.bias,
+                token_weights=weights,
+                reduction="none",
+            )
+            return rows.square().sum()
+        if kind == "mixture":
+            mixture = TeacherMixture([source, TeacherLogits(head(th))], [1.0, 2.0])
+            return kd_loss(head(h), TeacherTAID(mixture, 0.5), labels, temperature=2.0, normalizer=7)
+        ids = torch.arange(4).expand(*labels.shape, 4)
+        top = TeacherTopK(ids, torch.log_softmax(head(th), -1)[..., :4].detach())
+        loss, parts = kd_loss(head(h), top, labels, return_parts=True, divergence="jsd", vocab_size=30)
+        return loss + 0 * parts.kd
+
+
+@pytest.mark.parametrize("kind", ("linear", "rows", "mixture", "topk"))
+def test_compiled_whole(kind):
+    torch.manual_seed(0)
+    model, x, th = Tiny(), torch.randn(2, 4, HIDDEN), torch.randn(2, 4, HIDDEN)
+    labels, weights = torch.randint(0, 30, (2, 4)), torch.rand(2, 4)
+    labels[0, :2] = -100
+    torch.compiler.reset()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    got = []
+    for f in (model, compiled):
+        model.zero_grad()
+        loss = f(x, th, labels, weights, kind)
+        loss.backward()
+        got.append([loss.detach(), *(p.grad.clone() for p in model.parameters())])
+    torch.testing.assert_close(got[1], got[0])
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(x, th, labels, weights, kind), got[0][0])
+    with pytest.raises(ValueError, match="labels contain"):
+        compiled(x, th, labels.clamp(min=0) + 37, weights, kind)
+
+
+def test_operator_is_registered_soundly():
+    """torch's own checks of the operator: schema, autograd registration, fake tensors, AOT dispatch."""
+    from mohawk.kernels import kd_compile
+
+    torch.manual_seed(0)
+    z, t = torch.randn(4, 9, requires_grad=True), torch.randn(4, 9)
+    numbers = torch.tensor([1.0, 1.0, 0.0, 0.5, 0.1, 1.0, 0.0], dtype=torch.float64)
+    names, ints = "jsd mean chunked", [-100, -1, 0, 0]
+    torch.library.opcheck(
+        kd_compile._op, ([z], [t], None, None, None, numbers, "logits", names, ints, [True], "")
+    )
