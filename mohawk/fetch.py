@@ -145,7 +145,10 @@ def unwrap(text: str) -> str:
     paragraphs = []
     for block in re.split(r"\n[ \t\f]*\n", text.replace("\r\n", "\n").replace("\x1a", "")):
         lines = [line for line in block.splitlines() if re.search(r"[A-Za-z]", line)]
-        paragraph = re.sub(r"\s+", " ", " ".join(lines)).strip()
+        # a line ends with a hyphen or dash only where the word has one
+        paragraph = re.sub(
+            r"\s+", " ", re.sub(r"(?<=\w-)\s*\n\s*|(?<=--)\s*\n\s*", "", "\n".join(lines))
+        ).strip()
         sentences = re.search(r"[a-z][.!?:;,]['\")\]]*(\s|$)", paragraph)
         if len(paragraph) >= 40 and sentences and paragraph.count(" * ") < 2:
             paragraphs.append(paragraph)

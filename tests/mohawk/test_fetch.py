@@ -132,11 +132,12 @@ def test_held_out_prose_begins_and_ends_with_prose(tmp_path, monkeypatch):
 
 def test_unwrap_joins_lines_and_drops_layout():
     text = (
-        "     CHAPTER I\n\n  It was a bright  cold day in April,\r\nand the clocks were\n striking.\n \n"
+        "     CHAPTER I\n\n"
+        "  It was a bright  cold day in April,\r\nand the clock-\n  work--\nold - was\n striking.\n \n"
         "+++++++++\n\n * * * \n\nSecond paragraph, quite long enough to stay.\n\x1a"
     )
     assert fetch.unwrap(text) == (
-        "It was a bright cold day in April, and the clocks were striking.\n\n"
+        "It was a bright cold day in April, and the clock-work--old - was striking.\n\n"
         "Second paragraph, quite long enough to stay.\n"
     )
 
