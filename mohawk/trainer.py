@@ -19,13 +19,13 @@ import json
 import logging
 import math
 import os
+import shutil
 import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -38,6 +38,7 @@ from mohawk.batches import Batches
 from mohawk.checkpoints import Interrupted, locked, newest_complete, remove_partial, rotate, write_whole
 from mohawk.errors import UserError
 from mohawk.precision import autocast_dtype
+from mohawk.processes import agree, several, share_parameters, sum_gradients, total, wait_for_all
 from mohawk.progress import Metrics, Progress, Window
 from mohawk.stopping import SAME_SIGNAL, SAME_SIGNAL_DISTRIBUTED, StopRequest
 
@@ -158,7 +159,7 @@ class PhaseTrainer(Trainer):
         self.skipped_steps = 0
         self.nonfinite_in_a_row = 0
         self._failure: str | None = None
-        self._request = StopRequest(SAME_SIGNAL_DISTRIBUTED if self._distributed else SAME_SIGNAL)
+        self._request = StopRequest(SAME_SIGNAL_DISTRIBUTED if several() else SAME_SIGNAL)
         self._stop = False  # all processes agreed to
         self._parts: dict[str, torch.Tensor] = {}  # of the running step, by name
         self._window = Window()
@@ -180,7 +181,7 @@ class PhaseTrainer(Trainer):
                 self.folder.mkdir(parents=True, exist_ok=True)
                 stack.enter_context(locked(self.folder))
                 remove_partial(self.folder)
-            checkpoint = self._agree(newest_complete(self.folder) if self.is_world_process_zero() else None)
+            checkpoint = agree(newest_complete(self.folder) if self.is_world_process_zero() else None)
             stack.enter_context(self._request.caught())
             start = f"from {checkpoint.name}" if checkpoint else "from the beginning"
             logger.info(
@@ -197,7 +198,8 @@ class PhaseTrainer(Trainer):
             self.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         if self._failure is not None:
             raise UserError(self._failure)
-        if self._stop:
+        # A signal that came after the last step stops the run too; that step's checkpoint is written.
+        if self._stop or agree(self._request.number is not None):
             saved = Interrupted(self.state.global_step, self._checkpoint_path())
             logger.info("%s: %s", self.name, saved)
             raise saved
@@ -229,11 +231,11 @@ class PhaseTrainer(Trainer):
     def get_batch_samples(self, epoch_iterator, num_batches, device) -> tuple[list, float]:
         """The micro-batches of one step, and how many real tokens they hold over all processes."""
         batches = list(itertools.islice(epoch_iterator, num_batches))
-        tokens = torch.tensor(float(sum(map(_real_tokens, batches))), device=device)
-        if self._distributed:
-            dist.all_reduce(tokens)
+        tokens = float(sum(map(_real_tokens, batches)))
+        if several():
+            tokens = total(torch.tensor(tokens, device=device)).item()
         self._micro_batches = len(batches) * self.args.world_size
-        return batches, tokens.item()
+        return batches, tokens
 
     # ---- One step ----
 
@@ -266,14 +268,12 @@ class PhaseTrainer(Trainer):
 
     def _finish_gradients(self) -> None:
         """Sum over the processes, refuse what is not finite, clip: the gradients are then the step's."""
-        if self._distributed:
-            self._sum_gradients()
-        gradients = [p.grad for p in self.trainable.values() if p.grad is not None]
+        parameters = list(self.trainable.values())
+        sum_gradients(parameters)
+        gradients = [p.grad for p in parameters if p.grad is not None]
         norm = nn.utils.get_total_norm(gradients).to(self.args.device)
         interrupted = torch.tensor(float(self._request.number is not None), device=self.args.device)
-        scalars = torch.stack([*self._parts.values(), interrupted])
-        if self._distributed:
-            dist.all_reduce(scalars)
+        scalars = total(torch.stack([*self._parts.values(), interrupted]))
         # One transfer from the device for all that this step must know.
         *values, interrupted, norm_value = torch.cat([scalars, norm.float().reshape(1)]).tolist()
         parts = dict(zip(self._parts, values, strict=True))
@@ -285,30 +285,14 @@ class PhaseTrainer(Trainer):
             bad.append("the gradient")
         if bad:
             # The optimizer passes over a parameter without gradient: neither weights nor its state change.
-            for parameter in self.trainable.values():
+            for parameter in parameters:
                 parameter.grad = None
             self._count_nonfinite(bad)
         else:
             self.nonfinite_in_a_row = 0
             if self.phase.max_grad_norm:
-                nn.utils.clip_grads_with_norm_(list(self.trainable.values()), self.phase.max_grad_norm, norm)
+                nn.utils.clip_grads_with_norm_(parameters, self.phase.max_grad_norm, norm)
         self._window.add(self.state.global_step + 1, parts, norm_value, skipped=bool(bad))
-
-    def _sum_gradients(self) -> None:
-        # A parameter that one process's batch did not reach counts as zero there; one that none reached stays
-        # without a gradient, as it would in one process.
-        reached = torch.tensor([p.grad is not None for p in self.trainable.values()], device=self.args.device)
-        reached = reached.float()
-        dist.all_reduce(reached)
-        pending = []
-        for parameter, count in zip(self.trainable.values(), reached.tolist(), strict=True):
-            if not count:
-                continue
-            gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-            parameter.grad = gradient.contiguous()
-            pending.append(dist.all_reduce(parameter.grad, async_op=True))
-        for work in pending:
-            work.wait()
 
     def _count_nonfinite(self, bad: list[str]) -> None:
         step = self.state.global_step + 1
@@ -325,16 +309,12 @@ class PhaseTrainer(Trainer):
                 f"phases.{self.name}: {count}, the last one step {step}, had a loss or gradient that is not"
                 f" finite ({', '.join(bad[:3])}{', ...' if len(bad) > 3 else ''}); none reached the weights."
                 f" Lower phases.{self.name}.learning_rate (now {self.phase.learning_rate:g}), lengthen its"
-                " warmup, or set precision: float32, then run the same command"
+                " warmup, or set precision: float32"
             )
 
     def _get_grad_norm(self, model, grad_norm=None) -> float:
         """The norm before clipping, which `_finish_gradients` has: Trainer would compute it once more."""
         return self._window.grad_norm
-
-    @property
-    def _distributed(self) -> bool:
-        return self.args.world_size > 1
 
     def _autocast(self) -> contextlib.AbstractContextManager:
         if self.autocast_dtype is None:
@@ -388,20 +368,21 @@ class PhaseTrainer(Trainer):
                 if self.is_world_process_zero():
                     folder = stack.enter_context(write_whole(path, replace=True))
                     self._write_checkpoint(folder)
-                folder = self._agree(folder)
+                folder = agree(folder)
                 self._save_rng_state(str(folder))  # a file each: several machines must share the folder
-                self._wait_for_all()
+                wait_for_all()
         except OSError as error:
             kept = newest_complete(self.folder)
             raise UserError(
-                f"{path}: the checkpoint could not be written ({error.strerror or error}); "
-                + (f"{kept.name} is complete" if kept else "there is no earlier one")
-                + ". Free disk space or make the folder writable, then run the same command"
+                f"{path}: the checkpoint could not be written ({error.strerror or error};"
+                f" {shutil.disk_usage(self.folder).free / 1e6:,.0f} MB are free there);"
+                f" {f'{kept.name} is complete' if kept else 'there is no earlier one'}."
+                " Free disk space or make the folder writable, then run the same command"
             ) from error
         logger.info("%s: saved %s", self.name, path)
         if self.is_world_process_zero():
             rotate(self.folder, path, keep=self.keep_checkpoints)
-        self._wait_for_all()
+        wait_for_all()
 
     def _write_checkpoint(self, folder: Path) -> None:
         weights = {name: p.detach().cpu().contiguous() for name, p in self.trainable.items()}
@@ -470,20 +451,6 @@ class PhaseTrainer(Trainer):
             group.update(settings, lr=settings["initial_lr"] * factor(self.lr_scheduler.last_epoch))
         self.lr_scheduler._last_lr = [group["lr"] for group in self.optimizer.param_groups]
 
-    # ---- Processes ----
-
-    def _agree(self, value: Any) -> Any:
-        """What rank 0 says, on every rank."""
-        if not self._distributed:
-            return value
-        said = [value]
-        dist.broadcast_object_list(said, src=0)
-        return said[0]
-
-    def _wait_for_all(self) -> None:
-        if self._distributed:
-            dist.barrier()
-
 
 class _PhaseCallback(TrainerCallback):
     """What the phase does at Trainer's own moments."""
@@ -497,14 +464,12 @@ class _PhaseCallback(TrainerCallback):
         objective = self.trainer.model
         objective.eval()  # a teacher in training mode would drop out
         objective.student.train()
-        if self.trainer._distributed:
-            for parameter in self.trainer.trainable.values():
-                dist.broadcast(parameter.data, src=0)  # as DistributedDataParallel would
+        share_parameters(list(self.trainer.trainable.values()))
         self.trainer._window.start()
 
     def on_step_end(self, args, state, control, **kwargs):
         trainer = self.trainer
-        if trainer._request.number is not None and not trainer._distributed:
+        if trainer._request.number is not None and not several():
             trainer._stop = True  # even when it came after the gradients were final
         if trainer._stop:
             control.should_save = control.should_training_stop = True

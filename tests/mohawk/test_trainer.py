@@ -364,6 +364,19 @@ def test_signal_saves_and_raises(tmp_path, number):
         }
 
 
+def test_signal_after_the_last_step_stops_the_run_too(tmp_path):
+    class Signalled(Rows):
+        def __getitem__(self, index):
+            raise AssertionError("a finished phase reads no data")
+
+    tiny_trainer(tmp_path).train_phase()
+    trainer = tiny_trainer(tmp_path, rows=Signalled())
+    trainer._load_optimizer_and_scheduler = lambda checkpoint: os.kill(os.getpid(), signal.SIGTERM)
+    with pytest.raises(Interrupted) as caught:
+        trainer.train_phase()
+    assert caught.value.step == 20 and is_complete(caught.value.path)
+
+
 def test_second_interrupt_stops_at_once(tmp_path):
     class Signalled(TinyObjective):
         def losses(self, **batch):
@@ -426,7 +439,7 @@ def test_permission_error_leaves_the_earlier_checkpoint(tmp_path, monkeypatch):
         return real(source, target)
 
     monkeypatch.setattr(os, "rename", refuse)
-    with pytest.raises(UserError, match="could not be written .Permission denied.; checkpoint-5 is complete"):
+    with pytest.raises(UserError, match="written .Permission denied; .* there.; checkpoint-5 is complete"):
         tiny_trainer(tmp_path, phase=tiny_phase(save_every=5)).train_phase()
     assert [p.name for p in (tmp_path / "phases/mixing").glob("*checkpoint*")] == ["checkpoint-5"]
 
