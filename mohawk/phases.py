@@ -189,7 +189,8 @@ class EndToEndObjective(Objective):
         self, input_ids: Tensor, position_ids: Tensor, segment_ids: Tensor, labels: Tensor, **_
     ) -> Iterator[tuple[str, Tensor]]:
         with torch.no_grad():
-            teacher = self.teacher.model(input_ids=input_ids, position_ids=position_ids, use_cache=False)
+            body = getattr(self.teacher, "body", self.teacher.model)  # a hybrid can be a teacher too
+            teacher = body(input_ids=input_ids, position_ids=position_ids, use_cache=False)
         student = self.student.body(
             input_ids, position_ids=position_ids, segment_ids=segment_ids, use_cache=False
         )
