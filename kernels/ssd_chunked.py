@@ -81,6 +81,19 @@ def _blocks(x: Tensor, B: Tensor, C: Tensor) -> list[_Shape]:
     ]
 
 
+def _inside_groups(shape: _Shape, groups: int, heads: int) -> bool:
+    """Whether several blocks add to one group's gradient."""
+    return shape.heads.stop - shape.heads.start < heads // groups
+
+
+def _empty_gradient(value: Tensor, blocks: list[_Shape], wide: torch.dtype) -> Tensor:
+    """For B or C: to be written once by each block in its own dtype, or added up in a wider one."""
+    heads = max((block.heads.stop for block in blocks), default=0)
+    if blocks and not _inside_groups(blocks[0], value.shape[2], heads):
+        return torch.empty(value.shape, dtype=value.dtype, device=value.device)
+    return torch.zeros(value.shape, dtype=wide, device=value.device)
+
+
 def _chunked(value: Tensor, shape: _Shape, dtype: torch.dtype) -> Tensor:
     """(b, seq, h, f) -> (b, h, c, q, f) contiguous, the last chunk filled up with zeros."""
     batch, seq, heads, width = value.shape
@@ -212,8 +225,9 @@ class _ChunkedScan(torch.autograd.Function):
         if dy is None:
             dy = torch.zeros_like(x)
         dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-        d_decay = torch.zeros(log_decay.shape, dtype=torch.float64, device=x.device)
-        dB, dC = (torch.zeros(v.shape, dtype=state_dtype, device=x.device) for v in (B, C))
+        blocks = _blocks(x, B, C) if x.numel() else []
+        d_decay = torch.zeros(log_decay.shape, dtype=log_decay.dtype, device=x.device)
+        dB, dC = _empty_gradient(B, blocks, state_dtype), _empty_gradient(C, blocks, state_dtype)
         d_scale = (
             None if input_scale is None else torch.zeros(x.shape[:3], dtype=state_dtype, device=x.device)
         )
@@ -226,7 +240,7 @@ class _ChunkedScan(torch.autograd.Function):
         if x.numel():
             decays = decays_with_resets(log_decay, segment_ids)
             with torch.autocast(x.device.type, enabled=False):
-                for block in _blocks(x, B, C):
+                for block in blocks:
                     _backward_block(
                         block,
                         x,
@@ -251,7 +265,7 @@ class _ChunkedScan(torch.autograd.Function):
             dD = dD.to(D.dtype)
         return (
             dx,
-            d_decay.to(log_decay.dtype),
+            d_decay,
             dB.to(B.dtype),
             dC.to(C.dtype),
             None if d_scale is None else d_scale.to(input_scale.dtype),
@@ -290,9 +304,10 @@ def _forward_block(
     enter_flat = enter_bhcpN.flatten(0, 2)
     y_bhcqp.flatten(0, 2).baddbmm_(ops.decayed_C(shape).flatten(0, 2), enter_flat.transpose(1, 2))
     result = _unchunked(y_bhcqp, shape.seq)
-    if D is not None:
-        result = result + x[rows, :, heads] * D[heads].unsqueeze(-1)
-    y[rows, :, heads] = result
+    if D is None:
+        y[rows, :, heads] = result
+    else:
+        torch.addcmul(result, x[rows, :, heads], D[heads].unsqueeze(-1), out=y[rows, :, heads])
 
 
 def _backward_block(
@@ -359,15 +374,22 @@ def _backward_block(
         (dC, dC_pairs, dC_bhcqN, ops.from_start_bhcq, shape.groups_C, ops.C_bgcqN),
     ):
         count = value.shape[1]
-        gathered = _to_groups(by_head.to(wide) * weight.unsqueeze(-1), count) + _to_groups(
-            pairs.to(wide), count
-        )
-        total[rows, :, groups] += _unchunked(gathered, shape.seq)
+        if by_head.shape == pairs.shape == value.shape:
+            gathered = torch.addcmul(pairs, by_head, weight.unsqueeze(-1))
+        else:
+            gathered = _to_groups(by_head * weight.unsqueeze(-1), count)
+            gathered += _to_groups(pairs, count)
+        if _inside_groups(shape, total.shape[2], x.shape[2]):
+            total[rows, :, groups] += _unchunked(gathered, shape.seq)
+        else:
+            total[rows, :, groups] = _unchunked(gathered, shape.seq)
 
-    d_scaled = _unchunked(dx_bhcqp, shape.seq).to(wide)
+    d_scaled = _unchunked(dx_bhcqp, shape.seq)
     if input_scale is not None:
+        d_scaled = d_scaled.to(wide)
         d_scale[rows, :, heads] = (d_scaled * x[rows, :, heads]).sum(-1)
         d_scaled = d_scaled * input_scale[rows, :, heads].unsqueeze(-1)
-    if D is not None:
-        d_scaled = d_scaled + dy[rows, :, heads] * D[heads].unsqueeze(-1)
-    dx[rows, :, heads] = d_scaled
+    if D is None:
+        dx[rows, :, heads] = d_scaled
+    else:
+        torch.addcmul(d_scaled, dy[rows, :, heads], D[heads].unsqueeze(-1), out=dx[rows, :, heads])
