@@ -22,7 +22,7 @@ RECIPE = "teacher: some/model\ndata: {train: [a.txt]}\n"
 def mohawk(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess:
     command = [sys.executable, "-m", "mohawk", *arguments]
     env = {"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin"}
-    return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=60)
+    return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=300)
 
 
 @pytest.fixture
@@ -171,7 +171,7 @@ def test_top_p_needs_a_temperature(capsys):
 
 def test_help_is_quick_and_imports_nothing_heavy():
     times = []
-    for _ in range(3):
+    for _ in range(5):
         start = time.perf_counter()
         result = mohawk("--help")
         times.append(time.perf_counter() - start)
@@ -315,7 +315,7 @@ def test_a_closed_pipe_is_no_error():
         "sys.exit(main(['demo']))\n"
     )
     command = f"{shlex.join([sys.executable, '-c', code])} | true; echo ${{PIPESTATUS[0]}}"
-    result = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    result = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert result.stdout == "1\n" and result.stderr == ""
 
 

@@ -27,7 +27,7 @@ def run(*command: str | Path, cwd: Path = ROOT, **environment: str) -> str:
         env={**env, "OMP_NUM_THREADS": "1", **environment},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=300,
     )
     assert result.returncode == 0, f"{command}\n{result.stdout}\n{result.stderr}"
     return result.stdout
