@@ -3,6 +3,8 @@ and make the gradient with the loss."""
 
 from __future__ import annotations
 
+import importlib.util
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, NamedTuple
@@ -94,7 +96,7 @@ class Call:
     def reduce(self, kd: Tensor, ce: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """loss, kd and ce, (...) or scalars, from those of the rows that count."""
         o = self.options
-        total = kd * o.kd_weight if o.kd_weight else torch.zeros_like(kd)
+        total = kd * o.kd_weight if o.kd_weight or not o.ce_weight else torch.zeros_like(kd)
         if o.ce_weight:
             total = total + ce * o.ce_weight
         terms = (total * self.scale, kd.detach() * self.scale, ce.detach() * self.scale)
@@ -147,7 +149,12 @@ class Call:
         elif needs[0]:
             grad = self._empty_or_zeros(logits.shape, _held(logits.dtype))
         inputs = (self.teacher, self.labels, self.rows, scale, self.options)
-        rows = kd_chunked.from_logits(logits, *inputs, grad)
+        if self.backend == "triton":
+            from mohawk.kernels import kd_triton
+
+            rows = kd_triton.from_logits(logits, *inputs, grad)
+        else:
+            rows = kd_chunked.from_logits(logits, *inputs, grad)
         if grad is None:
             return rows, [None]
         if grad is logits and self.rows is not None:
@@ -171,8 +178,13 @@ class Call:
             grads[2] = torch.zeros(bias.shape, dtype=scale.dtype, device=bias.device)
         inputs = (self.teacher, self.labels, self.rows, scale, self.options)
         bias_grad = grads[2] if bias is not None else None
+        tile = None
+        if self.backend == "triton":
+            from mohawk.kernels import kd_triton
+
+            tile = kd_triton.tile
         rows = kd_chunked.from_hidden(
-            hidden, head, bias, s.logit_scale, s.logit_softcap, *inputs, grads[0], grads[1], bias_grad
+            hidden, head, bias, s.logit_scale, s.logit_softcap, *inputs, grads[0], grads[1], bias_grad, tile
         )
         grads = [g if g is None else g.to(_held(x.dtype)) for g, x in zip(grads, student, strict=True)]
         if grads[0] is not None:
@@ -243,6 +255,25 @@ class _NoSecondDerivative(torch.autograd.Function):
         raise RuntimeError("kd_loss has no second derivative; use backend='reference' for it")
 
 
+def _backend(asked: str, x: Tensor) -> str:
+    """auto: triton where it runs and computes in the asked precision, else chunked."""
+    if asked not in ("auto", "triton"):
+        return asked
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1" and asked == "triton"
+    reason = None
+    if x.dtype == torch.float64:
+        reason = "it computes in float32 and the student is float64"
+    elif not x.is_cuda and not interpreted:
+        reason = f"the student is on {x.device}; it needs a CUDA or ROCm device"
+    elif importlib.util.find_spec("triton") is None:
+        reason = "triton is not installed"
+    if reason is None:
+        return "triton"
+    if asked == "triton":
+        raise ValueError(f"backend 'triton' can't be used: {reason}; use 'auto' or 'chunked'")
+    return "chunked"
+
+
 def map_rows(teacher: Teacher, f: Callable[[Tensor, int], Tensor]) -> Teacher:
     """The teacher with f(tensor, trailing dimensions) in place of each tensor that has rows, all detached."""
     if isinstance(teacher, TeacherTAID):
@@ -277,7 +308,7 @@ def prepare(
     vocabulary = Vocabulary(student[1].shape[0] if s.linear else student[0].shape[-1], s.vocab_size, group)
     kd_checks.check_teacher(teacher, lead, device, vocabulary, s)
     kd_checks.check_rows(labels, token_weights, lead, device, vocabulary.size, s.ignore_index)
-    backend = s.backend if s.backend != "auto" else "chunked"
+    backend = _backend(s.backend, student[0])
     if backend == "reference" and group is not None:
         raise ValueError("backend 'reference' has no group; use 'chunked', or gather the vocabulary first")
     if s.inplace:

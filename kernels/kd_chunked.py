@@ -10,7 +10,7 @@ the products in kd_products.py.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -54,6 +54,10 @@ class Options:
         return self.divergence in kd_divergences.LOGITS
 
 
+# kd and ce of a tile of the student's logits, which becomes the gradient: see torch_tile.
+Tile = Callable[..., tuple[Tensor, Tensor]]
+
+
 @dataclass
 class Rows:
     """Per-row results: T^2 * divergence and cross-entropy, unweighted."""
@@ -75,7 +79,11 @@ def _outer_rows(tiles: int, vocabulary: Vocabulary, dtype: torch.dtype) -> int:
     return max(1, TILE_BYTES // (max(1, tiles * vocabulary.widest) * dtype.itemsize))
 
 
-def _inner_rows(device: torch.device, vocabulary: Vocabulary, dtype: torch.dtype, outer: int) -> int:
+def _inner_rows(
+    tile: Tile, device: torch.device, vocabulary: Vocabulary, dtype: torch.dtype, outer: int
+) -> int:
+    if tile is not torch_tile:
+        return max(1, outer)
     if vocabulary.group is not None:
         # Fewer, larger collectives; the same number on every rank, whatever its threads and slice.
         return max(1, 8 * CACHE_BYTES // (vocabulary.widest * dtype.itemsize))
@@ -88,7 +96,7 @@ def _take(x: Tensor, rows: Tensor | None, start: int, stop: int) -> Tensor:
     return x[start:stop] if rows is None else x.index_select(0, rows[start:stop])
 
 
-class _Scores:
+class Scores:
     """A teacher's tempered scores (unnormalised log-probabilities), tile by tile."""
 
     def __init__(self, teacher: Teacher, rows: Tensor | None, options: Options, dtype: torch.dtype):
@@ -133,7 +141,9 @@ class _Scores:
         else:
             scores = self._part(0, start, stop)
         if isinstance(self.teacher, TeacherTAID) and self.teacher.t != 1.0:
-            scores = torch.lerp(student, scores, self.teacher.t)
+            # Not torch.lerp: -inf on both sides would be NaN.
+            t = self.teacher.t
+            scores = (student * (1 - t)).add_(scores, alpha=t) if t else student
         return scores
 
 
@@ -147,7 +157,7 @@ def finish_logits(tile: Tensor, bias: Tensor | None, scale: float, softcap: floa
         tile.div_(softcap).tanh_().mul_(softcap)
 
 
-def _distribution(
+def distribution(
     scores: Tensor, u: Tensor, lq: Tensor | None, options: Options, vocabulary: Vocabulary, want_grad: bool
 ) -> tuple[Tensor, Tensor | None]:
     """Divergence of softmax(scores) and softmax(u) per row and its gradient in u; lq may be given and is
@@ -169,6 +179,22 @@ def _distribution(
     return value, grad
 
 
+def take_topk(
+    teacher: TeacherTopK, rows: Tensor | None, span: tuple[int, int], dtype: torch.dtype, options: Options
+) -> tuple[Tensor, Tensor, Tensor]:
+    """ids and log-probabilities (rows, k), and the log mass of the rest (rows)."""
+    lp = _take(teacher.logprobs, rows, *span).to(dtype)
+    tail = None if teacher.tail_logprob is None else _take(teacher.tail_logprob, rows, *span)
+    return _take(teacher.ids, rows, *span), lp, tail_of(lp, tail, options.vocabulary.size)
+
+
+def take_samples(
+    teacher: TeacherSamples, rows: Tensor | None, span: tuple[int, int], dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """ids and weights (rows, k)."""
+    return _take(teacher.ids, rows, *span), _take(teacher.weights, rows, *span).to(dtype)
+
+
 def _topk(
     teacher: TeacherTopK,
     rows: Tensor | None,
@@ -179,16 +205,13 @@ def _topk(
 ) -> tuple[Tensor, Tensor | None]:
     """The divergence over k + 1 buckets: the gradient in a bucket's logit is shared out within the bucket."""
     vocabulary = options.vocabulary
-    ids = _take(teacher.ids, rows, *span)
-    lp = _take(teacher.logprobs, rows, *span).to(u.dtype)
-    tail = None if teacher.tail_logprob is None else _take(teacher.tail_logprob, rows, *span)
-    tail = tail_of(lp, tail, vocabulary.size)
+    ids, lp, tail = take_topk(teacher, rows, span, u.dtype, options)
     others = vocabulary.scatter(u, ids, float("-inf"))
     rest = vocabulary.across(torch.logsumexp(others, -1, keepdim=True))
     buckets = torch.cat([vocabulary.total(vocabulary.gather(u, ids)), rest], -1)
     scores = torch.cat([lp, tail[:, None]], -1)
     # Every rank has all buckets.
-    value, grad = _distribution(scores, buckets, None, options, WHOLE, want_grad)
+    value, grad = distribution(scores, buckets, None, options, WHOLE, want_grad)
     value = vocabulary.once(value)
     if not want_grad:
         return value, None
@@ -205,8 +228,7 @@ def _samples(
     options: Options,
     want_grad: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    ids = _take(teacher.ids, rows, *span)
-    weights = _take(teacher.weights, rows, *span).to(lq.dtype)
+    ids, weights = take_samples(teacher, rows, span, lq.dtype)
     value = -(weights * options.vocabulary.gather(lq, ids).masked_fill_(weights == 0, 0.0)).sum(-1)
     if not want_grad:
         return value, None
@@ -214,10 +236,10 @@ def _samples(
     return value, options.vocabulary.scatter_add(grad, ids, -weights)
 
 
-def _tile(
+def torch_tile(
     z: Tensor,
     teacher: Teacher,
-    scores: _Scores,
+    scores: Scores,
     labels: Tensor | None,
     span: tuple[int, int],
     scale: Tensor,
@@ -244,7 +266,7 @@ def _tile(
                 z, scores(start, stop, u), want, vocabulary
             )
         else:
-            kd, kd_grad = _distribution(scores(start, stop, u), u, lq, options, vocabulary, want)
+            kd, kd_grad = distribution(scores(start, stop, u), u, lq, options, vocabulary, want)
         kd = kd * temperature**2
     if options.need_ce:
         log_prob = lq if lq is not None and temperature == 1.0 else vocabulary.log_softmax(z)[0]
@@ -274,6 +296,7 @@ def from_logits(
     scale: Tensor,
     options: Options,
     grad: Tensor | None,
+    tile: Tile | None = None,
 ) -> Rows:
     """kd and ce of each chosen row of the student's logits (n, vocab).
 
@@ -281,22 +304,25 @@ def from_logits(
     `grad` (n, vocab), zero in the other rows and possibly `logits` itself, receives the gradient of
     sum(scale * (kd_weight * kd + ce_weight * ce)).
     """
+    tile = tile or torch_tile
     n, vocabulary, dtype = len(scale), options.vocabulary, scale.dtype
     vocab = vocabulary.local
     kd, ce = scale.new_empty(n), scale.new_empty(n)
-    scores = _Scores(teacher, rows, options, dtype)
+    scores = Scores(teacher, rows, options, dtype)
     step = _outer_rows(1 + len(scores.hidden), vocabulary, dtype)
     tiles = [scale.new_empty((min(n, step), vocab)) for _ in scores.hidden] if options.need_kd else []
     for first, last in _spans(n, step):
         if options.need_kd:
             scores.load(first, last, tiles)
-        for start, stop in _spans(last - first, _inner_rows(logits.device, vocabulary, dtype, last - first)):
+        for start, stop in _spans(
+            last - first, _inner_rows(tile, logits.device, vocabulary, dtype, last - first)
+        ):
             start, stop = first + start, first + stop
             z = _take(logits, rows, start, stop)[:, :vocab]
             if rows is None and z.dtype == dtype and grad is not None:
                 z = z.clone()
             z = z.to(dtype)
-            kd[start:stop], ce[start:stop] = _tile(
+            kd[start:stop], ce[start:stop] = tile(
                 z, teacher, scores, labels, (start, stop), scale, options, grad is not None
             )
             if grad is None:
@@ -305,10 +331,10 @@ def from_logits(
                 grad[start:stop, :vocab] = z
             else:
                 grad[:, :vocab].index_copy_(0, rows[start:stop], z.to(grad.dtype))
-    return _summed(kd, ce, options)
+    return summed(kd, ce, options)
 
 
-def _summed(kd: Tensor, ce: Tensor, options: Options) -> Rows:
+def summed(kd: Tensor, ce: Tensor, options: Options) -> Rows:
     kd, ce = options.vocabulary.total(torch.stack([kd, ce]))
     return Rows(kd, ce)
 
@@ -327,6 +353,7 @@ def from_hidden(
     hidden_grad: Tensor | None,
     head_grad: Tensor | None,
     bias_grad: Tensor | None,
+    tile: Tile | None = None,
 ) -> Rows:
     """As `from_logits`, from hidden states (n, hidden) and a head (vocab, hidden).
 
@@ -334,17 +361,18 @@ def from_hidden(
     vocabulary; `head_grad` and `bias_grad` are in the dtype of `scale` (float32, or float64), zero beyond the
     real vocabulary, or everywhere if no row counts. Each may be None.
     """
+    tile = tile or torch_tile
     n, vocabulary, dtype = len(scale), options.vocabulary, scale.dtype
     vocab = vocabulary.local
     kd, ce = scale.new_empty(n), scale.new_empty(n)
     want_grad = not (hidden_grad is None and head_grad is None and bias_grad is None)
-    scores = _Scores(teacher, rows, options, dtype)
+    scores = Scores(teacher, rows, options, dtype)
     count = 1 + (len(scores.hidden) if options.need_kd else 0)
     spans = list(_spans(n, _outer_rows(count, vocabulary, dtype)))
     most = max((last - first for first, last in spans), default=0)
     tiles = [scale.new_empty((most, vocab)) for _ in range(count)]
     head = head[:vocab]
-    inner = _inner_rows(head.device, vocabulary, dtype, most)
+    inner = _inner_rows(tile, head.device, vocabulary, dtype, most)
     round_grad = hidden_grad is not None and head.dtype == hidden_grad.dtype == torch.bfloat16
     for first, last in spans:
         z_tile = tiles[0][: last - first]
@@ -369,7 +397,7 @@ def from_hidden(
             if want_grad and logit_softcap is not None:
                 damping = 1 - (z / logit_softcap).square_()
             span = (first + start, first + stop)
-            kd[span[0] : span[1]], ce[span[0] : span[1]] = _tile(
+            kd[span[0] : span[1]], ce[span[0] : span[1]] = tile(
                 z, teacher, scores, labels, span, scale, options, want_grad
             )
             if damping is not None:
@@ -391,4 +419,4 @@ def from_hidden(
             bias_grad[:vocab] += z_tile.sum(0)
     if hidden_grad is not None and vocabulary.group is not None:
         hidden_grad.copy_(vocabulary.total(hidden_grad))
-    return _summed(kd, ce, options)
+    return summed(kd, ce, options)

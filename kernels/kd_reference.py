@@ -101,7 +101,8 @@ def _teacher_scores(teacher: Teacher, student: Tensor, temperature: float, vocab
     inner = _teacher_scores(teacher.teacher, student, temperature, vocab)
     if teacher.t == 1.0:
         return inner
-    return (1 - teacher.t) * student.detach() / temperature + teacher.t * inner
+    own = student.detach() / temperature
+    return (1 - teacher.t) * own + teacher.t * inner if teacher.t else own
 
 
 def _bucket_scores(student: Tensor, teacher: TeacherTopK, temperature: float) -> tuple[Tensor, Tensor]:

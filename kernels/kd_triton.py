@@ -1,0 +1,487 @@
+"""The distillation losses in Triton: one program per row, sweeping the vocabulary in blocks.
+
+`_statistics` finds the log-normalisers of both sides in one online sweep, `_sums` the row sums that the
+gradients of JSD, skewed KL and total variation need, `_gradient` writes the gradient (in place if asked) and
+sums the value on the way. In reads or writes of one (rows, vocab) array that is 2 + 3 = 5 for forward and
+reverse KL and 2 + 2 + 3 = 7 for the others; the hard-label cross-entropy rides along. Without a gradient it
+is 4. All arithmetic is float32.
+
+Matrix products stay with the vendor's library: from hidden states the chunked backend's loop runs with
+`tile`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from mohawk.kernels import kd_chunked, kd_divergences
+from mohawk.kernels.kd_chunked import Options, Rows
+from mohawk.kernels.kd_teachers import Teacher, TeacherLogits, TeacherSamples, TeacherTAID, TeacherTopK
+
+# 4096 wide with 8 warps is 16 elements of each array per thread: enough loads in flight, and no spills on any
+# of the architectures kd_triton_report.py compiles for.
+BLOCK = 4096
+WARPS = 8
+DIVERGENCES = (*kd_divergences.DISTRIBUTION, *kd_divergences.LOGITS)
+
+
+@triton.jit
+def _expm1(x):
+    """exp(x) - 1 to float32's relative precision, for x in -80..80."""
+    series = 1 + x / 7
+    series = 1 + x / 6 * series
+    series = 1 + x / 5 * series
+    series = 1 + x / 4 * series
+    series = 1 + x / 3 * series
+    series = 1 + x / 2 * series
+    return tl.where(tl.abs(x) < 0.35, x * series, tl.exp(x) - 1)
+
+
+@triton.jit
+def _log1p(x):
+    """log(1 + x) to float32's relative precision."""
+    s = x / (2 + x)
+    ss = s * s
+    series = 2 * s * (1 + ss * (1 / 3 + ss * (1 / 5 + ss * (1 / 7 + ss / 9))))
+    return tl.where(tl.abs(x) < 0.35, series, tl.log(1 + x))
+
+
+@triton.jit
+def _load(ptr, base, columns, vocab, fill):
+    return tl.load(ptr + base + columns, mask=columns < vocab, other=fill).to(tl.float32)
+
+
+@triton.jit
+def _row(rows_ptr, HAS_ROWS: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    if HAS_ROWS:
+        row = tl.load(rows_ptr + row).to(tl.int64)
+    return row
+
+
+@triton.jit
+def _grow(x, maximum, total):
+    """One block of an online logsumexp; -inf stays out of inf - inf."""
+    new = tl.maximum(maximum, tl.max(x, 0))
+    safe = tl.where(new == float("-inf"), 0.0, new)
+    total = total * tl.exp(maximum - safe) + tl.sum(tl.exp(x - safe), 0)
+    return new, total
+
+
+@triton.jit
+def _statistics(
+    z_ptr, t_ptr, rows_ptr, labels_ptr, out_ptr, z_stride, t_stride, vocab, n, z_scale, t_scale, taid,
+    DIVERGENCE: tl.constexpr, CE: tl.constexpr, TEMPERED: tl.constexpr, TAID: tl.constexpr,
+    HAS_ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """out (5, n): lse of the student, of the teacher, of the untempered student; reverse KL, or for cosine
+    the squared norms in the first two; the label's logit (0 if it is another rank's)."""
+    row = _row(rows_ptr, HAS_ROWS)
+    pid = tl.program_id(0)
+    z_base, t_base = row * z_stride, row * t_stride
+    z_max, z_sum = float("-inf"), 0.0
+    t_max, t_sum = float("-inf"), 0.0
+    one_max, one_sum = float("-inf"), 0.0
+    ratio = 0.0  # sum of exp(u - z_max) * ((u - z_max) - (v - t_max)), for the reverse KL
+    for start in range(0, vocab, BLOCK):
+        columns = start + tl.arange(0, BLOCK)
+        z = _load(z_ptr, z_base, columns, vocab, float("-inf"))
+        if CE and TEMPERED:
+            one_max, one_sum = _grow(z, one_max, one_sum)
+        if DIVERGENCE == "none":
+            z_max, z_sum = _grow(z * z_scale, z_max, z_sum)
+        else:
+            t = _load(t_ptr, t_base, columns, vocab, float("-inf"))
+            if DIVERGENCE == "cosine":
+                out = (tl.abs(z) == float("inf")) | (tl.abs(t) == float("inf"))
+                z, t = tl.where(out, 0.0, z), tl.where(out, 0.0, t)
+                z_sum += tl.sum(z * z, 0)
+                t_sum += tl.sum(t * t, 0)
+            elif DIVERGENCE == "mse":
+                if CE:
+                    z_max, z_sum = _grow(z, z_max, z_sum)
+            else:
+                u, v = z * z_scale, t * t_scale
+                if TAID:
+                    v = (1 - taid) * u + taid * v
+                if DIVERGENCE == "reverse_kl":
+                    old_z, old_t, old_sum = z_max, t_max, z_sum
+                    z_max, z_sum = _grow(u, z_max, z_sum)
+                    t_max, t_sum = _grow(v, t_max, t_sum)
+                    zm, tm = (
+                        tl.where(z_max == float("-inf"), 0.0, z_max),
+                        tl.where(t_max == float("-inf"), 0.0, t_max),
+                    )
+                    weight = tl.exp(u - zm)
+                    term = tl.where(weight == 0.0, 0.0, weight * ((u - zm) - (v - tm)))
+                    moved = tl.where(old_sum == 0.0, 0.0, (ratio + old_sum * ((old_z - zm) - (old_t - tm))))
+                    ratio = tl.where(old_sum == 0.0, 0.0, moved * tl.exp(old_z - zm)) + tl.sum(term, 0)
+                else:
+                    z_max, z_sum = _grow(u, z_max, z_sum)
+                    t_max, t_sum = _grow(v, t_max, t_sum)
+    if DIVERGENCE == "cosine":
+        tl.store(out_ptr + pid, z_sum)
+        tl.store(out_ptr + n + pid, t_sum)
+    else:
+        tl.store(out_ptr + pid, z_max + tl.log(z_sum))
+        tl.store(out_ptr + n + pid, t_max + tl.log(t_sum))
+    if CE and TEMPERED:
+        tl.store(out_ptr + 2 * n + pid, one_max + tl.log(one_sum))
+    if DIVERGENCE == "reverse_kl":
+        # E[(u - z_max) - (v - t_max)] less the difference of the logs: small numbers only.
+        tl.store(out_ptr + 3 * n + pid, ratio / z_sum - (tl.log(z_sum) - tl.log(t_sum)))
+    if CE:
+        label = tl.load(labels_ptr + pid)
+        logit = tl.load(z_ptr + z_base + tl.maximum(label, 0), mask=label >= 0, other=0.0).to(tl.float32)
+        tl.store(out_ptr + 4 * n + pid, logit)
+
+
+@triton.jit
+def _logs(z, t, z_scale, t_scale, taid, z_lse, t_lse, inside, TAID: tl.constexpr):
+    """lp, lq, p, q and r = lq - lp, with r = 0 where both are 0."""
+    u, v = z * z_scale, t * t_scale
+    if TAID:
+        v = (1 - taid) * u + taid * v
+    lq, lp = u - z_lse, v - t_lse
+    p, q = tl.where(inside, tl.exp(lp), 0.0), tl.where(inside, tl.exp(lq), 0.0)
+    both = (lp == float("-inf")) & (lq == float("-inf"))
+    r = tl.where(both | ~inside, 0.0, lq - lp)
+    return p, q, r
+
+
+@triton.jit
+def _clamp(r):
+    # minimum and maximum would drop a NaN, which must stay visible
+    r = tl.where(r > 80.0, 80.0, r)
+    return tl.where(r < -80.0, -80.0, r)
+
+
+@triton.jit
+def _terms(p, q, r, beta, lam, DIVERGENCE: tl.constexpr):
+    """(value, slope) per entry: D = sum value, dD/du = q * (slope - sum q slope)."""
+    if DIVERGENCE == "forward_kl":
+        value = tl.where(p == 0.0, 0.0, -p * r) + (q - p)
+        slope = -p  # not of this form: q - p is the gradient itself
+    elif DIVERGENCE == "reverse_kl":
+        slope = tl.where(q == 0.0, 0.0, r)
+        value = q * slope + (p - q)
+    elif DIVERGENCE == "jsd":
+        r = _clamp(r)
+        m = _log1p((1 - beta) * _expm1(r))  # log m - log p
+        slope = (1 - beta) * (r - m)
+        value = q * slope - beta * p * m
+    elif DIVERGENCE == "skew_kl":
+        x = (1 - lam) * _expm1(_clamp(r))  # m / p - 1
+        value = (1 - lam) * (q - p) - p * _log1p(x)
+        slope = (1 - lam) * (x / (x + 1))
+    elif DIVERGENCE == "skew_reverse_kl":
+        x = (1 - lam) * _expm1(_clamp(-r))  # m / q - 1
+        log_m = _log1p(x)
+        value = (1 - lam) * (p - q) - q * log_m
+        slope = lam * (x / (x + 1)) - log_m
+    else:
+        value = tl.abs(p - q) * 0.5
+        slope = tl.where(q > p, 0.5, tl.where(q < p, -0.5, 0.0))
+    return value, slope
+
+
+@triton.jit
+def _raw(z, t, z_norm, t_norm, vocab_all, inside, DIVERGENCE: tl.constexpr):
+    """(value, difference, z) per entry for the divergences of raw logits."""
+    out = (tl.abs(z) == float("inf")) | (tl.abs(t) == float("inf")) | ~inside
+    z, t = tl.where(out, 0.0, z), tl.where(out, 0.0, t)
+    if DIVERGENCE == "cosine":
+        z, t = z / z_norm, t / t_norm
+        difference = z - t
+        value = difference * difference * 0.5
+    else:
+        difference = z - t
+        value = difference * difference / vocab_all
+    return value, difference, z
+
+
+@triton.jit
+def _sums(
+    z_ptr, t_ptr, rows_ptr, stats_ptr, out_ptr,
+    z_stride, t_stride, vocab, vocab_all, n, z_scale, t_scale, taid, beta, lam,
+    DIVERGENCE: tl.constexpr, TAID: tl.constexpr, HAS_ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """out (2, n): the value and sum q * slope."""
+    row = _row(rows_ptr, HAS_ROWS)
+    pid = tl.program_id(0)
+    z_lse, t_lse = tl.load(stats_ptr + pid), tl.load(stats_ptr + n + pid)
+    total, projected = 0.0, 0.0
+    for start in range(0, vocab, BLOCK):
+        columns = start + tl.arange(0, BLOCK)
+        inside = columns < vocab
+        z = _load(z_ptr, row * z_stride, columns, vocab, 0.0)
+        t = _load(t_ptr, row * t_stride, columns, vocab, 0.0)
+        if DIVERGENCE == "mse" or DIVERGENCE == "cosine":
+            value, _, _ = _raw(z, t, z_lse, t_lse, vocab_all, inside, DIVERGENCE)
+        else:
+            p, q, r = _logs(z, t, z_scale, t_scale, taid, z_lse, t_lse, inside, TAID)
+            value, slope = _terms(p, q, r, beta, lam, DIVERGENCE)
+            projected += tl.sum(q * slope, 0)
+        total += tl.sum(value, 0)
+    tl.store(out_ptr + pid, total)
+    tl.store(out_ptr + n + pid, projected)
+
+
+@triton.jit
+def _gradient(
+    z_ptr, t_ptr, grad_ptr, rows_ptr, labels_ptr, stats_ptr, sums_ptr, kd_row_ptr, ce_row_ptr, value_ptr,
+    z_stride, t_stride, grad_stride, vocab, vocab_all, n, z_scale, t_scale, taid, beta, lam,
+    DIVERGENCE: tl.constexpr, CE: tl.constexpr, TEMPERED: tl.constexpr, TAID: tl.constexpr,
+    HAS_ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """grad = kd_row * dD/du + ce_row * (softmax(z) - onehot), and the value of D (not for NONE, where the
+    gradient is kd_row * exp(u - lse))."""
+    row = _row(rows_ptr, HAS_ROWS)
+    pid = tl.program_id(0)
+    z_lse, t_lse = tl.load(stats_ptr + pid), tl.load(stats_ptr + n + pid)
+    projected = tl.load(sums_ptr + pid)
+    kd_row = tl.load(kd_row_ptr + pid)
+    if CE:
+        ce_row = tl.load(ce_row_ptr + pid)
+        label = tl.load(labels_ptr + pid)
+        one_lse = z_lse
+        if TEMPERED:
+            one_lse = tl.load(stats_ptr + 2 * n + pid)
+    total = 0.0
+    for start in range(0, vocab, BLOCK):
+        columns = start + tl.arange(0, BLOCK)
+        inside = columns < vocab
+        z = _load(z_ptr, row * z_stride, columns, vocab, 0.0)
+        if DIVERGENCE == "none":
+            grad = kd_row * tl.exp(z * z_scale - z_lse)
+        else:
+            t = _load(t_ptr, row * t_stride, columns, vocab, 0.0)
+            if DIVERGENCE == "mse" or DIVERGENCE == "cosine":
+                value, difference, unit = _raw(z, t, z_lse, t_lse, vocab_all, inside, DIVERGENCE)
+                if DIVERGENCE == "cosine":
+                    grad = kd_row * (difference - projected * unit) / z_lse
+                else:
+                    grad = kd_row * difference * (2 / vocab_all)
+            else:
+                p, q, r = _logs(z, t, z_scale, t_scale, taid, z_lse, t_lse, inside, TAID)
+                value, slope = _terms(p, q, r, beta, lam, DIVERGENCE)
+                if DIVERGENCE == "forward_kl":
+                    grad = kd_row * (q - p)
+                else:
+                    grad = kd_row * (q * (slope - projected))
+            total += tl.sum(value, 0)
+        if CE:
+            onehot = tl.where(columns == label, 1.0, 0.0)
+            grad += ce_row * (tl.exp(z - one_lse) - onehot)
+        tl.store(grad_ptr + row * grad_stride + columns, grad, mask=inside)
+    tl.store(value_ptr + pid, total)
+
+
+@dataclass
+class _Sweeps:
+    """The kernels on one set of rows: student z and teacher t (None: no teacher) of
+    `options.vocabulary.local` columns, `rows` of them or all, with the factors that make them tempered
+    scores."""
+
+    z: Tensor
+    t: Tensor | None
+    rows: Tensor | None
+    labels: Tensor | None
+    scale: Tensor
+    options: Options
+    z_scale: float
+    t_scale: float = 1.0
+    taid: float | None = None
+
+    def __post_init__(self):
+        self.kind = "none" if self.t is None else self.options.divergence
+        self.ce = self.options.need_ce
+        # The untempered log-normaliser is kept apart where the first two statistics are something else.
+        self.tempered = self.z_scale != 1.0 or self.kind == "cosine" or self.t is None
+        self.n, vocabulary = len(self.scale), self.options.vocabulary
+        self.columns = self.scale
+        if self.ce:
+            columns, ours = vocabulary.locate(self.labels)
+            self.columns = columns if ours is None else torch.where(ours, columns, -1)
+        self.teacher = self.z if self.t is None else self.t
+        self.strides = (self.z.stride(0), self.teacher.stride(0))
+        self.numbers = (self.z_scale, self.t_scale, 0.0 if self.taid is None else self.taid)
+        self.flags = {
+            "DIVERGENCE": self.kind,
+            "TAID": self.taid is not None,
+            "HAS_ROWS": self.rows is not None,
+            "BLOCK": min(BLOCK, max(16, triton.next_power_of_2(vocabulary.local))),
+            "num_warps": WARPS,
+        }
+        self.row_index = self.scale if self.rows is None else self.rows
+
+    def statistics(self) -> Tensor:
+        vocabulary, stats = self.options.vocabulary, self.scale.new_zeros(5, self.n)
+        if self.n and (self.kind != "mse" or self.ce):
+            _statistics[(self.n,)](
+                self.z, self.teacher, self.row_index, self.columns, stats, *self.strides, vocabulary.local,
+                self.n, *self.numbers, CE=self.ce, TEMPERED=self.tempered, **self.flags,
+            )  # fmt: skip
+        if vocabulary.group is not None:
+            join = vocabulary.total if self.kind == "cosine" else vocabulary.across
+            stats = torch.cat([join(stats[:2]), vocabulary.across(stats[2:3]), stats[3:]])
+        return stats
+
+    def cross_entropy(self, stats: Tensor) -> Tensor:
+        if not self.ce:
+            return self.scale.new_zeros(self.n)
+        normaliser = stats[2] if self.tempered else stats[0]
+        return torch.where(self.columns >= 0, normaliser - stats[4], 0.0)
+
+    def sums(self, stats: Tensor) -> Tensor:
+        out, o = stats.new_zeros(2, self.n), self.options
+        if self.n:
+            _sums[(self.n,)](
+                self.z, self.teacher, self.row_index, stats, out, *self.strides, o.vocabulary.local,
+                o.vocabulary.size, self.n, *self.numbers, o.beta, o.lam, **self.flags,
+            )  # fmt: skip
+        return out
+
+    def gradient(self, stats: Tensor, projected: Tensor, kd_row: Tensor, grad: Tensor) -> Tensor:
+        value, o = stats.new_zeros(self.n), self.options
+        if self.n:
+            _gradient[(self.n,)](
+                self.z, self.teacher, grad, self.row_index, self.columns, stats, projected, kd_row,
+                self.scale * o.ce_weight, value, *self.strides, grad.stride(0), o.vocabulary.local,
+                o.vocabulary.size, self.n, *self.numbers, o.beta, o.lam, CE=self.ce, TEMPERED=self.tempered,
+                **self.flags,
+            )  # fmt: skip
+        return value
+
+
+def _dense(sweeps: _Sweeps, grad: Tensor | None) -> tuple[Tensor, Tensor]:
+    """This rank's part of kd (with T^2) and ce of each row; `grad` may be the student's own memory."""
+    kind, options = sweeps.kind, sweeps.options
+    vocabulary, temperature = options.vocabulary, options.temperature
+    if grad is not None and kind != "none" and options.kd_weight == 0.0:  # wanted for its value alone
+        kd, _ = _dense(sweeps, None)
+        return kd, _dense(replace(sweeps, t=None), grad)[1]
+    stats = sweeps.statistics()
+    ce = sweeps.cross_entropy(stats)
+    value, nothing = stats.new_zeros(sweeps.n), 0.0
+    if kind == "cosine":
+        norms = stats[:2].sqrt()
+        stats[:2] = norms.clamp_min(1e-8)
+        # Vectors of norm 0: as in kd_divergences.cosine.
+        nothing = vocabulary.once((1 - (norms / stats[:2]).square()).sum(0) / 2)
+    projected = stats[3].contiguous()
+    first = kind in ("jsd", "skew_kl", "skew_reverse_kl", "tvd", "cosine")
+    first = first or kind == "reverse_kl" and vocabulary.group is not None
+    if kind != "none" and (first or grad is None):
+        sums = sweeps.sums(stats)
+        value = sums[0] + nothing
+        projected = vocabulary.total(value if kind == "cosine" else sums[1])
+    if grad is not None:
+        kd_row = sweeps.scale * (options.kd_weight * temperature if kind != "none" else 0.0)
+        if kind == "cosine":
+            kd_row = torch.where(norms[0] > 1e-8, kd_row, 0.0)
+        in_sweep = sweeps.gradient(stats, projected, kd_row, grad)
+        value = in_sweep if not first and kind != "none" else value
+    return value * temperature**2, ce
+
+
+def _topk(sweeps: _Sweeps, ids: Tensor, lp: Tensor, tail: Tensor, want_grad: bool):
+    """Buckets: the ids taken out of the sweeps by -inf, their k columns in torch."""
+    o, z, scale = sweeps.options, sweeps.z, sweeps.scale
+    vocabulary, inverse = o.vocabulary, sweeps.z_scale
+    at_label = vocabulary.gather(z, sweeps.labels[:, None]).squeeze(1) if sweeps.ce else None
+    own = vocabulary.gather(z, ids)
+    z.copy_(vocabulary.scatter(z, ids, float("-inf")))
+    stats = sweeps.statistics()
+    chosen = vocabulary.total(own)
+    buckets = torch.cat([chosen * inverse, stats[:1].T], -1)
+    scores = torch.cat([lp, tail[:, None]], -1)
+    want = want_grad and o.kd_weight != 0.0
+    value, bucket_grad = kd_chunked.distribution(scores, buckets, None, o, kd_chunked.WHOLE, want)
+    ce = stats.new_zeros(len(z))
+    if sweeps.ce:
+        stats[2] = torch.logaddexp(stats[2], torch.logsumexp(chosen, -1))
+        _, ours = vocabulary.locate(sweeps.labels)
+        ce = stats[2] - at_label if ours is None else torch.where(ours, stats[2] - at_label, 0.0)
+    if want_grad:
+        stats[0].clamp_(min=torch.finfo(stats.dtype).min)  # nothing left: -inf - -inf
+        factor = scale * (o.kd_weight * o.temperature)
+        rest_row = factor * bucket_grad[:, -1] if want else torch.zeros_like(scale)
+        sweeps.gradient(stats, stats[3], rest_row, z)
+        at_ids = torch.zeros_like(chosen)
+        if want:
+            at_ids += factor[:, None] * bucket_grad[:, :-1]
+        if sweeps.ce:
+            at_ids += (scale * o.ce_weight)[:, None] * torch.exp(chosen - stats[2][:, None])
+        vocabulary.scatter_add(z, ids, at_ids)
+    return vocabulary.once(value) * o.temperature**2, ce
+
+
+def _samples(sweeps: _Sweeps, ids: Tensor, weights: Tensor, want_grad: bool):
+    o, z = sweeps.options, sweeps.z
+    stats = sweeps.statistics()
+    _, ours = o.vocabulary.locate(ids)
+    log_q = o.vocabulary.gather(z, ids) * sweeps.z_scale - stats[0][:, None]
+    counted = weights if ours is None else weights * ours
+    value = -(weights * log_q.masked_fill(counted == 0, 0.0)).sum(-1)
+    ce = sweeps.cross_entropy(stats)
+    if want_grad:
+        factor = sweeps.scale * (o.kd_weight * o.temperature)
+        sweeps.gradient(stats, stats[3], factor * weights.sum(-1), z)
+        o.vocabulary.scatter_add(z, ids, -factor[:, None] * weights)
+    return value * o.temperature**2, ce
+
+
+def from_logits(
+    logits: Tensor,
+    teacher: Teacher,
+    labels: Tensor | None,
+    rows: Tensor | None,
+    scale: Tensor,
+    options: Options,
+    grad: Tensor | None,
+) -> Rows:
+    """As kd_chunked.from_logits. Teachers that are logits are read where they are, without a copy of
+    anything."""
+    inner = teacher.teacher if isinstance(teacher, TeacherTAID) else teacher
+    if not isinstance(inner, TeacherLogits) or inner is not teacher and options.on_logits:
+        return kd_chunked.from_logits(logits, teacher, labels, rows, scale, options, grad, tile=tile)
+    inverse = 1.0 / options.temperature if options.need_kd else 1.0
+    taid = teacher.t if isinstance(teacher, TeacherTAID) and teacher.t != 1.0 else None
+    target = logits if taid == 0.0 else inner.logits
+    logits, scores = (x if x.stride(-1) == 1 else x.contiguous() for x in (logits, target))
+    sweeps = _Sweeps(
+        logits, scores if options.need_kd else None, rows, labels, scale, options, inverse, inverse, taid
+    )
+    return kd_chunked.summed(*_dense(sweeps, grad), options)
+
+
+def tile(
+    z: Tensor,
+    teacher: Teacher,
+    scores: kd_chunked.Scores,
+    labels: Tensor | None,
+    span: tuple[int, int],
+    scale: Tensor,
+    options: Options,
+    want_grad: bool,
+) -> tuple[Tensor, Tensor]:
+    """As kd_chunked.torch_tile: kd and ce of the rows of z, which becomes the gradient."""
+    inverse = 1.0 / options.temperature if options.need_kd else 1.0
+    part = slice(*span)
+    labels = None if labels is None else labels[part]
+    sweeps = _Sweeps(z, None, None, labels, scale[part], options, inverse)
+    if options.need_kd and isinstance(teacher, TeacherTopK):
+        return _topk(sweeps, *kd_chunked.take_topk(teacher, scores.rows, span, z.dtype, options), want_grad)
+    if options.need_kd and isinstance(teacher, TeacherSamples):
+        return _samples(sweeps, *kd_chunked.take_samples(teacher, scores.rows, span, z.dtype), want_grad)
+    if options.need_kd:
+        student = z if inverse == 1.0 else z * inverse
+        target = scores(*span, student)
+        sweeps = replace(sweeps, t=target if target.stride(-1) == 1 else target.contiguous())
+    return _dense(sweeps, z if want_grad else None)

@@ -1,0 +1,194 @@
+"""Cases for test_kd_triton.py; run with TRITON_INTERPRET=1. Unwritten memory is filled with NaN, so it would
+show."""
+
+import itertools
+import sys
+
+import torch
+
+from mohawk.kernels import kd_triton
+from mohawk.kernels.kd_loss import (
+    TeacherHidden,
+    TeacherLogits,
+    TeacherMixture,
+    TeacherSamples,
+    TeacherTAID,
+    TeacherTopK,
+    kd_loss,
+    linear_kd_loss,
+)
+
+torch.use_deterministic_algorithms(True)
+torch.utils.deterministic.fill_uninitialized_memory = True
+kd_triton.BLOCK = 64  # several blocks and a ragged one at small sizes
+ALL = ("forward_kl", "reverse_kl", "jsd", "skew_kl", "skew_reverse_kl", "tvd", "mse", "cosine")
+ROWS, HIDDEN = 5, 8
+
+
+def error(got, truth):
+    return ((got.double() - truth).norm() / truth.norm().clamp_min(1e-30)).item()
+
+
+def problem(vocab, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    d = {
+        "h": torch.randn(ROWS, HIDDEN, generator=g),
+        "head": torch.randn(vocab, HIDDEN, generator=g) * 0.7,
+        "th": torch.randn(ROWS, HIDDEN, generator=g),
+        "ids": torch.stack([torch.randperm(vocab, generator=g)[:3] for _ in range(ROWS)]),
+        "labels": torch.randint(0, vocab, (ROWS,), generator=g),
+        "weights": torch.rand(ROWS, generator=g) + 0.1,
+    }
+    d["z"] = d["h"] @ d["head"].T
+    d["t"] = d["z"] + torch.randn(ROWS, vocab, generator=g) / 2
+    d["labels"][1] = -100
+    return d
+
+
+def teacher(kind, d, dtype):
+    t, th, head = (d[k].to(dtype) for k in ("t", "th", "head"))
+    lp = torch.log_softmax(d["t"].double(), -1).gather(1, d["ids"]).to(dtype)
+    return {
+        "logits": lambda: t,
+        "hidden": lambda: TeacherHidden(th, head, None, 0.9, 6.0),
+        "taid": lambda: TeacherTAID(TeacherLogits(t), 0.4),
+        "mixture": lambda: TeacherMixture([TeacherLogits(t), TeacherHidden(th, head)], [2.0, 1.0]),
+        "topk": lambda: TeacherTopK(d["ids"], lp),
+        "samples": lambda: TeacherSamples(d["ids"] // 2, torch.full((ROWS, 3), 1 / 3, dtype=dtype)),
+    }[kind]()
+
+
+def run(d, kind, dtype, backend, linear, **options):
+    target = teacher(kind, d, dtype)
+    if linear:
+        leaves = [d["h"].to(dtype).clone().requires_grad_(), d["head"].to(dtype).clone().requires_grad_()]
+        loss = linear_kd_loss(*leaves, target, logit_softcap=7.0, backend=backend, **options)
+    else:
+        leaves = [d["z"].to(dtype).clone().requires_grad_()]
+        loss = kd_loss(leaves[0], target, backend=backend, **options)
+    (loss * torch.linspace(1, 2, loss.numel(), dtype=loss.dtype).reshape(loss.shape)).sum().backward()
+    return [loss.detach(), *(x.grad for x in leaves)]
+
+
+def check(d, kind, linear, **options):
+    truth = run(d, kind, torch.float64, "reference", linear, **options)
+    reference = run(d, kind, torch.float32, "reference", linear, **options)
+    got = run(d, kind, torch.float32, "triton", linear, **options)
+    for k, (value, ref, expected) in enumerate(zip(got, reference, truth, strict=True)):
+        assert error(value, expected) <= 2 * error(ref, expected) + 3e-6, (
+            kind,
+            linear,
+            options,
+            k,
+            value,
+            expected,
+        )
+
+
+def option_sets(d, vocab):
+    labels = d["labels"]
+    cut = vocab - vocab // 4
+    yield {}
+    yield {"labels": labels, "ce_weight": 0.5, "temperature": 1.0}
+    yield {"labels": labels, "ce_weight": 0.5, "temperature": 2.5, "token_weights": d["weights"], "beta": 0.3}
+    yield {"labels": labels.clamp(max=cut - 1), "temperature": 0.7, "vocab_size": cut, "reduction": "none"}
+
+
+def dense():
+    for vocab in (1, 63, 130):
+        d = problem(vocab)
+        for divergence, kind, linear in itertools.product(
+            ALL, ("logits", "hidden", "taid", "mixture"), (False, True)
+        ):
+            if kind == "mixture" and divergence in ("mse", "cosine") or vocab == 1 and divergence == "cosine":
+                continue
+            for options in list(option_sets(d, vocab))[
+                :: 1 if vocab == 130 and kind in ("logits", "hidden") else 3
+            ]:
+                check(d, kind, linear, divergence=divergence, **options)
+                yield 1
+
+
+def sparse():
+    d = problem(130)
+    for kind, linear in itertools.product(("topk", "samples"), (False, True)):
+        for divergence in ALL[:6] if kind == "topk" else ("forward_kl",):
+            for options in option_sets(d, 130):
+                if "vocab_size" in options:
+                    options = {**options, "vocab_size": 130}
+                check(d, kind, linear, divergence=divergence, **options)
+                yield 1
+
+
+def edges():
+    d = problem(130)
+    # the parts alone, each weight 0, no gradient wanted, in place, bfloat16
+    for kd_weight, ce_weight in ((0.0, 1.0), (1.0, 0.0), (0.0, 0.0)):
+        for kind in ("logits", "topk", "samples"):
+            check(
+                d, kind, False, labels=d["labels"], kd_weight=kd_weight, ce_weight=ce_weight, temperature=2.0
+            )
+            yield 1
+    for divergence in ALL:
+        with torch.no_grad():
+            got, parts = kd_loss(
+                d["z"],
+                d["t"],
+                d["labels"],
+                divergence=divergence,
+                backend="triton",
+                return_parts=True,
+                kd_weight=0.0,
+            )
+            expected, exact = kd_loss(
+                d["z"].double(), d["t"].double(), d["labels"], divergence=divergence, backend="reference",
+                return_parts=True, kd_weight=0.0,
+            )  # fmt: skip
+        assert got == 0 and expected == 0
+        for a, b in zip(parts, exact, strict=True):
+            torch.testing.assert_close(a.double(), b, rtol=2e-6, atol=1e-7)
+        x = d["z"].clone().requires_grad_()
+        made = (x * 1.0).contiguous()
+        loss = kd_loss(made, d["t"], d["labels"], divergence=divergence, backend="triton", inplace=True)
+        loss.backward()
+        y = d["z"].clone().requires_grad_()
+        kd_loss(y, d["t"], d["labels"], divergence=divergence, backend="triton").backward()
+        torch.testing.assert_close(x.grad, y.grad)
+        half = d["z"].bfloat16().requires_grad_()
+        kd_loss(half, d["t"].bfloat16(), d["labels"], divergence=divergence, backend="triton").backward()
+        z = half.detach().double().requires_grad_()
+        kd_loss(
+            z, d["t"].bfloat16().double(), d["labels"], divergence=divergence, backend="reference"
+        ).backward()
+        assert error(half.grad, z.grad) < 0.004
+        yield 1
+        # -inf on either side
+        for student, target in ((True, True), (False, True), (True, False)):
+            z, t = d["z"].clone(), d["t"].clone()
+            if student:
+                z[:, 100:] = float("-inf")
+            if target:
+                t[:, 100:] = float("-inf")
+            labels, results = d["labels"].clamp(max=99), []
+            for backend, dtype in (("reference", torch.float64), ("triton", torch.float32)):
+                x = z.to(dtype).requires_grad_()
+                loss = kd_loss(x, t.to(dtype), labels, ce_weight=0.5, divergence=divergence, backend=backend)
+                loss.backward()
+                results.append((loss.detach().double(), x.grad))
+            torch.testing.assert_close(results[1][0], results[0][0], rtol=1e-5, atol=1e-6)
+            if results[0][0].isfinite():
+                assert error(results[1][1], results[0][1]) < 2e-6, (divergence, student, target)
+            yield 1
+        # values and gradients while the two come together
+        for distance in (0.1, 0.01):
+            near = {
+                **d,
+                "t": d["z"]
+                + distance * torch.randn(d["z"].shape, generator=torch.Generator().manual_seed(1)),
+            }
+            check(near, "logits", False, divergence=divergence)
+            yield 1
+
+
+if __name__ == "__main__":
+    print(sum({"dense": dense, "sparse": sparse, "edges": edges}[sys.argv[1]]()), "cases right")
