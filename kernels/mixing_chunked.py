@@ -71,10 +71,14 @@ class _AttentionStrips:
 
     def __init__(self, mixing: AttentionMixing, block: _Block, dtype: torch.dtype, gradients: bool) -> None:
         self.heads = block.stop - block.start
+        self.dtype, self.device = dtype, mixing.q.device
         self.scale = mixing.resolved_scale()
         self.window = mixing.window
         self.q = block.take(mixing.q).to(dtype)
         self.k = block.take(mixing.k).to(dtype).contiguous()
+        self.batch = self.q.shape[0]
+        tile = min(STRIP, self.q.shape[2])
+        self.later = torch.ones(tile, tile, dtype=torch.bool, device=self.q.device).triu(1)
         self.runs = self.starts = None
         if mixing.segment_ids is not None:
             ids = mixing.segment_ids[block.rows]
@@ -97,11 +101,10 @@ class _AttentionStrips:
         stacked = q.reshape(batch * kv_heads, -1, width)
         keys = _flat(self.k[:, :, first:end])
         scores = torch.bmm(stacked, keys.transpose(1, 2)).view(batch, self.heads, rows, end - first)
-        index = torch.arange(first, end, device=scores.device)
-        back = index[row - first :].unsqueeze(1) - index
-        scores[..., row - first :].masked_fill_(back[:, row - first :] < 0, HIDDEN)
+        scores[..., row - first :].masked_fill_(self.later[:rows, :rows], HIDDEN)
         if self.window is not None and end - first > self.window:
-            scores.masked_fill_(back >= self.window, HIDDEN)
+            index = torch.arange(first, end, device=scores.device)
+            scores.masked_fill_(index[row - first :].unsqueeze(1) - index >= self.window, HIDDEN)
         if self.runs is not None:
             hidden = self.runs[:, row:end].unsqueeze(2) != self.runs[:, first:end].unsqueeze(1)
             scores.masked_fill_(hidden.unsqueeze(1), HIDDEN)
@@ -149,9 +152,10 @@ class _SSDStrips:
 
     def __init__(self, mixing: SSDMixing, block: _Block, dtype: torch.dtype, gradients: bool) -> None:
         self.heads = block.stop - block.start
-        self.dtype = dtype
+        self.dtype, self.device = dtype, mixing.C.device
         self.C = block.take(_transposed(mixing.C)).to(dtype).contiguous()
         self.B = block.take(_transposed(mixing.B)).to(dtype).contiguous()
+        self.batch = self.C.shape[0]
         ids = None if mixing.segment_ids is None else mixing.segment_ids[block.rows]
         decays = decays_with_resets(mixing.log_decay[block.rows], ids)
         whole = _Block(slice(None), block.start, block.stop, block.heads)
@@ -164,9 +168,10 @@ class _SSDStrips:
         if gradients:
             batch, _, seq, width = self.C.shape
             shape = (batch, self.heads, seq)
-            self.dC = torch.zeros(*shape, width, dtype=dtype, device=self.C.device)
-            self.dB = torch.zeros_like(self.dC)  # of B_j input_scale_j
-            self.d_decay = torch.zeros(shape, dtype=torch.float64, device=self.C.device)
+            # Written by the strip that holds the row, added to by later strips.
+            self.dC = torch.empty(*shape, width, dtype=dtype, device=self.C.device)
+            self.dB = torch.empty_like(self.dC)  # of B_j input_scale_j
+            self.d_decay = torch.empty(shape, dtype=torch.float64, device=self.C.device)
             self.dD = torch.zeros(batch, self.heads, dtype=torch.float64, device=self.C.device)
 
     def first_column(self, row: int) -> int:
@@ -247,20 +252,21 @@ class _SSDStrips:
         weighted.diagonal(dim1=-2, dim2=-1).zero_()
         d_sums = weighted.sum(-1, dtype=torch.float64) - weighted.sum(-2, dtype=torch.float64)
         d_scores = _flat(self.decay.mul_(own))
-        self.dC[:, :, row:end] += torch.bmm(d_scores, _flat(self.B_tile)).view_as(self.C_tile)
-        self.dB[:, :, row:end] += torch.bmm(d_scores.transpose(1, 2), _flat(self.C_tile)).view_as(self.C_tile)
+        dC = torch.bmm(d_scores, _flat(self.B_tile)).view_as(self.C_tile)
+        self.dB[:, :, row:end] = torch.bmm(d_scores.transpose(1, 2), _flat(self.C_tile)).view_as(self.C_tile)
         if row > first:
             left = flat[..., : row - first]
             dC_rows = torch.bmm(left, _flat(self.B_columns)).view_as(self.C_rows)
             dB_columns = torch.bmm(left.transpose(1, 2), _flat(self.C_rows)).view_as(self.B_columns)
-            d_sums += (dC_rows * self.C_rows).sum(-1, dtype=torch.float64)
+            d_sums += (dC_rows * self.C_rows).sum(-1)
             # A decay left of the strip acts on all the strip's rows and on the columns before it: a sum
             # from the left, in which nothing cancels.
-            columns = (dB_columns * self.B_columns).sum(-1, dtype=torch.float64)
+            columns = (dB_columns * self.B_columns).sum(-1).to(torch.float64)
             self.d_decay[:, :, first:row] += columns.cumsum(-1) - columns
-            self.dC[:, :, row:end].addcmul_(dC_rows, self.row_decay.unsqueeze(-1))
+            dC.addcmul_(dC_rows, self.row_decay.unsqueeze(-1))
             self.dB[:, :, first:row].addcmul_(dB_columns, self.column_decay.unsqueeze(-1))
-        self.d_decay[:, :, row:end] += d_sums.flip(-1).cumsum(-1).flip(-1)
+        self.dC[:, :, row:end] = dC
+        self.d_decay[:, :, row:end] = d_sums.flip(-1).cumsum(-1).flip(-1)
 
     def gradients(self) -> tuple[Tensor | None, ...]:
         B = _repeated(self.B, self.heads)
@@ -352,19 +358,22 @@ def _value_and_gradients(
     weight = 1 / max(1, batch * heads) if reduction == "mean" else 1.0
     gradients: list[Tensor | None] = [None] * len(student.tensors)
     attention = isinstance(student, AttentionMixing)
+    strip = min(STRIP, seq)
+    blocks = list(_blocks((student, teacher), heads, strip)) if values.numel() and seq else []
     if wanted:
         for index, value in enumerate(student.tensors):
             if value is not None and value.requires_grad:
                 shape = value.shape
                 if reduction == "none":
                     shape = (batch, heads, *((seq, *value.shape[3:]) if value.dim() > 1 else ()))
-                gradients[index] = torch.zeros(shape, dtype=dtype, device=device)
-    if not values.numel() or not seq:
+                once = bool(blocks) and not _shared(blocks[0], value.shape, attention)
+                make = torch.empty if once else torch.zeros
+                gradients[index] = make(shape, dtype=dtype, device=device)
+    if not blocks:
         return values.to(dtype), gradients
 
     real = _real_tokens(student, teacher)
-    strip = min(STRIP, seq)
-    for block in _blocks((student, teacher), heads, strip):
+    for block in blocks:
         mine = _strips(student, block, dtype, wanted)
         theirs = _strips(teacher, block, dtype, False)
         masks = None if real is None else real[block.rows]
@@ -384,18 +393,29 @@ def _value_and_gradients(
     return values.to(dtype), gradients
 
 
+def _groups(shape: torch.Size, attention: bool) -> int:
+    """The number of heads or groups of a student's tensor."""
+    return shape[0] if len(shape) == 1 else shape[1] if attention else shape[2]
+
+
+def _shared(block: _Block, shape: torch.Size, attention: bool) -> bool:
+    """Whether several blocks add to the same entries of a tensor's gradient."""
+    return len(shape) == 1 or block.stop - block.start < block.heads // _groups(shape, attention)
+
+
 def _add_block(out: Tensor, gradient_bh: Tensor, block: _Block, shape: torch.Size, attention: bool) -> None:
-    count = shape[0] if len(shape) == 1 else shape[1] if attention else shape[2]
-    groups = group_slice(block.start, block.stop, block.heads, count)
+    groups = group_slice(block.start, block.stop, block.heads, _groups(shape, attention))
     width = groups.stop - groups.start
     if gradient_bh.shape[1] != width:
         gradient_bh = gradient_bh.unflatten(1, (width, -1)).sum(2)
     if len(shape) == 1:
         out[groups] += gradient_bh.sum(0)
-    elif attention:
-        out[block.rows, groups] += gradient_bh
+        return
+    target = out[block.rows, groups] if attention else out[block.rows, :, groups].transpose(1, 2)
+    if _shared(block, shape, attention):
+        target += gradient_bh
     else:
-        out[block.rows, :, groups] += gradient_bh.transpose(1, 2)
+        target.copy_(gradient_bh)
 
 
 def _real_tokens(student: Mixing, teacher: Mixing) -> Tensor | None:
@@ -409,10 +429,9 @@ def _real_tokens(student: Mixing, teacher: Mixing) -> Tensor | None:
 
 def _sweep(mine, theirs, seq: int, strip: int, metric: str, real: Tensor | None, wanted: bool):
     """One block's sums over all strips, (b, h): squared differences (or KL), and the teacher's squares."""
-    shape = mine.sums.shape[:2] if isinstance(mine, _SSDStrips) else mine.q.shape[:1] + (mine.heads,)
-    device = theirs.q.device if isinstance(theirs, _AttentionStrips) else theirs.C.device
-    total = torch.zeros(shape, dtype=torch.float64, device=device)
-    size = torch.zeros_like(total)
+    # Rows are short enough for sums in float32; their sum is not.
+    rows = torch.empty(mine.batch, mine.heads, seq, dtype=mine.dtype, device=mine.device)
+    sizes = torch.empty_like(rows) if metric == "relative" else None
     padded = None if real is None else (~real).any(0).tolist()
     for row in range(0, seq, strip):
         end = min(row + strip, seq)
@@ -421,23 +440,27 @@ def _sweep(mine, theirs, seq: int, strip: int, metric: str, real: Tensor | None,
         if padded is not None and any(padded[first:end]):
             mask = (real[:, row:end].unsqueeze(2) & real[:, first:end].unsqueeze(1)).unsqueeze(1)
         if metric == "kl":
-            total += _kl_strip(mine, theirs, row, end, first, mask, wanted)
+            rows[:, :, row:end] = _kl_strip(mine, theirs, row, end, first, mask, wanted)
             continue
         strip_entries = theirs.strip(row, end, first)
         if metric == "relative":
             if mask is not None:
                 strip_entries *= mask
-            size += _sum_of_squares(strip_entries)
+            sizes[:, :, row:end] = torch.linalg.vector_norm(strip_entries, dim=-1)
         residual = mine.difference(strip_entries, row, end, first)
         if mask is not None:
             residual *= mask
-        total += _sum_of_squares(residual)
+        rows[:, :, row:end] = torch.linalg.vector_norm(residual, dim=-1)
         if wanted:
             mine.accumulate(residual, row, end, first)
-    return total, size
+    rows = rows.to(torch.float64)
+    if metric == "kl":
+        return rows.sum(-1), None
+    return rows.square_().sum(-1), None if sizes is None else sizes.to(torch.float64).square_().sum(-1)
 
 
 def _kl_strip(mine, theirs, row: int, end: int, first: int, mask: Tensor | None, wanted: bool) -> Tensor:
+    """(b, h, t) the KL of each row."""
     log_s, log_a = mine.log_strip(row, end, first), theirs.log_strip(row, end, first)
     a = log_a.exp()
     terms = a * (log_a - log_s)
@@ -448,15 +471,12 @@ def _kl_strip(mine, theirs, row: int, end: int, first: int, mask: Tensor | None,
         terms, residual = terms * rows, residual.mul_(rows)
     if wanted:
         mine.accumulate_scores(residual, row, end, first)
-    return terms.sum(-1).sum(-1, dtype=torch.float64)
+    return terms.sum(-1)
 
 
-def _sum_of_squares(strip_bhtm: Tensor) -> Tensor:
-    """(b, h) in float64: rows are short enough for float32, their sum is not."""
-    return torch.linalg.vector_norm(strip_bhtm, dim=-1).to(torch.float64).square().sum(-1)
-
-
-def _finish(metric: str, total: Tensor, size: Tensor, seq: int, real: Tensor | None) -> tuple[Tensor, Tensor]:
+def _finish(
+    metric: str, total: Tensor, size: Tensor | None, seq: int, real: Tensor | None
+) -> tuple[Tensor, Tensor]:
     """The distance, and the factor for the gradients of half the sum of squares (for kl: of the sum)."""
     if metric == "kl":
         rows = seq if real is None else real.sum(-1).clamp(min=1).unsqueeze(1)
