@@ -9,14 +9,15 @@ from torch import Tensor, nn
 
 from mohawk.models.families import check_supported, decoder_layers, decoder_shape, mixer_input_norm
 from mohawk.models.hybrid import SSM_LAYER, HybridConfig, HybridForCausalLM, attention_types
-from mohawk.models.mixers import OPEN_GATE, Mamba2Mixer, SSMMixer
+from mohawk.models.mixers import Mamba2Mixer, SSMMixer
 
 INITS = ("attention", "random")
 GATES = ("open", "output", "random")
 # Starting values under init "attention"; see copy_attention
-X_SIZE = 0.5  # rms of x before its SiLU
+X_SIZE = 0.1  # rms of x before its SiLU, where SiLU is nearly x / 2
 CONTENT = 0.25  # how much of q.k / sqrt(d) enters the first mixing matrix
-AVERAGED = 0.12  # rms of attention's output over that of its values
+AVERAGED = 0.2  # rms of attention's output over that of its values
+NORM_INPUT = 0.3  # rms of the output norm's input over sqrt(eps): below 1 the norm is nearly linear
 SLOWEST, FASTEST = 2e-3, 0.5  # dt of the first and the last head: averages over 500 and 2 tokens
 
 
@@ -29,9 +30,7 @@ def choose_layers(ssm_layers: str | Sequence[int], num_layers: int) -> list[int]
     if isinstance(ssm_layers, str):
         words = {"every_second": range(1, num_layers, 2), "all": range(num_layers)}
         if ssm_layers not in words:
-            raise ValueError(
-                f"ssm_layers: got {ssm_layers!r}, allowed: every_second, all, or a list of layer indices"
-            )
+            raise ValueError(f"ssm_layers: got {ssm_layers!r}, allowed: every_second, all, or a list of layer indices")
         chosen = list(words[ssm_layers])
     else:
         chosen = sorted(int(i) for i in ssm_layers)
@@ -147,7 +146,7 @@ def copy_attention(attention: nn.Module, mixer: SSMMixer, norm: Tensor, num_kv_h
     size = size.square().mean(1, keepdim=True).sqrt().expand(-1, p).flatten()
     silu = mixer.activation == "silu"
     slope, offset = (0.5, 0.0) if silu else (1.0, 0.0)
-    # x: in SiLU's nearly linear range; the output norm takes the scale out again
+    # x: in SiLU's nearly linear range; the output norm's weight takes the scale out again
     taps = {"x": X_SIZE / size if silu else torch.ones_like(size)}
     # B, C: (constant + scaled k).(constant + scaled q) = 1 + CONTENT * k.q / sqrt(p)
     constant = p**-0.5
@@ -184,14 +183,31 @@ def copy_attention(attention: nn.Module, mixer: SSMMixer, norm: Tensor, num_kv_h
         mixer.A_log.zero_()
         dt = torch.exp(torch.linspace(math.log(SLOWEST), math.log(FASTEST), mixer.num_heads))
         mixer.dt_bias.copy_(dt + torch.log(-torch.expm1(-dt)))
-        mixer.norm.weight.copy_(AVERAGED * size)
     if gate == "open":
         mixer.in_proj.weight[rows["z"]] = 0.0
         if isinstance(mixer, Mamba2Mixer):
-            mixer.in_proj.bias[rows["z"]] = OPEN_GATE
+            _open_gate(mixer, size)
     elif gate == "output":
         values = per_head(attention.v_proj.weight, repeat)
         mixer.in_proj.weight[rows["z"]] = 0.5 * (attention.o_proj.weight.T + values)
+
+
+def _open_gate(mixer: Mamba2Mixer, size: Tensor) -> None:
+    """A constant gate under which the output norm passes sizes on, so that out_proj sees what o_proj saw.
+
+    RMSNorm per head gives every token's head the same size, but an attention head that rests on a sink puts out next
+    to nothing. With an input well below sqrt(eps) the norm only multiplies. SiLU's negative tail makes it so small:
+    there silu(z) ~ z exp(z), and a change of z multiplies the gate, whatever its size.
+    """
+    root = mixer.norm.eps**0.5
+    gate = NORM_INPUT * root / (AVERAGED * X_SIZE / 2)
+    z, step = -1.2784645, 4.0  # the minimum of silu, -0.278; left of it silu rises to 0
+    while step > 1e-6:
+        if -(z - step) / (1 + math.exp(step - z)) > gate:
+            z -= step
+        step /= 2
+    mixer.in_proj.bias[mixer.slices()["z"]] = z
+    mixer.norm.weight.copy_(size * (2 / X_SIZE) * root * (1 + math.exp(-z)) / z)
 
 
 def _silu_inverse(value: float) -> tuple[float, float]:

@@ -7,7 +7,14 @@ layer and makes transformers' caches give that layer a conv and a recurrent stat
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, DynamicCache, GenerationMixin, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    DynamicCache,
+    GenerationMixin,
+    PreTrainedModel,
+)
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
@@ -79,7 +86,7 @@ class HybridConfig(PreTrainedConfig):
         # set after, since the parent has its own ideas about a missing value
         if base_config is not None and len(self.layer_types) != base_config.num_hidden_layers:
             raise ValueError(
-                f"layer_types has {len(self.layer_types)} entries, the base model {base_config.num_hidden_layers} layers"
+                f"layer_types: {len(self.layer_types)} entries for a model of {base_config.num_hidden_layers} layers"
             )
 
     @property
@@ -200,7 +207,14 @@ class HybridForCausalLM(HybridPreTrainedModel, GenerationMixin):
         **kwargs,
     ) -> CausalLMOutputWithPast:
         body = self.body(
-            input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache, segment_ids, **kwargs
+            input_ids,
+            attention_mask,
+            position_ids,
+            past_key_values,
+            inputs_embeds,
+            use_cache,
+            segment_ids,
+            **kwargs,
         )
         hidden = body.last_hidden_state
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) and logits_to_keep else logits_to_keep

@@ -107,9 +107,7 @@ class SSMMixer(nn.Module):
 
     def _conv(self, x: Tensor, channels: slice, state: Tensor | None = None, segment_ids: Tensor | None = None):
         weight, bias = self.conv1d.weight[channels, 0], self.conv1d.bias[channels]
-        return causal_conv1d(
-            x, weight, bias, activation=self.activation, initial_state=state, segment_ids=segment_ids
-        )
+        return causal_conv1d(x, weight, bias, activation=self.activation, initial_state=state, segment_ids=segment_ids)
 
     def _heads(self, B: Tensor, C: Tensor) -> tuple[Tensor, Tensor]:
         return B.unflatten(-1, (self.num_groups, -1)), C.unflatten(-1, (self.num_groups, -1))
@@ -137,9 +135,7 @@ class SSMMixer(nn.Module):
         BC = self._conv(BC, slice(self.inner_size, self.conv_size), segment_ids=segment_ids)
         B, C = self._heads(*BC.split(self.group_size, -1))
         log_decay, input_scale = self.decay(raw)
-        return SSDMixing(
-            C=C, B=B, log_decay=log_decay, input_scale=input_scale, D=self.D, segment_ids=segment_ids
-        )
+        return SSDMixing(C=C, B=B, log_decay=log_decay, input_scale=input_scale, D=self.D, segment_ids=segment_ids)
 
     def _rows(self, rows: slice) -> tuple[Tensor, Tensor | None]:
         return self.in_proj.weight[rows], None if self.in_proj.bias is None else self.in_proj.bias[rows]
@@ -196,9 +192,7 @@ class SSMMixer(nn.Module):
                     x, log_decay, B, C, input_scale=input_scale, D=self.D, segment_ids=segment_ids,
                     initial_state=state, return_final_state=True,
                 )  # fmt: skip
-            past_key_values.update_conv_state(
-                xBC.transpose(1, 2), self.layer_idx, conv_kernel_size=self.conv_kernel
-            )
+            past_key_values.update_conv_state(xBC.transpose(1, 2), self.layer_idx, conv_kernel_size=self.conv_kernel)
             past_key_values.update_recurrent_state(state, self.layer_idx)
         return self.out_proj(self.gate(y.flatten(-2), z).to(projected.dtype)), None
 

@@ -40,9 +40,7 @@ class AttentionRecord:
 
     def mixing(self, segment_ids: Tensor | None = None) -> AttentionMixing:
         """The layer's mixing matrix softmax(mask(scale q k^T)), unmaterialised."""
-        return AttentionMixing(
-            self.query, self.key, scale=self.scale, window=self.window, segment_ids=segment_ids
-        )
+        return AttentionMixing(self.query, self.key, scale=self.scale, window=self.window, segment_ids=segment_ids)
 
 
 class _Recorder(nn.Module):

@@ -12,9 +12,7 @@ class Batches:
     that are dealt to the processes in turn: a step has the same examples in one process or several.
     """
 
-    def __init__(
-        self, examples: int, *, batch_size: int, batches: int, seed: int, rank: int = 0, world_size: int = 1
-    ):
+    def __init__(self, examples: int, *, batch_size: int, batches: int, seed: int, rank: int = 0, world_size: int = 1):
         self.examples = examples
         self.batch_size = batch_size
         self.batches = batches

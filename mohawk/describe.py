@@ -51,9 +51,7 @@ def student_folder(path: str | Path) -> str:
     for student in (folder / "student", *(folder / "phases" / name / "student" for name in reversed(PHASES))):
         if (student / "config.json").is_file():
             return str(student)
-    raise UserError(
-        f"{path} is a run without a student yet; `mohawk convert` with its recipe goes on with it"
-    )
+    raise UserError(f"{path} is a run without a student yet; `mohawk convert` with its recipe goes on with it")
 
 
 def describe(model: str | Path) -> Description:
@@ -72,11 +70,7 @@ def describe(model: str | Path) -> Description:
     with torch.device("meta"):
         empty = AutoModelForCausalLM.from_config(config)
     blocks = next(
-        (
-            m
-            for m in empty.modules()
-            if isinstance(m, torch.nn.ModuleList) and len(m) == config.num_hidden_layers
-        ),
+        (m for m in empty.modules() if isinstance(m, torch.nn.ModuleList) and len(m) == config.num_hidden_layers),
         torch.nn.ModuleList(),
     )
     dtype = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32

@@ -53,9 +53,7 @@ def doctor(console: Console | None = None) -> None:
         devices.add_row(*map(escape, row))
     console.print(devices)
 
-    operations = Table(
-        "operation", "backend", "why", title="Operations", title_justify="left", title_style="bold"
-    )
+    operations = Table("operation", "backend", "why", title="Operations", title_justify="left", title_style="bold")
     for row in operation_rows():
         operations.add_row(row[0], row[1], escape(row[2]))
     console.print(operations)
@@ -103,9 +101,7 @@ def why_no_gpu() -> str:
 
     built = torch.version.cuda or torch.version.hip
     if shutil.which("nvidia-smi") and not torch.version.cuda:
-        return (
-            f"an NVIDIA driver is here, but torch {torch.__version__} is built without CUDA: reinstall torch"
-        )
+        return f"an NVIDIA driver is here, but torch {torch.__version__} is built without CUDA: reinstall torch"
     if built:
         return f"none found (torch {torch.__version__} could use one)"
     return f"none (torch {torch.__version__} is a CPU build)"

@@ -43,9 +43,7 @@ class Head:
         """The head of any Hugging Face causal language model, in float32. Raises UserError if it has none."""
         output = model.get_output_embeddings()
         if output is None:
-            raise UserError(
-                f"evaluation: {type(model).__name__} has no output embedding to compare logits of"
-            )
+            raise UserError(f"evaluation: {type(model).__name__} has no output embedding to compare logits of")
         config = model.config.get_text_config()
         scale = getattr(config, "logit_scale", None) or 1.0  # Cohere multiplies, Granite divides
         scale /= getattr(config, "logits_scaling", None) or 1.0
@@ -290,9 +288,7 @@ def decode_speed(
 
 def _step(model: PreTrainedModel, ids: Tensor, start: int, cache: Any) -> Any:
     positions = torch.arange(start, start + ids.shape[1], device=ids.device)[None]
-    return model(
-        input_ids=ids, position_ids=positions, past_key_values=cache, use_cache=True, logits_to_keep=1
-    )
+    return model(input_ids=ids, position_ids=positions, past_key_values=cache, use_cache=True, logits_to_keep=1)
 
 
 def _synchronize(device: torch.device) -> None:
@@ -322,9 +318,7 @@ def cache_bytes(cache: Any) -> int:
 
 
 @torch.inference_mode()
-def continuation(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: str, new_tokens: int = 60
-) -> str:
+def continuation(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: str, new_tokens: int = 60) -> str:
     """The model's greedy continuation of `prompt`, without it. Raises UserError for an empty prompt."""
     inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
     inputs.pop("token_type_ids", None)

@@ -146,9 +146,7 @@ def unwrap(text: str) -> str:
     for block in re.split(r"\n[ \t\f]*\n", text.replace("\r\n", "\n").replace("\x1a", "")):
         lines = [line for line in block.splitlines() if re.search(r"[A-Za-z]", line)]
         # a line ends with a hyphen or dash only where the word has one
-        paragraph = re.sub(
-            r"\s+", " ", re.sub(r"(?<=\w-)\s*\n\s*|(?<=--)\s*\n\s*", "", "\n".join(lines))
-        ).strip()
+        paragraph = re.sub(r"\s+", " ", re.sub(r"(?<=\w-)\s*\n\s*|(?<=--)\s*\n\s*", "", "\n".join(lines))).strip()
         sentences = re.search(r"[a-z][.!?:;,]['\")\]]*(\s|$)", paragraph)
         if len(paragraph) >= 40 and sentences and paragraph.count(" * ") < 2:
             paragraphs.append(paragraph)
@@ -233,9 +231,7 @@ def whole_folder(target: Path) -> Iterator[Path]:
 
 
 def _unwritable(folder: Path, error: OSError) -> UserError:
-    return UserError(
-        f"cannot write the cache {folder}: {error.strerror}; set MOHAWK_CACHE to a writable folder"
-    )
+    return UserError(f"cannot write the cache {folder}: {error.strerror}; set MOHAWK_CACHE to a writable folder")
 
 
 def _sha256(path: Path) -> str:

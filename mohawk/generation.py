@@ -44,9 +44,7 @@ def generate(
         set_seed(seed)
     inputs = tokenizer(prompt, return_tensors="pt").to(device)
     if inputs["input_ids"].shape[1] == 0:
-        raise UserError(
-            "--prompt: got an empty text, to which this tokenizer adds no first token; give some words"
-        )
+        raise UserError("--prompt: got an empty text, to which this tokenizer adds no first token; give some words")
     sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p} if temperature > 0 else {}
     with torch.inference_mode():
         ids = loaded.generate(
@@ -54,8 +52,6 @@ def generate(
             **(sampling or {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}),
             max_new_tokens=max_new_tokens,
             streamer=TextStreamer(tokenizer, skip_special_tokens=True),
-            pad_token_id=tokenizer.pad_token_id
-            if tokenizer.pad_token_id is not None
-            else tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
         )
     return tokenizer.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)

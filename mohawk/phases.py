@@ -109,8 +109,9 @@ class MixingObjective(LayerwiseObjective):
     def trained(self):
         kept_out = ("out_proj.weight", "out_proj.bias", "z_bias", "self_attn.norm.weight")
         return self._trained_in_layers(
-            lambda name: name.startswith("input_layernorm")
-            or (name.startswith("self_attn.") and not name.endswith(kept_out))
+            lambda name: (
+                name.startswith("input_layernorm") or (name.startswith("self_attn.") and not name.endswith(kept_out))
+            )
         )
 
     def parameter_groups(self, learning_rate: float, weight_decay: float) -> list[dict]:
@@ -191,9 +192,7 @@ class EndToEndObjective(Objective):
         with torch.no_grad():
             body = getattr(self.teacher, "body", self.teacher.model)  # a hybrid can be a teacher too
             teacher = body(input_ids=input_ids, position_ids=position_ids, use_cache=False)
-        student = self.student.body(
-            input_ids, position_ids=position_ids, segment_ids=segment_ids, use_cache=False
-        )
+        student = self.student.body(input_ids, position_ids=position_ids, segment_ids=segment_ids, use_cache=False)
         # position t predicts token t + 1
         loss = linear_kd_loss(
             student.last_hidden_state[:, :-1],

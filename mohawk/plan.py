@@ -75,7 +75,12 @@ def make_plan(recipe: Recipe, teacher_config) -> Plan:
         trained = sum(groups.values())
         phases.append(
             PhasePlan(
-                name, trained, groups, int(phase.tokens), phase.steps(), _memory(recipe, phase, name, student, teacher, trained)
+                name,
+                trained,
+                groups,
+                int(phase.tokens),
+                phase.steps(),
+                _memory(recipe, phase, name, student, teacher, trained),
             )
         )
     return Plan(student.config.layer_types, student, sum(p.numel() for p in teacher.parameters()), phases)
@@ -109,7 +114,9 @@ def _memory(recipe: Recipe, phase, name: str, student, teacher, trained: int) ->
     layers = shape.num_layers if name == "end_to_end" else 2
     activations = 4 * tokens * (6 * width * layers + 4 * shape.hidden_size * 3)
     bytes_each = 2 if recipe.teacher.dtype == "bfloat16" else 4
-    parameters = sum(p.numel() for p in student.parameters()) * 4 + sum(p.numel() for p in teacher.parameters()) * bytes_each
+    parameters = (
+        sum(p.numel() for p in student.parameters()) * 4 + sum(p.numel() for p in teacher.parameters()) * bytes_each
+    )
     return parameters + 12 * trained + activations
 
 
@@ -137,7 +144,9 @@ def print_plan(plan: Plan, recipe: Recipe, console: Console) -> None:
             f"{source}; MLP and norms copied" if is_ssm else "copied",
         )
     console.print(layers)
-    console.print(f"Embeddings, norms, MLPs, head and the attention of layers {_ranges(kept)} are copied from the teacher.")
+    console.print(
+        f"Embeddings, norms, MLPs, head and the attention of layers {_ranges(kept)} are copied from the teacher."
+    )
     phases = Table("phase", "trains", "frozen", "tokens", "steps", "memory (estimate)")
     total = sum(p.numel() for p in plan.student.parameters())
     for phase in plan.phases:

@@ -34,9 +34,7 @@ class Heads:
     after: Any | None = None
 
 
-def plot_losses(
-    metrics: Path | str, target: Path | str, labels: Mapping[str, str] | None = None
-) -> Path | None:
+def plot_losses(metrics: Path | str, target: Path | str, labels: Mapping[str, str] | None = None) -> Path | None:
     """The loss curve of every phase in metrics.jsonl, side by side, over tokens; None if none was logged.
 
     labels: what each phase's loss is, with its unit. A loss that was not finite leaves a gap.
@@ -75,9 +73,7 @@ def plot_losses(
     return _save(figure, target)
 
 
-def plot_evaluation(
-    stages: Mapping[str, Mapping[str, Mapping[str, float]]], target: Path | str
-) -> Path | None:
+def plot_evaluation(stages: Mapping[str, Mapping[str, Mapping[str, float]]], target: Path | str) -> Path | None:
     """Perplexity, KL and top-1 agreement before phase 1 and after each phase; None when there is nothing.
 
     stages: {"before": {"held_out": a Comparison as a dict, ...}, "mixing": ..., ...}.
@@ -100,9 +96,7 @@ def plot_evaluation(
                 values = [100 * v for v in values]
             axis.plot(range(len(names)), values, color=color, marker=marker, lw=1.8, label=TEXTS[text])
             if key == "student_perplexity":
-                of_teacher = next(
-                    _number(stages[s][text]["teacher_perplexity"]) for s in names if text in stages[s]
-                )
+                of_teacher = next(_number(stages[s][text]["teacher_perplexity"]) for s in names if text in stages[s])
                 axis.axhline(of_teacher, color=color, ls="--", lw=1, label=f"teacher there: {of_teacher:.3g}")
             for i, value in enumerate(values):
                 # the lower one of two texts has its number below the point, so that the two do not overlap
@@ -139,9 +133,7 @@ def plot_mixing_matrices(rows: Sequence[Heads], target: Path | str) -> Path | No
     columns = 2 + any(row.after is not None for row in rows)
     figure, axes = _subplots(len(rows), columns, width=3.7, height=3.5)
     for line, row in zip(axes, rows, strict=True):
-        matrices = [
-            np.asarray(m, dtype=np.float64) for m in (row.teacher, row.before, row.after) if m is not None
-        ]
+        matrices = [np.asarray(m, dtype=np.float64) for m in (row.teacher, row.before, row.after) if m is not None]
         # before phase 1 the student's entries may be thousands of times larger, which its title tells
         largest = max(1e-2, float(np.abs(matrices[0]).max()))
         norm = SymLogNorm(linthresh=1e-3, vmin=-largest, vmax=largest)

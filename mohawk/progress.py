@@ -54,8 +54,7 @@ class Progress(TrainerCallback):
             file=stream,
             dynamic_ncols=True,
             disable=self.plain,
-            bar_format="{desc} {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt}"
-            " [{elapsed}, {remaining} left{postfix}]",
+            bar_format="{desc} {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}, {remaining} left{postfix}]",
         )
 
     def on_log(self, args, state, control, logs=None, **kwargs):

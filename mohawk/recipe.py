@@ -42,9 +42,7 @@ Text = Annotated[str, Field(min_length=1)]
 class Section(BaseModel):
     """A part of the recipe: no unknown keys, no silent conversion of types, unchanged once checked."""
 
-    model_config = ConfigDict(
-        extra="forbid", strict=True, frozen=True, allow_inf_nan=False, protected_namespaces=()
-    )
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False, protected_namespaces=())
 
 
 class Teacher(Section):
@@ -140,6 +138,9 @@ class Hidden(Phase):
         "block_output", description="what of a layer is compared with the teacher's"
     )
     train_mlp: bool = Field(False, description="train the MLPs of the converted layers too")
+    solve_tokens: Annotated[Whole, Field(ge=0)] = Field(
+        0, description="first solve output projections by least squares on so many tokens; 0: do not"
+    )
 
 
 class EndToEnd(Phase):
@@ -147,9 +148,9 @@ class EndToEnd(Phase):
     learning_rate: Annotated[float, Field(gt=0, le=1)] = Field(1e-5, description="after warmup")
     gradient_accumulation: Count = Field(16, description="batches in one step")
     train: Literal["all", "all_but_mlp", "mixers"] = Field("all", description="which parameters train")
-    divergence: Literal[
-        "forward_kl", "reverse_kl", "jsd", "skew_kl", "skew_reverse_kl", "tvd", "mse", "cosine"
-    ] = Field("forward_kl", description="between the teacher's and the student's next-token distributions")
+    divergence: Literal["forward_kl", "reverse_kl", "jsd", "skew_kl", "skew_reverse_kl", "tvd", "mse", "cosine"] = (
+        Field("forward_kl", description="between the teacher's and the student's next-token distributions")
+    )
     temperature: Annotated[float, Field(gt=0, le=100)] = Field(1.0, description="of both distributions")
     kd_weight: Annotated[float, Field(ge=0)] = Field(1.0, description="of the divergence")
     ce_weight: Annotated[float, Field(ge=0)] = Field(0.0, description="of the cross entropy with the text")

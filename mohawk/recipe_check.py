@@ -114,11 +114,7 @@ def _parts(annotation: Any) -> Iterator[Any]:
 
 def _is_section(annotation: Any) -> bool:
     # Python 3.10 takes list[int] for a type.
-    return (
-        typing.get_origin(annotation) is None
-        and isinstance(annotation, type)
-        and issubclass(annotation, BaseModel)
-    )
+    return typing.get_origin(annotation) is None and isinstance(annotation, type) and issubclass(annotation, BaseModel)
 
 
 def _allowed(annotation: Any) -> str:

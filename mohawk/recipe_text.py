@@ -211,6 +211,11 @@ def prefix(place: str, path: Path) -> str:
     return place if place == f"--set {dotted(path)}" else f"{place}: {dotted(path)}"
 
 
+def quoted(text: str) -> str:
+    """As YAML that is read back as this string, whatever it looks like: for values of overrides."""
+    return "'" + text.replace("'", "''") + "'"
+
+
 def dotted(path: Path) -> str:
     """("data", "train", 0) as data.train.0."""
     return ".".join(map(str, path)) or "the recipe"

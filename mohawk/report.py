@@ -59,10 +59,7 @@ def finish(
     }
     continuations = earlier.get("continuations") or {
         "prompt": asked.prompt,
-        **{
-            who: continuation(m, tokenizer, asked.prompt, asked.continuation_tokens)
-            for who, m in models.items()
-        },
+        **{who: continuation(m, tokenizer, asked.prompt, asked.continuation_tokens) for who, m in models.items()},
     }
     stages = {stage: read_json(folder / "evaluation" / f"{stage}.json") for stage in STAGES}
     stages = {stage: found for stage, found in stages.items() if found}
@@ -215,9 +212,7 @@ def tables(results: Mapping[str, Any]) -> list[Table]:
     for teacher, student in zip(decoding["teacher"], decoding["student"], strict=True):
         context = f"after {teacher['context']:,} tokens"
         rows.append([f"state {context}", *(_bytes(s["state_bytes"]) for s in (teacher, student))])
-        rows.append(
-            [f"decoding {context}", *(f"{s['tokens_per_s']:.1f} tokens/s" for s in (teacher, student))]
-        )
+        rows.append([f"decoding {context}", *(f"{s['tokens_per_s']:.1f} tokens/s" for s in (teacher, student))])
     # states and speeds of two dtypes are not comparable unless the reader knows
     header = ["", *(f"{who} ({results['dtypes'][who]})" for who in ("teacher", "student"))]
     made.append(("Size and speed (one sequence, greedy, median)", header, rows))
@@ -241,24 +236,18 @@ def to_markdown(results: Mapping[str, Any], recipe: str, name: str) -> str:
     """report.md: the tables, the continuations, the plots, the machine and the recipe."""
     parts = [f"# {name}\n\n{results['architecture']}\n\nTeacher: `{results['teacher']}`"]
     for title, header, rows in tables(results):
-        lines = [
-            "| " + " | ".join(row) + " |" for row in (header, ["---"] + ["---:"] * (len(header) - 1), *rows)
-        ]
+        lines = ["| " + " | ".join(row) + " |" for row in (header, ["---"] + ["---:"] * (len(header) - 1), *rows)]
         parts.append(f"## {title}\n\n" + "\n".join(lines))
     said = results["continuations"]
     quoted = [f"The prompt:\n\n{_indented(said['prompt'])}"]
     quoted += [f"The {who}:\n\n{_indented(said[who])}" for who in ("teacher", "student")]
     parts.append("## Greedy continuations\n\n" + "\n\n".join(quoted))
     if results["plots"]:
-        images = [
-            f"![{PLOTS.get(Path(p).name, Path(p).stem.replace('_', ' '))}]({p})" for p in results["plots"]
-        ]
+        images = [f"![{PLOTS.get(Path(p).name, Path(p).stem.replace('_', ' '))}]({p})" for p in results["plots"]]
         parts.append("## Plots\n\n" + "\n\n".join(images))
     found = results["machine"]
     versions = ", ".join(f"{package} {version}" for package, version in found["versions"].items())
-    lines = [
-        f"- {line}" for line in (versions, f"run on {found['device']}", *found["devices"], found["system"])
-    ]
+    lines = [f"- {line}" for line in (versions, f"run on {found['device']}", *found["devices"], found["system"])]
     parts.append("## Machine\n\n" + "\n".join(lines))
     parts.append(f"## Recipe\n\n```yaml\n{recipe.strip()}\n```")
     return "\n\n".join(parts) + "\n"

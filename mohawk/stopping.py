@@ -44,9 +44,7 @@ class StopRequest:
             nonlocal first
             if self.number is None:
                 self.number, first = number, time.monotonic()
-                os.write(
-                    2, SAYING
-                )  # not through logging: the signal may have come in the middle of its writing
+                os.write(2, SAYING)  # not through logging: the signal may have come in the middle of its writing
             elif time.monotonic() - first > self.same_signal:
                 restore()
                 signal.raise_signal(number)

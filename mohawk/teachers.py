@@ -34,9 +34,7 @@ def locate(model: str | Path, gguf_file: str | None = None) -> tuple[str, str | 
     path = Path(name).expanduser()
     if path.is_file():
         if path.suffix.lower() != ".gguf":
-            raise UserError(
-                f"teacher: {name} is a file; give the folder that holds config.json, or a .gguf file"
-            )
+            raise UserError(f"teacher: {name} is a file; give the folder that holds config.json, or a .gguf file")
         if gguf_file is not None and gguf_file != path.name:
             raise UserError(f"teacher: {name} is itself a GGUF file; drop gguf_file ({gguf_file})")
         return str(path.parent), path.name
@@ -46,8 +44,7 @@ def locate(model: str | Path, gguf_file: str | None = None) -> tuple[str, str | 
                 raise UserError(f"teacher: {name} holds no {gguf_file}; {_listed(path, '.gguf')}")
         elif not (path / "config.json").is_file():
             raise UserError(
-                f"teacher: {name} holds no config.json, so it is no saved Hugging Face model; "
-                f"{_listed(path, '.gguf')}"
+                f"teacher: {name} holds no config.json, so it is no saved Hugging Face model; {_listed(path, '.gguf')}"
             )
         return str(path), gguf_file
     if _looks_local(name):
@@ -224,8 +221,7 @@ def _user_error(error: Exception, name: str, revision: str | None, what: str) ->
 
     if "trust_remote_code" in str(error):
         return UserError(
-            f"teacher: {name} runs Python code of its own to load; if you trust it, set "
-            "teacher.trust_remote_code: true"
+            f"teacher: {name} runs Python code of its own to load; if you trust it, set teacher.trust_remote_code: true"
         )
     if local and isinstance(error, (OSError, ValueError, KeyError, TypeError)):
         return UserError(f"teacher: cannot load the {what} from the folder {name}: {_first_line(error)}")
@@ -235,8 +231,7 @@ def _user_error(error: Exception, name: str, revision: str | None, what: str) ->
         return UserError(f"teacher: {name} has no revision {revision} on the hub")
     if found(hub.RepositoryNotFoundError, hub.HFValidationError):
         return UserError(
-            f"teacher: {name} is neither a local folder nor a model on the hub "
-            "(a private one needs: hf auth login)"
+            f"teacher: {name} is neither a local folder nor a model on the hub (a private one needs: hf auth login)"
         )
     if found(hub.LocalEntryNotFoundError, hub.OfflineModeIsEnabled, ConnectionError) or _is_network(chain):
         return UserError(

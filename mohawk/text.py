@@ -32,9 +32,7 @@ SUFFIXES = {".txt": "text", ".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "jso
 FORMATS = ("text", "paragraphs", "jsonl", "parquet")
 BUILDERS = {"text": "text", "paragraphs": "text", "jsonl": "json", "parquet": "parquet"}
 LAYOUT = 1  # of the cached folders; raise it when their contents change
-PIECE = (
-    1_000_000  # characters tokenised at once: an encoding takes some 100 bytes per token until it is copied
-)
+PIECE = 1_000_000  # characters tokenised at once: an encoding takes some 100 bytes per token until it is copied
 
 
 @dataclass(frozen=True)
@@ -94,9 +92,7 @@ class TokenizedText:
         return len(self.offsets) - 1
 
 
-def tokenize(
-    source: Any, tokenizer: PreTrainedTokenizerBase, *, cache: Path | str | None = None
-) -> TokenizedText:
+def tokenize(source: Any, tokenizer: PreTrainedTokenizerBase, *, cache: Path | str | None = None) -> TokenizedText:
     """Token ids of one source, from the cache where the same text met the same tokenizer before.
 
     Every document is tokenised as the tokenizer does it by default (with its BOS if it adds one) and ends
@@ -153,16 +149,12 @@ def _local_files(source: Source) -> tuple[list[Path], str | None]:
         odd = next(p for p in files if _suffix(p) not in SUFFIXES)
         raise UserError(f"data: {odd} has an unknown suffix; set format to one of {', '.join(FORMATS)}")
     if len(forms) > 1:
-        raise UserError(
-            f"data: {name} mixes {', '.join(sorted(forms))}; give each kind as a source of its own"
-        )
+        raise UserError(f"data: {name} mixes {', '.join(sorted(forms))}; give each kind as a source of its own")
     return files, forms.pop()
 
 
 def _suffix(path: Path) -> str:
-    return (
-        path.with_suffix("") if path.suffix.lower() in (".gz", ".zst", ".xz", ".bz2") else path
-    ).suffix.lower()
+    return (path.with_suffix("") if path.suffix.lower() in (".gz", ".zst", ".xz", ".bz2") else path).suffix.lower()
 
 
 def _looks_local(name: str) -> bool:
@@ -175,9 +167,7 @@ def _looks_local(name: str) -> bool:
     )
 
 
-def _load(
-    source: Source, files: list[Path], form: str | None, scratch: str | None = None
-) -> datasets.Dataset:
+def _load(source: Source, files: list[Path], form: str | None, scratch: str | None = None) -> datasets.Dataset:
     import datasets
 
     bars = datasets.are_progress_bars_disabled()
@@ -187,9 +177,7 @@ def _load(
             return datasets.load_dataset(source.source, source.subset, split=source.split)
         options: dict[str, Any] = {"sample_by": "document"} if BUILDERS[form] == "text" else {}
         names = [globbing.escape(str(p.absolute())) for p in files]
-        return datasets.load_dataset(
-            BUILDERS[form], data_files=names, split=source.split, cache_dir=scratch, **options
-        )
+        return datasets.load_dataset(BUILDERS[form], data_files=names, split=source.split, cache_dir=scratch, **options)
     except Exception as error:
         raise _user_error(error, source, files, form) from error
     finally:
@@ -204,9 +192,7 @@ def _user_error(error: Exception, source: Source, files: list[Path], form: str |
         chain.append(cause)
         cause = cause.__cause__ or cause.__context__
     root = chain[-1]
-    said = next(
-        (str(e).strip().splitlines()[0][:300] for e in reversed(chain) if str(e).strip()), "no reason given"
-    )
+    said = next((str(e).strip().splitlines()[0][:300] for e in reversed(chain) if str(e).strip()), "no reason given")
     if files:
         if any(isinstance(e, UnicodeDecodeError) for e in chain) or "UTF-8" in said or "utf-8" in said:
             for path in files:
@@ -222,11 +208,7 @@ def _user_error(error: Exception, source: Source, files: list[Path], form: str |
     missing = isinstance(error, (datasets.exceptions.DatasetNotFoundError, FileNotFoundError))
     offline = isinstance(error, ConnectionError) or type(root).__module__.split(".")[0].startswith("http")
     if missing or offline:
-        why = (
-            "the hub cannot be reached"
-            if offline
-            else "the hub has no such dataset, or no access was granted"
-        )
+        why = "the hub cannot be reached" if offline else "the hub has no such dataset, or no access was granted"
         return UserError(f"data: {name} is no local file or folder, and {why}; give a path that exists")
     return UserError(f"data: cannot load {name}: {said}")
 
@@ -246,9 +228,7 @@ def _check_encoding(path: Path) -> None:
 def _check_field(dataset: datasets.Dataset, source: Source) -> None:
     names = dataset.column_names
     if source.field not in names:
-        raise UserError(
-            f"data: {source.source} has no field {source.field!r}; its fields: {', '.join(names)}"
-        )
+        raise UserError(f"data: {source.source} has no field {source.field!r}; its fields: {', '.join(names)}")
     if len(dataset) and not isinstance(value := dataset[0][source.field], (str, type(None))):
         raise UserError(
             f"data: {source.source}: field {source.field!r} holds {type(value).__name__}, not text; "

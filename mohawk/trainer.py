@@ -124,9 +124,7 @@ class PhaseTrainer(Trainer):
             disable_tqdm=True,
         )
         args._n_gpu = min(1, args.n_gpu)  # more would mean nn.DataParallel; use torchrun for several GPUs
-        self.tokens_per_step = (
-            phase.batch_size * phase.sequence_length * phase.gradient_accumulation * args.world_size
-        )
+        self.tokens_per_step = phase.batch_size * phase.sequence_length * phase.gradient_accumulation * args.world_size
         args.max_steps = steps = math.ceil(phase.tokens / self.tokens_per_step)
         args.warmup_steps = round(phase.warmup * steps)
         args.lr_scheduler_kwargs = {

@@ -19,7 +19,12 @@ def batch_of(n=13, b=3):
     labels = ids.clone()
     starts = segments.diff(dim=1, prepend=torch.full((b, 1), 99)) != 0
     labels[starts | (segments < 0)] = -100
-    return {"input_ids": ids, "position_ids": positions_of(segments), "segment_ids": segments, "labels": labels}
+    return {
+        "input_ids": ids,
+        "position_ids": positions_of(segments),
+        "segment_ids": segments,
+        "labels": labels,
+    }
 
 
 def models(family="llama", mixer="mamba2"):
@@ -57,13 +62,28 @@ def test_phase_1_is_the_mean_distance_of_materialised_matrices(family, mixer):
     squared = torch.zeros(len(LAYERS), 3, teacher.config.num_attention_heads, dtype=torch.float64)
     with torch.no_grad():
         for row, where in documents(batch):
-            out = teacher.model(batch["input_ids"][row : row + 1, where], output_attentions=True, output_hidden_states=True)
+            out = teacher.model(
+                batch["input_ids"][row : row + 1, where], output_attentions=True, output_hidden_states=True
+            )
             for k, i in enumerate(LAYERS):
                 layer = student.model.layers[i]
                 own = mixing_matrix(layer.self_attn.mixing(layer.input_layernorm(out.hidden_states[i])))
                 difference = own.double() - out.attentions[i].double()
                 squared[k, row] += difference.square().sum((-1, -2))[0]
     torch.testing.assert_close(loss.double(), squared.sqrt().mean(), rtol=1e-4, atol=1e-5)
+
+
+def attention_outputs(model, inputs):
+    """What each layer's attention adds to the residual stream."""
+    found = []
+    hooks = [
+        layer.self_attn.register_forward_hook(lambda module, args, out: found.append(out[0]))
+        for layer in model.model.layers
+    ]
+    model.model(inputs)
+    for hook in hooks:
+        hook.remove()
+    return found
 
 
 @pytest.mark.parametrize("match", ["block_output", "mixer_output"])
@@ -77,16 +97,7 @@ def test_phase_2_is_the_mean_token_distance_given_the_teachers_input(family, mat
         for row, where in documents(batch):
             inputs = batch["input_ids"][row : row + 1, where]
             hidden = teacher.model(inputs, output_hidden_states=True).hidden_states
-            attention = {}
-            hooks = [
-                teacher.model.layers[i].self_attn.register_forward_hook(
-                    lambda _, __, out, i=i: attention.__setitem__(i, out[0])
-                )
-                for i in LAYERS
-            ]
-            teacher.model(inputs)
-            for hook in hooks:
-                hook.remove()
+            attention = attention_outputs(teacher, inputs)
             for i in LAYERS:
                 layer = student.model.layers[i]
                 out = layer.self_attn(layer.input_layernorm(hidden[i]))[0]

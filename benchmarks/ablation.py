@@ -1,0 +1,116 @@
+"""Does each phase of MOHAWK pay? The same student, the same number of tokens, with and without phases 1 and 2.
+
+SmolLM2-135M-Instruct becomes the demo's hybrid six times: phase 3 alone, phases 2 and 3, and all three, each from
+attention initialisation and from random mixers. Every run sees the same total of training tokens (the earlier phases
+take theirs from phase 3) and is evaluated on text of another source. Runs are ordinary `mohawk convert` runs and
+resume; the table, its JSON and a plot go to benchmarks/results/.
+
+    python benchmarks/ablation.py [--tokens 120000] [--runs runs/ablation]
+"""
+
+import argparse
+import json
+import time
+from pathlib import Path
+
+RESULTS = Path(__file__).parent / "results"
+SCHEDULES = {  # share of the token budget for each phase; what the paper's ablation compares
+    "3": {"end_to_end": 1.0},
+    "2-3": {"hidden": 0.5, "end_to_end": 0.5},
+    "1-2-3": {"mixing": 0.1, "hidden": 0.4, "end_to_end": 0.5},
+}
+INITS = ("attention", "random")
+
+
+def recipe_for(init: str, schedule: dict[str, float], tokens: float, output: Path):
+    """The demo's recipe with another start and other budgets."""
+    from mohawk import fetch
+    from mohawk.demo import local_settings
+    from mohawk.recipe import Recipe, shipped
+
+    settings = local_settings(str(fetch.smollm2()))
+    settings += [
+        f"student.init={init}",
+        f"output={output}",
+        "evaluation.contexts=[512]",
+        "evaluation.decode_tokens=2",
+    ]
+    for phase in ("mixing", "hidden", "end_to_end"):
+        share = schedule.get(phase, 0)
+        settings.append(f"phases.{phase}.tokens={tokens * share:.0f}" if share else f"phases.{phase}=null")
+    return Recipe.load(shipped("demo"), settings)
+
+
+def row(init: str, name: str, run: Path) -> dict:
+    results = json.loads((run / "results.json").read_text(encoding="utf-8"))
+    last = list(results["evaluation"].values())[-1]["evaluation"]
+    start = results["evaluation"]["before"]["evaluation"]
+    return {
+        "init": init, "phases": name, "kl": last["kl"], "ratio": last["perplexity_ratio"],
+        "top1_agreement": last["top1_agreement"], "kl_before": start["kl"],
+        "tokens": {phase: found["tokens"] for phase, found in results["phases"].items()},
+        "seconds": sum(found["seconds"] for found in results["phases"].values()),
+        "machine": results["machine"],
+    }  # fmt: skip
+
+
+def draw(rows: list[dict], target: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axis = plt.subplots(figsize=(6, 3.6), layout="constrained")
+    for offset, init in enumerate(INITS):
+        own = [r for r in rows if r["init"] == init]
+        x = [i + 0.38 * (offset - 0.5) for i in range(len(own))]
+        bars = axis.bar(x, [r["kl"] for r in own], width=0.36, label=f"{init} initialisation")
+        axis.bar_label(bars, fmt="%.3f", fontsize=8)
+    axis.set_yscale("log")
+    axis.set_xticks(range(len(SCHEDULES)), [f"phases {name}" for name in SCHEDULES])
+    axis.set_ylabel("KL(teacher ‖ student), nats per token")
+    axis.set_title("The same tokens, with and without phases 1 and 2")
+    axis.legend(frameon=False)
+    axis.spines[["top", "right"]].set_visible(False)
+    figure.savefig(target, dpi=120)
+
+
+def table(rows: list[dict], tokens: float) -> str:
+    lines = [
+        f"SmolLM2-135M-Instruct, {tokens:,.0f} training tokens a run; text of another source.",
+        "",
+        "| init | phases | KL (nats) | perplexity ratio | same top token | KL before | time |",
+        "|---|---|---:|---:|---:|---:|---:|",
+    ]
+    for r in rows:
+        lines.append(
+            f"| {r['init']} | {r['phases']} | {r['kl']:.4f} | {float(r['ratio']):.3f} | {r['top1_agreement']:.1%} | "
+            f"{r['kl_before']:.2f} | {r['seconds'] / 60:.1f} min |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tokens", type=float, default=1.2e5, help="training tokens of each run")
+    parser.add_argument("--runs", type=Path, default=Path("runs/ablation"), help="folder of the runs")
+    options = parser.parse_args()
+    from mohawk.convert import convert
+
+    rows = []
+    for init in INITS:
+        for name, schedule in SCHEDULES.items():
+            run = options.runs / f"{init}-{name}"
+            if not (run / "results.json").is_file():
+                convert(recipe_for(init, schedule, options.tokens, run))
+            rows.append(row(init, name, run))
+            print(table(rows, options.tokens), flush=True)
+    RESULTS.mkdir(exist_ok=True)
+    about = {"tokens": options.tokens, "date": time.strftime("%Y-%m-%d")}
+    (RESULTS / "ablation.json").write_text(json.dumps({"about": about, "rows": rows}, indent=1) + "\n")
+    (RESULTS / "ablation.md").write_text(table(rows, options.tokens))
+    draw(rows, RESULTS / "ablation.png")
+
+
+if __name__ == "__main__":
+    main()
