@@ -233,9 +233,7 @@ class _Loss(torch.autograd.Function):
             factor = factor if call.rows is None else factor[call.rows]
             return call.forward(ctx.saved_tensors, call.scale * factor, ctx.needs_input_grad[2:])[1]
         if ctx.grads is None:
-            raise RuntimeError(
-                "the gradient of kd_loss was already handed out; use backward(retain_graph=True)"
-            )
+            raise RuntimeError("the gradient of kd_loss was already handed out; use backward(retain_graph=True)")
         # Handed out for good, autograd takes the memory over instead of copying it.
         keep, grads = torch._C._autograd._get_current_graph_task_keep_graph(), ctx.grads
         if not keep:
@@ -316,9 +314,7 @@ def prepare(
             needs = "contiguous student_logits, reduction 'mean' or 'sum', and not the reference backend"
             raise ValueError(f"inplace needs {needs}")
         if student[0].dtype == torch.float16:
-            raise ValueError(
-                "inplace would hold the gradient in float16 before the loss scale; use another dtype"
-            )
+            raise ValueError("inplace would hold the gradient in float16 before the loss scale; use another dtype")
 
     teacher = map_rows(teacher, lambda x, trailing: x.reshape(-1, *x.shape[x.dim() - trailing :]))
     count = real = lead.numel()
@@ -329,9 +325,7 @@ def prepare(
         real = len(kept)
         if real < count:
             rows, labels = kept, labels[kept]
-    scale = torch.ones(
-        real, dtype=torch.float64 if student[0].dtype == torch.float64 else torch.float32, device=device
-    )
+    scale = torch.ones(real, dtype=torch.float64 if student[0].dtype == torch.float64 else torch.float32, device=device)
     if token_weights is not None:
         weights = token_weights.detach().reshape(-1)
         scale *= weights if rows is None else weights[rows]

@@ -57,9 +57,7 @@ def check_settings(s: Settings, has_labels: bool, normalizer: float | Tensor | N
     if normalizer is None:
         return
     if s.reduction != "mean":
-        raise ValueError(
-            f"normalizer is given but reduction is {s.reduction!r}; it replaces the count in 'mean'"
-        )
+        raise ValueError(f"normalizer is given but reduction is {s.reduction!r}; it replaces the count in 'mean'")
     if isinstance(normalizer, Tensor):
         if normalizer.numel() != 1:
             raise ValueError(f"normalizer has shape {tuple(normalizer.shape)}; it must be one number")
@@ -82,9 +80,7 @@ def _float(name: str, x: object, dims: int | None = None) -> None:
     if not x.is_floating_point():
         raise ValueError(f"{name} has dtype {x.dtype}; it must be a float dtype")
     if dims is not None and x.dim() != dims:
-        raise ValueError(
-            f"{name} has shape {tuple(x.shape)}; it must have {dims} dimension{'s' * (dims > 1)}"
-        )
+        raise ValueError(f"{name} has shape {tuple(x.shape)}; it must have {dims} dimension{'s' * (dims > 1)}")
     if dims is None and x.dim() < 1:
         raise ValueError(f"{name} is a scalar; its last dimension must be the vocabulary or the hidden size")
 
@@ -94,9 +90,7 @@ def _device(name: str, x: Tensor, device: torch.device) -> None:
         raise ValueError(f"{name} is on {x.device} but the student is on {device}")
 
 
-def check_head(
-    side: str, hidden: Tensor, head: Tensor, bias: Tensor | None, scale: float, softcap: float | None
-):
+def check_head(side: str, hidden: Tensor, head: Tensor, bias: Tensor | None, scale: float, softcap: float | None):
     """Hidden states with their head."""
     _float(f"{side} hidden states", hidden)
     _float(f"{side} head", head, 2)
@@ -172,16 +166,12 @@ def _check_mixture(
     teacher: TeacherMixture, lead: torch.Size, device: torch.device, vocabulary: Vocabulary, s: Settings
 ) -> None:
     if s.divergence in LOGIT_DIVERGENCES:
-        raise ValueError(
-            f"divergence {s.divergence!r} compares logits; a mixture of teachers has probabilities only"
-        )
+        raise ValueError(f"divergence {s.divergence!r} compares logits; a mixture of teachers has probabilities only")
     if not len(teacher.teachers):
         raise ValueError("TeacherMixture has no teachers")
     for one in teacher.teachers:
         if not isinstance(one, (TeacherLogits, TeacherHidden)):
-            raise ValueError(
-                f"TeacherMixture takes TeacherLogits and TeacherHidden, not {type(one).__name__}"
-            )
+            raise ValueError(f"TeacherMixture takes TeacherLogits and TeacherHidden, not {type(one).__name__}")
         check_teacher(one, lead, device, vocabulary, s)
     if teacher.weights is not None:
         if len(teacher.weights) != len(teacher.teachers):
@@ -198,9 +188,7 @@ def _check_ids(teacher: TeacherTopK | TeacherSamples, lead, device, vocab: int, 
     if divergence in LOGIT_DIVERGENCES:
         raise ValueError(f"divergence {divergence!r} compares logits; {kind} has probabilities only")
     if isinstance(teacher, TeacherSamples) and divergence != "forward_kl":
-        raise ValueError(
-            f"divergence {divergence!r} of samples would be biased; only 'forward_kl' is linear in p"
-        )
+        raise ValueError(f"divergence {divergence!r} of samples would be biased; only 'forward_kl' is linear in p")
     _float(name, values)
     if not isinstance(teacher.ids, Tensor) or teacher.ids.dtype != torch.int64:
         raise ValueError(f"{kind}.ids must be an int64 tensor")
@@ -239,22 +227,17 @@ def check_rows(
     """Labels and token weights against the student's leading dimensions."""
     if labels is not None:
         if not isinstance(labels, Tensor) or labels.dtype != torch.int64:
-            raise ValueError(
-                f"labels must be an int64 tensor, not {getattr(labels, 'dtype', type(labels).__name__)}"
-            )
+            raise ValueError(f"labels must be an int64 tensor, not {getattr(labels, 'dtype', type(labels).__name__)}")
         _device("labels", labels, device)
         _leading("labels", labels.shape, lead)
         wrong = (labels != ignore_index) & ((labels < 0) | (labels >= vocab))
         if bool(wrong.any()):
             raise ValueError(
-                f"labels contain {int(labels[wrong][0])}; allowed: 0..{vocab - 1} and "
-                f"ignore_index ({ignore_index})"
+                f"labels contain {int(labels[wrong][0])}; allowed: 0..{vocab - 1} and ignore_index ({ignore_index})"
             )
     if token_weights is not None:
         _float("token_weights", token_weights, len(lead))
         _device("token_weights", token_weights, device)
         _leading("token_weights", token_weights.shape, lead)
         if token_weights.requires_grad:
-            raise ValueError(
-                "token_weights requires grad, but none is computed for it; pass token_weights.detach()"
-            )
+            raise ValueError("token_weights requires grad, but none is computed for it; pass token_weights.detach()")

@@ -79,9 +79,7 @@ def _outer_rows(tiles: int, vocabulary: Vocabulary, dtype: torch.dtype) -> int:
     return max(1, TILE_BYTES // (max(1, tiles * vocabulary.widest) * dtype.itemsize))
 
 
-def _inner_rows(
-    tile: Tile, device: torch.device, vocabulary: Vocabulary, dtype: torch.dtype, outer: int
-) -> int:
+def _inner_rows(tile: Tile, device: torch.device, vocabulary: Vocabulary, dtype: torch.dtype, outer: int) -> int:
     if tile is not torch_tile:
         return max(1, outer)
     if vocabulary.group is not None:
@@ -262,9 +260,7 @@ def torch_tile(
         elif isinstance(teacher, TeacherTopK):
             kd, kd_grad = _topk(teacher, scores.rows, span, u, options, want)
         elif options.on_logits:
-            kd, kd_grad = kd_divergences.LOGITS[options.divergence](
-                z, scores(start, stop, u), want, vocabulary
-            )
+            kd, kd_grad = kd_divergences.LOGITS[options.divergence](z, scores(start, stop, u), want, vocabulary)
         else:
             kd, kd_grad = distribution(scores(start, stop, u), u, lq, options, vocabulary, want)
         kd = kd * temperature**2
@@ -314,9 +310,7 @@ def from_logits(
     for first, last in _spans(n, step):
         if options.need_kd:
             scores.load(first, last, tiles)
-        for start, stop in _spans(
-            last - first, _inner_rows(tile, logits.device, vocabulary, dtype, last - first)
-        ):
+        for start, stop in _spans(last - first, _inner_rows(tile, logits.device, vocabulary, dtype, last - first)):
             start, stop = first + start, first + stop
             z = _take(logits, rows, start, stop)[:, :vocab]
             if rows is None and z.dtype == dtype and grad is not None:
@@ -373,7 +367,9 @@ def from_hidden(
     tiles = [scale.new_empty((most, vocab)) for _ in range(count)]
     head = head[:vocab]
     inner = _inner_rows(tile, head.device, vocabulary, dtype, most)
-    round_grad = hidden_grad is not None and head.dtype == hidden_grad.dtype == torch.bfloat16
+    # cuBLAS takes it for both products, oneDNN for one.
+    round_grad = head.dtype == hidden.dtype == torch.bfloat16
+    round_grad = round_grad and (hidden_grad is not None or want_grad and head.is_cuda)
     for first, last in spans:
         z_tile = tiles[0][: last - first]
         part = _take(hidden, rows, first, last)
@@ -414,7 +410,7 @@ def from_hidden(
                 kd_products.hidden_gradient(z_tile, head, rounded, packed)
                 hidden_grad.index_copy_(0, rows[first:last], packed)
         if head_grad is not None:
-            kd_products.add_head_gradient(z_tile, part, head_grad[:vocab], first == 0)
+            kd_products.add_head_gradient(z_tile, part, rounded, head_grad[:vocab], first == 0)
         if bias_grad is not None:
             bias_grad[:vocab] += z_tile.sum(0)
     if hidden_grad is not None and vocabulary.group is not None:

@@ -55,9 +55,7 @@ def _flatten(teacher: Teacher, words: list[str], tensors: list[Tensor], numbers:
         words.append("samples")
         tensors.extend([teacher.ids, teacher.weights])
     else:
-        raise ValueError(
-            f"teacher is a {type(teacher).__name__}; it must be a logits tensor or a teacher source"
-        )
+        raise ValueError(f"teacher is a {type(teacher).__name__}; it must be a logits tensor or a teacher source")
 
 
 def _unflatten(words: list[str], tensors: list[Tensor], numbers: list[float]) -> Teacher:
@@ -125,9 +123,7 @@ def _op(
     source = _unflatten(words.split("; "), list(teacher), of_teacher)
     call = kd_call.prepare(tuple(student), source, labels, token_weights, normalizer, process_group, settings)
     if call.backend == "reference":
-        raise ValueError(
-            "backend 'reference' can't be compiled; use 'chunked', or call it outside torch.compile"
-        )
+        raise ValueError("backend 'reference' can't be compiled; use 'chunked', or call it outside torch.compile")
     rows, grads = call.forward(tuple(student), call.scale, tuple(needs))
     loss, kd, ce = call.reduce(rows.kd, rows.ce)
     return [loss, kd, ce, *(loss.new_empty(0) if g is None else g for g in grads)]
@@ -140,9 +136,7 @@ def _(student, teacher, labels, token_weights, normalizer, numbers, words, names
     terms = [student[0].new_empty(shape, dtype=dtype) for _ in range(3)]
     held = {torch.float16: torch.float32}
     grads = [
-        torch.empty(x.shape, dtype=held.get(x.dtype, x.dtype), device=x.device)
-        if need
-        else x.new_empty(0, dtype=dtype)
+        torch.empty(x.shape, dtype=held.get(x.dtype, x.dtype), device=x.device) if need else x.new_empty(0, dtype=dtype)
         for x, need in zip(student, needs, strict=True)
     ]
     return terms + grads

@@ -73,9 +73,7 @@ def _expm1_of_ratio(log_a: Tensor, log_b: Tensor, guard: bool) -> tuple[Tensor, 
     return r, torch.expm1(r)
 
 
-def jsd(
-    lp: Tensor, lq: Tensor, beta: float, lam: float, guard: bool, want_grad: bool, vocabulary: Vocabulary
-) -> Rows:
+def jsd(lp: Tensor, lq: Tensor, beta: float, lam: float, guard: bool, want_grad: bool, vocabulary: Vocabulary) -> Rows:
     if beta in (0.0, 1.0):
         return (forward_kl if beta == 0.0 else reverse_kl)(lp, lq, beta, lam, guard, want_grad, vocabulary)
     p, q = lp.exp(), lq.exp()
@@ -122,9 +120,7 @@ def skew_reverse_kl(
     return value, _centre(q, slope, vocabulary)
 
 
-def tvd(
-    lp: Tensor, lq: Tensor, beta: float, lam: float, guard: bool, want_grad: bool, vocabulary: Vocabulary
-) -> Rows:
+def tvd(lp: Tensor, lq: Tensor, beta: float, lam: float, guard: bool, want_grad: bool, vocabulary: Vocabulary) -> Rows:
     q = lq.exp_()
     difference = torch.sub(q, lp.exp_())
     value = difference.abs().sum(-1) / 2

@@ -175,9 +175,5 @@ def linear_kd_loss(
         logit_scale=logit_scale,
         logit_softcap=logit_softcap,
     )
-    student = (
-        (student_hidden, student_head)
-        if student_bias is None
-        else (student_hidden, student_head, student_bias)
-    )
+    student = (student_hidden, student_head) if student_bias is None else (student_hidden, student_head, student_bias)
     return kd_call.distil(student, teacher, labels, token_weights, normalizer, group, settings)

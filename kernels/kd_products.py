@@ -15,9 +15,10 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-SLICE_BYTES = (
-    16 << 20
-)  # of a head that has to be copied to float32: large enough for oneDNN, small beside the tiles
+# Of a head that is copied to float32: large enough for oneDNN, small beside the tiles.
+SLICE_BYTES = 16 << 20
+# Of one float32 result of cuBLAS beside the array that it goes into.
+GPU_BYTES = 256 << 20
 
 
 @contextlib.contextmanager
@@ -53,7 +54,8 @@ def logits_product(hidden: Tensor, head: Tensor, out: Tensor) -> None:
     """out = hidden @ head.T with the precision of `out` (float32, or float64)."""
     half_on_gpu = hidden.is_cuda and hidden.dtype == head.dtype and hidden.dtype != out.dtype
     if half_on_gpu and out.dtype == torch.float32:
-        for start in range(0, head.shape[0], step := max(1, (64 << 20) // (4 * max(1, hidden.shape[0])))):
+        step = max(1, GPU_BYTES // (4 * max(1, hidden.shape[0])))
+        for start in range(0, head.shape[0], step):
             part = head[start : start + step]
             out[:, start : start + step] = torch.mm(hidden, part.T, out_dtype=torch.float32)
         return
@@ -83,8 +85,19 @@ def hidden_gradient(grad: Tensor, head: Tensor, rounded: Tensor | None, out: Ten
         out.copy_(total)
 
 
-def add_head_gradient(grad: Tensor, hidden: Tensor, total: Tensor, first: bool) -> None:
-    """total += grad.T @ hidden, with grad and total in float32 or float64; `first`: total = grad.T @
-    hidden."""
+def add_head_gradient(grad: Tensor, hidden: Tensor, rounded: Tensor | None, total: Tensor, first: bool) -> None:
+    """total += grad.T @ hidden, with grad and total in float32 or float64; `first`: total = grad.T @ hidden.
+
+    `rounded` as in `hidden_gradient`.
+    """
+    if rounded is not None and rounded.is_cuda and rounded.dtype == hidden.dtype:
+        step = max(1, GPU_BYTES // (4 * hidden.shape[1]))
+        for start in range(0, total.shape[0], step):
+            part = torch.mm(rounded[:, start : start + step].T, hidden, out_dtype=torch.float32)
+            if first:
+                total[start : start + step] = part
+            else:
+                total[start : start + step] += part
+        return
     with _bf16_instructions() if _exact_in_bf16(hidden) else contextlib.nullcontext():
         total.addmm_(grad.T, hidden.to(total.dtype), beta=0 if first else 1)

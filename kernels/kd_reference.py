@@ -34,9 +34,7 @@ def _kl(log_a: Tensor, log_b: Tensor) -> Tensor:
 def _log_mix(weight_a: float, log_a: Tensor, log_b: Tensor) -> Tensor:
     # Two finite stand-ins for -inf keep autograd out of inf - inf; exp of either is 0.
     low = torch.finfo(log_a.dtype).min / 4
-    return torch.logaddexp(
-        log_a.clamp(min=low) + math.log(weight_a), log_b.clamp(min=low) + math.log1p(-weight_a)
-    )
+    return torch.logaddexp(log_a.clamp(min=low) + math.log(weight_a), log_b.clamp(min=low) + math.log1p(-weight_a))
 
 
 def _jsd(lp: Tensor, lq: Tensor, beta: float, lam: float) -> Tensor:
@@ -94,8 +92,7 @@ def _teacher_scores(teacher: Teacher, student: Tensor, temperature: float, vocab
     if isinstance(teacher, TeacherMixture):
         parts = [_teacher_scores(one, student, temperature, vocab) for one in teacher.teachers]
         weighted = [
-            torch.log_softmax(part, -1) + math.log(w)
-            for part, w in zip(parts, mixture_weights(teacher), strict=True)
+            torch.log_softmax(part, -1) + math.log(w) for part, w in zip(parts, mixture_weights(teacher), strict=True)
         ]
         return torch.logsumexp(torch.stack(weighted), 0)
     inner = _teacher_scores(teacher.teacher, student, temperature, vocab)

@@ -455,9 +455,7 @@ def from_logits(
     taid = teacher.t if isinstance(teacher, TeacherTAID) and teacher.t != 1.0 else None
     target = logits if taid == 0.0 else inner.logits
     logits, scores = (x if x.stride(-1) == 1 else x.contiguous() for x in (logits, target))
-    sweeps = _Sweeps(
-        logits, scores if options.need_kd else None, rows, labels, scale, options, inverse, inverse, taid
-    )
+    sweeps = _Sweeps(logits, scores if options.need_kd else None, rows, labels, scale, options, inverse, inverse, taid)
     return kd_chunked.summed(*_dense(sweeps, grad), options)
 
 

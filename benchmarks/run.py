@@ -1,0 +1,323 @@
+"""`python benchmarks/run.py [NAME ...] [--device cpu|cuda] [--quick]`: the benchmarks that compare us with
+others.
+
+A benchmark is a module beside this file with `cases(device, quick)`, a list of `Case`. Every case runs in a
+fresh process: it is checked first, then warmed up, then timed; the cases of a benchmark take turns,
+`--rounds` times, so that a busy or warming machine disturbs all alike. Medians with their spread, ratios to
+the floor, and peak memory are printed and written to benchmarks/results/NAME-DEVICE.json and .md with device,
+versions and commit, drawn as .png where matplotlib is installed, and put between the `<!-- benchmark:
+NAME-DEVICE -->` marks of README.md.
+
+Cases of other packages run where these are importable: with this Python, or with the one `--peers` names (a
+virtual environment with liger-kernel, trl, ...). Those that are nowhere are named as skipped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import datetime
+import importlib
+import json
+import os
+import pathlib
+import platform
+import re
+import statistics
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+
+HERE = pathlib.Path(__file__).resolve().parent
+ROOT = HERE.parent
+RESULTS = HERE / "results"
+NAMES = ("kd_loss", "kd_accuracy")
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One line of one table.
+
+    `make()` returns (check, work): `check()` gives an error against the reference, `work()` is what is timed,
+    or None where the table is about errors alone (then check gives a dict of columns). `floor` is the line of
+    the same table that ratios refer to, `formula` says what the floor counts, `needs` the package a peer's
+    case imports.
+    """
+
+    table: str
+    name: str
+    make: Callable[[], tuple[Callable, Callable | None]]
+    needs: str | None = None
+    floor: str | None = None
+    formula: str = ""
+    tolerance: float = 0.1
+
+    @property
+    def key(self) -> str:
+        return f"{self.table}/{self.name}"
+
+
+def find(name: str, device: str, quick: bool) -> list[Case]:
+    return importlib.import_module(f"benchmarks.{name}").cases(device, quick)
+
+
+# In the process of one case.
+
+
+class PeakMemory:
+    """Peak memory above that at the start, in MiB: torch's own count on CUDA, resident pages elsewhere."""
+
+    def __init__(self, device: str):
+        self.cuda = device == "cuda"
+
+    @staticmethod
+    def resident() -> float:
+        with open("/proc/self/statm") as file:
+            return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
+
+    def __enter__(self) -> PeakMemory:
+        if self.cuda:
+            import torch
+
+            torch.cuda.reset_peak_memory_stats()
+            self.start = torch.cuda.memory_allocated() / 2**20
+            return self
+        self.start = self.most = self.resident()
+        self.running = True
+        self.thread = threading.Thread(target=self._watch)
+        self.thread.start()
+        return self
+
+    def _watch(self) -> None:
+        while self.running:
+            self.most = max(self.most, self.resident())
+            time.sleep(0.002)
+
+    def __exit__(self, *_) -> None:
+        if self.cuda:
+            import torch
+
+            self.mib = torch.cuda.max_memory_allocated() / 2**20 - self.start
+            return
+        self.running = False
+        self.thread.join()
+        self.mib = max(self.most, self.resident()) - self.start
+
+
+def measure(case: Case, device: str, repeats: int) -> dict:
+    """Check, warm up, measure memory once, then time: CPU seconds over all threads on CPU, events on CUDA."""
+    import torch
+
+    check, work = case.make()
+    result = {"error": check()}
+    if work is None:
+        return {"columns": result["error"]}
+    if not result["error"] <= case.tolerance:
+        return {"wrong": result["error"]}
+    with PeakMemory(device) as peak:
+        work()
+    result["mib"] = peak.mib
+    times = {"wall": [], "cpu": []}
+    for _ in range(repeats):
+        if device == "cuda":
+            torch.cuda.synchronize()
+        wall, cpu = time.perf_counter(), time.process_time()
+        work()
+        if device == "cuda":
+            torch.cuda.synchronize()
+        times["wall"].append(time.perf_counter() - wall)
+        times["cpu"].append(time.process_time() - cpu)
+    return result | times
+
+
+# In the process that drives them.
+
+
+def interpreter_for(case: Case, peers: str | None) -> str | None:
+    """A Python that can import what the case needs."""
+    for python in filter(None, (sys.executable, peers)):
+        probe = "import torch" + (f", {case.needs}" if case.needs else "")
+        if subprocess.run([python, "-c", probe], capture_output=True).returncode == 0:
+            return python
+    return None
+
+
+def run_one(name: str, case: Case, python: str, options: argparse.Namespace) -> dict:
+    command = [python, str(HERE / "run.py"), name, "--one", case.key, "--device", options.device]
+    command += ["--repeats", str(options.repeats)] + ["--quick"] * options.quick
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
+    if done.returncode or not lines:
+        return {"failed": (done.stderr.strip().splitlines() or ["no output"])[-1][:200]}
+    return json.loads(lines[-1][len("RESULT ") :])
+
+
+def environment(device: str) -> dict:
+    import torch
+
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=ROOT)
+    cpu = platform.processor() or platform.machine()
+    if pathlib.Path("/proc/cpuinfo").exists():
+        found = re.search(r"model name\s*: (.*)", pathlib.Path("/proc/cpuinfo").read_text())
+        cpu = found.group(1) if found else cpu
+    return {
+        "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d"),
+        "commit": commit.stdout.strip(),
+        "device": torch.cuda.get_device_name() if device == "cuda" else f"{cpu}, {torch.get_num_threads()} threads",
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }
+
+
+def summarise(case: Case, runs: list[dict], device: str) -> dict:
+    """The row of a case: medians over all timings of all its processes."""
+    row = {"table": case.table, "name": case.name, "floor": case.floor, "formula": case.formula}
+    for trouble in ("failed", "wrong", "columns"):
+        found = [run[trouble] for run in runs if trouble in run]
+        if found:
+            return row | {trouble: found[0]}
+    key = "wall" if device == "cuda" else "cpu"
+    times = [t for run in runs for t in run[key]]
+    return row | {
+        "seconds": statistics.median(times),
+        "spread": [min(times), max(times)],
+        "wall": statistics.median([t for run in runs for t in run["wall"]]),
+        "mib": max(run["mib"] for run in runs),
+        "error": max(run["error"] for run in runs),
+    }
+
+
+def table_lines(rows: list[dict], device: str) -> list[str]:
+    """Markdown of one benchmark."""
+    seconds = "seconds" if device == "cuda" else "CPU seconds"
+    lines, by_key = [], {(row["table"], row["name"]): row for row in rows}
+    for table in dict.fromkeys(row["table"] for row in rows):
+        mine = [row for row in rows if row["table"] == table]
+        columns = next((row["columns"] for row in mine if "columns" in row), None)
+        if columns:
+            lines += [f"**{table}**", "", "| | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
+        else:
+            lines += [f"**{table}**", "", f"| | {seconds} | spread | of the floor | peak MiB | error |"]
+            lines += ["|---" * 6 + "|"]
+        for row in mine:
+            cells = [row["name"]]
+            if "columns" in row:
+                cells += [
+                    f"{value:.2%}" if isinstance(value, float) else str(value) for value in row["columns"].values()
+                ]
+            elif "seconds" in row:
+                floor = by_key.get((table, row["floor"]), {}).get("seconds")
+                ratio = f"{row['seconds'] / floor:.2f}" if floor else ""
+                spread = "-".join(f"{x:.2f}" for x in row["spread"])
+                cells += [f"{row['seconds']:.2f}", spread, ratio, f"{row['mib']:.0f}", f"{row['error']:.1e}"]
+            else:
+                trouble = next(k for k in ("skipped", "failed", "wrong") if k in row)
+                cells.append(f"{trouble}: {row[trouble]}")
+            lines.append("| " + " | ".join(cells) + " |")
+        notes = dict.fromkeys(row["formula"] for row in mine if row["formula"])
+        lines += ["", *notes, ""]
+    return lines
+
+
+def draw(rows: list[dict], path: pathlib.Path, title: str) -> None:
+    try:
+        import matplotlib
+    except ImportError:
+        print("matplotlib is not installed: no plot")
+        return
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    rows = [row for row in rows if "seconds" in row]
+    if not rows:
+        return
+    figure, axes = plt.subplots(1, 2, figsize=(11, 0.32 * len(rows) + 1), sharey=True)
+    labels = [f"{row['table'].split(',')[0]}: {row['name']}" for row in rows][::-1]
+    colours = ["#3b6ea5" if row["name"].startswith("mohawk") else "#b0b0b0" for row in rows][::-1]
+    for axis, key, name in ((axes[0], "seconds", "seconds"), (axes[1], "mib", "peak MiB")):
+        axis.barh(labels, [row[key] for row in rows][::-1], color=colours)
+        axis.set_xlabel(name)
+    figure.suptitle(title)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def put_in_readme(mark: str, lines: list[str]) -> None:
+    readme = ROOT / "README.md"
+    if not readme.exists():
+        return
+    text = readme.read_text()
+    pattern = re.compile(rf"(<!-- benchmark: {re.escape(mark)} -->\n).*?(<!-- end -->)", re.S)
+    body = "\n".join(lines).strip() + "\n"
+    new = pattern.sub(lambda found: found.group(1) + body + found.group(2), text)
+    if new != text:
+        readme.write_text(new)
+        print(f"README.md: {mark} written")
+
+
+def run_benchmark(name: str, options: argparse.Namespace) -> bool:
+    """Run one benchmark; False if something of ours failed or was wrong."""
+    cases = [c for c in find(name, options.device, options.quick) if options.only in c.key]
+    pythons = {case.key: interpreter_for(case, options.peers) for case in cases}
+    runs: dict[str, list[dict]] = {case.key: [] for case in cases}
+    for number in range(options.rounds):
+        for case in cases:
+            if pythons[case.key] is None or any("failed" in run or "wrong" in run for run in runs[case.key]):
+                continue
+            started = time.perf_counter()
+            runs[case.key].append(run_one(name, case, pythons[case.key], options))
+            seconds = time.perf_counter() - started
+            print(f"round {number + 1} {case.key}: {seconds:.0f} s", file=sys.stderr, flush=True)
+    rows = []
+    for case in cases:
+        if pythons[case.key] is None:
+            rows.append(
+                {"table": case.table, "name": case.name, "formula": "", "skipped": f"{case.needs} not installed"}
+            )
+        else:
+            rows.append(summarise(case, runs[case.key], options.device))
+    mark, about = f"{name}-{options.device}", environment(options.device)
+    lines = table_lines(rows, options.device)
+    versions = f"torch {about['torch']}, Python {about['python']}; commit {about['commit']}, {about['date']}"
+    told = f"{about['device']}; {versions}"
+    lines += [f"{told}. `python benchmarks/run.py {name} --device {options.device}{' --quick' * options.quick}`"]
+    print("\n".join(lines))
+    if not options.no_write:
+        RESULTS.mkdir(exist_ok=True)
+        (RESULTS / f"{mark}.json").write_text(json.dumps({"about": about, "rows": rows}, indent=1) + "\n")
+        (RESULTS / f"{mark}.md").write_text("\n".join(lines) + "\n")
+        draw(rows, RESULTS / f"{mark}.png", f"{name} on {about['device']}")
+        put_in_readme(mark, lines)
+    return not any(k in row for row in rows if row["name"].startswith("mohawk") for k in ("failed", "wrong"))
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(NAMES)}; all if none is given")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--quick", action="store_true", help="small shapes, to see that everything runs")
+    parser.add_argument("--only", default="", help="only cases whose table/name contains this")
+    parser.add_argument("--rounds", type=int, default=3, help="fresh processes per case")
+    parser.add_argument("--repeats", type=int, default=2, help="timings in each process")
+    parser.add_argument("--peers", help="another Python, with the peers installed")
+    parser.add_argument("--no-write", action="store_true", help="print only")
+    parser.add_argument("--one", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    for name in options.names:
+        if name not in NAMES:
+            parser.error(f"no benchmark {name!r}; there are: {', '.join(NAMES)}")
+    if options.one:
+        case = next(c for c in find(options.names[0], options.device, options.quick) if c.key == options.one)
+        print("RESULT " + json.dumps(measure(case, options.device, options.repeats)))
+        return 0
+    results = [run_benchmark(name, options) for name in options.names or NAMES]
+    return 0 if all(results) else 1
+
+
+if __name__ == "__main__":
+    # The script's folder is on sys.path instead of the root, and its kd_loss.py is not mohawk's.
+    sys.path[0] = str(ROOT)
+    raise SystemExit(main())
