@@ -17,8 +17,8 @@ GATES = ("open", "output", "random")
 X_SIZE = 0.1  # rms of x before its SiLU, where SiLU is nearly x / 2
 CONTENT = 0.25  # how much of q.k / sqrt(d) enters the first mixing matrix
 AVERAGED = 0.2  # rms of attention's output over that of its values
-NORM_INPUT = 0.3  # rms of the output norm's input over sqrt(eps): below 1 the norm is nearly linear
-SLOWEST, FASTEST = 2e-3, 0.5  # dt of the first and the last head: averages over 500 and 2 tokens
+NORM_INPUT = 0.1  # rms of the output norm's input over sqrt(eps): below 1 the norm is nearly linear
+SLOWEST, FASTEST = 3e-2, 2.0  # decay per token of the first and the last head: averages over 33 and 1/2 tokens
 
 
 def choose_layers(ssm_layers: str | Sequence[int], num_layers: int) -> list[int]:
@@ -179,9 +179,10 @@ def copy_attention(attention: nn.Module, mixer: SSMMixer, norm: Tensor, num_kv_h
     # the decay rows start small: decays are then set by their biases alone, spread over the heads
     mixer.in_proj.weight[rows["decay"]] *= 0.1
     if isinstance(mixer, Mamba2Mixer):
-        # rows of the mixing matrix sum to 1 when A = -1: sum_j dt exp(-dt (i - j)) ~ 1
-        mixer.A_log.zero_()
-        dt = torch.exp(torch.linspace(math.log(SLOWEST), math.log(FASTEST), mixer.num_heads))
+        # rows of the mixing matrix sum to 1: sum_j dt exp(-rate (i - j)) = dt / (1 - exp(-rate))
+        rate = torch.exp(torch.linspace(math.log(SLOWEST), math.log(FASTEST), mixer.num_heads))
+        dt = -torch.expm1(-rate)
+        mixer.A_log.copy_(torch.log(rate / dt))
         mixer.dt_bias.copy_(dt + torch.log(-torch.expm1(-dt)))
     if gate == "open":
         mixer.in_proj.weight[rows["z"]] = 0.0

@@ -58,7 +58,7 @@ def test_without_content_the_first_matrix_averages():
     student = hybrid_from_teacher(tiny_teacher(), [1])
     matrix = mixing_matrix(student.model.layers[1].self_attn.mixing(torch.zeros(1, 3000, 32)))
     sums = matrix[0, :, -1].sum(-1)
-    assert ((sums > 0.95) & (sums < 1.3)).all(), sums
+    torch.testing.assert_close(sums, torch.ones_like(sums), rtol=0.02, atol=0)
 
 
 def test_mamba2_is_the_stock_bamba_mixer():
