@@ -76,7 +76,7 @@ def _package_function() -> Callable | None:
 def _fits_package(
     x: Tensor, weight: Tensor, initial_state: Tensor | None, segment_ids: Tensor | None
 ) -> bool:
-    """The package takes 2 to 4 taps, channels in eights, no float64, and not states and segments at once."""
+    """It takes 2 to 4 taps, channels in eights, no float64, and not states and segments at once."""
     return (
         x.numel() > 0
         and x.dtype != torch.float64
@@ -111,16 +111,17 @@ def by_package(
 
 
 class _CausalConv(torch.autograd.Function):
+    """One batch row at a time, which stays in the cache, and in it one segment after the other."""
+
     @staticmethod
     def forward(ctx, x, weight, bias, initial_state, segment_ids, silu):
         ctx.save_for_backward(x, weight, bias, initial_state, segment_ids)
         ctx.silu = silu
         y = torch.empty_like(x, memory_format=torch.contiguous_format)
-        visible = _visible(segment_ids, weight.shape[1])
         taps = weight.to(_wide(x)).t().contiguous()
-        for row in range(x.shape[0]):  # a row at a time stays in the cache
-            padded = _padded(x, initial_state, row, taps.shape[0])
-            pre = _convolve(padded, taps, bias, visible, row)
+        for row, pieces in enumerate(_pieces(x, segment_ids)):
+            state = None if initial_state is None else initial_state[row].t().to(taps.dtype)
+            pre = _convolve(x[row].to(taps.dtype), taps, bias, state, pieces)
             y[row] = torch.nn.functional.silu(pre) if silu else pre
         return y
 
@@ -128,34 +129,34 @@ class _CausalConv(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, dy):
         x, weight, bias, initial_state, segment_ids = ctx.saved_tensors
-        wide = _wide(x)
-        seq = x.shape[1]
-        kernel = weight.shape[1]
-        visible = _visible(segment_ids, kernel)
-        taps = weight.to(wide).t().contiguous()
+        taps = weight.to(_wide(x)).t().contiguous()
+        kept = taps.shape[0] - 1
         dx = torch.empty_like(x, memory_format=torch.contiguous_format)
         d_taps = torch.zeros_like(taps)
         d_bias = torch.zeros_like(taps[0])
-        d_initial = None if initial_state is None else torch.empty_like(initial_state)
-        for row in range(x.shape[0]):
-            padded = _padded(x, initial_state, row, kernel)
-            d_pre = dy[row].to(wide)
+        d_initial = None if initial_state is None else torch.zeros_like(initial_state)
+        for row, pieces in enumerate(_pieces(x, segment_ids)):
+            wide = x[row].to(taps.dtype)
+            state = None if initial_state is None else initial_state[row].t().to(taps.dtype)
+            d_pre = dy[row].to(taps.dtype)
             if ctx.silu:
-                pre = _convolve(padded, taps, bias, visible, row)
-                gate = torch.sigmoid(pre)
-                d_pre = d_pre * gate.addcmul(pre * gate, 1 - gate)
-            d_padded = torch.zeros_like(padded)
-            for j in range(kernel):
-                seen = d_pre
-                back = kernel - 1 - j
-                if visible is not None and back:
-                    seen = d_pre * visible[row, :, back : back + 1]
-                d_padded[j : j + seq].addcmul_(seen, taps[j])
-                d_taps[j] += (seen * padded[j : j + seq]).sum(0)
+                pre = _convolve(wide, taps, bias, state, pieces)
+                d_pre = torch.ops.aten.silu_backward(d_pre, pre)
+            d_row = d_pre * taps[kept]
+            d_taps[kept] += (d_pre * wide).sum(0)
+            for start, stop in pieces:
+                for back in range(1, min(kept, stop - start - 1) + 1):
+                    d_piece = d_pre[start + back : stop]
+                    d_row[start : stop - back].addcmul_(d_piece, taps[kept - back])
+                    d_taps[kept - back] += (d_piece * wide[start : stop - back]).sum(0)
+            if state is not None and pieces:
+                d_state = torch.zeros_like(state)
+                for back, seen, held in _from_state(kept, pieces[0][1]):
+                    d_state[held].addcmul_(d_pre[seen], taps[kept - back])
+                    d_taps[kept - back] += (d_pre[seen] * state[held]).sum(0)
+                d_initial[row] = d_state.t()
             d_bias += d_pre.sum(0)
-            dx[row] = d_padded[kernel - 1 :]
-            if d_initial is not None:
-                d_initial[row] = d_padded[: kernel - 1].t()
+            dx[row] = d_row
         return (
             dx,
             d_taps.t().to(weight.dtype),
@@ -170,36 +171,39 @@ def _wide(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
-def _visible(segment_ids: Tensor | None, kernel: int) -> Tensor | None:
-    """(batch, seq, kernel): does token t see the input `back` tokens before it?"""
-    if segment_ids is None or not segment_ids.numel():
-        return None
-    index = torch.arange(segment_ids.shape[1], device=segment_ids.device)
-    inside = (index - segment_starts(segment_ids)).masked_fill(segment_runs(segment_ids) == 0, kernel)
-    return inside.unsqueeze(-1) >= torch.arange(kernel, device=segment_ids.device)
+def _pieces(x: Tensor, segment_ids: Tensor | None) -> list[list[tuple[int, int]]]:
+    """The segments (start, stop) of each batch row, none where there are no tokens."""
+    batch, seq, _ = x.shape
+    if segment_ids is None or not seq:
+        return [[(0, seq)] if seq else []] * batch
+    rows = []
+    for changes in (segment_ids[:, 1:] != segment_ids[:, :-1]).cpu():
+        borders = [0, *(changes.nonzero().flatten() + 1).tolist(), seq]
+        rows.append(list(zip(borders[:-1], borders[1:], strict=True)))
+    return rows
 
 
-def _padded(x: Tensor, initial_state: Tensor | None, row: int, kernel: int) -> Tensor:
-    """(kernel - 1 + seq, channels): the state, then the row's inputs."""
-    _, seq, channels = x.shape
-    padded = torch.empty(kernel - 1 + seq, channels, dtype=_wide(x), device=x.device)
-    padded[: kernel - 1] = 0 if initial_state is None else initial_state[row].t()
-    padded[kernel - 1 :] = x[row]
-    return padded
+def _from_state(kept: int, length: int) -> list[tuple[int, slice, slice]]:
+    """Tap by tap (back tokens before its own) the first segment's tokens that read the state, and what of it."""
+    reads = []
+    for back in range(1, kept + 1):
+        count = min(back, length)
+        reads.append((back, slice(0, count), slice(kept - back, kept - back + count)))
+    return reads
 
 
-def _convolve(padded: Tensor, taps: Tensor, bias: Tensor | None, visible: Tensor | None, row: int) -> Tensor:
-    kernel = taps.shape[0]
-    seq = padded.shape[0] - kernel + 1
-    out = padded[kernel - 1 :] * taps[-1]
-    for j in range(kernel - 1):
-        back = kernel - 1 - j
-        seen = padded[j : j + seq]
-        if visible is not None:
-            seen = seen * visible[row, :, back : back + 1]
-        out.addcmul_(seen, taps[j])
-    if bias is not None:
-        out += bias.to(out.dtype)
+def _convolve(
+    x: Tensor, taps: Tensor, bias: Tensor | None, state: Tensor | None, pieces: list[tuple[int, int]]
+) -> Tensor:
+    """(seq, channels) of one batch row before the activation. taps: (kernel, channels). state: (kept, channels)."""
+    kept = taps.shape[0] - 1
+    out = x * taps[kept] if bias is None else torch.addcmul(bias.to(x.dtype), x, taps[kept])
+    for start, stop in pieces:
+        for back in range(1, min(kept, stop - start - 1) + 1):
+            out[start + back : stop].addcmul_(x[start : stop - back], taps[kept - back])
+    if state is not None and pieces:
+        for back, seen, held in _from_state(kept, pieces[0][1]):
+            out[seen].addcmul_(state[held], taps[kept - back])
     return out
 
 
