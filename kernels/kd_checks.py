@@ -77,6 +77,9 @@ def check_student(student: tuple[Tensor, ...], s: Settings) -> None:
 def _float(name: str, x: object, dims: int | None = None) -> None:
     if not isinstance(x, Tensor):
         raise ValueError(f"{name} is a {type(x).__name__}; it must be a tensor")
+    if hasattr(x, "full_tensor"):
+        how = "pass x.full_tensor(), call inside the module that owns it, or split the vocabulary with group="
+        raise ValueError(f"{name} is a DTensor (FSDP2 or tensor parallel); {how}")
     if not x.is_floating_point():
         raise ValueError(f"{name} has dtype {x.dtype}; it must be a float dtype")
     if dims is not None and x.dim() != dims:

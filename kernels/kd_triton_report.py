@@ -1,7 +1,7 @@
 """`python -m mohawk.kernels.kd_triton_report`: compile the Triton kernels of the distillation losses for GPUs
 that need not be there, and print registers, spilled bytes and shared memory of each.
 
-Exit code 1 if anything spills. `--quick` compiles one divergence of each kind instead of all.
+Exit code 1 if anything spills. `--quick` compiles one divergence of each kind, from bfloat16.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ TARGETS = {
     "sm_100": GPUTarget("cuda", 100, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
-QUICK = ("forward_kl", "jsd", "cosine")
+QUICK = ("reverse_kl", "jsd", "cosine")
 LOGITS = {"bf16": "*bf16", "fp32": "*fp32"}
 
 
@@ -99,7 +99,7 @@ def cases(quick: bool = False) -> list[tuple[str, str, str]]:
     names = QUICK if quick else tuple(kd_triton.DIVERGENCES)
     every = [(k, d) for d in names for k in ("_statistics", "_sums", "_gradient")]
     every += [("_statistics", "none"), ("_gradient", "none")]
-    return [(k, d, x) for k, d in every for x in LOGITS]
+    return [(k, d, x) for k, d in every for x in LOGITS if not quick or x == "bf16"]
 
 
 def main() -> int:

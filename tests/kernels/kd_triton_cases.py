@@ -3,6 +3,7 @@ show."""
 
 import itertools
 import sys
+import tempfile
 
 import torch
 
@@ -187,5 +188,52 @@ def edges():
             yield 1
 
 
+def shared_losses(d, divergence, kind, part, group, backend, dtype):
+    """Whole values and gradient, and the gradient of this slice of the vocabulary."""
+    target = teacher(kind, d, dtype)
+    if kind in ("logits", "taid"):
+        logits = TeacherLogits(d["t"].to(dtype)[:, part])
+        target = logits if kind == "logits" else TeacherTAID(logits, 0.4)
+    elif kind == "hidden":
+        target = TeacherHidden(target.hidden, target.head[part], None, 0.9, 6.0)
+    x, w = d["h"].to(dtype).clone().requires_grad_(), d["head"].to(dtype)[part].clone().requires_grad_()
+    options = {"divergence": divergence, "vocab_size": 100, "ce_weight": 0.5, "temperature": 1.5}
+    loss = linear_kd_loss(x, w, target, d["labels"], group=group, backend=backend, **options)
+    loss.backward()
+    return [loss.detach(), x.grad], w.grad
+
+
+def rank_main(rank, store, results):
+    torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+    d, part = shared_problem(), (slice(0, 70), slice(70, 130))[rank]
+    out = [shared_losses(d, *case, part, torch.distributed.group.WORLD, "triton", torch.float32) for case in SHARED]
+    torch.save(out, f"{results}/{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+def shared_problem():
+    d = problem(130)
+    return d | {"labels": d["labels"].clamp(max=99), "ids": d["ids"].remainder(33) + torch.tensor([0, 33, 66])}
+
+
+SHARED = [(d, k) for d in ALL for k in ("logits", "hidden", "taid", "topk", "samples")]
+SHARED = [(d, k) for d, k in SHARED if k in ("logits", "hidden") or d == "forward_kl" or k == "topk" and d == "jsd"]
+
+
+def shared():
+    """The vocabulary split over two processes, the second slice cut by vocab_size."""
+    with tempfile.TemporaryDirectory() as folder:
+        torch.multiprocessing.start_processes(rank_main, (f"{folder}/store", folder), nprocs=2, start_method="fork")
+        ranks = [torch.load(f"{folder}/{rank}.pt") for rank in range(2)]
+    d = shared_problem()
+    for k, case in enumerate(SHARED):
+        same, slices = shared_losses(d, *case, slice(0, 130), None, "reference", torch.float64)
+        for rank in range(2):
+            for got, expected in zip(ranks[rank][k][0], same, strict=True):
+                assert error(got, expected) < 5e-6, (case, rank)
+        assert error(torch.cat([ranks[0][k][1], ranks[1][k][1]]), slices) < 5e-6, case
+        yield 1
+
+
 if __name__ == "__main__":
-    print(sum({"dense": dense, "sparse": sparse, "edges": edges}[sys.argv[1]]()), "cases right")
+    print(sum({"dense": dense, "sparse": sparse, "edges": edges, "shared": shared}[sys.argv[1]]()), "cases right")

@@ -58,15 +58,11 @@ def teacher_of(kind: str, d: dict[str, torch.Tensor], dtype: torch.dtype):
         "logits": lambda: t,
         "hidden": lambda: TeacherHidden(th, thead, bias, 0.8, 5.0),
         "topk": lambda: TeacherTopK(d["ids"], logprobs),
-        "topk_tail": lambda: TeacherTopK(
-            d["ids"], logprobs, torch.log1p(-logprobs.double().exp().sum(-1)).to(dtype)
-        ),
+        "topk_tail": lambda: TeacherTopK(d["ids"], logprobs, torch.log1p(-logprobs.double().exp().sum(-1)).to(dtype)),
         "samples": lambda: TeacherSamples(d["drawn"], torch.full((ROWS, 12), 1 / 12, dtype=dtype)),
         "mixture": lambda: TeacherMixture([TeacherLogits(t), TeacherHidden(th, thead)], [1.0, 3.0]),
         "taid": lambda: TeacherTAID(TeacherLogits(t), 0.4),
-        "taid_mixture": lambda: TeacherTAID(
-            TeacherMixture([TeacherLogits(t), TeacherHidden(th, thead)]), 0.7
-        ),
+        "taid_mixture": lambda: TeacherTAID(TeacherMixture([TeacherLogits(t), TeacherHidden(th, thead)]), 0.7),
     }[kind]()
 
 
@@ -93,9 +89,7 @@ def run(d, divergence, kind, dtype, backend, linear, **options) -> list[torch.Te
         )  # fmt: skip
     else:
         leaves = [d["z"].to(dtype).clone().requires_grad_()]
-        loss, parts = kd_loss(
-            leaves[0], teacher, divergence=divergence, backend=backend, return_parts=True, **options
-        )
+        loss, parts = kd_loss(leaves[0], teacher, divergence=divergence, backend=backend, return_parts=True, **options)
     incoming = torch.linspace(0.5, 2, loss.numel(), dtype=loss.dtype).reshape(loss.shape)
     (loss * incoming).sum().backward()
     return [loss.detach(), *parts, *(x.grad for x in leaves)]
@@ -167,18 +161,14 @@ def test_formulas(divergence, backend):
             reduction="none",
             backend=backend,
         )
-        torch.testing.assert_close(
-            got, by_hand(divergence, z, t, temperature, beta, lam), rtol=1e-10, atol=1e-12
-        )
+        torch.testing.assert_close(got, by_hand(divergence, z, t, temperature, beta, lam), rtol=1e-10, atol=1e-12)
 
 
 def test_jsd_and_skew_ends():
     d = data(2)
     z, t = d["z"].double(), d["t"].double()
     for backend in ("reference", "chunked"):
-        forward, reverse = (
-            kd_loss(z, t, divergence=x, backend=backend) for x in ("forward_kl", "reverse_kl")
-        )
+        forward, reverse = (kd_loss(z, t, divergence=x, backend=backend) for x in ("forward_kl", "reverse_kl"))
         for got, expected in (
             (kd_loss(z, t, divergence="jsd", beta=0.0, backend=backend), forward),
             (kd_loss(z, t, divergence="jsd", beta=1.0, backend=backend), reverse),
@@ -198,9 +188,7 @@ def test_weights_mean_and_cross_entropy():
     options = {"temperature": 2.0, "kd_weight": 0.25, "ce_weight": 3.0}
     torch.testing.assert_close(kd_loss(z, t, labels, **options), rows.sum() / real.sum())
     torch.testing.assert_close(kd_loss(z, t, labels, normalizer=100.0, **options), rows.sum() / 100)
-    torch.testing.assert_close(
-        kd_loss(z, t, labels, normalizer=torch.tensor(100), **options), rows.sum() / 100
-    )
+    torch.testing.assert_close(kd_loss(z, t, labels, normalizer=torch.tensor(100), **options), rows.sum() / 100)
     weighted = kd_loss(z, t, labels, token_weights=d["weights"], **options)
     torch.testing.assert_close(weighted, (rows * d["weights"]).sum() / real.sum())
     loss, parts = kd_loss(z, t, labels, return_parts=True, **options)

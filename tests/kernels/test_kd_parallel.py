@@ -54,9 +54,7 @@ def problem():
 
 def teacher(kind, d, part):
     if kind == "topk":
-        return TeacherTopK(
-            d["ids"], torch.log_softmax(d["t"][:, :REAL].nan_to_num(neginf=-9), -1).gather(1, d["ids"])
-        )
+        return TeacherTopK(d["ids"], torch.log_softmax(d["t"][:, :REAL].nan_to_num(neginf=-9), -1).gather(1, d["ids"]))
     if kind == "samples":
         return TeacherSamples(d["ids"] // 2, torch.full((ROWS, 4), 0.25, dtype=torch.float64))
     logits, hidden = (
@@ -191,6 +189,4 @@ def test_operator_is_registered_soundly():
     z, t = torch.randn(4, 9, requires_grad=True), torch.randn(4, 9)
     numbers = torch.tensor([1.0, 1.0, 0.0, 0.5, 0.1, 1.0, 0.0], dtype=torch.float64)
     names, ints = "jsd mean chunked", [-100, -1, 0, 0]
-    torch.library.opcheck(
-        kd_compile._op, ([z], [t], None, None, None, numbers, "logits", names, ints, [True], "")
-    )
+    torch.library.opcheck(kd_compile._op, ([z], [t], None, None, None, numbers, "logits", names, ints, [True], ""))

@@ -49,9 +49,7 @@ def test_all_rows_ignored_and_empty_input(backend):
         z = (x.detach() @ head.T).requires_grad_()
         for reduction in ("mean", "sum", "none"):
             z.grad = None
-            loss = kd_loss(
-                z, th[:rows] @ head.T, ignored, ce_weight=1.0, reduction=reduction, backend=backend
-            )
+            loss = kd_loss(z, th[:rows] @ head.T, ignored, ce_weight=1.0, reduction=reduction, backend=backend)
             loss.sum().backward()
             assert loss.sum() == 0 and z.grad.abs().sum() == 0
     x = torch.zeros(0, 16, requires_grad=True)
@@ -115,9 +113,7 @@ def test_minus_infinity(divergence):
     assert loss.isfinite() and x.grad.isfinite().all()
 
 
-@pytest.mark.parametrize(
-    "divergence", ("forward_kl", "reverse_kl", "jsd", "skew_kl", "skew_reverse_kl", "tvd")
-)
+@pytest.mark.parametrize("divergence", ("forward_kl", "reverse_kl", "jsd", "skew_kl", "skew_reverse_kl", "tvd"))
 def test_values_of_small_divergences(divergence):
     """Relative to float64 while student and teacher come together: no worse than twice the reference's
     error."""
@@ -148,6 +144,18 @@ def test_bfloat16_gradients(distance):
     assert got[0].dtype == torch.float32 and got[1].dtype == got[2].dtype == torch.bfloat16
     assert error(got[0], truth[0]) < 1e-4
     assert error(got[1], truth[1]) < 0.005 and error(got[2], truth[2]) < 0.005
+
+
+def test_float16_hidden_states():
+    h, head, th, labels = problem(40, 300, 64, torch.float16)
+    results = []
+    for backend, dtype in (("reference", torch.float64), ("chunked", torch.float16)):
+        x, w = h.to(dtype).clone().requires_grad_(), head.to(dtype).clone().requires_grad_()
+        loss = linear_kd_loss(x, w, TeacherHidden(th.to(dtype), head.to(dtype)), labels, ce_weight=0.1, backend=backend)
+        (loss * 1024).backward()
+        results.append((loss.detach(), x.grad, w.grad))
+    truth, got = results
+    assert error(got[0], truth[0]) < 1e-6 and error(got[1], truth[1]) < 1e-3 and error(got[2], truth[2]) < 1e-3
 
 
 def test_products_leave_the_precision_setting_alone():
@@ -192,9 +200,7 @@ def test_frozen_parts_and_no_grad(monkeypatch):
         assert made == expected
     made.clear()
     with torch.no_grad():
-        loss = linear_kd_loss(
-            h.clone().requires_grad_(), head.clone().requires_grad_(), TeacherHidden(th, head)
-        )
+        loss = linear_kd_loss(h.clone().requires_grad_(), head.clone().requires_grad_(), TeacherHidden(th, head))
     assert made == [] and not loss.requires_grad
 
 
@@ -204,9 +210,7 @@ def test_tied_head():
     got = []
     for backend in BACKENDS:
         table = head.clone().requires_grad_()
-        loss = linear_kd_loss(
-            torch.tanh(table[labels]), table, TeacherHidden(th, table), labels, backend=backend
-        )
+        loss = linear_kd_loss(torch.tanh(table[labels]), table, TeacherHidden(th, table), labels, backend=backend)
         loss.backward()
         got.append(table.grad)
     torch.testing.assert_close(got[0], got[1])
@@ -300,9 +304,7 @@ def test_memory_does_not_grow_with_the_rows():
     vocab, hidden = 20000, 32
     head = torch.randn(vocab, hidden) / hidden**0.5
     peaks = []
-    linear_kd_loss(
-        torch.randn(64, hidden, requires_grad=True), head, TeacherHidden(torch.randn(64, hidden), head)
-    )
+    linear_kd_loss(torch.randn(64, hidden, requires_grad=True), head, TeacherHidden(torch.randn(64, hidden), head))
     for n in (700, 2800):  # two tiles of 700 rows are 107 MiB, whole logits of 2800 rows 427 MiB for both
         x, th = torch.randn(n, hidden, requires_grad=True), torch.randn(n, hidden)
         with Peak() as peak:
@@ -322,9 +324,7 @@ MISTAKES = {
     "reduction is 'batchmean'": lambda z, t, y: kd_loss(z, t, reduction="batchmean"),
     "backend is 'cuda'": lambda z, t, y: kd_loss(z, t, backend="cuda"),
     "ce_weight is 1.0 but labels is None": lambda z, t, y: kd_loss(z, t, ce_weight=1.0),
-    "normalizer is given but reduction is 'sum'": lambda z, t, y: kd_loss(
-        z, t, reduction="sum", normalizer=3
-    ),
+    "normalizer is given but reduction is 'sum'": lambda z, t, y: kd_loss(z, t, reduction="sum", normalizer=3),
     "normalizer is 0": lambda z, t, y: kd_loss(z, t, normalizer=0),
     "labels contain 9; allowed: 0..8": lambda z, t, y: kd_loss(z, t, y + 5),
     "labels contain 7; allowed: 0..6": lambda z, t, y: kd_loss(z, t, y + 3, vocab_size=7),
@@ -338,16 +338,10 @@ MISTAKES = {
     "vocab_size is 0": lambda z, t, y: kd_loss(z, t, vocab_size=0),
     "token_weights has leading": lambda z, t, y: kd_loss(z, t, token_weights=torch.ones(3)),
     "teacher is a list": lambda z, t, y: kd_loss(z, [t]),
-    "TeacherTopK.ids run from 0 to 12": lambda z, t, y: kd_loss(
-        z, TeacherTopK(y[:, None] * 3, -t[:, :1].abs())
-    ),
-    "TeacherTopK.ids repeats": lambda z, t, y: kd_loss(
-        z, TeacherTopK(y[:, None].expand(5, 2), -t[:, :2].abs())
-    ),
+    "TeacherTopK.ids run from 0 to 12": lambda z, t, y: kd_loss(z, TeacherTopK(y[:, None] * 3, -t[:, :1].abs())),
+    "TeacherTopK.ids repeats": lambda z, t, y: kd_loss(z, TeacherTopK(y[:, None].expand(5, 2), -t[:, :2].abs())),
     "TeacherTopK.ids has shape": lambda z, t, y: kd_loss(z, TeacherTopK(y[:, None], t[:, :2])),
-    "'jsd' of samples": lambda z, t, y: kd_loss(
-        z, TeacherSamples(y[:, None], t[:, :1].abs()), divergence="jsd"
-    ),
+    "'jsd' of samples": lambda z, t, y: kd_loss(z, TeacherSamples(y[:, None], t[:, :1].abs()), divergence="jsd"),
     "weights has negative": lambda z, t, y: kd_loss(z, TeacherSamples(y[:, None], -t[:, :1].abs() - 1)),
     "TeacherMixture has no teachers": lambda z, t, y: kd_loss(z, TeacherMixture([])),
     "a mixture of teachers": lambda z, t, y: kd_loss(z, TeacherMixture([TeacherLogits(t)]), divergence="mse"),
@@ -360,6 +354,19 @@ MISTAKES = {
     "logit_softcap is 0": lambda z, t, y: linear_kd_loss(z, z, t[:, :5], logit_softcap=0),
     "inplace needs": lambda z, t, y: kd_loss(z, t, inplace=True, reduction="none"),
 }
+
+
+def test_sharded_tensors_are_refused(tmp_path):
+    from torch.distributed import destroy_process_group, init_process_group
+    from torch.distributed.tensor import Replicate, distribute_tensor, init_device_mesh
+
+    init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        head = distribute_tensor(torch.randn(9, 4), init_device_mesh("cpu", (1,)), [Replicate()])
+        with pytest.raises(ValueError, match="student head is a DTensor"):
+            linear_kd_loss(torch.randn(3, 4), head, torch.randn(3, 9))
+    finally:
+        destroy_process_group()
 
 
 @pytest.mark.parametrize("message", MISTAKES)

@@ -25,6 +25,6 @@ def run_cases(*arguments: str) -> None:
     assert done.stdout.strip().endswith("cases right")
 
 
-@pytest.mark.parametrize("part", ("dense", "sparse", "edges"))
+@pytest.mark.parametrize("part", ("dense", "sparse", "edges", "shared"))
 def test_interpreted(part):
     run_cases(part)
