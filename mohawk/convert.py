@@ -132,7 +132,7 @@ class Conversion:
 
     def run(self) -> None:
         start = time.monotonic()
-        student = self._untrained()
+        student = untrained_student(self.recipe, self.teacher)
         if self._evaluate("before", student):
             save_matrices(self.folder, "before", student, self.teacher, self.sample())
         for name, phase in self.recipe.phases.active():
@@ -153,12 +153,6 @@ class Conversion:
         draw_matrices(self.folder)
         finish(self.folder, self.recipe, student.eval(), self.teacher, self.tokenizer, self.console)
         log.info("run finished in %.0f s", time.monotonic() - start)
-
-    def _untrained(self) -> HybridForCausalLM:
-        """The student before phase 1; the same one whenever it is made again."""
-        torch.manual_seed(self.recipe.seed)
-        student = hybrid_from_teacher(self.teacher, **student_options(self.recipe))
-        return student.float()  # trained in float32 whatever the teacher's dtype; autocast chooses the products'
 
     def _train(self, name: str, phase, student: HybridForCausalLM) -> None:
         dataset = PackedDataset(self.data.train, phase.sequence_length, seed=self.recipe.seed, pad_token_id=self._pad())
@@ -235,6 +229,13 @@ class Conversion:
             if token is not None:
                 return token
         return 0
+
+
+def untrained_student(recipe: Recipe, teacher: nn.Module) -> HybridForCausalLM:
+    """The student before phase 1; the same one whenever it is made again."""
+    torch.manual_seed(recipe.seed)
+    student = hybrid_from_teacher(teacher, **student_options(recipe))
+    return student.float()  # trained in float32 whatever the teacher's dtype; autocast chooses the products'
 
 
 def pick_device(name: str) -> torch.device:
