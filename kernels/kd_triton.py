@@ -239,8 +239,8 @@ def _gradient(
     DIVERGENCE: tl.constexpr, CE: tl.constexpr, TEMPERED: tl.constexpr, TAID: tl.constexpr,
     HAS_ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """grad = kd_row * dD/du + ce_row * (softmax(z) - onehot), and the value of D (not for NONE, where the
-    gradient is kd_row * exp(u - lse))."""
+    """grad = kd_row * dD/du + ce_row * (softmax(z) - onehot), and the value of D where it has no sweep of its
+    own. For `none` the gradient is kd_row * exp(u - lse)."""
     row = _row(rows_ptr, HAS_ROWS)
     pid = tl.program_id(0)
     z_lse, t_lse = tl.load(stats_ptr + pid), tl.load(stats_ptr + n + pid)
@@ -274,7 +274,8 @@ def _gradient(
                     grad = kd_row * (q - p)
                 else:
                     grad = kd_row * (q * (slope - projected))
-            total += tl.sum(value, 0)
+            if DIVERGENCE == "forward_kl" or DIVERGENCE == "reverse_kl" or DIVERGENCE == "mse":
+                total += tl.sum(value, 0)
         if CE:
             onehot = tl.where(columns == label, 1.0, 0.0)
             grad += ce_row * (tl.exp(z - one_lse) - onehot)
