@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import datetime
+import functools
 import importlib
 import json
 import os
@@ -135,10 +136,13 @@ def measure(case: Case, device: str, repeats: int) -> dict:
 # In the process that drives them.
 
 
-def interpreter_for(case: Case, peers: str | None) -> str | None:
-    """A Python that can import what the case needs."""
+@functools.cache
+def interpreter_for(package: str | None, peers: str | None) -> str | None:
+    """A Python that has the package."""
+    if package is None:
+        return sys.executable
     for python in filter(None, (sys.executable, peers)):
-        probe = "import torch" + (f", {case.needs}" if case.needs else "")
+        probe = f"import importlib.util, sys; sys.exit(importlib.util.find_spec({package!r}) is None)"
         if subprocess.run([python, "-c", probe], capture_output=True).returncode == 0:
             return python
     return None
@@ -210,8 +214,8 @@ def table_lines(rows: list[dict], device: str) -> list[str]:
             elif "seconds" in row:
                 floor = by_key.get((table, row["floor"]), {}).get("seconds")
                 ratio = f"{row['seconds'] / floor:.2f}" if floor else ""
-                spread = "-".join(f"{x:.2f}" for x in row["spread"])
-                cells += [f"{row['seconds']:.2f}", spread, ratio, f"{row['mib']:.0f}", f"{row['error']:.1e}"]
+                spread = "-".join(f"{x:.3g}" for x in row["spread"])
+                cells += [f"{row['seconds']:.3g}", spread, ratio, f"{row['mib']:.0f}", f"{row['error']:.1e}"]
             else:
                 trouble = next(k for k in ("skipped", "failed", "wrong") if k in row)
                 cells.append(f"{trouble}: {row[trouble]}")
@@ -261,7 +265,7 @@ def put_in_readme(mark: str, lines: list[str]) -> None:
 def run_benchmark(name: str, options: argparse.Namespace) -> bool:
     """Run one benchmark; False if something of ours failed or was wrong."""
     cases = [c for c in find(name, options.device, options.quick) if options.only in c.key]
-    pythons = {case.key: interpreter_for(case, options.peers) for case in cases}
+    pythons = {case.key: interpreter_for(case.needs, options.peers) for case in cases}
     runs: dict[str, list[dict]] = {case.key: [] for case in cases}
     for number in range(options.rounds):
         for case in cases:
