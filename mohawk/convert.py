@@ -128,6 +128,7 @@ class Conversion:
             device=self.device,
             **where,
         )
+        self._check_tokens()
         self.texts = self._evaluation_texts()
 
     def run(self) -> None:
@@ -225,10 +226,24 @@ class Conversion:
         return self.texts[name].batches[0]["input_ids"][:1, :128]
 
     def _pad(self) -> int:
+        """An id to fill rows with; any will do that the model has, since padding is masked everywhere."""
+        vocabulary = self.teacher.config.get_text_config().vocab_size
         for token in (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id):
-            if token is not None:
+            if token is not None and token < vocabulary:
                 return token
         return 0
+
+    def _check_tokens(self) -> None:
+        """A tokenizer that is not the model's shows in ids the model does not have."""
+        vocabulary = self.teacher.config.get_text_config().vocab_size
+        for documents in (self.data.train, self.data.held_out, self.data.evaluation):
+            for text in documents.texts if documents is not None else ():
+                largest = int(text.tokens.max(initial=0))
+                if largest >= vocabulary:
+                    raise UserError(
+                        f"teacher.tokenizer: it makes token {largest} of {text.name}, but the teacher has only "
+                        f"{vocabulary} tokens; give the teacher's own tokenizer"
+                    )
 
 
 def untrained_student(recipe: Recipe, teacher: nn.Module) -> HybridForCausalLM:

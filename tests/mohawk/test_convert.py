@@ -182,6 +182,13 @@ def test_refusals(checkpoint, texts, tmp_path):
         convert(recipe_of(checkpoint, texts, tmp_path / "mine"))
 
 
+def test_a_tokenizer_of_another_model(tokenizer, texts, tmp_path):
+    tiny_teacher(vocab_size=97).save_pretrained(tmp_path / "teacher")
+    tokenizer.save_pretrained(tmp_path / "teacher")
+    with pytest.raises(UserError, match="teacher.tokenizer: it makes token 257 .* only 97 tokens"):
+        convert(recipe_of(tmp_path / "teacher", texts, tmp_path / "run"))
+
+
 def test_a_folder_keeps_its_recipe_but_takes_another_learning_rate(checkpoint, texts, tmp_path):
     from mohawk.convert import claim
 
