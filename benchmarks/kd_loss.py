@@ -175,5 +175,9 @@ PEERS: dict[str, tuple[Loss, str, str]] = {
     "Liger forward KL, chunks of 1024": (kd_peers.liger_forward_kl_1024, "forward_kl", "liger_kernel"),
     "Liger forward KL, chunks of 256": (kd_peers.liger_forward_kl_256, "forward_kl", "liger_kernel"),
     "Liger JSD, chunks of 256": (kd_peers.liger_jsd_256, "jsd", "liger_kernel"),
+    "TRL forward KL": (kd_peers.trl_forward_kl, "forward_kl", "trl"),
+    "TRL forward KL, tiles of 256 x 8192": (kd_peers.trl_forward_kl_small, "forward_kl", "trl"),
+    "orda forward KL": (kd_peers.orda_forward_kl, "forward_kl", "orda_kernel"),
+    "TRL JSD": (kd_peers.trl_jsd, "jsd", "trl"),
     "TRL GKD JSD": (kd_peers.trl_gkd_jsd, "jsd", "trl"),
 }

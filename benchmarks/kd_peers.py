@@ -85,4 +85,39 @@ def trl_gkd_jsd(hidden, head, teacher, teacher_head, labels) -> Tensor:
         from trl import GKDTrainer
     with torch.no_grad():
         target = teacher @ teacher_head.T
-    return GKDTrainer.generalized_jsd_loss((hidden @ head.T)[None], target[None], beta=0.5)
+    if labels is None:
+        labels = torch.zeros(hidden.shape[0], dtype=torch.long, device=hidden.device)  # all count
+    return GKDTrainer.generalized_jsd_loss((hidden @ head.T)[None], target[None], labels[None], beta=0.5)
+
+
+def _trl(beta: float, tiles: tuple[int, int] | None, hidden, head, teacher, teacher_head, labels) -> Tensor:
+    from trl.kernels import chunked_divergence
+
+    if tiles is not None:
+        chunked_divergence.TOKEN_CHUNK_SIZE, chunked_divergence.VOCAB_CHUNK_SIZE = tiles
+    function = chunked_divergence.ChunkedDivergenceFunction
+    return function.apply(hidden, head, None, teacher, teacher_head, None, beta)[0].mean()
+
+
+def trl_forward_kl(*args) -> Tensor:
+    return _trl(0.0, None, *args)
+
+
+def trl_forward_kl_small(*args) -> Tensor:
+    return _trl(0.0, (256, 8192), *args)
+
+
+def trl_jsd(*args) -> Tensor:
+    return _trl(0.5, None, *args)
+
+
+def orda_forward_kl(hidden, head, teacher, teacher_head, labels) -> Tensor:
+    import orda_kernel
+
+    if labels is None:
+        labels = torch.zeros(hidden.shape[0], dtype=torch.long, device=hidden.device)
+    source = orda_kernel.SeparateTeacher(teacher, teacher_head)
+    backend = "triton" if hidden.is_cuda else "torch"
+    return orda_kernel.distillation_loss(
+        hidden, head, labels, source, student_ce_weight=0.0, kl_weight=1.0, backend=backend
+    ).loss

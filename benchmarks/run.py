@@ -284,6 +284,12 @@ def run_benchmark(name: str, options: argparse.Namespace) -> bool:
         else:
             rows.append(summarise(case, runs[case.key], options.device))
     mark, about = f"{name}-{options.device}", environment(options.device)
+    old = RESULTS / f"{mark}.json"
+    if options.only and old.exists():
+        # Lines that this run left out stay as they were, in their places.
+        new = {(row["table"], row["name"]): row for row in rows}
+        kept = json.loads(old.read_text())["rows"]
+        rows = [new.pop((row["table"], row["name"]), row) for row in kept] + list(new.values())
     lines = table_lines(rows, options.device)
     versions = f"torch {about['torch']}, Python {about['python']}; commit {about['commit']}, {about['date']}"
     told = f"{about['device']}; {versions}"
@@ -303,7 +309,9 @@ def main() -> int:
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(NAMES)}; all if none is given")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--quick", action="store_true", help="small shapes, to see that everything runs")
-    parser.add_argument("--only", default="", help="only cases whose table/name contains this")
+    parser.add_argument(
+        "--only", default="", help="only cases whose table/name contains this; results of the others stay"
+    )
     parser.add_argument("--rounds", type=int, default=3, help="fresh processes per case")
     parser.add_argument("--repeats", type=int, default=2, help="timings in each process")
     parser.add_argument("--peers", help="another Python, with the peers installed")
