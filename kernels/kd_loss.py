@@ -67,8 +67,10 @@ def kd_loss(
     Args:
         student_logits: (..., vocab), any float dtype; the loss is computed in float32 (float64 from float64).
         teacher: logits (..., vocab), or a teacher source (kd_teachers.py). Gets no gradient.
-        labels: (...), int64: row i's target, already aligned (nothing is shifted here). Rows of
-            `ignore_index` are skipped by both terms. None: every row counts, and `ce_weight` must be 0.
+        labels: (...), int64: row i's target, already aligned (nothing is shifted here). Rows of `ignore_index` are
+            skipped by both terms. None: every row counts, and `ce_weight` must be 0. For next-token targets pad the
+            labels, `F.pad(labels[:, 1:], (0, 1), value=-100)`, and keep the logits whole: `logits[:, :-1]` would
+            have to be copied.
         divergence: forward_kl, reverse_kl, jsd (with `beta`: beta KL(p, m) + (1 - beta) KL(q, m) for m = beta
             p + (1 - beta) q, as in GKD; 0 is forward and 1 is reverse KL), skew_kl and skew_reverse_kl (with
             `lam`: KL(p, lam p + (1 - lam) q) and KL(q, (1 - lam) p + lam q), as in DistiLLM), tvd; or,

@@ -314,3 +314,17 @@ def test_any_shape_and_scale(rows, vocab, divergence, temperature, spread, ce_we
         torch.testing.assert_close(value, truth, rtol=1e-8, atol=1e-10)
     for value, truth in zip(got[2], got[0], strict=True):
         assert (value - truth).abs().max() <= 1e-4 * max(1.0, truth.abs().max().item())
+
+
+@pytest.mark.parametrize("kind", ("logits", "hidden", "topk", "samples", "mixture"))
+def test_either_term_alone(kind):
+    """A weight of 0 leaves the other term, and `return_parts` still has both."""
+    d = data(7)
+    for kd_weight, ce_weight in ((0.0, 1.0), (1.0, 0.0), (0.0, 0.0)):
+        options = {"labels": d["labels"], "kd_weight": kd_weight, "ce_weight": ce_weight, "temperature": 2.0}
+        for linear in (False, True):
+            truth = run(d, "forward_kl", kind, torch.float64, "reference", linear, **options)
+            got = run(d, "forward_kl", kind, torch.float64, "chunked", linear, **options)
+            assert truth[1] > 0 and truth[2] > 0
+            for value, expected in zip(got, truth, strict=True):
+                torch.testing.assert_close(value, expected, rtol=1e-9, atol=1e-12)

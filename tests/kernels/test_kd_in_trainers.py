@@ -107,9 +107,8 @@ def test_transformers_trainer(tmp_path):
             outputs = model(**inputs)
             with torch.no_grad():
                 target = self.teacher(**inputs).logits
-            loss = kd_loss(
-                outputs.logits[:, :-1], target[:, :-1], labels[:, 1:], normalizer=num_items_in_batch, **self.weights
-            )
+            next_labels = F.pad(labels[:, 1:], (0, 1), value=-100)
+            loss = kd_loss(outputs.logits, target, next_labels, normalizer=num_items_in_batch, **self.weights)
             return (loss, outputs) if return_outputs else loss
 
     config = transformers.LlamaConfig(
