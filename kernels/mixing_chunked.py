@@ -303,14 +303,22 @@ def _dtype(*mixings: Mixing) -> torch.dtype:
 def distance_chunked(student: Mixing, teacher: Mixing, metric: str, reduction: str) -> Tensor:
     """Shapes and meaning as in `mohawk.kernels.mixing_distance.mixing_distance`."""
     wanted = torch.is_grad_enabled() and any(v is not None and v.requires_grad for v in student.tensors)
-    return _Distance.apply(student, teacher, metric, reduction, wanted, *student.tensors)
+    return _Distance.apply(
+        student, teacher, metric, reduction, wanted, _value_and_gradients, *student.tensors
+    )
+
+
+def distance_triton(student: Mixing, teacher: Mixing, metric: str, reduction: str) -> Tensor:
+    """The same by the kernels of `mohawk.kernels.mixing_triton`."""
+    wanted = torch.is_grad_enabled() and any(v is not None and v.requires_grad for v in student.tensors)
+    return _Distance.apply(student, teacher, metric, reduction, wanted, _by_triton, *student.tensors)
 
 
 class _Distance(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, student, teacher, metric, reduction, wanted, *tensors):
+    def forward(ctx, student, teacher, metric, reduction, wanted, run, *tensors):
         with torch.autocast(tensors[0].device.type, enabled=False):
-            values, gradients = _value_and_gradients(student, teacher, metric, reduction, wanted)
+            values, gradients = run(student, teacher, metric, reduction, wanted)
         ctx.reduction = reduction
         ctx.student = [None if value is None else (value.shape, value.dtype) for value in tensors]
         ctx.attention = isinstance(student, AttentionMixing)
@@ -333,7 +341,7 @@ class _Distance(torch.autograd.Function):
             else:
                 gradient = gradient * upstream
             results.append(gradient.to(dtype))
-        return (None, None, None, None, None, *results)
+        return (None, None, None, None, None, None, *results)
 
 
 def _fold(gradient_bh: Tensor, shape: torch.Size, attention: bool) -> Tensor:
@@ -391,6 +399,25 @@ def _value_and_gradients(
                 else:
                     _add_block(out, gradient, block, like.shape, attention)
     return values.to(dtype), gradients
+
+
+def _by_triton(
+    student: Mixing, teacher: Mixing, metric: str, reduction: str, wanted: bool
+) -> tuple[Tensor, list[Tensor | None]]:
+    from mohawk.kernels.mixing_triton import sums_and_gradients
+
+    real = _real_tokens(student, teacher)
+    total, size, per_head = sums_and_gradients(student, teacher, wanted)
+    values, factor = _finish(metric, total, size, student.shape[2], real)
+    gradients: list[Tensor | None] = [None] * len(student.tensors)
+    if wanted:
+        factor = factor / max(1, values.numel()) if reduction == "mean" else factor
+        for index, (value, gradient) in enumerate(zip(student.tensors, per_head, strict=True)):
+            if value is not None and value.requires_grad:
+                gradient = gradient * factor.view(*factor.shape, *(1,) * (gradient.dim() - 2))
+                gradient = gradient if reduction == "none" else _fold(gradient, value.shape, False)
+                gradients[index] = gradient.to(torch.float32)
+    return values.to(torch.float32), gradients
 
 
 def _groups(shape: torch.Size, attention: bool) -> int:

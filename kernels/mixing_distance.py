@@ -1,15 +1,17 @@
 """The distance between two mixing matrices, with gradients, without either matrix: MOHAWK's first phase."""
 
+import importlib.util
+
 import torch
 from torch import Tensor
 
 from mohawk.kernels.mixing import AttentionMixing, Mixing
-from mohawk.kernels.mixing_chunked import distance_chunked
+from mohawk.kernels.mixing_chunked import distance_chunked, distance_triton
 from mohawk.kernels.mixing_reference import distance_reference
 
 METRICS = ("frobenius", "squared", "mse", "relative", "kl")
 REDUCTIONS = ("mean", "sum", "none")
-BACKENDS = ("auto", "reference", "chunked")
+BACKENDS = ("auto", "reference", "chunked", "triton")
 
 
 def mixing_distance(
@@ -42,7 +44,11 @@ def mixing_distance(
             fixed = _detached(teacher)
         values = distance_reference(student, fixed, metric)
         return {"mean": values.mean, "sum": values.sum, "none": lambda: values}[reduction]()
-    return distance_chunked(student, teacher, metric, reduction)
+    if backend == "triton":
+        _check_triton(student, teacher, metric)
+    by_triton = backend == "triton" or (backend == "auto" and _triton_is_best(student, teacher, metric))
+    run = distance_triton if by_triton else distance_chunked
+    return run(student, teacher, metric, reduction)
 
 
 def _detached(mixing: Mixing) -> Mixing:
@@ -50,6 +56,27 @@ def _detached(mixing: Mixing) -> Mixing:
         name: value.detach() if isinstance(value, Tensor) else value for name, value in vars(mixing).items()
     }
     return type(mixing)(**fields)
+
+
+def _triton_is_best(student: Mixing, teacher: Mixing, metric: str) -> bool:
+    if not student.tensors[0].is_cuda or importlib.util.find_spec("triton") is None:
+        return False
+    from mohawk.kernels.mixing_triton import fits_triton
+
+    return fits_triton(student, teacher, metric)
+
+
+def _check_triton(student: Mixing, teacher: Mixing, metric: str) -> None:
+    where = "mixing_distance: backend 'triton'"
+    if importlib.util.find_spec("triton") is None:
+        raise ValueError(f"{where} needs the package triton; install it or take 'chunked'")
+    from mohawk.kernels.mixing_triton import fits_triton
+
+    if not fits_triton(student, teacher, metric):
+        raise ValueError(
+            f"{where} compares an SSDMixing with an AttentionMixing, not in float64, head_dim and state_size at "
+            "most 256, and not by 'kl'; take 'chunked'"
+        )
 
 
 def _check(student: Mixing, teacher: Mixing, metric: str, reduction: str, backend: str) -> None:

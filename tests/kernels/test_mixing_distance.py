@@ -316,6 +316,7 @@ def wrong(**change):
         (wrong(teacher=attention(1, 3, 3, 10, 4)), "one number of heads must divide the other, got 4"),
         (wrong(teacher=attention(1, 4, 2, 11, 4)), "agree in batch and seq"),
         (wrong(metric="kl"), "compares two attentions"),
+        (wrong(backend="triton"), "triton"),  # float64, or not installed
         (wrong(metric="kl", student=attention(1, 4, 2, 10, 4, window=3)), "infinite"),
         (
             wrong(metric="kl", student=attention(1, 4, 2, 10, 4, segment_ids=documents(1, 10))),
