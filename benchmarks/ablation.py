@@ -10,10 +10,14 @@ resume; the table, its JSON and a plot go to benchmarks/results/.
 
 import argparse
 import json
+import sys
 import time
 from pathlib import Path
 
-RESULTS = Path(__file__).parent / "results"
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from benchmarks.run import RESULTS, put_in_readme  # noqa: E402
+
 SCHEDULES = {  # share of the token budget for each phase; what the paper's ablation compares
     "3": {"end_to_end": 1.0},
     "2-3": {"hidden": 0.5, "end_to_end": 0.5},
@@ -109,6 +113,11 @@ def main() -> None:
     about = {"tokens": options.tokens, "date": time.strftime("%Y-%m-%d")}
     (RESULTS / "ablation.json").write_text(json.dumps({"about": about, "rows": rows}, indent=1) + "\n")
     (RESULTS / "ablation.md").write_text(table(rows, options.tokens))
+    told = f"{'; '.join(rows[0]['machine']['devices'])}. `python benchmarks/ablation.py --tokens {options.tokens:.0f}`"
+    put_in_readme(
+        "ablation",
+        [*table(rows, options.tokens).splitlines(), "", told, "", "![ablation](benchmarks/results/ablation.png)"],
+    )
     draw(rows, RESULTS / "ablation.png")
 
 

@@ -17,6 +17,10 @@ import sys
 import time
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from benchmarks.run import RESULTS, put_in_readme  # noqa: E402
+
 HIDDEN, HEADS, KV_HEADS, MLP, VOCAB, BATCH = 576, 9, 3, 1536, 4096, 4
 DEPTHS, LENGTHS = (8, 24), (256, 1024)
 MIB = 2**20
@@ -99,10 +103,24 @@ def _rss() -> int:
     return pages * resource.getpagesize()
 
 
+def table(rows: list[dict]) -> list[str]:
+    """The README's table."""
+    lines = ["| phase | layers | length | streamed | all alive | ratio | hidden states |"]
+    lines.append("|---|---:|---:|---:|---:|---:|---:|")
+    for ours, theirs in zip(rows[::2], rows[1::2], strict=True):
+        lines.append(
+            f"| {ours['phase']} | {ours['depth']} | {ours['length']} | {ours['peak_mib']:.0f} MiB | "
+            f"{theirs['peak_mib']:.0f} MiB | {theirs['peak_mib'] / max(ours['peak_mib'], 1e-9):.1f} | "
+            f"{ours['hidden_states_mib']:.0f} MiB |"
+        )
+    told = "Peak above the models in one step, half of the layers replaced, batch 4, width 576, float32."
+    return [*lines, "", f"{told} `python benchmarks/phase_memory.py`"]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="small depths and lengths")
-    parser.add_argument("--json", type=Path, default=Path(__file__).parent / "results" / "phase_memory.json")
+    parser.add_argument("--json", type=Path, default=RESULTS / "phase_memory.json")
     parser.add_argument("--case", nargs=4, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.case:
@@ -142,6 +160,8 @@ def main() -> None:
         "threads": torch.get_num_threads(), "date": time.strftime("%Y-%m-%d"),
     }  # fmt: skip
     options.json.write_text(json.dumps({"about": about, "rows": rows}, indent=1) + "\n")
+    if options.json.parent == RESULTS:
+        put_in_readme("phase_memory", table(rows))
 
 
 if __name__ == "__main__":

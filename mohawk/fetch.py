@@ -18,7 +18,7 @@ import sys
 import tarfile
 import tempfile
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -62,6 +62,10 @@ BROTLI = Package(
 PROSE = {
     "alice29.txt": ("alice_in_wonderland.txt", "  Alice was beginning", "THE END"),
     "lcet10.txt": ("electronic_texts_workshop.txt", "The Workshop on Electronic Texts (1)", "Appendix I:"),
+}
+VERSE = {
+    "asyoulik.txt": ("as_you_like_it.txt", "ACT I", "[Exeunt]"),
+    "plrabn12.txt": ("paradise_lost.txt", "Of Man's first disobedience", "[The End]"),
 }
 
 
@@ -121,18 +125,40 @@ def held_out_prose() -> list[Path]:
     Two text files, 0.14 MB and 0.3 MB, in this order. The proceedings are modern prose that few models know
     by heart, which makes them the fairer of the two to compare perplexities on.
     """
-    target = cache_dir() / "held-out-prose"
+    return _public_texts("held-out-prose", PROSE, unwrap)
+
+
+def verse() -> list[Path]:
+    """As You Like It and Paradise Lost, line by line as they are: two text files, 0.12 MB and 0.47 MB."""
+    return _public_texts("verse", VERSE, str.strip)
+
+
+def _public_texts(
+    folder_name: str, entries: dict[str, tuple[str, str, str]], clean: Callable[[str], str]
+) -> list[Path]:
+    target = cache_dir() / folder_name
     if not target.is_dir():
         archive = download(BROTLI)
         with whole_folder(target) as folder, tarfile.open(archive) as source:
             for member in source:
-                if (entry := PROSE.get(Path(member.name).name)) and "/testdata/" in member.name:
+                if (entry := entries.get(Path(member.name).name)) and "/testdata/" in member.name:
                     name, begin, end = entry
                     text = source.extractfile(member).read().decode("ascii", errors="replace")
                     start = text.index(begin)
-                    prose = unwrap(text[start : text.rindex(end, start)])
-                    (folder / name).write_text(prose, encoding="utf-8")
-    return [target / name for name, _, _ in PROSE.values()]
+                    (folder / name).write_text(clean(text[start : text.rindex(end, start)]), encoding="utf-8")
+    return [target / name for name, _, _ in entries.values()]
+
+
+def python_reference() -> list[Path]:
+    """The Python language reference, which every Python carries for `help()`: about 80 text files, 0.5 MB."""
+    target = cache_dir() / f"python-reference-{sys.version_info[0]}.{sys.version_info[1]}"
+    if not target.is_dir():
+        from pydoc_data.topics import topics
+
+        with whole_folder(target) as folder:
+            for name, text in topics.items():
+                (folder / f"{re.sub(r'[^A-Za-z0-9_-]', '_', name)}.txt").write_text(text, encoding="utf-8")
+    return sorted(target.glob("*.txt"))
 
 
 def unwrap(text: str) -> str:
