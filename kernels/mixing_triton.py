@@ -272,7 +272,7 @@ def tile_and_warps(width: int, dtype: torch.dtype) -> tuple[int, int]:
     The largest tiles that spill no registers on sm_80, sm_90, sm_100 and gfx942; float32 products without tensor
     cores hold whole operands in registers.
     """
-    return (16 if dtype == torch.float32 or width > 128 else 32), 4
+    return (16 if dtype == torch.float32 else 32), 4
 
 
 def _width(size: int) -> int:
@@ -284,13 +284,21 @@ def _per_head(value_bnh: Tensor, heads: int) -> Tensor:
     return value.repeat_interleave(heads // value.shape[1], 1).contiguous()
 
 
+def _dtype(student: SSDMixing, teacher: AttentionMixing) -> torch.dtype:
+    """Of the products' operands: the inputs' own if they share one."""
+    given = {student.C.dtype, student.B.dtype, teacher.q.dtype, teacher.k.dtype}
+    return given.pop() if len(given) == 1 else torch.float32
+
+
 def fits_triton(student, teacher, metric: str) -> bool:
     """Whether the kernels cover this pair of mixings."""
     return (
         isinstance(student, SSDMixing)
         and isinstance(teacher, AttentionMixing)
         and metric != "kl"
-        and max(student.C.shape[3], teacher.q.shape[3]) <= 256
+        # Wider ones spill registers, float32 first.
+        and max(student.C.shape[3], teacher.q.shape[3])
+        <= (64 if _dtype(student, teacher) == torch.float32 else 128)
         and not any(v is not None and v.dtype == torch.float64 for v in (*student.tensors, *teacher.tensors))
     )
 
@@ -302,8 +310,7 @@ def sums_and_gradients(student: SSDMixing, teacher: AttentionMixing, wanted: boo
     batch, _, seq = student.shape
     heads = max(student.shape[1], teacher.shape[1])
     device = student.C.device
-    low = {student.C.dtype, student.B.dtype, teacher.q.dtype, teacher.k.dtype}
-    dtype = low.pop() if len(low) == 1 else torch.float32
+    dtype = _dtype(student, teacher)
     q, k = teacher.q.to(dtype).contiguous(), teacher.k.to(dtype).contiguous()
     C, B = (value.to(dtype).transpose(1, 2).contiguous() for value in (student.C, student.B))
     # Segments are masked in the kernels: borders in the sums would only cost them digits.
