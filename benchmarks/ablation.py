@@ -2,10 +2,11 @@
 
 SmolLM2-135M-Instruct becomes the demo's hybrid six times: phase 3 alone, phases 2 and 3, and all three, each from
 attention initialisation and from random mixers. Every run sees the same total of training tokens (the earlier phases
-take theirs from phase 3) and is evaluated on text of another source. Runs are ordinary `mohawk convert` runs and
+take theirs from phase 3, and the least-squares start of phase 2 takes its from phase 2) and is evaluated on text of
+another source. Runs are ordinary `mohawk convert` runs and
 resume; the table, its JSON and a plot go to benchmarks/results/.
 
-    python benchmarks/ablation.py [--tokens 120000] [--runs runs/ablation]
+    python benchmarks/ablation.py [--tokens 49152] [--runs runs/ablation]
 """
 
 import argparse
@@ -21,7 +22,7 @@ from benchmarks.run import RESULTS, put_in_readme  # noqa: E402
 SCHEDULES = {  # share of the token budget for each phase; what the paper's ablation compares
     "3": {"end_to_end": 1.0},
     "2-3": {"hidden": 0.5, "end_to_end": 0.5},
-    "1-2-3": {"mixing": 0.1, "hidden": 0.4, "end_to_end": 0.5},
+    "1-2-3": {"mixing": 1 / 12, "hidden": 5 / 12, "end_to_end": 0.5},
 }
 INITS = ("attention", "random")
 
@@ -96,7 +97,7 @@ def table(rows: list[dict], tokens: float) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tokens", type=float, default=1.2e5, help="training tokens of each run")
+    parser.add_argument("--tokens", type=float, default=49152, help="training tokens of each run")
     parser.add_argument("--runs", type=Path, default=Path("runs/ablation"), help="folder of the runs")
     options = parser.parse_args()
     from mohawk.convert import convert
