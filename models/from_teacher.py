@@ -17,6 +17,7 @@ GATES = ("open", "output", "random")
 X_SIZE = 0.1  # rms of x before its SiLU, where SiLU is nearly x / 2
 CONTENT = 0.25  # how much of q.k / sqrt(d) enters the first mixing matrix
 AVERAGED = 0.2  # rms of attention's output over that of its values
+RESTING = 0.2  # attention rests mostly on its first token, whose value is near 0: this much of an average is left
 NORM_INPUT = 0.1  # rms of the output norm's input over sqrt(eps): below 1 the norm is nearly linear
 SLOWEST, FASTEST = 3e-2, 2.0  # decay per token of the first and the last head: averages over 33 and 1/2 tokens
 
@@ -147,7 +148,7 @@ def copy_attention(attention: nn.Module, mixer: SSMMixer, norm: Tensor, num_kv_h
     silu = mixer.activation == "silu"
     slope, offset = (0.5, 0.0) if silu else (1.0, 0.0)
     # x: in SiLU's nearly linear range; the output norm's weight takes the scale out again
-    taps = {"x": X_SIZE / size if silu else torch.ones_like(size)}
+    taps = {"x": X_SIZE / size if silu else torch.full_like(size, RESTING)}
     # B, C: (constant + scaled k).(constant + scaled q) = 1 + CONTENT * k.q / sqrt(p)
     constant = p**-0.5
     if silu:
@@ -208,7 +209,7 @@ def _open_gate(mixer: Mamba2Mixer, size: Tensor) -> None:
             z -= step
         step /= 2
     mixer.in_proj.bias[mixer.slices()["z"]] = z
-    mixer.norm.weight.copy_(size * (2 / X_SIZE) * root * (1 + math.exp(-z)) / z)
+    mixer.norm.weight.copy_(RESTING * size * (2 / X_SIZE) * root * (1 + math.exp(-z)) / z)
 
 
 def _silu_inverse(value: float) -> tuple[float, float]:

@@ -193,11 +193,11 @@ class EndToEndObjective(Objective):
             body = getattr(self.teacher, "body", self.teacher.model)  # a hybrid can be a teacher too
             teacher = body(input_ids=input_ids, position_ids=position_ids, use_cache=False)
         student = self.student.body(input_ids, position_ids=position_ids, segment_ids=segment_ids, use_cache=False)
-        # position t predicts token t + 1
+        # position t predicts token t + 1; the loss takes the dtype it is given, and makes float32 logits of it
         loss = linear_kd_loss(
-            student.last_hidden_state[:, :-1],
-            self.student.lm_head.weight,
-            TeacherHidden(teacher.last_hidden_state[:, :-1], self.teacher.lm_head.weight),
+            _autocast(student.last_hidden_state[:, :-1]),
+            _autocast(self.student.lm_head.weight),
+            TeacherHidden(_autocast(teacher.last_hidden_state[:, :-1]), _autocast(self.teacher.lm_head.weight)),
             labels[:, 1:],
             divergence=self.divergence,
             temperature=self.temperature,
@@ -205,3 +205,9 @@ class EndToEndObjective(Objective):
             ce_weight=self.ce_weight,
         )
         yield self.divergence, loss
+
+
+def _autocast(tensor: Tensor) -> Tensor:
+    """The tensor in the dtype that autocast would multiply it in."""
+    device = tensor.device.type
+    return tensor.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else tensor
