@@ -54,7 +54,6 @@ def row(init: str, name: str, run: Path) -> dict:
         "init": init, "phases": name, "kl": last["kl"], "ratio": last["perplexity_ratio"],
         "top1_agreement": last["top1_agreement"], "kl_before": start["kl"],
         "tokens": {phase: found["tokens"] for phase, found in results["phases"].items()},
-        "seconds": sum(found["seconds"] for found in results["phases"].values()),
         "machine": results["machine"],
     }  # fmt: skip
 
@@ -84,13 +83,13 @@ def table(rows: list[dict], tokens: float) -> str:
     lines = [
         f"SmolLM2-135M-Instruct, {tokens:,.0f} training tokens a run; text of another source.",
         "",
-        "| init | phases | KL (nats) | perplexity ratio | same top token | KL before | time |",
-        "|---|---|---:|---:|---:|---:|---:|",
+        "| init | phases | KL (nats) | perplexity ratio | same top token | KL before |",
+        "|---|---|---:|---:|---:|---:|",
     ]
     for r in rows:
         lines.append(
             f"| {r['init']} | {r['phases']} | {r['kl']:.4f} | {float(r['ratio']):.3f} | {r['top1_agreement']:.1%} | "
-            f"{r['kl_before']:.2f} | {r['seconds'] / 60:.1f} min |"
+            f"{r['kl_before']:.2f} |"
         )
     return "\n".join(lines) + "\n"
 
