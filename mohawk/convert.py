@@ -6,6 +6,7 @@ was: a finished phase is its `student/` folder, an unfinished one has checkpoint
 
 from __future__ import annotations
 
+import gc
 import json
 import logging
 import time
@@ -170,6 +171,8 @@ class Conversion:
         student.requires_grad_(True)
         for parameter in student.parameters():
             parameter.grad = None
+        del trainer, objective
+        gc.collect()  # the optimizer's state, before the evaluation that follows
 
     def _solve(self, phase, student: HybridForCausalLM, dataset: PackedDataset) -> None:
         """Least squares for every out_proj, from the first rows of the phase's text."""
