@@ -39,9 +39,7 @@ def causal_conv1d(
     ValueError for shapes that do not fit.
     """
     _check(x, weight, bias, activation, initial_state, segment_ids)
-    package = (
-        _package_function() if x.is_cuda and _fits_package(x, weight, initial_state, segment_ids) else None
-    )
+    package = _package_function() if x.is_cuda and _fits_package(x, weight, initial_state, segment_ids) else None
     if package is not None:
         y = by_package(package, x, weight, bias, activation, initial_state, segment_ids)
     else:
@@ -73,9 +71,7 @@ def _package_function() -> Callable | None:
     return causal_conv1d_fn
 
 
-def _fits_package(
-    x: Tensor, weight: Tensor, initial_state: Tensor | None, segment_ids: Tensor | None
-) -> bool:
+def _fits_package(x: Tensor, weight: Tensor, initial_state: Tensor | None, segment_ids: Tensor | None) -> bool:
     """It takes 2 to 4 taps, channels in eights, no float64, and not states and segments at once."""
     return (
         x.numel() > 0
@@ -217,9 +213,7 @@ def _check(
 ) -> None:
     where = "causal_conv1d"
     if x.dim() != 3 or not x.is_floating_point():
-        raise ValueError(
-            f"{where}: x must be floating point (batch, seq, channels), got {x.dtype} {tuple(x.shape)}"
-        )
+        raise ValueError(f"{where}: x must be floating point (batch, seq, channels), got {x.dtype} {tuple(x.shape)}")
     batch, seq, channels = x.shape
     if weight.dim() != 2 or weight.shape[0] != channels or weight.shape[1] < 1:
         raise ValueError(

@@ -82,9 +82,7 @@ class SSDMixing:
     def __post_init__(self) -> None:
         where = "SSDMixing"
         if self.log_decay.dim() != 3:
-            raise ValueError(
-                f"{where}: log_decay must be (batch, seq, heads), got {tuple(self.log_decay.shape)}"
-            )
+            raise ValueError(f"{where}: log_decay must be (batch, seq, heads), got {tuple(self.log_decay.shape)}")
         batch, seq, heads = self.log_decay.shape
         for name, value in (("C", self.C), ("B", self.B)):
             if value.dim() != 4 or tuple(value.shape[:2]) != (batch, seq):
@@ -93,13 +91,9 @@ class SSDMixing:
                     f"{batch}, {seq}, got {tuple(value.shape)}"
                 )
             if value.shape[2] < 1 or heads % value.shape[2]:
-                raise ValueError(
-                    f"{where}: the {value.shape[2]} groups of {name} must divide the {heads} heads"
-                )
+                raise ValueError(f"{where}: the {value.shape[2]} groups of {name} must divide the {heads} heads")
         if self.B.shape[3] != self.C.shape[3]:
-            raise ValueError(
-                f"{where}: C and B must have one state_size, got {self.C.shape[3]} and {self.B.shape[3]}"
-            )
+            raise ValueError(f"{where}: C and B must have one state_size, got {self.C.shape[3]} and {self.B.shape[3]}")
         if self.input_scale is not None and self.input_scale.shape != self.log_decay.shape:
             raise ValueError(
                 f"{where}: input_scale must be (batch, seq, heads) = {(batch, seq, heads)}, "
@@ -159,6 +153,4 @@ def _check_floating(where: str, device: torch.device, **tensors: Tensor | None) 
         if value is not None and not value.is_floating_point():
             raise ValueError(f"{where}: {name} must be floating point, got {value.dtype}")
         if value is not None and value.device != device:
-            raise ValueError(
-                f"{where}: {name} is on {value.device}, the rest on {device}; move them to one device"
-            )
+            raise ValueError(f"{where}: {name} is on {value.device}, the rest on {device}; move them to one device")

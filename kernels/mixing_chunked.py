@@ -303,9 +303,7 @@ def _dtype(*mixings: Mixing) -> torch.dtype:
 def distance_chunked(student: Mixing, teacher: Mixing, metric: str, reduction: str) -> Tensor:
     """Shapes and meaning as in `mohawk.kernels.mixing_distance.mixing_distance`."""
     wanted = torch.is_grad_enabled() and any(v is not None and v.requires_grad for v in student.tensors)
-    return _Distance.apply(
-        student, teacher, metric, reduction, wanted, _value_and_gradients, *student.tensors
-    )
+    return _Distance.apply(student, teacher, metric, reduction, wanted, _value_and_gradients, *student.tensors)
 
 
 def distance_triton(student: Mixing, teacher: Mixing, metric: str, reduction: str) -> Tensor:
@@ -501,9 +499,7 @@ def _kl_strip(mine, theirs, row: int, end: int, first: int, mask: Tensor | None,
     return terms.sum(-1)
 
 
-def _finish(
-    metric: str, total: Tensor, size: Tensor | None, seq: int, real: Tensor | None
-) -> tuple[Tensor, Tensor]:
+def _finish(metric: str, total: Tensor, size: Tensor | None, seq: int, real: Tensor | None) -> tuple[Tensor, Tensor]:
     """The distance, and the factor for the gradients of half the sum of squares (for kl: of the sum)."""
     if metric == "kl":
         rows = seq if real is None else real.sum(-1).clamp(min=1).unsqueeze(1)

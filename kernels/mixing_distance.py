@@ -52,9 +52,7 @@ def mixing_distance(
 
 
 def _detached(mixing: Mixing) -> Mixing:
-    fields = {
-        name: value.detach() if isinstance(value, Tensor) else value for name, value in vars(mixing).items()
-    }
+    fields = {name: value.detach() if isinstance(value, Tensor) else value for name, value in vars(mixing).items()}
     return type(mixing)(**fields)
 
 
@@ -90,19 +88,15 @@ def _check(student: Mixing, teacher: Mixing, metric: str, reduction: str, backen
             raise ValueError(f"{where}: {name} must be one of {', '.join(allowed)}, got {value!r}")
     for name, value in (("student", student), ("teacher", teacher)):
         if not isinstance(value, Mixing):
-            raise ValueError(
-                f"{where}: {name} must be an AttentionMixing or an SSDMixing, got {type(value).__name__}"
-            )
+            raise ValueError(f"{where}: {name} must be an AttentionMixing or an SSDMixing, got {type(value).__name__}")
     (batch, heads, seq), (batch_t, heads_t, seq_t) = student.shape, teacher.shape
     if (batch, seq) != (batch_t, seq_t):
         raise ValueError(
-            f"{where}: student and teacher must agree in batch and seq, "
-            f"got {batch}, {seq} and {batch_t}, {seq_t}"
+            f"{where}: student and teacher must agree in batch and seq, got {batch}, {seq} and {batch_t}, {seq_t}"
         )
     if min(heads, heads_t) < 1 or max(heads, heads_t) % min(heads, heads_t):
         raise ValueError(
-            f"{where}: one number of heads must divide the other, "
-            f"got {heads} (student) and {heads_t} (teacher)"
+            f"{where}: one number of heads must divide the other, got {heads} (student) and {heads_t} (teacher)"
         )
     if student.tensors[0].device != teacher.tensors[0].device:
         raise ValueError(

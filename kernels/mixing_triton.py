@@ -297,8 +297,7 @@ def fits_triton(student, teacher, metric: str) -> bool:
         and isinstance(teacher, AttentionMixing)
         and metric != "kl"
         # Wider ones spill registers, float32 first.
-        and max(student.C.shape[3], teacher.q.shape[3])
-        <= (64 if _dtype(student, teacher) == torch.float32 else 128)
+        and max(student.C.shape[3], teacher.q.shape[3]) <= (64 if _dtype(student, teacher) == torch.float32 else 128)
         and not any(v is not None and v.dtype == torch.float64 for v in (*student.tensors, *teacher.tensors))
     )
 
@@ -340,8 +339,7 @@ def sums_and_gradients(student: SSDMixing, teacher: AttentionMixing, wanted: boo
     )
     row_weights, column_weights = (torch.empty(per_row, dtype=torch.float64, device=device) for _ in range(2))
     dC, dB = (
-        torch.empty((*per_row, C.shape[3]) if wanted else 0, dtype=torch.float32, device=device)
-        for _ in range(2)
+        torch.empty((*per_row, C.shape[3]) if wanted else 0, dtype=torch.float32, device=device) for _ in range(2)
     )
     teacher_runs = runs(teacher.segment_ids)
     sizes = (seq, heads, q.shape[1], k.shape[1])

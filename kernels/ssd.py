@@ -118,9 +118,7 @@ def _check(
     batch, seq, heads, head_dim = x.shape
     per_head = (batch, seq, heads)
     if tuple(log_decay.shape) != per_head:
-        raise ValueError(
-            f"{where}: log_decay must be (batch, seq, heads) = {per_head}, got {tuple(log_decay.shape)}"
-        )
+        raise ValueError(f"{where}: log_decay must be (batch, seq, heads) = {per_head}, got {tuple(log_decay.shape)}")
     for name, value in (("B", B), ("C", C)):
         if value.dim() != 4 or value.shape[:2] != x.shape[:2]:
             raise ValueError(
@@ -128,9 +126,7 @@ def _check(
                 f"got {tuple(value.shape)}"
             )
         if value.shape[2] < 1 or heads % value.shape[2]:
-            raise ValueError(
-                f"{where}: the {value.shape[2]} groups of {name} must divide the {heads} heads of x"
-            )
+            raise ValueError(f"{where}: the {value.shape[2]} groups of {name} must divide the {heads} heads of x")
     if B.shape[3] != C.shape[3]:
         raise ValueError(f"{where}: B and C must have one state_size, got {B.shape[3]} and {C.shape[3]}")
     if input_scale is not None and tuple(input_scale.shape) != per_head:
@@ -151,6 +147,4 @@ def _check(
         if value is not None and not value.is_floating_point():
             raise ValueError(f"{where}: {name} must be floating point, got {value.dtype}")
         if value is not None and value.device != x.device:
-            raise ValueError(
-                f"{where}: {name} is on {value.device}, x on {x.device}; move them to one device"
-            )
+            raise ValueError(f"{where}: {name} is on {value.device}, x on {x.device}; move them to one device")

@@ -228,12 +228,8 @@ class _ChunkedScan(torch.autograd.Function):
         blocks = _blocks(x, B, C) if x.numel() else []
         d_decay = torch.zeros(log_decay.shape, dtype=log_decay.dtype, device=x.device)
         dB, dC = _empty_gradient(B, blocks, state_dtype), _empty_gradient(C, blocks, state_dtype)
-        d_scale = (
-            None if input_scale is None else torch.zeros(x.shape[:3], dtype=state_dtype, device=x.device)
-        )
-        d_initial = torch.zeros(
-            x.shape[0], x.shape[2], x.shape[3], B.shape[3], dtype=state_dtype, device=x.device
-        )
+        d_scale = None if input_scale is None else torch.zeros(x.shape[:3], dtype=state_dtype, device=x.device)
+        d_initial = torch.zeros(x.shape[0], x.shape[2], x.shape[3], B.shape[3], dtype=state_dtype, device=x.device)
         if d_final is not None:
             d_initial.copy_(d_final)
         dD = None

@@ -1,15 +1,19 @@
 """From a Transformer to an untrained hybrid: everything is copied from the teacher but the replaced layers' mixers."""
 
 import copy
+import logging
 import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
+from transformers import GenerationConfig
 
 from mohawk.models.families import check_supported, decoder_layers, decoder_shape, mixer_input_norm
 from mohawk.models.hybrid import SSM_LAYER, HybridConfig, HybridForCausalLM, attention_types
 from mohawk.models.mixers import Mamba2Mixer, SSMMixer
+
+log = logging.getLogger(__name__)
 
 INITS = ("attention", "random")
 GATES = ("open", "output", "random")
@@ -114,8 +118,25 @@ def hybrid_from_teacher(
             layer = decoder_layers(student)[i]
             norm = mixer_input_norm(layer).weight
             copy_attention(attention[i], layer.self_attn, norm, shape.num_kv_heads, gate)
-    student.generation_config = copy.deepcopy(model.generation_config)
+    student.generation_config = saveable(model.generation_config)
     return student.to(model.device).train(model.training)
+
+
+def saveable(settings: GenerationConfig) -> GenerationConfig:
+    """A copy that transformers agrees to save.
+
+    It loads settings that contradict each other, as many older checkpoints have them (a temperature without do_sample),
+    but refuses to save them. A checkpoint with a temperature is meant for sampling; what else is wrong is dropped.
+    """
+    settings = copy.deepcopy(settings)
+    tokens = {name: getattr(settings, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    for candidate in (settings, GenerationConfig.from_dict({**settings.to_dict(), "do_sample": True})):
+        try:
+            candidate.validate(strict=True)
+            return candidate
+        except ValueError as error:
+            log.warning("the teacher's generation settings contradict each other: %s", str(error).splitlines()[0])
+    return GenerationConfig(**tokens)
 
 
 @torch.no_grad()

@@ -177,8 +177,9 @@ class HybridForCausalLM(HybridPreTrainedModel, GenerationMixin):
 
     `forward` takes what the family's own model takes, and `segment_ids` (b, n) for packed rows: attention, conv and
     state then stay inside each document. Without it, packing is recognised from `position_ids` that restart, by the
-    rule transformers' attention masks follow. `generate`, beam search, left-padded batches and `save_pretrained` work
-    as for other transformers models; the cache is transformers' own.
+    rule transformers' attention masks follow. A packed row has no cache: there is nothing to continue it with, and
+    asking for one is a ValueError. `generate`, beam search, left-padded batches and `save_pretrained` work as for
+    other transformers models; the cache is transformers' own.
     """
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
@@ -230,6 +231,14 @@ class HybridForCausalLM(HybridPreTrainedModel, GenerationMixin):
             attentions=body.attentions,
         )
 
+    def resize_token_embeddings(self, *args, **kwargs) -> nn.Embedding:
+        """As in transformers; the decoder's own configuration follows, so that the student loads again."""
+        embeddings = super().resize_token_embeddings(*args, **kwargs)
+        for config in (self.config.base_config, self.model.config):
+            config.vocab_size = self.config.vocab_size
+        self.vocab_size = self.config.vocab_size
+        return embeddings
+
     def new_cache(self) -> DynamicCache:
         """An empty cache: conv and recurrent state for Mamba-2 layers, keys and values where attention stays."""
         return StateCache(self.config) if self.config.is_pure_ssm else DynamicCache(config=self.config)
@@ -256,23 +265,31 @@ class HybridForCausalLM(HybridPreTrainedModel, GenerationMixin):
         if inputs is None:
             raise ValueError("forward needs input_ids or inputs_embeds")
         b, n = inputs.shape[:2]
-        if use_cache is None:
-            use_cache = past_key_values is not None or (not self.training and getattr(self.config, "use_cache", True))
-        if use_cache and past_key_values is None:
-            past_key_values = self.new_cache()
         if segment_ids is None and position_ids is not None and attention_mask is None and past_key_values is None:
             segment_ids = segments_of(position_ids.expand(b, -1))
         elif segment_ids is not None and position_ids is None:
             position_ids = positions_of(segment_ids)
+        if segment_ids is not None:
+            if use_cache or past_key_values is not None:
+                raise ValueError(
+                    "packed rows (segment_ids, or position_ids that restart) cannot be cached: attention would cross "
+                    "the documents; leave past_key_values out and use_cache unset"
+                )
+            use_cache = False
+        if use_cache is None:
+            use_cache = past_key_values is not None or (not self.training and getattr(self.config, "use_cache", True))
+        if use_cache and past_key_values is None:
+            past_key_values = self.new_cache()
         padding_mask = None
         if isinstance(attention_mask, dict):  # generate() prepares one mask a layer type for static caches
             padding_mask = attention_mask.get(SSM_LAYER)
             others = {kind: mask for kind, mask in attention_mask.items() if kind != SSM_LAYER}
             takes_dict = getattr(self.config.base_config, "layer_types", None) is not None
             attention_mask = others if takes_dict or not others else next(iter(others.values()))
-        elif attention_mask is not None and attention_mask.dim() == 2 and n > 1:
+        elif attention_mask is not None and attention_mask.dim() == 2:
             padding_mask = attention_mask[:, -n:]
-            if bool(padding_mask.all()):
+            # without padding there is less to do, but asking a GPU makes each decoding step wait for the last
+            if (n > 1 or padding_mask.device.type == "cpu") and bool(padding_mask.all()):
                 padding_mask = None
         if self.config.is_pure_ssm:
             # no attention layer: transformers cannot size a mask from such a cache, and nothing here needs one

@@ -201,8 +201,9 @@ class SSMMixer(nn.Module):
         if cache is None or not cache.has_previous_state(self.layer_idx):
             return None, None
         layer = cache.layers[self.layer_idx]
-        # transformers keeps k inputs; a copy, since the cache is overwritten in place
-        conv_state = layer.conv_states[0][..., -(self.conv_kernel - 1) :].to(xBC.dtype, copy=True)
+        # transformers keeps k inputs, the conv needs the last k - 1; a copy, since the cache is overwritten in place
+        kept = layer.conv_states[0]
+        conv_state = kept[..., kept.shape[-1] - (self.conv_kernel - 1) :].to(xBC.dtype, copy=True)
         return conv_state, layer.recurrent_states[0]
 
 

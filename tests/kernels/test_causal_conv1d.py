@@ -59,9 +59,7 @@ def test_segments_are_documents_on_their_own():
     y, final = causal_conv1d(**given, segment_ids=segments, return_final_state=True)
     pieces, state = [], given["initial_state"]
     for piece in given["x"].split([5, 2, 12, 1], dim=1):
-        out, state = causal_conv1d(
-            piece, given["weight"], given["bias"], initial_state=state, return_final_state=True
-        )
+        out, state = causal_conv1d(piece, given["weight"], given["bias"], initial_state=state, return_final_state=True)
         pieces.append(out)
         last_state, state = state, torch.zeros_like(state)
     torch.testing.assert_close(y, torch.cat(pieces, dim=1))
@@ -74,9 +72,7 @@ def test_prefill_in_pieces_and_steps_agree_with_the_whole(cuts):
     whole, final = causal_conv1d(**given, return_final_state=True)
     state, pieces = given["initial_state"], []
     for piece in given["x"].split(cuts, dim=1):
-        out, state = causal_conv1d(
-            piece, given["weight"], given["bias"], initial_state=state, return_final_state=True
-        )
+        out, state = causal_conv1d(piece, given["weight"], given["bias"], initial_state=state, return_final_state=True)
         pieces.append(out)
     torch.testing.assert_close(torch.cat(pieces, dim=1), whole)
     torch.testing.assert_close(state, final)
@@ -90,9 +86,7 @@ def test_the_package_is_called_for_the_same_result(activation, monkeypatch):
         monkeypatch.setitem(sys.modules, "causal_conv1d_cuda", types.ModuleType("causal_conv1d_cuda"))
     package = importlib.import_module("causal_conv1d.causal_conv1d_interface").causal_conv1d_ref
     given = inputs(channels=8)
-    y = by_package(
-        package, given["x"], given["weight"], given["bias"], activation, given["initial_state"], None
-    )
+    y = by_package(package, given["x"], given["weight"], given["bias"], activation, given["initial_state"], None)
     torch.testing.assert_close(y, causal_conv1d(**given, activation=activation))
     del given["initial_state"]
     segments = torch.arange(37).div(9, rounding_mode="floor").expand(2, 37)

@@ -33,9 +33,7 @@ def attention(seq, heads=1, width=8):
 
 def test_the_measurement_sees_temporaries():
     assert peak_bytes(lambda: torch.ones(1024, 1024).sum()) >= 4 * 2**20
-    eager = peak_bytes(
-        lambda: mixing_distance(state_space(1024), attention(1024), backend="reference").backward()
-    )
+    eager = peak_bytes(lambda: mixing_distance(state_space(1024), attention(1024), backend="reference").backward())
     assert eager > 5 * 4 * 1024**2
 
 

@@ -67,9 +67,7 @@ def test_chunked_is_as_exact_as_the_definition(shape, strength):
         assert error(value, exact[name]) < 1e-11, name
 
     single = {name: value.detach().float().requires_grad_() for name, value in given.items()}
-    exact = run(
-        {name: v.detach().double().requires_grad_() for name, v in single.items()}, "reference", segments
-    )
+    exact = run({name: v.detach().double().requires_grad_() for name, v in single.items()}, "reference", segments)
     plain = run(single, "reference", segments)
     for name, value in run(single, "chunked", segments).items():
         # Three roundings are always allowed: on few numbers the reference can be exact by luck.
@@ -88,9 +86,7 @@ def test_gradcheck():
     segments = documents(1, 70, 33)
     segments[0, 50:] = -1
     assert torch.autograd.gradcheck(
-        lambda *values: ssd(
-            **dict(zip(NAMES, values, strict=True)), segment_ids=segments, return_final_state=True
-        ),
+        lambda *values: ssd(**dict(zip(NAMES, values, strict=True)), segment_ids=segments, return_final_state=True),
         tuple(given.values()),
         fast_mode=True,
     )
@@ -173,9 +169,7 @@ def test_autocast_changes_nothing():
 def test_non_contiguous_and_absent_arguments():
     given = inputs(dtype=torch.float32)
     bare = {name: given[name] for name in ("x", "log_decay", "B", "C")}
-    neutral = dict(
-        bare, input_scale=torch.ones(2, 150, 6), D=torch.zeros(6), initial_state=torch.zeros(2, 6, 16, 8)
-    )
+    neutral = dict(bare, input_scale=torch.ones(2, 150, 6), D=torch.zeros(6), initial_state=torch.zeros(2, 6, 16, 8))
     torch.testing.assert_close(ssd(**bare), ssd(**neutral))
     turned = {name: value.transpose(1, 2).contiguous().transpose(1, 2) for name, value in bare.items()}
     assert torch.equal(ssd(**bare), ssd(**turned))

@@ -75,6 +75,53 @@ def test_batched_left_padded_generation_equals_one_by_one(teacher, layers, mixer
 
 
 @pytest.mark.parametrize("mixer", MIXERS)
+def test_left_padding_given_one_token_at_a_time_leaves_no_trace(mixer):
+    student = student_of(tiny_teacher(), mixer=mixer)
+    prompt, padding = ids(1, 5), 3
+    padded = torch.nn.functional.pad(prompt, (padding, 0), value=0)
+    mask = torch.tensor([[0] * padding + [1] * 5])
+    positions = (mask.cumsum(-1) - 1).clamp_min(0)
+    cache = student.new_cache()
+    with torch.no_grad():
+        for i in range(8):
+            out = student(
+                padded[:, i : i + 1], attention_mask=mask[:, : i + 1], position_ids=positions[:, i : i + 1],
+                past_key_values=cache,
+            )  # fmt: skip
+        alone = student(prompt, use_cache=False).logits[:, -1]
+    assert relative(out.logits[:, -1], alone) < 1e-5
+
+
+@pytest.mark.parametrize("mixer", MIXERS)
+def test_a_conv_of_one_tap_needs_no_past(mixer):
+    student = student_of(tiny_teacher(), mixer=mixer, conv_kernel=1)
+    x = ids(2, 11)
+    with torch.no_grad():
+        full, cache = student(x, use_cache=False).logits, student.new_cache()
+        parts = [student(x[:, i : i + 1], past_key_values=cache).logits for i in range(11)]
+    assert relative(torch.cat(parts, 1), full) < 1e-4
+
+
+def test_resized_embeddings_are_saved_and_loaded(tmp_path):
+    student = student_of(tiny_teacher())
+    student.resize_token_embeddings(105)
+    student.save_pretrained(tmp_path)
+    again = HybridForCausalLM.from_pretrained(tmp_path).eval()
+    x = torch.tensor([[104, 3, 100]])
+    torch.testing.assert_close(again(x).logits, student(x).logits, rtol=0, atol=0)
+
+
+def test_generation_settings_that_contradict_each_other_do_not_stop_saving(tmp_path, caplog):
+    teacher = tiny_teacher()
+    teacher.generation_config.temperature, teacher.generation_config.do_sample = 0.6, False
+    student = student_of(teacher)
+    student.save_pretrained(tmp_path)
+    assert "contradict each other" in caplog.text
+    assert student.generation_config.temperature == 0.6 and student.generation_config.do_sample
+    assert not teacher.generation_config.do_sample
+
+
+@pytest.mark.parametrize("mixer", MIXERS)
 def test_generation_with_the_cache_equals_generation_without(teacher, mixer):
     student = student_of(teacher, [0, 2], mixer)
     options = dict(max_new_tokens=14, do_sample=False, eos_token_id=None, pad_token_id=0)
@@ -137,8 +184,14 @@ def test_packed_documents_do_not_see_each_other(teacher, layers, mixer):
         alone = torch.cat([student(d, use_cache=False).logits for d in documents], 1)
         by_segments = student(packed, segment_ids=segment_ids, use_cache=False).logits
         by_positions = student(packed, position_ids=positions_of(segment_ids), use_cache=False).logits
+        by_default = student(packed, segment_ids=segment_ids)  # in eval mode a cache is the default, but not here
     assert relative(by_segments, alone) < 1e-5
     assert relative(by_positions, alone) < 1e-5
+    assert torch.equal(by_default.logits, by_segments)
+    assert by_default.past_key_values is None
+    for packing in ({"segment_ids": segment_ids}, {"position_ids": positions_of(segment_ids)}):
+        with pytest.raises(ValueError, match="packed rows .* cannot be cached"):
+            student(packed, use_cache=True, **packing)
 
 
 def test_positions_and_segments_are_inverse():

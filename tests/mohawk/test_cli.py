@@ -98,9 +98,7 @@ def test_a_recipe_is_checked_before_anything_heavy_is_imported(recipe):
         f"import sys; from mohawk.cli import main; code = main(['convert', {str(recipe)!r}]);"
         "print(code, sorted({'torch', 'transformers', 'datasets', 'numpy'} & set(sys.modules)))"
     )
-    result = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
-    )
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert result.stdout == "2 []\n"
 
 
@@ -185,9 +183,7 @@ def test_help_is_quick_and_imports_nothing_heavy():
         "try: main(['--version'])\n"
         "except SystemExit: print(sorted({'torch', 'transformers', 'pydantic', 'rich'} & set(sys.modules)))\n"
     )
-    result = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
-    )
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert result.stdout.splitlines()[-1] == "[]"
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import threading
 import time
@@ -12,8 +13,10 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mohawk.checkpoints import Interrupted, is_complete
-from mohawk.convert import convert
+from mohawk.convert import claimed, convert
 from mohawk.errors import UserError
+from mohawk.evaluate_run import evaluate_run
+from mohawk.generation import generate
 from mohawk.models.hybrid import HybridForCausalLM
 from mohawk.recipe import Recipe
 from tests.models.conftest import FAMILIES, tiny_teacher
@@ -190,18 +193,78 @@ def test_a_tokenizer_of_another_model(tokenizer, texts, tmp_path):
 
 
 def test_a_folder_keeps_its_recipe_but_takes_another_learning_rate(checkpoint, texts, tmp_path):
-    from mohawk.convert import claim
-
-    recipe = recipe_of(checkpoint, texts, tmp_path / "run")
-    claim(tmp_path / "run", recipe)
+    run = tmp_path / "run"
+    recipe = recipe_of(checkpoint, texts, run)
+    with claimed(run, recipe):
+        with pytest.raises(UserError, match="another process is at work"), claimed(run, recipe):
+            pass
     data = recipe.model_dump(mode="json")
     data["phases"]["hidden"]["learning_rate"] = 1e-4
-    claim(tmp_path / "run", Recipe.from_dict(data))
-    assert Recipe.load(tmp_path / "run" / "recipe.yaml").phases.hidden.learning_rate == 1e-4
+    with claimed(run, Recipe.from_dict(data)):
+        assert Recipe.load(run / "recipe.yaml").phases.hidden.learning_rate == 1e-4
+    moved = run.rename(tmp_path / "elsewhere")
+    with claimed(moved, Recipe.from_dict({**data, "output": str(moved)})):
+        pass
     data["student"]["ssm_layers"] = [1]
     data["seed"] = 3
-    with pytest.raises(UserError, match="another seed, student.ssm_layers"):
-        claim(tmp_path / "run", Recipe.from_dict(data))
+    with pytest.raises(UserError, match="another seed, student.ssm_layers"), claimed(moved, Recipe.from_dict(data)):
+        pass
+
+
+def test_an_output_that_cannot_be_a_folder(checkpoint, texts, tmp_path):
+    (tmp_path / "file").write_text("")
+    for output in (tmp_path / "file", tmp_path / "file" / "run"):
+        with pytest.raises(UserError, match="output: .* cannot be written"):
+            convert(recipe_of(checkpoint, texts, output))
+
+
+def test_going_on_with_a_finished_run(checkpoint, texts, tmp_path, capsys, caplog):
+    """What is missing or damaged is made again, what was asked anew is measured anew, the rest is left alone."""
+    run = tmp_path / "run"
+    recipe = recipe_of(checkpoint, texts, run)
+    convert(recipe)
+    student = (run / "student" / "model.safetensors").read_bytes()
+    evaluation = (run / "evaluation" / "end_to_end.json").read_text()
+
+    data = recipe.model_dump(mode="json")
+    data["evaluation"]["contexts"], data["evaluation"]["prompt"] = [12], "A rat"
+    (run / "phases" / "mixing" / "student" / "MANIFEST.json").unlink()  # nothing needs it any more
+    (run / "student" / "MANIFEST.json").unlink()
+    (run / "evaluation" / "hidden.json").write_text('{"held_out": {')
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write('{"phase": "end_to_end", "st')
+    capsys.readouterr()
+    convert(Recipe.from_dict(data))
+    results = json.loads((run / "results.json").read_text())
+    assert [s["context"] for s in results["decoding"]["student"]] == [12]
+    assert results["continuations"]["prompt"] == "A rat"
+    assert set(results["evaluation"]) == {"before", "mixing", "hidden", "end_to_end"}
+    assert is_complete(run / "student") and (run / "student" / "model.safetensors").read_bytes() == student
+    assert "hidden.json is damaged" in caplog.text and "passed over 1 damaged lines" in caplog.text
+
+    data["phases"]["end_to_end"]["learning_rate"] = 1e-5
+    with pytest.raises(UserError, match="another phases.end_to_end.learning_rate"):
+        convert(Recipe.from_dict(data))
+    shutil.rmtree(run / "phases" / "end_to_end")
+    convert(Recipe.from_dict(data))
+    assert (run / "student" / "model.safetensors").read_bytes() != student
+    assert (run / "evaluation" / "end_to_end.json").read_text() != evaluation
+    assert is_complete(run / "student")
+
+
+def test_a_student_cut_short_is_named(checkpoint, texts, tmp_path):
+    run = tmp_path / "run"
+    data = recipe_of(checkpoint, texts, run).model_dump(mode="json")
+    data["phases"]["hidden"] = data["phases"]["end_to_end"] = None
+    convert(Recipe.from_dict(data))
+    weights = run / "student" / "model.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[:-100])
+    for use in (lambda: generate(run, "A cat"), lambda: evaluate_run(run)):
+        with pytest.raises(UserError, match=rf"model.safetensors has {len(whole) - 100} bytes, not {len(whole)}"):
+            use()
+    with pytest.raises(UserError, match="cannot load the weights from the folder"):
+        generate(run / "student", "A cat")
 
 
 def test_random_mixers_are_the_same_each_time_the_run_is_started(checkpoint, texts, tmp_path):

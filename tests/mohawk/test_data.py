@@ -39,9 +39,7 @@ def check_row(row, documents: Documents, sequence_length: int) -> None:
     """Every promise that a packed row makes, checked token by token."""
     assert {v.dtype for v in row.values()} == {torch.int64}
     assert {tuple(v.shape) for v in row.values()} == {(sequence_length,)}
-    ids, positions, segments, labels = (
-        row[k].tolist() for k in ("input_ids", "position_ids", "segment_ids", "labels")
-    )
+    ids, positions, segments, labels = (row[k].tolist() for k in ("input_ids", "position_ids", "segment_ids", "labels"))
     starts = set(documents.spans[:, 1].tolist())
     for i in range(sequence_length):
         first = i == 0 or segments[i] != segments[i - 1]
@@ -63,9 +61,7 @@ def check_row(row, documents: Documents, sequence_length: int) -> None:
 )
 def test_every_token_is_in_exactly_one_row_of_each_epoch(tmp_path_factory, lengths, sequence_length, seed):
     documents = of_lengths(tmp_path_factory.mktemp("t"), lengths)
-    dataset = PackedDataset(
-        documents, sequence_length, tokens=2 * sum(lengths) + 2 * sequence_length, seed=seed
-    )
+    dataset = PackedDataset(documents, sequence_length, tokens=2 * sum(lengths) + 2 * sequence_length, seed=seed)
     for epoch in range(2):
         seen = []
         for i in range(dataset.rows_per_epoch):
@@ -127,9 +123,7 @@ def test_packed_rows_attend_within_their_segments_only(tmp_path, texts, make_lla
     row = collate([dataset[0]])
     model = make_llama()
     with torch.no_grad():
-        packed = model(input_ids=row["input_ids"], position_ids=row["position_ids"], use_cache=False).logits[
-            0
-        ]
+        packed = model(input_ids=row["input_ids"], position_ids=row["position_ids"], use_cache=False).logits[0]
         for segment in range(3):
             here = row["segment_ids"][0] == segment
             alone = model(row["input_ids"][:, here], use_cache=False).logits[0]
@@ -149,9 +143,7 @@ def test_nothing_to_pack_is_an_error(tmp_path):
 
 
 def read(documents: Documents, tokenizer) -> list[str]:
-    return [
-        tokenizer.decode(documents.texts[t].tokens[a:b].astype(int).tolist()) for t, a, b in documents.spans
-    ]
+    return [tokenizer.decode(documents.texts[t].tokens[a:b].astype(int).tolist()) for t, a, b in documents.spans]
 
 
 def test_held_out_documents_are_never_trained_on(texts, tokenizer):

@@ -76,9 +76,7 @@ def test_a_broken_operation_is_a_finding(monkeypatch):
 
 def test_missing_packages_are_reported(monkeypatch):
     find_spec = doctor.importlib.util.find_spec
-    monkeypatch.setattr(
-        doctor.importlib.util, "find_spec", lambda name: None if name == "gguf" else find_spec(name)
-    )
+    monkeypatch.setattr(doctor.importlib.util, "find_spec", lambda name: None if name == "gguf" else find_spec(name))
     assert doctor.version("gguf") is None
     line = next(line for line in printed().splitlines() if "gguf" in line)
     assert "missing" in line

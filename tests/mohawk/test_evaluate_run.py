@@ -52,17 +52,12 @@ def test_a_student_that_is_its_teacher(run, capsys):
         assert f"{found['student_perplexity']:.2f}" in out
     for kind in ("teacher", "student"):
         assert [speed["context"] for speed in results["decoding"][kind]] == [8, 16]
-    assert (
-        results["decoding"]["teacher"][1]["state_bytes"]
-        == 2 * results["decoding"]["teacher"][0]["state_bytes"]
-    )
+    assert results["decoding"]["teacher"][1]["state_bytes"] == 2 * results["decoding"]["teacher"][0]["state_bytes"]
 
 
 def test_on_another_text(run):
     other = run.parent / "other.txt"
-    assert (
-        main(["evaluate", str(run), "--set", f"data.train=[{other}]", "--set", "evaluation.tokens=64"]) == 0
-    )
+    assert main(["evaluate", str(run), "--set", f"data.train=[{other}]", "--set", "evaluation.tokens=64"]) == 0
     results = json.loads((run / "evaluation" / "again.json").read_text())
     assert results["overrides"] == [f"data.train=[{other}]", "evaluation.tokens=64"]
     assert all(0 < found["tokens"] <= 64 for found in results["texts"].values())

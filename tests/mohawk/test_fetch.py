@@ -1,3 +1,4 @@
+import bz2
 import hashlib
 import subprocess
 import sys
@@ -87,9 +88,7 @@ def test_a_file_copied_by_hand_is_enough(registry, tmp_path):
 
 def test_an_environment_without_pip_is_told(registry, tmp_path, monkeypatch):
     bare = tmp_path / "python"
-    bare.write_text(
-        f"#!/bin/sh\nexec {sys.executable} -S -c 'import sys; sys.exit(\"No module named pip\")'\n"
-    )
+    bare.write_text(f"#!/bin/sh\nexec {sys.executable} -S -c 'import sys; sys.exit(\"No module named pip\")'\n")
     bare.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(bare))
     with pytest.raises(UserError, match="needs pip here; run: .* -m ensurepip"):
@@ -112,34 +111,42 @@ def test_state_of_the_union_is_unpacked_whole(registry, tmp_path, monkeypatch):
     assert fetch.state_of_the_union() == paths
 
 
-def test_held_out_prose_begins_and_ends_with_prose(tmp_path, monkeypatch):
+def test_the_canterbury_texts_begin_and_end_with_text(tmp_path, monkeypatch):
     monkeypatch.setenv("MOHAWK_CACHE", str(tmp_path / "cache"))
-    alice = "TITLE\n\n  Alice was beginning to get very tired,\nand tired again.\n\n     THE END\n"
-    workshop = (
-        "   The Workshop on Electronic Texts (1)\n  Appendix I:  Program\n\n"
-        "The Workshop on Electronic Texts (1) drew together\nmany people.\n\n   Appendix I:\n9:30 tea.\n"
-    )
+    texts = {
+        "alice29.txt": "TITLE\n\n  Alice was beginning to get very tired,\nand tired again.\n\n     THE END\n",
+        "asyoulik.txt": "CAST\n\nACT I\n\nAs I remember,\n  Adam\n[Exeunt]\n",
+        "plrabn12.txt": "Book I\n\nOf Man's first disobedience, and the fruit\n[The End]\n",
+        "lcet10.txt": (
+            "   The Workshop on Electronic Texts (1)\n  Appendix I:  Program\n\n"
+            "The Workshop on Electronic Texts (1) drew together\nmany people.\n\n   Appendix I:\n9:30 tea.\n"
+        ),
+    }
     archive = tmp_path / "archive.tar.gz"
     with tarfile.open(archive, "w:gz") as tar:
-        for name, text in (("alice29.txt", alice), ("lcet10.txt", workshop)):
+        for name, text in texts.items():
             (tmp_path / name).write_text(text)
             tar.add(tmp_path / name, f"brotli-1.2.1/tests/testdata/{name}")
     monkeypatch.setattr(fetch, "download", lambda package: archive)
-    first, second = fetch.held_out_prose()
-    assert first.read_text() == "Alice was beginning to get very tired, and tired again.\n"
-    assert second.read_text() == "The Workshop on Electronic Texts (1) drew together many people.\n"
+    alice, play, poem = (path.read_text() for path in fetch.literature())
+    assert alice == "Alice was beginning to get very tired, and tired again.\n"
+    assert play == "ACT I\n\nAs I remember,\n  Adam" and poem == "Of Man's first disobedience, and the fruit"
+    (proceedings,) = fetch.proceedings()
+    assert proceedings.read_text() == "The Workshop on Electronic Texts (1) drew together many people.\n"
 
 
-def test_unwrap_joins_lines_and_drops_layout():
-    text = (
-        "     CHAPTER I\n\n"
-        "  It was a bright  cold day in April,\r\nand the clock-\n  work--\nold - was\n striking.\n \n"
-        "+++++++++\n\n * * * \n\nSecond paragraph, quite long enough to stay.\n\x1a"
+def test_the_encyclopedia_keeps_articles_and_leaves_redirects(registry, monkeypatch):
+    article = "An aardvark is a medium-sized, burrowing, nocturnal mammal. " * 40
+    pages = "".join(
+        f"<page><title>{title}</title><text xml:space='preserve'>{text}</text></page>"
+        for title, text in (("Aardvark (animal)", f"{{{{taxobox}}}}\n{article}"), ("AAA", "#REDIRECT [[A]]"))
     )
-    assert fetch.unwrap(text) == (
-        "It was a bright cold day in April, and the clock-work--old - was striking.\n\n"
-        "Second paragraph, quite long enough to stay.\n"
+    wheel = make_wheel(
+        registry, {"gensim/test/test_data/enwiki-latest-pages-articles1.xml.bz2": bz2.compress(pages.encode())}
     )
+    monkeypatch.setattr(fetch, "GENSIM", wheel)
+    (path,) = fetch.encyclopedia()
+    assert path.name == "Aardvark__animal_.txt" and path.read_text() == article.strip() + "\n"
 
 
 def test_a_folder_is_whole_or_absent(tmp_path):

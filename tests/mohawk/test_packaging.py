@@ -229,9 +229,7 @@ def test_every_public_name_is_there():
 
 def test_type_checkers_see_the_same_names_from_the_same_modules():
     tree = ast.parse((ROOT / "mohawk" / "__init__.py").read_text())
-    block = next(
-        node for node in tree.body if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
-    )
+    block = next(node for node in tree.body if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING")
     imported = {alias.name: node.module for node in block.body for alias in node.names}
     assert imported == mohawk._PUBLIC
     assert sorted(imported) == sorted(mohawk.__all__)

@@ -18,9 +18,7 @@ def write_metrics(path, losses):
     with path.open("w") as file:
         for phase, values in losses.items():
             for i, loss in enumerate(values):
-                file.write(
-                    json.dumps({"phase": phase, "step": i + 1, "tokens": 512 * (i + 1), "loss": loss}) + "\n"
-                )
+                file.write(json.dumps({"phase": phase, "step": i + 1, "tokens": 512 * (i + 1), "loss": loss}) + "\n")
 
 
 def test_losses_of_every_phase_side_by_side(tmp_path, monkeypatch):
@@ -28,15 +26,11 @@ def test_losses_of_every_phase_side_by_side(tmp_path, monkeypatch):
     from matplotlib.axes import Axes
 
     original = Axes.set_title
-    monkeypatch.setattr(
-        Axes, "set_title", lambda self, text, **k: (titles.append(text), original(self, text, **k))
-    )
+    monkeypatch.setattr(Axes, "set_title", lambda self, text, **k: (titles.append(text), original(self, text, **k)))
     falling = [10 / (i + 1) for i in range(60)]
     losses = {"end_to_end": [2.0, None, 1.0], "mixing": falling, "hidden": [-1.0, 0.0, 1.0]}
     write_metrics(tmp_path / "metrics.jsonl", losses)
-    target = plot_losses(
-        tmp_path / "metrics.jsonl", tmp_path / "plots" / "losses.png", {"mixing": "a distance"}
-    )
+    target = plot_losses(tmp_path / "metrics.jsonl", tmp_path / "plots" / "losses.png", {"mixing": "a distance"})
     assert titles == ["phase 1: matrices", "phase 2: hidden states", "phase 3: end to end"]
     three = pixels(target)
     write_metrics(tmp_path / "metrics.jsonl", {"mixing": falling})
@@ -78,9 +72,7 @@ def test_heat_maps_show_faint_structure_and_both_signs(tmp_path):
     teacher = np.tril(np.full((n, n), 1e-3))
     teacher[:, 0] = 0.9
     wild = np.tril(np.full((n, n), -1e4))
-    image = pixels(
-        plot_mixing_matrices([Heads("layer 1, head 0", teacher, wild, teacher)], tmp_path / "a.png")
-    )
+    image = pixels(plot_mixing_matrices([Heads("layer 1, head 0", teacher, wild, teacher)], tmp_path / "a.png"))
     colours = {tuple(np.round(c, 2)) for c in image.reshape(-1, 3)}
     assert any(r > 0.3 and g < 0.1 and b < 0.2 for r, g, b in colours)  # the peak, dark red
     assert any(b > 0.3 and r < 0.1 for r, g, b in colours)  # negative, dark blue

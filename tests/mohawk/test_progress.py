@@ -174,9 +174,7 @@ def test_log_file_has_what_happened(tmp_path, cheap_training):  # noqa: F811
         tiny_trainer(tmp_path, phase=tiny_phase(steps=4, save_every=2)).train_phase()
     assert (package.level, package.handlers) == (level, handlers)
     text = (tmp_path / "log.txt").read_text()
-    assert re.search(
-        r"^\d{4}-\d\d-\d\d \d\d:\d\d:\d\d INFO mixing: from the beginning, 4 steps of 48 tokens", text
-    )
+    assert re.search(r"^\d{4}-\d\d-\d\d \d\d:\d\d:\d\d INFO mixing: from the beginning, 4 steps of 48 tokens", text)
     assert "mixing: saved" in text and "checkpoint-2" in text and "mixing: done after 4 steps" in text
 
 

@@ -243,9 +243,7 @@ def test_overrides():
     assert recipe.phases.end_to_end is None
     assert recipe.seed == 2, "the last one counts"
     assert recipe.phases.mixing.tokens == 1_000_000, "a skipped phase comes back"
-    assert data["teacher"] == "short" and data["phases"] == {"mixing": None}, (
-        "the caller's data are untouched"
-    )
+    assert data["teacher"] == "short" and data["phases"] == {"mixing": None}, "the caller's data are untouched"
 
 
 @pytest.mark.parametrize(
@@ -295,9 +293,7 @@ plain = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
     lambda inner: (
         st.lists(inner, max_size=4)
-        | st.dictionaries(
-            st.text("abcdefgh_", min_size=1).filter(lambda key: key.isidentifier()), inner, max_size=4
-        )
+        | st.dictionaries(st.text("abcdefgh_", min_size=1).filter(lambda key: key.isidentifier()), inner, max_size=4)
     ),
     max_leaves=12,
 )
@@ -337,7 +333,5 @@ def test_validating_imports_nothing_heavy():
         "import sys; from mohawk.recipe import Recipe, shipped; Recipe.load(shipped('demo'));"
         "print(sorted({'torch', 'transformers', 'datasets', 'numpy', 'triton'} & set(sys.modules)))"
     )
-    result = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
-    )
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "[]"

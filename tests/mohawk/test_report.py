@@ -76,18 +76,13 @@ def test_a_finished_run_is_reported_everywhere(run, finish):
     results, screen = finish()
     written = json.loads((run / "results.json").read_text(), parse_constant=pytest.fail)
     assert written["evaluation"]["before"]["held_out"]["student_perplexity"] == "inf"
-    assert (
-        report.read_json(run / "results.json")["evaluation"]["end_to_end"]
-        == results["evaluation"]["end_to_end"]
-    )
+    assert report.read_json(run / "results.json")["evaluation"]["end_to_end"] == results["evaluation"]["end_to_end"]
     assert results["parameters"]["teacher"] > 0 and results["parameters"]["student"] > 0
     assert [s["context"] for s in results["decoding"]["student"]] == [8, 20]
     assert results["plots"] == ["plots/evaluation.png", "plots/losses.png"]
     assert results["machine"]["versions"]["torch"] and results["machine"]["device"] == "cpu"
     text = (run / "report.md").read_text()
-    assert text.startswith(
-        "# my-run\n\nLlamaForCausalLM with 2 attention layers -> HybridForCausalLM with 1 mamba2"
-    )
+    assert text.startswith("# my-run\n\nLlamaForCausalLM with 2 attention layers -> HybridForCausalLM with 1 mamba2")
     for shown in (screen, text):
         for part in (
             "44.00",
@@ -129,9 +124,7 @@ def test_a_run_that_was_never_evaluated_still_ends(run, finish):
 def test_times_add_up_over_records(run):
     times = report.phase_times(run / "metrics.jsonl")
     assert list(times) == ["mixing", "end_to_end"]
-    assert times["mixing"] == dict(
-        tokens=200, seconds=15.0, first_loss=60.0, steps=2, last_loss=9.5, skipped_steps=0
-    )
+    assert times["mixing"] == dict(tokens=200, seconds=15.0, first_loss=60.0, steps=2, last_loss=9.5, skipped_steps=0)
     assert times["end_to_end"]["seconds"] == 3600 and times["end_to_end"]["skipped_steps"] == 1
 
 

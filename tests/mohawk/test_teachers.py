@@ -167,9 +167,7 @@ def test_mistakes_are_told_in_one_line(folder, tmp_path, make_llama):
 
 def test_an_unreachable_hub_is_told(monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(
-        UserError, match="is no local folder, is not in the hub cache, and the hub cannot be reached"
-    ):
+    with pytest.raises(UserError, match="is no local folder, is not in the hub cache, and the hub cannot be reached"):
         load_teacher("someone/no-such-model")
     with pytest.raises(UserError, match="neither a local folder nor a model on the hub"):
         load_teacher("not a name")
@@ -194,12 +192,8 @@ def test_what_the_hub_answers_is_told(cause, message):
 
 def test_remote_code_is_off_unless_asked_for(tmp_path):
     (tmp_path / "config.json").write_text(
-        json.dumps(
-            {"model_type": "mine", "auto_map": {"AutoConfig": "conf.Mine", "AutoModelForCausalLM": "m.M"}}
-        )
+        json.dumps({"model_type": "mine", "auto_map": {"AutoConfig": "conf.Mine", "AutoModelForCausalLM": "m.M"}})
     )
     (tmp_path / "conf.py").write_text("raise SystemExit('the code of a stranger ran')\n")
-    with pytest.raises(
-        UserError, match="runs Python code of its own to load; .* teacher.trust_remote_code: true"
-    ):
+    with pytest.raises(UserError, match="runs Python code of its own to load; .* teacher.trust_remote_code: true"):
         load_teacher(tmp_path)

@@ -95,9 +95,7 @@ def test_special_tokens_are_the_tokenizers(tmp_path, tokenizer, monkeypatch):
     (tmp_path / "a.txt").write_text("ba")
     assert read(tokenize(tmp_path / "a.txt", both, cache=tmp_path / "cache"), both) == ["<bos>ba<eos>"]
 
-    neither = PreTrainedTokenizerFast(
-        tokenizer_object=type(backend).from_str(tokenizer.backend_tokenizer.to_str())
-    )
+    neither = PreTrainedTokenizerFast(tokenizer_object=type(backend).from_str(tokenizer.backend_tokenizer.to_str()))
     assert read(tokenize(tmp_path / "a.txt", neither, cache=tmp_path / "cache"), neither) == ["ba"]
 
 
@@ -254,9 +252,7 @@ def test_an_unreachable_hub_is_told(tmp_path, tokenizer, monkeypatch):
         raise ConnectionError("Couldn't reach the hub")
 
     monkeypatch.setattr(datasets, "load_dataset", refuse)
-    with pytest.raises(
-        UserError, match="someone/texts is no local file or folder, and the hub cannot be reached"
-    ):
+    with pytest.raises(UserError, match="someone/texts is no local file or folder, and the hub cannot be reached"):
         tokenize("someone/texts", tokenizer, cache=tmp_path)
 
 

@@ -359,9 +359,7 @@ def test_signal_saves_and_raises(tmp_path, number):
     assert [r["step"] for r in metrics(tmp_path)] == list(range(1, 21))
     drop = ("tokens_per_s",)
     for mine, theirs in zip(metrics(tmp_path), metrics(tmp_path / "uninterrupted"), strict=True):
-        assert {k: v for k, v in mine.items() if k not in drop} == {
-            k: v for k, v in theirs.items() if k not in drop
-        }
+        assert {k: v for k, v in mine.items() if k not in drop} == {k: v for k, v in theirs.items() if k not in drop}
 
 
 def test_signal_after_the_last_step_stops_the_run_too(tmp_path):

@@ -25,8 +25,7 @@ class TinyObjective(nn.Module):
         super().__init__()
         torch.manual_seed(0)
         self.student = nn.ModuleList(
-            nn.Sequential(nn.Linear(8, 16), nn.Dropout(dropout), nn.Tanh(), nn.Linear(16, 8))
-            for _ in range(3)
+            nn.Sequential(nn.Linear(8, 16), nn.Dropout(dropout), nn.Tanh(), nn.Linear(16, 8)) for _ in range(3)
         )
         self.teacher = nn.ModuleList(nn.Linear(8, 8) for _ in range(3)).requires_grad_(False)
         self.embed = nn.Embedding(50, 8).requires_grad_(False)
