@@ -69,9 +69,7 @@ GENSIM = Package(
     filename="gensim-4.4.0-cp311-cp311-manylinux_2_24_x86_64.manylinux_2_28_x86_64.whl",
     sha256="91a7fa5e814e7b1bad4b2dffa8d62c1e55410d5cbdf930714c1997ffb4404db8",
     megabytes=28,
-    options=tuple(
-        "--only-binary :all: --platform manylinux_2_24_x86_64 --implementation cp --python-version 311 --abi cp311".split()
-    ),
+    options=("--only-binary=:all:", "--platform=manylinux_2_24_x86_64", "--python-version=311", "--abi=cp311"),
 )
 # archive name: (our name, where the text begins, where it ends, how it is cleaned): no contents page, no addresses
 CANTERBURY = {

@@ -18,7 +18,7 @@ def test_wikitext_leaves_its_paragraphs():
 | name = Aardvark {{small|(mammal)}}
 }}
 [[File:Aardvark.jpg|thumb|An [[aardvark]] in its [[burrow|den]].]]
-The '''aardvark''' is a [[mammal]]<ref name="a">{{cite web|url=http://example.org}}</ref> of [[Africa|the continent]].<ref name="b"/>
+The '''aardvark''' is a [[mammal]]<ref name="a">{{cite|u=x}}</ref> of [[Africa|the continent]].<ref name="b"/>
 
 == Habits ==
 * It digs, and it digs, and it digs, all night long, every night.

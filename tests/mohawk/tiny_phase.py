@@ -135,7 +135,8 @@ def fork(body) -> int:
     code = 70
     try:
         signal.signal(signal.SIGINT, signal.default_int_handler)
-        torch.set_num_threads(1)  # OpenMP's threads did not come along
+        torch.set_num_threads(1)  # OpenMP's threads did not come along,
+        os.environ["OMP_NUM_THREADS"] = "1"  # and accelerate would ask for several again
         # What accelerate knows of processes is of the parent.
         from accelerate.state import AcceleratorState, GradientState, PartialState
 
