@@ -145,7 +145,9 @@ def copy_attention(attention: nn.Module, mixer: SSMMixer, norm: Tensor, num_kv_h
 
     The conv starts as the identity up to a scale (only its last tap is not 0), and those scales and the conv's biases
     make the mixing matrix start near a linearised softmax, exp(q.k / sqrt(d)) ~ 1 + q.k / sqrt(d), averaged over a
-    time that differs from head to head: a constant part in C and B gives the 1, dt (or the decay) the averaging.
+    time that differs from head to head: a constant part in C and B gives the 1, dt (or the decay) the averaging. The
+    scale of attention is the matrix's from the start, as phase 1 wants it: rows sum to RESTING, what attention leaves
+    to tokens other than the one it rests on.
 
     Args:
         attention: with q_proj, k_proj, v_proj, o_proj.
@@ -169,12 +171,12 @@ def copy_attention(attention: nn.Module, mixer: SSMMixer, norm: Tensor, num_kv_h
     silu = mixer.activation == "silu"
     slope, offset = (0.5, 0.0) if silu else (1.0, 0.0)
     # x: in SiLU's nearly linear range; the output norm's weight takes the scale out again
-    taps = {"x": X_SIZE / size if silu else torch.full_like(size, RESTING)}
-    # B, C: (constant + scaled k).(constant + scaled q) = 1 + CONTENT * k.q / sqrt(p)
-    constant = p**-0.5
+    taps = {"x": X_SIZE / size if silu else torch.ones_like(size)}
+    # B, C: (constant + scaled k).(constant + scaled q) = RESTING * (1 + CONTENT * k.q / sqrt(p))
+    constant = (RESTING / p) ** 0.5
     if silu:
         offset, slope = _silu_inverse(constant)
-    tap = CONTENT**0.5 * p**-0.25 / slope
+    tap = (RESTING * CONTENT) ** 0.5 * p**-0.25 / slope
     taps["B"] = taps["C"] = torch.full((mixer.group_size,), tap)
     offsets = {"x": 0.0, "B": offset if silu else constant, "C": offset if silu else constant}
     start = 0
@@ -201,7 +203,7 @@ def copy_attention(attention: nn.Module, mixer: SSMMixer, norm: Tensor, num_kv_h
     # the decay rows start small: decays are then set by their biases alone, spread over the heads
     mixer.in_proj.weight[rows["decay"]] *= 0.1
     if isinstance(mixer, Mamba2Mixer):
-        # rows of the mixing matrix sum to 1: sum_j dt exp(-rate (i - j)) = dt / (1 - exp(-rate))
+        # an average over the past: sum_j dt exp(-rate (i - j)) = dt / (1 - exp(-rate)) = 1
         rate = torch.exp(torch.linspace(math.log(SLOWEST), math.log(FASTEST), mixer.num_heads))
         dt = -torch.expm1(-rate)
         mixer.A_log.copy_(torch.log(rate / dt))
@@ -223,14 +225,14 @@ def _open_gate(mixer: Mamba2Mixer, size: Tensor) -> None:
     there silu(z) ~ z exp(z), and a change of z multiplies the gate, whatever its size.
     """
     root = mixer.norm.eps**0.5
-    gate = NORM_INPUT * root / (AVERAGED * X_SIZE / 2)
+    gate = NORM_INPUT * root / (RESTING * AVERAGED * X_SIZE / 2)
     z, step = -1.2784645, 4.0  # the minimum of silu, -0.278; left of it silu rises to 0
     while step > 1e-6:
         if -(z - step) / (1 + math.exp(step - z)) > gate:
             z -= step
         step /= 2
     mixer.in_proj.bias[mixer.slices()["z"]] = z
-    mixer.norm.weight.copy_(RESTING * size * (2 / X_SIZE) * root * (1 + math.exp(-z)) / z)
+    mixer.norm.weight.copy_(size * (2 / X_SIZE) * root * (1 + math.exp(-z)) / z)
 
 
 def _silu_inverse(value: float) -> tuple[float, float]:

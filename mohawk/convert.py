@@ -178,6 +178,9 @@ class Conversion:
 
     def _train(self, name: str, phase, student: HybridForCausalLM) -> None:
         dataset = PackedDataset(self.data.train, phase.sequence_length, seed=self.recipe.seed, pad_token_id=self._pad())
+        passes = phase.steps() * phase.tokens_per_step / self.data.train.tokens
+        if passes > 1:
+            self.console.print(f"{name}: reads its {self.data.train.tokens:,} tokens of text {passes:.1f} times")
         objective = objective_for(name, phase, student, self.teacher)
         trainer = PhaseTrainer(
             objective, name=name, phase=phase, run_dir=self.folder, train_dataset=dataset, collate=collate,

@@ -75,9 +75,9 @@ def draw_matrices(run: Path) -> Path | None:
     """
     before, after = saved_matrices(run, "before"), saved_matrices(run, "mixing")
     rows = []
-    for key, teacher in before.items():
-        if not key.endswith(".teacher"):
-            continue
+    layers = sorted({int(key.split(".")[0].removeprefix("layer_")) for key in before})
+    for key in (f"layer_{i}.teacher" for i in layers):
+        teacher = before[key]
         student = key.replace(".teacher", ".student")
         head = int(teacher.mean(1).amax(-1).argmin())  # the smallest share of its favourite column
         later = after[student][head].numpy() if student in after else None

@@ -172,7 +172,7 @@ def loss_labels(recipe: Recipe) -> dict[str, str]:
         frobenius = "‖S − A‖ per head, mean" if phases.mixing.metric == "frobenius" else None
         labels["mixing"] = frobenius or f"{phases.mixing.metric} distance of the matrices"
     if phases.hidden is not None:
-        labels["hidden"] = f"L2 distance of {phases.hidden.match.replace('_', ' ')}s per token, mean"
+        labels["hidden"] = f"L2 distance per token, {phases.hidden.match.replace('_', ' ')}s"
     if (last := phases.end_to_end) is not None:
         divergence = last.divergence.replace("_", " ").replace("kl", "KL")
         plain = (last.kd_weight, last.ce_weight, last.temperature) == (1, 0, 1)

@@ -38,8 +38,9 @@ def test_attention_weights_become_c_b_x_and_out_proj(teacher, mixer):
     attention, ssm = teacher.model.layers[1].self_attn, student.model.layers[1].self_attn
     h, p = ssm.num_heads, ssm.head_dim
     kv = teacher.config.num_key_value_heads
-    offset, slope = _silu_inverse(p**-0.5) if mixer == "mamba2" else (p**-0.5, 1.0)
-    tap = CONTENT**0.5 * p**-0.25 / slope
+    constant = (RESTING / p) ** 0.5
+    offset, slope = _silu_inverse(constant) if mixer == "mamba2" else (constant, 1.0)
+    tap = (RESTING * CONTENT) ** 0.5 * p**-0.25 / slope
     hidden = torch.randn(2, 5, teacher.config.hidden_size)
     expected = {
         "C": attention.q_proj(hidden).unflatten(-1, (h, p)) * tap + offset,
@@ -54,11 +55,11 @@ def test_attention_weights_become_c_b_x_and_out_proj(teacher, mixer):
 
 
 def test_without_content_the_first_matrix_averages():
-    """Where q and k are 0, rows of the mixing matrix sum to 1 once a head's averaging time is filled."""
+    """Where q and k are 0, rows of the mixing matrix sum to RESTING once a head's averaging time is filled."""
     student = hybrid_from_teacher(tiny_teacher(), [1])
     matrix = mixing_matrix(student.model.layers[1].self_attn.mixing(torch.zeros(1, 3000, 32)))
     sums = matrix[0, :, -1].sum(-1)
-    torch.testing.assert_close(sums, torch.ones_like(sums), rtol=0.02, atol=0)
+    torch.testing.assert_close(sums, torch.full_like(sums, RESTING), rtol=0.02, atol=0)
 
 
 @pytest.mark.parametrize("groups", [1, 4])
@@ -107,7 +108,7 @@ def test_mamba2_starts_where_its_norm_only_multiplies(teacher):
     ssm(hidden)
     values = attention.v_proj(hidden).unflatten(-1, (kv, -1)).repeat_interleave(ssm.num_heads // kv, 2)
     expected = torch.einsum("bhij,bjhp->bihp", mixing_matrix(ssm.mixing(hidden)), values).flatten(-2)
-    assert (seen[0] - RESTING * expected).norm() / (RESTING * expected).norm() < 0.3
+    assert (seen[0] - expected).norm() / expected.norm() < 0.3
 
 
 def test_layer_choice():

@@ -169,7 +169,7 @@ def test_loss_labels_follow_the_recipe(recipe):
     )
     assert report.loss_labels(phase(phases=phases)) == {
         "mixing": "relative distance of the matrices",
-        "hidden": "L2 distance of mixer outputs per token, mean",
+        "hidden": "L2 distance per token, mixer outputs",
         "end_to_end": "distillation loss per token",
     }
 
