@@ -2,11 +2,11 @@
 
 SmolLM2-135M-Instruct becomes the demo's hybrid six times: phase 3 alone, phases 2 and 3, and all three, each from
 attention initialisation and from random mixers. Every run sees the same total of training tokens (the earlier phases
-take theirs from phase 3, and the least-squares start of phase 2 takes its from phase 2) and is evaluated on text of
-another source. Runs are ordinary `mohawk convert` runs and
-resume; the table, its JSON and a plot go to benchmarks/results/.
+take theirs from phase 3, and the least-squares start of phase 2 reads text that phase 2 then trains on) and is
+evaluated on text of another source. Runs are ordinary `mohawk convert` runs and resume; the table, its JSON and a plot
+go to benchmarks/results/.
 
-    python benchmarks/ablation.py [--tokens 49152] [--runs runs/ablation]
+    python benchmarks/ablation.py [--tokens 65536] [--runs runs/ablation]
 """
 
 import argparse
@@ -96,7 +96,7 @@ def table(rows: list[dict], tokens: float) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tokens", type=float, default=49152, help="training tokens of each run")
+    parser.add_argument("--tokens", type=float, default=65536, help="training tokens of each run")
     parser.add_argument("--runs", type=Path, default=Path("runs/ablation"), help="folder of the runs")
     options = parser.parse_args()
     from mohawk.convert import convert
