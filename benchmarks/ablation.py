@@ -2,9 +2,9 @@
 
 SmolLM2-135M-Instruct becomes the demo's hybrid six times: phase 3 alone, phases 2 and 3, and all three, each from
 attention initialisation and from random mixers. Every run sees the same total of training tokens (the earlier phases
-take theirs from phase 3, and the least-squares start of phase 2 reads text that phase 2 then trains on) and is
-evaluated on text of another source. Runs are ordinary `mohawk convert` runs and resume; the table, its JSON and a plot
-go to benchmarks/results/.
+take theirs from phase 3, and the least-squares start of phase 2 takes its from phase 2) and is evaluated on text of
+another source. Runs are ordinary `mohawk convert` runs and resume; the table, its JSON and a plot go to
+benchmarks/results/.
 
     python benchmarks/ablation.py [--tokens 65536] [--runs runs/ablation]
 """
@@ -40,9 +40,10 @@ def recipe_for(init: str, schedule: dict[str, float], tokens: float, output: Pat
         "evaluation.contexts=[512]",
         "evaluation.decode_tokens=2",
     ]
+    solved = Recipe.load(shipped("demo")).phases.hidden.solve_tokens
     for phase in ("mixing", "hidden", "end_to_end"):
-        share = schedule.get(phase, 0)
-        settings.append(f"phases.{phase}.tokens={tokens * share:.0f}" if share else f"phases.{phase}=null")
+        budget = tokens * schedule.get(phase, 0) - (solved if phase == "hidden" else 0)
+        settings.append(f"phases.{phase}.tokens={budget:.0f}" if budget > 0 else f"phases.{phase}=null")
     return Recipe.load(shipped("demo"), settings)
 
 
