@@ -250,11 +250,10 @@ def _token_ids(source: str, asked: _Asked, config, tokens: int | None, rows: tup
     # a row sees nothing after itself, so nothing after the last row is needed
     most = rows[1] if rows is not None else tokens or TOKENS
     text = _read(source, most * CHARACTERS)
-    where = {name: value for name, value in asked.teacher.items()}
-    tokenizer = load_tokenizer(**where, tokenizer=asked.tokenizer)
+    tokenizer = load_tokenizer(**asked.teacher, tokenizer=asked.tokenizer)
     ids = tokenizer(text, verbose=False)["input_ids"][:most]
     if len(ids) < 2:
-        raise UserError(f"--matrices: the text of {source} is too short: {len(ids)} tokens; allowed: at least 2")
+        raise UserError(f"--matrices: {source} is too short: got {len(ids)} of the at least 2 tokens a matrix needs")
     if rows is not None and len(ids) < rows[1]:
         raise UserError(f"--rows: got {rows[0]} {rows[1]}, but {source} has only {len(ids)} tokens")
     if max(ids) >= config.vocab_size:
@@ -323,8 +322,8 @@ def _page(lines: Sequence[_Layer], asked: _Asked, what: str, rows: tuple[int, in
     about = [f"{models}<br>Text: {html.escape(what)}."]
     about.append(
         "Row i of a head's matrix says how much of each position j the head mixes into position i. Colour is the "
-        "entry on a symmetric logarithmic scale, red above 0 and blue below; a head's pictures share one scale, which "
-        "ends at the largest entry of the teacher's."
+        "entry on a symmetric logarithmic scale, red above 0 and blue below, which ends at the head's largest entry"
+        + (" in the teacher and is the same for its three pictures." if compared else ".")
     )
     tall, broad = -(-(rows[1] - rows[0]) // PANEL), -(-rows[1] // PANEL)
     if tall * broad > 1:

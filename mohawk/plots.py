@@ -190,8 +190,14 @@ def plot_layer(heads: Sequence[HeadPicture], title: str, rows: tuple[int, int], 
     across = (2 if len(heads) <= 12 else 3) if compared else (4 if len(heads) <= 12 else 6)
     across = min(across, len(heads))
     down = -(-len(heads) // across)
-    # inches; placed by hand, because matplotlib's own layouts take minutes for a hundred axes
-    side, left, gap, bar, right, above, below, top = PANEL / _INCH, 0.5, 0.08, 0.07, 0.5, 0.3, 0.3, 0.5
+    # Inches, each a whole number of pixels; placed by hand, because matplotlib's own layouts take minutes for a
+    # hundred axes.
+    side, (left, right, top), (above, below), (gap, bar) = (
+        PANEL / _INCH,
+        (0.5,) * 3,
+        (40 / _INCH,) * 2,
+        (8 / _INCH,) * 2,
+    )
     wide, high = left + panels * (side + gap) + bar + right, above + side + below
     width, height = across * wide, top + down * high
     figure = Figure(figsize=(width, height), dpi=_INCH)
