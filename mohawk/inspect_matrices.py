@@ -49,7 +49,7 @@ class _Asked:
 
 @dataclass(frozen=True)
 class _Layer:
-    """A line of the page. Sums are Frobenius norms of the heads; a layer that was not drawn has none."""
+    """A line of the page: ‖A‖ and ‖S − A‖ of every head; a layer that is not drawn has none."""
 
     index: int
     mixer: str
@@ -105,7 +105,8 @@ def inspect_matrices(
     input_ids = _token_ids(str(text), asked, teacher_config, tokens, rows)
     rows = rows or (0, input_ids.shape[1])
     source = "standard input" if str(text) == "-" else Path(text).name
-    span = f"tokens {rows[0]} to {rows[1] - 1}" if rows[0] else f"the first {rows[1]} tokens"
+    part = f"rows {rows[0]} to {rows[1] - 1} of " if rows[0] else ""
+    what = f"{part}the first {rows[1]} tokens of {source}"
 
     try:
         with write_whole(target) as folder:
@@ -120,10 +121,10 @@ def inspect_matrices(
                     i, lines[i].mixer, f"layer_{i:02}.png", tuple(head.norm for head in heads),
                     () if s is None else tuple(head.distance for head in heads),
                 )  # fmt: skip
-                title = f"layer {i} ({line.mixer}), {span} of {source}"
-                plot_layer(heads, f"{title}: {_summary(line)}", rows, folder / line.picture)
+                title = f"layer {i} ({line.mixer}), {what}: {_summary(line)}"
+                plot_layer(heads, title, rows, folder / line.picture)
                 console.print(f"layer {i}: {line.mixer}, {_summary(line)}", highlight=False, markup=False)
-            page = _page(list(lines.values()), asked, f"{span} of {source}", rows)
+            page = _page(list(lines.values()), asked, what, rows)
             (folder / INDEX).write_text(page, encoding="utf-8")
     except OSError as error:
         raise UserError(f"--output: {target} cannot be written ({error.strerror or error})") from error
@@ -172,7 +173,8 @@ def _asked(model: str | Path, teacher: str | Path | None) -> _Asked:
     folder = Path(model).expanduser()
     if (folder / "recipe.yaml").is_file():
         recipe = Recipe.load(folder / "recipe.yaml")
-        own, device = recipe.teacher, pick_device(recipe.device)
+        # a run made on a GPU can be looked at without one
+        own, device = recipe.teacher, pick_device("cpu" if recipe.device == "cpu" else "auto")
         if teacher is not None:
             return _Asked({"model": str(teacher)}, own.dtype, None, student_folder(folder), device)
         fields = ("model", "gguf_file", "revision", "trust_remote_code")

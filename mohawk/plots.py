@@ -226,6 +226,9 @@ def plot_layer(heads: Sequence[HeadPicture], title: str, rows: tuple[int, int], 
             axis.spines[["top", "right"]].set_visible(False)
             axis.tick_params(labelsize=6.5, length=2, pad=1.5, labelleft=place == 0)
             axis.locator_params(nbins=5, integer=True)
+            # a label at the right end would run into the next picture's 0
+            axis.set_xticks([tick for tick in axis.get_xticks() if 0 <= tick < 0.9 * last])
+            axis.set_xlim(-0.5, last - 0.5)
             if row == down - 1 or index + across >= len(heads):
                 axis.set_xlabel("from position j", labelpad=1, **small)
             if place == 0:

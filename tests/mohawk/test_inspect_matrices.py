@@ -131,12 +131,12 @@ def test_a_transformer_alone(family, tmp_path, tokenizer, capsys):
     assert "layer 1: attention, mean ‖A‖ " in capsys.readouterr().out
 
 
-def test_a_teacher_in_bfloat16_and_standard_input(place, tmp_path, monkeypatch):
+def test_a_teacher_in_bfloat16_from_a_gpu_and_standard_input(place, tmp_path, monkeypatch):
     from transformers import AutoModelForCausalLM
 
     student = AutoModelForCausalLM.from_pretrained(place / "run" / "student", dtype=torch.bfloat16).float()
     student.save_pretrained(tmp_path / "run" / "student")
-    recipe = Recipe.load(place / "run" / "recipe.yaml", ["teacher.dtype=bfloat16"])
+    recipe = Recipe.load(place / "run" / "recipe.yaml", ["teacher.dtype=bfloat16", "device=cuda"])
     recipe.save(tmp_path / "run" / "recipe.yaml")
     monkeypatch.setattr("sys.stdin", io.StringIO(TEXT))
     assert main(["inspect", str(tmp_path / "run"), "--matrices", "-", "--tokens", "12"]) == 0
