@@ -130,7 +130,8 @@ def mixing_matrix(
     """The matrix of a mixing, (batch, heads, rows, seq), written strip by strip; not differentiable.
 
     rows: the range (i0, i1) of rows, all if None. heads: which heads, all if None. mean_heads: their mean,
-    (batch, rows, seq), of which only one head at a time is whole. float64 inputs give float64, all others
+    (batch, rows, seq), summed strip by strip. Besides the result, one head's operands and one strip of 64
+    rows are held, so some rows of a long context cost little. float64 inputs give float64, all others
     float32. Padding (segment -1) is a segment like any other here. Raises ValueError for rows or heads that
     do not exist.
     """

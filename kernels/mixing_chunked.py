@@ -157,9 +157,10 @@ class _SSDStrips:
         self.B = block.take(_transposed(mixing.B)).to(dtype).contiguous()
         self.batch = self.C.shape[0]
         ids = None if mixing.segment_ids is None else mixing.segment_ids[block.rows]
-        decays = decays_with_resets(mixing.log_decay[block.rows], ids)
+        # The block's heads only: in float64, all heads of a long row would outweigh a slice of its matrix.
+        decays = decays_with_resets(_transposed(block.take(_transposed(mixing.log_decay))), ids)
+        self.sums = _repeated(_transposed(decays), self.heads).cumsum(-1)
         whole = _Block(slice(None), block.start, block.stop, block.heads)
-        self.sums = whole.per_head(_transposed(decays)).cumsum(-1)
         self.scale = None
         if mixing.input_scale is not None:
             self.scale = block.per_head(_transposed(mixing.input_scale)).to(dtype).contiguous()

@@ -115,7 +115,9 @@ def parser() -> argparse.ArgumentParser:
     generate.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     generate.add_argument("--seed", type=_number(int, 0), metavar="N", help="of sampling")
 
-    inspect = command("inspect", _inspect, "print a model's layers, mixers and state sizes, or a run's phases")
+    inspect = command(
+        "inspect", _inspect, "print a model's layers, mixers and state sizes, or draw its mixing matrices"
+    )
     inspect.add_argument("model", metavar="MODEL", help="folder, run, .gguf file or hub id")
     inspect.add_argument(
         "--contexts",
@@ -124,6 +126,23 @@ def parser() -> argparse.ArgumentParser:
         default=[512, 4096],
         metavar="N",
         help="default: 512 4096",
+    )
+    drawing = inspect.add_argument_group("mixing matrices")
+    drawing.add_argument(
+        "--matrices",
+        metavar="TEXT",
+        help="draw every head's mixing matrix on this text file (- for standard input), student beside teacher",
+    )
+    drawing.add_argument("--teacher", metavar="MODEL", help="to compare with (default: the run's)")
+    drawing.add_argument(
+        "--output", type=Path, metavar="DIR", help="default: plots/matrices in the run, else ./matrices"
+    )
+    drawing.add_argument("--layers", type=_number(int, 0), nargs="+", metavar="I", help="only these")
+    drawing.add_argument(
+        "--tokens", type=_number(int, 2), metavar="N", help="at most, from the text's beginning; default: 256"
+    )
+    drawing.add_argument(
+        "--rows", type=_number(int, 0), nargs=2, metavar=("A", "B"), help="only rows A to B - 1, of a long text"
     )
 
     command("doctor", _doctor, "print versions, devices and which backend each operation will use, and why")
@@ -173,6 +192,15 @@ def _generate(options: argparse.Namespace) -> None:
 
 
 def _inspect(options: argparse.Namespace) -> None:
+    drawing = {name: getattr(options, name) for name in ("teacher", "output", "layers", "tokens", "rows")}
+    if options.matrices is not None:
+        from mohawk.inspect_matrices import inspect_matrices
+
+        inspect_matrices(options.model, options.matrices, **drawing)
+        return
+    for name, value in drawing.items():
+        if value is not None:
+            raise UserError(f"--{name} is of --matrices TEXT; give a text, or leave it out")
     from rich.console import Console
 
     from mohawk.describe import describe, print_description, print_run, student_folder

@@ -2,22 +2,67 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from mohawk.kernels.mixing import mixing_matrix
+from mohawk.kernels.mixing import AttentionMixing, Mixing, mixing_matrix
 from mohawk.models.families import decoder_layers, mixer_input_norm
 from mohawk.models.hybrid import HybridForCausalLM
-from mohawk.models.teacher_forcing import layer_calls, record, recording_attention
+from mohawk.models.mixers import SSMMixer
+from mohawk.models.teacher_forcing import LayerCall, layer_calls, record, recording_attention
 from mohawk.plots import Heads, plot_mixing_matrices
 
 FOLDER = "matrices"
 
 
 @torch.no_grad()
+def layer_mixings(
+    teacher: nn.Module, student: nn.Module | None, input_ids: Tensor, layers: list[int]
+) -> Iterator[tuple[int, AttentionMixing, Mixing | None]]:
+    """What teacher and student mix with in some layers, both given the teacher's hidden states, unmaterialised.
+
+    One layer's queries and keys are alive at a time. The teacher's attention stays in its layers.
+
+    Args:
+        teacher, student: on one device; without a student only the teacher's layers are walked.
+        input_ids: (1, n) tokens.
+        layers: indices, in any order; they come in the model's.
+
+    Yields:
+        (index, the teacher's, the student's or None).
+    """
+    positions = torch.arange(input_ids.shape[1], device=teacher.device)[None]
+    own_layers = None if student is None else decoder_layers(student)
+    with ExitStack() as recording:
+        recording.enter_context(recording_attention(teacher))
+        if own_layers is not None and any(not isinstance(own_layers[i].self_attn, SSMMixer) for i in layers):
+            recording.enter_context(recording_attention(student))
+        hidden, calls = layer_calls(teacher, input_ids.to(teacher.device), positions)
+        for i, call in enumerate(calls[: max(layers) + 1]):
+            layer = decoder_layers(teacher)[i]
+            with record(layer.self_attn) as attention:
+                after = layer(hidden, *call.args, **call.kwargs)
+            if i in layers:
+                own = None if own_layers is None else _student_mixing(own_layers[i], hidden, call)
+                yield i, attention.mixing(), own
+            hidden = after
+
+
+def _student_mixing(layer: nn.Module, hidden: Tensor, call: LayerCall) -> Mixing:
+    norm = mixer_input_norm(layer)
+    hidden = hidden.to(norm.weight.dtype)
+    if isinstance(layer.self_attn, SSMMixer):
+        return layer.self_attn.mixing(norm(hidden))
+    with record(layer.self_attn) as attention:
+        layer(hidden, *call.args, **call.kwargs)
+    return attention.mixing()
+
+
 def layer_matrices(
     student: HybridForCausalLM, teacher: nn.Module, input_ids: Tensor, layers: list[int]
 ) -> dict[str, Tensor]:
@@ -31,21 +76,10 @@ def layer_matrices(
     Returns:
         {"layer_3.teacher": (h, n, n), "layer_3.student": (h, n, n), ...} in float32 on the CPU.
     """
-    positions = torch.arange(input_ids.shape[1], device=teacher.device)[None]
     found = {}
-    with recording_attention(teacher):
-        hidden, calls = layer_calls(teacher, input_ids.to(teacher.device), positions)
-        for i, call in enumerate(calls[: max(layers) + 1]):
-            layer = decoder_layers(teacher)[i]
-            with record(layer.self_attn) as attention:
-                after = layer(hidden, *call.args, **call.kwargs)
-            if i in layers:
-                replaced = decoder_layers(student)[i]
-                norm = mixer_input_norm(replaced)
-                mixing = replaced.self_attn.mixing(norm(hidden.to(norm.weight.dtype)))
-                found[f"layer_{i}.teacher"] = mixing_matrix(attention.mixing())[0].float().cpu()
-                found[f"layer_{i}.student"] = mixing_matrix(mixing)[0].float().cpu()
-            hidden = after
+    for i, theirs, own in layer_mixings(teacher, student, input_ids, layers):
+        found[f"layer_{i}.teacher"] = mixing_matrix(theirs)[0].float().cpu()
+        found[f"layer_{i}.student"] = mixing_matrix(own)[0].float().cpu()
     return found
 
 

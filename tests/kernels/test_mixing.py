@@ -81,6 +81,15 @@ def test_rows_heads_and_their_mean(make):
     assert mixing_matrix(mixing, rows=(9, 9)).shape == (2, 6, 0, 150)
 
 
+@pytest.mark.parametrize("rows", [(0, 1), (5, 9), (63, 65), (70, 141), (149, 150)])
+@pytest.mark.parametrize("window", [None, 1, 9, 80])
+def test_rows_of_a_window(rows, window):
+    for ids in (None, packed()):
+        mixing = attention(window=window, segment_ids=ids)
+        expected = dense_matrix(mixing)[:, [5, 0], rows[0] : rows[1]]
+        torch.testing.assert_close(mixing_matrix(mixing, rows=rows, heads=[5, 0]), expected)
+
+
 def test_low_precision_inputs_give_float32():
     mixing = attention(40, torch.bfloat16)
     assert mixing_matrix(mixing).dtype == torch.float32
@@ -94,6 +103,19 @@ def test_a_slice_of_a_long_context_stays_small():
     matrix = mixing_matrix(AttentionMixing(q, q), rows=(199_990, 200_000))
     assert matrix.shape == (1, 1, 10, 200_000)
     torch.testing.assert_close(matrix.sum(-1), torch.ones(1, 1, 10))
+
+
+def test_a_slice_of_a_long_scan_is_the_scan():
+    torch.manual_seed(2)
+    seq, heads = 100_000, 3
+    C, B = torch.randn(1, seq, 1, 4, dtype=torch.float64), torch.randn(1, seq, heads, 4, dtype=torch.float64)
+    log_decay, scale = -1e-4 * torch.rand(1, seq, heads, dtype=torch.float64), torch.rand(1, seq, heads).double()
+    x = torch.randn(1, seq, heads, 1, dtype=torch.float64)
+    y = ssd(x, log_decay, B, C, input_scale=scale)
+    for rows in ((0, 3), (50_001, 50_003), (99_990, 100_000)):
+        matrix = mixing_matrix(SSDMixing(C, B, log_decay, scale), rows=rows, heads=[2])
+        mixed = torch.einsum("bhij,bjhp->bihp", matrix, x[:, :, 2:])
+        torch.testing.assert_close(mixed, y[:, rows[0] : rows[1], 2:])
 
 
 def test_the_kernels_need_torch_alone():

@@ -62,6 +62,15 @@ def test_a_matrix_costs_itself_and_some_rows():
     assert peak_bytes(lambda: mixing_matrix(many, mean_heads=True)) < 2 * 4 * 1024**2
 
 
+@pytest.mark.parametrize("make", [attention, state_space])
+def test_a_slice_costs_one_head_of_many(make):
+    few, many = make(20_000, heads=2), make(20_000, heads=16)
+    one = peak_bytes(lambda: mixing_matrix(few, rows=(19_990, 20_000), heads=[1]))
+    assert one < 4 * 20_000 * 60, "some rows and the head's operands"
+    assert peak_bytes(lambda: mixing_matrix(many, rows=(19_990, 20_000), heads=[11])) < 1.05 * one
+    assert peak_bytes(lambda: mixing_matrix(many, rows=(19_990, 20_000), mean_heads=True)) < 2 * one
+
+
 @pytest.mark.parametrize("heads", [1, 24])
 def test_scan(heads):
     def peak(seq):
