@@ -6,6 +6,7 @@ forward and backward to hidden states and head, gradients included in the memory
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import torch
@@ -16,11 +17,12 @@ from benchmarks.run import Case
 from mohawk.kernels.kd_loss import TeacherHidden, kd_loss, linear_kd_loss
 
 Loss = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor | None], Tensor]
-SHAPES = {"cpu": (1024, 576, 49152), "cuda": (8192, 4096, 151936)}
+SHAPES = {"cpu": [(1024, 576, 49152)], "cuda": [(8192, 4096, 151936), (8192, 2048, 32000)]}
 QUICK = (128, 64, 4096)
 FLOOR = "floor: four matrix products"
+FLOOR_ROWS = {"cpu": 256, "cuda": 2048}
 FORMULA = (
-    "Floor: student logits, teacher logits, gradients of hidden states and head, 8 N V H flops, in chunks of 256 rows "
+    "Floor: student logits, teacher logits, gradients of hidden states and head, 8 N V H flops, in chunks of {} rows "
     "in the dtype of the table."
 )
 PASSES = "Traffic: 2 N V reads for the statistics, 2 N V reads and N V writes for the gradient: 5 passes (JSD 7)."
@@ -29,12 +31,12 @@ PASSES = "Traffic: 2 N V reads for the statistics, 2 N V reads and N V writes fo
 def problem(shape: tuple[int, int, int], dtype: torch.dtype, device: str, distance: float = 0.5, seed: int = 0):
     """Student hidden states and head, teacher hidden states and head, labels."""
     n, hidden, vocab = shape
-    g = torch.Generator().manual_seed(seed)
-    h = torch.randn(n, hidden, generator=g)
-    head = torch.randn(vocab, hidden, generator=g) * (2 / hidden**0.5)
-    th = h + distance * torch.randn(n, hidden, generator=g)
-    labels = torch.randint(0, vocab, (n,), generator=g)
-    return *(x.to(device=device, dtype=dtype) for x in (h, head, th, head.clone())), labels.to(device)
+    g = torch.Generator(device).manual_seed(seed)
+    h = torch.randn(n, hidden, generator=g, device=device)
+    head = torch.randn(vocab, hidden, generator=g, device=device) * (2 / hidden**0.5)
+    th = h + distance * torch.randn(n, hidden, generator=g, device=device)
+    labels = torch.randint(0, vocab, (n,), generator=g, device=device)
+    return *(x.to(dtype) for x in (h, head, th, head.clone())), labels
 
 
 def _ours(**options) -> Loss:
@@ -54,8 +56,8 @@ def floor_work(shape: tuple[int, int, int], dtype: torch.dtype, device: str) -> 
 
     def work() -> None:
         head_grad, hidden_grad = torch.zeros_like(head), torch.empty_like(h)
-        for start in range(0, len(h), 256):
-            rows = slice(start, start + 256)
+        for start in range(0, len(h), FLOOR_ROWS[device]):
+            rows = slice(start, start + FLOOR_ROWS[device])
             tile = th[rows] @ teacher_head.T
             torch.mm(h[rows], head.T, out=tile)
             torch.mm(tile, head, out=hidden_grad[rows])
@@ -95,9 +97,9 @@ def make_logits(function: Callable, truth: Callable, shape, dtype: torch.dtype, 
     """(check, work) of a loss from logits: function(student, teacher)."""
 
     def both(shape):
-        g = torch.Generator().manual_seed(0)
-        z = 2 * torch.randn(shape[0], shape[2], generator=g)
-        return z.to(device, dtype), (z + torch.randn(z.shape, generator=g)).to(device, dtype)
+        g = torch.Generator(device).manual_seed(0)
+        z = 2 * torch.randn(shape[0], shape[2], generator=g, device=device)
+        return z.to(dtype), (z + torch.randn(z.shape, generator=g, device=device)).to(dtype)
 
     def check() -> float:
         z, t = both((48, 0, 1000))
@@ -123,10 +125,36 @@ def _eager_logits(z: Tensor, t: Tensor) -> Tensor:
     return torch.nn.functional.kl_div(log_q, log_p, log_target=True, reduction="batchmean")
 
 
+def copy_work(shape: tuple[int, int, int], dtype: torch.dtype, device: str) -> Callable[[], None]:
+    """Five passes over an array of the logits' size: each copy reads one and writes one."""
+    z = torch.zeros(shape[0], shape[2], dtype=dtype, device=device)
+    out, half = torch.empty_like(z), shape[0] // 2
+
+    def work() -> None:
+        out.copy_(z)
+        out.copy_(z)
+        out[:half].copy_(z[:half])
+
+    return work
+
+
+def _compiled(loss: Callable) -> Callable:
+    """Compiled when it is first called: in the process of its case."""
+    return lambda *args: _compile(loss)(*args)
+
+
+@functools.cache
+def _compile(loss: Callable) -> Callable:
+    return torch.compile(loss, dynamic=False)
+
+
 def cases(device: str, quick: bool) -> list[Case]:
-    shape = QUICK if quick else SHAPES[device]
+    return [case for shape in ([QUICK] if quick else SHAPES[device]) for case in _cases(shape, device)]
+
+
+def _cases(shape: tuple[int, int, int], device: str) -> list[Case]:
     n, hidden, vocab = shape
-    found = []
+    found, formula = [], FORMULA.format(FLOOR_ROWS[device])
     truths = {d: _ours(backend="reference", divergence=d) for d in ("forward_kl", "reverse_kl", "jsd")} | {
         "ce": _ours(backend="reference", ce_weight=0.5)
     }
@@ -135,38 +163,51 @@ def cases(device: str, quick: bool) -> list[Case]:
         def build(loss=loss, truth=truths[truth]):
             return make(loss, truth, shape, dtype, device, ignored)
 
-        found.append(Case(table, name, build, needs, FLOOR, FORMULA))
+        found.append(Case(table, name, build, needs, FLOOR, formula))
 
-    for label, dtype in (("float32", torch.float32), ("bfloat16", torch.bfloat16)):
-        table = f"{label}, from hidden states, {n} x {hidden} x {vocab}"
+    for dtype in (torch.float32, torch.bfloat16) if device == "cpu" else (torch.bfloat16,):
+        table = f"{str(dtype)[6:]}, from hidden states, {n} x {hidden} x {vocab}"
 
         def floor(dtype=dtype):
             return (lambda: 0.0), floor_work(shape, dtype, device)
 
-        found.append(Case(table, FLOOR, floor, None, FLOOR, FORMULA))
+        found.append(Case(table, FLOOR, floor, None, FLOOR, formula))
         add(table, "mohawk forward KL", _ours(), "forward_kl", dtype)
         add(table, "mohawk JSD", _ours(divergence="jsd"), "jsd", dtype)
         add(table, "mohawk reverse KL", _ours(divergence="reverse_kl"), "reverse_kl", dtype)
         add(table, "mohawk forward KL and CE", _ours(ce_weight=0.5), "ce", dtype)
         add(table, "mohawk forward KL, 80 % ignored", _ours(labelled=True), "forward_kl", dtype, None, 0.8)
         add(table, "eager forward KL", kd_peers.eager_forward_kl, "forward_kl", dtype)
-        add(table, "eager forward KL and CE", kd_peers.eager_forward_kl_ce, "ce", dtype)
+        if device == "cpu":
+            add(table, "eager forward KL and CE", kd_peers.eager_forward_kl_ce, "ce", dtype)
         add(table, "eager JSD", kd_peers.eager_jsd, "jsd", dtype)
-        add(table, "eager forward KL, 80 % ignored", kd_peers.eager_forward_kl, "forward_kl", dtype, None, 0.8)
+        if device == "cpu":
+            add(table, "eager forward KL, 80 % ignored", kd_peers.eager_forward_kl, "forward_kl", dtype, None, 0.8)
+        else:
+            add(table, "torch.compile forward KL", _compiled(kd_peers.eager_forward_kl), "forward_kl", dtype)
+            add(table, "torch.compile JSD", _compiled(kd_peers.eager_jsd), "jsd", dtype)
         add(table, "torchtune forward KL", kd_peers.torchtune_forward_kl, "forward_kl", dtype)
         for name, peer in PEERS.items():
             add(table, name, peer[0], peer[1], dtype, peer[2])
-    table = f"float32, from logits, {n} x {vocab}"
-    for name, function in (
-        ("mohawk forward KL", kd_loss),
-        ("mohawk forward KL, in place", lambda z, t: kd_loss(z * 1.0, t, inplace=True)),
-        ("eager forward KL", _eager_logits),
-    ):
+    dtype = torch.float32 if device == "cpu" else torch.bfloat16
+    table = f"{str(dtype)[6:]}, from logits, {n} x {vocab}"
+    floor_name, functions = None, {"mohawk forward KL": kd_loss}
+    functions["mohawk forward KL, in place"] = lambda z, t: kd_loss(z * 1.0, t, inplace=True)
+    functions["eager forward KL"] = _eager_logits
+    if device == "cuda":
+        floor_name = "floor: 5 passes by copies"
+        functions["torch.compile forward KL"] = _compiled(_eager_logits)
+
+        def copies():
+            return (lambda: 0.0), copy_work(shape, dtype, device)
+
+        found.append(Case(table, floor_name, copies, None, floor_name, PASSES))
+    for name, function in functions.items():
 
         def build(function=function):
-            return make_logits(function, lambda z, t: kd_loss(z, t, backend="reference"), shape, torch.float32, device)
+            return make_logits(function, lambda z, t: kd_loss(z, t, backend="reference"), shape, dtype, device)
 
-        found.append(Case(table, name, build, formula=PASSES))
+        found.append(Case(table, name, build, None, floor_name, PASSES))
     return found
 
 

@@ -60,7 +60,7 @@ def _liger(beta: float, chunk_size: int, hidden, head, teacher, teacher_head, la
         weight_hard_loss=0.0, weight_soft_loss=1.0, beta=beta, temperature=1.0, compiled=False, chunk_size=chunk_size
     )
     if labels is None:
-        labels = torch.zeros(hidden.shape[0], dtype=torch.long)
+        labels = torch.zeros(hidden.shape[0], dtype=torch.long, device=hidden.device)
     result = loss(hidden, head, teacher, teacher_head, labels)
     return result[0] if isinstance(result, tuple) else result
 

@@ -1,58 +1,57 @@
-"""Attention against SSD without matrices: `mixing_distance` beside the eager version, over sequence lengths.
+"""Attention against SSD without matrices, beside the eager version, over sequence lengths: value and gradients.
 
-    python benchmarks/mixing_distance.py [--seq 128 256 ... ] [--heads 8] [--batch 1] [--repeats 5]
-
-Eager builds both matrices, takes `torch.linalg.matrix_norm` of their difference and lets autograd do the
-rest, as the method's authors do. Times are the least of `repeats` runs taken in turns, so that a busy
-machine disturbs both alike; peak memory is what torch has allocated at once inside the call, from its own
-record of allocations; errors are those of the value against float64. The product floor is the time of the
-four matrix products per tile that value and gradients need (q k^T, C B^T, dC, dB; the lower triangle only),
-at the speed that one large product reaches here.
+Eager builds both matrices, takes `torch.linalg.matrix_norm` of their difference and lets autograd do the rest,
+as the method's authors do.
 """
 
-import argparse
-import platform
-import time
+from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
-from torch.profiler import ProfilerActivity, profile
+from torch import Tensor
 
+from benchmarks.run import Case
 from mohawk.kernels.mixing import AttentionMixing, SSDMixing
 from mohawk.kernels.mixing_distance import mixing_distance
 
-
-def peak_bytes(function):
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
-        function()
-    held = peak = 0
-    events = profiled.profiler.kineto_results.events()
-    for event in sorted((e for e in events if e.name() == "[memory]"), key=lambda e: e.start_ns()):
-        held += event.nbytes()
-        peak = max(peak, held)
-    return peak
-
-
-def least_seconds(functions, repeats):
-    best = [float("inf")] * len(functions)
-    for function in functions:
-        function()
-    for _ in range(repeats):
-        for index, function in enumerate(functions):
-            start = time.perf_counter()
-            function()
-            best[index] = min(best[index], time.perf_counter() - start)
-    return best
+HEADS = {"cpu": 8, "cuda": 32}
+SEQS = {"cpu": (128, 256, 512, 1024, 2048, 4096, 8192, 16384), "cuda": (4096,)}
+QUICK_SEQS = (128, 500)
+WIDTHS = {"cpu": (64,), "cuda": (64, 128)}
+DTYPES = {"cpu": torch.float32, "cuda": torch.bfloat16}
+EAGER_UP_TO = {"cpu": 2048, "cuda": 4096}  # its matrices of the next length take 5 GB
+CHECK_UP_TO = 500  # the float64 reference builds whole matrices
+FORMULA = (
+    "Floor: one product of n x 2 h N and 2 h N x n, 4 h N n² flops: what q kᵀ, C Bᵀ, dC and dB take on the lower "
+    "triangle when each tile is made once. Inputs are in the dtype of the table, log decays and scales in float32."
+)
+# (q, k, C, B, log_decay, input_scale, D) -> the mean Frobenius distance
+Distance = Callable[..., Tensor]
 
 
-def product_speed():
-    """Floating-point operations per second of one large float32 product."""
-    a = torch.randn(1024, 1024)
-    return 2 * 1024**3 / least_seconds([lambda: a @ a], 20)[0]
+def problem(seq: int, heads: int, width: int, dtype: torch.dtype, device: str) -> tuple[Tensor, ...]:
+    """q, k (1, heads, seq, width), C, B (1, seq, heads, width), log_decay, input_scale (1, seq, heads), D (heads,)."""
+    g = torch.Generator(device).manual_seed(seq)
+    q, k = (torch.randn(1, heads, seq, width, generator=g, device=device) for _ in range(2))
+    C = torch.randn(1, seq, heads, width, generator=g, device=device)
+    B = torch.randn(1, seq, heads, width, generator=g, device=device) / width
+    log_decay = -torch.rand(1, seq, heads, generator=g, device=device) * 0.1
+    scale = torch.rand(1, seq, heads, generator=g, device=device)
+    return *(x.to(dtype) for x in (q, k, C, B)), log_decay, scale, torch.ones(heads, device=device)
 
 
-def eager_distance(q, k, C, B, log_decay, input_scale, D):
+def ours(q: Tensor, k: Tensor, *student: Tensor) -> Tensor:
+    return mixing_distance(SSDMixing(*student), AttentionMixing(q, k))
+
+
+def reference(q: Tensor, k: Tensor, *student: Tensor) -> Tensor:
+    return mixing_distance(SSDMixing(*student), AttentionMixing(q, k), backend="reference")
+
+
+def eager(q: Tensor, k: Tensor, C: Tensor, B: Tensor, log_decay: Tensor, input_scale: Tensor, D: Tensor) -> Tensor:
     seq = q.shape[2]
-    hidden = torch.ones(seq, seq, dtype=torch.bool).triu(1)
+    hidden = torch.ones(seq, seq, dtype=torch.bool, device=q.device).triu(1)
     scores = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5
     attention = torch.softmax(scores.masked_fill(hidden, float("-inf")), dim=-1)
     sums = log_decay.cumsum(1).transpose(1, 2)
@@ -62,60 +61,63 @@ def eager_distance(q, k, C, B, log_decay, input_scale, D):
     return torch.linalg.matrix_norm(ssd - attention).mean()
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--seq", type=int, nargs="+", default=[128, 256, 512, 1024, 2048, 4096])
-    parser.add_argument("--batch", type=int, default=1)
-    parser.add_argument("--heads", type=int, default=8)
-    parser.add_argument("--width", type=int, default=64, help="head_dim and state_size")
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--eager-up-to", type=int, default=2048, help="longest seq of the eager version")
-    args = parser.parse_args()
-    batch, heads, width = args.batch, args.heads, args.width
-    speed = product_speed()
-    print(
-        f"torch {torch.__version__}, {platform.machine()}, {torch.get_num_threads()} threads, float32 product "
-        f"{speed / 1e9:.0f} GFLOP/s"
-    )
-    print(f"batch {batch}, {heads} heads, head_dim = state_size = {width}, float32, value and gradients")
-    print("  seq |  mohawk ms   MiB   error |   eager ms   MiB   error | faster  leaner | floor ms  of floor")
-    for seq in args.seq:
-        generator = torch.Generator().manual_seed(seq)
-        q, k = (torch.randn(batch, heads, seq, width, generator=generator) for _ in range(2))
-        C = torch.randn(batch, seq, heads, width, generator=generator)
-        B = torch.randn(batch, seq, heads, width, generator=generator) / width
-        log_decay = -torch.rand(batch, seq, heads, generator=generator) * 0.1
-        scale = torch.rand(batch, seq, heads, generator=generator)
-        student = [value.requires_grad_() for value in (C, B, log_decay, scale, torch.ones(heads))]
-
-        def mine(student=student, teacher=(q, k)):
-            value = mixing_distance(SSDMixing(*student), AttentionMixing(*teacher))
-            return value, torch.autograd.grad(value, student)
-
-        def eager(student=student, teacher=(q, k)):
-            value = eager_distance(*teacher, *student)
-            return value, torch.autograd.grad(value, student)
-
-        with torch.no_grad():
-            wide = [value.double() for value in student]
-            exact = mixing_distance(SSDMixing(*wide), AttentionMixing(q.double(), k.double())).item()
-        floor = 4 * batch * heads * width * seq * (seq + 1) / speed
-        own_error = abs(mine()[0].item() - exact) / exact
-        if seq <= args.eager_up_to:
-            own, other = least_seconds([mine, eager], args.repeats if seq > 512 else 4 * args.repeats)
-            memory, memory_other = peak_bytes(mine) / 2**20, peak_bytes(eager) / 2**20
-            error = abs(eager()[0].item() - exact) / exact
-            beside = f"{other * 1e3:10.1f} {memory_other:6.0f} {error:7.0e} | {other / own:6.1f} "
-            beside += f"{memory_other / memory:7.1f}"
-        else:
-            own, memory = least_seconds([mine], 1)[0], peak_bytes(mine) / 2**20
-            beside = f"{'-':>10} {'-':>6} {'-':>7} | {'-':>6} {'-':>7}"
-        print(
-            f"{seq:5} | {own * 1e3:10.1f} {memory:5.0f} {own_error:7.0e} | {beside} | "
-            f"{floor * 1e3:8.1f} {floor / own:8.0%}",
-            flush=True,
-        )
+def value_and_gradients(distance: Distance, given: tuple[Tensor, ...]) -> list[Tensor]:
+    student = [x.requires_grad_() for x in given[2:]]
+    value = distance(*given[:2], *student)
+    return [value.detach(), *torch.autograd.grad(value, student)]
 
 
-if __name__ == "__main__":
-    main()
+def make(distance: Distance, seq: int, heads: int, width: int, dtype: torch.dtype, device: str):
+    """(check, work): the largest relative error of the value and the five gradients, at most CHECK_UP_TO tokens long;
+    value and gradients at full size."""
+
+    def check() -> float:
+        small = problem(min(seq, CHECK_UP_TO), heads, width, dtype, device)
+        got = value_and_gradients(distance, small)
+        exact = value_and_gradients(reference, tuple(x.detach().double() for x in small))
+        return max(((a.double() - b).norm() / b.norm()).item() for a, b in zip(got, exact, strict=True))
+
+    given = problem(seq, heads, width, dtype, device)
+    return check, lambda: value_and_gradients(distance, given)
+
+
+def make_floor(seq: int, heads: int, width: int, dtype: torch.dtype, device: str):
+    rows = seq if device == "cuda" else min(seq, 1024)  # of the result at a time: the same speed, less memory
+    left = torch.randn(seq, 2 * heads * width, device=device).to(dtype)
+    right = torch.randn(2 * heads * width, seq, device=device).to(dtype)
+
+    def work() -> None:
+        out = torch.empty(rows, seq, dtype=dtype, device=device)
+        for start in range(0, seq, rows):
+            torch.mm(left[start : start + rows], right, out=out[: len(left[start : start + rows])])
+
+    return (lambda: 0.0), work
+
+
+def cases(device: str, quick: bool) -> list[Case]:
+    found = []
+    heads, dtype = HEADS[device], DTYPES[device]
+    tolerance = 1e-3 if dtype == torch.float32 else 0.1
+    others = {"eager": lambda: eager}
+    if device == "cuda":
+        others["torch.compile"] = lambda: torch.compile(eager, dynamic=False)
+    for width in WIDTHS[device]:
+        table = f"batch 1, {heads} heads, d = N = {width}, {str(dtype)[6:]}"
+        for seq in QUICK_SEQS if quick else SEQS[device]:
+            shape = (seq, heads, width, dtype, device)
+            floor, beside = f"floor: one product, n {seq}", f"eager, n {seq}"
+            options = {"floor": floor, "formula": FORMULA, "tolerance": tolerance, "at": seq}
+            against = beside if seq <= EAGER_UP_TO[device] else None
+
+            def build(shape=shape):
+                return make(ours, *shape)
+
+            found.append(Case(table, floor, lambda shape=shape: make_floor(*shape), **options))
+            found.append(Case(table, f"mohawk, n {seq}", build, against=against, **options))
+            for name, other in others.items() if against else ():
+
+                def build_other(other=other, shape=shape):
+                    return make(other(), *shape)
+
+                found.append(Case(table, f"{name}, n {seq}", build_other, **options))
+    return found

@@ -15,26 +15,26 @@ virtual environment with liger-kernel, trl, ...). Those that are nowhere are nam
 from __future__ import annotations
 
 import argparse
+import ctypes
 import dataclasses
 import datetime
 import functools
-import importlib
+import importlib.metadata
 import json
-import os
 import pathlib
 import platform
 import re
 import statistics
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable
 
 HERE = pathlib.Path(__file__).resolve().parent
 ROOT = HERE.parent
 RESULTS = HERE / "results"
-NAMES = ("kd_loss", "kd_accuracy")
+SHORT = 0.2  # seconds: calls that take less are timed several at once
+NAMES = ("kd_loss", "kd_accuracy", "mixing_distance", "ssd")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,7 +44,8 @@ class Case:
     `make()` returns (check, work): `check()` gives an error against the reference, `work()` is what is timed,
     or None where the table is about errors alone (then check gives a dict of columns). `floor` is the line of
     the same table that ratios refer to, `formula` says what the floor counts, `needs` the package a peer's
-    case imports.
+    case imports. `against` is the line whose time and memory are divided by this one's. Cases with a place
+    `at` on the horizontal axis are drawn as curves over it, one for each name up to its comma.
     """
 
     table: str
@@ -54,6 +55,8 @@ class Case:
     floor: str | None = None
     formula: str = ""
     tolerance: float = 0.1
+    against: str | None = None
+    at: float | None = None
 
     @property
     def key(self) -> str:
@@ -68,15 +71,16 @@ def find(name: str, device: str, quick: bool) -> list[Case]:
 
 
 class PeakMemory:
-    """Peak memory above that at the start, in MiB: torch's own count on CUDA, resident pages elsewhere."""
+    """Peak memory above that at the start, in MiB: torch's own count on CUDA, else resident pages as Linux counts
+    them."""
 
     def __init__(self, device: str):
         self.cuda = device == "cuda"
 
     @staticmethod
-    def resident() -> float:
-        with open("/proc/self/statm") as file:
-            return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
+    def status(name: str) -> float:
+        with open("/proc/self/status") as file:
+            return next(int(line.split()[1]) for line in file if line.startswith(name)) / 1024
 
     def __enter__(self) -> PeakMemory:
         if self.cuda:
@@ -85,16 +89,12 @@ class PeakMemory:
             torch.cuda.reset_peak_memory_stats()
             self.start = torch.cuda.memory_allocated() / 2**20
             return self
-        self.start = self.most = self.resident()
-        self.running = True
-        self.thread = threading.Thread(target=self._watch)
-        self.thread.start()
+        # Pages that the check left with the C library would hide as many of the work's own.
+        ctypes.CDLL(None).malloc_trim(0)
+        with open("/proc/self/clear_refs", "w") as file:
+            file.write("5")  # the peak starts anew
+        self.start = self.status("VmRSS")
         return self
-
-    def _watch(self) -> None:
-        while self.running:
-            self.most = max(self.most, self.resident())
-            time.sleep(0.002)
 
     def __exit__(self, *_) -> None:
         if self.cuda:
@@ -102,13 +102,12 @@ class PeakMemory:
 
             self.mib = torch.cuda.max_memory_allocated() / 2**20 - self.start
             return
-        self.running = False
-        self.thread.join()
-        self.mib = max(self.most, self.resident()) - self.start
+        self.mib = self.status("VmHWM") - self.start
 
 
 def measure(case: Case, device: str, repeats: int) -> dict:
-    """Check, warm up, measure memory once, then time: CPU seconds over all threads on CPU, events on CUDA."""
+    """Check, warm up, measure memory once, then time: CPU seconds over all threads on CPU, seconds
+    until the device is done on CUDA."""
     import torch
 
     check, work = case.make()
@@ -117,20 +116,26 @@ def measure(case: Case, device: str, repeats: int) -> dict:
         return {"columns": result["error"]}
     if not result["error"] <= case.tolerance:
         return {"wrong": result["error"]}
+    started = time.perf_counter()
     with PeakMemory(device) as peak:
         work()
+    first = time.perf_counter() - started
     result["mib"] = peak.mib
-    times = {"wall": [], "cpu": []}
-    for _ in range(repeats):
+
+    def seconds(calls: int) -> tuple[float, float]:
         if device == "cuda":
             torch.cuda.synchronize()
         wall, cpu = time.perf_counter(), time.process_time()
-        work()
+        for _ in range(calls):
+            work()
         if device == "cuda":
             torch.cuda.synchronize()
-        times["wall"].append(time.perf_counter() - wall)
-        times["cpu"].append(time.process_time() - cpu)
-    return result | times
+        return (time.perf_counter() - wall) / calls, (time.process_time() - cpu) / calls
+
+    once = seconds(1)[0] if first < SHORT or device == "cuda" else first  # the first may have compiled
+    calls = max(1, min(100, int(SHORT / once)))
+    wall, cpu = zip(*(seconds(calls) for _ in range(repeats)), strict=True)
+    return result | {"wall": wall, "cpu": cpu}
 
 
 # In the process that drives them.
@@ -148,14 +153,24 @@ def interpreter_for(package: str | None, peers: str | None) -> str | None:
     return None
 
 
-def run_one(name: str, case: Case, python: str, options: argparse.Namespace) -> dict:
+def run_one(name: str, case: Case, python: str, options: argparse.Namespace, seconds_left: float | None) -> dict:
     command = [python, str(HERE / "run.py"), name, "--one", case.key, "--device", options.device]
     command += ["--repeats", str(options.repeats)] + ["--quick"] * options.quick
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=seconds_left)
+    except subprocess.TimeoutExpired:
+        return {"skipped": "out of time"}
     lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
     if done.returncode or not lines:
         return {"failed": (done.stderr.strip().splitlines() or ["no output"])[-1][:200]}
     return json.loads(lines[-1][len("RESULT ") :])
+
+
+def version_of(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def environment(device: str) -> dict:
@@ -171,6 +186,7 @@ def environment(device: str) -> dict:
         "commit": commit.stdout.strip(),
         "device": torch.cuda.get_device_name() if device == "cuda" else f"{cpu}, {torch.get_num_threads()} threads",
         "torch": torch.__version__,
+        **{name: version_of(name) for name in ("triton", "transformers")},
         "python": platform.python_version(),
     }
 
@@ -178,10 +194,14 @@ def environment(device: str) -> dict:
 def summarise(case: Case, runs: list[dict], device: str) -> dict:
     """The row of a case: medians over all timings of all its processes."""
     row = {"table": case.table, "name": case.name, "floor": case.floor, "formula": case.formula}
+    row |= {key: getattr(case, key) for key in ("against", "at") if getattr(case, key) is not None}
     for trouble in ("failed", "wrong", "columns"):
         found = [run[trouble] for run in runs if trouble in run]
         if found:
             return row | {trouble: found[0]}
+    runs = [run for run in runs if "error" in run]
+    if not runs:
+        return row | {"skipped": "out of time"}
     key = "wall" if device == "cuda" else "cpu"
     times = [t for run in runs for t in run[key]]
     return row | {
@@ -191,6 +211,12 @@ def summarise(case: Case, runs: list[dict], device: str) -> dict:
         "mib": max(run["mib"] for run in runs),
         "error": max(run["error"] for run in runs),
     }
+
+
+def beside(row: dict, other: dict) -> str:
+    """How many times the time and the memory of `row` the other line takes."""
+    name, times = other["name"].split(",")[0], other["seconds"] / row["seconds"]
+    return f"{name} takes {times:.2g} x the time, {other['mib'] / max(row['mib'], 1):.2g} x the memory"
 
 
 def table_lines(rows: list[dict], device: str) -> list[str]:
@@ -203,8 +229,9 @@ def table_lines(rows: list[dict], device: str) -> list[str]:
         if columns:
             lines += [f"**{table}**", "", "| | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
         else:
-            lines += [f"**{table}**", "", f"| | {seconds} | spread | of the floor | peak MiB | error |"]
-            lines += ["|---" * 6 + "|"]
+            compared = any("against" in row for row in mine)
+            head = ["", seconds, "spread", "of the floor", "peak MiB", "error"] + ["beside it"] * compared
+            lines += [f"**{table}**", "", f"| {' | '.join(head)} |".replace("|  |", "| |"), "|---" * len(head) + "|"]
         for row in mine:
             cells = [row["name"]]
             if "columns" in row:
@@ -216,6 +243,11 @@ def table_lines(rows: list[dict], device: str) -> list[str]:
                 ratio = f"{row['seconds'] / floor:.2f}" if floor else ""
                 spread = "-".join(f"{x:.3g}" for x in row["spread"])
                 cells += [f"{row['seconds']:.3g}", spread, ratio, f"{row['mib']:.0f}", f"{row['error']:.1e}"]
+                other = by_key.get((table, row.get("against")), {})
+                if "seconds" in other:
+                    cells.append(beside(row, other))
+                elif compared:
+                    cells.append("")
             else:
                 trouble = next(k for k in ("skipped", "failed", "wrong") if k in row)
                 cells.append(f"{trouble}: {row[trouble]}")
@@ -237,16 +269,40 @@ def draw(rows: list[dict], path: pathlib.Path, title: str) -> None:
     rows = [row for row in rows if "seconds" in row]
     if not rows:
         return
-    figure, axes = plt.subplots(1, 2, figsize=(11, 0.32 * len(rows) + 1), sharey=True)
+    if any("at" in row for row in rows):
+        figure, axes = plt.subplots(1, 2, figsize=(11, 4.5))
+        draw_curves(rows, axes)
+    else:
+        figure, axes = plt.subplots(1, 2, figsize=(11, 0.32 * len(rows) + 1), sharey=True)
+        draw_bars(rows, axes)
+    figure.suptitle(title)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def draw_curves(rows: list[dict], axes) -> None:
+    curves = dict.fromkeys((row["table"], row["name"].split(",")[0]) for row in rows)
+    tables = dict.fromkeys(row["table"] for row in rows)
+    for axis, key, unit in ((axes[0], "seconds", "seconds"), (axes[1], "mib", "peak MiB")):
+        for table, name in curves:
+            mine = [row for row in rows if row["table"] == table and row["name"].split(",")[0] == name]
+            points = [row["at"] for row in mine], [row[key] for row in mine]
+            axis.plot(*points, marker="o", label=name if len(tables) == 1 else f"{table}: {name}")
+        axis.set_xscale("log", base=2)
+        axis.set_yscale("log")
+        axis.set_xlabel("tokens")
+        axis.set_ylabel(unit)
+        axis.grid(alpha=0.3)
+    axes[0].legend(fontsize="small")
+
+
+def draw_bars(rows: list[dict], axes) -> None:
     labels = [f"{row['table'].split(',')[0]}: {row['name']}" for row in rows][::-1]
     colours = ["#3b6ea5" if row["name"].startswith("mohawk") else "#b0b0b0" for row in rows][::-1]
     for axis, key, name in ((axes[0], "seconds", "seconds"), (axes[1], "mib", "peak MiB")):
         axis.barh(labels, [row[key] for row in rows][::-1], color=colours)
         axis.set_xlabel(name)
-    figure.suptitle(title)
-    figure.tight_layout()
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
 
 
 def put_in_readme(mark: str, lines: list[str]) -> None:
@@ -264,6 +320,7 @@ def put_in_readme(mark: str, lines: list[str]) -> None:
 
 def run_benchmark(name: str, options: argparse.Namespace) -> bool:
     """Run one benchmark; False if something of ours failed or was wrong."""
+    end = None if options.seconds is None else time.monotonic() + options.seconds
     cases = [c for c in find(name, options.device, options.quick) if options.only in c.key]
     pythons = {case.key: interpreter_for(case.needs, options.peers) for case in cases}
     runs: dict[str, list[dict]] = {case.key: [] for case in cases}
@@ -271,8 +328,11 @@ def run_benchmark(name: str, options: argparse.Namespace) -> bool:
         for case in cases:
             if pythons[case.key] is None or any("failed" in run or "wrong" in run for run in runs[case.key]):
                 continue
+            left = None if end is None else end - time.monotonic()
+            if left is not None and left <= 0:
+                continue
             started = time.perf_counter()
-            runs[case.key].append(run_one(name, case, pythons[case.key], options))
+            runs[case.key].append(run_one(name, case, pythons[case.key], options, left))
             seconds = time.perf_counter() - started
             print(f"round {number + 1} {case.key}: {seconds:.0f} s", file=sys.stderr, flush=True)
     rows = []
@@ -314,6 +374,7 @@ def main() -> int:
     )
     parser.add_argument("--rounds", type=int, default=3, help="fresh processes per case")
     parser.add_argument("--repeats", type=int, default=2, help="timings in each process")
+    parser.add_argument("--seconds", type=float, help="time for each benchmark; what is left then is named as skipped")
     parser.add_argument("--peers", help="another Python, with the peers installed")
     parser.add_argument("--no-write", action="store_true", help="print only")
     parser.add_argument("--one", help=argparse.SUPPRESS)

@@ -1,108 +1,117 @@
-"""The scan against the torch path of transformers' Bamba mixer: time and peak memory, forward and backward.
+"""The state-space scan beside the torch path of transformers' Bamba mixer and mamba-ssm: forward and backward."""
 
-    python benchmarks/ssd.py [--seq 2048] [--batch 2] [--repeats 5]
+from __future__ import annotations
 
-Times are the least of `repeats` runs taken in turns, so that a busy machine disturbs both alike. Peak
-memory is what torch has allocated at once inside the call, from its own record of allocations. The product
-floor is the time of the scan's own matrix products at the speed that one large product reaches here.
-"""
-
-import argparse
-import platform
-import time
+import inspect
+from collections.abc import Callable
 
 import torch
-from torch.profiler import ProfilerActivity, profile
+from torch import Tensor
 
+from benchmarks.run import Case
 from mohawk.kernels.ssd import ssd
 from mohawk.kernels.ssd_chunked import CHUNK
 
-
-def peak_bytes(function):
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
-        function()
-    held = peak = 0
-    events = profiled.profiler.kineto_results.events()
-    for event in sorted((e for e in events if e.name() == "[memory]"), key=lambda e: e.start_ns()):
-        held += event.nbytes()
-        peak = max(peak, held)
-    return peak
-
-
-def least_seconds(functions, repeats):
-    best = [float("inf")] * len(functions)
-    for function in functions:
-        function()
-    for _ in range(repeats):
-        for index, function in enumerate(functions):
-            start = time.perf_counter()
-            function()
-            best[index] = min(best[index], time.perf_counter() - start)
-    return best
+SHAPE = (2, 2048, 24, 64)  # batch, seq, heads, head_dim = state_size; one group
+QUICK = (1, 300, 4, 16)
+CHECK_SEQ = 150  # the reference goes token by token
+TRANSFORMERS = "transformers, Bamba in torch"
+FORMULA = (
+    f"Floor: one product of b n x h N and h N x (6 Q + 9 N), 2 b n h N (6 Q + 9 N) flops, Q = {CHUNK} the chunk: the "
+    "scan's own 4 products forward and 11 backward, each with the chunk or the state."
+)
+# (x, dt, A, B, C, D) -> y
+Scan = Callable[..., Tensor]
 
 
-def product_speed(dtype):
-    """Floating-point operations per second of one large product."""
-    a = torch.randn(1024, 1024).to(dtype)
-    return 2 * 1024**3 / least_seconds([lambda: a @ a], 20)[0]
+def problem(shape: tuple[int, int, int, int], dtype: torch.dtype, device: str) -> tuple[list[Tensor], Tensor]:
+    """x (b, n, h, N), dt (b, n, h), A (h,), B and C (b, n, 1, N), D (h,); and dy like x."""
+    batch, seq, heads, width = shape
+    g = torch.Generator(device).manual_seed(0)
+    x, dy = (torch.randn(*shape, generator=g, device=device).to(dtype) for _ in range(2))
+    B, C = (torch.randn(batch, seq, 1, width, generator=g, device=device).to(dtype) for _ in range(2))
+    dt = torch.rand(batch, seq, heads, generator=g, device=device)
+    A, D = -torch.rand(heads, generator=g, device=device), torch.rand(heads, generator=g, device=device)
+    return [x, dt, A, B, C, D], dy
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--batch", type=int, default=2)
-    parser.add_argument("--seq", type=int, default=2048)
-    parser.add_argument("--heads", type=int, default=24)
-    parser.add_argument("--width", type=int, default=64, help="head_dim and state_size")
-    parser.add_argument("--repeats", type=int, default=5)
-    args = parser.parse_args()
-    from transformers import __version__ as transformers_version
+def ours(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, backend: str = "auto") -> Tensor:
+    return ssd(x, dt * A, B, C, input_scale=dt, D=D, backend=backend)
+
+
+def ours_chunked(*given: Tensor) -> Tensor:
+    return ours(*given, backend="chunked")
+
+
+def reference(*given: Tensor) -> Tensor:
+    return ours(*given, backend="reference")
+
+
+def transformers_torch() -> Scan:
+    """What transformers runs where no kernel package is installed, whether or not one is."""
     from transformers.models.bamba.modeling_bamba import mamba2_chunk_scan
 
-    batch, seq, heads, width = args.batch, args.seq, args.heads, args.width
-    print(
-        f"torch {torch.__version__}, transformers {transformers_version}, {platform.machine()}, "
-        f"{torch.get_num_threads()} threads"
-    )
-    print(f"batch {batch}, seq {seq}, {heads} heads of {width}, state {width}, 1 group, forward and backward")
-    generator = torch.Generator().manual_seed(0)
+    scan = inspect.unwrap(mamba2_chunk_scan)
+    return lambda x, dt, A, B, C, D: scan(x, dt, A, B, C, chunk_size=256, D=D)
+
+
+def mamba_ssm() -> Scan:
+    from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined
+
+    return lambda x, dt, A, B, C, D: mamba_chunk_scan_combined(x, dt, A, B, C, chunk_size=256, D=D)
+
+
+def output_and_gradients(scan: Scan, given: list[Tensor], dy: Tensor) -> list[Tensor]:
+    inputs = [x.requires_grad_() for x in given]
+    y = scan(*inputs)
+    return [y.detach(), *torch.autograd.grad(y, inputs, dy.to(y.dtype))]
+
+
+def make(scan: Scan, shape: tuple[int, int, int, int], dtype: torch.dtype, device: str):
+    """(check, work): the largest relative error of y and the six gradients on CHECK_SEQ tokens; forward and backward
+    at full size."""
+
+    def check() -> float:
+        small, dy = problem((shape[0], CHECK_SEQ, *shape[2:]), dtype, device)
+        got = output_and_gradients(scan, small, dy)
+        exact = output_and_gradients(reference, [x.detach().double() for x in small], dy.double())
+        return max(((a.double() - b).norm() / b.norm()).item() for a, b in zip(got, exact, strict=True))
+
+    given, dy = problem(shape, dtype, device)
+    return check, lambda: output_and_gradients(scan, given, dy)
+
+
+def make_floor(shape: tuple[int, int, int, int], dtype: torch.dtype, device: str):
+    batch, seq, heads, width = shape
+    left = torch.randn(batch * seq, heads * width, device=device).to(dtype)
+    right = torch.randn(heads * width, 6 * CHUNK + 9 * width, device=device).to(dtype)
+    return (lambda: 0.0), lambda: left @ right
+
+
+def cases(device: str, quick: bool) -> list[Case]:
+    found = []
+    shape = QUICK if quick else SHAPE
+    batch, seq, heads, width = shape
+    others = {TRANSFORMERS: (transformers_torch, "transformers")}
+    if device == "cuda":
+        compiled = (lambda: torch.compile(transformers_torch(), dynamic=False), "transformers")
+        others |= {"the same by torch.compile": compiled, "mamba-ssm": (mamba_ssm, "mamba_ssm")}
+    mine = {"mohawk": ours} if device == "cpu" else {"mohawk": ours, "mohawk, in torch": ours_chunked}
     for dtype in (torch.float32, torch.bfloat16):
-        shapes = {"x": (heads, width), "B": (1, width), "C": (1, width)}
-        tensors = {
-            name: torch.randn(batch, seq, *shape, generator=generator).to(dtype).requires_grad_()
-            for name, shape in shapes.items()
-        }
-        dt = torch.rand(batch, seq, heads, generator=generator).requires_grad_()
-        A, D = (-torch.rand(heads)).requires_grad_(), torch.rand(heads).requires_grad_()
-        inputs = [*tensors.values(), dt, A, D]
-        dy = torch.randn(batch, seq, heads, width, generator=generator)
-        x, B, C = tensors.values()
+        table = f"{str(dtype)[6:]}, batch {batch}, n {seq}, {heads} heads of {width}, state {width}"
+        floor = "floor: one product"
+        options = {"floor": floor, "formula": FORMULA, "tolerance": 1e-3 if dtype == torch.float32 else 0.1}
+        found.append(Case(table, floor, lambda dtype=dtype: make_floor(shape, dtype, device), **options))
+        for name, scan in mine.items():
 
-        def mine(x=x, B=B, C=C, dt=dt, A=A, D=D, inputs=inputs, dy=dy):
-            y = ssd(x, dt * A, B, C, input_scale=dt, D=D)
-            return y, torch.autograd.grad(y, inputs, dy.to(y.dtype))
+            def build(scan=scan, dtype=dtype):
+                return make(scan, shape, dtype, device)
 
-        def theirs(x=x, B=B, C=C, dt=dt, A=A, D=D, inputs=inputs, dy=dy):
-            y = mamba2_chunk_scan(x, dt, A, B, C, chunk_size=256, D=D)
-            return y, torch.autograd.grad(y, inputs, dy.to(y.dtype))
+            found.append(Case(table, name, build, against=TRANSFORMERS, **options))
+        for name, (load, package) in others.items():
 
-        (y, gradients), (y_theirs, gradients_theirs) = mine(), theirs()
-        apart = max(
-            ((a.double() - b.double()).norm() / b.double().norm()).item()
-            for a, b in zip((y, *gradients), (y_theirs, *gradients_theirs), strict=True)
-        )
-        own, other = least_seconds([mine, theirs], args.repeats)
-        memory, memory_other = peak_bytes(mine), peak_bytes(theirs)
-        # Per token and head, forward 4 products and backward 11 (C B^T again), each with the chunk or the
-        # state.
-        flops = 2 * batch * seq * heads * width * (6 * CHUNK + 9 * width)
-        floor = flops / product_speed(dtype)
-        print(
-            f"{str(dtype)[6:]:9}  mohawk {own * 1e3:6.0f} ms {memory / 2**20:6.0f} MiB   transformers "
-            f"{other * 1e3:6.0f} ms {memory_other / 2**20:6.0f} MiB   {other / own:.1f} times faster, "
-            f"{memory_other / memory:.1f} times leaner   product floor {floor * 1e3:.0f} ms   "
-            f"largest difference {apart:.1e}"
-        )
+            def build_other(load=load, dtype=dtype):
+                return make(load(), shape, dtype, device)
 
-
-if __name__ == "__main__":
-    main()
+            found.append(Case(table, name, build_other, package, **options))
+    return found

@@ -213,14 +213,13 @@ class _SSDStrips:
         self.B_columns = self._scaled(self.B[:, :, first:row], weight)
 
     def _tile(self) -> Tensor:
+        """The tile on the diagonal, without D."""
         tile = torch.bmm(_flat(self.C_tile), _flat(self.B_tile).transpose(1, 2)).view_as(self.decay)
-        tile *= self.decay
-        self.tile = tile
-        if self.D is None:
-            return tile
-        tile = tile.clone()
-        tile.diagonal(dim1=-2, dim2=-1).add_(self.D.unsqueeze(-1))
-        return tile
+        return tile.mul_(self.decay)
+
+    def _add_D(self, tile: Tensor) -> None:
+        if self.D is not None:
+            tile.diagonal(dim1=-2, dim2=-1).add_(self.D.unsqueeze(-1))
 
     def _left(self) -> Tensor:
         left = torch.bmm(_flat(self.C_rows), _flat(self.B_columns).transpose(1, 2))
@@ -230,13 +229,16 @@ class _SSDStrips:
         """(b, h, t, m) entries of rows row..end and columns first..end."""
         self._prepare(row, end, first)
         tile = self._tile()
+        self._add_D(tile)
         return tile if row == first else torch.cat((self._left(), tile), dim=-1)
 
     def difference(self, teacher: Tensor, row: int, end: int, first: int) -> Tensor:
         """Turn the teacher's strip into student minus teacher."""
         self._prepare(row, end, first)
         own = teacher[..., row - first :]
-        torch.sub(self._tile(), own, out=own)
+        self.tile = self._tile()
+        torch.sub(self.tile, own, out=own)
+        self._add_D(own)
         if row > first:
             left = teacher[..., : row - first]
             torch.sub(self._left(), left, out=left)
@@ -249,9 +251,10 @@ class _SSDStrips:
         self.dD += own.diagonal(dim1=-2, dim2=-1).sum(-1, dtype=torch.float64)
         # An entry's gradient raises the sum of decays at its row and lowers it at its column; the diagonal
         # has none.
-        weighted = own * self.tile
+        weighted = self.tile.mul_(own)
         weighted.diagonal(dim1=-2, dim2=-1).zero_()
-        d_sums = weighted.sum(-1, dtype=torch.float64) - weighted.sum(-2, dtype=torch.float64)
+        weighted = weighted.to(torch.float64)
+        d_sums = weighted.sum(-1) - weighted.sum(-2)
         d_scores = _flat(self.decay.mul_(own))
         dC = torch.bmm(d_scores, _flat(self.B_tile)).view_as(self.C_tile)
         self.dB[:, :, row:end] = torch.bmm(d_scores.transpose(1, 2), _flat(self.C_tile)).view_as(self.C_tile)
@@ -272,7 +275,7 @@ class _SSDStrips:
     def gradients(self) -> tuple[Tensor | None, ...]:
         B = _repeated(self.B, self.heads)
         d_scale = None if self.scale is None else (self.dB * B).sum(-1)
-        dB = self.dB if self.scale is None else self.dB * self.scale.unsqueeze(-1)
+        dB = self.dB if self.scale is None else self.dB.mul_(self.scale.unsqueeze(-1))
         return self.dC, dB, self.d_decay, d_scale, None if self.D is None else self.dD
 
 
@@ -392,7 +395,7 @@ def _value_and_gradients(
             for out, like, gradient in zip(gradients, student.tensors, mine.gradients(), strict=True):
                 if out is None or gradient is None:
                     continue
-                gradient = gradient.to(dtype) * factor.view(*factor.shape, *(1,) * (gradient.dim() - 2))
+                gradient = gradient.to(dtype).mul_(factor.view(*factor.shape, *(1,) * (gradient.dim() - 2)))
                 if reduction == "none":
                     out[block.rows, block.start : block.stop] = gradient
                 else:

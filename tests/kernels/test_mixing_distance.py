@@ -172,7 +172,8 @@ def test_any_shape(data):
     metric = draw(st.sampled_from(METRICS))
     exact = run(student, teacher, metric=metric, backend="reference")
     for value, expected in zip(run(student, teacher, metric=metric, backend="chunked"), exact, strict=True):
-        assert error(value, expected) < 1e-10
+        # The reference rounds a decay's gradient below 1e-16 away, beside the diagonal's.
+        assert (value - expected).norm() < 1e-10 * expected.norm() + 1e-15
 
 
 def test_gradcheck():
