@@ -70,7 +70,7 @@ def train_step(model: DistributedDataParallel, optimizer: torch.optim.Optimizer,
 
 def main(steps: int = 5) -> list[float]:
     if "RANK" in os.environ:  # started by torchrun
-        dist.init_process_group("gloo")  # nccl on GPUs
+        dist.init_process_group("gloo")  # on GPUs nccl, with models and batches moved to this process's device
     else:
         dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     torch.manual_seed(0)  # the same models everywhere

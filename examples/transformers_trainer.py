@@ -2,7 +2,7 @@
 
     python examples/transformers_trainer.py
 
-Works wherever Trainer does (accelerate, DDP, FSDP, DeepSpeed), because the model is called as Trainer calls it.
+Student and teacher are called as Trainer calls a model, so several processes (torchrun, accelerate launch) just work.
 """
 
 import tempfile

@@ -4,7 +4,6 @@ there before it."""
 import datetime
 import importlib.util
 import math
-import os
 import runpy
 from pathlib import Path
 
@@ -14,7 +13,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 
-from tests.mohawk.tiny_phase import cheap_training, fork, free_port, wait  # noqa: F401
+from tests.mohawk.tiny_phase import cheap_training, fork, wait  # noqa: F401
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 NEEDS = {
@@ -207,24 +206,6 @@ def test_transformers_trainer_is_the_usual_subclass(example, tmp_path):
         trainer, before = (transformers_trainer(module, tmp_path, kind, loss=OPTIONS) for kind in (None, Usual))
         assert_same_loss(trainer, before, {"input_ids": ids, "labels": labels}, count)
     assert_same_training(trainer, before)
-
-
-def test_transformers_trainer_in_two_processes_is_trainer(example, tmp_path):
-    import transformers
-
-    module, port = example("transformers_trainer"), str(free_port())
-
-    def rank_main(rank):
-        os.environ.update(
-            RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=port
-        )
-        trainer = transformers_trainer(module, tmp_path, loss=ONLY_CE)
-        assert trainer.accelerator.num_processes == 2
-        assert_same_training(trainer, transformers_trainer(module, tmp_path, transformers.Trainer))
-        dist.destroy_process_group()
-
-    pids = [fork(lambda rank=rank: rank_main(rank)) for rank in range(2)]
-    assert [wait(pid) for pid in pids] == [0, 0]
 
 
 @pytest.mark.parametrize("beta", [0.0, 0.3, 1.0])
