@@ -1,0 +1,103 @@
+"""Distillation as a Lightning module.
+
+    pip install lightning
+    python examples/lightning_module.py
+
+The student is compared from its hidden states, so no logits are ever whole, neither its own nor the teacher's.
+"""
+
+import lightning as L
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.data import DataLoader
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
+
+from mohawk import TeacherHidden, linear_kd_loss
+
+
+class Distillation(L.LightningModule):
+    """Trains `student` with `linear_kd_loss` against `teacher`; `loss` are its options.
+
+    Batches are `input_ids` and `labels`, both (rows, tokens), int64; a label of -100 counts for nothing.
+    """
+
+    def __init__(self, student: PreTrainedModel, teacher: PreTrainedModel, learning_rate: float = 1e-2, **loss):
+        super().__init__()
+        self.student, self.learning_rate, self.loss = student, learning_rate, loss
+        # In a list, so that it is no submodule: it is neither trained nor part of every checkpoint.
+        self.frozen = [teacher.eval().requires_grad_(False)]
+
+    def on_fit_start(self) -> None:
+        self.frozen[0].to(self.device)
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        # Lightning runs this inside the forward pass of DDP's or FSDP's wrapper, so the head's weight may be used here.
+        loss = self.distillation_loss(batch["input_ids"], batch["labels"])
+        self.log("loss", loss)
+        return loss
+
+    def distillation_loss(self, ids: Tensor, labels: Tensor) -> Tensor:
+        (teacher,) = self.frozen
+        with torch.no_grad():
+            target = TeacherHidden(teacher.model(ids).last_hidden_state, teacher.lm_head.weight)
+        # Position i predicts token i + 1. Padding the labels, where slicing the hidden states would copy them.
+        labels = F.pad(labels[:, 1:], (0, 1), value=-100)
+        hidden = self.student.model(ids).last_hidden_state
+        return linear_kd_loss(hidden, self.student.lm_head.weight, target, labels, **self.loss)
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(self.student.parameters(), lr=self.learning_rate)
+
+
+class Losses(L.Callback):
+    """Keeps the loss of every batch."""
+
+    def __init__(self):
+        self.values: list[float] = []
+
+    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx) -> None:
+        self.values.append(outputs["loss"].item())
+
+
+def tiny_llama(hidden_size: int) -> LlamaForCausalLM:
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=64,
+            hidden_size=hidden_size,
+            intermediate_size=48,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            initializer_range=0.2,
+        )
+    )
+
+
+def fit(module: Distillation, rows: list[dict[str, Tensor]], steps: int) -> list[float]:
+    """Loss of each step."""
+    losses = Losses()
+    trainer = L.Trainer(
+        accelerator="cpu",  # the tiny model's; "auto" elsewhere
+        max_steps=steps,
+        callbacks=[losses],
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    trainer.fit(module, DataLoader(rows, batch_size=4))
+    return losses.values
+
+
+def main(steps: int = 5) -> list[float]:
+    torch.manual_seed(0)
+    rows = [{"input_ids": ids, "labels": ids} for ids in torch.randint(0, 64, (16, 16))]
+    module = Distillation(tiny_llama(32), tiny_llama(64), temperature=2.0, kd_weight=0.9, ce_weight=0.1)
+    losses = fit(module, rows, steps)
+    print("loss of each step:", *(f"{loss:.4f}" for loss in losses))
+    return losses
+
+
+if __name__ == "__main__":
+    main()
