@@ -253,6 +253,15 @@ class _NoSecondDerivative(torch.autograd.Function):
         raise RuntimeError("kd_loss has no second derivative; use backend='reference' for it")
 
 
+def _plain(s: Settings) -> str:
+    """The ends of JSD and of the skewed KLs by their own names: forward KL and reverse KL."""
+    if s.divergence == "jsd" and s.beta in (0.0, 1.0):
+        return "forward_kl" if s.beta == 0.0 else "reverse_kl"
+    if s.lam == 0.0:
+        return {"skew_kl": "forward_kl", "skew_reverse_kl": "reverse_kl"}.get(s.divergence, s.divergence)
+    return s.divergence
+
+
 def _backend(asked: str, x: Tensor) -> str:
     """auto: triton where it runs and computes in the asked precision, else chunked."""
     if asked not in ("auto", "triton"):
@@ -303,9 +312,11 @@ def prepare(
     kd_checks.check_settings(s, labels is not None, normalizer)
     kd_checks.check_student(student, s)
     lead, device = student[0].shape[:-1], student[0].device
-    vocabulary = Vocabulary(student[1].shape[0] if s.linear else student[0].shape[-1], s.vocab_size, group)
-    kd_checks.check_teacher(teacher, lead, device, vocabulary, s)
+    entries = student[1].shape[0] if s.linear else student[0].shape[-1]
+    vocabulary = Vocabulary(entries, s.vocab_size, group, lead.numel(), device)
     kd_checks.check_rows(labels, token_weights, lead, device, vocabulary.size, s.ignore_index)
+    kept = None if labels is None else labels != s.ignore_index
+    kd_checks.check_teacher(teacher, lead, device, vocabulary, s, kept)
     backend = _backend(s.backend, student[0])
     if backend == "reference" and group is not None:
         raise ValueError("backend 'reference' has no group; use 'chunked', or gather the vocabulary first")
@@ -321,20 +332,18 @@ def prepare(
     rows = None
     if labels is not None:
         labels = labels.reshape(-1)
-        kept = (labels != s.ignore_index).nonzero().squeeze(1)
-        real = len(kept)
+        chosen = kept.reshape(-1).nonzero().squeeze(1)
+        real = len(chosen)
         if real < count:
-            rows, labels = kept, labels[kept]
+            rows, labels = chosen, labels[chosen]
     scale = torch.ones(real, dtype=torch.float64 if student[0].dtype == torch.float64 else torch.float32, device=device)
     if token_weights is not None:
         weights = token_weights.detach().reshape(-1)
         scale *= weights if rows is None else weights[rows]
     if s.reduction == "mean" and real:
-        if isinstance(normalizer, Tensor):
-            normalizer = normalizer.detach().reshape(()).to(scale)
-        scale /= real if normalizer is None else normalizer
+        scale /= real if normalizer is None else kd_checks.positive(normalizer)
     options = Options(
-        divergence=s.divergence,
+        divergence=_plain(s),
         temperature=1.0 if s.divergence in kd_reference.LOGIT_DIVERGENCES else float(s.temperature),
         kd_weight=float(s.kd_weight),
         ce_weight=float(s.ce_weight),

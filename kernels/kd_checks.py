@@ -4,7 +4,8 @@ work."""
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+import numbers
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -35,7 +36,7 @@ def _one_of(name: str, value: object, allowed: tuple[str, ...]) -> None:
 
 
 def _number(name: str, value: object, ok: Callable[[float], bool], allowed: str) -> None:
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    number = isinstance(value, numbers.Real) and not isinstance(value, bool)
     if not number or not math.isfinite(value) or not ok(value):
         raise ValueError(f"{name} is {value!r}; it must be {allowed}")
 
@@ -45,7 +46,8 @@ def check_settings(s: Settings, has_labels: bool, normalizer: float | Tensor | N
     _one_of("divergence", s.divergence, DIVERGENCES)
     _one_of("reduction", s.reduction, REDUCTIONS)
     _one_of("backend", s.backend, BACKENDS)
-    _number("temperature", s.temperature, lambda x: x > 0, "a finite number above 0")
+    # Beyond, T^2 and z / T leave float32.
+    _number("temperature", s.temperature, lambda x: 1e-6 <= x <= 1e6, "a number from 1e-6 to 1e6")
     _number("kd_weight", s.kd_weight, lambda x: x >= 0, "a finite number, 0 or above")
     _number("ce_weight", s.ce_weight, lambda x: x >= 0, "a finite number, 0 or above")
     _number("beta", s.beta, lambda x: 0 <= x <= 1, "a number from 0 (forward KL) to 1 (reverse KL)")
@@ -62,7 +64,15 @@ def check_settings(s: Settings, has_labels: bool, normalizer: float | Tensor | N
         if normalizer.numel() != 1:
             raise ValueError(f"normalizer has shape {tuple(normalizer.shape)}; it must be one number")
     else:
-        _number("normalizer", normalizer, lambda x: x > 0, "a finite number above 0")
+        _number("normalizer", normalizer, lambda x: x >= 0, "a finite number above 0")
+
+
+def positive(normalizer: float | Tensor) -> float:
+    """The normalizer where there are rows to divide by it. (Without any, as when all labels of all accumulation steps
+    are ignored, it may be 0.)"""
+    value = normalizer.item() if isinstance(normalizer, Tensor) else normalizer
+    _number("normalizer", value, lambda x: x > 0, "above 0 where there are real rows, and finite")
+    return float(value)
 
 
 def check_student(student: tuple[Tensor, ...], s: Settings) -> None:
@@ -80,6 +90,9 @@ def _float(name: str, x: object, dims: int | None = None) -> None:
     if hasattr(x, "full_tensor"):
         how = "pass x.full_tensor(), call inside the module that owns it, or split the vocabulary with group="
         raise ValueError(f"{name} is a DTensor (FSDP2 or tensor parallel); {how}")
+    if x.layout != torch.strided or x.is_meta:
+        what = "on the meta device" if x.is_meta else f"{x.layout}"
+        raise ValueError(f"{name} is {what}; it must be a dense tensor with values")
     if not x.is_floating_point():
         raise ValueError(f"{name} has dtype {x.dtype}; it must be a float dtype")
     if dims is not None and x.dim() != dims:
@@ -102,6 +115,8 @@ def check_head(side: str, hidden: Tensor, head: Tensor, bias: Tensor | None, sca
             f"{side} hidden size is {hidden.shape[-1]} but the head has shape {tuple(head.shape)}; "
             "the head must be (vocab, hidden), as in nn.Linear.weight"
         )
+    if not head.shape[1]:
+        raise ValueError(f"{side} hidden size is 0")
     mixed = hidden.dtype != head.dtype
     if mixed and not torch.is_autocast_enabled(hidden.device.type):
         raise ValueError(
@@ -125,9 +140,15 @@ def _leading(name: str, shape: torch.Size, expected: torch.Size, what: str = "th
 
 
 def check_teacher(
-    teacher: Teacher, lead: torch.Size, device: torch.device, vocabulary: Vocabulary, s: Settings
+    teacher: Teacher,
+    lead: torch.Size,
+    device: torch.device,
+    vocabulary: Vocabulary,
+    s: Settings,
+    kept: Tensor | None = None,
 ) -> None:
-    """A teacher source against the student's leading dimensions and vocabulary."""
+    """A teacher source against the student's leading dimensions and vocabulary. Ids are looked at in the rows that
+    are `kept` (None: all): a cache may have anything in its padding."""
     if isinstance(teacher, TeacherTAID):
         if not isinstance(teacher.teacher, (TeacherLogits, TeacherHidden, TeacherMixture)):
             kind = type(teacher.teacher).__name__
@@ -148,7 +169,7 @@ def check_teacher(
         _leading("teacher hidden states", teacher.hidden.shape[:-1], lead)
         _same_vocab(teacher.head.shape[0], vocabulary, s)
     elif isinstance(teacher, (TeacherTopK, TeacherSamples)):
-        _check_ids(teacher, lead, device, vocabulary.size, s.divergence)
+        _check_ids(teacher, lead, device, vocabulary.size, s.divergence, kept)
     else:
         raise ValueError(
             f"teacher is a {type(teacher).__name__}; it must be a logits tensor or one of TeacherLogits, "
@@ -170,6 +191,8 @@ def _check_mixture(
 ) -> None:
     if s.divergence in LOGIT_DIVERGENCES:
         raise ValueError(f"divergence {s.divergence!r} compares logits; a mixture of teachers has probabilities only")
+    if not isinstance(teacher.teachers, Sequence):
+        raise ValueError(f"TeacherMixture.teachers is a {type(teacher.teachers).__name__}; it must be a list or tuple")
     if not len(teacher.teachers):
         raise ValueError("TeacherMixture has no teachers")
     for one in teacher.teachers:
@@ -184,14 +207,19 @@ def _check_mixture(
             _number("a weight of TeacherMixture", weight, lambda x: x > 0, "a finite number above 0")
 
 
-def _check_ids(teacher: TeacherTopK | TeacherSamples, lead, device, vocab: int, divergence: str) -> None:
+def _check_ids(
+    teacher: TeacherTopK | TeacherSamples, lead, device, vocab: int, divergence: str, kept: Tensor | None
+) -> None:
     kind = type(teacher).__name__
     values = teacher.logprobs if isinstance(teacher, TeacherTopK) else teacher.weights
     name = f"{kind}.{'logprobs' if isinstance(teacher, TeacherTopK) else 'weights'}"
     if divergence in LOGIT_DIVERGENCES:
         raise ValueError(f"divergence {divergence!r} compares logits; {kind} has probabilities only")
     if isinstance(teacher, TeacherSamples) and divergence != "forward_kl":
-        raise ValueError(f"divergence {divergence!r} of samples would be biased; only 'forward_kl' is linear in p")
+        raise ValueError(
+            f"divergence {divergence!r} can't be estimated from samples: only 'forward_kl' is linear in the teacher's "
+            "probabilities, any other estimate would be biased; use 'forward_kl', or a dense or top-k teacher"
+        )
     _float(name, values)
     if not isinstance(teacher.ids, Tensor) or teacher.ids.dtype != torch.int64:
         raise ValueError(f"{kind}.ids must be an int64 tensor")
@@ -206,15 +234,24 @@ def _check_ids(teacher: TeacherTopK | TeacherSamples, lead, device, vocab: int, 
         _float("TeacherTopK.tail_logprob", teacher.tail_logprob)
         _device("TeacherTopK.tail_logprob", teacher.tail_logprob, device)
         _leading("TeacherTopK.tail_logprob", teacher.tail_logprob.shape, lead)
+    ids = teacher.ids if kept is None else teacher.ids[kept]
+    values = values if kept is None else values[kept]
     if not values.numel():
         return
-    low, high = (int(x) for x in torch.stack(torch.aminmax(teacher.ids)).tolist())
+    low, high = (int(x) for x in torch.stack(torch.aminmax(ids)).tolist())
     if low < 0 or high >= vocab:
         raise ValueError(f"{kind}.ids run from {low} to {high}; they must be in 0..{vocab - 1}")
     if isinstance(teacher, TeacherTopK):
-        ordered = teacher.ids.sort(-1).values
+        ordered = ids.sort(-1).values
         if bool((ordered[..., 1:] == ordered[..., :-1]).any()):
             raise ValueError("TeacherTopK.ids repeats an id within a row; each may appear once")
+        # Rounded to bfloat16, log-probabilities may add up to a few percent more.
+        mass = values.float().exp().sum(-1).max().item()
+        if mass > 1.1:
+            raise ValueError(
+                f"TeacherTopK.logprobs hold a mass of {mass:.4g} in a row; they must be log-probabilities, at most 1 "
+                "in sum: pass log_softmax(logits), gathered at the ids"
+            )
     elif bool((values < 0).any()):
         raise ValueError("TeacherSamples.weights has negative entries; they must be 0 or above")
 

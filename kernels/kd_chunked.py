@@ -10,13 +10,14 @@ the products in kd_products.py.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from mohawk.kernels import kd_divergences, kd_products
+from mohawk.kernels import kd_divergences, kd_products, kd_shared
+from mohawk.kernels.kd_shared import Known
 from mohawk.kernels.kd_teachers import (
     Teacher,
     TeacherHidden,
@@ -30,7 +31,6 @@ from mohawk.kernels.kd_teachers import (
 )
 from mohawk.kernels.kd_vocabulary import Vocabulary
 
-WHOLE = Vocabulary(0, None, None)  # for what every rank holds whole
 TILE_BYTES = 96 << 20  # all tiles of logits together: 256 rows of two 49152-word vocabularies in float32
 CACHE_BYTES = 2 << 20  # of one array in the elementwise passes on CPU
 
@@ -127,22 +127,47 @@ class Scores:
         finish_logits(scores, one.bias, one.logit_scale, one.logit_softcap)
         return scores.div_(temperature) if temperature != 1.0 else scores
 
-    def __call__(self, start: int, stop: int, student: Tensor) -> Tensor:
-        """Scores of rows start..stop; `student` holds the student's tempered logits. Not to be
-        overwritten."""
+    def _towards(self, scores: Tensor, student: Tensor) -> Tensor:
+        """TAID's step from the student."""
+        if not isinstance(self.teacher, TeacherTAID) or self.teacher.t == 1.0:
+            return scores
+        # Not torch.lerp: -inf on both sides would be NaN.
+        t = self.teacher.t
+        return (student * (1 - t)).add_(scores, alpha=t) if t else student
+
+    def unnormalised(self, start: int, stop: int, student: Tensor) -> Iterator[Tensor]:
+        """The scores of rows start..stop whose log-normalisers have to be known: one for each teacher of a mixture,
+        else the teacher's own. `student` holds the student's tempered logits. Not to be overwritten."""
         if isinstance(self.mixture, TeacherMixture):
-            scores = None
-            for k, weight in enumerate(mixture_weights(self.mixture)):
-                (part,) = self.options.vocabulary.log_softmax(self._part(k, start, stop))
-                part += math.log(weight)
-                scores = part if scores is None else torch.logaddexp(scores, part)
-        else:
-            scores = self._part(0, start, stop)
-        if isinstance(self.teacher, TeacherTAID) and self.teacher.t != 1.0:
-            # Not torch.lerp: -inf on both sides would be NaN.
-            t = self.teacher.t
-            scores = (student * (1 - t)).add_(scores, alpha=t) if t else student
-        return scores
+            return (self._part(k, start, stop) for k in range(len(self.parts)))
+        return iter([self._towards(self._part(0, start, stop), student)])
+
+    def combined(self, parts: Iterable[Tensor], norms: Sequence[Tensor] | None, student: Tensor) -> Tensor:
+        """The teacher's scores, not to be overwritten, from its parts and, where ranks share the vocabulary, the
+        log-normalisers of these."""
+        parts = iter(parts)
+        if not isinstance(self.mixture, TeacherMixture):
+            return next(parts)
+        scores = None
+        for k, weight in enumerate(mixture_weights(self.mixture)):
+            part = log_softmax(next(parts), norms[k] if norms else None)
+            part += math.log(weight)
+            scores = part if scores is None else torch.logaddexp(scores, part)
+        return self._towards(scores, student)
+
+    def norm(self, combined: Tensor, known: Known) -> Tensor:
+        """The log-normalisers of the combined scores where ranks share the vocabulary."""
+        if not isinstance(self.mixture, TeacherMixture):
+            return known.teachers[0]
+        if self.teacher is self.mixture or self.teacher.t == 1.0:
+            return torch.zeros_like(known.teachers[0])
+        return torch.logsumexp(self.options.vocabulary.every(torch.logsumexp(combined, -1)), 0)
+
+
+def log_softmax(scores: Tensor, norm: Tensor | None = None) -> Tensor:
+    """A new tensor: log-probabilities over the whole vocabulary, whose log-normalisers are given where this is only
+    a slice of it."""
+    return torch.log_softmax(scores, -1) if norm is None else scores - norm.unsqueeze(-1)
 
 
 def finish_logits(tile: Tensor, bias: Tensor | None, scale: float, softcap: float | None) -> None:
@@ -156,20 +181,29 @@ def finish_logits(tile: Tensor, bias: Tensor | None, scale: float, softcap: floa
 
 
 def distribution(
-    scores: Tensor, u: Tensor, lq: Tensor | None, options: Options, vocabulary: Vocabulary, want_grad: bool
+    scores: Tensor,
+    u: Tensor,
+    lq: Tensor | None,
+    options: Options,
+    want_grad: bool,
+    norm: Tensor | None = None,
+    known: Known | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """Divergence of softmax(scores) and softmax(u) per row and its gradient in u; lq may be given and is
-    kept."""
+    """Divergence of softmax(scores) and softmax(u) per row and its gradient in u; lq may be given and is kept.
+
+    `norm` and `known` are given where these are slices of a shared vocabulary.
+    """
     function = kd_divergences.DISTRIBUTION[options.divergence]
+    total: kd_divergences.Total = lambda x: x  # noqa: E731
+    if known is not None:
+        total = options.vocabulary.total if known.reverse_kl is None else lambda _: known.reverse_kl
 
     def evaluate(guard: bool) -> tuple[Tensor, Tensor | None]:
-        if lq is None:
-            pair = vocabulary.log_softmax(scores, u)
-        else:
-            pair = [*vocabulary.log_softmax(scores), lq.clone()]
-        return function(*pair, options.beta, options.lam, guard, want_grad, vocabulary)
+        lp = log_softmax(scores, norm)
+        own = log_softmax(u, known and known.student) if lq is None else lq.clone()
+        return function(lp, own, options.beta, options.lam, guard, want_grad, total)
 
-    if vocabulary.group is not None:
+    if known is not None:
         return evaluate(guard=True)
     value, grad = evaluate(guard=False)
     if bool(torch.isnan(value).any()):  # 0 * inf somewhere: -inf logits
@@ -200,16 +234,17 @@ def _topk(
     u: Tensor,
     options: Options,
     want_grad: bool,
+    known: Known | None,
 ) -> tuple[Tensor, Tensor | None]:
     """The divergence over k + 1 buckets: the gradient in a bucket's logit is shared out within the bucket."""
     vocabulary = options.vocabulary
     ids, lp, tail = take_topk(teacher, rows, span, u.dtype, options)
     others = vocabulary.scatter(u, ids, float("-inf"))
-    rest = vocabulary.across(torch.logsumexp(others, -1, keepdim=True))
-    buckets = torch.cat([vocabulary.total(vocabulary.gather(u, ids)), rest], -1)
-    scores = torch.cat([lp, tail[:, None]], -1)
+    rest = torch.logsumexp(others, -1, keepdim=True) if known is None else known.rest[:, None]
+    chosen = vocabulary.gather(u, ids) if known is None else known.chosen
+    buckets, scores = torch.cat([chosen, rest], -1), torch.cat([lp, tail[:, None]], -1)
     # Every rank has all buckets.
-    value, grad = distribution(scores, buckets, None, options, WHOLE, want_grad)
+    value, grad = distribution(scores, buckets, None, options, want_grad)
     value = vocabulary.once(value)
     if not want_grad:
         return value, None
@@ -234,6 +269,31 @@ def _samples(
     return value, options.vocabulary.scatter_add(grad, ids, -weights)
 
 
+def _exchange(
+    z: Tensor,
+    u: Tensor,
+    teacher: Teacher,
+    scores: Scores,
+    parts: list[Tensor],
+    span: tuple[int, int],
+    options: Options,
+    want_grad: bool,
+) -> Known:
+    """What `torch_tile` has to know of the other ranks' slices."""
+    distributions = options.need_kd and not options.on_logits
+    needs_raw = options.need_ce and options.temperature != 1.0
+    ready = len(parts) == 1 and not isinstance(scores.mixture, TeacherMixture)
+    return kd_shared.exchange(
+        options.vocabulary,
+        u if distributions or options.need_ce and not needs_raw else None,
+        z if needs_raw else None,
+        parts if distributions else (),
+        reverse_kl=want_grad and options.divergence == "reverse_kl" and ready,
+        products=kd_divergences.finite(z, *parts) if parts and options.divergence == "cosine" else None,
+        ids=_take(teacher.ids, scores.rows, *span) if distributions and isinstance(teacher, TeacherTopK) else None,
+    )
+
+
 def torch_tile(
     z: Tensor,
     teacher: Teacher,
@@ -248,24 +308,34 @@ def torch_tile(
     start, stop = span
     temperature, vocabulary = options.temperature, options.vocabulary
     u = z if temperature == 1.0 else z / temperature
+    want = want_grad and options.kd_weight != 0.0
+    known, parts = None, ()
+    dense = options.need_kd and not isinstance(teacher, (TeacherTopK, TeacherSamples))
+    if dense:
+        parts = scores.unnormalised(start, stop, u)
+    if vocabulary.group is not None:
+        parts = list(parts)
+        known = _exchange(z, u, teacher, scores, parts, span, options, want)
     shared = options.need_ce and temperature == 1.0 or isinstance(teacher, TeacherSamples)
-    lq = vocabulary.log_softmax(u)[0] if shared else None
+    lq = log_softmax(u, known and known.student) if shared else None
 
     kd = ce = z.new_zeros(stop - start)
     kd_grad = ce_grad = None
     if options.need_kd:
-        want = want_grad and options.kd_weight != 0.0
         if isinstance(teacher, TeacherSamples):
             kd, kd_grad = _samples(teacher, scores.rows, span, lq, options, want)
         elif isinstance(teacher, TeacherTopK):
-            kd, kd_grad = _topk(teacher, scores.rows, span, u, options, want)
+            kd, kd_grad = _topk(teacher, scores.rows, span, u, options, want, known)
         elif options.on_logits:
-            kd, kd_grad = kd_divergences.LOGITS[options.divergence](z, scores(start, stop, u), want, vocabulary)
+            products = None if known is None else known.products
+            kd, kd_grad = kd_divergences.LOGITS[options.divergence](z, *parts, want, vocabulary, products)
         else:
-            kd, kd_grad = distribution(scores(start, stop, u), u, lq, options, vocabulary, want)
+            target = scores.combined(parts, known and known.teachers, u)
+            norm = known and scores.norm(target, known)
+            kd, kd_grad = distribution(target, u, lq, options, want, norm, known)
         kd = kd * temperature**2
     if options.need_ce:
-        log_prob = lq if lq is not None and temperature == 1.0 else vocabulary.log_softmax(z)[0]
+        log_prob = lq if lq is not None and temperature == 1.0 else log_softmax(z, known and known.raw)
         target = labels[start:stop, None]
         ce = -vocabulary.gather(log_prob, target).squeeze(1)
         if want_grad and options.ce_weight != 0.0:

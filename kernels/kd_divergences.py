@@ -6,12 +6,15 @@ tempered logits u, where lq = log_softmax(u): for D = f(q) that is q * (f'(q) - 
 
 `guard` sets terms of probability 0 to 0. Without it a row with -inf logits may come out NaN; the caller then
 calls again with it, so that rows without -inf pay nothing. Where ranks share the vocabulary, values are this
-rank's part of the sum and gradients are whole. float32 tiles are enough: in forward, reverse and skewed KL
-the added sum(q - p), zero in exact arithmetic, cancels the rounding of both log-normalisers to first order
-(in JSD they cancel by themselves).
+rank's part of the sum and gradients are whole: `total` makes a sum over this rank's entries one over all.
+float32 tiles are enough: in forward, reverse and skewed KL the added sum(q - p), zero in exact arithmetic, cancels
+the rounding of both log-normalisers to first order (in JSD they cancel by themselves). JSD and the skewed KLs come
+here only between their ends, which are forward and reverse KL.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -19,6 +22,7 @@ from torch import Tensor
 from mohawk.kernels.kd_vocabulary import Vocabulary
 
 Rows = tuple[Tensor, Tensor | None]
+Total = Callable[[Tensor], Tensor]
 
 
 def _times(prob: Tensor, log_ratio: Tensor, guard: bool) -> Tensor:
@@ -28,15 +32,13 @@ def _times(prob: Tensor, log_ratio: Tensor, guard: bool) -> Tensor:
     return log_ratio.mul_(prob)
 
 
-def _centre(q: Tensor, slope: Tensor, vocabulary: Vocabulary) -> Tensor:
+def _centre(q: Tensor, slope: Tensor, total: Total) -> Tensor:
     """q * (slope - sum q slope) in slope's memory."""
     slope.mul_(q)
-    return slope.addcmul_(q, vocabulary.total(slope.sum(-1)).unsqueeze(-1), value=-1)
+    return slope.addcmul_(q, total(slope.sum(-1)).unsqueeze(-1), value=-1)
 
 
-def forward_kl(
-    lp: Tensor, lq: Tensor, beta: float, lam: float, guard: bool, want_grad: bool, vocabulary: Vocabulary
-) -> Rows:
+def forward_kl(lp: Tensor, lq: Tensor, beta: float, lam: float, guard: bool, want_grad: bool, total: Total) -> Rows:
     p = lp.exp()
     ratio = lp.sub_(lq)
     grad = lq.exp_().sub_(p)
@@ -44,9 +46,7 @@ def forward_kl(
     return kl + grad.sum(-1), grad if want_grad else None
 
 
-def reverse_kl(
-    lp: Tensor, lq: Tensor, beta: float, lam: float, guard: bool, want_grad: bool, vocabulary: Vocabulary
-) -> Rows:
+def reverse_kl(lp: Tensor, lq: Tensor, beta: float, lam: float, guard: bool, want_grad: bool, total: Total) -> Rows:
     q = lq.exp()
     ratio = lq.sub_(lp)
     gap = lp.exp_().sub_(q).sum(-1)
@@ -55,7 +55,7 @@ def reverse_kl(
     value = kl + gap
     if not want_grad:
         return value, None
-    return value, grad.addcmul_(q, vocabulary.total(kl).unsqueeze(-1), value=-1)
+    return value, grad.addcmul_(q, total(kl).unsqueeze(-1), value=-1)
 
 
 def _expm1_of_ratio(log_a: Tensor, log_b: Tensor, guard: bool) -> tuple[Tensor, Tensor]:
@@ -73,25 +73,27 @@ def _expm1_of_ratio(log_a: Tensor, log_b: Tensor, guard: bool) -> tuple[Tensor, 
     return r, torch.expm1(r)
 
 
-def jsd(lp: Tensor, lq: Tensor, beta: float, lam: float, guard: bool, want_grad: bool, vocabulary: Vocabulary) -> Rows:
-    if beta in (0.0, 1.0):
-        return (forward_kl if beta == 0.0 else reverse_kl)(lp, lq, beta, lam, guard, want_grad, vocabulary)
+def jsd(lp: Tensor, lq: Tensor, beta: float, lam: float, guard: bool, want_grad: bool, total: Total) -> Rows:
     p, q = lp.exp(), lq.exp()
-    r, m = _expm1_of_ratio(lq, lp, guard)
-    m.mul_(1 - beta).log1p_()  # log m - log p
-    r.sub_(m).mul_(q)  # q (log q - log m)
+    # The smaller weight goes into the logarithm: the other way round its own term would be lost in the rounding
+    # of 1.
+    if beta >= 0.5:
+        r, m = _expm1_of_ratio(lq, lp, guard)
+        m.mul_(1 - beta).log1p_()  # log m - log p
+        r.sub_(m).mul_(q)  # q (log q - log m)
+    else:
+        r, x = _expm1_of_ratio(lp, lq, guard)
+        x.mul_(beta).log1p_()  # log m - log q
+        m = torch.sub(x, r)
+        r = x.neg_().mul_(q)
     from_student = r.sum(-1)
     value = (1 - beta) * from_student - beta * m.mul_(p).sum(-1)
     if not want_grad:
         return value, None
-    return value, r.addcmul_(q, vocabulary.total(from_student).unsqueeze(-1), value=-1).mul_(1 - beta)
+    return value, r.addcmul_(q, total(from_student).unsqueeze(-1), value=-1).mul_(1 - beta)
 
 
-def skew_kl(
-    lp: Tensor, lq: Tensor, beta: float, lam: float, guard: bool, want_grad: bool, vocabulary: Vocabulary
-) -> Rows:
-    if lam == 0.0:
-        return forward_kl(lp, lq, beta, lam, guard, want_grad, vocabulary)
+def skew_kl(lp: Tensor, lq: Tensor, beta: float, lam: float, guard: bool, want_grad: bool, total: Total) -> Rows:
     p, q = lp.exp(), lq.exp()
     gap = torch.sub(q, p).sum(-1) * (1 - lam)
     _, x = _expm1_of_ratio(lq, lp, guard)
@@ -100,14 +102,12 @@ def skew_kl(
     if not want_grad:
         return value, None
     slope = x.div_(x + 1)  # 1 - p / m
-    return value, _centre(q, slope, vocabulary).mul_(1 - lam)
+    return value, _centre(q, slope, total).mul_(1 - lam)
 
 
 def skew_reverse_kl(
-    lp: Tensor, lq: Tensor, beta: float, lam: float, guard: bool, want_grad: bool, vocabulary: Vocabulary
+    lp: Tensor, lq: Tensor, beta: float, lam: float, guard: bool, want_grad: bool, total: Total
 ) -> Rows:
-    if lam == 0.0:
-        return reverse_kl(lp, lq, beta, lam, guard, want_grad, vocabulary)
     p, q = lp.exp(), lq.exp()
     gap = p.sub_(q).sum(-1) * (1 - lam)
     _, x = _expm1_of_ratio(lp, lq, guard)
@@ -117,16 +117,16 @@ def skew_reverse_kl(
     if not want_grad:
         return value, None
     slope = x.div_(x + 1).mul_(lam).sub_(log_m)  # log(q / m) - lam q / m + lam
-    return value, _centre(q, slope, vocabulary)
+    return value, _centre(q, slope, total)
 
 
-def tvd(lp: Tensor, lq: Tensor, beta: float, lam: float, guard: bool, want_grad: bool, vocabulary: Vocabulary) -> Rows:
+def tvd(lp: Tensor, lq: Tensor, beta: float, lam: float, guard: bool, want_grad: bool, total: Total) -> Rows:
     q = lq.exp_()
     difference = torch.sub(q, lp.exp_())
     value = difference.abs().sum(-1) / 2
     if not want_grad:
         return value, None
-    return value, _centre(q, difference.sign_().mul_(0.5), vocabulary)
+    return value, _centre(q, difference.sign_().mul_(0.5), total)
 
 
 DISTRIBUTION = {
@@ -143,18 +143,24 @@ DISTRIBUTION = {
 # out.
 
 
-def mse(z: Tensor, t: Tensor, want_grad: bool, vocabulary: Vocabulary) -> Rows:
-    difference = torch.sub(z, t).masked_fill_(torch.isinf(z) | torch.isinf(t), 0.0)
+def finite(z: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+    """New tensors, 0 where either is -inf. +inf (an overflow) stays."""
+    out = torch.isneginf(z) | torch.isneginf(t)
+    return z.masked_fill(out, 0.0), t.masked_fill(out, 0.0)
+
+
+def mse(z: Tensor, t: Tensor, want_grad: bool, vocabulary: Vocabulary, products: Tensor | None = None) -> Rows:
+    difference = torch.sub(z, t).masked_fill_(torch.isneginf(z) | torch.isneginf(t), 0.0)
     value = difference.square().sum(-1) / vocabulary.size
     return value, difference.mul_(2 / vocabulary.size) if want_grad else None
 
 
-def cosine(z: Tensor, t: Tensor, want_grad: bool, vocabulary: Vocabulary) -> Rows:
-    out = torch.isinf(z) | torch.isinf(t)
-    z, t = z.masked_fill(out, 0.0), t.masked_fill(out, 0.0)
-    squares = vocabulary.total(torch.stack([z.square().sum(-1), t.square().sum(-1)])).unsqueeze(-1)
+def cosine(z: Tensor, t: Tensor, want_grad: bool, vocabulary: Vocabulary, products: Tensor | None = None) -> Rows:
+    """`products` are |z|^2, |t|^2 and z t over all ranks, (3, rows), where they share the vocabulary."""
+    z, t = finite(z, t)
+    squares = torch.stack([z.square().sum(-1), t.square().sum(-1)]) if products is None else products[:2]
     # As torch.nn.functional.cosine_similarity: each norm at least 1e-8.
-    norms = squares.sqrt()
+    norms = squares.sqrt().unsqueeze(-1)
     floored = norms.clamp_min(1e-8)
     z.div_(floored[0])
     difference = torch.sub(z, t.div_(floored[1]))
@@ -165,7 +171,8 @@ def cosine(z: Tensor, t: Tensor, want_grad: bool, vocabulary: Vocabulary) -> Row
     if not want_grad:
         return value, None
     inverse = torch.where(norms[0] > 1e-8, 1 / floored[0], 0.0)
-    return value, difference.addcmul_(z, vocabulary.total(value).unsqueeze(-1), value=-1).mul_(inverse)
+    whole = value if products is None else 1 - products[2] / (floored[0] * floored[1]).squeeze(-1)
+    return value, difference.addcmul_(z, whole.unsqueeze(-1), value=-1).mul_(inverse)
 
 
 LOGITS = {"mse": mse, "cosine": cosine}

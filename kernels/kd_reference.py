@@ -21,7 +21,8 @@ from mohawk.kernels.kd_teachers import (
     tail_of,
 )
 
-# Divergences of distributions: f(log p of the teacher, log q of the student, beta, lam) -> per row.
+# Divergences of distributions: f(log p of the teacher, log q of the student, beta, lam) -> per row. Beta and lam
+# lie between their ends: those are forward and reverse KL, and are called so before they get here.
 
 
 def _kl(log_a: Tensor, log_b: Tensor) -> Tensor:
@@ -38,8 +39,6 @@ def _log_mix(weight_a: float, log_a: Tensor, log_b: Tensor) -> Tensor:
 
 
 def _jsd(lp: Tensor, lq: Tensor, beta: float, lam: float) -> Tensor:
-    if beta in (0.0, 1.0):
-        return _kl(lp, lq) if beta == 0.0 else _kl(lq, lp)
     lm = _log_mix(beta, lp, lq)
     return beta * _kl(lp, lm) + (1 - beta) * _kl(lq, lm)
 
@@ -48,19 +47,22 @@ DISTRIBUTION_DIVERGENCES = {
     "forward_kl": lambda lp, lq, beta, lam: _kl(lp, lq),
     "reverse_kl": lambda lp, lq, beta, lam: _kl(lq, lp),
     "jsd": _jsd,
-    "skew_kl": lambda lp, lq, beta, lam: _kl(lp, _log_mix(lam, lp, lq)) if lam else _kl(lp, lq),
-    "skew_reverse_kl": lambda lp, lq, beta, lam: _kl(lq, _log_mix(lam, lq, lp)) if lam else _kl(lq, lp),
+    "skew_kl": lambda lp, lq, beta, lam: _kl(lp, _log_mix(lam, lp, lq)),
+    "skew_reverse_kl": lambda lp, lq, beta, lam: _kl(lq, _log_mix(lam, lq, lp)),
     "tvd": lambda lp, lq, beta, lam: 0.5 * (lp.exp() - lq.exp()).abs().sum(-1),
 }
 
 
+# -inf means a word that is not there, on either side; +inf is an overflow and stays visible.
+
+
 def _mse(student: Tensor, teacher: Tensor) -> Tensor:
-    out = torch.isinf(student) | torch.isinf(teacher)
+    out = torch.isneginf(student) | torch.isneginf(teacher)
     return (student.masked_fill(out, 0.0) - teacher.masked_fill(out, 0.0)).square().mean(-1)
 
 
 def _cosine(student: Tensor, teacher: Tensor) -> Tensor:
-    out = torch.isinf(student) | torch.isinf(teacher)
+    out = torch.isneginf(student) | torch.isneginf(teacher)
     return 1 - F.cosine_similarity(student.masked_fill(out, 0.0), teacher.masked_fill(out, 0.0), dim=-1)
 
 

@@ -1,10 +1,12 @@
 """The distillation losses in Triton: one program per row, sweeping the vocabulary in blocks.
 
 `_statistics` finds the log-normalisers of both sides in one online sweep, `_sums` the row sums that the
-gradients of JSD, skewed KL and total variation need, `_gradient` writes the gradient (in place if asked) and
-sums the value on the way. In reads or writes of one (rows, vocab) array that is 2 + 3 = 5 for forward and
-reverse KL and 2 + 2 + 3 = 7 for the others; the hard-label cross-entropy rides along. Without a gradient it
-is 4. All arithmetic is float32.
+gradients of JSD, skewed KL, total variation and cosine need, `_gradient` writes the gradient (in place if asked)
+and sums the value on the way. In reads or writes of one (rows, vocab) array that is 2 + 3 = 5 for forward and
+reverse KL and 2 + 2 + 3 = 7 for the others; the hard-label cross-entropy rides along. Without a gradient it is 4
+(and 2 for mse): the statistics would have the value of forward and reverse KL too, but only to the reference's
+precision, ten to a hundred times less than that of a second sweep where student and teacher are close. All
+arithmetic is float32.
 
 Matrix products stay with the vendor's library: from hidden states the chunked backend's loop runs with
 `tile`.
@@ -19,9 +21,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mohawk.kernels import kd_chunked, kd_divergences
+from mohawk.kernels import kd_chunked, kd_divergences, kd_shared
 from mohawk.kernels.kd_chunked import Options, Rows
-from mohawk.kernels.kd_teachers import Teacher, TeacherLogits, TeacherSamples, TeacherTAID, TeacherTopK
+from mohawk.kernels.kd_teachers import (
+    Teacher,
+    TeacherLogits,
+    TeacherMixture,
+    TeacherSamples,
+    TeacherTAID,
+    TeacherTopK,
+)
 
 # 4096 wide with 8 warps is 16 elements of each array per thread: enough loads in flight, and no spills on any
 # of the architectures kd_triton_report.py compiles for.
@@ -74,20 +83,45 @@ def _grow(x, maximum, total):
 
 
 @triton.jit
+def _grow_kl(a, b, a_max, a_sum, b_max, b_sum, ratio):
+    """One block of both logsumexps and of sum exp(a - a_max) * ((a - a_max) - (b - b_max))."""
+    old_a, old_b, old_sum = a_max, b_max, a_sum
+    # Where nothing is left of the earlier blocks, neither is what was infinite in them.
+    a_max, a_sum = _grow(a, a_max, a_sum)
+    b_max, b_sum = _grow(b, b_max, b_sum)
+    am, bm = tl.where(a_max == float("-inf"), 0.0, a_max), tl.where(b_max == float("-inf"), 0.0, b_max)
+    weight = tl.exp(a - am)
+    term = tl.where(weight == 0.0, 0.0, weight * ((a - am) - (b - bm)))
+    left = tl.exp(old_a - am)
+    moved = ratio + old_sum * ((old_a - am) - (old_b - bm))
+    ratio = tl.where(left == 0.0, 0.0, moved * left) + tl.sum(term, 0)
+    return a_max, a_sum, b_max, b_sum, ratio
+
+
+@triton.jit
+def _log_ratio(a, b):
+    """log(a / b), precise where they are close."""
+    x = (a - b) / b
+    return tl.where(tl.abs(x) < 0.35, _log1p(x), tl.log(a) - tl.log(b))
+
+
+@triton.jit
 def _statistics(
     z_ptr, t_ptr, rows_ptr, labels_ptr, out_ptr, z_stride, t_stride, vocab, n, z_scale, t_scale, taid,
     DIVERGENCE: tl.constexpr, CE: tl.constexpr, TEMPERED: tl.constexpr, TAID: tl.constexpr,
     HAS_ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """out (5, n): lse of the student, of the teacher, of the untempered student; reverse KL, or for cosine
-    the squared norms in the first two; the label's logit (0 if it is another rank's)."""
+    """out (5, n): lse of the student, of the teacher, of the untempered student; reverse KL; the
+    label's logit (0 if it is another rank's). For cosine the first two are the squared norms, and the fourth is the
+    product."""
     row = _row(rows_ptr, HAS_ROWS)
     pid = tl.program_id(0)
     z_base, t_base = row * z_stride, row * t_stride
     z_max, z_sum = float("-inf"), 0.0
     t_max, t_sum = float("-inf"), 0.0
     one_max, one_sum = float("-inf"), 0.0
-    ratio = 0.0  # sum of exp(u - z_max) * ((u - z_max) - (v - t_max)), for the reverse KL
+    # sum of exp(u - z_max) * ((u - z_max) - (v - t_max)), for the reverse KL; for cosine, of z * t
+    ratio = 0.0
     for start in range(0, vocab, BLOCK):
         columns = start + tl.arange(0, BLOCK)
         z = _load(z_ptr, z_base, columns, vocab, float("-inf"))
@@ -98,10 +132,11 @@ def _statistics(
         else:
             t = _load(t_ptr, t_base, columns, vocab, float("-inf"))
             if DIVERGENCE == "cosine":
-                out = (tl.abs(z) == float("inf")) | (tl.abs(t) == float("inf"))
+                out = (z == float("-inf")) | (t == float("-inf"))
                 z, t = tl.where(out, 0.0, z), tl.where(out, 0.0, t)
                 z_sum += tl.sum(z * z, 0)
                 t_sum += tl.sum(t * t, 0)
+                ratio += tl.sum(z * t, 0)
             elif DIVERGENCE == "mse":
                 if CE:
                     z_max, z_sum = _grow(z, z_max, z_sum)
@@ -110,31 +145,22 @@ def _statistics(
                 if TAID:
                     v = (1 - taid) * u + taid * v
                 if DIVERGENCE == "reverse_kl":
-                    old_z, old_t, old_sum = z_max, t_max, z_sum
-                    z_max, z_sum = _grow(u, z_max, z_sum)
-                    t_max, t_sum = _grow(v, t_max, t_sum)
-                    zm, tm = (
-                        tl.where(z_max == float("-inf"), 0.0, z_max),
-                        tl.where(t_max == float("-inf"), 0.0, t_max),
-                    )
-                    weight = tl.exp(u - zm)
-                    term = tl.where(weight == 0.0, 0.0, weight * ((u - zm) - (v - tm)))
-                    moved = tl.where(old_sum == 0.0, 0.0, (ratio + old_sum * ((old_z - zm) - (old_t - tm))))
-                    ratio = tl.where(old_sum == 0.0, 0.0, moved * tl.exp(old_z - zm)) + tl.sum(term, 0)
+                    z_max, z_sum, t_max, t_sum, ratio = _grow_kl(u, v, z_max, z_sum, t_max, t_sum, ratio)
                 else:
                     z_max, z_sum = _grow(u, z_max, z_sum)
                     t_max, t_sum = _grow(v, t_max, t_sum)
     if DIVERGENCE == "cosine":
         tl.store(out_ptr + pid, z_sum)
         tl.store(out_ptr + n + pid, t_sum)
+        tl.store(out_ptr + 3 * n + pid, ratio)
     else:
         tl.store(out_ptr + pid, z_max + tl.log(z_sum))
         tl.store(out_ptr + n + pid, t_max + tl.log(t_sum))
     if CE and TEMPERED:
         tl.store(out_ptr + 2 * n + pid, one_max + tl.log(one_sum))
     if DIVERGENCE == "reverse_kl":
-        # E[(u - z_max) - (v - t_max)] less the difference of the logs: small numbers only.
-        tl.store(out_ptr + 3 * n + pid, ratio / z_sum - (tl.log(z_sum) - tl.log(t_sum)))
+        # E[(u - z_max) - (v - t_max)] less the difference of the logs, taken as one: small numbers only.
+        tl.store(out_ptr + 3 * n + pid, ratio / z_sum - _log_ratio(z_sum, t_sum))
     if CE:
         label = tl.load(labels_ptr + pid)
         logit = tl.load(z_ptr + z_base + tl.maximum(label, 0), mask=label >= 0, other=0.0).to(tl.float32)
@@ -171,9 +197,12 @@ def _terms(p, q, r, beta, lam, DIVERGENCE: tl.constexpr):
         slope = tl.where(q == 0.0, 0.0, r)
         value = q * slope + (p - q)
     elif DIVERGENCE == "jsd":
+        # The smaller weight goes into the logarithm, as in kd_divergences.jsd.
+        small = beta < 0.5
         r = _clamp(r)
-        m = _log1p((1 - beta) * _expm1(r))  # log m - log p
-        slope = (1 - beta) * (r - m)
+        x = _log1p(tl.where(small, beta, 1 - beta) * _expm1(tl.where(small, -r, r)))
+        m = tl.where(small, r + x, x)  # log m - log p
+        slope = (1 - beta) * tl.where(small, -x, r - x)
         value = q * slope - beta * p * m
     elif DIVERGENCE == "skew_kl":
         x = (1 - lam) * _expm1(_clamp(r))  # m / p - 1
@@ -193,7 +222,7 @@ def _terms(p, q, r, beta, lam, DIVERGENCE: tl.constexpr):
 @triton.jit
 def _raw(z, t, z_norm, t_norm, vocab_all, inside, DIVERGENCE: tl.constexpr):
     """(value, difference, z) per entry for the divergences of raw logits."""
-    out = (tl.abs(z) == float("inf")) | (tl.abs(t) == float("inf")) | ~inside
+    out = (z == float("-inf")) | (t == float("-inf")) | ~inside
     z, t = tl.where(out, 0.0, z), tl.where(out, 0.0, t)
     if DIVERGENCE == "cosine":
         z, t = z / z_norm, t / t_norm
@@ -236,11 +265,11 @@ def _sums(
 def _gradient(
     z_ptr, t_ptr, grad_ptr, rows_ptr, labels_ptr, stats_ptr, sums_ptr, kd_row_ptr, ce_row_ptr, value_ptr,
     z_stride, t_stride, grad_stride, vocab, vocab_all, n, z_scale, t_scale, taid, beta, lam,
-    DIVERGENCE: tl.constexpr, CE: tl.constexpr, TEMPERED: tl.constexpr, TAID: tl.constexpr,
-    HAS_ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    DIVERGENCE: tl.constexpr, IN_SWEEP: tl.constexpr, CE: tl.constexpr, TEMPERED: tl.constexpr,
+    TAID: tl.constexpr, HAS_ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """grad = kd_row * dD/du + ce_row * (softmax(z) - onehot), and the value of D where it has no sweep of its
-    own. For `none` the gradient is kd_row * exp(u - lse)."""
+    """grad = kd_row * dD/du + ce_row * (softmax(z) - onehot), and with `IN_SWEEP` the value of D. For `none` the
+    gradient is kd_row * exp(u - lse)."""
     row = _row(rows_ptr, HAS_ROWS)
     pid = tl.program_id(0)
     z_lse, t_lse = tl.load(stats_ptr + pid), tl.load(stats_ptr + n + pid)
@@ -274,7 +303,7 @@ def _gradient(
                     grad = kd_row * (q - p)
                 else:
                     grad = kd_row * (q * (slope - projected))
-            if DIVERGENCE == "forward_kl" or DIVERGENCE == "reverse_kl" or DIVERGENCE == "mse":
+            if IN_SWEEP:
                 total += tl.sum(value, 0)
         if CE:
             onehot = tl.where(columns == label, 1.0, 0.0)
@@ -321,17 +350,28 @@ class _Sweeps:
         }
         self.row_index = self.scale if self.rows is None else self.rows
 
-    def statistics(self) -> Tensor:
+    def statistics(self, own: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """What `_statistics` makes, over all ranks, in one collective. Along goes the sum over the ranks of `own`
+        (rows, k)."""
         vocabulary, stats = self.options.vocabulary, self.scale.new_zeros(5, self.n)
-        if self.n and (self.kind != "mse" or self.ce):
+        needed = self.kind != "mse" or self.ce
+        if self.n and needed:
             _statistics[(self.n,)](
                 self.z, self.teacher, self.row_index, self.columns, stats, *self.strides, vocabulary.local,
                 self.n, *self.numbers, CE=self.ce, TEMPERED=self.tempered, **self.flags,
             )  # fmt: skip
-        if vocabulary.group is not None:
-            join = vocabulary.total if self.kind == "cosine" else vocabulary.across
-            stats = torch.cat([join(stats[:2]), vocabulary.across(stats[2:3]), stats[3:]])
-        return stats
+        if vocabulary.group is None or not needed:
+            return stats, own
+        everyone = vocabulary.every(stats[:4].T if own is None else torch.cat([stats[:4].T, own], -1))
+        z, t, raw, ratio = everyone[..., :4].unbind(-1)
+        stats[2] = torch.logsumexp(raw, 0)
+        if self.kind == "cosine":
+            stats[0], stats[1], stats[3] = z.sum(0), t.sum(0), ratio.sum(0)
+        else:
+            stats[0], stats[1] = torch.logsumexp(z, 0), torch.logsumexp(t, 0)
+            if self.kind == "reverse_kl":
+                stats[3] = kd_shared.whole_kl(z, t, ratio)
+        return stats, None if own is None else everyone[..., 4:].sum(0)
 
     def cross_entropy(self, stats: Tensor) -> Tensor:
         if not self.ce:
@@ -348,14 +388,17 @@ class _Sweeps:
             )  # fmt: skip
         return out
 
-    def gradient(self, stats: Tensor, projected: Tensor, kd_row: Tensor, grad: Tensor) -> Tensor:
+    def gradient(
+        self, stats: Tensor, projected: Tensor, kd_row: Tensor, grad: Tensor, in_sweep: bool = False
+    ) -> Tensor:
+        """Into `grad`; returns the value if `in_sweep`."""
         value, o = stats.new_zeros(self.n), self.options
         if self.n:
             _gradient[(self.n,)](
                 self.z, self.teacher, grad, self.row_index, self.columns, stats, projected, kd_row,
                 self.scale * o.ce_weight, value, *self.strides, grad.stride(0), o.vocabulary.local,
-                o.vocabulary.size, self.n, *self.numbers, o.beta, o.lam, CE=self.ce, TEMPERED=self.tempered,
-                **self.flags,
+                o.vocabulary.size, self.n, *self.numbers, o.beta, o.lam, IN_SWEEP=in_sweep, CE=self.ce,
+                TEMPERED=self.tempered, **self.flags,
             )  # fmt: skip
         return value
 
@@ -367,27 +410,31 @@ def _dense(sweeps: _Sweeps, grad: Tensor | None) -> tuple[Tensor, Tensor]:
     if grad is not None and kind != "none" and options.kd_weight == 0.0:  # wanted for its value alone
         kd, _ = _dense(sweeps, None)
         return kd, _dense(replace(sweeps, t=None), grad)[1]
-    stats = sweeps.statistics()
+    stats, _ = sweeps.statistics()
     ce = sweeps.cross_entropy(stats)
     value, nothing = stats.new_zeros(sweeps.n), 0.0
+    projected = stats[3].contiguous()
     if kind == "cosine":
         norms = stats[:2].sqrt()
         stats[:2] = norms.clamp_min(1e-8)
         # Vectors of norm 0: as in kd_divergences.cosine.
         nothing = vocabulary.once((1 - (norms / stats[:2]).square()).sum(0) / 2)
-    projected = stats[3].contiguous()
-    first = kind in ("jsd", "skew_kl", "skew_reverse_kl", "tvd", "cosine")
-    first = first or kind == "reverse_kl" and vocabulary.group is not None
+        projected = 1 - projected / (stats[0] * stats[1])
+    # Cosine alone could do without its sums, as it does where a sweep less is a collective less; with them its
+    # gradient is as precise as its value while the two sides come together.
+    first = kind in ("jsd", "skew_kl", "skew_reverse_kl", "tvd") or kind == "cosine" and vocabulary.group is None
     if kind != "none" and (first or grad is None):
         sums = sweeps.sums(stats)
         value = sums[0] + nothing
-        projected = vocabulary.total(value if kind == "cosine" else sums[1])
+        if grad is not None:
+            projected = value if kind == "cosine" else vocabulary.total(sums[1])
     if grad is not None:
         kd_row = sweeps.scale * (options.kd_weight * temperature if kind != "none" else 0.0)
         if kind == "cosine":
             kd_row = torch.where(norms[0] > 1e-8, kd_row, 0.0)
-        in_sweep = sweeps.gradient(stats, projected, kd_row, grad)
-        value = in_sweep if not first and kind != "none" else value
+        in_sweep = not first and kind != "none"
+        swept = sweeps.gradient(stats, projected, kd_row, grad, in_sweep)
+        value = swept + nothing if in_sweep else value
     return value * temperature**2, ce
 
 
@@ -397,13 +444,13 @@ def _topk(sweeps: _Sweeps, ids: Tensor, lp: Tensor, tail: Tensor, want_grad: boo
     vocabulary, inverse = o.vocabulary, sweeps.z_scale
     at_label = vocabulary.gather(z, sweeps.labels[:, None]).squeeze(1) if sweeps.ce else None
     own = vocabulary.gather(z, ids)
-    z.copy_(vocabulary.scatter(z, ids, float("-inf")))
-    stats = sweeps.statistics()
-    chosen = vocabulary.total(own)
+    # Not into z, which is the caller's own where no gradient is wanted.
+    sweeps = replace(sweeps, z=vocabulary.scatter(z, ids, float("-inf")))
+    stats, chosen = sweeps.statistics(own)
     buckets = torch.cat([chosen * inverse, stats[:1].T], -1)
     scores = torch.cat([lp, tail[:, None]], -1)
     want = want_grad and o.kd_weight != 0.0
-    value, bucket_grad = kd_chunked.distribution(scores, buckets, None, o, kd_chunked.WHOLE, want)
+    value, bucket_grad = kd_chunked.distribution(scores, buckets, None, o, want)
     ce = stats.new_zeros(len(z))
     if sweeps.ce:
         stats[2] = torch.logaddexp(stats[2], torch.logsumexp(chosen, -1))
@@ -425,7 +472,7 @@ def _topk(sweeps: _Sweeps, ids: Tensor, lp: Tensor, tail: Tensor, want_grad: boo
 
 def _samples(sweeps: _Sweeps, ids: Tensor, weights: Tensor, want_grad: bool):
     o, z = sweeps.options, sweeps.z
-    stats = sweeps.statistics()
+    stats, _ = sweeps.statistics()
     _, ours = o.vocabulary.locate(ids)
     log_q = o.vocabulary.gather(z, ids) * sweeps.z_scale - stats[0][:, None]
     counted = weights if ours is None else weights * ours
@@ -453,11 +500,21 @@ def from_logits(
     if not isinstance(inner, TeacherLogits) or inner is not teacher and options.on_logits:
         return kd_chunked.from_logits(logits, teacher, labels, rows, scale, options, grad, tile=tile)
     inverse = 1.0 / options.temperature if options.need_kd else 1.0
-    taid = teacher.t if isinstance(teacher, TeacherTAID) and teacher.t != 1.0 else None
-    target = logits if taid == 0.0 else inner.logits
+    taid = teacher.t if isinstance(teacher, TeacherTAID) and 0.0 < teacher.t < 1.0 else None
+    target = logits if isinstance(teacher, TeacherTAID) and teacher.t == 0.0 else inner.logits
     logits, scores = (x if x.stride(-1) == 1 else x.contiguous() for x in (logits, target))
     sweeps = _Sweeps(logits, scores if options.need_kd else None, rows, labels, scale, options, inverse, inverse, taid)
     return kd_chunked.summed(*_dense(sweeps, grad), options)
+
+
+def _target(scores: kd_chunked.Scores, span: tuple[int, int], student: Tensor) -> Tensor:
+    """The teacher's scores. Where ranks share the vocabulary, a mixture takes a collective of its own: the sweeps
+    that find all else read it whole."""
+    vocabulary, parts, norms = scores.options.vocabulary, scores.unnormalised(*span, student), None
+    if vocabulary.group is not None and isinstance(scores.mixture, TeacherMixture):
+        parts = list(parts)
+        norms = kd_shared.exchange(vocabulary, None, None, parts).teachers
+    return scores.combined(parts, norms, student)
 
 
 def tile(
@@ -481,6 +538,6 @@ def tile(
         return _samples(sweeps, *kd_chunked.take_samples(teacher, scores.rows, span, z.dtype), want_grad)
     if options.need_kd:
         student = z if inverse == 1.0 else z * inverse
-        target = scores(*span, student)
+        target = _target(scores, span, student)
         sweeps = replace(sweeps, t=target if target.stride(-1) == 1 else target.contiguous())
     return _dense(sweeps, z if want_grad else None)

@@ -68,6 +68,7 @@ def compile_one(kernel: str, divergence: str, logits: str, target: str) -> Usage
     function = getattr(kd_triton, kernel)
     constants = {
         "DIVERGENCE": divergence,
+        "IN_SWEEP": divergence in ("forward_kl", "reverse_kl", "mse", "cosine"),
         "CE": True,
         "TEMPERED": True,
         "TAID": divergence not in ("mse", "cosine", "none"),

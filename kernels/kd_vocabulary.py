@@ -1,7 +1,7 @@
 """The vocabulary of a loss: whole, or one slice per rank of a process group (vocab-parallel heads).
 
-With slices, a row costs one gather of its two log-normalisers, one sum more for the divergences whose
-gradient needs one, and the values are added up once at the end.
+With slices, a call costs one gather to learn who has how much, one per chunk of rows for its statistics (two for
+some: kd_shared.py says which and why), and the values are added up once at the end.
 """
 
 from __future__ import annotations
@@ -15,15 +15,26 @@ class Vocabulary:
     """`entries` on this rank, of which `local` are real, from the global id `start`; `size` real ones over
     all ranks; the `widest` slice of any."""
 
-    def __init__(self, local: int, vocab_size: int | None, group: dist.ProcessGroup | None):
+    def __init__(
+        self, local: int, vocab_size: int | None, group: dist.ProcessGroup | None, rows: int = 0, device: object = "cpu"
+    ):
         self.group = group
         self.start, self.rank, self.ranks = 0, 0, 1
         sizes = [local]
         if group is not None:
+            if not isinstance(group, dist.ProcessGroup):
+                raise ValueError(f"group is a {type(group).__name__}; it must be a ProcessGroup of torch.distributed")
             self.rank, self.ranks = dist.get_rank(group), dist.get_world_size(group)
-            sizes = [None] * self.ranks
-            dist.all_gather_object(sizes, local, group=group)
+            if self.rank < 0:
+                raise ValueError("this process is not one of the group that it passed; only its ranks may call")
+            # One gather tells every rank the same, so that all of them raise, or none.
+            mine = torch.tensor([local, rows], device=device)
+            sizes, counts = self.every(mine).T.tolist()
+            if len(set(counts)) > 1:
+                raise ValueError(f"the ranks of the group have {counts} rows; each must have all rows")
             self.start = sum(sizes[: self.rank])
+        if not all(sizes):
+            raise ValueError(f"the student's vocabulary is empty: its slices have {sizes} entries")
         self.size = sum(sizes)
         self.widest = max(sizes)
         self.entries = self.local = local
@@ -47,20 +58,11 @@ class Vocabulary:
         """Something every rank has, so that `total` counts it once."""
         return x if self.rank == 0 else torch.zeros_like(x)
 
-    def across(self, local: Tensor) -> Tensor:
-        """logsumexp over the ranks."""
-        if self.group is None:
-            return local
-        parts = [torch.empty_like(local) for _ in range(self.ranks)]
+    def every(self, local: Tensor) -> Tensor:
+        """That of each rank, in front of each other: (ranks, ...)."""
+        parts = [torch.empty_like(local, memory_format=torch.contiguous_format) for _ in range(self.ranks)]
         dist.all_gather(parts, local.contiguous(), group=self.group)
-        return torch.logsumexp(torch.stack(parts), 0)
-
-    def log_softmax(self, *scores: Tensor) -> list[Tensor]:
-        """New tensors: each of the scores (rows, local) as log-probabilities over the whole vocabulary."""
-        if self.group is None:
-            return [torch.log_softmax(x, -1) for x in scores]
-        local = torch.stack([torch.logsumexp(x, -1) for x in scores])
-        return [x - n.unsqueeze(-1) for x, n in zip(scores, self.across(local), strict=True)]
+        return torch.stack(parts)
 
     def locate(self, ids: Tensor) -> tuple[Tensor, Tensor | None]:
         """Global ids as columns of this rank (0 where they are another's), and which are ours (None: all)."""

@@ -59,8 +59,9 @@ def teacher(kind, d, dtype):
     }[kind]()
 
 
-def run(d, kind, dtype, backend, linear, **options):
+def run(d, kind, dtype, backend, linear, taid=None, **options):
     target = teacher(kind, d, dtype)
+    target = target if taid is None else TeacherTAID(TeacherLogits(target), taid)
     if linear:
         leaves = [d["h"].to(dtype).clone().requires_grad_(), d["head"].to(dtype).clone().requires_grad_()]
         loss = linear_kd_loss(*leaves, target, logit_softcap=7.0, backend=backend, **options)
@@ -125,6 +126,24 @@ def sparse():
 
 def edges():
     d = problem(130)
+    # the ends: forward and reverse KL by another name, and TAID from the student itself
+    for linear in (False, True):
+        for divergence, ends in (("jsd", "beta"), ("skew_kl", "lam"), ("skew_reverse_kl", "lam")):
+            for end in (0.0, 0.001, 0.999, 1.0) if ends == "beta" else (0.0, 0.001, 0.999):
+                check(d, "logits", linear, divergence=divergence, **{ends: end})
+                yield 1
+        for t in (0.0, 1.0):
+            check(d, "logits", linear, taid=t)
+            yield 1
+    # nothing is written but the gradient
+    for kind in ("logits", "topk", "samples"):
+        for reduction, grad in (("mean", False), ("mean", True), ("none", True)):
+            z = d["z"].clone().requires_grad_(grad)
+            loss = kd_loss(z, teacher(kind, d, torch.float32), reduction=reduction, backend="triton").sum()
+            if grad:
+                loss.backward()
+            assert torch.equal(z, d["z"]), (kind, reduction, grad)
+            yield 1
     # the parts alone, each weight 0, no gradient wanted, in place, bfloat16
     for kd_weight, ce_weight in ((0.0, 1.0), (1.0, 0.0), (0.0, 0.0)):
         for kind in ("logits", "topk", "samples"):

@@ -178,6 +178,23 @@ def test_jsd_and_skew_ends():
             torch.testing.assert_close(got, expected)
 
 
+def test_jsd_near_its_ends():
+    """A weight of 0.001 is not lost in the rounding of 1."""
+    g = torch.Generator().manual_seed(0)
+    z = 3 * torch.randn(32, 300, generator=g)
+    t = z + 0.3 * torch.randn(32, 300, generator=g)
+    for beta in (0.001, 0.02, 0.98, 0.999):
+        got = []
+        for dtype, backend in ((torch.float64, "reference"), (torch.float32, "chunked")):
+            x = z.to(dtype).requires_grad_()
+            loss = kd_loss(x, t.to(dtype), divergence="jsd", beta=beta, backend=backend, reduction="sum")
+            loss.backward()
+            got.append((loss.detach(), x.grad))
+            z = z.detach()
+        for single, truth in zip(got[1], got[0], strict=True):
+            assert error(single, truth) < 4e-6, beta
+
+
 def test_weights_mean_and_cross_entropy():
     d = data(3)
     z, t, labels = d["z"].double(), d["t"].double(), d["labels"]

@@ -52,6 +52,34 @@ def problem():
     return d
 
 
+class Collectives:
+    """How many there were."""
+
+    def __enter__(self):
+        self.count, self.saved = 0, (dist.all_gather, dist.all_reduce)
+
+        def counted(f):
+            def call(*a, **k):
+                self.count += 1
+                return f(*a, **k)
+
+            return call
+
+        dist.all_gather, dist.all_reduce = (counted(f) for f in self.saved)
+        return self
+
+    def __exit__(self, *_):
+        dist.all_gather, dist.all_reduce = self.saved
+
+
+def statistics_collectives(divergence, kind):
+    """Per chunk of rows, with a gradient: see kd_shared.py."""
+    if kind in ("topk", "samples"):
+        return 1
+    second = divergence in ("jsd", "skew_kl", "skew_reverse_kl", "tvd")
+    return 1 + (second or divergence == "reverse_kl" and kind == "mixture")
+
+
 def teacher(kind, d, part):
     if kind == "topk":
         return TeacherTopK(d["ids"], torch.log_softmax(d["t"][:, :REAL].nan_to_num(neginf=-9), -1).gather(1, d["ids"]))
@@ -85,8 +113,11 @@ def losses(d, part, divergence, kind, group):
     )
     b.requires_grad_()
     target = teacher(kind, d, part)
-    first = linear_kd_loss(x, w, target, d["labels"], student_bias=b, logit_softcap=9.0, **options)
-    first.backward()
+    with Collectives() as seen:
+        first = linear_kd_loss(x, w, target, d["labels"], student_bias=b, logit_softcap=9.0, **options)
+        first.backward()
+    # One to learn the slices, the values and the hidden states' gradient once each, the rest are statistics.
+    assert group is None or seen.count == 3 + statistics_collectives(divergence, kind), (divergence, kind, seen.count)
     z = (d["h"] @ d["head"][part].T).requires_grad_()
     second = kd_loss(z, target, d["labels"], reduction="none", **options)
     second.sum().backward()

@@ -76,11 +76,50 @@ def test_what_is_ignored_does_not_matter():
     assert z.grad[5:20].abs().sum() == 0 and z.grad.isfinite().all()
 
 
-def test_nan_in_a_real_row_stays_visible():
+def test_ids_and_normalizer_of_nothing_do_not_matter():
+    """Whatever a cache has in its padding, and a count of 0 where all labels are ignored."""
+    z, t, labels = torch.randn(4, 9), torch.randn(4, 9), torch.tensor([1, -100, 3, -100])
+    ids, real = torch.tensor([[1, 2], [-1, 99], [3, 4], [0, 0]]), labels >= 0
+    lp = torch.log_softmax(t, -1)[:, :2].clone()
+    lp[~real] = 7.0
+    for teacher, kept in (
+        (TeacherTopK(ids, lp), TeacherTopK(ids[real], lp[real])),
+        (TeacherSamples(ids, -lp), TeacherSamples(ids[real], -lp[real])),
+    ):
+        for backend in BACKENDS:
+            loss = kd_loss(z, teacher, labels, backend=backend)
+            torch.testing.assert_close(loss, kd_loss(z[real], kept, labels[real]))
+    ignored = torch.full((4,), -100)
+    for normalizer in (0, torch.tensor(0)):
+        assert kd_loss(z, t, ignored, normalizer=normalizer) == 0
+        with pytest.raises(ValueError, match="must be above 0 where there are real rows"):
+            kd_loss(z, t, labels, normalizer=normalizer)
+
+
+@pytest.mark.parametrize("wrong", ("nan", "inf"))
+def test_nan_and_overflow_in_a_real_row_stay_visible(wrong):
     z, t = torch.randn(4, 9), torch.randn(4, 9)
-    z[1, 2] = float("nan")
+    z[1, 2] = float(wrong)
     for divergence in DIVERGENCES:
-        assert kd_loss(z, t, divergence=divergence).isnan(), divergence
+        for backend in BACKENDS:
+            assert not kd_loss(z, t, divergence=divergence, backend=backend).isfinite(), divergence
+
+
+def test_inputs_are_left_alone():
+    """With and without a gradient, and when it is made in the backward."""
+    z, t = torch.randn(4, 9), torch.randn(4, 9)
+    ids, lp = torch.arange(3).expand(4, 3), torch.log_softmax(t, -1)[:, :3]
+    teachers = [t, TeacherTopK(ids, lp), TeacherSamples(ids, lp.exp()), TeacherTAID(TeacherLogits(t), 0.5)]
+    before = z.clone(), t.clone()
+    for divergence in DIVERGENCES:
+        for teacher in teachers if divergence == "forward_kl" else teachers[:1]:
+            for reduction, grad in (("mean", False), ("mean", True), ("none", True)):
+                x = z.requires_grad_(grad)
+                loss = kd_loss(x, teacher, divergence=divergence, reduction=reduction).sum()
+                if grad:
+                    loss.backward()
+                z = x.detach()
+                assert torch.equal(z, before[0]) and torch.equal(t, before[1]), (divergence, teacher)
 
 
 @pytest.mark.parametrize("divergence", DIVERGENCES)
@@ -315,6 +354,15 @@ def test_memory_does_not_grow_with_the_rows():
 
 MISTAKES = {
     "divergence is 'kl'; allowed: forward_kl": lambda z, t, y: kd_loss(z, t, divergence="kl"),
+    "temperature is 1e+30; it must be a number from 1e-6 to 1e6": lambda z, t, y: kd_loss(z, t, temperature=1e30),
+    "must be above 0 where": lambda z, t, y: kd_loss(z, t, normalizer=torch.tensor(-1.0)),
+    "logprobs hold a mass of": lambda z, t, y: kd_loss(z, TeacherTopK(y[:, None], 1 + t[:, :1].abs())),
+    "TeacherMixture.teachers is a NoneType": lambda z, t, y: kd_loss(z, TeacherMixture(None)),
+    "vocabulary is empty": lambda z, t, y: kd_loss(z[:, :0], t[:, :0]),
+    "student hidden size is 0": lambda z, t, y: linear_kd_loss(z[:, :0], z[:, :0], t[:, :5]),
+    "torch.sparse_coo; it must be a dense": lambda z, t, y: kd_loss(z.to_sparse(), t),
+    "on the meta device": lambda z, t, y: kd_loss(z.to("meta"), t),
+    "group is a str": lambda z, t, y: kd_loss(z, t, group="tp"),
     "temperature is 0": lambda z, t, y: kd_loss(z, t, temperature=0),
     "temperature is nan": lambda z, t, y: kd_loss(z, t, temperature=float("nan")),
     "temperature is '2'": lambda z, t, y: kd_loss(z, t, temperature="2"),
@@ -341,7 +389,9 @@ MISTAKES = {
     "TeacherTopK.ids run from 0 to 12": lambda z, t, y: kd_loss(z, TeacherTopK(y[:, None] * 3, -t[:, :1].abs())),
     "TeacherTopK.ids repeats": lambda z, t, y: kd_loss(z, TeacherTopK(y[:, None].expand(5, 2), -t[:, :2].abs())),
     "TeacherTopK.ids has shape": lambda z, t, y: kd_loss(z, TeacherTopK(y[:, None], t[:, :2])),
-    "'jsd' of samples": lambda z, t, y: kd_loss(z, TeacherSamples(y[:, None], t[:, :1].abs()), divergence="jsd"),
+    "only 'forward_kl' is linear in the teacher's probabilities": lambda z, t, y: kd_loss(
+        z, TeacherSamples(y[:, None], t[:, :1].abs()), divergence="jsd"
+    ),
     "weights has negative": lambda z, t, y: kd_loss(z, TeacherSamples(y[:, None], -t[:, :1].abs() - 1)),
     "TeacherMixture has no teachers": lambda z, t, y: kd_loss(z, TeacherMixture([])),
     "a mixture of teachers": lambda z, t, y: kd_loss(z, TeacherMixture([TeacherLogits(t)]), divergence="mse"),
