@@ -6,8 +6,7 @@ block by block (some heads of some batch rows, the whole sequence), so temporari
 memory is linear in seq.
 
 Letters after an underscore: b batch, h heads, g groups, c chunks, q tokens of a chunk, p head dim, N state
-size. With bfloat16 inputs the operands of the big products are bfloat16; decays, sums of decays and the
-carried state are float32 or wider.
+size. Everything inside is float32 or wider: bfloat16 inputs are widened, and only results are rounded back.
 """
 
 import math
@@ -50,15 +49,12 @@ class _Shape:
     seq: int
     chunk: int
     chunks: int
-    dtype: torch.dtype  # of the products' operands
-    state_dtype: torch.dtype
+    state_dtype: torch.dtype  # of everything inside: bfloat16 comes in and goes out only
 
 
 def _blocks(x: Tensor, B: Tensor, C: Tensor) -> list[_Shape]:
     batch, seq, heads, head_dim = x.shape
-    low = x.dtype == torch.bfloat16 and B.dtype == C.dtype == torch.bfloat16
     state_dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-    dtype = torch.bfloat16 if low else state_dtype
     chunk = min(CHUNK, seq)
     per_head = max(1, seq * max(head_dim, B.shape[3], chunk))
     head_ranges = head_blocks(heads, (B.shape[2], C.shape[2]), max(1, BLOCK_ELEMENTS // per_head))
@@ -73,7 +69,6 @@ def _blocks(x: Tensor, B: Tensor, C: Tensor) -> list[_Shape]:
             seq,
             chunk,
             -(-seq // chunk),
-            dtype,
             state_dtype,
         )
         for row in range(0, batch, rows)
@@ -149,10 +144,10 @@ class _Operands:
         rows, heads = shape.rows, shape.heads
         value = x[rows, :, heads]
         if input_scale is not None:
-            value = value * input_scale[rows, :, heads].unsqueeze(-1)
-        self.x_bhcqp = _chunked(value, shape, shape.dtype)
-        self.B_bgcqN = _chunked(B[rows, :, shape.groups_B], shape, shape.dtype)
-        self.C_bgcqN = _chunked(C[rows, :, shape.groups_C], shape, shape.dtype)
+            value = value.to(shape.state_dtype) * input_scale[rows, :, heads].unsqueeze(-1)
+        self.x_bhcqp = _chunked(value, shape, shape.state_dtype)
+        self.B_bgcqN = _chunked(B[rows, :, shape.groups_B], shape, shape.state_dtype)
+        self.C_bgcqN = _chunked(C[rows, :, shape.groups_C], shape, shape.state_dtype)
         sums = _chunked(decays[rows, :, heads].unsqueeze(-1), shape, torch.float64).squeeze(-1).cumsum(-1)
         total = sums[..., -1:]
         self.from_start_bhcq = sums.exp().to(shape.state_dtype)
@@ -176,14 +171,14 @@ class _Operands:
         scores = _product(self.C_pairs, self.B_pairs.transpose(-1, -2))
         self.groups = groups
         by_group = self.decay_bhcqq.unflatten(1, (groups, -1))
-        self.mixing_bhcqq = torch.empty_like(self.decay_bhcqq, dtype=shape.dtype)
+        self.mixing_bhcqq = torch.empty_like(self.decay_bhcqq, dtype=shape.state_dtype)
         torch.mul(by_group, scores.unsqueeze(2), out=self.mixing_bhcqq.unflatten(1, (groups, -1)))
 
     def decayed_B(self, shape: _Shape) -> Tensor:
-        return _over_heads(self.B_bgcqN, self.to_end_bhcq, shape.dtype)
+        return _over_heads(self.B_bgcqN, self.to_end_bhcq, shape.state_dtype)
 
     def decayed_C(self, shape: _Shape) -> Tensor:
-        return _over_heads(self.C_bgcqN, self.from_start_bhcq, shape.dtype)
+        return _over_heads(self.C_bgcqN, self.from_start_bhcq, shape.state_dtype)
 
 
 class _ChunkedScan(torch.autograd.Function):
@@ -207,7 +202,7 @@ class _ChunkedScan(torch.autograd.Function):
                     blocks[0].chunks,
                     head_dim,
                     state_size,
-                    dtype=blocks[0].dtype,
+                    dtype=blocks[0].state_dtype,
                     device=x.device,
                 )
                 for block in blocks:
@@ -326,7 +321,7 @@ def _backward_block(
     """Fill this block's gradients; d_state holds the final state's and receives the initial state's."""
     rows, heads, wide = shape.rows, shape.heads, shape.state_dtype
     ops = _Operands(shape, x, decays, B, C, input_scale)
-    dy_bhcqp = _chunked(dy[rows, :, heads], shape, shape.dtype)
+    dy_bhcqp = _chunked(dy[rows, :, heads], shape, shape.state_dtype)
     enter_bhcpN = entering[rows, heads]
     B_bhcqN, C_bhcqN = ops.decayed_B(shape), ops.decayed_C(shape)
 
@@ -352,7 +347,7 @@ def _backward_block(
     weighted.diagonal(dim1=-2, dim2=-1).zero_()
     through_mixing = weighted.sum(-1, dtype=torch.float64) - weighted.sum(-2, dtype=torch.float64)
     d_scores = ops.decay_bhcqq.mul_(d_mixing)
-    d_scores = _to_groups(d_scores, ops.groups).to(shape.dtype)
+    d_scores = _to_groups(d_scores, ops.groups).to(shape.state_dtype)
     dC_pairs = _product(d_scores, ops.B_pairs)
     dB_pairs = _product(d_scores.transpose(-1, -2), ops.C_pairs)
 
