@@ -13,11 +13,12 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mohawk.checkpoints import Interrupted, is_complete
-from mohawk.convert import claimed, convert
+from mohawk.convert import claimed, convert, untrained_student
 from mohawk.errors import UserError
 from mohawk.evaluate_run import evaluate_run
 from mohawk.generation import generate
 from mohawk.models.hybrid import HybridForCausalLM
+from mohawk.phases import HiddenObjective, MixingObjective
 from mohawk.recipe import Recipe
 from tests.models.conftest import FAMILIES, tiny_teacher
 from tests.mohawk.tiny_phase import cheap_training, fork, wait  # noqa: F401
@@ -61,7 +62,7 @@ def recipe_of(checkpoint: Path, texts: Path, output: Path, **student) -> Recipe:
             },
             "phases": {
                 "mixing": phase,
-                "hidden": {**phase, "match": "mixer_output", "solve_tokens": 64},
+                "hidden": {**phase, "match": "mixer_output", "solve_tokens": 1024},
                 "end_to_end": {**phase, "gradient_accumulation": 2, "tokens": STEPS * 8 * 32, "train": "all_but_mlp"},
             },
             "evaluation": {
@@ -73,6 +74,16 @@ def recipe_of(checkpoint: Path, texts: Path, output: Path, **student) -> Recipe:
     )  # fmt: skip
 
 
+def distance(objective, student, teacher) -> float:
+    """A phase's loss on one batch of text that no phase has seen."""
+    ids = torch.frombuffer(bytearray(b"Document 99 counts 99, 198, 297, and so on.\n" * 3), dtype=torch.uint8).long()[
+        None
+    ]
+    batch = {"input_ids": ids, "position_ids": torch.arange(len(ids[0]))[None], "segment_ids": torch.zeros_like(ids)}
+    with torch.no_grad():
+        return sum(loss.item() for _, loss in objective(student, teacher).losses(**batch, labels=ids))
+
+
 def test_a_run_from_checkpoint_to_student(checkpoint, texts, tmp_path, capsys):
     run = tmp_path / "run"
     convert(recipe_of(checkpoint, texts, run))
@@ -81,10 +92,14 @@ def test_a_run_from_checkpoint_to_student(checkpoint, texts, tmp_path, capsys):
 
     metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     for phase in ("mixing", "hidden", "end_to_end"):
-        losses = [m["loss"] for m in metrics if m["phase"] == phase]
-        assert len(losses) == STEPS
-        if phase != "end_to_end":
-            assert losses[-1] < losses[0]
+        assert len([m for m in metrics if m["phase"] == phase]) == STEPS
+    teacher = AutoModelForCausalLM.from_pretrained(checkpoint)
+    recipe = recipe_of(checkpoint, texts, run)
+    students = [untrained_student(recipe, teacher)]
+    for phase, objective in (("mixing", MixingObjective), ("hidden", HiddenObjective)):
+        students.append(HybridForCausalLM.from_pretrained(run / "phases" / phase / "student"))
+        before, after = (distance(objective, student, teacher) for student in students[-2:])
+        assert after < before, phase
     stages = ("before", "mixing", "hidden", "end_to_end")
     found = {s: json.loads((run / "evaluation" / f"{s}.json").read_text()) for s in stages}
     assert all(set(found[s]) == {"held_out", "evaluation"} for s in stages)
@@ -269,8 +284,6 @@ def test_a_student_cut_short_is_named(checkpoint, texts, tmp_path):
 
 def test_random_mixers_are_the_same_each_time_the_run_is_started(checkpoint, texts, tmp_path):
     """The untrained student is not saved, so it must come out of the seed."""
-    from mohawk.convert import untrained_student
-
     recipe = recipe_of(checkpoint, texts, tmp_path, init="random")
     teacher = AutoModelForCausalLM.from_pretrained(checkpoint)
     first = untrained_student(recipe, teacher).state_dict()

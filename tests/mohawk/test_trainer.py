@@ -379,9 +379,9 @@ def test_second_interrupt_stops_at_once(tmp_path):
     class Signalled(TinyObjective):
         def losses(self, **batch):
             if trainer.state.global_step == 7:
-                os.kill(os.getpid(), signal.SIGINT)
+                signal.raise_signal(signal.SIGINT)  # os.kill may reach another thread first, and this one late
                 threading.Event().wait(0.02)
-                os.kill(os.getpid(), signal.SIGINT)
+                signal.raise_signal(signal.SIGINT)
             yield from super().losses(**batch)
 
     trainer = tiny_trainer(tmp_path, Signalled(), tiny_phase(save_every=5))
