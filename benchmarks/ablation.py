@@ -71,8 +71,7 @@ def draw(rows: list[dict], target: Path) -> None:
         x = [i + 0.38 * (offset - 0.5) for i in range(len(own))]
         bars = axis.bar(x, [r["kl"] for r in own], width=0.36, label=f"{init} initialisation")
         axis.bar_label(bars, fmt="%.3f", fontsize=8)
-    axis.set_yscale("log")
-    axis.set_xticks(range(len(SCHEDULES)), [f"phases {name}" for name in SCHEDULES])
+    axis.set_xticks(range(len(SCHEDULES)), [f"phase{'s' * (len(name) > 1)} {name}" for name in SCHEDULES])
     axis.set_ylabel("KL(teacher ‖ student), nats per token")
     axis.set_title("The same tokens, with and without phases 1 and 2")
     axis.legend(frameon=False)
