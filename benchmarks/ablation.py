@@ -74,6 +74,7 @@ def draw(rows: list[dict], target: Path) -> None:
     axis.set_xticks(range(len(SCHEDULES)), [f"phase{'s' * (len(name) > 1)} {name}" for name in SCHEDULES])
     axis.set_ylabel("KL(teacher ‖ student), nats per token")
     axis.set_title("The same tokens, with and without phases 1 and 2")
+    axis.margins(y=0.2)
     axis.legend(frameon=False)
     axis.spines[["top", "right"]].set_visible(False)
     figure.savefig(target, dpi=120)
