@@ -375,7 +375,15 @@ def test_signal_after_the_last_step_stops_the_run_too(tmp_path):
     assert caught.value.step == 20 and is_complete(caught.value.path)
 
 
-def test_second_interrupt_stops_at_once(tmp_path):
+@pytest.fixture
+def interruptible():
+    """Python's own SIGINT handler, also where a shell started the tests in the background, with SIGINT ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_second_interrupt_stops_at_once(tmp_path, interruptible):
     class Signalled(TinyObjective):
         def losses(self, **batch):
             if trainer.state.global_step == 7:
