@@ -405,34 +405,38 @@ def pass_kernel(
         tl.store(target, gradient, mask=inside[:, None] & (column[None, :] < student.width))
 
 
-def tiles(width: int, dtype: torch.dtype, amd: bool) -> dict:
-    """How to launch, for the larger of head_dim and state_size padded to a power of 2.
+def tiles(attention_student: bool, width: int, dtype: torch.dtype, major: int) -> dict:
+    """How to launch. width: the larger of head_dim and state_size padded to a power of 2; major: of CUDA's compute
+    capability, 0 for AMD.
 
-    The largest blocks found that spill no registers on sm_80, sm_90, sm_100 and gfx942, of which mixing_triton_report
-    compiles all. Float32 takes three products in tf32, which together have its precision; AMD has float32's own.
+    The largest blocks found that spill no registers on sm_80, sm_90, sm_100 and gfx942, for which mixing_triton_report
+    compiles them. Float32 takes three products in tf32 for each, whose sum has its precision in chunks this short; AMD
+    has products in float32.
     """
     if dtype == torch.float32:
-        precision = "ieee" if amd else "tf32x3"
-        return {
-            "BLOCK": 32,
-            "STEP": 16,
-            "CHUNK": 32,
-            "PRECISION": precision,
-            "num_warps": 4 if amd else 8,
-            "num_stages": 1,
-        }
-    if width > 128:
-        block, warps = 32, 4 if amd else 8
+        block, step, chunk, warps, stages, precision = 32, 16, 32, 8, 1, "tf32x3"
+    elif width > 128:
+        block, step, chunk, warps, stages, precision = 32, 32, 64, 8, 2, "ieee"
     else:
-        block, warps = (64, 4) if amd else (128, 8)
+        block, step, chunk, warps, stages, precision = 128, 32, 128, 8, 2, "ieee"
+        if attention_student and major not in (9, 10):  # two sums as wide as a head, held in registers
+            block = 64
+    if major == 0:  # 64 threads a warp
+        block, warps, stages, precision = min(block, 64), 4, 1, "ieee"
     return {
         "BLOCK": block,
-        "STEP": 32,
-        "CHUNK": 64 if width > 128 else 128,
-        "PRECISION": "ieee",
+        "STEP": step,
+        "CHUNK": chunk,
+        "PRECISION": precision,
         "num_warps": warps,
-        "num_stages": 1 if amd else 2,
+        "num_stages": stages,
     }
+
+
+def _major(device: torch.device) -> int:
+    if device.type != "cuda":
+        return 8  # the interpreter's
+    return 0 if torch.version.hip is not None else torch.cuda.get_device_capability(device)[0]
 
 
 def _width(size: int) -> int:
@@ -506,7 +510,7 @@ def sums_and_gradients(student: Mixing, teacher: Mixing, metric: str, real: Tens
     dtype = _dtype(student, teacher)
     s, t = _side(student, dtype), _side(teacher, dtype)
     widths = {"STUDENT_WIDTH": _width(s.width), "TEACHER_WIDTH": _width(t.width)}
-    launch = tiles(max(widths.values()), dtype, torch.version.hip is not None)
+    launch = tiles(isinstance(student, AttentionMixing), max(widths.values()), dtype, _major(device))
     programs = triton.cdiv(seq, launch["BLOCK"]) * batch
     for side in (s, t):
         if side.most is not None:

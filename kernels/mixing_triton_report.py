@@ -12,6 +12,7 @@ from mohawk.kernels import mixing_triton, triton_report
 from mohawk.kernels.mixing_triton import Side
 
 WIDTHS = (64, 128, 256)
+MAJOR = {"sm_80": 8, "sm_90": 9, "sm_100": 10, "gfx942": 0}
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 PAIRS = ("ssd-attention", "attention-ssd", "attention-attention", "ssd-ssd")
 
@@ -42,7 +43,7 @@ def compile_one(
     """Compile with both operands of one width. masks: "segments" is documents and padding, by the metric with most
     sums; "none" is one document."""
     if tiles is None:
-        tiles = mixing_triton.tiles(width, DTYPES[dtype], target.startswith("gfx"))
+        tiles = mixing_triton.tiles(pair.startswith("attention"), width, DTYPES[dtype], MAJOR[target])
     masked = masks == "segments"
     student, teacher = (_side(kind, dtype, masked) for kind in pair.split("-"))
     constants = {name: tiles[name] for name in ("BLOCK", "STEP", "CHUNK", "PRECISION")}

@@ -13,7 +13,7 @@ pytest.importorskip("triton")
 ROOT = pathlib.Path(__file__).parents[2]
 
 
-@pytest.mark.parametrize("part", ("kinds", "packed", "extremes", "half", "shipped"))
+@pytest.mark.parametrize("part", ("kinds", "packed", "extremes", "half", "large"))
 def test_interpreted(part):
     done = subprocess.run(
         [sys.executable, str(pathlib.Path(__file__).with_name("mixing_triton_cases.py")), part],
