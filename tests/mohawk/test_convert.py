@@ -20,7 +20,7 @@ from mohawk.generation import generate
 from mohawk.models.hybrid import HybridForCausalLM
 from mohawk.phases import HiddenObjective, MixingObjective
 from mohawk.recipe import Recipe
-from tests.models.conftest import FAMILIES, tiny_teacher
+from tests.models.conftest import tiny_teacher
 from tests.mohawk.tiny_phase import cheap_training, fork, wait  # noqa: F401
 
 pytestmark = pytest.mark.usefixtures("cheap_training")
@@ -119,8 +119,8 @@ def test_a_run_from_checkpoint_to_student(checkpoint, texts, tmp_path, capsys):
     assert (run / "student" / "model.safetensors").read_bytes() == before
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_every_family_and_both_mixers_run(family, tokenizer, texts, tmp_path):
+@pytest.mark.parametrize("family", ["llama_biased", "mistral", "qwen3", "gemma2", "olmo2", "phi4_mini"])
+def test_families_and_both_mixers_run(family, tokenizer, texts, tmp_path):
     teacher = tiny_teacher(family, vocab_size=258, num_hidden_layers=2, bos_token_id=256, eos_token_id=257)
     teacher.save_pretrained(tmp_path / "teacher")
     tokenizer.save_pretrained(tmp_path / "teacher")
