@@ -16,6 +16,7 @@ from transformers import (
     PreTrainedModel,
 )
 from transformers.configuration_utils import PreTrainedConfig
+from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from mohawk.models.families import check_supported, decoder_shape, family_of, leaves_out_softcap, needed_attention
@@ -321,6 +322,8 @@ class HybridForCausalLM(HybridPreTrainedModel, GenerationMixin):
             # without padding there is less to do, but asking a GPU makes each decoding step wait for the last
             if (n > 1 or padding_mask.device.type == "cpu") and bool(padding_mask.all()):
                 padding_mask = None
+        if past_key_values is not None and not isinstance(attention_mask, dict) and not self.config.is_pure_ssm:
+            attention_mask = self._masks_of_kept_kinds(attention_mask, past_key_values, position_ids, b, n)
         if self.config.is_pure_ssm:
             # no attention layer: transformers cannot size a mask from such a cache, and nothing here needs one
             attention_mask = inputs.new_zeros((1, 1, 1, 1), dtype=torch.bool)
@@ -337,6 +340,26 @@ class HybridForCausalLM(HybridPreTrainedModel, GenerationMixin):
             padding_mask=padding_mask,
             **kwargs,
         )
+
+    def _masks_of_kept_kinds(self, attention_mask, cache, position_ids, b: int, n: int):
+        """The mask as it came, or, where no layer of one of the family's kinds of attention is left, a mask for each
+        kind that is: the family's own code would size the mask of the lost kind by a cache layer that has no length.
+        """
+        lost = set(getattr(self.model.config, "layer_types", None) or ()) - set(self.config.layer_types)
+        if not lost:
+            return attention_mask
+        make = {"full_attention": create_causal_mask, "sliding_attention": create_sliding_window_causal_mask}
+        sizes = torch.empty((b, n, 0), dtype=self.dtype, device=self.device)  # stands for the embeddings
+        return {kind: None for kind in lost} | {
+            kind: make[kind](
+                config=self.model.config,
+                inputs_embeds=sizes,
+                attention_mask=attention_mask,
+                past_key_values=cache,
+                position_ids=position_ids,
+            )
+            for kind in set(self.config.layer_types) - {SSM_LAYER}
+        }
 
 
 def _longrope_limit(base_config) -> int | None:
