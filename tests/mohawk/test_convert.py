@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config
 
 from mohawk.checkpoints import Interrupted, is_complete
 from mohawk.convert import claimed, convert, untrained_student
@@ -130,6 +130,13 @@ def test_families_and_both_mixers_run(family, tokenizer, texts, tmp_path):
     found = json.loads((tmp_path / "run" / "evaluation" / "end_to_end.json").read_text())
     assert found["evaluation"]["kl"] < 50
     assert is_complete(tmp_path / "run" / "student")
+
+
+def test_a_model_of_another_family_is_refused_before_its_weights_load(texts, tmp_path):
+    GPT2Config(architectures=["GPT2LMHeadModel"]).save_pretrained(tmp_path)  # no weights are there to load
+    with pytest.raises(UserError, match=r"'gpt2' cannot be converted.*missing: an entry in FAMILIES.*supported: llama"):
+        convert(recipe_of(tmp_path, texts, tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
 
 
 def final(run: Path) -> bytes:
