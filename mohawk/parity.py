@@ -67,7 +67,7 @@ def inputs_for(config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase | No
     mask[1, :PADDING] = 0
     return {
         "long": ids[None, : config.max_position_embeddings],  # beyond, a window or a rotary scaling may begin to matter
-        "batch": ids[: 2 * BATCH].view(2, BATCH).contiguous(),
+        "batch": ids[: 2 * BATCH].view(2, BATCH).clone(),
         "mask": mask,
         "prefill": torch.tensor(PREFILL),
         "new": torch.tensor(NEW),

@@ -106,4 +106,10 @@ def main(folder: str, inputs: str, answers: str, scratch: str, trust: str) -> No
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    try:
+        main(*sys.argv[1:])
+    except Exception as error:
+        import traceback
+
+        traceback.print_exc()
+        sys.exit(f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}")
