@@ -70,7 +70,7 @@ def why_not_bamba(config: HybridConfig, *, pad_expand: bool = False) -> str | No
 
         return (
             f"the installed transformers {__version__} normalises all {config.mixer_num_groups} groups of a mixer "
-            "together, later ones each alone, as the student does; upgrade transformers"
+            "together, 5.23 and later each alone, as the student does; upgrade transformers"
         )
     return None
 

@@ -11,7 +11,7 @@ from typing import Any
 from mohawk.parity import Row
 from mohawk.recipe import Recipe
 from mohawk.report import RESULTS, read_json, tables
-from mohawk.runtimes import Note
+from mohawk.runtimes import GROUPS_APART, Note
 
 log = logging.getLogger(__name__)
 
@@ -47,7 +47,7 @@ def model_card(
                 *changes,
             )
         ),  # fmt: skip
-        f"## Use\n\n```python\n{_example(name, remote)}\n```",
+        f"## Use\n\n```python\n{_example(name, remote)}\n```" + _needs(config),
     ]
     if results:
         parts += [f"## {title}\n\n{_table(header, cells)}" for title, header, cells in tables(results)]
@@ -114,6 +114,12 @@ def _example(name: str, remote: bool) -> str:
         'inputs = tokenizer("The most important thing is", return_tensors="pt")\n'
         "print(tokenizer.decode(model.generate(**inputs, max_new_tokens=50)[0]))"
     )
+
+
+def _needs(config: Any) -> str:
+    if getattr(config, "mamba_n_groups", 1) == 1:
+        return ""
+    return f"\n\nNeeds transformers {GROUPS_APART} or later; earlier ones load it without a word and answer otherwise."
 
 
 def _recipe(recipe: Recipe) -> str:

@@ -9,6 +9,9 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
 
+GROUPS_APART = "5.23"  # the first transformers whose Bamba normalises each group by itself (5.17 to 5.22 were read)
+
+
 @dataclass(frozen=True)
 class Note:
     """checked: whether this very export was run there, by the export doctor."""
@@ -27,12 +30,12 @@ def notes(config: PretrainedConfig) -> list[Note]:
         ]
     stock = "stock class, nothing else to install; pass position_ids when you call the model with a cache yourself"
     if config.mamba_n_groups > 1:
-        stock += ". 5.17 normalises the mixer's groups together, which is another function: use a later one"
+        stock += f". Needs {GROUPS_APART} or later: earlier ones normalise a mixer's groups together, without a word"
     return [
         Note("transformers", True, stock),
         Note("vLLM", False, _vllm(config)),
         Note("llama.cpp", False, _llama_cpp(config)),
-        Note("MLX", False, "mlx-lm has no Bamba (its granitemoehybrid is another layout)"),
+        Note("MLX", False, "mlx-lm 0.32 has no Bamba (its granitemoehybrid is another layout)"),
     ]
 
 
