@@ -115,6 +115,20 @@ def parser() -> argparse.ArgumentParser:
     generate.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     generate.add_argument("--seed", type=_number(int, 0), metavar="N", help="of sampling")
 
+    export = command("export", _export, "write a student that runs where mohawk is not installed, and check it")
+    export.add_argument("model", type=Path, metavar="RUN", help="a run's folder, or a student's")
+    export.add_argument(
+        "--to", choices=("bamba", "hybrid"), default="bamba",
+        help="bamba: transformers' own class (default); hybrid: ours, its code beside the weights",
+    )  # fmt: skip
+    export.add_argument("--output", type=Path, metavar="DIR", help="default: RUN/export/bamba or .../hybrid")
+    export.add_argument(
+        "--pad-expand", action="store_true", help="pad mixers with zeros to twice the width (llama.cpp)"
+    )
+    export.add_argument(
+        "--fold-bias", action="store_true", help="move in_proj's biases on x, B, C behind the convolution"
+    )
+
     inspect = command(
         "inspect", _inspect, "print a model's layers, mixers and state sizes, or draw its mixing matrices"
     )
@@ -189,6 +203,12 @@ def _generate(options: argparse.Namespace) -> None:
         device=options.device,
         seed=options.seed,
     )
+
+
+def _export(options: argparse.Namespace) -> None:
+    from mohawk.export import export
+
+    export(options.model, options.to, options.output, pad_expand=options.pad_expand, fold_bias=options.fold_bias)
 
 
 def _inspect(options: argparse.Namespace) -> None:
