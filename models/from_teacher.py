@@ -11,11 +11,11 @@ from transformers import GenerationConfig
 
 from mohawk.models.families import check_supported, decoder_layers, decoder_shape, mixer_input_norm
 from mohawk.models.hybrid import SSM_LAYER, HybridConfig, HybridForCausalLM, attention_types
-from mohawk.models.mixers import Mamba2Mixer, SSMMixer
+from mohawk.models.mixers import OPEN_GATE, DiscreteMamba2Mixer, Mamba2Mixer, SSMMixer
 
 log = logging.getLogger(__name__)
 
-INITS = ("attention", "random")
+INITS = ("attention", "neutral", "random")
 GATES = ("open", "output", "random")
 # Starting values under init "attention"; see copy_attention
 X_SIZE = 0.1  # rms of x before its SiLU, where SiLU is nearly x / 2
@@ -67,7 +67,8 @@ def hybrid_from_teacher(
         ssm_layers: layers to replace: "every_second", "all" or indices.
         mixer: "mamba2" (the stock Bamba mixer's mathematics) or "discrete_mamba2" (the MOHAWK paper's).
         init: "attention" copies q -> C, k -> B, v -> x, o -> out_proj (MambaInLlama, arXiv 2408.15237); needs
-            state_size equal to the head dim. "random" leaves the mixer at its own initialisation.
+            state_size equal to the head dim. "random" leaves the mixer at its own initialisation; "neutral" does so
+            with its projections, and starts with an identity convolution and a gate of 1, as Phi-Mamba did.
         gate: what z starts from under "attention": "open" (a constant; z rows 0), "output" (z from the output and
             value projections, as AWS hybrid-model-factory does) or "random".
         state_size: N; default the teacher's head dim.
@@ -104,7 +105,8 @@ def hybrid_from_teacher(
         mixer_state_size=state_size,
         mixer_conv_kernel=conv_kernel,
         # one switch for both projections: an output bias must be kept, and a constant gate needs a bias on z
-        mixer_bias=_has_bias(attention[0].o_proj) or (mixer == "mamba2" and init == "attention" and gate == "open"),
+        mixer_bias=_has_bias(attention[0].o_proj)
+        or (mixer == "mamba2" and (init == "neutral" or (init == "attention" and gate == "open"))),
     )
     config._attn_implementation = model.config._attn_implementation
     student = HybridForCausalLM(config).to(model.dtype)
@@ -118,6 +120,9 @@ def hybrid_from_teacher(
             layer = decoder_layers(student)[i]
             norm = mixer_input_norm(layer).weight
             copy_attention(attention[i], layer.self_attn, norm, shape.num_kv_heads, gate)
+    elif init == "neutral":
+        for i in chosen:
+            start_neutral(decoder_layers(student)[i].self_attn)
     student.generation_config = saveable(model.generation_config)
     return student.to(model.device).train(model.training)
 
@@ -215,6 +220,21 @@ def copy_attention(attention: nn.Module, mixer: SSMMixer, norm: Tensor, num_kv_h
     elif gate == "output":
         values = per_head(attention.v_proj.weight, repeat)
         mixer.in_proj.weight[rows["z"]] = 0.5 * (attention.o_proj.weight.T + values)
+
+
+@torch.no_grad()
+def start_neutral(mixer: SSMMixer) -> None:
+    """Random projections between an identity convolution and a gate of 1: what Phi-Mamba was trained from."""
+    mixer.conv1d.weight.zero_()
+    mixer.conv1d.weight[:, 0, -1] = 1.0
+    mixer.conv1d.bias.zero_()
+    z = mixer.slices()["z"]
+    mixer.in_proj.weight[z] = 0.0
+    if mixer.in_proj.bias is not None:
+        mixer.in_proj.bias.zero_()
+        mixer.out_proj.bias.zero_()
+    gate = mixer.z_bias if isinstance(mixer, DiscreteMamba2Mixer) else mixer.in_proj.bias[z]
+    gate.fill_(OPEN_GATE)
 
 
 def _open_gate(mixer: Mamba2Mixer, size: Tensor) -> None:
