@@ -18,7 +18,7 @@ from transformers import (
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from mohawk.models.families import check_supported, decoder_shape
+from mohawk.models.families import check_supported, decoder_shape, family_of, leaves_out_softcap, needed_attention
 from mohawk.models.mixers import MIXERS, DiscreteMamba2Mixer, Mamba2Mixer, SSMMixer
 
 SSM_LAYER = "linear_attention"
@@ -26,7 +26,7 @@ SSM_LAYER = "linear_attention"
 _COPIED = (
     "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
     "num_key_value_heads", "head_dim", "max_position_embeddings", "sliding_window", "initializer_range",
-    "bos_token_id", "eos_token_id", "pad_token_id", "tie_word_embeddings",
+    "bos_token_id", "eos_token_id", "pad_token_id", "tie_word_embeddings", "final_logit_softcapping",
 )  # fmt: skip
 
 
@@ -187,11 +187,14 @@ class HybridForCausalLM(HybridPreTrainedModel, GenerationMixin):
     def __init__(self, config: HybridConfig):
         super().__init__(config)
         check_supported(config.base_config)
+        if leaves_out_softcap(config.base_config):
+            config.base_config._attn_implementation = needed_attention(config.base_config)
         self.model = AutoModel.from_config(config.base_config)
         for i in config.ssm_layers:
             self.model.layers[i].self_attn = config.make_mixer(i)
         self.vocab_size = config.vocab_size
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        bias = family_of(config).head_bias
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=bias)
         self.post_init()
 
     def forward(
@@ -220,6 +223,8 @@ class HybridForCausalLM(HybridPreTrainedModel, GenerationMixin):
         hidden = body.last_hidden_state
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) and logits_to_keep else logits_to_keep
         logits = self.lm_head(hidden if isinstance(kept, int) else hidden[:, kept])
+        if (cap := self.logit_softcap) is not None:
+            logits = cap * torch.tanh(logits / cap)
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
@@ -230,6 +235,11 @@ class HybridForCausalLM(HybridPreTrainedModel, GenerationMixin):
             hidden_states=body.hidden_states,
             attentions=body.attentions,
         )
+
+    @property
+    def logit_softcap(self) -> float | None:
+        """Bound c of the logits, c tanh(logits / c), where the family has one (Gemma 2)."""
+        return getattr(self.config, "final_logit_softcapping", None)
 
     def resize_token_embeddings(self, *args, **kwargs) -> nn.Embedding:
         """As in transformers; the decoder's own configuration follows, so that the student loads again."""
@@ -248,6 +258,26 @@ class HybridForCausalLM(HybridPreTrainedModel, GenerationMixin):
             model_kwargs["past_key_values"] = StateCache(self.config)
             return None
         return super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
+
+    def prepare_inputs_for_generation(
+        self, input_ids, past_key_values=None, attention_mask=None, position_ids=None, **kwargs
+    ):
+        # transformers' Phi-3 does the same: longrope turns every position differently once the text is longer than the
+        # model's first training, so the keys that were cached until then are made anew
+        limit = _longrope_limit(self.config.base_config)
+        if limit and past_key_values is not None and not self.config.is_pure_ssm and input_ids.shape[1] > limit:
+            if 0 < past_key_values.get_seq_length() <= limit:
+                past_key_values, position_ids = None, None
+                kwargs["next_sequence_length"] = None
+                if attention_mask is not None and attention_mask.dim() == 2:
+                    position_ids = (attention_mask.long().cumsum(-1) - 1).clamp_min(0)
+        return super().prepare_inputs_for_generation(
+            input_ids,
+            past_key_values=past_key_values,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            **kwargs,
+        )
 
     def body(
         self,
@@ -307,6 +337,14 @@ class HybridForCausalLM(HybridPreTrainedModel, GenerationMixin):
             padding_mask=padding_mask,
             **kwargs,
         )
+
+
+def _longrope_limit(base_config) -> int | None:
+    """How many tokens a text may have before longrope takes its other factors; None without longrope."""
+    rope = getattr(base_config, "rope_parameters", None) or {}
+    if rope.get("rope_type") != "longrope":
+        return None
+    return rope.get("original_max_position_embeddings") or base_config.original_max_position_embeddings
 
 
 def segments_of(position_ids: Tensor) -> Tensor | None:

@@ -124,11 +124,12 @@ def load_teacher(
     import torch
     from transformers import AutoModelForCausalLM
 
+    from mohawk.models.families import needed_attention
     from mohawk.models.released import load_released
 
     if dtype not in DTYPES:
         raise UserError(f"teacher.dtype: got {dtype!r}; allowed: {', '.join(DTYPES)}")
-    load_config(model, gguf_file=gguf_file, revision=revision, trust_remote_code=trust_remote_code)
+    config = load_config(model, gguf_file=gguf_file, revision=revision, trust_remote_code=trust_remote_code)
     name, gguf_file = locate(model, gguf_file)
     kind = None if dtype == "auto" else getattr(torch, dtype)
     try:
@@ -141,6 +142,7 @@ def load_teacher(
                 dtype=kind or "auto",
                 trust_remote_code=trust_remote_code,
                 output_loading_info=True,
+                attn_implementation=needed_attention(config),
                 **_gguf(gguf_file),
             )
     except Exception as error:
