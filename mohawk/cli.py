@@ -101,6 +101,7 @@ def parser() -> argparse.ArgumentParser:
     generate = command("generate", _generate, "continue a prompt")
     generate.add_argument("model", metavar="MODEL", help="folder, run, .gguf file or hub id")
     generate.add_argument("--prompt", required=True, metavar="TEXT")
+    generate.add_argument("--tokenizer", metavar="MODEL", help="folder or hub id, where the model comes without one")
     generate.add_argument("--max-new-tokens", type=_number(int, 1), default=100, metavar="N", help="default: 100")
     generate.add_argument(
         "--temperature", type=_number(float, 0), default=0.0, metavar="T", help="0, the default, is greedy"
@@ -202,6 +203,7 @@ def _generate(options: argparse.Namespace) -> None:
         top_p=options.top_p,
         device=options.device,
         seed=options.seed,
+        tokenizer=options.tokenizer,
     )
 
 

@@ -77,11 +77,14 @@ def load_config(
     revision: str | None = None,
     trust_remote_code: bool = False,
 ) -> PretrainedConfig:
-    """The teacher's configuration, checked to be a causal language model's. Raises UserError."""
+    """The teacher's configuration, checked to be a causal language model's; of a released student (Phi-Mamba, Llamba,
+    MambaInLlama) our own. Raises UserError."""
     from transformers import AutoConfig
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
     name, gguf_file = locate(model, gguf_file)
+    if (released := _released(name, gguf_file, revision)) is not None:
+        return released
     try:
         config = AutoConfig.from_pretrained(
             name, revision=revision, trust_remote_code=trust_remote_code, **_gguf(gguf_file)
@@ -122,21 +125,26 @@ def load_teacher(
     from transformers import AutoModelForCausalLM
 
     from mohawk.models.families import needed_attention
+    from mohawk.models.released import load_released
 
     if dtype not in DTYPES:
         raise UserError(f"teacher.dtype: got {dtype!r}; allowed: {', '.join(DTYPES)}")
     config = load_config(model, gguf_file=gguf_file, revision=revision, trust_remote_code=trust_remote_code)
     name, gguf_file = locate(model, gguf_file)
+    kind = None if dtype == "auto" else getattr(torch, dtype)
     try:
-        teacher, info = AutoModelForCausalLM.from_pretrained(
-            name,
-            revision=revision,
-            dtype="auto" if dtype == "auto" else getattr(torch, dtype),
-            trust_remote_code=trust_remote_code,
-            output_loading_info=True,
-            attn_implementation=needed_attention(config),
-            **_gguf(gguf_file),
-        )
+        if _released(name, gguf_file, revision) is not None:
+            teacher, info = load_released(name, revision=revision, dtype=kind), {"missing_keys": ()}
+        else:
+            teacher, info = AutoModelForCausalLM.from_pretrained(
+                name,
+                revision=revision,
+                dtype=kind or "auto",
+                trust_remote_code=trust_remote_code,
+                output_loading_info=True,
+                attn_implementation=needed_attention(config),
+                **_gguf(gguf_file),
+            )
     except Exception as error:
         raise _user_error(error, name, revision, "weights") from error
     if missing := sorted(info["missing_keys"]):
@@ -193,6 +201,19 @@ def without_quantization(model: PreTrainedModel) -> PreTrainedModel:
     plain.tie_weights()
     plain.generation_config = model.generation_config
     return plain
+
+
+def _released(name: str, gguf_file: str | None, revision: str | None) -> PretrainedConfig | None:
+    """Our configuration of a released student, None for anything that transformers loads itself."""
+    from mohawk.models.released import released_config
+
+    if gguf_file is not None:
+        return None
+    try:
+        found = released_config(name, revision=revision)
+    except Exception as error:
+        raise _user_error(error, name, revision, "configuration") from error
+    return None if found is None else found[1]
 
 
 def _gguf(gguf_file: str | None) -> dict[str, Any]:
