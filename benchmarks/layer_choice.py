@@ -33,8 +33,9 @@ def all_layers(run: Path):
     from mohawk.recipe import Recipe, shipped
 
     settings = local_settings(str(fetch.smollm2()))
-    settings += ["student.ssm_layers=all", "phases.end_to_end=null", f"output={run}"]
-    settings += ["evaluation.contexts=[64]", "evaluation.decode_tokens=2", "evaluation.continuation_tokens=20"]
+    settings += ["student.ssm_layers=all", "phases.hidden.tokens=30720", "phases.end_to_end=null", f"output={run}"]
+    settings += ["evaluation.tokens=2048", "evaluation.contexts=[64]"]
+    settings += ["evaluation.decode_tokens=2", "evaluation.continuation_tokens=20"]
     return Recipe.load(shipped("demo"), settings)
 
 

