@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.run import RESULTS, put_in_readme  # noqa: E402
 
-BUDGETS = (25, 20, 15, 12, 10, 8, 6, 4, 2, 0)
+BUDGETS = (22, 15, 11, 8, 4, 0)
 DISTILLED = 8  # attention layers of the students that go through phase 3
 COLORS = {"kl": "#1f6feb", "both": "#1a7f37", "recall": "#8250df", "alone": "#0a8f8f", "even": "#d9730d"}
 
@@ -69,7 +69,7 @@ def measure(run: Path, found: dict, names: list[str]) -> list[dict]:
 
     conversion = Conversion(Recipe.load(run / "recipe.yaml"), run, Console())
     states, head = conversion.texts["evaluation"], Head.of(conversion.teacher)
-    lists = recall_batches(conversion.tokenizer, 4096, seed=1)
+    lists = recall_batches(conversion.tokenizer, 2048, seed=1)
     student = HybridForCausalLM.from_pretrained(run / "phases" / "hidden" / "student").to(conversion.device).eval()
     mixers, every = list(decoder_layers(student)), range(student.config.num_hidden_layers)
 
