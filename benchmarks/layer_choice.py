@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.run import RESULTS, put_in_readme  # noqa: E402
 
-BUDGETS = (22, 15, 11, 8, 4, 0)
+BUDGETS = (22, 15, 8, 4, 0)
 DISTILLED = 8  # attention layers of the students that go through phase 3
 COLORS = {"kl": "#1f6feb", "both": "#1a7f37", "recall": "#8250df", "alone": "#0a8f8f", "even": "#d9730d"}
 
@@ -66,6 +66,7 @@ def measure(run: Path, found: dict, names: list[str]) -> list[dict]:
     from mohawk.models.hybrid import HybridForCausalLM
     from mohawk.recall import recall_batches, recall_of
     from mohawk.recipe import Recipe
+    from mohawk.report import read_json, write_json
 
     conversion = Conversion(Recipe.load(run / "recipe.yaml"), run, Console())
     states, head = conversion.texts["evaluation"], Head.of(conversion.teacher)
@@ -77,15 +78,25 @@ def measure(run: Path, found: dict, names: list[str]) -> list[dict]:
         settings = {"device": conversion.device, "autocast": conversion.autocast}
         return asdict(recall_of((final_hidden_states(model, b, head, **settings) for b in lists), lists, head))
 
-    rows = [{"choice": "teacher", "attention": list(every), "kl": 0.0, "recall": recall(conversion.teacher)}]
+    kept, student_id = run / "selection" / "choices.json", found["settings"]["student"]
+    known = read_json(kept) or {}
+    if known.get("student") != student_id:
+        known = {"student": student_id}
+
+    def of(attention: list[int]) -> dict:
+        key = ",".join(map(str, attention))
+        if key not in known:
+            for i, layer in enumerate(mixers):
+                decoder_layers(student)[i] = layer
+            student.config.layer_types = ["linear_attention"] * len(mixers)
+            keep_attention(student, conversion.teacher, [i for i in every if i not in attention])
+            known[key] = asdict(compare(student, states, autocast=conversion.autocast)) | {"recall": recall(student)}
+            write_json(kept, known)
+        return known[key]
+
+    rows = [{"choice": "teacher", "attention": list(every), **of(list(every))}]
     for name, attention in tqdm(list(choices(found, names)), desc="choices"):
-        for i, layer in enumerate(mixers):
-            decoder_layers(student)[i] = layer
-        student.config.layer_types = ["linear_attention"] * len(mixers)
-        keep_attention(student, conversion.teacher, [i for i in every if i not in attention])
-        result = asdict(compare(student, states, autocast=conversion.autocast))
-        rows.append({"choice": name, "attention": attention, **result, "recall": recall(student)})
-    rows[0]["student_perplexity"] = rows[1]["teacher_perplexity"]
+        rows.append({"choice": name, "attention": attention, **of(attention)})
     return rows
 
 
@@ -184,11 +195,12 @@ def main() -> None:
     parser.add_argument("--lazy", action="store_true", help="as of mohawk select")
     parser.add_argument("--distil", type=float, default=0, metavar="TOKENS", help="of phase 3 at one budget; 0: none")
     options = parser.parse_args()
+    from mohawk.checkpoints import is_complete
     from mohawk.convert import convert
     from mohawk.report import machine
     from mohawk.select_layers import select
 
-    if not (options.run / "results.json").is_file():
+    if not is_complete(options.run / "phases" / "hidden" / "student"):
         convert(all_layers(options.run))
     for by in options.by:
         found = select(options.run, by=by, tokens=options.tokens, lazy=options.lazy)
@@ -201,7 +213,8 @@ def main() -> None:
     (RESULTS / "layer_choice.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
     draw(rows, found["num_layers"], RESULTS / "layer_choice.png")
     command = f"python benchmarks/layer_choice.py --by {' '.join(options.by)}"
-    command += " --lazy" * options.lazy + f" --distil {options.distil:.0f}" * (options.distil > 0)
+    command += f" --tokens {options.tokens}" * (options.tokens != 2048) + " --lazy" * options.lazy
+    command += f" --distil {options.distil:.0f}" * (options.distil > 0)
     told = f"{'; '.join(about['machine']['devices'])}. `{command}`"
     put_in_readme("layer_choice", [*lines, "", told, "", "![layer choice](benchmarks/results/layer_choice.png)"])
     print("\n".join(lines))
