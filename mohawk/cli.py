@@ -51,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
         return 2
     except KeyboardInterrupt:
-        resumed = options.run in (_demo, _convert)
+        resumed = options.run in (_demo, _convert, _select)
         print("stopped" + "; the same command goes on from what was saved" * resumed, file=sys.stderr)
         return 130
     except BrokenPipeError:
@@ -93,6 +93,31 @@ def parser() -> argparse.ArgumentParser:
     convert.add_argument("--dry-run", action="store_true", help="print the plan and exit")
     convert.add_argument("--output", metavar="DIR", help="the run's folder, instead of the recipe's")
     _add_set(convert)
+
+    select = command("select", _select, "rank a run's layers by what it costs to replace their attention")
+    select.add_argument(
+        "model", type=Path, metavar="RUN", help="a run's folder, its phases 1 and 2 done for all layers"
+    )
+    _add_by(select)
+    select.add_argument(
+        "--tokens", type=_number(int, 2), default=2048, metavar="N", help="of text to measure on; default: 2048"
+    )
+    select.add_argument(
+        "--lazy", action="store_true", help="measure only layers that could be next: faster, not always the same order"
+    )
+
+    compose = command("compose", _compose, "assemble a student from a run with mixers in all layers, for phase 3")
+    compose.add_argument(
+        "model", type=Path, metavar="RUN", help="a run's folder, its phases 1 and 2 done for all layers"
+    )
+    what = compose.add_mutually_exclusive_group(required=True)
+    what.add_argument("--budget", metavar="B", help="attention layers (8), a share (25%%) or state bytes (40MB@4096)")
+    what.add_argument(
+        "--attention", type=_number(int, 0), nargs="+", metavar="I", help="the attention layers, without a ranking"
+    )
+    _add_by(compose)
+    compose.add_argument("--output", type=Path, metavar="DIR", help="the new run; default: RUN-N-attention")
+    _add_set(compose)
 
     evaluate = command("evaluate", _evaluate, "measure a run's student against its teacher again")
     evaluate.add_argument("model", type=Path, metavar="RUN", help="a run's folder")
@@ -184,6 +209,19 @@ def _convert(options: argparse.Namespace) -> None:
     convert(recipe, dry_run=options.dry_run)
 
 
+def _select(options: argparse.Namespace) -> None:
+    from mohawk.select_layers import select
+
+    select(options.model, by=options.by, tokens=options.tokens, lazy=options.lazy)
+
+
+def _compose(options: argparse.Namespace) -> None:
+    from mohawk.compose import compose
+
+    given = {name: getattr(options, name) for name in ("budget", "attention", "by", "output")}
+    compose(options.model, **given, overrides=options.set)
+
+
 def _evaluate(options: argparse.Namespace) -> None:
     from mohawk.evaluate_run import evaluate_run
 
@@ -238,6 +276,12 @@ def _doctor(options: argparse.Namespace) -> None:
     from mohawk.doctor import doctor
 
     doctor()
+
+
+def _add_by(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument(
+        "--by", choices=("kl", "recall", "both", "alone"), default="kl", help="how layers are ranked; default: kl"
+    )
 
 
 def _add_set(sub: argparse.ArgumentParser) -> None:
