@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 OURS = Path(__file__).parent / "tasks"
-# What a task is about, where its own `tag` does not say so: the beginnings of the harness's names.
+# What a task is about, where its `metadata` have no `kind` that says so: the beginnings of the harness's names.
 KINDS = {
     "knowledge": ("mmlu", "global_mmlu", "triviaqa", "nq_open", "webqs", "truthfulqa", "gpqa", "openbookqa", "sciq"),
     "retrieval": ("ruler", "niah", "longbench", "fda", "swde", "squad", "scrolls", "babilong"),
@@ -74,8 +74,7 @@ def evaluate_tasks(
         raise UserError(f"{run} is not a run's folder: it holds no recipe.yaml")
     recipe = Recipe.load(folder / "recipe.yaml", overrides)
     name = student_folder(folder)
-    manager = task_manager(task_path)
-    check_names(tasks, manager)
+    manager = task_manager(tasks, task_path)
 
     from mohawk.convert import pick_device
     from mohawk.precision import autocast_dtype
@@ -117,28 +116,31 @@ def evaluate_tasks(
     return results
 
 
-def task_manager(task_path: str | Path | None = None) -> TaskManager:
-    """The harness's tasks, ours, and those in `task_path`. Raises UserError, ModuleNotFoundError."""
+def task_manager(tasks: Sequence[str], task_path: str | Path | None = None) -> TaskManager:
+    """What finds the named tasks, groups and tags: ours, those in `task_path`, and the harness's.
+
+    Raises:
+        UserError: `task_path` is no folder, or a name is unknown (with those it may have been meant as).
+        ModuleNotFoundError: lm_eval is not installed.
+    """
+    if not tasks:
+        raise UserError("--tasks: got no name; `mohawk` is the tasks that come along")
     if task_path is not None and not Path(task_path).expanduser().is_dir():
         raise UserError(f"--task-path: {task_path} is not a folder; give one that holds task files (*.yaml)")
     from lm_eval.tasks import TaskManager
 
-    theirs = [] if task_path is None else [str(Path(task_path).expanduser().resolve())]
-    return TaskManager(include_path=[str(OURS), *theirs])
-
-
-def check_names(tasks: Sequence[str], manager: TaskManager) -> None:
-    """Raises UserError for a name that is no task, group or tag, with those it may have been meant as."""
-    if not tasks:
-        raise UserError("--tasks: got no name; `mohawk` is the tasks that come along")
+    paths = [str(OURS), *([] if task_path is None else [str(Path(task_path).expanduser().resolve())])]
+    manager = TaskManager(include_path=paths, include_defaults=False)
+    if not set(tasks) <= set(manager.all_tasks):
+        manager = TaskManager(include_path=paths)  # reads some 14,000 files
     known = set(manager.all_tasks)
     for name in tasks:
-        if name in known:
-            continue
-        near = difflib.get_close_matches(name, known, n=5)
-        near += sorted((other for other in known if name and name in other and other not in near), key=len)
-        listed = f"near it: {', '.join(near[:5])}" if near else "`lm_eval ls tasks` lists all"
-        raise UserError(f"--tasks: there is no task {name!r}; {listed} (one of your own needs --task-path)")
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=5)
+            near += sorted((other for other in known.difference(near) if name in other), key=len)
+            listed = f"near it: {', '.join(near[:5])}" if near else "`lm_eval ls tasks` lists all"
+            raise UserError(f"--tasks: there is no task {name!r}; {listed} (one of your own needs --task-path)")
+    return manager
 
 
 def run_tasks(
@@ -242,7 +244,7 @@ def paired(teacher: Mapping[str, Any], student: Mapping[str, Any]) -> dict[str, 
         else:
             counted = teacher["n-samples"][name]
             both["tasks"][name] = {
-                "kind": kind_of(name, teacher["configs"][name].get("tag")),
+                "kind": kind_of(name, (teacher["configs"][name].get("metadata") or {}).get("kind")),
                 "version": teacher["versions"].get(name),
                 "fewshot": teacher["n-shot"].get(name),
                 "questions": counted["effective"],
@@ -252,13 +254,11 @@ def paired(teacher: Mapping[str, Any], student: Mapping[str, Any]) -> dict[str, 
     return both
 
 
-def kind_of(name: str, tags: str | Sequence[str] | None) -> str:
-    """ "knowledge", "retrieval" or "other": by the task's tag, else by its name."""
-    tags = [tags] if isinstance(tags, str) else list(tags or ())
-    for kind, beginnings in KINDS.items():
-        if kind in tags or name.startswith(beginnings):
-            return kind
-    return "other"
+def kind_of(name: str, kind: str | None = None) -> str:
+    """ "knowledge", "retrieval" or "other": what the task says it is, else by its name."""
+    if kind in KINDS:
+        return kind
+    return next((kind for kind, beginnings in KINDS.items() if name.startswith(beginnings)), "other")
 
 
 def difference_error(

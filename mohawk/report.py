@@ -298,21 +298,20 @@ def task_tables(found: Mapping[str, Any]) -> list[Table]:
 
     A mean over tasks is only there where the harness's group asks for one, below all the tasks it is of.
     """
-    header = ["task", "metric", "questions", "few-shot", "teacher", "student", "student - teacher"]
+    header = ["task", "metric", "questions", "teacher", "student", "difference"]
     made: list[Table] = []
     for kind, title in KINDS.items():
         rows = []
         for name, task in found["tasks"].items():
             if task["kind"] == kind:
-                asked = f"{task['questions']:,}"
-                if task["questions"] != task["of"]:
-                    asked = f"first {asked} of {task['of']:,}"
+                asked = f"{task['questions']:,} of {task['of']:,}"
+                shots = f", {task['fewshot']}-shot" if task["fewshot"] else ""
                 for metric, values in task["metrics"].items():
-                    rows.append([name, metric, asked, str(task["fewshot"]), *_with_errors(values)])
+                    rows.append([name, f"{metric}{shots}", asked, *_with_errors(values)])
         if rows:
             made.append((f"{title} (± standard error)", header, rows))
     rows = [
-        [name, metric, f"mean over {len(group['members'])}", "", *_with_errors(values)]
+        [name, metric, f"mean over {len(group['members'])}", *_with_errors(values)]
         for name, group in found["groups"].items()
         for metric, values in group["metrics"].items()
     ]
