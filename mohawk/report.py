@@ -375,7 +375,7 @@ def print_tables(made: list[Table], console: Console) -> None:
     for title, header, rows in made:
         table = RichTable(title=title, title_justify="left", box=box.SIMPLE_HEAD)
         for i, column in enumerate(header):
-            table.add_column(column, justify="right" if i else "left")
+            table.add_column(column, justify="right" if i else "left", no_wrap=not i)
         for row in rows:
             table.add_row(*map(escape, row))
         console.print(table)
