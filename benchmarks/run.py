@@ -322,6 +322,9 @@ def run_benchmark(name: str, options: argparse.Namespace) -> bool:
     """Run one benchmark; False if something of ours failed or was wrong."""
     end = None if options.seconds is None else time.monotonic() + options.seconds
     cases = [c for c in find(name, options.device, options.quick) if options.only in c.key]
+    if not cases:
+        print(f"{name} has no case whose table/name contains {options.only!r}", file=sys.stderr)
+        return False
     pythons = {case.key: interpreter_for(case.needs, options.peers) for case in cases}
     runs: dict[str, list[dict]] = {case.key: [] for case in cases}
     for number in range(options.rounds):
@@ -345,6 +348,8 @@ def run_benchmark(name: str, options: argparse.Namespace) -> bool:
         else:
             rows.append(summarise(case, runs[case.key], options.device))
     mark, about = f"{name}-{options.device}", environment(options.device)
+    for row in rows:
+        row |= {"commit": about["commit"], "date": about["date"]}
     old = RESULTS / f"{mark}.json"
     if options.only and old.exists():
         # Lines that this run left out stay as they were, in their places.
@@ -352,7 +357,9 @@ def run_benchmark(name: str, options: argparse.Namespace) -> bool:
         kept = json.loads(old.read_text())["rows"]
         rows = [new.pop((row["table"], row["name"]), row) for row in kept] + list(new.values())
     lines = table_lines(rows, options.device)
-    versions = f"torch {about['torch']}, Python {about['python']}; commit {about['commit']}, {about['date']}"
+    measured = sorted({(row.get("date", "?"), row.get("commit", "?")) for row in rows})
+    measured = "; ".join(f"commit {commit}, {date}" for date, commit in measured)
+    versions = f"torch {about['torch']}, Python {about['python']}; {measured}"
     told = f"{about['device']}; {versions}"
     lines += [f"{told}. `python benchmarks/run.py {name} --device {options.device}{' --quick' * options.quick}`"]
     print("\n".join(lines))
@@ -363,6 +370,12 @@ def run_benchmark(name: str, options: argparse.Namespace) -> bool:
         draw(rows, RESULTS / f"{mark}.png", f"{name} on {about['device']}")
         put_in_readme(mark, lines)
     return not any(k in row for row in rows if row["name"].startswith("mohawk") for k in ("failed", "wrong"))
+
+
+def has_cuda() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
 
 
 def main() -> int:
@@ -384,6 +397,8 @@ def main() -> int:
     for name in options.names:
         if name not in NAMES:
             parser.error(f"no benchmark {name!r}; there are: {', '.join(NAMES)}")
+    if options.device == "cuda" and not has_cuda():
+        parser.error("--device cuda: torch sees no CUDA or ROCm device here")
     if options.one:
         case = next(c for c in find(options.names[0], options.device, options.quick) if c.key == options.one)
         print("RESULT " + json.dumps(measure(case, options.device, options.repeats)))
