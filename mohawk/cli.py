@@ -21,6 +21,7 @@ OPTIONAL = {
     "accelerate": "training",
     "datasets": "reading text",
     "gguf": "reading GGUF checkpoints",
+    "lm_eval": "evaluate --tasks",
     "matplotlib": "plots",
     "safetensors": "reading and writing weights",
     "torch": "everything but checking recipes",
@@ -28,6 +29,7 @@ OPTIONAL = {
     "transformers": "loading and converting models",
     "triton": "GPU kernels",
 }
+EXTRAS = {"lm_eval": "'mohawk[eval]'"}  # not by its own name: the versions matter
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -45,8 +47,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         package = (error.name or "").partition(".")[0]
         if package not in OPTIONAL:
             raise
+        wanted = EXTRAS.get(package, package)
         print(
-            f"error: {package} is not installed, which {OPTIONAL[package]} needs; run: pip install {package}",
+            f"error: {package} is not installed, which {OPTIONAL[package]} needs; run: pip install {wanted}",
             file=sys.stderr,
         )
         return 2
@@ -121,6 +124,12 @@ def parser() -> argparse.ArgumentParser:
 
     evaluate = command("evaluate", _evaluate, "measure a run's student against its teacher again")
     evaluate.add_argument("model", type=Path, metavar="RUN", help="a run's folder")
+    tasks = evaluate.add_argument_group("tasks of lm-evaluation-harness, instead of the run's texts")
+    tasks.add_argument("--tasks", metavar="NAME,...", help="tasks, groups or tags; `mohawk` needs no download")
+    tasks.add_argument("--task-path", type=Path, metavar="DIR", help="a folder of further task files")
+    tasks.add_argument("--limit", type=_number(int, 1), metavar="N", help="only the first N questions of each")
+    tasks.add_argument("--batch-size", type=_number(int, 1), metavar="N", help="default: the recipe's evaluation")
+    tasks.add_argument("--fewshot", type=_number(int, 0), metavar="N", help="examples before a question")
     _add_set(evaluate)
 
     generate = command("generate", _generate, "continue a prompt")
@@ -223,6 +232,14 @@ def _compose(options: argparse.Namespace) -> None:
 
 
 def _evaluate(options: argparse.Namespace) -> None:
+    asked = {name: getattr(options, name) for name in ("task_path", "limit", "batch_size", "fewshot")}
+    if options.tasks is not None:
+        from mohawk.lm_eval_tasks import evaluate_tasks
+
+        names = [name.strip() for name in options.tasks.split(",") if name.strip()]
+        evaluate_tasks(options.model, names, **asked, overrides=options.set)
+        return
+    _refuse(asked, "--tasks NAME,...; name tasks, or leave it out")
     from mohawk.evaluate_run import evaluate_run
 
     evaluate_run(options.model, options.set)
@@ -258,9 +275,7 @@ def _inspect(options: argparse.Namespace) -> None:
 
         inspect_matrices(options.model, options.matrices, **drawing)
         return
-    for name, value in drawing.items():
-        if value is not None:
-            raise UserError(f"--{name} is of --matrices TEXT; give a text, or leave it out")
+    _refuse(drawing, "--matrices TEXT; give a text, or leave it out")
     from rich.console import Console
 
     from mohawk.describe import describe, print_description, print_run, student_folder
@@ -270,6 +285,13 @@ def _inspect(options: argparse.Namespace) -> None:
     if (folder / "recipe.yaml").is_file():
         print_run(folder, console)
     print_description(describe(student_folder(options.model)), options.contexts, console)
+
+
+def _refuse(given: dict[str, object], of: str) -> None:
+    """Options that only mean something beside another one."""
+    for name, value in given.items():
+        if value is not None:
+            raise UserError(f"--{name.replace('_', '-')} is of {of}")
 
 
 def _doctor(options: argparse.Namespace) -> None:
