@@ -61,6 +61,29 @@ def causal_conv1d(
     return y, final
 
 
+def causal_conv1d_step(
+    window: Tensor, weight: Tensor, bias: Tensor | None = None, *, activation: str | None = None
+) -> Tensor:
+    """The convolution's output for the last token of a window that is as long as the kernel.
+
+    window: (batch, channels, kernel), oldest input first. weight, bias, activation: as in `causal_conv1d`. Returns
+    (batch, channels) in window's dtype; sums are float32 inside (float64 for float64). Raises ValueError for shapes
+    that do not fit.
+    """
+    if window.dim() != 3 or window.shape[1:] != weight.shape:
+        raise ValueError(
+            f"causal_conv1d_step: window must be (batch, channels, kernel) for a weight (channels, kernel), "
+            f"got {tuple(window.shape)} and {tuple(weight.shape)}"
+        )
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"causal_conv1d_step: activation must be None or 'silu', got {activation!r}")
+    wide = _wide(window)
+    y = (window.to(wide) * weight.to(wide)).sum(-1)
+    if bias is not None:
+        y = y + bias.to(wide)
+    return (torch.nn.functional.silu(y) if activation == "silu" else y).to(window.dtype)
+
+
 @functools.cache
 def _package_function() -> Callable | None:
     """`causal_conv1d_fn` of the causal-conv1d package, None where it is not installed; looked up once."""

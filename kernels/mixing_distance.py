@@ -73,7 +73,9 @@ def _check_triton(student: Mixing, teacher: Mixing) -> None:
     from mohawk.kernels.mixing_triton import fits_triton
 
     if not fits_triton(student, teacher):
-        raise ValueError(f"{where} is not for float64, nor for a head_dim or state_size above 256; take 'chunked'")
+        raise ValueError(
+            f"{where} is not for float64, a softcap, nor a head_dim or state_size above 256; take 'chunked'"
+        )
 
 
 def _check(student: Mixing, teacher: Mixing, metric: str, reduction: str, backend: str) -> None:

@@ -419,8 +419,8 @@ def tiles(attention_student: bool, width: int, dtype: torch.dtype, major: int) -
         block, step, chunk, warps, stages, precision = 32, 32, 64, 8, 2, "ieee"
     else:
         block, step, chunk, warps, stages, precision = 128, 32, 128, 8, 2, "ieee"
-        if attention_student and major not in (9, 10):  # two sums as wide as a head, held in registers
-            block = 64
+        if attention_student and major not in (0, 9, 10):  # its rows have two sums as wide as a head
+            block, chunk = 64, 64
     if major == 0:  # 64 threads a warp
         block, warps, stages, precision = min(block, 64), 4, 1, "ieee"
     return {
@@ -578,9 +578,12 @@ def _value_and_gradients(
 
 
 def fits_triton(student: Mixing, teacher: Mixing) -> bool:
-    """Whether the kernels cover this pair: no float64, and heads of at most 256."""
-    return all(
-        mixing.tensors[0].shape[-1] <= 256
-        and not any(value is not None and value.dtype == torch.float64 for value in mixing.tensors)
-        for mixing in (student, teacher)
-    )
+    """Whether the kernels cover this pair: no float64, no softcap, head_dim and state_size at most 256."""
+    for mixing in (student, teacher):
+        if any(value is not None and value.dtype == torch.float64 for value in mixing.tensors):
+            return False
+        if isinstance(mixing, AttentionMixing) and mixing.softcap is not None:
+            return False
+        if mixing.tensors[0].shape[-1] > 256:
+            return False
+    return True

@@ -91,15 +91,19 @@ def ssd_step(
     compute = torch.promote_types(state.dtype, torch.float32)
     x_in = x.to(compute)
     scaled = x_in if input_scale is None else x_in * input_scale.to(compute).unsqueeze(-1)
-    B_bhN = B.to(compute).repeat_interleave(heads // B.shape[1], dim=1)
-    C_bhN = C.to(compute).repeat_interleave(heads // C.shape[1], dim=1)
+    B_bhN, C_bhN = (_per_head(value.to(compute), heads) for value in (B, C))
     decay = log_decay.to(compute).exp()[..., None, None]
-    state = decay * state.to(compute) + scaled.unsqueeze(-1) * B_bhN.unsqueeze(-2)
+    state = (decay * state.to(compute)).addcmul_(scaled.unsqueeze(-1), B_bhN.unsqueeze(-2))
     # A sum, not a matrix product: autocast would round the state to bfloat16.
     y = (state * C_bhN.unsqueeze(-2)).sum(-1)
     if D is not None:
         y = y + x_in * D.to(compute).unsqueeze(-1)
     return y.to(x.dtype), state
+
+
+def _per_head(value: Tensor, heads: int) -> Tensor:
+    """(batch, groups, state_size) -> (batch, heads, state_size), without a copy where each head has its own."""
+    return value if value.shape[1] == heads else value.repeat_interleave(heads // value.shape[1], dim=1)
 
 
 def _check(
