@@ -50,37 +50,9 @@ class Side(NamedTuple):
 
 
 @triton.jit
-def _head_of(pointer, batch, head, heads, own_heads, size):
-    """The (size,) part of a (batch, own_heads, size) operand that a head of `heads` reads."""
-    if pointer is not None:
-        pointer += (batch * own_heads + head // (heads // own_heads)).to(tl.int64) * size
-    return pointer
-
-
-@triton.jit
-def _of_head(side, batch, head, heads, seq):
-    """The side of one head: `left` to `D` point to what that head reads."""
-    first = side.first
-    if first is not None:
-        first += batch.to(tl.int64) * seq
-    D = side.D
-    if D is not None:
-        D += head // (heads // side.heads)
-    return Side(
-        _head_of(side.left, batch, head, heads, side.left_heads, seq * side.width),
-        _head_of(side.right, batch, head, heads, side.right_heads, seq * side.width),
-        first,
-        _head_of(side.most, batch, head, heads, side.heads, seq),
-        _head_of(side.inverse, batch, head, heads, side.heads, seq),
-        _head_of(side.sums, batch, head, heads, side.heads, seq),
-        _head_of(side.weight, batch, head, heads, side.heads, seq),
-        D,
-        side.scale,
-        side.heads,
-        side.left_heads,
-        side.right_heads,
-        side.width,
-    )
+def _offset(batch, head, heads, own_heads, size):
+    """Where, in a (batch, own_heads, size) operand, the part is that a head of `heads` reads."""
+    return (batch * own_heads + head // (heads // own_heads)).to(tl.int64) * size
 
 
 @triton.jit
@@ -96,6 +68,8 @@ def _held(pointer, tokens, seq, width, WIDTH: tl.constexpr, CHUNK: tl.constexpr)
     """The own operand's tile, unless it is so wide that it is read anew, chunk by chunk, for each product."""
     if WIDTH <= CHUNK:
         return _operand(pointer, tokens, seq, 0, width, WIDTH)
+    else:
+        return 0
 
 
 @triton.jit
@@ -117,9 +91,9 @@ def _products(
 
 
 @triton.jit
-def _vectors(side, tokens, origin, seq, ROW: tl.constexpr, DIAGONAL: tl.constexpr):
+def _vectors(side, batch, at, tokens, origin, seq, ROW: tl.constexpr, DIAGONAL: tl.constexpr):
     """What entries depend on by their row or column: (most or decay, inverse or low part of the decay, weight,
-    first token seen).
+    first token seen). at: where the head's part of a (batch, heads, seq) operand is.
 
     Decays run from `origin`, a cumulative one, to the row or from the column to it: as factors, or, for tiles on the
     diagonal, as exponents in two float32 parts. Rows beyond seq get entries of 0.
@@ -128,10 +102,10 @@ def _vectors(side, tokens, origin, seq, ROW: tl.constexpr, DIAGONAL: tl.constexp
     inside = tokens < seq
     if side.sums is None:
         if ROW:
-            value = tl.load(side.most + tokens, mask=inside, other=float("inf"))
-            low = tl.load(side.inverse + tokens, mask=inside, other=0.0)
+            value = tl.load(side.most + at + tokens, mask=inside, other=float("inf"))
+            low = tl.load(side.inverse + at + tokens, mask=inside, other=0.0)
     else:
-        local = tl.load(side.sums + tokens, mask=inside, other=float("-inf") if ROW else float("inf")) - origin
+        local = tl.load(side.sums + at + tokens, mask=inside, other=float("-inf") if ROW else float("inf")) - origin
         if DIAGONAL:
             value = local.to(tl.float32)
             low = (local - value).to(tl.float32)
@@ -141,15 +115,15 @@ def _vectors(side, tokens, origin, seq, ROW: tl.constexpr, DIAGONAL: tl.constexp
             value = tl.exp2((-local).to(tl.float32))
         if side.weight is not None:
             if not ROW:
-                weight = tl.load(side.weight + tokens, mask=inside, other=0.0)
+                weight = tl.load(side.weight + at + tokens, mask=inside, other=0.0)
     if side.first is not None:
         if ROW:
-            first = tl.load(side.first + tokens, mask=inside, other=0)
+            first = tl.load(side.first + batch.to(tl.int64) * seq + tokens, mask=inside, other=0)
     return value, low, weight, first
 
 
 @triton.jit
-def _entries(side, products, own, step, of_own, of_step, seq, ROWS: tl.constexpr, DIAGONAL: tl.constexpr):
+def _entries(side, D, products, own, step, of_own, of_step, seq, ROWS: tl.constexpr, DIAGONAL: tl.constexpr):
     """A tile of the matrix from a tile of q k^T or C B^T: (entries, by, strict).
 
     Attention: `by` is the entries' logarithm. State-space: the factor between the gradients of an entry and of the
@@ -183,7 +157,7 @@ def _entries(side, products, own, step, of_own, of_step, seq, ROWS: tl.constexpr
                 entries *= own_weight[:, None]
         strict = tl.where(row == column, 0.0, entries)
         if side.D is not None:
-            entries = tl.where((row == column) & seen, entries + tl.load(side.D), entries)
+            entries = tl.where((row == column) & seen, entries + D, entries)
     else:
         by = (step_value * step_weight)[None, :]
         if side.first is not None:
@@ -195,12 +169,12 @@ def _entries(side, products, own, step, of_own, of_step, seq, ROWS: tl.constexpr
 
 @triton.jit
 def _absorb(
-    q_tile, side, rows, begin, first, most, total, seq, DIAGONAL: tl.constexpr, STEP: tl.constexpr,
+    q_tile, q, k, side, rows, begin, first, most, total, seq, DIAGONAL: tl.constexpr, STEP: tl.constexpr,
     WIDTH: tl.constexpr, CHUNK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Take the columns from `begin` into the largest score and the sum of exponentials below it."""
     columns = begin + tl.arange(0, STEP)
-    products = _products(q_tile, side.left, rows, side.right, columns, seq, side.width, WIDTH, CHUNK, PRECISION)
+    products = _products(q_tile, q, rows, k, columns, seq, side.width, WIDTH, CHUNK, PRECISION)
     scores = products * side.scale
     if DIAGONAL or side.first is not None:
         seen = columns[None, :] <= rows[:, None]
@@ -223,46 +197,51 @@ def normaliser_kernel(
     blocks = tl.cdiv(seq, BLOCK)
     pair = tl.program_id(0) // blocks
     block = blocks - 1 - tl.program_id(0) % blocks  # the long ones first
-    side = _of_head(side, pair // heads, pair % heads, heads, seq)
+    batch, head = pair // heads, pair % heads
+    q = side.left + _offset(batch, head, heads, side.left_heads, seq * side.width)
+    k = side.right + _offset(batch, head, heads, side.right_heads, seq * side.width)
+    at = pair.to(tl.int64) * seq
     rows = block * BLOCK + tl.arange(0, BLOCK)
-    q_tile = _held(side.left, rows, seq, side.width, WIDTH, CHUNK)
+    q_tile = _held(q, rows, seq, side.width, WIDTH, CHUNK)
     begin, first = 0, 0
     if side.first is not None:
-        first = tl.load(side.first + rows, mask=rows < seq, other=0)
-        begin = tl.load(side.first + block * BLOCK) // STEP * STEP
+        firsts = side.first + batch.to(tl.int64) * seq
+        first = tl.load(firsts + rows, mask=rows < seq, other=0)
+        begin = tl.load(firsts + block * BLOCK) // STEP * STEP
     most = tl.full((BLOCK,), HIDDEN, tl.float32)
     total = tl.zeros((BLOCK,), tl.float32)
     for start in range(begin, block * BLOCK, STEP):
-        most, total = _absorb(q_tile, side, rows, start, first, most, total, seq, False, STEP, WIDTH, CHUNK, PRECISION)
+        most, total = _absorb(
+            q_tile, q, k, side, rows, start, first, most, total, seq, False, STEP, WIDTH, CHUNK, PRECISION
+        )
     for start in range(block * BLOCK, tl.minimum(block * BLOCK + BLOCK, seq), STEP):
-        most, total = _absorb(q_tile, side, rows, start, first, most, total, seq, True, STEP, WIDTH, CHUNK, PRECISION)
-    tl.store(side.most + rows, most, mask=rows < seq)
-    tl.store(side.inverse + rows, 1 / total, mask=rows < seq)
+        most, total = _absorb(
+            q_tile, q, k, side, rows, start, first, most, total, seq, True, STEP, WIDTH, CHUNK, PRECISION
+        )
+    tl.store(side.most + at + rows, most, mask=rows < seq)
+    tl.store(side.inverse + at + rows, 1 / total, mask=rows < seq)
 
 
 @triton.jit
 def _visit(
-    student, teacher, student_tile, teacher_tile, of_student, of_teacher, student_origin, teacher_origin,
-    own, begin, real, row_weights, seq, total, size, weight, diagonal, mass, centre, gradient, plain,
+    student, teacher, student_own, teacher_own, student_step, teacher_step, student_tile, teacher_tile, of_student,
+    of_teacher, student_at, teacher_at, student_origin, teacher_origin, student_D, teacher_D, batch, own, begin, real,
+    row_weights, seq, total, size, weight, diagonal, mass, centre, gradient, plain,
     ROWS: tl.constexpr, DIAGONAL: tl.constexpr, METRIC: tl.constexpr, GRADIENTS: tl.constexpr, STEP: tl.constexpr,
     STUDENT_WIDTH: tl.constexpr, TEACHER_WIDTH: tl.constexpr, CHUNK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Make one tile of both matrices and take it into the sums."""
     step = begin + tl.arange(0, STEP)
-    teacher_step = teacher.right if ROWS else teacher.left
-    student_step = student.right if ROWS else student.left
-    teacher_of_step = _vectors(teacher, step, teacher_origin, seq, not ROWS, DIAGONAL)
-    student_of_step = _vectors(student, step, student_origin, seq, not ROWS, DIAGONAL)
+    by_step = _vectors(teacher, batch, teacher_at, step, teacher_origin, seq, not ROWS, DIAGONAL)
     products = _products(
-        teacher_tile, teacher.left if ROWS else teacher.right, own, teacher_step, step, seq, teacher.width,
-        TEACHER_WIDTH, CHUNK, PRECISION,
-    )  # fmt: skip
-    A, log_A, _ = _entries(teacher, products, own, step, of_teacher, teacher_of_step, seq, ROWS, DIAGONAL)
+        teacher_tile, teacher_own, own, teacher_step, step, seq, teacher.width, TEACHER_WIDTH, CHUNK, PRECISION
+    )
+    A, log_A, _ = _entries(teacher, teacher_D, products, own, step, of_teacher, by_step, seq, ROWS, DIAGONAL)
+    by_step = _vectors(student, batch, student_at, step, student_origin, seq, not ROWS, DIAGONAL)
     products = _products(
-        student_tile, student.left if ROWS else student.right, own, student_step, step, seq, student.width,
-        STUDENT_WIDTH, CHUNK, PRECISION,
-    )  # fmt: skip
-    S, by, strict = _entries(student, products, own, step, of_student, student_of_step, seq, ROWS, DIAGONAL)
+        student_tile, student_own, own, student_step, step, seq, student.width, STUDENT_WIDTH, CHUNK, PRECISION
+    )
+    S, by, strict = _entries(student, student_D, products, own, step, of_student, by_step, seq, ROWS, DIAGONAL)
     residual = S - A
     if real is not None:
         columns = step if ROWS else own
@@ -324,8 +303,22 @@ def pass_kernel(
         block = blocks - 1 - block  # the long ones first
     batch = pair // heads
     head = pair % heads
-    student = _of_head(student, batch, head, heads, seq)
-    teacher = _of_head(teacher, batch, head, heads, seq)
+    student_at = _offset(batch, head, heads, student.heads, seq)
+    teacher_at = _offset(batch, head, heads, teacher.heads, seq)
+    size = seq * student.width
+    student_own = student.left + _offset(batch, head, heads, student.left_heads, size)
+    student_step = student.right + _offset(batch, head, heads, student.right_heads, size)
+    size = seq * teacher.width
+    teacher_own = teacher.left + _offset(batch, head, heads, teacher.left_heads, size)
+    teacher_step = teacher.right + _offset(batch, head, heads, teacher.right_heads, size)
+    if not ROWS:
+        student_own, student_step = student_step, student_own
+        teacher_own, teacher_step = teacher_step, teacher_own
+    student_D, teacher_D = 0.0, 0.0
+    if student.D is not None:
+        student_D = tl.load(student.D + head // (heads // student.heads))
+    if teacher.D is not None:
+        teacher_D = tl.load(teacher.D + head // (heads // teacher.heads))
     at = pair.to(tl.int64) * seq
     row_weights += at
     if real is not None:
@@ -333,8 +326,8 @@ def pass_kernel(
     own = block * BLOCK + tl.arange(0, BLOCK)
     inside = own < seq
     end = tl.minimum(block * BLOCK + BLOCK, seq)
-    student_tile = _held(student.left if ROWS else student.right, own, seq, student.width, STUDENT_WIDTH, CHUNK)
-    teacher_tile = _held(teacher.left if ROWS else teacher.right, own, seq, teacher.width, TEACHER_WIDTH, CHUNK)
+    student_tile = _held(student_own, own, seq, student.width, STUDENT_WIDTH, CHUNK)
+    teacher_tile = _held(teacher_own, own, seq, teacher.width, TEACHER_WIDTH, CHUNK)
 
     total = tl.zeros((BLOCK,), tl.float64)
     size = tl.zeros((BLOCK,), tl.float64)
@@ -359,15 +352,16 @@ def pass_kernel(
             high = tl.load(bounds + end - 1)
     student_origin, teacher_origin = 0.0, 0.0
     if student.sums is not None:
-        student_origin = tl.load(student.sums + border)
+        student_origin = tl.load(student.sums + student_at + border)
     if teacher.sums is not None:
-        teacher_origin = tl.load(teacher.sums + border)
-    of_student = _vectors(student, own, student_origin, seq, ROWS, False)
-    of_teacher = _vectors(teacher, own, teacher_origin, seq, ROWS, False)
+        teacher_origin = tl.load(teacher.sums + teacher_at + border)
+    of_student = _vectors(student, batch, student_at, own, student_origin, seq, ROWS, False)
+    of_teacher = _vectors(teacher, batch, teacher_at, own, teacher_origin, seq, ROWS, False)
     for begin in range(low, high, STEP):
         total, size, weight, diagonal, mass, centre, gradient, plain = _visit(
-            student, teacher, student_tile, teacher_tile, of_student, of_teacher, student_origin, teacher_origin,
-            own, begin, real, row_weights, seq, total, size, weight, diagonal, mass, centre, gradient, plain,
+            student, teacher, student_own, teacher_own, student_step, teacher_step, student_tile, teacher_tile,
+            of_student, of_teacher, student_at, teacher_at, student_origin, teacher_origin, student_D, teacher_D,
+            batch, own, begin, real, row_weights, seq, total, size, weight, diagonal, mass, centre, gradient, plain,
             ROWS, False, METRIC, GRADIENTS, STEP, STUDENT_WIDTH, TEACHER_WIDTH, CHUNK, PRECISION,
         )  # fmt: skip
     if student.sums is not None:
@@ -375,15 +369,16 @@ def pass_kernel(
 
     # On the diagonal; decays from the block's first token.
     if student.sums is not None:
-        student_origin = tl.load(student.sums + block * BLOCK)
+        student_origin = tl.load(student.sums + student_at + block * BLOCK)
     if teacher.sums is not None:
-        teacher_origin = tl.load(teacher.sums + block * BLOCK)
-    of_student = _vectors(student, own, student_origin, seq, ROWS, True)
-    of_teacher = _vectors(teacher, own, teacher_origin, seq, ROWS, True)
-    for begin in range(block * BLOCK, end, STEP):
+        teacher_origin = tl.load(teacher.sums + teacher_at + block * BLOCK)
+    of_student = _vectors(student, batch, student_at, own, student_origin, seq, ROWS, True)
+    of_teacher = _vectors(teacher, batch, teacher_at, own, teacher_origin, seq, ROWS, True)
+    for begin in tl.range(block * BLOCK, end, STEP, num_stages=1):
         total, size, weight, diagonal, mass, centre, gradient, plain = _visit(
-            student, teacher, student_tile, teacher_tile, of_student, of_teacher, student_origin, teacher_origin,
-            own, begin, real, row_weights, seq, total, size, weight, diagonal, mass, centre, gradient, plain,
+            student, teacher, student_own, teacher_own, student_step, teacher_step, student_tile, teacher_tile,
+            of_student, of_teacher, student_at, teacher_at, student_origin, teacher_origin, student_D, teacher_D,
+            batch, own, begin, real, row_weights, seq, total, size, weight, diagonal, mass, centre, gradient, plain,
             ROWS, True, METRIC, GRADIENTS, STEP, STUDENT_WIDTH, TEACHER_WIDTH, CHUNK, PRECISION,
         )  # fmt: skip
 
@@ -405,22 +400,32 @@ def pass_kernel(
         tl.store(target, gradient, mask=inside[:, None] & (column[None, :] < student.width))
 
 
-def tiles(attention_student: bool, width: int, dtype: torch.dtype, major: int) -> dict:
-    """How to launch. width: the larger of head_dim and state_size padded to a power of 2; major: of CUDA's compute
-    capability, 0 for AMD.
+NORMALISER = {"num_warps": 4}  # its launch is otherwise the pass's
+
+
+def tiles(usual: bool, width: int, dtype: torch.dtype, major: int) -> dict:
+    """How to launch. usual: a state-space student and an attention teacher, the pair that needs fewest registers;
+    width: the larger of head_dim and state_size padded to a power of 2; major: of CUDA's compute capability, 0 for AMD.
 
     The largest blocks found that spill no registers on sm_80, sm_90, sm_100 and gfx942, for which mixing_triton_report
     compiles them. Float32 takes three products in tf32 for each, whose sum has its precision in chunks this short; AMD
     has products in float32.
     """
+    precision = "ieee"
     if dtype == torch.float32:
         block, step, chunk, warps, stages, precision = 32, 16, 32, 8, 1, "tf32x3"
-    elif width > 128:
-        block, step, chunk, warps, stages, precision = 32, 32, 64, 8, 2, "ieee"
+        if width > 128 and not usual:
+            block = 16
+    elif width > 128 or not (usual or major in (0, 9, 10)):
+        block, step, chunk, warps, stages = 32, 32, 32, 8, 2
     else:
-        block, step, chunk, warps, stages, precision = 128, 32, 128, 8, 2, "ieee"
-        if attention_student and major not in (0, 9, 10):  # its rows have two sums as wide as a head
-            block, chunk = 64, 64
+        block, step, chunk, warps, stages = 128, 32, 128, 8, 2
+        if major == 9 and not usual:
+            block = 64
+        elif major == 10 and not usual:
+            stages = 1
+        elif major not in (0, 9, 10):
+            block, chunk = 64, 32
     if major == 0:  # 64 threads a warp
         block, warps, stages, precision = min(block, 64), 4, 1, "ieee"
     return {
@@ -510,11 +515,13 @@ def sums_and_gradients(student: Mixing, teacher: Mixing, metric: str, real: Tens
     dtype = _dtype(student, teacher)
     s, t = _side(student, dtype), _side(teacher, dtype)
     widths = {"STUDENT_WIDTH": _width(s.width), "TEACHER_WIDTH": _width(t.width)}
-    launch = tiles(isinstance(student, AttentionMixing), max(widths.values()), dtype, _major(device))
+    launch = tiles(s.most is None and t.most is not None, max(widths.values()), dtype, _major(device))
     programs = triton.cdiv(seq, launch["BLOCK"]) * batch
     for side in (s, t):
         if side.most is not None:
-            normaliser_kernel[(programs * side.heads,)](side, seq, side.heads, WIDTH=_width(side.width), **launch)
+            normaliser_kernel[(programs * side.heads,)](
+                side, seq, side.heads, WIDTH=_width(side.width), **launch | NORMALISER
+            )
 
     def per_row(dtype: torch.dtype, *width: int) -> Tensor:
         return torch.empty(batch, heads, seq, *width, dtype=dtype, device=device)

@@ -43,7 +43,9 @@ def compile_one(
     """Compile with both operands of one width. masks: "segments" is documents and padding, by the metric with most
     sums; "none" is one document."""
     if tiles is None:
-        tiles = mixing_triton.tiles(pair.startswith("attention"), width, DTYPES[dtype], MAJOR[target])
+        tiles = mixing_triton.tiles(pair == PAIRS[0], width, DTYPES[dtype], MAJOR[target])
+    if kernel == "normaliser":
+        tiles = tiles | mixing_triton.NORMALISER
     masked = masks == "segments"
     student, teacher = (_side(kind, dtype, masked) for kind in pair.split("-"))
     constants = {name: tiles[name] for name in ("BLOCK", "STEP", "CHUNK", "PRECISION")}
