@@ -416,7 +416,7 @@ def tiles(usual: bool, width: int, dtype: torch.dtype, major: int) -> dict:
         block, step, chunk, warps, stages, precision = 32, 16, 32, 8, 1, "tf32x3"
         if width > 128 and not usual:
             block = 16
-    elif width > 128 or not (usual or major in (0, 9, 10)):
+    elif width > 128 or not (usual or major in (0, 10) or (major == 9 and width <= 64)):
         block, step, chunk, warps, stages = 32, 32, 32, 8, 2
     else:
         block, step, chunk, warps, stages = 128, 32, 128, 8, 2
