@@ -44,8 +44,10 @@ def ssd(
     package's kernels, "auto" those on CUDA where they are installed and fit, else "chunked".
 
     Returns y like x, and with return_final_state also the state after the last token, (batch, heads,
-    head_dim, state_size) in float32 (float64 for float64 x). Statistics are float32 inside whatever x is.
-    Raises ValueError for shapes that do not fit.
+    head_dim, state_size) in float32 (float64 for float64 x). The scan is float32 inside (float64 for float64 x).
+    Sums of log decays are kept as in float64 by "chunked"; mamba-ssm's kernels take them as float32 over 256
+    tokens, so that where decays of -30 and below meet weak ones in a chunk, y is off by up to 1e-4 of itself.
+    Raises ValueError for shapes that do not fit, RuntimeError in a second derivative, which only "reference" has.
     """
     _check(x, log_decay, B, C, input_scale, D, initial_state, segment_ids)
     if backend not in BACKENDS:
@@ -80,8 +82,8 @@ def ssd_step(
     """One token of `ssd`: shapes are its shapes without the sequence dimension.
 
     state: (batch, heads, head_dim, state_size). x: (batch, heads, head_dim). log_decay, input_scale:
-    (batch, heads). B and C: (batch, groups, state_size). D: (heads,). Returns (y, the new state); `state`
-    is not changed.
+    (batch, heads). B and C: (batch, groups, state_size). D: (heads,). Returns (y, the new state) in x's dtype and
+    the state's (at least float32), in which the step is computed; `state` is not changed.
     """
     if x.dim() != 3:
         raise ValueError(f"ssd_step: x must be (batch, heads, head_dim), got {tuple(x.shape)}")
@@ -147,6 +149,7 @@ def _check(
         )
     check_segment_ids(segment_ids, batch, seq, where)
     tensors = {"x": x, "log_decay": log_decay, "B": B, "C": C, "input_scale": input_scale, "D": D}
+    tensors["the state"] = initial_state
     for name, value in tensors.items():
         if value is not None and not value.is_floating_point():
             raise ValueError(f"{where}: {name} must be floating point, got {value.dtype}")
