@@ -46,7 +46,7 @@ def ssd(
     Returns y like x, and with return_final_state also the state after the last token, (batch, heads,
     head_dim, state_size) in float32 (float64 for float64 x). The scan is float32 inside (float64 for float64 x).
     Sums of log decays are kept as in float64 by "chunked"; mamba-ssm's kernels take them as float32 over 256
-    tokens, so that where decays of -30 and below meet weak ones in a chunk, y is off by up to 1e-4 of itself.
+    tokens, so that where decays of -10 and below meet weak ones in a chunk, y is off by up to 3e-5 of itself.
     Raises ValueError for shapes that do not fit, RuntimeError in a second derivative, which only "reference" has.
     """
     _check(x, log_decay, B, C, input_scale, D, initial_state, segment_ids)
