@@ -24,7 +24,7 @@ class AttentionMixing:
 
     scale: 1 / sqrt(head_dim) if None. window: a token sees itself and the window - 1 tokens before it;
     everything if None. segment_ids: (batch, seq) integers; a token sees only its own segment (a run of
-    equal ids), -1 is padding.
+    equal ids), -1 is padding. softcap: c bounds the scores s to c tanh(s / c), as in Gemma 2.
     """
 
     q: Tensor
@@ -32,6 +32,7 @@ class AttentionMixing:
     scale: float | None = None
     window: int | None = None
     segment_ids: Tensor | None = None
+    softcap: float | None = None
 
     def __post_init__(self) -> None:
         q, k, where = self.q, self.k, "AttentionMixing"
@@ -45,6 +46,8 @@ class AttentionMixing:
             raise ValueError(f"{where}: {k.shape[1]} kv heads must divide {q.shape[1]} heads")
         if self.window is not None and self.window < 1:
             raise ValueError(f"{where}: window must be None or at least 1, got {self.window}")
+        if self.softcap is not None and not self.softcap > 0:
+            raise ValueError(f"{where}: softcap must be None or above 0, got {self.softcap}")
         _check_floating(where, q.device, q=q, k=k)
         check_segment_ids(self.segment_ids, q.shape[0], q.shape[2], where)
 

@@ -72,7 +72,7 @@ class _AttentionStrips:
     def __init__(self, mixing: AttentionMixing, block: _Block, dtype: torch.dtype, gradients: bool) -> None:
         self.heads = block.stop - block.start
         self.dtype, self.device = dtype, mixing.q.device
-        self.scale = mixing.resolved_scale()
+        self.scale, self.softcap = mixing.resolved_scale(), mixing.softcap
         self.window = mixing.window
         self.q = block.take(mixing.q).to(dtype)
         self.k = block.take(mixing.k).to(dtype).contiguous()
@@ -101,6 +101,9 @@ class _AttentionStrips:
         stacked = q.reshape(batch * kv_heads, -1, width)
         keys = _flat(self.k[:, :, first:end])
         scores = torch.bmm(stacked, keys.transpose(1, 2)).view(batch, self.heads, rows, end - first)
+        if self.softcap is not None:
+            bounded = torch.tanh(scores / self.softcap)
+            scores, self.slope = self.softcap * bounded, 1 - bounded.square()
         scores[..., row - first :].masked_fill_(self.later[:rows, :rows], HIDDEN)
         if self.window is not None and end - first > self.window:
             index = torch.arange(first, end, device=scores.device)
@@ -138,6 +141,9 @@ class _AttentionStrips:
         self.accumulate_scores(d_scores, row, end, first)
 
     def accumulate_scores(self, d_scores: Tensor, row: int, end: int, first: int) -> None:
+        if self.softcap is not None:  # columns in front of those with scores have probability 0
+            d_scores = d_scores.clone()
+            d_scores[..., d_scores.shape[-1] - self.slope.shape[-1] :] *= self.slope
         keys = _repeated(self.k[:, :, first:end], self.heads)
         queries = _repeated(self.q[:, :, row:end], self.heads)
         self.dq[:, :, row:end] += (d_scores @ keys).mul_(self.scale)

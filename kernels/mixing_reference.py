@@ -22,6 +22,8 @@ def _dense_attention(mixing: AttentionMixing, log: bool) -> Tensor:
     _, heads, seq = mixing.shape
     k = mixing.k.to(compute).repeat_interleave(heads // mixing.k.shape[1], dim=1)
     scores = (mixing.q.to(compute) * mixing.resolved_scale()) @ k.transpose(-1, -2)
+    if mixing.softcap is not None:
+        scores = mixing.softcap * torch.tanh(scores / mixing.softcap)
     index = torch.arange(seq, device=scores.device)
     back = index.unsqueeze(1) - index
     hidden = back < 0

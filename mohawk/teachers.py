@@ -121,9 +121,11 @@ def load_teacher(
     import torch
     from transformers import AutoModelForCausalLM
 
+    from mohawk.models.families import needed_attention
+
     if dtype not in DTYPES:
         raise UserError(f"teacher.dtype: got {dtype!r}; allowed: {', '.join(DTYPES)}")
-    load_config(model, gguf_file=gguf_file, revision=revision, trust_remote_code=trust_remote_code)
+    config = load_config(model, gguf_file=gguf_file, revision=revision, trust_remote_code=trust_remote_code)
     name, gguf_file = locate(model, gguf_file)
     try:
         teacher, info = AutoModelForCausalLM.from_pretrained(
@@ -132,6 +134,7 @@ def load_teacher(
             dtype="auto" if dtype == "auto" else getattr(torch, dtype),
             trust_remote_code=trust_remote_code,
             output_loading_info=True,
+            attn_implementation=needed_attention(config),
             **_gguf(gguf_file),
         )
     except Exception as error:
