@@ -120,6 +120,19 @@ def make_logits(function: Callable, truth: Callable, shape, dtype: torch.dtype, 
     return check, work
 
 
+class _ModelOutput(torch.autograd.Function):
+    """Logits as a model gives them: no leaf, so that the gradient may take their place. No copy either: the next step
+    finds the last one's gradient there, which takes as long."""
+
+    @staticmethod
+    def forward(ctx, z: Tensor) -> Tensor:
+        return z.detach()
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> Tensor:
+        return grad
+
+
 def _eager_logits(z: Tensor, t: Tensor) -> Tensor:
     log_q, log_p = torch.log_softmax(z.float(), -1), torch.log_softmax(t.float(), -1)
     return torch.nn.functional.kl_div(log_q, log_p, log_target=True, reduction="batchmean")
@@ -191,17 +204,16 @@ def _cases(shape: tuple[int, int, int], device: str) -> list[Case]:
             add(table, name, peer[0], peer[1], dtype, peer[2])
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
     table = f"{str(dtype)[6:]}, from logits, {n} x {vocab}"
-    floor_name, functions = None, {"mohawk forward KL": kd_loss}
-    functions["mohawk forward KL, in place"] = lambda z, t: kd_loss(z * 1.0, t, inplace=True)
+    floor_name, functions = "floor: 5 passes by copies", {"mohawk forward KL": kd_loss}
+    functions["mohawk forward KL, in place"] = lambda z, t: kd_loss(_ModelOutput.apply(z), t, inplace=True)
     functions["eager forward KL"] = _eager_logits
     if device == "cuda":
-        floor_name = "floor: 5 passes by copies"
         functions["torch.compile forward KL"] = _compiled(_eager_logits)
 
-        def copies():
-            return (lambda: 0.0), copy_work(shape, dtype, device)
+    def copies():
+        return (lambda: 0.0), copy_work(shape, dtype, device)
 
-        found.append(Case(table, floor_name, copies, None, floor_name, PASSES))
+    found.append(Case(table, floor_name, copies, None, floor_name, PASSES))
     for name, function in functions.items():
 
         def build(function=function):

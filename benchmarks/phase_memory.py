@@ -1,4 +1,4 @@
-"""Peak memory of phases 1 and 2: layers streamed, against all layers' matrices and graphs alive at once.
+"""Peak memory and time of phases 1 and 2: layers streamed, against all layers' matrices and graphs alive at once.
 
 Each case is a process of its own: a random Llama of SmolLM2-135M's width, half of its layers replaced, one training
 step (losses and backward). Streamed is `mohawk.phases`. Straightforward is what one writes first, and what the
@@ -12,6 +12,7 @@ import argparse
 import json
 import platform
 import resource
+import statistics
 import subprocess
 import sys
 import time
@@ -88,9 +89,12 @@ def case(phase: str, how: str, depth: int, length: int) -> dict:
     step = {"streamed": streamed, "straightforward": straightforward}[how]
     step(phase, student, teacher, small)  # gradients and the libraries' own buffers exist from here on
     before = _rss()
-    start = time.perf_counter()
-    loss = step(phase, student, teacher, batch)
-    seconds = time.perf_counter() - start
+    times = []
+    for _ in range(3):
+        start = time.perf_counter()
+        loss = step(phase, student, teacher, batch)
+        times.append(time.perf_counter() - start)
+    seconds = statistics.median(times)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
     return {
         "phase": phase, "how": how, "depth": depth, "length": length, "loss": loss, "seconds": seconds,
@@ -105,15 +109,16 @@ def _rss() -> int:
 
 def table(rows: list[dict]) -> list[str]:
     """The README's table."""
-    lines = ["| phase | layers | length | streamed | all alive | ratio | hidden states |"]
-    lines.append("|---|---:|---:|---:|---:|---:|---:|")
+    lines = ["| phase | layers | length | streamed | all alive | ratio | hidden states | seconds | all alive | ratio |"]
+    lines.append("|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|")
     for ours, theirs in zip(rows[::2], rows[1::2], strict=True):
         lines.append(
             f"| {ours['phase']} | {ours['depth']} | {ours['length']} | {ours['peak_mib']:.0f} MiB | "
             f"{theirs['peak_mib']:.0f} MiB | {theirs['peak_mib'] / max(ours['peak_mib'], 1e-9):.1f} | "
-            f"{ours['hidden_states_mib']:.0f} MiB |"
+            f"{ours['hidden_states_mib']:.0f} MiB | {ours['seconds']:.2f} | {theirs['seconds']:.2f} | "
+            f"{theirs['seconds'] / ours['seconds']:.1f} |"
         )
-    told = "Peak above the models in one step, half of the layers replaced, batch 4, width 576, float32."
+    told = "Peak above the models and time of one step; half of the layers replaced, batch 4, width 576, float32."
     return [*lines, "", f"{told} `python benchmarks/phase_memory.py`"]
 
 
@@ -155,7 +160,8 @@ def main() -> None:
 
     options.json.parent.mkdir(parents=True, exist_ok=True)
     about = {
-        "what": "peak resident memory above the models, one step, MiB", "batch": BATCH, "hidden_size": HIDDEN,
+        "what": "peak resident memory above the models in one step, MiB; median of 3 steps, seconds",
+        "batch": BATCH, "hidden_size": HIDDEN,
         "torch": torch.__version__, "transformers": transformers.__version__, "machine": platform.processor(),
         "threads": torch.get_num_threads(), "date": time.strftime("%Y-%m-%d"),
     }  # fmt: skip

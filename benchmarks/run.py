@@ -322,10 +322,13 @@ def run_benchmark(name: str, options: argparse.Namespace) -> bool:
     """Run one benchmark; False if something of ours failed or was wrong."""
     end = None if options.seconds is None else time.monotonic() + options.seconds
     cases = [c for c in find(name, options.device, options.quick) if options.only in c.key]
+    if not cases:
+        print(f"{name} has no case whose table/name contains {options.only!r}", file=sys.stderr)
+        return False
     pythons = {case.key: interpreter_for(case.needs, options.peers) for case in cases}
     runs: dict[str, list[dict]] = {case.key: [] for case in cases}
     for number in range(options.rounds):
-        for case in cases:
+        for place, case in enumerate(cases, 1):
             if pythons[case.key] is None or any("failed" in run or "wrong" in run for run in runs[case.key]):
                 continue
             left = None if end is None else end - time.monotonic()
@@ -334,7 +337,8 @@ def run_benchmark(name: str, options: argparse.Namespace) -> bool:
             started = time.perf_counter()
             runs[case.key].append(run_one(name, case, pythons[case.key], options, left))
             seconds = time.perf_counter() - started
-            print(f"round {number + 1} {case.key}: {seconds:.0f} s", file=sys.stderr, flush=True)
+            where = f"round {number + 1} of {options.rounds}, case {place} of {len(cases)}"
+            print(f"{where}: {case.key}: {seconds:.0f} s", file=sys.stderr, flush=True)
     rows = []
     for case in cases:
         if pythons[case.key] is None:
@@ -344,6 +348,8 @@ def run_benchmark(name: str, options: argparse.Namespace) -> bool:
         else:
             rows.append(summarise(case, runs[case.key], options.device))
     mark, about = f"{name}-{options.device}", environment(options.device)
+    for row in rows:
+        row |= {"commit": about["commit"], "date": about["date"]}
     old = RESULTS / f"{mark}.json"
     if options.only and old.exists():
         # Lines that this run left out stay as they were, in their places.
@@ -351,11 +357,13 @@ def run_benchmark(name: str, options: argparse.Namespace) -> bool:
         kept = json.loads(old.read_text())["rows"]
         rows = [new.pop((row["table"], row["name"]), row) for row in kept] + list(new.values())
     lines = table_lines(rows, options.device)
-    versions = f"torch {about['torch']}, Python {about['python']}; commit {about['commit']}, {about['date']}"
+    measured = sorted({(row.get("date", "?"), row.get("commit", "?")) for row in rows})
+    measured = "; ".join(f"commit {commit}, {date}" for date, commit in measured)
+    versions = f"torch {about['torch']}, Python {about['python']}; {measured}"
     told = f"{about['device']}; {versions}"
     lines += [f"{told}. `python benchmarks/run.py {name} --device {options.device}{' --quick' * options.quick}`"]
     print("\n".join(lines))
-    if not options.no_write:
+    if not (options.no_write or options.quick):
         RESULTS.mkdir(exist_ok=True)
         (RESULTS / f"{mark}.json").write_text(json.dumps({"about": about, "rows": rows}, indent=1) + "\n")
         (RESULTS / f"{mark}.md").write_text("\n".join(lines) + "\n")
@@ -364,24 +372,33 @@ def run_benchmark(name: str, options: argparse.Namespace) -> bool:
     return not any(k in row for row in rows if row["name"].startswith("mohawk") for k in ("failed", "wrong"))
 
 
+def has_cuda() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(NAMES)}; all if none is given")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--quick", action="store_true", help="small shapes, to see that everything runs")
+    parser.add_argument("--quick", action="store_true", help="small shapes, to see that everything runs; prints only")
     parser.add_argument(
         "--only", default="", help="only cases whose table/name contains this; results of the others stay"
     )
-    parser.add_argument("--rounds", type=int, default=3, help="fresh processes per case")
+    parser.add_argument("--rounds", type=int, help="fresh processes per case: 3, or 1 with --quick")
     parser.add_argument("--repeats", type=int, default=2, help="timings in each process")
     parser.add_argument("--seconds", type=float, help="time for each benchmark; what is left then is named as skipped")
     parser.add_argument("--peers", help="another Python, with the peers installed")
     parser.add_argument("--no-write", action="store_true", help="print only")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     options = parser.parse_args()
+    options.rounds = options.rounds or (1 if options.quick else 3)
     for name in options.names:
         if name not in NAMES:
             parser.error(f"no benchmark {name!r}; there are: {', '.join(NAMES)}")
+    if options.device == "cuda" and not has_cuda():
+        parser.error("--device cuda: torch sees no CUDA or ROCm device here")
     if options.one:
         case = next(c for c in find(options.names[0], options.device, options.quick) if c.key == options.one)
         print("RESULT " + json.dumps(measure(case, options.device, options.repeats)))

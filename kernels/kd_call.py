@@ -28,6 +28,8 @@ from mohawk.kernels.kd_vocabulary import Vocabulary
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
+NO_SECOND_DERIVATIVE = "kd_loss has no second derivative; use backend='reference' for it"
+
 
 class KDParts(NamedTuple):
     """The two terms, reduced like the loss, detached, before `kd_weight` and `ce_weight`: `kd` has its
@@ -55,6 +57,7 @@ class Settings(NamedTuple):
     linear: bool = False
     logit_scale: float = 1.0
     logit_softcap: float | None = None
+    autocast: bool = False  # the caller's: hidden states and head may then differ in dtype
 
 
 def distil(
@@ -69,6 +72,8 @@ def distil(
     """The loss of a student, (logits,) or (hidden, head[, bias]); arguments as in `kd_loss`."""
     if isinstance(teacher, Tensor):
         teacher = TeacherLogits(teacher)
+    if settings.linear and isinstance(student[0], Tensor) and student[0].device.type != "meta":
+        settings = settings._replace(autocast=torch.is_autocast_enabled(student[0].device.type))
     if torch.compiler.is_compiling():
         loss, kd, ce = kd_compile.distil(student, teacher, labels, token_weights, normalizer, group, settings)
     else:
@@ -76,7 +81,9 @@ def distil(
         if call.backend == "reference":
             loss, kd, ce = call.reference(student)
         else:
-            loss, kd, ce = _Loss.apply(call, torch.is_grad_enabled(), *student)
+            grad_enabled = torch.is_grad_enabled()
+            anchors = [_Anchor.apply(x) for x in student if grad_enabled and x.requires_grad]
+            loss, kd, ce = _Loss.apply(call, grad_enabled, anchors, *student, *anchors)
     return (loss, KDParts(kd.detach(), ce.detach())) if settings.return_parts else loss
 
 
@@ -202,14 +209,16 @@ class _Loss(torch.autograd.Function):
     """The gradients are made with the loss and handed out in the backward."""
 
     @staticmethod
-    def forward(ctx, call: Call, grad_enabled: bool, *student: Tensor):
+    def forward(ctx, call: Call, grad_enabled: bool, anchors: list[Tensor], *tensors: Tensor):
+        student = tensors[: len(tensors) - len(anchors)]
         # needs_input_grad knows nothing of no_grad.
-        needs = tuple(grad_enabled and need for need in ctx.needs_input_grad[2:])
+        needs = tuple(grad_enabled and need for need in ctx.needs_input_grad[3 : 3 + len(student)])
+        ctx.call, ctx.needs, ctx.anchors = None, needs, anchors
         if call.settings.reduction == "none":
             ctx.save_for_backward(*student)
-            needs = (False,) * len(student)
+            ctx.call, needs = call, (False,) * len(student)  # in 'mean' and 'sum' the teacher is not needed any more
         rows, ctx.grads = call.forward(student, call.scale, needs)
-        ctx.call, ctx.dtypes = call, [x.dtype for x in student]
+        ctx.dtypes = [x.dtype for x in student]
         loss, kd, ce = call.reduce(rows.kd, rows.ce)
         ctx.mark_non_differentiable(kd, ce)
         return loss, kd, ce
@@ -220,18 +229,17 @@ class _Loss(torch.autograd.Function):
             grads = _Loss.gradients(ctx, grad_loss)
             grads = [g if g is None else g.to(dtype) for g, dtype in zip(grads, ctx.dtypes, strict=True)]
         if torch.is_grad_enabled():  # create_graph: a second derivative must not come out as zero in silence
-            probe = torch.zeros((), requires_grad=True)
-            grads = [g if g is None else _NoSecondDerivative.apply(g, probe) for g in grads]
-        return None, None, *grads
+            grads = [g if g is None else _NoSecondDerivative.apply(g, *ctx.anchors) for g in grads]
+        return None, None, None, *grads, *[None] * len(ctx.anchors)
 
     @staticmethod
     def gradients(ctx, grad_loss: Tensor) -> list[Tensor | None]:
         call = ctx.call
-        if call.settings.reduction == "none":
+        if call is not None:
             # Each row has its own factor, so the gradients are only made now.
             factor = grad_loss.reshape(-1)
             factor = factor if call.rows is None else factor[call.rows]
-            return call.forward(ctx.saved_tensors, call.scale * factor, ctx.needs_input_grad[2:])[1]
+            return call.forward(ctx.saved_tensors, call.scale * factor, ctx.needs)[1]
         if ctx.grads is None:
             raise RuntimeError("the gradient of kd_loss was already handed out; use backward(retain_graph=True)")
         # Handed out for good, autograd takes the memory over instead of copying it.
@@ -243,14 +251,28 @@ class _Loss(torch.autograd.Function):
         return [g.clone() if keep and g is not None else g for g in grads]
 
 
-class _NoSecondDerivative(torch.autograd.Function):
+class _Anchor(torch.autograd.Function):
+    """Nothing of a tensor but its place in the graph: what a gradient depends on, without the memory."""
+
     @staticmethod
-    def forward(ctx, grad: Tensor, probe: Tensor) -> Tensor:
+    def forward(ctx, x: Tensor) -> Tensor:
+        return x.new_empty(0)
+
+    @staticmethod
+    def backward(ctx, _):
+        return None
+
+
+class _NoSecondDerivative(torch.autograd.Function):
+    """A gradient that leads back to what it was made from, and to an error there."""
+
+    @staticmethod
+    def forward(ctx, grad: Tensor, *anchors: Tensor) -> Tensor:
         return grad.view_as(grad)
 
     @staticmethod
     def backward(ctx, _):
-        raise RuntimeError("kd_loss has no second derivative; use backend='reference' for it")
+        raise RuntimeError(NO_SECOND_DERIVATIVE)
 
 
 def _plain(s: Settings) -> str:
@@ -313,7 +335,7 @@ def prepare(
     kd_checks.check_student(student, s)
     lead, device = student[0].shape[:-1], student[0].device
     entries = student[1].shape[0] if s.linear else student[0].shape[-1]
-    vocabulary = Vocabulary(entries, s.vocab_size, group, lead.numel(), device)
+    vocabulary = Vocabulary(entries, s.vocab_size, group, lead.numel(), device, kd_checks.dense_entries(teacher))
     kd_checks.check_rows(labels, token_weights, lead, device, vocabulary.size, s.ignore_index)
     kept = None if labels is None else labels != s.ignore_index
     kd_checks.check_teacher(teacher, lead, device, vocabulary, s, kept)

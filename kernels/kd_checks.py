@@ -46,8 +46,8 @@ def check_settings(s: Settings, has_labels: bool, normalizer: float | Tensor | N
     _one_of("divergence", s.divergence, DIVERGENCES)
     _one_of("reduction", s.reduction, REDUCTIONS)
     _one_of("backend", s.backend, BACKENDS)
-    # Beyond, T^2 and z / T leave float32.
-    _number("temperature", s.temperature, lambda x: 1e-6 <= x <= 1e6, "a number from 1e-6 to 1e6")
+    # Beyond, T^2 raises the rounding of the divergence above its value.
+    _number("temperature", s.temperature, lambda x: 1e-3 <= x <= 1e3, "a number from 0.001 to 1000")
     _number("kd_weight", s.kd_weight, lambda x: x >= 0, "a finite number, 0 or above")
     _number("ce_weight", s.ce_weight, lambda x: x >= 0, "a finite number, 0 or above")
     _number("beta", s.beta, lambda x: 0 <= x <= 1, "a number from 0 (forward KL) to 1 (reverse KL)")
@@ -63,6 +63,8 @@ def check_settings(s: Settings, has_labels: bool, normalizer: float | Tensor | N
     if isinstance(normalizer, Tensor):
         if normalizer.numel() != 1:
             raise ValueError(f"normalizer has shape {tuple(normalizer.shape)}; it must be one number")
+        if normalizer.requires_grad:
+            raise ValueError("normalizer requires grad, but none is computed for it; pass normalizer.detach()")
     else:
         _number("normalizer", normalizer, lambda x: x >= 0, "a finite number above 0")
 
@@ -81,7 +83,7 @@ def check_student(student: tuple[Tensor, ...], s: Settings) -> None:
         _float("student_logits", student[0])
         return
     bias = student[2] if len(student) > 2 else None
-    check_head("student", student[0], student[1], bias, s.logit_scale, s.logit_softcap)
+    check_head("student", student[0], student[1], bias, s.logit_scale, s.logit_softcap, s.autocast)
 
 
 def _float(name: str, x: object, dims: int | None = None) -> None:
@@ -106,8 +108,16 @@ def _device(name: str, x: Tensor, device: torch.device) -> None:
         raise ValueError(f"{name} is on {x.device} but the student is on {device}")
 
 
-def check_head(side: str, hidden: Tensor, head: Tensor, bias: Tensor | None, scale: float, softcap: float | None):
-    """Hidden states with their head."""
+def check_head(
+    side: str,
+    hidden: Tensor,
+    head: Tensor,
+    bias: Tensor | None,
+    scale: float,
+    softcap: float | None,
+    autocast: bool,
+) -> None:
+    """Hidden states with their head; under autocast their dtypes may differ."""
     _float(f"{side} hidden states", hidden)
     _float(f"{side} head", head, 2)
     if hidden.shape[-1] != head.shape[1]:
@@ -117,8 +127,7 @@ def check_head(side: str, hidden: Tensor, head: Tensor, bias: Tensor | None, sca
         )
     if not head.shape[1]:
         raise ValueError(f"{side} hidden size is 0")
-    mixed = hidden.dtype != head.dtype
-    if mixed and not torch.is_autocast_enabled(hidden.device.type):
+    if hidden.dtype != head.dtype and not autocast:
         raise ValueError(
             f"{side} hidden states are {hidden.dtype} but the head is {head.dtype}; "
             "cast one of them, or call under torch.autocast"
@@ -164,7 +173,7 @@ def check_teacher(
         _same_vocab(teacher.logits.shape[-1], vocabulary, s)
     elif isinstance(teacher, TeacherHidden):
         scale, softcap = teacher.logit_scale, teacher.logit_softcap
-        check_head("teacher", teacher.hidden, teacher.head, teacher.bias, scale, softcap)
+        check_head("teacher", teacher.hidden, teacher.head, teacher.bias, scale, softcap, s.autocast)
         _device("teacher hidden states", teacher.hidden, device)
         _leading("teacher hidden states", teacher.hidden.shape[:-1], lead)
         _same_vocab(teacher.head.shape[0], vocabulary, s)
@@ -175,6 +184,19 @@ def check_teacher(
             f"teacher is a {type(teacher).__name__}; it must be a logits tensor or one of TeacherLogits, "
             "TeacherHidden, TeacherTopK, TeacherSamples, TeacherMixture, TeacherTAID"
         )
+
+
+def dense_entries(teacher: object) -> list[int]:
+    """How many entries each dense teacher inside one has, as far as it is one: this comes before its check."""
+    while isinstance(teacher, TeacherTAID):
+        teacher = teacher.teacher
+    several = isinstance(teacher, TeacherMixture) and isinstance(teacher.teachers, Sequence)
+    found = []
+    for one in teacher.teachers if several else [teacher]:
+        rows = getattr(one, "logits", None) if isinstance(one, TeacherLogits) else getattr(one, "head", None)
+        if isinstance(rows, Tensor) and rows.dim():
+            found.append(rows.shape[-1] if isinstance(one, TeacherLogits) else rows.shape[0])
+    return found
 
 
 def _same_vocab(entries: int, vocabulary: Vocabulary, s: Settings) -> None:
@@ -204,7 +226,7 @@ def _check_mixture(
             counts = f"{len(teacher.teachers)} teachers and {len(teacher.weights)} weights"
             raise ValueError(f"TeacherMixture has {counts}; it must have as many")
         for weight in teacher.weights:
-            _number("a weight of TeacherMixture", weight, lambda x: x > 0, "a finite number above 0")
+            _number("a weight of TeacherMixture", weight, lambda x: 1e-30 <= x <= 1e30, "a number from 1e-30 to 1e30")
 
 
 def _check_ids(
@@ -231,7 +253,7 @@ def _check_ids(
     if values.shape[-1] < 1:
         raise ValueError(f"{kind}.ids holds no ids: its last dimension is 0")
     if isinstance(teacher, TeacherTopK) and teacher.tail_logprob is not None:
-        _float("TeacherTopK.tail_logprob", teacher.tail_logprob)
+        _float("TeacherTopK.tail_logprob", teacher.tail_logprob, len(lead))
         _device("TeacherTopK.tail_logprob", teacher.tail_logprob, device)
         _leading("TeacherTopK.tail_logprob", teacher.tail_logprob.shape, lead)
     ids = teacher.ids if kept is None else teacher.ids[kept]
@@ -246,10 +268,13 @@ def _check_ids(
         if bool((ordered[..., 1:] == ordered[..., :-1]).any()):
             raise ValueError("TeacherTopK.ids repeats an id within a row; each may appear once")
         # Rounded to bfloat16, log-probabilities may add up to a few percent more.
-        mass = values.float().exp().sum(-1).max().item()
-        if mass > 1.1:
+        masses, names = values.float().exp().sum(-1), "logprobs hold"
+        if teacher.tail_logprob is not None:
+            tail = teacher.tail_logprob if kept is None else teacher.tail_logprob[kept]
+            masses, names = masses + tail.float().exp(), "logprobs and tail_logprob hold"
+        if (mass := masses.max().item()) > 1.1:
             raise ValueError(
-                f"TeacherTopK.logprobs hold a mass of {mass:.4g} in a row; they must be log-probabilities, at most 1 "
+                f"TeacherTopK.{names} a mass of {mass:.4g} in a row; they must be log-probabilities, at most 1 "
                 "in sum: pass log_softmax(logits), gathered at the ids"
             )
     elif bool((values < 0).any()):

@@ -203,11 +203,13 @@ def distribution(
         own = log_softmax(u, known and known.student) if lq is None else lq.clone()
         return function(lp, own, options.beta, options.lam, guard, want_grad, total)
 
-    if known is not None:
-        return evaluate(guard=True)
-    value, grad = evaluate(guard=False)
-    if bool(torch.isnan(value).any()):  # 0 * inf somewhere: -inf logits
+    value, grad = evaluate(guard=known is not None)
+    if known is None and not bool(torch.isnan(value).any()):
+        return value, grad
+    if known is None:  # 0 * inf somewhere: -inf logits
         value, grad = evaluate(guard=True)
+    if grad is not None:  # what is still NaN came in so: the gradient says it too, where a guard or a sign would not
+        grad.masked_fill_(torch.isnan(value).unsqueeze(-1), float("nan"))
     return value, grad
 
 

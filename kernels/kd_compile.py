@@ -6,6 +6,7 @@ tensors and plain values, so a teacher travels as a list of tensors, a word per 
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 import torch
@@ -19,11 +20,14 @@ from mohawk.kernels.kd_teachers import (
     TeacherSamples,
     TeacherTAID,
     TeacherTopK,
-    mixture_weights,
 )
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
+
+# What None travels as.
+NO_NUMBER = math.nan
+NO_SIZE = -(1 << 62)
 
 
 def _flatten(teacher: Teacher, words: list[str], tensors: list[Tensor], numbers: list[float]) -> None:
@@ -32,8 +36,9 @@ def _flatten(teacher: Teacher, words: list[str], tensors: list[Tensor], numbers:
         numbers.append(teacher.t)
         _flatten(teacher.teacher, words, tensors, numbers)
     elif isinstance(teacher, TeacherMixture):
-        words.append(f"mixture {len(teacher.teachers)}")
-        numbers.extend(mixture_weights(teacher))
+        weights = () if teacher.weights is None else teacher.weights
+        words.append(f"mixture {len(teacher.teachers)} {len(weights)}")
+        numbers.extend(weights)
         for one in teacher.teachers:
             _flatten(one, words, tensors, numbers)
     elif isinstance(teacher, TeacherLogits):
@@ -45,7 +50,7 @@ def _flatten(teacher: Teacher, words: list[str], tensors: list[Tensor], numbers:
         if teacher.bias is not None:
             tensors.append(teacher.bias)
         numbers.append(teacher.logit_scale)
-        numbers.append(0.0 if teacher.logit_softcap is None else teacher.logit_softcap)
+        numbers.append(NO_NUMBER if teacher.logit_softcap is None else teacher.logit_softcap)
     elif isinstance(teacher, TeacherTopK):
         words.append("topk" if teacher.tail_logprob is None else "topk tail")
         tensors.extend([teacher.ids, teacher.logprobs])
@@ -65,15 +70,16 @@ def _unflatten(words: list[str], tensors: list[Tensor], numbers: list[float]) ->
         t = numbers.pop(0)
         return TeacherTAID(_unflatten(words, tensors, numbers), t)
     if kind == "mixture":
-        weights = [numbers.pop(0) for _ in range(int(more[0]))]
-        return TeacherMixture([_unflatten(words, tensors, numbers) for _ in weights], weights)
+        teachers, weights = map(int, more)
+        given = [numbers.pop(0) for _ in range(weights)]
+        return TeacherMixture([_unflatten(words, tensors, numbers) for _ in range(teachers)], given or None)
     if kind == "logits":
         return TeacherLogits(tensors.pop(0))
     if kind == "hidden":
         hidden, head = tensors.pop(0), tensors.pop(0)
         bias = tensors.pop(0) if more else None
         scale, softcap = numbers.pop(0), numbers.pop(0)
-        return TeacherHidden(hidden, head, bias, scale, softcap or None)
+        return TeacherHidden(hidden, head, bias, scale, None if math.isnan(softcap) else softcap)
     first, second = tensors.pop(0), tensors.pop(0)
     if kind == "topk":
         return TeacherTopK(first, second, tensors.pop(0) if more else None)
@@ -89,16 +95,17 @@ def _op(
     normalizer: Tensor | None,
     numbers: Tensor,
     words: str,
-    names: str,
+    divergence: str,
+    reduction: str,
+    backend: str,
     ints: list[int],
     needs: list[bool],
     group: str,
 ) -> list[Tensor]:
     from mohawk.kernels import kd_call
 
-    divergence, reduction, backend = names.split()
     temperature, kd_weight, ce_weight, beta, lam, logit_scale, softcap, *of_teacher = numbers.tolist()
-    ignore_index, vocab_size, return_parts, linear = ints
+    ignore_index, vocab_size, return_parts, inplace, linear, autocast = ints
     settings = kd_call.Settings(
         divergence=divergence,
         temperature=temperature,
@@ -107,13 +114,15 @@ def _op(
         beta=beta,
         lam=lam,
         ignore_index=ignore_index,
-        vocab_size=None if vocab_size < 0 else vocab_size,
+        vocab_size=None if vocab_size == NO_SIZE else vocab_size,
         reduction=reduction,
         return_parts=bool(return_parts),
         backend=backend,
+        inplace=bool(inplace),
         linear=bool(linear),
         logit_scale=logit_scale,
-        logit_softcap=None if softcap == 0.0 else softcap,
+        logit_softcap=None if math.isnan(softcap) else softcap,
+        autocast=bool(autocast),
     )
     process_group = None
     if group:
@@ -124,15 +133,19 @@ def _op(
     call = kd_call.prepare(tuple(student), source, labels, token_weights, normalizer, process_group, settings)
     if call.backend == "reference":
         raise ValueError("backend 'reference' can't be compiled; use 'chunked', or call it outside torch.compile")
+    call.settings = settings._replace(inplace=False)  # checked; what a compiled model's memory holds is the compiler's
     rows, grads = call.forward(tuple(student), call.scale, tuple(needs))
     loss, kd, ce = call.reduce(rows.kd, rows.ce)
     return [loss, kd, ce, *(loss.new_empty(0) if g is None else g for g in grads)]
 
 
 @_op.register_fake
-def _(student, teacher, labels, token_weights, normalizer, numbers, words, names, ints, needs, group):
+def _(
+    student, teacher, labels, token_weights, normalizer, numbers, words, divergence, reduction, backend, ints, needs,
+    group,
+):  # fmt: skip
     dtype = torch.float64 if student[0].dtype == torch.float64 else torch.float32
-    shape = student[0].shape[:-1] if " none " in names else ()
+    shape = student[0].shape[:-1] if reduction == "none" else ()
     terms = [student[0].new_empty(shape, dtype=dtype) for _ in range(3)]
     held = {torch.float16: torch.float32}
     grads = [
@@ -146,16 +159,20 @@ def _setup_context(ctx, inputs, output):
     student, teacher, labels, token_weights, normalizer, numbers, *plain = inputs
     ctx.plain, ctx.count, ctx.teacher_count = plain, len(student), len(teacher)
     ctx.dtypes = [x.dtype for x in student]
-    if " none " in plain[1]:
+    if plain[2] == "none":
         ctx.save_for_backward(*student, *teacher, labels, token_weights, normalizer, numbers)
     else:
         ctx.save_for_backward(*output[3:])
 
 
 def _backward(ctx, grad):
-    words, names, ints, needs, group = ctx.plain
+    if torch.is_grad_enabled():  # create_graph
+        from mohawk.kernels.kd_call import NO_SECOND_DERIVATIVE
+
+        raise RuntimeError(NO_SECOND_DERIVATIVE)
+    words, divergence, reduction, backend, ints, needs, group = ctx.plain
     n, m = ctx.count, ctx.teacher_count
-    if " none " not in names:
+    if reduction != "none":
         made = [g * grad[0] for g in ctx.saved_tensors]
     else:
         # Row by row: the same operator with the incoming gradient as token weights.
@@ -163,12 +180,11 @@ def _backward(ctx, grad):
         labels, token_weights, normalizer, numbers = saved[n + m :]
         weights = grad[0] if token_weights is None else grad[0] * token_weights
         wanted = [bool(x) for x in ctx.needs_input_grad[0]]
-        names = names.replace(" none ", " sum ")
         tensors = (list(saved[:n]), list(saved[n : n + m]), labels, weights, normalizer, numbers)
-        made = _op(*tensors, words, names, ints, wanted, group)[3:]
+        made = _op(*tensors, words, divergence, "sum", backend, ints, wanted, group)[3:]
         needs = wanted
     student = [g.to(dtype) if need else None for g, dtype, need in zip(made, ctx.dtypes, needs, strict=True)]
-    return student, [None] * m, *[None] * 9
+    return student, [None] * m, *[None] * 11
 
 
 _op.register_autograd(_backward, setup_context=_setup_context)
@@ -191,13 +207,16 @@ def distil(
     _flatten(teacher, words, tensors, of_teacher)
     if normalizer is not None and not isinstance(normalizer, Tensor):
         normalizer = torch.full((), normalizer, dtype=torch.float64, device=student[0].device)
-    softcap = 0.0 if s.logit_softcap is None else s.logit_softcap
+    for name, tensor in (("token_weights", token_weights), ("normalizer", normalizer)):
+        if isinstance(tensor, Tensor) and tensor.requires_grad:
+            raise ValueError(f"{name} requires grad, but none is computed for it; pass {name}.detach()")
+    softcap = NO_NUMBER if s.logit_softcap is None else s.logit_softcap
     numbers = [s.temperature, s.kd_weight, s.ce_weight, s.beta, s.lam, s.logit_scale, softcap, *of_teacher]
     numbers = torch.stack([torch.full((), x, dtype=torch.float64) for x in numbers])
-    ints = [s.ignore_index, -1 if s.vocab_size is None else s.vocab_size, int(s.return_parts), int(s.linear)]
+    flags = [int(x) for x in (s.return_parts, s.inplace, s.linear, s.autocast)]
+    ints = [s.ignore_index, NO_SIZE if s.vocab_size is None else s.vocab_size, *flags]
     needs = [torch.is_grad_enabled() and x.requires_grad and s.reduction != "none" for x in student]
-    names = f"{s.divergence} {s.reduction} {s.backend}"
     name = "" if group is None else group.group_name
     inputs = (list(student), [x.detach() for x in tensors], labels, token_weights, normalizer, numbers)
-    loss, kd, ce, *_ = _op(*inputs, "; ".join(words), names, ints, needs, name)
+    loss, kd, ce, *_ = _op(*inputs, "; ".join(words), s.divergence, s.reduction, s.backend, ints, needs, name)
     return loss, kd, ce

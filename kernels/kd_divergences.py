@@ -73,6 +73,15 @@ def _expm1_of_ratio(log_a: Tensor, log_b: Tensor, guard: bool) -> tuple[Tensor, 
     return r, torch.expm1(r)
 
 
+def _mixture(log_a: Tensor, log_b: Tensor, lam: float, guard: bool) -> tuple[Tensor, Tensor]:
+    """log(m / b) and 1 - b / m of m = (1 - lam) a + lam b, in log_a's memory and a new tensor."""
+    ratio, x = _expm1_of_ratio(log_a, log_b, guard)
+    x.mul_(1 - lam)  # m / b - 1, precise where m is near b
+    ratio.exp_().mul_(1 - lam).add_(lam)  # m / b, precise where little of m is left: there 1 + x has lost lam
+    log = torch.where(x < -0.5, ratio.log(), torch.log1p(x))
+    return log, x.div_(ratio)
+
+
 def jsd(lp: Tensor, lq: Tensor, beta: float, lam: float, guard: bool, want_grad: bool, total: Total) -> Rows:
     p, q = lp.exp(), lq.exp()
     # The smaller weight goes into the logarithm: the other way round its own term would be lost in the rounding
@@ -96,12 +105,10 @@ def jsd(lp: Tensor, lq: Tensor, beta: float, lam: float, guard: bool, want_grad:
 def skew_kl(lp: Tensor, lq: Tensor, beta: float, lam: float, guard: bool, want_grad: bool, total: Total) -> Rows:
     p, q = lp.exp(), lq.exp()
     gap = torch.sub(q, p).sum(-1) * (1 - lam)
-    _, x = _expm1_of_ratio(lq, lp, guard)
-    x.mul_(1 - lam)  # m / p - 1
-    value = gap - p.mul_(torch.log1p(x)).sum(-1)
+    log_m, slope = _mixture(lq, lp, lam, guard)  # log(m / p), 1 - p / m
+    value = gap - p.mul_(log_m).sum(-1)
     if not want_grad:
         return value, None
-    slope = x.div_(x + 1)  # 1 - p / m
     return value, _centre(q, slope, total).mul_(1 - lam)
 
 
@@ -110,13 +117,11 @@ def skew_reverse_kl(
 ) -> Rows:
     p, q = lp.exp(), lq.exp()
     gap = p.sub_(q).sum(-1) * (1 - lam)
-    _, x = _expm1_of_ratio(lp, lq, guard)
-    x.mul_(1 - lam)  # m / q - 1
-    log_m = torch.log1p(x)
+    log_m, slope = _mixture(lp, lq, lam, guard)  # log(m / q), 1 - q / m
     value = gap - torch.mul(q, log_m).sum(-1)
     if not want_grad:
         return value, None
-    slope = x.div_(x + 1).mul_(lam).sub_(log_m)  # log(q / m) - lam q / m + lam
+    slope.mul_(lam).sub_(log_m)  # log(q / m) - lam q / m + lam
     return value, _centre(q, slope, total)
 
 

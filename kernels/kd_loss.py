@@ -66,7 +66,8 @@ def kd_loss(
 
     Args:
         student_logits: (..., vocab), any float dtype; the loss is computed in float32 (float64 from float64).
-        teacher: logits (..., vocab), or a teacher source (kd_teachers.py). Gets no gradient.
+        teacher: logits (..., vocab) of any float dtype, or a teacher source (kd_teachers.py). Gets no gradient. With
+            reduction none it must stay as it is until the backward.
         labels: (...), int64: row i's target, already aligned (nothing is shifted here). Rows of `ignore_index` are
             skipped by both terms. None: every row counts, and `ce_weight` must be 0. For next-token targets pad the
             labels, `F.pad(labels[:, 1:], (0, 1), value=-100)`, and keep the logits whole: `logits[:, :-1]` would
@@ -76,27 +77,33 @@ def kd_loss(
             `lam`: KL(p, lam p + (1 - lam) q) and KL(q, (1 - lam) p + lam q), as in DistiLLM), tvd; or,
             between raw logits, mse (mean over the vocabulary) and cosine (1 - cosine similarity), which know
             no temperature.
-        temperature: T, dividing both sides' logits; the divergence is multiplied by T^2 (Hinton et al. 2015).
-            The cross-entropy is at temperature 1.
-        token_weights: (...), multiplies the loss of each row; the mean still divides by the number of real
-            rows.
-        vocab_size: only the first so many entries are real, on either side.
+            beta is from 0 to 1, lam from 0 (no skew) to below 1.
+        temperature: T, from 0.001 to 1000, dividing both sides' logits; the divergence is multiplied by T^2 (Hinton
+            et al. 2015). The cross-entropy is at temperature 1.
+        kd_weight, ce_weight: 0 or above.
+        token_weights: (...) of a float dtype, without gradient; multiplies the loss of each row. The mean still
+            divides by the number of real rows.
+        vocab_size: only the first so many entries are real, on either side, which may then differ in width.
         reduction: mean over the real rows, sum, or none: (...), 0 in ignored rows.
-        normalizer: divides instead of the count of real rows (say the count over all accumulation steps and
-            ranks).
+        normalizer: with reduction mean, divides instead of the count of real rows (say the count over all
+            accumulation steps and ranks).
         return_parts: also return `KDParts(kd, ce)`.
         inplace: write the gradient into `student_logits`, which are lost: no second array of their size is
-            made.
+            made. For contiguous logits that share no memory with the teacher, not float16, reduction mean or sum,
+            not with the reference; of no effect under torch.compile.
         group: the ranks among which the vocabulary is split: logits (student's and teacher's alike) are this
             rank's slice, slices lie in the order of ranks and may differ in size; labels, ids and
             `vocab_size` are global. Every rank gets the whole loss, and the gradient of its slice.
-        backend: auto, reference, chunked or triton. auto takes triton on a GPU where it is installed.
+        backend: auto, reference, chunked or triton. auto takes triton on a GPU where it is installed; reference knows
+            no group and can't be compiled.
 
     Returns:
         The loss, float32 (float64 from float64). With no real row it is 0, and so are the gradients.
 
     Raises:
         ValueError: anything wrong with shapes, dtypes, devices, options, labels or ids, before any work.
+        RuntimeError: in a second derivative, which only the reference has (under torch.compile, whenever
+            create_graph asks for one); in a second backward without retain_graph.
     """
     settings = Settings(
         divergence=divergence,
@@ -158,7 +165,7 @@ def linear_kd_loss(
             and so is their gradient.
         Others: see `kd_loss`.
 
-    Returns:
+    Returns, raises:
         As `kd_loss`.
     """
     settings = Settings(

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 # Of a head that is copied to float32: large enough for oneDNN, small beside the tiles.
-SLICE_BYTES = 16 << 20
+SLICE_BYTES = 8 << 20
 # Of one float32 result of cuBLAS beside the array that it goes into.
 GPU_BYTES = 256 << 20
 

@@ -35,10 +35,11 @@ class TeacherHidden:
 
 @dataclass(frozen=True, eq=False)
 class TeacherTopK:
-    """A cached top k: ids (..., k) without repeats in a row, their log-probabilities (..., k).
+    """A cached top k: int64 ids (..., k) without repeats in a row, their log-probabilities (..., k).
 
     The rest of the vocabulary is one bucket of log mass `tail_logprob` (...); left out, it is the mass that
-    `logprobs` leave over. The log-probabilities are the teacher's at the temperature of the loss: from a cut
+    `logprobs` leave over, at least the rounding of 1 (1e-7 in float32): give it where a reverse KL meets teachers
+    surer than that. The log-probabilities are the teacher's at the temperature of the loss: from a cut
     distribution they can't be tempered afterwards. The divergence is taken over k + 1 buckets, so it is a
     lower bound of the dense one, and zero for a student that agrees (renormalising over k would not be). An
     entry with logprob -inf is an id known to have no mass.
@@ -51,8 +52,8 @@ class TeacherTopK:
 
 @dataclass(frozen=True, eq=False)
 class TeacherSamples:
-    """Ids drawn from the teacher, (..., k), and their weights (..., k): counts over draws when they are drawn
-    from the (tempered) teacher itself, importance weights otherwise. Ids may repeat.
+    """int64 ids drawn from the teacher, (..., k), and their weights (..., k) of a float dtype: counts over draws when
+    they are drawn from the (tempered) teacher itself, importance weights otherwise. Ids may repeat.
 
     The loss is `-sum w log q(id)`: an unbiased estimate of the cross-entropy, which differs from the forward
     KL by the teacher's entropy, so that its gradient is an unbiased estimate of the KL's (arXiv 2503.16870).
@@ -131,12 +132,13 @@ def mixture_weights(mixture: TeacherMixture) -> list[float]:
 def tail_of(logprobs: Tensor, tail_logprob: Tensor | None, vocab: int) -> Tensor:
     """The log mass outside a top k, (rows): as given, or log(1 - sum exp(logprobs)) taken in log space.
 
-    `1 - sum` of rounded probabilities goes negative and NaN; log(-expm1(lse)) does not, with lse cut at 0.
-    Where the k are the whole vocabulary nothing is left, whatever the rounding.
+    `1 - sum` of rounded probabilities goes negative and NaN; log(-expm1(lse)) does not, with lse cut at 0. Less than
+    the rounding of 1 can't be told from nothing, and a reverse KL would be infinite for it: that much is always left,
+    unless the k are the whole vocabulary.
     """
     if tail_logprob is not None:
         return tail_logprob.to(logprobs.dtype)
     mass = torch.logsumexp(logprobs, -1).clamp(max=0.0)
     if logprobs.shape[-1] >= vocab:
         return torch.full_like(mass, float("-inf"))
-    return torch.log(-torch.expm1(mass))
+    return torch.log((-torch.expm1(mass)).clamp_min(torch.finfo(mass.dtype).eps))

@@ -188,6 +188,15 @@ def _clamp(r):
 
 
 @triton.jit
+def _mixture(r, lam):
+    """log(m / b) and m / b - 1 over m / b of m = (1 - lam) a + lam b for r = log(a / b), as in kd_divergences."""
+    r = _clamp(r)
+    x = (1 - lam) * _expm1(r)
+    ratio = (1 - lam) * tl.exp(r) + lam
+    return tl.where(x < -0.5, tl.log(ratio), _log1p(x)), x / ratio
+
+
+@triton.jit
 def _terms(p, q, r, beta, lam, DIVERGENCE: tl.constexpr):
     """(value, slope) per entry: D = sum value, dD/du = q * (slope - sum q slope)."""
     if DIVERGENCE == "forward_kl":
@@ -205,14 +214,13 @@ def _terms(p, q, r, beta, lam, DIVERGENCE: tl.constexpr):
         slope = (1 - beta) * tl.where(small, -x, r - x)
         value = q * slope - beta * p * m
     elif DIVERGENCE == "skew_kl":
-        x = (1 - lam) * _expm1(_clamp(r))  # m / p - 1
-        value = (1 - lam) * (q - p) - p * _log1p(x)
-        slope = (1 - lam) * (x / (x + 1))
+        log_m, x = _mixture(r, lam)  # log(m / p), 1 - p / m
+        value = (1 - lam) * (q - p) - p * log_m
+        slope = (1 - lam) * x
     elif DIVERGENCE == "skew_reverse_kl":
-        x = (1 - lam) * _expm1(_clamp(-r))  # m / q - 1
-        log_m = _log1p(x)
+        log_m, x = _mixture(-r, lam)  # log(m / q), 1 - q / m
         value = (1 - lam) * (p - q) - q * log_m
-        slope = lam * (x / (x + 1)) - log_m
+        slope = lam * x - log_m
     else:
         value = tl.abs(p - q) * 0.5
         slope = tl.where(q > p, 0.5, tl.where(q < p, -0.5, 0.0))

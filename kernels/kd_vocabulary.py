@@ -6,6 +6,8 @@ some: kd_shared.py says which and why), and the values are added up once at the 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -16,7 +18,13 @@ class Vocabulary:
     all ranks; the `widest` slice of any."""
 
     def __init__(
-        self, local: int, vocab_size: int | None, group: dist.ProcessGroup | None, rows: int = 0, device: object = "cpu"
+        self,
+        local: int,
+        vocab_size: int | None,
+        group: dist.ProcessGroup | None,
+        rows: int = 0,
+        device: object = "cpu",
+        teachers: Sequence[int] = (),
     ):
         self.group = group
         self.start, self.rank, self.ranks = 0, 0, 1
@@ -28,8 +36,8 @@ class Vocabulary:
             if self.rank < 0:
                 raise ValueError("this process is not one of the group that it passed; only its ranks may call")
             # One gather tells every rank the same, so that all of them raise, or none.
-            mine = torch.tensor([local, rows], device=device)
-            sizes, counts = self.every(mine).T.tolist()
+            mine = torch.tensor([local, rows, min(teachers, default=0), max(teachers, default=0)], device=device)
+            sizes, counts, *teacher_sizes = self.every(mine).T.tolist()
             if len(set(counts)) > 1:
                 raise ValueError(f"the ranks of the group have {counts} rows; each must have all rows")
             self.start = sum(sizes[: self.rank])
@@ -45,6 +53,21 @@ class Vocabulary:
                 raise ValueError(f"vocab_size is {vocab_size} but the student has only {self.size} entries")
             self.size = vocab_size
             self.local = min(local, max(0, vocab_size - self.start))
+        if group is not None and teachers:
+            self._check_slices(sizes, *teacher_sizes, cut=vocab_size is not None)
+
+    def _check_slices(self, sizes: list[int], least: list[int], most: list[int], cut: bool) -> None:
+        """The real entries of each rank are the same words on both sides; `least` and `most` of the teachers."""
+        end = 0
+        for rank, (size, low, high) in enumerate(zip(sizes, least, most, strict=True)):
+            start, end = end, end + size
+            # Behind the last real word of all, a slice may be of any length.
+            fits = cut and end >= self.size and low >= self.size - start
+            if not (fits or low == high == size):
+                raise ValueError(
+                    f"rank {rank} of the group has {size} entries of the student's vocabulary and {high} of the "
+                    "teacher's; slices must begin at the same word on both sides, up to vocab_size"
+                )
 
     def total(self, x: Tensor) -> Tensor:
         """The sum over the ranks."""

@@ -5,6 +5,8 @@ own transformers code; only attention modules are swapped. `layer_types` says wh
 layer and makes transformers' caches give that layer a conv and a recurrent state instead of keys and values.
 """
 
+import copy
+
 import torch
 from torch import Tensor, nn
 from transformers import (
@@ -16,6 +18,7 @@ from transformers import (
     PreTrainedModel,
 )
 from transformers.configuration_utils import PreTrainedConfig
+from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from mohawk.models.families import check_supported, decoder_shape, family_of, leaves_out_softcap, needed_attention
@@ -321,6 +324,8 @@ class HybridForCausalLM(HybridPreTrainedModel, GenerationMixin):
             # without padding there is less to do, but asking a GPU makes each decoding step wait for the last
             if (n > 1 or padding_mask.device.type == "cpu") and bool(padding_mask.all()):
                 padding_mask = None
+        if past_key_values is not None and not isinstance(attention_mask, dict) and not self.config.is_pure_ssm:
+            attention_mask = self._masks_by_kind(attention_mask, past_key_values, position_ids, b, n)
         if self.config.is_pure_ssm:
             # no attention layer: transformers cannot size a mask from such a cache, and nothing here needs one
             attention_mask = inputs.new_zeros((1, 1, 1, 1), dtype=torch.bool)
@@ -337,6 +342,35 @@ class HybridForCausalLM(HybridPreTrainedModel, GenerationMixin):
             padding_mask=padding_mask,
             **kwargs,
         )
+
+    def _masks_by_kind(self, attention_mask, cache, position_ids, b: int, n: int):
+        """The mask as it came, or, in a family with windowed and full layers, one for each kind that is left.
+
+        The family's own code would size them by the cache's first layer without and with a window, and some versions of
+        transformers take a Mamba-2 layer, which has no length, for one without; here only attention layers are looked
+        at.
+        """
+        kinds = set(getattr(self.model.config, "layer_types", None) or ())
+        if len(kinds) < 2:
+            return attention_mask
+        attention = copy.copy(cache)
+        attention.layers = [
+            layer for layer, kind in zip(cache.layers, self.config.layer_types, strict=False) if kind != SSM_LAYER
+        ]
+        make = {"full_attention": create_causal_mask, "sliding_attention": create_sliding_window_causal_mask}
+        sizes = torch.empty((b, n, 0), dtype=self.dtype, device=self.device)  # stands for the embeddings
+        return {
+            kind: make[kind](
+                config=self.model.config,
+                inputs_embeds=sizes,
+                attention_mask=attention_mask,
+                past_key_values=attention,
+                position_ids=position_ids,
+            )
+            if kind in self.config.layer_types
+            else None
+            for kind in kinds
+        }
 
 
 def _longrope_limit(base_config) -> int | None:

@@ -138,7 +138,20 @@ class SSMMixer(nn.Module):
         return SSDMixing(C=C, B=B, log_decay=log_decay, input_scale=input_scale, D=self.D, segment_ids=segment_ids)
 
     def _rows(self, rows: slice) -> tuple[Tensor, Tensor | None]:
-        return self.in_proj.weight[rows], None if self.in_proj.bias is None else self.in_proj.bias[rows]
+        bias = self._trained_bias()
+        return self.in_proj.weight[rows], None if bias is None else bias[rows]
+
+    def _trained_bias(self) -> Tensor | None:
+        """in_proj's bias, whose rows for x, B and C get no gradient.
+
+        The conv behind them has a bias of its own; and transformers' Bamba lets these through the padding of a batch
+        into the conv, so that a student which learned them would answer otherwise there.
+        """
+        bias = self.in_proj.bias
+        if bias is None or not (torch.is_grad_enabled() and bias.requires_grad):
+            return bias
+        fixed = self.slices()["xBC"]
+        return torch.cat([bias[: fixed.start], bias[fixed].detach(), bias[fixed.stop :]])
 
     def forward(
         self,
@@ -163,7 +176,11 @@ class SSMMixer(nn.Module):
         """
         rows = self.slices()
         n = hidden_states.shape[1]
-        projected = self.in_proj(hidden_states)
+        bias = self._trained_bias()
+        if bias is self.in_proj.bias:
+            projected = self.in_proj(hidden_states)
+        else:
+            projected = F.linear(hidden_states, self.in_proj.weight, bias)
         xBC, z, raw = projected[..., rows["xBC"]], projected[..., rows["z"]], projected[..., rows["decay"]]
         keep = None
         if padding_mask is not None:

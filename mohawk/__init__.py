@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from mohawk.kernels.mixing import AttentionMixing, SSDMixing, mixing_matrix
     from mohawk.kernels.mixing_distance import mixing_distance
     from mohawk.kernels.ssd import ssd, ssd_step
+    from mohawk.models.bamba import from_bamba, to_bamba
     from mohawk.models.from_teacher import hybrid_from_teacher
     from mohawk.models.hybrid import HybridConfig, HybridForCausalLM
     from mohawk.models.mixers import DiscreteMamba2Mixer, Mamba2Mixer
@@ -54,6 +55,8 @@ _PUBLIC = {
     "mixing_distance": "mohawk.kernels.mixing_distance",
     "ssd": "mohawk.kernels.ssd",
     "ssd_step": "mohawk.kernels.ssd",
+    "from_bamba": "mohawk.models.bamba",
+    "to_bamba": "mohawk.models.bamba",
     "hybrid_from_teacher": "mohawk.models.from_teacher",
     "HybridConfig": "mohawk.models.hybrid",
     "HybridForCausalLM": "mohawk.models.hybrid",
@@ -79,6 +82,7 @@ __all__ = [
     "TeacherTAID",
     "TeacherTopK",
     "causal_conv1d",
+    "from_bamba",
     "hybrid_from_teacher",
     "kd_loss",
     "linear_kd_loss",
@@ -88,6 +92,7 @@ __all__ = [
     "save_released",
     "ssd",
     "ssd_step",
+    "to_bamba",
     "to_released",
 ]
 

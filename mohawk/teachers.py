@@ -233,11 +233,7 @@ def _user_error(error: Exception, name: str, revision: str | None, what: str) ->
 
     if isinstance(error, UserError):
         return error
-    chain: list[BaseException] = []
-    cause: BaseException | None = error
-    while cause is not None and cause not in chain:
-        chain.append(cause)
-        cause = cause.__cause__ or cause.__context__
+    chain = _causes(error)
     local = Path(name).exists()
     at = f" at revision {revision}" if revision else ""
 
@@ -259,7 +255,7 @@ def _user_error(error: Exception, name: str, revision: str | None, what: str) ->
         return UserError(
             f"teacher: {name} is neither a local folder nor a model on the hub (a private one needs: hf auth login)"
         )
-    if found(hub.LocalEntryNotFoundError, hub.OfflineModeIsEnabled, ConnectionError) or _is_network(chain):
+    if is_unreachable(error):
         return UserError(
             f"teacher: {name}{at} is no local folder, is not in the hub cache, and the hub cannot be "
             "reached; give a local folder, or run once where the hub can be reached"
@@ -269,10 +265,23 @@ def _user_error(error: Exception, name: str, revision: str | None, what: str) ->
     return error
 
 
-def _is_network(chain: list[BaseException]) -> bool:
+def is_unreachable(error: BaseException) -> bool:
+    """Whether an error, or what caused it, is that the hub cannot be reached."""
+    from huggingface_hub import errors as hub
+
     # requests, httpx and urllib3 each have their own hierarchy; the module's name is what they share
     network = ("httpx", "httpx2", "httpcore", "httpcore2", "requests", "urllib3")
-    return any(type(e).__module__.split(".")[0] in network for e in chain)
+    kinds = (hub.LocalEntryNotFoundError, hub.OfflineModeIsEnabled, ConnectionError)
+    return any(isinstance(e, kinds) or type(e).__module__.split(".")[0] in network for e in _causes(error))
+
+
+def _causes(error: BaseException) -> list[BaseException]:
+    chain: list[BaseException] = []
+    cause: BaseException | None = error
+    while cause is not None and cause not in chain:
+        chain.append(cause)
+        cause = cause.__cause__ or cause.__context__
+    return chain
 
 
 def _first_line(error: BaseException) -> str:

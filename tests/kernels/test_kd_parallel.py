@@ -137,6 +137,13 @@ def rank_main(rank, world, store, results):
         d, start = problem(), sum(SLICES[world][:rank])
         part = slice(start, start + SLICES[world][rank])
         got = {case: losses(d, part, *case, dist.group.WORLD) for case in cases()}
+        # Padded differently before they were split, the slices of student and teacher are not the same words.
+        z, t = torch.randn(3, 6), torch.randn(3, 8)
+        with pytest.raises(ValueError, match="rank 0 of the group has 6 entries of the student's vocabulary and 8"):
+            kd_loss(z, t, vocab_size=6 * world - 1, group=dist.group.WORLD)
+        got["wider last"] = kd_loss(
+            z, t[:, : 8 if rank == world - 1 else 6], vocab_size=6 * world - 1, group=dist.group.WORLD
+        )
         torch.save(got, f"{results}/{rank}.pt")
     finally:
         dist.destroy_process_group()
@@ -146,6 +153,7 @@ def rank_main(rank, world, store, results):
 def test_split_over_processes(world, tmp_path):
     mp.start_processes(rank_main, (world, tmp_path / "store", tmp_path), nprocs=world, start_method="fork")
     ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in range(world)]
+    assert all(one["wider last"].isfinite() for one in ranks)
     d = problem()
     for case in cases():
         same, slices = losses(d, slice(0, sum(SLICES[world])), *case, None)
@@ -212,6 +220,55 @@ def test_compiled_whole(kind):
         compiled(x, th, labels.clamp(min=0) + 37, weights, kind)
 
 
+def test_compiled_under_autocast():
+    """Autocast is traced away: that the dtypes may differ has to be remembered."""
+    model, x, th = Tiny(), torch.randn(2, 4, HIDDEN), torch.randn(2, 4, HIDDEN)
+    labels, weights = torch.randint(0, 30, (2, 4)), torch.rand(2, 4)
+    torch.compiler.reset()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    for kind in ("linear", "rows"):
+        got = []
+        for f in (model, compiled):
+            model.zero_grad()
+            with torch.autocast("cpu", torch.bfloat16):
+                loss = f(x, th.bfloat16(), labels, weights, kind)
+            loss.backward()
+            got.append([loss.detach(), *(p.grad.clone() for p in model.parameters())])
+        torch.testing.assert_close(got[1], got[0])
+
+
+@pytest.mark.parametrize(
+    "message, arguments",
+    (
+        ("logit_softcap is 0", {"logit_softcap": 0.0}),
+        ("vocab_size is -5", {"vocab_size": -5}),
+        ("inplace needs", {"inplace": True, "reduction": "none"}),
+        ("2 teachers and 3 weights", {"weights": [1.0, 1.0, 1.0]}),
+        ("a weight of TeacherMixture is -1", {"weights": [-1.0, -1.0]}),
+    ),
+)
+def test_mistakes_under_compile(message, arguments):
+    z, t = torch.randn(4, 9), torch.randn(4, 9)
+
+    def call(z, t, weights=None, **options):
+        source = t if weights is None else TeacherMixture([TeacherLogits(t), TeacherLogits(t)], weights)
+        return (
+            linear_kd_loss(z, z, t[:, :4], **options) if "logit_softcap" in options else kd_loss(z, source, **options)
+        )
+
+    torch.compiler.reset()
+    with pytest.raises(ValueError, match=message):
+        torch.compile(call, fullgraph=True, backend="aot_eager")(z, t, **arguments)
+
+
+def test_second_derivative_under_compile():
+    torch.compiler.reset()
+    x, t = torch.randn(4, 9, requires_grad=True), torch.randn(4, 9)
+    loss = torch.compile(lambda x: kd_loss(x, t), backend="eager")(x)
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        torch.autograd.grad(loss, x, create_graph=True)
+
+
 def test_operator_is_registered_soundly():
     """torch's own checks of the operator: schema, autograd registration, fake tensors, AOT dispatch."""
     from mohawk.kernels import kd_compile
@@ -219,5 +276,5 @@ def test_operator_is_registered_soundly():
     torch.manual_seed(0)
     z, t = torch.randn(4, 9, requires_grad=True), torch.randn(4, 9)
     numbers = torch.tensor([1.0, 1.0, 0.0, 0.5, 0.1, 1.0, 0.0], dtype=torch.float64)
-    names, ints = "jsd mean chunked", [-100, -1, 0, 0]
-    torch.library.opcheck(kd_compile._op, ([z], [t], None, None, None, numbers, "logits", names, ints, [True], ""))
+    names, ints = ("jsd", "mean", "chunked"), [-100, kd_compile.NO_SIZE, 0, 0, 0, 0]
+    torch.library.opcheck(kd_compile._op, ([z], [t], None, None, None, numbers, "logits", *names, ints, [True], ""))

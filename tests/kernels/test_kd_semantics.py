@@ -5,6 +5,7 @@ import subprocess
 import sys
 import threading
 import time
+import weakref
 
 import pytest
 import torch
@@ -269,6 +270,56 @@ def test_backward_twice_and_second_derivatives():
         (grad,) = torch.autograd.grad(loss, x, create_graph=True)
         with pytest.raises(RuntimeError, match="no second derivative"):
             (loss.detach() + grad.norm()).backward()
+        # Asked for by name, autograd visits only what lies between: that must not come out as zero.
+        (grad,) = torch.autograd.grad(
+            loss := kd_loss(x @ head.T, th @ head.T, reduction=reduction).sum(), x, create_graph=True
+        )
+        with pytest.raises(RuntimeError, match="no second derivative"):
+            torch.autograd.grad(grad.square().sum() + loss, x)
+
+
+def test_the_teacher_is_let_go():
+    """Between the loss and its backward only the gradients are kept."""
+    h, head, th, _ = problem()
+    teacher = (th @ head.T).clone()
+    gone = weakref.ref(teacher)
+    loss = kd_loss((h @ head.T).requires_grad_(), teacher)
+    del teacher
+    assert gone() is None and loss.requires_grad
+
+
+@pytest.mark.parametrize("lam", (1e-8, 1e-6, 1e-3, 0.1))
+@pytest.mark.parametrize("divergence", ("skew_kl", "skew_reverse_kl"))
+def test_small_skews(divergence, lam):
+    """Far apart, a mixture is little more than lam of one side, which must not be lost in the rounding of 1."""
+    g = torch.Generator().manual_seed(0)
+    z, t = 6 * torch.randn(8, 60, generator=g), 6 * torch.randn(8, 60, generator=g)
+    got = []
+    for dtype, backend in ((torch.float64, "reference"), (torch.float32, "chunked")):
+        x = z.to(dtype).requires_grad_()
+        loss = kd_loss(x, t.to(dtype), divergence=divergence, lam=lam, backend=backend)
+        loss.backward()
+        got.append((loss.detach(), x.grad))
+    assert error(got[1][0], got[0][0]) < 1e-6 and error(got[1][1], got[0][1]) < 2e-6
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_reverse_kl_of_a_sure_teacher_without_a_tail(backend):
+    logits = torch.zeros(3, 40)
+    logits[:, :3] = torch.tensor([40.0, 38.0, 35.0])
+    logprobs, ids = torch.log_softmax(logits, -1).topk(8)
+    z = torch.randn(3, 40, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    loss = kd_loss(z, TeacherTopK(ids, logprobs), divergence="reverse_kl", backend=backend)
+    loss.backward()
+    assert loss.isfinite() and z.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("divergence", ("forward_kl", "reverse_kl", "jsd", "skew_kl", "skew_reverse_kl", "tvd"))
+def test_a_broken_teacher_shows_in_the_gradient(divergence):
+    z, t = torch.randn(3, 9).requires_grad_(), torch.randn(3, 9)
+    t[1, 4] = float("nan")
+    kd_loss(z, t, divergence=divergence).backward()
+    assert z.grad[1].isnan().all() and z.grad[[0, 2]].isfinite().all()
 
 
 def test_inplace_takes_the_logits():
@@ -354,7 +405,7 @@ def test_memory_does_not_grow_with_the_rows():
 
 MISTAKES = {
     "divergence is 'kl'; allowed: forward_kl": lambda z, t, y: kd_loss(z, t, divergence="kl"),
-    "temperature is 1e+30; it must be a number from 1e-6 to 1e6": lambda z, t, y: kd_loss(z, t, temperature=1e30),
+    "temperature is 1e+30; it must be a number from 0.001 to 1000": lambda z, t, y: kd_loss(z, t, temperature=1e30),
     "must be above 0 where": lambda z, t, y: kd_loss(z, t, normalizer=torch.tensor(-1.0)),
     "logprobs hold a mass of": lambda z, t, y: kd_loss(z, TeacherTopK(y[:, None], 1 + t[:, :1].abs())),
     "TeacherMixture.teachers is a NoneType": lambda z, t, y: kd_loss(z, TeacherMixture(None)),
@@ -395,6 +446,11 @@ MISTAKES = {
     "weights has negative": lambda z, t, y: kd_loss(z, TeacherSamples(y[:, None], -t[:, :1].abs() - 1)),
     "TeacherMixture has no teachers": lambda z, t, y: kd_loss(z, TeacherMixture([])),
     "a mixture of teachers": lambda z, t, y: kd_loss(z, TeacherMixture([TeacherLogits(t)]), divergence="mse"),
+    "a weight of TeacherMixture is 1e+308": lambda z, t, y: kd_loss(z, TeacherMixture([TeacherLogits(t)], [1e308])),
+    "normalizer requires grad": lambda z, t, y: kd_loss(z, t, normalizer=torch.ones(1, requires_grad=True)),
+    "logprobs and tail_logprob hold a mass": lambda z, t, y: kd_loss(
+        z, TeacherTopK(y[:, None], torch.zeros(5, 1), torch.ones(5))
+    ),
     "1 teachers and 2 weights": lambda z, t, y: kd_loss(z, TeacherMixture([TeacherLogits(t)], [1, 2])),
     "TeacherTAID.t is 2": lambda z, t, y: kd_loss(z, TeacherTAID(TeacherLogits(t), 2)),
     "takes a dense teacher": lambda z, t, y: kd_loss(z, TeacherTAID(TeacherSamples(y, t), 0.5)),

@@ -4,7 +4,6 @@ import copy
 
 import pytest
 import torch
-from torch.nn.functional import kl_div, log_softmax
 from transformers import AutoConfig
 
 from mohawk.kernels.mixing import AttentionMixing, SSDMixing, mixing_matrix
@@ -76,8 +75,16 @@ def test_walking_the_layers_gives_the_teachers_hidden_states_and_attention(teach
         torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("mixer", ["mamba2", "discrete_mamba2"])
-@pytest.mark.parametrize("phase", OBJECTIVES)
+@pytest.mark.parametrize(
+    "phase, mixer",
+    [
+        ("mixing", "mamba2"),
+        ("mixing", "discrete_mamba2"),
+        ("block_output", "mamba2"),
+        ("mixer_output", "discrete_mamba2"),
+        ("end_to_end", "mamba2"),
+    ],
+)
 def test_every_phase_lowers_its_loss_and_reaches_what_it_trains(teacher, phase, mixer):
     torch.manual_seed(0)
     student = hybrid_from_teacher(teacher, [1, 2], mixer)
@@ -113,22 +120,6 @@ def test_phase_names(teacher):
     assert norms("mixing") == norms("mixer_output") == own
     assert norms("block_output") == everything
     assert norms("end_to_end") == {family.input_norm, family.output_norm} - {None}
-
-
-def test_phase_3_compares_the_logits_the_models_give(teacher):
-    """The loss made from hidden states and heads is the KL of both models' logits: head biases, softcaps, scales."""
-    data = batch()
-    student = hybrid_from_teacher(teacher, [0, 2])
-    with torch.no_grad():
-        if student.lm_head.bias is not None:
-            student.lm_head.bias.add_(torch.randn(97))  # the student's own, not the teacher's
-        ((_, loss),) = EndToEndObjective(student, teacher).losses(**data)
-        where = {"position_ids": data["position_ids"], "use_cache": False}
-        mine = log_softmax(student(data["input_ids"], segment_ids=data["segment_ids"], **where).logits, -1)
-        theirs = log_softmax(teacher(data["input_ids"], **where).logits, -1)
-    real = data["labels"][:, 1:] != -100
-    expected = kl_div(mine, theirs, reduction="none", log_target=True).sum(-1)[:, :-1][real].mean()
-    torch.testing.assert_close(loss, expected, rtol=1e-3, atol=1e-6)
 
 
 def test_the_least_squares_start_brings_the_mixer_nearer(teacher):
