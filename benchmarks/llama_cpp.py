@@ -128,14 +128,11 @@ class LlamaCpp:
         params.warmup = False
         self.server = xllamacpp.Server(params)
 
-    def greedy(self, prompt: list[int], eos: int) -> tuple[list[int], list[float]]:
+    def greedy(self, prompt: list[int]) -> tuple[list[int], list[float]]:
         """Greedy tokens and the log probability of each."""
-        answer = self.server.handle_completions(
-            {"prompt": prompt, "n_predict": NEW, "temperature": -1.0, "n_probs": 1, "return_tokens": True,
-             "ignore_eos": True, "cache_prompt": False}
-        )  # fmt: skip
-        answer = json.loads(answer) if isinstance(answer, str) else answer
-        rows = answer["completion_probabilities"]
+        asked = {"prompt": prompt, "max_tokens": NEW, "temperature": -1.0, "logprobs": 1, "ignore_eos": True}
+        answer = self.server.handle_completions({**asked, "cache_prompt": False})
+        rows = answer["choices"][0]["logprobs"]["content"]
         return [row["id"] for row in rows], [row["logprob"] for row in rows]
 
 
@@ -172,7 +169,7 @@ def main() -> None:
         llama = LlamaCpp(Path(scratch) / "student.gguf", options.threads)
         rows = []
         for text, prompt, (tokens, logprobs) in zip(PROMPTS, prompts, expected, strict=True):
-            got, theirs = llama.greedy(prompt, tokenizer.eos_token_id)
+            got, theirs = llama.greedy(prompt)
             same = next((i for i, (a, b) in enumerate(zip(tokens, got, strict=True)) if a != b), NEW)
             difference = max((abs(a - b) for a, b in zip(logprobs[:same], theirs[:same], strict=True)), default=None)
             rows.append({"prompt": text, "same_tokens": same, "of": NEW, "max_logprob_difference": difference,

@@ -11,6 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from mohawk.kernels.first_order import first_order
 from mohawk.kernels.mixing_segments import check_segment_ids, segment_runs, segment_starts
 
 ACTIVATIONS = (None, "silu")
@@ -145,7 +146,7 @@ class _CausalConv(torch.autograd.Function):
         return y
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @first_order("causal_conv1d has no second derivative")
     def backward(ctx, dy):
         x, weight, bias, initial_state, segment_ids = ctx.saved_tensors
         taps = weight.to(_wide(x)).t().contiguous()

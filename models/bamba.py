@@ -25,7 +25,7 @@ _RENAMED = {
 # families whose blocks are Bamba's, weight for weight or (phi3) once its fused projections are cut
 EXPRESSIBLE = ("llama", "mistral", "qwen2", "phi3")
 # why the others' are not
-_FOREIGN = {
+FOREIGN = {
     "phi": "Phi's blocks run attention and MLP side by side on one LayerNorm, Bamba's one after the other on RMSNorms",
     "gemma2": "Gemma 2 has softcaps and norms after its attention and MLP, which Bamba has no place for",
     "olmo2": "OLMo 2 normalises q and k, and after its blocks rather than before them, which Bamba has no place for",
@@ -44,7 +44,7 @@ def why_not_bamba(config: HybridConfig, *, pad_expand: bool = False) -> str | No
             "norm before the output projection, which these do not"
         )
     if base.model_type not in EXPRESSIBLE:
-        return _FOREIGN.get(base.model_type, f"no mapping from {base.model_type} blocks to Bamba's is known")
+        return FOREIGN.get(base.model_type, f"no mapping from {base.model_type} blocks to Bamba's is known")
     if base.hidden_act != "silu":
         return f"its activation is {base.hidden_act}: in Bamba the MLP's is the mixer's too, and that is silu"
     window = getattr(base, "sliding_window", None)

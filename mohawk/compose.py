@@ -163,7 +163,7 @@ def compose(
                 trust_remote_code=asked_of.trust_remote_code,
             )  # fmt: skip
             student = HybridForCausalLM.from_pretrained(source)
-            with write_whole(target) as partial:
+            with write_whole(target, replace=True) as partial:
                 keep_attention(student, teacher.to(student.dtype), layers).save_pretrained(partial)
     size = sum(state_bytes(config, layers, asked.context if asked and asked.context else 4096))
     at = f"{size / 1e6:.1f} MB of state after {asked.context if asked and asked.context else 4096:,} tokens"

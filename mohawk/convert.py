@@ -145,10 +145,12 @@ class Conversion:
 
     def run(self) -> None:
         start = time.monotonic()
-        student = untrained_student(self.recipe, self.teacher)
-        self._evaluate("before", student)
         phases = list(self.recipe.phases.active())
         finished = max((i for i, (name, _) in enumerate(phases) if is_complete(self._student(name))), default=-1)
+        if finished < 0 and (self.folder / COMPOSED).is_file():
+            raise UserError(f"{self.folder}: the composed student is missing or damaged; run mohawk compose again")
+        student = untrained_student(self.recipe, self.teacher)
+        self._evaluate("before", student)
         for i, (name, phase) in enumerate(phases):
             if i > finished:
                 self._forget(name)  # what was measured of a student that was deleted or damaged since

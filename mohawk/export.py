@@ -78,7 +78,6 @@ def export(
     target = Path(output).expanduser() if output else (run / "export" / to if run else Path(f"{student}-{to}"))
 
     model = load_teacher(student, dtype="auto")
-    model.config.use_cache = True
     changes = _prepare(model, to, pad_expand, fold_bias)
     tokenizer = _tokenizer(student, run)
     with write_whole(target) as folder:

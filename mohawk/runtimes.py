@@ -62,4 +62,7 @@ def _llama_cpp(config: PretrainedConfig) -> str:
         missing.append("projections without biases (a student made with gate: output or random has none)")
     if missing:
         return "its converter knows Bamba, but its Mamba-2 layers want " + " and ".join(missing)
-    return "`convert_hf_to_gguf.py DIR` knows Bamba"
+    return (
+        "`convert_hf_to_gguf.py DIR` knows Bamba; a SmolLM2 hybrid exported like this one gave the same tokens there "
+        "(benchmarks/llama_cpp.py)"
+    )

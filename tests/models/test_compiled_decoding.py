@@ -82,7 +82,7 @@ def test_generate_compiles_its_steps():
     student, ids = student_of("discrete_mamba2"), prompt(2, 7)
     expected = student.generate(ids, **GREEDY)
     counter = CompileCounter()
-    config = CompileConfig(fullgraph=True, backend=counter, mode=None)
+    config = CompileConfig(fullgraph=True, backend=lambda graph, inputs, **options: counter(graph, inputs))
     config._compile_all_devices = True  # transformers compiles by itself on GPUs alone
     found = student.generate(ids, cache_implementation="static", compile_config=config, **GREEDY)
     assert found.tolist() == expected.tolist()

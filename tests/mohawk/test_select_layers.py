@@ -209,6 +209,11 @@ def test_composed_runs_go_on_with_phase_3(run, selected, capsys):
     assert "holds the run of a recipe with another" in capsys.readouterr().err
     assert compose(run, attention=[0, 2], output=run.parent / "mine") == run.parent / "mine"
     assert HybridConfig.from_pretrained(run.parent / "mine/phases/hidden/student").ssm_layers == [1, 3]
+    (run.parent / "mine/phases/hidden/student/MANIFEST.json").unlink()
+    with pytest.raises(UserError, match="run mohawk compose again"):
+        convert(Recipe.load(run.parent / "mine/recipe.yaml"))
+    compose(run, attention=[0, 2], output=run.parent / "mine")
+    assert is_complete(run.parent / "mine/phases/hidden/student")
 
 
 def test_what_compose_refuses(run, capsys):
