@@ -413,15 +413,13 @@ def tiles(usual: bool, width: int, dtype: torch.dtype, major: int) -> dict:
     """
     precision = "ieee"
     if dtype == torch.float32:
-        block, step, chunk, warps, stages, precision = 32, 16, 32, 8, 1, "tf32x3"
-        if width > 128 and not usual:
-            block = 16
-    elif width > 128 or not (usual or major in (0, 10) or (major == 9 and width <= 64)):
+        block, step, chunk, warps, stages, precision = 16 if width > 128 else 32, 16, 32, 8, 1, "tf32x3"
+    elif width > 128 or not (usual or major in (0, 9, 10)):
         block, step, chunk, warps, stages = 32, 32, 32, 8, 2
     else:
         block, step, chunk, warps, stages = 128, 32, 128, 8, 2
         if major == 9 and not usual:
-            block = 64
+            block, chunk = 64, 64
         elif major == 10 and not usual:
             stages = 1
         elif major not in (0, 9, 10):
