@@ -1,114 +1,223 @@
-"""Which attention layers can go? What each layer's mixer costs when it alone takes its attention's place.
+"""Which layers should stay attention? The layers a ranking keeps, against an even spread of as many.
 
-All 30 layers of SmolLM2-135M-Instruct get mixers, trained for a few minutes by phases 1 and 2 (layers are independent
-there). Then each mixer is put into the otherwise untouched teacher, one at a time, and the KL from the teacher is
-measured on plain text and on the second half of text that repeats its first half: heads that copy (induction heads)
-show only there. The recipe of `mohawk demo` converts the layers with the smallest sum, repeated text at 0.3.
+All 30 layers of SmolLM2-135M-Instruct get mixers, trained once by phases 1 and 2 of the demo's recipe; `mohawk select`
+ranks them on held-out text of the training sources. Then, for several numbers of attention layers, the student of the
+layers chosen and the one of an even spread are measured on text of another source and on key-value recall in lists that
+the ranking has not seen. With --distil, both also go through a short phase 3 at one budget (`mohawk compose`, `mohawk
+convert`). Every step resumes.
 
-    python benchmarks/layer_choice.py [--layers 15] [--run runs/layer_choice]
+    python benchmarks/layer_choice.py [--run runs/all_layers] [--by kl both] [--distil 40960]
 """
 
 import argparse
 import json
+import sys
 import time
+from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 
-RESULTS = Path(__file__).parent / "results"
-REPEATED_WEIGHT = 0.3
-ROWS, HALF = 4, 256  # of evaluated text: rows of 2 * HALF tokens
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from benchmarks.run import RESULTS, put_in_readme  # noqa: E402
+
+BUDGETS = (22, 15, 8, 4, 0)
+DISTILLED = 8  # attention layers of the students that go through phase 3
+COLORS = {"kl": "#1f6feb", "both": "#1a7f37", "recall": "#8250df", "alone": "#0a8f8f", "even": "#d9730d"}
 
 
-def trained_mixers(run: Path):
-    """The student with every layer converted, after phases 1 and 2, and what was loaded to make it."""
-    from rich.console import Console
-
+def all_layers(run: Path):
+    """The demo's recipe for every layer, up to phase 2."""
     from mohawk import fetch
-    from mohawk.convert import Conversion, convert
     from mohawk.demo import local_settings
-    from mohawk.models.hybrid import HybridForCausalLM
     from mohawk.recipe import Recipe, shipped
 
     settings = local_settings(str(fetch.smollm2()))
-    settings += ["student.ssm_layers=all", "phases.end_to_end=null", "phases.hidden.tokens=40960", f"output={run}"]
-    settings += ["evaluation.contexts=[64]", "evaluation.tokens=4096"]
-    recipe = Recipe.load(shipped("demo"), settings)
-    convert(recipe)
-    return Conversion(recipe, run, Console()), HybridForCausalLM.from_pretrained(run / "student").eval()
+    settings += ["student.ssm_layers=all", "phases.hidden.tokens=30720", "phases.end_to_end=null", f"output={run}"]
+    settings += ["evaluation.tokens=2048", "evaluation.contexts=[64]"]
+    settings += ["evaluation.decode_tokens=2", "evaluation.continuation_tokens=20"]
+    return Recipe.load(shipped("demo"), settings)
 
 
-def measure(conversion, student) -> list[dict]:
-    """KL in nats per token for each layer alone, on plain and on repeated text that was held out."""
-    import torch
+def even(kept: int, total: int) -> list[int]:
+    """`kept` attention layers at equal distances, as far from both ends as from each other."""
+    return [int((i + 0.5) * total / kept) for i in range(kept)]
+
+
+def choices(found: dict, names: list[str]) -> Iterator[tuple[str, list[int]]]:
+    """(ranking or "even", attention layers) for every budget."""
+    total = found["num_layers"]
+    for kept in BUDGETS:
+        for name in names:
+            yield name, sorted(found["rankings"][name]["order"][total - kept :])
+        if 0 < kept < total:
+            yield "even", even(kept, total)
+
+
+def measure(run: Path, found: dict, names: list[str]) -> list[dict]:
+    """Perplexity, KL and recall of the students of all choices, before phase 3."""
+    from rich.console import Console
     from tqdm import tqdm
 
-    from mohawk.data import PackedDataset
+    from mohawk.convert import Conversion
+    from mohawk.evaluate import Head, compare, final_hidden_states
+    from mohawk.layer_swap import keep_attention
+    from mohawk.models.families import decoder_layers
+    from mohawk.models.hybrid import HybridForCausalLM
+    from mohawk.recall import recall_batches, recall_of
+    from mohawk.recipe import Recipe
+    from mohawk.report import read_json, write_json
 
-    teacher, autocast = conversion.teacher, conversion.autocast
-    rows = PackedDataset(conversion.data.held_out, 2 * HALF, seed=1)
-    plain = torch.stack([rows[i]["input_ids"] for i in range(ROWS)])
-    texts = {"plain": plain, "repeated": torch.cat([plain[:, :HALF], plain[:, :HALF]], 1)}
+    conversion = Conversion(Recipe.load(run / "recipe.yaml"), run, Console())
+    states, head = conversion.texts["evaluation"], Head.of(conversion.teacher)
+    lists = recall_batches(conversion.tokenizer, 2048, seed=1)
+    student = HybridForCausalLM.from_pretrained(run / "phases" / "hidden" / "student").to(conversion.device).eval()
+    mixers, every = list(decoder_layers(student)), range(student.config.num_hidden_layers)
 
-    @torch.no_grad()
-    def log_probs(ids):
-        with torch.autocast("cpu", dtype=autocast, enabled=autocast is not None):
-            logits = teacher(ids, use_cache=False).logits[:, HALF + 8 :]  # a copy is recognised after a few tokens
-        return logits.float().log_softmax(-1)
+    def recall(model) -> dict:
+        settings = {"device": conversion.device, "autocast": conversion.autocast}
+        return asdict(recall_of((final_hidden_states(model, b, head, **settings) for b in lists), lists, head))
 
-    expected = {name: log_probs(ids) for name, ids in texts.items()}
-    found = []
-    for i, layer in enumerate(tqdm(teacher.model.layers, desc="layers", unit="layer")):
-        attention, layer.self_attn = layer.self_attn, student.model.layers[i].self_attn
-        row = {"layer": i}
-        for name, ids in texts.items():
-            p, q = expected[name], log_probs(ids)
-            row[name] = (p.exp() * (p - q)).sum(-1).mean().item()
-        layer.self_attn = attention
-        found.append(row)
-    return found
+    kept, student_id = run / "selection" / "choices.json", found["settings"]["student"]
+    known = read_json(kept) or {}
+    if known.get("student") != student_id:
+        known = {"student": student_id}
+
+    def of(attention: list[int]) -> dict:
+        key = ",".join(map(str, attention))
+        if key not in known:
+            for i, layer in enumerate(mixers):
+                decoder_layers(student)[i] = layer
+            student.config.layer_types = ["linear_attention"] * len(mixers)
+            keep_attention(student, conversion.teacher, [i for i in every if i not in attention])
+            known[key] = asdict(compare(student, states, autocast=conversion.autocast)) | {"recall": recall(student)}
+            write_json(kept, known)
+        return known[key]
+
+    rows = [{"choice": "teacher", "attention": list(every), **of(list(every))}]
+    for name, attention in tqdm(list(choices(found, names)), desc="choices"):
+        rows.append({"choice": name, "attention": attention, **of(attention)})
+    return rows
 
 
-def chosen(rows: list[dict], count: int) -> list[int]:
-    ranked = sorted(rows, key=lambda row: row["plain"] + REPEATED_WEIGHT * row["repeated"])
-    return sorted(row["layer"] for row in ranked[:count])
+def distil(run: Path, found: dict, names: list[str], tokens: float) -> list[dict]:
+    """The students of one budget after phase 3 of `tokens` tokens at the demo's settings."""
+    from mohawk.compose import compose
+    from mohawk.convert import convert
+    from mohawk.recipe import Recipe, shipped
+
+    last = Recipe.load(shipped("demo")).phases.end_to_end.model_dump(mode="json") | {"tokens": int(tokens)}
+    settings = [f"phases.end_to_end.{key}={json.dumps(value)}" for key, value in last.items()]
+    rows = []
+    for name, attention in choices(found, names):
+        if len(attention) == DISTILLED:
+            output = run.with_name(f"{run.name}-{DISTILLED}-{name}")
+            convert(Recipe.load(compose(run, attention=attention, output=output, overrides=settings) / "recipe.yaml"))
+            results = json.loads((output / "results.json").read_text(encoding="utf-8"))
+            stages = {stage: texts["evaluation"] for stage, texts in results["evaluation"].items()}
+            rows.append({"choice": name, "attention": attention, "tokens": int(tokens), "stages": stages})
+    return rows
 
 
-def draw(rows: list[dict], layers: list[int], target: Path) -> None:
+def draw(rows: list[dict], total: int, target: Path) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import FuncFormatter, LogLocator
 
-    figure, axis = plt.subplots(figsize=(9, 3.4), layout="constrained")
-    index = [row["layer"] for row in rows]
-    for offset, (name, color) in enumerate((("plain", "#1f6feb"), ("repeated", "#d9730d"))):
-        axis.bar([i + 0.38 * (offset - 0.5) for i in index], [row[name] for row in rows], 0.36, color=color, label=name)
-    for i in layers:
-        axis.axvspan(i - 0.5, i + 0.5, color="#8c959f", alpha=0.18, lw=0)
-    axis.set_yscale("log")
-    axis.set_xticks(index)
-    axis.set_xlabel("layer whose attention is replaced (shaded: converted by the demo)")
-    axis.set_ylabel("KL from the teacher, nats per token")
-    axis.legend(title="text", frameon=False)
-    axis.spines[["top", "right"]].set_visible(False)
-    figure.savefig(target, dpi=120)
+    figure, axes = plt.subplots(1, 3, figsize=(14, 4.2), layout="constrained")
+    teacher, names = rows[0], list(dict.fromkeys(row["choice"] for row in rows[1:]))
+    panels = (
+        ("KL(teacher ‖ student), nats per token", lambda row: row["kl"]),
+        ("perplexity", lambda row: row["student_perplexity"]),
+        ("values recalled from a list, %", lambda row: 100 * row["recall"]["accuracy"]),
+    )
+    for axis, (label, value) in zip(axes, panels, strict=True):
+        ends = [teacher] + [row for row in rows[1:] if not row["attention"]]
+        for name in names:
+            own = [row for row in rows[1:] if row["choice"] == name]
+            own = [teacher, *own, *(end for end in ends[1:2] if own[-1]["attention"])]
+            x = [100 * len(row["attention"]) / total for row in own]
+            told = "even spread" if name == "even" else f"mohawk select --by {name}"
+            style = {"ls": "--", "marker": "s"} if name == "even" else {"marker": "o"}
+            axis.plot(x, [value(row) for row in own], color=COLORS[name], ms=4, label=told, **style)
+        axis.set_xlabel("layers that stay attention, %")
+        axis.set_ylabel(label)
+        axis.invert_xaxis()
+        axis.grid(alpha=0.25)
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[1].set_yscale("log")
+    axes[1].yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes[1].yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes[1].yaxis.set_minor_formatter(FuncFormatter(lambda value, _: ""))
+    axes[0].legend(frameon=False)
+    figure.savefig(target, dpi=110)
+
+
+def table(rows: list[dict], distilled: list[dict], total: int) -> list[str]:
+    teacher, names = rows[0], [n for n in dict.fromkeys(row["choice"] for row in rows[1:]) if n != "even"]
+    lines = [
+        f"SmolLM2-135M-Instruct, mixers for all {total} layers after phases 1 and 2; text of another source, before "
+        f"phase 3. The teacher: perplexity {teacher['student_perplexity']:.2f}, recalls "
+        f"{teacher['recall']['accuracy']:.1%} of {teacher['recall']['values']} values.",
+        "",
+        "| attention layers | chosen by | layers | KL (nats) | perplexity | values recalled |",
+        "|---:|---|---|---:|---:|---:|",
+    ]
+    for row in rows[1:]:
+        if row["attention"] or row["choice"] == names[0]:
+            lines.append(
+                f"| {len(row['attention'])} | {row['choice'] if row['attention'] else ''} | "
+                f"{', '.join(map(str, row['attention'])) or 'none'} | {row['kl']:.3f} | "
+                f"{row['student_perplexity']:.2f} | {row['recall']['accuracy']:.1%} |"
+            )
+    if distilled:
+        lines += ["", f"After phase 3 with {distilled[0]['tokens']:,} tokens:", ""]
+        lines += [
+            "| attention layers | chosen by | KL before | KL after | perplexity after |",
+            "|---:|---|---:|---:|---:|",
+        ]
+        for row in distilled:
+            before, after = row["stages"]["hidden"], row["stages"]["end_to_end"]
+            lines.append(
+                f"| {len(row['attention'])} | {row['choice']} | {before['kl']:.3f} | {after['kl']:.3f} | "
+                f"{after['student_perplexity']:.2f} |"
+            )
+    return lines
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--layers", type=int, default=15, help="how many to choose")
-    parser.add_argument("--run", type=Path, default=Path("runs/layer_choice"), help="folder of the training run")
+    parser.add_argument("--run", type=Path, default=Path("runs/all_layers"), help="folder of the all-layer run")
+    parser.add_argument("--by", nargs="+", default=["kl"], help="rankings to compare with the even spread")
+    parser.add_argument("--tokens", type=int, default=2048, help="of text that the ranking is measured on")
+    parser.add_argument("--lazy", action="store_true", help="as of mohawk select")
+    parser.add_argument("--distil", type=float, default=0, metavar="TOKENS", help="of phase 3 at one budget; 0: none")
     options = parser.parse_args()
-    rows = measure(*trained_mixers(options.run))
-    layers = chosen(rows, options.layers)
-    for row in rows:
-        mark = "convert" if row["layer"] in layers else ""
-        print(f"layer {row['layer']:2}  plain {row['plain']:.4f}  repeated {row['repeated']:.4f}  {mark}")
-    print("ssm_layers:", layers)
-    RESULTS.mkdir(exist_ok=True)
-    about = {"model": "SmolLM2-135M-Instruct", "repeated_weight": REPEATED_WEIGHT, "date": time.strftime("%Y-%m-%d")}
-    text = json.dumps({"about": about, "rows": rows, "ssm_layers": layers}, indent=1)
-    (RESULTS / "layer_choice.json").write_text(text + "\n")
-    draw(rows, layers, RESULTS / "layer_choice.png")
+    from mohawk.checkpoints import is_complete
+    from mohawk.convert import convert
+    from mohawk.report import machine
+    from mohawk.select_layers import select
+
+    if not is_complete(options.run / "phases" / "hidden" / "student"):
+        convert(all_layers(options.run))
+    for by in options.by:
+        found = select(options.run, by=by, tokens=options.tokens, lazy=options.lazy)
+    rows = measure(options.run, found, options.by)
+    distilled = distil(options.run, found, options.by, options.distil) if options.distil else []
+    about = {"model": "SmolLM2-135M-Instruct", "date": time.strftime("%Y-%m-%d"), "machine": machine("cpu")}
+    results = {"about": about, "selection": found, "rows": rows, "distilled": distilled}
+    (RESULTS / "layer_choice.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    lines = table(rows, distilled, found["num_layers"])
+    (RESULTS / "layer_choice.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    draw(rows, found["num_layers"], RESULTS / "layer_choice.png")
+    command = f"python benchmarks/layer_choice.py --by {' '.join(options.by)}"
+    command += f" --tokens {options.tokens}" * (options.tokens != 2048) + " --lazy" * options.lazy
+    command += f" --distil {options.distil:.0f}" * (options.distil > 0)
+    told = f"{'; '.join(about['machine']['devices'])}. `{command}`"
+    put_in_readme("layer_choice", [*lines, "", told, "", "![layer choice](benchmarks/results/layer_choice.png)"])
+    print("\n".join(lines))
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from mohawk.kernels.first_order import anchors, first_order
 from mohawk.kernels.mixing import AttentionMixing, Mixing, SSDMixing
 from mohawk.kernels.mixing_segments import (
     decays_with_resets,
@@ -312,19 +313,23 @@ def _dtype(*mixings: Mixing) -> torch.dtype:
 
 def distance_chunked(student: Mixing, teacher: Mixing, metric: str, reduction: str) -> Tensor:
     """Shapes and meaning as in `mohawk.kernels.mixing_distance.mixing_distance`."""
-    wanted = torch.is_grad_enabled() and any(v is not None and v.requires_grad for v in student.tensors)
-    return _Distance.apply(student, teacher, metric, reduction, wanted, _value_and_gradients, *student.tensors)
+    return _differentiable(student, teacher, metric, reduction, _value_and_gradients)
 
 
 def distance_triton(student: Mixing, teacher: Mixing, metric: str, reduction: str) -> Tensor:
     """The same by the kernels of `mohawk.kernels.mixing_triton`."""
-    wanted = torch.is_grad_enabled() and any(v is not None and v.requires_grad for v in student.tensors)
-    return _Distance.apply(student, teacher, metric, reduction, wanted, _by_triton, *student.tensors)
+    return _differentiable(student, teacher, metric, reduction, _by_triton)
+
+
+def _differentiable(student: Mixing, teacher: Mixing, metric: str, reduction: str, run) -> Tensor:
+    places = anchors(student.tensors)
+    return _Distance.apply(student, teacher, metric, reduction, run, places, *student.tensors, *places)
 
 
 class _Distance(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, student, teacher, metric, reduction, wanted, run, *tensors):
+    def forward(ctx, student, teacher, metric, reduction, run, places, *tensors):
+        tensors, wanted, ctx.anchors = tensors[: len(tensors) - len(places)], bool(places), places
         with torch.autocast(tensors[0].device.type, enabled=False):
             values, gradients = run(student, teacher, metric, reduction, wanted)
         ctx.reduction = reduction
@@ -334,7 +339,7 @@ class _Distance(torch.autograd.Function):
         return {"mean": values.mean, "sum": values.sum, "none": lambda: values}[reduction]()
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @first_order("mixing_distance has no second derivative; use backend='reference' for it")
     def backward(ctx, upstream):
         results = []
         for gradient, like in zip(ctx.saved_tensors, ctx.student, strict=True):
@@ -349,7 +354,7 @@ class _Distance(torch.autograd.Function):
             else:
                 gradient = gradient * upstream
             results.append(gradient.to(dtype))
-        return (None, None, None, None, None, None, *results)
+        return (None, None, None, None, None, None, *results, *[None] * len(ctx.anchors))
 
 
 def _fold(gradient_bh: Tensor, shape: torch.Size, attention: bool) -> Tensor:
@@ -517,7 +522,7 @@ def _finish(metric: str, total: Tensor, size: Tensor | None, seq: int, real: Ten
     if metric == "squared":
         return total, torch.full_like(total, 2.0)
     if metric == "mse":
-        return total / seq**2, torch.full_like(total, 2.0 / seq**2)
+        return total / max(1, seq) ** 2, torch.full_like(total, 2.0 / max(1, seq) ** 2)
     norm = total.sqrt()
     if metric == "frobenius":
         return norm, torch.where(norm > 0, 1 / norm, 0)

@@ -19,11 +19,11 @@ from mohawk.models.families import (
     leaves_out_softcap,
 )
 from mohawk.models.hybrid import SSM_LAYER, HybridConfig, HybridForCausalLM, attention_types
-from mohawk.models.mixers import Mamba2Mixer, SSMMixer
+from mohawk.models.mixers import OPEN_GATE, DiscreteMamba2Mixer, Mamba2Mixer, SSMMixer
 
 log = logging.getLogger(__name__)
 
-INITS = ("attention", "random")
+INITS = ("attention", "neutral", "random")
 GATES = ("open", "output", "random")
 # Starting values under init "attention"; see copy_attention
 X_SIZE = 0.1  # rms of x before its SiLU, where SiLU is nearly x / 2
@@ -75,7 +75,8 @@ def hybrid_from_teacher(
         ssm_layers: layers to replace: "every_second", "all" or indices.
         mixer: "mamba2" (the stock Bamba mixer's mathematics) or "discrete_mamba2" (the MOHAWK paper's).
         init: "attention" copies q -> C, k -> B, v -> x, o -> out_proj (MambaInLlama, arXiv 2408.15237); needs
-            state_size equal to the head dim. "random" leaves the mixer at its own initialisation.
+            state_size equal to the head dim. "random" leaves the mixer at its own initialisation; "neutral" does so
+            with its projections, and starts with an identity convolution and a gate of 1, as Phi-Mamba did.
         gate: what z starts from under "attention": "open" (a constant; z rows 0), "output" (z from the output and
             value projections, as AWS hybrid-model-factory does) or "random".
         state_size: N; default the teacher's head dim.
@@ -119,7 +120,7 @@ def hybrid_from_teacher(
         mixer_conv_kernel=conv_kernel,
         # one switch for both projections: an output bias must be kept, and a constant gate needs a bias on z
         mixer_bias=attention_parts(attention[0]).o.bias is not None
-        or (mixer == "mamba2" and init == "attention" and gate == "open"),
+        or (mixer == "mamba2" and (init == "neutral" or (init == "attention" and gate == "open"))),
     )
     config._attn_implementation = model.config._attn_implementation
     student = HybridForCausalLM(config).to(model.dtype)
@@ -132,6 +133,9 @@ def hybrid_from_teacher(
         for i in chosen:
             size = attention_input_size(model, i)
             copy_attention(attention[i], decoder_layers(student)[i].self_attn, size, shape.num_kv_heads, gate)
+    elif init == "neutral":
+        for i in chosen:
+            start_neutral(decoder_layers(student)[i].self_attn)
     student.generation_config = saveable(model.generation_config)
     return student.to(model.device).train(model.training)
 
@@ -260,6 +264,21 @@ def _normed(projection: Projection, norm: nn.Module | None, input_size: Tensor, 
         bias = bias + norm.bias.float()
     dtype = projection.weight.dtype
     return Projection(weight.flatten(0, 1).to(dtype), bias.flatten().to(dtype))
+
+
+@torch.no_grad()
+def start_neutral(mixer: SSMMixer) -> None:
+    """Random projections between an identity convolution and a gate of 1: what Phi-Mamba was trained from."""
+    mixer.conv1d.weight.zero_()
+    mixer.conv1d.weight[:, 0, -1] = 1.0
+    mixer.conv1d.bias.zero_()
+    z = mixer.slices()["z"]
+    mixer.in_proj.weight[z] = 0.0
+    if mixer.in_proj.bias is not None:
+        mixer.in_proj.bias.zero_()
+        mixer.out_proj.bias.zero_()
+    gate = mixer.z_bias if isinstance(mixer, DiscreteMamba2Mixer) else mixer.in_proj.bias[z]
+    gate.fill_(OPEN_GATE)
 
 
 def _open_gate(mixer: Mamba2Mixer, size: Tensor) -> None:

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from mohawk.models.from_teacher import hybrid_from_teacher
     from mohawk.models.hybrid import HybridConfig, HybridForCausalLM
     from mohawk.models.mixers import DiscreteMamba2Mixer, Mamba2Mixer
+    from mohawk.models.released import load_released, save_released, to_released
 
 _PUBLIC = {
     "causal_conv1d": "mohawk.kernels.causal_conv1d",
@@ -61,6 +62,9 @@ _PUBLIC = {
     "HybridForCausalLM": "mohawk.models.hybrid",
     "DiscreteMamba2Mixer": "mohawk.models.mixers",
     "Mamba2Mixer": "mohawk.models.mixers",
+    "load_released": "mohawk.models.released",
+    "save_released": "mohawk.models.released",
+    "to_released": "mohawk.models.released",
 }
 
 __all__ = [
@@ -82,11 +86,14 @@ __all__ = [
     "hybrid_from_teacher",
     "kd_loss",
     "linear_kd_loss",
+    "load_released",
     "mixing_distance",
     "mixing_matrix",
+    "save_released",
     "ssd",
     "ssd_step",
     "to_bamba",
+    "to_released",
 ]
 
 

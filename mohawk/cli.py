@@ -21,6 +21,7 @@ OPTIONAL = {
     "accelerate": "training",
     "datasets": "reading text",
     "gguf": "reading GGUF checkpoints",
+    "lm_eval": "evaluate --tasks",
     "matplotlib": "plots",
     "safetensors": "reading and writing weights",
     "torch": "everything but checking recipes",
@@ -28,6 +29,7 @@ OPTIONAL = {
     "transformers": "loading and converting models",
     "triton": "GPU kernels",
 }
+EXTRAS = {"lm_eval": "'mohawk[eval]'"}  # not by its own name: the versions matter
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -45,13 +47,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         package = (error.name or "").partition(".")[0]
         if package not in OPTIONAL:
             raise
+        wanted = EXTRAS.get(package, package)
         print(
-            f"error: {package} is not installed, which {OPTIONAL[package]} needs; run: pip install {package}",
+            f"error: {package} is not installed, which {OPTIONAL[package]} needs; run: pip install {wanted}",
             file=sys.stderr,
         )
         return 2
     except KeyboardInterrupt:
-        resumed = options.run in (_demo, _convert)
+        resumed = options.run in (_demo, _convert, _select)
         print("stopped" + "; the same command goes on from what was saved" * resumed, file=sys.stderr)
         return 130
     except BrokenPipeError:
@@ -94,13 +97,45 @@ def parser() -> argparse.ArgumentParser:
     convert.add_argument("--output", metavar="DIR", help="the run's folder, instead of the recipe's")
     _add_set(convert)
 
+    select = command("select", _select, "rank a run's layers by what it costs to replace their attention")
+    select.add_argument(
+        "model", type=Path, metavar="RUN", help="a run's folder, its phases 1 and 2 done for all layers"
+    )
+    _add_by(select)
+    select.add_argument(
+        "--tokens", type=_number(int, 2), default=2048, metavar="N", help="of text to measure on; default: 2048"
+    )
+    select.add_argument(
+        "--lazy", action="store_true", help="measure only layers that could be next: faster, not always the same order"
+    )
+
+    compose = command("compose", _compose, "assemble a student from a run with mixers in all layers, for phase 3")
+    compose.add_argument(
+        "model", type=Path, metavar="RUN", help="a run's folder, its phases 1 and 2 done for all layers"
+    )
+    what = compose.add_mutually_exclusive_group(required=True)
+    what.add_argument("--budget", metavar="B", help="attention layers (8), a share (25%%) or state bytes (40MB@4096)")
+    what.add_argument(
+        "--attention", type=_number(int, 0), nargs="+", metavar="I", help="the attention layers, without a ranking"
+    )
+    _add_by(compose)
+    compose.add_argument("--output", type=Path, metavar="DIR", help="the new run; default: RUN-N-attention")
+    _add_set(compose)
+
     evaluate = command("evaluate", _evaluate, "measure a run's student against its teacher again")
     evaluate.add_argument("model", type=Path, metavar="RUN", help="a run's folder")
+    tasks = evaluate.add_argument_group("tasks of lm-evaluation-harness, instead of the run's texts")
+    tasks.add_argument("--tasks", metavar="NAME,...", help="tasks, groups or tags; `mohawk` needs no download")
+    tasks.add_argument("--task-path", type=Path, metavar="DIR", help="a folder of further task files")
+    tasks.add_argument("--limit", type=_number(int, 1), metavar="N", help="only the first N questions of each")
+    tasks.add_argument("--batch-size", type=_number(int, 1), metavar="N", help="default: the recipe's evaluation")
+    tasks.add_argument("--fewshot", type=_number(int, 0), metavar="N", help="examples before a question")
     _add_set(evaluate)
 
     generate = command("generate", _generate, "continue a prompt")
     generate.add_argument("model", metavar="MODEL", help="folder, run, .gguf file or hub id")
     generate.add_argument("--prompt", required=True, metavar="TEXT")
+    generate.add_argument("--tokenizer", metavar="MODEL", help="folder or hub id, where the model comes without one")
     generate.add_argument("--max-new-tokens", type=_number(int, 1), default=100, metavar="N", help="default: 100")
     generate.add_argument(
         "--temperature", type=_number(float, 0), default=0.0, metavar="T", help="0, the default, is greedy"
@@ -183,7 +218,28 @@ def _convert(options: argparse.Namespace) -> None:
     convert(recipe, dry_run=options.dry_run)
 
 
+def _select(options: argparse.Namespace) -> None:
+    from mohawk.select_layers import select
+
+    select(options.model, by=options.by, tokens=options.tokens, lazy=options.lazy)
+
+
+def _compose(options: argparse.Namespace) -> None:
+    from mohawk.compose import compose
+
+    given = {name: getattr(options, name) for name in ("budget", "attention", "by", "output")}
+    compose(options.model, **given, overrides=options.set)
+
+
 def _evaluate(options: argparse.Namespace) -> None:
+    asked = {name: getattr(options, name) for name in ("task_path", "limit", "batch_size", "fewshot")}
+    if options.tasks is not None:
+        from mohawk.lm_eval_tasks import evaluate_tasks
+
+        names = [name.strip() for name in options.tasks.split(",") if name.strip()]
+        evaluate_tasks(options.model, names, **asked, overrides=options.set)
+        return
+    _refuse(asked, "--tasks NAME,...; name tasks, or leave it out")
     from mohawk.evaluate_run import evaluate_run
 
     evaluate_run(options.model, options.set)
@@ -202,6 +258,7 @@ def _generate(options: argparse.Namespace) -> None:
         top_p=options.top_p,
         device=options.device,
         seed=options.seed,
+        tokenizer=options.tokenizer,
     )
 
 
@@ -218,9 +275,7 @@ def _inspect(options: argparse.Namespace) -> None:
 
         inspect_matrices(options.model, options.matrices, **drawing)
         return
-    for name, value in drawing.items():
-        if value is not None:
-            raise UserError(f"--{name} is of --matrices TEXT; give a text, or leave it out")
+    _refuse(drawing, "--matrices TEXT; give a text, or leave it out")
     from rich.console import Console
 
     from mohawk.describe import describe, print_description, print_run, student_folder
@@ -232,10 +287,23 @@ def _inspect(options: argparse.Namespace) -> None:
     print_description(describe(student_folder(options.model)), options.contexts, console)
 
 
+def _refuse(given: dict[str, object], of: str) -> None:
+    """Options that only mean something beside another one."""
+    for name, value in given.items():
+        if value is not None:
+            raise UserError(f"--{name.replace('_', '-')} is of {of}")
+
+
 def _doctor(options: argparse.Namespace) -> None:
     from mohawk.doctor import doctor
 
     doctor()
+
+
+def _add_by(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument(
+        "--by", choices=("kl", "recall", "both", "alone"), default="kl", help="how layers are ranked; default: kl"
+    )
 
 
 def _add_set(sub: argparse.ArgumentParser) -> None:

@@ -39,6 +39,7 @@ log = logging.getLogger(__name__)
 
 RECIPE = "recipe.yaml"
 STUDENT = "student"
+COMPOSED = "composed.json"  # says of which run's phases 1 and 2 a composed run goes on (mohawk/compose.py)
 # What may change when a stopped run goes on: what does not decide what the steps so far meant,
 CHANGEABLE = ("device", ".save_every", ".log_every", ".decode_tokens", ".contexts", ".prompt", ".continuation_tokens")
 UNTIL_FINISHED = (".learning_rate", ".max_grad_norm")  # and in a phase that still has steps to come
@@ -144,10 +145,12 @@ class Conversion:
 
     def run(self) -> None:
         start = time.monotonic()
-        student = untrained_student(self.recipe, self.teacher)
-        self._evaluate("before", student)
         phases = list(self.recipe.phases.active())
         finished = max((i for i, (name, _) in enumerate(phases) if is_complete(self._student(name))), default=-1)
+        if finished < 0 and (self.folder / COMPOSED).is_file():
+            raise UserError(f"{self.folder}: the composed student is missing or damaged; run mohawk compose again")
+        student = untrained_student(self.recipe, self.teacher)
+        self._evaluate("before", student)
         for i, (name, phase) in enumerate(phases):
             if i > finished:
                 self._forget(name)  # what was measured of a student that was deleted or damaged since
@@ -157,7 +160,8 @@ class Conversion:
             elif is_complete(self._student(name)):
                 student = HybridForCausalLM.from_pretrained(self._student(name)).to(self.device)
             else:
-                log.warning("%s is missing or damaged; going on from the later phase", self._student(name))
+                if not (self.folder / COMPOSED).is_file():
+                    log.warning("%s is missing or damaged; going on from the later phase", self._student(name))
                 continue
             self._evaluate(name, student)
         final = self.folder / STUDENT

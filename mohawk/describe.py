@@ -72,19 +72,32 @@ def describe(model: str | Path) -> Description:
         raise UserError(str(error).removeprefix("teacher: ")) from error
     with torch.device("meta"):
         empty = AutoModelForCausalLM.from_config(config)
-    blocks = next(
-        (m for m in empty.modules() if isinstance(m, torch.nn.ModuleList) and len(m) == config.num_hidden_layers),
-        torch.nn.ModuleList(),
-    )
-    dtype = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
-    layers = tuple(_layer(config, i, block, dtype.itemsize) for i, block in enumerate(blocks))
     return Description(
         name=f"{name}/{gguf_file}" if gguf_file else name,
         kind=type(empty).__name__,
-        dtype=str(dtype).removeprefix("torch."),
+        dtype=str(_dtype(config)).removeprefix("torch."),
         parameters=sum(p.numel() for p in empty.parameters()),
-        layers=layers,
+        layers=describe_layers(empty),
     )
+
+
+def describe_layers(model) -> tuple[Layer, ...]:
+    """The decoder layers of a model, which may be on the meta device; states in its configuration's dtype."""
+    import torch
+
+    config = model.config
+    blocks = next(
+        (m for m in model.modules() if isinstance(m, torch.nn.ModuleList) and len(m) == config.num_hidden_layers),
+        torch.nn.ModuleList(),
+    )
+    return tuple(_layer(config, i, block, _dtype(config).itemsize) for i, block in enumerate(blocks))
+
+
+def _dtype(config: PretrainedConfig):
+    """What the checkpoint is saved in."""
+    import torch
+
+    return config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
 
 
 def _layer(config: PretrainedConfig, index: int, block, itemsize: int) -> Layer:

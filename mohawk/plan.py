@@ -133,6 +133,7 @@ def print_plan(plan: Plan, recipe: Recipe, console: Console) -> None:
     layers = Table("layer", "mixer", "weights from")
     source = {
         "attention": "q -> C, k -> B, v -> x, o -> out_proj",
+        "neutral": "random, conv and gate passing on",
         "random": "random",
     }[recipe.student.init]
     for i, kind in enumerate(plan.layer_types):

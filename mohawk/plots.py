@@ -22,6 +22,7 @@ TITLES = {
     "end_to_end": "phase 3\nend to end",
 }
 TEXTS = {"held_out": "held-out text of the training source", "evaluation": "text of another source"}
+SHARES = ("acc", "acc_norm", "exact_match", "pass@1", "f1", "em")  # metrics of tasks that lie between 0 and 1
 BLUE, ORANGE, GREY = "#1f6feb", "#d9730d", "#8c959f"
 
 
@@ -235,6 +236,68 @@ def plot_layer(heads: Sequence[HeadPicture], title: str, rows: tuple[int, int], 
                 axis.set_ylabel("to position i", labelpad=1, **small)
         at = ((x + panels * (side + gap)) / width, y / height, bar / width, side / height)
         figure.colorbar(image, cax=figure.add_axes(at)).ax.tick_params(labelsize=6.5, length=2, pad=1.5)
+    return _save(figure, target)
+
+
+def plot_selection(found: Mapping[str, Any], target: Path | str) -> Path:
+    """What each layer costs alone, and what rankings cost over the number of attention layers they leave.
+
+    found: as in a run's selection.json (see mohawk.select_layers).
+    """
+    figure, axes = _subplots(1, 3, width=5.2, height=3.8)
+    single, loss, recalled = axes[0]
+    layers = [row["layer"] for row in found["layers"]]
+    values = [_number(row["kl"]) for row in found["layers"]]
+    single.bar(layers, values, width=0.8, color=BLUE)
+    if any(value > 0 for value in values):
+        _log_axis(single)
+    single.set_title("one layer alone")
+    single.set_xlabel("layer whose attention is replaced")
+    single.set_ylabel("KL(teacher ‖ student), nats per token")
+    for (name, ranking), color in zip(found["rankings"].items(), (BLUE, ORANGE, "#1a7f37", "#8250df"), strict=False):
+        left = [found["num_layers"] - i for i in range(len(ranking["path"]))]
+        loss.plot(left, [_number(p["kl"]) for p in ranking["path"]], color=color, marker="o", ms=3, label=f"by {name}")
+        accuracy = [100 * _number(p["recall"]["accuracy"]) for p in ranking["path"]]
+        recalled.plot(left, accuracy, color=color, marker="o", ms=3, label=f"by {name}")
+    loss.set_title("layers replaced in a ranking's order")
+    loss.set_ylabel("KL(teacher ‖ student), nats per token")
+    recalled.set_title("key-value recall")
+    recalled.set_ylabel("values recalled, %")
+    recalled.set_ylim(-4, 104)
+    for axis in (loss, recalled):
+        axis.set_xlabel("attention layers left")
+        axis.invert_xaxis()
+        axis.xaxis.get_major_locator().set_params(integer=True)
+    loss.legend(frameon=False)
+    return _save(figure, target)
+
+
+def plot_tasks(tasks: Mapping[str, Mapping[str, Any]], target: Path | str) -> Path | None:
+    """Teacher and student on each task, by the first of its metrics that is a share, with standard errors.
+
+    tasks: as in results.json. None, and no picture, where no task has such a metric.
+    """
+    rows = []
+    for name, task in tasks.items():
+        shares = [
+            m for m, v in task["metrics"].items() if m.split(" ")[0] in SHARES and v["teacher_stderr"] is not None
+        ]
+        if shares:
+            rows.append((f"{name}, {shares[0]}", task["metrics"][shares[0]]))
+    if not rows:
+        return None
+    figure, axes = _subplots(1, 1, width=7.5, height=1.1 + 0.34 * len(rows))
+    axis = axes[0][0]
+    for who, color, marker, shift in (("teacher", BLUE, "o", -0.12), ("student", ORANGE, "s", 0.12)):
+        places = [row + shift for row in range(len(rows))]
+        values = [100 * values[who] for _, values in rows]
+        errors = [100 * (values[f"{who}_stderr"] or 0) for _, values in rows]
+        axis.errorbar(values, places, xerr=errors, fmt=marker, ms=5, color=color, capsize=3, lw=1.4, label=who)
+    axis.set_yticks(range(len(rows)), [label for label, _ in rows], fontsize=9)
+    axis.set_ylim(len(rows) - 0.5, -0.5)
+    axis.set_xlim(-3, 103)
+    axis.set_xlabel("% ± one standard error")
+    figure.legend(*axis.get_legend_handles_labels(), loc="outside upper center", ncols=2, frameon=False)
     return _save(figure, target)
 
 

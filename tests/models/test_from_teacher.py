@@ -159,3 +159,20 @@ def test_random_init_takes_any_state_size():
     student = hybrid_from_teacher(tiny_teacher(), "all", init="random", state_size=5)
     assert student.model.layers[0].self_attn.state_size == 5
     assert torch.isfinite(student(torch.tensor([[5, 6, 7]])).logits).all()
+
+
+@pytest.mark.parametrize("mixer", ("mamba2", "discrete_mamba2"))
+def test_a_neutral_start_lets_the_projections_through(mixer):
+    """The convolution passes on what it gets, and the gate is 1 whatever the layer reads."""
+    student = hybrid_from_teacher(tiny_teacher(), [1], mixer, init="neutral")
+    layer = student.model.layers[1].self_attn
+    hidden = torch.randn(1, 5, 32)
+    with torch.no_grad():
+        projected = layer.in_proj(hidden)
+        xBC, z = projected[..., layer.slices()["xBC"]], projected[..., layer.slices()["z"]]
+        convolved = layer._conv(xBC, slice(0, layer.conv_size))
+        expected = torch.nn.functional.silu(xBC) if layer.activation == "silu" else xBC
+        gate = torch.nn.functional.silu(z + getattr(layer, "z_bias", 0))
+    torch.testing.assert_close(convolved, expected)
+    torch.testing.assert_close(gate, torch.ones_like(gate))
+    assert layer.in_proj.weight[layer.slices()["x"]].abs().min() > 0
