@@ -555,12 +555,11 @@ def sums_and_gradients(student: Mixing, teacher: Mixing, metric: str, real: Tens
 
 def distance_triton(student: Mixing, teacher: Mixing, metric: str, reduction: str) -> Tensor:
     """Shapes and meaning as in `mohawk.kernels.mixing_distance.mixing_distance`, float32."""
-    wanted = torch.is_grad_enabled() and any(v is not None and v.requires_grad for v in student.tensors)
     run = _value_and_gradients if student.tensors[0].numel() else chunked._value_and_gradients
     device = student.tensors[0].device
     # Triton launches on the current device, wherever the tensors are.
     with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
-        return chunked._Distance.apply(student, teacher, metric, reduction, wanted, run, *student.tensors)
+        return chunked._differentiable(student, teacher, metric, reduction, run)
 
 
 def _value_and_gradients(
