@@ -3,6 +3,7 @@ and make the gradient with the loss."""
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
 from collections.abc import Callable
@@ -141,7 +142,9 @@ class Call:
     ) -> tuple[kd_chunked.Rows, list[Tensor | None]]:
         """kd and ce of the rows that count, and the gradients of sum(scale * (kd_weight * kd + ce_weight *
         ce))."""
-        with torch.no_grad(), torch.autocast(scale.device.type, enabled=False):
+        # Triton launches on the current device, wherever the tensors are.
+        current = torch.cuda.device(scale.device) if scale.is_cuda else contextlib.nullcontext()
+        with torch.no_grad(), torch.autocast(scale.device.type, enabled=False), current:
             return (self._linear if self.settings.linear else self._logits)(student, scale, needs)
 
     def _empty_or_zeros(self, shape: torch.Size, dtype: torch.dtype) -> Tensor:

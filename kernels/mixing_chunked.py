@@ -313,15 +313,10 @@ def _dtype(*mixings: Mixing) -> torch.dtype:
 
 def distance_chunked(student: Mixing, teacher: Mixing, metric: str, reduction: str) -> Tensor:
     """Shapes and meaning as in `mohawk.kernels.mixing_distance.mixing_distance`."""
-    return _differentiable(student, teacher, metric, reduction, _value_and_gradients)
+    return differentiable(student, teacher, metric, reduction, value_and_gradients)
 
 
-def distance_triton(student: Mixing, teacher: Mixing, metric: str, reduction: str) -> Tensor:
-    """The same by the kernels of `mohawk.kernels.mixing_triton`."""
-    return _differentiable(student, teacher, metric, reduction, _by_triton)
-
-
-def _differentiable(student: Mixing, teacher: Mixing, metric: str, reduction: str, run) -> Tensor:
+def differentiable(student: Mixing, teacher: Mixing, metric: str, reduction: str, run) -> Tensor:
     places = anchors(student.tensors)
     return _Distance.apply(student, teacher, metric, reduction, run, places, *student.tensors, *places)
 
@@ -350,14 +345,14 @@ class _Distance(torch.autograd.Function):
             if ctx.reduction == "none":  # (b, h, ...), h not yet summed into groups
                 extra = (1,) * (gradient.dim() - 2)
                 gradient = gradient * upstream.view(*upstream.shape, *extra)
-                gradient = _fold(gradient, shape, ctx.attention)
+                gradient = fold(gradient, shape, ctx.attention)
             else:
                 gradient = gradient * upstream
             results.append(gradient.to(dtype))
         return (None, None, None, None, None, None, *results, *[None] * len(ctx.anchors))
 
 
-def _fold(gradient_bh: Tensor, shape: torch.Size, attention: bool) -> Tensor:
+def fold(gradient_bh: Tensor, shape: torch.Size, attention: bool) -> Tensor:
     """Sum a per-head gradient (b, h, ...) into its tensor's shape: heads into groups, D's over the batch."""
     if len(shape) == 1:
         return gradient_bh.sum(0).unflatten(0, (shape[0], -1)).sum(-1)
@@ -367,7 +362,7 @@ def _fold(gradient_bh: Tensor, shape: torch.Size, attention: bool) -> Tensor:
     return gradient_bh if attention else gradient_bh.transpose(1, 2)
 
 
-def _value_and_gradients(
+def value_and_gradients(
     student: Mixing, teacher: Mixing, metric: str, reduction: str, wanted: bool
 ) -> tuple[Tensor, list[Tensor | None]]:
     """(batch, heads) distances, and the gradients of their reduction (per head if there is none)."""
@@ -393,13 +388,13 @@ def _value_and_gradients(
     if not blocks:
         return values.to(dtype), gradients
 
-    real = _real_tokens(student, teacher)
+    real = real_tokens(student, teacher)
     for block in blocks:
         mine = _strips(student, block, dtype, wanted)
         theirs = _strips(teacher, block, dtype, False)
         masks = None if real is None else real[block.rows]
         total, size = _sweep(mine, theirs, seq, strip, metric, masks, wanted)
-        value, factor = _finish(metric, total, size, seq, masks)
+        value, factor = finish(metric, total, size, seq, masks)
         values[block.rows, block.start : block.stop] = value
         if wanted:
             factor = (factor * weight).to(dtype)
@@ -412,25 +407,6 @@ def _value_and_gradients(
                 else:
                     _add_block(out, gradient, block, like.shape, attention)
     return values.to(dtype), gradients
-
-
-def _by_triton(
-    student: Mixing, teacher: Mixing, metric: str, reduction: str, wanted: bool
-) -> tuple[Tensor, list[Tensor | None]]:
-    from mohawk.kernels.mixing_triton import sums_and_gradients
-
-    real = _real_tokens(student, teacher)
-    total, size, per_head = sums_and_gradients(student, teacher, wanted)
-    values, factor = _finish(metric, total, size, student.shape[2], real)
-    gradients: list[Tensor | None] = [None] * len(student.tensors)
-    if wanted:
-        factor = factor / max(1, values.numel()) if reduction == "mean" else factor
-        for index, (value, gradient) in enumerate(zip(student.tensors, per_head, strict=True)):
-            if value is not None and value.requires_grad:
-                gradient = gradient * factor.view(*factor.shape, *(1,) * (gradient.dim() - 2))
-                gradient = gradient if reduction == "none" else _fold(gradient, value.shape, False)
-                gradients[index] = gradient.to(torch.float32)
-    return values.to(torch.float32), gradients
 
 
 def _groups(shape: torch.Size, attention: bool) -> int:
@@ -458,7 +434,7 @@ def _add_block(out: Tensor, gradient_bh: Tensor, block: _Block, shape: torch.Siz
         target.copy_(gradient_bh)
 
 
-def _real_tokens(student: Mixing, teacher: Mixing) -> Tensor | None:
+def real_tokens(student: Mixing, teacher: Mixing) -> Tensor | None:
     """(batch, seq) which tokens are no padding, None if all are."""
     real = None
     for ids in (student.segment_ids, teacher.segment_ids):
@@ -514,7 +490,7 @@ def _kl_strip(mine, theirs, row: int, end: int, first: int, mask: Tensor | None,
     return terms.sum(-1)
 
 
-def _finish(metric: str, total: Tensor, size: Tensor | None, seq: int, real: Tensor | None) -> tuple[Tensor, Tensor]:
+def finish(metric: str, total: Tensor, size: Tensor | None, seq: int, real: Tensor | None) -> tuple[Tensor, Tensor]:
     """The distance, and the factor for the gradients of half the sum of squares (for kl: of the sum)."""
     if metric == "kl":
         rows = seq if real is None else real.sum(-1).clamp(min=1).unsqueeze(1)

@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 from mohawk.kernels.mixing import AttentionMixing, Mixing
-from mohawk.kernels.mixing_chunked import distance_chunked
+from mohawk.kernels.mixing_chunked import distance_chunked, real_tokens
 from mohawk.kernels.mixing_reference import distance_reference
+from mohawk.kernels.mixing_segments import segment_starts
 
 METRICS = ("frobenius", "squared", "mse", "relative", "kl")
 REDUCTIONS = ("mean", "sum", "none")
@@ -25,9 +26,9 @@ def mixing_distance(
     """How far the student's matrix S is from the teacher's A, per batch row and head, reduced over both.
 
     metric: "frobenius" ||S - A||_F (MOHAWK's, arXiv 2408.10189; its gradient is 0 where the distance is 0),
-    "squared" ||S - A||_F^2, "mse" that over seq^2, "relative" ||S - A||_F / ||A||_F, or, between two
+    "squared" ||S - A||_F^2, "mse" that over seq^2, "relative" ||S - A||_F / ||A||_F (0 where A is 0), or, between two
     attentions, "kl" sum_j A (log A - log S) averaged over rows. Rows and columns of padding (segment -1)
-    count as equal.
+    count as equal; their values must be finite.
 
     Batch and seq must agree. If the head counts differ, one divides the other and each head of the smaller
     side is compared with a group of consecutive heads of the larger, as in grouped-query attention.
@@ -36,7 +37,7 @@ def mixing_distance(
 
     Returns float32, or float64 if any input is. Differentiable in the student's tensors, never in the
     teacher's; the gradients are made together with the value. Raises ValueError for what does not fit
-    together.
+    together, RuntimeError in a second derivative, which only the reference has.
     """
     _check(student, teacher, metric, reduction, backend)
     if backend == "reference":
@@ -112,11 +113,22 @@ def _check_kl(student: Mixing, teacher: Mixing) -> None:
     where = "mixing_distance: metric 'kl'"
     if not (isinstance(student, AttentionMixing) and isinstance(teacher, AttentionMixing)):
         raise ValueError(f"{where} compares two attentions; rows of an SSDMixing are no distributions")
-    if student.window is not None and (teacher.window is None or teacher.window > student.window):
+    if student.window is None and student.segment_ids is None:
+        return
+    hidden = _first_column(teacher) < _first_column(student)
+    real = real_tokens(student, teacher)
+    if real is not None:
+        hidden &= real
+    if bool(hidden.any()):
         raise ValueError(
             f"{where} is infinite when the teacher sees more than the student: "
-            f"windows {student.window} (student) and {teacher.window} (teacher)"
+            f"windows {student.window} (student) and {teacher.window} (teacher), or other segment_ids"
         )
-    if student.segment_ids is not None:
-        if teacher.segment_ids is None or not torch.equal(student.segment_ids, teacher.segment_ids):
-            raise ValueError(f"{where} needs the same segment_ids in student and teacher")
+
+
+def _first_column(mixing: AttentionMixing) -> Tensor:
+    """(batch, seq) the first token that each token sees."""
+    batch, _, seq = mixing.shape
+    index = torch.arange(seq, device=mixing.q.device).expand(batch, seq)
+    first = torch.zeros_like(index) if mixing.segment_ids is None else segment_starts(mixing.segment_ids)
+    return first if mixing.window is None else torch.maximum(first, index - mixing.window + 1)

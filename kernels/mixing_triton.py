@@ -555,20 +555,20 @@ def sums_and_gradients(student: Mixing, teacher: Mixing, metric: str, real: Tens
 
 def distance_triton(student: Mixing, teacher: Mixing, metric: str, reduction: str) -> Tensor:
     """Shapes and meaning as in `mohawk.kernels.mixing_distance.mixing_distance`, float32."""
-    run = _value_and_gradients if student.tensors[0].numel() else chunked._value_and_gradients
+    run = _value_and_gradients if student.tensors[0].numel() else chunked.value_and_gradients
     device = student.tensors[0].device
     # Triton launches on the current device, wherever the tensors are.
     with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
-        return chunked._differentiable(student, teacher, metric, reduction, run)
+        return chunked.differentiable(student, teacher, metric, reduction, run)
 
 
 def _value_and_gradients(
     student: Mixing, teacher: Mixing, metric: str, reduction: str, wanted: bool
 ) -> tuple[Tensor, list[Tensor | None]]:
     """(batch, heads) distances, and the gradients of their reduction (per head if there is none)."""
-    real = chunked._real_tokens(student, teacher)
+    real = chunked.real_tokens(student, teacher)
     total, size, per_head = sums_and_gradients(student, teacher, metric, real, wanted)
-    values, factor = chunked._finish(metric, total, size, student.shape[2], real)
+    values, factor = chunked.finish(metric, total, size, student.shape[2], real)
     gradients: list[Tensor | None] = [None] * len(student.tensors)
     if wanted:
         factor = factor / values.numel() if reduction == "mean" else factor
@@ -576,7 +576,7 @@ def _value_and_gradients(
             if tensor is not None and tensor.requires_grad:
                 gradient = gradient.mul_(factor.view(*factor.shape, *(1,) * (gradient.dim() - 2)))
                 if reduction != "none":
-                    gradient = chunked._fold(gradient, tensor.shape, isinstance(student, AttentionMixing))
+                    gradient = chunked.fold(gradient, tensor.shape, isinstance(student, AttentionMixing))
                 gradients[index] = gradient.to(torch.float32)
     return values.to(torch.float32), gradients
 

@@ -41,12 +41,12 @@ def compile_one(
     target: str, kernel: str, pair: str, masks: str, width: int, dtype: str, tiles: dict | None = None
 ) -> triton_report.Usage:
     """Compile with both operands of one width. masks: "segments" is documents and padding, by the metric with most
-    sums; "none" is one document."""
+    sums; "segments, kl" the same by kl; "none" is one document."""
     if tiles is None:
         tiles = mixing_triton.tiles(pair == PAIRS[0], width, DTYPES[dtype], MAJOR[target])
     if kernel == "normaliser":
         tiles = tiles | mixing_triton.NORMALISER
-    masked = masks == "segments"
+    masked = masks != "none"
     student, teacher = (_side(kind, dtype, masked) for kind in pair.split("-"))
     constants = {name: tiles[name] for name in ("BLOCK", "STEP", "CHUNK", "PRECISION")}
     options = {name: tiles[name] for name in ("num_warps", "num_stages")}
@@ -60,7 +60,8 @@ def compile_one(
     types |= dict.fromkeys(("squares", "sizes", "row_weights", "column_weights"), "*fp64")
     types |= dict.fromkeys(("diagonals", "gradients"), "*fp32")
     constants |= {"STUDENT_WIDTH": width, "TEACHER_WIDTH": width}
-    constants |= {"ROWS": kernel == "rows", "METRIC": "relative" if masked else "squared", "GRADIENTS": True}
+    metric = {"none": "squared", "segments": "relative", "segments, kl": "kl"}[masks]
+    constants |= {"ROWS": kernel == "rows", "METRIC": metric, "GRADIENTS": True}
     return triton_report.compile_for(target, mixing_triton.pass_kernel, types, constants, options)
 
 
@@ -69,6 +70,7 @@ def cases(quick: bool = False) -> list[tuple[str, str, str, int, str]]:
     every = [("normaliser", "attention-attention", "segments")]
     every += [(kernel, pair, "segments") for pair in PAIRS for kernel in ("rows", "columns")]
     every += [(kernel, "ssd-attention", "none") for kernel in ("rows", "columns")]
+    every += [(kernel, "attention-attention", "segments, kl") for kernel in ("rows", "columns")]
     shapes = [(width, dtype) for width in WIDTHS for dtype in DTYPES]
     if quick:
         every = [case for case in every if case[0] != "normaliser" and case[1] in PAIRS[::2] and case[2] == "segments"]
