@@ -242,3 +242,10 @@ def test_training_leaves_no_bias_in_front_of_the_convolution():
     (mixing.B.sum() + mixing.C.sum() + mixing.log_decay.sum()).backward()
     grad = mixer.in_proj.bias.grad
     assert not grad[rows["xBC"]].any() and grad[rows["decay"]].all()
+
+
+def test_a_transformers_that_norms_groups_together_is_refused(monkeypatch):
+    student = student_of(scramble=False)
+    monkeypatch.setattr("mohawk.models.bamba.norms_groups_apart", lambda: False)
+    with pytest.raises(ValueError, match="normalises all 4 groups of a mixer together, 5.23 and later each alone"):
+        to_bamba(student)
