@@ -354,7 +354,8 @@ def run_benchmark(name: str, options: argparse.Namespace) -> bool:
     if options.only and old.exists():
         # Lines that this run left out stay as they were, in their places.
         new = {(row["table"], row["name"]): row for row in rows}
-        kept = json.loads(old.read_text())["rows"]
+        before = json.loads(old.read_text())
+        kept = [{key: before["about"][key] for key in ("commit", "date")} | row for row in before["rows"]]
         rows = [new.pop((row["table"], row["name"]), row) for row in kept] + list(new.values())
     lines = table_lines(rows, options.device)
     measured = sorted({(row.get("date", "?"), row.get("commit", "?")) for row in rows})

@@ -11,6 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from mohawk.kernels.first_order import first_order
 from mohawk.kernels.mixing_segments import check_segment_ids, segment_runs, segment_starts
 
 ACTIVATIONS = (None, "silu")
@@ -59,6 +60,29 @@ def causal_conv1d(
         visible = (seq - back >= start.unsqueeze(1)) | (segment_runs(segment_ids)[:, -1:] == 0)
         final = final * visible.unsqueeze(1)
     return y, final
+
+
+def causal_conv1d_step(
+    window: Tensor, weight: Tensor, bias: Tensor | None = None, *, activation: str | None = None
+) -> Tensor:
+    """The convolution's output for the last token of a window that is as long as the kernel.
+
+    window: (batch, channels, kernel), oldest input first. weight, bias, activation: as in `causal_conv1d`. Returns
+    (batch, channels) in window's dtype; sums are float32 inside (float64 for float64). Raises ValueError for shapes
+    that do not fit.
+    """
+    if window.dim() != 3 or window.shape[1:] != weight.shape:
+        raise ValueError(
+            f"causal_conv1d_step: window must be (batch, channels, kernel) for a weight (channels, kernel), "
+            f"got {tuple(window.shape)} and {tuple(weight.shape)}"
+        )
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"causal_conv1d_step: activation must be None or 'silu', got {activation!r}")
+    wide = _wide(window)
+    y = (window.to(wide) * weight.to(wide)).sum(-1)
+    if bias is not None:
+        y = y + bias.to(wide)
+    return (torch.nn.functional.silu(y) if activation == "silu" else y).to(window.dtype)
 
 
 @functools.cache
@@ -122,7 +146,7 @@ class _CausalConv(torch.autograd.Function):
         return y
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @first_order("causal_conv1d has no second derivative")
     def backward(ctx, dy):
         x, weight, bias, initial_state, segment_ids = ctx.saved_tensors
         taps = weight.to(_wide(x)).t().contiguous()

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from mohawk.kernels import kd_checks, kd_chunked, kd_compile, kd_reference
+from mohawk.kernels import first_order, kd_checks, kd_chunked, kd_compile, kd_reference
 from mohawk.kernels.kd_chunked import Options
 from mohawk.kernels.kd_teachers import (
     Teacher,
@@ -82,7 +82,7 @@ def distil(
             loss, kd, ce = call.reference(student)
         else:
             grad_enabled = torch.is_grad_enabled()
-            anchors = [_Anchor.apply(x) for x in student if grad_enabled and x.requires_grad]
+            anchors = first_order.anchors(student)
             loss, kd, ce = _Loss.apply(call, grad_enabled, anchors, *student, *anchors)
     return (loss, KDParts(kd.detach(), ce.detach())) if settings.return_parts else loss
 
@@ -224,12 +224,10 @@ class _Loss(torch.autograd.Function):
         return loss, kd, ce
 
     @staticmethod
+    @first_order.first_order(NO_SECOND_DERIVATIVE)
     def backward(ctx, grad_loss: Tensor, *_):
-        with torch.no_grad():
-            grads = _Loss.gradients(ctx, grad_loss)
-            grads = [g if g is None else g.to(dtype) for g, dtype in zip(grads, ctx.dtypes, strict=True)]
-        if torch.is_grad_enabled():  # create_graph: a second derivative must not come out as zero in silence
-            grads = [g if g is None else _NoSecondDerivative.apply(g, *ctx.anchors) for g in grads]
+        grads = _Loss.gradients(ctx, grad_loss)
+        grads = [g if g is None else g.to(dtype) for g, dtype in zip(grads, ctx.dtypes, strict=True)]
         return None, None, None, *grads, *[None] * len(ctx.anchors)
 
     @staticmethod
@@ -249,30 +247,6 @@ class _Loss(torch.autograd.Function):
         if grad_loss.device.type != "cpu" or grad_loss.item() != 1.0:
             return [g if g is None else g * grad_loss if keep else g.mul_(grad_loss) for g in grads]
         return [g.clone() if keep and g is not None else g for g in grads]
-
-
-class _Anchor(torch.autograd.Function):
-    """Nothing of a tensor but its place in the graph: what a gradient depends on, without the memory."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor) -> Tensor:
-        return x.new_empty(0)
-
-    @staticmethod
-    def backward(ctx, _):
-        return None
-
-
-class _NoSecondDerivative(torch.autograd.Function):
-    """A gradient that leads back to what it was made from, and to an error there."""
-
-    @staticmethod
-    def forward(ctx, grad: Tensor, *anchors: Tensor) -> Tensor:
-        return grad.view_as(grad)
-
-    @staticmethod
-    def backward(ctx, _):
-        raise RuntimeError(NO_SECOND_DERIVATIVE)
 
 
 def _plain(s: Settings) -> str:

@@ -6,7 +6,7 @@ diagonal. Both are described by what they are made of; `mixing_matrix` writes on
 compares two without.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -24,7 +24,7 @@ class AttentionMixing:
 
     scale: 1 / sqrt(head_dim) if None. window: a token sees itself and the window - 1 tokens before it;
     everything if None. segment_ids: (batch, seq) integers; a token sees only its own segment (a run of
-    equal ids), -1 is padding.
+    equal ids), -1 is padding. softcap: c bounds the scores s to c tanh(s / c), as in Gemma 2.
     """
 
     q: Tensor
@@ -32,6 +32,7 @@ class AttentionMixing:
     scale: float | None = None
     window: int | None = None
     segment_ids: Tensor | None = None
+    softcap: float | None = None
 
     def __post_init__(self) -> None:
         q, k, where = self.q, self.k, "AttentionMixing"
@@ -43,8 +44,12 @@ class AttentionMixing:
             raise ValueError(f"{where}: q and k must agree in batch, seq and head_dim, got {shapes}")
         if k.shape[1] < 1 or q.shape[1] % k.shape[1]:
             raise ValueError(f"{where}: {k.shape[1]} kv heads must divide {q.shape[1]} heads")
-        if self.window is not None and self.window < 1:
-            raise ValueError(f"{where}: window must be None or at least 1, got {self.window}")
+        if not q.shape[3]:
+            raise ValueError(f"{where}: head_dim is 0")
+        if self.window is not None and not (isinstance(self.window, int) and self.window >= 1):
+            raise ValueError(f"{where}: window must be None or a whole number from 1 up, got {self.window!r}")
+        if self.softcap is not None and not self.softcap > 0:
+            raise ValueError(f"{where}: softcap must be None or above 0, got {self.softcap}")
         _check_floating(where, q.device, q=q, k=k)
         check_segment_ids(self.segment_ids, q.shape[0], q.shape[2], where)
 
@@ -137,10 +142,14 @@ def mixing_matrix(
     """
     from mohawk.kernels.mixing_chunked import write_matrix
 
+    if not isinstance(mixing, Mixing):
+        raise ValueError(f"mixing_matrix: takes an AttentionMixing or an SSDMixing, got {type(mixing).__name__}")
     batch, count, seq = mixing.shape
-    first, last = (0, seq) if rows is None else rows
+    first, last = rows if isinstance(rows, (tuple, list)) and len(rows) == 2 else (0, seq if rows is None else -1)
     if not 0 <= first <= last <= seq:
         raise ValueError(f"mixing_matrix: rows must be (i0, i1) with 0 <= i0 <= i1 <= {seq}, got {rows}")
+    if heads is not None and not isinstance(heads, Iterable):
+        raise ValueError(f"mixing_matrix: heads must be a list of heads, got {heads!r}")
     chosen = list(range(count)) if heads is None else [int(head) for head in heads]
     if not all(0 <= head < count for head in chosen):
         raise ValueError(f"mixing_matrix: heads must be between 0 and {count - 1}, got {chosen}")

@@ -23,6 +23,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from mohawk.kernels.first_order import anchors, first_order
 from mohawk.kernels.mixing import AttentionMixing, Mixing, SSDMixing
 from mohawk.kernels.mixing_segments import (
     decays_with_resets,
@@ -72,7 +73,7 @@ class _AttentionStrips:
     def __init__(self, mixing: AttentionMixing, block: _Block, dtype: torch.dtype, gradients: bool) -> None:
         self.heads = block.stop - block.start
         self.dtype, self.device = dtype, mixing.q.device
-        self.scale = mixing.resolved_scale()
+        self.scale, self.softcap = mixing.resolved_scale(), mixing.softcap
         self.window = mixing.window
         self.q = block.take(mixing.q).to(dtype)
         self.k = block.take(mixing.k).to(dtype).contiguous()
@@ -101,6 +102,9 @@ class _AttentionStrips:
         stacked = q.reshape(batch * kv_heads, -1, width)
         keys = _flat(self.k[:, :, first:end])
         scores = torch.bmm(stacked, keys.transpose(1, 2)).view(batch, self.heads, rows, end - first)
+        if self.softcap is not None:
+            bounded = torch.tanh(scores / self.softcap)
+            scores, self.slope = self.softcap * bounded, 1 - bounded.square()
         scores[..., row - first :].masked_fill_(self.later[:rows, :rows], HIDDEN)
         if self.window is not None and end - first > self.window:
             index = torch.arange(first, end, device=scores.device)
@@ -138,6 +142,9 @@ class _AttentionStrips:
         self.accumulate_scores(d_scores, row, end, first)
 
     def accumulate_scores(self, d_scores: Tensor, row: int, end: int, first: int) -> None:
+        if self.softcap is not None:  # columns in front of those with scores have probability 0
+            d_scores = d_scores.clone()
+            d_scores[..., d_scores.shape[-1] - self.slope.shape[-1] :] *= self.slope
         keys = _repeated(self.k[:, :, first:end], self.heads)
         queries = _repeated(self.q[:, :, row:end], self.heads)
         self.dq[:, :, row:end] += (d_scores @ keys).mul_(self.scale)
@@ -306,19 +313,23 @@ def _dtype(*mixings: Mixing) -> torch.dtype:
 
 def distance_chunked(student: Mixing, teacher: Mixing, metric: str, reduction: str) -> Tensor:
     """Shapes and meaning as in `mohawk.kernels.mixing_distance.mixing_distance`."""
-    wanted = torch.is_grad_enabled() and any(v is not None and v.requires_grad for v in student.tensors)
-    return _Distance.apply(student, teacher, metric, reduction, wanted, _value_and_gradients, *student.tensors)
+    return _differentiable(student, teacher, metric, reduction, _value_and_gradients)
 
 
 def distance_triton(student: Mixing, teacher: Mixing, metric: str, reduction: str) -> Tensor:
     """The same by the kernels of `mohawk.kernels.mixing_triton`."""
-    wanted = torch.is_grad_enabled() and any(v is not None and v.requires_grad for v in student.tensors)
-    return _Distance.apply(student, teacher, metric, reduction, wanted, _by_triton, *student.tensors)
+    return _differentiable(student, teacher, metric, reduction, _by_triton)
+
+
+def _differentiable(student: Mixing, teacher: Mixing, metric: str, reduction: str, run) -> Tensor:
+    places = anchors(student.tensors)
+    return _Distance.apply(student, teacher, metric, reduction, run, places, *student.tensors, *places)
 
 
 class _Distance(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, student, teacher, metric, reduction, wanted, run, *tensors):
+    def forward(ctx, student, teacher, metric, reduction, run, places, *tensors):
+        tensors, wanted, ctx.anchors = tensors[: len(tensors) - len(places)], bool(places), places
         with torch.autocast(tensors[0].device.type, enabled=False):
             values, gradients = run(student, teacher, metric, reduction, wanted)
         ctx.reduction = reduction
@@ -328,7 +339,7 @@ class _Distance(torch.autograd.Function):
         return {"mean": values.mean, "sum": values.sum, "none": lambda: values}[reduction]()
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @first_order("mixing_distance has no second derivative; use backend='reference' for it")
     def backward(ctx, upstream):
         results = []
         for gradient, like in zip(ctx.saved_tensors, ctx.student, strict=True):
@@ -343,7 +354,7 @@ class _Distance(torch.autograd.Function):
             else:
                 gradient = gradient * upstream
             results.append(gradient.to(dtype))
-        return (None, None, None, None, None, None, *results)
+        return (None, None, None, None, None, None, *results, *[None] * len(ctx.anchors))
 
 
 def _fold(gradient_bh: Tensor, shape: torch.Size, attention: bool) -> Tensor:
@@ -511,7 +522,7 @@ def _finish(metric: str, total: Tensor, size: Tensor | None, seq: int, real: Ten
     if metric == "squared":
         return total, torch.full_like(total, 2.0)
     if metric == "mse":
-        return total / seq**2, torch.full_like(total, 2.0 / seq**2)
+        return total / max(1, seq) ** 2, torch.full_like(total, 2.0 / max(1, seq) ** 2)
     norm = total.sqrt()
     if metric == "frobenius":
         return norm, torch.where(norm > 0, 1 / norm, 0)

@@ -72,8 +72,8 @@ def _check_triton(student: Mixing, teacher: Mixing, metric: str) -> None:
 
     if not fits_triton(student, teacher, metric):
         raise ValueError(
-            f"{where} compares an SSDMixing with an AttentionMixing, not in float64 and not by 'kl', head_dim "
-            "and state_size at most 64 in float32 and 128 in half precision; take 'chunked'"
+            f"{where} compares an SSDMixing with an AttentionMixing without softcap, not in float64 and not by "
+            "'kl', head_dim and state_size at most 64 in float32 and 128 in half precision; take 'chunked'"
         )
 
 

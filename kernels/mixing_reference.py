@@ -22,6 +22,8 @@ def _dense_attention(mixing: AttentionMixing, log: bool) -> Tensor:
     _, heads, seq = mixing.shape
     k = mixing.k.to(compute).repeat_interleave(heads // mixing.k.shape[1], dim=1)
     scores = (mixing.q.to(compute) * mixing.resolved_scale()) @ k.transpose(-1, -2)
+    if mixing.softcap is not None:
+        scores = mixing.softcap * torch.tanh(scores / mixing.softcap)
     index = torch.arange(seq, device=scores.device)
     back = index.unsqueeze(1) - index
     hidden = back < 0
@@ -77,7 +79,7 @@ def distance_reference(student: Mixing, teacher: Mixing, metric: str) -> Tensor:
             s, a = s * both, a * both
         if metric in ("squared", "mse"):
             squared = (s - a).square().sum((-1, -2))
-            return squared if metric == "squared" else squared / seq**2
+            return squared if metric == "squared" else squared / max(1, seq) ** 2
         norm = torch.linalg.vector_norm(s - a, dim=(-1, -2))
         if metric == "frobenius":
             return norm

@@ -296,6 +296,7 @@ def fits_triton(student, teacher, metric: str) -> bool:
         isinstance(student, SSDMixing)
         and isinstance(teacher, AttentionMixing)
         and metric != "kl"
+        and teacher.softcap is None
         # Wider ones spill registers, float32 first.
         and max(student.C.shape[3], teacher.q.shape[3]) <= (64 if _dtype(student, teacher) == torch.float32 else 128)
         and not any(v is not None and v.dtype == torch.float64 for v in (*student.tensors, *teacher.tensors))

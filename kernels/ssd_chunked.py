@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from mohawk.kernels.first_order import first_order
 from mohawk.kernels.mixing_segments import decays_with_resets, group_slice, head_blocks
 
 # Tokens per chunk: 64 balances the products inside chunks (seq * chunk) with those through states (seq *
@@ -213,7 +214,7 @@ class _ChunkedScan(torch.autograd.Function):
         return y, final
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @first_order("ssd has no second derivative; use backend='reference' for it")
     def backward(ctx, dy, d_final):
         x, log_decay, B, C, input_scale, D, segment_ids, entering = ctx.saved_tensors
         state_dtype = torch.float64 if x.dtype == torch.float64 else torch.float32

@@ -14,9 +14,12 @@ import importlib.util
 import torch
 from torch import Tensor
 
+from mohawk.kernels.first_order import first_order
 from mohawk.kernels.mixing_segments import segment_runs
 
 CHUNK = 256  # mamba-ssm's own default
+# exp of it is nothing beside 1 in float32; the sums of a chunk, which are float32 too, stay as precise as they can
+STRONGEST = -30.0
 
 
 @functools.cache
@@ -67,7 +70,7 @@ class _MambaScan(torch.autograd.Function):
 
         B, C, x = B.contiguous(), C.contiguous(), x.contiguous()
         chunk = min(CHUNK, max(16, 1 << (x.shape[1] - 1).bit_length()))
-        sums = _chunked(log_decay.clamp(min=-2000.0), chunk).cumsum(-1)
+        sums = _chunked(log_decay.clamp(min=STRONGEST), chunk).cumsum(-1)
         scale = _chunked(input_scale, chunk)
         flat_initial = None if initial_state is None else initial_state.to(torch.float32).flatten(2)
         states = ssd_chunk_state._chunk_state_fwd(B, x, scale, sums, seq_idx=runs, states_in_fp32=True)
@@ -89,7 +92,7 @@ class _MambaScan(torch.autograd.Function):
         return y, final.unflatten(2, per_state)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @first_order("ssd has no second derivative; use backend='reference' for it")
     def backward(ctx, dy, d_final):
         from mamba_ssm.ops.triton import (
             ssd_bmm,
@@ -103,7 +106,7 @@ class _MambaScan(torch.autograd.Function):
         chunk, groups, seq = ctx.chunk, B.shape[2], x.shape[1]
         per_state = (x.shape[3], B.shape[3])
         dy = dy.contiguous()
-        sums = _chunked(log_decay.clamp(min=-2000.0), chunk).cumsum(-1)
+        sums = _chunked(log_decay.clamp(min=STRONGEST), chunk).cumsum(-1)
         scale = _chunked(input_scale, chunk)
         flat_initial = None if initial_state is None else initial_state.to(torch.float32).flatten(2)
         scores = ssd_bmm._bmm_chunk_fwd(C, B, chunk, seq_idx=runs, output_dtype=torch.float32)

@@ -1,18 +1,81 @@
 """Which decoder families can be converted, and where in each the parts are that a conversion touches.
 
-All families below share transformers' Llama-shaped naming (`model.layers[i].self_attn.{q,k,v,o}_proj`,
-`input_layernorm`, gated MLP, RMSNorm before each block); what differs is read from the configuration.
+All families share transformers' skeleton: `model.embed_tokens`, `model.layers[i].self_attn` and `.mlp`, a final norm,
+`lm_head`. An entry of `FAMILIES` says what differs from Llama. What transformers' own code takes care of needs no
+entry: rotary embeddings (partial, longrope, none), sliding windows, scales of embeddings, activations, the MLP's shape.
 """
 
 from dataclasses import dataclass
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True, kw_only=True)
+class Family:
+    """How a family differs from Llama. Names are those of attributes in transformers.
+
+    Args:
+        models: which checkpoints these are, for a reader.
+        fused_qkv: the projection that makes q, k and v at once, rows in that order; None: q_proj, k_proj, v_proj.
+        output: attention's output projection.
+        query_norm, key_norm: norms within attention, before the rotary embedding; those a configuration switches off
+            are absent from the module.
+        input_norm: the norm in front of attention; None where attention reads the residual stream as it is.
+        output_norm: the norm of attention's output, before it is added to the residual stream.
+        mlp_norms: the norms around the MLP.
+        parallel: attention and MLP read the same norm and are added up.
+        norm_offset: norms multiply by this plus their weight.
+        final_norm: the norm behind the last layer.
+        head_bias: whether lm_head has a bias.
+    """
+
+    models: str
+    fused_qkv: str | None = None
+    output: str = "o_proj"
+    query_norm: str | None = None
+    key_norm: str | None = None
+    input_norm: str | None = "input_layernorm"
+    output_norm: str | None = None
+    mlp_norms: tuple[str, ...] = ("post_attention_layernorm",)
+    parallel: bool = False
+    norm_offset: float = 0.0
+    final_norm: str = "norm"
+    head_bias: bool = False
+
 
 # model_type -> what is particular about it
-FAMILIES: dict[str, str] = {
-    "llama": "Llama, SmolLM, SmolLM2, TinyLlama, Yi and others that use LlamaForCausalLM",
-    "mistral": "Mistral, with or without a sliding window",
-    "qwen2": "Qwen2, Qwen2.5 (biases on q, k, v)",
+FAMILIES: dict[str, Family] = {
+    "llama": Family(models="Llama, SmolLM, SmolLM2, TinyLlama, Yi"),
+    "mistral": Family(models="Mistral, with or without a sliding window"),
+    "qwen2": Family(models="Qwen2, Qwen2.5"),
+    "qwen3": Family(models="Qwen3", query_norm="q_norm", key_norm="k_norm"),
+    "smollm3": Family(models="SmolLM3"),
+    "gemma2": Family(
+        models="Gemma 2",
+        output_norm="post_attention_layernorm",
+        mlp_norms=("pre_feedforward_layernorm", "post_feedforward_layernorm"),
+        norm_offset=1.0,
+    ),
+    "olmo2": Family(
+        models="OLMo 2",
+        query_norm="q_norm",
+        key_norm="k_norm",
+        input_norm=None,
+        output_norm="post_attention_layernorm",
+        mlp_norms=("post_feedforward_layernorm",),
+    ),
+    "phi": Family(
+        models="Phi-1, Phi-1.5, Phi-2",
+        output="dense",
+        query_norm="q_layernorm",
+        key_norm="k_layernorm",
+        mlp_norms=(),
+        parallel=True,
+        final_norm="final_layernorm",
+        head_bias=True,
+    ),
+    "phi3": Family(models="Phi-3, Phi-3.5, Phi-4, their minis", fused_qkv="qkv_proj"),
 }
 
 
@@ -27,12 +90,79 @@ class DecoderShape:
     head_dim: int
 
 
+@dataclass(frozen=True)
+class Projection:
+    """A linear map, or rows of one: weight (rows, inputs), bias (rows,) or None."""
+
+    weight: Tensor
+    bias: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class AttentionParts:
+    """An attention layer in one form for all families; tensors are the module's own, not copies.
+
+    q: (h * head_dim, D), k and v: (kv heads * head_dim, D), o: (D, h * head_dim). query_norm, key_norm: modules or
+    None. scale: of q k^T before the softmax.
+    """
+
+    q: Projection
+    k: Projection
+    v: Projection
+    o: Projection
+    query_norm: nn.Module | None
+    key_norm: nn.Module | None
+    scale: float
+
+
 def check_supported(config) -> None:
-    """Raises ValueError, naming what is supported, unless the configuration's family can be converted."""
-    kind = getattr(config, "model_type", None)
-    if kind not in FAMILIES:
-        known = "; ".join(f"{name} ({note})" for name, note in FAMILIES.items())
-        raise ValueError(f"model_type {kind!r} cannot be converted to a hybrid yet; supported: {known}")
+    """Raises ValueError, naming what is supported and what is missing, unless the model can be converted.
+
+    Reads the configuration alone, so that a model is refused before its weights are loaded.
+    """
+    if missing := _missing(config):
+        known = "; ".join(f"{name} ({family.models})" for name, family in FAMILIES.items())
+        kind = getattr(config, "model_type", None)
+        raise ValueError(f"model_type {kind!r} cannot be converted to a hybrid; missing: {missing}; supported: {known}")
+
+
+def _missing(config) -> str | None:
+    """What stands in the way of a conversion, or None."""
+    kinds = set(getattr(config, "layer_types", None) or ())
+    if getattr(config, "is_encoder_decoder", False):
+        return "causal self-attention throughout; this is an encoder and a decoder"
+    if getattr(config, "kv_lora_rank", None):
+        return "keys and values of its own for each head; this model has latent attention"
+    if getattr(config, "text_config", None) is not None:
+        return "a plain language model; this one reads more than text, give its text decoder alone"
+    if kinds - {"full_attention", "sliding_attention"}:
+        odd = ", ".join(sorted(kinds - {"full_attention", "sliding_attention"}))
+        return f"full or sliding softmax attention in every layer; it has layers of {odd}"
+    if getattr(config, "use_bidirectional_attention", False) or getattr(config, "is_causal", True) is False:
+        return "causal attention; a state-space layer cannot look ahead"
+    if getattr(config, "model_type", None) not in FAMILIES:
+        return "an entry in FAMILIES that says how its attention, norms and head are named"
+    return None
+
+
+def family_of(config) -> Family:
+    """The entry of a decoder's configuration, or of the decoder that a hybrid's configuration holds."""
+    config = getattr(config, "base_config", None) or config
+    return FAMILIES[config.model_type]
+
+
+def needed_attention(config) -> str | None:
+    """The attention implementation to load a model with; None where transformers' own choice is right.
+
+    Bounded scores (Gemma 2's attn_logit_softcapping) need "eager": torch's sdpa has no bound, and as the default of
+    some versions of transformers it leaves the model's out in silence.
+    """
+    return "eager" if getattr(config, "attn_logit_softcapping", None) is not None else None
+
+
+def leaves_out_softcap(config) -> bool:
+    """Whether a configuration bounds its attention's scores and its attention implementation does not."""
+    return needed_attention(config) is not None and config._attn_implementation in (None, "sdpa")
 
 
 def decoder_shape(config) -> DecoderShape:
@@ -52,5 +182,56 @@ def decoder_layers(model: nn.Module) -> nn.ModuleList:
 
 
 def mixer_input_norm(layer: nn.Module) -> nn.Module:
-    """The norm in front of a layer's attention or mixer."""
-    return layer.input_layernorm
+    """The norm in front of a layer's attention or mixer; the identity where a family has none."""
+    # every family that has such a norm calls it so, and tests/models/ holds each entry of FAMILIES to that
+    return getattr(layer, "input_layernorm", None) or nn.Identity()
+
+
+def final_norm_name(model: nn.Module) -> str:
+    """Name in `model.model` of the norm behind the last layer."""
+    return family_of(model.config).final_norm
+
+
+def attention_parts(attention: nn.Module) -> AttentionParts:
+    """A family's attention module taken apart; of a fused projection the rows of q, k and v."""
+    family, shape = family_of(attention.config), decoder_shape(attention.config)
+    if family.fused_qkv is None:
+        q, k, v = (_projection(getattr(attention, name)) for name in ("q_proj", "k_proj", "v_proj"))
+    else:
+        fused = _projection(getattr(attention, family.fused_qkv))
+        rows = [shape.num_heads * shape.head_dim] + [shape.num_kv_heads * shape.head_dim] * 2
+        weights = fused.weight.split(rows)
+        biases = [None] * 3 if fused.bias is None else fused.bias.split(rows)
+        q, k, v = (Projection(weight, bias) for weight, bias in zip(weights, biases, strict=True))
+    norms = (None if name is None else getattr(attention, name, None) for name in (family.query_norm, family.key_norm))
+    return AttentionParts(q, k, v, _projection(getattr(attention, family.output)), *norms, scale=attention.scaling)
+
+
+def _projection(linear: nn.Module) -> Projection:
+    return Projection(linear.weight, getattr(linear, "bias", None))
+
+
+@torch.no_grad()
+def attention_input_size(model: nn.Module, index: int) -> Tensor:
+    """(D,) float32 root mean square of each channel of what a layer's attention reads, estimated without data.
+
+    Behind a norm: the norm's weight, and its bias if it has one. In a family whose attention reads the residual stream
+    itself (OLMo 2), that stream is the embedding plus what the norms behind earlier attentions and MLPs let through;
+    taken as uncorrelated, their squares add up.
+    """
+    family, layers = family_of(model.config), decoder_layers(model)
+    if family.input_norm is not None:
+        return _norm_square(getattr(layers[index], family.input_norm), family).sqrt()
+    embedding = model.model.embed_tokens.weight
+    square = torch.linalg.vector_norm(embedding, dim=0, dtype=torch.float32).square() / len(embedding)
+    for layer in layers[:index]:
+        square = square + sum(
+            _norm_square(getattr(layer, name), family) for name in (family.output_norm, family.mlp_norms[-1])
+        )
+    return square.sqrt()
+
+
+def _norm_square(norm: nn.Module, family: Family) -> Tensor:
+    square = (norm.weight.float() + family.norm_offset).square()
+    bias = getattr(norm, "bias", None)
+    return square if bias is None else square + bias.float().square()

@@ -9,13 +9,21 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig
 
-from mohawk.models.families import check_supported, decoder_layers, decoder_shape, mixer_input_norm
+from mohawk.models.families import (
+    Projection,
+    attention_input_size,
+    attention_parts,
+    check_supported,
+    decoder_layers,
+    decoder_shape,
+    leaves_out_softcap,
+)
 from mohawk.models.hybrid import SSM_LAYER, HybridConfig, HybridForCausalLM, attention_types
-from mohawk.models.mixers import Mamba2Mixer, SSMMixer
+from mohawk.models.mixers import OPEN_GATE, DiscreteMamba2Mixer, Mamba2Mixer, SSMMixer
 
 log = logging.getLogger(__name__)
 
-INITS = ("attention", "random")
+INITS = ("attention", "neutral", "random")
 GATES = ("open", "output", "random")
 # Starting values under init "attention"; see copy_attention
 X_SIZE = 0.1  # rms of x before its SiLU, where SiLU is nearly x / 2
@@ -67,7 +75,8 @@ def hybrid_from_teacher(
         ssm_layers: layers to replace: "every_second", "all" or indices.
         mixer: "mamba2" (the stock Bamba mixer's mathematics) or "discrete_mamba2" (the MOHAWK paper's).
         init: "attention" copies q -> C, k -> B, v -> x, o -> out_proj (MambaInLlama, arXiv 2408.15237); needs
-            state_size equal to the head dim. "random" leaves the mixer at its own initialisation.
+            state_size equal to the head dim. "random" leaves the mixer at its own initialisation; "neutral" does so
+            with its projections, and starts with an identity convolution and a gate of 1, as Phi-Mamba did.
         gate: what z starts from under "attention": "open" (a constant; z rows 0), "output" (z from the output and
             value projections, as AWS hybrid-model-factory does) or "random".
         state_size: N; default the teacher's head dim.
@@ -77,7 +86,8 @@ def hybrid_from_teacher(
         HybridForCausalLM with the teacher's weights elsewhere, on its device and in its dtype.
 
     Raises:
-        ValueError: unsupported family, unknown option, or a state size "attention" cannot fill.
+        ValueError: unsupported family, unknown option, a state size "attention" cannot fill, or a teacher whose
+            attention implementation leaves out its softcap.
     """
     check_supported(model.config)
     shape = decoder_shape(model.config)
@@ -90,6 +100,11 @@ def hybrid_from_teacher(
         raise ValueError(
             f"init 'attention' copies q and k into C and B, so state_size must be the head dim {shape.head_dim}, "
             f"got {state_size}; leave state_size out or use init 'random'"
+        )
+    if leaves_out_softcap(model.config):
+        raise ValueError(
+            f"the teacher bounds its attention's scores (softcap {model.config.attn_logit_softcapping}), which its "
+            f"attention {model.config._attn_implementation!r} leaves out; load it with attn_implementation='eager'"
         )
     chosen = choose_layers(ssm_layers, shape.num_layers)
     base_config = copy.deepcopy(model.config)
@@ -104,7 +119,8 @@ def hybrid_from_teacher(
         mixer_state_size=state_size,
         mixer_conv_kernel=conv_kernel,
         # one switch for both projections: an output bias must be kept, and a constant gate needs a bias on z
-        mixer_bias=_has_bias(attention[0].o_proj) or (mixer == "mamba2" and init == "attention" and gate == "open"),
+        mixer_bias=attention_parts(attention[0]).o.bias is not None
+        or (mixer == "mamba2" and (init == "neutral" or (init == "attention" and gate == "open"))),
     )
     config._attn_implementation = model.config._attn_implementation
     student = HybridForCausalLM(config).to(model.dtype)
@@ -115,9 +131,11 @@ def hybrid_from_teacher(
     student.tie_weights()
     if init == "attention":
         for i in chosen:
-            layer = decoder_layers(student)[i]
-            norm = mixer_input_norm(layer).weight
-            copy_attention(attention[i], layer.self_attn, norm, shape.num_kv_heads, gate)
+            size = attention_input_size(model, i)
+            copy_attention(attention[i], decoder_layers(student)[i].self_attn, size, shape.num_kv_heads, gate)
+    elif init == "neutral":
+        for i in chosen:
+            start_neutral(decoder_layers(student)[i].self_attn)
     student.generation_config = saveable(model.generation_config)
     return student.to(model.device).train(model.training)
 
@@ -140,23 +158,31 @@ def saveable(settings: GenerationConfig) -> GenerationConfig:
 
 
 @torch.no_grad()
-def copy_attention(attention: nn.Module, mixer: SSMMixer, norm: Tensor, num_kv_heads: int, gate: str = "open") -> None:
+def copy_attention(
+    attention: nn.Module, mixer: SSMMixer, input_size: Tensor, num_kv_heads: int, gate: str = "open"
+) -> None:
     """Fills a mixer from an attention layer: q -> C, k -> B, v -> x, o -> out_proj, kv rows repeated per query head.
 
     The conv starts as the identity up to a scale (only its last tap is not 0), and those scales and the conv's biases
-    make the mixing matrix start near a linearised softmax, exp(q.k / sqrt(d)) ~ 1 + q.k / sqrt(d), averaged over a
+    make the mixing matrix start near a linearised softmax, exp(scale q.k) ~ 1 + scale q.k, averaged over a
     time that differs from head to head: a constant part in C and B gives the 1, dt (or the decay) the averaging. The
     scale of attention is the matrix's from the start, as phase 1 wants it: rows sum to RESTING, what attention leaves
     to tokens other than the one it rests on.
 
+    Rotary embeddings have no counterpart in a mixer and are left out. A norm of q and k divides each token by its own
+    size, which no linear map does: the rows are divided by the size that is expected, and the norm's weight and bias
+    are kept. A softcap on the scores is left out, since it is nearly the identity at the sizes linearised here.
+
     Args:
-        attention: with q_proj, k_proj, v_proj, o_proj.
+        attention: a supported family's attention module.
         mixer: of as many heads, head_dim = state_size = the attention's head dim.
-        norm: (D,) weight of the layer's input norm; with it the size of v is estimated without data.
+        input_size: (D,) root mean square of each channel of the layer's input, as `attention_input_size` estimates it;
+            with it the sizes of v, and of q and k before their norms, are estimated without data.
         num_kv_heads: of the attention.
         gate: as in `hybrid_from_teacher`.
     """
     repeat, p = mixer.num_heads // num_kv_heads, mixer.head_dim
+    parts = attention_parts(attention)
 
     def per_head(weight: Tensor, copies: int) -> Tensor:
         heads = weight.unflatten(0, (-1, p))
@@ -165,25 +191,25 @@ def copy_attention(attention: nn.Module, mixer: SSMMixer, norm: Tensor, num_kv_h
     rows = mixer.slices()
     mixer.conv1d.weight.zero_()
     mixer.conv1d.bias.zero_()
-    # rms of each head's values when the normalised input has unit variance
-    size = (per_head(attention.v_proj.weight, repeat).float() * norm.float()).norm(dim=1).unflatten(0, (-1, p))
+    # rms of each head's values
+    size = (per_head(parts.v.weight, repeat).float() * input_size.float()).norm(dim=1).unflatten(0, (-1, p))
     size = size.square().mean(1, keepdim=True).sqrt().expand(-1, p).flatten()
     silu = mixer.activation == "silu"
     slope, offset = (0.5, 0.0) if silu else (1.0, 0.0)
     # x: in SiLU's nearly linear range; the output norm's weight takes the scale out again
     taps = {"x": X_SIZE / size if silu else torch.ones_like(size)}
-    # B, C: (constant + scaled k).(constant + scaled q) = RESTING * (1 + CONTENT * k.q / sqrt(p))
+    # B, C: (constant + scaled k).(constant + scaled q) = RESTING * (1 + CONTENT * scale * k.q)
     constant = (RESTING / p) ** 0.5
     if silu:
         offset, slope = _silu_inverse(constant)
-    tap = (RESTING * CONTENT) ** 0.5 * p**-0.25 / slope
+    tap = (RESTING * CONTENT * parts.scale) ** 0.5 / slope
     taps["B"] = taps["C"] = torch.full((mixer.group_size,), tap)
     offsets = {"x": 0.0, "B": offset if silu else constant, "C": offset if silu else constant}
     start = 0
     for name, projection, copies in (
-        ("x", attention.v_proj, repeat),
-        ("B", attention.k_proj, repeat),
-        ("C", attention.q_proj, 1),
+        ("x", parts.v, repeat),
+        ("B", _normed(parts.k, parts.key_norm, input_size, p), repeat),
+        ("C", _normed(parts.q, parts.query_norm, input_size, p), 1),
     ):
         weight = per_head(projection.weight, copies)
         channels = slice(start, start + len(weight))
@@ -191,15 +217,15 @@ def copy_attention(attention: nn.Module, mixer: SSMMixer, norm: Tensor, num_kv_h
         mixer.in_proj.weight[rows[name]] = weight
         mixer.conv1d.weight[channels, 0, -1] = taps[name].to(weight)
         mixer.conv1d.bias[channels] = offsets[name]
-        if _has_bias(projection):
+        if projection.bias is not None:
             mixer.conv1d.bias[channels] += per_head(projection.bias[:, None], copies)[:, 0] * taps[name].to(weight)
     mixer.D.zero_()
-    mixer.out_proj.weight.copy_(attention.o_proj.weight)
+    mixer.out_proj.weight.copy_(parts.o.weight)
     if mixer.in_proj.bias is not None:
         mixer.in_proj.bias.zero_()
         mixer.out_proj.bias.zero_()
-        if _has_bias(attention.o_proj):
-            mixer.out_proj.bias.copy_(attention.o_proj.bias)
+        if parts.o.bias is not None:
+            mixer.out_proj.bias.copy_(parts.o.bias)
     # the decay rows start small: decays are then set by their biases alone, spread over the heads
     mixer.in_proj.weight[rows["decay"]] *= 0.1
     if isinstance(mixer, Mamba2Mixer):
@@ -213,8 +239,46 @@ def copy_attention(attention: nn.Module, mixer: SSMMixer, norm: Tensor, num_kv_h
         if isinstance(mixer, Mamba2Mixer):
             _open_gate(mixer, size)
     elif gate == "output":
-        values = per_head(attention.v_proj.weight, repeat)
-        mixer.in_proj.weight[rows["z"]] = 0.5 * (attention.o_proj.weight.T + values)
+        values = per_head(parts.v.weight, repeat)
+        mixer.in_proj.weight[rows["z"]] = 0.5 * (parts.o.weight.T + values)
+
+
+def _normed(projection: Projection, norm: nn.Module | None, input_size: Tensor, head_dim: int) -> Projection:
+    """The projection that comes closest to projection and norm, given the size of its input's channels (D,).
+
+    A norm's weight has head_dim entries (Qwen3's RMSNorm, Phi's LayerNorm) or one a row (OLMo 2 norms all heads
+    together).
+    """
+    if norm is None:
+        return projection
+    weight, bias = projection.weight.float(), projection.bias
+    bias = weight.new_zeros(len(weight)) if bias is None else bias.float()
+    groups = (-1, head_dim) if norm.weight.numel() == head_dim else (1, len(weight))
+    weight, bias = weight.unflatten(0, groups), bias.unflatten(0, groups)
+    if isinstance(norm, nn.LayerNorm):
+        weight, bias = weight - weight.mean(1, keepdim=True), bias - bias.mean(1, keepdim=True)
+    square = (weight * input_size.float()).square().sum(-1) + bias.square()
+    scale = norm.weight.float() / square.mean(1, keepdim=True).sqrt()  # (groups, rows of a group)
+    weight, bias = weight * scale[..., None], bias * scale
+    if isinstance(norm, nn.LayerNorm):
+        bias = bias + norm.bias.float()
+    dtype = projection.weight.dtype
+    return Projection(weight.flatten(0, 1).to(dtype), bias.flatten().to(dtype))
+
+
+@torch.no_grad()
+def start_neutral(mixer: SSMMixer) -> None:
+    """Random projections between an identity convolution and a gate of 1: what Phi-Mamba was trained from."""
+    mixer.conv1d.weight.zero_()
+    mixer.conv1d.weight[:, 0, -1] = 1.0
+    mixer.conv1d.bias.zero_()
+    z = mixer.slices()["z"]
+    mixer.in_proj.weight[z] = 0.0
+    if mixer.in_proj.bias is not None:
+        mixer.in_proj.bias.zero_()
+        mixer.out_proj.bias.zero_()
+    gate = mixer.z_bias if isinstance(mixer, DiscreteMamba2Mixer) else mixer.in_proj.bias[z]
+    gate.fill_(OPEN_GATE)
 
 
 def _open_gate(mixer: Mamba2Mixer, size: Tensor) -> None:
@@ -243,7 +307,3 @@ def _silu_inverse(value: float) -> tuple[float, float]:
         slope = s * (1 + x * (1 - s))
         x -= (x * s - value) / slope
     return x, slope
-
-
-def _has_bias(linear: nn.Module) -> bool:
-    return getattr(linear, "bias", None) is not None

@@ -5,6 +5,8 @@ own transformers code; only attention modules are swapped. `layer_types` says wh
 layer and makes transformers' caches give that layer a conv and a recurrent state instead of keys and values.
 """
 
+import copy
+
 import torch
 from torch import Tensor, nn
 from transformers import (
@@ -16,9 +18,10 @@ from transformers import (
     PreTrainedModel,
 )
 from transformers.configuration_utils import PreTrainedConfig
+from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from mohawk.models.families import check_supported, decoder_shape
+from mohawk.models.families import check_supported, decoder_shape, family_of, leaves_out_softcap, needed_attention
 from mohawk.models.mixers import MIXERS, DiscreteMamba2Mixer, Mamba2Mixer, SSMMixer
 
 SSM_LAYER = "linear_attention"
@@ -26,7 +29,7 @@ SSM_LAYER = "linear_attention"
 _COPIED = (
     "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
     "num_key_value_heads", "head_dim", "max_position_embeddings", "sliding_window", "initializer_range",
-    "bos_token_id", "eos_token_id", "pad_token_id", "tie_word_embeddings",
+    "bos_token_id", "eos_token_id", "pad_token_id", "tie_word_embeddings", "final_logit_softcapping",
 )  # fmt: skip
 
 
@@ -187,11 +190,14 @@ class HybridForCausalLM(HybridPreTrainedModel, GenerationMixin):
     def __init__(self, config: HybridConfig):
         super().__init__(config)
         check_supported(config.base_config)
+        if leaves_out_softcap(config.base_config):
+            config.base_config._attn_implementation = needed_attention(config.base_config)
         self.model = AutoModel.from_config(config.base_config)
         for i in config.ssm_layers:
             self.model.layers[i].self_attn = config.make_mixer(i)
         self.vocab_size = config.vocab_size
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        bias = family_of(config).head_bias
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=bias)
         self.post_init()
 
     def forward(
@@ -220,6 +226,8 @@ class HybridForCausalLM(HybridPreTrainedModel, GenerationMixin):
         hidden = body.last_hidden_state
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) and logits_to_keep else logits_to_keep
         logits = self.lm_head(hidden if isinstance(kept, int) else hidden[:, kept])
+        if (cap := self.logit_softcap) is not None:
+            logits = cap * torch.tanh(logits / cap)
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
@@ -230,6 +238,11 @@ class HybridForCausalLM(HybridPreTrainedModel, GenerationMixin):
             hidden_states=body.hidden_states,
             attentions=body.attentions,
         )
+
+    @property
+    def logit_softcap(self) -> float | None:
+        """Bound c of the logits, c tanh(logits / c), where the family has one (Gemma 2)."""
+        return getattr(self.config, "final_logit_softcapping", None)
 
     def resize_token_embeddings(self, *args, **kwargs) -> nn.Embedding:
         """As in transformers; the decoder's own configuration follows, so that the student loads again."""
@@ -248,6 +261,26 @@ class HybridForCausalLM(HybridPreTrainedModel, GenerationMixin):
             model_kwargs["past_key_values"] = StateCache(self.config)
             return None
         return super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
+
+    def prepare_inputs_for_generation(
+        self, input_ids, past_key_values=None, attention_mask=None, position_ids=None, **kwargs
+    ):
+        # transformers' Phi-3 does the same: longrope turns every position differently once the text is longer than the
+        # model's first training, so the keys that were cached until then are made anew
+        limit = _longrope_limit(self.config.base_config)
+        if limit and past_key_values is not None and not self.config.is_pure_ssm and input_ids.shape[1] > limit:
+            if 0 < past_key_values.get_seq_length() <= limit:
+                past_key_values, position_ids = None, None
+                kwargs["next_sequence_length"] = None
+                if attention_mask is not None and attention_mask.dim() == 2:
+                    position_ids = (attention_mask.long().cumsum(-1) - 1).clamp_min(0)
+        return super().prepare_inputs_for_generation(
+            input_ids,
+            past_key_values=past_key_values,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            **kwargs,
+        )
 
     def body(
         self,
@@ -291,6 +324,8 @@ class HybridForCausalLM(HybridPreTrainedModel, GenerationMixin):
             # without padding there is less to do, but asking a GPU makes each decoding step wait for the last
             if (n > 1 or padding_mask.device.type == "cpu") and bool(padding_mask.all()):
                 padding_mask = None
+        if past_key_values is not None and not isinstance(attention_mask, dict) and not self.config.is_pure_ssm:
+            attention_mask = self._masks_by_kind(attention_mask, past_key_values, position_ids, b, n)
         if self.config.is_pure_ssm:
             # no attention layer: transformers cannot size a mask from such a cache, and nothing here needs one
             attention_mask = inputs.new_zeros((1, 1, 1, 1), dtype=torch.bool)
@@ -307,6 +342,43 @@ class HybridForCausalLM(HybridPreTrainedModel, GenerationMixin):
             padding_mask=padding_mask,
             **kwargs,
         )
+
+    def _masks_by_kind(self, attention_mask, cache, position_ids, b: int, n: int):
+        """The mask as it came, or, in a family with windowed and full layers, one for each kind that is left.
+
+        The family's own code would size them by the cache's first layer without and with a window, and some versions of
+        transformers take a Mamba-2 layer, which has no length, for one without; here only attention layers are looked
+        at.
+        """
+        kinds = set(getattr(self.model.config, "layer_types", None) or ())
+        if len(kinds) < 2:
+            return attention_mask
+        attention = copy.copy(cache)
+        attention.layers = [
+            layer for layer, kind in zip(cache.layers, self.config.layer_types, strict=False) if kind != SSM_LAYER
+        ]
+        make = {"full_attention": create_causal_mask, "sliding_attention": create_sliding_window_causal_mask}
+        sizes = torch.empty((b, n, 0), dtype=self.dtype, device=self.device)  # stands for the embeddings
+        return {
+            kind: make[kind](
+                config=self.model.config,
+                inputs_embeds=sizes,
+                attention_mask=attention_mask,
+                past_key_values=attention,
+                position_ids=position_ids,
+            )
+            if kind in self.config.layer_types
+            else None
+            for kind in kinds
+        }
+
+
+def _longrope_limit(base_config) -> int | None:
+    """How many tokens a text may have before longrope takes its other factors; None without longrope."""
+    rope = getattr(base_config, "rope_parameters", None) or {}
+    if rope.get("rope_type") != "longrope":
+        return None
+    return rope.get("original_max_position_embeddings") or base_config.original_max_position_embeddings
 
 
 def segments_of(position_ids: Tensor) -> Tensor | None:

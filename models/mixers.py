@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mohawk.kernels.causal_conv1d import causal_conv1d
+from mohawk.kernels.causal_conv1d import causal_conv1d, causal_conv1d_step
 from mohawk.kernels.mixing import SSDMixing
 from mohawk.kernels.ssd import ssd, ssd_step
 
@@ -138,7 +138,20 @@ class SSMMixer(nn.Module):
         return SSDMixing(C=C, B=B, log_decay=log_decay, input_scale=input_scale, D=self.D, segment_ids=segment_ids)
 
     def _rows(self, rows: slice) -> tuple[Tensor, Tensor | None]:
-        return self.in_proj.weight[rows], None if self.in_proj.bias is None else self.in_proj.bias[rows]
+        bias = self._trained_bias()
+        return self.in_proj.weight[rows], None if bias is None else bias[rows]
+
+    def _trained_bias(self) -> Tensor | None:
+        """in_proj's bias, whose rows for x, B and C get no gradient.
+
+        The conv behind them has a bias of its own; and transformers' Bamba lets these through the padding of a batch
+        into the conv, so that a student which learned them would answer otherwise there.
+        """
+        bias = self.in_proj.bias
+        if bias is None or not (torch.is_grad_enabled() and bias.requires_grad):
+            return bias
+        fixed = self.slices()["xBC"]
+        return torch.cat([bias[: fixed.start], bias[fixed].detach(), bias[fixed.stop :]])
 
     def forward(
         self,
@@ -163,38 +176,57 @@ class SSMMixer(nn.Module):
         """
         rows = self.slices()
         n = hidden_states.shape[1]
-        projected = self.in_proj(hidden_states)
+        bias = self._trained_bias()
+        if bias is self.in_proj.bias:
+            projected = self.in_proj(hidden_states)
+        else:
+            projected = F.linear(hidden_states, self.in_proj.weight, bias)
         xBC, z, raw = projected[..., rows["xBC"]], projected[..., rows["z"]], projected[..., rows["decay"]]
+        keep = None
         if padding_mask is not None:
             keep = padding_mask[:, -n:, None].to(xBC.dtype)
             xBC = xBC * keep
-
-        conv_state, state = self._read_cache(past_key_values, xBC)
-        convolved = self._conv(xBC, slice(0, self.conv_size), conv_state, segment_ids)
-        if padding_mask is not None:
-            convolved = convolved * keep
-        x, B, C = convolved.split([self.inner_size, self.group_size, self.group_size], -1)
-        x = x.unflatten(-1, (self.num_heads, self.head_dim))
-        B, C = self._heads(B, C)
-        log_decay, input_scale = self.decay(raw)
-
-        if past_key_values is None:
-            y = ssd(x, log_decay, B, C, input_scale=input_scale, D=self.D, segment_ids=segment_ids)
+        if n == 1 and past_key_values is not None and past_key_values.has_previous_state(self.layer_idx):
+            y = self._step(xBC, raw, past_key_values, keep)
         else:
-            if n == 1 and state is not None:
-                y, state = ssd_step(
-                    state, x[:, 0], log_decay[:, 0], B[:, 0], C[:, 0], D=self.D,
-                    input_scale=None if input_scale is None else input_scale[:, 0],
-                )  # fmt: skip
-                y = y[:, None]
-            else:
-                y, state = ssd(
-                    x, log_decay, B, C, input_scale=input_scale, D=self.D, segment_ids=segment_ids,
-                    initial_state=state, return_final_state=True,
-                )  # fmt: skip
-            past_key_values.update_conv_state(xBC.transpose(1, 2), self.layer_idx, conv_kernel_size=self.conv_kernel)
-            past_key_values.update_recurrent_state(state, self.layer_idx)
+            y = self._scan(xBC, raw, past_key_values, keep, segment_ids)
         return self.out_proj(self.gate(y.flatten(-2), z).to(projected.dtype)), None
+
+    def _scan(self, xBC: Tensor, raw: Tensor, cache, keep: Tensor | None, segment_ids: Tensor | None) -> Tensor:
+        """Any number of tokens, with or without a cache, which is updated: (b, n, channels), (b, n, h) -> (b, n, h, p).
+
+        keep: (b, n, 1), 0 at padding.
+        """
+        conv_state, state = self._read_cache(cache, xBC)
+        convolved = self._conv(xBC, slice(0, self.conv_size), conv_state, segment_ids)
+        x, B, C = self._cut(convolved if keep is None else convolved * keep)
+        log_decay, input_scale = self.decay(raw)
+        options = {"input_scale": input_scale, "D": self.D, "segment_ids": segment_ids}
+        if cache is None:
+            return ssd(x, log_decay, B, C, **options)
+        y, state = ssd(x, log_decay, B, C, **options, initial_state=state, return_final_state=True)
+        cache.update_conv_state(xBC.transpose(1, 2), self.layer_idx, conv_kernel_size=self.conv_kernel)
+        cache.update_recurrent_state(state, self.layer_idx)
+        return y
+
+    def _step(self, xBC: Tensor, raw: Tensor, cache, keep: Tensor | None) -> Tensor:
+        """`_scan` of one token on top of a cache, in few and small operations: decoding is nothing but this."""
+        # the cache returns its inputs with the new one behind them, of which the last k are the convolution's
+        window = cache.update_conv_state(xBC.transpose(1, 2), self.layer_idx, conv_kernel_size=self.conv_kernel)
+        window = window[..., -self.conv_kernel :].to(xBC.dtype)
+        weight, bias = self.conv1d.weight[:, 0], self.conv1d.bias
+        convolved = causal_conv1d_step(window, weight, bias, activation=self.activation)
+        x, B, C = self._cut(convolved if keep is None else convolved * keep[:, 0])
+        log_decay, input_scale = self.decay(raw[:, 0])
+        state = cache.layers[self.layer_idx].recurrent_states[0]
+        y, state = ssd_step(state, x, log_decay, B, C, D=self.D, input_scale=input_scale)
+        cache.update_recurrent_state(state, self.layer_idx)
+        return y[:, None]
+
+    def _cut(self, xBC: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(..., channels) -> x (..., h, p), B and C (..., g, N)."""
+        x, B, C = xBC.split([self.inner_size, self.group_size, self.group_size], -1)
+        return x.unflatten(-1, (self.num_heads, self.head_dim)), *self._heads(B, C)
 
     def _read_cache(self, cache, xBC: Tensor) -> tuple[Tensor | None, Tensor | None]:
         """The conv's last k - 1 inputs (b, channels, k - 1) and the state (b, h, p, N), or None before any token."""

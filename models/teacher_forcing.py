@@ -15,9 +15,10 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from mohawk.kernels.mixing import AttentionMixing
-from mohawk.models.families import decoder_layers
+from mohawk.models.families import decoder_layers, final_norm_name
 
-RECORDING = "mohawk_recording_sdpa"
+RECORDING = "mohawk_recording"  # transformers refuses names with "sdpa" in them for models with a softcap
+ROWS = 256  # of scores at once: 32 heads x 256 x 2048 float32 scores are 64 MB
 
 
 @dataclass
@@ -36,11 +37,19 @@ class AttentionRecord:
     key: Tensor | None = None  # (b, kv heads, n, d)
     scale: float | None = None
     window: int | None = None
+    softcap: float | None = None
     output: Tensor | None = field(default=None, repr=False)  # (b, n, D), after the output projection
 
     def mixing(self, segment_ids: Tensor | None = None) -> AttentionMixing:
-        """The layer's mixing matrix softmax(mask(scale q k^T)), unmaterialised."""
-        return AttentionMixing(self.query, self.key, scale=self.scale, window=self.window, segment_ids=segment_ids)
+        """The layer's mixing matrix softmax(mask(softcap(scale q k^T))), unmaterialised."""
+        return AttentionMixing(
+            self.query,
+            self.key,
+            scale=self.scale,
+            window=self.window,
+            segment_ids=segment_ids,
+            softcap=self.softcap,
+        )
 
 
 class _Recorder(nn.Module):
@@ -77,26 +86,58 @@ def layer_calls(model: nn.Module, input_ids: Tensor, position_ids: Tensor) -> tu
     """
     body, layers, calls = model.model, decoder_layers(model), []
     body.layers = nn.ModuleList(_Recorder(layer, calls) for layer in layers)
-    norm, hidden = body.norm, []
-    body.norm = nn.Identity()
+    norm_name = final_norm_name(model)
+    norm = getattr(body, norm_name)
+    setattr(body, norm_name, nn.Identity())
     try:
         hidden = body(input_ids=input_ids, position_ids=position_ids, use_cache=False).last_hidden_state
     finally:
-        body.layers, body.norm = layers, norm
+        body.layers = layers
+        setattr(body, norm_name, norm)
     return hidden, calls
 
 
-def _recording_sdpa(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask, **kwargs):
+def _recording_attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask, **kwargs):
     record = module.__dict__.get("mixing_record")
     if record is not None:
         record.query, record.key = query, key
         scaling = kwargs.get("scaling")
         record.scale = query.shape[-1] ** -0.5 if scaling is None else scaling
         record.window = kwargs.get("sliding_window")
+        record.softcap = kwargs.get("softcap")
+    if kwargs.get("softcap") is not None:
+        output = softcapped_attention(query, key, value, attention_mask, kwargs["scaling"], kwargs["softcap"])
+        return output.transpose(1, 2).contiguous(), None
     return ALL_ATTENTION_FUNCTIONS["sdpa"](module, query, key, value, attention_mask, **kwargs)
 
 
-AttentionInterface.register(RECORDING, _recording_sdpa)
+def softcapped_attention(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float, softcap: float
+) -> Tensor:
+    """Attention with bounded scores, softmax(mask(c tanh(scale q k^T / c))) v, which torch's sdpa does not have.
+
+    Args:
+        query: (b, h, n, d); key, value: (b, kv heads, m, d).
+        mask: (b or 1, 1, n, m) bool, true where a token may look, as transformers makes it for sdpa; None: causal.
+        scale, softcap: of the scores; c above.
+
+    Returns:
+        (b, h, n, d) in the query's dtype; ROWS rows of scores are alive at a time, softmax in float32.
+    """
+    n, m = query.shape[2], key.shape[2]
+    key, value = (tensor.repeat_interleave(query.shape[1] // tensor.shape[1], 1) for tensor in (key, value))
+    if mask is None:
+        mask = torch.ones(n, m, dtype=torch.bool, device=query.device).tril(m - n)[None, None]
+    parts = []
+    for start in range(0, n, ROWS):
+        rows = slice(start, start + ROWS)
+        scores = softcap * torch.tanh(query[:, :, rows] @ key.transpose(-1, -2) * (scale / softcap))
+        scores = scores.float().masked_fill(~mask[:, :, rows], torch.finfo(torch.float32).min)
+        parts.append(torch.softmax(scores, -1).to(value.dtype) @ value)
+    return torch.cat(parts, 2)
+
+
+AttentionInterface.register(RECORDING, _recording_attention)
 AttentionMaskInterface.register(RECORDING, ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
 
 

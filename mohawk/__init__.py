@@ -32,9 +32,11 @@ if TYPE_CHECKING:
     from mohawk.kernels.mixing import AttentionMixing, SSDMixing, mixing_matrix
     from mohawk.kernels.mixing_distance import mixing_distance
     from mohawk.kernels.ssd import ssd, ssd_step
+    from mohawk.models.bamba import from_bamba, to_bamba
     from mohawk.models.from_teacher import hybrid_from_teacher
     from mohawk.models.hybrid import HybridConfig, HybridForCausalLM
     from mohawk.models.mixers import DiscreteMamba2Mixer, Mamba2Mixer
+    from mohawk.models.released import load_released, save_released, to_released
 
 _PUBLIC = {
     "causal_conv1d": "mohawk.kernels.causal_conv1d",
@@ -53,11 +55,16 @@ _PUBLIC = {
     "mixing_distance": "mohawk.kernels.mixing_distance",
     "ssd": "mohawk.kernels.ssd",
     "ssd_step": "mohawk.kernels.ssd",
+    "from_bamba": "mohawk.models.bamba",
+    "to_bamba": "mohawk.models.bamba",
     "hybrid_from_teacher": "mohawk.models.from_teacher",
     "HybridConfig": "mohawk.models.hybrid",
     "HybridForCausalLM": "mohawk.models.hybrid",
     "DiscreteMamba2Mixer": "mohawk.models.mixers",
     "Mamba2Mixer": "mohawk.models.mixers",
+    "load_released": "mohawk.models.released",
+    "save_released": "mohawk.models.released",
+    "to_released": "mohawk.models.released",
 }
 
 __all__ = [
@@ -75,13 +82,18 @@ __all__ = [
     "TeacherTAID",
     "TeacherTopK",
     "causal_conv1d",
+    "from_bamba",
     "hybrid_from_teacher",
     "kd_loss",
     "linear_kd_loss",
+    "load_released",
     "mixing_distance",
     "mixing_matrix",
+    "save_released",
     "ssd",
     "ssd_step",
+    "to_bamba",
+    "to_released",
 ]
 
 

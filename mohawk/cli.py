@@ -21,6 +21,7 @@ OPTIONAL = {
     "accelerate": "training",
     "datasets": "reading text",
     "gguf": "reading GGUF checkpoints",
+    "lm_eval": "evaluate --tasks",
     "matplotlib": "plots",
     "safetensors": "reading and writing weights",
     "torch": "everything but checking recipes",
@@ -28,6 +29,7 @@ OPTIONAL = {
     "transformers": "loading and converting models",
     "triton": "GPU kernels",
 }
+EXTRAS = {"lm_eval": "'mohawk[eval]'"}  # not by its own name: the versions matter
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -45,8 +47,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         package = (error.name or "").partition(".")[0]
         if package not in OPTIONAL:
             raise
+        wanted = EXTRAS.get(package, package)
         print(
-            f"error: {package} is not installed, which {OPTIONAL[package]} needs; run: pip install {package}",
+            f"error: {package} is not installed, which {OPTIONAL[package]} needs; run: pip install {wanted}",
             file=sys.stderr,
         )
         return 2
@@ -121,11 +124,18 @@ def parser() -> argparse.ArgumentParser:
 
     evaluate = command("evaluate", _evaluate, "measure a run's student against its teacher again")
     evaluate.add_argument("model", type=Path, metavar="RUN", help="a run's folder")
+    tasks = evaluate.add_argument_group("tasks of lm-evaluation-harness, instead of the run's texts")
+    tasks.add_argument("--tasks", metavar="NAME,...", help="tasks, groups or tags; `mohawk` needs no download")
+    tasks.add_argument("--task-path", type=Path, metavar="DIR", help="a folder of further task files")
+    tasks.add_argument("--limit", type=_number(int, 1), metavar="N", help="only the first N questions of each")
+    tasks.add_argument("--batch-size", type=_number(int, 1), metavar="N", help="default: the recipe's evaluation")
+    tasks.add_argument("--fewshot", type=_number(int, 0), metavar="N", help="examples before a question")
     _add_set(evaluate)
 
     generate = command("generate", _generate, "continue a prompt")
     generate.add_argument("model", metavar="MODEL", help="folder, run, .gguf file or hub id")
     generate.add_argument("--prompt", required=True, metavar="TEXT")
+    generate.add_argument("--tokenizer", metavar="MODEL", help="folder or hub id, where the model comes without one")
     generate.add_argument("--max-new-tokens", type=_number(int, 1), default=100, metavar="N", help="default: 100")
     generate.add_argument(
         "--temperature", type=_number(float, 0), default=0.0, metavar="T", help="0, the default, is greedy"
@@ -139,6 +149,20 @@ def parser() -> argparse.ArgumentParser:
     )
     generate.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     generate.add_argument("--seed", type=_number(int, 0), metavar="N", help="of sampling")
+
+    export = command("export", _export, "write a student that runs where mohawk is not installed, and check it")
+    export.add_argument("model", type=Path, metavar="RUN", help="a run's folder, or a student's")
+    export.add_argument(
+        "--to", choices=("bamba", "hybrid"), default="bamba",
+        help="bamba: transformers' own class (default); hybrid: ours, its code beside the weights",
+    )  # fmt: skip
+    export.add_argument("--output", type=Path, metavar="DIR", help="default: RUN/export/bamba or .../hybrid")
+    export.add_argument(
+        "--pad-expand", action="store_true", help="pad mixers with zeros to twice the width (llama.cpp)"
+    )
+    export.add_argument(
+        "--fold-bias", action="store_true", help="move in_proj's biases on x, B, C behind the convolution"
+    )
 
     inspect = command(
         "inspect", _inspect, "print a model's layers, mixers and state sizes, or draw its mixing matrices"
@@ -208,6 +232,14 @@ def _compose(options: argparse.Namespace) -> None:
 
 
 def _evaluate(options: argparse.Namespace) -> None:
+    asked = {name: getattr(options, name) for name in ("task_path", "limit", "batch_size", "fewshot")}
+    if options.tasks is not None:
+        from mohawk.lm_eval_tasks import evaluate_tasks
+
+        names = [name.strip() for name in options.tasks.split(",") if name.strip()]
+        evaluate_tasks(options.model, names, **asked, overrides=options.set)
+        return
+    _refuse(asked, "--tasks NAME,...; name tasks, or leave it out")
     from mohawk.evaluate_run import evaluate_run
 
     evaluate_run(options.model, options.set)
@@ -226,7 +258,14 @@ def _generate(options: argparse.Namespace) -> None:
         top_p=options.top_p,
         device=options.device,
         seed=options.seed,
+        tokenizer=options.tokenizer,
     )
+
+
+def _export(options: argparse.Namespace) -> None:
+    from mohawk.export import export
+
+    export(options.model, options.to, options.output, pad_expand=options.pad_expand, fold_bias=options.fold_bias)
 
 
 def _inspect(options: argparse.Namespace) -> None:
@@ -236,9 +275,7 @@ def _inspect(options: argparse.Namespace) -> None:
 
         inspect_matrices(options.model, options.matrices, **drawing)
         return
-    for name, value in drawing.items():
-        if value is not None:
-            raise UserError(f"--{name} is of --matrices TEXT; give a text, or leave it out")
+    _refuse(drawing, "--matrices TEXT; give a text, or leave it out")
     from rich.console import Console
 
     from mohawk.describe import describe, print_description, print_run, student_folder
@@ -248,6 +285,13 @@ def _inspect(options: argparse.Namespace) -> None:
     if (folder / "recipe.yaml").is_file():
         print_run(folder, console)
     print_description(describe(student_folder(options.model)), options.contexts, console)
+
+
+def _refuse(given: dict[str, object], of: str) -> None:
+    """Options that only mean something beside another one."""
+    for name, value in given.items():
+        if value is not None:
+            raise UserError(f"--{name.replace('_', '-')} is of {of}")
 
 
 def _doctor(options: argparse.Namespace) -> None:

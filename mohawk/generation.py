@@ -17,11 +17,12 @@ def generate(
     top_p: float = 1.0,
     device: str = "auto",
     seed: int | None = None,
+    tokenizer: str | Path | None = None,
 ) -> str:
     """Print the prompt and its continuation to stdout; returns the continuation.
 
-    model: a folder, a run's folder, a `.gguf` file or a hub id. temperature 0 is greedy, and `top_p` then has
-    nothing to choose among. Raises UserError.
+    model: a folder, a run's folder, a `.gguf` file or a hub id; tokenizer: a folder or hub id, where the model has none
+    of its own. temperature 0 is greedy, and `top_p` then has nothing to choose among. Raises UserError.
     """
     import torch
     from transformers import TextStreamer, set_seed
@@ -37,7 +38,7 @@ def generate(
     try:
         # bfloat16 is what checkpoints are saved in and what few CPUs are fast at
         loaded = load_teacher(name, dtype="auto" if device == "cuda" else "float32", device=device)
-        tokenizer = load_tokenizer(name)
+        tokenizer = load_tokenizer(name, tokenizer=tokenizer)
     except UserError as error:
         raise UserError(str(error).removeprefix("teacher: ")) from error
     if seed is not None:

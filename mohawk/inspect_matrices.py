@@ -23,7 +23,7 @@ from mohawk.describe import student_folder
 from mohawk.errors import UserError
 from mohawk.kernels.mixing import Mixing, mixing_matrix
 from mohawk.matrices import layer_mixings
-from mohawk.models.families import FAMILIES, decoder_layers, decoder_shape, mixer_input_norm
+from mohawk.models.families import FAMILIES, attention_parts, decoder_layers, decoder_shape, mixer_input_norm
 from mohawk.models.hybrid import HybridConfig
 from mohawk.models.mixers import SSMMixer
 from mohawk.plots import PANEL, HeadPicture, percent, plot_layer
@@ -285,14 +285,21 @@ def _same_attention(teacher: nn.Module, student: nn.Module, index: int) -> bool:
     theirs, own = decoder_layers(teacher)[index], decoder_layers(student)[index]
     if isinstance(own.self_attn, SSMMixer):
         return False
-    parts = ((mixer_input_norm(layer), layer.self_attn.q_proj, layer.self_attn.k_proj) for layer in (theirs, own))
-    for a, s in zip(*parts, strict=True):
-        weights = a.state_dict()
-        if weights.keys() != s.state_dict().keys():
-            return False
-        if not all(torch.equal(weights[name].float(), value.float()) for name, value in s.state_dict().items()):
-            return False
-    return True
+    weights = [_deciding(layer) for layer in (theirs, own)]
+    return weights[0].keys() == weights[1].keys() and all(
+        torch.equal(value.float(), weights[1][name].float()) for name, value in weights[0].items()
+    )
+
+
+def _deciding(layer: nn.Module) -> dict[str, Tensor]:
+    """The weights that an attention layer's matrix depends on, by name."""
+    parts = attention_parts(layer.self_attn)
+    modules = {"input": mixer_input_norm(layer), "q_norm": parts.query_norm, "k_norm": parts.key_norm}
+    found = {"q": parts.q.weight, "q bias": parts.q.bias, "k": parts.k.weight, "k bias": parts.k.bias}
+    for where, module in modules.items():
+        if module is not None:
+            found.update({f"{where} {name}": value for name, value in module.state_dict().items()})
+    return {name: value for name, value in found.items() if value is not None}
 
 
 def _mixer(config, index: int, kept: bool) -> str:

@@ -54,10 +54,9 @@ def layer_mixings(
 
 
 def _student_mixing(layer: nn.Module, hidden: Tensor, call: LayerCall) -> Mixing:
-    norm = mixer_input_norm(layer)
-    hidden = hidden.to(norm.weight.dtype)
+    hidden = hidden.to(next(layer.parameters()).dtype)
     if isinstance(layer.self_attn, SSMMixer):
-        return layer.self_attn.mixing(norm(hidden))
+        return layer.self_attn.mixing(mixer_input_norm(layer)(hidden))
     with record(layer.self_attn) as attention:
         layer(hidden, *call.args, **call.kwargs)
     return attention.mixing()

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from mohawk.kernels.kd_loss import linear_kd_loss
 from mohawk.kernels.kd_teachers import TeacherHidden
 from mohawk.kernels.mixing_distance import mixing_distance
-from mohawk.models.families import decoder_layers, mixer_input_norm
+from mohawk.models.families import decoder_layers, family_of, mixer_input_norm
 from mohawk.models.hybrid import HybridForCausalLM
 from mohawk.models.mixers import SSMMixer
 from mohawk.models.teacher_forcing import AttentionRecord, layer_calls, record, recording_attention
@@ -34,6 +34,7 @@ class Objective(nn.Module):
         # the teacher is neither trained nor saved with the student, so it is kept out of the module tree
         self.__dict__["teacher"] = teacher.requires_grad_(False).eval()
         self.layers = student.config.ssm_layers
+        self.family = family_of(student.config)
         student.requires_grad_(False)
         for _, parameter in self.trained():
             parameter.requires_grad_(True)
@@ -56,6 +57,14 @@ class Objective(nn.Module):
             {"params": plain, "lr": learning_rate, "weight_decay": 0.0},
         ]
         return [group for group in groups if group["params"]]
+
+    def _mixer_norms(self, output: bool = True) -> tuple[str, ...]:
+        """Names of the norms that only the mixer's path reads: in front of it and, if asked, behind it.
+
+        Where attention and MLP share the norm in front (Phi), it is the MLP's as well and not among them.
+        """
+        norms = (None if self.family.parallel else self.family.input_norm, self.family.output_norm if output else None)
+        return tuple(name for name in norms if name is not None)
 
     def _trained_in_layers(self, wanted) -> Iterator[tuple[str, nn.Parameter]]:
         for i in self.layers:
@@ -99,7 +108,8 @@ class MixingObjective(LayerwiseObjective):
     """Phase 1: mean over batch and heads of the distance between mixing matrices.
 
     Trains what the matrix depends on: the layer's input norm and, in the mixer, in_proj (its rows for B, C and the
-    decay get gradients, the others none), conv, D and the decay's parameters.
+    decay get gradients, the others none), conv, D and the decay's parameters. A norm that the MLP reads too stays the
+    teacher's, since nothing here would notice what its change does to the MLP.
     """
 
     def __init__(self, student: HybridForCausalLM, teacher: nn.Module, metric: str = "frobenius"):
@@ -108,10 +118,9 @@ class MixingObjective(LayerwiseObjective):
 
     def trained(self):
         kept_out = ("out_proj.weight", "out_proj.bias", "z_bias", "self_attn.norm.weight")
+        norms = self._mixer_norms(output=False)
         return self._trained_in_layers(
-            lambda name: (
-                name.startswith("input_layernorm") or (name.startswith("self_attn.") and not name.endswith(kept_out))
-            )
+            lambda name: name.startswith(norms) or (name.startswith("self_attn.") and not name.endswith(kept_out))
         )
 
     def parameter_groups(self, learning_rate: float, weight_decay: float) -> list[dict]:
@@ -127,7 +136,8 @@ class HiddenObjective(LayerwiseObjective):
     """Phase 2: mean over real tokens of the L2 norm of the difference in hidden states.
 
     `match` "block_output" compares the whole layer with the teacher's hidden state after it; "mixer_output" compares
-    the mixer with the teacher's attention output. Trains the mixer, its input norm and, if asked, the MLP and its norm.
+    the mixer with the teacher's attention output. Trains the mixer, its norms and, if asked, the MLP and its norms; a
+    norm that both read only where the whole layer is compared.
     """
 
     def __init__(
@@ -141,7 +151,12 @@ class HiddenObjective(LayerwiseObjective):
         super().__init__(student, teacher)
 
     def trained(self):
-        prefixes = ("self_attn.", "input_layernorm") + (("mlp.", "post_attention_layernorm") if self.train_mlp else ())
+        whole = self.match == "block_output"
+        prefixes = ("self_attn.", *self._mixer_norms(output=whole))
+        if whole and self.family.parallel:
+            prefixes += (self.family.input_norm,)
+        if self.train_mlp:
+            prefixes += ("mlp.", *self.family.mlp_norms)
         return self._trained_in_layers(lambda name: name.startswith(prefixes))
 
     def layer_loss(self, layer, before, after, attention, call, segment_ids):
@@ -160,7 +175,7 @@ class HiddenObjective(LayerwiseObjective):
 class EndToEndObjective(Objective):
     """Phase 3: divergence of the student's next-token distribution from the teacher's, mean over real tokens.
 
-    `train`: "all", "all_but_mlp" or "mixers" (the replaced layers' mixers and input norms only).
+    `train`: "all", "all_but_mlp" or "mixers" (the replaced layers' mixers and their norms only).
     """
 
     def __init__(
@@ -180,7 +195,8 @@ class EndToEndObjective(Objective):
 
     def trained(self):
         if self.train_what == "mixers":
-            return self._trained_in_layers(lambda name: name.startswith(("self_attn.", "input_layernorm")))
+            norms = {*self._mixer_norms(), self.family.input_norm} - {None}
+            return self._trained_in_layers(lambda name: name.startswith(("self_attn.", *norms)))
         named = self.student.named_parameters()
         if self.train_what == "all_but_mlp":
             return ((name, p) for name, p in named if ".mlp." not in name)
@@ -197,8 +213,15 @@ class EndToEndObjective(Objective):
         loss = linear_kd_loss(
             _autocast(student.last_hidden_state[:, :-1]),
             _autocast(self.student.lm_head.weight),
-            TeacherHidden(_autocast(teacher.last_hidden_state[:, :-1]), _autocast(self.teacher.lm_head.weight)),
+            TeacherHidden(
+                _autocast(teacher.last_hidden_state[:, :-1]),
+                _autocast(self.teacher.lm_head.weight),
+                bias=_autocast(self.teacher.lm_head.bias),
+                logit_softcap=getattr(self.teacher.config, "final_logit_softcapping", None),
+            ),
             labels[:, 1:],
+            student_bias=_autocast(self.student.lm_head.bias),
+            logit_softcap=self.student.logit_softcap,
             divergence=self.divergence,
             temperature=self.temperature,
             kd_weight=self.kd_weight,
@@ -207,7 +230,9 @@ class EndToEndObjective(Objective):
         yield self.divergence, loss
 
 
-def _autocast(tensor: Tensor) -> Tensor:
+def _autocast(tensor: Tensor | None) -> Tensor | None:
     """The tensor in the dtype that autocast would multiply it in."""
+    if tensor is None:
+        return None
     device = tensor.device.type
     return tensor.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else tensor

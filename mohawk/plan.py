@@ -8,7 +8,7 @@ from rich.table import Table
 from transformers import AutoModelForCausalLM
 
 from mohawk.errors import UserError
-from mohawk.models.families import check_supported, decoder_shape
+from mohawk.models.families import check_supported, decoder_shape, needed_attention
 from mohawk.models.from_teacher import choose_layers, hybrid_from_teacher
 from mohawk.models.hybrid import SSM_LAYER, HybridForCausalLM
 from mohawk.phases import EndToEndObjective, HiddenObjective, MixingObjective, Objective
@@ -61,7 +61,8 @@ def make_plan(recipe: Recipe, teacher_config) -> Plan:
         check_supported(teacher_config)
         choose_layers(recipe.student.ssm_layers, decoder_shape(teacher_config).num_layers)
         with torch.device("meta"):
-            teacher = AutoModelForCausalLM.from_config(teacher_config)
+            attention = needed_attention(teacher_config)
+            teacher = AutoModelForCausalLM.from_config(teacher_config, attn_implementation=attention)
             student = hybrid_from_teacher(teacher, **student_options(recipe))
     except ValueError as error:
         raise UserError(str(error)) from error
@@ -70,7 +71,7 @@ def make_plan(recipe: Recipe, teacher_config) -> Plan:
         objective = objective_for(name, phase, student, teacher)
         groups: dict[str, int] = {}
         for parameter_name, parameter in objective.trained():
-            kind = _kind(parameter_name)
+            kind = _kind(parameter_name, student.config.ssm_layers)
             groups[kind] = groups.get(kind, 0) + parameter.numel()
         trained = sum(groups.values())
         phases.append(
@@ -95,12 +96,10 @@ def student_options(recipe: Recipe) -> dict:
     }  # fmt: skip
 
 
-def _kind(name: str) -> str:
-    for part, kind in (
-        (".mlp.", "MLPs"), ("layernorm", "norms"), ("embed_tokens", "embeddings"), ("lm_head", "head"),
-        ("self_attn.q_proj", "attention"), ("self_attn.k_proj", "attention"), ("self_attn.v_proj", "attention"),
-        ("self_attn.o_proj", "attention"), ("self_attn.", "mixers"),
-    ):  # fmt: skip
+def _kind(name: str, ssm_layers: list[int]) -> str:
+    if ".self_attn." in name:
+        return "mixers" if int(name.split(".layers.")[1].split(".")[0]) in ssm_layers else "attention"
+    for part, kind in ((".mlp.", "MLPs"), ("embed_tokens", "embeddings"), ("lm_head", "head")):
         if part in name:
             return kind
     return "norms"
@@ -134,6 +133,7 @@ def print_plan(plan: Plan, recipe: Recipe, console: Console) -> None:
     layers = Table("layer", "mixer", "weights from")
     source = {
         "attention": "q -> C, k -> B, v -> x, o -> out_proj",
+        "neutral": "random, conv and gate passing on",
         "random": "random",
     }[recipe.student.init]
     for i, kind in enumerate(plan.layer_types):

@@ -22,6 +22,7 @@ TITLES = {
     "end_to_end": "phase 3\nend to end",
 }
 TEXTS = {"held_out": "held-out text of the training source", "evaluation": "text of another source"}
+SHARES = ("acc", "acc_norm", "exact_match", "pass@1", "f1", "em")  # metrics of tasks that lie between 0 and 1
 BLUE, ORANGE, GREY = "#1f6feb", "#d9730d", "#8c959f"
 
 
@@ -268,6 +269,35 @@ def plot_selection(found: Mapping[str, Any], target: Path | str) -> Path:
         axis.invert_xaxis()
         axis.xaxis.get_major_locator().set_params(integer=True)
     loss.legend(frameon=False)
+    return _save(figure, target)
+
+
+def plot_tasks(tasks: Mapping[str, Mapping[str, Any]], target: Path | str) -> Path | None:
+    """Teacher and student on each task, by the first of its metrics that is a share, with standard errors.
+
+    tasks: as in results.json. None, and no picture, where no task has such a metric.
+    """
+    rows = []
+    for name, task in tasks.items():
+        shares = [
+            m for m, v in task["metrics"].items() if m.split(" ")[0] in SHARES and v["teacher_stderr"] is not None
+        ]
+        if shares:
+            rows.append((f"{name}, {shares[0]}", task["metrics"][shares[0]]))
+    if not rows:
+        return None
+    figure, axes = _subplots(1, 1, width=7.5, height=1.1 + 0.34 * len(rows))
+    axis = axes[0][0]
+    for who, color, marker, shift in (("teacher", BLUE, "o", -0.12), ("student", ORANGE, "s", 0.12)):
+        places = [row + shift for row in range(len(rows))]
+        values = [100 * values[who] for _, values in rows]
+        errors = [100 * (values[f"{who}_stderr"] or 0) for _, values in rows]
+        axis.errorbar(values, places, xerr=errors, fmt=marker, ms=5, color=color, capsize=3, lw=1.4, label=who)
+    axis.set_yticks(range(len(rows)), [label for label, _ in rows], fontsize=9)
+    axis.set_ylim(len(rows) - 0.5, -0.5)
+    axis.set_xlim(-3, 103)
+    axis.set_xlabel("% ± one standard error")
+    figure.legend(*axis.get_legend_handles_labels(), loc="outside upper center", ncols=2, frameon=False)
     return _save(figure, target)
 
 

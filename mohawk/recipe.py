@@ -63,8 +63,9 @@ class Student(Section):
     ssm_layers: Annotated[Literal["every_second", "all"] | list[int], BeforeValidator(_layers)] = Field(
         "every_second", description="layers whose attention is replaced"
     )
-    init: Literal["attention", "random"] = Field(
-        "attention", description="attention: C, B, x and output from the teacher's q, k, v and o"
+    init: Literal["attention", "neutral", "random"] = Field(
+        "attention",
+        description="attention: C, B, x and output from the teacher's q, k, v and o; neutral: conv and gate pass on",
     )
     gate: Literal["open", "output"] = Field(
         "open", description="gate rows at the start; open: constant 1; output: from W_O and W_V"
@@ -247,10 +248,10 @@ def _contradictions(recipe: Recipe) -> Iterator[tuple[list[recipe_text.Path], st
             [("teacher", "gguf_file"), ("teacher", "model")],
             "teacher.gguf_file and a teacher.model that is itself a .gguf file; remove gguf_file",
         )
-    if recipe.student.gate == "output" and recipe.student.init == "random":
+    if recipe.student.gate == "output" and recipe.student.init != "attention":
         yield (
             [("student", "gate"), ("student", "init")],
-            "student.gate: output is made from attention weights, but student.init is random; "
+            f"student.gate: output is made from attention weights, but student.init is {recipe.student.init}; "
             "use gate: open or init: attention",
         )
     if data.validation_share == 0 and not data.evaluation:

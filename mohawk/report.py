@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import math
@@ -12,8 +13,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mohawk.checkpoints import MANIFEST
 from mohawk.metrics import METRICS, read_metrics
-from mohawk.plots import PHASES, STAGES, TEXTS, plot_evaluation, plot_losses
+from mohawk.plots import PHASES, STAGES, TEXTS, plot_evaluation, plot_losses, plot_tasks
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -24,6 +26,8 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 RESULTS, REPORT = "results.json", "report.md"
+TASKS = "evaluation/tasks.json"  # what `mohawk evaluate --tasks` found, kept apart since a run can do without
+STUDENT = "student"  # the run's final one, of which the report is
 PACKAGES = ("torch", "transformers", "triton", "datasets", "accelerate")
 AFTER = {
     "before": "before phase 1",
@@ -35,6 +39,7 @@ PLOTS = {
     "losses.png": "Loss of each phase",
     "evaluation.png": "Evaluation before phase 1 and after each phase",
     "mixing_matrices.png": "Mixing matrices of teacher and student",
+    "tasks.png": "Tasks of lm-evaluation-harness",
 }
 
 
@@ -71,6 +76,8 @@ def finish(
     stages = {stage: found for stage, found in stages.items() if found}
     plot_losses(folder / METRICS, folder / "plots" / "losses.png", loss_labels(recipe))
     plot_evaluation(stages, folder / "plots" / "evaluation.png")
+    tasks = kept_tasks(folder, STUDENT)
+    _plot_tasks(folder, tasks)
     results = {
         "teacher": recipe.teacher.model,
         "architecture": architecture(teacher, student),
@@ -83,12 +90,50 @@ def finish(
         "plots": sorted(f"plots/{path.name}" for path in (folder / "plots").glob("*.png")),
         "machine": machine(teacher.device),
         "recipe": recipe.model_dump(mode="json"),
+        **({"tasks": tasks} if tasks else {}),
     }
     write_json(folder / RESULTS, results)
     write_text(folder / REPORT, to_markdown(results, recipe.to_yaml(), folder.resolve().name))
     print_results(results, console)
     console.print(f"report: {folder / REPORT}", highlight=False, soft_wrap=True, markup=False)
     return results
+
+
+def report_tasks(folder: Path | str) -> Path | None:
+    """Put what evaluation/tasks.json says of a finished run's student into results.json and report.md.
+
+    Returns the report, None where the run has none yet: `finish` will put them in.
+    """
+    folder = Path(folder)
+    results, tasks = read_json(folder / RESULTS), kept_tasks(folder, STUDENT)
+    if results is None or tasks is None:
+        return None
+    _plot_tasks(folder, tasks)
+    results["tasks"] = tasks
+    results["plots"] = sorted(f"plots/{path.name}" for path in (folder / "plots").glob("*.png"))
+    write_json(folder / RESULTS, results)
+    recipe = (folder / "recipe.yaml").read_text(encoding="utf-8")
+    write_text(folder / REPORT, to_markdown(results, recipe, folder.resolve().name))
+    return folder / REPORT
+
+
+def kept_tasks(folder: Path, student: str) -> dict[str, Any] | None:
+    """evaluation/tasks.json, if it is of the student that is in the run's folder `student` now."""
+    found = read_json(folder / TASKS)
+    same = found and (found["student"], found["fingerprint"]) == (student, fingerprint(folder / student))
+    return found if same else None
+
+
+def fingerprint(student: Path | str) -> str | None:
+    """What changes with a student's weights: the hash of its manifest, which holds its files' hashes."""
+    manifest = Path(student) / MANIFEST
+    return hashlib.sha256(manifest.read_bytes()).hexdigest() if manifest.is_file() else None
+
+
+def _plot_tasks(folder: Path, tasks: Mapping[str, Any] | None) -> None:
+    target = folder / "plots" / "tasks.png"
+    if not (tasks and plot_tasks(tasks["tasks"], target)):
+        target.unlink(missing_ok=True)  # of a student that was there before
 
 
 def write_json(path: Path | str, value: Any) -> None:
@@ -238,6 +283,50 @@ def tables(results: Mapping[str, Any]) -> list[Table]:
     ]
     if rows:
         made.append(("Training", ["phase", "steps", "tokens", "time", "loss", "steps skipped"], rows))
+    return made + (task_tables(results["tasks"]) if results.get("tasks") else [])
+
+
+KINDS = {
+    "other": "Tasks",
+    "knowledge": "Tasks of knowledge, apart from any mean",
+    "retrieval": "Tasks of retrieval, apart from any mean",
+}
+
+
+def task_tables(found: Mapping[str, Any]) -> list[Table]:
+    """Each task's figures with their standard errors: what is known and what is retrieved in tables of their own.
+
+    A mean over tasks is only there where the harness's group asks for one, below all the tasks it is of.
+    """
+    header = ["task", "metric", "questions", "teacher", "student", "difference"]
+    made: list[Table] = []
+    for kind, title in KINDS.items():
+        rows = []
+        for name, task in found["tasks"].items():
+            if task["kind"] == kind:
+                asked = f"{task['questions']:,} of {task['of']:,}"
+                shots = f", {task['fewshot']}-shot" if task["fewshot"] else ""
+                for metric, values in task["metrics"].items():
+                    rows.append([name, f"{metric}{shots}", asked, *_with_errors(values)])
+        if rows:
+            made.append((f"{title} (± standard error)", header, rows))
+    rows = [
+        [name, metric, f"mean over {len(group['members'])}", *_with_errors(values)]
+        for name, group in found["groups"].items()
+        for metric, values in group["metrics"].items()
+    ]
+    if rows:
+        made.append(("Means over the tasks of a group, each of which is above", header, rows))
+    return made
+
+
+def _with_errors(values: Mapping[str, Any]) -> list[str]:
+    """A metric's three columns; the sign of a difference is always written."""
+    made = []
+    for who in ("teacher", "student", "difference"):
+        value, error = values[who], values[f"{who}_stderr"]
+        figure = f"{value:{'+' if who == 'difference' else ''}.3f}" if math.isfinite(value) else _figure(value)
+        made.append(figure if error is None else f"{figure} ± {error:.3f}")
     return made
 
 
@@ -269,18 +358,27 @@ def print_results(results: Mapping[str, Any], console: Console) -> None:
     from rich.table import Table as RichTable
 
     console.print(escape(results["architecture"]), highlight=False)
-    for title, header, rows in tables(results):
-        table = RichTable(title=title, title_justify="left", box=box.SIMPLE_HEAD)
-        for i, column in enumerate(header):
-            table.add_column(column, justify="right" if i else "left")
-        for row in rows:
-            table.add_row(*map(escape, row))
-        console.print(table)
+    print_tables(tables(results), console)
     said = results["continuations"]
     title = f"Greedy continuations of: {escape(said['prompt'])}"
     table = RichTable("teacher", "student", title=title, title_justify="left", box=box.SIMPLE_HEAD)
     table.add_row(*(escape(said[who].strip()) for who in ("teacher", "student")))
     console.print(table)
+
+
+def print_tables(made: list[Table], console: Console) -> None:
+    """Tables as `tables` makes them, on the screen."""
+    from rich import box
+    from rich.markup import escape
+    from rich.table import Table as RichTable
+
+    for title, header, rows in made:
+        table = RichTable(title=title, title_justify="left", box=box.SIMPLE_HEAD)
+        for i, column in enumerate(header):
+            table.add_column(column, justify="right" if i else "left", no_wrap=not i)
+        for row in rows:
+            table.add_row(*map(escape, row))
+        console.print(table)
 
 
 def _figure(value: float | None) -> str:

@@ -77,11 +77,14 @@ def load_config(
     revision: str | None = None,
     trust_remote_code: bool = False,
 ) -> PretrainedConfig:
-    """The teacher's configuration, checked to be a causal language model's. Raises UserError."""
+    """The teacher's configuration, checked to be a causal language model's; of a released student (Phi-Mamba, Llamba,
+    MambaInLlama) our own. Raises UserError."""
     from transformers import AutoConfig
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
     name, gguf_file = locate(model, gguf_file)
+    if (released := _released(name, gguf_file, revision)) is not None:
+        return released
     try:
         config = AutoConfig.from_pretrained(
             name, revision=revision, trust_remote_code=trust_remote_code, **_gguf(gguf_file)
@@ -121,19 +124,27 @@ def load_teacher(
     import torch
     from transformers import AutoModelForCausalLM
 
+    from mohawk.models.families import needed_attention
+    from mohawk.models.released import load_released
+
     if dtype not in DTYPES:
         raise UserError(f"teacher.dtype: got {dtype!r}; allowed: {', '.join(DTYPES)}")
-    load_config(model, gguf_file=gguf_file, revision=revision, trust_remote_code=trust_remote_code)
+    config = load_config(model, gguf_file=gguf_file, revision=revision, trust_remote_code=trust_remote_code)
     name, gguf_file = locate(model, gguf_file)
+    kind = None if dtype == "auto" else getattr(torch, dtype)
     try:
-        teacher, info = AutoModelForCausalLM.from_pretrained(
-            name,
-            revision=revision,
-            dtype="auto" if dtype == "auto" else getattr(torch, dtype),
-            trust_remote_code=trust_remote_code,
-            output_loading_info=True,
-            **_gguf(gguf_file),
-        )
+        if _released(name, gguf_file, revision) is not None:
+            teacher, info = load_released(name, revision=revision, dtype=kind), {"missing_keys": ()}
+        else:
+            teacher, info = AutoModelForCausalLM.from_pretrained(
+                name,
+                revision=revision,
+                dtype=kind or "auto",
+                trust_remote_code=trust_remote_code,
+                output_loading_info=True,
+                attn_implementation=needed_attention(config),
+                **_gguf(gguf_file),
+            )
     except Exception as error:
         raise _user_error(error, name, revision, "weights") from error
     if missing := sorted(info["missing_keys"]):
@@ -192,6 +203,19 @@ def without_quantization(model: PreTrainedModel) -> PreTrainedModel:
     return plain
 
 
+def _released(name: str, gguf_file: str | None, revision: str | None) -> PretrainedConfig | None:
+    """Our configuration of a released student, None for anything that transformers loads itself."""
+    from mohawk.models.released import released_config
+
+    if gguf_file is not None:
+        return None
+    try:
+        found = released_config(name, revision=revision)
+    except Exception as error:
+        raise _user_error(error, name, revision, "configuration") from error
+    return None if found is None else found[1]
+
+
 def _gguf(gguf_file: str | None) -> dict[str, Any]:
     if gguf_file is None:
         return {}
@@ -209,11 +233,7 @@ def _user_error(error: Exception, name: str, revision: str | None, what: str) ->
 
     if isinstance(error, UserError):
         return error
-    chain: list[BaseException] = []
-    cause: BaseException | None = error
-    while cause is not None and cause not in chain:
-        chain.append(cause)
-        cause = cause.__cause__ or cause.__context__
+    chain = _causes(error)
     local = Path(name).exists()
     at = f" at revision {revision}" if revision else ""
 
@@ -235,7 +255,7 @@ def _user_error(error: Exception, name: str, revision: str | None, what: str) ->
         return UserError(
             f"teacher: {name} is neither a local folder nor a model on the hub (a private one needs: hf auth login)"
         )
-    if found(hub.LocalEntryNotFoundError, hub.OfflineModeIsEnabled, ConnectionError) or _is_network(chain):
+    if is_unreachable(error):
         return UserError(
             f"teacher: {name}{at} is no local folder, is not in the hub cache, and the hub cannot be "
             "reached; give a local folder, or run once where the hub can be reached"
@@ -245,10 +265,23 @@ def _user_error(error: Exception, name: str, revision: str | None, what: str) ->
     return error
 
 
-def _is_network(chain: list[BaseException]) -> bool:
+def is_unreachable(error: BaseException) -> bool:
+    """Whether an error, or what caused it, is that the hub cannot be reached."""
+    from huggingface_hub import errors as hub
+
     # requests, httpx and urllib3 each have their own hierarchy; the module's name is what they share
     network = ("httpx", "httpx2", "httpcore", "httpcore2", "requests", "urllib3")
-    return any(type(e).__module__.split(".")[0] in network for e in chain)
+    kinds = (hub.LocalEntryNotFoundError, hub.OfflineModeIsEnabled, ConnectionError)
+    return any(isinstance(e, kinds) or type(e).__module__.split(".")[0] in network for e in _causes(error))
+
+
+def _causes(error: BaseException) -> list[BaseException]:
+    chain: list[BaseException] = []
+    cause: BaseException | None = error
+    while cause is not None and cause not in chain:
+        chain.append(cause)
+        cause = cause.__cause__ or cause.__context__
+    return chain
 
 
 def _first_line(error: BaseException) -> str:

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from mohawk.kernels.causal_conv1d import by_package, causal_conv1d
+from mohawk.kernels.causal_conv1d import by_package, causal_conv1d, causal_conv1d_step
 
 
 def inputs(batch=2, seq=37, channels=6, kernel=4, dtype=torch.float64, seed=0):
@@ -64,6 +64,25 @@ def test_segments_are_documents_on_their_own():
         last_state, state = state, torch.zeros_like(state)
     torch.testing.assert_close(y, torch.cat(pieces, dim=1))
     torch.testing.assert_close(final, last_state)
+
+
+@pytest.mark.parametrize("activation", [None, "silu"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_a_step_is_the_last_token_of_its_window(dtype, activation):
+    given = {name: value.detach() for name, value in inputs(seq=1, dtype=dtype).items()}
+    whole = causal_conv1d(**given, activation=activation)[:, 0]
+    window = torch.cat((given["initial_state"], given["x"].transpose(1, 2)), dim=2)
+    step = causal_conv1d_step(window, given["weight"], given["bias"], activation=activation)
+    assert step.dtype == dtype
+    torch.testing.assert_close(step, whole)
+
+
+def test_a_step_says_what_does_not_fit():
+    given = inputs(seq=1)
+    with pytest.raises(ValueError, match=r"window must be .*got \(2, 6, 3\) and \(6, 4\)"):
+        causal_conv1d_step(given["initial_state"], given["weight"])
+    with pytest.raises(ValueError, match="activation must be None or 'silu', got 'gelu'"):
+        causal_conv1d_step(torch.zeros(2, 6, 4), given["weight"], activation="gelu")
 
 
 @pytest.mark.parametrize("cuts", [[1] * 20, [13, 7], [2, 1, 17]])

@@ -200,6 +200,7 @@ def test_empty(batch, seq):
         ({"segment_ids": torch.zeros(2, 10, dtype=torch.long)}, "segment_ids must be"),
         ({"segment_ids": torch.zeros(2, 150)}, "must be integers"),
         ({"B": torch.zeros(2, 150, 3, 8, dtype=torch.long)}, "floating point"),
+        ({"initial_state": torch.zeros(2, 6, 16, 8, dtype=torch.long)}, "the state must be floating point"),
         ({"backend": "cuda"}, "backend must be one of"),
         ({"backend": "mamba_ssm"}, "mamba_ssm"),  # not installed, or float64
     ],

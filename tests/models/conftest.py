@@ -2,33 +2,55 @@
 
 import pytest
 import torch
-from transformers import (
-    LlamaConfig,
-    LlamaForCausalLM,
-    MistralConfig,
-    MistralForCausalLM,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-)
+from transformers import AutoConfig, AutoModelForCausalLM
 
 COMMON = dict(
     vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=4,
     num_key_value_heads=2, max_position_embeddings=256, pad_token_id=0, bos_token_id=1, eos_token_id=2,
 )  # fmt: skip
+# one parameter a family, or two where a configuration decides what its code does: (model_type, configuration)
 FAMILIES = {
-    "llama": (LlamaForCausalLM, LlamaConfig, {"tie_word_embeddings": True}),
-    "llama_biased": (LlamaForCausalLM, LlamaConfig, {"attention_bias": True, "mlp_bias": True}),
-    "llama_wide_heads": (LlamaForCausalLM, LlamaConfig, {"head_dim": 16, "num_key_value_heads": 1}),
-    "mistral": (MistralForCausalLM, MistralConfig, {"sliding_window": 6}),
-    "qwen2": (Qwen2ForCausalLM, Qwen2Config, {"tie_word_embeddings": True}),
-}
+    "llama": ("llama", {"tie_word_embeddings": True}),
+    "llama_biased": ("llama", {"attention_bias": True, "mlp_bias": True}),
+    "llama_wide_heads": ("llama", {"head_dim": 16, "num_key_value_heads": 1}),
+    "mistral": ("mistral", {"sliding_window": 6}),
+    "qwen2": ("qwen2", {"tie_word_embeddings": True}),
+    "qwen3": ("qwen3", {"head_dim": 16, "use_sliding_window": True, "sliding_window": 5, "max_window_layers": 2}),
+    "smollm3": ("smollm3", {"no_rope_layer_interval": 2}),
+    # layers 0 and 2 have the window; the caps are low enough to matter
+    "gemma2": (
+        "gemma2",
+        {"head_dim": 16, "sliding_window": 6, "query_pre_attn_scalar": 24, "attn_logit_softcapping": 3.0,
+         "final_logit_softcapping": 2.0, "tie_word_embeddings": True},
+    ),
+    "olmo2": ("olmo2", {}),
+    "phi": ("phi", {"num_key_value_heads": 4}),
+    "phi_normed": (
+        "phi",
+        {"qk_layernorm": True, "num_attention_heads": 2,
+         "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.25}},
+    ),
+    "phi3": ("phi3", {"sliding_window": 6}),
+    # the long factors take over behind 64 tokens
+    "phi4_mini": (
+        "phi3",
+        {"tie_word_embeddings": True, "num_attention_heads": 2, "original_max_position_embeddings": 64,
+         "rope_parameters": {"rope_type": "longrope", "rope_theta": 1e4, "partial_rotary_factor": 0.75,
+                             "short_factor": [1.0, 1.1, 1.2, 1.3, 1.4, 1.5],
+                             "long_factor": [1.0, 2.0, 3.0, 4.0, 5.0, 6.0],
+                             "original_max_position_embeddings": 64}},
+    ),
+}  # fmt: skip
 
 
 def tiny_teacher(family: str = "llama", **overrides):
     """A random float32 checkpoint whose biases and norms are not at their trivial defaults."""
     torch.manual_seed(0)
-    model_class, config_class, options = FAMILIES[family]
-    model = model_class(config_class(**{**COMMON, **options, **overrides})).eval()
+    kind, options = FAMILIES[family]
+    config = AutoConfig.for_model(kind, **{**COMMON, **options, **overrides})
+    # sdpa, the default of older transformers, leaves Gemma 2's softcap out
+    attention = "eager" if kind == "gemma2" else "sdpa"
+    model = AutoModelForCausalLM.from_config(config, attn_implementation=attention).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.endswith("bias") or "norm" in name:

@@ -2,10 +2,12 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from transformers import BambaConfig, GPT2Config, GPT2LMHeadModel
 from transformers.models.bamba.modeling_bamba import BambaMixer
 
 from mohawk.kernels.mixing import mixing_matrix
+from mohawk.models.families import attention_input_size, attention_parts, mixer_input_norm
 from mohawk.models.from_teacher import CONTENT, RESTING, _silu_inverse, choose_layers, hybrid_from_teacher
 from mohawk.models.mixers import Mamba2Mixer
 from tests.models.conftest import tiny_teacher
@@ -36,22 +38,33 @@ def test_attention_weights_become_c_b_x_and_out_proj(teacher, mixer):
     """C and B are the teacher's q and k, kv heads repeated, biases included, up to one scale and one offset."""
     student = hybrid_from_teacher(teacher, [1], mixer)
     attention, ssm = teacher.model.layers[1].self_attn, student.model.layers[1].self_attn
+    parts = attention_parts(attention)
     h, p = ssm.num_heads, ssm.head_dim
     kv = teacher.config.num_key_value_heads
     constant = (RESTING / p) ** 0.5
     offset, slope = _silu_inverse(constant) if mixer == "mamba2" else (constant, 1.0)
-    tap = (RESTING * CONTENT) ** 0.5 * p**-0.25 / slope
-    hidden = torch.randn(2, 5, teacher.config.hidden_size)
-    expected = {
-        "C": attention.q_proj(hidden).unflatten(-1, (h, p)) * tap + offset,
-        "B": attention.k_proj(hidden).unflatten(-1, (kv, p)).repeat_interleave(h // kv, 2) * tap + offset,
-    }
+    tap = (RESTING * CONTENT * parts.scale) ** 0.5 / slope
+    size = attention_input_size(teacher, 1)
+    hidden = torch.randn(2, 50, teacher.config.hidden_size) * size
+    q, k = (F.linear(hidden, part.weight, part.bias).unflatten(-1, (-1, p)) for part in (parts.q, parts.k))
+    if parts.query_norm is not None:
+        q, k = _normed(parts.query_norm, q), _normed(parts.key_norm, k)
+    expected = {"C": q * tap + offset, "B": k.repeat_interleave(h // kv, 2) * tap + offset}
     if mixer == "mamba2":  # SiLU follows the conv
-        expected = {k: torch.nn.functional.silu(v) for k, v in expected.items()}
+        expected = {name: F.silu(value) for name, value in expected.items()}
     mixing = ssm.mixing(hidden)
     for name, value in expected.items():
-        torch.testing.assert_close(getattr(mixing, name), value, rtol=1e-5, atol=1e-5)
-    assert torch.equal(ssm.out_proj.weight, attention.o_proj.weight)
+        if parts.query_norm is None:
+            torch.testing.assert_close(getattr(mixing, name), value, rtol=1e-5, atol=1e-5)
+        else:  # each token's own size is not divided by, only the one that is expected
+            error = (getattr(mixing, name) - value).norm() / (value - value.mean((0, 1))).norm()
+            assert error < 0.35, name
+    assert torch.equal(ssm.out_proj.weight, parts.o.weight)
+
+
+def _normed(norm, value):
+    """A norm over each head, or over all of them as in OLMo 2."""
+    return norm(value) if norm.weight.numel() == value.shape[-1] else norm(value.flatten(-2)).view_as(value)
 
 
 def test_without_content_the_first_matrix_averages():
@@ -93,7 +106,7 @@ def test_gates(teacher, mixer, gate):
         z = z + ssm.z_bias
     assert torch.equal(z, z[:, :1].expand_as(z)) == (gate == "open")
     if gate == "open" and mixer == "discrete_mamba2":
-        torch.testing.assert_close(torch.nn.functional.silu(z), torch.ones_like(z))
+        torch.testing.assert_close(F.silu(z), torch.ones_like(z))
 
 
 def test_mamba2_starts_where_its_norm_only_multiplies(teacher):
@@ -102,11 +115,15 @@ def test_mamba2_starts_where_its_norm_only_multiplies(teacher):
     student = hybrid_from_teacher(teacher, [1])
     layer, attention = student.model.layers[1], teacher.model.layers[1].self_attn
     ssm, kv = layer.self_attn, teacher.config.num_key_value_heads
-    hidden = layer.input_layernorm(torch.randn(2, 40, teacher.config.hidden_size)) * 0.3
+    hidden = torch.randn(2, 40, teacher.config.hidden_size)
+    if teacher.config.model_type == "olmo2":
+        hidden = hidden * attention_input_size(teacher, 1)
+    hidden = mixer_input_norm(layer)(hidden) * 0.3
     seen = []
     ssm.out_proj.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
     ssm(hidden)
-    values = attention.v_proj(hidden).unflatten(-1, (kv, -1)).repeat_interleave(ssm.num_heads // kv, 2)
+    v = attention_parts(attention).v
+    values = F.linear(hidden, v.weight, v.bias).unflatten(-1, (kv, -1)).repeat_interleave(ssm.num_heads // kv, 2)
     expected = torch.einsum("bhij,bjhp->bihp", mixing_matrix(ssm.mixing(hidden)), values).flatten(-2)
     assert (seen[0] - expected).norm() / expected.norm() < 0.3
 
@@ -142,3 +159,20 @@ def test_random_init_takes_any_state_size():
     student = hybrid_from_teacher(tiny_teacher(), "all", init="random", state_size=5)
     assert student.model.layers[0].self_attn.state_size == 5
     assert torch.isfinite(student(torch.tensor([[5, 6, 7]])).logits).all()
+
+
+@pytest.mark.parametrize("mixer", ("mamba2", "discrete_mamba2"))
+def test_a_neutral_start_lets_the_projections_through(mixer):
+    """The convolution passes on what it gets, and the gate is 1 whatever the layer reads."""
+    student = hybrid_from_teacher(tiny_teacher(), [1], mixer, init="neutral")
+    layer = student.model.layers[1].self_attn
+    hidden = torch.randn(1, 5, 32)
+    with torch.no_grad():
+        projected = layer.in_proj(hidden)
+        xBC, z = projected[..., layer.slices()["xBC"]], projected[..., layer.slices()["z"]]
+        convolved = layer._conv(xBC, slice(0, layer.conv_size))
+        expected = torch.nn.functional.silu(xBC) if layer.activation == "silu" else xBC
+        gate = torch.nn.functional.silu(z + getattr(layer, "z_bias", 0))
+    torch.testing.assert_close(convolved, expected)
+    torch.testing.assert_close(gate, torch.ones_like(gate))
+    assert layer.in_proj.weight[layer.slices()["x"]].abs().min() > 0

@@ -84,9 +84,11 @@ def pythons(checkout, wheel, tmp_path_factory) -> dict[str, Path]:
 def test_wheel_holds_everything_and_nothing_else(wheel, checkout):
     names = set(zipfile.ZipFile(wheel).namelist())
     expected = {f"mohawk/recipes/{path.name}" for path in (checkout / "recipes").glob("*.yaml")}
+    expected |= {f"mohawk/tasks/{path.name}" for path in (checkout / "mohawk" / "tasks").iterdir()}
     for folder, inside in PACKAGES.items():
         expected |= {f"{inside}/{path.name}" for path in (checkout / folder).glob("*.py")}
-        subfolders = [path for path in (checkout / folder).iterdir() if path.is_dir()]
+        subfolders = {path.name for path in (checkout / folder).iterdir() if path.is_dir()}
+        subfolders -= {"tasks"} if folder == "mohawk" else set()
         assert not subfolders, f"list {subfolders} in pyproject.toml, or they are dropped in silence"
     code = {name for name in names if ".dist-info/" not in name}
     assert code == expected

@@ -165,6 +165,40 @@ def test_mistakes_are_told_in_one_line(folder, tmp_path, make_llama):
         assert "\n" not in str(caught.value), message
 
 
+def test_a_released_student_loads_describes_and_generates(tmp_path, tokenizer, capsys):
+    """Phi-Mamba, Llamba and MambaInLlama folders are taken wherever a model is."""
+    from mohawk.describe import describe
+    from mohawk.generation import generate
+    from tests.models.test_released import LAYERS, LAYOUTS, saved
+
+    for name in ("hybrid-phi-mamba", "llamba", "mamba-in-llama"):
+        folder = saved(tmp_path / name, LAYOUTS[name]())
+        loaded = load_teacher(folder)
+        assert type(loaded).__name__ == "HybridForCausalLM" and not loaded.training
+        assert load_teacher(folder, dtype="bfloat16").dtype == torch.bfloat16
+        described = describe(folder)
+        assert len(described.layers) == LAYERS
+        assert described.parameters == sum(p.numel() for p in loaded.parameters())
+    config, state = LAYOUTS["llamba"]()
+    vocab = len(tokenizer)
+    state = {k: v.repeat(8, 1)[:vocab] if len(v) == 40 else v for k, v in state.items()}
+    folder = saved(tmp_path / "words", ({**config, "vocab_size": vocab, "pad_vocab_size_multiple": 1}, state))
+    with pytest.raises(UserError, match="tokenizer"):
+        generate(folder, "a b", device="cpu")
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    text = generate(folder, "a b", max_new_tokens=4, device="cpu", tokenizer=tmp_path / "tokenizer")
+    assert text and text in capsys.readouterr().out
+
+
+def test_an_option_of_a_released_student_that_we_lack_is_told_in_one_line(tmp_path):
+    from tests.models.test_released import llamba, saved
+
+    config, state = llamba()
+    config["ssm_cfg"]["activation"] = "silu"
+    with pytest.raises(UserError, match=r"cannot load the configuration.*ssm_cfg.activation: got 'silu'"):
+        load_teacher(saved(tmp_path, (config, state)))
+
+
 def test_an_unreachable_hub_is_told(monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(UserError, match="is no local folder, is not in the hub cache, and the hub cannot be reached"):

@@ -1,0 +1,143 @@
+"""What should a mixer start from? Four starts of both mixers, before training and after equal tokens of phases 1 and 2.
+
+| start | projections | convolution, gate |
+|---|---|---|
+| random | random | random |
+| neutral | random | identity, 1: Phi-Mamba's |
+| attention | q -> C, k -> B, v -> x, o -> out | identity up to a scale, constant |
+| attention, z from W_O | the same, z rows from W_O and W_V | the same, as AWS hybrid-model-factory gates |
+
+SmolLM2-135M-Instruct becomes the demo's hybrid eight times, by the demo's recipe with other budgets and without phase
+3. Runs are ordinary `mohawk convert` runs, each stops and resumes like one, and what is done is not done again; the
+table, its JSON and a plot go to benchmarks/results/.
+
+    python benchmarks/initialisation.py [--mixing 8192] [--hidden 24576] [--runs runs/initialisation]
+"""
+
+import argparse
+import json
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from benchmarks.run import RESULTS, put_in_readme  # noqa: E402
+
+MIXERS = ("mamba2", "discrete_mamba2")
+STARTS = {  # name -> (student.init, student.gate)
+    "random": ("random", "open"),
+    "neutral": ("neutral", "open"),
+    "attention": ("attention", "open"),
+    "attention, z from W_O": ("attention", "output"),
+}
+STAGES = ("before", "mixing", "hidden")
+
+
+def recipe_for(mixer: str, start: str, mixing: float, hidden: float, output: Path):
+    """The demo's recipe from another start, up to the end of phase 2; the least-squares start counts as phase 2."""
+    from mohawk import fetch
+    from mohawk.demo import local_settings
+    from mohawk.recipe import Recipe, shipped
+
+    init, gate = STARTS[start]
+    settings = local_settings(str(fetch.smollm2()))
+    solved = min(Recipe.load(shipped("demo")).phases.hidden.solve_tokens, int(hidden) // 2)
+    settings += [
+        f"student.mixer={mixer}",
+        f"student.init={init}",
+        f"student.gate={gate}",
+        f"phases.mixing.tokens={mixing:.0f}",
+        f"phases.hidden.tokens={hidden - solved:.0f}",
+        f"phases.hidden.solve_tokens={solved}",
+        "phases.end_to_end=null",
+        "evaluation.contexts=[64]",
+        "evaluation.decode_tokens=2",
+        "evaluation.continuation_tokens=2",
+        f"output={output}",
+    ]
+    return Recipe.load(shipped("demo"), settings)
+
+
+def row(mixer: str, start: str, run: Path) -> dict:
+    results = json.loads((run / "results.json").read_text(encoding="utf-8"))
+    found = {stage: results["evaluation"][stage]["evaluation"] for stage in STAGES}
+    return {
+        "mixer": mixer, "start": start, "kl": {stage: found[stage]["kl"] for stage in STAGES},
+        "ratio": found["hidden"]["perplexity_ratio"], "top1_agreement": found["hidden"]["top1_agreement"],
+        "tokens": {phase: trained["tokens"] for phase, trained in results["phases"].items()},
+        "evaluated_tokens": found["hidden"]["tokens"], "machine": results["machine"],
+    }  # fmt: skip
+
+
+def table(rows: list[dict], mixing: float, hidden: float) -> list[str]:
+    lines = [
+        f"SmolLM2-135M-Instruct, half of its layers replaced; phase 1 with {mixing:,.0f} tokens, phase 2 with "
+        f"{hidden:,.0f}; KL from the teacher in nats per token, text of another source, one seed.",
+        "",
+        "| mixer | start | KL before | after phase 1 | after phases 1 and 2 | perplexity ratio | same top token |",
+        "|---|---|---:|---:|---:|---:|---:|",
+    ]
+    for r in rows:
+        kl = r["kl"]
+        lines.append(
+            f"| {r['mixer']} | {r['start']} | {kl['before']:.3f} | {kl['mixing']:.3f} | {kl['hidden']:.4f} | "
+            f"{float(r['ratio']):.3f} | {r['top1_agreement']:.1%} |"
+        )
+    return lines
+
+
+def draw(rows: list[dict], target: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, len(MIXERS), figsize=(9, 3.6), layout="constrained", sharey=True)
+    for axis, mixer in zip(axes, MIXERS, strict=True):
+        for r in rows:
+            if r["mixer"] == mixer:
+                axis.plot(range(len(STAGES)), [r["kl"][stage] for stage in STAGES], marker="o", label=r["start"])
+        axis.set_xticks(range(len(STAGES)), ["before", "after phase 1", "after phase 2"])
+        axis.set_yscale("log")
+        axis.set_title(mixer)
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[0].set_ylabel("KL(teacher ‖ student), nats per token")
+    axes[1].legend(frameon=False)
+    figure.savefig(target, dpi=120)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--mixing", type=float, default=8192, help="tokens of phase 1")
+    parser.add_argument(
+        "--hidden", type=float, default=24576, help="tokens of phase 2, its least-squares start included"
+    )
+    parser.add_argument("--runs", type=Path, default=Path("runs/initialisation"), help="folder of the runs")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the table, its JSON and the plot")
+    options = parser.parse_args()
+    from mohawk.convert import convert
+
+    rows = []
+    for mixer in MIXERS:
+        for start in STARTS:
+            run = options.runs / f"{mixer}-{start.replace(', ', '-').replace(' ', '-')}"
+            if not (run / "results.json").is_file():
+                convert(recipe_for(mixer, start, options.mixing, options.hidden, run))
+            rows.append(row(mixer, start, run))
+            print("\n".join(table(rows, options.mixing, options.hidden)), flush=True)
+    options.results.mkdir(parents=True, exist_ok=True)
+    about = {"mixing": options.mixing, "hidden": options.hidden, "date": time.strftime("%Y-%m-%d")}
+    lines = table(rows, options.mixing, options.hidden)
+    (options.results / "initialisation.json").write_text(json.dumps({"about": about, "rows": rows}, indent=1) + "\n")
+    (options.results / "initialisation.md").write_text("\n".join(lines) + "\n")
+    draw(rows, options.results / "initialisation.png")
+    if options.results == RESULTS:
+        command = f"python benchmarks/initialisation.py --mixing {options.mixing:.0f} --hidden {options.hidden:.0f}"
+        told = f"{'; '.join(rows[0]['machine']['devices'])}. `{command}`"
+        plot = "![initialisation](benchmarks/results/initialisation.png)"
+        put_in_readme("initialisation", [*lines, "", told, "", plot])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,235 @@
+"""MOHAWK on Phi's architecture: a small Phi, trained here on real text, and what each phase adds on it.
+
+No Phi checkpoint can be had from the package registry, so a Phi of four layers is trained from scratch on the State of
+the Union addresses for a few minutes. Every layer's attention then becomes discrete Mamba-2, as in
+recipes/phi-mamba.yaml, by phase 3 alone, phases 2 and 3, and all three, each with the same number of training tokens in
+all, from attention's weights and from random mixers. Runs are ordinary `mohawk convert` runs and resume; table, JSON
+and plot go to benchmarks/results/.
+
+    python benchmarks/phi.py [--teacher-tokens 500000] [--tokens 65536] [--runs runs/phi]
+"""
+
+import argparse
+import json
+import math
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from benchmarks.ablation import INITS, SCHEDULES  # noqa: E402
+from benchmarks.run import RESULTS  # noqa: E402
+
+VOCABULARY, WIDTH, LAYERS, HEADS, LENGTH = 4096, 256, 4, 4, 256
+BATCH = 8  # rows of LENGTH tokens in a step of the teacher's training
+ROWS = {"mixing": 1, "hidden": 2, "end_to_end": 4}  # of a student's step: few, so that a short phase has steps enough
+LEARNING_RATES = {"mixing": 5e-3, "hidden": 2e-3, "end_to_end": 1e-3}
+
+
+def texts() -> tuple[list[str], list[str]]:
+    """(patterns to train on, files of another source to evaluate on)."""
+    from mohawk import fetch
+
+    return [f"{fetch.state_of_the_union()[0].parent}/*.txt"], [str(path) for path in fetch.proceedings()]
+
+
+def train_tokenizer(patterns: list[str]):
+    """Byte-level BPE of VOCABULARY tokens, the kind Phi has."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY, special_tokens=["<|endoftext|>"], show_progress=False,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    )  # fmt: skip
+    files = [str(path) for pattern in patterns for path in Path(pattern).parent.glob(Path(pattern).name)]
+    backend.train(sorted(files), trainer)
+    ends = dict(bos_token="<|endoftext|>", eos_token="<|endoftext|>")
+    return PreTrainedTokenizerFast(tokenizer_object=backend, **ends)
+
+
+def train_teacher(folder: Path, tokens: float) -> None:
+    """A Phi trained on so many tokens, saved with its tokenizer and what its training took."""
+    import torch
+    from transformers import PhiConfig, PhiForCausalLM
+
+    from mohawk.checkpoints import write_whole
+    from mohawk.data import PackedDataset, collate, load_data
+    from mohawk.precision import autocast_dtype
+
+    train, _ = texts()
+    tokenizer = train_tokenizer(train)
+    data = load_data(train, tokenizer, validation_share=0.02)  # the share that recipe_for holds out too
+    rows = PackedDataset(data.train, LENGTH, tokens=1e9, seed=1)
+    torch.manual_seed(0)
+    end = tokenizer.eos_token_id
+    config = PhiConfig(
+        vocab_size=VOCABULARY, hidden_size=WIDTH, intermediate_size=4 * WIDTH, num_hidden_layers=LAYERS,
+        num_attention_heads=HEADS, max_position_embeddings=2048, bos_token_id=end, eos_token_id=end,
+    )  # fmt: skip
+    model = PhiForCausalLM(config).train()
+    matrices = [p for p in model.parameters() if p.dim() > 1]
+    others = [p for p in model.parameters() if p.dim() == 1]
+    groups = [{"params": matrices}, {"params": others, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=2e-3, betas=(0.9, 0.95), weight_decay=0.1)
+    dtype = autocast_dtype("auto", torch.device("cpu"))
+    steps, recent = math.ceil(tokens / (BATCH * LENGTH)), []
+    for step in range(steps):
+        for group in optimizer.param_groups:  # warmup over the first 50 steps, linear decay over the second half
+            group["lr"] = 2e-3 * min(1, (step + 1) / 50, 2 * (1 - step / steps))
+        batch = collate([rows[i] for i in range(step * BATCH, (step + 1) * BATCH)])
+        with torch.autocast("cpu", dtype=dtype, enabled=dtype is not None):
+            loss = model(
+                batch["input_ids"], position_ids=batch["position_ids"], labels=batch["labels"], use_cache=False
+            ).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        recent = [*recent[-19:], loss.item()]
+        if (step + 1) % 20 == 0:
+            print(f"teacher: step {step + 1} of {steps}, loss {sum(recent) / len(recent):.3f}", flush=True)
+    about = {"steps": steps, "tokens": steps * BATCH * LENGTH, "loss": sum(recent) / len(recent)}
+    with write_whole(folder, replace=True) as beside:
+        model.eval().save_pretrained(beside)
+        tokenizer.save_pretrained(beside)
+        (beside / "training.json").write_text(json.dumps(about))
+
+
+def recipe_for(teacher: Path, init: str, schedule: dict[str, float], tokens: float, output: Path):
+    """The shipped recipe's student and phases at this teacher's size, with this text and these budgets."""
+    from mohawk.recipe import Recipe, shipped
+
+    train, evaluation = texts()
+    phases: dict[str, dict | None] = {}
+    paper = Recipe.load(shipped("phi-mamba"))
+    for name, phase in paper.phases.active():
+        budget = int(tokens * schedule.get(name, 0))
+        small = dict(
+            tokens=budget, batch_size=ROWS[name], sequence_length=LENGTH, learning_rate=LEARNING_RATES[name],
+            gradient_accumulation=1,
+        )  # fmt: skip
+        phases[name] = {**phase.model_dump(mode="json"), **small} if budget else None
+    return Recipe.from_dict(
+        {
+            "teacher": str(teacher),
+            "student": {**paper.student.model_dump(mode="json"), "init": init},
+            "data": {"train": train, "evaluation": evaluation, "validation_share": 0.02},
+            "phases": phases,
+            "evaluation": {"sequence_length": LENGTH, "contexts": [256], "decode_tokens": 2, "tokens": 8192},
+            "output": str(output),
+        }
+    )
+
+
+def row(init: str, name: str, run: Path) -> dict:
+    results = json.loads((run / "results.json").read_text(encoding="utf-8"))
+    stages = list(results["evaluation"].values())
+    return {
+        "init": init,
+        "phases": name,
+        "texts": {
+            text: {**{key: stages[-1][text][key] for key in found}, "kl_before": stages[0][text]["kl"]}
+            for text, found in stages[-1].items()
+        },
+        "tokens": {phase: found["tokens"] for phase, found in results["phases"].items()},
+        "machine": results["machine"],
+    }  # fmt: skip
+
+
+def table(rows: list[dict], teacher: dict, tokens: float) -> str:
+    of = {text: rows[0]["texts"][text]["teacher_perplexity"] for text in rows[0]["texts"]}
+    perplexities = ", ".join(f"{value:.1f} on {text.replace('_', '-')} text" for text, value in of.items())
+    lines = [
+        f"A Phi of {LAYERS} layers, width {WIDTH}, trained here on {teacher['tokens']:,} tokens of State of the Union "
+        f"addresses (perplexity {perplexities}); all layers become discrete_mamba2, {tokens:,.0f} training tokens a "
+        "run.",
+        "",
+        "| init | phases | held-out addresses: KL (nats) | perplexity ratio | KL before | another source: KL (nats) | "
+        "perplexity ratio | KL before |",
+        "|---|---|---:|---:|---:|---:|---:|---:|",
+    ]
+    for r in rows:
+        cells = [
+            f"{t['kl']:.4f} | {float(t['perplexity_ratio']):.3f} | {t['kl_before']:.2f}"
+            for t in (r["texts"]["held_out"], r["texts"]["evaluation"])
+        ]
+        lines.append(f"| {r['init']} | {r['phases']} | {' | '.join(cells)} |")
+    return "\n".join([*lines, "", *(verdict(rows, init) for init in INITS), "One seed."]) + "\n"
+
+
+def verdict(rows: list[dict], init: str) -> str:
+    """Whether more phases were better, in words, from the numbers."""
+    by_name = {r["phases"]: r["texts"]["held_out"]["kl"] for r in rows if r["init"] == init}
+    if len(by_name) < len(SCHEDULES):
+        return f"From {init} initialisation: not all runs are done."
+    order = sorted(by_name, key=by_name.get)
+    said = " < ".join(f"{name} ({by_name[name]:.4f})" for name in order)
+    expected = order == ["1-2-3", "2-3", "3"]
+    found = "the order of the paper and of benchmarks/ablation.py" if expected else "not the order of the paper"
+    return f"From {init} initialisation, KL on held-out addresses, best first: {said}: {found}."
+
+
+def draw(rows: list[dict], target: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
+    titles = {"held_out": "held-out addresses", "evaluation": "text of another source"}
+    for axis, (text, title) in zip(axes, titles.items(), strict=True):
+        for offset, init in enumerate(INITS):
+            own = [r for r in rows if r["init"] == init]
+            x = [i + 0.38 * (offset - 0.5) for i in range(len(own))]
+            values = [r["texts"][text]["kl"] for r in own]
+            bars = axis.bar(x, values, width=0.36, label=f"{init} initialisation")
+            axis.bar_label(bars, fmt="%.3f", fontsize=8)
+        axis.set_xticks(range(len(SCHEDULES)), [f"phase{'s' * (len(name) > 1)} {name}" for name in SCHEDULES])
+        axis.set_title(title)
+        axis.margins(y=0.2)
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[0].set_ylabel("KL(teacher ‖ student), nats per token")
+    axes[0].legend(frameon=False)
+    figure.suptitle("A small Phi: the same tokens, with and without phases 1 and 2")
+    figure.savefig(target, dpi=120)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--teacher-tokens", type=float, default=5e5, help="training tokens of the teacher")
+    parser.add_argument("--tokens", type=float, default=65536, help="training tokens of each run")
+    parser.add_argument("--runs", type=Path, default=Path("runs/phi"), help="folder of the teacher and the runs")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of table, JSON and plot")
+    options = parser.parse_args()
+    from mohawk.convert import convert
+
+    teacher = options.runs / "teacher"
+    if not (teacher / "training.json").is_file():
+        train_teacher(teacher, options.teacher_tokens)
+    about = json.loads((teacher / "training.json").read_text())
+    rows = []
+    for init in INITS:
+        for name, schedule in SCHEDULES.items():
+            run = options.runs / f"{init}-{name}"
+            if not (run / "results.json").is_file():
+                convert(recipe_for(teacher, init, schedule, options.tokens, run))
+            rows.append(row(init, name, run))
+            print(table(rows, about, options.tokens), flush=True)
+    options.results.mkdir(parents=True, exist_ok=True)
+    budgets = f"--teacher-tokens {options.teacher_tokens:.0f} --tokens {options.tokens:.0f}"
+    devices = "; ".join(rows[0]["machine"]["devices"])
+    found = {"about": {"tokens": options.tokens, "teacher": about, "date": time.strftime("%Y-%m-%d")}, "rows": rows}
+    (options.results / "phi.json").write_text(json.dumps(found, indent=1) + "\n")
+    (options.results / "phi.md").write_text(
+        f"{table(rows, about, options.tokens)}\n{devices}. `python benchmarks/phi.py {budgets}`\n"
+    )
+    draw(rows, options.results / "phi.png")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,74 @@
+"""The hybrid's own code beside its weights, so that `trust_remote_code=True` loads it where this package is not.
+
+transformers copies a checkpoint's modules into one flat folder of its own and imports them from there. So the modules
+that `models/hybrid.py` imports, and those that they import, are copied side by side, with imports of one another made
+relative. Nothing is listed by hand: what the class imports when it is loaded is what travels.
+"""
+
+import ast
+import importlib.util
+import re
+import sys
+from pathlib import Path
+
+import mohawk
+
+ENTRY = "mohawk.models.hybrid"
+PREFIX = "mohawk_"  # of the copies, to be told from the checkpoint's other files
+_IMPORT = re.compile(r"^from (mohawk\.(?:kernels|models)\.(\w+)) import", re.MULTILINE)
+# the installed package's class must stay the one that transformers' Auto classes know, should both be loaded
+_REGISTER = re.compile(r"^Auto\w+\.register\(.*\)\n", re.MULTILINE)
+
+
+def write_remote_code(folder: Path) -> dict[str, str]:
+    """Copy the class and what it needs into `folder`; returns the `auto_map` of config.json."""
+    for module, source in _needed().items():
+        copied = f"# {module.removeprefix('mohawk.').replace('.', '/')}.py of mohawk {mohawk.__version__}\n"
+        (folder / f"{PREFIX}{module.rpartition('.')[2]}.py").write_text(copied + flattened(source), encoding="utf-8")
+    entry = PREFIX + ENTRY.rpartition(".")[2]
+    return {"AutoConfig": f"{entry}.HybridConfig", "AutoModelForCausalLM": f"{entry}.HybridForCausalLM"}
+
+
+def flattened(source: str) -> str:
+    """A module's text as a member of the flat folder.
+
+    Imports inside functions are of packages that may be missing (GPU kernels, the rest of mohawk); transformers refuses
+    to load code whose imports it cannot resolve, but for those in a `try`.
+    """
+    lines = source.splitlines()
+    tree = ast.parse(source)
+    inner = [
+        node
+        for function in ast.walk(tree)
+        if isinstance(function, (ast.FunctionDef, ast.AsyncFunctionDef))
+        for node in ast.walk(function)
+        if isinstance(node, (ast.Import, ast.ImportFrom)) and _package(node) not in sys.stdlib_module_names
+    ]
+    for node in sorted(inner, key=lambda node: -node.lineno):
+        body, indent = lines[node.lineno - 1 : node.end_lineno], " " * node.col_offset
+        wrapped = [
+            f"{indent}try:",
+            *("    " + line for line in body),
+            f"{indent}except ImportError:",
+            f"{indent}    raise",
+        ]
+        lines[node.lineno - 1 : node.end_lineno] = wrapped
+    return _REGISTER.sub("", _IMPORT.sub(rf"from .{PREFIX}\2 import", "\n".join(lines) + "\n"))
+
+
+def _needed() -> dict[str, str]:
+    """Module name -> source of the entry and of all that is imported from kernels/ and models/ on loading it."""
+    found: dict[str, str] = {}
+    waiting = [ENTRY]
+    while waiting:
+        module = waiting.pop()
+        if module in found:
+            continue
+        found[module] = Path(importlib.util.find_spec(module).origin).read_text(encoding="utf-8")
+        waiting += [name for name, _ in _IMPORT.findall(found[module])]
+    assert len({name.rpartition(".")[2] for name in found}) == len(found), "two modules of one name in a flat folder"
+    return found
+
+
+def _package(node: ast.Import | ast.ImportFrom) -> str:
+    return (node.module if isinstance(node, ast.ImportFrom) else node.names[0].name).split(".")[0]

@@ -1,0 +1,248 @@
+"""What a conversion needs of a family: its attention read correctly, every phase training the right parameters."""
+
+import copy
+
+import pytest
+import torch
+from transformers import AutoConfig
+
+from mohawk.kernels.mixing import AttentionMixing, SSDMixing, mixing_matrix
+from mohawk.kernels.mixing_distance import mixing_distance
+from mohawk.kernels.mixing_reference import dense_matrix
+from mohawk.models.families import FAMILIES, check_supported, decoder_layers, family_of, mixer_input_norm
+from mohawk.models.from_teacher import hybrid_from_teacher
+from mohawk.models.hybrid import HybridConfig, HybridForCausalLM, positions_of
+from mohawk.models.mixers import SSMMixer
+from mohawk.models.teacher_forcing import layer_calls, record, recording_attention, softcapped_attention
+from mohawk.phases import EndToEndObjective, HiddenObjective, MixingObjective
+from mohawk.readout import solve_output_projections
+from tests.models.conftest import FAMILIES as TESTED
+from tests.models.conftest import tiny_teacher
+
+OBJECTIVES = {
+    "mixing": MixingObjective,
+    "block_output": lambda *models: HiddenObjective(*models, train_mlp=True),
+    "mixer_output": lambda *models: HiddenObjective(*models, match="mixer_output"),
+    "end_to_end": lambda *models: EndToEndObjective(*models, train="mixers"),
+}
+
+
+def batch(rows=4, n=20):
+    """Rows of two documents each; padding at the end of the first."""
+    ids = torch.randint(3, 97, (rows, n), generator=torch.Generator().manual_seed(0))
+    segments = (torch.arange(n) >= n // 3).long().repeat(rows, 1)
+    segments[0, -4:] = -1
+    labels = torch.where(segments >= 0, ids, -100)
+    labels[:, n // 3] = -100
+    return dict(input_ids=ids, position_ids=positions_of(segments), segment_ids=segments, labels=labels)
+
+
+def test_every_family_is_tested():
+    assert {kind for kind, _ in TESTED.values()} == set(FAMILIES)
+
+
+def test_the_table_names_what_the_family_has(teacher):
+    """An entry that names a norm or projection wrongly, or forgets a norm, does not pass."""
+    family, layer = family_of(teacher.config), decoder_layers(teacher)[0]
+    norms = {name.split(".")[0] for name, _ in layer.named_parameters() if "norm" in name and "self_attn" not in name}
+    assert norms == {family.input_norm, family.output_norm, *family.mlp_norms} - {None}
+    assert (family.input_norm is None) == isinstance(mixer_input_norm(layer), torch.nn.Identity)
+    within = {name.split(".")[0] for name, _ in layer.self_attn.named_parameters() if "norm" in name}
+    assert within <= {family.query_norm, family.key_norm}
+    assert hasattr(teacher.model, family.final_norm)
+    assert (teacher.lm_head.bias is not None) == family.head_bias
+
+
+def test_walking_the_layers_gives_the_teachers_hidden_states_and_attention(teacher):
+    """Layer by layer and through the recording attention the teacher computes what it does as a whole, and what is
+    recorded makes its attention matrix: scales, windows, softcaps, norms of q and k, rotary embeddings or none."""
+    inputs = batch(rows=2)["input_ids"]
+    positions = torch.arange(inputs.shape[1])[None]
+    with torch.no_grad(), recording_attention(teacher):
+        hidden, calls = layer_calls(teacher, inputs, positions)
+        states, matrices = [hidden], []
+        for layer, call in zip(decoder_layers(teacher), calls, strict=True):
+            with record(layer.self_attn) as attention:
+                states.append(layer(states[-1], *call.args, **call.kwargs))
+            matrices.append(mixing_matrix(attention.mixing()))
+        last = getattr(teacher.model, family_of(teacher.config).final_norm)(states.pop())
+    teacher.set_attn_implementation("eager")
+    with torch.no_grad():
+        whole = teacher(inputs, output_hidden_states=True, output_attentions=True)
+    for i, (got, expected) in enumerate(zip([*states, last], whole.hidden_states, strict=True)):
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4, msg=lambda said, i=i: f"layer {i}: {said}")
+    for got, expected in zip(matrices, whole.attentions, strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "phase, mixer",
+    [
+        ("mixing", "mamba2"),
+        ("mixing", "discrete_mamba2"),
+        ("block_output", "mamba2"),
+        ("mixer_output", "discrete_mamba2"),
+        ("end_to_end", "mamba2"),
+    ],
+)
+def test_every_phase_lowers_its_loss_and_reaches_what_it_trains(teacher, phase, mixer):
+    torch.manual_seed(0)
+    student = hybrid_from_teacher(teacher, [1, 2], mixer)
+    objective = OBJECTIVES[phase](student, teacher)
+    named = dict(objective.trained())
+    optimizer = torch.optim.AdamW(objective.parameter_groups(3e-3, 0.0))
+    before = {name: parameter.clone() for name, parameter in student.named_parameters()}
+    losses = []
+    for _ in range(5):
+        optimizer.zero_grad()
+        total = 0.0
+        for _, loss in objective.losses(**batch()):
+            loss.backward()
+            total += loss.item()
+        optimizer.step()
+        losses.append(total)
+    assert losses[-1] < losses[0]
+    for name, parameter in student.named_parameters():
+        assert torch.equal(parameter, before[name]) == (name not in named), name
+
+
+def test_phase_names(teacher):
+    """Input norms are trained with the mixer, but where the MLP reads them too only if the MLP's output is compared."""
+    student = hybrid_from_teacher(teacher, [1])
+    family = family_of(student.config)
+
+    def norms(phase):
+        names = (name.removeprefix("model.layers.1.") for name, _ in OBJECTIVES[phase](student, teacher).trained())
+        return {name.split(".")[0] for name in names if not name.startswith(("self_attn.", "mlp."))}
+
+    own = set() if family.parallel else {family.input_norm} - {None}
+    everything = {family.input_norm, family.output_norm, *family.mlp_norms} - {None}
+    assert norms("mixing") == norms("mixer_output") == own
+    assert norms("block_output") == everything
+    assert norms("end_to_end") == {family.input_norm, family.output_norm} - {None}
+
+
+def test_the_least_squares_start_brings_the_mixer_nearer(teacher):
+    data = batch(rows=8)
+    student = hybrid_from_teacher(teacher, [1, 3])
+    objective = HiddenObjective(student, teacher, match="mixer_output")
+
+    def loss():
+        with torch.no_grad():
+            return sum(value.item() for _, value in objective.losses(**data))
+
+    before = loss()
+    with recording_attention(teacher):
+        solve_output_projections(student, teacher, [data])
+    assert loss() < 0.9 * before
+
+
+@pytest.mark.parametrize("layers", [[0, 2], [1, 3]], ids=str)
+def test_what_a_window_leaves_when_one_kind_of_attention_is_gone(layers):
+    """Gemma 2 makes a mask for windowed and one for full layers, though the cache holds only one kind."""
+    teacher = tiny_teacher("gemma2")
+    student = hybrid_from_teacher(teacher, layers).eval()
+    x = batch(rows=2)["input_ids"]
+    options = dict(max_new_tokens=8, do_sample=False, eos_token_id=None, pad_token_id=0)
+    assert student.generate(x, **options).tolist() == student.generate(x, use_cache=False, **options).tolist()
+
+
+@pytest.mark.parametrize("layers", [[0], [1, 3], "all"], ids=str)
+def test_generation_past_longropes_limit(layers):
+    """Behind the limit every position is turned by other angles, so the keys cached until then are made anew."""
+    rope = {**TESTED["phi4_mini"][1]["rope_parameters"], "original_max_position_embeddings": 12}
+    teacher = tiny_teacher("phi4_mini", original_max_position_embeddings=12, rope_parameters=rope)
+    student = hybrid_from_teacher(teacher, layers).eval()
+    x = batch(rows=2)["input_ids"][:, :8]
+    options = dict(max_new_tokens=10, do_sample=False, eos_token_id=None, pad_token_id=0)
+    expected = student.generate(x, use_cache=False, **options)
+    assert student.generate(x, **options).tolist() == expected.tolist()
+    padded = torch.nn.functional.pad(x, (2, 0))
+    mask = torch.nn.functional.pad(torch.ones_like(x), (2, 0))
+    mask[1, 2:4] = 0
+    with_cache = student.generate(padded, attention_mask=mask, **options)
+    assert with_cache.tolist() == student.generate(padded, attention_mask=mask, use_cache=False, **options).tolist()
+
+
+def test_nothing_replaced_is_the_teacher_past_longropes_limit():
+    teacher = tiny_teacher("phi4_mini")
+    student = HybridForCausalLM(HybridConfig(base_config=copy.deepcopy(teacher.config))).eval()
+    student.load_state_dict(teacher.state_dict(), strict=False)
+    student.tie_weights()
+    x = torch.randint(3, 97, (1, 80))  # the limit is 64
+    torch.testing.assert_close(student(x).logits, teacher(x).logits, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("window", [None, 5])
+def test_softcapped_attention_and_its_matrix(window):
+    """Against the definition: outputs, the matrix, distances between matrices and their gradients."""
+    torch.manual_seed(0)
+    q, k, v = torch.randn(2, 4, 300, 8) * 3, torch.randn(2, 2, 300, 8), torch.randn(2, 2, 300, 8)
+    mixing = AttentionMixing(q, k, window=window, softcap=2.0)
+    matrix = mixing_matrix(mixing)
+    torch.testing.assert_close(matrix, dense_matrix(mixing), rtol=1e-4, atol=1e-6)
+    index = torch.arange(300)
+    visible = (index[:, None] >= index) & ((index[:, None] - index < window) if window else True)
+    scores = 2 * torch.tanh(q @ k.repeat_interleave(2, 1).mT * 8**-0.5 / 2)
+    by_hand = torch.softmax(scores.masked_fill(~visible, -torch.inf), -1)
+    torch.testing.assert_close(matrix, by_hand, rtol=1e-4, atol=1e-6)
+    mask = None if window is None else visible[None, None]
+    out = softcapped_attention(q, k, v, mask, 8**-0.5, 2.0)
+    torch.testing.assert_close(out, by_hand @ v.repeat_interleave(2, 1), rtol=1e-4, atol=1e-5)
+    step = softcapped_attention(q[:, :, -1:], k, v, None if mask is None else mask[:, :, -1:], 8**-0.5, 2.0)
+    torch.testing.assert_close(step, out[:, :, -1:])
+
+    small = [torch.randn(1, 2, 70, 8, dtype=torch.float64) for _ in range(4)]
+    for metric in ("frobenius", "kl"):
+        grads = []
+        for backend in ("reference", "chunked"):
+            own = [tensor.clone().requires_grad_() for tensor in small[:2]]
+            student = AttentionMixing(*own, window=window, softcap=1.5)
+            teacher = AttentionMixing(*small[2:], window=window, softcap=0.7)
+            distance = mixing_distance(student, teacher, metric=metric, backend=backend)
+            grads.append((distance.detach(), *torch.autograd.grad(distance, own)))
+        for got, expected in zip(*grads, strict=True):
+            torch.testing.assert_close(got, expected, rtol=1e-7, atol=1e-9)
+
+
+def test_the_triton_kernels_refuse_a_softcap():
+    q = torch.randn(1, 1, 8, 4)
+    ssd = SSDMixing(torch.randn(1, 8, 1, 4), torch.randn(1, 8, 1, 4), -torch.rand(1, 8, 1))
+    pytest.importorskip("triton")
+    with pytest.raises(ValueError, match="without softcap"):
+        mixing_distance(ssd, AttentionMixing(q, q, softcap=1.0), backend="triton")
+    with pytest.raises(ValueError, match="softcap must be None or above 0"):
+        AttentionMixing(q, q, softcap=0.0)
+
+
+def test_a_teacher_whose_attention_leaves_out_its_softcap_is_refused():
+    teacher = tiny_teacher("gemma2")
+    teacher.config._attn_implementation = "sdpa"
+    with pytest.raises(ValueError, match="softcap 3.0.*leaves out; load it with attn_implementation='eager'"):
+        hybrid_from_teacher(teacher)
+
+
+@pytest.mark.parametrize(
+    "kind, options, missing",
+    [
+        ("gpt2", {}, "an entry in FAMILIES"),
+        ("t5", {}, "encoder and a decoder"),
+        ("deepseek_v3", {}, "latent attention"),
+        ("gemma3", {}, "give its text decoder alone"),
+        ("bamba", {}, "layers of linear_attention|layers of mamba|an entry in FAMILIES"),
+        ("gemma2", {"use_bidirectional_attention": True}, "cannot look ahead"),
+    ],
+)
+def test_refusals_say_what_is_missing(kind, options, missing):
+    """One line, from the configuration alone."""
+    config = AutoConfig.for_model(kind, **options)
+    with pytest.raises(ValueError, match=f"model_type '{kind}' cannot be converted.*missing: .*({missing})") as caught:
+        check_supported(config)
+    assert "\n" not in str(caught.value) and "supported: llama (" in str(caught.value)
+
+
+def test_a_hybrid_is_no_teacher_to_convert():
+    student = hybrid_from_teacher(tiny_teacher(), [1])
+    with pytest.raises(ValueError, match="it has layers of linear_attention"):
+        hybrid_from_teacher(student)
+    assert isinstance(decoder_layers(student)[1].self_attn, SSMMixer)
