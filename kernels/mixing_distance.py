@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from mohawk.kernels.mixing import AttentionMixing, Mixing
-from mohawk.kernels.mixing_chunked import distance_chunked, distance_triton
+from mohawk.kernels.mixing_chunked import distance_chunked
 from mohawk.kernels.mixing_reference import distance_reference
 
 METRICS = ("frobenius", "squared", "mse", "relative", "kl")
@@ -45,10 +45,12 @@ def mixing_distance(
         values = distance_reference(student, fixed, metric)
         return {"mean": values.mean, "sum": values.sum, "none": lambda: values}[reduction]()
     if backend == "triton":
-        _check_triton(student, teacher, metric)
-    by_triton = backend == "triton" or (backend == "auto" and _triton_is_best(student, teacher, metric))
-    run = distance_triton if by_triton else distance_chunked
-    return run(student, teacher, metric, reduction)
+        _check_triton(student, teacher)
+    if backend == "triton" or (backend == "auto" and _triton_is_best(student, teacher)):
+        from mohawk.kernels.mixing_triton import distance_triton
+
+        return distance_triton(student, teacher, metric, reduction)
+    return distance_chunked(student, teacher, metric, reduction)
 
 
 def _detached(mixing: Mixing) -> Mixing:
@@ -56,24 +58,23 @@ def _detached(mixing: Mixing) -> Mixing:
     return type(mixing)(**fields)
 
 
-def _triton_is_best(student: Mixing, teacher: Mixing, metric: str) -> bool:
+def _triton_is_best(student: Mixing, teacher: Mixing) -> bool:
     if not student.tensors[0].is_cuda or importlib.util.find_spec("triton") is None:
         return False
     from mohawk.kernels.mixing_triton import fits_triton
 
-    return fits_triton(student, teacher, metric)
+    return fits_triton(student, teacher)
 
 
-def _check_triton(student: Mixing, teacher: Mixing, metric: str) -> None:
+def _check_triton(student: Mixing, teacher: Mixing) -> None:
     where = "mixing_distance: backend 'triton'"
     if importlib.util.find_spec("triton") is None:
         raise ValueError(f"{where} needs the package triton; install it or take 'chunked'")
     from mohawk.kernels.mixing_triton import fits_triton
 
-    if not fits_triton(student, teacher, metric):
+    if not fits_triton(student, teacher):
         raise ValueError(
-            f"{where} compares an SSDMixing with an AttentionMixing without softcap, not in float64 and not by "
-            "'kl', head_dim and state_size at most 64 in float32 and 128 in half precision; take 'chunked'"
+            f"{where} is not for float64, a softcap, nor a head_dim or state_size above 256; take 'chunked'"
         )
 
 

@@ -1,363 +1,593 @@
-"""The distance of a state-space matrix from an attention matrix in three Triton kernels.
+"""The distance of two mixing matrices in Triton, any pair of kinds; nothing is longer than a row.
 
-One for the softmax's row sums; one that goes through the tiles of a block of rows for the value, dC and the
-diagonal; one that goes through the tiles of a block of columns for dB. So each tile is made twice for value
-and gradients, and nothing is longer than a row. A tile left of the diagonal is C B^T times a factor per row
-and one per column, decays to and from the token before the row block, with exponents at most 0; only
-diagonal tiles take an exponential per entry. Sums of decays are float64 in memory, and differences of them
-are taken there, before anything is rounded.
+`normaliser_kernel` finds what normalises the rows of an attention. `pass_kernel` then makes every tile of both
+matrices twice. With ROWS each program owns a block of rows and steps through the columns they see: the value, and the
+gradients of q, or of C and D. Without, each owns a block of columns and steps through the rows that see them: the
+gradients of k, or of B. A tile's first axis is the program's own, its second the step's, so sums over a tile go along
+the second and the tile is an operand of the gradient's product as it is.
 
-Student: SSDMixing. Teacher: AttentionMixing. Other pairs are for the chunked backend.
+Off the diagonal an entry of a state-space matrix is C B^T times a factor per row and one per column, decays to and
+from the border of the own block, with exponents at most 0; only tiles on the diagonal take an exponential per entry.
+Cumulative decays are float64 in memory and differences of them are taken there. Logarithms are to base 2, with which
+GPUs count.
 """
+
+from __future__ import annotations
+
+import contextlib
+import math
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from mohawk.kernels.mixing import AttentionMixing, SSDMixing
-from mohawk.kernels.mixing_segments import RESET, segment_runs
+from mohawk.kernels import mixing_chunked as chunked
+from mohawk.kernels.mixing import AttentionMixing, Mixing
+from mohawk.kernels.mixing_segments import RESET, segment_starts
+
+LN2 = tl.constexpr(math.log(2))
+HIDDEN = tl.constexpr(-1e30)  # a score whose exponential is 0; finite, so that differences have no NaN
+
+
+class Side(NamedTuple):
+    """One of the two matrices as the kernels take it: pointers and sizes, None where its kind has no such thing."""
+
+    left: Any  # q or C: (batch, left_heads, seq, width)
+    right: Any  # k or B: (batch, right_heads, seq, width)
+    first: Any  # (batch, seq) int32: the first token a row sees; None if that is token 0 everywhere
+    most: Any  # attention: (batch, heads, seq) float32 largest score of a row
+    inverse: Any  # attention: (batch, heads, seq) float32 inverse of the sum of exponentials less that score
+    sums: Any  # state-space: (batch, heads, seq) float64 cumulative decays
+    weight: Any  # state-space: (batch, heads, seq) float32 input_scale, None if all are 1
+    D: Any  # state-space: (heads,) float32, None if 0
+    scale: Any  # attention: of the scores, for base 2
+    heads: Any
+    left_heads: Any
+    right_heads: Any
+    width: Any
 
 
 @triton.jit
-def _visible(rows, columns, row_runs, column_runs, seq, WINDOW: tl.constexpr):
-    seen = (columns[None, :] <= rows[:, None]) & (columns[None, :] < seq)
-    seen = seen & (row_runs[:, None] == column_runs[None, :])
-    if WINDOW > 0:
-        seen = seen & (rows[:, None] - columns[None, :] < WINDOW)
-    return seen
+def _offset(batch, head, heads, own_heads, size):
+    """Where, in a (batch, own_heads, size) operand, the part is that a head of `heads` reads."""
+    return (batch * own_heads + head // (heads // own_heads)).to(tl.int64) * size
 
 
 @triton.jit
-def _rows_of(pointer, index, mask, stride, width, WIDTH: tl.constexpr):
-    """A (tile, WIDTH) block of a row-major operand, zeros beyond `width` and outside the mask."""
-    column = tl.arange(0, WIDTH)
-    return tl.load(
-        pointer + index[:, None] * stride + column[None, :],
-        mask=mask[:, None] & (column[None, :] < width),
-        other=0.0,
-    )
+def _operand(pointer, tokens, seq, start, width, WIDTH: tl.constexpr):
+    """(tokens, WIDTH) of a (seq, width) operand from column `start`, zeros beyond either."""
+    column = start + tl.arange(0, WIDTH)
+    inside = (tokens[:, None] < seq) & (column[None, :] < width)
+    return tl.load(pointer + tokens[:, None] * width + column[None, :], mask=inside, other=0.0)
 
 
 @triton.jit
-def row_sums_kernel(
-    q, k, log_sums, runs, scale, seq, heads, q_heads, kv_heads, head_dim,
-    TILE: tl.constexpr, HEAD_DIM: tl.constexpr, WINDOW: tl.constexpr,
-):  # fmt: skip
-    """log_sums: (batch, heads, seq) log of the softmax's denominator."""
-    block, pair = tl.program_id(0), tl.program_id(1)
-    batch, head = pair // heads, pair % heads
-    q += (batch * q_heads + head // (heads // q_heads)).to(tl.int64) * seq * head_dim
-    k += (batch * kv_heads + head // (heads // kv_heads)).to(tl.int64) * seq * head_dim
-    runs += batch.to(tl.int64) * seq
-    rows = block * TILE + tl.arange(0, TILE)
-    row_runs = tl.load(runs + rows, mask=rows < seq, other=-1)
-    q_tile = _rows_of(q, rows, rows < seq, head_dim, head_dim, HEAD_DIM)
-    most = tl.full((TILE,), -1e30, tl.float32)
-    total = tl.zeros((TILE,), tl.float32)
-    start = 0
-    if WINDOW > 0:
-        start = tl.maximum(0, (block * TILE - WINDOW + 1) // TILE * TILE)
-    for first in range(start, (block + 1) * TILE, TILE):
-        columns = first + tl.arange(0, TILE)
-        column_runs = tl.load(runs + columns, mask=columns < seq, other=-2)
-        k_tile = _rows_of(k, columns, columns < seq, head_dim, head_dim, HEAD_DIM)
-        scores = tl.dot(q_tile, tl.trans(k_tile), input_precision="ieee") * scale
-        seen = _visible(rows, columns, row_runs, column_runs, seq, WINDOW)
-        scores = tl.where(seen, scores, -1e30)
-        higher = tl.maximum(most, tl.max(scores, 1))
-        terms = tl.where(seen, tl.exp(scores - higher[:, None]), 0.0)
-        total = total * tl.exp(most - higher) + tl.sum(terms, 1)
-        most = higher
-    tl.store(log_sums + pair.to(tl.int64) * seq + rows, most + tl.log(total), mask=rows < seq)
-
-
-@triton.jit
-def _residual(
-    q_tile, k_tile, C_tile, B_tile, log_sums, rows, columns, row_runs, column_runs, row_student, column_student,
-    row_real, column_real, row_decay, column_weight, row_low, column_low, column_scale, D, scale, seq,
-    WINDOW: tl.constexpr, DIAGONAL: tl.constexpr,
-):  # fmt: skip
-    """S, S without its diagonal, A and the masked S - A of one tile. Off the diagonal row_decay and column_weight are
-    factors; on it they are sums of decays, high parts, with their low parts beside them."""
-    scores = tl.dot(q_tile, tl.trans(k_tile), input_precision="ieee") * scale
-    seen = _visible(rows, columns, row_runs, column_runs, seq, WINDOW)
-    teacher = tl.where(seen, tl.exp(scores - log_sums[:, None]), 0.0)
-    products = tl.dot(C_tile, tl.trans(B_tile), input_precision="ieee")
-    if DIAGONAL:
-        exponents = (row_decay[:, None] - column_weight[None, :]) + (row_low[:, None] - column_low[None, :])
-        lower = (columns[None, :] <= rows[:, None]) & (rows[:, None] < seq)
-        factor = tl.where(lower, tl.exp(tl.where(lower, exponents, 0.0)), 0.0) * column_scale[None, :]
+def _held(pointer, tokens, seq, width, WIDTH: tl.constexpr, CHUNK: tl.constexpr):
+    """The own operand's tile, unless it is so wide that it is read anew, chunk by chunk, for each product."""
+    if WIDTH <= CHUNK:
+        return _operand(pointer, tokens, seq, 0, width, WIDTH)
     else:
-        factor = row_decay[:, None] * column_weight[None, :]
-    factor = tl.where(row_student[:, None] == column_student[None, :], factor, 0.0)
-    student = products * factor
-    off_diagonal = student
-    if DIAGONAL:
-        same = columns[None, :] == rows[:, None]
-        off_diagonal = tl.where(same, 0.0, student)
-        student = tl.where(same, student + D, student)
-    real = (row_real[:, None] != 0) & (column_real[None, :] != 0)
-    teacher = tl.where(real, teacher, 0.0)
-    residual = tl.where(real, student - teacher, 0.0)
-    return residual, off_diagonal, teacher, factor
+        return 0
 
 
 @triton.jit
-def row_pass_kernel(
-    q, k, C, B, sums, input_scale, D, log_sums, runs, student_runs, real,
-    squares, teacher_squares, dC, diagonal, row_weights,
-    scale, seq, heads, q_heads, kv_heads, C_groups, B_groups, head_dim, state_size,
-    TILE: tl.constexpr, HEAD_DIM: tl.constexpr, STATE: tl.constexpr, WINDOW: tl.constexpr,
-    GRADIENTS: tl.constexpr,
+def _products(
+    held, own_pointer, own, step_pointer, step, seq, width, WIDTH: tl.constexpr, CHUNK: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Per row of each head: sums of squares of S - A and of A, dC, the diagonal of S - A, sum of (S - A) S."""
-    block, pair = tl.program_id(0), tl.program_id(1)
-    batch, head = pair // heads, pair % heads
-    q += (batch * q_heads + head // (heads // q_heads)).to(tl.int64) * seq * head_dim
-    k += (batch * kv_heads + head // (heads // kv_heads)).to(tl.int64) * seq * head_dim
-    C += (batch * C_groups + head // (heads // C_groups)).to(tl.int64) * seq * state_size
-    B += (batch * B_groups + head // (heads // B_groups)).to(tl.int64) * seq * state_size
-    at = pair.to(tl.int64) * seq
-    sums += at
-    input_scale += at
-    runs += batch.to(tl.int64) * seq
-    student_runs += batch.to(tl.int64) * seq
-    real += batch.to(tl.int64) * seq
-    rows = block * TILE + tl.arange(0, TILE)
-    inside = rows < seq
-    row_runs = tl.load(runs + rows, mask=inside, other=-1)
-    row_student = tl.load(student_runs + rows, mask=inside, other=-1)
-    row_real = tl.load(real + rows, mask=inside, other=0)
-    row_log_sums = tl.load(log_sums + at + rows, mask=inside, other=0.0)
-    q_tile = _rows_of(q, rows, inside, head_dim, head_dim, HEAD_DIM)
-    C_tile = _rows_of(C, rows, inside, state_size, state_size, STATE)
-    D_head = tl.load(D + pair)
-    row_sums = tl.load(sums + rows, mask=inside, other=0.0)
-
-    total = tl.zeros((TILE,), tl.float32)
-    size = tl.zeros((TILE,), tl.float32)
-    weight = tl.zeros((TILE,), tl.float64)
-    dC_rows = tl.zeros((TILE, STATE), tl.float32)
-    if block > 0:
-        before = tl.load(sums + block * TILE - 1)
-        row_decay = tl.exp((row_sums - before).to(tl.float32))
-        for first in range(0, block * TILE, TILE):
-            columns = first + tl.arange(0, TILE)
-            column_runs = tl.load(runs + columns)
-            column_student = tl.load(student_runs + columns)
-            column_real = tl.load(real + columns)
-            column_scale = tl.load(input_scale + columns)
-            column_weight = tl.exp((before - tl.load(sums + columns)).to(tl.float32)) * column_scale
-            k_tile = _rows_of(k, columns, columns < seq, head_dim, head_dim, HEAD_DIM)
-            B_tile = _rows_of(B, columns, columns < seq, state_size, state_size, STATE)
-            residual, own, teacher, factor = _residual(
-                q_tile, k_tile, C_tile, B_tile, row_log_sums, rows, columns, row_runs, column_runs, row_student,
-                column_student, row_real, column_real, row_decay, column_weight, row_decay, column_weight,
-                column_scale, D_head, scale, seq, WINDOW, False,
-            )  # fmt: skip
-            total += tl.sum(residual * residual, 1)
-            size += tl.sum(teacher * teacher, 1)
-            if GRADIENTS:
-                weight += tl.sum(residual * own, 1)
-                dC_rows += tl.dot((residual * factor).to(B_tile.dtype), B_tile, input_precision="ieee")
-    # The tile on the diagonal: sums from its first token, in two float32 parts.
-    local = row_sums - tl.load(sums + block * TILE)
-    high = local.to(tl.float32)
-    low = (local - high).to(tl.float32)
-    own_scale = tl.load(input_scale + rows, mask=inside, other=0.0)
-    k_tile = _rows_of(k, rows, inside, head_dim, head_dim, HEAD_DIM)
-    B_tile = _rows_of(B, rows, inside, state_size, state_size, STATE)
-    residual, own, teacher, factor = _residual(
-        q_tile, k_tile, C_tile, B_tile, row_log_sums, rows, rows, row_runs, row_runs, row_student, row_student,
-        row_real, row_real, high, high, low, low, own_scale, D_head, scale, seq, WINDOW, True,
-    )  # fmt: skip
-    total += tl.sum(residual * residual, 1)
-    size += tl.sum(teacher * teacher, 1)
-    tl.store(squares + at + rows, total, mask=inside)
-    tl.store(teacher_squares + at + rows, size, mask=inside)
-    if GRADIENTS:
-        weight += tl.sum(residual * own, 1)
-        dC_rows += tl.dot((residual * factor).to(B_tile.dtype), B_tile, input_precision="ieee")
-        same = rows[:, None] == rows[None, :]
-        tl.store(diagonal + at + rows, tl.sum(tl.where(same, residual, 0.0), 1), mask=inside)
-        tl.store(row_weights + at + rows, weight, mask=inside)
-        column = tl.arange(0, STATE)
-        target = dC + (at + rows)[:, None] * state_size + column[None, :]
-        tl.store(target, dC_rows, mask=inside[:, None] & (column[None, :] < state_size))
+    """(own, step) tile of own operand times step operand transposed."""
+    if WIDTH <= CHUNK:
+        step_tile = _operand(step_pointer, step, seq, 0, width, WIDTH)
+        products = tl.dot(held, tl.trans(step_tile), input_precision=PRECISION)
+    else:
+        products = tl.zeros((own.shape[0], step.shape[0]), tl.float32)
+        for start in range(0, WIDTH, CHUNK):
+            own_chunk = _operand(own_pointer, own, seq, start, width, CHUNK)
+            step_chunk = _operand(step_pointer, step, seq, start, width, CHUNK)
+            products = tl.dot(own_chunk, tl.trans(step_chunk), products, input_precision=PRECISION)
+    return products
 
 
 @triton.jit
-def column_pass_kernel(
-    q, k, C, B, sums, input_scale, D, log_sums, runs, student_runs, real,
-    dB, column_weights,
-    scale, seq, heads, q_heads, kv_heads, C_groups, B_groups, head_dim, state_size,
-    TILE: tl.constexpr, HEAD_DIM: tl.constexpr, STATE: tl.constexpr, WINDOW: tl.constexpr,
-):  # fmt: skip
-    """Per column of each head: the gradient of B_j (before input_scale_j) and the sum of (S - A) S."""
-    block, pair = tl.program_id(0), tl.program_id(1)
-    batch, head = pair // heads, pair % heads
-    q += (batch * q_heads + head // (heads // q_heads)).to(tl.int64) * seq * head_dim
-    k += (batch * kv_heads + head // (heads // kv_heads)).to(tl.int64) * seq * head_dim
-    C += (batch * C_groups + head // (heads // C_groups)).to(tl.int64) * seq * state_size
-    B += (batch * B_groups + head // (heads // B_groups)).to(tl.int64) * seq * state_size
-    at = pair.to(tl.int64) * seq
-    sums += at
-    input_scale += at
-    log_sums += at
-    runs += batch.to(tl.int64) * seq
-    student_runs += batch.to(tl.int64) * seq
-    real += batch.to(tl.int64) * seq
-    columns = block * TILE + tl.arange(0, TILE)
-    inside = columns < seq
-    column_runs = tl.load(runs + columns, mask=inside, other=-2)
-    column_student = tl.load(student_runs + columns, mask=inside, other=-2)
-    column_real = tl.load(real + columns, mask=inside, other=0)
-    column_scale = tl.load(input_scale + columns, mask=inside, other=0.0)
-    column_sums = tl.load(sums + columns, mask=inside, other=0.0)
-    k_tile = _rows_of(k, columns, inside, head_dim, head_dim, HEAD_DIM)
-    B_tile = _rows_of(B, columns, inside, state_size, state_size, STATE)
-    D_head = tl.load(D + pair)
+def _vectors(side, batch, at, tokens, origin, seq, ROW: tl.constexpr, DIAGONAL: tl.constexpr):
+    """What entries depend on by their row or column: (most or decay, inverse or low part of the decay, weight,
+    first token seen). at: where the head's part of a (batch, heads, seq) operand is.
 
-    local = column_sums - tl.load(sums + block * TILE)
-    high = local.to(tl.float32)
-    low = (local - high).to(tl.float32)
-    q_tile = _rows_of(q, columns, inside, head_dim, head_dim, HEAD_DIM)
-    C_tile = _rows_of(C, columns, inside, state_size, state_size, STATE)
-    own_log_sums = tl.load(log_sums + columns, mask=inside, other=0.0)
-    residual, own, teacher, factor = _residual(
-        q_tile, k_tile, C_tile, B_tile, own_log_sums, columns, columns, column_runs, column_runs, column_student,
-        column_student, column_real, column_real, high, high, low, low, column_scale, D_head, scale, seq,
-        WINDOW, True,
-    )  # fmt: skip
-    lower = (columns[None, :] <= columns[:, None]) & inside[:, None]
-    exponents = (high[:, None] - high[None, :]) + (low[:, None] - low[None, :])
-    # Without input_scale: the gradient is that of the product B_j input_scale_j.
-    bare = tl.where(lower, tl.exp(tl.where(lower, exponents, 0.0)), 0.0)
-    bare = tl.where(column_student[:, None] == column_student[None, :], bare, 0.0)
-    weight = tl.sum(residual * own, 0).to(tl.float64)
-    dB_columns = tl.dot(tl.trans((residual * bare).to(C_tile.dtype)), C_tile, input_precision="ieee")
-    for first in range((block + 1) * TILE, seq, TILE):
-        rows = first + tl.arange(0, TILE)
-        row_inside = rows < seq
-        row_runs = tl.load(runs + rows, mask=row_inside, other=-1)
-        row_student = tl.load(student_runs + rows, mask=row_inside, other=-1)
-        row_real = tl.load(real + rows, mask=row_inside, other=0)
-        row_log_sums = tl.load(log_sums + rows, mask=row_inside, other=0.0)
-        before = tl.load(sums + first - 1)
-        row_decay = tl.exp((tl.load(sums + rows, mask=row_inside, other=0.0) - before).to(tl.float32))
-        column_decay = tl.exp((before - column_sums).to(tl.float32))
-        q_tile = _rows_of(q, rows, row_inside, head_dim, head_dim, HEAD_DIM)
-        C_tile = _rows_of(C, rows, row_inside, state_size, state_size, STATE)
-        row_decay = tl.where(row_inside, row_decay, 0.0)
-        column_decay = tl.where(inside, column_decay, 0.0)
-        residual, own, teacher, factor = _residual(
-            q_tile, k_tile, C_tile, B_tile, row_log_sums, rows, columns, row_runs, column_runs, row_student,
-            column_student, row_real, column_real, row_decay, column_decay * column_scale, row_decay,
-            column_decay, column_scale, D_head, scale, seq, WINDOW, False,
-        )  # fmt: skip
-        weight += tl.sum(residual * own, 0)
-        same = row_student[:, None] == column_student[None, :]
-        bare = tl.where(same, residual * (row_decay[:, None] * column_decay[None, :]), 0.0)
-        dB_columns += tl.dot(tl.trans(bare.to(C_tile.dtype)), C_tile, input_precision="ieee")
-    tl.store(column_weights + at + columns, weight, mask=inside)
-    column = tl.arange(0, STATE)
-    target = dB + (at + columns)[:, None] * state_size + column[None, :]
-    tl.store(target, dB_columns, mask=inside[:, None] & (column[None, :] < state_size))
-
-
-def tile_and_warps(width: int, dtype: torch.dtype) -> tuple[int, int]:
-    """Rows of a tile and warps of a program, for the larger of head_dim and state_size padded to a power of 2.
-
-    The largest tiles that spill no registers on sm_80, sm_90, sm_100 and gfx942; float32 products without tensor
-    cores hold whole operands in registers.
+    Decays run from `origin`, a cumulative one, to the row or from the column to it: as factors, or, for tiles on the
+    diagonal, as exponents in two float32 parts. Rows beyond seq get entries of 0.
     """
-    return (16 if dtype == torch.float32 else 32), 4
+    value, low, weight, first = 0.0, 0.0, 1.0, 0
+    inside = tokens < seq
+    if side.sums is None:
+        if ROW:
+            value = tl.load(side.most + at + tokens, mask=inside, other=float("inf"))
+            low = tl.load(side.inverse + at + tokens, mask=inside, other=0.0)
+    else:
+        local = tl.load(side.sums + at + tokens, mask=inside, other=float("-inf") if ROW else float("inf")) - origin
+        if DIAGONAL:
+            value = local.to(tl.float32)
+            low = (local - value).to(tl.float32)
+        elif ROW:
+            value = tl.exp2(local.to(tl.float32))
+        else:
+            value = tl.exp2((-local).to(tl.float32))
+        if side.weight is not None:
+            if not ROW:
+                weight = tl.load(side.weight + at + tokens, mask=inside, other=0.0)
+    if side.first is not None:
+        if ROW:
+            first = tl.load(side.first + batch.to(tl.int64) * seq + tokens, mask=inside, other=0)
+    return value, low, weight, first
+
+
+@triton.jit
+def _entries(side, D, products, own, step, of_own, of_step, seq, ROWS: tl.constexpr, DIAGONAL: tl.constexpr):
+    """A tile of the matrix from a tile of q k^T or C B^T: (entries, by, strict).
+
+    Attention: `by` is the entries' logarithm. State-space: the factor between the gradients of an entry and of the
+    product it is made from, but for the part per own token where that is a factor; `strict` is the entries without
+    the matrix's diagonal, on which no decay acts.
+    """
+    own_value, own_low, own_weight, own_first = of_own
+    step_value, step_low, step_weight, step_first = of_step
+    row = own[:, None] if ROWS else step[None, :]
+    column = step[None, :] if ROWS else own[:, None]
+    seen = (column <= row) & (row < seq)
+    if side.first is not None:
+        seen = seen & (column >= (own_first[:, None] if ROWS else step_first[None, :]))
+    if side.sums is None:
+        by = products * side.scale - (own_value[:, None] if ROWS else step_value[None, :])
+        inverse = own_low[:, None] if ROWS else step_low[None, :]
+        entries = tl.exp2(by) * inverse
+        by += tl.log2(inverse)
+        if DIAGONAL or side.first is not None:
+            entries = tl.where(seen, entries, 0.0)
+        strict = entries
+    elif DIAGONAL:
+        exponents = (own_value[:, None] - step_value[None, :]) + (own_low[:, None] - step_low[None, :])
+        by = tl.exp2(tl.where(seen, exponents if ROWS else -exponents, float("-inf")))
+        if side.weight is not None:
+            if ROWS:
+                by *= step_weight[None, :]
+        entries = products * by
+        if side.weight is not None:
+            if not ROWS:
+                entries *= own_weight[:, None]
+        strict = tl.where(row == column, 0.0, entries)
+        if side.D is not None:
+            entries = tl.where((row == column) & seen, entries + D, entries)
+    else:
+        by = (step_value * step_weight)[None, :]
+        if side.first is not None:
+            by = tl.where(seen, by, 0.0)
+        entries = products * (own_value * own_weight)[:, None] * by
+        strict = entries
+    return entries, by, strict
+
+
+@triton.jit
+def _absorb(
+    q_tile, q, k, side, rows, begin, first, most, total, seq, DIAGONAL: tl.constexpr, STEP: tl.constexpr,
+    WIDTH: tl.constexpr, CHUNK: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Take the columns from `begin` into the largest score and the sum of exponentials below it."""
+    columns = begin + tl.arange(0, STEP)
+    products = _products(q_tile, q, rows, k, columns, seq, side.width, WIDTH, CHUNK, PRECISION)
+    scores = products * side.scale
+    if DIAGONAL or side.first is not None:
+        seen = columns[None, :] <= rows[:, None]
+        if side.first is not None:
+            seen = seen & (columns[None, :] >= first[:, None])
+        scores = tl.where(seen, scores, HIDDEN)
+    # Where a row has seen nothing yet, `most` is HIDDEN and the terms are 1: gone with the first real score.
+    higher = tl.maximum(most, tl.max(scores, 1))
+    total = total * tl.exp2(most - higher) + tl.sum(tl.exp2(scores - higher[:, None]), 1)
+    return higher, total
+
+
+# Lengths are not worth a variant of a kernel each.
+@triton.jit(do_not_specialize=["seq", "heads"])
+def normaliser_kernel(
+    side, seq, heads, BLOCK: tl.constexpr, STEP: tl.constexpr, WIDTH: tl.constexpr, CHUNK: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Write side.most and side.inverse, what the softmax subtracts from scores and multiplies exponentials by."""
+    blocks = tl.cdiv(seq, BLOCK)
+    pair = tl.program_id(0) // blocks
+    block = blocks - 1 - tl.program_id(0) % blocks  # the long ones first
+    batch, head = pair // heads, pair % heads
+    q = side.left + _offset(batch, head, heads, side.left_heads, seq * side.width)
+    k = side.right + _offset(batch, head, heads, side.right_heads, seq * side.width)
+    at = pair.to(tl.int64) * seq
+    rows = block * BLOCK + tl.arange(0, BLOCK)
+    q_tile = _held(q, rows, seq, side.width, WIDTH, CHUNK)
+    begin, first = 0, 0
+    if side.first is not None:
+        firsts = side.first + batch.to(tl.int64) * seq
+        first = tl.load(firsts + rows, mask=rows < seq, other=0)
+        begin = tl.load(firsts + block * BLOCK) // STEP * STEP
+    most = tl.full((BLOCK,), HIDDEN, tl.float32)
+    total = tl.zeros((BLOCK,), tl.float32)
+    for start in range(begin, block * BLOCK, STEP):
+        most, total = _absorb(
+            q_tile, q, k, side, rows, start, first, most, total, seq, False, STEP, WIDTH, CHUNK, PRECISION
+        )
+    for start in range(block * BLOCK, tl.minimum(block * BLOCK + BLOCK, seq), STEP):
+        most, total = _absorb(
+            q_tile, q, k, side, rows, start, first, most, total, seq, True, STEP, WIDTH, CHUNK, PRECISION
+        )
+    tl.store(side.most + at + rows, most, mask=rows < seq)
+    tl.store(side.inverse + at + rows, 1 / total, mask=rows < seq)
+
+
+@triton.jit
+def _visit(
+    student, teacher, student_own, teacher_own, student_step, teacher_step, student_tile, teacher_tile, of_student,
+    of_teacher, student_at, teacher_at, student_origin, teacher_origin, student_D, teacher_D, batch, own, begin, real,
+    row_weights, seq, total, size, weight, diagonal, mass, centre, gradient, plain,
+    ROWS: tl.constexpr, DIAGONAL: tl.constexpr, METRIC: tl.constexpr, GRADIENTS: tl.constexpr, STEP: tl.constexpr,
+    STUDENT_WIDTH: tl.constexpr, TEACHER_WIDTH: tl.constexpr, CHUNK: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Make one tile of both matrices and take it into the sums."""
+    step = begin + tl.arange(0, STEP)
+    by_step = _vectors(teacher, batch, teacher_at, step, teacher_origin, seq, not ROWS, DIAGONAL)
+    products = _products(
+        teacher_tile, teacher_own, own, teacher_step, step, seq, teacher.width, TEACHER_WIDTH, CHUNK, PRECISION
+    )
+    A, log_A, _ = _entries(teacher, teacher_D, products, own, step, of_teacher, by_step, seq, ROWS, DIAGONAL)
+    by_step = _vectors(student, batch, student_at, step, student_origin, seq, not ROWS, DIAGONAL)
+    products = _products(
+        student_tile, student_own, own, student_step, step, seq, student.width, STUDENT_WIDTH, CHUNK, PRECISION
+    )
+    S, by, strict = _entries(student, student_D, products, own, step, of_student, by_step, seq, ROWS, DIAGONAL)
+    residual = S - A
+    if real is not None:
+        columns = step if ROWS else own
+        kept = tl.load(real + columns, mask=columns < seq, other=0) != 0
+        kept = kept[None, :] if ROWS else kept[:, None]
+        residual = tl.where(kept, residual, 0.0)
+        A = tl.where(kept, A, 0.0)
+    if ROWS:
+        if METRIC == "kl":
+            total += tl.sum(A * (log_A - by), 1) * LN2
+        else:
+            total += tl.sum(residual * residual, 1)
+        if METRIC == "relative":
+            size += tl.sum(A * A, 1)
+    if GRADIENTS:
+        other = _operand(student_step, step, seq, 0, student.width, STUDENT_WIDTH)
+        if student.sums is not None:
+            weight += tl.sum(residual * strict, 1)
+            if ROWS and DIAGONAL:
+                diagonal += tl.sum(tl.where(own[:, None] == step[None, :], residual, 0.0), 1)
+            residual = residual * by
+        elif METRIC != "kl":
+            if ROWS:
+                # A row's scores get S (R - sum of R S). The sum is known when the row is done, so until then
+                # its mean over what is done, which leaves nothing large to cancel in the product below.
+                mass += tl.sum(S, 1)
+                weight += tl.sum(S * residual, 1)
+                better = tl.where(mass > 0, weight.to(tl.float32) / mass, 0.0)
+                gradient += (centre - better)[:, None] * plain
+                centre = better
+                plain = tl.dot(S.to(other.dtype), other, plain, input_precision=PRECISION)
+                residual = S * (residual - centre[:, None])
+            else:
+                of_rows = tl.load(row_weights + step, mask=step < seq, other=0.0).to(tl.float32)
+                residual = S * (residual - of_rows[None, :])
+        gradient = tl.dot(residual.to(other.dtype), other, gradient, input_precision=PRECISION)
+    return total, size, weight, diagonal, mass, centre, gradient, plain
+
+
+@triton.jit(do_not_specialize=["seq", "heads"])
+def pass_kernel(
+    student, teacher, real, bounds, squares, sizes, row_weights, column_weights, diagonals, gradients, seq, heads,
+    ROWS: tl.constexpr, METRIC: tl.constexpr, GRADIENTS: tl.constexpr, BLOCK: tl.constexpr, STEP: tl.constexpr,
+    STUDENT_WIDTH: tl.constexpr, TEACHER_WIDTH: tl.constexpr, CHUNK: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Sums over the rows, or the columns, of each head's S - A = R.
+
+    Written with ROWS: squares, of R (kl: the divergences); sizes, of A, for "relative"; row_weights, with a
+    state-space student the sum of R S off the diagonal, with attention that of R S; diagonals, R's entry there.
+    Written without: column_weights, for a state-space student. gradients: (batch, heads, seq, width) of the own
+    operand, for half the sum of squares, but for input_scale or attention's scale. real: (batch, seq), 0 for columns
+    to leave out. bounds: (batch, seq), the first column that a row, or the end of the rows that a column has anything
+    in; None if all.
+    """
+    blocks = tl.cdiv(seq, BLOCK)
+    pair = tl.program_id(0) // blocks
+    block = tl.program_id(0) % blocks
+    if ROWS:
+        block = blocks - 1 - block  # the long ones first
+    batch = pair // heads
+    head = pair % heads
+    student_at = _offset(batch, head, heads, student.heads, seq)
+    teacher_at = _offset(batch, head, heads, teacher.heads, seq)
+    size = seq * student.width
+    student_own = student.left + _offset(batch, head, heads, student.left_heads, size)
+    student_step = student.right + _offset(batch, head, heads, student.right_heads, size)
+    size = seq * teacher.width
+    teacher_own = teacher.left + _offset(batch, head, heads, teacher.left_heads, size)
+    teacher_step = teacher.right + _offset(batch, head, heads, teacher.right_heads, size)
+    if not ROWS:
+        student_own, student_step = student_step, student_own
+        teacher_own, teacher_step = teacher_step, teacher_own
+    student_D, teacher_D = 0.0, 0.0
+    if student.D is not None:
+        student_D = tl.load(student.D + head // (heads // student.heads))
+    if teacher.D is not None:
+        teacher_D = tl.load(teacher.D + head // (heads // teacher.heads))
+    at = pair.to(tl.int64) * seq
+    row_weights += at
+    if real is not None:
+        real += batch.to(tl.int64) * seq
+    own = block * BLOCK + tl.arange(0, BLOCK)
+    inside = own < seq
+    end = tl.minimum(block * BLOCK + BLOCK, seq)
+    student_tile = _held(student_own, own, seq, student.width, STUDENT_WIDTH, CHUNK)
+    teacher_tile = _held(teacher_own, own, seq, teacher.width, TEACHER_WIDTH, CHUNK)
+
+    total = tl.zeros((BLOCK,), tl.float64)
+    size = tl.zeros((BLOCK,), tl.float64)
+    weight = tl.zeros((BLOCK,), tl.float64)
+    diagonal = tl.zeros((BLOCK,), tl.float32)
+    mass = tl.zeros((BLOCK,), tl.float32)
+    centre = tl.zeros((BLOCK,), tl.float32)
+    gradient = tl.zeros((BLOCK, STUDENT_WIDTH), tl.float32)
+    plain = gradient
+
+    # Left of the diagonal, or below it; decays from the last token before the block, or the last in it.
+    low, high = block * BLOCK + BLOCK, seq
+    border = end - 1
+    if ROWS:
+        low, high = 0, block * BLOCK
+        border = tl.maximum(high, 1) - 1
+    if bounds is not None:
+        bounds += batch.to(tl.int64) * seq
+        if ROWS:
+            low = tl.load(bounds + block * BLOCK) // STEP * STEP
+        else:
+            high = tl.load(bounds + end - 1)
+    student_origin, teacher_origin = 0.0, 0.0
+    if student.sums is not None:
+        student_origin = tl.load(student.sums + student_at + border)
+    if teacher.sums is not None:
+        teacher_origin = tl.load(teacher.sums + teacher_at + border)
+    of_student = _vectors(student, batch, student_at, own, student_origin, seq, ROWS, False)
+    of_teacher = _vectors(teacher, batch, teacher_at, own, teacher_origin, seq, ROWS, False)
+    for begin in range(low, high, STEP):
+        total, size, weight, diagonal, mass, centre, gradient, plain = _visit(
+            student, teacher, student_own, teacher_own, student_step, teacher_step, student_tile, teacher_tile,
+            of_student, of_teacher, student_at, teacher_at, student_origin, teacher_origin, student_D, teacher_D,
+            batch, own, begin, real, row_weights, seq, total, size, weight, diagonal, mass, centre, gradient, plain,
+            ROWS, False, METRIC, GRADIENTS, STEP, STUDENT_WIDTH, TEACHER_WIDTH, CHUNK, PRECISION,
+        )  # fmt: skip
+    if student.sums is not None:
+        gradient *= of_student[0][:, None]
+
+    # On the diagonal; decays from the block's first token.
+    if student.sums is not None:
+        student_origin = tl.load(student.sums + student_at + block * BLOCK)
+    if teacher.sums is not None:
+        teacher_origin = tl.load(teacher.sums + teacher_at + block * BLOCK)
+    of_student = _vectors(student, batch, student_at, own, student_origin, seq, ROWS, True)
+    of_teacher = _vectors(teacher, batch, teacher_at, own, teacher_origin, seq, ROWS, True)
+    for begin in tl.range(block * BLOCK, end, STEP, num_stages=1):
+        total, size, weight, diagonal, mass, centre, gradient, plain = _visit(
+            student, teacher, student_own, teacher_own, student_step, teacher_step, student_tile, teacher_tile,
+            of_student, of_teacher, student_at, teacher_at, student_origin, teacher_origin, student_D, teacher_D,
+            batch, own, begin, real, row_weights, seq, total, size, weight, diagonal, mass, centre, gradient, plain,
+            ROWS, True, METRIC, GRADIENTS, STEP, STUDENT_WIDTH, TEACHER_WIDTH, CHUNK, PRECISION,
+        )  # fmt: skip
+
+    if ROWS:
+        tl.store(squares + at + own, total, mask=inside)
+        if METRIC == "relative":
+            tl.store(sizes + at + own, size, mask=inside)
+    if GRADIENTS:
+        if ROWS:
+            tl.store(row_weights + own, weight, mask=inside)
+            if student.sums is not None:
+                tl.store(diagonals + at + own, diagonal, mask=inside)
+            elif METRIC != "kl":
+                gradient += (centre - weight.to(tl.float32))[:, None] * plain
+        elif student.sums is not None:
+            tl.store(column_weights + at + own, weight, mask=inside)
+        column = tl.arange(0, STUDENT_WIDTH)
+        target = gradients + (at + own)[:, None] * student.width + column[None, :]
+        tl.store(target, gradient, mask=inside[:, None] & (column[None, :] < student.width))
+
+
+NORMALISER = {"num_warps": 4}  # its launch is otherwise the pass's
+
+
+def tiles(usual: bool, width: int, dtype: torch.dtype, major: int) -> dict:
+    """How to launch. usual: a state-space student and an attention teacher, the pair that needs fewest registers;
+    width: the larger of head_dim and state_size padded to a power of 2; major: of CUDA's compute capability, 0 for AMD.
+
+    The largest blocks found that spill no registers on sm_80, sm_90, sm_100 and gfx942, for which mixing_triton_report
+    compiles them. Float32 takes three products in tf32 for each, whose sum has its precision in chunks this short; AMD
+    has products in float32.
+    """
+    precision = "ieee"
+    if dtype == torch.float32:
+        block, step, chunk, warps, stages, precision = 16 if width > 128 else 32, 16, 32, 8, 1, "tf32x3"
+    elif width > 128 or not (usual or major in (0, 9, 10)):
+        block, step, chunk, warps, stages = 32, 32, 32, 8, 2
+    else:
+        block, step, chunk, warps, stages = 128, 32, 128, 8, 2
+        if major == 9 and not usual:
+            block, chunk = 64, 64
+        elif major == 10 and not usual:
+            stages = 1
+        elif major not in (0, 9, 10):
+            block, chunk = 64, 32
+    if major == 0:  # 64 threads a warp
+        block, warps, stages, precision = min(block, 64), 4, 1, "ieee"
+    return {
+        "BLOCK": block,
+        "STEP": step,
+        "CHUNK": chunk,
+        "PRECISION": precision,
+        "num_warps": warps,
+        "num_stages": stages,
+    }
+
+
+def _major(device: torch.device) -> int:
+    if device.type != "cuda":
+        return 8  # the interpreter's
+    return 0 if torch.version.hip is not None else torch.cuda.get_device_capability(device)[0]
 
 
 def _width(size: int) -> int:
     return max(16, triton.next_power_of_2(size))
 
 
-def _per_head(value_bnh: Tensor, heads: int) -> Tensor:
-    value = value_bnh.transpose(1, 2)
-    return value.repeat_interleave(heads // value.shape[1], 1).contiguous()
+def _operands(mixing: Mixing) -> tuple[Tensor, Tensor]:
+    """left and right of a Side, not yet contiguous."""
+    if isinstance(mixing, AttentionMixing):
+        return mixing.q, mixing.k
+    return mixing.C.transpose(1, 2), mixing.B.transpose(1, 2)
 
 
-def _dtype(student: SSDMixing, teacher: AttentionMixing) -> torch.dtype:
-    """Of the products' operands: the inputs' own if they share one."""
-    given = {student.C.dtype, student.B.dtype, teacher.q.dtype, teacher.k.dtype}
-    return given.pop() if len(given) == 1 else torch.float32
+def _dtype(student: Mixing, teacher: Mixing) -> torch.dtype:
+    """Of the products' operands. Float16 is widened: gradients times decays leave its range."""
+    given = {tensor.dtype for mixing in (student, teacher) for tensor in _operands(mixing)}
+    return torch.bfloat16 if given == {torch.bfloat16} else torch.float32
 
 
-def fits_triton(student, teacher, metric: str) -> bool:
-    """Whether the kernels cover this pair of mixings."""
-    return (
-        isinstance(student, SSDMixing)
-        and isinstance(teacher, AttentionMixing)
-        and metric != "kl"
-        and teacher.softcap is None
-        # Wider ones spill registers, float32 first.
-        and max(student.C.shape[3], teacher.q.shape[3]) <= (64 if _dtype(student, teacher) == torch.float32 else 128)
-        and not any(v is not None and v.dtype == torch.float64 for v in (*student.tensors, *teacher.tensors))
-    )
+def _first_seen(mixing: Mixing) -> Tensor | None:
+    """(batch, seq) int32: the first token each row sees; None if that is token 0 everywhere."""
+    batch, _, seq = mixing.shape
+    first = None if mixing.segment_ids is None else segment_starts(mixing.segment_ids)
+    window = mixing.window if isinstance(mixing, AttentionMixing) else None
+    if window is not None and window < seq:
+        by_window = torch.arange(1 - window, seq - window + 1, device=mixing.q.device).clamp(min=0)
+        first = by_window.expand(batch, seq) if first is None else torch.maximum(first, by_window)
+    return None if first is None else first.to(torch.int32).contiguous()
 
 
-def sums_and_gradients(student: SSDMixing, teacher: AttentionMixing, wanted: bool):
-    """(batch, heads) sums of squares of S - A and of A in float64 and, if wanted, the gradients of half the former
-    with respect to C, B, log_decay, input_scale and D, per head: (batch, heads, seq, ...), D's (batch,
-    heads)."""
+def _side(mixing: Mixing, dtype: torch.dtype) -> Side:
+    left, right = (value.to(dtype).contiguous() for value in _operands(mixing))
+    most = inverse = sums = weight = D = scale = None
+    if isinstance(mixing, AttentionMixing):
+        scale = mixing.resolved_scale() * math.log2(math.e)
+        most, inverse = torch.empty(2, *mixing.shape, dtype=torch.float32, device=left.device)
+    else:
+        # Borders of segments are masked in the kernels: in the sums they would only cost digits.
+        decays = mixing.log_decay.transpose(1, 2).to(torch.float64).clamp(min=RESET)
+        sums = (decays.cumsum(-1) * math.log2(math.e)).contiguous()
+        if mixing.input_scale is not None:
+            weight = mixing.input_scale.transpose(1, 2).float().contiguous()
+        D = None if mixing.D is None else mixing.D.float().contiguous()
+    sizes = (mixing.shape[1], left.shape[1], right.shape[1], left.shape[3])
+    return Side(left, right, _first_seen(mixing), most, inverse, sums, weight, D, scale, *sizes)
+
+
+def _bounds(student: Side, teacher: Side) -> tuple[Tensor | None, Tensor | None]:
+    """(batch, seq) int32: the first column each row, and the end of the rows each column has anything in."""
+    if student.first is None or teacher.first is None:
+        return None, None
+    first = torch.minimum(student.first, teacher.first)
+    index = torch.arange(first.shape[1], dtype=torch.int32, device=first.device).expand_as(first)
+    return first, torch.searchsorted(first, index.contiguous(), right=True, out_int32=True)
+
+
+def _without_padding(first: Tensor | None, real: Tensor) -> Tensor:
+    """`first` such that rows of padding see nothing."""
+    if first is None:
+        first = torch.zeros(real.shape, dtype=torch.int32, device=real.device)
+    return first.masked_fill(~real, real.shape[1])
+
+
+def sums_and_gradients(student: Mixing, teacher: Mixing, metric: str, real: Tensor | None, wanted: bool):
+    """(batch, heads) float64 sums of squares of S - A (kl: of the rows' divergences) and, for "relative", of A; if
+    wanted, the gradients of half the former (kl: of the sum) with respect to the student's tensors, per head:
+    (batch, heads, seq, ...), D's (batch, heads). real: (batch, seq) which tokens are no padding, None if all are."""
     batch, _, seq = student.shape
     heads = max(student.shape[1], teacher.shape[1])
-    device = student.C.device
+    device = student.tensors[0].device
     dtype = _dtype(student, teacher)
-    q, k = teacher.q.to(dtype).contiguous(), teacher.k.to(dtype).contiguous()
-    C, B = (value.to(dtype).transpose(1, 2).contiguous() for value in (student.C, student.B))
-    # Segments are masked in the kernels: borders in the sums would only cost them digits.
-    sums = _per_head(student.log_decay.to(torch.float64).clamp(min=RESET), heads).cumsum(-1)
-    scale = student.input_scale
-    scale = torch.ones_like(sums, dtype=torch.float32) if scale is None else _per_head(scale.float(), heads)
-    D = torch.zeros(batch, heads, dtype=torch.float32, device=device)
-    if student.D is not None:
-        D += student.D.float().repeat_interleave(heads // student.D.shape[0])
+    s, t = _side(student, dtype), _side(teacher, dtype)
+    widths = {"STUDENT_WIDTH": _width(s.width), "TEACHER_WIDTH": _width(t.width)}
+    launch = tiles(s.most is None and t.most is not None, max(widths.values()), dtype, _major(device))
+    programs = triton.cdiv(seq, launch["BLOCK"]) * batch
+    for side in (s, t):
+        if side.most is not None:
+            normaliser_kernel[(programs * side.heads,)](
+                side, seq, side.heads, WIDTH=_width(side.width), **launch | NORMALISER
+            )
 
-    def runs(ids: Tensor | None) -> Tensor:
-        if ids is None:
-            return torch.zeros(batch, seq, dtype=torch.int32, device=device)
-        return segment_runs(ids).to(torch.int32)
+    def per_row(dtype: torch.dtype, *width: int) -> Tensor:
+        return torch.empty(batch, heads, seq, *width, dtype=dtype, device=device)
 
-    real = torch.ones(batch, seq, dtype=torch.int32, device=device)
-    for ids in (student.segment_ids, teacher.segment_ids):
-        if ids is not None:
-            real *= ids >= 0
-    tile, warps = tile_and_warps(max(_width(q.shape[3]), _width(C.shape[3])), dtype)
-    blocks = {"TILE": tile, "HEAD_DIM": _width(q.shape[3]), "WINDOW": teacher.window or 0}
-    blocks.update(num_warps=warps, num_stages=1)
-    grid = (triton.cdiv(seq, tile), batch * heads)
-    per_row = (batch, heads, seq)
-    log_sums, squares, teacher_squares, diagonal = (
-        torch.empty(per_row, dtype=torch.float32, device=device) for _ in range(4)
-    )
-    row_weights, column_weights = (torch.empty(per_row, dtype=torch.float64, device=device) for _ in range(2))
-    dC, dB = (
-        torch.empty((*per_row, C.shape[3]) if wanted else 0, dtype=torch.float32, device=device) for _ in range(2)
-    )
-    teacher_runs = runs(teacher.segment_ids)
-    sizes = (seq, heads, q.shape[1], k.shape[1])
-    attention_scale = teacher.resolved_scale()
-    row_sums_kernel[grid](q, k, log_sums, teacher_runs, attention_scale, *sizes, q.shape[3], **blocks)
-    inputs = (q, k, C, B, sums, scale, D, log_sums, teacher_runs, runs(student.segment_ids), real)
-    sizes = (attention_scale, *sizes, C.shape[1], B.shape[1], q.shape[3], C.shape[3])
-    blocks["STATE"] = _width(C.shape[3])
-    row_pass_kernel[grid](
-        *inputs, squares, teacher_squares, dC, diagonal, row_weights, *sizes, **blocks, GRADIENTS=wanted
-    )
-    total, size = (value.sum(-1, dtype=torch.float64) for value in (squares, teacher_squares))
+    bounds = _bounds(s, t)
+    if real is not None:
+        s, t = (side._replace(first=_without_padding(side.first, real)) for side in (s, t))
+        real = None if metric == "kl" else real.to(torch.int8)
+    squares, row_weights, column_weights = (per_row(torch.float64) for _ in range(3))
+    sizes = per_row(torch.float64) if metric == "relative" else None
+    diagonals = per_row(torch.float32)
+    d_left, d_right = (per_row(torch.float32, s.width) if wanted else None for _ in range(2))
+    metric = metric if metric in ("kl", "relative") else "squared"
+    for rows, bound, gradients in ((True, bounds[0], d_left), (False, bounds[1], d_right)):
+        if rows or wanted:
+            pass_kernel[(programs * heads,)](
+                s, t, real, bound, squares, sizes, row_weights, column_weights, diagonals, gradients, seq, heads,
+                ROWS=rows, METRIC=metric, GRADIENTS=wanted, **widths, **launch,
+            )  # fmt: skip
+    total, size = (None if value is None else value.sum(-1) for value in (squares, sizes))
     if not wanted:
         return total, size, None
-    column_pass_kernel[grid](*inputs, dB, column_weights, *sizes, **blocks)
+    if isinstance(student, AttentionMixing):
+        scale = student.resolved_scale()
+        return total, size, (d_left.mul_(scale), d_right.mul_(scale))
     d_decay = (row_weights - column_weights).flip(-1).cumsum(-1).flip(-1)
-    B_heads = B.repeat_interleave(heads // B.shape[1], 1)
-    d_scale = (dB * B_heads).sum(-1)
-    gradients = (dC, dB * scale.unsqueeze(-1), d_decay, d_scale, diagonal.sum(-1, dtype=torch.float64))
-    return total, size, gradients
+    d_scale = None
+    if s.weight is not None:
+        d_scale = (d_right.unflatten(1, (s.right_heads, -1)) * s.right.unsqueeze(2)).sum(-1).flatten(1, 2)
+        d_right.unflatten(1, (s.heads, -1)).mul_(s.weight[:, :, None, :, None])
+    return total, size, (d_left, d_right, d_decay, d_scale, diagonals.sum(-1, dtype=torch.float64))
+
+
+def distance_triton(student: Mixing, teacher: Mixing, metric: str, reduction: str) -> Tensor:
+    """Shapes and meaning as in `mohawk.kernels.mixing_distance.mixing_distance`, float32."""
+    run = _value_and_gradients if student.tensors[0].numel() else chunked._value_and_gradients
+    device = student.tensors[0].device
+    # Triton launches on the current device, wherever the tensors are.
+    with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+        return chunked._differentiable(student, teacher, metric, reduction, run)
+
+
+def _value_and_gradients(
+    student: Mixing, teacher: Mixing, metric: str, reduction: str, wanted: bool
+) -> tuple[Tensor, list[Tensor | None]]:
+    """(batch, heads) distances, and the gradients of their reduction (per head if there is none)."""
+    real = chunked._real_tokens(student, teacher)
+    total, size, per_head = sums_and_gradients(student, teacher, metric, real, wanted)
+    values, factor = chunked._finish(metric, total, size, student.shape[2], real)
+    gradients: list[Tensor | None] = [None] * len(student.tensors)
+    if wanted:
+        factor = factor / values.numel() if reduction == "mean" else factor
+        for index, (tensor, gradient) in enumerate(zip(student.tensors, per_head, strict=True)):
+            if tensor is not None and tensor.requires_grad:
+                gradient = gradient.mul_(factor.view(*factor.shape, *(1,) * (gradient.dim() - 2)))
+                if reduction != "none":
+                    gradient = chunked._fold(gradient, tensor.shape, isinstance(student, AttentionMixing))
+                gradients[index] = gradient.to(torch.float32)
+    return values.to(torch.float32), gradients
+
+
+def fits_triton(student: Mixing, teacher: Mixing) -> bool:
+    """Whether the kernels cover this pair: no float64, no softcap, head_dim and state_size at most 256."""
+    for mixing in (student, teacher):
+        if any(value is not None and value.dtype == torch.float64 for value in mixing.tensors):
+            return False
+        if isinstance(mixing, AttentionMixing) and mixing.softcap is not None:
+            return False
+        if mixing.tensors[0].shape[-1] > 256:
+            return False
+    return True

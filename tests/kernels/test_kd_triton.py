@@ -1,6 +1,6 @@
 """The Triton kernels in Triton's interpreter against float64, at small odd shapes, in a process of their own:
 TRITON_INTERPRET is read when the kernels are defined. Compiling for real GPUs is in
-test_kd_triton_report.py."""
+test_triton_report.py."""
 
 import os
 import pathlib
