@@ -55,7 +55,27 @@ def choices(found: dict, names: list[str]) -> Iterator[tuple[str, list[int]]]:
 
 
 def measure(run: Path, found: dict, names: list[str]) -> list[dict]:
-    """Perplexity, KL and recall of the students of all choices, before phase 3."""
+    """Perplexity, KL and recall of the students of all choices, before phase 3, measured once."""
+    from mohawk.report import read_json, write_json
+
+    wanted = [("teacher", list(range(found["num_layers"]))), *choices(found, names)]
+    kept, student = run / "selection" / "choices.json", found["settings"]["student"]
+    known = read_json(kept) or {}
+    if known.get("student") != student:
+        known = {"student": student}
+    missing = [attention for _, attention in wanted if key(attention) not in known]
+    for attention, result in evaluated(run, missing) if missing else ():
+        known[key(attention)] = result
+        write_json(kept, known)
+    return [{"choice": name, "attention": attention, **known[key(attention)]} for name, attention in wanted]
+
+
+def key(attention: list[int]) -> str:
+    return ",".join(map(str, attention))
+
+
+def evaluated(run: Path, wanted: list[list[int]]) -> Iterator[tuple[list[int], dict]]:
+    """The figures of the students with these attention layers, one after the other."""
     from rich.console import Console
     from tqdm import tqdm
 
@@ -66,38 +86,20 @@ def measure(run: Path, found: dict, names: list[str]) -> list[dict]:
     from mohawk.models.hybrid import HybridForCausalLM
     from mohawk.recall import recall_batches, recall_of
     from mohawk.recipe import Recipe
-    from mohawk.report import read_json, write_json
 
     conversion = Conversion(Recipe.load(run / "recipe.yaml"), run, Console())
     states, head = conversion.texts["evaluation"], Head.of(conversion.teacher)
     lists = recall_batches(conversion.tokenizer, 2048, seed=1)
     student = HybridForCausalLM.from_pretrained(run / "phases" / "hidden" / "student").to(conversion.device).eval()
-    mixers, every = list(decoder_layers(student)), range(student.config.num_hidden_layers)
-
-    def recall(model) -> dict:
-        settings = {"device": conversion.device, "autocast": conversion.autocast}
-        return asdict(recall_of((final_hidden_states(model, b, head, **settings) for b in lists), lists, head))
-
-    kept, student_id = run / "selection" / "choices.json", found["settings"]["student"]
-    known = read_json(kept) or {}
-    if known.get("student") != student_id:
-        known = {"student": student_id}
-
-    def of(attention: list[int]) -> dict:
-        key = ",".join(map(str, attention))
-        if key not in known:
-            for i, layer in enumerate(mixers):
-                decoder_layers(student)[i] = layer
-            student.config.layer_types = ["linear_attention"] * len(mixers)
-            keep_attention(student, conversion.teacher, [i for i in every if i not in attention])
-            known[key] = asdict(compare(student, states, autocast=conversion.autocast)) | {"recall": recall(student)}
-            write_json(kept, known)
-        return known[key]
-
-    rows = [{"choice": "teacher", "attention": list(every), **of(list(every))}]
-    for name, attention in tqdm(list(choices(found, names)), desc="choices"):
-        rows.append({"choice": name, "attention": attention, **of(attention)})
-    return rows
+    mixers, settings = list(decoder_layers(student)), {"device": conversion.device, "autocast": conversion.autocast}
+    for attention in tqdm(wanted, desc="choices"):
+        for i, layer in enumerate(mixers):
+            decoder_layers(student)[i] = layer
+        student.config.layer_types = ["linear_attention"] * len(mixers)
+        keep_attention(student, conversion.teacher, [i for i in range(len(mixers)) if i not in attention])
+        hidden = (final_hidden_states(student, batch, head, **settings) for batch in lists)
+        result = asdict(compare(student, states, autocast=conversion.autocast))
+        yield attention, result | {"recall": asdict(recall_of(hidden, lists, head))}
 
 
 def distil(run: Path, found: dict, names: list[str], tokens: float) -> list[dict]:

@@ -249,8 +249,6 @@ def plot_selection(found: Mapping[str, Any], target: Path | str) -> Path:
     layers = [row["layer"] for row in found["layers"]]
     values = [_number(row["kl"]) for row in found["layers"]]
     single.bar(layers, values, width=0.8, color=BLUE)
-    if any(value > 0 for value in values):
-        _log_axis(single)
     single.set_title("one layer alone")
     single.set_xlabel("layer whose attention is replaced")
     single.set_ylabel("KL(teacher ‖ student), nats per token")
