@@ -47,6 +47,12 @@ def why_not_bamba(config: HybridConfig, *, pad_expand: bool = False) -> str | No
         return FOREIGN.get(base.model_type, f"no mapping from {base.model_type} blocks to Bamba's is known")
     if base.hidden_act != "silu":
         return f"its activation is {base.hidden_act}: in Bamba the MLP's is the mixer's too, and that is silu"
+    rope = getattr(base, "rope_parameters", None) or {}
+    if rope.get("rope_type") == "longrope":
+        return (
+            "its longrope positions change once a text outgrows the first training's, and keys cached until then are "
+            "made anew; Bamba would keep them"
+        )
     window = getattr(base, "sliding_window", None)
     if "sliding_attention" in config.layer_types and window < base.max_position_embeddings:
         left = [i for i, kind in enumerate(config.layer_types) if kind == "sliding_attention"]
@@ -89,8 +95,8 @@ def has_conv_input_bias(hybrid: HybridForCausalLM) -> bool:
 def fold_conv_input_bias(hybrid: HybridForCausalLM) -> None:
     """Moves in_proj's biases on x, B and C into the convolution's bias, in place.
 
-    The same function but for the first conv_kernel - 1 tokens of a text, whose convolution also saw zeros instead of
-    the bias.
+    Nearly the same function: in the first conv_kernel - 1 tokens of a text the convolution also saw zeros instead of
+    the bias, and a little of that stays in states, keys and values.
     """
     for mixer, bias, rows in _conv_input_biases(hybrid):
         mixer.conv1d.bias += bias[rows] * mixer.conv1d.weight[:, 0].sum(-1)

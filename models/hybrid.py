@@ -161,6 +161,7 @@ class HybridPreTrainedModel(PreTrainedModel):
     _supports_flex_attn = True
     _supports_attention_backend = True
     _can_compile_fullgraph = False
+    _is_stateful = True  # a state cannot be cut back, as speculative decoding would: generate refuses it
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -317,8 +318,11 @@ class HybridForCausalLM(HybridPreTrainedModel, GenerationMixin):
         if isinstance(attention_mask, dict):  # generate() prepares one mask a layer type for static caches
             padding_mask = attention_mask.get(SSM_LAYER)
             others = {kind: mask for kind, mask in attention_mask.items() if kind != SSM_LAYER}
-            takes_dict = getattr(self.config.base_config, "layer_types", None) is not None
-            attention_mask = others if takes_dict or not others else next(iter(others.values()))
+            kinds = getattr(self.config.base_config, "layer_types", None)
+            if kinds is not None:  # the decoder looks for all of its kinds, also those no layer is left of
+                attention_mask = {kind: others.get(kind) for kind in set(kinds)}
+            else:
+                attention_mask = next(iter(others.values()), others)
         elif attention_mask is not None and attention_mask.dim() == 2:
             padding_mask = attention_mask[:, -n:]
             # without padding there is less to do, but asking a GPU makes each decoding step wait for the last

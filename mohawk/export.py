@@ -20,8 +20,8 @@ log = logging.getLogger(__name__)
 
 FORMATS = ("bamba", "hybrid")
 FOLDED = (
-    "The biases of in_proj on x, B and C were moved behind the convolution (--fold-bias): the same function as the "
-    "trained student but for the first {kept} tokens of a text"
+    "The biases of in_proj on x, B and C were moved behind the convolution (--fold-bias): nearly the trained student, "
+    "which answers otherwise in the first {kept} tokens of a text and a little in what follows from them"
 )
 PADDED = "Mixers padded with heads of zeros to mamba_expand {expand} (--pad-expand): the same function"
 
@@ -76,6 +76,8 @@ def export(
     if to == "bamba" and (reason := why_not_bamba(config, pad_expand=pad_expand)):
         raise UserError(f"cannot be a BambaForCausalLM: {reason}; `--to hybrid` writes the student with its own code")
     target = Path(output).expanduser() if output else (run / "export" / to if run else Path(f"{student}-{to}"))
+    if target.is_dir() and any(target.iterdir()) and not (target / "README.md").is_file():
+        raise UserError(f"{target} exists and no export wrote it; choose another --output")
 
     model = load_teacher(student, dtype="auto")
     changes = _prepare(model, to, pad_expand, fold_bias)
@@ -108,8 +110,8 @@ def _prepare(model: PreTrainedModel, to: str, pad_expand: bool, fold_bias: bool)
         if not fold_bias:
             raise UserError(
                 "cannot be a BambaForCausalLM: in_proj has biases on x, B and C, which transformers' Bamba lets "
-                "through the padding of a batch into the convolution; --fold-bias moves them behind it (the same "
-                f"function but for the first {model.config.mixer_conv_kernel - 1} tokens of a text), or `--to hybrid`"
+                "through the padding of a batch into the convolution; --fold-bias moves them behind it (nearly the "
+                f"same function: the first {model.config.mixer_conv_kernel - 1} tokens of a text differ), or `--to hybrid`"
             )
         fold_conv_input_bias(model)
         changes.append(FOLDED.format(kept=model.config.mixer_conv_kernel - 1))

@@ -109,7 +109,7 @@ def _example(name: str, remote: bool) -> str:
     trust = ", trust_remote_code=True" if remote else ""
     return (
         "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
-        f'tokenizer = AutoTokenizer.from_pretrained("{name}")\n'
+        f'tokenizer = AutoTokenizer.from_pretrained("{name}"{trust})\n'
         f'model = AutoModelForCausalLM.from_pretrained("{name}"{trust})\n'
         'inputs = tokenizer("The most important thing is", return_tensors="pt")\n'
         "print(tokenizer.decode(model.generate(**inputs, max_new_tokens=50)[0]))"

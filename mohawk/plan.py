@@ -144,9 +144,8 @@ def print_plan(plan: Plan, recipe: Recipe, console: Console) -> None:
             f"{source}; MLP and norms copied" if is_ssm else "copied",
         )
     console.print(layers)
-    console.print(
-        f"Embeddings, norms, MLPs, head and the attention of layers {_ranges(kept)} are copied from the teacher."
-    )
+    stays = f" and the attention of layers {_ranges(kept)}" if kept else ""
+    console.print(f"Embeddings, norms, MLPs, head{stays} are copied from the teacher.")
     phases = Table("phase", "trains", "frozen", "tokens", "steps", "memory (estimate)")
     total = sum(p.numel() for p in plan.student.parameters())
     for phase in plan.phases:

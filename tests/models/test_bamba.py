@@ -80,7 +80,6 @@ def assert_same(ours, theirs):
         ("mistral", MISTRAL),
         ("qwen2", {}),  # biases on q, k, v but not on o
         ("phi3", {"sliding_window": None}),  # fused projections
-        ("phi4_mini", {}),  # and longrope on three quarters of a head
         *(("llama", {"rope_parameters": rope}) for rope in ROPES.values()),
     ],
 )
@@ -170,6 +169,7 @@ def test_what_bamba_cannot_be_is_refused_with_the_reason():
         (hybrid_from_teacher(tiny_teacher(), [1], "discrete_mamba2"), "mixers are discrete_mamba2"),
         (student_of("mistral", layers=[1]), "attention in layers 0, 2, 3 sees a sliding window of 6 tokens"),
         (student_of(hidden_act="gelu"), "its activation is gelu"),
+        (student_of("phi4_mini"), "longrope positions change"),
         (student_of(layers=range(4)), "no attention layer is left"),
     ]
     for student, said in cases:

@@ -36,6 +36,22 @@ def prompt(*shape):
     return torch.randint(3, 97, shape, generator=torch.Generator().manual_seed(0))
 
 
+@pytest.mark.parametrize("layers", ([0, 2], [1, 3]))
+def test_a_static_cache_where_one_kind_of_attention_is_gone(layers):
+    """Gemma 2's layers take turns: replaced are all with a window, or all without."""
+    student = hybrid_from_teacher(tiny_teacher("gemma2", num_hidden_layers=4), layers).eval()
+    ids, mask = prompt(2, 9), torch.ones(2, 9, dtype=torch.long)
+    mask[0, :4] = 0
+    dynamic = student.generate(ids, attention_mask=mask, **GREEDY)
+    static = student.generate(ids, attention_mask=mask, cache_implementation="static", disable_compile=True, **GREEDY)
+    assert static.tolist() == dynamic.tolist()
+
+
+def test_speculation_is_refused():
+    with pytest.raises(ValueError, match="stateful"):
+        student_of("mamba2").generate(prompt(1, 9), prompt_lookup_num_tokens=3, **GREEDY)
+
+
 @torch.no_grad()
 def decode(student, step, ids, cache):
     """Greedy tokens by hand: the prompt eagerly, then single steps through `step`."""

@@ -152,10 +152,18 @@ def test_an_output_of_someone_else_is_left_alone(make_run, tmp_path, capsys):
     taken.mkdir()
     (taken / "thesis.txt").write_text("mine")
     assert main(["export", str(make_run()), "--output", str(taken)]) == 2
-    assert "not written by mohawk" in capsys.readouterr().err and [p.name for p in taken.iterdir()] == ["thesis.txt"]
+    assert "no export wrote it" in capsys.readouterr().err and [p.name for p in taken.iterdir()] == ["thesis.txt"]
 
 
 @needs_groups
+def test_a_student_is_not_written_over(make_run, capsys):
+    run = make_run()
+    before = (run / "student" / "config.json").read_text()
+    assert main(["export", str(run), "--output", str(run / "student")]) == 2
+    assert "no export wrote it" in capsys.readouterr().err
+    assert (run / "student" / "config.json").read_text() == before
+
+
 def test_a_student_with_a_bias_in_front_of_its_convolution(make_run, monkeypatch):
     run = make_run()
     from mohawk.models.hybrid import HybridForCausalLM
@@ -169,8 +177,8 @@ def test_a_student_with_a_bias_in_front_of_its_convolution(make_run, monkeypatch
         exported(run)
     monkeypatch.setattr(export_module, "_write_and_check", lambda folder, model, *rest: save_state(folder, model))
     folder, screen = exported(run, fold_bias=True, pad_expand=True)
-    assert "for the first 3 tokens" in screen and "mamba_expand 2" in screen
-    assert "for the first 3 tokens" in (folder / "README.md").read_text()
+    assert "in the first 3 tokens" in screen and "mamba_expand 2" in screen
+    assert "in the first 3 tokens" in (folder / "README.md").read_text()
 
 
 def save_state(folder, model):
