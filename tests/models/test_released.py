@@ -325,14 +325,14 @@ def test_logits_equal_the_released_codes(name, tmp_path):
 
 def test_cached_steps_equal_the_full_forward(released):
     _, _, folder = released
-    student = load_released(folder)
+    student = load_released(folder).double()  # the output norm blows up float32's rounding where a token's y is small
     with torch.no_grad():
         full = student(TOKENS, use_cache=False).logits
         cache, parts = student.new_cache(), []
         for start, stop in ((0, 6), (6, 7), (7, 8), (8, 11)):
             positions = torch.arange(start, stop)[None]
             parts.append(student(TOKENS[:, start:stop], past_key_values=cache, position_ids=positions).logits)
-    torch.testing.assert_close(torch.cat(parts, 1), full, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(torch.cat(parts, 1), full, rtol=1e-5, atol=2e-6)
 
 
 def test_written_back_bit_for_bit(released):
