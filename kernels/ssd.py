@@ -65,7 +65,8 @@ def ssd(
         usable = x.is_cuda and mamba_ssm_installed() and fits_mamba_ssm(x, B, C)
         backend = "mamba_ssm" if usable else "chunked"
     run = BACKENDS[backend]
-    y, final_state = run(x, log_decay, B, C, input_scale, D, initial_state, segment_ids)
+    with torch.autocast(x.device.type, enabled=False):
+        y, final_state = run(x, log_decay, B, C, input_scale, D, initial_state, segment_ids)
     return (y, final_state) if return_final_state else y
 
 

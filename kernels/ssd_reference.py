@@ -17,20 +17,6 @@ def ssd_reference(
     segment_ids: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """Shapes as in `mohawk.kernels.ssd.ssd`. Returns y in x's dtype and the final state."""
-    with torch.autocast(x.device.type, enabled=False):
-        return _recurrence(x, log_decay, B, C, input_scale, D, initial_state, segment_ids)
-
-
-def _recurrence(
-    x: Tensor,
-    log_decay: Tensor,
-    B: Tensor,
-    C: Tensor,
-    input_scale: Tensor | None,
-    D: Tensor | None,
-    initial_state: Tensor | None,
-    segment_ids: Tensor | None,
-) -> tuple[Tensor, Tensor]:
     batch, seq, heads, head_dim = x.shape
     compute = torch.float64 if x.dtype == torch.float64 else torch.float32
     decay = decays_with_resets(log_decay, segment_ids).to(compute).exp()

@@ -111,7 +111,8 @@ def _prepare(model: PreTrainedModel, to: str, pad_expand: bool, fold_bias: bool)
             raise UserError(
                 "cannot be a BambaForCausalLM: in_proj has biases on x, B and C, which transformers' Bamba lets "
                 "through the padding of a batch into the convolution; --fold-bias moves them behind it (nearly the "
-                f"same function: the first {model.config.mixer_conv_kernel - 1} tokens of a text differ), or `--to hybrid`"
+                f"same function: the first {model.config.mixer_conv_kernel - 1} tokens of a text differ), or `--to "
+                "hybrid`"
             )
         fold_conv_input_bias(model)
         changes.append(FOLDED.format(kept=model.config.mixer_conv_kernel - 1))
