@@ -130,6 +130,21 @@ def packed():
     yield compare("packed kl, teacher only", attention(2, 2, seq, 8, seed=9), packed_heads, "kl")
 
 
+def compare_close(base, metric, draws=8):
+    """Two nearly equal attentions: what is left of their difference is mostly rounding, large or small by chance in any
+    one draw, so it is taken over several."""
+    errors = []
+    for seed in range(draws):
+        noise = torch.randn(base.q.shape, generator=torch.Generator().manual_seed(seed))
+        student, teacher = (cast(x, torch.float32) for x in (base, AttentionMixing(base.q + 1e-3 * noise, base.k)))
+        exact = run(student, teacher, torch.float64, metric, "mean", "reference")
+        found = (run(student, teacher, torch.float32, metric, "mean", backend) for backend in ("reference", "triton"))
+        errors.append([[error(got, truth) for got, truth in zip(one, exact, strict=True)] for one in found])
+    reference, mine = torch.tensor(errors).square().mean(0).sqrt()
+    assert (mine <= (2 * reference).clamp(min=6e-7)).all(), (metric, mine, reference)
+    return 1
+
+
 def extremes():
     """One token, decays that are strong or none, saturated and equal attention."""
     for seq in (1, 33):
@@ -137,9 +152,8 @@ def extremes():
         yield compare("strong", state_space(2, (2, 1), seq, 4, strength=100.0), attention(2, 2, seq, 4))
         yield compare("saturated", attention(2, 2, seq, 8, size=5.0), attention(2, 1, seq, 8, seed=5, size=5.0))
     base = attention(2, 2, 70, 8)
-    close = AttentionMixing(base.q + 1e-3 * torch.randn_like(base.q), base.k)
-    yield compare("close", base, close)
-    yield compare("close", base, close, "kl")
+    for metric in ("frobenius", "kl"):
+        yield compare_close(base, metric)
     same = run(base, base, torch.float32, "frobenius", "mean", "triton")
     assert all(not value.any() for value in same)
     yield 1

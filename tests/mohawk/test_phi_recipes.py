@@ -24,8 +24,8 @@ def test_the_recipe_plans_phi_1_5_as_the_paper_trained_it(name, tmp_path, capsys
     printed = re.sub(r"\s+", " ", capsys.readouterr().out)
     assert "1418.3M parameters" in printed
     assert f"{len(RECIPES[name])} of 24 layers become discrete_mamba2 (32 heads x 64, state 64)" in printed
-    kept = "4, 10, 16, 22" if name.startswith("hybrid") else "none"
-    assert f"the attention of layers {kept} are copied" in printed
+    kept = " and the attention of layers 4, 10, 16, 22" if name.startswith("hybrid") else ""
+    assert f"norms, MLPs, head{kept} are copied" in printed
     recipe = Recipe.load(shipped(name))
     for phase, tokens, per_step in (
         (recipe.phases.mixing, 80e6, 2**15),
