@@ -52,19 +52,26 @@ class AttentionRecord:
         )
 
 
-class _Recorder(nn.Module):
-    """Takes a decoder layer's place and notes how it is called."""
+class StandIn(nn.Module):
+    """Takes a decoder layer's place in its model; what it does not have itself is read from the layer."""
 
-    def __init__(self, layer: nn.Module, calls: list[LayerCall]):
+    def __init__(self, layer: nn.Module):
         super().__init__()
         self.__dict__["layer"] = layer  # not a submodule: it belongs to the model
-        self.calls = calls
 
     def __getattr__(self, name: str):
         try:
             return super().__getattr__(name)
         except AttributeError:
             return getattr(self.__dict__["layer"], name)  # attention_type and the like, read by some families
+
+
+class _Recorder(StandIn):
+    """Notes how the layer is called."""
+
+    def __init__(self, layer: nn.Module, calls: list[LayerCall]):
+        super().__init__(layer)
+        self.calls = calls
 
     def forward(self, hidden_states: Tensor, *args, **kwargs) -> Tensor:
         self.calls.append(LayerCall(args, kwargs))

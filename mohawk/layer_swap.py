@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from mohawk.models.families import decoder_layers
 from mohawk.models.hybrid import SSM_LAYER, HybridForCausalLM, attention_types
-from mohawk.models.teacher_forcing import layer_calls
+from mohawk.models.teacher_forcing import StandIn, layer_calls
 
 
 def keep_attention(student: HybridForCausalLM, teacher: nn.Module, ssm_layers: Collection[int]) -> HybridForCausalLM:
@@ -131,18 +131,12 @@ class LayerSwap:
         return torch.autocast(self.teacher.device.type, dtype=self.autocast, enabled=self.autocast is not None)
 
 
-class _Given(nn.Module):
+class _Given(StandIn):
     """A decoder layer whose output is known."""
 
     def __init__(self, layer: nn.Module, hidden: Tensor):
-        super().__init__()
-        self.__dict__["layer"], self.hidden = layer, hidden  # not a submodule: it belongs to the model
-
-    def __getattr__(self, name: str):
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            return getattr(self.__dict__["layer"], name)  # attention_type and the like, read by some families
+        super().__init__(layer)
+        self.hidden = hidden
 
     def forward(self, hidden_states: Tensor, *args, **kwargs) -> Tensor:
         return self.hidden
