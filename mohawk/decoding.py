@@ -176,7 +176,7 @@ class LocalTeacher:
             raise UserError(f"{prompt.where}: has no tokens, and this tokenizer adds no first one; give some words")
         return ids
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def _answer(self, asked: list[tuple[Prompt, int]]) -> list[Response]:
         """Answers of one batch: one per (prompt, sample), or `samples` per prompt with beams."""
         encoded = [self.encode(prompt) for prompt, _ in asked]
@@ -317,7 +317,7 @@ def choose(logprobs: Tensor, uniform: Tensor, temperature: float, top_p: float) 
     return chosen, (probs.gather(-1, place) / mass).log()
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def sequence_logprob(model: PreTrainedModel, prompt_ids: list[int], response_ids: list[int]) -> float:
     """log p(response | prompt) of the model itself, summed over the response's tokens in float64."""
     ids = torch.tensor([prompt_ids + response_ids], device=model.device)

@@ -99,8 +99,8 @@ def read_pairs(
 
     A row has a chat in `messages_field`, whose last turn is the assistant's or in `response_field`; or a text in
     `prompt_field` and one in `response_field`. Chats go through the tokenizer's chat template, and each assistant's
-    turn is learned where the template leaves earlier turns as they were (else the last one); with `chat` a text prompt is a
-    user's message. Otherwise the tokens are those of the prompt, as the model sees it when it answers, then the
+    turn is learned where the template leaves earlier turns as they were (else the last one); with `chat` a text prompt
+    is a user's message. Otherwise the tokens are those of the prompt, as the model sees it when it answers, then the
     response's and the EOS. A response that was cut (finish_reason "length") gets no end to learn.
 
     teacher_field: who answers the row, an index or one of `teachers`. Raises UserError with file and line.
@@ -219,16 +219,16 @@ def response_weights(pairs: Pairs, weighting: str | None, *, length_normalized: 
 
 
 class PairsDataset(torch.utils.data.Dataset):
-    """Rows of `sequence_length` tokens, each of whole examples (best fit, longest first), in an order that seed decides.
+    """Rows of `sequence_length` tokens, each of whole examples (best fit, longest first), in the seed's order.
 
     Each row is a dict of tensors (sequence_length): `input_ids`, `position_ids`, `segment_ids`, `labels` (int64, as
     PackedDataset's; labels are -100 on prompts too) and `weights` (float32, an example's weight on its tokens, 0 on
     padding); and, where the pairs have teachers, `teacher` () int64: a row's examples share theirs.
 
     weighting, length_normalized: see above; None counts each response alike. too_long: what becomes of an example
-    beyond sequence_length: truncate cuts the prompt's left (not its BOS), drop leaves it out, as does truncate where the
-    response alone is too long. `truncated` and `dropped` count them. tokens: the budget, in row lengths; None is one
-    epoch; in each epoch the examples are put together anew. Raises UserError when nothing is left.
+    beyond sequence_length: truncate cuts the prompt's left (not its BOS), drop leaves it out, as does truncate where
+    the response alone is too long. `truncated` and `dropped` count them. tokens: the budget, in row lengths; None is
+    one epoch; in each epoch the examples are put together anew. Raises UserError when nothing is left.
     """
 
     def __init__(

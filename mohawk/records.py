@@ -84,7 +84,7 @@ def read_records(source: Any) -> Iterator[tuple[str, dict[str, Any]]]:
         elif form == "paragraphs":
             text = "".join(line for _, line in _lines(path))
             yield from (
-                (str(path), {source.field: b.strip("\r\n")}) for b in re.split(r"\n[ \t\r]*\n", text) if b.strip()
+                (str(path), {source.field: b.strip("\r\n")}) for b in re.split(r"\n(?:[ \t\r]*\n)+", text) if b.strip()
             )
         else:
             for number, line in _lines(path):
