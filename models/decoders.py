@@ -40,3 +40,14 @@ def check_layers(where: str, layers, count: int, lowest: int = 0) -> None:
 def first_tensor(args: tuple, kwargs: dict) -> Tensor:
     """The hidden states a decoder layer or a mixer is called with."""
     return args[0] if args else kwargs["hidden_states"]
+
+
+def check_checkpointing(where: str, layers) -> None:
+    """Raises ValueError if gradient checkpointing would cut what is kept of a layer's inside off its graph."""
+    for layer in layers:
+        function = getattr(layer, "_gradient_checkpointing_func", None)
+        options = getattr(function, "keywords", None) or {}
+        if getattr(layer, "gradient_checkpointing", False) and options.get("use_reentrant"):
+            raise ValueError(
+                f"{where}: gradient checkpointing with use_reentrant=True has no graph of it; set use_reentrant=False"
+            )

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mohawk.models.decoders import check_layers, decoder, first_tensor
+from mohawk.models.decoders import check_checkpointing, check_layers, decoder, first_tensor
 
 EMBEDDINGS = -1
 LAYER_MAPS = ("uniform", "last", "top_heavy")
@@ -108,10 +108,13 @@ def collect_hidden(model: nn.Module, layers: Collection[int]) -> Iterator[dict[i
         layers: from 0; EMBEDDINGS (-1) is the first layer's input.
 
     Raises:
-        ValueError: a layer that the model does not have; a decoder that is not found.
+        ValueError: a layer that the model does not have; a decoder that is not found; reentrant gradient
+            checkpointing.
     """
     body, modules = decoder(model)
-    check_layers(f"hidden states of {type(model).__name__}", layers, len(modules), EMBEDDINGS)
+    where = f"hidden states of {type(model).__name__}"
+    check_layers(where, layers, len(modules), EMBEDDINGS)
+    check_checkpointing(where, modules)
     kept: dict[int, Tensor] = {}
 
     def keep_input(module, args, kwargs):
