@@ -45,6 +45,8 @@ class Sizes:
 def sizes_of(config) -> Sizes:
     """The sizes in a supported decoder's or hybrid's configuration. ValueError: an unsupported family."""
     base = base_config(config)
+    if base.model_type == "bamba":
+        raise ValueError("a Bamba is cut as the hybrid it is: from_bamba(model), the cut, to_bamba")
     check_supported(base)
     shape = decoder_shape(base)
     mixer = {}
@@ -152,6 +154,9 @@ def sized_config(config, sizes: Sizes, layers: Sequence[int] | None = None):
     if own.state_heads is not None:
         config.mixer_num_heads, config.mixer_num_groups = sizes.state_heads, sizes.state_groups
         config.mixer_state_size = sizes.state_size
+        fewer = own.state_heads // own.state_groups * sizes.state_groups / sizes.state_heads
+        if config.mixer == "mamba2" and fewer != 1:  # its norm's mean is over the heads of a group
+            config.mixer_norm_eps = config.output_norm_eps * fewer
     _check_class(base, shape.head_dim)
     return config
 

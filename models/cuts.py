@@ -26,6 +26,10 @@ from mohawk.models.families import decoder_layers, family_of
 from mohawk.models.from_teacher import saveable
 
 PerLayer = Mapping[int, Sequence[int]]
+# token ids in configurations and generation settings: those a model needs, and lists that may lose some
+_SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id", "forced_bos_token_id",
+            "forced_eos_token_id")  # fmt: skip
+_SUPPRESSED = ("suppress_tokens", "begin_suppress_tokens")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,7 +85,7 @@ def cut(model: nn.Module, what: Cut) -> nn.Module:
     config = sized_config(model.config, sizes, layers)
     generation = saveable(model.generation_config)
     if tokens is not None:
-        _renumber(config, generation, tokens)
+        _renumber(config, generation, tokens, own.vocabulary)
     smaller = type(model)(config)
     state = _cut_state(model, layers, kept, _index(hidden, model.device), _index(tokens, model.device))
     missing, unexpected = smaller.load_state_dict(state, strict=False, assign=True)
@@ -276,23 +280,24 @@ def _cut_state(
     return state
 
 
-def _renumber(config, generation, tokens: list[int]) -> None:
-    """Special tokens' ids in a configuration, its decoder's and generation settings, after a cut of the vocabulary."""
+def _renumber(config, generation, tokens: list[int], vocabulary: int) -> None:
+    """Token ids in a configuration, its decoder's and generation settings, after a cut of a vocabulary of this size.
+
+    Ids beyond the vocabulary, as defaults of some classes are, stay what they are.
+    """
     new_id = {old: new for new, old in enumerate(tokens)}
-
-    def renumbered(value, name: str):
-        if isinstance(value, (list, tuple)):
-            return [renumbered(one, name) for one in value]
-        if value is None or value not in new_id and not 0 <= value < max(tokens) + 1:
-            return value
-        if value not in new_id:
-            raise ValueError(f"tokens: {name} {value} would go; keep it")
-        return new_id[value]
-
     for settings in {id(one): one for one in (config, base_config(config), generation)}.values():
-        for name in ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id", "suppress_tokens"):
+        for name in _SPECIAL:
+            if (value := getattr(settings, name, None)) is None:
+                continue
+            ids = value if isinstance(value, (list, tuple)) else [value]
+            if wrong := [i for i in ids if i < vocabulary and i not in new_id]:
+                raise ValueError(f"tokens: {name} {_listed(wrong)} would go; keep it")
+            ids = [new_id.get(i, i) for i in ids]
+            setattr(settings, name, ids if isinstance(value, (list, tuple)) else ids[0])
+        for name in _SUPPRESSED:
             if getattr(settings, name, None) is not None:
-                setattr(settings, name, renumbered(getattr(settings, name), name))
+                setattr(settings, name, [new_id[i] for i in getattr(settings, name) if i in new_id])
 
 
 def _index(indices: Sequence[int] | None, device) -> Tensor | None:
