@@ -7,6 +7,7 @@ head again. Logits are float32 and never whole: a few hundred rows at a time go 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import math
 import statistics
 import time
@@ -41,6 +42,12 @@ class Head:
     @classmethod
     def of(cls, model: PreTrainedModel) -> Head:
         """The head of any Hugging Face causal language model, in float32. Raises UserError if it has none."""
+        own = cls.stored(model)
+        return dataclasses.replace(own, weight=own.weight.float(), bias=None if own.bias is None else own.bias.float())
+
+    @classmethod
+    def stored(cls, model: PreTrainedModel) -> Head:
+        """The same in the model's own dtype, not copied."""
         output = model.get_output_embeddings()
         if output is None:
             raise UserError(f"evaluation: {type(model).__name__} has no output embedding to compare logits of")
@@ -49,8 +56,8 @@ class Head:
         scale /= getattr(config, "logits_scaling", None) or 1.0
         bias = getattr(output, "bias", None)
         return cls(
-            output.weight.detach().float(),
-            None if bias is None else bias.detach().float(),
+            output.weight.detach(),
+            None if bias is None else bias.detach(),
             float(scale),
             getattr(config, "final_logit_softcapping", None),
         )
