@@ -68,7 +68,7 @@ class TeacherCache:
         """Of the shards, checksums included."""
         return self.layout.row.itemsize / self.layout.sequence_length
 
-    def row(self, index: int) -> dict[str, Tensor]:
+    def row(self, index: int, text: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
         """What the teacher predicts after each of the n tokens of row `index`.
 
         top-k: `teacher_ids` int64 (n, k), most probable first, `teacher_logprobs` float32 (n, k), `teacher_tail`
@@ -76,8 +76,10 @@ class TeacherCache:
         stands twice; `teacher_weights` float32 (n, draws). hidden: `teacher_hidden` (n, hidden_size) in the stored
         dtype.
 
+        text: the dataset's row, which has to be what the teacher read.
+
         Raises:
-            UserError: the row is damaged on the disk.
+            UserError: the row is damaged on the disk, or `text` is another text.
         """
         record = self._record(index)
         if not is_whole(record):
@@ -86,6 +88,12 @@ class TeacherCache:
                 f"{self.folder / shard_name(shard)}: row {at} is damaged (its checksum is not {record['crc']:#010x}); "
                 f"{REPAIR}"
             )
+        if text is not None and (found := text_digest(text)) != record["text"]:
+            raise UserError(
+                f"{self.folder}: row {index} was cached from another text (digest {record['text']:016x}, here it is "
+                f"{found:016x}); give the same data in the same order (text, tokenizer, held-out share, seed), or "
+                "cache again"
+            )
         return decode(self.layout, record["tokens"])
 
     def at(self, index: int, position: int) -> dict[str, Tensor]:
@@ -93,10 +101,6 @@ class TeacherCache:
         position = range(self.layout.sequence_length)[position]
         tokens = self._record(index)["tokens"][position : position + 1]
         return {name: values[0] for name, values in decode(self.layout, tokens).items()}
-
-    def text_digest(self, index: int) -> int:
-        """`teacher_records.text_digest` of the row that the teacher read."""
-        return int(self._record(index)["text"])
 
     def head(self, device: str | torch.device = "cpu") -> Head:
         """The head that goes with hidden states, as the teacher has it. Raises UserError for other kinds."""
@@ -212,7 +216,7 @@ class CachedRows(torch.utils.data.Dataset):
                 "(text, tokenizer, held-out share), or cache again"
             )
         for index in sorted({len(cache) * i // LOOKED_AT for i in range(LOOKED_AT)} | {len(cache) - 1}):
-            self._compare(index, dataset[index])
+            cache.row(index, dataset[index])
 
     def __len__(self) -> int:
         return len(self.cache)
@@ -220,16 +224,7 @@ class CachedRows(torch.utils.data.Dataset):
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         index = range(len(self))[index]
         row = self.dataset[index]
-        self._compare(index, row)
-        return {**row, **self.cache.row(index)}
-
-    def _compare(self, index: int, row: Mapping[str, Tensor]) -> None:
-        if (found := text_digest(row)) != (cached := self.cache.text_digest(index)):
-            raise UserError(
-                f"{self.cache.folder}: row {index} was cached from another text (digest {cached:016x}, here it is "
-                f"{found:016x}); give the same data in the same order (text, tokenizer, held-out share, seed), or "
-                "cache again"
-            )
+        return {**row, **self.cache.row(index, row)}
 
 
 REPAIR = "run mohawk cache again with the same recipe, which writes damaged files anew and keeps the others"

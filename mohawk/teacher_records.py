@@ -4,7 +4,7 @@ Every token has a record of one length, every row (a sequence of n tokens) is it
 shard is rows behind one another: any position is found by multiplication.
 
     row    text    8 bytes  of blake2b over the row's real tokens and positions: which text this is of
-           crc     4 bytes  crc32 of the records
+           crc     4 bytes  crc32 of the text's digest and the records
            tokens  n records
     token  top-k    logprobs k x 2, tail 2, ids ceil(k * bits / 8)
            samples  ids ceil(draws * bits / 8)
@@ -150,13 +150,18 @@ def make_row(layout: Layout, text: int, columns: Mapping[str, np.ndarray]) -> np
     for name in layout.token.names:
         tokens[name] = columns[name]
     row = np.empty(1, dtype=layout.row)
-    row["text"], row["crc"], row["tokens"] = text, zlib.crc32(tokens), tokens
+    row["text"], row["tokens"] = text, tokens
+    row["crc"] = _crc(row[0])
     return row
 
 
 def is_whole(row: np.void) -> bool:
-    """Whether a row's records are as they were written."""
-    return zlib.crc32(np.ascontiguousarray(row["tokens"])) == row["crc"]
+    """Whether a row is as it was written."""
+    return _crc(row) == row["crc"]
+
+
+def _crc(row: np.void) -> int:
+    return zlib.crc32(np.ascontiguousarray(row["tokens"]), zlib.crc32(row["text"].tobytes()))
 
 
 def decode(layout: Layout, tokens: np.ndarray) -> dict[str, Tensor]:
