@@ -54,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
         return 2
     except KeyboardInterrupt:
-        resumed = options.run in (_demo, _convert, _select)
+        resumed = options.run in (_demo, _convert, _select, _cache)
         print("stopped" + "; the same command goes on from what was saved" * resumed, file=sys.stderr)
         return 130
     except BrokenPipeError:
@@ -121,6 +121,31 @@ def parser() -> argparse.ArgumentParser:
     _add_by(compose)
     compose.add_argument("--output", type=Path, metavar="DIR", help="the new run; default: RUN-N-attention")
     _add_set(compose)
+
+    cache = command("cache", _cache, "keep what a recipe's teacher says of its text, to train many students without it")
+    cache.add_argument("recipe", type=Path, metavar="RECIPE", help="a YAML file: its teacher, data, seed and phase 3")
+    cache.add_argument("--output", type=Path, required=True, metavar="DIR", help="the cache; the same command goes on")
+    cache.add_argument(
+        "--kind",
+        choices=("top-k", "samples", "hidden"),
+        default="top-k",
+        help="k most probable tokens and the rest's mass (default), random tokens, or hidden states and the head",
+    )
+    cache.add_argument("--k", type=_number(int, 1), metavar="K", help="of top-k; default: 64")
+    cache.add_argument("--draws", type=_number(int, 1), metavar="N", help="of samples; default: 12")
+    cache.add_argument(
+        "--temperature", type=_number(float, 1e-3, 1e3), metavar="T", help="of top-k and samples; default: phase 3's"
+    )
+    cache.add_argument(
+        "--sequence-length", type=_number(int, 2), metavar="N", help="tokens in a row; default: phase 3's"
+    )
+    cache.add_argument(
+        "--tokens", type=_number(int, 1), metavar="N", help="only so many; default: one pass over the text"
+    )
+    cache.add_argument(
+        "--batch-size", type=_number(int, 1), metavar="N", help="rows at once; default: phase 3's; of no other effect"
+    )
+    _add_set(cache)
 
     evaluate = command("evaluate", _evaluate, "measure a run's student against its teacher again")
     evaluate.add_argument("model", type=Path, metavar="RUN", help="a run's folder")
@@ -231,6 +256,23 @@ def _compose(options: argparse.Namespace) -> None:
     compose(options.model, **given, overrides=options.set)
 
 
+def _cache(options: argparse.Namespace) -> None:
+    kinds = {"k": "top-k", "draws": "samples"}
+    for name, kind in kinds.items():
+        if getattr(options, name) is not None and options.kind != kind:
+            raise UserError(f"--{name} is of --kind {kind}, not of {options.kind}; leave it out")
+    if options.temperature is not None and options.kind == "hidden":
+        raise UserError("--temperature is of --kind top-k and samples: hidden states serve any; leave it out")
+    names = ("temperature", "sequence_length", "tokens", "batch_size", *kinds)
+    given = {name: value for name in names if (value := getattr(options, name)) is not None}
+    from mohawk.recipe import Recipe
+
+    recipe = Recipe.load(options.recipe, options.set)
+    from mohawk.cache_teacher import cache_teacher
+
+    cache_teacher(recipe, options.output, kind=options.kind, **given)
+
+
 def _evaluate(options: argparse.Namespace) -> None:
     asked = {name: getattr(options, name) for name in ("task_path", "limit", "batch_size", "fewshot")}
     if options.tasks is not None:
@@ -336,7 +378,7 @@ def _number(kind: type, low: float, high: float = float("inf")) -> Callable[[str
 class _Terminal(logging.Handler):
     """Log lines on stderr, above a progress bar if there is one: warnings, and what the user waits for."""
 
-    waited_for = ("mohawk.fetch", "mohawk.demo", "mohawk.data", "mohawk.text")
+    waited_for = ("mohawk.fetch", "mohawk.demo", "mohawk.data", "mohawk.text", "mohawk.cache_teacher")
 
     def filter(self, record: logging.LogRecord) -> bool:
         return record.levelno >= logging.WARNING or record.name in self.waited_for

@@ -5,6 +5,7 @@ Checked as a conversion's is (mohawk/recipe.py): before anything is loaded, with
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -31,12 +32,9 @@ Divergence = Literal["forward_kl", "reverse_kl", "jsd", "skew_kl", "skew_reverse
 
 
 def _kept_layers(value: Any) -> Any:
-    if value is None or value == "every_second":
-        return value
-    if not isinstance(value, list) or not value or not all(type(i) is int and i >= 0 for i in value):
-        raise ValueError("every_second, or a list of layer indices counted from 0")
-    if sorted(set(value)) != value:
-        raise ValueError("a list in rising order that names each layer once")
+    word = isinstance(value, str) and re.fullmatch(r"every_second|(first|last):\d+|without:\d+-\d+", value)
+    if not (value is None or word or isinstance(value, list) and value and all(type(i) is int for i in value)):
+        raise ValueError("every_second, first:k, last:k, without:a-b, or a list of layer indices counted from 0")
     return value
 
 
@@ -89,7 +87,7 @@ class DistillStudent(Section):
     gguf_file: Text | None = Field(None, description="name of the GGUF file inside `model`, if it is one")
     revision: Text | None = Field(None, description="branch, tag or commit on the hub")
     trust_remote_code: bool = Field(False, description="run Python code that comes with the checkpoint")
-    layers: Annotated[Literal["every_second"] | list[int] | None, BeforeValidator(_kept_layers)] = Field(
+    layers: Annotated[str | list[int] | None, BeforeValidator(_kept_layers)] = Field(
         None, description="layers to keep; null: all"
     )
     scratch: bool = Field(False, description="random weights in the student's shape")
@@ -103,9 +101,11 @@ class DistillSource(Source):
     messages_field: Text = Field("messages", description="of pairs that are chats")
     chat: bool = Field(False, description="put prompts and responses into the tokenizer's chat template")
     teacher_field: Text | None = Field(None, description="of pairs: the name of the teacher that answers an example")
-    weighting: Literal["uniform", "probability"] | None = Field(
+    weighting: Literal["uniform", "counts", "probability", "importance"] | None = Field(
         None, description="of a prompt's several responses; probability: by the teacher's; null: each counts as one"
     )
+    length_normalized: bool = Field(False, description="weigh by the log probability per token")
+    too_long: Literal["truncate", "drop"] = Field("truncate", description="a prompt's left, or the whole example")
     sampling_weight: Positive | None = Field(None, description="rows in proportion; null: its share of the text")
     loss_weight: Weight = Field(1.0, description="multiplies its tokens' loss")
 

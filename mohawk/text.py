@@ -107,7 +107,7 @@ def tokenize(source: Any, tokenizer: PreTrainedTokenizerBase, *, cache: Path | s
     dataset = None if files else _load(source, files, form)
     content = dataset._fingerprint if dataset is not None else _content_key(files)
     settings = {"layout": LAYOUT, "content": content, "field": source.field, "split": source.split}
-    settings |= {"format": form, "tokenizer": _tokenizer_key(tokenizer)}
+    settings |= {"format": form, "tokenizer": tokenizer_key(tokenizer)}
     key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:24]
     folder = root / key
     if not folder.is_dir():
@@ -246,7 +246,8 @@ def _content_key(files: list[Path]) -> str:
     return digest.hexdigest()
 
 
-def _tokenizer_key(tokenizer: PreTrainedTokenizerBase) -> str:
+def tokenizer_key(tokenizer: PreTrainedTokenizerBase) -> str:
+    """A sha256 of all that decides which ids a text becomes."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is not None:
         parts = json.loads(backend.to_str())
