@@ -186,7 +186,7 @@ class OnPolicy:
             for module in training:
                 module.training = True
             if torch.is_autocast_enabled(device.type):
-                # before torch 2.13 a weight cast here without gradient may be kept for the training forward (pytorch 112583)
+                # an older torch would hand the training forward weights that were cast here, without gradient
                 torch.clear_autocast_cache()
 
     def _samples(self, texts: list[Tensor], limits: list[int]) -> list[Tensor]:
