@@ -159,7 +159,7 @@ class Distillation(Run):
     def _train(self, i: int, stage: Stage, student: nn.Module) -> nn.Module:
         """The student after a stage."""
         wanted = stage.steps() * stage.batch_size * stage.gradient_accumulation
-        rows = training_rows(self.recipe, self.sources, stage.sequence_length, wanted, self._pad(), self._bos())
+        rows = training_rows(self.recipe, self.sources, stage.sequence_length, wanted, self._pad())
         if len(rows) < wanted:
             self.console.print(f"{stage.name}: reads its {len(rows):,} rows of text {wanted / len(rows):.1f} times")
         lora = self.recipe.student.lora
@@ -232,14 +232,11 @@ class Distillation(Run):
         self.sources = load_sources(self.recipe, self.tokenizer)
         return self.sources.text
 
-    def _bos(self) -> int | None:
-        return self.tokenizer.bos_token_id
-
     def _evaluation_texts(self) -> dict[str, TeacherStates]:
         texts = super()._evaluation_texts() if self.data is not None else {}
         asked = self.recipe.evaluation
         rows = held_out_rows(
-            self.recipe, self.sources, asked.sequence_length, asked.tokens, self._pad(), self._bos()
+            self.recipe, self.sources, asked.sequence_length, asked.tokens, self._pad()
         )  # fmt: skip
         if rows is not None:
             texts["held_out_pairs"] = teacher_states(

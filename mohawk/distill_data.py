@@ -57,9 +57,7 @@ def load_sources(recipe: DistillRecipe, tokenizer: PreTrainedTokenizerBase) -> S
     return Sources(text, pairs, held_out)
 
 
-def training_rows(
-    recipe: DistillRecipe, sources: Sources, sequence_length: int, rows: int, pad: int, bos: int | None
-) -> Any:
+def training_rows(recipe: DistillRecipe, sources: Sources, sequence_length: int, rows: int, pad: int) -> Any:
     """A dataset of rows of `sequence_length` tokens: text alone, packed over all its sources, or a mixture of sources.
 
     rows: how many a stage will ask for: a mixture holds its proportions over so many.
@@ -71,7 +69,7 @@ def training_rows(
     parts, at = [], 0
     for i, source in enumerate(asked):
         if source.kind == "pairs":
-            parts.append(_pairs_rows(source, sources.pairs[i], sequence_length, recipe.seed, pad, bos))
+            parts.append(_pairs_rows(source, sources.pairs[i], sequence_length, recipe.seed, pad))
         else:
             documents = sources.text.train
             own = Documents(documents.texts, documents.spans[documents.spans[:, 0] == at])
@@ -86,10 +84,10 @@ def training_rows(
     return Mixture(parts, weights, [source.loss_weight for source in asked], rows=rows, seed=recipe.seed)
 
 
-def held_out_rows(recipe: DistillRecipe, sources: Sources, sequence_length: int, tokens: int, pad: int, bos) -> Any:
+def held_out_rows(recipe: DistillRecipe, sources: Sources, sequence_length: int, tokens: int, pad: int) -> Any:
     """Rows of the held-out prompts and responses; None where there are none."""
     parts = [
-        _pairs_rows(recipe.data.train[i], pairs, sequence_length, 0, pad, bos)
+        _pairs_rows(recipe.data.train[i], pairs, sequence_length, 0, pad)
         for i, pairs in sources.held_out_pairs.items()
         if len(pairs)
     ]
@@ -99,10 +97,10 @@ def held_out_rows(recipe: DistillRecipe, sources: Sources, sequence_length: int,
     return Mixture(parts, [float(len(part)) for part in parts], rows=rows, seed=0)
 
 
-def _pairs_rows(source: DistillSource, pairs: Pairs, sequence_length: int, seed: int, pad: int, bos) -> PairsDataset:
+def _pairs_rows(source: DistillSource, pairs: Pairs, sequence_length: int, seed: int, pad: int) -> PairsDataset:
     return PairsDataset(
         pairs, sequence_length, weighting=source.weighting, length_normalized=source.length_normalized,
-        too_long=source.too_long, seed=seed, pad_token_id=pad, bos_token_id=bos,
+        too_long=source.too_long, seed=seed, pad_token_id=pad,
     )  # fmt: skip
 
 
