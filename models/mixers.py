@@ -129,9 +129,14 @@ class SSMMixer(nn.Module):
         first = min(rows["B"].start, rows["C"].start)
         if padding_mask is not None and segment_ids is None:
             segment_ids = padding_mask.long() - 1
-        # B, C and the decay rows are neighbours in Mamba-2's order and nearly so in the discrete one
-        BC = F.linear(hidden_states, *self._rows(slice(first, first + 2 * self.group_size)))
-        raw = F.linear(hidden_states, *self._rows(rows["decay"]))
+        BC_rows = slice(first, first + 2 * self.group_size)
+        if type(self.in_proj) is nn.Linear:
+            # B, C and the decay rows are neighbours in Mamba-2's order and nearly so in the discrete one
+            BC = F.linear(hidden_states, *self._rows(BC_rows))
+            raw = F.linear(hidden_states, *self._rows(rows["decay"]))
+        else:  # with an adapter, or quantised: its weight is not all it computes with
+            projected = self.in_proj(hidden_states)
+            BC, raw = projected[..., BC_rows], projected[..., rows["decay"]]
         BC = self._conv(BC, slice(self.inner_size, self.conv_size), segment_ids=segment_ids)
         B, C = self._heads(*BC.split(self.group_size, -1))
         log_decay, input_scale = self.decay(raw)

@@ -54,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
         return 2
     except KeyboardInterrupt:
-        resumed = options.run in (_demo, _convert, _select, _purify)
+        resumed = options.run in (_demo, _convert, _select, _cache, _generate_data, _purify)
         print("stopped" + "; the same command goes on from what was saved" * resumed, file=sys.stderr)
         return 130
     except BrokenPipeError:
@@ -122,6 +122,31 @@ def parser() -> argparse.ArgumentParser:
     compose.add_argument("--output", type=Path, metavar="DIR", help="the new run; default: RUN-N-attention")
     _add_set(compose)
 
+    cache = command("cache", _cache, "keep what a recipe's teacher says of its text, to train many students without it")
+    cache.add_argument("recipe", type=Path, metavar="RECIPE", help="a YAML file: its teacher, data, seed and phase 3")
+    cache.add_argument("--output", type=Path, required=True, metavar="DIR", help="the cache; the same command goes on")
+    cache.add_argument(
+        "--kind",
+        choices=("top-k", "samples", "hidden"),
+        default="top-k",
+        help="k most probable tokens and the rest's mass (default), random tokens, or hidden states and the head",
+    )
+    cache.add_argument("--k", type=_number(int, 1), metavar="K", help="of top-k; default: 64")
+    cache.add_argument("--draws", type=_number(int, 1), metavar="N", help="of samples; default: 12")
+    cache.add_argument(
+        "--temperature", type=_number(float, 1e-3, 1e3), metavar="T", help="of top-k and samples; default: phase 3's"
+    )
+    cache.add_argument(
+        "--sequence-length", type=_number(int, 2), metavar="N", help="tokens in a row; default: phase 3's"
+    )
+    cache.add_argument(
+        "--tokens", type=_number(int, 1), metavar="N", help="only so many; default: one pass over the text"
+    )
+    cache.add_argument(
+        "--batch-size", type=_number(int, 1), metavar="N", help="rows at once; default: phase 3's; of no other effect"
+    )
+    _add_set(cache)
+
     evaluate = command("evaluate", _evaluate, "measure a run's student against its teacher again")
     evaluate.add_argument("model", type=Path, metavar="RUN", help="a run's folder")
     tasks = evaluate.add_argument_group("tasks of lm-evaluation-harness, instead of the run's texts")
@@ -149,6 +174,69 @@ def parser() -> argparse.ArgumentParser:
     )
     generate.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     generate.add_argument("--seed", type=_number(int, 0), metavar="N", help="of sampling")
+
+    data = command("generate-data", _generate_data, "write a teacher's answers to prompts as JSON lines to train on")
+    data.add_argument("prompts", nargs="+", metavar="SOURCE", help="text lines, .jsonl, .parquet or a hub dataset")
+    data.add_argument(
+        "--model", required=True, metavar="MODEL", help="folder, run, .gguf file or hub id; its name at URL"
+    )
+    data.add_argument("--endpoint", metavar="URL", help="an OpenAI-compatible API, such as http://localhost:8000/v1")
+    data.add_argument(
+        "--output", type=Path, required=True, metavar="DIR", help="the answers' folder; goes on if it can"
+    )
+    data.add_argument("--chat", action="store_true", help="a prompt is a user's message: chat template, or chat API")
+    reading = data.add_argument_group("prompts")
+    reading.add_argument("--field", default="prompt", metavar="NAME", help="of each row; default: prompt")
+    reading.add_argument(
+        "--format", metavar="FORMAT", help="text (lines), paragraphs, jsonl or parquet; default: by suffix"
+    )
+    reading.add_argument("--split", default="train", metavar="NAME", help="of a hub dataset; default: train")
+    reading.add_argument("--subset", metavar="NAME", help="of a hub dataset")
+    reading.add_argument(
+        "--limit", type=_number(int, 1), metavar="N", help="only the first N; without it, all the rest"
+    )
+    decoding = data.add_argument_group("decoding (greedy without --beams and --temperature)")
+    decoding.add_argument("--samples", type=_number(int, 1), default=1, metavar="N", help="per prompt; default: 1")
+    decoding.add_argument(
+        "--max-new-tokens", type=_number(int, 1), default=256, metavar="N", help="of an answer; default: 256"
+    )
+    decoding.add_argument("--beams", type=_number(int, 1), metavar="K", help="beam search, the N best of K")
+    decoding.add_argument(
+        "--temperature", type=_number(float, 0), metavar="T", help="sample at this; 1 is the teacher's"
+    )
+    decoding.add_argument("--top-p", type=_number(float, 0, 1), metavar="P", help="sample from this share; default: 1")
+    decoding.add_argument("--seed", type=_number(int, 0), default=0, metavar="N", help="of sampling; default: 0")
+    local = data.add_argument_group("a local teacher")
+    local.add_argument("--batch-size", type=_number(int, 1), metavar="N", help="sequences at once; default: 8")
+    local.add_argument(
+        "--dtype", choices=("float32", "bfloat16", "float16", "auto"), help="default: auto; cpu: float32"
+    )
+    local.add_argument("--device", choices=("auto", "cpu", "cuda"), help="default: auto")
+    local.add_argument("--revision", metavar="NAME", help="of a hub model")
+    local.add_argument("--tokenizer", metavar="MODEL", help="folder or hub id, where the model comes without one")
+    local.add_argument("--trust-remote-code", action="store_true", default=None, help="run the checkpoint's own code")
+    remote = data.add_argument_group("an endpoint")
+    remote.add_argument("--key-env", metavar="NAME", help="environment variable with the key; default: OPENAI_API_KEY")
+    remote.add_argument("--concurrency", type=_number(int, 1), metavar="N", help="requests at once; default: 8")
+    remote.add_argument("--timeout", type=_number(float, 0), metavar="S", help="of silence; default: 120 seconds")
+    remote.add_argument("--retries", type=_number(int, 0), metavar="N", help="of one request; default: 6")
+    remote.add_argument(
+        "--request", metavar="JSON", help='more fields of each request, null drops one: {"top_k": 20, "logprobs": null}'
+    )
+    keep = data.add_argument_group("which answers are kept")
+    keep.add_argument("--min-tokens", type=_number(int, 0), metavar="N")
+    keep.add_argument("--max-tokens", type=_number(int, 1), metavar="N")
+    keep.add_argument(
+        "--max-repetition", type=_number(float, 0, 1), metavar="S", help="share of runs of words that came before"
+    )
+    keep.add_argument("--ngram", type=_number(int, 1), default=4, metavar="N", help="words in such a run; default: 4")
+    keep.add_argument(
+        "--min-agreement", type=_number(float, 0, 1), metavar="S", help="share of the samples with the same answer"
+    )
+    keep.add_argument("--answer", metavar="REGEX", help="what of the response is the answer: its last match, group 1")
+    keep.add_argument("--normalizer", metavar="MODULE:FUNCTION", help="(answer) -> text that is compared, or None")
+    keep.add_argument("--scorer", metavar="MODULE:FUNCTION", help="(prompt, response) -> float")
+    keep.add_argument("--min-score", type=float, metavar="X", help="what the scorer has to give")
 
     purify = command("purify", _purify, "make several teachers' rationales of the same prompts one each")
     purify.add_argument(
@@ -269,6 +357,23 @@ def _compose(options: argparse.Namespace) -> None:
     compose(options.model, **given, overrides=options.set)
 
 
+def _cache(options: argparse.Namespace) -> None:
+    kinds = {"k": "top-k", "draws": "samples"}
+    for name, kind in kinds.items():
+        if getattr(options, name) is not None and options.kind != kind:
+            raise UserError(f"--{name} is of --kind {kind}, not of {options.kind}; leave it out")
+    if options.temperature is not None and options.kind == "hidden":
+        raise UserError("--temperature is of --kind top-k and samples: hidden states serve any; leave it out")
+    names = ("temperature", "sequence_length", "tokens", "batch_size", *kinds)
+    given = {name: value for name in names if (value := getattr(options, name)) is not None}
+    from mohawk.recipe import Recipe
+
+    recipe = Recipe.load(options.recipe, options.set)
+    from mohawk.cache_teacher import cache_teacher
+
+    cache_teacher(recipe, options.output, kind=options.kind, **given)
+
+
 def _evaluate(options: argparse.Namespace) -> None:
     asked = {name: getattr(options, name) for name in ("task_path", "limit", "batch_size", "fewshot")}
     if options.tasks is not None:
@@ -297,6 +402,41 @@ def _generate(options: argparse.Namespace) -> None:
         device=options.device,
         seed=options.seed,
         tokenizer=options.tokenizer,
+    )
+
+
+def _generate_data(options: argparse.Namespace) -> None:
+    def given(*names: str) -> dict[str, object]:
+        return {name: value for name in names if (value := getattr(options, name)) is not None}
+
+    local = given("batch_size", "dtype", "device", "revision", "tokenizer", "trust_remote_code")
+    remote = given("key_env", "concurrency", "timeout", "retries", "request")
+    if options.endpoint is None:
+        _refuse(remote, "--endpoint URL; give one, or leave it out")
+    else:
+        _refuse(local, "a local teacher; leave it out, or --endpoint")
+    if options.beams is not None and options.temperature:
+        raise UserError("--beams and --temperature: a search draws nothing; give one of the two")
+    if options.top_p is not None and not options.temperature:
+        raise UserError("--top-p needs --temperature above 0: greedy decoding has nothing to sample from")
+    method = "beam" if options.beams is not None else "sample" if options.temperature else "greedy"
+
+    from mohawk.decoding import Decoding
+    from mohawk.filters import Filters
+    from mohawk.generate_data import generate_from
+
+    used = ("samples", "max_new_tokens", "beams", "top_p", "seed") + (("temperature",) if options.temperature else ())
+    generate_from(
+        options.prompts,
+        options.model,
+        options.output,
+        decoding=Decoding(method=method, **given(*used)),
+        filters=Filters(**given(*Filters.__dataclass_fields__)),
+        endpoint=options.endpoint,
+        chat=options.chat,
+        reading=given("field", "format", "split", "subset"),
+        limit=options.limit,
+        teacher=local or remote,
     )
 
 
@@ -412,6 +552,8 @@ class _Terminal(logging.Handler):
         "mohawk.demo",
         "mohawk.data",
         "mohawk.text",
+        "mohawk.cache_teacher",
+        "mohawk.generate_data",
         "mohawk.purify",
         "mohawk.rationale_router",
     )

@@ -44,11 +44,14 @@ class Head:
         softcap = getattr(config, "final_logit_softcapping", None)
         return cls(output.weight, getattr(output, "bias", None), float(scale), softcap)
 
+    def detached(self) -> Head:
+        """The head without gradients, its tensors not copied."""
+        return replace(self, weight=self.weight.detach(), bias=None if self.bias is None else self.bias.detach())
+
     def frozen(self) -> Head:
         """The head in float32 without gradients."""
-        return replace(
-            self, weight=self.weight.detach().float(), bias=None if self.bias is None else self.bias.detach().float()
-        )
+        bias = None if self.bias is None else self.bias.detach().float()
+        return replace(self, weight=self.weight.detach().float(), bias=bias)
 
     def to(self, device: torch.device) -> Head:
         return replace(self, weight=self.weight.to(device), bias=None if self.bias is None else self.bias.to(device))

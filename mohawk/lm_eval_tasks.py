@@ -76,8 +76,8 @@ def evaluate_tasks(
     name = student_folder(folder)
     manager = task_manager(tasks, task_path)
 
-    from mohawk.convert import pick_device
     from mohawk.precision import autocast_dtype
+    from mohawk.run import pick_device
     from mohawk.teachers import load_teacher, load_tokenizer
 
     device = pick_device(recipe.device)

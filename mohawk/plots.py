@@ -13,8 +13,6 @@ import numpy as np
 
 from mohawk.metrics import read_metrics
 
-PHASES = ("mixing", "hidden", "end_to_end")
-STAGES = ("before", *PHASES)
 TITLES = {
     "before": "before\nphase 1",
     "mixing": "phase 1\nmatrices",
@@ -64,7 +62,7 @@ def plot_losses(metrics: Path | str, target: Path | str, labels: Mapping[str, st
     records: dict[str, list[dict]] = {}
     for record in read_metrics(metrics):
         records.setdefault(record["phase"], []).append(record)
-    names = [p for p in PHASES if p in records] + [p for p in records if p not in PHASES]
+    names = [p for p in TITLES if p in records] + [p for p in records if p not in TITLES]
     if not names:
         return None
     figure, axes = _subplots(1, len(names), width=4.6, height=3.4)
@@ -93,11 +91,11 @@ def plot_losses(metrics: Path | str, target: Path | str, labels: Mapping[str, st
 
 
 def plot_evaluation(stages: Mapping[str, Mapping[str, Mapping[str, float]]], target: Path | str) -> Path | None:
-    """Perplexity, KL and top-1 agreement before phase 1 and after each phase; None when there is nothing.
+    """Perplexity, KL and top-1 agreement at each stage, in the order given; None when there is nothing.
 
     stages: {"before": {"held_out": a Comparison as a dict, ...}, "mixing": ..., ...}.
     """
-    names = [s for s in STAGES if stages.get(s)]
+    names = [s for s in stages if stages[s]]
     if not names:
         return None
     texts = [t for t in TEXTS if any(t in stages[s] for s in names)]
@@ -131,7 +129,7 @@ def plot_evaluation(stages: Mapping[str, Mapping[str, Mapping[str, float]]], tar
         elif not logarithmic:
             axis.set_ylim(-8, 108)
         axis.margins(x=0.12, y=0.15)
-        axis.set_xticks(range(len(names)), [TITLES[s] for s in names], fontsize=8.5)
+        axis.set_xticks(range(len(names)), [TITLES.get(s, s) for s in names], fontsize=8.5)
         axis.set_title(label)
     handles, shown = axes[0][0].get_legend_handles_labels()
     figure.legend(handles, shown, loc="outside lower center", ncols=len(shown), frameon=False)
