@@ -154,14 +154,16 @@ def _ingredients(model: dict[str, Any], kept: set[int]) -> set[int]:
     rank = {tuple(pair): i for i, pair in enumerate(model["merges"])}
     found: set[str] = set()
     for token in [token for token, i in vocabulary.items() if i in kept]:
-        pieces = list(token)
+        pieces, passed = list(token), set(token)
         while len(pieces) > 1:
-            found.update(pieces)
             pairs = zip(pieces, pieces[1:], strict=False)
             best, at = min((rank.get(pair, len(rank)), at) for at, pair in enumerate(pairs))
             if best == len(rank):
-                break
+                break  # not made by merges: a special token, or one that BPE takes whole (ignore_merges)
             pieces[at : at + 2] = ["".join(pieces[at : at + 2])]
+            passed.add(pieces[at])
+        if len(pieces) == 1:
+            found |= passed
     return {vocabulary[token] for token in found if token in vocabulary}
 
 
