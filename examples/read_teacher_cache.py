@@ -11,22 +11,17 @@ import json
 import numpy as np
 
 
-def unpack(stream, k, width):
-    flat = np.unpackbits(stream, axis=-1, count=k * width, bitorder="little")
-    return flat.reshape(-1, k, width) @ (1 << np.arange(width))
+def unpack(x, k, bits):
+    return np.unpackbits(x, axis=-1, count=k * bits, bitorder="little").reshape(-1, k, bits) @ (1 << np.arange(bits))
 
 
 def read_row(folder, index):
     about = json.load(open(f"{folder}/MANIFEST.json"))
-    n, k, low, per = (
-        about["layout"]["sequence_length"],
-        about["layout"]["k"],
-        about["low_bits"],
-        about["rows_per_shard"],
-    )
-    row = [("text", "<u8"), ("crc", "<u4"), ("tokens", [tuple(field) for field in about["record"]], (n,))]
+    k, low, per = about["layout"]["k"], about["low_bits"], about["rows_per_shard"]
+    token, n = [tuple(field) for field in about["record"]], about["layout"]["sequence_length"]
+    row = [("text", "<u8"), ("crc", "<u4"), ("tokens", token, (n,))]
     tokens = np.memmap(f"{folder}/shard-{index // per:05d}.bin", dtype=row, mode="r")[index % per]["tokens"]
-    found = {name: np.array(tokens[name]) for name in tokens.dtype.names}
+    found = {name: np.array(tokens[name]) for name, _ in token}
     for name in found.keys() & {"ids"}:
         found[name] = unpack(found[name], k, about["id_bits"])
     for name in found.keys() & {"low"}:
