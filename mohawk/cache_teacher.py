@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from mohawk.checkpoints import MANIFEST, fsync, locked, why_incomplete
 from mohawk.errors import UserError
-from mohawk.evaluate import Head
+from mohawk.heads import Head
 from mohawk.teacher_answers import Answers, make_answers, teacher_hash, within
 from mohawk.teacher_cache import (
     FORMAT,
@@ -163,9 +163,9 @@ def cache_teacher(
     What is left out is phase 3's (temperature, sequence_length, batch_size). tokens: only so many, instead of one pass
     over the text. Raises UserError.
     """
-    from mohawk.convert import pick_device
     from mohawk.data import PackedDataset, load_data
     from mohawk.precision import autocast_dtype
+    from mohawk.run import pick_device
     from mohawk.teachers import load_teacher, load_tokenizer
     from mohawk.text import tokenizer_key
 

@@ -54,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
         return 2
     except KeyboardInterrupt:
-        resumed = options.run in (_demo, _convert, _select, _cache)
+        resumed = options.run in (_demo, _convert, _distill, _select, _cache, _generate_data)
         print("stopped" + "; the same command goes on from what was saved" * resumed, file=sys.stderr)
         return 130
     except BrokenPipeError:
@@ -96,6 +96,12 @@ def parser() -> argparse.ArgumentParser:
     convert.add_argument("--dry-run", action="store_true", help="print the plan and exit")
     convert.add_argument("--output", metavar="DIR", help="the run's folder, instead of the recipe's")
     _add_set(convert)
+
+    distill = command("distill", _distill, "distil a teacher into a student by a recipe, or go on with a stopped run")
+    distill.add_argument("recipe", type=Path, metavar="RECIPE", help="a YAML file")
+    distill.add_argument("--dry-run", action="store_true", help="print the plan and exit")
+    distill.add_argument("--output", metavar="DIR", help="the run's folder, instead of the recipe's")
+    _add_set(distill)
 
     select = command("select", _select, "rank a run's layers by what it costs to replace their attention")
     select.add_argument(
@@ -175,6 +181,69 @@ def parser() -> argparse.ArgumentParser:
     generate.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     generate.add_argument("--seed", type=_number(int, 0), metavar="N", help="of sampling")
 
+    data = command("generate-data", _generate_data, "write a teacher's answers to prompts as JSON lines to train on")
+    data.add_argument("prompts", nargs="+", metavar="SOURCE", help="text lines, .jsonl, .parquet or a hub dataset")
+    data.add_argument(
+        "--model", required=True, metavar="MODEL", help="folder, run, .gguf file or hub id; its name at URL"
+    )
+    data.add_argument("--endpoint", metavar="URL", help="an OpenAI-compatible API, such as http://localhost:8000/v1")
+    data.add_argument(
+        "--output", type=Path, required=True, metavar="DIR", help="the answers' folder; goes on if it can"
+    )
+    data.add_argument("--chat", action="store_true", help="a prompt is a user's message: chat template, or chat API")
+    reading = data.add_argument_group("prompts")
+    reading.add_argument("--field", default="prompt", metavar="NAME", help="of each row; default: prompt")
+    reading.add_argument(
+        "--format", metavar="FORMAT", help="text (lines), paragraphs, jsonl or parquet; default: by suffix"
+    )
+    reading.add_argument("--split", default="train", metavar="NAME", help="of a hub dataset; default: train")
+    reading.add_argument("--subset", metavar="NAME", help="of a hub dataset")
+    reading.add_argument(
+        "--limit", type=_number(int, 1), metavar="N", help="only the first N; without it, all the rest"
+    )
+    decoding = data.add_argument_group("decoding (greedy without --beams and --temperature)")
+    decoding.add_argument("--samples", type=_number(int, 1), default=1, metavar="N", help="per prompt; default: 1")
+    decoding.add_argument(
+        "--max-new-tokens", type=_number(int, 1), default=256, metavar="N", help="of an answer; default: 256"
+    )
+    decoding.add_argument("--beams", type=_number(int, 1), metavar="K", help="beam search, the N best of K")
+    decoding.add_argument(
+        "--temperature", type=_number(float, 0), metavar="T", help="sample at this; 1 is the teacher's"
+    )
+    decoding.add_argument("--top-p", type=_number(float, 0, 1), metavar="P", help="sample from this share; default: 1")
+    decoding.add_argument("--seed", type=_number(int, 0), default=0, metavar="N", help="of sampling; default: 0")
+    local = data.add_argument_group("a local teacher")
+    local.add_argument("--batch-size", type=_number(int, 1), metavar="N", help="sequences at once; default: 8")
+    local.add_argument(
+        "--dtype", choices=("float32", "bfloat16", "float16", "auto"), help="default: auto; cpu: float32"
+    )
+    local.add_argument("--device", choices=("auto", "cpu", "cuda"), help="default: auto")
+    local.add_argument("--revision", metavar="NAME", help="of a hub model")
+    local.add_argument("--tokenizer", metavar="MODEL", help="folder or hub id, where the model comes without one")
+    local.add_argument("--trust-remote-code", action="store_true", default=None, help="run the checkpoint's own code")
+    remote = data.add_argument_group("an endpoint")
+    remote.add_argument("--key-env", metavar="NAME", help="environment variable with the key; default: OPENAI_API_KEY")
+    remote.add_argument("--concurrency", type=_number(int, 1), metavar="N", help="requests at once; default: 8")
+    remote.add_argument("--timeout", type=_number(float, 0), metavar="S", help="of silence; default: 120 seconds")
+    remote.add_argument("--retries", type=_number(int, 0), metavar="N", help="of one request; default: 6")
+    remote.add_argument(
+        "--request", metavar="JSON", help='more fields of each request, null drops one: {"top_k": 20, "logprobs": null}'
+    )
+    keep = data.add_argument_group("which answers are kept")
+    keep.add_argument("--min-tokens", type=_number(int, 0), metavar="N")
+    keep.add_argument("--max-tokens", type=_number(int, 1), metavar="N")
+    keep.add_argument(
+        "--max-repetition", type=_number(float, 0, 1), metavar="S", help="share of runs of words that came before"
+    )
+    keep.add_argument("--ngram", type=_number(int, 1), default=4, metavar="N", help="words in such a run; default: 4")
+    keep.add_argument(
+        "--min-agreement", type=_number(float, 0, 1), metavar="S", help="share of the samples with the same answer"
+    )
+    keep.add_argument("--answer", metavar="REGEX", help="what of the response is the answer: its last match, group 1")
+    keep.add_argument("--normalizer", metavar="MODULE:FUNCTION", help="(answer) -> text that is compared, or None")
+    keep.add_argument("--scorer", metavar="MODULE:FUNCTION", help="(prompt, response) -> float")
+    keep.add_argument("--min-score", type=float, metavar="X", help="what the scorer has to give")
+
     export = command("export", _export, "write a student that runs where mohawk is not installed, and check it")
     export.add_argument("model", type=Path, metavar="RUN", help="a run's folder, or a student's")
     export.add_argument(
@@ -231,16 +300,22 @@ def _demo(options: argparse.Namespace) -> None:
 
 def _convert(options: argparse.Namespace) -> None:
     from mohawk.recipe import Recipe
-    from mohawk.recipe_text import quoted
 
-    overrides = list(options.set)
-    if options.output is not None:
-        overrides.append(f"output={quoted(options.output)}")
-    recipe = Recipe.load(options.recipe, overrides)
+    recipe = Recipe.load(options.recipe, _overrides(options))
 
     from mohawk.convert import convert
 
     convert(recipe, dry_run=options.dry_run)
+
+
+def _distill(options: argparse.Namespace) -> None:
+    from mohawk.distill_recipe import DistillRecipe
+
+    recipe = DistillRecipe.load(options.recipe, _overrides(options))
+
+    from mohawk.distill import distill
+
+    distill(recipe, dry_run=options.dry_run)
 
 
 def _select(options: argparse.Namespace) -> None:
@@ -304,6 +379,41 @@ def _generate(options: argparse.Namespace) -> None:
     )
 
 
+def _generate_data(options: argparse.Namespace) -> None:
+    def given(*names: str) -> dict[str, object]:
+        return {name: value for name in names if (value := getattr(options, name)) is not None}
+
+    local = given("batch_size", "dtype", "device", "revision", "tokenizer", "trust_remote_code")
+    remote = given("key_env", "concurrency", "timeout", "retries", "request")
+    if options.endpoint is None:
+        _refuse(remote, "--endpoint URL; give one, or leave it out")
+    else:
+        _refuse(local, "a local teacher; leave it out, or --endpoint")
+    if options.beams is not None and options.temperature:
+        raise UserError("--beams and --temperature: a search draws nothing; give one of the two")
+    if options.top_p is not None and not options.temperature:
+        raise UserError("--top-p needs --temperature above 0: greedy decoding has nothing to sample from")
+    method = "beam" if options.beams is not None else "sample" if options.temperature else "greedy"
+
+    from mohawk.decoding import Decoding
+    from mohawk.filters import Filters
+    from mohawk.generate_data import generate_from
+
+    used = ("samples", "max_new_tokens", "beams", "top_p", "seed") + (("temperature",) if options.temperature else ())
+    generate_from(
+        options.prompts,
+        options.model,
+        options.output,
+        decoding=Decoding(method=method, **given(*used)),
+        filters=Filters(**given(*Filters.__dataclass_fields__)),
+        endpoint=options.endpoint,
+        chat=options.chat,
+        reading=given("field", "format", "split", "subset"),
+        limit=options.limit,
+        teacher=local or remote,
+    )
+
+
 def _export(options: argparse.Namespace) -> None:
     from mohawk.export import export
 
@@ -342,6 +452,13 @@ def _doctor(options: argparse.Namespace) -> None:
     doctor()
 
 
+def _overrides(options: argparse.Namespace) -> list[str]:
+    """What the command line changes in a recipe."""
+    from mohawk.recipe_text import quoted
+
+    return [*options.set, *([] if options.output is None else [f"output={quoted(options.output)}"])]
+
+
 def _add_by(sub: argparse.ArgumentParser) -> None:
     sub.add_argument(
         "--by", choices=("kl", "recall", "both", "alone"), default="kl", help="how layers are ranked; default: kl"
@@ -378,7 +495,7 @@ def _number(kind: type, low: float, high: float = float("inf")) -> Callable[[str
 class _Terminal(logging.Handler):
     """Log lines on stderr, above a progress bar if there is one: warnings, and what the user waits for."""
 
-    waited_for = ("mohawk.fetch", "mohawk.demo", "mohawk.data", "mohawk.text", "mohawk.cache_teacher")
+    waited_for = tuple(f"mohawk.{name}" for name in ("fetch", "demo", "data", "text", "cache_teacher", "generate_data"))
 
     def filter(self, record: logging.LogRecord) -> bool:
         return record.levelno >= logging.WARNING or record.name in self.waited_for

@@ -55,8 +55,11 @@ def check(
 def _expanded(data: dict[str, Any]) -> dict[str, Any]:
     """With the shorthands written out: `teacher: path`, and a bare string among the texts."""
     data = dict(data)
-    if isinstance(data.get("teacher"), str):
-        data["teacher"] = {"model": data["teacher"]}
+    for key in ("teacher", "student"):
+        if isinstance(data.get(key), str):
+            data[key] = {"model": data[key]}
+    if isinstance(data.get("teachers"), list):
+        data["teachers"] = [{"model": given} if isinstance(given, str) else given for given in data["teachers"]]
     if isinstance(data.get("data"), dict):
         data["data"] = dict(data["data"])
         for key in ("train", "evaluation"):
@@ -171,6 +174,7 @@ def _mend(data: dict[str, Any], at: Where) -> None:
         ("teacher", "model"): "?",
         ("data",): {"train": train},
         ("data", "train"): train,
+        ("stages",): [{}],
     }
     parent: Any = data
     for key in at[:-1]:

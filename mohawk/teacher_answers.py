@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from mohawk.errors import UserError
-from mohawk.evaluate import Head
+from mohawk.heads import Head
 from mohawk.kernels.kd_chunked import finish_logits
 from mohawk.kernels.kd_products import logits_product
 from mohawk.teacher_records import DTYPES, KINDS, Layout, encode_logprobs, pack_ascending, pack_ids
@@ -152,7 +152,7 @@ def make_answers(
         raise UserError(f"kind: got {kind!r}; allowed: {', '.join(KINDS)}")
     if not len(dataset):
         raise UserError("data: has no rows to cache; give text")
-    head = Head.stored(teacher)
+    head = Head.of(teacher).detached()
     dtype = autocast or head.weight.dtype
     name = str(dtype).removeprefix("torch.")
     if name not in DTYPES or not head.weight.dtype.is_floating_point:

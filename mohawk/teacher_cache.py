@@ -25,7 +25,7 @@ from torch import Tensor
 
 from mohawk.checkpoints import MANIFEST, why_incomplete
 from mohawk.errors import UserError
-from mohawk.evaluate import Head
+from mohawk.heads import Head
 from mohawk.kernels.kd_teachers import Teacher, TeacherHidden, TeacherSamples, TeacherTopK
 from mohawk.teacher_records import DTYPES, Layout, decode, is_whole, text_digest
 

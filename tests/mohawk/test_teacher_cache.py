@@ -14,7 +14,7 @@ from mohawk.cache_teacher import write_cache
 from mohawk.checkpoints import MANIFEST
 from mohawk.data import PackedDataset, collate
 from mohawk.errors import UserError
-from mohawk.evaluate import Head
+from mohawk.heads import Head
 from mohawk.kernels.kd_loss import TeacherHidden, TeacherLogits, TeacherSamples, TeacherTopK, kd_loss, linear_kd_loss
 from mohawk.teacher_cache import CachedRows, TeacherCache, shard_name
 from mohawk.teacher_records import ROUNDING
@@ -127,7 +127,7 @@ def test_hidden_states_are_the_teachers_bit_for_bit_and_so_is_the_loss(tmp_path,
     batch = whole(dataset, TeacherCache(tmp_path / "c"))
     assert batch["teacher_hidden"].dtype == (dtype or torch.float32)
     assert torch.equal(batch["teacher_hidden"], teacher_hidden)
-    head = Head.stored(teacher)
+    head = Head.of(teacher).detached()
     assert torch.equal(cache.head().weight, head.weight) and cache.head().weight.dtype == head.weight.dtype
     student = make_llama(2)
     hidden, _ = online(student, batch)
