@@ -68,18 +68,24 @@ def train_step(model: DistributedDataParallel, optimizer: torch.optim.Optimizer,
     return (total / dist.get_world_size()).item()
 
 
-def main(steps: int = 5) -> list[float]:
-    if "RANK" in os.environ:  # started by torchrun
-        dist.init_process_group("gloo")  # on GPUs nccl, with models and batches moved to this process's device
-    else:
-        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+def train(steps: int) -> list[float]:
     torch.manual_seed(0)  # the same models everywhere
     student, teacher = TinyLM(), TinyLM(width=48)  # hidden sizes may differ
     model = DistributedDataParallel(Distillation(student, teacher, temperature=2.0, kd_weight=0.9, ce_weight=0.1))
     optimizer = torch.optim.AdamW(student.parameters(), lr=1e-2)
     torch.manual_seed(1 + dist.get_rank())  # other data everywhere
     batches = [(ids, ids) for ids in torch.randint(0, 64, (2, 4, 16))]
-    losses = [train_step(model, optimizer, batches) for _ in range(steps)]
+    return [train_step(model, optimizer, batches) for _ in range(steps)]
+
+
+def main(steps: int = 5) -> list[float]:
+    if "RANK" in os.environ:  # started by torchrun
+        dist.init_process_group("gloo")  # on GPUs nccl, with models and batches moved to this process's device
+    else:
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    # The model must be gone before its group: DDP, taken down last, joins gloo's threads with the interpreter's lock in
+    # hand, which one of them may be waiting for.
+    losses = train(steps)
     if dist.get_rank() == 0:
         print("loss of each step:", *(f"{loss:.4f}" for loss in losses))
     dist.destroy_process_group()

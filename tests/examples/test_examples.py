@@ -132,6 +132,7 @@ def test_distributed_data_parallel_is_one_process(example, tmp_path):
         optimizer = torch.optim.SGD(student.parameters(), lr=0.5)
         losses = [module.train_step(model, optimizer, ddp_batches(rank)) for _ in range(3)]
         torch.save((losses, dict(student.named_parameters())), f"{tmp_path}/{rank}.pt")
+        del model  # before its group, as the example says
         dist.destroy_process_group()
 
     pids = [fork(lambda rank=rank: rank_main(rank)) for rank in range(2)]
