@@ -80,7 +80,8 @@ def evaluated(run: Path, wanted: list[list[int]]) -> Iterator[tuple[list[int], d
     from tqdm import tqdm
 
     from mohawk.convert import Conversion
-    from mohawk.evaluate import Head, compare, final_hidden_states
+    from mohawk.evaluate import compare, packed_hidden_states
+    from mohawk.heads import Head
     from mohawk.layer_swap import keep_attention
     from mohawk.models.families import decoder_layers
     from mohawk.models.hybrid import HybridForCausalLM
@@ -88,7 +89,7 @@ def evaluated(run: Path, wanted: list[list[int]]) -> Iterator[tuple[list[int], d
     from mohawk.recipe import Recipe
 
     conversion = Conversion(Recipe.load(run / "recipe.yaml"), run, Console())
-    states, head = conversion.texts["evaluation"], Head.of(conversion.teacher)
+    states, head = conversion.texts["evaluation"], Head.of(conversion.teacher).frozen()
     lists = recall_batches(conversion.tokenizer, 2048, seed=1)
     student = HybridForCausalLM.from_pretrained(run / "phases" / "hidden" / "student").to(conversion.device).eval()
     mixers, settings = list(decoder_layers(student)), {"device": conversion.device, "autocast": conversion.autocast}
@@ -97,7 +98,7 @@ def evaluated(run: Path, wanted: list[list[int]]) -> Iterator[tuple[list[int], d
             decoder_layers(student)[i] = layer
         student.config.layer_types = ["linear_attention"] * len(mixers)
         keep_attention(student, conversion.teacher, [i for i in range(len(mixers)) if i not in attention])
-        hidden = (final_hidden_states(student, batch, head, **settings) for batch in lists)
+        hidden = (packed_hidden_states(student, batch, **settings) for batch in lists)
         result = asdict(compare(student, states, autocast=conversion.autocast))
         yield attention, result | {"recall": asdict(recall_of(hidden, lists, head))}
 

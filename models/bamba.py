@@ -57,6 +57,11 @@ def why_not_bamba(config: HybridConfig, *, pad_expand: bool = False) -> str | No
     if "sliding_attention" in config.layer_types and window < base.max_position_embeddings:
         left = [i for i, kind in enumerate(config.layer_types) if kind == "sliding_attention"]
         return f"the attention in layers {_listed(left)} sees a sliding window of {window} tokens, Bamba's sees all"
+    if config.output_norm_eps != base.rms_norm_eps:
+        return (
+            f"its mixers' output norms have epsilon {config.output_norm_eps:g}, its other norms {base.rms_norm_eps:g}; "
+            "Bamba has one for all"
+        )
     if config.is_pure_ssm:
         return "no attention layer is left: transformers sizes Bamba's cache and mask from one, and generate fails"
     inner = config.mixer_num_heads * config.mixer_head_dim

@@ -26,6 +26,8 @@ class Family:
         mlp_norms: the norms around the MLP.
         parallel: attention and MLP read the same norm and are added up.
         norm_offset: norms multiply by this plus their weight.
+        mlp_inputs, mlp_output: the MLP's projections; an input with twice the rows makes gate and values at once.
+        embedding_scale: whether the model multiplies its embedding by sqrt(hidden_size).
         final_norm: the norm behind the last layer.
         head_bias: whether lm_head has a bias.
     """
@@ -40,6 +42,9 @@ class Family:
     mlp_norms: tuple[str, ...] = ("post_attention_layernorm",)
     parallel: bool = False
     norm_offset: float = 0.0
+    mlp_inputs: tuple[str, ...] = ("gate_proj", "up_proj")
+    mlp_output: str = "down_proj"
+    embedding_scale: bool = False
     final_norm: str = "norm"
     head_bias: bool = False
 
@@ -56,6 +61,7 @@ FAMILIES: dict[str, Family] = {
         output_norm="post_attention_layernorm",
         mlp_norms=("pre_feedforward_layernorm", "post_feedforward_layernorm"),
         norm_offset=1.0,
+        embedding_scale=True,
     ),
     "olmo2": Family(
         models="OLMo 2",
@@ -72,10 +78,12 @@ FAMILIES: dict[str, Family] = {
         key_norm="k_layernorm",
         mlp_norms=(),
         parallel=True,
+        mlp_inputs=("fc1",),
+        mlp_output="fc2",
         final_norm="final_layernorm",
         head_bias=True,
     ),
-    "phi3": Family(models="Phi-3, Phi-3.5, Phi-4, their minis", fused_qkv="qkv_proj"),
+    "phi3": Family(models="Phi-3, Phi-3.5, Phi-4, their minis", fused_qkv="qkv_proj", mlp_inputs=("gate_up_proj",)),
 }
 
 

@@ -42,6 +42,7 @@ class HybridConfig(PreTrainedConfig):
         mixer: "mamba2" or "discrete_mamba2".
         mixer_num_heads, mixer_head_dim, mixer_state_size, mixer_num_groups, mixer_conv_kernel, mixer_bias: the mixers'
             shapes (see `SSMMixer`); heads and head dim default to the decoder's attention, state size to its head dim.
+        mixer_norm_eps: of the mixers' output norm; default the decoder's rms_norm_eps.
 
     Raises:
         ValueError: unknown mixer, or layer_types that do not fit the base configuration.
@@ -62,6 +63,7 @@ class HybridConfig(PreTrainedConfig):
         mixer_num_groups=None,
         mixer_conv_kernel=4,
         mixer_bias=False,
+        mixer_norm_eps=None,
         **kwargs,
     ):
         if isinstance(base_config, dict):
@@ -72,6 +74,7 @@ class HybridConfig(PreTrainedConfig):
         self.mixer_num_heads, self.mixer_head_dim = mixer_num_heads, mixer_head_dim
         self.mixer_state_size, self.mixer_num_groups = mixer_state_size, mixer_num_groups
         self.mixer_conv_kernel, self.mixer_bias = mixer_conv_kernel, mixer_bias
+        self.mixer_norm_eps = mixer_norm_eps
         self.layer_types = layer_types
         if base_config is not None:
             if mixer not in MIXERS:
@@ -102,6 +105,13 @@ class HybridConfig(PreTrainedConfig):
         """Whether no attention layer is left."""
         return len(self.ssm_layers) == len(self.layer_types)
 
+    @property
+    def output_norm_eps(self) -> float:
+        """Epsilon of the mixers' output norm."""
+        if self.mixer_norm_eps is not None:
+            return self.mixer_norm_eps
+        return getattr(self.base_config, "rms_norm_eps", 1e-5)
+
     def make_mixer(self, layer_idx: int) -> SSMMixer:
         """A freshly initialised mixer for one layer."""
         return MIXERS[self.mixer](
@@ -112,7 +122,7 @@ class HybridConfig(PreTrainedConfig):
             self.mixer_num_groups,
             self.mixer_conv_kernel,
             bias=self.mixer_bias,
-            norm_eps=getattr(self.base_config, "rms_norm_eps", 1e-5),
+            norm_eps=self.output_norm_eps,
             layer_idx=layer_idx,
         )
 

@@ -18,7 +18,7 @@ import torch
 from rich.console import Console
 
 from mohawk.checkpoints import is_complete, write_whole
-from mohawk.convert import COMPOSED, RECIPE, claimed
+from mohawk.convert import COMPOSED
 from mohawk.describe import describe_layers
 from mohawk.errors import UserError
 from mohawk.layer_probe import fingerprint
@@ -27,6 +27,7 @@ from mohawk.metrics import METRICS
 from mohawk.models.hybrid import SSM_LAYER, HybridConfig, HybridForCausalLM, attention_types
 from mohawk.recipe import EndToEnd, Recipe
 from mohawk.report import read_json, write_json, write_text
+from mohawk.run import RECIPE, claimed
 from mohawk.select_layers import RANKINGS, SELECTION, trained_student
 from mohawk.teachers import load_teacher
 

@@ -19,48 +19,12 @@ from torch import Tensor, nn
 
 from mohawk.data import collate
 from mohawk.errors import UserError
+from mohawk.heads import Head, final_hidden_states
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 ROWS = 256  # through the heads at once: 256 x 49152 float32 logits are 50 MB a side
-
-
-@dataclass(frozen=True)
-class Head:
-    """What turns final hidden states (..., hidden) into logits (..., vocab): a model's output embedding.
-
-    logits = softcap * tanh(scale * (hidden @ weight.T + bias) / softcap), without the parts that are None.
-    """
-
-    weight: Tensor
-    bias: Tensor | None
-    scale: float
-    softcap: float | None
-
-    @classmethod
-    def of(cls, model: PreTrainedModel) -> Head:
-        """The head of any Hugging Face causal language model, in float32. Raises UserError if it has none."""
-        output = model.get_output_embeddings()
-        if output is None:
-            raise UserError(f"evaluation: {type(model).__name__} has no output embedding to compare logits of")
-        config = model.config.get_text_config()
-        scale = getattr(config, "logit_scale", None) or 1.0  # Cohere multiplies, Granite divides
-        scale /= getattr(config, "logits_scaling", None) or 1.0
-        bias = getattr(output, "bias", None)
-        return cls(
-            output.weight.detach().float(),
-            None if bias is None else bias.detach().float(),
-            float(scale),
-            getattr(config, "final_logit_softcapping", None),
-        )
-
-    def logits(self, hidden: Tensor) -> Tensor:
-        """Float32 logits (..., vocab) of hidden states (..., hidden) of any dtype."""
-        logits = nn.functional.linear(hidden.float(), self.weight, self.bias)
-        if self.scale != 1:
-            logits = logits * self.scale
-        return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
 
 
 @dataclass(frozen=True)
@@ -122,11 +86,11 @@ def teacher_states(
         collate([dataset[i] for i in range(start, min(start + batch_size, len(dataset)))])
         for start in range(0, len(dataset), batch_size)
     ]
-    head = Head.of(teacher)
+    head = Head.of(teacher).frozen()
     hidden = []
     with _evaluating(teacher):
         for batch in batches:
-            states = final_hidden_states(teacher, batch, head, device=device, autocast=autocast)
+            states = packed_hidden_states(teacher, batch, device=device, autocast=autocast)
             hidden.append(states[_predicting(batch).to(device)].cpu())
     if not sum(len(h) for h in hidden):
         raise UserError("evaluation: the text predicts no token; give at least two tokens of it")
@@ -146,13 +110,12 @@ def compare(
     Where the vocabularies differ in padding, the entries both have are compared.
     """
     device = torch.device(device) if device is not None else student.device
-    student_head = Head.of(student)
-    teacher_head = Head(*(t.to(device) if isinstance(t, Tensor) else t for t in vars(states.head).values()))
+    student_head, teacher_head = Head.of(student).frozen(), states.head.to(device)
     vocab = min(len(student_head.weight), len(teacher_head.weight))
     totals = torch.zeros(4, dtype=torch.float64, device=device)
     with _evaluating(student):
         for batch, teacher_hidden in zip(states.batches, states.hidden, strict=True):
-            hidden = final_hidden_states(student, batch, student_head, device=device, autocast=autocast)
+            hidden = packed_hidden_states(student, batch, device=device, autocast=autocast)
             predicting = _predicting(batch)
             student_hidden = hidden[predicting.to(device)]
             targets = batch["labels"][:, 1:][predicting[:, :-1]].to(device)
@@ -194,45 +157,21 @@ def _predicting(batch: dict[str, Tensor]) -> Tensor:
     return nn.functional.pad(batch["labels"][:, 1:] != -100, (0, 1))
 
 
-def final_hidden_states(
+def packed_hidden_states(
     model: PreTrainedModel,
     batch: dict[str, Tensor],
-    head: Head,
     *,
     device: torch.device,
     autocast: torch.dtype | None = None,
 ) -> Tensor:
-    """What the model gives its output embedding, (batch, sequence, hidden), without computing all logits.
+    """What the model gives its output embedding for a packed batch, (batch, sequence, hidden).
 
-    The positions restart in every segment, by which transformers' models know that a row is packed. The last
-    position's logits are computed and check `head` against the model. Raises UserError where they differ.
+    The positions restart in every segment, by which transformers' models know that a row is packed. Raises UserError
+    as `mohawk.heads.final_hidden_states`.
     """
-    seen: list[Tensor] = []
-
-    def keep(_module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor]:
-        seen.append(args[0])
-        return (args[0][:, -1:],)
-
-    hook = model.get_output_embeddings().register_forward_pre_hook(keep)
-    try:
-        with torch.autocast(device.type, dtype=autocast, enabled=autocast is not None):
-            last = model(
-                input_ids=batch["input_ids"].to(device),
-                position_ids=batch["position_ids"].to(device),
-                use_cache=False,
-            ).logits[:, -1]
-    finally:
-        hook.remove()
-    (hidden,) = seen
-    last = last.float()
-    error = (head.logits(hidden[:, -1]) - last).norm() / last.norm()
-    # half-precision rounding stays far below 5 %, a missing scale or softcap that matters far above
-    if error > 0.05:  # and not for NaN: a broken student has a perplexity too, NaN
-        raise UserError(
-            f"evaluation: {type(model).__name__} does more to its logits than scale and softcap "
-            "them, which is not supported"
-        )
-    return hidden
+    inputs = {name: batch[name].to(device) for name in ("input_ids", "position_ids")}
+    with torch.autocast(device.type, dtype=autocast, enabled=autocast is not None):
+        return final_hidden_states(model, inputs)
 
 
 @contextlib.contextmanager

@@ -18,7 +18,6 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from mohawk.checkpoints import MANIFEST, write_whole
-from mohawk.convert import pick_device
 from mohawk.describe import student_folder
 from mohawk.errors import UserError
 from mohawk.kernels.mixing import Mixing, mixing_matrix
@@ -28,6 +27,7 @@ from mohawk.models.hybrid import HybridConfig
 from mohawk.models.mixers import SSMMixer
 from mohawk.plots import PANEL, HeadPicture, percent, plot_layer
 from mohawk.recipe import Recipe
+from mohawk.run import pick_device
 from mohawk.teachers import load_config, load_teacher, load_tokenizer
 
 INDEX = "index.html"

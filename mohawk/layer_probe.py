@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from mohawk.checkpoints import MANIFEST
 from mohawk.convert import Conversion
-from mohawk.evaluate import Head
+from mohawk.heads import Head
 from mohawk.kernels.kd_loss import TeacherHidden, linear_kd_loss
 from mohawk.layer_swap import LayerSwap
 from mohawk.models.hybrid import HybridForCausalLM
@@ -56,7 +56,7 @@ class Probe:
         }  # fmt: skip
         self._text = LayerSwap(teacher, student, states.batches, autocast=conversion.autocast)
         self._lists = LayerSwap(teacher, student, lists, autocast=conversion.autocast)
-        self._head = Head.of(teacher)
+        self._head = Head.of(teacher).frozen()
         self._weight = self._head.weight.to(conversion.autocast or torch.float32)
         self._expected = list(self._text.final_hidden(()))
         self._file, self._bar = folder / MEASURED, None

@@ -76,8 +76,8 @@ def evaluate_tasks(
     name = student_folder(folder)
     manager = task_manager(tasks, task_path)
 
-    from mohawk.convert import pick_device
     from mohawk.precision import autocast_dtype
+    from mohawk.run import pick_device
     from mohawk.teachers import load_teacher, load_tokenizer
 
     device = pick_device(recipe.device)
@@ -183,7 +183,8 @@ def harness_model(
     import torch
     from lm_eval.models.huggingface import HFLM
 
-    from mohawk.evaluate import Head, final_hidden_states
+    from mohawk.evaluate import packed_hidden_states
+    from mohawk.heads import Head
 
     class Scored(HFLM):
         def _model_call(self, inps: torch.Tensor, attn_mask=None, labels=None) -> torch.Tensor:
@@ -194,10 +195,10 @@ def harness_model(
             positions = torch.arange(inps.shape[1], device=inps.device).expand_as(inps)
             batch = {"input_ids": inps, "position_ids": positions}
             with torch.inference_mode():
-                hidden = final_hidden_states(self.model, batch, head, device=inps.device, autocast=autocast)
+                hidden = packed_hidden_states(self.model, batch, device=inps.device, autocast=autocast)
                 return head.logits(hidden)
 
-    head = Head.of(model)
+    head = Head.of(model).frozen()
     with _errors_only("lm_eval.models.huggingface"):  # it would say that a model is not a model's name
         return Scored(
             pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=batch_size,

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from mohawk.errors import UserError
-from mohawk.evaluate import Head
+from mohawk.heads import Head
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

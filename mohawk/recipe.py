@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
@@ -17,6 +17,9 @@ from mohawk import recipe_text
 from mohawk.errors import UserError
 from mohawk.recipe_check import check
 from mohawk.recipe_text import RecipeText
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 
 def _whole(value: Any) -> Any:
@@ -183,13 +186,31 @@ class Evaluation(Section):
     continuation_tokens: Count = Field(60, description="of the prompt's continuation")
 
 
-class Recipe(Section):
-    """A whole run. Make one with `load` or `from_dict`, which find contradictions between values as well."""
+def phase_contradictions(
+    phase: Phase, at: recipe_text.Path, name: str, or_else: str
+) -> Iterator[tuple[list[recipe_text.Path], str]]:
+    """What contradicts itself in one phase's budget; `name` as a reader knows it, `or_else` the last way out."""
+    if phase.warmup + phase.decay > 1:
+        yield (
+            [(*at, "warmup"), (*at, "decay")],
+            f"{name}: warmup {phase.warmup:g} and decay {phase.decay:g} are shares of the steps "
+            "and together exceed 1; lower one",
+        )
+    if phase.tokens < phase.tokens_per_step:
+        yield (
+            [(*at, key) for key in ("tokens", "batch_size", "sequence_length", "gradient_accumulation")],
+            f"{name}: {phase.tokens} tokens do not fill one step of batch_size x sequence_length "
+            f"x gradient_accumulation = {phase.tokens_per_step} tokens; raise tokens, lower one of them, "
+            f"or {or_else}",
+        )
 
-    teacher: Teacher = Field(description="the Transformer to convert")
-    student: Student = Field(Student(), description="what takes attention's place")
+
+class RecipeFile(Section):
+    """The fields that decide every kind of run. Make one with `load` or `from_dict`, which find contradictions between
+    values as well."""
+
+    teacher: Teacher = Field(description="the model to learn from")
     data: Data = Field(description="the text")
-    phases: Phases = Field(Phases(), description="the training phases")
     evaluation: Evaluation = Field(Evaluation(), description="what is measured before, between and after")
     precision: Literal["auto", "float32", "bfloat16"] = Field(
         "auto", description="of training; auto: bfloat16 autocast where the device is fast at it"
@@ -201,7 +222,7 @@ class Recipe(Section):
     )
 
     @classmethod
-    def load(cls, path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    def load(cls, path: str | Path, overrides: Sequence[str] = ()) -> Self:
         """Read and check a YAML file with `a.b=c` overrides on top. Raises UserError, a line per mistake."""
         path = Path(path)
         try:
@@ -211,22 +232,76 @@ class Recipe(Section):
             raise UserError(f"cannot read the recipe {path}: {reason}") from error
         read = RecipeText.read(text, str(path))
         read.data.setdefault("output", f"runs/{path.stem}")
-        return check(cls, read, overrides, _contradictions)
+        return check(cls, read, overrides, cls.contradictions)
 
     @classmethod
-    def from_dict(cls, data: dict[str, Any], overrides: Sequence[str] = ()) -> Recipe:
+    def from_dict(cls, data: dict[str, Any], overrides: Sequence[str] = ()) -> Self:
         """Check plain data as `load` checks a file. Raises UserError."""
         # Through YAML text and back: a deep copy that holds only what a file could hold.
         read = RecipeText.read(recipe_text.write(data), "recipe")
         read.places.clear()  # lines of a text that the caller never saw
-        return check(cls, read, overrides, _contradictions)
+        return check(cls, read, overrides, cls.contradictions)
 
     def to_yaml(self) -> str:
         """The resolved recipe, every value written out; reading it gives an equal recipe."""
-        return recipe_text.write(self.model_dump(mode="json"))
+        values = self.model_dump(mode="json")
+        last = {key: values.pop(key) for key in ("evaluation", "precision", "device", "seed", "output")}
+        return recipe_text.write(values | last)  # as a person would order it
 
     def save(self, path: str | Path) -> None:
         Path(path).write_text(self.to_yaml(), encoding="utf-8")
+
+    def contradictions(self) -> Iterator[tuple[list[recipe_text.Path], str]]:
+        """(the values involved, what is wrong with them together)."""
+        if self.data.validation_share == 0 and not self.data.evaluation:
+            yield (
+                [("data", "validation_share"), ("data", "evaluation")],
+                "data.validation_share is 0 and data.evaluation is empty, so there is no text to evaluate on; "
+                "give one of them",
+            )
+        if self.evaluation.tokens < self.evaluation.sequence_length:
+            yield (
+                [("evaluation", "tokens"), ("evaluation", "sequence_length")],
+                f"evaluation: {self.evaluation.tokens} tokens do not fill one window of "
+                f"{self.evaluation.sequence_length}; raise tokens or lower sequence_length",
+            )
+
+
+class Recipe(RecipeFile):
+    """A whole conversion."""
+
+    teacher: Teacher = Field(description="the Transformer to convert")
+    student: Student = Field(Student(), description="what takes attention's place")
+    phases: Phases = Field(Phases(), description="the training phases")
+
+    def contradictions(self) -> Iterator[tuple[list[recipe_text.Path], str]]:
+        yield from super().contradictions()
+        teacher, phases = self.teacher, self.phases
+        if teacher.gguf_file and teacher.model.lower().endswith(".gguf"):
+            yield (
+                [("teacher", "gguf_file"), ("teacher", "model")],
+                "teacher.gguf_file and a teacher.model that is itself a .gguf file; remove gguf_file",
+            )
+        if self.student.gate == "output" and self.student.init != "attention":
+            yield (
+                [("student", "gate"), ("student", "init")],
+                f"student.gate: output is made from attention weights, but student.init is {self.student.init}; "
+                "use gate: open or init: attention",
+            )
+        for name, phase in phases.active():
+            yield from phase_contradictions(phase, ("phases", name), f"phases.{name}", "set the phase to null")
+        hidden, last = phases.hidden, phases.end_to_end
+        if hidden and hidden.train_mlp and hidden.match == "mixer_output":
+            yield (
+                [("phases", "hidden", "train_mlp"), ("phases", "hidden", "match")],
+                "phases.hidden: train_mlp is true, but match: mixer_output gives an MLP no gradient; "
+                "use match: block_output or train_mlp: false",
+            )
+        if last and last.kd_weight == 0 and last.ce_weight == 0:
+            yield (
+                [("phases", "end_to_end", "kd_weight"), ("phases", "end_to_end", "ce_weight")],
+                "phases.end_to_end: kd_weight and ce_weight are both 0, so there is nothing to learn; raise one",
+            )
 
 
 def shipped(name: str) -> Path:
@@ -238,58 +313,3 @@ def shipped(name: str) -> Path:
         if path.is_file():
             return path
     raise UserError(f"no recipe named {name!r} comes with mohawk")
-
-
-def _contradictions(recipe: Recipe) -> Iterator[tuple[list[recipe_text.Path], str]]:
-    """(the values involved, what is wrong with them together)."""
-    teacher, data, phases = recipe.teacher, recipe.data, recipe.phases
-    if teacher.gguf_file and teacher.model.lower().endswith(".gguf"):
-        yield (
-            [("teacher", "gguf_file"), ("teacher", "model")],
-            "teacher.gguf_file and a teacher.model that is itself a .gguf file; remove gguf_file",
-        )
-    if recipe.student.gate == "output" and recipe.student.init != "attention":
-        yield (
-            [("student", "gate"), ("student", "init")],
-            f"student.gate: output is made from attention weights, but student.init is {recipe.student.init}; "
-            "use gate: open or init: attention",
-        )
-    if data.validation_share == 0 and not data.evaluation:
-        yield (
-            [("data", "validation_share"), ("data", "evaluation")],
-            "data.validation_share is 0 and data.evaluation is empty, so there is no text to evaluate on; "
-            "give one of them",
-        )
-    for name, phase in phases.active():
-        at = ("phases", name)
-        if phase.warmup + phase.decay > 1:
-            yield (
-                [(*at, "warmup"), (*at, "decay")],
-                f"phases.{name}: warmup {phase.warmup:g} and decay {phase.decay:g} are shares of the steps "
-                "and together exceed 1; lower one",
-            )
-        if phase.tokens < phase.tokens_per_step:
-            yield (
-                [(*at, key) for key in ("tokens", "batch_size", "sequence_length", "gradient_accumulation")],
-                f"phases.{name}: {phase.tokens} tokens do not fill one step of batch_size x sequence_length "
-                f"x gradient_accumulation = {phase.tokens_per_step} tokens; raise tokens, lower one of them, "
-                "or set the phase to null",
-            )
-    hidden, last = phases.hidden, phases.end_to_end
-    if hidden and hidden.train_mlp and hidden.match == "mixer_output":
-        yield (
-            [("phases", "hidden", "train_mlp"), ("phases", "hidden", "match")],
-            "phases.hidden: train_mlp is true, but match: mixer_output gives an MLP no gradient; "
-            "use match: block_output or train_mlp: false",
-        )
-    if last and last.kd_weight == 0 and last.ce_weight == 0:
-        yield (
-            [("phases", "end_to_end", "kd_weight"), ("phases", "end_to_end", "ce_weight")],
-            "phases.end_to_end: kd_weight and ce_weight are both 0, so there is nothing to learn; raise one",
-        )
-    if recipe.evaluation.tokens < recipe.evaluation.sequence_length:
-        yield (
-            [("evaluation", "tokens"), ("evaluation", "sequence_length")],
-            f"evaluation: {recipe.evaluation.tokens} tokens do not fill one window of "
-            f"{recipe.evaluation.sequence_length}; raise tokens or lower sequence_length",
-        )

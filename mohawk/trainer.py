@@ -5,7 +5,15 @@ An *objective* is an `nn.Module` with
 - `losses(**batch)`: a generator of `(name, scalar loss)`. Each loss is back-propagated before the next one is
   asked for, so that an objective that goes layer by layer keeps one layer's graph alive. Their sum is the
   step's loss;
-- `parameter_groups(learning_rate, weight_decay)`: AdamW's groups, holding exactly the parameters that train.
+- `parameter_groups(learning_rate, weight_decay)`: AdamW's groups, holding exactly the parameters that train;
+and, where it needs them,
+- `prepare(batch, step)`: what a step trains on instead of a micro-batch, before its tokens are counted;
+- `begin_step(step, steps)`, before the first micro-batch of a step, counted from 0; `end_step(loss)`, after the
+  optimizer's; a step that changed nothing has no end;
+- `measured()`: what a logged record has as `measured`, numbers by name, since it was asked last;
+- `training_state()`: tensors by name and plain values that a checkpoint keeps beside the parameters, and
+  `load_training_state(tensors, values)`;
+- `finished`: true ends the phase before its last step.
 
 What differs from a plain Trainer, and why, is said at each method. In short: gradients are averaged over real
 tokens, over micro-batches and processes alike; a step whose loss or gradient is not finite changes nothing;
@@ -21,7 +29,7 @@ import math
 import os
 import shutil
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +54,7 @@ logger = logging.getLogger(__name__)
 
 WEIGHTS = "trainable.safetensors"
 PHASE_STATE = "phase_state.json"
+OBJECTIVE_STATE = "objective.safetensors"
 IGNORED = -100
 # What fixes the order of the data, and what of an optimizer group the recipe says.
 ORDER_KEYS = ("order_seed", "examples", "batch_size", "gradient_accumulation", "world_size")
@@ -71,6 +80,7 @@ class PhaseTrainer(Trainer):
         max_nonfinite: this many steps in a row (or `max_nonfinite_total` in the phase) with a loss or
             gradient that is not finite end the run with a UserError.
         keep_checkpoints: how many complete checkpoints to keep.
+        report_to: experiment trackers of transformers' (`tensorboard`, `wandb`, ...) that get each record too.
     """
 
     def __init__(
@@ -88,6 +98,7 @@ class PhaseTrainer(Trainer):
         max_nonfinite: int = 3,
         max_nonfinite_total: int = 10,
         keep_checkpoints: int = 1,
+        report_to: Sequence[str] = (),
     ):
         if device not in ("auto", "cpu") and not torch.cuda.is_available():
             raise UserError(f"device: got {device}, but torch sees no CUDA device here; use auto or cpu")
@@ -120,7 +131,7 @@ class PhaseTrainer(Trainer):
             use_cpu=device == "cpu",
             remove_unused_columns=False,
             dataloader_num_workers=0,
-            report_to="none",
+            report_to=list(report_to) or "none",
             disable_tqdm=True,
         )
         args._n_gpu = min(1, args.n_gpu)  # more would mean nn.DataParallel; use torchrun for several GPUs
@@ -160,6 +171,7 @@ class PhaseTrainer(Trainer):
         self._request = StopRequest(SAME_SIGNAL_DISTRIBUTED if several() else SAME_SIGNAL)
         self._stop = False  # all processes agreed to
         self._parts: dict[str, torch.Tensor] = {}  # of the running step, by name
+        self._step_loss: float | None = None  # of the step that just ended, None if it changed nothing
         self._window = Window()
 
     # ---- The phase as a whole ----
@@ -193,6 +205,9 @@ class PhaseTrainer(Trainer):
                 self.args.device,
             )
             set_seed(self.args.seed)  # whatever was drawn until now; a checkpoint brings its own state
+            if checkpoint and _finished(checkpoint):
+                self._load_from_checkpoint(checkpoint)
+                return
             self.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         if self._failure is not None:
             raise UserError(self._failure)
@@ -229,6 +244,9 @@ class PhaseTrainer(Trainer):
     def get_batch_samples(self, epoch_iterator, num_batches, device) -> tuple[list, float]:
         """The micro-batches of one step, and how many real tokens they hold over all processes."""
         batches = list(itertools.islice(epoch_iterator, num_batches))
+        if hasattr(self.model, "prepare"):
+            with self._autocast():
+                batches = [self.model.prepare(self._prepare_inputs(b), self.state.global_step) for b in batches]
         tokens = float(sum(map(_real_tokens, batches)))
         if several():
             tokens = total(torch.tensor(tokens, device=device)).item()
@@ -278,6 +296,7 @@ class PhaseTrainer(Trainer):
         self._parts = {}
         self._stop = self._stop or interrupted > 0
 
+        self._step_loss = sum(parts.values())
         bad = [name for name, value in parts.items() if not math.isfinite(value)]
         if not math.isfinite(norm_value):
             bad.append("the gradient")
@@ -285,6 +304,7 @@ class PhaseTrainer(Trainer):
             # The optimizer passes over a parameter without gradient: neither weights nor its state change.
             for parameter in parameters:
                 parameter.grad = None
+            self._step_loss = None
             self._count_nonfinite(bad)
         else:
             self.nonfinite_in_a_row = 0
@@ -350,6 +370,8 @@ class PhaseTrainer(Trainer):
             "skipped_steps": self.skipped_steps,
             **self._window.drain(self.tokens_per_step),
         }
+        if hasattr(self.model, "measured"):
+            record["measured"] = self.model.measured()
         self.control = self.callback_handler.on_log(self.args, self.state, self.control, record)
 
     # ---- Checkpoints ----
@@ -390,7 +412,11 @@ class PhaseTrainer(Trainer):
         except (RuntimeError, SafetensorError) as error:  # torch.save's and safetensors' full disk
             raise OSError(str(error).splitlines()[0]) from error
         self.state.save_to_json(str(folder / TRAINER_STATE_NAME))
-        (folder / PHASE_STATE).write_text(json.dumps(self._phase_state(), indent=1) + "\n", encoding="utf-8")
+        state = self._phase_state()
+        if hasattr(self.model, "training_state"):
+            tensors, state["objective"] = self.model.training_state()
+            save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, folder / OBJECTIVE_STATE)
+        (folder / PHASE_STATE).write_text(json.dumps(state, indent=1) + "\n", encoding="utf-8")
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None) -> None:
         """Restore the trainable parameters and the phase's counts."""
@@ -409,6 +435,8 @@ class PhaseTrainer(Trainer):
                 parameter.copy_(weights[name])
         then, now = json.loads((checkpoint / PHASE_STATE).read_text()), self._phase_state()
         self.skipped_steps, self.nonfinite_in_a_row = then["skipped_steps"], then["nonfinite_in_a_row"]
+        if hasattr(self.model, "load_training_state"):
+            self.model.load_training_state(load_file(checkpoint / OBJECTIVE_STATE), then["objective"])
         changed = [f"{key} {then[key]} -> {now[key]}" for key in ORDER_KEYS if then[key] != now[key]]
         if changed:
             logger.warning(
@@ -465,8 +493,16 @@ class _PhaseCallback(TrainerCallback):
         share_parameters(list(self.trainer.trainable.values()))
         self.trainer._window.start()
 
+    def on_step_begin(self, args, state, control, **kwargs):
+        if hasattr(self.trainer.model, "begin_step"):
+            self.trainer.model.begin_step(state.global_step, state.max_steps)
+
     def on_step_end(self, args, state, control, **kwargs):
         trainer = self.trainer
+        if trainer._step_loss is not None and hasattr(trainer.model, "end_step"):
+            trainer.model.end_step(trainer._step_loss)
+        if getattr(trainer.model, "finished", False):
+            control.should_save = control.should_training_stop = True
         if trainer._request.number is not None and not several():
             trainer._stop = True  # even when it came after the gradients were final
         if trainer._stop:
@@ -481,6 +517,12 @@ def _real_tokens(batch: dict[str, torch.Tensor]) -> int:
     if "labels" in batch:
         return int((batch["labels"][..., 1:] != IGNORED).sum())
     return next(iter(batch.values())).numel()
+
+
+def _finished(checkpoint: Path) -> bool:
+    """Whether the objective had ended its phase when this was saved."""
+    state = json.loads((checkpoint / PHASE_STATE).read_text(encoding="utf-8"))
+    return bool((state.get("objective") or {}).get("finished"))
 
 
 def _trainable(objective: nn.Module, groups: list[dict[str, Any]]) -> dict[str, nn.Parameter]:

@@ -13,13 +13,14 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config
 
 from mohawk.checkpoints import Interrupted, is_complete
-from mohawk.convert import claimed, convert, untrained_student
+from mohawk.convert import convert, untrained_student
 from mohawk.errors import UserError
 from mohawk.evaluate_run import evaluate_run
 from mohawk.generation import generate
 from mohawk.models.hybrid import HybridForCausalLM
 from mohawk.phases import HiddenObjective, MixingObjective
 from mohawk.recipe import Recipe
+from mohawk.run import claimed
 from tests.models.conftest import tiny_teacher
 from tests.mohawk.tiny_phase import cheap_training, fork, wait  # noqa: F401
 

@@ -10,13 +10,13 @@ from mohawk.data import PackedDataset, split_documents
 from mohawk.errors import UserError
 from mohawk.evaluate import (
     Comparison,
-    Head,
     cache_bytes,
     compare,
     continuation,
     decode_speed,
     teacher_states,
 )
+from mohawk.heads import Head
 from mohawk.text import TokenizedText
 
 LENGTHS = [13, 40, 2, 1, 27, 9]  # one document has nothing to predict

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from mohawk.errors import UserError
-from mohawk.evaluate import Head
+from mohawk.heads import Head
 from mohawk.recall import PAIRS, recall_batches, recall_of
 
 

@@ -1,0 +1,390 @@
+"""Standard distillation: a student learns from what a teacher says of each next token, and from its layers.
+
+`KnowledgeDistiller` is the loss, for plain training loops (`compute_loss`) and for our own trainer, whose objective it
+is (mohawk/trainer.py says what that asks for).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mohawk.advance import Advance
+from mohawk.attention_match import AttentionMatch, collect_attention
+from mohawk.features import HiddenMatch, collect_hidden
+from mohawk.heads import Head, final_hidden_states
+from mohawk.kernels.kd_loss import TAIDSchedule, TeacherHidden, TeacherTAID, linear_kd_loss
+from mohawk.schedules import Ramp, at, temperature_for
+from mohawk.teacher_models import Answer, AverageTeacher, ModelTeacher, Watch, model_inputs
+
+IGNORED = -100
+SAMPLED_ROWS = 256  # of a batch, on which agreement and the teacher's entropy are measured
+NO_DECAY = ("bias", "A_log", "D", "dt_bias", "z_bias", "norm.weight", "layernorm.weight")
+
+
+@dataclass(frozen=True)
+class Matching:
+    """A loss between layers of student and teacher.
+
+    student, teacher: what is watched in each during its pass. loss: called as loss(student_seen, teacher_seen, batch),
+    a mean over real tokens. module: whose parameters train with the student's, if it has any.
+    """
+
+    loss: Callable[[Any, Any, Mapping[str, Tensor]], Tensor]
+    student: Watch
+    teacher: Watch
+    weight: float | Ramp = 1.0
+    module: nn.Module | None = None
+
+
+def match_hidden(match: HiddenMatch, weight: float | Ramp = 1.0) -> Matching:
+    """Hidden states of layer pairs (mohawk/features.py)."""
+    return Matching(
+        lambda student, teacher, batch: match(student, teacher, real_tokens(batch), batch.get("weights")),
+        student=lambda model: collect_hidden(model, match.student_layers),
+        teacher=lambda model: collect_hidden(model, match.teacher_layers),
+        weight=weight,
+        module=match,
+    )
+
+
+def match_attention(match: AttentionMatch, weight: float | Ramp = 1.0) -> Matching:
+    """Mixing matrices of layer pairs (mohawk/attention_match.py)."""
+    return Matching(
+        lambda student, teacher, batch: match(student, teacher, segments(batch)),
+        student=lambda model: collect_attention(model, match.student_layers),
+        teacher=lambda model: collect_attention(model, match.teacher_layers),
+        weight=weight,
+    )
+
+
+class KnowledgeDistiller(nn.Module):
+    """`kd_weight * T^2 * D(teacher, student) + ce_weight * CE + sum_i w_i * matching_i`, a mean over real tokens.
+
+    Args:
+        teacher: a causal language model (made eval and frozen), a teacher of mohawk/teacher_models.py, or None where
+            `kd_weight` is 0 and nothing is matched.
+        student: a causal language model of any architecture. Vocabularies may differ in size where the ids they have in
+            common mean the same: only those are compared.
+        divergence, beta, lam: as of `mohawk.kd_loss`.
+        temperature: T; a `Ramp`; or "auto": log2(teacher's parameters / student's) + 1.
+        kd_weight, ce_weight: numbers or Ramps. The cross entropy is at temperature 1.
+        confidence: multiply a token's divergence by the teacher's probability of its label, so that it counts for
+            little where the teacher is wrong.
+        taid: TAID's moving target (arXiv 2501.16937), advanced by each step's loss.
+        matchings: losses between layers, by name.
+        on_policy: called as on_policy(batch, step) -> batch; see mohawk/on_policy.py.
+        advance: says after which step to end early; see mohawk/advance.py.
+
+    Outside our trainer, ramps move with `begin_step(step, steps)`, TAID and averaged teachers with `end_step(loss)`.
+    """
+
+    def __init__(
+        self,
+        teacher: nn.Module | Callable[..., list[Answer]] | None,
+        student: nn.Module,
+        *,
+        divergence: str = "forward_kl",
+        temperature: float | Ramp | str = 1.0,
+        kd_weight: float | Ramp = 1.0,
+        ce_weight: float | Ramp = 0.0,
+        beta: float = 0.5,
+        lam: float = 0.1,
+        confidence: bool = False,
+        taid: TAIDSchedule | None = None,
+        matchings: Mapping[str, Matching] | None = None,
+        on_policy: Callable[[dict[str, Tensor], int], dict[str, Tensor]] | None = None,
+        advance: Advance | None = None,
+    ):
+        super().__init__()
+        if teacher is None and (kd_weight != 0 or matchings):
+            raise ValueError("teacher: got None, which needs kd_weight 0 and no matchings")
+        if isinstance(teacher, nn.Module):
+            if teacher is student:
+                raise ValueError("teacher: got the student itself; use mohawk.teacher_models.AverageTeacher")
+            teacher = ModelTeacher(teacher)
+        self.student = student
+        self.__dict__["teacher"] = teacher  # neither trained nor saved, so kept out of the module tree
+        if temperature == "auto":
+            if not isinstance(teacher, ModelTeacher):
+                raise ValueError("temperature: auto needs one teacher model, whose size is known; give a number")
+            temperature = temperature_for(_parameters(teacher.model), _parameters(student))
+        self.temperature, self.kd_weight, self.ce_weight = temperature, kd_weight, ce_weight
+        self.divergence, self.beta, self.lam = divergence, beta, lam
+        self.confidence, self.taid, self.on_policy, self.advance = confidence, taid, on_policy, advance
+        self.finished = False
+        self.__dict__["matchings"] = dict(matchings or {})
+        # their parameters are trained and saved with a run's checkpoints, and are no part of the student
+        self.matched = nn.ModuleDict({name: m.module for name, m in self.matchings.items() if m.module is not None})
+        self.step, self.steps = 0, 1
+        self._sums: dict[str, list[Any]] = {}
+
+    # ---- in a plain training loop ----
+
+    def compute_loss(
+        self,
+        input_ids: Tensor,
+        labels: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        normalizer: float | Tensor | None = None,
+    ) -> Tensor:
+        """The loss of a batch, a scalar with the student's gradients.
+
+        Args:
+            input_ids: (batch, n) int64. labels: (batch, n), not shifted, -100 where nothing is predicted; None: every
+                real token. attention_mask: (batch, n), 0 at padding, on either side.
+            normalizer: divides the sum over tokens instead of their count (gradient accumulation).
+        """
+        labels = input_ids if labels is None else labels
+        batch = {"input_ids": input_ids, "labels": labels}
+        if attention_mask is not None:
+            real = attention_mask.bool()
+            batch["attention_mask"] = attention_mask
+            batch["labels"] = labels.masked_fill(~real, IGNORED)
+            batch["position_ids"] = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
+        return self._loss(batch, normalizer)
+
+    # ---- as an objective of our trainer ----
+
+    def prepare(self, batch: dict[str, Tensor], step: int) -> dict[str, Tensor]:
+        """What a step trains on instead of a batch, before its tokens are counted: the student's own samples."""
+        return batch if self.on_policy is None else self.on_policy(batch, step)
+
+    def losses(self, **batch: Tensor) -> Iterator[tuple[str, Tensor]]:
+        """The loss of a packed batch, one scalar: its terms share one graph."""
+        yield "loss", self._loss(batch)
+
+    def trained(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Names and parameters that train: the student's that require gradients, and the matchings'."""
+        return ((name, p) for name, p in self.named_parameters() if p.requires_grad)
+
+    def parameter_groups(self, learning_rate: float, weight_decay: float) -> list[dict[str, Any]]:
+        """AdamW's groups: weight decay on matrices only."""
+        decayed, plain = [], []
+        for name, parameter in self.trained():
+            (plain if parameter.dim() < 2 or name.endswith(NO_DECAY) else decayed).append(parameter)
+        groups = [
+            {"params": decayed, "lr": learning_rate, "weight_decay": weight_decay},
+            {"params": plain, "lr": learning_rate, "weight_decay": 0.0},
+        ]
+        return [group for group in groups if group["params"]]
+
+    def begin_step(self, step: int, steps: int) -> None:
+        """Before the first micro-batch of a step, counted from 0, of so many."""
+        self.step, self.steps = step, steps
+
+    def end_step(self, loss: float) -> None:
+        """After the optimizer's step, with the step's loss."""
+        if self.taid is not None:
+            self.taid.update(loss)
+        if isinstance(self.teacher, AverageTeacher):
+            self.teacher.update()
+        if self.advance is not None:
+            self.finished = self.advance.after(self.step + 1)
+
+    def measured(self) -> dict[str, float]:
+        """Means since the last call of what was measured beside the loss, and where schedules are."""
+        sums = {name: (float(total), float(count)) for name, (total, count) in self._sums.items()}
+        values = {name: total / count for name, (total, count) in sums.items() if count}
+        self._sums = {}
+        values["temperature"] = self._now(self.temperature)
+        if self.taid is not None:
+            values["taid_t"] = self.taid.t
+        return values
+
+    def training_state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """What a resumed run needs beside parameters: tensors, and plain values."""
+        tensors = self.teacher.state() if isinstance(self.teacher, AverageTeacher) else {}
+        taid = self.taid and {key: getattr(self.taid, key) for key in ("t", "momentum", "last_loss")}
+        return tensors, {"taid": taid, "advance": self.advance and self.advance.state(), "finished": self.finished}
+
+    def load_training_state(self, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
+        if isinstance(self.teacher, AverageTeacher):
+            self.teacher.load(tensors)
+        for key, value in (values.get("taid") or {}).items():
+            setattr(self.taid, key, value)
+        if self.advance is not None and values.get("advance"):
+            self.advance.load(values["advance"])
+        self.finished = values.get("finished", False)
+
+    # ---- the loss ----
+
+    def _now(self, value: float | Ramp) -> float:
+        return at(value, self.step / max(1, self.steps - 1))
+
+    def _loss(self, batch: Mapping[str, Tensor], normalizer: float | Tensor | None = None) -> Tensor:
+        matchings = self.matchings
+        with ExitStack() as stack:
+            seen = [stack.enter_context(m.student(self.student)) for m in matchings.values()]
+            hidden = final_hidden_states(self.student, model_inputs(batch))
+        answers = [None] if self.teacher is None else self.teacher(batch, [m.teacher for m in matchings.values()])
+        labels = _next(batch["labels"], IGNORED)
+        count = (labels != IGNORED).sum()
+        divisor = count.clamp(min=1) if normalizer is None else normalizer
+        weights = _next(batch["weights"], 0.0) if "weights" in batch else None
+        head = Head.of(self.student)
+        total = 0.0
+        for answer in answers:
+            rows = slice(None) if answer is None or answer.rows is None else answer.rows
+            part = None if weights is None else weights[rows]
+            total = total + self._logit_loss(answer, hidden[rows], head, labels[rows], part, divisor)
+        for i, (name, matching) in enumerate(matchings.items()):
+            loss = matching.loss(seen[i], answers[0].seen[i], batch)
+            if normalizer is not None:  # a mean over its own tokens, of the share of all that they are
+                loss = loss * (count / normalizer)
+            self._measure(name, loss, count)
+            total = total + self._now(matching.weight) * loss
+        return total
+
+    def _logit_loss(
+        self, answer: Answer | None, hidden: Tensor, head: Head, labels: Tensor, weights: Tensor | None, divisor
+    ) -> Tensor:
+        """kd_weight * T^2 * D + ce_weight * CE over the rows of one answer, divided by `divisor`."""
+        kd_weight, ce_weight = self._now(self.kd_weight), self._now(self.ce_weight)
+        student = head.student(hidden)
+        if answer is None:  # cross entropy alone: the source is not read
+            source = TeacherHidden(student["student_hidden"].detach(), student["student_head"].detach())
+            kd_weight = 0.0
+        else:
+            source = answer.source if self.taid is None else TeacherTAID(answer.source, self.taid.t)
+        options = {
+            "divergence": self.divergence,
+            "temperature": self._now(self.temperature),
+            "beta": self.beta,
+            "lam": self.lam,
+            "vocab_size": self._vocab_size(head),
+            "normalizer": divisor,
+        }
+        count = (labels != IGNORED).sum()
+        scale = divisor / count.clamp(min=1)  # measured is the mean over these rows
+        if kd_weight == 0:
+            loss = linear_kd_loss(
+                **student, teacher=source, labels=labels, token_weights=weights, kd_weight=0.0,
+                ce_weight=ce_weight or 1.0, **options,
+            )  # fmt: skip
+            self._measure("ce", loss.detach() / (ce_weight or 1.0) * scale, count)
+            return loss if ce_weight else loss * 0.0
+        if self.confidence:
+            sure = label_probability(answer.source, labels, options["vocab_size"])
+            kd = linear_kd_loss(
+                **student, teacher=source, labels=labels, kd_weight=kd_weight, ce_weight=0.0,
+                token_weights=sure if weights is None else sure * weights, **options,
+            )  # fmt: skip
+            self._measure("kd", kd.detach() / kd_weight * scale, count)
+            if not ce_weight:
+                return kd
+            ce = linear_kd_loss(
+                **student, teacher=source, labels=labels, token_weights=weights, kd_weight=0.0, ce_weight=ce_weight,
+                **options,
+            )  # fmt: skip
+            self._measure("ce", ce.detach() / ce_weight * scale, count)
+            return kd + ce
+        loss, parts = linear_kd_loss(
+            **student, teacher=source, labels=labels, token_weights=weights, kd_weight=kd_weight, ce_weight=ce_weight,
+            return_parts=True, **options,
+        )  # fmt: skip
+        self._measure("kd", parts.kd * scale, count)
+        self._measure("ce", parts.ce * scale, count)
+        self._compare(answer.source, hidden, head, labels)
+        return loss
+
+    def _vocab_size(self, head: Head) -> int | None:
+        """The entries that both sides have, where the vocabularies differ in size."""
+        theirs = getattr(self.teacher, "vocab_size", None)
+        return None if theirs is None or theirs == len(head.weight) else min(theirs, len(head.weight))
+
+    # ---- what is measured beside the loss ----
+
+    def _measure(self, name: str, mean: Tensor, count: Tensor) -> None:
+        entry = self._sums.setdefault(name, [0.0, 0.0])  # tensors: nothing waits for the device here
+        entry[0] = entry[0] + mean.detach() * count
+        entry[1] = entry[1] + count
+
+    @torch.no_grad()
+    def _compare(self, source, hidden: Tensor, head: Head, labels: Tensor) -> None:
+        """Agreement of first choices and the teacher's entropy (nats), on some of the rows."""
+        if not isinstance(source, TeacherHidden):
+            return
+        rows = (labels.flatten() != IGNORED).nonzero().squeeze(1)[:SAMPLED_ROWS]
+        if not len(rows):
+            return
+        vocab = self._vocab_size(head)
+        of_teacher = Head(source.head, source.bias, source.logit_scale, source.logit_softcap)
+        teacher = of_teacher.logits(source.hidden.flatten(0, 1)[rows])[:, :vocab]
+        student = head.logits(hidden.flatten(0, 1)[rows])[:, :vocab]
+        same = (teacher.argmax(-1) == student.argmax(-1)).float().mean()
+        logprobs = teacher.log_softmax(-1)
+        entropy = -(logprobs.exp() * logprobs.clamp(min=-1e4)).sum(-1).mean()
+        count = torch.tensor(float(len(rows)))
+        self._measure("agreement", same, count)
+        self._measure("teacher_entropy", entropy, count)
+
+
+def real_tokens(batch: Mapping[str, Tensor]) -> Tensor:
+    """(b, n) bool: what is no padding."""
+    if "segment_ids" in batch:
+        return batch["segment_ids"] >= 0
+    if "attention_mask" in batch:
+        return batch["attention_mask"].bool()
+    return torch.ones_like(batch["input_ids"], dtype=torch.bool)
+
+
+def segments(batch: Mapping[str, Tensor]) -> Tensor | None:
+    """(b, n) int64: the document of each token, -1 at padding; None where every row is one document."""
+    if "segment_ids" in batch:
+        return batch["segment_ids"]
+    return batch["attention_mask"].long() - 1 if "attention_mask" in batch else None
+
+
+@torch.no_grad()
+def label_probability(source, labels: Tensor, vocab_size: int | None = None, rows: int = 256) -> Tensor:
+    """(...,) float32: the teacher's probability of each label at temperature 1, 0 where it is ignored.
+
+    source: any teacher of `kd_loss`; of a top k, ids outside it have the tail's mass spread evenly over the rest.
+    """
+    flat, found = labels.flatten(), torch.zeros(labels.numel(), device=labels.device)
+    real = (flat != IGNORED).nonzero().squeeze(1)
+    for part in real.split(rows):
+        found[part] = _probability(source, part, flat[part], labels.dim(), vocab_size).float()
+    return found.view_as(labels)
+
+
+def _probability(source, rows: Tensor, labels: Tensor, dims: int, vocab_size: int | None) -> Tensor:
+    from mohawk.kernels.kd_loss import TeacherLogits, TeacherMixture, TeacherTopK
+    from mohawk.kernels.kd_teachers import mixture_weights, tail_of
+
+    if isinstance(source, TeacherMixture):
+        weights = mixture_weights(source)
+        return sum(
+            w * _probability(t, rows, labels, dims, vocab_size) for w, t in zip(weights, source.teachers, strict=True)
+        )
+    if isinstance(source, TeacherHidden):
+        head = Head(source.head, source.bias, source.logit_scale, source.logit_softcap)
+        logits = head.logits(source.hidden.flatten(0, dims - 1)[rows])
+    elif isinstance(source, TeacherLogits):
+        logits = source.logits.flatten(0, dims - 1)[rows].float()
+    elif isinstance(source, TeacherTopK):
+        ids, logprobs = (t.flatten(0, dims - 1)[rows] for t in (source.ids, source.logprobs))
+        tail = None if source.tail_logprob is None else source.tail_logprob.flatten()[rows]
+        hit = ids == labels[:, None]
+        vocab = vocab_size or int(ids.max()) + 1
+        rest = tail_of(logprobs.float(), tail, vocab).exp() / max(1, vocab - ids.shape[1])
+        return torch.where(hit.any(-1), (logprobs.float().exp() * hit).sum(-1), rest)
+    else:
+        raise ValueError(f"confidence: needs a teacher's probabilities, which {type(source).__name__} does not have")
+    return logits[:, :vocab_size].log_softmax(-1).gather(1, labels[:, None]).squeeze(1).exp()
+
+
+def _next(column: Tensor, fill: float) -> Tensor:
+    """A column aligned with the positions that predict it; the last position predicts nothing."""
+    return F.pad(column[:, 1:], (0, 1), value=fill)
+
+
+def _parameters(model: nn.Module) -> int:
+    return sum(p.numel() for p in model.parameters())

@@ -1,0 +1,227 @@
+"""What every run has: a folder that is one recipe's, a teacher, text, and what is measured of a student on it.
+
+Everything a run makes lies in its folder, each part whole or absent, so the same command goes on where a stopped run
+was: a finished phase is its `student/` folder, an unfinished one has checkpoints.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch import nn
+
+from mohawk.checkpoints import locked
+from mohawk.data import Data, PackedDataset, collate, load_data
+from mohawk.errors import UserError
+from mohawk.evaluate import TeacherStates, compare, teacher_states
+from mohawk.precision import autocast_dtype
+from mohawk.report import RESULTS, read_json, write_json, write_text
+from mohawk.teachers import load_teacher, load_tokenizer
+from mohawk.trainer import PhaseTrainer
+
+log = logging.getLogger(__name__)
+
+RECIPE = "recipe.yaml"
+STUDENT = "student"
+# What may change when a stopped run goes on: what does not decide what the steps so far meant,
+CHANGEABLE = ("device", ".save_every", ".log_every", ".decode_tokens", ".contexts", ".prompt", ".continuation_tokens")
+UNTIL_FINISHED = (".learning_rate", ".max_grad_norm")  # and in a phase that still has steps to come
+PLACES = ("output", "data.cache")  # a moved run is the same run
+
+
+@contextmanager
+def claimed(run: Path, recipe: Any) -> Iterator[None]:
+    """Within the block the folder is this recipe's and this process's.
+
+    recipe: of any kind: it has `load`, `to_yaml`, `model_dump` and `output`.
+
+    Raises:
+        UserError: the folder is another recipe's, another program's, in use, or cannot be written.
+    """
+    written = run / RECIPE
+    old = _written(written, type(recipe)) if written.is_file() else None
+    changed = [] if old is None else _changed(old, recipe)
+    if fixed := [name for name in changed if not _changeable(run, name)]:
+        raise UserError(
+            f"output: {run} holds the run of a recipe with another {', '.join(fixed)}; choose another output, or "
+            "delete the folder to start over"
+        )
+    with ExitStack() as stack:
+        try:
+            if old is None and run.exists() and any(not path.name.startswith(".") for path in run.iterdir()):
+                raise UserError(f"output: {run} exists and is not a run of mohawk; choose another output")
+            run.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(locked(run))
+            write_text(written, recipe.to_yaml())
+        except OSError as error:
+            raise UserError(f"output: {run} cannot be written ({error.strerror}); choose another output") from error
+        if changed:
+            log.info("going on with another %s", ", ".join(changed))
+        yield
+
+
+def _written(path: Path, kind: type) -> Any:
+    """The recipe of the run that is there."""
+    try:
+        return kind.load(path)
+    except UserError as error:
+        line = str(error).splitlines()[0]
+        raise UserError(f"output: {path.parent} holds a run of another kind ({line}); choose another output") from error
+
+
+def _changeable(run: Path, name: str) -> bool:
+    """Whether a field of a run's recipe, by its dotted name, may differ from what it was."""
+    if name.endswith(UNTIL_FINISHED):
+        return not (run / "phases" / name.split(".")[1] / STUDENT).exists()
+    return name in PLACES or name.endswith(CHANGEABLE)
+
+
+def _changed(old: Any, new: Any) -> list[str]:
+    """Dotted names of the fields that differ."""
+
+    def flat(value, at: str) -> dict[str, object]:
+        if not isinstance(value, dict):
+            return {at: value}
+        return {k: v for key, part in value.items() for k, v in flat(part, f"{at}.{key}" if at else key).items()}
+
+    before, after = flat(old.model_dump(mode="json"), ""), flat(new.model_dump(mode="json"), "")
+    return sorted(key for key in before.keys() | after.keys() if before.get(key) != after.get(key))
+
+
+class Run:
+    """The state of one run: its folder, teacher, text, and the measurements on it."""
+
+    def __init__(self, recipe: Any, run: Path, console: Console):
+        self.recipe, self.folder, self.console = recipe, run, console
+        self.device = pick_device(recipe.device)
+        self.autocast = autocast_dtype(recipe.precision, self.device)
+        teacher = recipe.teacher
+        where = {"gguf_file": teacher.gguf_file, "revision": teacher.revision}
+        self.tokenizer = load_tokenizer(
+            teacher.model, tokenizer=teacher.tokenizer, trust_remote_code=teacher.trust_remote_code, **where
+        )
+        self.data = self._load_data()
+        self.teacher = self._load_teacher()
+        self._check_tokens()
+        self.texts = self._evaluation_texts()
+
+    def _load_teacher(self) -> nn.Module:
+        teacher = self.recipe.teacher
+        return load_teacher(
+            teacher.model, gguf_file=teacher.gguf_file, revision=teacher.revision, dtype=teacher.dtype,
+            trust_remote_code=teacher.trust_remote_code, device=self.device,
+        )  # fmt: skip
+
+    def _load_data(self) -> Data:
+        data = self.recipe.data
+        return load_data(
+            [source.model_dump() for source in data.train], self.tokenizer,
+            evaluation=[source.model_dump() for source in data.evaluation],
+            validation_share=data.validation_share, cache=data.cache,
+        )  # fmt: skip
+
+    def _evaluation_texts(self) -> dict[str, TeacherStates]:
+        """The teacher's answers on held-out text of the training sources and, where given, on another source's."""
+        asked = self.recipe.evaluation
+        documents = {"held_out": self.data.held_out, "evaluation": self.data.evaluation}
+        texts = {}
+        for name, kept in documents.items():
+            if kept is None or not kept.tokens:
+                continue
+            length = min(asked.sequence_length, kept.tokens)
+            rows = PackedDataset(kept, length, tokens=min(asked.tokens, kept.tokens), seed=0, pad_token_id=self._pad())
+            texts[name] = teacher_states(self.teacher, rows, batch_size=asked.batch_size, autocast=self.autocast)
+        return texts
+
+    def _evaluate(self, stage: str, student: nn.Module) -> None:
+        """Compares with the teacher on every text, once a stage."""
+        path = self.folder / "evaluation" / f"{stage}.json"
+        if read_json(path) is not None:
+            return
+        results = {
+            name: asdict(compare(student, states, autocast=self.autocast)) for name, states in self.texts.items()
+        }
+        self._evaluated(stage, student)
+        write_json(path, results)
+        for name, result in results.items():
+            log.info("%s, %s: %s", stage, name, json.dumps(result))
+            self.console.print(
+                f"[bold]{stage}[/bold] on {name.replace('_', '-')} text: perplexity {result['student_perplexity']:.2f} "
+                f"(teacher {result['teacher_perplexity']:.2f}, ratio {result['perplexity_ratio']:.3f}), "
+                f"KL {result['kl']:.4f}, same first choice {result['top1_agreement']:.1%}"
+            )
+
+    def _evaluated(self, stage: str, student: nn.Module) -> None:
+        """What a kind of run keeps beside the figures of a stage, before they are written."""
+
+    def _student(self, phase: str) -> Path:
+        return self.folder / "phases" / phase / STUDENT
+
+    def _forget(self, stage: str) -> None:
+        for path in (self.folder / "evaluation" / f"{stage}.json", self.folder / RESULTS):
+            path.unlink(missing_ok=True)
+
+    def _rows(self, name: str, phase: Any) -> PackedDataset:
+        """The training text in rows of a phase's length."""
+        dataset = PackedDataset(self.data.train, phase.sequence_length, seed=self.recipe.seed, pad_token_id=self._pad())
+        passes = phase.steps() * phase.tokens_per_step / self.data.train.tokens
+        if passes > 1:
+            self.console.print(f"{name}: reads its {self.data.train.tokens:,} tokens of text {passes:.1f} times")
+        return dataset
+
+    def _trainer(self, name: str, phase: Any, objective: nn.Module, dataset: Any, **options: Any) -> PhaseTrainer:
+        return PhaseTrainer(
+            objective, name=name, phase=phase, run_dir=self.folder, train_dataset=dataset, collate=collate,
+            precision=self.recipe.precision, device=self.recipe.device, seed=self.recipe.seed, **options,
+        )  # fmt: skip
+
+    def _fit(self, trainer: PhaseTrainer, student: nn.Module) -> None:
+        """Train a phase to its end."""
+        begin = time.monotonic()
+        trainer.train_phase()
+        log.info("%s: %.0f s", trainer.name, time.monotonic() - begin)
+        for parameter in student.parameters():
+            parameter.grad = None
+
+    def sample(self) -> torch.Tensor:
+        """(1, n) tokens of evaluation text whose mixing matrices are drawn."""
+        name = "evaluation" if "evaluation" in self.texts else "held_out"
+        return self.texts[name].batches[0]["input_ids"][:1, :128]
+
+    def _pad(self) -> int:
+        """An id to fill rows with; any will do that the model has, since padding is masked everywhere."""
+        vocabulary = self.teacher.config.get_text_config().vocab_size
+        for token in (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id):
+            if token is not None and token < vocabulary:
+                return token
+        return 0
+
+    def _check_tokens(self) -> None:
+        """A tokenizer that is not the model's shows in ids the model does not have."""
+        vocabulary = self.teacher.config.get_text_config().vocab_size
+        for documents in (self.data.train, self.data.held_out, self.data.evaluation):
+            for text in documents.texts if documents is not None else ():
+                largest = int(text.tokens.max(initial=0))
+                if largest >= vocabulary:
+                    raise UserError(
+                        f"teacher.tokenizer: it makes token {largest} of {text.name}, but the teacher has only "
+                        f"{vocabulary} tokens; give the teacher's own tokenizer"
+                    )
+
+
+def pick_device(name: str) -> torch.device:
+    """The recipe's device; "auto" is CUDA where torch sees one."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UserError("device: got cuda, but torch sees no CUDA device here; use auto or cpu")
+    return torch.device(name)

@@ -1,0 +1,37 @@
+"""Numbers that change while a student trains: temperatures and loss weights."""
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class Ramp:
+    """From `start` to `end` over the first `until` (a share, 0 to 1] of the steps, `end` from there on.
+
+    shape: linear; cosine (half a wave, slow at both ends); or steps (the `start` first, the `end` from `until` on).
+    """
+
+    start: float
+    end: float
+    shape: Literal["linear", "cosine", "steps"] = "linear"
+    until: float = 1.0
+
+    def at(self, progress: float) -> float:
+        """The value when a share `progress` (0 to 1) of the steps is done."""
+        share = min(progress / self.until, 1.0)
+        if self.shape == "steps":
+            share = float(share >= 1.0)
+        elif self.shape == "cosine":
+            share = (1 - math.cos(math.pi * share)) / 2
+        return self.start + (self.end - self.start) * share
+
+
+def at(value: "float | Ramp", progress: float) -> float:
+    """A constant's or a ramp's value when a share `progress` of the steps is done."""
+    return value.at(progress) if isinstance(value, Ramp) else value
+
+
+def temperature_for(teacher_parameters: int, student_parameters: int) -> float:
+    """The rule of thumb log2(size of the teacher / size of the student) + 1, at least 1."""
+    return max(1.0, math.log2(teacher_parameters / student_parameters) + 1)
