@@ -20,7 +20,7 @@ from mohawk.models.decoders import check_checkpointing, check_layers, decoder, f
 from mohawk.models.mixers import SSMMixer
 from mohawk.models.teacher_forcing import RECORDING, AttentionRecord, recording_attention
 
-LOSSES = ("mse", "kl")
+LOSSES = ("mse", "kl", "frobenius")
 HEADS = ("auto", "mean", "group")
 KINDS = ("full_attention", "sliding_attention", "linear_attention")  # of layers; in the last, ours alone
 

@@ -54,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
         return 2
     except KeyboardInterrupt:
-        resumed = options.run in (_demo, _convert, _select, _cache, _generate_data, _purify)
+        resumed = options.run in (_demo, _convert, _distill, _select, _cache, _generate_data, _purify)
         print("stopped" + "; the same command goes on from what was saved" * resumed, file=sys.stderr)
         return 130
     except BrokenPipeError:
@@ -96,6 +96,12 @@ def parser() -> argparse.ArgumentParser:
     convert.add_argument("--dry-run", action="store_true", help="print the plan and exit")
     convert.add_argument("--output", metavar="DIR", help="the run's folder, instead of the recipe's")
     _add_set(convert)
+
+    distill = command("distill", _distill, "distil a teacher into a student by a recipe, or go on with a stopped run")
+    distill.add_argument("recipe", type=Path, metavar="RECIPE", help="a YAML file")
+    distill.add_argument("--dry-run", action="store_true", help="print the plan and exit")
+    distill.add_argument("--output", metavar="DIR", help="the run's folder, instead of the recipe's")
+    _add_set(distill)
 
     select = command("select", _select, "rank a run's layers by what it costs to replace their attention")
     select.add_argument(
@@ -332,16 +338,22 @@ def _demo(options: argparse.Namespace) -> None:
 
 def _convert(options: argparse.Namespace) -> None:
     from mohawk.recipe import Recipe
-    from mohawk.recipe_text import quoted
 
-    overrides = list(options.set)
-    if options.output is not None:
-        overrides.append(f"output={quoted(options.output)}")
-    recipe = Recipe.load(options.recipe, overrides)
+    recipe = Recipe.load(options.recipe, _overrides(options))
 
     from mohawk.convert import convert
 
     convert(recipe, dry_run=options.dry_run)
+
+
+def _distill(options: argparse.Namespace) -> None:
+    from mohawk.distill_recipe import DistillRecipe
+
+    recipe = DistillRecipe.load(options.recipe, _overrides(options))
+
+    from mohawk.distill import distill
+
+    distill(recipe, dry_run=options.dry_run)
 
 
 def _select(options: argparse.Namespace) -> None:
@@ -511,6 +523,13 @@ def _doctor(options: argparse.Namespace) -> None:
     doctor()
 
 
+def _overrides(options: argparse.Namespace) -> list[str]:
+    """What the command line changes in a recipe."""
+    from mohawk.recipe_text import quoted
+
+    return [*options.set, *([] if options.output is None else [f"output={quoted(options.output)}"])]
+
+
 def _add_by(sub: argparse.ArgumentParser) -> None:
     sub.add_argument(
         "--by", choices=("kl", "recall", "both", "alone"), default="kl", help="how layers are ranked; default: kl"
@@ -547,16 +566,8 @@ def _number(kind: type, low: float, high: float = float("inf")) -> Callable[[str
 class _Terminal(logging.Handler):
     """Log lines on stderr, above a progress bar if there is one: warnings, and what the user waits for."""
 
-    waited_for = (
-        "mohawk.fetch",
-        "mohawk.demo",
-        "mohawk.data",
-        "mohawk.text",
-        "mohawk.cache_teacher",
-        "mohawk.generate_data",
-        "mohawk.purify",
-        "mohawk.rationale_router",
-    )
+    says = ("fetch", "demo", "data", "text", "cache_teacher", "generate_data", "purify", "rationale_router")
+    waited_for = tuple(f"mohawk.{name}" for name in says)
 
     def filter(self, record: logging.LogRecord) -> bool:
         return record.levelno >= logging.WARNING or record.name in self.waited_for

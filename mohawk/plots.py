@@ -19,7 +19,11 @@ TITLES = {
     "hidden": "phase 2\nhidden states",
     "end_to_end": "phase 3\nend to end",
 }
-TEXTS = {"held_out": "held-out text of the training source", "evaluation": "text of another source"}
+TEXTS = {
+    "held_out": "held-out text of the training source",
+    "held_out_pairs": "held-out prompts and responses",
+    "evaluation": "text of another source",
+}
 SHARES = ("acc", "acc_norm", "exact_match", "pass@1", "f1", "em")  # metrics of tasks that lie between 0 and 1
 BLUE, ORANGE, GREY = "#1f6feb", "#d9730d", "#8c959f"
 
@@ -106,7 +110,7 @@ def plot_evaluation(stages: Mapping[str, Mapping[str, Mapping[str, float]]], tar
     )
     figure, axes = _subplots(1, len(panels), width=4.6, height=3.8)
     for axis, (key, label, logarithmic) in zip(axes[0], panels, strict=True):
-        for text, color, marker in zip(texts, (BLUE, ORANGE), "os", strict=False):
+        for text, color, marker in zip(texts, (BLUE, ORANGE, GREY), "os^", strict=False):
             values = [_number(stages[s].get(text, {}).get(key)) for s in names]
             values = [v if math.isfinite(v) else math.nan for v in values]
             if key == "top1_agreement":

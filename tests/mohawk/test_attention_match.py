@@ -26,7 +26,9 @@ def make(kind: str, layers: int, heads: int = 4, seed: int = 0, **overrides):
         bos_token_id=1, eos_token_id=2, pad_token_id=0, **{**SIZES[kind], **overrides},
         **({} if kind == "gpt2" else dict(intermediate_size=48)),
     )  # fmt: skip
-    model = AutoModelForCausalLM.from_config(config).eval().double()
+    # older transformers give Gemma 2 sdpa, which leaves its softcap out
+    attention = "eager" if kind == "gemma2" else "sdpa"
+    model = AutoModelForCausalLM.from_config(config, attn_implementation=attention).eval().double()
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() == 2:
