@@ -37,6 +37,8 @@ if TYPE_CHECKING:
     from mohawk.models.hybrid import HybridConfig, HybridForCausalLM
     from mohawk.models.mixers import DiscreteMamba2Mixer, Mamba2Mixer
     from mohawk.models.released import load_released, save_released, to_released
+    from mohawk.on_policy import OnPolicy
+    from mohawk.rationales import RationaleDistiller
 
 _PUBLIC = {
     "causal_conv1d": "mohawk.kernels.causal_conv1d",
@@ -65,6 +67,8 @@ _PUBLIC = {
     "load_released": "mohawk.models.released",
     "save_released": "mohawk.models.released",
     "to_released": "mohawk.models.released",
+    "OnPolicy": "mohawk.on_policy",
+    "RationaleDistiller": "mohawk.rationales",
 }
 
 __all__ = [
@@ -73,6 +77,8 @@ __all__ = [
     "HybridConfig",
     "HybridForCausalLM",
     "Mamba2Mixer",
+    "OnPolicy",
+    "RationaleDistiller",
     "SSDMixing",
     "TAIDSchedule",
     "TeacherHidden",

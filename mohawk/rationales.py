@@ -30,6 +30,7 @@ from mohawk.kernels.kd_loss import linear_kd_loss
 from mohawk.kernels.kd_teachers import TeacherSamples
 from mohawk.pairs import Pairs
 from mohawk.records import content_hash, read_records, why_no_chat
+from mohawk.text import as_source
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -101,8 +102,10 @@ def _pattern(template: str) -> re.Pattern[str]:
     return re.compile(pattern, re.IGNORECASE)
 
 
-def read_rationales(files: Sequence[str | Path], templates: Sequence[str] = TEMPLATES) -> list[dict[str, Any]]:
+def read_rationales(files: Sequence[Any], templates: Sequence[str] = TEMPLATES) -> list[dict[str, Any]]:
     """Records of JSON lines: {prompt, label, rationale or None, teacher, where}, all texts, in the files' order.
+
+    files: paths, or sources as in `mohawk.text.Source`.
 
     A line has `prompt` (or, as `generate-data` writes a chat, `messages` of one user's message) and either `label`,
     with or without `rationale`, or `response`: a teacher's text, which the first of `templates` that matches takes
@@ -112,10 +115,11 @@ def read_rationales(files: Sequence[str | Path], templates: Sequence[str] = TEMP
     for template in templates:
         _pattern(template)
     records, matched, unmatched = [], 0, []
-    stems = [Path(file).name.split(".")[0] for file in files]
-    for file, stem in zip(files, stems, strict=True):
-        name = stem if stems.count(stem) == 1 else str(file)
-        for where, row in read_records(file):
+    sources = [as_source(file) for file in files]
+    stems = [Path(source.source).name.split(".")[0] for source in sources]
+    for source, stem in zip(sources, stems, strict=True):
+        name = stem if stems.count(stem) == 1 else source.source
+        for where, row in read_records(source):
             record = {"prompt": _prompt(row, where), "teacher": str(row.get("teacher") or name)}
             if row.get("label") is not None:
                 record["label"] = _text(row, "label", where)
@@ -142,7 +146,7 @@ def read_rationales(files: Sequence[str | Path], templates: Sequence[str] = TEMP
         )
     if not records:
         why = f"none of {len(unmatched)} responses matches a template" if unmatched else "they hold no line"
-        raise UserError(f"rationales: nothing in {', '.join(map(str, files))}: {why}")
+        raise UserError(f"rationales: nothing in {', '.join(source.source for source in sources)}: {why}")
     return records
 
 
@@ -206,7 +210,7 @@ def rationale_pairs(
 
 
 def read_rationale_pairs(
-    files: Sequence[str | Path],
+    files: Sequence[Any],
     tokenizer: PreTrainedTokenizerBase,
     *,
     templates: Sequence[str] = TEMPLATES,
@@ -240,7 +244,7 @@ def read_rationale_pairs(
         sampling_logprobs=unknown,
         lengths=after,
         teachers=None,
-        unknown=dict.fromkeys(("logprob", "sampling_logprob"), str(files[0])),
+        unknown=dict.fromkeys(("logprob", "sampling_logprob"), records[0]["where"]),
         bos_token_id=tokenizer.bos_token_id,
         weights=np.array([pair["weight"] for pair in pairs]),
     )
