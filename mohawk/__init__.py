@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from mohawk.models.mixers import DiscreteMamba2Mixer, Mamba2Mixer
     from mohawk.models.released import load_released, save_released, to_released
     from mohawk.on_policy import OnPolicy
+    from mohawk.on_policy import OnPolicy
     from mohawk.rationales import RationaleDistiller
     from mohawk.teacher_cache import CachedRows, TeacherCache
 
@@ -83,7 +84,6 @@ _PUBLIC = {
     "save_released": "mohawk.models.released",
     "to_released": "mohawk.models.released",
     "OnPolicy": "mohawk.on_policy",
-    "RationaleDistiller": "mohawk.rationales",
 }
 
 __all__ = [
