@@ -119,11 +119,8 @@ def check_merge_template(template: str) -> None:
 
 
 def merged(candidates: Sequence[Record], text: str, templates: Sequence[str] = TEMPLATES) -> dict[str, Any]:
-    """The record of a merge from the model's text.
-
-    Where the text is empty, has no rationale and label, or a label that no teacher gave, the vote's record, which says
-    so in `purified`.
-    """
+    """The record of a merge from the model's text, or, where there is none, or one without rationale and label, or with
+    a label that no teacher gave, the vote's, which says so in `purified`."""
     line = vote(candidates)
     found = next(filter(None, (extract_rationale(text, template) for template in templates)), None)
     votes = line["purified"]["votes"]
