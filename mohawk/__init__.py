@@ -83,7 +83,6 @@ _PUBLIC = {
     "save_released": "mohawk.models.released",
     "to_released": "mohawk.models.released",
     "OnPolicy": "mohawk.on_policy",
-    "RationaleDistiller": "mohawk.rationales",
 }
 
 __all__ = [
