@@ -226,7 +226,7 @@ def four_bit_config(compute_dtype: torch.dtype = torch.bfloat16, device: str | t
 def _why_no_four_bits(device: str) -> str | None:
     """None where a small layer of 4 bits runs, forward and backward; else what is wrong."""
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), torch.enable_grad():
             warnings.simplefilter("ignore")  # of fast paths that are missing
             from bitsandbytes.nn import Linear4bit
 

@@ -196,6 +196,7 @@ def test_four_bits(kind, how, make_llama, peft, tmp_path):
             logits(loaded)  # bitsandbytes may pack its weights for inference here, which has no gradient
         adapted = lora.add_adapter(loaded, 4)
     else:
+        lora._why_no_four_bits.cache_clear()  # the probe runs here
         adapted = lora.add_adapter(copy.deepcopy(model), 4, bits=4)
     assert lora.is_quantised(adapted)
     assert {p.dtype for p in adapted.parameters() if p.requires_grad} == {torch.float32}
