@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from mohawk.models.hybrid import HybridConfig, HybridForCausalLM
     from mohawk.models.mixers import DiscreteMamba2Mixer, Mamba2Mixer
     from mohawk.models.released import load_released, save_released, to_released
+    from mohawk.on_policy import OnPolicy
     from mohawk.rationales import RationaleDistiller
     from mohawk.teacher_cache import CachedRows, TeacherCache
 
@@ -81,6 +82,7 @@ _PUBLIC = {
     "load_released": "mohawk.models.released",
     "save_released": "mohawk.models.released",
     "to_released": "mohawk.models.released",
+    "OnPolicy": "mohawk.on_policy",
 }
 
 __all__ = [
@@ -94,6 +96,7 @@ __all__ = [
     "HybridForCausalLM",
     "KnowledgeDistiller",
     "Mamba2Mixer",
+    "OnPolicy",
     "RationaleDistiller",
     "SSDMixing",
     "TAIDSchedule",
