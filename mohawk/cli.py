@@ -393,9 +393,9 @@ def _cache(options: argparse.Namespace) -> None:
         raise UserError("--temperature is of --kind top-k and samples: hidden states serve any; leave it out")
     names = ("temperature", "sequence_length", "tokens", "batch_size", *kinds)
     given = {name: value for name in names if (value := getattr(options, name)) is not None}
-    from mohawk.recipe import Recipe
+    from mohawk.recipe_kinds import kind_of
 
-    recipe = Recipe.load(options.recipe, options.set)
+    recipe = kind_of(options.recipe).load(options.recipe, options.set)
     from mohawk.cache_teacher import cache_teacher
 
     cache_teacher(recipe, options.output, kind=options.kind, **given)
