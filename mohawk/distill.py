@@ -171,6 +171,7 @@ class Distillation(Run):
         rows = training_rows(data, sources, stage.sequence_length, wanted, self.recipe.seed, self._pad())
         if len(rows) < wanted:
             self.console.print(f"{stage.name}: reads its {len(rows):,} rows of text {wanted / len(rows):.1f} times")
+        torch.manual_seed(self.recipe.seed)  # of adapters and projections, the same whenever the stage begins
         lora = (stage.student or self.recipe.student).lora
         if lora is not None:
             from mohawk.lora import add_adapter, merge_adapter
