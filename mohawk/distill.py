@@ -110,7 +110,11 @@ class Distillation(Run):
         return load(self.recipe.teacher, self.device)
 
     def _untrained(self) -> nn.Module:
-        return self._made(self.recipe.student, self.teacher)
+        base, about = self.teacher, self.recipe.teacher
+        if self.recipe.student.model is None and (about.quantize or about.device_map):
+            # rounded or spread weights can be asked, but not trained
+            base = load(about.model_copy(update={"quantize": None, "device_map": None}), self.device)
+        return self._made(self.recipe.student, base)
 
     def _made(self, given: DistillStudent, base: nn.Module) -> nn.Module:
         """A student as asked, from the named model or from `base`; the same one whenever it is made again."""
