@@ -165,9 +165,9 @@ def written_and_read(teacher, dataset, rows: int, batch_size: int, autocast, fol
     """Tokens/s of each kind; read twice in random order, the second time counts."""
     import torch
 
-    from mohawk.cache_teacher import write_cache
     from mohawk.heads import final_hidden_states
     from mohawk.teacher_cache import CachedRows, TeacherCache
+    from mohawk.teacher_writer import write_cache
 
     tokens = rows * dataset.sequence_length
 

@@ -7,7 +7,7 @@
 
 The folder holds shard-00000.bin, shard-00001.bin, ... of `rows_per_shard` rows each (teacher_records.py has their
 bits), for hidden states head.bin and perhaps bias.bin, and MANIFEST.json with every file's size and sha256. It is
-written by cache_teacher.py, whole or not at all. Rows are those of one packed dataset, by index: a cache of one epoch
+written by teacher_writer.py, whole or not at all. Rows are those of one packed dataset, by index: a cache of one epoch
 serves any number of passes in any order. examples/read_teacher_cache.py reads it without this package.
 """
 

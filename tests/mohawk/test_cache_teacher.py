@@ -12,13 +12,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from mohawk.cache_teacher import write_cache
 from mohawk.checkpoints import MANIFEST, locked, why_incomplete
 from mohawk.cli import main
 from mohawk.data import PackedDataset
 from mohawk.errors import UserError
 from mohawk.teacher_answers import teacher_hash
 from mohawk.teacher_cache import TeacherCache, shard_name
+from mohawk.teacher_writer import write_cache
 from tests.mohawk.tiny_phase import cheap_training, fork, wait  # noqa: F401
 from tests.mohawk.tiny_teacher import LENGTH, VOCAB, documents
 
@@ -327,6 +327,64 @@ def test_the_command_caches_what_phase_3_of_a_recipe_trains_on(tmp_path, recipe,
 
     assert main(["cache", str(recipe), "--output", str(tmp_path / "c"), "--k", "8"]) == 2
     assert "layout.k 9 (now 8)" in capfd.readouterr().err
+
+
+def run(recipe, *settings) -> list[float]:
+    """The loss of every step of a distillation."""
+    output = recipe.parent / f"run{len(list(recipe.parent.iterdir()))}"
+    assert main(["distill", str(recipe), "--output", str(output), *(f"--set={one}" for one in settings)]) == 0
+    return [json.loads(line)["loss"] for line in (output / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_distillation_from_a_cache_is_the_online_one(tmp_path, recipe, capfd):
+    staged = tmp_path / "staged.yaml"
+    text, _ = recipe.read_text().split("phases:")
+    staged.write_text(
+        text + "student: {layers: [0]}\nprecision: float32\nseed: 5\n"
+        "evaluation: {sequence_length: 32, tokens: 64, contexts: [8], decode_tokens: 1, continuation_tokens: 1}\n"
+        "stages:\n"
+        "  - {name: own, learn_from: start, tokens: 96, batch_size: 3, sequence_length: 32, gradient_accumulation: 1}\n"
+        "  - {name: far, tokens: 640, batch_size: 4, sequence_length: 32, gradient_accumulation: 1, temperature: 2.0}\n"
+    )
+    assert main(["cache", str(staged), "--output", str(tmp_path / "hidden"), "--kind", "hidden"]) == 0
+    assert main(["cache", str(staged), "--output", str(tmp_path / "top"), "--k", "258", "--stage", "far"]) == 0
+    assert TeacherCache(tmp_path / "top").temperature == 2.0
+    online = run(staged)
+    assert run(staged, f"stages.1.cache={tmp_path / 'hidden'}") == online
+    assert run(staged, f"stages.1.cache={tmp_path / 'top'}") == pytest.approx(online, abs=2e-4)
+    capfd.readouterr()
+    for settings, words in (
+        ([f"stages.1.cache={tmp_path / 'top'}", "stages.1.temperature=3.0"], "temperature 2, here it is 3"),
+        ([f"stages.1.cache={tmp_path / 'hidden'}", "seed=6"], "data seed 5, here it is 6"),
+    ):
+        line = ["distill", str(staged), "--output", str(tmp_path / "x"), *(f"--set={one}" for one in settings)]
+        assert main(line) == 2
+        assert words in capfd.readouterr().err
+        shutil.rmtree(tmp_path / "x")
+
+
+def test_which_stage_a_cache_is_for(tmp_path, recipe, capfd):
+    text, _ = recipe.read_text().split("phases:")
+    stage = "{tokens: 1024, batch_size: 4, sequence_length: 32, gradient_accumulation: 1, "
+    staged = tmp_path / "staged.yaml"
+    staged.write_text(
+        text + "student: {layers: [0]}\nstages:\n"
+        f"  - {stage} name: own, learn_from: start}}\n  - {stage} name: far, temperature: {{start: 5, end: 1}}}}\n"
+    )
+
+    def refused(*given) -> str:
+        assert main(["cache", str(staged), "--output", str(tmp_path / "c"), *given]) == 2
+        return capfd.readouterr().err
+
+    assert "got --stage own; allowed: far" in refused("--stage", "own")
+    assert "give --temperature T" in refused()
+    assert "stages: " in refused("--set", "stages.1.learn_from=previous")
+    assert "one teacher's answers" in refused("--set", f"teachers=[{{model: {tmp_path / 'teacher'}}}]")
+    staged = recipe
+    assert "--stage far: a conversion" in refused("--stage", "far")
+    assert "phases.end_to_end" in refused(
+        "--set", "phases.end_to_end=null", "--set", "phases.hidden={tokens: 512, batch_size: 1, sequence_length: 32}"
+    )
 
 
 @pytest.mark.parametrize(
