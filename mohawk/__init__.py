@@ -42,7 +42,6 @@ if TYPE_CHECKING:
     from mohawk.models.mixers import DiscreteMamba2Mixer, Mamba2Mixer
     from mohawk.models.released import load_released, save_released, to_released
     from mohawk.on_policy import OnPolicy
-    from mohawk.on_policy import OnPolicy
     from mohawk.rationales import RationaleDistiller
     from mohawk.teacher_cache import CachedRows, TeacherCache
 
