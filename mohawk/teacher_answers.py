@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from mohawk.errors import UserError
-from mohawk.heads import Head, final_hidden_states
+from mohawk.heads import Head, final_hidden_states, loaded
 from mohawk.kernels.kd_chunked import finish_logits
 from mohawk.kernels.kd_products import logits_product
 from mohawk.teacher_records import DTYPES, KINDS, Layout, encode_logprobs, pack_ascending, pack_ids
@@ -31,14 +31,17 @@ UNRELATED = ("_name_or_path", "transformers_version", "_attn_implementation", "u
 
 
 def teacher_hash(teacher: PreTrainedModel) -> str:
-    """sha256 of a model's configuration and weights; those that accelerate keeps elsewhere count by name and shape."""
-    digest = hashlib.sha256()
+    """sha256 of a model's configuration and weights, wherever accelerate keeps them; tied ones count once."""
+    digest, seen = hashlib.sha256(), set()
     config = {key: value for key, value in teacher.config.to_dict().items() if key not in UNRELATED}
     digest.update(json.dumps(config, sort_keys=True, default=str).encode())
-    for name, parameter in teacher.named_parameters():
-        digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
-        if parameter.device.type != "meta":
-            digest.update(parameter.detach().contiguous().flatten().view(torch.uint8).cpu().numpy())
+    for place, module in teacher.named_modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if id(parameter) not in seen:
+                seen.add(id(parameter))
+                values = loaded(module, name).detach()
+                digest.update(f"{place}.{name} {tuple(values.shape)} {values.dtype}".encode())
+                digest.update(values.contiguous().flatten().view(torch.uint8).cpu().numpy())
     return digest.hexdigest()
 
 
@@ -83,8 +86,10 @@ class Answers:
             raise UserError(
                 f"data: holds token {largest}, but the teacher has only {len(embedding)}; use the teacher's tokenizer"
             )
-        inputs = {name: tensor.to(embedding.device) for name, tensor in batch.items()}
-        with torch.autocast(embedding.device.type, dtype=self.autocast, enabled=self.autocast is not None):
+        # Where accelerate keeps the embedding elsewhere, the head lies where it computes.
+        device = (self.head.weight if embedding.device.type == "meta" else embedding).device
+        inputs = {name: tensor.to(device) for name, tensor in batch.items()}
+        with torch.autocast(device.type, dtype=self.autocast, enabled=self.autocast is not None):
             hidden = final_hidden_states(self.teacher, inputs)
         return hidden.to(device=self.head.weight.device, dtype=self.head.weight.dtype)
 

@@ -288,6 +288,26 @@ def test_a_teachers_hash_is_of_its_weights_and_not_of_its_place(make_llama):
     assert teacher_hash(one) != teacher_hash(other)
 
 
+def test_a_teacher_that_lies_on_the_disk(tmp_path, make_llama, dataset):
+    from transformers import AutoModelForCausalLM
+
+    teacher = make_llama(1, tie_word_embeddings=False)
+    teacher.save_pretrained(tmp_path / "teacher")
+    parts = ("model.embed_tokens", "model.layers.0", "model.layers.1", "model.norm", "model.rotary_emb", "lm_head")
+    places = {part: "cpu" if part == "model.layers.0" else "disk" for part in parts}
+    offloaded = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "teacher", device_map=places, offload_folder=tmp_path / "offloaded"
+    )
+    assert {p.device.type for p in offloaded.parameters()} == {"cpu", "meta"}
+    assert teacher_hash(offloaded) == teacher_hash(teacher)
+    for kind in ("top-k", "hidden"):
+        write_cache(tmp_path / f"a-{kind}", teacher, dataset, kind=kind, k=5)
+        write_cache(tmp_path / f"b-{kind}", offloaded, dataset, kind=kind, k=5)
+        names = [name for name in content(tmp_path / f"a-{kind}") if name.endswith(".bin")]
+        for name in names:
+            assert (tmp_path / f"a-{kind}" / name).read_bytes() == (tmp_path / f"b-{kind}" / name).read_bytes()
+
+
 @pytest.fixture
 def recipe(tmp_path, make_llama, tokenizer):
     """A recipe on disk with a tiny teacher and two documents."""
