@@ -1,8 +1,8 @@
-"""Which method of distillation does most with the same tokens? SmolLM2-135M-Instruct teaches every second layer of itself.
+"""Which method of distillation does most with the same tokens? SmolLM2-135M teaches every second layer of itself.
 
 Every method trains the same student (but for `from scratch`, whose weights are random) on the same rows in the same
-order, with the same optimiser. Runs are ordinary `mohawk distill` runs, each stops and resumes like one, and what is done
-is not done again; the table, its JSON and a plot go to benchmarks/results/.
+order, with the same optimiser. Runs are ordinary `mohawk distill` runs, each stops and resumes like one, and what is
+done is not done again; the table, its JSON and a plot go to benchmarks/results/.
 
     python benchmarks/distillation.py [--tokens 204800] [--seed 0] [--methods ...] [--runs runs/distillation]
 """
@@ -43,6 +43,8 @@ def recipe_for(name: str, tokens: int, seed: int, runs: Path, caches: Path):
     from mohawk.recipe import Recipe, shipped
 
     data = Recipe.load(shipped("demo"), local_settings(str(fetch.smollm2()))).model_dump(mode="json")
+    for source in data["data"]["train"]:
+        source["sampling_weight"] = 1.0  # a mixture of just as many rows as are trained on, so that a cache is of them
     stage = dict(METHODS[name])
     student = {"layers": "every_second", "scratch": stage.pop("scratch", False)}
     if "cache" in stage:
@@ -96,7 +98,8 @@ def table(rows: list[dict]) -> list[str]:
     for text, about in TEXTS.items():
         found = rows[0]["texts"][text]
         lines += [
-            f"**On {about}** ({found['tokens']:,} tokens; the teacher's perplexity {float(found['teacher_perplexity']):.2f})",
+            f"**On {about}** ({found['tokens']:,} tokens; the teacher's perplexity "
+            f"{float(found['teacher_perplexity']):.2f})",
             "",
             "| method | perplexity | ratio | KL (nats) | same top token |",
             "|---|---:|---:|---:|---:|",

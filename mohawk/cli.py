@@ -394,7 +394,9 @@ def _cache(options: argparse.Namespace) -> None:
         raise UserError("--temperature is of --kind top-k and samples: hidden states serve any; leave it out")
     names = ("stage", "temperature", "sequence_length", "tokens", "batch_size", *kinds)
     given = {name: value for name in names if (value := getattr(options, name)) is not None}
-    recipe = _recipe_of_any_kind(options.recipe, options.set)
+    from mohawk.recipe_kinds import kind_of
+
+    recipe = kind_of(options.recipe).load(options.recipe, options.set)
     from mohawk.cache_teacher import cache_teacher
 
     cache_teacher(recipe, options.output, kind=options.kind, **given)
@@ -535,19 +537,6 @@ def _doctor(options: argparse.Namespace) -> None:
     from mohawk.doctor import doctor
 
     doctor()
-
-
-def _recipe_of_any_kind(path: Path, overrides: Sequence[str]):
-    """Of a conversion or, where it has stages, of a distillation."""
-    from mohawk.distill_recipe import DistillRecipe
-    from mohawk.recipe import Recipe
-    from mohawk.recipe_text import RecipeText
-
-    try:
-        staged = "stages" in RecipeText.read(path.read_text(encoding="utf-8"), str(path)).data
-    except (OSError, UnicodeDecodeError):
-        staged = False  # which is for `load` to say
-    return (DistillRecipe if staged else Recipe).load(path, overrides)
 
 
 def _overrides(options: argparse.Namespace) -> list[str]:

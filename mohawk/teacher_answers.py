@@ -41,8 +41,18 @@ def teacher_hash(teacher: PreTrainedModel) -> str:
                 seen.add(id(parameter))
                 values = loaded(module, name).detach()
                 digest.update(f"{place}.{name} {tuple(values.shape)} {values.dtype}".encode())
-                digest.update(values.contiguous().flatten().view(torch.uint8).cpu().numpy())
+                for part in _plain(values):
+                    digest.update(part.contiguous().flatten().view(torch.uint8).cpu().numpy())
     return digest.hexdigest()
+
+
+def _plain(tensor: Tensor) -> Iterator[Tensor]:
+    """The tensors that a quantised one is made of; a plain one itself."""
+    if hasattr(tensor, "__tensor_flatten__"):
+        for name in tensor.__tensor_flatten__()[0]:
+            yield from _plain(getattr(tensor, name))
+    else:
+        yield tensor
 
 
 @dataclass(frozen=True)
