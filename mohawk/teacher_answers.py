@@ -121,7 +121,7 @@ class Answers:
             return None
         return {
             **pack_ascending(encode_logprobs(values - norm[:, None]).cpu().numpy(), self.layout.low_bits),
-            "tail": encode_logprobs(rest - norm).to(torch.uint16).cpu().numpy(),
+            "tail": encode_logprobs(rest - norm).cpu().numpy(),
             "ids": pack_ids(ids.cpu().numpy(), self.layout.id_bits),
         }
 

@@ -27,7 +27,7 @@ from mohawk.checkpoints import MANIFEST, why_incomplete
 from mohawk.errors import UserError
 from mohawk.heads import Head
 from mohawk.kernels.kd_teachers import Teacher, TeacherHidden, TeacherSamples, TeacherTopK
-from mohawk.teacher_records import DTYPES, Layout, decode, is_whole, text_digest
+from mohawk.teacher_records import DTYPES, Layout, checksum, decode, is_whole, text_digest
 
 FORMAT = "mohawk teacher cache"
 VERSION = 1
@@ -85,8 +85,8 @@ class TeacherCache:
         if not is_whole(record):
             shard, at = divmod(range(self.rows)[index], self.rows_per_shard)
             raise UserError(
-                f"{self.folder / shard_name(shard)}: row {at} is damaged (its checksum is not {record['crc']:#010x}); "
-                f"{REPAIR}"
+                f"{self.folder / shard_name(shard)}: row {at} is damaged (checksum {checksum(record):08x}, "
+                f"expected {record['crc']:08x}); {REPAIR}"
             )
         if text is not None and (found := text_digest(text)) != record["text"]:
             raise UserError(

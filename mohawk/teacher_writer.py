@@ -126,11 +126,11 @@ def write_cache(
     training = teacher.training
     teacher.eval()
     try:
-        if os.path.lexists(folder) and (cache := _finished(folder, settings, dataset)) is not None:
+        if _taken(folder) and (cache := _finished(folder, settings, dataset)) is not None:
             return cache
         unfinished.mkdir(parents=True, exist_ok=True)
         with locked(unfinished):
-            if os.path.lexists(folder):  # another process has finished it meanwhile
+            if _taken(folder):  # another process has finished it meanwhile
                 raise UserError(f"{folder}: was just written by another process; run again to check it")
             _claim(unfinished, settings)
             _write(unfinished, folder, settings, answers, dataset, batch_size)
@@ -142,6 +142,11 @@ def write_cache(
     finally:
         teacher.train(training)
     return TeacherCache(folder)
+
+
+def _taken(folder: Path) -> bool:
+    """Whether something is there; an empty folder is nothing."""
+    return os.path.lexists(folder) and not (folder.is_dir() and not any(folder.iterdir()))
 
 
 def _finished(folder: Path, settings: dict[str, Any], dataset: Any) -> TeacherCache | None:

@@ -4,6 +4,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 import shutil
 import signal
 import sys
@@ -173,6 +174,24 @@ def test_an_output_that_is_no_cache_is_left_alone(tmp_path, teacher, dataset):
         write_cache(folder, teacher, dataset, **SETTINGS)
     one_line(error, str(folder), "not a teacher cache", "another output")
     assert [path.name for path in folder.iterdir()] == ["thesis.tex"] and not (tmp_path / "mine.unfinished").exists()
+
+
+def test_an_empty_folder_is_no_obstacle(tmp_path, teacher, dataset):
+    (tmp_path / "cache").mkdir()
+    assert len(write_cache(tmp_path / "cache", teacher, dataset, **SETTINGS)) == 14
+
+
+def test_without_a_terminal_progress_is_lines_with_an_estimate(tmp_path, teacher, dataset, monkeypatch, capsys, caplog):
+    monkeypatch.setattr("mohawk.teacher_writer.PLAIN_SECONDS", 0.0)
+    with caplog.at_level(logging.INFO):
+        write_cache(tmp_path / "cache", teacher, dataset, **SETTINGS)
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("cache")]
+    assert len(lines) == 6 and all(
+        re.fullmatch(r"cache  row \d+/14  [\d,]+ tokens/s, \d\d:\d\d left", x) for x in lines
+    )
+    record = json.loads((tmp_path / "cache" / MANIFEST).read_text())["files"][shard_name(0)]
+    size = f"{record['bytes'] / (4 * LENGTH):.1f} bytes a token"
+    assert size in caplog.text and "224 tokens (224 in this run)" in caplog.text
 
 
 def test_one_writer_at_a_time(tmp_path, teacher, dataset):

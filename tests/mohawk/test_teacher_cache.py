@@ -397,7 +397,7 @@ def test_a_flipped_bit_is_found_when_its_row_is_read(cache, kind):
             found.row(index)
     with pytest.raises(UserError) as error:
         found.row(6)
-    one_line(error, str(path), "row 2 is damaged", "mohawk cache")
+    one_line(error, str(path), "row 2 is damaged (checksum ", "expected ", "mohawk cache")
 
 
 def test_a_damaged_head_is_found(cache):
