@@ -77,8 +77,9 @@ class Answers:
                 raw = states.view(torch.uint16) if states.dtype == torch.bfloat16 else states
                 yield {"hidden": raw.numpy()}
                 continue
-            step = max(1, TILE_BYTES // (4 * len(self.head.weight)))
-            spans = [slice(start, start + step) for start in range(0, len(states), step)]
+            count = -(-4 * len(states) * len(self.head.weight) // TILE_BYTES)  # of nearly equal tiles
+            ends = [len(states) * i // count for i in range(count + 1)]
+            spans = [slice(start, end) for start, end in zip(ends, ends[1:], strict=False) if end > start]
             if self.layout.kind == "top-k":
                 parts = [self._top_k(states[span]) for span in spans]
             else:
