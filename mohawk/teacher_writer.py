@@ -46,7 +46,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 SETTINGS = "settings.json"  # what an unfinished cache will be; a second copy of the manifest's in a finished one
-SHARD_BYTES = 64 << 20  # what a kill can cost: a quarter of a million tokens of a top 64
+SHARD_BYTES = 32 << 20  # what a kill can cost: 150,000 tokens of a top 64
 PLAIN_SECONDS = 15.0  # between lines where there is no terminal for a bar
 
 
@@ -83,7 +83,7 @@ def write_cache(
         vocab_size: only the first so many logits are real, as in `kd_loss`.
         autocast: dtype of the teacher's products, and then of hidden states and head, as in training.
         tokenizer_hash: `text.tokenizer_key` of the tokenizer, for `TeacherCache.check`.
-        rows_per_shard: default: 64 MiB.
+        rows_per_shard: default: 32 MiB.
 
     Raises:
         UserError: an argument out of its range; `folder` holds something else or a cache made with other settings or of
