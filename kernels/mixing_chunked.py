@@ -38,7 +38,7 @@ def _blocks(mixings: tuple[Mixing, ...], heads: int, strip: int) -> Iterator[Blo
             yield Block(slice(row, min(row + rows, batch)), start, stop, heads)
 
 
-def _dtype(*mixings: Mixing) -> torch.dtype:
+def compute_dtype(*mixings: Mixing) -> torch.dtype:
     wide = any(value is not None and value.dtype == torch.float64 for m in mixings for value in m.tensors)
     return torch.float64 if wide else torch.float32
 
@@ -100,7 +100,7 @@ def value_and_gradients(
     """(batch, heads) distances, and the gradients of their reduction (per head if there is none)."""
     batch, _, seq = student.shape
     heads = max(student.shape[1], teacher.shape[1])
-    dtype = _dtype(student, teacher)
+    dtype = compute_dtype(student, teacher)
     device = student.tensors[0].device
     values = torch.zeros(batch, heads, dtype=torch.float64, device=device)
     weight = 1 / max(1, batch * heads) if reduction == "mean" else 1.0
@@ -137,7 +137,7 @@ def value_and_gradients(
                 if reduction == "none":
                     out[block.rows, block.start : block.stop] = gradient
                 else:
-                    _add_block(out, gradient, block, like.shape, attention)
+                    add_block(out, gradient, block, like.shape, attention)
     return values.to(dtype), gradients
 
 
@@ -151,7 +151,7 @@ def _shared(block: Block, shape: torch.Size, attention: bool) -> bool:
     return len(shape) == 1 or block.stop - block.start < block.heads // _groups(shape, attention)
 
 
-def _add_block(out: Tensor, gradient_bh: Tensor, block: Block, shape: torch.Size, attention: bool) -> None:
+def add_block(out: Tensor, gradient_bh: Tensor, block: Block, shape: torch.Size, attention: bool) -> None:
     groups = group_slice(block.start, block.stop, block.heads, _groups(shape, attention))
     width = groups.stop - groups.start
     if gradient_bh.shape[1] != width:
@@ -243,7 +243,7 @@ def finish(metric: str, total: Tensor, size: Tensor | None, seq: int, real: Tens
 def write_matrix(mixing: Mixing, first_row: int, last_row: int, chosen: list[int], mean: bool) -> Tensor:
     """See `mohawk.kernels.mixing.mixing_matrix`."""
     batch, heads, seq = mixing.shape
-    dtype = _dtype(mixing)
+    dtype = compute_dtype(mixing)
     device = mixing.tensors[0].device
     rows = last_row - first_row
     out = torch.zeros(batch, *([] if mean else [len(chosen)]), rows, seq, dtype=dtype, device=device)

@@ -106,10 +106,10 @@ def _check(student: Mixing, teacher: Mixing, metric: str, reduction: str, backen
             "move them to one device"
         )
     if metric == "kl":
-        _check_kl(student, teacher)
+        check_kl(student, teacher)
 
 
-def _check_kl(student: Mixing, teacher: Mixing) -> None:
+def check_kl(student: Mixing, teacher: Mixing) -> None:
     where = "mixing_distance: metric 'kl'"
     if not (isinstance(student, AttentionMixing) and isinstance(teacher, AttentionMixing)):
         raise ValueError(f"{where} compares two attentions; rows of an SSDMixing are no distributions")

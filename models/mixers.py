@@ -129,13 +129,22 @@ class SSMMixer(nn.Module):
         first = min(rows["B"].start, rows["C"].start)
         if padding_mask is not None and segment_ids is None:
             segment_ids = padding_mask.long() - 1
-        # B, C and the decay rows are neighbours in Mamba-2's order and nearly so in the discrete one
-        BC = F.linear(hidden_states, *self._rows(slice(first, first + 2 * self.group_size)))
-        raw = F.linear(hidden_states, *self._rows(rows["decay"]))
+        BC_rows = slice(first, first + 2 * self.group_size)
+        if self._plain():
+            # B, C and the decay rows are neighbours in Mamba-2's order and nearly so in the discrete one
+            BC = F.linear(hidden_states, *self._rows(BC_rows))
+            raw = F.linear(hidden_states, *self._rows(rows["decay"]))
+        else:
+            projected = self.in_proj(hidden_states)
+            BC, raw = projected[..., BC_rows], projected[..., rows["decay"]]
         BC = self._conv(BC, slice(self.inner_size, self.conv_size), segment_ids=segment_ids)
         B, C = self._heads(*BC.split(self.group_size, -1))
         log_decay, input_scale = self.decay(raw)
         return SSDMixing(C=C, B=B, log_decay=log_decay, input_scale=input_scale, D=self.D, segment_ids=segment_ids)
+
+    def _plain(self) -> bool:
+        """Whether in_proj is its weight and bias; with an adapter, or quantised, it has to be called."""
+        return type(self.in_proj) is nn.Linear
 
     def _rows(self, rows: slice) -> tuple[Tensor, Tensor | None]:
         bias = self._trained_bias()
@@ -177,7 +186,7 @@ class SSMMixer(nn.Module):
         rows = self.slices()
         n = hidden_states.shape[1]
         bias = self._trained_bias()
-        if bias is self.in_proj.bias:
+        if bias is self.in_proj.bias or not self._plain():
             projected = self.in_proj(hidden_states)
         else:
             projected = F.linear(hidden_states, self.in_proj.weight, bias)

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -18,6 +18,8 @@ from mohawk.kernels.mixing import AttentionMixing
 from mohawk.models.families import decoder_layers, final_norm_name
 
 RECORDING = "mohawk_recording"  # transformers refuses names with "sdpa" in them for models with a softcap
+# what models hand to their attention that changes the matrix and is not in AttentionMixing
+BEYOND = ("s_aux", "sinks", "position_bias", "indices", "block_indices")
 ROWS = 256  # of scores at once: 32 heads x 256 x 2048 float32 scores are 64 MB
 
 
@@ -105,6 +107,12 @@ def layer_calls(model: nn.Module, input_ids: Tensor, position_ids: Tensor) -> tu
 
 
 def _recording_attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask, **kwargs):
+    for name in BEYOND:
+        if kwargs.get(name) is not None:
+            raise ValueError(
+                f"{type(module).__name__}: its attention has {name}, which queries and keys do not tell; "
+                "its matrices cannot be compared"
+            )
     record = module.__dict__.get("mixing_record")
     if record is not None:
         record.query, record.key = query, key
@@ -151,12 +159,26 @@ AttentionMaskInterface.register(RECORDING, ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
 @contextmanager
 def recording_attention(model: nn.Module) -> Iterator[None]:
     """Within it the model's attention runs through a registered function that can note queries and keys."""
-    before = model.config._attn_implementation
+    before = [(config, config._attn_implementation) for config in _configs(model)]
     model.set_attn_implementation(RECORDING)
     try:
         yield
     finally:
-        model.set_attn_implementation(before)
+        for config, implementation in before:
+            config._attn_implementation = implementation
+
+
+def _configs(model: nn.Module) -> list:
+    """The configurations of a model and its parts, which may differ in their attention; outer ones first.
+
+    Setting the attention of one sets that of those within it.
+    """
+    found, queue = {}, [module.config for module in model.modules() if isinstance(module, PreTrainedModel)]
+    while queue:
+        config = queue.pop(0)
+        found.setdefault(id(config), config)
+        queue += [part for name in config.sub_configs if (part := getattr(config, name, None)) is not None]
+    return list(found.values())
 
 
 @contextmanager

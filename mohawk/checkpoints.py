@@ -59,7 +59,7 @@ def write_whole(path: str | os.PathLike, *, replace: bool = False) -> Iterator[P
         _write_manifest(partial)
         old = _set_aside(path) if os.path.lexists(path) else None
         os.rename(partial, path)
-        _fsync(path.parent)
+        fsync(path.parent)
     except BaseException:
         if old is not None and not os.path.lexists(path):
             os.rename(old, path)
@@ -185,15 +185,15 @@ def _write_manifest(folder: Path) -> None:
         raise ValueError(f"{folder}: nothing was written into it")
     files = {}
     for name in names:
-        _fsync(folder / name)
+        fsync(folder / name)
         files[name] = {"bytes": (folder / name).stat().st_size, "sha256": _sha256(folder / name)}
     manifest = folder / MANIFEST
     manifest.write_text(json.dumps({"files": files}, indent=1) + "\n", encoding="utf-8")
-    _fsync(manifest)
+    fsync(manifest)
     for path in folder.rglob("*"):
         if path.is_dir():
-            _fsync(path)
-    _fsync(folder)
+            fsync(path)
+    fsync(folder)
 
 
 def _set_aside(path: Path) -> Path:
@@ -215,7 +215,8 @@ def _sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _fsync(path: Path) -> None:
+def fsync(path: Path) -> None:
+    """Flush a file, or the names in a folder, to the disk."""
     if path.is_dir() and os.name == "nt":
         return  # Windows cannot open a folder
     handle = os.open(path, os.O_RDONLY if os.name != "nt" else os.O_RDWR)

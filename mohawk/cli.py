@@ -54,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
         return 2
     except KeyboardInterrupt:
-        resumed = options.run in (_demo, _convert, _select)
+        resumed = options.run in (_demo, _convert, _distill, _select, _cache, _generate_data, _purify)
         print("stopped" + "; the same command goes on from what was saved" * resumed, file=sys.stderr)
         return 130
     except BrokenPipeError:
@@ -97,6 +97,12 @@ def parser() -> argparse.ArgumentParser:
     convert.add_argument("--output", metavar="DIR", help="the run's folder, instead of the recipe's")
     _add_set(convert)
 
+    distill = command("distill", _distill, "distil a teacher into a student by a recipe, or go on with a stopped run")
+    distill.add_argument("recipe", type=Path, metavar="RECIPE", help="a YAML file")
+    distill.add_argument("--dry-run", action="store_true", help="print the plan and exit")
+    distill.add_argument("--output", metavar="DIR", help="the run's folder, instead of the recipe's")
+    _add_set(distill)
+
     select = command("select", _select, "rank a run's layers by what it costs to replace their attention")
     select.add_argument(
         "model", type=Path, metavar="RUN", help="a run's folder, its phases 1 and 2 done for all layers"
@@ -121,6 +127,31 @@ def parser() -> argparse.ArgumentParser:
     _add_by(compose)
     compose.add_argument("--output", type=Path, metavar="DIR", help="the new run; default: RUN-N-attention")
     _add_set(compose)
+
+    cache = command("cache", _cache, "keep what a recipe's teacher says of its text, to train many students without it")
+    cache.add_argument("recipe", type=Path, metavar="RECIPE", help="a YAML file: its teacher, data, seed and phase 3")
+    cache.add_argument("--output", type=Path, required=True, metavar="DIR", help="the cache; the same command goes on")
+    cache.add_argument(
+        "--kind",
+        choices=("top-k", "samples", "hidden"),
+        default="top-k",
+        help="k most probable tokens and the rest's mass (default), random tokens, or hidden states and the head",
+    )
+    cache.add_argument("--k", type=_number(int, 1), metavar="K", help="of top-k; default: 64")
+    cache.add_argument("--draws", type=_number(int, 1), metavar="N", help="of samples; default: 12")
+    cache.add_argument(
+        "--temperature", type=_number(float, 1e-3, 1e3), metavar="T", help="of top-k and samples; default: phase 3's"
+    )
+    cache.add_argument(
+        "--sequence-length", type=_number(int, 2), metavar="N", help="tokens in a row; default: phase 3's"
+    )
+    cache.add_argument(
+        "--tokens", type=_number(int, 1), metavar="N", help="only so many; default: one pass over the text"
+    )
+    cache.add_argument(
+        "--batch-size", type=_number(int, 1), metavar="N", help="rows at once; default: phase 3's; of no other effect"
+    )
+    _add_set(cache)
 
     evaluate = command("evaluate", _evaluate, "measure a run's student against its teacher again")
     evaluate.add_argument("model", type=Path, metavar="RUN", help="a run's folder")
@@ -149,6 +180,107 @@ def parser() -> argparse.ArgumentParser:
     )
     generate.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     generate.add_argument("--seed", type=_number(int, 0), metavar="N", help="of sampling")
+
+    data = command("generate-data", _generate_data, "write a teacher's answers to prompts as JSON lines to train on")
+    data.add_argument("prompts", nargs="+", metavar="SOURCE", help="text lines, .jsonl, .parquet or a hub dataset")
+    data.add_argument(
+        "--model", required=True, metavar="MODEL", help="folder, run, .gguf file or hub id; its name at URL"
+    )
+    data.add_argument("--endpoint", metavar="URL", help="an OpenAI-compatible API, such as http://localhost:8000/v1")
+    data.add_argument(
+        "--output", type=Path, required=True, metavar="DIR", help="the answers' folder; goes on if it can"
+    )
+    data.add_argument("--chat", action="store_true", help="a prompt is a user's message: chat template, or chat API")
+    reading = data.add_argument_group("prompts")
+    reading.add_argument("--field", default="prompt", metavar="NAME", help="of each row; default: prompt")
+    reading.add_argument(
+        "--format", metavar="FORMAT", help="text (lines), paragraphs, jsonl or parquet; default: by suffix"
+    )
+    reading.add_argument("--split", default="train", metavar="NAME", help="of a hub dataset; default: train")
+    reading.add_argument("--subset", metavar="NAME", help="of a hub dataset")
+    reading.add_argument(
+        "--limit", type=_number(int, 1), metavar="N", help="only the first N; without it, all the rest"
+    )
+    decoding = data.add_argument_group("decoding (greedy without --beams and --temperature)")
+    decoding.add_argument("--samples", type=_number(int, 1), default=1, metavar="N", help="per prompt; default: 1")
+    decoding.add_argument(
+        "--max-new-tokens", type=_number(int, 1), default=256, metavar="N", help="of an answer; default: 256"
+    )
+    decoding.add_argument("--beams", type=_number(int, 1), metavar="K", help="beam search, the N best of K")
+    decoding.add_argument(
+        "--temperature", type=_number(float, 0), metavar="T", help="sample at this; 1 is the teacher's"
+    )
+    decoding.add_argument("--top-p", type=_number(float, 0, 1), metavar="P", help="sample from this share; default: 1")
+    decoding.add_argument("--seed", type=_number(int, 0), default=0, metavar="N", help="of sampling; default: 0")
+    local = data.add_argument_group("a local teacher")
+    local.add_argument("--batch-size", type=_number(int, 1), metavar="N", help="sequences at once; default: 8")
+    local.add_argument(
+        "--dtype", choices=("float32", "bfloat16", "float16", "auto"), help="default: auto; cpu: float32"
+    )
+    local.add_argument("--device", choices=("auto", "cpu", "cuda"), help="default: auto")
+    local.add_argument("--revision", metavar="NAME", help="of a hub model")
+    local.add_argument("--tokenizer", metavar="MODEL", help="folder or hub id, where the model comes without one")
+    local.add_argument("--trust-remote-code", action="store_true", default=None, help="run the checkpoint's own code")
+    remote = data.add_argument_group("an endpoint")
+    remote.add_argument("--key-env", metavar="NAME", help="environment variable with the key; default: OPENAI_API_KEY")
+    remote.add_argument("--concurrency", type=_number(int, 1), metavar="N", help="requests at once; default: 8")
+    remote.add_argument("--timeout", type=_number(float, 0), metavar="S", help="of silence; default: 120 seconds")
+    remote.add_argument("--retries", type=_number(int, 0), metavar="N", help="of one request; default: 6")
+    remote.add_argument(
+        "--request", metavar="JSON", help='more fields of each request, null drops one: {"top_k": 20, "logprobs": null}'
+    )
+    keep = data.add_argument_group("which answers are kept")
+    keep.add_argument("--min-tokens", type=_number(int, 0), metavar="N")
+    keep.add_argument("--max-tokens", type=_number(int, 1), metavar="N")
+    keep.add_argument(
+        "--max-repetition", type=_number(float, 0, 1), metavar="S", help="share of runs of words that came before"
+    )
+    keep.add_argument("--ngram", type=_number(int, 1), default=4, metavar="N", help="words in such a run; default: 4")
+    keep.add_argument(
+        "--min-agreement", type=_number(float, 0, 1), metavar="S", help="share of the samples with the same answer"
+    )
+    keep.add_argument("--answer", metavar="REGEX", help="what of the response is the answer: its last match, group 1")
+    keep.add_argument("--normalizer", metavar="MODULE:FUNCTION", help="(answer) -> text that is compared, or None")
+    keep.add_argument("--scorer", metavar="MODULE:FUNCTION", help="(prompt, response) -> float")
+    keep.add_argument("--min-score", type=float, metavar="X", help="what the scorer has to give")
+
+    purify = command("purify", _purify, "make several teachers' rationales of the same prompts one each")
+    purify.add_argument(
+        "files", nargs="+", metavar="FILE", help="JSON lines: prompt with label and rationale, or with response"
+    )
+    purify.add_argument(
+        "--by",
+        choices=("vote", "route", "merge"),
+        required=True,
+        help="vote: the majority's label and its best rationale; route: the best teacher's; merge: a model's",
+    )
+    purify.add_argument("--output", type=Path, required=True, metavar="FILE", help="JSON lines, with provenance")
+    purify.add_argument(
+        "--template",
+        action="append",
+        metavar="TEXT",
+        help='takes responses apart: "{rationale} So the answer is {label}."; may be repeated',
+    )
+    voting = purify.add_argument_group("vote")
+    voting.add_argument("--scorer", metavar="MODULE:FUNCTION", help="(prompt, rationale) -> float; default: overlap")
+    routing = purify.add_argument_group("route: a ranking by the student's validation gain, given or measured")
+    routing.add_argument("--gains", type=Path, metavar="FILE", help="JSON, as measuring leaves it in OUTPUT.gains.json")
+    routing.add_argument("--student", metavar="MODEL", help="folder, run or hub id: measure on it, in short trials")
+    routing.add_argument("--validation", type=Path, metavar="FILE", help="JSON lines: prompts and labels held out")
+    routing.add_argument("--rounds", type=_number(int, 1), metavar="N", help="trials of all teachers; default: 12")
+    routing.add_argument("--steps", type=_number(int, 1), metavar="N", help="of a trial; default: 20")
+    routing.add_argument("--learning-rate", type=_number(float, 0), metavar="X", help="of a trial; default: 1e-4")
+    merging = purify.add_argument_group("merge")
+    merging.add_argument("--model", metavar="MODEL", help="folder, run, .gguf file or hub id; its name at URL")
+    merging.add_argument("--endpoint", metavar="URL", help="an OpenAI-compatible API, such as http://localhost:8000/v1")
+    merging.add_argument("--key-env", metavar="NAME", help="environment variable with its key")
+    merging.add_argument(
+        "--chat", action="store_true", default=None, help="ask as a user: chat template, or the chat API"
+    )
+    merging.add_argument("--max-new-tokens", type=_number(int, 1), metavar="N", help="of an answer; default: 256")
+    merging.add_argument(
+        "--merge-prompt", type=Path, metavar="FILE", help="what the model is asked, with {prompt} and {rationales}"
+    )
 
     export = command("export", _export, "write a student that runs where mohawk is not installed, and check it")
     export.add_argument("model", type=Path, metavar="RUN", help="a run's folder, or a student's")
@@ -206,16 +338,22 @@ def _demo(options: argparse.Namespace) -> None:
 
 def _convert(options: argparse.Namespace) -> None:
     from mohawk.recipe import Recipe
-    from mohawk.recipe_text import quoted
 
-    overrides = list(options.set)
-    if options.output is not None:
-        overrides.append(f"output={quoted(options.output)}")
-    recipe = Recipe.load(options.recipe, overrides)
+    recipe = Recipe.load(options.recipe, _overrides(options))
 
     from mohawk.convert import convert
 
     convert(recipe, dry_run=options.dry_run)
+
+
+def _distill(options: argparse.Namespace) -> None:
+    from mohawk.distill_recipe import DistillRecipe
+
+    recipe = DistillRecipe.load(options.recipe, _overrides(options))
+
+    from mohawk.distill import distill
+
+    distill(recipe, dry_run=options.dry_run)
 
 
 def _select(options: argparse.Namespace) -> None:
@@ -229,6 +367,23 @@ def _compose(options: argparse.Namespace) -> None:
 
     given = {name: getattr(options, name) for name in ("budget", "attention", "by", "output")}
     compose(options.model, **given, overrides=options.set)
+
+
+def _cache(options: argparse.Namespace) -> None:
+    kinds = {"k": "top-k", "draws": "samples"}
+    for name, kind in kinds.items():
+        if getattr(options, name) is not None and options.kind != kind:
+            raise UserError(f"--{name} is of --kind {kind}, not of {options.kind}; leave it out")
+    if options.temperature is not None and options.kind == "hidden":
+        raise UserError("--temperature is of --kind top-k and samples: hidden states serve any; leave it out")
+    names = ("temperature", "sequence_length", "tokens", "batch_size", *kinds)
+    given = {name: value for name in names if (value := getattr(options, name)) is not None}
+    from mohawk.recipe import Recipe
+
+    recipe = Recipe.load(options.recipe, options.set)
+    from mohawk.cache_teacher import cache_teacher
+
+    cache_teacher(recipe, options.output, kind=options.kind, **given)
 
 
 def _evaluate(options: argparse.Namespace) -> None:
@@ -259,6 +414,74 @@ def _generate(options: argparse.Namespace) -> None:
         device=options.device,
         seed=options.seed,
         tokenizer=options.tokenizer,
+    )
+
+
+def _generate_data(options: argparse.Namespace) -> None:
+    def given(*names: str) -> dict[str, object]:
+        return {name: value for name in names if (value := getattr(options, name)) is not None}
+
+    local = given("batch_size", "dtype", "device", "revision", "tokenizer", "trust_remote_code")
+    remote = given("key_env", "concurrency", "timeout", "retries", "request")
+    if options.endpoint is None:
+        _refuse(remote, "--endpoint URL; give one, or leave it out")
+    else:
+        _refuse(local, "a local teacher; leave it out, or --endpoint")
+    if options.beams is not None and options.temperature:
+        raise UserError("--beams and --temperature: a search draws nothing; give one of the two")
+    if options.top_p is not None and not options.temperature:
+        raise UserError("--top-p needs --temperature above 0: greedy decoding has nothing to sample from")
+    method = "beam" if options.beams is not None else "sample" if options.temperature else "greedy"
+
+    from mohawk.decoding import Decoding
+    from mohawk.filters import Filters
+    from mohawk.generate_data import generate_from
+
+    used = ("samples", "max_new_tokens", "beams", "top_p", "seed") + (("temperature",) if options.temperature else ())
+    generate_from(
+        options.prompts,
+        options.model,
+        options.output,
+        decoding=Decoding(method=method, **given(*used)),
+        filters=Filters(**given(*Filters.__dataclass_fields__)),
+        endpoint=options.endpoint,
+        chat=options.chat,
+        reading=given("field", "format", "split", "subset"),
+        limit=options.limit,
+        teacher=local or remote,
+    )
+
+
+def _purify(options: argparse.Namespace) -> None:
+    def given(*names: str) -> dict[str, object]:
+        return {name: value for name in names if (value := getattr(options, name)) is not None}
+
+    voting = given("scorer")
+    trial = given("steps", "learning_rate")
+    routing = given("gains", "student", "validation", "rounds")
+    merging = given("model", "endpoint", "max_new_tokens", "merge_prompt")
+    opening = given("key_env", "chat")
+    for way, used in (("vote", voting), ("route", {**routing, **trial}), ("merge", {**merging, **opening})):
+        if options.by != way:
+            _refuse(used, f"--by {way}; leave it out")
+    if options.by == "route" and (options.gains is None) == (options.student is None):
+        raise UserError("--by route needs --gains FILE, or --student MODEL and --validation FILE to measure them")
+    if options.gains is not None:
+        _refuse({**given("validation", "rounds"), **trial}, "--student MODEL; leave it out")
+    if options.student is not None and options.validation is None:
+        raise UserError("--student needs --validation FILE: prompts and labels that are not trained on")
+    if options.by == "merge" and options.model is None:
+        raise UserError("--by merge needs --model MODEL")
+    if options.endpoint is None:
+        _refuse(given("key_env"), "--endpoint URL; give one, or leave it out")
+    from mohawk.purify import purify_from
+
+    if "merge_prompt" in merging:
+        merging["merge_prompt_file"] = merging.pop("merge_prompt")
+    if options.template:
+        merging["templates"] = options.template
+    purify_from(
+        options.files, options.output, by=options.by, **voting, **routing, **merging, trial=trial, opening=opening
     )
 
 
@@ -300,6 +523,13 @@ def _doctor(options: argparse.Namespace) -> None:
     doctor()
 
 
+def _overrides(options: argparse.Namespace) -> list[str]:
+    """What the command line changes in a recipe."""
+    from mohawk.recipe_text import quoted
+
+    return [*options.set, *([] if options.output is None else [f"output={quoted(options.output)}"])]
+
+
 def _add_by(sub: argparse.ArgumentParser) -> None:
     sub.add_argument(
         "--by", choices=("kl", "recall", "both", "alone"), default="kl", help="how layers are ranked; default: kl"
@@ -336,7 +566,8 @@ def _number(kind: type, low: float, high: float = float("inf")) -> Callable[[str
 class _Terminal(logging.Handler):
     """Log lines on stderr, above a progress bar if there is one: warnings, and what the user waits for."""
 
-    waited_for = ("mohawk.fetch", "mohawk.demo", "mohawk.data", "mohawk.text")
+    says = ("fetch", "demo", "data", "text", "cache_teacher", "generate_data", "purify", "rationale_router")
+    waited_for = tuple(f"mohawk.{name}" for name in says)
 
     def filter(self, record: logging.LogRecord) -> bool:
         return record.levelno >= logging.WARNING or record.name in self.waited_for

@@ -21,7 +21,7 @@ from mohawk.plan import make_plan, objective_for, print_plan, student_options
 from mohawk.progress import log_to
 from mohawk.readout import solve_output_projections
 from mohawk.recipe import Recipe
-from mohawk.report import finish
+from mohawk.report import AFTER, finish, loss_labels
 from mohawk.run import STUDENT, Run, claimed
 from mohawk.teachers import load_config
 
@@ -86,7 +86,10 @@ class Conversion(Run):
                 student.save_pretrained(folder)
                 self.tokenizer.save_pretrained(folder)
         draw_matrices(self.folder)
-        finish(self.folder, self.recipe, student.eval(), self.teacher, self.tokenizer, self.console)
+        finish(
+            self.folder, self.recipe, student.eval(), self.teacher, self.tokenizer, self.console,
+            stages=AFTER, labels=loss_labels(self.recipe),
+        )  # fmt: skip
         log.info("run finished in %.0f s", time.monotonic() - start)
 
     def _train(self, name: str, phase, student: HybridForCausalLM) -> None:

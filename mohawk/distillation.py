@@ -16,6 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mohawk.advance import Advance
+from mohawk.attention_match import AttentionMatch, collect_attention
+from mohawk.features import HiddenMatch, collect_hidden
 from mohawk.heads import Head, final_hidden_states
 from mohawk.kernels.kd_loss import TAIDSchedule, TeacherHidden, TeacherTAID, linear_kd_loss
 from mohawk.schedules import Ramp, at, temperature_for
@@ -30,14 +32,36 @@ NO_DECAY = ("bias", "A_log", "D", "dt_bias", "z_bias", "norm.weight", "layernorm
 class Matching:
     """A loss between layers of student and teacher.
 
-    loss: called as loss(student_seen, teacher_seen, mask, weights, normalizer), as `HiddenMatch`; its parameters train
-    with the student's. student, teacher: what is watched in each during its pass.
+    student, teacher: what is watched in each during its pass. loss: called as loss(student_seen, teacher_seen, batch),
+    a mean over real tokens. module: whose parameters train with the student's, if it has any.
     """
 
-    loss: nn.Module
+    loss: Callable[[Any, Any, Mapping[str, Tensor]], Tensor]
     student: Watch
     teacher: Watch
     weight: float | Ramp = 1.0
+    module: nn.Module | None = None
+
+
+def match_hidden(match: HiddenMatch, weight: float | Ramp = 1.0) -> Matching:
+    """Hidden states of layer pairs (mohawk/features.py)."""
+    return Matching(
+        lambda student, teacher, batch: match(student, teacher, real_tokens(batch), batch.get("weights")),
+        student=lambda model: collect_hidden(model, match.student_layers),
+        teacher=lambda model: collect_hidden(model, match.teacher_layers),
+        weight=weight,
+        module=match,
+    )
+
+
+def match_attention(match: AttentionMatch, weight: float | Ramp = 1.0) -> Matching:
+    """Mixing matrices of layer pairs (mohawk/attention_match.py)."""
+    return Matching(
+        lambda student, teacher, batch: match(student, teacher, segments(batch)),
+        student=lambda model: collect_attention(model, match.student_layers),
+        teacher=lambda model: collect_attention(model, match.teacher_layers),
+        weight=weight,
+    )
 
 
 class KnowledgeDistiller(nn.Module):
@@ -97,8 +121,9 @@ class KnowledgeDistiller(nn.Module):
         self.finished = False
         self.__dict__["matchings"] = dict(matchings or {})
         # their parameters are trained and saved with a run's checkpoints, and are no part of the student
-        self.matched = nn.ModuleDict({name: matching.loss for name, matching in self.matchings.items()})
+        self.matched = nn.ModuleDict({name: m.module for name, m in self.matchings.items() if m.module is not None})
         self.step, self.steps = 0, 1
+        self._last_loss: Tensor | float = 0.0
         self._sums: dict[str, list[Any]] = {}
 
     # ---- in a plain training loop ----
@@ -124,15 +149,17 @@ class KnowledgeDistiller(nn.Module):
             batch["attention_mask"] = attention_mask
             batch["labels"] = labels.masked_fill(~real, IGNORED)
             batch["position_ids"] = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
-        return self._loss(batch, normalizer)
+        return self.loss(batch, normalizer)
 
     # ---- as an objective of our trainer ----
 
+    def prepare(self, batch: dict[str, Tensor], step: int) -> dict[str, Tensor]:
+        """What a step trains on instead of a batch, before its tokens are counted: the student's own samples."""
+        return batch if self.on_policy is None else self.on_policy(batch, step)
+
     def losses(self, **batch: Tensor) -> Iterator[tuple[str, Tensor]]:
         """The loss of a packed batch, one scalar: its terms share one graph."""
-        if self.on_policy is not None:
-            batch = self.on_policy(batch, self.step)
-        yield "loss", self._loss(batch)
+        yield "loss", self.loss(batch)
 
     def trained(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Names and parameters that train: the student's that require gradients, and the matchings'."""
@@ -161,6 +188,11 @@ class KnowledgeDistiller(nn.Module):
             self.teacher.update()
         if self.advance is not None:
             self.finished = self.advance.after(self.step + 1)
+
+    @property
+    def last_loss(self) -> float:
+        """The latest batch's loss."""
+        return float(self._last_loss)
 
     def measured(self) -> dict[str, float]:
         """Means since the last call of what was measured beside the loss, and where schedules are."""
@@ -192,11 +224,23 @@ class KnowledgeDistiller(nn.Module):
     def _now(self, value: float | Ramp) -> float:
         return at(value, self.step / max(1, self.steps - 1))
 
-    def _loss(self, batch: Mapping[str, Tensor], normalizer: float | Tensor | None = None) -> Tensor:
+    def loss(
+        self,
+        batch: Mapping[str, Tensor],
+        normalizer: float | Tensor | None = None,
+        forward: Callable[..., Any] | None = None,
+    ) -> Tensor:
+        """The loss of a batch of columns, a scalar.
+
+        batch: `input_ids` and `labels` (b, n), unshifted, -100 where nothing is predicted; `position_ids` and
+        `segment_ids` of packed rows, or `attention_mask`; `weights` (b, n) of each token's loss; what a teacher asks
+        for (mohawk/teacher_models.py). normalizer: divides instead of the count of labels. forward: called instead of
+        the student, such as the student as DDP wraps it.
+        """
         matchings = self.matchings
         with ExitStack() as stack:
             seen = [stack.enter_context(m.student(self.student)) for m in matchings.values()]
-            hidden = final_hidden_states(self.student, model_inputs(batch))
+            hidden = final_hidden_states(self.student, model_inputs(batch), forward)
         answers = [None] if self.teacher is None else self.teacher(batch, [m.teacher for m in matchings.values()])
         labels = _next(batch["labels"], IGNORED)
         count = (labels != IGNORED).sum()
@@ -208,13 +252,13 @@ class KnowledgeDistiller(nn.Module):
             rows = slice(None) if answer is None or answer.rows is None else answer.rows
             part = None if weights is None else weights[rows]
             total = total + self._logit_loss(answer, hidden[rows], head, labels[rows], part, divisor)
-        mask = real_tokens(batch)
         for i, (name, matching) in enumerate(matchings.items()):
-            loss = matching.loss(seen[i], answers[0].seen[i], mask, batch.get("weights"), None)
+            loss = matching.loss(seen[i], answers[0].seen[i], batch)
             if normalizer is not None:  # a mean over its own tokens, of the share of all that they are
                 loss = loss * (count / normalizer)
             self._measure(name, loss, count)
             total = total + self._now(matching.weight) * loss
+        self._last_loss = total.detach()
         return total
 
     def _logit_loss(
@@ -308,6 +352,13 @@ def real_tokens(batch: Mapping[str, Tensor]) -> Tensor:
     if "attention_mask" in batch:
         return batch["attention_mask"].bool()
     return torch.ones_like(batch["input_ids"], dtype=torch.bool)
+
+
+def segments(batch: Mapping[str, Tensor]) -> Tensor | None:
+    """(b, n) int64: the document of each token, -1 at padding; None where every row is one document."""
+    if "segment_ids" in batch:
+        return batch["segment_ids"]
+    return batch["attention_mask"].long() - 1 if "attention_mask" in batch else None
 
 
 @torch.no_grad()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -44,11 +44,14 @@ class Head:
         softcap = getattr(config, "final_logit_softcapping", None)
         return cls(output.weight, getattr(output, "bias", None), float(scale), softcap)
 
+    def detached(self) -> Head:
+        """The head without gradients, its tensors not copied."""
+        return replace(self, weight=self.weight.detach(), bias=None if self.bias is None else self.bias.detach())
+
     def frozen(self) -> Head:
         """The head in float32 without gradients."""
-        return replace(
-            self, weight=self.weight.detach().float(), bias=None if self.bias is None else self.bias.detach().float()
-        )
+        bias = None if self.bias is None else self.bias.detach().float()
+        return replace(self, weight=self.weight.detach().float(), bias=bias)
 
     def to(self, device: torch.device) -> Head:
         return replace(self, weight=self.weight.to(device), bias=None if self.bias is None else self.bias.to(device))
@@ -78,11 +81,15 @@ class Head:
         }
 
 
-def final_hidden_states(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> Tensor:
+def final_hidden_states(
+    model: PreTrainedModel, inputs: Mapping[str, Tensor], forward: Callable[..., Any] | None = None
+) -> Tensor:
     """What a model gives its output embedding, (batch, sequence, hidden), with gradients, without all its logits.
 
-    inputs: of the model's forward. The logits of the last position alone are computed. On a model's first pass they
-    check `Head.of`; raises UserError where the model does more to its logits than a Head says.
+    inputs: of the model's forward. forward: what to call instead of the model, such as the model as DDP wraps it.
+
+    The logits of the last position alone are computed. On a model's first pass they check `Head.of`; raises UserError
+    where the model does more to its logits than a Head says.
     """
     seen: list[Tensor] = []
 
@@ -95,7 +102,7 @@ def final_hidden_states(model: PreTrainedModel, inputs: Mapping[str, Tensor]) ->
         raise UserError(f"{type(model).__name__} has no output embedding to compare logits of")
     hook = output.register_forward_pre_hook(keep)
     try:
-        last = model(**inputs, use_cache=False).logits[:, -1]
+        last = (forward or model)(**inputs, use_cache=False).logits[:, -1]
     finally:
         hook.remove()
     (hidden,) = seen

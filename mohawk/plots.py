@@ -13,15 +13,17 @@ import numpy as np
 
 from mohawk.metrics import read_metrics
 
-PHASES = ("mixing", "hidden", "end_to_end")
-STAGES = ("before", *PHASES)
 TITLES = {
     "before": "before\nphase 1",
     "mixing": "phase 1\nmatrices",
     "hidden": "phase 2\nhidden states",
     "end_to_end": "phase 3\nend to end",
 }
-TEXTS = {"held_out": "held-out text of the training source", "evaluation": "text of another source"}
+TEXTS = {
+    "held_out": "held-out text of the training source",
+    "held_out_pairs": "held-out prompts and responses",
+    "evaluation": "text of another source",
+}
 SHARES = ("acc", "acc_norm", "exact_match", "pass@1", "f1", "em")  # metrics of tasks that lie between 0 and 1
 BLUE, ORANGE, GREY = "#1f6feb", "#d9730d", "#8c959f"
 
@@ -64,7 +66,7 @@ def plot_losses(metrics: Path | str, target: Path | str, labels: Mapping[str, st
     records: dict[str, list[dict]] = {}
     for record in read_metrics(metrics):
         records.setdefault(record["phase"], []).append(record)
-    names = [p for p in PHASES if p in records] + [p for p in records if p not in PHASES]
+    names = [p for p in TITLES if p in records] + [p for p in records if p not in TITLES]
     if not names:
         return None
     figure, axes = _subplots(1, len(names), width=4.6, height=3.4)
@@ -93,11 +95,11 @@ def plot_losses(metrics: Path | str, target: Path | str, labels: Mapping[str, st
 
 
 def plot_evaluation(stages: Mapping[str, Mapping[str, Mapping[str, float]]], target: Path | str) -> Path | None:
-    """Perplexity, KL and top-1 agreement before phase 1 and after each phase; None when there is nothing.
+    """Perplexity, KL and top-1 agreement at each stage, in the order given; None when there is nothing.
 
     stages: {"before": {"held_out": a Comparison as a dict, ...}, "mixing": ..., ...}.
     """
-    names = [s for s in STAGES if stages.get(s)]
+    names = [s for s in stages if stages[s]]
     if not names:
         return None
     texts = [t for t in TEXTS if any(t in stages[s] for s in names)]
@@ -108,7 +110,7 @@ def plot_evaluation(stages: Mapping[str, Mapping[str, Mapping[str, float]]], tar
     )
     figure, axes = _subplots(1, len(panels), width=4.6, height=3.8)
     for axis, (key, label, logarithmic) in zip(axes[0], panels, strict=True):
-        for text, color, marker in zip(texts, (BLUE, ORANGE), "os", strict=False):
+        for text, color, marker in zip(texts, (BLUE, ORANGE, GREY), "os^", strict=False):
             values = [_number(stages[s].get(text, {}).get(key)) for s in names]
             values = [v if math.isfinite(v) else math.nan for v in values]
             if key == "top1_agreement":
@@ -131,7 +133,7 @@ def plot_evaluation(stages: Mapping[str, Mapping[str, Mapping[str, float]]], tar
         elif not logarithmic:
             axis.set_ylim(-8, 108)
         axis.margins(x=0.12, y=0.15)
-        axis.set_xticks(range(len(names)), [TITLES[s] for s in names], fontsize=8.5)
+        axis.set_xticks(range(len(names)), [TITLES.get(s, s) for s in names], fontsize=8.5)
         axis.set_title(label)
     handles, shown = axes[0][0].get_legend_handles_labels()
     figure.legend(handles, shown, loc="outside lower center", ncols=len(shown), frameon=False)

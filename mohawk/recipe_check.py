@@ -53,16 +53,21 @@ def check(
 
 
 def _expanded(data: dict[str, Any]) -> dict[str, Any]:
-    """With the shorthands written out: `teacher: path`, and a bare string among the texts."""
+    """With the shorthands written out: `teacher: path`, and a bare string among the texts; in stages too."""
     data = dict(data)
-    if isinstance(data.get("teacher"), str):
-        data["teacher"] = {"model": data["teacher"]}
+    for key in ("teacher", "student"):
+        if isinstance(data.get(key), str):
+            data[key] = {"model": data[key]}
+    if isinstance(data.get("teachers"), list):
+        data["teachers"] = [{"model": given} if isinstance(given, str) else given for given in data["teachers"]]
     if isinstance(data.get("data"), dict):
         data["data"] = dict(data["data"])
         for key in ("train", "evaluation"):
             texts = data["data"].get(key)
             if isinstance(texts, list):
                 data["data"][key] = [{"source": text} if isinstance(text, str) else text for text in texts]
+    if isinstance(data.get("stages"), list):
+        data["stages"] = [_expanded(stage) if isinstance(stage, dict) else stage for stage in data["stages"]]
     return data
 
 
@@ -171,6 +176,7 @@ def _mend(data: dict[str, Any], at: Where) -> None:
         ("teacher", "model"): "?",
         ("data",): {"train": train},
         ("data", "train"): train,
+        ("stages",): [{}],
     }
     parent: Any = data
     for key in at[:-1]:

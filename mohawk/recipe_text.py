@@ -27,7 +27,13 @@ Path = tuple[str | int, ...]  # of a value in the recipe: ("phases", "hidden", "
 
 _MERGE = "tag:yaml.org,2002:merge"
 # What a bare string is short for, where the schema wants a mapping.
-_SHORTHAND = {("teacher",): "model", ("data", "train"): "source", ("data", "evaluation"): "source"}
+_SHORTHAND = {
+    ("teacher",): "model",
+    ("teachers",): "model",
+    ("student",): "model",
+    ("data", "train"): "source",
+    ("data", "evaluation"): "source",
+}
 
 
 class RecipeText:

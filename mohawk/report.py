@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from mohawk.checkpoints import MANIFEST
 from mohawk.metrics import METRICS, read_metrics
-from mohawk.plots import PHASES, STAGES, TEXTS, plot_evaluation, plot_losses, plot_tasks
+from mohawk.plots import TEXTS, plot_evaluation, plot_losses, plot_tasks
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -50,11 +50,15 @@ def finish(
     teacher: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     console: Console,
+    *,
+    stages: Mapping[str, str],
+    labels: Mapping[str, str],
 ) -> dict[str, Any]:
     """Measure what is still missing, draw, write results.json and report.md, print the tables.
 
     folder: a run's, with evaluation/*.json and metrics.jsonl. Speed, state size and continuations are measured here,
-    unless an earlier call with the same evaluation settings left them in results.json. Returns the results.
+    unless an earlier call with the same evaluation settings left them in results.json. stages: name -> what the student
+    then was, in order. labels: what each one's loss is. Returns the results.
     """
     from mohawk.evaluate import continuation, decode_speed
 
@@ -72,20 +76,21 @@ def finish(
         "prompt": asked.prompt,
         **{who: continuation(m, tokenizer, asked.prompt, asked.continuation_tokens) for who, m in models.items()},
     }
-    stages = {stage: read_json(folder / "evaluation" / f"{stage}.json") for stage in STAGES}
-    stages = {stage: found for stage, found in stages.items() if found}
-    plot_losses(folder / METRICS, folder / "plots" / "losses.png", loss_labels(recipe))
-    plot_evaluation(stages, folder / "plots" / "evaluation.png")
-    tasks = kept_tasks(folder, STUDENT)
+    evaluated = {stage: read_json(folder / "evaluation" / f"{stage}.json") for stage in stages}
+    evaluated = {stage: found for stage, found in evaluated.items() if found}
+    plot_losses(folder / METRICS, folder / "plots" / "losses.png", labels)
+    plot_evaluation(evaluated, folder / "plots" / "evaluation.png")
+    tasks, times = kept_tasks(folder, STUDENT), phase_times(folder / METRICS)
     _plot_tasks(folder, tasks)
     results = {
         "teacher": recipe.teacher.model,
         "architecture": architecture(teacher, student),
         "parameters": {who: count_parameters(model) for who, model in models.items()},
         "dtypes": {who: str(model.dtype).removeprefix("torch.") for who, model in models.items()},
-        "evaluation": stages,
+        "stages": dict(stages),
+        "evaluation": evaluated,
         "decoding": decoding,
-        "phases": phase_times(folder / METRICS),
+        "phases": {name: times[name] for name in stages if name in times},
         "continuations": continuations,
         "plots": sorted(f"plots/{path.name}" for path in (folder / "plots").glob("*.png")),
         "machine": machine(teacher.device),
@@ -187,6 +192,9 @@ def architecture(teacher: PreTrainedModel, student: PreTrainedModel) -> str:
     """One line: what became of the teacher's layers."""
     kinds = list(getattr(student.config, "layer_types", None) or [])
     replaced = kinds.count("linear_attention")
+    if not replaced:
+        layers = [getattr(model.config.get_text_config(), "num_hidden_layers", "?") for model in (teacher, student)]
+        return f"{type(teacher).__name__} with {layers[0]} layers -> {type(student).__name__} with {layers[1]} layers"
     mixer = getattr(student.config, "mixer", "state space")
     return (
         f"{type(teacher).__name__} with {len(kinds)} attention layers -> {type(student).__name__} with "
@@ -206,7 +214,7 @@ def phase_times(metrics: Path) -> dict[str, dict[str, float]]:
         phase["seconds"] += (record["tokens"] - phase["tokens"]) / speed if speed else 0.0
         phase |= {"steps": record["step"], "tokens": record["tokens"], "last_loss": record["loss"]}
         phase["skipped_steps"] = record.get("skipped_steps", 0)
-    return {name: found[name] for name in PHASES if name in found}
+    return found
 
 
 def loss_labels(recipe: Recipe) -> dict[str, str]:
@@ -243,13 +251,14 @@ Table = tuple[str, list[str], list[list[str]]]
 def tables(results: Mapping[str, Any]) -> list[Table]:
     """The run's figures as tables of strings: quality for each text, size and speed, training."""
     made: list[Table] = []
+    stages = results.get("stages", AFTER)  # which earlier results did not have
     for text, name in TEXTS.items():
         rows = []
-        for stage in STAGES:
+        for stage, name_of_stage in stages.items():
             if found := results["evaluation"].get(stage, {}).get(text):
                 rows.append(
                     [
-                        AFTER[stage],
+                        name_of_stage,
                         _figure(found["student_perplexity"]),
                         _figure(found["teacher_perplexity"]),
                         _figure(found["perplexity_ratio"]),
@@ -272,7 +281,7 @@ def tables(results: Mapping[str, Any]) -> list[Table]:
     made.append(("Size and speed (one sequence, greedy, median)", header, rows))
     rows = [
         [
-            AFTER[name].removeprefix("after "),
+            stages[name].removeprefix("after "),
             f"{phase['steps']:,}",
             f"{phase['tokens']:,}",
             _seconds(phase["seconds"]),

@@ -110,15 +110,16 @@ class Run:
             teacher.model, tokenizer=teacher.tokenizer, trust_remote_code=teacher.trust_remote_code, **where
         )
         self.data = self._load_data()
-        self.teacher = load_teacher(
-            teacher.model,
-            dtype=teacher.dtype,
-            trust_remote_code=teacher.trust_remote_code,
-            device=self.device,
-            **where,
-        )
+        self.teacher = self._load_teacher()
         self._check_tokens()
         self.texts = self._evaluation_texts()
+
+    def _load_teacher(self) -> nn.Module:
+        teacher = self.recipe.teacher
+        return load_teacher(
+            teacher.model, gguf_file=teacher.gguf_file, revision=teacher.revision, dtype=teacher.dtype,
+            trust_remote_code=teacher.trust_remote_code, device=self.device,
+        )  # fmt: skip
 
     def _load_data(self) -> Data:
         data = self.recipe.data

@@ -8,17 +8,21 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from mohawk.errors import UserError
 from mohawk.heads import Head, final_hidden_states, in_autocast
-from mohawk.kernels.kd_teachers import Teacher, TeacherHidden, TeacherMixture, TeacherSamples, TeacherTopK
+from mohawk.kernels.kd_teachers import Teacher, TeacherHidden, TeacherMixture
+
+if TYPE_CHECKING:
+    from mohawk.teacher_cache import TeacherCache
 
 # What a model is watched with during its pass: a context that collects tensors of its layers into a dict.
 Watch = Callable[[nn.Module], AbstractContextManager[dict[Any, Any]]]
@@ -171,19 +175,15 @@ class AverageTeacher(ModelTeacher):
 
 
 class CachedTeacher:
-    """Answers that come with the batch, as a cache wrote them (mohawk/teacher_cache.py).
+    """Answers that come with the batch, from a cache that `mohawk cache` wrote (mohawk/teacher_cache.py)."""
 
-    head: the teacher's, where hidden states are cached.
-    """
-
-    def __init__(self, vocab_size: int, head: Head | None = None):
-        self.vocab_size, self.head = vocab_size, head
+    def __init__(self, cache: TeacherCache):
+        self.cache = cache
+        self.vocab_size = cache.layout.vocab_size
 
     def __call__(self, batch: Mapping[str, Tensor], watches: Sequence[Watch] = ()) -> list[Answer]:
-        if watches:
-            raise UserError("cache: it holds no layers to match; leave out hidden and attention, or use the teacher")
-        if "teacher_hidden" in batch:
-            return [Answer(self.head.teacher(batch["teacher_hidden"]))]
-        if "teacher_weights" in batch:
-            return [Answer(TeacherSamples(batch["teacher_ids"], batch["teacher_weights"]))]
-        return [Answer(TeacherTopK(batch["teacher_ids"], batch["teacher_logprobs"], batch["teacher_tail"]))]
+        source = self.cache.teacher(batch)
+        if isinstance(source, TeacherHidden):
+            products = {name: in_autocast(getattr(source, name)) for name in ("hidden", "head", "bias")}
+            source = dataclasses.replace(source, **products)
+        return [Answer(source)]

@@ -112,11 +112,15 @@ def load_teacher(
     dtype: str = "float32",
     trust_remote_code: bool = False,
     device: str | torch.device | None = None,
+    quantize: str | None = None,
+    device_map: str | None = None,
 ) -> PreTrainedModel:
     """Load a causal language model in eval mode with frozen parameters.
 
     model: a folder with config.json, a `.gguf` file, a folder plus `gguf_file`, or a hub id (`revision`).
     dtype: float32, bfloat16, float16, or auto (the checkpoint's own).
+    quantize: int8 or int4, the weights in so many bits (bitsandbytes, or torchao where that is not installed).
+    device_map: "auto" spreads the model over devices, memory and disk (accelerate); `device` is then not used.
     A GGUF checkpoint is dequantized, and the returned model can be saved like any other.
     Raises UserError with one line: missing folder, not a causal language model, unreachable hub, weights
     missing.
@@ -143,6 +147,8 @@ def load_teacher(
                 trust_remote_code=trust_remote_code,
                 output_loading_info=True,
                 attn_implementation=needed_attention(config),
+                **({} if quantize is None else {"quantization_config": _quantization(quantize)}),
+                **({} if device_map is None else {"device_map": device_map, "offload_folder": _offload_folder()}),
                 **_gguf(gguf_file),
             )
     except Exception as error:
@@ -155,7 +161,37 @@ def load_teacher(
     if gguf_file is not None:
         teacher = without_quantization(teacher)
     teacher.eval().requires_grad_(False)
-    return teacher if device is None else teacher.to(device)
+    placed = device is None or device_map is not None or quantize is not None
+    return teacher if placed else teacher.to(device)
+
+
+def _quantization(quantize: str) -> Any:
+    """transformers' configuration for weights in few bits, of whichever package is installed. Raises UserError."""
+    from importlib.util import find_spec
+
+    if quantize not in ("int8", "int4"):
+        raise UserError(f"teacher.quantize: got {quantize!r}; allowed: int8, int4")
+    if find_spec("bitsandbytes") is not None:
+        from transformers import BitsAndBytesConfig
+
+        return BitsAndBytesConfig(load_in_8bit=quantize == "int8", load_in_4bit=quantize == "int4")
+    if find_spec("torchao") is not None:
+        from torchao.quantization import Int4WeightOnlyConfig, Int8WeightOnlyConfig
+        from transformers import TorchAoConfig
+
+        return TorchAoConfig(Int8WeightOnlyConfig() if quantize == "int8" else Int4WeightOnlyConfig())
+    raise UserError(f"teacher.quantize: {quantize} needs bitsandbytes or torchao; run: pip install bitsandbytes")
+
+
+def _offload_folder() -> str:
+    """Where accelerate puts what fits into no device's memory."""
+    import atexit
+    import shutil
+    import tempfile
+
+    folder = tempfile.mkdtemp(prefix="mohawk-offload-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
 
 
 def load_tokenizer(

@@ -102,25 +102,25 @@ def tokenize(source: Any, tokenizer: PreTrainedTokenizerBase, *, cache: Path | s
     """
     source = as_source(source)
     root = (Path(cache).expanduser() if cache is not None else cache_dir()) / "tokens"
-    files, form = _local_files(source)
+    files, form = local_files(source)
     # a hub dataset has to be opened to know its content; local files are only hashed
-    dataset = None if files else _load(source, files, form)
+    dataset = None if files else load_rows(source, files, form)
     content = dataset._fingerprint if dataset is not None else _content_key(files)
     settings = {"layout": LAYOUT, "content": content, "field": source.field, "split": source.split}
-    settings |= {"format": form, "tokenizer": _tokenizer_key(tokenizer)}
+    settings |= {"format": form, "tokenizer": tokenizer_key(tokenizer)}
     key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:24]
     folder = root / key
     if not folder.is_dir():
         # `scratch` vanishes at the end: the Arrow copy of local files is only a step to the token ids
         with whole_folder(folder) as partial, tempfile.TemporaryDirectory(dir=partial.parent) as scratch:
             if dataset is None:
-                dataset = _load(source, files, form, scratch)
+                dataset = load_rows(source, files, form, scratch)
             _check_field(dataset, source)
             _write(dataset, source, form, tokenizer, partial)
     return TokenizedText(folder)
 
 
-def _local_files(source: Source) -> tuple[list[Path], str | None]:
+def local_files(source: Source) -> tuple[list[Path], str | None]:
     """The files a local source names, sorted, and their format; ([], None) for a hub id."""
     name = source.source
     if source.format is not None and source.format not in FORMATS:
@@ -167,7 +167,7 @@ def _looks_local(name: str) -> bool:
     )
 
 
-def _load(source: Source, files: list[Path], form: str | None, scratch: str | None = None) -> datasets.Dataset:
+def load_rows(source: Source, files: list[Path], form: str | None, scratch: str | None = None) -> datasets.Dataset:
     import datasets
 
     bars = datasets.are_progress_bars_disabled()
@@ -246,7 +246,8 @@ def _content_key(files: list[Path]) -> str:
     return digest.hexdigest()
 
 
-def _tokenizer_key(tokenizer: PreTrainedTokenizerBase) -> str:
+def tokenizer_key(tokenizer: PreTrainedTokenizerBase) -> str:
+    """sha256 of what decides a tokenizer's ids, hex; padding and truncation aside."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is not None:
         parts = json.loads(backend.to_str())

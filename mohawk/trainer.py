@@ -7,6 +7,7 @@ An *objective* is an `nn.Module` with
   step's loss;
 - `parameter_groups(learning_rate, weight_decay)`: AdamW's groups, holding exactly the parameters that train;
 and, where it needs them,
+- `prepare(batch, step)`: what a step trains on instead of a micro-batch, before its tokens are counted;
 - `begin_step(step, steps)`, before the first micro-batch of a step, counted from 0; `end_step(loss)`, after the
   optimizer's; a step that changed nothing has no end;
 - `measured()`: what a logged record has as `measured`, numbers by name, since it was asked last;
@@ -243,6 +244,9 @@ class PhaseTrainer(Trainer):
     def get_batch_samples(self, epoch_iterator, num_batches, device) -> tuple[list, float]:
         """The micro-batches of one step, and how many real tokens they hold over all processes."""
         batches = list(itertools.islice(epoch_iterator, num_batches))
+        if hasattr(self.model, "prepare"):
+            with self._autocast():
+                batches = [self.model.prepare(self._prepare_inputs(b), self.state.global_step) for b in batches]
         tokens = float(sum(map(_real_tokens, batches)))
         if several():
             tokens = total(torch.tensor(tokens, device=device)).item()

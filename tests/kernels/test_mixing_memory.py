@@ -6,6 +6,8 @@ from torch.profiler import ProfilerActivity, profile
 
 from mohawk.kernels.mixing import AttentionMixing, SSDMixing, mixing_matrix
 from mohawk.kernels.mixing_distance import mixing_distance
+from mohawk.kernels.mixing_heads import head_mean_distance
+from mohawk.kernels.mixing_reference import dense_matrix
 from mohawk.kernels.ssd import ssd
 
 
@@ -53,6 +55,27 @@ def test_twenty_times_less_than_eager():
     eager = peak_bytes(lambda: mixing_distance(student, teacher, backend="reference").backward())
     mine = peak_bytes(lambda: mixing_distance(student, teacher, backend="chunked").backward())
     assert mine * 20 <= eager
+
+
+@pytest.mark.parametrize("metric", ["mse", "kl"])
+def test_means_over_heads(metric):
+    """Three heads against four: linear in the length, and a fifth of one head's matrix where eager needs them all."""
+
+    def pair(seq):
+        student = attention(seq, 3)
+        return AttentionMixing(student.q.requires_grad_(), student.k.requires_grad_()), attention(seq, 4)
+
+    peaks = {}
+    for seq in (512, 2048, 8192):
+        student, teacher = pair(seq)
+        peaks[seq] = peak_bytes(lambda s=student, t=teacher: head_mean_distance(s, t, metric=metric).backward())
+    assert peaks[8192] < 4.1 * peaks[2048] < 4.1 * 4.1 * peaks[512]
+    assert peaks[8192] < 4 * 8192**2 / 5
+    student, teacher = pair(2048)
+    eager = peak_bytes(
+        lambda: (dense_matrix(student).mean(1) - dense_matrix(teacher).mean(1)).square().mean().backward()
+    )
+    assert 4 * peaks[2048] < eager
 
 
 def test_a_matrix_costs_itself_and_some_rows():

@@ -66,7 +66,10 @@ def finish(run, recipe, make_llama, tokenizer):
 
     def finish():
         console = Console(file=io.StringIO(), width=160)
-        results = report.finish(run, recipe, student, teacher, tokenizer, console)
+        results = report.finish(
+            run, recipe, student, teacher, tokenizer, console,
+            stages=report.AFTER, labels=report.loss_labels(recipe),
+        )  # fmt: skip
         return results, console.file.getvalue()
 
     return finish

@@ -1,0 +1,386 @@
+"""Standard distillation, run: teachers and a student -> stages of training -> evaluation -> a student."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import logging
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+from mohawk.advance import Advance
+from mohawk.attention_match import AttentionMatch
+from mohawk.checkpoints import is_complete, write_whole
+from mohawk.distill_data import Sources, held_out_rows, load_sources, training_rows
+from mohawk.distill_recipe import DistillRecipe, DistillStudent, DistillTeacher, Ramp, Stage
+from mohawk.distillation import KnowledgeDistiller, Matching, match_attention, match_hidden
+from mohawk.errors import UserError
+from mohawk.evaluate import TeacherStates, compare, teacher_states
+from mohawk.features import HiddenMatch, layer_map
+from mohawk.kernels.kd_teachers import TAIDSchedule
+from mohawk.models.cuts import keep_layers, resolve_layers
+from mohawk.models.decoders import decoder
+from mohawk.models.families import needed_attention
+from mohawk.on_policy import OnPolicy
+from mohawk.progress import log_to
+from mohawk.report import finish
+from mohawk.run import STUDENT, Run, claimed
+from mohawk.schedules import Ramp as Schedule
+from mohawk.schedules import temperature_for
+from mohawk.teacher_cache import CachedRows, TeacherCache
+from mohawk.teacher_models import AverageTeacher, CachedTeacher, Ensemble, ModelTeacher
+from mohawk.teachers import load_config, load_teacher
+from mohawk.text import tokenizer_key
+
+log = logging.getLogger(__name__)
+
+
+def distill(recipe: DistillRecipe, *, dry_run: bool = False) -> None:
+    """Run a recipe to its end, or go on with it.
+
+    Args:
+        recipe: checked by `DistillRecipe.load` or `DistillRecipe.from_dict`.
+        dry_run: print the plan and return; only configurations are read.
+
+    Raises:
+        UserError: a model cannot be loaded, the recipe does not fit the models, the data hold no text, or the output
+            folder holds another run.
+        Interrupted: a signal stopped the run after it saved.
+    """
+    console = Console()
+    print_plan(recipe, console)
+    if dry_run:
+        return
+    run = Path(recipe.output)
+    with claimed(run, recipe), log_to(run):
+        Distillation(recipe, run, console).run()
+
+
+class Distillation(Run):
+    """One distillation: the stages of its recipe, one after another."""
+
+    recipe: DistillRecipe
+    sources: Sources
+
+    def run(self) -> None:
+        start = time.monotonic()
+        stages = self.recipe.stages
+        finished = max((i for i, s in enumerate(stages) if is_complete(self._student(s.name))), default=-1)
+        student = self._untrained()
+        self._evaluate("before", student)
+        for i, stage in enumerate(stages):
+            if i > finished:
+                self._forget(stage.name)
+                student = self._train(i, stage, student)
+                with write_whole(self._student(stage.name), replace=True) as folder:
+                    student.save_pretrained(folder)
+            elif is_complete(self._student(stage.name)):
+                student = self._load(stage.name)
+            else:
+                log.warning("%s is missing or damaged; going on from the later stage", self._student(stage.name))
+                continue
+            self._evaluate(stage.name, student)
+        final = self.folder / STUDENT
+        if finished < len(stages) - 1 or not is_complete(final):
+            with write_whole(final, replace=True) as folder:
+                student.save_pretrained(folder)
+                self.tokenizer.save_pretrained(folder)
+        names = {"before": "before training", **{stage.name: f"after {stage.name}" for stage in stages}}
+        labels = {stage.name: _loss_label(stage) for stage in stages}
+        finish(
+            self.folder, self.recipe, student.eval(), self.teacher, self.tokenizer, self.console,
+            stages=names, labels=labels,
+        )  # fmt: skip
+        log.info("run finished in %.0f s", time.monotonic() - start)
+
+    # ---- models ----
+
+    def _load_teacher(self) -> nn.Module:
+        return load(self.recipe.teacher, self.device)
+
+    def _untrained(self) -> nn.Module:
+        return self._made(self.recipe.student, self.teacher)
+
+    def _made(self, given: DistillStudent, base: nn.Module) -> nn.Module:
+        """A student as asked, from the named model or from `base`; the same one whenever it is made again."""
+        if given.model is not None:
+            base = load_teacher(
+                given.model, gguf_file=given.gguf_file, revision=given.revision,
+                trust_remote_code=given.trust_remote_code, device=self.device,
+            )  # fmt: skip
+        return shaped(given, base, self.recipe.seed).float().to(self.device).requires_grad_(True)
+
+    def _load(self, stage: str) -> nn.Module:
+        """A finished stage's student."""
+        return load_teacher(self._student(stage), device=self.device).requires_grad_(True)
+
+    def _teacher_of(self, i: int, stage: Stage, student: nn.Module) -> Any:
+        """Who answers in a stage, as `KnowledgeDistiller` asks; None where nobody is asked."""
+        if stage.cache is not None:
+            return CachedTeacher(self._cache(stage))
+        if stage.learn_from == "previous":
+            return ModelTeacher(load_teacher(self._student(self.recipe.stages[i - 1].name), device=self.device))
+        if stage.learn_from in ("average", "start"):
+            return AverageTeacher(student, stage.average_decay if stage.learn_from == "average" else 1.0)
+        if stage.kd_weight == 0 and not (stage.hidden or stage.attention):
+            return None
+        given = [self.recipe.teacher, *self.recipe.teachers]
+        models = [self.teacher, *(load(teacher, self.device) for teacher in self.recipe.teachers)]
+        teachers = [ModelTeacher(model, g.micro_batch) for model, g in zip(models, given, strict=True)]
+        if len(teachers) == 1:
+            return teachers[0]
+        return Ensemble(teachers, self.recipe.combine, [g.weight for g in given])
+
+    def _cache(self, stage: Stage) -> TeacherCache:
+        cache = TeacherCache(stage.cache)
+        temperature = stage.temperature
+        if isinstance(temperature, Ramp) and cache.temperature is not None:
+            raise UserError(
+                f"stages ({stage.name}): cache: its temperature is {cache.temperature:g} throughout, the stage's "
+                f"goes from {temperature.start:g} to {temperature.end:g}; give a number, or cache hidden states"
+            )
+        cache.check(
+            sequence_length=stage.sequence_length, tokenizer_hash=tokenizer_key(self.tokenizer),
+            temperature=None if isinstance(temperature, Ramp) else temperature, divergence=stage.divergence,
+        )  # fmt: skip
+        return cache
+
+    # ---- training ----
+
+    def _train(self, i: int, stage: Stage, student: nn.Module) -> nn.Module:
+        """The student after a stage."""
+        if stage.student is not None:
+            student = self._made(stage.student, student)
+        data = stage.data or self.recipe.data
+        sources = self.sources if stage.data is None else load_sources(data, self._teacher_names(), self.tokenizer)
+        wanted = stage.steps() * stage.batch_size * stage.gradient_accumulation
+        rows = training_rows(data, sources, stage.sequence_length, wanted, self.recipe.seed, self._pad())
+        if len(rows) < wanted:
+            self.console.print(f"{stage.name}: reads its {len(rows):,} rows of text {wanted / len(rows):.1f} times")
+        lora = (stage.student or self.recipe.student).lora
+        if lora is not None:
+            from mohawk.lora import add_adapter, merge_adapter
+
+            with mistakes("student.lora"):
+                student = add_adapter(student, lora.rank, lora.alpha, lora.dropout, lora.targets)
+        with mistakes(f"stages.{i} ({stage.name})"):
+            objective = self._objective(i, stage, student)
+        if stage.cache is not None:
+            rows = CachedRows(rows, objective.teacher.cache)
+        trainer = self._trainer(stage.name, stage, objective, rows, report_to=self.recipe.report_to)
+        self._fit(trainer, student)
+        del trainer, objective
+        gc.collect()  # the optimizer's state, before the evaluation that follows
+        if lora is not None:
+            if not lora.merge:
+                from mohawk.lora import save_adapter
+
+                with write_whole(self.folder / "phases" / stage.name / "adapter", replace=True) as folder:
+                    save_adapter(student, folder)
+            student = merge_adapter(student)
+        return student.requires_grad_(True)
+
+    def _objective(self, i: int, stage: Stage, student: nn.Module) -> KnowledgeDistiller:
+        teacher = self._teacher_of(i, stage, student)
+        model = teacher.teachers[0].model if isinstance(teacher, Ensemble) else getattr(teacher, "model", None)
+        advance, on_policy, taid = stage.advance, stage.on_policy, stage.taid
+        return KnowledgeDistiller(
+            teacher,
+            student,
+            divergence=stage.divergence,
+            temperature=_schedule(stage.temperature),
+            kd_weight=_schedule(stage.kd_weight) if teacher is not None else 0.0,
+            ce_weight=_schedule(stage.ce_weight),
+            beta=stage.beta,
+            lam=stage.lam,
+            confidence=stage.confidence,
+            taid=taid and TAIDSchedule(taid.start, taid.alpha, taid.decay, taid.end),
+            matchings=matchings_for(stage, student, model),
+            on_policy=on_policy
+            and OnPolicy(
+                student,
+                self.tokenizer,
+                share=on_policy.share,
+                max_new_tokens=on_policy.max_new_tokens,
+                temperature=on_policy.temperature,
+                top_p=on_policy.top_p,
+                prompt_tokens=on_policy.prompt_tokens,
+                seed=self.recipe.seed,
+            ),  # fmt: skip
+            advance=advance
+            and Advance(
+                lambda: self._validate(student), advance.every, advance.patience, advance.improvement, advance.gap
+            ),
+        )
+
+    def _validate(self, student: nn.Module) -> tuple[float, float]:
+        """(student's, teacher's) loss on held-out text, nats per token."""
+        import math
+
+        name = "held_out" if "held_out" in self.texts else next(iter(self.texts))
+        found = compare(student, self.texts[name], autocast=self.autocast)
+        return math.log(found.student_perplexity), math.log(found.teacher_perplexity)
+
+    # ---- data ----
+
+    def _load_data(self):
+        self.sources = load_sources(self.recipe.data, self._teacher_names(), self.tokenizer)
+        return self.sources.text
+
+    def _teacher_names(self) -> list[str]:
+        return [teacher.name or str(i) for i, teacher in enumerate([self.recipe.teacher, *self.recipe.teachers])]
+
+    def _evaluation_texts(self) -> dict[str, TeacherStates]:
+        texts = super()._evaluation_texts() if self.data is not None else {}
+        asked = self.recipe.evaluation
+        rows = held_out_rows(self.recipe.data, self.sources, asked.sequence_length, asked.tokens, self._pad())
+        if rows is not None:
+            texts["held_out_pairs"] = teacher_states(
+                self.teacher, rows, batch_size=asked.batch_size, autocast=self.autocast
+            )
+        if not texts:
+            raise UserError("data: nothing to evaluate on; raise data.validation_share, or give data.evaluation")
+        return texts
+
+    def _check_tokens(self) -> None:
+        if self.data is not None:
+            super()._check_tokens()
+
+
+def load(given: DistillTeacher, device: torch.device) -> nn.Module:
+    """A recipe's teacher, on its device or devices."""
+    return load_teacher(
+        given.model, gguf_file=given.gguf_file, revision=given.revision, dtype=given.dtype,
+        trust_remote_code=given.trust_remote_code, device=device, quantize=given.quantize, device_map=given.device_map,
+    )  # fmt: skip
+
+
+def shaped(given: DistillStudent, base: nn.Module, seed: int) -> nn.Module:
+    """A student before training: `base` itself copied, some of its layers, or its shape with random weights."""
+    with mistakes("student.layers"):
+        if given.layers is None:
+            student = copy.deepcopy(base)
+        else:
+            student = keep_layers(base, given.layers)
+    if given.scratch:
+        torch.manual_seed(seed)
+        with torch.device(base.device):
+            student = type(student)(student.config)
+    return student
+
+
+def matchings_for(stage: Stage, student: nn.Module, teacher: nn.Module | None) -> dict[str, Matching]:
+    """The losses between layers that a stage asks for. Raises ValueError for what the models do not have."""
+    found: dict[str, Matching] = {}
+    if stage.hidden is None and stage.attention is None:
+        return found
+    if teacher is None:
+        raise ValueError("hidden and attention need a teacher model to match")
+    depths = [len(decoder(model)[1]) for model in (student, teacher)]
+    if (hidden := stage.hidden) is not None:
+        match = HiddenMatch(
+            layer_map(hidden.layers, *depths, embeddings=hidden.embeddings),
+            *(model.config.get_text_config().hidden_size for model in (student, teacher)),
+            loss=hidden.loss, rank=hidden.rank, shared=hidden.shared, normalise=hidden.normalise,
+        )  # fmt: skip
+        found["hidden"] = match_hidden(match.to(student.device), _schedule(hidden.weight))
+    if (attention := stage.attention) is not None:
+        match = AttentionMatch(layer_map(attention.layers, *depths), loss=attention.metric)
+        match.check(student, teacher)
+        found["attention"] = match_attention(match, _schedule(attention.weight))
+    return found
+
+
+@contextmanager
+def mistakes(where: str) -> Iterator[None]:
+    """What is found wrong with a recipe's values within the block is the user's mistake, in one line."""
+    try:
+        yield
+    except ValueError as error:
+        raise UserError(f"{where}: {error}") from error
+
+
+def _schedule(value: Any) -> Any:
+    """A recipe's number or ramp as training has it."""
+    return Schedule(value.start, value.end, value.shape, value.until) if isinstance(value, Ramp) else value
+
+
+def _loss_label(stage: Stage) -> str:
+    parts = [] if stage.kd_weight == 0 else [stage.divergence.replace("_", " ").replace("kl", "KL")]
+    parts += ["cross entropy"] * (stage.ce_weight != 0)
+    parts += [name for name in ("hidden", "attention") if getattr(stage, name)]
+    return " + ".join(parts) + " per token"
+
+
+def print_plan(recipe: DistillRecipe, console: Console) -> None:
+    """Sizes, stages and steps, from configurations alone. Raises UserError for what does not fit the models."""
+    config = _config(recipe.teacher)
+    for further in recipe.teachers:
+        _config(further)
+    teacher = _meta(config)
+    student = _planned(recipe.student, teacher, recipe.seed)
+    for name, model in (("Teacher", teacher), ("Student", student)):
+        what = recipe.teacher.model if name == "Teacher" else recipe.student.model or "from the teacher"
+        console.print(f"[bold]{name}[/bold] {what}: {_size(model)}")
+    table = Table("stage", "learns from", "by", "temperature", "tokens", "steps", "learning rate")
+    for i, stage in enumerate(recipe.stages):
+        before = student
+        if stage.student is not None:
+            student = _planned(stage.student, student, recipe.seed, f"stages.{i}.student")
+            console.print(f"[bold]From {stage.name} on[/bold]: {_size(student)}")
+        with mistakes(f"stages.{i} ({stage.name})"):
+            matchings_for(stage, student, {"teacher": teacher, "previous": before}.get(stage.learn_from, student))
+        temperature = stage.temperature
+        if temperature == "auto":
+            temperature = temperature_for(*(sum(p.numel() for p in model.parameters()) for model in (teacher, student)))
+        ramp = isinstance(temperature, Ramp)
+        table.add_row(
+            stage.name,
+            f"cache {stage.cache}" if stage.cache else stage.learn_from,
+            _loss_label(stage).removesuffix(" per token"),
+            f"{temperature.start:g} to {temperature.end:g}" if ramp else f"{temperature:.3g}",
+            f"{stage.tokens:,}", f"{stage.steps():,}", f"{stage.learning_rate:g}",
+        )  # fmt: skip
+    console.print(table)
+
+
+def _meta(config: Any) -> nn.Module:
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config, attn_implementation=needed_attention(config))
+
+
+def _planned(given: DistillStudent, base: nn.Module, seed: int, where: str = "student") -> nn.Module:
+    """The student's shape, on the meta device."""
+    if given.model is not None:
+        base = _meta(
+            load_config(
+                given.model,
+                gguf_file=given.gguf_file,
+                revision=given.revision,
+                trust_remote_code=given.trust_remote_code,
+            )  # fmt: skip
+        )
+    if given.layers is not None:
+        with mistakes(f"{where}.layers"):
+            resolve_layers(given.layers, len(decoder(base)[1]))
+    return shaped(given, base, seed)
+
+
+def _size(model: nn.Module) -> str:
+    parameters = sum(p.numel() for p in model.parameters())
+    return f"{type(model).__name__}, {len(decoder(model)[1])} layers, {parameters / 1e6:.1f}M parameters"
+
+
+def _config(given: DistillTeacher) -> Any:
+    return load_config(
+        given.model, gguf_file=given.gguf_file, revision=given.revision, trust_remote_code=given.trust_remote_code
+    )

@@ -1,0 +1,267 @@
+"""The endpoint's client against a server of this process that answers, stalls, refuses and breaks."""
+
+import json
+import threading
+import time
+from email.utils import formatdate
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+
+from mohawk import endpoint as client
+from mohawk.decoding import Decoding
+from mohawk.endpoint import EndpointTeacher, base_url, read_answer, retry_after
+from mohawk.errors import UserError
+from mohawk.records import Prompt
+
+SAMPLING = Decoding(method="sample", samples=2, temperature=0.5, top_p=0.9, max_new_tokens=5)
+
+
+class Server:
+    """Answers each request with what `script` returns for (its body, how often this body came): a dict, a (status,
+    headers, bytes) triple, or None to close the connection. The default answers with the prompt and the seed."""
+
+    def __init__(self):
+        self.seen: list[tuple[str, dict, dict]] = []
+        self.script = self.answer
+        self.lock = threading.Lock()
+        outer = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_POST(self):
+                data = self.rfile.read(int(self.headers["Content-Length"]))
+                body = json.loads(data)
+                with outer.lock:
+                    times = sum(seen == body for _, _, seen in outer.seen)
+                    outer.seen.append((self.path, dict(self.headers), body))
+                made = outer.script(body, times)
+                if made is None:
+                    self.close_connection = True
+                    return
+                status, headers, text = made if isinstance(made, tuple) else (200, {}, json.dumps(made).encode())
+                self.send_response(status)
+                for name, value in {"Content-Length": str(len(text)), **headers}.items():
+                    self.send_header(name, value)
+                self.end_headers()
+                self.wfile.write(text)
+
+            def log_message(self, *args):
+                return
+
+        self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.http.daemon_threads = True
+        threading.Thread(target=self.http.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+        self.url = f"http://127.0.0.1:{self.http.server_port}/v1"
+
+    @staticmethod
+    def answer(body, times=0):
+        chat = "messages" in body
+        said = (body["messages"][-1]["content"] if chat else body["prompt"]) + f" {body.get('seed', 0) % 1000}"
+        choice = {"index": 0, "finish_reason": "stop"}
+        if chat:
+            choice |= {"message": {"content": said}, "logprobs": {"content": [{"logprob": -0.5}, {"logprob": -0.25}]}}
+        else:
+            choice |= {"text": said, "logprobs": {"token_logprobs": [-1.0, -2.0]}}
+        return {"choices": [choice], "usage": {"completion_tokens": 2}}
+
+    def close(self):
+        self.http.shutdown()
+        self.http.server_close()
+
+
+@pytest.fixture
+def server():
+    server = Server()
+    yield server
+    server.close()
+
+
+@pytest.fixture(autouse=True)
+def short_pauses(monkeypatch):
+    monkeypatch.setattr(client, "PAUSE", 0.01)
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+
+
+def prompts(count=3):
+    return [Prompt(f"{i:x}", f"{i:064x}", f"prompt {i}", f"p:{i + 1}") for i in range(count)]
+
+
+def error(message):
+    return json.dumps({"error": {"message": message}}).encode()
+
+
+def test_answers_come_in_order_with_all_that_is_known(server):
+    teacher = EndpointTeacher(server.url, "big", SAMPLING, chat=True)
+    found = dict(teacher.responses(prompts(), first=1))
+    assert list(found) == [1, 2]
+    seeds = [[SAMPLING.seed_of(p, s) for s in range(2)] for p in prompts()]
+    for i, answers in found.items():
+        assert [r.text for r in answers] == [f"prompt {i} {seed % 1000}" for seed in seeds[i]]
+        assert all((r.tokens, r.finish_reason, r.logprob, r.error) == (2, "stop", -0.75, None) for r in answers)
+    path, headers, body = server.seen[0]
+    assert path == "/v1/chat/completions" and "Authorization" not in headers
+    assert sorted(b["seed"] for _, _, b in server.seen) == sorted(seeds[1] + seeds[2])
+    assert body == {
+        "model": "big", "max_tokens": 5, "messages": [{"role": "user", "content": body["messages"][0]["content"]}],
+        "logprobs": True, "temperature": 0.5, "top_p": 0.9, "seed": body["seed"],
+    }  # fmt: skip
+
+
+def test_completions_key_and_further_fields(server, monkeypatch):
+    monkeypatch.setenv("MY_KEY", " secret\n")
+    teacher = EndpointTeacher(
+        server.url, "big", Decoding(), key_env="MY_KEY", request={"logprobs": None, "top_k": 5, "max_tokens": 9}
+    )
+    ((_, (response,)),) = teacher.responses(prompts(1))
+    assert response.text == "prompt 0 0" and response.logprob == -3.0
+    path, headers, body = server.seen[0]
+    assert path == "/v1/completions" and headers["Authorization"] == "Bearer secret"
+    assert body == {"model": "big", "max_tokens": 9, "prompt": "prompt 0", "temperature": 0.0, "top_k": 5}
+    assert "secret" not in json.dumps(teacher.identity())
+
+
+def test_many_at_once_and_still_in_order(server):
+    going, most = [0], [0]
+
+    def script(body, times):
+        with server.lock:
+            going[0] += 1
+            most[0] = max(most[0], going[0])
+        # the first prompt is the slowest
+        time.sleep(0.3 if body["prompt"] == "prompt 0" else 0.02)
+        with server.lock:
+            going[0] -= 1
+        return server.answer(body)
+
+    server.script = script
+    begin = time.monotonic()
+    found = list(EndpointTeacher(server.url, "big", Decoding(), concurrency=4).responses(prompts(12)))
+    assert [i for i, _ in found] == list(range(12)) and time.monotonic() - begin < 0.55
+    assert 2 <= most[0] <= 4
+
+
+def test_what_fails_for_now_is_tried_again(server):
+    troubles = [
+        (503, {}, b"<html>busy</html>"),
+        None,  # the connection is closed
+        (200, {}, b"{not json"),
+        (200, {}, b'{"choices": []}'),
+        (500, {}, error("boom")),
+    ]
+    server.script = lambda body, times: troubles[times] if times < len(troubles) else server.answer(body)
+    found = dict(EndpointTeacher(server.url, "big", Decoding(), retries=5).responses(prompts(2)))
+    assert [found[i][0].text for i in range(2)] == ["prompt 0 0", "prompt 1 0"]
+    assert len(server.seen) == 12
+
+
+def test_a_stalled_server_times_out(server):
+    server.script = lambda body, times: time.sleep(0.5 if times == 0 else 0) or server.answer(body)
+    teacher = EndpointTeacher(server.url, "big", Decoding(), timeout=0.1)
+    ((_, (response,)),) = teacher.responses(prompts(1))
+    assert response.text == "prompt 0 0" and len(server.seen) == 2
+    server.script = lambda body, times: time.sleep(0.3) or server.answer(body)
+    with pytest.raises(UserError, match="failed 2 times, at last with: no answer within 0.1 s"):
+        list(EndpointTeacher(server.url, "big", Decoding(), timeout=0.1, retries=1).responses(prompts(1)))
+
+
+def test_retry_after_holds_every_request(server):
+    at = []
+
+    def script(body, times):
+        at.append(time.monotonic())
+        return (429, {"Retry-After": "0.4"}, error("slow down")) if len(at) == 1 else server.answer(body)
+
+    server.script = script
+    teacher = EndpointTeacher(server.url, "big", Decoding(), concurrency=1)
+    assert len(list(teacher.responses(prompts(3)))) == 3
+    assert at[1] - at[0] >= 0.39 and at[3] - at[1] < 0.3
+    assert retry_after(None) is None and retry_after("soon") is None and retry_after("7") == 7
+    assert 28 < retry_after(formatdate(time.time() + 30, usegmt=True)) <= 30
+    assert retry_after(formatdate(time.time() - 30, usegmt=True)) == 0
+    server.script = lambda body, times: (429, {"Retry-After": "86400"}, error("quota"))
+    with pytest.raises(UserError, match=r"HTTP 429 \(quota\) and asks to wait 86400 s; run the same"):
+        list(teacher.responses(prompts(1)))
+
+
+def test_a_refused_prompt_is_an_answer_of_its_own(server):
+    def script(body, times):
+        return (400, {}, error("too\nlong")) if body["prompt"] == "prompt 1" else server.answer(body)
+
+    server.script = script
+    found = dict(EndpointTeacher(server.url, "big", Decoding()).responses(prompts()))
+    assert [r.error for (r,) in found.values()] == [None, "refused by the endpoint: HTTP 400 (too long)", None]
+    assert len(server.seen) == 3
+
+
+@pytest.mark.parametrize(
+    ("made", "message"),
+    [
+        ((401, {}, error("no key")), r"answers HTTP 401 \(no key\); set the environment variable"),
+        ((404, {}, error("no such model")), r"answers HTTP 404 \(no such model\); check the address and --model"),
+        ((307, {"Location": "http://elsewhere/"}, b""), "it redirects to http://elsewhere/; give that address if"),
+        ((405, {}, b"<html>"), r"answers HTTP 405 \(Method Not Allowed\); check the request"),
+    ],
+)
+def test_what_a_user_has_to_set_right_stops_at_once(server, made, message):
+    server.script = lambda body, times: made
+    with pytest.raises(UserError, match=message) as raised:
+        list(EndpointTeacher(server.url, "big", Decoding(), concurrency=1).responses(prompts()))
+    assert len(server.seen) <= 2 and "\n" not in str(raised.value)
+
+
+def test_a_server_that_is_not_there():
+    server = Server()
+    server.close()
+    begin = time.monotonic()
+    with pytest.raises(UserError, match="failed 3 times, at last with: .*refused"):
+        list(EndpointTeacher(server.url, "big", Decoding(), retries=2).responses(prompts()))
+    assert time.monotonic() - begin < 2
+
+
+def test_leaving_early_stops_the_requests(server):
+    server.script = lambda body, times: time.sleep(0.05) or server.answer(body)
+    answers = EndpointTeacher(server.url, "big", Decoding(), concurrency=2).responses(prompts(500))
+    next(answers)
+    answers.close()
+    time.sleep(0.2)
+    count = len(server.seen)
+    time.sleep(0.2)
+    assert len(server.seen) == count < 20
+
+
+def test_read_answer():
+    message = {"choices": [{"message": {"content": "x"}, "finish_reason": "length"}]}
+    assert read_answer(message, True).logprob is None and read_answer(message, True).finish_reason == "length"
+    refusal = {"choices": [{"message": {"content": None}, "finish_reason": "content_filter"}], "usage": None}
+    assert read_answer(refusal, True).error == "no text in the answer (finish_reason content_filter)"
+    null = {"choices": [{"text": "x", "logprobs": {"token_logprobs": [None, -1.0]}}]}
+    assert read_answer(null, False).logprob is None
+    for broken in ([], {}, {"choices": []}, {"error": {"message": "x"}}, message):
+        with pytest.raises(ValueError, match="an answer without text"):
+            read_answer(broken, False)
+
+
+def test_addresses():
+    for given in (
+        "http://h:8",
+        "http://h:8/",
+        "http://h:8/v1/",
+        "http://h:8/v1/chat/completions",
+        "http://h:8/v1/completions",
+    ):
+        assert base_url(given) == "http://h:8/v1"
+    assert base_url("https://h/api/openai/v2") == "https://h/api/openai/v2"
+    for wrong in ("h:8/v1", "ftp://h", "http://", "http://me:secret@h/v1", "http://h/v1?key=secret"):
+        with pytest.raises(UserError) as error:
+            base_url(wrong)
+        assert "secret" not in str(error.value)
+
+
+def test_mistakes_are_one_line(monkeypatch):
+    with pytest.raises(UserError, match="the API has no beam search"):
+        EndpointTeacher("http://h", "m", Decoding(method="beam"))
+    with pytest.raises(UserError, match="the environment variable MY_KEY is not set"):
+        EndpointTeacher("http://h", "m", Decoding(), key_env="MY_KEY")
+    with pytest.raises(UserError, match="p:1: a chat's messages, which /completions does not take; use --chat"):
+        messages = [{"role": "user", "content": "hi"}]
+        list(EndpointTeacher("http://h", "m", Decoding()).responses([Prompt("0", "0", messages, "p:1")]))
