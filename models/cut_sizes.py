@@ -47,7 +47,7 @@ def sizes_of(config) -> Sizes:
     base = base_config(config)
     if base.model_type == "bamba":
         raise ValueError("a Bamba is cut as the hybrid it is: from_bamba(model), the cut, to_bamba")
-    check_supported(base)
+    check_supported(base, "cut")
     shape = decoder_shape(base)
     mixer = {}
     if ssm_layers(config):

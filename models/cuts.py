@@ -51,7 +51,7 @@ class Cut:
         state_dims: layer -> for each group of the mixer (of the uncut one, in order) its state dimensions, all of one
             length; entries of groups that go are ignored.
         tokens: rows of the embedding and the head, which are then numbered anew in ascending order; see
-            `mohawk.trim_vocabulary` for a tokenizer that follows.
+            `mohawk.vocabulary` for a tokenizer that follows.
     """
 
     layers: Sequence[int] | None = None
@@ -288,7 +288,12 @@ def _cut_state(
         extra = dict(folded_biases(layer, model.config, hidden))
         for name, tensor in layer.state_dict().items():
             module, _, last = name.rpartition(".")
-            part = parts.get(module) or parts[name]
+            part = parts.get(module) or parts.get(name)
+            if part is None or not tensor.is_floating_point():
+                raise ValueError(
+                    f"layer {old}: {name} ({tensor.dtype}) is no plain weight of this family; merge adapters and "
+                    "dequantise before a cut"
+                )
             if last == "bias" and module in extra:
                 tensor = (tensor.double() + extra[module]).to(tensor.dtype)
             state[f"model.layers.{new}.{name}"] = select(tensor, part, last)
