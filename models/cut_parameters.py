@@ -115,8 +115,8 @@ def folded_bias(norm: nn.Module, reader: nn.Linear, hidden: Tensor | None) -> Te
     bias = getattr(norm, "bias", None)
     if bias is None or hidden is None or reader.bias is None:
         return None
-    gone = bias.double().index_fill(0, hidden, 0.0)
-    return reader.weight.double() @ gone
+    gone = torch.ones_like(bias, dtype=torch.bool).index_fill(0, hidden, False)
+    return reader.weight[:, gone].double() @ bias[gone].double()
 
 
 def select(tensor: Tensor, part: Part, name: str) -> Tensor:
@@ -128,9 +128,10 @@ def select(tensor: Tensor, part: Part, name: str) -> Tensor:
     if part.columns is not None and not is_bias and tensor.dim() > 1:
         kept = kept.index_select(1, part.columns)
     factor = part.bias_factor if is_bias else part.weight_factor
+    if factor != 1.0 and part.offset and not is_bias:
+        return ((kept.double() + part.offset) * factor - part.offset).to(tensor.dtype)
     if factor != 1.0:
-        offset = 0.0 if is_bias else part.offset
-        return ((kept.double() + offset) * factor - offset).to(tensor.dtype)
+        return kept * factor
     return kept.clone() if kept is tensor else kept
 
 
