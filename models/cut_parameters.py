@@ -82,11 +82,11 @@ def outer_parts(model: nn.Module, hidden: Tensor | None, tokens: Tensor | None) 
     """The same for the embedding, the final norm and the head, by their names in the model."""
     family, c = family_of(model.config), _stream_factor(model.config, hidden)
     embedding_factor = 1.0 if family.embedding_scale else c
-    tied = model.config.tie_word_embeddings
+    head_factor = embedding_factor if model.config.tie_word_embeddings else 1.0
     return {
         "model.embed_tokens": Part(tokens, hidden, weight_factor=embedding_factor),
         f"model.{family.final_norm}": Part(
-            hidden, weight_factor=1 / c / (embedding_factor if tied else 1.0), offset=family.norm_offset
+            hidden, weight_factor=1 / c / head_factor, bias_factor=1 / head_factor, offset=family.norm_offset
         ),
         "lm_head": Part(tokens, hidden),  # of a tied head the bias alone is its own
     }

@@ -250,6 +250,18 @@ def test_channels_to_which_nothing_is_added(name, tmp_path):
     assert_ordinary(smaller, tmp_path)
 
 
+@pytest.mark.parametrize("name", [name for name in FAMILIES if name not in ("phi_normed", "phi4_mini")])
+def test_channels_of_a_head_tied_or_not_the_other_way(name, tmp_path):
+    """A tied head is multiplied with the embedding, and the norm in front of it makes up for that."""
+    model = model_of(name, tie_word_embeddings=not FAMILIES[name][1].get("tie_word_embeddings", False))
+    kept = list(range(3, 32, 2)) + [0]
+    zero_channels(model, kept)
+    expected = logits(model)
+    smaller = keep_hidden(model, kept)
+    assert_same(smaller, expected)
+    assert_ordinary(smaller, tmp_path)
+
+
 @pytest.mark.parametrize("name", ["phi_normed", "phi4_mini"])
 def test_channels_with_heads_where_the_class_ties_them(name, tmp_path):
     model = model_of(name)
