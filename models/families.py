@@ -123,15 +123,16 @@ class AttentionParts:
     scale: float
 
 
-def check_supported(config) -> None:
-    """Raises ValueError, naming what is supported and what is missing, unless the model can be converted.
+def check_supported(config, verb: str = "converted to a hybrid") -> None:
+    """Raises ValueError, naming what is supported and what is missing, unless the model can be converted, or cut.
 
-    Reads the configuration alone, so that a model is refused before its weights are loaded.
+    Reads the configuration alone, so that a model is refused before its weights are loaded. verb: what the message
+    says cannot be done.
     """
     if missing := _missing(config):
         known = "; ".join(f"{name} ({family.models})" for name, family in FAMILIES.items())
         kind = getattr(config, "model_type", None)
-        raise ValueError(f"model_type {kind!r} cannot be converted to a hybrid; missing: {missing}; supported: {known}")
+        raise ValueError(f"model_type {kind!r} cannot be {verb}; missing: {missing}; supported: {known}")
 
 
 def _missing(config) -> str | None:
