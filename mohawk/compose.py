@@ -19,7 +19,7 @@ from rich.console import Console
 
 from mohawk.checkpoints import is_complete, write_whole
 from mohawk.convert import COMPOSED
-from mohawk.describe import describe_layers
+from mohawk.describe import describe_layers, size_text
 from mohawk.errors import UserError
 from mohawk.layer_probe import fingerprint
 from mohawk.layer_swap import keep_attention
@@ -90,7 +90,7 @@ class Budget:
         least = min(range(len(sizes)), key=sizes.__getitem__)
         raise UserError(
             f"--budget: {self.text} is too little: with {total - least} attention layers a state still takes "
-            f"{sizes[least] / 1e6:.2f} MB after {self.context} tokens, in {config.dtype}"
+            f"{size_text(sizes[least])} ({sizes[least]:,} bytes) after {self.context} tokens, in {config.dtype}"
         )
 
 
@@ -166,8 +166,9 @@ def compose(
             student = HybridForCausalLM.from_pretrained(source)
             with write_whole(target, replace=True) as partial:
                 keep_attention(student, teacher.to(student.dtype), layers).save_pretrained(partial)
-    size = sum(state_bytes(config, layers, asked.context if asked and asked.context else 4096))
-    at = f"{size / 1e6:.1f} MB of state after {asked.context if asked and asked.context else 4096:,} tokens"
+    context = (asked.context if asked else None) or 4096
+    size = sum(state_bytes(config, layers, context))
+    at = f"{size_text(size)} of state after {context:,} tokens"
     console.print(f"{len(kept)} attention layers ({', '.join(map(str, kept)) or 'none'}), {at}", highlight=False)
     if asked is not None:
         point = ranking["path"][len(layers)]

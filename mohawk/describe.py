@@ -191,11 +191,12 @@ def _runs(layers: Sequence[Layer]) -> list[tuple[int, int]]:
 
 def _state(layers: Sequence[Layer], context: int) -> str:
     sizes = [layer.state_bytes(context) for layer in layers]
-    return "not known" if None in sizes else _bytes(sum(sizes))
+    return "not known" if None in sizes else size_text(sum(sizes))
 
 
-def _bytes(count: int) -> str:
-    for unit, size in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
-        if count >= size:
-            return f"{count / size:.1f} {unit}"
-    return f"{count} B"
+def size_text(count: int) -> str:
+    """Bytes in the unit that fits: 188.7 MB, 5.2 kB, 960 bytes; units are powers of 1000."""
+    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if count >= scale:
+            return f"{count / scale:.1f} {unit}"
+    return f"{count} bytes"

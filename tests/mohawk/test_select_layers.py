@@ -187,7 +187,9 @@ def test_composed_runs_go_on_with_phase_3(run, selected, capsys):
     assert main(["compose", str(run), "--budget", "1", *itertools.chain(*(("--set", s) for s in setting))]) == 0
     composed = run.with_name("run-1-attention")
     said = capsys.readouterr().out
-    assert f"1 attention layers ({order[-1]})" in said and f"mohawk convert {composed / 'recipe.yaml'}" in said
+    size = sum(state_bytes(HybridConfig.from_pretrained(run / "student"), order[:-1], 4096))
+    assert f"1 attention layers ({order[-1]}), {size / 1e3:.1f} kB of state after 4,096 tokens" in said
+    assert f"mohawk convert {composed / 'recipe.yaml'}" in said
     recipe = Recipe.load(composed / "recipe.yaml")
     assert recipe.student.ssm_layers == sorted(order[:-1]) and recipe.phases.end_to_end.tokens == 128
     assert is_complete(composed / "phases" / "hidden" / "student")
@@ -271,7 +273,7 @@ def test_budgets(trained):
             fewer = [k for k in range(5) if k * attention * context + (4 - k) * mixer <= size]
             assert chosen(f"{size}B@{context}") == sorted(order[: 4 - max(fewer)])
     assert attention * 15 < mixer  # at a short context the attention layers are the smaller ones
-    with pytest.raises(UserError, match=r"1kB@400 is too little: with 0 attention layers .* 0.01 MB after 400 tokens"):
+    with pytest.raises(UserError, match=r"1kB@400 is too little: .* 10.2 kB \(10,240 bytes\) after 400 tokens"):
         chosen("1kB@400")
     with pytest.raises(UserError, match="mixers for 2 of 4 layers only; allow at least 2"):
         Budget.parse("1").choose([3, 1], config)
