@@ -166,16 +166,30 @@ def print_description(described: Description, contexts: Sequence[int], console: 
 def print_run(folder: Path, console: Console) -> None:
     """Which phases of a run are done, and from which checkpoint the others would go on."""
     from mohawk.checkpoints import newest_complete
+    from mohawk.convert import COMPOSED
+    from mohawk.recipe import Recipe
+    from mohawk.report import read_json
 
+    composed, elsewhere = read_json(folder / COMPOSED), set()
+    if composed is not None:
+        elsewhere = {name for name, _ in Recipe.load(folder / "recipe.yaml").phases.active()} - {"end_to_end"}
+        kept = ", ".join(map(str, composed["attention"])) or "none"
+        chosen = f", chosen for a budget of {composed['budget']} by {composed['by']}" if "budget" in composed else ""
+        console.print(
+            f"composed of the mixers of {composed['run']}; attention layers: {kept}{chosen}",
+            highlight=False, soft_wrap=True, markup=False,
+        )  # fmt: skip
     for name in PHASES:
         phase = folder / "phases" / name
-        if (phase / "student" / "config.json").is_file():
+        if name in elsewhere:
+            state = f"done in {composed['run']}"
+        elif (phase / "student" / "config.json").is_file():
             state = "done"
         elif checkpoint := newest_complete(phase) if phase.is_dir() else None:
             state = f"stopped at {checkpoint.name}"
         else:
             state = "not begun"
-        console.print(f"{name}: {state}", highlight=False)
+        console.print(f"{name}: {state}", highlight=False, soft_wrap=True, markup=False)
 
 
 def _runs(layers: Sequence[Layer]) -> list[tuple[int, int]]:
