@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from mohawk.checkpoints import is_complete
+from mohawk.checkpoints import is_complete, write_whole
 from mohawk.cli import main
 from mohawk.compose import Budget, compose, state_bytes
 from mohawk.convert import convert
@@ -216,6 +216,57 @@ def test_composed_runs_go_on_with_phase_3(run, selected, capsys):
         convert(Recipe.load(run.parent / "mine/recipe.yaml"))
     compose(run, attention=[0, 2], output=run.parent / "mine")
     assert is_complete(run.parent / "mine/phases/hidden/student")
+
+
+def test_composing_again_after_the_run_was_trained_again(run, tmp_path, capsys):
+    """An earlier call's student is made anew of the new mixers, unless phase 3 has gone on from the old ones."""
+    line = ["compose", str(run), "--attention", "0", "2", "--output", str(tmp_path / "mine")]
+    composed = tmp_path / "mine" / "phases" / "hidden" / "student"
+
+    def train_again(seed):
+        student = HybridForCausalLM.from_pretrained(run / "phases" / "hidden" / "student")
+        torch.nn.init.constant_(student.model.layers[1].self_attn.D, seed)
+        with write_whole(run / "phases" / "hidden" / "student", replace=True) as folder:
+            student.save_pretrained(folder)
+        capsys.readouterr()
+
+    assert main(line) == 0
+    before = (composed / "MANIFEST.json").read_bytes()
+    assert main(line) == 0 and (composed / "MANIFEST.json").read_bytes() == before
+    assert "made anew" not in capsys.readouterr().out
+    (tmp_path / "mine" / "evaluation").mkdir()
+    (tmp_path / "mine" / "evaluation" / "hidden.json").write_text("{}")
+    train_again(5.0)
+    assert main(line) == 0
+    assert f"{run} has trained its mixers again since; its student is made anew of them" in capsys.readouterr().out
+    assert (HybridForCausalLM.from_pretrained(composed).model.layers[1].self_attn.D == 5).all()
+    assert not (tmp_path / "mine" / "evaluation" / "hidden.json").exists()
+    capsys.readouterr()
+    assert main(line) == 0 and "made anew" not in capsys.readouterr().out
+
+    (tmp_path / "mine" / "phases" / "end_to_end" / "checkpoint-1").mkdir(parents=True)
+    assert main(line) == 0
+    train_again(6.0)
+    assert main(line) == 2
+    said = capsys.readouterr().err
+    assert f"has begun phase 3 with mixers that {run} has trained again since" in said and said.count("\n") == 1
+    assert (HybridForCausalLM.from_pretrained(composed).model.layers[1].self_attn.D == 5).all()
+
+    (tmp_path / "mine" / "composed.json").unlink()  # as of a run of its own with this recipe
+    assert main(line) == 2 and "trains mixers of its own" in capsys.readouterr().err
+
+
+def test_inspect_says_what_a_composed_run_is(run, selected, tmp_path, capsys):
+    shutil.copy(selected / "selection.json", run)
+    order = json.loads((run / "selection.json").read_text())["rankings"]["kl"]["order"]
+    composed = compose(run, budget="1", output=tmp_path / "mine")
+    capsys.readouterr()
+    assert main(["inspect", str(composed)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[:4] == [
+        f"composed of the mixers of {run}; attention layers: {order[-1]}, chosen for a budget of 1 by kl",
+        f"mixing: done in {run}", f"hidden: done in {run}", "end_to_end: not begun",
+    ]  # fmt: skip
 
 
 def test_what_compose_refuses(run, capsys):
