@@ -218,6 +218,44 @@ def test_composed_runs_go_on_with_phase_3(run, selected, capsys):
     assert is_complete(run.parent / "mine/phases/hidden/student")
 
 
+@pytest.mark.parametrize("by", ["recall", "both"])
+def test_choosing_by_recall_from_the_command_line(run, tmp_path, by, capsys, monkeypatch):
+    """Each step replaces the layer that leaves the least of what the README says is ranked by; tables and compose show
+    the recall that it says to mind."""
+    monkeypatch.setenv("COLUMNS", "160")
+    assert main(["select", str(run), "--by", by, "--tokens", str(TOKENS)]) == 0
+    said = capsys.readouterr().out
+    found = json.loads((run / "selection.json").read_text())
+    order, path = found["rankings"][by]["order"], found["rankings"][by]["path"]
+    measured = {"kl": {}, "recall": {}}
+    for line in (run / "selection" / "measured.jsonl").read_text().splitlines()[1:]:
+        kind, chosen, value = json.loads(line)
+        measured[kind][frozenset(chosen)] = value
+
+    def cost(chosen):
+        loss = measured["recall"][frozenset(chosen)]["loss"]
+        return loss if by == "recall" else measured["kl"][frozenset(chosen)] + 0.1 * loss
+
+    assert sorted(order) == [0, 1, 2, 3]
+    for i, layer in enumerate(order):
+        rest = set(range(4)) - set(order[:i])
+        assert cost([*order[:i], layer]) == min(cost([*order[:i], other]) for other in rest)
+    # of every set on the way, not only of the chosen ones
+    assert len(measured["recall"]) == 1 + 4 * 5 // 2
+    values = path[0]["recall"]["values"]
+    assert f"recall of {values} values, of which the teacher recalls {path[0]['recall']['accuracy']:.1%}" in said
+    assert "recalled so far" in said and "KL so far" in said
+    rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in said.splitlines() if line.endswith("% │")]
+    for row, layer, point in zip(rows, ["", *order], path, strict=True):
+        assert row[0] == str(layer)
+        assert row[-2:] == [f"{point['kl']:.4f}", f"{point['recall']['accuracy']:.1%}"]
+
+    output = tmp_path / "chosen"
+    assert main(["compose", str(run), "--budget", "50%", "--by", by, "--output", str(output)]) == 0
+    assert f"{path[2]['recall']['accuracy']:.1%} of values recalled" in capsys.readouterr().out
+    assert HybridConfig.from_pretrained(output / "phases/hidden/student").ssm_layers == sorted(order[:2])
+
+
 def test_composing_again_after_the_run_was_trained_again(run, tmp_path, capsys):
     """An earlier call's student is made anew of the new mixers, unless phase 3 has gone on from the old ones."""
     line = ["compose", str(run), "--attention", "0", "2", "--output", str(tmp_path / "mine")]
