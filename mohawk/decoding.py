@@ -122,7 +122,9 @@ class LocalTeacher:
 
     def identity(self) -> dict[str, Any]:
         """What tells this teacher from others; all of it decides its answers."""
-        what = {"name": self.name, "revision": self.revision, "hash": fingerprint(self.model)}
+        from mohawk.teacher_answers import teacher_hash
+
+        what = {"name": self.name, "revision": self.revision, "hash": teacher_hash(self.model)[:16]}
         what |= {
             "tokenizer_hash": tokenizer_key(self.tokenizer)[:16],
             "dtype": str(self.model.dtype).removeprefix("torch."),
@@ -304,7 +306,7 @@ def choose(logprobs: Tensor, uniform: Tensor, temperature: float, top_p: float) 
     probs = (logprobs.double() / temperature).softmax(-1)
     order = None
     if top_p < 1:
-        probs, order = probs.sort(dim=-1, descending=True, stable=True)
+        probs, order = _likeliest(probs, top_p)
     below = probs.cumsum(-1)
     # the first token is kept whatever top_p is
     kept = (below < top_p).sum(-1, keepdim=True).clamp(max=probs.shape[-1] - 1) if order is not None else None
@@ -315,6 +317,23 @@ def choose(logprobs: Tensor, uniform: Tensor, temperature: float, top_p: float) 
     place = torch.minimum(place, last)
     chosen = place if order is None else order.gather(-1, place)
     return chosen, (probs.gather(-1, place) / mass).log()
+
+
+def _likeliest(probs: Tensor, top_p: float) -> tuple[Tensor, Tensor]:
+    """The likeliest tokens, at least `top_p` of the mass, in falling order and equal ones by their ids: (b, k) twice.
+
+    Sorting a whole vocabulary costs a small model as much as its forward; a nucleus is nearly always far smaller.
+    """
+    for k in (256, 4096):
+        if k >= probs.shape[-1]:
+            break
+        top, ids = probs.topk(k)
+        # which of those equal to the last one are among the k is chance
+        if (top.masked_fill(top <= top[:, -1:], 0).sum(-1) >= top_p + 1e-9).all():
+            ids, by_id = ids.sort(dim=-1)
+            top, order = top.gather(-1, by_id).sort(dim=-1, descending=True, stable=True)
+            return top, ids.gather(-1, order)
+    return probs.sort(dim=-1, descending=True, stable=True)
 
 
 @torch.no_grad()
@@ -353,16 +372,6 @@ def continuation(tokenizer: PreTrainedTokenizerBase, prompt_ids: list[int], resp
     before = tokenizer.decode(prompt_ids, **options)
     whole = tokenizer.decode(prompt_ids + response_ids, **options)
     return whole[len(before) :] if whole.startswith(before) else tokenizer.decode(response_ids, **options)
-
-
-def fingerprint(model: PreTrainedModel) -> str:
-    """16 hex digits from the model's class and each weight's name, shape, dtype and some 1024 values of it."""
-    digest = hashlib.sha256(type(model).__name__.encode())
-    for name, weight in sorted(model.state_dict().items()):
-        digest.update(f"{name} {tuple(weight.shape)} {weight.dtype} ".encode())
-        values = weight.detach().reshape(-1)[:: max(1, weight.numel() // 1024)]
-        digest.update(values.float().cpu().numpy().tobytes())
-    return digest.hexdigest()[:16]
 
 
 @contextmanager

@@ -7,6 +7,7 @@ a prefix: `[label] question -> label` and `[rationale] question -> rationale`. T
     extract_rationale(text, template)      a text -> (rationale, label)
     read_rationales(files)                 JSON lines -> records of prompt, label, rationale, teacher
     rationale_pairs(records, tokenizer)    -> prompt/response pairs whose weights are the loss above
+    read_rationale_pairs(files, tokenizer) both, tokenised for `mohawk.pairs.PairsDataset`
     RationaleDistiller(student, tokenizer) the loss in a plain loop
 """
 
@@ -19,6 +20,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -26,7 +28,9 @@ from mohawk.errors import UserError
 from mohawk.heads import Head, final_hidden_states
 from mohawk.kernels.kd_loss import linear_kd_loss
 from mohawk.kernels.kd_teachers import TeacherSamples
-from mohawk.records import read_records, why_no_chat
+from mohawk.pairs import Pairs
+from mohawk.records import content_hash, read_records, why_no_chat
+from mohawk.text import as_source
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -98,8 +102,10 @@ def _pattern(template: str) -> re.Pattern[str]:
     return re.compile(pattern, re.IGNORECASE)
 
 
-def read_rationales(files: Sequence[str | Path], templates: Sequence[str] = TEMPLATES) -> list[dict[str, Any]]:
+def read_rationales(files: Sequence[Any], templates: Sequence[str] = TEMPLATES) -> list[dict[str, Any]]:
     """Records of JSON lines: {prompt, label, rationale or None, teacher, where}, all texts, in the files' order.
+
+    files: paths, or sources as in `mohawk.text.Source`.
 
     A line has `prompt` (or, as `generate-data` writes a chat, `messages` of one user's message) and either `label`,
     with or without `rationale`, or `response`: a teacher's text, which the first of `templates` that matches takes
@@ -109,12 +115,12 @@ def read_rationales(files: Sequence[str | Path], templates: Sequence[str] = TEMP
     for template in templates:
         _pattern(template)
     records, matched, unmatched = [], 0, []
-    for file in files:
-        for where, row in read_records(file):
-            record = {
-                "prompt": _prompt(row, where),
-                "teacher": str(row.get("teacher") or Path(file).name.split(".")[0]),
-            }
+    sources = [as_source(file) for file in files]
+    stems = [Path(source.source).name.split(".")[0] for source in sources]
+    for source, stem in zip(sources, stems, strict=True):
+        name = stem if stems.count(stem) == 1 else source.source
+        for where, row in read_records(source):
+            record = {"prompt": _prompt(row, where), "teacher": str(row.get("teacher") or name)}
             if row.get("label") is not None:
                 record["label"] = _text(row, "label", where)
                 record["rationale"] = _text(row, "rationale", where) if row.get("rationale") is not None else None
@@ -140,7 +146,7 @@ def read_rationales(files: Sequence[str | Path], templates: Sequence[str] = TEMP
         )
     if not records:
         why = f"none of {len(unmatched)} responses matches a template" if unmatched else "they hold no line"
-        raise UserError(f"rationales: nothing in {', '.join(map(str, files))}: {why}")
+        raise UserError(f"rationales: nothing in {', '.join(source.source for source in sources)}: {why}")
     return records
 
 
@@ -179,8 +185,8 @@ def rationale_pairs(
     rationale_prefix: str = RATIONALE,
     rationale_weight: float = 1.0,
 ) -> Iterator[dict[str, Any]]:
-    """Pairs {prompt, response, weight, task} of records {prompt, label, rationale}: the label's, then, where there is
-    one, the rationale's.
+    """Pairs {prompt, response, task, question, weight} of records {prompt, label, rationale}: the label's, then, where
+    there is one, the rationale's. `question` is the prompt without the task's prefix.
 
     Packed training takes one mean over all tokens, in which a label of two tokens would vanish beside a rationale of a
     hundred. The weights make that mean the paper's loss: with N_l tokens in all labels and N_r in all rationales (each
@@ -189,26 +195,76 @@ def rationale_pairs(
     """
     if rationale_weight < 0:
         raise UserError(f"rationale_weight: got {rationale_weight}; allowed: 0 or above")
-    records = list(records)
-    tasks = {"label": label_prefix, "rationale": rationale_prefix}
-    if not rationale_weight:
-        del tasks["rationale"]
-    tokens = {
-        task: sum(len(response_ids(tokenizer, r[task])) for r in records if r.get(task) is not None) for task in tasks
-    }
+    prefixes = {"label": label_prefix, "rationale": rationale_prefix}
     scale = {"label": 1.0, "rationale": rationale_weight}
+    pairs, tokens = [], dict.fromkeys(prefixes, 0)
     for record in records:
-        for task, prefix in tasks.items():
-            if record.get(task) is not None:
-                weight = scale[task] * sum(tokens.values()) / tokens[task]
-                prompt = task_prompt(prefix, record["prompt"])
-                yield {"prompt": prompt, "response": record[task], "weight": weight, "task": task}
+        for task, prefix in prefixes.items():
+            if record.get(task) is not None and scale[task]:
+                pair = {"prompt": task_prompt(prefix, record["prompt"]), "response": record[task], "task": task}
+                pairs.append({**pair, "question": record["prompt"]})
+                tokens[task] += len(pair_ids(tokenizer, pairs[-1]["prompt"], pairs[-1]["response"])[1])
+    for pair in pairs:
+        task = pair["task"]
+        yield {**pair, "weight": scale[task] * sum(tokens.values()) / tokens[task]}
 
 
-def response_ids(tokenizer: PreTrainedTokenizerBase, response: str) -> list[int]:
-    """A response's tokens, and the eos where the tokenizer has one."""
-    ids = tokenizer(response, add_special_tokens=False)["input_ids"]
-    return ids if tokenizer.eos_token_id is None else [*ids, tokenizer.eos_token_id]
+def read_rationale_pairs(
+    files: Sequence[Any],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    templates: Sequence[str] = TEMPLATES,
+    label_prefix: str = LABEL,
+    rationale_prefix: str = RATIONALE,
+    rationale_weight: float = 1.0,
+) -> Pairs:
+    """The pairs of files' records, tokenised: what `mohawk.pairs.PairsDataset` packs, with `weighting` None.
+
+    Both tasks of a prompt are on one side of `split_pairs`. Raises UserError as `read_rationales` does.
+    """
+    records = read_rationales(files, templates)
+    prefixes = {"label_prefix": label_prefix, "rationale_prefix": rationale_prefix}
+    pairs = list(rationale_pairs(records, tokenizer, **prefixes, rationale_weight=rationale_weight))
+    encoded = [pair_ids(tokenizer, pair["prompt"], pair["response"]) for pair in pairs]
+    before, after = (np.array([len(ids) for ids in side], dtype=np.int64) for side in zip(*encoded, strict=True))
+    ends = np.cumsum(before + after)
+    unknown = np.full(len(pairs), np.nan)
+
+    def hashes(field: str) -> np.ndarray:
+        return np.array([int(content_hash(pair[field])[:16], 16) for pair in pairs], dtype=np.uint64)
+
+    return Pairs(
+        tokens=np.concatenate([ids for both in encoded for ids in both]).astype(np.uint32),
+        learn=np.repeat(np.tile([False, True], len(pairs)), np.stack([before, after], 1).reshape(-1)),
+        spans=np.stack([ends - before - after, ends], 1),
+        responses=ends - after,
+        prompts=hashes("question"),
+        answers=hashes("response"),
+        logprobs=unknown,
+        sampling_logprobs=unknown,
+        lengths=after,
+        teachers=None,
+        unknown=dict.fromkeys(("logprob", "sampling_logprob"), records[0]["where"]),
+        bos_token_id=tokenizer.bos_token_id,
+        weights=np.array([pair["weight"] for pair in pairs]),
+    )
+
+
+def pair_ids(tokenizer: PreTrainedTokenizerBase, prompt: str, response: str) -> tuple[list[int], list[int]]:
+    """A prompt's tokens, as the model sees them when it answers, and the response's with the eos, if there is one.
+
+    The response is tokenised as the prompt's continuation (alone, some tokenizers put a space first), unless that would
+    change the prompt's tokens.
+    """
+    eos = tokenizer.eos_token_id
+    before, whole = tokenizer([prompt, prompt + response])["input_ids"]
+    for ids in (before, whole):
+        if ids and ids[-1] == eos:  # which some tokenizers put behind whatever they are given
+            ids.pop()
+    after = whole[len(before) :]
+    if whole[: len(before)] != before:
+        after = tokenizer(response, add_special_tokens=False)["input_ids"]
+    return before, after if eos is None else [*after, eos]
 
 
 class RationaleDistiller:
@@ -301,13 +357,15 @@ class RationaleDistiller:
             **student, teacher=source, labels=targets, vocab_size=min(sizes) if len(sizes) > 1 else None, **options
         )
 
+    def answer_tokens(self, prompt: str, label: str) -> int:
+        """How many tokens a label's loss is the mean of, eos included."""
+        return len(pair_ids(self.tokenizer, task_prompt(self.prefixes[0], prompt), label)[1])
+
     def encode(self, prompts: Sequence[str], answers: Sequence[str]) -> dict[str, Tensor]:
         """input_ids, attention_mask and labels (b, n) int64, padded on the right; labels on answers and their eos."""
         rows = []
         for prompt, answer in zip(prompts, answers, strict=True):
-            before, after = self.tokenizer(prompt)["input_ids"], response_ids(self.tokenizer, answer)
-            if before and before[-1] == self.tokenizer.eos_token_id:
-                before = before[:-1]  # which some tokenizers put behind whatever they are given
+            before, after = pair_ids(self.tokenizer, prompt, answer)
             rows.append((before + after, [IGNORED] * len(before) + after))
         n = max(len(ids) for ids, _ in rows)
         batch = {name: torch.full((len(rows), n), fill) for name, fill in (("input_ids", 0), ("labels", IGNORED))}

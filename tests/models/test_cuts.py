@@ -37,7 +37,8 @@ def model_of(name: str, **options):
 def grouped_hybrid(mixer: str):
     """Two groups of B and C, three heads each, of sizes that equal no other."""
     config = HybridConfig(
-        base_config=copy.deepcopy(tiny_teacher("llama", rms_norm_eps=1e-2).config), mixer=mixer, mixer_num_heads=6, mixer_head_dim=5,
+        base_config=copy.deepcopy(tiny_teacher("llama", rms_norm_eps=1e-2).config),
+        mixer=mixer, mixer_num_heads=6, mixer_head_dim=5,
         mixer_state_size=7, mixer_num_groups=2, mixer_bias=True,
         layer_types=["full_attention", "linear_attention", "full_attention", "linear_attention"],
     )  # fmt: skip

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from mohawk.decoding import Decoding, LocalTeacher, choose, continuation, fingerprint, sequence_logprob
+from mohawk.decoding import Decoding, LocalTeacher, choose, continuation, sequence_logprob
 from mohawk.errors import UserError
 from mohawk.records import Prompt
 
@@ -165,6 +165,23 @@ def test_choose_is_the_inverse_distribution_function():
     assert torch.allclose(share, probs**2 / (probs**2).sum(), atol=1e-3)
 
 
+def test_a_nucleus_is_the_same_without_sorting_the_vocabulary(monkeypatch):
+    """Also with the many equal logits of bfloat16, and whatever the other rows of the batch need."""
+    generator = torch.Generator().manual_seed(0)
+    scale = torch.tensor([0.1, 1.0, 3.0, 4.0, 6.0, 9.0])[:, None]  # from flat to peaked: all three ways are taken
+    logprobs = (torch.randn(6, 9000, generator=generator) * scale).bfloat16().float().log_softmax(-1)
+    uniform = torch.rand(6, generator=generator, dtype=torch.float64)
+    for top_p in (0.05, 0.5, 0.9, 0.999):
+        alone = [choose(logprobs[i : i + 1], uniform[i : i + 1], 0.8, top_p) for i in range(6)]
+        together = choose(logprobs, uniform, 0.8, top_p)
+        with monkeypatch.context() as patch:
+            patch.setattr(torch.Tensor, "topk", lambda probs, k: (probs[:, :k] * 0, probs[:, :k]))  # never enough
+            sorted_all = choose(logprobs, uniform, 0.8, top_p)
+        for chosen in (together, tuple(torch.cat(parts) for parts in zip(*alone, strict=True))):
+            assert torch.equal(chosen[0], sorted_all[0])
+            assert torch.allclose(chosen[1], sorted_all[1], atol=1e-12, rtol=0)
+
+
 def test_samples_come_in_the_models_proportions(make_llama, tokenizer):
     model = make_llama(initializer_range=0.5)
     n = 2000
@@ -232,10 +249,14 @@ def test_continuation_keeps_the_first_space():
     assert continuation(Dropping(), [1, 2], [3]) == " sat"
 
 
-def test_fingerprints_tell_models_apart(make_llama):
+def test_identities_tell_teachers_apart(make_llama, tokenizer):
+    def identity(model, **options):
+        return LocalTeacher(model, tokenizer, Decoding(), **options).identity()
+
     model = make_llama()
-    assert fingerprint(model) == fingerprint(make_llama()) != fingerprint(make_llama(seed=1))
-    assert fingerprint(model) != fingerprint(make_llama().bfloat16())
+    assert identity(model) == identity(make_llama()) == identity(model, batch_size=3)
+    others = [identity(make_llama(seed=1)), identity(make_llama().bfloat16()), identity(model, name="x")]
+    assert all(other != identity(model) for other in others)
 
 
 @pytest.mark.parametrize(
