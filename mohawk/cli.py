@@ -15,6 +15,7 @@ from pathlib import Path
 
 import mohawk
 from mohawk.errors import UserError
+from mohawk.stopping import cleaning_up
 
 # Where a missing package is the installation's and not our mistake, and what it is good for.
 OPTIONAL = {
@@ -38,7 +39,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser().parse_args(argv)
     _log_to_stderr()
     try:
-        options.run(options)
+        with cleaning_up():
+            options.run(options)
         sys.stdout.flush()
     except UserError as error:
         print(*(f"error: {line}" for line in str(error).splitlines()), sep="\n", file=sys.stderr)
