@@ -85,7 +85,11 @@ def attention_layers(config) -> list[int]:
 
 def check_sizes(config, sizes: Sizes) -> None:
     """Raises ValueError, in one line, for sizes that no cut of this model has."""
-    own = sizes_of(config)
+    check_sizes_within(sizes_of(config), sizes)
+
+
+def check_sizes_within(own: Sizes, sizes: Sizes) -> None:
+    """`check_sizes` for a model of these own sizes."""
     for field in fields(Sizes):
         target, size = getattr(sizes, field.name), getattr(own, field.name)
         if target == size:

@@ -1,0 +1,38 @@
+"""How much each state dimension of a Mamba-2 layer contributes to what the layer reads out of its state."""
+
+import torch
+from torch import Tensor
+
+from mohawk.models.mixers import SSMMixer
+
+
+@torch.no_grad()
+def state_use(mixer: SSMMixer, projected: Tensor, segment_ids: Tensor) -> Tensor:
+    """Size of each state dimension's share of the scan's output, y = sum over n of C[n] h[n].
+
+    Args:
+        mixer: either kind.
+        projected: (b, n, rows of in_proj), what in_proj put out in a forward.
+        segment_ids: (b, n), documents of packed rows, -1 at padding.
+
+    Returns:
+        (b, n, groups, N) float32: |C[n]| times the L2 norm, over the group's heads and their channels, of the state.
+        The states of one token are alive at a time, so this takes n steps and no more memory than its result.
+    """
+    rows = mixer.slices()
+    convolved = mixer._conv(projected[..., rows["xBC"]], slice(0, mixer.conv_size), None, segment_ids)
+    x, B, C = (part.float() for part in mixer._cut(convolved))
+    log_decay, input_scale = mixer.decay(projected[..., rows["decay"]])
+    if input_scale is not None:
+        x = x * input_scale[..., None]
+    b, n, heads, p = x.shape
+    groups = mixer.num_groups
+    starts = segment_ids.diff(dim=1, prepend=segment_ids[:, :1] - 1) != 0
+    decay = torch.exp(log_decay).masked_fill(starts[..., None], 0.0).unflatten(-1, (groups, -1))
+    x = x.unflatten(2, (groups, -1))
+    state = x.new_zeros(b, groups, heads // groups, p, mixer.state_size)
+    squares = x.new_empty(b, n, groups, mixer.state_size)
+    for t in range(n):
+        state = state * decay[:, t, :, :, None, None] + x[:, t, ..., None] * B[:, t, :, None, None]
+        squares[:, t] = state.square().sum((2, 3))
+    return C.abs() * squares.sqrt()
