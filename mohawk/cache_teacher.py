@@ -107,6 +107,7 @@ def write_cache(
         "version": VERSION,
         "layout": asdict(layout),
         "id_bits": layout.id_bits,
+        "low_bits": layout.low_bits,
         "record": [list(field) for field in layout.fields],  # as JSON gives it back
         "temperature": None if kind == "hidden" else float(temperature),
         "draw_seed": seed if kind == "samples" else None,

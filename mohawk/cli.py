@@ -54,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
         return 2
     except KeyboardInterrupt:
-        resumed = options.run in (_demo, _convert, _distill, _select, _cache, _generate_data)
+        resumed = options.run in (_demo, _convert, _distill, _select, _cache, _generate_data, _purify)
         print("stopped" + "; the same command goes on from what was saved" * resumed, file=sys.stderr)
         return 130
     except BrokenPipeError:
@@ -244,6 +244,44 @@ def parser() -> argparse.ArgumentParser:
     keep.add_argument("--scorer", metavar="MODULE:FUNCTION", help="(prompt, response) -> float")
     keep.add_argument("--min-score", type=float, metavar="X", help="what the scorer has to give")
 
+    purify = command("purify", _purify, "make several teachers' rationales of the same prompts one each")
+    purify.add_argument(
+        "files", nargs="+", metavar="FILE", help="JSON lines: prompt with label and rationale, or with response"
+    )
+    purify.add_argument(
+        "--by",
+        choices=("vote", "route", "merge"),
+        required=True,
+        help="vote: the majority's label and its best rationale; route: the best teacher's; merge: a model's",
+    )
+    purify.add_argument("--output", type=Path, required=True, metavar="FILE", help="JSON lines, with provenance")
+    purify.add_argument(
+        "--template",
+        action="append",
+        metavar="TEXT",
+        help='takes responses apart: "{rationale} So the answer is {label}."; may be repeated',
+    )
+    voting = purify.add_argument_group("vote")
+    voting.add_argument("--scorer", metavar="MODULE:FUNCTION", help="(prompt, rationale) -> float; default: overlap")
+    routing = purify.add_argument_group("route: a ranking by the student's validation gain, given or measured")
+    routing.add_argument("--gains", type=Path, metavar="FILE", help="JSON, as measuring leaves it in OUTPUT.gains.json")
+    routing.add_argument("--student", metavar="MODEL", help="folder, run or hub id: measure on it, in short trials")
+    routing.add_argument("--validation", type=Path, metavar="FILE", help="JSON lines: prompts and labels held out")
+    routing.add_argument("--rounds", type=_number(int, 1), metavar="N", help="trials of all teachers; default: 12")
+    routing.add_argument("--steps", type=_number(int, 1), metavar="N", help="of a trial; default: 20")
+    routing.add_argument("--learning-rate", type=_number(float, 0), metavar="X", help="of a trial; default: 1e-4")
+    merging = purify.add_argument_group("merge")
+    merging.add_argument("--model", metavar="MODEL", help="folder, run, .gguf file or hub id; its name at URL")
+    merging.add_argument("--endpoint", metavar="URL", help="an OpenAI-compatible API, such as http://localhost:8000/v1")
+    merging.add_argument("--key-env", metavar="NAME", help="environment variable with its key")
+    merging.add_argument(
+        "--chat", action="store_true", default=None, help="ask as a user: chat template, or the chat API"
+    )
+    merging.add_argument("--max-new-tokens", type=_number(int, 1), metavar="N", help="of an answer; default: 256")
+    merging.add_argument(
+        "--merge-prompt", type=Path, metavar="FILE", help="what the model is asked, with {prompt} and {rationales}"
+    )
+
     export = command("export", _export, "write a student that runs where mohawk is not installed, and check it")
     export.add_argument("model", type=Path, metavar="RUN", help="a run's folder, or a student's")
     export.add_argument(
@@ -414,6 +452,39 @@ def _generate_data(options: argparse.Namespace) -> None:
     )
 
 
+def _purify(options: argparse.Namespace) -> None:
+    def given(*names: str) -> dict[str, object]:
+        return {name: value for name in names if (value := getattr(options, name)) is not None}
+
+    voting = given("scorer")
+    trial = given("steps", "learning_rate")
+    routing = given("gains", "student", "validation", "rounds")
+    merging = given("model", "endpoint", "max_new_tokens", "merge_prompt")
+    opening = given("key_env", "chat")
+    for way, used in (("vote", voting), ("route", {**routing, **trial}), ("merge", {**merging, **opening})):
+        if options.by != way:
+            _refuse(used, f"--by {way}; leave it out")
+    if options.by == "route" and (options.gains is None) == (options.student is None):
+        raise UserError("--by route needs --gains FILE, or --student MODEL and --validation FILE to measure them")
+    if options.gains is not None:
+        _refuse({**given("validation", "rounds"), **trial}, "--student MODEL; leave it out")
+    if options.student is not None and options.validation is None:
+        raise UserError("--student needs --validation FILE: prompts and labels that are not trained on")
+    if options.by == "merge" and options.model is None:
+        raise UserError("--by merge needs --model MODEL")
+    if options.endpoint is None:
+        _refuse(given("key_env"), "--endpoint URL; give one, or leave it out")
+    from mohawk.purify import purify_from
+
+    if "merge_prompt" in merging:
+        merging["merge_prompt_file"] = merging.pop("merge_prompt")
+    if options.template:
+        merging["templates"] = options.template
+    purify_from(
+        options.files, options.output, by=options.by, **voting, **routing, **merging, trial=trial, opening=opening
+    )
+
+
 def _export(options: argparse.Namespace) -> None:
     from mohawk.export import export
 
@@ -495,7 +566,16 @@ def _number(kind: type, low: float, high: float = float("inf")) -> Callable[[str
 class _Terminal(logging.Handler):
     """Log lines on stderr, above a progress bar if there is one: warnings, and what the user waits for."""
 
-    waited_for = tuple(f"mohawk.{name}" for name in ("fetch", "demo", "data", "text", "cache_teacher", "generate_data"))
+    waited_for = (
+        "mohawk.fetch",
+        "mohawk.demo",
+        "mohawk.data",
+        "mohawk.text",
+        "mohawk.cache_teacher",
+        "mohawk.generate_data",
+        "mohawk.purify",
+        "mohawk.rationale_router",
+    )
 
     def filter(self, record: logging.LogRecord) -> bool:
         return record.levelno >= logging.WARNING or record.name in self.waited_for

@@ -21,7 +21,7 @@ from mohawk.advance import Advance
 from mohawk.attention_match import AttentionMatch
 from mohawk.checkpoints import is_complete, write_whole
 from mohawk.distill_data import Sources, held_out_rows, load_sources, training_rows
-from mohawk.distill_recipe import DistillRecipe, DistillTeacher, Ramp, Stage
+from mohawk.distill_recipe import DistillRecipe, DistillStudent, DistillTeacher, Ramp, Stage
 from mohawk.distillation import KnowledgeDistiller, Matching, match_attention, match_hidden
 from mohawk.errors import UserError
 from mohawk.evaluate import TeacherStates, compare, teacher_states
@@ -108,16 +108,16 @@ class Distillation(Run):
         return load(self.recipe.teacher, self.device)
 
     def _untrained(self) -> nn.Module:
-        torch.manual_seed(self.recipe.seed)
-        given = self.recipe.student
-        base = self.teacher
+        return self._made(self.recipe.student, self.teacher)
+
+    def _made(self, given: DistillStudent, base: nn.Module) -> nn.Module:
+        """A student as asked, from the named model or from `base`; the same one whenever it is made again."""
         if given.model is not None:
             base = load_teacher(
                 given.model, gguf_file=given.gguf_file, revision=given.revision,
                 trust_remote_code=given.trust_remote_code, device=self.device,
             )  # fmt: skip
-        student = shaped(self.recipe, base).float().to(self.device)
-        return student.requires_grad_(True)
+        return shaped(given, base, self.recipe.seed).float().to(self.device).requires_grad_(True)
 
     def _load(self, stage: str) -> nn.Module:
         """A finished stage's student."""
@@ -127,10 +127,10 @@ class Distillation(Run):
         """Who answers in a stage, as `KnowledgeDistiller` asks; None where nobody is asked."""
         if stage.cache is not None:
             return CachedTeacher(self._cache(stage))
-        if stage.teacher == "previous":
+        if stage.learn_from == "previous":
             return ModelTeacher(load_teacher(self._student(self.recipe.stages[i - 1].name), device=self.device))
-        if stage.teacher in ("average", "start"):
-            return AverageTeacher(student, stage.average_decay if stage.teacher == "average" else 1.0)
+        if stage.learn_from in ("average", "start"):
+            return AverageTeacher(student, stage.average_decay if stage.learn_from == "average" else 1.0)
         if stage.kd_weight == 0 and not (stage.hidden or stage.attention):
             return None
         given = [self.recipe.teacher, *self.recipe.teachers]
@@ -158,11 +158,15 @@ class Distillation(Run):
 
     def _train(self, i: int, stage: Stage, student: nn.Module) -> nn.Module:
         """The student after a stage."""
+        if stage.student is not None:
+            student = self._made(stage.student, student)
+        data = stage.data or self.recipe.data
+        sources = self.sources if stage.data is None else load_sources(data, self._teacher_names(), self.tokenizer)
         wanted = stage.steps() * stage.batch_size * stage.gradient_accumulation
-        rows = training_rows(self.recipe, self.sources, stage.sequence_length, wanted, self._pad())
+        rows = training_rows(data, sources, stage.sequence_length, wanted, self.recipe.seed, self._pad())
         if len(rows) < wanted:
             self.console.print(f"{stage.name}: reads its {len(rows):,} rows of text {wanted / len(rows):.1f} times")
-        lora = self.recipe.student.lora
+        lora = (stage.student or self.recipe.student).lora
         if lora is not None:
             from mohawk.lora import add_adapter, merge_adapter
 
@@ -229,15 +233,16 @@ class Distillation(Run):
     # ---- data ----
 
     def _load_data(self):
-        self.sources = load_sources(self.recipe, self.tokenizer)
+        self.sources = load_sources(self.recipe.data, self._teacher_names(), self.tokenizer)
         return self.sources.text
+
+    def _teacher_names(self) -> list[str]:
+        return [teacher.name or str(i) for i, teacher in enumerate([self.recipe.teacher, *self.recipe.teachers])]
 
     def _evaluation_texts(self) -> dict[str, TeacherStates]:
         texts = super()._evaluation_texts() if self.data is not None else {}
         asked = self.recipe.evaluation
-        rows = held_out_rows(
-            self.recipe, self.sources, asked.sequence_length, asked.tokens, self._pad()
-        )  # fmt: skip
+        rows = held_out_rows(self.recipe.data, self.sources, asked.sequence_length, asked.tokens, self._pad())
         if rows is not None:
             texts["held_out_pairs"] = teacher_states(
                 self.teacher, rows, batch_size=asked.batch_size, autocast=self.autocast
@@ -259,16 +264,15 @@ def load(given: DistillTeacher, device: torch.device) -> nn.Module:
     )  # fmt: skip
 
 
-def shaped(recipe: DistillRecipe, base: nn.Module) -> nn.Module:
-    """The student before training: `base` itself copied, some of its layers, or its shape with random weights."""
-    given = recipe.student
+def shaped(given: DistillStudent, base: nn.Module, seed: int) -> nn.Module:
+    """A student before training: `base` itself copied, some of its layers, or its shape with random weights."""
     with mistakes("student.layers"):
         if given.layers is None:
             student = copy.deepcopy(base)
         else:
             student = keep_layers(base, given.layers)
     if given.scratch:
-        torch.manual_seed(recipe.seed)
+        torch.manual_seed(seed)
         with torch.device(base.device):
             student = type(student)(student.config)
     return student
@@ -320,45 +324,60 @@ def _loss_label(stage: Stage) -> str:
 def print_plan(recipe: DistillRecipe, console: Console) -> None:
     """Sizes, stages and steps, from configurations alone. Raises UserError for what does not fit the models."""
     config = _config(recipe.teacher)
-    given = recipe.student
-    with torch.device("meta"):
-        teacher = AutoModelForCausalLM.from_config(config, attn_implementation=needed_attention(config))
-        base = teacher
-        if given.model is not None:
-            other = load_config(
-                given.model, gguf_file=given.gguf_file, revision=given.revision,
-                trust_remote_code=given.trust_remote_code,
-            )  # fmt: skip
-            base = AutoModelForCausalLM.from_config(other, attn_implementation=needed_attention(other))
-        with mistakes("student.layers"):
-            if given.layers is not None:
-                resolve_layers(given.layers, len(decoder(base)[1]))
-        student = shaped(recipe, base)
     for further in recipe.teachers:
         _config(further)
-    sizes = [sum(p.numel() for p in model.parameters()) for model in (teacher, student)]
-    for name, model, size in zip(("Teacher", "Student"), (teacher, student), sizes, strict=True):
-        layers = len(decoder(model)[1])
-        what = recipe.teacher.model if name == "Teacher" else given.model or "from the teacher"
-        console.print(
-            f"[bold]{name}[/bold] {what}: {type(model).__name__}, {layers} layers, {size / 1e6:.1f}M parameters"
-        )
+    teacher = _meta(config)
+    student = _planned(recipe.student, teacher, recipe.seed)
+    for name, model in (("Teacher", teacher), ("Student", student)):
+        what = recipe.teacher.model if name == "Teacher" else recipe.student.model or "from the teacher"
+        console.print(f"[bold]{name}[/bold] {what}: {_size(model)}")
     table = Table("stage", "learns from", "by", "temperature", "tokens", "steps", "learning rate")
     for i, stage in enumerate(recipe.stages):
+        before = student
+        if stage.student is not None:
+            student = _planned(stage.student, student, recipe.seed, f"stages.{i}.student")
+            console.print(f"[bold]From {stage.name} on[/bold]: {_size(student)}")
         with mistakes(f"stages.{i} ({stage.name})"):
-            matchings_for(stage, student, teacher)
+            matchings_for(stage, student, {"teacher": teacher, "previous": before}.get(stage.learn_from, student))
         temperature = stage.temperature
         if temperature == "auto":
-            temperature = temperature_for(*sizes)
+            temperature = temperature_for(*(sum(p.numel() for p in model.parameters()) for model in (teacher, student)))
         ramp = isinstance(temperature, Ramp)
         table.add_row(
             stage.name,
-            f"cache {stage.cache}" if stage.cache else stage.teacher,
+            f"cache {stage.cache}" if stage.cache else stage.learn_from,
             _loss_label(stage).removesuffix(" per token"),
             f"{temperature.start:g} to {temperature.end:g}" if ramp else f"{temperature:.3g}",
             f"{stage.tokens:,}", f"{stage.steps():,}", f"{stage.learning_rate:g}",
         )  # fmt: skip
     console.print(table)
+
+
+def _meta(config: Any) -> nn.Module:
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config, attn_implementation=needed_attention(config))
+
+
+def _planned(given: DistillStudent, base: nn.Module, seed: int, where: str = "student") -> nn.Module:
+    """The student's shape, on the meta device."""
+    if given.model is not None:
+        base = _meta(
+            load_config(
+                given.model,
+                gguf_file=given.gguf_file,
+                revision=given.revision,
+                trust_remote_code=given.trust_remote_code,
+            )  # fmt: skip
+        )
+    if given.layers is not None:
+        with mistakes(f"{where}.layers"):
+            resolve_layers(given.layers, len(decoder(base)[1]))
+    return shaped(given, base, seed)
+
+
+def _size(model: nn.Module) -> str:
+    parameters = sum(p.numel() for p in model.parameters())
+    return f"{type(model).__name__}, {len(decoder(model)[1])} layers, {parameters / 1e6:.1f}M parameters"
 
 
 def _config(given: DistillTeacher) -> Any:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from mohawk.data import Data, Documents, PackedDataset, load_data
-from mohawk.distill_recipe import DistillRecipe, DistillSource
+from mohawk.distill_recipe import DistillData, DistillSource
 from mohawk.mixture import Mixture
 from mohawk.pairs import Pairs, PairsDataset, read_pairs, split_pairs
 
@@ -29,9 +30,11 @@ class Sources:
     held_out_pairs: dict[int, Pairs]
 
 
-def load_sources(recipe: DistillRecipe, tokenizer: PreTrainedTokenizerBase) -> Sources:
-    """Tokenise all sources, or find them in the cache. Raises UserError."""
-    asked = recipe.data
+def load_sources(asked: DistillData, teachers: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> Sources:
+    """Tokenise all sources, or find them in the cache.
+
+    teachers: their names, which an example's `teacher_field` may give. Raises UserError.
+    """
     texts = [source for source in asked.train if source.kind == "text"]
     evaluation = [source.model_dump() for source in asked.evaluation]
     text = None
@@ -44,50 +47,49 @@ def load_sources(recipe: DistillRecipe, tokenizer: PreTrainedTokenizerBase) -> S
         # evaluation text needs no training text beside it
         other = load_data(evaluation, tokenizer, validation_share=0, cache=asked.cache).train
         text = Data(Documents((), other.spans[:0]), Documents((), other.spans[:0]), other)
-    names = [teacher.name or str(i) for i, teacher in enumerate([recipe.teacher, *recipe.teachers])]
     pairs, held_out = {}, {}
     for i, source in enumerate(asked.train):
         if source.kind == "pairs":
             found = read_pairs(
                 [_plain(source)], tokenizer, prompt_field=source.prompt_field, response_field=source.response_field,
                 messages_field=source.messages_field, chat=source.chat, teacher_field=source.teacher_field,
-                teachers=names if source.teacher_field else (),
+                teachers=teachers if source.teacher_field else (),
             )  # fmt: skip
             pairs[i], held_out[i] = split_pairs(found, asked.validation_share)
     return Sources(text, pairs, held_out)
 
 
-def training_rows(recipe: DistillRecipe, sources: Sources, sequence_length: int, rows: int, pad: int) -> Any:
+def training_rows(asked: DistillData, sources: Sources, sequence_length: int, rows: int, seed: int, pad: int) -> Any:
     """A dataset of rows of `sequence_length` tokens: text alone, packed over all its sources, or a mixture of sources.
 
     rows: how many a stage will ask for: a mixture holds its proportions over so many.
     """
-    asked = recipe.data.train
-    plain = not sources.pairs and all(s.sampling_weight is None and s.loss_weight == 1 for s in asked)
+    train = asked.train
+    plain = not sources.pairs and all(s.sampling_weight is None and s.loss_weight == 1 for s in train)
     if plain:
-        return PackedDataset(sources.text.train, sequence_length, seed=recipe.seed, pad_token_id=pad)
+        return PackedDataset(sources.text.train, sequence_length, seed=seed, pad_token_id=pad)
     parts, at = [], 0
-    for i, source in enumerate(asked):
+    for i, source in enumerate(train):
         if source.kind == "pairs":
-            parts.append(_pairs_rows(source, sources.pairs[i], sequence_length, recipe.seed, pad))
+            parts.append(_pairs_rows(source, sources.pairs[i], sequence_length, seed, pad))
         else:
             documents = sources.text.train
             own = Documents(documents.texts, documents.spans[documents.spans[:, 0] == at])
-            parts.append(PackedDataset(own, sequence_length, seed=recipe.seed, pad_token_id=pad))
+            parts.append(PackedDataset(own, sequence_length, seed=seed, pad_token_id=pad))
             at += 1
-    if len(parts) == 1 and asked[0].loss_weight == 1:
+    if len(parts) == 1 and train[0].loss_weight == 1:
         return parts[0]
     # without weights of their own, sources are read in proportion to their size
-    weights = [float(len(part)) if s.sampling_weight is None else None for s, part in zip(asked, parts, strict=True)]
-    if any(s.sampling_weight is not None for s in asked):
-        weights = [1.0 if s.sampling_weight is None else s.sampling_weight for s in asked]
-    return Mixture(parts, weights, [source.loss_weight for source in asked], rows=rows, seed=recipe.seed)
+    weights = [float(len(part)) if s.sampling_weight is None else None for s, part in zip(train, parts, strict=True)]
+    if any(s.sampling_weight is not None for s in train):
+        weights = [1.0 if s.sampling_weight is None else s.sampling_weight for s in train]
+    return Mixture(parts, weights, [source.loss_weight for source in train], rows=rows, seed=seed)
 
 
-def held_out_rows(recipe: DistillRecipe, sources: Sources, sequence_length: int, tokens: int, pad: int) -> Any:
+def held_out_rows(asked: DistillData, sources: Sources, sequence_length: int, tokens: int, pad: int) -> Any:
     """Rows of the held-out prompts and responses; None where there are none."""
     parts = [
-        _pairs_rows(recipe.data.train[i], pairs, sequence_length, 0, pad)
+        _pairs_rows(asked.train[i], pairs, sequence_length, 0, pad)
         for i, pairs in sources.held_out_pairs.items()
         if len(pairs)
     ]

@@ -164,12 +164,16 @@ class Stage(Phase):
     name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]*$")] = Field(
         "distil", description="of its folder: small letters, digits, - and _"
     )
-    teacher: Literal["online", "previous", "average", "start"] = Field(
-        "online",
-        description="online: the teacher; previous: the student of the stage before; average: the student's moving "
+    learn_from: Literal["teacher", "previous", "average", "start"] = Field(
+        "teacher",
+        description="teacher: the recipe's; previous: the student of the stage before; average: the student's moving "
         "average; start: the student as the stage finds it",
     )
-    average_decay: Annotated[float, Field(ge=0, le=1)] = Field(0.999, description="of teacher: average")
+    average_decay: Annotated[float, Field(ge=0, le=1)] = Field(0.999, description="of learn_from: average")
+    student: DistillStudent | None = Field(
+        None, description="a smaller student from here on, made of the one so far or of `model`; null: the same one"
+    )
+    data: DistillData | None = Field(None, description="the stage's own text to train on; null: the recipe's")
     cache: Annotated[Path, Field(strict=False)] | None = Field(
         None, description="folder that `mohawk cache` wrote: the teacher's answers instead of the teacher"
     )
@@ -206,25 +210,20 @@ class DistillRecipe(RecipeFile):
 
     def contradictions(self) -> Iterator[tuple[list[recipe_text.Path], str]]:
         yield from super().contradictions()
-        student = self.student
-        if student.model is None and student.layers is None and not student.scratch and student.lora is None:
-            if all(stage.teacher == "online" for stage in self.stages):
+        students = [self.student, *(stage.student for stage in self.stages if stage.student)]
+        if not any(s.model or s.layers is not None or s.scratch or s.lora for s in students):
+            if all(stage.learn_from == "teacher" for stage in self.stages):
                 yield (
                     [("student", "layers")],
                     "student: the teacher itself, whole, would learn from itself; name a model, the layers to keep, "
-                    "scratch: true, or stages with teacher: average",
+                    "scratch: true, or stages with learn_from: average",
                 )
         if self.combine == "row" and not any(source.teacher_field for source in self.data.train):
             yield (
                 [("combine",)],
                 "combine: row needs data.train with a teacher_field that names each example's teacher",
             )
-        for i, source in enumerate(self.data.train):
-            if source.kind == "text" and (source.teacher_field or source.weighting or source.chat):
-                yield (
-                    [("data", "train", i)],
-                    f"data.train.{i}: teacher_field, weighting and chat are of kind: pairs; set kind: pairs",
-                )
+        yield from _data_contradictions(self.data, ("data",))
         names = [stage.name for stage in self.stages]
         for i, stage in enumerate(self.stages):
             at = ("stages", i)
@@ -232,7 +231,24 @@ class DistillRecipe(RecipeFile):
             if stage.name in names[:i]:
                 yield [(*at, "name")], f"{label}: another stage has this name; give each its own"
             yield from phase_contradictions(stage, at, label, "leave the stage out")
+            if stage.data is not None:
+                yield from _data_contradictions(stage.data, (*at, "data"))
+                if stage.cache is not None:
+                    yield (
+                        [(*at, "data"), (*at, "cache")],
+                        f"{label}: a cache is of the recipe's text, not of the stage's own; leave out one of them",
+                    )
             yield from _stage_contradictions(self, stage, i, at, label)
+
+
+def _data_contradictions(data: DistillData, at: recipe_text.Path):
+    for i, source in enumerate(data.train):
+        if source.kind == "text" and (source.teacher_field or source.weighting or source.chat):
+            name = ".".join(map(str, (*at, "train", i)))
+            yield (
+                [(*at, "train", i)],
+                f"{name}: teacher_field, weighting and chat are of prompts and responses; set kind: pairs",
+            )
 
 
 def _stage_contradictions(recipe: DistillRecipe, stage: Stage, i: int, at: recipe_text.Path, label: str):
@@ -243,8 +259,8 @@ def _stage_contradictions(recipe: DistillRecipe, stage: Stage, i: int, at: recip
             f"{label}: kd_weight and ce_weight are both 0 and no layers are matched, so there is nothing to learn; "
             "raise one",
         )
-    if stage.teacher == "previous" and i == 0:
-        yield [(*at, "teacher")], f"{label}: teacher: previous, but it is the first stage; use online"
+    if stage.learn_from == "previous" and i == 0:
+        yield [(*at, "learn_from")], f"{label}: learn_from: previous, but it is the first stage; use teacher"
     if stage.cache is not None:
         for key in ("hidden", "attention", "on_policy", "taid"):
             if getattr(stage, key) is not None:
@@ -253,14 +269,17 @@ def _stage_contradictions(recipe: DistillRecipe, stage: Stage, i: int, at: recip
                     f"{label}: {key} needs the teacher itself, but cache holds only its answers on the text; "
                     "leave out one of them",
                 )
-        if stage.teacher != "online":
-            yield [(*at, "teacher"), (*at, "cache")], f"{label}: cache and teacher: {stage.teacher}; leave out one"
+        if stage.learn_from != "teacher":
+            yield (
+                [(*at, "learn_from"), (*at, "cache")],
+                f"{label}: a cache holds the teacher's answers, but learn_from is {stage.learn_from}; leave out one",
+            )
     if recipe.combine == "row" and matched:
         yield (
             [(*at, "hidden" if stage.hidden else "attention")],
             f"{label}: with combine: row the teachers have no layers in common to match; leave it out",
         )
-    if stage.temperature == "auto" and (stage.teacher != "online" or stage.cache or recipe.teachers):
+    if stage.temperature == "auto" and (stage.learn_from != "teacher" or stage.cache or recipe.teachers):
         yield (
             [(*at, "temperature")],
             f"{label}: temperature: auto compares the sizes of one teacher and the student; give a number",

@@ -109,12 +109,11 @@ def read_rationales(files: Sequence[str | Path], templates: Sequence[str] = TEMP
     for template in templates:
         _pattern(template)
     records, matched, unmatched = [], 0, []
-    for file in files:
+    stems = [Path(file).name.split(".")[0] for file in files]
+    for file, stem in zip(files, stems, strict=True):
+        name = stem if stems.count(stem) == 1 else str(file)
         for where, row in read_records(file):
-            record = {
-                "prompt": _prompt(row, where),
-                "teacher": str(row.get("teacher") or Path(file).name.split(".")[0]),
-            }
+            record = {"prompt": _prompt(row, where), "teacher": str(row.get("teacher") or name)}
             if row.get("label") is not None:
                 record["label"] = _text(row, "label", where)
                 record["rationale"] = _text(row, "rationale", where) if row.get("rationale") is not None else None
@@ -189,26 +188,34 @@ def rationale_pairs(
     """
     if rationale_weight < 0:
         raise UserError(f"rationale_weight: got {rationale_weight}; allowed: 0 or above")
-    records = list(records)
-    tasks = {"label": label_prefix, "rationale": rationale_prefix}
-    if not rationale_weight:
-        del tasks["rationale"]
-    tokens = {
-        task: sum(len(response_ids(tokenizer, r[task])) for r in records if r.get(task) is not None) for task in tasks
-    }
+    prefixes = {"label": label_prefix, "rationale": rationale_prefix}
     scale = {"label": 1.0, "rationale": rationale_weight}
+    pairs, tokens = [], dict.fromkeys(prefixes, 0)
     for record in records:
-        for task, prefix in tasks.items():
-            if record.get(task) is not None:
-                weight = scale[task] * sum(tokens.values()) / tokens[task]
-                prompt = task_prompt(prefix, record["prompt"])
-                yield {"prompt": prompt, "response": record[task], "weight": weight, "task": task}
+        for task, prefix in prefixes.items():
+            if record.get(task) is not None and scale[task]:
+                pairs.append({"prompt": task_prompt(prefix, record["prompt"]), "response": record[task], "task": task})
+                tokens[task] += len(pair_ids(tokenizer, pairs[-1]["prompt"], pairs[-1]["response"])[1])
+    for pair in pairs:
+        task = pair["task"]
+        yield {**pair, "weight": scale[task] * sum(tokens.values()) / tokens[task]}
 
 
-def response_ids(tokenizer: PreTrainedTokenizerBase, response: str) -> list[int]:
-    """A response's tokens, and the eos where the tokenizer has one."""
-    ids = tokenizer(response, add_special_tokens=False)["input_ids"]
-    return ids if tokenizer.eos_token_id is None else [*ids, tokenizer.eos_token_id]
+def pair_ids(tokenizer: PreTrainedTokenizerBase, prompt: str, response: str) -> tuple[list[int], list[int]]:
+    """A prompt's tokens, as the model sees them when it answers, and the response's with the eos, if there is one.
+
+    The response is tokenised as the prompt's continuation (alone, some tokenizers put a space first), unless that would
+    change the prompt's tokens.
+    """
+    eos = tokenizer.eos_token_id
+    before, whole = tokenizer([prompt, prompt + response])["input_ids"]
+    for ids in (before, whole):
+        if ids and ids[-1] == eos:  # which some tokenizers put behind whatever they are given
+            ids.pop()
+    after = whole[len(before) :]
+    if whole[: len(before)] != before:
+        after = tokenizer(response, add_special_tokens=False)["input_ids"]
+    return before, after if eos is None else [*after, eos]
 
 
 class RationaleDistiller:
@@ -301,13 +308,15 @@ class RationaleDistiller:
             **student, teacher=source, labels=targets, vocab_size=min(sizes) if len(sizes) > 1 else None, **options
         )
 
+    def answer_tokens(self, prompt: str, label: str) -> int:
+        """How many tokens a label's loss is the mean of, eos included."""
+        return len(pair_ids(self.tokenizer, task_prompt(self.prefixes[0], prompt), label)[1])
+
     def encode(self, prompts: Sequence[str], answers: Sequence[str]) -> dict[str, Tensor]:
         """input_ids, attention_mask and labels (b, n) int64, padded on the right; labels on answers and their eos."""
         rows = []
         for prompt, answer in zip(prompts, answers, strict=True):
-            before, after = self.tokenizer(prompt)["input_ids"], response_ids(self.tokenizer, answer)
-            if before and before[-1] == self.tokenizer.eos_token_id:
-                before = before[:-1]  # which some tokenizers put behind whatever they are given
+            before, after = pair_ids(self.tokenizer, prompt, answer)
             rows.append((before + after, [IGNORED] * len(before) + after))
         n = max(len(ids) for ids, _ in rows)
         batch = {name: torch.full((len(rows), n), fill) for name, fill in (("input_ids", 0), ("labels", IGNORED))}

@@ -53,7 +53,7 @@ def check(
 
 
 def _expanded(data: dict[str, Any]) -> dict[str, Any]:
-    """With the shorthands written out: `teacher: path`, and a bare string among the texts."""
+    """With the shorthands written out: `teacher: path`, and a bare string among the texts; in stages too."""
     data = dict(data)
     for key in ("teacher", "student"):
         if isinstance(data.get(key), str):
@@ -66,6 +66,8 @@ def _expanded(data: dict[str, Any]) -> dict[str, Any]:
             texts = data["data"].get(key)
             if isinstance(texts, list):
                 data["data"][key] = [{"source": text} if isinstance(text, str) else text for text in texts]
+    if isinstance(data.get("stages"), list):
+        data["stages"] = [_expanded(stage) if isinstance(stage, dict) else stage for stage in data["stages"]]
     return data
 
 

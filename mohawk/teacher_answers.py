@@ -20,7 +20,7 @@ from mohawk.errors import UserError
 from mohawk.heads import Head
 from mohawk.kernels.kd_chunked import finish_logits
 from mohawk.kernels.kd_products import logits_product
-from mohawk.teacher_records import DTYPES, KINDS, Layout, encode_logprobs, pack_ids
+from mohawk.teacher_records import DTYPES, KINDS, Layout, encode_logprobs, pack_ascending, pack_ids
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -122,7 +122,7 @@ class Answers:
         # The rest is added up by itself: 1 - sum would be noise where the k hold nearly all.
         rest = torch.logsumexp(logits.scatter_(-1, ids, float("-inf")), -1)
         return {
-            "logprobs": encode_logprobs(values - norm).to(torch.uint16).cpu().numpy(),
+            **pack_ascending(encode_logprobs(values - norm).cpu().numpy(), self.layout.low_bits),
             "tail": encode_logprobs(rest - norm[:, 0]).to(torch.uint16).cpu().numpy(),
             "ids": pack_ids(ids.cpu().numpy(), self.layout.id_bits),
         }

@@ -6,12 +6,16 @@ shard is rows behind one another: any position is found by multiplication.
     row    text    8 bytes  of blake2b over the row's real tokens and positions: which text this is of
            crc     4 bytes  crc32 of the text's digest and the records
            tokens  n records
-    token  top-k    logprobs k x 2, tail 2, ids ceil(k * bits / 8)
-           samples  ids ceil(draws * bits / 8)
+    token  top-k    low ceil(k * low_bits / 8), high ceil((k + 2 ** (16 - low_bits)) / 8), tail 2, ids
+           samples  ids
            hidden   hidden_size values in the stored dtype
 
-All is little-endian. ids are a stream of `bits` = ceil(log2 V) bits each, lowest bit first, which is numpy's
+All is little-endian. ids are a stream of `id_bits` = ceil(log2 V) bits each, lowest bit first, which is numpy's
 `unpackbits(bitorder="little")`.
+
+The k log-probabilities are 16-bit codes in ascending order, which says much about them (Elias 1974, Fano 1971): the
+lowest `low_bits` = floor(log2(2 ** 16 / k)) of each are a stream, and the rest, i-th code >> low_bits, is the position
+of the i-th set bit of `high`, less i. That is 12 bits a value at k = 64 and 10 at 256, in a record of fixed length.
 
 A log-probability x <= 0 is kept as -x in an unsigned float of 3 exponent and 13 fraction bits: code c is c / 8192 below
 8192, and (8192 + c % 8192) / 8192 * 2 ** (c // 8192 - 1) above. 65535 is minus infinity; what is below -127.984 is kept
@@ -62,11 +66,17 @@ class Layout:
         return max(1, (self.vocab_size - 1).bit_length())
 
     @property
+    def low_bits(self) -> int:
+        return max(1, ((1 << 16) // self.k).bit_length() - 1) if self.kind == "top-k" else 0
+
+    @property
     def fields(self) -> list[tuple[str, str]]:
         """The record of one position, as numpy's dtype takes it: (name, "(count,)type")."""
         ids = ("ids", f"({-(-self.k * self.id_bits // 8)},)u1")
         if self.kind == "top-k":
-            return [("logprobs", f"({self.k},)<u2"), ("tail", "<u2"), ids]
+            low = ("low", f"({-(-self.k * self.low_bits // 8)},)u1")
+            high = ("high", f"({-(-(self.k + (1 << 16 - self.low_bits)) // 8)},)u1")
+            return [low, high, ("tail", "<u2"), ids]
         return [ids] if self.kind == "samples" else [("hidden", f"({self.hidden_size},){DTYPES[self.dtype]}")]
 
     @property
@@ -134,6 +144,22 @@ def unpack_ids(stream: np.ndarray, bits: int, k: int) -> np.ndarray:
     return ids.reshape(*lead, 8 * groups)[..., :k]
 
 
+def pack_ascending(codes: np.ndarray, low_bits: int) -> dict[str, np.ndarray]:
+    """Ascending 16-bit codes (rows, k), as uint8: `low` and `high` of the records."""
+    codes = codes.astype(np.int64)
+    rows, k = codes.shape
+    bits = np.zeros((rows, k + (1 << 16 - low_bits)), dtype=np.uint8)
+    np.put_along_axis(bits, (codes >> low_bits) + np.arange(k), 1, axis=-1)
+    low = pack_ids(codes & (1 << low_bits) - 1, low_bits)
+    return {"low": low, "high": np.packbits(bits, axis=-1, bitorder="little")}
+
+
+def unpack_ascending(low: np.ndarray, high: np.ndarray, low_bits: int, k: int) -> np.ndarray:
+    """The int64 codes (rows, k) of `pack_ascending`."""
+    _, ones = np.nonzero(np.unpackbits(high, axis=-1, bitorder="little"))
+    return (ones.reshape(len(high), k) - np.arange(k) << low_bits) | unpack_ids(low, low_bits, k)
+
+
 def text_digest(row: Mapping[str, Tensor]) -> int:
     """64 bits of a dataset's row: its real tokens and their positions; what fills it up does not count."""
     ids = row["input_ids"].numpy()
@@ -172,8 +198,9 @@ def decode(layout: Layout, tokens: np.ndarray) -> dict[str, Tensor]:
     ids = torch.from_numpy(unpack_ids(tokens["ids"], layout.id_bits, layout.k))
     if layout.kind == "samples":
         return {"teacher_ids": ids, "teacher_weights": torch.full(ids.shape, 1 / layout.k)}
+    codes = unpack_ascending(tokens["low"], tokens["high"], layout.low_bits, layout.k)
     return {
         "teacher_ids": ids,
-        "teacher_logprobs": torch.from_numpy(decode_logprobs(tokens["logprobs"])),
+        "teacher_logprobs": torch.from_numpy(decode_logprobs(codes)),
         "teacher_tail": torch.from_numpy(decode_logprobs(tokens["tail"])),
     }

@@ -7,10 +7,18 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from mohawk.data import collate
+from mohawk.distillation import KnowledgeDistiller
 from mohawk.errors import UserError
 from mohawk.models.from_teacher import hybrid_from_teacher
 from mohawk.on_policy import OnPolicy
-from tests.mohawk.tiny_phase import fork, wait
+from tests.mohawk.tiny_phase import (
+    cheap_training,  # noqa: F401
+    fork,
+    tiny_phase,
+    tiny_trainer,
+    wait,
+    weights,
+)
 
 IGNORED, PAD = -100, 0
 KINDS = ["gpt2", "llama", "hybrid", "pure_ssm"]
@@ -205,6 +213,64 @@ def test_decisions_depend_on_seed_and_step_alone(make_student):
     on_policy.share = 1
     nothing = collate([row_of((5, 5), n=24, seed=1)])  # a prompt without response: nothing to sample from
     assert on_policy(nothing, 0) is nothing
+
+
+def test_gkd_by_hand(make_student, make_llama):
+    """JSD(beta) over the sampled tokens, each segment alone, all logits in float64."""
+    student, teacher = make_student("hybrid").double().eval(), make_llama(seed=8, initializer_range=0.4).double()
+    on_policy = OnPolicy(student, share=1, max_new_tokens=6, prompt_tokens=3, eos_token_id=257, seed=1)
+    distiller = KnowledgeDistiller(teacher, student, divergence="jsd", beta=0.3, on_policy=on_policy)
+    batch = collate([row_of((9, 4), (5, 3), n=24, seed=1), row_of((11, 1), n=24, seed=2)])
+    made = distiller.prepare(batch, 0)
+    ((_, loss),) = distiller.losses(**made)
+
+    terms = []
+    for row in range(2):
+        for segment in range(int(made["segment_ids"][row].max()) + 1):
+            here = made["segment_ids"][row] == segment
+            ids, labels = made["input_ids"][row, here][None], made["labels"][row, here]
+            with torch.no_grad():
+                p, q = (m(input_ids=ids, use_cache=False).logits[0].softmax(-1) for m in (teacher, student))
+            m = 0.3 * p + 0.7 * q
+            jsd = (0.3 * p * (p / m).log() + 0.7 * q * (q / m).log()).sum(-1)
+            terms += [jsd[i - 1] for i in range(1, len(labels)) if labels[i] != IGNORED]
+    assert len(terms) == int((made["labels"] != IGNORED).sum()) > 8
+    torch.testing.assert_close(loss.detach(), torch.stack(terms).mean(), rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.usefixtures("cheap_training")
+def test_a_run_that_stopped_samples_as_it_would_have(make_student, make_llama, tmp_path):
+    """Half the steps are on-policy, two micro-batches each; the second run is stopped in step 5, after a checkpoint."""
+    rows = [row_of((9, 4), (7, 1), n=24, seed=s) for s in range(8)]
+    phase = tiny_phase(steps=6, batch_size=2, sequence_length=24, gradient_accumulation=2, save_every=3)
+    seen = []
+
+    def train(folder, stop_at=None):
+        student = make_student("llama")
+        student.config.attention_dropout = 0.2  # takes from the random state that sampling leaves alone
+        for layer in student.model.layers:
+            layer.self_attn.attention_dropout = 0.2
+        on_policy = OnPolicy(student, max_new_tokens=6, prompt_tokens=3, eos_token_id=257, seed=1)
+
+        def watched(batch, step):
+            if step == stop_at:
+                raise RuntimeError("stopped")
+            made = on_policy(batch, step)
+            seen.append((step, made is not batch))
+            return made
+
+        objective = KnowledgeDistiller(make_llama(seed=8), student, on_policy=watched)
+        trainer = tiny_trainer(folder, objective, phase, rows=rows)
+        trainer.train_phase()
+        return weights(objective)
+
+    whole = train(tmp_path / "whole")
+    assert {sampled for _, sampled in seen} == {True, False}
+    with pytest.raises(RuntimeError, match="stopped"):
+        train(tmp_path / "part", stop_at=4)
+    seen.clear()
+    assert torch.equal(train(tmp_path / "part"), whole)
+    assert [step for step, _ in seen] == [3, 3, 4, 4, 5, 5]
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "hybrid"])

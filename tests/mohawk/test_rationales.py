@@ -100,6 +100,15 @@ def test_records_of_files(tmp_path, caplog):
     assert said.startswith("1 of 3 responses match none of the 9 templates") and said.endswith(f"{first}:3")
 
 
+def test_teachers_are_told_apart_by_their_files(tmp_path):
+    row = {"prompt": "a", "label": "b"}
+    for folder in ("x", "y"):
+        (tmp_path / folder).mkdir()
+        lines(tmp_path / folder / "responses.jsonl", row)
+    files = [tmp_path / "x" / "responses.jsonl", tmp_path / "y" / "responses.jsonl", lines(tmp_path / "z.jsonl", row)]
+    assert [record["teacher"] for record in read_rationales(files)] == [str(files[0]), str(files[1]), "z"]
+
+
 @pytest.mark.parametrize(
     ("row", "said"),
     [

@@ -15,8 +15,10 @@ from mohawk.teacher_records import (
     encode_logprobs,
     is_whole,
     make_row,
+    pack_ascending,
     pack_ids,
     text_digest,
+    unpack_ascending,
     unpack_ids,
 )
 
@@ -54,6 +56,19 @@ def test_packed_ids_are_a_little_endian_stream(bits, k, seed):
     assert (unpack_ids(stream, bits, k) == ids).all()
 
 
+@settings(max_examples=60, deadline=None)
+@given(k=st.integers(1, 300), seed=st.integers(0, 9), ends=st.booleans(), spread=st.sampled_from([1, 40, 1 << 16]))
+def test_ascending_codes_come_back(k, seed, ends, spread):
+    codes = np.sort(np.random.default_rng(seed).integers(0, spread, (4, k)), -1)
+    if ends:
+        codes[0], codes[1] = 0, NO_MASS
+        codes[2, -1] = NO_MASS
+    layout = Layout("top-k", 4, 1000, k)
+    packed = pack_ascending(codes, layout.low_bits)
+    assert all(packed[name].shape == (4, *layout.token[name].shape) for name in packed)
+    assert (unpack_ascending(**packed, low_bits=layout.low_bits, k=k) == codes).all()
+
+
 @pytest.mark.parametrize(
     ("vocab", "bits"), [(1, 1), (2, 1), (3, 2), (256, 8), (257, 9), (49152, 16), (65536, 16), (65537, 17), (151936, 18)]
 )
@@ -62,11 +77,13 @@ def test_ids_take_as_many_bits_as_the_vocabulary_needs(vocab, bits):
 
 
 def test_bytes_of_a_record():
-    assert Layout("top-k", 512, 49152, 64).token.itemsize == 64 * 2 + 2 + 64 * 16 // 8
-    assert Layout("top-k", 512, 151936, 7).token.itemsize == 7 * 2 + 2 + 16  # 126 bits
+    assert Layout("top-k", 512, 49152, 64).token.itemsize == 64 * 12 // 8 + 2 + 64 * 16 // 8
+    assert Layout("top-k", 512, 151936, 256).token.itemsize == 256 * 10 // 8 + 2 + 256 * 18 // 8
+    # 7 x 13 bits in 12 bytes, 7 + 8 in 2, 7 x 18 in 16
+    assert Layout("top-k", 512, 151936, 7).token.itemsize == 12 + 2 + 2 + 16
     assert Layout("samples", 512, 151936, 12).token.itemsize == 27
     assert Layout("hidden", 512, 49152, hidden_size=576, dtype="bfloat16").token.itemsize == 1152
-    assert Layout("top-k", 512, 49152, 64).row.itemsize == 512 * 258 + 12
+    assert Layout("top-k", 512, 49152, 64).row.itemsize == 512 * 226 + 12
 
 
 def test_a_row_notices_any_changed_byte():

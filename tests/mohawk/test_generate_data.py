@@ -1,0 +1,363 @@
+"""Answers written, filtered, stopped anywhere and gone on with: the files are those of a run that nothing stopped."""
+
+import json
+import os
+import signal
+import threading
+import time
+from collections import Counter
+
+import pytest
+
+from mohawk.cli import main
+from mohawk.decoding import Decoding, LocalTeacher, Response
+from mohawk.errors import UserError
+from mohawk.filters import Filters
+from mohawk.generate_data import REJECTED, RESPONSES, SUMMARY, generate_data
+from mohawk.records import read_prompts
+from tests.mohawk.test_endpoint import Server, error
+from tests.mohawk.tiny_phase import cheap_training, fork, wait  # noqa: F401
+
+SAMPLING = Decoding(method="sample", samples=3, max_new_tokens=6, top_p=0.9)
+FILTERS = Filters(max_tokens=5, min_agreement=0.3)
+
+
+@pytest.fixture
+def prompts(tmp_path):
+    path = tmp_path / "prompts.txt"
+    path.write_text("".join(f"prompt {'x' * (i % 4)} {i}\n" for i in range(10)) + "prompt  0\n")
+    return read_prompts([path])
+
+
+@pytest.fixture(scope="module")
+def model(make_llama):
+    model = make_llama(initializer_range=0.5)
+    # a third of the ids ends an answer, so that some are short
+    model.generation_config.eos_token_id = list(range(0, 256, 3))
+    return model
+
+
+@pytest.fixture
+def teacher(model, tokenizer):
+    return LocalTeacher(model, tokenizer, SAMPLING, batch_size=4, name="tiny")
+
+
+def lines(folder, name=RESPONSES):
+    return [json.loads(line) for line in (folder / name).read_text().splitlines()]
+
+
+def contents(folder):
+    return {name: (folder / name).read_bytes() for name in (RESPONSES, REJECTED)}
+
+
+class Scripted:
+    """A teacher of given answers: `say(i, sample)` is a text or a Response."""
+
+    chat = False
+
+    def __init__(self, say, samples=1, name="scripted"):
+        self.say, self.name = say, name
+        self.decoding = Decoding(method="sample", samples=samples)
+
+    def identity(self):
+        return {"name": self.name}
+
+    def responses(self, prompts, first=0):
+        for i in range(first, len(prompts)):
+            said = [self.say(i, s) for s in range(self.decoding.samples)]
+            yield i, [r if isinstance(r, Response) else Response(r, len(r.split()), "stop") for r in said]
+
+
+def test_lines_say_where_they_come_from(tmp_path, prompts, teacher):
+    tally = generate_data(prompts, teacher, tmp_path / "out", filters=FILTERS)
+    kept, rejected = lines(tmp_path / "out"), lines(tmp_path / "out", REJECTED)
+    assert (len(kept), len(rejected)) == (tally.kept, sum(tally.rejected.values()))
+    assert kept and rejected and len(kept) + len(rejected) == 33
+    assert Counter(line["reason"] for line in rejected) == tally.rejected
+    answers = dict(teacher.responses(prompts))
+    by_id = {p.id: i for i, p in enumerate(prompts)}
+    for line in kept + rejected:
+        i = by_id[line["prompt_id"]]
+        response = answers[i][line["sample"]]
+        assert line["prompt"] == prompts[i].content and line["prompt_sha256"] == prompts[i].sha256
+        assert (line["response"], line["tokens"]) == (response.text, response.tokens)
+        assert (line["logprob"], line["sampling_logprob"]) == (response.logprob, response.sampling_logprob)
+        assert line["finish_reason"] == response.finish_reason and line["seed"] == SAMPLING.seed_of(
+            prompts[i], line["sample"]
+        )
+        assert (line["teacher"], len(line["teacher_hash"])) == ("tiny", 16)
+        assert line["decoding"] == SAMPLING.settings() and line["filters"].keys() == {"length", "agreement"}
+        assert (line["filters"]["length"] > 5) == (line.get("reason") == "length")
+    # equal prompts are asked again, with samples of their own
+    twice = [[r.text for r in answers[i]] for i in (0, 10)]
+    assert prompts[0].content == prompts[10].content and twice[0] != twice[1]
+    summary = json.loads((tmp_path / "out" / SUMMARY).read_text())
+    assert summary["prompts"] == 11 and summary["kept"] == len(kept) and summary["rejected"] == dict(tally.rejected)
+    assert summary["tokens"] == sum(line["tokens"] for line in kept + rejected) and summary["last"]["tokens_per_s"] > 0
+
+
+def start(teacher, prompts, out, die_at=None, count_to=None):
+    """Fork a child that generates; it dies at the `die_at`-th write to the files, after half of it."""
+    seen = [0]
+
+    def body():
+        import mohawk.generate_data as module
+
+        append = module._append
+
+        def watched(file, data):
+            seen[0] += 1
+            if seen[0] == die_at:
+                file.write(data[: len(data) // 2] if die_at % 2 else data)
+                os.kill(os.getpid(), signal.SIGKILL)
+            append(file, data)
+
+        module._append = watched
+        generate_data(prompts, teacher, out, filters=FILTERS)
+        if count_to:
+            count_to.write_text(str(seen[0]))
+
+    return fork(body)
+
+
+@pytest.mark.usefixtures("cheap_training")
+def test_killed_anywhere_and_gone_on_gives_the_same_files(tmp_path, prompts, teacher):
+    whole = tmp_path / "whole"
+    assert wait(start(teacher, prompts, whole, count_to=tmp_path / "count")) == 0
+    writes = int((tmp_path / "count").read_text())
+    assert writes > 11
+    for die_at in (1, 2, 5, 8, 11, writes):
+        out = tmp_path / f"out{die_at}"
+        assert wait(start(teacher, prompts, out, die_at)) == -signal.SIGKILL
+        assert contents(out) != contents(whole) or die_at == writes
+        assert wait(start(teacher, prompts, out, 3)) in (0, -signal.SIGKILL)  # and once more
+        assert wait(start(teacher, prompts, out)) == 0
+        assert contents(out) == contents(whole), die_at
+        summary = json.loads((out / SUMMARY).read_text())
+        assert {**summary, "last": 0} == {**json.loads((whole / SUMMARY).read_text()), "last": 0}
+
+
+def test_a_power_cut_may_take_more_of_one_file(tmp_path, prompts, teacher):
+    out = tmp_path / "out"
+    generate_data(prompts, teacher, out, filters=FILTERS)
+    expected = contents(out)
+    for name in (RESPONSES, REJECTED):
+        os.truncate(out / name, len(expected[name]) // 3)
+        generate_data(prompts, teacher, out, filters=FILTERS)
+        assert contents(out) == expected
+        (out / name).unlink()
+        generate_data(prompts, teacher, out, filters=FILTERS)
+        assert contents(out) == expected
+
+
+def test_more_prompts_may_follow(tmp_path, prompts, teacher):
+    generate_data(prompts, teacher, tmp_path / "whole", filters=FILTERS)
+    generate_data(prompts[:4], teacher, tmp_path / "out", filters=FILTERS)
+    tally = generate_data(prompts, teacher, tmp_path / "out", filters=FILTERS)
+    assert tally.prompts == 11 and contents(tmp_path / "out") == contents(tmp_path / "whole")
+    before = contents(tmp_path / "out")
+    again = generate_data(prompts, teacher, tmp_path / "out", filters=FILTERS)  # nothing is left to do
+    assert contents(tmp_path / "out") == before and again == tally
+    with pytest.raises(UserError, match=r"holds answers to other prompts \(11, here 10\)"):
+        generate_data(prompts[:10], teacher, tmp_path / "out", filters=FILTERS)
+    with pytest.raises(UserError, match="holds answers to other prompts"):
+        generate_data(prompts[::-1], teacher, tmp_path / "out", filters=FILTERS)
+
+
+def test_other_settings_are_refused(tmp_path, prompts, model, make_llama, tokenizer, teacher):
+    generate_data(prompts, teacher, tmp_path / "out", filters=FILTERS)
+
+    def refused(message, decoding=SAMPLING, model=model, filters=FILTERS, **options):
+        other = LocalTeacher(model, tokenizer, decoding, **{"name": "tiny", **options})
+        with pytest.raises(UserError, match=f"made with other settings .{message}") as error:
+            generate_data(prompts, other, tmp_path / "out", filters=filters)
+        assert "\n" not in str(error.value)
+
+    refused("decoding.top_p: 0.9 then, 0.8 now", Decoding(method="sample", samples=3, max_new_tokens=6, top_p=0.8))
+    refused("seed: 0 then, 5 now", Decoding(method="sample", samples=3, max_new_tokens=6, top_p=0.9, seed=5))
+    refused("filters.max_tokens: 5 then, 4 now", filters=Filters(max_tokens=4, min_agreement=0.3))
+    refused("teacher.hash: ", model=make_llama(seed=3))
+    refused("teacher.name: 'tiny' then, 'other' now", name="other")
+    # memory is no part of what was asked
+    generate_data(
+        prompts, LocalTeacher(model, tokenizer, SAMPLING, batch_size=2, name="tiny"), tmp_path / "out", filters=FILTERS
+    )
+
+
+def test_one_writer_at_a_time(tmp_path, prompts):
+    entered, leave = threading.Event(), threading.Event()
+
+    def say(i, s):
+        entered.set()
+        assert leave.wait(10)
+        return "x"
+
+    thread = threading.Thread(target=generate_data, args=(prompts, Scripted(say), tmp_path / "out"))
+    thread.start()
+    assert entered.wait(10)
+    try:
+        with pytest.raises(UserError, match="another process is at work here"):
+            generate_data(prompts, Scripted(say), tmp_path / "out")
+    finally:
+        leave.set()
+        thread.join()
+    assert len(lines(tmp_path / "out")) == 11
+
+
+def test_places_that_cannot_be_written_to(tmp_path, prompts):
+    (tmp_path / "file").write_text("x")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "mine.txt").write_text("x")
+    for name, message in (("file", "is a file; give a folder"), ("folder", "was not written by generate-data")):
+        with pytest.raises(UserError, match=message):
+            generate_data(prompts, Scripted(lambda i, s: "x"), tmp_path / name)
+    assert os.listdir(tmp_path / "folder") == ["mine.txt"]
+
+
+def test_damaged_lines_are_not_written_over(tmp_path, prompts):
+    out = tmp_path / "out"
+    generate_data(prompts, Scripted(lambda i, s: f"answer {i}"), out)
+    good = (out / RESPONSES).read_bytes()
+    rows = good.splitlines(keepends=True)
+    for damaged, message in (
+        (b"".join([*rows[:3], b"{oops}\n", *rows[4:]]), r"responses.jsonl:4: damaged"),
+        (b"".join([rows[1], rows[0], *rows[2:]]), r"responses.jsonl:2: out of the prompts' order"),
+    ):
+        (out / RESPONSES).write_bytes(damaged)
+        with pytest.raises(UserError, match=message):
+            generate_data(prompts, Scripted(lambda i, s: f"answer {i}"), out)
+        assert (out / RESPONSES).read_bytes() == damaged
+
+
+def test_a_full_disk_is_one_line_and_can_be_gone_on_from(tmp_path, prompts, monkeypatch):
+    import mohawk.generate_data as module
+
+    class Full:
+        name = "responses.jsonl"
+
+        def write(self, data):
+            raise OSError(28, "No space left on device")
+
+    with pytest.raises(UserError, match=r"responses.jsonl cannot be written \(No space left on device\); the same"):
+        module._append(Full(), b"x")
+
+    class Slow:
+        got = b""
+
+        def write(self, data):
+            self.got += bytes(data[:3])
+            return min(3, len(data))
+
+    slow = Slow()
+    module._append(slow, b"abcdefgh")
+    assert slow.got == b"abcdefgh"
+
+
+def test_refusals_are_rejected_lines_once_something_was_answered(tmp_path, prompts):
+    def say(i, s):
+        return Response("", None, "error", error="refused: too long") if i in (0, 4) else f"answer {i}"
+
+    tally = generate_data(prompts, Scripted(say), tmp_path / "out")
+    rejected = lines(tmp_path / "out", REJECTED)
+    assert tally.rejected == {"error": 2} and [r["error"] for r in rejected] == ["refused: too long"] * 2
+    assert [r["prompt"] for r in rejected] == [prompts[0].content, prompts[4].content]
+    assert len(lines(tmp_path / "out")) == 9
+
+
+@pytest.mark.parametrize("count", [11, 3])
+def test_a_request_that_is_always_refused_rejects_nothing(tmp_path, prompts, count):
+    teacher = Scripted(lambda i, s: Response("", None, "error", error="refused: no such field"))
+    with pytest.raises(
+        UserError, match=f"none of the first {min(8, count)} prompts was answered; the first: refused: no such"
+    ):
+        generate_data(prompts[:count], teacher, tmp_path / "out")
+    assert contents(tmp_path / "out") == {RESPONSES: b"", REJECTED: b""}
+    assert generate_data(prompts[:count], Scripted(lambda i, s: "yes"), tmp_path / "out").kept == count
+
+
+def test_the_command_on_a_folder_and_on_an_endpoint(tmp_path, model, tokenizer, monkeypatch, capsys):
+    model.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    (tmp_path / "p.jsonl").write_text("".join(json.dumps({"question": f"what is {i}"}) + "\n" for i in range(4)))
+    (tmp_path / "scores.py").write_text("def short(prompt, response):\n    return -len(response)\n")
+    monkeypatch.chdir(tmp_path)
+    command = [
+        "generate-data",
+        "p.jsonl",
+        "--field",
+        "question",
+        "--model",
+        "model",
+        "--output",
+        "out",
+        "--samples",
+        "2",
+    ]
+    command += ["--temperature", "0.8", "--top-p", "0.9", "--max-new-tokens", "5", "--batch-size", "3"]
+    command += ["--max-tokens", "4", "--scorer", "scores:short", "--min-score", "-100"]
+    assert main([*command, "--limit", "2"]) == 0
+    assert main(command) == 0
+    said = capsys.readouterr()
+    kept, rejected = lines(tmp_path / "out"), lines(tmp_path / "out", REJECTED)
+    assert len(kept) + len(rejected) == 8 and f"kept {len(kept)} in out/responses.jsonl" in said.out
+    assert "tokens/s" in said.out and "going on after 2 of 4 prompts" in said.err
+    assert kept[0]["teacher"] == "model" and kept[0]["decoding"]["temperature"] == 0.8
+
+    server = Server()
+    try:
+        command = ["generate-data", "p.jsonl", "--field", "question", "--model", "big", "--output", "remote", "--chat"]
+        command += ["--endpoint", server.url, "--request", '{"top_k": 4}', "--concurrency", "2"]
+        assert main([*command, "--min-tokens", "1"]) == 0
+        found = lines(tmp_path / "remote")
+        assert [r["response"] for r in found] == [f"what is {i} 0" for i in range(4)]
+        assert found[0]["messages"] == [{"role": "user", "content": "what is 0"}] and "prompt" not in found[0]
+        assert server.seen[0][2]["top_k"] == 4 and found[0]["logprob"] == -0.75
+        server.script = lambda body, times: (401, {}, error("no key"))
+        command[command.index("remote")] = "other"
+        assert main(command) == 2
+        assert "error: endpoint:" in capsys.readouterr().err
+    finally:
+        server.close()
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        (
+            ["--endpoint", "http://h", "--dtype", "float32"],
+            "--dtype is of a local teacher; leave it out, or --endpoint",
+        ),
+        (["--retries", "2"], "--retries is of --endpoint URL; give one, or leave it out"),
+        (["--top-p", "0.5"], "--top-p needs --temperature above 0: greedy decoding has nothing to sample from"),
+        (
+            ["--beams", "2", "--temperature", "1"],
+            "--beams and --temperature: a search draws nothing; give one of the two",
+        ),
+        (["--samples", "2"], "samples: got 2, but greedy decoding has one answer; set a temperature"),
+        (["--endpoint", "http://h", "--request", "[1]"], "--request: '[1]' is no JSON object; give fields and values"),
+        (["--min-score", "2"], "scorer and min_score belong together; give both or neither"),
+        ([], "./no-such-model does not exist (looked for /"),
+    ],
+)
+def test_mistakes_on_the_command_line(tmp_path, capsys, extra, message):
+    (tmp_path / "p.txt").write_text("one\n")
+    command = [
+        "generate-data",
+        str(tmp_path / "p.txt"),
+        "--model",
+        "./no-such-model",
+        "--output",
+        str(tmp_path / "out"),
+    ]
+    assert main([*command, *extra]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith(f"error: {message}") and err.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_plain_progress_has_an_estimate(tmp_path, prompts, capsys, monkeypatch):
+    monkeypatch.setattr("mohawk.generate_data.SAY_SECONDS", 0.0)
+    generate_data(prompts[:2], Scripted(lambda i, s: time.sleep(0.01) or "two words"), tmp_path / "out")
+    first, second = capsys.readouterr().err.splitlines()
+    assert first.startswith("prompts 1/2  1 kept, 0 rejected, ") and first.endswith("tokens/s, 00:00 left")
+    assert second.startswith("prompts 2/2  2 kept")
