@@ -8,17 +8,19 @@ What zero means for each axis
     ffn: the neuron's output (its row of gate or up, with biases, or its column of the down projection) is zero.
     heads: the output projection's columns, or the values, are zero; in OLMo 2, whose norms run over all heads, q (and k
         of a group that goes) as well.
-    state heads, state dimensions: x and D (or out_proj's columns), or B or C (their rows and convolution bias).
+    state heads: x (its rows of in_proj and convolution bias), or, where whole groups go, out_proj's columns.
+    state dimensions: B or C (their rows of in_proj and convolution bias).
     hidden: everything added to that channel of the residual stream is zero: its column of the embedding, its rows of
         output and down projections and their biases. In Phi, whose LayerNorms subtract the mean, a channel goes
         without a trace when it equals the mean of all channels, as a channel of zeros does in a stream whose mean is 0.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor, nn
+from transformers.initialization import no_init_weights
 
 from mohawk.models.cut_parameters import KeptUnits, folded_bias, folded_biases, layer_parts, outer_parts, select
 from mohawk.models.cut_sizes import Sizes, base_config, sized_config, sizes_of, ssm_layers
@@ -60,6 +62,27 @@ class Cut:
     state_dims: Mapping[int, Sequence[Sequence[int]]] | None = None
     tokens: Sequence[int] | None = None
 
+    def to_dict(self) -> dict:
+        """As JSON holds it: lists, and layers as keys."""
+        made = {}
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, Mapping):
+                made[field.name] = {str(layer): _lists(indices) for layer, indices in value.items()}
+            elif value is not None:
+                made[field.name] = _lists(value)
+        return made
+
+    @classmethod
+    def from_dict(cls, made: Mapping) -> "Cut":
+        """What `to_dict` made, also after a turn through JSON."""
+        return cls(
+            **{
+                name: {int(layer): indices for layer, indices in value.items()} if isinstance(value, Mapping) else value
+                for name, value in made.items()
+            }
+        )
+
 
 @torch.no_grad()
 def cut(model: nn.Module, what: Cut) -> nn.Module:
@@ -86,10 +109,12 @@ def cut(model: nn.Module, what: Cut) -> nn.Module:
     generation = saveable(model.generation_config)
     if tokens is not None:
         _renumber(config, generation, tokens, own.vocabulary)
-    smaller = type(model)(config)
+    with no_init_weights():  # all of them come from the model
+        smaller = type(model)(config)
     state = _cut_state(model, layers, kept, _index(hidden, model.device), _index(tokens, model.device))
     missing, unexpected = smaller.load_state_dict(state, strict=False, assign=True)
-    if set(missing) - {"lm_head.weight"} or unexpected:
+    tied = {"lm_head.weight"} if config.tie_word_embeddings else set()
+    if set(missing) - tied or unexpected:
         raise RuntimeError(f"weights without a place: {unexpected}; without a source: {missing}")
     smaller.tie_weights()
     smaller.generation_config = generation
@@ -298,6 +323,11 @@ def _renumber(config, generation, tokens: list[int], vocabulary: int) -> None:
         for name in _SUPPRESSED:
             if getattr(settings, name, None) is not None:
                 setattr(settings, name, [new_id[i] for i in getattr(settings, name) if i in new_id])
+
+
+def _lists(indices: Sequence) -> list:
+    values = indices.tolist() if hasattr(indices, "tolist") else indices
+    return [_lists(value) if hasattr(value, "__iter__") else int(value) for value in values]
 
 
 def _index(indices: Sequence[int] | None, device) -> Tensor | None:

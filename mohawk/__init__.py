@@ -18,6 +18,10 @@ if not os.path.isdir(os.path.join(_HERE, "kernels")):
     __path__.append(os.path.dirname(_HERE))
 
 if TYPE_CHECKING:
+    from mohawk.attention_match import AttentionMatch
+    from mohawk.distillation import KnowledgeDistiller, match_attention, match_hidden
+    from mohawk.distillation_trainer import DistillationTrainer
+    from mohawk.features import HiddenMatch, layer_map
     from mohawk.kernels.causal_conv1d import causal_conv1d
     from mohawk.kernels.kd_loss import kd_loss, linear_kd_loss
     from mohawk.kernels.kd_teachers import (
@@ -37,8 +41,21 @@ if TYPE_CHECKING:
     from mohawk.models.hybrid import HybridConfig, HybridForCausalLM
     from mohawk.models.mixers import DiscreteMamba2Mixer, Mamba2Mixer
     from mohawk.models.released import load_released, save_released, to_released
+    from mohawk.on_policy import OnPolicy
+    from mohawk.rationales import RationaleDistiller
+    from mohawk.teacher_cache import CachedRows, TeacherCache
 
 _PUBLIC = {
+    "AttentionMatch": "mohawk.attention_match",
+    "CachedRows": "mohawk.teacher_cache",
+    "DistillationTrainer": "mohawk.distillation_trainer",
+    "HiddenMatch": "mohawk.features",
+    "KnowledgeDistiller": "mohawk.distillation",
+    "RationaleDistiller": "mohawk.rationales",
+    "TeacherCache": "mohawk.teacher_cache",
+    "layer_map": "mohawk.features",
+    "match_attention": "mohawk.distillation",
+    "match_hidden": "mohawk.distillation",
     "causal_conv1d": "mohawk.kernels.causal_conv1d",
     "kd_loss": "mohawk.kernels.kd_loss",
     "linear_kd_loss": "mohawk.kernels.kd_loss",
@@ -65,16 +82,25 @@ _PUBLIC = {
     "load_released": "mohawk.models.released",
     "save_released": "mohawk.models.released",
     "to_released": "mohawk.models.released",
+    "OnPolicy": "mohawk.on_policy",
 }
 
 __all__ = [
+    "AttentionMatch",
     "AttentionMixing",
+    "CachedRows",
     "DiscreteMamba2Mixer",
+    "DistillationTrainer",
+    "HiddenMatch",
     "HybridConfig",
     "HybridForCausalLM",
+    "KnowledgeDistiller",
     "Mamba2Mixer",
+    "OnPolicy",
+    "RationaleDistiller",
     "SSDMixing",
     "TAIDSchedule",
+    "TeacherCache",
     "TeacherHidden",
     "TeacherLogits",
     "TeacherMixture",
@@ -85,8 +111,11 @@ __all__ = [
     "from_bamba",
     "hybrid_from_teacher",
     "kd_loss",
+    "layer_map",
     "linear_kd_loss",
     "load_released",
+    "match_attention",
+    "match_hidden",
     "mixing_distance",
     "mixing_matrix",
     "save_released",

@@ -566,16 +566,8 @@ def _number(kind: type, low: float, high: float = float("inf")) -> Callable[[str
 class _Terminal(logging.Handler):
     """Log lines on stderr, above a progress bar if there is one: warnings, and what the user waits for."""
 
-    waited_for = (
-        "mohawk.fetch",
-        "mohawk.demo",
-        "mohawk.data",
-        "mohawk.text",
-        "mohawk.cache_teacher",
-        "mohawk.generate_data",
-        "mohawk.purify",
-        "mohawk.rationale_router",
-    )
+    says = ("fetch", "demo", "data", "text", "cache_teacher", "generate_data", "purify", "rationale_router")
+    waited_for = tuple(f"mohawk.{name}" for name in says)
 
     def filter(self, record: logging.LogRecord) -> bool:
         return record.levelno >= logging.WARNING or record.name in self.waited_for

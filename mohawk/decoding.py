@@ -304,7 +304,7 @@ def choose(logprobs: Tensor, uniform: Tensor, temperature: float, top_p: float) 
     probs = (logprobs.double() / temperature).softmax(-1)
     order = None
     if top_p < 1:
-        probs, order = probs.sort(dim=-1, descending=True, stable=True)
+        probs, order = _likeliest(probs, top_p)
     below = probs.cumsum(-1)
     # the first token is kept whatever top_p is
     kept = (below < top_p).sum(-1, keepdim=True).clamp(max=probs.shape[-1] - 1) if order is not None else None
@@ -315,6 +315,23 @@ def choose(logprobs: Tensor, uniform: Tensor, temperature: float, top_p: float) 
     place = torch.minimum(place, last)
     chosen = place if order is None else order.gather(-1, place)
     return chosen, (probs.gather(-1, place) / mass).log()
+
+
+def _likeliest(probs: Tensor, top_p: float) -> tuple[Tensor, Tensor]:
+    """The likeliest tokens, at least `top_p` of the mass, in falling order and equal ones by their ids: (b, k) twice.
+
+    Sorting a whole vocabulary costs a small model as much as its forward; a nucleus is nearly always far smaller.
+    """
+    for k in (256, 4096):
+        if k >= probs.shape[-1]:
+            break
+        top, ids = probs.topk(k)
+        # which of those equal to the last one are among the k is chance
+        if (top.masked_fill(top <= top[:, -1:], 0).sum(-1) >= top_p + 1e-9).all():
+            ids, by_id = ids.sort(dim=-1)
+            top, order = top.gather(-1, by_id).sort(dim=-1, descending=True, stable=True)
+            return top, ids.gather(-1, order)
+    return probs.sort(dim=-1, descending=True, stable=True)
 
 
 @torch.no_grad()

@@ -123,6 +123,7 @@ class KnowledgeDistiller(nn.Module):
         # their parameters are trained and saved with a run's checkpoints, and are no part of the student
         self.matched = nn.ModuleDict({name: m.module for name, m in self.matchings.items() if m.module is not None})
         self.step, self.steps = 0, 1
+        self._last_loss: Tensor | float = 0.0
         self._sums: dict[str, list[Any]] = {}
 
     # ---- in a plain training loop ----
@@ -148,7 +149,7 @@ class KnowledgeDistiller(nn.Module):
             batch["attention_mask"] = attention_mask
             batch["labels"] = labels.masked_fill(~real, IGNORED)
             batch["position_ids"] = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
-        return self._loss(batch, normalizer)
+        return self.loss(batch, normalizer)
 
     # ---- as an objective of our trainer ----
 
@@ -158,7 +159,7 @@ class KnowledgeDistiller(nn.Module):
 
     def losses(self, **batch: Tensor) -> Iterator[tuple[str, Tensor]]:
         """The loss of a packed batch, one scalar: its terms share one graph."""
-        yield "loss", self._loss(batch)
+        yield "loss", self.loss(batch)
 
     def trained(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Names and parameters that train: the student's that require gradients, and the matchings'."""
@@ -187,6 +188,11 @@ class KnowledgeDistiller(nn.Module):
             self.teacher.update()
         if self.advance is not None:
             self.finished = self.advance.after(self.step + 1)
+
+    @property
+    def last_loss(self) -> float:
+        """The latest batch's loss."""
+        return float(self._last_loss)
 
     def measured(self) -> dict[str, float]:
         """Means since the last call of what was measured beside the loss, and where schedules are."""
@@ -218,11 +224,23 @@ class KnowledgeDistiller(nn.Module):
     def _now(self, value: float | Ramp) -> float:
         return at(value, self.step / max(1, self.steps - 1))
 
-    def _loss(self, batch: Mapping[str, Tensor], normalizer: float | Tensor | None = None) -> Tensor:
+    def loss(
+        self,
+        batch: Mapping[str, Tensor],
+        normalizer: float | Tensor | None = None,
+        forward: Callable[..., Any] | None = None,
+    ) -> Tensor:
+        """The loss of a batch of columns, a scalar.
+
+        batch: `input_ids` and `labels` (b, n), unshifted, -100 where nothing is predicted; `position_ids` and
+        `segment_ids` of packed rows, or `attention_mask`; `weights` (b, n) of each token's loss; what a teacher asks
+        for (mohawk/teacher_models.py). normalizer: divides instead of the count of labels. forward: called instead of
+        the student, such as the student as DDP wraps it.
+        """
         matchings = self.matchings
         with ExitStack() as stack:
             seen = [stack.enter_context(m.student(self.student)) for m in matchings.values()]
-            hidden = final_hidden_states(self.student, model_inputs(batch))
+            hidden = final_hidden_states(self.student, model_inputs(batch), forward)
         answers = [None] if self.teacher is None else self.teacher(batch, [m.teacher for m in matchings.values()])
         labels = _next(batch["labels"], IGNORED)
         count = (labels != IGNORED).sum()
@@ -240,6 +258,7 @@ class KnowledgeDistiller(nn.Module):
                 loss = loss * (count / normalizer)
             self._measure(name, loss, count)
             total = total + self._now(matching.weight) * loss
+        self._last_loss = total.detach()
         return total
 
     def _logit_loss(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -81,11 +81,15 @@ class Head:
         }
 
 
-def final_hidden_states(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> Tensor:
+def final_hidden_states(
+    model: PreTrainedModel, inputs: Mapping[str, Tensor], forward: Callable[..., Any] | None = None
+) -> Tensor:
     """What a model gives its output embedding, (batch, sequence, hidden), with gradients, without all its logits.
 
-    inputs: of the model's forward. The logits of the last position alone are computed. On a model's first pass they
-    check `Head.of`; raises UserError where the model does more to its logits than a Head says.
+    inputs: of the model's forward. forward: what to call instead of the model, such as the model as DDP wraps it.
+
+    The logits of the last position alone are computed. On a model's first pass they check `Head.of`; raises UserError
+    where the model does more to its logits than a Head says.
     """
     seen: list[Tensor] = []
 
@@ -98,7 +102,7 @@ def final_hidden_states(model: PreTrainedModel, inputs: Mapping[str, Tensor]) ->
         raise UserError(f"{type(model).__name__} has no output embedding to compare logits of")
     hook = output.register_forward_pre_hook(keep)
     try:
-        last = model(**inputs, use_cache=False).logits[:, -1]
+        last = (forward or model)(**inputs, use_cache=False).logits[:, -1]
     finally:
         hook.remove()
     (hidden,) = seen

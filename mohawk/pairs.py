@@ -58,7 +58,8 @@ class Pairs:
     the last. responses: int64, where the (last) response begins in `tokens`. prompts, answers: uint64, hashes of what
     was asked and answered. logprobs, sampling_logprobs: float64, as generate-data writes them, nan where not known.
     lengths: int64, generated tokens. teachers: int64, or None. unknown: where the first example without a logprob or
-    sampling_logprob stands, by name. bos_token_id: the tokenizer's, or None.
+    sampling_logprob stands, by name. bos_token_id: the tokenizer's, or None. weights: float64, of the examples' own, or
+    None.
     """
 
     tokens: np.ndarray
@@ -73,6 +74,7 @@ class Pairs:
     teachers: np.ndarray | None
     unknown: dict[str, str]
     bos_token_id: int | None
+    weights: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.spans)
@@ -80,6 +82,7 @@ class Pairs:
     def take(self, which: np.ndarray) -> Pairs:
         """The examples of an index or mask; the tokens are shared."""
         names = ("spans", "responses", "prompts", "answers", "logprobs", "sampling_logprobs", "lengths", "teachers")
+        names += ("weights",)
         picked = {name: getattr(self, name)[which] for name in names if getattr(self, name) is not None}
         return dataclasses.replace(self, **picked)
 
@@ -94,6 +97,7 @@ def read_pairs(
     chat: bool = False,
     teacher_field: str | None = None,
     teachers: Sequence[str] = (),
+    weight_field: str | None = None,
 ) -> Pairs:
     """Read and tokenise prompts and responses.
 
@@ -103,13 +107,15 @@ def read_pairs(
     is a user's message. Otherwise the tokens are those of the prompt, as the model sees it when it answers, then the
     response's and the EOS. A response that was cut (finish_reason "length") gets no end to learn.
 
-    teacher_field: who answers the row, an index or one of `teachers`. Raises UserError with file and line.
+    teacher_field: who answers the row, an index or one of `teachers`. weight_field: a number of at least 0 that
+    multiplies the loss of the row's tokens; a row without it counts 1. Raises UserError with file and line.
     """
     tokens: list[np.ndarray] = []
     learn: list[np.ndarray] = []
     responses: list[int] = []
     meta: list[tuple[int, int, float, float, int, int]] = []
     unknown: dict[str, str] = {}
+    weights: list[float] = []
     total = 0
     for chunk in _chunks((where, row) for source in map(as_source, sources) for where, row in read_records(source)):
         examples = []
@@ -129,6 +135,7 @@ def read_pairs(
             teacher = _teacher(row, where, teacher_field, teachers) if teacher_field is not None else -1
             keys = (int(content_hash(asked)[:16], 16), int(content_hash(response)[:16], 16))
             meta.append((*keys, *numbers, length if isinstance(length, int) else -1, teacher))
+            weights.append(_weight(row, where, weight_field) if weight_field is not None else 1.0)
         for ids, learned, begin in _encode(tokenizer, examples):
             flags = np.zeros(len(ids), dtype=bool)
             for start, stop in learned:
@@ -156,6 +163,7 @@ def read_pairs(
         teachers=None if teacher_field is None else np.array(who, dtype=np.int64),
         unknown=unknown,
         bos_token_id=tokenizer.bos_token_id,
+        weights=None if weight_field is None else np.array(weights),
     )
 
 
@@ -225,10 +233,11 @@ class PairsDataset(torch.utils.data.Dataset):
     PackedDataset's; labels are -100 on prompts too) and `weights` (float32, an example's weight on its tokens, 0 on
     padding); and, where the pairs have teachers, `teacher` () int64: a row's examples share theirs.
 
-    weighting, length_normalized: see above; None counts each response alike. too_long: what becomes of an example
-    beyond sequence_length: truncate cuts the prompt's left (not its BOS), drop leaves it out, as does truncate where
-    the response alone is too long. `truncated` and `dropped` count them. tokens: the budget, in row lengths; None is
-    one epoch; in each epoch the examples are put together anew. Raises UserError when nothing is left.
+    weighting, length_normalized: see above; None counts each response alike. The examples' own weights multiply these.
+    too_long: what becomes of an example beyond sequence_length: truncate cuts the prompt's left (not its BOS), drop
+    leaves it out, as does truncate where the response alone is too long. `truncated` and `dropped` count them. tokens:
+    the budget, in row lengths; None is one epoch; in each epoch the examples are put together anew. Raises UserError
+    when nothing is left.
     """
 
     def __init__(
@@ -254,7 +263,11 @@ class PairsDataset(torch.utils.data.Dataset):
         learned = _learned(pairs, sequence_length)
         if weighting is not None:
             self.weights *= learned.sum(where=self.weights > 0) / (self.weights * learned).sum()
+        if pairs.weights is not None:
+            self.weights = self.weights * pairs.weights
         self._used = np.flatnonzero(self.weights > 0)
+        if not len(self._used):
+            raise UserError(f"data: none of {len(pairs)} examples has a weight above 0")
         sizes = np.minimum(np.diff(pairs.spans, axis=1)[:, 0], sequence_length)[self._used]
         who = np.zeros(len(sizes), np.int64) if pairs.teachers is None else pairs.teachers[self._used]
         self._sizes, self._who = sizes, who
@@ -440,6 +453,13 @@ def _teacher(row: dict[str, Any], where: str, field: str, teachers: Sequence[str
         return value
     allowed = f"{', '.join(teachers)}, or 0 to {len(teachers) - 1}" if teachers else "an index from 0"
     raise UserError(f"{where}: field {field!r} is {value!r}; allowed: {allowed}")
+
+
+def _weight(row: dict[str, Any], where: str, field: str) -> float:
+    value = row.get(field, 1.0)
+    if type(value) not in (int, float) or not 0 <= value < float("inf"):
+        raise UserError(f"{where}: field {field!r} is {value!r}; allowed: a number of at least 0")
+    return float(value)
 
 
 def _chunks(rows: Iterator[tuple[str, dict[str, Any]]]) -> Iterator[list[tuple[str, dict[str, Any]]]]:

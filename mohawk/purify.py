@@ -119,13 +119,14 @@ def check_merge_template(template: str) -> None:
 
 
 def merged(candidates: Sequence[Record], text: str, templates: Sequence[str] = TEMPLATES) -> dict[str, Any]:
-    """The record of a merge from the model's text, or, where the text has no rationale and label, or a label that no
-    teacher gave, the vote's, which says so in `purified`."""
+    """The record of a merge from the model's text, or, where there is none, or one without rationale and label, or with
+    a label that no teacher gave, the vote's, which says so in `purified`."""
     line = vote(candidates)
     found = next(filter(None, (extract_rationale(text, template) for template in templates)), None)
     votes = line["purified"]["votes"]
     if found is None or _key(found.label) not in votes:
-        line["purified"]["merge"] = "no template matches" if found is None else "a label of its own"
+        why = "a label of its own" if found is not None else "no template matches" if text.strip() else "no answer"
+        line["purified"]["merge"] = why
         return line
     teachers = list(dict.fromkeys(record["teacher"] for record in candidates))
     return _line(candidates[0], found.label, found.rationale, by="merge", teachers=teachers, votes=votes)

@@ -7,6 +7,7 @@ a prefix: `[label] question -> label` and `[rationale] question -> rationale`. T
     extract_rationale(text, template)      a text -> (rationale, label)
     read_rationales(files)                 JSON lines -> records of prompt, label, rationale, teacher
     rationale_pairs(records, tokenizer)    -> prompt/response pairs whose weights are the loss above
+    read_rationale_pairs(files, tokenizer) both, tokenised for `mohawk.pairs.PairsDataset`
     RationaleDistiller(student, tokenizer) the loss in a plain loop
 """
 
@@ -19,6 +20,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -26,7 +28,9 @@ from mohawk.errors import UserError
 from mohawk.heads import Head, final_hidden_states
 from mohawk.kernels.kd_loss import linear_kd_loss
 from mohawk.kernels.kd_teachers import TeacherSamples
-from mohawk.records import read_records, why_no_chat
+from mohawk.pairs import Pairs
+from mohawk.records import content_hash, read_records, why_no_chat
+from mohawk.text import as_source
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -98,8 +102,10 @@ def _pattern(template: str) -> re.Pattern[str]:
     return re.compile(pattern, re.IGNORECASE)
 
 
-def read_rationales(files: Sequence[str | Path], templates: Sequence[str] = TEMPLATES) -> list[dict[str, Any]]:
+def read_rationales(files: Sequence[Any], templates: Sequence[str] = TEMPLATES) -> list[dict[str, Any]]:
     """Records of JSON lines: {prompt, label, rationale or None, teacher, where}, all texts, in the files' order.
+
+    files: paths, or sources as in `mohawk.text.Source`.
 
     A line has `prompt` (or, as `generate-data` writes a chat, `messages` of one user's message) and either `label`,
     with or without `rationale`, or `response`: a teacher's text, which the first of `templates` that matches takes
@@ -109,10 +115,11 @@ def read_rationales(files: Sequence[str | Path], templates: Sequence[str] = TEMP
     for template in templates:
         _pattern(template)
     records, matched, unmatched = [], 0, []
-    stems = [Path(file).name.split(".")[0] for file in files]
-    for file, stem in zip(files, stems, strict=True):
-        name = stem if stems.count(stem) == 1 else str(file)
-        for where, row in read_records(file):
+    sources = [as_source(file) for file in files]
+    stems = [Path(source.source).name.split(".")[0] for source in sources]
+    for source, stem in zip(sources, stems, strict=True):
+        name = stem if stems.count(stem) == 1 else source.source
+        for where, row in read_records(source):
             record = {"prompt": _prompt(row, where), "teacher": str(row.get("teacher") or name)}
             if row.get("label") is not None:
                 record["label"] = _text(row, "label", where)
@@ -139,7 +146,7 @@ def read_rationales(files: Sequence[str | Path], templates: Sequence[str] = TEMP
         )
     if not records:
         why = f"none of {len(unmatched)} responses matches a template" if unmatched else "they hold no line"
-        raise UserError(f"rationales: nothing in {', '.join(map(str, files))}: {why}")
+        raise UserError(f"rationales: nothing in {', '.join(source.source for source in sources)}: {why}")
     return records
 
 
@@ -178,8 +185,8 @@ def rationale_pairs(
     rationale_prefix: str = RATIONALE,
     rationale_weight: float = 1.0,
 ) -> Iterator[dict[str, Any]]:
-    """Pairs {prompt, response, weight, task} of records {prompt, label, rationale}: the label's, then, where there is
-    one, the rationale's.
+    """Pairs {prompt, response, task, question, weight} of records {prompt, label, rationale}: the label's, then, where
+    there is one, the rationale's. `question` is the prompt without the task's prefix.
 
     Packed training takes one mean over all tokens, in which a label of two tokens would vanish beside a rationale of a
     hundred. The weights make that mean the paper's loss: with N_l tokens in all labels and N_r in all rationales (each
@@ -194,11 +201,53 @@ def rationale_pairs(
     for record in records:
         for task, prefix in prefixes.items():
             if record.get(task) is not None and scale[task]:
-                pairs.append({"prompt": task_prompt(prefix, record["prompt"]), "response": record[task], "task": task})
+                pair = {"prompt": task_prompt(prefix, record["prompt"]), "response": record[task], "task": task}
+                pairs.append({**pair, "question": record["prompt"]})
                 tokens[task] += len(pair_ids(tokenizer, pairs[-1]["prompt"], pairs[-1]["response"])[1])
     for pair in pairs:
         task = pair["task"]
         yield {**pair, "weight": scale[task] * sum(tokens.values()) / tokens[task]}
+
+
+def read_rationale_pairs(
+    files: Sequence[Any],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    templates: Sequence[str] = TEMPLATES,
+    label_prefix: str = LABEL,
+    rationale_prefix: str = RATIONALE,
+    rationale_weight: float = 1.0,
+) -> Pairs:
+    """The pairs of files' records, tokenised: what `mohawk.pairs.PairsDataset` packs, with `weighting` None.
+
+    Both tasks of a prompt are on one side of `split_pairs`. Raises UserError as `read_rationales` does.
+    """
+    records = read_rationales(files, templates)
+    prefixes = {"label_prefix": label_prefix, "rationale_prefix": rationale_prefix}
+    pairs = list(rationale_pairs(records, tokenizer, **prefixes, rationale_weight=rationale_weight))
+    encoded = [pair_ids(tokenizer, pair["prompt"], pair["response"]) for pair in pairs]
+    before, after = (np.array([len(ids) for ids in side], dtype=np.int64) for side in zip(*encoded, strict=True))
+    ends = np.cumsum(before + after)
+    unknown = np.full(len(pairs), np.nan)
+
+    def hashes(field: str) -> np.ndarray:
+        return np.array([int(content_hash(pair[field])[:16], 16) for pair in pairs], dtype=np.uint64)
+
+    return Pairs(
+        tokens=np.concatenate([ids for both in encoded for ids in both]).astype(np.uint32),
+        learn=np.repeat(np.tile([False, True], len(pairs)), np.stack([before, after], 1).reshape(-1)),
+        spans=np.stack([ends - before - after, ends], 1),
+        responses=ends - after,
+        prompts=hashes("question"),
+        answers=hashes("response"),
+        logprobs=unknown,
+        sampling_logprobs=unknown,
+        lengths=after,
+        teachers=None,
+        unknown=dict.fromkeys(("logprob", "sampling_logprob"), records[0]["where"]),
+        bos_token_id=tokenizer.bos_token_id,
+        weights=np.array([pair["weight"] for pair in pairs]),
+    )
 
 
 def pair_ids(tokenizer: PreTrainedTokenizerBase, prompt: str, response: str) -> tuple[list[int], list[int]]:

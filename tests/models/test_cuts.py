@@ -4,6 +4,7 @@ What is zeroed is found here by name, apart from what the cuts know of a family.
 """
 
 import copy
+import json
 
 import pytest
 import torch
@@ -36,9 +37,10 @@ def model_of(name: str, **options):
 
 def grouped_hybrid(mixer: str):
     """Two groups of B and C, three heads each, of sizes that equal no other."""
+    base = copy.deepcopy(tiny_teacher("llama", rms_norm_eps=1e-2).config)
     config = HybridConfig(
-        base_config=copy.deepcopy(tiny_teacher("llama", rms_norm_eps=1e-2).config), mixer=mixer, mixer_num_heads=6, mixer_head_dim=5,
-        mixer_state_size=7, mixer_num_groups=2, mixer_bias=True,
+        base_config=base, mixer=mixer, mixer_num_heads=6, mixer_head_dim=5, mixer_state_size=7,
+        mixer_num_groups=2, mixer_bias=True,
         layer_types=["full_attention", "linear_attention", "full_attention", "linear_attention"],
     )  # fmt: skip
     torch.manual_seed(1)
@@ -377,6 +379,13 @@ def test_dtype_mode_and_settings_stay():
     assert all(parameter.requires_grad for parameter in smaller.parameters())
     assert smaller.generation_config.temperature == 0.7
     assert smaller.lm_head.weight is smaller.model.embed_tokens.weight
+
+
+def test_a_cut_goes_through_json():
+    what = Cut(layers=range(3), hidden=torch.arange(4), ffn={2: (1, 2)}, state_dims={1: [[0, 2], range(2)]})
+    plain = Cut(layers=[0, 1, 2], hidden=[0, 1, 2, 3], ffn={2: [1, 2]}, state_dims={1: [[0, 2], [0, 1]]})
+    assert Cut.from_dict(json.loads(json.dumps(what.to_dict()))) == plain
+    assert Cut().to_dict() == {}
 
 
 def test_words_for_layers():

@@ -165,6 +165,23 @@ def test_choose_is_the_inverse_distribution_function():
     assert torch.allclose(share, probs**2 / (probs**2).sum(), atol=1e-3)
 
 
+def test_a_nucleus_is_the_same_without_sorting_the_vocabulary(monkeypatch):
+    """Also with the many equal logits of bfloat16, and whatever the other rows of the batch need."""
+    generator = torch.Generator().manual_seed(0)
+    scale = torch.tensor([0.1, 1.0, 3.0, 4.0, 6.0, 9.0])[:, None]  # from flat to peaked: all three ways are taken
+    logprobs = (torch.randn(6, 9000, generator=generator) * scale).bfloat16().float().log_softmax(-1)
+    uniform = torch.rand(6, generator=generator, dtype=torch.float64)
+    for top_p in (0.05, 0.5, 0.9, 0.999):
+        alone = [choose(logprobs[i : i + 1], uniform[i : i + 1], 0.8, top_p) for i in range(6)]
+        together = choose(logprobs, uniform, 0.8, top_p)
+        with monkeypatch.context() as patch:
+            patch.setattr(torch.Tensor, "topk", lambda probs, k: (probs[:, :k] * 0, probs[:, :k]))  # never enough
+            sorted_all = choose(logprobs, uniform, 0.8, top_p)
+        for chosen in (together, tuple(torch.cat(parts) for parts in zip(*alone, strict=True))):
+            assert torch.equal(chosen[0], sorted_all[0])
+            assert torch.allclose(chosen[1], sorted_all[1], atol=1e-12, rtol=0)
+
+
 def test_samples_come_in_the_models_proportions(make_llama, tokenizer):
     model = make_llama(initializer_range=0.5)
     n = 2000

@@ -11,6 +11,7 @@ import pytest
 
 from mohawk.cli import main
 from mohawk.decoding import Decoding, LocalTeacher, Response
+from mohawk.endpoint import EndpointTeacher
 from mohawk.errors import UserError
 from mohawk.filters import Filters
 from mohawk.generate_data import REJECTED, RESPONSES, SUMMARY, generate_data
@@ -316,6 +317,36 @@ def test_the_command_on_a_folder_and_on_an_endpoint(tmp_path, model, tokenizer, 
         command[command.index("remote")] = "other"
         assert main(command) == 2
         assert "error: endpoint:" in capsys.readouterr().err
+    finally:
+        server.close()
+
+
+def test_an_endpoint_that_fails_halfway_is_gone_on_from(tmp_path, prompts, monkeypatch):
+    monkeypatch.setattr("mohawk.endpoint.PAUSE", 0.01)
+    server = Server()
+    try:
+
+        def teacher():
+            return EndpointTeacher(server.url, "big", SAMPLING, concurrency=3, retries=1)
+
+        generate_data(prompts, teacher(), tmp_path / "whole")
+        expected = contents(tmp_path / "whole")
+        server.seen.clear()
+        # later requests come first, and after sixteen of them nothing comes any more
+        pauses = iter([0.05, 0.03, 0.0] * 100)
+
+        def script(body, times):
+            time.sleep(next(pauses))
+            return server.answer(body) if len(server.seen) <= 16 else (503, {}, b"")
+
+        server.script = script
+        with pytest.raises(UserError, match="failed 2 times, at last with: HTTP 503 .*the same command, it goes on"):
+            generate_data(prompts, teacher(), tmp_path / "out")
+        written = contents(tmp_path / "out")[RESPONSES]
+        assert 3 <= written.count(b"\n") < 33 and expected[RESPONSES].startswith(written)
+        server.script = server.answer
+        generate_data(prompts, teacher(), tmp_path / "out")
+        assert contents(tmp_path / "out") == expected
     finally:
         server.close()
 

@@ -1,7 +1,9 @@
 """Several teachers' rationales made one: votes counted by hand, a ranking followed, a merge that stops and goes on."""
 
+import http.server
 import json
 import os
+import threading
 from collections import Counter
 
 import pytest
@@ -110,7 +112,11 @@ def test_what_is_taken_of_a_merge():
         "purified": {"by": "merge", "teachers": ["a", "b", "c"], "votes": votes},
     }
     assert merged(candidates, "no: z. So the answer is 5.")["label"] == "5"
-    for text, why in (("hm", "no template matches"), ("q. So the answer is 6.", "a label of its own")):
+    for text, why in (
+        ("hm", "no template matches"),
+        ("q. So the answer is 6.", "a label of its own"),
+        ("", "no answer"),
+    ):
         line = merged(candidates, text)
         assert (line["label"], line["rationale"]) == ("4", "x")
         assert line["purified"] == {"by": "vote", "teacher": "a", "votes": votes, "merge": why}
@@ -285,6 +291,54 @@ def test_a_file_merged_by_a_local_model(files, saved, tmp_path, capsys):
     arguments += ["--merge-prompt", str(short), "--output", str(tmp_path / "other.jsonl")]
     assert main(arguments) == 2
     assert capsys.readouterr().err == "error: merge prompt: has {rationales} 0 times; it needs it once\n"
+
+
+def test_a_file_merged_behind_an_endpoint(files, tmp_path, monkeypatch, capsys):
+    """What is sent, and that a prompt the server refuses falls back on the vote, which is said."""
+    asked = []
+
+    class Server(http.server.BaseHTTPRequestHandler):
+        def do_POST(self):
+            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            asked.append((self.path, self.headers["Authorization"], body["messages"][0]["content"]))
+            refused = "Question: 2+2" in asked[-1][2]
+            message = {"role": "assistant", "content": "One and one more make two. So the answer is 2."}
+            answer = (
+                {"error": {"message": "no"}}
+                if refused
+                else {"choices": [{"message": message, "finish_reason": "stop"}]}
+            )
+            self.send_response(400 if refused else 200)
+            self.end_headers()
+            self.wfile.write(json.dumps(answer).encode())
+
+        def log_message(self, *arguments):
+            """Nothing on the terminal."""
+
+    monkeypatch.setenv("MERGE_KEY", "secret")
+    output = tmp_path / "out.jsonl"
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Server) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port}/v1"
+        arguments = ["purify", *map(str, files), "--by", "merge", "--model", "m", "--endpoint", url, "--chat"]
+        assert main([*arguments, "--key-env", "MERGE_KEY", "--output", str(output)]) == 0
+        server.shutdown()
+    assert {(path, key) for path, key, _ in asked} == {("/v1/chat/completions", "Bearer secret")}
+    question = next(text for _, _, text in asked if "Question: 1+1" in text)
+    for number, said in enumerate(["One and one. So", "one and one more So", "a guess So"], 1):
+        assert f"Teacher {number}: {said} the answer is" in question
+    one, other = read(output)
+    assert (one["label"], one["rationale"]) == ("2", "One and one more make two.")
+    assert one["purified"] == {
+        "by": "merge",
+        "teachers": ["big", "mid", "small"],
+        "votes": {"2": ["big", "mid"], "3": ["small"]},
+    }
+    assert (other["rationale"], other["purified"]["merge"]) == ("twice two", "no answer")
+    assert capsys.readouterr().out.splitlines() == [
+        f"2 prompts in {output}: 1 by merge, 1 by vote",
+        "merge: no answer for 1 prompts: the vote was taken",
+    ]
 
 
 def test_a_teacher_as_a_function(saved, tokenizer):

@@ -3,13 +3,24 @@
 import json
 import logging
 
+import numpy as np
 import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
+from mohawk.data import collate
+from mohawk.distillation import KnowledgeDistiller
 from mohawk.errors import UserError
 from mohawk.models.from_teacher import hybrid_from_teacher
-from mohawk.rationales import TEMPLATES, RationaleDistiller, extract_rationale, rationale_pairs, read_rationales
+from mohawk.pairs import PairsDataset, read_pairs, split_pairs
+from mohawk.rationales import (
+    TEMPLATES,
+    RationaleDistiller,
+    extract_rationale,
+    rationale_pairs,
+    read_rationale_pairs,
+    read_rationales,
+)
 
 SO = "{rationale} So the answer is {label}."
 
@@ -258,6 +269,65 @@ def test_pairs_weigh_the_packed_mean_as_the_loss(make_llama, tokenizer):
     torch.testing.assert_close(total / count, expected)
     alone = list(rationale_pairs(records, tokenizer, rationale_weight=0))
     assert [(pair["task"], pair["weight"]) for pair in alone] == [("label", 1.0)] * 3
+
+
+def test_packed_training_has_the_distillers_loss(make_llama, tokenizer, tmp_path):
+    """Files -> pairs -> packed rows -> the trainer's objective: one mean over all tokens of all rows."""
+    rows = [dict(zip(("prompt", "label", "rationale"), row, strict=True)) for row in zip(*EXAMPLES, strict=True)]
+    path = lines(tmp_path / "x.jsonl", *rows)
+    pairs = read_rationale_pairs([path], tokenizer, rationale_weight=0.3)
+    dataset = PairsDataset(pairs, 80)
+    batch = collate([dataset[i] for i in range(len(dataset))])
+
+    weights = {pair["task"]: pair["weight"] for pair in rationale_pairs(rows, tokenizer, rationale_weight=0.3)}
+    expected = []
+    for row in rows:
+        for task, answer in (("label", row["label"]), ("rationale", row["rationale"])):
+            if answer is not None:
+                before = tokenizer(f"[{task}] {row['prompt']}\n")["input_ids"]
+                after = [*tokenizer(answer)["input_ids"], 257]
+                expected.append((before + after, [-100] * len(before) + after, round(weights[task], 5)))
+    found = []
+    for row in range(len(dataset)):
+        for segment in range(int(batch["segment_ids"][row].max()) + 1):
+            here = batch["segment_ids"][row] == segment
+            (weight,) = {round(w, 5) for w in batch["weights"][row, here].tolist()}
+            found.append((batch["input_ids"][row, here].tolist(), batch["labels"][row, here].tolist(), weight))
+    assert sorted(found) == sorted(expected)
+
+    student = make("hybrid", make_llama)
+    ((_, loss),) = KnowledgeDistiller(None, student, kd_weight=0.0, ce_weight=1.0).losses(**batch)
+    expected = RationaleDistiller(student, tokenizer, rationale_weight=0.3).compute_loss(*EXAMPLES)
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_both_tasks_of_a_prompt_are_held_out_together(tokenizer, tmp_path):
+    path = lines(tmp_path / "x.jsonl", *({"prompt": f"{i}?", "label": "a", "rationale": "b"} for i in range(10)))
+    train, held_out = split_pairs(read_rationale_pairs([path], tokenizer), 0.3)
+    assert (len(train), len(held_out)) == (14, 6)
+    assert not set(train.prompts.tolist()) & set(held_out.prompts.tolist())
+
+
+def test_weights_of_pairs_given_in_a_file(tokenizer, tmp_path):
+    path = lines(
+        tmp_path / "x.jsonl",
+        {"prompt": "ab", "response": "c", "weight": 2},
+        {"prompt": "ab", "response": "de"},
+        {"prompt": "ab", "response": "f", "weight": 0.0},
+    )
+    dataset = PairsDataset(read_pairs([path], tokenizer, weight_field="weight"), 12)
+    weights = dataset[0]["weights"][dataset[0]["labels"] != -100]
+    assert len(dataset) == 1 and sorted(weights.tolist()) == [1.0] * 3 + [2.0] * 2
+    # beside a weighting by prompt they multiply it
+    uniform = PairsDataset(read_pairs([path], tokenizer, weight_field="weight"), 12, weighting="uniform")
+    assert uniform.weights == pytest.approx(np.array([2.0, 1.0, 0.0]))
+    for value in (-1, "2", True, float("inf")):
+        bad = lines(tmp_path / "bad.jsonl", {"prompt": "ab", "response": "c", "weight": value})
+        with pytest.raises(UserError, match=rf"^{bad}:1: field 'weight' is [^\n]+; allowed: a number of at least 0$"):
+            read_pairs([bad], tokenizer, weight_field="weight")
+    zero = lines(tmp_path / "zero.jsonl", {"prompt": "ab", "response": "c", "weight": 0})
+    with pytest.raises(UserError, match="^data: none of 1 examples has a weight above 0$"):
+        PairsDataset(read_pairs([zero], tokenizer, weight_field="weight"), 12)
 
 
 def test_a_plain_loop_learns(make_llama, tokenizer):

@@ -1,0 +1,302 @@
+"""KnowledgeDistiller: each method's loss recomputed by hand from logits, on tiny models of several kinds."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from mohawk import HiddenMatch, KnowledgeDistiller, TAIDSchedule, layer_map, match_hidden
+from mohawk.distillation import label_probability
+from mohawk.errors import UserError
+from mohawk.heads import Head, final_hidden_states
+from mohawk.kernels.kd_teachers import TeacherLogits, TeacherTopK
+from mohawk.models.from_teacher import hybrid_from_teacher
+from mohawk.schedules import Ramp, at, temperature_for
+from mohawk.teacher_models import AverageTeacher, Ensemble, ModelTeacher
+
+VOCAB = 258
+
+
+@pytest.fixture(scope="module")
+def models(make_llama):
+    """Models of several kinds and widths, by name."""
+    torch.manual_seed(1)
+    gpt2 = GPT2Config(vocab_size=VOCAB, n_embd=24, n_layer=3, n_head=3, n_positions=64, initializer_range=0.3)
+    llama = make_llama(seed=2, hidden_size=48, num_hidden_layers=4)
+    return {
+        "llama": llama,
+        "small": make_llama(seed=3),
+        "gpt2": GPT2LMHeadModel(gpt2).eval(),
+        "hybrid": hybrid_from_teacher(make_llama(seed=4), ssm_layers=[1]),
+        "fewer": make_llama(seed=5, vocab_size=250, bos_token_id=0, eos_token_id=1),
+    }
+
+
+@pytest.fixture
+def batch():
+    """Ids, labels and mask (3, 11): padded on the left, some labels ignored."""
+    g = torch.Generator().manual_seed(0)
+    ids = torch.randint(2, 250, (3, 11), generator=g)
+    mask = torch.ones_like(ids)
+    mask[1, :4] = 0
+    return ids, ids.masked_fill(torch.rand(ids.shape, generator=g) < 0.3, -100), mask
+
+
+def logits_of(model, ids, mask):
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    return model(input_ids=ids, attention_mask=mask, position_ids=positions).logits[:, :-1].double()
+
+
+def by_hand(student, teacher, labels, mask, temperature=1.0, kd=1.0, ce=0.0, vocab=None, weight=None):
+    """T^2 KL and cross entropy, the mean over real labels, in float64."""
+    labels = labels.masked_fill(mask == 0, -100)[:, 1:]
+    real = labels != -100
+    log_p, log_q = ((x[..., :vocab][real] / temperature).log_softmax(-1) for x in (teacher, student))
+    divergence = (log_p.exp() * (log_p - log_q)).sum(-1)
+    divergence = divergence if weight is None else divergence * weight[real]
+    entropy = F.cross_entropy(student[..., :vocab][real], labels[real])
+    return kd * temperature**2 * divergence.sum() / real.sum() + ce * entropy
+
+
+@pytest.mark.parametrize(
+    ("teacher", "student"), [("llama", "small"), ("llama", "gpt2"), ("gpt2", "hybrid"), ("llama", "fewer")]
+)
+def test_loss_and_gradients_are_those_of_the_definition(models, batch, teacher, student):
+    teacher, student, (ids, labels, mask) = models[teacher], models[student], batch
+    distiller = KnowledgeDistiller(teacher, student, temperature=2.0, kd_weight=0.7, ce_weight=0.3)
+    ours = distiller.compute_loss(ids, labels, mask)
+    vocab = min(model.config.vocab_size for model in (teacher, student))
+    with torch.no_grad():
+        target = logits_of(teacher, ids, mask)
+    expected = by_hand(logits_of(student, ids, mask), target, labels, mask, 2.0, 0.7, 0.3, vocab)
+    torch.testing.assert_close(ours.double(), expected, rtol=2e-5, atol=1e-6)
+    trained = [p for p in student.parameters() if p.requires_grad]
+    for mine, theirs in zip(*(torch.autograd.grad(x, trained) for x in (ours, expected)), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-5)
+    assert not any(p.requires_grad for p in teacher.parameters())
+    teacher.requires_grad_(True)
+    measured = distiller.measured()
+    assert measured["temperature"] == 2.0
+    assert 0.7 * measured["kd"] + 0.3 * measured["ce"] == pytest.approx(expected.item(), rel=1e-4)
+    assert 0 <= measured["agreement"] <= 1 and 0 < measured["teacher_entropy"] < math.log(vocab)
+
+
+def test_cross_entropy_alone_is_the_models_own_loss(models, batch):
+    ids, _, _ = batch
+    student = models["small"]
+    loss = KnowledgeDistiller(None, student, kd_weight=0, ce_weight=1.0).compute_loss(ids)
+    torch.testing.assert_close(loss, student(ids, labels=ids).loss)
+
+
+def test_confidence_weighs_by_the_labels_probability(models, batch):
+    ids, labels, mask = batch
+    teacher, student = models["llama"], models["small"]
+    ours = KnowledgeDistiller(teacher, student, confidence=True, ce_weight=0.5).compute_loss(ids, labels, mask)
+    target = logits_of(teacher, ids, mask)
+    shifted = labels[:, 1:].clamp(min=0)
+    sure = target.softmax(-1).gather(-1, shifted[..., None]).squeeze(-1)
+    expected = by_hand(logits_of(student, ids, mask), target, labels, mask, ce=0.5, weight=sure)
+    torch.testing.assert_close(ours.double(), expected, rtol=2e-5, atol=1e-6)
+
+
+def test_label_probability_of_other_sources():
+    torch.manual_seed(0)
+    logits, labels = torch.randn(2, 5, 20), torch.tensor([[3, -100, 0, 19, 7], [1, 2, 3, 4, -100]])
+    p = logits.softmax(-1)
+    expected = p.gather(-1, labels.clamp(min=0)[..., None]).squeeze(-1) * (labels != -100)
+    torch.testing.assert_close(label_probability(TeacherLogits(logits), labels), expected)
+    top, ids = p.topk(6, -1)
+    found = label_probability(TeacherTopK(ids, top.log(), (1 - top.sum(-1)).log()), labels, 20)
+    inside = (ids == labels[..., None]).any(-1)
+    rest = (1 - top.sum(-1)) / 14
+    torch.testing.assert_close(found, torch.where(inside, expected, rest) * (labels != -100))
+
+
+@pytest.mark.parametrize("combine", ["probabilities", "logits"])
+def test_several_teachers(models, batch, make_llama, combine):
+    ids, labels, mask = batch
+    teachers = [models["llama"], models["gpt2"]]
+    student = make_llama(seed=9)
+    ensemble = Ensemble([ModelTeacher(t) for t in teachers], combine, [3.0, 1.0])
+    ours = KnowledgeDistiller(ensemble, student, temperature=1.5).compute_loss(ids, labels, mask)
+    logits = [logits_of(t, ids, mask) for t in teachers]
+    if combine == "logits":
+        target = 0.75 * logits[0] + 0.25 * logits[1]
+    else:
+        target = (0.75 * (logits[0] / 1.5).softmax(-1) + 0.25 * (logits[1] / 1.5).softmax(-1)).log() * 1.5
+    expected = by_hand(logits_of(student, ids, mask), target, labels, mask, 1.5)
+    torch.testing.assert_close(ours.double(), expected, rtol=2e-5, atol=1e-6)
+
+
+def test_each_row_has_its_own_teacher(models, batch):
+    ids, _, _ = batch
+    teachers, student = [models["llama"], models["gpt2"]], models["small"]
+    distiller = KnowledgeDistiller(Ensemble([ModelTeacher(t) for t in teachers], "row"), student)
+    ours = distiller.loss({"input_ids": ids, "labels": ids, "teacher": torch.tensor([1, 0, 1])})
+    mask = torch.ones_like(ids)
+    target = torch.stack([logits_of(teachers[k], ids, mask)[row] for row, k in enumerate([1, 0, 1])])
+    expected = by_hand(logits_of(student, ids, mask), target, ids, mask)
+    torch.testing.assert_close(ours.double(), expected, rtol=2e-5, atol=1e-6)
+    with pytest.raises(UserError, match="names teacher 2; there are 2"):
+        distiller.loss({"input_ids": ids, "labels": ids, "teacher": torch.tensor([1, 0, 2])})
+    with pytest.raises(UserError, match="teacher_field"):
+        distiller.loss({"input_ids": ids, "labels": ids})
+
+
+def test_a_teacher_in_small_batches_says_the_same(models, batch):
+    ids, labels, mask = batch
+    losses = [
+        KnowledgeDistiller(ModelTeacher(models["llama"], rows), models["small"]).compute_loss(ids, labels, mask)
+        for rows in (None, 1, 2)
+    ]
+    torch.testing.assert_close(losses[1], losses[0])
+    torch.testing.assert_close(losses[2], losses[0])
+
+
+def test_the_average_follows_the_student(make_llama, batch):
+    ids, _, _ = batch
+    student = make_llama(seed=7)
+    teacher = AverageTeacher(student, 0.9)
+    distiller = KnowledgeDistiller(teacher, student, ce_weight=1.0)
+    before = student.lm_head.weight.detach().clone()
+    assert distiller.compute_loss(ids).item() > 0
+    with torch.no_grad():
+        student.lm_head.weight += 1.0
+    distiller.end_step(1.0)
+    torch.testing.assert_close(teacher.model.lm_head.weight, before + 0.1)
+    tensors, values = distiller.training_state()
+    resumed = KnowledgeDistiller(AverageTeacher(make_llama(seed=7), 0.9), make_llama(seed=7), ce_weight=1.0)
+    resumed.load_training_state(tensors, values)
+    torch.testing.assert_close(resumed.teacher.model.lm_head.weight, teacher.model.lm_head.weight)
+    frozen = AverageTeacher(student, 1.0)
+    assert frozen.state() == {}
+
+
+def test_taid_moves_with_the_loss_and_is_resumed(models, batch):
+    ids, _, _ = batch
+    distiller = KnowledgeDistiller(models["llama"], models["small"], taid=TAIDSchedule(t=0.4, alpha=0.1))
+    student, teacher = (logits_of(models[name], ids, torch.ones_like(ids)) for name in ("small", "llama"))
+    target = 0.6 * student + 0.4 * teacher
+    expected = by_hand(student, target, ids, torch.ones_like(ids))
+    torch.testing.assert_close(distiller.compute_loss(ids).double(), expected, rtol=2e-5, atol=1e-6)
+    for loss in (3.0, 2.0, 1.5):
+        distiller.end_step(loss)
+    assert distiller.measured()["taid_t"] == distiller.taid.t > 0.4
+    again = KnowledgeDistiller(models["llama"], models["small"], taid=TAIDSchedule())
+    again.load_training_state(*distiller.training_state())
+    assert (again.taid.t, again.taid.momentum, again.taid.last_loss) == (
+        distiller.taid.t,
+        distiller.taid.momentum,
+        distiller.taid.last_loss,
+    )
+
+
+def test_schedules_move_over_the_steps(models, batch):
+    ids, _, _ = batch
+    ramp = Ramp(5.0, 1.0)
+    distiller = KnowledgeDistiller(
+        models["llama"], models["small"], temperature=ramp, kd_weight=Ramp(0.0, 1.0, "cosine")
+    )
+    losses = []
+    for step in range(5):
+        distiller.begin_step(step, 5)
+        losses.append(distiller.compute_loss(ids).item())
+        assert distiller.measured()["temperature"] == pytest.approx(5.0 - step)
+    assert losses[0] == 0.0
+    plain = [
+        KnowledgeDistiller(models["llama"], models["small"], temperature=5.0 - step).compute_loss(ids).item()
+        for step in range(5)
+    ]
+    share = [(1 - math.cos(math.pi * step / 4)) / 2 for step in range(5)]
+    assert losses == pytest.approx([s * p for s, p in zip(share, plain, strict=True)], rel=1e-5, abs=1e-7)
+
+
+@pytest.mark.parametrize(
+    ("ramp", "values"),
+    [
+        (Ramp(6, 2), [6, 5, 4, 3, 2]),
+        (Ramp(0, 1, "cosine"), [0, 0.1464466, 0.5, 0.8535534, 1]),
+        (Ramp(1, 3, "linear", until=0.5), [1, 2, 3, 3, 3]),
+        (Ramp(1, 3, "steps", until=0.5), [1, 1, 3, 3, 3]),
+        (2.5, [2.5] * 5),
+    ],
+)
+def test_ramps(ramp, values):
+    assert [at(ramp, i / 4) for i in range(5)] == pytest.approx(values)
+
+
+def test_the_rule_of_thumb_for_a_temperature(models):
+    assert temperature_for(8_000, 1_000) == 4.0 and temperature_for(1_000, 8_000) == 1.0
+    sizes = [sum(p.numel() for p in models[name].parameters()) for name in ("llama", "small")]
+    distiller = KnowledgeDistiller(models["llama"], models["small"], temperature="auto")
+    assert distiller.temperature == pytest.approx(math.log2(sizes[0] / sizes[1]) + 1)
+
+
+def test_hidden_states_are_matched_beside_the_logits(models, batch):
+    ids, labels, mask = batch
+    teacher, student = models["llama"], models["small"]
+    match = HiddenMatch(layer_map("uniform", 2, 4), 32, 48)
+    distiller = KnowledgeDistiller(teacher, student, matchings={"hidden": match_hidden(match, 0.5)})
+    loss = distiller.compute_loss(ids, labels, mask)
+    plain = KnowledgeDistiller(teacher, student).compute_loss(ids, labels, mask)
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    states = [
+        model(ids, attention_mask=mask, position_ids=positions, output_hidden_states=True).hidden_states
+        for model in (student, teacher)
+    ]
+    torch.testing.assert_close(loss, plain + 0.5 * match(*states, mask.bool()))
+    names = [name for name, _ in distiller.trained()]
+    assert any(name.startswith("matched.hidden") for name in names)
+    assert not any("matched" in name for name in student.state_dict())
+
+
+def test_weights_multiply_a_tokens_loss(models, batch):
+    ids, _, _ = batch
+    weights = torch.rand(ids.shape)
+    ours = KnowledgeDistiller(models["llama"], models["small"]).loss(
+        {"input_ids": ids, "labels": ids, "weights": weights}
+    )
+    mask = torch.ones_like(ids)
+    target, student = (logits_of(models[name], ids, mask) for name in ("llama", "small"))
+    expected = by_hand(student, target, ids, mask, weight=weights[:, 1:].double())
+    torch.testing.assert_close(ours.double(), expected, rtol=2e-5, atol=1e-6)
+
+
+def test_a_head_that_is_more_than_linear_is_refused(make_llama):
+    model = make_llama()
+    original = model.forward
+
+    def odd(*args, **kwargs):
+        output = original(*args, **kwargs)
+        output.logits = output.logits * 3
+        return output
+
+    model.forward = odd
+    with pytest.raises(UserError, match="does more to its logits"):
+        final_hidden_states(model, {"input_ids": torch.ones(1, 3, dtype=torch.long)})
+
+
+def test_heads_have_scale_bias_and_softcap():
+    weight, bias, hidden = torch.randn(7, 4), torch.randn(7), torch.randn(3, 4)
+    logits = 5 * torch.tanh(2 * (hidden @ weight.T + bias) / 5)
+    torch.testing.assert_close(Head(weight, bias, 2.0, 5.0).logits(hidden), logits)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"teacher": None}, "kd_weight 0"),
+        ({"teacher": "student"}, "the student itself"),
+        ({"teacher": "average", "temperature": "auto"}, None),
+    ],
+)
+def test_what_cannot_be_is_refused(models, arguments, words):
+    student = models["small"]
+    teacher = {"student": student, None: None, "average": AverageTeacher(student, 0.9)}[arguments.pop("teacher")]
+    if words is None:
+        assert KnowledgeDistiller(teacher, student, **arguments).temperature == 1.0
+        return
+    with pytest.raises(ValueError, match=words):
+        KnowledgeDistiller(teacher, student, **arguments)
