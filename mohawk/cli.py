@@ -54,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
         return 2
     except KeyboardInterrupt:
-        resumed = options.run in (_demo, _convert, _distill, _select, _cache, _generate_data, _purify)
+        resumed = options.run in (_demo, _convert, _distill, _ablate, _select, _cache, _generate_data, _purify)
         print("stopped" + "; the same command goes on from what was saved" * resumed, file=sys.stderr)
         return 130
     except BrokenPipeError:
@@ -102,6 +102,15 @@ def parser() -> argparse.ArgumentParser:
     distill.add_argument("--dry-run", action="store_true", help="print the plan and exit")
     distill.add_argument("--output", metavar="DIR", help="the run's folder, instead of the recipe's")
     _add_set(distill)
+
+    ablate = command("ablate", _ablate, "run a recipe with values varied, and compare")
+    ablate.add_argument("recipe", type=Path, metavar="RECIPE", help="a YAML file for distill or convert")
+    ablate.add_argument(
+        "--over", action="append", required=True, metavar="KEY=V,V,...",
+        help="values to vary, such as temperature=1,2,4; may be repeated: each with all others",
+    )  # fmt: skip
+    ablate.add_argument("--output", type=Path, metavar="DIR", help="folder of the runs; default: runs/NAME-ablation")
+    _add_set(ablate)
 
     select = command("select", _select, "rank a run's layers by what it costs to replace their attention")
     select.add_argument(
@@ -354,6 +363,12 @@ def _distill(options: argparse.Namespace) -> None:
     from mohawk.distill import distill
 
     distill(recipe, dry_run=options.dry_run)
+
+
+def _ablate(options: argparse.Namespace) -> None:
+    from mohawk.ablate import ablate
+
+    ablate(options.recipe, options.over, options.set, options.output)
 
 
 def _select(options: argparse.Namespace) -> None:

@@ -11,6 +11,7 @@ from mohawk.data import Data, Documents, PackedDataset, load_data
 from mohawk.distill_recipe import DistillData, DistillSource
 from mohawk.mixture import Mixture
 from mohawk.pairs import Pairs, PairsDataset, read_pairs, split_pairs
+from mohawk.rationales import TEMPLATES, read_rationale_pairs
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -49,13 +50,21 @@ def load_sources(asked: DistillData, teachers: Sequence[str], tokenizer: PreTrai
         text = Data(Documents((), other.spans[:0]), Documents((), other.spans[:0]), other)
     pairs, held_out = {}, {}
     for i, source in enumerate(asked.train):
-        if source.kind == "pairs":
+        if source.kind == "text":
+            continue
+        if source.kind == "rationales":
+            found = read_rationale_pairs(
+                [_plain(source)], tokenizer, templates=source.templates or TEMPLATES,
+                label_prefix=source.label_prefix, rationale_prefix=source.rationale_prefix,
+                rationale_weight=source.rationale_weight,
+            )  # fmt: skip
+        else:
             found = read_pairs(
                 [_plain(source)], tokenizer, prompt_field=source.prompt_field, response_field=source.response_field,
                 messages_field=source.messages_field, chat=source.chat, teacher_field=source.teacher_field,
-                teachers=teachers if source.teacher_field else (),
+                teachers=teachers if source.teacher_field else (), weight_field=source.weight_field,
             )  # fmt: skip
-            pairs[i], held_out[i] = split_pairs(found, asked.validation_share)
+        pairs[i], held_out[i] = split_pairs(found, asked.validation_share)
     return Sources(text, pairs, held_out)
 
 
@@ -70,7 +79,7 @@ def training_rows(asked: DistillData, sources: Sources, sequence_length: int, ro
         return PackedDataset(sources.text.train, sequence_length, seed=seed, pad_token_id=pad)
     parts, at = [], 0
     for i, source in enumerate(train):
-        if source.kind == "pairs":
+        if source.kind != "text":
             parts.append(_pairs_rows(source, sources.pairs[i], sequence_length, seed, pad))
         else:
             documents = sources.text.train

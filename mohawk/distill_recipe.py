@@ -95,11 +95,22 @@ class DistillStudent(Section):
 
 
 class DistillSource(Source):
-    kind: Literal["text", "pairs"] = Field("text", description="pairs: prompts and responses in JSON lines")
+    kind: Literal["text", "pairs", "rationales"] = Field(
+        "text",
+        description="pairs: prompts and responses in JSON lines; rationales: prompts with labels and rationales, or with "
+        "responses that hold both",
+    )
     prompt_field: Text = Field("prompt", description="of pairs")
     response_field: Text = Field("response", description="of pairs")
     messages_field: Text = Field("messages", description="of pairs that are chats")
     chat: bool = Field(False, description="put prompts and responses into the tokenizer's chat template")
+    weight_field: Text | None = Field(None, description="of pairs: a number that multiplies an example's loss")
+    rationale_weight: Weight = Field(1.0, description="of rationales beside labels")
+    label_prefix: Text = Field("[label]", description="in front of a prompt that asks for the label")
+    rationale_prefix: Text = Field("[rationale]", description="in front of a prompt that asks for the rationale")
+    templates: list[Text] | None = Field(
+        None, description="what takes a response apart, such as '{rationale} The answer is {label}.'; null: a few"
+    )
     teacher_field: Text | None = Field(None, description="of pairs: the name of the teacher that answers an example")
     weighting: Literal["uniform", "counts", "probability", "importance"] | None = Field(
         None, description="of a prompt's several responses; probability: by the teacher's; null: each counts as one"
@@ -242,13 +253,21 @@ class DistillRecipe(RecipeFile):
 
 
 def data_contradictions(data: DistillData, at: recipe_text.Path):
+    of = {
+        "pairs": ("teacher_field", "weight_field", "weighting", "chat", "length_normalized"),
+        "rationales": ("rationale_weight", "label_prefix", "rationale_prefix", "templates"),
+    }
     for i, source in enumerate(data.train):
-        if source.kind == "text" and (source.teacher_field or source.weighting or source.chat):
-            name = ".".join(map(str, (*at, "train", i)))
-            yield (
-                [(*at, "train", i)],
-                f"{name}: teacher_field, weighting and chat are of prompts and responses; set kind: pairs",
-            )
+        for kind, keys in of.items():
+            given = [key for key in keys if key in source.model_fields_set and source.kind != kind]
+            given = [key for key in given if getattr(source, key) != DistillSource.model_fields[key].default]
+            if given:
+                name = ".".join(map(str, (*at, "train", i)))
+                yield (
+                    [(*at, "train", i)],
+                    f"{name}: {', '.join(given)} is of kind: {kind}, but the kind is {source.kind}; set the kind, or "
+                    "leave it out",
+                )
 
 
 def stage_contradictions(recipe: DistillRecipe, stage: Stage, i: int, at: recipe_text.Path, label: str):

@@ -298,12 +298,15 @@ def _measured(records, keep, student, validation, rounds, trial) -> dict[str, An
     held_out = read_rationales([validation])
     if both := {record["prompt"] for record in held_out} & {record["prompt"] for record in records}:
         raise UserError(f"validation: {len(both)} of its prompts are trained on too, such as {min(both)[:60]!r}")
-    name = student_folder(student)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = load_teacher(name, dtype="float32", device=device).requires_grad_(True)
+    try:
+        name = student_folder(student)
+        model = load_teacher(name, dtype="float32", device=device).requires_grad_(True)
+        tokenizer = load_tokenizer(name)
+    except UserError as error:
+        raise UserError(f"--student: {str(error).removeprefix('teacher: ')}") from error
     router = RationaleRouter(list(by_teacher))
     rounds = max(rounds, len(by_teacher))  # each teacher once, or there is nothing to rank
-    tokenizer = load_tokenizer(name)
     return measure_gains(model, tokenizer, by_teacher, held_out, router, rounds=rounds, keep=keep, **trial).state()
 
 

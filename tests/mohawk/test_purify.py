@@ -271,8 +271,11 @@ def test_a_file_routed_by_measured_gains(files, saved, tmp_path, capsys):
     best = max(gains, key=gains.get)
     assert read(output)[0]["purified"]["teacher"] == best
     assert capsys.readouterr().out.splitlines()[1].endswith(best)
-    held_out.write_text('{"prompt": "2+2", "label": "4"}\n')
     output.unlink()
+    assert main([*arguments, "--student", "./nowhere"]) == 2
+    assert capsys.readouterr().err.splitlines()[-1].startswith("error: --student: ./nowhere ")
+    assert not output.exists()
+    held_out.write_text('{"prompt": "2+2", "label": "4"}\n')
     assert main(arguments) == 2
     assert capsys.readouterr().err.endswith("validation: 1 of its prompts are trained on too, such as '2+2'\n")
 
