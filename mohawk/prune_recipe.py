@@ -253,7 +253,10 @@ class PruneRecipe(RecipeFile):
                 if getattr(stage, wrong) is not None:
                     yield [(key, wrong)], f"{key}.{wrong}: there is none in a pruning's {key}; leave it out"
             if stage.learn_from == "previous":
-                yield [(key, "learn_from")], f"{key}.learn_from: previous; allowed in a pruning: teacher, average, start"
+                yield (
+                    [(key, "learn_from")],
+                    f"{key}.learn_from: previous; allowed in a pruning: teacher, average, start",
+                )
         if self.correct is not None and self.correct.kd_weight != 0:
             yield [("correct", "kd_weight")], "correct.kd_weight: the teacher learns from the text alone; leave it out"
         if self.correct is not None and self.heal is not None:

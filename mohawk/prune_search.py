@@ -150,7 +150,9 @@ def candidates(
             if fitted is not None and fitted not in found:
                 found.append(fitted)
     if not found:
-        least = min((cost(s) for s in (_narrowest(costs.config, own, tried, width) for width in widths) if s), default=whole)
+        least = min(
+            (cost(s) for s in (_narrowest(costs.config, own, tried, width) for width in widths) if s), default=whole
+        )
         raise UserError(
             f"{budget.told(budget.value)} cannot be reached to within {budget.tolerance:.0%} with {tried} layers and "
             f"widths {', '.join(widths)}; the smallest such model has {budget.told(least)}: raise the budget, the "

@@ -103,7 +103,9 @@ def empty_model(config: Any, convert: dict[str, Any] | None = None) -> nn.Module
 
 def parameters_of(model: nn.Module) -> tuple[int, int]:
     """(all parameters, those outside embedding and head), tied ones once."""
-    ends = {id(p): p for part in (model.get_input_embeddings(), model.get_output_embeddings()) for p in part.parameters()}
+    ends = {
+        id(p): p for part in (model.get_input_embeddings(), model.get_output_embeddings()) for p in part.parameters()
+    }
     total = sum(p.numel() for p in model.parameters())
     return total, total - sum(p.numel() for p in ends.values())
 
