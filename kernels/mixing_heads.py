@@ -18,16 +18,17 @@ from mohawk.kernels.mixing_chunked import add_block, compute_dtype, differentiab
 from mohawk.kernels.mixing_distance import check_kl
 from mohawk.kernels.mixing_strips import STRIP, Block, strips_of
 
-METRICS = ("mse", "kl")
+METRICS = ("mse", "frobenius", "kl")
 STRIP_ENTRIES = 1 << 21  # of a strip, over the heads, that are worked on at a time
 
 
 def head_mean_distance(student: Mixing, teacher: Mixing, *, metric: str = "mse", groups: int = 1) -> Tensor:
     """How far the mean of the student's matrices over heads is from the mean of the teacher's.
 
-    metric: "mse" ||S - A||_F^2 / seq^2, or between two attentions "kl" sum_j A (log A - log S) averaged over
-    rows, with S and A the means over all heads, or, with groups above 1, over each of so many groups of consecutive
-    heads, which divides both head counts. Padding (segment -1) counts as equal, as in `mixing_distance`.
+    metric: "mse" ||S - A||_F^2 / seq^2, "frobenius" ||S - A||_F, or between two attentions "kl"
+    sum_j A (log A - log S) averaged over rows, with S and A the means over all heads, or, with groups above 1, over
+    each of so many groups of consecutive heads, which divides both head counts. Padding (segment -1) counts as equal,
+    as in `mixing_distance`.
 
     Returns the mean over batch and groups, a scalar in float32, or float64 if any input is. Differentiable in the
     student's tensors, never in the teacher's; memory linear in seq. Raises ValueError for what does not fit together,
@@ -73,7 +74,7 @@ def _value_and_gradients(
     rows = max(1, STRIP_ENTRIES // (strip * row_entries))
     real = real_tokens(student, teacher)
     # a head's share of its group's mean (kl's gradient has it in its weights)
-    share = groups / heads if metric == "mse" else 1.0
+    share = 1.0 if metric == "kl" else groups / heads
     for first in range(0, batch, rows):
         part = slice(first, min(first + rows, batch))
         block = Block(part, 0, heads, heads)

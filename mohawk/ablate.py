@@ -7,30 +7,22 @@ import logging
 import re
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
+from mohawk.distill_recipe import DistillRecipe
 from mohawk.errors import UserError
 from mohawk.plots import TEXTS, plot_variants
 from mohawk.recipe import RecipeFile
-from mohawk.recipe_text import RecipeText, dotted, quoted
+from mohawk.recipe_kinds import kind_of
+from mohawk.recipe_text import dotted, quoted
 from mohawk.report import RESULTS, print_tables, read_json, write_json, write_text
 
 log = logging.getLogger(__name__)
 
 FOUND = "ablation.json"
-
-
-@dataclass(frozen=True)
-class Kind:
-    """A kind of recipe: what reads it, what runs it, where a short name such as `temperature` is looked for first."""
-
-    recipe: type[RecipeFile]
-    run: Callable[[RecipeFile], None]
-    steps: str
 
 
 def ablate(
@@ -56,30 +48,24 @@ def ablate(
     path, console = Path(path), Console()
     kind = kind_of(path)
     output = Path(output) if output is not None else Path("runs") / f"{path.stem}-ablation"
-    base = kind.recipe.load(path, overrides)
-    variants = variants_of(base, over, kind.steps)
+    steps = "stages" if kind is DistillRecipe else "phases"
+    variants = variants_of(kind.load(path, overrides), over, steps)
     recipes = {
-        name: kind.recipe.load(path, [*overrides, *changes, f"output={quoted(str(output / slug(name)))}"])
+        name: kind.load(path, [*overrides, *changes, f"output={quoted(str(output / slug(name)))}"])
         for name, changes in variants.items()
     }
-    return compare_runs(recipes, kind.run, output, console, title=path.stem)
+    return compare_runs(recipes, _runner(kind), output, console, title=path.stem)
 
 
-def kind_of(path: Path) -> Kind:
-    """Whose recipe a file is."""
-    try:
-        keys = RecipeText.read(path.read_text(encoding="utf-8"), str(path)).data
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read the recipe {path}: {getattr(error, 'strerror', None) or 'no UTF-8'}") from error
-    if "stages" in keys:
+def _runner(kind: type[RecipeFile]) -> Callable[[Any], None]:
+    """What runs a kind of recipe."""
+    if kind is DistillRecipe:
         from mohawk.distill import distill
-        from mohawk.distill_recipe import DistillRecipe
 
-        return Kind(DistillRecipe, distill, "stages")
+        return distill
     from mohawk.convert import convert
-    from mohawk.recipe import Recipe
 
-    return Kind(Recipe, convert, "phases")
+    return convert
 
 
 def variants_of(recipe: RecipeFile, over: Sequence[str], steps: str) -> dict[str, list[str]]:

@@ -123,6 +123,7 @@ class AttentionMatch:
 
     Of one pair, averaged over batch and heads:
     - "mse": the mean over all n x n entries of (S - A)^2 (TinyBERT, arXiv 1909.10351, between probabilities);
+    - "frobenius": ||S - A||_F (MOHAWK's first phase, arXiv 2408.10189);
     - "kl": KL(A || S) of each row, averaged over the real rows (MiniLM, arXiv 2002.10957); between attentions only,
       and infinite, so refused, where the teacher sees more than the student.
 
@@ -132,7 +133,7 @@ class AttentionMatch:
 
     Args:
         pairs: (student layer, teacher layer), as `layer_map` makes them.
-        loss: "mse" or "kl".
+        loss: "mse", "kl" or "frobenius".
         heads: "auto": as above; "mean": means over all heads, also of equal counts; "group": means over groups of
             consecutive heads, as many as both counts have in common (their greatest common divisor): for a student
             whose heads come from the teacher's, in the teacher's order.
@@ -207,7 +208,7 @@ class AttentionMatch:
 
 
 def _no_kl(what: str) -> str:
-    return f"attention match: kl compares rows that are distributions; {what} has a state-space matrix, take mse"
+    return f"attention match: kl compares distributions; {what} has a state-space matrix, take mse or frobenius"
 
 
 def _mixing(records: Mapping[int, Record], layer: int, side: str, segment_ids: Tensor | None) -> Mixing:

@@ -43,7 +43,7 @@ from mohawk.teacher_records import Layout, is_whole, make_row, text_digest
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from mohawk.recipe import Recipe
+    from mohawk.recipe import RecipeFile
 
 log = logging.getLogger(__name__)
 
@@ -147,7 +147,7 @@ def write_cache(
 
 
 def cache_teacher(
-    recipe: Recipe,
+    recipe: RecipeFile,
     output: str | Path,
     *,
     kind: str = "top-k",
@@ -158,33 +158,49 @@ def cache_teacher(
     tokens: int | None = None,
     batch_size: int | None = None,
 ) -> TeacherCache:
-    """`write_cache` with a recipe's teacher, text and seed: the rows that its phase 3 trains on.
+    """`write_cache` with a recipe's teacher, text and seed: the rows that its phase 3, or its first stage, trains on.
 
-    What is left out is phase 3's (temperature, sequence_length, batch_size). tokens: only so many, instead of one pass
-    over the text. Raises UserError.
+    recipe: a conversion's or a distillation's. What is left out is the phase's (temperature, sequence_length,
+    batch_size). tokens: only so many, instead of one pass over the text. Raises UserError.
     """
     from mohawk.data import PackedDataset, load_data
+    from mohawk.distill_data import load_sources, training_rows
+    from mohawk.distill_recipe import DistillRecipe, Ramp
     from mohawk.precision import autocast_dtype
-    from mohawk.run import pick_device
+    from mohawk.run import pad_token, pick_device
     from mohawk.teachers import load_teacher, load_tokenizer
     from mohawk.text import tokenizer_key
 
-    phase, about = recipe.phases.end_to_end, recipe.teacher
+    distilling, about = isinstance(recipe, DistillRecipe), recipe.teacher
+    phase = recipe.stages[0] if distilling else recipe.phases.end_to_end
     if phase is None and sequence_length is None:
         raise UserError("phases.end_to_end is null, so it gives no sequence length; give --sequence-length")
+    if temperature is None and isinstance(getattr(phase, "temperature", None), (str, Ramp)) and kind != "hidden":
+        raise UserError("the stage's temperature is no number; give --temperature, or --kind hidden, which knows none")
     device = pick_device(recipe.device)
     where = {"gguf_file": about.gguf_file, "revision": about.revision, "trust_remote_code": about.trust_remote_code}
     tokenizer = load_tokenizer(about.model, tokenizer=about.tokenizer, **where)
-    data = load_data(
-        [source.model_dump() for source in recipe.data.train], tokenizer,
-        validation_share=recipe.data.validation_share, cache=recipe.data.cache,
-    )  # fmt: skip
-    dataset = PackedDataset(data.train, sequence_length or phase.sequence_length, seed=recipe.seed)
-    rows = None if tokens is None else min(len(dataset), -(-tokens // dataset.sequence_length))
-    teacher = load_teacher(about.model, dtype=about.dtype, device=device, **where)
+    options = {"quantize": about.quantize, "device_map": about.device_map} if distilling else {}
+    teacher = load_teacher(about.model, dtype=about.dtype, device=device, **where, **options)
+    pad = pad_token(tokenizer, teacher.config.get_text_config().vocab_size)
+    length = sequence_length or phase.sequence_length
+    if distilling:
+        if recipe.teachers:
+            raise UserError("teachers: a cache is of one teacher; leave the others out, or cache each by itself")
+        sources = load_sources(recipe.data, [], tokenizer)
+        wanted = phase.steps() * phase.batch_size * phase.gradient_accumulation
+        dataset = training_rows(recipe.data, sources, length, wanted, recipe.seed, pad)
+    else:
+        data = load_data(
+            [source.model_dump() for source in recipe.data.train], tokenizer,
+            validation_share=recipe.data.validation_share, cache=recipe.data.cache,
+        )  # fmt: skip
+        dataset = PackedDataset(data.train, length, seed=recipe.seed, pad_token_id=pad)
+    rows = None if tokens is None else min(len(dataset), -(-tokens // length))
+    given = getattr(phase, "temperature", 1.0)
     return write_cache(
         output, teacher, dataset, kind=kind, k=k, draws=draws, seed=recipe.seed, rows=rows,
-        temperature=temperature if temperature is not None else (phase.temperature if phase else 1.0),
+        temperature=temperature or (given if isinstance(given, float) else 1.0),
         batch_size=batch_size or (phase.batch_size if phase else 8),
         autocast=autocast_dtype(recipe.precision, device), tokenizer_hash=tokenizer_key(tokenizer),
     )  # fmt: skip

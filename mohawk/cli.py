@@ -239,7 +239,7 @@ def parser() -> argparse.ArgumentParser:
     remote = data.add_argument_group("an endpoint")
     remote.add_argument("--key-env", metavar="NAME", help="environment variable with the key; default: OPENAI_API_KEY")
     remote.add_argument("--concurrency", type=_number(int, 1), metavar="N", help="requests at once; default: 8")
-    remote.add_argument("--timeout", type=_number(float, 0), metavar="S", help="of silence; default: 120 seconds")
+    remote.add_argument("--timeout", type=_number(float, 0.1), metavar="S", help="of silence; default: 120 seconds")
     remote.add_argument("--retries", type=_number(int, 0), metavar="N", help="of one request; default: 6")
     remote.add_argument(
         "--request", metavar="JSON", help='more fields of each request, null drops one: {"top_k": 20, "logprobs": null}'
@@ -409,9 +409,9 @@ def _cache(options: argparse.Namespace) -> None:
         raise UserError("--temperature is of --kind top-k and samples: hidden states serve any; leave it out")
     names = ("temperature", "sequence_length", "tokens", "batch_size", *kinds)
     given = {name: value for name in names if (value := getattr(options, name)) is not None}
-    from mohawk.recipe import Recipe
+    from mohawk.recipe_kinds import kind_of
 
-    recipe = Recipe.load(options.recipe, options.set)
+    recipe = kind_of(options.recipe).load(options.recipe, options.set)
     from mohawk.cache_teacher import cache_teacher
 
     cache_teacher(recipe, options.output, kind=options.kind, **given)

@@ -122,7 +122,9 @@ class LocalTeacher:
 
     def identity(self) -> dict[str, Any]:
         """What tells this teacher from others; all of it decides its answers."""
-        what = {"name": self.name, "revision": self.revision, "hash": fingerprint(self.model)}
+        from mohawk.teacher_answers import teacher_hash
+
+        what = {"name": self.name, "revision": self.revision, "hash": teacher_hash(self.model)[:16]}
         what |= {
             "tokenizer_hash": tokenizer_key(self.tokenizer)[:16],
             "dtype": str(self.model.dtype).removeprefix("torch."),
@@ -370,16 +372,6 @@ def continuation(tokenizer: PreTrainedTokenizerBase, prompt_ids: list[int], resp
     before = tokenizer.decode(prompt_ids, **options)
     whole = tokenizer.decode(prompt_ids + response_ids, **options)
     return whole[len(before) :] if whole.startswith(before) else tokenizer.decode(response_ids, **options)
-
-
-def fingerprint(model: PreTrainedModel) -> str:
-    """16 hex digits from the model's class and each weight's name, shape, dtype and some 1024 values of it."""
-    digest = hashlib.sha256(type(model).__name__.encode())
-    for name, weight in sorted(model.state_dict().items()):
-        digest.update(f"{name} {tuple(weight.shape)} {weight.dtype} ".encode())
-        values = weight.detach().reshape(-1)[:: max(1, weight.numel() // 1024)]
-        digest.update(values.float().cpu().numpy().tobytes())
-    return digest.hexdigest()[:16]
 
 
 @contextmanager

@@ -171,7 +171,7 @@ class Distillation(Run):
             from mohawk.lora import add_adapter, merge_adapter
 
             with mistakes("student.lora"):
-                student = add_adapter(student, lora.rank, lora.alpha, lora.dropout, lora.targets)
+                student = add_adapter(student, lora.rank, lora.alpha, lora.dropout, lora.targets, lora.bits)
         with mistakes(f"stages.{i} ({stage.name})"):
             objective = self._objective(i, stage, student)
         if stage.cache is not None:

@@ -62,7 +62,7 @@ def load_sources(asked: DistillData, teachers: Sequence[str], tokenizer: PreTrai
             found = read_pairs(
                 [_plain(source)], tokenizer, prompt_field=source.prompt_field, response_field=source.response_field,
                 messages_field=source.messages_field, chat=source.chat, teacher_field=source.teacher_field,
-                teachers=teachers if source.teacher_field else (), weight_field=source.weight_field,
+                teachers=teachers if source.teacher_field else (), weight_field=source.weight_field, cache=asked.cache,
             )  # fmt: skip
         pairs[i], held_out[i] = split_pairs(found, asked.validation_share)
     return Sources(text, pairs, held_out)

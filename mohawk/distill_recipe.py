@@ -97,8 +97,8 @@ class DistillStudent(Section):
 class DistillSource(Source):
     kind: Literal["text", "pairs", "rationales"] = Field(
         "text",
-        description="pairs: prompts and responses in JSON lines; rationales: prompts with labels and rationales, or with "
-        "responses that hold both",
+        description="pairs: prompts and responses in JSON lines; rationales: prompts with labels and rationales, or "
+        "with responses that hold both",
     )
     prompt_field: Text = Field("prompt", description="of pairs")
     response_field: Text = Field("response", description="of pairs")

@@ -45,8 +45,14 @@ class Matching:
 
 def match_hidden(match: HiddenMatch, weight: float | Ramp = 1.0) -> Matching:
     """Hidden states of layer pairs (mohawk/features.py)."""
+
+    def loss(student, teacher, batch):
+        # a position's hidden state predicts the next token, so that token's weight is its
+        weights = _next(batch["weights"], 0.0) if "weights" in batch else None
+        return match(student, teacher, real_tokens(batch), weights)
+
     return Matching(
-        lambda student, teacher, batch: match(student, teacher, real_tokens(batch), batch.get("weights")),
+        loss,
         student=lambda model: collect_hidden(model, match.student_layers),
         teacher=lambda model: collect_hidden(model, match.teacher_layers),
         weight=weight,

@@ -75,8 +75,9 @@ class EndpointTeacher:
             self.headers["Authorization"] = f"Bearer {key}"
         elif key_env is not None:
             raise UserError(f"endpoint: the environment variable {key_env} is not set; export {key_env}=... first")
-        # a redirect would carry the key to wherever the server says
-        self.opener = urllib.request.build_opener(_NoRedirect)
+        # a redirect would carry the key to wherever the server says, and no proxy knows this machine by that name
+        here = urllib.parse.urlsplit(self.base).hostname in ("localhost", "127.0.0.1", "::1")
+        self.opener = urllib.request.build_opener(_NoRedirect, *([urllib.request.ProxyHandler({})] if here else []))
         self.hold_until = 0.0
         self.said_at = -math.inf
         self.stop = threading.Event()
@@ -88,7 +89,7 @@ class EndpointTeacher:
     def responses(self, prompts: Sequence[Prompt], first: int = 0) -> Iterator[tuple[int, list[Response]]]:
         """(i, answers) of prompts[i] for i = first, first + 1, ..., `samples` answers each."""
         n = self.decoding.samples
-        rows = iter([(i, s) for i in range(first, len(prompts)) for s in range(n)])
+        rows = ((i, s) for i in range(first, len(prompts)) for s in range(n))
         pending: deque[Future[Response]] = deque()
         waiting: queue.SimpleQueue = queue.SimpleQueue()
         self.stop.clear()

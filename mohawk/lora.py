@@ -42,6 +42,7 @@ def add_adapter(
     alpha: float | None = None,
     dropout: float = 0.0,
     targets: Sequence[str] | None = None,
+    bits: int | None = None,
 ) -> nn.Module:
     """Freezes the model and puts a trainable adapter beside each chosen linear map: W x + (alpha / rank) B A x.
 
@@ -52,6 +53,8 @@ def add_adapter(
         rank: rows of A, 1 or more. alpha: 2 * rank if None. dropout: on the adapter's input, from 0 to below 1.
         targets: names of linear maps (the last part, "q_proj", or more, "self_attn.q_proj"); None: all in the decoder
             layers.
+        bits: 4: first puts the decoder layers' linear maps into 4 bits, where bitsandbytes runs (QLoRA); None: as the
+            model is, which transformers may have loaded in 4 bits already.
 
     Returns:
         peft's PeftModelForCausalLM around the model. Its parameters that require a gradient are the adapter's;
@@ -69,7 +72,11 @@ def add_adapter(
         raise ValueError(f"LoRA: dropout must be from 0 to below 1, got {dropout}")
     if alpha is not None and not alpha > 0:
         raise ValueError(f"LoRA: alpha must be above 0, got {alpha}")
+    if bits not in (None, 4):
+        raise ValueError(f"LoRA: bits must be 4 or None, got {bits!r}")
     names = linear_names(model) if targets is None else _checked_targets(model, targets)
+    if bits == 4 and not is_quantised(model):
+        quantise(model)
     if is_quantised(model):
         keep_unpacked(model)
         # norms and the like to float32; checkpointing is the trainer's to decide
@@ -123,8 +130,7 @@ def merge_adapter(model: nn.Module) -> nn.Module:
         config = model.peft_config[ADAPTER]
         plain = model.unload()
         keep_unpacked(plain)
-        plain = plain.dequantize()
-        model = peft.get_peft_model(plain, config)
+        model = peft.get_peft_model(_decoded(plain), config)
         peft.set_peft_model_state_dict(model, state)
     return model.merge_and_unload(safe_merge=True).requires_grad_(True)
 
@@ -143,8 +149,56 @@ def keep_unpacked(model: nn.Module) -> None:
 
 
 def is_quantised(model: nn.Module) -> bool:
-    """Whether transformers loaded the model with quantised weights."""
-    return getattr(model, "is_quantized", False)
+    """Whether the model has quantised weights, by `quantise` or as transformers loaded it."""
+    return bool(getattr(model, "is_loaded_in_4bit", False) or getattr(model, "is_quantized", False))
+
+
+@torch.no_grad()
+def quantise(model: nn.Module) -> nn.Module:
+    """Puts the linear maps of the decoder layers into 4 bits (NF4), in place; embeddings, norms and head stay.
+
+    For a model that is in memory already; one on disk is loaded with `four_bit_config`, as transformers does it.
+    Products are in the model's dtype. Raises ValueError where bitsandbytes does not run.
+    """
+    layers = decoder(model)[1]
+    device, dtype = next(layers.parameters()).device, model.dtype
+    four_bit_config(dtype, device)  # refuses
+    from bitsandbytes.nn import Linear4bit
+
+    for parent in list(layers.modules()):
+        for name, linear in parent.named_children():
+            if type(linear) is nn.Linear:
+                packed = Linear4bit(
+                    linear.in_features, linear.out_features, linear.bias is not None, compute_dtype=dtype,
+                    compress_statistics=True, quant_type="nf4",
+                )  # fmt: skip
+                packed.load_state_dict(linear.state_dict())
+                packed.bias = linear.bias
+                setattr(parent, name, packed.to(device).requires_grad_(False))
+    model.is_loaded_in_4bit = True  # what peft goes by
+    keep_unpacked(model)
+    return model
+
+
+@torch.no_grad()
+def _decoded(model: nn.Module) -> nn.Module:
+    """The model with plain linear maps in place of those in 4 bits."""
+    if getattr(model, "hf_quantizer", None) is not None:
+        model = model.dequantize()
+        vars(model).pop("is_loaded_in_4bit", None)  # which transformers leaves
+        return model
+    from bitsandbytes.functional import dequantize_4bit
+    from bitsandbytes.nn import Linear4bit
+
+    for parent in list(model.modules()):
+        for name, packed in parent.named_children():
+            if isinstance(packed, Linear4bit):
+                weight = dequantize_4bit(packed.weight.data, packed.weight.quant_state)
+                linear = nn.Linear(*reversed(weight.shape), bias=False, device="meta")
+                linear.weight, linear.bias = nn.Parameter(weight), packed.bias
+                setattr(parent, name, linear)
+    del model.is_loaded_in_4bit
+    return model
 
 
 def four_bit_config(compute_dtype: torch.dtype = torch.bfloat16, device: str | torch.device = "cpu"):
@@ -172,7 +226,7 @@ def four_bit_config(compute_dtype: torch.dtype = torch.bfloat16, device: str | t
 def _why_no_four_bits(device: str) -> str | None:
     """None where a small layer of 4 bits runs, forward and backward; else what is wrong."""
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), torch.enable_grad():
             warnings.simplefilter("ignore")  # of fast paths that are missing
             from bitsandbytes.nn import Linear4bit
 

@@ -198,12 +198,7 @@ class Run:
         return self.texts[name].batches[0]["input_ids"][:1, :128]
 
     def _pad(self) -> int:
-        """An id to fill rows with; any will do that the model has, since padding is masked everywhere."""
-        vocabulary = self.teacher.config.get_text_config().vocab_size
-        for token in (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id):
-            if token is not None and token < vocabulary:
-                return token
-        return 0
+        return pad_token(self.tokenizer, self.teacher.config.get_text_config().vocab_size)
 
     def _check_tokens(self) -> None:
         """A tokenizer that is not the model's shows in ids the model does not have."""
@@ -216,6 +211,14 @@ class Run:
                         f"teacher.tokenizer: it makes token {largest} of {text.name}, but the teacher has only "
                         f"{vocabulary} tokens; give the teacher's own tokenizer"
                     )
+
+
+def pad_token(tokenizer: Any, vocabulary: int) -> int:
+    """An id to fill rows with; any will do that the model has, since padding is masked everywhere."""
+    for token in (tokenizer.pad_token_id, tokenizer.eos_token_id):
+        if token is not None and token < vocabulary:
+            return token
+    return 0
 
 
 def pick_device(name: str) -> torch.device:

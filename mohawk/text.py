@@ -105,7 +105,7 @@ def tokenize(source: Any, tokenizer: PreTrainedTokenizerBase, *, cache: Path | s
     files, form = local_files(source)
     # a hub dataset has to be opened to know its content; local files are only hashed
     dataset = None if files else load_rows(source, files, form)
-    content = dataset._fingerprint if dataset is not None else _content_key(files)
+    content = dataset._fingerprint if dataset is not None else content_key(files)
     settings = {"layout": LAYOUT, "content": content, "field": source.field, "split": source.split}
     settings |= {"format": form, "tokenizer": tokenizer_key(tokenizer)}
     key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:24]
@@ -236,7 +236,8 @@ def _check_field(dataset: datasets.Dataset, source: Source) -> None:
         )
 
 
-def _content_key(files: list[Path]) -> str:
+def content_key(files: list[Path]) -> str:
+    """A hash of the files' bytes, hex."""
     digest = hashlib.blake2b(digest_size=32)
     for path in files:
         digest.update(f"{path.stat().st_size} ".encode())

@@ -44,9 +44,9 @@ def dense(student, teacher, metric, groups):
     a = a.detach()
     ids = next((mixing.segment_ids for mixing in (student, teacher) if mixing.segment_ids is not None), None)
     real = torch.ones(s.shape[0], s.shape[2], dtype=torch.bool) if ids is None else ids >= 0
-    if metric == "mse":
-        both = (real.unsqueeze(1) & real.unsqueeze(2)).unsqueeze(1)
-        return ((s - a) * both).square().mean()
+    if metric != "kl":
+        difference = (s - a) * (real.unsqueeze(1) & real.unsqueeze(2)).unsqueeze(1)
+        return difference.square().mean() if metric == "mse" else difference.norm(dim=(2, 3)).mean()
     tiny = torch.finfo(s.dtype).tiny
     rows = (a * (a.clamp(min=tiny).log() - s.clamp(min=tiny).log())).sum(-1)
     return ((rows * real.unsqueeze(1)).sum(-1) / real.sum(-1, keepdim=True)).mean()
@@ -67,7 +67,7 @@ def cases():
     }
 
 
-@pytest.mark.parametrize("metric", ["mse", "kl"])
+@pytest.mark.parametrize("metric", ["mse", "frobenius", "kl"])
 @pytest.mark.parametrize("name", cases())
 def test_value_and_gradients_against_whole_matrices(name, metric, monkeypatch):
     student, teacher, groups = cases()[name]
@@ -86,7 +86,7 @@ def test_value_and_gradients_against_whole_matrices(name, metric, monkeypatch):
             torch.testing.assert_close(ours, 3 * theirs, rtol=1e-9, atol=1e-9 * float(theirs.abs().max()))
 
 
-@pytest.mark.parametrize("metric", ["mse", "kl"])
+@pytest.mark.parametrize("metric", ["mse", "frobenius", "kl"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_accuracy_in_other_dtypes(metric, dtype):
     student, teacher = attention(6, 2, 8, 0, dtype), attention(4, 4, 16, 1, dtype)
@@ -128,7 +128,7 @@ def test_the_teacher_and_second_derivatives():
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"metric": "frobenius"}, "metric must be one of mse, kl"),
+        ({"metric": "relative"}, "metric must be one of mse, frobenius, kl"),
         ({"groups": 4}, "4 groups must divide the heads, 6 .student. and 4 .teacher."),
         ({"groups": 0}, "0 groups"),
     ],

@@ -66,9 +66,10 @@ def by_hand(student, teacher, match, real, **inputs):
         s, a = mine[i], theirs[j]
         if s.shape[1] != a.shape[1]:
             s, a = s.mean(1, keepdim=True), a.mean(1, keepdim=True)
-        if match.loss == "mse":
-            both = (real.unsqueeze(1) & real.unsqueeze(2)).unsqueeze(1)
-            total = total + ((s - a) * both).square().mean()
+        if match.loss != "kl":
+            difference = (s - a) * (real.unsqueeze(1) & real.unsqueeze(2)).unsqueeze(1)
+            mse = match.loss == "mse"
+            total = total + (difference.square().mean() if mse else difference.norm(dim=(2, 3)).mean())
         else:
             kl = (a * (a.clamp(min=1e-30).log() - s.clamp(min=1e-30).log())).sum(-1)
             total = total + ((kl * real.unsqueeze(1)).sum(-1) / real.sum(-1, keepdim=True)).mean()
@@ -99,7 +100,7 @@ def test_against_eager_attention(kind, loss):
     agree(student, teacher, AttentionMatch([(0, 0), (1, 3)], loss=loss), torch.ones(2, 23).bool(), None, input_ids=ids)
 
 
-@pytest.mark.parametrize("loss", ["mse", "kl"])
+@pytest.mark.parametrize("loss", ["mse", "kl", "frobenius"])
 @pytest.mark.parametrize("heads", [(4, 8), (4, 2), (8, 1)])
 def test_other_head_counts(heads, loss):
     student = make("llama", 2, heads[0], num_key_value_heads=1, seed=1)
@@ -121,7 +122,7 @@ def test_padding(side, loss):
         agree(student, teacher, match, mask.bool(), mask - 1, **inputs)
 
 
-@pytest.mark.parametrize("loss", ["mse", "kl"])
+@pytest.mark.parametrize("loss", ["mse", "kl", "frobenius"])
 @pytest.mark.parametrize("kind", ["llama", "mistral"])
 def test_packed_rows(kind, loss):
     student, teacher = make(kind, 2, seed=1), make(kind, 2, seed=2)
@@ -256,7 +257,7 @@ def test_what_cannot_be_recorded():
 
 
 def test_options_and_records_that_do_not_fit():
-    for options, words in (({"loss": "cosine"}, "mse, kl"), ({"heads": "all"}, "auto, mean, group")):
+    for options, words in (({"loss": "cosine"}, "mse, kl, frobenius"), ({"heads": "all"}, "auto, mean, group")):
         with pytest.raises(ValueError, match=words):
             AttentionMatch([(0, 0)], **options)
     with pytest.raises(ValueError, match="no layer pairs"):

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from mohawk.decoding import Decoding, LocalTeacher, choose, continuation, fingerprint, sequence_logprob
+from mohawk.decoding import Decoding, LocalTeacher, choose, continuation, sequence_logprob
 from mohawk.errors import UserError
 from mohawk.records import Prompt
 
@@ -249,10 +249,14 @@ def test_continuation_keeps_the_first_space():
     assert continuation(Dropping(), [1, 2], [3]) == " sat"
 
 
-def test_fingerprints_tell_models_apart(make_llama):
+def test_identities_tell_teachers_apart(make_llama, tokenizer):
+    def identity(model, **options):
+        return LocalTeacher(model, tokenizer, Decoding(), **options).identity()
+
     model = make_llama()
-    assert fingerprint(model) == fingerprint(make_llama()) != fingerprint(make_llama(seed=1))
-    assert fingerprint(model) != fingerprint(make_llama().bfloat16())
+    assert identity(model) == identity(make_llama()) == identity(model, batch_size=3)
+    others = [identity(make_llama(seed=1)), identity(make_llama().bfloat16()), identity(model, name="x")]
+    assert all(other != identity(model) for other in others)
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from mohawk.errors import UserError
 from mohawk.filters import Filters
 from mohawk.generate_data import REJECTED, RESPONSES, SUMMARY, generate_data
 from mohawk.records import read_prompts
-from tests.mohawk.test_endpoint import Server, error
+from tests.mohawk.tiny_endpoint import Server, error
 from tests.mohawk.tiny_phase import cheap_training, fork, wait  # noqa: F401
 
 SAMPLING = Decoding(method="sample", samples=3, max_new_tokens=6, top_p=0.9)

@@ -129,6 +129,7 @@ def test_targets(make, peft):
         ({"rank": 0}, "rank must be a whole number from 1 up, got 0"),
         ({"dropout": 1.0}, "below 1, got 1.0"),
         ({"alpha": 0}, "alpha must be above 0"),
+        ({"bits": 8}, "bits must be 4 or None, got 8"),
     ):
         with pytest.raises(ValueError, match=words) as caught:
             lora.add_adapter(make("llama"), **options)
@@ -182,16 +183,22 @@ def test_generate(make, peft):
 
 
 @pytest.mark.parametrize("kind", ["llama", "mamba2", "discrete_mamba2"])
-def test_four_bits(kind, make_llama, peft, tmp_path):
+@pytest.mark.parametrize("how", ["loaded", "in memory"])
+def test_four_bits(kind, how, make_llama, peft, tmp_path):
     pytest.importorskip("bitsandbytes")
     model = make_llama(hidden_size=64, intermediate_size=128)  # shapes that bitsandbytes can pack
     model = model if kind == "llama" else hybrid_from_teacher(model, [1], mixer=kind).eval()
     model.save_pretrained(tmp_path)
-    config = lora.four_bit_config(torch.float32)
-    loaded = type(model).from_pretrained(tmp_path, quantization_config=config, device_map={"": "cpu"}).eval()
-    if kind == "llama":
-        logits(loaded)  # bitsandbytes may pack its weights for inference here, which has no gradient
-    adapted = lora.add_adapter(loaded, 4)
+    if how == "loaded":
+        config = lora.four_bit_config(torch.float32)
+        loaded = type(model).from_pretrained(tmp_path, quantization_config=config, device_map={"": "cpu"}).eval()
+        if kind == "llama":
+            logits(loaded)  # bitsandbytes may pack its weights for inference here, which has no gradient
+        adapted = lora.add_adapter(loaded, 4)
+    else:
+        lora._why_no_four_bits.cache_clear()  # the probe runs here
+        adapted = lora.add_adapter(copy.deepcopy(model), 4, bits=4)
+    assert lora.is_quantised(adapted)
     assert {p.dtype for p in adapted.parameters() if p.requires_grad} == {torch.float32}
     packed = sum(p.numel() for p in adapted.parameters() if p.dtype == torch.uint8)
     linears = [m for _, m in lora._inner(model) if isinstance(m, torch.nn.Linear)]
@@ -207,6 +214,19 @@ def test_four_bits(kind, make_llama, peft, tmp_path):
     merged.save_pretrained(tmp_path / "merged")
     again = type(model).from_pretrained(tmp_path / "merged").eval()
     torch.testing.assert_close(logits(again), logits(merged), rtol=0, atol=0)
+
+
+def test_four_bits_in_memory_are_those_that_are_loaded(make_llama, tmp_path):
+    pytest.importorskip("bitsandbytes")
+    model = make_llama(hidden_size=64, intermediate_size=128, attention_bias=True)
+    model.save_pretrained(tmp_path)
+    config = lora.four_bit_config(torch.float32)
+    loaded = type(model).from_pretrained(tmp_path, quantization_config=config, device_map={"": "cpu"}).eval()
+    lora.keep_unpacked(loaded)
+    exact = logits(model)
+    quantised = lora.quantise(model)
+    assert not torch.equal(logits(quantised), exact)
+    torch.testing.assert_close(logits(quantised), logits(loaded), rtol=1e-5, atol=1e-5)
 
 
 def test_missing_packages_in_one_line(make_llama, monkeypatch):

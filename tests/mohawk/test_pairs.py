@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import pickle
 
@@ -33,7 +34,7 @@ def read(tmp_path, tokenizer):
     def read(*rows, **options):
         path = tmp_path / "rows.jsonl"
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        return read_pairs([path], tokenizer, **options)
+        return read_pairs([path], tokenizer, cache=tmp_path / "cache", **options)
 
     return read
 
@@ -91,7 +92,7 @@ def test_the_prompts_tokens_are_those_it_is_answered_with(tmp_path):
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>")
     path = tmp_path / "a.jsonl"
     path.write_text('{"prompt": "ab", "response": "c"}\n{"prompt": "ab", "response": "ab"}\n')
-    pairs = read_pairs([path], tokenizer)
+    pairs = read_pairs([path], tokenizer, cache=tmp_path / "cache")
     assert [pairs.tokens[a:b].tolist() for a, b in pairs.spans] == [[3, 2, 5], [3, 3, 5]]
     assert (pairs.responses - pairs.spans[:, 0]).tolist() == [1, 1]
 
@@ -109,7 +110,7 @@ def test_tokenizers_that_add_bos_and_eos(tmp_path, read):
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>")
     path = tmp_path / "a.jsonl"
     path.write_text('{"prompt": "x x x", "response": " y"}\n')
-    pairs = read_pairs([path], tokenizer)
+    pairs = read_pairs([path], tokenizer, cache=tmp_path / "cache")
     assert pairs.tokens.tolist() == [0, 2, 2, 2, 3, 1] and pairs.learn.tolist() == [False] * 4 + [True] * 2
     row = PairsDataset(pairs, 4)[0]
     assert row["input_ids"].tolist() == [0, 2, 3, 1]  # the BOS stays when the prompt's left is cut
@@ -378,6 +379,31 @@ def test_held_out_prompts_take_all_their_responses(read):
             split_pairs(read(*rows), share)
 
 
+def test_tokens_are_kept_on_disk(read, tmp_path, tokenizer, monkeypatch):
+    rows = [{"prompt": f"p{i}", "response": f"r{i}", "logprob": -1.0, "teacher": i % 2} for i in range(5)]
+    first = read(*rows, teacher_field="teacher")
+    with monkeypatch.context() as patch:
+        patch.setattr("mohawk.pair_tokens._encode", None)  # nothing is tokenised
+        again = read(*rows, teacher_field="teacher")
+    for field in dataclasses.fields(Pairs):
+        np.testing.assert_array_equal(getattr(first, field.name), getattr(again, field.name))
+    assert isinstance(again.tokens, np.memmap) and again.unknown == {"sampling_logprob": f"{tmp_path}/rows.jsonl:1"}
+    assert read(*rows).teachers is None  # other fields, another folder
+    assert len(read(*rows[:4])) == 4
+    monkeypatch.setattr(tokenizer, "chat_template", CHATML)
+    chat = read(*rows, chat=True)
+    monkeypatch.setattr(tokenizer, "chat_template", CHATML.replace("<end>", "<stop>"))
+    assert len(read(*rows, chat=True).tokens) > len(chat.tokens)
+    with pytest.raises(UserError, match="rows.jsonl:1"):
+        read({"prompt": "a"})
+    assert not list((tmp_path / "cache" / "pairs").glob(".*"))
+
+
+def test_a_cut_answer_is_not_the_one_that_ended_there(read):
+    rows = [{"prompt": "p", "response": "so", "finish_reason": reason} for reason in ("stop", "length", "stop", "stop")]
+    assert response_weights(read(*rows), "counts").tolist() == [0.75, 0.25, 0, 0]
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -409,7 +435,7 @@ def test_generated_answers_can_be_trained_on(tmp_path, tokenizer, make_llama):
     teacher = LocalTeacher(make_llama(), tokenizer, Decoding(method="sample", samples=3, max_new_tokens=5, top_p=0.9))
     generate_data(read_prompts([tmp_path / "p.txt"]), teacher, tmp_path / "out")
     path = tmp_path / "out" / "responses.jsonl"
-    pairs = read_pairs([path], tokenizer)
+    pairs = read_pairs([path], tokenizer, cache=tmp_path / "cache")
     dataset = PairsDataset(pairs, 64, weighting="importance")
     model = make_llama(seed=5)
     total, count = 0.0, 0

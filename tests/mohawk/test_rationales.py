@@ -315,19 +315,21 @@ def test_weights_of_pairs_given_in_a_file(tokenizer, tmp_path):
         {"prompt": "ab", "response": "de"},
         {"prompt": "ab", "response": "f", "weight": 0.0},
     )
-    dataset = PairsDataset(read_pairs([path], tokenizer, weight_field="weight"), 12)
+    dataset = PairsDataset(read_pairs([path], tokenizer, weight_field="weight", cache=tmp_path / "cache"), 12)
     weights = dataset[0]["weights"][dataset[0]["labels"] != -100]
     assert len(dataset) == 1 and sorted(weights.tolist()) == [1.0] * 3 + [2.0] * 2
     # beside a weighting by prompt they multiply it
-    uniform = PairsDataset(read_pairs([path], tokenizer, weight_field="weight"), 12, weighting="uniform")
+    uniform = PairsDataset(
+        read_pairs([path], tokenizer, weight_field="weight", cache=tmp_path / "cache"), 12, weighting="uniform"
+    )
     assert uniform.weights == pytest.approx(np.array([2.0, 1.0, 0.0]))
     for value in (-1, "2", True, float("inf")):
         bad = lines(tmp_path / "bad.jsonl", {"prompt": "ab", "response": "c", "weight": value})
         with pytest.raises(UserError, match=rf"^{bad}:1: field 'weight' is [^\n]+; allowed: a number of at least 0$"):
-            read_pairs([bad], tokenizer, weight_field="weight")
+            read_pairs([bad], tokenizer, weight_field="weight", cache=tmp_path / "cache")
     zero = lines(tmp_path / "zero.jsonl", {"prompt": "ab", "response": "c", "weight": 0})
     with pytest.raises(UserError, match="^data: none of 1 examples has a weight above 0$"):
-        PairsDataset(read_pairs([zero], tokenizer, weight_field="weight"), 12)
+        PairsDataset(read_pairs([zero], tokenizer, weight_field="weight", cache=tmp_path / "cache"), 12)
 
 
 def test_a_plain_loop_learns(make_llama, tokenizer):
