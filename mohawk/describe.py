@@ -9,12 +9,11 @@ from typing import TYPE_CHECKING
 
 from mohawk.checkpoints import MANIFEST, why_incomplete
 from mohawk.errors import UserError
+from mohawk.run_recipe import phase_names, run_command
 
 if TYPE_CHECKING:
     from rich.console import Console
     from transformers import PretrainedConfig
-
-PHASES = ("mixing", "hidden", "end_to_end")
 
 
 @dataclass(frozen=True)
@@ -49,12 +48,15 @@ def student_folder(path: str | Path) -> str:
     folder = Path(path).expanduser()
     if not (folder / "recipe.yaml").is_file():
         return str(path)
-    for student in (folder / "student", *(folder / "phases" / name / "student" for name in reversed(PHASES))):
+    for student in (
+        folder / "student",
+        *(folder / "phases" / name / "student" for name in reversed(phase_names(folder))),
+    ):
         if (student / "config.json").is_file():
             if (student / MANIFEST).exists() and (problem := why_incomplete(student, contents=False)):
-                raise UserError(f"{student}: {problem}; `mohawk convert` with the run's recipe makes it again")
+                raise UserError(f"{student}: {problem}; `{run_command(folder)}` with the run's recipe makes it again")
             return str(student)
-    raise UserError(f"{path} is a run without a student yet; `mohawk convert` with its recipe goes on with it")
+    raise UserError(f"{path} is a run without a student yet; `{run_command(folder)}` with its recipe goes on with it")
 
 
 def describe(model: str | Path) -> Description:
@@ -153,7 +155,7 @@ def print_run(folder: Path, console: Console) -> None:
     """Which phases of a run are done, and from which checkpoint the others would go on."""
     from mohawk.checkpoints import newest_complete
 
-    for name in PHASES:
+    for name in phase_names(folder):
         phase = folder / "phases" / name
         if (phase / "student" / "config.json").is_file():
             state = "done"

@@ -9,7 +9,7 @@ import logging
 import shutil
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,7 @@ from mohawk.plan import objective_for
 from mohawk.plots import plot_candidates
 from mohawk.progress import log_to
 from mohawk.prune_plan import Plan, Round, convert_options, costs_of, found_for, make_plan, print_plan
-from mohawk.prune_recipe import PruneRecipe
+from mohawk.prune_recipe import PruneRecipe, Step
 from mohawk.prune_search import search, search_table
 from mohawk.prune_sizes import between, parameters_of, sizes_header, sizes_row, target_sizes
 from mohawk.readout import solve_output_projections
@@ -74,44 +74,6 @@ def prune(recipe: PruneRecipe, *, dry_run: bool = False) -> None:
         Pruning(recipe, run, console, plan).run()
 
 
-@dataclass(frozen=True)
-class Step:
-    """What the run does next, and is a folder of: phases/<name>/student. round: from 1."""
-
-    name: str
-    kind: str  # correct, cut, convert, mixing, hidden, heal
-    told: str  # what the student then is, for tables
-    round: int = 0
-
-
-def steps_of(recipe: PruneRecipe) -> list[Step]:
-    """All that a recipe asks for, in order."""
-    steps: list[Step] = []
-    if recipe.correct is not None:
-        steps.append(Step(recipe.correct.name, "correct", "teacher, corrected"))
-    rounds = len(recipe.rounds())
-    for i in range(1, rounds + 1):
-        of = f" {i}" if rounds > 1 else ""
-        steps.append(Step(f"prune_{i}", "cut", f"after cut{of}", i))
-        if i == rounds and recipe.convert is not None:
-            steps += _conversion(recipe, i)
-        if recipe.heal is not None:
-            steps.append(Step(f"{recipe.heal.name}_{i}", "heal", f"after healing{of}", i))
-    if not rounds and recipe.convert is not None:
-        steps += _conversion(recipe, 0)
-        if recipe.heal is not None:
-            steps.append(Step(f"{recipe.heal.name}_1", "heal", "after healing", 1))
-    return steps
-
-
-def _conversion(recipe: PruneRecipe, round_: int) -> list[Step]:
-    steps = [Step("convert", "convert", "as a hybrid", round_)]
-    for name, told in (("mixing", "after phase 1, matrices"), ("hidden", "after phase 2, hidden states")):
-        if getattr(recipe.convert, name) is not None:
-            steps.append(Step(name, name, told, round_))
-    return steps
-
-
 class Pruning(Distillation):
     """One pruning: its steps, one after another. A healing is a stage of a distillation."""
 
@@ -126,7 +88,7 @@ class Pruning(Distillation):
         if self.recipe.prune.vocabulary is not None:  # said before hours of training
             with mistakes("prune.vocabulary"):
                 trim_tokenizer(self.tokenizer, range(max(len(self.tokenizer), self.plan.own.vocabulary)))
-        steps = steps_of(self.recipe)
+        steps = self.recipe.steps()
         finished = max((i for i, s in enumerate(steps) if is_complete(self._student(s.name))), default=-1)
         student: nn.Module | None = None
         for i, step in enumerate(steps):

@@ -6,6 +6,7 @@ Checked as a conversion's is (mohawk/recipe.py): before anything is loaded, with
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
@@ -138,6 +139,16 @@ class Correct(Stage):
     learning_rate: Annotated[float, Field(gt=0, le=1)] = Field(2e-5, description="after warmup")
 
 
+@dataclass(frozen=True)
+class Step:
+    """What the run does next, and is a folder of: phases/<name>/student. round: from 1."""
+
+    name: str
+    kind: str  # correct, cut, convert, mixing, hidden, heal
+    told: str  # what the student then is, for tables
+    round: int = 0
+
+
 class PruneRecipe(RecipeFile):
     """A whole pruning."""
 
@@ -175,6 +186,32 @@ class PruneRecipe(RecipeFile):
     def rounds(self) -> list[Target]:
         """What each round aims at: its own target, or the one that all of them share."""
         return list(self.prune.targets) or [self.prune] * (self.prune.rounds if self.cuts() else 0)
+
+    def steps(self) -> list[Step]:
+        """All that the recipe asks for, in order."""
+        steps: list[Step] = []
+        if self.correct is not None:
+            steps.append(Step(self.correct.name, "correct", "teacher, corrected"))
+        rounds = len(self.rounds())
+        for i in range(1, rounds + 1):
+            of = f" {i}" if rounds > 1 else ""
+            steps.append(Step(f"prune_{i}", "cut", f"after cut{of}", i))
+            if i == rounds and self.convert is not None:
+                steps += self._conversion(i)
+            if self.heal is not None:
+                steps.append(Step(f"{self.heal.name}_{i}", "heal", f"after healing{of}", i))
+        if not rounds and self.convert is not None:
+            steps += self._conversion(0)
+            if self.heal is not None:
+                steps.append(Step(f"{self.heal.name}_1", "heal", "after healing", 1))
+        return steps
+
+    def _conversion(self, round_: int) -> list[Step]:
+        steps = [Step("convert", "convert", "as a hybrid", round_)]
+        for name, told in (("mixing", "after phase 1, matrices"), ("hidden", "after phase 2, hidden states")):
+            if getattr(self.convert, name) is not None:
+                steps.append(Step(name, name, told, round_))
+        return steps
 
     def cuts(self) -> bool:
         """Whether anything but the vocabulary is cut."""
