@@ -13,6 +13,7 @@ import pytest
 from mohawk.checkpoints import Interrupted
 from mohawk.cli import main, parser
 from mohawk.errors import UserError
+from mohawk.recipe import Recipe
 from mohawk.recipe_kinds import kind_of
 
 ROOT = Path(__file__).resolve().parents[2]
