@@ -8,21 +8,25 @@ What zero means for each axis
     ffn: the neuron's output (its row of gate or up, with biases, or its column of the down projection) is zero.
     heads: the output projection's columns, or the values, are zero; in OLMo 2, whose norms run over all heads, q (and k
         of a group that goes) as well.
-    state heads, state dimensions: x and D (or out_proj's columns), or B or C (their rows and convolution bias).
+    state heads: x (its rows of in_proj and convolution bias), or, where whole groups go, out_proj's columns.
+    state dimensions: B or C (their rows of in_proj and convolution bias).
     hidden: everything added to that channel of the residual stream is zero: its column of the embedding, its rows of
         output and down projections and their biases. In Phi, whose LayerNorms subtract the mean, a channel goes
         without a trace when it equals the mean of all channels, as a channel of zeros does in a stream whose mean is 0.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor, nn
+from transformers.initialization import no_init_weights
 
 from mohawk.models.cut_parameters import KeptUnits, folded_bias, folded_biases, layer_parts, outer_parts, select
 from mohawk.models.cut_sizes import Sizes, base_config, sized_config, sizes_of, ssm_layers
-from mohawk.models.families import decoder_layers, family_of
+from mohawk.models.decoders import decoder
+from mohawk.models.depth import keep_any_layers
+from mohawk.models.families import FAMILIES, decoder_layers, family_of
 from mohawk.models.from_teacher import saveable
 
 PerLayer = Mapping[int, Sequence[int]]
@@ -49,7 +53,7 @@ class Cut:
         state_dims: layer -> for each group of the mixer (of the uncut one, in order) its state dimensions, all of one
             length; entries of groups that go are ignored.
         tokens: rows of the embedding and the head, which are then numbered anew in ascending order; see
-            `mohawk.trim_vocabulary` for a tokenizer that follows.
+            `mohawk.vocabulary` for a tokenizer that follows.
     """
 
     layers: Sequence[int] | None = None
@@ -59,6 +63,27 @@ class Cut:
     state_heads: PerLayer | None = None
     state_dims: Mapping[int, Sequence[Sequence[int]]] | None = None
     tokens: Sequence[int] | None = None
+
+    def to_dict(self) -> dict:
+        """As JSON holds it: lists, and layers as keys."""
+        made = {}
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, Mapping):
+                made[field.name] = {str(layer): _lists(indices) for layer, indices in value.items()}
+            elif value is not None:
+                made[field.name] = _lists(value)
+        return made
+
+    @classmethod
+    def from_dict(cls, made: Mapping) -> "Cut":
+        """What `to_dict` made, also after a turn through JSON."""
+        return cls(
+            **{
+                name: {int(layer): indices for layer, indices in value.items()} if isinstance(value, Mapping) else value
+                for name, value in made.items()
+            }
+        )
 
 
 @torch.no_grad()
@@ -86,10 +111,12 @@ def cut(model: nn.Module, what: Cut) -> nn.Module:
     generation = saveable(model.generation_config)
     if tokens is not None:
         _renumber(config, generation, tokens, own.vocabulary)
-    smaller = type(model)(config)
+    with no_init_weights():  # all of them come from the model
+        smaller = type(model)(config)
     state = _cut_state(model, layers, kept, _index(hidden, model.device), _index(tokens, model.device))
     missing, unexpected = smaller.load_state_dict(state, strict=False, assign=True)
-    if set(missing) - {"lm_head.weight"} or unexpected:
+    tied = {"lm_head.weight"} if config.tie_word_embeddings else set()
+    if set(missing) - tied or unexpected:
         raise RuntimeError(f"weights without a place: {unexpected}; without a source: {missing}")
     smaller.tie_weights()
     smaller.generation_config = generation
@@ -97,8 +124,14 @@ def cut(model: nn.Module, what: Cut) -> nn.Module:
 
 
 def keep_layers(model: nn.Module, layers: str | Sequence[int]) -> nn.Module:
-    """The model with some of its decoder layers, in their order: see `cut`, and `resolve_layers` for the words."""
-    return cut(model, Cut(layers=resolve_layers(layers, model.config.num_hidden_layers)))
+    """The model with some of its decoder layers, in their order: see `resolve_layers` for the words, and `cut`.
+
+    Any causal LM of transformers: of a family that `cut` does not know, layers are found by structure
+    (`mohawk.models.depth`). ValueError: bad layers, or a model whose layers cannot change places.
+    """
+    kept = resolve_layers(layers, len(decoder(model)[1]))
+    known = base_config(model.config).model_type in (*FAMILIES, "bamba")
+    return cut(model, Cut(layers=kept)) if known else keep_any_layers(model, kept)
 
 
 def resolve_layers(layers: str | Sequence[int], num_layers: int) -> list[int]:
@@ -263,7 +296,12 @@ def _cut_state(
         extra = dict(folded_biases(layer, model.config, hidden))
         for name, tensor in layer.state_dict().items():
             module, _, last = name.rpartition(".")
-            part = parts.get(module) or parts[name]
+            part = parts.get(module) or parts.get(name)
+            if part is None or not tensor.is_floating_point():
+                raise ValueError(
+                    f"layer {old}: {name} ({tensor.dtype}) is no plain weight of this family; merge adapters and "
+                    "dequantise before a cut"
+                )
             if last == "bias" and module in extra:
                 tensor = (tensor.double() + extra[module]).to(tensor.dtype)
             state[f"model.layers.{new}.{name}"] = select(tensor, part, last)
@@ -298,6 +336,11 @@ def _renumber(config, generation, tokens: list[int], vocabulary: int) -> None:
         for name in _SUPPRESSED:
             if getattr(settings, name, None) is not None:
                 setattr(settings, name, [new_id[i] for i in getattr(settings, name) if i in new_id])
+
+
+def _lists(indices: Sequence) -> list:
+    values = indices.tolist() if hasattr(indices, "tolist") else indices
+    return [_lists(value) if hasattr(value, "__iter__") else int(value) for value in values]
 
 
 def _index(indices: Sequence[int] | None, device) -> Tensor | None:

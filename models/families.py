@@ -123,16 +123,17 @@ class AttentionParts:
     scale: float
 
 
-def check_supported(config) -> None:
-    """Raises ValueError, naming what is supported and what is missing, unless the model can be converted.
+def check_supported(config, verb: str = "converted to a hybrid") -> None:
+    """Raises ValueError, naming what is supported and what is missing, unless the model can be converted, or cut.
 
-    Reads the configuration alone, so that a model is refused before its weights are loaded.
+    Reads the configuration alone, so that a model is refused before its weights are loaded. verb: what the message
+    says cannot be done.
     """
     other, missing = _other_than_decoder(config), _missing(config)
     if other or missing:
         known = "; ".join(f"{name} ({family.models})" for name, family in FAMILIES.items())
         kind, reason = getattr(config, "model_type", None), other or f"missing: {missing}"
-        raise ValueError(f"model_type {kind!r} cannot be converted to a hybrid; {reason}; supported: {known}")
+        raise ValueError(f"model_type {kind!r} cannot be {verb}; {reason}; supported: {known}")
 
 
 def _other_than_decoder(config) -> str | None:

@@ -110,7 +110,11 @@ class Distillation(Run):
         return load(self.recipe.teacher, self.device)
 
     def _untrained(self) -> nn.Module:
-        return self._made(self.recipe.student, self.teacher)
+        base, about = self.teacher, self.recipe.teacher
+        if self.recipe.student.model is None and (about.quantize or about.device_map):
+            # rounded or spread weights can be asked, but not trained
+            base = load(about.model_copy(update={"quantize": None, "device_map": None}), self.device)
+        return self._made(self.recipe.student, base)
 
     def _made(self, given: DistillStudent, base: nn.Module) -> nn.Module:
         """A student as asked, from the named model or from `base`; the same one whenever it is made again."""
@@ -171,6 +175,7 @@ class Distillation(Run):
         rows = training_rows(data, sources, stage.sequence_length, wanted, self.recipe.seed, self._pad())
         if len(rows) < wanted:
             self.console.print(f"{stage.name}: reads its {len(rows):,} rows of text {wanted / len(rows):.1f} times")
+        torch.manual_seed(self.recipe.seed)  # of adapters and projections, the same whenever the stage begins
         lora = (stage.student or self.recipe.student).lora
         if lora is not None:
             from mohawk.lora import add_adapter, merge_adapter

@@ -7,10 +7,11 @@ import torch
 
 from mohawk.data import collate
 from mohawk.importance import Importance, choose, measure_importance
+from mohawk.importance_baselines import magnitude_importance, random_importance
 from mohawk.kernels.ssd import ssd
 from mohawk.layer_drops import measure_layer_drops
 from mohawk.models.cut_sizes import sizes_of
-from mohawk.models.cuts import cut, keep_layers
+from mohawk.models.cuts import Cut, cut, keep_layers
 from mohawk.models.families import decoder_layers, family_of
 from mohawk.models.hybrid import positions_of
 from mohawk.models.state_use import state_use
@@ -254,3 +255,40 @@ def test_layer_drops_are_those_of_the_model_cut(name):
         kl = (whole.exp() * (whole - less)).sum(-1).mean()
         torch.testing.assert_close(drops.kl[i], kl, rtol=1e-4, atol=1e-7)
         torch.testing.assert_close(drops.perplexity[i], perplexity(less) - perplexity(whole), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("name", [*FAMILIES, "llama+mamba2", "phi3+discrete_mamba2"])
+def test_baselines_have_the_shapes_of_the_scores(name):
+    model = model_of(name)
+    measured = measure_importance(model, batched(rows(), 6))
+    for made in (random_importance(model.config, 3), magnitude_importance(model)):
+        assert {axis: values.shape for axis, values in scores(made).items()} == {
+            axis: values.shape for axis, values in scores(measured).items()
+        }
+        assert (made.attention_layers, made.ssm_layers) == (measured.attention_layers, measured.ssm_layers)
+        assert all(values.dtype == torch.float64 and bool((values > 0).all()) for values in scores(made).values())
+    torch.testing.assert_close(scores(random_importance(model.config, 3)), scores(random_importance(model.config, 3)))
+    assert not torch.equal(random_importance(model.config, 3).hidden, random_importance(model.config, 4).hidden)
+
+
+@pytest.mark.parametrize("name", ["llama", "phi", "phi3", "qwen3"])
+def test_magnitude_is_the_weight_that_a_cut_removes(name):
+    """The squares of all projections' weights that go with one unit, by cutting it."""
+    model = model_of(name)
+    made, own = magnitude_importance(model), sizes_of(model.config)
+
+    def squares(one):
+        return sum(
+            m.weight.double().square().sum()
+            for n, m in one.named_modules()
+            if isinstance(m, torch.nn.Linear) and "layers" in n
+        )
+
+    for i in range(4):
+        others = [j for j in range(4) if j != i]
+        torch.testing.assert_close(squares(model) - squares(keep_layers(model, others)), made.layers[i].square())
+    fewer = cut(model, Cut(ffn={i: range(1, own.ffn) for i in range(4)}))
+    torch.testing.assert_close(squares(model) - squares(fewer), made.ffn[:, 0].square().sum())
+    group = own.heads // own.kv_heads
+    fewer = cut(model, Cut(heads={i: range(group, own.heads) for i in range(4)}))
+    torch.testing.assert_close(squares(model) - squares(fewer), made.kv_heads[:, 0].square().sum())
