@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from mohawk.kernels.mixing import AttentionMixing, SSDMixing, mixing_matrix
     from mohawk.kernels.mixing_distance import mixing_distance
     from mohawk.kernels.ssd import ssd, ssd_step
+    from mohawk.minitron import MinitronPruner
     from mohawk.models.bamba import from_bamba, to_bamba
     from mohawk.models.cuts import Cut, cut, keep_layers
     from mohawk.models.from_teacher import hybrid_from_teacher
@@ -85,6 +86,7 @@ _PUBLIC = {
     "load_released": "mohawk.models.released",
     "save_released": "mohawk.models.released",
     "to_released": "mohawk.models.released",
+    "MinitronPruner": "mohawk.minitron",
     "OnPolicy": "mohawk.on_policy",
     "Cut": "mohawk.models.cuts",
     "cut": "mohawk.models.cuts",
@@ -107,6 +109,7 @@ __all__ = [
     "Importance",
     "KnowledgeDistiller",
     "Mamba2Mixer",
+    "MinitronPruner",
     "OnPolicy",
     "RationaleDistiller",
     "SSDMixing",

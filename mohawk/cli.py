@@ -56,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
         return 2
     except KeyboardInterrupt:
-        resumed = options.run in (_demo, _convert, _distill, _ablate, _select, _cache, _generate_data, _purify)
+        resumed = options.run in (_demo, _convert, _distill, _prune, _ablate, _select, _cache, _generate_data, _purify)
         print("stopped" + "; the same command goes on from what was saved" * resumed, file=sys.stderr)
         return 130
     except BrokenPipeError:
@@ -113,6 +113,12 @@ def parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     ablate.add_argument("--output", type=Path, metavar="DIR", help="folder of the runs; default: runs/NAME-ablation")
     _add_set(ablate)
+
+    prune = command("prune", _prune, "cut a checkpoint smaller and heal it by a recipe, or go on with a stopped run")
+    prune.add_argument("recipe", type=Path, metavar="RECIPE", help="a YAML file")
+    prune.add_argument("--dry-run", action="store_true", help="print the plan and the sizes and exit")
+    prune.add_argument("--output", metavar="DIR", help="the run's folder, instead of the recipe's")
+    _add_set(prune)
 
     select = command("select", _select, "rank a run's layers by what it costs to replace their attention")
     select.add_argument(
@@ -372,6 +378,16 @@ def _ablate(options: argparse.Namespace) -> None:
     from mohawk.ablate import ablate
 
     ablate(options.recipe, options.over, options.set, options.output)
+
+
+def _prune(options: argparse.Namespace) -> None:
+    from mohawk.prune_recipe import PruneRecipe
+
+    recipe = PruneRecipe.load(options.recipe, _overrides(options))
+
+    from mohawk.prune import prune
+
+    prune(recipe, dry_run=options.dry_run)
 
 
 def _select(options: argparse.Namespace) -> None:

@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING
 
 from mohawk.checkpoints import MANIFEST, why_incomplete
 from mohawk.errors import UserError
+from mohawk.run_recipe import phase_names, run_command
 
 if TYPE_CHECKING:
     from rich.console import Console
     from transformers import PretrainedConfig
 
-PHASES = ("mixing", "hidden", "end_to_end")
 GROWING = ("full_attention", "sliding_attention")  # layer types that keep keys and values of the tokens in sight
 # what Mamba-2 mixers of transformers have
 MAMBA2 = ("conv_dim", "conv_kernel_size", "num_heads", "head_dim", "ssm_state_size")
@@ -57,12 +57,15 @@ def student_folder(path: str | Path) -> str:
     folder = Path(path).expanduser()
     if not (folder / "recipe.yaml").is_file():
         return str(path)
-    for student in (folder / "student", *(folder / "phases" / name / "student" for name in reversed(PHASES))):
+    for student in (
+        folder / "student",
+        *(folder / "phases" / name / "student" for name in reversed(phase_names(folder))),
+    ):
         if (student / "config.json").is_file():
             if (student / MANIFEST).exists() and (problem := why_incomplete(student, contents=False)):
-                raise UserError(f"{student}: {problem}; `mohawk convert` with the run's recipe makes it again")
+                raise UserError(f"{student}: {problem}; `{run_command(folder)}` with the run's recipe makes it again")
             return str(student)
-    raise UserError(f"{path} is a run without a student yet; `mohawk convert` with its recipe goes on with it")
+    raise UserError(f"{path} is a run without a student yet; `{run_command(folder)}` with its recipe goes on with it")
 
 
 def describe(model: str | Path) -> Description:
@@ -179,7 +182,7 @@ def print_run(folder: Path, console: Console) -> None:
             f"composed of the mixers of {composed['run']}; attention layers: {kept}{chosen}",
             highlight=False, soft_wrap=True, markup=False,
         )  # fmt: skip
-    for name in PHASES:
+    for name in phase_names(folder):
         phase = folder / "phases" / name
         if name in elsewhere:
             state = f"done in {composed['run']}"

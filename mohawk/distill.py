@@ -97,7 +97,7 @@ class Distillation(Run):
                 student.save_pretrained(folder)
                 self.tokenizer.save_pretrained(folder)
         names = {"before": "before training", **{stage.name: f"after {stage.name}" for stage in stages}}
-        labels = {stage.name: _loss_label(stage) for stage in stages}
+        labels = {stage.name: loss_label(stage) for stage in stages}
         finish(
             self.folder, self.recipe, student.eval(), self.teacher, self.tokenizer, self.console,
             stages=names, labels=labels,
@@ -328,7 +328,7 @@ def _schedule(value: Any) -> Any:
     return Schedule(value.start, value.end, value.shape, value.until) if isinstance(value, Ramp) else value
 
 
-def _loss_label(stage: Stage) -> str:
+def loss_label(stage: Stage) -> str:
     parts = [] if stage.kd_weight == 0 else [stage.divergence.replace("_", " ").replace("kl", "KL")]
     parts += ["cross entropy"] * (stage.ce_weight != 0)
     parts += [name for name in ("hidden", "attention") if getattr(stage, name)]
@@ -360,7 +360,7 @@ def print_plan(recipe: DistillRecipe, console: Console) -> None:
         table.add_row(
             stage.name,
             f"cache {stage.cache}" if stage.cache else stage.learn_from,
-            _loss_label(stage).removesuffix(" per token"),
+            loss_label(stage).removesuffix(" per token"),
             f"{temperature.start:g} to {temperature.end:g}" if ramp else f"{temperature:.3g}",
             f"{stage.tokens:,}", f"{stage.steps():,}", f"{stage.learning_rate:g}",
         )  # fmt: skip

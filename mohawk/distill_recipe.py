@@ -32,7 +32,7 @@ Weight = Annotated[float, Field(ge=0)]
 Divergence = Literal["forward_kl", "reverse_kl", "jsd", "skew_kl", "skew_reverse_kl", "tvd", "mse", "cosine"]
 
 
-def _kept_layers(value: Any) -> Any:
+def kept_layers(value: Any) -> Any:
     word = isinstance(value, str) and re.fullmatch(r"every_second|(first|last):\d+|without:\d+-\d+", value)
     if not (value is None or word or isinstance(value, list) and value and all(type(i) is int for i in value)):
         raise ValueError("every_second, first:k, last:k, without:a-b, or a list of layer indices counted from 0")
@@ -88,7 +88,7 @@ class DistillStudent(Section):
     gguf_file: Text | None = Field(None, description="name of the GGUF file inside `model`, if it is one")
     revision: Text | None = Field(None, description="branch, tag or commit on the hub")
     trust_remote_code: bool = Field(False, description="run Python code that comes with the checkpoint")
-    layers: Annotated[str | list[int] | None, BeforeValidator(_kept_layers)] = Field(
+    layers: Annotated[str | list[int] | None, BeforeValidator(kept_layers)] = Field(
         None, description="layers to keep; null: all"
     )
     scratch: bool = Field(False, description="random weights in the student's shape")
@@ -238,7 +238,7 @@ class DistillRecipe(RecipeFile):
                 [("combine",)],
                 "combine: row needs data.train with a teacher_field that names each example's teacher",
             )
-        yield from _data_contradictions(self.data, ("data",))
+        yield from data_contradictions(self.data, ("data",))
         names = [stage.name for stage in self.stages]
         for i, stage in enumerate(self.stages):
             at = ("stages", i)
@@ -247,16 +247,16 @@ class DistillRecipe(RecipeFile):
                 yield [(*at, "name")], f"{label}: another stage has this name; give each its own"
             yield from phase_contradictions(stage, at, label, "leave the stage out")
             if stage.data is not None:
-                yield from _data_contradictions(stage.data, (*at, "data"))
+                yield from data_contradictions(stage.data, (*at, "data"))
                 if stage.cache is not None:
                     yield (
                         [(*at, "data"), (*at, "cache")],
                         f"{label}: a cache is of the recipe's text, not of the stage's own; leave out one of them",
                     )
-            yield from _stage_contradictions(self, stage, i, at, label)
+            yield from stage_contradictions(self, stage, i, at, label)
 
 
-def _data_contradictions(data: DistillData, at: recipe_text.Path):
+def data_contradictions(data: DistillData, at: recipe_text.Path):
     of = {
         "pairs": ("teacher_field", "weight_field", "weighting", "chat", "length_normalized"),
         "rationales": ("rationale_weight", "label_prefix", "rationale_prefix", "templates"),
@@ -274,7 +274,7 @@ def _data_contradictions(data: DistillData, at: recipe_text.Path):
                 )
 
 
-def _stage_contradictions(recipe: DistillRecipe, stage: Stage, i: int, at: recipe_text.Path, label: str):
+def stage_contradictions(recipe: DistillRecipe, stage: Stage, i: int, at: recipe_text.Path, label: str):
     matched = stage.hidden or stage.attention
     if stage.kd_weight == 0 and stage.ce_weight == 0 and not matched:
         yield (

@@ -13,6 +13,7 @@ from mohawk.describe import student_folder
 from mohawk.errors import UserError
 from mohawk.recipe import Recipe
 from mohawk.report import write_json
+from mohawk.run_recipe import load_run_recipe
 
 RESULTS = "evaluation/again.json"
 
@@ -26,14 +27,23 @@ def evaluate_run(run: str | Path, overrides: Sequence[str] = (), console: Consol
     folder, console = Path(run).expanduser(), console or Console()
     if not (folder / "recipe.yaml").is_file():
         raise UserError(f"{run} is not a run's folder: it holds no recipe.yaml")
-    recipe = Recipe.load(folder / "recipe.yaml", overrides)
+    recipe = load_run_recipe(folder, overrides)
     name = student_folder(folder)
 
-    from mohawk.convert import Conversion
+    if (folder / "vocabulary.json").is_file():
+        raise UserError(
+            f"{run}: its student numbers tokens anew (prune.vocabulary), so it cannot be compared token by token; "
+            "results.json has what was measured before, and --tasks compares answers"
+        )
+
     from mohawk.evaluate import compare, decode_speed
     from mohawk.teachers import load_teacher
 
-    conversion = Conversion(recipe, folder, console)
+    if isinstance(recipe, Recipe):
+        from mohawk.convert import Conversion as Kind
+    else:
+        from mohawk.distill import Distillation as Kind
+    conversion = Kind(recipe, folder, console)
     student = load_teacher(name, device=conversion.device)
     texts = {
         text: asdict(compare(student, states, autocast=conversion.autocast))

@@ -123,13 +123,13 @@ def _prepare(model: PreTrainedModel, to: str, pad_expand: bool, fold_bias: bool)
 
 def _tokenizer(student: str, run: Path | None) -> PreTrainedTokenizerBase | None:
     """The student's, else its teacher's."""
-    from mohawk.recipe import Recipe
+    from mohawk.run_recipe import load_run_recipe
     from mohawk.teachers import load_tokenizer
 
     if any((Path(student) / name).is_file() for name in ("tokenizer_config.json", "tokenizer.json")):
         return load_tokenizer(student)
     if run is not None:
-        teacher = Recipe.load(run / "recipe.yaml").teacher
+        teacher = load_run_recipe(run).teacher
         return load_tokenizer(
             teacher.model, tokenizer=teacher.tokenizer, gguf_file=teacher.gguf_file, revision=teacher.revision
         )

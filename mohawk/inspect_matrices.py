@@ -26,8 +26,8 @@ from mohawk.models.families import FAMILIES, attention_parts, decoder_layers, de
 from mohawk.models.hybrid import HybridConfig
 from mohawk.models.mixers import SSMMixer
 from mohawk.plots import PANEL, HeadPicture, percent, plot_layer
-from mohawk.recipe import Recipe
 from mohawk.run import pick_device
+from mohawk.run_recipe import load_run_recipe
 from mohawk.teachers import load_config, load_teacher, load_tokenizer
 
 INDEX = "index.html"
@@ -172,7 +172,7 @@ def _reduced(matrix: Tensor, tall: int, broad: int) -> Tensor:
 def _asked(model: str | Path, teacher: str | Path | None) -> _Asked:
     folder = Path(model).expanduser()
     if (folder / "recipe.yaml").is_file():
-        recipe = Recipe.load(folder / "recipe.yaml")
+        recipe = load_run_recipe(folder)
         # a run made on a GPU can be looked at without one
         own, device = recipe.teacher, pick_device("cpu" if recipe.device == "cpu" else "auto")
         if teacher is not None:

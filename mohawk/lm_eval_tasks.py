@@ -22,8 +22,8 @@ from rich.console import Console
 
 from mohawk.describe import student_folder
 from mohawk.errors import UserError
-from mohawk.recipe import Recipe
 from mohawk.report import TASKS, fingerprint, kept_tasks, print_tables, report_tasks, task_tables, write_json
+from mohawk.run_recipe import load_run_recipe
 
 if TYPE_CHECKING:
     import torch
@@ -72,7 +72,7 @@ def evaluate_tasks(
     folder, console = Path(run).expanduser(), console or Console()
     if not (folder / "recipe.yaml").is_file():
         raise UserError(f"{run} is not a run's folder: it holds no recipe.yaml")
-    recipe = Recipe.load(folder / "recipe.yaml", overrides)
+    recipe = load_run_recipe(folder, overrides)
     name = student_folder(folder)
     manager = task_manager(tasks, task_path)
 
@@ -91,6 +91,8 @@ def evaluate_tasks(
             model = load_teacher(source.model, dtype=source.dtype, device=device, **shared)
         else:
             model = load_teacher(name, device=device)
+            if (folder / "vocabulary.json").is_file():  # a trimmed one has its own numbers
+                tokenizer = load_tokenizer(name)
         console.print(f"{who}: {', '.join(tasks)}", highlight=False, markup=False)
         answers[who] = run_tasks(
             model, tokenizer, tasks, manager, limit=limit, fewshot=fewshot, autocast=autocast,

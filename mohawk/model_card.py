@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from mohawk.parity import Row
-from mohawk.recipe import Recipe
+from mohawk.recipe import RecipeFile
 from mohawk.report import RESULTS, read_json, tables
+from mohawk.run_recipe import load_run_recipe
 from mohawk.runtimes import GROUPS_APART, Note
 
 log = logging.getLogger(__name__)
@@ -31,7 +32,7 @@ def model_card(
         runtimes: of `mohawk.runtimes.notes`.
         changes: what the export changed about the student, a sentence each.
     """
-    recipe = Recipe.load(run / "recipe.yaml") if run else None
+    recipe = load_run_recipe(run) if run else None
     results = read_json(run / RESULTS) if run else None
     teacher = recipe.teacher.model if recipe else _base_name(config)
     licence = licence_of(teacher, recipe.teacher.revision if recipe else None) if teacher else None
@@ -122,12 +123,16 @@ def _needs(config: Any) -> str:
     return f"\n\nNeeds transformers {GROUPS_APART} or later; earlier ones load it without a word and answer otherwise."
 
 
-def _recipe(recipe: Recipe) -> str:
+def _recipe(recipe: RecipeFile) -> str:
     """The student and its training; where things lay on somebody's disk is nobody's business."""
     from mohawk import recipe_text
 
     told = recipe.model_dump(mode="json")
-    return recipe_text.write({key: told[key] for key in ("student", "phases", "precision", "seed")}).strip()
+    places = ("teacher", "teachers", "data", "evaluation", "device", "output", "report_to")
+    stages = [told.get("heal"), told.get("correct"), *told.get("stages", [])]
+    for stage in filter(None, stages):  # folders
+        stage |= {key: None for key in ("cache", "data", "student") if key in stage}
+    return recipe_text.write({key: value for key, value in told.items() if key not in places}).strip()
 
 
 def _public(source: str) -> str:

@@ -377,3 +377,31 @@ def _save(figure: Any, target: Path | str) -> Path:
     figure.savefig(beside, format="png")
     os.replace(beside, target)
     return target
+
+
+def plot_candidates(state: Mapping[str, Any], target: Path | str) -> Path:
+    """KL of a search's candidates as cut and after light healing, over their numbers of layers.
+
+    state: as in a round's search.json (see mohawk.prune_search).
+    """
+    figure, axes = _subplots(1, 1, width=6.4, height=4.2)
+    axis, rows = axes[0][0], state["candidates"]
+    healed = any(row["kl"] != row["kl_as_cut"] for row in rows)
+    shown = [("kl_as_cut", "as cut", GREY, "x")] + ([("kl", "after light healing", BLUE, "o")] if healed else [])
+    for key, label, color, marker in shown:
+        values = [_number(row[key]) for row in rows]
+        axis.plot([row["sizes"]["layers"] for row in rows], values, marker, color=color, label=label)
+    for number, row in enumerate(rows):
+        if math.isfinite(value := _number(row["kl"])):
+            sizes = row["sizes"]
+            text = f"{sizes['hidden']} / {sizes['ffn']}" + " (picked)" * (number == state["picked"])
+            axis.annotate(text, (sizes["layers"], value), xytext=(4, 4), textcoords="offset points", fontsize=8)
+    if all(_number(row[key]) > 0 for row in rows for key, *_ in shown):
+        _log_axis(axis)
+    axis.margins(x=0.15, y=0.15)
+    axis.xaxis.get_major_locator().set_params(integer=True)
+    axis.set_title("candidates for a budget: hidden / ffn")
+    axis.set_xlabel("layers")
+    axis.set_ylabel("KL(teacher ‖ student), nats per token")
+    axis.legend(frameon=False)
+    return _save(figure, target)

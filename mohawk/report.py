@@ -8,7 +8,7 @@ import logging
 import math
 import os
 import platform
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -54,18 +54,22 @@ def finish(
     *,
     stages: Mapping[str, str],
     labels: Mapping[str, str],
+    own_tables: Sequence[Table] = (),
+    student_tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> dict[str, Any]:
     """Measure what is still missing, draw, write results.json and report.md, print the tables.
 
     folder: a run's, with evaluation/*.json and metrics.jsonl. Speed, state size and continuations are measured here,
     unless an earlier call with the same evaluation settings left them in results.json. stages: name -> what the student
-    then was, in order. labels: what each one's loss is. Returns the results.
+    then was, in order. labels: what each one's loss is. own_tables: of a kind of run, in front of the others.
+    student_tokenizer: where it is not the teacher's. Returns the results.
     """
     from mohawk.evaluate import continuation, decode_speed
 
     folder = Path(folder)
     asked = recipe.evaluation
     models = {"teacher": teacher, "student": student}
+    of = {"teacher": tokenizer, "student": student_tokenizer or tokenizer}
     earlier = read_json(folder / RESULTS) or {}
     if earlier.get("recipe", {}).get("evaluation") != asked.model_dump(mode="json"):
         earlier = {}
@@ -75,7 +79,7 @@ def finish(
     }
     continuations = earlier.get("continuations") or {
         "prompt": asked.prompt,
-        **{who: continuation(m, tokenizer, asked.prompt, asked.continuation_tokens) for who, m in models.items()},
+        **{who: continuation(m, of[who], asked.prompt, asked.continuation_tokens) for who, m in models.items()},
     }
     evaluated = {stage: read_json(folder / "evaluation" / f"{stage}.json") for stage in stages}
     evaluated = {stage: found for stage, found in evaluated.items() if found}
@@ -89,6 +93,7 @@ def finish(
         "parameters": {who: count_parameters(model) for who, model in models.items()},
         "dtypes": {who: str(model.dtype).removeprefix("torch.") for who, model in models.items()},
         "stages": dict(stages),
+        "own_tables": [list(table) for table in own_tables],
         "evaluation": evaluated,
         "decoding": decoding,
         "phases": {name: times[name] for name in stages if name in times},
@@ -251,7 +256,7 @@ Table = tuple[str, list[str], list[list[str]]]
 
 def tables(results: Mapping[str, Any]) -> list[Table]:
     """The run's figures as tables of strings: quality for each text, size and speed, training."""
-    made: list[Table] = []
+    made: list[Table] = [tuple(table) for table in results.get("own_tables", ())]
     stages = results.get("stages", AFTER)  # which earlier results did not have
     for text, name in TEXTS.items():
         rows = []

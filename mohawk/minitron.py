@@ -1,0 +1,134 @@
+"""Minitron pruning in plain Python: a model, a target size, a smaller model; to be healed by any training loop."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mohawk.errors import UserError
+from mohawk.importance import Importance, choose, chosen_layers, measure_importance
+from mohawk.importance_baselines import magnitude_importance, random_importance
+from mohawk.models.cut_sizes import Sizes, check_sizes, sizes_of
+from mohawk.models.cuts import Cut, cut
+from mohawk.prune_search import Budget, Costs, candidates
+from mohawk.prune_sizes import WIDTHS, empty_model, parameters_of
+
+STRATEGIES = ("importance", "magnitude", "random")
+STEPS = 12  # depths tried on the way down, until one reaches the target
+
+
+class MinitronPruner:
+    """Cuts a model to a number of parameters (arXiv 2407.14679); `mohawk prune` also heals, in rounds.
+
+        pruner = MinitronPruner(teacher, target_params=90_000_000, calibration=batches)
+        student = pruner.prune()
+        loss = KnowledgeDistiller(teacher, student).compute_loss(input_ids)  # heals it
+
+    Args:
+        teacher: a causal LM of a supported family, or a `HybridForCausalLM`; left as it was.
+        target_params: how many parameters are left, all of them counted; below 1 a share of those outside embedding and
+            head. Met from below, to within `tolerance`.
+        strategy: "importance" (activations), "magnitude" (norms of weights) or "random".
+        calibration: text for the importance: packed batches as `mohawk.data.collate` gives them, or (rows, n) int64
+            token ids. None: not needed for other strategies.
+        sizes: instead of `target_params`: the sizes to cut to.
+        depth: layers to keep with `target_params`; None: all of them if the target can be reached by width, since width
+            costs less quality than depth (up to 15B parameters), else as many as it can.
+        width: what gets narrower: "all" (hidden channels, heads, MLPs), "inner" (heads, MLPs) or "ffn".
+        layers: which layers stay where some go: as in `mohawk.importance.choose`.
+        tolerance: share of `target_params` that may be unused.
+        seed: of "random".
+
+    Raises:
+        ValueError: an unknown option, a target that cannot be reached or is above the model's size, no calibration.
+    """
+
+    def __init__(
+        self,
+        teacher: nn.Module,
+        target_params: float | None = None,
+        strategy: str = "importance",
+        calibration: Iterable[Mapping[str, Tensor]] | Tensor | None = None,
+        *,
+        sizes: Sizes | None = None,
+        depth: int | None = None,
+        width: str = "all",
+        layers: str | Sequence[int] | Tensor = "score",
+        tolerance: float = 0.03,
+        seed: int = 0,
+    ):
+        if strategy not in STRATEGIES:
+            raise ValueError(f"strategy: got {strategy!r}; allowed: {', '.join(STRATEGIES)}")
+        if width not in WIDTHS:
+            raise ValueError(f"width: got {width!r}; allowed: {', '.join(WIDTHS)}")
+        if (target_params is None) == (sizes is None):
+            raise ValueError("give either target_params or sizes")
+        if target_params is not None and not target_params > 0:
+            raise ValueError(f"target_params: got {target_params}; allowed: a number of parameters, or a share below 1")
+        if strategy == "importance" and calibration is None:
+            raise ValueError("strategy 'importance' needs calibration: batches of text, or token ids (rows, n)")
+        if sizes is not None:
+            check_sizes(teacher.config, sizes)
+        self.teacher, self.strategy, self.layers, self.seed = teacher, strategy, layers, seed
+        self.target_params, self.depth, self.width, self.tolerance = target_params, depth, width, tolerance
+        self._calibration, self._sizes = calibration, sizes
+        self._importance: Importance | None = None
+
+    @property
+    def importance(self) -> Importance:
+        """The teacher's scores, measured once."""
+        if self._importance is None:
+            if self.strategy == "magnitude":
+                self._importance = magnitude_importance(self.teacher)
+            elif self.strategy == "random":
+                self._importance = random_importance(self.teacher.config, self.seed)
+            else:
+                self._importance = measure_importance(self.teacher, _batches(self._calibration))
+        return self._importance
+
+    @property
+    def sizes(self) -> Sizes:
+        """What is cut to."""
+        if self._sizes is None:
+            self._sizes = self._found()
+        return self._sizes
+
+    def cut(self) -> Cut:
+        """What is kept."""
+        return choose(self.importance, self.sizes, layers=self.layers)
+
+    def prune(self) -> Any:
+        """The smaller model, of the teacher's class, dtype and device; its parameters are trainable."""
+        return cut(self.teacher, self.cut()).requires_grad_(True)
+
+    def _found(self) -> Sizes:
+        config, own = self.teacher.config, sizes_of(self.teacher.config)
+        share = self.target_params < 1
+        whole = parameters_of(empty_model(config))
+        kind, value = ("nonembedding", self.target_params * whole[1]) if share else ("parameters", self.target_params)
+        costs, budget = Costs(config, kind), Budget(kind, value, self.tolerance)
+        least = max(1, own.layers // STEPS)
+        depths = [self.depth] if self.depth else [*range(own.layers, 0, -least)]
+        error: UserError | None = None
+        for depth in depths:
+            try:
+                return candidates(
+                    costs, budget, depths=[depth], widths=[self.width],
+                    kept=lambda count: chosen_layers(self.importance, count, self.layers),
+                )[0]  # fmt: skip
+            except UserError as reason:
+                error = error or reason
+        raise ValueError(f"target_params: {error}") from error
+
+
+def _batches(calibration: Iterable[Mapping[str, Tensor]] | Tensor) -> Iterable[Mapping[str, Tensor]]:
+    if isinstance(calibration, Tensor):
+        if calibration.dim() != 2 or torch.is_floating_point(calibration):
+            raise ValueError(
+                f"calibration: got {calibration.dtype} of shape {tuple(calibration.shape)}; allowed: int64 (rows, n)"
+            )
+        return ({"input_ids": rows} for rows in calibration.split(8))
+    return calibration

@@ -1,0 +1,384 @@
+"""`mohawk prune`: scores -> cut -> healing by distillation, in rounds; optionally a hybrid made of the result."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import json
+import logging
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+from torch import nn
+
+from mohawk.checkpoints import is_complete, newest_complete, write_whole
+from mohawk.data import PackedDataset, collate
+from mohawk.distill import Distillation, loss_label, mistakes
+from mohawk.distill_data import training_rows
+from mohawk.errors import UserError
+from mohawk.evaluate import Comparison, compare
+from mohawk.importance import Importance, choose, chosen_layers, measure_importance
+from mohawk.importance_baselines import magnitude_importance, random_importance
+from mohawk.layer_drops import measure_layer_drops
+from mohawk.models.cut_sizes import Sizes, sizes_of
+from mohawk.models.cuts import cut
+from mohawk.models.from_teacher import hybrid_from_teacher
+from mohawk.plan import objective_for
+from mohawk.plots import plot_candidates
+from mohawk.progress import log_to
+from mohawk.prune_plan import Plan, Round, convert_options, costs_of, found_for, make_plan, print_plan
+from mohawk.prune_recipe import PruneRecipe, Step
+from mohawk.prune_search import search, search_table
+from mohawk.prune_sizes import between, parameters_of, sizes_header, sizes_row, target_sizes
+from mohawk.readout import solve_output_projections
+from mohawk.report import Table, finish, read_json, write_json
+from mohawk.run import STUDENT, claimed, pick_device
+from mohawk.teachers import load_config, load_teacher, load_tokenizer
+from mohawk.trainer import PhaseTrainer
+from mohawk.trim_vocabulary import trim_tokenizer, trim_vocabulary
+
+log = logging.getLogger(__name__)
+
+
+def prune(recipe: PruneRecipe, *, dry_run: bool = False) -> None:
+    """Run a recipe to its end, or go on with it.
+
+    Args:
+        recipe: checked by `PruneRecipe.load` or `PruneRecipe.from_dict`.
+        dry_run: print the plan and return; only the teacher's configuration is read.
+
+    Raises:
+        UserError: the teacher cannot be loaded or cut, the target does not fit it, the data hold no text, or the output
+            folder holds another run.
+        Interrupted: a signal stopped the run after it saved.
+    """
+    console = Console()
+    teacher, run = recipe.teacher, Path(recipe.output)
+    config = load_config(
+        teacher.model, gguf_file=teacher.gguf_file, revision=teacher.revision,
+        trust_remote_code=teacher.trust_remote_code,
+    )  # fmt: skip
+    saved = read_json(run / "rounds" / "1" / "search.json") or {"candidates": []}
+    plan = make_plan(recipe, config, pick_device(recipe.device), [Sizes(**row["sizes"]) for row in saved["candidates"]])
+    print_plan(plan, recipe, console)
+    if dry_run:
+        return
+    with claimed(run, recipe), log_to(run):
+        Pruning(recipe, run, console, plan).run()
+
+
+class Pruning(Distillation):
+    """One pruning: its steps, one after another. A healing is a stage of a distillation."""
+
+    recipe: PruneRecipe
+
+    def __init__(self, recipe: PruneRecipe, run: Path, console: Console, plan: Plan):
+        self.plan = plan
+        super().__init__(recipe, run, console)
+
+    def run(self) -> None:
+        start = time.monotonic()
+        if self.recipe.prune.vocabulary is not None:  # said before hours of training
+            with mistakes("prune.vocabulary"):
+                trim_tokenizer(self.tokenizer, range(max(len(self.tokenizer), self.plan.own.vocabulary)))
+        steps = self.recipe.steps()
+        finished = max((i for i, s in enumerate(steps) if is_complete(self._student(s.name))), default=-1)
+        student: nn.Module | None = None
+        for i, step in enumerate(steps):
+            whole = is_complete(self._student(step.name))
+            if i > finished or step.kind == "correct" and not whole:
+                self._forget(step.name)
+                student = self._take(step, student)
+                with write_whole(self._student(step.name), replace=True) as folder:
+                    student.save_pretrained(folder)
+            elif whole:
+                student = self._load(step.name)
+            else:
+                log.warning("%s is missing or damaged; going on from a later step", self._student(step.name))
+                continue
+            self._evaluate(step.name, student)
+            if step.kind == "correct":
+                self._correct_teacher(student)
+                student = None
+            gc.collect()
+        student = self.teacher if student is None else student
+        final = self.folder / STUDENT
+        if finished < len(steps) - 1 or not is_complete(final):
+            self._write_final(student, final)
+        del student
+        student = load_teacher(final, dtype="auto", device=self.device)
+        finish(
+            self.folder, self.recipe, student.eval(), self.teacher, self.tokenizer, self.console,
+            stages={step.name: step.told for step in steps}, labels=self._labels(steps),
+            own_tables=self._tables(student), student_tokenizer=load_tokenizer(final),
+        )  # fmt: skip
+        log.info("run finished in %.0f s", time.monotonic() - start)
+
+    def _take(self, step: Step, student: nn.Module | None) -> nn.Module:
+        """The student after a step; student: before it, None: the teacher is."""
+        if step.kind == "correct":
+            return self._train(0, self.recipe.correct, copy.deepcopy(self.teacher).float().requires_grad_(True))
+        if step.kind == "cut":
+            return self._cut(step.round, self.teacher if student is None else student)
+        if step.kind == "convert":
+            torch.manual_seed(self.recipe.seed)
+            hybrid = hybrid_from_teacher(self.teacher if student is None else student, **convert_options(self.recipe))
+            return hybrid.float().requires_grad_(True)
+        if step.kind == "heal":
+            return self._train(0, self.recipe.heal.model_copy(update={"name": step.name}), student)
+        return self._match(step.name, student)
+
+    # ---- the teacher ----
+
+    def _load_teacher(self) -> nn.Module:
+        corrected = self.recipe.correct and self._student(self.recipe.correct.name)
+        measured = corrected and (self.folder / "evaluation" / f"{self.recipe.correct.name}.json").is_file()
+        if measured and is_complete(corrected):  # nothing is left to compare with the one as it was
+            return load_teacher(corrected, dtype=self._teacher_dtype(), device=self.device)
+        return super()._load_teacher()
+
+    def _correct_teacher(self, corrected: nn.Module) -> None:
+        """From here on all is compared with, and cut from, the teacher as fine-tuned on the text."""
+        self.teacher = corrected.to(self.teacher.dtype).eval().requires_grad_(False)
+        self.texts = self._evaluation_texts()
+
+    def _teacher_dtype(self) -> str:
+        return self.recipe.teacher.dtype
+
+    # ---- the cut ----
+
+    def _round(self, number: int) -> Path:
+        return self.folder / "rounds" / str(number)
+
+    def _cut(self, number: int, base: nn.Module) -> nn.Module:
+        """A round's cut of the teacher, or of the student so far."""
+        round_, folder = self.plan.rounds[number - 1], self._round(number)
+        scores = self._scores(number, base)
+        layers = self._layer_scores(number, base, round_)
+        sizes = self._sizes(number, base, scores, layers)
+        with mistakes(round_.where):
+            what = choose(scores, sizes, layers=layers)
+            smaller = cut(base, what).float().requires_grad_(True)
+        kept = list(what.layers) if what.layers is not None else list(range(sizes.layers))
+        total, inside = parameters_of(smaller)
+        found = {"before": asdict(sizes_of(base.config)), "after": asdict(sizes), "layers": kept,
+                 "parameters": total, "outside_embedding_and_head": inside}  # fmt: skip
+        write_json(folder / "cut.json", found)
+        log.info("round %d: %s", number, json.dumps(found))
+        return smaller
+
+    def _scores(self, number: int, base: nn.Module) -> Importance:
+        path = self._round(number) / "importance.safetensors"
+        if path.is_file():
+            try:
+                return Importance.load(path)
+            except Exception as error:  # safetensors' own error for a damaged file, ValueError for another one
+                log.warning("%s cannot be read (%s): measuring again", path, error)
+        scores = self._measured_scores(number, base)
+        scores.save(path)
+        return scores
+
+    def _measured_scores(self, number: int, base: nn.Module) -> Importance:
+        strategy = self.recipe.prune.strategy
+        if strategy == "magnitude":
+            return magnitude_importance(base)
+        if strategy == "random":
+            return random_importance(base.config, self.recipe.seed + number)
+        asked = self.recipe.calibration
+        self.console.print(f"round {number}: importance on {asked.tokens:,} tokens")
+        with torch.autocast(self.device.type, dtype=self.autocast, enabled=self.autocast is not None):
+            return measure_importance(base, self._calibration(asked.tokens))
+
+    def _calibration(self, tokens: int) -> Any:
+        """Batches of training text, a fixed choice."""
+        asked = self.recipe.calibration
+        wanted = -(-tokens // asked.sequence_length)
+        rows = training_rows(
+            self.recipe.data, self.sources, asked.sequence_length, wanted, self.recipe.seed, self._pad()
+        )
+        count = min(wanted, len(rows))
+        for start in range(0, count, asked.batch_size):
+            yield collate([rows[i] for i in range(start, min(start + asked.batch_size, count))])
+
+    def _layer_scores(self, number: int, base: nn.Module, round_: Round) -> Any:
+        """What `choose` calls layers: a word, indices, or scores of its own."""
+        given, by = round_.target.layers, self.recipe.prune.layers_by
+        if given is not None and not isinstance(given, int):
+            return given
+        fixed = round_.sizes is not None and round_.sizes.layers == sizes_of(base.config).layers
+        if by in ("block_importance", "contiguous") or fixed:
+            return "block" if by == "contiguous" else "score"
+        path = self._round(number) / "layers.json"
+        if (found := read_json(path)) is None:
+            tokens = self.recipe.calibration.layer_tokens
+            self.console.print(f"round {number}: each layer left out in turn, on {tokens:,} tokens")
+            with torch.autocast(self.device.type, dtype=self.autocast, enabled=self.autocast is not None):
+                drops = measure_layer_drops(base, self._calibration(tokens))
+            found = {"kl": drops.kl.tolist(), "perplexity": drops.perplexity.tolist(), "whole": drops.whole}
+            write_json(path, found)
+        return torch.tensor(found[by], dtype=torch.float64)
+
+    def _sizes(self, number: int, base: nn.Module, scores: Importance, layers: Any) -> Sizes:
+        """What a round cuts to: planned, searched, or on the way to what the first round's search picked."""
+        round_ = self.plan.rounds[number - 1]
+        if round_.budget is None and round_.sizes is not None:
+            return round_.sizes
+        if round_.budget is None and round_.target.sizes():
+            with mistakes(round_.where):
+                return target_sizes(base.config, round_.target)
+        searched = number if round_.budget is not None else 1
+        state = read_json(self._round(searched) / "search.json")
+        if state is None or "picked" not in state:
+            picked = self._search(number, base, scores, layers)
+        else:
+            picked = Sizes(**state["candidates"][state["picked"]]["sizes"])
+        return between(self.plan.own, picked, round_.share)
+
+    # ---- the search ----
+
+    def _search(self, number: int, base: nn.Module, scores: Importance, layers: Any) -> Sizes:
+        round_, folder = self.plan.rounds[number - 1], self._round(number)
+
+        def kept(count: int) -> Sequence[int]:
+            return chosen_layers(scores, count, layers)
+
+        costs, found = round_.costs, round_.candidates
+        alike = self.plan.own.state_heads is None and number == 1
+        if not (alike or round_.budget.kind == "latency" and number == 1):
+            costs = costs_of(self.recipe, base.config, round_.budget.kind, self.device)
+            found = found_for(self.recipe, costs, round_.budget, round_.where, kept)
+        light = self._light_healing(folder) if self.recipe.search.tokens and len(found) > 1 else None
+        picked = search(
+            found, costs, round_.budget, kept=kept, heal=light, measure=self._on_held_out, folder=folder,
+            make=lambda sizes: cut(base, choose(scores, sizes, layers=layers)).float().requires_grad_(True),
+            console=self.console,
+        )  # fmt: skip
+        plot_candidates(read_json(folder / "search.json"), self.folder / "plots" / f"search_{number}.png")
+        return picked
+
+    def _on_held_out(self, student: nn.Module) -> Comparison:
+        name = "held_out" if "held_out" in self.texts else next(iter(self.texts))
+        return compare(student, self.texts[name], autocast=self.autocast)
+
+    def _light_healing(self, folder: Path) -> Callable[[int, nn.Module], None]:
+        stage = self.recipe.heal.model_copy(update={"tokens": self.recipe.search.tokens, "advance": None})
+
+        def heal(number: int, student: nn.Module) -> None:
+            name, data = f"candidate_{number + 1}", stage.data or self.recipe.data
+            wanted = stage.steps() * stage.batch_size * stage.gradient_accumulation
+            rows = training_rows(data, self.sources, stage.sequence_length, wanted, self.recipe.seed, self._pad())
+            with mistakes("heal"):
+                objective = self._objective(0, stage, student)
+            trainer = PhaseTrainer(
+                objective, name=name, phase=stage, run_dir=folder, train_dataset=rows, collate=collate,
+                precision=self.recipe.precision, device=self.recipe.device, seed=self.recipe.seed,
+            )  # fmt: skip
+            self._fit(trainer, student)
+            del trainer, objective
+            gc.collect()
+            shutil.rmtree(folder / "phases" / name, ignore_errors=True)  # its figures are kept, its weights are not
+
+        return heal
+
+    # ---- the hybrid ----
+
+    def _match(self, name: str, student: nn.Module) -> nn.Module:
+        """Phase 1 or 2 of a conversion, against the pruned model."""
+        phase, parent = getattr(self.recipe.convert, name), self.teacher
+        if self.plan.rounds:
+            folder = self._student(f"prune_{len(self.plan.rounds)}")
+            if not is_complete(folder):
+                raise UserError(f"{folder} is missing or damaged; to make it again, delete {folder.parent.parent}")
+            parent = load_teacher(folder, device=self.device)
+        wanted = phase.steps() * phase.batch_size * phase.gradient_accumulation
+        rows = training_rows(
+            self.recipe.data, self.sources, phase.sequence_length, wanted, self.recipe.seed, self._pad()
+        )
+        trainer = self._trainer(name, phase, objective_for(name, phase, student, parent), rows)
+        if name == "hidden" and phase.solve_tokens and newest_complete(trainer.folder) is None:
+            count = min(len(rows), -(-phase.solve_tokens // phase.sequence_length))
+            batches = (
+                collate([rows[i] for i in range(start, min(start + phase.batch_size, count))])
+                for start in range(0, count, phase.batch_size)
+            )
+            solve_output_projections(student, parent, batches, autocast=self.autocast)
+        self._fit(trainer, student)
+        del trainer
+        return student.requires_grad_(True)
+
+    # ---- the end ----
+
+    def _write_final(self, student: nn.Module, final: Path) -> None:
+        student, tokenizer = student.to(getattr(torch, self.recipe.save_dtype)), self.tokenizer
+        if self.recipe.prune.vocabulary is not None:
+            with mistakes("prune.vocabulary"):
+                trimmed = trim_vocabulary(student, tokenizer, ids=self._tokens_kept())
+            student, tokenizer = trimmed.model, trimmed.tokenizer
+            covered = {"before": self.plan.own.vocabulary, "after": len(trimmed.tokens)}
+            for name, documents in (("held_out", self.data.held_out), ("evaluation", self.data.evaluation)):
+                if documents is not None and documents.tokens:
+                    counts = self._token_counts(documents)
+                    covered[name] = float(counts[trimmed.tokens].sum() / counts.sum())
+            write_json(self.folder / "vocabulary.json", covered)
+        with write_whole(final, replace=True) as folder:
+            student.save_pretrained(folder)
+            tokenizer.save_pretrained(folder)
+
+    def _tokens_kept(self) -> list[int]:
+        if self.data is None:
+            raise ValueError("needs text to count tokens in, but all of data.train is prompts and responses")
+        counts, asked = self._token_counts(self.data.train), self.recipe.prune.vocabulary
+        if asked == "corpus":
+            return np.flatnonzero(counts).tolist()
+        return sorted(np.argsort(-counts, kind="stable")[:asked].tolist())
+
+    def _token_counts(self, documents: Any) -> np.ndarray:
+        """How often each id occurs, (vocabulary,)."""
+        rows = PackedDataset(documents, 4096)
+        counts = np.zeros(self.plan.own.vocabulary, dtype=np.int64)
+        for i in range(len(rows)):
+            row = rows[i]
+            counts += np.bincount(row["input_ids"][row["segment_ids"] >= 0].numpy(), minlength=len(counts))
+        return counts
+
+    def _labels(self, steps: Sequence[Step]) -> dict[str, str]:
+        labels = {}
+        for step in steps:
+            if step.kind in ("correct", "heal"):
+                labels[step.name] = loss_label(getattr(self.recipe, step.kind))
+            elif step.kind == "mixing":
+                labels[step.name] = f"{self.recipe.convert.mixing.metric} distance of the matrices"
+            elif step.kind == "hidden":
+                labels[step.name] = "L2 distance per token"
+        return labels
+
+    def _tables(self, student: nn.Module) -> list[Table]:
+        """What was cut, what was searched, and which tokens are left."""
+        rows = [["teacher", *sizes_row(self.plan.own), *(f"{n:,}" for n in parameters_of(self.teacher))]]
+        searches = []
+        for number in range(1, len(self.plan.rounds) + 1):
+            if (found := read_json(self._round(number) / "cut.json")) is not None:
+                counts = (found["parameters"], found["outside_embedding_and_head"])
+                rows.append([f"after cut {number}", *sizes_row(Sizes(**found["after"])), *(f"{n:,}" for n in counts)])
+            if (state := read_json(self._round(number) / "search.json")) and "picked" in state:
+                searches.append(search_table(state))
+        counts = [f"{n:,}" for n in parameters_of(student)]
+        if counts != rows[-1][-2:]:  # made a hybrid, or less of a vocabulary
+            rows.append(["student", *sizes_row(sizes_of(student.config))[: len(rows[0]) - 3], *counts])
+        header = ["", *sizes_header(self.plan.own), "parameters", "outside embedding and head"]
+        made: list[Table] = [("Sizes", header, rows), *searches]
+        if (covered := read_json(self.folder / "vocabulary.json")) is not None and self.recipe.prune.vocabulary:
+            lines = [["tokens", f"{covered['after']:,} of {covered['before']:,}"]]
+            lines += [
+                [f"of {name.replace('_', '-')} text's tokens", f"{covered[name]:.2%}"]
+                for name in ("held_out", "evaluation") if name in covered
+            ]  # fmt: skip
+            made.append(("Vocabulary kept", ["", "kept"], lines))
+        return made

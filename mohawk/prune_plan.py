@@ -1,0 +1,240 @@
+"""What a pruning will do, worked out from the recipe and the teacher's configuration alone: no weights are read."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from mohawk.distill import matchings_for, mistakes
+from mohawk.models.cut_sizes import Sizes, sized_config, sizes_of
+from mohawk.models.cuts import resolve_layers
+from mohawk.models.from_teacher import choose_layers
+from mohawk.prune_recipe import PruneRecipe, Target
+from mohawk.prune_search import Budget, Costs, candidates
+from mohawk.prune_sizes import (
+    between,
+    empty_model,
+    parameters_by_kind,
+    parameters_of,
+    sizes_header,
+    sizes_row,
+    spread,
+    target_sizes,
+)
+
+
+@dataclass
+class Round:
+    """One round of cutting: the sizes it leads to, or, until a search has picked them, the candidates.
+
+    where: the target's place in the recipe. share: how far along the way to the target it goes.
+    """
+
+    target: Target
+    where: str
+    share: float = 1.0
+    sizes: Sizes | None = None
+    candidates: list[Sizes] = field(default_factory=list)
+    budget: Budget | None = None
+    costs: Costs | None = None
+
+
+@dataclass
+class Plan:
+    config: Any  # the teacher's
+    own: Sizes
+    rounds: list[Round]
+
+
+def convert_options(recipe: PruneRecipe) -> dict[str, Any] | None:
+    """Arguments of `hybrid_from_teacher`; None where nothing is converted."""
+    if (asked := recipe.convert) is None:
+        return None
+    names = ("ssm_layers", "mixer", "init", "gate", "state_size", "conv_kernel")
+    return {name: getattr(asked, name) for name in names}
+
+
+def budget_of(target: Target, config: Any, tolerance: float) -> Budget:
+    """A target's budget in absolute terms; a share is of the teacher's, whose configuration is given."""
+    name = target.budgets()[0]
+    value = getattr(target, name)
+    if name != "parameters":
+        return Budget(name, value, tolerance)
+    if value < 1:
+        return Budget("nonembedding", value * parameters_of(empty_model(config))[1], tolerance)
+    return Budget("parameters", value, tolerance)
+
+
+def costs_of(recipe: PruneRecipe, config: Any, kind: str, device: Any = "cpu") -> Costs:
+    """Of models cut from one of this configuration, as they are in the end: converted, and in the saved dtype."""
+    return Costs(
+        config, kind, context=recipe.prune.context, dtype=recipe.save_dtype, convert=convert_options(recipe),
+        device=device,
+    )  # fmt: skip
+
+
+def found_for(recipe: PruneRecipe, costs: Costs, budget: Budget, where: str, kept: Any = None) -> list[Sizes]:
+    """The candidates for a budget as the recipe's search asks. Raises UserError."""
+    asked = recipe.search
+    with mistakes(f"{where}.{'parameters' if budget.kind == 'nonembedding' else budget.kind}"):
+        return candidates(costs, budget, depths=asked.depths, steps=asked.steps, widths=asked.widths, kept=kept)
+
+
+def make_plan(recipe: PruneRecipe, config: Any, device: Any = "cpu", saved: Sequence[Sizes] = ()) -> Plan:
+    """Resolves sizes and candidates.
+
+    saved: candidates that a stopped run found for its first round; without them a latency budget is measured here.
+
+    Raises:
+        UserError: the teacher cannot be cut, or the recipe does not fit it.
+    """
+    with mistakes("teacher"):
+        own = sizes_of(config)
+    vocabulary = recipe.prune.vocabulary
+    if isinstance(vocabulary, int) and vocabulary > own.vocabulary:
+        with mistakes("prune.vocabulary"):
+            raise ValueError(f"got {vocabulary}; allowed: corpus, or up to {own.vocabulary}, the model's own")
+    targets = recipe.rounds()
+    split = not recipe.prune.targets
+    rounds: list[Round] = []
+    now, final = config, None  # the configuration that a round starts from, while it is known
+    for i, target in enumerate(targets):
+        where = "prune" if split else f"prune.targets.{i}"
+        round_ = Round(target, where, (i + 1) / len(targets) if split else 1.0)
+        if split and i:
+            round_.sizes = final and between(own, final, round_.share)
+        elif target.sizes():
+            with mistakes(where):
+                final = target_sizes(now or config, target)
+            round_.sizes = between(own, final, round_.share) if split else final
+        else:
+            round_.budget = budget_of(target, config, recipe.search.tolerance)
+            round_.costs = costs_of(recipe, config, round_.budget.kind, device)
+            # of a later round only whether it can be reached at all is known before
+            known = list(saved) if i == 0 else []
+            round_.candidates = known or found_for(recipe, round_.costs, round_.budget, where)
+            final = None
+        rounds.append(round_)
+        if split:
+            continue
+        now = None if round_.sizes is None else sized_config(now or config, round_.sizes, chosen(now or config, round_))
+    plan = Plan(config, own, rounds)
+    _check_stages(recipe, plan)
+    return plan
+
+
+def chosen(config: Any, round_: Round) -> list[int]:
+    """The layers that a round will keep, where they are given; else as many, spread evenly."""
+    layers, count = round_.target.layers, sizes_of(config).layers
+    if layers is not None and not isinstance(layers, int):
+        return resolve_layers(layers, count)
+    return spread(count, round_.sizes.layers)
+
+
+def _check_stages(recipe: PruneRecipe, plan: Plan) -> None:
+    """What healing and conversion ask of the models."""
+    teacher = empty_model(plan.config)
+    for config in _final_configs(plan):
+        if recipe.convert is not None:
+            with mistakes("convert"):
+                choose_layers(recipe.convert.ssm_layers, config.num_hidden_layers)
+        with mistakes("convert"):
+            student = empty_model(config, convert_options(recipe))
+        if recipe.heal is not None:
+            with mistakes("heal"):
+                matchings_for(recipe.heal, student, teacher if recipe.heal.learn_from == "teacher" else student)
+
+
+def _final_configs(plan: Plan) -> list[Any]:
+    """Of the model after the last round, or of every candidate for it."""
+    if not plan.rounds:
+        return [copy.deepcopy(plan.config)]
+    last = plan.rounds[-1]
+    first = next((r for r in plan.rounds if r.target is last.target), last)
+    found = [last.sizes] if last.sizes is not None else first.candidates
+    layers = last.target.layers
+    exact = len(plan.rounds) == 1 and layers is not None and not isinstance(layers, int)
+    kept = resolve_layers(layers, plan.own.layers) if exact else None
+    return [sized_config(plan.config, s, kept or spread(plan.own.layers, s.layers)) for s in found]
+
+
+def print_plan(plan: Plan, recipe: PruneRecipe, console: Console) -> None:
+    """The plan as a person reads it: sizes before and after every round, parameters by kind, stages."""
+    total, inside = parameters_of(empty_model(plan.config))
+    console.print(
+        f"[bold]Teacher[/bold] {recipe.teacher.model}: {total / 1e6:.1f}M parameters, {inside / 1e6:.1f}M of them "
+        "outside embedding and head"
+    )
+    prune = recipe.prune
+    if plan.rounds:
+        strategies = {
+            "importance": f"activations on {recipe.calibration.tokens:,} tokens",
+            "magnitude": "norms of weights",
+            "random": "chance",
+        }
+        console.print(f"Units stay by {strategies[prune.strategy]}, layers by {prune.layers_by.replace('_', ' ')}.")
+    rows: list[tuple[str, Sizes, Any, bool]] = [("teacher", plan.own, plan.config, False)]
+    options = convert_options(recipe)
+    for i, round_ in enumerate(plan.rounds, 1):
+        last = i == len(plan.rounds)
+        found = round_.candidates or ([round_.sizes] if round_.sizes else [])
+        for number, sizes in enumerate(found, 1):
+            name = f"after round {i}" if not round_.candidates else f"round {i}, candidate {number}"
+            config = sized_config(plan.config, sizes, _kept_of(plan, round_, sizes))
+            rows.append((name, sizes, config, False))
+            if last and options is not None:
+                rows.append((f"{name}, converted", sizes, config, True))
+    if not plan.rounds and options is not None:
+        rows.append(("converted", plan.own, plan.config, True))
+    models = [empty_model(config, options if converted else None) for _, _, config, converted in rows]
+    kinds = list(dict.fromkeys(kind for model in models for kind in parameters_by_kind(model)))
+    sizes_table, counts_table = Table("", *sizes_header(plan.own)), Table("", *kinds, "all", "share")
+    for (name, sizes, _, converted), model in zip(rows, models, strict=True):
+        if not converted:
+            sizes_table.add_row(name, *sizes_row(sizes))
+        by_kind, (count, less) = parameters_by_kind(model), parameters_of(model)
+        counts = [f"{by_kind.get(kind, 0) / 1e6:.2f}M" for kind in kinds]
+        counts_table.add_row(name, *counts, f"{count:,}", f"{less / inside:.1%}")
+    console.print(sizes_table)
+    console.print(counts_table)
+    console.print("Parameters by kind; the share is of the teacher's outside embedding and head.")
+    for i, round_ in enumerate(plan.rounds, 1):
+        if round_.budget is not None:
+            light = f" after {recipe.search.tokens:,} tokens of healing each" if recipe.search.tokens else ""
+            console.print(
+                f"Round {i}: the candidate of least KL on held-out text{light}, within "
+                f"{round_.budget.told(round_.budget.value)}.", highlight=False,
+            )  # fmt: skip
+    if (split := len(plan.rounds)) > 1 and not prune.targets and plan.rounds[0].candidates:
+        console.print(f"The sizes picked are reached in {split} rounds of cutting and healing.", highlight=False)
+    if any(round_.sizes is None or round_.candidates for round_ in plan.rounds) or plan.own.state_heads is not None:
+        console.print("Which layers stay is known after calibration; of unlike layers the table has an even spread.")
+    if prune.vocabulary is not None:
+        kept = "of the training text" if prune.vocabulary == "corpus" else f"{prune.vocabulary:,} most frequent"
+        console.print(f"In the end the vocabulary of {plan.own.vocabulary:,} is trimmed to the tokens {kept}.")
+    _print_stages(recipe, len(plan.rounds), console)
+
+
+def _kept_of(plan: Plan, round_: Round, sizes: Sizes) -> list[int]:
+    layers = round_.target.layers
+    if round_ is plan.rounds[0] and layers is not None and not isinstance(layers, int):
+        return resolve_layers(layers, plan.own.layers)
+    return spread(plan.own.layers, sizes.layers)
+
+
+def _print_stages(recipe: PruneRecipe, rounds: int, console: Console) -> None:
+    table = Table("stage", "tokens", "steps", "learning rate")
+    stages = [("correct", recipe.correct)] if recipe.correct else []
+    if recipe.convert is not None:
+        stages += [(name, phase) for name in ("mixing", "hidden") if (phase := getattr(recipe.convert, name))]
+    if recipe.heal is not None:
+        stages.append((f"heal, {rounds} times" if rounds > 1 else "heal", recipe.heal))
+    for name, stage in stages:
+        table.add_row(name, f"{stage.tokens:,}", f"{stage.steps():,}", f"{stage.learning_rate:g}")
+    if stages:
+        console.print(table)
