@@ -9,7 +9,7 @@ in all, from attention's weights and from random mixers, with several seeds of m
 with several learning rates of phase 3, of which each schedule's best one counts. Runs are plain `mohawk convert` runs
 and resume; table, JSON and plot go to benchmarks/results/.
 
-    python benchmarks/phi.py [--teacher-tokens 2000000] [--tokens 65536] [--seeds 3] [--rates 1e-3 3e-4 3e-3]
+    python benchmarks/phi.py [--teacher-tokens 2000000] [--tokens 65536] [--seeds 3] [--rates 3e-3 1e-3 3e-4 1e-4]
 """
 
 import argparse
@@ -30,7 +30,7 @@ BATCH = 8  # rows of LENGTH tokens in a step of the teacher's training
 ROWS = {"mixing": 1, "hidden": 2, "end_to_end": 4}  # of a student's step: few, so that a short phase has steps enough
 LEARNING_RATES = {"mixing": 5e-3, "hidden": 2e-3}
 # Phase 3's, of which each schedule is given its best one: what phase 3 alone needs undoes some of what phase 2 reached
-LAST_RATES = (1e-3, 3e-4, 3e-3)
+LAST_RATES = (3e-3, 1e-3, 3e-4, 1e-4)
 
 
 def texts() -> tuple[list[str], list[str]]:
