@@ -107,11 +107,11 @@ def make_plan(recipe: PruneRecipe, config: Any, device: Any = "cpu", saved: Sequ
         where = "prune" if split else f"prune.targets.{i}"
         round_ = Round(target, where, (i + 1) / len(targets) if split else 1.0)
         if split and i:
-            round_.sizes = final and between(own, final, round_.share)
+            round_.sizes = final and between(config, final, round_.share)
         elif target.sizes():
             with mistakes(where):
                 final = target_sizes(now or config, target)
-            round_.sizes = between(own, final, round_.share) if split else final
+            round_.sizes = between(config, final, round_.share) if split else final
         else:
             round_.budget = budget_of(target, config, recipe.search.tolerance)
             round_.costs = costs_of(recipe, config, round_.budget.kind, device)

@@ -254,7 +254,7 @@ class PruneRecipe(RecipeFile):
             sizes, budgets = target.sizes(), target.budgets()
             if not sizes and not budgets and (prune.targets or prune.vocabulary is None):
                 yield (
-                    [at],
+                    [(*at, name) for name in (*SIZES, *BUDGETS)],
                     f"{label}: nothing to cut to; give sizes ({', '.join(SIZES)}) or a budget ({', '.join(BUDGETS)})",
                 )
             if sizes and budgets:

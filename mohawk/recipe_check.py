@@ -42,7 +42,7 @@ def check(
             mistakes.append(f"{prefix(read.place(at), at)}: {_explain(schema, details, at)}")
             wrong.append(_without_entries(at))
         for at in wrong:
-            _mend(data, at)
+            _mend(schema, data, at)
         model = schema.model_validate(data)
     for involved, message in contradictions(model):
         if not any(at[: len(bad)] == bad for at in involved for bad in wrong):
@@ -168,7 +168,7 @@ def _without_entries(at: Where) -> Where:
     return at[:first]
 
 
-def _mend(data: dict[str, Any], at: Where) -> None:
+def _mend(schema: type[BaseModel], data: dict[str, Any], at: Where) -> None:
     """Replace a wrong value by its default, or by a stand-in where the schema has none."""
     train = [{"source": "?"}]
     stand_ins: dict[Where, Any] = {
@@ -177,13 +177,14 @@ def _mend(data: dict[str, Any], at: Where) -> None:
         ("data",): {"train": train},
         ("data", "train"): train,
         ("stages",): [{}],
+        ("prune",): {"ffn": 1},
     }
     parent: Any = data
     for key in at[:-1]:
         if not isinstance(parent.get(key), dict):
             return  # was itself wrong, and is mended already
         parent = parent[key]
-    if at in stand_ins:
+    if at in stand_ins and at[0] in schema.model_fields:
         parent[at[-1]] = stand_ins[at]
     elif at:
         parent.pop(at[-1], None)

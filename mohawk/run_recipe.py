@@ -18,7 +18,11 @@ COMMANDS = {"prune": "mohawk prune", "stages": "mohawk distill"}  # a key that o
 
 def kind_of_recipe(folder: str | Path) -> str | None:
     """prune, stages, or None for a conversion."""
-    data = RecipeText.read((Path(folder) / "recipe.yaml").read_text(encoding="utf-8"), "recipe.yaml").data
+    try:
+        text = (Path(folder) / "recipe.yaml").read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError):
+        return None  # `Recipe.load` says what is wrong with it
+    data = RecipeText.read(text, "recipe.yaml").data
     return next((key for key in COMMANDS if key in data), None)
 
 
