@@ -1,15 +1,19 @@
 """MOHAWK on Phi's architecture: a small Phi, trained here on real text, and what each phase adds on it.
 
 No Phi checkpoint can be had from the package registry, so a Phi of four layers is trained from scratch on the State of
-the Union addresses for a few minutes. Every layer's attention then becomes discrete Mamba-2, as in
-recipes/phi-mamba.yaml, by phase 3 alone, phases 2 and 3, and all three, each with the same number of training tokens in
-all, from attention's weights and from random mixers. Runs are ordinary `mohawk convert` runs and resume; table, JSON
-and plot go to benchmarks/results/.
+the Union addresses for a few minutes. Its vocabulary is small: tokens are pieces of words, which only attention puts
+together, so that a model needs its attention early in its training (the results say what KL random mixers in its place
+cost, and what the model gains from reading a passage twice). Every layer's attention then becomes discrete Mamba-2, as
+in recipes/phi-mamba.yaml, by phase 3 alone, phases 2 and 3, and all three, each with the same number of training tokens
+in all, from attention's weights and from random mixers, with several seeds of mixers and of the order of the text, and
+with several learning rates of phase 3, of which each schedule's best one counts. Runs are plain `mohawk convert` runs
+and resume; table, JSON and plot go to benchmarks/results/.
 
-    python benchmarks/phi.py [--teacher-tokens 500000] [--tokens 65536] [--runs runs/phi]
+    python benchmarks/phi.py [--teacher-tokens 2000000] [--tokens 65536] [--seeds 3] [--runs runs/phi]
 """
 
 import argparse
+import itertools
 import json
 import math
 import sys
@@ -21,10 +25,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks.ablation import INITS, SCHEDULES  # noqa: E402
 from benchmarks.run import RESULTS  # noqa: E402
 
-VOCABULARY, WIDTH, LAYERS, HEADS, LENGTH = 4096, 256, 4, 4, 256
+VOCABULARY, WIDTH, LAYERS, HEADS, LENGTH = 512, 128, 4, 4, 256
 BATCH = 8  # rows of LENGTH tokens in a step of the teacher's training
 ROWS = {"mixing": 1, "hidden": 2, "end_to_end": 4}  # of a student's step: few, so that a short phase has steps enough
-LEARNING_RATES = {"mixing": 5e-3, "hidden": 2e-3, "end_to_end": 1e-3}
+LEARNING_RATES = {"mixing": 5e-3, "hidden": 2e-3}
+# Phase 3's, of which each schedule is given its best one: what phase 3 alone needs undoes some of what phase 2 reached
+LAST_RATES = (1e-3, 3e-4, 3e-3)
 
 
 def texts() -> tuple[list[str], list[str]]:
@@ -94,13 +100,33 @@ def train_teacher(folder: Path, tokens: float) -> None:
         if (step + 1) % 20 == 0:
             print(f"teacher: step {step + 1} of {steps}, loss {sum(recent) / len(recent):.3f}", flush=True)
     about = {"steps": steps, "tokens": steps * BATCH * LENGTH, "loss": sum(recent) / len(recent)}
+    about["readings"] = loss_by_reading(model.eval(), data.held_out)
     with write_whole(folder, replace=True) as beside:
-        model.eval().save_pretrained(beside)
+        model.save_pretrained(beside)
         tokenizer.save_pretrained(beside)
         (beside / "training.json").write_text(json.dumps(about))
 
 
-def recipe_for(teacher: Path, init: str, schedule: dict[str, float], tokens: float, output: Path):
+def loss_by_reading(model, held_out, passages: int = 16) -> list[float]:
+    """Nats a token on passages of half a row, read for the first and, right after, for the second time."""
+    import torch
+
+    from mohawk.data import PackedDataset
+
+    half, losses = LENGTH // 2, []
+    rows = PackedDataset(held_out, half, tokens=passages * half, seed=0)
+    for i in range(min(passages, len(rows))):
+        ids = torch.as_tensor(rows[i]["input_ids"]).repeat(2)[None]
+        with torch.no_grad():
+            logits = model(ids, use_cache=False).logits[0, :-1].float()
+        losses.append(torch.nn.functional.cross_entropy(logits, ids[0, 1:], reduction="none"))
+    mean = torch.stack(losses).mean(0)
+    return [mean[: half - 1].mean().item(), mean[half:].mean().item()]
+
+
+def recipe_for(
+    teacher: Path, init: str, schedule: dict[str, float], tokens: float, last_rate: float, seed: int, output: Path
+):
     """The shipped recipe's student and phases at this teacher's size, with this text and these budgets."""
     from mohawk.recipe import Recipe, shipped
 
@@ -108,9 +134,9 @@ def recipe_for(teacher: Path, init: str, schedule: dict[str, float], tokens: flo
     phases: dict[str, dict | None] = {}
     paper = Recipe.load(shipped("phi-mamba"))
     for name, phase in paper.phases.active():
-        budget = int(tokens * schedule.get(name, 0))
+        budget, rate = int(tokens * schedule.get(name, 0)), LEARNING_RATES.get(name, last_rate)
         small = dict(
-            tokens=budget, batch_size=ROWS[name], sequence_length=LENGTH, learning_rate=LEARNING_RATES[name],
+            tokens=budget, batch_size=ROWS[name], sequence_length=LENGTH, learning_rate=rate,
             gradient_accumulation=1,
         )  # fmt: skip
         phases[name] = {**phase.model_dump(mode="json"), **small} if budget else None
@@ -121,17 +147,20 @@ def recipe_for(teacher: Path, init: str, schedule: dict[str, float], tokens: flo
             "data": {"train": train, "evaluation": evaluation, "validation_share": 0.02},
             "phases": phases,
             "evaluation": {"sequence_length": LENGTH, "contexts": [256], "decode_tokens": 2, "tokens": 8192},
+            "seed": seed,
             "output": str(output),
         }
     )
 
 
-def row(init: str, name: str, run: Path) -> dict:
+def row(init: str, name: str, last_rate: float, seed: int, run: Path) -> dict:
     results = json.loads((run / "results.json").read_text(encoding="utf-8"))
     stages = list(results["evaluation"].values())
     return {
         "init": init,
         "phases": name,
+        "last_rate": last_rate,
+        "seed": seed,
         "texts": {
             text: {**{key: stages[-1][text][key] for key in found}, "kl_before": stages[0][text]["kl"]}
             for text, found in stages[-1].items()
@@ -141,37 +170,79 @@ def row(init: str, name: str, run: Path) -> dict:
     }  # fmt: skip
 
 
+def mean_of(rows: list[dict], init: str, name: str, text: str, key: str) -> tuple[float, float]:
+    """Over the seeds: the mean, and half of the way from the least to the most."""
+    values = [float(r["texts"][text][key]) for r in rows if (r["init"], r["phases"]) == (init, name)]
+    return sum(values) / len(values), (max(values) - min(values)) / 2
+
+
+def best(rows: list[dict]) -> list[dict]:
+    """Of each start and schedule the runs with the rate of phase 3 that leaves less KL on held-out addresses."""
+    kept = []
+    for init in INITS:
+        for name in SCHEDULES:
+            own = {
+                rate: [r for r in rows if (r["init"], r["phases"], r["last_rate"]) == (init, name, rate)]
+                for rate in LAST_RATES
+            }
+            means = {rate: mean_of(found, init, name, "held_out", "kl")[0] for rate, found in own.items() if found}
+            if means:
+                kept += own[min(means, key=means.get)]
+    return kept
+
+
 def table(rows: list[dict], teacher: dict, tokens: float) -> str:
     of = {text: rows[0]["texts"][text]["teacher_perplexity"] for text in rows[0]["texts"]}
-    perplexities = ", ".join(f"{value:.1f} on {text.replace('_', '-')} text" for text, value in of.items())
+    perplexities = ", ".join(f"{value:.2f} on {text.replace('_', '-')} text" for text, value in of.items())
+    first, second = teacher["readings"]
+    seeds = sorted({r["seed"] for r in rows})
+    rows = best(rows)
+    rates = {(r["init"], r["phases"]): r["last_rate"] for r in rows}
     lines = [
-        f"A Phi of {LAYERS} layers, width {WIDTH}, trained here on {teacher['tokens']:,} tokens of State of the Union "
-        f"addresses (perplexity {perplexities}); all layers become discrete_mamba2, {tokens:,.0f} training tokens a "
-        "run.",
+        f"A Phi of {LAYERS} layers, width {WIDTH}, a vocabulary of {VOCABULARY}, trained here on {teacher['tokens']:,} "
+        f"tokens of State of the Union addresses (perplexity {perplexities}; {first:.2f} nats a token of a held-out "
+        f"passage, {second:.2f} when it comes again); all layers become discrete_mamba2, {tokens:,.0f} training tokens "
+        f"a run, phase 3 at the best of the rates {', '.join(f'{rate:g}' for rate in LAST_RATES)}. Means over seeds "
+        f"{', '.join(map(str, seeds))}, ± half their range.",
         "",
-        "| init | phases | held-out addresses: KL (nats) | perplexity ratio | KL before | another source: KL (nats) | "
-        "perplexity ratio | KL before |",
-        "|---|---|---:|---:|---:|---:|---:|---:|",
+        "| init | phases | phase 3's rate | held-out addresses: KL (nats) | perplexity ratio | KL before | "
+        "another source: KL (nats) | perplexity ratio | KL before |",
+        "|---|---|---:|---:|---:|---:|---:|---:|---:|",
     ]
-    for r in rows:
-        cells = [
-            f"{t['kl']:.4f} | {float(t['perplexity_ratio']):.3f} | {t['kl_before']:.2f}"
-            for t in (r["texts"]["held_out"], r["texts"]["evaluation"])
-        ]
-        lines.append(f"| {r['init']} | {r['phases']} | {' | '.join(cells)} |")
-    return "\n".join([*lines, "", *(verdict(rows, init) for init in INITS), "One seed."]) + "\n"
+    for init in INITS:
+        for name in SCHEDULES:
+            if (init, name) not in rates:
+                continue
+            cells = []
+            for text in ("held_out", "evaluation"):
+                kl, spread = mean_of(rows, init, name, text, "kl")
+                ratio, _ = mean_of(rows, init, name, text, "perplexity_ratio")
+                before, _ = mean_of(rows, init, name, text, "kl_before")
+                cells.append(f"{kl:.4f} ± {spread:.4f} | {ratio:.3f} | {before:.2f}")
+            lines.append(f"| {init} | {name} | {rates[init, name]:g} | {' | '.join(cells)} |")
+    return "\n".join([*lines, "", *(verdict(rows, init) for init in INITS)]) + "\n"
 
 
 def verdict(rows: list[dict], init: str) -> str:
     """Whether more phases were better, in words, from the numbers."""
-    by_name = {r["phases"]: r["texts"]["held_out"]["kl"] for r in rows if r["init"] == init}
-    if len(by_name) < len(SCHEDULES):
+    own: dict[int, dict[str, float]] = {}
+    for r in rows:
+        if r["init"] == init:
+            own.setdefault(r["seed"], {})[r["phases"]] = r["texts"]["held_out"]["kl"]
+    whole = {seed: by_name for seed, by_name in own.items() if len(by_name) == len(SCHEDULES)}
+    if not whole:
         return f"From {init} initialisation: not all runs are done."
-    order = sorted(by_name, key=by_name.get)
-    said = " < ".join(f"{name} ({by_name[name]:.4f})" for name in order)
-    expected = order == ["1-2-3", "2-3", "3"]
-    found = "the order of the paper and of benchmarks/ablation.py" if expected else "not the order of the paper"
-    return f"From {init} initialisation, KL on held-out addresses, best first: {said}: {found}."
+    means = {name: sum(by_name[name] for by_name in whole.values()) / len(whole) for name in SCHEDULES}
+    said = " < ".join(f"{name} ({means[name]:.4f})" for name in sorted(means, key=means.get))
+    paper = ["1-2-3", "2-3", "3"]
+    found = "the order of the paper and of benchmarks/ablation.py" if sorted(means, key=means.get) == paper else (
+        "not the order of the paper"
+    )  # fmt: skip
+    times = sum(sorted(by_name, key=by_name.get) == paper for by_name in whole.values())
+    return (
+        f"From {init} initialisation, KL on held-out addresses, best first: {said}: {found}, which {times} of "
+        f"{len(whole)} seeds have."
+    )
 
 
 def draw(rows: list[dict], target: Path) -> None:
@@ -184,10 +255,10 @@ def draw(rows: list[dict], target: Path) -> None:
     titles = {"held_out": "held-out addresses", "evaluation": "text of another source"}
     for axis, (text, title) in zip(axes, titles.items(), strict=True):
         for offset, init in enumerate(INITS):
-            own = [r for r in rows if r["init"] == init]
-            x = [i + 0.38 * (offset - 0.5) for i in range(len(own))]
-            values = [r["texts"][text]["kl"] for r in own]
-            bars = axis.bar(x, values, width=0.36, label=f"{init} initialisation")
+            found = [mean_of(best(rows), init, name, text, "kl") for name in SCHEDULES]
+            x = [i + 0.38 * (offset - 0.5) for i in range(len(found))]
+            values, spread = zip(*found, strict=True)
+            bars = axis.bar(x, values, yerr=spread, capsize=3, width=0.36, label=f"{init} initialisation")
             axis.bar_label(bars, fmt="%.3f", fontsize=8)
         axis.set_xticks(range(len(SCHEDULES)), [f"phase{'s' * (len(name) > 1)} {name}" for name in SCHEDULES])
         axis.set_title(title)
@@ -201,8 +272,9 @@ def draw(rows: list[dict], target: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--teacher-tokens", type=float, default=5e5, help="training tokens of the teacher")
+    parser.add_argument("--teacher-tokens", type=float, default=2e6, help="training tokens of the teacher")
     parser.add_argument("--tokens", type=float, default=65536, help="training tokens of each run")
+    parser.add_argument("--seeds", type=int, default=3, help="how many, from 0 on")
     parser.add_argument("--runs", type=Path, default=Path("runs/phi"), help="folder of the teacher and the runs")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of table, JSON and plot")
     options = parser.parse_args()
@@ -213,15 +285,16 @@ def main() -> None:
         train_teacher(teacher, options.teacher_tokens)
     about = json.loads((teacher / "training.json").read_text())
     rows = []
-    for init in INITS:
-        for name, schedule in SCHEDULES.items():
-            run = options.runs / f"{init}-{name}"
-            if not (run / "results.json").is_file():
-                convert(recipe_for(teacher, init, schedule, options.tokens, run))
-            rows.append(row(init, name, run))
-            print(table(rows, about, options.tokens), flush=True)
+    for seed in range(options.seeds):
+        for init in INITS:
+            for name, rate in itertools.product(SCHEDULES, LAST_RATES):
+                run = options.runs / f"{init}-{name}-rate-{rate:g}-seed-{seed}"
+                if not (run / "results.json").is_file():
+                    convert(recipe_for(teacher, init, SCHEDULES[name], options.tokens, rate, seed, run))
+                rows.append(row(init, name, rate, seed, run))
+                print(table(rows, about, options.tokens), flush=True)
     options.results.mkdir(parents=True, exist_ok=True)
-    budgets = f"--teacher-tokens {options.teacher_tokens:.0f} --tokens {options.tokens:.0f}"
+    budgets = f"--teacher-tokens {options.teacher_tokens:.0f} --tokens {options.tokens:.0f} --seeds {options.seeds}"
     devices = "; ".join(rows[0]["machine"]["devices"])
     found = {"about": {"tokens": options.tokens, "teacher": about, "date": time.strftime("%Y-%m-%d")}, "rows": rows}
     (options.results / "phi.json").write_text(json.dumps(found, indent=1) + "\n")

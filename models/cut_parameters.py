@@ -82,11 +82,11 @@ def outer_parts(model: nn.Module, hidden: Tensor | None, tokens: Tensor | None) 
     """The same for the embedding, the final norm and the head, by their names in the model."""
     family, c = family_of(model.config), _stream_factor(model.config, hidden)
     embedding_factor = 1.0 if family.embedding_scale else c
-    tied = model.config.tie_word_embeddings
+    head_factor = embedding_factor if model.config.tie_word_embeddings else 1.0
     return {
         "model.embed_tokens": Part(tokens, hidden, weight_factor=embedding_factor),
         f"model.{family.final_norm}": Part(
-            hidden, weight_factor=1 / c / (embedding_factor if tied else 1.0), offset=family.norm_offset
+            hidden, weight_factor=1 / c / head_factor, bias_factor=1 / head_factor, offset=family.norm_offset
         ),
         "lm_head": Part(tokens, hidden),  # of a tied head the bias alone is its own
     }
@@ -115,8 +115,8 @@ def folded_bias(norm: nn.Module, reader: nn.Linear, hidden: Tensor | None) -> Te
     bias = getattr(norm, "bias", None)
     if bias is None or hidden is None or reader.bias is None:
         return None
-    gone = bias.double().index_fill(0, hidden, 0.0)
-    return reader.weight.double() @ gone
+    gone = torch.ones_like(bias, dtype=torch.bool).index_fill(0, hidden, False)
+    return reader.weight[:, gone].double() @ bias[gone].double()
 
 
 def select(tensor: Tensor, part: Part, name: str) -> Tensor:
@@ -128,9 +128,10 @@ def select(tensor: Tensor, part: Part, name: str) -> Tensor:
     if part.columns is not None and not is_bias and tensor.dim() > 1:
         kept = kept.index_select(1, part.columns)
     factor = part.bias_factor if is_bias else part.weight_factor
+    if factor != 1.0 and part.offset and not is_bias:
+        return ((kept.double() + part.offset) * factor - part.offset).to(tensor.dtype)
     if factor != 1.0:
-        offset = 0.0 if is_bias else part.offset
-        return ((kept.double() + offset) * factor - offset).to(tensor.dtype)
+        return kept * factor
     return kept.clone() if kept is tensor else kept
 
 

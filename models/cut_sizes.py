@@ -11,10 +11,8 @@ from dataclasses import dataclass, fields
 import torch
 from transformers import AutoModelForCausalLM
 
+from mohawk.models.depth import LAYER_LISTS
 from mohawk.models.families import check_supported, decoder_shape
-
-# per layer, in the configuration of some family
-_LAYER_LISTS = ("layer_types", "no_rope_layers")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +45,7 @@ def sizes_of(config) -> Sizes:
     base = base_config(config)
     if base.model_type == "bamba":
         raise ValueError("a Bamba is cut as the hybrid it is: from_bamba(model), the cut, to_bamba")
-    check_supported(base)
+    check_supported(base, "cut")
     shape = decoder_shape(base)
     mixer = {}
     if ssm_layers(config):
@@ -166,7 +164,7 @@ def sized_config(config, sizes: Sizes, layers: Sequence[int] | None = None):
 
 
 def _keep_layer_entries(config, layers: list[int]) -> None:
-    for name in _LAYER_LISTS:
+    for name in LAYER_LISTS:
         if isinstance(entries := getattr(config, name, None), (list, tuple)):
             setattr(config, name, [entries[i] for i in layers])
     if getattr(config, "max_window_layers", None) is not None:

@@ -24,7 +24,9 @@ from transformers.initialization import no_init_weights
 
 from mohawk.models.cut_parameters import KeptUnits, folded_bias, folded_biases, layer_parts, outer_parts, select
 from mohawk.models.cut_sizes import Sizes, base_config, sized_config, sizes_of, ssm_layers
-from mohawk.models.families import decoder_layers, family_of
+from mohawk.models.decoders import decoder
+from mohawk.models.depth import keep_any_layers
+from mohawk.models.families import FAMILIES, decoder_layers, family_of
 from mohawk.models.from_teacher import saveable
 
 PerLayer = Mapping[int, Sequence[int]]
@@ -51,7 +53,7 @@ class Cut:
         state_dims: layer -> for each group of the mixer (of the uncut one, in order) its state dimensions, all of one
             length; entries of groups that go are ignored.
         tokens: rows of the embedding and the head, which are then numbered anew in ascending order; see
-            `mohawk.trim_vocabulary` for a tokenizer that follows.
+            `mohawk.vocabulary` for a tokenizer that follows.
     """
 
     layers: Sequence[int] | None = None
@@ -122,8 +124,14 @@ def cut(model: nn.Module, what: Cut) -> nn.Module:
 
 
 def keep_layers(model: nn.Module, layers: str | Sequence[int]) -> nn.Module:
-    """The model with some of its decoder layers, in their order: see `cut`, and `resolve_layers` for the words."""
-    return cut(model, Cut(layers=resolve_layers(layers, model.config.num_hidden_layers)))
+    """The model with some of its decoder layers, in their order: see `resolve_layers` for the words, and `cut`.
+
+    Any causal LM of transformers: of a family that `cut` does not know, layers are found by structure
+    (`mohawk.models.depth`). ValueError: bad layers, or a model whose layers cannot change places.
+    """
+    kept = resolve_layers(layers, len(decoder(model)[1]))
+    known = base_config(model.config).model_type in (*FAMILIES, "bamba")
+    return cut(model, Cut(layers=kept)) if known else keep_any_layers(model, kept)
 
 
 def resolve_layers(layers: str | Sequence[int], num_layers: int) -> list[int]:
@@ -288,7 +296,12 @@ def _cut_state(
         extra = dict(folded_biases(layer, model.config, hidden))
         for name, tensor in layer.state_dict().items():
             module, _, last = name.rpartition(".")
-            part = parts.get(module) or parts[name]
+            part = parts.get(module) or parts.get(name)
+            if part is None or not tensor.is_floating_point():
+                raise ValueError(
+                    f"layer {old}: {name} ({tensor.dtype}) is no plain weight of this family; merge adapters and "
+                    "dequantise before a cut"
+                )
             if last == "bias" and module in extra:
                 tensor = (tensor.double() + extra[module]).to(tensor.dtype)
             state[f"model.layers.{new}.{name}"] = select(tensor, part, last)

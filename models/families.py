@@ -123,22 +123,40 @@ class AttentionParts:
     scale: float
 
 
-def check_supported(config) -> None:
-    """Raises ValueError, naming what is supported and what is missing, unless the model can be converted.
+def check_supported(config, verb: str = "converted to a hybrid") -> None:
+    """Raises ValueError, naming what is supported and what is missing, unless the model can be converted, or cut.
 
-    Reads the configuration alone, so that a model is refused before its weights are loaded.
+    Reads the configuration alone, so that a model is refused before its weights are loaded. verb: what the message
+    says cannot be done.
     """
-    if missing := _missing(config):
+    other, missing = _other_than_decoder(config), _missing(config)
+    if other or missing:
         known = "; ".join(f"{name} ({family.models})" for name, family in FAMILIES.items())
-        kind = getattr(config, "model_type", None)
-        raise ValueError(f"model_type {kind!r} cannot be converted to a hybrid; missing: {missing}; supported: {known}")
+        kind, reason = getattr(config, "model_type", None), other or f"missing: {missing}"
+        raise ValueError(f"model_type {kind!r} cannot be {verb}; {reason}; supported: {known}")
+
+
+def _other_than_decoder(config) -> str | None:
+    """What a model is that is no decoder of text, or None where it is one as far as transformers knows."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING
+
+    if getattr(config, "model_type", None) in FAMILIES or getattr(config, "text_config", None) is not None:
+        return None
+    if getattr(config, "is_encoder_decoder", False):
+        return "it is an encoder and a decoder, and only models that are a decoder alone can be"
+    if type(config) in MODEL_FOR_MASKED_LM_MAPPING and not getattr(config, "is_decoder", False):
+        return (
+            "it is an encoder, in which each token sees those behind it too; a state-space layer only looks back, so "
+            "only decoders, which write text from left to right, can be"
+        )
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and not getattr(config, "auto_map", None):
+        return "it is no model that writes text (transformers has no causal language model of this type)"
+    return None
 
 
 def _missing(config) -> str | None:
-    """What stands in the way of a conversion, or None."""
+    """What stands in the way of a decoder's conversion, or None."""
     kinds = set(getattr(config, "layer_types", None) or ())
-    if getattr(config, "is_encoder_decoder", False):
-        return "causal self-attention throughout; this is an encoder and a decoder"
     if getattr(config, "kv_lora_rank", None):
         return "keys and values of its own for each head; this model has latent attention"
     if getattr(config, "text_config", None) is not None:
@@ -149,7 +167,10 @@ def _missing(config) -> str | None:
     if getattr(config, "use_bidirectional_attention", False) or getattr(config, "is_causal", True) is False:
         return "causal attention; a state-space layer cannot look ahead"
     if getattr(config, "model_type", None) not in FAMILIES:
-        return "an entry in FAMILIES that says how its attention, norms and head are named"
+        return (
+            "an entry in FAMILIES (models/families.py) that says how its attention, norms and head are named; "
+            "README.md says how to add one, under 'Which models'"
+        )
     return None
 
 

@@ -20,9 +20,12 @@ from transformers import (
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.utils import logging
 
 from mohawk.models.families import check_supported, decoder_shape, family_of, leaves_out_softcap, needed_attention
 from mohawk.models.mixers import MIXERS, DiscreteMamba2Mixer, Mamba2Mixer, SSMMixer
+
+logger = logging.get_logger(__name__)
 
 SSM_LAYER = "linear_attention"
 # read from the base configuration so that tools and caches that ask the student's find them
@@ -268,8 +271,20 @@ class HybridForCausalLM(HybridPreTrainedModel, GenerationMixin):
         return StateCache(self.config) if self.config.is_pure_ssm else DynamicCache(config=self.config)
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
-        if self.config.is_pure_ssm and generation_config.use_cache and model_kwargs.get("past_key_values") is None:
-            model_kwargs["past_key_values"] = StateCache(self.config)
+        if self.config.is_pure_ssm and generation_config.use_cache:
+            given = model_kwargs.get("past_key_values")
+            if given is not None and not isinstance(given, StateCache):
+                raise ValueError(
+                    f"past_key_values: got {type(given).__name__}, but no attention layer is left to read its length "
+                    "from; leave it out, or give new_cache() of this student: its states never grow"
+                )
+            if generation_config.cache_implementation in ("static", "offloaded_static"):
+                logger.warning_once(
+                    f"cache_implementation={generation_config.cache_implementation!r} changes nothing in a student "
+                    "without attention layers: its states have one size anyway, and generate does not compile its steps"
+                )
+            if given is None:
+                model_kwargs["past_key_values"] = StateCache(self.config)
             return None
         return super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
 

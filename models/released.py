@@ -120,18 +120,23 @@ def from_released(
 def to_released(student: HybridForCausalLM) -> dict[str, Tensor]:
     """The student's state dict under the released names; tensors are the student's own, not copies.
 
-    Raises ValueError where no released layout holds such a student, or where a MambaInLlama mixer's repeated rows
-    have since been trained apart.
+    A MambaInLlama student whose convolutions treat heads that share a row differently has a channel for each, as under
+    that code's `repeat_kv_before_conv`, which `save_released` then writes into the configuration.
+
+    Raises ValueError where no released layout holds such a student, or where the rows of a MambaInLlama mixer's in_proj
+    that heads share have since been trained apart.
     """
     layout = layout_of(student.config)
     ours = student.state_dict()
+    keeps_conv = layout == "mamba-in-llama" and _conv_heads_differ(ours, student.config)
     if student.config.tie_word_embeddings:
         ours.pop("lm_head.weight", None)
     rename = _to_released_name(student.config, layout)
     released = {}
     for name, tensor in ours.items():
         if layout == "mamba-in-llama" and (parts := _grouped_parts(name, student.config)) is not None:
-            tensor = _unrepeat(name, tensor, parts, student.config)
+            if not (keeps_conv and "conv1d" in name):
+                tensor = _unrepeat(name, tensor, parts, student.config)
         released[rename(name)] = tensor
     return released
 
@@ -148,7 +153,8 @@ def save_released(student: HybridForCausalLM, folder: str | Path) -> None:
     save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
     if layout == "mamba-in-llama":
         config.base_config.save_pretrained(folder)
-        written = {MAMBA_CONFIG: write_mamba_in_llama(config)}
+        repeats_in_conv = _conv_heads_differ(student.state_dict(), config)
+        written = {MAMBA_CONFIG: write_mamba_in_llama(config, repeats_in_conv=repeats_in_conv)}
     else:
         written = {"config.json": write_phi_mamba(config) if layout == "phi-mamba" else write_llamba(config)}
     for name, content in written.items():
@@ -271,11 +277,10 @@ def _repeat(tensor: Tensor, parts: tuple[str, ...], config: HybridConfig) -> Ten
 
 def _unrepeat(name: str, tensor: Tensor, parts: tuple[str, ...], config: HybridConfig) -> Tensor:
     """The inverse of `_repeat`. Raises ValueError where heads that would share a row have different ones."""
-    kv_heads = decoder_shape(config.base_config).num_kv_heads
     pieces = []
     for part, piece in zip(parts, tensor.split(_sizes(parts, config, config.mixer_num_heads)), strict=True):
         if part in ("x", "B"):
-            groups = piece.unflatten(0, (kv_heads, config.mixer_num_heads // kv_heads, -1))
+            groups = _by_kv_head(piece, config)
             if not (groups == groups[:, :1]).all():
                 raise ValueError(
                     f"{name}: the heads that share one row of {part} in MambaInLlama's layout have been trained apart; "
@@ -284,6 +289,22 @@ def _unrepeat(name: str, tensor: Tensor, parts: tuple[str, ...], config: HybridC
             piece = groups[:, 0].flatten(0, 1)
         pieces.append(piece)
     return torch.cat(pieces)
+
+
+def _by_kv_head(rows: Tensor, config: HybridConfig) -> Tensor:
+    """(kv heads, heads that share one, rows of a head, ...) of x's or B's rows."""
+    kv_heads = decoder_shape(config.base_config).num_kv_heads
+    return rows.unflatten(0, (kv_heads, config.mixer_num_heads // kv_heads, -1))
+
+
+def _conv_heads_differ(state: dict[str, Tensor], config: HybridConfig) -> bool:
+    """Whether some convolution has channels of its own for heads that would share them in x or B."""
+    for name, tensor in state.items():
+        if (parts := _grouped_parts(name, config)) is not None and "conv1d" in name:
+            x, B, _ = tensor.split(_sizes(parts, config, config.mixer_num_heads))
+            if any(not (g == g[:, :1]).all() for g in (_by_kv_head(x, config), _by_kv_head(B, config))):
+                return True
+    return False
 
 
 def _repeats_in_conv(config: dict[str, Any]) -> bool:

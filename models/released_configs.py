@@ -218,7 +218,7 @@ def read_mamba_in_llama(base: Any, config: dict[str, Any]) -> HybridConfig:
     )
 
 
-def write_mamba_in_llama(config: HybridConfig) -> dict[str, Any]:
+def write_mamba_in_llama(config: HybridConfig, *, repeats_in_conv: bool = False) -> dict[str, Any]:
     base, shape = config.base_config, decoder_shape(config.base_config)
     return {
         "d_model": shape.hidden_size,
@@ -228,6 +228,7 @@ def write_mamba_in_llama(config: HybridConfig) -> dict[str, Any]:
             "d_state": shape.head_dim,
             "d_conv": config.mixer_conv_kernel,
             "bias": config.mixer_bias,
+            **({"repeat_kv_before_conv": True} if repeats_in_conv else {}),
         },
         "rms_norm_eps": base.rms_norm_eps,
         "vocab_size": None,

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from mohawk.distillation import KnowledgeDistiller, match_attention, match_hidden
     from mohawk.distillation_trainer import DistillationTrainer
     from mohawk.features import HiddenMatch, layer_map
+    from mohawk.importance import Importance, measure_importance
     from mohawk.kernels.causal_conv1d import causal_conv1d
     from mohawk.kernels.kd_loss import kd_loss, linear_kd_loss
     from mohawk.kernels.kd_teachers import (
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
     from mohawk.kernels.ssd import ssd, ssd_step
     from mohawk.minitron import MinitronPruner
     from mohawk.models.bamba import from_bamba, to_bamba
+    from mohawk.models.cuts import Cut, cut, keep_layers
     from mohawk.models.from_teacher import hybrid_from_teacher
     from mohawk.models.hybrid import HybridConfig, HybridForCausalLM
     from mohawk.models.mixers import DiscreteMamba2Mixer, Mamba2Mixer
@@ -45,6 +47,7 @@ if TYPE_CHECKING:
     from mohawk.on_policy import OnPolicy
     from mohawk.rationales import RationaleDistiller
     from mohawk.teacher_cache import CachedRows, TeacherCache
+    from mohawk.vocabulary import trim_vocabulary
 
 _PUBLIC = {
     "AttentionMatch": "mohawk.attention_match",
@@ -85,17 +88,25 @@ _PUBLIC = {
     "to_released": "mohawk.models.released",
     "MinitronPruner": "mohawk.minitron",
     "OnPolicy": "mohawk.on_policy",
+    "Cut": "mohawk.models.cuts",
+    "cut": "mohawk.models.cuts",
+    "keep_layers": "mohawk.models.cuts",
+    "Importance": "mohawk.importance",
+    "measure_importance": "mohawk.importance",
+    "trim_vocabulary": "mohawk.vocabulary",
 }
 
 __all__ = [
     "AttentionMatch",
     "AttentionMixing",
     "CachedRows",
+    "Cut",
     "DiscreteMamba2Mixer",
     "DistillationTrainer",
     "HiddenMatch",
     "HybridConfig",
     "HybridForCausalLM",
+    "Importance",
     "KnowledgeDistiller",
     "Mamba2Mixer",
     "MinitronPruner",
@@ -111,14 +122,17 @@ __all__ = [
     "TeacherTAID",
     "TeacherTopK",
     "causal_conv1d",
+    "cut",
     "from_bamba",
     "hybrid_from_teacher",
     "kd_loss",
+    "keep_layers",
     "layer_map",
     "linear_kd_loss",
     "load_released",
     "match_attention",
     "match_hidden",
+    "measure_importance",
     "mixing_distance",
     "mixing_matrix",
     "save_released",
@@ -126,6 +140,7 @@ __all__ = [
     "ssd_step",
     "to_bamba",
     "to_released",
+    "trim_vocabulary",
 ]
 
 

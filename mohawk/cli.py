@@ -15,6 +15,7 @@ from pathlib import Path
 
 import mohawk
 from mohawk.errors import UserError
+from mohawk.stopping import cleaning_up
 
 # Where a missing package is the installation's and not our mistake, and what it is good for.
 OPTIONAL = {
@@ -38,7 +39,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser().parse_args(argv)
     _log_to_stderr()
     try:
-        options.run(options)
+        with cleaning_up():
+            options.run(options)
         sys.stdout.flush()
     except UserError as error:
         print(*(f"error: {line}" for line in str(error).splitlines()), sep="\n", file=sys.stderr)
@@ -144,7 +146,7 @@ def parser() -> argparse.ArgumentParser:
     _add_set(compose)
 
     cache = command("cache", _cache, "keep what a recipe's teacher says of its text, to train many students without it")
-    cache.add_argument("recipe", type=Path, metavar="RECIPE", help="a YAML file: its teacher, data, seed and phase 3")
+    cache.add_argument("recipe", type=Path, metavar="RECIPE", help="a YAML file: of a conversion, or of a distillation")
     cache.add_argument("--output", type=Path, required=True, metavar="DIR", help="the cache; the same command goes on")
     cache.add_argument(
         "--kind",
@@ -152,20 +154,21 @@ def parser() -> argparse.ArgumentParser:
         default="top-k",
         help="k most probable tokens and the rest's mass (default), random tokens, or hidden states and the head",
     )
+    cache.add_argument(
+        "--stage", metavar="NAME", help="of a distillation; default: the first that learns from the teacher"
+    )
     cache.add_argument("--k", type=_number(int, 1), metavar="K", help="of top-k; default: 64")
     cache.add_argument("--draws", type=_number(int, 1), metavar="N", help="of samples; default: 12")
     cache.add_argument(
-        "--temperature", type=_number(float, 1e-3, 1e3), metavar="T", help="of top-k and samples; default: phase 3's"
+        "--temperature", type=_number(float, 1e-3, 1e3), metavar="T", help="of top-k and samples; default: the stage's"
     )
     cache.add_argument(
-        "--sequence-length", type=_number(int, 2), metavar="N", help="tokens in a row; default: phase 3's"
+        "--sequence-length", type=_number(int, 2), metavar="N", help="tokens in a row; default: the stage's"
     )
     cache.add_argument(
         "--tokens", type=_number(int, 1), metavar="N", help="only so many; default: one pass over the text"
     )
-    cache.add_argument(
-        "--batch-size", type=_number(int, 1), metavar="N", help="rows at once; default: phase 3's; of no other effect"
-    )
+    cache.add_argument("--batch-size", type=_number(int, 1), metavar="N", help="rows at once; default: the stage's")
     _add_set(cache)
 
     evaluate = command("evaluate", _evaluate, "measure a run's student against its teacher again")
@@ -407,7 +410,7 @@ def _cache(options: argparse.Namespace) -> None:
             raise UserError(f"--{name} is of --kind {kind}, not of {options.kind}; leave it out")
     if options.temperature is not None and options.kind == "hidden":
         raise UserError("--temperature is of --kind top-k and samples: hidden states serve any; leave it out")
-    names = ("temperature", "sequence_length", "tokens", "batch_size", *kinds)
+    names = ("stage", "temperature", "sequence_length", "tokens", "batch_size", *kinds)
     given = {name: value for name in names if (value := getattr(options, name)) is not None}
     from mohawk.recipe_kinds import kind_of
 
@@ -597,7 +600,7 @@ def _number(kind: type, low: float, high: float = float("inf")) -> Callable[[str
 class _Terminal(logging.Handler):
     """Log lines on stderr, above a progress bar if there is one: warnings, and what the user waits for."""
 
-    says = ("fetch", "demo", "data", "text", "cache_teacher", "generate_data", "purify", "rationale_router")
+    says = ("fetch", "demo", "data", "text", "teacher_writer", "generate_data", "purify", "rationale_router")
     waited_for = tuple(f"mohawk.{name}" for name in says)
 
     def filter(self, record: logging.LogRecord) -> bool:

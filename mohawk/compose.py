@@ -17,17 +17,17 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from mohawk.checkpoints import is_complete, write_whole
+from mohawk.checkpoints import MANIFEST, checkpoints, is_complete, write_whole
 from mohawk.convert import COMPOSED
-from mohawk.describe import describe_layers
+from mohawk.describe import describe_layers, size_text
 from mohawk.errors import UserError
 from mohawk.layer_probe import fingerprint
 from mohawk.layer_swap import keep_attention
 from mohawk.metrics import METRICS
 from mohawk.models.hybrid import SSM_LAYER, HybridConfig, HybridForCausalLM, attention_types
 from mohawk.recipe import EndToEnd, Recipe
-from mohawk.report import read_json, write_json, write_text
-from mohawk.run import RECIPE, claimed
+from mohawk.report import RESULTS, read_json, write_json, write_text
+from mohawk.run import RECIPE, STUDENT, claimed
 from mohawk.select_layers import RANKINGS, SELECTION, trained_student
 from mohawk.teachers import load_teacher
 
@@ -90,7 +90,7 @@ class Budget:
         least = min(range(len(sizes)), key=sizes.__getitem__)
         raise UserError(
             f"--budget: {self.text} is too little: with {total - least} attention layers a state still takes "
-            f"{sizes[least] / 1e6:.2f} MB after {self.context} tokens, in {config.dtype}"
+            f"{size_text(sizes[least])} ({sizes[least]:,} bytes) after {self.context} tokens, in {config.dtype}"
         )
 
 
@@ -129,7 +129,8 @@ def compose(
         The new folder. Phases 1 and 2 count as done there.
 
     Raises:
-        UserError: a budget that is none or cannot be met, no such ranking yet, or a folder that is in use.
+        UserError: a budget that is none or cannot be met, no such ranking yet, a folder that is in use, or one whose
+            phase 3 went on from mixers that the run has since trained again.
     """
     console, folder = console or Console(), Path(run).expanduser()
     asked = None if budget is None else Budget.parse(budget)
@@ -150,6 +151,10 @@ def compose(
         raise UserError(f"--output: {output} is the run itself; choose another folder")
     with claimed(new.output, new):
         target = new.output / source.relative_to(folder)
+        if _outdated(new.output, target, source):
+            line = f"{new.output}: {folder} has trained its mixers again since; its student is made anew of them"
+            console.print(line, highlight=False, soft_wrap=True, markup=False)
+            _forget_mixers(new.output, target)
         if not is_complete(target):
             about = {"run": str(folder.resolve()), "student": fingerprint(source), "attention": kept}
             about |= {"budget": budget, "by": by} if budget is not None else {}
@@ -166,8 +171,9 @@ def compose(
             student = HybridForCausalLM.from_pretrained(source)
             with write_whole(target, replace=True) as partial:
                 keep_attention(student, teacher.to(student.dtype), layers).save_pretrained(partial)
-    size = sum(state_bytes(config, layers, asked.context if asked and asked.context else 4096))
-    at = f"{size / 1e6:.1f} MB of state after {asked.context if asked and asked.context else 4096:,} tokens"
+    context = (asked.context if asked else None) or 4096
+    size = sum(state_bytes(config, layers, context))
+    at = f"{size_text(size)} of state after {context:,} tokens"
     console.print(f"{len(kept)} attention layers ({', '.join(map(str, kept)) or 'none'}), {at}", highlight=False)
     if asked is not None:
         point = ranking["path"][len(layers)]
@@ -179,6 +185,34 @@ def compose(
         console.print(f"phase 3: not in the run's recipe; now {last.tokens:,} tokens", highlight=False)
     console.print(f"to go on: mohawk convert {new.output / RECIPE}", highlight=False, soft_wrap=True, markup=False)
     return new.output
+
+
+def _outdated(composed: Path, target: Path, source: Path) -> bool:
+    """Whether an earlier call made this folder's student of other mixers than the run has now.
+
+    Raises:
+        UserError: it did, and phase 3 went on from there; or the folder's student is none that was composed.
+    """
+    about, last = read_json(composed / COMPOSED), composed / "phases" / "end_to_end"
+    if about is None:
+        if target.exists():
+            raise UserError(f"--output: {composed} trains mixers of its own; choose another folder")
+        return False
+    if about["student"] == fingerprint(source):
+        return False
+    if (composed / STUDENT).exists() or (last / STUDENT).exists() or checkpoints(last):
+        raise UserError(
+            f"--output: {composed} has begun phase 3 with mixers that {about['run']} has trained again since; choose "
+            "another folder, or delete it to start over"
+        )
+    return True
+
+
+def _forget_mixers(composed: Path, target: Path) -> None:
+    """Make the student of earlier mixers incomplete, and what was measured of it unmeasured."""
+    (target / MANIFEST).unlink(missing_ok=True)  # first: a kill from here on leaves a folder that is composed again
+    for path in (*(composed / "evaluation").glob("*.json"), composed / RESULTS):
+        path.unlink(missing_ok=True)
 
 
 def _ranking(folder: Path, source: Path, by: str) -> dict[str, Any]:

@@ -121,5 +121,5 @@ class Conversion(Run):
 def untrained_student(recipe: Recipe, teacher: nn.Module) -> HybridForCausalLM:
     """The student before phase 1; the same one whenever it is made again."""
     torch.manual_seed(recipe.seed)
-    student = hybrid_from_teacher(teacher, **student_options(recipe))
+    student = hybrid_from_teacher(teacher, **student_options(recipe.student))
     return student.float()  # trained in float32 whatever the teacher's dtype; autocast chooses the products'

@@ -15,21 +15,30 @@ if TYPE_CHECKING:
     from rich.console import Console
     from transformers import PretrainedConfig
 
+GROWING = ("full_attention", "sliding_attention")  # layer types that keep keys and values of the tokens in sight
+# what Mamba-2 mixers of transformers have
+MAMBA2 = ("conv_dim", "conv_kernel_size", "num_heads", "head_dim", "ssm_state_size")
+
 
 @dataclass(frozen=True)
 class Layer:
-    """One decoder layer: a state of `fixed_bytes` and, for attention, `token_bytes` per token in sight."""
+    """One decoder layer: a state of `fixed_bytes` and, for attention, `token_bytes` per token in sight.
+
+    `fixed_bytes` is None for a mixer whose state is not known here.
+    """
 
     index: int
     mixer: str
     mixer_parameters: int
     parameters: int
-    fixed_bytes: int
+    fixed_bytes: int | None
     token_bytes: int
     window: int | None
 
-    def state_bytes(self, context: int) -> int:
-        """Of one sequence after `context` tokens."""
+    def state_bytes(self, context: int) -> int | None:
+        """Of one sequence after `context` tokens; None where it is not known."""
+        if self.fixed_bytes is None:
+            return None
         seen = context if self.window is None else min(context, self.window)
         return self.fixed_bytes + self.token_bytes * seen
 
@@ -111,12 +120,18 @@ def _layer(config: PretrainedConfig, index: int, block, itemsize: int) -> Layer:
 
     types = getattr(config, "layer_types", None)
     kind = types[index] if types else "full_attention"
-    mixer = getattr(block, "self_attn", None) or getattr(block, "attn", None) or block
+    mixer = next((getattr(block, name) for name in ("self_attn", "attn", "mamba") if hasattr(block, name)), block)
     counts = sum(p.numel() for p in mixer.parameters()), sum(p.numel() for p in block.parameters())
     if hasattr(mixer, "conv_size"):  # one of our mixers: a conv state in the model's dtype, a float32 state
         conv = mixer.conv_size * mixer.conv_kernel * itemsize
         state = mixer.num_heads * mixer.head_dim * mixer.state_size * 4
         return Layer(index, config.mixer, *counts, fixed_bytes=conv + state, token_bytes=0, window=None)
+    if all(hasattr(mixer, name) for name in MAMBA2):  # transformers' own, as in Bamba
+        conv = mixer.conv_dim * mixer.conv_kernel_size * itemsize
+        state = mixer.num_heads * mixer.head_dim * mixer.ssm_state_size * 4
+        return Layer(index, "mamba2", *counts, fixed_bytes=conv + state, token_bytes=0, window=None)
+    if kind not in GROWING:
+        return Layer(index, kind, *counts, fixed_bytes=None, token_bytes=0, window=None)
     shape = decoder_shape(config)
     token_bytes = 2 * shape.num_kv_heads * shape.head_dim * itemsize
     window = getattr(config, "sliding_window", None) if types is None or kind == "sliding_attention" else None
@@ -142,7 +157,7 @@ def print_description(described: Description, contexts: Sequence[int], console: 
             span[0].mixer,
             f"{sum(layer.parameters for layer in span):,}",
             f"{sum(layer.mixer_parameters for layer in span):,}",
-            *(_bytes(sum(layer.state_bytes(context) for layer in span)) for context in contexts),
+            *(_state(span, context) for context in contexts),
         )
     table.add_section()
     table.add_row(
@@ -150,7 +165,7 @@ def print_description(described: Description, contexts: Sequence[int], console: 
         "",
         f"{sum(layer.parameters for layer in described.layers):,}",
         f"{sum(layer.mixer_parameters for layer in described.layers):,}",
-        *(_bytes(sum(layer.state_bytes(context) for layer in described.layers)) for context in contexts),
+        *(_state(described.layers, context) for context in contexts),
     )
     console.print(table)
 
@@ -158,16 +173,30 @@ def print_description(described: Description, contexts: Sequence[int], console: 
 def print_run(folder: Path, console: Console) -> None:
     """Which phases of a run are done, and from which checkpoint the others would go on."""
     from mohawk.checkpoints import newest_complete
+    from mohawk.convert import COMPOSED
+    from mohawk.recipe import Recipe
+    from mohawk.report import read_json
 
+    composed, elsewhere = read_json(folder / COMPOSED), set()
+    if composed is not None:
+        elsewhere = {name for name, _ in Recipe.load(folder / "recipe.yaml").phases.active()} - {"end_to_end"}
+        kept = ", ".join(map(str, composed["attention"])) or "none"
+        chosen = f", chosen for a budget of {composed['budget']} by {composed['by']}" if "budget" in composed else ""
+        console.print(
+            f"composed of the mixers of {composed['run']}; attention layers: {kept}{chosen}",
+            highlight=False, soft_wrap=True, markup=False,
+        )  # fmt: skip
     for name in phase_names(folder):
         phase = folder / "phases" / name
-        if (phase / "student" / "config.json").is_file():
+        if name in elsewhere:
+            state = f"done in {composed['run']}"
+        elif (phase / "student" / "config.json").is_file():
             state = "done"
         elif checkpoint := newest_complete(phase) if phase.is_dir() else None:
             state = f"stopped at {checkpoint.name}"
         else:
             state = "not begun"
-        console.print(f"{name}: {state}", highlight=False)
+        console.print(f"{name}: {state}", highlight=False, soft_wrap=True, markup=False)
 
 
 def _runs(layers: Sequence[Layer]) -> list[tuple[int, int]]:
@@ -181,8 +210,14 @@ def _runs(layers: Sequence[Layer]) -> list[tuple[int, int]]:
     return stretches
 
 
-def _bytes(count: int) -> str:
-    for unit, size in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
-        if count >= size:
-            return f"{count / size:.1f} {unit}"
-    return f"{count} B"
+def _state(layers: Sequence[Layer], context: int) -> str:
+    sizes = [layer.state_bytes(context) for layer in layers]
+    return "not known" if None in sizes else size_text(sum(sizes))
+
+
+def size_text(count: int) -> str:
+    """Bytes in the unit that fits: 188.7 MB, 5.2 kB, 960 bytes; units are powers of 1000."""
+    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if count >= scale:
+            return f"{count / scale:.1f} {unit}"
+    return f"{count} bytes"

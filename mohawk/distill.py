@@ -30,7 +30,9 @@ from mohawk.kernels.kd_teachers import TAIDSchedule
 from mohawk.models.cuts import keep_layers, resolve_layers
 from mohawk.models.decoders import decoder
 from mohawk.models.families import needed_attention
+from mohawk.models.from_teacher import hybrid_from_teacher
 from mohawk.on_policy import OnPolicy
+from mohawk.plan import student_options
 from mohawk.progress import log_to
 from mohawk.report import finish
 from mohawk.run import STUDENT, Run, claimed
@@ -108,7 +110,11 @@ class Distillation(Run):
         return load(self.recipe.teacher, self.device)
 
     def _untrained(self) -> nn.Module:
-        return self._made(self.recipe.student, self.teacher)
+        base, about = self.teacher, self.recipe.teacher
+        if self.recipe.student.model is None and (about.quantize or about.device_map):
+            # rounded or spread weights can be asked, but not trained
+            base = load(about.model_copy(update={"quantize": None, "device_map": None}), self.device)
+        return self._made(self.recipe.student, base)
 
     def _made(self, given: DistillStudent, base: nn.Module) -> nn.Module:
         """A student as asked, from the named model or from `base`; the same one whenever it is made again."""
@@ -160,12 +166,16 @@ class Distillation(Run):
         """The student after a stage."""
         if stage.student is not None:
             student = self._made(stage.student, student)
-        data = stage.data or self.recipe.data
+        data = self.recipe.data
+        if stage.data is not None:  # its documents are held out as the recipe's are, so that none is trained on
+            kept = {"validation_share": data.validation_share, "cache": stage.data.cache or data.cache}
+            data = stage.data.model_copy(update=kept)
         sources = self.sources if stage.data is None else load_sources(data, self._teacher_names(), self.tokenizer)
         wanted = stage.steps() * stage.batch_size * stage.gradient_accumulation
         rows = training_rows(data, sources, stage.sequence_length, wanted, self.recipe.seed, self._pad())
         if len(rows) < wanted:
             self.console.print(f"{stage.name}: reads its {len(rows):,} rows of text {wanted / len(rows):.1f} times")
+        torch.manual_seed(self.recipe.seed)  # of adapters and projections, the same whenever the stage begins
         lora = (stage.student or self.recipe.student).lora
         if lora is not None:
             from mohawk.lora import add_adapter, merge_adapter
@@ -265,7 +275,7 @@ def load(given: DistillTeacher, device: torch.device) -> nn.Module:
 
 
 def shaped(given: DistillStudent, base: nn.Module, seed: int) -> nn.Module:
-    """A student before training: `base` itself copied, some of its layers, or its shape with random weights."""
+    """A student before training: `base` itself copied, some of its layers, its shape with random weights, a hybrid."""
     with mistakes("student.layers"):
         if given.layers is None:
             student = copy.deepcopy(base)
@@ -275,6 +285,10 @@ def shaped(given: DistillStudent, base: nn.Module, seed: int) -> nn.Module:
         torch.manual_seed(seed)
         with torch.device(base.device):
             student = type(student)(student.config)
+    if given.hybrid is not None:
+        with mistakes("student.hybrid"):
+            torch.manual_seed(seed)
+            student = hybrid_from_teacher(student, **student_options(given.hybrid))
     return student
 
 
@@ -372,7 +386,8 @@ def _planned(given: DistillStudent, base: nn.Module, seed: int, where: str = "st
     if given.layers is not None:
         with mistakes(f"{where}.layers"):
             resolve_layers(given.layers, len(decoder(base)[1]))
-    return shaped(given, base, seed)
+    with torch.device("meta"):
+        return shaped(given, base, seed)
 
 
 def _size(model: nn.Module) -> str:

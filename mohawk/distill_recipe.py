@@ -21,6 +21,7 @@ from mohawk.recipe import (
     Section,
     Share,
     Source,
+    Student,
     Teacher,
     Text,
     phase_contradictions,
@@ -91,6 +92,7 @@ class DistillStudent(Section):
         None, description="layers to keep; null: all"
     )
     scratch: bool = Field(False, description="random weights in the student's shape")
+    hybrid: Student | None = Field(None, description="mixers in the place of some layers' attention, as `convert` puts")
     lora: Lora | None = Field(None, description="train low-rank adapters alone")
 
 
@@ -184,7 +186,9 @@ class Stage(Phase):
     student: DistillStudent | None = Field(
         None, description="a smaller student from here on, made of the one so far or of `model`; null: the same one"
     )
-    data: DistillData | None = Field(None, description="the stage's own text to train on; null: the recipe's")
+    data: DistillData | None = Field(
+        None, description="the stage's own text to train on (its `train` alone counts); null: the recipe's"
+    )
     cache: Annotated[Path, Field(strict=False)] | None = Field(
         None, description="folder that `mohawk cache` wrote: the teacher's answers instead of the teacher"
     )
@@ -222,12 +226,12 @@ class DistillRecipe(RecipeFile):
     def contradictions(self) -> Iterator[tuple[list[recipe_text.Path], str]]:
         yield from super().contradictions()
         students = [self.student, *(stage.student for stage in self.stages if stage.student)]
-        if not any(s.model or s.layers is not None or s.scratch or s.lora for s in students):
+        if not any(s.model or s.layers is not None or s.scratch or s.hybrid or s.lora for s in students):
             if all(stage.learn_from == "teacher" for stage in self.stages):
                 yield (
                     [("student", "layers")],
                     "student: the teacher itself, whole, would learn from itself; name a model, the layers to keep, "
-                    "scratch: true, or stages with learn_from: average",
+                    "scratch: true, a hybrid, or stages with learn_from: average",
                 )
         if self.combine == "row" and not any(source.teacher_field for source in self.data.train):
             yield (

@@ -13,6 +13,7 @@ from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from mohawk.distillation import KnowledgeDistiller
+from mohawk.processes import several, sum_gradients
 
 MATCHINGS = "distillation.safetensors"
 
@@ -89,8 +90,19 @@ class _Steps(TrainerCallback):
     def on_step_begin(self, args, state, control, **kwargs):
         self.trainer.distiller.begin_step(state.global_step, state.max_steps)
 
+    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+        # matchings' parameters are not in the model that DDP wraps, whose gradients it averages
+        parameters = list(self.trainer.distiller.matched.parameters())
+        if parameters and several():
+            sum_gradients(parameters)
+            for parameter in parameters:
+                if parameter.grad is not None:
+                    parameter.grad /= args.world_size
+
     def on_step_end(self, args, state, control, **kwargs):
         distiller = self.trainer.distiller
+        for parameter in distiller.matched.parameters():  # Trainer clears the model's
+            parameter.grad = None
         distiller.end_step(distiller.last_loss)
         if distiller.finished:
             control.should_training_stop = True

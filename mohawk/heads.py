@@ -42,7 +42,7 @@ class Head:
         scale = getattr(config, "logit_scale", None) or 1.0  # Cohere multiplies, Granite divides
         scale /= getattr(config, "logits_scaling", None) or 1.0
         softcap = getattr(config, "final_logit_softcapping", None)
-        return cls(output.weight, getattr(output, "bias", None), float(scale), softcap)
+        return cls(loaded(output, "weight"), loaded(output, "bias"), float(scale), softcap)
 
     def detached(self) -> Head:
         """The head without gradients, its tensors not copied."""
@@ -79,6 +79,18 @@ class Head:
             "logit_scale": self.scale,
             "logit_softcap": self.softcap,
         }
+
+
+def loaded(module: nn.Module, name: str) -> Tensor | None:
+    """A module's parameter; where accelerate keeps it in memory or on the disk, on the device that it computes on."""
+    tensor = getattr(module, name, None)
+    if tensor is None or tensor.device.type != "meta":
+        return tensor
+    hook = getattr(module, "_hf_hook", None)
+    kept = getattr(hook, "weights_map", None)
+    if kept is None:
+        raise UserError(f"{type(module).__name__}.{name} has no values; load the model with its weights")
+    return kept[name].to(hook.execution_device)
 
 
 def final_hidden_states(

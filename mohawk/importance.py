@@ -12,7 +12,7 @@ of one module, and a number a unit.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -122,10 +122,11 @@ class _Meter:
     def __init__(self, model: nn.Module):
         self.model, self.hooks = model, ExitStack()
         self.squares: dict[tuple[str, int], Tensor] = {}  # (axis, layer or number of the norm) -> sum over rows
-        self.cosines = torch.zeros(model.config.num_hidden_layers, dtype=torch.float64)
+        self.cosines: list[Tensor | float] = [0.0] * model.config.num_hidden_layers
         self.rows, self.tokens = 0, 0
-        self.real: Tensor = torch.empty(0)
-        self.segments: Tensor = torch.empty(0)
+        # of the batch that is run: documents (b, n), which tokens are real, and how many in each row
+        self.segments = self.real = torch.empty(0)
+        self.counts: list[int] = []
         family, base = family_of(model.config), base_config(model.config)
         norm_names = [family.input_norm, family.output_norm, *family.mlp_norms]
         norms = []
@@ -148,9 +149,10 @@ class _Meter:
     def run(self, batch: Mapping[str, Tensor]) -> None:
         self.segments = segments_in(batch, self.model.device)
         self.real = self.segments >= 0
+        self.counts = self.real.sum(1).tolist()
         run_decoder(self.model, batch)
-        self.rows += int(self.real.any(1).sum())
-        self.tokens += int(self.real.sum())
+        self.rows += sum(count > 0 for count in self.counts)
+        self.tokens += sum(self.counts)
 
     def result(self) -> Importance:
         if self.tokens == 0:
@@ -160,12 +162,12 @@ class _Meter:
         attention, ssm = attention_layers(config), ssm_layers(config)
 
         def table(axis: str, layers: Sequence[int], *size: int) -> Tensor:
-            rows = [self.squares[axis, i].sqrt() for i in layers]
+            rows = [self.squares[axis, i].sqrt().cpu() for i in layers]
             return torch.stack(rows) if rows else torch.zeros(0, *size, dtype=torch.float64)
 
-        norms = [square.sqrt() for (axis, _), square in self.squares.items() if axis == "hidden"]
+        norms = [square.sqrt().cpu() for (axis, _), square in self.squares.items() if axis == "hidden"]
         return Importance(
-            layers=1 - self.cosines / self.tokens,
+            layers=1 - torch.stack([cosine.cpu() for cosine in self.cosines]) / self.tokens,
             hidden=torch.stack(norms).sum(0),
             ffn=table("ffn", range(own.layers)),
             heads=table("heads", attention, own.heads),
@@ -203,22 +205,25 @@ class _Meter:
     def _layer(self, i: int, args: tuple, kwargs: dict, out) -> None:
         before, after = args[0] if args else kwargs["hidden_states"], out[0] if isinstance(out, tuple) else out
         cosine = torch.cosine_similarity(before.float(), after.float(), dim=-1)
-        for row, real in zip(cosine, self.real, strict=True):
-            self.cosines[i] += _wide_sum(row[real])
+        for row in self._real_rows(cosine):
+            self.cosines[i] = _wide_sum(row) + self.cosines[i]
 
     def _add(self, axis: str, number: int, x: Tensor) -> None:
         """x: (b, n, ...) activations of units; row by row, so that only one is held in float64."""
-        for row, real in zip(x, self.real, strict=True):
-            if count := int(real.sum()):
-                mean = _wide_sum(row[real].abs()) / count
-                key = axis, number
-                self.squares[key] = mean.square() + self.squares.get(key, 0.0)
+        key = axis, number
+        for row in self._real_rows(x):
+            self.squares[key] = (_wide_sum(row.abs()) / len(row)).square() + self.squares.get(key, 0.0)
+
+    def _real_rows(self, x: Tensor) -> Iterator[Tensor]:
+        """(b, n, ...) -> the real tokens of each row that has any."""
+        for row, real, count in zip(x, self.real, self.counts, strict=True):
+            if count:
+                yield row if count == len(row) else row[real]
 
 
 def _wide_sum(x: Tensor) -> Tensor:
-    """Sum over the first dimension in float64, on the CPU."""
-    dtype = torch.float32 if x.device.type == "mps" else torch.float64
-    return x.sum(0, dtype=dtype).cpu().double()
+    """Sum over the first dimension in float64, which one device does not have."""
+    return x.sum(0).cpu().double() if x.device.type == "mps" else x.sum(0, dtype=torch.float64)
 
 
 def segments_in(batch: Mapping[str, Tensor], device: torch.device) -> Tensor:
@@ -239,7 +244,7 @@ def run_decoder(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
     return body.last_hidden_state
 
 
-def choose(importance: Importance, sizes: Sizes, *, layers: str | Sequence[int] = "score") -> Cut:
+def choose(importance: Importance, sizes: Sizes, *, layers: str | Sequence[int] | Tensor = "score") -> Cut:
     """The most important units of each axis that a smaller size is asked of; of equal ones the first.
 
     Args:

@@ -12,7 +12,7 @@ from mohawk.models.families import check_supported, decoder_shape, needed_attent
 from mohawk.models.from_teacher import choose_layers, hybrid_from_teacher
 from mohawk.models.hybrid import SSM_LAYER, HybridForCausalLM
 from mohawk.phases import EndToEndObjective, HiddenObjective, MixingObjective, Objective
-from mohawk.recipe import Recipe
+from mohawk.recipe import Recipe, Student
 
 GIB = 2**30
 
@@ -63,7 +63,7 @@ def make_plan(recipe: Recipe, teacher_config) -> Plan:
         with torch.device("meta"):
             attention = needed_attention(teacher_config)
             teacher = AutoModelForCausalLM.from_config(teacher_config, attn_implementation=attention)
-            student = hybrid_from_teacher(teacher, **student_options(recipe))
+            student = hybrid_from_teacher(teacher, **student_options(recipe.student))
     except ValueError as error:
         raise UserError(str(error)) from error
     phases = []
@@ -87,9 +87,8 @@ def make_plan(recipe: Recipe, teacher_config) -> Plan:
     return Plan(student.config.layer_types, student, sum(p.numel() for p in teacher.parameters()), phases)
 
 
-def student_options(recipe: Recipe) -> dict:
-    """Arguments of `hybrid_from_teacher` that a recipe holds."""
-    s = recipe.student
+def student_options(s: Student) -> dict:
+    """Arguments of `hybrid_from_teacher` that a recipe's student holds."""
     return {
         "ssm_layers": s.ssm_layers, "mixer": s.mixer, "init": s.init, "gate": s.gate,
         "state_size": s.state_size, "conv_kernel": s.conv_kernel,

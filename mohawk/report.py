@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mohawk.checkpoints import MANIFEST
+from mohawk.describe import size_text
 from mohawk.metrics import METRICS, read_metrics
 from mohawk.plots import TEXTS, plot_evaluation, plot_losses, plot_tasks
 
@@ -279,7 +280,7 @@ def tables(results: Mapping[str, Any]) -> list[Table]:
     rows = [["parameters", *(f"{parameters[who]:,}" for who in ("teacher", "student"))]]
     for teacher, student in zip(decoding["teacher"], decoding["student"], strict=True):
         context = f"after {teacher['context']:,} tokens"
-        rows.append([f"state {context}", *(_bytes(s["state_bytes"]) for s in (teacher, student))])
+        rows.append([f"state {context}", *(size_text(s["state_bytes"]) for s in (teacher, student))])
         rows.append([f"decoding {context}", *(f"{s['tokens_per_s']:.1f} tokens/s" for s in (teacher, student))])
     # states and speeds of two dtypes are not comparable unless the reader knows
     header = ["", *(f"{who} ({results['dtypes'][who]})" for who in ("teacher", "student"))]
@@ -403,13 +404,6 @@ def _figure(value: float | None) -> str:
     if value == 0 or 1e-3 <= abs(value) < 1e5:
         return f"{value:,.2f}" if abs(value) >= 10 else f"{value:.3f}"
     return f"{value:.2e}"
-
-
-def _bytes(count: int) -> str:
-    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if count >= scale:
-            return f"{count / scale:.1f} {unit}"
-    return f"{count} bytes"
 
 
 def _seconds(seconds: float) -> str:

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM ask a phase to save and stop, instead of stopping it."""
+"""Ctrl-C and SIGTERM ask a phase to save and stop, instead of stopping it; elsewhere SIGTERM stops as Ctrl-C does."""
 
 import os
 import signal
@@ -55,3 +55,34 @@ class StopRequest:
             yield
         finally:
             restore()
+
+
+@contextmanager
+def cleaning_up() -> Iterator[None]:
+    """Within the block SIGTERM raises KeyboardInterrupt, as Ctrl-C does, so that half-written folders are removed.
+
+    Another one meanwhile stops at once. Afterwards the old handler is back. Outside the main thread, where Python takes
+    no handlers, and where SIGTERM is ignored, nothing changes.
+    """
+    if (
+        threading.current_thread() is not threading.main_thread()
+        or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL
+    ):
+        yield
+        return
+    first: float | None = None
+
+    def handle(number: int, frame: Any) -> None:
+        nonlocal first
+        if first is None:
+            first = time.monotonic()
+            raise KeyboardInterrupt
+        if time.monotonic() - first > SAME_SIGNAL:
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
+
+    signal.signal(signal.SIGTERM, handle)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from mohawk.errors import UserError
-from mohawk.heads import Head
+from mohawk.heads import Head, final_hidden_states, loaded
 from mohawk.kernels.kd_chunked import finish_logits
 from mohawk.kernels.kd_products import logits_product
 from mohawk.teacher_records import DTYPES, KINDS, Layout, encode_logprobs, pack_ascending, pack_ids
@@ -31,15 +31,28 @@ UNRELATED = ("_name_or_path", "transformers_version", "_attn_implementation", "u
 
 
 def teacher_hash(teacher: PreTrainedModel) -> str:
-    """sha256 of a model's configuration and weights; those that accelerate keeps elsewhere count by name and shape."""
-    digest = hashlib.sha256()
+    """sha256 of a model's configuration and weights, wherever accelerate keeps them; tied ones count once."""
+    digest, seen = hashlib.sha256(), set()
     config = {key: value for key, value in teacher.config.to_dict().items() if key not in UNRELATED}
     digest.update(json.dumps(config, sort_keys=True, default=str).encode())
-    for name, parameter in teacher.named_parameters():
-        digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
-        if parameter.device.type != "meta":
-            digest.update(parameter.detach().contiguous().flatten().view(torch.uint8).cpu().numpy())
+    for place, module in teacher.named_modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if id(parameter) not in seen:
+                seen.add(id(parameter))
+                values = loaded(module, name).detach()
+                digest.update(f"{place}.{name} {tuple(values.shape)} {values.dtype}".encode())
+                for part in _plain(values):
+                    digest.update(part.contiguous().flatten().view(torch.uint8).cpu().numpy())
     return digest.hexdigest()
+
+
+def _plain(tensor: Tensor) -> Iterator[Tensor]:
+    """The tensors that a quantised one is made of; a plain one itself."""
+    if hasattr(tensor, "__tensor_flatten__"):
+        for name in tensor.__tensor_flatten__()[0]:
+            yield from _plain(getattr(tensor, name))
+    else:
+        yield tensor
 
 
 @dataclass(frozen=True)
@@ -64,72 +77,60 @@ class Answers:
                 raw = states.view(torch.uint16) if states.dtype == torch.bfloat16 else states
                 yield {"hidden": raw.numpy()}
                 continue
-            uniform = np.random.default_rng([self.seed, index]).random((len(states), self.layout.k))
-            step = max(1, TILE_BYTES // (4 * len(self.head.weight)))
-            parts = []
-            for start in range(0, len(states), step):
-                logits = self._logits(states[start : start + step])
-                norm = torch.logsumexp(logits, -1, keepdim=True)
-                if not bool(torch.isfinite(norm).all()):
-                    raise _not_finite(index)
-                if self.layout.kind == "top-k":
-                    parts.append(self._top_k(logits, norm))
-                else:
-                    parts.append(self._samples(logits, uniform[start : start + step]))
+            count = -(-4 * len(states) * len(self.head.weight) // TILE_BYTES)  # of nearly equal tiles
+            ends = [len(states) * i // count for i in range(count + 1)]
+            spans = [slice(start, end) for start, end in zip(ends, ends[1:], strict=False) if end > start]
+            if self.layout.kind == "top-k":
+                parts = [self._top_k(states[span]) for span in spans]
+            else:
+                uniform = np.random.default_rng([self.seed, index]).random((len(states), self.layout.k))
+                parts = [self._samples(states[span], uniform[span]) for span in spans]
+            if any(part is None for part in parts):
+                raise _not_finite(index)
             yield {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
     @torch.no_grad()
     def _hidden(self, batch: Mapping[str, Tensor]) -> Tensor:
         """What the teacher gives its head, (b, n, hidden_size), without computing all logits."""
-        seen: list[Tensor] = []
-
-        def keep(_module, args: tuple[Tensor, ...]) -> tuple[Tensor]:
-            seen.append(args[0])
-            return (args[0][:, -1:],)
-
         embedding = self.teacher.get_input_embeddings().weight
-        ids, positions = (batch[name].to(embedding.device) for name in ("input_ids", "position_ids"))
         if (largest := int(batch["input_ids"].max())) >= len(embedding):
             raise UserError(
                 f"data: holds token {largest}, but the teacher has only {len(embedding)}; use the teacher's tokenizer"
             )
-        hook = self.teacher.get_output_embeddings().register_forward_pre_hook(keep)
-        try:
-            with torch.autocast(ids.device.type, dtype=self.autocast, enabled=self.autocast is not None):
-                last = self.teacher(input_ids=ids, position_ids=positions, use_cache=False).logits[:, -1].float()
-        finally:
-            hook.remove()
-        hidden = seen[0].to(device=self.head.weight.device, dtype=self.head.weight.dtype)
-        ours = self._logits(hidden[:, -1], whole=True).to(last.device)
-        # Half-precision rounding stays far below 5 %, a missing scale or softcap that matters far above.
-        if (ours - last).norm() > 0.05 * last.norm():
-            raise UserError(
-                f"teacher: {type(self.teacher).__name__} does more to its logits than scale and softcap them, which is "
-                "not supported"
-            )
-        return hidden
+        # Where accelerate keeps the embedding elsewhere, the head lies where it computes.
+        device = (self.head.weight if embedding.device.type == "meta" else embedding).device
+        inputs = {name: tensor.to(device) for name, tensor in batch.items()}
+        with torch.autocast(device.type, dtype=self.autocast, enabled=self.autocast is not None):
+            hidden = final_hidden_states(self.teacher, inputs)
+        return hidden.to(device=self.head.weight.device, dtype=self.head.weight.dtype)
 
-    def _logits(self, hidden: Tensor, whole: bool = False) -> Tensor:
-        """Tempered float32 logits (rows, V) of hidden states (rows, hidden_size); whole: as the model gives them."""
-        vocab = len(self.head.weight) if whole else self.layout.vocab_size
-        logits = hidden.new_empty((len(hidden), vocab), dtype=torch.float32)
-        logits_product(hidden, self.head.weight[:vocab], logits)
+    def _logits(self, hidden: Tensor) -> Tensor:
+        """Tempered float32 logits (rows, V) of hidden states (rows, hidden_size)."""
+        logits = hidden.new_empty((len(hidden), self.layout.vocab_size), dtype=torch.float32)
+        logits_product(hidden, self.head.weight[: self.layout.vocab_size], logits)
         finish_logits(logits, self.head.bias, self.head.scale, self.head.softcap)
-        return logits if whole or self.temperature == 1.0 else logits.div_(self.temperature)
+        return logits if self.temperature == 1.0 else logits.div_(self.temperature)
 
-    def _top_k(self, logits: Tensor, norm: Tensor) -> dict[str, np.ndarray]:
+    def _top_k(self, hidden: Tensor) -> dict[str, np.ndarray] | None:
+        """The records' columns of some positions; None where the logits are not finite."""
+        logits = self._logits(hidden)
         values, ids = torch.topk(logits, self.layout.k, dim=-1)
         # The rest is added up by itself: 1 - sum would be noise where the k hold nearly all.
         rest = torch.logsumexp(logits.scatter_(-1, ids, float("-inf")), -1)
+        norm = torch.logaddexp(torch.logsumexp(values, -1), rest)
+        if not bool(torch.isfinite(norm).all()):
+            return None
         return {
-            **pack_ascending(encode_logprobs(values - norm).cpu().numpy(), self.layout.low_bits),
-            "tail": encode_logprobs(rest - norm[:, 0]).to(torch.uint16).cpu().numpy(),
+            **pack_ascending(encode_logprobs(values - norm[:, None]).cpu().numpy(), self.layout.low_bits),
+            "tail": encode_logprobs(rest - norm).cpu().numpy(),
             "ids": pack_ids(ids.cpu().numpy(), self.layout.id_bits),
         }
 
-    def _samples(self, logits: Tensor, uniform: np.ndarray) -> dict[str, np.ndarray]:
-        """Ids by inversion of the cumulative distribution: one uniform number a draw."""
-        cumulative = torch.softmax(logits.double(), -1).cumsum_(-1)
+    def _samples(self, hidden: Tensor, uniform: np.ndarray) -> dict[str, np.ndarray] | None:
+        """The same of ids by inversion of the cumulative distribution: a uniform number a draw."""
+        cumulative = torch.softmax(self._logits(hidden), -1).cumsum(-1, dtype=torch.float64)
+        if not bool(torch.isfinite(cumulative[:, -1]).all()):
+            return None
         u = torch.from_numpy(uniform).to(cumulative.device).clamp_(max=1 - 2.0**-40) * cumulative[:, -1:]
         ids = torch.searchsorted(cumulative, u, right=True)
         return {"ids": pack_ids(np.sort(ids.cpu().numpy(), -1), self.layout.id_bits)}

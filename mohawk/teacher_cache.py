@@ -7,7 +7,7 @@
 
 The folder holds shard-00000.bin, shard-00001.bin, ... of `rows_per_shard` rows each (teacher_records.py has their
 bits), for hidden states head.bin and perhaps bias.bin, and MANIFEST.json with every file's size and sha256. It is
-written by cache_teacher.py, whole or not at all. Rows are those of one packed dataset, by index: a cache of one epoch
+written by teacher_writer.py, whole or not at all. Rows are those of one packed dataset, by index: a cache of one epoch
 serves any number of passes in any order. examples/read_teacher_cache.py reads it without this package.
 """
 
@@ -27,7 +27,7 @@ from mohawk.checkpoints import MANIFEST, why_incomplete
 from mohawk.errors import UserError
 from mohawk.heads import Head
 from mohawk.kernels.kd_teachers import Teacher, TeacherHidden, TeacherSamples, TeacherTopK
-from mohawk.teacher_records import DTYPES, Layout, decode, is_whole, text_digest
+from mohawk.teacher_records import DTYPES, Layout, checksum, decode, is_whole, text_digest
 
 FORMAT = "mohawk teacher cache"
 VERSION = 1
@@ -85,8 +85,8 @@ class TeacherCache:
         if not is_whole(record):
             shard, at = divmod(range(self.rows)[index], self.rows_per_shard)
             raise UserError(
-                f"{self.folder / shard_name(shard)}: row {at} is damaged (its checksum is not {record['crc']:#010x}); "
-                f"{REPAIR}"
+                f"{self.folder / shard_name(shard)}: row {at} is damaged (checksum {checksum(record):08x}, "
+                f"expected {record['crc']:08x}); {REPAIR}"
             )
         if text is not None and (found := text_digest(text)) != record["text"]:
             raise UserError(

@@ -177,16 +177,17 @@ def make_row(layout: Layout, text: int, columns: Mapping[str, np.ndarray]) -> np
         tokens[name] = columns[name]
     row = np.empty(1, dtype=layout.row)
     row["text"], row["tokens"] = text, tokens
-    row["crc"] = _crc(row[0])
+    row["crc"] = checksum(row[0])
     return row
 
 
 def is_whole(row: np.void) -> bool:
     """Whether a row is as it was written."""
-    return _crc(row) == row["crc"]
+    return checksum(row) == row["crc"]
 
 
-def _crc(row: np.void) -> int:
+def checksum(row: np.void) -> int:
+    """crc32 of a row's digest and records."""
     return zlib.crc32(np.ascontiguousarray(row["tokens"]), zlib.crc32(row["text"].tobytes()))
 
 

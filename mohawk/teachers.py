@@ -161,6 +161,10 @@ def load_teacher(
     if gguf_file is not None:
         teacher = without_quantization(teacher)
     teacher.eval().requires_grad_(False)
+    if quantize == "int4":
+        from mohawk.lora import keep_unpacked
+
+        keep_unpacked(teacher)
     placed = device is None or device_map is not None or quantize is not None
     return teacher if placed else teacher.to(device)
 
@@ -174,7 +178,14 @@ def _quantization(quantize: str) -> Any:
     if find_spec("bitsandbytes") is not None:
         from transformers import BitsAndBytesConfig
 
-        return BitsAndBytesConfig(load_in_8bit=quantize == "int8", load_in_4bit=quantize == "int4")
+        if quantize == "int8":
+            return BitsAndBytesConfig(load_in_8bit=True)
+        from mohawk.lora import four_bit_config
+
+        try:
+            return four_bit_config()
+        except ValueError as error:
+            raise UserError(f"teacher.quantize: {error}") from error
     if find_spec("torchao") is not None:
         from torchao.quantization import Int4WeightOnlyConfig, Int8WeightOnlyConfig
         from transformers import TorchAoConfig

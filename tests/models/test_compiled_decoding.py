@@ -5,7 +5,7 @@ import shutil
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounter
-from transformers import CompileConfig, StaticCache
+from transformers import CompileConfig, DynamicCache, StaticCache
 
 from mohawk.models.from_teacher import hybrid_from_teacher
 from tests.models.conftest import tiny_teacher
@@ -45,6 +45,19 @@ def test_a_static_cache_where_one_kind_of_attention_is_gone(layers):
     dynamic = student.generate(ids, attention_mask=mask, **GREEDY)
     static = student.generate(ids, attention_mask=mask, cache_implementation="static", disable_compile=True, **GREEDY)
     assert static.tolist() == dynamic.tolist()
+
+
+def test_a_static_cache_of_a_pure_student(caplog):
+    """Nothing grows in it: generate says so, and takes the cache that counts the tokens for it, and no other."""
+    student, ids = hybrid_from_teacher(tiny_teacher(num_hidden_layers=2), "all").eval(), prompt(2, 9)
+    expected = student.generate(ids, **GREEDY)
+    assert not caplog.records
+    assert student.generate(ids, cache_implementation="static", **GREEDY).tolist() == expected.tolist()
+    assert "cache_implementation='static' changes nothing in a student without attention layers" in caplog.text
+    for cache in (StaticCache(student.config, max_cache_len=32), DynamicCache(config=student.config)):
+        with pytest.raises(ValueError, match=f"past_key_values: got {type(cache).__name__}.* give new_cache()"):
+            student.generate(ids, past_key_values=cache, **GREEDY)
+    assert student.generate(ids, past_key_values=student.new_cache(), **GREEDY).tolist() == expected.tolist()
 
 
 def test_speculation_is_refused():

@@ -8,8 +8,9 @@ import json
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, GenerationConfig
+from transformers import AutoModelForCausalLM, BambaConfig, GenerationConfig, GPT2Config
 
+from mohawk.models.bamba import fold_conv_input_bias, from_bamba, norms_groups_apart, to_bamba
 from mohawk.models.cut_sizes import Sizes, parameter_count, sized_config, sizes_of
 from mohawk.models.cuts import Cut, cut, keep_ffn, keep_heads, keep_hidden, keep_layers, keep_state, resolve_layers
 from mohawk.models.from_teacher import hybrid_from_teacher
@@ -249,6 +250,18 @@ def test_channels_to_which_nothing_is_added(name, tmp_path):
     assert_ordinary(smaller, tmp_path)
 
 
+@pytest.mark.parametrize("name", [name for name in FAMILIES if name not in ("phi_normed", "phi4_mini")])
+def test_channels_of_a_head_tied_or_not_the_other_way(name, tmp_path):
+    """A tied head is multiplied with the embedding, and the norm in front of it makes up for that."""
+    model = model_of(name, tie_word_embeddings=not FAMILIES[name][1].get("tie_word_embeddings", False))
+    kept = list(range(3, 32, 2)) + [0]
+    zero_channels(model, kept)
+    expected = logits(model)
+    smaller = keep_hidden(model, kept)
+    assert_same(smaller, expected)
+    assert_ordinary(smaller, tmp_path)
+
+
 @pytest.mark.parametrize("name", ["phi_normed", "phi4_mini"])
 def test_channels_with_heads_where_the_class_ties_them(name, tmp_path):
     model = model_of(name)
@@ -481,9 +494,36 @@ def test_bad_sizes_get_one_line(line):
 
 
 def test_unsupported_models_are_refused():
-    from transformers import BambaConfig, GPT2Config
-
     with pytest.raises(ValueError, match="from_bamba"):
         sizes_of(BambaConfig())
-    with pytest.raises(ValueError, match="supported: llama"):
+    with pytest.raises(ValueError, match=r"^model_type 'gpt2' cannot be cut; missing: .* supported: llama"):
         sizes_of(GPT2Config())
+    model = tiny_teacher("llama")
+    model.model.layers[1].mlp.up_proj.extra = torch.nn.Linear(2, 2)
+    with pytest.raises(ValueError, match=r"^layer 1: mlp.up_proj.extra.weight \(torch.float32\) is no plain weight"):
+        cut(model, Cut())
+
+
+@pytest.mark.skipif(not norms_groups_apart(), reason="this transformers norms Bamba's groups together")
+def test_a_cut_hybrid_is_a_bamba_where_its_class_has_the_sizes():
+    """Sizes, positions and norms survive the way to the stock class and back."""
+    model = model_of("llama+mamba2")
+    fold_conv_input_bias(model)
+    what = Cut(
+        layers=[1, 2, 3],
+        hidden=range(16),
+        ffn=every(range(9)),
+        state_heads={1: [0, 1], 3: [2, 3]},
+        state_dims={i: [[1, 4, 6]] * 4 for i in SSM},
+    )
+    smaller = cut(model, what)
+    bamba = to_bamba(smaller)
+    assert (bamba.config.attn_layer_indices, bamba.config.mamba_n_heads, bamba.config.mamba_d_state) == ([1], 2, 3)
+    torch.testing.assert_close(logits(bamba), logits(smaller), rtol=1e-4, atol=1e-4)
+    again = to_bamba(cut(from_bamba(to_bamba(model)), what))
+    torch.testing.assert_close(logits(again), logits(bamba), rtol=1e-4, atol=1e-4)
+    grouped = keep_state(grouped_hybrid("mamba2"), {1: [0, 2, 4, 5], 3: [0, 1, 3, 4]})
+    with pytest.raises(
+        ValueError, match="output norms have epsilon 0.015, its other norms 0.01; Bamba has one for all"
+    ):
+        to_bamba(grouped)

@@ -226,7 +226,7 @@ def test_a_teacher_whose_attention_leaves_out_its_softcap_is_refused():
     "kind, options, missing",
     [
         ("gpt2", {}, "an entry in FAMILIES"),
-        ("t5", {}, "encoder and a decoder"),
+        ("opt", {}, "README.md says how to add one, under 'Which models'"),
         ("deepseek_v3", {}, "latent attention"),
         ("gemma3", {}, "give its text decoder alone"),
         ("bamba", {}, "layers of linear_attention|layers of mamba|an entry in FAMILIES"),
@@ -239,6 +239,24 @@ def test_refusals_say_what_is_missing(kind, options, missing):
     with pytest.raises(ValueError, match=f"model_type '{kind}' cannot be converted.*missing: .*({missing})") as caught:
         check_supported(config)
     assert "\n" not in str(caught.value) and "supported: llama (" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "kind, options, what",
+    [
+        ("t5", {}, "it is an encoder and a decoder,"),
+        ("bert", {}, "it is an encoder, in which each token sees those behind it too"),
+        ("modernbert", {}, "it is an encoder,"),
+        ("vit", {}, "it is no model that writes text"),
+        ("bert", {"is_decoder": True}, "missing: an entry in FAMILIES"),
+        ("gpt_neox", {}, "missing: an entry in FAMILIES"),  # its configuration has is_decoder = False
+    ],
+)
+def test_what_is_no_decoder_is_called_what_it_is(kind, options, what):
+    with pytest.raises(ValueError, match=f"model_type '{kind}' cannot be converted to a hybrid; {what}") as caught:
+        check_supported(AutoConfig.for_model(kind, **options))
+    assert "\n" not in str(caught.value) and "supported: llama (" in str(caught.value)
+    assert "it is" not in str(caught.value) or "FAMILIES" not in str(caught.value)
 
 
 def test_a_hybrid_is_no_teacher_to_convert():

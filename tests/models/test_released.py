@@ -366,12 +366,30 @@ def test_a_loaded_student_is_saved_and_loaded_like_any_other(tmp_path):
 
 
 def test_convolution_after_repeating(tmp_path):
-    """`repeat_kv_before_conv`: only the projection's rows are shared."""
+    """`repeat_kv_before_conv`: only the projection's rows are shared. It is written back so, with its option."""
     made = mamba_in_llama(repeats_in_conv=True)
-    student = load_released(saved(tmp_path, made))
+    student = load_released(saved(tmp_path / "released", made))
     expected = reference("mamba-in-llama", made)
     with torch.no_grad():
         assert (student(TOKENS).logits - expected).norm() < 1e-5 * expected.norm()
+    written, state = to_released(student), made[-1]
+    assert written.keys() == state.keys() and all(torch.equal(written[name], state[name]) for name in state)
+    save_released(student, tmp_path / "again")
+    again = load_released(tmp_path / "again")
+    with torch.no_grad():
+        torch.testing.assert_close(again(TOKENS).logits, student(TOKENS).logits, rtol=0, atol=0)
+
+
+def test_a_convolution_trained_apart_is_written_with_a_channel_a_head(tmp_path):
+    """Of a checkpoint that shared its channels."""
+    student = load_released(saved(tmp_path / "released", mamba_in_llama()))
+    mixer = next(layer.self_attn for layer in student.model.layers if hasattr(layer.self_attn, "conv1d"))
+    with torch.no_grad():
+        mixer.conv1d.weight[0] += 1.0  # of the first head's x
+    save_released(student, tmp_path / "again")
+    again = load_released(tmp_path / "again")
+    with torch.no_grad():
+        torch.testing.assert_close(again(TOKENS).logits, student(TOKENS).logits, rtol=0, atol=0)
 
 
 def test_bin_files_are_read_without_unpickling(tmp_path):

@@ -4,6 +4,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 import shutil
 import signal
 import sys
@@ -12,13 +13,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from mohawk.cache_teacher import write_cache
 from mohawk.checkpoints import MANIFEST, locked, why_incomplete
 from mohawk.cli import main
 from mohawk.data import PackedDataset
 from mohawk.errors import UserError
 from mohawk.teacher_answers import teacher_hash
 from mohawk.teacher_cache import TeacherCache, shard_name
+from mohawk.teacher_writer import write_cache
 from tests.mohawk.tiny_phase import cheap_training, fork, wait  # noqa: F401
 from tests.mohawk.tiny_teacher import LENGTH, VOCAB, documents
 
@@ -175,6 +176,24 @@ def test_an_output_that_is_no_cache_is_left_alone(tmp_path, teacher, dataset):
     assert [path.name for path in folder.iterdir()] == ["thesis.tex"] and not (tmp_path / "mine.unfinished").exists()
 
 
+def test_an_empty_folder_is_no_obstacle(tmp_path, teacher, dataset):
+    (tmp_path / "cache").mkdir()
+    assert len(write_cache(tmp_path / "cache", teacher, dataset, **SETTINGS)) == 14
+
+
+def test_without_a_terminal_progress_is_lines_with_an_estimate(tmp_path, teacher, dataset, monkeypatch, capsys, caplog):
+    monkeypatch.setattr("mohawk.teacher_writer.PLAIN_SECONDS", 0.0)
+    with caplog.at_level(logging.INFO):
+        write_cache(tmp_path / "cache", teacher, dataset, **SETTINGS)
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("cache")]
+    assert len(lines) == 6 and all(
+        re.fullmatch(r"cache  row \d+/14  [\d,]+ tokens/s, \d\d:\d\d left", x) for x in lines
+    )
+    record = json.loads((tmp_path / "cache" / MANIFEST).read_text())["files"][shard_name(0)]
+    size = f"{record['bytes'] / (4 * LENGTH):.1f} bytes a token"
+    assert size in caplog.text and "224 tokens (224 in this run)" in caplog.text
+
+
 def test_one_writer_at_a_time(tmp_path, teacher, dataset):
     unfinished = tmp_path / "cache.unfinished"
     unfinished.mkdir()
@@ -288,6 +307,26 @@ def test_a_teachers_hash_is_of_its_weights_and_not_of_its_place(make_llama):
     assert teacher_hash(one) != teacher_hash(other)
 
 
+def test_a_teacher_that_lies_on_the_disk(tmp_path, make_llama, dataset):
+    from transformers import AutoModelForCausalLM
+
+    teacher = make_llama(1, tie_word_embeddings=False)
+    teacher.save_pretrained(tmp_path / "teacher")
+    parts = ("model.embed_tokens", "model.layers.0", "model.layers.1", "model.norm", "model.rotary_emb", "lm_head")
+    places = {part: "cpu" if part == "model.layers.0" else "disk" for part in parts}
+    offloaded = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "teacher", device_map=places, offload_folder=tmp_path / "offloaded"
+    )
+    assert {p.device.type for p in offloaded.parameters()} == {"cpu", "meta"}
+    assert teacher_hash(offloaded) == teacher_hash(teacher)
+    for kind in ("top-k", "hidden"):
+        write_cache(tmp_path / f"a-{kind}", teacher, dataset, kind=kind, k=5)
+        write_cache(tmp_path / f"b-{kind}", offloaded, dataset, kind=kind, k=5)
+        names = [name for name in content(tmp_path / f"a-{kind}") if name.endswith(".bin")]
+        for name in names:
+            assert (tmp_path / f"a-{kind}" / name).read_bytes() == (tmp_path / f"b-{kind}" / name).read_bytes()
+
+
 @pytest.fixture
 def recipe(tmp_path, make_llama, tokenizer):
     """A recipe on disk with a tiny teacher and two documents."""
@@ -327,6 +366,64 @@ def test_the_command_caches_what_phase_3_of_a_recipe_trains_on(tmp_path, recipe,
 
     assert main(["cache", str(recipe), "--output", str(tmp_path / "c"), "--k", "8"]) == 2
     assert "layout.k 9 (now 8)" in capfd.readouterr().err
+
+
+def run(recipe, *settings) -> list[float]:
+    """The loss of every step of a distillation."""
+    output = recipe.parent / f"run{len(list(recipe.parent.iterdir()))}"
+    assert main(["distill", str(recipe), "--output", str(output), *(f"--set={one}" for one in settings)]) == 0
+    return [json.loads(line)["loss"] for line in (output / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_distillation_from_a_cache_is_the_online_one(tmp_path, recipe, capfd):
+    staged = tmp_path / "staged.yaml"
+    text, _ = recipe.read_text().split("phases:")
+    staged.write_text(
+        text + "student: {layers: [0]}\nprecision: float32\nseed: 5\n"
+        "evaluation: {sequence_length: 32, tokens: 64, contexts: [8], decode_tokens: 1, continuation_tokens: 1}\n"
+        "stages:\n"
+        "  - {name: own, learn_from: start, tokens: 96, batch_size: 3, sequence_length: 32, gradient_accumulation: 1}\n"
+        "  - {name: far, tokens: 640, batch_size: 4, sequence_length: 32, gradient_accumulation: 1, temperature: 2.0}\n"
+    )
+    assert main(["cache", str(staged), "--output", str(tmp_path / "hidden"), "--kind", "hidden"]) == 0
+    assert main(["cache", str(staged), "--output", str(tmp_path / "top"), "--k", "258", "--stage", "far"]) == 0
+    assert TeacherCache(tmp_path / "top").temperature == 2.0
+    online = run(staged)
+    assert run(staged, f"stages.1.cache={tmp_path / 'hidden'}") == online
+    assert run(staged, f"stages.1.cache={tmp_path / 'top'}") == pytest.approx(online, abs=2e-4)
+    capfd.readouterr()
+    for settings, words in (
+        ([f"stages.1.cache={tmp_path / 'top'}", "stages.1.temperature=3.0"], "temperature 2, here it is 3"),
+        ([f"stages.1.cache={tmp_path / 'hidden'}", "seed=6"], "data seed 5, here it is 6"),
+    ):
+        line = ["distill", str(staged), "--output", str(tmp_path / "x"), *(f"--set={one}" for one in settings)]
+        assert main(line) == 2
+        assert words in capfd.readouterr().err
+        shutil.rmtree(tmp_path / "x")
+
+
+def test_which_stage_a_cache_is_for(tmp_path, recipe, capfd):
+    text, _ = recipe.read_text().split("phases:")
+    stage = "{tokens: 1024, batch_size: 4, sequence_length: 32, gradient_accumulation: 1, "
+    staged = tmp_path / "staged.yaml"
+    staged.write_text(
+        text + "student: {layers: [0]}\nstages:\n"
+        f"  - {stage} name: own, learn_from: start}}\n  - {stage} name: far, temperature: {{start: 5, end: 1}}}}\n"
+    )
+
+    def refused(*given) -> str:
+        assert main(["cache", str(staged), "--output", str(tmp_path / "c"), *given]) == 2
+        return capfd.readouterr().err
+
+    assert "got --stage own; allowed: far" in refused("--stage", "own")
+    assert "give --temperature T" in refused()
+    assert "stages: " in refused("--set", "stages.1.learn_from=previous")
+    assert "one teacher's answers" in refused("--set", f"teachers=[{{model: {tmp_path / 'teacher'}}}]")
+    staged = recipe
+    assert "--stage far: a conversion" in refused("--stage", "far")
+    assert "phases.end_to_end" in refused(
+        "--set", "phases.end_to_end=null", "--set", "phases.hidden={tokens: 512, batch_size: 1, sequence_length: 32}"
+    )
 
 
 @pytest.mark.parametrize(

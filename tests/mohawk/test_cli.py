@@ -275,6 +275,45 @@ def test_inspect_counts_what_the_model_has(models, capsys):
     assert states["0"][:2] != states["0"][2:]
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_inspect_knows_the_constant_state_of_a_stock_bamba(make_llama, tmp_path, capsys, dtype):
+    """What `mohawk export` writes."""
+    import torch
+    from transformers import BambaForCausalLM
+
+    from mohawk.describe import describe
+    from mohawk.evaluate import cache_bytes
+    from mohawk.models.bamba import to_bamba
+    from mohawk.models.from_teacher import hybrid_from_teacher
+
+    student = hybrid_from_teacher(make_llama(num_hidden_layers=3), ssm_layers=[0, 2], gate="output")
+    to_bamba(student).to(getattr(torch, dtype)).save_pretrained(tmp_path)
+    model = BambaForCausalLM.from_pretrained(tmp_path, dtype="auto")
+    described = describe(tmp_path)
+    assert [layer.mixer for layer in described.layers] == ["mamba2", "full_attention", "mamba2"]
+    assert described.layers[0].mixer_parameters == sum(p.numel() for p in model.model.layers[0].mamba.parameters())
+    for context in (5, 40):
+        cache = model(torch.zeros(1, context, dtype=torch.long), use_cache=True).past_key_values
+        assert sum(layer.state_bytes(context) for layer in described.layers) == cache_bytes(cache)
+    assert described.layers[0].state_bytes(5) == described.layers[0].state_bytes(10**6)
+    assert main(["inspect", str(tmp_path)]) == 0
+    assert "mamba2" in capsys.readouterr().out
+
+
+def test_inspect_says_where_it_does_not_know_a_state(tmp_path, capsys):
+    from transformers import Qwen3NextConfig
+
+    config = Qwen3NextConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=8, num_experts=0, layer_types=["linear_attention", "full_attention"],
+        linear_num_key_heads=2, linear_num_value_heads=2, linear_key_head_dim=8, linear_value_head_dim=8,
+    )  # fmt: skip
+    config.save_pretrained(tmp_path)
+    assert main(["inspect", str(tmp_path), "--contexts", "8"]) == 0
+    rows = [line for line in capsys.readouterr().out.splitlines() if line.split()[:1] in (["0"], ["1"], ["all"])]
+    assert [line.endswith("not known") for line in map(str.rstrip, rows)] == [True, False, True]
+
+
 def test_sliding_windows_bound_the_state(make_llama, tmp_path):
     from transformers import MistralConfig, MistralForCausalLM
 

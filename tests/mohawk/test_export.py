@@ -5,7 +5,10 @@ Every fresh process imports transformers anew, some ten seconds: few tests start
 
 import io
 import json
+import os
+import signal
 import sys
+import time
 
 import pytest
 import torch
@@ -124,6 +127,24 @@ def test_a_mismatch_fails_the_export_and_leaves_nothing(make_run, monkeypatch, c
     assert last.startswith("error: export: the written folder differs from the student, nothing was kept")
     assert "full forward" in last
     assert not any((run / "export").iterdir())
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no SIGTERM there")
+def test_sigterm_leaves_nothing_behind(make_run, monkeypatch, capsys):
+    run = make_run()
+
+    def stopped(folder, *arguments, **options):
+        (folder / "half").write_text("x")
+        assert [path.name for path in (run / "export").iterdir()] == [folder.name]
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(5)  # the signal comes at once
+
+    monkeypatch.setattr(export_module, "_write_and_check", stopped)
+    before = signal.getsignal(signal.SIGTERM)
+    assert main(["export", str(run), "--to", "hybrid"]) == 130
+    assert capsys.readouterr().err.splitlines()[-1] == "stopped"
+    assert list((run / "export").iterdir()) == []
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 def test_a_folder_that_does_not_load_is_one_line(tmp_path, make_llama):

@@ -7,6 +7,7 @@ import pytest
 from rich.console import Console
 
 from mohawk import report
+from mohawk.describe import size_text
 from mohawk.recipe import Recipe
 
 
@@ -181,4 +182,4 @@ def test_loss_labels_follow_the_recipe(recipe):
     "count, text", [(12, "12 bytes"), (23_592_960, "23.6 MB"), (4_000, "4.0 kB"), (7.7e9, "7.7 GB")]
 )
 def test_bytes(count, text):
-    assert report._bytes(count) == text
+    assert size_text(count) == text

@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from mohawk.checkpoints import is_complete
+from mohawk.checkpoints import is_complete, write_whole
 from mohawk.cli import main
 from mohawk.compose import Budget, compose, state_bytes
 from mohawk.convert import convert
@@ -187,7 +187,9 @@ def test_composed_runs_go_on_with_phase_3(run, selected, capsys):
     assert main(["compose", str(run), "--budget", "1", *itertools.chain(*(("--set", s) for s in setting))]) == 0
     composed = run.with_name("run-1-attention")
     said = capsys.readouterr().out
-    assert f"1 attention layers ({order[-1]})" in said and f"mohawk convert {composed / 'recipe.yaml'}" in said
+    size = sum(state_bytes(HybridConfig.from_pretrained(run / "student"), order[:-1], 4096))
+    assert f"1 attention layers ({order[-1]}), {size / 1e3:.1f} kB of state after 4,096 tokens" in said
+    assert f"mohawk convert {composed / 'recipe.yaml'}" in said
     recipe = Recipe.load(composed / "recipe.yaml")
     assert recipe.student.ssm_layers == sorted(order[:-1]) and recipe.phases.end_to_end.tokens == 128
     assert is_complete(composed / "phases" / "hidden" / "student")
@@ -214,6 +216,95 @@ def test_composed_runs_go_on_with_phase_3(run, selected, capsys):
         convert(Recipe.load(run.parent / "mine/recipe.yaml"))
     compose(run, attention=[0, 2], output=run.parent / "mine")
     assert is_complete(run.parent / "mine/phases/hidden/student")
+
+
+@pytest.mark.parametrize("by", ["recall", "both"])
+def test_choosing_by_recall_from_the_command_line(run, tmp_path, by, capsys, monkeypatch):
+    """Each step replaces the layer that leaves the least of what the README says is ranked by; tables and compose show
+    the recall that it says to mind."""
+    monkeypatch.setenv("COLUMNS", "160")
+    assert main(["select", str(run), "--by", by, "--tokens", str(TOKENS)]) == 0
+    said = capsys.readouterr().out
+    found = json.loads((run / "selection.json").read_text())
+    order, path = found["rankings"][by]["order"], found["rankings"][by]["path"]
+    measured = {"kl": {}, "recall": {}}
+    for line in (run / "selection" / "measured.jsonl").read_text().splitlines()[1:]:
+        kind, chosen, value = json.loads(line)
+        measured[kind][frozenset(chosen)] = value
+
+    def cost(chosen):
+        loss = measured["recall"][frozenset(chosen)]["loss"]
+        return loss if by == "recall" else measured["kl"][frozenset(chosen)] + 0.1 * loss
+
+    assert sorted(order) == [0, 1, 2, 3]
+    for i, layer in enumerate(order):
+        rest = set(range(4)) - set(order[:i])
+        assert cost([*order[:i], layer]) == min(cost([*order[:i], other]) for other in rest)
+    # of every set on the way, not only of the chosen ones
+    assert len(measured["recall"]) == 1 + 4 * 5 // 2
+    values = path[0]["recall"]["values"]
+    assert f"recall of {values} values, of which the teacher recalls {path[0]['recall']['accuracy']:.1%}" in said
+    assert "recalled so far" in said and "KL so far" in said
+    rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in said.splitlines() if line.endswith("% │")]
+    for row, layer, point in zip(rows, ["", *order], path, strict=True):
+        assert row[0] == str(layer)
+        assert row[-2:] == [f"{point['kl']:.4f}", f"{point['recall']['accuracy']:.1%}"]
+
+    output = tmp_path / "chosen"
+    assert main(["compose", str(run), "--budget", "50%", "--by", by, "--output", str(output)]) == 0
+    assert f"{path[2]['recall']['accuracy']:.1%} of values recalled" in capsys.readouterr().out
+    assert HybridConfig.from_pretrained(output / "phases/hidden/student").ssm_layers == sorted(order[:2])
+
+
+def test_composing_again_after_the_run_was_trained_again(run, tmp_path, capsys):
+    """An earlier call's student is made anew of the new mixers, unless phase 3 has gone on from the old ones."""
+    line = ["compose", str(run), "--attention", "0", "2", "--output", str(tmp_path / "mine")]
+    composed = tmp_path / "mine" / "phases" / "hidden" / "student"
+
+    def train_again(seed):
+        student = HybridForCausalLM.from_pretrained(run / "phases" / "hidden" / "student")
+        torch.nn.init.constant_(student.model.layers[1].self_attn.D, seed)
+        with write_whole(run / "phases" / "hidden" / "student", replace=True) as folder:
+            student.save_pretrained(folder)
+        capsys.readouterr()
+
+    assert main(line) == 0
+    before = (composed / "MANIFEST.json").read_bytes()
+    assert main(line) == 0 and (composed / "MANIFEST.json").read_bytes() == before
+    assert "made anew" not in capsys.readouterr().out
+    (tmp_path / "mine" / "evaluation").mkdir()
+    (tmp_path / "mine" / "evaluation" / "hidden.json").write_text("{}")
+    train_again(5.0)
+    assert main(line) == 0
+    assert f"{run} has trained its mixers again since; its student is made anew of them" in capsys.readouterr().out
+    assert (HybridForCausalLM.from_pretrained(composed).model.layers[1].self_attn.D == 5).all()
+    assert not (tmp_path / "mine" / "evaluation" / "hidden.json").exists()
+    capsys.readouterr()
+    assert main(line) == 0 and "made anew" not in capsys.readouterr().out
+
+    (tmp_path / "mine" / "phases" / "end_to_end" / "checkpoint-1").mkdir(parents=True)
+    assert main(line) == 0
+    train_again(6.0)
+    assert main(line) == 2
+    said = capsys.readouterr().err
+    assert f"has begun phase 3 with mixers that {run} has trained again since" in said and said.count("\n") == 1
+    assert (HybridForCausalLM.from_pretrained(composed).model.layers[1].self_attn.D == 5).all()
+
+    (tmp_path / "mine" / "composed.json").unlink()  # as of a run of its own with this recipe
+    assert main(line) == 2 and "trains mixers of its own" in capsys.readouterr().err
+
+
+def test_inspect_says_what_a_composed_run_is(run, selected, tmp_path, capsys):
+    shutil.copy(selected / "selection.json", run)
+    order = json.loads((run / "selection.json").read_text())["rankings"]["kl"]["order"]
+    composed = compose(run, budget="1", output=tmp_path / "mine")
+    capsys.readouterr()
+    assert main(["inspect", str(composed)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[:4] == [
+        f"composed of the mixers of {run}; attention layers: {order[-1]}, chosen for a budget of 1 by kl",
+        f"mixing: done in {run}", f"hidden: done in {run}", "end_to_end: not begun",
+    ]  # fmt: skip
 
 
 def test_what_compose_refuses(run, capsys):
@@ -271,7 +362,7 @@ def test_budgets(trained):
             fewer = [k for k in range(5) if k * attention * context + (4 - k) * mixer <= size]
             assert chosen(f"{size}B@{context}") == sorted(order[: 4 - max(fewer)])
     assert attention * 15 < mixer  # at a short context the attention layers are the smaller ones
-    with pytest.raises(UserError, match=r"1kB@400 is too little: with 0 attention layers .* 0.01 MB after 400 tokens"):
+    with pytest.raises(UserError, match=r"1kB@400 is too little: .* 10.2 kB \(10,240 bytes\) after 400 tokens"):
         chosen("1kB@400")
     with pytest.raises(UserError, match="mixers for 2 of 4 layers only; allow at least 2"):
         Budget.parse("1").choose([3, 1], config)

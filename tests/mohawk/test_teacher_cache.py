@@ -10,7 +10,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from mohawk.cache_teacher import write_cache
 from mohawk.checkpoints import MANIFEST
 from mohawk.data import PackedDataset, collate
 from mohawk.errors import UserError
@@ -18,6 +17,7 @@ from mohawk.heads import Head
 from mohawk.kernels.kd_loss import TeacherHidden, TeacherLogits, TeacherSamples, TeacherTopK, kd_loss, linear_kd_loss
 from mohawk.teacher_cache import CachedRows, TeacherCache, shard_name
 from mohawk.teacher_records import ROUNDING
+from mohawk.teacher_writer import write_cache
 from tests.mohawk.tiny_teacher import LENGTH, VOCAB, documents
 
 KINDS = ("top-k", "samples", "hidden")
@@ -397,7 +397,7 @@ def test_a_flipped_bit_is_found_when_its_row_is_read(cache, kind):
             found.row(index)
     with pytest.raises(UserError) as error:
         found.row(6)
-    one_line(error, str(path), "row 2 is damaged", "mohawk cache")
+    one_line(error, str(path), "row 2 is damaged (checksum ", "expected ", "mohawk cache")
 
 
 def test_a_damaged_head_is_found(cache):

@@ -1,0 +1,104 @@
+"""DistillationTrainer in a Trainer script: its loss is the definition's, it logs what it measures, it resumes."""
+
+import json
+
+import pytest
+import torch
+import torch.nn.functional as F
+from transformers import Trainer, TrainingArguments
+
+from mohawk import DistillationTrainer, HiddenMatch, layer_map, match_hidden
+from mohawk.schedules import Ramp
+from tests.mohawk.tiny_phase import cheap_training  # noqa: F401
+
+pytestmark = pytest.mark.usefixtures("cheap_training")
+OPTIONS = {"temperature": 2.0, "kd_weight": 0.9, "ce_weight": 0.1}
+
+
+def rows(count: int = 16):
+    g = torch.Generator().manual_seed(0)
+    made = []
+    for ids in torch.randint(2, 250, (count, 12), generator=g):
+        labels = ids.masked_fill(torch.rand(ids.shape, generator=g) < 0.3, -100)
+        made.append({"input_ids": ids, "labels": labels})
+    return made
+
+
+def arguments(folder, **settings) -> TrainingArguments:
+    defaults = {
+        "max_steps": 4, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "learning_rate": 1e-2,
+        "optim": "sgd", "logging_steps": 1, "save_strategy": "no", "report_to": [], "disable_tqdm": True,
+        "use_cpu": True, "remove_unused_columns": False,
+    }  # fmt: skip
+    return TrainingArguments(str(folder), **{**defaults, **settings})
+
+
+class Usual(Trainer):
+    """Distillation as people write it."""
+
+    teacher = None
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        labels = inputs.pop("labels")[:, 1:]
+        real = labels != -100
+        with torch.no_grad():
+            target = self.teacher(**inputs).logits[:, :-1][real]
+        logits = model(**inputs).logits[:, :-1]
+        kl = F.kl_div((logits[real] / 2).log_softmax(-1), (target / 2).softmax(-1), reduction="sum")
+        ce = F.cross_entropy(logits[real], labels[real], reduction="sum")
+        return (0.9 * 4 * kl + 0.1 * ce) / num_items_in_batch
+
+
+def losses(trainer) -> list[float]:
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+def test_it_trains_as_the_usual_subclass(make_llama, tmp_path):
+    teacher = make_llama(seed=1, hidden_size=48)
+    ours = DistillationTrainer(
+        model=make_llama(seed=2), args=arguments(tmp_path), train_dataset=rows(), teacher=teacher, distillation=OPTIONS
+    )
+    ours.train()
+    usual = Usual(model=make_llama(seed=2), args=arguments(tmp_path), train_dataset=rows())
+    usual.teacher = teacher
+    usual.train()
+    assert losses(ours) == pytest.approx(losses(usual), rel=1e-4)
+    for mine, theirs in zip(ours.model.parameters(), usual.model.parameters(), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-6)
+    logged = [entry for entry in ours.state.log_history if "loss" in entry]
+    assert all({"kd", "ce", "agreement", "teacher_entropy", "temperature"} <= entry.keys() for entry in logged)
+
+
+def test_it_resumes_with_projections_and_schedules(make_llama, tmp_path):
+    def trainer(folder, **settings):
+        torch.manual_seed(0)
+        match = HiddenMatch(layer_map("uniform", 2, 2), 32, 48)
+        options = {"temperature": Ramp(4.0, 1.0), "matchings": {"hidden": match_hidden(match)}}
+        return DistillationTrainer(
+            model=make_llama(seed=2),
+            args=arguments(folder, save_strategy="steps", save_steps=2, optim="adamw_torch", **settings),
+            train_dataset=rows(),
+            teacher=make_llama(seed=1, hidden_size=48),
+            distillation=options,
+        )
+
+    whole = trainer(tmp_path / "whole")
+    whole.train()
+    assert [entry["temperature"] for entry in whole.state.log_history if "loss" in entry] == [4, 3, 2, 1]
+    torch.manual_seed(99)
+    resumed = trainer(tmp_path / "whole")
+    for parameter in resumed.distiller.matched.parameters():
+        torch.nn.init.zeros_(parameter)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
+    assert losses(resumed)[-2:] == pytest.approx(losses(whole)[-2:], rel=1e-6)
+    saved = json.loads((tmp_path / "whole" / "checkpoint-4" / "config.json").read_text())
+    assert saved["architectures"] == ["LlamaForCausalLM"]
+
+
+def test_it_evaluates(make_llama, tmp_path):
+    trainer = DistillationTrainer(
+        model=make_llama(seed=2), args=arguments(tmp_path), eval_dataset=rows(4), teacher=make_llama(seed=1)
+    )
+    assert trainer.evaluate()["eval_loss"] > 0
+    trainer.compute_metrics = lambda found: {"shape": found.predictions.shape[-1]}
+    assert trainer.evaluate()["eval_shape"] == 258
