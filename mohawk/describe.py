@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from mohawk.checkpoints import MANIFEST, why_incomplete
 from mohawk.errors import UserError
-from mohawk.run_recipe import phase_names, run_command
+from mohawk.recipe_kinds import phase_names, run_command
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -132,7 +132,7 @@ class Distillation(Run):
     def _teacher_of(self, i: int, stage: Stage, student: nn.Module) -> Any:
         """Who answers in a stage, as `KnowledgeDistiller` asks; None where nobody is asked."""
         if stage.cache is not None:
-            return CachedTeacher(self._cache(stage))
+            return CachedTeacher(self._cache(stage, student))
         if stage.learn_from == "previous":
             return ModelTeacher(load_teacher(self._student(self.recipe.stages[i - 1].name), device=self.device))
         if stage.learn_from in ("average", "start"):
@@ -146,7 +146,7 @@ class Distillation(Run):
             return teachers[0]
         return Ensemble(teachers, self.recipe.combine, [g.weight for g in given])
 
-    def _cache(self, stage: Stage) -> TeacherCache:
+    def _cache(self, stage: Stage, student: nn.Module) -> TeacherCache:
         cache = TeacherCache(stage.cache)
         temperature = stage.temperature
         if isinstance(temperature, Ramp) and cache.temperature is not None:
@@ -156,6 +156,7 @@ class Distillation(Run):
             )
         cache.check(
             sequence_length=stage.sequence_length, tokenizer_hash=tokenizer_key(self.tokenizer),
+            vocab_size=student.get_output_embeddings().weight.shape[0],
             temperature=None if isinstance(temperature, Ramp) else temperature, divergence=stage.divergence,
         )  # fmt: skip
         return cache

@@ -12,8 +12,8 @@ from rich.table import Table
 from mohawk.describe import student_folder
 from mohawk.errors import UserError
 from mohawk.recipe import Recipe
+from mohawk.recipe_kinds import load_run_recipe
 from mohawk.report import write_json
-from mohawk.run_recipe import load_run_recipe
 
 RESULTS = "evaluation/again.json"
 

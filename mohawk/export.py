@@ -123,7 +123,7 @@ def _prepare(model: PreTrainedModel, to: str, pad_expand: bool, fold_bias: bool)
 
 def _tokenizer(student: str, run: Path | None) -> PreTrainedTokenizerBase | None:
     """The student's, else its teacher's."""
-    from mohawk.run_recipe import load_run_recipe
+    from mohawk.recipe_kinds import load_run_recipe
     from mohawk.teachers import load_tokenizer
 
     if any((Path(student) / name).is_file() for name in ("tokenizer_config.json", "tokenizer.json")):

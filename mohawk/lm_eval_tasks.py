@@ -22,8 +22,8 @@ from rich.console import Console
 
 from mohawk.describe import student_folder
 from mohawk.errors import UserError
+from mohawk.recipe_kinds import load_run_recipe
 from mohawk.report import TASKS, fingerprint, kept_tasks, print_tables, report_tasks, task_tables, write_json
-from mohawk.run_recipe import load_run_recipe
 
 if TYPE_CHECKING:
     import torch

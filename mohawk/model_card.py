@@ -10,8 +10,8 @@ from typing import Any
 
 from mohawk.parity import Row
 from mohawk.recipe import RecipeFile
+from mohawk.recipe_kinds import load_run_recipe
 from mohawk.report import RESULTS, read_json, tables
-from mohawk.run_recipe import load_run_recipe
 from mohawk.runtimes import GROUPS_APART, Note
 
 log = logging.getLogger(__name__)

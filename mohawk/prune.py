@@ -42,7 +42,7 @@ from mohawk.report import Table, finish, read_json, write_json
 from mohawk.run import STUDENT, claimed, pick_device
 from mohawk.teachers import load_config, load_teacher, load_tokenizer
 from mohawk.trainer import PhaseTrainer
-from mohawk.trim_vocabulary import trim_tokenizer, trim_vocabulary
+from mohawk.vocabulary import trim_tokenizer, trim_vocabulary
 
 log = logging.getLogger(__name__)
 
