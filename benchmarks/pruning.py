@@ -143,6 +143,7 @@ def draw(rows: list[dict], target: Path, text: str = "evaluation") -> None:
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import FuncFormatter, LogLocator
 
     def kl(found: list[dict], when: str) -> list[float]:
         return [float(r["found"][when][text]["kl"]) for r in found]
@@ -160,7 +161,12 @@ def draw(rows: list[dict], target: Path, text: str = "evaluation") -> None:
         axes[1].plot(x, kl(own, "after"), color=color, marker="o", ms=5, label=f"{name}, healed")
     most = max(r["cut"] for r in rows)
     ends = [r for r in rows if (r["of"], r["strategy"], r["cut"]) == ("width", "importance", most)]
-    bars = axes[2].bar([f"{r['rounds']} round" + "s" * (r["rounds"] > 1) for r in ends], kl(ends, "after"), width=0.5)
+    bars = axes[2].bar(
+        [f"{r['rounds']} round" + "s" * (r["rounds"] > 1) for r in ends],
+        kl(ends, "after"),
+        width=0.5,
+        color=COLORS["importance"],
+    )
     axes[2].bar_label(bars, fmt="%.3f")
     axes[2].set_title(f"{most:.0%} of the width, equal tokens in all")
     axes[0].set_title("what stays, by which scores")
@@ -168,6 +174,9 @@ def draw(rows: list[dict], target: Path, text: str = "evaluation") -> None:
     for axis in axes[:2]:
         axis.set_xlabel("cut of the parameters outside embedding and head, %")
         axis.set_yscale("log")
+        axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axis.yaxis.set_minor_formatter(FuncFormatter(lambda value, _: ""))
         axis.legend(frameon=False, fontsize=8)
     for axis in axes:
         axis.set_ylabel("KL(teacher ‖ student), nats per token")

@@ -27,6 +27,8 @@ from mohawk.prune_sizes import (
     target_sizes,
 )
 
+TIMING = 0.1  # how far from a latency a candidate may be: timings vary by almost as much
+
 
 @dataclass
 class Round:
@@ -63,7 +65,9 @@ def budget_of(target: Target, config: Any, tolerance: float) -> Budget:
     """A target's budget in absolute terms; a share is of the teacher's, whose configuration is given."""
     name = target.budgets()[0]
     value = getattr(target, name)
-    if name != "parameters":
+    if name == "latency":
+        return Budget(name, value, max(tolerance, TIMING))
+    if name == "memory":
         return Budget(name, value, tolerance)
     if value < 1:
         return Budget("nonembedding", value * parameters_of(empty_model(config))[1], tolerance)

@@ -183,7 +183,9 @@ def _fitted(
         return full
     if cost(full) < budget.value:
         return None
-    path = narrower(sized_config(config, full, layers), full, width)
+    # every timing takes seconds
+    steps = 16 if budget.kind == "latency" else 64
+    path = narrower(sized_config(config, full, layers), full, width, steps)
     low, high = 0, len(path) - 1
     while low < high:
         middle = (low + high) // 2

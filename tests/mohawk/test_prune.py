@@ -347,3 +347,10 @@ def test_all_mistakes_of_a_recipe_at_once(checkpoint, texts, tmp_path):
 def test_shipped_recipes_are_read(name):
     recipe = PruneRecipe.load(shipped(name))
     assert PruneRecipe.from_dict(recipe.model_dump(mode="json")) == recipe and recipe.output == Path(f"runs/{name}")
+
+
+def test_a_finished_run_keeps_its_learning_rate(checkpoint, texts, tmp_path):
+    run = tmp_path / "run"
+    prune(made(checkpoint, texts, run, heal=stage(1)))
+    with pytest.raises(UserError, match="another heal.learning_rate"):
+        prune(made(checkpoint, texts, run, heal=stage(1, learning_rate=1e-5)))

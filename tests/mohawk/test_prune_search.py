@@ -34,14 +34,15 @@ def built(config, sizes, layers, dtype=torch.float32):
     return AutoModelForCausalLM.from_config(sized_config(config, sizes, layers)).to(dtype).eval()
 
 
-@pytest.mark.parametrize("name", [*FAMILIES, "llama+mamba2", "qwen2+discrete_mamba2"])
+@pytest.mark.parametrize("name", ["llama", "gemma2", "phi_normed", "phi3", "olmo2+mamba2", "qwen2+discrete_mamba2"])
 def test_candidates_use_up_a_budget_of_parameters(name):
     config = model_of(name).config
     own, inside = sizes_of(config), parameter_count(config)[1]
     budget = Budget("nonembedding", 0.5 * inside, 0.1)
     found = candidates(Costs(config, "nonembedding"), budget, widths=WIDTHS)
-    assert len(found) == len(set(found)) >= 2
-    assert max(s.layers for s in found) == own.layers and min(s.layers for s in found) < own.layers
+    assert len(found) == len(set(found)) >= 2 and min(s.layers for s in found) < own.layers
+    # of Phi's two heads with a norm one goes with half of the width, and then too much is gone
+    assert max(s.layers for s in found) == own.layers - (name == "phi_normed")
     for sizes in found:
         layers = spread(own.layers, sizes.layers)
         less = parameter_count(sized_config(config, sizes, layers))[1]
