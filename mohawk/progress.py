@@ -151,6 +151,10 @@ def describe(record: dict[str, Any]) -> str:
     parts = []
     if record.get("loss") is not None:
         parts.append(f"loss {record['loss']:.4g}")
+    measured = record.get("measured") or {}
+    parts += [f"{name} {measured[name]:.3g}" for name in ("kd", "ce") if name in measured]
+    if "agreement" in measured:
+        parts.append(f"{measured['agreement']:.0%} agree")
     if record.get("tokens_per_s") is not None:
         parts.append(f"{record['tokens_per_s']:,.0f} tokens/s")
     if record.get("skipped_steps"):

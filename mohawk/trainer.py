@@ -39,6 +39,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers.integrations import get_reporting_integration_callbacks
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
@@ -131,7 +132,7 @@ class PhaseTrainer(Trainer):
             use_cpu=device == "cpu",
             remove_unused_columns=False,
             dataloader_num_workers=0,
-            report_to=list(report_to) or "none",
+            report_to="none",
             disable_tqdm=True,
         )
         args._n_gpu = min(1, args.n_gpu)  # more would mean nn.DataParallel; use torchrun for several GPUs
@@ -147,7 +148,7 @@ class PhaseTrainer(Trainer):
             args=args,
             data_collator=collate,
             train_dataset=train_dataset,
-            callbacks=[_PhaseCallback(self), Metrics(run_dir, name)],
+            callbacks=[_PhaseCallback(self), Metrics(run_dir, name), *_trackers(report_to)],
         )
         for callback in (PrinterCallback, ProgressCallback):
             self.remove_callback(callback)
@@ -510,6 +511,29 @@ class _PhaseCallback(TrainerCallback):
         if trainer._failure is not None:
             control.should_log = control.should_training_stop = True
             control.should_save = False  # better to go on from before the trouble
+
+
+def _trackers(names: Sequence[str]) -> list[TrainerCallback]:
+    """transformers' callbacks for experiment trackers, which are given a record's numbers without its nesting."""
+    try:
+        kinds = get_reporting_integration_callbacks(list(names))
+    except ValueError as error:
+        raise UserError(f"report_to: {error}") from error
+
+    def flat(kind: type[TrainerCallback]) -> type[TrainerCallback]:
+        def on_log(self, args, state, control, logs=None, **kwargs):
+            numbers = dict(logs or {})
+            for group in ("parts", "measured"):
+                numbers.update({f"{group}/{name}": value for name, value in (numbers.pop(group, None) or {}).items()})
+            numbers = {name: value for name, value in numbers.items() if isinstance(value, (int, float))}
+            return kind.on_log(self, args, state, control, logs=numbers, **kwargs)
+
+        return type(kind.__name__, (kind,), {"on_log": on_log})
+
+    try:
+        return [flat(kind)() for kind in kinds]
+    except (ImportError, RuntimeError) as error:
+        raise UserError(f"report_to: {str(error).splitlines()[0]}") from error
 
 
 def _real_tokens(batch: dict[str, torch.Tensor]) -> int:

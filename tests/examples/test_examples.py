@@ -22,6 +22,9 @@ NEEDS = {
     "trl_gkd": ("trl", "trl.experimental.gkd"),
     "trl_distillation": ("trl",),
     "lightning_module": ("lightning", "transformers"),
+    "knowledge_distiller": ("transformers",),
+    "rationale_distiller": ("transformers",),
+    "distillation_trainer": ("transformers", "accelerate"),
 }
 OTHERS = ("read_teacher_cache",)  # trains nothing: test_read_teacher_cache.py
 VOCAB = 64

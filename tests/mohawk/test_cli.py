@@ -14,6 +14,7 @@ from mohawk.checkpoints import Interrupted
 from mohawk.cli import main, parser
 from mohawk.errors import UserError
 from mohawk.recipe import Recipe
+from mohawk.recipe_kinds import kind_of
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPE = "teacher: some/model\ndata: {train: [a.txt]}\n"
@@ -354,7 +355,7 @@ def test_a_closed_pipe_is_no_error():
     assert result.stdout == "1\n" and result.stderr == ""
 
 
-def test_every_mohawk_and_make_command_in_the_readme_is_valid():
+def test_every_mohawk_and_make_command_in_the_readme_is_valid(tmp_path):
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     blocks = re.findall(r"```(?:bash|sh|console)?\n(.*?)```", readme, re.DOTALL)
     lines = [line.strip().removeprefix("$ ") for block in blocks for line in block.splitlines()]
@@ -369,11 +370,11 @@ def test_every_mohawk_and_make_command_in_the_readme_is_valid():
         options = parser().parse_args(words[words.index("mohawk") + 1 :])
         recipe = getattr(options, "recipe", None)
         if recipe is not None and (ROOT / recipe).exists():
-            Recipe.load(ROOT / recipe, options.set)
+            kind_of(ROOT / recipe).load(ROOT / recipe, options.set)
     for script in re.findall(r"^python (\S+\.py)", "\n".join(lines), re.MULTILINE):
         assert (ROOT / script).is_file(), script
     for block in re.findall(r"```ya?ml\n(.*?)```", readme, re.DOTALL):
         if "teacher:" in block:
-            from mohawk.recipe_text import RecipeText
-
-            Recipe.from_dict(RecipeText.read(block, "README.md").data)
+            path = tmp_path / "recipe.yaml"
+            path.write_text(block, encoding="utf-8")
+            kind_of(path).load(path)

@@ -517,3 +517,21 @@ def test_several_processes_share_the_batches_of_one():
 
 def test_batch_larger_than_the_data():
     assert [sorted(batch) for batch in batches(examples=2, batch_size=4, batches=2)] == [[0, 0, 1, 1]] * 2
+
+
+def test_trackers_get_every_number_of_a_record(tmp_path, monkeypatch):
+    from transformers import TrainerCallback
+    from transformers.integrations import integration_utils
+
+    seen = []
+
+    class Tracker(TrainerCallback):
+        def on_log(self, args, state, control, logs=None, **kwargs):
+            seen.append(logs)
+
+    monkeypatch.setitem(integration_utils.INTEGRATION_TO_CALLBACK, "mlflow", Tracker)
+    tiny_trainer(tmp_path, report_to=["mlflow"]).train_phase()
+    assert seen and all({"loss", "grad_norm", "tokens_per_s"} <= logs.keys() for logs in seen)
+    assert any(name.startswith("parts/") for name in seen[0])
+    with pytest.raises(UserError, match="report_to: .*nonsense"):
+        tiny_trainer(tmp_path / "other", report_to=["nonsense"])
