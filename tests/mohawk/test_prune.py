@@ -3,6 +3,8 @@
 import json
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -354,3 +356,12 @@ def test_a_finished_run_keeps_its_learning_rate(checkpoint, texts, tmp_path):
     prune(made(checkpoint, texts, run, heal=stage(1)))
     with pytest.raises(UserError, match="another heal.learning_rate"):
         prune(made(checkpoint, texts, run, heal=stage(1, learning_rate=1e-5)))
+
+
+def test_a_recipe_is_checked_without_torch():
+    code = (
+        "import sys; from mohawk.prune_recipe import PruneRecipe; from mohawk.recipe import shipped; "
+        "PruneRecipe.load(shipped('prune-width')); "
+        "sys.exit(any(name in sys.modules for name in ('torch', 'transformers', 'numpy')))"
+    )
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
