@@ -212,7 +212,7 @@ def print_plan(plan: Plan, recipe: PruneRecipe, console: Console) -> None:
             light = f" after {recipe.search.tokens:,} tokens of healing each" if recipe.search.tokens else ""
             console.print(
                 f"Round {i}: the candidate of least KL on held-out text{light}, within "
-                f"{round_.budget.told(round_.budget.value)}.", highlight=False,
+                f"{round_.budget.told(round_.budget.value)}; {_costs_told(round_, plan.own)}.", highlight=False,
             )  # fmt: skip
     if (split := len(plan.rounds)) > 1 and not prune.targets and plan.rounds[0].candidates:
         console.print(f"The sizes picked are reached in {split} rounds of cutting and healing.", highlight=False)
@@ -222,6 +222,13 @@ def print_plan(plan: Plan, recipe: PruneRecipe, console: Console) -> None:
         kept = "of the training text" if prune.vocabulary == "corpus" else f"{prune.vocabulary:,} most frequent"
         console.print(f"In the end the vocabulary of {plan.own.vocabulary:,} is trimmed to the tokens {kept}.")
     _print_stages(recipe, len(plan.rounds), console)
+
+
+def _costs_told(round_: Round, own: Sizes) -> str:
+    """What the teacher and the candidates cost, where it was counted now and not in a run before."""
+    found = [round_.costs.known(sizes, spread(own.layers, sizes.layers)) for sizes in (own, *round_.candidates)]
+    told = [f"{cost:.3g}" if round_.budget.kind == "latency" else f"{cost:,.0f}" for cost in found if cost is not None]
+    return f"the teacher and the candidates: {', '.join(told)}" if len(told) == len(found) else "as found before"
 
 
 def _kept_of(plan: Plan, round_: Round, sizes: Sizes) -> list[int]:

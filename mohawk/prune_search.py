@@ -92,6 +92,10 @@ class Costs:
             self._known[key] = self.of(sized_config(self.config, sizes, layers))
         return self._known[key]
 
+    def known(self, sizes: Sizes, layers: Sequence[int]) -> float | None:
+        """What has been counted or measured already."""
+        return self._known.get((sizes, tuple(layers)))
+
     def of(self, config: Any) -> float:
         """Of a model of this configuration."""
         model = empty_model(config, self.convert)
