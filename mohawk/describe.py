@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -57,15 +57,19 @@ def student_folder(path: str | Path) -> str:
     folder = Path(path).expanduser()
     if not (folder / "recipe.yaml").is_file():
         return str(path)
-    for student in (
-        folder / "student",
-        *(folder / "phases" / name / "student" for name in reversed(phase_names(folder))),
-    ):
+    for student in _students(folder):
         if (student / "config.json").is_file():
             if (student / MANIFEST).exists() and (problem := why_incomplete(student, contents=False)):
                 raise UserError(f"{student}: {problem}; `{run_command(folder)}` with the run's recipe makes it again")
             return str(student)
     raise UserError(f"{path} is a run without a student yet; `{run_command(folder)}` with its recipe goes on with it")
+
+
+def _students(folder: Path) -> Iterator[Path]:
+    """Where a run's students lie, the newest first."""
+    yield folder / "student"
+    for name in reversed(phase_names(folder)):
+        yield folder / "phases" / name / "student"
 
 
 def describe(model: str | Path) -> Description:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import logging
+import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,7 +21,7 @@ from transformers import AutoModelForCausalLM
 from mohawk.advance import Advance
 from mohawk.attention_match import AttentionMatch
 from mohawk.checkpoints import is_complete, write_whole
-from mohawk.distill_data import Sources, held_out_rows, load_sources, training_rows
+from mohawk.distill_data import Sources, held_out_rows, load_sources, rows_by_source, training_rows
 from mohawk.distill_recipe import DistillRecipe, DistillStudent, DistillTeacher, Ramp, Stage
 from mohawk.distillation import KnowledgeDistiller, Matching, match_attention, match_hidden
 from mohawk.errors import UserError
@@ -34,6 +35,7 @@ from mohawk.models.from_teacher import hybrid_from_teacher
 from mohawk.on_policy import OnPolicy
 from mohawk.plan import student_options
 from mohawk.progress import log_to
+from mohawk.rationale_router import RationaleRouter, RoutedRationales
 from mohawk.report import finish
 from mohawk.run import STUDENT, Run, claimed
 from mohawk.schedules import Ramp as Schedule
@@ -183,8 +185,16 @@ class Distillation(Run):
 
             with mistakes("student.lora"):
                 student = add_adapter(student, lora.rank, lora.alpha, lora.dropout, lora.targets, lora.bits)
+        router = None
+        if stage.routing is not None:
+            own = rows_by_source(data, sources, stage.sequence_length, self.recipe.seed, self._pad())
+            bandit = RationaleRouter(list(own), algorithm=stage.routing.algorithm, seed=self.recipe.seed)
+            router = RoutedRationales(
+                own, bandit, validate=lambda: self._validate(student)[0], every=stage.routing.every,
+                seed=self.recipe.seed,
+            )  # fmt: skip
         with mistakes(f"stages.{i} ({stage.name})"):
-            objective = self._objective(i, stage, student)
+            objective = self._objective(i, stage, student, router)
         if stage.cache is not None:
             rows = CachedRows(rows, objective.teacher.cache)
         trainer = self._trainer(stage.name, stage, objective, rows, report_to=self.recipe.report_to)
@@ -200,7 +210,9 @@ class Distillation(Run):
             student = merge_adapter(student)
         return student.requires_grad_(True)
 
-    def _objective(self, i: int, stage: Stage, student: nn.Module) -> KnowledgeDistiller:
+    def _objective(
+        self, i: int, stage: Stage, student: nn.Module, router: RoutedRationales | None
+    ) -> KnowledgeDistiller:
         teacher = self._teacher_of(i, stage, student)
         model = teacher.teachers[0].model if isinstance(teacher, Ensemble) else getattr(teacher, "model", None)
         advance, on_policy, taid = stage.advance, stage.on_policy, stage.taid
@@ -227,6 +239,7 @@ class Distillation(Run):
                 prompt_tokens=on_policy.prompt_tokens,
                 seed=self.recipe.seed,
             ),  # fmt: skip
+            router=router,
             advance=advance
             and Advance(
                 lambda: self._validate(student), advance.every, advance.patience, advance.improvement, advance.gap
@@ -235,8 +248,6 @@ class Distillation(Run):
 
     def _validate(self, student: nn.Module) -> tuple[float, float]:
         """(student's, teacher's) loss on held-out text, nats per token."""
-        import math
-
         name = "held_out" if "held_out" in self.texts else next(iter(self.texts))
         found = compare(student, self.texts[name], autocast=self.autocast)
         return math.log(found.student_perplexity), math.log(found.teacher_perplexity)

@@ -95,6 +95,16 @@ def training_rows(asked: DistillData, sources: Sources, sequence_length: int, ro
     return Mixture(parts, weights, [source.loss_weight for source in train], rows=rows, seed=seed)
 
 
+def rows_by_source(
+    asked: DistillData, sources: Sources, sequence_length: int, seed: int, pad: int
+) -> dict[str, PairsDataset]:
+    """The rows of each source of pairs or rationales by itself, by its name."""
+    return {
+        asked.train[i].source: _pairs_rows(asked.train[i], pairs, sequence_length, seed, pad)
+        for i, pairs in sources.pairs.items()
+    }
+
+
 def held_out_rows(asked: DistillData, sources: Sources, sequence_length: int, tokens: int, pad: int) -> Any:
     """Rows of the held-out prompts and responses; None where there are none."""
     parts = [

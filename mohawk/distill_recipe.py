@@ -162,6 +162,13 @@ class OnPolicy(Section):
     prompt_tokens: Count = Field(32, description="of a plain text that are its prompt")
 
 
+class Routing(Section):
+    """A bandit that chooses among several teachers' rationales by what they do for the student's held-out loss."""
+
+    algorithm: Literal["ucb1", "exp3"] = Field("ucb1", description="of the bandit")
+    every: Count = Field(50, description="steps on one teacher's rationales before the next choice")
+
+
 class Advance(Section):
     """When a stage has done its work before its tokens are used up."""
 
@@ -205,6 +212,9 @@ class Stage(Phase):
     hidden: HiddenMatching | None = Field(None, description="match hidden states")
     attention: AttentionMatching | None = Field(None, description="match attention or mixing matrices")
     on_policy: OnPolicy | None = Field(None, description="train on the student's own samples")
+    routing: Routing | None = Field(
+        None, description="choose among the sources of rationales, each one teacher's, while training"
+    )
     advance: Advance | None = Field(None, description="end early; null: when the tokens are used up")
     learning_rate: Annotated[float, Field(gt=0, le=1)] = Field(1e-4, description="after warmup")
     tokens: Count = Field(100_000_000, description="training tokens of the stage")
@@ -297,6 +307,16 @@ def stage_contradictions(recipe: DistillRecipe, stage: Stage, i: int, at: recipe
                 [(*at, "learn_from"), (*at, "cache")],
                 f"{label}: a cache holds the teacher's answers, but learn_from is {stage.learn_from}; leave out one",
             )
+    if stage.routing is not None:
+        sources = (stage.data or recipe.data).train
+        if len(sources) < 2 or any(source.kind != "rationales" for source in sources):
+            yield (
+                [(*at, "routing")],
+                f"{label}: routing chooses among two or more sources of kind: rationales, and nothing else is read; "
+                "give the stage such data",
+            )
+        if stage.cache is not None:
+            yield [(*at, "routing"), (*at, "cache")], f"{label}: routing reads its own rows; leave out the cache"
     if recipe.combine == "row" and matched:
         yield (
             [(*at, "hidden" if stage.hidden else "attention")],

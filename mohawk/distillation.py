@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -22,10 +22,13 @@ from mohawk.heads import Head, final_hidden_states
 from mohawk.kernels.kd_loss import TAIDSchedule, TeacherHidden, TeacherTAID, linear_kd_loss
 from mohawk.schedules import Ramp, at, temperature_for
 from mohawk.teacher_models import Answer, AverageTeacher, ModelTeacher, Watch, model_inputs
+from mohawk.weight_decay import parameter_groups
+
+if TYPE_CHECKING:
+    from mohawk.rationale_router import RoutedRationales
 
 IGNORED = -100
 SAMPLED_ROWS = 256  # of a batch, on which agreement and the teacher's entropy are measured
-NO_DECAY = ("bias", "A_log", "D", "dt_bias", "z_bias", "norm.weight", "layernorm.weight")
 
 
 @dataclass(frozen=True)
@@ -86,6 +89,7 @@ class KnowledgeDistiller(nn.Module):
         taid: TAID's moving target (arXiv 2501.16937), advanced by each step's loss.
         matchings: losses between layers, by name.
         on_policy: called as on_policy(batch, step) -> batch; see mohawk/on_policy.py.
+        router: called as router(batch, step) -> batch, and router.end_step(step); see mohawk/rationale_router.py.
         advance: says after which step to end early; see mohawk/advance.py.
 
     Outside our trainer, ramps move with `begin_step(step, steps)`, TAID and averaged teachers with `end_step(loss)`.
@@ -106,6 +110,7 @@ class KnowledgeDistiller(nn.Module):
         taid: TAIDSchedule | None = None,
         matchings: Mapping[str, Matching] | None = None,
         on_policy: Callable[[dict[str, Tensor], int], dict[str, Tensor]] | None = None,
+        router: RoutedRationales | None = None,
         advance: Advance | None = None,
     ):
         super().__init__()
@@ -124,6 +129,7 @@ class KnowledgeDistiller(nn.Module):
         self.temperature, self.kd_weight, self.ce_weight = temperature, kd_weight, ce_weight
         self.divergence, self.beta, self.lam = divergence, beta, lam
         self.confidence, self.taid, self.on_policy, self.advance = confidence, taid, on_policy, advance
+        self.router = router
         self.finished = False
         self.__dict__["matchings"] = dict(matchings or {})
         # their parameters are trained and saved with a run's checkpoints, and are no part of the student
@@ -160,8 +166,11 @@ class KnowledgeDistiller(nn.Module):
     # ---- as an objective of our trainer ----
 
     def prepare(self, batch: dict[str, Tensor], step: int) -> dict[str, Tensor]:
-        """What a step trains on instead of a batch, before its tokens are counted: the student's own samples."""
-        return batch if self.on_policy is None else self.on_policy(batch, step)
+        """What a step trains on instead of a batch, before its tokens are counted: a routed teacher's rationales, or
+        the student's own samples."""
+        for replace in (self.router, self.on_policy):
+            batch = batch if replace is None else replace(batch, step)
+        return batch
 
     def losses(self, **batch: Tensor) -> Iterator[tuple[str, Tensor]]:
         """The loss of a packed batch, one scalar: its terms share one graph."""
@@ -172,15 +181,8 @@ class KnowledgeDistiller(nn.Module):
         return ((name, p) for name, p in self.named_parameters() if p.requires_grad)
 
     def parameter_groups(self, learning_rate: float, weight_decay: float) -> list[dict[str, Any]]:
-        """AdamW's groups: weight decay on matrices only."""
-        decayed, plain = [], []
-        for name, parameter in self.trained():
-            (plain if parameter.dim() < 2 or name.endswith(NO_DECAY) else decayed).append(parameter)
-        groups = [
-            {"params": decayed, "lr": learning_rate, "weight_decay": weight_decay},
-            {"params": plain, "lr": learning_rate, "weight_decay": 0.0},
-        ]
-        return [group for group in groups if group["params"]]
+        """AdamW's groups."""
+        return parameter_groups(self.trained(), learning_rate, weight_decay)
 
     def begin_step(self, step: int, steps: int) -> None:
         """Before the first micro-batch of a step, counted from 0, of so many."""
@@ -192,6 +194,8 @@ class KnowledgeDistiller(nn.Module):
             self.taid.update(loss)
         if isinstance(self.teacher, AverageTeacher):
             self.teacher.update()
+        if self.router is not None:
+            self.router.end_step(self.step)
         if self.advance is not None:
             self.finished = self.advance.after(self.step + 1)
 
@@ -214,15 +218,18 @@ class KnowledgeDistiller(nn.Module):
         """What a resumed run needs beside parameters: tensors, and plain values."""
         tensors = self.teacher.state() if isinstance(self.teacher, AverageTeacher) else {}
         taid = self.taid and {key: getattr(self.taid, key) for key in ("t", "momentum", "last_loss")}
-        return tensors, {"taid": taid, "advance": self.advance and self.advance.state(), "finished": self.finished}
+        parts = {"advance": self.advance, "router": self.router}
+        states = {name: part.state() for name, part in parts.items() if part is not None}
+        return tensors, {"taid": taid, **states, "finished": self.finished}
 
     def load_training_state(self, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
         if isinstance(self.teacher, AverageTeacher):
             self.teacher.load(tensors)
         for key, value in (values.get("taid") or {}).items():
             setattr(self.taid, key, value)
-        if self.advance is not None and values.get("advance"):
-            self.advance.load(values["advance"])
+        for name, part in {"advance": self.advance, "router": self.router}.items():
+            if part is not None and values.get(name):
+                part.load(values[name])
         self.finished = values.get("finished", False)
 
     # ---- the loss ----

@@ -239,7 +239,7 @@ class Pruning(Distillation):
             picked = self._search(number, base, scores, layers)
         else:
             picked = Sizes(**state["candidates"][state["picked"]]["sizes"])
-        return between(self.plan.own, picked, round_.share)
+        return between(self.plan.config, picked, round_.share)
 
     # ---- the search ----
 
@@ -250,11 +250,13 @@ class Pruning(Distillation):
             return chosen_layers(scores, count, layers)
 
         costs, found = round_.costs, round_.candidates
-        alike = self.plan.own.state_heads is None and number == 1
-        if not (alike or round_.budget.kind == "latency" and number == 1):
+        # the plan knew neither which of unlike layers stay nor what a later round begins with
+        planned = number == 1 and (self.plan.own.state_heads is None or round_.budget.kind == "latency")
+        if not planned:
             costs = costs_of(self.recipe, base.config, round_.budget.kind, self.device)
-            found = found_for(self.recipe, costs, round_.budget, round_.where, kept)
-        light = self._light_healing(folder) if self.recipe.search.tokens and len(found) > 1 else None
+            if not (folder / "search.json").is_file():  # whose candidates are kept
+                found = found_for(self.recipe, costs, round_.budget, round_.where, kept)
+        light = self._light_healing(folder) if self.recipe.search.tokens else None
         picked = search(
             found, costs, round_.budget, kept=kept, heal=light, measure=self._on_held_out, folder=folder,
             make=lambda sizes: cut(base, choose(scores, sizes, layers=layers)).float().requires_grad_(True),
@@ -316,6 +318,7 @@ class Pruning(Distillation):
     # ---- the end ----
 
     def _write_final(self, student: nn.Module, final: Path) -> None:
+        student = copy.deepcopy(student) if student is self.teacher else student
         student, tokenizer = student.to(getattr(torch, self.recipe.save_dtype)), self.tokenizer
         if self.recipe.prune.vocabulary is not None:
             with mistakes("prune.vocabulary"):

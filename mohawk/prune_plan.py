@@ -27,6 +27,8 @@ from mohawk.prune_sizes import (
     target_sizes,
 )
 
+TIMING = 0.1  # how far from a latency a candidate may be: timings vary by almost as much
+
 
 @dataclass
 class Round:
@@ -63,7 +65,9 @@ def budget_of(target: Target, config: Any, tolerance: float) -> Budget:
     """A target's budget in absolute terms; a share is of the teacher's, whose configuration is given."""
     name = target.budgets()[0]
     value = getattr(target, name)
-    if name != "parameters":
+    if name == "latency":
+        return Budget(name, value, max(tolerance, TIMING))
+    if name == "memory":
         return Budget(name, value, tolerance)
     if value < 1:
         return Budget("nonembedding", value * parameters_of(empty_model(config))[1], tolerance)
@@ -107,11 +111,11 @@ def make_plan(recipe: PruneRecipe, config: Any, device: Any = "cpu", saved: Sequ
         where = "prune" if split else f"prune.targets.{i}"
         round_ = Round(target, where, (i + 1) / len(targets) if split else 1.0)
         if split and i:
-            round_.sizes = final and between(own, final, round_.share)
+            round_.sizes = final and between(config, final, round_.share)
         elif target.sizes():
             with mistakes(where):
                 final = target_sizes(now or config, target)
-            round_.sizes = between(own, final, round_.share) if split else final
+            round_.sizes = between(config, final, round_.share) if split else final
         else:
             round_.budget = budget_of(target, config, recipe.search.tolerance)
             round_.costs = costs_of(recipe, config, round_.budget.kind, device)
@@ -208,7 +212,7 @@ def print_plan(plan: Plan, recipe: PruneRecipe, console: Console) -> None:
             light = f" after {recipe.search.tokens:,} tokens of healing each" if recipe.search.tokens else ""
             console.print(
                 f"Round {i}: the candidate of least KL on held-out text{light}, within "
-                f"{round_.budget.told(round_.budget.value)}.", highlight=False,
+                f"{round_.budget.told(round_.budget.value)}; {_costs_told(round_, plan.own)}.", highlight=False,
             )  # fmt: skip
     if (split := len(plan.rounds)) > 1 and not prune.targets and plan.rounds[0].candidates:
         console.print(f"The sizes picked are reached in {split} rounds of cutting and healing.", highlight=False)
@@ -218,6 +222,13 @@ def print_plan(plan: Plan, recipe: PruneRecipe, console: Console) -> None:
         kept = "of the training text" if prune.vocabulary == "corpus" else f"{prune.vocabulary:,} most frequent"
         console.print(f"In the end the vocabulary of {plan.own.vocabulary:,} is trimmed to the tokens {kept}.")
     _print_stages(recipe, len(plan.rounds), console)
+
+
+def _costs_told(round_: Round, own: Sizes) -> str:
+    """What the teacher and the candidates cost, where it was counted now and not in a run before."""
+    found = [round_.costs.known(sizes, spread(own.layers, sizes.layers)) for sizes in (own, *round_.candidates)]
+    told = [f"{cost:.3g}" if round_.budget.kind == "latency" else f"{cost:,.0f}" for cost in found if cost is not None]
+    return f"the teacher and the candidates: {', '.join(told)}" if len(told) == len(found) else "as found before"
 
 
 def _kept_of(plan: Plan, round_: Round, sizes: Sizes) -> list[int]:

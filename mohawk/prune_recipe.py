@@ -113,7 +113,9 @@ class Search(Section):
     widths: Annotated[list[Literal["all", "inner", "ffn"]], Field(min_length=1)] = Field(
         ["all", "ffn"], description="what is narrower: hidden, heads and MLPs (all), heads and MLPs (inner), MLPs (ffn)"
     )
-    tolerance: Annotated[float, Field(gt=0, lt=1)] = Field(0.03, description="share of the budget that may be unused")
+    tolerance: Annotated[float, Field(gt=0, lt=1)] = Field(
+        0.03, description="share of the budget that may be unused; of latency, at least 0.1 either way"
+    )
     tokens: Annotated[Whole, Field(ge=0)] = Field(
         1_000_000, description="of healing for each candidate before it is ranked; 0: ranked as cut"
     )
@@ -254,7 +256,7 @@ class PruneRecipe(RecipeFile):
             sizes, budgets = target.sizes(), target.budgets()
             if not sizes and not budgets and (prune.targets or prune.vocabulary is None):
                 yield (
-                    [at],
+                    [(*at, name) for name in (*SIZES, *BUDGETS)],
                     f"{label}: nothing to cut to; give sizes ({', '.join(SIZES)}) or a budget ({', '.join(BUDGETS)})",
                 )
             if sizes and budgets:

@@ -92,6 +92,10 @@ class Costs:
             self._known[key] = self.of(sized_config(self.config, sizes, layers))
         return self._known[key]
 
+    def known(self, sizes: Sizes, layers: Sequence[int]) -> float | None:
+        """What has been counted or measured already."""
+        return self._known.get((sizes, tuple(layers)))
+
     def of(self, config: Any) -> float:
         """Of a model of this configuration."""
         model = empty_model(config, self.convert)
@@ -183,7 +187,9 @@ def _fitted(
         return full
     if cost(full) < budget.value:
         return None
-    path = narrower(sized_config(config, full, layers), full, width)
+    # every timing takes seconds
+    steps = 16 if budget.kind == "latency" else 64
+    path = narrower(sized_config(config, full, layers), full, width, steps)
     low, high = 0, len(path) - 1
     while low < high:
         middle = (low + high) // 2
@@ -202,11 +208,12 @@ def _fit_ffn(full: Sizes, point: Sizes, budget: Budget, cost: Callable[[Sizes], 
     room = 1 + (budget.value * (1 + 1e-12) - least) / each
     if room < 1:
         return None
-    step = unit(full.ffn)
-    neurons = min(full.ffn, int(room))
-    for ffn in (neurons // step * step, neurons):
-        if ffn >= 1 and budget.holds(cost(fitted := replace(point, ffn=ffn))):
+    neurons, step = min(full.ffn, int(room)), unit(full.ffn)
+    while step:  # the roundest number that leaves no more than the tolerance
+        fitted = replace(point, ffn=max(1, neurons // step * step))
+        if budget.holds(cost(fitted)):
             return fitted
+        step //= 2
     return None
 
 
@@ -239,6 +246,7 @@ def search(
     state = read_json(path) or {"candidates": [{"sizes": asdict(sizes)} for sizes in found]}
     state |= {"budget": asdict(budget), "unit": UNITS[budget.kind]}
     rows = state["candidates"]
+    heal = heal if len(rows) > 1 else None  # one alone needs no ranking
     for number, row in enumerate(rows):
         if "kl" in row:
             continue
@@ -260,17 +268,20 @@ def search(
             + (f" as cut, {after.kl:.4f} after light healing" if heal is not None else " as cut"),
             highlight=False,
         )
-    # NaN ranks last
-    best = min(range(len(rows)), key=lambda i: rows[i]["kl"] if math.isfinite(rows[i]["kl"]) else math.inf)
+    best = min(range(len(rows)), key=lambda i: _rank(rows[i]))
     state["picked"] = best
     write_json(path, state)
     print_tables([search_table(state)], console)
     return Sizes(**rows[best]["sizes"])
 
 
+def _rank(row: dict[str, Any]) -> float:
+    return row["kl"] if math.isfinite(row["kl"]) else math.inf  # NaN comes last
+
+
 def search_table(state: dict[str, Any]) -> tuple[str, list[str], list[list[str]]]:
     """A finished search as a table of strings, the best candidate first."""
-    rows = sorted(enumerate(state["candidates"]), key=lambda item: item[1]["kl"])
+    rows = sorted(enumerate(state["candidates"]), key=lambda item: _rank(item[1]))
     header = ["candidate", *sizes_header(Sizes(**rows[0][1]["sizes"])), "parameters"]
     counted = state["budget"]["kind"] in ("parameters", "nonembedding")
     header += [] if counted else [state["unit"]]

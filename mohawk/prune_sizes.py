@@ -12,9 +12,17 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from mohawk.models.cut_sizes import Sizes, attention_layers, check_sizes, sized_config, sizes_of, ssm_layers
+from mohawk.models.cut_sizes import (
+    Sizes,
+    attention_layers,
+    base_config,
+    check_sizes,
+    sized_config,
+    sizes_of,
+    ssm_layers,
+)
 from mohawk.models.cuts import resolve_layers
-from mohawk.models.families import needed_attention
+from mohawk.models.families import decoder_shape, needed_attention
 from mohawk.plan import kind_of
 
 WIDTHS = ("all", "inner", "ffn")  # what a narrower model has less of: everything, heads and MLPs, MLPs
@@ -62,10 +70,12 @@ def unit(size: int) -> int:
     return power
 
 
-def between(own: Sizes, final: Sizes, share: float) -> Sizes:
-    """The sizes of a round on the way: each in equal ratios from round to round, rounded to what a model can have."""
+def between(config: Any, final: Sizes, share: float) -> Sizes:
+    """The sizes of a round on the way from the model of a configuration: each in equal ratios from round to round,
+    rounded to what the model's class can have."""
     if share >= 1:
         return final
+    own = sizes_of(config)
 
     def on_the_way(name: str, step: int = 1) -> int:
         first, last = getattr(own, name), getattr(final, name)
@@ -79,14 +89,24 @@ def between(own: Sizes, final: Sizes, share: float) -> Sizes:
         return {groups: count, heads: count * per_group}
 
     sizes = {"layers": on_the_way("layers"), "ffn": on_the_way("ffn", unit(own.ffn))}
-    sizes |= grouped("heads", "kv_heads")
-    # transformers' classes want the hidden size to be a multiple of the heads
-    sizes["hidden"] = on_the_way("hidden", math.lcm(unit(own.hidden), sizes["heads"]))
-    if sizes["hidden"] % sizes["heads"] and own.hidden % own.heads == 0:
-        sizes |= {name: getattr(own, name) for name in ("hidden", "heads", "kv_heads")}
     if own.state_heads is not None:
         sizes |= grouped("state_heads", "state_groups") | {"state_size": on_the_way("state_size")}
-    return replace(own, **sizes)
+    narrow = sizes | grouped("heads", "kv_heads")
+    step = math.lcm(unit(own.hidden), narrow["heads"])  # transformers' classes want a multiple of the heads
+    for hidden in (on_the_way("hidden", step), narrow["heads"] * decoder_shape(base_config(config)).head_dim):
+        point = replace(own, **narrow, hidden=hidden)
+        if final.hidden <= hidden <= own.hidden and allowed(config, point):
+            return point
+    return replace(own, **sizes)  # hidden and heads go in the last round
+
+
+def allowed(config: Any, sizes: Sizes) -> bool:
+    """Whether the model can be cut to these sizes."""
+    try:
+        sized_config(config, sizes, spread(config.num_hidden_layers, sizes.layers))
+    except ValueError:
+        return False
+    return True
 
 
 def empty_model(config: Any, convert: dict[str, Any] | None = None) -> nn.Module:
@@ -125,7 +145,7 @@ def narrower(config: Any, own: Sizes, width: str, steps: int = 64) -> list[Sizes
     Whole groups of heads go; with one group, its query heads. Only sizes that the model's class allows.
     """
     path: list[Sizes] = []
-    whole = list(range(own.layers))
+    head_dim = decoder_shape(base_config(config)).head_dim
     for i in range(steps):
         share = 1 - i / steps
         sizes = {"ffn": max(1, round(own.ffn * share / unit(own.ffn)) * unit(own.ffn))}
@@ -134,17 +154,21 @@ def narrower(config: Any, own: Sizes, width: str, steps: int = 64) -> list[Sizes
                 sizes |= _fewer_heads(own, "heads", "kv_heads", share)
             if own.state_heads is not None:
                 sizes |= _fewer_heads(own, "state_heads", "state_groups", share)
+        options = [own.hidden]
         if width == "all":
-            step = math.lcm(unit(own.hidden), sizes.get("heads", own.heads))
-            sizes["hidden"] = min(max(1, round(own.hidden * share / step)) * step, own.hidden // step * step)
-        point = replace(own, **sizes)
-        if point.hidden < 1 or point in path:
-            continue
-        try:
-            sized_config(config, point, whole)
-        except ValueError:
-            continue
-        path.append(point)
+            heads = sizes.get("heads", own.heads)
+            step = math.lcm(unit(own.hidden), heads)
+            # a multiple of the heads, or, where the class wants them to fill it, so many
+            options = [
+                min(max(1, round(own.hidden * share / step)) * step, own.hidden // step * step),
+                heads * head_dim,
+            ]
+        for hidden in options:
+            point = replace(own, **sizes, hidden=hidden)
+            if 1 <= hidden <= own.hidden and allowed(config, point):
+                if point not in path:
+                    path.append(point)
+                break
     return path
 
 

@@ -177,6 +177,7 @@ def _mend(schema: type[BaseModel], data: dict[str, Any], at: Where) -> None:
         ("data",): {"train": train},
         ("data", "train"): train,
         ("stages",): [{}],
+        ("prune",): {"ffn": 1},
     }
     parent: Any = data
     for key in at[:-1]:

@@ -43,7 +43,7 @@ def phase_names(folder: str | Path) -> tuple[str, ...]:
     recipe = load_run_recipe(folder)
     if isinstance(recipe, Recipe):
         return tuple(type(recipe.phases).model_fields)
-    steps = recipe.stages if hasattr(recipe, "stages") else recipe.steps()
+    steps = recipe.steps() if hasattr(recipe, "steps") else recipe.stages
     return tuple(step.name for step in steps)
 
 

@@ -196,16 +196,21 @@ def count_parameters(model: PreTrainedModel) -> int:
 
 def architecture(teacher: PreTrainedModel, student: PreTrainedModel) -> str:
     """One line: what became of the teacher's layers."""
-    kinds = list(getattr(student.config, "layer_types", None) or [])
+    told = [_layers(model.config.get_text_config()) for model in (teacher, student)]
+    hybrids = any("attention" in layers for layers in told)
+    names = [
+        layers.replace(" layers", " attention layers") if hybrids and "attention" not in layers else layers
+        for layers in told
+    ]
+    return f"{type(teacher).__name__} with {names[0]} -> {type(student).__name__} with {names[1]}"
+
+
+def _layers(config: Any) -> str:
+    kinds = list(getattr(config, "layer_types", None) or [])
     replaced = kinds.count("linear_attention")
     if not replaced:
-        layers = [getattr(model.config.get_text_config(), "num_hidden_layers", "?") for model in (teacher, student)]
-        return f"{type(teacher).__name__} with {layers[0]} layers -> {type(student).__name__} with {layers[1]} layers"
-    mixer = getattr(student.config, "mixer", "state space")
-    return (
-        f"{type(teacher).__name__} with {len(kinds)} attention layers -> {type(student).__name__} with "
-        f"{replaced} {mixer} and {len(kinds) - replaced} attention layers"
-    )
+        return f"{getattr(config, 'num_hidden_layers', '?')} layers"
+    return f"{replaced} {getattr(config, 'mixer', 'state space')} and {len(kinds) - replaced} attention layers"
 
 
 def phase_times(metrics: Path) -> dict[str, dict[str, float]]:

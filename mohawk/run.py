@@ -81,7 +81,7 @@ def _written(path: Path, kind: type) -> Any:
 def _changeable(run: Path, name: str) -> bool:
     """Whether a field of a run's recipe, by its dotted name, may differ from what it was."""
     if name.endswith(UNTIL_FINISHED):
-        return not (run / "phases" / name.split(".")[1] / STUDENT).exists()
+        return name.startswith("phases.") and not (run / "phases" / name.split(".")[1] / STUDENT).exists()
     return name in PLACES or name.endswith(CHANGEABLE)
 
 

@@ -248,6 +248,26 @@ def test_a_stage_ends_early_where_it_gets_no_better(checkpoints, texts, tmp_path
     assert [record["phase"] for record in metrics_of(run)] == ["distil"] * 2 + ["next"] * STEPS
 
 
+def test_a_bandit_routes_between_teachers_rationales(checkpoints, texts, tmp_path):
+    """Killed between rounds and within one: the bandit goes on as if nothing had been."""
+    lines = (texts / "reasons.jsonl").read_text().splitlines()
+    (texts / "nonsense.jsonl").write_text("".join(line.replace("more than", "or so") + "\n" for line in lines))
+    sources = [{"source": str(texts / name), "kind": "rationales"} for name in ("reasons.jsonl", "nonsense.jsonl")]
+    stage = {"kd_weight": 0, "ce_weight": 1, "routing": {"every": 2}, "tokens": 2 * TOKENS}
+    whole, parts = (
+        recipe_of(checkpoints, texts, tmp_path / name, stage, data={"train": sources}) for name in ("whole", "parts")
+    )
+    distill(whole)
+    killed(parts, 5)
+    distill(parts)
+    for name, weight in weights_of(tmp_path / "whole").items():
+        assert weight.equal(weights_of(tmp_path / "parts")[name]), name
+    log = (tmp_path / "whole" / "log.txt").read_text()
+    assert all(f"{source['source']} took the validation loss" in log for source in sources)
+    with pytest.raises(UserError, match="two or more sources of kind: rationales"):
+        recipe_of(checkpoints, texts, tmp_path / "no", stage)
+
+
 def test_when_to_advance():
     losses = iter([(3.0, 1.0), (2.0, 1.0), (1.9995, 1.0), (1.9994, 1.0), (1.05, 1.0)])
     advance = Advance(lambda: next(losses), every=2, patience=2, gap=0.1)

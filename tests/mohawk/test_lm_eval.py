@@ -292,7 +292,8 @@ def test_a_report_has_the_tasks_of_its_own_student(run, make_llama, tokenizer, s
     report.write_json(run / report.TASKS, kept)
     assert report.report_tasks(run) is None  # no report yet
     recipe = Recipe.load(run / "recipe.yaml")
-    report.finish(run, recipe, student, make_llama(), tokenizer, console)
+    about = {"stages": report.AFTER, "labels": report.loss_labels(recipe)}
+    report.finish(run, recipe, student, make_llama(), tokenizer, console, **about)
     assert "1.000 ± 0.500" in console.file.getvalue()
     (run / report.REPORT).unlink()
     assert report.report_tasks(run) == run / report.REPORT
@@ -302,6 +303,6 @@ def test_a_report_has_the_tasks_of_its_own_student(run, make_llama, tokenizer, s
     assert report.read_json(run / report.RESULTS)["tasks"] == kept
 
     (run / "student" / report.MANIFEST).write_text('{"another": "student"}')
-    report.finish(run, recipe, student, make_llama(), tokenizer, console)
+    report.finish(run, recipe, student, make_llama(), tokenizer, console, **about)
     assert "tasks" not in report.read_json(run / report.RESULTS)
     assert "tasks.png" not in (run / report.REPORT).read_text()

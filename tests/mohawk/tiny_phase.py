@@ -5,6 +5,7 @@ import os
 import signal
 import socket
 import sys
+import threading
 import time
 import traceback
 import types
@@ -12,6 +13,7 @@ import types
 import pytest
 import torch
 from torch import nn
+from tqdm import tqdm
 
 from mohawk.trainer import PhaseTrainer
 
@@ -137,6 +139,7 @@ def fork(body) -> int:
         signal.signal(signal.SIGINT, signal.default_int_handler)
         torch.set_num_threads(1)  # OpenMP's threads did not come along,
         os.environ["OMP_NUM_THREADS"] = "1"  # and accelerate would ask for several again
+        tqdm.set_lock(threading.RLock())  # tqdm's own thread may have held it, and it did not come along either
         # What accelerate knows of processes is of the parent.
         from accelerate.state import AcceleratorState, GradientState, PartialState
 
@@ -159,6 +162,8 @@ def wait(pid: int, timeout: float = 60.0) -> int:
         if done:
             return os.waitstatus_to_exitcode(status)
         if time.monotonic() > end:
+            os.kill(pid, signal.SIGABRT)  # faulthandler, which pytest enables, then says where it was
+            time.sleep(1.0)
             os.kill(pid, signal.SIGKILL)
             os.waitpid(pid, 0)
             raise TimeoutError(f"child {pid} was still running after {timeout} s")

@@ -1,0 +1,231 @@
+"""Candidates for a budget, recounted on the models they make; the ways to choose what goes, each in a whole run."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from mohawk import prune_search
+from mohawk.cli import main
+from mohawk.errors import UserError
+from mohawk.evaluate import DecodeSpeed, decode_speed
+from mohawk.models.cut_sizes import parameter_count, sized_config, sizes_of
+from mohawk.models.from_teacher import hybrid_from_teacher
+from mohawk.models.hybrid import HybridForCausalLM
+from mohawk.prune import prune
+from mohawk.prune_search import Budget, Costs, candidates, search, search_table
+from mohawk.prune_sizes import WIDTHS, between, narrower, spread, unit
+from mohawk.report import read_json
+from tests.models.conftest import FAMILIES, tiny_teacher
+from tests.mohawk.test_prune import checkpoint, made, read, stage, texts, wide_screen  # noqa: F401
+from tests.mohawk.tiny_phase import cheap_training  # noqa: F401
+
+pytestmark = pytest.mark.usefixtures("cheap_training")
+
+
+def model_of(name):
+    family, _, mixer = name.partition("+")
+    return hybrid_from_teacher(tiny_teacher(family), [1, 2], mixer) if mixer else tiny_teacher(family)
+
+
+def built(config, sizes, layers, dtype=torch.float32):
+    return AutoModelForCausalLM.from_config(sized_config(config, sizes, layers)).to(dtype).eval()
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2", "phi_normed", "phi3", "olmo2+mamba2", "qwen2+discrete_mamba2"])
+def test_candidates_use_up_a_budget_of_parameters(name):
+    config = model_of(name).config
+    own, inside = sizes_of(config), parameter_count(config)[1]
+    budget = Budget("nonembedding", 0.5 * inside, 0.1)
+    found = candidates(Costs(config, "nonembedding"), budget, widths=WIDTHS)
+    assert len(found) == len(set(found)) >= 2 and min(s.layers for s in found) < own.layers
+    # of Phi's two heads with a norm one goes with half of the width, and then too much is gone
+    assert max(s.layers for s in found) == own.layers - (name == "phi_normed")
+    for sizes in found:
+        layers = spread(own.layers, sizes.layers)
+        less = parameter_count(sized_config(config, sizes, layers))[1]
+        assert 0.45 * inside <= less <= 0.5 * inside, sizes
+        assert (
+            sum(p.numel() for p in built(config, sizes, layers).parameters())
+            == parameter_count(sized_config(config, sizes, layers))[0]
+        )
+
+
+@pytest.mark.parametrize(
+    "convert", [None, {"ssm_layers": "every_second", "mixer": "mamba2"}], ids=["plain", "converted"]
+)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_memory_is_what_weights_and_state_take(convert, dtype):
+    config, context = tiny_teacher().config, 40
+    costs = Costs(config, "memory", context=context, dtype=dtype, convert=convert)
+    whole = costs(sizes_of(config), range(4))
+    found = candidates(costs, Budget("memory", 0.7 * whole, 0.1), steps=2)
+    assert found
+    for sizes in found:
+        layers = spread(4, sizes.layers)
+        model = built(config, sizes, layers)
+        model = (model if convert is None else hybrid_from_teacher(model, **convert)).to(getattr(torch, dtype))
+        weights = sum(p.numel() * p.element_size() for p in model.parameters())
+        state = decode_speed(model, [context], 1)[0].state_bytes
+        assert costs(sizes, layers) == weights + state and 0.63 * whole <= weights + state <= 0.7 * whole
+
+
+def test_latency_is_measured_on_random_weights_of_the_shape(monkeypatch):
+    config = tiny_teacher().config
+    assert 0.01 < Costs(config, "latency", context=8)(sizes_of(config), range(4)) < 1000
+    seen = []
+
+    def timed(model, contexts, tokens):  # a machine that takes a microsecond a parameter
+        seen.append(sum(p.numel() for p in model.parameters()))
+        return [DecodeSpeed(contexts[0], 1e6 / seen[-1], 0)]
+
+    monkeypatch.setattr(prune_search, "decode_speed", timed)
+    costs = Costs(config, "latency", context=8)
+    before = torch.get_rng_state()
+    found = candidates(costs, Budget("latency", 0.6 * parameter_count(config)[0] / 1000, 0.1), steps=2)
+    assert torch.equal(torch.get_rng_state(), before) and len(seen) == len(set(costs._known))  # each timed once
+    for sizes in found:
+        ms = parameter_count(sized_config(config, sizes, spread(4, sizes.layers)))[0] / 1000
+        assert abs(ms / (0.6 * parameter_count(config)[0] / 1000) - 1) <= 0.1
+    assert len(found) >= 2
+
+
+def test_depths_given_and_mistakes():
+    config = tiny_teacher().config
+    costs, total = Costs(config, "parameters"), parameter_count(config)[0]
+    found = candidates(costs, Budget("parameters", 0.6 * total, 0.1), depths=[2, 3])
+    assert {s.layers for s in found} == {2, 3}
+    with pytest.raises(UserError, match=r"depths \[9\]: the model has 4 layers; allowed: 1 to 4"):
+        candidates(costs, Budget("parameters", 0.6 * total), depths=[9])
+    with pytest.raises(UserError, match="cannot be reached to within 3% with .*the smallest such model has"):
+        candidates(costs, Budget("parameters", 100))
+
+
+def test_rounds_on_the_way_are_sizes_a_model_can_have():
+    for name in [*FAMILIES, "llama+mamba2"]:
+        config = model_of(name).config
+        own = sizes_of(config)
+        final = replace(narrower(config, own, "all", 8)[-1], layers=1)
+        way = [between(config, final, i / 3) for i in (1, 2, 3)]
+        assert way[-1] == final
+        for before, after in zip([own, *way], way, strict=False):
+            sized_config(config, after, spread(4, after.layers))
+            assert all(
+                b is None or a <= b for a, b in zip(after.__dict__.values(), before.__dict__.values(), strict=True)
+            )
+    assert [unit(n) for n in (32, 576, 1536, 4096, 14336, 7)] == [1, 16, 32, 128, 256, 1]
+
+
+def test_a_search_takes_the_least_kl_and_goes_on_from_its_table(tmp_path):
+    from rich.console import Console
+
+    from mohawk.evaluate import Comparison
+
+    config = tiny_teacher().config
+    total = parameter_count(config)[0]
+    costs, budget = Costs(config, "parameters"), Budget("parameters", 0.6 * total, 0.1)
+    found = candidates(costs, budget)
+    measured, healed = iter([9.0, 5.0, 8.0, float("nan"), 7.0, 3.0] + [6.0] * 20), []
+
+    def measure(sizes):
+        if len(healed) == 1 and not stopped:
+            stopped.append(True)
+            raise KeyboardInterrupt
+        kl = next(measured)
+        return Comparison(10, 1.0, 2.0, 2.0, kl, 0.5)
+
+    stopped: list[bool] = []
+    asked = dict(
+        kept=lambda n: spread(4, n), make=lambda sizes: sizes, heal=lambda i, sizes: healed.append(i), measure=measure,
+        folder=tmp_path, console=Console(quiet=True),
+    )  # fmt: skip
+    with pytest.raises(KeyboardInterrupt):
+        search(found, costs, budget, **asked)
+    # the first candidate was not written: 9.0 is what it has as cut, measured again as 5.0
+    picked = search(found, costs, budget, **asked)
+    state = read_json(tmp_path / "search.json")
+    kls = [float(row["kl"]) for row in state["candidates"]]
+    assert kls[0] == 8.0 and kls[1] == 7.0 and picked == found[kls.index(min(kls))]
+    assert search(found, costs, budget, **asked) == picked and healed == [0, *range(len(found))]
+    title, header, rows = search_table(state)
+    assert "(picked)" in rows[0][0] and len(header) == len(rows[0]) and len(rows) == len(found)
+
+
+@pytest.mark.parametrize(
+    ("target", "layers"),
+    [
+        ({"layers": 2, "layers_by": "contiguous"}, None),
+        ({"layers": 3, "layers_by": "perplexity", "ffn": 40}, None),
+        ({"layers": "without:1-2", "strategy": "random", "heads": 2}, [0, 3]),
+        ({"layers": [3, 0, 1], "strategy": "magnitude", "hidden": 28}, [0, 1, 3]),
+        ({"targets": [{"layers": "first:3"}, {"parameters": 0.6}]}, None),
+    ],
+    ids=["contiguous", "perplexity", "random", "magnitude", "targets"],
+)
+def test_ways_to_cut(target, layers, checkpoint, texts, tmp_path, capsys):  # noqa: F811
+    run = tmp_path / "run"
+    heal = stage(1) if "targets" in target else None
+    search = {"tokens": 0, "steps": 2, "tolerance": 0.1}
+    prune(made(checkpoint, texts, run, prune=target, heal=heal, search=search))
+    student = AutoModelForCausalLM.from_pretrained(run / "student")
+    if "targets" in target:
+        inside = parameter_count(AutoModelForCausalLM.from_pretrained(checkpoint).config)[1]
+        assert [read(run / "rounds" / n / "cut.json")["after"]["layers"] for n in "12"][0] == 3
+        assert 0.54 * inside <= parameter_count(student.config)[1] <= 0.6 * inside
+        return
+    found = read(run / "rounds" / "1" / "cut.json")
+    assert found["after"] == sizes_of(student.config).__dict__
+    for name, value in target.items():
+        if isinstance(value, int):
+            assert found["after"][name] == value
+    assert layers is None or found["layers"] == layers
+    if target.get("layers_by") == "contiguous":
+        gone = sorted(set(range(4)) - set(found["layers"]))
+        assert gone == list(range(gone[0], gone[0] + 2))
+    if target.get("layers_by") == "perplexity":
+        rises = read(run / "rounds" / "1" / "layers.json")["perplexity"]
+        assert sorted(set(range(4)) - set(found["layers"])) == [min(range(4), key=rises.__getitem__)]
+
+
+def test_a_hybrid_searched_for_memory_evaluated_and_inspected(checkpoint, texts, tmp_path, capsys):  # noqa: F811
+    whole = hybrid_from_teacher(AutoModelForCausalLM.from_pretrained(checkpoint), [0, 2])
+    whole.save_pretrained(tmp_path / "hybrid")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / "hybrid" / name).write_bytes((checkpoint / name).read_bytes())
+    memory = Costs(whole.config, "memory", context=64)(sizes_of(whole.config), range(4))
+    run = tmp_path / "run"
+    prune(
+        made(
+            tmp_path / "hybrid", texts, run, prune={"memory": 0.6 * memory, "context": 64}, heal=stage(2),
+            search={"tokens": 0, "steps": 3, "widths": ["ffn", "all"], "tolerance": 0.2},
+        )
+    )  # fmt: skip
+    student = AutoModelForCausalLM.from_pretrained(run / "student").eval()
+    assert type(student) is HybridForCausalLM
+    weights = sum(p.numel() * 4 for p in student.parameters())
+    state = decode_speed(student, [64], 1)[0].state_bytes
+    assert 0.48 * memory <= weights + state <= 0.6 * memory
+    rows = read(run / "rounds" / "1" / "search.json")["candidates"]
+    assert any(row["cost"] == weights + state for row in rows)
+    assert main(["evaluate", str(run)]) == 0 and main(["inspect", str(run)]) == 0
+    printed = capsys.readouterr().out
+    assert "prune_1: done" in printed and "heal_1: done" in printed
+    again = read(run / "evaluation" / "again.json")["texts"]["held_out"]
+    assert again["kl"] == pytest.approx(read(run / "evaluation" / "heal_1.json")["held_out"]["kl"], rel=1e-4)
+
+
+def test_only_a_smaller_vocabulary(
+    checkpoint,  # noqa: F811
+    texts,  # noqa: F811
+    tmp_path,
+    capsys,
+):
+    run = tmp_path / "run"
+    prune(made(checkpoint, texts, run, prune={"vocabulary": 40}, save_dtype="float16", heal=None))
+    student = AutoModelForCausalLM.from_pretrained(run / "student", dtype="auto")
+    assert student.dtype == torch.float16 and student.config.num_hidden_layers == 4
+    found = json.loads((run / "vocabulary.json").read_text())
+    assert found["after"] == student.config.vocab_size and 0 < found["held_out"] <= 1
+    assert main(["evaluate", str(run)]) == 2 and "numbers tokens anew" in capsys.readouterr().err
