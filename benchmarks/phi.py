@@ -9,7 +9,7 @@ in all, from attention's weights and from random mixers, with several seeds of m
 with several learning rates of phase 3, of which each schedule's best one counts. Runs are plain `mohawk convert` runs
 and resume; table, JSON and plot go to benchmarks/results/.
 
-    python benchmarks/phi.py [--teacher-tokens 2000000] [--tokens 65536] [--seeds 3] [--runs runs/phi]
+    python benchmarks/phi.py [--teacher-tokens 2000000] [--tokens 65536] [--seeds 3] [--rates 3e-3 1e-3 3e-4 1e-4]
 """
 
 import argparse
@@ -30,7 +30,7 @@ BATCH = 8  # rows of LENGTH tokens in a step of the teacher's training
 ROWS = {"mixing": 1, "hidden": 2, "end_to_end": 4}  # of a student's step: few, so that a short phase has steps enough
 LEARNING_RATES = {"mixing": 5e-3, "hidden": 2e-3}
 # Phase 3's, of which each schedule is given its best one: what phase 3 alone needs undoes some of what phase 2 reached
-LAST_RATES = (1e-3, 3e-4, 3e-3)
+LAST_RATES = (3e-3, 1e-3, 3e-4, 1e-4)
 
 
 def texts() -> tuple[list[str], list[str]]:
@@ -183,7 +183,7 @@ def best(rows: list[dict]) -> list[dict]:
         for name in SCHEDULES:
             own = {
                 rate: [r for r in rows if (r["init"], r["phases"], r["last_rate"]) == (init, name, rate)]
-                for rate in LAST_RATES
+                for rate in {r["last_rate"] for r in rows}
             }
             means = {rate: mean_of(found, init, name, "held_out", "kl")[0] for rate, found in own.items() if found}
             if means:
@@ -196,14 +196,15 @@ def table(rows: list[dict], teacher: dict, tokens: float) -> str:
     perplexities = ", ".join(f"{value:.2f} on {text.replace('_', '-')} text" for text, value in of.items())
     first, second = teacher["readings"]
     seeds = sorted({r["seed"] for r in rows})
+    tried = ", ".join(f"{rate:g}" for rate in sorted({r["last_rate"] for r in rows}))
     rows = best(rows)
     rates = {(r["init"], r["phases"]): r["last_rate"] for r in rows}
     lines = [
         f"A Phi of {LAYERS} layers, width {WIDTH}, a vocabulary of {VOCABULARY}, trained here on {teacher['tokens']:,} "
         f"tokens of State of the Union addresses (perplexity {perplexities}; {first:.2f} nats a token of a held-out "
         f"passage, {second:.2f} when it comes again); all layers become discrete_mamba2, {tokens:,.0f} training tokens "
-        f"a run, phase 3 at the best of the rates {', '.join(f'{rate:g}' for rate in LAST_RATES)}. Means over seeds "
-        f"{', '.join(map(str, seeds))}, ± half their range.",
+        f"a run, phase 3 at the best of the rates {tried}. Means over seeds {', '.join(map(str, seeds))}, ± "
+        "half their range.",
         "",
         "| init | phases | phase 3's rate | held-out addresses: KL (nats) | perplexity ratio | KL before | "
         "another source: KL (nats) | perplexity ratio | KL before |",
@@ -275,6 +276,7 @@ def main() -> None:
     parser.add_argument("--teacher-tokens", type=float, default=2e6, help="training tokens of the teacher")
     parser.add_argument("--tokens", type=float, default=65536, help="training tokens of each run")
     parser.add_argument("--seeds", type=int, default=3, help="how many, from 0 on")
+    parser.add_argument("--rates", type=float, nargs="+", default=LAST_RATES, help="of phase 3's learning")
     parser.add_argument("--runs", type=Path, default=Path("runs/phi"), help="folder of the teacher and the runs")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of table, JSON and plot")
     options = parser.parse_args()
@@ -287,7 +289,7 @@ def main() -> None:
     rows = []
     for seed in range(options.seeds):
         for init in INITS:
-            for name, rate in itertools.product(SCHEDULES, LAST_RATES):
+            for name, rate in itertools.product(SCHEDULES, options.rates):
                 run = options.runs / f"{init}-{name}-rate-{rate:g}-seed-{seed}"
                 if not (run / "results.json").is_file():
                     convert(recipe_for(teacher, init, SCHEDULES[name], options.tokens, rate, seed, run))
@@ -295,6 +297,7 @@ def main() -> None:
                 print(table(rows, about, options.tokens), flush=True)
     options.results.mkdir(parents=True, exist_ok=True)
     budgets = f"--teacher-tokens {options.teacher_tokens:.0f} --tokens {options.tokens:.0f} --seeds {options.seeds}"
+    budgets += f" --rates {' '.join(f'{rate:g}' for rate in options.rates)}"
     devices = "; ".join(rows[0]["machine"]["devices"])
     found = {"about": {"tokens": options.tokens, "teacher": about, "date": time.strftime("%Y-%m-%d")}, "rows": rows}
     (options.results / "phi.json").write_text(json.dumps(found, indent=1) + "\n")

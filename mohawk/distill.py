@@ -211,7 +211,7 @@ class Distillation(Run):
         return student.requires_grad_(True)
 
     def _objective(
-        self, i: int, stage: Stage, student: nn.Module, router: RoutedRationales | None
+        self, i: int, stage: Stage, student: nn.Module, router: RoutedRationales | None = None
     ) -> KnowledgeDistiller:
         teacher = self._teacher_of(i, stage, student)
         model = teacher.teachers[0].model if isinstance(teacher, Ensemble) else getattr(teacher, "model", None)

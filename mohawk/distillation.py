@@ -22,13 +22,13 @@ from mohawk.heads import Head, final_hidden_states
 from mohawk.kernels.kd_loss import TAIDSchedule, TeacherHidden, TeacherTAID, linear_kd_loss
 from mohawk.schedules import Ramp, at, temperature_for
 from mohawk.teacher_models import Answer, AverageTeacher, ModelTeacher, Watch, model_inputs
+from mohawk.weight_decay import parameter_groups
 
 if TYPE_CHECKING:
     from mohawk.rationale_router import RoutedRationales
 
 IGNORED = -100
 SAMPLED_ROWS = 256  # of a batch, on which agreement and the teacher's entropy are measured
-NO_DECAY = ("bias", "A_log", "D", "dt_bias", "z_bias", "norm.weight", "layernorm.weight")
 
 
 @dataclass(frozen=True)
@@ -181,15 +181,8 @@ class KnowledgeDistiller(nn.Module):
         return ((name, p) for name, p in self.named_parameters() if p.requires_grad)
 
     def parameter_groups(self, learning_rate: float, weight_decay: float) -> list[dict[str, Any]]:
-        """AdamW's groups: weight decay on matrices only."""
-        decayed, plain = [], []
-        for name, parameter in self.trained():
-            (plain if parameter.dim() < 2 or name.endswith(NO_DECAY) else decayed).append(parameter)
-        groups = [
-            {"params": decayed, "lr": learning_rate, "weight_decay": weight_decay},
-            {"params": plain, "lr": learning_rate, "weight_decay": 0.0},
-        ]
-        return [group for group in groups if group["params"]]
+        """AdamW's groups."""
+        return parameter_groups(self.trained(), learning_rate, weight_decay)
 
     def begin_step(self, step: int, steps: int) -> None:
         """Before the first micro-batch of a step, counted from 0, of so many."""

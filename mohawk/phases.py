@@ -13,16 +13,16 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
+from mohawk.heads import Head
 from mohawk.kernels.kd_loss import linear_kd_loss
-from mohawk.kernels.kd_teachers import TeacherHidden
 from mohawk.kernels.mixing_distance import mixing_distance
 from mohawk.models.families import decoder_layers, family_of, mixer_input_norm
 from mohawk.models.hybrid import HybridForCausalLM
 from mohawk.models.mixers import SSMMixer
 from mohawk.models.teacher_forcing import AttentionRecord, layer_calls, record, recording_attention
+from mohawk.weight_decay import parameter_groups
 
 PHASES = ("mixing", "hidden", "end_to_end")
-NO_DECAY = ("bias", "A_log", "D", "dt_bias", "z_bias", "norm.weight", "layernorm.weight")
 
 
 class Objective(nn.Module):
@@ -48,15 +48,8 @@ class Objective(nn.Module):
         raise NotImplementedError
 
     def parameter_groups(self, learning_rate: float, weight_decay: float) -> list[dict]:
-        """AdamW groups: weight decay on matrices only, none on norms, biases and the scan's own vectors."""
-        decayed, plain = [], []
-        for name, parameter in self.trained():
-            (plain if parameter.dim() < 2 or name.endswith(NO_DECAY) else decayed).append(parameter)
-        groups = [
-            {"params": decayed, "lr": learning_rate, "weight_decay": weight_decay},
-            {"params": plain, "lr": learning_rate, "weight_decay": 0.0},
-        ]
-        return [group for group in groups if group["params"]]
+        """AdamW's groups."""
+        return parameter_groups(self.trained(), learning_rate, weight_decay)
 
     def _mixer_norms(self, output: bool = True) -> tuple[str, ...]:
         """Names of the norms that only the mixer's path reads: in front of it and, if asked, behind it.
@@ -209,30 +202,14 @@ class EndToEndObjective(Objective):
             body = getattr(self.teacher, "body", self.teacher.model)  # a hybrid can be a teacher too
             teacher = body(input_ids=input_ids, position_ids=position_ids, use_cache=False)
         student = self.student.body(input_ids, position_ids=position_ids, segment_ids=segment_ids, use_cache=False)
-        # position t predicts token t + 1; the loss takes the dtype it is given, and makes float32 logits of it
+        # position t predicts token t + 1; the loss makes float32 logits of the dtype it is given, which is autocast's
         loss = linear_kd_loss(
-            _autocast(student.last_hidden_state[:, :-1]),
-            _autocast(self.student.lm_head.weight),
-            TeacherHidden(
-                _autocast(teacher.last_hidden_state[:, :-1]),
-                _autocast(self.teacher.lm_head.weight),
-                bias=_autocast(self.teacher.lm_head.bias),
-                logit_softcap=getattr(self.teacher.config, "final_logit_softcapping", None),
-            ),
-            labels[:, 1:],
-            student_bias=_autocast(self.student.lm_head.bias),
-            logit_softcap=self.student.logit_softcap,
+            **Head.of(self.student).student(student.last_hidden_state[:, :-1]),
+            teacher=Head.of(self.teacher).teacher(teacher.last_hidden_state[:, :-1]),
+            labels=labels[:, 1:],
             divergence=self.divergence,
             temperature=self.temperature,
             kd_weight=self.kd_weight,
             ce_weight=self.ce_weight,
         )
         yield self.divergence, loss
-
-
-def _autocast(tensor: Tensor | None) -> Tensor | None:
-    """The tensor in the dtype that autocast would multiply it in."""
-    if tensor is None:
-        return None
-    device = tensor.device.type
-    return tensor.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else tensor

@@ -25,6 +25,7 @@ SELECTION = "selection.json"
 PLOT = "plots/selection.png"
 # What each ranking is by; `recall` is the loss on the values to be recalled, nats per token, as KL is.
 RECALL_WEIGHT = 0.1
+RECALLS_LITTLE = 0.1  # of its values: a teacher below this share gives nothing to rank layers by
 RANKINGS = {
     "kl": "greedy: from all attention, always the layer next whose replacement leaves the least KL from the teacher",
     "recall": "greedy as kl, by the loss on the values of key-value recall",
@@ -131,6 +132,10 @@ def select(
             highlight=False,
             soft_wrap=True,
         )
+        if by in ("recall", "both") and teacher["accuracy"] < RECALLS_LITTLE:
+            console.print(
+                "the teacher itself recalls next to nothing, so there is little to lose: rank by kl", highlight=False
+            )
         total = {"alone": 4 * len(layers), "both": 2 * most}.get(by, most + 2 * len(layers))
         with probe.progress(f"by {by}", total, at_most=lazy):
             alone = [{"layer": i, "kl": probe.kl({i}), "recall": probe.recall({i})} for i in layers]

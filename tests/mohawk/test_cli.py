@@ -277,18 +277,20 @@ def test_inspect_counts_what_the_model_has(models, capsys):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_inspect_knows_the_constant_state_of_a_stock_bamba(make_llama, tmp_path, capsys, dtype):
+def test_inspect_knows_the_constant_state_of_a_stock_bamba(tmp_path, capsys, dtype):
     """What `mohawk export` writes."""
     import torch
-    from transformers import BambaForCausalLM
+    from transformers import BambaConfig, BambaForCausalLM
 
     from mohawk.describe import describe
     from mohawk.evaluate import cache_bytes
-    from mohawk.models.bamba import to_bamba
-    from mohawk.models.from_teacher import hybrid_from_teacher
 
-    student = hybrid_from_teacher(make_llama(num_hidden_layers=3), ssm_layers=[0, 2], gate="output")
-    to_bamba(student).to(getattr(torch, dtype)).save_pretrained(tmp_path)
+    config = BambaConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4,
+        num_key_value_heads=2, mamba_n_heads=4, mamba_d_head=16, mamba_n_groups=2, mamba_d_state=8, mamba_expand=2,
+        attn_layer_indices=[1],
+    )  # fmt: skip
+    BambaForCausalLM(config).to(getattr(torch, dtype)).save_pretrained(tmp_path)
     model = BambaForCausalLM.from_pretrained(tmp_path, dtype="auto")
     described = describe(tmp_path)
     assert [layer.mixer for layer in described.layers] == ["mamba2", "full_attention", "mamba2"]

@@ -12,6 +12,7 @@ import time
 
 import pytest
 import torch
+import transformers
 from rich.console import Console
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, BambaForCausalLM
@@ -165,6 +166,19 @@ def test_refusals_say_why_and_what_to_do(make_run, make_llama, tmp_path, capsys)
     assert "does not exist" in capsys.readouterr().err
     assert main(["export", str(tmp_path / "plain"), "--to", "hybrid", "--pad-expand"]) == 2
     assert "of --to bamba" in capsys.readouterr().err
+
+
+def test_a_transformers_that_norms_groups_together_is_refused_in_one_line(make_run, monkeypatch, capsys):
+    monkeypatch.setattr(bamba, "norms_groups_apart", lambda: False)
+    run = make_run()
+    assert main(["export", str(run)]) == 2
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said == (
+        f"error: cannot be a BambaForCausalLM: the installed transformers {transformers.__version__} normalises all 4 "
+        "groups of a mixer together, 5.23 and later each alone, as the student does; upgrade transformers; "
+        "`--to hybrid` writes the student with its own code"
+    )
+    assert not (run / "export").exists()
 
 
 @needs_groups

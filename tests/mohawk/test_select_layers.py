@@ -244,6 +244,7 @@ def test_choosing_by_recall_from_the_command_line(run, tmp_path, by, capsys, mon
     assert len(measured["recall"]) == 1 + 4 * 5 // 2
     values = path[0]["recall"]["values"]
     assert f"recall of {values} values, of which the teacher recalls {path[0]['recall']['accuracy']:.1%}" in said
+    assert path[0]["recall"]["accuracy"] < 0.1 and "the teacher itself recalls next to nothing" in said
     assert "recalled so far" in said and "KL so far" in said
     rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in said.splitlines() if line.endswith("% │")]
     for row, layer, point in zip(rows, ["", *order], path, strict=True):
