@@ -41,7 +41,6 @@ from mohawk.readout import solve_output_projections
 from mohawk.report import Table, finish, read_json, write_json
 from mohawk.run import STUDENT, claimed, pick_device
 from mohawk.teachers import load_config, load_teacher, load_tokenizer
-from mohawk.trainer import PhaseTrainer
 from mohawk.vocabulary import trim_tokenizer, trim_vocabulary
 
 log = logging.getLogger(__name__)
@@ -270,21 +269,15 @@ class Pruning(Distillation):
         return compare(student, self.texts[name], autocast=self.autocast)
 
     def _light_healing(self, folder: Path) -> Callable[[int, nn.Module], None]:
-        stage = self.recipe.heal.model_copy(update={"tokens": self.recipe.search.tokens, "advance": None})
+        asked = {"tokens": self.recipe.search.tokens, "advance": None}
 
         def heal(number: int, student: nn.Module) -> None:
-            name, data = f"candidate_{number + 1}", stage.data or self.recipe.data
-            wanted = stage.steps() * stage.batch_size * stage.gradient_accumulation
-            rows = training_rows(data, self.sources, stage.sequence_length, wanted, self.recipe.seed, self._pad())
-            with mistakes("heal"):
-                objective = self._objective(0, stage, student)
-            trainer = PhaseTrainer(
-                objective, name=name, phase=stage, run_dir=folder, train_dataset=rows, collate=collate,
-                precision=self.recipe.precision, device=self.recipe.device, seed=self.recipe.seed,
-            )  # fmt: skip
-            self._fit(trainer, student)
-            del trainer, objective
-            gc.collect()
+            name, own = f"candidate_{number + 1}", self.folder
+            self.folder = folder  # of checkpoints and metrics, which are none of the run's
+            try:
+                self._train(0, self.recipe.heal.model_copy(update={**asked, "name": name}), student)
+            finally:
+                self.folder = own
             shutil.rmtree(folder / "phases" / name, ignore_errors=True)  # its figures are kept, its weights are not
 
         return heal
