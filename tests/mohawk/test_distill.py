@@ -16,6 +16,7 @@ from mohawk.distill import distill
 from mohawk.distill_recipe import DistillRecipe
 from mohawk.errors import UserError
 from mohawk.recipe import shipped
+from mohawk.run import claimed
 from tests.models.conftest import tiny_teacher
 from tests.mohawk.tiny_phase import cheap_training, fork, wait  # noqa: F401
 
@@ -342,6 +343,35 @@ def test_shipped_recipes_fit_their_teachers(name, tmp_path, capsys):
     distill(DistillRecipe.load(shipped(name), overrides), dry_run=True)
     printed = capsys.readouterr().out
     assert all(stage.name[:6] in printed for stage in recipe.stages)
+
+
+def test_what_changed_in_a_list_of_stages_is_named(checkpoints, texts, tmp_path):
+    run = tmp_path / "run"
+    with claimed(run, recipe_of(checkpoints, texts, run, {"name": "a"}, {"name": "b"})):
+        pass
+
+    def again(first=None, second=None, **settings):
+        return claimed(
+            run, recipe_of(checkpoints, texts, run, {"name": "a", **(first or {})}, *(second or []), **settings)
+        )
+
+    b = {"name": "b"}
+    changed = {"tokens": 2 * TOKENS, "hidden": {"weight": 2.0}, "save_every": 3}
+    with pytest.raises(UserError, match=r"another stages\.0\.hidden, stages\.0\.tokens; choose"), again(changed, [b]):
+        pass
+    with pytest.raises(UserError, match="another number of stages; choose"), again(None, []):
+        pass
+    with again({"save_every": 3, "log_every": 7}, [{**b, "learning_rate": 1e-4}]):
+        kept = DistillRecipe.load(run / "recipe.yaml").stages
+        assert (kept[0].save_every, kept[0].log_every, kept[1].learning_rate) == (3, 7, 1e-4)
+    (run / "phases" / "b" / "student").mkdir(parents=True)
+    with again({"learning_rate": 1e-4}, [{**b, "learning_rate": 1e-4}]):
+        pass
+    with pytest.raises(UserError, match=r"another stages\.1\.learning_rate; choose"), again({}, [b]):
+        pass
+    sources = {"train": [str(texts / "train_*.txt"), str(texts / "other.txt")]}
+    with pytest.raises(UserError, match=r"another number of data\.train, stages\.1"), again({}, [b], data=sources):
+        pass
 
 
 def test_ablate_runs_every_variant_once(checkpoints, texts, tmp_path, capsys):
