@@ -14,7 +14,7 @@ import numpy as np
 from mohawk.metrics import read_metrics
 
 TITLES = {
-    "before": "before\nphase 1",
+    "before": "before",
     "mixing": "phase 1\nmatrices",
     "hidden": "phase 2\nhidden states",
     "end_to_end": "phase 3\nend to end",

@@ -5,6 +5,7 @@ Checked as a conversion's is (mohawk/recipe.py): before anything is loaded, with
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
@@ -41,9 +42,11 @@ def _layers(value: Any) -> Any:
 
 
 def _parameters(value: Any) -> Any:
+    if isinstance(value, str) and re.fullmatch(r"\d+(\.\d+)?%", value):
+        value = float(value[:-1]) / 100
     if type(value) in (int, float) and (0 < value < 1 or value >= 1 and float(value).is_integer()):
         return float(value)
-    raise ValueError("a number of all parameters (60e6), or a share of those outside embedding and head (0.5)")
+    raise ValueError("a number of all parameters (60e6), or a share of those outside embedding and head (0.5, 50%)")
 
 
 def _vocabulary(value: Any) -> Any:
