@@ -231,6 +231,18 @@ def test_a_hybrid_and_a_student_from_scratch(checkpoints, texts, tmp_path):
     assert found[0]["measured"]["ce"] == pytest.approx(5.55, abs=0.3)  # log 258: it knows nothing yet
 
 
+def test_any_causal_model_may_teach(checkpoints, tokenizer, texts, tmp_path):
+    """Half the layers of a GPT-2, whose family nothing here knows."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    shape = {"n_embd": 24, "n_layer": 4, "n_head": 3, "n_positions": 64, "bos_token_id": 256, "eos_token_id": 257}
+    GPT2LMHeadModel(GPT2Config(vocab_size=258, **shape)).save_pretrained(tmp_path / "gpt2")
+    tokenizer.save_pretrained(tmp_path / "gpt2")
+    stage = {"hidden": {}, "attention": {}}
+    distill(recipe_of(checkpoints, texts, tmp_path / "run", stage, teacher=str(tmp_path / "gpt2")))
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "student").config.n_layer == 2
+
+
 def test_adapters_alone_are_trained(checkpoints, texts, tmp_path):
     pytest.importorskip("peft")
     student = {"layers": "every_second", "lora": {"rank": 2, "keep": True}}
