@@ -8,6 +8,7 @@ import json
 import logging
 import shutil
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -33,9 +34,10 @@ from mohawk.models.from_teacher import hybrid_from_teacher
 from mohawk.plan import objective_for
 from mohawk.plots import plot_candidates
 from mohawk.progress import log_to
+from mohawk.prune_layers import chosen_with_mix, layer_kinds, mix_of
 from mohawk.prune_plan import Plan, Round, convert_options, costs_of, found_for, make_plan, print_plan
 from mohawk.prune_recipe import PruneRecipe, Step
-from mohawk.prune_search import search, search_table
+from mohawk.prune_search import search, search_table, within
 from mohawk.prune_sizes import between, parameters_of, sizes_header, sizes_row, target_sizes
 from mohawk.readout import solve_output_projections
 from mohawk.report import Table, finish, read_json, write_json
@@ -162,6 +164,8 @@ class Pruning(Distillation):
         scores = self._scores(number, base)
         layers = self._layer_scores(number, base, round_)
         sizes = self._sizes(number, base, scores, layers)
+        if self._mix(number) is not None:
+            sizes, layers = self._mixed(number, base, scores, layers, sizes)
         with mistakes(round_.where):
             what = choose(scores, sizes, layers=layers)
             smaller = cut(base, what).float().requires_grad_(True)
@@ -171,7 +175,40 @@ class Pruning(Distillation):
                  "parameters": total, "outside_embedding_and_head": inside}  # fmt: skip
         write_json(folder / "cut.json", found)
         log.info("round %d: %s", number, json.dumps(found))
+        self._check_budget(number, smaller)
         return smaller
+
+    def _mix(self, number: int) -> Counter[str] | None:
+        """How many layers of each kind there were in what round 1 priced; None: a round with a target of its own, or
+        all layers are alike."""
+        if self.recipe.prune.targets or len(self.plan.rounds) == 1 or self.plan.rounds[0].budget is None:
+            return None
+        state = read_json(self._round(1) / "search.json")
+        mix = mix_of(self.plan.config, state["candidates"][state["picked"]]["layers"])
+        return mix if len(set(layer_kinds(self.plan.config))) > 1 else None
+
+    def _mixed(
+        self, number: int, base: nn.Module, scores: Importance, layers: Any, sizes: Sizes
+    ) -> tuple[Sizes, list[int]]:
+        """A round's sizes and layers on the way to what round 1 priced: never more in the end than its budget."""
+        kept = chosen_with_mix(scores, sizes.layers, layers, layer_kinds(base.config), self._mix(number))
+        if number == len(self.plan.rounds):
+            budget = self.plan.rounds[0].budget
+            sizes = within(costs_of(self.recipe, base.config, budget.kind, self.device), budget, sizes, kept)
+        return sizes, kept
+
+    def _check_budget(self, number: int, smaller: nn.Module) -> None:
+        """One line where the last cut exceeds its budget."""
+        last = self.plan.rounds[-1]
+        budget = last.budget if self.recipe.prune.targets else self.plan.rounds[0].budget
+        if number < len(self.plan.rounds) or budget is None or budget.kind == "latency":  # a timing is told by search
+            return
+        cost = costs_of(self.recipe, smaller.config, budget.kind, self.device).of(smaller.config)
+        if budget.exceeded(cost):
+            self.console.print(
+                f"[bold]{last.where}[/bold]: the model has {budget.told(cost)}, more than the budget of "
+                f"{budget.told(budget.value)}", highlight=False,
+            )  # fmt: skip
 
     def _scores(self, number: int, base: nn.Module) -> Importance:
         path = self._round(number) / "importance.safetensors"
@@ -250,7 +287,8 @@ class Pruning(Distillation):
 
         costs, found = round_.costs, round_.candidates
         # the plan knew neither which of unlike layers stay nor what a later round begins with
-        planned = number == 1 and (self.plan.own.state_heads is None or round_.budget.kind == "latency")
+        alike = len(set(layer_kinds(self.plan.config))) == 1
+        planned = number == 1 and (alike or round_.budget.kind == "latency")
         if not planned:
             costs = costs_of(self.recipe, base.config, round_.budget.kind, self.device)
             if not (folder / "search.json").is_file():  # whose candidates are kept

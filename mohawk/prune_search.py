@@ -51,10 +51,12 @@ class Budget:
     value: float
     tolerance: float = 0.03
 
+    def exceeded(self, cost: float) -> bool:
+        return cost > (1 + (self.tolerance if self.kind == "latency" else 1e-9)) * self.value
+
     def holds(self, cost: float) -> bool:
         """Whether a cost uses up the budget and does not exceed it."""
-        above = self.tolerance if self.kind == "latency" else 1e-9
-        return (1 - self.tolerance) * self.value <= cost <= (1 + above) * self.value
+        return (1 - self.tolerance) * self.value <= cost and not self.exceeded(cost)
 
     def told(self, cost: float) -> str:
         return f"{cost:.4g} ms a token" if self.kind == "latency" else f"{cost:,.0f} {UNITS[self.kind]}"
@@ -215,6 +217,18 @@ def _fit_ffn(full: Sizes, point: Sizes, budget: Budget, cost: Callable[[Sizes], 
             return fitted
         step //= 2
     return None
+
+
+def within(costs: Costs, budget: Budget, sizes: Sizes, layers: Sequence[int]) -> Sizes:
+    """The sizes, with as many neurons fewer as it takes to be within a budget of parameters or memory; the same where
+    no number of neurons is."""
+
+    def cost(one: Sizes) -> float:
+        return costs(one, layers)
+
+    if budget.kind == "latency" or not budget.exceeded(cost(sizes)):
+        return sizes
+    return _fit_ffn(sizes, sizes, replace(budget, tolerance=1.0), cost) or sizes
 
 
 def _unevenness(full: Sizes, sizes: Sizes, width: str) -> float:

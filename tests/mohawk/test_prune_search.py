@@ -11,11 +11,13 @@ from mohawk import prune_search
 from mohawk.cli import main
 from mohawk.errors import UserError
 from mohawk.evaluate import DecodeSpeed, decode_speed
+from mohawk.importance_baselines import random_importance
 from mohawk.models.cut_sizes import parameter_count, sized_config, sizes_of
 from mohawk.models.from_teacher import hybrid_from_teacher
 from mohawk.models.hybrid import HybridForCausalLM
 from mohawk.prune import prune
-from mohawk.prune_search import Budget, Costs, candidates, search, search_table
+from mohawk.prune_layers import chosen_with_mix
+from mohawk.prune_search import Budget, Costs, candidates, search, search_table, within
 from mohawk.prune_sizes import WIDTHS, between, narrower, spread, unit
 from mohawk.report import read_json
 from tests.models.conftest import FAMILIES, tiny_teacher
@@ -215,6 +217,59 @@ def test_a_hybrid_searched_for_memory_evaluated_and_inspected(checkpoint, texts,
     assert "prune_1: done" in printed and "heal_1: done" in printed
     again = read(run / "evaluation" / "again.json")["texts"]["held_out"]
     assert again["kl"] == pytest.approx(read(run / "evaluation" / "heal_1.json")["held_out"]["kl"], rel=1e-4)
+
+
+def hybrid_of(checkpoint, folder, ssm):  # noqa: F811
+    """A hybrid of the checkpoint with 6 layers, and its tokenizer."""
+    config = AutoModelForCausalLM.from_pretrained(checkpoint).config
+    teacher = tiny_teacher(vocab_size=258, num_hidden_layers=6, bos_token_id=256, eos_token_id=config.eos_token_id)
+    hybrid_from_teacher(teacher, ssm).save_pretrained(folder)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (folder / name).write_bytes((checkpoint / name).read_bytes())
+    return teacher
+
+
+@pytest.mark.parametrize(("seed", "layers_by"), [(1, "block_importance"), (2, "contiguous")])
+def test_rounds_of_a_hybrid_end_within_the_budget(layers_by, seed, checkpoint, texts, tmp_path):  # noqa: F811
+    hybrid_of(checkpoint, tmp_path / "hybrid", [1, 3, 5])
+    run = tmp_path / "run"
+    prune(
+        made(
+            tmp_path / "hybrid", texts, run, heal=stage(1), seed=seed,
+            prune={"parameters": 0.5, "rounds": 2, "strategy": "random", "layers_by": layers_by},
+            search={"tokens": 0, "depths": [4], "widths": ["ffn"], "tolerance": 0.1},
+        )
+    )  # fmt: skip
+    state = read(run / "rounds" / "1" / "search.json")
+    found = read(run / "rounds" / "2" / "cut.json")
+    assert 0.9 * state["budget"]["value"] <= found["outside_embedding_and_head"] <= state["budget"]["value"]
+    config = AutoModelForCausalLM.from_pretrained(run / "student").config
+    assert len(config.ssm_layers) == sum(i % 2 for i in state["candidates"][0]["layers"])
+
+
+def test_layers_are_chosen_with_a_mix():
+    importance = random_importance(tiny_teacher(num_hidden_layers=6).config, 0)
+    importance = replace(importance, layers=torch.tensor([6.0, 1, 5, 2, 4, 3]))
+    kinds = ["a", "m"] * 3
+    assert chosen_with_mix(importance, 3, "score", kinds, {"a": 1, "m": 0}) == [0, 2, 4]
+    assert chosen_with_mix(importance, 3, "score", kinds, {"a": 1, "m": 2}) == [0, 3, 5]
+    assert chosen_with_mix(importance, 4, "score", kinds, {"a": 1, "m": 2}) == [0, 2, 3, 5]
+    assert chosen_with_mix(importance, 4, "block", kinds, {"m": 3}) == [0, 1, 3, 5]  # any block takes one of each
+    assert chosen_with_mix(importance, 5, "block", kinds, {"m": 3}) == [0, 1, 2, 3, 5]
+    assert chosen_with_mix(importance, 3, -importance.layers, kinds, {"a": 2}) == [1, 2, 4]
+    with pytest.raises(ValueError, match="cannot be at least"):
+        chosen_with_mix(importance, 3, "score", kinds, {"a": 4})
+
+
+def test_less_of_the_mlps_where_other_layers_stayed():
+    config = model_of("llama+mamba2").config
+    costs, own = Costs(config, "parameters"), sizes_of(config)
+    cheap, dear = sorted(([0, 3], [1, 2]), key=lambda layers: costs(replace(own, layers=2), layers))
+    budget = Budget("parameters", costs(replace(own, layers=2, ffn=40), cheap), 0.01)
+    sizes = within(costs, budget, replace(own, layers=2, ffn=40), dear)
+    assert sizes.ffn < 40 and not budget.exceeded(costs(sizes, dear))
+    assert budget.exceeded(costs(replace(sizes, ffn=sizes.ffn + 1), dear))
+    assert within(costs, budget, replace(own, layers=2, ffn=40), cheap).ffn == 40
 
 
 def test_only_a_smaller_vocabulary(
