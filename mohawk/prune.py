@@ -28,7 +28,7 @@ from mohawk.evaluate import Comparison, compare
 from mohawk.importance import Importance, choose, chosen_layers, measure_importance
 from mohawk.importance_baselines import magnitude_importance, random_importance
 from mohawk.layer_drops import measure_layer_drops
-from mohawk.models.cut_sizes import Sizes, sizes_of
+from mohawk.models.cut_sizes import Sizes, attention_layers, sizes_of, ssm_layers
 from mohawk.models.cuts import cut
 from mohawk.models.from_teacher import hybrid_from_teacher
 from mohawk.plan import objective_for
@@ -36,9 +36,9 @@ from mohawk.plots import plot_candidates
 from mohawk.progress import log_to
 from mohawk.prune_layers import chosen_with_mix, layer_kinds, mix_of
 from mohawk.prune_plan import Plan, Round, convert_options, costs_of, found_for, make_plan, print_plan
-from mohawk.prune_recipe import PruneRecipe, Step
+from mohawk.prune_recipe import PruneRecipe, Step, Target
 from mohawk.prune_search import search, search_table, within
-from mohawk.prune_sizes import between, parameters_of, sizes_header, sizes_row, target_sizes
+from mohawk.prune_sizes import between, parameters_of, present, sizes_header, sizes_row, target_sizes
 from mohawk.readout import solve_output_projections
 from mohawk.report import Table, finish, read_json, write_json
 from mohawk.run import STUDENT, claimed, pick_device
@@ -164,6 +164,7 @@ class Pruning(Distillation):
         scores = self._scores(number, base)
         layers = self._layer_scores(number, base, round_)
         sizes = self._sizes(number, base, scores, layers)
+        sizes = present(base.config, sizes)
         if self._mix(number) is not None:
             sizes, layers = self._mixed(number, base, scores, layers, sizes)
         with mistakes(round_.where):
@@ -171,7 +172,7 @@ class Pruning(Distillation):
             smaller = cut(base, what).float().requires_grad_(True)
         kept = list(what.layers) if what.layers is not None else list(range(sizes.layers))
         total, inside = parameters_of(smaller)
-        found = {"before": asdict(sizes_of(base.config)), "after": asdict(sizes), "layers": kept,
+        found = {"before": asdict(sizes_of(base.config)), "after": asdict(sizes_of(smaller.config)), "layers": kept,
                  "parameters": total, "outside_embedding_and_head": inside}  # fmt: skip
         write_json(folder / "cut.json", found)
         log.info("round %d: %s", number, json.dumps(found))
@@ -268,7 +269,7 @@ class Pruning(Distillation):
             return round_.sizes
         if round_.budget is None and round_.target.sizes():
             with mistakes(round_.where):
-                return target_sizes(base.config, round_.target)
+                return target_sizes(base.config, self._still_there(number, base))
         searched = number if round_.budget is not None else 1
         state = read_json(self._round(searched) / "search.json")
         if state is None or "picked" not in state:
@@ -276,6 +277,17 @@ class Pruning(Distillation):
         else:
             picked = Sizes(**state["candidates"][state["picked"]]["sizes"])
         return between(self.plan.config, picked, round_.share)
+
+    def _still_there(self, number: int, base: nn.Module) -> Target:
+        """A round's target without sizes of a kind of layer of which the rounds before have left none."""
+        target = self.plan.rounds[number - 1].target
+        gone = [name for name in target.sizes() if name.startswith("state_")] if not ssm_layers(base.config) else []
+        if not attention_layers(base.config):
+            gone += [name for name in target.sizes() if name in ("heads", "kv_heads")]
+        if gone and number > 1:
+            log.warning("round %d: no layer is left that has %s; nothing is cut of it", number, ", ".join(gone))
+            return target.model_copy(update=dict.fromkeys(gone))
+        return target
 
     # ---- the search ----
 
@@ -400,12 +412,18 @@ class Pruning(Distillation):
         for number in range(1, len(self.plan.rounds) + 1):
             if (found := read_json(self._round(number) / "cut.json")) is not None:
                 counts = (found["parameters"], found["outside_embedding_and_head"])
-                rows.append([f"after cut {number}", *sizes_row(Sizes(**found["after"])), *(f"{n:,}" for n in counts)])
+                rows.append(
+                    [
+                        f"after cut {number}",
+                        *sizes_row(Sizes(**found["after"]), self.plan.own),
+                        *(f"{n:,}" for n in counts),
+                    ]
+                )
             if (state := read_json(self._round(number) / "search.json")) and "picked" in state:
                 searches.append(search_table(state))
         counts = [f"{n:,}" for n in parameters_of(student)]
         if counts != rows[-1][-2:]:  # made a hybrid, or less of a vocabulary
-            rows.append(["student", *sizes_row(sizes_of(student.config))[: len(rows[0]) - 3], *counts])
+            rows.append(["student", *sizes_row(sizes_of(student.config), self.plan.own), *counts])
         header = ["", *sizes_header(self.plan.own), "parameters", "outside embedding and head"]
         made: list[Table] = [("Sizes", header, rows), *searches]
         if (covered := read_json(self.folder / "vocabulary.json")) is not None and self.recipe.prune.vocabulary:

@@ -138,10 +138,13 @@ def candidates(
         UserError: the model is within the budget as it is, or nothing that can be tried is.
     """
     own = sizes_of(costs.config)
-    kept = kept or (lambda count: spread(own.layers, count))
+    choice = kept or (lambda count: spread(own.layers, count))
+
+    def of(count: int) -> Sequence[int]:  # kept may know of one number of layers alone
+        return range(own.layers) if count == own.layers else choice(count)
 
     def cost(sizes: Sizes) -> float:
-        return costs(sizes, kept(sizes.layers))
+        return costs(sizes, of(sizes.layers))
 
     whole = cost(own)
     if whole <= budget.value:
@@ -152,7 +155,7 @@ def candidates(
     found: list[Sizes] = []
     for depth in reversed(tried):
         for width in widths:
-            fitted = _fitted(costs.config, replace(own, layers=depth), width, budget, cost, kept(depth))
+            fitted = _fitted(costs.config, replace(own, layers=depth), width, budget, cost, of(depth))
             if fitted is not None and fitted not in found:
                 found.append(fitted)
     if not found:
@@ -191,7 +194,12 @@ def _fitted(
         return None
     # every timing takes seconds
     steps = 16 if budget.kind == "latency" else 64
-    path = narrower(sized_config(config, full, layers), full, width, steps)
+    left = sized_config(config, full, layers)  # which may have no Mamba-2 layer any more
+    state = {name: getattr(full, name) for name in ("state_heads", "state_groups", "state_size")}
+    if sizes_of(left).state_heads is not None:
+        path = narrower(left, full, width, steps)
+    else:
+        path = [replace(point, **state) for point in narrower(left, sizes_of(left), width, steps)]
     low, high = 0, len(path) - 1
     while low < high:
         middle = (low + high) // 2

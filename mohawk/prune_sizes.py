@@ -57,6 +57,16 @@ def target_sizes(config: Any, target: Any) -> Sizes:
     return sizes
 
 
+def present(config: Any, sizes: Sizes) -> Sizes:
+    """The sizes as they are of a model that has lost all its attention or Mamba-2 layers: without those of them."""
+    own = sizes_of(config)
+    if own.state_heads is None:
+        sizes = replace(sizes, state_heads=None, state_groups=None, state_size=None)
+    if not attention_layers(config):
+        sizes = replace(sizes, heads=own.heads, kv_heads=own.kv_heads)
+    return sizes
+
+
 def spread(layers: int, count: int) -> list[int]:
     """So many of the layers at equal distances: stands for those that scores will choose."""
     return [int((i + 0.5) * layers / count) for i in range(count)]
@@ -205,8 +215,9 @@ def sizes_header(sizes: Sizes) -> list[str]:
     return SIZES_HEADER + (STATE_HEADER if sizes.state_heads is not None else [])
 
 
-def sizes_row(sizes: Sizes) -> list[str]:
-    row: Sequence[int] = [sizes.layers, sizes.hidden, sizes.ffn, sizes.heads, sizes.kv_heads]
-    if sizes.state_heads is not None:
+def sizes_row(sizes: Sizes, of: Sizes | None = None) -> list[str]:
+    """The cells under `sizes_header(of or sizes)`; a dash for what the model has not."""
+    row: Sequence[int | None] = [sizes.layers, sizes.hidden, sizes.ffn, sizes.heads, sizes.kv_heads]
+    if (of or sizes).state_heads is not None:
         row = [*row, sizes.state_heads, sizes.state_groups, sizes.state_size]
-    return [f"{value:,}" for value in row]
+    return ["-" if value is None else f"{value:,}" for value in row]

@@ -7,7 +7,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from mohawk import prune_search
+from mohawk import importance_baselines, prune_search
+from mohawk import prune as prune_module
 from mohawk.cli import main
 from mohawk.errors import UserError
 from mohawk.evaluate import DecodeSpeed, decode_speed
@@ -245,6 +246,40 @@ def test_rounds_of_a_hybrid_end_within_the_budget(layers_by, seed, checkpoint, t
     assert 0.9 * state["budget"]["value"] <= found["outside_embedding_and_head"] <= state["budget"]["value"]
     config = AutoModelForCausalLM.from_pretrained(run / "student").config
     assert len(config.ssm_layers) == sum(i % 2 for i in state["candidates"][0]["layers"])
+
+
+@pytest.mark.parametrize(
+    "target",
+    [
+        {"layers": 2, "state_heads": 2, "rounds": 2},
+        {"targets": [{"layers": 4}, {"ffn": 20, "state_size": 4}]},
+        {"targets": [{"layers": [0, 2, 3, 4]}, {"parameters": 0.4}]},
+    ],
+    ids=["one target", "a target each", "then a budget"],
+)
+def test_a_hybrid_that_loses_its_mixers_on_the_way(target, checkpoint, texts, tmp_path, monkeypatch):  # noqa: F811
+    hybrid_of(checkpoint, tmp_path / "hybrid", [1, 5])
+    scores = torch.tensor([9.0, 1, 8, 7, 6, 2])
+    chosen = importance_baselines.random_importance
+    monkeypatch.setattr(prune_module, "random_importance", lambda config, seed: replace(
+        chosen(config, seed), layers=scores[:config.num_hidden_layers]))  # fmt: skip
+    run = tmp_path / "run"
+    prune(made(tmp_path / "hybrid", texts, run, prune=target | {"strategy": "random"}, heal=stage(1),
+               search={"tokens": 0, "steps": 2, "widths": ["ffn"], "tolerance": 0.2}))  # fmt: skip
+    student = AutoModelForCausalLM.from_pretrained(run / "student")
+    assert read(run / "rounds" / "2" / "cut.json")["after"] == sizes_of(student.config).__dict__
+    assert student.config.ssm_layers == []
+    table = [line.split("|") for line in (run / "report.md").read_text().splitlines() if "| after cut 2 |" in line]
+    assert [cell.strip() for cell in table[0][7:10]] == ["-"] * 3
+
+
+def test_candidates_without_a_mixer_are_narrower_too():
+    config = model_of("llama+mamba2").config
+    total = parameter_count(config)[0]
+    for sizes in candidates(
+        costs := Costs(config, "parameters"), Budget("parameters", 0.4 * total, 0.1), depths=[2], kept=lambda n: [0, 3]
+    ):
+        assert 0.36 * total <= costs(sizes, [0, 3]) <= 0.4 * total
 
 
 def test_layers_are_chosen_with_a_mix():
