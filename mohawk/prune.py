@@ -41,7 +41,7 @@ from mohawk.prune_search import search, search_table, within
 from mohawk.prune_sizes import between, parameters_of, present, sizes_header, sizes_row, target_sizes
 from mohawk.readout import solve_output_projections
 from mohawk.report import Table, finish, read_json, write_json
-from mohawk.run import STUDENT, claimed, pick_device
+from mohawk.run import RECIPE, STUDENT, claimed, pick_device
 from mohawk.teachers import load_config, load_teacher, load_tokenizer
 from mohawk.vocabulary import trim_tokenizer, trim_vocabulary
 
@@ -66,13 +66,25 @@ def prune(recipe: PruneRecipe, *, dry_run: bool = False) -> None:
         teacher.model, gguf_file=teacher.gguf_file, revision=teacher.revision,
         trust_remote_code=teacher.trust_remote_code,
     )  # fmt: skip
-    saved = read_json(run / "rounds" / "1" / "search.json") or {"candidates": []}
-    plan = make_plan(recipe, config, pick_device(recipe.device), [Sizes(**row["sizes"]) for row in saved["candidates"]])
+    plan = make_plan(recipe, config, pick_device(recipe.device), _saved_candidates(run, recipe))
     print_plan(plan, recipe, console)
     if dry_run:
         return
     with claimed(run, recipe), log_to(run):
         Pruning(recipe, run, console, plan).run()
+
+
+def _saved_candidates(run: Path, recipe: PruneRecipe) -> list[Sizes]:
+    """What a stopped run of this very recipe found for its first round; another's are none of it."""
+    saved = read_json(run / "rounds" / "1" / "search.json")
+    try:
+        old = PruneRecipe.load(run / RECIPE) if saved else None
+    except UserError:  # another program's, or another kind of run's; `claimed` says so
+        return []
+    decide = ("teacher", "prune", "search", "convert", "save_dtype")
+    if old is None or any(getattr(old, name) != getattr(recipe, name) for name in decide):
+        return []
+    return [Sizes(**row["sizes"]) for row in saved["candidates"]]
 
 
 class Pruning(Distillation):

@@ -282,6 +282,22 @@ def test_candidates_without_a_mixer_are_narrower_too():
         assert 0.36 * total <= costs(sizes, [0, 3]) <= 0.4 * total
 
 
+@pytest.mark.parametrize("same", [True, False])
+def test_a_saved_search_counts_for_its_own_recipe_alone(same, checkpoint, texts, tmp_path, capsys):  # noqa: F811
+    hybrid_of(checkpoint, tmp_path / "hybrid", [1, 3])
+    run, search = tmp_path / "run", {"tokens": 0, "steps": 2, "tolerance": 0.1}
+    mine = made(tmp_path / "hybrid", texts, run, prune={"parameters": 0.5}, search=search)
+    other = made(checkpoint, texts, run, prune={"parameters": 0.6}, search=search)
+    found = {"layers": 3, "hidden": 32, "ffn": 7, "heads": 4, "kv_heads": 2, "vocabulary": 258}
+    if same:
+        found |= {"state_heads": 4, "state_groups": 4, "state_size": 8}
+    (run / "rounds" / "1").mkdir(parents=True)
+    (run / "rounds" / "1" / "search.json").write_text(json.dumps({"candidates": [{"sizes": found}]}))
+    (mine if same else other).save(run / "recipe.yaml")
+    prune(mine, dry_run=True)
+    assert (" 7 " in capsys.readouterr().out) == same
+
+
 def test_layers_are_chosen_with_a_mix():
     importance = random_importance(tiny_teacher(num_hidden_layers=6).config, 0)
     importance = replace(importance, layers=torch.tensor([6.0, 1, 5, 2, 4, 3]))
