@@ -83,7 +83,12 @@ def attention_layers(config) -> list[int]:
 
 def check_sizes(config, sizes: Sizes) -> None:
     """Raises ValueError, in one line, for sizes that no cut of this model has."""
-    check_sizes_within(sizes_of(config), sizes)
+    own = sizes_of(config)
+    check_sizes_within(own, sizes)
+    if not attention_layers(config):
+        for name in ("heads", "kv_heads"):
+            if getattr(sizes, name) != getattr(own, name):
+                raise ValueError(f"{name}: got {getattr(sizes, name)}, but the model has no attention layer; leave it")
 
 
 def check_sizes_within(own: Sizes, sizes: Sizes) -> None:

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from transformers.initialization import no_init_weights
 
 from mohawk.models.cut_parameters import KeptUnits, folded_bias, folded_biases, layer_parts, outer_parts, select
-from mohawk.models.cut_sizes import Sizes, base_config, sized_config, sizes_of, ssm_layers
+from mohawk.models.cut_sizes import Sizes, attention_layers, base_config, sized_config, sizes_of, ssm_layers
 from mohawk.models.decoders import decoder
 from mohawk.models.depth import keep_any_layers
 from mohawk.models.families import FAMILIES, decoder_layers, family_of
@@ -102,6 +102,8 @@ def cut(model: nn.Module, what: Cut) -> nn.Module:
             without a head, sizes the family's class does not allow, or special tokens that would go.
     """
     own = sizes_of(model.config)
+    if what.heads is not None and not attention_layers(model.config):
+        raise ValueError("heads: given, but the model has no attention layer; leave them out")
     layers = check_indices("layers", range(own.layers) if what.layers is None else what.layers, own.layers)
     hidden = None if what.hidden is None else check_indices("hidden", what.hidden, own.hidden)
     tokens = None if what.tokens is None else check_indices("tokens", what.tokens, own.vocabulary)

@@ -34,7 +34,8 @@ TIMING = 0.1  # how far from a latency a candidate may be: timings vary by almos
 class Round:
     """One round of cutting: the sizes it leads to, or, until a search has picked them, the candidates.
 
-    where: the target's place in the recipe. share: how far along the way to the target it goes.
+    where: the target's place in the recipe. share: how far along the way to the target it goes. start: the
+    configuration of the model that it cuts, or, until a search has picked that, the teacher's.
     """
 
     target: Target
@@ -44,6 +45,7 @@ class Round:
     candidates: list[Sizes] = field(default_factory=list)
     budget: Budget | None = None
     costs: Costs | None = None
+    start: Any = None
 
 
 @dataclass
@@ -107,9 +109,10 @@ def make_plan(recipe: PruneRecipe, config: Any, device: Any = "cpu", saved: Sequ
     split = not recipe.prune.targets
     rounds: list[Round] = []
     now, final = config, None  # the configuration that a round starts from, while it is known
+    before: tuple[str, Budget] | None = None  # the budget of a round before, where its sizes are not known
     for i, target in enumerate(targets):
         where = "prune" if split else f"prune.targets.{i}"
-        round_ = Round(target, where, (i + 1) / len(targets) if split else 1.0)
+        round_ = Round(target, where, (i + 1) / len(targets) if split else 1.0, start=now or config)
         if split and i:
             round_.sizes = final and between(config, final, round_.share)
         elif target.sizes():
@@ -118,7 +121,14 @@ def make_plan(recipe: PruneRecipe, config: Any, device: Any = "cpu", saved: Sequ
             round_.sizes = between(config, final, round_.share) if split else final
         else:
             round_.budget = budget_of(target, config, recipe.search.tolerance)
-            round_.costs = costs_of(recipe, config, round_.budget.kind, device)
+            if before and before[1].kind == round_.budget.kind and before[1].value <= round_.budget.value:
+                with mistakes(f"{where}.{target.budgets()[0]}"):
+                    told = round_.budget.told(before[1].value)
+                    raise ValueError(
+                        f"the model already has at most {told} by {before[0]}; allowed: a budget below that"
+                    )
+            before = (where, round_.budget)
+            round_.costs = costs_of(recipe, round_.start, round_.budget.kind, device)
             # of a later round only whether it can be reached at all is known before
             known = list(saved) if i == 0 else []
             round_.candidates = known or found_for(recipe, round_.costs, round_.budget, where)
@@ -126,18 +136,17 @@ def make_plan(recipe: PruneRecipe, config: Any, device: Any = "cpu", saved: Sequ
         rounds.append(round_)
         if split:
             continue
-        now = None if round_.sizes is None else sized_config(now or config, round_.sizes, chosen(now or config, round_))
+        now = None if round_.sizes is None else _config_of(round_, round_.sizes)
     plan = Plan(config, own, rounds)
     _check_stages(recipe, plan)
     return plan
 
 
-def chosen(config: Any, round_: Round) -> list[int]:
-    """The layers that a round will keep, where they are given; else as many, spread evenly."""
-    layers, count = round_.target.layers, sizes_of(config).layers
-    if layers is not None and not isinstance(layers, int):
-        return resolve_layers(layers, count)
-    return spread(count, round_.sizes.layers)
+def _config_of(round_: Round, sizes: Sizes) -> Any:
+    """After a round, with the layers that it will keep where they are given; else as many, spread evenly."""
+    layers, count = round_.target.layers, sizes_of(round_.start).layers
+    named = layers is not None and not isinstance(layers, int)
+    return sized_config(round_.start, sizes, resolve_layers(layers, count) if named else spread(count, sizes.layers))
 
 
 def _check_stages(recipe: PruneRecipe, plan: Plan) -> None:
@@ -161,10 +170,7 @@ def _final_configs(plan: Plan) -> list[Any]:
     last = plan.rounds[-1]
     first = next((r for r in plan.rounds if r.target is last.target), last)
     found = [last.sizes] if last.sizes is not None else first.candidates
-    layers = last.target.layers
-    exact = len(plan.rounds) == 1 and layers is not None and not isinstance(layers, int)
-    kept = resolve_layers(layers, plan.own.layers) if exact else None
-    return [sized_config(plan.config, s, kept or spread(plan.own.layers, s.layers)) for s in found]
+    return [_config_of(last, sizes) for sizes in found]
 
 
 def print_plan(plan: Plan, recipe: PruneRecipe, console: Console) -> None:
@@ -189,7 +195,7 @@ def print_plan(plan: Plan, recipe: PruneRecipe, console: Console) -> None:
         found = round_.candidates or ([round_.sizes] if round_.sizes else [])
         for number, sizes in enumerate(found, 1):
             name = f"after round {i}" if not round_.candidates else f"round {i}, candidate {number}"
-            config = sized_config(plan.config, sizes, _kept_of(plan, round_, sizes))
+            config = _config_of(round_, sizes)
             rows.append((name, sizes, config, False))
             if last and options is not None:
                 rows.append((f"{name}, converted", sizes, config, True))
@@ -200,7 +206,7 @@ def print_plan(plan: Plan, recipe: PruneRecipe, console: Console) -> None:
     sizes_table, counts_table = Table("", *sizes_header(plan.own)), Table("", *kinds, "all", "share")
     for (name, sizes, _, converted), model in zip(rows, models, strict=True):
         if not converted:
-            sizes_table.add_row(name, *sizes_row(sizes))
+            sizes_table.add_row(name, *sizes_row(sizes, plan.own))
         by_kind, (count, less) = parameters_by_kind(model), parameters_of(model)
         counts = [f"{by_kind.get(kind, 0) / 1e6:.2f}M" for kind in kinds]
         counts_table.add_row(name, *counts, f"{count:,}", f"{less / inside:.1%}")
@@ -212,7 +218,7 @@ def print_plan(plan: Plan, recipe: PruneRecipe, console: Console) -> None:
             light = f" after {recipe.search.tokens:,} tokens of healing each" if recipe.search.tokens else ""
             console.print(
                 f"Round {i}: the candidate of least KL on held-out text{light}, within "
-                f"{round_.budget.told(round_.budget.value)}; {_costs_told(round_, plan.own)}.", highlight=False,
+                f"{round_.budget.told(round_.budget.value)}; {_costs_told(round_)}.", highlight=False,
             )  # fmt: skip
     if (split := len(plan.rounds)) > 1 and not prune.targets and plan.rounds[0].candidates:
         console.print(f"The sizes picked are reached in {split} rounds of cutting and healing.", highlight=False)
@@ -224,18 +230,14 @@ def print_plan(plan: Plan, recipe: PruneRecipe, console: Console) -> None:
     _print_stages(recipe, len(plan.rounds), console)
 
 
-def _costs_told(round_: Round, own: Sizes) -> str:
-    """What the teacher and the candidates cost, where it was counted now and not in a run before."""
+def _costs_told(round_: Round) -> str:
+    """What the model that is cut and the candidates cost, where it was counted now and not in a run before."""
+    own = sizes_of(round_.start)
     found = [round_.costs.known(sizes, spread(own.layers, sizes.layers)) for sizes in (own, *round_.candidates)]
     told = [f"{cost:.3g}" if round_.budget.kind == "latency" else f"{cost:,.0f}" for cost in found if cost is not None]
-    return f"the teacher and the candidates: {', '.join(told)}" if len(told) == len(found) else "as found before"
-
-
-def _kept_of(plan: Plan, round_: Round, sizes: Sizes) -> list[int]:
-    layers = round_.target.layers
-    if round_ is plan.rounds[0] and layers is not None and not isinstance(layers, int):
-        return resolve_layers(layers, plan.own.layers)
-    return spread(plan.own.layers, sizes.layers)
+    return (
+        f"the model before it and the candidates: {', '.join(told)}" if len(told) == len(found) else "as found before"
+    )
 
 
 def _print_stages(recipe: PruneRecipe, rounds: int, console: Console) -> None:

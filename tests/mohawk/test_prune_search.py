@@ -7,13 +7,15 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from mohawk import importance_baselines, prune_search
+from mohawk import MinitronPruner, importance_baselines, prune_search
 from mohawk import prune as prune_module
 from mohawk.cli import main
 from mohawk.errors import UserError
 from mohawk.evaluate import DecodeSpeed, decode_speed
+from mohawk.importance import choose
 from mohawk.importance_baselines import random_importance
 from mohawk.models.cut_sizes import parameter_count, sized_config, sizes_of
+from mohawk.models.cuts import cut
 from mohawk.models.from_teacher import hybrid_from_teacher
 from mohawk.models.hybrid import HybridForCausalLM
 from mohawk.prune import prune
@@ -252,10 +254,11 @@ def test_rounds_of_a_hybrid_end_within_the_budget(layers_by, seed, checkpoint, t
     "target",
     [
         {"layers": 2, "state_heads": 2, "rounds": 2},
+        {"targets": [{"layers": [0, 2, 3, 4]}, {"ffn": 20}]},
         {"targets": [{"layers": 4}, {"ffn": 20, "state_size": 4}]},
         {"targets": [{"layers": [0, 2, 3, 4]}, {"parameters": 0.4}]},
     ],
-    ids=["one target", "a target each", "then a budget"],
+    ids=["one target", "as planned", "a target each", "then a budget"],
 )
 def test_a_hybrid_that_loses_its_mixers_on_the_way(target, checkpoint, texts, tmp_path, monkeypatch):  # noqa: F811
     hybrid_of(checkpoint, tmp_path / "hybrid", [1, 5])
@@ -271,6 +274,38 @@ def test_a_hybrid_that_loses_its_mixers_on_the_way(target, checkpoint, texts, tm
     assert student.config.ssm_layers == []
     table = [line.split("|") for line in (run / "report.md").read_text().splitlines() if "| after cut 2 |" in line]
     assert [cell.strip() for cell in table[0][7:10]] == ["-"] * 3
+
+
+@pytest.mark.parametrize("target", [{"heads": 2}, {"kv_heads": 1}])
+def test_heads_that_no_layer_has_are_no_target(target, tmp_path, texts):  # noqa: F811
+    hybrid = hybrid_from_teacher(tiny_teacher(), "all")
+    hybrid.config.save_pretrained(tmp_path / "hybrid")
+    with pytest.raises(UserError, match="prune: heads: got 2, but the model has no attention layer"):
+        prune(made(tmp_path / "hybrid", texts, tmp_path / "run", prune=target))
+    sizes = replace(sizes_of(hybrid.config), heads=2, kv_heads=1)
+    importance = random_importance(hybrid.config, 0)
+    with pytest.raises(ValueError, match="no attention layer"):
+        cut(hybrid, choose(importance, sizes))
+    with pytest.raises(ValueError, match="heads: got 2, but the model has no attention layer"):
+        MinitronPruner(hybrid, sizes=sizes, strategy="random")
+
+
+@pytest.mark.parametrize(
+    ("targets", "said"),
+    [
+        (
+            [{"parameters": 0.5}, {"parameters": 0.6}],
+            "at most 15,504 parameters outside .* by prune.targets.0; allowed",
+        ),
+        ([{"layers": 2}, {"parameters": 0.6}], "targets.1.parameters: the model already has 15,520 parameters outside"),
+    ],
+    ids=["after a budget", "after sizes"],
+)
+def test_a_budget_that_rises_is_found_in_the_plan(targets, said, checkpoint, texts, tmp_path):  # noqa: F811
+    with pytest.raises(UserError, match=said):
+        prune(made(checkpoint, texts, tmp_path / "run", prune={"targets": targets},
+                   search={"steps": 2, "tolerance": 0.1}))  # fmt: skip
+    assert not (tmp_path / "run").exists()
 
 
 def test_candidates_without_a_mixer_are_narrower_too():
