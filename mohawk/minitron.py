@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from mohawk.errors import UserError
 from mohawk.importance import Importance, choose, chosen_layers, measure_importance
 from mohawk.importance_baselines import magnitude_importance, random_importance
 from mohawk.models.cut_sizes import Sizes, check_sizes, sizes_of
-from mohawk.models.cuts import Cut, cut
+from mohawk.models.cuts import Cut, cut, resolve_layers
 from mohawk.prune_search import Budget, Costs, candidates
 from mohawk.prune_sizes import WIDTHS, empty_model, parameters_of
 
@@ -43,7 +44,8 @@ class MinitronPruner:
         seed: of "random".
 
     Raises:
-        ValueError: an unknown option, a target that cannot be reached or is above the model's size, no calibration.
+        ValueError: an unknown or contradictory option, a target that cannot be reached or is above the model's size, no
+            calibration, or token ids that are not the model's.
     """
 
     def __init__(
@@ -66,12 +68,30 @@ class MinitronPruner:
             raise ValueError(f"width: got {width!r}; allowed: {', '.join(WIDTHS)}")
         if (target_params is None) == (sizes is None):
             raise ValueError("give either target_params or sizes")
-        if target_params is not None and not target_params > 0:
-            raise ValueError(f"target_params: got {target_params}; allowed: a number of parameters, or a share below 1")
+        own = sizes_of(teacher.config).layers
+        if target_params is not None and not _is_number(target_params):
+            raise ValueError(
+                f"target_params: got {target_params!r}; allowed: a number of parameters, or a share below 1"
+            )
+        if not _is_number(tolerance) or tolerance >= 1:
+            raise ValueError(f"tolerance: got {tolerance!r}; allowed: a share above 0 and below 1")
+        if depth is not None and not (type(depth) is int and 1 <= depth <= own):
+            raise ValueError(f"depth: got {depth!r}; allowed: 1 to {own} layers, or None")
         if strategy == "importance" and calibration is None:
             raise ValueError("strategy 'importance' needs calibration: batches of text, or token ids (rows, n)")
         if sizes is not None:
             check_sizes(teacher.config, sizes)
+            depth = sizes.layers
+        if isinstance(layers, Tensor):
+            if layers.shape != (own,):
+                raise ValueError(f"layers: got scores of shape {tuple(layers.shape)}; allowed: ({own},)")
+        elif layers not in ("score", "block"):
+            named = len(resolve_layers(layers, own))
+            if depth not in (None, named):
+                raise ValueError(
+                    f"layers: {layers!r} keeps {named}, but {'sizes say' if sizes else 'depth is'} {depth}"
+                )
+            depth = named
         self.teacher, self.strategy, self.layers, self.seed = teacher, strategy, layers, seed
         self.target_params, self.depth, self.width, self.tolerance = target_params, depth, width, tolerance
         self._calibration, self._sizes = calibration, sizes
@@ -86,7 +106,9 @@ class MinitronPruner:
             elif self.strategy == "random":
                 self._importance = random_importance(self.teacher.config, self.seed)
             else:
-                self._importance = measure_importance(self.teacher, _batches(self._calibration))
+                self._importance = measure_importance(
+                    self.teacher, _batches(self._calibration, self.teacher.config.vocab_size)
+                )
         return self._importance
 
     @property
@@ -111,7 +133,7 @@ class MinitronPruner:
         kind, value = ("nonembedding", self.target_params * whole[1]) if share else ("parameters", self.target_params)
         costs, budget = Costs(config, kind), Budget(kind, value, self.tolerance)
         least = max(1, own.layers // STEPS)
-        depths = [self.depth] if self.depth else [*range(own.layers, 0, -least)]
+        depths = [self.depth] if self.depth is not None else [*range(own.layers, 0, -least)]
         error: UserError | None = None
         for depth in depths:
             try:
@@ -124,11 +146,27 @@ class MinitronPruner:
         raise ValueError(f"target_params: {error}") from error
 
 
-def _batches(calibration: Iterable[Mapping[str, Tensor]] | Tensor) -> Iterable[Mapping[str, Tensor]]:
+def _is_number(value: Any) -> bool:
+    """Whether it is one above 0 and finite."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < math.inf
+
+
+def _batches(calibration: Iterable[Mapping[str, Tensor]] | Tensor, vocabulary: int) -> Iterator[Mapping[str, Tensor]]:
+    """Batches of calibration text; ValueError for what is none, when it is read."""
     if isinstance(calibration, Tensor):
-        if calibration.dim() != 2 or torch.is_floating_point(calibration):
+        if calibration.dim() != 2 or calibration.dtype not in (torch.int64, torch.int32) or calibration.numel() == 0:
             raise ValueError(
                 f"calibration: got {calibration.dtype} of shape {tuple(calibration.shape)}; allowed: int64 (rows, n)"
             )
-        return ({"input_ids": rows} for rows in calibration.split(8))
-    return calibration
+        calibration = ({"input_ids": rows} for rows in calibration.split(8))
+    for batch in calibration:
+        if not isinstance(batch, Mapping) or not isinstance(batch.get("input_ids"), Tensor):
+            raise ValueError(
+                f"calibration: got a {type(batch).__name__} in it; allowed: batches with input_ids, a dictionary each, "
+                "or one tensor of token ids (rows, n)"
+            )
+        ids = batch["input_ids"]
+        if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < vocabulary:
+            wrong = int(ids.max()) if int(ids.max()) >= vocabulary else int(ids.min())
+            raise ValueError(f"calibration: got token {wrong}; allowed: 0 to {vocabulary - 1}, the model's own")
+        yield batch

@@ -83,6 +83,15 @@ def test_strategies_differ_and_repeat():
     assert other != cuts[2]
 
 
+@pytest.mark.parametrize("layers", ["every_second", [0, 3], "first:2"])
+def test_named_layers_to_a_target(layers):
+    teacher = tiny_teacher()
+    total = parameter_count(teacher.config)[0]
+    pruner = MinitronPruner(teacher, total * 0.45, calibration=IDS, layers=layers, tolerance=0.1)
+    assert pruner.cut().layers == {"every_second": [0, 2], "first:2": [0, 1]}.get(str(layers), [0, 3])
+    assert 0.9 * 0.45 * total <= sum(p.numel() for p in pruner.prune().parameters()) <= 0.45 * total
+
+
 def test_sizes_given_and_mistakes():
     teacher = tiny_teacher()
     sizes = replace(sizes_of(teacher.config), ffn=30, layers=3)
@@ -94,6 +103,14 @@ def test_sizes_given_and_mistakes():
         ({}, "either target_params or sizes"),
         ({"target_params": 0.5, "calibration": None}, "needs calibration"),
         ({"target_params": -1}, "got -1; allowed"),
+        ({"target_params": "5"}, "target_params: got '5'; allowed: a number of parameters, or a share"),
+        ({"target_params": True}, "target_params: got True; allowed"),
+        ({"target_params": 0.5, "depth": 0}, "depth: got 0; allowed: 1 to 4 layers, or None"),
+        ({"target_params": 0.5, "depth": 2.5}, "depth: got 2.5; allowed"),
+        ({"target_params": 0.5, "tolerance": 0}, "tolerance: got 0; allowed: a share above 0"),
+        ({"target_params": 0.5, "depth": 3, "layers": "first:2"}, "'first:2' keeps 2, but depth is 3"),
+        ({"sizes": sizes, "layers": [0]}, r"layers: \[0\] keeps 1, but sizes say 3"),
+        ({"target_params": 0.5, "layers": torch.zeros(3)}, r"scores of shape \(3,\); allowed: \(4,\)"),
         ({"sizes": replace(sizes, heads=3)}, "heads: got 3 for kv_heads 2"),
     ):
         with pytest.raises(ValueError, match=said):
@@ -103,3 +120,19 @@ def test_sizes_given_and_mistakes():
             MinitronPruner(teacher, target, calibration=IDS).prune()
     with pytest.raises(ValueError, match=r"calibration: got torch.float32 of shape \(2,\)"):
         MinitronPruner(teacher, 0.5, calibration=torch.zeros(2)).prune()
+
+
+@pytest.mark.parametrize(
+    ("calibration", "said"),
+    [
+        (IDS[:0], r"of shape \(0, 24\); allowed: int64"),
+        ([], "no token"),
+        (IDS + 97, "calibration: got token 19[0-9]; allowed: 0 to 96, the model's own"),
+        (IDS - 99, "calibration: got token -9[0-9]; allowed"),
+        ([[1, 2, 3]], "calibration: got a list in it; allowed: batches with input_ids"),
+    ],
+    ids=["no rows", "no batches", "beyond", "negative", "lists"],
+)
+def test_calibration_that_is_none(calibration, said):
+    with pytest.raises(ValueError, match=said):
+        MinitronPruner(tiny_teacher(), 0.5, calibration=calibration).prune()
