@@ -134,16 +134,17 @@ class MinitronPruner:
         costs, budget = Costs(config, kind), Budget(kind, value, self.tolerance)
         least = max(1, own.layers // STEPS)
         depths = [self.depth] if self.depth is not None else [*range(own.layers, 0, -least)]
-        error: UserError | None = None
+        reasons: list[str] = []
         for depth in depths:
             try:
                 return candidates(
                     costs, budget, depths=[depth], widths=[self.width],
                     kept=lambda count: chosen_layers(self.importance, count, self.layers),
                 )[0]  # fmt: skip
-            except UserError as reason:
-                error = error or reason
-        raise ValueError(f"target_params: {error}") from error
+            except UserError as error:
+                reasons.append(str(error))
+        tried = "" if len(depths) == 1 else f" (nor with other numbers of layers down to {depths[-1]}: {reasons[-1]})"
+        raise ValueError(f"target_params: {reasons[0]}" + (tried if reasons[-1] != reasons[0] else ""))
 
 
 def _is_number(value: Any) -> bool:

@@ -29,7 +29,7 @@ from mohawk.importance import Importance, choose, chosen_layers, measure_importa
 from mohawk.importance_baselines import magnitude_importance, random_importance
 from mohawk.layer_drops import measure_layer_drops
 from mohawk.models.cut_sizes import Sizes, attention_layers, sizes_of, ssm_layers
-from mohawk.models.cuts import cut
+from mohawk.models.cuts import Cut, cut
 from mohawk.models.from_teacher import hybrid_from_teacher
 from mohawk.plan import objective_for
 from mohawk.plots import plot_candidates
@@ -85,6 +85,15 @@ def _saved_candidates(run: Path, recipe: PruneRecipe) -> list[Sizes]:
     if old is None or any(getattr(old, name) != getattr(recipe, name) for name in decide):
         return []
     return [Sizes(**row["sizes"]) for row in saved["candidates"]]
+
+
+def cut_in_float32(base: nn.Module, what: Cut) -> nn.Module:
+    """A trainable cut; weights that it rescales or folds into others are rounded to float32, whatever the model has.
+
+    The float32 copy of another dtype's model is gone when this returns.
+    """
+    whole = base if base.dtype == torch.float32 else copy.deepcopy(base).float()
+    return cut(whole, what).requires_grad_(True)
 
 
 class Pruning(Distillation):
@@ -181,7 +190,7 @@ class Pruning(Distillation):
             sizes, layers = self._mixed(number, base, scores, layers, sizes)
         with mistakes(round_.where):
             what = choose(scores, sizes, layers=layers)
-            smaller = cut(base, what).float().requires_grad_(True)
+            smaller = cut_in_float32(base, what)
         kept = list(what.layers) if what.layers is not None else list(range(sizes.layers))
         total, inside = parameters_of(smaller)
         found = {"before": asdict(sizes_of(base.config)), "after": asdict(sizes_of(smaller.config)), "layers": kept,
@@ -320,7 +329,7 @@ class Pruning(Distillation):
         light = self._light_healing(folder) if self.recipe.search.tokens else None
         picked = search(
             found, costs, round_.budget, kept=kept, heal=light, measure=self._on_held_out, folder=folder,
-            make=lambda sizes: cut(base, choose(scores, sizes, layers=layers)).float().requires_grad_(True),
+            make=lambda sizes: cut_in_float32(base, choose(scores, sizes, layers=layers)),
             console=self.console,
         )  # fmt: skip
         plot_candidates(read_json(folder / "search.json"), self.folder / "plots" / f"search_{number}.png")

@@ -159,14 +159,7 @@ def candidates(
             if fitted is not None and fitted not in found:
                 found.append(fitted)
     if not found:
-        least = min(
-            (cost(s) for s in (_narrowest(costs.config, own, tried, width) for width in widths) if s), default=whole
-        )
-        raise UserError(
-            f"{budget.told(budget.value)} cannot be reached to within {budget.tolerance:.0%} with {tried} layers and "
-            f"widths {', '.join(widths)}; the smallest such model has {budget.told(least)}: raise the budget, the "
-            f"tolerance or the steps, or allow other depths and widths ({', '.join(WIDTHS)})"
-        )
+        raise UserError(_why_none(costs.config, budget, own, tried, widths, cost))
     return found
 
 
@@ -177,6 +170,22 @@ def _depths(layers: int, steps: int, cost: Callable[[int], float], budget: Budge
         middle = (low + high) // 2
         low, high = (low, middle) if cost(middle) >= (1 - budget.tolerance) * budget.value else (middle + 1, high)
     return sorted({round(layers - i * (layers - low) / max(1, steps - 1)) for i in range(steps)})
+
+
+def _why_none(
+    config: Any, budget: Budget, own: Sizes, tried: Sequence[int], widths: Sequence[str], cost: Callable[[Sizes], float]
+) -> str:
+    """One line: on which side of the budget the models are that were tried."""
+    line = f"{budget.told(budget.value)} cannot be reached to within {budget.tolerance:.0%} with {list(tried)} layers"
+    others = f"allow other depths and widths ({', '.join(WIDTHS)})"
+    most = cost(replace(own, layers=tried[-1]))
+    if most < budget.value:
+        return f"{line}: at full width they leave {budget.told(most)}, which is too little: allow more layers"
+    line += f" and widths {', '.join(widths)}"
+    least = min((cost(s) for s in (_narrowest(config, own, tried, width) for width in widths) if s), default=most)
+    if budget.exceeded(least):
+        return f"{line}; the smallest such model has {budget.told(least)}: raise the budget, or {others}"
+    return f"{line}: they are above it or below all of its tolerance: raise the tolerance or the steps, or {others}"
 
 
 def _narrowest(config: Any, own: Sizes, depths: Sequence[int], width: str) -> Sizes | None:

@@ -1,5 +1,6 @@
 """Candidates for a budget, recounted on the models they make; the ways to choose what goes, each in a whole run."""
 
+import copy
 import json
 from dataclasses import replace
 
@@ -18,7 +19,7 @@ from mohawk.models.cut_sizes import parameter_count, sized_config, sizes_of
 from mohawk.models.cuts import cut
 from mohawk.models.from_teacher import hybrid_from_teacher
 from mohawk.models.hybrid import HybridForCausalLM
-from mohawk.prune import prune
+from mohawk.prune import cut_in_float32, prune
 from mohawk.prune_layers import chosen_with_mix
 from mohawk.prune_search import Budget, Costs, candidates, search, search_table, within
 from mohawk.prune_sizes import WIDTHS, between, narrower, spread, unit
@@ -105,6 +106,12 @@ def test_depths_given_and_mistakes():
     assert {s.layers for s in found} == {2, 3}
     with pytest.raises(UserError, match=r"depths \[9\]: the model has 4 layers; allowed: 1 to 4"):
         candidates(costs, Budget("parameters", 0.6 * total), depths=[9])
+    with pytest.raises(
+        UserError, match="with .1. layers: at full width they leave 10,880 .*too little: allow more layers"
+    ):
+        candidates(costs, Budget("parameters", 0.9 * total), depths=[1])
+    with pytest.raises(UserError, match="above it or below all of its tolerance: raise the tolerance"):
+        candidates(costs, Budget("parameters", 0.6 * total + 0.5, 1e-7))
     with pytest.raises(UserError, match="cannot be reached to within 3% with .*the smallest such model has"):
         candidates(costs, Budget("parameters", 100))
 
@@ -306,6 +313,19 @@ def test_a_budget_that_rises_is_found_in_the_plan(targets, said, checkpoint, tex
         prune(made(checkpoint, texts, tmp_path / "run", prune={"targets": targets},
                    search={"steps": 2, "tolerance": 0.1}))  # fmt: skip
     assert not (tmp_path / "run").exists()
+
+
+def test_a_bfloat16_teacher_is_cut_in_float32():
+    teacher = tiny_teacher().bfloat16()
+    wide = copy.deepcopy(teacher).float()
+    sizes = replace(sizes_of(teacher.config), hidden=24)
+    what = choose(random_importance(teacher.config, 0), sizes)
+    made_of, expected = cut_in_float32(teacher, what).state_dict(), cut(wide, what).state_dict()
+    assert teacher.dtype == torch.bfloat16
+    assert all(torch.equal(made_of[name], tensor) for name, tensor in expected.items())
+    rounded = cut(teacher, what).float().state_dict()  # the norms' weights are scaled
+    assert any(not torch.equal(rounded[name], tensor) for name, tensor in expected.items())
+    assert all(p.requires_grad for p in cut_in_float32(teacher, what).parameters())
 
 
 def test_candidates_without_a_mixer_are_narrower_too():
