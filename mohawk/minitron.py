@@ -69,9 +69,10 @@ class MinitronPruner:
         if (target_params is None) == (sizes is None):
             raise ValueError("give either target_params or sizes")
         own = sizes_of(teacher.config).layers
-        if target_params is not None and not _is_number(target_params):
+        if target_params is not None and (not _is_number(target_params) or 1 <= target_params < 1000):
             raise ValueError(
-                f"target_params: got {target_params!r}; allowed: a number of parameters, or a share below 1"
+                f"target_params: got {target_params!r}; allowed: a number of parameters, at least 1000, or a share "
+                "below 1"
             )
         if not _is_number(tolerance) or tolerance >= 1:
             raise ValueError(f"tolerance: got {tolerance!r}; allowed: a share above 0 and below 1")

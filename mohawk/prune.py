@@ -43,6 +43,7 @@ from mohawk.readout import solve_output_projections
 from mohawk.report import Table, finish, read_json, write_json
 from mohawk.run import RECIPE, STUDENT, claimed, pick_device
 from mohawk.teachers import load_config, load_teacher, load_tokenizer
+from mohawk.text import as_source, local_files
 from mohawk.vocabulary import trim_tokenizer, trim_vocabulary
 
 log = logging.getLogger(__name__)
@@ -69,9 +70,20 @@ def prune(recipe: PruneRecipe, *, dry_run: bool = False) -> None:
     plan = make_plan(recipe, config, pick_device(recipe.device), _saved_candidates(run, recipe))
     print_plan(plan, recipe, console)
     if dry_run:
+        _check_places(run, recipe)
         return
     with claimed(run, recipe), log_to(run):
         Pruning(recipe, run, console, plan).run()
+
+
+def _check_places(run: Path, recipe: PruneRecipe) -> None:
+    """What a run would be stopped by before it begins: local text that is not there, and another program's folder."""
+    for source in (*recipe.data.train, *recipe.data.evaluation):
+        local_files(as_source(source))
+    if (run / RECIPE).is_file():
+        return  # of which recipe, `claimed` finds
+    if run.exists() and (not run.is_dir() or any(not path.name.startswith(".") for path in run.iterdir())):
+        raise UserError(f"output: {run} exists and is not a run of mohawk; choose another output")
 
 
 def _saved_candidates(run: Path, recipe: PruneRecipe) -> list[Sizes]:
@@ -388,6 +400,10 @@ class Pruning(Distillation):
             with mistakes("prune.vocabulary"):
                 trimmed = trim_vocabulary(student, tokenizer, ids=self._tokens_kept())
             student, tokenizer = trimmed.model, trimmed.tokenizer
+            asked = self.recipe.prune.vocabulary
+            more = f": the {asked:,} asked for and what must stay" if isinstance(asked, int) else ""
+            line = f"vocabulary: {len(trimmed.tokens):,} of {self.plan.own.vocabulary:,} tokens kept{more}"
+            self.console.print(line, highlight=False)
             covered = {"before": self.plan.own.vocabulary, "after": len(trimmed.tokens)}
             for name, documents in (("held_out", self.data.held_out), ("evaluation", self.data.evaluation)):
                 if documents is not None and documents.tokens:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,6 +15,7 @@ from mohawk.distill import matchings_for, mistakes
 from mohawk.models.cut_sizes import Sizes, sized_config, sizes_of
 from mohawk.models.cuts import resolve_layers
 from mohawk.models.from_teacher import choose_layers
+from mohawk.prune_layers import layer_kinds
 from mohawk.prune_recipe import PruneRecipe, Target
 from mohawk.prune_search import Budget, Costs, candidates
 from mohawk.prune_sizes import (
@@ -26,6 +28,8 @@ from mohawk.prune_sizes import (
     spread,
     target_sizes,
 )
+
+log = logging.getLogger(__name__)
 
 TIMING = 0.1  # how far from a latency a candidate may be: timings vary by almost as much
 
@@ -118,6 +122,9 @@ def make_plan(recipe: PruneRecipe, config: Any, device: Any = "cpu", saved: Sequ
         elif target.sizes():
             with mistakes(where):
                 final = target_sizes(now or config, target)
+            if final == sizes_of(now or config):
+                with mistakes(where):
+                    raise ValueError("the model has these sizes already; allowed: at least one below them")
             round_.sizes = between(config, final, round_.share) if split else final
         else:
             round_.budget = budget_of(target, config, recipe.search.tolerance)
@@ -138,8 +145,17 @@ def make_plan(recipe: PruneRecipe, config: Any, device: Any = "cpu", saved: Sequ
             continue
         now = None if round_.sizes is None else _config_of(round_, round_.sizes)
     plan = Plan(config, own, rounds)
+    _check_rounds(plan)
     _check_stages(recipe, plan)
     return plan
+
+
+def _check_rounds(plan: Plan) -> None:
+    """A line of the log for rounds that have nothing to cut, as when there are more of them than layers that go."""
+    sizes = [plan.own, *(round_.sizes for round_ in plan.rounds)]
+    idle = [i for i in range(1, len(sizes)) if sizes[i] is not None and sizes[i] == sizes[i - 1]]
+    if idle:
+        log.warning("prune: nothing is cut in round %s; fewer rounds lead to the same sizes", ", ".join(map(str, idle)))
 
 
 def _config_of(round_: Round, sizes: Sizes) -> Any:
@@ -215,19 +231,26 @@ def print_plan(plan: Plan, recipe: PruneRecipe, console: Console) -> None:
     console.print("Parameters by kind; the share is of the teacher's outside embedding and head.")
     for i, round_ in enumerate(plan.rounds, 1):
         if round_.budget is not None:
-            light = f" after {recipe.search.tokens:,} tokens of healing each" if recipe.search.tokens else ""
+            light = f" after {recipe.search.tokens:,} tokens of healing each" if recipe.search.tokens else " as cut"
+            which = f"candidate of least KL on held-out text{light}"
+            if len(round_.candidates) == 1 and len(set(layer_kinds(round_.start))) == 1:
+                which = "only candidate"
             console.print(
-                f"Round {i}: the candidate of least KL on held-out text{light}, within "
+                f"Round {i}: the {which}, within "
                 f"{round_.budget.told(round_.budget.value)}; {_costs_told(round_)}.", highlight=False,
             )  # fmt: skip
     if (split := len(plan.rounds)) > 1 and not prune.targets and plan.rounds[0].candidates:
         console.print(f"The sizes picked are reached in {split} rounds of cutting and healing.", highlight=False)
-    if any(round_.sizes is None or round_.candidates for round_ in plan.rounds) or plan.own.state_heads is not None:
+    fewer = [r for r in plan.rounds if any(s.layers < sizes_of(r.start).layers for s in [r.sizes, *r.candidates] if s)]
+    if any(r.target.layers is None or isinstance(r.target.layers, int) for r in fewer):
         console.print("Which layers stay is known after calibration; of unlike layers the table has an even spread.")
     if prune.vocabulary is not None:
         kept = "of the training text" if prune.vocabulary == "corpus" else f"{prune.vocabulary:,} most frequent"
-        console.print(f"In the end the vocabulary of {plan.own.vocabulary:,} is trimmed to the tokens {kept}.")
-    _print_stages(recipe, len(plan.rounds), console)
+        console.print(
+            f"In the end the vocabulary of {plan.own.vocabulary:,} is trimmed to the tokens {kept}, and those that "
+            "must stay (bytes or characters, special tokens, the parts of longer ones)."
+        )
+    _print_stages(recipe, console)
 
 
 def _costs_told(round_: Round) -> str:
@@ -240,13 +263,13 @@ def _costs_told(round_: Round) -> str:
     )
 
 
-def _print_stages(recipe: PruneRecipe, rounds: int, console: Console) -> None:
+def _print_stages(recipe: PruneRecipe, console: Console) -> None:
     table = Table("stage", "tokens", "steps", "learning rate")
     stages = [("correct", recipe.correct)] if recipe.correct else []
     if recipe.convert is not None:
         stages += [(name, phase) for name in ("mixing", "hidden") if (phase := getattr(recipe.convert, name))]
-    if recipe.heal is not None:
-        stages.append((f"heal, {rounds} times" if rounds > 1 else "heal", recipe.heal))
+    if times := sum(step.kind == "heal" for step in recipe.steps()):  # a smaller vocabulary alone needs none
+        stages.append((f"heal, {times} times" if times > 1 else "heal", recipe.heal))
     for name, stage in stages:
         table.add_row(name, f"{stage.tokens:,}", f"{stage.steps():,}", f"{stage.learning_rate:g}")
     if stages:

@@ -44,9 +44,12 @@ def _layers(value: Any) -> Any:
 def _parameters(value: Any) -> Any:
     if isinstance(value, str) and re.fullmatch(r"\d+(\.\d+)?%", value):
         value = float(value[:-1]) / 100
-    if type(value) in (int, float) and (0 < value < 1 or value >= 1 and float(value).is_integer()):
+    if type(value) in (int, float) and (0 < value < 1 or value >= 1000 and float(value).is_integer()):
         return float(value)
-    raise ValueError("a number of all parameters (60e6), or a share of those outside embedding and head (0.5, 50%)")
+    raise ValueError(
+        "a number of all parameters (60e6), at least 1000, or a share below 1 of those outside embedding and head "
+        "(0.5, 50%)"
+    )
 
 
 def _vocabulary(value: Any) -> Any:

@@ -316,13 +316,16 @@ def search_table(state: dict[str, Any]) -> tuple[str, list[str], list[list[str]]
     header = ["candidate", *sizes_header(Sizes(**rows[0][1]["sizes"])), "parameters"]
     counted = state["budget"]["kind"] in ("parameters", "nonembedding")
     header += [] if counted else [state["unit"]]
-    header += ["KL as cut", "KL healed", "perplexity"]
+    healed = any(row["kl"] != row["kl_as_cut"] for _, row in rows)
+    header += ["KL as cut", *["KL healed"] * healed, "perplexity"]
     lines = []
     for number, row in rows:
         line = [f"{number + 1}" + (" (picked)" if number == state["picked"] else "")]
         line += [*sizes_row(Sizes(**row["sizes"])), f"{row['parameters']:,}"]
         if not counted:
             line.append(f"{row['cost']:.4g}" if state["budget"]["kind"] == "latency" else f"{row['cost']:,.0f}")
-        lines.append([*line, f"{row['kl_as_cut']:.4f}", f"{row['kl']:.4f}", f"{row['perplexity']:.2f}"])
+        line += [f"{row['kl_as_cut']:.4f}", *[f"{row['kl']:.4f}"] * healed, f"{row['perplexity']:.2f}"]
+        lines.append(line)
     budget = Budget(**state["budget"])
-    return f"Candidates within {budget.told(budget.value)}, after equal light healing", header, lines
+    how = "after equal light healing" if healed else "as cut"
+    return f"Candidates within {budget.told(budget.value)}, {how}", header, lines

@@ -43,6 +43,8 @@ def target_sizes(config: Any, target: Any) -> Sizes:
     if target.layers is not None:
         layers = target.layers
         wanted["layers"] = layers if isinstance(layers, int) else len(resolve_layers(layers, own.layers))
+    if wanted.get("kv_heads", 0) > own.kv_heads:  # or the heads that follow would be told
+        raise ValueError(f"kv_heads: got {wanted['kv_heads']}, allowed: 1 to {own.kv_heads}, the model's own")
     if "kv_heads" in wanted and "heads" not in wanted:
         wanted["heads"] = wanted["kv_heads"] * (own.heads // own.kv_heads)
     if own.state_heads is not None:

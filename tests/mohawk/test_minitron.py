@@ -103,7 +103,8 @@ def test_sizes_given_and_mistakes():
         ({}, "either target_params or sizes"),
         ({"target_params": 0.5, "calibration": None}, "needs calibration"),
         ({"target_params": -1}, "got -1; allowed"),
-        ({"target_params": "5"}, "target_params: got '5'; allowed: a number of parameters, or a share"),
+        ({"target_params": "5"}, "target_params: got '5'; allowed: a number of parameters, at least 1000, or a share"),
+        ({"target_params": 1.0}, "target_params: got 1.0; allowed"),
         ({"target_params": True}, "target_params: got True; allowed"),
         ({"target_params": 0.5, "depth": 0}, "depth: got 0; allowed: 1 to 4 layers, or None"),
         ({"target_params": 0.5, "depth": 2.5}, "depth: got 2.5; allowed"),
@@ -115,9 +116,9 @@ def test_sizes_given_and_mistakes():
     ):
         with pytest.raises(ValueError, match=said):
             MinitronPruner(teacher, **{"calibration": IDS, **options})
-    for target, said in ((total, "already has"), (100, "100 parameters cannot be reached.* down to 1: 100 parameters")):
+    for target, said in ((total, "already has"), (5000, "5,000 parameters cannot be reached.* down to 1: 5,000 par")):
         with pytest.raises(ValueError, match=said):
-            MinitronPruner(teacher, target, calibration=IDS).prune()
+            MinitronPruner(teacher, target, calibration=IDS, width="ffn").prune()
     with pytest.raises(ValueError, match=r"calibration: got torch.float32 of shape \(2,\)"):
         MinitronPruner(teacher, 0.5, calibration=torch.zeros(2)).prune()
 

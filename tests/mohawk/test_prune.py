@@ -278,6 +278,28 @@ def test_a_dry_run_shows_sizes_and_reads_no_weights(checkpoint, texts, tmp_path,
     assert sorted(p.name for p in tmp_path.iterdir()) == ["recipe.yaml", "teacher"]
 
 
+def test_a_dry_run_promises_what_the_run_does(checkpoint, texts, tmp_path, capsys, caplog):
+    def planned(**given):
+        prune(made(checkpoint, texts, tmp_path / "run", **given), dry_run=True)
+        return capsys.readouterr().out
+
+    printed = planned(prune={"vocabulary": 40})
+    assert "must stay" in " ".join(printed.split()) and "heal" not in printed
+    assert "known after calibration" not in planned(prune={"layers": [0, 2]})
+    assert "known after calibration" in planned(prune={"layers": 2}) and not caplog.records
+    planned(prune={"layers": 3, "rounds": 3})
+    assert "nothing is cut in round 1, 3;" in caplog.text
+    ranked = {"prune": {"parameters": 0.5}, "search": {"tokens": 0, "steps": 2, "tolerance": 0.1}}
+    assert "of least KL on held-out text as cut, within" in " ".join(planned(**ranked).split())
+    data = recipe_data(checkpoint, texts, tmp_path)["data"] | {"train": [str(tmp_path / "nothing.txt")]}
+    with pytest.raises(UserError, match=r"data: .*nothing.txt does not exist"):
+        planned(data=data)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "notes.txt").write_text("mine")
+    with pytest.raises(UserError, match=r"output: .*run exists and is not a run of mohawk"):
+        planned()
+
+
 @pytest.mark.parametrize(
     ("target", "said"),
     [
@@ -291,7 +313,10 @@ def test_a_dry_run_shows_sizes_and_reads_no_weights(checkpoint, texts, tmp_path,
             {"parameters": 1e9},
             r"prune.parameters: the model already has 39,264 parameters; allowed: a budget below that",
         ),
-        ({"parameters": 300}, r"prune.parameters: 300 parameters cannot be reached .* the smallest such model has"),
+        ({"parameters": 300}, r"prune.parameters: got 300; allowed: a number of all parameters .60e6., at least 1000"),
+        ({"parameters": "100%"}, r"prune.parameters: got the text '100%'; allowed: .* a share below 1"),
+        ({"kv_heads": 3}, r"prune: kv_heads: got 3, allowed: 1 to 2, the model's own"),
+        ({"ffn": 48, "layers": 4}, r"prune: the model has these sizes already"),
         ({"memory": 100}, r"prune.memory: 100 bytes cannot be reached"),
         ({"vocabulary": 300}, r"prune.vocabulary: got 300; allowed: corpus, or up to 258"),
     ],
