@@ -60,7 +60,7 @@ def written(place: Path, folder: Path, batch_size: int, **parts) -> Path:
     for name, part in parts.items():
         recipe[name] = [phase | stage for stage in part] if name == "stages" else part
     if "phases" in parts:
-        recipe["phases"] = {name: phase | given for name, given in parts["phases"].items()}
+        recipe["phases"] = {name: given and phase | given for name, given in parts["phases"].items()}
     folder.mkdir(parents=True)
     (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     return folder / "recipe.yaml"
@@ -123,7 +123,11 @@ def test_distill_in_two_processes_is_one_with_twice_the_batch(place, tmp_path):
 
 
 def test_convert_in_two_processes_is_one_with_twice_the_batch(place, tmp_path):
-    phases = {"mixing": {}, "hidden": {"solve_tokens": 256, "match": "mixer_output"}}
+    phases = {
+        "mixing": {"metric": "frobenius"},
+        "hidden": {"solve_tokens": 256, "match": "mixer_output"},
+        "end_to_end": None,
+    }
     parts = {"student": {"ssm_layers": [1]}, "phases": phases}
     assert main(["convert", str(written(place, tmp_path / "one", 4, **parts))]) == 0
     recipe = written(place, tmp_path / "two", 2, **parts)
