@@ -151,7 +151,10 @@ def compare_runs(
             made += 1
         rows.append(_row(name, folder))
     tables = comparison(rows)
-    print_tables(tables, console)
+    if len(trained := {row["tokens"] for row in rows}) == 1:
+        console.print(f"each trained on {trained.pop():,} tokens", highlight=False)
+    # without what would not fit a narrow terminal and is in the files
+    print_tables([(heading, header[:-2], [line[:-2] for line in lines]) for heading, header, lines in tables], console)
     write_json(output / FOUND, {"title": title, "rows": rows})
     plot = plot_variants(rows, output / "plots" / "ablation.png")
     parts = [f"# {title}"]

@@ -168,6 +168,13 @@ class AttentionMatch:
                 for layer, record in records.items():
                     if self.loss == "kl" and isinstance(record, MixerRecord):
                         raise ValueError(_no_kl(f"layer {layer} of {type(model).__name__}"))
+        for i, j in self.pairs if self.loss == "kl" else ():
+            mine, theirs = _window(student, i), _window(teacher, j)
+            if mine is not None and (theirs is None or theirs > mine):
+                raise ValueError(
+                    f"attention match: kl is infinite where the teacher sees more: layer {i} of the student looks back "
+                    f"{mine} tokens, layer {j} of the teacher {theirs or 'all'}; pair layers of one kind, or take mse"
+                )
 
     def __call__(
         self, student: Mapping[int, Record], teacher: Mapping[int, Record], segment_ids: Tensor | None = None
@@ -205,6 +212,19 @@ class AttentionMatch:
         if (groups, groups) == heads:
             return mixing_distance(student, teacher, metric=self.loss)
         return head_mean_distance(student, teacher, metric=self.loss, groups=groups)
+
+
+def _window(model: nn.Module, layer: int) -> int | None:
+    """How many tokens a layer's attention looks back; None: all."""
+    body, modules = decoder(model)
+    for module in modules[layer].modules():
+        if hasattr(module, "sliding_window"):
+            return module.sliding_window
+    config = body.config
+    kinds = getattr(config, "layer_types", None)
+    if kinds is not None and kinds[layer] != "sliding_attention":
+        return None
+    return getattr(config, "sliding_window", None)
 
 
 def _no_kl(what: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import gc
 import logging
 import math
@@ -23,7 +24,7 @@ from mohawk.attention_match import AttentionMatch
 from mohawk.checkpoints import is_complete, write_whole
 from mohawk.distill_data import Sources, held_out_rows, load_sources, rows_by_source, training_rows
 from mohawk.distill_recipe import DistillRecipe, DistillStudent, DistillTeacher, Ramp, Stage
-from mohawk.distillation import KnowledgeDistiller, Matching, match_attention, match_hidden
+from mohawk.distillation import KnowledgeDistiller, Matching, match_attention, match_hidden, parameter_count
 from mohawk.errors import UserError
 from mohawk.evaluate import Comparison, TeacherStates, compare, teacher_states
 from mohawk.features import HiddenMatch, layer_map
@@ -41,10 +42,12 @@ from mohawk.report import finish
 from mohawk.run import STUDENT, Run, claimed
 from mohawk.schedules import Ramp as Schedule
 from mohawk.schedules import temperature_for
+from mohawk.teacher_answers import teacher_hash
 from mohawk.teacher_cache import CachedRows, TeacherCache
 from mohawk.teacher_models import AverageTeacher, CachedTeacher, Ensemble, ModelTeacher
 from mohawk.teachers import load_config, load_teacher
 from mohawk.text import tokenizer_key
+from mohawk.trainer import trackers
 
 log = logging.getLogger(__name__)
 
@@ -76,12 +79,14 @@ class Distillation(Run):
 
     recipe: DistillRecipe
     sources: Sources
+    _teacher_hash: str | None = None  # of the teacher's weights, once a cache is compared with it
 
     def run(self) -> None:
         start = time.monotonic()
         stages = self.recipe.stages
         finished = max((i for i, s in enumerate(stages) if self._is_complete(s.name)), default=-1)
         student = self._untrained()
+        self._check_student(student)
         self._evaluate("before", student)
         for i, stage in enumerate(stages):
             if i > finished:
@@ -126,10 +131,11 @@ class Distillation(Run):
     def _made(self, given: DistillStudent, base: nn.Module) -> nn.Module:
         """A student as asked, from the named model or from `base`; the same one whenever it is made again."""
         if given.model is not None:
-            base = load_teacher(
-                given.model, gguf_file=given.gguf_file, revision=given.revision,
-                trust_remote_code=given.trust_remote_code, device=self.device,
-            )  # fmt: skip
+            with of_the_student():
+                base = load_teacher(
+                    given.model, gguf_file=given.gguf_file, revision=given.revision,
+                    trust_remote_code=given.trust_remote_code, device=self.device,
+                )  # fmt: skip
         return shaped(given, base, self.recipe.seed).float().to(self.device).requires_grad_(True)
 
     def _load(self, stage: str) -> nn.Module:
@@ -154,17 +160,14 @@ class Distillation(Run):
         return Ensemble(teachers, self.recipe.combine, [g.weight for g in given])
 
     def _cache(self, stage: Stage, student: nn.Module) -> TeacherCache:
-        cache = TeacherCache(stage.cache)
-        temperature = stage.temperature
-        if isinstance(temperature, Ramp) and cache.temperature is not None:
-            raise UserError(
-                f"stages ({stage.name}): cache: its temperature is {cache.temperature:g} throughout, the stage's "
-                f"goes from {temperature.start:g} to {temperature.end:g}; give a number, or cache hidden states"
-            )
+        cache = checked_cache(stage)
+        about, whole = self.recipe.teacher, None
+        if not (about.quantize or about.device_map):  # whose weights are others
+            self._teacher_hash = self._teacher_hash or teacher_hash(self.teacher)
+            whole = self._teacher_hash
         cache.check(
-            sequence_length=stage.sequence_length, tokenizer_hash=tokenizer_key(self.tokenizer),
+            tokenizer_hash=tokenizer_key(self.tokenizer), teacher_hash=whole,
             vocab_size=student.get_output_embeddings().weight.shape[0],
-            temperature=None if isinstance(temperature, Ramp) else temperature, divergence=stage.divergence,
         )  # fmt: skip
         return cache
 
@@ -190,6 +193,8 @@ class Distillation(Run):
         if lora is not None:
             from mohawk.lora import add_adapter, merge_adapter
 
+            if lora.keep:
+                on_first(functools.partial(self._write_base, stage.name, student))
             with mistakes("student.lora"):
                 student = add_adapter(student, lora.rank, lora.alpha, lora.dropout, lora.targets, lora.bits)
         router = None
@@ -209,14 +214,21 @@ class Distillation(Run):
         del trainer, objective
         gc.collect()  # the optimizer's state, before the evaluation that follows
         if lora is not None:
-            if not lora.merge:
-                on_first(lambda: self._write_adapter(stage.name, student))
+            if lora.keep:
+                on_first(functools.partial(self._write_adapter, stage.name, student))
             student = merge_adapter(student)
         return student.requires_grad_(True)
+
+    def _write_base(self, stage: str, student: nn.Module) -> None:
+        """What an adapter that is kept is of."""
+        with write_whole(self.folder / "phases" / stage / "base", replace=True) as folder:
+            student.save_pretrained(folder)
 
     def _write_adapter(self, stage: str, student: nn.Module) -> None:
         from mohawk.lora import save_adapter
 
+        for about in student.peft_config.values():
+            about.base_model_name_or_path = str(self.folder / "phases" / stage / "base")
         with write_whole(self.folder / "phases" / stage / "adapter", replace=True) as folder:
             save_adapter(student, folder)
 
@@ -295,6 +307,37 @@ class Distillation(Run):
         if self.data is not None:
             super()._check_tokens()
 
+    def _check_student(self, student: nn.Module) -> None:
+        """A student with fewer tokens than the text has could not read it."""
+        vocabulary, tokens = student.get_input_embeddings().weight.shape[0], len(self.tokenizer)
+        if vocabulary < tokens:
+            raise UserError(
+                f"student: it has {vocabulary} tokens, the teacher's tokenizer makes {tokens}; give a student of the "
+                "same tokenizer"
+            )
+
+
+def checked_cache(stage: Stage) -> TeacherCache:
+    """A stage's cache, its folder and settings looked at; text, tokenizer and teacher are checked when they are there.
+
+    Raises UserError for what does not fit the stage.
+    """
+    cache, temperature = TeacherCache(stage.cache), stage.temperature
+    if isinstance(temperature, Ramp) and cache.temperature is not None:
+        raise UserError(
+            f"stages ({stage.name}): cache: its temperature is {cache.temperature:g} throughout, the stage's "
+            f"goes from {temperature.start:g} to {temperature.end:g}; give a number, or cache hidden states"
+        )
+    if stage.confidence and cache.layout.kind == "samples":
+        raise UserError(
+            f"stages ({stage.name}): confidence needs probabilities, which samples do not tell; leave it out"
+        )
+    cache.check(
+        sequence_length=stage.sequence_length, divergence=stage.divergence,
+        temperature=None if isinstance(temperature, Ramp) else temperature,
+    )  # fmt: skip
+    return cache
+
 
 def load(given: DistillTeacher, device: torch.device) -> nn.Module:
     """A recipe's teacher, on its device or devices."""
@@ -349,6 +392,15 @@ def matchings_for(stage: Stage, student: nn.Module, teacher: nn.Module | None) -
 
 
 @contextmanager
+def of_the_student() -> Iterator[None]:
+    """What is found wrong with a model within the block is said of the student's."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(str(error).replace("teacher:", "student.model:", 1)) from error
+
+
+@contextmanager
 def mistakes(where: str) -> Iterator[None]:
     """What is found wrong with a recipe's values within the block is the user's mistake, in one line."""
     try:
@@ -364,6 +416,8 @@ def _schedule(value: Any) -> Any:
 
 def loss_label(stage: Stage) -> str:
     parts = [] if stage.kd_weight == 0 else [stage.divergence.replace("_", " ").replace("kl", "KL")]
+    if parts and stage.cache is not None and checked_cache(stage).layout.kind == "samples":
+        parts = ["cross entropy with the teacher's samples"]
     parts += ["cross entropy"] * (stage.ce_weight != 0)
     parts += [name for name in ("hidden", "attention") if getattr(stage, name)]
     return " + ".join(parts) + " per token"
@@ -374,6 +428,7 @@ def print_plan(recipe: DistillRecipe, console: Console) -> None:
     config = _config(recipe.teacher)
     for further in recipe.teachers:
         _config(further)
+    trackers(recipe.report_to)
     teacher = _meta(config)
     student = _planned(recipe.student, teacher, recipe.seed)
     for name, model in (("Teacher", teacher), ("Student", student)):
@@ -387,9 +442,11 @@ def print_plan(recipe: DistillRecipe, console: Console) -> None:
             console.print(f"[bold]From {stage.name} on[/bold]: {_size(student)}")
         with mistakes(f"stages.{i} ({stage.name})"):
             matchings_for(stage, student, {"teacher": teacher, "previous": before}.get(stage.learn_from, student))
+        if stage.cache is not None:
+            checked_cache(stage)
         temperature = stage.temperature
         if temperature == "auto":
-            temperature = temperature_for(*(sum(p.numel() for p in model.parameters()) for model in (teacher, student)))
+            temperature = temperature_for(*map(parameter_count, (teacher, student)))
         ramp = isinstance(temperature, Ramp)
         table.add_row(
             stage.name,
@@ -409,14 +466,12 @@ def _meta(config: Any) -> nn.Module:
 def _planned(given: DistillStudent, base: nn.Module, seed: int, where: str = "student") -> nn.Module:
     """The student's shape, on the meta device."""
     if given.model is not None:
-        base = _meta(
-            load_config(
-                given.model,
-                gguf_file=given.gguf_file,
-                revision=given.revision,
+        with of_the_student():
+            config = load_config(
+                given.model, gguf_file=given.gguf_file, revision=given.revision,
                 trust_remote_code=given.trust_remote_code,
             )  # fmt: skip
-        )
+        base = _meta(config)
     if given.layers is not None:
         with mistakes(f"{where}.layers"):
             resolve_layers(given.layers, len(decoder(base)[1]))

@@ -80,7 +80,9 @@ class Lora(Section):
     dropout: Annotated[float, Field(ge=0, lt=1)] = Field(0.0, description="of adapters' inputs")
     targets: list[Text] | None = Field(None, description="modules by name; null: all linear layers but the head")
     bits: Literal[4] | None = Field(None, description="4: QLoRA, the frozen weights in 4 bits (bitsandbytes)")
-    merge: bool = Field(True, description="merge the adapters into the saved student; false: save them beside it")
+    keep: bool = Field(
+        False, description="also save the adapters, with the model they fit, in phases/<stage>/adapter and base"
+    )
 
 
 class DistillStudent(Section):
@@ -202,7 +204,7 @@ class Stage(Phase):
     divergence: Divergence = Field("forward_kl", description="between next-token distributions")
     beta: Share = Field(0.5, description="of jsd: 0 is forward, 1 reverse KL")
     lam: Annotated[float, Field(ge=0, lt=1)] = Field(0.1, description="skew of skew_kl and skew_reverse_kl")
-    temperature: Literal["auto"] | Annotated[float, Field(gt=0, le=100)] | Ramp = Field(
+    temperature: Literal["auto"] | Annotated[float, Field(ge=0.001, le=1000)] | Ramp = Field(
         1.0, description="of both distributions; auto: log2(size ratio) + 1"
     )
     kd_weight: Weight | Ramp = Field(1.0, description="of the divergence")
@@ -267,6 +269,8 @@ class DistillRecipe(RecipeFile):
 
 
 def data_contradictions(data: DistillData, at: recipe_text.Path):
+    if all(source.loss_weight == 0 for source in data.train):
+        yield [(*at, "train")], f"{'.'.join(map(str, at))}.train: every loss_weight is 0, so there is nothing to learn"
     of = {
         "pairs": ("teacher_field", "weight_field", "weighting", "chat", "length_normalized"),
         "rationales": ("rationale_weight", "label_prefix", "rationale_prefix", "templates"),
@@ -286,11 +290,12 @@ def data_contradictions(data: DistillData, at: recipe_text.Path):
 
 def stage_contradictions(recipe: DistillRecipe, stage: Stage, i: int, at: recipe_text.Path, label: str):
     matched = stage.hidden or stage.attention
-    if stage.kd_weight == 0 and stage.ce_weight == 0 and not matched:
+    weights = (stage.kd_weight, stage.ce_weight, *(part.weight for part in (stage.hidden, stage.attention) if part))
+    if all(weight == 0 or isinstance(weight, Ramp) and weight.start == weight.end == 0 for weight in weights):
         yield (
             [(*at, "kd_weight"), (*at, "ce_weight")],
-            f"{label}: kd_weight and ce_weight are both 0 and no layers are matched, so there is nothing to learn; "
-            "raise one",
+            f"{label}: kd_weight and ce_weight are both 0 and no layers are matched with a weight, so there is nothing "
+            "to learn; raise one",
         )
     if stage.learn_from == "previous" and i == 0:
         yield [(*at, "learn_from")], f"{label}: learn_from: previous, but it is the first stage; use teacher"
@@ -327,7 +332,11 @@ def stage_contradictions(recipe: DistillRecipe, stage: Stage, i: int, at: recipe
             [(*at, "temperature")],
             f"{label}: temperature: auto compares the sizes of one teacher and the student; give a number",
         )
-    if isinstance(stage.temperature, Ramp) and 0 in (stage.temperature.start, stage.temperature.end):
-        yield [(*at, "temperature")], f"{label}: a temperature of 0; use one above 0"
+    if isinstance(stage.temperature, Ramp) and min(stage.temperature.start, stage.temperature.end) < 0.001:
+        yield [(*at, "temperature")], f"{label}: a temperature of 0; use one of at least 0.001"
+    if stage.taid is not None and stage.taid.start > stage.taid.end:
+        yield [(*at, "taid")], f"{label}: taid starts at {stage.taid.start:g}, above its end {stage.taid.end:g}"
+    if stage.advance is not None and stage.advance.patience is None and stage.advance.gap is None:
+        yield [(*at, "advance")], f"{label}: advance never ends the stage; give patience, gap or both"
     if stage.divergence in ("mse", "cosine") and stage.taid:
         yield [(*at, "divergence"), (*at, "taid")], f"{label}: taid is of divergences between distributions"

@@ -6,6 +6,7 @@ is (mohawk/trainer.py says what that asks for).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from mohawk.attention_match import AttentionMatch, collect_attention
 from mohawk.features import HiddenMatch, collect_hidden
 from mohawk.heads import Head, final_hidden_states
 from mohawk.kernels.kd_loss import TAIDSchedule, TeacherHidden, TeacherTAID, linear_kd_loss
+from mohawk.processes import several, total
 from mohawk.schedules import Ramp, at, temperature_for
 from mohawk.teacher_models import Answer, AverageTeacher, ModelTeacher, Watch, model_inputs
 from mohawk.weight_decay import parameter_groups
@@ -36,7 +38,8 @@ class Matching:
     """A loss between layers of student and teacher.
 
     student, teacher: what is watched in each during its pass. loss: called as loss(student_seen, teacher_seen, batch),
-    a mean over real tokens. module: whose parameters train with the student's, if it has any.
+    a mean over the positions that predict a label, or, with `by_row`, over rows. module: whose parameters train with
+    the student's, if it has any.
     """
 
     loss: Callable[[Any, Any, Mapping[str, Tensor]], Tensor]
@@ -44,15 +47,16 @@ class Matching:
     teacher: Watch
     weight: float | Ramp = 1.0
     module: nn.Module | None = None
+    by_row: bool = False
 
 
 def match_hidden(match: HiddenMatch, weight: float | Ramp = 1.0) -> Matching:
-    """Hidden states of layer pairs (mohawk/features.py)."""
+    """Hidden states of layer pairs (mohawk/features.py), at the positions that predict a label."""
 
     def loss(student, teacher, batch):
         # a position's hidden state predicts the next token, so that token's weight is its
         weights = _next(batch["weights"], 0.0) if "weights" in batch else None
-        return match(student, teacher, real_tokens(batch), weights)
+        return match(student, teacher, _next(batch["labels"], IGNORED) != IGNORED, weights)
 
     return Matching(
         loss,
@@ -64,12 +68,13 @@ def match_hidden(match: HiddenMatch, weight: float | Ramp = 1.0) -> Matching:
 
 
 def match_attention(match: AttentionMatch, weight: float | Ramp = 1.0) -> Matching:
-    """Mixing matrices of layer pairs (mohawk/attention_match.py)."""
+    """Mixing matrices of layer pairs (mohawk/attention_match.py), of whole rows."""
     return Matching(
         lambda student, teacher, batch: match(student, teacher, segments(batch)),
         student=lambda model: collect_attention(model, match.student_layers),
         teacher=lambda model: collect_attention(model, match.teacher_layers),
         weight=weight,
+        by_row=True,
     )
 
 
@@ -125,17 +130,18 @@ class KnowledgeDistiller(nn.Module):
         if temperature == "auto":
             if not isinstance(teacher, ModelTeacher):
                 raise ValueError("temperature: auto needs one teacher model, whose size is known; give a number")
-            temperature = temperature_for(_parameters(teacher.model), _parameters(student))
+            temperature = temperature_for(parameter_count(teacher.model), parameter_count(student))
         self.temperature, self.kd_weight, self.ce_weight = temperature, kd_weight, ce_weight
         self.divergence, self.beta, self.lam = divergence, beta, lam
         self.confidence, self.taid, self.on_policy, self.advance = confidence, taid, on_policy, advance
         self.router = router
-        self.finished = False
+        self.finished, self.measuring = False, True
         self.__dict__["matchings"] = dict(matchings or {})
         # their parameters are trained and saved with a run's checkpoints, and are no part of the student
         self.matched = nn.ModuleDict({name: m.module for name, m in self.matchings.items() if m.module is not None})
         self.step, self.steps = 0, 1
-        self._last_loss: Tensor | float = 0.0
+        self.step_loss: Tensor | float = 0.0  # sum of the losses since the step began
+        self._counted, self._counts = -1, [0, 0]  # labels and rows of that step, as `prepare` saw them
         self._sums: dict[str, list[Any]] = {}
 
     # ---- in a plain training loop ----
@@ -159,7 +165,8 @@ class KnowledgeDistiller(nn.Module):
         if attention_mask is not None:
             real = attention_mask.bool()
             batch["attention_mask"] = attention_mask
-            batch["labels"] = labels.masked_fill(~real, IGNORED)
+            # no padding is predicted, and nothing is predicted from it
+            batch["labels"] = labels.masked_fill(~real | ~F.pad(real[:, :-1], (1, 0), value=True), IGNORED)
             batch["position_ids"] = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
         return self.loss(batch, normalizer)
 
@@ -170,6 +177,9 @@ class KnowledgeDistiller(nn.Module):
         the student's own samples."""
         for replace in (self.router, self.on_policy):
             batch = batch if replace is None else replace(batch, step)
+        counts = [_labels(batch), len(batch["input_ids"])]
+        self._counts = [a + b for a, b in zip(self._counts, counts, strict=True)] if step == self._counted else counts
+        self._counted = step
         return batch
 
     def losses(self, **batch: Tensor) -> Iterator[tuple[str, Tensor]]:
@@ -187,6 +197,10 @@ class KnowledgeDistiller(nn.Module):
     def begin_step(self, step: int, steps: int) -> None:
         """Before the first micro-batch of a step, counted from 0, of so many."""
         self.step, self.steps = step, steps
+        self.step_loss = 0.0
+        if self._counted == step and several():
+            device = next(self.student.parameters()).device
+            self._counts = total(torch.tensor(self._counts, dtype=torch.float64, device=device)).tolist()
 
     def end_step(self, loss: float) -> None:
         """After the optimizer's step, with the step's loss."""
@@ -198,11 +212,6 @@ class KnowledgeDistiller(nn.Module):
             self.router.end_step(self.step)
         if self.advance is not None:
             self.finished = self.advance.after(self.step + 1)
-
-    @property
-    def last_loss(self) -> float:
-        """The latest batch's loss."""
-        return float(self._last_loss)
 
     def measured(self) -> dict[str, float]:
         """Means since the last call of what was measured beside the loss, and where schedules are."""
@@ -260,19 +269,27 @@ class KnowledgeDistiller(nn.Module):
         divisor = count.clamp(min=1) if normalizer is None else normalizer
         weights = _next(batch["weights"], 0.0) if "weights" in batch else None
         head = Head.of(self.student)
-        total = 0.0
+        loss = 0.0
         for answer in answers:
             rows = slice(None) if answer is None or answer.rows is None else answer.rows
             part = None if weights is None else weights[rows]
-            total = total + self._logit_loss(answer, hidden[rows], head, labels[rows], part, divisor)
+            loss = loss + self._logit_loss(answer, hidden[rows], head, labels[rows], part, divisor)
         for i, (name, matching) in enumerate(matchings.items()):
-            loss = matching.loss(seen[i], answers[0].seen[i], batch)
-            if normalizer is not None:  # a mean over its own tokens, of the share of all that they are
-                loss = loss * (count / normalizer)
-            self._measure(name, loss, count)
-            total = total + self._now(matching.weight) * loss
-        self._last_loss = total.detach()
-        return total
+            matched = matching.loss(seen[i], answers[0].seen[i], batch)
+            self._measure(name, matched, count)
+            loss = loss + self._now(matching.weight) * matched * self._share(matching, batch, count, divisor)
+        self.step_loss = self.step_loss + loss.detach()
+        return loss
+
+    def _share(self, matching: Matching, batch: Mapping[str, Tensor], count: Tensor, divisor) -> Tensor | float:
+        """What a matching's mean counts, so that a step is the same however it is split into micro-batches.
+
+        Who calls weighs this batch by its labels; a mean over labels is then right, and a mean over rows is made to be.
+        """
+        labels, rows = self._counts
+        if not matching.by_row or self._counted != self.step or not labels:
+            return count / divisor
+        return len(batch["input_ids"]) / rows * (labels / divisor)
 
     def _logit_loss(
         self, answer: Answer | None, hidden: Tensor, head: Head, labels: Tensor, weights: Tensor | None, divisor
@@ -280,51 +297,55 @@ class KnowledgeDistiller(nn.Module):
         """kd_weight * T^2 * D + ce_weight * CE over the rows of one answer, divided by `divisor`."""
         kd_weight, ce_weight = self._now(self.kd_weight), self._now(self.ce_weight)
         student = head.student(hidden)
-        if answer is None:  # cross entropy alone: the source is not read
-            source = TeacherHidden(student["student_hidden"].detach(), student["student_head"].detach())
+        source = None if answer is None else answer.source
+        if source is None:
             kd_weight = 0.0
-        else:
-            source = answer.source if self.taid is None else TeacherTAID(answer.source, self.taid.t)
+        elif self.taid is not None:
+            source = TeacherTAID(source, self.taid.t)
+        vocab = self._vocab_size(head)
         options = {
             "divergence": self.divergence,
             "temperature": self._now(self.temperature),
             "beta": self.beta,
             "lam": self.lam,
-            "vocab_size": self._vocab_size(head),
             "normalizer": divisor,
         }
         count = (labels != IGNORED).sum()
         scale = divisor / count.clamp(min=1)  # measured is the mean over these rows
-        if kd_weight == 0:
-            loss = linear_kd_loss(
-                **student, teacher=source, labels=labels, token_weights=weights, kd_weight=0.0,
+
+        def cross_entropy() -> Tensor:
+            # over the student's whole vocabulary, whatever the teacher's is; the source is not read
+            own = TeacherHidden(student["student_hidden"].detach(), student["student_head"].detach())
+            ce = linear_kd_loss(
+                **student, teacher=own, labels=labels, token_weights=weights, kd_weight=0.0,
                 ce_weight=ce_weight or 1.0, **options,
             )  # fmt: skip
-            self._measure("ce", loss.detach() / (ce_weight or 1.0) * scale, count)
-            return loss if ce_weight else loss * 0.0
-        if self.confidence:
-            sure = label_probability(answer.source, labels, options["vocab_size"])
-            kd = linear_kd_loss(
-                **student, teacher=source, labels=labels, kd_weight=kd_weight, ce_weight=0.0,
-                token_weights=sure if weights is None else sure * weights, **options,
-            )  # fmt: skip
-            self._measure("kd", kd.detach() / kd_weight * scale, count)
-            if not ce_weight:
-                return kd
-            ce = linear_kd_loss(
-                **student, teacher=source, labels=labels, token_weights=weights, kd_weight=0.0, ce_weight=ce_weight,
-                **options,
-            )  # fmt: skip
-            self._measure("ce", ce.detach() / ce_weight * scale, count)
-            return kd + ce
-        loss, parts = linear_kd_loss(
-            **student, teacher=source, labels=labels, token_weights=weights, kd_weight=kd_weight, ce_weight=ce_weight,
-            return_parts=True, **options,
-        )  # fmt: skip
-        self._measure("kd", parts.kd * scale, count)
-        self._measure("ce", parts.ce * scale, count)
+            self._measure("ce", ce.detach() / (ce_weight or 1.0) * scale, count)
+            return ce if ce_weight else ce * 0.0
+
+        if kd_weight == 0:
+            return cross_entropy()
         self._compare(answer.source, hidden, head, labels)
-        return loss
+        if not self.confidence and vocab is None:
+            loss, parts = linear_kd_loss(
+                **student, teacher=source, labels=labels, token_weights=weights, kd_weight=kd_weight,
+                ce_weight=ce_weight, return_parts=True, **options,
+            )  # fmt: skip
+            self._measure("kd", parts.kd * scale, count)
+            self._measure("ce", parts.ce * scale, count)
+            return loss
+        kd_weights = weights
+        if self.confidence:
+            sure = label_probability(answer.source, labels, vocab or len(head.weight))
+            kd_weights = sure if weights is None else sure * weights
+        # labels say which rows count; those that the teacher does not know still do
+        known = labels if vocab is None else labels.clamp(max=vocab - 1)
+        kd = linear_kd_loss(
+            **student, teacher=source, labels=known, token_weights=kd_weights, kd_weight=kd_weight, ce_weight=0.0,
+            vocab_size=vocab, **options,
+        )  # fmt: skip
+        self._measure("kd", kd.detach() / kd_weight * scale, count)
+        return kd + cross_entropy() if ce_weight else kd
 
     def _vocab_size(self, head: Head) -> int | None:
         """The entries that both sides have, where the vocabularies differ in size."""
@@ -334,6 +355,8 @@ class KnowledgeDistiller(nn.Module):
     # ---- what is measured beside the loss ----
 
     def _measure(self, name: str, mean: Tensor, count: Tensor) -> None:
+        if not self.measuring:
+            return
         entry = self._sums.setdefault(name, [0.0, 0.0])  # tensors: nothing waits for the device here
         entry[0] = entry[0] + mean.detach() * count
         entry[1] = entry[1] + count
@@ -376,12 +399,13 @@ def segments(batch: Mapping[str, Tensor]) -> Tensor | None:
 
 @torch.no_grad()
 def label_probability(source, labels: Tensor, vocab_size: int | None = None, rows: int = 256) -> Tensor:
-    """(...,) float32: the teacher's probability of each label at temperature 1, 0 where it is ignored.
+    """(...,) float32: the teacher's probability of each label, 0 where it is ignored or beyond `vocab_size`.
 
-    source: any teacher of `kd_loss`; of a top k, ids outside it have the tail's mass spread evenly over the rest.
+    source: any teacher of `kd_loss` but samples. At temperature 1; of a top k at the temperature it was cut at, where
+    ids outside it have the tail's mass spread evenly over the rest of `vocab_size` entries.
     """
     flat, found = labels.flatten(), torch.zeros(labels.numel(), device=labels.device)
-    real = (flat != IGNORED).nonzero().squeeze(1)
+    real = ((flat != IGNORED) & (flat < (vocab_size or math.inf))).nonzero().squeeze(1)
     for part in real.split(rows):
         found[part] = _probability(source, part, flat[part], labels.dim(), vocab_size).float()
     return found.view_as(labels)
@@ -413,10 +437,16 @@ def _probability(source, rows: Tensor, labels: Tensor, dims: int, vocab_size: in
     return logits[:, :vocab_size].log_softmax(-1).gather(1, labels[:, None]).squeeze(1).exp()
 
 
+def _labels(batch: Mapping[str, Tensor]) -> int:
+    """How many labels a batch predicts."""
+    return int((batch["labels"][:, 1:] != IGNORED).sum())
+
+
 def _next(column: Tensor, fill: float) -> Tensor:
     """A column aligned with the positions that predict it; the last position predicts nothing."""
     return F.pad(column[:, 1:], (0, 1), value=fill)
 
 
-def _parameters(model: nn.Module) -> int:
-    return sum(p.numel() for p in model.parameters())
+def parameter_count(model: nn.Module) -> int:
+    """Parameters of a model, tied ones once; of packed 4-bit weights as many as they stand for."""
+    return sum(math.prod(getattr(getattr(p, "quant_state", None), "shape", p.shape)) for p in model.parameters())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -12,10 +13,10 @@ from torch import nn
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from mohawk.distillation import KnowledgeDistiller
+from mohawk.distillation import IGNORED, KnowledgeDistiller
 from mohawk.processes import several, sum_gradients
 
-MATCHINGS = "distillation.safetensors"
+TENSORS, VALUES = "distillation.safetensors", "distillation.json"  # of the distiller, in a checkpoint
 
 
 class DistillationTrainer(Trainer):
@@ -28,7 +29,7 @@ class DistillationTrainer(Trainer):
         All others: Trainer's. The data's `labels` are unshifted, -100 where nothing is learned.
 
     What is measured beside the loss (kd, ce, agreement, teacher_entropy, temperature) is logged with it. Parameters of
-    matchings train with the model's and are kept in checkpoints, beside the model.
+    matchings train with the model's; they, TAID and moving averages are kept in checkpoints, beside the model.
     """
 
     def __init__(self, *args: Any, teacher: Any, distillation: dict[str, Any] | None = None, **kwargs: Any):
@@ -45,8 +46,11 @@ class DistillationTrainer(Trainer):
             num_items_in_batch = num_items_in_batch / self.accelerator.num_processes
         training = model.training
         batch = self.distiller.prepare(dict(inputs), self.state.global_step) if training else inputs
-        if batch is not inputs and not batch["input_ids"].equal(inputs["input_ids"]):
-            num_items_in_batch = None  # of other tokens
+        if training and self.distiller.on_policy is not None and num_items_in_batch is not None:
+            # the student's samples have other tokens than Trainer counted: micro-batches count alike
+            labels = (batch["labels"][:, 1:] != IGNORED).sum().clamp(min=1)
+            num_items_in_batch = labels * self.args.gradient_accumulation_steps
+        self.distiller.measuring = training
         loss = self.distiller.loss(batch, num_items_in_batch, forward=model)
         if not return_outputs:
             return loss
@@ -69,16 +73,21 @@ class DistillationTrainer(Trainer):
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         super()._save_checkpoint(*args, **kwargs)
-        state = self.distiller.matched.state_dict()
-        if state and self.is_world_process_zero():
+        if self.is_world_process_zero():
             folder = Path(self._get_output_dir(trial=None)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
             if folder.is_dir():  # and not already rotated away
-                save_file({name: t.detach().cpu().contiguous() for name, t in state.items()}, folder / MATCHINGS)
+                state, values = self.distiller.training_state()
+                state |= {f"matched.{name}": tensor for name, tensor in self.distiller.matched.state_dict().items()}
+                save_file({name: t.detach().cpu().contiguous() for name, t in state.items()}, folder / TENSORS)
+                (folder / VALUES).write_text(json.dumps(values) + "\n", encoding="utf-8")
 
     def _load_from_checkpoint(self, resume_from_checkpoint, *args: Any, **kwargs: Any) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, *args, **kwargs)
-        if self.distiller.matched.state_dict():
-            self.distiller.matched.load_state_dict(load_file(Path(resume_from_checkpoint) / MATCHINGS))
+        state = load_file(Path(resume_from_checkpoint) / TENSORS)
+        matched = {name.removeprefix("matched."): t for name, t in state.items() if name.startswith("matched.")}
+        self.distiller.matched.load_state_dict(matched)
+        values = json.loads((Path(resume_from_checkpoint) / VALUES).read_text(encoding="utf-8"))
+        self.distiller.load_training_state(state, values)
 
 
 class _Steps(TrainerCallback):
@@ -103,6 +112,6 @@ class _Steps(TrainerCallback):
         distiller = self.trainer.distiller
         for parameter in distiller.matched.parameters():  # Trainer clears the model's
             parameter.grad = None
-        distiller.end_step(distiller.last_loss)
+        distiller.end_step(float(distiller.step_loss))
         if distiller.finished:
             control.should_training_stop = True

@@ -199,7 +199,7 @@ class HiddenMatch(nn.Module):
                 "comparing them needs a projection, leave project unset"
             )
         if rank is not None and not project:
-            raise ValueError(f"hidden match: rank {rank} of no projection; set project, or leave rank unset")
+            raise ValueError(f"hidden match: rank {rank} of no projection, since the widths agree; leave rank unset")
         if rank is not None and not 1 <= rank <= min(student_width, teacher_width):
             most = min(student_width, teacher_width)
             raise ValueError(f"hidden match: rank must be from 1 to {most}, the smaller width, got {rank}")

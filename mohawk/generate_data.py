@@ -131,39 +131,53 @@ def generate_data(
         settings = {"layout": LAYOUT, **settings, "filters": filters.settings()}
         _claim(output / MANIFEST, settings, prompts, getattr(teacher, "base", None))
         tally = recover(output, prompts, decoding.samples)
+        spent = _seconds_spent(output / SUMMARY) if tally.prompts else 0.0
         kept_file, rejected_file = (
             stack.enter_context(open(output / n, "ab", buffering=0)) for n in (RESPONSES, REJECTED)
         )
         if tally.prompts:
             log.info("going on after %d of %d prompts", tally.prompts, len(prompts))
-        started, before, synced = time.monotonic(), (tally.prompts, tally.tokens), time.monotonic()
+        before, started = (tally.prompts, tally.tokens), time.monotonic()
+        synced = started
+
+        def summarise() -> None:
+            """Of all that is in the folder; also where the run stops early, and now and then for one that is killed."""
+            seconds, (prompts_before, tokens_before) = time.monotonic() - started, before
+            made = _summary(tally, spent, seconds, tally.prompts - prompts_before, tally.tokens - tokens_before)
+            try:
+                _write(output / SUMMARY, made)
+            except OSError as error:
+                raise _unwritable(output / SUMMARY, error) from error
+
+        summarise()
+        stack.callback(summarise)
         progress = stack.enter_context(_Progress(len(prompts), tally))
         answers = stack.enter_context(closing(teacher.responses(prompts, tally.prompts)))
         for i, responses in _held_back(answers, tally):
             assert i == tally.prompts, f"answers of prompt {i}, not {tally.prompts}"
-            kept, rejected = b"", b""
+            kept, rejected, reasons = b"", b"", []
             for sample, (response, verdict) in enumerate(
                 zip(responses, judge.verdicts(prompts[i], responses), strict=True)
             ):
                 line = _line(prompts[i], sample, response, verdict, identity, teacher)
                 if verdict.reason is None:
                     kept += line
-                    tally.kept += 1
                 else:
                     rejected += line
-                    tally.rejected[verdict.reason] += 1
-                tally.tokens += response.tokens or 0
+                    reasons.append(verdict.reason)
             for file, lines in ((kept_file, kept), (rejected_file, rejected)):
                 if lines:
                     _append(file, lines)
             tally.prompts += 1
+            tally.kept += len(responses) - len(reasons)
+            tally.rejected.update(reasons)
+            tally.tokens += sum(response.tokens or 0 for response in responses)
             if time.monotonic() - synced > SYNC_SECONDS:
                 os.fsync(kept_file.fileno()), os.fsync(rejected_file.fileno())
+                summarise()
                 synced = time.monotonic()
             progress.show()
         os.fsync(kept_file.fileno()), os.fsync(rejected_file.fileno())
-        seconds = time.monotonic() - started
-        _write(output / SUMMARY, _summary(tally, seconds, tally.prompts - before[0], tally.tokens - before[1]))
     return tally
 
 
@@ -313,17 +327,30 @@ def _append(file: Any, lines: bytes) -> None:
         while lines:
             lines = lines[file.write(lines) :]
     except OSError as error:
-        raise UserError(
-            f"output: {file.name} cannot be written ({error.strerror}); the same command goes on"
-        ) from error
+        raise _unwritable(file.name, error) from error
 
 
-def _summary(tally: Tally, seconds: float, prompts: int, tokens: int) -> dict[str, Any]:
+def _unwritable(path: Path | str, error: OSError) -> UserError:
+    return UserError(f"output: {path} cannot be written ({error.strerror}); the same command goes on")
+
+
+def _seconds_spent(path: Path) -> float | None:
+    """What earlier starts of the command took; None where the folder does not say."""
+    try:
+        return float(json.loads(path.read_bytes())["seconds"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _summary(tally: Tally, spent: float | None, seconds: float, prompts: int, tokens: int) -> dict[str, Any]:
+    total = None if spent is None else spent + seconds
     return {
         "prompts": tally.prompts,
         "kept": tally.kept,
         "rejected": dict(sorted(tally.rejected.items())),
         "tokens": tally.tokens,
+        "seconds": None if total is None else round(total, 3),
+        "tokens_per_s": round(tally.tokens / total, 1) if total and tally.tokens else None,
         # of this start of the command alone
         "last": {"prompts": prompts, "tokens": tokens, "seconds": round(seconds, 3)}
         | {"tokens_per_s": round(tokens / seconds, 1) if prompts else None},

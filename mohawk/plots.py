@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -81,16 +82,20 @@ def plot_losses(metrics: Path | str, target: Path | str, labels: Mapping[str, st
         )  # fmt: skip
         if not few:
             axis.plot(tokens / scale, _smooth(loss), color=BLUE, lw=1.8, label="running mean")
-            axis.legend(frameon=False, loc="upper right")
+            axis.legend(frameon=False)
         finite = loss[np.isfinite(loss)]
         if len(finite) and finite.min() > 0 and finite.max() / finite.min() > 4:
             _log_axis(axis)
-        axis.set_title(TITLES.get(name, name).replace("\n", ": "))
+        axis.set_title(TITLES.get(name, name).replace("\n", ": "), pad=20)
         axis.set_xlabel(f"tokens ({unit})" if unit else "tokens")
-        axis.set_ylabel((labels or {}).get(name, "loss"))
+        axis.set_ylabel(textwrap.fill((labels or {}).get(name, "loss"), 28))
         last = finite[-1] if len(finite) else math.nan
         first = finite[0] if len(finite) else math.nan
-        axis.text(0.03, 0.04, f"{first:.4g} → {last:.4g}", transform=axis.transAxes, color=GREY, fontsize=9)
+        # between title and curve, which may be anywhere in the panel
+        axis.annotate(
+            f"{first:.4g} → {last:.4g}", (0.5, 1), xytext=(0, 5), xycoords="axes fraction", textcoords="offset points",
+            ha="center", color=GREY, fontsize=9,
+        )  # fmt: skip
     return _save(figure, target)
 
 

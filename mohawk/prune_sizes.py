@@ -70,6 +70,15 @@ def unit(size: int) -> int:
     return power
 
 
+def hidden_step(hidden: int, heads: int) -> int:
+    """Hidden sizes are multiples of it: of the heads, as transformers' classes want, and of a power of two where that
+    leaves eight steps at least."""
+    power = unit(hidden)
+    while power > 1 and math.lcm(power, heads) > hidden / 8:
+        power //= 2
+    return math.lcm(power, heads)
+
+
 def between(config: Any, final: Sizes, share: float) -> Sizes:
     """The sizes of a round on the way from the model of a configuration: each in equal ratios from round to round,
     rounded to what the model's class can have."""
@@ -92,7 +101,7 @@ def between(config: Any, final: Sizes, share: float) -> Sizes:
     if own.state_heads is not None:
         sizes |= grouped("state_heads", "state_groups") | {"state_size": on_the_way("state_size")}
     narrow = sizes | grouped("heads", "kv_heads")
-    step = math.lcm(unit(own.hidden), narrow["heads"])  # transformers' classes want a multiple of the heads
+    step = hidden_step(own.hidden, narrow["heads"])
     for hidden in (on_the_way("hidden", step), narrow["heads"] * decoder_shape(base_config(config)).head_dim):
         point = replace(own, **narrow, hidden=hidden)
         if final.hidden <= hidden <= own.hidden and allowed(config, point):
@@ -157,7 +166,7 @@ def narrower(config: Any, own: Sizes, width: str, steps: int = 64) -> list[Sizes
         options = [own.hidden]
         if width == "all":
             heads = sizes.get("heads", own.heads)
-            step = math.lcm(unit(own.hidden), heads)
+            step = hidden_step(own.hidden, heads)
             # a multiple of the heads, or, where the class wants them to fill it, so many
             options = [
                 min(max(1, round(own.hidden * share / step)) * step, own.hidden // step * step),

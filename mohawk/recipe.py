@@ -231,6 +231,10 @@ class RecipeFile(Section):
             reason = error.strerror if isinstance(error, OSError) else "is not UTF-8 text"
             raise UserError(f"cannot read the recipe {path}: {reason}") from error
         read = RecipeText.read(text, str(path))
+        from mohawk.recipe_kinds import command_for
+
+        if (command := command_for(cls, read.data)) is not None:
+            raise UserError(f"{path}: this is a recipe for `{command}`; run that")
         read.data.setdefault("output", f"runs/{path.stem}")
         return check(cls, read, overrides, cls.contradictions)
 

@@ -33,17 +33,22 @@ def check(
     mistakes = list(read.mistakes)
     wrong: list[Where] = []
     model = None
-    # What is wrong is reported, then replaced by its default, so that contradictions elsewhere show up too.
-    try:
-        model = schema.model_validate(data)
-    except ValidationError as error:
-        for details in error.errors(include_url=False):
-            at = _location(details["loc"], data)
-            mistakes.append(f"{prefix(read.place(at), at)}: {_explain(schema, details, at)}")
-            wrong.append(_without_entries(at))
-        for at in wrong:
+    # What is wrong is reported, then replaced by its default, so that contradictions elsewhere show up too. Where that
+    # leaves a section without a key it needs, the next time round replaces the section.
+    for attempt in range(3):
+        try:
+            model = schema.model_validate(data)
+            break
+        except ValidationError as error:
+            found = _mistakes(error, data)
+        if attempt == 0:
+            mistakes += [f"{prefix(read.place(at), at)}: {_explain(schema, details, at)}" for at, details in found]
+        bad = list(dict.fromkeys(_without_entries(at) for at, _ in found))
+        wrong += bad
+        for at in bad:
             _mend(schema, data, at)
-        model = schema.model_validate(data)
+    if model is None:
+        raise report(mistakes, read.name)
     for involved, message in contradictions(model):
         if not any(at[: len(bad)] == bad for at in involved for bad in wrong):
             mistakes.append(f"{read.place(involved[0])}: {message}")
@@ -149,11 +154,20 @@ def _allowed(annotation: Any) -> str:
     return words.get(annotation, "null")
 
 
-def _location(loc: Where, data: Any) -> Where:
-    """A pydantic location without the names of union members and functions that it puts in between."""
+def _mistakes(error: ValidationError, data: Any) -> list[tuple[Where, dict[str, Any]]]:
+    """Where each mistake is, and what pydantic says of it."""
+    found = [(_location(details, data), details) for details in error.errors(include_url=False)]
+    # A mapping fails a union's other members too: what is wrong inside it says more.
+    within = {at[:end] for at, _ in found for end in range(len(at))}
+    return [(at, details) for at, details in found if at not in within]
+
+
+def _location(details: dict[str, Any], data: Any) -> Where:
+    """Where pydantic found a mistake, without the names of union members and functions that it puts in between."""
     at: list[str | int] = []
+    loc = details["loc"]
     for i, key in enumerate(loc):
-        if isinstance(data, dict) and (key in data or i == len(loc) - 1):
+        if isinstance(data, dict) and (key in data or i == len(loc) - 1 and details["type"] == "missing"):
             at.append(key)
             data = data.get(key)
         elif isinstance(data, list) and isinstance(key, int) and key < len(data):
@@ -186,5 +200,7 @@ def _mend(schema: type[BaseModel], data: dict[str, Any], at: Where) -> None:
         parent = parent[key]
     if at in stand_ins and at[0] in schema.model_fields:
         parent[at[-1]] = stand_ins[at]
-    elif at:
-        parent.pop(at[-1], None)
+    elif at and at[-1] in parent:
+        parent.pop(at[-1])
+    elif len(at) > 1:
+        _mend(schema, data, at[:-1])  # the key is missing: what it is missing from goes

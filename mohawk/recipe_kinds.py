@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from mohawk.errors import UserError
-from mohawk.recipe import Recipe, RecipeFile
+from mohawk.recipe import Recipe, RecipeFile, Student
 from mohawk.recipe_text import RecipeText
 
 RECIPE = "recipe.yaml"  # in a run's folder
 COMMANDS = {"prune": "mohawk prune", "stages": "mohawk distill"}  # a key that only recipes of one kind have
+CONVERT = "mohawk convert"
+MIXER = Student.model_fields.keys()  # of a conversion's student; no key of a distillation's is called so
 
 
 def kind_of(path: str | Path) -> type[RecipeFile]:
@@ -27,6 +30,19 @@ def kind_of(path: str | Path) -> type[RecipeFile]:
     return Recipe
 
 
+def command_for(schema: type[RecipeFile], data: Mapping[str, Any]) -> str | None:
+    """The command that a recipe's data are for, where it is not the one of `schema`; None where it may be."""
+    kinds = {**COMMANDS, "phases": CONVERT}
+    if any(key in data and key in schema.model_fields for key in kinds):
+        return None
+    if (key := next((key for key in kinds if key in data), None)) is not None:
+        return kinds[key]
+    student = data.get("student")
+    if schema is not Recipe and isinstance(student, dict) and student.keys() & MIXER:
+        return CONVERT
+    return None
+
+
 def load_run_recipe(folder: str | Path, overrides: Sequence[str] = ()) -> RecipeFile:
     """A run's recipe with `a.b=c` overrides on top. Raises UserError, a line per mistake."""
     path = Path(folder) / RECIPE
@@ -35,7 +51,7 @@ def load_run_recipe(folder: str | Path, overrides: Sequence[str] = ()) -> Recipe
 
 def run_command(folder: str | Path) -> str:
     """The command that goes on with a run."""
-    return COMMANDS.get(_key(Path(folder) / RECIPE) or "", "mohawk convert")
+    return COMMANDS.get(_key(Path(folder) / RECIPE) or "", CONVERT)
 
 
 def phase_names(folder: str | Path) -> tuple[str, ...]:

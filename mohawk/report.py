@@ -387,15 +387,23 @@ def print_results(results: Mapping[str, Any], console: Console) -> None:
 
 
 def print_tables(made: list[Table], console: Console) -> None:
-    """Tables as `tables` makes them, on the screen."""
+    """Tables as `tables` makes them, on the screen. Where it is narrow, names and headers wrap; figures stay whole."""
     from rich import box
     from rich.markup import escape
     from rich.table import Table as RichTable
 
     for title, header, rows in made:
         table = RichTable(title=title, title_justify="left", box=box.SIMPLE_HEAD)
-        for i, column in enumerate(header):
-            table.add_column(column, justify="right" if i else "left", no_wrap=not i)
+        widths = [max(len(line[i]) for line in (header, *rows)) for i in range(len(header))]
+        padding = 3 * len(header)
+        least = [max(map(len, [*name.split(), *(row[i] for row in rows)])) for i, name in enumerate(header)]
+        left = console.width - padding - sum(least[1:])  # for the names, where headers wrap
+        whole = sum(widths) + padding > console.width and left >= min(widths[0], 12)
+        for i, name in enumerate(header):
+            wide = least[i] if i and whole else None
+            table.add_column(
+                name, justify="right" if i else "left", no_wrap=not (i or whole), width=wide, overflow="fold"
+            )
         for row in rows:
             table.add_row(*map(escape, row))
         console.print(table)

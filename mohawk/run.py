@@ -58,7 +58,7 @@ def _claimed(run: Path, recipe: Any) -> Iterator[None]:
     written = run / RECIPE
     old = _written(written, type(recipe)) if written.is_file() else None
     changed = [] if old is None else _changed(old, recipe)
-    if fixed := [name for name in changed if not _changeable(run, name)]:
+    if fixed := [name for name in changed if not _changeable(run, recipe, name)]:
         raise UserError(
             f"output: {run} holds the run of a recipe with another {', '.join(fixed)}; choose another output, or "
             "delete the folder to start over"
@@ -86,23 +86,37 @@ def _written(path: Path, kind: type) -> Any:
         raise UserError(f"output: {path.parent} holds a run of another kind ({line}); choose another output") from error
 
 
-def _changeable(run: Path, name: str) -> bool:
+def _changeable(run: Path, recipe: Any, name: str) -> bool:
     """Whether a field of a run's recipe, by its dotted name, may differ from what it was."""
     if name.endswith(UNTIL_FINISHED):
-        return name.startswith("phases.") and not (run / "phases" / name.split(".")[1] / STUDENT).exists()
+        kind, step, *_ = name.split(".")
+        if kind == "stages" and step.isdigit():
+            step = recipe.stages[int(step)].name  # as its folder is called
+        return kind in ("phases", "stages") and not (run / "phases" / step / STUDENT).exists()
     return name in PLACES or name.endswith(CHANGEABLE)
 
 
 def _changed(old: Any, new: Any) -> list[str]:
-    """Dotted names of the fields that differ."""
+    """Dotted names of the fields that differ: `stages.0.tokens`, or `number of stages` where that differs."""
 
-    def flat(value, at: str) -> dict[str, object]:
-        if not isinstance(value, dict):
-            return {at: value}
-        return {k: v for key, part in value.items() for k, v in flat(part, f"{at}.{key}" if at else key).items()}
+    def walk(before: Any, after: Any, at: str) -> Iterator[str]:
+        inside = f"{at}." if at else ""
+        if isinstance(before, dict) and isinstance(after, dict):
+            for key in before.keys() | after.keys():
+                yield from walk(before.get(key), after.get(key), f"{inside}{key}")
+        elif _mappings(before) and _mappings(after) and len(before) == len(after):
+            for i, pair in enumerate(zip(before, after, strict=True)):
+                yield from walk(*pair, f"{inside}{i}")
+        elif before != after:
+            lists = _mappings(before) and _mappings(after)
+            yield f"number of {at}" if lists else at
 
-    before, after = flat(old.model_dump(mode="json"), ""), flat(new.model_dump(mode="json"), "")
-    return sorted(key for key in before.keys() | after.keys() if before.get(key) != after.get(key))
+    return sorted(walk(old.model_dump(mode="json"), new.model_dump(mode="json"), ""))
+
+
+def _mappings(value: Any) -> bool:
+    """Whether it is a list of sections, as stages are, rather than one of numbers or words."""
+    return isinstance(value, list) and all(isinstance(entry, dict) for entry in value)
 
 
 class Run:

@@ -1,6 +1,6 @@
 """Reading what a teacher said of a text: a folder of memory-mapped shards, and a dataset with its answers added.
 
-    cache = TeacherCache("caches/llama")               sizes are checked here, every row's checksum when it is read
+    cache = TeacherCache("caches/llama")               sizes are checked here, a shard's sha256 when it is first opened
     cache.check(temperature=2.0, divergence="jsd")     one line for what does not fit, as UserError
     rows = CachedRows(dataset, cache)                  the dataset's rows with the teacher's columns
     teacher = cache.teacher(batch)                     of a collated batch, for kd_loss and linear_kd_loss
@@ -55,6 +55,7 @@ class TeacherCache:
         if (problem := why_incomplete(self.folder, contents=False)) is not None:
             raise UserError(f"{self.folder}: {problem}; {REPAIR}")
         self._shards: dict[int, np.memmap] = {}
+        self._verified: set[int] = set()
         self._heads: dict[torch.device, Head] = {}
 
     def __len__(self) -> int:
@@ -79,15 +80,12 @@ class TeacherCache:
         text: the dataset's row, which has to be what the teacher read.
 
         Raises:
-            UserError: the row is damaged on the disk, or `text` is another text.
+            UserError: the row or its shard is damaged on the disk, the shard is another cache's, or `text` is another.
         """
         record = self._record(index)
         if not is_whole(record):
             shard, at = divmod(range(self.rows)[index], self.rows_per_shard)
-            raise UserError(
-                f"{self.folder / shard_name(shard)}: row {at} is damaged (checksum {checksum(record):08x}, "
-                f"expected {record['crc']:08x}); {REPAIR}"
-            )
+            raise self._damaged_row(shard, at, record)
         if text is not None and (found := text_digest(text)) != record["text"]:
             raise UserError(
                 f"{self.folder}: row {index} was cached from another text (digest {record['text']:016x}, here it is "
@@ -97,7 +95,7 @@ class TeacherCache:
         return decode(self.layout, record["tokens"])
 
     def at(self, index: int, position: int) -> dict[str, Tensor]:
-        """One position of `row(index)`, without reading the others, and so without the row's checksum."""
+        """One position of `row(index)`, without the row's checksum: of a shard once verified no other is read."""
         position = range(self.layout.sequence_length)[position]
         tokens = self._record(index)["tokens"][position : position + 1]
         return {name: values[0] for name, values in decode(self.layout, tokens).items()}
@@ -182,8 +180,28 @@ class TeacherCache:
         if shard not in self._shards:
             if len(self._shards) >= OPEN_SHARDS:
                 self._shards.pop(next(iter(self._shards)))
-            self._shards[shard] = np.memmap(self.folder / shard_name(shard), dtype=self.layout.row, mode="r")
+            opened = np.memmap(self.folder / shard_name(shard), dtype=self.layout.row, mode="r")
+            if shard not in self._verified:
+                self._verify(shard, opened)
+                self._verified.add(shard)
+            self._shards[shard] = opened
         return self._shards[shard][at]
+
+    def _verify(self, shard: int, rows: np.memmap) -> None:
+        """Compares a shard with the manifest: rows carry no temperature, so those of another cache are whole too."""
+        path = self.folder / shard_name(shard)
+        if hashlib.sha256(rows.view(np.uint8)).hexdigest() == self.manifest["files"][path.name]["sha256"]:
+            return
+        for at, record in enumerate(rows):
+            if not is_whole(record):
+                raise self._damaged_row(shard, at, record)
+        raise UserError(f"{path}: is not this cache's (its rows are whole, its sha256 is not the manifest's); {REPAIR}")
+
+    def _damaged_row(self, shard: int, at: int, record: np.void) -> UserError:
+        return UserError(
+            f"{self.folder / shard_name(shard)}: row {at} is damaged (checksum {checksum(record):08x}, "
+            f"expected {record['crc']:08x}); {REPAIR}"
+        )
 
     def _array(self, about: dict[str, Any] | None, device: torch.device) -> Tensor | None:
         if about is None:

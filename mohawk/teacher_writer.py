@@ -151,14 +151,16 @@ def _taken(folder: Path) -> bool:
 
 def _finished(folder: Path, settings: dict[str, Any], dataset: Any) -> TeacherCache | None:
     """The cache that is there already; None after a damaged one was moved back to where it is written."""
+    damaged = None
     try:
         old = read_manifest(folder)
     except UserError:  # not a cache, or a damaged manifest: the settings lie there twice
         old = _read_settings(folder)
         if old is None:
             raise UserError(f"{folder}: exists and is not a teacher cache; choose another output") from None
+        damaged = f"{MANIFEST} is damaged or missing"
     _same(folder, old, settings)
-    problem = why_incomplete(folder)
+    problem = damaged or why_incomplete(folder)
     if problem is None:
         cache = TeacherCache(folder)
         CachedRows(dataset, cache)  # of the same text?
@@ -168,10 +170,27 @@ def _finished(folder: Path, settings: dict[str, Any], dataset: Any) -> TeacherCa
     unfinished = unfinished_folder(folder)
     if unfinished.exists():
         raise UserError(f"{folder}: {problem}, and {unfinished} exists too; delete one of them and run again")
+    _drop_foreign(folder)
     _write_json(folder / SETTINGS, settings)
     os.rename(folder, unfinished)
     (unfinished / MANIFEST).unlink(missing_ok=True)
     return None
+
+
+def _drop_foreign(folder: Path) -> None:
+    """Deletes shards whose sha256 the manifest does not have: the rows of another cache of this text are whole too.
+
+    Of a damaged manifest what can be read counts, since no damage makes a hash fit; of none, the rows' checksums do.
+    """
+    try:
+        files = json.loads((folder / MANIFEST).read_bytes())["files"]
+        known = {name: entry.get("sha256") for name, entry in files.items() if isinstance(entry, dict)}
+    except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError):
+        return
+    for path in folder.glob("shard-*.bin"):
+        if _entry(path)["sha256"] != known.get(path.name):
+            log.warning("%s is not what %s has; writing it again", path, MANIFEST)
+            path.unlink()
 
 
 def _claim(unfinished: Path, settings: dict[str, Any]) -> None:

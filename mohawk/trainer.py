@@ -148,7 +148,7 @@ class PhaseTrainer(Trainer):
             args=args,
             data_collator=collate,
             train_dataset=train_dataset,
-            callbacks=[_PhaseCallback(self), Metrics(run_dir, name), *_trackers(report_to)],
+            callbacks=[_PhaseCallback(self), Metrics(run_dir, name), *trackers(report_to)],
         )
         for callback in (PrinterCallback, ProgressCallback):
             self.remove_callback(callback)
@@ -514,7 +514,7 @@ class _PhaseCallback(TrainerCallback):
             control.should_save = False  # better to go on from before the trouble
 
 
-def _trackers(names: Sequence[str]) -> list[TrainerCallback]:
+def trackers(names: Sequence[str]) -> list[TrainerCallback]:
     """transformers' callbacks for experiment trackers, which are given a record's numbers without its nesting."""
     try:
         kinds = get_reporting_integration_callbacks(list(names))

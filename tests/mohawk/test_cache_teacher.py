@@ -133,6 +133,46 @@ def test_what_is_damaged_is_written_again_and_the_rest_kept(tmp_path, whole, tea
     assert all((folder / name).stat().st_mtime_ns == at for name, at in written.items())
 
 
+@pytest.mark.parametrize("changed", ["temperature", "rows", "sha256 of a shard", "format", "files"])
+def test_a_damaged_manifest_that_is_still_json_is_repaired_as_the_reader_advises(
+    tmp_path, whole, teacher, dataset, changed
+):
+    folder, expected = tmp_path / "cache", whole[1]
+    shutil.copytree(whole[0], folder)
+    manifest = json.loads((folder / MANIFEST).read_text())
+    shard = manifest["files"][shard_name(1)]["sha256"]
+    old, new = {
+        "temperature": ('"temperature": 1.0', '"temperature": 1.1'),
+        "rows": ('"rows": 14', '"rows": 15'),
+        "sha256 of a shard": (shard, ("0" if shard[0] != "0" else "1") + shard[1:]),
+        "format": ("teacher cache", "teacher cachf"),
+        "files": ('"files"', '"filez"'),
+    }[changed]
+    text = (folder / MANIFEST).read_text()
+    assert text.count(old) == 1
+    (folder / MANIFEST).write_text(text.replace(old, new))
+    with pytest.raises(UserError):
+        TeacherCache(folder)
+    written = {path.name: path.stat().st_mtime_ns for path in folder.glob("shard-*")}
+    write_cache(folder, teacher, dataset, **SETTINGS)
+    assert content(folder) == expected and TeacherCache(folder).damage() is None
+    again = {name for name, at in written.items() if (folder / name).stat().st_mtime_ns != at}
+    assert again == ({shard_name(1)} if changed == "sha256 of a shard" else set())
+
+
+@pytest.mark.parametrize("manifest", ["whole", "damaged"])
+def test_a_shard_of_another_cache_is_written_again(tmp_path, whole, teacher, dataset, manifest):
+    folder, expected = tmp_path / "cache", whole[1]
+    shutil.copytree(whole[0], folder)
+    hot = write_cache(tmp_path / "hot", teacher, dataset, **SETTINGS | {"temperature": 2.0})
+    shutil.copy(hot.folder / shard_name(2), folder / shard_name(2))
+    if manifest == "damaged":
+        path = folder / MANIFEST
+        path.write_text(path.read_text().replace('"temperature": 1.0', '"temperature": 1.1'))
+    write_cache(folder, teacher, dataset, **SETTINGS)
+    assert content(folder) == expected
+
+
 def one_line(error, *words):
     text = str(error.value)
     assert "\n" not in text and all(word in text for word in words), text
@@ -399,7 +439,7 @@ def test_a_distillation_from_a_cache_is_the_online_one(tmp_path, recipe, capfd):
         line = ["distill", str(staged), "--output", str(tmp_path / "x"), *(f"--set={one}" for one in settings)]
         assert main(line) == 2
         assert words in capfd.readouterr().err
-        shutil.rmtree(tmp_path / "x")
+        shutil.rmtree(tmp_path / "x", ignore_errors=True)  # a temperature is compared before there is a run
 
 
 def test_which_stage_a_cache_is_for(tmp_path, recipe, capfd):

@@ -13,7 +13,7 @@ import pytest
 from mohawk.checkpoints import Interrupted
 from mohawk.cli import main, parser
 from mohawk.errors import UserError
-from mohawk.recipe import Recipe
+from mohawk.recipe import Recipe, shipped
 from mohawk.recipe_kinds import kind_of
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -380,3 +380,24 @@ def test_every_mohawk_and_make_command_in_the_readme_is_valid(tmp_path):
             path = tmp_path / "recipe.yaml"
             path.write_text(block, encoding="utf-8")
             kind_of(path).load(path)
+
+
+@pytest.mark.parametrize("name", ["demo", "distill-gkd", "mohawk-lite", "prune-depth", "prune-and-convert"])
+def test_a_recipe_of_another_kind_is_one_line(name, tmp_path, capsys):
+    path = shipped(name)
+    kinds = {"prune": "prune", "distill": "distill", "mohawk": "distill", "demo": "convert"}
+    own = kinds[name.partition("-")[0]]
+    for command in {"convert", "distill", "prune"} - {own}:
+        assert main([command, str(path)]) == 2
+        said = capsys.readouterr().err
+        assert said == f"error: {path}: this is a recipe for `mohawk {own}`; run that\n"
+
+
+def test_a_conversion_without_phases_is_known_by_its_mixers(tmp_path, capsys):
+    path = tmp_path / "r.yaml"
+    path.write_text("teacher: x\nstudent:\n  ssm_layers: [0]\ndata:\n  train: [a.txt]\n")
+    assert main(["distill", str(path)]) == 2
+    assert capsys.readouterr().err == f"error: {path}: this is a recipe for `mohawk convert`; run that\n"
+    path.write_text("teacher: x\nstudent:\n  layers: every_second\ndata:\n  train: [a.txt]\n")
+    assert main(["distill", str(path)]) == 2
+    assert "stages: missing" in capsys.readouterr().err

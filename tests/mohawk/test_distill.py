@@ -16,6 +16,7 @@ from mohawk.distill import distill
 from mohawk.distill_recipe import DistillRecipe
 from mohawk.errors import UserError
 from mohawk.recipe import shipped
+from mohawk.run import claimed
 from tests.models.conftest import tiny_teacher
 from tests.mohawk.tiny_phase import cheap_training, fork, wait  # noqa: F401
 
@@ -193,6 +194,11 @@ def test_a_cached_teacher_teaches_as_the_teacher_does(checkpoints, texts, tmp_pa
     online, cached = weights_of(tmp_path / "plain"), weights_of(tmp_path / "cached")
     for name in online:
         torch.testing.assert_close(cached[name], online[name], rtol=0, atol=2e-6)
+    wide = recipe_of(
+        checkpoints, texts, tmp_path / "wide", {"cache": str(tmp_path / "cache")}, teacher=str(checkpoints["wide"])
+    )
+    with pytest.raises(UserError, match="cache again with this teacher"):
+        distill(wide)
     cache_teacher(plain, tmp_path / "top", kind="top-k", k=16, temperature=2.0)
     with pytest.raises(UserError, match="temperature 2"):
         distill(recipe_of(checkpoints, texts, tmp_path / "other", {"cache": str(tmp_path / "top")}))
@@ -226,9 +232,21 @@ def test_a_hybrid_and_a_student_from_scratch(checkpoints, texts, tmp_path):
     assert found[0]["measured"]["ce"] == pytest.approx(5.55, abs=0.3)  # log 258: it knows nothing yet
 
 
+def test_any_causal_model_may_teach(checkpoints, tokenizer, texts, tmp_path):
+    """Half the layers of a GPT-2, whose family nothing here knows."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    shape = {"n_embd": 24, "n_layer": 4, "n_head": 3, "n_positions": 64, "bos_token_id": 256, "eos_token_id": 257}
+    GPT2LMHeadModel(GPT2Config(vocab_size=258, **shape)).save_pretrained(tmp_path / "gpt2")
+    tokenizer.save_pretrained(tmp_path / "gpt2")
+    stage = {"hidden": {}, "attention": {}}
+    distill(recipe_of(checkpoints, texts, tmp_path / "run", stage, teacher=str(tmp_path / "gpt2")))
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "student").config.n_layer == 2
+
+
 def test_adapters_alone_are_trained(checkpoints, texts, tmp_path):
     pytest.importorskip("peft")
-    student = {"layers": "every_second", "lora": {"rank": 2, "merge": False}}
+    student = {"layers": "every_second", "lora": {"rank": 2, "keep": True}}
     run = tmp_path / "run"
     distill(recipe_of(checkpoints, texts, run, {}, student=student))
     from mohawk.models.cuts import keep_layers
@@ -238,7 +256,12 @@ def test_adapters_alone_are_trained(checkpoints, texts, tmp_path):
     )
     changed = {name for name, weight in weights_of(run).items() if not weight.equal(start[name])}
     assert changed and all("proj" in name for name in changed)
-    assert (run / "phases" / "distil" / "adapter" / "adapter_model.safetensors").is_file()
+    from peft import AutoPeftModelForCausalLM
+
+    kept = AutoPeftModelForCausalLM.from_pretrained(run / "phases" / "distil" / "adapter").eval()
+    ids = torch.arange(20)[None]
+    merged = AutoModelForCausalLM.from_pretrained(run / "student")
+    torch.testing.assert_close(kept(ids).logits, merged(ids).logits, rtol=1e-4, atol=1e-5)
 
 
 def test_a_stage_ends_early_where_it_gets_no_better(checkpoints, texts, tmp_path):
@@ -292,6 +315,10 @@ def test_when_to_advance():
         ([{"hidden": {"layers": "half"}}], {}, "uniform, last, top_heavy"),
         ([{"name": "A stage"}], {}, "small letters"),
         ([{"tokens": 10}], {}, "do not fill one step"),
+        ([{"kd_weight": {"start": 0, "end": 0}}], {}, "nothing to learn"),
+        ([{"taid": {"start": 0.8, "end": 0.2}}], {}, "above its end"),
+        ([{"advance": {"every": 1}}], {}, "never ends the stage"),
+        ([{}], {"data": {"train": [{"source": "a.txt", "loss_weight": 0}]}}, "every loss_weight is 0"),
     ],
 )
 def test_a_recipe_that_cannot_be_is_one_line(checkpoints, texts, tmp_path, stages, settings, words):
@@ -307,6 +334,8 @@ def test_a_recipe_that_cannot_be_is_one_line(checkpoints, texts, tmp_path, stage
         ({"hidden": {"layers": [[0, 9]]}}, None, r"stages.0 \(distil\): layer map"),
         ({"attention": {"metric": "kl"}}, {"hybrid": {"ssm_layers": [0]}}, r"stages.0 \(distil\)"),
         ({}, {"hybrid": {"ssm_layers": [9]}}, "student.hybrid"),
+        ({}, {"model": "./nowhere"}, "student.model: ./nowhere does not exist"),
+        ({"cache": "nowhere"}, None, "nowhere"),
     ],
 )
 def test_what_the_models_do_not_have_is_said_before_they_load(checkpoints, texts, tmp_path, stage, student, words):
@@ -342,6 +371,35 @@ def test_shipped_recipes_fit_their_teachers(name, tmp_path, capsys):
     distill(DistillRecipe.load(shipped(name), overrides), dry_run=True)
     printed = capsys.readouterr().out
     assert all(stage.name[:6] in printed for stage in recipe.stages)
+
+
+def test_what_changed_in_a_list_of_stages_is_named(checkpoints, texts, tmp_path):
+    run = tmp_path / "run"
+    with claimed(run, recipe_of(checkpoints, texts, run, {"name": "a"}, {"name": "b"})):
+        pass
+
+    def again(first=None, second=None, **settings):
+        return claimed(
+            run, recipe_of(checkpoints, texts, run, {"name": "a", **(first or {})}, *(second or []), **settings)
+        )
+
+    b = {"name": "b"}
+    changed = {"tokens": 2 * TOKENS, "hidden": {"weight": 2.0}, "save_every": 3}
+    with pytest.raises(UserError, match=r"another stages\.0\.hidden, stages\.0\.tokens; choose"), again(changed, [b]):
+        pass
+    with pytest.raises(UserError, match="another number of stages; choose"), again(None, []):
+        pass
+    with again({"save_every": 3, "log_every": 7}, [{**b, "learning_rate": 1e-4}]):
+        kept = DistillRecipe.load(run / "recipe.yaml").stages
+        assert (kept[0].save_every, kept[0].log_every, kept[1].learning_rate) == (3, 7, 1e-4)
+    (run / "phases" / "b" / "student").mkdir(parents=True)
+    with again({"learning_rate": 1e-4}, [{**b, "learning_rate": 1e-4}]):
+        pass
+    with pytest.raises(UserError, match=r"another stages\.1\.learning_rate; choose"), again({}, [b]):
+        pass
+    sources = {"train": [str(texts / "train_*.txt"), str(texts / "other.txt")]}
+    with pytest.raises(UserError, match=r"another number of data\.train, stages\.1"), again({}, [b], data=sources):
+        pass
 
 
 def test_ablate_runs_every_variant_once(checkpoints, texts, tmp_path, capsys):

@@ -7,7 +7,15 @@ import torch
 import torch.nn.functional as F
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from mohawk import HiddenMatch, KnowledgeDistiller, TAIDSchedule, layer_map, match_hidden
+from mohawk import (
+    AttentionMatch,
+    HiddenMatch,
+    KnowledgeDistiller,
+    TAIDSchedule,
+    layer_map,
+    match_attention,
+    match_hidden,
+)
 from mohawk.distillation import label_probability
 from mohawk.errors import UserError
 from mohawk.heads import Head, final_hidden_states
@@ -246,10 +254,65 @@ def test_hidden_states_are_matched_beside_the_logits(models, batch):
         model(ids, attention_mask=mask, position_ids=positions, output_hidden_states=True).hidden_states
         for model in (student, teacher)
     ]
-    torch.testing.assert_close(loss, plain + 0.5 * match(*states, mask.bool()))
+    padded = F.pad(mask[:, :-1], (1, 0), value=1) * mask == 0
+    predicts = F.pad(labels.masked_fill(padded, -100)[:, 1:], (0, 1), value=-100) != -100
+    torch.testing.assert_close(loss, plain + 0.5 * match(*states, predicts))
     names = [name for name, _ in distiller.trained()]
     assert any(name.startswith("matched.hidden") for name in names)
     assert not any("matched" in name for name in student.state_dict())
+
+
+@pytest.mark.parametrize("by", ["hidden", "attention"])
+def test_a_step_is_the_same_however_it_is_split(models, batch, by):
+    """Micro-batches with very different numbers of labels, weighed by them, as trainers do."""
+    ids, _, _ = batch
+    labels = ids.clone()
+    labels[0, :9] = -100
+    labels[1, 2:] = -100
+    teacher, student = models["llama"], models["small"]
+    pairs = layer_map("uniform", 2, 4)
+    matching = match_hidden(HiddenMatch(pairs, 32, 48)) if by == "hidden" else match_attention(AttentionMatch(pairs))
+    distiller = KnowledgeDistiller(teacher, student, matchings={"match": matching})
+
+    def step(parts):
+        counts = [int((labels[part][:, 1:] != -100).sum()) for part in parts]
+        batches = [distiller.prepare({"input_ids": ids[part], "labels": labels[part]}, 0) for part in parts]
+        distiller.begin_step(0, 1)
+        losses = (next(distiller.losses(**batch))[1] for batch in batches)
+        value = sum(loss * count / sum(counts) for loss, count in zip(losses, counts, strict=True))
+        distiller._counted = -1
+        return value
+
+    torch.testing.assert_close(step([[0], [1, 2]]), step([[0, 1, 2]]))
+    torch.testing.assert_close(step([[0], [1], [2]]), step([[0, 1, 2]]))
+
+
+def test_nothing_is_predicted_from_padding(models, batch):
+    ids, _, _ = batch
+    mask = torch.ones_like(ids)
+    mask[1, :4] = 0
+    distiller = KnowledgeDistiller(models["llama"], models["small"], ce_weight=1.0)
+    other = ids.masked_fill(mask == 0, 7)
+    torch.testing.assert_close(
+        distiller.compute_loss(ids, attention_mask=mask), distiller.compute_loss(other, attention_mask=mask)
+    )
+    alone = [distiller.compute_loss(row[None, start:]) for row, start in zip(ids, (0, 4, 0), strict=True)]
+    counts = [10, 6, 10]
+    expected = sum(loss * count for loss, count in zip(alone, counts, strict=True)) / 26
+    torch.testing.assert_close(distiller.compute_loss(ids, attention_mask=mask), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_cross_entropy_is_over_the_students_whole_vocabulary(models, make_llama):
+    student = make_llama(seed=8, vocab_size=300)
+    ids = torch.randint(2, 250, (2, 9))
+    ids[0, 3] = 290  # which the teacher does not know; only its logits are asked, of ids it has
+    known = ids.clamp(max=249)
+    ours = KnowledgeDistiller(models["fewer"], student, ce_weight=0.5).loss({"input_ids": known, "labels": ids})
+    logits = student(known).logits[:, :-1].double()
+    target = models["fewer"](known).logits[:, :-1].double().log_softmax(-1)
+    kl = (target.exp() * (target - logits[..., :250].log_softmax(-1))).sum(-1).mean()
+    ce = F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())
+    torch.testing.assert_close(ours.double(), kl + 0.5 * ce, rtol=2e-5, atol=1e-6)
 
 
 def test_weights_multiply_a_tokens_loss(models, batch):

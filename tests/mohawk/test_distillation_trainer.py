@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from transformers import Trainer, TrainingArguments
 
-from mohawk import DistillationTrainer, HiddenMatch, layer_map, match_hidden
+from mohawk import DistillationTrainer, HiddenMatch, TAIDSchedule, layer_map, match_hidden
 from mohawk.schedules import Ramp
 from tests.mohawk.tiny_phase import cheap_training  # noqa: F401
 
@@ -74,6 +74,7 @@ def test_it_resumes_with_projections_and_schedules(make_llama, tmp_path):
         torch.manual_seed(0)
         match = HiddenMatch(layer_map("uniform", 2, 2), 32, 48)
         options = {"temperature": Ramp(4.0, 1.0), "matchings": {"hidden": match_hidden(match)}}
+        options["taid"] = TAIDSchedule(alpha=0.2)
         return DistillationTrainer(
             model=make_llama(seed=2),
             args=arguments(folder, save_strategy="steps", save_steps=2, optim="adamw_torch", **settings),
@@ -90,6 +91,7 @@ def test_it_resumes_with_projections_and_schedules(make_llama, tmp_path):
     for parameter in resumed.distiller.matched.parameters():
         torch.nn.init.zeros_(parameter)
     resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
+    assert resumed.distiller.taid == whole.distiller.taid
     assert losses(resumed)[-2:] == pytest.approx(losses(whole)[-2:], rel=1e-6)
     saved = json.loads((tmp_path / "whole" / "checkpoint-4" / "config.json").read_text())
     assert saved["architectures"] == ["LlamaForCausalLM"]

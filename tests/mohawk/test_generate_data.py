@@ -97,6 +97,42 @@ def test_lines_say_where_they_come_from(tmp_path, prompts, teacher):
     assert summary["tokens"] == sum(line["tokens"] for line in kept + rejected) and summary["last"]["tokens_per_s"] > 0
 
 
+def counts(summary):
+    return {key: summary[key] for key in ("prompts", "kept", "rejected", "tokens")}
+
+
+def test_the_summary_is_of_all_that_is_in_the_folder(tmp_path, prompts, monkeypatch):
+    out, path = tmp_path / "out", tmp_path / "out" / SUMMARY
+    now = [0.0]
+    monkeypatch.setattr("mohawk.generate_data.time.monotonic", lambda: now[0])
+
+    def teacher(stop_at=None):
+        def say(i, sample):
+            if i == stop_at:
+                raise UserError("endpoint: gone")
+            now[0] += 1.0
+            return "two words" if i % 2 else "far too many words"
+
+        return Scripted(say, samples=2)
+
+    filters = Filters(max_tokens=3)
+    generate_data(prompts[:2], teacher(), out, filters=filters)
+    first = json.loads(path.read_text())
+    assert counts(first) == {"prompts": 2, "kept": 2, "rejected": {"length": 2}, "tokens": 12}
+    with pytest.raises(UserError, match="endpoint: gone"):
+        generate_data(prompts, teacher(stop_at=7), out, filters=filters)
+    stopped = json.loads(path.read_text())
+    assert counts(stopped) == {"prompts": 7, "kept": 6, "rejected": {"length": 8}, "tokens": 44}
+    assert (stopped["seconds"], stopped["last"]["seconds"], stopped["last"]["prompts"]) == (14.0, 10.0, 5)
+    generate_data(prompts, teacher(), out, filters=filters)
+    whole = json.loads(path.read_text())
+    assert counts(whole) == {"prompts": 11, "kept": 10, "rejected": {"length": 12}, "tokens": 68}
+    assert (whole["seconds"], whole["tokens_per_s"]) == (22.0, 3.1) and whole["last"]["prompts"] == 4
+    generate_data(prompts, teacher(), out, filters=filters)  # nothing is left to do
+    again = json.loads(path.read_text())
+    assert {**again, "last": 0} == {**whole, "last": 0} and again["last"]["tokens_per_s"] is None
+
+
 def start(teacher, prompts, out, die_at=None, count_to=None):
     """Fork a child that generates; it dies at the `die_at`-th write to the files, after half of it."""
     seen = [0]
@@ -135,7 +171,7 @@ def test_killed_anywhere_and_gone_on_gives_the_same_files(tmp_path, prompts, tea
         assert wait(start(teacher, prompts, out)) == 0
         assert contents(out) == contents(whole), die_at
         summary = json.loads((out / SUMMARY).read_text())
-        assert {**summary, "last": 0} == {**json.loads((whole / SUMMARY).read_text()), "last": 0}
+        assert counts(summary) == counts(json.loads((whole / SUMMARY).read_text()))
 
 
 def test_a_power_cut_may_take_more_of_one_file(tmp_path, prompts, teacher):

@@ -1,7 +1,6 @@
 """Pruning in plain Python, as a script has it."""
 
-import subprocess
-import sys
+import runpy
 import textwrap
 from dataclasses import replace
 
@@ -16,7 +15,7 @@ from tests.models.conftest import FAMILIES, tiny_teacher
 IDS = torch.randint(3, 97, (10, 24), generator=torch.Generator().manual_seed(0))
 
 
-def test_as_a_script(tmp_path):
+def test_as_a_script(tmp_path, monkeypatch, capsys):
     script = """
         import torch
         from transformers import LlamaConfig, LlamaForCausalLM
@@ -44,13 +43,9 @@ def test_as_a_script(tmp_path):
         print(type(LlamaForCausalLM.from_pretrained("student")).__name__)
     """
     (tmp_path / "script.py").write_text(textwrap.dedent(script))
-    from tests.mohawk.test_packaging import ROOT
-
-    done = subprocess.run(
-        [sys.executable, "script.py"], cwd=tmp_path, capture_output=True, text=True, timeout=120,
-        env={**__import__("os").environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
-    assert done.stdout.strip() == "LlamaForCausalLM", done.stderr
+    monkeypatch.chdir(tmp_path)
+    runpy.run_path("script.py")
+    assert capsys.readouterr().out.strip() == "LlamaForCausalLM"
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -39,6 +39,26 @@ def test_losses_of_every_phase_side_by_side(tmp_path, monkeypatch):
     assert [p.name for p in (tmp_path / "plots").iterdir()] == ["losses.png"]
 
 
+def test_labels_and_figures_of_losses_are_in_the_picture_and_not_on_the_curve(tmp_path, monkeypatch):
+    import mohawk.plots
+
+    figures = []
+    monkeypatch.setattr(mohawk.plots, "_save", lambda figure, target: figures.append(figure))
+    write_metrics(tmp_path / "metrics.jsonl", {"a": [10 - i / 8 for i in range(60)], "b": [1.0, 2.0, 3.0]})
+    label = "forward KL + cross entropy + hidden + attention per token"
+    plot_losses(tmp_path / "metrics.jsonl", tmp_path / "a.png", {"a": label, "b": "KL"})
+    (figure,) = figures
+    figure.canvas.draw()
+    page = figure.bbox
+    for axis, text in zip(figure.axes, (label, "KL"), strict=True):
+        assert axis.yaxis.label.get_text().replace("\n", " ") == text
+        (said,) = [t for t in axis.texts if "→" in t.get_text()]
+        box, panel = said.get_window_extent(), axis.get_window_extent()
+        assert box.y0 >= panel.y1 and box.y1 <= axis.title.get_window_extent().y0
+        for inside in (box, axis.yaxis.label.get_window_extent(), axis.title.get_window_extent()):
+            assert page.x0 <= inside.x0 and inside.x1 <= page.x1 and page.y0 <= inside.y0 and inside.y1 <= page.y1
+
+
 @pytest.mark.parametrize("losses", [{"mixing": [1.0]}, {"mixing": [None, None]}, {"mixing": [None] * 40}])
 def test_losses_that_say_little_still_draw(tmp_path, losses):
     write_metrics(tmp_path / "metrics.jsonl", losses)

@@ -337,3 +337,28 @@ def test_validating_imports_nothing_heavy():
     )
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize(
+    ("temperature", "line"),
+    [
+        ({"start": 5}, "temperature.end: missing; give value at the end of the ramp, and from there on"),
+        ({"start": 5, "end": "x"}, "temperature.end: got the text 'x'; allowed: a number, at least 0 ("),
+        ({"start": 5, "end": 1, "ende": 2}, "temperature.ende: unknown key; did you mean end?"),
+        (0, "temperature: got 0; allowed: auto or a number, "),
+    ],
+)
+def test_a_mistake_in_one_of_several_forms_is_one_line(temperature, line):
+    from mohawk.distill_recipe import DistillRecipe
+    from mohawk.prune_recipe import PruneRecipe
+
+    given = {"teacher": "x", "data": {"train": ["a.txt"]}}
+    distilled = {**given, "student": {"layers": "every_second"}, "stages": [{"temperature": temperature}]}
+    pruned = {**given, "prune": {"ffn": 8}, "heal": {"temperature": temperature}}
+    for kind, data, at in ((DistillRecipe, distilled, "stages.0"), (PruneRecipe, pruned, "heal")):
+        with pytest.raises(UserError) as error:
+            kind.from_dict(data)
+        assert "\n" not in str(error.value) and str(error.value).startswith(f"recipe: {at}.{line}"), str(error.value)
+    pruned["prune"] = {"ffn": 8, "memory": 1e9}  # what is wrong elsewhere is said too
+    with pytest.raises(UserError, match="ffn and memory"):
+        PruneRecipe.from_dict(pruned)

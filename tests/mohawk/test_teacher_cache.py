@@ -384,7 +384,7 @@ def test_what_fits_is_not_refused(caches, teacher):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_flipped_bit_is_found_when_its_row_is_read(cache, kind):
+def test_a_flipped_bit_is_found_when_its_shard_is_opened(cache, kind):
     found = cache(kind)
     path = found.folder / shard_name(1)
     raw = bytearray(path.read_bytes())
@@ -393,11 +393,43 @@ def test_a_flipped_bit_is_found_when_its_row_is_read(cache, kind):
     found = TeacherCache(found.folder)
     assert found.damage() == f"{path.name} is damaged"
     for index in range(14):
-        if index != 6:
+        if index // 4 != 1:
             found.row(index)
-    with pytest.raises(UserError) as error:
-        found.row(6)
-    one_line(error, str(path), "row 2 is damaged (checksum ", "expected ", "mohawk cache")
+    for read in (lambda: found.row(6), lambda: found.row(7), lambda: found.at(4, 0)):
+        with pytest.raises(UserError) as error:
+            read()
+        one_line(error, str(path), "row 2 is damaged (checksum ", "expected ", "mohawk cache")
+
+
+def test_a_shard_of_another_temperature_is_refused_though_its_rows_are_whole(cache, tmp_path, teacher, dataset):
+    found = cache()
+    other = write_cache(tmp_path / "hot", teacher, dataset, k=7, temperature=2.0, rows_per_shard=4, batch_size=3)
+    shutil.copy(other.folder / shard_name(1), found.folder / shard_name(1))
+    found = TeacherCache(found.folder)
+    found.row(3, dataset[3])
+    for _ in range(2):  # nothing wrong is remembered as verified
+        with pytest.raises(UserError) as error:
+            found.row(5, dataset[5])
+        one_line(error, str(found.folder / shard_name(1)), "not this cache's", "mohawk cache again")
+    with pytest.raises(UserError, match="not this cache's"):
+        CachedRows(dataset, found)
+
+
+def test_a_shard_is_hashed_once(caches, dataset, monkeypatch):
+    import mohawk.teacher_cache as module
+
+    seen = []
+    verify = TeacherCache._verify
+    monkeypatch.setattr(
+        TeacherCache, "_verify", lambda self, shard, rows: (seen.append(shard), verify(self, shard, rows))
+    )
+    monkeypatch.setattr(module, "OPEN_SHARDS", 1)  # so that each is closed and opened again
+    found = TeacherCache(caches / "top-k")
+    assert seen == []  # nothing is read before it is asked for
+    for index in (0, 13, 1, 13, 5):
+        found.row(index, dataset[index])
+    pickle.loads(pickle.dumps(found)).row(0)
+    assert seen == [0, 3, 1]
 
 
 def test_a_damaged_head_is_found(cache):
