@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import mohawk
-from mohawk.errors import UserError
+from mohawk.errors import SaidElsewhere, UserError
 from mohawk.stopping import cleaning_up
 
 # Where a missing package is the installation's and not our mistake, and what it is good for.
@@ -40,8 +40,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     _log_to_stderr()
     try:
         with cleaning_up():
-            options.run(options)
+            if _processes() > 1:
+                _run_together(options)
+            else:
+                options.run(options)
         sys.stdout.flush()
+    except SaidElsewhere:
+        return 2
     except UserError as error:
         print(*(f"error: {line}" for line in str(error).splitlines()), sep="\n", file=sys.stderr)
         return 2
@@ -56,6 +61,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
         return 2
     except KeyboardInterrupt:
+        if _rank() > 0:
+            return 130
         resumed = options.run in (_demo, _convert, _distill, _prune, _ablate, _select, _cache, _generate_data, _purify)
         print("stopped" + "; the same command goes on from what was saved" * resumed, file=sys.stderr)
         return 130
@@ -68,9 +75,33 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         if not isinstance(error, Interrupted):
             raise
-        print(f"{error}; to go on: mohawk {shlex.join(argv)}", file=sys.stderr)
+        if _rank() == 0:
+            again = f"; to go on: mohawk {shlex.join(argv)}" if _processes() == 1 else ""
+            print(f"{error}{again}", file=sys.stderr)
         return 130
     return 0
+
+
+def _processes() -> int:
+    """How many torchrun or accelerate launch started of us."""
+    return int(os.environ.get("WORLD_SIZE", "1")) if "LOCAL_RANK" in os.environ else 1
+
+
+def _rank() -> int:
+    return int(os.environ.get("RANK", "0")) if _processes() > 1 else 0
+
+
+def _run_together(options: argparse.Namespace) -> None:
+    """A command in several processes, of which the first one speaks."""
+    from mohawk.processes import joined, leave
+
+    with joined():
+        if options.run not in (_convert, _distill, _prune):
+            raise UserError(
+                "only convert, distill and prune run in several processes; leave out torchrun or accelerate"
+            )
+        options.run(options)
+    leave()
 
 
 def parser() -> argparse.ArgumentParser:

@@ -11,13 +11,14 @@ import torch
 from rich.console import Console
 from torch import nn
 
-from mohawk.checkpoints import is_complete, newest_complete, write_whole
+from mohawk.checkpoints import is_complete, write_whole
 from mohawk.data import PackedDataset, collate
 from mohawk.errors import UserError
 from mohawk.matrices import draw_matrices, save_matrices
 from mohawk.models.from_teacher import hybrid_from_teacher
 from mohawk.models.hybrid import HybridForCausalLM
 from mohawk.plan import make_plan, objective_for, print_plan, student_options
+from mohawk.processes import first_before_others, is_first, joined, on_first
 from mohawk.progress import log_to
 from mohawk.readout import solve_output_projections
 from mohawk.recipe import Recipe
@@ -31,7 +32,7 @@ COMPOSED = "composed.json"  # says of which run's phases 1 and 2 a composed run 
 
 
 def convert(recipe: Recipe, *, dry_run: bool = False) -> None:
-    """Run a recipe to its end, or go on with it.
+    """Run a recipe to its end, or go on with it; in all the processes that torchrun or accelerate started.
 
     Args:
         recipe: checked by `Recipe.load` or `Recipe.from_dict`.
@@ -42,18 +43,21 @@ def convert(recipe: Recipe, *, dry_run: bool = False) -> None:
             run of another recipe.
         Interrupted: a signal stopped the run after it saved.
     """
-    console = Console()
-    config = load_config(
-        recipe.teacher.model, gguf_file=recipe.teacher.gguf_file, revision=recipe.teacher.revision,
-        trust_remote_code=recipe.teacher.trust_remote_code,
-    )  # fmt: skip
-    plan = make_plan(recipe, config)
-    print_plan(plan, recipe, console)
-    if dry_run:
-        return
-    run = Path(recipe.output)
-    with claimed(run, recipe), log_to(run):
-        Conversion(recipe, run, console).run()
+    with joined(recipe.device):
+        console = Console(quiet=not is_first())
+        config = first_before_others(
+            lambda: load_config(
+                recipe.teacher.model, gguf_file=recipe.teacher.gguf_file, revision=recipe.teacher.revision,
+                trust_remote_code=recipe.teacher.trust_remote_code,
+            )
+        )  # fmt: skip
+        plan = make_plan(recipe, config)
+        print_plan(plan, recipe, console)
+        if dry_run:
+            return
+        run = Path(recipe.output)
+        with claimed(run, recipe), log_to(run):
+            Conversion(recipe, run, console).run()
 
 
 class Conversion(Run):
@@ -62,7 +66,7 @@ class Conversion(Run):
     def run(self) -> None:
         start = time.monotonic()
         phases = list(self.recipe.phases.active())
-        finished = max((i for i, (name, _) in enumerate(phases) if is_complete(self._student(name))), default=-1)
+        finished = max((i for i, (name, _) in enumerate(phases) if self._is_complete(name)), default=-1)
         if finished < 0 and (self.folder / COMPOSED).is_file():
             raise UserError(f"{self.folder}: the composed student is missing or damaged; run mohawk compose again")
         student = untrained_student(self.recipe, self.teacher)
@@ -71,17 +75,21 @@ class Conversion(Run):
             if i > finished:
                 self._forget(name)  # what was measured of a student that was deleted or damaged since
                 self._train(name, phase, student)
-                with write_whole(self._student(name), replace=True) as folder:
-                    student.save_pretrained(folder)
-            elif is_complete(self._student(name)):
+                self._write_student(name, student)
+            elif self._is_complete(name):
                 student = HybridForCausalLM.from_pretrained(self._student(name)).to(self.device)
             else:
                 if not (self.folder / COMPOSED).is_file():
                     log.warning("%s is missing or damaged; going on from the later phase", self._student(name))
                 continue
             self._evaluate(name, student)
+        on_first(lambda: self._finish(student, new=finished < len(phases) - 1))
+        log.info("run finished in %.0f s", time.monotonic() - start)
+
+    def _finish(self, student: HybridForCausalLM, new: bool) -> None:
+        """The final student, and the report; new: it was trained just now."""
         final = self.folder / STUDENT
-        if finished < len(phases) - 1 or not is_complete(final):
+        if new or not is_complete(final):
             with write_whole(final, replace=True) as folder:
                 student.save_pretrained(folder)
                 self.tokenizer.save_pretrained(folder)
@@ -90,13 +98,12 @@ class Conversion(Run):
             self.folder, self.recipe, student.eval(), self.teacher, self.tokenizer, self.console,
             stages=AFTER, labels=loss_labels(self.recipe),
         )  # fmt: skip
-        log.info("run finished in %.0f s", time.monotonic() - start)
 
     def _train(self, name: str, phase, student: HybridForCausalLM) -> None:
         dataset = self._rows(name, phase)
         objective = objective_for(name, phase, student, self.teacher)
         trainer = self._trainer(name, phase, objective, dataset)
-        if name == "hidden" and phase.solve_tokens and newest_complete(trainer.folder) is None:
+        if name == "hidden" and phase.solve_tokens and not self._has_checkpoint(trainer):
             self._solve(phase, student, dataset)
         self._fit(trainer, student)
         student.requires_grad_(True)

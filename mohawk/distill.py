@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import gc
 import logging
 import math
@@ -25,7 +26,7 @@ from mohawk.distill_data import Sources, held_out_rows, load_sources, rows_by_so
 from mohawk.distill_recipe import DistillRecipe, DistillStudent, DistillTeacher, Ramp, Stage
 from mohawk.distillation import KnowledgeDistiller, Matching, match_attention, match_hidden, parameter_count
 from mohawk.errors import UserError
-from mohawk.evaluate import TeacherStates, compare, teacher_states
+from mohawk.evaluate import Comparison, TeacherStates, compare, teacher_states
 from mohawk.features import HiddenMatch, layer_map
 from mohawk.kernels.kd_teachers import TAIDSchedule
 from mohawk.models.cuts import keep_layers, resolve_layers
@@ -34,6 +35,7 @@ from mohawk.models.families import needed_attention
 from mohawk.models.from_teacher import hybrid_from_teacher
 from mohawk.on_policy import OnPolicy
 from mohawk.plan import student_options
+from mohawk.processes import first_before_others, from_first, is_first, joined, on_first, several
 from mohawk.progress import log_to
 from mohawk.rationale_router import RationaleRouter, RoutedRationales
 from mohawk.report import finish
@@ -51,7 +53,7 @@ log = logging.getLogger(__name__)
 
 
 def distill(recipe: DistillRecipe, *, dry_run: bool = False) -> None:
-    """Run a recipe to its end, or go on with it.
+    """Run a recipe to its end, or go on with it; in all the processes that torchrun or accelerate started.
 
     Args:
         recipe: checked by `DistillRecipe.load` or `DistillRecipe.from_dict`.
@@ -62,13 +64,14 @@ def distill(recipe: DistillRecipe, *, dry_run: bool = False) -> None:
             folder holds another run.
         Interrupted: a signal stopped the run after it saved.
     """
-    console = Console()
-    print_plan(recipe, console)
-    if dry_run:
-        return
-    run = Path(recipe.output)
-    with claimed(run, recipe), log_to(run):
-        Distillation(recipe, run, console).run()
+    with joined(recipe.device):
+        console = Console(quiet=not is_first())
+        first_before_others(lambda: print_plan(recipe, console))
+        if dry_run:
+            return
+        run = Path(recipe.output)
+        with claimed(run, recipe), log_to(run):
+            Distillation(recipe, run, console).run()
 
 
 class Distillation(Run):
@@ -81,7 +84,7 @@ class Distillation(Run):
     def run(self) -> None:
         start = time.monotonic()
         stages = self.recipe.stages
-        finished = max((i for i, s in enumerate(stages) if is_complete(self._student(s.name))), default=-1)
+        finished = max((i for i, s in enumerate(stages) if self._is_complete(s.name)), default=-1)
         student = self._untrained()
         self._check_student(student)
         self._evaluate("before", student)
@@ -89,16 +92,20 @@ class Distillation(Run):
             if i > finished:
                 self._forget(stage.name)
                 student = self._train(i, stage, student)
-                with write_whole(self._student(stage.name), replace=True) as folder:
-                    student.save_pretrained(folder)
-            elif is_complete(self._student(stage.name)):
+                self._write_student(stage.name, student)
+            elif self._is_complete(stage.name):
                 student = self._load(stage.name)
             else:
                 log.warning("%s is missing or damaged; going on from the later stage", self._student(stage.name))
                 continue
             self._evaluate(stage.name, student)
-        final = self.folder / STUDENT
-        if finished < len(stages) - 1 or not is_complete(final):
+        on_first(lambda: self._finish(student, new=finished < len(stages) - 1))
+        log.info("run finished in %.0f s", time.monotonic() - start)
+
+    def _finish(self, student: nn.Module, new: bool) -> None:
+        """The final student, and the report; new: it was trained just now."""
+        stages, final = self.recipe.stages, self.folder / STUDENT
+        if new or not is_complete(final):
             with write_whole(final, replace=True) as folder:
                 student.save_pretrained(folder)
                 self.tokenizer.save_pretrained(folder)
@@ -108,7 +115,6 @@ class Distillation(Run):
             self.folder, self.recipe, student.eval(), self.teacher, self.tokenizer, self.console,
             stages=names, labels=labels,
         )  # fmt: skip
-        log.info("run finished in %.0f s", time.monotonic() - start)
 
     # ---- models ----
 
@@ -175,7 +181,9 @@ class Distillation(Run):
         if stage.data is not None:  # its documents are held out as the recipe's are, so that none is trained on
             kept = {"validation_share": data.validation_share, "cache": stage.data.cache or data.cache}
             data = stage.data.model_copy(update=kept)
-        sources = self.sources if stage.data is None else load_sources(data, self._teacher_names(), self.tokenizer)
+        sources = self.sources
+        if stage.data is not None:
+            sources = first_before_others(lambda: load_sources(data, self._teacher_names(), self.tokenizer))
         wanted = stage.steps() * stage.batch_size * stage.gradient_accumulation
         rows = training_rows(data, sources, stage.sequence_length, wanted, self.recipe.seed, self._pad())
         if len(rows) < wanted:
@@ -186,8 +194,7 @@ class Distillation(Run):
             from mohawk.lora import add_adapter, merge_adapter
 
             if lora.keep:
-                with write_whole(self.folder / "phases" / stage.name / "base", replace=True) as folder:
-                    student.save_pretrained(folder)
+                on_first(functools.partial(self._write_base, stage.name, student))
             with mistakes("student.lora"):
                 student = add_adapter(student, lora.rank, lora.alpha, lora.dropout, lora.targets, lora.bits)
         router = None
@@ -208,14 +215,22 @@ class Distillation(Run):
         gc.collect()  # the optimizer's state, before the evaluation that follows
         if lora is not None:
             if lora.keep:
-                from mohawk.lora import save_adapter
-
-                for about in student.peft_config.values():
-                    about.base_model_name_or_path = str(self.folder / "phases" / stage.name / "base")
-                with write_whole(self.folder / "phases" / stage.name / "adapter", replace=True) as folder:
-                    save_adapter(student, folder)
+                on_first(functools.partial(self._write_adapter, stage.name, student))
             student = merge_adapter(student)
         return student.requires_grad_(True)
+
+    def _write_base(self, stage: str, student: nn.Module) -> None:
+        """What an adapter that is kept is of."""
+        with write_whole(self.folder / "phases" / stage / "base", replace=True) as folder:
+            student.save_pretrained(folder)
+
+    def _write_adapter(self, stage: str, student: nn.Module) -> None:
+        from mohawk.lora import save_adapter
+
+        for about in student.peft_config.values():
+            about.base_model_name_or_path = str(self.folder / "phases" / stage / "base")
+        with write_whole(self.folder / "phases" / stage / "adapter", replace=True) as folder:
+            save_adapter(student, folder)
 
     def _objective(
         self, i: int, stage: Stage, student: nn.Module, router: RoutedRationales | None = None
@@ -254,10 +269,18 @@ class Distillation(Run):
         )
 
     def _validate(self, student: nn.Module) -> tuple[float, float]:
-        """(student's, teacher's) loss on held-out text, nats per token."""
-        name = "held_out" if "held_out" in self.texts else next(iter(self.texts))
-        found = compare(student, self.texts[name], autocast=self.autocast)
+        """(student's, teacher's) loss on held-out text, nats per token; the same on all processes."""
+        found = self._on_held_out(student)
         return math.log(found.student_perplexity), math.log(found.teacher_perplexity)
+
+    def _on_held_out(self, student: nn.Module) -> Comparison:
+        """Measured by rank 0 for all."""
+
+        def measure() -> Comparison:
+            name = "held_out" if "held_out" in self.texts else next(iter(self.texts))
+            return compare(student, self.texts[name], autocast=self.autocast)
+
+        return from_first(measure)
 
     # ---- data ----
 
@@ -318,6 +341,10 @@ def checked_cache(stage: Stage) -> TeacherCache:
 
 def load(given: DistillTeacher, device: torch.device) -> nn.Module:
     """A recipe's teacher, on its device or devices."""
+    if given.device_map and several():
+        raise UserError(
+            "device_map: got auto in several processes, which would all spread over the same GPUs; leave it out"
+        )
     return load_teacher(
         given.model, gguf_file=given.gguf_file, revision=given.revision, dtype=given.dtype,
         trust_remote_code=given.trust_remote_code, device=device, quantize=given.quantize, device_map=given.device_map,

@@ -1,10 +1,180 @@
-"""What the processes that torchrun or accelerate started tell each other; in one process, nothing happens."""
+"""What the processes that torchrun or accelerate started tell each other; in one process, nothing happens.
 
-from collections.abc import Sequence
-from typing import Any
+A run in several processes is one program: all compute what training needs, the first (rank 0) alone writes, prints,
+measures, and decides what depends on files.
+"""
+
+import logging
+import os
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+
+from mohawk.errors import SaidElsewhere, UserError
+
+T = TypeVar("T")
+PATIENCE = timedelta(days=7)  # the others wait while the first tokenises or measures; a launcher ends them if it dies
+HEARING = timedelta(seconds=5)  # for a mistake that all find to be found by all
+
+_store: dist.Store | None = None  # where a process leaves word while others are in the middle of something
+_heard = False  # that the first process ends with the mistake that this one ends with
+
+
+def launched() -> bool:
+    """Whether torchrun or accelerate launch started this as one of several processes."""
+    return "LOCAL_RANK" in os.environ and int(os.environ.get("WORLD_SIZE", "1")) > 1
+
+
+def is_first() -> bool:
+    """Whether this is rank 0, or the only process."""
+    return dist.get_rank() == 0 if several() else not launched() or os.environ.get("RANK", "0") == "0"
+
+
+@contextmanager
+def joined(device: str | None = None) -> Iterator[None]:
+    """Within the block the processes of a launcher are one program, of which the first alone prints.
+
+    A UserError of the first one is a SaidElsewhere on the others, which may have found the same mistake themselves.
+
+    device: a recipe's, which makes them a process group, each with a GPU of its own unless it is cpu; None: not yet.
+    """
+    if not launched():
+        yield
+        return
+    _start(device)
+    if is_first():
+        try:
+            yield
+        except UserError as error:
+            _tell(error)
+            raise
+        return
+    with _quiet():
+        try:
+            yield
+        except UserError as error:
+            if _first_said(error):
+                raise SaidElsewhere(str(error)) from error
+            raise
+
+
+def leave() -> None:
+    """At the end of the program."""
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def _start(device: str | None) -> None:
+    global _store
+    if dist.is_initialized():  # by a program that calls us
+        return
+    if _store is None:
+        _store = next(dist.rendezvous("env://", timeout=PATIENCE))[0]
+    if device is None:
+        return
+    cuda = device != "cpu" and torch.cuda.is_available()
+    if cuda:
+        local, count = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+        if local >= count:
+            raise UserError(
+                f"device: {local + 1} processes or more on a machine of {count} GPUs; start one for each GPU"
+            )
+        torch.cuda.set_device(local)
+    # what is told, and waited for, goes over gloo: NCCL would keep the GPUs busy with it
+    backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
+    rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    store = dist.PrefixStore("group", _store)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=PATIENCE)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Within the block only errors are printed."""
+    from transformers.utils import logging as theirs
+
+    ours = logging.getLogger("mohawk")
+    level, verbosity, bars = ours.level, theirs.get_verbosity(), theirs.is_progress_bar_enabled()
+    ours.setLevel(logging.ERROR)
+    theirs.set_verbosity_error()
+    theirs.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        ours.setLevel(level)
+        theirs.set_verbosity(verbosity)
+        if bars:
+            theirs.enable_progress_bar()
+
+
+def _tell(error: UserError) -> None:
+    """The first process's mistake, for the others; waits a little until they have heard it."""
+    if _store is not None:
+        _store.set("error", str(error))
+        _found(*(f"heard {rank}" for rank in range(1, int(os.environ["WORLD_SIZE"]))))
+
+
+def _first_said(error: UserError) -> bool:
+    """Whether the first process ends with the same mistake. Once it was told that all know, it is gone."""
+    global _heard
+    if _heard or _store is None or not _found("error"):
+        return isinstance(error, SaidElsewhere)
+    _heard = _store.get("error").decode() == str(error)
+    _store.set(f"heard {os.environ['RANK']}", "")
+    return _heard
+
+
+def _found(*keys: str) -> bool:
+    """Whether word is left under all the keys, or is so within seconds."""
+    try:
+        _store.wait(list(keys), HEARING)
+    except dist.DistError:  # none in time, or the first process is gone
+        return False
+    return True
+
+
+def on_first(work: Callable[[], T]) -> T | None:
+    """Rank 0 does `work` while the others wait; gives what it gives there, None elsewhere. Errors end all."""
+    return _on_first(work, shared=False)
+
+
+def from_first(work: Callable[[], T]) -> T:
+    """What rank 0's `work` gives, on every rank (pickled); it is done there alone. Errors end all."""
+    return _on_first(work, shared=True)
+
+
+def first_before_others(work: Callable[[], T]) -> T:
+    """All do `work`, rank 0 before the others, which then find in caches what it wrote."""
+    done = on_first(work)
+    return done if is_first() else work()
+
+
+def _on_first(work: Callable[[], Any], shared: bool) -> Any:
+    if not several():
+        return work()
+    if not is_first():
+        kind, value = agree(None)
+        if kind == "mistake":
+            raise SaidElsewhere(value)
+        if kind == "error":
+            raise SystemExit(value)
+        return value
+    try:
+        value = work()
+    except UserError as error:
+        agree(("mistake", str(error)))
+        raise
+    except BaseException as error:  # a bug, or a signal: nobody is to wait for what will not come
+        agree(("error", 130 if isinstance(error, KeyboardInterrupt) else 1))
+        raise
+    agree(("done", value if shared else None))
+    return value
 
 
 def several() -> bool:

@@ -15,6 +15,7 @@ from tqdm import tqdm
 from transformers import TrainerCallback
 
 from mohawk.metrics import METRICS, drop_after
+from mohawk.processes import is_first
 
 LOG = "log.txt"
 
@@ -164,7 +165,10 @@ def describe(record: dict[str, Any]) -> str:
 
 @contextmanager
 def log_to(run_dir: str | os.PathLike) -> Iterator[None]:
-    """Within the block, what the package logs at INFO and above is appended to `run_dir`/log.txt."""
+    """Within the block, what the package logs at INFO and above is appended to `run_dir`/log.txt, by rank 0."""
+    if not is_first():
+        yield
+        return
     run_dir = Path(run_dir)
     run_dir.mkdir(parents=True, exist_ok=True)
     handler = logging.FileHandler(run_dir / LOG, encoding="utf-8")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import gc
 import json
 import logging
@@ -19,12 +20,11 @@ import torch
 from rich.console import Console
 from torch import nn
 
-from mohawk.checkpoints import is_complete, newest_complete, write_whole
+from mohawk.checkpoints import is_complete, write_whole
 from mohawk.data import PackedDataset, collate
 from mohawk.distill import Distillation, loss_label, mistakes
 from mohawk.distill_data import training_rows
 from mohawk.errors import UserError
-from mohawk.evaluate import Comparison, compare
 from mohawk.importance import Importance, choose, chosen_layers, measure_importance
 from mohawk.importance_baselines import magnitude_importance, random_importance
 from mohawk.layer_drops import measure_layer_drops
@@ -33,6 +33,7 @@ from mohawk.models.cuts import Cut, cut
 from mohawk.models.from_teacher import hybrid_from_teacher
 from mohawk.plan import objective_for
 from mohawk.plots import plot_candidates
+from mohawk.processes import first_before_others, from_first, is_first, joined, on_first
 from mohawk.progress import log_to
 from mohawk.prune_layers import chosen_with_mix, layer_kinds, mix_of
 from mohawk.prune_plan import Plan, Round, convert_options, costs_of, found_for, make_plan, print_plan
@@ -50,7 +51,7 @@ log = logging.getLogger(__name__)
 
 
 def prune(recipe: PruneRecipe, *, dry_run: bool = False) -> None:
-    """Run a recipe to its end, or go on with it.
+    """Run a recipe to its end, or go on with it; in all the processes that torchrun or accelerate started.
 
     Args:
         recipe: checked by `PruneRecipe.load` or `PruneRecipe.from_dict`.
@@ -61,19 +62,34 @@ def prune(recipe: PruneRecipe, *, dry_run: bool = False) -> None:
             folder holds another run.
         Interrupted: a signal stopped the run after it saved.
     """
-    console = Console()
-    teacher, run = recipe.teacher, Path(recipe.output)
-    config = load_config(
-        teacher.model, gguf_file=teacher.gguf_file, revision=teacher.revision,
-        trust_remote_code=teacher.trust_remote_code,
-    )  # fmt: skip
-    plan = make_plan(recipe, config, pick_device(recipe.device), _saved_candidates(run, recipe))
-    print_plan(plan, recipe, console)
-    if dry_run:
-        _check_places(run, recipe)
-        return
-    with claimed(run, recipe), log_to(run):
-        Pruning(recipe, run, console, plan).run()
+    with joined(recipe.device):
+        console = Console(quiet=not is_first())
+        teacher, run = recipe.teacher, Path(recipe.output)
+        config = first_before_others(
+            lambda: load_config(
+                teacher.model, gguf_file=teacher.gguf_file, revision=teacher.revision,
+                trust_remote_code=teacher.trust_remote_code,
+            )
+        )  # fmt: skip
+        plan = _plan(recipe, config, run)
+        print_plan(plan, recipe, console)
+        if dry_run:
+            on_first(lambda: _check_places(run, recipe))
+            return
+        with claimed(run, recipe), log_to(run):
+            Pruning(recipe, run, console, plan).run()
+
+
+def _plan(recipe: PruneRecipe, config: Any, run: Path) -> Plan:
+    """The plan, with a stopped run's candidates; one of several processes measures a latency, for all."""
+    device = pick_device(recipe.device)
+
+    def make() -> Plan:
+        return make_plan(recipe, config, device, _saved_candidates(run, recipe))
+
+    plan = on_first(make)
+    found = from_first(lambda: plan.rounds[0].candidates if plan.rounds else [])
+    return make_plan(recipe, config, device, found) if plan is None else plan
 
 
 def _check_places(run: Path, recipe: PruneRecipe) -> None:
@@ -123,15 +139,14 @@ class Pruning(Distillation):
             with mistakes("prune.vocabulary"):
                 trim_tokenizer(self.tokenizer, range(max(len(self.tokenizer), self.plan.own.vocabulary)))
         steps = self.recipe.steps()
-        finished = max((i for i, s in enumerate(steps) if is_complete(self._student(s.name))), default=-1)
+        finished = max((i for i, s in enumerate(steps) if self._is_complete(s.name)), default=-1)
         student: nn.Module | None = None
         for i, step in enumerate(steps):
-            whole = is_complete(self._student(step.name))
+            whole = self._is_complete(step.name)
             if i > finished or step.kind == "correct" and not whole:
                 self._forget(step.name)
                 student = self._take(step, student)
-                with write_whole(self._student(step.name), replace=True) as folder:
-                    student.save_pretrained(folder)
+                self._write_student(step.name, student)
             elif whole:
                 student = self._load(step.name)
             else:
@@ -144,16 +159,21 @@ class Pruning(Distillation):
             gc.collect()
         student = self.teacher if student is None else student
         final = self.folder / STUDENT
-        if finished < len(steps) - 1 or not is_complete(final):
-            self._write_final(student, final)
+        if finished < len(steps) - 1 or not from_first(lambda: is_complete(final)):
+            on_first(functools.partial(self._write_final, student, final))
         del student
+        on_first(self._finish)
+        log.info("run finished in %.0f s", time.monotonic() - start)
+
+    def _finish(self) -> None:
+        """The report."""
+        steps, final = self.recipe.steps(), self.folder / STUDENT
         student = load_teacher(final, dtype="auto", device=self.device)
         finish(
             self.folder, self.recipe, student.eval(), self.teacher, self.tokenizer, self.console,
             stages={step.name: step.told for step in steps}, labels=self._labels(steps),
             own_tables=self._tables(student), student_tokenizer=load_tokenizer(final),
         )  # fmt: skip
-        log.info("run finished in %.0f s", time.monotonic() - start)
 
     def _take(self, step: Step, student: nn.Module | None) -> nn.Module:
         """The student after a step; student: before it, None: the teacher is."""
@@ -174,14 +194,16 @@ class Pruning(Distillation):
     def _load_teacher(self) -> nn.Module:
         corrected = self.recipe.correct and self._student(self.recipe.correct.name)
         measured = corrected and (self.folder / "evaluation" / f"{self.recipe.correct.name}.json").is_file()
-        if measured and is_complete(corrected):  # nothing is left to compare with the one as it was
+        if from_first(
+            lambda: bool(measured and is_complete(corrected))
+        ):  # nothing is left to compare with the one as it was
             return load_teacher(corrected, dtype=self._teacher_dtype(), device=self.device)
         return super()._load_teacher()
 
     def _correct_teacher(self, corrected: nn.Module) -> None:
         """From here on all is compared with, and cut from, the teacher as fine-tuned on the text."""
         self.teacher = corrected.to(self.teacher.dtype).eval().requires_grad_(False)
-        self.texts = self._evaluation_texts()
+        self.texts = on_first(self._evaluation_texts) or {}
 
     def _teacher_dtype(self) -> str:
         return self.recipe.teacher.dtype
@@ -207,7 +229,7 @@ class Pruning(Distillation):
         total, inside = parameters_of(smaller)
         found = {"before": asdict(sizes_of(base.config)), "after": asdict(sizes_of(smaller.config)), "layers": kept,
                  "parameters": total, "outside_embedding_and_head": inside}  # fmt: skip
-        write_json(folder / "cut.json", found)
+        on_first(lambda: write_json(folder / "cut.json", found))
         log.info("round %d: %s", number, json.dumps(found))
         self._check_budget(number, smaller)
         return smaller
@@ -217,7 +239,7 @@ class Pruning(Distillation):
         all layers are alike."""
         if self.recipe.prune.targets or len(self.plan.rounds) == 1 or self.plan.rounds[0].budget is None:
             return None
-        state = read_json(self._round(1) / "search.json")
+        state = from_first(lambda: read_json(self._round(1) / "search.json"))
         mix = mix_of(self.plan.config, state["candidates"][state["picked"]]["layers"])
         return mix if len(set(layer_kinds(self.plan.config))) > 1 else None
 
@@ -245,6 +267,9 @@ class Pruning(Distillation):
             )  # fmt: skip
 
     def _scores(self, number: int, base: nn.Module) -> Importance:
+        return from_first(lambda: self._kept_scores(number, base))
+
+    def _kept_scores(self, number: int, base: nn.Module) -> Importance:
         path = self._round(number) / "importance.safetensors"
         if path.is_file():
             try:
@@ -279,6 +304,9 @@ class Pruning(Distillation):
 
     def _layer_scores(self, number: int, base: nn.Module, round_: Round) -> Any:
         """What `choose` calls layers: a word, indices, or scores of its own."""
+        return from_first(lambda: self._kept_layer_scores(number, base, round_))
+
+    def _kept_layer_scores(self, number: int, base: nn.Module, round_: Round) -> Any:
         given, by = round_.target.layers, self.recipe.prune.layers_by
         if given is not None and not isinstance(given, int):
             return given
@@ -304,7 +332,7 @@ class Pruning(Distillation):
             with mistakes(round_.where):
                 return target_sizes(base.config, self._still_there(number, base))
         searched = number if round_.budget is not None else 1
-        state = read_json(self._round(searched) / "search.json")
+        state = from_first(lambda: read_json(self._round(searched) / "search.json"))
         if state is None or "picked" not in state:
             picked = self._search(number, base, scores, layers)
         else:
@@ -336,20 +364,17 @@ class Pruning(Distillation):
         planned = number == 1 and (alike or round_.budget.kind == "latency")
         if not planned:
             costs = costs_of(self.recipe, base.config, round_.budget.kind, self.device)
-            if not (folder / "search.json").is_file():  # whose candidates are kept
-                found = found_for(self.recipe, costs, round_.budget, round_.where, kept)
+            if not from_first((folder / "search.json").is_file):  # whose candidates are kept
+                found = from_first(lambda: found_for(self.recipe, costs, round_.budget, round_.where, kept))
         light = self._light_healing(folder) if self.recipe.search.tokens else None
         picked = search(
             found, costs, round_.budget, kept=kept, heal=light, measure=self._on_held_out, folder=folder,
             make=lambda sizes: cut_in_float32(base, choose(scores, sizes, layers=layers)),
             console=self.console,
         )  # fmt: skip
-        plot_candidates(read_json(folder / "search.json"), self.folder / "plots" / f"search_{number}.png")
+        plot = self.folder / "plots" / f"search_{number}.png"
+        on_first(lambda: plot_candidates(read_json(folder / "search.json"), plot))
         return picked
-
-    def _on_held_out(self, student: nn.Module) -> Comparison:
-        name = "held_out" if "held_out" in self.texts else next(iter(self.texts))
-        return compare(student, self.texts[name], autocast=self.autocast)
 
     def _light_healing(self, folder: Path) -> Callable[[int, nn.Module], None]:
         asked = {"tokens": self.recipe.search.tokens, "advance": None}
@@ -361,7 +386,8 @@ class Pruning(Distillation):
                 self._train(0, self.recipe.heal.model_copy(update={**asked, "name": name}), student)
             finally:
                 self.folder = own
-            shutil.rmtree(folder / "phases" / name, ignore_errors=True)  # its figures are kept, its weights are not
+            weights = folder / "phases" / name
+            on_first(lambda: shutil.rmtree(weights, ignore_errors=True))  # its figures are kept, its weights are not
 
         return heal
 
@@ -372,7 +398,7 @@ class Pruning(Distillation):
         phase, parent = getattr(self.recipe.convert, name), self.teacher
         if self.plan.rounds:
             folder = self._student(f"prune_{len(self.plan.rounds)}")
-            if not is_complete(folder):
+            if not from_first(lambda: is_complete(folder)):
                 raise UserError(f"{folder} is missing or damaged; to make it again, delete {folder.parent.parent}")
             parent = load_teacher(folder, device=self.device)
         wanted = phase.steps() * phase.batch_size * phase.gradient_accumulation
@@ -380,7 +406,7 @@ class Pruning(Distillation):
             self.recipe.data, self.sources, phase.sequence_length, wanted, self.recipe.seed, self._pad()
         )
         trainer = self._trainer(name, phase, objective_for(name, phase, student, parent), rows)
-        if name == "hidden" and phase.solve_tokens and newest_complete(trainer.folder) is None:
+        if name == "hidden" and phase.solve_tokens and not self._has_checkpoint(trainer):
             count = min(len(rows), -(-phase.solve_tokens // phase.sequence_length))
             batches = (
                 collate([rows[i] for i in range(start, min(start + phase.batch_size, count))])

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import math
 from collections.abc import Callable, Sequence
@@ -22,6 +23,7 @@ from mohawk.errors import UserError
 from mohawk.evaluate import Comparison, decode_speed
 from mohawk.models.cut_sizes import Sizes, sized_config, sizes_of
 from mohawk.models.families import needed_attention
+from mohawk.processes import from_first, on_first
 from mohawk.prune_sizes import (
     WIDTHS,
     empty_model,
@@ -272,9 +274,11 @@ def search(
     Args:
         make: a candidate, cut. heal: called with its number and model, trains it in place; None: ranked as cut.
         measure: on held-out text.
+
+    In several processes all take part in healing; what `make` and `measure` give is the same on all.
     """
     path = folder / "search.json"
-    state = read_json(path) or {"candidates": [{"sizes": asdict(sizes)} for sizes in found]}
+    state = from_first(lambda: read_json(path)) or {"candidates": [{"sizes": asdict(sizes)} for sizes in found]}
     state |= {"budget": asdict(budget), "unit": UNITS[budget.kind]}
     rows = state["candidates"]
     heal = heal if len(rows) > 1 else None  # one alone needs no ranking
@@ -285,7 +289,8 @@ def search(
         layers = list(kept(sizes.layers))
         config = sized_config(costs.config, sizes, layers)
         model = make(sizes)
-        row |= {"layers": layers, "parameters": parameters_of(empty_model(config))[0], "cost": costs(sizes, layers)}
+        cost = from_first(functools.partial(costs, sizes, layers))
+        row |= {"layers": layers, "parameters": parameters_of(empty_model(config))[0], "cost": cost}
         before = measure(model)
         row |= {"kl_as_cut": before.kl, "perplexity_as_cut": before.student_perplexity}
         if heal is not None:
@@ -293,7 +298,7 @@ def search(
         after = measure(model) if heal is not None else before
         row |= {"perplexity": after.student_perplexity, "top1_agreement": after.top1_agreement, "kl": after.kl}
         del model
-        write_json(path, state)
+        on_first(lambda: write_json(path, state))
         console.print(
             f"candidate {number + 1} of {len(rows)}: {sizes_line(sizes)}: KL {before.kl:.4f}"
             + (f" as cut, {after.kl:.4f} after light healing" if heal is not None else " as cut"),
@@ -301,7 +306,7 @@ def search(
         )
     best = min(range(len(rows)), key=lambda i: _rank(rows[i]))
     state["picked"] = best
-    write_json(path, state)
+    on_first(lambda: write_json(path, state))
     print_tables([search_table(state)], console)
     return Sizes(**rows[best]["sizes"])
 

@@ -19,11 +19,12 @@ import torch
 from rich.console import Console
 from torch import nn
 
-from mohawk.checkpoints import locked
+from mohawk.checkpoints import is_complete, locked, newest_complete, write_whole
 from mohawk.data import Data, PackedDataset, collate, load_data
 from mohawk.errors import UserError
 from mohawk.evaluate import TeacherStates, compare, teacher_states
 from mohawk.precision import autocast_dtype
+from mohawk.processes import first_before_others, from_first, on_first, several
 from mohawk.report import RESULTS, read_json, write_json, write_text
 from mohawk.teachers import load_teacher, load_tokenizer
 from mohawk.trainer import PhaseTrainer
@@ -40,13 +41,20 @@ PLACES = ("output", "data.cache")  # a moved run is the same run
 
 @contextmanager
 def claimed(run: Path, recipe: Any) -> Iterator[None]:
-    """Within the block the folder is this recipe's and this process's.
+    """Within the block the folder is this recipe's and this process's, or this program's in several processes.
 
     recipe: of any kind: it has `load`, `to_yaml`, `model_dump` and `output`.
 
     Raises:
         UserError: the folder is another recipe's, another program's, in use, or cannot be written.
     """
+    with ExitStack() as stack:
+        on_first(lambda: stack.enter_context(_claimed(run, recipe)))
+        yield
+
+
+@contextmanager
+def _claimed(run: Path, recipe: Any) -> Iterator[None]:
     written = run / RECIPE
     old = _written(written, type(recipe)) if written.is_file() else None
     changed = [] if old is None else _changed(old, recipe)
@@ -120,13 +128,16 @@ class Run:
         self.autocast = autocast_dtype(recipe.precision, self.device)
         teacher = recipe.teacher
         where = {"gguf_file": teacher.gguf_file, "revision": teacher.revision}
-        self.tokenizer = load_tokenizer(
-            teacher.model, tokenizer=teacher.tokenizer, trust_remote_code=teacher.trust_remote_code, **where
+        self.tokenizer = first_before_others(
+            lambda: load_tokenizer(
+                teacher.model, tokenizer=teacher.tokenizer, trust_remote_code=teacher.trust_remote_code, **where
+            )
         )
-        self.data = self._load_data()
+        self.data = first_before_others(self._load_data)
         self.teacher = self._load_teacher()
         self._check_tokens()
-        self.texts = self._evaluation_texts()
+        # where everything is measured
+        self.texts = on_first(self._evaluation_texts) or {}
 
     def _load_teacher(self) -> nn.Module:
         teacher = self.recipe.teacher
@@ -158,6 +169,9 @@ class Run:
 
     def _evaluate(self, stage: str, student: nn.Module) -> None:
         """Compares with the teacher on every text, once a stage."""
+        on_first(lambda: self._measure(stage, student))
+
+    def _measure(self, stage: str, student: nn.Module) -> None:
         path = self.folder / "evaluation" / f"{stage}.json"
         if read_json(path) is not None:
             return
@@ -180,9 +194,28 @@ class Run:
     def _student(self, phase: str) -> Path:
         return self.folder / "phases" / phase / STUDENT
 
+    def _is_complete(self, phase: str) -> bool:
+        """Whether a phase's student is there; the same on all processes."""
+        return from_first(lambda: is_complete(self._student(phase)))
+
+    def _has_checkpoint(self, trainer: PhaseTrainer) -> bool:
+        return from_first(lambda: newest_complete(trainer.folder) is not None)
+
     def _forget(self, stage: str) -> None:
-        for path in (self.folder / "evaluation" / f"{stage}.json", self.folder / RESULTS):
-            path.unlink(missing_ok=True)
+        def forget() -> None:
+            for path in (self.folder / "evaluation" / f"{stage}.json", self.folder / RESULTS):
+                path.unlink(missing_ok=True)
+
+        on_first(forget)
+
+    def _write_student(self, phase: str, student: nn.Module) -> None:
+        """After a phase: when this returns, it is there."""
+
+        def write() -> None:
+            with write_whole(self._student(phase), replace=True) as folder:
+                student.save_pretrained(folder)
+
+        on_first(write)
 
     def _rows(self, name: str, phase: Any) -> PackedDataset:
         """The training text in rows of a phase's length."""
@@ -241,4 +274,6 @@ def pick_device(name: str) -> torch.device:
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cuda" and not torch.cuda.is_available():
         raise UserError("device: got cuda, but torch sees no CUDA device here; use auto or cpu")
+    if name == "cuda" and several():
+        return torch.device(name, torch.cuda.current_device())  # this process's own
     return torch.device(name)

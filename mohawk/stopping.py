@@ -19,9 +19,9 @@ SAYING = b"\nsaving a checkpoint after this step, then stopping; once more stops
 class StopRequest:
     """`number` is the signal that came while `caught()` was active, or None."""
 
-    def __init__(self, same_signal: float = SAME_SIGNAL):
+    def __init__(self, same_signal: float = SAME_SIGNAL, says: bool = True):
         self.number: int | None = None
-        self.same_signal = same_signal
+        self.same_signal, self.says = same_signal, says
 
     @contextmanager
     def caught(self) -> Iterator[None]:
@@ -44,7 +44,8 @@ class StopRequest:
             nonlocal first
             if self.number is None:
                 self.number, first = number, time.monotonic()
-                os.write(2, SAYING)  # not through logging: the signal may have come in the middle of its writing
+                if self.says:
+                    os.write(2, SAYING)  # not through logging: the signal may have come in the middle of its writing
             elif time.monotonic() - first > self.same_signal:
                 restore()
                 signal.raise_signal(number)

@@ -169,7 +169,8 @@ class PhaseTrainer(Trainer):
         self.skipped_steps = 0
         self.nonfinite_in_a_row = 0
         self._failure: str | None = None
-        self._request = StopRequest(SAME_SIGNAL_DISTRIBUTED if several() else SAME_SIGNAL)
+        same = SAME_SIGNAL_DISTRIBUTED if several() else SAME_SIGNAL
+        self._request = StopRequest(same, says=self.is_world_process_zero())
         self._stop = False  # all processes agreed to
         self._parts: dict[str, torch.Tensor] = {}  # of the running step, by name
         self._step_loss: float | None = None  # of the step that just ended, None if it changed nothing
