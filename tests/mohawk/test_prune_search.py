@@ -239,7 +239,7 @@ def hybrid_of(checkpoint, folder, ssm):  # noqa: F811
     return teacher
 
 
-@pytest.mark.parametrize(("seed", "layers_by"), [(1, "block_importance"), (2, "contiguous")])
+@pytest.mark.parametrize(("seed", "layers_by"), [(1, "block_importance")])
 def test_rounds_of_a_hybrid_end_within_the_budget(layers_by, seed, checkpoint, texts, tmp_path):  # noqa: F811
     hybrid_of(checkpoint, tmp_path / "hybrid", [1, 3, 5])
     run = tmp_path / "run"
@@ -262,10 +262,9 @@ def test_rounds_of_a_hybrid_end_within_the_budget(layers_by, seed, checkpoint, t
     [
         {"layers": 2, "state_heads": 2, "rounds": 2},
         {"targets": [{"layers": [0, 2, 3, 4]}, {"ffn": 20}]},
-        {"targets": [{"layers": 4}, {"ffn": 20, "state_size": 4}]},
         {"targets": [{"layers": [0, 2, 3, 4]}, {"parameters": 0.4}]},
     ],
-    ids=["one target", "as planned", "a target each", "then a budget"],
+    ids=["one target", "as planned", "then a budget"],
 )
 def test_a_hybrid_that_loses_its_mixers_on_the_way(target, checkpoint, texts, tmp_path, monkeypatch):  # noqa: F811
     hybrid_of(checkpoint, tmp_path / "hybrid", [1, 5])
