@@ -19,7 +19,7 @@ if not os.path.isdir(os.path.join(_HERE, "kernels")):
 
 if TYPE_CHECKING:
     from mohawk.attention_match import AttentionMatch
-    from mohawk.distillation import KnowledgeDistiller, match_attention, match_hidden
+    from mohawk.distillation import KnowledgeDistiller
     from mohawk.distillation_trainer import DistillationTrainer
     from mohawk.features import HiddenMatch, layer_map
     from mohawk.importance import Importance, measure_importance
@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from mohawk.kernels.mixing import AttentionMixing, SSDMixing, mixing_matrix
     from mohawk.kernels.mixing_distance import mixing_distance
     from mohawk.kernels.ssd import ssd, ssd_step
+    from mohawk.matchings import match_attention, match_hidden
     from mohawk.minitron import MinitronPruner
     from mohawk.models.bamba import from_bamba, to_bamba
     from mohawk.models.cuts import Cut, cut, keep_layers
@@ -58,8 +59,8 @@ _PUBLIC = {
     "RationaleDistiller": "mohawk.rationales",
     "TeacherCache": "mohawk.teacher_cache",
     "layer_map": "mohawk.features",
-    "match_attention": "mohawk.distillation",
-    "match_hidden": "mohawk.distillation",
+    "match_attention": "mohawk.matchings",
+    "match_hidden": "mohawk.matchings",
     "causal_conv1d": "mohawk.kernels.causal_conv1d",
     "kd_loss": "mohawk.kernels.kd_loss",
     "linear_kd_loss": "mohawk.kernels.kd_loss",

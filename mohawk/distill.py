@@ -24,11 +24,12 @@ from mohawk.attention_match import AttentionMatch
 from mohawk.checkpoints import is_complete, write_whole
 from mohawk.distill_data import Sources, held_out_rows, load_sources, rows_by_source, training_rows
 from mohawk.distill_recipe import DistillRecipe, DistillStudent, DistillTeacher, Ramp, Stage
-from mohawk.distillation import KnowledgeDistiller, Matching, match_attention, match_hidden, parameter_count
+from mohawk.distillation import KnowledgeDistiller, parameter_count
 from mohawk.errors import UserError
 from mohawk.evaluate import Comparison, TeacherStates, compare, teacher_states
 from mohawk.features import HiddenMatch, layer_map
 from mohawk.kernels.kd_teachers import TAIDSchedule
+from mohawk.matchings import Matching, match_attention, match_hidden
 from mohawk.models.cuts import keep_layers, resolve_layers
 from mohawk.models.decoders import decoder
 from mohawk.models.families import needed_attention

@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,65 +16,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mohawk.advance import Advance
-from mohawk.attention_match import AttentionMatch, collect_attention
-from mohawk.features import HiddenMatch, collect_hidden
 from mohawk.heads import Head, final_hidden_states
 from mohawk.kernels.kd_loss import TAIDSchedule, TeacherHidden, TeacherTAID, linear_kd_loss
+from mohawk.label_probability import label_probability
+from mohawk.matchings import IGNORED, Matching, next_column
 from mohawk.processes import several, total
 from mohawk.schedules import Ramp, at, temperature_for
-from mohawk.teacher_models import Answer, AverageTeacher, ModelTeacher, Watch, model_inputs
+from mohawk.teacher_models import Answer, AverageTeacher, ModelTeacher, model_inputs
 from mohawk.weight_decay import parameter_groups
 
 if TYPE_CHECKING:
     from mohawk.rationale_router import RoutedRationales
 
-IGNORED = -100
 SAMPLED_ROWS = 256  # of a batch, on which agreement and the teacher's entropy are measured
-
-
-@dataclass(frozen=True)
-class Matching:
-    """A loss between layers of student and teacher.
-
-    student, teacher: what is watched in each during its pass. loss: called as loss(student_seen, teacher_seen, batch),
-    a mean over the positions that predict a label, or, with `by_row`, over rows. module: whose parameters train with
-    the student's, if it has any.
-    """
-
-    loss: Callable[[Any, Any, Mapping[str, Tensor]], Tensor]
-    student: Watch
-    teacher: Watch
-    weight: float | Ramp = 1.0
-    module: nn.Module | None = None
-    by_row: bool = False
-
-
-def match_hidden(match: HiddenMatch, weight: float | Ramp = 1.0) -> Matching:
-    """Hidden states of layer pairs (mohawk/features.py), at the positions that predict a label."""
-
-    def loss(student, teacher, batch):
-        # a position's hidden state predicts the next token, so that token's weight is its
-        weights = _next(batch["weights"], 0.0) if "weights" in batch else None
-        return match(student, teacher, _next(batch["labels"], IGNORED) != IGNORED, weights)
-
-    return Matching(
-        loss,
-        student=lambda model: collect_hidden(model, match.student_layers),
-        teacher=lambda model: collect_hidden(model, match.teacher_layers),
-        weight=weight,
-        module=match,
-    )
-
-
-def match_attention(match: AttentionMatch, weight: float | Ramp = 1.0) -> Matching:
-    """Mixing matrices of layer pairs (mohawk/attention_match.py), of whole rows."""
-    return Matching(
-        lambda student, teacher, batch: match(student, teacher, segments(batch)),
-        student=lambda model: collect_attention(model, match.student_layers),
-        teacher=lambda model: collect_attention(model, match.teacher_layers),
-        weight=weight,
-        by_row=True,
-    )
 
 
 class KnowledgeDistiller(nn.Module):
@@ -264,10 +217,10 @@ class KnowledgeDistiller(nn.Module):
             seen = [stack.enter_context(m.student(self.student)) for m in matchings.values()]
             hidden = final_hidden_states(self.student, model_inputs(batch), forward)
         answers = [None] if self.teacher is None else self.teacher(batch, [m.teacher for m in matchings.values()])
-        labels = _next(batch["labels"], IGNORED)
+        labels = next_column(batch["labels"], IGNORED)
         count = (labels != IGNORED).sum()
         divisor = count.clamp(min=1) if normalizer is None else normalizer
-        weights = _next(batch["weights"], 0.0) if "weights" in batch else None
+        weights = next_column(batch["weights"], 0.0) if "weights" in batch else None
         head = Head.of(self.student)
         loss = 0.0
         for answer in answers:
@@ -381,70 +334,9 @@ class KnowledgeDistiller(nn.Module):
         self._measure("teacher_entropy", entropy, count)
 
 
-def real_tokens(batch: Mapping[str, Tensor]) -> Tensor:
-    """(b, n) bool: what is no padding."""
-    if "segment_ids" in batch:
-        return batch["segment_ids"] >= 0
-    if "attention_mask" in batch:
-        return batch["attention_mask"].bool()
-    return torch.ones_like(batch["input_ids"], dtype=torch.bool)
-
-
-def segments(batch: Mapping[str, Tensor]) -> Tensor | None:
-    """(b, n) int64: the document of each token, -1 at padding; None where every row is one document."""
-    if "segment_ids" in batch:
-        return batch["segment_ids"]
-    return batch["attention_mask"].long() - 1 if "attention_mask" in batch else None
-
-
-@torch.no_grad()
-def label_probability(source, labels: Tensor, vocab_size: int | None = None, rows: int = 256) -> Tensor:
-    """(...,) float32: the teacher's probability of each label, 0 where it is ignored or beyond `vocab_size`.
-
-    source: any teacher of `kd_loss` but samples. At temperature 1; of a top k at the temperature it was cut at, where
-    ids outside it have the tail's mass spread evenly over the rest of `vocab_size` entries.
-    """
-    flat, found = labels.flatten(), torch.zeros(labels.numel(), device=labels.device)
-    real = ((flat != IGNORED) & (flat < (vocab_size or math.inf))).nonzero().squeeze(1)
-    for part in real.split(rows):
-        found[part] = _probability(source, part, flat[part], labels.dim(), vocab_size).float()
-    return found.view_as(labels)
-
-
-def _probability(source, rows: Tensor, labels: Tensor, dims: int, vocab_size: int | None) -> Tensor:
-    from mohawk.kernels.kd_loss import TeacherLogits, TeacherMixture, TeacherTopK
-    from mohawk.kernels.kd_teachers import mixture_weights, tail_of
-
-    if isinstance(source, TeacherMixture):
-        weights = mixture_weights(source)
-        return sum(
-            w * _probability(t, rows, labels, dims, vocab_size) for w, t in zip(weights, source.teachers, strict=True)
-        )
-    if isinstance(source, TeacherHidden):
-        head = Head(source.head, source.bias, source.logit_scale, source.logit_softcap)
-        logits = head.logits(source.hidden.flatten(0, dims - 1)[rows])
-    elif isinstance(source, TeacherLogits):
-        logits = source.logits.flatten(0, dims - 1)[rows].float()
-    elif isinstance(source, TeacherTopK):
-        ids, logprobs = (t.flatten(0, dims - 1)[rows] for t in (source.ids, source.logprobs))
-        tail = None if source.tail_logprob is None else source.tail_logprob.flatten()[rows]
-        hit = ids == labels[:, None]
-        vocab = vocab_size or int(ids.max()) + 1
-        rest = tail_of(logprobs.float(), tail, vocab).exp() / max(1, vocab - ids.shape[1])
-        return torch.where(hit.any(-1), (logprobs.float().exp() * hit).sum(-1), rest)
-    else:
-        raise ValueError(f"confidence: needs a teacher's probabilities, which {type(source).__name__} does not have")
-    return logits[:, :vocab_size].log_softmax(-1).gather(1, labels[:, None]).squeeze(1).exp()
-
-
 def _labels(batch: Mapping[str, Tensor]) -> int:
     """How many labels a batch predicts."""
     return int((batch["labels"][:, 1:] != IGNORED).sum())
-
-
-def _next(column: Tensor, fill: float) -> Tensor:
-    """A column aligned with the positions that predict it; the last position predicts nothing."""
-    return F.pad(column[:, 1:], (0, 1), value=fill)
 
 
 def parameter_count(model: nn.Module) -> int:

@@ -13,7 +13,8 @@ from torch import nn
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from mohawk.distillation import IGNORED, KnowledgeDistiller
+from mohawk.distillation import KnowledgeDistiller
+from mohawk.matchings import IGNORED
 from mohawk.processes import several, sum_gradients
 
 TENSORS, VALUES = "distillation.safetensors", "distillation.json"  # of the distiller, in a checkpoint

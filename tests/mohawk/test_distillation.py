@@ -16,10 +16,10 @@ from mohawk import (
     match_attention,
     match_hidden,
 )
-from mohawk.distillation import label_probability
 from mohawk.errors import UserError
 from mohawk.heads import Head, final_hidden_states
 from mohawk.kernels.kd_teachers import TeacherLogits, TeacherTopK
+from mohawk.label_probability import label_probability
 from mohawk.models.from_teacher import hybrid_from_teacher
 from mohawk.schedules import Ramp, at, temperature_for
 from mohawk.teacher_models import AverageTeacher, Ensemble, ModelTeacher
