@@ -2,53 +2,48 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 import gc
 import logging
 import math
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
-from rich.table import Table
 from torch import nn
-from transformers import AutoModelForCausalLM
 
 from mohawk.advance import Advance
-from mohawk.attention_match import AttentionMatch
 from mohawk.checkpoints import is_complete, write_whole
 from mohawk.distill_data import Sources, held_out_rows, load_sources, rows_by_source, training_rows
-from mohawk.distill_recipe import DistillRecipe, DistillStudent, DistillTeacher, Ramp, Stage
-from mohawk.distillation import KnowledgeDistiller, parameter_count
+from mohawk.distill_parts import (
+    checked_cache,
+    load,
+    loss_label,
+    matchings_for,
+    mistakes,
+    of_the_student,
+    schedule_of,
+    shaped,
+)
+from mohawk.distill_plan import print_plan
+from mohawk.distill_recipe import DistillRecipe, DistillStudent, Stage
+from mohawk.distillation import KnowledgeDistiller
 from mohawk.errors import UserError
 from mohawk.evaluate import Comparison, TeacherStates, compare, teacher_states
-from mohawk.features import HiddenMatch, layer_map
 from mohawk.kernels.kd_teachers import TAIDSchedule
-from mohawk.matchings import Matching, match_attention, match_hidden
-from mohawk.models.cuts import keep_layers, resolve_layers
-from mohawk.models.decoders import decoder
-from mohawk.models.families import needed_attention
-from mohawk.models.from_teacher import hybrid_from_teacher
 from mohawk.on_policy import OnPolicy
-from mohawk.plan import student_options
-from mohawk.processes import first_before_others, from_first, is_first, joined, on_first, several
+from mohawk.processes import first_before_others, from_first, is_first, joined, on_first
 from mohawk.progress import log_to
 from mohawk.rationale_router import RationaleRouter, RoutedRationales
 from mohawk.report import finish
 from mohawk.run import STUDENT, Run, claimed
-from mohawk.schedules import Ramp as Schedule
-from mohawk.schedules import temperature_for
 from mohawk.teacher_answers import teacher_hash
 from mohawk.teacher_cache import CachedRows, TeacherCache
 from mohawk.teacher_models import AverageTeacher, CachedTeacher, Ensemble, ModelTeacher
-from mohawk.teachers import load_config, load_teacher
+from mohawk.teachers import load_teacher
 from mohawk.text import tokenizer_key
-from mohawk.trainer import trackers
 
 log = logging.getLogger(__name__)
 
@@ -243,9 +238,9 @@ class Distillation(Run):
             teacher,
             student,
             divergence=stage.divergence,
-            temperature=_schedule(stage.temperature),
-            kd_weight=_schedule(stage.kd_weight) if teacher is not None else 0.0,
-            ce_weight=_schedule(stage.ce_weight),
+            temperature=schedule_of(stage.temperature),
+            kd_weight=schedule_of(stage.kd_weight) if teacher is not None else 0.0,
+            ce_weight=schedule_of(stage.ce_weight),
             beta=stage.beta,
             lam=stage.lam,
             confidence=stage.confidence,
@@ -316,176 +311,3 @@ class Distillation(Run):
                 f"student: it has {vocabulary} tokens, the teacher's tokenizer makes {tokens}; give a student of the "
                 "same tokenizer"
             )
-
-
-def checked_cache(stage: Stage) -> TeacherCache:
-    """A stage's cache, its folder and settings looked at; text, tokenizer and teacher are checked when they are there.
-
-    Raises UserError for what does not fit the stage.
-    """
-    cache, temperature = TeacherCache(stage.cache), stage.temperature
-    if isinstance(temperature, Ramp) and cache.temperature is not None:
-        raise UserError(
-            f"stages ({stage.name}): cache: its temperature is {cache.temperature:g} throughout, the stage's "
-            f"goes from {temperature.start:g} to {temperature.end:g}; give a number, or cache hidden states"
-        )
-    if stage.confidence and cache.layout.kind == "samples":
-        raise UserError(
-            f"stages ({stage.name}): confidence needs probabilities, which samples do not tell; leave it out"
-        )
-    cache.check(
-        sequence_length=stage.sequence_length, divergence=stage.divergence,
-        temperature=None if isinstance(temperature, Ramp) else temperature,
-    )  # fmt: skip
-    return cache
-
-
-def load(given: DistillTeacher, device: torch.device) -> nn.Module:
-    """A recipe's teacher, on its device or devices."""
-    if given.device_map and several():
-        raise UserError(
-            "device_map: got auto in several processes, which would all spread over the same GPUs; leave it out"
-        )
-    return load_teacher(
-        given.model, gguf_file=given.gguf_file, revision=given.revision, dtype=given.dtype,
-        trust_remote_code=given.trust_remote_code, device=device, quantize=given.quantize, device_map=given.device_map,
-    )  # fmt: skip
-
-
-def shaped(given: DistillStudent, base: nn.Module, seed: int) -> nn.Module:
-    """A student before training: `base` itself copied, some of its layers, its shape with random weights, a hybrid."""
-    with mistakes("student.layers"):
-        if given.layers is None:
-            student = copy.deepcopy(base)
-        else:
-            student = keep_layers(base, given.layers)
-    if given.scratch:
-        torch.manual_seed(seed)
-        with torch.device(base.device):
-            student = type(student)(student.config)
-    if given.hybrid is not None:
-        with mistakes("student.hybrid"):
-            torch.manual_seed(seed)
-            student = hybrid_from_teacher(student, **student_options(given.hybrid))
-    return student
-
-
-def matchings_for(stage: Stage, student: nn.Module, teacher: nn.Module | None) -> dict[str, Matching]:
-    """The losses between layers that a stage asks for. Raises ValueError for what the models do not have."""
-    found: dict[str, Matching] = {}
-    if stage.hidden is None and stage.attention is None:
-        return found
-    if teacher is None:
-        raise ValueError("hidden and attention need a teacher model to match")
-    depths = [len(decoder(model)[1]) for model in (student, teacher)]
-    if (hidden := stage.hidden) is not None:
-        match = HiddenMatch(
-            layer_map(hidden.layers, *depths, embeddings=hidden.embeddings),
-            *(model.config.get_text_config().hidden_size for model in (student, teacher)),
-            loss=hidden.loss, rank=hidden.rank, shared=hidden.shared, normalise=hidden.normalise,
-        )  # fmt: skip
-        found["hidden"] = match_hidden(match.to(student.device), _schedule(hidden.weight))
-    if (attention := stage.attention) is not None:
-        match = AttentionMatch(layer_map(attention.layers, *depths), loss=attention.metric)
-        match.check(student, teacher)
-        found["attention"] = match_attention(match, _schedule(attention.weight))
-    return found
-
-
-@contextmanager
-def of_the_student() -> Iterator[None]:
-    """What is found wrong with a model within the block is said of the student's."""
-    try:
-        yield
-    except UserError as error:
-        raise UserError(str(error).replace("teacher:", "student.model:", 1)) from error
-
-
-@contextmanager
-def mistakes(where: str) -> Iterator[None]:
-    """What is found wrong with a recipe's values within the block is the user's mistake, in one line."""
-    try:
-        yield
-    except ValueError as error:
-        raise UserError(f"{where}: {error}") from error
-
-
-def _schedule(value: Any) -> Any:
-    """A recipe's number or ramp as training has it."""
-    return Schedule(value.start, value.end, value.shape, value.until) if isinstance(value, Ramp) else value
-
-
-def loss_label(stage: Stage) -> str:
-    parts = [] if stage.kd_weight == 0 else [stage.divergence.replace("_", " ").replace("kl", "KL")]
-    if parts and stage.cache is not None and checked_cache(stage).layout.kind == "samples":
-        parts = ["cross entropy with the teacher's samples"]
-    parts += ["cross entropy"] * (stage.ce_weight != 0)
-    parts += [name for name in ("hidden", "attention") if getattr(stage, name)]
-    return " + ".join(parts) + " per token"
-
-
-def print_plan(recipe: DistillRecipe, console: Console) -> None:
-    """Sizes, stages and steps, from configurations alone. Raises UserError for what does not fit the models."""
-    config = _config(recipe.teacher)
-    for further in recipe.teachers:
-        _config(further)
-    trackers(recipe.report_to)
-    teacher = _meta(config)
-    student = _planned(recipe.student, teacher, recipe.seed)
-    for name, model in (("Teacher", teacher), ("Student", student)):
-        what = recipe.teacher.model if name == "Teacher" else recipe.student.model or "from the teacher"
-        console.print(f"[bold]{name}[/bold] {what}: {_size(model)}")
-    table = Table("stage", "learns from", "by", "temperature", "tokens", "steps", "learning rate")
-    for i, stage in enumerate(recipe.stages):
-        before = student
-        if stage.student is not None:
-            student = _planned(stage.student, student, recipe.seed, f"stages.{i}.student")
-            console.print(f"[bold]From {stage.name} on[/bold]: {_size(student)}")
-        with mistakes(f"stages.{i} ({stage.name})"):
-            matchings_for(stage, student, {"teacher": teacher, "previous": before}.get(stage.learn_from, student))
-        if stage.cache is not None:
-            checked_cache(stage)
-        temperature = stage.temperature
-        if temperature == "auto":
-            temperature = temperature_for(*map(parameter_count, (teacher, student)))
-        ramp = isinstance(temperature, Ramp)
-        table.add_row(
-            stage.name,
-            f"cache {stage.cache}" if stage.cache else stage.learn_from,
-            loss_label(stage).removesuffix(" per token"),
-            f"{temperature.start:g} to {temperature.end:g}" if ramp else f"{temperature:.3g}",
-            f"{stage.tokens:,}", f"{stage.steps():,}", f"{stage.learning_rate:g}",
-        )  # fmt: skip
-    console.print(table)
-
-
-def _meta(config: Any) -> nn.Module:
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config, attn_implementation=needed_attention(config))
-
-
-def _planned(given: DistillStudent, base: nn.Module, seed: int, where: str = "student") -> nn.Module:
-    """The student's shape, on the meta device."""
-    if given.model is not None:
-        with of_the_student():
-            config = load_config(
-                given.model, gguf_file=given.gguf_file, revision=given.revision,
-                trust_remote_code=given.trust_remote_code,
-            )  # fmt: skip
-        base = _meta(config)
-    if given.layers is not None:
-        with mistakes(f"{where}.layers"):
-            resolve_layers(given.layers, len(decoder(base)[1]))
-    with torch.device("meta"):
-        return shaped(given, base, seed)
-
-
-def _size(model: nn.Module) -> str:
-    parameters = sum(p.numel() for p in model.parameters())
-    return f"{type(model).__name__}, {len(decoder(model)[1])} layers, {parameters / 1e6:.1f}M parameters"
-
-
-def _config(given: DistillTeacher) -> Any:
-    return load_config(
-        given.model, gguf_file=given.gguf_file, revision=given.revision, trust_remote_code=given.trust_remote_code
-    )

@@ -22,8 +22,9 @@ from torch import nn
 
 from mohawk.checkpoints import is_complete, write_whole
 from mohawk.data import PackedDataset, collate
-from mohawk.distill import Distillation, loss_label, mistakes
+from mohawk.distill import Distillation
 from mohawk.distill_data import training_rows
+from mohawk.distill_parts import loss_label, mistakes
 from mohawk.errors import UserError
 from mohawk.importance import Importance, choose, chosen_layers, measure_importance
 from mohawk.importance_baselines import magnitude_importance, random_importance

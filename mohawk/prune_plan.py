@@ -11,7 +11,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from mohawk.distill import matchings_for, mistakes
+from mohawk.distill_parts import matchings_for, mistakes
 from mohawk.models.cut_sizes import Sizes, sized_config, sizes_of
 from mohawk.models.cuts import resolve_layers
 from mohawk.models.from_teacher import choose_layers

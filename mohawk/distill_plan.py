@@ -1,0 +1,88 @@
+"""What a distillation will do, worked out from its recipe and configurations alone: no weights are read."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+from mohawk.distill_parts import checked_cache, loss_label, matchings_for, mistakes, of_the_student, shaped
+from mohawk.distill_recipe import DistillRecipe, DistillStudent, DistillTeacher, Ramp
+from mohawk.distillation import parameter_count
+from mohawk.models.cuts import resolve_layers
+from mohawk.models.decoders import decoder
+from mohawk.models.families import needed_attention
+from mohawk.schedules import temperature_for
+from mohawk.teachers import load_config
+from mohawk.trainer import trackers
+
+
+def print_plan(recipe: DistillRecipe, console: Console) -> None:
+    """Sizes, stages and steps, from configurations alone. Raises UserError for what does not fit the models."""
+    config = _config(recipe.teacher)
+    for further in recipe.teachers:
+        _config(further)
+    trackers(recipe.report_to)
+    teacher = _meta(config)
+    student = _planned(recipe.student, teacher, recipe.seed)
+    for name, model in (("Teacher", teacher), ("Student", student)):
+        what = recipe.teacher.model if name == "Teacher" else recipe.student.model or "from the teacher"
+        console.print(f"[bold]{name}[/bold] {what}: {_size(model)}")
+    table = Table("stage", "learns from", "by", "temperature", "tokens", "steps", "learning rate")
+    for i, stage in enumerate(recipe.stages):
+        before = student
+        if stage.student is not None:
+            student = _planned(stage.student, student, recipe.seed, f"stages.{i}.student")
+            console.print(f"[bold]From {stage.name} on[/bold]: {_size(student)}")
+        with mistakes(f"stages.{i} ({stage.name})"):
+            matchings_for(stage, student, {"teacher": teacher, "previous": before}.get(stage.learn_from, student))
+        if stage.cache is not None:
+            checked_cache(stage)
+        temperature = stage.temperature
+        if temperature == "auto":
+            temperature = temperature_for(*map(parameter_count, (teacher, student)))
+        ramp = isinstance(temperature, Ramp)
+        table.add_row(
+            stage.name,
+            f"cache {stage.cache}" if stage.cache else stage.learn_from,
+            loss_label(stage).removesuffix(" per token"),
+            f"{temperature.start:g} to {temperature.end:g}" if ramp else f"{temperature:.3g}",
+            f"{stage.tokens:,}", f"{stage.steps():,}", f"{stage.learning_rate:g}",
+        )  # fmt: skip
+    console.print(table)
+
+
+def _meta(config: Any) -> nn.Module:
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config, attn_implementation=needed_attention(config))
+
+
+def _planned(given: DistillStudent, base: nn.Module, seed: int, where: str = "student") -> nn.Module:
+    """The student's shape, on the meta device."""
+    if given.model is not None:
+        with of_the_student():
+            config = load_config(
+                given.model, gguf_file=given.gguf_file, revision=given.revision,
+                trust_remote_code=given.trust_remote_code,
+            )  # fmt: skip
+        base = _meta(config)
+    if given.layers is not None:
+        with mistakes(f"{where}.layers"):
+            resolve_layers(given.layers, len(decoder(base)[1]))
+    with torch.device("meta"):
+        return shaped(given, base, seed)
+
+
+def _size(model: nn.Module) -> str:
+    parameters = sum(p.numel() for p in model.parameters())
+    return f"{type(model).__name__}, {len(decoder(model)[1])} layers, {parameters / 1e6:.1f}M parameters"
+
+
+def _config(given: DistillTeacher) -> Any:
+    return load_config(
+        given.model, gguf_file=given.gguf_file, revision=given.revision, trust_remote_code=given.trust_remote_code
+    )
