@@ -88,25 +88,31 @@ def _check(student: Mixing, teacher: Mixing, metric: str, reduction: str, backen
     ):
         if value not in allowed:
             raise ValueError(f"{where}: {name} must be one of {', '.join(allowed)}, got {value!r}")
-    for name, value in (("student", student), ("teacher", teacher)):
-        if not isinstance(value, Mixing):
-            raise ValueError(f"{where}: {name} must be an AttentionMixing or an SSDMixing, got {type(value).__name__}")
-    (batch, heads, seq), (batch_t, heads_t, seq_t) = student.shape, teacher.shape
-    if (batch, seq) != (batch_t, seq_t):
-        raise ValueError(
-            f"{where}: student and teacher must agree in batch and seq, got {batch}, {seq} and {batch_t}, {seq_t}"
-        )
+    check_pair(where, student, teacher)
+    heads, heads_t = student.shape[1], teacher.shape[1]
     if min(heads, heads_t) < 1 or max(heads, heads_t) % min(heads, heads_t):
         raise ValueError(
             f"{where}: one number of heads must divide the other, got {heads} (student) and {heads_t} (teacher)"
+        )
+    if metric == "kl":
+        check_kl(student, teacher)
+
+
+def check_pair(where: str, student: Mixing, teacher: Mixing) -> None:
+    """Raises ValueError, from `where`, unless both are mixings of one batch, length and device."""
+    for name, value in (("student", student), ("teacher", teacher)):
+        if not isinstance(value, Mixing):
+            raise ValueError(f"{where}: {name} must be an AttentionMixing or an SSDMixing, got {type(value).__name__}")
+    (batch, _, seq), (batch_t, _, seq_t) = student.shape, teacher.shape
+    if (batch, seq) != (batch_t, seq_t):
+        raise ValueError(
+            f"{where}: student and teacher must agree in batch and seq, got {batch}, {seq} and {batch_t}, {seq_t}"
         )
     if student.tensors[0].device != teacher.tensors[0].device:
         raise ValueError(
             f"{where}: student on {student.tensors[0].device}, teacher on {teacher.tensors[0].device}; "
             "move them to one device"
         )
-    if metric == "kl":
-        check_kl(student, teacher)
 
 
 def check_kl(student: Mixing, teacher: Mixing) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from mohawk.kernels.mixing import AttentionMixing, Mixing
 from mohawk.kernels.mixing_chunked import add_block, compute_dtype, differentiable, finish, real_tokens
-from mohawk.kernels.mixing_distance import check_kl
+from mohawk.kernels.mixing_distance import check_kl, check_pair
 from mohawk.kernels.mixing_strips import STRIP, Block, strips_of
 
 METRICS = ("mse", "frobenius", "kl")
@@ -37,19 +37,10 @@ def head_mean_distance(student: Mixing, teacher: Mixing, *, metric: str = "mse",
     where = "head_mean_distance"
     if metric not in METRICS:
         raise ValueError(f"{where}: metric must be one of {', '.join(METRICS)}, got {metric!r}")
-    for name, value in (("student", student), ("teacher", teacher)):
-        if not isinstance(value, Mixing):
-            raise ValueError(f"{where}: {name} must be an AttentionMixing or an SSDMixing, got {type(value).__name__}")
-    (batch, heads, seq), (batch_t, heads_t, seq_t) = student.shape, teacher.shape
-    if (batch, seq) != (batch_t, seq_t):
-        raise ValueError(
-            f"{where}: student and teacher must agree in batch and seq, got {batch}, {seq} and {batch_t}, {seq_t}"
-        )
+    check_pair(where, student, teacher)
+    heads, heads_t = student.shape[1], teacher.shape[1]
     if groups < 1 or heads % groups or heads_t % groups:
         raise ValueError(f"{where}: {groups} groups must divide the heads, {heads} (student) and {heads_t} (teacher)")
-    devices = student.tensors[0].device, teacher.tensors[0].device
-    if devices[0] != devices[1]:
-        raise ValueError(f"{where}: student on {devices[0]}, teacher on {devices[1]}; move them to one device")
     if metric == "kl":
         check_kl(student, teacher)
     return differentiable(student, teacher, metric, "mean", partial(_value_and_gradients, groups=groups))

@@ -12,13 +12,12 @@ from transformers import AutoModelForCausalLM
 
 from mohawk.distill_parts import checked_cache, loss_label, matchings_for, mistakes, of_the_student, shaped
 from mohawk.distill_recipe import DistillRecipe, DistillStudent, DistillTeacher, Ramp
-from mohawk.distillation import parameter_count
 from mohawk.models.cuts import resolve_layers
 from mohawk.models.decoders import decoder
 from mohawk.models.families import needed_attention
 from mohawk.schedules import temperature_for
-from mohawk.teachers import load_config
-from mohawk.trainer import trackers
+from mohawk.teachers import load_config, parameter_count
+from mohawk.trackers import trackers
 
 
 def print_plan(recipe: DistillRecipe, console: Console) -> None:
@@ -78,8 +77,7 @@ def _planned(given: DistillStudent, base: nn.Module, seed: int, where: str = "st
 
 
 def _size(model: nn.Module) -> str:
-    parameters = sum(p.numel() for p in model.parameters())
-    return f"{type(model).__name__}, {len(decoder(model)[1])} layers, {parameters / 1e6:.1f}M parameters"
+    return f"{type(model).__name__}, {len(decoder(model)[1])} layers, {parameter_count(model) / 1e6:.1f}M parameters"
 
 
 def _config(given: DistillTeacher) -> Any:

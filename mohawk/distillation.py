@@ -6,7 +6,6 @@ is (mohawk/trainer.py says what that asks for).
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
@@ -23,6 +22,7 @@ from mohawk.matchings import IGNORED, Matching, next_column
 from mohawk.processes import several, total
 from mohawk.schedules import Ramp, at, temperature_for
 from mohawk.teacher_models import Answer, AverageTeacher, ModelTeacher, model_inputs
+from mohawk.teachers import parameter_count
 from mohawk.weight_decay import parameter_groups
 
 if TYPE_CHECKING:
@@ -337,8 +337,3 @@ class KnowledgeDistiller(nn.Module):
 def _labels(batch: Mapping[str, Tensor]) -> int:
     """How many labels a batch predicts."""
     return int((batch["labels"][:, 1:] != IGNORED).sum())
-
-
-def parameter_count(model: nn.Module) -> int:
-    """Parameters of a model, tied ones once; of packed 4-bit weights as many as they stand for."""
-    return sum(math.prod(getattr(getattr(p, "quant_state", None), "shape", p.shape)) for p in model.parameters())

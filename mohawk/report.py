@@ -17,6 +17,7 @@ from mohawk.checkpoints import MANIFEST
 from mohawk.describe import size_text
 from mohawk.metrics import METRICS, read_metrics
 from mohawk.plots import TEXTS, plot_evaluation, plot_losses, plot_tasks
+from mohawk.teachers import parameter_count
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -90,7 +91,7 @@ def finish(
     results = {
         "teacher": recipe.teacher.model,
         "architecture": architecture(teacher, student),
-        "parameters": {who: count_parameters(model) for who, model in models.items()},
+        "parameters": {who: parameter_count(model) for who, model in models.items()},
         "dtypes": {who: str(model.dtype).removeprefix("torch.") for who, model in models.items()},
         "stages": dict(stages),
         "own_tables": [list(table) for table in own_tables],
@@ -187,11 +188,6 @@ def _numbers(value: Any) -> Any:
     if isinstance(value, list):
         return [_numbers(v) for v in value]
     return float(value) if isinstance(value, str) and value in ("inf", "-inf", "nan") else value
-
-
-def count_parameters(model: PreTrainedModel) -> int:
-    """Parameters, tied ones once."""
-    return sum(p.numel() for p in model.parameters())
 
 
 def architecture(teacher: PreTrainedModel, student: PreTrainedModel) -> str:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -334,3 +335,8 @@ def _causes(error: BaseException) -> list[BaseException]:
 def _first_line(error: BaseException) -> str:
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0][:300]}" if lines else type(error).__name__
+
+
+def parameter_count(model: torch.nn.Module) -> int:
+    """Parameters of a model, tied ones once; of packed 4-bit weights as many as they stand for."""
+    return sum(math.prod(getattr(getattr(p, "quant_state", None), "shape", p.shape)) for p in model.parameters())

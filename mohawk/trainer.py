@@ -39,7 +39,6 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
-from transformers.integrations import get_reporting_integration_callbacks
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
@@ -50,6 +49,7 @@ from mohawk.precision import autocast_dtype
 from mohawk.processes import agree, several, share_parameters, sum_gradients, total, wait_for_all
 from mohawk.progress import Metrics, Progress, Window
 from mohawk.stopping import SAME_SIGNAL, SAME_SIGNAL_DISTRIBUTED, StopRequest
+from mohawk.trackers import trackers
 
 logger = logging.getLogger(__name__)
 
@@ -512,29 +512,6 @@ class _PhaseCallback(TrainerCallback):
         if trainer._failure is not None:
             control.should_log = control.should_training_stop = True
             control.should_save = False  # better to go on from before the trouble
-
-
-def trackers(names: Sequence[str]) -> list[TrainerCallback]:
-    """transformers' callbacks for experiment trackers, which are given a record's numbers without its nesting."""
-    try:
-        kinds = get_reporting_integration_callbacks(list(names))
-    except ValueError as error:
-        raise UserError(f"report_to: {error}") from error
-
-    def flat(kind: type[TrainerCallback]) -> type[TrainerCallback]:
-        def on_log(self, args, state, control, logs=None, **kwargs):
-            numbers = dict(logs or {})
-            for group in ("parts", "measured"):
-                numbers.update({f"{group}/{name}": value for name, value in (numbers.pop(group, None) or {}).items()})
-            numbers = {name: value for name, value in numbers.items() if isinstance(value, (int, float))}
-            return kind.on_log(self, args, state, control, logs=numbers, **kwargs)
-
-        return type(kind.__name__, (kind,), {"on_log": on_log})
-
-    try:
-        return [flat(kind)() for kind in kinds]
-    except (ImportError, RuntimeError) as error:
-        raise UserError(f"report_to: {str(error).splitlines()[0]}") from error
 
 
 def _real_tokens(batch: dict[str, torch.Tensor]) -> int:
