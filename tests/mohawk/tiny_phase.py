@@ -136,6 +136,7 @@ def fork(body) -> int:
         return pid
     code = 70
     try:
+        gc.freeze()  # what collecting the parent's objects would wait for, threads say, did not come along
         signal.signal(signal.SIGINT, signal.default_int_handler)
         torch.set_num_threads(1)  # OpenMP's threads did not come along,
         os.environ["OMP_NUM_THREADS"] = "1"  # and accelerate would ask for several again
