@@ -271,6 +271,8 @@ def choose(importance: Importance, sizes: Sizes, *, layers: str | Sequence[int] 
     if sizes.ffn != own.ffn:
         what["ffn"] = {i: top(importance.ffn[i], sizes.ffn) for i in kept}
     if (sizes.heads, sizes.kv_heads) != (own.heads, own.kv_heads):
+        if not importance.attention_layers:
+            raise ValueError(f"heads: got {sizes.heads} and kv_heads {sizes.kv_heads}, but no layer has attention")
         what["heads"] = {
             i: _in_groups(importance.heads[row], importance.kv_heads[row], sizes.heads, sizes.kv_heads)
             for row, i in attention

@@ -43,9 +43,8 @@ from mohawk.prune_search import search, search_table, within
 from mohawk.prune_sizes import between, parameters_of, present, sizes_header, sizes_row, target_sizes
 from mohawk.readout import solve_output_projections
 from mohawk.report import Table, finish, read_json, write_json
-from mohawk.run import RECIPE, STUDENT, claimed, pick_device
+from mohawk.run import RECIPE, STUDENT, check_places, claimed, pick_device
 from mohawk.teachers import load_config, load_teacher, load_tokenizer
-from mohawk.text import as_source, local_files
 from mohawk.vocabulary import trim_tokenizer, trim_vocabulary
 
 log = logging.getLogger(__name__)
@@ -75,7 +74,7 @@ def prune(recipe: PruneRecipe, *, dry_run: bool = False) -> None:
         plan = _plan(recipe, config, run)
         print_plan(plan, recipe, console)
         if dry_run:
-            on_first(lambda: _check_places(run, recipe))
+            on_first(lambda: check_places(run, recipe))
             return
         with claimed(run, recipe), log_to(run):
             Pruning(recipe, run, console, plan).run()
@@ -91,16 +90,6 @@ def _plan(recipe: PruneRecipe, config: Any, run: Path) -> Plan:
     plan = on_first(make)
     found = from_first(lambda: plan.rounds[0].candidates if plan.rounds else [])
     return make_plan(recipe, config, device, found) if plan is None else plan
-
-
-def _check_places(run: Path, recipe: PruneRecipe) -> None:
-    """What a run would be stopped by before it begins: local text that is not there, and another program's folder."""
-    for source in (*recipe.data.train, *recipe.data.evaluation):
-        local_files(as_source(source))
-    if (run / RECIPE).is_file():
-        return  # of which recipe, `claimed` finds
-    if run.exists() and (not run.is_dir() or any(not path.name.startswith(".") for path in run.iterdir())):
-        raise UserError(f"output: {run} exists and is not a run of mohawk; choose another output")
 
 
 def _saved_candidates(run: Path, recipe: PruneRecipe) -> list[Sizes]:

@@ -91,7 +91,9 @@ class Prune(Target):
     rounds: Count = Field(1, description="cut and heal so many times, in equal ratios, until the target is reached")
     targets: list[Target] = Field([], description="a target for each round, instead of the one here")
     vocabulary: Annotated[int | str, BeforeValidator(_vocabulary)] | None = Field(
-        None, description="in the end keep the training text's tokens (corpus), or so many of its most frequent ones"
+        None,
+        description="in the end keep the training text's tokens (corpus), or so many of its most frequent ones; a "
+        "budget is met before that, with the whole vocabulary",
     )
     strategy: Literal["importance", "magnitude", "random"] = Field(
         "importance", description="what stays: by activations on the calibration text, by norms of weights, by chance"

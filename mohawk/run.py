@@ -27,6 +27,7 @@ from mohawk.precision import autocast_dtype
 from mohawk.processes import first_before_others, from_first, on_first, several
 from mohawk.report import RESULTS, read_json, write_json, write_text
 from mohawk.teachers import load_teacher, load_tokenizer
+from mohawk.text import as_source, local_files
 from mohawk.trainer import PhaseTrainer
 
 log = logging.getLogger(__name__)
@@ -56,17 +57,9 @@ def claimed(run: Path, recipe: Any) -> Iterator[None]:
 @contextmanager
 def _claimed(run: Path, recipe: Any) -> Iterator[None]:
     written = run / RECIPE
-    old = _written(written, type(recipe)) if written.is_file() else None
-    changed = [] if old is None else _changed(old, recipe)
-    if fixed := [name for name in changed if not _changeable(run, recipe, name)]:
-        raise UserError(
-            f"output: {run} holds the run of a recipe with another {', '.join(fixed)}; choose another output, or "
-            "delete the folder to start over"
-        )
     with ExitStack() as stack:
         try:
-            if old is None and run.exists() and any(not path.name.startswith(".") for path in run.iterdir()):
-                raise UserError(f"output: {run} exists and is not a run of mohawk; choose another output")
+            changed = _changes(run, recipe)
             run.mkdir(parents=True, exist_ok=True)
             stack.enter_context(locked(run))
             write_text(written, recipe.to_yaml())
@@ -75,6 +68,32 @@ def _claimed(run: Path, recipe: Any) -> Iterator[None]:
         if changed:
             log.info("going on with another %s", ", ".join(changed))
         yield
+
+
+def check_places(run: Path, recipe: Any) -> None:
+    """What a run would be stopped by before it begins: the folder is another's, or local text is not there."""
+    try:
+        _changes(run, recipe)
+    except OSError as error:
+        raise UserError(f"output: {run} cannot be read ({error.strerror}); choose another output") from error
+    for source in (*recipe.data.train, *recipe.data.evaluation):
+        local_files(as_source(source))
+
+
+def _changes(run: Path, recipe: Any) -> list[str]:
+    """What the recipe says otherwise than the run that is there, by dotted names; UserError if the folder is no run
+    of this kind, or one that cannot go on so."""
+    if not (run / RECIPE).is_file():
+        if run.exists() and (not run.is_dir() or any(not path.name.startswith(".") for path in run.iterdir())):
+            raise UserError(f"output: {run} exists and is not a run of mohawk; choose another output")
+        return []
+    changed = _changed(_written(run / RECIPE, type(recipe)), recipe)
+    if fixed := [name for name in changed if not _changeable(run, recipe, name)]:
+        raise UserError(
+            f"output: {run} holds the run of a recipe with another {', '.join(fixed)}; choose another output, or "
+            "delete the folder to start over"
+        )
+    return changed
 
 
 def _written(path: Path, kind: type) -> Any:

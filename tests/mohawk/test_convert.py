@@ -204,8 +204,9 @@ def test_refusals(checkpoint, texts, tmp_path):
         convert(recipe_of(checkpoint, texts, tmp_path / "a", state_size=16), dry_run=True)
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("do not touch")
-    with pytest.raises(UserError, match="not a run of mohawk"):
-        convert(recipe_of(checkpoint, texts, tmp_path / "mine"))
+    for dry_run in (True, False):
+        with pytest.raises(UserError, match="not a run of mohawk"):
+            convert(recipe_of(checkpoint, texts, tmp_path / "mine"), dry_run=dry_run)
 
 
 def test_a_tokenizer_of_another_model(tokenizer, texts, tmp_path):

@@ -226,6 +226,11 @@ def test_choices_within_groups_and_layers():
         choose(importance, smaller(config, heads=3))
     with pytest.raises(ValueError, match=r"^layers: 'every_second' keeps 2, but sizes say 3$"):
         choose(importance, smaller(config, layers=3), layers="every_second")
+    none = dataclasses.replace(
+        importance, attention_layers=[], heads=importance.heads[:0], kv_heads=importance.kv_heads[:0]
+    )
+    with pytest.raises(ValueError, match=r"^heads: got 2 and kv_heads 1, but no layer has attention$"):
+        choose(none, smaller(config, heads=2, kv_heads=1))
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma2", "phi+discrete_mamba2"])

@@ -283,6 +283,8 @@ def test_a_dry_run_promises_what_the_run_does(checkpoint, texts, tmp_path, capsy
         prune(made(checkpoint, texts, tmp_path / "run", **given), dry_run=True)
         return capsys.readouterr().out
 
+    printed = planned(prune={"vocabulary": 40, "parameters": 3e4})
+    assert "with the whole vocabulary" in " ".join(printed.split())
     printed = planned(prune={"vocabulary": 40})
     assert "must stay" in " ".join(printed.split()) and "heal" not in printed
     assert "known after calibration" not in planned(prune={"layers": [0, 2]})
@@ -298,6 +300,10 @@ def test_a_dry_run_promises_what_the_run_does(checkpoint, texts, tmp_path, capsy
     (tmp_path / "run" / "notes.txt").write_text("mine")
     with pytest.raises(UserError, match=r"output: .*run exists and is not a run of mohawk"):
         planned()
+    (tmp_path / "run" / "recipe.yaml").write_text(made(checkpoint, texts, tmp_path / "run").to_yaml())
+    planned()
+    with pytest.raises(UserError, match=r"output: .*run holds the run of a recipe with another prune.ffn, prune.lay"):
+        planned(prune={"layers": 2})
 
 
 @pytest.mark.parametrize(
