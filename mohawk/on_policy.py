@@ -28,6 +28,7 @@ IGNORED = -100
 # Columns a batch of samples has as well: of each token, and of each row.
 OF_TOKENS = ("input_ids", "position_ids", "segment_ids", "labels", "weights")
 OF_ROWS = ("source", "teacher", "row")
+MASK = "attention_mask"  # of other collators' batches
 
 
 @dataclass(frozen=True)
@@ -115,7 +116,8 @@ class OnPolicy:
 
     def __call__(self, batch: dict[str, Tensor], step: int) -> dict[str, Tensor]:
         """The batch as it is, or of the student's samples, (b, at most n), with labels on sampled tokens alone: the
-        eos that ends one has a label, and nothing comes after it.
+        eos that ends one has a label, and nothing comes after it. A batch without `segment_ids` has a document a row,
+        padded where its `attention_mask` is 0, if it has one; samples are padded on the right.
 
         `row` is -1 in a batch of samples, which the dataset does not hold. A sample's `weights` are those of the first
         token that had a label behind its prompt. A batch that holds no prompt stays as it is. Sampling runs in the
@@ -123,7 +125,7 @@ class OnPolicy:
         """
         if not self.share:
             return batch
-        if foreign := sorted(set(batch) - {*OF_TOKENS, *OF_ROWS}):
+        if foreign := sorted(set(batch) - {*OF_TOKENS, *OF_ROWS, MASK}):
             raise UserError(
                 f"on_policy: the batch has {', '.join(foreign)}, which say nothing about tokens the student writes; "
                 "use an online teacher, or share: 0"
@@ -136,6 +138,7 @@ class OnPolicy:
         with self._sampling(step, ids):
             samples = self._samples(texts, [p.limit for p in prompts])
         made = self._packed(prompts, texts, samples, len(ids))
+        made[MASK] = (made["segment_ids"] >= 0).to(batch[MASK].dtype) if MASK in batch else None
         device = batch["input_ids"].device
         result = {name: made.get(name, value).to(device) for name, value in batch.items()}
         if "row" in batch:
@@ -143,7 +146,10 @@ class OnPolicy:
         return result
 
     def _prompts(self, batch: dict[str, Tensor]) -> list[Prompt]:
-        segments, labels = batch["segment_ids"].cpu().numpy(), batch["labels"].cpu().numpy()
+        segments = batch.get("segment_ids")
+        if segments is None:
+            segments = batch.get(MASK, torch.ones_like(batch["labels"])).long() - 1
+        segments, labels = segments.cpu().numpy(), batch["labels"].cpu().numpy()
         weights = batch["weights"].cpu().numpy() if "weights" in batch else np.ones(labels.shape, np.float32)
         n = segments.shape[1]
         prompts = []

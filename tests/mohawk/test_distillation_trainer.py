@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from transformers import Trainer, TrainingArguments
 
-from mohawk import DistillationTrainer, HiddenMatch, TAIDSchedule, layer_map, match_hidden
+from mohawk import DistillationTrainer, HiddenMatch, OnPolicy, TAIDSchedule, layer_map, match_hidden
 from mohawk.schedules import Ramp
 from tests.mohawk.tiny_phase import cheap_training  # noqa: F401
 
@@ -95,6 +95,34 @@ def test_it_resumes_with_projections_and_schedules(make_llama, tmp_path):
     assert losses(resumed)[-2:] == pytest.approx(losses(whole)[-2:], rel=1e-6)
     saved = json.loads((tmp_path / "whole" / "checkpoint-4" / "config.json").read_text())
     assert saved["architectures"] == ["LlamaForCausalLM"]
+
+
+def test_on_policy_with_padded_batches(make_llama, tmp_path):
+    """Batches as transformers' collators make them, with an attention mask: samples are learned, their mask is used."""
+    data = [
+        {"input_ids": [5 + i] * (n + 4), "attention_mask": [1] * (n + 4), "labels": [-100] * 4 + [5 + i] * n}
+        for i, n in enumerate((3, 8, 5, 6))
+    ]
+
+    def padded(examples):
+        fill = {"input_ids": 0, "attention_mask": 0, "labels": -100}
+        return {
+            name: torch.tensor([e[name] + [value] * (12 - len(e[name])) for e in examples])
+            for name, value in fill.items()
+        }
+
+    student, seen = make_llama(seed=2), []
+    student.register_forward_pre_hook(lambda _, __, given: seen.append(given), with_kwargs=True)
+    on_policy = OnPolicy(student, share=1.0, max_new_tokens=5, eos_token_id=257, pad_token_id=0)
+    trainer = DistillationTrainer(
+        model=student, args=arguments(tmp_path), train_dataset=data, data_collator=padded, teacher=make_llama(seed=1),
+        distillation={"on_policy": on_policy},
+    )  # fmt: skip
+    trainer.train()
+    trained = [given for given in seen if given.get("past_key_values") is None and not given.get("use_cache")]
+    assert len(trained) == 8 and all((given["attention_mask"].sum(1) > 4).all() for given in trained)
+    assert all(given["input_ids"].shape[1] <= 9 for given in trained)  # a prompt and a sample
+    assert all(0 < loss < 20 for loss in losses(trainer))
 
 
 def test_it_evaluates(make_llama, tmp_path):

@@ -123,6 +123,32 @@ def test_every_token_of_a_batch(kind, make_student):
     assert made["source"].tolist() == [0, 1, 0, 2] and made["row"].tolist() == [-1] * 4
 
 
+@pytest.mark.parametrize("left", [False, True])
+def test_batches_of_other_collators(left, make_student):
+    """A document a row, with an attention mask or without one: the same samples as from a packed row of one."""
+    student = make_student("gpt2")
+    packed = collate([row_of(one, n=16, seed=one[0]) for one in ((9, 4), (16, 6), (5, 3))])
+    mask = (packed["segment_ids"] >= 0).long()
+    plain = {"input_ids": packed["input_ids"], "labels": packed["labels"], "attention_mask": mask}
+    if left:
+        shifts = (16 - mask.sum(1)).tolist()
+        plain = {
+            name: torch.stack([row.roll(k) for row, k in zip(t, shifts, strict=True)]) for name, t in plain.items()
+        }
+    settings = {"share": 1, "max_new_tokens": 5, "temperature": 0, "eos_token_id": 257, "pad_token_id": PAD}
+    on_policy = OnPolicy(student, **settings)
+    expected, made = on_policy(packed, 0), on_policy(plain, 0)
+    assert made.keys() == plain.keys() and made["attention_mask"].dtype == mask.dtype
+    assert torch.equal(made["input_ids"], expected["input_ids"]) and torch.equal(made["labels"], expected["labels"])
+    assert torch.equal(made["attention_mask"] == 1, expected["segment_ids"] >= 0)
+    assert 0 < (made["labels"] != IGNORED).sum(1).min() and not made["attention_mask"].all()
+    whole = {name: plain[name][1:2] for name in ("input_ids", "labels")}
+    bare = on_policy(whole, 0)
+    assert bare.keys() == whole.keys() and torch.equal(
+        bare["labels"], expected["labels"][1:2, : bare["labels"].shape[1]]
+    )
+
+
 def many(n=24, rows=16):
     """Rows of the same segment, eight times: prompt of two, one label."""
     one = row_of((3, 2), n=n, seed=1)
