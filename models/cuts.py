@@ -323,7 +323,7 @@ def _cut_state(
 def _renumber(config, generation, tokens: list[int], vocabulary: int) -> None:
     """Token ids in a configuration, its decoder's and generation settings, after a cut of a vocabulary of this size.
 
-    Ids beyond the vocabulary, as defaults of some classes are, stay what they are.
+    Ids that are none of its tokens (-1, or beyond it, as defaults of some classes are) stay what they are.
     """
     new_id = {old: new for new, old in enumerate(tokens)}
     for settings in {id(one): one for one in (config, base_config(config), generation)}.values():
@@ -331,7 +331,7 @@ def _renumber(config, generation, tokens: list[int], vocabulary: int) -> None:
             if (value := getattr(settings, name, None)) is None:
                 continue
             ids = value if isinstance(value, (list, tuple)) else [value]
-            if wrong := [i for i in ids if i < vocabulary and i not in new_id]:
+            if wrong := [i for i in ids if 0 <= i < vocabulary and i not in new_id]:
                 raise ValueError(f"tokens: {name} {_listed(wrong)} would go; keep it")
             ids = [new_id.get(i, i) for i in ids]
             setattr(settings, name, ids if isinstance(value, (list, tuple)) else ids[0])

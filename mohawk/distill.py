@@ -38,7 +38,7 @@ from mohawk.processes import first_before_others, from_first, is_first, joined, 
 from mohawk.progress import log_to
 from mohawk.rationale_router import RationaleRouter, RoutedRationales
 from mohawk.report import finish
-from mohawk.run import STUDENT, Run, check_places, claimed
+from mohawk.run import STUDENT, Run, check_places, claimed, refuse_tokens
 from mohawk.teacher_answers import teacher_hash
 from mohawk.teacher_cache import CachedRows, TeacherCache
 from mohawk.teacher_models import AverageTeacher, CachedTeacher, Ensemble, ModelTeacher
@@ -303,6 +303,10 @@ class Distillation(Run):
     def _check_tokens(self) -> None:
         if self.data is not None:
             super()._check_tokens()
+        vocabulary = self.teacher.config.get_text_config().vocab_size
+        for kept in (self.sources.pairs, self.sources.held_out_pairs):
+            for i, pairs in kept.items():
+                refuse_tokens(pairs.tokens, self.recipe.data.train[i].source, vocabulary)
 
     def _check_student(self, student: nn.Module) -> None:
         """A student with fewer tokens than the text has could not read it."""

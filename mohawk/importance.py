@@ -14,8 +14,9 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -98,7 +99,8 @@ def measure_importance(model: nn.Module, batches: Iterable[Mapping[str, Tensor]]
     Args:
         model: a causal LM of a supported family or a hybrid; run in eval mode and left as it was.
         batches: packed batches (see `mohawk.data`): input_ids (b, n), and segment_ids and position_ids where rows hold
-            several documents or padding (-1), which is left out.
+            several documents or padding (-1), which is left out; or a document a row, with an attention_mask (b, n) of
+            0 at padding.
 
     Raises:
         ValueError: an unsupported model, or no token at all.
@@ -227,9 +229,13 @@ def _wide_sum(x: Tensor) -> Tensor:
 
 
 def segments_in(batch: Mapping[str, Tensor], device: torch.device) -> Tensor:
-    """(b, n) documents of a batch's rows, -1 at padding; one document a row where the batch does not say."""
+    """(b, n) documents of a batch's rows, -1 at padding; one document a row, but for what an attention mask hides,
+    where the batch does not say."""
     segments = batch.get("segment_ids")
-    return torch.zeros_like(batch["input_ids"], device=device) if segments is None else segments.to(device)
+    if segments is None:
+        mask = batch.get("attention_mask")
+        segments = torch.zeros_like(batch["input_ids"]) if mask is None else (mask != 0).long() - 1
+    return segments.to(device)
 
 
 def run_decoder(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
@@ -272,7 +278,7 @@ def choose(importance: Importance, sizes: Sizes, *, layers: str | Sequence[int] 
         what["ffn"] = {i: top(importance.ffn[i], sizes.ffn) for i in kept}
     if (sizes.heads, sizes.kv_heads) != (own.heads, own.kv_heads):
         if not importance.attention_layers:
-            raise ValueError(f"heads: got {sizes.heads} and kv_heads {sizes.kv_heads}, but no layer has attention")
+            raise ValueError(f"heads: got {sizes.heads}, but the model has no attention layer")
         what["heads"] = {
             i: _in_groups(importance.heads[row], importance.kv_heads[row], sizes.heads, sizes.kv_heads)
             for row, i in attention
@@ -329,6 +335,18 @@ def importance_sizes(importance: Importance, vocabulary: int) -> Sizes:
         vocabulary=vocabulary,
         **mixer,
     )
+
+
+def check_scores(importance: Importance, config: Any) -> None:
+    """ValueError where scores are of a model of other sizes, or with attention elsewhere, than a configuration's."""
+    own, scored = sizes_of(config), importance_sizes(importance, sizes_of(config).vocabulary)
+    if not importance.attention_layers:  # whose heads no scores tell
+        scored = replace(scored, heads=own.heads, kv_heads=own.kv_heads)
+    layers = tuple(attention_layers(config)), tuple(ssm_layers(config))
+    if scored != own or (importance.attention_layers, importance.ssm_layers) != layers:
+        wrong = [name for name in asdict(own) if getattr(own, name) != getattr(scored, name)]
+        told = [f"{name} {getattr(scored, name)} for {getattr(own, name)}" for name in wrong] or ["attention elsewhere"]
+        raise ValueError(f"importance: scores of another model ({', '.join(told)}); measure them of this one")
 
 
 def _in_groups(heads: Tensor, groups: Tensor, num_heads: int, num_groups: int) -> list[int]:

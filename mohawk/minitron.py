@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import GenerationConfig
 
 from mohawk.errors import UserError
-from mohawk.importance import Importance, choose, chosen_layers, measure_importance
+from mohawk.importance import Importance, check_scores, choose, chosen_layers, measure_importance
 from mohawk.importance_baselines import magnitude_importance, random_importance
-from mohawk.models.cut_sizes import Sizes, check_sizes, sizes_of
+from mohawk.models.cut_sizes import Sizes, base_config, check_sizes, sizes_of
 from mohawk.models.cuts import Cut, cut, resolve_layers
 from mohawk.prune_search import Budget, Costs, candidates
 from mohawk.prune_sizes import WIDTHS, empty_model, parameters_of
 
+log = logging.getLogger(__name__)
+
 STRATEGIES = ("importance", "magnitude", "random")
+WRITTEN = 64, 128  # rows and tokens of calibration text that a teacher writes itself
 STEPS = 12  # depths tried on the way down, until one reaches the target
 
 
@@ -33,8 +38,10 @@ class MinitronPruner:
         target_params: how many parameters are left, all of them counted; below 1 a share of those outside embedding and
             head. Met from below, to within `tolerance`.
         strategy: "importance" (activations), "magnitude" (norms of weights) or "random".
-        calibration: text for the importance: packed batches as `mohawk.data.collate` gives them, or (rows, n) int64
-            token ids. None: not needed for other strategies.
+        calibration: text for the importance: packed batches as `mohawk.data.collate` gives them, a tokenizer's with an
+            attention mask, or (rows, n) int64 token ids. None: text that the teacher writes itself (`written_text`),
+            which ranks units less well than the text it will be used on.
+        importance: scores measured before, instead of all that: `Importance.load(path)`.
         sizes: instead of `target_params`: the sizes to cut to.
         depth: layers to keep with `target_params`; None: all of them if the target can be reached by width, since width
             costs less quality than depth (up to 15B parameters), else as many as it can.
@@ -44,8 +51,8 @@ class MinitronPruner:
         seed: of "random".
 
     Raises:
-        ValueError: an unknown or contradictory option, a target that cannot be reached or is above the model's size, no
-            calibration, or token ids that are not the model's.
+        ValueError: an unknown or contradictory option, a target that cannot be reached or is above the model's size,
+            token ids that are not the model's, or scores of a model of other sizes.
     """
 
     def __init__(
@@ -55,6 +62,7 @@ class MinitronPruner:
         strategy: str = "importance",
         calibration: Iterable[Mapping[str, Tensor]] | Tensor | None = None,
         *,
+        importance: Importance | None = None,
         sizes: Sizes | None = None,
         depth: int | None = None,
         width: str = "all",
@@ -78,8 +86,11 @@ class MinitronPruner:
             raise ValueError(f"tolerance: got {tolerance!r}; allowed: a share above 0 and below 1")
         if depth is not None and not (type(depth) is int and 1 <= depth <= own):
             raise ValueError(f"depth: got {depth!r}; allowed: 1 to {own} layers, or None")
-        if strategy == "importance" and calibration is None:
-            raise ValueError("strategy 'importance' needs calibration: batches of text, or token ids (rows, n)")
+        if importance is not None:
+            if strategy != "importance" or calibration is not None:
+                other = "calibration" if calibration is not None else f"strategy {strategy!r}"
+                raise ValueError(f"importance beside {other}: scores are measured already; leave out one of them")
+            check_scores(importance, teacher.config)
         if sizes is not None:
             check_sizes(teacher.config, sizes)
             depth = sizes.layers
@@ -96,7 +107,7 @@ class MinitronPruner:
         self.teacher, self.strategy, self.layers, self.seed = teacher, strategy, layers, seed
         self.target_params, self.depth, self.width, self.tolerance = target_params, depth, width, tolerance
         self._calibration, self._sizes = calibration, sizes
-        self._importance: Importance | None = None
+        self._importance = importance
 
     @property
     def importance(self) -> Importance:
@@ -107,9 +118,12 @@ class MinitronPruner:
             elif self.strategy == "random":
                 self._importance = random_importance(self.teacher.config, self.seed)
             else:
-                self._importance = measure_importance(
-                    self.teacher, _batches(self._calibration, self.teacher.config.vocab_size)
-                )
+                text = self._calibration
+                if text is None:
+                    log.warning("no calibration: importance is measured on %d x %d tokens that the teacher writes "
+                                "itself; text of your own ranks units better", *WRITTEN)  # fmt: skip
+                    text = written_text(self.teacher, seed=self.seed)
+                self._importance = measure_importance(self.teacher, _batches(text, self.teacher.config.vocab_size))
         return self._importance
 
     @property
@@ -146,6 +160,31 @@ class MinitronPruner:
                 reasons.append(str(error))
         tried = "" if len(depths) == 1 else f" (nor with other numbers of layers down to {depths[-1]}: {reasons[-1]})"
         raise ValueError(f"target_params: {reasons[0]}" + (tried if reasons[-1] != reasons[0] else ""))
+
+
+def written_text(model: nn.Module, rows: int = WRITTEN[0], length: int = WRITTEN[1], *, seed: int = 0) -> Tensor:
+    """(rows, length) int64 ids that a causal LM writes at temperature 1 from its bos token, or from even draws.
+
+    The same for the same seed. Modes, generation settings and random states are left as they were.
+    """
+    device = model.device
+    generator = torch.Generator().manual_seed(seed)
+    first = torch.randint(model.config.vocab_size, (rows, 1), generator=generator)
+    if (bos := base_config(model.config).bos_token_id) is not None and 0 <= bos < model.config.vocab_size:
+        first.fill_(bos)
+    own, training = model.generation_config, model.training
+    model.eval()
+    model.generation_config = GenerationConfig()  # which may have a repetition penalty or an end of its own
+    try:
+        with torch.random.fork_rng([device] if device.type == "cuda" else []), torch.no_grad():
+            torch.manual_seed(seed)
+            settings = GenerationConfig(max_new_tokens=length - 1, do_sample=True, top_k=0, pad_token_id=0)
+            return model.generate(
+                first.to(device), attention_mask=torch.ones_like(first).to(device), generation_config=settings
+            )
+    finally:
+        model.generation_config = own
+        model.train(training)
 
 
 def _is_number(value: Any) -> bool:

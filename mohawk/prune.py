@@ -26,7 +26,7 @@ from mohawk.distill import Distillation
 from mohawk.distill_data import training_rows
 from mohawk.distill_parts import loss_label, mistakes
 from mohawk.errors import UserError
-from mohawk.importance import Importance, choose, chosen_layers, measure_importance
+from mohawk.importance import Importance, check_scores, choose, chosen_layers, measure_importance
 from mohawk.importance_baselines import magnitude_importance, random_importance
 from mohawk.layer_drops import measure_layer_drops
 from mohawk.models.cut_sizes import Sizes, attention_layers, sizes_of, ssm_layers
@@ -45,7 +45,7 @@ from mohawk.readout import solve_output_projections
 from mohawk.report import Table, finish, read_json, write_json
 from mohawk.run import RECIPE, STUDENT, check_places, claimed, pick_device
 from mohawk.teachers import load_config, load_teacher, load_tokenizer
-from mohawk.vocabulary import trim_tokenizer, trim_vocabulary
+from mohawk.vocabulary import tokens_to_keep, trim_tokenizer, trim_vocabulary
 
 log = logging.getLogger(__name__)
 
@@ -73,6 +73,8 @@ def prune(recipe: PruneRecipe, *, dry_run: bool = False) -> None:
         )  # fmt: skip
         plan = _plan(recipe, config, run)
         print_plan(plan, recipe, console)
+        if recipe.calibration.scores is not None:
+            on_first(lambda: given_scores(recipe.calibration.scores))
         if dry_run:
             on_first(lambda: check_places(run, recipe))
             return
@@ -105,6 +107,17 @@ def _saved_candidates(run: Path, recipe: PruneRecipe) -> list[Sizes]:
     return [Sizes(**row["sizes"]) for row in saved["candidates"]]
 
 
+def given_scores(path: str) -> Importance:
+    """Scores of a file that a recipe names. Raises UserError."""
+    try:
+        return Importance.load(Path(path).expanduser())
+    except Exception as error:  # safetensors' own error for a damaged file, ValueError for another one
+        found = str(error).splitlines()[0]
+        raise UserError(
+            f"calibration.scores: {path} cannot be read ({found}); give scores of an earlier run"
+        ) from error
+
+
 def cut_in_float32(base: nn.Module, what: Cut) -> nn.Module:
     """A trainable cut; weights that it rescales or folds into others are rounded to float32, whatever the model has.
 
@@ -126,8 +139,7 @@ class Pruning(Distillation):
     def run(self) -> None:
         start = time.monotonic()
         if self.recipe.prune.vocabulary is not None:  # said before hours of training
-            with mistakes("prune.vocabulary"):
-                trim_tokenizer(self.tokenizer, range(max(len(self.tokenizer), self.plan.own.vocabulary)))
+            on_first(self._check_vocabulary)
         steps = self.recipe.steps()
         finished = max((i for i, s in enumerate(steps) if self._is_complete(s.name)), default=-1)
         student: nn.Module | None = None
@@ -277,6 +289,12 @@ class Pruning(Distillation):
         if strategy == "random":
             return random_importance(base.config, self.recipe.seed + number)
         asked = self.recipe.calibration
+        if number == 1 and asked.scores is not None:
+            scores = given_scores(asked.scores)
+            with mistakes("calibration.scores"):
+                check_scores(scores, base.config)
+            self.console.print(f"round 1: importance as in {asked.scores}")
+            return scores
         self.console.print(f"round {number}: importance on {asked.tokens:,} tokens")
         with torch.autocast(self.device.type, dtype=self.autocast, enabled=self.autocast is not None):
             return measure_importance(base, self._calibration(asked.tokens))
@@ -414,37 +432,45 @@ class Pruning(Distillation):
         student, tokenizer = student.to(getattr(torch, self.recipe.save_dtype)), self.tokenizer
         if self.recipe.prune.vocabulary is not None:
             with mistakes("prune.vocabulary"):
-                trimmed = trim_vocabulary(student, tokenizer, ids=self._tokens_kept())
+                trimmed = trim_vocabulary(student, tokenizer, ids=self._tokens_wanted())
             student, tokenizer = trimmed.model, trimmed.tokenizer
             asked = self.recipe.prune.vocabulary
             more = f": the {asked:,} asked for and what must stay" if isinstance(asked, int) else ""
             line = f"vocabulary: {len(trimmed.tokens):,} of {self.plan.own.vocabulary:,} tokens kept{more}"
             self.console.print(line, highlight=False)
             covered = {"before": self.plan.own.vocabulary, "after": len(trimmed.tokens)}
-            for name, documents in (("held_out", self.data.held_out), ("evaluation", self.data.evaluation)):
-                if documents is not None and documents.tokens:
-                    counts = self._token_counts(documents)
+            for name in ("held_out", "evaluation"):
+                counts = self._token_counts(name)
+                if counts.any():
                     covered[name] = float(counts[trimmed.tokens].sum() / counts.sum())
             write_json(self.folder / "vocabulary.json", covered)
         with write_whole(final, replace=True) as folder:
             student.save_pretrained(folder)
             tokenizer.save_pretrained(folder)
 
-    def _tokens_kept(self) -> list[int]:
-        if self.data is None:
-            raise ValueError("needs text to count tokens in, but all of data.train is prompts and responses")
-        counts, asked = self._token_counts(self.data.train), self.recipe.prune.vocabulary
+    def _check_vocabulary(self) -> None:
+        with mistakes("prune.vocabulary"):
+            kept = tokens_to_keep(self.teacher, self.tokenizer, ids=self._tokens_wanted())
+            trim_tokenizer(self.tokenizer, kept)
+
+    def _tokens_wanted(self) -> list[int]:
+        """Ids of the training data, or so many of its most frequent ones."""
+        counts, asked = self._token_counts("train"), self.recipe.prune.vocabulary
         if asked == "corpus":
             return np.flatnonzero(counts).tolist()
         return sorted(np.argsort(-counts, kind="stable")[:asked].tolist())
 
-    def _token_counts(self, documents: Any) -> np.ndarray:
-        """How often each id occurs, (vocabulary,)."""
-        rows = PackedDataset(documents, 4096)
+    def _token_counts(self, part: str) -> np.ndarray:
+        """How often each id occurs in the train, held_out or evaluation part of the data, (vocabulary,)."""
+        documents = getattr(self.data, part, None)
+        pairs = {"train": self.sources.pairs, "held_out": self.sources.held_out_pairs}.get(part, {})
         counts = np.zeros(self.plan.own.vocabulary, dtype=np.int64)
+        rows = PackedDataset(documents, 4096) if documents is not None and documents.tokens else []
         for i in range(len(rows)):
             row = rows[i]
             counts += np.bincount(row["input_ids"][row["segment_ids"] >= 0].numpy(), minlength=len(counts))
+        for one in pairs.values():
+            counts += np.bincount(one.tokens, minlength=len(counts))
         return counts
 
     def _labels(self, steps: Sequence[Step]) -> dict[str, str]:

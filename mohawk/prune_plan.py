@@ -39,7 +39,8 @@ class Round:
     """One round of cutting: the sizes it leads to, or, until a search has picked them, the candidates.
 
     where: the target's place in the recipe. share: how far along the way to the target it goes. start: the
-    configuration of the model that it cuts, or, until a search has picked that, the teacher's.
+    configuration of the model that it cuts, or, until a search has picked that, the teacher's. ends: the
+    configurations that it may lead to.
     """
 
     target: Target
@@ -50,6 +51,7 @@ class Round:
     budget: Budget | None = None
     costs: Costs | None = None
     start: Any = None
+    ends: list[Any] = field(default_factory=list)
 
 
 @dataclass
@@ -119,6 +121,9 @@ def make_plan(recipe: PruneRecipe, config: Any, device: Any = "cpu", saved: Sequ
         round_ = Round(target, where, (i + 1) / len(targets) if split else 1.0, start=now or config)
         if split and i:
             round_.sizes = final and between(config, final, round_.share)
+        elif target.sizes() and i and now is None:  # of what a search before it picks, whatever that will be
+            with mistakes(where):
+                round_.ends = [_after_search(target, start) for start in rounds[-1].ends]
         elif target.sizes():
             with mistakes(where):
                 final = target_sizes(now or config, target)
@@ -140,10 +145,13 @@ def make_plan(recipe: PruneRecipe, config: Any, device: Any = "cpu", saved: Sequ
             known = list(saved) if i == 0 else []
             round_.candidates = known or found_for(recipe, round_.costs, round_.budget, where)
             final = None
+        if not round_.ends:
+            found = [round_.sizes] if round_.sizes is not None else round_.candidates or rounds[0].candidates
+            round_.ends = [_config_of(target, round_.start, sizes) for sizes in found]
         rounds.append(round_)
         if split:
             continue
-        now = None if round_.sizes is None else _config_of(round_, round_.sizes)
+        now = None if round_.sizes is None else round_.ends[0]
     plan = Plan(config, own, rounds)
     _check_rounds(plan)
     _check_stages(recipe, plan)
@@ -158,17 +166,25 @@ def _check_rounds(plan: Plan) -> None:
         log.warning("prune: nothing is cut in round %s; fewer rounds lead to the same sizes", ", ".join(map(str, idle)))
 
 
-def _config_of(round_: Round, sizes: Sizes) -> Any:
+def _after_search(target: Target, start: Any) -> Any:
+    """After a round with sizes of its own, of a model that a search before it may pick."""
+    try:
+        return _config_of(target, start, target_sizes(start, target))
+    except ValueError as error:
+        raise ValueError(f"{error}; so for one of the models that the search before it may pick") from error
+
+
+def _config_of(target: Target, start: Any, sizes: Sizes) -> Any:
     """After a round, with the layers that it will keep where they are given; else as many, spread evenly."""
-    layers, count = round_.target.layers, sizes_of(round_.start).layers
+    layers, count = target.layers, sizes_of(start).layers
     named = layers is not None and not isinstance(layers, int)
-    return sized_config(round_.start, sizes, resolve_layers(layers, count) if named else spread(count, sizes.layers))
+    return sized_config(start, sizes, resolve_layers(layers, count) if named else spread(count, sizes.layers))
 
 
 def _check_stages(recipe: PruneRecipe, plan: Plan) -> None:
     """What healing and conversion ask of the models."""
     teacher = empty_model(plan.config)
-    for config in _final_configs(plan):
+    for config in plan.rounds[-1].ends if plan.rounds else [copy.deepcopy(plan.config)]:
         if recipe.convert is not None:
             with mistakes("convert"):
                 choose_layers(recipe.convert.ssm_layers, config.num_hidden_layers)
@@ -177,16 +193,6 @@ def _check_stages(recipe: PruneRecipe, plan: Plan) -> None:
         if recipe.heal is not None:
             with mistakes("heal"):
                 matchings_for(recipe.heal, student, teacher if recipe.heal.learn_from == "teacher" else student)
-
-
-def _final_configs(plan: Plan) -> list[Any]:
-    """Of the model after the last round, or of every candidate for it."""
-    if not plan.rounds:
-        return [copy.deepcopy(plan.config)]
-    last = plan.rounds[-1]
-    first = next((r for r in plan.rounds if r.target is last.target), last)
-    found = [last.sizes] if last.sizes is not None else first.candidates
-    return [_config_of(last, sizes) for sizes in found]
 
 
 def print_plan(plan: Plan, recipe: PruneRecipe, console: Console) -> None:
@@ -211,7 +217,7 @@ def print_plan(plan: Plan, recipe: PruneRecipe, console: Console) -> None:
         found = round_.candidates or ([round_.sizes] if round_.sizes else [])
         for number, sizes in enumerate(found, 1):
             name = f"after round {i}" if not round_.candidates else f"round {i}, candidate {number}"
-            config = _config_of(round_, sizes)
+            config = _config_of(round_.target, round_.start, sizes)
             rows.append((name, sizes, config, False))
             if last and options is not None:
                 rows.append((f"{name}, converted", sizes, config, True))
@@ -230,6 +236,9 @@ def print_plan(plan: Plan, recipe: PruneRecipe, console: Console) -> None:
     console.print(counts_table)
     console.print("Parameters by kind; the share is of the teacher's outside embedding and head.")
     for i, round_ in enumerate(plan.rounds, 1):
+        if round_.target.sizes() and round_.sizes is None:
+            asked = ", ".join(f"{name} {getattr(round_.target, name)}" for name in round_.target.sizes())
+            console.print(f"Round {i}: {asked} of what was picked before it.", highlight=False)
         if round_.budget is not None:
             light = f" after {recipe.search.tokens:,} tokens of healing each" if recipe.search.tokens else " as cut"
             which = f"candidate of least KL on held-out text{light}"

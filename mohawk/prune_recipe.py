@@ -110,6 +110,9 @@ class Calibration(Section):
     tokens: Count = Field(262_144, description="of training text that scores are measured on")
     sequence_length: Annotated[Whole, Field(ge=2)] = Field(512, description="tokens in a row")
     batch_size: Count = Field(8, description="rows at once; of no other effect")
+    scores: Text | None = Field(
+        None, description="instead of measuring in the first round: an earlier run's rounds/1/importance.safetensors"
+    )
     layer_tokens: Count = Field(16_384, description="on which layers are left out in turn (layers_by kl, perplexity)")
 
 
@@ -234,6 +237,11 @@ class PruneRecipe(RecipeFile):
             if getattr(self.teacher, key) is not None:
                 yield [("teacher", key)], f"teacher.{key}: a cut needs the weights themselves; leave it out"
         yield from self._target_contradictions()
+        if self.calibration.scores is not None and self.prune.strategy != "importance":
+            yield (
+                [("calibration", "scores"), ("prune", "strategy")],
+                f"calibration.scores beside prune.strategy {self.prune.strategy}, which needs none; leave out scores",
+            )
         if self.calibration.tokens < self.calibration.sequence_length:
             yield (
                 [("calibration", "tokens"), ("calibration", "sequence_length")],

@@ -226,7 +226,7 @@ def _fit_ffn(full: Sizes, point: Sizes, budget: Budget, cost: Callable[[Sizes], 
     """The point with as many neurons as the budget has room for: its costs are a straight line in them."""
     least = cost(replace(point, ffn=1))
     each = (cost(replace(point, ffn=full.ffn)) - least) / max(1, full.ffn - 1)
-    room = 1 + (budget.value * (1 + 1e-12) - least) / each
+    room = 1 + (budget.value * (1 + 1e-12) - least) / each if each > 0 else full.ffn
     if room < 1:
         return None
     neurons, step = min(full.ffn, int(room)), unit(full.ffn)

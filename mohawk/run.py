@@ -15,6 +15,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from rich.console import Console
 from torch import nn
@@ -271,12 +272,16 @@ class Run:
         vocabulary = self.teacher.config.get_text_config().vocab_size
         for documents in (self.data.train, self.data.held_out, self.data.evaluation):
             for text in documents.texts if documents is not None else ():
-                largest = int(text.tokens.max(initial=0))
-                if largest >= vocabulary:
-                    raise UserError(
-                        f"teacher.tokenizer: it makes token {largest} of {text.name}, but the teacher has only "
-                        f"{vocabulary} tokens; give the teacher's own tokenizer"
-                    )
+                refuse_tokens(text.tokens, text.name, vocabulary)
+
+
+def refuse_tokens(tokens: np.ndarray, name: str, vocabulary: int) -> None:
+    """UserError where a text has ids that the teacher does not have."""
+    if (largest := int(tokens.max(initial=0))) >= vocabulary:
+        raise UserError(
+            f"teacher.tokenizer: it makes token {largest} of {name}, but the teacher has only {vocabulary} tokens; "
+            "give the teacher's own tokenizer"
+        )
 
 
 def pad_token(tokenizer: Any, vocabulary: int) -> int:

@@ -53,6 +53,18 @@ def trim_vocabulary(
     Raises:
         ValueError: neither texts nor ids, ids out of range, or a tokenizer that cannot be trimmed, and why.
     """
+    tokens = tokens_to_keep(model, tokenizer, texts, ids=ids)
+    return TrimmedVocabulary(cut(model, Cut(tokens=tokens)), trim_tokenizer(tokenizer, tokens), tokens)
+
+
+def tokens_to_keep(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Iterable[str] | None = None,
+    *,
+    ids: Sequence[int] | None = None,
+) -> list[int]:
+    """The ids, ascending, that `trim_vocabulary` keeps; arguments and errors are its own."""
     if texts is None and ids is None:
         raise ValueError("trim_vocabulary: give texts, ids or both")
     state = _state(tokenizer)
@@ -68,13 +80,11 @@ def trim_vocabulary(
     for batch in _batches(texts or ()):
         wanted.update(token for row in tokenizer(batch)["input_ids"] for token in row)
     wanted.update(token["id"] for token in state["added_tokens"])
-    wanted.update(i for i in _special_ids(model) if i < rows)
+    wanted.update(i for i in _special_ids(model) if 0 <= i < rows)
     kept = wanted | _alphabet(state)
     if (unknown := state["model"].get("unk_token")) in vocabulary:
         kept.add(vocabulary[unknown])
-    kept |= _ingredients(state["model"], kept)
-    tokens = sorted(kept)
-    return TrimmedVocabulary(cut(model, Cut(tokens=tokens)), trim_tokenizer(tokenizer, tokens), tokens)
+    return sorted(kept | _ingredients(state["model"], kept))
 
 
 def trim_tokenizer(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int]) -> PreTrainedTokenizerBase:

@@ -175,6 +175,20 @@ def test_rows_without_segments_are_one_document_each():
     torch.testing.assert_close(scores(measure_importance(tiny_teacher("llama"), [packed])), scores(plain))
 
 
+@pytest.mark.parametrize("left", [False, True])
+@pytest.mark.parametrize("name", ["llama", "phi+discrete_mamba2"])
+def test_an_attention_mask_hides_padding(name, left):
+    """As a tokenizer pads: the scores of the text alone."""
+    ids = torch.randint(3, 97, (3, N), generator=torch.Generator().manual_seed(1))
+    plain = measure_importance(model_of(name), [{"input_ids": ids}])
+    pad, real = torch.zeros(3, 5, dtype=torch.int64), torch.ones_like(ids)
+    order = (lambda a, b: (b, a)) if left else (lambda a, b: (a, b))
+    batch = {"input_ids": torch.cat(order(ids, pad), 1), "attention_mask": torch.cat(order(real, pad), 1)}
+    padded = measure_importance(model_of(name), [batch])
+    assert (padded.rows, padded.tokens) == (plain.rows, plain.tokens) == (3, 3 * N)
+    torch.testing.assert_close(scores(padded), scores(plain), rtol=1e-6, atol=1e-6)  # summed in another order
+
+
 def smaller(config, **sizes):
     return dataclasses.replace(sizes_of(config), **sizes)
 
@@ -229,7 +243,7 @@ def test_choices_within_groups_and_layers():
     none = dataclasses.replace(
         importance, attention_layers=[], heads=importance.heads[:0], kv_heads=importance.kv_heads[:0]
     )
-    with pytest.raises(ValueError, match=r"^heads: got 2 and kv_heads 1, but no layer has attention$"):
+    with pytest.raises(ValueError, match=r"^heads: got 2, but the model has no attention layer$"):
         choose(none, smaller(config, heads=2, kv_heads=1))
 
 

@@ -8,6 +8,8 @@ import pytest
 import torch
 
 from mohawk import KnowledgeDistiller, MinitronPruner
+from mohawk.importance_baselines import random_importance
+from mohawk.minitron import written_text
 from mohawk.models.cut_sizes import parameter_count, sizes_of
 from mohawk.models.from_teacher import hybrid_from_teacher
 from tests.models.conftest import FAMILIES, tiny_teacher
@@ -101,7 +103,24 @@ def test_sizes_given_and_mistakes():
         ({"target_params": 0.5, "strategy": "size"}, "strategy: got 'size'; allowed: importance, magnitude, random"),
         ({"target_params": 0.5, "width": "heads"}, "width: got 'heads'; allowed"),
         ({}, "either target_params or sizes"),
-        ({"target_params": 0.5, "calibration": None}, "needs calibration"),
+        ({"target_params": 0.5, "importance": random_importance(teacher.config, 0)}, "importance beside calibration"),
+        (
+            {
+                "target_params": 0.5,
+                "calibration": None,
+                "strategy": "random",
+                "importance": random_importance(teacher.config, 0),
+            },
+            "importance beside strategy 'random'",
+        ),
+        (
+            {
+                "target_params": 0.5,
+                "calibration": None,
+                "importance": random_importance(tiny_teacher(intermediate_size=40, num_hidden_layers=3).config, 0),
+            },
+            r"importance: scores of another model \(layers 3 for 4, ffn 40 for 48\); measure them of this one",
+        ),
         ({"target_params": -1}, "got -1; allowed"),
         ({"target_params": "5"}, "target_params: got '5'; allowed: a number of parameters, at least 1000, or a share"),
         ({"target_params": 1.0}, "target_params: got 1.0; allowed"),
@@ -121,6 +140,37 @@ def test_sizes_given_and_mistakes():
             MinitronPruner(teacher, target, calibration=IDS, width="ffn").prune()
     with pytest.raises(ValueError, match=r"calibration: got torch.float32 of shape \(2,\)"):
         MinitronPruner(teacher, 0.5, calibration=torch.zeros(2)).prune()
+
+
+@pytest.mark.parametrize("kind", ["llama", "hybrid"])
+def test_without_calibration_the_teacher_writes_its_own(kind, caplog):
+    """As the call is written in one line; the same units each time, and nothing of the teacher's changes."""
+    teacher = tiny_teacher() if kind == "llama" else hybrid_from_teacher(tiny_teacher(), [1, 2])
+    teacher.train()
+    teacher.generation_config.repetition_penalty = 9.0
+    state = torch.get_rng_state()
+    pruner = MinitronPruner(teacher, target_params=0.5, strategy="importance", tolerance=0.1)
+    student = pruner.prune()
+    assert caplog.text.count("64 x 128 tokens that the teacher writes itself") == 1
+    assert pruner.importance.tokens == 64 * 128 and torch.isfinite(student(IDS[:2]).logits).all()
+    assert torch.equal(torch.get_rng_state(), state) and teacher.training
+    assert teacher.generation_config.repetition_penalty == 9.0
+    text = written_text(teacher, 16, 12)
+    assert torch.equal(text, written_text(teacher, 16, 12)) and not torch.equal(
+        text, written_text(teacher, 16, 12, seed=1)
+    )
+    assert text.shape == (16, 12) and len(text[:, 1].unique()) > 4 and (text[:, 0] == teacher.config.bos_token_id).all()
+    again = MinitronPruner(teacher, target_params=0.5, importance=pruner.importance, tolerance=0.1)
+    assert again.cut() == pruner.cut()
+
+
+def test_padded_batches_of_a_tokenizer():
+    teacher = tiny_teacher()
+    batch = {"input_ids": torch.cat([IDS, IDS[:, :9] * 0], 1), "attention_mask": torch.ones(10, 33, dtype=torch.int64)}
+    batch["attention_mask"][:, 24:] = 0
+    assert (
+        MinitronPruner(teacher, 0.5, calibration=[batch]).cut() == MinitronPruner(teacher, 0.5, calibration=IDS).cut()
+    )
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -392,3 +393,51 @@ def test_a_recipe_is_checked_without_torch():
         "sys.exit(any(name in sys.modules for name in ('torch', 'transformers', 'numpy')))"
     )
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_the_vocabulary_of_prompts_and_responses(merging, texts, tmp_path):
+    """Their tokens count like text's: all that a healing reads stays."""
+    lines = [{"prompt": f"Say {i}:", "response": "never heard of elsewhere"} for i in range(12)]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    pairs = {"source": str(tmp_path / "pairs.jsonl"), "kind": "pairs"}
+    data = {"train": [pairs], "validation_share": 0.2, "cache": str(tmp_path / "cache")}
+    run = tmp_path / "run"
+    prune(made(merging, texts, run, data=data, prune={"ffn": 24, "vocabulary": "corpus"}, heal=stage(1)))
+    tokenizer = AutoTokenizer.from_pretrained(run / "student")
+    assert "heard" in " ".join(tokenizer.get_vocab()) and "Document" not in " ".join(tokenizer.get_vocab())
+    assert read(run / "vocabulary.json")["held_out"] > 0.9
+
+
+def test_a_vocabulary_that_cannot_be_trimmed_is_said_first(merging, texts, tmp_path):
+    teacher = tmp_path / "teacher"
+    shutil.copytree(merging, teacher)
+    tokenizer = AutoTokenizer.from_pretrained(teacher)
+    tokenizer.add_tokens([f"<{i}>" for i in range(291 - len(tokenizer))])  # the embedding has no row for the last
+    tokenizer.save_pretrained(teacher)
+    run = tmp_path / "run"
+    with pytest.raises(
+        UserError, match="prune.vocabulary: .*the tokenizer has ids up to 290, the model's embedding 290"
+    ):
+        prune(made(teacher, texts, run, prune={"ffn": 24, "vocabulary": "corpus"}))
+    assert not (run / "rounds").exists()
+
+
+def test_scores_of_an_earlier_run(checkpoint, texts, tmp_path, capsys):
+    prune(made(checkpoint, texts, tmp_path / "first", heal=None))
+    path = tmp_path / "first" / "rounds" / "1" / "importance.safetensors"
+    again = made(checkpoint, texts, tmp_path / "again", heal=None, calibration={"scores": str(path)})
+    capsys.readouterr()
+    prune(again)
+    assert "round 1: importance as in" in capsys.readouterr().out
+    assert read(tmp_path / "again/results.json")["evaluation"] == read(tmp_path / "first/results.json")["evaluation"]
+    other = made(checkpoint, texts, tmp_path / "c", calibration={"scores": str(texts / "train_0.txt")})
+    with pytest.raises(UserError, match="calibration.scores: .*train_0.txt cannot be read"):
+        prune(other, dry_run=True)
+    tiny_teacher(vocab_size=258, num_hidden_layers=3, bos_token_id=256, eos_token_id=257).save_pretrained(
+        tmp_path / "t"
+    )
+    AutoTokenizer.from_pretrained(checkpoint).save_pretrained(tmp_path / "t")
+    with pytest.raises(UserError, match=r"calibration.scores: importance: scores of another model \(layers 4 for 3\)"):
+        prune(made(tmp_path / "t", texts, tmp_path / "d", calibration={"scores": str(path)}))
+    with pytest.raises(UserError, match="calibration.scores beside prune.strategy random"):
+        made(checkpoint, texts, tmp_path / "e", prune={"ffn": 8, "strategy": "random"}, calibration={"scores": "x"})

@@ -282,6 +282,30 @@ def test_a_hybrid_that_loses_its_mixers_on_the_way(target, checkpoint, texts, tm
     assert [cell.strip() for cell in table[0][7:10]] == ["-"] * 3
 
 
+def test_sizes_after_a_budget_are_of_what_it_picked(checkpoint, texts, tmp_path, capsys):  # noqa: F811
+    run = tmp_path / "run"
+
+    def asked(last):
+        prune = {"targets": [{"parameters": 0.5}, last], "strategy": "random"}
+        search = {"tokens": 0, "depths": [3], "widths": ["all"], "tolerance": 0.1}
+        return made(checkpoint, texts, run, prune=prune, heal=stage(1), search=search)
+
+    prune(asked({"ffn": 8}), dry_run=True)
+    assert "Round 2: ffn 8 of what was picked before it." in capsys.readouterr().out
+    with pytest.raises(
+        UserError, match=r"prune.targets.1: ffn: got 48, .*one of the models that the search .* may pick$"
+    ):
+        prune(asked({"ffn": 48}), dry_run=True)
+    with pytest.raises(
+        UserError, match=r"prune.targets.1: layers: .*one of the models that the search before it may pick$"
+    ):
+        prune(asked({"layers": [0, 3]}), dry_run=True)
+    prune(asked({"ffn": 8}))
+    first, last = (read(run / "rounds" / n / "cut.json") for n in "12")
+    assert first["after"]["layers"] == 3 and first["after"]["hidden"] < 32
+    assert last["after"] == first["after"] | {"ffn": 8}
+
+
 @pytest.mark.parametrize("target", [{"heads": 2}, {"kv_heads": 1}])
 def test_heads_that_no_layer_has_are_no_target(target, tmp_path, texts):  # noqa: F811
     hybrid = hybrid_from_teacher(tiny_teacher(), "all")

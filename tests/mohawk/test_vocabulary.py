@@ -128,6 +128,16 @@ def test_only_what_is_needed_is_kept():
     assert longer.tokenizer(plain, add_special_tokens=False)["input_ids"] == [longer.tokens.index(word)]
 
 
+def test_ids_that_are_no_tokens_stay():
+    tokenizer = byte_level()
+    model = tiny_teacher("llama", vocab_size=len(tokenizer))
+    model.config.pad_token_id = model.generation_config.pad_token_id = -1
+    model.generation_config.eos_token_id = [1, len(tokenizer) + 5]
+    trimmed = trim_vocabulary(model, tokenizer, ids=[0]).model
+    assert trimmed.config.pad_token_id == trimmed.generation_config.pad_token_id == -1
+    assert trimmed.generation_config.eos_token_id == [1, len(tokenizer) + 5]
+
+
 def test_spaces_come_back_where_all_else_is_bytes():
     tokenizer = byte_fallback()
     model = tiny_teacher("llama", vocab_size=len(tokenizer))
