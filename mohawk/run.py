@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -73,10 +74,12 @@ def _claimed(run: Path, recipe: Any) -> Iterator[None]:
 
 def check_places(run: Path, recipe: Any) -> None:
     """What a run would be stopped by before it begins: the folder is another's, or local text is not there."""
-    try:
-        _changes(run, recipe)
-    except OSError as error:
-        raise UserError(f"output: {run} cannot be read ({error.strerror}); choose another output") from error
+    there = next(place for place in (run, *run.absolute().parents) if place.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        raise UserError(
+            f"output: {run} cannot be written, as {there} is no folder to write into; choose another output"
+        )
+    _changes(run, recipe)
     for source in (*recipe.data.train, *recipe.data.evaluation):
         local_files(as_source(source))
 
@@ -85,7 +88,7 @@ def _changes(run: Path, recipe: Any) -> list[str]:
     """What the recipe says otherwise than the run that is there, by dotted names; UserError if the folder is no run
     of this kind, or one that cannot go on so."""
     if not (run / RECIPE).is_file():
-        if run.exists() and (not run.is_dir() or any(not path.name.startswith(".") for path in run.iterdir())):
+        if run.exists() and any(not path.name.startswith(".") for path in run.iterdir()):
             raise UserError(f"output: {run} exists and is not a run of mohawk; choose another output")
         return []
     changed = _changed(_written(run / RECIPE, type(recipe)), recipe)

@@ -238,8 +238,9 @@ def test_a_folder_keeps_its_recipe_but_takes_another_learning_rate(checkpoint, t
 def test_an_output_that_cannot_be_a_folder(checkpoint, texts, tmp_path):
     (tmp_path / "file").write_text("")
     for output in (tmp_path / "file", tmp_path / "file" / "run"):
-        with pytest.raises(UserError, match="output: .* cannot be written"):
-            convert(recipe_of(checkpoint, texts, output))
+        for dry_run in (True, False):
+            with pytest.raises(UserError, match="output: .* cannot be written"):
+                convert(recipe_of(checkpoint, texts, output), dry_run=dry_run)
 
 
 def test_going_on_with_a_finished_run(checkpoint, texts, tmp_path, capsys, caplog):

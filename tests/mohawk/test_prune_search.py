@@ -2,6 +2,7 @@
 
 import copy
 import json
+from contextlib import nullcontext
 from dataclasses import replace
 
 import pytest
@@ -372,7 +373,8 @@ def test_a_saved_search_counts_for_its_own_recipe_alone(same, checkpoint, texts,
     (run / "rounds" / "1").mkdir(parents=True)
     (run / "rounds" / "1" / "search.json").write_text(json.dumps({"candidates": [{"sizes": found}]}))
     (mine if same else other).save(run / "recipe.yaml")
-    prune(mine, dry_run=True)
+    with nullcontext() if same else pytest.raises(UserError, match="another prune.parameters, teacher.model"):
+        prune(mine, dry_run=True)
     assert (" 7 " in capsys.readouterr().out) == same
 
 
