@@ -319,7 +319,7 @@ def plot_variants(rows: Sequence[Mapping[str, Any]], target: Path | str) -> Path
         shown = [row for row in rows if text in row["texts"]]
         values = [_number(row["texts"][text]["kl"]) for row in shown]
         bars = axis.barh(range(len(shown)), [v if math.isfinite(v) else 0 for v in values], color=BLUE, height=0.7)
-        axis.bar_label(bars, [f"{v:.3g}" for v in values], padding=3, fontsize=8)
+        axis.bar_label(bars, [f"{v:#.3g}" for v in values], padding=3, fontsize=8)
         axis.set_yticks(range(len(shown)), [row["name"] for row in shown], fontsize=8.5)
         axis.invert_yaxis()
         axis.margins(x=0.12)
