@@ -15,7 +15,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from mohawk.distillation import KnowledgeDistiller
 from mohawk.matchings import IGNORED
-from mohawk.processes import several, sum_gradients
+from mohawk.processes import means, several, sum_gradients
 
 TENSORS, VALUES = "distillation.safetensors", "distillation.json"  # of the distiller, in a checkpoint
 
@@ -69,7 +69,7 @@ class DistillationTrainer(Trainer):
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         if "loss" in logs:
-            logs = {**logs, **{k: v for k, v in self.distiller.measured().items() if math.isfinite(v)}}
+            logs = {**logs, **{k: v for k, v in means(self.distiller.measured()).items() if math.isfinite(v)}}
         super().log(logs, *args, **kwargs)
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:

@@ -6,8 +6,9 @@ measures, and decides what depends on files.
 
 import logging
 import os
+import statistics
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -202,6 +203,16 @@ def total(tensor: torch.Tensor) -> torch.Tensor:
     if several():
         dist.all_reduce(tensor)
     return tensor
+
+
+def means(values: Mapping[str, float]) -> dict[str, float]:
+    """Each name's mean over the processes that have it; all of them must ask."""
+    if not several():
+        return dict(values)
+    found: list[Mapping[str, float]] = [{}] * dist.get_world_size()
+    dist.all_gather_object(found, dict(values))
+    names = dict.fromkeys(name for one in found for name in one)
+    return {name: statistics.fmean(one[name] for one in found if name in one) for name in names}
 
 
 def share_parameters(parameters: Sequence[torch.nn.Parameter]) -> None:

@@ -10,7 +10,7 @@ and, where it needs them,
 - `prepare(batch, step)`: what a step trains on instead of a micro-batch, before its tokens are counted;
 - `begin_step(step, steps)`, before the first micro-batch of a step, counted from 0; `end_step(loss)`, after the
   optimizer's; a step that changed nothing has no end;
-- `measured()`: what a logged record has as `measured`, numbers by name, since it was asked last;
+- `measured()`: numbers by name since it was asked last; a logged record has their means over all processes;
 - `training_state()`: tensors by name and plain values that a checkpoint keeps beside the parameters, and
   `load_training_state(tensors, values)`;
 - `finished`: true ends the phase before its last step.
@@ -46,7 +46,7 @@ from mohawk.batches import Batches
 from mohawk.checkpoints import Interrupted, locked, newest_complete, remove_partial, rotate, write_whole
 from mohawk.errors import UserError
 from mohawk.precision import autocast_dtype
-from mohawk.processes import agree, several, share_parameters, sum_gradients, total, wait_for_all
+from mohawk.processes import agree, means, several, share_parameters, sum_gradients, total, wait_for_all
 from mohawk.progress import Metrics, Progress, Window
 from mohawk.stopping import SAME_SIGNAL, SAME_SIGNAL_DISTRIBUTED, StopRequest
 from mohawk.trackers import trackers
@@ -373,7 +373,7 @@ class PhaseTrainer(Trainer):
             **self._window.drain(self.tokens_per_step),
         }
         if hasattr(self.model, "measured"):
-            record["measured"] = self.model.measured()
+            record["measured"] = means(self.model.measured())
         self.control = self.callback_handler.on_log(self.args, self.state, self.control, record)
 
     # ---- Checkpoints ----

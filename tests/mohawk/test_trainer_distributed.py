@@ -102,6 +102,17 @@ def test_two_processes_are_one_with_twice_the_batch(tmp_path, accumulation):
         assert [r[key] for r in mine] == pytest.approx([r[key] for r in theirs], rel=1e-4), key
 
 
+def test_what_is_measured_is_the_mean_of_all(tmp_path):
+    def measuring(rank):
+        objective = objective_without_dropout()
+        objective.measured = lambda: {"both": 1.0 + 2 * rank} | ({"one": 7.0} if rank else {})
+        return objective
+
+    codes, _ = two_processes(tmp_path / "run", measuring)
+    assert codes == [0, 0]
+    assert [record["measured"] for record in metrics(tmp_path / "run")] == [{"both": 2.0, "one": 7.0}] * (STEPS // 2)
+
+
 def test_signal_to_one_process_stops_both_at_the_same_step_and_they_resume(tmp_path):
     codes, uninterrupted = two_processes(tmp_path / "uninterrupted", lambda rank: TinyObjective())
     assert codes == [0, 0]
