@@ -86,10 +86,13 @@ def row(name: str, run: Path) -> dict:
     results = json.loads((run / "results.json").read_text(encoding="utf-8"))
     last = list(results["evaluation"])[-1]
     (phase,) = results["phases"].values()
+    stage = results["recipe"]["stages"][0]
+    if stage["cache"] is not None:
+        stage["cache"] = Path(stage["cache"]).name
     return {
         "method": name, "before": results["evaluation"]["before"], "texts": results["evaluation"][last],
         "tokens": phase["tokens"], "seconds": phase["seconds"], "parameters": results["parameters"],
-        "machine": results["machine"], "recipe": results["recipe"]["stages"][0],
+        "machine": results["machine"], "recipe": stage,
     }  # fmt: skip
 
 
