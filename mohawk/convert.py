@@ -23,7 +23,7 @@ from mohawk.progress import log_to
 from mohawk.readout import solve_output_projections
 from mohawk.recipe import Recipe
 from mohawk.report import AFTER, finish, loss_labels
-from mohawk.run import STUDENT, Run, check_places, claimed
+from mohawk.run import STUDENT, Run, check_folder, claimed
 from mohawk.teachers import load_config
 
 log = logging.getLogger(__name__)
@@ -55,7 +55,7 @@ def convert(recipe: Recipe, *, dry_run: bool = False) -> None:
         print_plan(plan, recipe, console)
         run = Path(recipe.output)
         if dry_run:
-            on_first(lambda: check_places(run, recipe))
+            on_first(lambda: check_folder(run, recipe))
             return
         with claimed(run, recipe), log_to(run):
             Conversion(recipe, run, console).run()

@@ -38,7 +38,7 @@ from mohawk.processes import first_before_others, from_first, is_first, joined, 
 from mohawk.progress import log_to
 from mohawk.rationale_router import RationaleRouter, RoutedRationales
 from mohawk.report import finish
-from mohawk.run import STUDENT, Run, check_places, claimed, refuse_tokens
+from mohawk.run import STUDENT, Run, check_folder, claimed, refuse_tokens
 from mohawk.teacher_answers import teacher_hash
 from mohawk.teacher_cache import CachedRows, TeacherCache
 from mohawk.teacher_models import AverageTeacher, CachedTeacher, Ensemble, ModelTeacher
@@ -65,7 +65,7 @@ def distill(recipe: DistillRecipe, *, dry_run: bool = False) -> None:
         first_before_others(lambda: print_plan(recipe, console))
         run = Path(recipe.output)
         if dry_run:
-            on_first(lambda: check_places(run, recipe))
+            on_first(lambda: check_folder(run, recipe))
             return
         with claimed(run, recipe), log_to(run):
             Distillation(recipe, run, console).run()

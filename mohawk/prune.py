@@ -43,8 +43,9 @@ from mohawk.prune_search import search, search_table, within
 from mohawk.prune_sizes import between, parameters_of, present, sizes_header, sizes_row, target_sizes
 from mohawk.readout import solve_output_projections
 from mohawk.report import Table, finish, read_json, write_json
-from mohawk.run import RECIPE, STUDENT, check_places, claimed, pick_device
+from mohawk.run import RECIPE, STUDENT, check_folder, claimed, pick_device
 from mohawk.teachers import load_config, load_teacher, load_tokenizer
+from mohawk.text import as_source, local_files
 from mohawk.vocabulary import tokens_to_keep, trim_tokenizer, trim_vocabulary
 
 log = logging.getLogger(__name__)
@@ -76,7 +77,8 @@ def prune(recipe: PruneRecipe, *, dry_run: bool = False) -> None:
         if recipe.calibration.scores is not None:
             on_first(lambda: given_scores(recipe.calibration.scores))
         if dry_run:
-            on_first(lambda: check_places(run, recipe))
+            on_first(lambda: check_folder(run, recipe))
+            on_first(lambda: _check_text(recipe))
             return
         with claimed(run, recipe), log_to(run):
             Pruning(recipe, run, console, plan).run()
@@ -92,6 +94,12 @@ def _plan(recipe: PruneRecipe, config: Any, run: Path) -> Plan:
     plan = on_first(make)
     found = from_first(lambda: plan.rounds[0].candidates if plan.rounds else [])
     return make_plan(recipe, config, device, found) if plan is None else plan
+
+
+def _check_text(recipe: PruneRecipe) -> None:
+    """UserError where local text is not there."""
+    for source in (*recipe.data.train, *recipe.data.evaluation):
+        local_files(as_source(source))
 
 
 def _saved_candidates(run: Path, recipe: PruneRecipe) -> list[Sizes]:

@@ -29,7 +29,6 @@ from mohawk.precision import autocast_dtype
 from mohawk.processes import first_before_others, from_first, on_first, several
 from mohawk.report import RESULTS, read_json, write_json, write_text
 from mohawk.teachers import load_teacher, load_tokenizer
-from mohawk.text import as_source, local_files
 from mohawk.trainer import PhaseTrainer
 
 log = logging.getLogger(__name__)
@@ -72,16 +71,14 @@ def _claimed(run: Path, recipe: Any) -> Iterator[None]:
         yield
 
 
-def check_places(run: Path, recipe: Any) -> None:
-    """What a run would be stopped by before it begins: the folder is another's, or local text is not there."""
+def check_folder(run: Path, recipe: Any) -> None:
+    """UserError where `claimed` would refuse the folder; nothing is written."""
     there = next(place for place in (run, *run.absolute().parents) if place.exists())
     if not there.is_dir() or not os.access(there, os.W_OK):
         raise UserError(
             f"output: {run} cannot be written, as {there} is no folder to write into; choose another output"
         )
     _changes(run, recipe)
-    for source in (*recipe.data.train, *recipe.data.evaluation):
-        local_files(as_source(source))
 
 
 def _changes(run: Path, recipe: Any) -> list[str]:

@@ -356,9 +356,8 @@ TEACHERS = {
 
 
 @pytest.mark.parametrize("name", TEACHERS)
-def test_shipped_recipes_fit_their_teachers(name, tmp_path, capsys, monkeypatch):
+def test_shipped_recipes_fit_their_teachers(name, tmp_path, capsys):
     """The depths of the models they name, made narrow."""
-    monkeypatch.chdir(tmp_path)
 
     def save(folder, **settings):
         shape = {"vocab_size": 64, "intermediate_size": 32, "num_attention_heads": 4, "num_key_value_heads": 4}
@@ -369,10 +368,6 @@ def test_shipped_recipes_fit_their_teachers(name, tmp_path, capsys, monkeypatch)
     recipe = DistillRecipe.load(shipped(name))
     if recipe.student.model is not None:
         overrides.append(f"student.model={save(tmp_path / 'student', num_hidden_layers=30, hidden_size=48)}")
-    if any(source.source == "prompts.jsonl" for source in recipe.data.train):  # the user's own, as the recipe says
-        with pytest.raises(UserError, match="data: prompts.jsonl does not exist"):
-            distill(DistillRecipe.load(shipped(name), overrides), dry_run=True)
-        (tmp_path / "prompts.jsonl").write_text('{"prompt": "a", "response": "b"}')
     distill(DistillRecipe.load(shipped(name), overrides), dry_run=True)
     printed = capsys.readouterr().out
     assert all(stage.name[:6] in printed for stage in recipe.stages)
