@@ -21,7 +21,7 @@ from rich.console import Console
 from torch import nn
 
 from mohawk.checkpoints import is_complete, write_whole
-from mohawk.data import PackedDataset, collate
+from mohawk.data import collate
 from mohawk.distill import Distillation
 from mohawk.distill_data import training_rows
 from mohawk.distill_parts import loss_label, mistakes
@@ -46,6 +46,7 @@ from mohawk.report import Table, finish, read_json, write_json
 from mohawk.run import RECIPE, STUDENT, check_folder, claimed, pick_device
 from mohawk.teachers import load_config, load_teacher, load_tokenizer
 from mohawk.text import as_source, local_files
+from mohawk.token_counts import most_frequent, token_counts
 from mohawk.vocabulary import tokens_to_keep, trim_tokenizer, trim_vocabulary
 
 log = logging.getLogger(__name__)
@@ -440,7 +441,7 @@ class Pruning(Distillation):
         student, tokenizer = student.to(getattr(torch, self.recipe.save_dtype)), self.tokenizer
         if self.recipe.prune.vocabulary is not None:
             with mistakes("prune.vocabulary"):
-                trimmed = trim_vocabulary(student, tokenizer, ids=self._tokens_wanted())
+                trimmed = trim_vocabulary(student, tokenizer, ids=self._tokens_wanted)
             student, tokenizer = trimmed.model, trimmed.tokenizer
             asked = self.recipe.prune.vocabulary
             more = f": the {asked:,} asked for and what must stay" if isinstance(asked, int) else ""
@@ -458,28 +459,17 @@ class Pruning(Distillation):
 
     def _check_vocabulary(self) -> None:
         with mistakes("prune.vocabulary"):
-            kept = tokens_to_keep(self.teacher, self.tokenizer, ids=self._tokens_wanted())
+            kept = tokens_to_keep(self.teacher, self.tokenizer, ids=self._tokens_wanted)
             trim_tokenizer(self.tokenizer, kept)
 
+    @functools.cached_property
     def _tokens_wanted(self) -> list[int]:
-        """Ids of the training data, or so many of its most frequent ones."""
-        counts, asked = self._token_counts("train"), self.recipe.prune.vocabulary
-        if asked == "corpus":
-            return np.flatnonzero(counts).tolist()
-        return sorted(np.argsort(-counts, kind="stable")[:asked].tolist())
+        return most_frequent(self._token_counts("train"), self.recipe.prune.vocabulary)
 
     def _token_counts(self, part: str) -> np.ndarray:
-        """How often each id occurs in the train, held_out or evaluation part of the data, (vocabulary,)."""
-        documents = getattr(self.data, part, None)
+        """Of the train, held_out or evaluation part of the data, (vocabulary,)."""
         pairs = {"train": self.sources.pairs, "held_out": self.sources.held_out_pairs}.get(part, {})
-        counts = np.zeros(self.plan.own.vocabulary, dtype=np.int64)
-        rows = PackedDataset(documents, 4096) if documents is not None and documents.tokens else []
-        for i in range(len(rows)):
-            row = rows[i]
-            counts += np.bincount(row["input_ids"][row["segment_ids"] >= 0].numpy(), minlength=len(counts))
-        for one in pairs.values():
-            counts += np.bincount(one.tokens, minlength=len(counts))
-        return counts
+        return token_counts(getattr(self.data, part, None), pairs.values(), self.plan.own.vocabulary)
 
     def _labels(self, steps: Sequence[Step]) -> dict[str, str]:
         labels = {}
