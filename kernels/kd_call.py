@@ -182,7 +182,8 @@ class Call:
             summed = vocabulary.group is not None  # over ranks, and then rounded
             grads[0] = self._empty_or_zeros(hidden.shape, scale.dtype if summed else _held(hidden.dtype))
         if needs[1]:
-            grads[1] = torch.empty(head.shape, dtype=scale.dtype, device=head.device)
+            kept = kd_chunked.keeps_gradient(len(scale), hidden, head)
+            grads[1] = torch.empty(head.shape, dtype=head.dtype if kept else scale.dtype, device=head.device)
             grads[1][vocabulary.local if len(scale) else 0 :] = 0
         if bias is not None and needs[2]:
             grads[2] = torch.zeros(bias.shape, dtype=scale.dtype, device=bias.device)

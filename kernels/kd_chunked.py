@@ -3,8 +3,9 @@
 Two nested loops. The outer one takes as many rows as make an efficient matrix product and fills a float32
 tile of logits for the student and one for each teacher that comes as hidden states. The inner one takes so
 few rows that a dozen elementwise passes over them stay in the cache, and overwrites the student's tile with
-its gradient. Memory is a few tiles, whatever the number of rows; the divergences are in kd_divergences.py,
-the products in kd_products.py.
+its gradient. Memory is a few tiles, whatever the number of rows, and a sum in float32 of the head's gradient
+or what takes its place (`keeps_gradient`); the divergences are in kd_divergences.py, the products in
+kd_products.py.
 """
 
 from __future__ import annotations
@@ -31,7 +32,10 @@ from mohawk.kernels.kd_teachers import (
 )
 from mohawk.kernels.kd_vocabulary import Vocabulary
 
-TILE_BYTES = 96 << 20  # all tiles of logits together: 256 rows of two 49152-word vocabularies in float32
+# All tiles of logits together: on CPU 256 rows of two 49152-word vocabularies in float32. A GPU needs more rows for
+# each pass over the heads, which it could read in the time that it multiplies a few hundred rows with them.
+TILE_BYTES = 96 << 20
+GPU_TILE_BYTES = 1 << 30
 CACHE_BYTES = 2 << 20  # of one array in the elementwise passes on CPU
 
 
@@ -75,8 +79,9 @@ def _spans(n: int, step: int) -> Iterator[tuple[int, int]]:
         yield n * k // count, n * (k + 1) // count
 
 
-def _outer_rows(tiles: int, vocabulary: Vocabulary, dtype: torch.dtype) -> int:
-    return max(1, TILE_BYTES // (max(1, tiles * vocabulary.widest) * dtype.itemsize))
+def _outer_rows(tiles: int, vocabulary: Vocabulary, dtype: torch.dtype, device: torch.device) -> int:
+    most = TILE_BYTES if device.type == "cpu" else GPU_TILE_BYTES
+    return max(1, most // (max(1, tiles * vocabulary.widest) * dtype.itemsize))
 
 
 def _inner_rows(tile: Tile, device: torch.device, vocabulary: Vocabulary, dtype: torch.dtype, outer: int) -> int:
@@ -377,7 +382,7 @@ def from_logits(
     vocab = vocabulary.local
     kd, ce = scale.new_empty(n), scale.new_empty(n)
     scores = Scores(teacher, rows, options, dtype)
-    step = _outer_rows(1 + len(scores.hidden), vocabulary, dtype)
+    step = _outer_rows(1 + len(scores.hidden), vocabulary, dtype, logits.device)
     tiles = [scale.new_empty((min(n, step), vocab)) for _ in scores.hidden] if options.need_kd else []
     for first, last in _spans(n, step):
         if options.need_kd:
@@ -405,6 +410,12 @@ def summed(kd: Tensor, ce: Tensor, options: Options) -> Rows:
     return Rows(kd, ce)
 
 
+def keeps_gradient(rows: int, hidden: Tensor, head: Tensor) -> bool:
+    """Whether the gradients of all rows' logits are kept, in bfloat16, for one product with the head's gradient as its
+    result: where they take no more memory than the float32 sum over chunks that it makes unnecessary."""
+    return 0 < rows <= 2 * head.shape[1] and head.dtype == hidden.dtype == torch.bfloat16
+
+
 def from_hidden(
     hidden: Tensor,
     head: Tensor,
@@ -424,8 +435,9 @@ def from_hidden(
     """As `from_logits`, from hidden states (n, hidden) and a head (vocab, hidden).
 
     `hidden_grad` (n, hidden) is zero in the rows that don't count, and summed over the ranks of a shared
-    vocabulary; `head_grad` and `bias_grad` are in the dtype of `scale` (float32, or float64), zero beyond the
-    real vocabulary, or everywhere if no row counts. Each may be None.
+    vocabulary; `head_grad` and `bias_grad` are in the dtype of `scale` (float32, or float64), `head_grad` in the
+    head's where `keeps_gradient`, and zero beyond the real vocabulary, or everywhere if no row counts. Each may
+    be None.
     """
     tile = tile or torch_tile
     n, vocabulary, dtype = len(scale), options.vocabulary, scale.dtype
@@ -434,12 +446,15 @@ def from_hidden(
     want_grad = not (hidden_grad is None and head_grad is None and bias_grad is None)
     scores = Scores(teacher, rows, options, dtype)
     count = 1 + (len(scores.hidden) if options.need_kd else 0)
-    spans = list(_spans(n, _outer_rows(count, vocabulary, dtype)))
+    spans = list(_spans(n, _outer_rows(count, vocabulary, dtype, head.device)))
     most = max((last - first for first, last in spans), default=0)
     tiles = [scale.new_empty((most, vocab)) for _ in range(count)]
     head = head[:vocab]
     inner = _inner_rows(tile, head.device, vocabulary, dtype, most)
-    # cuBLAS takes it for both products, oneDNN for one.
+    kept = None
+    if head_grad is not None and keeps_gradient(n, hidden, head):
+        kept = head.new_empty((n, vocab))
+    # Where it is not kept, cuBLAS takes it for both products, oneDNN for one.
     round_grad = head.dtype == hidden.dtype == torch.bfloat16
     round_grad = round_grad and (hidden_grad is not None or want_grad and head.is_cuda)
     for first, last in spans:
@@ -448,8 +463,8 @@ def from_hidden(
         kd_products.logits_product(part, head, z_tile)
         if options.need_kd:
             scores.load(first, last, tiles[1:])
-        rounded = None
-        if round_grad:
+        rounded = None if kept is None else kept[first:last]
+        if rounded is None and round_grad:
             # The gradient in bfloat16 takes the place of the teacher's logits, row by row, after their last
             # use.
             store = tiles[1].view(torch.bfloat16) if count == 2 else None
@@ -481,10 +496,14 @@ def from_hidden(
                 packed = hidden_grad.new_empty((last - first, hidden.shape[1]))
                 kd_products.hidden_gradient(z_tile, head, rounded, packed)
                 hidden_grad.index_copy_(0, rows[first:last], packed)
-        if head_grad is not None:
+        if head_grad is not None and kept is None:
             kd_products.add_head_gradient(z_tile, part, rounded, head_grad[:vocab], first == 0)
         if bias_grad is not None:
             bias_grad[:vocab] += z_tile.sum(0)
+    if kept is not None:
+        del tiles, z_tile, z  # before the head's gradient takes its memory
+        scores.tiles = []
+        torch.mm(kept.T, _take(hidden, rows, 0, n), out=head_grad[:vocab])
     if hidden_grad is not None and vocabulary.group is not None:
         hidden_grad.copy_(vocabulary.total(hidden_grad))
     return summed(kd, ce, options)

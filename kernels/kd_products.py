@@ -3,19 +3,21 @@
 Rounding logits to bfloat16 before the softmax is what ruins distillation gradients (3 % at a KL of 0.3, 30 %
 at 0.003); a product that keeps its float32 accumulator costs nothing of the kind. On CUDA that is
 `out_dtype`. CPU torch has no such overload, but oneDNN multiplies float32 copies of bfloat16 numbers with
-bfloat16 instructions when asked to, which is exact for them; the copies are made slice by slice. Float32
-operands are multiplied as float32.
+bfloat16 instructions when asked to, where the processor has them for such copies (AMX), which is exact for them;
+the copies are made slice by slice. Float32 operands are multiplied as float32.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterator
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
-# Of a head that is copied to float32: large enough for oneDNN, small beside the tiles.
+# Of a head that is copied: large enough for oneDNN, small beside the tiles.
 SLICE_BYTES = 8 << 20
 # Of one float32 result of cuBLAS beside the array that it goes into.
 GPU_BYTES = 256 << 20
@@ -37,17 +39,34 @@ def _exact_in_bf16(*operands: Tensor) -> bool:
     return all(one.dtype == torch.bfloat16 and one.device.type == "cpu" for one in operands)
 
 
-def _slices(matrix: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
-    """The rows of a matrix in `dtype`: whole if it is in that dtype, else copied slice by slice into one
-    buffer."""
-    if matrix.dtype == dtype:
+@functools.cache
+def _mkl_is_slow() -> bool:
+    """Whether torch leaves float32 products to an MKL that takes half this processor's vectors: on AMD's it keeps to
+    AVX2, where oneDNN has AVX-512. An older torch doesn't tell the processor's name; there it stays with MKL."""
+    backends = torch.backends
+    capabilities = getattr(torch.cpu, "get_capabilities", dict)()
+    amd = str(capabilities.get("cpu_name", "")).startswith("AMD")
+    return amd and backends.mkl.is_available() and backends.mkldnn.is_available()
+
+
+def _onednn_is_faster(rows: int, inner: int, out: Tensor) -> bool:
+    """Of a product (rows, inner) @ (inner, many) in float32 that needs copies for oneDNN."""
+    return out.dtype == torch.float32 and out.device.type == "cpu" and rows >= 8 and inner >= 128 and _mkl_is_slow()
+
+
+def _slices(matrix: Tensor, dtype: torch.dtype, whole: bool = True) -> Iterator[tuple[slice, Tensor]]:
+    """The rows of a matrix in `dtype`, slice by slice, copied into one buffer where they are in another; `whole`: at
+    once where they are not."""
+    if matrix.dtype == dtype and whole:
         yield slice(0, matrix.shape[0]), matrix
         return
     step = max(1, SLICE_BYTES // (matrix.shape[1] * dtype.itemsize))
-    buffer = matrix.new_empty((min(step, matrix.shape[0]), matrix.shape[1]), dtype=dtype)
+    buffer = None
+    if matrix.dtype != dtype:
+        buffer = matrix.new_empty((min(step, matrix.shape[0]), matrix.shape[1]), dtype=dtype)
     for start in range(0, matrix.shape[0], step):
         part = matrix[start : start + step]
-        yield slice(start, start + len(part)), buffer[: len(part)].copy_(part)
+        yield slice(start, start + len(part)), part if buffer is None else buffer[: len(part)].copy_(part)
 
 
 def logits_product(hidden: Tensor, head: Tensor, out: Tensor) -> None:
@@ -61,6 +80,11 @@ def logits_product(hidden: Tensor, head: Tensor, out: Tensor) -> None:
         return
     exact = _exact_in_bf16(hidden, head)
     wide = hidden.to(out.dtype)
+    if not exact and _onednn_is_faster(*wide.shape, out):
+        wide = wide.to_mkldnn()
+        for columns, part in _slices(head, out.dtype, whole=False):
+            out[:, columns] = functional.linear(wide, part.to_mkldnn()).to_dense()
+        return
     with _bf16_instructions() if exact else contextlib.nullcontext():
         for columns, part in _slices(head, out.dtype):
             torch.mm(wide, part.T, out=out[:, columns])

@@ -10,7 +10,7 @@ import weakref
 import pytest
 import torch
 
-from mohawk.kernels import kd_chunked
+from mohawk.kernels import kd_chunked, kd_products
 from mohawk.kernels.kd_loss import (
     TeacherHidden,
     TeacherLogits,
@@ -166,13 +166,16 @@ def test_values_of_small_divergences(divergence):
         assert errors["chunked"] <= max(2 * errors["reference"], 2e-6), (distance, errors)
 
 
+@pytest.mark.parametrize("rows", (96, 300))  # the head's gradient from one product, and summed over chunks
 @pytest.mark.parametrize("distance", (0.9, 0.25, 0.08, 0.025))  # KL of about 0.3, 0.03, 0.003, 0.0003
-def test_bfloat16_gradients(distance):
+def test_bfloat16_gradients(distance, rows, monkeypatch):
     """Hidden states and heads in bfloat16: 0.5 % relative gradient error at every KL (2 to 90 % with rounded
     logits)."""
+    monkeypatch.setattr(kd_chunked, "TILE_BYTES", 2 * 4 * 3000 * 50)  # 50 rows of student and teacher at once
     g = torch.Generator().manual_seed(1)
-    h, head = 1.5 * torch.randn(96, 128, generator=g), torch.randn(3000, 128, generator=g) / 128**0.5
-    th = h + distance * torch.randn(96, 128, generator=g)
+    h, head = 1.5 * torch.randn(rows, 128, generator=g), torch.randn(3000, 128, generator=g) / 128**0.5
+    assert kd_chunked.keeps_gradient(rows, h.bfloat16(), head.bfloat16()) == (rows == 96)
+    th = h + distance * torch.randn(rows, 128, generator=g)
     h, head, th = (x.bfloat16() for x in (h, head, th))
     results = []
     for backend, dtype in (("reference", torch.float64), ("chunked", torch.bfloat16)):
@@ -184,6 +187,49 @@ def test_bfloat16_gradients(distance):
     assert got[0].dtype == torch.float32 and got[1].dtype == got[2].dtype == torch.bfloat16
     assert error(got[0], truth[0]) < 1e-4
     assert error(got[1], truth[1]) < 0.005 and error(got[2], truth[2]) < 0.005
+
+
+def test_a_kept_gradient_has_every_option(monkeypatch):
+    """Chunks, ignored rows, a shorter vocabulary, bias, scale and softcap, a head that is not contiguous, frozen
+    hidden states, and a loss scale, where one product makes the head's gradient."""
+    monkeypatch.setattr(kd_chunked, "TILE_BYTES", 2 * 4 * 280 * 7)
+    h, head, th, labels = problem(40, 300, 64, torch.bfloat16)
+    labels[::3] = -100
+    bias = 0.1 * torch.randn(300, generator=torch.Generator().manual_seed(1))
+    options = {"ce_weight": 0.5, "vocab_size": 280, "logit_scale": 2.0, "logit_softcap": 5.0}
+    labels[labels >= 280] = 0
+    for frozen in (False, True):
+        grads = []
+        for backend, dtype in (("reference", torch.float64), ("chunked", torch.bfloat16)):
+            x, w, b = (one.detach().to(dtype).clone() for one in (h, head, bias.bfloat16()))
+            w = w.T.contiguous().T
+            x.requires_grad_(not frozen), w.requires_grad_(), b.requires_grad_()
+            teacher = TeacherHidden(th.to(dtype), head.to(dtype))
+            loss = linear_kd_loss(x, w, teacher, labels, student_bias=b, backend=backend, **options)
+            (3 * loss).backward()
+            grads.append([b.grad, w.grad] if frozen else [b.grad, w.grad, x.grad])
+        for truth, got in zip(*grads, strict=True):
+            assert error(got, truth) < 0.005
+        assert grads[1][1][280:].abs().sum() == 0
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.float16))
+def test_logits_by_onednn(dtype, monkeypatch):
+    """Where float32 products are oneDNN's, they are as exact as torch's, in slices, infinities included."""
+    h, head, _, _ = problem(33, 3001, 129, dtype)
+    h[1], h[2, 3], h[3, 4] = 0.0, float("inf"), float("nan")
+    results = []
+    for slow in (False, True):
+        monkeypatch.setattr(kd_products, "_mkl_is_slow", lambda slow=slow: slow)
+        monkeypatch.setattr(kd_products, "SLICE_BYTES", 4 * 129 * 1000)
+        out = torch.empty(33, 3001)
+        kd_products.logits_product(h, head, out)
+        results.append(out)
+    truth = h.double() @ head.double().T
+    ok = truth.isfinite()
+    assert ok.sum() == 31 * 3001
+    assert error(results[1][ok], truth[ok]) <= 2 * error(results[0][ok], truth[ok])
+    torch.testing.assert_close(results[1][~ok], truth[~ok].float(), equal_nan=True)
 
 
 def test_float16_hidden_states():
