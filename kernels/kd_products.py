@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional
 
 # Of a head that is copied: large enough for oneDNN, small beside the tiles.
-SLICE_BYTES = 8 << 20
+SLICE_BYTES = 4 << 20
 # Of one float32 result of cuBLAS beside the array that it goes into.
 GPU_BYTES = 256 << 20
 
