@@ -69,14 +69,22 @@ def _slices(matrix: Tensor, dtype: torch.dtype, whole: bool = True) -> Iterator[
         yield slice(start, start + len(part)), part if buffer is None else buffer[: len(part)].copy_(part)
 
 
+def _half_on_gpu(*operands: Tensor) -> bool:
+    """Whether cuBLAS multiplies these with a float32 result."""
+    return operands[0].is_cuda and operands[0].dtype.itemsize == 2 and len({one.dtype for one in operands}) == 1
+
+
+def _float32_product(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
+    """a @ b of 16-bit operands on a GPU, with a float32 result."""
+    if out is None:
+        out = a.new_empty((a.shape[0], b.shape[1]), dtype=torch.float32)
+    return torch.mm(a, b, out_dtype=torch.float32, out=out)
+
+
 def logits_product(hidden: Tensor, head: Tensor, out: Tensor) -> None:
     """out = hidden @ head.T with the precision of `out` (float32, or float64)."""
-    half_on_gpu = hidden.is_cuda and hidden.dtype == head.dtype and hidden.dtype != out.dtype
-    if half_on_gpu and out.dtype == torch.float32:
-        step = max(1, GPU_BYTES // (4 * max(1, hidden.shape[0])))
-        for start in range(0, head.shape[0], step):
-            part = head[start : start + step]
-            out[:, start : start + step] = torch.mm(hidden, part.T, out_dtype=torch.float32)
+    if _half_on_gpu(hidden, head) and out.dtype == torch.float32:
+        _float32_product(hidden, head.T, out)
         return
     exact = _exact_in_bf16(hidden, head)
     wide = hidden.to(out.dtype)
@@ -91,13 +99,16 @@ def logits_product(hidden: Tensor, head: Tensor, out: Tensor) -> None:
 
 
 def hidden_gradient(grad: Tensor, head: Tensor, rounded: Tensor | None, out: Tensor) -> None:
-    """out = grad @ head, with grad (rows, vocab) in float32 or float64 and out in the dtype of the hidden
-    states.
+    """out = grad @ head, with grad (rows, vocab) in float32 or float64 and out in the dtype of the hidden states, or
+    in grad's.
 
     `rounded` is grad in the head's 16-bit dtype where the caller has it: the sum over the vocabulary is
     float32 inside the product either way, and only its terms are rounded.
     """
-    if rounded is not None and rounded.dtype == head.dtype == out.dtype:
+    if rounded is not None and _half_on_gpu(rounded, head):
+        # Asked for bfloat16, cuBLAS may add parts of so long a sum in bfloat16.
+        out.copy_(_float32_product(rounded, head))
+    elif rounded is not None and rounded.dtype == head.dtype == out.dtype:
         torch.mm(rounded, head, out=out)
     elif head.dtype == grad.dtype == out.dtype:
         torch.mm(grad, head, out=out)
@@ -114,14 +125,13 @@ def add_head_gradient(grad: Tensor, hidden: Tensor, rounded: Tensor | None, tota
 
     `rounded` as in `hidden_gradient`.
     """
-    if rounded is not None and rounded.is_cuda and rounded.dtype == hidden.dtype:
+    if rounded is not None and _half_on_gpu(rounded, hidden):
+        if first:
+            _float32_product(rounded.T, hidden, total)
+            return
         step = max(1, GPU_BYTES // (4 * hidden.shape[1]))
         for start in range(0, total.shape[0], step):
-            part = torch.mm(rounded[:, start : start + step].T, hidden, out_dtype=torch.float32)
-            if first:
-                total[start : start + step] = part
-            else:
-                total[start : start + step] += part
+            total[start : start + step] += _float32_product(rounded[:, start : start + step].T, hidden)
         return
     with _bf16_instructions() if _exact_in_bf16(hidden) else contextlib.nullcontext():
         total.addmm_(grad.T, hidden.to(total.dtype), beta=0 if first else 1)

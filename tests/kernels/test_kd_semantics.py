@@ -9,6 +9,7 @@ import weakref
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from mohawk.kernels import kd_chunked, kd_products
 from mohawk.kernels.kd_loss import (
@@ -230,6 +231,19 @@ def test_logits_by_onednn(dtype, monkeypatch):
     assert ok.sum() == 31 * 3001
     assert error(results[1][ok], truth[ok]) <= 2 * error(results[0][ok], truth[ok])
     torch.testing.assert_close(results[1][~ok], truth[~ok].float(), equal_nan=True)
+
+
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16))
+def test_products_ask_a_gpu_for_float32(dtype):
+    """Shapes and dtypes of what cuBLAS is asked for, checked by torch without a GPU: a product of 16-bit operands goes
+    into a float32 array."""
+    with FakeTensorMode():
+        hidden, head, grad = (torch.empty(s, dtype=dtype, device="cuda") for s in ((7, 16), (50, 16), (7, 50)))
+        tile, total = (torch.empty(s, device="cuda") for s in ((7, 50), (50, 16)))
+        with pytest.raises(RuntimeError, match="dtype"):
+            torch.mm(hidden, head.T, out=tile)
+        kd_products.logits_product(hidden, head, tile)
+        kd_products.add_head_gradient(tile, hidden, grad, total, True)
 
 
 def test_float16_hidden_states():
