@@ -181,10 +181,6 @@ class Call:
         if needs[0]:
             summed = vocabulary.group is not None  # over ranks, and then rounded
             grads[0] = self._empty_or_zeros(hidden.shape, scale.dtype if summed else _held(hidden.dtype))
-        if needs[1]:
-            kept = kd_chunked.keeps_gradient(len(scale), hidden, head)
-            grads[1] = torch.empty(head.shape, dtype=head.dtype if kept else scale.dtype, device=head.device)
-            grads[1][vocabulary.local if len(scale) else 0 :] = 0
         if bias is not None and needs[2]:
             grads[2] = torch.zeros(bias.shape, dtype=scale.dtype, device=bias.device)
         inputs = (self.teacher, self.labels, self.rows, scale, self.options)
@@ -194,8 +190,8 @@ class Call:
             from mohawk.kernels import kd_triton
 
             tile = kd_triton.tile
-        rows = kd_chunked.from_hidden(
-            hidden, head, bias, s.logit_scale, s.logit_softcap, *inputs, grads[0], grads[1], bias_grad, tile
+        rows, grads[1] = kd_chunked.from_hidden(
+            hidden, head, bias, s.logit_scale, s.logit_softcap, *inputs, grads[0], bias_grad, needs[1], tile
         )
         grads = [g if g is None else g.to(_held(x.dtype)) for g, x in zip(grads, student, strict=True)]
         if grads[0] is not None:

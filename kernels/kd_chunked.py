@@ -32,10 +32,11 @@ from mohawk.kernels.kd_teachers import (
 )
 from mohawk.kernels.kd_vocabulary import Vocabulary
 
-# All tiles of logits together: on CPU 256 rows of two 49152-word vocabularies in float32. A GPU needs more rows for
-# each pass over the heads, which it could read in the time that it multiplies a few hundred rows with them.
+# All tiles of logits together: 256 rows of two 49152-word vocabularies in float32. A GPU needs more rows for each pass
+# over the heads, which it could read in the time that it multiplies a few hundred rows with them; it gets them where
+# Triton sweeps the tiles, since torch's elementwise passes would make several more of the size.
 TILE_BYTES = 96 << 20
-GPU_TILE_BYTES = 1 << 30
+TRITON_TILE_BYTES = 1 << 30
 CACHE_BYTES = 2 << 20  # of one array in the elementwise passes on CPU
 
 
@@ -79,8 +80,8 @@ def _spans(n: int, step: int) -> Iterator[tuple[int, int]]:
         yield n * k // count, n * (k + 1) // count
 
 
-def _outer_rows(tiles: int, vocabulary: Vocabulary, dtype: torch.dtype, device: torch.device) -> int:
-    most = TILE_BYTES if device.type == "cpu" else GPU_TILE_BYTES
+def _outer_rows(tiles: int, tile: Tile, vocabulary: Vocabulary, dtype: torch.dtype) -> int:
+    most = TILE_BYTES if tile is torch_tile else TRITON_TILE_BYTES
     return max(1, most // (max(1, tiles * vocabulary.widest) * dtype.itemsize))
 
 
@@ -382,7 +383,7 @@ def from_logits(
     vocab = vocabulary.local
     kd, ce = scale.new_empty(n), scale.new_empty(n)
     scores = Scores(teacher, rows, options, dtype)
-    step = _outer_rows(1 + len(scores.hidden), vocabulary, dtype, logits.device)
+    step = _outer_rows(1 + len(scores.hidden), tile, vocabulary, dtype)
     tiles = [scale.new_empty((min(n, step), vocab)) for _ in scores.hidden] if options.need_kd else []
     for first, last in _spans(n, step):
         if options.need_kd:
@@ -416,6 +417,13 @@ def keeps_gradient(rows: int, hidden: Tensor, head: Tensor) -> bool:
     return 0 < rows <= 2 * head.shape[1] and head.dtype == hidden.dtype == torch.bfloat16
 
 
+def _empty_head_gradient(head: Tensor, vocab: int, dtype: torch.dtype) -> Tensor:
+    """Zero beyond the first `vocab` words."""
+    grad = head.new_empty(head.shape, dtype=dtype)
+    grad[vocab:] = 0
+    return grad
+
+
 def from_hidden(
     hidden: Tensor,
     head: Tensor,
@@ -428,32 +436,34 @@ def from_hidden(
     scale: Tensor,
     options: Options,
     hidden_grad: Tensor | None,
-    head_grad: Tensor | None,
     bias_grad: Tensor | None,
+    want_head_grad: bool,
     tile: Tile | None = None,
-) -> Rows:
-    """As `from_logits`, from hidden states (n, hidden) and a head (vocab, hidden).
+) -> tuple[Rows, Tensor | None]:
+    """As `from_logits`, from hidden states (n, hidden) and a head (vocab, hidden); with the gradient of the head.
 
     `hidden_grad` (n, hidden) is zero in the rows that don't count, and summed over the ranks of a shared
-    vocabulary; `head_grad` and `bias_grad` are in the dtype of `scale` (float32, or float64), `head_grad` in the
-    head's where `keeps_gradient`, and zero beyond the real vocabulary, or everywhere if no row counts. Each may
-    be None.
+    vocabulary; `bias_grad` is in the dtype of `scale` (float32, or float64). Each may be None. The gradient of the
+    head is in the dtype of `scale` too, or in the head's where `keeps_gradient`. Both are zero beyond the real
+    vocabulary, or everywhere if no row counts.
     """
     tile = tile or torch_tile
     n, vocabulary, dtype = len(scale), options.vocabulary, scale.dtype
     vocab = vocabulary.local
     kd, ce = scale.new_empty(n), scale.new_empty(n)
-    want_grad = not (hidden_grad is None and head_grad is None and bias_grad is None)
+    want_grad = want_head_grad or not (hidden_grad is None and bias_grad is None)
     scores = Scores(teacher, rows, options, dtype)
     count = 1 + (len(scores.hidden) if options.need_kd else 0)
-    spans = list(_spans(n, _outer_rows(count, vocabulary, dtype, head.device)))
+    spans = list(_spans(n, _outer_rows(count, tile, vocabulary, dtype)))
     most = max((last - first for first, last in spans), default=0)
     tiles = [scale.new_empty((most, vocab)) for _ in range(count)]
-    head = head[:vocab]
+    whole_head, head = head, head[:vocab]
     inner = _inner_rows(tile, head.device, vocabulary, dtype, most)
-    kept = None
-    if head_grad is not None and keeps_gradient(n, hidden, head):
+    kept = head_grad = None
+    if want_head_grad and keeps_gradient(n, hidden, head):
         kept = head.new_empty((n, vocab))
+    elif want_head_grad:
+        head_grad = _empty_head_gradient(whole_head, vocab if n else 0, dtype)
     # Where it is not kept, cuBLAS takes it for both products, oneDNN for one.
     round_grad = head.dtype == hidden.dtype == torch.bfloat16
     round_grad = round_grad and (hidden_grad is not None or want_grad and head.is_cuda)
@@ -496,14 +506,15 @@ def from_hidden(
                 packed = hidden_grad.new_empty((last - first, hidden.shape[1]))
                 kd_products.hidden_gradient(z_tile, head, rounded, packed)
                 hidden_grad.index_copy_(0, rows[first:last], packed)
-        if head_grad is not None and kept is None:
+        if head_grad is not None:
             kd_products.add_head_gradient(z_tile, part, rounded, head_grad[:vocab], first == 0)
         if bias_grad is not None:
             bias_grad[:vocab] += z_tile.sum(0)
     if kept is not None:
-        del tiles, z_tile, z  # before the head's gradient takes its memory
+        del tiles, z_tile, z, damping  # before the head's gradient takes its memory
         scores.tiles = []
+        head_grad = _empty_head_gradient(whole_head, vocab, head.dtype)
         torch.mm(kept.T, _take(hidden, rows, 0, n), out=head_grad[:vocab])
     if hidden_grad is not None and vocabulary.group is not None:
         hidden_grad.copy_(vocabulary.total(hidden_grad))
-    return summed(kd, ce, options)
+    return summed(kd, ce, options), head_grad

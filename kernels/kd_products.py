@@ -51,16 +51,25 @@ def _mkl_is_slow() -> bool:
 
 def _onednn_is_faster(rows: int, inner: int, out: Tensor) -> bool:
     """Of a product (rows, inner) @ (inner, many) in float32 that needs copies for oneDNN."""
-    return out.dtype == torch.float32 and out.device.type == "cpu" and rows >= 8 and inner >= 128 and _mkl_is_slow()
+    suits = out.dtype == torch.float32 and out.device.type == "cpu" and rows >= 8 and inner >= 128
+    return suits and torch.backends.mkldnn.enabled and _mkl_is_slow()
 
 
-def _slices(matrix: Tensor, dtype: torch.dtype, whole: bool = True) -> Iterator[tuple[slice, Tensor]]:
-    """The rows of a matrix in `dtype`, slice by slice, copied into one buffer where they are in another; `whole`: at
-    once where they are not."""
-    if matrix.dtype == dtype and whole:
+def _padded(matrix: Tensor) -> Tensor:
+    """With rows of 0 up to one of a few counts, at most an eighth more beyond 256: oneDNN keeps what it has compiled
+    for each shape, and the number of rows that count is another one in each step."""
+    rows = len(matrix)
+    step = max(32, 1 << max(0, rows.bit_length() - 4))
+    return functional.pad(matrix, (0, 0, 0, -rows % step))
+
+
+def _slices(matrix: Tensor, dtype: torch.dtype, width: int | None = None) -> Iterator[tuple[slice, Tensor]]:
+    """The rows of a matrix slice by slice, copied into one buffer where they are in another dtype; at once where they
+    are not and no `width` is given: as if they were so wide for the size of the slices."""
+    if matrix.dtype == dtype and width is None:
         yield slice(0, matrix.shape[0]), matrix
         return
-    step = max(1, SLICE_BYTES // (matrix.shape[1] * dtype.itemsize))
+    step = max(1, SLICE_BYTES // ((width or matrix.shape[1]) * dtype.itemsize))
     buffer = None
     if matrix.dtype != dtype:
         buffer = matrix.new_empty((min(step, matrix.shape[0]), matrix.shape[1]), dtype=dtype)
@@ -89,9 +98,9 @@ def logits_product(hidden: Tensor, head: Tensor, out: Tensor) -> None:
     exact = _exact_in_bf16(hidden, head)
     wide = hidden.to(out.dtype)
     if not exact and _onednn_is_faster(*wide.shape, out):
-        wide = wide.to_mkldnn()
-        for columns, part in _slices(head, out.dtype, whole=False):
-            out[:, columns] = functional.linear(wide, part.to_mkldnn()).to_dense()
+        rows, wide = len(wide), _padded(wide).to_mkldnn()
+        for columns, part in _slices(head, out.dtype, max(wide.shape)):
+            out[:, columns] = functional.linear(wide, part.to_mkldnn()).to_dense()[:rows]
         return
     with _bf16_instructions() if exact else contextlib.nullcontext():
         for columns, part in _slices(head, out.dtype):

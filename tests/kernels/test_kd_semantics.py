@@ -246,6 +246,19 @@ def test_products_ask_a_gpu_for_float32(dtype):
         kd_products.add_head_gradient(tile, hidden, grad, total, True)
 
 
+def test_onednn_sees_few_shapes_and_its_switch(monkeypatch):
+    """It keeps what it has compiled for each shape; and `enabled=False` is for us too."""
+    monkeypatch.setattr(kd_products, "_mkl_is_slow", lambda: True)
+    padded = {rows: len(kd_products._padded(torch.zeros(rows, 1))) for rows in range(8, 2049)}
+    assert len(set(padded.values())) <= 32
+    assert all(rows <= more < rows + 32 or more <= 1.125 * rows for rows, more in padded.items())
+    h, head, out = torch.randn(40, 256), torch.randn(500, 256), torch.empty(40, 500)
+    for enabled in (True, False):
+        with torch.backends.mkldnn.flags(enabled=enabled), torch.profiler.profile() as profile:
+            kd_products.logits_product(h, head, out)
+        assert ("aten::mkldnn_linear" in {event.key for event in profile.key_averages()}) == enabled
+
+
 def test_float16_hidden_states():
     h, head, th, labels = problem(40, 300, 64, torch.float16)
     results = []
