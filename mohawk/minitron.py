@@ -43,8 +43,9 @@ class MinitronPruner:
             which ranks units less well than the text it will be used on.
         importance: scores measured before, instead of all that: `Importance.load(path)`.
         sizes: instead of `target_params`: the sizes to cut to.
-        depth: layers to keep with `target_params`; None: all of them if the target can be reached by width, since width
-            costs less quality than depth (up to 15B parameters), else as many as it can.
+        depth: layers to keep with `target_params`; None: all of them if the target can be reached by width, else as
+            many as it can. Minitron finds that width costs less quality than depth up to 15B parameters;
+            benchmarks/results/pruning.md has the opposite for a model of 135M after 49,152 tokens of healing.
         width: what gets narrower: "all" (hidden channels, heads, MLPs), "inner" (heads, MLPs) or "ffn".
         layers: which layers stay where some go: as in `mohawk.importance.choose`.
         tolerance: share of `target_params` that may be unused.
