@@ -514,7 +514,7 @@ def from_hidden(
         del tiles, z_tile, z, damping  # before the head's gradient takes its memory
         scores.tiles = []
         head_grad = _empty_head_gradient(whole_head, vocab, head.dtype)
-        torch.mm(kept.T, _take(hidden, rows, 0, n), out=head_grad[:vocab])
+        kd_products.head_gradient(kept, _take(hidden, rows, 0, n), head_grad[:vocab])
     if hidden_grad is not None and vocabulary.group is not None:
         hidden_grad.copy_(vocabulary.total(hidden_grad))
     return summed(kd, ce, options), head_grad

@@ -144,3 +144,8 @@ def add_head_gradient(grad: Tensor, hidden: Tensor, rounded: Tensor | None, tota
         return
     with _bf16_instructions() if _exact_in_bf16(hidden) else contextlib.nullcontext():
         total.addmm_(grad.T, hidden.to(total.dtype), beta=0 if first else 1)
+
+
+def head_gradient(rounded: Tensor, hidden: Tensor, out: Tensor) -> None:
+    """out = rounded.T @ hidden, all in one 16-bit dtype; its sums are float32 and rounded once."""
+    torch.mm(rounded.T, hidden, out=out)
