@@ -1,6 +1,6 @@
 """Where the time of forward KL from hidden states goes, on the CPU: the matrix products, the passes over the tiles of
-logits, and the rest (new memory, copies, rounding). The problem is kd_loss.py's; CPU seconds of one forward and backward,
-the median of several, beside products of the same shape as torch makes them in that dtype.
+logits, and the rest (new memory, copies, rounding). The problem is kd_loss.py's; CPU seconds of one forward and
+backward, the median of several, beside products of the same shape as torch makes them in that dtype.
 
     python benchmarks/kd_profile.py
 """
