@@ -20,8 +20,9 @@ from transformers import (
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 from transformers.modeling_outputs import CausalLMOutputWithPast
-from transformers.utils import logging
+from transformers.utils import can_return_tuple, logging
 
+from mohawk.models.call import CACHE, HARMLESS, one_cache, refuse_unknown
 from mohawk.models.families import check_supported, decoder_shape, family_of, leaves_out_softcap, needed_attention
 from mohawk.models.mixers import MIXERS, DiscreteMamba2Mixer, Mamba2Mixer, SSMMixer
 
@@ -34,6 +35,10 @@ _COPIED = (
     "num_key_value_heads", "head_dim", "max_position_embeddings", "sliding_window", "initializer_range",
     "bos_token_id", "eos_token_id", "pad_token_id", "tie_word_embeddings", "final_logit_softcapping",
 )  # fmt: skip
+
+
+# keywords of forward that only the loss reads
+_OF_LOSS = ("ignore_index", "shift_labels")
 
 
 class HybridConfig(PreTrainedConfig):
@@ -53,7 +58,7 @@ class HybridConfig(PreTrainedConfig):
 
     model_type = "mohawk_hybrid"
     sub_configs = {"base_config": AutoConfig}
-    keys_to_ignore_at_inference = ["past_key_values"]
+    keys_to_ignore_at_inference = [CACHE]
 
     def __init__(
         self,
@@ -142,7 +147,8 @@ def attention_types(base_config) -> list[str]:
 class StateCache(DynamicCache):
     """The cache of a student without attention layers: states only, and a count of the tokens they have seen.
 
-    transformers reads a cache's length from its first attention layer, and `generate` needs the length.
+    transformers reads a cache's length from its first attention layer, and `generate` needs the length. The student
+    counts its tokens here, padding among them, as an attention layer's cache would.
     """
 
     is_compileable = False
@@ -150,11 +156,6 @@ class StateCache(DynamicCache):
     def __init__(self, config: HybridConfig):
         super().__init__(config=config)
         self.seen = 0
-
-    def update_conv_state(self, conv_states: Tensor, layer_idx: int, *args, **kwargs) -> Tensor:
-        if layer_idx == 0:
-            self.seen += conv_states.shape[-1]
-        return super().update_conv_state(conv_states, layer_idx, *args, **kwargs)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return self.seen
@@ -168,7 +169,7 @@ class HybridPreTrainedModel(PreTrainedModel):
     config_class = HybridConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
-    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys_device_placement = [CACHE]
     _supports_flash_attn = True
     _supports_sdpa = True
     _supports_flex_attn = True
@@ -193,10 +194,13 @@ class HybridForCausalLM(HybridPreTrainedModel, GenerationMixin):
     """A causal language model of attention and Mamba-2 layers, used like any transformers model.
 
     `forward` takes what the family's own model takes, and `segment_ids` (b, n) for packed rows: attention, conv and
-    state then stay inside each document. Without it, packing is recognised from `position_ids` that restart, by the
-    rule transformers' attention masks follow. A packed row has no cache: there is nothing to continue it with, and
-    asking for one is a ValueError. `generate`, beam search, left-padded batches and `save_pretrained` work as for
-    other transformers models; the cache is transformers' own.
+    state then stay inside each document. Without it, packing is recognised from `seq_idx`, or from `position_ids` that
+    restart, by the rule transformers' attention masks follow. A packed row has no cache: there is nothing to continue
+    it with, and asking for one is a ValueError. `generate`, beam search, padded batches and `save_pretrained` work as
+    for other transformers models; the cache is transformers' own, under both of its names, `cache` and
+    `past_key_values`. Padding may lie anywhere in a row: an `attention_mask` (b, tokens so far) of zeros and ones says
+    where, and the row's tokens are then answered as if they stood next to each other. A keyword that is not known is a
+    TypeError.
     """
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
@@ -214,24 +218,27 @@ class HybridForCausalLM(HybridPreTrainedModel, GenerationMixin):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=bias)
         self.post_init()
 
+    @can_return_tuple
     def forward(
         self,
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        past_key_values=None,
+        cache=None,
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         segment_ids: Tensor | None = None,
+        past_key_values=None,
         **kwargs,
     ) -> CausalLMOutputWithPast:
+        of_loss = {name: kwargs.pop(name) for name in _OF_LOSS if name in kwargs}
         body = self.body(
             input_ids,
             attention_mask,
             position_ids,
-            past_key_values,
+            one_cache("forward", cache, past_key_values),
             inputs_embeds,
             use_cache,
             segment_ids,
@@ -244,13 +251,14 @@ class HybridForCausalLM(HybridPreTrainedModel, GenerationMixin):
             logits = cap * torch.tanh(logits / cap)
         loss = None
         if labels is not None:
-            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+            of_loss |= {name: value for name, value in kwargs.items() if name == "num_items_in_batch"}
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **of_loss)
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
-            past_key_values=body.past_key_values,
             hidden_states=body.hidden_states,
             attentions=body.attentions,
+            **{CACHE: body[CACHE] if CACHE in body else None},
         )
 
     @property
@@ -272,10 +280,10 @@ class HybridForCausalLM(HybridPreTrainedModel, GenerationMixin):
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
         if self.config.is_pure_ssm and generation_config.use_cache:
-            given = model_kwargs.get("past_key_values")
+            given = model_kwargs.get(CACHE)
             if given is not None and not isinstance(given, StateCache):
                 raise ValueError(
-                    f"past_key_values: got {type(given).__name__}, but no attention layer is left to read its length "
+                    f"{CACHE}: got {type(given).__name__}, but no attention layer is left to read its length "
                     "from; leave it out, or give new_cache() of this student: its states never grow"
                 )
             if generation_config.cache_implementation in ("static", "offloaded_static"):
@@ -284,27 +292,41 @@ class HybridForCausalLM(HybridPreTrainedModel, GenerationMixin):
                     "without attention layers: its states have one size anyway, and generate does not compile its steps"
                 )
             if given is None:
-                model_kwargs["past_key_values"] = StateCache(self.config)
+                model_kwargs[CACHE] = StateCache(self.config)
             return None
         return super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
 
     def prepare_inputs_for_generation(
-        self, input_ids, past_key_values=None, attention_mask=None, position_ids=None, **kwargs
+        self,
+        input_ids,
+        cache=None,
+        attention_mask=None,
+        inputs_embeds=None,
+        position_ids=None,
+        past_key_values=None,
+        **kwargs,
     ):
+        cache = one_cache("generate", cache, past_key_values)
         # transformers' Phi-3 does the same: longrope turns every position differently once the text is longer than the
         # model's first training, so the keys that were cached until then are made anew
         limit = _longrope_limit(self.config.base_config)
-        if limit and past_key_values is not None and not self.config.is_pure_ssm and input_ids.shape[1] > limit:
-            if 0 < past_key_values.get_seq_length() <= limit:
-                past_key_values, position_ids = None, None
+        if limit and cache is not None and not self.config.is_pure_ssm and 0 < cache.get_seq_length() <= limit:
+            masked = attention_mask is not None and attention_mask.dim() == 2
+            length = attention_mask.shape[1] if masked else input_ids.shape[1]
+            if length > limit:
+                if input_ids.shape[1] < length and inputs_embeds is not None:  # the prompt came as embeddings alone
+                    inputs_embeds = torch.cat([inputs_embeds, self.get_input_embeddings()(input_ids)], 1)
+                    kwargs["is_first_iteration"] = True
+                cache, position_ids = None, None
                 kwargs["next_sequence_length"] = None
-                if attention_mask is not None and attention_mask.dim() == 2:
-                    position_ids = (attention_mask.long().cumsum(-1) - 1).clamp_min(0)
+                if masked:
+                    position_ids = positions_in(attention_mask)
         return super().prepare_inputs_for_generation(
             input_ids,
-            past_key_values=past_key_values,
             attention_mask=attention_mask,
+            inputs_embeds=inputs_embeds,
             position_ids=position_ids,
+            **{CACHE: cache},
             **kwargs,
         )
 
@@ -313,32 +335,42 @@ class HybridForCausalLM(HybridPreTrainedModel, GenerationMixin):
         input_ids=None,
         attention_mask=None,
         position_ids=None,
-        past_key_values=None,
+        cache=None,
         inputs_embeds=None,
         use_cache=None,
         segment_ids=None,
+        past_key_values=None,
         **kwargs,
     ):
         """Everything but the head: the decoder's output, with `last_hidden_state` (b, n, D) after the final norm."""
+        refuse_unknown(f"{type(self).__name__}.forward", kwargs, HARMLESS)
+        cache = one_cache("forward", cache, past_key_values)
         inputs = input_ids if input_ids is not None else inputs_embeds
         if inputs is None:
             raise ValueError("forward needs input_ids or inputs_embeds")
         b, n = inputs.shape[:2]
-        if segment_ids is None and position_ids is not None and attention_mask is None and past_key_values is None:
+        if segment_ids is None:
+            segment_ids = kwargs.pop("seq_idx", None)
+        if segment_ids is None and position_ids is not None and attention_mask is None and cache is None:
             segment_ids = segments_of(position_ids.expand(b, -1))
         elif segment_ids is not None and position_ids is None:
             position_ids = positions_of(segment_ids)
+        if position_ids is None and kwargs.get("cu_seq_lens_q") is not None:
+            raise ValueError(
+                "cu_seq_lens_q says where documents begin to attention alone; give position_ids that restart, or "
+                "segment_ids, for the Mamba-2 layers to know"
+            )
         if segment_ids is not None:
-            if use_cache or past_key_values is not None:
+            if use_cache or cache is not None:
                 raise ValueError(
                     "packed rows (segment_ids, or position_ids that restart) cannot be cached: attention would cross "
-                    "the documents; leave past_key_values out and use_cache unset"
+                    "the documents; leave the cache out and use_cache unset"
                 )
             use_cache = False
         if use_cache is None:
-            use_cache = past_key_values is not None or (not self.training and getattr(self.config, "use_cache", True))
-        if use_cache and past_key_values is None:
-            past_key_values = self.new_cache()
+            use_cache = cache is not None or (not self.training and getattr(self.config, "use_cache", True))
+        if use_cache and cache is None:
+            cache = self.new_cache()
         padding_mask = None
         if isinstance(attention_mask, dict):  # generate() prepares one mask a layer type for static caches
             padding_mask = attention_mask.get(SSM_LAYER)
@@ -348,29 +380,40 @@ class HybridForCausalLM(HybridPreTrainedModel, GenerationMixin):
                 attention_mask = {kind: others.get(kind) for kind in set(kinds)}
             else:
                 attention_mask = next(iter(others.values()), others)
-        elif attention_mask is not None and attention_mask.dim() == 2:
+        elif attention_mask is not None:
+            if not isinstance(attention_mask, Tensor) or attention_mask.dim() != 2:
+                raise ValueError(
+                    f"attention_mask must be (batch, tokens), got {tuple(attention_mask.shape)}: a mask of queries by "
+                    "keys says nothing to a Mamba-2 layer; give segment_ids for packed rows"
+                )
             padding_mask = attention_mask[:, -n:]
             # without padding there is less to do, but asking a GPU makes each decoding step wait for the last
             if (n > 1 or padding_mask.device.type == "cpu") and bool(padding_mask.all()):
                 padding_mask = None
-        if past_key_values is not None and not isinstance(attention_mask, dict) and not self.config.is_pure_ssm:
-            attention_mask = self._masks_by_kind(attention_mask, past_key_values, position_ids, b, n)
+            seen = cache.get_seq_length() if cache is not None else 0
+            if position_ids is None and attention_mask.shape[1] == seen + n and not bool(attention_mask.all()):
+                position_ids = positions_in(attention_mask)[:, -n:]
+        if cache is not None and not isinstance(attention_mask, dict) and not self.config.is_pure_ssm:
+            attention_mask = self._masks_by_kind(attention_mask, cache, position_ids, b, n)
         if self.config.is_pure_ssm:
             # no attention layer: transformers cannot size a mask from such a cache, and nothing here needs one
             attention_mask = inputs.new_zeros((1, 1, 1, 1), dtype=torch.bool)
             if position_ids is None:
                 position_ids = torch.arange(n, device=inputs.device)[None]
-        return self.model(
+        output = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             segment_ids=segment_ids,
             padding_mask=padding_mask,
+            **{CACHE: cache},
             **kwargs,
         )
+        if isinstance(cache, StateCache):
+            cache.seen += n
+        return output
 
     def _masks_by_kind(self, attention_mask, cache, position_ids, b: int, n: int):
         """The mask as it came, or, in a family with windowed and full layers, one for each kind that is left.
@@ -393,8 +436,8 @@ class HybridForCausalLM(HybridPreTrainedModel, GenerationMixin):
                 config=self.model.config,
                 inputs_embeds=sizes,
                 attention_mask=attention_mask,
-                past_key_values=attention,
                 position_ids=position_ids,
+                **{CACHE: attention},
             )
             if kind in self.config.layer_types
             else None
@@ -408,6 +451,11 @@ def _longrope_limit(base_config) -> int | None:
     if rope.get("rope_type") != "longrope":
         return None
     return rope.get("original_max_position_embeddings") or base_config.original_max_position_embeddings
+
+
+def positions_in(attention_mask: Tensor) -> Tensor:
+    """(b, n) positions of a row's tokens, 0, 1, ... from its first one on; padding (0 in the mask) takes none."""
+    return (attention_mask.long().cumsum(-1) - 1).clamp_min(0)
 
 
 def segments_of(position_ids: Tensor) -> Tensor | None:

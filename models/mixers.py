@@ -17,12 +17,16 @@ from torch import Tensor, nn
 from mohawk.kernels.causal_conv1d import causal_conv1d, causal_conv1d_step
 from mohawk.kernels.mixing import SSDMixing
 from mohawk.kernels.ssd import ssd, ssd_step
+from mohawk.models.call import one_cache, refuse_unknown
 
 OPEN_GATE = 1.278464542761  # silu(OPEN_GATE) = 1
 
 
 class GatedRMSNorm(nn.Module):
-    """RMSNorm of `x * silu(gate)` over each of `num_groups` groups of channels, in float32 (Mamba-2, section 7)."""
+    """RMSNorm of `x * silu(gate)` over each of `num_groups` groups of channels (Mamba-2, section 7).
+
+    In float32, in float64 for float64 inputs.
+    """
 
     def __init__(self, size: int, num_groups: int, eps: float = 1e-5):
         super().__init__()
@@ -31,10 +35,41 @@ class GatedRMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor, gate: Tensor) -> Tensor:
-        gated = x.float() * F.silu(gate.float())
+        gated = _wide(x) * F.silu(_wide(gate))
         grouped = gated.unflatten(-1, (self.num_groups, -1))
         scale = torch.rsqrt(grouped.square().mean(-1, keepdim=True) + self.eps)
         return (grouped * scale).flatten(-2) * self.weight
+
+
+class CausalConv1d(nn.Conv1d):
+    """The depthwise Conv1d of transformers' Mamba-2 layers, weights under its names, applied by our own kernel.
+
+    A module that is called, so that hooks run (those that bring offloaded weights, for one).
+    """
+
+    def __init__(self, channels: int, kernel_size: int, activation: str | None):
+        super().__init__(channels, channels, kernel_size, groups=channels)
+        self.activation = activation
+
+    def forward(
+        self,
+        x: Tensor,
+        *,
+        channels: slice = slice(None),
+        initial_state: Tensor | None = None,
+        segment_ids: Tensor | None = None,
+        step: bool = False,
+    ) -> Tensor:
+        """(b, n, channels) -> the same; or, for a `step`, the last inputs (b, channels, k) -> (b, channels).
+
+        channels: which of the convolution's x holds. initial_state, segment_ids: as in `causal_conv1d`.
+        """
+        weight, bias = self.weight[channels, 0], self.bias[channels]
+        if step:
+            return causal_conv1d_step(x, weight, bias, activation=self.activation)
+        return causal_conv1d(
+            x, weight, bias, activation=self.activation, initial_state=initial_state, segment_ids=segment_ids
+        )
 
 
 class SSMMixer(nn.Module):
@@ -79,8 +114,7 @@ class SSMMixer(nn.Module):
         self.inner_size = num_heads * head_dim
         self.group_size = num_groups * state_size  # width of B, and of C
         self.conv_size = self.inner_size + 2 * self.group_size
-        # as transformers' Mamba-2 layers: the weights of a depthwise Conv1d, applied by our own kernel
-        self.conv1d = nn.Conv1d(self.conv_size, self.conv_size, conv_kernel, groups=self.conv_size)
+        self.conv1d = CausalConv1d(self.conv_size, conv_kernel, self.activation)
         self.D = nn.Parameter(torch.ones(num_heads))
         self.out_proj = nn.Linear(self.inner_size, hidden_size, bias=bias)
         self.in_proj = nn.Linear(hidden_size, self.projection_size(), bias=bias)
@@ -96,7 +130,7 @@ class SSMMixer(nn.Module):
         raise NotImplementedError
 
     def decay(self, raw: Tensor) -> tuple[Tensor, Tensor | None]:
-        """(b, n, h) projected decay rows -> float32 (log_decay, input_scale or None), each (b, n, h)."""
+        """(b, n, h) projected decay rows -> (log_decay, input_scale or None), each (b, n, h), float32 or float64."""
         raise NotImplementedError
 
     def gate(self, y: Tensor, z: Tensor) -> Tensor:
@@ -104,10 +138,6 @@ class SSMMixer(nn.Module):
         raise NotImplementedError
 
     # --- shared --------------------------------------------------------------------------------------------------
-
-    def _conv(self, x: Tensor, channels: slice, state: Tensor | None = None, segment_ids: Tensor | None = None):
-        weight, bias = self.conv1d.weight[channels, 0], self.conv1d.bias[channels]
-        return causal_conv1d(x, weight, bias, activation=self.activation, initial_state=state, segment_ids=segment_ids)
 
     def _heads(self, B: Tensor, C: Tensor) -> tuple[Tensor, Tensor]:
         return B.unflatten(-1, (self.num_groups, -1)), C.unflatten(-1, (self.num_groups, -1))
@@ -120,15 +150,20 @@ class SSMMixer(nn.Module):
         Args:
             hidden_states: (b, n, D), the layer's normalised input.
             segment_ids: (b, n) integers, documents of a packed row; -1 is padding.
-            padding_mask: (b, n), 0 at padding; made into segment ids when none are given.
+            padding_mask: (b, n), 0 at padding before or after a row's tokens; made into segment ids if none are given.
 
         Returns:
             SSDMixing with C, B (b, n, g, N), log_decay and input_scale (b, n, h), D (h,).
+
+        Raises:
+            ValueError: padding between a row's tokens, which a matrix over all positions has no place for.
         """
         rows = self.slices()
         first = min(rows["B"].start, rows["C"].start)
         if padding_mask is not None and segment_ids is None:
             segment_ids = padding_mask.long() - 1
+            if bool((F.pad(segment_ids, (1, 1), value=-1).diff(dim=-1).clamp_min(0).sum(-1) > 1).any()):
+                raise ValueError("mixing: padding_mask has padding between a row's tokens; move it to one end")
         BC_rows = slice(first, first + 2 * self.group_size)
         if self._plain():
             # B, C and the decay rows are neighbours in Mamba-2's order and nearly so in the discrete one
@@ -137,14 +172,14 @@ class SSMMixer(nn.Module):
         else:
             projected = self.in_proj(hidden_states)
             BC, raw = projected[..., BC_rows], projected[..., rows["decay"]]
-        BC = self._conv(BC, slice(self.inner_size, self.conv_size), segment_ids=segment_ids)
+        BC = self.conv1d(BC, channels=slice(self.inner_size, self.conv_size), segment_ids=segment_ids)
         B, C = self._heads(*BC.split(self.group_size, -1))
         log_decay, input_scale = self.decay(raw)
         return SSDMixing(C=C, B=B, log_decay=log_decay, input_scale=input_scale, D=self.D, segment_ids=segment_ids)
 
     def _plain(self) -> bool:
-        """Whether in_proj is its weight and bias; with an adapter, or quantised, it has to be called."""
-        return type(self.in_proj) is nn.Linear
+        """Whether in_proj is its weight and bias; with an adapter, quantised or offloaded it has to be called."""
+        return type(self.in_proj) is nn.Linear and not self.in_proj.weight.is_meta
 
     def _rows(self, rows: slice) -> tuple[Tensor, Tensor | None]:
         bias = self._trained_bias()
@@ -166,6 +201,7 @@ class SSMMixer(nn.Module):
         self,
         hidden_states: Tensor,
         attention_mask: Tensor | None = None,
+        cache=None,
         past_key_values=None,
         segment_ids: Tensor | None = None,
         padding_mask: Tensor | None = None,
@@ -175,77 +211,115 @@ class SSMMixer(nn.Module):
 
         Args:
             hidden_states: (b, n, D).
-            attention_mask: the attention layers' mask; not used here (the scan is causal by construction).
-            past_key_values: a transformers cache whose layer `layer_idx` is a `LinearAttentionLayer`; read and updated.
+            attention_mask: the attention layers' mask. The scan is causal by construction, so only a (b, n) one is
+                read: as padding_mask, where none is given.
+            cache: a transformers cache whose layer `layer_idx` is a `LinearAttentionLayer`; read and updated.
+            past_key_values: the cache by its name before transformers 5.24.
             segment_ids: (b, n) documents of a packed row: neither conv nor state crosses them.
-            padding_mask: (b, n), 0 at padded positions, which then leave no trace in conv or state.
+            padding_mask: (b, n), 0 at padded positions, which may lie anywhere: the tokens of a row are treated as if
+                they stood next to each other. Of a longer mask the last n columns count.
+            kwargs: what else decoder layers hand to attention; known names are passed over (`call.HARMLESS`).
 
         Returns:
-            (output (b, n, D), None), as attention returns (output, weights).
+            (output (b, n, D), None), as attention returns (output, weights); the output is 0 at padded positions.
+
+        Raises:
+            TypeError: a keyword that is not known.
+            ValueError: both names of the cache.
         """
+        where = f"{type(self).__name__}.forward"
+        refuse_unknown(where, kwargs)
+        cache = one_cache(where, cache, past_key_values)
         rows = self.slices()
         n = hidden_states.shape[1]
+        if padding_mask is None and attention_mask is not None and attention_mask.dim() == 2:
+            padding_mask = attention_mask
+        real = None if padding_mask is None else padding_mask[:, padding_mask.shape[1] - n :].bool()
         bias = self._trained_bias()
         if bias is self.in_proj.bias or not self._plain():
             projected = self.in_proj(hidden_states)
         else:
             projected = F.linear(hidden_states, self.in_proj.weight, bias)
         xBC, z, raw = projected[..., rows["xBC"]], projected[..., rows["z"]], projected[..., rows["decay"]]
-        keep = None
-        if padding_mask is not None:
-            keep = padding_mask[:, -n:, None].to(xBC.dtype)
-            xBC = xBC * keep
-        if n == 1 and past_key_values is not None and past_key_values.has_previous_state(self.layer_idx):
-            y = self._step(xBC, raw, past_key_values, keep)
+        if n == 1 and cache is not None and cache.has_previous_state(self.layer_idx):
+            y = self._step(xBC, raw, cache, real)
         else:
-            y = self._scan(xBC, raw, past_key_values, keep, segment_ids)
-        return self.out_proj(self.gate(y.flatten(-2), z).to(projected.dtype)), None
+            y = self._scan(xBC, raw, cache, real, segment_ids)
+        output = self.out_proj(self.gate(y.flatten(-2), z).to(projected.dtype))
+        # nothing is learnt at padding either: a norm of zeros has a huge gradient
+        return output if real is None else output.masked_fill(~real[..., None], 0), None
 
-    def _scan(self, xBC: Tensor, raw: Tensor, cache, keep: Tensor | None, segment_ids: Tensor | None) -> Tensor:
+    def _scan(self, xBC: Tensor, raw: Tensor, cache, real: Tensor | None, segment_ids: Tensor | None) -> Tensor:
         """Any number of tokens, with or without a cache, which is updated: (b, n, channels), (b, n, h) -> (b, n, h, p).
 
-        keep: (b, n, 1), 0 at padding.
+        real: (b, n), False at padding. Such rows are scanned with their tokens in front and the padding behind, where
+        it neither separates tokens nor, as its input and log decay are 0, changes the state.
         """
-        conv_state, state = self._read_cache(cache, xBC)
-        convolved = self._conv(xBC, slice(0, self.conv_size), conv_state, segment_ids)
-        x, B, C = self._cut(convolved if keep is None else convolved * keep)
+        if real is not None:
+            order = (~real).long().argsort(dim=1, stable=True)
+            back = order.argsort(dim=1)
+            padded = ~real.gather(1, order)[..., None]
+            xBC = xBC.take_along_dim(order[..., None], 1).masked_fill(padded, 0)
+            raw = raw.take_along_dim(order[..., None], 1).masked_fill(padded, 0)
+            segment_ids = None if segment_ids is None else segment_ids.gather(1, order)
+        window, state = self._read_cache(cache)
+        conv_state = None if window is None else window[..., 1:].to(xBC.dtype)
+        convolved = self.conv1d(xBC, initial_state=conv_state, segment_ids=segment_ids)
         log_decay, input_scale = self.decay(raw)
+        if real is not None:
+            convolved, log_decay = convolved.masked_fill(padded, 0), log_decay.masked_fill(padded, 0)
+        x, B, C = self._cut(convolved)
         options = {"input_scale": input_scale, "D": self.D, "segment_ids": segment_ids}
         if cache is None:
-            return ssd(x, log_decay, B, C, **options)
-        y, state = ssd(x, log_decay, B, C, **options, initial_state=state, return_final_state=True)
-        cache.update_conv_state(xBC.transpose(1, 2), self.layer_idx, conv_kernel_size=self.conv_kernel)
-        cache.update_recurrent_state(state, self.layer_idx)
-        return y
+            y = ssd(x, log_decay, B, C, **options)
+        else:
+            y, state = ssd(x, log_decay, B, C, **options, initial_state=state, return_final_state=True)
+            self._write_window(cache, self._next_window(window, xBC, real))
+            cache.update_recurrent_state(state, self.layer_idx)
+        return y if real is None else y.take_along_dim(back[..., None, None], 1)
 
-    def _step(self, xBC: Tensor, raw: Tensor, cache, keep: Tensor | None) -> Tensor:
+    def _step(self, xBC: Tensor, raw: Tensor, cache, real: Tensor | None) -> Tensor:
         """`_scan` of one token on top of a cache, in few and small operations: decoding is nothing but this."""
-        # the cache returns its inputs with the new one behind them, of which the last k are the convolution's
-        window = cache.update_conv_state(xBC.transpose(1, 2), self.layer_idx, conv_kernel_size=self.conv_kernel)
-        window = window[..., -self.conv_kernel :].to(xBC.dtype)
-        weight, bias = self.conv1d.weight[:, 0], self.conv1d.bias
-        convolved = causal_conv1d_step(window, weight, bias, activation=self.activation)
-        x, B, C = self._cut(convolved if keep is None else convolved * keep[:, 0])
+        window = self._next_window(cache.layers[self.layer_idx].conv_states[0], xBC, real)
+        self._write_window(cache, window)
+        convolved = self.conv1d(window.to(xBC.dtype), step=True)
         log_decay, input_scale = self.decay(raw[:, 0])
+        if real is not None:
+            convolved, log_decay = convolved.masked_fill(~real, 0), log_decay.masked_fill(~real, 0)
+        x, B, C = self._cut(convolved)
         state = cache.layers[self.layer_idx].recurrent_states[0]
         y, state = ssd_step(state, x, log_decay, B, C, D=self.D, input_scale=input_scale)
         cache.update_recurrent_state(state, self.layer_idx)
         return y[:, None]
+
+    def _next_window(self, window: Tensor | None, xBC: Tensor, real: Tensor | None) -> Tensor:
+        """The convolution's last k inputs (b, channels, k) after new ones (b, n, channels), the real ones in front."""
+        b, n, channels = xBC.shape
+        k = self.conv_kernel
+        if window is None:
+            window = xBC.new_zeros(b, channels, k)
+        inputs = torch.cat([window[..., -k:], xBC.transpose(1, 2).to(window.dtype)], -1)
+        if real is None:
+            return inputs[..., n:]
+        last = real.sum(1)[:, None] + torch.arange(k, device=xBC.device)
+        return inputs.take_along_dim(last[:, None], 2)
+
+    def _write_window(self, cache, window: Tensor) -> None:
+        # the cache keeps the last k of all it is given
+        cache.update_conv_state(window, self.layer_idx, conv_kernel_size=self.conv_kernel)
 
     def _cut(self, xBC: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(..., channels) -> x (..., h, p), B and C (..., g, N)."""
         x, B, C = xBC.split([self.inner_size, self.group_size, self.group_size], -1)
         return x.unflatten(-1, (self.num_heads, self.head_dim)), *self._heads(B, C)
 
-    def _read_cache(self, cache, xBC: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        """The conv's last k - 1 inputs (b, channels, k - 1) and the state (b, h, p, N), or None before any token."""
+    def _read_cache(self, cache) -> tuple[Tensor | None, Tensor | None]:
+        """The conv's last k inputs (b, channels, k) and the state (b, h, p, N), or None before any token."""
         if cache is None or not cache.has_previous_state(self.layer_idx):
             return None, None
         layer = cache.layers[self.layer_idx]
-        # transformers keeps k inputs, the conv needs the last k - 1; a copy, since the cache is overwritten in place
-        kept = layer.conv_states[0]
-        conv_state = kept[..., kept.shape[-1] - (self.conv_kernel - 1) :].to(xBC.dtype, copy=True)
-        return conv_state, layer.recurrent_states[0]
+        # a copy, since the cache is overwritten in place
+        return layer.conv_states[0][..., -self.conv_kernel :].clone(), layer.recurrent_states[0]
 
 
 class Mamba2Mixer(SSMMixer):
@@ -280,8 +354,8 @@ class Mamba2Mixer(SSMMixer):
         }
 
     def decay(self, raw: Tensor) -> tuple[Tensor, Tensor]:
-        dt = F.softplus(raw.float() + self.dt_bias.float())
-        return -dt * torch.exp(self.A_log.float()), dt
+        dt = F.softplus(_wide(raw) + _wide(self.dt_bias))
+        return -dt * torch.exp(_wide(self.A_log)), dt
 
     def gate(self, y: Tensor, z: Tensor) -> Tensor:
         return self.norm(y, z)
@@ -313,10 +387,15 @@ class DiscreteMamba2Mixer(SSMMixer):
         }
 
     def decay(self, raw: Tensor) -> tuple[Tensor, None]:
-        return -F.softplus(raw.float()), None
+        return -F.softplus(_wide(raw)), None
 
     def gate(self, y: Tensor, z: Tensor) -> Tensor:
-        return y.float() * F.silu(z.float() + self.z_bias.float())
+        return _wide(y) * F.silu(_wide(z) + _wide(self.z_bias))
+
+
+def _wide(x: Tensor) -> Tensor:
+    """In float32 at least."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 MIXERS: dict[str, type[SSMMixer]] = {"mamba2": Mamba2Mixer, "discrete_mamba2": DiscreteMamba2Mixer}
