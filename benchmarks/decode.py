@@ -45,6 +45,7 @@ def measure(model, contexts: list[int], steps: int) -> list[dict]:
     import torch
 
     from mohawk.evaluate import cache_bytes
+    from mohawk.models.call import CACHE
 
     generator = torch.Generator().manual_seed(0)
     cache, seen, rows = None, 0, []
@@ -52,8 +53,8 @@ def measure(model, contexts: list[int], steps: int) -> list[dict]:
     def run(ids):
         nonlocal cache, seen
         positions = torch.arange(seen, seen + ids.shape[1])[None]
-        out = model(ids, position_ids=positions, past_key_values=cache, use_cache=True, logits_to_keep=1)
-        cache, seen = out.past_key_values, seen + ids.shape[1]
+        out = model(ids, position_ids=positions, use_cache=True, logits_to_keep=1, **{CACHE: cache})
+        cache, seen = out[CACHE], seen + ids.shape[1]
         return out.logits[:, -1:].argmax(-1)
 
     for context in contexts:

@@ -157,6 +157,12 @@ class StateCache(DynamicCache):
         super().__init__(config=config)
         self.seen = 0
 
+    @property
+    def is_linear(self) -> list[bool]:
+        # transformers takes a cache of linear layers for one that does not know its length: asked to go on with it,
+        # generate would read the whole text again on top of the states
+        return [False] * len(self.layers)
+
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return self.seen
 

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from mohawk.data import collate
 from mohawk.errors import UserError
 from mohawk.heads import Head, final_hidden_states
+from mohawk.models.call import CACHE
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -209,7 +210,7 @@ def decode_speed(
             for start in range(0, context, chunk):
                 piece = ids[:, start : start + chunk].to(device)
                 output = _step(model, piece, start, cache)
-                cache = output.past_key_values
+                cache = output[CACHE]
             size = cache_bytes(cache)
             token = output.logits[:, -1:].argmax(-1)
             times = []
@@ -220,14 +221,14 @@ def decode_speed(
                 token = output.logits[:, -1:].argmax(-1)
                 _synchronize(device)
                 times.append(time.perf_counter() - begin)
-                cache = output.past_key_values
+                cache = output[CACHE]
             speeds.append(DecodeSpeed(context, 1 / statistics.median(times[1:]), size))
     return speeds
 
 
 def _step(model: PreTrainedModel, ids: Tensor, start: int, cache: Any) -> Any:
     positions = torch.arange(start, start + ids.shape[1], device=ids.device)[None]
-    return model(input_ids=ids, position_ids=positions, past_key_values=cache, use_cache=True, logits_to_keep=1)
+    return model(input_ids=ids, position_ids=positions, use_cache=True, logits_to_keep=1, **{CACHE: cache})
 
 
 def _synchronize(device: torch.device) -> None:

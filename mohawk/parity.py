@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -11,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from mohawk.consistency import BAMBA_PATHS, PATHS, TOKENS
 from mohawk.errors import UserError
 
 if TYPE_CHECKING:
@@ -24,13 +26,14 @@ log = logging.getLogger(__name__)
 # 3e-6); a forgotten bias, another epsilon or a shifted position is far above it.
 TOLERANCE = 5e-5
 LONG = 300  # tokens of the full forward: over the edge of a chunk of the scan, 64 here and 256 in Bamba
-BATCH, PREFILL, NEW = 24, 16, 16
+BATCH, PREFILL, NEW = TOKENS, 16, 16
 PADDING = 9  # on the left of the batch's second row
 TEXT = (
     "Four score and seven years ago our fathers brought forth on this continent, a new nation, conceived in Liberty, "
     "and dedicated to the proposition that all men are created equal. Now we are engaged in a great civil war, testing "
     "whether that nation, or any nation so conceived and so dedicated, can long endure."
 )
+VERSIONS = "`mohawk doctor` says whether the installed transformers is one that mohawk was tested with"
 CHECKS = {
     "full": "full forward",
     "steps": "prefill and steps",
@@ -75,10 +78,18 @@ def inputs_for(config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase | No
 
 
 def answers(model: PreTrainedModel, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The student's own answers, in float32 on the CPU: what the export is held against."""
+    """The student's own answers, in float32 on the CPU: what the export is held against.
+
+    Raises UserError when the student does not agree with itself: an export that shares its fault would agree with it.
+    """
+    from mohawk import consistency
     from mohawk.parity_probe import probe
 
-    return probe(model.eval(), inputs)
+    found = probe(model.eval(), inputs, consistency)
+    shares = dict(zip(PATHS, found["inconsistencies"].tolist(), strict=True))
+    if broken := consistency.broken_paths(model, shares):
+        raise UserError(f"export: the student does not answer as its own full forward does: {broken}; {VERSIONS}")
+    return found
 
 
 def check_export(
@@ -86,7 +97,8 @@ def check_export(
 ) -> list[Row]:
     """Load `folder` in a fresh process where `mohawk` cannot be imported, ask it the same, and compare.
 
-    Returns a row for each of CHECKS. Raises UserError when the folder does not load there.
+    Returns a row for each of CHECKS and, the export against its own full forward, for each of the consistency PATHS
+    that its class can keep. Raises UserError when the folder does not load there.
     """
     from safetensors.torch import load_file, save_file
 
@@ -94,6 +106,7 @@ def check_export(
         place = Path(scratch)
         save_file(inputs, place / "inputs.safetensors")
         source = (Path(__file__).parent / "parity_probe.py").read_text(encoding="utf-8")
+        shutil.copy(Path(__file__).parent / "consistency.py", place)
         arguments = (folder.resolve(), "inputs.safetensors", "answers.safetensors", "saved")
         trust = "trust" if trust_remote_code else "no"
         # nothing from a hub, no modules left in the user's cache, and a working directory without packages
@@ -107,11 +120,13 @@ def check_export(
             last = done.stderr.strip().splitlines()[-1:] or [f"exit code {done.returncode}"]
             raise UserError(f"export: the written folder does not load where mohawk is absent: {last[0]}")
         found = load_file(place / "answers.safetensors")
-    return compare(inputs, expected, found)
+    return compare(inputs, expected, found, tuple(PATHS) if trust_remote_code else BAMBA_PATHS)
 
 
-def compare(inputs: dict[str, Tensor], expected: dict[str, Tensor], found: dict[str, Tensor]) -> list[Row]:
-    """One row for each of CHECKS."""
+def compare(
+    inputs: dict[str, Tensor], expected: dict[str, Tensor], found: dict[str, Tensor], paths: tuple[str, ...]
+) -> list[Row]:
+    """One row for each of CHECKS, and for each of `paths` one of the export against itself."""
     tolerance = TOLERANCE * float(expected["full"].abs().max())
     real = inputs["mask"].bool()  # what a model puts out at padded positions means nothing
     rows = []
@@ -128,6 +143,9 @@ def compare(inputs: dict[str, Tensor], expected: dict[str, Tensor], found: dict[
                 same = "no, weights changed"
         # amax of a difference with a NaN in it is NaN, and fails, as it should
         rows.append(Row(name, float((ours - theirs).abs().amax()), tolerance, same))
+    shares = dict(zip(PATHS, found["inconsistencies"].tolist(), strict=True))
+    largest = float(found["full"].abs().max())
+    rows += [Row(f"itself, {PATHS[path]}", shares[path] * largest, TOLERANCE * largest, "") for path in paths]
     return rows
 
 
@@ -172,7 +190,11 @@ def require_parity(rows: list[Row]) -> None:
     """Raises UserError, naming what differs, unless every row passed."""
     if failed := [row for row in rows if not row.passed]:
         details = "; ".join(
-            f"{row.check}: {row.difference:.1e} over {row.tolerance:.1e} allowed, same tokens: {row.same}"
+            f"{row.check}: {row.difference:.1e} over {row.tolerance:.1e} allowed"
+            + (f", same tokens: {row.same}" if row.same else "")
             for row in failed
         )
-        raise UserError(f"export: the written folder differs from the student, nothing was kept ({details})")
+        raise UserError(
+            "export: the written folder does not answer as the student, or as its own full forward, does; nothing was "
+            f"kept ({details}); {VERSIONS}"
+        )

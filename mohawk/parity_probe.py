@@ -1,54 +1,48 @@
 """What a model answers to fixed inputs: run on the training student here, and on its export in a fresh process.
 
-The fresh process gets this file's text, not this package: nothing here may import mohawk, and `mohawk` is made
-impossible to import before the export is loaded, since whoever uses the export will not have it.
+The fresh process gets this file and consistency.py, not this package: nothing here may import mohawk, and `mohawk` is
+made impossible to import before the export is loaded, since whoever uses the export will not have it.
 """
 
 import sys
 
 
-def probe(model, inputs: dict) -> dict:
+def probe(model, inputs: dict, consistency) -> dict:
     """Logits and tokens of a causal language model along every path a user takes.
 
     Args:
         model: in eval mode; any transformers causal language model.
+        consistency: the module of that name, however this process came by it.
         inputs: "long" (1, n) ids; "batch" (b, m) ids; "mask" (b, m), 0 where a row is padded on the left; "new", the
             number of tokens to generate; "prefill", how many of m are prefilled.
 
     Returns:
         float32 logits "full" (1, n, V), "steps" (b, m, V) of a prefill and single steps, "padded" (b, m, V) the same
         of the padded batch, and greedy "tokens" (1, new) and "padded_tokens" (b, new) with the logits that chose them,
-        "tokens_logits" and "padded_tokens_logits" (b, new, V).
+        "tokens_logits" and "padded_tokens_logits" (b, new, V); and "inconsistencies", those of `consistency.PATHS`.
     """
     import torch
 
     with torch.inference_mode():
         return {
             "full": model(input_ids=inputs["long"], use_cache=False).logits.float(),
-            "steps": _steps(model, inputs["batch"], torch.ones_like(inputs["mask"]), int(inputs["prefill"])),
-            "padded": _steps(model, inputs["batch"], inputs["mask"], int(inputs["prefill"])),
+            "steps": _steps(consistency, model, inputs["batch"], torch.ones_like(inputs["mask"]), inputs["prefill"]),
+            "padded": _steps(consistency, model, inputs["batch"], inputs["mask"], inputs["prefill"]),
             **_generated(model, "tokens", inputs["batch"][:1], None, int(inputs["new"])),
             **_generated(model, "padded_tokens", inputs["batch"], inputs["mask"], int(inputs["new"])),
+            "inconsistencies": torch.tensor(list(consistency.inconsistencies(model, inputs["batch"]).values())),
         }
 
 
-def _steps(model, ids, mask, prefill: int):
+def _steps(consistency, model, ids, mask, prefill):
     """Logits (b, m, V) of a prefill and then one token at a time, with the positions that generate() would pass."""
     import torch
 
-    positions = (mask.cumsum(-1) - 1).clamp(min=0)
     cache, logits = None, []
-    bounds = [0, *range(prefill, ids.shape[1] + 1)]
+    bounds = [0, *range(int(prefill), ids.shape[1] + 1)]
     for start, stop in zip(bounds[:-1], bounds[1:], strict=True):
-        out = model(
-            input_ids=ids[:, start:stop],
-            attention_mask=mask[:, :stop],
-            position_ids=positions[:, start:stop],
-            past_key_values=cache,
-            use_cache=True,
-        )
-        cache = out.past_key_values
-        logits.append(out.logits.float())
+        part, cache = consistency.ask(model, ids[:, start:stop], mask[:, :stop], cache)
+        logits.append(part.float())
     return torch.cat(logits, 1)
 
 
@@ -77,6 +71,7 @@ class _Absent:
 def main(folder: str, inputs: str, answers: str, scratch: str, trust: str) -> None:
     """Load `folder` as a user would, answer `inputs`, save and load again, and write all of it to `answers`."""
     sys.meta_path.insert(0, _Absent("mohawk"))
+    import consistency
     import torch
     from safetensors.torch import load_file, save_file
     from transformers import AutoModelForCausalLM
@@ -94,7 +89,7 @@ def main(folder: str, inputs: str, answers: str, scratch: str, trust: str) -> No
     model = load(folder)
     model.save_pretrained(scratch)
     saved = {k: v.clone() for k, v in model.state_dict().items()}
-    found = probe(model.float(), asked)
+    found = probe(model.float(), asked, consistency)
     del model
     again = load(scratch)
     kept = again.state_dict()

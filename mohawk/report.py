@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from mohawk.checkpoints import MANIFEST
 from mohawk.describe import size_text
+from mohawk.errors import UserError
 from mohawk.metrics import METRICS, read_metrics
 from mohawk.plots import TEXTS, plot_evaluation, plot_losses, plot_tasks
 from mohawk.teachers import parameter_count
@@ -64,10 +65,21 @@ def finish(
     unless an earlier call with the same evaluation settings left them in results.json. stages: name -> what the student
     then was, in order. labels: what each one's loss is. own_tables: of a kind of run, in front of the others.
     student_tokenizer: where it is not the teacher's. Returns the results.
+
+    Raises UserError, before anything is measured, when the student does not answer step by step, in chunks, with
+    padding or turn by turn as in one full forward: its figures would be those of a model that nobody can use.
     """
+    from mohawk.consistency import broken_paths, inconsistencies, some_tokens
     from mohawk.evaluate import continuation, decode_speed
 
     folder = Path(folder)
+    consistency = inconsistencies(student, some_tokens(student))
+    if broken := broken_paths(student, consistency):
+        raise UserError(
+            f"{folder}: the student is trained and kept, but does not answer as its own full forward does: {broken}; "
+            "`mohawk doctor` says whether the installed versions are ones that mohawk was tested with; with those the "
+            "same command goes on"
+        )
     asked = recipe.evaluation
     models = {"teacher": teacher, "student": student}
     of = {"teacher": tokenizer, "student": student_tokenizer or tokenizer}
@@ -97,6 +109,7 @@ def finish(
         "own_tables": [list(table) for table in own_tables],
         "evaluation": evaluated,
         "decoding": decoding,
+        "consistency": consistency,
         "phases": {name: times[name] for name in stages if name in times},
         "continuations": continuations,
         "plots": sorted(f"plots/{path.name}" for path in (folder / "plots").glob("*.png")),
@@ -109,6 +122,16 @@ def finish(
     print_results(results, console)
     console.print(f"report: {folder / REPORT}", highlight=False, soft_wrap=True, markup=False)
     return results
+
+
+def _consistency_line(found: Mapping[str, float]) -> str:
+    from mohawk.consistency import PATHS
+
+    ways = ", ".join(PATHS[path] for path in found if path in PATHS)
+    return (
+        f"The student answers as in one full forward by every way tried ({ways}): logits differ by at most "
+        f"{max(found.values()):.0e} of the largest."
+    )
 
 
 def report_tasks(folder: Path | str) -> Path | None:
@@ -352,6 +375,8 @@ def to_markdown(results: Mapping[str, Any], recipe: str, name: str) -> str:
     for title, header, rows in tables(results):
         lines = ["| " + " | ".join(row) + " |" for row in (header, ["---"] + ["---:"] * (len(header) - 1), *rows)]
         parts.append(f"## {title}\n\n" + "\n".join(lines))
+    if "consistency" in results:
+        parts.append(_consistency_line(results["consistency"]))
     said = results["continuations"]
     quoted = [f"The prompt:\n\n{_indented(said['prompt'])}"]
     quoted += [f"The {who}:\n\n{_indented(said[who])}" for who in ("teacher", "student")]

@@ -7,6 +7,7 @@ import torch
 from torch._dynamo.testing import CompileCounter
 from transformers import CompileConfig, DynamicCache, StaticCache
 
+from mohawk.models.call import CACHE
 from mohawk.models.from_teacher import hybrid_from_teacher
 from tests.models.conftest import tiny_teacher
 
@@ -55,9 +56,9 @@ def test_a_static_cache_of_a_pure_student(caplog):
     assert student.generate(ids, cache_implementation="static", **GREEDY).tolist() == expected.tolist()
     assert "cache_implementation='static' changes nothing in a student without attention layers" in caplog.text
     for cache in (StaticCache(student.config, max_cache_len=32), DynamicCache(config=student.config)):
-        with pytest.raises(ValueError, match=f"past_key_values: got {type(cache).__name__}.* give new_cache()"):
-            student.generate(ids, past_key_values=cache, **GREEDY)
-    assert student.generate(ids, past_key_values=student.new_cache(), **GREEDY).tolist() == expected.tolist()
+        with pytest.raises(ValueError, match=f"{CACHE}: got {type(cache).__name__}.* give new_cache()"):
+            student.generate(ids, **{CACHE: cache}, **GREEDY)
+    assert student.generate(ids, **{CACHE: student.new_cache()}, **GREEDY).tolist() == expected.tolist()
 
 
 def test_speculation_is_refused():
@@ -68,11 +69,11 @@ def test_speculation_is_refused():
 @torch.no_grad()
 def decode(student, step, ids, cache):
     """Greedy tokens by hand: the prompt eagerly, then single steps through `step`."""
-    token = student(ids, past_key_values=cache, position_ids=torch.arange(ids.shape[1])[None]).logits[:, -1:].argmax(-1)
+    token = student(ids, **{CACHE: cache}, position_ids=torch.arange(ids.shape[1])[None]).logits[:, -1:].argmax(-1)
     tokens = [token]
     for position in range(ids.shape[1], ids.shape[1] + NEW - 1):
         positions = torch.full((1, 1), position)
-        token = step(token, past_key_values=cache, position_ids=positions).logits[:, -1:].argmax(-1)
+        token = step(token, **{CACHE: cache}, position_ids=positions).logits[:, -1:].argmax(-1)
         tokens.append(token)
     return torch.cat(tokens, 1)
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
+from mohawk.models.call import CACHE
 from mohawk.models.from_teacher import hybrid_from_teacher
 from mohawk.models.hybrid import HybridConfig, HybridForCausalLM, positions_of, segments_of
 from tests.models.conftest import tiny_teacher
@@ -53,7 +54,7 @@ def test_full_forward_prefill_with_steps_and_chunked_prefill_agree(teacher, laye
             cache, parts, start = DynamicCache(config=student.config), [], 0
             for length in cuts:
                 positions = torch.arange(start, start + length)[None]
-                out = student(x[:, start : start + length], past_key_values=cache, position_ids=positions)
+                out = student(x[:, start : start + length], **{CACHE: cache}, position_ids=positions)
                 parts.append(out.logits)
                 start += length
             assert relative(torch.cat(parts, 1), full) < 1e-4, cuts
@@ -85,7 +86,7 @@ def test_left_padding_given_one_token_at_a_time_leaves_no_trace(mixer):
         for i in range(8):
             out = student(
                 padded[:, i : i + 1], attention_mask=mask[:, : i + 1], position_ids=positions[:, i : i + 1],
-                past_key_values=cache,
+                **{CACHE: cache},
             )  # fmt: skip
         alone = student(prompt, use_cache=False).logits[:, -1]
     assert relative(out.logits[:, -1], alone) < 1e-5
@@ -97,7 +98,7 @@ def test_a_conv_of_one_tap_needs_no_past(mixer):
     x = ids(2, 11)
     with torch.no_grad():
         full, cache = student(x, use_cache=False).logits, student.new_cache()
-        parts = [student(x[:, i : i + 1], past_key_values=cache).logits for i in range(11)]
+        parts = [student(x[:, i : i + 1], **{CACHE: cache}).logits for i in range(11)]
     assert relative(torch.cat(parts, 1), full) < 1e-4
 
 
@@ -147,7 +148,7 @@ def test_the_cache_of_a_replaced_layer_does_not_grow(mixer):
     sizes = []
     with torch.no_grad():
         for length in (5, 40):
-            student(ids(1, length), past_key_values=cache)
+            student(ids(1, length), **{CACHE: cache})
             layer = cache.layers[1]
             sizes.append(layer.conv_states[0].numel() + layer.recurrent_states[0].numel())
     assert sizes[0] == sizes[1]
@@ -186,7 +187,7 @@ def test_packed_documents_do_not_see_each_other(teacher, layers, mixer):
     assert relative(by_segments, alone) < 1e-5
     assert relative(by_positions, alone) < 1e-5
     assert torch.equal(by_default.logits, by_segments)
-    assert by_default.past_key_values is None
+    assert by_default[CACHE] is None
     for packing in ({"segment_ids": segment_ids}, {"position_ids": positions_of(segment_ids)}):
         with pytest.raises(ValueError, match="packed rows .* cannot be cached"):
             student(packed, use_cache=True, **packing)

@@ -11,6 +11,7 @@ from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, MistralConfig
 
+from mohawk.models.call import CACHE
 from mohawk.models.hybrid import HybridForCausalLM
 from mohawk.models.released import load_released, released_config, save_released, to_released
 from mohawk.models.released_configs import layout_of
@@ -331,7 +332,7 @@ def test_cached_steps_equal_the_full_forward(released):
         cache, parts = student.new_cache(), []
         for start, stop in ((0, 6), (6, 7), (7, 8), (8, 11)):
             positions = torch.arange(start, stop)[None]
-            parts.append(student(TOKENS[:, start:stop], past_key_values=cache, position_ids=positions).logits)
+            parts.append(student(TOKENS[:, start:stop], **{CACHE: cache}, position_ids=positions).logits)
     torch.testing.assert_close(torch.cat(parts, 1), full, rtol=1e-5, atol=2e-6)
 
 

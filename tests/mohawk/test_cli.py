@@ -13,6 +13,7 @@ import pytest
 from mohawk.checkpoints import Interrupted
 from mohawk.cli import main, parser
 from mohawk.errors import UserError
+from mohawk.models.call import CACHE
 from mohawk.recipe import Recipe, shipped
 from mohawk.recipe_kinds import kind_of
 
@@ -261,7 +262,7 @@ def test_inspect_counts_what_the_model_has(models, capsys):
         "full_attention",
     ]
     for context in (1, 40):
-        cache = model(torch.zeros(1, context, dtype=torch.long), use_cache=True).past_key_values
+        cache = model(torch.zeros(1, context, dtype=torch.long), use_cache=True)[CACHE]
         assert sum(layer.state_bytes(context) for layer in described.layers) == cache_bytes(cache)
     assert main(["inspect", str(models / "hybrid"), "--contexts", "1", "1000000"]) == 0
     lines = capsys.readouterr().out.splitlines()
@@ -296,7 +297,7 @@ def test_inspect_knows_the_constant_state_of_a_stock_bamba(tmp_path, capsys, dty
     assert [layer.mixer for layer in described.layers] == ["mamba2", "full_attention", "mamba2"]
     assert described.layers[0].mixer_parameters == sum(p.numel() for p in model.model.layers[0].mamba.parameters())
     for context in (5, 40):
-        cache = model(torch.zeros(1, context, dtype=torch.long), use_cache=True).past_key_values
+        cache = model(torch.zeros(1, context, dtype=torch.long), use_cache=True)[CACHE]
         assert sum(layer.state_bytes(context) for layer in described.layers) == cache_bytes(cache)
     assert described.layers[0].state_bytes(5) == described.layers[0].state_bytes(10**6)
     assert main(["inspect", str(tmp_path)]) == 0

@@ -20,11 +20,13 @@ from transformers.dynamic_module_utils import check_imports
 
 from mohawk import export as export_module
 from mohawk.cli import main
+from mohawk.consistency import BAMBA_PATHS, PATHS
 from mohawk.errors import UserError
 from mohawk.export import export
 from mohawk.model_card import licence_of
 from mohawk.models import bamba
 from mohawk.models.from_teacher import hybrid_from_teacher
+from mohawk.models.mixers import SSMMixer
 from mohawk.parity import CHECKS, check_export, compare, inputs_for
 from mohawk.recipe import Recipe
 from mohawk.remote_code import flattened, write_remote_code
@@ -79,7 +81,7 @@ def test_a_run_becomes_a_stock_bamba_with_card_and_tokenizer(make_run, tokenizer
     assert folder == run / "export" / "bamba"
     for check in CHECKS.values():
         assert check in screen
-    assert screen.count(" ok") == len(CHECKS) and "differs" not in screen
+    assert screen.count(" ok") == len(CHECKS) + len(BAMBA_PATHS) and "differs" not in screen
     assert "vLLM (not checked)" in screen and "transformers (checked)" in screen
 
     config = json.loads((folder / "config.json").read_text(), parse_constant=pytest.fail)  # JSON has no Infinity
@@ -104,7 +106,7 @@ def test_a_run_becomes_a_stock_bamba_with_card_and_tokenizer(make_run, tokenizer
 def test_a_run_becomes_a_hybrid_with_its_own_code(make_run):
     run = make_run("discrete_mamba2")
     folder, screen = exported(run, "hybrid")
-    assert screen.count(" ok") == len(CHECKS)
+    assert screen.count(" ok") == len(CHECKS) + len(PATHS)
     config = json.loads((folder / "config.json").read_text())
     assert config["auto_map"]["AutoModelForCausalLM"] == "mohawk_hybrid.HybridForCausalLM"
     assert "trust_remote_code=True" in (folder / "README.md").read_text()
@@ -125,7 +127,7 @@ def test_a_mismatch_fails_the_export_and_leaves_nothing(make_run, monkeypatch, c
     monkeypatch.setattr(bamba, "to_bamba", wrong)
     assert main(["export", str(run)]) == 2
     last = capsys.readouterr().err.splitlines()[-1]  # after transformers' progress bars
-    assert last.startswith("error: export: the written folder differs from the student, nothing was kept")
+    assert last.startswith("error: export: the written folder does not answer as the student") and "kept" in last
     assert "full forward" in last
     assert not any((run / "export").iterdir())
 
@@ -230,13 +232,13 @@ def answers_like(batch=2, steps=5, vocab=7):
     for key, rows in (("tokens", 1), ("padded_tokens", batch)):
         found[f"{key}_logits"] = torch.randn(rows, steps, vocab)
         found[key] = found[f"{key}_logits"].argmax(-1)
-    return {**found, "same_weights": torch.tensor([1])}
+    return {**found, "same_weights": torch.tensor([1]), "inconsistencies": torch.zeros(len(PATHS))}
 
 
 def failed(expected, found):
     inputs = {"mask": torch.ones(2, 24, dtype=torch.long)}
     inputs["mask"][1, :9] = 0
-    return [row.check for row in compare(inputs, expected, found) if not row.passed]
+    return [row.check for row in compare(inputs, expected, found, BAMBA_PATHS) if not row.passed]
 
 
 def test_what_counts_as_a_difference():
@@ -250,6 +252,21 @@ def test_what_counts_as_a_difference():
     padding = expected["padded"].clone()
     padding[1, :9] = 100.0  # at padded positions a model may say anything
     assert failed(expected, {**expected, "padded": padding}) == []
+    for i, path in enumerate(PATHS):  # of the export against itself; what a Bamba cannot do is not asked of it
+        shares = torch.zeros(len(PATHS))
+        shares[i] = 1e-3
+        found = failed(expected, {**expected, "inconsistencies": shares})
+        assert found == [f"itself, {PATHS[path]}"] * (path in BAMBA_PATHS)
+
+
+def test_a_student_that_shares_its_exports_fault_is_not_exported(make_run, monkeypatch, capsys):
+    """Both start each step from an empty state: they agree with one another, and neither with its full forward."""
+    run = make_run()
+    monkeypatch.setattr(SSMMixer, "_read_cache", lambda *_: (None, None))
+    assert main(["export", str(run), "--to", "hybrid"]) == 2
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith("error: export: the student does not answer as its own full forward does: prefill in chunks")
+    assert not (run / "export" / "hybrid").exists()
 
 
 def test_another_token_is_a_difference_unless_it_was_a_tie():
