@@ -36,7 +36,12 @@ def ssd_chunked(
     segment_ids: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """Shapes as in `mohawk.kernels.ssd.ssd`. Returns y in x's dtype and the final state."""
-    return _ChunkedScan.apply(x, log_decay, B, C, input_scale, D, initial_state, segment_ids)
+    y, final_state = _ChunkedScan.apply(x, log_decay, B, C, input_scale, D, initial_state, segment_ids)
+    if torch.compiler.is_compiling():
+        # y is filled block by block; traced without gradients it gets the strides of a block, which later views of it
+        # do not fit ("Cannot view a tensor ..."). A copy is a tensor of its own.
+        y = y.clone(memory_format=torch.contiguous_format)
+    return y, final_state
 
 
 @dataclass(frozen=True)

@@ -59,6 +59,7 @@ class HybridConfig(PreTrainedConfig):
     model_type = "mohawk_hybrid"
     sub_configs = {"base_config": AutoConfig}
     keys_to_ignore_at_inference = [CACHE]
+    auto_map = {}  # TRL asks every configuration of a class that transformers does not know for one
 
     def __init__(
         self,

@@ -245,7 +245,7 @@ class SSMMixer(nn.Module):
             y = self._step(xBC, raw, cache, real)
         else:
             y = self._scan(xBC, raw, cache, real, segment_ids)
-        output = self.out_proj(self.gate(y.flatten(-2), z).to(projected.dtype))
+        output = self.out_proj(self.gate(y.reshape(z.shape), z).to(projected.dtype))
         # nothing is learnt at padding either: a norm of zeros has a huge gradient
         return output if real is None else output.masked_fill(~real[..., None], 0), None
 

@@ -22,6 +22,7 @@ from mohawk.processes import first_before_others, is_first, joined, on_first
 from mohawk.progress import log_to
 from mohawk.readout import solve_output_projections
 from mohawk.recipe import Recipe
+from mohawk.remote_code import add_code
 from mohawk.report import AFTER, finish, loss_labels
 from mohawk.run import STUDENT, Run, check_folder, claimed
 from mohawk.teachers import load_config
@@ -93,6 +94,7 @@ class Conversion(Run):
         if new or not is_complete(final):
             with write_whole(final, replace=True) as folder:
                 student.save_pretrained(folder)
+                add_code(folder, student)
                 self.tokenizer.save_pretrained(folder)
         draw_matrices(self.folder)
         finish(

@@ -37,6 +37,7 @@ from mohawk.on_policy import OnPolicy
 from mohawk.processes import first_before_others, from_first, is_first, joined, on_first
 from mohawk.progress import log_to
 from mohawk.rationale_router import RationaleRouter, RoutedRationales
+from mohawk.remote_code import add_code
 from mohawk.report import finish
 from mohawk.run import STUDENT, Run, check_folder, claimed, refuse_tokens
 from mohawk.teacher_answers import teacher_hash
@@ -105,6 +106,7 @@ class Distillation(Run):
         if new or not is_complete(final):
             with write_whole(final, replace=True) as folder:
                 student.save_pretrained(folder)
+                add_code(folder, student)
                 self.tokenizer.save_pretrained(folder)
         names = {"before": "before training", **{stage.name: f"after {stage.name}" for stage in stages}}
         labels = {stage.name: loss_label(stage) for stage in stages}

@@ -143,7 +143,7 @@ def _write_and_check(folder: Path, model, tokenizer, to: str, pad_expand: bool, 
 
     from mohawk.models.bamba import to_bamba
     from mohawk.parity import answers, check_export, inputs_for, print_parity, require_parity
-    from mohawk.remote_code import write_remote_code
+    from mohawk.remote_code import add_code
 
     if to == "bamba":
         to_bamba(model, pad_expand=pad_expand).save_pretrained(folder)
@@ -152,8 +152,7 @@ def _write_and_check(folder: Path, model, tokenizer, to: str, pad_expand: bool, 
         _edit_config(folder, lambda config: config.pop("time_step_limit", None))
     else:
         model.save_pretrained(folder)
-        auto_map = write_remote_code(folder)
-        _edit_config(folder, lambda config: config.update(auto_map=auto_map))
+        add_code(folder, model)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
     inputs = inputs_for(model.config, tokenizer)

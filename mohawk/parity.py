@@ -144,7 +144,7 @@ def compare(
         # amax of a difference with a NaN in it is NaN, and fails, as it should
         rows.append(Row(name, float((ours - theirs).abs().amax()), tolerance, same))
     shares = dict(zip(PATHS, found["inconsistencies"].tolist(), strict=True))
-    largest = float(found["full"].abs().max())
+    largest = float(expected["full"].abs().max())
     rows += [Row(f"itself, {PATHS[path]}", shares[path] * largest, TOLERANCE * largest, "") for path in paths]
     return rows
 

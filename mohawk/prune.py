@@ -42,6 +42,7 @@ from mohawk.prune_recipe import PruneRecipe, Step, Target
 from mohawk.prune_search import search, search_table, within
 from mohawk.prune_sizes import between, parameters_of, present, sizes_header, sizes_row, target_sizes
 from mohawk.readout import solve_output_projections
+from mohawk.remote_code import add_code
 from mohawk.report import Table, finish, read_json, write_json
 from mohawk.run import RECIPE, STUDENT, check_folder, claimed, pick_device
 from mohawk.teachers import load_config, load_teacher, load_tokenizer
@@ -455,6 +456,7 @@ class Pruning(Distillation):
             write_json(self.folder / "vocabulary.json", covered)
         with write_whole(final, replace=True) as folder:
             student.save_pretrained(folder)
+            add_code(folder, student)
             tokenizer.save_pretrained(folder)
 
     def _check_vocabulary(self) -> None:

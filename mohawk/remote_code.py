@@ -5,19 +5,42 @@ that `models/hybrid.py` imports, and those that they import, are copied side by 
 relative. Nothing is listed by hand: what the class imports when it is loaded is what travels.
 """
 
+from __future__ import annotations
+
 import ast
 import importlib.util
+import json
 import re
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import mohawk
+
+if TYPE_CHECKING:
+    from torch import nn
 
 ENTRY = "mohawk.models.hybrid"
 PREFIX = "mohawk_"  # of the copies, to be told from the checkpoint's other files
 _IMPORT = re.compile(r"^from (mohawk\.(?:kernels|models)\.(\w+)) import", re.MULTILINE)
 # the installed package's class must stay the one that transformers' Auto classes know, should both be loaded
 _REGISTER = re.compile(r"^Auto\w+\.register\(.*\)\n", re.MULTILINE)
+
+
+def add_code(folder: Path, model: nn.Module) -> None:
+    """Where the saved model is a hybrid, its code beside its weights, and config.json naming it.
+
+    With it, who loads the folder and has not imported mohawk is asked for `trust_remote_code=True`; without it
+    transformers advises to upgrade transformers.
+    """
+    from mohawk.models.hybrid import HybridForCausalLM
+
+    if not isinstance(model, HybridForCausalLM):
+        return
+    path = folder / "config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    config["auto_map"] = write_remote_code(folder)
+    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def write_remote_code(folder: Path) -> dict[str, str]:
