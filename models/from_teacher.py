@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 
 import torch
+from einops import reduce, repeat
 from torch import Tensor, nn
 from transformers import GenerationConfig
 
@@ -181,19 +182,18 @@ def copy_attention(
         num_kv_heads: of the attention.
         gate: as in `hybrid_from_teacher`.
     """
-    repeat, p = mixer.num_heads // num_kv_heads, mixer.head_dim
+    shared_by, p = mixer.num_heads // num_kv_heads, mixer.head_dim
     parts = attention_parts(attention)
 
     def per_head(weight: Tensor, copies: int) -> Tensor:
-        heads = weight.unflatten(0, (-1, p))
-        return heads.repeat_interleave(copies, 0).flatten(0, 1)
+        return repeat(weight, "(h p) ... -> (h copies p) ...", p=p, copies=copies)
 
     rows = mixer.slices()
     mixer.conv1d.weight.zero_()
     mixer.conv1d.bias.zero_()
     # rms of each head's values
-    size = (per_head(parts.v.weight, repeat).float() * input_size.float()).norm(dim=1).unflatten(0, (-1, p))
-    size = size.square().mean(1, keepdim=True).sqrt().expand(-1, p).flatten()
+    square = (per_head(parts.v.weight, shared_by).float() * input_size.float()).square().sum(1)
+    size = repeat(reduce(square, "(h p) -> h", "mean", p=p).sqrt(), "h -> (h p)", p=p)
     silu = mixer.activation == "silu"
     slope, offset = (0.5, 0.0) if silu else (1.0, 0.0)
     # x: in SiLU's nearly linear range; the output norm's weight takes the scale out again
@@ -207,8 +207,8 @@ def copy_attention(
     offsets = {"x": 0.0, "B": offset if silu else constant, "C": offset if silu else constant}
     start = 0
     for name, projection, copies in (
-        ("x", parts.v, repeat),
-        ("B", _normed(parts.k, parts.key_norm, input_size, p), repeat),
+        ("x", parts.v, shared_by),
+        ("B", _normed(parts.k, parts.key_norm, input_size, p), shared_by),
         ("C", _normed(parts.q, parts.query_norm, input_size, p), 1),
     ):
         weight = per_head(projection.weight, copies)
@@ -239,7 +239,7 @@ def copy_attention(
         if isinstance(mixer, Mamba2Mixer):
             _open_gate(mixer, size)
     elif gate == "output":
-        values = per_head(parts.v.weight, repeat)
+        values = per_head(parts.v.weight, shared_by)
         mixer.in_proj.weight[rows["z"]] = 0.5 * (parts.o.weight.T + values)
 
 

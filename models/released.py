@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from einops import rearrange, repeat
 from huggingface_hub import hf_hub_download, snapshot_download
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from safetensors.torch import load_file, save_file
@@ -270,7 +271,7 @@ def _repeat(tensor: Tensor, parts: tuple[str, ...], config: HybridConfig) -> Ten
     times = config.mixer_num_heads // kv_heads
     pieces = tensor.split(_sizes(parts, config, kv_heads))
     return torch.cat([
-        piece.unflatten(0, (kv_heads, -1)).repeat_interleave(times, 0).flatten(0, 1) if part in ("x", "B") else piece
+        repeat(piece, "(h p) ... -> (h times p) ...", h=kv_heads, times=times) if part in ("x", "B") else piece
         for part, piece in zip(parts, pieces, strict=True)
     ])  # fmt: skip
 
@@ -286,7 +287,7 @@ def _unrepeat(name: str, tensor: Tensor, parts: tuple[str, ...], config: HybridC
                     f"{name}: the heads that share one row of {part} in MambaInLlama's layout have been trained apart; "
                     "save_pretrained keeps such a student as it is"
                 )
-            piece = groups[:, 0].flatten(0, 1)
+            piece = rearrange(groups[:, 0], "h p ... -> (h p) ...")
         pieces.append(piece)
     return torch.cat(pieces)
 
@@ -294,7 +295,7 @@ def _unrepeat(name: str, tensor: Tensor, parts: tuple[str, ...], config: HybridC
 def _by_kv_head(rows: Tensor, config: HybridConfig) -> Tensor:
     """(kv heads, heads that share one, rows of a head, ...) of x's or B's rows."""
     kv_heads = decoder_shape(config.base_config).num_kv_heads
-    return rows.unflatten(0, (kv_heads, config.mixer_num_heads // kv_heads, -1))
+    return rearrange(rows, "(h shared p) ... -> h shared p ...", h=kv_heads, shared=config.mixer_num_heads // kv_heads)
 
 
 def _conv_heads_differ(state: dict[str, Tensor], config: HybridConfig) -> bool:

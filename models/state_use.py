@@ -1,6 +1,7 @@
 """How much each state dimension of a Mamba-2 layer contributes to what the layer reads out of its state."""
 
 import torch
+from einops import rearrange
 from torch import Tensor
 
 from mohawk.models.mixers import SSMMixer
@@ -20,19 +21,19 @@ def state_use(mixer: SSMMixer, projected: Tensor, segment_ids: Tensor) -> Tensor
         The states of one token are alive at a time, so this takes n steps and no more memory than its result.
     """
     rows = mixer.slices()
-    convolved = mixer._conv(projected[..., rows["xBC"]], slice(0, mixer.conv_size), None, segment_ids)
+    convolved = mixer.conv1d(projected[..., rows["xBC"]], segment_ids=segment_ids)
     x, B, C = (part.float() for part in mixer._cut(convolved))
     log_decay, input_scale = mixer.decay(projected[..., rows["decay"]])
     if input_scale is not None:
         x = x * input_scale[..., None]
-    b, n, heads, p = x.shape
-    groups = mixer.num_groups
+    n, groups = x.shape[1], mixer.num_groups
     starts = segment_ids.diff(dim=1, prepend=segment_ids[:, :1] - 1) != 0
-    decay = torch.exp(log_decay).masked_fill(starts[..., None], 0.0).unflatten(-1, (groups, -1))
-    x = x.unflatten(2, (groups, -1))
-    state = x.new_zeros(b, groups, heads // groups, p, mixer.state_size)
-    squares = x.new_empty(b, n, groups, mixer.state_size)
+    decay = rearrange(torch.exp(log_decay).masked_fill(starts[..., None], 0.0), "b n (g h) -> b n g h 1 1", g=groups)
+    x = rearrange(x, "b n (g h) p -> b n g h p 1", g=groups)
+    B = rearrange(B, "b n g N -> b n g 1 1 N")
+    state = torch.zeros_like(x[:, 0] * B[:, 0])
+    squares = torch.empty_like(C)
     for t in range(n):
-        state = state * decay[:, t, :, :, None, None] + x[:, t, ..., None] * B[:, t, :, None, None]
+        state = state * decay[:, t] + x[:, t] * B[:, t]
         squares[:, t] = state.square().sum((2, 3))
     return C.abs() * squares.sqrt()

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from einops import reduce
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -200,9 +201,9 @@ class _Meter:
 
     def _heads(self, names: tuple[str, str], i: int, x: Tensor, heads: int, groups: int) -> None:
         """(b, n, heads * size): the size of each head's output, and of all of a group's together."""
-        squares = x.float().unflatten(-1, (heads, -1)).square().sum(-1)
+        squares = reduce(x.float().square(), "b n (h p) -> b n h", "sum", h=heads)
         self._add(names[0], i, squares.sqrt())
-        self._add(names[1], i, squares.unflatten(-1, (groups, -1)).sum(-1).sqrt())
+        self._add(names[1], i, reduce(squares, "b n (g h) -> b n g", "sum", g=groups).sqrt())
 
     def _layer(self, i: int, args: tuple, kwargs: dict, out) -> None:
         before, after = args[0] if args else kwargs["hidden_states"], out[0] if isinstance(out, tuple) else out

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from einops import rearrange, reduce
 from torch import Tensor, nn
 
 from mohawk.importance import Importance
@@ -54,25 +55,25 @@ def magnitude_importance(model: nn.Module) -> Importance:
         readers = [getattr(layer.mlp, name).weight for name in family.mlp_inputs]
         down = getattr(layer.mlp, family.mlp_output).weight
         # a fused projection holds gate and values one below the other
-        ffn.append(_columns(down) + sum(_rows(w).unflatten(0, (-1, own.ffn)).sum(0) for w in readers))
+        ffn.append(_columns(down) + sum(reduce(_rows(w), "(parts f) -> f", "sum", f=own.ffn) for w in readers))
         if isinstance(layer.self_attn, SSMMixer):
             mixer, slices = layer.self_attn, layer.self_attn.slices()
             written, read = mixer.out_proj.weight, mixer.in_proj.weight
             rows = {name: _rows(read[part]) for name, part in slices.items()}
             h, g = mixer.num_heads, mixer.num_groups
-            inner = (_columns(written) + rows["x"] + rows["z"]).unflatten(0, (h, -1)).sum(-1) + rows["decay"]
-            dims = (rows["B"] + rows["C"]).unflatten(0, (g, -1))
+            inner = reduce(_columns(written) + rows["x"] + rows["z"], "(h p) -> h", "sum", h=h) + rows["decay"]
+            dims = rearrange(rows["B"] + rows["C"], "(g N) -> g N", g=g)
             state_heads.append(inner)
             state_dims.append(dims)
-            state_groups.append(inner.unflatten(0, (g, -1)).sum(-1) + dims.sum(-1))
+            state_groups.append(reduce(inner, "(g h) -> g", "sum", g=g) + dims.sum(-1))
             readers.append(read)
         else:
             parts = attention_parts(layer.self_attn)
             written = parts.o.weight
-            query = (_columns(written) + _rows(parts.q.weight)).unflatten(0, (own.heads, -1)).sum(-1)
-            shared = (_rows(parts.k.weight) + _rows(parts.v.weight)).unflatten(0, (own.kv_heads, -1)).sum(-1)
+            query = reduce(_columns(written) + _rows(parts.q.weight), "(h d) -> h", "sum", h=own.heads)
+            shared = reduce(_rows(parts.k.weight) + _rows(parts.v.weight), "(g d) -> g", "sum", g=own.kv_heads)
             heads.append(query)
-            kv_heads.append(shared + query.unflatten(0, (own.kv_heads, -1)).sum(-1))
+            kv_heads.append(shared + reduce(query, "(g h) -> g", "sum", g=own.kv_heads))
             readers += [parts.q.weight, parts.k.weight, parts.v.weight]
         hidden = hidden + _rows(written) + _rows(down) + sum(_columns(weight) for weight in readers)
         layers.append(_rows(written).sum() + _rows(down).sum() + sum(_rows(weight).sum() for weight in readers))

@@ -170,7 +170,7 @@ def test_a_neutral_start_lets_the_projections_through(mixer):
     with torch.no_grad():
         projected = layer.in_proj(hidden)
         xBC, z = projected[..., layer.slices()["xBC"]], projected[..., layer.slices()["z"]]
-        convolved = layer._conv(xBC, slice(0, layer.conv_size))
+        convolved = layer.conv1d(xBC)
         expected = torch.nn.functional.silu(xBC) if layer.activation == "silu" else xBC
         gate = torch.nn.functional.silu(z + getattr(layer, "z_bias", 0))
     torch.testing.assert_close(convolved, expected)

@@ -134,7 +134,7 @@ def test_use_of_the_state_is_what_each_dimension_adds_to_the_output(mixer):
     with torch.no_grad():
         got = state_use(module, projected, segments)
         parts = module.slices()
-        convolved = module._conv(projected[..., parts["xBC"]], slice(0, module.conv_size), None, segments)
+        convolved = module.conv1d(projected[..., parts["xBC"]], segment_ids=segments)
         x, B, C = (part.double() for part in module._cut(convolved))
         log_decay, scale = module.decay(projected[..., parts["decay"]])
         scale = None if scale is None else scale.double()
