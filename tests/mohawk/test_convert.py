@@ -13,11 +13,13 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config
 
 from mohawk.checkpoints import Interrupted, is_complete
+from mohawk.cli import main
 from mohawk.convert import convert, untrained_student
 from mohawk.errors import UserError
 from mohawk.evaluate_run import evaluate_run
 from mohawk.generation import generate
 from mohawk.models.hybrid import HybridForCausalLM
+from mohawk.models.mixers import SSMMixer
 from mohawk.phases import HiddenObjective, MixingObjective
 from mohawk.recipe import Recipe
 from mohawk.run import claimed
@@ -290,6 +292,24 @@ def test_a_student_cut_short_is_named(checkpoint, texts, tmp_path):
             use()
     with pytest.raises(UserError, match="cannot load the weights from the folder"):
         generate(run / "student", "A cat")
+
+
+def test_a_student_that_contradicts_itself_is_kept_and_the_run_fails(checkpoint, texts, tmp_path, monkeypatch, capsys):
+    """As after a rename in transformers: each call starts from an empty state, and no figure shows it."""
+    path = tmp_path / "recipe.yaml"
+    path.write_text(recipe_of(checkpoint, texts, tmp_path / "run").to_yaml())
+    command = ["convert", str(path), "--set", "phases.mixing=null", "--set", "phases.hidden=null"]
+    with monkeypatch.context() as patch:
+        patch.setattr(SSMMixer, "_read_cache", lambda *_: (None, None))
+        assert main(command) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("error: ") and "prefill in chunks" in error and "mohawk doctor" in error
+    assert is_complete(tmp_path / "run" / "student") and not (tmp_path / "run" / "results.json").exists()
+    # with working versions the same command goes on, and reports
+    assert main(command) == 0
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert max(results["consistency"].values()) < 1e-5
+    assert "answers as in one full forward by every way tried" in (tmp_path / "run" / "report.md").read_text()
 
 
 def test_random_mixers_are_the_same_each_time_the_run_is_started(checkpoint, texts, tmp_path):
