@@ -269,7 +269,7 @@ def _backend(asked: str, x: Tensor) -> str:
     elif not x.is_cuda and not interpreted:
         reason = f"the student is on {x.device}; it needs a CUDA or ROCm device"
     elif importlib.util.find_spec("triton") is None:
-        reason = "triton is not installed"
+        reason = "triton is not installed (run pip install '.[triton]' in mohawk's checkout)"
     if reason is None:
         return "triton"
     if asked == "triton":

@@ -70,7 +70,9 @@ def _triton_is_best(student: Mixing, teacher: Mixing) -> bool:
 def _check_triton(student: Mixing, teacher: Mixing) -> None:
     where = "mixing_distance: backend 'triton'"
     if importlib.util.find_spec("triton") is None:
-        raise ValueError(f"{where} needs the package triton; install it or take 'chunked'")
+        raise ValueError(
+            f"{where} needs the package triton: run pip install '.[triton]' in mohawk's checkout, or take 'chunked'"
+        )
     from mohawk.kernels.mixing_triton import fits_triton
 
     if not fits_triton(student, teacher):

@@ -150,11 +150,12 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module 'mohawk' has no attribute {name!r}")
     try:
         value = getattr(importlib.import_module(_PUBLIC[name]), name)
-    except ModuleNotFoundError as error:
-        if (error.name or "").startswith("mohawk"):
+    except ImportError as error:
+        from mohawk.extras import explain
+
+        if (line := explain(error, f"mohawk.{name}")) is None:
             raise
-        missing = (error.name or "").partition(".")[0]
-        raise ImportError(f"mohawk.{name} needs the package {missing}: pip install {missing}") from error
+        raise ImportError(line, name=error.name) from error
     globals()[name] = value
     return value
 

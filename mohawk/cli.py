@@ -10,27 +10,18 @@ import logging
 import os
 import shlex
 import sys
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import mohawk
 from mohawk.errors import SaidElsewhere, UserError
+from mohawk.extras import explain, need
 from mohawk.stopping import cleaning_up
 
-# Where a missing package is the installation's and not our mistake, and what it is good for.
-OPTIONAL = {
-    "accelerate": "training",
-    "datasets": "reading text",
-    "gguf": "reading GGUF checkpoints",
-    "lm_eval": "evaluate --tasks",
-    "matplotlib": "plots",
-    "safetensors": "reading and writing weights",
-    "torch": "everything but checking recipes",
-    "tqdm": "progress bars",
-    "transformers": "loading and converting models",
-    "triton": "GPU kernels",
-}
-EXTRAS = {"lm_eval": "'mohawk[eval]'"}  # not by its own name: the versions matter
+# Progress bars of the libraries below us: where stderr is no terminal, they would fill a log.
+BARS = ("TQDM_DISABLE", "HF_HUB_DISABLE_PROGRESS_BARS", "HF_DATASETS_DISABLE_PROGRESS_BARS")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -38,8 +29,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
     options = parser().parse_args(argv)
     _log_to_stderr()
+    warnings.filterwarnings("ignore", "Failed to initialize NumPy")  # torch's; we say what is missing ourselves
     try:
-        with cleaning_up():
+        with cleaning_up(), _bars_in_terminals_alone():
             if _processes() > 1:
                 _run_together(options)
             else:
@@ -50,15 +42,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(*(f"error: {line}" for line in str(error).splitlines()), sep="\n", file=sys.stderr)
         return 2
-    except ModuleNotFoundError as error:
-        package = (error.name or "").partition(".")[0]
-        if package not in OPTIONAL:
+    except ImportError as error:
+        if (line := explain(error, f"`mohawk {options.command}`")) is None:
             raise
-        wanted = EXTRAS.get(package, package)
-        print(
-            f"error: {package} is not installed, which {OPTIONAL[package]} needs; run: pip install {wanted}",
-            file=sys.stderr,
-        )
+        print(f"error: {line}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         if _rank() > 0:
@@ -80,6 +67,18 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"{error}{again}", file=sys.stderr)
         return 130
     return 0
+
+
+@contextmanager
+def _bars_in_terminals_alone() -> Iterator[None]:
+    """Within the block bars are only drawn where somebody sees them move; what the user set stays as it is."""
+    ours = [] if sys.stderr.isatty() else [name for name in BARS if name not in os.environ]
+    os.environ.update(dict.fromkeys(ours, "1"))
+    try:
+        yield
+    finally:
+        for name in ours:
+            del os.environ[name]
 
 
 def _processes() -> int:
@@ -116,7 +115,7 @@ def parser() -> argparse.ArgumentParser:
 
     def command(name: str, run: Callable[[argparse.Namespace], None], text: str) -> argparse.ArgumentParser:
         sub = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
-        sub.set_defaults(run=run)
+        sub.set_defaults(run=run, command=name)
         return sub
 
     demo = command("demo", _demo, "convert SmolLM2-135M on real English text, in all three phases")
@@ -375,11 +374,16 @@ def parser() -> argparse.ArgumentParser:
         "--rows", type=_number(int, 0), nargs=2, metavar=("A", "B"), help="only rows A to B - 1, of a long text"
     )
 
+    recipes = command("recipes", _recipes, "list the recipes that come along, or copy one to change it")
+    recipes.add_argument("name", nargs="?", metavar="NAME", help="of the recipe to copy")
+    recipes.add_argument("--output", type=Path, metavar="FILE", help="a new file; default: NAME.yaml")
+
     command("doctor", _doctor, "print versions, devices and which backend each operation will use, and why")
     return top
 
 
 def _demo(options: argparse.Namespace) -> None:
+    need("convert", "`mohawk demo`")
     from mohawk.demo import demo
 
     demo(options.teacher, options.output, options.set)
@@ -390,6 +394,7 @@ def _convert(options: argparse.Namespace) -> None:
 
     recipe = Recipe.load(options.recipe, _overrides(options))
 
+    need("convert", "`mohawk convert`")
     from mohawk.convert import convert
 
     convert(recipe, dry_run=options.dry_run)
@@ -400,12 +405,14 @@ def _distill(options: argparse.Namespace) -> None:
 
     recipe = DistillRecipe.load(options.recipe, _overrides(options))
 
+    need("lora" if recipe.has_adapter() else "convert", "`mohawk distill`")
     from mohawk.distill import distill
 
     distill(recipe, dry_run=options.dry_run)
 
 
 def _ablate(options: argparse.Namespace) -> None:
+    need("convert", "`mohawk ablate`")
     from mohawk.ablate import ablate
 
     ablate(options.recipe, options.over, options.set, options.output)
@@ -416,18 +423,21 @@ def _prune(options: argparse.Namespace) -> None:
 
     recipe = PruneRecipe.load(options.recipe, _overrides(options))
 
+    need("convert", "`mohawk prune`")
     from mohawk.prune import prune
 
     prune(recipe, dry_run=options.dry_run)
 
 
 def _select(options: argparse.Namespace) -> None:
+    need("convert", "`mohawk select`")
     from mohawk.select_layers import select
 
     select(options.model, by=options.by, tokens=options.tokens, lazy=options.lazy)
 
 
 def _compose(options: argparse.Namespace) -> None:
+    need("convert", "`mohawk compose`")
     from mohawk.compose import compose
 
     given = {name: getattr(options, name) for name in ("budget", "attention", "by", "output")}
@@ -446,6 +456,7 @@ def _cache(options: argparse.Namespace) -> None:
     from mohawk.recipe_kinds import kind_of
 
     recipe = kind_of(options.recipe).load(options.recipe, options.set)
+    need("convert", "`mohawk cache`")
     from mohawk.cache_teacher import cache_teacher
 
     cache_teacher(recipe, options.output, kind=options.kind, **given)
@@ -454,6 +465,7 @@ def _cache(options: argparse.Namespace) -> None:
 def _evaluate(options: argparse.Namespace) -> None:
     asked = {name: getattr(options, name) for name in ("task_path", "limit", "batch_size", "fewshot")}
     if options.tasks is not None:
+        need("eval", "`mohawk evaluate --tasks`")
         from mohawk.lm_eval_tasks import evaluate_tasks
 
         names = [name.strip() for name in options.tasks.split(",") if name.strip()]
@@ -580,6 +592,16 @@ def _refuse(given: dict[str, object], of: str) -> None:
     for name, value in given.items():
         if value is not None:
             raise UserError(f"--{name.replace('_', '-')} is of {of}")
+
+
+def _recipes(options: argparse.Namespace) -> None:
+    from mohawk.recipe_kinds import copy_shipped, print_shipped
+
+    if options.name is not None:
+        copy_shipped(options.name, options.output)
+        return
+    _refuse({"output": options.output}, "a NAME; name a recipe, or leave it out")
+    print_shipped()
 
 
 def _doctor(options: argparse.Namespace) -> None:

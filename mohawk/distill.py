@@ -32,6 +32,7 @@ from mohawk.distill_recipe import DistillRecipe, DistillStudent, Stage
 from mohawk.distillation import KnowledgeDistiller
 from mohawk.errors import UserError
 from mohawk.evaluate import Comparison, TeacherStates, compare, teacher_states
+from mohawk.extras import need
 from mohawk.kernels.kd_teachers import TAIDSchedule
 from mohawk.on_policy import OnPolicy
 from mohawk.processes import first_before_others, from_first, is_first, joined, on_first
@@ -61,6 +62,8 @@ def distill(recipe: DistillRecipe, *, dry_run: bool = False) -> None:
             folder holds another run.
         Interrupted: a signal stopped the run after it saved.
     """
+    if recipe.has_adapter():
+        need("lora", "student.lora")
     with joined(recipe.device):
         console = Console(quiet=not is_first())
         first_before_others(lambda: print_plan(recipe, console))

@@ -235,6 +235,10 @@ class DistillRecipe(RecipeFile):
     stages: list[Stage] = Field(min_length=1, description="of training, one after another")
     report_to: list[Text] = Field([], description="experiment trackers of transformers (tensorboard, wandb, ...)")
 
+    def has_adapter(self) -> bool:
+        """Whether any stage trains adapters (LoRA)."""
+        return any((stage.student or self.student).lora for stage in self.stages)
+
     def contradictions(self) -> Iterator[tuple[list[recipe_text.Path], str]]:
         yield from super().contradictions()
         students = [self.student, *(stage.student for stage in self.stages if stage.student)]

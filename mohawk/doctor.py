@@ -161,7 +161,7 @@ def _why(operation: str, backend: str, device: torch.device) -> str:
     if package and version(package) is None:
         return f"there is a GPU, but {package} is missing, whose kernels this would use; torch on the GPU"
     if version("triton") is None:
-        return "there is a GPU, but triton is missing: pip install triton"
+        return "there is a GPU, but triton is missing: run pip install '.[triton]' in mohawk's checkout"
     return "there is a GPU, but no GPU kernel for this operation yet; torch on the GPU"
 
 

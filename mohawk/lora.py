@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from mohawk.extras import need
 from mohawk.models.decoders import decoder
 
 ADAPTER = "default"  # peft's name for a model's only adapter
@@ -21,8 +22,9 @@ ADAPTER = "default"  # peft's name for a model's only adapter
 def _peft():
     try:
         import peft
-    except ImportError as error:
-        raise ValueError("LoRA needs the package peft: pip install 'mohawk[lora]'") from error
+    except ImportError:
+        need("lora", "an adapter (LoRA)")
+        raise
     return peft
 
 
