@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from mohawk.errors import UserError
-from mohawk.recipe import Recipe, RecipeFile, Student
-from mohawk.recipe_text import RecipeText
+from mohawk.recipe import Recipe, RecipeFile, Student, read_recipe, shipped, shipped_names
 
 RECIPE = "recipe.yaml"  # in a run's folder
 COMMANDS = {"prune": "mohawk prune", "stages": "mohawk distill"}  # a key that only recipes of one kind have
@@ -51,7 +51,40 @@ def load_run_recipe(folder: str | Path, overrides: Sequence[str] = ()) -> Recipe
 
 def run_command(folder: str | Path) -> str:
     """The command that goes on with a run."""
-    return COMMANDS.get(_key(Path(folder) / RECIPE) or "", CONVERT)
+    return _command(Path(folder) / RECIPE)
+
+
+def print_shipped() -> None:
+    """The recipes that come with the package, a line each: name, command, and what its first comment says."""
+    rows = []
+    for name in shipped_names():
+        path = shipped(name)
+        first = path.read_text(encoding="utf-8").partition("\n")[0]
+        rows.append((name, _command(path).removeprefix("mohawk "), first.removeprefix("# ")))
+    widths = [max(len(row[i]) for row in rows) for i in (0, 1)]
+    for name, command, text in rows:
+        print(f"{name:{widths[0]}}  {command:{widths[1]}}  {text}")
+
+
+def copy_shipped(name: str, output: str | Path | None = None) -> None:
+    """Copy a recipe that comes with the package to a new file, by default NAME.yaml here.
+
+    Raises:
+        UserError: there is no such recipe, the file exists, or it cannot be written.
+    """
+    source, target = shipped(name), Path(output or f"{name}.yaml")
+    try:
+        with target.open("xb") as file:
+            file.write(source.read_bytes())
+    except FileExistsError as error:
+        raise UserError(f"{target} exists and is left as it is; give --output another name, or remove it") from error
+    except OSError as error:
+        raise UserError(f"--output: {target} cannot be written ({error.strerror})") from error
+    print(f"written to {target}; to see what it would do: {_command(source)} {shlex.quote(str(target))} --dry-run")
+
+
+def _command(path: Path) -> str:
+    return COMMANDS.get(_key(path) or "", CONVERT)
 
 
 def phase_names(folder: str | Path) -> tuple[str, ...]:
@@ -65,9 +98,5 @@ def phase_names(folder: str | Path) -> tuple[str, ...]:
 
 def _key(path: str | Path) -> str | None:
     """prune, stages, or None for a conversion."""
-    try:
-        data = RecipeText.read(Path(path).read_text(encoding="utf-8"), str(path)).data
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "is not UTF-8 text"
-        raise UserError(f"cannot read the recipe {path}: {reason}") from error
+    data = read_recipe(Path(path)).data
     return next((key for key in COMMANDS if key in data), None)
