@@ -49,7 +49,9 @@ def choose_layers(ssm_layers: str | Sequence[int], num_layers: int) -> list[int]
     else:
         chosen = sorted(int(i) for i in ssm_layers)
     if not chosen:
-        raise ValueError(f"ssm_layers: no layer would be replaced in a model of {num_layers} layers")
+        raise ValueError(
+            f"ssm_layers: no layer would be replaced in a model of {num_layers} layers; give all, or indices"
+        )
     wrong = [i for i in chosen if not 0 <= i < num_layers]
     if wrong:
         raise ValueError(f"ssm_layers: got {wrong}, but the teacher's layers are numbered 0 to {num_layers - 1}")

