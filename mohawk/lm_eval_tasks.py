@@ -13,6 +13,7 @@ import importlib.metadata
 import logging
 import math
 import statistics
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,6 +23,7 @@ from rich.console import Console
 
 from mohawk.describe import student_folder
 from mohawk.errors import UserError
+from mohawk.hub import hub_or_cache, is_unreachable
 from mohawk.recipe_kinds import load_run_recipe
 from mohawk.report import TASKS, fingerprint, kept_tasks, print_tables, report_tasks, task_tables, write_json
 
@@ -157,12 +159,17 @@ def run_tasks(
     autocast: torch.dtype | None = None,
 ) -> dict[str, Any]:
     """The harness's own results of one model, with every question's (`samples`). Raises UserError."""
-    from lm_eval import simple_evaluate
+    from lm_eval import evaluator
 
     wrapped = harness_model(model, tokenizer, batch_size=batch_size, autocast=autocast)
     try:
-        with _errors_only("lm_eval.api.task"):  # it would explain its own command line's options
-            return simple_evaluate(
+        # it would explain its own command line's options, and ask git about a folder that may be no checkout
+        with (
+            _errors_only("lm_eval.api.task"),
+            _replaced(evaluator, "get_git_commit_hash", lambda: None),
+            hub_or_cache(),
+        ):
+            return evaluator.simple_evaluate(
                 model=wrapped, tasks=list(tasks), task_manager=manager, limit=limit, num_fewshot=fewshot,
                 bootstrap_iters=RESAMPLES, log_samples=True,
             )  # fmt: skip
@@ -188,7 +195,18 @@ def harness_model(
     from mohawk.evaluate import packed_hidden_states
     from mohawk.heads import Head
 
+    bars = sys.stderr.isatty()
+
     class Scored(HFLM):
+        def loglikelihood(self, requests, disable_tqdm: bool = False):
+            return super().loglikelihood(requests, disable_tqdm=disable_tqdm or not bars)
+
+        def loglikelihood_rolling(self, requests, disable_tqdm: bool = False):
+            return super().loglikelihood_rolling(requests, disable_tqdm=disable_tqdm or not bars)
+
+        def generate_until(self, requests, disable_tqdm: bool = False):
+            return super().generate_until(requests, disable_tqdm=disable_tqdm or not bars)
+
         def _model_call(self, inps: torch.Tensor, attn_mask=None, labels=None) -> torch.Tensor:
             """Token ids (batch, sequence) to logits (batch, sequence, vocabulary).
 
@@ -206,6 +224,16 @@ def harness_model(
             pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=batch_size,
             mixed_precision_dtype=autocast,
         )  # fmt: skip
+
+
+@contextmanager
+def _replaced(module: Any, name: str, value: Any) -> Iterator[None]:
+    before = getattr(module, name)
+    setattr(module, name, value)
+    try:
+        yield
+    finally:
+        setattr(module, name, before)
 
 
 @contextmanager
@@ -304,8 +332,6 @@ def _finite(value: Any) -> float | None:
 def _user_error(error: Exception, tasks: Sequence[str]) -> Exception:
     """One line where a task cannot be asked or its data cannot be had; anything else unchanged."""
     from datasets.exceptions import DatasetNotFoundError
-
-    from mohawk.teachers import is_unreachable
 
     # a task named twice, one that runs what a model wrote, one with pictures
     if isinstance(error, ValueError) and str(error).startswith(("Duplicate task", "Attempted to run task")):

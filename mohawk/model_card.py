@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from mohawk.hub import hub_or_cache
 from mohawk.parity import Row
 from mohawk.recipe import RecipeFile
 from mohawk.recipe_kinds import load_run_recipe
@@ -74,7 +75,8 @@ def licence_of(teacher: str, revision: str | None = None) -> str | None:
         from huggingface_hub import hf_hub_download
 
         try:
-            card = Path(hf_hub_download(teacher, "README.md", revision=revision))
+            with hub_or_cache():
+                card = Path(hf_hub_download(teacher, "README.md", revision=revision))
         except (OSError, ValueError) as error:  # offline, gated, no such repository, no card
             log.info("no model card of %s (%s)", teacher, type(error).__name__)
             return None

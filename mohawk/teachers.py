@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mohawk.errors import UserError
+from mohawk.extras import explain
+from mohawk.hub import causes, hub_or_cache, is_unreachable
 
 if TYPE_CHECKING:
     import torch
@@ -87,9 +89,10 @@ def load_config(
     if (released := _released(name, gguf_file, revision)) is not None:
         return released
     try:
-        config = AutoConfig.from_pretrained(
-            name, revision=revision, trust_remote_code=trust_remote_code, **_gguf(gguf_file)
-        )
+        with hub_or_cache(name):
+            config = AutoConfig.from_pretrained(
+                name, revision=revision, trust_remote_code=trust_remote_code, **_gguf(gguf_file)
+            )
     except Exception as error:
         raise _user_error(error, name, revision, "configuration") from error
     kind = f"{name} is a {config.model_type} model"
@@ -137,21 +140,23 @@ def load_teacher(
     config = load_config(model, gguf_file=gguf_file, revision=revision, trust_remote_code=trust_remote_code)
     name, gguf_file = locate(model, gguf_file)
     kind = None if dtype == "auto" else getattr(torch, dtype)
+    released = _released(name, gguf_file, revision) is not None
     try:
-        if _released(name, gguf_file, revision) is not None:
-            teacher, info = load_released(name, revision=revision, dtype=kind), {"missing_keys": ()}
-        else:
-            teacher, info = AutoModelForCausalLM.from_pretrained(
-                name,
-                revision=revision,
-                dtype=kind or "auto",
-                trust_remote_code=trust_remote_code,
-                output_loading_info=True,
-                attn_implementation=needed_attention(config),
-                **({} if quantize is None else {"quantization_config": _quantization(quantize)}),
-                **({} if device_map is None else {"device_map": device_map, "offload_folder": _offload_folder()}),
-                **_gguf(gguf_file),
-            )
+        with hub_or_cache(name):
+            if released:
+                teacher, info = load_released(name, revision=revision, dtype=kind), {"missing_keys": ()}
+            else:
+                teacher, info = AutoModelForCausalLM.from_pretrained(
+                    name,
+                    revision=revision,
+                    dtype=kind or "auto",
+                    trust_remote_code=trust_remote_code,
+                    output_loading_info=True,
+                    attn_implementation=needed_attention(config),
+                    **({} if quantize is None else {"quantization_config": _quantization(quantize)}),
+                    **({} if device_map is None else {"device_map": device_map, "offload_folder": _offload_folder()}),
+                    **_gguf(gguf_file),
+                )
     except Exception as error:
         raise _user_error(error, name, revision, "weights") from error
     if missing := sorted(info["missing_keys"]):
@@ -227,9 +232,10 @@ def load_tokenizer(
     else:
         name, gguf_file = locate(model, gguf_file)
     try:
-        return AutoTokenizer.from_pretrained(
-            name, revision=revision, trust_remote_code=trust_remote_code, **_gguf(gguf_file)
-        )
+        with hub_or_cache(name):
+            return AutoTokenizer.from_pretrained(
+                name, revision=revision, trust_remote_code=trust_remote_code, **_gguf(gguf_file)
+            )
     except Exception as error:
         raise _user_error(error, name, revision, "tokenizer") from error
 
@@ -258,7 +264,8 @@ def _released(name: str, gguf_file: str | None, revision: str | None) -> Pretrai
     if gguf_file is not None:
         return None
     try:
-        found = released_config(name, revision=revision)
+        with hub_or_cache(name):
+            found = released_config(name, revision=revision)
     except Exception as error:
         raise _user_error(error, name, revision, "configuration") from error
     return None if found is None else found[1]
@@ -270,7 +277,7 @@ def _gguf(gguf_file: str | None) -> dict[str, Any]:
     try:
         import gguf  # noqa: F401
     except ImportError as error:
-        raise UserError(f"teacher: {gguf_file} needs the gguf package; run: pip install gguf") from error
+        raise UserError(explain(error, f"teacher: {gguf_file}") or f"teacher: {gguf_file}: {error}") from error
     return {"gguf_file": gguf_file}
 
 
@@ -281,7 +288,7 @@ def _user_error(error: Exception, name: str, revision: str | None, what: str) ->
 
     if isinstance(error, UserError):
         return error
-    chain = _causes(error)
+    chain = causes(error)
     local = Path(name).exists()
     at = f" at revision {revision}" if revision else ""
 
@@ -292,6 +299,8 @@ def _user_error(error: Exception, name: str, revision: str | None, what: str) ->
         return UserError(
             f"teacher: {name} runs Python code of its own to load; if you trust it, set teacher.trust_remote_code: true"
         )
+    if "packages that were not found in your environment" in str(error):  # what the checkpoint's own code imports
+        return UserError(f"teacher: {name}: {_first_line(error)}")
     # RuntimeError: weights of other shapes than the configuration's; SafetensorError: a file cut short
     if local and isinstance(error, (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError)):
         return UserError(f"teacher: cannot load the {what} from the folder {name}: {_first_line(error)}")
@@ -311,25 +320,6 @@ def _user_error(error: Exception, name: str, revision: str | None, what: str) ->
     if isinstance(error, (OSError, ValueError)):
         return UserError(f"teacher: cannot load the {what} of {name}{at}: {_first_line(error)}")
     return error
-
-
-def is_unreachable(error: BaseException) -> bool:
-    """Whether an error, or what caused it, is that the hub cannot be reached."""
-    from huggingface_hub import errors as hub
-
-    # requests, httpx and urllib3 each have their own hierarchy; the module's name is what they share
-    network = ("httpx", "httpx2", "httpcore", "httpcore2", "requests", "urllib3")
-    kinds = (hub.LocalEntryNotFoundError, hub.OfflineModeIsEnabled, ConnectionError)
-    return any(isinstance(e, kinds) or type(e).__module__.split(".")[0] in network for e in _causes(error))
-
-
-def _causes(error: BaseException) -> list[BaseException]:
-    chain: list[BaseException] = []
-    cause: BaseException | None = error
-    while cause is not None and cause not in chain:
-        chain.append(cause)
-        cause = cause.__cause__ or cause.__context__
-    return chain
 
 
 def _first_line(error: BaseException) -> str:

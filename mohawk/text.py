@@ -20,6 +20,7 @@ import numpy as np
 
 from mohawk.errors import UserError
 from mohawk.fetch import cache_dir, whole_folder
+from mohawk.hub import hub_or_cache
 
 if TYPE_CHECKING:
     import datasets
@@ -174,7 +175,8 @@ def load_rows(source: Source, files: list[Path], form: str | None, scratch: str 
     datasets.disable_progress_bars()
     try:
         if not files:
-            return datasets.load_dataset(source.source, source.subset, split=source.split)
+            with hub_or_cache():
+                return datasets.load_dataset(source.source, source.subset, split=source.split)
         options: dict[str, Any] = {"sample_by": "document"} if BUILDERS[form] == "text" else {}
         names = [globbing.escape(str(p.absolute())) for p in files]
         return datasets.load_dataset(BUILDERS[form], data_files=names, split=source.split, cache_dir=scratch, **options)
