@@ -34,34 +34,34 @@ def explain(error: ImportError, what: str) -> str | None:
     None where neither a package of an extra is missing nor one that such a package imports: then it is a mistake of our
     own, or of code that the user brought.
     """
-    name = (error.name or "").partition(".")[0]
-    if name in BASE and not _installed(name):
-        return _line(what, [name], None)
-    importers = [frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(error.__traceback__)]
-    involved = {name, *(importer.partition(".")[0] for importer in importers)}
+    names, involved = set(), set()  # roots: of what was imported, and of the modules that were in the midst of it
+    while error is not None:  # transformers puts an error of its own in front of what failed
+        if isinstance(error, ModuleNotFoundError):
+            names.add((error.name or "").partition(".")[0])
+        for frame, _ in traceback.walk_tb(error.__traceback__):
+            involved.add(frame.f_globals.get("__name__", "").partition(".")[0])
+        error = error.__cause__
+    names = {name for name in names if name and not _installed(name)}
+    if base := names.intersection(BASE):
+        return _line(what, base, None)
     for extra in reversed(EXTRAS):  # "convert" last: packages of the others import its own
-        if involved.isdisjoint(EXTRAS[extra]):
+        if (names | involved).isdisjoint(EXTRAS[extra]):
             continue
-        missing = set(_missing(extra))
-        if isinstance(error, ModuleNotFoundError) and name and not _installed(name):
-            missing.add(name)
-        if missing:
-            return _line(what, sorted(missing), extra)
+        if missing := names.union(_missing(extra)):
+            return _line(what, missing, extra)
     return None
 
 
 def _missing(extra: str) -> list[str]:
-    return sorted(name for name in EXTRAS[extra] + EXTRAS.get(WITH.get(extra), ()) if not _installed(name))
+    return [name for name in EXTRAS[extra] + EXTRAS.get(WITH.get(extra), ()) if not _installed(name)]
 
 
 def _installed(name: str) -> bool:
-    # A folder of that name in the working directory is found too, as a package that comes from nowhere.
-    return getattr(find_spec(name), "origin", None) is not None
+    spec = find_spec(name)
+    # A folder of that name in the working directory is found too, as a package that comes from nowhere; so does ruamel.
+    return spec is not None and (spec.origin is not None or name == "ruamel")
 
 
 def _line(what: str, missing: Iterable[str], extra: str | None) -> str:
-    asked = "." if extra is None else f"'.[{extra}]'"
-    return (
-        f"{what} needs packages that are not installed ({', '.join(missing)}): run pip install {asked} in mohawk's "
-        "checkout"
-    )
+    needs = f"{what} needs packages that are not installed ({', '.join(sorted(missing))})"
+    return f"{needs}: run pip install {'.' if extra is None else repr(f'.[{extra}]')} in mohawk's checkout"

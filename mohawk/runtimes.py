@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
 
+VLLM = "0.23"  # the last vLLM with a Bamba
 GROUPS_APART = "5.23"  # the first transformers whose Bamba normalises each group by itself (5.17 to 5.22 were read)
 
 
@@ -26,31 +27,27 @@ def notes(config: PretrainedConfig) -> list[Note]:
     if config.model_type != "bamba":
         return [
             Note("transformers", True, "with trust_remote_code=True: the model's code lies beside its weights"),
-            Note("vLLM, llama.cpp, MLX", False, "do not run code from a checkpoint: export --to bamba where it can be"),
+            Note("llama.cpp, vLLM, SGLang, MLX", False, "have no class for it; llama.cpp has one for --to bamba"),
         ]
     stock = "stock class, nothing else to install; pass position_ids when you call the model with a cache yourself"
     if config.mamba_n_groups > 1:
         stock += f". Needs {GROUPS_APART} or later: earlier ones normalise a mixer's groups together, without a word"
     return [
         Note("transformers", True, stock),
-        Note("vLLM", False, _vllm(config)),
         Note("llama.cpp", False, _llama_cpp(config)),
-        Note("MLX", False, "mlx-lm 0.32 has no Bamba (its granitemoehybrid is another layout)"),
+        Note("vLLM", False, _vllm(config)),
+        Note("SGLang", False, "has never had Bamba (read up to 0.5.23)"),
+        Note("MLX", False, "has never had Bamba (mlx-lm, read up to 0.32; its granitemoehybrid is another layout)"),
     ]
 
 
 def _vllm(config: PretrainedConfig) -> str:
+    text = f"removed Bamba after {VLLM}: today's releases do not serve this folder"
     lost = [name for name, there in (("attention", config.attention_bias), ("MLP", config.mlp_bias)) if there]
     if lost:
-        return f"its Bamba has no biases in {' and '.join(lost)} and leaves these out without a word: do not use it"
+        return f"{text}; {VLLM} leaves out biases in {' and '.join(lost)} without a word: do not use it either"
     if getattr(config, "head_dim", None) not in (None, config.hidden_size // config.num_attention_heads):
-        return f"its Bamba takes heads of hidden_size / num_attention_heads, not of {config.head_dim}: do not use it"
-    text = "has a Bamba of its own: `vllm serve DIR`"
-    if config.rope_parameters["rope_theta"] != 10000:
-        text += (
-            ". Releases older than transformers 5 read rope_theta at the top of config.json, where this version of "
-            f"transformers no longer writes it, and fall back to 10000 (here: {config.rope_parameters['rope_theta']:g})"
-        )
+        return f"{text}; {VLLM} takes heads of hidden_size / num_attention_heads, not of {config.head_dim}"
     return text
 
 

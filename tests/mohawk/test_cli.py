@@ -1,18 +1,21 @@
 """The command line: what it passes on, what it prints, and its exit codes."""
 
+import os
 import re
 import shlex
 import subprocess
 import sys
 import time
 import types
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
 from mohawk.checkpoints import Interrupted
-from mohawk.cli import main, parser
+from mohawk.cli import BARS, main, parser
 from mohawk.errors import UserError
+from mohawk.extras import EXTRAS
 from mohawk.models.call import CACHE
 from mohawk.recipe import Recipe, shipped
 from mohawk.recipe_kinds import kind_of
@@ -121,12 +124,160 @@ def test_stopped_by_a_signal_exits_with_130_and_says_how_to_go_on(recipe, module
     assert main(["convert", str(recipe)]) == 130
 
 
-def test_a_missing_package_is_one_line(recipe, module, capsys):
-    module("convert", "convert", raising(ModuleNotFoundError("no datasets", name="datasets.arrow")))
-    assert main(["convert", str(recipe)]) == 2
-    assert capsys.readouterr().err == (
-        "error: datasets is not installed, which reading text needs; run: pip install datasets\n"
+# A meta path finder that hides packages, as a child process has it: what is not there fails in the midst of an import.
+HIDE = """
+import sys
+class Hidden:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in HIDDEN:
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+import importlib.util
+find_spec = importlib.util.find_spec
+importlib.util.find_spec = lambda name, *rest: None if name.partition(".")[0] in HIDDEN else find_spec(name, *rest)
+sys.meta_path.insert(0, Hidden())
+from mohawk.cli import main
+"""
+CONVERT = sorted(EXTRAS["convert"])
+
+
+def without(hidden: Sequence[str], code: str, cwd: Path = ROOT) -> subprocess.CompletedProcess:
+    code = f"HIDDEN = {tuple(hidden)!r}\n{HIDE}{code}"
+    env = {"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", code]
+    return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=300)
+
+
+def asks_for(what: str, missing: Sequence[str], extra: str) -> str:
+    listed = ", ".join(missing)
+    needs = f"{what} needs packages that are not installed ({listed})"
+    return f"error: {needs}: run pip install {extra} in mohawk's checkout\n"
+
+
+def test_every_command_of_a_bare_install_says_what_to_install(tmp_path):
+    recipes = {name: shlex.quote(str(shipped(name))) for name in ("llama-hybrid", "distill-distilbert", "prune-depth")}
+    lines = {
+        "demo": "convert",
+        f"convert {recipes['llama-hybrid']} --dry-run": "convert",
+        f"distill {recipes['distill-distilbert']}": "convert",
+        f"distill {recipes['distill-distilbert']} --set student.lora.rank=4": "lora",
+        f"ablate {recipes['distill-distilbert']} --over temperature=1,2": "convert",
+        f"prune {recipes['prune-depth']}": "convert",
+        "select x": "convert",
+        "compose x --budget 3": "convert",
+        f"cache {recipes['distill-distilbert']} --output o": "convert",
+        "evaluate x": "convert",
+        "evaluate x --tasks mohawk": "eval",
+        "generate x --prompt y": "convert",
+        "generate-data p.txt --model x --output o": "convert",
+        "purify a.jsonl --by vote --output o": "convert",
+        "export x": "convert",
+        "inspect x": "convert",
+        "inspect x --matrices a": "convert",
+    }
+    words = {shlex.split(line)[0] for line in lines}
+    commands = next(action for action in parser()._actions if action.choices).choices
+    assert words == set(commands) - {"recipes", "doctor"}, "every command is tried; these two need nothing"
+    code = f"for line in {[shlex.split(line) for line in lines]!r}: print(main(line), file=sys.stderr, flush=True)"
+    result = without([name for names in EXTRAS.values() for name in names], code, cwd=tmp_path)
+    said = result.stderr.splitlines(keepends=True)
+    assert len(said) == 2 * len(lines), result.stderr
+    for (line, extra), words, code in zip(lines.items(), said[::2], said[1::2], strict=True):
+        what = "`mohawk evaluate --tasks`" if "--tasks" in line else f"`mohawk {line.split()[0]}`"
+        missing = sorted({*CONVERT, *EXTRAS[extra]})
+        assert (words, code) == (asks_for(what, missing, f"'.[{extra}]'"), "2\n"), line
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_bare_install_lists_recipes_and_checks_them_and_has_a_doctor(tmp_path):
+    code = (
+        "import warnings; warnings.simplefilter('error')\n"
+        "print(main(['recipes']), main(['recipes', 'demo']), main(['convert', 'demo.yaml', '--set', 'seed=x']))\n"
+        "print(main(['doctor']))"
     )
+    result = without([name for names in EXTRAS.values() for name in names], code, cwd=tmp_path)
+    assert "\n0 0 2\n" in result.stdout and result.stdout.endswith("\n0\n"), result.stdout
+    assert result.stderr.startswith("error: --set seed: got the text 'x'") and result.stderr.count("\n") == 1
+
+
+def test_a_package_that_another_one_imports_is_named_too(recipe):
+    run = f"sys.exit(main(['convert', {str(recipe)!r}, '--dry-run']))"
+    for hidden, listed in (("pyarrow", ["pyarrow"]), ("numpy", ["numpy"]), ("matplotlib", ["matplotlib"])):
+        result = without([hidden], run)
+        assert result.returncode == 2
+        assert result.stderr == asks_for("`mohawk convert`", listed, "'.[convert]'")
+
+
+def test_a_module_that_no_extra_brings_is_a_bug(recipe, module):
+    nowhere = "a_package_that_nobody_has"
+    module("convert", "convert", raising(ModuleNotFoundError(f"no {nowhere}", name=nowhere)))
+    with pytest.raises(ModuleNotFoundError):
+        main(["convert", str(recipe)])
+    # a package that is there, but not as we knew it: the installation lacks nothing
+    module("convert", "convert", raising(ModuleNotFoundError("no such part", name="transformers.nothing")))
+    with pytest.raises(ModuleNotFoundError):
+        main(["convert", str(recipe)])
+    module("convert", "convert", raising(ModuleNotFoundError("no such part", name="ruamel.nothing")))
+    with pytest.raises(ModuleNotFoundError):
+        main(["convert", str(recipe)])
+
+
+def test_extras_are_those_of_the_installation():
+    tables = pytest.importorskip("tomllib").loads((ROOT / "pyproject.toml").read_text())["project"][
+        "optional-dependencies"
+    ]
+    for extra, names in EXTRAS.items():
+        asked = {
+            re.match(r"[\w-]+", line)[0].replace("-", "_") for line in tables[extra] if not line.startswith("mohawk[")
+        }
+        with_others = {"numpy", "huggingface_hub", "tokenizers"} if extra == "convert" else set()
+        assert set(names) - with_others <= asked <= set(names), extra
+
+
+def test_recipes_are_listed_and_copied(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["recipes"]) == 0
+    rows = [line.split(None, 2) for line in capsys.readouterr().out.splitlines()]
+    assert [name for name, _, _ in rows] == sorted(path.stem for path in (ROOT / "recipes").glob("*.yaml"))
+    kinds = {name: kind for name, kind, _ in rows}
+    assert (kinds["demo"], kinds["mohawk-lite"], kinds["prune-and-convert"]) == ("convert", "distill", "prune")
+    for name, _, text in rows:
+        assert text[0] != "#" and text.endswith(".") and len(text) <= 118, (
+            f"{name}: its first comment line says what it is"
+        )
+
+    assert main(["recipes", "prune-depth"]) == 0
+    copied = capsys.readouterr().out
+    assert copied == "written to prune-depth.yaml; to see what it would do: mohawk prune prune-depth.yaml --dry-run\n"
+    assert Path("prune-depth.yaml").read_bytes() == (ROOT / "recipes" / "prune-depth.yaml").read_bytes()
+    assert main(["recipes", "phi-mamba", "--output", "a b.yaml"]) == 0
+    assert "mohawk convert 'a b.yaml' --dry-run" in capsys.readouterr().out
+    Path("a b.yaml").write_text("mine")
+    for line, words in (
+        (["recipes", "phi-mamba", "--output", "a b.yaml"], "a b.yaml exists and is left as it is"),
+        (["recipes", "prune-depth"], "prune-depth.yaml exists and is left as it is"),
+        (["recipes", "demo", "--output", "nowhere/x.yaml"], "nowhere/x.yaml cannot be written (No such file"),
+        (["recipes", "nothing"], "no recipe named 'nothing' comes with mohawk; allowed: demo, "),
+        (["recipes", "--output", "x"], "--output is of a NAME"),
+    ):
+        assert main(line) == 2
+        said = capsys.readouterr().err
+        assert said.startswith("error: ") and words in said and said.count("\n") == 1
+    assert Path("a b.yaml").read_text() == "mine" and len(list(tmp_path.iterdir())) == 2
+
+
+def test_bars_are_drawn_in_a_terminal_alone(module, monkeypatch):
+    seen = []
+    module("doctor", "doctor", lambda: seen.append([os.environ.get(name) for name in BARS]))
+    for name in BARS:
+        monkeypatch.delenv(name, raising=False)
+    for terminal in (False, True):
+        monkeypatch.setattr(sys.stderr, "isatty", lambda terminal=terminal: terminal)
+        assert main(["doctor"]) == 0
+    monkeypatch.setenv(BARS[0], "0")
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: False)
+    assert main(["doctor"]) == 0
+    assert seen == [["1"] * 3, [None] * 3, ["0", "1", "1"]]
+    assert [os.environ.get(name) for name in BARS] == ["0", None, None]
 
 
 def test_bugs_keep_their_traceback(recipe, module):

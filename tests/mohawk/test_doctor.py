@@ -97,7 +97,7 @@ def test_why_there_is_no_gpu(monkeypatch):
     ("operation", "backend", "device", "triton", "words"),
     [
         ("kd_loss", "chunked", "cpu", None, "no GPU"),
-        ("kd_loss", "chunked", "cuda", None, "pip install triton"),
+        ("kd_loss", "chunked", "cuda", None, "pip install '.[triton]'"),
         ("kd_loss", "chunked", "cuda", "3.6.0", "no GPU kernel for this operation yet"),
         ("kd_loss", "triton", "cuda", "3.6.0", "triton 3.6.0 is installed"),
         ("ssd", "mamba_ssm", "cuda", "3.6.0", "the mamba_ssm package is installed"),

@@ -9,6 +9,7 @@ import os
 import signal
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -31,6 +32,7 @@ from mohawk.parity import CHECKS, check_export, compare, inputs_for
 from mohawk.recipe import Recipe
 from mohawk.remote_code import flattened, write_remote_code
 from mohawk.report import write_json
+from mohawk.runtimes import notes
 
 needs_groups = pytest.mark.skipif(
     not bamba.norms_groups_apart(), reason="this transformers norms Bamba's groups together, and the export says so"
@@ -82,7 +84,7 @@ def test_a_run_becomes_a_stock_bamba_with_card_and_tokenizer(make_run, tokenizer
     for check in CHECKS.values():
         assert check in screen
     assert screen.count(" ok") == len(CHECKS) + len(BAMBA_PATHS) and "differs" not in screen
-    assert "vLLM (not checked)" in screen and "transformers (checked)" in screen
+    assert "vLLM (not checked)" in screen and "transformers (checked)" in screen and "vllm serve" not in screen
 
     config = json.loads((folder / "config.json").read_text(), parse_constant=pytest.fail)  # JSON has no Infinity
     assert config["architectures"] == ["BambaForCausalLM"] and "time_step_limit" not in config
@@ -318,3 +320,33 @@ def test_licences(tmp_path):
     assert licence_of(str(tmp_path)) == "llama3.2"
     save_file({"x": torch.zeros(1)}, tmp_path / "model.gguf")
     assert licence_of(str(tmp_path / "model.gguf")) == "llama3.2"
+
+
+def test_runtimes_are_told_as_they_are(make_llama):
+    def told(**changed):
+        config = bamba.to_bamba(hybrid_from_teacher(make_llama(num_hidden_layers=4), [1, 2])).config
+        for name, value in changed.items():
+            setattr(config, name, value)
+        found = {note.runtime: note for note in notes(config)}
+        assert [name for name, note in found.items() if note.checked] == ["transformers"]
+        return {name: note.text for name, note in found.items()}
+
+    plain = told(mamba_expand=2, mamba_proj_bias=False)
+    assert list(plain) == ["transformers", "llama.cpp", "vLLM", "SGLang", "MLX"]
+    assert plain["llama.cpp"].startswith("`convert_hf_to_gguf.py DIR` knows Bamba")
+    assert plain["vLLM"] == "removed Bamba after 0.23: today's releases do not serve this folder"
+    for runtime in ("SGLang", "MLX"):
+        assert plain[runtime].startswith("has never had Bamba")
+    assert "serve DIR" not in str(plain)
+
+    narrow = told(mamba_expand=1, mamba_proj_bias=True)
+    assert "export with --pad-expand" in narrow["llama.cpp"] and "without biases" in narrow["llama.cpp"]
+    biased = told(attention_bias=True, mlp_bias=True)["vLLM"]
+    assert "removed Bamba after 0.23" in biased and "0.23 leaves out biases in attention and MLP" in biased
+    assert "0.23 takes heads of hidden_size / num_attention_heads, not of 5" in told(head_dim=5)["vLLM"]
+
+    ours = {note.runtime: note.text for note in notes(hybrid_from_teacher(make_llama(), [1]).config)}
+    assert ours["llama.cpp, vLLM, SGLang, MLX"].startswith("have no class for it")
+    table = (Path(__file__).parents[2] / "README.md").read_text().split("| runtime | checked |")[1].split("\n\n")[0]
+    for words in ("vLLM | no | removed Bamba after 0.23", "SGLang, MLX | no | have never had Bamba", "llama.cpp | yes"):
+        assert words in table

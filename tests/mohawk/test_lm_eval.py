@@ -8,8 +8,11 @@ import hashlib
 import importlib.util
 import json
 import math
+import os
 import statistics
+import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -20,7 +23,7 @@ from mohawk.lm_eval_tasks import OURS, difference_error, kind_of, paired
 from mohawk.recipe import Recipe
 from mohawk.tasks.task_data import facts_rows, grammar_rows, recall_rows
 
-harness = pytest.mark.skipif(importlib.util.find_spec("lm_eval") is None, reason="pip install 'mohawk[eval]'")
+harness = pytest.mark.skipif(importlib.util.find_spec("lm_eval") is None, reason="pip install '.[eval]'")
 ADDITION = """
 task: addition
 custom_dataset: !function addition.questions
@@ -219,8 +222,21 @@ def test_what_cannot_be_asked(run, own_tasks, capsys, monkeypatch):
     for module in ("lm_eval", "lm_eval.tasks"):
         monkeypatch.setitem(sys.modules, module, None)
     assert refused("--tasks", "mohawk") == (
-        "error: lm_eval is not installed, which evaluate --tasks needs; run: pip install 'mohawk[eval]'"
+        "error: `mohawk evaluate --tasks` needs packages that are not installed (lm_eval): "
+        "run pip install '.[eval]' in mohawk's checkout"
     )
+
+
+@harness
+def test_without_a_terminal_nothing_moves(run, tmp_path):
+    """In a folder that is no checkout, as a process of its own: what the harness prints is not the user's business."""
+    command = [sys.executable, "-m", "mohawk", "evaluate", str(run), "--tasks", "mohawk_facts,mohawk_recall_8"]
+    env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "GIT_CEILING_DIRECTORIES": str(tmp_path.parent)}
+    done = subprocess.run(
+        [*command, "--limit", "2"], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == "" and "\r" not in done.stdout
 
 
 # --- two models' results as one --------------------------------------------------------------------------------------

@@ -231,7 +231,7 @@ def test_four_bits_in_memory_are_those_that_are_loaded(make_llama, tmp_path):
 
 def test_missing_packages_in_one_line(make_llama, monkeypatch):
     monkeypatch.setitem(sys.modules, "peft", None)
-    with pytest.raises(ValueError, match=r"pip install 'mohawk\[lora\]'"):
+    with pytest.raises(ValueError, match=r"\(peft\): run pip install '\.\[lora\]' in mohawk's checkout"):
         lora.add_adapter(make_llama())
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     monkeypatch.setitem(sys.modules, "bitsandbytes.nn", None)

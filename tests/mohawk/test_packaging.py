@@ -208,7 +208,7 @@ def test_a_missing_package_is_named():
     said = python(
         """
         import sys
-        sys.modules["transformers"] = None
+        sys.modules["transformers"] = sys.modules["tqdm"] = None
         import mohawk
         try:
             mohawk.HybridForCausalLM
@@ -216,7 +216,10 @@ def test_a_missing_package_is_named():
             print(error)
         """
     )
-    assert said == "mohawk.HybridForCausalLM needs the package transformers: pip install transformers\n"
+    assert said == (
+        "mohawk.HybridForCausalLM needs packages that are not installed (tqdm, transformers): "
+        "run pip install '.[convert]' in mohawk's checkout\n"
+    )
 
 
 def test_every_public_name_is_there():

@@ -210,8 +210,13 @@ def test_text_that_is_no_recipe(tmp_path, monkeypatch, text, words):
 
 
 def test_a_recipe_that_cannot_be_read(tmp_path):
-    with pytest.raises(UserError, match="No such file"):
-        Recipe.load(tmp_path / "nowhere.yaml")
+    for read in (Recipe.load, kind_of):
+        with pytest.raises(UserError, match=r"there is no recipe .*nowhere\.yaml; `mohawk recipes` lists those that"):
+            read(tmp_path / "nowhere.yaml")
+        with pytest.raises(
+            UserError, match=r"there is no recipe .*phi-mamba; `mohawk recipes phi-mamba` copies the one"
+        ):
+            read(tmp_path / "phi-mamba")
     with pytest.raises(UserError, match="Is a directory"):
         Recipe.load(tmp_path)
     (tmp_path / "latin.yaml").write_bytes(b"teacher: \xe9\n")
@@ -326,8 +331,11 @@ def test_shipped_recipes_are_valid(name):
 
 
 def test_unknown_shipped_recipe():
-    with pytest.raises(UserError, match="no recipe named 'nothing'"):
-        shipped("nothing")
+    for name in ("nothing", "../recipes/demo", ""):
+        with pytest.raises(
+            UserError, match=f"no recipe named '{name}' comes with mohawk; allowed: demo, distill-deepseek"
+        ):
+            shipped(name)
 
 
 def test_validating_imports_nothing_heavy():
