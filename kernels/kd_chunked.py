@@ -37,6 +37,9 @@ from mohawk.kernels.kd_vocabulary import Vocabulary
 # Triton sweeps the tiles, since torch's elementwise passes would make several more of the size.
 TILE_BYTES = 96 << 20
 TRITON_TILE_BYTES = 1 << 30
+# oneDNN's bfloat16 product multiplies what lies behind a row of a strided matrix, up to a whole step, by zeros: it has
+# to be finite
+READ_AHEAD = 64
 CACHE_BYTES = 2 << 20  # of one array in the elementwise passes on CPU
 
 
@@ -473,16 +476,15 @@ def from_hidden(
         kd_products.logits_product(part, head, z_tile)
         if options.need_kd:
             scores.load(first, last, tiles[1:])
-        rounded = None if kept is None else kept[first:last]
+        store, rounded = None, None if kept is None else kept[first:last]
         if rounded is None and round_grad:
             # The gradient in bfloat16 takes the place of the teacher's logits, row by row, after their last
             # use.
-            store = tiles[1].view(torch.bfloat16) if count == 2 else None
-            rounded = (
-                store[: last - first, :vocab]
-                if store is not None
-                else z_tile.new_empty(z_tile.shape, dtype=hidden.dtype)
-            )
+            if count == 2 and vocab >= READ_AHEAD:
+                store = tiles[1].view(torch.bfloat16)[: last - first]
+                rounded = store[:, :vocab]
+            else:
+                store, rounded = None, z_tile.new_empty(z_tile.shape, dtype=hidden.dtype)
         for start, stop in _spans(last - first, inner):
             z = z_tile[start:stop]
             finish_logits(z, bias, logit_scale, logit_softcap)
@@ -499,6 +501,8 @@ def from_hidden(
                 z *= logit_scale
             if rounded is not None:
                 rounded[start:stop] = z
+        if store is not None:
+            store[:, vocab : vocab + READ_AHEAD] = 0
         if hidden_grad is not None:
             if rows is None:
                 kd_products.hidden_gradient(z_tile, head, rounded, hidden_grad[first:last])

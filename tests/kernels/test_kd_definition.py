@@ -345,3 +345,23 @@ def test_either_term_alone(kind):
             assert truth[1] > 0 and truth[2] > 0
             for value, expected in zip(got, truth, strict=True):
                 torch.testing.assert_close(value, expected, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("vocab", (33, 64, 250, 258, 1000))
+@pytest.mark.parametrize("train_head", (False, True))
+def test_bfloat16_rows_do_not_read_what_lies_behind_them(vocab, train_head):
+    """The gradient of the logits lies in float32 rows, whose other half can be anything read as bfloat16."""
+    torch.manual_seed(vocab)
+    n, width = 126, 32
+    hidden, head, theirs = torch.randn(n, width), torch.randn(vocab, width), torch.randn(n, width)
+    labels = torch.randint(vocab, (n,))
+    gradients = {}
+    for dtype in (torch.float64, torch.bfloat16):
+        x = hidden.bfloat16().to(dtype).requires_grad_()
+        w = head.bfloat16().to(dtype).requires_grad_(train_head)
+        teacher = TeacherHidden(theirs.bfloat16().to(dtype), head.flip(0).bfloat16().to(dtype))
+        backend = "reference" if dtype == torch.float64 else "chunked"
+        linear_kd_loss(x, w, teacher, labels, ce_weight=0.5, backend=backend).backward()
+        gradients[dtype] = [t.grad.double() for t in (x, w) if t.requires_grad]
+    for ours, true in zip(gradients[torch.bfloat16], gradients[torch.float64], strict=True):
+        assert ((ours - true).norm() / true.norm()) < 0.01

@@ -4,6 +4,7 @@ import pytest
 import torch
 from transformers import BambaConfig, BambaForCausalLM
 
+from mohawk import consistency
 from mohawk.models.bamba import (
     EXPRESSIBLE,
     FOREIGN,
@@ -53,9 +54,12 @@ def probed(model):
     mask = torch.ones(2, 24, dtype=torch.long)
     mask[1, :9] = 0
     batch = ids[0, :48].view(2, 24)
-    return probe(
-        model, {"long": ids, "batch": batch, "mask": mask, "prefill": torch.tensor(16), "new": torch.tensor(6)}
-    )
+    inputs = {"long": ids, "batch": batch, "mask": mask, "prefill": torch.tensor(16), "new": torch.tensor(6)}
+    found = probe(model, inputs, consistency)
+    shares = dict(zip(consistency.PATHS, found.pop("inconsistencies").tolist(), strict=True))
+    kept = consistency.BAMBA_PATHS if isinstance(model, BambaForCausalLM) else shares
+    assert max(shares[path] for path in kept) < 1e-5, shares
+    return found
 
 
 def assert_same(ours, theirs):
