@@ -5,7 +5,6 @@ to train on a CPU and knows neither states nor packed documents.
 """
 
 import functools
-import importlib.util
 from collections.abc import Callable
 
 import torch
@@ -13,6 +12,7 @@ from torch import Tensor
 
 from mohawk.kernels.first_order import first_order
 from mohawk.kernels.mixing_segments import check_segment_ids, segment_runs, segment_starts
+from mohawk.kernels.packages import usable
 
 ACTIVATIONS = (None, "silu")
 
@@ -87,8 +87,8 @@ def causal_conv1d_step(
 
 @functools.cache
 def _package_function() -> Callable | None:
-    """`causal_conv1d_fn` of the causal-conv1d package, None where it is not installed; looked up once."""
-    if importlib.util.find_spec("causal_conv1d") is None:
+    """`causal_conv1d_fn` of the causal-conv1d package, None where it cannot be imported; looked up once."""
+    if not usable("causal_conv1d"):
         return None
     from causal_conv1d import causal_conv1d_fn
 

@@ -32,11 +32,22 @@ from mohawk.kernels.kd_teachers import (
     TeacherTopK,
 )
 
-# 4096 wide with 8 warps is 16 elements of each array per thread: enough loads in flight, and no spills on any
-# of the architectures kd_triton_report.py compiles for.
+# 4096 wide with 8 warps is 16 elements of each array per thread: enough loads in flight.
 BLOCK = 4096
 WARPS = 8
+# Left to itself, ptxas saves registers to fit more programs, and keeps one or two numbers of a thread in memory for
+# it: in which kernels differs from one triton to the next, whatever the block (of 2048 and 4096 with 4, 8 and 16 warps
+# each spills somewhere by 3.6 or 3.9). With leave to take 128, which two programs on a multiprocessor have at these
+# warps, nothing spills on any of the architectures that kd_triton_report compiles for, by triton 3.6, 3.8 or 3.9.
+REGISTERS = 128
 DIVERGENCES = (*kd_divergences.DISTRIBUTION, *kd_divergences.LOGITS)
+
+
+def launch(nvidia: bool) -> dict[str, int | bool]:
+    """Options of a launch; AMD's compiler knows no limit of registers. Products are fused with sums where they can be,
+    which triton does by itself only up to 3.9."""
+    options = {"num_warps": WARPS, "enable_fp_fusion": True}
+    return options | {"maxnreg": REGISTERS} if nvidia else options
 
 
 @triton.jit
@@ -354,7 +365,7 @@ class _Sweeps:
             "TAID": self.taid is not None,
             "HAS_ROWS": self.rows is not None,
             "BLOCK": min(BLOCK, max(16, triton.next_power_of_2(vocabulary.local))),
-            "num_warps": WARPS,
+            **launch(nvidia=torch.version.hip is None),
         }
         self.row_index = self.scale if self.rows is None else self.rows
 

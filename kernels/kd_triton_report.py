@@ -31,7 +31,7 @@ def compile_one(target: str, kernel: str, divergence: str, logits: str) -> trito
     types |= dict.fromkeys(("z_ptr", "t_ptr", "grad_ptr"), LOGITS[logits])
     types |= dict.fromkeys(("vocab", "vocab_all", "n", "z_stride", "t_stride", "grad_stride"), "i32")
     types |= dict.fromkeys(("z_scale", "t_scale", "taid", "beta", "lam"), "fp32")
-    return triton_report.compile_for(target, function, types, constants, {"num_warps": kd_triton.WARPS})
+    return triton_report.compile_for(target, function, types, constants, kd_triton.launch(target.startswith("sm")))
 
 
 def cases(quick: bool = False) -> list[tuple[str, str, str]]:
@@ -43,7 +43,7 @@ def cases(quick: bool = False) -> list[tuple[str, str, str]]:
 
 
 def main() -> int:
-    title = f"blocks of {kd_triton.BLOCK}, {kd_triton.WARPS} warps"
+    title = f"blocks of {kd_triton.BLOCK}, {kd_triton.WARPS} warps, up to {kd_triton.REGISTERS} registers on NVIDIA"
     columns = ("kernel", "divergence", "logits")
     return triton_report.main("mohawk.kernels.kd_triton_report", __doc__, title, columns, cases, compile_one)
 

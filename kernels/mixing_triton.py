@@ -433,6 +433,7 @@ def tiles(usual: bool, width: int, dtype: torch.dtype, major: int) -> dict:
         "PRECISION": precision,
         "num_warps": warps,
         "num_stages": stages,
+        "enable_fp_fusion": True,  # as triton does by itself only up to 3.9
     }
 
 

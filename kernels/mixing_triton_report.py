@@ -49,7 +49,7 @@ def compile_one(
     masked = masks != "none"
     student, teacher = (_side(kind, dtype, masked) for kind in pair.split("-"))
     constants = {name: tiles[name] for name in ("BLOCK", "STEP", "CHUNK", "PRECISION")}
-    options = {name: tiles[name] for name in ("num_warps", "num_stages")}
+    options = {name: tiles[name] for name in ("num_warps", "num_stages", "enable_fp_fusion")}
     types = {"seq": "i32", "heads": "i32"}
     if kernel == "normaliser":
         types["side"] = teacher

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from mohawk.kernels.mixing_segments import check_segment_ids
+from mohawk.kernels.packages import usable, why_not
 from mohawk.kernels.ssd_chunked import ssd_chunked
-from mohawk.kernels.ssd_mamba import fits_mamba_ssm, mamba_ssm_installed, ssd_mamba
+from mohawk.kernels.ssd_mamba import KERNELS, refusal, ssd_mamba
 from mohawk.kernels.ssd_reference import ssd_reference
 
 BACKENDS = {"auto": None, "reference": ssd_reference, "chunked": ssd_chunked, "mamba_ssm": ssd_mamba}
@@ -41,7 +42,7 @@ def ssd(
     on from initial_state).
 
     backend: "reference" is the recurrence token by token, "chunked" torch on any device, "mamba_ssm" that
-    package's kernels, "auto" those on CUDA where they are installed and fit, else "chunked".
+    package's kernels, "auto" those on CUDA where they can be imported and fit, else "chunked".
 
     Returns y like x, and with return_final_state also the state after the last token, (batch, heads,
     head_dim, state_size) in float32 (float64 for float64 x). The scan is float32 inside (float64 for float64 x).
@@ -53,17 +54,12 @@ def ssd(
     if backend not in BACKENDS:
         raise ValueError(f"ssd: backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
     if backend == "mamba_ssm":
-        if not mamba_ssm_installed():
-            raise ValueError("ssd: backend 'mamba_ssm' needs the packages mamba-ssm and triton; install them")
-        if not fits_mamba_ssm(x, B, C):
-            raise ValueError(
-                "ssd: backend 'mamba_ssm' takes no float64 and no empty x, needs as many groups in B as in C "
-                "and state_size at most 256, "
-                f"got {x.dtype} {tuple(x.shape)}, B {tuple(B.shape)}, C {tuple(C.shape)}"
-            )
+        reason = refusal(x, B, C) or why_not(KERNELS)
+        if reason is not None:
+            raise ValueError(f"ssd: backend 'mamba_ssm' can't be used: {reason}; use 'auto' or 'chunked'")
     if backend == "auto":
-        usable = x.is_cuda and mamba_ssm_installed() and fits_mamba_ssm(x, B, C)
-        backend = "mamba_ssm" if usable else "chunked"
+        # In this order: for tensors on a CPU the package is not even imported.
+        backend = "mamba_ssm" if x.is_cuda and refusal(x, B, C) is None and usable(KERNELS) else "chunked"
     run = BACKENDS[backend]
     with torch.autocast(x.device.type, enabled=False):
         y, final_state = run(x, log_decay, B, C, input_scale, D, initial_state, segment_ids)

@@ -8,8 +8,7 @@ knowledge, but gradients would be lost under weak decays, and values would overf
 The kernels' names and arguments are those of mamba-ssm 2.2 to 2.3; the test that compares both needs no GPU.
 """
 
-import functools
-import importlib.util
+import os
 
 import torch
 from torch import Tensor
@@ -17,20 +16,25 @@ from torch import Tensor
 from mohawk.kernels.first_order import first_order
 from mohawk.kernels.mixing_segments import segment_runs
 
+KERNELS = "mamba_ssm.ops.triton.ssd_combined"  # brings the other modules along
 CHUNK = 256  # mamba-ssm's own default
 # exp of it is nothing beside 1 in float32; the sums of a chunk, which are float32 too, stay as precise as they can
 STRONGEST = -30.0
 
 
-@functools.cache
-def mamba_ssm_installed() -> bool:
-    """Whether mamba-ssm and triton can be imported; looked up once."""
-    return all(importlib.util.find_spec(name) is not None for name in ("mamba_ssm", "triton"))
-
-
-def fits_mamba_ssm(x: Tensor, B: Tensor, C: Tensor) -> bool:
-    """Whether mamba-ssm's kernels take these shapes and types."""
-    return x.numel() > 0 and x.dtype != torch.float64 and B.shape[2] == C.shape[2] and B.shape[3] <= 256
+def refusal(x: Tensor, B: Tensor, C: Tensor) -> str | None:
+    """Why mamba-ssm's kernels do not take these tensors, in words; None where they do."""
+    if not x.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
+        return f"x is on {x.device}; it needs a CUDA or ROCm device"
+    if x.dtype == torch.float64:
+        return "it computes in float32 and x is float64"
+    if x.numel() == 0:
+        return f"x is empty, {tuple(x.shape)}"
+    if B.shape[2] != C.shape[2]:
+        return f"B has {B.shape[2]} groups and C {C.shape[2]}; it needs as many in both"
+    if B.shape[3] > 256:
+        return f"state_size is {B.shape[3]}; it takes at most 256"
+    return None
 
 
 def ssd_mamba(
@@ -43,7 +47,7 @@ def ssd_mamba(
     initial_state: Tensor | None,
     segment_ids: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """Shapes as in `mohawk.kernels.ssd.ssd`, and `fits_mamba_ssm`. Returns y and the final state."""
+    """Shapes as in `mohawk.kernels.ssd.ssd`, for tensors without a `refusal`. Returns y and the final state."""
     if input_scale is None:
         input_scale = torch.ones_like(log_decay)
     runs = None if segment_ids is None else segment_runs(segment_ids).to(torch.int32)

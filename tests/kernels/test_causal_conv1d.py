@@ -97,20 +97,40 @@ def test_prefill_in_pieces_and_steps_agree_with_the_whole(cuts):
     torch.testing.assert_close(state, final)
 
 
-@pytest.mark.skipif(importlib.util.find_spec("causal_conv1d") is None, reason="causal-conv1d not installed")
+@pytest.mark.skipif(importlib.util.find_spec("causal_conv1d") is None, reason="causal-conv1d is not installed")
 @pytest.mark.parametrize("activation", [None, "silu"])
-def test_the_package_is_called_for_the_same_result(activation, monkeypatch):
-    """Its own definition stands in for its CUDA kernel: the same arguments, on a CPU."""
+@pytest.mark.parametrize("context", ["none", "state", "documents"])
+@pytest.mark.parametrize("kernel", [2, 4])
+def test_the_package_is_called_for_the_same_result(kernel, context, activation, monkeypatch):
+    """Its own definition stands in for its CUDA kernel: the same arguments, on a CPU. torch's convolution, document by
+    document, is the third."""
     if importlib.util.find_spec("causal_conv1d_cuda") is None:  # the compiled part, absent from a pure wheel
         monkeypatch.setitem(sys.modules, "causal_conv1d_cuda", types.ModuleType("causal_conv1d_cuda"))
     package = importlib.import_module("causal_conv1d.causal_conv1d_interface").causal_conv1d_ref
-    given = inputs(channels=8)
-    y = by_package(package, given["x"], given["weight"], given["bias"], activation, given["initial_state"], None)
-    torch.testing.assert_close(y, causal_conv1d(**given, activation=activation))
-    del given["initial_state"]
-    segments = torch.arange(37).div(9, rounding_mode="floor").expand(2, 37)
-    y = by_package(package, given["x"], given["weight"], given["bias"], activation, None, segments)
-    torch.testing.assert_close(y, causal_conv1d(**given, activation=activation, segment_ids=segments))
+    given = inputs(channels=8, kernel=kernel)
+    nothing = torch.zeros_like(given["initial_state"])
+    if context != "state":
+        del given["initial_state"]
+    segments = None
+    if context == "documents":
+        segments = torch.tensor([[7] * 20 + [3] * 2 + [9] * 14 + [-1], [-1] * 5 + [2] * 31 + [0]])
+    state = given.get("initial_state")
+    theirs = by_package(package, given["x"], given["weight"], given["bias"], activation, state, segments)
+    mine = causal_conv1d(**given, activation=activation, segment_ids=segments)
+    exact = []
+    for row in range(2):
+        cuts = [37] if segments is None else torch.unique_consecutive(segments[row], return_counts=True)[1].tolist()
+        before = (nothing if state is None else state)[row : row + 1]
+        pieces = given["x"][row : row + 1].split(cuts, dim=1)
+        exact.append(
+            torch.cat([by_definition(p, given["weight"], given["bias"], before, activation) for p in pieces], dim=1)
+        )
+    exact = torch.cat(exact)
+    weights = torch.randn_like(exact)
+    truth = torch.autograd.grad((exact * weights).sum(), list(given.values()))
+    for y in (theirs, mine):
+        torch.testing.assert_close(y, exact)
+        torch.testing.assert_close(torch.autograd.grad((y * weights).sum(), list(given.values())), truth)
 
 
 @pytest.mark.gpu

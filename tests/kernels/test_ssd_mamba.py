@@ -1,94 +1,114 @@
-"""mamba-ssm's kernels under the Triton interpreter, against the scan here: no GPU is needed, the package is.
+"""mamba-ssm's kernels in Triton's interpreter, and its public function, against the scan here and the recurrence in
+float64: forward and backward, with states and documents. No GPU is needed, the package is; its wheel without compiled
+parts installs anywhere:
+MAMBA_SKIP_CUDA_BUILD=TRUE MAMBA_FORCE_BUILD=TRUE pip install --no-build-isolation --no-deps mamba-ssm einops
 
-Its wheel without compiled parts installs anywhere:
-MAMBA_SKIP_CUDA_BUILD=TRUE MAMBA_FORCE_BUILD=TRUE pip install --no-build-isolation --no-deps mamba-ssm
-"""
+And what happens where the package is not to be used, or cannot be."""
 
 import importlib.util
 import os
+import pathlib
 import subprocess
 import sys
+import warnings
 
 import pytest
+import torch
 
-PARITY = """
-import contextlib, sys, types
-for name in ("selective_scan_cuda", "causal_conv1d_cuda"):  # compiled parts that these kernels do not use
-    sys.modules[name] = types.ModuleType(name)
-import torch, triton
-torch.cuda.device = lambda index: contextlib.nullcontext()
-properties = types.SimpleNamespace(multi_processor_count=1, major=9, minor=0, name="interpreter")
-torch.cuda.get_device_properties = lambda device=None: properties
-torch.cuda.get_device_capability = lambda device=None: (9, 0)
-
-class First:
-    '''The first configuration of an autotuned kernel, untimed.'''
-    def __init__(self, kernel, configs):
-        self.kernel, self.configs, self.best_config = kernel, configs, configs[0]
-    def __getitem__(self, grid):
-        def launch(*args, **kwargs):
-            meta = self.best_config.kwargs
-            if self.best_config.pre_hook is not None:
-                names = self.kernel.arg_names
-                self.best_config.pre_hook({**dict(zip(names, args)), **kwargs, **meta})
-            return self.kernel[grid](*args, **kwargs, **meta)
-        return launch
-
-triton.autotune = lambda configs, key, **rest: lambda kernel: First(kernel, configs)
-from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined
+from mohawk.kernels import causal_conv1d, packages, ssd_mamba
 from mohawk.kernels.ssd import ssd
-from mohawk.kernels import ssd_mamba
 
-torch.manual_seed(0)
-batch, seq, heads, width, groups, state = 2, 40, 2, 16, 1, 16
-ssd_mamba.CHUNK = 16
-x = torch.randn(batch, seq, heads, width)
-B, C = torch.randn(batch, seq, groups, state), torch.randn(batch, seq, groups, state)
-dt, A = torch.rand(batch, seq, heads), -torch.rand(heads)
-D, initial = torch.randn(heads), torch.randn(batch, heads, width, state)
-worst = 0.0
-
-def compare(mine, theirs):
-    global worst
-    for a, b in zip(mine, theirs, strict=True):
-        worst = max(worst, ((a - b).norm() / b.norm()).item())
-
-def gradients(outputs, inputs):
-    torch.manual_seed(1)
-    return torch.autograd.grad(sum((out * torch.randn_like(out)).sum() for out in outputs), inputs)
-
-# The public function, decay and input scale tied together by dt.
-given = [value.requires_grad_() for value in (x, dt, A, B, C, D, initial)]
-theirs = mamba_chunk_scan_combined(
-    x, dt, A, B, C, 16, D=D, initial_states=initial, return_final_states=True
-)
-mine = ssd(x, dt * A, B, C, input_scale=dt, D=D, initial_state=initial, return_final_state=True)
-compare(mine, theirs)
-compare(gradients(mine, given), gradients(theirs, given))
-
-# Its kernels with decay and input scale apart, weak and strong decays, packed documents.
-runs = torch.arange(seq).div(11, rounding_mode="floor").expand(batch, seq)
-for strength, ids in ((1e-5, None), (1.0, runs), (30.0, None)):
-    log_decay = (-torch.rand(batch, seq, heads) * strength).requires_grad_()
-    given = [x, log_decay, B, C, dt, D, initial]
-    options = dict(input_scale=dt, D=D, initial_state=initial, segment_ids=ids, return_final_state=True)
-    theirs = ssd(x, log_decay, B, C, **options, backend="mamba_ssm")
-    mine = ssd(x, log_decay, B, C, **options, backend="chunked")
-    compare(mine, theirs)
-    compare(gradients(mine, given), gradients(theirs, given))
-print(worst)
-"""
+ROOT = pathlib.Path(__file__).parents[2]
+MISSING = [name for name in ("mamba_ssm", "triton", "einops") if importlib.util.find_spec(name) is None]
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(importlib.util.find_spec("mamba_ssm") is None, reason="mamba-ssm is not installed")
-@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
-def test_mamba_ssm_and_the_scan_agree():
+@pytest.mark.skipif(bool(MISSING), reason=f"not installed: {', '.join(MISSING)}")
+@pytest.mark.parametrize("part", ("backend", "public"))
+def test_mamba_ssm_and_the_scan_agree_with_the_recurrence(part):
     done = subprocess.run(
-        [sys.executable, "-c", PARITY],
+        [sys.executable, str(pathlib.Path(__file__).with_name("mamba_ssm_cases.py")), part],
+        env={
+            **os.environ,
+            "TRITON_INTERPRET": "1",
+            "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
+            "OMP_NUM_THREADS": "1",
+        },
         capture_output=True,
         text=True,
-        env={**os.environ, "TRITON_INTERPRET": "1"},
+        timeout=600,
     )
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert float(done.stdout.split()[-1]) < 2e-5
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    assert done.stdout.strip().endswith("cases right")
+
+
+@pytest.fixture
+def broken(tmp_path, monkeypatch):
+    """mamba-ssm and causal-conv1d installed, with compiled parts that cannot be loaded. Returns what was imported."""
+    for name in ("mamba_ssm", "causal_conv1d"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "__init__.py").write_text("raise ImportError('libcudart.so.99:\\nno such file')\n")
+        for module in [m for m in sys.modules if m.partition(".")[0] == name]:
+            monkeypatch.delitem(sys.modules, module)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    caches = (packages.why_not, packages.usable, causal_conv1d._package_function)
+    for cached in caches:
+        cached.cache_clear()
+    yield
+    for cached in caches:
+        cached.cache_clear()
+
+
+def tensors(seq=5, groups=(1, 1), state=4, dtype=torch.float32):
+    x = torch.randn(1, seq, 2, 4, dtype=dtype)
+    B, C = (torch.randn(1, seq, count, state, dtype=dtype) for count in groups)
+    return x, -torch.rand(1, seq, 2, dtype=dtype), B, C
+
+
+def test_on_a_cpu_the_packages_are_not_even_imported(broken):
+    given = tensors()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        y = ssd(*given)
+        z = causal_conv1d.causal_conv1d(torch.randn(1, 5, 8), torch.randn(8, 4))
+    torch.testing.assert_close(y, ssd(*given, backend="reference"))
+    assert z.shape == (1, 5, 8)
+    assert packages.why_not.cache_info().misses == 0
+
+
+def test_a_package_that_cannot_be_imported_is_named_once_and_done_without(broken):
+    reason = (
+        r"mamba_ssm is installed but cannot be imported \(ImportError: libcudart.so.99: no such file\); mohawk goes"
+    )
+    with pytest.warns(RuntimeWarning, match=reason):
+        assert not packages.usable(ssd_mamba.KERNELS)
+    with pytest.warns(RuntimeWarning, match="causal_conv1d is installed but cannot be imported"):
+        assert causal_conv1d._package_function() is None
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert not packages.usable(ssd_mamba.KERNELS)
+        assert not packages.usable("no_such_package_anywhere"), "and one that is not installed is nothing to warn of"
+
+
+def test_asked_for_by_name_the_reason_is_given(broken, monkeypatch):
+    def message(*given):
+        with pytest.raises(
+            ValueError, match=r"^ssd: backend 'mamba_ssm' can't be used: .*; use 'auto' or 'chunked'$"
+        ) as e:
+            ssd(*given, backend="mamba_ssm")
+        return str(e.value)
+
+    assert "x is on cpu; it needs a CUDA or ROCm device" in message(*tensors())
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert "installed but cannot be imported (ImportError: libcudart" in message(*tensors())
+    assert "x is float64" in message(*tensors(dtype=torch.float64))
+    assert "x is empty, (1, 0, 2, 4)" in message(*tensors(seq=0))
+    assert "B has 2 groups and C 1" in message(*tensors(groups=(2, 1)))
+    assert "state_size is 300; it takes at most 256" in message(*tensors(state=300))
+
+
+def test_asked_for_by_name_where_it_is_not_installed(broken, monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setitem(sys.modules, "mamba_ssm", None)
+    with pytest.raises(ValueError, match="mamba_ssm is not installed; use 'auto'"):
+        ssd(*tensors(), backend="mamba_ssm")
