@@ -22,7 +22,7 @@ from mohawk.matchings import IGNORED, Matching, next_column
 from mohawk.processes import several, total
 from mohawk.schedules import Ramp, at, temperature_for
 from mohawk.teacher_models import Answer, AverageTeacher, ModelTeacher, model_inputs
-from mohawk.teachers import parameter_count
+from mohawk.teachers import check_decoder, parameter_count
 from mohawk.weight_decay import parameter_groups
 
 if TYPE_CHECKING:
@@ -78,6 +78,7 @@ class KnowledgeDistiller(nn.Module):
             if teacher is student:
                 raise ValueError("teacher: got the student itself; use mohawk.teacher_models.AverageTeacher")
             teacher = ModelTeacher(teacher)
+        check_decoder(student, "student")
         self.student = student
         self.__dict__["teacher"] = teacher  # neither trained nor saved, so kept out of the module tree
         if temperature == "auto":

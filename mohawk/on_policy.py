@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from mohawk.errors import UserError
 from mohawk.processes import several
+from mohawk.teachers import check_decoder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -93,6 +94,7 @@ class OnPolicy:
         ):
             if not fine:
                 raise UserError(f"on_policy.{name}: got {value}; allowed: {allowed}")
+        check_decoder(student, "on_policy: the student")
         if tokenizer is None and eos_token_id is None:
             raise UserError(
                 "on_policy: no tokenizer and no eos_token_id; give one of them, or a sample would never end"

@@ -30,6 +30,7 @@ from mohawk.kernels.kd_loss import linear_kd_loss
 from mohawk.kernels.kd_teachers import TeacherSamples
 from mohawk.pairs import Pairs
 from mohawk.records import content_hash, read_records, why_no_chat
+from mohawk.teachers import check_decoder
 from mohawk.text import as_source
 
 if TYPE_CHECKING:
@@ -302,6 +303,9 @@ class RationaleDistiller:
         if (teacher is None) != (kd_weight == 0):
             what = "no teacher" if teacher is None else "a teacher"
             raise UserError(f"kd_weight: got {kd_weight} and {what}; give a teacher and a weight above 0, or neither")
+        check_decoder(student, "student")
+        if teacher is not None:
+            check_decoder(teacher, "teacher")
         self.student, self.tokenizer = student, tokenizer
         self.teacher = None if teacher is None else teacher.requires_grad_(False).eval()
         self.prefixes = (label_prefix, rationale_prefix)

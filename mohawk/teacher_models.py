@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from mohawk.errors import UserError
 from mohawk.heads import Head, final_hidden_states, in_autocast
 from mohawk.kernels.kd_teachers import Teacher, TeacherHidden, TeacherMixture
+from mohawk.teachers import check_decoder
 
 if TYPE_CHECKING:
     from mohawk.teacher_cache import TeacherCache
@@ -54,6 +55,7 @@ class ModelTeacher:
     """
 
     def __init__(self, model: nn.Module, micro_batch: int | None = None):
+        check_decoder(model, "teacher")
         self.model = model.requires_grad_(False).eval()
         self.micro_batch = micro_batch
 
