@@ -19,6 +19,7 @@ from mohawk.heads import Head, final_hidden_states
 from mohawk.kernels.kd_loss import TAIDSchedule, TeacherHidden, TeacherTAID, linear_kd_loss
 from mohawk.label_probability import label_probability
 from mohawk.matchings import IGNORED, Matching, next_column
+from mohawk.on_policy import OnPolicy
 from mohawk.processes import several, total
 from mohawk.schedules import Ramp, at, temperature_for
 from mohawk.teacher_models import Answer, AverageTeacher, ModelTeacher, model_inputs
@@ -89,6 +90,8 @@ class KnowledgeDistiller(nn.Module):
         self.divergence, self.beta, self.lam = divergence, beta, lam
         self.confidence, self.taid, self.on_policy, self.advance = confidence, taid, on_policy, advance
         self.router = router
+        if isinstance(on_policy, OnPolicy) and (known := getattr(teacher, "vocab_size", None)) is not None:
+            on_policy.limit_to(known)  # the teacher reads what is sampled
         self.finished, self.measuring = False, True
         self.__dict__["matchings"] = dict(matchings or {})
         # their parameters are trained and saved with a run's checkpoints, and are no part of the student
