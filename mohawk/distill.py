@@ -144,7 +144,7 @@ class Distillation(Run):
     def _teacher_of(self, i: int, stage: Stage, student: nn.Module) -> Any:
         """Who answers in a stage, as `KnowledgeDistiller` asks; None where nobody is asked."""
         if stage.cache is not None:
-            return CachedTeacher(self._cache(stage, student))
+            return CachedTeacher(self._cache(stage))
         if stage.learn_from == "previous":
             return ModelTeacher(load_teacher(self._student(self.recipe.stages[i - 1].name), device=self.device))
         if stage.learn_from in ("average", "start"):
@@ -158,16 +158,13 @@ class Distillation(Run):
             return teachers[0]
         return Ensemble(teachers, self.recipe.combine, [g.weight for g in given])
 
-    def _cache(self, stage: Stage, student: nn.Module) -> TeacherCache:
+    def _cache(self, stage: Stage) -> TeacherCache:
         cache = checked_cache(stage)
         about, whole = self.recipe.teacher, None
         if not (about.quantize or about.device_map):  # whose weights are others
             self._teacher_hash = self._teacher_hash or teacher_hash(self.teacher)
             whole = self._teacher_hash
-        cache.check(
-            tokenizer_hash=tokenizer_key(self.tokenizer), teacher_hash=whole,
-            vocab_size=student.get_output_embeddings().weight.shape[0],
-        )  # fmt: skip
+        cache.check(tokenizer_hash=tokenizer_key(self.tokenizer), teacher_hash=whole)
         return cache
 
     # ---- training ----

@@ -6,6 +6,7 @@ is (mohawk/trainer.py says what that asks for).
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
@@ -22,6 +23,7 @@ from mohawk.matchings import IGNORED, Matching, next_column
 from mohawk.on_policy import OnPolicy
 from mohawk.processes import several, total
 from mohawk.schedules import Ramp, at, temperature_for
+from mohawk.shared_vocabulary import shared_part
 from mohawk.teacher_models import Answer, AverageTeacher, ModelTeacher, model_inputs
 from mohawk.teachers import check_decoder, parameter_count
 from mohawk.weight_decay import parameter_groups
@@ -254,12 +256,14 @@ class KnowledgeDistiller(nn.Module):
         """kd_weight * T^2 * D + ce_weight * CE over the rows of one answer, divided by `divisor`."""
         kd_weight, ce_weight = self._now(self.kd_weight), self._now(self.ce_weight)
         student = head.student(hidden)
+        vocab = self._vocab_size(head)
+        if answer is not None and vocab is not None:
+            answer = dataclasses.replace(answer, source=shared_part(answer.source, vocab))
         source = None if answer is None else answer.source
         if source is None:
             kd_weight = 0.0
         elif self.taid is not None:
             source = TeacherTAID(source, self.taid.t)
-        vocab = self._vocab_size(head)
         options = {
             "divergence": self.divergence,
             "temperature": self._now(self.temperature),
