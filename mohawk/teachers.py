@@ -184,7 +184,7 @@ def load_teacher(
                 trust_remote_code=trust_remote_code,
                 output_loading_info=True,
                 attn_implementation=needed_attention(config),
-                **({} if quantize is None else {"quantization_config": _quantization(quantize)}),
+                **({} if quantize is None else {"quantization_config": quantization(quantize)}),
                 **({} if device_map is None else {"device_map": device_map, "offload_folder": _offload_folder()}),
                 **_gguf(gguf_file),
             )
@@ -209,7 +209,7 @@ def load_teacher(
     return teacher if placed else teacher.to(device)
 
 
-def _quantization(quantize: str) -> Any:
+def quantization(quantize: str) -> Any:
     """transformers' configuration for weights in few bits, of whichever package is installed. Raises UserError."""
     from importlib.util import find_spec
 
