@@ -115,6 +115,8 @@ def _difference(teacher: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase
     theirs, ours = ({i: token for token, i in t.get_vocab().items()} for t in (teacher, other))
     both = sorted(theirs.keys() & ours.keys())
     advice = "ids would mean other words to it; give a model of the same tokenizer"
+    if not both:
+        return f"they have no id in common; {advice}"
     for i in both:
         if theirs[i] != ours[i]:
             return f"id {i} is {theirs[i]!r} there and {ours[i]!r} here; {advice}"

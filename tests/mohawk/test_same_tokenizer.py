@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
@@ -14,6 +15,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from mohawk.cli import main
 from mohawk.errors import UserError
 from mohawk.same_tokenizer import check_rows, check_same, own_tokenizer, teacher_tokenizer
+from mohawk.teacher_writer import write_cache
 
 MERGES = [("t", "h"), ("th", "e"), ("i", "n"), ("a", "n"), ("an", "d"), ("Ġ", "the"), ("t", "he"), ("h", "e")]
 
@@ -241,3 +243,12 @@ def test_a_tokenizer_of_a_bare_model_is_taken(folders):
     found = teacher_tokenizer(folders / "bare", tokenizer=folders / "same")
     assert found("the").input_ids == own_tokenizer(folders / "same")("the").input_ids
     assert own_tokenizer(folders / "bare") is None
+
+
+def test_a_cache_of_another_tokenizer_is_refused_by_a_dry_run(folders, tmp_path, make_llama, capsys):
+    ids = torch.randint(0, 256, (4, 32), generator=torch.Generator().manual_seed(0))
+    rows = [{"input_ids": row} for row in ids]
+    write_cache(tmp_path / "cache", make_llama(), rows, k=4, tokenizer_hash="another")
+    path = recipe(folders, tmp_path)
+    assert main(["distill", path, "--dry-run", "--set", f"stages.0.cache={tmp_path / 'cache'}"]) == 2
+    assert "cached with tokenizer another, here it is " in capsys.readouterr().err
