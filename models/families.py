@@ -5,6 +5,7 @@ All families share transformers' skeleton: `model.embed_tokens`, `model.layers[i
 entry: rotary embeddings (partial, longrope, none), sliding windows, scales of embeddings, activations, the MLP's shape.
 """
 
+import inspect
 from dataclasses import dataclass
 
 import torch
@@ -129,29 +130,50 @@ def check_supported(config, verb: str = "converted to a hybrid") -> None:
     Reads the configuration alone, so that a model is refused before its weights are loaded. verb: what the message
     says cannot be done.
     """
-    other, missing = _other_than_decoder(config), _missing(config)
+    other = other_than_decoder(config)
+    missing = None if other else _missing(config)
     if other or missing:
         known = "; ".join(f"{name} ({family.models})" for name, family in FAMILIES.items())
-        kind, reason = getattr(config, "model_type", None), other or f"missing: {missing}"
+        reason = f"{other}; only decoders, which write text from left to right, can be" if other else missing
+        kind, reason = getattr(config, "model_type", None), reason if other else f"missing: {missing}"
         raise ValueError(f"model_type {kind!r} cannot be {verb}; {reason}; supported: {known}")
 
 
-def _other_than_decoder(config) -> str | None:
-    """What a model is that is no decoder of text, or None where it is one as far as transformers knows."""
+def other_than_decoder(config) -> str | None:
+    """What a model is that does not write text from left to right; None where it does, as far as transformers knows.
+
+    Reads the configuration alone. A model that reads more than text has a decoder in it, and passes.
+    """
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING
 
-    if getattr(config, "model_type", None) in FAMILIES or getattr(config, "text_config", None) is not None:
-        return None
     if getattr(config, "is_encoder_decoder", False):
-        return "it is an encoder and a decoder, and only models that are a decoder alone can be"
-    if type(config) in MODEL_FOR_MASKED_LM_MAPPING and not getattr(config, "is_decoder", False):
-        return (
-            "it is an encoder, in which each token sees those behind it too; a state-space layer only looks back, so "
-            "only decoders, which write text from left to right, can be"
-        )
-    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and not getattr(config, "auto_map", None):
-        return "it is no model that writes text (transformers has no causal language model of this type)"
+        return "it is an encoder and a decoder, and the decoder alone is no language model"
+    causal = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING or bool(getattr(config, "auto_map", None))
+    nothing = "it is no model that writes text (transformers has no causal language model of this type)"
+    if getattr(config, "model_type", None) in FAMILIES:
+        return None
+    if (text := getattr(config, "text_config", None)) is not None:
+        return None if causal or other_than_decoder(text) is None else nothing
+    looks_back = getattr(config, "is_decoder", False) or getattr(config, "causal", False)  # XLM has a word of its own
+    if type(config) in MODEL_FOR_MASKED_LM_MAPPING and not looks_back:
+        return "it is an encoder, in which each token sees those behind it too"
+    if not causal:
+        return nothing
+    if (reads := _reads(config)) != "input_ids":
+        return f"it is made for {reads}, not for text"
     return None
+
+
+def looks_ahead(config) -> bool:
+    """Whether a configuration lets each token see those behind it."""
+    return getattr(config, "use_bidirectional_attention", False) is True or getattr(config, "is_causal", True) is False
+
+
+def _reads(config) -> str:
+    """What the whole model of a type takes first: input_ids, or input_features (speech), pixel_values, ..."""
+    from transformers.models.auto.modeling_auto import MODEL_MAPPING
+
+    return MODEL_MAPPING[type(config)].main_input_name if type(config) in MODEL_MAPPING else "input_ids"
 
 
 def _missing(config) -> str | None:
@@ -159,18 +181,58 @@ def _missing(config) -> str | None:
     kinds = set(getattr(config, "layer_types", None) or ())
     if getattr(config, "kv_lora_rank", None):
         return "keys and values of its own for each head; this model has latent attention"
-    if getattr(config, "text_config", None) is not None:
-        return "a plain language model; this one reads more than text, give its text decoder alone"
+    if (text := getattr(config, "text_config", None)) is not None:
+        inside = _missing(text)
+        what = "a plain language model; this one reads more than text"
+        if inside is None:
+            return f"{what}, give its text decoder ({text.model_type}) alone"
+        return f"{what}, and its text decoder ({text.model_type}) alone lacks {inside}"
     if kinds - {"full_attention", "sliding_attention"}:
         odd = ", ".join(sorted(kinds - {"full_attention", "sliding_attention"}))
         return f"full or sliding softmax attention in every layer; it has layers of {odd}"
-    if getattr(config, "use_bidirectional_attention", False) or getattr(config, "is_causal", True) is False:
+    if looks_ahead(config):
         return "causal attention; a state-space layer cannot look ahead"
     if getattr(config, "model_type", None) not in FAMILIES:
-        return (
+        return _unlike_llama(config) or (
             "an entry in FAMILIES (models/families.py) that says how its attention, norms and head are named; "
             "README.md says how to add one, under 'Which models'"
         )
+    return None
+
+
+def _unlike_llama(config) -> str | None:
+    """What a decoder lacks of the skeleton that all entries of FAMILIES share; None where an entry may be enough.
+
+    The model is built without weights: configurations do not say what their layers are made of.
+    """
+    from transformers import AutoModelForCausalLM
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        return "a causal language model of its own in transformers"
+    code = "; an entry in FAMILIES cannot say so, that takes code"
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config)
+    except Exception:  # a configuration that fits no model says nothing about its family
+        return None
+    layers = getattr(getattr(model, "model", None), "layers", None)
+    parts = {"self_attn": "attention", "mlp": "an MLP"}
+    if layers is None or not hasattr(model.model, "embed_tokens") or not hasattr(model, "lm_head"):
+        return f"the skeleton of Llama: model.embed_tokens, model.layers, lm_head{code}"
+    for i, layer in enumerate(layers):
+        if lacking := [name for name in parts if not hasattr(layer, name)]:
+            return f"{parts[lacking[0]]} called {lacking[0]} in every layer, as Llama has (not in layer {i}){code}"
+        named = ((name, any(True for _ in child.parameters())) for name, child in layer.named_children())
+        if other := [name for name, counts in named if counts and name not in parts and "norm" not in name]:
+            return f"layers of attention, an MLP and norms alone; layer {i} has {', '.join(other)} too{code}"
+        if own := [name for name, _ in layer.self_attn.named_parameters(recurse=False)]:
+            return f"attention that is projections and norms alone; this one has {', '.join(own)} too{code}"
+        if not any(p.kind is p.VAR_KEYWORD for p in inspect.signature(layer.forward).parameters.values()):
+            return f"layers that hand keywords on to their attention, where masks would not reach a mixer{code}"
+    for name in ("logit_scale", "logits_scaling"):
+        if getattr(config, name, None) not in (None, 1, 1.0):
+            return f"logits as the head gives them; this model scales them ({name}){code}"
     return None
 
 

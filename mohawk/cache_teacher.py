@@ -33,12 +33,16 @@ def cache_teacher(
     stage's (temperature, sequence_length, batch_size). tokens: only so many, instead of one pass over the text. Raises
     UserError.
     """
+    from mohawk.inputs import check_inputs
     from mohawk.precision import autocast_dtype
     from mohawk.run import pick_device
-    from mohawk.teachers import load_teacher, load_tokenizer
+    from mohawk.same_tokenizer import teacher_tokenizer
+    from mohawk.teacher_answers import within
+    from mohawk.teachers import load_config, load_teacher
     from mohawk.text import tokenizer_key
 
     asked, about = _stage_of(recipe, stage), recipe.teacher
+    check_inputs(recipe, caches=False)
     if temperature is None and kind != "hidden":
         temperature = asked.temperature
         if not isinstance(temperature, (int, float)):
@@ -48,9 +52,11 @@ def cache_teacher(
             )
     device = pick_device(recipe.device)
     where = {"gguf_file": about.gguf_file, "revision": about.revision, "trust_remote_code": about.trust_remote_code}
-    tokenizer = load_tokenizer(about.model, tokenizer=about.tokenizer, **where)
+    tokenizer = teacher_tokenizer(about.model, tokenizer=about.tokenizer, **where)
     dataset = _rows_of(recipe, asked, sequence_length or asked.sequence_length, tokenizer)
     length = len(dataset[0]["input_ids"])
+    if kind == "top-k":  # before weights are loaded
+        within("k", k, 1, load_config(about.model, **where).get_text_config().vocab_size)
     rows = None if tokens is None else min(len(dataset), -(-tokens // length))
     loading = {name: getattr(about, name) for name in ("quantize", "device_map") if getattr(about, name, None)}
     teacher = load_teacher(about.model, dtype=about.dtype, device=device, **where, **loading)

@@ -14,6 +14,7 @@ from torch import nn
 from mohawk.checkpoints import is_complete, write_whole
 from mohawk.data import PackedDataset, collate
 from mohawk.errors import UserError
+from mohawk.inputs import check_inputs
 from mohawk.matrices import draw_matrices, save_matrices
 from mohawk.models.from_teacher import hybrid_from_teacher
 from mohawk.models.hybrid import HybridForCausalLM
@@ -37,7 +38,7 @@ def convert(recipe: Recipe, *, dry_run: bool = False) -> None:
 
     Args:
         recipe: checked by `Recipe.load` or `Recipe.from_dict`.
-        dry_run: print the plan and return; only the teacher's configuration is read.
+        dry_run: print the plan and return; the teacher's configuration and tokenizer and texts' first rows are read.
 
     Raises:
         UserError: the teacher cannot be loaded or converted, the data hold no text, or the output folder holds the
@@ -53,6 +54,7 @@ def convert(recipe: Recipe, *, dry_run: bool = False) -> None:
             )
         )  # fmt: skip
         plan = make_plan(recipe, config)
+        first_before_others(lambda: check_inputs(recipe, planning=dry_run))
         print_plan(plan, recipe, console)
         run = Path(recipe.output)
         if dry_run:

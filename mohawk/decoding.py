@@ -248,7 +248,8 @@ def local_teacher(
     """
     import mohawk.models.hybrid  # noqa: F401  makes the Auto classes know hybrids
     from mohawk.describe import student_folder
-    from mohawk.teachers import load_teacher, load_tokenizer
+    from mohawk.same_tokenizer import teacher_tokenizer
+    from mohawk.teachers import load_teacher
 
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -257,9 +258,9 @@ def local_teacher(
     name = student_folder(model)
     where = {"revision": revision, "trust_remote_code": trust_remote_code}
     try:
+        tokenizer = teacher_tokenizer(name, tokenizer=tokenizer, who="model", option="--tokenizer", **where)
         # bfloat16 is what checkpoints are saved in and what few CPUs are fast at
         loaded = load_teacher(name, dtype=dtype or ("float32" if device == "cpu" else "auto"), device=device, **where)
-        tokenizer = load_tokenizer(name, tokenizer=tokenizer, **where)
     except UserError as error:
         raise UserError(str(error).removeprefix("teacher: ")) from error
     return LocalTeacher(

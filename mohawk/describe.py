@@ -175,11 +175,14 @@ def print_run(folder: Path, console: Console) -> None:
     from mohawk.checkpoints import newest_complete
     from mohawk.convert import COMPOSED
     from mohawk.recipe import Recipe
+    from mohawk.recipe_kinds import load_run_recipe
     from mohawk.report import read_json
 
+    recipe = load_run_recipe(folder)
+    asked = {name for name, _ in recipe.phases.active()} if isinstance(recipe, Recipe) else set(phase_names(folder))
     composed, elsewhere = read_json(folder / COMPOSED), set()
     if composed is not None:
-        elsewhere = {name for name, _ in Recipe.load(folder / "recipe.yaml").phases.active()} - {"end_to_end"}
+        elsewhere = asked - {"end_to_end"}
         kept = ", ".join(map(str, composed["attention"])) or "none"
         chosen = f", chosen for a budget of {composed['budget']} by {composed['by']}" if "budget" in composed else ""
         console.print(
@@ -190,6 +193,8 @@ def print_run(folder: Path, console: Console) -> None:
         phase = folder / "phases" / name
         if name in elsewhere:
             state = f"done in {composed['run']}"
+        elif name not in asked:
+            state = "left out (null in the recipe)"
         elif (phase / "student" / "config.json").is_file():
             state = "done"
         elif checkpoint := newest_complete(phase) if phase.is_dir() else None:

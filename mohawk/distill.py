@@ -16,7 +16,7 @@ from torch import nn
 
 from mohawk.advance import Advance
 from mohawk.checkpoints import is_complete, write_whole
-from mohawk.distill_data import Sources, held_out_rows, load_sources, rows_by_source, training_rows
+from mohawk.distill_data import Sources, check_rows, held_out_rows, load_sources, rows_by_source, training_rows
 from mohawk.distill_parts import (
     checked_cache,
     load,
@@ -28,11 +28,12 @@ from mohawk.distill_parts import (
     shaped,
 )
 from mohawk.distill_plan import print_plan
-from mohawk.distill_recipe import DistillRecipe, DistillStudent, Stage
+from mohawk.distill_recipe import DistillData, DistillRecipe, DistillStudent, Stage
 from mohawk.distillation import KnowledgeDistiller
 from mohawk.errors import UserError
 from mohawk.evaluate import Comparison, TeacherStates, compare, teacher_states
 from mohawk.extras import need
+from mohawk.inputs import check_inputs
 from mohawk.kernels.kd_teachers import TAIDSchedule
 from mohawk.on_policy import OnPolicy
 from mohawk.processes import first_before_others, from_first, is_first, joined, on_first
@@ -55,7 +56,7 @@ def distill(recipe: DistillRecipe, *, dry_run: bool = False) -> None:
 
     Args:
         recipe: checked by `DistillRecipe.load` or `DistillRecipe.from_dict`.
-        dry_run: print the plan and return; only configurations are read.
+        dry_run: print the plan and return; configurations, tokenizers and the first rows of texts are read.
 
     Raises:
         UserError: a model cannot be loaded, the recipe does not fit the models, the data hold no text, or the output
@@ -67,6 +68,7 @@ def distill(recipe: DistillRecipe, *, dry_run: bool = False) -> None:
     with joined(recipe.device):
         console = Console(quiet=not is_first())
         first_before_others(lambda: print_plan(recipe, console))
+        first_before_others(lambda: check_inputs(recipe, planning=dry_run))
         run = Path(recipe.output)
         if dry_run:
             on_first(lambda: check_folder(run, recipe))
@@ -80,6 +82,7 @@ class Distillation(Run):
 
     recipe: DistillRecipe
     sources: Sources
+    stage_sources: dict[int, Sources]  # of stages with data of their own, by the id of that part of the recipe
     _teacher_hash: str | None = None  # of the teacher's weights, once a cache is compared with it
 
     def run(self) -> None:
@@ -87,7 +90,6 @@ class Distillation(Run):
         stages = self.recipe.stages
         finished = max((i for i, s in enumerate(stages) if self._is_complete(s.name)), default=-1)
         student = self._untrained()
-        self._check_student(student)
         self._evaluate("before", student)
         for i, stage in enumerate(stages):
             if i > finished:
@@ -147,7 +149,7 @@ class Distillation(Run):
     def _teacher_of(self, i: int, stage: Stage, student: nn.Module) -> Any:
         """Who answers in a stage, as `KnowledgeDistiller` asks; None where nobody is asked."""
         if stage.cache is not None:
-            return CachedTeacher(self._cache(stage, student))
+            return CachedTeacher(self._cache(stage))
         if stage.learn_from == "previous":
             return ModelTeacher(load_teacher(self._student(self.recipe.stages[i - 1].name), device=self.device))
         if stage.learn_from in ("average", "start"):
@@ -161,16 +163,13 @@ class Distillation(Run):
             return teachers[0]
         return Ensemble(teachers, self.recipe.combine, [g.weight for g in given])
 
-    def _cache(self, stage: Stage, student: nn.Module) -> TeacherCache:
+    def _cache(self, stage: Stage) -> TeacherCache:
         cache = checked_cache(stage)
         about, whole = self.recipe.teacher, None
         if not (about.quantize or about.device_map):  # whose weights are others
             self._teacher_hash = self._teacher_hash or teacher_hash(self.teacher)
             whole = self._teacher_hash
-        cache.check(
-            tokenizer_hash=tokenizer_key(self.tokenizer), teacher_hash=whole,
-            vocab_size=student.get_output_embeddings().weight.shape[0],
-        )  # fmt: skip
+        cache.check(tokenizer_hash=tokenizer_key(self.tokenizer), teacher_hash=whole)
         return cache
 
     # ---- training ----
@@ -179,13 +178,8 @@ class Distillation(Run):
         """The student after a stage."""
         if stage.student is not None:
             student = self._made(stage.student, student)
-        data = self.recipe.data
-        if stage.data is not None:  # its documents are held out as the recipe's are, so that none is trained on
-            kept = {"validation_share": data.validation_share, "cache": stage.data.cache or data.cache}
-            data = stage.data.model_copy(update=kept)
-        sources = self.sources
-        if stage.data is not None:
-            sources = first_before_others(lambda: load_sources(data, self._teacher_names(), self.tokenizer))
+        data = self._stage_data(stage)
+        sources = self.sources if stage.data is None else self.stage_sources[id(stage.data)]
         wanted = stage.steps() * stage.batch_size * stage.gradient_accumulation
         rows = training_rows(data, sources, stage.sequence_length, wanted, self.recipe.seed, self._pad())
         if len(rows) < wanted:
@@ -287,8 +281,34 @@ class Distillation(Run):
     # ---- data ----
 
     def _load_data(self):
-        self.sources = load_sources(self.recipe.data, self._teacher_names(), self.tokenizer)
-        return self.sources.text
+        """All that any stage reads, before a model is loaded."""
+        self.sources = self._checked(self.recipe.data, [stage for stage in self.recipe.stages if stage.data is None])
+        self.stage_sources = {
+            id(stage.data): self._checked(self._stage_data(stage), [stage])
+            for stage in self.recipe.stages
+            if stage.data is not None
+        }
+        text = self.sources.text
+        documents = () if text is None else (text.held_out, text.evaluation)
+        pairs = any(len(pairs) for pairs in self.sources.held_out_pairs.values())
+        if not pairs and not any(kept is not None and kept.tokens for kept in documents):
+            raise UserError("data: nothing to evaluate on; raise data.validation_share, or give data.evaluation")
+        return text
+
+    def _stage_data(self, stage: Stage) -> DistillData:
+        """What a stage trains on; its own documents are held out as the recipe's are, so that none is trained on."""
+        data = self.recipe.data
+        if stage.data is None:
+            return data
+        kept = {"validation_share": data.validation_share, "cache": stage.data.cache or data.cache}
+        return stage.data.model_copy(update=kept)
+
+    def _checked(self, data: DistillData, stages: list[Stage]) -> Sources:
+        """The tokenised data, with what these stages ask of them."""
+        sources = load_sources(data, self._teacher_names(), self.tokenizer)
+        for length in sorted({stage.sequence_length for stage in stages}):
+            check_rows(data, sources, length)
+        return sources
 
     def _teacher_names(self) -> list[str]:
         return [teacher.name or str(i) for i, teacher in enumerate([self.recipe.teacher, *self.recipe.teachers])]
@@ -301,8 +321,6 @@ class Distillation(Run):
             texts["held_out_pairs"] = teacher_states(
                 self.teacher, rows, batch_size=asked.batch_size, autocast=self.autocast
             )
-        if not texts:
-            raise UserError("data: nothing to evaluate on; raise data.validation_share, or give data.evaluation")
         return texts
 
     def _check_tokens(self) -> None:
@@ -312,12 +330,3 @@ class Distillation(Run):
         for kept in (self.sources.pairs, self.sources.held_out_pairs):
             for i, pairs in kept.items():
                 refuse_tokens(pairs.tokens, self.recipe.data.train[i].source, vocabulary)
-
-    def _check_student(self, student: nn.Module) -> None:
-        """A student with fewer tokens than the text has could not read it."""
-        vocabulary, tokens = student.get_input_embeddings().weight.shape[0], len(self.tokenizer)
-        if vocabulary < tokens:
-            raise UserError(
-                f"student: it has {vocabulary} tokens, the teacher's tokenizer makes {tokens}; give a student of the "
-                "same tokenizer"
-            )

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from mohawk.data import Data, Documents, PackedDataset, load_data
 from mohawk.distill_recipe import DistillData, DistillSource
 from mohawk.mixture import Mixture
-from mohawk.pairs import Pairs, PairsDataset, read_pairs, split_pairs
+from mohawk.pairs import Pairs, PairsDataset, check_pairs, read_pairs, split_pairs
 from mohawk.rationales import TEMPLATES, read_rationale_pairs
 
 if TYPE_CHECKING:
@@ -93,6 +93,16 @@ def training_rows(asked: DistillData, sources: Sources, sequence_length: int, ro
     if any(s.sampling_weight is not None for s in train):
         weights = [1.0 if s.sampling_weight is None else s.sampling_weight for s in train]
     return Mixture(parts, weights, [source.loss_weight for source in train], rows=rows, seed=seed)
+
+
+def check_rows(asked: DistillData, sources: Sources, sequence_length: int) -> None:
+    """UserError where pairs make no rows of `sequence_length` tokens, or lack what their weighting goes by."""
+    for i, pairs in sources.pairs.items():
+        source = asked.train[i]
+        check_pairs(
+            pairs, sequence_length, weighting=source.weighting, length_normalized=source.length_normalized,
+            too_long=source.too_long,
+        )  # fmt: skip
 
 
 def rows_by_source(

@@ -15,7 +15,9 @@ from mohawk.distill_recipe import DistillRecipe, DistillStudent, DistillTeacher,
 from mohawk.models.cuts import resolve_layers
 from mohawk.models.decoders import decoder
 from mohawk.models.families import needed_attention
+from mohawk.run import pick_device
 from mohawk.schedules import temperature_for
+from mohawk.teacher_models import check_together
 from mohawk.teachers import load_config, parameter_count
 from mohawk.trackers import trackers
 
@@ -23,11 +25,10 @@ from mohawk.trackers import trackers
 def print_plan(recipe: DistillRecipe, console: Console) -> None:
     """Sizes, stages and steps, from configurations alone. Raises UserError for what does not fit the models."""
     config = _config(recipe.teacher)
-    for further in recipe.teachers:
-        _config(further)
+    check_together(recipe.combine, [config, *(_config(further) for further in recipe.teachers)])
     trackers(recipe.report_to)
     teacher = _meta(config)
-    student = _planned(recipe.student, teacher, recipe.seed)
+    student = _planned(recipe.student, teacher, recipe)
     for name, model in (("Teacher", teacher), ("Student", student)):
         what = recipe.teacher.model if name == "Teacher" else recipe.student.model or "from the teacher"
         console.print(f"[bold]{name}[/bold] {what}: {_size(model)}")
@@ -35,7 +36,7 @@ def print_plan(recipe: DistillRecipe, console: Console) -> None:
     for i, stage in enumerate(recipe.stages):
         before = student
         if stage.student is not None:
-            student = _planned(stage.student, student, recipe.seed, f"stages.{i}.student")
+            student = _planned(stage.student, student, recipe, f"stages.{i}.student")
             console.print(f"[bold]From {stage.name} on[/bold]: {_size(student)}")
         with mistakes(f"stages.{i} ({stage.name})"):
             matchings_for(stage, student, {"teacher": teacher, "previous": before}.get(stage.learn_from, student))
@@ -60,7 +61,7 @@ def _meta(config: Any) -> nn.Module:
         return AutoModelForCausalLM.from_config(config, attn_implementation=needed_attention(config))
 
 
-def _planned(given: DistillStudent, base: nn.Module, seed: int, where: str = "student") -> nn.Module:
+def _planned(given: DistillStudent, base: nn.Module, recipe: DistillRecipe, where: str = "student") -> nn.Module:
     """The student's shape, on the meta device."""
     if given.model is not None:
         with of_the_student():
@@ -73,7 +74,14 @@ def _planned(given: DistillStudent, base: nn.Module, seed: int, where: str = "st
         with mistakes(f"{where}.layers"):
             resolve_layers(given.layers, len(decoder(base)[1]))
     with torch.device("meta"):
-        return shaped(given, base, seed)
+        student = shaped(given, base, recipe.seed)
+    if (lora := given.lora) is not None:
+        with mistakes(f"{where}.lora"):
+            from mohawk.lora import check_adapter
+
+            check_adapter(student, lora.rank, lora.alpha, lora.dropout, lora.targets, lora.bits,
+                          device=pick_device(recipe.device))  # fmt: skip
+    return student
 
 
 def _size(model: nn.Module) -> str:

@@ -249,11 +249,14 @@ class DistillRecipe(RecipeFile):
                     "student: the teacher itself, whole, would learn from itself; name a model, the layers to keep, "
                     "scratch: true, a hybrid, or stages with learn_from: average",
                 )
-        if self.combine == "row" and not any(source.teacher_field for source in self.data.train):
-            yield (
-                [("combine",)],
-                "combine: row needs data.train with a teacher_field that names each example's teacher",
-            )
+        if self.combine == "row":
+            asking = [("data", self.data)] + [(f"stages.{i}.data", s.data) for i, s in enumerate(self.stages) if s.data]
+            for name, data in asking:
+                if not any(source.teacher_field for source in data.train):
+                    yield (
+                        [("combine",)],
+                        f"combine: row needs {name}.train with a teacher_field that names each example's teacher",
+                    )
         yield from data_contradictions(self.data, ("data",))
         names = [stage.name for stage in self.stages]
         for i, stage in enumerate(self.stages):
@@ -275,6 +278,15 @@ class DistillRecipe(RecipeFile):
 def data_contradictions(data: DistillData, at: recipe_text.Path):
     if all(source.loss_weight == 0 for source in data.train):
         yield [(*at, "train")], f"{'.'.join(map(str, at))}.train: every loss_weight is 0, so there is nothing to learn"
+    named = [source.teacher_field is not None for source in data.train]
+    if any(named) and not all(named):
+        without = named.index(False)
+        name = ".".join(map(str, (*at, "train")))
+        yield (
+            [(*at, "train", without)],
+            f"{name}.{without}: has no teacher_field, but {name}.{named.index(True)} has one: rows of both would share "
+            "batches, and each needs a teacher; give both one (kind: pairs), or neither",
+        )
     of = {
         "pairs": ("teacher_field", "weight_field", "weighting", "chat", "length_normalized"),
         "rationales": ("rationale_weight", "label_prefix", "rationale_prefix", "templates"),

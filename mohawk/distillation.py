@@ -6,6 +6,7 @@ is (mohawk/trainer.py says what that asks for).
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
@@ -19,10 +20,12 @@ from mohawk.heads import Head, final_hidden_states
 from mohawk.kernels.kd_loss import TAIDSchedule, TeacherHidden, TeacherTAID, linear_kd_loss
 from mohawk.label_probability import label_probability
 from mohawk.matchings import IGNORED, Matching, next_column
+from mohawk.on_policy import OnPolicy
 from mohawk.processes import several, total
 from mohawk.schedules import Ramp, at, temperature_for
+from mohawk.shared_vocabulary import shared_part
 from mohawk.teacher_models import Answer, AverageTeacher, ModelTeacher, model_inputs
-from mohawk.teachers import parameter_count
+from mohawk.teachers import check_decoder, parameter_count
 from mohawk.weight_decay import parameter_groups
 
 if TYPE_CHECKING:
@@ -78,6 +81,7 @@ class KnowledgeDistiller(nn.Module):
             if teacher is student:
                 raise ValueError("teacher: got the student itself; use mohawk.teacher_models.AverageTeacher")
             teacher = ModelTeacher(teacher)
+        check_decoder(student, "student")
         self.student = student
         self.__dict__["teacher"] = teacher  # neither trained nor saved, so kept out of the module tree
         if temperature == "auto":
@@ -88,6 +92,8 @@ class KnowledgeDistiller(nn.Module):
         self.divergence, self.beta, self.lam = divergence, beta, lam
         self.confidence, self.taid, self.on_policy, self.advance = confidence, taid, on_policy, advance
         self.router = router
+        if isinstance(on_policy, OnPolicy) and (known := getattr(teacher, "vocab_size", None)) is not None:
+            on_policy.limit_to(known)  # the teacher reads what is sampled
         self.finished, self.measuring = False, True
         self.__dict__["matchings"] = dict(matchings or {})
         # their parameters are trained and saved with a run's checkpoints, and are no part of the student
@@ -250,12 +256,14 @@ class KnowledgeDistiller(nn.Module):
         """kd_weight * T^2 * D + ce_weight * CE over the rows of one answer, divided by `divisor`."""
         kd_weight, ce_weight = self._now(self.kd_weight), self._now(self.ce_weight)
         student = head.student(hidden)
+        vocab = self._vocab_size(head)
+        if answer is not None and vocab is not None:
+            answer = dataclasses.replace(answer, source=shared_part(answer.source, vocab))
         source = None if answer is None else answer.source
         if source is None:
             kd_weight = 0.0
         elif self.taid is not None:
             source = TeacherTAID(source, self.taid.t)
-        vocab = self._vocab_size(head)
         options = {
             "divergence": self.divergence,
             "temperature": self._now(self.temperature),

@@ -37,8 +37,13 @@ def evaluate_run(run: str | Path, overrides: Sequence[str] = (), console: Consol
         )
 
     from mohawk.evaluate import compare, decode_speed
+    from mohawk.same_tokenizer import check_same, own_tokenizer, teacher_tokenizer
     from mohawk.teachers import load_teacher
 
+    about = recipe.teacher
+    if (own := own_tokenizer(name)) is not None:  # before models are loaded
+        where = {key: getattr(about, key) for key in ("gguf_file", "revision", "trust_remote_code")}
+        check_same(teacher_tokenizer(about.model, tokenizer=about.tokenizer, **where), own, name)
     if isinstance(recipe, Recipe):
         from mohawk.convert import Conversion as Kind
     else:

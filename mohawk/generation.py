@@ -28,7 +28,8 @@ def generate(
     from transformers import TextStreamer, set_seed
 
     import mohawk.models.hybrid  # noqa: F401  makes the Auto classes know hybrids
-    from mohawk.teachers import load_teacher, load_tokenizer
+    from mohawk.same_tokenizer import teacher_tokenizer
+    from mohawk.teachers import load_teacher
 
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -36,9 +37,9 @@ def generate(
         raise UserError("--device cuda: torch sees no GPU here; use cpu, or see `mohawk doctor`")
     name = student_folder(model)
     try:
+        tokenizer = teacher_tokenizer(name, tokenizer=tokenizer, who="model", option="--tokenizer")
         # bfloat16 is what checkpoints are saved in and what few CPUs are fast at
         loaded = load_teacher(name, dtype="auto" if device == "cuda" else "float32", device=device)
-        tokenizer = load_tokenizer(name, tokenizer=tokenizer)
     except UserError as error:
         raise UserError(str(error).removeprefix("teacher: ")) from error
     if seed is not None:

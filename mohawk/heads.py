@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from mohawk.errors import UserError
 from mohawk.kernels.kd_teachers import TeacherHidden
+from mohawk.teachers import check_decoder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -118,6 +119,8 @@ def final_hidden_states(
     finally:
         hook.remove()
     (hidden,) = seen
+    if model not in _checked:
+        check_decoder(model, "model")
     if model not in _checked and last.numel():
         with torch.no_grad():
             last = last.float()

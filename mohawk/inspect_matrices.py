@@ -28,7 +28,8 @@ from mohawk.models.mixers import SSMMixer
 from mohawk.plots import PANEL, HeadPicture, percent, plot_layer
 from mohawk.recipe_kinds import load_run_recipe
 from mohawk.run import pick_device
-from mohawk.teachers import load_config, load_teacher, load_tokenizer
+from mohawk.same_tokenizer import teacher_tokenizer
+from mohawk.teachers import load_config, load_teacher
 
 INDEX = "index.html"
 TOKENS = 256
@@ -49,13 +50,14 @@ class _Asked:
 
 @dataclass(frozen=True)
 class _Layer:
-    """A line of the page: ‖A‖ and ‖S − A‖ of every head; a layer that is not drawn has none."""
+    """A line of the page: of every head ‖A‖, ‖S − A‖ and `HeadPicture.rest`; a layer that is not drawn has none."""
 
     index: int
     mixer: str
     picture: str | None = None
     norms: tuple[float, ...] = ()
     distances: tuple[float, ...] = ()
+    rests: tuple[float, ...] = ()
 
     @property
     def shares(self) -> list[float]:
@@ -102,7 +104,7 @@ def inspect_matrices(
             raise UserError(f"--layers: got {i}; the model has layers 0 to {count - 1}")
     wanted = sorted(set(range(count) if layers is None else layers))
     target = _target(model, output)
-    input_ids = _token_ids(str(text), asked, teacher_config, tokens, rows)
+    input_ids = _token_ids(str(text), asked, tokens, rows)
     rows = rows or (0, input_ids.shape[1])
     source = "standard input" if str(text) == "-" else Path(text).name
     part = f"rows {rows[0]} to {rows[1] - 1} of " if rows[0] else ""
@@ -119,7 +121,7 @@ def inspect_matrices(
                 heads = [head_picture(a, s, head, rows) for head in range(a.shape[1])]
                 lines[i] = line = _Layer(
                     i, lines[i].mixer, f"layer_{i:02}.png", tuple(head.norm for head in heads),
-                    () if s is None else tuple(head.distance for head in heads),
+                    *(((), ()) if s is None else zip(*((head.distance, head.rest) for head in heads), strict=True)),
                 )  # fmt: skip
                 title = f"layer {i} ({line.mixer}), {what}: {_summary(line)}"
                 plot_layer(heads, title, rows, folder / line.picture)
@@ -142,11 +144,12 @@ def head_picture(teacher: Mixing, student: Mixing | None, head: int, rows: tuple
     first, last = rows
     tall, broad = -(-(last - first) // PANEL), -(-last // PANEL)  # entries a point stands for
     strip = max(1, ENTRIES // (last * tall)) * tall
-    squares, pictures = [0.0, 0.0, 0.0], ([], [], [])
+    squares, pictures, inner = [0.0, 0.0, 0.0], ([], [], []), 0.0
     for start in range(first, last, strip):
         end = min(start + strip, last)
         matrices = [mixing_matrix(m, (start, end), heads=[head])[0, 0, :, :last] for m in (teacher, student) if m]
         if student is not None:
+            inner += (matrices[0].double() * matrices[1].double()).sum().item()
             matrices.append(matrices[1] - matrices[0])
         for k, matrix in enumerate(matrices):
             squares[k] += matrix.double().square().sum().item()
@@ -157,7 +160,12 @@ def head_picture(teacher: Mixing, student: Mixing | None, head: int, rows: tuple
     shown = [np.where(seen, torch.cat(strips).cpu().numpy(), np.nan) for strips in pictures if strips]
     if student is None:
         return HeadPicture(norms[0], shown[0])
-    return HeadPicture(norms[0], shown[0], norms[1], shown[1], norms[2], shown[2])
+    # min over c of |c S - A|^2 is |A|^2 - <S, A>^2 / |S|^2: what no scale of the student's matrix makes up for
+    cosine = inner / (norms[0] * norms[1]) if norms[0] * norms[1] else 0.0
+    left = 1 - cosine**2
+    # below 1e-12 it is the rounding of float32 entries
+    rest = (math.sqrt(left) if left > 1e-12 else 0.0) if norms[0] else math.nan
+    return HeadPicture(norms[0], shown[0], norms[1], shown[1], norms[2], shown[2], rest)
 
 
 def _reduced(matrix: Tensor, tall: int, broad: int) -> Tensor:
@@ -243,7 +251,7 @@ def _target(model: str | Path, output: Path | None) -> Path:
     return output
 
 
-def _token_ids(source: str, asked: _Asked, config, tokens: int | None, rows: tuple[int, int] | None) -> Tensor:
+def _token_ids(source: str, asked: _Asked, tokens: int | None, rows: tuple[int, int] | None) -> Tensor:
     """(1, n) ids of the text's beginning."""
     if rows is not None and not 0 <= rows[0] < rows[1]:
         raise UserError(f"--rows: got {rows[0]} {rows[1]}; allowed: two positions, the first below the second")
@@ -252,16 +260,12 @@ def _token_ids(source: str, asked: _Asked, config, tokens: int | None, rows: tup
     # a row sees nothing after itself, so nothing after the last row is needed
     most = rows[1] if rows is not None else tokens or TOKENS
     text = _read(source, most * CHARACTERS)
-    tokenizer = load_tokenizer(**asked.teacher, tokenizer=asked.tokenizer)
+    tokenizer = teacher_tokenizer(**asked.teacher, tokenizer=asked.tokenizer)
     ids = tokenizer(text, verbose=False)["input_ids"][:most]
     if len(ids) < 2:
         raise UserError(f"--matrices: {source} is too short: got {len(ids)} of the at least 2 tokens a matrix needs")
     if rows is not None and len(ids) < rows[1]:
         raise UserError(f"--rows: got {rows[0]} {rows[1]}, but {source} has only {len(ids)} tokens")
-    if max(ids) >= config.vocab_size:
-        raise UserError(
-            f"teacher.tokenizer: it makes token {max(ids)}, but the model has {config.vocab_size}; give its own"
-        )
     return torch.tensor([ids])
 
 
@@ -313,7 +317,8 @@ def _mixer(config, index: int, kept: bool) -> str:
 def _summary(line: _Layer) -> str:
     if not line.distances:
         return f"mean ‖A‖ {np.mean(line.norms):.3g}"
-    return f"mean ‖S − A‖ {np.mean(line.distances):.3g}, {percent(np.mean(line.shares))} of ‖A‖"
+    share, rest = percent(np.mean(line.shares)), percent(np.mean(line.rests))
+    return f"mean ‖S − A‖ {np.mean(line.distances):.3g}, {share} of ‖A‖; at the best scale {rest}"
 
 
 STYLE = """
@@ -347,27 +352,35 @@ def _page(lines: Sequence[_Layer], asked: _Asked, what: str, rows: tuple[int, in
         about.append(
             "Both get the teacher's hidden states as input, so a layer's distance is its own and not that of the "
             "layers before it. A is the teacher's matrix, S the student's, ‖·‖ the Frobenius norm; the table has means "
-            "over heads, the bars show ‖S − A‖ as a share of ‖A‖, which a student of zeros would have at 100%."
+            "over heads, and ‖S − A‖ as a share of ‖A‖, which a student of zeros would have at 100%. This depends "
+            "on the student's scale, which what follows the mixer can make up for: a small S leaves about 100%, "
+            "whatever its shape. The share at the best scale does not: it is the least ‖c·S − A‖ / ‖A‖ over all "
+            "c, √(1 − cos²) of the angle between the matrices: 0% where they are alike but for their scale, 100% where "
+            "nothing is. The bars show that one."
         )
         if any(line.picture is None for line in lines):
             about.append(
                 "Layers whose attention is the teacher's have its norm, queries and keys, so from the same input they "
                 "make the same matrix: they are listed and not drawn (<code>--layers</code> draws them)."
             )
-    values = {line.index: np.mean(line.shares if compared else line.norms) for line in lines if line.picture}
+    values = {line.index: np.mean(line.rests if compared else line.norms) for line in lines if line.picture}
     largest = max((value for value in values.values() if math.isfinite(value)), default=0) or 1
-    names = [*(["‖S − A‖", "of ‖A‖"] if compared else ["‖A‖"]), "least to most head"]
+    names = (
+        ["‖S − A‖", "of ‖A‖", "least to most head", "at the best scale"] if compared else ["‖A‖", "least to most head"]
+    )
     head = "".join(f"<th>{name}</th>" for name in names)
     body = []
     for line in lines:
         cells = f'<td>{line.index}</td><td class="word">{html.escape(line.mixer)}</td>'
         if line.picture is None:
-            body.append(f'<tr class="kept">{cells}<td colspan="5" class="word">the teacher\'s own</td></tr>')
+            span = len(names) + 2
+            body.append(f'<tr class="kept">{cells}<td colspan="{span}" class="word">the teacher\'s own</td></tr>')
             continue
         spread = line.shares if compared else line.norms
         shown = percent if compared else "{:.3g}".format
         numbers = [f"{np.mean(line.distances):.3g}"] if compared else []
-        numbers += [shown(values[line.index]), f"{shown(min(spread))} to {shown(max(spread))}"]
+        numbers += [shown(np.mean(spread)), f"{shown(min(spread))} to {shown(max(spread))}"]
+        numbers += [shown(values[line.index])] if compared else []
         cells += "".join(f"<td>{number}</td>" for number in numbers)
         width = 100 * values[line.index] / largest if math.isfinite(values[line.index]) else 0
         cells += f'<td class="bar"><div style="width: {width:.1f}%"></div></td>'

@@ -80,20 +80,24 @@ def evaluate_tasks(
 
     from mohawk.precision import autocast_dtype
     from mohawk.run import pick_device
+    from mohawk.same_tokenizer import check_same, own_tokenizer, teacher_tokenizer
     from mohawk.teachers import load_teacher, load_tokenizer
 
     device = pick_device(recipe.device)
     autocast = autocast_dtype(recipe.precision, device)
     source = recipe.teacher
     shared = {"gguf_file": source.gguf_file, "revision": source.revision, "trust_remote_code": source.trust_remote_code}
-    tokenizer = load_tokenizer(source.model, tokenizer=source.tokenizer, **shared)
+    tokenizer = teacher_tokenizer(source.model, tokenizer=source.tokenizer, **shared)
+    trimmed = (folder / "vocabulary.json").is_file()  # has its own numbers
+    if not trimmed and (own := own_tokenizer(name)) is not None:
+        check_same(tokenizer, own, f"{name}")
     answers = {}
     for who in ("teacher", "student"):
         if who == "teacher":
             model = load_teacher(source.model, dtype=source.dtype, device=device, **shared)
         else:
             model = load_teacher(name, device=device)
-            if (folder / "vocabulary.json").is_file():  # a trimmed one has its own numbers
+            if trimmed:
                 tokenizer = load_tokenizer(name)
         console.print(f"{who}: {', '.join(tasks)}", highlight=False, markup=False)
         answers[who] = run_tasks(

@@ -66,17 +66,7 @@ def add_adapter(
         ValueError: peft is missing, the model has an adapter, or an option does not fit; one line.
     """
     peft = _peft()
-    if isinstance(model, peft.PeftModel):
-        raise ValueError("LoRA: the model has an adapter already; merge it first, or go on with it")
-    if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
-        raise ValueError(f"LoRA: rank must be a whole number from 1 up, got {rank!r}")
-    if not 0 <= dropout < 1:
-        raise ValueError(f"LoRA: dropout must be from 0 to below 1, got {dropout}")
-    if alpha is not None and not alpha > 0:
-        raise ValueError(f"LoRA: alpha must be above 0, got {alpha}")
-    if bits not in (None, 4):
-        raise ValueError(f"LoRA: bits must be 4 or None, got {bits!r}")
-    names = linear_names(model) if targets is None else _checked_targets(model, targets)
+    names = check_adapter(model, rank, alpha, dropout, targets, bits)
     if bits == 4 and not is_quantised(model):
         quantise(model)
     if is_quantised(model):
@@ -92,6 +82,37 @@ def add_adapter(
         fan_in_fan_out=any(isinstance(module, Conv1D) for _, module in _inner(model)),
     )
     return peft.get_peft_model(model, config)
+
+
+def check_adapter(
+    model: nn.Module,
+    rank: int = 16,
+    alpha: float | None = None,
+    dropout: float = 0.0,
+    targets: Sequence[str] | None = None,
+    bits: int | None = None,
+    *,
+    device: str | torch.device | None = None,
+) -> list[str]:
+    """What `add_adapter` refuses, as ValueError, found without the model's weights; the names of its targets.
+
+    model: may be on the meta device. device: where it will be, to know whether 4 bits run there; None: where it is.
+    """
+    peft = _peft()
+    if isinstance(model, peft.PeftModel):
+        raise ValueError("LoRA: the model has an adapter already; merge it first, or go on with it")
+    if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
+        raise ValueError(f"LoRA: rank must be a whole number from 1 up, got {rank!r}")
+    if not 0 <= dropout < 1:
+        raise ValueError(f"LoRA: dropout must be from 0 to below 1, got {dropout}")
+    if alpha is not None and not alpha > 0:
+        raise ValueError(f"LoRA: alpha must be above 0, got {alpha}")
+    if bits not in (None, 4):
+        raise ValueError(f"LoRA: bits must be 4 or None, got {bits!r}")
+    names = linear_names(model) if targets is None else _checked_targets(model, targets)
+    if bits == 4 and not is_quantised(model):
+        four_bit_config(device=next(model.parameters()).device if device is None else device)
+    return names
 
 
 def _checked_targets(model: nn.Module, targets: Sequence[str]) -> list[str]:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from mohawk.errors import UserError
 from mohawk.processes import several
+from mohawk.teachers import check_decoder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -45,10 +46,15 @@ class Prompt:
 class OnPolicy:
     """Replaces batches by the student's own samples: `batch = on_policy(batch, step)`, before its tokens are counted.
 
-    A prompt is a segment's leading tokens without label (a prompt/response pair), or, where the second token has a
-    label already (plain text), its first `prompt_tokens` tokens. Of each row as many prompts are taken, in order, as
-    fit into it with `max_new_tokens` each; the first one always, with less room if need be. Samples go into the rows
-    their prompts come from: the rows' number and their columns stay, and the batch is cut to its longest row.
+    A prompt is what comes before a labelled part of a segment: before the response of a prompt/response pair, before
+    each answer of a chat with all turns until then. Where the second token has a label already (plain text), it is the
+    first `prompt_tokens` tokens. Of each row as many segments are asked, in order, as fit into it with `max_new_tokens`
+    for each prompt; of a chat whose turns do not all fit, as many as do, by a draw that gives each turn its chance; of
+    the row's first segment at least one prompt always, with less room if need be. Samples go into the rows their
+    prompts come from: the rows' number and their columns stay, and the batch is cut to its longest row.
+
+    Only ids that everybody knows are sampled: those below `vocab_size`, and of a tokenizer that is given its own. The
+    teacher judges what it could not even read otherwise.
 
     What comes out depends on seed, step, process and the batch's own tokens alone, so a resumed run goes on as it
     would have; whether a step is on-policy depends on seed and step alone, so that all micro-batches and processes
@@ -63,6 +69,7 @@ class OnPolicy:
         prompt_tokens: of plain text.
         eos_token_id: one id or several that end a sample; none: every sample has `max_new_tokens`.
         pad_token_id: default: the tokenizer's, else the first eos, else 0.
+        vocab_size: of the teacher, where the student's is larger. `KnowledgeDistiller` sets it.
 
     Raises:
         UserError: a setting out of its range, or a batch with columns of a cached teacher, which has not seen them.
@@ -82,6 +89,7 @@ class OnPolicy:
         seed: int = 0,
         eos_token_id: int | Sequence[int] | None = None,
         pad_token_id: int | None = None,
+        vocab_size: int | None = None,
     ):
         for name, value, fine, allowed in (
             ("share", share, 0 <= share <= 1, "0 to 1"),
@@ -90,9 +98,11 @@ class OnPolicy:
             ("top_p", top_p, 0 < top_p <= 1, "above 0, up to 1"),
             ("top_k", top_k, top_k >= 0, "0 (the whole vocabulary) or more"),
             ("prompt_tokens", prompt_tokens, prompt_tokens >= 1, "1 or more"),
+            ("vocab_size", vocab_size, vocab_size is None or vocab_size >= 1, "1 or more, or None"),
         ):
             if not fine:
                 raise UserError(f"on_policy.{name}: got {value}; allowed: {allowed}")
+        check_decoder(student, "on_policy: the student")
         if tokenizer is None and eos_token_id is None:
             raise UserError(
                 "on_policy: no tokenizer and no eos_token_id; give one of them, or a sample would never end"
@@ -106,9 +116,21 @@ class OnPolicy:
         # peft's generate reads and writes configurations of its own; the adapters are in the model it wraps
         self.student = student.get_base_model() if hasattr(student, "get_base_model") else student
         self.share, self.max_new_tokens, self.prompt_tokens, self.seed = share, max_new_tokens, prompt_tokens, seed
+        rows = self.student.get_output_embeddings().weight.shape[0]
+        self.vocab_size = rows if tokenizer is None else min(rows, max(tokenizer.get_vocab().values()) + 1)
+        self.limit_to(vocab_size or rows)
         self.sampling = {"do_sample": temperature > 0}
         if temperature > 0:
             self.sampling |= {"temperature": float(temperature), "top_p": float(top_p), "top_k": top_k}
+
+    def limit_to(self, vocab_size: int) -> None:
+        """From here on no id from `vocab_size` on is sampled."""
+        self.vocab_size = min(self.vocab_size, vocab_size)
+        if beyond := [token for token in self.eos if token >= self.vocab_size]:
+            raise UserError(
+                f"on_policy: a sample would never end: the eos {beyond[0]} is beyond the {self.vocab_size} tokens that "
+                "teacher and student share; give an eos_token_id that both have"
+            )
 
     def decides(self, step: int) -> bool:
         """Whether this step is on-policy; the same on every process and for every micro-batch."""
@@ -130,7 +152,7 @@ class OnPolicy:
                 f"on_policy: the batch has {', '.join(foreign)}, which say nothing about tokens the student writes; "
                 "use an online teacher, or share: 0"
             )
-        prompts = self._prompts(batch) if self.decides(step) else []
+        prompts = self._prompts(batch, step) if self.decides(step) else []
         if not prompts:
             return batch
         ids = batch["input_ids"].cpu()
@@ -145,7 +167,7 @@ class OnPolicy:
             result["row"] = torch.full_like(batch["row"], -1)
         return result
 
-    def _prompts(self, batch: dict[str, Tensor]) -> list[Prompt]:
+    def _prompts(self, batch: dict[str, Tensor], step: int) -> list[Prompt]:
         segments = batch.get("segment_ids")
         if segments is None:
             segments = batch.get(MASK, torch.ones_like(batch["labels"])).long() - 1
@@ -157,18 +179,32 @@ class OnPolicy:
             starts = np.flatnonzero(np.diff(segment, prepend=segment[0] - 1))
             room = n
             for begin, end in zip(starts, np.append(starts[1:], n), strict=True):
-                learned = np.flatnonzero(label[begin:end] != IGNORED)
+                learned = label[begin:end] != IGNORED
                 # nothing to learn: padding, a lone token, or a prompt that the row's end has cut
-                if segment[begin] < 0 or not len(learned):
+                if segment[begin] < 0 or not learned.any():
                     continue
-                pair = learned[0] > 1
-                length = int(learned[0]) if pair else min(self.prompt_tokens, int(end - begin) - 1)
-                if length < 1 or (room < n and length + self.max_new_tokens > room):
-                    continue
-                limit = min(self.max_new_tokens, n - length)
-                room -= length + limit
-                prompts.append(Prompt(row, int(begin), length, limit, float(weights[row, begin + learned[0]])))
+                begins = np.flatnonzero(learned & ~np.append(False, learned[:-1])).tolist()
+                # answers with something before them; of a cut chat the rest of its first turn is none
+                turns = [i for i in begins if i > 1]
+                lengths = turns or [min(self.prompt_tokens, int(end - begin) - 1)]
+                found = []
+                for i in self._in_turn(lengths, room, f"{step} {row} {begin}"):
+                    length = lengths[i]
+                    if length < 1 or (room < n and length + self.max_new_tokens > room):
+                        continue
+                    limit = min(self.max_new_tokens, n - length)
+                    room -= length + limit
+                    weight = float(weights[row, begin + (turns or begins)[i]])
+                    found.append(Prompt(row, int(begin), length, limit, weight))
+                prompts += sorted(found, key=lambda prompt: prompt.length)
         return prompts
+
+    def _in_turn(self, lengths: list[int], room: int, key: str) -> list[int]:
+        """Indices of a segment's prompts in the order in which they get room: as they come, or drawn."""
+        order = list(range(len(lengths)))
+        if sum(lengths) + len(lengths) * self.max_new_tokens > room:
+            random.Random(f"{self.seed} {key}").shuffle(order)
+        return order
 
     @contextlib.contextmanager
     def _sampling(self, step: int, ids: Tensor) -> Iterator[None]:
@@ -199,6 +235,8 @@ class OnPolicy:
         """What the student writes after each text: ids up to and with the first eos, at most `limit` many."""
         from transformers import GenerationConfig
 
+        rows = self.student.get_output_embeddings().weight.shape[0]
+        unknown = list(range(self.vocab_size, rows)) or None
         samples: dict[int, Tensor] = {}
         for group in _groups([len(text) for text in texts], limits):
             longest, limit = max(len(texts[i]) for i in group), limits[group[0]]
@@ -214,6 +252,7 @@ class OnPolicy:
                     max_new_tokens=limit,
                     pad_token_id=self.pad,
                     eos_token_id=self.eos or None,
+                    suppress_tokens=unknown,  # before top_p and top_k cut: what is left is a distribution
                     use_cache=True,  # training may have turned it off in the model's configuration
                     **self.sampling,
                 ),

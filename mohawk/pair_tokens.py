@@ -102,6 +102,32 @@ def read_pairs(
     return _load(folder)
 
 
+def check_pair(
+    tokenizer: PreTrainedTokenizerBase,
+    where: str,
+    row: dict[str, Any],
+    *,
+    prompt_field: str,
+    response_field: str,
+    messages_field: str,
+    chat: bool,
+    teacher_field: str | None,
+    teachers: Sequence[str],
+    weight_field: str | None,
+    weighting: str | None,
+) -> None:
+    """UserError where a row has not what `read_pairs` asks of each, or a weighting of it (mohawk/pairs.py)."""
+    _pieces(tokenizer, where, row, prompt_field, response_field, messages_field, chat)
+    if teacher_field is not None:
+        _teacher(row, where, teacher_field, teachers)
+    if weight_field is not None:
+        _weight(row, where, weight_field)
+    needed = {"probability": ("logprob",), "importance": ("logprob", "sampling_logprob")}.get(weighting or "", ())
+    for name in needed:
+        if not isinstance(row.get(name), (int, float)):
+            raise UserError(f"{where}: has no {name}, which weighting {weighting!r} needs; use uniform or counts")
+
+
 def _tokenize(
     sources: Sequence[Source],
     tokenizer: PreTrainedTokenizerBase,

@@ -101,6 +101,16 @@ def response_weights(pairs: Pairs, weighting: str | None, *, length_normalized: 
     return weights / np.bincount(group, weights=weights)[group]
 
 
+def check_pairs(
+    pairs: Pairs, sequence_length: int, *, weighting: str | None, length_normalized: bool, too_long: str
+) -> None:
+    """UserError where a `PairsDataset` of these would refuse them; without putting its rows together."""
+    fitting, *_ = _fitting(pairs, sequence_length, too_long)
+    weights = response_weights(fitting, weighting, length_normalized=length_normalized)
+    if not (weights * (1.0 if fitting.weights is None else fitting.weights) > 0).any():
+        raise UserError(f"data: none of {len(fitting)} examples has a weight above 0")
+
+
 class PairsDataset(torch.utils.data.Dataset):
     """Rows of `sequence_length` tokens, each of whole examples (best fit, longest first), in the seed's order.
 

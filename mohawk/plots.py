@@ -43,8 +43,9 @@ class Heads:
 class HeadPicture:
     """One head of a layer, as (r, c) pictures of at most PANEL points a side, NaN where nothing can be seen.
 
-    norm: of the teacher's matrix; student_norm and distance: of the student's and of their difference. All
-    Frobenius, of the matrices and not of the pictures. Without a student its four fields are None.
+    norm: of the teacher's matrix; student_norm and distance: of the student's and of their difference; all Frobenius.
+    rest: the share of the teacher's matrix that the student's, times whichever number fits best, leaves, 0 to 1. Of the
+    matrices and not of the pictures. Without a student its five fields are None.
     """
 
     norm: float
@@ -53,6 +54,7 @@ class HeadPicture:
     student: np.ndarray | None = None
     distance: float | None = None
     difference: np.ndarray | None = None
+    rest: float | None = None
 
 
 PANEL = 256  # pixels a side, so that 256 tokens are drawn one by one
@@ -219,10 +221,11 @@ def plot_layer(heads: Sequence[HeadPicture], title: str, rows: tuple[int, int], 
         norm = SymLogNorm(linthresh=1e-3, vmin=-largest, vmax=largest)
         pictures = [(head.teacher, f"head {index}: ‖A‖ = {head.norm:.3g}")]
         if compared:
-            share = head.distance / head.norm if head.norm else math.nan
+            share = percent(head.distance / head.norm if head.norm else math.nan)
             pictures = [(head.teacher, f"head {index}: teacher, ‖A‖ = {head.norm:.3g}")]
             pictures.append((head.student, f"student, ‖S‖ = {head.student_norm:.3g}"))
-            pictures.append((head.difference, f"‖S − A‖ = {head.distance:.3g}, {percent(share)} of ‖A‖"))
+            name = f"‖S − A‖ = {head.distance:.3g}, {share} of ‖A‖, {percent(head.rest)} at best scale"
+            pictures.append((head.difference, name))
         for place, (picture, name) in enumerate(pictures):
             at = ((x + place * (side + gap)) / width, y / height, side / width, side / height)
             axis = figure.add_axes(at, facecolor="#eaeef2")

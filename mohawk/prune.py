@@ -28,6 +28,7 @@ from mohawk.distill_parts import loss_label, mistakes
 from mohawk.errors import UserError
 from mohawk.importance import Importance, check_scores, choose, chosen_layers, measure_importance
 from mohawk.importance_baselines import magnitude_importance, random_importance
+from mohawk.inputs import check_inputs
 from mohawk.layer_drops import measure_layer_drops
 from mohawk.models.cut_sizes import Sizes, attention_layers, sizes_of, ssm_layers
 from mohawk.models.cuts import Cut, cut
@@ -48,7 +49,7 @@ from mohawk.run import RECIPE, STUDENT, check_folder, claimed, pick_device
 from mohawk.teachers import load_config, load_teacher, load_tokenizer
 from mohawk.text import as_source, local_files
 from mohawk.token_counts import most_frequent, token_counts
-from mohawk.vocabulary import tokens_to_keep, trim_tokenizer, trim_vocabulary
+from mohawk.vocabulary import reasons_to_keep, told_reasons, trim_tokenizer, trim_vocabulary
 
 log = logging.getLogger(__name__)
 
@@ -58,7 +59,7 @@ def prune(recipe: PruneRecipe, *, dry_run: bool = False) -> None:
 
     Args:
         recipe: checked by `PruneRecipe.load` or `PruneRecipe.from_dict`.
-        dry_run: print the plan and return; only the teacher's configuration is read.
+        dry_run: print the plan and return; the teacher's configuration and tokenizer and texts' first rows are read.
 
     Raises:
         UserError: the teacher cannot be loaded or cut, the target does not fit it, the data hold no text, or the output
@@ -76,6 +77,7 @@ def prune(recipe: PruneRecipe, *, dry_run: bool = False) -> None:
         )  # fmt: skip
         plan = _plan(recipe, config, run)
         print_plan(plan, recipe, console)
+        first_before_others(lambda: check_inputs(recipe, planning=dry_run))
         if recipe.calibration.scores is not None:
             on_first(lambda: given_scores(recipe.calibration.scores))
         if dry_run:
@@ -444,11 +446,8 @@ class Pruning(Distillation):
             with mistakes("prune.vocabulary"):
                 trimmed = trim_vocabulary(student, tokenizer, ids=self._tokens_wanted)
             student, tokenizer = trimmed.model, trimmed.tokenizer
-            asked = self.recipe.prune.vocabulary
-            more = f": the {asked:,} asked for and what must stay" if isinstance(asked, int) else ""
-            line = f"vocabulary: {len(trimmed.tokens):,} of {self.plan.own.vocabulary:,} tokens kept{more}"
-            self.console.print(line, highlight=False)
             covered = {"before": self.plan.own.vocabulary, "after": len(trimmed.tokens)}
+            covered["why"] = {reason: len(tokens) for reason, tokens in self._reasons_to_keep.items()}
             for name in ("held_out", "evaluation"):
                 counts = self._token_counts(name)
                 if counts.any():
@@ -460,9 +459,16 @@ class Pruning(Distillation):
             tokenizer.save_pretrained(folder)
 
     def _check_vocabulary(self) -> None:
+        """One line that says what will be kept and why, or the reason why nothing can be left out."""
         with mistakes("prune.vocabulary"):
-            kept = tokens_to_keep(self.teacher, self.tokenizer, ids=self._tokens_wanted)
-            trim_tokenizer(self.tokenizer, kept)
+            reasons = self._reasons_to_keep
+            trim_tokenizer(self.tokenizer, sorted(token for tokens in reasons.values() for token in tokens))
+        told = f"of {self.plan.own.vocabulary:,}, {told_reasons(reasons)}"
+        self.console.print(f"vocabulary: kept in the end are, {told}", highlight=False, soft_wrap=True)
+
+    @functools.cached_property
+    def _reasons_to_keep(self) -> dict[str, list[int]]:
+        return reasons_to_keep(self.teacher, self.tokenizer, ids=self._tokens_wanted)
 
     @functools.cached_property
     def _tokens_wanted(self) -> list[int]:
@@ -507,6 +513,7 @@ class Pruning(Distillation):
         made: list[Table] = [("Sizes", header, rows), *searches]
         if (covered := read_json(self.folder / "vocabulary.json")) is not None and self.recipe.prune.vocabulary:
             lines = [["tokens", f"{covered['after']:,} of {covered['before']:,}"]]
+            lines += [[reason, f"{count:,}"] for reason, count in covered["why"].items()]
             lines += [
                 [f"of {name.replace('_', '-')} text's tokens", f"{covered[name]:.2%}"]
                 for name in ("held_out", "evaluation") if name in covered

@@ -256,8 +256,8 @@ def print_plan(plan: Plan, recipe: PruneRecipe, console: Console) -> None:
     if prune.vocabulary is not None:
         kept = "of the training text" if prune.vocabulary == "corpus" else f"{prune.vocabulary:,} most frequent"
         console.print(
-            f"In the end the vocabulary of {plan.own.vocabulary:,} is trimmed to the tokens {kept}, and those that "
-            "must stay (bytes or characters, special tokens, the parts of longer ones)."
+            f"In the end the vocabulary of {plan.own.vocabulary:,} is trimmed to the tokens {kept}, and besides "
+            "them those that must stay (bytes or characters, special tokens, the parts of longer ones)."
         )
         if any(round_.budget is not None and round_.budget.kind != "nonembedding" for round_ in plan.rounds):
             console.print("The budget is met before that, with the whole vocabulary: the result is smaller yet.")

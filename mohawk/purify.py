@@ -290,7 +290,8 @@ def _measured(records, keep, student, validation, rounds, trial) -> dict[str, An
     import torch
 
     from mohawk.describe import student_folder
-    from mohawk.teachers import load_teacher, load_tokenizer
+    from mohawk.same_tokenizer import teacher_tokenizer
+    from mohawk.teachers import load_teacher
 
     by_teacher: dict[str, list[Record]] = {}
     for record in records:
@@ -301,8 +302,8 @@ def _measured(records, keep, student, validation, rounds, trial) -> dict[str, An
     device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         name = student_folder(student)
+        tokenizer = teacher_tokenizer(name, who="student")
         model = load_teacher(name, dtype="float32", device=device).requires_grad_(True)
-        tokenizer = load_tokenizer(name)
     except UserError as error:
         raise UserError(f"--student: {str(error).removeprefix('teacher: ')}") from error
     router = RationaleRouter(list(by_teacher))

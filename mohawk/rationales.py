@@ -30,6 +30,8 @@ from mohawk.kernels.kd_loss import linear_kd_loss
 from mohawk.kernels.kd_teachers import TeacherSamples
 from mohawk.pairs import Pairs
 from mohawk.records import content_hash, read_records, why_no_chat
+from mohawk.same_tokenizer import check_rows
+from mohawk.teachers import check_decoder
 from mohawk.text import as_source
 
 if TYPE_CHECKING:
@@ -133,8 +135,7 @@ def read_rationales(files: Sequence[Any], templates: Sequence[str] = TEMPLATES) 
                 matched += 1
                 record |= found._asdict()
             else:
-                fields = ", ".join(map(str, row)) or "none"
-                raise UserError(f"{where}: has neither label nor response; its fields: {fields}; give one of them")
+                raise UserError(_nothing_to_learn(row, where))
             records.append({**record, "where": where})
     if unmatched:
         log.warning(
@@ -148,6 +149,21 @@ def read_rationales(files: Sequence[Any], templates: Sequence[str] = TEMPLATES) 
         why = f"none of {len(unmatched)} responses matches a template" if unmatched else "they hold no line"
         raise UserError(f"rationales: nothing in {', '.join(source.source for source in sources)}: {why}")
     return records
+
+
+def check_record(row: Mapping[str, Any], where: str) -> None:
+    """UserError where a line has not what `read_rationales` asks of each."""
+    _prompt(row, where)
+    given = next((name for name in ("label", "response") if row.get(name) is not None), None)
+    if given is None:
+        raise UserError(_nothing_to_learn(row, where))
+    for name in (given, "rationale") if given == "label" and row.get("rationale") is not None else (given,):
+        _text(row, name, where)
+
+
+def _nothing_to_learn(row: Mapping[str, Any], where: str) -> str:
+    fields = ", ".join(map(str, row)) or "none"
+    return f"{where}: has neither label nor response; its fields: {fields}; give one of them"
 
 
 def _prompt(row: Mapping[str, Any], where: str) -> str:
@@ -302,6 +318,11 @@ class RationaleDistiller:
         if (teacher is None) != (kd_weight == 0):
             what = "no teacher" if teacher is None else "a teacher"
             raise UserError(f"kd_weight: got {kd_weight} and {what}; give a teacher and a weight above 0, or neither")
+        check_decoder(student, "student")
+        check_rows(tokenizer, student.get_input_embeddings().weight.shape[0], "student", "the tokenizer")
+        if teacher is not None:
+            check_decoder(teacher, "teacher")
+            check_rows(tokenizer, teacher.get_input_embeddings().weight.shape[0], "teacher", "the tokenizer")
         self.student, self.tokenizer = student, tokenizer
         self.teacher = None if teacher is None else teacher.requires_grad_(False).eval()
         self.prefixes = (label_prefix, rationale_prefix)

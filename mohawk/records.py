@@ -11,6 +11,7 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +91,26 @@ def read_records(source: Any) -> Iterator[tuple[str, dict[str, Any]]]:
             for number, line in _lines(path):
                 if line.strip():
                     yield f"{path}:{number}", {source.field: line.rstrip("\r\n")}
+
+
+def first_records(source: Any, count: int) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(where, row) of the first rows of a source on this machine, without reading the rest.
+
+    Of Parquet the columns alone, with an empty text each; none of a form that only `datasets` reads.
+    """
+    source = as_source(source)
+    files, form = local_files(source)
+    if form == "parquet":
+        from pyarrow.parquet import read_schema
+
+        schema = read_schema(files[0])
+        yield f"{files[0]}", dict.fromkeys(schema.names)
+    elif form == "jsonl" and files[0].suffix != ".zst" and _first_character(files[0]) == "{":
+        yield from islice(_json_lines(files[0]), count)
+
+
+def _first_character(path: Path) -> str:
+    return next((line.strip()[0] for _, line in _lines(path) if line.strip()), "")
 
 
 def why_no_chat(messages: Any) -> str | None:

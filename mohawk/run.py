@@ -28,7 +28,8 @@ from mohawk.evaluate import TeacherStates, compare, teacher_states
 from mohawk.precision import autocast_dtype
 from mohawk.processes import first_before_others, from_first, on_first, several
 from mohawk.report import RESULTS, read_json, write_json, write_text
-from mohawk.teachers import load_teacher, load_tokenizer
+from mohawk.same_tokenizer import teacher_tokenizer
+from mohawk.teachers import load_teacher
 from mohawk.trainer import PhaseTrainer
 
 log = logging.getLogger(__name__)
@@ -149,7 +150,7 @@ class Run:
         teacher = recipe.teacher
         where = {"gguf_file": teacher.gguf_file, "revision": teacher.revision}
         self.tokenizer = first_before_others(
-            lambda: load_tokenizer(
+            lambda: teacher_tokenizer(
                 teacher.model, tokenizer=teacher.tokenizer, trust_remote_code=teacher.trust_remote_code, **where
             )
         )

@@ -21,6 +21,7 @@ from mohawk.heads import Head, final_hidden_states, loaded
 from mohawk.kernels.kd_chunked import finish_logits
 from mohawk.kernels.kd_products import logits_product
 from mohawk.teacher_records import DTYPES, KINDS, Layout, encode_logprobs, pack_ascending, pack_ids
+from mohawk.teachers import check_decoder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -153,6 +154,7 @@ def make_answers(
         raise UserError(f"kind: got {kind!r}; allowed: {', '.join(KINDS)}")
     if not len(dataset):
         raise UserError("data: has no rows to cache; give text")
+    check_decoder(teacher, "teacher")
     head = Head.of(teacher).detached()
     dtype = autocast or head.weight.dtype
     name = str(dtype).removeprefix("torch.")

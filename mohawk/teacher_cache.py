@@ -117,7 +117,8 @@ class TeacherCache:
         """The teacher source (kd_teachers.py) of a batch with this cache's columns, of shape (b, n) like its labels.
 
         Position t answers for the token after t: the loss needs labels moved one to the left. Where the student's
-        vocabulary is wider, pass the loss `vocab_size=cache.layout.vocab_size`.
+        vocabulary is wider, pass the loss `vocab_size=cache.layout.vocab_size`; where it is the beginning of the
+        cache's, `vocab_size` of the student, and what `mohawk.shared_vocabulary.shared_part` leaves of this.
         """
         if self.layout.kind == "top-k":
             return TeacherTopK(batch["teacher_ids"], batch["teacher_logprobs"], batch["teacher_tail"])
@@ -132,7 +133,6 @@ class TeacherCache:
         *,
         sequence_length: int | None = None,
         seed: int | None = None,
-        vocab_size: int | None = None,
         tokenizer_hash: str | None = None,
         teacher_hash: str | None = None,
         temperature: float | None = None,
@@ -141,9 +141,9 @@ class TeacherCache:
         """Whether training may use this cache as the arguments say; those left out are not compared.
 
         Raises:
-            UserError: a line for each that does not fit: `vocab_size` (the student's) is smaller than the cache's, a
-                temperature other than the one of the cut distribution, a divergence that the kind can't give, or
-                another sequence length, order of rows (`seed`), tokenizer or teacher.
+            UserError: a line for each that does not fit: a temperature other than the one of the cut distribution, a
+                divergence that the kind can't give, or another sequence length, order of rows (`seed`), tokenizer or
+                teacher.
         """
         layout, data, about = self.layout, self.manifest["data"], self.manifest
         wrong = []
@@ -156,10 +156,6 @@ class TeacherCache:
         same("data seed", seed, data["seed"], "set this one, or cache again")
         same("tokenizer", tokenizer_hash, about["tokenizer"], "the ids mean other words: cache again")
         same("teacher", teacher_hash, about["teacher"]["sha256"], "cache again with this teacher")
-        if vocab_size is not None and vocab_size < layout.vocab_size:
-            wrong.append(
-                f"vocabulary {layout.vocab_size}, the student has {vocab_size}; cache again with that vocab_size"
-            )
         if layout.kind != "hidden":
             same(
                 "temperature", temperature, self.temperature, "a cut distribution can't be tempered: cache again at it"

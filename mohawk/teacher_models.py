@@ -20,8 +20,11 @@ from torch import Tensor, nn
 from mohawk.errors import UserError
 from mohawk.heads import Head, final_hidden_states, in_autocast
 from mohawk.kernels.kd_teachers import Teacher, TeacherHidden, TeacherMixture
+from mohawk.teachers import check_decoder
 
 if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
     from mohawk.teacher_cache import TeacherCache
 
 # What a model is watched with during its pass: a context that collects tensors of its layers into a dict.
@@ -54,6 +57,7 @@ class ModelTeacher:
     """
 
     def __init__(self, model: nn.Module, micro_batch: int | None = None):
+        check_decoder(model, "teacher")
         self.model = model.requires_grad_(False).eval()
         self.micro_batch = micro_batch
 
@@ -97,13 +101,7 @@ class Ensemble:
             raise ValueError(f"weights: got {given} for {len(self.teachers)} teachers; allowed: one above 0 for each")
         self.weights = [w / sum(given) for w in given]
         self.heads = [Head.of(teacher.model) for teacher in self.teachers]
-        if combine == "logits" and any(head.softcap is not None for head in self.heads):
-            raise UserError("teachers: logits with a softcap (Gemma 2) have no mean here; use combine: probabilities")
-        if len(sizes := {len(head.weight) for head in self.heads}) > 1 and combine != "row":
-            raise UserError(
-                f"teachers: vocabularies of {', '.join(map(str, sorted(sizes)))} entries can't be combined; "
-                "use combine: row"
-            )
+        check_together(combine, [teacher.model.config for teacher in self.teachers])
 
     def __call__(self, batch: Mapping[str, Tensor], watches: Sequence[Watch] = ()) -> list[Answer]:
         if self.combine == "row":
@@ -142,6 +140,18 @@ class Ensemble:
     @property
     def vocab_size(self) -> int:
         return min(len(head.weight) for head in self.heads)
+
+
+def check_together(combine: str, configs: Sequence[PretrainedConfig]) -> None:
+    """UserError where teachers of these configurations have no common answer."""
+    texts = [config.get_text_config() for config in configs]
+    if len(texts) < 2 or combine == "row":
+        return
+    if combine == "logits" and any(getattr(text, "final_logit_softcapping", None) is not None for text in texts):
+        raise UserError("teachers: logits with a softcap (Gemma 2) have no mean here; use combine: probabilities")
+    if len(sizes := {text.vocab_size for text in texts}) > 1:
+        given = ", ".join(map(str, sorted(sizes)))
+        raise UserError(f"teachers: vocabularies of {given} entries can't be combined; use combine: row")
 
 
 class AverageTeacher(ModelTeacher):

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 DTYPES = ("float32", "bfloat16", "float16", "auto")
+GIVE = "give a decoder, which writes text from left to right (saved as ...ForCausalLM)"
 CAUSAL_HEADS = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
 
 
@@ -85,6 +86,8 @@ def load_config(
     from transformers import AutoConfig
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
+    from mohawk.models.families import other_than_decoder
+
     name, gguf_file = locate(model, gguf_file)
     if (released := _released(name, gguf_file, revision)) is not None:
         return released
@@ -96,6 +99,8 @@ def load_config(
     except Exception as error:
         raise _user_error(error, name, revision, "configuration") from error
     kind = f"{name} is a {config.model_type} model"
+    if (other := other_than_decoder(config) or _ahead(config)) is not None:
+        raise UserError(f"teacher: {kind}: {other}; {GIVE}")
     remote = trust_remote_code and "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
     if not remote and type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise UserError(f"teacher: {kind}, which transformers has no causal language model for")
@@ -106,6 +111,37 @@ def load_config(
             "give a checkpoint whose architecture ends in ForCausalLM"
         )
     return config
+
+
+def check_decoder(model: torch.nn.Module, who: str) -> None:
+    """UserError unless a model predicts each next token of a text from those before it.
+
+    Encoders, models with an encoder and a decoder and models of speech or images have an output embedding too, from
+    which every loss here would be computed, one token off. who: what the message calls it.
+    """
+    from transformers.models.auto.modeling_auto import (
+        MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+        MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+    )
+
+    from mohawk.models.families import other_than_decoder
+
+    model = model.get_base_model() if hasattr(model, "get_base_model") else model  # within peft's
+    name = type(model).__name__
+    if (config := getattr(model, "config", None)) is None:
+        raise UserError(f"{who}: {name} has no configuration; give a causal language model of transformers")
+    other = other_than_decoder(config) or _ahead(config)
+    causal = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
+    if other is None and name in MODEL_FOR_MASKED_LM_MAPPING_NAMES.values() and name not in causal:
+        other = "it fills in masked tokens, each from those around it"
+    if other is not None:
+        raise UserError(f"{who}: got {name}: {other}; {GIVE}")
+
+
+def _ahead(config: PretrainedConfig) -> str | None:
+    from mohawk.models.families import looks_ahead
+
+    return "its attention is not causal: each token sees those behind it too" if looks_ahead(config) else None
 
 
 def load_teacher(
@@ -153,7 +189,7 @@ def load_teacher(
                     trust_remote_code=trust_remote_code,
                     output_loading_info=True,
                     attn_implementation=needed_attention(config),
-                    **({} if quantize is None else {"quantization_config": _quantization(quantize)}),
+                    **({} if quantize is None else {"quantization_config": quantization(quantize)}),
                     **({} if device_map is None else {"device_map": device_map, "offload_folder": _offload_folder()}),
                     **_gguf(gguf_file),
                 )
@@ -164,6 +200,9 @@ def load_teacher(
             f"teacher: {name} lacks {len(missing)} weights ({', '.join(missing[:3])}), they would be random; "
             "give a complete causal language model checkpoint"
         )
+    saved = [a for a in config.architectures or () if a.endswith("ForConditionalGeneration")]
+    if saved and type(teacher).__name__ not in saved:
+        log.warning("%s was saved as %s: its text model alone is used, and is all that students keep", name, saved[0])
     if gguf_file is not None:
         teacher = without_quantization(teacher)
     teacher.eval().requires_grad_(False)
@@ -175,7 +214,7 @@ def load_teacher(
     return teacher if placed else teacher.to(device)
 
 
-def _quantization(quantize: str) -> Any:
+def quantization(quantize: str) -> Any:
     """transformers' configuration for weights in few bits, of whichever package is installed. Raises UserError."""
     from importlib.util import find_spec
 

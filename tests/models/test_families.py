@@ -225,10 +225,12 @@ def test_a_teacher_whose_attention_leaves_out_its_softcap_is_refused():
 @pytest.mark.parametrize(
     "kind, options, missing",
     [
-        ("gpt2", {}, "an entry in FAMILIES"),
-        ("opt", {}, "README.md says how to add one, under 'Which models'"),
+        ("qwen3_moe", {}, "an entry in FAMILIES .*README.md says how to add one, under 'Which models'"),
+        ("gemma3_text", {}, "an entry in FAMILIES"),
         ("deepseek_v3", {}, "latent attention"),
-        ("gemma3", {}, "give its text decoder alone"),
+        ("llava", {}, r"give its text decoder \(llama\) alone"),
+        ("gemma3", {}, r"its text decoder \(gemma3_text\) alone lacks an entry in FAMILIES"),
+        ("llama4", {}, r"its text decoder \(llama4_text\) alone lacks full .*layers of chunked_attention"),
         ("bamba", {}, "layers of linear_attention|layers of mamba|an entry in FAMILIES"),
         ("gemma2", {"use_bidirectional_attention": True}, "cannot look ahead"),
     ],
@@ -245,11 +247,14 @@ def test_refusals_say_what_is_missing(kind, options, missing):
     "kind, options, what",
     [
         ("t5", {}, "it is an encoder and a decoder,"),
+        ("whisper", {}, "it is an encoder and a decoder,"),
+        ("whisper", {"is_encoder_decoder": False}, "it is made for input_features, not for text"),
+        ("clip", {}, "it is no model that writes text"),
         ("bert", {}, "it is an encoder, in which each token sees those behind it too"),
         ("modernbert", {}, "it is an encoder,"),
         ("vit", {}, "it is no model that writes text"),
-        ("bert", {"is_decoder": True}, "missing: an entry in FAMILIES"),
-        ("gpt_neox", {}, "missing: an entry in FAMILIES"),  # its configuration has is_decoder = False
+        ("bert", {"is_decoder": True}, "missing: the skeleton of Llama"),
+        ("gpt_neox", {}, "missing: the skeleton of Llama"),  # its configuration has is_decoder = False
     ],
 )
 def test_what_is_no_decoder_is_called_what_it_is(kind, options, what):
@@ -257,6 +262,24 @@ def test_what_is_no_decoder_is_called_what_it_is(kind, options, what):
         check_supported(AutoConfig.for_model(kind, **options))
     assert "\n" not in str(caught.value) and "supported: llama (" in str(caught.value)
     assert "it is" not in str(caught.value) or "FAMILIES" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "kind, lacking",
+    [
+        ("gpt2", "the skeleton of Llama"),
+        ("opt", "the skeleton of Llama"),
+        ("falcon", "the skeleton of Llama"),
+        ("gpt_oss", "this one has sinks too"),
+        ("lfm2", "an MLP called mlp in every layer"),
+        ("cohere", "this model scales them (logit_scale)"),
+    ],
+)
+def test_what_no_entry_can_say_is_not_asked_as_one(kind, lacking):
+    with pytest.raises(ValueError) as caught:
+        check_supported(AutoConfig.for_model(kind))
+    assert lacking in str(caught.value) and "an entry in FAMILIES cannot say so, that takes code" in str(caught.value)
+    assert "README.md says how to add one" not in str(caught.value)
 
 
 def test_a_hybrid_is_no_teacher_to_convert():

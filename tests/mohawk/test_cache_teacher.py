@@ -442,6 +442,24 @@ def test_a_distillation_from_a_cache_is_the_online_one(tmp_path, recipe, capfd):
         shutil.rmtree(tmp_path / "x", ignore_errors=True)  # a temperature is compared before there is a run
 
 
+def test_a_student_of_a_smaller_vocabulary_learns_from_a_cache_what_it_would_online(tmp_path, make_llama, recipe):
+    """Rows that fill up the teacher's embedding are none of the student's, as in checkpoints of one family."""
+    make_llama(1, vocab_size=300).save_pretrained(tmp_path / "teacher")
+    make_llama(2).save_pretrained(tmp_path / "small")
+    staged = tmp_path / "staged.yaml"
+    text, _ = recipe.read_text().split("phases:")
+    staged.write_text(
+        text + f"student: {tmp_path / 'small'}\nprecision: float32\nseed: 5\n"
+        "evaluation: {sequence_length: 32, tokens: 64, contexts: [8], decode_tokens: 1, continuation_tokens: 1}\n"
+        "stages: [{tokens: 640, batch_size: 4, sequence_length: 32, gradient_accumulation: 1}]\n"
+    )
+    assert main(["cache", str(staged), "--output", str(tmp_path / "hidden"), "--kind", "hidden"]) == 0
+    assert main(["cache", str(staged), "--output", str(tmp_path / "top"), "--k", "300"]) == 0
+    online = run(staged)
+    assert run(staged, f"stages.0.cache={tmp_path / 'hidden'}") == online
+    assert run(staged, f"stages.0.cache={tmp_path / 'top'}") == pytest.approx(online, abs=2e-4)
+
+
 def test_which_stage_a_cache_is_for(tmp_path, recipe, capfd):
     text, _ = recipe.read_text().split("phases:")
     stage = "{tokens: 1024, batch_size: 4, sequence_length: 32, gradient_accumulation: 1, "

@@ -492,6 +492,12 @@ def test_inspect_a_run(models, tmp_path, capsys):
     assert main(["inspect", str(run)]) == 0
     out = capsys.readouterr().out
     assert "mixing: done" in out and "hidden: not begun" in out and "1-2" in out
+    # what the recipe leaves out is not what is left to do
+    (run / "recipe.yaml").write_text(RECIPE + "phases: {hidden: null, end_to_end: null}\n")
+    assert main(["inspect", str(run)]) == 0
+    out = capsys.readouterr().out
+    assert "not begun" not in out and "mixing: done" in out
+    assert "hidden: left out (null in the recipe)" in out and "end_to_end: left out (null in the recipe)" in out
     # a run can be generated from as well
     assert main(["generate", str(run), "--prompt", "Hello", "--max-new-tokens", "1"]) == 0
 

@@ -87,6 +87,11 @@ def test_a_run_has_a_picture_for_each_layer_that_differs(place, tokenizer, tmp_p
         share = distance / attention[i].norm(dim=(1, 2))
         assert float(lines[i][2]) == pytest.approx(float(distance.mean()), rel=6e-3), "three digits"
         assert float(lines[i][3].rstrip("%")) == pytest.approx(100 * float(share.mean()), rel=6e-3)
+        # least squares, head by head: how much of the teacher's matrix no multiple of the student's is
+        a, s = attention[i].flatten(1), own.flatten(1)
+        scale = (a * s).sum(1, keepdim=True) / s.square().sum(1, keepdim=True)
+        rest = (scale * s - a).norm(dim=1) / a.norm(dim=1)
+        assert float(lines[i][5].rstrip("%")) == pytest.approx(100 * float(rest.mean()), rel=6e-3)
         spread = [float(x.rstrip("%")) for x in lines[i][4].split(" to ")]
         assert spread == pytest.approx([100 * float(share.min()), 100 * float(share.max())], rel=6e-3)
     names = sorted(path.name for path in output.iterdir())
@@ -100,7 +105,24 @@ def test_a_run_has_a_picture_for_each_layer_that_differs(place, tokenizer, tmp_p
     # a layer that is asked for is drawn, and an earlier page gives way to this one
     assert inspect(place, "--layers", 0, 2, "--tokens", 20, "--output", output) == 0
     assert sorted(path.name for path in output.glob("*.png")) == ["layer_00.png", "layer_02.png"]
-    assert table(output / "index.html")[0][2:5] == ["0", "0%", "0% to 0%"]
+    assert table(output / "index.html")[0][2:6] == ["0", "0%", "0% to 0%", "0%"]
+
+
+@pytest.mark.parametrize("scale", [0.02, 1.0, 50.0])
+def test_a_students_scale_is_told_apart_from_its_shape(scale):
+    """A student of the teacher's matrix times a number, and one of another shape: the same whatever the number is."""
+    torch.manual_seed(0)
+    q, k = torch.randn(2, 1, 2, 12, 4).unbind(0)
+    teacher = AttentionMixing(q, k)
+    C, B, decay = torch.randn(1, 12, 2, 4), torch.randn(1, 12, 2, 4), -torch.rand(1, 12, 2)
+    other = SSDMixing(C * scale, B, decay)
+    shape = head_picture(SSDMixing(C, B, decay), other, 0, (0, 12))
+    assert shape.rest == pytest.approx(0, abs=1e-3) and shape.distance == pytest.approx(abs(scale - 1) * shape.norm)
+    a, s = (mixing_matrix(m, heads=[0])[0, 0].double().flatten() for m in (teacher, other))
+    least = torch.linalg.lstsq(s[:, None], a[:, None]).solution[0, 0]
+    found = head_picture(teacher, other, 0, (0, 12))
+    assert found.rest == pytest.approx(float((least * s - a).norm() / a.norm()), rel=1e-5)
+    assert head_picture(teacher, SSDMixing(C * 0, B, decay), 0, (0, 12)).rest == 1.0
 
 
 def test_a_picture_of_256_positions_has_a_pixel_for_each(place, tmp_path):

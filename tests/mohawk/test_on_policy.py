@@ -356,3 +356,104 @@ def test_processes_agree_on_the_steps_and_sample_each_for_itself(make_student, t
     assert sampled == [labels is not None for labels in second] and 0 < sum(sampled) < 6
     for a, b in zip(first, second, strict=True):
         assert a is None or not torch.equal(a, b)
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "hybrid"])
+def test_only_ids_that_the_teacher_has_are_sampled(kind, make_student, make_llama):
+    """Of a student with the larger vocabulary: its distribution over the shared ids, of which top_p takes its share."""
+    student, vocab = make_student(kind).eval(), 40
+    teacher = make_llama(seed=8, vocab_size=vocab, bos_token_id=1, eos_token_id=2)
+    on_policy = OnPolicy(student, share=1, max_new_tokens=1, eos_token_id=2, seed=2, top_p=0.7)
+    distiller = KnowledgeDistiller(teacher, student, on_policy=on_policy)
+    batch = many()
+    batch["input_ids"] %= vocab
+    with torch.no_grad():
+        p = student(batch["input_ids"][:1, :2]).logits[0, -1, :vocab].double().softmax(0)
+    order = p.argsort(descending=True)
+    p[order[p[order].cumsum(0) - p[order] >= 0.7]] = 0
+    p /= p.sum()
+    counts, steps = torch.zeros(vocab, dtype=torch.float64), 12
+    for step in range(steps):
+        made = distiller.prepare(batch, step)
+        assert torch.isfinite(distiller.loss(made))  # an id beyond the teacher's embedding would be an IndexError
+        counts += torch.bincount(made["labels"][made["labels"] != IGNORED], minlength=vocab)
+    total = counts.sum()
+    assert total == 16 * 8 * steps and counts[p == 0].sum() == 0
+    assert ((counts / total - p).abs() <= 5 * (p * (1 - p) / total).sqrt() + 1 / total).all()
+
+
+def test_only_ids_that_the_tokenizer_has_are_sampled(make_student, make_llama, tokenizer):
+    student = make_llama(vocab_size=300, initializer_range=0.4)
+    with torch.no_grad():
+        student.lm_head.weight[258:] *= 8  # rows that fill up the embedding, which training would have made unlikely
+    sampled = {}
+    for name, given in {"eos alone": {"eos_token_id": 257}, "tokenizer": {"tokenizer": tokenizer}}.items():
+        made = OnPolicy(student, share=1, max_new_tokens=8, seed=1, **given)(many(), 0)
+        sampled[name] = made["labels"].max().item()
+    assert sampled["eos alone"] >= 258 > sampled["tokenizer"]
+
+
+def test_an_end_that_the_teacher_does_not_have_is_refused(make_student, make_llama):
+    on_policy = OnPolicy(make_student("gpt2"), eos_token_id=257)
+    with pytest.raises(UserError, match=r"^on_policy: a sample would never end: the eos 257 is beyond the 40 tokens"):
+        KnowledgeDistiller(make_llama(vocab_size=40, bos_token_id=1, eos_token_id=2), make_student("gpt2"),
+                           on_policy=on_policy)  # fmt: skip
+
+
+def chat_of(turns, n, seed, weight=1.0):
+    """A row of one chat: (tokens of a question, tokens of its answer), ..."""
+    row = row_of((sum(map(sum, turns)), 1), n=n, seed=seed, weights=[weight])
+    begin = 0
+    for question, answer in turns:
+        row["labels"][begin : begin + question] = IGNORED
+        begin += question + answer
+    return row
+
+
+def prompts_of(made, row):
+    """(prompt, first sampled token's place) of each segment of a row of samples."""
+    found = []
+    for segment in range(int(made["segment_ids"][row].max()) + 1):
+        here = made["segment_ids"][row] == segment
+        first = int((made["labels"][row, here] != IGNORED).int().argmax())
+        found.append(made["input_ids"][row, here][:first].tolist())
+    return found
+
+
+def test_every_turn_of_a_chat_is_asked_with_what_came_before_it(make_student):
+    student = make_student("llama")
+    row = chat_of([(3, 2), (2, 4), (4, 1)], n=64, seed=1, weight=0.5)
+    batch = collate([row])
+    made = OnPolicy(student, share=1, max_new_tokens=4, eos_token_id=257, pad_token_id=PAD)(batch, 0)
+    ids = row["input_ids"].tolist()
+    assert prompts_of(made, 0) == [ids[:3], ids[:7], ids[:15]]
+    learned = made["labels"] != IGNORED
+    assert (made["weights"][learned] == 0.5).all() and learned.sum() <= 3 * 4
+    # greedily, each sample is what the student writes after the chat so far
+    made = OnPolicy(student, share=1, max_new_tokens=4, temperature=0, eos_token_id=257, pad_token_id=PAD)(batch, 0)
+    for segment, length in enumerate((3, 7, 15)):
+        here = made["segment_ids"][0] == segment
+        assert made["labels"][0, here][length:].tolist() == greedy(student, row["input_ids"][:length], 4, 257)
+
+
+def test_turns_that_do_not_fit_have_their_chance(make_student):
+    """A chat as long as its row, and another behind the first of two: each turn is asked at some step, none for two."""
+    student = make_student("gpt2")
+    batch = collate([chat_of([(3, 2), (2, 4), (4, 9)], n=24, seed=1)])
+    on_policy = OnPolicy(student, share=1, max_new_tokens=6, eos_token_id=257, pad_token_id=PAD)
+    ids, asked = batch["input_ids"][0].tolist(), []
+    for step in range(40):
+        made = on_policy(batch, step)
+        assert made["input_ids"].shape[1] <= 24
+        asked += [len(prompt) for prompt in prompts_of(made, 0)]
+        assert all(prompt == ids[: len(prompt)] for prompt in prompts_of(made, 0))
+    assert set(asked) == {3, 7, 15} and min(asked.count(k) for k in (3, 7, 15)) >= 8
+
+
+def test_of_a_chat_whose_left_was_cut_within_an_answer_the_others_are_asked(make_student):
+    row = chat_of([(3, 2), (2, 4)], n=40, seed=1)
+    row["labels"][1:3] = row["input_ids"][1:3]  # an answer from the first token on, as truncation leaves it
+    row["labels"][3] = IGNORED
+    made = OnPolicy(make_student("llama"), share=1, max_new_tokens=4, eos_token_id=257)(collate([row]), 0)
+    ids = row["input_ids"].tolist()
+    assert prompts_of(made, 0) == [ids[:4], ids[:7]]

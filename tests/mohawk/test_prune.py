@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
+from tokenizers import Tokenizer, models
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from mohawk.checkpoints import Interrupted, is_complete
 from mohawk.cli import main
@@ -408,18 +409,57 @@ def test_the_vocabulary_of_prompts_and_responses(merging, texts, tmp_path):
     assert read(run / "vocabulary.json")["held_out"] > 0.9
 
 
+def test_healing_reads_the_text_of_its_own(checkpoint, texts, tmp_path, monkeypatch):
+    """In every round, whose stages are called heal_1 and heal_2."""
+    from mohawk import distill as distill_module
+
+    read_by, training_rows = [], distill_module.training_rows
+
+    def watched(data, sources, *given):
+        read_by.append([source.source for source in data.train] + [text.name for text in sources.text.train.texts])
+        return training_rows(data, sources, *given)
+
+    monkeypatch.setattr(distill_module, "training_rows", watched)
+    own = str(texts / "train_0.txt")
+    heal = stage(1) | {"data": {"train": [{"source": own}], "cache": str(tmp_path / "cache")}}
+    prune(made(checkpoint, texts, tmp_path / "run", heal=heal, prune={"ffn": 24, "rounds": 2}))
+    assert read_by == [[own, own]] * 2
+
+
 def test_a_vocabulary_that_cannot_be_trimmed_is_said_first(merging, texts, tmp_path):
-    teacher = tmp_path / "teacher"
+    """Without weights: the first has more ids than the embedding, the second is not made of merges."""
+    teacher, run = tmp_path / "teacher", tmp_path / "run"
     shutil.copytree(merging, teacher)
+    (teacher / "model.safetensors").unlink()
     tokenizer = AutoTokenizer.from_pretrained(teacher)
     tokenizer.add_tokens([f"<{i}>" for i in range(291 - len(tokenizer))])  # the embedding has no row for the last
     tokenizer.save_pretrained(teacher)
-    run = tmp_path / "run"
-    with pytest.raises(
-        UserError, match="prune.vocabulary: .*the tokenizer has ids up to 290, the model's embedding 290"
-    ):
-        prune(made(teacher, texts, run, prune={"ffn": 24, "vocabulary": "corpus"}))
-    assert not (run / "rounds").exists()
+    for dry_run in (True, False):
+        with pytest.raises(UserError, match="teacher: .*its tokenizer has ids up to 290 .*embedding only 290 rows"):
+            prune(made(teacher, texts, run, prune={"ffn": 24, "vocabulary": "corpus"}), dry_run=dry_run)
+    words = Tokenizer(models.WordLevel({"<eos>": 0, "<bos>": 1, "a": 2}, unk_token="a"))
+    PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<eos>", bos_token="<bos>").save_pretrained(teacher)
+    for dry_run in (True, False):
+        with pytest.raises(UserError, match="prune.vocabulary: .*got a tokenizer with a WordLevel model"):
+            prune(made(teacher, texts, run, prune={"ffn": 24, "vocabulary": "corpus"}), dry_run=dry_run)
+    assert not run.exists()
+
+
+def test_why_more_tokens_are_kept_than_asked_for(merging, texts, tmp_path, capsys):
+    """Every id is counted once, in the line before training, in vocabulary.json and in the report."""
+    run, asked = tmp_path / "run", 20
+    prune(made(merging, texts, run, prune={"vocabulary": asked}, heal=None))
+    why = read(run / "vocabulary.json")["why"]
+    kept = AutoTokenizer.from_pretrained(run / "student")
+    assert why["asked for"] == asked and sum(why.values()) == len(kept) == read(run / "vocabulary.json")["after"]
+    # the alphabet of bytes is 256, of which some were asked for
+    assert 256 - asked <= why["bytes or characters"] < 256 and why["special or added"] <= 2
+    assert why["parts that longer ones are merged from"] == len(kept) - asked - sum(
+        why[name] for name in ("bytes or characters", "special or added")
+    )
+    parts = ", ".join(f"{count} {reason}" for reason, count in why.items() if count)
+    assert f"vocabulary: kept in the end are, of 290, {len(kept)} tokens: {parts}" in capsys.readouterr().out
+    assert "bytes or characters" in (run / "report.md").read_text()
 
 
 def test_scores_of_an_earlier_run(checkpoint, texts, tmp_path, capsys):

@@ -134,6 +134,9 @@ def test_mistakes_are_told_in_one_line(folder, tmp_path, make_llama):
     config = json.loads((tmp_path / "headless" / "config.json").read_text())
     config["architectures"] = ["LlamaForCausalLM"]
     (tmp_path / "headless" / "config.json").write_text(json.dumps(config))
+    (tmp_path / "classifier").mkdir()
+    config["architectures"] = ["LlamaForSequenceClassification"]
+    (tmp_path / "classifier" / "config.json").write_text(json.dumps(config))
     (tmp_path / "gguf").mkdir()
     (tmp_path / "gguf" / "a.gguf").write_bytes(b"GGUF")
     (tmp_path / "strange").mkdir()
@@ -152,8 +155,12 @@ def test_mistakes_are_told_in_one_line(folder, tmp_path, make_llama):
         (dict(model=tmp_path / "gguf", gguf_file="b.gguf"), "holds no b.gguf; its .gguf files: a.gguf"),
         (dict(model=tmp_path / "gguf" / "a.gguf", gguf_file="b.gguf"), "is itself a GGUF file"),
         (dict(model=folder, dtype="float8"), "teacher.dtype: got 'float8'; allowed: float32"),
-        (dict(model=tmp_path / "bert"), "BertForMaskedLM, not as a causal language model"),
-        (dict(model=tmp_path / "vit"), "vit model, which transformers has no causal language model for"),
+        (dict(model=tmp_path / "bert"), "is a bert model: it is an encoder, in which each token sees those behind it"),
+        (dict(model=tmp_path / "vit"), "is a vit model: it is no model that writes text"),
+        (
+            dict(model=tmp_path / "classifier"),
+            "saved as LlamaForSequenceClassification, not as a causal language model",
+        ),
         (dict(model=tmp_path / "headless"), r"lacks 1 weights \(lm_head.weight\)"),
         (dict(model=tmp_path / "strange"), "cannot load the configuration from the folder"),
         (dict(model=tmp_path / "broken"), "cannot load the configuration from the folder"),

@@ -1,0 +1,114 @@
+"""Losses here predict the next token of a text from those before it: what does something else is refused by name."""
+
+import pytest
+import torch
+from transformers import (
+    BartConfig,
+    BartForConditionalGeneration,
+    BertConfig,
+    BertForMaskedLM,
+    BertLMHeadModel,
+    T5Config,
+    T5ForConditionalGeneration,
+    TrainingArguments,
+    WhisperConfig,
+    WhisperForCausalLM,
+    WhisperForConditionalGeneration,
+)
+
+from mohawk.distillation import KnowledgeDistiller
+from mohawk.distillation_trainer import DistillationTrainer
+from mohawk.errors import UserError
+from mohawk.heads import final_hidden_states
+from mohawk.minitron import MinitronPruner
+from mohawk.models.from_teacher import hybrid_from_teacher
+from mohawk.on_policy import OnPolicy
+from mohawk.rationales import RationaleDistiller
+from mohawk.teacher_models import Ensemble, ModelTeacher
+from mohawk.teachers import load_config, load_teacher
+
+BERT = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48, "vocab_size": 258}
+BART = {
+    "d_model": 32, "encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 2, "decoder_attention_heads": 2,
+    "encoder_ffn_dim": 48, "decoder_ffn_dim": 48, "vocab_size": 258, "pad_token_id": 0, "bos_token_id": 1,
+    "eos_token_id": 2, "decoder_start_token_id": 1,
+}  # fmt: skip
+SEVERAL = "an encoder and a decoder"
+MADE = {
+    "bert": (lambda: BertForMaskedLM(BertConfig(**BERT)), "an encoder, in which each token sees those behind it too"),
+    "bert_lm_head": (lambda: BertLMHeadModel(BertConfig(**BERT)), "an encoder, in which"),
+    "bert_masked_decoder": (lambda: BertForMaskedLM(BertConfig(**BERT, is_decoder=True)), "fills in masked tokens"),
+    "t5": (
+        lambda: T5ForConditionalGeneration(
+            T5Config(d_model=32, d_kv=16, d_ff=48, num_layers=1, num_heads=2, vocab_size=258)
+        ),
+        SEVERAL,
+    ),
+    "bart": (lambda: BartForConditionalGeneration(BartConfig(**BART)), SEVERAL),
+    "whisper": (lambda: WhisperForConditionalGeneration(WhisperConfig(**BART)), SEVERAL),
+    "whisper_decoder": (lambda: WhisperForCausalLM(WhisperConfig(**BART)), "made for input_features, not for text"),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module", params=MADE)
+def other(request):
+    make, what = MADE[request.param]
+    torch.manual_seed(0)
+    return make().eval(), what
+
+
+def test_classes_refuse_what_is_no_decoder(other, make_llama, tokenizer, tmp_path):
+    model, what = other
+    llama = make_llama()
+    arguments = TrainingArguments(output_dir=str(tmp_path), report_to=[], use_cpu=True)
+    refused = {
+        "KnowledgeDistiller's teacher": lambda: KnowledgeDistiller(model, llama),
+        "KnowledgeDistiller's student": lambda: KnowledgeDistiller(llama, model),
+        "an ensemble": lambda: Ensemble([ModelTeacher(llama), ModelTeacher(model)]),
+        "DistillationTrainer's teacher": lambda: DistillationTrainer(model=llama, args=arguments, teacher=model),
+        "RationaleDistiller's student": lambda: RationaleDistiller(model, tokenizer),
+        "RationaleDistiller's teacher": lambda: RationaleDistiller(llama, tokenizer, teacher=model, kd_weight=1.0),
+        "OnPolicy": lambda: OnPolicy(model, tokenizer),
+        "evaluation": lambda: final_hidden_states(model, {"input_ids": torch.ones(1, 4, dtype=torch.long)}),
+    }
+    for where, call in refused.items():
+        if where == "evaluation" and what == SEVERAL:
+            continue  # their forward itself asks for more than ids
+        with pytest.raises(UserError, match=what) as caught:
+            call()
+        assert type(model).__name__ in str(caught.value) and "\n" not in str(caught.value), where
+    for call in (
+        lambda: hybrid_from_teacher(model, [0]),
+        lambda: MinitronPruner(model, target_params=0.5).sizes,
+    ):
+        with pytest.raises(ValueError, match="model_type '(bert|t5|bart|whisper)' cannot be") as caught:
+            call()
+        assert "\n" not in str(caught.value)
+
+
+def test_checkpoints_are_refused_by_their_configuration(other, tmp_path):
+    """Before their weights are looked at."""
+    model, what = other
+    model.save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    for load in (load_config, load_teacher):
+        with pytest.raises(UserError, match=r"^teacher: .* is a \w+ model(: it|.*ForCausalLM)") as caught:
+            load(tmp_path)
+        assert "\n" not in str(caught.value)
+        assert what in str(caught.value) or type(model).__name__ == "BertForMaskedLM"
+
+
+def test_decoders_of_all_kinds_pass(make_llama):
+    """A BERT whose layers look back, and a hybrid."""
+    bert = BertLMHeadModel(BertConfig(**BERT, is_decoder=True)).eval()
+    hybrid = hybrid_from_teacher(make_llama(), [1])
+    ids = torch.randint(3, 250, (2, 8), generator=torch.Generator().manual_seed(0))
+    for student in (bert, hybrid):
+        assert torch.isfinite(KnowledgeDistiller(make_llama(), student).compute_loss(ids))
+
+
+def test_attention_that_looks_ahead_is_refused(make_llama):
+    student = make_llama()
+    student.config.use_bidirectional_attention = True
+    with pytest.raises(UserError, match="student: got LlamaForCausalLM: its attention is not causal"):
+        KnowledgeDistiller(make_llama(), student)

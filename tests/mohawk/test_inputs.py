@@ -1,0 +1,194 @@
+"""What can be found wrong without weights is: by --dry-run, and by the run before it loads any. No teacher has any."""
+
+import importlib.util
+import json
+import re
+import sys
+
+import pytest
+import yaml
+
+from mohawk import lora
+from mohawk.cli import main
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, make_llama, tokenizer):
+    root = tmp_path_factory.mktemp("inputs")
+    for name, rows in (("teacher", 258), ("wider", 300)):
+        make_llama(1, vocab_size=rows).save_pretrained(root / name)
+        tokenizer.save_pretrained(root / name)
+        (root / name / "model.safetensors").unlink()
+    (root / "text.txt").write_text("The name of all things is water. " * 40)
+
+    def lines(name, rows):
+        (root / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    lines("body.jsonl", [{"body": "some words"}] * 3)
+    lines("number.jsonl", [{"text": 7}] * 3)
+    good = [{"prompt": f"{i}: ", "response": f"{i + 1}", "by": ["0", "1"][i % 2]} for i in range(600)]
+    lines("pairs.jsonl", good)
+    lines("no_response.jsonl", [{"prompt": "a"}])
+    lines("other_teacher.jsonl", [{**good[0], "by": "nobody"}])
+    lines("weight.jsonl", [{**good[0], "w": -1}])
+    lines("late.jsonl", [*good, {"prompt": "only"}])
+    lines("late_logprob.jsonl", [*({**pair, "logprob": -1.0} for pair in good), good[0] | {"prompt": "last: "}])
+    lines("long.jsonl", [{"prompt": f"{i}", "response": "b" * 100} for i in range(200)])
+    lines("reasons.jsonl", [{"prompt": "why?", "because": "so"}])
+
+    import pyarrow
+    import pyarrow.parquet
+
+    pyarrow.parquet.write_table(pyarrow.table({"body": ["some words"]}), root / "body.parquet")
+    return root
+
+
+def pairs(name, **more):
+    return {"source": name, "kind": "pairs", **more}
+
+
+# what is changed in a distillation's recipe that works, and what is said of it
+CASES = {
+    "teacher_field beside text": (
+        {"data": {"train": [pairs("pairs.jsonl", teacher_field="by"), "text.txt"]}},
+        "data.train.1: has no teacher_field, but data.train.0 has one",
+    ),
+    "teacher_field beside pairs of a stage": (
+        {"stage": {"data": {"train": [pairs("pairs.jsonl"), pairs("pairs.jsonl", teacher_field="by")]}}},
+        "stages.0.data.train.0: has no teacher_field, but stages.0.data.train.1 has one",
+    ),
+    "a stage's text where each row has a teacher": (
+        {"data": {"train": [pairs("pairs.jsonl", teacher_field="by")]}, "combine": "row", "teachers": ["teacher"],
+         "stage": {"data": {"train": ["text.txt"]}}},
+        "combine: row needs stages.0.data.train with a teacher_field",
+    ),
+    "4 bits without bitsandbytes": (
+        {"student": {"lora": {"bits": 4}}}, "student.lora: 4 bits on cpu: needs the package bitsandbytes"
+    ),
+    "LoRA of what is not there": ({"student": {"lora": {"targets": ["w9"]}}}, "student.lora: LoRA: targets must be"),
+    "int8 without a package": (
+        {"teacher": {"model": "teacher", "quantize": "int8"}}, "teacher.quantize: int8 needs bitsandbytes or torchao"
+    ),
+    "vocabularies of teachers": ({"teachers": ["wider"]}, "vocabularies of 258, 300 entries can't be combined"),
+    "a field that is not there": (
+        {"data": {"train": ["body.jsonl"]}}, "data.train.0: .*body.jsonl:1 has no field 'text'; its fields: body"
+    ),
+    "a column of Parquet": ({"data": {"train": ["body.parquet"]}}, "data.train.0: .*parquet has no field 'text'; its"),
+    "a field that is no text": ({"data": {"train": ["number.jsonl"]}}, "data.train.0: .*number.jsonl:1: .*holds int"),
+    "evaluation": ({"data": {"evaluation": ["body.jsonl"]}}, "data.evaluation.0: .*has no field 'text'"),
+    "a stage's own data": ({"stage": {"data": {"train": ["body.jsonl"]}}}, "stages.0.data.train.0: .*no field 'text'"),
+    "a response": ({"data": {"train": [pairs("no_response.jsonl")]}}, "no_response.jsonl:1: has no text in 'response'"),
+    "a column of pairs": (
+        {"data": {"train": [pairs("body.parquet")]}}, "data.train.0: .*neither field 'prompt' nor 'messages'"
+    ),
+    "who answers": (
+        {"data": {"train": [pairs("other_teacher.jsonl", teacher_field="by")]}}, "field 'by' is 'nobody'; allowed: 0"
+    ),
+    "a weight": ({"data": {"train": [pairs("weight.jsonl", weight_field="w")]}}, "weight.jsonl:1: field 'w' is -1"),
+    "log probabilities": (
+        {"data": {"train": [pairs("pairs.jsonl", weighting="probability")]}}, "pairs.jsonl:1: has no logprob"
+    ),
+    "a chat template": ({"data": {"train": [pairs("pairs.jsonl", chat=True)]}}, "this tokenizer has no chat template"),
+    "rationales": (
+        {"data": {"train": [{"source": "reasons.jsonl", "kind": "rationales"}]}}, "reasons.jsonl:1: has neither label"
+    ),
+}  # fmt: skip
+# what only reading all of a text tells: by the run, before it loads weights
+LATE = {
+    "the last row of a stage's pairs": (
+        {"stage": {"data": {"train": [pairs("late.jsonl")]}}}, "late.jsonl:601: has no text in 'response'"
+    ),
+    "the last row's log probability": (
+        {"stage": {"data": {"train": [pairs("late_logprob.jsonl", weighting="probability")]}}}, ":601: has no logprob"
+    ),
+    "rows too short": ({"data": {"train": [pairs("long.jsonl")]}}, "none of .* examples fits into 32 tokens"),
+    "nothing held out": (
+        {"data": {"train": [pairs("pairs.jsonl")], "validation_share": 0, "evaluation": ["text.txt"]}}, None
+    ),
+}  # fmt: skip
+
+
+def placed(value, folder):
+    """Files and models by their paths."""
+    if isinstance(value, dict):
+        return {key: placed(part, folder) for key, part in value.items()}
+    if isinstance(value, list):
+        return [placed(part, folder) for part in value]
+    return str(folder / value) if isinstance(value, str) and (folder / value).exists() else value
+
+
+def recipe(folder, tmp_path, changes):
+    stage = {"tokens": 128, "batch_size": 2, "sequence_length": 32}
+    data = {"train": ["text.txt"], "validation_share": 0.1, "cache": str(tmp_path / "cache")}
+    changes = dict(changes)
+    whole = {
+        "teacher": "teacher", "student": {"layers": [0]}, "precision": "float32", "device": "cpu",
+        "output": str(tmp_path / "run"), "data": {**data, **changes.pop("data", {})},
+        "stages": [{**stage, **changes.pop("stage", {})}],
+    }  # fmt: skip
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(placed({**whole, **changes}, folder)))
+    return str(path)
+
+
+@pytest.fixture
+def without_packages(monkeypatch):
+    """As where neither bitsandbytes nor torchao is installed."""
+    find, absent = importlib.util.find_spec, ("bitsandbytes", "torchao")
+    for name in ("bitsandbytes", "bitsandbytes.nn"):
+        monkeypatch.setitem(sys.modules, name, None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *more: None if name in absent else find(name, *more))
+    lora._why_no_four_bits.cache_clear()
+    yield
+    lora._why_no_four_bits.cache_clear()
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_it_is_said_by_a_dry_run_and_by_the_run(case, folder, tmp_path, capsys, without_packages):
+    changes, words = CASES[case]
+    path = recipe(folder, tmp_path, changes)
+    for options in (["--dry-run"], []):
+        assert main(["distill", path, *options]) == 2, case
+        error = capsys.readouterr().err.splitlines()
+        assert error[-1].startswith("error: ") and re.search(words, error[-1]), error
+        assert sum(line.startswith("error") for line in error) == 1
+        assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("case", LATE)
+def test_all_of_the_text_is_read_before_weights(case, folder, tmp_path, capsys):
+    changes, words = LATE[case]
+    path = recipe(folder, tmp_path, changes)
+    assert main(["distill", path, "--dry-run"]) == 0, capsys.readouterr().err
+    capsys.readouterr()
+    assert main(["distill", path]) == 2
+    last = capsys.readouterr().err.splitlines()[-1]
+    # what is fine gets as far as the weights, of which there are none
+    assert re.search(words or "cannot load the weights", last), last
+
+
+@pytest.mark.parametrize("command", ["convert", "prune", "cache"])
+def test_other_commands_look_at_the_text_first_too(command, folder, tmp_path, capsys):
+    own = {"convert": {"student": {"ssm_layers": [1]}}, "prune": {"prune": {"ffn": 24}}, "cache": {}}[command]
+    data = {"teacher": "teacher", "data": {"train": ["body.jsonl"], "cache": str(tmp_path / "cache")}, **own}
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(placed({**data, "output": str(tmp_path / "run")}, folder)))
+    for options in [["--output", str(tmp_path / "run")]] + [["--dry-run"]] * (command != "cache"):
+        assert main([command, str(path), *options]) == 2
+        last = capsys.readouterr().err.splitlines()[-1]
+        assert re.search("error: data.train.0: .*body.jsonl:1 has no field 'text'", last), last
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_top_k_of_more_than_there_are_is_refused_before_weights(folder, tmp_path, capsys):
+    path = recipe(folder, tmp_path, {})
+    assert main(["cache", path, "--output", str(tmp_path / "c"), "--k", "259"]) == 2
+    assert "k: got 259; allowed: a whole number from 1 to 258" in capsys.readouterr().err
+
+
+def test_a_plan_may_be_made_before_the_text_is_there(folder, tmp_path, capsys):
+    path = recipe(folder, tmp_path, {"data": {"train": ["to_come.jsonl"]}})
+    assert main(["distill", path, "--dry-run"]) == 0
+    assert "data.train.0: not checked: " in capsys.readouterr().err
+    assert main(["distill", path]) == 2
+    assert "to_come.jsonl does not exist" in capsys.readouterr().err

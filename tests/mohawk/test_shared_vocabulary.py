@@ -1,0 +1,137 @@
+"""A student whose vocabulary is the beginning of the teacher's learns from a cache what it would learn online."""
+
+import pytest
+import torch
+
+from mohawk.data import PackedDataset, collate
+from mohawk.distillation import KnowledgeDistiller
+from mohawk.kernels.kd_loss import kd_loss
+from mohawk.kernels.kd_teachers import TeacherSamples, TeacherTopK
+from mohawk.shared_vocabulary import shared_part
+from mohawk.teacher_cache import CachedRows
+from mohawk.teacher_models import CachedTeacher
+from mohawk.teacher_writer import write_cache
+from tests.mohawk.tiny_teacher import LENGTH, VOCAB, documents
+
+LARGER = 300  # the teacher's, of which the text uses the first VOCAB and the student has no more
+
+
+@pytest.fixture(scope="module")
+def teacher(make_llama):
+    return make_llama(1, vocab_size=LARGER)
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory):
+    return PackedDataset(documents(tmp_path_factory.mktemp("text")), LENGTH, seed=3)
+
+
+def batch_of(dataset, cache=None):
+    rows = dataset if cache is None else CachedRows(dataset, cache)
+    return collate([rows[i] for i in range(len(rows))])
+
+
+def renormalised(teacher, batch, temperature=1.0):
+    """The teacher's log-probabilities among the shared ids, float64: softmax of all, cut, divided by what is left."""
+    with torch.no_grad():
+        logits = teacher(input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False).logits
+    p = (logits.double() / temperature).softmax(-1)[..., :VOCAB]
+    return (p / p.sum(-1, keepdim=True)).log()
+
+
+@pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl", "jsd"])
+@pytest.mark.parametrize("kind", ["top-k", "hidden"])
+def test_all_of_the_teachers_mass_gives_the_online_loss(tmp_path, teacher, dataset, make_llama, kind, divergence):
+    student = make_llama(2)
+    cache = write_cache(tmp_path / "c", teacher, dataset, kind=kind, k=LARGER)
+    assert cache.layout.vocab_size == LARGER
+    batch = batch_of(dataset, cache)
+    found = KnowledgeDistiller(CachedTeacher(cache), student, divergence=divergence, confidence=True)
+    online = KnowledgeDistiller(teacher, student, divergence=divergence, confidence=True)
+    plain = {name: batch[name] for name in ("input_ids", "position_ids", "segment_ids", "labels")}
+    torch.testing.assert_close(found.loss(batch), online.loss(plain), rtol=2e-4, atol=2e-5)  # of 16 bits a value
+    found.confidence = online.confidence = False
+    torch.testing.assert_close(found.loss(batch), online.loss(plain), rtol=2e-4, atol=2e-5)
+    if divergence == "forward_kl":  # and both are what the definition says
+        p = renormalised(teacher, batch)
+        with torch.no_grad():
+            q = student(input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False).logits
+        kl = (p.exp() * (p - q.double().log_softmax(-1))).sum(-1)
+        labels = torch.nn.functional.pad(batch["labels"][:, 1:], (0, 1), value=-100)
+        torch.testing.assert_close(found.loss(batch).double(), kl[labels != -100].mean(), rtol=2e-4, atol=2e-5)
+
+
+def test_what_lies_beyond_and_is_named_is_taken_out_exactly(teacher, dataset):
+    """With a known rest that is all shared, a top k gives the loss over its ids and one bucket, as the definition has
+    it: ids beyond the vocabulary taken out, all else scaled up to one."""
+    batch = batch_of(dataset)
+    with torch.no_grad():
+        logits = teacher(input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False).logits
+    logits = logits.double()
+    k = 120
+    beyond = logits[..., VOCAB:]
+    # a teacher that names all ids beyond, whatever their rank, and its likeliest others
+    best = logits[..., :VOCAB].topk(k - (LARGER - VOCAB), -1)
+    logprobs = logits.log_softmax(-1)
+    ids = torch.cat([torch.arange(VOCAB, LARGER).expand(beyond.shape), best.indices], -1)
+    shuffled = torch.rand(ids.shape, generator=torch.Generator().manual_seed(0)).argsort(-1)
+    ids = ids.gather(-1, shuffled)
+    named = logprobs.gather(-1, ids)
+    tail = logprobs.scatter(-1, ids, -torch.inf).logsumexp(-1)
+    for given in (tail.float(), None):
+        cut = shared_part(TeacherTopK(ids, named.float(), given), VOCAB)
+        assert cut.ids.max() < VOCAB
+        ordered = cut.ids.sort(-1).values
+        assert (ordered[..., 1:] != ordered[..., :-1]).all()
+        torch.testing.assert_close(
+            cut.logprobs.exp().sum(-1) + cut.tail_logprob.exp(), torch.ones(cut.ids.shape[:-1]), rtol=1e-5, atol=1e-5
+        )
+        p = renormalised(teacher, batch).exp()
+        held = torch.zeros_like(p).scatter(-1, cut.ids, cut.logprobs.double().exp())
+        theirs = torch.zeros_like(p).scatter(-1, best.indices, p.gather(-1, best.indices))
+        torch.testing.assert_close(torch.where(theirs > 0, held, 0.0), theirs, rtol=2e-5, atol=2e-7)
+        rest = 1 - theirs.sum(-1, keepdim=True)
+        filled = (theirs == 0) & (held > 0)
+        assert (filled.sum(-1) == LARGER - VOCAB).all()
+        even = (rest / (VOCAB - best.indices.shape[-1])).expand_as(held)
+        torch.testing.assert_close(held[filled], even[filled], rtol=1e-3, atol=1e-8)
+    # the loss over those buckets, from the definition
+    student = torch.randn(*batch["input_ids"].shape, VOCAB, generator=torch.Generator().manual_seed(1)).double()
+    q = student.log_softmax(-1)
+    rest = held.scatter(-1, cut.ids, 0.0)
+    assert not rest.any()
+    left = (1 - held.sum(-1)).clamp(min=0)
+    own = q.scatter(-1, cut.ids, -torch.inf).logsumexp(-1)
+    kl = torch.where(held > 0, held * (held.clamp(min=1e-300).log() - q), 0.0).sum(-1) + left * (left.log() - own)
+    found = kd_loss(student, cut, reduction="none", vocab_size=VOCAB)
+    torch.testing.assert_close(found, kl, rtol=1e-4, atol=1e-6)
+
+
+def test_a_position_with_nothing_left_says_nothing():
+    """All that was named lies beyond, and nothing else has mass: no id is preferred to another."""
+    source = TeacherTopK(torch.tensor([[7, 8], [1, 9]]), torch.tensor([[0.7, 0.3], [0.5, 0.5]]).log(),
+                         torch.full((2,), -torch.inf))  # fmt: skip
+    cut = shared_part(source, 5)
+    assert cut.ids.tolist() == [[4, 3], [1, 4]]
+    torch.testing.assert_close(cut.logprobs.exp(), torch.tensor([[0.2, 0.2], [1.0, 0.0]]))
+    torch.testing.assert_close(cut.tail_logprob.exp(), torch.tensor([0.6, 0.0]))
+    assert shared_part(source, 10) is source
+
+
+def test_samples_that_are_left_are_draws_from_what_is_shared(tmp_path, teacher, dataset, make_llama):
+    """Unbiased: the mean over the positions that have any is the cross entropy with the renormalised teacher."""
+    cache = write_cache(tmp_path / "c", teacher, dataset, kind="samples", draws=4000)
+    batch = batch_of(dataset, cache)
+    source = TeacherSamples(batch["teacher_ids"], batch["teacher_weights"])
+    assert (source.ids >= VOCAB).any()
+    cut = shared_part(source, VOCAB)
+    assert cut.ids.max() < VOCAB
+    torch.testing.assert_close(cut.weights.sum(-1), source.weights.sum(-1))
+    p = renormalised(teacher, batch).exp().float()
+    drawn = torch.zeros_like(p).scatter_add(-1, cut.ids, cut.weights)
+    deviation = (p * (1 - p) / 4000).sqrt()
+    assert ((drawn - p).abs() <= 7 * deviation + 2e-3).all()
+    nothing = shared_part(TeacherSamples(torch.tensor([[7, 8]]), torch.tensor([[0.5, 0.5]])), 5)
+    assert nothing.weights.tolist() == [[0.0, 0.0]] and nothing.ids.max() < 5
+    loss = KnowledgeDistiller(CachedTeacher(cache), make_llama(2)).loss(batch)
+    assert torch.isfinite(loss)
