@@ -26,6 +26,7 @@ from typing import Any
 
 from mohawk.decoding import Decoding, Response, as_messages
 from mohawk.errors import UserError
+from mohawk.parsing import parse_json
 from mohawk.records import Prompt
 
 log = logging.getLogger(__name__)
@@ -180,7 +181,7 @@ class EndpointTeacher:
         with self.opener.open(request, timeout=self.timeout) as answer:
             text = answer.read()
         try:
-            return json.loads(text)
+            return parse_json(text)
         except ValueError:
             raise ValueError(f"no JSON but {text[:80]!r}") from None
 
@@ -251,7 +252,7 @@ def said_in(error: urllib.error.HTTPError) -> str:
     except (OSError, http.client.HTTPException):
         text = ""
     try:
-        found = json.loads(text)
+        found = parse_json(text)
         found = found.get("error", found) if isinstance(found, dict) else found
         text = found.get("message", text) if isinstance(found, dict) else str(found)
     except ValueError:

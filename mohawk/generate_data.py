@@ -26,6 +26,7 @@ from mohawk.decoding import Decoding, Response, as_messages, local_teacher
 from mohawk.endpoint import EndpointTeacher
 from mohawk.errors import UserError
 from mohawk.filters import Filters, Judge, Verdict
+from mohawk.parsing import parse_json
 from mohawk.records import Prompt, read_prompts
 from mohawk.text import Source
 
@@ -242,7 +243,7 @@ def _lines(path: Path, index: Mapping[str, int]) -> Iterator[tuple[int, int, str
                 return
             end += len(line)
             try:
-                row = json.loads(line)
+                row = parse_json(line)
                 i, reason, tokens = index[row["prompt_id"]], row.get("reason"), row["tokens"] or 0
             except (ValueError, KeyError, TypeError):
                 raise UserError(f"{path}:{number}: damaged, or not of these prompts; move {path.parent} away") from None
@@ -257,7 +258,7 @@ def _claim(path: Path, settings: dict[str, Any], prompts: Sequence[Prompt], endp
     old = None
     if path.exists():
         try:
-            old = json.loads(path.read_bytes())
+            old = parse_json(path.read_bytes())
             old_settings, count = old["settings"], old["prompts"]["count"]
         except (ValueError, KeyError, TypeError):
             raise UserError(
@@ -313,7 +314,7 @@ def _held_back(answers: Iterator[tuple[int, list[Response]]], tally: Tally) -> I
 
 def _json_object(text: str) -> dict[str, Any]:
     try:
-        value = json.loads(text)
+        value = parse_json(text)
     except ValueError as error:
         raise UserError(f"--request: {text!r} is not JSON ({error})") from None
     if not isinstance(value, dict):
@@ -337,7 +338,7 @@ def _unwritable(path: Path | str, error: OSError) -> UserError:
 def _seconds_spent(path: Path) -> float | None:
     """What earlier starts of the command took; None where the folder does not say."""
     try:
-        return float(json.loads(path.read_bytes())["seconds"])
+        return float(parse_json(path.read_bytes())["seconds"])
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
@@ -360,7 +361,7 @@ def _summary(tally: Tally, spent: float | None, seconds: float, prompts: int, to
 def print_summary(output: Path | str, console: Any) -> None:
     """What a finished folder holds, in a few lines."""
     output = Path(output).expanduser()
-    summary = json.loads((output / SUMMARY).read_bytes())
+    summary = parse_json((output / SUMMARY).read_bytes())
     rejected = sum(summary["rejected"].values())
     by = ", ".join(f"{n} {reason}" for reason, n in summary["rejected"].items())
     console.print(f"{summary['prompts']} prompts, {summary['tokens']:,} tokens", highlight=False)

@@ -113,7 +113,7 @@ ONE_MISTAKE = [
     (dict(phases__hidden__learning_rate=0), "got 0; allowed: a number, above 0, at most 1"),
     (dict(phases__hidden__learning_rate=float("nan")), "phases.hidden.learning_rate: got nan"),
     (dict(phases__hidden__learning_rate=float("inf")), "phases.hidden.learning_rate: got inf"),
-    (dict(phases__end_to_end__temperature="hot"), "got the text 'hot'; allowed: a number, above 0"),
+    (dict(phases__end_to_end__temperature="hot"), "got the text 'hot'; allowed: a number, at least 0.001, at most 100"),
     (
         dict(evaluation__contexts=[512, 0]),
         "evaluation.contexts.1: got 0; allowed: a whole number, at least 1",
@@ -351,7 +351,7 @@ def test_validating_imports_nothing_heavy():
     ("temperature", "line"),
     [
         ({"start": 5}, "temperature.end: missing; give value at the end of the ramp, and from there on"),
-        ({"start": 5, "end": "x"}, "temperature.end: got the text 'x'; allowed: a number, at least 0 ("),
+        ({"start": 5, "end": "x"}, "temperature.end: got the text 'x'; allowed: a number, at least 0, at most 1000000.0 ("),
         ({"start": 5, "end": 1, "ende": 2}, "temperature.ende: unknown key; did you mean end?"),
         (0, "temperature: got 0; allowed: auto or a number, "),
     ],
