@@ -30,6 +30,7 @@ ADVICE = {
     errno.EPERM: "check who may read and write it and its folder",
     errno.EROFS: "choose a folder that can be written",
     errno.EIO: "check the disk or the network share, then run the same command",
+    errno.EFBIG: "raise the limit of file sizes (ulimit -f), or choose another disk",
     errno.EMFILE: "raise the limit of open files (ulimit -n)",
     errno.ENFILE: "raise the limit of open files",
     errno.ENAMETOOLONG: "choose a shorter name",
@@ -43,6 +44,11 @@ def line_for(error: BaseException) -> str | None:
     A file call that failed, and memory that does not suffice, whichever library noticed it. What another error was
     made of is looked at too, where it says more: a full disk may arrive as "the data set could not be generated".
     """
+    if isinstance(error, UnicodeEncodeError):
+        bad = error.object[error.start : error.start + 1]
+        return f"a text or a file name holds {printable(bad)}, which {error.encoding} cannot write; leave it out"
+    if isinstance(error, ValueError) and str(error).startswith("embedded null"):
+        return "a file name holds a NUL character, which none can; leave it out"
     for cause in causes(error):
         if (line := _out_of_memory(cause)) is not None:
             return line
@@ -84,7 +90,7 @@ def naming(path: str | os.PathLike) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno is not None and error.filename is None:
+        if error.filename is None:
             error.filename = os.fspath(path)
         raise
     except Exception as error:

@@ -24,7 +24,7 @@ import mohawk
 from mohawk.checkpoints import locked
 from mohawk.decoding import Decoding, Response, as_messages, local_teacher
 from mohawk.endpoint import EndpointTeacher
-from mohawk.errors import UserError
+from mohawk.errors import UserError, naming
 from mohawk.filters import Filters, Judge, Verdict
 from mohawk.parsing import parse_json
 from mohawk.records import Prompt, read_prompts
@@ -174,11 +174,11 @@ def generate_data(
             tally.rejected.update(reasons)
             tally.tokens += sum(response.tokens or 0 for response in responses)
             if time.monotonic() - synced > SYNC_SECONDS:
-                os.fsync(kept_file.fileno()), os.fsync(rejected_file.fileno())
+                _flush(kept_file, rejected_file)
                 summarise()
                 synced = time.monotonic()
             progress.show()
-        os.fsync(kept_file.fileno()), os.fsync(rejected_file.fileno())
+        _flush(kept_file, rejected_file)
     return tally
 
 
@@ -316,9 +316,10 @@ def _json_object(text: str) -> dict[str, Any]:
     try:
         value = parse_json(text)
     except ValueError as error:
-        raise UserError(f"--request: {text!r} is not JSON ({error})") from None
+        # without the text, which may hold a key
+        raise UserError(f"--request: not JSON ({error})") from None
     if not isinstance(value, dict):
-        raise UserError(f"--request: {text!r} is no JSON object; give fields and values")
+        raise UserError(f"--request: got a JSON {type(value).__name__}; give an object, fields and values")
     return value
 
 
@@ -329,6 +330,12 @@ def _append(file: Any, lines: bytes) -> None:
             lines = lines[file.write(lines) :]
     except OSError as error:
         raise _unwritable(file.name, error) from error
+
+
+def _flush(*files: Any) -> None:
+    for file in files:
+        with naming(file.name):
+            os.fsync(file.fileno())
 
 
 def _unwritable(path: Path | str, error: OSError) -> UserError:

@@ -206,7 +206,10 @@ def purify(
         )
     write_file(output, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
     if by == "merge":
-        journal.unlink(missing_ok=True)
+        try:
+            journal.unlink(missing_ok=True)
+        except OSError as error:  # all is done, and that it is in the way of nothing
+            log.warning("could not delete %s: %s", journal, error.strerror)
     counts = Counter(line["purified"]["by"] for line in lines)
     return counts + Counter(f"merge: {why}" for line in lines if (why := line["purified"].get("merge")))
 

@@ -150,16 +150,10 @@ class RecipeText:
             return self._mapping(node, path, above)
         try:
             # A constructor is made for each scalar since the parser is done with its own by now.
-            value = YAML(typ="safe", pure=True).constructor.construct_object(node)
+            return YAML(typ="safe", pure=True).constructor.construct_object(node)
         except (ConstructorError, ValueError, OverflowError):
             self.mistakes.append(f"{prefix(here, path)}: cannot read {node.value!r} as {node.tag}")
             return None
-        if isinstance(value, str) and (bad := re.search("[\0\ud800-\udfff]", value)):
-            self.mistakes.append(
-                f"{prefix(here, path)}: holds \\u{ord(bad[0]):04x}, which no file name and no text has; leave it out"
-            )
-            return None
-        return value
 
     def _mapping(self, node: MappingNode, path: Path, above: tuple[int, ...]) -> dict[str, Any]:
         result: dict[str, Any] = {}

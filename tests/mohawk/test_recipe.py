@@ -351,7 +351,7 @@ def test_validating_imports_nothing_heavy():
     ("temperature", "line"),
     [
         ({"start": 5}, "temperature.end: missing; give value at the end of the ramp, and from there on"),
-        ({"start": 5, "end": "x"}, "temperature.end: got the text 'x'; allowed: a number, at least 0, at most 1000000.0 ("),
+        ({"start": 5, "end": "x"}, "temperature.end: got the text 'x'; allowed: a number, at least 0, at most 1000000"),
         ({"start": 5, "end": 1, "ende": 2}, "temperature.ende: unknown key; did you mean end?"),
         (0, "temperature: got 0; allowed: auto or a number, "),
     ],
