@@ -61,16 +61,14 @@ def line_for(error: BaseException) -> str | None:
     return None
 
 
-def is_machines(error: BaseException) -> bool:
-    """Whether an error, or what it was made of, is a full disk, a refused file or too little memory: nothing that is
-    to be blamed on what was being read."""
-    return any(
-        _out_of_memory(cause) is not None
-        or as_os_error(cause) is not None
-        or isinstance(cause, OSError)
-        and cause.errno in MACHINE
-        for cause in causes(error)
-    )
+def machines_own(error: BaseException) -> BaseException | None:
+    """Of an error and what it was made of: a full disk, a refused file or too little memory, which is not to be blamed
+    on what was being read; None where there is nothing of the kind."""
+    for cause in causes(error):
+        refused = isinstance(cause, OSError) and cause.errno in MACHINE
+        if refused or _out_of_memory(cause) is not None or as_os_error(cause) is not None:
+            return cause
+    return None
 
 
 def causes(error: BaseException) -> Iterator[BaseException]:
@@ -146,9 +144,9 @@ def _out_of_memory(error: BaseException) -> str | None:
 def _silent_process(error: BaseException) -> str | None:
     """Of a run in several processes, when one of them has ended or answers no more."""
     text = str(error)
-    gone = re.search(r"Timed out waiting \d+ms for|Connection closed by peer|Connection reset by peer", text)
+    gone = re.search(r"Timed out waiting \d+ms for \w+|Connection closed by peer|Connection reset by peer", text)
     distributed = type(error).__name__ in ("DistBackendError", "DistNetworkError", "DistStoreError")
     if not (distributed or type(error) is RuntimeError and "gloo" in text and gone):
         return None
-    first = text.strip().splitlines()[0][:200]
+    first = gone[0] if gone else text.strip().splitlines()[0][:200]
     return f"another process of this run has ended or answers no more ({first}); see what it said, then run again"

@@ -12,7 +12,7 @@ from pathlib import Path
 from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any
 
-from mohawk.errors import UserError, is_machines
+from mohawk.errors import UserError, machines_own
 from mohawk.extras import explain
 from mohawk.hub import causes, hub_or_cache, is_unreachable
 
@@ -288,8 +288,10 @@ def _user_error(
     """One line for the causes a user can do something about; anything else passes through unchanged."""
     from huggingface_hub import errors as hub
 
-    if isinstance(error, UserError) or is_machines(error):
+    if isinstance(error, UserError):
         return error
+    if (own := machines_own(error)) is not None:
+        return own
     chain = causes(error)
     local = Path(name).exists()
     at = f" at revision {revision}" if revision else ""

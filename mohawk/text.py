@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mohawk.errors import UserError, causes, is_machines
+from mohawk.errors import UserError, causes, machines_own
 from mohawk.fetch import cache_dir, whole_folder
 from mohawk.hub import hub_or_cache
 from mohawk.parsing import parse_json
@@ -193,8 +193,8 @@ def load_rows(source: Source, files: list[Path], form: str | None, scratch: str 
 
 
 def _user_error(error: Exception, source: Source, files: list[Path], form: str | None) -> Exception:
-    if is_machines(error):
-        return error
+    if (own := machines_own(error)) is not None:
+        return own
     name = source.source
     chain = list(causes(error))
     root = chain[-1]
