@@ -133,7 +133,7 @@ def _out_of_memory(error: BaseException) -> str | None:
         isinstance(error, MemoryError) or isinstance(error, RuntimeError) and (gpu or "DefaultCPUAllocator" in text)
     ):
         return None
-    wanted = re.search(r"(?:allocate|[Uu]nable to allocate) ([\d.]+ ?(?:bytes|[KMGT]iB|B))", text)
+    wanted = re.search(r"(?:allocate|[Uu]nable to allocate) ([\d.]+ ?(?:bytes|[KMGTPE]iB|B))", text)
     size = f" ({wanted[1]} more were asked for)" if wanted else ""
     return (
         f"out of memory{' on the GPU' if gpu else ''}{size}; lower batch sizes, sequence lengths or contexts, take a "

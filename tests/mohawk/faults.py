@@ -2,11 +2,13 @@
 
 import errno
 import hashlib
+import itertools
 import json
 import os
 import resource
 import signal
 import sys
+import threading
 from pathlib import Path
 
 from mohawk.cli import main
@@ -71,14 +73,40 @@ class Faults:
         os.fsync, safetensors.torch.serialize_file, torch.save = fsync, serialize, save
 
 
-def command(argv, root: Path, *, at: int | None = None, number: int = errno.ENOSPC, largest: int | None = None):
-    """(exit code, what it printed, its file calls) of one command line; a fault at the `at`-th call of a path under
-    `root`, or at every write beyond `largest` bytes of a file."""
-    said, called = root.with_name("said"), root.with_name("called")
+def no_memory_at(at: int) -> None:
+    """In this process, for good: the `at`-th call of a module finds too little memory for its activations."""
+    import torch
+
+    calls = itertools.count(1)
+
+    def before(module, args):
+        if next(calls) == at:
+            torch.empty(1 << 50)
+
+    torch.nn.modules.module.register_module_forward_pre_hook(before)
+
+
+def command(
+    argv,
+    root: Path,
+    *,
+    at: int | None = None,
+    number: int = errno.ENOSPC,
+    largest: int | None = None,
+    memory_at: int | None = None,
+):
+    """(exit code, what it printed, its file calls) of one command line.
+
+    A fault comes at the `at`-th call of a path under `root`, at every write beyond `largest` bytes of a file, or at the
+    `memory_at`-th call of a module.
+    """
+    called = root.with_name("called")
+    reading, writing = os.pipe()  # not a file: it would have to keep to `largest` too
+    said = []
 
     def body():
-        with open(said, "wb") as file:
-            os.dup2(file.fileno(), 1), os.dup2(file.fileno(), 2)
+        os.dup2(writing, 1), os.dup2(writing, 2)
+        os.close(reading), os.close(writing)
         sys.stdout = os.fdopen(1, "w", closefd=False)
         sys.stderr = os.fdopen(2, "w", closefd=False, buffering=1)
         faults = Faults(root, at, number)
@@ -86,15 +114,22 @@ def command(argv, root: Path, *, at: int | None = None, number: int = errno.ENOS
             signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
             resource.setrlimit(resource.RLIMIT_FSIZE, (largest, resource.RLIM_INFINITY))
         faults.install()
+        if memory_at is not None:
+            no_memory_at(memory_at)
         code = main([str(word) for word in argv])
         resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
         called.write_text("\n".join(faults.calls))
         return code
 
     called.unlink(missing_ok=True)
-    code = wait(fork(body), timeout=120.0)
+    child = fork(body)
+    os.close(writing)
+    reader = threading.Thread(target=lambda: said.append(os.fdopen(reading, "rb").read()))
+    reader.start()
+    code = wait(child, timeout=60.0)
+    reader.join(10.0)
     calls = called.read_text().splitlines() if called.exists() else []
-    return code, said.read_text(errors="replace"), calls
+    return code, b"".join(said).decode("utf-8", "replace"), calls
 
 
 def contents(folder: Path) -> dict[str, str]:

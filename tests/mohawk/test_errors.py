@@ -92,7 +92,8 @@ def test_what_safetensors_and_torch_say_of_a_full_disk(tmp_path):
             except OSError as error:
                 lines.append(line_for(error))
         assert len(lines) == 4 and all(line.startswith(f"{tmp_path}/there: ") for line in lines), lines
-        assert "File too large" in lines[0] and "could not be written whole" in lines[1] and "File too large" in lines[3]
+        assert "File too large" in lines[0] and "could not be written whole" in lines[1]
+        assert "File too large" in lines[3]
 
     assert wait(fork(body)) == 0
     assert as_os_error(RuntimeError("another")) is None
@@ -136,8 +137,8 @@ def test_a_full_standard_output(tmp_path):
         return main(["doctor"])
 
     assert wait(fork(body)) == 2
-    assert (tmp_path / "said").read_text().splitlines()[-1].endswith(
-        f"{FULL}; free disk space, then run the same command"
+    assert (
+        (tmp_path / "said").read_text().splitlines()[-1].endswith(f"{FULL}; free disk space, then run the same command")
     )
 
 
