@@ -232,6 +232,7 @@ def _beating() -> Iterator[None]:
 
 def _await_first(key: str) -> None:
     """Until the first process has left word under `key`; a UserError when it shows no sign of life for too long."""
+    global _store
     if _store is None:
         return
     own, over, heard, failed = _store.clone(), threading.Event(), [time.monotonic()], []
@@ -252,6 +253,7 @@ def _await_first(key: str) -> None:
     limit = patience().total_seconds()
     while not over.wait(1.0):
         if time.monotonic() - heard[0] > limit:
+            _store = None  # no more questions, which the same silence might answer
             raise UserError(
                 f"process 0 has shown no sign of life for {limit / 60:g} minutes ({PATIENCE}); see what it does, then "
                 "run the same command again"
