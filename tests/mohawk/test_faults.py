@@ -121,16 +121,16 @@ def test_a_file_call_that_fails(place, name):
     seen = 0
     for i, at in enumerate(spread(len(calls), name)):
         number = ERRORS[i % len(ERRORS)]
-        code, said, _ = place.run(name, at=at, number=number)
+        code, said, calls = place.run(name, at=at, number=number)
         # some calls may fail without harm: a folder that is there already, a file that a library can do without
         if code == 0:
-            assert contents(place.work) == expected, calls[at - 1]
+            assert contents(place.work) == expected, said
             place.fresh(name)
             continue
         seen += 1
         # what opens no shard or checkpoint words it in its own way; all name the place and the reason
         check_line(code, said, place.work, None)
-        assert str(place.work) in said.splitlines()[-1], calls[at - 1]
+        assert str(place.work) in said.splitlines()[-1], said
         assert number in ADVICE
     code, said, _ = place.run(name)
     assert code == 0, said
