@@ -302,7 +302,9 @@ def parser() -> argparse.ArgumentParser:
     remote = data.add_argument_group("an endpoint")
     remote.add_argument("--key-env", metavar="NAME", help="environment variable with the key; default: OPENAI_API_KEY")
     remote.add_argument("--concurrency", type=_number(int, 1), metavar="N", help="requests at once; default: 8")
-    remote.add_argument("--timeout", type=_number(float, 0.1), metavar="S", help="of silence, five times as long in all; default: 120")
+    remote.add_argument(
+        "--timeout", type=_number(float, 0.1), metavar="S", help="of silence, in all 5 times; default: 120"
+    )
     remote.add_argument("--retries", type=_number(int, 0), metavar="N", help="of one request; default: 6")
     remote.add_argument(
         "--request", metavar="JSON", help='more fields of each request, null drops one: {"top_k": 20, "logprobs": null}'

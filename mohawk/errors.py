@@ -71,14 +71,14 @@ def machines_own(error: BaseException) -> BaseException | None:
     return None
 
 
-def causes(error: BaseException) -> Iterator[BaseException]:
-    """The error, what it was raised from, and so on."""
-    seen: set[int] = set()
+def causes(error: BaseException) -> list[BaseException]:
+    """The error and what it came of, outermost first."""
+    chain: list[BaseException] = []
     cause: BaseException | None = error
-    while cause is not None and id(cause) not in seen:
-        seen.add(id(cause))
-        yield cause
+    while cause is not None and cause not in chain:
+        chain.append(cause)
         cause = cause.__cause__ or cause.__context__
+    return chain
 
 
 @contextmanager

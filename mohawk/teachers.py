@@ -12,9 +12,9 @@ from pathlib import Path
 from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any
 
-from mohawk.errors import UserError, machines_own
+from mohawk.errors import UserError, causes, machines_own
 from mohawk.extras import explain
-from mohawk.hub import causes, hub_or_cache, is_unreachable
+from mohawk.hub import hub_or_cache, is_unreachable
 
 if TYPE_CHECKING:
     import torch

@@ -193,10 +193,12 @@ def load_rows(source: Source, files: list[Path], form: str | None, scratch: str 
 
 
 def _user_error(error: Exception, source: Source, files: list[Path], form: str | None) -> Exception:
+    if isinstance(error, UserError):
+        return error
     if (own := machines_own(error)) is not None:
         return own
     name = source.source
-    chain = list(causes(error))
+    chain = causes(error)
     root = chain[-1]
     said = next((str(e).strip().splitlines()[0][:300] for e in reversed(chain) if str(e).strip()), "no reason given")
     if files:
@@ -238,7 +240,7 @@ def _check_json_lines(path: Path) -> None:
     with path.open("rb") as file:
         for number, line in enumerate(file, 1):
             try:
-                if line.strip():
+                if line := line.strip():
                     parse_json(line)
             except ValueError as error:
                 if number == 1 and path.suffix.lower() != ".jsonl":
@@ -314,8 +316,8 @@ def _documents(dataset: datasets.Dataset, source: Source, form: str | None) -> I
             continue
         if not isinstance(text, str):
             raise UserError(
-                f"data: {source.source}: field {source.field!r} holds {type(text).__name__} in row {i} (from 0), not "
-                f"text; its fields: {', '.join(dataset.column_names)}"
+                f"data: {source.source}: field {source.field!r} holds {type(text).__name__}, not text, in row {i} "
+                f"(from 0); its fields: {', '.join(dataset.column_names)}"
             )
         text = text.removeprefix("\ufeff")
         blocks = re.split(r"\n[ \t\r]*\n", text) if form == "paragraphs" else (text,)

@@ -194,7 +194,7 @@ def mistake_encoding(folder):
 
 def mistake_json(folder):
     (folder / "a.jsonl").write_text('{"text": "x"}\n{"text": \n')
-    return folder / "a.jsonl", "cannot read .* as JSON lines"
+    return folder / "a.jsonl", "a.jsonl:2: not JSON .*; each line is one object"
 
 
 def mistake_parquet(folder):
@@ -280,8 +280,8 @@ def latin(words):
 @pytest.mark.parametrize(
     ("column", "words"),
     [
-        (lambda: [None, 1, 2], r"field 'text' holds int in row 1 \(from 0\), not text; its fields: text"),
-        (lambda: [None, ["a"]], r"field 'text' holds list in row 1 \(from 0\), not text"),
+        (lambda: [None, 1, 2], r"field 'text' holds int, not text, in row 1 \(from 0\); its fields: text"),
+        (lambda: [None, ["a"]], r"field 'text' holds list, not text, in row 1 \(from 0\)"),
         (lambda: latin(["one", "two"]), r"row \d+ \(from 0\), or soon after it, is not UTF-8 \(.*byte 0xe9\)"),
     ],
     ids=["numbers", "lists", "latin-1"],
@@ -303,7 +303,7 @@ def test_parquet_that_is_not_text(tmp_path, load, column, words):
 @pytest.mark.parametrize(
     ("line", "words"),
     [
-        (b'{"text": 5}', "field 'text' holds int in row 300|:301: "),
+        (b'{"text": 5}', "field 'text' holds int, not text, in row 300|:301: "),
         (b'{"text": "caf\xe9"}', r"is not UTF-8 \(.*byte 0xe9\)"),
         (b'{"text": "half \\ud800 a character"}', r"rows.jsonl:301: not JSON \(half a character, \\ud800 alone\)"),
         (b'{"text": "cut', r"rows.jsonl:301: not JSON \(Unterminated string"),
