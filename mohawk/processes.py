@@ -235,11 +235,12 @@ def _await_first(key: str) -> None:
     global _store
     if _store is None:
         return
-    own, over, heard, failed = _store.clone(), threading.Event(), [time.monotonic()], []
+    store, over, heard, failed = _store, threading.Event(), [time.monotonic()], []
 
     def listen() -> None:
         beats, pause = None, 0.01
         try:
+            own = store.clone()
             while not own.check([key]):
                 if (now := own.add("beats", 0)) != beats:
                     beats, heard[0] = now, time.monotonic()

@@ -61,6 +61,7 @@ def test_one_that_hangs_in_a_step(tmp_path):
 
 def test_the_first_that_hangs_while_the_others_wait_for_its_work(tmp_path):
     def work(rank):
+        processes.total(torch.ones(3))
         processes.on_first(lambda: os.kill(os.getpid(), signal.SIGSTOP))
 
     first, second = two_processes(tmp_path, work, 0.05)
