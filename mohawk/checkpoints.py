@@ -81,7 +81,7 @@ def why_incomplete(path: str | os.PathLike, *, contents: bool = True) -> str | N
         expected = {name: (entry["bytes"], entry["sha256"]) for name, entry in files.items()}
     except FileNotFoundError:
         return f"no {MANIFEST}" if path.is_dir() else "no such folder"
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return f"{MANIFEST} cannot be read"
     if not expected:
         return f"{MANIFEST} lists no files"
