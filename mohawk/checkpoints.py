@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from mohawk.errors import UserError
+from mohawk.errors import UserError, naming
 
 logger = logging.getLogger(__name__)
 
@@ -55,7 +55,8 @@ def write_whole(path: str | os.PathLike, *, replace: bool = False) -> Iterator[P
     partial, old = _hidden(path), None
     partial.mkdir()
     try:
-        yield partial
+        with naming(path):
+            yield partial
         _write_manifest(partial)
         old = _set_aside(path) if os.path.lexists(path) else None
         os.rename(partial, path)
@@ -80,7 +81,7 @@ def why_incomplete(path: str | os.PathLike, *, contents: bool = True) -> str | N
         expected = {name: (entry["bytes"], entry["sha256"]) for name, entry in files.items()}
     except FileNotFoundError:
         return f"no {MANIFEST}" if path.is_dir() else "no such folder"
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return f"{MANIFEST} cannot be read"
     if not expected:
         return f"{MANIFEST} lists no files"
@@ -221,6 +222,7 @@ def fsync(path: Path) -> None:
         return  # Windows cannot open a folder
     handle = os.open(path, os.O_RDONLY if os.name != "nt" else os.O_RDWR)
     try:
-        os.fsync(handle)
+        with naming(path):
+            os.fsync(handle)
     finally:
         os.close(handle)

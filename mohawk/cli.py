@@ -1,6 +1,7 @@
 """The `mohawk` command. Everything heavy is imported by the subcommand that needs it.
 
-Exit codes: 0 done, 1 a bug (with its traceback), 2 a mistake in what the user gave, 130 stopped by a signal.
+Exit codes: 0 done, 1 a bug (with its traceback), 2 a mistake in what the user gave, or a machine that refuses (a full
+disk, too little memory), 130 stopped by a signal.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import mohawk
-from mohawk.errors import SaidElsewhere, UserError
+from mohawk.errors import SaidElsewhere, UserError, line_for, printable
 from mohawk.extras import explain, need
 from mohawk.stopping import cleaning_up
 
@@ -27,45 +28,59 @@ BARS = ("TQDM_DISABLE", "HF_HUB_DISABLE_PROGRESS_BARS", "HF_DATASETS_DISABLE_PRO
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command line; returns the exit code."""
     argv = list(sys.argv[1:] if argv is None else argv)
-    options = parser().parse_args(argv)
-    _log_to_stderr()
-    warnings.filterwarnings("ignore", "Failed to initialize NumPy")  # torch's; we say what is missing ourselves
+    options = None
     try:
-        with cleaning_up(), _bars_in_terminals_alone():
-            if _processes() > 1:
-                _run_together(options)
-            else:
-                options.run(options)
-        sys.stdout.flush()
+        with cleaning_up() as interrupted, _bars_in_terminals_alone():
+            try:
+                options = parser().parse_args(argv)
+                _log_to_stderr()
+                # torch's; we say what is missing ourselves
+                warnings.filterwarnings("ignore", "Failed to initialize NumPy")
+                if _processes() > 1:
+                    _run_together(options)
+                else:
+                    options.run(options)
+                sys.stdout.flush()
+            except Exception:
+                # what a library makes of a Ctrl-C in the middle of its work is one too
+                if interrupted.number is not None:
+                    raise KeyboardInterrupt from None
+                raise
     except SaidElsewhere:
         return 2
     except UserError as error:
-        print(*(f"error: {line}" for line in str(error).splitlines()), sep="\n", file=sys.stderr)
-        return 2
+        return _mistake(str(error))
     except ImportError as error:
         if (line := explain(error, f"`mohawk {options.command}`")) is None:
             raise
-        print(f"error: {line}", file=sys.stderr)
-        return 2
+        return _mistake(line)
     except KeyboardInterrupt:
         if _rank() > 0:
             return 130
-        resumed = options.run in (_demo, _convert, _distill, _prune, _ablate, _select, _cache, _generate_data, _purify)
+        goes_on = (_demo, _convert, _distill, _prune, _ablate, _select, _cache, _generate_data, _purify)
+        resumed = options is not None and options.run in goes_on
         print("stopped" + "; the same command goes on from what was saved" * resumed, file=sys.stderr)
         return 130
     except BrokenPipeError:
         # Whoever read our output has closed it (`| head`); Python would complain again when it exits.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _drop_output()
         return 1
     except Exception as error:
         from mohawk.checkpoints import Interrupted
 
-        if not isinstance(error, Interrupted):
+        if isinstance(error, Interrupted):
+            if _rank() == 0:
+                again = f"; to go on: mohawk {shlex.join(argv)}" if _processes() == 1 else ""
+                print(f"{error}{again}{_requeue_hint()}", file=sys.stderr)
+            return 130
+        line = line_for(error)
+        if line is None:
             raise
-        if _rank() == 0:
-            again = f"; to go on: mohawk {shlex.join(argv)}" if _processes() == 1 else ""
-            print(f"{error}{again}", file=sys.stderr)
-        return 130
+        try:
+            sys.stdout.flush()
+        except OSError:  # that was the file
+            _drop_output()
+        return _mistake(line)
     return 0
 
 
@@ -79,6 +94,21 @@ def _bars_in_terminals_alone() -> Iterator[None]:
     finally:
         for name in ours:
             del os.environ[name]
+
+
+def _mistake(text: str) -> int:
+    print(*(f"error: {printable(line)}" for line in text.splitlines()), sep="\n", file=sys.stderr)
+    return 2
+
+
+def _drop_output() -> None:
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _requeue_hint() -> str:
+    """What a batch system's user does next."""
+    job = os.environ.get("SLURM_JOB_ID")
+    return f"; under Slurm: scontrol requeue {job}, or submit the job again" if job else ""
 
 
 def _processes() -> int:
@@ -272,7 +302,9 @@ def parser() -> argparse.ArgumentParser:
     remote = data.add_argument_group("an endpoint")
     remote.add_argument("--key-env", metavar="NAME", help="environment variable with the key; default: OPENAI_API_KEY")
     remote.add_argument("--concurrency", type=_number(int, 1), metavar="N", help="requests at once; default: 8")
-    remote.add_argument("--timeout", type=_number(float, 0.1), metavar="S", help="of silence; default: 120 seconds")
+    remote.add_argument(
+        "--timeout", type=_number(float, 0.1), metavar="S", help="of silence, in all 5 times; default: 120"
+    )
     remote.add_argument("--retries", type=_number(int, 0), metavar="N", help="of one request; default: 6")
     remote.add_argument(
         "--request", metavar="JSON", help='more fields of each request, null drops one: {"top_k": 20, "logprobs": null}'
@@ -478,6 +510,8 @@ def _evaluate(options: argparse.Namespace) -> None:
 
 
 def _generate(options: argparse.Namespace) -> None:
+    if 0 < options.temperature < 0.001:
+        raise UserError(f"--temperature: got {options.temperature}; allowed: 0, which is greedy, or at least 0.001")
     if options.top_p < 1 and options.temperature == 0:
         raise UserError("--top-p needs --temperature above 0: greedy decoding has nothing to sample from")
     from mohawk.generation import generate
@@ -641,7 +675,7 @@ def _number(kind: type, low: float, high: float = float("inf")) -> Callable[[str
             value = kind(text)
         except ValueError:
             value = None
-        if value is None or not low <= value <= high:
+        if value is None or not low <= value <= high or value == float("inf"):
             words = "a whole number" if kind is int else "a number"
             upto = f"from {low} to {high}" if high != float("inf") else f"of at least {low}"
             raise argparse.ArgumentTypeError(f"got {text!r}; allowed: {words} {upto}")
@@ -666,6 +700,9 @@ class _Terminal(logging.Handler):
             tqdm.write(self.format(record), file=sys.stderr)
         else:
             print(self.format(record), file=sys.stderr)
+
+    def format(self, record: logging.LogRecord) -> str:
+        return "\n".join(map(printable, super().format(record).splitlines()))
 
 
 def _log_to_stderr() -> None:

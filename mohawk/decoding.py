@@ -51,8 +51,8 @@ class Decoding:
         for name, low in (("samples", 1), ("max_new_tokens", 1), ("beams", 1), ("seed", 0)):
             if getattr(self, name) < low:
                 raise UserError(f"{name}: got {getattr(self, name)}; allowed: at least {low}")
-        if not 0 < self.temperature < math.inf:
-            raise UserError(f"temperature: got {self.temperature}; allowed: above 0 (greedy has none)")
+        if not 0.001 <= self.temperature < math.inf:
+            raise UserError(f"temperature: got {self.temperature}; allowed: at least 0.001 (greedy has none)")
         if not 0 < self.top_p <= 1:
             raise UserError(f"top_p: got {self.top_p}; allowed: above 0, up to 1")
         if self.method == "greedy" and self.samples > 1:

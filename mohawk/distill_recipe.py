@@ -14,6 +14,7 @@ from pydantic import BeforeValidator, Field
 
 from mohawk import recipe_text
 from mohawk.recipe import (
+    Batch,
     Count,
     Data,
     Phase,
@@ -24,11 +25,14 @@ from mohawk.recipe import (
     Student,
     Teacher,
     Text,
+    Weight,
     phase_contradictions,
 )
 
-Positive = Annotated[float, Field(gt=0)]
-Weight = Annotated[float, Field(ge=0)]
+RESERVED = ("before", "tasks", "again")  # files in a run's folder `evaluation` that no stage is called by
+
+Positive = Annotated[float, Field(gt=0, le=1e18)]
+StageName = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]*$", max_length=64)]
 Divergence = Literal["forward_kl", "reverse_kl", "jsd", "skew_kl", "skew_reverse_kl", "tvd", "mse", "cosine"]
 
 
@@ -65,7 +69,7 @@ class Ramp(Section):
 class DistillTeacher(Teacher):
     name: Text | None = Field(None, description="by which an example's teacher_field names it; null: its place, from 0")
     weight: Positive = Field(1.0, description="among several teachers")
-    micro_batch: Count | None = Field(None, description="rows at a time; null: as many as the student's")
+    micro_batch: Batch | None = Field(None, description="rows at a time; null: as many as the student's")
     quantize: Literal["int8", "int4"] | None = Field(
         None, description="load the weights in so many bits (bitsandbytes or torchao)"
     )
@@ -158,10 +162,10 @@ class OnPolicy(Section):
     """GKD: batches of the student's own samples."""
 
     share: Share = Field(0.5, description="of the steps that train on them")
-    max_new_tokens: Count = Field(128, description="sampled after a prompt")
-    temperature: Positive = Field(1.0, description="of sampling")
+    max_new_tokens: Batch = Field(128, description="sampled after a prompt")
+    temperature: Annotated[float, Field(ge=0.001, le=1000)] = Field(1.0, description="of sampling")
     top_p: Annotated[float, Field(gt=0, le=1)] = Field(1.0, description="sample from this share of the probability")
-    prompt_tokens: Count = Field(32, description="of a plain text that are its prompt")
+    prompt_tokens: Batch = Field(32, description="of a plain text that are its prompt")
 
 
 class Routing(Section):
@@ -183,9 +187,7 @@ class Advance(Section):
 class Stage(Phase):
     """A stage's budget and method."""
 
-    name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]*$")] = Field(
-        "distil", description="of its folder: small letters, digits, - and _"
-    )
+    name: StageName = Field("distil", description="of its folder: small letters, digits, - and _")
     learn_from: Literal["teacher", "previous", "average", "start"] = Field(
         "teacher",
         description="teacher: the recipe's; previous: the student of the stage before; average: the student's moving "
@@ -264,6 +266,8 @@ class DistillRecipe(RecipeFile):
             label = f"stages.{i} ({stage.name})"
             if stage.name in names[:i]:
                 yield [(*at, "name")], f"{label}: another stage has this name; give each its own"
+            if stage.name in RESERVED:
+                yield [(*at, "name")], f"{label}: results have that name for something else; choose another"
             yield from phase_contradictions(stage, at, label, "leave the stage out")
             if stage.data is not None:
                 yield from data_contradictions(stage.data, (*at, "data"))

@@ -6,13 +6,17 @@ pauses (a server's Retry-After holds all requests); what a user has to set right
 
 from __future__ import annotations
 
+import functools
 import http.client
+import io
 import json
 import logging
 import math
 import os
 import queue
 import random
+import re
+import socket
 import threading
 import time
 import urllib.error
@@ -25,7 +29,8 @@ from email.utils import parsedate_to_datetime
 from typing import Any
 
 from mohawk.decoding import Decoding, Response, as_messages
-from mohawk.errors import UserError
+from mohawk.errors import UserError, printable
+from mohawk.parsing import parse_json
 from mohawk.records import Prompt
 
 log = logging.getLogger(__name__)
@@ -34,6 +39,14 @@ AGAIN = (408, 409, 425, 429, 500, 502, 503, 504, 529)  # busy, overloaded or res
 REFUSED = (400, 413, 422)  # of this prompt: too long, a content filter
 PAUSE, LONGEST_PAUSE = 0.5, 60.0  # seconds before the second try, and at most between tries
 LONGEST_RETRY_AFTER = 600.0  # seconds; a server that asks for more has no capacity for this run
+ANSWER_TIME = 5  # times `timeout`: how long one answer may take in all, for a server that sends a byte now and then
+LARGEST_ANSWER = 64 << 20  # bytes; log-probabilities take some 200 a token
+MASK = "***"  # in the place of the key, and of what else looks like a secret, wherever text is kept or shown
+SHORTEST_KEY = 8  # characters of a key that is masked: local servers take any word, such as EMPTY
+SECRET = re.compile(
+    r"api_?key|secret|passw|authorization|credential|bearer|access_?token|auth_?token|^(token|key)$", re.I
+)
+ODD = 8  # prompts one after another that get no proper answer: then it is the server, and the run stops
 AHEAD = 4  # requests under way and waiting to be written, per worker
 
 
@@ -47,7 +60,11 @@ class EndpointTeacher:
     url: the API's base, such as http://localhost:8000/v1. chat: /chat/completions, and a text is a user's message;
     otherwise /completions. key_env: the environment variable with the key; where it is not set none is sent. request:
     further fields of every request (None removes one). concurrency: requests at once. timeout: seconds that a server
-    may be silent. retries: further tries of one request. Raises UserError for a url or a key that cannot be.
+    may be silent; one answer may take five times as long in all. retries: further tries of one request. Raises
+    UserError for a url or a key that cannot be.
+
+    An answer that is not what the API promises is an error of that answer alone. The key stands nowhere in what comes
+    out of here, even where a server echoes it.
     """
 
     def __init__(
@@ -65,26 +82,42 @@ class EndpointTeacher:
     ):
         if decoding.method == "beam":
             raise UserError("endpoint: the API has no beam search; use greedy decoding or sampling")
-        self.base = base_url(url)
-        self.url = f"{self.base}/{'chat/completions' if chat else 'completions'}"
+        base, path = base_url(url), "chat/completions" if chat else "completions"
+        self.address = f"{base}/{path}"
         self.model, self.decoding, self.chat = model, decoding, chat
         self.request = dict(request or {})
         self.concurrency, self.timeout, self.retries = concurrency, timeout, retries
         self.headers = {"Content-Type": "application/json", "User-Agent": "mohawk"}
-        if key := os.environ.get(key_env or "OPENAI_API_KEY", "").strip():
+        self.key = key = os.environ.get(key_env or "OPENAI_API_KEY", "").strip()
+        if not (key.isascii() and key.isprintable()):  # an HTTP header takes nothing else
+            raise UserError(f"endpoint: the key in {key_env or 'OPENAI_API_KEY'} holds a character that no key has")
+        if key:
             self.headers["Authorization"] = f"Bearer {key}"
         elif key_env is not None:
             raise UserError(f"endpoint: the environment variable {key_env} is not set; export {key_env}=... first")
+        self.base, self.url = self.masked(base), self.masked(self.address)  # to keep and to show
         # a redirect would carry the key to wherever the server says, and no proxy knows this machine by that name
-        here = urllib.parse.urlsplit(self.base).hostname in ("localhost", "127.0.0.1", "::1")
-        self.opener = urllib.request.build_opener(_NoRedirect, *([urllib.request.ProxyHandler({})] if here else []))
-        self.hold_until = 0.0
+        here = urllib.parse.urlsplit(base).hostname in ("localhost", "127.0.0.1", "::1")
+        direct = [urllib.request.ProxyHandler({})] if here else []
+        self.opener = urllib.request.build_opener(_NoRedirect, _Http, _Https, *direct)
+        self.hold_until, self.odd_in_a_row = 0.0, 0
         self.said_at = -math.inf
         self.stop = threading.Event()
 
     def identity(self) -> dict[str, Any]:
         """What tells this teacher from others; not the address, so that a server may move."""
-        return {"name": self.model, "revision": None, "hash": None, "chat": self.chat, "request": self.request}
+        about = {"name": self.model, "revision": None, "hash": None, "chat": self.chat, "request": self.request}
+        return self.masked(about)
+
+    def masked(self, value: Any) -> Any:
+        """A text, or texts in lists and dicts, with the key and what stands under a secret's name replaced by ***."""
+        if isinstance(value, str):
+            return value.replace(self.key, MASK) if len(self.key) >= SHORTEST_KEY else value
+        if isinstance(value, list):
+            return [self.masked(entry) for entry in value]
+        if isinstance(value, dict):
+            return {k: MASK if v and SECRET.search(k) else self.masked(v) for k, v in value.items()}
+        return value
 
     def responses(self, prompts: Sequence[Prompt], first: int = 0) -> Iterator[tuple[int, list[Response]]]:
         """(i, answers) of prompts[i] for i = first, first + 1, ..., `samples` answers each."""
@@ -150,13 +183,14 @@ class EndpointTeacher:
             self._wait(self.hold_until)
             try:
                 answer = self._post(data)
-                return read_answer(answer, self.chat)
             except urllib.error.HTTPError as error:
-                problem = f"HTTP {error.code} ({said_in(error)})"
+                problem = f"HTTP {error.code} ({printable(self.masked(said_in(error)))})"
                 if error.code in REFUSED:
                     return Response("", None, "error", error=f"refused by the endpoint: {problem}")
                 if error.code not in AGAIN:
-                    raise UserError(f"endpoint: {self.url} answers {problem}; {advice(error)}") from None
+                    raise UserError(
+                        f"endpoint: {self.url} answers {problem}; {printable(self.masked(advice(error)))}"
+                    ) from None
                 if (after := retry_after(error.headers.get("Retry-After"))) is not None:
                     if after > LONGEST_RETRY_AFTER:
                         raise UserError(
@@ -164,25 +198,44 @@ class EndpointTeacher:
                             "command then, it goes on"
                         ) from None
                     self.hold_until = max(self.hold_until, time.monotonic() + after)
+                odd = False
             except (OSError, http.client.HTTPException, ValueError) as error:
                 # URLError and time-outs are OSErrors; ValueError: an answer that is not what the API promises
                 reason = getattr(error, "reason", None) or error
                 timed_out = isinstance(reason, TimeoutError)
-                problem = f"no answer within {self.timeout:g} s" if timed_out else f"{reason or type(error).__name__}"
-            self._say(f"{problem}; trying again")
+                said = str(reason) if str(reason) != "timed out" else ""
+                problem = said if said or not timed_out else f"no answer within {self.timeout:g} s"
+                problem = printable(self.masked(problem or type(error).__name__))
+                odd = isinstance(error, ValueError)
+            else:
+                try:
+                    response = read_answer(self.masked(answer), self.chat)
+                    self.odd_in_a_row = 0
+                    return response
+                except ValueError as error:
+                    problem, odd = printable(str(error)), True
+            if attempt < self.retries:
+                self._say(f"{problem}; trying again")
+        self.odd_in_a_row += odd
+        if odd and self.odd_in_a_row < ODD:  # the server is there and answers, only not this prompt as it should
+            return Response("", None, "error", error=f"not an answer of the API, {self.retries + 1} times: {problem}")
         raise UserError(
             f"endpoint: {self.url} failed {self.retries + 1} times, at last with: {problem}; see whether it is up "
             "and run the same command, it goes on"
         )
 
     def _post(self, data: bytes) -> Any:
-        request = urllib.request.Request(self.url, data, self.headers, method="POST")
+        request = urllib.request.Request(self.address, data, self.headers, method="POST")
+        request.deadline = time.monotonic() + ANSWER_TIME * self.timeout
         with self.opener.open(request, timeout=self.timeout) as answer:
-            text = answer.read()
+            text = answer.read(LARGEST_ANSWER + 1)
+        if len(text) > LARGEST_ANSWER:
+            raise ValueError(f"more than {LARGEST_ANSWER >> 20} MiB")
         try:
-            return json.loads(text)
-        except ValueError:
-            raise ValueError(f"no JSON but {text[:80]!r}") from None
+            return parse_json(text)
+        except ValueError as error:
+            start = self.masked(text[:4096].decode("utf-8", "replace"))[:80]
+            raise ValueError(f"no JSON ({error}) but {start!r}") from None
 
     def _say(self, text: str) -> None:
         now = time.monotonic()
@@ -201,6 +254,63 @@ class _NoRedirect(urllib.request.HTTPRedirectHandler):
         return None
 
 
+class _Until(io.RawIOBase):
+    """What a socket receives until a moment: its own time limit is of each packet, however many come."""
+
+    def __init__(self, sock: socket.socket, deadline: float):
+        self.sock, self.deadline, self.patience = sock, deadline, sock.gettimeout()
+        self.raw = sock.makefile("rb", buffering=0)  # holds the socket open, which urllib closes
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        left = self.deadline - time.monotonic()
+        try:
+            if left <= 0:
+                raise TimeoutError
+            self.sock.settimeout(min(left, self.patience))
+            return self.raw.readinto(buffer)
+        except TimeoutError:
+            if left > self.patience:
+                raise
+            raise TimeoutError("the answer still came after the time for a whole one") from None
+
+    def close(self) -> None:
+        self.raw.close()
+        super().close()
+
+
+class _Response(http.client.HTTPResponse):
+    """Status, headers and body all before `deadline`."""
+
+    def __init__(self, sock: socket.socket, *args: Any, deadline: float, **options: Any):
+        super().__init__(sock, *args, **options)
+        self.fp.close()
+        self.fp = io.BufferedReader(_Until(sock, deadline))
+
+
+def _connected(kind: type[http.client.HTTPConnection], request: urllib.request.Request) -> Any:
+    """Makes a connection whose response keeps to the request's deadline."""
+
+    def connect(host: str, **options: Any) -> http.client.HTTPConnection:
+        connection = kind(host, **options)
+        connection.response_class = functools.partial(_Response, deadline=request.deadline)
+        return connection
+
+    return connect
+
+
+class _Http(urllib.request.HTTPHandler):
+    def http_open(self, req):
+        return self.do_open(_connected(http.client.HTTPConnection, req), req)
+
+
+class _Https(urllib.request.HTTPSHandler):
+    def https_open(self, req):
+        return self.do_open(_connected(http.client.HTTPSConnection, req), req, context=self._context)
+
+
 def base_url(url: str) -> str:
     """The API's base from what people write: with or without /v1, or a whole endpoint. Raises UserError."""
     parts = urllib.parse.urlsplit(url.strip())
@@ -213,21 +323,34 @@ def base_url(url: str) -> str:
 
 
 def read_answer(answer: Any, chat: bool) -> Response:
-    """A Response from the JSON of (chat) completions. Raises ValueError where it is none."""
+    """A Response from the JSON of (chat) completions.
+
+    Raises ValueError where it is none, or a field is not of its type: what is kept of an answer is trained on, and read
+    again when a stopped run goes on.
+    """
     try:
         choice = answer["choices"][0]
         text = choice["message"]["content"] if chat else choice["text"]
         finish = choice.get("finish_reason")
         tokens = (answer.get("usage") or {}).get("completion_tokens")
+        logprobs = choice.get("logprobs") or {}
+        each = logprobs.get("content" if chat else "token_logprobs") or []
+        each = [entry.get("logprob") for entry in each] if chat else list(each)
     except (KeyError, IndexError, TypeError, AttributeError):
         raise ValueError(f"an answer without text: {json.dumps(answer)[:120]}") from None
+    if not (tokens is None or type(tokens) is int and 0 <= tokens < 2**31):
+        raise ValueError(f"usage.completion_tokens: got {json.dumps(tokens)[:80]}; allowed: a whole number, or null")
+    if not (finish is None or isinstance(finish, str) and len(finish) <= 100):
+        raise ValueError(f"finish_reason: got {json.dumps(finish)[:80]}; allowed: a word, or null")
+    if odd := [value for value in each if not (value is None or type(value) in (int, float) and abs(value) < 1e300)]:
+        raise ValueError(f"logprobs: got {json.dumps(odd[0])[:80]}; allowed: numbers, or null")
     if not isinstance(text, str):
         # a refusal, a tool call, or an answer that was all thought
-        return Response("", tokens, finish, error=f"no text in the answer (finish_reason {finish})")
-    logprobs = choice.get("logprobs") or {}
-    each = [t.get("logprob") for t in logprobs.get("content") or ()] if chat else logprobs.get("token_logprobs") or ()
-    known = bool(each) and all(isinstance(v, (int, float)) and math.isfinite(v) for v in each)
-    return Response(text, tokens, finish, sum(each) if known else None)
+        said = "no text" if text is None else f"{type(text).__name__} instead of a text"
+        return Response("", tokens, finish, error=f"{said} in the answer (finish_reason {finish})")
+    total = sum(each) if each and None not in each else None
+    # no probability is above 1, but for a rounding
+    return Response(text, tokens, finish, total if total is not None and -1e30 < total < 0.01 else None)
 
 
 def retry_after(value: str | None) -> float | None:
@@ -240,7 +363,7 @@ def retry_after(value: str | None) -> float | None:
         pass
     try:
         return max(0.0, parsedate_to_datetime(value).timestamp() - time.time())
-    except ValueError:
+    except (ValueError, TypeError, OverflowError):
         return None
 
 
@@ -251,7 +374,7 @@ def said_in(error: urllib.error.HTTPError) -> str:
     except (OSError, http.client.HTTPException):
         text = ""
     try:
-        found = json.loads(text)
+        found = parse_json(text)
         found = found.get("error", found) if isinstance(found, dict) else found
         text = found.get("message", text) if isinstance(found, dict) else str(found)
     except ValueError:

@@ -1,4 +1,13 @@
-"""The exception that means: the input was wrong, and here is what to do about it."""
+"""The exception that means: the input was wrong, and here is what to do about it; and one line for what a machine does.
+
+Nothing heavy is imported: the kinds of other libraries are told by their names.
+"""
+
+import errno
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 
 class UserError(ValueError):
@@ -11,3 +20,133 @@ class UserError(ValueError):
 
 class SaidElsewhere(UserError):
     """A UserError that the first of several processes prints: this one ends without a word."""
+
+
+# What to do about a file call that failed, by its number; strerror says what it was.
+ADVICE = {
+    errno.ENOSPC: "free disk space, then run the same command",
+    errno.EDQUOT: "free some of the quota, then run the same command",
+    errno.EACCES: "check who may read and write it and its folder",
+    errno.EPERM: "check who may read and write it and its folder",
+    errno.EROFS: "choose a folder that can be written",
+    errno.EIO: "check the disk or the network share, then run the same command",
+    errno.EFBIG: "raise the limit of file sizes (ulimit -f), or choose another disk",
+    errno.EMFILE: "raise the limit of open files (ulimit -n)",
+    errno.ENFILE: "raise the limit of open files",
+    errno.ENAMETOOLONG: "choose a shorter name",
+}
+MACHINE = (*ADVICE, errno.ENOMEM, errno.ESTALE)  # of a file call: the machine's doing whatever was made of it since
+
+
+def line_for(error: BaseException) -> str | None:
+    """One line for an error that is the machine's or the input's, as `main` prints it; None for a bug of ours.
+
+    A file call that failed, and memory that does not suffice, whichever library noticed it. What another error was
+    made of is looked at too, where it says more: a full disk may arrive as "the data set could not be generated".
+    """
+    if isinstance(error, UnicodeEncodeError):
+        bad = error.object[error.start : error.start + 1]
+        return f"a text or a file name holds {printable(bad)}, which {error.encoding} cannot write; leave it out"
+    if isinstance(error, ValueError) and str(error).startswith("embedded null"):
+        return "a file name holds a NUL character, which none can; leave it out"
+    for cause in causes(error):
+        if (line := _out_of_memory(cause)) is not None:
+            return line
+        if isinstance(cause, OSError) and (cause is error or cause.errno in MACHINE):
+            return _file_line(cause)
+        if (again := as_os_error(cause)) is not None:
+            return _file_line(again)
+        if (line := _silent_process(cause)) is not None:
+            return line
+    return None
+
+
+def machines_own(error: BaseException) -> BaseException | None:
+    """Of an error and what it was made of: a full disk, a refused file or too little memory, which is not to be blamed
+    on what was being read; None where there is nothing of the kind."""
+    for cause in causes(error):
+        refused = isinstance(cause, OSError) and cause.errno in MACHINE
+        if refused or _out_of_memory(cause) is not None or as_os_error(cause) is not None:
+            return cause
+    return None
+
+
+def causes(error: BaseException) -> list[BaseException]:
+    """The error and what it came of, outermost first."""
+    chain: list[BaseException] = []
+    cause: BaseException | None = error
+    while cause is not None and cause not in chain:
+        chain.append(cause)
+        cause = cause.__cause__ or cause.__context__
+    return chain
+
+
+@contextmanager
+def naming(path: str | os.PathLike) -> Iterator[None]:
+    """Within the block a file call that fails without a name (a write, a flush, safetensors', torch.save's) has this
+    one. Raises OSError."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None:
+            error.filename = os.fspath(path)
+        raise
+    except Exception as error:
+        if (made := as_os_error(error)) is None:
+            raise
+        made.filename = os.fspath(path)
+        raise made from error
+
+
+def as_os_error(error: BaseException) -> OSError | None:
+    """The OSError in what safetensors and torch.save raise when they cannot write; None for anything else."""
+    kind = f"{type(error).__module__.partition('.')[0]}.{type(error).__name__}"
+    if kind == "safetensors.SafetensorError" and (found := re.search(r"\(os error (\d+)\)", str(error))):
+        return OSError(int(found[1]), os.strerror(int(found[1])))
+    # torch's archive writer says only that fewer bytes arrived than it wrote
+    if type(error) is RuntimeError and re.search(
+        r"PytorchStreamWriter failed|inline_container.*unexpected pos", str(error)
+    ):
+        return OSError(errno.ENOSPC, "could not be written whole")
+    return None
+
+
+def printable(text: str) -> str:
+    """With control characters, and what is no character, escaped: what others sent must not steer a terminal."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text)
+
+
+def _file_line(error: OSError) -> str:
+    reason = error.strerror or next(iter(str(error).strip().splitlines()), "") or type(error).__name__
+    names = [os.fsdecode(name) for name in (error.filename, error.filename2) if isinstance(name, (str, bytes))]
+    where = " -> ".join(name if len(name) < 250 else f"{name[:100]}...{name[-100:]}" for name in names)
+    advice = ADVICE.get(error.errno)
+    return f"{where or 'a file that was being read or written'}: {reason}" + (f"; {advice}" if advice else "")
+
+
+def _out_of_memory(error: BaseException) -> str | None:
+    text = str(error)
+    gpu = type(error).__name__ == "OutOfMemoryError" or "CUDA error: out of memory" in text or "ALLOC_FAILED" in text
+    if isinstance(error, OSError) and error.errno == errno.ENOMEM:
+        pass
+    elif not (
+        isinstance(error, MemoryError) or isinstance(error, RuntimeError) and (gpu or "DefaultCPUAllocator" in text)
+    ):
+        return None
+    wanted = re.search(r"(?:allocate|[Uu]nable to allocate) ([\d.]+ ?(?:bytes|[KMGTPE]iB|B))", text)
+    size = f" ({wanted[1]} more were asked for)" if wanted else ""
+    return (
+        f"out of memory{' on the GPU' if gpu else ''}{size}; lower batch sizes, sequence lengths or contexts, take a "
+        "smaller model, or free memory"
+    )
+
+
+def _silent_process(error: BaseException) -> str | None:
+    """Of a run in several processes, when one of them has ended or answers no more."""
+    text = str(error)
+    gone = re.search(r"Timed out waiting \d+ms for \w+|Connection closed by peer|Connection reset by peer", text)
+    distributed = type(error).__name__ in ("DistBackendError", "DistNetworkError", "DistStoreError")
+    if not (distributed or type(error) is RuntimeError and "gloo" in text and gone):
+        return None
+    first = gone[0] if gone else text.strip().splitlines()[0][:200]
+    return f"another process of this run has ended or answers no more ({first}); see what it said, then run again"

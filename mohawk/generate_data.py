@@ -24,8 +24,9 @@ import mohawk
 from mohawk.checkpoints import locked
 from mohawk.decoding import Decoding, Response, as_messages, local_teacher
 from mohawk.endpoint import EndpointTeacher
-from mohawk.errors import UserError
+from mohawk.errors import UserError, naming
 from mohawk.filters import Filters, Judge, Verdict
+from mohawk.parsing import parse_json
 from mohawk.records import Prompt, read_prompts
 from mohawk.text import Source
 
@@ -173,11 +174,11 @@ def generate_data(
             tally.rejected.update(reasons)
             tally.tokens += sum(response.tokens or 0 for response in responses)
             if time.monotonic() - synced > SYNC_SECONDS:
-                os.fsync(kept_file.fileno()), os.fsync(rejected_file.fileno())
+                _flush(kept_file, rejected_file)
                 summarise()
                 synced = time.monotonic()
             progress.show()
-        os.fsync(kept_file.fileno()), os.fsync(rejected_file.fileno())
+        _flush(kept_file, rejected_file)
     return tally
 
 
@@ -242,7 +243,7 @@ def _lines(path: Path, index: Mapping[str, int]) -> Iterator[tuple[int, int, str
                 return
             end += len(line)
             try:
-                row = json.loads(line)
+                row = parse_json(line)
                 i, reason, tokens = index[row["prompt_id"]], row.get("reason"), row["tokens"] or 0
             except (ValueError, KeyError, TypeError):
                 raise UserError(f"{path}:{number}: damaged, or not of these prompts; move {path.parent} away") from None
@@ -257,7 +258,7 @@ def _claim(path: Path, settings: dict[str, Any], prompts: Sequence[Prompt], endp
     old = None
     if path.exists():
         try:
-            old = json.loads(path.read_bytes())
+            old = parse_json(path.read_bytes())
             old_settings, count = old["settings"], old["prompts"]["count"]
         except (ValueError, KeyError, TypeError):
             raise UserError(
@@ -313,11 +314,12 @@ def _held_back(answers: Iterator[tuple[int, list[Response]]], tally: Tally) -> I
 
 def _json_object(text: str) -> dict[str, Any]:
     try:
-        value = json.loads(text)
+        value = parse_json(text)
     except ValueError as error:
-        raise UserError(f"--request: {text!r} is not JSON ({error})") from None
+        # without the text, which may hold a key
+        raise UserError(f"--request: not JSON ({error})") from None
     if not isinstance(value, dict):
-        raise UserError(f"--request: {text!r} is no JSON object; give fields and values")
+        raise UserError(f"--request: got a JSON {type(value).__name__}; give an object, fields and values")
     return value
 
 
@@ -330,6 +332,12 @@ def _append(file: Any, lines: bytes) -> None:
         raise _unwritable(file.name, error) from error
 
 
+def _flush(*files: Any) -> None:
+    for file in files:
+        with naming(file.name):
+            os.fsync(file.fileno())
+
+
 def _unwritable(path: Path | str, error: OSError) -> UserError:
     return UserError(f"output: {path} cannot be written ({error.strerror}); the same command goes on")
 
@@ -337,7 +345,7 @@ def _unwritable(path: Path | str, error: OSError) -> UserError:
 def _seconds_spent(path: Path) -> float | None:
     """What earlier starts of the command took; None where the folder does not say."""
     try:
-        return float(json.loads(path.read_bytes())["seconds"])
+        return float(parse_json(path.read_bytes())["seconds"])
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
@@ -360,7 +368,7 @@ def _summary(tally: Tally, spent: float | None, seconds: float, prompts: int, to
 def print_summary(output: Path | str, console: Any) -> None:
     """What a finished folder holds, in a few lines."""
     output = Path(output).expanduser()
-    summary = json.loads((output / SUMMARY).read_bytes())
+    summary = parse_json((output / SUMMARY).read_bytes())
     rejected = sum(summary["rejected"].values())
     by = ", ".join(f"{n} {reason}" for reason, n in summary["rejected"].items())
     console.print(f"{summary['prompts']} prompts, {summary['tokens']:,} tokens", highlight=False)

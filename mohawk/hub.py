@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from mohawk.errors import causes
+
 REMEMBERED = 60  # seconds for which the hub counts as it was found
 
 
@@ -62,13 +64,3 @@ def is_unreachable(error: BaseException) -> bool:
     network = ("httpx", "httpx2", "httpcore", "httpcore2", "requests", "urllib3")
     kinds = (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled, ConnectionError)
     return any(isinstance(e, kinds) or type(e).__module__.split(".")[0] in network for e in causes(error))
-
-
-def causes(error: BaseException) -> list[BaseException]:
-    """The error and what it came of, outermost first."""
-    chain: list[BaseException] = []
-    cause: BaseException | None = error
-    while cause is not None and cause not in chain:
-        chain.append(cause)
-        cause = cause.__cause__ or cause.__context__
-    return chain

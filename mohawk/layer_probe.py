@@ -21,6 +21,7 @@ from mohawk.heads import Head
 from mohawk.kernels.kd_loss import TeacherHidden, linear_kd_loss
 from mohawk.layer_swap import LayerSwap
 from mohawk.models.hybrid import HybridForCausalLM
+from mohawk.parsing import parse_json
 from mohawk.progress import PLAIN_SECONDS
 from mohawk.recall import PAIRS, recall_batches, recall_of
 from mohawk.recipe import Recipe
@@ -117,7 +118,7 @@ class Probe:
         lines = self._file.read_text(encoding="utf-8").splitlines() if self._file.is_file() else []
         for line in lines[1:] if lines[:1] == [head] else []:
             try:
-                kind, chosen, value = json.loads(line)
+                kind, chosen, value = parse_json(line)
             except ValueError:  # the line that a kill cut short
                 continue
             self._known[kind, tuple(chosen)] = value

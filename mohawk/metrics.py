@@ -6,11 +6,12 @@ clipping), tokens_per_s, parts (the loss by the objective's names), and skipped_
 that is not finite is null: NaN is not JSON.
 """
 
-import json
 import logging
 import os
 from pathlib import Path
 from typing import Any
+
+from mohawk.parsing import parse_json
 
 METRICS = "metrics.jsonl"
 
@@ -52,7 +53,7 @@ def drop_after(path: str | os.PathLike, phase: str, step: int) -> None:
 
 def _record(line: str) -> dict[str, Any] | None:
     try:
-        record = json.loads(line)
+        record = parse_json(line)
     except ValueError:
         return None
     return record if isinstance(record, dict) and {"phase", "step"} <= record.keys() else None

@@ -5,8 +5,11 @@ measures, and decides what depends on files.
 """
 
 import logging
+import math
 import os
 import statistics
+import threading
+import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -19,10 +22,13 @@ import torch.distributed as dist
 from mohawk.errors import SaidElsewhere, UserError
 
 T = TypeVar("T")
-PATIENCE = timedelta(days=7)  # the others wait while the first tokenises or measures; a launcher ends them if it dies
+PATIENCE = "MOHAWK_TIMEOUT_MINUTES"  # environment variable: how long a process may be silent where others wait for it
+MINUTES = 30.0  # where it is not set
 HEARING = timedelta(seconds=5)  # for a mistake that all find to be found by all
+BEAT = 2.0  # seconds between signs of life of the first process, while the others wait for its work
 
 _store: dist.Store | None = None  # where a process leaves word while others are in the middle of something
+_works = 0  # how many times the others have waited for the first
 _heard = False  # that the first process ends with the mistake that this one ends with
 
 
@@ -64,6 +70,18 @@ def joined(device: str | None = None) -> Iterator[None]:
             raise
 
 
+def patience() -> timedelta:
+    """How long a process may be silent where others wait for it, before they end the run. Raises UserError."""
+    given = os.environ.get(PATIENCE, "").strip() or str(MINUTES)
+    try:
+        minutes = float(given)
+    except ValueError:
+        minutes = math.nan
+    if not 0 < minutes <= 60 * 24 * 365:
+        raise UserError(f"{PATIENCE}: got {given!r}; allowed: minutes, more than 0 and at most a year")
+    return timedelta(minutes=minutes)
+
+
 def leave() -> None:
     """At the end of the program."""
     if dist.is_available() and dist.is_initialized():
@@ -75,7 +93,7 @@ def _start(device: str | None) -> None:
     if dist.is_initialized():  # by a program that calls us
         return
     if _store is None:
-        _store = next(dist.rendezvous("env://", timeout=PATIENCE))[0]
+        _store = next(dist.rendezvous("env://", timeout=patience()))[0]
     if device is None:
         return
     cuda = device != "cpu" and torch.cuda.is_available()
@@ -90,7 +108,7 @@ def _start(device: str | None) -> None:
     backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     store = dist.PrefixStore("group", _store)
-    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=PATIENCE)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=patience())
 
 
 @contextmanager
@@ -159,7 +177,11 @@ def first_before_others(work: Callable[[], T]) -> T:
 def _on_first(work: Callable[[], Any], shared: bool) -> Any:
     if not several():
         return work()
+    global _works
+    _works += 1
+    done = f"done {_works}"
     if not is_first():
+        _await_first(done)
         kind, value = agree(None)
         if kind == "mistake":
             raise SaidElsewhere(value)
@@ -167,15 +189,78 @@ def _on_first(work: Callable[[], Any], shared: bool) -> Any:
             raise SystemExit(value)
         return value
     try:
-        value = work()
+        with _beating():
+            value = work()
     except UserError as error:
+        _done(done)
         agree(("mistake", str(error)))
         raise
     except BaseException as error:  # a bug, or a signal: nobody is to wait for what will not come
+        _done(done)
         agree(("error", 130 if isinstance(error, KeyboardInterrupt) else 1))
         raise
+    _done(done)
     agree(("done", value if shared else None))
     return value
+
+
+def _done(key: str) -> None:
+    if _store is not None:
+        _store.set(key, "")
+
+
+@contextmanager
+def _beating() -> Iterator[None]:
+    """While the first process works for all, it shows that it is alive: the work may take hours."""
+    if _store is None:
+        yield
+        return
+    own, over = _store.clone(), threading.Event()
+
+    def beat() -> None:
+        while not over.wait(BEAT):
+            own.add("beats", 1)
+
+    thread = threading.Thread(target=beat, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
+
+
+def _await_first(key: str) -> None:
+    """Until the first process has left word under `key`; a UserError when it shows no sign of life for too long."""
+    global _store
+    if _store is None:
+        return
+    store, over, heard, failed = _store, threading.Event(), [time.monotonic()], []
+
+    def listen() -> None:
+        beats, pause = None, 0.01
+        try:
+            own = store.clone()
+            while not own.check([key]):
+                if (now := own.add("beats", 0)) != beats:
+                    beats, heard[0] = now, time.monotonic()
+                time.sleep(pause := min(1.5 * pause, 0.5))
+        except dist.DistError as error:  # the first process is gone
+            failed.append(error)
+        over.set()
+
+    # in a thread of its own: where process 0 keeps the store itself, a question to it may never return
+    threading.Thread(target=listen, daemon=True).start()
+    limit = patience().total_seconds()
+    while not over.wait(1.0):
+        if time.monotonic() - heard[0] > limit:
+            _store = None  # no more questions, which the same silence might answer
+            raise UserError(
+                f"process 0 has shown no sign of life for {limit / 60:g} minutes ({PATIENCE}); see what it does, then "
+                "run the same command again"
+            )
+    if failed:
+        raise failed[0]
 
 
 def several() -> bool:

@@ -14,17 +14,32 @@ from pydantic import BeforeValidator, Field
 
 from mohawk import recipe_text
 from mohawk.distill_recipe import (
+    RESERVED,
     DistillData,
     DistillStudent,
     DistillTeacher,
     Positive,
     Stage,
-    Weight,
+    StageName,
     data_contradictions,
     kept_layers,
     stage_contradictions,
 )
-from mohawk.recipe import Count, Hidden, Mixing, RecipeFile, Section, Student, Text, Whole, phase_contradictions
+from mohawk.recipe import (
+    Batch,
+    Count,
+    Hidden,
+    Length,
+    Mixing,
+    RecipeFile,
+    RowLength,
+    Section,
+    Student,
+    Text,
+    Weight,
+    Whole,
+    phase_contradictions,
+)
 
 BUDGETS = ("parameters", "memory", "latency")
 SIZES = ("layers", "hidden", "ffn", "heads", "kv_heads", "state_heads", "state_groups", "state_size")
@@ -88,7 +103,9 @@ class Target(Section):
 
 
 class Prune(Target):
-    rounds: Count = Field(1, description="cut and heal so many times, in equal ratios, until the target is reached")
+    rounds: Annotated[Whole, Field(ge=1, le=1000)] = Field(
+        1, description="cut and heal so many times, in equal ratios, until the target is reached"
+    )
     targets: list[Target] = Field([], description="a target for each round, instead of the one here")
     vocabulary: Annotated[int | str, BeforeValidator(_vocabulary)] | None = Field(
         None,
@@ -103,13 +120,13 @@ class Prune(Target):
         description="which layers stay; kl, perplexity: by their rise without the layer; contiguous: all but the block "
         "of least block importance",
     )
-    context: Count = Field(4096, description="tokens before the one that a memory or latency budget is about")
+    context: Length = Field(4096, description="tokens before the one that a memory or latency budget is about")
 
 
 class Calibration(Section):
     tokens: Count = Field(262_144, description="of training text that scores are measured on")
-    sequence_length: Annotated[Whole, Field(ge=2)] = Field(512, description="tokens in a row")
-    batch_size: Count = Field(8, description="rows at once; of no other effect")
+    sequence_length: RowLength = Field(512, description="tokens in a row")
+    batch_size: Batch = Field(8, description="rows at once; of no other effect")
     scores: Text | None = Field(
         None, description="instead of measuring in the first round: an earlier run's rounds/1/importance.safetensors"
     )
@@ -127,7 +144,7 @@ class Search(Section):
     tolerance: Annotated[float, Field(gt=0, lt=1)] = Field(
         0.03, description="share of the budget that may be unused; of latency, at least 0.1 either way"
     )
-    tokens: Annotated[Whole, Field(ge=0)] = Field(
+    tokens: Annotated[Whole, Field(ge=0, le=10**15)] = Field(
         1_000_000, description="of healing for each candidate before it is ranked; 0: ranked as cut"
     )
 
@@ -140,13 +157,11 @@ class Convert(Student):
 
 
 class Heal(Stage):
-    name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]*$")] = Field(
-        "heal", description="of its folders, before _1, _2, ... for the rounds"
-    )
+    name: StageName = Field("heal", description="of its folders, before _1, _2, ... for the rounds")
 
 
 class Correct(Stage):
-    name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]*$")] = Field("correct", description="of its folder")
+    name: StageName = Field("correct", description="of its folder")
     kd_weight: Weight = Field(0.0, description="0: the teacher learns from the text alone")
     ce_weight: Weight = Field(1.0, description="of the cross entropy with the text")
     learning_rate: Annotated[float, Field(gt=0, le=1)] = Field(2e-5, description="after warmup")
@@ -322,7 +337,7 @@ class PruneRecipe(RecipeFile):
                     [("heal", "cache"), ("correct",)],
                     "heal.cache holds the answers of the teacher as it was, but correct changes it; leave out one",
                 )
-        taken = ("convert", "mixing", "hidden")
+        taken = ("convert", "mixing", "hidden", *RESERVED)
         for key in ("correct", "heal"):
             stage = getattr(self, key)
             if stage is not None and (stage.name in taken or stage.name.startswith("prune")):

@@ -23,6 +23,7 @@ from mohawk.decoding import Decoding, LocalTeacher, local_teacher
 from mohawk.endpoint import EndpointTeacher
 from mohawk.errors import UserError
 from mohawk.filters import load_function, normalize
+from mohawk.parsing import parse_json
 from mohawk.rationale_router import RationaleRouter, measure_gains, read_gains, write_file
 from mohawk.rationales import TEMPLATES, extract_rationale, read_rationales
 from mohawk.records import Prompt, content_hash
@@ -205,7 +206,10 @@ def purify(
         )
     write_file(output, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
     if by == "merge":
-        journal.unlink(missing_ok=True)
+        try:
+            journal.unlink(missing_ok=True)
+        except OSError as error:  # all is done, and that it is in the way of nothing
+            log.warning("could not delete %s: %s", journal, error.strerror)
     counts = Counter(line["purified"]["by"] for line in lines)
     return counts + Counter(f"merge: {why}" for line in lines if (why := line["purified"].get("merge")))
 
@@ -349,7 +353,7 @@ def _recovered(journal: Path, header: str) -> list[dict[str, Any]]:
         write_file(journal, header + "\n")
         return []
     try:
-        lines = [json.loads(line) for line in rest]
+        lines = [parse_json(line) for line in rest]
     except ValueError:
         raise UserError(f"{journal}: damaged; delete it to merge anew") from None
     if first.decode("utf-8", "replace") != header:

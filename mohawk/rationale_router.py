@@ -25,6 +25,7 @@ from torch import Tensor
 
 from mohawk.data import collate
 from mohawk.errors import UserError
+from mohawk.parsing import parse_json
 from mohawk.processes import several
 from mohawk.rationales import RationaleDistiller
 
@@ -282,7 +283,7 @@ def read_gains(path: str | Path, settings: Mapping[str, Any] | None = None) -> d
     settings: what it must have been measured with. Raises UserError.
     """
     try:
-        state = json.loads(Path(path).read_bytes())
+        state = parse_json(Path(path).read_bytes())
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
     except ValueError as error:

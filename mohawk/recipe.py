@@ -37,8 +37,13 @@ def _layers(value: Any) -> Any:
 
 
 Whole = Annotated[int, BeforeValidator(_whole)]  # 2e6 is a whole number too
-Count = Annotated[Whole, Field(ge=1)]
+# The upper bounds are far above what anyone can run: a slip such as 1e30 is said at once, not after hours.
+Count = Annotated[Whole, Field(ge=1, le=10**15)]
+Batch = Annotated[Whole, Field(ge=1, le=2**20)]  # of sequences, or of what is held in memory at once
+Length = Annotated[Whole, Field(ge=1, le=2**24)]  # of a context, in tokens
+RowLength = Annotated[Whole, Field(ge=2, le=2**24)]  # one token is predicted from another
 Share = Annotated[float, Field(ge=0, le=1)]
+Weight = Annotated[float, Field(ge=0, le=1e6)]  # of a loss
 Text = Annotated[str, Field(min_length=1)]
 
 
@@ -73,10 +78,10 @@ class Student(Section):
     gate: Literal["open", "output"] = Field(
         "open", description="gate rows at the start; open: constant 1; output: from W_O and W_V"
     )
-    state_size: Annotated[Count, Field(le=1024)] | None = Field(
+    state_size: Annotated[Whole, Field(ge=1, le=1024)] | None = Field(
         None, description="of the state per head; null: the teacher's head_dim"
     )
-    conv_kernel: Annotated[Count, Field(le=16)] = Field(4, description="width of the causal convolution")
+    conv_kernel: Annotated[Whole, Field(ge=1, le=16)] = Field(4, description="width of the causal convolution")
 
 
 class Source(Section):
@@ -104,8 +109,8 @@ class Phase(Section):
     """One phase's budget and optimiser: AdamW with a warmup-stable-decay schedule of its own."""
 
     tokens: Count = Field(description="training tokens of the phase")
-    batch_size: Count = Field(16, description="sequences at once, before accumulation")
-    sequence_length: Annotated[Whole, Field(ge=2)] = Field(2048, description="tokens in a sequence")
+    batch_size: Batch = Field(16, description="sequences at once, before accumulation")
+    sequence_length: RowLength = Field(2048, description="tokens in a sequence")
     learning_rate: Annotated[float, Field(gt=0, le=1)] = Field(1e-4, description="after warmup")
     betas: Annotated[
         tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]], Field(strict=False)
@@ -116,8 +121,11 @@ class Phase(Section):
     )
     warmup: Share = Field(0.1, description="share of the steps in which the learning rate rises")
     decay: Share = Field(0.1, description="share of the steps in which it falls to 0 at the end")
-    gradient_accumulation: Count = Field(1, description="batches in one step")
+    gradient_accumulation: Batch = Field(1, description="batches in one step")
     save_every: Count = Field(500, description="steps between checkpoints")
+    save_minutes: Annotated[float, Field(gt=0, le=1e6)] | None = Field(
+        15.0, description="minutes after which one is written in any case; null: by steps alone"
+    )
     log_every: Count = Field(1, description="steps between lines in metrics.jsonl")
 
     @property
@@ -142,7 +150,7 @@ class Hidden(Phase):
         "block_output", description="what of a layer is compared with the teacher's"
     )
     train_mlp: bool = Field(False, description="train the MLPs of the converted layers too")
-    solve_tokens: Annotated[Whole, Field(ge=0)] = Field(
+    solve_tokens: Annotated[Whole, Field(ge=0, le=10**15)] = Field(
         0, description="first solve output projections by least squares on so many tokens; 0: do not"
     )
 
@@ -150,14 +158,14 @@ class Hidden(Phase):
 class EndToEnd(Phase):
     tokens: Count = Field(2_760_000_000, description="training tokens of the phase")
     learning_rate: Annotated[float, Field(gt=0, le=1)] = Field(1e-5, description="after warmup")
-    gradient_accumulation: Count = Field(16, description="batches in one step")
+    gradient_accumulation: Batch = Field(16, description="batches in one step")
     train: Literal["all", "all_but_mlp", "mixers"] = Field("all", description="which parameters train")
     divergence: Literal["forward_kl", "reverse_kl", "jsd", "skew_kl", "skew_reverse_kl", "tvd", "mse", "cosine"] = (
         Field("forward_kl", description="between the teacher's and the student's next-token distributions")
     )
-    temperature: Annotated[float, Field(gt=0, le=100)] = Field(1.0, description="of both distributions")
-    kd_weight: Annotated[float, Field(ge=0)] = Field(1.0, description="of the divergence")
-    ce_weight: Annotated[float, Field(ge=0)] = Field(0.0, description="of the cross entropy with the text")
+    temperature: Annotated[float, Field(ge=0.001, le=100)] = Field(1.0, description="of both distributions")
+    kd_weight: Weight = Field(1.0, description="of the divergence")
+    ce_weight: Weight = Field(0.0, description="of the cross entropy with the text")
 
 
 class Phases(Section):
@@ -175,15 +183,15 @@ class Phases(Section):
 
 
 class Evaluation(Section):
-    sequence_length: Annotated[Whole, Field(ge=2)] = Field(512, description="tokens in an evaluated window")
-    batch_size: Count = Field(8, description="windows at once")
+    sequence_length: RowLength = Field(512, description="tokens in an evaluated window")
+    batch_size: Batch = Field(8, description="windows at once")
     tokens: Count = Field(32_768, description="evaluated per text")
-    contexts: Annotated[list[Count], Field(min_length=1)] = Field(
+    contexts: Annotated[list[Length], Field(min_length=1)] = Field(
         [512, 4096], description="context lengths at which decoding is timed"
     )
-    decode_tokens: Count = Field(32, description="decoded for timing")
+    decode_tokens: Batch = Field(32, description="decoded for timing")
     prompt: Text = Field("The most important thing about the state of the nation is", description="continued")
-    continuation_tokens: Count = Field(60, description="of the prompt's continuation")
+    continuation_tokens: Batch = Field(60, description="of the prompt's continuation")
 
 
 def phase_contradictions(

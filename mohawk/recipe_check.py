@@ -31,6 +31,9 @@ def check(
         read.set(override)
     data = _expanded(read.data)
     mistakes = list(read.mistakes)
+    for at, text in _texts(data):
+        if "\0" in text:
+            mistakes.append(f"{prefix(read.place(at), at)}: holds a NUL character, which no name has; leave it out")
     wrong: list[Where] = []
     model = None
     # What is wrong is reported, then replaced by its default, so that contradictions elsewhere show up too. Where that
@@ -55,6 +58,15 @@ def check(
     if mistakes:
         raise report(mistakes, read.name)
     return model
+
+
+def _texts(value: Any, at: Where = ()) -> Iterator[tuple[Where, str]]:
+    """All texts among the values, and where they stand."""
+    if isinstance(value, str):
+        yield at, value
+    entries = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, entry in entries:
+        yield from _texts(entry, (*at, key))
 
 
 def _expanded(data: dict[str, Any]) -> dict[str, Any]:
@@ -139,6 +151,8 @@ def _allowed(annotation: Any) -> str:
                         bounds.append(f"{words} {bound}")
                 if getattr(constraint, "min_length", 0):
                     bounds.append("not empty")
+                if (most := getattr(constraint, "max_length", None)) is not None:
+                    bounds.append(f"at most {most} characters")
         return ", ".join([_allowed(parts[0]), *bounds])
     if origin is Literal:
         return ", ".join(map(str, parts))

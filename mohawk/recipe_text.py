@@ -23,6 +23,10 @@ from ruamel.yaml.scalarstring import DoubleQuotedScalarString
 
 from mohawk.errors import UserError
 
+LONGEST = 1 << 18  # characters: the reader, in Python, takes seconds for so many
+VALUES = 100_000  # in a recipe, with those that aliases stand for
+DEEPEST = 50  # mappings and lists inside one another
+
 Path = tuple[str | int, ...]  # of a value in the recipe: ("phases", "hidden", "tokens")
 
 _MERGE = "tag:yaml.org,2002:merge"
@@ -244,14 +248,43 @@ def show(value: Any) -> str:
 
 
 def _compose(text: str, name: str) -> Node | None:
+    if len(text) > LONGEST:
+        raise UserError(f"{name}: has {len(text):,} characters; allowed: {LONGEST:,}")
     try:
-        return YAML(typ="safe", pure=True).compose(text)
+        if re.search(rf"(?:[\[{{]\s*){{{DEEPEST + 1}}}", text):  # which the parser would think about for long
+            raise RecursionError
+        node = YAML(typ="safe", pure=True).compose(text)
+        if node is not None:
+            _check_size(node, name)
+        return node
+    except RecursionError:
+        raise UserError(f"{name}: not readable as YAML: nested more than {DEEPEST} deep") from None
     except MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         what = error.problem or error.context or "not YAML"
         raise UserError(f"{name}:{mark.line + 1 if mark else 1}: not readable as YAML: {what}") from error
     except YAMLError as error:
         raise UserError(f"{name}: not readable as YAML: {str(error).splitlines()[0]}") from error
+
+
+def _check_size(node: Node, name: str) -> None:
+    """UserError where aliases make a text larger than anyone means, or deeper than can be read."""
+    known: dict[int, tuple[int, int]] = {}
+
+    def measure(node: Node) -> tuple[int, int]:
+        """(how many values, how many levels) stand at a node, what it names by aliases written out."""
+        if id(node) not in known:
+            known[id(node)] = 1, 1  # of an alias to what it stands in, which is said elsewhere
+            parts = node.value if isinstance(node, CollectionNode) else ()
+            children = (part for entry in parts for part in (entry if isinstance(entry, tuple) else (entry,)))
+            values, levels = zip((0, 0), *map(measure, children), strict=True)
+            if max(levels) >= DEEPEST:
+                raise RecursionError
+            known[id(node)] = 1 + sum(values), 1 + max(levels)
+        return known[id(node)]
+
+    if (values := measure(node)[0]) > VALUES:
+        raise UserError(f"{name}: has {values:,} values, what aliases stand for written out; allowed: {VALUES:,}")
 
 
 def _kind(node: Node) -> str:

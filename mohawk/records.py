@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from mohawk.errors import UserError
-from mohawk.text import as_source, load_rows, local_files
+from mohawk.parsing import parse_json
+from mohawk.text import as_source, load_rows, local_files, rows_of
 
 OPENERS = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
 Messages = list[dict[str, Any]]
@@ -74,7 +75,7 @@ def read_records(source: Any) -> Iterator[tuple[str, dict[str, Any]]]:
     files, form = local_files(source)
     if not files or form == "parquet":
         dataset = load_rows(source, files, form)
-        for i, row in enumerate(dataset):
+        for i, row in rows_of(dataset, source):
             yield f"{source.source} row {i}", row
         return
     if source.split != "train":
@@ -137,7 +138,7 @@ def _json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
             continue
         where = f"{path}:{number}"
         try:
-            row = json.loads(line)
+            row = parse_json(line)
         except ValueError as error:
             raise UserError(f"{where}: not JSON ({error}); each line is one object") from None
         if not isinstance(row, dict):

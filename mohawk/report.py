@@ -17,6 +17,7 @@ from mohawk.checkpoints import MANIFEST
 from mohawk.describe import size_text
 from mohawk.errors import UserError
 from mohawk.metrics import METRICS, read_metrics
+from mohawk.parsing import parse_json
 from mohawk.plots import TEXTS, plot_evaluation, plot_losses, plot_tasks
 from mohawk.teachers import parameter_count
 
@@ -191,7 +192,7 @@ def read_json(path: Path | str) -> Any | None:
     if not path.is_file():
         return None
     try:
-        return _numbers(json.loads(path.read_text(encoding="utf-8")))
+        return _numbers(parse_json(path.read_text(encoding="utf-8")))
     except ValueError as error:
         log.warning("%s is damaged (%s): measuring again what was in it", path, error)
         return None

@@ -37,7 +37,16 @@ log = logging.getLogger(__name__)
 RECIPE = "recipe.yaml"
 STUDENT = "student"
 # What may change when a stopped run goes on: what does not decide what the steps so far meant,
-CHANGEABLE = ("device", ".save_every", ".log_every", ".decode_tokens", ".contexts", ".prompt", ".continuation_tokens")
+CHANGEABLE = (
+    "device",
+    ".save_every",
+    ".save_minutes",
+    ".log_every",
+    ".decode_tokens",
+    ".contexts",
+    ".prompt",
+    ".continuation_tokens",
+)
 UNTIL_FINISHED = (".learning_rate", ".max_grad_norm")  # and in a phase that still has steps to come
 PLACES = ("output", "data.cache")  # a moved run is the same run
 

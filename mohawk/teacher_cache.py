@@ -27,6 +27,7 @@ from mohawk.checkpoints import MANIFEST, why_incomplete
 from mohawk.errors import UserError
 from mohawk.heads import Head
 from mohawk.kernels.kd_teachers import Teacher, TeacherHidden, TeacherSamples, TeacherTopK
+from mohawk.parsing import parse_json
 from mohawk.teacher_records import DTYPES, Layout, checksum, decode, is_whole, text_digest
 
 FORMAT = "mohawk teacher cache"
@@ -252,7 +253,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     """MANIFEST.json of a finished cache, checked against its own hash. Raises UserError."""
     path = folder / MANIFEST
     try:
-        manifest = json.loads(path.read_bytes())
+        manifest = parse_json(path.read_bytes())
         if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
             raise UserError(f"{path}: is not of a teacher cache; give the folder that mohawk cache wrote")
         if manifest["version"] != VERSION:

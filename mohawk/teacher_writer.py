@@ -27,6 +27,7 @@ from tqdm import tqdm
 from mohawk.checkpoints import MANIFEST, fsync, locked, why_incomplete
 from mohawk.errors import UserError
 from mohawk.heads import Head
+from mohawk.parsing import parse_json
 from mohawk.teacher_answers import Answers, make_answers, teacher_hash, within
 from mohawk.teacher_cache import (
     FORMAT,
@@ -183,7 +184,7 @@ def _drop_foreign(folder: Path) -> None:
     Of a damaged manifest what can be read counts, since no damage makes a hash fit; of none, the rows' checksums do.
     """
     try:
-        files = json.loads((folder / MANIFEST).read_bytes())["files"]
+        files = parse_json((folder / MANIFEST).read_bytes())["files"]
         known = {name: entry.get("sha256") for name, entry in files.items() if isinstance(entry, dict)}
     except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError):
         return
@@ -335,7 +336,7 @@ def _same(folder: Path, old: dict[str, Any], new: dict[str, Any]) -> None:
 
 def _read_settings(folder: Path) -> dict[str, Any] | None:
     try:
-        settings = json.loads((folder / SETTINGS).read_bytes())
+        settings = parse_json((folder / SETTINGS).read_bytes())
         return settings if settings["sha256"] == manifest_hash(settings) and settings["format"] == FORMAT else None
     except (OSError, ValueError, KeyError, TypeError):
         return None

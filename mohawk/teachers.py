@@ -9,11 +9,12 @@ import copy
 import logging
 import math
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any
 
-from mohawk.errors import UserError
+from mohawk.errors import UserError, causes, machines_own
 from mohawk.extras import explain
-from mohawk.hub import causes, hub_or_cache, is_unreachable
+from mohawk.hub import hub_or_cache, is_unreachable
 
 if TYPE_CHECKING:
     import torch
@@ -97,7 +98,7 @@ def load_config(
                 name, revision=revision, trust_remote_code=trust_remote_code, **_gguf(gguf_file)
             )
     except Exception as error:
-        raise _user_error(error, name, revision, "configuration") from error
+        raise _user_error(error, name, revision, "configuration", gguf_file) from error
     kind = f"{name} is a {config.model_type} model"
     if (other := other_than_decoder(config) or _ahead(config)) is not None:
         raise UserError(f"teacher: {kind}: {other}; {GIVE}")
@@ -194,7 +195,7 @@ def load_teacher(
                     **_gguf(gguf_file),
                 )
     except Exception as error:
-        raise _user_error(error, name, revision, "weights") from error
+        raise _user_error(error, name, revision, "weights", gguf_file) from error
     if missing := sorted(info["missing_keys"]):
         raise UserError(
             f"teacher: {name} lacks {len(missing)} weights ({', '.join(missing[:3])}), they would be random; "
@@ -276,7 +277,7 @@ def load_tokenizer(
                 name, revision=revision, trust_remote_code=trust_remote_code, **_gguf(gguf_file)
             )
     except Exception as error:
-        raise _user_error(error, name, revision, "tokenizer") from error
+        raise _user_error(error, name, revision, "tokenizer", gguf_file) from error
 
 
 def without_quantization(model: PreTrainedModel) -> PreTrainedModel:
@@ -320,13 +321,16 @@ def _gguf(gguf_file: str | None) -> dict[str, Any]:
     return {"gguf_file": gguf_file}
 
 
-def _user_error(error: Exception, name: str, revision: str | None, what: str) -> Exception:
+def _user_error(
+    error: Exception, name: str, revision: str | None, what: str, gguf_file: str | None = None
+) -> Exception:
     """One line for the causes a user can do something about; anything else passes through unchanged."""
     from huggingface_hub import errors as hub
-    from safetensors import SafetensorError
 
     if isinstance(error, UserError):
         return error
+    if (own := machines_own(error)) is not None:
+        return own
     chain = causes(error)
     local = Path(name).exists()
     at = f" at revision {revision}" if revision else ""
@@ -340,8 +344,20 @@ def _user_error(error: Exception, name: str, revision: str | None, what: str) ->
         )
     if "packages that were not found in your environment" in str(error):  # what the checkpoint's own code imports
         return UserError(f"teacher: {name}: {_first_line(error)}")
-    # RuntimeError: weights of other shapes than the configuration's; SafetensorError: a file cut short
-    if local and isinstance(error, (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError)):
+    if isinstance(error, ImportError):
+        return error
+    if found(UnpicklingError):
+        return UserError(
+            f"teacher: cannot load the {what} of {name}: its .bin file is damaged, or a pickle with more in it than "
+            "tensors, which would run code when it is read, so it is refused; give a checkpoint with .safetensors files"
+        )
+    # whatever goes wrong with files that are here is the files': a file cut short, shapes of another configuration
+    if local and gguf_file is not None:
+        return UserError(
+            f"teacher: cannot load the {what} of {Path(name) / gguf_file}: the file is damaged, cut short or of a kind "
+            f"that transformers does not read ({_first_line(error)})"
+        )
+    if local:
         return UserError(f"teacher: cannot load the {what} from the folder {name}: {_first_line(error)}")
     if found(hub.GatedRepoError):
         return UserError(f"teacher: {name} is gated; accept its terms on the hub and run: hf auth login")

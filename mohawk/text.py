@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import glob as globbing
 import hashlib
+import itertools
 import json
 import logging
 import re
@@ -18,9 +19,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mohawk.errors import UserError
+from mohawk.errors import UserError, causes, machines_own
 from mohawk.fetch import cache_dir, whole_folder
 from mohawk.hub import hub_or_cache
+from mohawk.parsing import parse_json
 
 if TYPE_CHECKING:
     import datasets
@@ -33,6 +35,7 @@ SUFFIXES = {".txt": "text", ".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "jso
 FORMATS = ("text", "paragraphs", "jsonl", "parquet")
 BUILDERS = {"text": "text", "paragraphs": "text", "jsonl": "json", "parquet": "parquet"}
 LAYOUT = 1  # of the cached folders; raise it when their contents change
+DEEPEST = 500  # brackets inside brackets in a line of JSON
 PIECE = 1_000_000  # characters tokenised at once: an encoding takes some 100 bytes per token until it is copied
 
 
@@ -178,6 +181,8 @@ def load_rows(source: Source, files: list[Path], form: str | None, scratch: str 
             with hub_or_cache():
                 return datasets.load_dataset(source.source, source.subset, split=source.split)
         options: dict[str, Any] = {"sample_by": "document"} if BUILDERS[form] == "text" else {}
+        if form == "jsonl":
+            check_depth(files)
         names = [globbing.escape(str(p.absolute())) for p in files]
         return datasets.load_dataset(BUILDERS[form], data_files=names, split=source.split, cache_dir=scratch, **options)
     except Exception as error:
@@ -188,17 +193,20 @@ def load_rows(source: Source, files: list[Path], form: str | None, scratch: str 
 
 
 def _user_error(error: Exception, source: Source, files: list[Path], form: str | None) -> Exception:
+    if isinstance(error, UserError):
+        return error
+    if (own := machines_own(error)) is not None:
+        return own
     name = source.source
-    chain, cause = [], error
-    while cause is not None and cause not in chain:
-        chain.append(cause)
-        cause = cause.__cause__ or cause.__context__
+    chain = causes(error)
     root = chain[-1]
     said = next((str(e).strip().splitlines()[0][:300] for e in reversed(chain) if str(e).strip()), "no reason given")
     if files:
         if any(isinstance(e, UnicodeDecodeError) for e in chain) or "UTF-8" in said or "utf-8" in said:
             for path in files:
                 _check_encoding(path)
+        for path in files if form == "jsonl" else ():
+            _check_json_lines(path)
         if "split" in str(error).lower():
             return UserError(f"data: {name}: a local file has only the split train, got {source.split!r}")
         what = {"jsonl": "JSON lines", "parquet": "Parquet"}.get(form, "text")
@@ -227,15 +235,52 @@ def _check_encoding(path: Path) -> None:
         ) from None
 
 
+def _check_json_lines(path: Path) -> None:
+    """UserError with the first line that is no JSON, which Arrow's own words do not tell."""
+    with path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                if line := line.strip():
+                    parse_json(line)
+            except ValueError as error:
+                if number == 1 and path.suffix.lower() != ".jsonl":
+                    return  # one JSON text over several lines, or compressed
+                raise UserError(f"data: {path}:{number}: not JSON ({error}); each line is one object") from None
+
+
+def check_depth(files: list[Path]) -> None:
+    """UserError where a line of JSON is nested so deep that Arrow's parser would take the process down."""
+    for path in files:
+        with path.open("rb") as file:
+            for number, line in enumerate(file, 1):
+                if line.count(b"[") + line.count(b"{") <= DEEPEST:
+                    continue
+                brackets = re.sub(rb'"(?:[^"\\]|\\.)*"|[^][{}]', b"", line)
+                depth = itertools.accumulate(1 if bracket in b"[{" else -1 for bracket in brackets)
+                if max(depth, default=0) > DEEPEST:
+                    raise UserError(f"data: {path}:{number}: JSON nested more than {DEEPEST} deep")
+
+
+def rows_of(dataset: datasets.Dataset, source: Source) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(i from 0, row) of all rows. UserError for bytes that are not UTF-8, which Arrow takes in unread."""
+    number = 0
+    try:
+        for number, row in enumerate(dataset, 1):
+            yield number - 1, row
+    except UnicodeDecodeError as error:
+        for path in local_files(source)[0]:
+            if _suffix(path) != ".parquet":
+                _check_encoding(path)
+        raise UserError(
+            f"data: {source.source}: row {number} (from 0), or soon after it, is not UTF-8 ({error.reason}, byte "
+            f"0x{error.object[error.start]:02x}); write the file anew with text that is"
+        ) from None
+
+
 def _check_field(dataset: datasets.Dataset, source: Source) -> None:
     names = dataset.column_names
     if source.field not in names:
         raise UserError(f"data: {source.source} has no field {source.field!r}; its fields: {', '.join(names)}")
-    if len(dataset) and not isinstance(value := dataset[0][source.field], (str, type(None))):
-        raise UserError(
-            f"data: {source.source}: field {source.field!r} holds {type(value).__name__}, not text; "
-            f"its fields: {', '.join(names)}"
-        )
 
 
 def content_key(files: list[Path]) -> str:
@@ -265,10 +310,15 @@ def tokenizer_key(tokenizer: PreTrainedTokenizerBase) -> str:
 
 def _documents(dataset: datasets.Dataset, source: Source, form: str | None) -> Iterator[str]:
     column = dataset.select_columns([source.field])
-    for row in column:
+    for i, row in rows_of(column, source):
         text = row[source.field]
         if text is None:
             continue
+        if not isinstance(text, str):
+            raise UserError(
+                f"data: {source.source}: field {source.field!r} holds {type(text).__name__}, not text, in row {i} "
+                f"(from 0); its fields: {', '.join(dataset.column_names)}"
+            )
         text = text.removeprefix("\ufeff")
         blocks = re.split(r"\n[ \t\r]*\n", text) if form == "paragraphs" else (text,)
         yield from (block for block in blocks if block.strip())

@@ -28,13 +28,13 @@ import logging
 import math
 import os
 import shutil
+import time
 import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.utils.data import DataLoader
@@ -44,9 +44,9 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from mohawk.batches import Batches
 from mohawk.checkpoints import Interrupted, locked, newest_complete, remove_partial, rotate, write_whole
-from mohawk.errors import UserError
+from mohawk.errors import UserError, naming
 from mohawk.precision import autocast_dtype
-from mohawk.processes import agree, means, several, share_parameters, sum_gradients, total, wait_for_all
+from mohawk.processes import agree, is_first, means, several, share_parameters, sum_gradients, total, wait_for_all
 from mohawk.progress import Metrics, Progress, Window
 from mohawk.stopping import SAME_SIGNAL, SAME_SIGNAL_DISTRIBUTED, StopRequest
 from mohawk.trackers import trackers
@@ -70,7 +70,7 @@ class PhaseTrainer(Trainer):
         name: of the phase: `run_dir/phases/<name>/` holds its checkpoints.
         phase: `tokens`, `batch_size`, `sequence_length`, `learning_rate`, `betas`, `weight_decay`,
             `max_grad_norm`, `warmup`, `decay` (fractions of the steps), `gradient_accumulation`,
-            `save_every`, `log_every` (steps); `eps` is optional.
+            `save_every`, `log_every` (steps); `eps` and `save_minutes` (of the clock) are optional.
         run_dir: of the run; metrics.jsonl is appended to there.
         train_dataset: maps an index to an example; read in an order that depends on seed and name only, anew
             in each pass.
@@ -171,7 +171,8 @@ class PhaseTrainer(Trainer):
         self._failure: str | None = None
         same = SAME_SIGNAL_DISTRIBUTED if several() else SAME_SIGNAL
         self._request = StopRequest(same, says=self.is_world_process_zero())
-        self._stop = False  # all processes agreed to
+        self._stop = self._due = False  # all processes agreed to stop; to save
+        self._saved_at = time.monotonic()
         self._parts: dict[str, torch.Tensor] = {}  # of the running step, by name
         self._step_loss: float | None = None  # of the step that just ended, None if it changed nothing
         self._window = Window()
@@ -182,7 +183,7 @@ class PhaseTrainer(Trainer):
         """Run the phase to its end, from its newest complete checkpoint if there is one.
 
         Raises:
-            Interrupted: SIGINT or SIGTERM came; the checkpoint is written. A second signal does what it does
+            Interrupted: a signal (mohawk.stopping) came; the checkpoint is written. A second signal does what it does
                 without us: stop at once.
             UserError: too many steps were not finite, the disk is full, a checkpoint is of another model, or
                 another process trains this phase.
@@ -290,13 +291,15 @@ class PhaseTrainer(Trainer):
         sum_gradients(parameters)
         gradients = [p.grad for p in parameters if p.grad is not None]
         norm = nn.utils.get_total_norm(gradients).to(self.args.device)
-        interrupted = torch.tensor(float(self._request.number is not None), device=self.args.device)
-        scalars = total(torch.stack([*self._parts.values(), interrupted]))
+        # what this process knows, and all are to do
+        flags = [float(self._request.number is not None), float(self._is_save_due())]
+        flags = torch.tensor(flags, device=self.args.device)
+        scalars = total(torch.cat([torch.stack(list(self._parts.values())), flags]))
         # One transfer from the device for all that this step must know.
-        *values, interrupted, norm_value = torch.cat([scalars, norm.float().reshape(1)]).tolist()
+        *values, interrupted, due, norm_value = torch.cat([scalars, norm.float().reshape(1)]).tolist()
         parts = dict(zip(self._parts, values, strict=True))
         self._parts = {}
-        self._stop = self._stop or interrupted > 0
+        self._stop, self._due = self._stop or interrupted > 0, due > 0
 
         self._step_loss = sum(parts.values())
         bad = [name for name, value in parts.items() if not math.isfinite(value)]
@@ -313,6 +316,11 @@ class PhaseTrainer(Trainer):
             if self.phase.max_grad_norm:
                 nn.utils.clip_grads_with_norm_(parameters, self.phase.max_grad_norm, norm)
         self._window.add(self.state.global_step + 1, parts, norm_value, skipped=bool(bad))
+
+    def _is_save_due(self) -> bool:
+        """Whether the first process's clock asks for a checkpoint."""
+        minutes = getattr(self.phase, "save_minutes", None)
+        return minutes is not None and is_first() and time.monotonic() - self._saved_at >= 60 * minutes
 
     def _count_nonfinite(self, bad: list[str]) -> None:
         step = self.state.global_step + 1
@@ -385,7 +393,7 @@ class PhaseTrainer(Trainer):
         """Write what the phase needs to go on, complete or invisible; frozen weights are not rewritten."""
         path = self._checkpoint_path()
         try:
-            with contextlib.ExitStack() as stack:
+            with naming(path), contextlib.ExitStack() as stack:
                 folder = None
                 if self.is_world_process_zero():
                     folder = stack.enter_context(write_whole(path, replace=True))
@@ -401,6 +409,7 @@ class PhaseTrainer(Trainer):
                 f" {f'{kept.name} is complete' if kept else 'there is no earlier one'}."
                 " Free disk space or make the folder writable, then run the same command"
             ) from error
+        self._saved_at = time.monotonic()
         logger.info("%s: saved %s", self.name, path)
         if self.is_world_process_zero():
             rotate(self.folder, path, keep=self.keep_checkpoints)
@@ -408,11 +417,8 @@ class PhaseTrainer(Trainer):
 
     def _write_checkpoint(self, folder: Path) -> None:
         weights = {name: p.detach().cpu().contiguous() for name, p in self.trainable.items()}
-        try:
-            save_file(weights, folder / WEIGHTS)
-            self._save_optimizer_and_scheduler(str(folder))
-        except (RuntimeError, SafetensorError) as error:  # torch.save's and safetensors' full disk
-            raise OSError(str(error).splitlines()[0]) from error
+        save_file(weights, folder / WEIGHTS)
+        self._save_optimizer_and_scheduler(str(folder))
         self.state.save_to_json(str(folder / TRAINER_STATE_NAME))
         state = self._phase_state()
         if hasattr(self.model, "training_state"):
@@ -493,6 +499,7 @@ class _PhaseCallback(TrainerCallback):
         objective.eval()  # a teacher in training mode would drop out
         objective.student.train()
         share_parameters(list(self.trainer.trainable.values()))
+        self.trainer._saved_at = time.monotonic()
         self.trainer._window.start()
 
     def on_step_begin(self, args, state, control, **kwargs):
@@ -507,6 +514,8 @@ class _PhaseCallback(TrainerCallback):
             control.should_save = control.should_training_stop = True
         if trainer._request.number is not None and not several():
             trainer._stop = True  # even when it came after the gradients were final
+        if trainer._due:
+            control.should_save = True
         if trainer._stop:
             control.should_save = control.should_training_stop = True
         if trainer._failure is not None:

@@ -266,7 +266,7 @@ def test_identities_tell_teachers_apart(make_llama, tokenizer):
         ({"samples": 0}, "samples: got 0; allowed: at least 1"),
         ({"samples": 2}, "samples: got 2, but greedy decoding has one answer; set a temperature"),
         ({"method": "beam", "samples": 5}, "samples: got 5 of 4 beams; ask for no more than there are beams"),
-        ({"temperature": 0.0}, "temperature: got 0.0; allowed: above 0 (greedy has none)"),
+        ({"temperature": 0.0}, "temperature: got 0.0; allowed: at least 0.001 (greedy has none)"),
         ({"top_p": 1.5}, "top_p: got 1.5; allowed: above 0, up to 1"),
     ],
 )

@@ -208,3 +208,148 @@ def test_mistakes_are_one_line(monkeypatch):
     with pytest.raises(UserError, match="p:1: a chat's messages, which /completions does not take; use --chat"):
         messages = [{"role": "user", "content": "hi"}]
         list(EndpointTeacher("http://h", "m", Decoding()).responses([Prompt("0", "0", messages, "p:1")]))
+
+
+def with_fields(body, **fields):
+    """A proper answer but for these fields: `usage`, or of the choice."""
+    answer = Server.answer(body)
+    for name, value in fields.items():
+        (answer if name == "usage" else answer["choices"][0])[name] = value
+    return answer
+
+
+ODD = [
+    ({"usage": {"completion_tokens": "12"}}, 'usage.completion_tokens: got "12"; allowed: a whole number, or null'),
+    ({"usage": {"completion_tokens": -1}}, "usage.completion_tokens: got -1"),
+    ({"usage": {"completion_tokens": True}}, "usage.completion_tokens: got true"),
+    ({"usage": {"completion_tokens": 10**400}}, "usage.completion_tokens: got 1000"),
+    ({"usage": {"completion_tokens": float("nan")}}, "usage.completion_tokens: got NaN"),
+    ({"usage": [1]}, "an answer without text"),
+    ({"finish_reason": {"a": 1}}, 'finish_reason: got {"a": 1}; allowed: a word, or null'),
+    ({"finish_reason": "x" * 5000}, "finish_reason: got"),
+    ({"logprobs": "none"}, "an answer without text"),
+    ({"logprobs": {"token_logprobs": 5}}, "an answer without text"),
+    ({"logprobs": {"token_logprobs": ["-1"]}}, 'logprobs: got "-1"; allowed: numbers, or null'),
+    ({"logprobs": {"token_logprobs": [-(10**400)]}}, "logprobs: got -1000"),
+    ({"text": ["a", "list"]}, "list instead of a text in the answer"),
+    ({"text": "half a \ud800 character"}, "half a character, \\ud800 alone"),
+]
+
+
+@pytest.mark.parametrize(("fields", "words"), ODD, ids=[str(fields)[:60] for fields, _ in ODD])
+def test_an_odd_field_is_that_answers_error_and_no_one_elses(server, fields, words):
+    server.script = lambda body, times: (
+        with_fields(body, **fields) if body["prompt"] == "prompt 1" else server.answer(body)
+    )
+    found = dict(EndpointTeacher(server.url, "big", Decoding(), retries=1).responses(prompts(3)))
+    (odd,) = found.pop(1)
+    assert words in odd.error and odd.text == ""
+    assert [r.text for (r,) in found.values()] == ["prompt 0 0", "prompt 2 0"]
+
+
+def test_log_probabilities_that_cannot_be_are_unknown(server):
+    for logprobs, known in (([-1.0, 1e-7], True), ([0.5], False), ([-1e29, -1e31], False), ([None, -1.0], False)):
+        server.script = lambda body, times, given=logprobs: with_fields(body, logprobs={"token_logprobs": given})
+        ((_, (response,)),) = EndpointTeacher(server.url, "big", Decoding()).responses(prompts(1))
+        assert response.logprob == (pytest.approx(sum(logprobs)) if known else None) and response.error is None
+
+
+def test_a_server_that_answers_nothing_as_it_should_stops_the_run(server):
+    server.script = lambda body, times: {"error": "out of order"}
+    teacher = EndpointTeacher(server.url, "big", Decoding(), retries=0, concurrency=1)
+    got = []
+    with pytest.raises(UserError, match="failed 1 times, at last with: an answer without text"):
+        got.extend(teacher.responses(prompts(20)))
+    assert len(got) == client.ODD - 1
+
+
+def drip(start, byte=b" ", pause=0.05):
+    """Writes `start`, then one byte after another, for good."""
+
+    def write(connection):
+        connection.write(start)
+        while True:
+            connection.write(byte)
+            connection.flush()
+            time.sleep(pause)
+
+    return write
+
+
+@pytest.mark.parametrize(
+    "start",
+    [
+        b"HTTP/1.1 200 OK\r\nContent-Length: 100000\r\n\r\n{",
+        b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n1\r\n{\r\n",
+        b"HTTP/1.1 200 OK\r\nX-Slow: ",
+        b"HTTP/1.1 20",
+    ],
+    ids=["body", "chunks", "header", "status"],
+)
+def test_a_server_that_drips_bytes_is_left_in_time(server, start):
+    """Each byte is in time; the answer is not."""
+    server.script = lambda body, times: drip(start)
+    teacher = EndpointTeacher(server.url, "big", Decoding(), timeout=0.2, retries=0)
+    begin = time.monotonic()
+    with pytest.raises(UserError, match="the answer still came after the time for a whole one"):
+        list(teacher.responses(prompts(1)))
+    assert 0.9 < time.monotonic() - begin < 3.0
+
+
+def test_an_endless_answer_is_left(server, monkeypatch):
+    monkeypatch.setattr(client, "LARGEST_ANSWER", 1 << 20)
+    start = b"HTTP/1.1 200 OK\r\n\r\n"
+    server.script = lambda body, times: drip(start, byte=b"x" * 65536, pause=0)
+    ((_, (response,)),) = EndpointTeacher(server.url, "big", Decoding(), retries=0).responses(prompts(1))
+    assert "more than 1 MiB" in response.error
+
+
+KEY = "sk-0123456789abcdef"
+
+
+def test_the_key_stands_nowhere_where_a_server_echoes_it(server, monkeypatch, caplog):
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    request = {
+        "user": f"me {KEY}",
+        "headers": {"Authorization": "Bearer other-secret"},
+        "api_key": "third-secret",
+        "n": 1,
+    }
+
+    def script(body, times):
+        if body["prompt"] == "prompt 1":
+            return 400, {}, error(f"your key {KEY} may not")
+        if times == 0:
+            return 503, {}, f"busy with {KEY}".encode()
+        return with_fields(body, text=f"you sent {KEY}, did you?", finish_reason=KEY)
+
+    server.script = script
+    teacher = EndpointTeacher(server.url, "big", Decoding(), request=request, retries=1)
+    found = dict(teacher.responses(prompts(2)))
+    assert found[0][0].text == "you sent ***, did you?" and found[0][0].finish_reason == "***"
+    assert found[1][0].error == "refused by the endpoint: HTTP 400 (your key *** may not)"
+    assert server.seen[0][2]["user"] == f"me {KEY}" and server.seen[0][2]["api_key"] == "third-secret"  # as given
+    identity = teacher.identity()["request"]
+    assert identity == {"user": "me ***", "headers": {"Authorization": "***"}, "api_key": "***", "n": 1}
+    server.script = lambda body, times: (200, {}, b"{" + KEY.encode())
+    ((_, (response,)),) = EndpointTeacher(server.url, "big", Decoding(), retries=0).responses(prompts(1))
+    server.script = lambda body, times: (302, {"Location": f"http://elsewhere/{KEY}"}, b"")
+    with pytest.raises(UserError) as raised:
+        list(EndpointTeacher(server.url, "big", Decoding()).responses(prompts(1)))
+    elsewhere = EndpointTeacher(f"http://127.0.0.1:1/{KEY}/v1", "big", Decoding(), retries=0)
+    with pytest.raises(UserError) as unreachable:
+        list(elsewhere.responses(prompts(1)))
+    said = f"{caplog.text} {response.error} {raised.value} {unreachable.value} {elsewhere.base}"
+    assert "***" in response.error and "***" in str(raised.value) and KEY not in said
+    assert "busy with ***" in caplog.text
+
+
+def test_control_characters_of_a_server_are_escaped(server, caplog):
+    server.script = lambda body, times: (
+        (503, {}, error("\x1b[2Jgone \x07\x9b31m")) if times == 0 else (401, {}, error("\x1b]0;x"))
+    )
+    with pytest.raises(UserError) as raised:
+        list(EndpointTeacher(server.url, "big", Decoding()).responses(prompts(1)))
+    assert "\\x1b]0;x" in str(raised.value)
+    assert "\\x1b[2Jgone \\x07\\x9b31m" in caplog.text
+    assert not any(c in caplog.text + str(raised.value) for c in "\x1b\x07\x9b")

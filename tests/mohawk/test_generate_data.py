@@ -401,7 +401,7 @@ def test_an_endpoint_that_fails_halfway_is_gone_on_from(tmp_path, prompts, monke
             "--beams and --temperature: a search draws nothing; give one of the two",
         ),
         (["--samples", "2"], "samples: got 2, but greedy decoding has one answer; set a temperature"),
-        (["--endpoint", "http://h", "--request", "[1]"], "--request: '[1]' is no JSON object; give fields and values"),
+        (["--endpoint", "http://h", "--request", "[1]"], "--request: got a JSON list; give an object, fields and"),
         (["--min-score", "2"], "scorer and min_score belong together; give both or neither"),
         ([], "./no-such-model does not exist (looked for /"),
     ],

@@ -93,7 +93,7 @@ def test_wheel_holds_everything_and_nothing_else(wheel, checkout):
     code = {name for name in names if ".dist-info/" not in name}
     assert code == expected
     entry = next(name for name in names if name.endswith("entry_points.txt"))
-    assert "mohawk = mohawk.cli:main" in zipfile.ZipFile(wheel).read(entry).decode()
+    assert "mohawk = mohawk.__main__:main" in zipfile.ZipFile(wheel).read(entry).decode()
 
 
 def test_folders_that_must_not_be_packages():

@@ -3,6 +3,7 @@
 import copy
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mohawk import recipe_text
+from mohawk.distill_recipe import DistillRecipe
 from mohawk.errors import UserError
+from mohawk.prune_recipe import PruneRecipe
 from mohawk.recipe import Recipe, shipped
 from mohawk.recipe_kinds import kind_of
 from mohawk.recipe_text import RecipeText
@@ -113,7 +116,7 @@ ONE_MISTAKE = [
     (dict(phases__hidden__learning_rate=0), "got 0; allowed: a number, above 0, at most 1"),
     (dict(phases__hidden__learning_rate=float("nan")), "phases.hidden.learning_rate: got nan"),
     (dict(phases__hidden__learning_rate=float("inf")), "phases.hidden.learning_rate: got inf"),
-    (dict(phases__end_to_end__temperature="hot"), "got the text 'hot'; allowed: a number, above 0"),
+    (dict(phases__end_to_end__temperature="hot"), "got the text 'hot'; allowed: a number, at least 0.001, at most 100"),
     (
         dict(evaluation__contexts=[512, 0]),
         "evaluation.contexts.1: got 0; allowed: a whole number, at least 1",
@@ -351,7 +354,7 @@ def test_validating_imports_nothing_heavy():
     ("temperature", "line"),
     [
         ({"start": 5}, "temperature.end: missing; give value at the end of the ramp, and from there on"),
-        ({"start": 5, "end": "x"}, "temperature.end: got the text 'x'; allowed: a number, at least 0 ("),
+        ({"start": 5, "end": "x"}, "temperature.end: got the text 'x'; allowed: a number, at least 0, at most 1000000"),
         ({"start": 5, "end": 1, "ende": 2}, "temperature.ende: unknown key; did you mean end?"),
         (0, "temperature: got 0; allowed: auto or a number, "),
     ],
@@ -370,3 +373,74 @@ def test_a_mistake_in_one_of_several_forms_is_one_line(temperature, line):
     pruned["prune"] = {"ffn": 8, "memory": 1e9}  # what is wrong elsewhere is said too
     with pytest.raises(UserError, match="ffn and memory"):
         PruneRecipe.from_dict(pruned)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        (dict(phases__mixing__tokens=1e30), "got 1e+30; allowed: a whole number, at least 1, at most 1000000000000000"),
+        (dict(phases__end_to_end__temperature=0.0005), "got 0.0005; allowed: a number, at least 0.001, at most 100"),
+        (
+            dict(evaluation__contexts=[1e12]),
+            "got 1000000000000.0; allowed: a whole number, at least 1, at most 16777216",
+        ),
+        (dict(evaluation__decode_tokens=1e12), "at most 1048576"),
+        (dict(phases__hidden__batch_size=1e12), "at most 1048576"),
+        (dict(phases__hidden__sequence_length=1e12), "at most 16777216"),
+        (dict(phases__end_to_end__ce_weight=1e39), "at most 1000000.0"),
+        (dict(phases__mixing__save_minutes=0), "got 0; allowed: a number, above 0, at most 1000000.0 or null"),
+        (dict(teacher__model="a\0b"), "holds a NUL character, which no name has; leave it out"),
+        (dict(output="a\0b"), "holds a NUL character, which no name has; leave it out"),
+    ],
+    ids=str,
+)
+def test_what_nobody_can_run_is_refused_before_training(changes, words):
+    (line,) = mistakes(with_values(**changes))
+    assert words in line
+
+
+NINE = ",".join(["*a{0}"] * 9)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        (
+            "a0: &a0 [x,x,x,x,x,x,x,x,x]\n" + "".join(f"a{i}: &a{i} [{NINE.format(i - 1)}]\n" for i in range(1, 10)),
+            "recipe.yaml: has 4,412,961,516 values, what aliases stand for written out; allowed: 100,000",
+        ),
+        (
+            "a0: &a0 {x: 1}\n" + "".join(f"a{i}: &a{i} {{<<: [{NINE.format(i - 1)}]}}\n" for i in range(1, 10)),
+            "what aliases stand for written out; allowed: 100,000",
+        ),
+        ("a0: &a0 [x]\n" + "".join(f"a{i}: &a{i} [*a{i - 1}]\n" for i in range(1, 400)), "nested more than 50 deep"),
+        ("a: " + "[" * 100_000, "nested more than 50 deep"),
+        ("a: " + "[" * 51 + "]" * 51, "nested more than 50 deep"),
+        ("a: " + "{a: " * 2000, "nested more than 50 deep"),
+        ("- " * 20_000 + "a", "nested more than 50 deep"),
+        ("".join(" " * i + "a:\n" for i in range(500)), "nested more than 50 deep"),
+        ("# " + "x" * 300_000, "has 300,002 characters; allowed: 262,144"),
+    ],
+    ids=["aliases", "merged", "chain", "open", "lists", "mappings", "dashes", "blocks", "long"],
+)
+def test_yaml_that_would_take_for_ever(text, words):
+    begin = time.process_time()
+    with pytest.raises(UserError) as caught:
+        RecipeText.read(text, "recipe.yaml")
+    assert words in str(caught.value) and "\n" not in str(caught.value) and time.process_time() - begin < 5.0
+
+
+def test_aliases_within_reason_are_read():
+    read = RecipeText.read("a: &a {x: [1, 2]}\nb: [*a, *a]\nc: {<<: *a, y: 3}\n", "recipe.yaml")
+    assert read.data == {"a": {"x": [1, 2]}, "b": [{"x": [1, 2]}] * 2, "c": {"x": [1, 2], "y": 3}}
+    assert not read.mistakes
+
+
+@pytest.mark.parametrize("name", ["before", "tasks", "again"])
+def test_a_stage_is_not_called_as_other_results_are(name):
+    data = {**MINIMAL, "student": {"layers": "every_second"}, "stages": [{"name": name}]}
+    with pytest.raises(UserError, match=rf"stages.0 \({name}\): results have that name for something else"):
+        DistillRecipe.from_dict(data)
+    prune = {**MINIMAL, "prune": {"ffn": 1}, "correct": {"name": name}}
+    with pytest.raises(UserError, match=f"correct.name: {name} is the name of another stage"):
+        PruneRecipe.from_dict(prune)

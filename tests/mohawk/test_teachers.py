@@ -1,4 +1,7 @@
+import errno
 import json
+import os
+import pickle
 
 import pytest
 import torch
@@ -238,3 +241,51 @@ def test_remote_code_is_off_unless_asked_for(tmp_path):
     (tmp_path / "conf.py").write_text("raise SystemExit('the code of a stranger ran')\n")
     with pytest.raises(UserError, match="runs Python code of its own to load; .* teacher.trust_remote_code: true"):
         load_teacher(tmp_path)
+
+
+class Command:
+    """What a hostile pickle does when it is read."""
+
+    def __reduce__(self):
+        return (print, ("this ran",))
+
+
+@pytest.mark.parametrize("old", [False, True], ids=["archive", "plain pickle"])
+def test_a_pickle_that_would_run_code_is_refused_in_our_words(folder, capsys, old):
+    (folder / "model.safetensors").unlink()
+    if old:
+        (folder / "pytorch_model.bin").write_bytes(pickle.dumps({"a": Command()}))
+    else:
+        torch.save({"a": Command()}, folder / "pytorch_model.bin")
+    with pytest.raises(UserError) as caught:
+        load_teacher(folder)
+    assert "its .bin file is damaged, or a pickle with more in it than tensors" in str(caught.value)
+    assert "give a checkpoint with .safetensors files" in str(caught.value) and "\n" not in str(caught.value)
+    assert "this ran" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("share", [0.0, 0.0001, 0.001, 0.02, 0.3, 0.7, 0.9999])
+def test_a_gguf_file_cut_short(tmp_path, make_llama, tokenizer, share):
+    path = tmp_path / "cut.gguf"
+    write_gguf(path, make_llama(), tokenizer)
+    os.truncate(path, int(share * path.stat().st_size))
+    with pytest.raises(UserError, match=r"cut.gguf: the file is damaged, cut short or of a kind") as caught:
+        load_teacher(path)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json"])
+def test_json_nested_too_deep(folder, name):
+    (folder / name).write_text('{"a": ' + "[" * 100_000 + "]" * 100_000 + "}")
+    load = load_config if name == "config.json" else load_tokenizer
+    with pytest.raises(UserError, match=f"cannot load the .* from the folder {folder}: RecursionError"):
+        load(folder)
+
+
+def test_a_full_disk_is_not_the_checkpoints_fault(folder, monkeypatch):
+    def full(*args, **options):
+        raise OSError(errno.ENOSPC, "No space left on device", "/tmp/copy")
+
+    monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", full)
+    with pytest.raises(OSError, match="No space left on device"):
+        load_teacher(folder)

@@ -194,7 +194,7 @@ def mistake_encoding(folder):
 
 def mistake_json(folder):
     (folder / "a.jsonl").write_text('{"text": "x"}\n{"text": \n')
-    return folder / "a.jsonl", "cannot read .* as JSON lines"
+    return folder / "a.jsonl", "a.jsonl:2: not JSON .*; each line is one object"
 
 
 def mistake_parquet(folder):
@@ -267,3 +267,58 @@ def test_a_hub_dataset_is_asked_for_by_subset_and_split(tmp_path, tokenizer, mon
     source = Source("someone/texts", split="test", field="body", subset="en")
     text = tokenize(source, tokenizer, cache=tmp_path)
     assert read(text, tokenizer) == ["hub text<eos>"] and asked == [("someone/texts", "en", "test")]
+
+
+def latin(words):
+    """An Arrow column of text whose last entry has a byte of Latin-1, which Arrow takes in unread."""
+    import pyarrow
+
+    raw = pyarrow.array([*(word.encode() for word in words), b"caf\xe9"])
+    return pyarrow.Array.from_buffers(pyarrow.string(), len(raw), raw.buffers())
+
+
+@pytest.mark.parametrize(
+    ("column", "words"),
+    [
+        (lambda: [None, 1, 2], r"field 'text' holds int, not text, in row 1 \(from 0\); its fields: text"),
+        (lambda: [None, ["a"]], r"field 'text' holds list, not text, in row 1 \(from 0\)"),
+        (lambda: latin(["one", "two"]), r"row \d+ \(from 0\), or soon after it, is not UTF-8 \(.*byte 0xe9\)"),
+    ],
+    ids=["numbers", "lists", "latin-1"],
+)
+def test_parquet_that_is_not_text(tmp_path, load, column, words):
+    import pyarrow
+    from pyarrow import parquet
+
+    from mohawk.records import read_records
+
+    parquet.write_table(pyarrow.table({"text": column()}), tmp_path / "rows.parquet")
+    with pytest.raises(UserError, match=words):
+        load(tmp_path / "rows.parquet")
+    if "UTF-8" in words:
+        with pytest.raises(UserError, match=words):
+            list(read_records(tmp_path / "rows.parquet"))
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        (b'{"text": 5}', "field 'text' holds int, not text, in row 300|:301: "),
+        (b'{"text": "caf\xe9"}', r"is not UTF-8 \(.*byte 0xe9\)"),
+        (b'{"text": "half \\ud800 a character"}', r"rows.jsonl:301: not JSON \(half a character, \\ud800 alone\)"),
+        (b'{"text": "cut', r"rows.jsonl:301: not JSON \(Unterminated string"),
+        (b'{"text": "a", "x": ' + b"[" * 100_000 + b"]" * 100_000 + b"}", "rows.jsonl:301: JSON nested more than 500"),
+    ],
+    ids=["number", "latin-1", "surrogate", "cut", "deep"],
+)
+def test_a_line_of_json_that_is_wrong(tmp_path, load, line, words):
+    """Among good ones; the nested one would take the process down within Arrow."""
+    good = "".join(json.dumps({"text": f"sentence {i} of some"}) + "\n" for i in range(300)).encode()
+    (tmp_path / "rows.jsonl").write_bytes(good + line + b"\n")
+    with pytest.raises(UserError, match=words):
+        load(tmp_path / "rows.jsonl")
+
+
+def test_brackets_in_texts_are_no_nesting(tmp_path, load):
+    write_jsonl(tmp_path / "rows.jsonl", [{"text": "[{" * 2000 + '"'}])
+    assert load(tmp_path / "rows.jsonl") == ["[{" * 2000 + '"<eos>']

@@ -5,6 +5,7 @@ import os
 import resource
 import signal
 import threading
+import types
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from torch import nn
 from mohawk.batches import Batches
 from mohawk.checkpoints import Interrupted, is_complete, locked
 from mohawk.errors import UserError
+from mohawk.stopping import STOPPING
 from mohawk.trainer import WEIGHTS
 from tests.mohawk.tiny_phase import (
     LENGTH,
@@ -395,6 +397,34 @@ def test_second_interrupt_stops_at_once(tmp_path, interruptible):
     with pytest.raises(KeyboardInterrupt):
         trainer.train_phase()
     assert [p.name for p in (tmp_path / "phases/mixing").glob("*checkpoint*")] == ["checkpoint-5"]
+
+
+@pytest.mark.parametrize("number", STOPPING, ids=lambda number: number.name)
+def test_every_stopping_signal_saves(tmp_path, interruptible, number):
+    class Signalled(TinyObjective):
+        def losses(self, **batch):
+            if trainer.state.global_step == 6:
+                signal.raise_signal(number)
+            yield from super().losses(**batch)
+
+    trainer = tiny_trainer(tmp_path, Signalled(), tiny_phase(save_every=1000))
+    with pytest.raises(Interrupted) as stopped:
+        trainer.train_phase()
+    assert stopped.value.step == 7 and is_complete(tmp_path / "phases/mixing/checkpoint-7")
+
+
+def test_saves_by_the_clock_beside_the_steps(tmp_path, monkeypatch):
+    """A step takes a minute here; what the clock asks for is written when the step that it falls into is over."""
+    now = types.SimpleNamespace(monotonic=lambda: 60.0 * trainer.state.global_step)
+    for minutes, saved in ((3, [4, 8, 12, 16, 20]), (None, [9, 18, 20]), (5, [6, 9, 15, 18, 20])):
+        run = tmp_path / str(minutes)
+        phase = tiny_phase(save_every=9 if minutes != 3 else 1000, save_minutes=minutes)
+        trainer = tiny_trainer(run, phase=phase, keep_checkpoints=100)
+        with monkeypatch.context() as patched:
+            patched.setattr("mohawk.trainer.time", now)
+            trainer.train_phase()
+        found = sorted(int(path.name.split("-")[1]) for path in (run / "phases/mixing").glob("checkpoint-*"))
+        assert found == saved
 
 
 def test_works_outside_the_main_thread(tmp_path):

@@ -6,8 +6,11 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 
 class Server:
-    """Answers each request with what `script` returns for (its body, how often this body came): a dict, a (status,
-    headers, bytes) triple, or None to close the connection. The default answers with the prompt and the seed."""
+    """Answers each request with what `script` returns for (its body, how often this body came).
+
+    That is a dict, a (status, headers, bytes) triple, a function that writes to the connection itself, or None to close
+    it. The default answers with the prompt and the seed.
+    """
 
     def __init__(self):
         self.seen: list[tuple[str, dict, dict]] = []
@@ -25,6 +28,13 @@ class Server:
                 made = outer.script(body, times)
                 if made is None:
                     self.close_connection = True
+                    return
+                if callable(made):
+                    self.close_connection = True
+                    try:
+                        made(self.wfile)
+                    except OSError:
+                        return  # the client had enough
                     return
                 status, headers, text = made if isinstance(made, tuple) else (200, {}, json.dumps(made).encode())
                 self.send_response(status)
