@@ -2,6 +2,7 @@
 
 import ast
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -11,8 +12,11 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 
 import mohawk
+from mohawk import versions
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = {"mohawk": "mohawk", "kernels": "mohawk/kernels", "models": "mohawk/models"}
@@ -238,3 +242,157 @@ def test_type_checkers_see_the_same_names_from_the_same_modules():
     imported = {alias.name: node.module for node in block.body for alias in node.names}
     assert imported == mohawk._PUBLIC
     assert sorted(imported) == sorted(mohawk.__all__)
+
+
+# Names under which packages are imported that are declared under another; and what comes with a declared package, which
+# says in which version
+IMPORTED_AS = {
+    "lm_eval": "lm-eval",
+    "mamba_ssm": "mamba-ssm",
+    "causal_conv1d": "causal-conv1d",
+    "ruamel": "ruamel-yaml",
+}
+COME_ALONG = {"huggingface_hub", "tokenizers", "typing_extensions"}
+ASKED_FOR = {"bitsandbytes", "torchao", "jinja2", "tomli"}  # used where they are installed; their absence is said
+
+
+def imported(folder: Path) -> set[str]:
+    found = set()
+    for path in folder.glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                found |= {alias.name.partition(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and not node.level:
+                found.add(node.module.partition(".")[0])
+    return found - sys.stdlib_module_names - {"mohawk"}
+
+
+def test_what_is_imported_is_declared():
+    declared = set(versions.ranges())
+    names = {IMPORTED_AS.get(name, name) for folder in PACKAGES for name in imported(ROOT / folder)}
+    assert names - declared <= COME_ALONG | ASKED_FOR
+    assert imported(ROOT / "kernels") <= {"torch", "triton", "mamba_ssm", "causal_conv1d"}
+
+
+def pins(file: str, python: str, platform: str) -> dict[str, str]:
+    """What a constraints file names for one Python and platform."""
+    environment = {
+        "python_version": python,
+        "python_full_version": f"{python}.1",
+        "sys_platform": platform,
+        "platform_system": {"linux": "Linux", "darwin": "Darwin", "win32": "Windows"}[platform],
+        "platform_machine": {"linux": "x86_64", "darwin": "arm64", "win32": "AMD64"}[platform],
+    }
+    found = {}
+    for line in (ROOT / file).read_text().splitlines():
+        if line.startswith("#"):
+            continue
+        pin = Requirement(line)
+        if pin.marker is None or pin.marker.evaluate(environment):
+            name = versions.canonicalize_name(pin.name)
+            assert name not in found, f"{file} names {name} twice for Python {python} on {platform}"
+            assert re.fullmatch(r"==[\w.]+", str(pin.specifier)), line
+            found[name] = str(pin.specifier).removeprefix("==")
+    return found
+
+
+@pytest.mark.parametrize("platform", ["linux", "darwin", "win32"])
+@pytest.mark.parametrize("python", ["3.10", "3.11", "3.12", "3.13", "3.14"])
+def test_constraints_name_a_version_in_the_range_of_everything_declared(python, platform):
+    named = pins("constraints.txt", python, platform)
+    for _, requirement in versions.declared():
+        name = versions.canonicalize_name(requirement.name)
+        if name == "triton" and platform != "linux":
+            assert name not in named
+        else:
+            assert named[name] in requirement.specifier, "run: make constraints"
+    # GPU libraries come with torch, which says itself in which version: of any other torch these would be wrong
+    assert not [name for name in named if name.startswith(("nvidia-", "cuda-"))]
+
+
+def test_the_lowest_constraints_are_the_lower_bounds():
+    said = run(sys.executable, ROOT / ".ci" / "versions.py", "lowest").splitlines()
+    file = (ROOT / "constraints-lowest.txt").read_text().splitlines()
+    assert [line for line in file if not line.startswith("#")] == said, "run: make constraints"
+    lowest = pins("constraints-lowest.txt", "3.10", "linux")
+    assert set(lowest) == {versions.canonicalize_name(requirement.name) for _, requirement in versions.declared()}
+    for _, requirement in versions.declared():
+        bound = lowest[versions.canonicalize_name(requirement.name)]
+        assert f">={bound}" in str(requirement.specifier) and bound in requirement.specifier
+
+
+def test_without_caps_everything_is_asked_for_that_need_not_be_compiled():
+    said = [Requirement(line) for line in run(sys.executable, ROOT / ".ci" / "versions.py", "uncapped").splitlines()]
+    assert not [each for each in said if "<" in str(each.specifier)]
+    every = {requirement.name for _, requirement in versions.declared()}
+    assert {each.name for each in said} == every - {"mamba-ssm", "causal-conv1d"}
+    assert all(each.specifier.contains("99") for each in said), "the newest there is, whatever it is"
+
+
+def test_what_moved_is_a_table(tmp_path):
+    here = versions.installed("pytest")
+    (tmp_path / "named.txt").write_text(
+        f"# a comment\npytest==0.1\nrich=={versions.installed('rich')}\nnot-there==1\n"
+        f"torch==0.1 ; python_version < '3'\nruff==0.2 ; python_version > '3'\n"
+    )
+    script = [sys.executable, ROOT / ".ci" / "versions.py", "moved", tmp_path / "named.txt"]
+    rows = [line.split() for line in run(*script).splitlines()]
+    assert rows == [
+        ["package", "tested", "newest"],
+        ["pytest", "0.1", here],
+        ["ruff", "0.2", versions.installed("ruff")],
+    ]
+    (tmp_path / "named.txt").write_text(f"pytest=={here}\n")
+    assert run(*script).startswith("nothing moved")
+
+
+def made(*arguments: str) -> str:
+    """What make would run."""
+    return run("make", "--dry-run", "--no-print-directory", *arguments)
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
+def test_makefile_takes_the_versions_that_are_declared(tmp_path):
+    declared = {requirement.name: requirement for _, requirement in versions.declared()}
+    tested = pins("constraints.txt", "3.11", "linux")
+    # the virtual environment is none, so that everything would be installed
+    usual = made("test", f"VENV={tmp_path}/no")
+    assert f"torch=={tested['torch']}+cpu" in usual and "--editable '.[test]'" in usual
+    for name in ("mamba-ssm", "causal-conv1d"):
+        assert f"{name}=={tested[name]}" in usual and tested[name] in declared[name].specifier
+    assert "'.[convert]'" in made("demo", f"VENV={tmp_path}/no")
+    torch = re.search(r'"(torch>=[^"]*)"', (ROOT / "pyproject.toml").read_text())[1]
+    assert Requirement(torch) == declared["torch"] and f"'{torch}'" in made(
+        "test", f"VENV={tmp_path}/no", "CONSTRAINTS="
+    )
+    lowest = made("test", f"VENV={tmp_path}/no", "CONSTRAINTS=constraints-lowest.txt")
+    assert f"torch=={pins('constraints-lowest.txt', '3.10', 'linux')['torch']}+cpu" in lowest
+    newest = made("test", f"VENV={tmp_path}/no", "CONSTRAINTS=", "UNCAPPED=yes")
+    assert "uncapped.txt" in newest and "torch>=" not in newest and "'.[test]'" not in newest
+
+
+def test_every_supported_python_is_named():
+    table = versions._checkout()
+    pythons = [f"3.{minor}" for minor in range(9, 17) if f"3.{minor}.1" in SpecifierSet(table["requires-python"])]
+    assert pythons == ["3.10", "3.11", "3.12", "3.13", "3.14"]
+    named = [each.rpartition(" ")[2] for each in table["classifiers"] if re.search(r"Python :: 3\.\d", each)]
+    assert named == pythons
+    makefile = (ROOT / "Makefile").read_text()
+    assert "(3, 10) <= sys.version_info[:2] < (3, 15)" in makefile
+    assert all(f"python{python}" in makefile for python in pythons)
+    assert 'target-version = "py310"' in (ROOT / "pyproject.toml").read_text()
+
+
+def test_an_installed_wheel_knows_the_ranges(pythons, tmp_path):
+    code = """
+        from mohawk import versions
+        assert versions._checkout() is None
+        for name, tested in sorted(versions.ranges().items()):
+            print(name, ",".join(sorted(map(str, tested))))
+    """
+    said = run(pythons["wheel"], "-c", textwrap.dedent(code), cwd=tmp_path).splitlines()
+    ours = {name: ",".join(sorted(map(str, tested))) for name, tested in versions.ranges().items()}
+    tests_alone = {"hypothesis", "lightning", "pytest", "ruff", "setuptools", "trl", "wheel"}
+    assert dict(line.split() for line in said) == {
+        name: tested for name, tested in ours.items() if name not in tests_alone
+    }
