@@ -15,23 +15,32 @@ import mohawk
 
 if TYPE_CHECKING:
     import torch
+    from packaging.specifiers import SpecifierSet
     from rich.console import Console
 
-# What each package is for. The last two have to be compiled, so nothing here asks for them.
+# What each package is for
 PACKAGES = {
     "torch": "everything but checking recipes",
     "transformers": "loading, converting and saving models",
     "accelerate": "training",
     "datasets": "reading text",
+    "einops": "rearranging shapes in models and training",
     "safetensors": "weights",
     "gguf": "GGUF checkpoints, such as the demo's",
     "matplotlib": "plots in reports",
     "tqdm": "progress bars",
+    "lm-eval": "evaluate --tasks",
+    "peft": "LoRA",
     "triton": "GPU kernels",
-    "mamba-ssm": "its scan on NVIDIA GPUs",
-    "causal-conv1d": "its convolution on NVIDIA GPUs",
+    "mamba-ssm": "the scan `ssd` on NVIDIA GPUs",
+    "causal-conv1d": "the convolution `causal_conv1d` on NVIDIA GPUs",
 }
-MODULES = {"mamba-ssm": "mamba_ssm", "causal-conv1d": "causal_conv1d"}  # where the import name differs
+# Where the import name differs
+MODULES = {"lm-eval": "lm_eval", "mamba-ssm": "mamba_ssm", "causal-conv1d": "causal_conv1d"}
+REPLACES = {
+    "mamba-ssm": "ssd",
+    "causal-conv1d": "causal_conv1d",
+}  # whose kernels run instead of ours, in which operation
 
 
 def doctor(console: Console | None = None) -> None:
@@ -41,12 +50,18 @@ def doctor(console: Console | None = None) -> None:
     from rich.table import Table
 
     console = console or Console()
-    packages = Table("package", "version", "for", title="Versions", title_justify="left", title_style="bold")
-    packages.add_row("mohawk", mohawk.__version__, escape(mohawk.__path__[0]))
-    packages.add_row("python", platform.python_version(), escape(sys.executable))
+    rows = operation_rows()
+    backends = {operation: backend for operation, backend, _ in rows}
+    tested, notes = version_ranges()
+    packages = Table("package", "version", "tested", "for", title="Versions", title_justify="left", title_style="bold")
+    packages.add_row("mohawk", mohawk.__version__, "", escape(mohawk.__path__[0]))
+    packages.add_row("python", platform.python_version(), tested.get("python", ""), escape(sys.executable))
     for name, purpose in PACKAGES.items():
-        packages.add_row(name, version(name) or "[yellow]missing[/yellow]", purpose)
+        use = f"{purpose}: {used(name, backends)}" if name in REPLACES else purpose
+        packages.add_row(name, version(name) or "[yellow]missing[/yellow]", tested.get(name, ""), escape(use))
     console.print(packages)
+    for note in notes:
+        console.print(note, style="yellow", markup=False, highlight=False, soft_wrap=True)
 
     devices = Table("device", "what", title="Devices", title_justify="left", title_style="bold")
     for row in device_rows():
@@ -54,9 +69,47 @@ def doctor(console: Console | None = None) -> None:
     console.print(devices)
 
     operations = Table("operation", "backend", "why", title="Operations", title_justify="left", title_style="bold")
-    for row in operation_rows():
+    for row in rows:
         operations.add_row(row[0], row[1], escape(row[2]))
     console.print(operations)
+
+
+def version_ranges() -> tuple[dict[str, str], list[str]]:
+    """Package -> the range that is tested, and a line for each installed version outside it, with what to install."""
+    try:
+        from mohawk import versions
+
+        ranges, outside = versions.ranges(), versions.outside()
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] != "packaging":
+            raise
+        return {}, ["versions are not checked, since packaging is missing; run: pip install packaging"]
+    except importlib.metadata.PackageNotFoundError:
+        return {}, [
+            "versions are not checked: mohawk is neither installed nor run from a checkout with its pyproject.toml"
+        ]
+    notes = []
+    for name, found, tested in outside:
+        todo = "use a Python in it" if name == "python" else f"run: pip install '{name}{_range(tested)}'"
+        notes.append(f"{name} {found} is outside the range that is tested, {_range(tested)}; {todo}")
+    return {name: _range(tested) for name, tested in ranges.items()}, notes
+
+
+def used(package: str, backends: dict[str, str]) -> str:
+    """Whether an operation runs on the kernels of this package, by `operation_rows`, and if not, why."""
+    if version(package) is None:
+        return "not installed"
+    if backends.get(REPLACES[package]) == MODULES[package]:
+        return "used"
+    try:
+        import torch
+
+        if not torch.cuda.is_available():
+            return "not used, no GPU"
+        importlib.import_module(MODULES[package])
+    except Exception as error:  # of any kind, from someone else's build
+        return f"not used, cannot be imported: {_line(error)}"
+    return "not used"
 
 
 def version(package: str) -> str | None:
@@ -112,7 +165,7 @@ def operation_rows() -> list[tuple[str, str, str]]:
     try:
         import torch
     except ImportError:
-        return [(name, "none", "torch is missing: pip install torch") for name in _calls]
+        return [(name, "none", "torch is missing; run: pip install torch") for name in _calls]
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     rows = []
     for name, call in _calls.items():
@@ -140,7 +193,7 @@ def backend_used(call: Callable[[], Any]) -> str:
         call()
     finally:
         sys.setprofile(before)
-    for package in MODULES.values():
+    for package in (MODULES[name] for name in REPLACES):
         if any(name == package or name.startswith(f"{package}.") for name in ran):
             return package
     ours = {name.removeprefix("mohawk.kernels.") for name in ran if name.startswith("mohawk.kernels.")}
@@ -151,15 +204,17 @@ def backend_used(call: Callable[[], Any]) -> str:
 
 
 def _why(operation: str, backend: str, device: torch.device) -> str:
-    if backend in MODULES.values():
+    if backend in (MODULES[name] for name in REPLACES):
         return f"the {backend} package is installed and there is a GPU"
     if backend == "triton":
         return f"there is a GPU, and triton {version('triton')} is installed"
     if device.type == "cpu":
         return "no GPU: torch on the CPU, in bounded memory"
-    package = {"ssd": "mamba-ssm", "causal_conv1d": "causal-conv1d"}.get(operation)
+    package = {operation: package for package, operation in REPLACES.items()}.get(operation)
     if package and version(package) is None:
         return f"there is a GPU, but {package} is missing, whose kernels this would use; torch on the GPU"
+    if package:
+        return f"there is a GPU, but {package} is {used(package, {})}; torch on the GPU"
     if version("triton") is None:
         return "there is a GPU, but triton is missing: run pip install '.[triton]' in mohawk's checkout"
     return "there is a GPU, but no GPU kernel for this operation yet; torch on the GPU"
@@ -219,6 +274,11 @@ def _cpu_model() -> str:
     except OSError:
         return platform.processor() or platform.machine()  # not Linux
     return platform.machine()
+
+
+def _range(specifiers: SpecifierSet) -> str:
+    """The lower bound first, as people write it."""
+    return ",".join(sorted(map(str, specifiers), key=lambda each: not each.startswith(">")))
 
 
 def _line(error: BaseException) -> str:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from mohawk import doctor
+from mohawk import doctor, versions
 
 
 def printed() -> str:
@@ -114,3 +114,65 @@ def test_without_torch_it_says_so(monkeypatch):
     monkeypatch.setitem(sys.modules, "torch", None)
     assert any("cannot be imported" in what for _, what in doctor.device_rows())
     assert {backend for _, backend, _ in doctor.operation_rows()} == {"none"}
+
+
+def test_versions_outside_their_range_are_named(monkeypatch):
+    found = {"transformers": "5.25.0", "torch": "2.15.0+cu130", "datasets": "4.6.1", "python": "3.12.1", "trl": None}
+    monkeypatch.setattr(versions, "installed", found.get)
+    tested, notes = doctor.version_ranges()
+    assert notes == [
+        "datasets 4.6.1 is outside the range that is tested, >=4.7,<5.3; run: pip install 'datasets>=4.7,<5.3'",
+        "transformers 5.25.0 is outside the range that is tested, >=5.17,<5.25; "
+        "run: pip install 'transformers>=5.17,<5.25'",
+    ]
+    assert tested["torch"] == ">=2.11,<2.16"
+    lines = printed().splitlines()
+    assert all(note in lines for note in notes), "each on a line of its own"
+
+
+@pytest.mark.parametrize(
+    ("name", "version", "inside"),
+    [
+        ("torch", "2.11.0", True),
+        ("torch", "2.15.9+cpu", True),
+        ("torch", "2.16.0.dev20261201+cu130", False),  # a nightly of what is above
+        ("torch", "2.10.1", False),
+        ("python", "3.14.2", True),
+        ("python", "3.15.0", False),
+        ("python", "3.9.19", False),
+        ("lm-eval", "0.4.13", True),
+        ("lm-eval", "0.4.14", False),
+        ("mamba-ssm", "2.3.2.post1", True),
+        ("mamba-ssm", "2.3.1", False),
+    ],
+)
+def test_which_versions_are_in_the_range(monkeypatch, name, version, inside):
+    monkeypatch.setattr(versions, "installed", {name: version}.get)
+    assert [each.name for each in versions.outside()] == [] if inside else [name]
+
+
+def test_without_packaging_the_report_says_so(monkeypatch):
+    monkeypatch.delitem(sys.modules, "mohawk.versions")
+    monkeypatch.delattr("mohawk.versions")
+    for name in [name for name in sys.modules if name.partition(".")[0] == "packaging"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "packaging", None)
+    assert doctor.version_ranges() == (
+        {},
+        ["versions are not checked, since packaging is missing; run: pip install packaging"],
+    )
+
+
+def test_packages_of_kernels_are_used_or_not(monkeypatch):
+    monkeypatch.setattr(doctor, "version", lambda name: None)
+    assert doctor.used("mamba-ssm", {}) == "not installed"
+    monkeypatch.setattr(doctor, "version", lambda name: "2.3.2")
+    assert doctor.used("mamba-ssm", {"ssd": "mamba_ssm"}) == "used"
+    assert doctor.used("causal-conv1d", {"ssd": "mamba_ssm", "causal_conv1d": "causal_conv1d"}) == "used"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert doctor.used("mamba-ssm", {"ssd": "chunked"}) == "not used, no GPU"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setitem(sys.modules, "mamba_ssm", None)
+    assert doctor.used("mamba-ssm", {"ssd": "chunked"}).startswith("not used, cannot be imported: ModuleNotFoundError")
+    line = next(line for line in printed().splitlines() if "mamba-ssm" in line)
+    assert "the scan `ssd` on NVIDIA GPUs" in line
