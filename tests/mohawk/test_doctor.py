@@ -174,5 +174,8 @@ def test_packages_of_kernels_are_used_or_not(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setitem(sys.modules, "mamba_ssm", None)
     assert doctor.used("mamba-ssm", {"ssd": "chunked"}).startswith("not used, cannot be imported: ModuleNotFoundError")
+    why = doctor._why("ssd", "chunked", torch.device("cuda"))
+    assert "mamba-ssm is not used, cannot be imported" in why and why.endswith("; torch on the GPU")
+    monkeypatch.undo()
     line = next(line for line in printed().splitlines() if "mamba-ssm" in line)
     assert "the scan `ssd` on NVIDIA GPUs" in line
