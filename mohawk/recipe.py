@@ -38,6 +38,9 @@ def _layers(value: Any) -> Any:
 
 Whole = Annotated[int, BeforeValidator(_whole)]  # 2e6 is a whole number too
 Count = Annotated[Whole, Field(ge=1)]
+Divergence = Literal[
+    "forward_kl", "reverse_kl", "jsd", "skew_kl", "skew_reverse_kl", "tvd", "probability_mse", "mse", "cosine"
+]
 Share = Annotated[float, Field(ge=0, le=1)]
 Text = Annotated[str, Field(min_length=1)]
 
@@ -152,8 +155,8 @@ class EndToEnd(Phase):
     learning_rate: Annotated[float, Field(gt=0, le=1)] = Field(1e-5, description="after warmup")
     gradient_accumulation: Count = Field(16, description="batches in one step")
     train: Literal["all", "all_but_mlp", "mixers"] = Field("all", description="which parameters train")
-    divergence: Literal["forward_kl", "reverse_kl", "jsd", "skew_kl", "skew_reverse_kl", "tvd", "mse", "cosine"] = (
-        Field("forward_kl", description="between the teacher's and the student's next-token distributions")
+    divergence: Divergence = Field(
+        "forward_kl", description="between the teacher's and the student's next-token distributions"
     )
     temperature: Annotated[float, Field(gt=0, le=100)] = Field(1.0, description="of both distributions")
     kd_weight: Annotated[float, Field(ge=0)] = Field(1.0, description="of the divergence")
