@@ -6,15 +6,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mohawk.attention_match import AttentionMatch, collect_attention
 from mohawk.features import HiddenMatch, collect_hidden
+from mohawk.next_tokens import IGNORED, next_column, next_labels
 from mohawk.schedules import Ramp
 from mohawk.teacher_models import Watch
-
-IGNORED = -100
 
 
 @dataclass(frozen=True)
@@ -40,7 +38,7 @@ def match_hidden(match: HiddenMatch, weight: float | Ramp = 1.0) -> Matching:
     def loss(student, teacher, batch):
         # a position's hidden state predicts the next token, so that token's weight is its
         weights = next_column(batch["weights"], 0.0) if "weights" in batch else None
-        return match(student, teacher, next_column(batch["labels"], IGNORED) != IGNORED, weights)
+        return match(student, teacher, next_labels(batch) != IGNORED, weights)
 
     return Matching(
         loss,
@@ -67,8 +65,3 @@ def segments(batch: Mapping[str, Tensor]) -> Tensor | None:
     if "segment_ids" in batch:
         return batch["segment_ids"]
     return batch["attention_mask"].long() - 1 if "attention_mask" in batch else None
-
-
-def next_column(column: Tensor, fill: float) -> Tensor:
-    """A column aligned with the positions that predict it; the last position predicts nothing."""
-    return F.pad(column[:, 1:], (0, 1), value=fill)

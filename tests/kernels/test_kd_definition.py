@@ -283,7 +283,7 @@ def test_samples_are_unbiased():
 
 
 def test_taid_schedule_follows_the_authors():
-    """Their code (SakanaAI/TAID, taid.py, update_t): the average of relative falls, and never behind a straight line."""
+    """Their code (SakanaAI/TAID, update_t): the average of relative falls, and never behind a straight line."""
     steps, alpha, beta, start, end = 100, 5e-4, 0.99, 0.4, 1.0
     losses = [10 * math.exp(-3 * i / steps) + 2 + 0.3 * math.sin(i) for i in range(steps)]
     t, momentum, expected = start, 0.0, [start]

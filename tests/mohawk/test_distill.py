@@ -312,7 +312,7 @@ def test_when_to_advance():
         ([{}], {"combine": "row"}, "teacher_field"),
         ([{}], {"student": {}}, "would learn from itself"),
         ([{}], {"data": {"train": [{"source": "a.txt", "weighting": "uniform"}]}}, "weighting is of kind: pairs"),
-        ([{"hidden": {"layers": "half"}}], {}, "uniform, last, top_heavy"),
+        ([{"hidden": {"layers": "half"}}], {}, "uniform, last, dense_top, dense_bottom"),
         ([{"name": "A stage"}], {}, "small letters"),
         ([{"tokens": 10}], {}, "do not fill one step"),
         ([{"kd_weight": {"start": 0, "end": 0}}], {}, "nothing to learn"),
