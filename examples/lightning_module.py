@@ -8,18 +8,19 @@ The student is compared from its hidden states, so no logits are ever whole, nei
 
 import lightning as L
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from mohawk import TeacherHidden, linear_kd_loss
+from mohawk import Head, linear_kd_loss
+from mohawk.next_tokens import next_labels
 
 
 class Distillation(L.LightningModule):
     """Trains `student` with `linear_kd_loss` against `teacher`; `loss` are its options.
 
-    Batches are `input_ids` and `labels`, both (rows, tokens), int64; a label of -100 counts for nothing.
+    Batches are `input_ids`, `labels` and perhaps `attention_mask`, all (rows, tokens), int64; a label of -100 and padding
+    count for nothing.
     """
 
     def __init__(self, student: PreTrainedModel, teacher: PreTrainedModel, learning_rate: float = 1e-2, **loss):
@@ -33,18 +34,21 @@ class Distillation(L.LightningModule):
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         # Lightning runs this inside the forward pass of DDP's or FSDP's wrapper, so the head's weight may be used here.
-        loss = self.distillation_loss(batch["input_ids"], batch["labels"])
+        loss = self.distillation_loss(batch)
         self.log("loss", loss)
         return loss
 
-    def distillation_loss(self, ids: Tensor, labels: Tensor) -> Tensor:
+    def distillation_loss(self, batch: dict[str, Tensor]) -> Tensor:
         (teacher,) = self.frozen
+        inputs = {name: batch[name] for name in ("input_ids", "attention_mask") if name in batch}
         with torch.no_grad():
-            target = TeacherHidden(teacher.model(ids).last_hidden_state, teacher.lm_head.weight)
-        # Position i predicts token i + 1. Padding the labels, where slicing the hidden states would copy them.
-        labels = F.pad(labels[:, 1:], (0, 1), value=-100)
-        hidden = self.student.model(ids).last_hidden_state
-        return linear_kd_loss(hidden, self.student.lm_head.weight, target, labels, **self.loss)
+            target = Head.of(teacher).teacher(teacher.base_model(**inputs).last_hidden_state)
+        hidden = self.student.base_model(**inputs).last_hidden_state
+        # A Head's weight is what the module computes with, a LoRA on it included. Position i predicts token i + 1, where
+        # both are real.
+        return linear_kd_loss(
+            **Head.of(self.student).student(hidden), teacher=target, labels=next_labels(batch), **self.loss
+        )
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.AdamW(self.student.parameters(), lr=self.learning_rate)

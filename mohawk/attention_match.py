@@ -11,6 +11,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mohawk.kernels.mixing import AttentionMixing, Mixing, SSDMixing
@@ -216,6 +217,38 @@ class AttentionMatch:
         if (groups, groups) == heads and self.loss != "scores":
             return mixing_distance(student, teacher, metric=self.loss)
         return head_mean_distance(student, teacher, metric=self.loss, groups=groups)
+
+
+def parted(mask: Tensor) -> bool:
+    """Whether a mask (b, n), 0 at padding, has padding between a row's tokens."""
+    return bool((F.pad(mask.bool().long(), (1, 1)).diff(dim=-1).clamp_min(0).sum(-1) > 1).any())
+
+
+def side_by_side(records: Mapping[int, Record], mask: Tensor) -> dict[int, Record]:
+    """What the matrices of a forward pass are made of with each row's real tokens first, in their order.
+
+    That is the matrix over the real tokens, for attention whose mask hides padding and for mixers, which pass over it.
+    Raises ValueError where a window counts the padding in between.
+    """
+    order = mask.bool().logical_not().long().argsort(dim=1, stable=True)
+
+    def moved(x: Tensor, dim: int) -> Tensor:
+        shape = [1] * x.dim()
+        shape[0], shape[dim] = order.shape
+        return x.gather(dim, order.to(x.device).view(shape).expand_as(x))
+
+    found: dict[int, Record] = {}
+    for layer, record in records.items():
+        if isinstance(record, MixerRecord):
+            found[layer] = dataclasses.replace(record, hidden_states=moved(record.hidden_states, 1))
+            continue
+        if record.window is not None and record.window < mask.shape[1]:
+            raise ValueError(
+                f"attention match: layer {layer} has a window of {record.window}, which counts the padding between a "
+                "row's tokens; move the padding to one end"
+            )
+        found[layer] = dataclasses.replace(record, query=moved(record.query, 2), key=moved(record.key, 2))
+    return found
 
 
 def _window(model: nn.Module, layer: int) -> int | None:

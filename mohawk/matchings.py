@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from mohawk.attention_match import AttentionMatch, collect_attention
+from mohawk.attention_match import AttentionMatch, collect_attention, parted, side_by_side
 from mohawk.features import HiddenMatch, collect_hidden
 from mohawk.next_tokens import IGNORED, next_column, next_labels
 from mohawk.schedules import Ramp
@@ -50,9 +50,18 @@ def match_hidden(match: HiddenMatch, weight: float | Ramp = 1.0) -> Matching:
 
 
 def match_attention(match: AttentionMatch, weight: float | Ramp = 1.0) -> Matching:
-    """Mixing matrices of layer pairs (mohawk/attention_match.py), of whole rows."""
+    """Mixing matrices of layer pairs (mohawk/attention_match.py), of whole rows without their padding."""
+
+    def loss(student, teacher, batch):
+        mask = batch.get("attention_mask")
+        if "segment_ids" in batch or mask is None or not parted(mask):
+            return match(student, teacher, segments(batch))
+        # a document is a run of tokens, so those that padding parts are put together
+        student, teacher = (side_by_side(records, mask) for records in (student, teacher))
+        return match(student, teacher, mask.long().sort(dim=1, descending=True).values - 1)
+
     return Matching(
-        lambda student, teacher, batch: match(student, teacher, segments(batch)),
+        loss,
         student=lambda model: collect_attention(model, match.student_layers),
         teacher=lambda model: collect_attention(model, match.teacher_layers),
         weight=weight,

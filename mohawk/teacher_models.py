@@ -123,7 +123,18 @@ class ModelTeacher:
             rows = len(batch["input_ids"]) if watches or not self.micro_batch else self.micro_batch
             parts = zip(*(tensor.split(max(1, rows)) for tensor in inputs.values()), strict=True)
             hidden = [final_hidden_states(self.model, dict(zip(inputs, part, strict=True))) for part in parts]
+            if self.adapted is not None:
+                self._check(seen)
             return hidden[0] if len(hidden) == 1 else torch.cat(hidden), seen, Head.of(self.model)
+
+    def _check(self, seen: list[dict]) -> None:
+        # a state-space layer's matrix is made when it is compared, where the adapter is on again
+        mixers = (getattr(record, "mixer", None) for found in seen for record in found.values())
+        if any(mixer is not None and any(_adapters(mixer)) for mixer in mixers):
+            raise ValueError(
+                "teacher: with the student's own base as teacher, the matrix of a state-space layer that the adapter "
+                "adapts can't be matched; give the teacher a copy, or leave the mixers out of the adapter"
+            )
 
     def __call__(self, batch: Mapping[str, Tensor], watches: Sequence[Watch] = ()) -> list[Answer]:
         hidden, seen, head = self.asked(batch, watches)

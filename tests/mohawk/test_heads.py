@@ -1,4 +1,4 @@
-"""A head's weight is what its module computes with, peft's adapters included: value and gradients, against the module."""
+"""A head's weight is what its module computes with, peft's adapters included: values and gradients beside the module's."""
 
 import pytest
 import torch
