@@ -19,8 +19,8 @@ from mohawk.next_tokens import next_labels
 class Distillation(L.LightningModule):
     """Trains `student` with `linear_kd_loss` against `teacher`; `loss` are its options.
 
-    Batches are `input_ids`, `labels` and perhaps `attention_mask`, all (rows, tokens), int64; a label of -100 and padding
-    count for nothing.
+    Batches are `input_ids`, `labels` and perhaps `attention_mask`, all (rows, tokens), int64; a label of -100 and
+    padding count for nothing.
     """
 
     def __init__(self, student: PreTrainedModel, teacher: PreTrainedModel, learning_rate: float = 1e-2, **loss):
@@ -34,21 +34,20 @@ class Distillation(L.LightningModule):
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         # Lightning runs this inside the forward pass of DDP's or FSDP's wrapper, so the head's weight may be used here.
-        loss = self.distillation_loss(batch)
+        mask = {"mask": batch["attention_mask"]} if "attention_mask" in batch else {}
+        loss = self.distillation_loss(batch["input_ids"], batch["labels"], **mask)
         self.log("loss", loss)
         return loss
 
-    def distillation_loss(self, batch: dict[str, Tensor]) -> Tensor:
+    def distillation_loss(self, ids: Tensor, labels: Tensor, mask: Tensor | None = None) -> Tensor:
         (teacher,) = self.frozen
-        inputs = {name: batch[name] for name in ("input_ids", "attention_mask") if name in batch}
         with torch.no_grad():
-            target = Head.of(teacher).teacher(teacher.base_model(**inputs).last_hidden_state)
-        hidden = self.student.base_model(**inputs).last_hidden_state
-        # A Head's weight is what the module computes with, a LoRA on it included. Position i predicts token i + 1, where
-        # both are real.
-        return linear_kd_loss(
-            **Head.of(self.student).student(hidden), teacher=target, labels=next_labels(batch), **self.loss
-        )
+            target = Head.of(teacher).teacher(teacher.base_model(ids, mask).last_hidden_state)
+        # A Head's weight is what the module computes with, a LoRA on it included.
+        student = Head.of(self.student).student(self.student.base_model(ids, mask).last_hidden_state)
+        # Position i predicts token i + 1, where both are real.
+        labels = next_labels({"labels": labels} | ({} if mask is None else {"attention_mask": mask}))
+        return linear_kd_loss(**student, teacher=target, labels=labels, **self.loss)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.AdamW(self.student.parameters(), lr=self.learning_rate)

@@ -1,4 +1,4 @@
-"""A head's weight is what its module computes with, peft's adapters included: values and gradients beside the module's."""
+"""A head's weight is what its module computes with, peft's adapters included: beside the module, with gradients."""
 
 import pytest
 import torch
