@@ -1,6 +1,10 @@
 """DistillationTrainer in a Trainer script: its loss is the definition's, it logs what it measures, it resumes."""
 
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -230,6 +234,57 @@ def test_accumulation_does_not_change_the_update(by, make_llama, tmp_path):
         value, update = trained(rows)
         assert value == pytest.approx(whole, rel=1e-5)
         for a, b in zip(update, at_once, strict=True):
+            assert (a - b).abs().max() <= 1e-6
+
+
+TWO_PROCESSES = """
+import os, sys, torch
+from tests.mohawk import test_distillation_trainer as here
+from tests.mohawk.conftest import make_llama
+settings = {"ddp_backend": "gloo", "ddp_find_unused_parameters": False}
+trainer = here.matched_trainer(make_llama.__wrapped__(), sys.argv[1], 2, settings)
+trainer.train()
+torch.save(here.outcome(trainer), f"{sys.argv[1]}/{os.environ['RANK']}.pt")
+"""
+
+
+def matched_trainer(make_llama, folder, processes: int, settings):
+    """Three steps of eight rows padded on the left, with TAID and both kinds of matchings."""
+    torch.manual_seed(0)
+    matchings = {
+        "attention": match_attention(AttentionMatch([(0, 0), (1, 1)]), weight=3.0),
+        "hidden": match_hidden(HiddenMatch([(0, 0)], 32, 48)),
+    }
+    steps = {"max_steps": 3, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 4 // processes}
+    return DistillationTrainer(
+        model=make_llama(seed=2), args=arguments(folder, max_grad_norm=0, **steps, **settings),
+        train_dataset=uneven(), teacher=make_llama(seed=1, hidden_size=48), data_collator=padded("left"),
+        distillation={**OPTIONS, "matchings": matchings, "taid": TAIDSchedule(alpha=0.3)},
+    )  # fmt: skip
+
+
+def outcome(trainer):
+    parameters = [*trainer.distiller.student.parameters(), *trainer.distiller.matched.parameters()]
+    return losses(trainer), trainer.distiller.taid.t, [p.detach() for p in parameters]
+
+
+def test_two_processes_are_one(make_llama, tmp_path):
+    """The same steps, the same schedule on each process."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    script = tmp_path / "two.py"
+    script.write_text(TWO_PROCESSES)
+    root = str(Path(__file__).parents[2])
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([root, os.environ.get("PYTHONPATH", "")])}
+    environment |= {"OMP_NUM_THREADS": "1", "USE_LIBUV": "0"}
+    done = subprocess.run([*command, script, tmp_path], capture_output=True, text=True, cwd=root, env=environment)
+    assert done.returncode == 0, done.stderr[-3000:]
+    alone = matched_trainer(make_llama, tmp_path, 1, {})
+    alone.train()
+    values, t, parameters = outcome(alone)
+    for rank in range(2):
+        theirs, their_t, found = torch.load(tmp_path / f"{rank}.pt")
+        assert theirs == pytest.approx(values, rel=1e-5) and their_t == pytest.approx(t, rel=1e-9)
+        for a, b in zip(found, parameters, strict=True):
             assert (a - b).abs().max() <= 1e-6
 
 
