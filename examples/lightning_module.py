@@ -8,18 +8,19 @@ The student is compared from its hidden states, so no logits are ever whole, nei
 
 import lightning as L
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from mohawk import TeacherHidden, linear_kd_loss
+from mohawk import Head, linear_kd_loss
+from mohawk.next_tokens import next_labels
 
 
 class Distillation(L.LightningModule):
     """Trains `student` with `linear_kd_loss` against `teacher`; `loss` are its options.
 
-    Batches are `input_ids` and `labels`, both (rows, tokens), int64; a label of -100 counts for nothing.
+    Batches are `input_ids`, `labels` and perhaps `attention_mask`, all (rows, tokens), int64; a label of -100 and
+    padding count for nothing.
     """
 
     def __init__(self, student: PreTrainedModel, teacher: PreTrainedModel, learning_rate: float = 1e-2, **loss):
@@ -33,18 +34,20 @@ class Distillation(L.LightningModule):
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         # Lightning runs this inside the forward pass of DDP's or FSDP's wrapper, so the head's weight may be used here.
-        loss = self.distillation_loss(batch["input_ids"], batch["labels"])
+        mask = {"mask": batch["attention_mask"]} if "attention_mask" in batch else {}
+        loss = self.distillation_loss(batch["input_ids"], batch["labels"], **mask)
         self.log("loss", loss)
         return loss
 
-    def distillation_loss(self, ids: Tensor, labels: Tensor) -> Tensor:
+    def distillation_loss(self, ids: Tensor, labels: Tensor, mask: Tensor | None = None) -> Tensor:
         (teacher,) = self.frozen
         with torch.no_grad():
-            target = TeacherHidden(teacher.model(ids).last_hidden_state, teacher.lm_head.weight)
-        # Position i predicts token i + 1. Padding the labels, where slicing the hidden states would copy them.
-        labels = F.pad(labels[:, 1:], (0, 1), value=-100)
-        hidden = self.student.model(ids).last_hidden_state
-        return linear_kd_loss(hidden, self.student.lm_head.weight, target, labels, **self.loss)
+            target = Head.of(teacher).teacher(teacher.base_model(ids, mask).last_hidden_state)
+        # A Head's weight is what the module computes with, a LoRA on it included.
+        student = Head.of(self.student).student(self.student.base_model(ids, mask).last_hidden_state)
+        # Position i predicts token i + 1, where both are real.
+        labels = next_labels({"labels": labels} | ({} if mask is None else {"attention_mask": mask}))
+        return linear_kd_loss(**student, teacher=target, labels=labels, **self.loss)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.AdamW(self.student.parameters(), lr=self.learning_rate)

@@ -19,7 +19,8 @@ from mohawk import TeacherHidden, linear_kd_loss
 
 
 class TinyLM(nn.Module):
-    """Stands for any language model: what is needed are its last hidden states and its head's weight."""
+    """Stands for any language model: what is needed are its last hidden states and its head's weight. Of a
+    Hugging Face model `mohawk.Head.of(model)` has that, with a LoRA on it if there is one."""
 
     def __init__(self, vocab: int = 64, width: int = 32):
         super().__init__()

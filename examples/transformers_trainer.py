@@ -8,10 +8,10 @@ Student and teacher are called as Trainer calls a model, so several processes (t
 import tempfile
 
 import torch
-import torch.nn.functional as F
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, Trainer, TrainingArguments
 
 from mohawk import kd_loss
+from mohawk.next_tokens import next_labels
 
 
 class DistillingTrainer(Trainer):
@@ -26,12 +26,13 @@ class DistillingTrainer(Trainer):
         self.loss = loss or {}
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        labels = inputs.pop("labels")  # so that the model does not compute its own loss as well
+        # Position i predicts token i + 1, where both are real. Padding the labels, where slicing the logits would copy
+        # them.
+        labels = next_labels(inputs)
+        inputs.pop("labels")  # so that the model does not compute its own loss as well
         outputs = model(**inputs)
         with torch.no_grad():
             target = self.teacher(**inputs).logits
-        # Position i predicts token i + 1. Padding the labels, where slicing the logits would copy them.
-        labels = F.pad(labels[:, 1:], (0, 1), value=-100)
         # Trainer counts the real tokens of all accumulation steps, and of all processes, whose gradients are then
         # averaged. Without a count (None) the loss is the mean over this batch.
         if num_items_in_batch is not None and self.args.average_tokens_across_devices:

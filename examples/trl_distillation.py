@@ -16,13 +16,12 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from trl import DistillationConfig, DistillationTrainer
 
-from mohawk import TeacherHidden, linear_kd_loss
+from mohawk import Head, linear_kd_loss
 
 
 class FusedDistillationTrainer(DistillationTrainer):
-    """For text models whose logits are `hidden @ head.T` (Llama, Mistral, Qwen); others pass `logit_scale` and
-    `logit_softcap` to `linear_kd_loss` and `TeacherHidden`. The logged entropy is left out: the loss has no use for it.
-    """
+    """For text models whose logits are their hidden states times a weight, scaled or softcapped or not, also where LoRA
+    adapts it. The logged entropy is left out: the loss has no use for it."""
 
     def _compute_loss(self, student, inputs, num_items_in_batch):
         # TRL calls this inside the forward pass of DDP's or FSDP's wrapper, so that the head's weight may be used.
@@ -37,13 +36,10 @@ class FusedDistillationTrainer(DistillationTrainer):
             target = self._forward_redirection(
                 self.teacher_model, teacher, self._get_last_hidden_state, teacher, ids, mask, labels.size(1)
             )
-        head, teacher_head = student.get_output_embeddings(), teacher.get_output_embeddings()
         loss = linear_kd_loss(
-            hidden,
-            head.weight,
-            TeacherHidden(target, teacher_head.weight, teacher_head.bias),
-            labels,
-            student_bias=head.bias,
+            **Head.of(student).student(hidden),
+            teacher=Head.of(teacher).teacher(target),
+            labels=labels,
             divergence="jsd",  # here also any other of linear_kd_loss, and ce_weight
             beta=self.beta,
             temperature=self.temperature,

@@ -11,13 +11,13 @@ is for sampling only), summed over completion tokens and divided by their number
 import tempfile
 
 import torch
-import torch.nn.functional as F
 from datasets import Dataset
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from trl.experimental.gkd import GKDConfig, GKDTrainer
 
 from mohawk import kd_loss
+from mohawk.next_tokens import next_labels
 
 
 class FusedGKDTrainer(GKDTrainer):
@@ -27,8 +27,9 @@ class FusedGKDTrainer(GKDTrainer):
         self.teacher_model.eval()
         with torch.no_grad():
             target = self.teacher_model(**tokens).logits
-        # Position i predicts token i + 1. Padding the labels, where slicing the logits would copy them.
-        labels = F.pad(inputs["labels"][:, 1:], (0, 1), value=-100)
+        # Position i predicts token i + 1, where both are real. Padding the labels, where slicing the logits would copy
+        # them.
+        labels = next_labels(inputs)
         loss = kd_loss(
             outputs.logits,
             target,

@@ -52,7 +52,7 @@ class Settings(NamedTuple):
     ignore_index: int
     vocab_size: int | None
     reduction: str
-    return_parts: bool
+    return_parts: bool | str
     backend: str
     inplace: bool = False
     linear: bool = False
@@ -107,14 +107,21 @@ class Call:
         total = kd * o.kd_weight if o.kd_weight or not o.ce_weight else torch.zeros_like(kd)
         if o.ce_weight:
             total = total + ce * o.ce_weight
-        terms = (total * self.scale, kd.detach() * self.scale, ce.detach() * self.scale)
-        if self.settings.reduction != "none":
-            # In float64: a mean over millions of rows is not where precision should go.
-            wide = torch.float32 if kd.device.type == "mps" else torch.float64
-            return tuple(x.sum(dtype=wide).to(x.dtype) for x in terms)
+        terms = [total * self.scale, kd.detach() * self.scale, ce.detach() * self.scale]
+        reduced = [self.settings.reduction != "none"] * 3
+        if self.settings.return_parts == "rows":
+            terms[1:], reduced[1:] = (kd.detach(), ce.detach()), (False, False)
+        return tuple(self._reduced(x) if one else self._in_place(x) for x, one in zip(terms, reduced, strict=True))
+
+    def _reduced(self, x: Tensor) -> Tensor:
+        # In float64: a mean over millions of rows is not where precision should go.
+        return x.sum(dtype=torch.float32 if x.device.type == "mps" else torch.float64).to(x.dtype)
+
+    def _in_place(self, x: Tensor) -> Tensor:
+        """(...): of the rows that count, 0 in the others."""
         if self.rows is not None:
-            terms = (x.new_zeros(self.lead.numel()).index_copy(0, self.rows, x) for x in terms)
-        return tuple(x.reshape(self.lead) for x in terms)
+            x = x.new_zeros(self.lead.numel()).index_copy(0, self.rows, x)
+        return x.reshape(self.lead)
 
     def reference(self, student: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, Tensor]:
         s, o, dtype = self.settings, self.options, self.scale.dtype
@@ -346,7 +353,7 @@ def prepare(
         beta=float(s.beta),
         lam=float(s.lam),
         vocabulary=vocabulary,
-        need_kd=s.kd_weight != 0 or s.return_parts,
-        need_ce=labels is not None and (s.ce_weight != 0 or s.return_parts),
+        need_kd=s.kd_weight != 0 or bool(s.return_parts),
+        need_ce=labels is not None and (s.ce_weight != 0 or bool(s.return_parts)),
     )
     return Call(s, options, teacher, labels, rows, scale, lead, backend)

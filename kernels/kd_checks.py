@@ -30,9 +30,9 @@ REDUCTIONS = ("mean", "sum", "none")
 BACKENDS = ("auto", "reference", "chunked", "triton")
 
 
-def _one_of(name: str, value: object, allowed: tuple[str, ...]) -> None:
+def _one_of(name: str, value: object, allowed: tuple[object, ...]) -> None:
     if value not in allowed:
-        raise ValueError(f"{name} is {value!r}; allowed: {', '.join(allowed)}")
+        raise ValueError(f"{name} is {value!r}; allowed: {', '.join(map(str, allowed))}")
 
 
 def _number(name: str, value: object, ok: Callable[[float], bool], allowed: str) -> None:
@@ -46,6 +46,7 @@ def check_settings(s: Settings, has_labels: bool, normalizer: float | Tensor | N
     _one_of("divergence", s.divergence, DIVERGENCES)
     _one_of("reduction", s.reduction, REDUCTIONS)
     _one_of("backend", s.backend, BACKENDS)
+    _one_of("return_parts", s.return_parts, (False, True, "rows"))
     # Beyond, T^2 raises the rounding of the divergence above its value.
     _number("temperature", s.temperature, lambda x: 1e-3 <= x <= 1e3, "a number from 0.001 to 1000")
     _number("kd_weight", s.kd_weight, lambda x: x >= 0, "a finite number, 0 or above")
@@ -237,6 +238,11 @@ def _check_ids(
     name = f"{kind}.{'logprobs' if isinstance(teacher, TeacherTopK) else 'weights'}"
     if divergence in LOGIT_DIVERGENCES:
         raise ValueError(f"divergence {divergence!r} compares logits; {kind} has probabilities only")
+    if isinstance(teacher, TeacherTopK) and divergence == "probability_mse":
+        raise ValueError(
+            "divergence 'probability_mse' can't be taken over a top k, whose tail is one bucket: the square of a sum "
+            "is no sum of squares; use a dense teacher, or 'tvd'"
+        )
     if isinstance(teacher, TeacherSamples) and divergence != "forward_kl":
         raise ValueError(
             f"divergence {divergence!r} can't be estimated from samples: only 'forward_kl' is linear in the teacher's "

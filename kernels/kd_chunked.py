@@ -210,7 +210,9 @@ def distribution(
     def evaluate(guard: bool) -> tuple[Tensor, Tensor | None]:
         lp = log_softmax(scores, norm)
         own = log_softmax(u, known and known.student) if lq is None else lq.clone()
-        return function(lp, own, options.beta, options.lam, guard, want_grad, total)
+        value, grad = function(lp, own, options.beta, options.lam, guard, want_grad, total)
+        size = kd_divergences.size(options.divergence, options.vocabulary)
+        return (value, grad) if size == 1 else (value / size, None if grad is None else grad.div_(size))
 
     value, grad = evaluate(guard=known is not None)
     if known is None and not bool(torch.isnan(value).any()):

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 # What None travels as.
 NO_NUMBER = math.nan
 NO_SIZE = -(1 << 62)
+PARTS = (False, True, "rows")  # what `return_parts` travels as: a place in here
 
 
 def _flatten(teacher: Teacher, words: list[str], tensors: list[Tensor], numbers: list[float]) -> None:
@@ -116,7 +117,7 @@ def _op(
         ignore_index=ignore_index,
         vocab_size=None if vocab_size == NO_SIZE else vocab_size,
         reduction=reduction,
-        return_parts=bool(return_parts),
+        return_parts=PARTS[return_parts],
         backend=backend,
         inplace=bool(inplace),
         linear=bool(linear),
@@ -146,7 +147,8 @@ def _(
 ):  # fmt: skip
     dtype = torch.float64 if student[0].dtype == torch.float64 else torch.float32
     shape = student[0].shape[:-1] if reduction == "none" else ()
-    terms = [student[0].new_empty(shape, dtype=dtype) for _ in range(3)]
+    parts = student[0].shape[:-1] if PARTS[ints[2]] == "rows" else shape
+    terms = [student[0].new_empty(x, dtype=dtype) for x in (shape, parts, parts)]
     held = {torch.float16: torch.float32}
     grads = [
         torch.empty(x.shape, dtype=held.get(x.dtype, x.dtype), device=x.device) if need else x.new_empty(0, dtype=dtype)
@@ -213,7 +215,7 @@ def distil(
     softcap = NO_NUMBER if s.logit_softcap is None else s.logit_softcap
     numbers = [s.temperature, s.kd_weight, s.ce_weight, s.beta, s.lam, s.logit_scale, softcap, *of_teacher]
     numbers = torch.stack([torch.full((), x, dtype=torch.float64) for x in numbers])
-    flags = [int(x) for x in (s.return_parts, s.inplace, s.linear, s.autocast)]
+    flags = [PARTS.index(s.return_parts), *(int(x) for x in (s.inplace, s.linear, s.autocast))]
     ints = [s.ignore_index, NO_SIZE if s.vocab_size is None else s.vocab_size, *flags]
     needs = [torch.is_grad_enabled() and x.requires_grad and s.reduction != "none" for x in student]
     name = "" if group is None else group.group_name

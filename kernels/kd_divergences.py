@@ -134,6 +134,18 @@ def tvd(lp: Tensor, lq: Tensor, beta: float, lam: float, guard: bool, want_grad:
     return value, _centre(q, difference.sign_().mul_(0.5), total)
 
 
+def probability_mse(
+    lp: Tensor, lq: Tensor, beta: float, lam: float, guard: bool, want_grad: bool, total: Total
+) -> Rows:
+    """The sum of squares; `size` below makes it the mean."""
+    q = lq.exp_()
+    difference = torch.sub(q, lp.exp_())
+    value = difference.square().sum(-1)
+    if not want_grad:
+        return value, None
+    return value, _centre(q, difference.mul_(2), total)
+
+
 DISTRIBUTION = {
     "forward_kl": forward_kl,
     "reverse_kl": reverse_kl,
@@ -141,7 +153,13 @@ DISTRIBUTION = {
     "skew_kl": skew_kl,
     "skew_reverse_kl": skew_reverse_kl,
     "tvd": tvd,
+    "probability_mse": probability_mse,
 }
+
+
+def size(divergence: str, vocabulary: Vocabulary) -> int:
+    """What a sum over the whole vocabulary is divided by."""
+    return vocabulary.size if divergence == "probability_mse" else 1
 
 
 # On logits: z and t are raw, the gradient is with respect to z, entries that are -inf on either side are left

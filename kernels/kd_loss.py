@@ -7,7 +7,7 @@ autograd.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from torch import Tensor
 
@@ -57,7 +57,7 @@ def kd_loss(
     vocab_size: int | None = None,
     reduction: str = "mean",
     normalizer: float | Tensor | None = None,
-    return_parts: bool = False,
+    return_parts: bool | Literal["rows"] = False,
     inplace: bool = False,
     group: ProcessGroup | None = None,
     backend: str = "auto",
@@ -74,9 +74,9 @@ def kd_loss(
             have to be copied.
         divergence: forward_kl, reverse_kl, jsd (with `beta`: beta KL(p, m) + (1 - beta) KL(q, m) for m = beta
             p + (1 - beta) q, as in GKD; 0 is forward and 1 is reverse KL), skew_kl and skew_reverse_kl (with
-            `lam`: KL(p, lam p + (1 - lam) q) and KL(q, (1 - lam) p + lam q), as in DistiLLM), tvd; or,
-            between raw logits, mse (mean over the vocabulary) and cosine (1 - cosine similarity), which know
-            no temperature.
+            `lam`: KL(p, lam p + (1 - lam) q) and KL(q, (1 - lam) p + lam q), as in DistiLLM), tvd,
+            probability_mse (the mean of (p - q)^2 over the vocabulary); or, between raw logits, mse (mean over the
+            vocabulary) and cosine (1 - cosine similarity), which know no temperature.
             beta is from 0 to 1, lam from 0 (no skew) to below 1.
         temperature: T, from 0.001 to 1000, dividing both sides' logits; the divergence is multiplied by T^2 (Hinton
             et al. 2015). The cross-entropy is at temperature 1.
@@ -87,7 +87,8 @@ def kd_loss(
         reduction: mean over the real rows, sum, or none: (...), 0 in ignored rows.
         normalizer: with reduction mean, divides instead of the count of real rows (say the count over all
             accumulation steps and ranks).
-        return_parts: also return `KDParts(kd, ce)`.
+        return_parts: also return `KDParts(kd, ce)`, reduced as the loss is; "rows": those of each row (...), 0 in
+            ignored rows, without weights and without the mean.
         inplace: write the gradient into `student_logits`, which are lost: no second array of their size is
             made. For contiguous logits that share no memory with the teacher, not float16, reduction mean or sum,
             not with the reference; of no effect under torch.compile.
@@ -142,7 +143,7 @@ def linear_kd_loss(
     vocab_size: int | None = None,
     reduction: str = "mean",
     normalizer: float | Tensor | None = None,
-    return_parts: bool = False,
+    return_parts: bool | Literal["rows"] = False,
     group: ProcessGroup | None = None,
     backend: str = "auto",
 ) -> Tensor | tuple[Tensor, KDParts]:

@@ -50,6 +50,7 @@ DISTRIBUTION_DIVERGENCES = {
     "skew_kl": lambda lp, lq, beta, lam: _kl(lp, _log_mix(lam, lp, lq)),
     "skew_reverse_kl": lambda lp, lq, beta, lam: _kl(lq, _log_mix(lam, lq, lp)),
     "tvd": lambda lp, lq, beta, lam: 0.5 * (lp.exp() - lq.exp()).abs().sum(-1),
+    "probability_mse": lambda lp, lq, beta, lam: (lp.exp() - lq.exp()).square().mean(-1),
 }
 
 

@@ -6,8 +6,9 @@ gather is enough for the value and the gradient of forward KL, reverse KL, mse, 
 student's k logits along: whole buckets are then everywhere, for any divergence) and samples, with or without
 cross-entropy. A second collective, one float per row, is needed for
 
-- the gradient of jsd, skew_kl, skew_reverse_kl and tvd of dense teachers: it holds the sum over the vocabulary of
-  a function of p and q that is not linear in their logarithms, and p and q need the first one's normalisers;
+- the gradient of jsd, skew_kl, skew_reverse_kl, tvd and probability_mse of dense teachers: it holds the sum over the
+  vocabulary of a function of p and q that is not linear in their logarithms, and p and q need the first one's
+  normalisers;
 - the gradient of reverse KL from a mixture of teachers, whose p needs the normalisers of its teachers;
 - the normaliser of TAID towards a mixture, for the same reason.
 

@@ -75,8 +75,7 @@ class TeacherMixture:
 @dataclass(frozen=True, eq=False)
 class TeacherTAID:
     """TAID's moving target (arXiv 2501.16937): `softmax((1 - t) stopgrad(z_student) + t z_teacher)`, from a
-    dense teacher or a mixture. `t` goes from about 0.4 to 1 during training: `TAIDSchedule` has the paper's
-    rule."""
+    dense teacher or a mixture. `t` goes from about 0.4 to 1 during training: `TAIDSchedule` has the rule."""
 
     teacher: TeacherLogits | TeacherHidden | TeacherMixture
     t: float
@@ -89,8 +88,13 @@ Teacher = TeacherLogits | TeacherHidden | TeacherTopK | TeacherSamples | Teacher
 class TAIDSchedule:
     """TAID's adaptive t: call `update(loss)` once a step and pass the returned t to `TeacherTAID`.
 
-    `t += alpha * sigmoid(momentum) * (1 - t)`, where momentum is an exponential average (`decay`) of the
-    relative fall of the loss: t grows faster while the student is learning.
+    After step n of `steps`, counted from 0, `t = min(end, max(start + (end - start) n / steps, t + alpha
+    sigmoid(momentum) (1 - t)))` as in the authors' code, where momentum is an exponential average (`decay`) of the
+    relative fall of the loss: t grows at least so fast that it ends at `end`, and faster while the student is
+    learning. The first loss has none before it and moves nothing.
+
+    t: now, and at the start. steps: of the whole training; without them `update` raises a ValueError.
+    (`KnowledgeDistiller` says them where its trainer does.) step: the next one's index.
     """
 
     t: float = 0.4
@@ -99,15 +103,27 @@ class TAIDSchedule:
     end: float = 1.0
     momentum: float = 0.0
     last_loss: float | None = None
+    steps: int | None = None
+    step: int = 0
+    start: float | None = None
 
-    def update(self, loss: float) -> float:
-        """One step with this loss (a float); the new t."""
+    def __post_init__(self):
+        self.start = self.t if self.start is None else self.start
+
+    def update(self, loss: float, step: int | None = None) -> float:
+        """One step with this loss (a float); the new t. step: its index, if it is not the one after the last."""
+        if self.steps is None:
+            raise ValueError(
+                "TAIDSchedule: its t has to reach the end with the training, so give steps=, how many it has"
+            )
+        step = self.step if step is None else step
         if self.last_loss is not None:
             change = (self.last_loss - loss) / (self.last_loss + 1e-15)
             self.momentum = self.decay * self.momentum + (1 - self.decay) * change
             sigmoid = torch.sigmoid(torch.tensor(self.momentum, dtype=torch.float64)).item()
-            self.t = min(self.end, self.t + self.alpha * sigmoid * (1 - self.t))
-        self.last_loss = loss
+            least = self.start + (self.end - self.start) * step / self.steps
+            self.t = min(self.end, max(least, self.t + self.alpha * sigmoid * (1 - self.t)))
+        self.last_loss, self.step = loss, step + 1
         return self.t
 
 

@@ -1,10 +1,10 @@
 """The distillation losses in Triton: one program per row, sweeping the vocabulary in blocks.
 
 `_statistics` finds the log-normalisers of both sides in one online sweep, `_sums` the row sums that the
-gradients of JSD, skewed KL, total variation and cosine need, `_gradient` writes the gradient (in place if asked)
-and sums the value on the way. In reads or writes of one (rows, vocab) array that is 2 + 3 = 5 for forward and
-reverse KL and 2 + 2 + 3 = 7 for the others; the hard-label cross-entropy rides along. Without a gradient it is 4
-(and 2 for mse): the statistics would have the value of forward and reverse KL too, but only to the reference's
+gradients of JSD, skewed KL, total variation, MSE of probabilities and cosine need, `_gradient` writes the gradient
+(in place if asked) and sums the value on the way. In reads or writes of one (rows, vocab) array that is 2 + 3 = 5 for
+forward and reverse KL and 2 + 2 + 3 = 7 for the others; the hard-label cross-entropy rides along. Without a gradient it
+is 4 (and 2 for mse): the statistics would have the value of forward and reverse KL too, but only to the reference's
 precision, ten to a hundred times less than that of a second sweep where student and teacher are close. All
 arithmetic is float32.
 
@@ -31,6 +31,7 @@ from mohawk.kernels.kd_teachers import (
     TeacherTAID,
     TeacherTopK,
 )
+from mohawk.kernels.kd_vocabulary import Vocabulary
 
 # 4096 wide with 8 warps is 16 elements of each array per thread: enough loads in flight.
 BLOCK = 4096
@@ -208,7 +209,7 @@ def _mixture(r, lam):
 
 
 @triton.jit
-def _terms(p, q, r, beta, lam, DIVERGENCE: tl.constexpr):
+def _terms(p, q, r, beta, lam, vocab_all, DIVERGENCE: tl.constexpr):
     """(value, slope) per entry: D = sum value, dD/du = q * (slope - sum q slope)."""
     if DIVERGENCE == "forward_kl":
         value = tl.where(p == 0.0, 0.0, -p * r) + (q - p)
@@ -232,6 +233,10 @@ def _terms(p, q, r, beta, lam, DIVERGENCE: tl.constexpr):
         log_m, x = _mixture(-r, lam)  # log(m / q), 1 - q / m
         value = (1 - lam) * (p - q) - q * log_m
         slope = lam * x - log_m
+    elif DIVERGENCE == "probability_mse":
+        difference = tl.where(tl.abs(r) < 0.35, p * _expm1(_clamp(r)), q - p)
+        slope = difference * (2 / vocab_all)
+        value = difference * difference / vocab_all
     else:
         value = tl.abs(p - q) * 0.5
         slope = tl.where(q > p, 0.5, tl.where(q < p, -0.5, 0.0))
@@ -259,11 +264,13 @@ def _sums(
     z_stride, t_stride, vocab, vocab_all, n, z_scale, t_scale, taid, beta, lam,
     DIVERGENCE: tl.constexpr, TAID: tl.constexpr, HAS_ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """out (2, n): the value and sum q * slope."""
+    """out (6, n): the value and sum q * slope; for probability_mse also sum d, d * p, p * p and q * p of d = q - p, by
+    which `_recentred` takes the rounding of the normalisers out."""
     row = _row(rows_ptr, HAS_ROWS)
     pid = tl.program_id(0)
     z_lse, t_lse = tl.load(stats_ptr + pid), tl.load(stats_ptr + n + pid)
     total, projected = 0.0, 0.0
+    gap, d_p, p_p, q_p = 0.0, 0.0, 0.0, 0.0
     for start in range(0, vocab, BLOCK):
         columns = start + tl.arange(0, BLOCK)
         inside = columns < vocab
@@ -273,11 +280,22 @@ def _sums(
             value, _, _ = _raw(z, t, z_lse, t_lse, vocab_all, inside, DIVERGENCE)
         else:
             p, q, r = _logs(z, t, z_scale, t_scale, taid, z_lse, t_lse, inside, TAID)
-            value, slope = _terms(p, q, r, beta, lam, DIVERGENCE)
+            value, slope = _terms(p, q, r, beta, lam, vocab_all, DIVERGENCE)
             projected += tl.sum(q * slope, 0)
+            if DIVERGENCE == "probability_mse":
+                difference = slope * (vocab_all / 2)
+                gap += tl.sum(difference, 0)
+                d_p += tl.sum(difference * p, 0)
+                p_p += tl.sum(p * p, 0)
+                q_p += tl.sum(q * p, 0)
         total += tl.sum(value, 0)
     tl.store(out_ptr + pid, total)
     tl.store(out_ptr + n + pid, projected)
+    if DIVERGENCE == "probability_mse":
+        tl.store(out_ptr + 2 * n + pid, gap)
+        tl.store(out_ptr + 3 * n + pid, d_p)
+        tl.store(out_ptr + 4 * n + pid, p_p)
+        tl.store(out_ptr + 5 * n + pid, q_p)
 
 
 @triton.jit
@@ -294,6 +312,9 @@ def _gradient(
     z_lse, t_lse = tl.load(stats_ptr + pid), tl.load(stats_ptr + n + pid)
     projected = tl.load(sums_ptr + pid)
     kd_row = tl.load(kd_row_ptr + pid)
+    gap = 0.0
+    if DIVERGENCE == "probability_mse":
+        gap = tl.load(stats_ptr + 3 * n + pid)
     if CE:
         ce_row = tl.load(ce_row_ptr + pid)
         label = tl.load(labels_ptr + pid)
@@ -317,7 +338,9 @@ def _gradient(
                     grad = kd_row * difference * (2 / vocab_all)
             else:
                 p, q, r = _logs(z, t, z_scale, t_scale, taid, z_lse, t_lse, inside, TAID)
-                value, slope = _terms(p, q, r, beta, lam, DIVERGENCE)
+                value, slope = _terms(p, q, r, beta, lam, vocab_all, DIVERGENCE)
+                if DIVERGENCE == "probability_mse":
+                    slope -= p * (gap * (2 / vocab_all))
                 if DIVERGENCE == "forward_kl":
                     grad = kd_row * (q - p)
                 else:
@@ -399,7 +422,7 @@ class _Sweeps:
         return torch.where(self.columns >= 0, normaliser - stats[4], 0.0)
 
     def sums(self, stats: Tensor) -> Tensor:
-        out, o = stats.new_zeros(2, self.n), self.options
+        out, o = stats.new_zeros(6, self.n), self.options
         if self.n:
             _sums[(self.n,)](
                 self.z, self.teacher, self.row_index, stats, out, *self.strides, o.vocabulary.local,
@@ -422,6 +445,17 @@ class _Sweeps:
         return value
 
 
+def _recentred(sums: Tensor, vocabulary: Vocabulary) -> tuple[Tensor, Tensor, Tensor]:
+    """value, sum q * slope and sum d of probability_mse, where both sides sum to one and so sum d to 0.
+
+    What is left of it is a relative error of p that all entries share, the rounding of the log-normalisers: with it
+    taken out, d is as precise as p itself while the two sides come together.
+    """
+    projected, gap, q_p = vocabulary.total(sums[[1, 2, 5]])
+    value = sums[0] + (gap.square() * sums[4] - 2 * gap * sums[3]) / vocabulary.size
+    return value, projected - 2 * gap * q_p / vocabulary.size, gap
+
+
 def _dense(sweeps: _Sweeps, grad: Tensor | None) -> tuple[Tensor, Tensor]:
     """This rank's part of kd (with T^2) and ce of each row; `grad` may be the student's own memory."""
     kind, options = sweeps.kind, sweeps.options
@@ -441,11 +475,14 @@ def _dense(sweeps: _Sweeps, grad: Tensor | None) -> tuple[Tensor, Tensor]:
         projected = 1 - projected / (stats[0] * stats[1])
     # Cosine alone could do without its sums, as it does where a sweep less is a collective less; with them its
     # gradient is as precise as its value while the two sides come together.
-    first = kind in ("jsd", "skew_kl", "skew_reverse_kl", "tvd") or kind == "cosine" and vocabulary.group is None
+    sums_first = ("jsd", "skew_kl", "skew_reverse_kl", "tvd", "probability_mse")
+    first = kind in sums_first or kind == "cosine" and vocabulary.group is None
     if kind != "none" and (first or grad is None):
         sums = sweeps.sums(stats)
         value = sums[0] + nothing
-        if grad is not None:
+        if kind == "probability_mse":
+            value, projected, stats[3] = _recentred(sums, vocabulary)
+        elif grad is not None:
             projected = value if kind == "cosine" else vocabulary.total(sums[1])
     if grad is not None:
         kd_row = sweeps.scale * (options.kd_weight * temperature if kind != "none" else 0.0)

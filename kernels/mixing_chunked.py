@@ -229,8 +229,9 @@ def finish(metric: str, total: Tensor, size: Tensor | None, seq: int, real: Tens
         return total / rows, torch.ones_like(total) / rows
     if metric == "squared":
         return total, torch.full_like(total, 2.0)
-    if metric == "mse":
-        return total / max(1, seq) ** 2, torch.full_like(total, 2.0 / max(1, seq) ** 2)
+    if metric in ("mse", "scores"):
+        size = torch.full_like(total, max(1, seq)) if real is None else real.sum(-1, keepdim=True).clamp(min=1)
+        return total / size**2, torch.full_like(total, 2.0) / size**2
     norm = total.sqrt()
     if metric == "frobenius":
         return norm, torch.where(norm > 0, 1 / norm, 0)

@@ -26,9 +26,9 @@ def mixing_distance(
     """How far the student's matrix S is from the teacher's A, per batch row and head, reduced over both.
 
     metric: "frobenius" ||S - A||_F (MOHAWK's, arXiv 2408.10189; its gradient is 0 where the distance is 0),
-    "squared" ||S - A||_F^2, "mse" that over seq^2, "relative" ||S - A||_F / ||A||_F (0 where A is 0), or, between two
-    attentions, "kl" sum_j A (log A - log S) averaged over rows. Rows and columns of padding (segment -1)
-    count as equal; their values must be finite.
+    "squared" ||S - A||_F^2, "mse" that over the square of the number of real tokens, "relative" ||S - A||_F / ||A||_F
+    (0 where A is 0), or, between two attentions, "kl" sum_j A (log A - log S) averaged over rows. Rows and columns of
+    padding (segment -1) count as equal; their values must be finite.
 
     Batch and seq must agree. If the head counts differ, one divides the other and each head of the smaller
     side is compared with a group of consecutive heads of the larger, as in grouped-query attention.

@@ -16,19 +16,20 @@ from torch import Tensor
 from mohawk.kernels.mixing import AttentionMixing, Mixing
 from mohawk.kernels.mixing_chunked import add_block, compute_dtype, differentiable, finish, real_tokens
 from mohawk.kernels.mixing_distance import check_kl, check_pair
-from mohawk.kernels.mixing_strips import STRIP, Block, strips_of
+from mohawk.kernels.mixing_strips import HIDDEN, STRIP, Block, strips_of
 
-METRICS = ("mse", "frobenius", "kl")
+METRICS = ("mse", "frobenius", "kl", "scores")
 STRIP_ENTRIES = 1 << 21  # of a strip, over the heads, that are worked on at a time
 
 
 def head_mean_distance(student: Mixing, teacher: Mixing, *, metric: str = "mse", groups: int = 1) -> Tensor:
     """How far the mean of the student's matrices over heads is from the mean of the teacher's.
 
-    metric: "mse" ||S - A||_F^2 / seq^2, "frobenius" ||S - A||_F, or between two attentions "kl"
-    sum_j A (log A - log S) averaged over rows, with S and A the means over all heads, or, with groups above 1, over
-    each of so many groups of consecutive heads, which divides both head counts. Padding (segment -1) counts as equal,
-    as in `mixing_distance`.
+    metric: "mse" ||S - A||_F^2 / n^2 of n real tokens, "frobenius" ||S - A||_F, or between two attentions "kl"
+    sum_j A (log A - log S) averaged over rows and "scores", the mse of what their softmax takes (scale * q k^T, capped
+    if there is a softcap; entries that either does not see count as equal), with S and A the means over all heads, or,
+    with groups above 1, over each of so many groups of consecutive heads, which divides both head counts. Padding
+    (segment -1) counts as equal, as in `mixing_distance`.
 
     Returns the mean over batch and groups, a scalar in float32, or float64 if any input is. Differentiable in the
     student's tensors, never in the teacher's; memory linear in seq. Raises ValueError for what does not fit together,
@@ -43,6 +44,8 @@ def head_mean_distance(student: Mixing, teacher: Mixing, *, metric: str = "mse",
         raise ValueError(f"{where}: {groups} groups must divide the heads, {heads} (student) and {heads_t} (teacher)")
     if metric == "kl":
         check_kl(student, teacher)
+    if metric == "scores" and not (isinstance(student, AttentionMixing) and isinstance(teacher, AttentionMixing)):
+        raise ValueError(f"{where}: metric 'scores' compares two attentions; an SSDMixing has no scores")
     return differentiable(student, teacher, metric, "mean", partial(_value_and_gradients, groups=groups))
 
 
@@ -76,7 +79,7 @@ def _value_and_gradients(
         for row in range(0, seq, strip):
             end = min(row + strip, seq)
             start = min(row, mine.first_column(row), theirs.first_column(row))
-            step = _kl_strip if metric == "kl" else _squared_strip
+            step = {"kl": _kl_strip, "scores": _scores_strip}.get(metric, _squared_strip)
             sums += step(mine, theirs, row, end, start, masks, groups, wanted).sum(-1, dtype=torch.float64)
         values[part], factor = finish(metric, sums, None, seq, masks)
         if not wanted:
@@ -102,6 +105,18 @@ def _squared_strip(mine, theirs, row, end, first, real, groups, wanted) -> Tenso
         residual *= (real[:, row:end].unsqueeze(2) & real[:, first:end].unsqueeze(1)).unsqueeze(1)
     if wanted:
         mine.accumulate(residual.repeat_interleave(mine.heads // groups, 1), row, end, first)
+    return residual.square().sum(-1)
+
+
+def _scores_strip(mine, theirs, row, end, first, real, groups, wanted) -> Tensor:
+    """(b, g, t) squared differences of a strip's scores; adds the gradients of half of them by the scores."""
+    scores, target = mine.scores(row, end, first), theirs.scores(row, end, first)
+    seen = (scores[:, :1] > HIDDEN / 2) & (target[:, :1] > HIDDEN / 2)  # alike in all heads
+    if real is not None:
+        seen &= (real[:, row:end].unsqueeze(2) & real[:, first:end].unsqueeze(1)).unsqueeze(1)
+    residual = (_mean(scores, groups) - _mean(target, groups)).masked_fill_(~seen, 0.0)
+    if wanted:
+        mine.accumulate_scores(residual.repeat_interleave(mine.heads // groups, 1), row, end, first)
     return residual.square().sum(-1)
 
 

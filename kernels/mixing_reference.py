@@ -79,7 +79,8 @@ def distance_reference(student: Mixing, teacher: Mixing, metric: str) -> Tensor:
             s, a = s * both, a * both
         if metric in ("squared", "mse"):
             squared = (s - a).square().sum((-1, -2))
-            return squared if metric == "squared" else squared / max(1, seq) ** 2
+            size = max(1, seq) if real is None else real.sum(-1, keepdim=True).clamp(min=1)
+            return squared if metric == "squared" else squared / size**2
         norm = torch.linalg.vector_norm(s - a, dim=(-1, -2))
         if metric == "frobenius":
             return norm

@@ -74,7 +74,7 @@ class _AttentionStrips:
         first = 0 if self.starts is None else self.starts[row]
         return first if self.window is None else max(first, row - self.window + 1)
 
-    def _scores(self, row: int, end: int, first: int) -> Tensor:
+    def scores(self, row: int, end: int, first: int) -> Tensor:
         """(b, h, t, m) masked scores of rows row..end and columns first..end."""
         batch, kv_heads, _, width = self.k.shape
         rows = end - row
@@ -104,11 +104,11 @@ class _AttentionStrips:
 
     def strip(self, row: int, end: int, first: int) -> Tensor:
         """(b, h, t, m) probabilities of rows row..end and columns first..end."""
-        own = torch.softmax(self._scores(row, end, max(first, self.first_column(row))), -1)
+        own = torch.softmax(self.scores(row, end, max(first, self.first_column(row))), -1)
         return self._widened(own, end - first, 0)
 
     def log_strip(self, row: int, end: int, first: int) -> Tensor:
-        own = torch.log_softmax(self._scores(row, end, max(first, self.first_column(row))), -1)
+        own = torch.log_softmax(self.scores(row, end, max(first, self.first_column(row))), -1)
         return self._widened(own, end - first, HIDDEN)
 
     def difference(self, teacher: Tensor, row: int, end: int, first: int) -> Tensor:

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from mohawk.distillation import KnowledgeDistiller
     from mohawk.distillation_trainer import DistillationTrainer
     from mohawk.features import HiddenMatch, layer_map
+    from mohawk.heads import Head
     from mohawk.importance import Importance, measure_importance
     from mohawk.kernels.causal_conv1d import causal_conv1d
     from mohawk.kernels.kd_loss import kd_loss, linear_kd_loss
@@ -54,6 +55,7 @@ _PUBLIC = {
     "AttentionMatch": "mohawk.attention_match",
     "CachedRows": "mohawk.teacher_cache",
     "DistillationTrainer": "mohawk.distillation_trainer",
+    "Head": "mohawk.heads",
     "HiddenMatch": "mohawk.features",
     "KnowledgeDistiller": "mohawk.distillation",
     "RationaleDistiller": "mohawk.rationales",
@@ -104,6 +106,7 @@ __all__ = [
     "Cut",
     "DiscreteMamba2Mixer",
     "DistillationTrainer",
+    "Head",
     "HiddenMatch",
     "HybridConfig",
     "HybridForCausalLM",

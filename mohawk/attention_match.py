@@ -11,6 +11,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mohawk.kernels.mixing import AttentionMixing, Mixing, SSDMixing
@@ -20,7 +21,8 @@ from mohawk.models.decoders import check_checkpointing, check_layers, decoder, f
 from mohawk.models.mixers import SSMMixer
 from mohawk.models.teacher_forcing import RECORDING, AttentionRecord, recording_attention
 
-LOSSES = ("mse", "kl", "frobenius")
+LOSSES = ("mse", "scores", "kl", "frobenius")
+OF_ATTENTION = ("kl", "scores")  # what a state-space matrix has not
 HEADS = ("auto", "mean", "group")
 KINDS = ("full_attention", "sliding_attention", "linear_attention")  # of layers; in the last, ours alone
 
@@ -122,7 +124,9 @@ class AttentionMatch:
     """Mean over layer pairs of the distance between mixing matrices. It has no parameters.
 
     Of one pair, averaged over batch and heads:
-    - "mse": the mean over all n x n entries of (S - A)^2 (TinyBERT, arXiv 1909.10351, between probabilities);
+    - "mse": the mean over all n x n entries of (S - A)^2, n being a row's real tokens;
+    - "scores": the same of what the softmax takes, scale * q k^T, where both see (TinyBERT, arXiv 1909.10351, section
+      3.1); between attentions only;
     - "frobenius": ||S - A||_F (MOHAWK's first phase, arXiv 2408.10189);
     - "kl": KL(A || S) of each row, averaged over the real rows (MiniLM, arXiv 2002.10957); between attentions only,
       and infinite, so refused, where the teacher sees more than the student.
@@ -133,7 +137,7 @@ class AttentionMatch:
 
     Args:
         pairs: (student layer, teacher layer), as `layer_map` makes them.
-        loss: "mse", "kl" or "frobenius".
+        loss: "mse", "scores", "kl" or "frobenius".
         heads: "auto": as above; "mean": means over all heads, also of equal counts; "group": means over groups of
             consecutive heads, as many as both counts have in common (their greatest common divisor): for a student
             whose heads come from the teacher's, in the teacher's order.
@@ -166,8 +170,8 @@ class AttentionMatch:
         for model, layers in ((student, self.student_layers), (teacher, self.teacher_layers)):
             with collect_attention(model, layers) as records:
                 for layer, record in records.items():
-                    if self.loss == "kl" and isinstance(record, MixerRecord):
-                        raise ValueError(_no_kl(f"layer {layer} of {type(model).__name__}"))
+                    if self.loss in OF_ATTENTION and isinstance(record, MixerRecord):
+                        raise ValueError(_no_attention(self.loss, f"layer {layer} of {type(model).__name__}"))
         for i, j in self.pairs if self.loss == "kl" else ():
             mine, theirs = _window(student, i), _window(teacher, j)
             if mine is not None and (theirs is None or theirs > mine):
@@ -198,8 +202,9 @@ class AttentionMatch:
             mine = _mixing(student, i, "student", segment_ids)
             with torch.no_grad():
                 theirs = _moved(_mixing(teacher, j, "teacher", segment_ids), mine.tensors[0].device)
-            if self.loss == "kl" and not (isinstance(mine, AttentionMixing) and isinstance(theirs, AttentionMixing)):
-                raise ValueError(_no_kl(f"the pair of layers {i} (student) and {j} (teacher)"))
+            attentions = isinstance(mine, AttentionMixing) and isinstance(theirs, AttentionMixing)
+            if self.loss in OF_ATTENTION and not attentions:
+                raise ValueError(_no_attention(self.loss, f"the pair of layers {i} (student) and {j} (teacher)"))
             losses[i, j] = self._distance(mine, theirs)
         return losses
 
@@ -209,9 +214,41 @@ class AttentionMatch:
             groups = heads[0] if heads[0] == heads[1] else 1
         else:
             groups = 1 if self.heads == "mean" else math.gcd(*heads)
-        if (groups, groups) == heads:
+        if (groups, groups) == heads and self.loss != "scores":
             return mixing_distance(student, teacher, metric=self.loss)
         return head_mean_distance(student, teacher, metric=self.loss, groups=groups)
+
+
+def parted(mask: Tensor) -> bool:
+    """Whether a mask (b, n), 0 at padding, has padding between a row's tokens."""
+    return bool((F.pad(mask.bool().long(), (1, 1)).diff(dim=-1).clamp_min(0).sum(-1) > 1).any())
+
+
+def side_by_side(records: Mapping[int, Record], mask: Tensor) -> dict[int, Record]:
+    """What the matrices of a forward pass are made of with each row's real tokens first, in their order.
+
+    That is the matrix over the real tokens, for attention whose mask hides padding and for mixers, which pass over it.
+    Raises ValueError where a window counts the padding in between.
+    """
+    order = mask.bool().logical_not().long().argsort(dim=1, stable=True)
+
+    def moved(x: Tensor, dim: int) -> Tensor:
+        shape = [1] * x.dim()
+        shape[0], shape[dim] = order.shape
+        return x.gather(dim, order.to(x.device).view(shape).expand_as(x))
+
+    found: dict[int, Record] = {}
+    for layer, record in records.items():
+        if isinstance(record, MixerRecord):
+            found[layer] = dataclasses.replace(record, hidden_states=moved(record.hidden_states, 1))
+            continue
+        if record.window is not None and record.window < mask.shape[1]:
+            raise ValueError(
+                f"attention match: layer {layer} has a window of {record.window}, which counts the padding between a "
+                "row's tokens; move the padding to one end"
+            )
+        found[layer] = dataclasses.replace(record, query=moved(record.query, 2), key=moved(record.key, 2))
+    return found
 
 
 def _window(model: nn.Module, layer: int) -> int | None:
@@ -227,8 +264,9 @@ def _window(model: nn.Module, layer: int) -> int | None:
     return getattr(config, "sliding_window", None)
 
 
-def _no_kl(what: str) -> str:
-    return f"attention match: kl compares distributions; {what} has a state-space matrix, take mse or frobenius"
+def _no_attention(loss: str, what: str) -> str:
+    compared = "distributions" if loss == "kl" else "what a softmax takes"
+    return f"attention match: {loss} compares {compared}; {what} has a state-space matrix, take mse or frobenius"
 
 
 def _mixing(records: Mapping[int, Record], layer: int, side: str, segment_ids: Tensor | None) -> Mixing:

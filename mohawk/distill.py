@@ -7,6 +7,7 @@ import gc
 import logging
 import math
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +25,13 @@ from mohawk.distill_parts import (
     matchings_for,
     mistakes,
     of_the_student,
+    own_losses,
     schedule_of,
     shaped,
 )
 from mohawk.distill_plan import print_plan
 from mohawk.distill_recipe import DistillData, DistillRecipe, DistillStudent, Stage
-from mohawk.distillation import KnowledgeDistiller
+from mohawk.distillation import KnowledgeDistiller, OwnLoss
 from mohawk.errors import UserError
 from mohawk.evaluate import Comparison, TeacherStates, compare, teacher_states
 from mohawk.extras import need
@@ -146,7 +148,7 @@ class Distillation(Run):
         """A finished stage's student."""
         return load_teacher(self._student(stage), device=self.device).requires_grad_(True)
 
-    def _teacher_of(self, i: int, stage: Stage, student: nn.Module) -> Any:
+    def _teacher_of(self, i: int, stage: Stage, student: nn.Module, own: Iterable[OwnLoss] = ()) -> Any:
         """Who answers in a stage, as `KnowledgeDistiller` asks; None where nobody is asked."""
         if stage.cache is not None:
             return CachedTeacher(self._cache(stage))
@@ -154,8 +156,9 @@ class Distillation(Run):
             return ModelTeacher(load_teacher(self._student(self.recipe.stages[i - 1].name), device=self.device))
         if stage.learn_from in ("average", "start"):
             return AverageTeacher(student, stage.average_decay if stage.learn_from == "average" else 1.0)
-        if stage.kd_weight == 0 and not (stage.hidden or stage.attention):
-            return None
+        if all(weight == 0 for weight in (stage.kd_weight, *(loss.kd_weight for loss in own))):
+            if not (stage.hidden or stage.attention):
+                return None
         given = [self.recipe.teacher, *self.recipe.teachers]
         models = [self.teacher, *(load(teacher, self.device) for teacher in self.recipe.teachers)]
         teachers = [ModelTeacher(model, g.micro_batch) for model, g in zip(models, given, strict=True)]
@@ -202,7 +205,7 @@ class Distillation(Run):
                 seed=self.recipe.seed,
             )  # fmt: skip
         with mistakes(f"stages.{i} ({stage.name})"):
-            objective = self._objective(i, stage, student, router)
+            objective = self._objective(i, stage, student, router, own_losses(data))
         if stage.cache is not None:
             rows = CachedRows(rows, objective.teacher.cache)
         trainer = self._trainer(stage.name, stage, objective, rows, report_to=self.recipe.report_to)
@@ -229,9 +232,14 @@ class Distillation(Run):
             save_adapter(student, folder)
 
     def _objective(
-        self, i: int, stage: Stage, student: nn.Module, router: RoutedRationales | None = None
+        self,
+        i: int,
+        stage: Stage,
+        student: nn.Module,
+        router: RoutedRationales | None,
+        own: dict[int, OwnLoss],
     ) -> KnowledgeDistiller:
-        teacher = self._teacher_of(i, stage, student)
+        teacher = self._teacher_of(i, stage, student, own.values())
         model = teacher.teachers[0].model if isinstance(teacher, Ensemble) else getattr(teacher, "model", None)
         advance, on_policy, taid = stage.advance, stage.on_policy, stage.taid
         return KnowledgeDistiller(
@@ -246,6 +254,7 @@ class Distillation(Run):
             confidence=stage.confidence,
             taid=taid and TAIDSchedule(taid.start, taid.alpha, taid.decay, taid.end),
             matchings=matchings_for(stage, student, model),
+            own_losses=own,
             on_policy=on_policy
             and OnPolicy(
                 student,

@@ -74,7 +74,9 @@ def training_rows(asked: DistillData, sources: Sources, sequence_length: int, ro
     rows: how many a stage will ask for: a mixture holds its proportions over so many.
     """
     train = asked.train
-    plain = not sources.pairs and all(s.sampling_weight is None and s.loss_weight == 1 for s in train)
+    plain = not sources.pairs and all(
+        s.sampling_weight is None and s.loss_weight == 1 and not s.own_loss for s in train
+    )
     if plain:
         return PackedDataset(sources.text.train, sequence_length, seed=seed, pad_token_id=pad)
     parts, at = [], 0

@@ -11,7 +11,8 @@ import torch
 from torch import nn
 
 from mohawk.attention_match import AttentionMatch
-from mohawk.distill_recipe import DistillStudent, DistillTeacher, Ramp, Stage
+from mohawk.distill_recipe import DistillData, DistillStudent, DistillTeacher, Ramp, Stage
+from mohawk.distillation import OwnLoss
 from mohawk.errors import UserError
 from mohawk.features import HiddenMatch, layer_map
 from mohawk.matchings import Matching, match_attention, match_hidden
@@ -120,6 +121,12 @@ def mistakes(where: str) -> Iterator[None]:
 def schedule_of(value: Any) -> Any:
     """A recipe's number or ramp as training has it."""
     return Schedule(value.start, value.end, value.shape, value.until) if isinstance(value, Ramp) else value
+
+
+def own_losses(data: DistillData) -> dict[int, OwnLoss]:
+    """Losses of sources that have their own, by their places."""
+    given = {i: source.own_loss for i, source in enumerate(data.train) if source.own_loss is not None}
+    return {i: OwnLoss(schedule_of(loss.kd_weight), schedule_of(loss.ce_weight)) for i, loss in given.items()}
 
 
 def loss_label(stage: Stage) -> str:

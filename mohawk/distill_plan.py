@@ -45,15 +45,24 @@ def print_plan(recipe: DistillRecipe, console: Console) -> None:
         temperature = stage.temperature
         if temperature == "auto":
             temperature = temperature_for(*map(parameter_count, (teacher, student)))
-        ramp = isinstance(temperature, Ramp)
         table.add_row(
             stage.name,
             f"cache {stage.cache}" if stage.cache else stage.learn_from,
             loss_label(stage).removesuffix(" per token"),
-            f"{temperature.start:g} to {temperature.end:g}" if ramp else f"{temperature:.3g}",
+            _number(temperature),
             f"{stage.tokens:,}", f"{stage.steps():,}", f"{stage.learning_rate:g}",
         )  # fmt: skip
     console.print(table)
+    for data in (recipe.data, *(stage.data for stage in recipe.stages if stage.data)):
+        for source in data.train:
+            if (own := source.own_loss) is not None:
+                terms = {"divergence": own.kd_weight, "cross entropy": own.ce_weight}
+                given = " + ".join(f"{_number(weight)} x {name}" for name, weight in terms.items() if weight != 0)
+                console.print(f"[bold]Beside them[/bold] {given} of {source.source}, per token of its own")
+
+
+def _number(value: float | Ramp) -> str:
+    return f"{value.start:g} to {value.end:g}" if isinstance(value, Ramp) else f"{value:.3g}"
 
 
 def _meta(config: Any) -> nn.Module:

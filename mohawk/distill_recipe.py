@@ -17,6 +17,7 @@ from mohawk.recipe import (
     Batch,
     Count,
     Data,
+    Divergence,
     Phase,
     RecipeFile,
     Section,
@@ -33,7 +34,6 @@ RESERVED = ("before", "tasks", "again")  # files in a run's folder `evaluation` 
 
 Positive = Annotated[float, Field(gt=0, le=1e18)]
 StageName = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]*$", max_length=64)]
-Divergence = Literal["forward_kl", "reverse_kl", "jsd", "skew_kl", "skew_reverse_kl", "tvd", "mse", "cosine"]
 
 
 def kept_layers(value: Any) -> Any:
@@ -44,15 +44,23 @@ def kept_layers(value: Any) -> Any:
 
 
 def _layer_map(value: Any) -> Any:
-    if value in ("uniform", "last", "top_heavy") or (type(value) is int and value >= 1):
+    if value == "top_heavy":
+        raise ValueError(
+            "dense_top, which is what top_heavy was (9, 18, ..., 58, 59 of 60 layers for 12), or dense_bottom (0, 2, "
+            "..., 20, 30, ..., 59)"
+        )
+    if value in ("uniform", "last", "dense_top", "dense_bottom") or (type(value) is int and value >= 1):
         return value
     pair = isinstance(value, list) and value and all(isinstance(p, list) and len(p) == 2 for p in value)
     if not pair or not all(type(i) is int and i >= -1 for p in value for i in p):
-        raise ValueError("uniform, last, top_heavy, a number k (every k-th layer), or pairs [[student, teacher], ...]")
+        raise ValueError(
+            "uniform, last, dense_top, dense_bottom, a number k (every k-th layer), or pairs [[student, teacher], ...]"
+        )
     return value
 
 
-Layers = Annotated[Literal["uniform", "last", "top_heavy"] | int | list[list[int]], BeforeValidator(_layer_map)]
+LayerMap = Literal["uniform", "last", "dense_top", "dense_bottom"]
+Layers = Annotated[LayerMap | int | list[list[int]], BeforeValidator(_layer_map)]
 
 
 class Ramp(Section):
@@ -102,6 +110,14 @@ class DistillStudent(Section):
     lora: Lora | None = Field(None, description="train low-rank adapters alone")
 
 
+class OwnLoss(Section):
+    """The loss of one source's rows in place of the stage's, a term of its own beside it: the mean over its tokens of a
+    step. They are never replaced by the student's samples."""
+
+    kd_weight: Weight | Ramp = Field(0.0, description="of the divergence")
+    ce_weight: Weight | Ramp = Field(1.0, description="of the cross entropy with the text")
+
+
 class DistillSource(Source):
     kind: Literal["text", "pairs", "rationales"] = Field(
         "text",
@@ -127,6 +143,11 @@ class DistillSource(Source):
     too_long: Literal["truncate", "drop"] = Field("truncate", description="a prompt's left, or the whole example")
     sampling_weight: Positive | None = Field(None, description="rows in proportion; null: its share of the text")
     loss_weight: Weight = Field(1.0, description="multiplies its tokens' loss")
+    own_loss: OwnLoss | None = Field(
+        None,
+        description="added to the stage's loss, which is then of the other sources: such as the cross entropy of plain "
+        "text beside on-policy training on prompts; null: the stage's",
+    )
 
 
 class DistillData(Data):
@@ -155,7 +176,9 @@ class HiddenMatching(Section):
 class AttentionMatching(Section):
     weight: Weight | Ramp = Field(1.0, description="of this loss")
     layers: Layers = Field("uniform", description="which of the student's layers learn from which of the teacher's")
-    metric: Literal["mse", "kl", "frobenius"] = Field("kl", description="between the matrices of a head")
+    metric: Literal["mse", "scores", "kl", "frobenius"] = Field(
+        "kl", description="between the matrices of a head; scores: mse of what their softmax takes"
+    )
 
 
 class OnPolicy(Section):
@@ -279,6 +302,11 @@ class DistillRecipe(RecipeFile):
             yield from stage_contradictions(self, stage, i, at, label)
 
 
+def _counts(weight: float | Ramp) -> bool:
+    """Whether a weight is ever above 0."""
+    return weight != 0 and not (isinstance(weight, Ramp) and weight.start == weight.end == 0)
+
+
 def data_contradictions(data: DistillData, at: recipe_text.Path):
     if all(source.loss_weight == 0 for source in data.train):
         yield [(*at, "train")], f"{'.'.join(map(str, at))}.train: every loss_weight is 0, so there is nothing to learn"
@@ -291,16 +319,29 @@ def data_contradictions(data: DistillData, at: recipe_text.Path):
             f"{name}.{without}: has no teacher_field, but {name}.{named.index(True)} has one: rows of both would share "
             "batches, and each needs a teacher; give both one (kind: pairs), or neither",
         )
+    if all(source.own_loss for source in data.train):
+        yield (
+            [(*at, "train")],
+            f"{'.'.join(map(str, at))}.train: every source has an own_loss, so the stages' kd_weight and ce_weight are "
+            "of nothing; leave one source without",
+        )
     of = {
         "pairs": ("teacher_field", "weight_field", "weighting", "chat", "length_normalized"),
         "rationales": ("rationale_weight", "label_prefix", "rationale_prefix", "templates"),
     }
     for i, source in enumerate(data.train):
+        name = ".".join(map(str, (*at, "train", i)))
+        if source.own_loss is not None and source.kind == "rationales":
+            yield (
+                [(*at, "train", i)],
+                f"{name}: own_loss is of text and pairs; rationales have rationale_weight beside their labels",
+            )
+        if source.own_loss is not None and not any(map(_counts, vars(source.own_loss).values())):
+            yield [(*at, "train", i)], f"{name}: own_loss has no weight above 0; leave the source out"
         for kind, keys in of.items():
             given = [key for key in keys if key in source.model_fields_set and source.kind != kind]
             given = [key for key in given if getattr(source, key) != DistillSource.model_fields[key].default]
             if given:
-                name = ".".join(map(str, (*at, "train", i)))
                 yield (
                     [(*at, "train", i)],
                     f"{name}: {', '.join(given)} is of kind: {kind}, but the kind is {source.kind}; set the kind, or "
@@ -311,7 +352,7 @@ def data_contradictions(data: DistillData, at: recipe_text.Path):
 def stage_contradictions(recipe: DistillRecipe, stage: Stage, i: int, at: recipe_text.Path, label: str):
     matched = stage.hidden or stage.attention
     weights = (stage.kd_weight, stage.ce_weight, *(part.weight for part in (stage.hidden, stage.attention) if part))
-    if all(weight == 0 or isinstance(weight, Ramp) and weight.start == weight.end == 0 for weight in weights):
+    if not any(map(_counts, weights)) and not any(source.own_loss for source in (stage.data or recipe.data).train):
         yield (
             [(*at, "kd_weight"), (*at, "ce_weight")],
             f"{label}: kd_weight and ce_weight are both 0 and no layers are matched with a weight, so there is nothing "

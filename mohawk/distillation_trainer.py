@@ -14,8 +14,7 @@ from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from mohawk.distillation import KnowledgeDistiller
-from mohawk.matchings import IGNORED
-from mohawk.processes import means, several, sum_gradients
+from mohawk.processes import means, several, sum_gradients, total
 
 TENSORS, VALUES = "distillation.safetensors", "distillation.json"  # of the distiller, in a checkpoint
 
@@ -27,7 +26,11 @@ class DistillationTrainer(Trainer):
         teacher: a causal language model, or a teacher of mohawk/teacher_models.py.
         distillation: the other arguments of `KnowledgeDistiller`: divergence, temperature, kd_weight, ce_weight,
             matchings, ...
-        All others: Trainer's. The data's `labels` are unshifted, -100 where nothing is learned.
+        All others: Trainer's. The data's `labels` are unshifted, -100 where nothing is learned; padding is where an
+        `attention_mask` is 0, on any side.
+
+    A step's loss is one over all its micro-batches and, with `average_tokens_across_devices`, processes: how they are
+    split does not change it.
 
     What is measured beside the loss (kd, ce, agreement, teacher_entropy, temperature) is logged with it. Parameters of
     matchings train with the model's; they, TAID and moving averages are kept in checkpoints, beside the model.
@@ -39,20 +42,33 @@ class DistillationTrainer(Trainer):
             teacher = teacher.to(self.args.device)
         self.distiller = KnowledgeDistiller(teacher, self.model, **(distillation or {}))
         self.distiller.matched.to(self.args.device)
-        self.model_accepts_loss_kwargs = True  # the count of real tokens over micro-batches is ours to divide by
+        self.model_accepts_loss_kwargs = True  # the counts over micro-batches are ours to divide by
+        self._training = False  # within training_step
         self.add_callback(_Steps(self))
 
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        """The micro-batches of one step, as the distiller has them: what is in all of them is known before the first
+        one's loss."""
+        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        step = self.state.global_step
+        with self.compute_loss_context_manager():
+            batches = [self.distiller.prepare(dict(self._prepare_inputs(batch)), step) for batch in batches]
+        # a count that no loss uses; it tells Trainer that the losses are shares of a step's
+        return batches, torch.ones((), device=device)
+
+    def training_step(self, *args: Any, **kwargs: Any):
+        self._training = True
+        try:
+            return super().training_step(*args, **kwargs)
+        finally:
+            self._training = False
+
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        if num_items_in_batch is not None and self.args.average_tokens_across_devices:
-            num_items_in_batch = num_items_in_batch / self.accelerator.num_processes
-        training = model.training
-        batch = self.distiller.prepare(dict(inputs), self.state.global_step) if training else inputs
-        if training and self.distiller.on_policy is not None and num_items_in_batch is not None:
-            # the student's samples have other tokens than Trainer counted: micro-batches count alike
-            labels = (batch["labels"][:, 1:] != IGNORED).sum().clamp(min=1)
-            num_items_in_batch = labels * self.args.gradient_accumulation_steps
-        self.distiller.measuring = training
-        loss = self.distiller.loss(batch, num_items_in_batch, forward=model)
+        self.distiller.measuring = model.training
+        if self._training and self.distiller.counted(self.state.global_step):
+            loss = self.distiller.share(inputs, forward=model)
+        else:  # evaluation, or a loop of someone's own around this
+            loss = self.distiller.loss(inputs, num_items_in_batch if self._training else None, forward=model)
         if not return_outputs:
             return loss
         with torch.no_grad():
@@ -98,7 +114,9 @@ class _Steps(TrainerCallback):
         self.trainer = trainer
 
     def on_step_begin(self, args, state, control, **kwargs):
-        self.trainer.distiller.begin_step(state.global_step, state.max_steps)
+        distiller, together = self.trainer.distiller, args.average_tokens_across_devices
+        distiller.averaged = args.world_size if together else 1
+        distiller.begin_step(state.global_step, state.max_steps, together)
 
     def on_pre_optimizer_step(self, args, state, control, **kwargs):
         # matchings' parameters are not in the model that DDP wraps, whose gradients it averages
@@ -113,6 +131,8 @@ class _Steps(TrainerCallback):
         distiller = self.trainer.distiller
         for parameter in distiller.matched.parameters():  # Trainer clears the model's
             parameter.grad = None
-        distiller.end_step(float(distiller.step_loss))
+        # the same on every process, which schedules go by
+        loss = torch.as_tensor(distiller.step_loss, dtype=torch.float32, device=args.device).clone()
+        distiller.end_step(float(total(loss) / args.world_size))
         if distiller.finished:
             control.should_training_stop = True

@@ -21,6 +21,7 @@ from mohawk.data import collate
 from mohawk.errors import UserError
 from mohawk.heads import Head, final_hidden_states
 from mohawk.models.call import CACHE
+from mohawk.next_tokens import IGNORED, next_labels
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -119,7 +120,7 @@ def compare(
             hidden = packed_hidden_states(student, batch, device=device, autocast=autocast)
             predicting = _predicting(batch)
             student_hidden = hidden[predicting.to(device)]
-            targets = batch["labels"][:, 1:][predicting[:, :-1]].to(device)
+            targets = next_labels(batch)[predicting].to(device)
             for start in range(0, len(targets), ROWS):
                 rows = slice(start, start + ROWS)
                 totals += _sums(
@@ -155,7 +156,7 @@ def _exp(nats: float) -> float:
 
 def _predicting(batch: dict[str, Tensor]) -> Tensor:
     """Bool (batch, sequence): positions whose next token is predicted, that is, has a label."""
-    return nn.functional.pad(batch["labels"][:, 1:] != -100, (0, 1))
+    return next_labels(batch) != IGNORED
 
 
 def packed_hidden_states(

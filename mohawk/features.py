@@ -7,8 +7,11 @@ first layer, `hidden_states[0]`.
 Shapes: b batch, n sequence, H hidden size of the student, H' of the teacher.
 """
 
+import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from fractions import Fraction
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +20,10 @@ from torch import Tensor, nn
 from mohawk.models.decoders import check_checkpointing, check_layers, decoder, first_tensor
 
 EMBEDDINGS = -1
-LAYER_MAPS = ("uniform", "last", "top_heavy")
+LAYER_MAPS = ("uniform", "last", "dense_top", "dense_bottom")
+# Of dense_bottom: where, of the way through the student (of 12 layers), the source is how far through the teacher (60).
+BOTTOM = (((0, 0), (1, 2), (6, 20), (7, 30), (11, 59)), 11, 59)
+TOP_HEAVY = "top_heavy was two things; dense_top is what it did (9, 18, ..., 58, 59 of 60), dense_bottom its source's"
 LOSSES = ("mse", "cosine")
 NORMALISATIONS = ("none", "layer", "unit")
 
@@ -32,8 +38,12 @@ def layer_map(
             - "uniform": every student layer i with j = ceil((i + 1) T / S) - 1, so that both count evenly and end
               together (TinyBERT, arXiv 1909.10351; DistilBERT's every second layer; PKD-skip);
             - "last": the last m = min(S, T) layers of both, (S - m + i, T - m + i) (PKD-last, arXiv 1908.09355);
-            - "top_heavy": every student layer, the teacher's ever closer together towards its top,
-              j = min(ceil(T (1 - (1 - (i + 1) / S)^2)), T - S + i + 1) - 1; needs S <= T;
+            - "dense_top": every student layer, the teacher's ever closer together towards its top,
+              j = min(ceil(T (1 - (1 - (i + 1) / S)^2)), T - S + i + 1) - 1: 9, 18, 26, ..., 58, 59 of 60 for 12; needs
+              S <= T;
+            - "dense_bottom": every student layer, the teacher's close together in its lower third, wide apart above: 0,
+              2, ..., 20, 30, ..., 59 of 60 for 12, which some call top-heavy; straight lines between these, for other
+              depths in proportion; needs S <= T;
             - a whole number k: every k-th student layer, i = k - 1, 2 k - 1, ..., with the teacher's layer of the
               uniform map;
             - explicit pairs [[i, j], ...], -1 meaning the embeddings.
@@ -57,11 +67,15 @@ def layer_map(
         m = min(S, T)
         return front + [(S - m + i, T - m + i) for i in range(m)]
     if kind == "top_heavy":
-        if S > T:
-            raise ValueError(
-                f"layer map 'top_heavy': the student has {S} layers, the teacher {T}; it needs a student that is not "
-                "deeper, take 'uniform'"
-            )
+        raise ValueError(f"layer map: {TOP_HEAVY}")
+    if kind in ("dense_top", "dense_bottom") and S > T:
+        raise ValueError(
+            f"layer map {kind!r}: the student has {S} layers, the teacher {T}; it needs a student that is not deeper, "
+            "take 'uniform'"
+        )
+    if kind == "dense_bottom":
+        return front + list(enumerate(_dense_bottom(S, T)))
+    if kind == "dense_top":
         # in whole numbers: T (1 - ((S - i - 1) / S)^2) rounded up
         spread = (-(-T * (S * S - (S - i - 1) ** 2) // (S * S)) for i in range(S))
         return front + [(i, min(j, T - S + i + 1) - 1) for i, j in enumerate(spread)]
@@ -70,6 +84,17 @@ def layer_map(
             raise ValueError(f"layer map: every {kind} layers of a student of {S}; allowed are 1 to {S}")
         return front + [(i, _uniform(i, S, T)) for i in range(kind - 1, S, kind)]
     return front + _explicit(kind, S, T, embeddings)
+
+
+def _dense_bottom(S: int, T: int) -> list[int]:
+    anchors, student, teacher = BOTTOM
+    found: list[int] = []
+    for i in range(S):
+        at = Fraction(i * student, S - 1) if S > 1 else Fraction(student)  # in layers of the source's student
+        (a, x), (b, y) = next(pair for pair in pairwise(anchors) if at <= pair[1][0])
+        j = math.floor((x + (y - x) * (at - a) / (b - a)) * (T - 1) / teacher + Fraction(1, 2))
+        found.append(min(max(j, found[-1] + 1 if found else 0), T - S + i))  # each once, whatever is left
+    return found
 
 
 def _uniform(i: int, S: int, T: int) -> int:

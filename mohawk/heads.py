@@ -25,7 +25,8 @@ class Head:
     """A model's output embedding: hidden states (..., hidden) to logits (..., vocab).
 
     logits = softcap * tanh(scale * (hidden @ weight.T + bias) / softcap), without the parts that are None. The tensors
-    are the model's own, with their gradients.
+    are the model's own, with their gradients; where peft adapts the head, what its module computes with, in which the
+    adapter has its gradients.
     """
 
     weight: Tensor
@@ -35,7 +36,10 @@ class Head:
 
     @classmethod
     def of(cls, model: PreTrainedModel) -> Head:
-        """The head of any Hugging Face causal language model. Raises UserError if it has none."""
+        """The head of any Hugging Face causal language model, also behind peft.
+
+        Raises UserError if it has none, or one whose logits are not hidden states times a weight.
+        """
         output = model.get_output_embeddings()
         if output is None:
             raise UserError(f"{type(model).__name__} has no output embedding to compare logits of")
@@ -43,7 +47,7 @@ class Head:
         scale = getattr(config, "logit_scale", None) or 1.0  # Cohere multiplies, Granite divides
         scale /= getattr(config, "logits_scaling", None) or 1.0
         softcap = getattr(config, "final_logit_softcapping", None)
-        return cls(loaded(output, "weight"), loaded(output, "bias"), float(scale), softcap)
+        return cls(*output_weight(output), float(scale), softcap)
 
     def detached(self) -> Head:
         """The head without gradients, its tensors not copied."""
@@ -67,19 +71,110 @@ class Head:
 
     def teacher(self, hidden: Tensor) -> TeacherHidden:
         """A loss's teacher with these final hidden states (..., hidden), in the dtype of their products."""
-        return TeacherHidden(
-            in_autocast(hidden), in_autocast(self.weight), in_autocast(self.bias), self.scale, self.softcap
-        )
+        return TeacherHidden(self._wide(hidden), in_autocast(self.weight), in_autocast(self.bias), *self._bounds)
 
     def student(self, hidden: Tensor) -> dict[str, Any]:
         """The arguments of `linear_kd_loss` that say what the student's logits are."""
+        scale, softcap = self._bounds
         return {
-            "student_hidden": in_autocast(hidden),
+            "student_hidden": self._wide(hidden),
             "student_head": in_autocast(self.weight),
             "student_bias": in_autocast(self.bias),
-            "logit_scale": self.scale,
-            "logit_softcap": self.softcap,
+            "logit_scale": scale,
+            "logit_softcap": softcap,
         }
+
+    @property
+    def _bounds(self) -> tuple[float, float | None]:
+        return self.scale, self.softcap
+
+    def _wide(self, hidden: Tensor) -> Tensor:
+        """Hidden states in the dtype of the products: autocast's, or the head's where that is wider than theirs (an
+        adapter's float32 beside a bfloat16 model)."""
+        if torch.is_autocast_enabled(hidden.device.type):
+            return in_autocast(hidden)
+        return hidden.to(torch.promote_types(hidden.dtype, self.weight.dtype))
+
+
+def output_weight(module: nn.Module) -> tuple[Tensor, Tensor | None]:
+    """Weight (vocab, hidden) and bias (vocab) that an output embedding computes with, differentiable in its own
+    parameters and in those of the adapter that peft put around it: LoRA (W + s B A), DoRA, a copy of the whole module,
+    trained tokens.
+
+    Raises UserError for any other adapter, for dropout on the adapter's input while it trains, for packed weights.
+    """
+    off = getattr(module, "disable_adapters", False)
+    if hasattr(module, "modules_to_save"):  # peft's ModulesToSaveWrapper
+        active = [] if off else [name for name in module.active_adapters if name in module.modules_to_save]
+        return output_weight(module.modules_to_save[active[0]] if active else module.original_module)
+    if hasattr(module, "token_adapter"):  # TrainableTokensWrapper
+        tokens = module.token_adapter
+        weight, bias = output_weight(tokens.base_layer)
+        merged = off or tokens.disable_adapters or tokens.merged or not tokens.active_adapters
+        return (weight if merged else tokens.get_merged_weights(tokens.active_adapters)), bias
+    if not hasattr(module, "base_layer"):
+        return _plain_weight(module)
+    weight, bias = output_weight(module.base_layer)
+    if off or getattr(module, "merged", False):
+        return weight, bias
+    if not hasattr(module, "lora_A") or hasattr(module, "parameter_name"):
+        raise UserError(_adapted(f"{type(module).__module__}.{type(module).__name__}, which is not supported there"))
+    for name in module.active_adapters:
+        if name in module.lora_A:
+            with torch.autocast(weight.device.type, enabled=False):
+                weight, bias = _with_lora(module, name, output_weight(module.base_layer)[0], weight, bias)
+    return weight, bias
+
+
+def _with_lora(
+    module: nn.Module, name: str, base: Tensor, weight: Tensor, bias: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """weight and bias plus what an adapter adds to the module's output, which has `base` without any."""
+    down, up, scaling = module.lora_A[name], module.lora_B[name], module.scaling[name]
+    dropout = module.lora_dropout[name]
+    if module.training and getattr(dropout, "p", 0):
+        raise UserError(
+            _adapted(
+                f"LoRA with a dropout of {dropout.p:g}, so that its logits are not hidden states times a weight; set "
+                "lora_dropout to 0"
+            )
+        )
+    dtype = torch.promote_types(up.weight.dtype, torch.float32)
+    delta = scaling * (up.weight.to(dtype) @ down.weight.to(dtype))
+    if up.bias is not None:
+        shift = scaling * up.bias.to(dtype)
+        bias = shift if bias is None else bias + shift
+    if name in module.lora_magnitude_vector:  # DoRA, arXiv 2402.09353; its norm is a constant (section 4.3)
+        norm = torch.linalg.vector_norm(base + delta, dim=1).detach()
+        scale = (module.lora_magnitude_vector[name].weight / norm).unsqueeze(1)
+        return weight + (scale - 1) * base + scale * delta, bias
+    if name in getattr(module, "lora_variant", ()):
+        raise UserError(_adapted(f"{type(module.lora_variant[name]).__name__}, which is not supported there"))
+    return weight + delta, bias
+
+
+def _adapted(how: str) -> str:
+    return f"the output embedding is adapted by {how}, or leave the output embedding out of the adapter's targets"
+
+
+def _plain_weight(module: nn.Module) -> tuple[Tensor, Tensor | None]:
+    weight, bias = loaded(module, "weight"), loaded(module, "bias")
+    if type(weight).dequantize is not Tensor.dequantize:  # torchao's, which says what it stands for
+        weight = weight.dequantize()
+    if not weight.is_floating_point() or weight.dim() != 2:
+        raise UserError(
+            f"the output embedding, a {type(module).__name__}, holds packed weights ({weight.dtype}); load the model "
+            "with its output embedding unquantised (llm_int8_skip_modules=['lm_head'])"
+        )
+    return weight, bias
+
+
+def vocabulary_rows(model: PreTrainedModel) -> int:
+    """How many entries a model's logits have."""
+    output = model.get_output_embeddings()
+    for name in ("original_module", "base_layer"):  # peft's, a wrapper around an adapter around the module
+        output = getattr(output, name, output)
+    return getattr(output, "out_features", None) or len(output.weight)
 
 
 def loaded(module: nn.Module, name: str) -> Tensor | None:

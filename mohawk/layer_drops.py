@@ -20,6 +20,7 @@ from mohawk.kernels.kd_loss import linear_kd_loss
 from mohawk.models.cut_sizes import sizes_of
 from mohawk.models.families import decoder_layers
 from mohawk.models.teacher_forcing import StandIn
+from mohawk.next_tokens import IGNORED, next_labels
 
 
 @dataclass(frozen=True)
@@ -64,8 +65,8 @@ def measure_layer_drops(model: nn.Module, batches: Iterable[Mapping[str, Tensor]
     model.eval()
     try:
         for batch in batches:
-            labels = batch["labels"].to(model.device)[:, 1:]
-            real = labels != -100
+            labels = next_labels(batch).to(model.device)[:, :-1]
+            real = labels != IGNORED
             if not (found := int(real.sum())):
                 continue
             tokens += found

@@ -6,15 +6,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mohawk.attention_match import AttentionMatch, collect_attention
+from mohawk.attention_match import AttentionMatch, collect_attention, parted, side_by_side
 from mohawk.features import HiddenMatch, collect_hidden
+from mohawk.next_tokens import IGNORED, next_column, next_labels
 from mohawk.schedules import Ramp
 from mohawk.teacher_models import Watch
-
-IGNORED = -100
 
 
 @dataclass(frozen=True)
@@ -40,7 +38,7 @@ def match_hidden(match: HiddenMatch, weight: float | Ramp = 1.0) -> Matching:
     def loss(student, teacher, batch):
         # a position's hidden state predicts the next token, so that token's weight is its
         weights = next_column(batch["weights"], 0.0) if "weights" in batch else None
-        return match(student, teacher, next_column(batch["labels"], IGNORED) != IGNORED, weights)
+        return match(student, teacher, next_labels(batch) != IGNORED, weights)
 
     return Matching(
         loss,
@@ -52,9 +50,18 @@ def match_hidden(match: HiddenMatch, weight: float | Ramp = 1.0) -> Matching:
 
 
 def match_attention(match: AttentionMatch, weight: float | Ramp = 1.0) -> Matching:
-    """Mixing matrices of layer pairs (mohawk/attention_match.py), of whole rows."""
+    """Mixing matrices of layer pairs (mohawk/attention_match.py), of whole rows without their padding."""
+
+    def loss(student, teacher, batch):
+        mask = batch.get("attention_mask")
+        if "segment_ids" in batch or mask is None or not parted(mask):
+            return match(student, teacher, segments(batch))
+        # a document is a run of tokens, so those that padding parts are put together
+        student, teacher = (side_by_side(records, mask) for records in (student, teacher))
+        return match(student, teacher, mask.long().sort(dim=1, descending=True).values - 1)
+
     return Matching(
-        lambda student, teacher, batch: match(student, teacher, segments(batch)),
+        loss,
         student=lambda model: collect_attention(model, match.student_layers),
         teacher=lambda model: collect_attention(model, match.teacher_layers),
         weight=weight,
@@ -67,8 +74,3 @@ def segments(batch: Mapping[str, Tensor]) -> Tensor | None:
     if "segment_ids" in batch:
         return batch["segment_ids"]
     return batch["attention_mask"].long() - 1 if "attention_mask" in batch else None
-
-
-def next_column(column: Tensor, fill: float) -> Tensor:
-    """A column aligned with the positions that predict it; the last position predicts nothing."""
-    return F.pad(column[:, 1:], (0, 1), value=fill)

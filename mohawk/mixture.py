@@ -20,7 +20,8 @@ class Mixture(torch.utils.data.Dataset):
     first is decided by `seed`. Mixing generated data with ground truth by beta is Mixture([generated, truth],
     [beta, 1 - beta]).
 
-    datasets: map-style, of rows with the same columns and shapes; `weights` may be missing in some and is 1 then.
+    datasets: map-style, of rows with the same columns and shapes; `weights` may be missing in some and is 1 then, and
+    `task`, where some have it, 0.
     sampling_weights: per part, at least 0 (a part of 0 is never read); divided by their sum. loss_weights: per part,
     multiplies the row's `weights` (float32, (sequence_length)); None is 1. rows: how many; None is as many as the parts
     have together. The row's `source` () int64 is its part. Raises UserError.
@@ -53,6 +54,7 @@ class Mixture(torch.utils.data.Dataset):
         rows = sum(len(self.datasets[k]) for k in read) if rows is None else rows
         if rows < 1:
             raise UserError(f"rows: got {rows}; allowed: at least 1")
+        self.tasks = any("task" in self.datasets[k][0] for k in read)
         self._check_columns(read)
         self.parts = chairman_order([self.sampling_weights[k] for k in read], rows, seed)
         self.parts = np.asarray(read, dtype=np.int32)[self.parts]
@@ -72,15 +74,16 @@ class Mixture(torch.utils.data.Dataset):
         weights = row.get("weights")
         if weights is None:
             weights = torch.ones(row["input_ids"].shape, dtype=torch.float32)
+        if self.tasks and "task" not in row:
+            row["task"] = torch.zeros_like(row["input_ids"])
         return {**row, "weights": weights * self.loss_weights[k], "source": torch.tensor(k)}
 
     def _check_columns(self, read: list[int]) -> None:
         """Rows of all parts have to be stacked in one batch."""
         first = None
         for k in read:
-            shapes = {
-                name: tuple(v.shape) for name, v in self.datasets[k][0].items() if name not in ("weights", "source")
-            }
+            row = self.datasets[k][0].items()
+            shapes = {name: tuple(v.shape) for name, v in row if name not in ("weights", "task", "source")}
             first = shapes if first is None else first
             if shapes != first:
                 name = next(n for n in sorted(shapes.keys() | first.keys()) if shapes.get(n) != first.get(n))

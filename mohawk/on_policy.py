@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -27,20 +27,21 @@ if TYPE_CHECKING:
 
 IGNORED = -100
 # Columns a batch of samples has as well: of each token, and of each row.
-OF_TOKENS = ("input_ids", "position_ids", "segment_ids", "labels", "weights")
+OF_TOKENS = ("input_ids", "position_ids", "segment_ids", "labels", "weights", "task")
 OF_ROWS = ("source", "teacher", "row")
 MASK = "attention_mask"  # of other collators' batches
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """Where a prompt lies, `batch[row, begin : begin + length]`, how many tokens may follow, and their weight."""
+    """Where a prompt lies, `batch[row, begin : begin + length]`, how many tokens may follow, their weight and task."""
 
     row: int
     begin: int
     length: int
     limit: int
     weight: float
+    task: int
 
 
 class OnPolicy:
@@ -141,9 +142,9 @@ class OnPolicy:
         eos that ends one has a label, and nothing comes after it. A batch without `segment_ids` has a document a row,
         padded where its `attention_mask` is 0, if it has one; samples are padded on the right.
 
-        `row` is -1 in a batch of samples, which the dataset does not hold. A sample's `weights` are those of the first
-        token that had a label behind its prompt. A batch that holds no prompt stays as it is. Sampling runs in the
-        caller's autocast.
+        `row` is -1 in a batch of samples, which the dataset does not hold. A sample's `weights` and `task` are those of
+        the first token that had a label behind its prompt. A batch that holds no prompt stays as it is. Sampling runs
+        in the caller's autocast.
         """
         if not self.share:
             return batch
@@ -173,6 +174,7 @@ class OnPolicy:
             segments = batch.get(MASK, torch.ones_like(batch["labels"])).long() - 1
         segments, labels = segments.cpu().numpy(), batch["labels"].cpu().numpy()
         weights = batch["weights"].cpu().numpy() if "weights" in batch else np.ones(labels.shape, np.float32)
+        tasks = batch["task"].cpu().numpy() if "task" in batch else np.zeros(labels.shape, np.int64)
         n = segments.shape[1]
         prompts = []
         for row, (segment, label) in enumerate(zip(segments, labels, strict=True)):
@@ -194,8 +196,8 @@ class OnPolicy:
                         continue
                     limit = min(self.max_new_tokens, n - length)
                     room -= length + limit
-                    weight = float(weights[row, begin + (turns or begins)[i]])
-                    found.append(Prompt(row, int(begin), length, limit, weight))
+                    first = row, begin + (turns or begins)[i]
+                    found.append(Prompt(row, int(begin), length, limit, float(weights[first]), int(tasks[first])))
                 prompts += sorted(found, key=lambda prompt: prompt.length)
         return prompts
 
@@ -271,20 +273,49 @@ class OnPolicy:
         n = max(lengths)
         ids = torch.full((rows, n), self.pad)
         positions, segments, labels = torch.zeros_like(ids), torch.full_like(ids, -1), torch.full_like(ids, IGNORED)
-        weights = torch.zeros(rows, n)
+        weights, tasks = torch.zeros(rows, n), torch.zeros_like(ids)
         filled, count = [0] * rows, [0] * rows
         for prompt, text, sample in zip(prompts, texts, samples, strict=True):
             row, begin = prompt.row, filled[prompt.row]
             middle, end = begin + len(text), begin + len(text) + len(sample)
             ids[row, begin:middle], ids[row, middle:end] = text, sample
             labels[row, middle:end] = sample
-            weights[row, middle:end] = prompt.weight
+            weights[row, middle:end], tasks[row, middle:end] = prompt.weight, prompt.task
             positions[row, begin:end] = torch.arange(end - begin)
             segments[row, begin:end] = count[row]
             filled[row], count[row] = end, count[row] + 1
         for row, end in enumerate(filled):  # padding counts from 0 too, as in packed rows of text
             positions[row, end:] = torch.arange(n - end)
-        return dict(zip(OF_TOKENS, (ids, positions, segments, labels, weights), strict=True))
+        return dict(zip(OF_TOKENS, (ids, positions, segments, labels, weights, tasks), strict=True))
+
+
+def replaced_rows(
+    on_policy: Callable[[dict[str, Tensor], int], dict[str, Tensor]],
+    batch: dict[str, Tensor],
+    step: int,
+    kept: Tensor | None = None,
+) -> dict[str, Tensor]:
+    """`on_policy(batch, step)` but for the rows `kept` (b) bool, which stay as they are; None: no row does.
+
+    Samples beside kept rows are padded to their length, with documents of -1.
+    """
+    if kept is None or not bool(kept.any()):
+        return on_policy(batch, step)
+    asked = {name: column[~kept] for name, column in batch.items()}
+    made = asked if bool(kept.all()) else on_policy(asked, step)
+    if made is asked:
+        return batch
+    fill, result = {"labels": IGNORED, "segment_ids": -1}, {}
+    for name, column in batch.items():
+        rows = made[name]
+        if name in (*OF_TOKENS, MASK):
+            missing = column.shape[1] - rows.shape[1]
+            padding = rows.new_full((len(rows), missing), fill.get(name, 0))
+            if name == "position_ids":
+                padding = torch.arange(missing, device=rows.device).expand_as(padding)
+            rows = torch.cat([rows, padding], 1)
+        result[name] = column.masked_scatter(kept.logical_not().view(-1, *[1] * (column.dim() - 1)), rows.to(column))
+    return result
 
 
 def _groups(lengths: list[int], limits: list[int]) -> Iterator[list[int]]:

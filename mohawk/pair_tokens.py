@@ -38,7 +38,7 @@ class Pairs:
     was asked and answered. logprobs, sampling_logprobs: float64, as generate-data writes them, nan where not known.
     lengths: int64, generated tokens. teachers: int64, or None. unknown: where the first example without a logprob or
     sampling_logprob stands, by name. bos_token_id: the tokenizer's, or None. weights: float64, of the examples' own, or
-    None.
+    None. tasks: int64, of step-by-step distillation (mohawk/rationales.py), or None.
     """
 
     tokens: np.ndarray
@@ -54,6 +54,7 @@ class Pairs:
     unknown: dict[str, str]
     bos_token_id: int | None
     weights: np.ndarray | None = None
+    tasks: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.spans)

@@ -116,7 +116,8 @@ class PairsDataset(torch.utils.data.Dataset):
 
     Each row is a dict of tensors (sequence_length): `input_ids`, `position_ids`, `segment_ids`, `labels` (int64, as
     PackedDataset's; labels are -100 on prompts too) and `weights` (float32, an example's weight on its tokens, 0 on
-    padding); and, where the pairs have teachers, `teacher` () int64: a row's examples share theirs.
+    padding); where the pairs have tasks, `task` (int64, an example's on its tokens, 0 on padding); and, where they have
+    teachers, `teacher` () int64: a row's examples share theirs.
 
     weighting, length_normalized: see above; None counts each response alike. The examples' own weights multiply these.
     too_long: what becomes of an example beyond sequence_length: truncate cuts the prompt's left (not its BOS), drop
@@ -197,7 +198,7 @@ class PairsDataset(torch.utils.data.Dataset):
         position_ids = np.arange(n, dtype=np.int64)
         segment_ids = np.full(n, -1, dtype=np.int64)
         labels = np.full(n, -100, dtype=np.int64)
-        weights = np.zeros(n, dtype=np.float32)
+        weights, tasks = np.zeros(n, dtype=np.float32), np.zeros(n, dtype=np.int64)
         filled = 0
         chosen = examples[self._places[self._starts[row] : self._starts[row + 1]]]
         for segment, example in enumerate(chosen):
@@ -214,10 +215,13 @@ class PairsDataset(torch.utils.data.Dataset):
             segment_ids[here] = segment
             labels[here] = np.where(learn, ids, -100)
             weights[here] = self.weights[example]
+            if self.pairs.tasks is not None:
+                tasks[here] = self.pairs.tasks[example]
             filled += len(ids)
         position_ids[filled:] = np.arange(n - filled)
         columns = {"input_ids": input_ids, "position_ids": position_ids, "segment_ids": segment_ids, "labels": labels}
-        columns = {name: torch.from_numpy(values) for name, values in {**columns, "weights": weights}.items()}
+        columns |= {"weights": weights, **({} if self.pairs.tasks is None else {"task": tasks})}
+        columns = {name: torch.from_numpy(values) for name, values in columns.items()}
         if self.pairs.teachers is not None:
             columns["teacher"] = torch.tensor(int(self.pairs.teachers[chosen[0]]))
         return columns

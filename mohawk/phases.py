@@ -20,6 +20,7 @@ from mohawk.models.families import decoder_layers, family_of, mixer_input_norm
 from mohawk.models.hybrid import HybridForCausalLM
 from mohawk.models.mixers import SSMMixer
 from mohawk.models.teacher_forcing import AttentionRecord, layer_calls, record, recording_attention
+from mohawk.next_tokens import next_labels
 from mohawk.weight_decay import parameter_groups
 
 PHASES = ("mixing", "hidden", "end_to_end")
@@ -206,7 +207,7 @@ class EndToEndObjective(Objective):
         loss = linear_kd_loss(
             **Head.of(self.student).student(student.last_hidden_state[:, :-1]),
             teacher=Head.of(self.teacher).teacher(teacher.last_hidden_state[:, :-1]),
-            labels=labels[:, 1:],
+            labels=next_labels({"labels": labels, "segment_ids": segment_ids})[:, :-1],
             divergence=self.divergence,
             temperature=self.temperature,
             kd_weight=self.kd_weight,

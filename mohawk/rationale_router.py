@@ -270,9 +270,9 @@ def label_loss(distiller: RationaleDistiller, records: Sequence[Mapping[str, Any
     total, tokens = 0.0, 0
     for start in range(0, len(records), batch_size):
         batch = records[start : start + batch_size]
-        count = sum(distiller.answer_tokens(record["prompt"], record["label"]) for record in batch)
-        texts = ([record[key] for record in batch] for key in ("prompt", "label"))
-        total += distiller.compute_loss(*texts, [None] * len(batch)).item() * count
+        texts = [[record[key] for record in batch] for key in ("prompt", "label")] + [[None] * len(batch)]
+        count, _ = distiller.count_tokens(*texts)
+        total += distiller.compute_loss(*texts).item() * count
         tokens += count
     return total / tokens
 

@@ -6,7 +6,7 @@ a prefix: `[label] question -> label` and `[rationale] question -> rationale`. T
 
     extract_rationale(text, template)      a text -> (rationale, label)
     read_rationales(files)                 JSON lines -> records of prompt, label, rationale, teacher
-    rationale_pairs(records, tokenizer)    -> prompt/response pairs whose weights are the loss above
+    rationale_pairs(records)               -> prompt/response pairs, each of one task
     read_rationale_pairs(files, tokenizer) both, tokenised for `mohawk.pairs.PairsDataset`
     RationaleDistiller(student, tokenizer) the loss in a plain loop
 """
@@ -28,9 +28,11 @@ from mohawk.errors import UserError
 from mohawk.heads import Head, final_hidden_states
 from mohawk.kernels.kd_loss import linear_kd_loss
 from mohawk.kernels.kd_teachers import TeacherSamples
+from mohawk.next_tokens import IGNORED, next_labels
 from mohawk.pairs import Pairs
 from mohawk.records import content_hash, read_records, why_no_chat
 from mohawk.same_tokenizer import check_rows
+from mohawk.teacher_models import ModelTeacher, is_around
 from mohawk.teachers import check_decoder
 from mohawk.text import as_source
 
@@ -39,8 +41,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-IGNORED = -100
 LABEL, RATIONALE = "[label]", "[rationale]"
+TASKS = {"label": 1, "rationale": 2}  # in the column `task` of packed rows
 FIELDS = {"label": r"[^\n]+?", "rationale": r"[\s\S]+"}
 # Tried in this order; the first that matches counts.
 TEMPLATES = (
@@ -195,34 +197,27 @@ def task_prompt(prefix: str, prompt: str) -> str:
 
 def rationale_pairs(
     records: Iterable[Mapping[str, Any]],
-    tokenizer: PreTrainedTokenizerBase,
     *,
     label_prefix: str = LABEL,
     rationale_prefix: str = RATIONALE,
     rationale_weight: float = 1.0,
 ) -> Iterator[dict[str, Any]]:
     """Pairs {prompt, response, task, question, weight} of records {prompt, label, rationale}: the label's, then, where
-    there is one, the rationale's. `question` is the prompt without the task's prefix.
+    there is one, the rationale's. `question` is the prompt without the task's prefix, `weight` 1 or rationale_weight.
 
-    Packed training takes one mean over all tokens, in which a label of two tokens would vanish beside a rationale of a
-    hundred. The weights make that mean the paper's loss: with N_l tokens in all labels and N_r in all rationales (each
-    with its eos), they are (N_l + N_r) / N_l and rationale_weight * (N_l + N_r) / N_r. With rationale_weight 0 there
-    are no rationale pairs. Raises UserError for a weight below 0.
+    A mean over all tokens would not do: a label of two tokens vanishes in it beside a rationale of a hundred. Training
+    takes each task's mean over its own tokens of a step (`KnowledgeDistiller`, by the column `task` of packed rows).
+    With rationale_weight 0 there are no rationale pairs. Raises UserError for a weight below 0.
     """
     if rationale_weight < 0:
         raise UserError(f"rationale_weight: got {rationale_weight}; allowed: 0 or above")
     prefixes = {"label": label_prefix, "rationale": rationale_prefix}
     scale = {"label": 1.0, "rationale": rationale_weight}
-    pairs, tokens = [], dict.fromkeys(prefixes, 0)
     for record in records:
         for task, prefix in prefixes.items():
             if record.get(task) is not None and scale[task]:
                 pair = {"prompt": task_prompt(prefix, record["prompt"]), "response": record[task], "task": task}
-                pairs.append({**pair, "question": record["prompt"]})
-                tokens[task] += len(pair_ids(tokenizer, pairs[-1]["prompt"], pairs[-1]["response"])[1])
-    for pair in pairs:
-        task = pair["task"]
-        yield {**pair, "weight": scale[task] * sum(tokens.values()) / tokens[task]}
+                yield {**pair, "question": record["prompt"], "weight": scale[task]}
 
 
 def read_rationale_pairs(
@@ -240,7 +235,7 @@ def read_rationale_pairs(
     """
     records = read_rationales(files, templates)
     prefixes = {"label_prefix": label_prefix, "rationale_prefix": rationale_prefix}
-    pairs = list(rationale_pairs(records, tokenizer, **prefixes, rationale_weight=rationale_weight))
+    pairs = list(rationale_pairs(records, **prefixes, rationale_weight=rationale_weight))
     encoded = [pair_ids(tokenizer, pair["prompt"], pair["response"]) for pair in pairs]
     before, after = (np.array([len(ids) for ids in side], dtype=np.int64) for side in zip(*encoded, strict=True))
     ends = np.cumsum(before + after)
@@ -262,7 +257,8 @@ def read_rationale_pairs(
         teachers=None,
         unknown=dict.fromkeys(("logprob", "sampling_logprob"), records[0]["where"]),
         bos_token_id=tokenizer.bos_token_id,
-        weights=np.array([pair["weight"] for pair in pairs]),
+        weights=np.array([float(pair["weight"]) for pair in pairs]),
+        tasks=np.array([TASKS[pair["task"]] for pair in pairs], dtype=np.int64),
     )
 
 
@@ -291,7 +287,8 @@ class RationaleDistiller:
         tokenizer: the student's, and the teacher's.
         label_prefix, rationale_prefix: what tells the model which task it has.
         rationale_weight: lambda of the paper's L_label + lambda * L_rationale.
-        teacher: a model whose next-token distribution the label task learns as well; it is frozen here.
+        teacher: a model whose next-token distribution the label task learns as well; it is frozen here, but for what it
+            shares with the student, whose adapter is switched off where the teacher is the model that it adapts.
         ce_weight, kd_weight, temperature, divergence: of the label task, `kd_weight * T^2 * D + ce_weight * CE` as in
             `kd_loss`; a rationale's loss is its cross-entropy.
 
@@ -324,7 +321,10 @@ class RationaleDistiller:
             check_decoder(teacher, "teacher")
             check_rows(tokenizer, teacher.get_input_embeddings().weight.shape[0], "teacher", "the tokenizer")
         self.student, self.tokenizer = student, tokenizer
-        self.teacher = None if teacher is None else teacher.requires_grad_(False).eval()
+        self.teacher = None
+        if teacher is not None:
+            self.teacher = ModelTeacher(student.get_base_model() if is_around(student, teacher) else teacher)
+            self.teacher.beside(student)
         self.prefixes = (label_prefix, rationale_prefix)
         self.rationale_weight = rationale_weight
         self.label_loss = {"ce_weight": ce_weight, "kd_weight": kd_weight}
@@ -337,31 +337,36 @@ class RationaleDistiller:
         rationales: Sequence[str | None],
         *,
         return_parts: bool = False,
+        normalizers: tuple[float, float] | None = None,
     ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
         """label loss + rationale_weight * rationale loss, each a mean over its answers' tokens, eos included; a scalar.
 
         Three texts an example; a rationale may be None. return_parts: also {"label": ..., "rationale": ...}, both
-        detached and before the weight. Raises UserError for lists of different lengths.
+        detached and before the weight. normalizers: divide the two sums over tokens instead of their counts, such as
+        those of all micro-batches of a step (`count_tokens`). Raises UserError for lists of different lengths.
         """
+        of_labels, of_rationales = normalizers or (None, None)
         if not len(prompts) == len(labels) == len(rationales) or not len(prompts):
             counts = f"{len(prompts)} prompts, {len(labels)} labels and {len(rationales)} rationales"
             raise UserError(f"compute_loss: got {counts}; needs as many of each, and at least one")
-        label = self._task_loss(self.prefixes[0], prompts, labels, self.teacher, **self.label_loss)
+        label = self._task_loss(self.prefixes[0], prompts, labels, self.teacher, of_labels, **self.label_loss)
         reasoned = [
             (prompt, rationale) for prompt, rationale in zip(prompts, rationales, strict=True) if rationale is not None
         ]
         rationale = label.new_zeros(())
         if reasoned and self.rationale_weight:
             rationale = self._task_loss(
-                self.prefixes[1], *zip(*reasoned, strict=True), None, ce_weight=1.0, kd_weight=0.0
+                self.prefixes[1], *zip(*reasoned, strict=True), None, of_rationales, ce_weight=1.0, kd_weight=0.0
             )
         loss = label + self.rationale_weight * rationale
         return (loss, {"label": label.detach(), "rationale": rationale.detach()}) if return_parts else loss
 
-    def _task_loss(self, prefix: str, prompts, answers, teacher, **options: Any) -> Tensor:
+    def _task_loss(self, prefix: str, prompts, answers, teacher, normalizer, **options: Any) -> Tensor:
         batch = self.encode([task_prompt(prefix, prompt) for prompt in prompts], answers)
         batch = {name: tensor.to(self.student.device) for name, tensor in batch.items()}
-        targets = batch.pop("labels")[:, 1:]  # position t predicts token t + 1
+        targets = next_labels(batch)[:, :-1]
+        del batch["labels"]
+        options |= {"labels": targets, "normalizer": normalizer}
         head = Head.of(self.student)
         student = head.student(final_hidden_states(self.student, batch)[:, :-1])
         if teacher is None:
@@ -369,18 +374,24 @@ class RationaleDistiller:
             source = TeacherSamples(
                 targets.clamp(min=0)[..., None], torch.ones(*targets.shape, 1, device=targets.device)
             )
-            return linear_kd_loss(**student, teacher=source, labels=targets, **options)
-        with torch.no_grad():
-            there = {name: tensor.to(teacher.device) for name, tensor in batch.items()}
-            source = Head.of(teacher).teacher(final_hidden_states(teacher, there)[:, :-1])
+            return linear_kd_loss(**student, teacher=source, **options)
+        there = {name: tensor.to(teacher.model.device) for name, tensor in batch.items()}
+        hidden, _, of_teacher = teacher.asked(there)
+        source = of_teacher.teacher(hidden[:, :-1])
         sizes = {len(head.weight), len(source.head)}  # rows behind the tokenizer's last token differ within a family
-        return linear_kd_loss(
-            **student, teacher=source, labels=targets, vocab_size=min(sizes) if len(sizes) > 1 else None, **options
-        )
+        return linear_kd_loss(**student, teacher=source, vocab_size=min(sizes) if len(sizes) > 1 else None, **options)
 
-    def answer_tokens(self, prompt: str, label: str) -> int:
-        """How many tokens a label's loss is the mean of, eos included."""
-        return len(pair_ids(self.tokenizer, task_prompt(self.prefixes[0], prompt), label)[1])
+    def count_tokens(
+        self, prompts: Sequence[str], labels: Sequence[str], rationales: Sequence[str | None]
+    ) -> tuple[int, int]:
+        """How many tokens the label loss and the rationale loss of some examples are the means of, eos included."""
+
+        def tokens(prefix: str, answers: Sequence[str | None]) -> int:
+            asked = zip(prompts, answers, strict=True)
+            pairs = ((task_prompt(prefix, prompt), answer) for prompt, answer in asked if answer is not None)
+            return sum(len(pair_ids(self.tokenizer, *pair)[1]) for pair in pairs)
+
+        return tokens(self.prefixes[0], labels), tokens(self.prefixes[1], rationales)
 
     def encode(self, prompts: Sequence[str], answers: Sequence[str]) -> dict[str, Tensor]:
         """input_ids, attention_mask and labels (b, n) int64, padded on the right; labels on answers and their eos."""

@@ -42,6 +42,9 @@ Count = Annotated[Whole, Field(ge=1, le=10**15)]
 Batch = Annotated[Whole, Field(ge=1, le=2**20)]  # of sequences, or of what is held in memory at once
 Length = Annotated[Whole, Field(ge=1, le=2**24)]  # of a context, in tokens
 RowLength = Annotated[Whole, Field(ge=2, le=2**24)]  # one token is predicted from another
+Divergence = Literal[
+    "forward_kl", "reverse_kl", "jsd", "skew_kl", "skew_reverse_kl", "tvd", "probability_mse", "mse", "cosine"
+]
 Share = Annotated[float, Field(ge=0, le=1)]
 Weight = Annotated[float, Field(ge=0, le=1e6)]  # of a loss
 Text = Annotated[str, Field(min_length=1)]
@@ -160,8 +163,8 @@ class EndToEnd(Phase):
     learning_rate: Annotated[float, Field(gt=0, le=1)] = Field(1e-5, description="after warmup")
     gradient_accumulation: Batch = Field(16, description="batches in one step")
     train: Literal["all", "all_but_mlp", "mixers"] = Field("all", description="which parameters train")
-    divergence: Literal["forward_kl", "reverse_kl", "jsd", "skew_kl", "skew_reverse_kl", "tvd", "mse", "cosine"] = (
-        Field("forward_kl", description="between the teacher's and the student's next-token distributions")
+    divergence: Divergence = Field(
+        "forward_kl", description="between the teacher's and the student's next-token distributions"
     )
     temperature: Annotated[float, Field(ge=0.001, le=100)] = Field(1.0, description="of both distributions")
     kd_weight: Weight = Field(1.0, description="of the divergence")

@@ -163,6 +163,8 @@ class TeacherCache:
             )
         if divergence in ("mse", "cosine") and layout.kind != "hidden":
             wrong.append(f"{layout.kind}, and {divergence} compares logits; cache hidden states, or use forward_kl")
+        elif divergence == "probability_mse" and layout.kind == "top-k":
+            wrong.append("a top k, whose tail has no single probabilities; cache hidden states, or use tvd")
         elif divergence not in (None, "forward_kl") and layout.kind == "samples":
             wrong.append(f"samples, from which {divergence} can't be estimated; use forward_kl, or cache a top k")
         if wrong:

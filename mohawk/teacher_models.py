@@ -9,7 +9,8 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from mohawk.errors import UserError
-from mohawk.heads import Head, final_hidden_states, in_autocast
+from mohawk.heads import Head, final_hidden_states, in_autocast, vocabulary_rows
 from mohawk.kernels.kd_teachers import Teacher, TeacherHidden, TeacherMixture
 from mohawk.teachers import check_decoder
 
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
     from mohawk.teacher_cache import TeacherCache
+
+log = logging.getLogger(__name__)
 
 # What a model is watched with during its pass: a context that collects tensors of its layers into a dict.
 Watch = Callable[[nn.Module], AbstractContextManager[dict[Any, Any]]]
@@ -51,34 +54,124 @@ def model_inputs(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 class ModelTeacher:
-    """One frozen causal language model.
+    """One causal language model, which answers in eval mode and without gradients.
 
     micro_batch: rows at a time, fewer than the student's where the teacher is the larger one.
     """
 
     def __init__(self, model: nn.Module, micro_batch: int | None = None):
         check_decoder(model, "teacher")
-        self.model = model.requires_grad_(False).eval()
-        self.micro_batch = micro_batch
+        self.model, self.micro_batch = model, micro_batch
+        self.adapted: nn.Module | None = None  # peft's model around this one, whose adapter is not the teacher's
 
-    @torch.no_grad()
+    def beside(self, student: nn.Module) -> None:
+        """Freezes the teacher but for what it shares with a student that trains it.
+
+        A model and peft's adapter around it may be teacher and student: the adapter is then switched off whenever the
+        teacher is asked. Raises ValueError where the student is the teacher, or shares adapters in another way.
+        """
+        around = is_around(student, self.model)
+        if around:
+            self.adapted = student
+        elif self.model is student:
+            raise ValueError("teacher: got the student itself; use mohawk.teacher_models.AverageTeacher")
+        elif set(_adapters(self.model)) & set(_adapters(student)):
+            raise ValueError(
+                "teacher and student share adapters, but neither is peft's model around the other; give the student's "
+                "own base model (student.get_base_model()), or a copy"
+            )
+        own = {id(p) for p in student.parameters()}
+        for parameter in self.model.parameters():
+            if id(parameter) not in own:
+                parameter.requires_grad_(False)
+        if around:
+            return
+        if not set(self.model.modules()) & set(student.modules()):
+            self.model.eval()
+        if moving := _shared_and_trained(self.model, student):
+            log.warning(
+                "teacher and student share %d parameters that train (the first: %s), so that the teacher changes with "
+                "the student; give the teacher a copy, or freeze them",
+                len(moving),
+                moving[0],
+            )
+
+    @contextlib.contextmanager
+    def answering(self) -> Iterator[None]:
+        """Within, the model is in eval mode, without the student's adapter and gradients; all restored."""
+        training = [module for module in self.model.modules() if module.training]
+        parameters = [] if self.adapted is None else list(self.adapted.parameters())
+        trained = [p.requires_grad for p in parameters]
+        off = contextlib.nullcontext() if self.adapted is None else self.adapted.disable_adapter()
+        try:
+            with torch.no_grad(), off:
+                for module in training:
+                    module.training = False
+                yield
+        finally:
+            for module in training:
+                module.training = True
+            for parameter, flag in zip(parameters, trained, strict=True):  # switched on, all of an adapter trains
+                parameter.requires_grad_(flag)
+
     def hidden(self, batch: Mapping[str, Tensor], watches: Sequence[Watch] = ()) -> tuple[Tensor, list[dict]]:
         """Final hidden states (b, n, H), and what the watches collected."""
+        hidden, seen, _ = self.asked(batch, watches)
+        return hidden, seen
+
+    def asked(self, batch: Mapping[str, Tensor], watches: Sequence[Watch] = ()) -> tuple[Tensor, list[dict], Head]:
+        """As `hidden`, and the head that goes with them."""
         inputs = model_inputs(batch)
-        if watches or not self.micro_batch:
-            with contextlib.ExitStack() as stack:
-                seen = [stack.enter_context(watch(self.model)) for watch in watches]
-                return final_hidden_states(self.model, inputs), seen
-        parts = zip(*(tensor.split(self.micro_batch) for tensor in inputs.values()), strict=True)
-        return torch.cat([final_hidden_states(self.model, dict(zip(inputs, part, strict=True))) for part in parts]), []
+        with self.answering(), contextlib.ExitStack() as stack:
+            seen = [stack.enter_context(watch(self.model)) for watch in watches]
+            rows = len(batch["input_ids"]) if watches or not self.micro_batch else self.micro_batch
+            parts = zip(*(tensor.split(max(1, rows)) for tensor in inputs.values()), strict=True)
+            hidden = [final_hidden_states(self.model, dict(zip(inputs, part, strict=True))) for part in parts]
+            if self.adapted is not None:
+                self._check(seen)
+            return hidden[0] if len(hidden) == 1 else torch.cat(hidden), seen, Head.of(self.model)
+
+    def _check(self, seen: list[dict]) -> None:
+        # a state-space layer's matrix is made when it is compared, where the adapter is on again
+        mixers = (getattr(record, "mixer", None) for found in seen for record in found.values())
+        if any(mixer is not None and any(_adapters(mixer)) for mixer in mixers):
+            raise ValueError(
+                "teacher: with the student's own base as teacher, the matrix of a state-space layer that the adapter "
+                "adapts can't be matched; give the teacher a copy, or leave the mixers out of the adapter"
+            )
 
     def __call__(self, batch: Mapping[str, Tensor], watches: Sequence[Watch] = ()) -> list[Answer]:
-        hidden, seen = self.hidden(batch, watches)
-        return [Answer(Head.of(self.model).teacher(hidden), seen=seen)]
+        hidden, seen, head = self.asked(batch, watches)
+        return [Answer(head.teacher(hidden), seen=seen)]
 
     @property
     def vocab_size(self) -> int:
-        return len(Head.of(self.model).weight)
+        return vocabulary_rows(self.model)
+
+
+def is_around(student: nn.Module, model: nn.Module) -> bool:
+    """Whether the student is peft's model around this one, or around what this one is, adapter and all."""
+    if not hasattr(student, "disable_adapter"):
+        return False
+    return any(model is module for module in (student, student.base_model, student.get_base_model()))
+
+
+def _adapters(model: nn.Module) -> Iterator[nn.Module]:
+    """peft's layers in a model."""
+    return (m for m in model.modules() if hasattr(m, "adapter_layer_names"))
+
+
+def _shared_and_trained(teacher: nn.Module, student: nn.Module) -> list[str]:
+    """Names, in the student, of parameters that train and lie in the teacher's memory."""
+    memory = {_place(p) for p in teacher.parameters() if p.numel() and p.device.type != "meta"}
+    trained = ((name, p) for name, p in student.named_parameters() if p.requires_grad and p.numel())
+    return [name for name, p in trained if p.device.type != "meta" and _place(p) in memory]
+
+
+def _place(parameter: Tensor) -> tuple[torch.device, int]:
+    """Where a parameter's values lie; of one that is not a plain tensor (sharded, packed), which one it is."""
+    plain = type(parameter) in (nn.Parameter, Tensor)
+    return parameter.device, parameter.untyped_storage().data_ptr() if plain else id(parameter)
 
 
 class Ensemble:
@@ -100,25 +193,25 @@ class Ensemble:
         if len(given) != len(self.teachers) or not all(w > 0 for w in given):
             raise ValueError(f"weights: got {given} for {len(self.teachers)} teachers; allowed: one above 0 for each")
         self.weights = [w / sum(given) for w in given]
-        self.heads = [Head.of(teacher.model) for teacher in self.teachers]
         check_together(combine, [teacher.model.config for teacher in self.teachers])
 
     def __call__(self, batch: Mapping[str, Tensor], watches: Sequence[Watch] = ()) -> list[Answer]:
         if self.combine == "row":
             return list(self._by_row(batch, watches))
-        found = [t.hidden(batch, watches if i == 0 else ()) for i, t in enumerate(self.teachers)]
-        seen = found[0][1]
-        sources = [head.teacher(hidden) for head, (hidden, _) in zip(self.heads, found, strict=True)]
+        found = [t.asked(batch, watches if i == 0 else ()) for i, t in enumerate(self.teachers)]
+        hidden, (seen, *_), heads = zip(*found, strict=True)
         if self.combine == "probabilities":
+            sources = [head.teacher(h) for head, h in zip(heads, hidden, strict=True)]
             return [Answer(TeacherMixture(sources, self.weights), seen=seen)]
-        return [Answer(self._mean_of_logits([hidden for hidden, _ in found]), seen=seen)]
+        return [Answer(self._mean_of_logits(hidden, heads), seen=seen)]
 
-    def _mean_of_logits(self, hidden: Sequence[Tensor]) -> TeacherHidden:
+    @torch.no_grad()
+    def _mean_of_logits(self, hidden: Sequence[Tensor], heads: Sequence[Head]) -> TeacherHidden:
         """sum_i w_i s_i (h_i W_i^T + b_i) is one product: hidden states and heads, side by side."""
-        scales = [w * head.scale for w, head in zip(self.weights, self.heads, strict=True)]
+        scales = [w * head.scale for w, head in zip(self.weights, heads, strict=True)]
         wide = torch.cat([scale * h for scale, h in zip(scales, hidden, strict=True)], -1)
-        head = torch.cat([head.weight.to(wide.device) for head in self.heads], 1)
-        biases = [scale * head.bias for scale, head in zip(scales, self.heads, strict=True) if head.bias is not None]
+        head = torch.cat([head.weight.to(wide.device) for head in heads], 1)
+        biases = [scale * head.bias for scale, head in zip(scales, heads, strict=True) if head.bias is not None]
         return TeacherHidden(in_autocast(wide), in_autocast(head), in_autocast(sum(biases) if biases else None))
 
     def _by_row(self, batch, watches):
@@ -139,7 +232,7 @@ class Ensemble:
 
     @property
     def vocab_size(self) -> int:
-        return min(len(head.weight) for head in self.heads)
+        return min(teacher.vocab_size for teacher in self.teachers)
 
 
 def check_together(combine: str, configs: Sequence[PretrainedConfig]) -> None:
@@ -161,6 +254,7 @@ class AverageTeacher(ModelTeacher):
     def __init__(self, student: nn.Module, decay: float, micro_batch: int | None = None):
         super().__init__(copy.deepcopy(student), micro_batch)
         self.student, self.decay = student, decay
+        self.model.requires_grad_(False).eval()
 
     @torch.no_grad()
     def update(self) -> None:

@@ -7,7 +7,9 @@ An *objective* is an `nn.Module` with
   step's loss;
 - `parameter_groups(learning_rate, weight_decay)`: AdamW's groups, holding exactly the parameters that train;
 and, where it needs them,
-- `prepare(batch, step)`: what a step trains on instead of a micro-batch, before its tokens are counted;
+- `prepare(batch, step)`: what a step trains on instead of a micro-batch, called for all of a step's before the first
+  one's losses;
+- `shares`: true where a micro-batch's losses are its shares of the step's already, and nothing is left to weigh;
 - `begin_step(step, steps)`, before the first micro-batch of a step, counted from 0; `end_step(loss)`, after the
   optimizer's; a step that changed nothing has no end;
 - `measured()`: numbers by name since it was asked last; a logged record has their means over all processes;
@@ -45,6 +47,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from mohawk.batches import Batches
 from mohawk.checkpoints import Interrupted, locked, newest_complete, remove_partial, rotate, write_whole
 from mohawk.errors import UserError, naming
+from mohawk.next_tokens import IGNORED, next_labels
 from mohawk.precision import autocast_dtype
 from mohawk.processes import agree, is_first, means, several, share_parameters, sum_gradients, total, wait_for_all
 from mohawk.progress import Metrics, Progress, Window
@@ -56,7 +59,6 @@ logger = logging.getLogger(__name__)
 WEIGHTS = "trainable.safetensors"
 PHASE_STATE = "phase_state.json"
 OBJECTIVE_STATE = "objective.safetensors"
-IGNORED = -100
 # What fixes the order of the data, and what of an optimizer group the recipe says.
 ORDER_KEYS = ("order_seed", "examples", "batch_size", "gradient_accumulation", "world_size")
 SETTINGS = ("initial_lr", "betas", "eps", "weight_decay")
@@ -262,7 +264,10 @@ class PhaseTrainer(Trainer):
         """Back-propagate every loss of the micro-batch; after the step's last, make the gradients final."""
         # The step's loss is the mean over its real tokens, not a sum of micro-batch means: each micro-batch
         # counts by its share of them, and the processes' gradients are summed.
-        share = _real_tokens(inputs) / num_items_in_batch if num_items_in_batch else 1 / self._micro_batches
+        if getattr(self.model, "shares", False):
+            share = 1.0
+        else:
+            share = _real_tokens(inputs) / num_items_in_batch if num_items_in_batch else 1 / self._micro_batches
         inputs = self._prepare_inputs(inputs)
         step_loss = torch.zeros((), device=self.args.device)
         losses = iter(self.model.losses(**inputs) if share else ())
@@ -526,7 +531,7 @@ class _PhaseCallback(TrainerCallback):
 def _real_tokens(batch: dict[str, torch.Tensor]) -> int:
     """How many positions of the batch predict a token: labels after the shift; all, without labels."""
     if "labels" in batch:
-        return int((batch["labels"][..., 1:] != IGNORED).sum())
+        return int((next_labels(batch) != IGNORED).sum())
     return next(iter(batch.values())).numel()
 
 

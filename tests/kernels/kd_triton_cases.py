@@ -22,7 +22,7 @@ from mohawk.kernels.kd_loss import (
 torch.use_deterministic_algorithms(True)
 torch.utils.deterministic.fill_uninitialized_memory = True
 kd_triton.BLOCK = 64  # several blocks and a ragged one at small sizes
-ALL = ("forward_kl", "reverse_kl", "jsd", "skew_kl", "skew_reverse_kl", "tvd", "mse", "cosine")
+ALL = ("forward_kl", "reverse_kl", "jsd", "skew_kl", "skew_reverse_kl", "tvd", "mse", "cosine", "probability_mse")
 ROWS, HIDDEN = 5, 8
 
 

@@ -2,6 +2,7 @@
 reference."""
 
 import itertools
+import math
 
 import pytest
 import torch
@@ -21,7 +22,17 @@ from mohawk.kernels.kd_loss import (
     linear_kd_loss,
 )
 
-DIVERGENCES = ("forward_kl", "reverse_kl", "jsd", "skew_kl", "skew_reverse_kl", "tvd", "mse", "cosine")
+DIVERGENCES = (
+    "forward_kl",
+    "reverse_kl",
+    "jsd",
+    "skew_kl",
+    "skew_reverse_kl",
+    "tvd",
+    "probability_mse",
+    "mse",
+    "cosine",
+)
 ON_LOGITS = ("mse", "cosine")
 # 13 rows and 37 words: nothing divides anything. 30 of the words are real where the vocabulary is cut.
 ROWS, VOCAB, REAL, HIDDEN, TEACHER_HIDDEN = 13, 37, 30, 8, 6
@@ -72,6 +83,8 @@ TEACHERS = ("logits", "hidden", "topk", "topk_tail", "samples", "mixture", "taid
 def sensible(divergence: str, kind: str) -> bool:
     if kind == "samples":
         return divergence == "forward_kl"
+    if divergence == "probability_mse" and kind.startswith("topk"):
+        return False
     return divergence not in ON_LOGITS or kind in ("logits", "hidden", "taid")
 
 
@@ -141,6 +154,7 @@ def by_hand(divergence, z, t, temperature, beta, lam):
         "skew_kl": lambda: kl(p, lam * p + (1 - lam) * q),
         "skew_reverse_kl": lambda: kl(q, (1 - lam) * p + lam * q),
         "tvd": lambda: (p - q).abs().sum(-1) / 2,
+        "probability_mse": lambda: (p - q).square().mean(-1),
     }[divergence]()
     return temperature**2 * value
 
@@ -268,15 +282,53 @@ def test_samples_are_unbiased():
     assert abs(loss.mean() - cross_entropy) < 4 * loss.std() / draws**0.5
 
 
-def test_taid_schedule_follows_the_paper():
-    schedule = TAIDSchedule(t=0.4, alpha=0.5, decay=0.9)
-    assert schedule.update(2.0) == 0.4  # nothing to compare with yet
+def test_taid_schedule_follows_the_authors():
+    """Their code (SakanaAI/TAID, update_t): the average of relative falls, and never behind a straight line."""
+    steps, alpha, beta, start, end = 100, 5e-4, 0.99, 0.4, 1.0
+    losses = [10 * math.exp(-3 * i / steps) + 2 + 0.3 * math.sin(i) for i in range(steps)]
+    t, momentum, expected = start, 0.0, [start]
+    for i in range(1, steps):
+        momentum = beta * momentum + (1 - beta) * (losses[i - 1] - losses[i]) / (losses[i - 1] + 1e-15)
+        t = min(end, max(start + (end - start) * i / steps, t + alpha / (1 + math.exp(-momentum)) * (1 - t)))
+        expected.append(t)
+    schedule = TAIDSchedule(t=start, alpha=alpha, decay=beta, end=end, steps=steps)
+    assert [schedule.update(loss) for loss in losses] == pytest.approx(expected, rel=1e-12)
+    assert schedule.t == pytest.approx(0.994)
+    # where the loss falls fast, t is ahead of the line
+    fast = TAIDSchedule(t=0.2, alpha=0.5, decay=0.9, end=0.8, steps=1000)
+    fast.update(2.0)
     momentum = 0.1 * 0.5
-    expected = 0.4 + 0.5 * torch.sigmoid(torch.tensor(momentum, dtype=torch.float64)).item() * 0.6
-    assert schedule.update(1.0) == pytest.approx(expected, rel=1e-12)
+    assert fast.update(1.0) == pytest.approx(0.2 + 0.5 / (1 + math.exp(-momentum)) * 0.8, rel=1e-12)
     for _ in range(100):
-        schedule.update(1.0)
-    assert 0.99 < schedule.t <= 1.0
+        fast.update(1.0)
+    assert fast.t == 0.8
+    # a step's own index counts, as where steps are left out
+    assert TAIDSchedule(last_loss=1.0, steps=10, alpha=1e-9).update(1.0, step=5) == pytest.approx(0.4 + 0.6 * 5 / 10)
+    with pytest.raises(ValueError, match="give steps="):
+        TAIDSchedule().update(1.0)
+
+
+@pytest.mark.parametrize("backend", ("reference", "chunked", "compiled"))
+def test_parts_of_each_row_are_without_weights(backend):
+    d = data(4)
+    z, t = d["z"].double().requires_grad_(), d["t"].double()
+    labels = d["labels"].clone()
+    labels[::3] = -100
+
+    def call(x):
+        options = {"temperature": 2.0, "kd_weight": 0.3, "ce_weight": 0.7, "normalizer": 5.0}
+        backends = {"backend": "auto" if backend == "compiled" else backend}
+        return kd_loss(x, t, labels, token_weights=d["weights"].double(), return_parts="rows", **options, **backends)
+
+    loss, (kd, ce) = (torch.compile(call, backend="eager", fullgraph=True) if backend == "compiled" else call)(z)
+    real = labels != -100
+    kl = by_hand("forward_kl", z, t, 2.0, 0.5, 0.1) * real
+    nll = -z.log_softmax(-1).gather(1, labels.clamp(min=0)[:, None]).squeeze(1) * real
+    torch.testing.assert_close(kd, kl.detach())
+    torch.testing.assert_close(ce, nll.detach())
+    expected = ((0.3 * kl + 0.7 * nll) * d["weights"]).sum() / 5
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(torch.autograd.grad(loss, z), torch.autograd.grad(expected, z))
 
 
 @pytest.mark.parametrize("divergence", DIVERGENCES)

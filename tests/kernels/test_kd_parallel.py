@@ -20,7 +20,17 @@ from mohawk.kernels.kd_loss import (
 
 ROWS, HIDDEN, SLICES = 9, 6, {2: (20, 17), 3: (14, 13, 10)}
 REAL = 25  # of 37: with three ranks the last has no real word at all
-DIVERGENCES = ("forward_kl", "reverse_kl", "jsd", "skew_kl", "skew_reverse_kl", "tvd", "mse", "cosine")
+DIVERGENCES = (
+    "forward_kl",
+    "reverse_kl",
+    "jsd",
+    "skew_kl",
+    "skew_reverse_kl",
+    "tvd",
+    "probability_mse",
+    "mse",
+    "cosine",
+)
 DENSE = ("logits", "hidden", "taid")
 KINDS = (*DENSE, "mixture", "topk", "samples")
 
@@ -30,7 +40,11 @@ def cases():
         for kind in KINDS:
             if kind == "samples" and divergence != "forward_kl":
                 continue
-            if divergence in ("mse", "cosine") and kind not in DENSE:
+            if (
+                divergence in ("mse", "cosine")
+                and kind not in DENSE
+                or (divergence, kind) == ("probability_mse", "topk")
+            ):
                 continue
             yield divergence, kind
 
@@ -76,7 +90,7 @@ def statistics_collectives(divergence, kind):
     """Per chunk of rows, with a gradient: see kd_shared.py."""
     if kind in ("topk", "samples"):
         return 1
-    second = divergence in ("jsd", "skew_kl", "skew_reverse_kl", "tvd")
+    second = divergence in ("jsd", "skew_kl", "skew_reverse_kl", "tvd", "probability_mse")
     return 1 + (second or divergence == "reverse_kl" and kind == "mixture")
 
 

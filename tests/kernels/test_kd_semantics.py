@@ -23,7 +23,17 @@ from mohawk.kernels.kd_loss import (
     linear_kd_loss,
 )
 
-DIVERGENCES = ("forward_kl", "reverse_kl", "jsd", "skew_kl", "skew_reverse_kl", "tvd", "mse", "cosine")
+DIVERGENCES = (
+    "forward_kl",
+    "reverse_kl",
+    "jsd",
+    "skew_kl",
+    "skew_reverse_kl",
+    "tvd",
+    "probability_mse",
+    "mse",
+    "cosine",
+)
 BACKENDS = ("reference", "chunked")
 
 
@@ -154,7 +164,7 @@ def test_minus_infinity(divergence):
     assert loss.isfinite() and x.grad.isfinite().all()
 
 
-@pytest.mark.parametrize("divergence", ("forward_kl", "reverse_kl", "jsd", "skew_kl", "skew_reverse_kl", "tvd"))
+@pytest.mark.parametrize("divergence", DIVERGENCES[:7])  # of distributions
 def test_values_of_small_divergences(divergence):
     """Relative to float64 while student and teacher come together: no worse than twice the reference's
     error."""
@@ -387,7 +397,7 @@ def test_reverse_kl_of_a_sure_teacher_without_a_tail(backend):
     assert loss.isfinite() and z.grad.isfinite().all()
 
 
-@pytest.mark.parametrize("divergence", ("forward_kl", "reverse_kl", "jsd", "skew_kl", "skew_reverse_kl", "tvd"))
+@pytest.mark.parametrize("divergence", DIVERGENCES[:7])  # of distributions
 def test_a_broken_teacher_shows_in_the_gradient(divergence):
     z, t = torch.randn(3, 9).requires_grad_(), torch.randn(3, 9)
     t[1, 4] = float("nan")
@@ -481,6 +491,10 @@ MISTAKES = {
     "temperature is 1e+30; it must be a number from 0.001 to 1000": lambda z, t, y: kd_loss(z, t, temperature=1e30),
     "must be above 0 where": lambda z, t, y: kd_loss(z, t, normalizer=torch.tensor(-1.0)),
     "logprobs hold a mass of": lambda z, t, y: kd_loss(z, TeacherTopK(y[:, None], 1 + t[:, :1].abs())),
+    "'probability_mse' can't be taken over a top k": lambda z, t, y: kd_loss(
+        z, TeacherTopK(y[:, None], -t[:, :1].abs()), divergence="probability_mse"
+    ),
+    "return_parts is 'all'; allowed: False, True, rows": lambda z, t, y: kd_loss(z, t, return_parts="all"),
     "TeacherMixture.teachers is a NoneType": lambda z, t, y: kd_loss(z, TeacherMixture(None)),
     "vocabulary is empty": lambda z, t, y: kd_loss(z[:, :0], t[:, :0]),
     "student hidden size is 0": lambda z, t, y: linear_kd_loss(z[:, :0], z[:, :0], t[:, :5]),

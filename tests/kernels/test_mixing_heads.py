@@ -40,16 +40,31 @@ def segments():
 
 def dense(student, teacher, metric, groups):
     """The definition, from whole matrices."""
-    s, a = (dense_matrix(mixing).unflatten(1, (groups, -1)).mean(2) for mixing in (student, teacher))
+    made = [dense_scores(mixing) if metric == "scores" else dense_matrix(mixing) for mixing in (student, teacher)]
+    if metric == "scores":
+        seen = (made[0] > -1e20) & (made[1][:, :1] > -1e20)
+        made = [x.masked_fill(~seen[:, :1], 0.0) for x in made]
+    s, a = (x.unflatten(1, (groups, -1)).mean(2) for x in made)
     a = a.detach()
     ids = next((mixing.segment_ids for mixing in (student, teacher) if mixing.segment_ids is not None), None)
     real = torch.ones(s.shape[0], s.shape[2], dtype=torch.bool) if ids is None else ids >= 0
     if metric != "kl":
         difference = (s - a) * (real.unsqueeze(1) & real.unsqueeze(2)).unsqueeze(1)
-        return difference.square().mean() if metric == "mse" else difference.norm(dim=(2, 3)).mean()
+        if metric != "frobenius":
+            return (difference.square().sum((2, 3)) / real.sum(-1, keepdim=True) ** 2).mean()
+        return difference.norm(dim=(2, 3)).mean()
     tiny = torch.finfo(s.dtype).tiny
     rows = (a * (a.clamp(min=tiny).log() - s.clamp(min=tiny).log())).sum(-1)
     return ((rows * real.unsqueeze(1)).sum(-1) / real.sum(-1, keepdim=True)).mean()
+
+
+def dense_scores(mixing):
+    """scale * q k^T, capped, -1e30 where a token does not see another."""
+    k = mixing.k.repeat_interleave(mixing.q.shape[1] // mixing.k.shape[1], 1)
+    scores = mixing.resolved_scale() * mixing.q @ k.transpose(2, 3)
+    if mixing.softcap is not None:
+        scores = mixing.softcap * torch.tanh(scores / mixing.softcap)
+    return scores.masked_fill(dense_matrix(mixing) == 0, -1e30)
 
 
 def cases():
@@ -67,12 +82,13 @@ def cases():
     }
 
 
-@pytest.mark.parametrize("metric", ["mse", "frobenius", "kl"])
+@pytest.mark.parametrize("metric", ["mse", "frobenius", "kl", "scores"])
 @pytest.mark.parametrize("name", cases())
 def test_value_and_gradients_against_whole_matrices(name, metric, monkeypatch):
     student, teacher, groups = cases()[name]
-    if metric == "kl" and not (isinstance(student, AttentionMixing) and isinstance(teacher, AttentionMixing)):
-        with pytest.raises(ValueError, match="no distributions"):
+    attentions = isinstance(student, AttentionMixing) and isinstance(teacher, AttentionMixing)
+    if metric in ("kl", "scores") and not attentions:
+        with pytest.raises(ValueError, match="no distributions|no scores"):
             head_mean_distance(student, teacher, metric=metric, groups=groups)
         return
     tensors = [x for x in student.tensors if x is not None]
@@ -86,7 +102,7 @@ def test_value_and_gradients_against_whole_matrices(name, metric, monkeypatch):
             torch.testing.assert_close(ours, 3 * theirs, rtol=1e-9, atol=1e-9 * float(theirs.abs().max()))
 
 
-@pytest.mark.parametrize("metric", ["mse", "frobenius", "kl"])
+@pytest.mark.parametrize("metric", ["mse", "frobenius", "kl", "scores"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_accuracy_in_other_dtypes(metric, dtype):
     student, teacher = attention(6, 2, 8, 0, dtype), attention(4, 4, 16, 1, dtype)

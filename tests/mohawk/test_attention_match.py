@@ -3,10 +3,13 @@
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-from mohawk.attention_match import AttentionMatch, collect_attention
+from mohawk.attention_match import AttentionMatch, collect_attention, side_by_side
 from mohawk.kernels.mixing_reference import dense_matrix
+from mohawk.matchings import match_attention
 from mohawk.models.from_teacher import hybrid_from_teacher
+from mohawk.models.teacher_forcing import AttentionRecord
 
 SIZES = {
     "llama": dict(num_key_value_heads=2),
@@ -68,8 +71,8 @@ def by_hand(student, teacher, match, real, **inputs):
             s, a = s.mean(1, keepdim=True), a.mean(1, keepdim=True)
         if match.loss != "kl":
             difference = (s - a) * (real.unsqueeze(1) & real.unsqueeze(2)).unsqueeze(1)
-            mse = match.loss == "mse"
-            total = total + (difference.square().mean() if mse else difference.norm(dim=(2, 3)).mean())
+            squared = difference.square().sum((2, 3)) / real.sum(-1, keepdim=True) ** 2  # of the row's own entries
+            total = total + (squared.mean() if match.loss == "mse" else difference.norm(dim=(2, 3)).mean())
         else:
             kl = (a * (a.clamp(min=1e-30).log() - s.clamp(min=1e-30).log())).sum(-1)
             total = total + ((kl * real.unsqueeze(1)).sum(-1) / real.sum(-1, keepdim=True)).mean()
@@ -122,6 +125,66 @@ def test_padding(side, loss):
         agree(student, teacher, match, mask.bool(), mask - 1, **inputs)
 
 
+@pytest.mark.parametrize("heads", [(4, 4), (4, 8)])
+@pytest.mark.parametrize("side", ["left", "right", "none"])
+def test_scores_before_the_softmax_are_tinyberts(side, heads):
+    """scale * q k^T of each head, recomputed from the layers' own projections: MSE over a row's n x n entries, of which
+    those above the diagonal count as equal."""
+    student, teacher = (make("llama", 2, heads[i], num_key_value_heads=2, seed=i).double() for i in (0, 1))
+    mask = torch.ones(2, 23, dtype=torch.long)
+    mask[1, {"left": slice(0, 9), "right": slice(14, None), "none": slice(0, 0)}[side]] = 0
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    inputs = dict(input_ids=rows(), attention_mask=mask, position_ids=positions)
+
+    def scores(model):
+        seen = []
+        layer = model.model.layers[1].self_attn
+        hook = layer.register_forward_pre_hook(lambda _, args, kw: seen.append((args, kw)), with_kwargs=True)
+        model(**inputs, use_cache=False)
+        hook.remove()
+        ((args, given),) = seen
+        hidden = given.get("hidden_states", args[0] if args else None)
+        q, k = (p(hidden).unflatten(-1, (-1, layer.head_dim)).transpose(1, 2) for p in (layer.q_proj, layer.k_proj))
+        q, k = apply_rotary_pos_emb(q, k, *given["position_embeddings"])
+        return q @ k.repeat_interleave(q.shape[1] // k.shape[1], 1).transpose(2, 3) / layer.head_dim**0.5
+
+    mine, theirs = scores(student), scores(teacher).detach()
+    if heads[0] != heads[1]:
+        mine, theirs = mine.mean(1, keepdim=True), theirs.mean(1, keepdim=True)
+    real = mask.bool()
+    kept = (real.unsqueeze(1) & real.unsqueeze(2)).unsqueeze(1) & torch.ones(23, 23).bool().tril()
+    expected = (((mine - theirs) * kept).square().sum((2, 3)) / real.sum(-1, keepdim=True) ** 2).mean()
+    segments = None if side == "none" else mask - 1
+    ours = collected(student, teacher, AttentionMatch([(1, 1)], loss="scores"), segments, **inputs)
+    torch.testing.assert_close(ours, expected, rtol=1e-9, atol=0)
+    parameters = [p for name, p in student.named_parameters() if "layers.1.self_attn" in name and name[-8] in "qk"]
+    parameters += [student.model.embed_tokens.weight]
+    for a, b in zip(torch.autograd.grad(ours, parameters), torch.autograd.grad(expected, parameters), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-7, atol=1e-12)
+
+
+@pytest.mark.parametrize("loss", ["mse", "kl", "scores", "frobenius"])
+def test_padding_between_tokens_parts_no_document(loss):
+    """The matching sees the rows as the models do: as if their tokens stood next to each other."""
+    student, teacher = make("llama", 2, seed=1).float(), make("llama", 2, 2, seed=2).float()
+    ids, mask = rows(), torch.ones(2, 23, dtype=torch.long)
+    mask[1, 5:9], mask[0, :3] = 0, 0
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    matching = match_attention(AttentionMatch([(1, 1), (0, 1)], loss=loss))
+
+    def of(batch):
+        with matching.student(student) as mine, matching.teacher(teacher) as theirs:
+            for model in (student, teacher):
+                model(**{k: v for k, v in batch.items() if k != "labels"}, use_cache=False)
+        return matching.loss(mine, theirs, batch)
+
+    whole = of({"input_ids": ids, "attention_mask": mask, "position_ids": positions})
+    alone = [of({"input_ids": row[kept.bool()][None]}) for row, kept in zip(ids, mask, strict=True)]
+    torch.testing.assert_close(whole, torch.stack(alone).mean(), rtol=1e-4, atol=1e-6)
+    with pytest.raises(ValueError, match="window of 5, which counts the padding between"):
+        side_by_side({0: AttentionRecord(torch.zeros(2, 1, 23, 4), torch.zeros(2, 1, 23, 4), window=5)}, mask)
+
+
 @pytest.mark.parametrize("loss", ["mse", "kl", "frobenius"])
 @pytest.mark.parametrize("kind", ["llama", "mistral"])
 def test_packed_rows(kind, loss):
@@ -171,7 +234,8 @@ def test_state_space_layers(mixer):
     with torch.no_grad():
         a = eager(teacher, **inputs)[2]
     real = segments >= 0
-    wanted = ((s - a) * (real.unsqueeze(1) & real.unsqueeze(2)).unsqueeze(1)).square().mean()
+    difference = (s - a) * (real.unsqueeze(1) & real.unsqueeze(2)).unsqueeze(1)
+    wanted = (difference.square().sum((2, 3)) / real.sum(-1, keepdim=True) ** 2).mean()
     torch.testing.assert_close(ours.double(), wanted.double(), rtol=1e-5, atol=0)
     parameters = list(student.parameters())
     got = torch.autograd.grad(ours, parameters, allow_unused=True)
@@ -180,6 +244,9 @@ def test_state_space_layers(mixer):
         assert (x is None) == (y is None)
         if x is not None:
             assert (x - y).norm() <= 1e-4 * y.norm() + 1e-9
+    scores = AttentionMatch([(1, 2)], loss="scores")
+    with pytest.raises(ValueError, match="scores compares what a softmax takes; layer 1 of HybridForCausalLM"):
+        scores.check(student, teacher)
     kl = AttentionMatch([(1, 2)], loss="kl")
     with pytest.raises(ValueError, match="layer 1 of HybridForCausalLM has a state-space matrix, take mse"):
         kl.check(student, teacher)
@@ -257,7 +324,7 @@ def test_what_cannot_be_recorded():
 
 
 def test_options_and_records_that_do_not_fit():
-    for options, words in (({"loss": "cosine"}, "mse, kl, frobenius"), ({"heads": "all"}, "auto, mean, group")):
+    for options, words in (({"loss": "cosine"}, "mse, scores, kl, frobenius"), ({"heads": "all"}, "auto, mean, group")):
         with pytest.raises(ValueError, match=words):
             AttentionMatch([(0, 0)], **options)
     with pytest.raises(ValueError, match="no layer pairs"):

@@ -14,6 +14,7 @@ from mohawk.cache_teacher import cache_teacher
 from mohawk.checkpoints import Interrupted, is_complete
 from mohawk.distill import distill
 from mohawk.distill_recipe import DistillRecipe
+from mohawk.distillation import KnowledgeDistiller
 from mohawk.errors import UserError
 from mohawk.recipe import shipped
 from mohawk.run import claimed
@@ -312,13 +313,22 @@ def test_when_to_advance():
         ([{}], {"combine": "row"}, "teacher_field"),
         ([{}], {"student": {}}, "would learn from itself"),
         ([{}], {"data": {"train": [{"source": "a.txt", "weighting": "uniform"}]}}, "weighting is of kind: pairs"),
-        ([{"hidden": {"layers": "half"}}], {}, "uniform, last, top_heavy"),
+        ([{"hidden": {"layers": "half"}}], {}, "uniform, last, dense_top, dense_bottom"),
         ([{"name": "A stage"}], {}, "small letters"),
         ([{"tokens": 10}], {}, "do not fill one step"),
         ([{"kd_weight": {"start": 0, "end": 0}}], {}, "nothing to learn"),
         ([{"taid": {"start": 0.8, "end": 0.2}}], {}, "above its end"),
         ([{"advance": {"every": 1}}], {}, "never ends the stage"),
         ([{}], {"data": {"train": [{"source": "a.txt", "loss_weight": 0}]}}, "every loss_weight is 0"),
+        ([{"hidden": {"layers": "top_heavy"}}], {}, "dense_top, which is what top_heavy was"),
+        ([{"divergence": "probability_mse", "attention": {"metric": "sums"}}], {}, "scores"),
+        ([{}], {"data": {"train": [{"source": "a.txt", "own_loss": {}}]}}, "every source has an own_loss"),
+        ([{}], {"data": {"train": ["b.txt", {"source": "a.txt", "own_loss": {"ce_weight": 0}}]}}, "no weight above 0"),
+        (
+            [{}],
+            {"data": {"train": ["b.txt", {"source": "a.jsonl", "kind": "rationales", "own_loss": {}}]}},
+            "own_loss is of text and pairs",
+        ),
     ],
 )
 def test_a_recipe_that_cannot_be_is_one_line(checkpoints, texts, tmp_path, stages, settings, words):
@@ -343,6 +353,32 @@ def test_what_the_models_do_not_have_is_said_before_they_load(checkpoints, texts
     with pytest.raises(UserError, match=words) as caught:
         distill(recipe_of(checkpoints, texts, tmp_path / "run", stage, **settings), dry_run=True)
     assert len(str(caught.value).splitlines()) == 1
+
+
+def test_a_source_has_a_loss_of_its_own(checkpoints, texts, tmp_path, capsys):
+    """MiniLLM's two terms: reverse KL on the student's samples, and the cross entropy of plain text."""
+    pairs = {"source": str(texts / "pairs.jsonl"), "kind": "pairs", "sampling_weight": 0.5}
+    text = {"source": str(texts / "train_*.txt"), "sampling_weight": 0.5, "own_loss": {"ce_weight": 2.0}}
+    stage = {"divergence": "reverse_kl", "on_policy": {"share": 1.0, "max_new_tokens": 8}, "log_every": 1}
+    recipe = recipe_of(checkpoints, texts, tmp_path / "run", stage, data={"train": [pairs, text]})
+    distill(recipe, dry_run=True)
+    printed = " ".join(capsys.readouterr().out.split())
+    assert f"Beside them 2 x cross entropy of {texts / 'train_*.txt'}, per token of its own" in printed
+    seen = []
+    real = KnowledgeDistiller._logit_loss
+
+    def watched(self, source, hidden, head, labels, weights, divisor, own):
+        seen.append((source is None, self._now(own.ce_weight), int((labels != -100).sum())))
+        return real(self, source, hidden, head, labels, weights, divisor, own)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(KnowledgeDistiller, "_logit_loss", watched)
+        distill(recipe)
+    of_text = [tokens for alone, weight, tokens in seen if alone and weight == 2.0]
+    of_samples = [tokens for alone, weight, tokens in seen if not alone and weight == 0.0]
+    assert len(of_text) + len(of_samples) == len(seen) and of_text and of_samples
+    assert max(of_samples) <= 4 * 3 * 8 < min(of_text) * 4  # samples are short, the text's rows whole
+    assert all(0 < m["loss"] < 40 and {"kd", "ce"} <= m["measured"].keys() for m in metrics_of(tmp_path / "run"))
 
 
 TEACHERS = {

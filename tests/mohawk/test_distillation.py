@@ -1,5 +1,6 @@
 """KnowledgeDistiller: each method's loss recomputed by hand from logits, on tiny models of several kinds."""
 
+import dataclasses
 import math
 
 import pytest
@@ -11,11 +12,13 @@ from mohawk import (
     AttentionMatch,
     HiddenMatch,
     KnowledgeDistiller,
+    OnPolicy,
     TAIDSchedule,
     layer_map,
     match_attention,
     match_hidden,
 )
+from mohawk.distillation import OwnLoss
 from mohawk.errors import UserError
 from mohawk.heads import Head, final_hidden_states
 from mohawk.kernels.kd_teachers import TeacherLogits, TeacherTopK
@@ -189,16 +192,16 @@ def test_taid_moves_with_the_loss_and_is_resumed(models, batch):
     target = 0.6 * student + 0.4 * teacher
     expected = by_hand(student, target, ids, torch.ones_like(ids))
     torch.testing.assert_close(distiller.compute_loss(ids).double(), expected, rtol=2e-5, atol=1e-6)
-    for loss in (3.0, 2.0, 1.5):
+    for step, loss in enumerate((3.0, 2.0, 1.5)):
+        distiller.begin_step(step, 30)
         distiller.end_step(loss)
-    assert distiller.measured()["taid_t"] == distiller.taid.t > 0.4
+    # behind the first step, where nothing was known before, at least a straight line to 1 in 30 steps
+    assert distiller.measured()["taid_t"] == distiller.taid.t > 0.4 + 0.6 * 2 / 30
     again = KnowledgeDistiller(models["llama"], models["small"], taid=TAIDSchedule())
     again.load_training_state(*distiller.training_state())
-    assert (again.taid.t, again.taid.momentum, again.taid.last_loss) == (
-        distiller.taid.t,
-        distiller.taid.momentum,
-        distiller.taid.last_loss,
-    )
+    assert again.taid.steps is None  # a resumed run says how many it has
+    again.begin_step(3, 30)
+    assert again.taid == dataclasses.replace(distiller.taid, alpha=5e-4)
 
 
 def test_schedules_move_over_the_steps(models, batch):
@@ -262,29 +265,116 @@ def test_hidden_states_are_matched_beside_the_logits(models, batch):
     assert not any("matched" in name for name in student.state_dict())
 
 
-@pytest.mark.parametrize("by", ["hidden", "attention"])
+@pytest.mark.parametrize("by", ["hidden", "attention", "scores", "frobenius", "mse", "task", "own"])
 def test_a_step_is_the_same_however_it_is_split(models, batch, by):
-    """Micro-batches with very different numbers of labels, weighed by them, as trainers do."""
+    """Micro-batches with very different numbers of labels, one row with none, each cut to its longest row."""
+    ids, _, _ = batch
+    labels, mask = ids.clone(), torch.ones_like(ids)
+    labels[0] = -100
+    labels[1, 2:] = -100
+    mask[1, 7:], mask[0, 10:] = 0, 0
+    teacher, student = models["llama"], models["small"]
+    pairs, options = layer_map("uniform", 2, 4), {}
+    if by in ("hidden", "attention", "scores", "frobenius", "mse"):
+        attention = AttentionMatch(pairs, loss="kl" if by == "attention" else by) if by != "hidden" else None
+        match = match_hidden(HiddenMatch(pairs, 32, 48)) if attention is None else match_attention(attention)
+        options["matchings"] = {"match": match}
+    if by == "own":
+        options["own_losses"] = {1: OwnLoss(kd_weight=0.5, ce_weight=2.0)}
+    distiller = KnowledgeDistiller(teacher, student, **options)
+    columns = {"input_ids": ids, "labels": labels, "attention_mask": mask}
+    if by == "task":
+        columns["task"] = torch.tensor([[1] * 11, [2] * 11, [1] * 5 + [2] * 6])
+    parameters = [p for p in student.parameters() if p.requires_grad]
+    turns = iter(range(99))
+
+    def step(*parts):
+        turn = next(turns)
+        batches = []
+        for rows in parts:
+            longest = int(mask[rows].sum(1).max())
+            part = {name: column[rows, :longest] for name, column in columns.items()}
+            batches.append(distiller.prepare(part | {"source": torch.tensor([0, 1, 0])[rows]}, turn))
+        distiller.begin_step(turn, 99)
+        losses = [loss for batch in batches for _, loss in distiller.losses(**batch)]
+        return sum(losses).detach(), torch.autograd.grad(sum(losses), parameters, allow_unused=True)
+
+    whole = step([0, 1, 2])
+    for split in (([0], [1, 2]), ([0], [1], [2])):
+        torch.testing.assert_close(step(*split), whole, rtol=1e-5, atol=2e-6)
+    with pytest.raises(RuntimeError, match="not prepared"):
+        distiller.begin_step(next(turns), 99)
+        next(distiller.losses(**columns))
+
+
+def test_tasks_and_own_losses_by_hand(models, batch):
+    """Each task, and each source's own loss, a mean over its own tokens; what is measured is without weights."""
     ids, _, _ = batch
     labels = ids.clone()
-    labels[0, :9] = -100
-    labels[1, 2:] = -100
-    teacher, student = models["llama"], models["small"]
-    pairs = layer_map("uniform", 2, 4)
-    matching = match_hidden(HiddenMatch(pairs, 32, 48)) if by == "hidden" else match_attention(AttentionMatch(pairs))
-    distiller = KnowledgeDistiller(teacher, student, matchings={"match": matching})
+    labels[0, 7:], labels[1, :3] = -100, -100
+    task = torch.zeros_like(ids)
+    task[0, :4], task[0, 4:] = 1, 2
+    weights = torch.rand(ids.shape) + 0.5
+    source = torch.tensor([0, 1, 0])
+    own = {1: OwnLoss(kd_weight=0.25, ce_weight=Ramp(3.0, 1.0))}
+    distiller = KnowledgeDistiller(models["llama"], models["small"], ce_weight=0.5, own_losses=own)
+    ours = distiller.loss({"input_ids": ids, "labels": labels, "task": task, "weights": weights, "source": source})
+    mask = torch.ones_like(ids)
+    target, student = (logits_of(models[name], ids, mask) for name in ("llama", "small"))
+    log_p, log_q = target.log_softmax(-1), student.log_softmax(-1)
+    kl = (log_p.exp() * (log_p - log_q)).sum(-1)
+    ce = -log_q.gather(-1, ids[:, 1:, None]).squeeze(-1)
+    real, kinds, w = labels[:, 1:] != -100, task[:, 1:], weights[:, 1:].double()
+    token = w * (kl + 0.5 * ce) * real
+    main = real & (source != 1)[:, None]
+    n_label, n_rationale = (int((main & (kinds == k)).sum()) for k in (1, 2))
+    assert (n_label, n_rationale) == (3, 3) and int(main.sum()) == 16
+    # label loss + rationale loss take the place of so many tokens' mean; the third row has no task
+    tasks = token[0, :3].sum() / n_label + token[0, 3:].sum() / n_rationale
+    expected = ((n_label + n_rationale) * tasks + token[2].sum()) / main.sum()
+    expected = expected + (w * (0.25 * kl + 3.0 * ce) * real)[1].sum() / real[1].sum()
+    torch.testing.assert_close(ours.double(), expected, rtol=2e-5, atol=1e-6)
+    measured = distiller.measured()
+    assert measured["ce"] == pytest.approx(float(ce[real].detach().mean()), rel=1e-5)
+    assert measured["kd"] == pytest.approx(float(kl[real].detach().mean()), rel=1e-5)
+    with pytest.raises(ValueError, match="column `source`"):
+        distiller.loss({"input_ids": ids, "labels": labels})
 
-    def step(parts):
-        counts = [int((labels[part][:, 1:] != -100).sum()) for part in parts]
-        batches = [distiller.prepare({"input_ids": ids[part], "labels": labels[part]}, 0) for part in parts]
-        distiller.begin_step(0, 1)
-        losses = (next(distiller.losses(**batch))[1] for batch in batches)
-        value = sum(loss * count / sum(counts) for loss, count in zip(losses, counts, strict=True))
-        distiller._counted = -1
-        return value
 
-    torch.testing.assert_close(step([[0], [1, 2]]), step([[0, 1, 2]]))
-    torch.testing.assert_close(step([[0], [1], [2]]), step([[0, 1, 2]]))
+def test_rows_with_an_own_loss_are_never_the_students_samples(models, batch):
+    ids, _, _ = batch
+    student = models["small"]
+    on_policy = OnPolicy(student, share=1.0, max_new_tokens=3, prompt_tokens=2, eos_token_id=257, pad_token_id=0)
+    options = {"divergence": "reverse_kl", "own_losses": {1: OwnLoss(ce_weight=1.0)}}
+    distiller = KnowledgeDistiller(models["llama"], student, on_policy=on_policy, **options)
+    given = {"input_ids": ids, "labels": ids, "segment_ids": torch.zeros_like(ids), "source": torch.tensor([0, 1, 0])}
+    given["position_ids"] = torch.arange(11).expand(3, 11)
+    made = distiller.prepare(dict(given), 0)
+    assert made["input_ids"].shape == ids.shape
+    for name in given:
+        assert torch.equal(made[name][1], given[name][1]), name
+    for row in (0, 2):
+        assert torch.equal(made["input_ids"][row, :2], ids[row, :2])
+        learned = made["labels"][row] != -100
+        assert not learned[:2].any() and 1 <= learned.sum() and not learned[5:].any()
+        # the samples' row is followed by padding, a document of its own
+        used = int(learned.nonzero().max()) + 1
+        assert (made["segment_ids"][row, used:] == -1).all() and made["position_ids"][row, used] == 0
+    # MiniLLM's two terms: reverse KL on samples, and the text's cross entropy
+    distiller.begin_step(0, 1)
+    ((_, loss),) = distiller.losses(**made)
+    plain = {name: column[[1]] for name, column in made.items() if name != "source"}
+    samples = {name: column[[0, 2]] for name, column in made.items() if name != "source"}
+    text = KnowledgeDistiller(None, student, kd_weight=0.0, ce_weight=1.0).loss(plain)
+    reverse = KnowledgeDistiller(models["llama"], student, divergence="reverse_kl").loss(samples)
+    torch.testing.assert_close(loss, text + reverse)
+    # the teacher is asked about the samples alone, and not at all where every row is text
+    asked = []
+    hook = models["llama"].register_forward_pre_hook(lambda _, __, given: asked.append(given), with_kwargs=True)
+    distiller.loss(made)
+    distiller.loss({name: column[[1]] for name, column in made.items()})
+    hook.remove()
+    assert [len(given["input_ids"]) for given in asked] == [2]
 
 
 def test_nothing_is_predicted_from_padding(models, batch):

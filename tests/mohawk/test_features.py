@@ -38,8 +38,10 @@ def gpt(kind: str, **overrides):
         ("uniform", 4, 2, [(0, 0), (1, 0), (2, 1), (3, 1)]),
         ("last", 3, 12, [(0, 9), (1, 10), (2, 11)]),
         ("last", 4, 2, [(2, 0), (3, 1)]),
-        ("top_heavy", 4, 12, [(0, 5), (1, 8), (2, 10), (3, 11)]),
-        ("top_heavy", 3, 3, [(0, 0), (1, 1), (2, 2)]),
+        ("dense_top", 4, 12, [(0, 5), (1, 8), (2, 10), (3, 11)]),
+        ("dense_top", 3, 3, [(0, 0), (1, 1), (2, 2)]),
+        ("dense_bottom", 3, 3, [(0, 0), (1, 1), (2, 2)]),
+        ("dense_bottom", 1, 5, [(0, 4)]),
         (4, 12, 12, [(3, 3), (7, 7), (11, 11)]),
         (2, 5, 10, [(1, 3), (3, 7)]),
         ([[0, 1], [2, 5]], 3, 6, [(0, 1), (2, 5)]),
@@ -50,7 +52,17 @@ def test_layer_map(kind, student, teacher, pairs):
     assert layer_map(kind, student, teacher) == pairs
 
 
-@pytest.mark.parametrize("kind", ["uniform", "last", "top_heavy"])
+def test_dense_maps_of_twelve_from_sixty():
+    top = [9, 18, 26, 33, 39, 44, 49, 53, 56, 57, 58, 59]
+    assert [j for _, j in layer_map("dense_top", 12, 60)] == top
+    bottom = [j for _, j in layer_map("dense_bottom", 12, 60)]
+    # the ones that the source names: layers 0, 1, 6, 7 and 11 of the student
+    assert [bottom[i] for i in (0, 1, 6, 7, 11)] == [0, 2, 20, 30, 59]
+    gaps = [b - a for a, b in zip(bottom, bottom[1:], strict=False)]
+    assert set(gaps[1:6]) == {3, 4} and set(gaps[7:]) == {7, 8}  # even steps between them
+
+
+@pytest.mark.parametrize("kind", ["uniform", "last", "dense_top", "dense_bottom"])
 @pytest.mark.parametrize(("student", "teacher"), [(1, 1), (1, 7), (6, 7), (15, 30), (16, 61), (40, 41)])
 def test_layer_maps_rise_and_end_at_the_top(kind, student, teacher):
     pairs = layer_map(kind, student, teacher)
@@ -58,7 +70,7 @@ def test_layer_maps_rise_and_end_at_the_top(kind, student, teacher):
     layers = [j for _, j in pairs]
     assert layers == sorted(set(layers)) and layers[0] >= 0 and layers[-1] == teacher - 1
     gaps = [b - a for a, b in zip(layers, layers[1:], strict=False)]
-    if kind == "top_heavy":
+    if kind == "dense_top":
         assert all(a >= b - 1 for a, b in zip(gaps, gaps[1:], strict=False))  # but for rounding they shrink
     assert layer_map(kind, student, teacher, embeddings=True) == [(EMBEDDINGS, EMBEDDINGS), *pairs]
 
@@ -66,7 +78,7 @@ def test_layer_maps_rise_and_end_at_the_top(kind, student, teacher):
 @pytest.mark.parametrize(
     ("kind", "sizes", "words"),
     [
-        ("topheavy", (4, 8), "'topheavy'.*uniform, last, top_heavy"),
+        ("densetop", (4, 8), "'densetop'.*uniform, last, dense_top, dense_bottom"),
         ([], (4, 8), "got \\[\\]"),
         ([[0, 8]], (4, 8), "layer 8, allowed are -1 to 7"),
         ([[4, 0]], (4, 8), "layer 4, allowed are -1 to 3"),
@@ -79,7 +91,9 @@ def test_layer_maps_rise_and_end_at_the_top(kind, student, teacher):
         (5, (4, 8), "allowed are 1 to 4"),
         (True, (4, 8), "got True"),
         (None, (4, 8), "got None"),
-        ("top_heavy", (8, 4), "8 layers, the teacher 4"),
+        ("dense_top", (8, 4), "8 layers, the teacher 4"),
+        ("dense_bottom", (8, 4), "8 layers, the teacher 4"),
+        ("top_heavy", (4, 8), "dense_top .*dense_bottom"),
         ("uniform", (0, 4), "student_layers"),
     ],
 )

@@ -11,6 +11,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from mohawk.data import collate
 from mohawk.distillation import KnowledgeDistiller
 from mohawk.errors import UserError
+from mohawk.mixture import Mixture
 from mohawk.models.from_teacher import hybrid_from_teacher
 from mohawk.pairs import PairsDataset, read_pairs, split_pairs
 from mohawk.rationales import (
@@ -246,59 +247,69 @@ def test_labels_of_every_token(make_llama, tokenizer):
         assert batch["attention_mask"][i].tolist() == [1] * len(before + after) + [0] * pad
 
 
-def test_pairs_weigh_the_packed_mean_as_the_loss(make_llama, tokenizer):
-    """One mean over all tokens, as packed training takes it, with the pairs' weights: the distiller's loss."""
-    student = make("llama", make_llama)
+def test_the_pairs_of_both_tasks():
     records = [dict(zip(("prompt", "label", "rationale"), row, strict=True)) for row in zip(*EXAMPLES, strict=True)]
-    pairs = list(rationale_pairs(records, tokenizer, rationale_weight=0.3))
-    assert [(pair["task"], pair["prompt"], pair["response"]) for pair in pairs] == [
-        ("label", "[label] is 7 prime?\n", "yes"),
-        ("rationale", "[rationale] is 7 prime?\n", EXAMPLES[2][0]),
-        ("label", "[label] is 9 prime?\n", "no"),
-        ("label", "[label] ab\n", "perhaps"),
-        ("rationale", "[rationale] ab\n", "c"),
+    pairs = list(rationale_pairs(records, rationale_weight=0.3))
+    assert [(pair["task"], pair["prompt"], pair["response"], pair["weight"]) for pair in pairs] == [
+        ("label", "[label] is 7 prime?\n", "yes", 1.0),
+        ("rationale", "[rationale] is 7 prime?\n", EXAMPLES[2][0], 0.3),
+        ("label", "[label] is 9 prime?\n", "no", 1.0),
+        ("label", "[label] ab\n", "perhaps", 1.0),
+        ("rationale", "[rationale] ab\n", "c", 0.3),
     ]
-    total, count = 0.0, 0
-    for pair in pairs:
-        length = len(tokenizer(pair["response"])["input_ids"]) + 1
-        mean, _ = by_hand(
-            student, tokenizer, pair["prompt"].split()[0], [pair["prompt"].split(" ", 1)[1][:-1]], [pair["response"]]
-        )
-        total, count = total + pair["weight"] * length * mean, count + length
-    expected = RationaleDistiller(student, tokenizer, rationale_weight=0.3).compute_loss(*EXAMPLES)
-    torch.testing.assert_close(total / count, expected)
-    alone = list(rationale_pairs(records, tokenizer, rationale_weight=0))
+    alone = list(rationale_pairs(records, rationale_weight=0))
     assert [(pair["task"], pair["weight"]) for pair in alone] == [("label", 1.0)] * 3
 
 
-def test_packed_training_has_the_distillers_loss(make_llama, tokenizer, tmp_path):
-    """Files -> pairs -> packed rows -> the trainer's objective: one mean over all tokens of all rows."""
+@pytest.mark.parametrize("beside", [False, True])
+def test_each_step_has_the_distillers_loss(beside, make_llama, tokenizer, tmp_path):
+    """Files -> pairs -> packed rows -> the trainer's objective: in whatever rows and micro-batches the tasks of a step
+    are, label loss + weight * rationale loss, each over its own tokens of the step."""
     rows = [dict(zip(("prompt", "label", "rationale"), row, strict=True)) for row in zip(*EXAMPLES, strict=True)]
-    path = lines(tmp_path / "x.jsonl", *rows)
-    pairs = read_rationale_pairs([path], tokenizer, rationale_weight=0.3)
-    dataset = PairsDataset(pairs, 80)
-    batch = collate([dataset[i] for i in range(len(dataset))])
+    rows += [{"prompt": f"why {i}?", "label": "x" * (1 + i), "rationale": "because " * (5 - i)} for i in range(4)]
+    pairs = read_rationale_pairs([lines(tmp_path / "x.jsonl", *rows)], tokenizer, rationale_weight=0.3)
+    dataset = PairsDataset(pairs, 60)
+    assert len(dataset) >= 5
+    student = make("llama", make_llama)
+    if beside:  # a mixture with plain text, which has no tasks
+        text = [{name: dataset[0][name] for name in ("input_ids", "position_ids", "segment_ids")}]
+        text[0]["labels"] = text[0]["input_ids"].clone()
+        dataset = Mixture([dataset, text], [1.0, 0.2], seed=1)
+    distiller = KnowledgeDistiller(None, student, kd_weight=0.0, ce_weight=1.0)
+    for step in range(3):
+        batches = [collate([dataset[(4 * step + 2 * k + i) % len(dataset)] for i in range(2)]) for k in range(2)]
+        prepared = [distiller.prepare(batch, step) for batch in batches]
+        distiller.begin_step(step, 3)
+        loss = sum(loss for batch in prepared for _, loss in distiller.losses(**batch))
+        # by hand, document by document
+        nll = {0: [], 1: [], 2: []}
+        for batch in batches:
+            tasks = batch.get("task", torch.zeros_like(batch["labels"]))
+            for row, segments in enumerate(batch["segment_ids"]):
+                for segment in range(int(segments.max()) + 1):
+                    here = segments == segment
+                    ids, labels = batch["input_ids"][row, here], batch["labels"][row, here]
+                    log_q = student(input_ids=ids[None], use_cache=False).logits[0].log_softmax(-1)
+                    for t in range(1, len(ids)):
+                        if labels[t] != -100:
+                            nll[int(tasks[row, here][t])].append(-log_q[t - 1, labels[t]])
+        # a task that a step has nothing of adds nothing
+        label, rationale = (torch.stack(nll[k]).mean() if nll[k] else 0.0 for k in (1, 2))
+        count = {k: len(values) for k, values in nll.items()}
+        expected = (count[1] + count[2]) * (label + 0.3 * rationale) + sum(nll[0])
+        torch.testing.assert_close(loss, expected / sum(count.values()))
+        every = torch.stack([value for values in nll.values() for value in values])
+        assert distiller.measured()["ce"] == pytest.approx(every.detach().mean().item())
 
-    weights = {pair["task"]: pair["weight"] for pair in rationale_pairs(rows, tokenizer, rationale_weight=0.3)}
-    expected = []
-    for row in rows:
-        for task, answer in (("label", row["label"]), ("rationale", row["rationale"])):
-            if answer is not None:
-                before = tokenizer(f"[{task}] {row['prompt']}\n")["input_ids"]
-                after = [*tokenizer(answer)["input_ids"], 257]
-                expected.append((before + after, [-100] * len(before) + after, round(weights[task], 5)))
-    found = []
-    for row in range(len(dataset)):
-        for segment in range(int(batch["segment_ids"][row].max()) + 1):
-            here = batch["segment_ids"][row] == segment
-            (weight,) = {round(w, 5) for w in batch["weights"][row, here].tolist()}
-            found.append((batch["input_ids"][row, here].tolist(), batch["labels"][row, here].tolist(), weight))
-    assert sorted(found) == sorted(expected)
 
-    student = make("hybrid", make_llama)
-    ((_, loss),) = KnowledgeDistiller(None, student, kd_weight=0.0, ce_weight=1.0).losses(**batch)
-    expected = RationaleDistiller(student, tokenizer, rationale_weight=0.3).compute_loss(*EXAMPLES)
-    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-6)
+def test_micro_batches_of_a_plain_loop_add_up(make_llama, tokenizer):
+    distiller = RationaleDistiller(make("llama", make_llama), tokenizer, rationale_weight=0.3)
+    counts = distiller.count_tokens(*EXAMPLES)
+    labels, rationales = ([len(tokenizer(x)["input_ids"]) + 1 for x in texts if x] for texts in EXAMPLES[1:])
+    assert counts == (sum(labels), sum(rationales))
+    parts = [[text[i : i + 1] for text in EXAMPLES] for i in range(3)]
+    split = sum(distiller.compute_loss(*part, normalizers=counts) for part in parts)
+    torch.testing.assert_close(split, distiller.compute_loss(*EXAMPLES))
 
 
 def test_both_tasks_of_a_prompt_are_held_out_together(tokenizer, tmp_path):
@@ -357,7 +368,7 @@ def test_wrong_input_is_one_line(make_llama, tokenizer):
     with pytest.raises(UserError, match=r"^rationale_weight: got -1; allowed: [^\n]+$"):
         RationaleDistiller(student, tokenizer, rationale_weight=-1)
     with pytest.raises(UserError, match=r"^rationale_weight: got -1; allowed: [^\n]+$"):
-        list(rationale_pairs([], tokenizer, rationale_weight=-1))
+        list(rationale_pairs([], rationale_weight=-1))
     with pytest.raises(UserError, match=r"^kd_weight: got 1.0 and no teacher; [^\n]+$"):
         RationaleDistiller(student, tokenizer, kd_weight=1.0)
     with pytest.raises(UserError, match=r"^kd_weight: got 0.0 and a teacher; [^\n]+$"):
