@@ -21,7 +21,7 @@ from mohawk.kernels.kd_loss import TAIDSchedule, TeacherHidden, TeacherSamples, 
 from mohawk.label_probability import label_probability
 from mohawk.matchings import Matching
 from mohawk.next_tokens import IGNORED, next_column, next_labels, positions
-from mohawk.on_policy import replaced_rows
+from mohawk.on_policy import OnPolicy, replaced_rows
 from mohawk.processes import several, total
 from mohawk.schedules import Ramp, at, temperature_for
 from mohawk.shared_vocabulary import shared_part
