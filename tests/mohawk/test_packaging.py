@@ -252,7 +252,7 @@ IMPORTED_AS = {
     "causal_conv1d": "causal-conv1d",
     "ruamel": "ruamel-yaml",
 }
-COME_ALONG = {"huggingface_hub", "tokenizers", "typing_extensions"}
+COME_ALONG = {"huggingface_hub", "pyarrow", "tokenizers", "typing_extensions"}
 ASKED_FOR = {"bitsandbytes", "torchao", "jinja2", "tomli"}  # used where they are installed; their absence is said
 
 
