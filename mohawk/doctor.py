@@ -73,6 +73,47 @@ def doctor(console: Console | None = None) -> None:
         operations.add_row(row[0], row[1], escape(row[2]))
     console.print(operations)
 
+    students = Table("student", "answers", title="Students", title_justify="left", title_style="bold")
+    for name, verdict, broken in student_rows():
+        students.add_row(name, f"[red]{verdict}[/red]" if broken else verdict)
+    console.print(students)
+
+
+def student_rows() -> list[tuple[str, str, bool]]:
+    """(student, verdict, whether it is broken) of tiny ones of each mixer, random, hybrid and pure.
+
+    Each is asked step by step, in chunks, with padding and turn by turn, and held against its own full forward: what an
+    untested version of transformers breaks shows here in a second.
+    """
+    try:
+        import torch
+        from transformers import LlamaConfig
+
+        from mohawk.consistency import PATHS, broken_paths, inconsistencies, some_tokens
+        from mohawk.models.hybrid import HybridConfig, HybridForCausalLM
+        from mohawk.models.mixers import MIXERS
+    except ImportError as error:
+        return [("none", f"not tried: {_line(error)}", False)]
+    base = LlamaConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, initializer_range=0.2, pad_token_id=0,
+    )  # fmt: skip
+    kinds = {"hybrid": ["linear_attention", "full_attention"], "pure": ["linear_attention"] * 2}
+    rows = []
+    for mixer in MIXERS:
+        for kind, layers in kinds.items():
+            try:
+                with torch.random.fork_rng(devices=[]):
+                    torch.manual_seed(0)
+                    model = HybridForCausalLM(HybridConfig(base_config=base, layer_types=layers, mixer=mixer)).eval()
+                found = inconsistencies(model, some_tokens(model))
+                broken = broken_paths(model, found)
+                fine = f"as in one full forward, {len(PATHS)} ways: differs by at most {max(found.values()):.0e}"
+                rows.append((f"{mixer}, {kind}", broken or fine, broken is not None))
+            except Exception as error:  # as above: a finding
+                rows.append((f"{mixer}, {kind}", f"fails: {_line(error)}", True))
+    return rows
+
 
 def version_ranges() -> tuple[dict[str, str], list[str]]:
     """Package -> the range that is tested, and a line for each installed version outside it, with what to install."""

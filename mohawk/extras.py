@@ -11,8 +11,8 @@ from mohawk.errors import UserError
 # What of each extra of pyproject.toml is imported here, by its name there; some of "convert" comes with the others.
 EXTRAS = {
     "convert": (
-        "accelerate", "datasets", "einops", "gguf", "huggingface_hub", "matplotlib", "numpy", "safetensors", "tokenizers", "tqdm",
-        "transformers",
+        "accelerate", "datasets", "einops", "gguf", "huggingface_hub", "matplotlib", "numpy", "safetensors",
+        "tokenizers", "tqdm", "transformers",
     ),
     "eval": ("lm_eval",),
     "lora": ("peft",),

@@ -24,6 +24,21 @@ def test_report_names_versions_devices_and_operations():
     assert "fails" not in text
 
 
+def test_students_are_held_against_their_own_full_forward(monkeypatch):
+    from mohawk.models.mixers import SSMMixer
+
+    rows = doctor.student_rows()
+    assert [name for name, _, _ in rows] == [
+        "mamba2, hybrid", "mamba2, pure", "discrete_mamba2, hybrid", "discrete_mamba2, pure"
+    ]  # fmt: skip
+    assert not any(broken for _, _, broken in rows) and "Students" in printed()
+    with monkeypatch.context() as patch:
+        patch.setattr(SSMMixer, "_read_cache", lambda *_: (None, None))  # each call starts from an empty state
+        assert all(broken and "prefill in chunks" in verdict for _, verdict, broken in doctor.student_rows())
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    assert [row[0] for row in doctor.student_rows()] == ["none"]
+
+
 def test_operations_use_the_chunked_path_without_a_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     rows = {name: backend for name, backend, _ in doctor.operation_rows()}
