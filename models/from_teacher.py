@@ -32,6 +32,7 @@ CONTENT = 0.25  # how much of q.k / sqrt(d) enters the first mixing matrix
 AVERAGED = 0.2  # rms of attention's output over that of its values
 RESTING = 0.2  # attention rests mostly on its first token, whose value is near 0: this much of an average is left
 NORM_INPUT = 0.1  # rms of the output norm's input over sqrt(eps): below 1 the norm is nearly linear
+SMALLEST = 1e-4  # of the largest head's values: below it they are scaled no further, which would overflow
 SLOWEST, FASTEST = 3e-2, 2.0  # decay per token of the first and the last head: averages over 33 and 1/2 tokens
 
 
@@ -195,7 +196,10 @@ def copy_attention(
     mixer.conv1d.bias.zero_()
     # rms of each head's values
     square = (per_head(parts.v.weight, shared_by).float() * input_size.float()).square().sum(1)
-    size = repeat(reduce(square, "(h p) -> h", "mean", p=p).sqrt(), "h -> (h p)", p=p)
+    size = reduce(square, "(h p) -> h", "mean", p=p).sqrt()
+    # a head without values, as pruning leaves some, puts out nothing whatever its size is taken for
+    least = torch.where(size.max() > 0, size.max() * SMALLEST, 1.0)
+    size = repeat(torch.maximum(size, least), "h -> (h p)", p=p)
     silu = mixer.activation == "silu"
     slope, offset = (0.5, 0.0) if silu else (1.0, 0.0)
     # x: in SiLU's nearly linear range; the output norm's weight takes the scale out again
@@ -260,7 +264,8 @@ def _normed(projection: Projection, norm: nn.Module | None, input_size: Tensor, 
     if isinstance(norm, nn.LayerNorm):
         weight, bias = weight - weight.mean(1, keepdim=True), bias - bias.mean(1, keepdim=True)
     square = (weight * input_size.float()).square().sum(-1) + bias.square()
-    scale = norm.weight.float() / square.mean(1, keepdim=True).sqrt()  # (groups, rows of a group)
+    eps = norm.variance_epsilon if hasattr(norm, "variance_epsilon") else norm.eps  # all there is in a head of zeros
+    scale = norm.weight.float() / (square.mean(1, keepdim=True) + eps).sqrt()  # (groups, rows of a group)
     weight, bias = weight * scale[..., None], bias * scale
     if isinstance(norm, nn.LayerNorm):
         bias = bias + norm.bias.float()

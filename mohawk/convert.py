@@ -11,7 +11,6 @@ import torch
 from rich.console import Console
 from torch import nn
 
-from mohawk.checkpoints import is_complete, write_whole
 from mohawk.data import PackedDataset, collate
 from mohawk.errors import UserError
 from mohawk.inputs import check_inputs
@@ -19,13 +18,12 @@ from mohawk.matrices import draw_matrices, save_matrices
 from mohawk.models.from_teacher import hybrid_from_teacher
 from mohawk.models.hybrid import HybridForCausalLM
 from mohawk.plan import make_plan, objective_for, print_plan, student_options
-from mohawk.processes import first_before_others, is_first, joined, on_first
+from mohawk.processes import first_before_others, from_first, is_first, joined, on_first
 from mohawk.progress import log_to
 from mohawk.readout import solve_output_projections
 from mohawk.recipe import Recipe
-from mohawk.remote_code import add_code
 from mohawk.report import AFTER, finish, loss_labels
-from mohawk.run import STUDENT, Run, check_folder, claimed
+from mohawk.run import Run, check_folder, claimed
 from mohawk.teachers import load_config
 
 log = logging.getLogger(__name__)
@@ -76,10 +74,11 @@ class Conversion(Run):
         student = untrained_student(self.recipe, self.teacher)
         self._evaluate("before", student)
         for i, (name, phase) in enumerate(phases):
+            before = phases[i - 1][0] if i else None
             if i > finished:
                 self._forget(name)  # what was measured of a student that was deleted or damaged since
-                self._train(name, phase, student)
-                self._write_student(name, student)
+                self._train(name, phase, student, before)
+                self._write_student(name, student, before)
             elif self._is_complete(name):
                 student = HybridForCausalLM.from_pretrained(self._student(name)).to(self.device)
             else:
@@ -87,27 +86,23 @@ class Conversion(Run):
                     log.warning("%s is missing or damaged; going on from the later phase", self._student(name))
                 continue
             self._evaluate(name, student)
-        on_first(lambda: self._finish(student, new=finished < len(phases) - 1))
+        on_first(lambda: self._finish(student, phases[-1][0] if phases else None))
         log.info("run finished in %.0f s", time.monotonic() - start)
 
-    def _finish(self, student: HybridForCausalLM, new: bool) -> None:
-        """The final student, and the report; new: it was trained just now."""
-        final = self.folder / STUDENT
-        if new or not is_complete(final):
-            with write_whole(final, replace=True) as folder:
-                student.save_pretrained(folder)
-                add_code(folder, student)
-                self.tokenizer.save_pretrained(folder)
+    def _finish(self, student: HybridForCausalLM, last: str | None) -> None:
+        """The final student, which is that of the last phase, and the report."""
+        if not self._is_final(last):
+            self._write_final(student, last)
         draw_matrices(self.folder)
         finish(
             self.folder, self.recipe, student.eval(), self.teacher, self.tokenizer, self.console,
             stages=AFTER, labels=loss_labels(self.recipe),
         )  # fmt: skip
 
-    def _train(self, name: str, phase, student: HybridForCausalLM) -> None:
+    def _train(self, name: str, phase, student: HybridForCausalLM, before: str | None) -> None:
         dataset = self._rows(name, phase)
         objective = objective_for(name, phase, student, self.teacher)
-        trainer = self._trainer(name, phase, objective, dataset)
+        trainer = self._trainer(name, phase, objective, dataset, origin=from_first(lambda: self._origin(before)))
         if name == "hidden" and phase.solve_tokens and not self._has_checkpoint(trainer):
             self._solve(phase, student, dataset)
         self._fit(trainer, student)

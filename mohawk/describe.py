@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mohawk.checkpoints import MANIFEST, why_incomplete
+from mohawk.checkpoints import MANIFEST, refuse_damaged, why_incomplete
 from mohawk.errors import UserError
 from mohawk.recipe_kinds import phase_names, run_command
+from mohawk.run_folder import home
 
 if TYPE_CHECKING:
     from rich.console import Console
     from transformers import PretrainedConfig
+
+log = logging.getLogger(__name__)
 
 GROWING = ("full_attention", "sliding_attention")  # layer types that keep keys and values of the tokens in sight
 # what Mamba-2 mixers of transformers have
@@ -53,14 +57,16 @@ class Description:
 
 
 def student_folder(path: str | Path) -> str:
-    """The model inside a run's folder (the final student, else the latest phase's), or the name as it is."""
-    folder = Path(path).expanduser()
+    """The model inside a run's folder (the final student, else the latest phase's), or the name as it is. Raises
+    UserError where the student is not as the run wrote it."""
+    folder = home(path)
     if not (folder / "recipe.yaml").is_file():
         return str(path)
     for student in _students(folder):
         if (student / "config.json").is_file():
-            if (student / MANIFEST).exists() and (problem := why_incomplete(student, contents=False)):
-                raise UserError(f"{student}: {problem}; `{run_command(folder)}` with the run's recipe makes it again")
+            if not (student / MANIFEST).exists():
+                log.warning("%s has no %s: it is not verified", student, MANIFEST)
+            refuse_damaged(student, f"`{run_command(folder)}` with the run's recipe makes it again")
             return str(student)
     raise UserError(f"{path} is a run without a student yet; `{run_command(folder)}` with its recipe goes on with it")
 
@@ -174,17 +180,19 @@ def print_run(folder: Path, console: Console) -> None:
     """Which phases of a run are done, and from which checkpoint the others would go on."""
     from mohawk.checkpoints import newest_complete
     from mohawk.convert import COMPOSED
+    from mohawk.kept import Composed
     from mohawk.recipe import Recipe
     from mohawk.recipe_kinds import load_run_recipe
     from mohawk.report import read_json
 
     recipe = load_run_recipe(folder)
     asked = {name for name, _ in recipe.phases.active()} if isinstance(recipe, Recipe) else set(phase_names(folder))
-    composed, elsewhere = read_json(folder / COMPOSED), set()
+    composed, elsewhere = read_json(folder / COMPOSED, Composed), set()
     if composed is not None:
         elsewhere = asked - {"end_to_end"}
         kept = ", ".join(map(str, composed["attention"])) or "none"
-        chosen = f", chosen for a budget of {composed['budget']} by {composed['by']}" if "budget" in composed else ""
+        budget = composed.get("budget")
+        chosen = "" if budget is None else f", chosen for a budget of {budget} by {composed.get('by')}"
         console.print(
             f"composed of the mixers of {composed['run']}; attention layers: {kept}{chosen}",
             highlight=False, soft_wrap=True, markup=False,
@@ -196,7 +204,9 @@ def print_run(folder: Path, console: Console) -> None:
         elif name not in asked:
             state = "left out (null in the recipe)"
         elif (phase / "student" / "config.json").is_file():
-            state = "done"
+            kept = phase / "student"
+            problem = why_incomplete(kept, remembered=True) if (kept / MANIFEST).exists() else None
+            state = "done" if problem is None else f"damaged ({problem})"
         elif checkpoint := newest_complete(phase) if phase.is_dir() else None:
             state = f"stopped at {checkpoint.name}"
         else:

@@ -16,7 +16,7 @@ from rich.console import Console
 from torch import nn
 
 from mohawk.advance import Advance
-from mohawk.checkpoints import is_complete, write_whole
+from mohawk.checkpoints import write_whole
 from mohawk.distill_data import Sources, check_rows, held_out_rows, load_sources, rows_by_source, training_rows
 from mohawk.distill_parts import (
     checked_cache,
@@ -37,13 +37,13 @@ from mohawk.evaluate import Comparison, TeacherStates, compare, teacher_states
 from mohawk.extras import need
 from mohawk.inputs import check_inputs
 from mohawk.kernels.kd_teachers import TAIDSchedule
+from mohawk.nonfinite import refuse_nonfinite
 from mohawk.on_policy import OnPolicy
 from mohawk.processes import first_before_others, from_first, is_first, joined, on_first
 from mohawk.progress import log_to
 from mohawk.rationale_router import RationaleRouter, RoutedRationales
-from mohawk.remote_code import add_code
 from mohawk.report import finish
-from mohawk.run import STUDENT, Run, check_folder, claimed, refuse_tokens
+from mohawk.run import Run, check_folder, claimed, refuse_tokens
 from mohawk.teacher_answers import teacher_hash
 from mohawk.teacher_cache import CachedRows, TeacherCache
 from mohawk.teacher_models import AverageTeacher, CachedTeacher, Ensemble, ModelTeacher
@@ -96,25 +96,23 @@ class Distillation(Run):
         for i, stage in enumerate(stages):
             if i > finished:
                 self._forget(stage.name)
-                student = self._train(i, stage, student)
-                self._write_student(stage.name, student)
+                before = stages[i - 1].name if i else None
+                student = self._train(i, stage, student, before)
+                self._write_student(stage.name, student, before)
             elif self._is_complete(stage.name):
                 student = self._load(stage.name)
             else:
                 log.warning("%s is missing or damaged; going on from the later stage", self._student(stage.name))
                 continue
             self._evaluate(stage.name, student)
-        on_first(lambda: self._finish(student, new=finished < len(stages) - 1))
+        on_first(lambda: self._finish(student))
         log.info("run finished in %.0f s", time.monotonic() - start)
 
-    def _finish(self, student: nn.Module, new: bool) -> None:
-        """The final student, and the report; new: it was trained just now."""
-        stages, final = self.recipe.stages, self.folder / STUDENT
-        if new or not is_complete(final):
-            with write_whole(final, replace=True) as folder:
-                student.save_pretrained(folder)
-                add_code(folder, student)
-                self.tokenizer.save_pretrained(folder)
+    def _finish(self, student: nn.Module) -> None:
+        """The final student, which is that of the last stage, and the report."""
+        stages = self.recipe.stages
+        if not self._is_final(stages[-1].name):
+            self._write_final(student, stages[-1].name)
         names = {"before": "before training", **{stage.name: f"after {stage.name}" for stage in stages}}
         labels = {stage.name: loss_label(stage) for stage in stages}
         finish(
@@ -177,8 +175,8 @@ class Distillation(Run):
 
     # ---- training ----
 
-    def _train(self, i: int, stage: Stage, student: nn.Module) -> nn.Module:
-        """The student after a stage."""
+    def _train(self, i: int, stage: Stage, student: nn.Module, before: str | None) -> nn.Module:
+        """The student after a stage; before: the stage before it, if any."""
         if stage.student is not None:
             student = self._made(stage.student, student)
         data = self._stage_data(stage)
@@ -208,7 +206,10 @@ class Distillation(Run):
             objective = self._objective(i, stage, student, router, own_losses(data))
         if stage.cache is not None:
             rows = CachedRows(rows, objective.teacher.cache)
-        trainer = self._trainer(stage.name, stage, objective, rows, report_to=self.recipe.report_to)
+        trainer = self._trainer(
+            stage.name, stage, objective, rows, report_to=self.recipe.report_to,
+            origin=from_first(lambda: self._origin(before)),
+        )  # fmt: skip
         self._fit(trainer, student)
         del trainer, objective
         gc.collect()  # the optimizer's state, before the evaluation that follows
@@ -228,7 +229,9 @@ class Distillation(Run):
 
         for about in student.peft_config.values():
             about.base_model_name_or_path = str(self.folder / "phases" / stage / "base")
-        with write_whole(self.folder / "phases" / stage / "adapter", replace=True) as folder:
+        target = self.folder / "phases" / stage / "adapter"
+        refuse_nonfinite(student, f"{target}: this adapter", "it is not written; lower the learning rate")
+        with write_whole(target, replace=True) as folder:
             save_adapter(student, folder)
 
     def _objective(

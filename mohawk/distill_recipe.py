@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
@@ -19,6 +18,7 @@ from mohawk.recipe import (
     Data,
     Divergence,
     Phase,
+    Place,
     RecipeFile,
     Section,
     Share,
@@ -223,7 +223,7 @@ class Stage(Phase):
     data: DistillData | None = Field(
         None, description="the stage's own text to train on (its `train` alone counts); null: the recipe's"
     )
-    cache: Annotated[Path, Field(strict=False)] | None = Field(
+    cache: Place | None = Field(
         None, description="folder that `mohawk cache` wrote: the teacher's answers instead of the teacher"
     )
     divergence: Divergence = Field("forward_kl", description="between next-token distributions")

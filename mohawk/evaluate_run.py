@@ -12,8 +12,9 @@ from rich.table import Table
 from mohawk.describe import student_folder
 from mohawk.errors import UserError
 from mohawk.recipe import Recipe
-from mohawk.recipe_kinds import load_run_recipe
+from mohawk.recipe_kinds import load_run_recipe, trims_vocabulary
 from mohawk.report import write_json
+from mohawk.run_folder import home
 
 RESULTS = "evaluation/again.json"
 
@@ -24,13 +25,13 @@ def evaluate_run(run: str | Path, overrides: Sequence[str] = (), console: Consol
     overrides: of the run's recipe, such as `data.evaluation=[other.txt]` or `evaluation.tokens=1e6`; those
     that concern the student or its training change nothing. Returns what was written. Raises UserError.
     """
-    folder, console = Path(run).expanduser(), console or Console()
+    folder, console = home(run), console or Console()
     if not (folder / "recipe.yaml").is_file():
         raise UserError(f"{run} is not a run's folder: it holds no recipe.yaml")
     recipe = load_run_recipe(folder, overrides)
     name = student_folder(folder)
 
-    if (folder / "vocabulary.json").is_file():
+    if trims_vocabulary(recipe):
         raise UserError(
             f"{run}: its student numbers tokens anew (prune.vocabulary), so it cannot be compared token by token; "
             "results.json has what was measured before, and --tasks compares answers"
@@ -48,7 +49,7 @@ def evaluate_run(run: str | Path, overrides: Sequence[str] = (), console: Consol
         from mohawk.convert import Conversion as Kind
     else:
         from mohawk.distill import Distillation as Kind
-    conversion = Kind(recipe, folder, console)
+    conversion = Kind(recipe, folder, console, trains=False)
     student = load_teacher(name, device=conversion.device)
     texts = {
         text: asdict(compare(student, states, autocast=conversion.autocast))

@@ -12,6 +12,7 @@ from rich.console import Console
 from mohawk.checkpoints import write_whole
 from mohawk.describe import student_folder
 from mohawk.errors import UserError
+from mohawk.run_folder import home
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -64,7 +65,7 @@ def export(
         raise UserError(f"--to: got {to!r}; allowed: {', '.join(FORMATS)}")
     if to == "hybrid" and (pad_expand or fold_bias):
         raise UserError("--pad-expand and --fold-bias are of --to bamba; the hybrid's own class needs neither")
-    run = Path(source).expanduser()
+    run = home(source)
     run = run if (run / "recipe.yaml").is_file() else None
     student = student_folder(source)
     try:
@@ -75,7 +76,7 @@ def export(
         raise UserError(f"{student} is a {config.model_type} model; only hybrids made by mohawk are exported")
     if to == "bamba" and (reason := why_not_bamba(config, pad_expand=pad_expand)):
         raise UserError(f"cannot be a BambaForCausalLM: {reason}; `--to hybrid` writes the student with its own code")
-    target = Path(output).expanduser() if output else (run / "export" / to if run else Path(f"{student}-{to}"))
+    target = home(output) if output else (run / "export" / to if run else Path(f"{student}-{to}"))
     if target.is_dir() and any(target.iterdir()) and not (target / "README.md").is_file():
         raise UserError(f"{target} exists and no export wrote it; choose another --output")
 

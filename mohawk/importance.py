@@ -24,6 +24,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from mohawk.checkpoints import why_altered, write_file
 from mohawk.models.cut_sizes import Sizes, attention_layers, base_config, check_sizes_within, sizes_of, ssm_layers
 from mohawk.models.cuts import Cut, resolve_layers
 from mohawk.models.families import decoder_layers, family_of
@@ -73,17 +74,15 @@ class Importance:
         for field in fields(self):
             value = getattr(self, field.name)
             (tensors if isinstance(value, Tensor) else other)[field.name] = value
-        # a rename at the end: a file that is cut short is never taken for scores
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = path.with_name(path.name + ".part")
         header = {"format": FORMAT, "importance": json.dumps(other, sort_keys=True)}
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, unfinished, metadata=header)
-        unfinished.replace(path)
+        with write_file(path) as beside:
+            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, beside, metadata=header)
 
     @classmethod
     def load(cls, path: str | Path) -> Importance:
-        """What `save` wrote. ValueError: another kind of file."""
+        """What `save` wrote. ValueError: another kind of file, or a damaged one."""
+        if (problem := why_altered(path)) is not None:
+            raise ValueError(f"{path} {problem}")
         with safe_open(path, "pt") as file:
             header = file.metadata() or {}
             if header.get("format") != FORMAT:

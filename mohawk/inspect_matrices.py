@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from rich.console import Console
 from torch import Tensor, nn
 
+from mohawk.binding import check_models
 from mohawk.checkpoints import MANIFEST, write_whole
 from mohawk.describe import student_folder
 from mohawk.errors import UserError
@@ -28,6 +29,7 @@ from mohawk.models.mixers import SSMMixer
 from mohawk.plots import PANEL, HeadPicture, percent, plot_layer
 from mohawk.recipe_kinds import load_run_recipe
 from mohawk.run import pick_device
+from mohawk.run_folder import home
 from mohawk.same_tokenizer import teacher_tokenizer
 from mohawk.teachers import load_config, load_teacher
 
@@ -178,13 +180,14 @@ def _reduced(matrix: Tensor, tall: int, broad: int) -> Tensor:
 
 
 def _asked(model: str | Path, teacher: str | Path | None) -> _Asked:
-    folder = Path(model).expanduser()
+    folder = home(model)
     if (folder / "recipe.yaml").is_file():
         recipe = load_run_recipe(folder)
         # a run made on a GPU can be looked at without one
         own, device = recipe.teacher, pick_device("cpu" if recipe.device == "cpu" else "auto")
         if teacher is not None:
             return _Asked({"model": str(teacher)}, own.dtype, None, student_folder(folder), device)
+        check_models(folder, recipe)
         fields = ("model", "gguf_file", "revision", "trust_remote_code")
         where = {name: getattr(own, name) for name in fields}
         return _Asked(where, own.dtype, own.tokenizer, student_folder(folder), device)
@@ -235,9 +238,9 @@ def _sizes(config) -> str:
 
 def _target(model: str | Path, output: Path | None) -> Path:
     if output is None:
-        folder = Path(model).expanduser()
+        folder = home(model)
         output = folder / "plots" / "matrices" if (folder / "recipe.yaml").is_file() else Path("matrices")
-    output = output.expanduser()
+    output = home(output)
     if output.is_dir() and any(output.iterdir()):
         # other folders of ours carry a manifest too, a student's for one
         try:
@@ -273,7 +276,7 @@ def _read(source: str, characters: int) -> str:
     try:
         if source == "-":
             return sys.stdin.read(characters)
-        with open(Path(source).expanduser(), encoding="utf-8-sig") as file:
+        with open(home(source), encoding="utf-8-sig") as file:
             return file.read(characters)
     except UnicodeDecodeError as error:
         raise UserError(f"--matrices: {source} is not text in UTF-8 (byte {error.start}: {error.reason})") from error

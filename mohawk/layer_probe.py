@@ -20,12 +20,11 @@ from mohawk.convert import Conversion
 from mohawk.heads import Head
 from mohawk.kernels.kd_loss import TeacherHidden, linear_kd_loss
 from mohawk.layer_swap import LayerSwap
+from mohawk.lines import append_line, missing_lines, read_lines, write_lines
 from mohawk.models.hybrid import HybridForCausalLM
-from mohawk.parsing import parse_json
 from mohawk.progress import PLAIN_SECONDS
 from mohawk.recall import PAIRS, recall_batches, recall_of
 from mohawk.recipe import Recipe
-from mohawk.report import write_text
 
 MEASURED = "selection/measured.jsonl"  # in a run: every measurement, so that a stopped selection goes on
 
@@ -44,7 +43,7 @@ class Probe:
         if plain.data.validation_share > 0:  # the other source's text is for judging the choice by
             overrides.append("data.evaluation=[]")
         recipe = Recipe.load(folder / "recipe.yaml", overrides)
-        conversion = Conversion(recipe, folder, console)
+        conversion = Conversion(recipe, folder, console, trains=False)
         student = HybridForCausalLM.from_pretrained(student_folder).to(conversion.device)
         teacher = conversion.teacher.to(student.dtype)
         name, states = next(iter(conversion.texts.items()))
@@ -106,8 +105,7 @@ class Probe:
         fresh = key not in self._known
         if fresh:
             self._known[key] = measure(frozenset(chosen))
-            with open(self._file, "a", encoding="utf-8") as file:
-                file.write(json.dumps([*key, self._known[key]]) + "\n")
+            append_line(self._file, json.dumps([*key, self._known[key]]))
         if self._bar is not None:
             self._bar.count(key, fresh)
         return self._known[key]
@@ -115,15 +113,31 @@ class Probe:
     def _recollect(self) -> None:
         """Reads what a call with the same settings has measured, and begins the file anew with that."""
         head = json.dumps(self.settings)
-        lines = self._file.read_text(encoding="utf-8").splitlines() if self._file.is_file() else []
-        for line in lines[1:] if lines[:1] == [head] else []:
-            try:
-                kind, chosen, value = parse_json(line)
-            except ValueError:  # the line that a kill cut short
-                continue
-            self._known[kind, tuple(chosen)] = value
+        lines = read_lines(self._file) if self._file.is_file() else []
+        for line, whole in lines[1:] if lines[:1] == [(head, True)] else []:
+            if whole and (found := _read(line)) is not None:  # a kill may have cut a line short
+                kind, chosen, value = found
+                self._known[kind, chosen] = value
         kept = (json.dumps([*key, value]) for key, value in self._known.items())
-        write_text(self._file, "".join(f"{line}\n" for line in (head, *kept)))
+        write_lines(self._file, [head, *kept])
+
+
+def damaged_measurements(file: Path) -> int:
+    """How many lines of a file of measurements are not as they were written."""
+    first, *rest = read_lines(file) or [("", False)]
+    lost = max(0, missing_lines(file) - 1) + (not first[1])
+    return lost + sum(not whole or _read(line) is None for line, whole in rest)
+
+
+def _read(line: str) -> tuple[str, tuple[int, ...], Any] | None:
+    """A measurement; None where it is none."""
+    try:
+        kind, chosen, value = json.loads(line)
+        key = kind, tuple(map(int, chosen))
+        number = type(value) is float if kind == "kl" else set(value) == {"accuracy", "loss", "values"}
+    except (ValueError, TypeError, RecursionError):
+        return None
+    return (*key, value) if number else None
 
 
 class _Bar:

@@ -24,8 +24,9 @@ from rich.console import Console
 from mohawk.describe import student_folder
 from mohawk.errors import UserError
 from mohawk.hub import hub_or_cache, is_unreachable
-from mohawk.recipe_kinds import load_run_recipe
+from mohawk.recipe_kinds import load_run_recipe, trims_vocabulary
 from mohawk.report import TASKS, fingerprint, kept_tasks, print_tables, report_tasks, task_tables, write_json
+from mohawk.run_folder import home
 
 if TYPE_CHECKING:
     import torch
@@ -71,24 +72,26 @@ def evaluate_tasks(
         UserError: no such run, student, folder or task, or a task's data cannot be fetched.
         ModuleNotFoundError: lm_eval is not installed.
     """
-    folder, console = Path(run).expanduser(), console or Console()
+    folder, console = home(run), console or Console()
     if not (folder / "recipe.yaml").is_file():
         raise UserError(f"{run} is not a run's folder: it holds no recipe.yaml")
     recipe = load_run_recipe(folder, overrides)
     name = student_folder(folder)
     manager = task_manager(tasks, task_path)
 
+    from mohawk.binding import check_models
     from mohawk.precision import autocast_dtype
     from mohawk.run import pick_device
     from mohawk.same_tokenizer import check_same, own_tokenizer, teacher_tokenizer
     from mohawk.teachers import load_teacher, load_tokenizer
 
+    check_models(folder, recipe)
     device = pick_device(recipe.device)
     autocast = autocast_dtype(recipe.precision, device)
     source = recipe.teacher
     shared = {"gguf_file": source.gguf_file, "revision": source.revision, "trust_remote_code": source.trust_remote_code}
     tokenizer = teacher_tokenizer(source.model, tokenizer=source.tokenizer, **shared)
-    trimmed = (folder / "vocabulary.json").is_file()  # has its own numbers
+    trimmed = trims_vocabulary(recipe)  # has its own numbers
     if not trimmed and (own := own_tokenizer(name)) is not None:
         check_same(tokenizer, own, f"{name}")
     answers = {}
@@ -133,11 +136,11 @@ def task_manager(tasks: Sequence[str], task_path: str | Path | None = None) -> T
     """
     if not tasks:
         raise UserError("--tasks: got no name; `mohawk` is the tasks that come along")
-    if task_path is not None and not Path(task_path).expanduser().is_dir():
+    if task_path is not None and not home(task_path).is_dir():
         raise UserError(f"--task-path: {task_path} is not a folder; give one that holds task files (*.yaml)")
     from lm_eval.tasks import TaskManager
 
-    paths = [str(OURS), *([] if task_path is None else [str(Path(task_path).expanduser().resolve())])]
+    paths = [str(OURS), *([] if task_path is None else [str(home(task_path).resolve())])]
     manager = TaskManager(include_path=paths, include_defaults=False)
     if not set(tasks) <= set(manager.all_tasks):
         manager = TaskManager(include_path=paths)  # reads some 14,000 files

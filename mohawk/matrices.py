@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from mohawk.checkpoints import why_altered, write_file
 from mohawk.kernels.mixing import AttentionMixing, Mixing, mixing_matrix
 from mohawk.models.families import decoder_layers, mixer_input_norm
 from mohawk.models.hybrid import HybridForCausalLM
 from mohawk.models.mixers import SSMMixer
 from mohawk.models.teacher_forcing import LayerCall, layer_calls, record, recording_attention
 from mohawk.plots import Heads, plot_mixing_matrices
+
+log = logging.getLogger(__name__)
 
 FOLDER = "matrices"
 
@@ -87,17 +92,22 @@ def save_matrices(run: Path, stage: str, student: HybridForCausalLM, teacher: nn
     replaced = student.config.ssm_layers
     layers = sorted({replaced[0], replaced[len(replaced) // 2], replaced[-1]})
     matrices = layer_matrices(student, teacher, input_ids, layers)
-    path = run / FOLDER / f"{stage}.safetensors"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_suffix(".tmp")
-    save_file({key: value.half().contiguous() for key, value in matrices.items()}, beside)
-    beside.rename(path)
+    with write_file(run / FOLDER / f"{stage}.safetensors") as beside:
+        save_file({key: value.half().contiguous() for key, value in matrices.items()}, beside)
 
 
 def saved_matrices(run: Path, stage: str) -> dict[str, Tensor]:
-    """What `save_matrices` kept, as float32; empty when there is none."""
+    """What `save_matrices` kept, as float32; empty when there is none, or a damaged one (logged)."""
     path = run / FOLDER / f"{stage}.safetensors"
-    return {key: value.float() for key, value in load_file(path).items()} if path.is_file() else {}
+    if not path.is_file():
+        return {}
+    try:
+        if (problem := why_altered(path)) is None:
+            return {key: value.float() for key, value in load_file(path).items()}
+    except (OSError, SafetensorError) as error:
+        problem = str(error)
+    log.warning("%s is damaged (%s): drawing without it", path, problem)
+    return {}
 
 
 def draw_matrices(run: Path) -> Path | None:

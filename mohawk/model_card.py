@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from mohawk.hub import hub_or_cache
+from mohawk.kept import Tabled
 from mohawk.parity import Row
 from mohawk.recipe import RecipeFile
 from mohawk.recipe_kinds import load_run_recipe
 from mohawk.report import RESULTS, read_json, tables
+from mohawk.run_folder import home
 from mohawk.runtimes import GROUPS_APART, Note
 
 log = logging.getLogger(__name__)
@@ -34,7 +36,7 @@ def model_card(
         changes: what the export changed about the student, a sentence each.
     """
     recipe = load_run_recipe(run) if run else None
-    results = read_json(run / RESULTS) if run else None
+    results = read_json(run / RESULTS, Tabled) if run else None
     teacher = recipe.teacher.model if recipe else _base_name(config)
     licence = licence_of(teacher, recipe.teacher.revision if recipe else None) if teacher else None
     remote = config.model_type != "bamba"
@@ -69,7 +71,7 @@ def model_card(
 
 def licence_of(teacher: str, revision: str | None = None) -> str | None:
     """The licence that the teacher's own model card names, from its folder, the hub's cache or the hub; else None."""
-    folder = Path(teacher).expanduser()
+    folder = home(teacher)
     card = (folder.parent if folder.is_file() else folder) / "README.md"
     if not folder.exists():
         from huggingface_hub import hf_hub_download
@@ -94,7 +96,7 @@ def _front_matter(teacher: str | None, licence: str | None, remote: bool) -> str
         f"license: {licence or 'unknown'}",
         "tags: [mohawk, hybrid, mamba2" + (", custom_code" if remote else ", bamba") + "]",
     ]
-    if teacher and not Path(teacher).expanduser().exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", teacher):
+    if teacher and not home(teacher).exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", teacher):
         lines.append(f"base_model: {teacher}")
     return "---\n" + "\n".join(lines) + "\n---"
 

@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import json
 import logging
+import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import islice
@@ -16,9 +17,10 @@ import numpy as np
 
 from mohawk.decoding import as_messages, render
 from mohawk.errors import UserError
-from mohawk.fetch import cache_dir, whole_folder
+from mohawk.fetch import cache_dir, kept_whole, whole_folder
 from mohawk.records import content_hash, read_records, why_no_chat
-from mohawk.text import Source, as_source, content_key, load_rows, local_files, tokenizer_key
+from mohawk.run_folder import home
+from mohawk.text import Source, as_source, source_content, tokenizer_key
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -93,12 +95,14 @@ def read_pairs(
     sources = [as_source(source) for source in sources]
     options = {"prompt_field": prompt_field, "response_field": response_field, "messages_field": messages_field}
     options |= {"chat": chat, "teacher_field": teacher_field, "teachers": list(teachers), "weight_field": weight_field}
-    settings = {"layout": LAYOUT, **options, "sources": [(asdict(source), _content(source)) for source in sources]}
+    contents = [(asdict(source), source_content(source)) for source in sources]
+    settings = {"layout": LAYOUT, **options, "sources": contents}
     settings |= {"tokenizer": tokenizer_key(tokenizer), "template": str(tokenizer.chat_template)}
     key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:24]
-    folder = (Path(cache).expanduser() if cache is not None else cache_dir()) / "pairs" / key
-    if not folder.is_dir():
-        with whole_folder(folder) as partial:
+    folder = (home(cache) if cache is not None else cache_dir()) / "pairs" / key
+    about = {"key": key}  # so that another folder under this name is not taken for it
+    if not kept_whole(folder, about) or not _readable(folder):
+        with whole_folder(folder, about) as partial:
             _save(_tokenize(sources, tokenizer, **options), partial)
     return _load(folder)
 
@@ -127,6 +131,20 @@ def check_pair(
     for name in needed:
         if not isinstance(row.get(name), (int, float)):
             raise UserError(f"{where}: has no {name}, which weighting {weighting!r} needs; use uniform or counts")
+
+
+def _readable(folder: Path) -> bool:
+    """Whether a cached folder's arrays can be opened, as those of one without sums may not; such a one is removed."""
+    try:
+        pairs = _load(folder)
+        if len(pairs.tokens) == len(pairs.learn) == int(pairs.spans[-1, 1]):
+            return True
+        problem = "its arrays have other lengths than its spans say"
+    except (OSError, ValueError, KeyError, TypeError, IndexError, EOFError) as error:
+        problem = str(error)
+    log.warning("%s is damaged (%s); making it again", folder, problem)
+    shutil.rmtree(folder)
+    return False
 
 
 def _tokenize(
@@ -197,11 +215,6 @@ def _tokenize(
         bos_token_id=tokenizer.bos_token_id,
         weights=None if weight_field is None else np.array(weights),
     )
-
-
-def _content(source: Source) -> str:
-    files, form = local_files(source)
-    return content_key(files) if files else load_rows(source, files, form)._fingerprint
 
 
 def _save(pairs: Pairs, folder: Path) -> None:

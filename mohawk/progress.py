@@ -14,6 +14,7 @@ from typing import Any, TextIO
 from tqdm import tqdm
 from transformers import TrainerCallback
 
+from mohawk.lines import append_line
 from mohawk.metrics import METRICS, drop_after
 from mohawk.processes import is_first
 
@@ -108,10 +109,7 @@ class Metrics(TrainerCallback):
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if state.is_world_process_zero and logs:
-            line = json.dumps(_finite(logs), allow_nan=False)
-            # Opened anew each time: appending stays right when another program rotated or edited the file.
-            with open(self.path, "a", encoding="utf-8") as file:
-                file.write(line + "\n")
+            append_line(self.path, json.dumps(_finite(logs), allow_nan=False))
 
 
 class Window:

@@ -20,7 +20,7 @@ import torch
 from rich.console import Console
 from torch import nn
 
-from mohawk.checkpoints import is_complete, write_whole
+from mohawk.checkpoints import is_complete, weights_sum
 from mohawk.data import collate
 from mohawk.distill import Distillation
 from mohawk.distill_data import training_rows
@@ -29,6 +29,7 @@ from mohawk.errors import UserError
 from mohawk.importance import Importance, check_scores, choose, chosen_layers, measure_importance
 from mohawk.importance_baselines import magnitude_importance, random_importance
 from mohawk.inputs import check_inputs
+from mohawk.kept import CutMade, Drops, Search, Vocabulary
 from mohawk.layer_drops import measure_layer_drops
 from mohawk.models.cut_sizes import Sizes, attention_layers, sizes_of, ssm_layers
 from mohawk.models.cuts import Cut, cut
@@ -43,9 +44,9 @@ from mohawk.prune_recipe import PruneRecipe, Step, Target
 from mohawk.prune_search import search, search_table, within
 from mohawk.prune_sizes import between, parameters_of, present, sizes_header, sizes_row, target_sizes
 from mohawk.readout import solve_output_projections
-from mohawk.remote_code import add_code
 from mohawk.report import Table, finish, read_json, write_json
 from mohawk.run import RECIPE, STUDENT, check_folder, claimed, pick_device
+from mohawk.run_folder import home
 from mohawk.teachers import load_config, load_teacher, load_tokenizer
 from mohawk.text import as_source, local_files
 from mohawk.token_counts import most_frequent, token_counts
@@ -108,7 +109,7 @@ def _check_text(recipe: PruneRecipe) -> None:
 
 def _saved_candidates(run: Path, recipe: PruneRecipe) -> list[Sizes]:
     """What a stopped run of this very recipe found for its first round; another's are none of it."""
-    saved = read_json(run / "rounds" / "1" / "search.json")
+    saved = read_json(run / "rounds" / "1" / "search.json", Search)
     try:
         old = PruneRecipe.load(run / RECIPE) if saved else None
     except UserError:  # another program's, or another kind of run's; `claimed` says so
@@ -122,7 +123,7 @@ def _saved_candidates(run: Path, recipe: PruneRecipe) -> list[Sizes]:
 def given_scores(path: str) -> Importance:
     """Scores of a file that a recipe names. Raises UserError."""
     try:
-        return Importance.load(Path(path).expanduser())
+        return Importance.load(home(path))
     except Exception as error:  # safetensors' own error for a damaged file, ValueError for another one
         found = str(error).splitlines()[0]
         raise UserError(
@@ -159,8 +160,9 @@ class Pruning(Distillation):
             whole = self._is_complete(step.name)
             if i > finished or step.kind == "correct" and not whole:
                 self._forget(step.name)
-                student = self._take(step, student)
-                self._write_student(step.name, student)
+                before = steps[i - 1].name if i else None
+                student = self._take(step, student, before)
+                self._write_student(step.name, student, before)
             elif whole:
                 student = self._load(step.name)
             else:
@@ -172,9 +174,9 @@ class Pruning(Distillation):
                 student = None
             gc.collect()
         student = self.teacher if student is None else student
-        final = self.folder / STUDENT
-        if finished < len(steps) - 1 or not from_first(lambda: is_complete(final)):
-            on_first(functools.partial(self._write_final, student, final))
+        last = steps[-1].name if steps else None
+        if not from_first(lambda: self._is_final(last)):
+            on_first(functools.partial(self._write_final, student, last))
         del student
         on_first(self._finish)
         log.info("run finished in %.0f s", time.monotonic() - start)
@@ -189,19 +191,32 @@ class Pruning(Distillation):
             own_tables=self._tables(student), student_tokenizer=load_tokenizer(final),
         )  # fmt: skip
 
-    def _take(self, step: Step, student: nn.Module | None) -> nn.Module:
-        """The student after a step; student: before it, None: the teacher is."""
+    def _take(self, step: Step, student: nn.Module | None, before: str | None) -> nn.Module:
+        """The student after a step; student: before it, None: the teacher is. before: the step before it, if any."""
         if step.kind == "correct":
-            return self._train(0, self.recipe.correct, copy.deepcopy(self.teacher).float().requires_grad_(True))
+            teacher = copy.deepcopy(self.teacher).float().requires_grad_(True)
+            return self._train(0, self.recipe.correct, teacher, before)
         if step.kind == "cut":
+            on_first(lambda: self._forget_scores(step.round, before))
             return self._cut(step.round, self.teacher if student is None else student)
         if step.kind == "convert":
             torch.manual_seed(self.recipe.seed)
             hybrid = hybrid_from_teacher(self.teacher if student is None else student, **convert_options(self.recipe))
             return hybrid.float().requires_grad_(True)
         if step.kind == "heal":
-            return self._train(0, self.recipe.heal.model_copy(update={"name": step.name}), student)
-        return self._match(step.name, student)
+            return self._train(0, self.recipe.heal.model_copy(update={"name": step.name}), student, before)
+        return self._match(step.name, student, before)
+
+    def _forget_scores(self, number: int, before: str | None) -> None:
+        """What was measured of another model than a round now begins with goes. before: the step that left it."""
+        folder, left = self._round(number), None if before is None else weights_sum(self._student(before))
+        kept = folder / "begins_with.json"
+        if kept.is_file():
+            if (read_json(kept) or {"weights": "not known"}).get("weights") == left:
+                return
+            log.warning("round %d begins with another model than before: its scores are measured again", number)
+            shutil.rmtree(folder)
+        write_json(kept, {"weights": left})
 
     # ---- the teacher ----
 
@@ -253,7 +268,7 @@ class Pruning(Distillation):
         all layers are alike."""
         if self.recipe.prune.targets or len(self.plan.rounds) == 1 or self.plan.rounds[0].budget is None:
             return None
-        state = from_first(lambda: read_json(self._round(1) / "search.json"))
+        state = from_first(lambda: read_json(self._round(1) / "search.json", Search))
         mix = mix_of(self.plan.config, state["candidates"][state["picked"]]["layers"])
         return mix if len(set(layer_kinds(self.plan.config))) > 1 else None
 
@@ -334,7 +349,7 @@ class Pruning(Distillation):
         if by in ("block_importance", "contiguous") or fixed:
             return "block" if by == "contiguous" else "score"
         path = self._round(number) / "layers.json"
-        if (found := read_json(path)) is None:
+        if (found := read_json(path, Drops)) is None:
             tokens = self.recipe.calibration.layer_tokens
             self.console.print(f"round {number}: each layer left out in turn, on {tokens:,} tokens")
             with torch.autocast(self.device.type, dtype=self.autocast, enabled=self.autocast is not None):
@@ -352,7 +367,7 @@ class Pruning(Distillation):
             with mistakes(round_.where):
                 return target_sizes(base.config, self._still_there(number, base))
         searched = number if round_.budget is not None else 1
-        state = from_first(lambda: read_json(self._round(searched) / "search.json"))
+        state = from_first(lambda: read_json(self._round(searched) / "search.json", Search))
         if state is None or "picked" not in state:
             picked = self._search(number, base, scores, layers)
         else:
@@ -393,7 +408,7 @@ class Pruning(Distillation):
             console=self.console,
         )  # fmt: skip
         plot = self.folder / "plots" / f"search_{number}.png"
-        on_first(lambda: plot_candidates(read_json(folder / "search.json"), plot))
+        on_first(lambda: plot_candidates(read_json(folder / "search.json", Search), plot))
         return picked
 
     def _light_healing(self, folder: Path) -> Callable[[int, nn.Module], None]:
@@ -403,7 +418,7 @@ class Pruning(Distillation):
             name, own = f"candidate_{number + 1}", self.folder
             self.folder = folder  # of checkpoints and metrics, which are none of the run's
             try:
-                self._train(0, self.recipe.heal.model_copy(update={**asked, "name": name}), student)
+                self._train(0, self.recipe.heal.model_copy(update={**asked, "name": name}), student, None)
             finally:
                 self.folder = own
             weights = folder / "phases" / name
@@ -413,7 +428,7 @@ class Pruning(Distillation):
 
     # ---- the hybrid ----
 
-    def _match(self, name: str, student: nn.Module) -> nn.Module:
+    def _match(self, name: str, student: nn.Module, before: str | None) -> nn.Module:
         """Phase 1 or 2 of a conversion, against the pruned model."""
         phase, parent = getattr(self.recipe.convert, name), self.teacher
         if self.plan.rounds:
@@ -425,7 +440,8 @@ class Pruning(Distillation):
         rows = training_rows(
             self.recipe.data, self.sources, phase.sequence_length, wanted, self.recipe.seed, self._pad()
         )
-        trainer = self._trainer(name, phase, objective_for(name, phase, student, parent), rows)
+        origin = from_first(lambda: self._origin(before))
+        trainer = self._trainer(name, phase, objective_for(name, phase, student, parent), rows, origin=origin)
         if name == "hidden" and phase.solve_tokens and not self._has_checkpoint(trainer):
             count = min(len(rows), -(-phase.solve_tokens // phase.sequence_length))
             batches = (
@@ -439,7 +455,16 @@ class Pruning(Distillation):
 
     # ---- the end ----
 
-    def _write_final(self, student: nn.Module, final: Path) -> None:
+    def _is_final(self, last: str | None) -> bool:
+        trimmed = self.recipe.prune.vocabulary is not None
+        if trimmed and read_json(self.folder / "vocabulary.json", Vocabulary) is None:
+            return False
+        return super()._is_final(last)
+
+    def _same_weights(self, final: Path, last: str | None) -> bool:
+        return True  # the last step's in another dtype, or without some tokens
+
+    def _write_final(self, student: nn.Module, last: str | None) -> None:
         student = copy.deepcopy(student) if student is self.teacher else student
         student, tokenizer = student.to(getattr(torch, self.recipe.save_dtype)), self.tokenizer
         if self.recipe.prune.vocabulary is not None:
@@ -453,10 +478,7 @@ class Pruning(Distillation):
                 if counts.any():
                     covered[name] = float(counts[trimmed.tokens].sum() / counts.sum())
             write_json(self.folder / "vocabulary.json", covered)
-        with write_whole(final, replace=True) as folder:
-            student.save_pretrained(folder)
-            add_code(folder, student)
-            tokenizer.save_pretrained(folder)
+        self._save(self.folder / STUDENT, student, self._origin(last), tokenizer)
 
     def _check_vocabulary(self) -> None:
         """One line that says what will be kept and why, or the reason why nothing can be left out."""
@@ -495,7 +517,7 @@ class Pruning(Distillation):
         rows = [["teacher", *sizes_row(self.plan.own), *(f"{n:,}" for n in parameters_of(self.teacher))]]
         searches = []
         for number in range(1, len(self.plan.rounds) + 1):
-            if (found := read_json(self._round(number) / "cut.json")) is not None:
+            if (found := read_json(self._round(number) / "cut.json", CutMade)) is not None:
                 counts = (found["parameters"], found["outside_embedding_and_head"])
                 rows.append(
                     [
@@ -504,14 +526,15 @@ class Pruning(Distillation):
                         *(f"{n:,}" for n in counts),
                     ]
                 )
-            if (state := read_json(self._round(number) / "search.json")) and "picked" in state:
+            if (state := read_json(self._round(number) / "search.json", Search)) and "picked" in state:
                 searches.append(search_table(state))
         counts = [f"{n:,}" for n in parameters_of(student)]
         if counts != rows[-1][-2:]:  # made a hybrid, or less of a vocabulary
             rows.append(["student", *sizes_row(sizes_of(student.config), self.plan.own), *counts])
         header = ["", *sizes_header(self.plan.own), "parameters", "outside embedding and head"]
         made: list[Table] = [("Sizes", header, rows), *searches]
-        if (covered := read_json(self.folder / "vocabulary.json")) is not None and self.recipe.prune.vocabulary:
+        covered = read_json(self.folder / "vocabulary.json", Vocabulary)
+        if covered is not None and self.recipe.prune.vocabulary:
             lines = [["tokens", f"{covered['after']:,} of {covered['before']:,}"]]
             lines += [[reason, f"{count:,}"] for reason, count in covered["why"].items()]
             lines += [

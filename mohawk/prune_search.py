@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM
 from mohawk.describe import describe_layers
 from mohawk.errors import UserError
 from mohawk.evaluate import Comparison, decode_speed
+from mohawk.kept import Search
 from mohawk.models.cut_sizes import Sizes, sized_config, sizes_of
 from mohawk.models.families import needed_attention
 from mohawk.processes import from_first, on_first
@@ -278,7 +279,7 @@ def search(
     In several processes all take part in healing; what `make` and `measure` give is the same on all.
     """
     path = folder / "search.json"
-    state = from_first(lambda: read_json(path)) or {"candidates": [{"sizes": asdict(sizes)} for sizes in found]}
+    state = from_first(lambda: read_json(path, Search)) or {"candidates": [{"sizes": asdict(sizes)} for sizes in found]}
     state |= {"budget": asdict(budget), "unit": UNITS[budget.kind]}
     rows = state["candidates"]
     heal = heal if len(rows) > 1 else None  # one alone needs no ranking

@@ -27,6 +27,7 @@ from mohawk.parsing import parse_json
 from mohawk.rationale_router import RationaleRouter, measure_gains, read_gains, write_file
 from mohawk.rationales import TEMPLATES, extract_rationale, read_rationales
 from mohawk.records import Prompt, content_hash
+from mohawk.run_folder import home
 
 log = logging.getLogger(__name__)
 
@@ -317,7 +318,7 @@ def _measured(records, keep, student, validation, rounds, trial) -> dict[str, An
 
 def check_output(output: str | Path) -> Path:
     """Where the records will be written. Raises UserError where something is already, or nothing can be."""
-    output = Path(output).expanduser()
+    output = home(output)
     if os.path.lexists(output):
         raise UserError(f"output: {output} exists; move it away, or choose another file")
     if not output.parent.is_dir():

@@ -6,6 +6,7 @@ right type, lies in its range and contradicts no other, or raises one UserError 
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -14,12 +15,16 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from mohawk import recipe_text
+from mohawk.checkpoints import sum_file, why_altered, write_file
 from mohawk.errors import UserError
 from mohawk.recipe_check import check
 from mohawk.recipe_text import RecipeText
+from mohawk.run_folder import RECIPE, home, is_run
 
 if TYPE_CHECKING:
     from typing_extensions import Self
+
+log = logging.getLogger(__name__)
 
 
 def _whole(value: Any) -> Any:
@@ -36,6 +41,13 @@ def _layers(value: Any) -> Any:
     return value
 
 
+def _place(value: Any) -> Any:
+    """A path with `~` for the home folder."""
+    if not isinstance(value, (str, Path)) or not str(value).strip():
+        raise ValueError("a path; ~ is the home folder")
+    return home(value)
+
+
 Whole = Annotated[int, BeforeValidator(_whole)]  # 2e6 is a whole number too
 # The upper bounds are far above what anyone can run: a slip such as 1e30 is said at once, not after hours.
 Count = Annotated[Whole, Field(ge=1, le=10**15)]
@@ -48,6 +60,7 @@ Divergence = Literal[
 Share = Annotated[float, Field(ge=0, le=1)]
 Weight = Annotated[float, Field(ge=0, le=1e6)]  # of a loss
 Text = Annotated[str, Field(min_length=1)]
+Place = Annotated[Path, Field(strict=False), BeforeValidator(_place)]
 
 
 class Section(BaseModel):
@@ -103,9 +116,7 @@ class Data(Section):
     validation_share: Annotated[float, Field(ge=0, le=0.5)] = Field(
         0.01, description="of the training documents, held out and never trained on"
     )
-    cache: Annotated[Path, Field(strict=False)] | None = Field(
-        None, description="folder for tokenised text; null: mohawk in the user's cache folder"
-    )
+    cache: Place | None = Field(None, description="folder for tokenised text; null: mohawk in the user's cache folder")
 
 
 class Phase(Section):
@@ -129,6 +140,7 @@ class Phase(Section):
     save_minutes: Annotated[float, Field(gt=0, le=1e6)] | None = Field(
         15.0, description="minutes after which one is written in any case; null: by steps alone"
     )
+    keep_checkpoints: Count = Field(2, description="how many are kept, the newest")
     log_every: Count = Field(1, description="steps between lines in metrics.jsonl")
 
     @property
@@ -243,20 +255,27 @@ class RecipeFile(Section):
     )
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="to train on")
     seed: Annotated[Whole, Field(ge=0, lt=2**32)] = Field(0, description="of data order and random weights")
-    output: Annotated[Path, Field(strict=False)] = Field(
+    output: Place = Field(
         Path("runs/student"), description="the run's folder; by default runs/<name of the recipe file>"
     )
 
     @classmethod
     def load(cls, path: str | Path, overrides: Sequence[str] = ()) -> Self:
-        """Read and check a YAML file with `a.b=c` overrides on top. Raises UserError, a line per mistake."""
-        path = Path(path)
+        """Read and check a YAML file with `a.b=c` overrides on top. Raises UserError, a line per mistake.
+
+        A run's own recipe.yaml means the folder that it lies in, wherever the run was moved to.
+        """
+        path = home(path)
         read = read_recipe(path)
         from mohawk.recipe_kinds import command_for
 
         if (command := command_for(cls, read.data)) is not None:
             raise UserError(f"{path}: this is a recipe for `{command}`; run that")
         read.data.setdefault("output", f"runs/{path.stem}")
+        if path.name == RECIPE and is_run(path.parent):
+            read.data["output"] = str(path.parent)
+            if (problem := why_altered(path)) is not None:
+                log.warning("%s %s: was it edited? It is taken as it says", path, problem)
         return check(cls, read, overrides, cls.contradictions)
 
     @classmethod
@@ -274,7 +293,12 @@ class RecipeFile(Section):
         return recipe_text.write(values | last)  # as a person would order it
 
     def save(self, path: str | Path) -> None:
-        Path(path).write_text(self.to_yaml(), encoding="utf-8")
+        """Write the resolved recipe; over a run's own, as what the run is to go by."""
+        if sum_file(Path(path)).exists():
+            with write_file(path) as beside:
+                beside.write_text(self.to_yaml(), encoding="utf-8")
+        else:
+            Path(path).write_text(self.to_yaml(), encoding="utf-8")
 
     def contradictions(self) -> Iterator[tuple[list[recipe_text.Path], str]]:
         """(the values involved, what is wrong with them together)."""

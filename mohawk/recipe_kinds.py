@@ -7,10 +7,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from mohawk.checkpoints import why_altered
 from mohawk.errors import UserError
 from mohawk.recipe import Recipe, RecipeFile, Student, read_recipe, shipped, shipped_names
+from mohawk.run_folder import RECIPE
 
-RECIPE = "recipe.yaml"  # in a run's folder
 COMMANDS = {"prune": "mohawk prune", "stages": "mohawk distill"}  # a key that only recipes of one kind have
 CONVERT = "mohawk convert"
 MIXER = Student.model_fields.keys()  # of a conversion's student; no key of a distillation's is called so
@@ -44,14 +45,33 @@ def command_for(schema: type[RecipeFile], data: Mapping[str, Any]) -> str | None
 
 
 def load_run_recipe(folder: str | Path, overrides: Sequence[str] = ()) -> RecipeFile:
-    """A run's recipe with `a.b=c` overrides on top. Raises UserError, a line per mistake."""
+    """A run's recipe with `a.b=c` overrides on top. Raises UserError, a line per mistake, or where the file is not what
+    the run wrote."""
     path = Path(folder) / RECIPE
+    refuse_altered(path)
     return kind_of(path).load(path, overrides)
+
+
+def refuse_altered(path: Path) -> None:
+    """UserError where a run's recipe.yaml is damaged or was edited."""
+    if (problem := why_altered(path)) is not None:
+        raise UserError(
+            f"{path} {problem}: {run_command(path.parent)} with the recipe that the run was made of writes it anew; "
+            "with this one takes it as edited on purpose"
+        )
+
+
+def trims_vocabulary(recipe: RecipeFile) -> bool:
+    """Whether the run's student has fewer tokens than its teacher, and numbers of its own for them."""
+    return getattr(getattr(recipe, "prune", None), "vocabulary", None) is not None
 
 
 def run_command(folder: str | Path) -> str:
     """The command that goes on with a run."""
-    return _command(Path(folder) / RECIPE)
+    try:
+        return _command(Path(folder) / RECIPE)
+    except UserError:  # a damaged recipe does not say
+        return "the run's command"
 
 
 def print_shipped() -> None:

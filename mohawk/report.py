@@ -6,16 +6,18 @@ import hashlib
 import json
 import logging
 import math
-import os
 import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mohawk.checkpoints import MANIFEST
+from pydantic import TypeAdapter, ValidationError
+
+from mohawk.checkpoints import MANIFEST, why_altered, write_file
 from mohawk.describe import size_text
 from mohawk.errors import UserError
+from mohawk.kept import Compared, Measured, Results, Tasks
 from mohawk.metrics import METRICS, read_metrics
 from mohawk.parsing import parse_json
 from mohawk.plots import TEXTS, plot_evaluation, plot_losses, plot_tasks
@@ -84,7 +86,7 @@ def finish(
     asked = recipe.evaluation
     models = {"teacher": teacher, "student": student}
     of = {"teacher": tokenizer, "student": student_tokenizer or tokenizer}
-    earlier = read_json(folder / RESULTS) or {}
+    earlier = read_json(folder / RESULTS, Measured) or {}
     if earlier.get("recipe", {}).get("evaluation") != asked.model_dump(mode="json"):
         earlier = {}
     decoding = earlier.get("decoding") or {
@@ -95,7 +97,7 @@ def finish(
         "prompt": asked.prompt,
         **{who: continuation(m, of[who], asked.prompt, asked.continuation_tokens) for who, m in models.items()},
     }
-    evaluated = {stage: read_json(folder / "evaluation" / f"{stage}.json") for stage in stages}
+    evaluated = {stage: read_json(folder / "evaluation" / f"{stage}.json", dict[str, Compared]) for stage in stages}
     evaluated = {stage: found for stage, found in evaluated.items() if found}
     plot_losses(folder / METRICS, folder / "plots" / "losses.png", labels)
     plot_evaluation(evaluated, folder / "plots" / "evaluation.png")
@@ -141,7 +143,7 @@ def report_tasks(folder: Path | str) -> Path | None:
     Returns the report, None where the run has none yet: `finish` will put them in.
     """
     folder = Path(folder)
-    results, tasks = read_json(folder / RESULTS), kept_tasks(folder, STUDENT)
+    results, tasks = read_json(folder / RESULTS, Results), kept_tasks(folder, STUDENT)
     if results is None or tasks is None:
         return None
     _plot_tasks(folder, tasks)
@@ -155,7 +157,7 @@ def report_tasks(folder: Path | str) -> Path | None:
 
 def kept_tasks(folder: Path, student: str) -> dict[str, Any] | None:
     """evaluation/tasks.json, if it is of the student that is in the run's folder `student` now."""
-    found = read_json(folder / TASKS)
+    found = read_json(folder / TASKS, Tasks)
     same = found and (found["student"], found["fingerprint"]) == (student, fingerprint(folder / student))
     return found if same else None
 
@@ -178,24 +180,32 @@ def write_json(path: Path | str, value: Any) -> None:
 
 
 def write_text(path: Path | str, text: str) -> None:
-    """Write a text file by one rename, making its folder."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.tmp")
-    beside.write_text(text, encoding="utf-8")
-    os.replace(beside, path)
+    """Write a text file by one rename, making its folder; `why_altered` knows it again."""
+    with write_file(path) as beside:
+        beside.write_text(text, encoding="utf-8")
 
 
-def read_json(path: Path | str) -> Any | None:
-    """What `write_json` wrote, with its numbers back; None where there is no such file, or a damaged one (logged)."""
+def read_json(path: Path | str, kind: Any = dict[str, Any]) -> Any | None:
+    """What `write_json` wrote, with its numbers back; None where there is no such file, or a damaged one (logged).
+
+    kind: a type as pydantic checks it; a value of another one is damage too.
+    """
     path = Path(path)
     if not path.is_file():
         return None
+    problem = why_altered(path)
     try:
-        return _numbers(parse_json(path.read_text(encoding="utf-8")))
-    except ValueError as error:
-        log.warning("%s is damaged (%s): measuring again what was in it", path, error)
-        return None
+        if problem is None:
+            value = _numbers(parse_json(path.read_text(encoding="utf-8")))
+            TypeAdapter(kind).validate_python(value, strict=True)
+            return value
+    except ValidationError as error:
+        first = error.errors()[0]
+        problem = f"{'.'.join(map(str, first['loc'])) or 'all of it'}: {first['msg']}"
+    except (OSError, ValueError) as error:
+        problem = str(error)
+    log.warning("%s is damaged (%s): making again what was in it", path, problem)
+    return None
 
 
 def _finite(value: Any) -> Any:

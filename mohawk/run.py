@@ -21,26 +21,40 @@ import torch
 from rich.console import Console
 from torch import nn
 
-from mohawk.checkpoints import is_complete, locked, newest_complete, write_whole
+from mohawk.binding import bind, bound, of_this_run, write_bound
+from mohawk.checkpoints import (
+    about_of,
+    drop_file,
+    is_complete,
+    locked,
+    newest_complete,
+    weights_sum,
+    why_altered,
+    write_whole,
+)
 from mohawk.data import Data, PackedDataset, collate, load_data
 from mohawk.errors import UserError
 from mohawk.evaluate import TeacherStates, compare, teacher_states
+from mohawk.kept import Compared
+from mohawk.nonfinite import refuse_nonfinite
 from mohawk.precision import autocast_dtype
 from mohawk.processes import first_before_others, from_first, on_first, several
+from mohawk.remote_code import add_code
 from mohawk.report import RESULTS, read_json, write_json, write_text
+from mohawk.run_folder import RECIPE, RUN_FILE
 from mohawk.same_tokenizer import teacher_tokenizer
 from mohawk.teachers import load_teacher
 from mohawk.trainer import PhaseTrainer
 
 log = logging.getLogger(__name__)
 
-RECIPE = "recipe.yaml"
 STUDENT = "student"
 # What may change when a stopped run goes on: what does not decide what the steps so far meant,
 CHANGEABLE = (
     "device",
     ".save_every",
     ".save_minutes",
+    ".keep_checkpoints",
     ".log_every",
     ".decode_tokens",
     ".contexts",
@@ -73,6 +87,7 @@ def _claimed(run: Path, recipe: Any) -> Iterator[None]:
             changed = _changes(run, recipe)
             run.mkdir(parents=True, exist_ok=True)
             stack.enter_context(locked(run))
+            write_bound(run, recipe)  # first: of the two it is the one to go by
             write_text(written, recipe.to_yaml())
         except OSError as error:
             raise UserError(f"output: {run} cannot be written ({error.strerror}); choose another output") from error
@@ -94,11 +109,11 @@ def check_folder(run: Path, recipe: Any) -> None:
 def _changes(run: Path, recipe: Any) -> list[str]:
     """What the recipe says otherwise than the run that is there, by dotted names; UserError if the folder is no run
     of this kind, or one that cannot go on so."""
-    if not (run / RECIPE).is_file():
+    if not any((run / name).is_file() for name in (RECIPE, RUN_FILE)):
         if run.exists() and any(not path.name.startswith(".") for path in run.iterdir()):
             raise UserError(f"output: {run} exists and is not a run of mohawk; choose another output")
         return []
-    changed = _changed(_written(run / RECIPE, type(recipe)), recipe)
+    changed = _changed(_written(run, type(recipe)), recipe)
     if fixed := [name for name in changed if not _changeable(run, recipe, name)]:
         raise UserError(
             f"output: {run} holds the run of a recipe with another {', '.join(fixed)}; choose another output, or "
@@ -107,13 +122,18 @@ def _changes(run: Path, recipe: Any) -> list[str]:
     return changed
 
 
-def _written(path: Path, kind: type) -> Any:
-    """The recipe of the run that is there."""
+def _written(run: Path, kind: type) -> Any:
+    """The recipe of the run that is there: run.json's, which no one edits; of an earlier version's run, recipe.yaml."""
+    path, known = run / RECIPE, bound(run)
+    if known is not None and path.is_file() and (problem := why_altered(path)) is not None:
+        log.warning("%s %s; going by %s", path, problem, RUN_FILE)
     try:
-        return kind.load(path)
+        return kind.load(path) if known is None else kind.from_dict(known["recipe"])
     except UserError as error:
         line = str(error).splitlines()[0]
-        raise UserError(f"output: {path.parent} holds a run of another kind ({line}); choose another output") from error
+        if known is None and path.is_file() and not path.read_bytes().strip():
+            raise UserError(f"output: {path} is empty; put the run's recipe there, or choose another output") from error
+        raise UserError(f"output: {run} holds a run of another kind ({line}); choose another output") from error
 
 
 def _changeable(run: Path, recipe: Any, name: str) -> bool:
@@ -150,9 +170,13 @@ def _mappings(value: Any) -> bool:
 
 
 class Run:
-    """The state of one run: its folder, teacher, text, and the measurements on it."""
+    """The state of one run: its folder, teacher, text, and the measurements on it.
 
-    def __init__(self, recipe: Any, run: Path, console: Console):
+    trains: False where a run is only measured, on another text perhaps.
+    """
+
+    def __init__(self, recipe: Any, run: Path, console: Console, *, trains: bool = True):
+        self.trains = trains
         self.recipe, self.folder, self.console = recipe, run, console
         self.device = pick_device(recipe.device)
         self.autocast = autocast_dtype(recipe.precision, self.device)
@@ -164,10 +188,16 @@ class Run:
             )
         )
         self.data = first_before_others(self._load_data)
+        on_first(self._bind)
         self.teacher = self._load_teacher()
         self._check_tokens()
         # where everything is measured
         self.texts = on_first(self._evaluation_texts) or {}
+
+    def _bind(self) -> None:
+        """This run reads what it began with."""
+        precision = str(self.autocast or "float32").removeprefix("torch.")
+        bind(self.folder, self.recipe, self.tokenizer, precision, record=self.trains)
 
     def _load_teacher(self) -> nn.Module:
         teacher = self.recipe.teacher
@@ -203,7 +233,7 @@ class Run:
 
     def _measure(self, stage: str, student: nn.Module) -> None:
         path = self.folder / "evaluation" / f"{stage}.json"
-        if read_json(path) is not None:
+        if read_json(path, dict[str, Compared]) is not None:
             return
         results = {
             name: asdict(compare(student, states, autocast=self.autocast)) for name, states in self.texts.items()
@@ -225,8 +255,49 @@ class Run:
         return self.folder / "phases" / phase / STUDENT
 
     def _is_complete(self, phase: str) -> bool:
-        """Whether a phase's student is there; the same on all processes."""
-        return from_first(lambda: is_complete(self._student(phase)))
+        """Whether a phase's student is there, and this run's; the same on all processes."""
+
+        def complete() -> bool:
+            folder = self._student(phase)
+            if not is_complete(folder):
+                return False
+            if not of_this_run(self.folder, about_of(folder)):
+                raise UserError(
+                    f"{folder}: is of another run; put this one's back, or delete it to train the phase again"
+                )
+            return True
+
+        return from_first(complete)
+
+    def _origin(self, before: str | None) -> dict[str, str]:
+        """What a step's checkpoints and student are of: this run, and the weights that the step before left."""
+        known = bound(self.folder)
+        of = {} if known is None else {"run": known["id"]}
+        left = None if before is None else weights_sum(self._student(before))
+        return of if left is None else of | {"from": left}
+
+    def _is_final(self, last: str | None) -> bool:
+        """Whether the run's student is whole, and made of the one that the last step left."""
+        final = self.folder / STUDENT
+        if not is_complete(final):
+            return False
+        made_from = about_of(final).get("from")
+        return made_from == self._origin(last).get("from") if about_of(final) else self._same_weights(final, last)
+
+    def _same_weights(self, final: Path, last: str | None) -> bool:
+        """Of a student of an earlier version, which does not say what it is made of."""
+        return last is None or weights_sum(final) == weights_sum(self._student(last))
+
+    def _save(self, folder: Path, student: nn.Module, about: dict[str, str], tokenizer: Any = None) -> None:
+        """A student's folder. Raises UserError, and leaves what is there, where a weight is not finite."""
+        refuse_nonfinite(student, f"{folder}: this student", "it is not written; lower the learning rate")
+        if folder == self.folder / STUDENT:
+            drop_file(self.folder / RESULTS)  # speeds and continuations of an earlier one
+        with write_whole(folder, replace=True, about=about) as partial:
+            student.save_pretrained(partial)
+            if tokenizer is not None:  # a student to be used
+                add_code(partial, student)
+                tokenizer.save_pretrained(partial)
 
     def _has_checkpoint(self, trainer: PhaseTrainer) -> bool:
         return from_first(lambda: newest_complete(trainer.folder) is not None)
@@ -234,18 +305,17 @@ class Run:
     def _forget(self, stage: str) -> None:
         def forget() -> None:
             for path in (self.folder / "evaluation" / f"{stage}.json", self.folder / RESULTS):
-                path.unlink(missing_ok=True)
+                drop_file(path)
 
         on_first(forget)
 
-    def _write_student(self, phase: str, student: nn.Module) -> None:
-        """After a phase: when this returns, it is there."""
+    def _write_student(self, phase: str, student: nn.Module, before: str | None) -> None:
+        """After a phase: when this returns, it is there. before: the phase before it, if any."""
+        on_first(lambda: self._save(self._student(phase), student, self._origin(before)))
 
-        def write() -> None:
-            with write_whole(self._student(phase), replace=True) as folder:
-                student.save_pretrained(folder)
-
-        on_first(write)
+    def _write_final(self, student: nn.Module, last: str | None) -> None:
+        """The run's student, made of the one that the last phase left."""
+        self._save(self.folder / STUDENT, student, self._origin(last), self.tokenizer)
 
     def _rows(self, name: str, phase: Any) -> PackedDataset:
         """The training text in rows of a phase's length."""

@@ -16,10 +16,13 @@ from rich.table import Table
 
 from mohawk.checkpoints import locked, why_incomplete
 from mohawk.errors import UserError
+from mohawk.kept import Selection
 from mohawk.layer_probe import Probe
 from mohawk.plots import plot_selection
 from mohawk.recipe import Recipe
+from mohawk.recipe_kinds import refuse_altered
 from mohawk.report import read_json, write_json
+from mohawk.run_folder import home
 
 SELECTION = "selection.json"
 PLOT = "plots/selection.png"
@@ -84,15 +87,16 @@ def trained_student(run: str | Path) -> tuple[Recipe, Path]:
     Raises:
         UserError: no run, or these phases are not finished.
     """
-    folder = Path(run).expanduser()
+    folder = home(run)
     if not (folder / "recipe.yaml").is_file():
         raise UserError(f"{run} is not a run's folder: it holds no recipe.yaml")
+    refuse_altered(folder / "recipe.yaml")
     recipe = Recipe.load(folder / "recipe.yaml")
     phases = [name for name, _ in recipe.phases.active() if name != "end_to_end"]
     if not phases:
         raise UserError(f"{run}: its recipe has neither phase 1 nor phase 2, so its mixers are not trained one by one")
     student = folder / "phases" / phases[-1] / "student"
-    if problem := why_incomplete(student):
+    if problem := why_incomplete(student, remembered=True):
         raise UserError(f"{student}: {problem}; to finish the phase: mohawk convert {folder / 'recipe.yaml'}")
     return recipe, student
 
@@ -120,7 +124,7 @@ def select(
     console = console or Console()
     if by not in RANKINGS:
         raise UserError(f"--by: got {by!r}; allowed: {', '.join(RANKINGS)}")
-    folder = Path(run).expanduser()
+    folder = home(run)
     _, student = trained_student(folder)
     with locked(folder):
         probe = Probe(folder, student, tokens, console)
@@ -152,7 +156,7 @@ def select(
             for i in range(len(order) + 1):
                 probe.rebase(order[:i])
                 path.append({"kl": probe.kl(order[:i]), "recall": probe.recall(order[:i])})
-        found = read_json(folder / SELECTION) or {}
+        found = read_json(folder / SELECTION, Selection) or {}
         if found.get("settings") != probe.settings:
             found = {"settings": probe.settings, "rankings": {}}
         found |= {"num_layers": probe.num_layers, "layers": alone}

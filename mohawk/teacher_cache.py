@@ -28,6 +28,7 @@ from mohawk.errors import UserError
 from mohawk.heads import Head
 from mohawk.kernels.kd_teachers import Teacher, TeacherHidden, TeacherSamples, TeacherTopK
 from mohawk.parsing import parse_json
+from mohawk.run_folder import home
 from mohawk.teacher_records import DTYPES, Layout, checksum, decode, is_whole, text_digest
 
 FORMAT = "mohawk teacher cache"
@@ -47,12 +48,15 @@ class TeacherCache:
     """
 
     def __init__(self, folder: str | Path):
-        self.folder = Path(folder)
+        self.folder = home(folder)
         self.manifest = read_manifest(self.folder)
-        self.layout = Layout(**self.manifest["layout"])
-        self.temperature: float | None = self.manifest["temperature"]
-        self.rows: int = self.manifest["data"]["rows"]
-        self.rows_per_shard: int = self.manifest["rows_per_shard"]
+        try:
+            self.layout = Layout(**self.manifest["layout"])
+            self.temperature: float | None = self.manifest["temperature"]
+            self.rows: int = int(self.manifest["data"]["rows"])
+            self.rows_per_shard: int = int(self.manifest["rows_per_shard"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise UserError(f"{self.folder / MANIFEST}: is damaged (no JSON of a teacher cache); {REPAIR}") from error
         if (problem := why_incomplete(self.folder, contents=False)) is not None:
             raise UserError(f"{self.folder}: {problem}; {REPAIR}")
         self._shards: dict[int, np.memmap] = {}
@@ -267,7 +271,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         raise UserError(f"{folder}: holds no {MANIFEST}, so it is no teacher cache{unfinished}") from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from error
-    except (ValueError, KeyError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         if isinstance(error, UserError):
             raise
         raise UserError(f"{path}: is damaged (no JSON of a teacher cache); {REPAIR}") from error

@@ -28,6 +28,7 @@ from mohawk.checkpoints import MANIFEST, fsync, locked, why_incomplete
 from mohawk.errors import UserError
 from mohawk.heads import Head
 from mohawk.parsing import parse_json
+from mohawk.run_folder import home
 from mohawk.teacher_answers import Answers, make_answers, teacher_hash, within
 from mohawk.teacher_cache import (
     FORMAT,
@@ -90,7 +91,7 @@ def write_cache(
         UserError: an argument out of its range; `folder` holds something else or a cache made with other settings or of
             another text; another process is writing it; the disk is full or can't be written; the teacher gives NaN.
     """
-    folder = Path(folder)
+    folder = home(folder)
     rows = len(dataset) if rows is None else rows
     answers = make_answers(
         teacher, dataset, kind=kind, k=k, draws=draws, temperature=temperature, seed=seed, vocab_size=vocab_size,

@@ -12,9 +12,11 @@ from pathlib import Path
 from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any
 
+from mohawk.checkpoints import refuse_damaged
 from mohawk.errors import UserError, causes, machines_own
 from mohawk.extras import explain
 from mohawk.hub import hub_or_cache, is_unreachable
+from mohawk.run_folder import home
 
 if TYPE_CHECKING:
     import torch
@@ -36,7 +38,7 @@ def locate(model: str | Path, gguf_file: str | None = None) -> tuple[str, str | 
     name = str(model).strip()
     if not name:
         raise UserError("teacher: the model is empty; give a local folder, a .gguf file or a hub id")
-    path = Path(name).expanduser()
+    path = home(name)
     if path.is_file():
         if path.suffix.lower() != ".gguf":
             raise UserError(f"teacher: {name} is a file; give the folder that holds config.json, or a .gguf file")
@@ -51,6 +53,7 @@ def locate(model: str | Path, gguf_file: str | None = None) -> tuple[str, str | 
             raise UserError(
                 f"teacher: {name} holds no config.json, so it is no saved Hugging Face model; {_listed(path, '.gguf')}"
             )
+        refuse_damaged(path, "make it again", "teacher: cannot load the weights from the folder ")
         return str(path), gguf_file
     if _looks_local(name):
         raise UserError(f"teacher: {name} does not exist (looked for {path.absolute()})")
@@ -59,7 +62,7 @@ def locate(model: str | Path, gguf_file: str | None = None) -> tuple[str, str | 
 
 def _looks_local(name: str) -> bool:
     """Whether a missing name was meant as a path: a hub id has one slash and names no folder of ours."""
-    parent = Path(name).expanduser().parent
+    parent = home(name).parent
     return (
         name.startswith((".", "/", "~", "\\"))
         or name.count("/") > 1
@@ -171,6 +174,7 @@ def load_teacher(
 
     from mohawk.models.families import needed_attention
     from mohawk.models.released import load_released
+    from mohawk.nonfinite import refuse_nonfinite
 
     if dtype not in DTYPES:
         raise UserError(f"teacher.dtype: got {dtype!r}; allowed: {', '.join(DTYPES)}")
@@ -206,6 +210,7 @@ def load_teacher(
         log.warning("%s was saved as %s: its text model alone is used, and is all that students keep", name, saved[0])
     if gguf_file is not None:
         teacher = without_quantization(teacher)
+    refuse_nonfinite(teacher, f"teacher: {name}", "give a checkpoint whose weights are whole")
     teacher.eval().requires_grad_(False)
     if quantize == "int4":
         from mohawk.lora import keep_unpacked
@@ -264,7 +269,7 @@ def load_tokenizer(
 
     if tokenizer is not None:
         # transformers would take a tokenizer.json anywhere; only a missing folder needs our own words
-        path = Path(str(tokenizer)).expanduser()
+        path = home(str(tokenizer))
         name = str(path) if path.exists() else str(tokenizer)
         if not path.exists() and _looks_local(name):
             raise UserError(f"teacher.tokenizer: {name} does not exist (looked for {path.absolute()})")

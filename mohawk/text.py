@@ -5,12 +5,14 @@ A source is a text file, JSON lines, Parquet, a glob, a folder of those, or a hu
 
 from __future__ import annotations
 
+import functools
 import glob as globbing
 import hashlib
 import itertools
 import json
 import logging
 import re
+import shutil
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -20,9 +22,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mohawk.errors import UserError, causes, machines_own
-from mohawk.fetch import cache_dir, whole_folder
+from mohawk.fetch import cache_dir, kept_whole, whole_folder
 from mohawk.hub import hub_or_cache
 from mohawk.parsing import parse_json
+from mohawk.run_folder import home
 
 if TYPE_CHECKING:
     import datasets
@@ -105,7 +108,7 @@ def tokenize(source: Any, tokenizer: PreTrainedTokenizerBase, *, cache: Path | s
     settings; the cached folder is whole or absent. Raises UserError.
     """
     source = as_source(source)
-    root = (Path(cache).expanduser() if cache is not None else cache_dir()) / "tokens"
+    root = (home(cache) if cache is not None else cache_dir()) / "tokens"
     files, form = local_files(source)
     # a hub dataset has to be opened to know its content; local files are only hashed
     dataset = None if files else load_rows(source, files, form)
@@ -114,9 +117,10 @@ def tokenize(source: Any, tokenizer: PreTrainedTokenizerBase, *, cache: Path | s
     settings |= {"format": form, "tokenizer": tokenizer_key(tokenizer)}
     key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:24]
     folder = root / key
-    if not folder.is_dir():
+    about = {"key": key}  # so that another folder under this name is not taken for it
+    if not kept_whole(folder, about) or not _readable(folder):
         # `scratch` vanishes at the end: the Arrow copy of local files is only a step to the token ids
-        with whole_folder(folder) as partial, tempfile.TemporaryDirectory(dir=partial.parent) as scratch:
+        with whole_folder(folder, about) as partial, tempfile.TemporaryDirectory(dir=partial.parent) as scratch:
             if dataset is None:
                 dataset = load_rows(source, files, form, scratch)
             _check_field(dataset, source)
@@ -124,12 +128,33 @@ def tokenize(source: Any, tokenizer: PreTrainedTokenizerBase, *, cache: Path | s
     return TokenizedText(folder)
 
 
+def _readable(folder: Path) -> bool:
+    """Whether the arrays of a cached folder fit each other, as one without sums may not; such a one is removed."""
+    try:
+        text = TokenizedText(folder)
+        if (folder / "tokens.bin").stat().st_size == int(text.offsets[-1]) * text.dtype.itemsize:
+            return True
+        problem = "tokens.bin has another length than offsets.npy says"
+    except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
+        problem = str(error)
+    log.warning("%s is damaged (%s); making it again", folder, problem)
+    shutil.rmtree(folder)
+    return False
+
+
+def source_content(source: Any) -> str:
+    """What a source holds, as a hash: of its files' bytes, or the fingerprint that `datasets` gives its rows."""
+    source = as_source(source)
+    files, form = local_files(source)
+    return content_key(files) if files else load_rows(source, files, form)._fingerprint
+
+
 def local_files(source: Source) -> tuple[list[Path], str | None]:
     """The files a local source names, sorted, and their format; ([], None) for a hub id."""
     name = source.source
     if source.format is not None and source.format not in FORMATS:
         raise UserError(f"data: {name}: format {source.format!r} is unknown; allowed: {', '.join(FORMATS)}")
-    path = Path(name).expanduser()
+    path = home(name)
     if path.is_file():
         files = [path]
     elif path.is_dir():
@@ -162,7 +187,7 @@ def _suffix(path: Path) -> str:
 
 
 def _looks_local(name: str) -> bool:
-    parent = Path(name).expanduser().parent
+    parent = home(name).parent
     return (
         name.startswith((".", "/", "~", "\\"))
         or name.count("/") > 1
@@ -284,10 +309,16 @@ def _check_field(dataset: datasets.Dataset, source: Source) -> None:
 
 
 def content_key(files: list[Path]) -> str:
-    """A hash of the files' bytes, hex."""
+    """A hash of the files' bytes, hex; in one process, files that keep their size and times are read once."""
+    stamps = ((path, path.stat()) for path in files)
+    return _content_key(tuple((path, at.st_size, at.st_mtime_ns, at.st_ctime_ns) for path, at in stamps))
+
+
+@functools.lru_cache(maxsize=1024)
+def _content_key(files: tuple[tuple[Path, int, int, int], ...]) -> str:
     digest = hashlib.blake2b(digest_size=32)
-    for path in files:
-        digest.update(f"{path.stat().st_size} ".encode())
+    for path, size, *_ in files:
+        digest.update(f"{size} ".encode())
         with path.open("rb") as file:
             while block := file.read(1 << 22):
                 digest.update(block)

@@ -32,7 +32,7 @@ import os
 import shutil
 import time
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,11 +45,22 @@ from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_N
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from mohawk.batches import Batches
-from mohawk.checkpoints import Interrupted, locked, newest_complete, remove_partial, rotate, write_whole
+from mohawk.checkpoints import Interrupted, about_of, locked, newest_complete, remove_partial, rotate, write_whole
 from mohawk.errors import UserError, naming
 from mohawk.next_tokens import IGNORED, next_labels
+from mohawk.nonfinite import first_nonfinite
 from mohawk.precision import autocast_dtype
-from mohawk.processes import agree, is_first, means, several, share_parameters, sum_gradients, total, wait_for_all
+from mohawk.processes import (
+    agree,
+    from_first,
+    is_first,
+    means,
+    several,
+    share_parameters,
+    sum_gradients,
+    total,
+    wait_for_all,
+)
 from mohawk.progress import Metrics, Progress, Window
 from mohawk.stopping import SAME_SIGNAL, SAME_SIGNAL_DISTRIBUTED, StopRequest
 from mohawk.trackers import trackers
@@ -72,7 +83,7 @@ class PhaseTrainer(Trainer):
         name: of the phase: `run_dir/phases/<name>/` holds its checkpoints.
         phase: `tokens`, `batch_size`, `sequence_length`, `learning_rate`, `betas`, `weight_decay`,
             `max_grad_norm`, `warmup`, `decay` (fractions of the steps), `gradient_accumulation`,
-            `save_every`, `log_every` (steps); `eps` and `save_minutes` (of the clock) are optional.
+            `save_every`, `log_every` (steps); `eps`, `keep_checkpoints` and `save_minutes` (of the clock) are optional.
         run_dir: of the run; metrics.jsonl is appended to there.
         train_dataset: maps an index to an example; read in an order that depends on seed and name only, anew
             in each pass.
@@ -82,7 +93,10 @@ class PhaseTrainer(Trainer):
         device: `auto`, `cpu` or `cuda`.
         max_nonfinite: this many steps in a row (or `max_nonfinite_total` in the phase) with a loss or
             gradient that is not finite end the run with a UserError.
-        keep_checkpoints: how many complete checkpoints to keep.
+        keep_checkpoints: how many complete checkpoints to keep; default the phase's `keep_checkpoints`, else 1. With 2
+            a damaged newest one costs the steps of one interval.
+        origin: what the phase's checkpoints belong to: `run`, its id, and `from`, the sum of the weights that they go
+            on from. One that says otherwise is refused.
         report_to: experiment trackers of transformers' (`tensorboard`, `wandb`, ...) that get each record too.
     """
 
@@ -100,7 +114,8 @@ class PhaseTrainer(Trainer):
         seed: int = 0,
         max_nonfinite: int = 3,
         max_nonfinite_total: int = 10,
-        keep_checkpoints: int = 1,
+        keep_checkpoints: int | None = None,
+        origin: Mapping[str, str] | None = None,
         report_to: Sequence[str] = (),
     ):
         if device not in ("auto", "cpu") and not torch.cuda.is_available():
@@ -112,7 +127,8 @@ class PhaseTrainer(Trainer):
         self.folder = Path(run_dir) / "phases" / name
         self.max_nonfinite = max_nonfinite
         self.max_nonfinite_total = max_nonfinite_total
-        self.keep_checkpoints = keep_checkpoints
+        self.keep_checkpoints = keep_checkpoints or getattr(phase, "keep_checkpoints", 1)
+        self.origin = dict(origin or {})
         # Each phase reads the data in its own order.
         self.order_seed = (seed << 32) + zlib.crc32(name.encode())
 
@@ -187,8 +203,8 @@ class PhaseTrainer(Trainer):
         Raises:
             Interrupted: a signal (mohawk.stopping) came; the checkpoint is written. A second signal does what it does
                 without us: stop at once.
-            UserError: too many steps were not finite, the disk is full, a checkpoint is of another model, or
-                another process trains this phase.
+            UserError: too many steps were not finite, weights are not, the disk is full, a checkpoint is of another
+                model or run, or another process trains this phase.
         """
         with contextlib.ExitStack() as stack:
             stack.callback(self.progress.close)
@@ -196,7 +212,7 @@ class PhaseTrainer(Trainer):
                 self.folder.mkdir(parents=True, exist_ok=True)
                 stack.enter_context(locked(self.folder))
                 remove_partial(self.folder)
-            checkpoint = agree(newest_complete(self.folder) if self.is_world_process_zero() else None)
+            checkpoint = from_first(self._newest_checkpoint)
             stack.enter_context(self._request.caught())
             start = f"from {checkpoint.name}" if checkpoint else "from the beginning"
             logger.info(
@@ -222,6 +238,20 @@ class PhaseTrainer(Trainer):
             logger.info("%s: %s", self.name, saved)
             raise saved
         logger.info("%s: done after %d steps", self.name, self.state.global_step)
+
+    def _newest_checkpoint(self) -> Path | None:
+        """Where the phase goes on. Raises UserError where that is of another run, or goes on from other weights."""
+        checkpoint = newest_complete(self.folder)
+        if checkpoint is None:
+            return None
+        about, what = about_of(checkpoint), {"run": "is of another run", "from": "goes on from other weights"}
+        for name, value in self.origin.items():
+            if about.get(name, value) != value:
+                raise UserError(
+                    f"{checkpoint}: {what.get(name, f'has another {name}')} than this phase now begins with; delete "
+                    f"{self.folder} to train the phase from its beginning, or put back what it was"
+                )
+        return checkpoint
 
     # ---- Data ----
 
@@ -401,7 +431,8 @@ class PhaseTrainer(Trainer):
             with naming(path), contextlib.ExitStack() as stack:
                 folder = None
                 if self.is_world_process_zero():
-                    folder = stack.enter_context(write_whole(path, replace=True))
+                    self._refuse_nonfinite()
+                    folder = stack.enter_context(write_whole(path, replace=True, about=self.origin))
                     self._write_checkpoint(folder)
                 folder = agree(folder)
                 self._save_rng_state(str(folder))  # a file each: several machines must share the folder
@@ -419,6 +450,24 @@ class PhaseTrainer(Trainer):
         if self.is_world_process_zero():
             rotate(self.folder, path, keep=self.keep_checkpoints)
         wait_for_all()
+
+    def _refuse_nonfinite(self) -> None:
+        """Weights that are not finite never take the place of earlier ones. Raises UserError."""
+        state = self.optimizer.state
+        moments = (
+            (f"{key} of {name}", value)
+            for name, p in self.trainable.items()
+            for key, value in state.get(p, {}).items()
+            if isinstance(value, torch.Tensor)
+        )
+        found = first_nonfinite(itertools.chain(self.trainable.items(), moments))
+        if found is not None:
+            kept = newest_complete(self.folder)
+            raise UserError(
+                f"phases.{self.name}: after step {self.state.global_step} {found} is not finite, so no checkpoint is"
+                f" written; {f'{kept.name} is complete' if kept else 'there is no earlier one'}. Lower"
+                f" phases.{self.name}.learning_rate (now {self.phase.learning_rate:g}) and run again"
+            )
 
     def _write_checkpoint(self, folder: Path) -> None:
         weights = {name: p.detach().cpu().contiguous() for name, p in self.trainable.items()}
@@ -446,7 +495,7 @@ class PhaseTrainer(Trainer):
         with torch.no_grad():
             for name, parameter in self.trainable.items():
                 parameter.copy_(weights[name])
-        then, now = json.loads((checkpoint / PHASE_STATE).read_text()), self._phase_state()
+        then, now = _phase_state_of(checkpoint), self._phase_state()
         self.skipped_steps, self.nonfinite_in_a_row = then["skipped_steps"], then["nonfinite_in_a_row"]
         if hasattr(self.model, "load_training_state"):
             self.model.load_training_state(load_file(checkpoint / OBJECTIVE_STATE), then["objective"])
@@ -537,8 +586,21 @@ def _real_tokens(batch: dict[str, torch.Tensor]) -> int:
 
 def _finished(checkpoint: Path) -> bool:
     """Whether the objective had ended its phase when this was saved."""
-    state = json.loads((checkpoint / PHASE_STATE).read_text(encoding="utf-8"))
-    return bool((state.get("objective") or {}).get("finished"))
+    return bool((_phase_state_of(checkpoint).get("objective") or {}).get("finished"))
+
+
+def _phase_state_of(checkpoint: Path) -> dict[str, Any]:
+    """What `PhaseTrainer._phase_state` gave. Raises UserError where it is of another shape."""
+    path = checkpoint / PHASE_STATE
+    try:
+        state = json.loads(path.read_text(encoding="utf-8"))
+        counts = [state[key] for key in (*ORDER_KEYS, "skipped_steps", "nonfinite_in_a_row")]
+        whole = all(type(count) is int for count in counts) and isinstance(state.get("objective") or {}, dict)
+    except (ValueError, KeyError, TypeError, RecursionError):
+        whole = False
+    if not whole:
+        raise UserError(f"{path}: is not what a checkpoint holds; delete {checkpoint} to go on from the one before")
+    return state
 
 
 def _trainable(objective: nn.Module, groups: list[dict[str, Any]]) -> dict[str, nn.Parameter]:

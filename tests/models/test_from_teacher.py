@@ -128,6 +128,32 @@ def test_mamba2_starts_where_its_norm_only_multiplies(teacher):
     assert (seen[0] - expected).norm() / expected.norm() < 0.3
 
 
+@pytest.mark.parametrize("mixer", ["mamba2", "discrete_mamba2"])
+@pytest.mark.parametrize("heads", ["one", "all"])
+def test_a_head_of_zeros_stays_silent(teacher, mixer, heads):
+    """As pruning leaves some: its queries, keys and values are 0, so it adds nothing, and nothing becomes infinite."""
+    attention = teacher.model.layers[1].self_attn
+    p = attention_parts(attention)
+    d = attention.head_dim
+    repeat = teacher.config.num_attention_heads // teacher.config.num_key_value_heads
+    own, shared = (slice(None), slice(None)) if heads == "all" else (slice(0, repeat * d), slice(0, d))
+    with torch.no_grad():
+        for part, rows in ((p.q, own), (p.k, shared), (p.v, shared)):
+            part.weight[rows] = 0.0  # of a fused projection too: these are views of it
+            if part.bias is not None:
+                part.bias[rows] = 0.0
+    assert attention_parts(attention).v.weight[shared].count_nonzero() == 0
+    student = hybrid_from_teacher(teacher, [1], mixer)
+    assert all(torch.isfinite(parameter).all() for parameter in student.parameters())
+    ssm = student.model.layers[1].self_attn
+    hidden = torch.randn(2, 20, teacher.config.hidden_size)
+    with torch.no_grad():
+        found = ssm(hidden)[0]
+        ssm.out_proj.weight[:, own] = 0.0
+        without = ssm(hidden)[0]
+    assert torch.isfinite(found).all() and torch.equal(found, without)
+
+
 def test_layer_choice():
     assert choose_layers("every_second", 5) == [1, 3]
     assert choose_layers("all", 3) == [0, 1, 2]

@@ -3,6 +3,17 @@
 import pytest
 
 
+@pytest.fixture(scope="session", autouse=True)
+def own_sums(tmp_path_factory):
+    """Sums of files in temporary folders are not remembered in the user's cache."""
+    from mohawk import sums
+
+    folder, memory = tmp_path_factory.mktemp("sums"), sums._memory
+    sums._memory = lambda of: folder / memory(of).name
+    yield
+    sums._memory = memory
+
+
 @pytest.fixture(scope="session")
 def tokenizer():
     """A byte-level tokenizer: 256 bytes, then <bos> 256 and <eos> 257, which it does not add by itself."""

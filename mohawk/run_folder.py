@@ -1,0 +1,25 @@
+"""The names by which a run's folder is known, and paths as users write them."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from mohawk.errors import UserError
+
+RECIPE = "recipe.yaml"
+RUN_FILE = "run.json"
+LOCK = ".lock"
+
+
+def is_run(folder: Path) -> bool:
+    """Whether a folder is a run's, and not one that a recipe happens to lie in."""
+    return (folder / RECIPE).is_file() and any((folder / name).is_file() for name in (RUN_FILE, LOCK))
+
+
+def home(path: str | os.PathLike) -> Path:
+    """A path in which `~` is the home folder. Raises UserError for `~name` of nobody here."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        raise UserError(f"{path}: {str(error).rstrip('.').lower()}; write the folder out") from error
