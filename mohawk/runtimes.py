@@ -30,8 +30,8 @@ def notes(config: PretrainedConfig) -> list[Note]:
             Note("llama.cpp, vLLM, SGLang, MLX", False, "have no class for it; llama.cpp has one for --to bamba"),
         ]
     stock = (
-        "stock class, nothing else to install; pass position_ids when you call the model with a cache yourself, and pad "
-        "on the left: its own code lets padding that comes after a token into the state"
+        "stock class, nothing else to install; pass position_ids when you call the model with a cache yourself, and "
+        "pad on the left: its own code lets padding that comes after a token into the state"
     )
     if config.mamba_n_groups > 1:
         stock += f". Needs {GROUPS_APART} or later: earlier ones normalise a mixer's groups together, without a word"
