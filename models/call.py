@@ -8,19 +8,20 @@ not know.
 from dataclasses import fields
 from typing import Any
 
+from torch import Tensor
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 # the keyword of a forward and of `generate`, and the field of what a forward returns
 CACHE = "cache" if "cache" in {field.name for field in fields(CausalLMOutputWithPast)} else "past_key_values"
 
+# where documents begin, as transformers tells its attention (`documents_in` reads them)
+DOCUMENTS = ("seq_idx", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
 # keywords of transformers (its `TransformersKwargs`, and what its decoder layers hand to attention) that change nothing
-# in a Mamba-2 layer: positions are rotary embeddings' business, documents reach it as segment_ids, the rest is about
-# what is returned or counted
+# in a Mamba-2 layer: positions are rotary embeddings' business, the rest is about what is returned or counted
 HARMLESS = frozenset(
     (
         "position_ids", "position_embeddings", "use_cache", "cache_position", "return_dict", "num_items_in_batch",
-        "output_attentions", "output_hidden_states", "output_router_logits",
-        "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx",
+        "output_attentions", "output_hidden_states", "output_router_logits", *DOCUMENTS,
     )
 )  # fmt: skip
 
@@ -42,3 +43,19 @@ def refuse_unknown(where: str, given: dict[str, Any], known: frozenset[str] = HA
                 f"{where}: unexpected keyword argument {name!r}; with a transformers newer than those that mohawk was "
                 "tested with (`mohawk doctor` says) this can be a renamed argument: install a tested version"
             )
+
+
+def documents_in(where: str, segment_ids: Tensor | None, given: dict[str, Any]) -> Tensor | None:
+    """(b, n) documents of packed rows: `segment_ids`, else `seq_idx` of the keywords.
+
+    Raises ValueError where `cu_seq_lens_q` alone says that there are several.
+    """
+    if segment_ids is None:
+        segment_ids = given.get("seq_idx")
+    starts = given.get("cu_seq_lens_q")
+    if segment_ids is None and starts is not None and len(starts) > 2:
+        raise ValueError(
+            f"{where}: cu_seq_lens_q says where documents begin to attention alone; give position_ids that restart, or "
+            "segment_ids, for the Mamba-2 layers to know"
+        )
+    return segment_ids

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 
 import torch
-from einops import reduce, repeat
+from einops import rearrange, reduce, repeat
 from torch import Tensor, nn
 from transformers import GenerationConfig
 
@@ -259,8 +259,8 @@ def _normed(projection: Projection, norm: nn.Module | None, input_size: Tensor, 
         return projection
     weight, bias = projection.weight.float(), projection.bias
     bias = weight.new_zeros(len(weight)) if bias is None else bias.float()
-    groups = (-1, head_dim) if norm.weight.numel() == head_dim else (1, len(weight))
-    weight, bias = weight.unflatten(0, groups), bias.unflatten(0, groups)
+    size = head_dim if norm.weight.numel() == head_dim else len(weight)  # rows that are normalised together
+    weight, bias = rearrange(weight, "(g r) D -> g r D", r=size), rearrange(bias, "(g r) -> g r", r=size)
     if isinstance(norm, nn.LayerNorm):
         weight, bias = weight - weight.mean(1, keepdim=True), bias - bias.mean(1, keepdim=True)
     square = (weight * input_size.float()).square().sum(-1) + bias.square()
@@ -270,7 +270,7 @@ def _normed(projection: Projection, norm: nn.Module | None, input_size: Tensor, 
     if isinstance(norm, nn.LayerNorm):
         bias = bias + norm.bias.float()
     dtype = projection.weight.dtype
-    return Projection(weight.flatten(0, 1).to(dtype), bias.flatten().to(dtype))
+    return Projection(rearrange(weight, "g r D -> (g r) D").to(dtype), bias.flatten().to(dtype))
 
 
 @torch.no_grad()

@@ -22,7 +22,7 @@ from transformers.masking_utils import create_causal_mask, create_sliding_window
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import can_return_tuple, logging
 
-from mohawk.models.call import CACHE, HARMLESS, one_cache, refuse_unknown
+from mohawk.models.call import CACHE, documents_in, one_cache, refuse_unknown
 from mohawk.models.families import check_supported, decoder_shape, family_of, leaves_out_softcap, needed_attention
 from mohawk.models.mixers import MIXERS, DiscreteMamba2Mixer, Mamba2Mixer, SSMMixer
 
@@ -206,8 +206,8 @@ class HybridForCausalLM(HybridPreTrainedModel, GenerationMixin):
     it with, and asking for one is a ValueError. `generate`, beam search, padded batches and `save_pretrained` work as
     for other transformers models; the cache is transformers' own, under both of its names, `cache` and
     `past_key_values`. Padding may lie anywhere in a row: an `attention_mask` (b, tokens so far) of zeros and ones says
-    where, and the row's tokens are then answered as if they stood next to each other. A keyword that is not known is a
-    TypeError.
+    where, and the row's tokens are then answered as if they stood next to each other (but in attention layers with a
+    window, where padding counts, as in transformers). A keyword that is not known is a TypeError.
     """
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
@@ -220,6 +220,7 @@ class HybridForCausalLM(HybridPreTrainedModel, GenerationMixin):
         self.model = AutoModel.from_config(config.base_config)
         for i in config.ssm_layers:
             self.model.layers[i].self_attn = config.make_mixer(i)
+        self.model.register_forward_pre_hook(_with_padding, with_kwargs=True)
         self.vocab_size = config.vocab_size
         bias = family_of(config).head_bias
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=bias)
@@ -286,6 +287,10 @@ class HybridForCausalLM(HybridPreTrainedModel, GenerationMixin):
         return StateCache(self.config) if self.config.is_pure_ssm else DynamicCache(config=self.config)
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
+        if generation_config.prefill_chunk_size and model_kwargs.get("inputs_embeds") is not None:
+            raise ValueError(
+                "prefill_chunk_size cuts input_ids into chunks, and inputs_embeds were given; leave it out"
+            )
         if self.config.is_pure_ssm and generation_config.use_cache:
             given = model_kwargs.get(CACHE)
             if given is not None and not isinstance(given, StateCache):
@@ -350,23 +355,23 @@ class HybridForCausalLM(HybridPreTrainedModel, GenerationMixin):
         **kwargs,
     ):
         """Everything but the head: the decoder's output, with `last_hidden_state` (b, n, D) after the final norm."""
-        refuse_unknown(f"{type(self).__name__}.forward", kwargs, HARMLESS)
+        refuse_unknown(f"{type(self).__name__}.forward", kwargs)
         cache = one_cache("forward", cache, past_key_values)
         inputs = input_ids if input_ids is not None else inputs_embeds
         if inputs is None:
             raise ValueError("forward needs input_ids or inputs_embeds")
         b, n = inputs.shape[:2]
-        if segment_ids is None:
-            segment_ids = kwargs.pop("seq_idx", None)
         if segment_ids is None and position_ids is not None and attention_mask is None and cache is None:
             segment_ids = segments_of(position_ids.expand(b, -1))
-        elif segment_ids is not None and position_ids is None:
-            position_ids = positions_of(segment_ids)
-        if position_ids is None and kwargs.get("cu_seq_lens_q") is not None:
-            raise ValueError(
-                "cu_seq_lens_q says where documents begin to attention alone; give position_ids that restart, or "
-                "segment_ids, for the Mamba-2 layers to know"
-            )
+        segment_ids = documents_in("forward", segment_ids, kwargs)
+        kwargs.pop("seq_idx", None)
+        if segment_ids is not None:
+            # attention knows documents by positions that restart, and looks for them where there is no mask
+            segment_ids, attention_mask = _without_padding(segment_ids, attention_mask)
+            if position_ids is None:
+                position_ids = positions_of(segment_ids)
+            elif not torch.equal(starts_of(position_ids.expand(b, -1)), _changes(segment_ids)):
+                raise ValueError("position_ids must restart where segment_ids change, and only there; leave them out")
         if segment_ids is not None:
             if use_cache or cache is not None:
                 raise ValueError(
@@ -465,9 +470,43 @@ def positions_in(attention_mask: Tensor) -> Tensor:
     return (attention_mask.long().cumsum(-1) - 1).clamp_min(0)
 
 
+def _with_padding(decoder: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+    """Where the decoder is called by itself, as for hidden states, its mixers are to hear of padding too."""
+    mask = kwargs.get("attention_mask", args[1] if len(args) > 1 else None)
+    if "padding_mask" not in kwargs and isinstance(mask, Tensor) and mask.dim() == 2:
+        kwargs = {**kwargs, "padding_mask": mask}
+    return args, kwargs
+
+
+def _without_padding(segment_ids: Tensor, mask: Tensor | None) -> tuple[Tensor, None]:
+    """Padding as segments of its own, -1, in the place of a mask."""
+    if mask is None:
+        return segment_ids, None
+    if not isinstance(mask, Tensor) or mask.shape != segment_ids.shape:
+        raise ValueError(
+            f"attention_mask of packed rows must be {tuple(segment_ids.shape)}, as segment_ids, got {tuple(mask.shape)}"
+        )
+    real, changes = mask.bool(), _changes(segment_ids)
+    goes_on = torch.nn.functional.pad(real[:, :-1], (1, 0)) & ~changes  # from a real token of the same document
+    begins = torch.zeros_like(segment_ids).scatter_add_(1, changes.long().cumsum(1), (real & ~goes_on).to(segment_ids))
+    if bool((begins > 1).any()):
+        raise ValueError("attention_mask of packed rows: padding within a document; put it behind or in front of one")
+    padded = torch.where(real, segment_ids, -1)
+    return padded, None
+
+
+def starts_of(position_ids: Tensor) -> Tensor:
+    """(b, n) where a document begins after the first: positions do not go on. transformers' own packing rule."""
+    return position_ids.diff(dim=-1, prepend=position_ids[:, :1] - 1) != 1
+
+
+def _changes(segment_ids: Tensor) -> Tensor:
+    return segment_ids.diff(dim=-1, prepend=segment_ids[:, :1]) != 0
+
+
 def segments_of(position_ids: Tensor) -> Tensor | None:
-    """(b, n) segment ids of rows whose positions restart, or None when none does: transformers' own packing rule."""
-    starts = position_ids.diff(dim=-1, prepend=position_ids[:, :1] - 1) != 1
+    """(b, n) segment ids of rows whose positions restart, or None when none does."""
+    starts = starts_of(position_ids)
     return starts.cumsum(-1) if bool(starts.any()) else None
 
 

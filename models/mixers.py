@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from mohawk.kernels.causal_conv1d import causal_conv1d, causal_conv1d_step
 from mohawk.kernels.mixing import SSDMixing
 from mohawk.kernels.ssd import ssd, ssd_step
-from mohawk.models.call import one_cache, refuse_unknown
+from mohawk.models.call import documents_in, one_cache, refuse_unknown
 
 OPEN_GATE = 1.278464542761  # silu(OPEN_GATE) = 1
 
@@ -218,18 +218,29 @@ class SSMMixer(nn.Module):
             segment_ids: (b, n) documents of a packed row: neither conv nor state crosses them.
             padding_mask: (b, n), 0 at padded positions, which may lie anywhere: the tokens of a row are treated as if
                 they stood next to each other. Of a longer mask the last n columns count.
-            kwargs: what else decoder layers hand to attention; known names are passed over (`call.HARMLESS`).
+            kwargs: what else decoder layers hand to attention: seq_idx is segment_ids by another name, other known
+                names are passed over (`call.HARMLESS`).
 
         Returns:
             (output (b, n, D), None), as attention returns (output, weights); the output is 0 at padded positions.
 
         Raises:
             TypeError: a keyword that is not known.
-            ValueError: both names of the cache.
+            ValueError: both names of the cache; a cache that records its past; documents named by cu_seq_lens alone.
         """
         where = f"{type(self).__name__}.forward"
         refuse_unknown(where, kwargs)
         cache = one_cache(where, cache, past_key_values)
+        segment_ids = documents_in(where, segment_ids, kwargs)
+        if cache is not None:
+            layer = cache.layers[self.layer_idx] if self.layer_idx < len(cache.layers) else None
+            if not hasattr(layer, "conv_states"):
+                raise ValueError(f"{where}: the cache has no state for this layer; take new_cache() of the student")
+            if layer.record_past:
+                raise ValueError(
+                    f"{where}: the cache keeps its past so that it can be cut back, as speculative decoding does, but "
+                    "a state cannot be; a hybrid student is neither drafted for nor a draft"
+                )
         rows = self.slices()
         n = hidden_states.shape[1]
         if padding_mask is None and attention_mask is not None and attention_mask.dim() == 2:

@@ -9,6 +9,7 @@ import mohawk.
 
 from __future__ import annotations
 
+import functools
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -24,8 +25,7 @@ PATHS = {
     "turns": "a second turn, padded",
     "generate": "generate, and on with its cache",
 }
-# transformers' own Bamba lets padding that comes after a token decay the state and fill the convolution
-BAMBA_PATHS = ("steps", "chunks", "left", "generate")
+LEFT_ALONE = ("steps", "chunks", "left", "generate")
 TOKENS = 24
 # of the largest logit: float32 rounding in another order stays well below (SmolLM2's 30 layers: 3e-6), and a forgotten
 # state, bias or position far above; bfloat16's own rounding differs by a percent or two from path to path
@@ -38,24 +38,37 @@ def inconsistencies(model: PreTrainedModel, ids: Tensor) -> dict[str, float]:
 
     Args:
         model: any causal language model of transformers, in eval mode.
-        ids: (2, n) token ids, n at least 16; n tokens fit the model's positions and windows.
+        ids: (2, n) token ids, n at least 16; n tokens fit the model's positions.
 
     Returns:
-        Key of PATHS -> largest absolute difference of logits / largest absolute logit; NaN where a logit is.
+        Key of PATHS -> largest absolute difference of logits / largest absolute logit; NaN where a logit is. Of the
+        paths that its class can keep (`paths_of`).
     """
     import torch
 
     with torch.inference_mode():
         full = model(input_ids=ids, use_cache=False).logits.double()
-        scale = full.abs().amax()
-        found = {
-            "steps": _cached(model, ids, [ids.shape[1] // 2, *[1] * (ids.shape[1] - ids.shape[1] // 2)]) - full,
-            "chunks": _cached(model, ids, [1, 7, 2, ids.shape[1] - 10]) - full,
-            **{side: _padded(model, ids, full, side) for side in ("left", "right", "middle")},
-            "turns": _turns(model, ids, full),
-            "generate": _generated(model, ids[:1]),
+        ways = {
+            "steps": lambda: _cached(model, ids, [ids.shape[1] // 2, *[1] * (ids.shape[1] - ids.shape[1] // 2)]) - full,
+            "chunks": lambda: _cached(model, ids, [1, 7, 2, ids.shape[1] - 10]) - full,
+            **{side: functools.partial(_padded, model, ids, full, side) for side in ("left", "right", "middle")},
+            "turns": lambda: _turns(model, ids, full),
+            "generate": lambda: _generated(model, ids[:1]),
         }
-        return {path: float(difference.abs().amax() / scale) for path, difference in found.items()}
+        scale = full.abs().amax()
+        return {path: float(ways[path]().abs().amax() / scale) for path in paths_of(model.config)}
+
+
+def paths_of(config) -> tuple[str, ...]:
+    """Which of PATHS a model of this configuration can keep.
+
+    transformers' own Bamba lets padding that comes after a token decay the state and fill the convolution; and its
+    attention layers with a window count padding within it, which shows here where the window is as short as the texts.
+    """
+    kinds = getattr(config, "layer_types", None)
+    window = getattr(config, "sliding_window", None)
+    short = window is not None and window < 2 * TOKENS and (kinds is None or "sliding_attention" in kinds)
+    return LEFT_ALONE if config.model_type == "bamba" or short else tuple(PATHS)
 
 
 def broken_paths(model: PreTrainedModel, found: dict[str, float]) -> str | None:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mohawk.consistency import BAMBA_PATHS, PATHS, TOKENS
+from mohawk.consistency import PATHS, TOKENS
 from mohawk.errors import UserError
 
 if TYPE_CHECKING:
@@ -86,8 +86,7 @@ def answers(model: PreTrainedModel, inputs: dict[str, Tensor]) -> dict[str, Tens
     from mohawk.parity_probe import probe
 
     found = probe(model.eval(), inputs, consistency)
-    shares = dict(zip(PATHS, found["inconsistencies"].tolist(), strict=True))
-    if broken := consistency.broken_paths(model, shares):
+    if broken := consistency.broken_paths(model, _shares(found)):
         raise UserError(f"export: the student does not answer as its own full forward does: {broken}; {VERSIONS}")
     return found
 
@@ -120,13 +119,16 @@ def check_export(
             last = done.stderr.strip().splitlines()[-1:] or [f"exit code {done.returncode}"]
             raise UserError(f"export: the written folder does not load where mohawk is absent: {last[0]}")
         found = load_file(place / "answers.safetensors")
-    return compare(inputs, expected, found, tuple(PATHS) if trust_remote_code else BAMBA_PATHS)
+    return compare(inputs, expected, found)
 
 
-def compare(
-    inputs: dict[str, Tensor], expected: dict[str, Tensor], found: dict[str, Tensor], paths: tuple[str, ...]
-) -> list[Row]:
-    """One row for each of CHECKS, and for each of `paths` one of the export against itself."""
+def _shares(found: dict[str, Tensor]) -> dict[str, float]:
+    """Path -> how far a model is from its own full forward by it."""
+    return {path: float(found[f"itself_{path}"]) for path in PATHS if f"itself_{path}" in found}
+
+
+def compare(inputs: dict[str, Tensor], expected: dict[str, Tensor], found: dict[str, Tensor]) -> list[Row]:
+    """One row for each of CHECKS, and one of the export against itself for each of PATHS that it was asked."""
     tolerance = TOLERANCE * float(expected["full"].abs().max())
     real = inputs["mask"].bool()  # what a model puts out at padded positions means nothing
     rows = []
@@ -143,9 +145,8 @@ def compare(
                 same = "no, weights changed"
         # amax of a difference with a NaN in it is NaN, and fails, as it should
         rows.append(Row(name, float((ours - theirs).abs().amax()), tolerance, same))
-    shares = dict(zip(PATHS, found["inconsistencies"].tolist(), strict=True))
     largest = float(expected["full"].abs().max())
-    rows += [Row(f"itself, {PATHS[path]}", shares[path] * largest, TOLERANCE * largest, "") for path in paths]
+    rows += [Row(f"itself, {PATHS[path]}", share * largest, tolerance, "") for path, share in _shares(found).items()]
     return rows
 
 

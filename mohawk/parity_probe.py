@@ -19,7 +19,7 @@ def probe(model, inputs: dict, consistency) -> dict:
     Returns:
         float32 logits "full" (1, n, V), "steps" (b, m, V) of a prefill and single steps, "padded" (b, m, V) the same
         of the padded batch, and greedy "tokens" (1, new) and "padded_tokens" (b, new) with the logits that chose them,
-        "tokens_logits" and "padded_tokens_logits" (b, new, V); and "inconsistencies", those of `consistency.PATHS`.
+        "tokens_logits" and "padded_tokens_logits" (b, new, V); and "itself_" and a path: `consistency.inconsistencies`.
     """
     import torch
 
@@ -30,7 +30,10 @@ def probe(model, inputs: dict, consistency) -> dict:
             "padded": _steps(consistency, model, inputs["batch"], inputs["mask"], inputs["prefill"]),
             **_generated(model, "tokens", inputs["batch"][:1], None, int(inputs["new"])),
             **_generated(model, "padded_tokens", inputs["batch"], inputs["mask"], int(inputs["new"])),
-            "inconsistencies": torch.tensor(list(consistency.inconsistencies(model, inputs["batch"]).values())),
+            **{
+                f"itself_{path}": torch.tensor(share)
+                for path, share in consistency.inconsistencies(model, inputs["batch"]).items()
+            },
         }
 
 

@@ -295,8 +295,8 @@ class Run:
             drop_file(self.folder / RESULTS)  # speeds and continuations of an earlier one
         with write_whole(folder, replace=True, about=about) as partial:
             student.save_pretrained(partial)
+            add_code(partial, student)
             if tokenizer is not None:  # a student to be used
-                add_code(partial, student)
                 tokenizer.save_pretrained(partial)
 
     def _has_checkpoint(self, trainer: PhaseTrainer) -> bool:

@@ -56,9 +56,8 @@ def probed(model):
     batch = ids[0, :48].view(2, 24)
     inputs = {"long": ids, "batch": batch, "mask": mask, "prefill": torch.tensor(16), "new": torch.tensor(6)}
     found = probe(model, inputs, consistency)
-    shares = dict(zip(consistency.PATHS, found.pop("inconsistencies").tolist(), strict=True))
-    kept = consistency.BAMBA_PATHS if isinstance(model, BambaForCausalLM) else shares
-    assert max(shares[path] for path in kept) < 1e-5, shares
+    shares = {name: found.pop(name).item() for name in [*found] if name.startswith("itself_")}
+    assert len(shares) == len(consistency.paths_of(model.config)) and max(shares.values()) < 1e-5, shares
     return found
 
 

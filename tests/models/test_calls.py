@@ -6,10 +6,10 @@ import warnings
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, DynamicCache
 
-from mohawk.consistency import PATHS, broken_paths, inconsistencies, some_tokens
-from mohawk.models.call import HARMLESS
+from mohawk.consistency import LEFT_ALONE, PATHS, broken_paths, inconsistencies, some_tokens
+from mohawk.models.call import CACHE, HARMLESS
 from mohawk.models.mixers import SSMMixer
 from mohawk.remote_code import add_code
 from tests.models.conftest import tiny_teacher
@@ -212,3 +212,70 @@ def test_a_students_folder_says_what_to_do_where_mohawk_is_not_imported(tmp_path
     asked, total = done.stdout.splitlines()[-2:]
     assert asked.endswith("True")
     assert float(total) == pytest.approx(student(x).logits.double().sum().item(), abs=1e-4)
+
+
+def test_packed_rows_with_a_mask_or_positions_beside_their_segments():
+    """Attention looks for documents in positions alone, where there is no mask: what contradicts them is refused."""
+    student, x = student_of(tiny_teacher()), ids(1, 12)
+    documents = torch.tensor([[0] * 5 + [1] * 7])
+    ones = torch.ones_like(x)
+    with torch.no_grad():
+        alone = torch.cat([student(part, use_cache=False).logits for part in (x[:, :5], x[:, 5:])], 1)
+        restarting = torch.tensor([[0, 1, 2, 3, 4, 0, 1, 2, 3, 4, 5, 6]])
+        for given in ({}, {"attention_mask": ones}, {"position_ids": restarting}):
+            assert relative(student(x, segment_ids=documents, **given).logits, alone) < 1e-5
+        with pytest.raises(ValueError, match="position_ids must restart where segment_ids change"):
+            student(x, segment_ids=documents, position_ids=torch.arange(12)[None])
+        with pytest.raises(ValueError, match="attention_mask of packed rows must be"):
+            student(x, segment_ids=documents, attention_mask=ones[:, :4])
+        mask = ones.clone()
+        mask[:, [0, 5, 11]] = 0  # in front of both documents and behind the second
+        got = student(x, segment_ids=documents, attention_mask=mask).logits
+        parts = [student(part, use_cache=False).logits for part in (x[:, 1:5], x[:, 6:11])]
+        assert relative(got[mask.bool()], torch.cat(parts, 1)[0]) < 1e-5
+        mask[:, 8] = 0
+        with pytest.raises(ValueError, match="padding within a document"):
+            student(x, segment_ids=documents, attention_mask=mask)
+        layer, hidden = student.model.layers[1].self_attn, torch.randn(1, 12, 32)
+        expected = layer(hidden, segment_ids=documents)[0]
+        assert torch.equal(layer(hidden, seq_idx=documents)[0], expected)
+        starts = torch.tensor([0, 5, 12])
+        assert torch.equal(layer(hidden, segment_ids=documents, cu_seq_lens_q=starts)[0], expected)
+        for call in (lambda: layer(hidden, cu_seq_lens_q=starts),
+                     lambda: student(x, position_ids=torch.arange(12)[None], cu_seq_lens_q=starts)):  # fmt: skip
+            with pytest.raises(ValueError, match="cu_seq_lens_q says where documents begin to attention alone"):
+                call()
+
+
+def test_a_cache_that_is_to_be_cut_back_is_refused():
+    """As speculative decoding asks for: a state cannot be cut, and would silently be that of the cut tokens."""
+    student, x = student_of(tiny_teacher()), ids(1, 6)
+    cache = student.new_cache()
+    student(x, **{CACHE: cache})
+    cache.activate_past_recording()
+    with pytest.raises(ValueError, match="a state cannot be"):
+        student(x[:, :1], **{CACHE: cache})
+    with pytest.raises(ValueError, match="a state cannot be"):
+        tiny_teacher().generate(x, assistant_model=student, **GREEDY)
+    with pytest.raises(ValueError, match="no state for this layer"):
+        student.model.layers[1].self_attn(torch.randn(1, 3, 32), cache=DynamicCache())
+
+
+@pytest.mark.parametrize("mixer", MIXERS)
+def test_the_decoder_called_by_itself_knows_padding(mixer):
+    student, x = student_of(tiny_teacher(), (1, 3), mixer), ids(2, 9)
+    mask = torch.ones_like(x)
+    mask[0, :3], mask[1, 7:] = 0, 0
+    with torch.no_grad():
+        body = student.body(x, attention_mask=mask, use_cache=False).last_hidden_state
+        by_place = student.model(x, mask, use_cache=False)
+        for got in (by_place, student.model(input_ids=x, attention_mask=mask, use_cache=False)):
+            torch.testing.assert_close(got.last_hidden_state[mask.bool()], body[mask.bool()], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", ["mistral", "gemma2"])
+def test_windows_shorter_than_the_check_are_asked_what_they_can_keep(family):
+    """transformers counts padding within a window, in teacher and student alike."""
+    for model in (tiny_teacher(family), student_of(tiny_teacher(family), (1,))):
+        found = inconsistencies(model.eval(), some_tokens(model))
+        assert tuple(found) == LEFT_ALONE and broken_paths(model, found) is None

@@ -21,7 +21,7 @@ from transformers.dynamic_module_utils import check_imports
 
 from mohawk import export as export_module
 from mohawk.cli import main
-from mohawk.consistency import BAMBA_PATHS, PATHS
+from mohawk.consistency import LEFT_ALONE, PATHS
 from mohawk.errors import UserError
 from mohawk.export import export
 from mohawk.model_card import licence_of
@@ -83,7 +83,7 @@ def test_a_run_becomes_a_stock_bamba_with_card_and_tokenizer(make_run, tokenizer
     assert folder == run / "export" / "bamba"
     for check in CHECKS.values():
         assert check in screen
-    assert screen.count(" ok") == len(CHECKS) + len(BAMBA_PATHS) and "differs" not in screen
+    assert screen.count(" ok") == len(CHECKS) + len(LEFT_ALONE) and "differs" not in screen
     assert "vLLM (not checked)" in screen and "transformers (checked)" in screen and "vllm serve" not in screen
 
     config = json.loads((folder / "config.json").read_text(), parse_constant=pytest.fail)  # JSON has no Infinity
@@ -234,13 +234,13 @@ def answers_like(batch=2, steps=5, vocab=7):
     for key, rows in (("tokens", 1), ("padded_tokens", batch)):
         found[f"{key}_logits"] = torch.randn(rows, steps, vocab)
         found[key] = found[f"{key}_logits"].argmax(-1)
-    return {**found, "same_weights": torch.tensor([1]), "inconsistencies": torch.zeros(len(PATHS))}
+    return {**found, "same_weights": torch.tensor([1]), **{f"itself_{path}": torch.zeros(()) for path in PATHS}}
 
 
 def failed(expected, found):
     inputs = {"mask": torch.ones(2, 24, dtype=torch.long)}
     inputs["mask"][1, :9] = 0
-    return [row.check for row in compare(inputs, expected, found, BAMBA_PATHS) if not row.passed]
+    return [row.check for row in compare(inputs, expected, found) if not row.passed]
 
 
 def test_what_counts_as_a_difference():
@@ -254,11 +254,9 @@ def test_what_counts_as_a_difference():
     padding = expected["padded"].clone()
     padding[1, :9] = 100.0  # at padded positions a model may say anything
     assert failed(expected, {**expected, "padded": padding}) == []
-    for i, path in enumerate(PATHS):  # of the export against itself; what a Bamba cannot do is not asked of it
-        shares = torch.zeros(len(PATHS))
-        shares[i] = 1e-3
-        found = failed(expected, {**expected, "inconsistencies": shares})
-        assert found == [f"itself, {PATHS[path]}"] * (path in BAMBA_PATHS)
+    for path in PATHS:  # of the export against itself
+        found = failed(expected, {**expected, f"itself_{path}": torch.tensor(1e-3)})
+        assert found == [f"itself, {PATHS[path]}"]
 
 
 def test_a_student_that_shares_its_exports_fault_is_not_exported(make_run, monkeypatch, capsys):
