@@ -170,7 +170,8 @@ def load_teacher(
     missing.
     """
     import torch
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, GenerationConfig
+    from transformers.utils import GENERATION_CONFIG_NAME
 
     from mohawk.models.families import needed_attention
     from mohawk.models.released import load_released
@@ -198,6 +199,8 @@ def load_teacher(
                     **({} if device_map is None else {"device_map": device_map, "offload_folder": _offload_folder()}),
                     **_gguf(gguf_file),
                 )
+            if (Path(name) / GENERATION_CONFIG_NAME).is_file():  # transformers takes one that it cannot read for none
+                teacher.generation_config = GenerationConfig.from_pretrained(name)
     except Exception as error:
         raise _user_error(error, name, revision, "weights", gguf_file) from error
     if missing := sorted(info["missing_keys"]):
