@@ -2,7 +2,8 @@
 
 A run that goes on with other weights, another configuration, tokenizer or text than it began with would be neither the
 old run nor a new one: it is refused, by name. Other versions of libraries, and another precision where the recipe
-leaves it open, are said. Checkpoints and students carry the run's id (`mohawk.checkpoints.about_of`).
+leaves it open, are said. Checkpoints and students carry the run's id and a record of what it is bound to
+(`mohawk.checkpoints.about_of`), by which a lost run.json is made again.
 """
 
 from __future__ import annotations
@@ -16,10 +17,12 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from mohawk.checkpoints import WEIGHTS, about_of
+from pydantic import TypeAdapter, ValidationError
+
+from mohawk.checkpoints import MANIFEST, WEIGHTS, about_of
 from mohawk.errors import UserError
 from mohawk.kept import Bound
-from mohawk.report import read_json, write_json
+from mohawk.report import STUDENT, read_json, write_json
 from mohawk.run_folder import RUN_FILE, home
 from mohawk.sums import sha256_of
 from mohawk.text import source_content, tokenizer_key
@@ -28,6 +31,8 @@ log = logging.getLogger(__name__)
 
 PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "datasets", "accelerate", "triton")
 TOKENIZER = "teacher tokenizer"
+ROLES = "teacher special tokens"
+RECORDED = ("inputs", "precision", "versions")  # of run.json, in the manifests of what a run trained
 # What a model's folder is configured by, besides its weights; a generation's settings decide nothing here.
 CONFIGURATION = ("config.json", "mamba_config.json", "adapter_config.json")
 UNRELATED = ("_name_or_path", "transformers_version")  # in them: who wrote them, and from where
@@ -40,12 +45,19 @@ def bound(run: Path) -> dict[str, Any] | None:
 
 def write_bound(run: Path, recipe: Any) -> None:
     """run.json of a run that begins or goes on with this recipe; its id and what it is bound to stay."""
-    found = bound(run) or {
-        "id": _earlier_id(run) or secrets.token_hex(8), "inputs": None, "precision": None, "versions": versions(),
-    }  # fmt: skip
+    found = bound(run) or _made_again(run)
     new = found | {"command": type(recipe).__name__, "recipe": recipe.model_dump(mode="json")}
     if new != bound(run):
         write_json(run / RUN_FILE, new)
+
+
+def record_of(run: Path) -> dict[str, Any]:
+    """What a manifest says of the run that it is of: its id, and under `bound` what that is bound to; empty for one
+    of an earlier version."""
+    found = bound(run)
+    if found is None:
+        return {}
+    return {"run": found["id"], "bound": {name: found[name] for name in RECORDED}}
 
 
 def bind(run: Path, recipe: Any, tokenizer: Any, precision: str, *, record: bool) -> None:
@@ -57,7 +69,7 @@ def bind(run: Path, recipe: Any, tokenizer: Any, precision: str, *, record: bool
     Raises:
         UserError: a line for each of weights, configuration, tokenizer and text that is another one.
     """
-    found = bound(run)
+    found = bound(run) or _recorded(run)
     if found is None or (found["inputs"] is None and not record):
         return
     now = dict(inputs_of(recipe, tokenizer))
@@ -67,8 +79,9 @@ def bind(run: Path, recipe: Any, tokenizer: Any, precision: str, *, record: bool
     installed, then = versions(), found["versions"]
     if any(then.get(name) != installed.get(name) for name in ("tokenizers", "transformers")):
         # another version may write down the same tokenizer otherwise, so that hashes decide nothing
-        if found["inputs"].get(TOKENIZER, now[TOKENIZER]) != now.pop(TOKENIZER):
-            log.warning("%s is not written down as it was when the run began, under other versions", TOKENIZER)
+        for what in (TOKENIZER, ROLES):
+            if found["inputs"].get(what, now[what]) != now.pop(what):
+                log.warning("%s: not written down as when the run began, under other versions", what)
     _refuse_changed(run, found["inputs"], now)
     if not record:
         return
@@ -81,14 +94,14 @@ def bind(run: Path, recipe: Any, tokenizer: Any, precision: str, *, record: bool
 
 def check_models(run: Path, recipe: Any) -> None:
     """UserError where a run's teacher, or another model that its recipe names, is not the one that it began with."""
-    found = bound(run)
+    found = bound(run) or _recorded(run)
     if found is not None and found["inputs"] is not None:
         _refuse_changed(run, found["inputs"], dict(_models_of(recipe)))
 
 
 def _refuse_changed(run: Path, then: dict[str, list[str]], now: dict[str, list[str]]) -> None:
     other = [
-        f"{run}: {name} ({given}) has changed since the run began (sha256 {then[name][1][:10]}, now {digest[:10]}); "
+        f"{run}: {name} ({given}) has changed since the run began ({_difference(name, then[name][1], digest)}); "
         "put back what it was, or choose another output to begin anew"
         for name, (given, digest) in now.items()
         if name in then and then[name][0] == given and then[name][1] != digest
@@ -97,9 +110,17 @@ def _refuse_changed(run: Path, then: dict[str, list[str]], now: dict[str, list[s
         raise UserError("\n".join(other))
 
 
+def _difference(name: str, then: str, now: str) -> str:
+    if name != ROLES:
+        return f"sha256 {then[:10]}, now {now[:10]}"
+    old, new = json.loads(then), json.loads(now)
+    roles = (role for role in sorted(old.keys() | new.keys()) if old.get(role) != new.get(role))
+    return "; ".join(f"{role} {old.get(role)!r}, now {new.get(role)!r}" for role in roles)
+
+
 def inputs_of(recipe: Any, tokenizer: Any) -> Iterator[tuple[str, list[str]]]:
     """(dotted name, [what the recipe says, hash]) of every model's weights and configuration, the tokenizer, and every
-    text that a recipe names."""
+    text that a recipe names; of the special tokens' roles JSON in place of a hash."""
     yield from _models_of(recipe)
     for at, section in _sections(recipe):
         if hasattr(section, "source"):
@@ -110,6 +131,7 @@ def inputs_of(recipe: Any, tokenizer: Any) -> Iterator[tuple[str, list[str]]]:
     given = recipe.teacher.tokenizer or recipe.teacher.model
     parts = f"{tokenizer_key(tokenizer)} {tokenizer.chat_template}"
     yield TOKENIZER, [given, hashlib.sha256(parts.encode("utf-8", "surrogatepass")).hexdigest()]
+    yield ROLES, [given, json.dumps(tokenizer.special_tokens_map, sort_keys=True, default=str)]
 
 
 def _models_of(recipe: Any) -> Iterator[tuple[str, list[str]]]:
@@ -175,8 +197,45 @@ def _commit(name: str, revision: str | None) -> str | None:
     return Path(found).parent.name if isinstance(found, str) else None
 
 
+def _made_again(run: Path) -> dict[str, Any]:
+    """What run.json says where there is none: of a new run, of an earlier version's, or of one that lost it."""
+    new = {"id": secrets.token_hex(8), "inputs": None, "precision": None, "versions": versions()}
+    work = [*run.glob("phases/*/*"), *run.glob("evaluation/*.json"), *run.glob("rounds/*"), *run.glob(STUDENT)]
+    if not any(path.is_dir() or path.suffix == ".json" for path in work):
+        return new
+    found = _recorded(run)
+    if found is None:
+        log.warning(
+            "%s: has no readable %s, and nothing there says what it was made of: teacher, tokenizer and text are not "
+            "verified against what the run began with", run, RUN_FILE,
+        )  # fmt: skip
+        return new | {"id": _earlier_id(run) or new["id"]}
+    log.warning("%s: %s is lost; made again of what %s says", run, RUN_FILE, found.pop("path"))
+    return found
+
+
+def _recorded(run: Path) -> dict[str, Any] | None:
+    """The id and the record in the newest manifest of a checkpoint or student, and its `path`; None if none has any."""
+    manifests = [*run.glob(f"phases/*/*/{MANIFEST}"), *run.glob(f"{STUDENT}/{MANIFEST}")]
+    for path in sorted((manifest.parent for manifest in manifests), key=_written_at, reverse=True):
+        about = about_of(path)
+        record = about.get("bound")
+        found = {"id": about.get("run"), "path": path} | (record if isinstance(record, dict) else {})
+        try:
+            TypeAdapter(Bound).validate_python({**found, "command": "", "recipe": {}}, strict=True)
+        except ValidationError:  # an earlier version's says nothing, or it is damaged
+            continue
+        if found["inputs"] is not None:
+            return found
+    return None
+
+
+def _written_at(folder: Path) -> tuple[int, str]:
+    return (folder / MANIFEST).stat().st_mtime_ns, str(folder)
+
+
 def _earlier_id(run: Path) -> str | None:
-    """The id that a run whose run.json is lost gave its students and checkpoints."""
+    """The id that a run of an earlier version, whose run.json is lost, gave its students and checkpoints."""
     ids = (about_of(path).get("run") for path in sorted(run.glob("phases/*/*")) if path.is_dir())
     return next((found for found in ids if isinstance(found, str)), None)
 

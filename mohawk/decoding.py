@@ -133,30 +133,33 @@ class LocalTeacher:
             what["chat_template_hash"] = hashlib.sha256(str(self.tokenizer.chat_template).encode()).hexdigest()[:16]
         return {**what, "chat": self.chat}
 
-    def responses(self, prompts: Sequence[Prompt], first: int = 0) -> Iterator[tuple[int, list[Response]]]:
-        """(i, answers) of prompts[i] for i = first, first + 1, ..., `samples` answers each.
+    def responses(
+        self, prompts: Sequence[Prompt], first: int = 0, stop: int | None = None
+    ) -> Iterator[tuple[int, list[Response]]]:
+        """(i, answers) of prompts[i] for i = first, first + 1, ... before `stop`, `samples` answers each.
 
-        The batches are cut from the whole list, wherever it starts: a batch that was answered in part is made anew as
-        it was.
+        The batches are cut from the whole list, wherever it starts and stops: a batch that was answered in part is made
+        anew as it was.
         """
         n = self.decoding.samples
+        stop = len(prompts) if stop is None else stop
         if self.decoding.method == "beam":
             per_batch = max(1, self.batch_size // self.decoding.beams)
-            for begin in range(first - first % per_batch, len(prompts), per_batch):
+            for begin in range(first - first % per_batch, stop, per_batch):
                 batch = range(begin, min(begin + per_batch, len(prompts)))
                 answers = self._answer([(prompts[i], 0) for i in batch])
                 for k, i in enumerate(batch):
-                    if i >= first:
+                    if first <= i < stop:
                         yield i, answers[k * n : (k + 1) * n]
             return
         row = first * n
         done: list[Response] = []  # answers of the prompt that is under way
         prompt = first
-        for begin in range(row - row % self.batch_size, len(prompts) * n, self.batch_size):
+        for begin in range(row - row % self.batch_size, stop * n, self.batch_size):
             rows = range(begin, min(begin + self.batch_size, len(prompts) * n))
             answers = self._answer([(prompts[r // n], r % n) for r in rows])
             for r, answer in zip(rows, answers, strict=True):
-                if r < row:
+                if not row <= r < stop * n:
                     continue
                 done.append(answer)
                 if len(done) == n:

@@ -119,10 +119,12 @@ class EndpointTeacher:
             return {k: MASK if v and SECRET.search(k) else self.masked(v) for k, v in value.items()}
         return value
 
-    def responses(self, prompts: Sequence[Prompt], first: int = 0) -> Iterator[tuple[int, list[Response]]]:
-        """(i, answers) of prompts[i] for i = first, first + 1, ..., `samples` answers each."""
+    def responses(
+        self, prompts: Sequence[Prompt], first: int = 0, stop: int | None = None
+    ) -> Iterator[tuple[int, list[Response]]]:
+        """(i, answers) of prompts[i] for i = first, first + 1, ... before `stop`, `samples` answers each."""
         n = self.decoding.samples
-        rows = ((i, s) for i in range(first, len(prompts)) for s in range(n))
+        rows = ((i, s) for i in range(first, len(prompts) if stop is None else stop) for s in range(n))
         pending: deque[Future[Response]] = deque()
         waiting: queue.SimpleQueue = queue.SimpleQueue()
         self.stop.clear()

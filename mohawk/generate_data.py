@@ -2,7 +2,8 @@
 
 A folder holds `responses.jsonl`, `rejected.jsonl` (the same, with the reason), `manifest.json` (the settings) and
 `summary.json`. Answers are written in the prompts' order, all of a prompt before the next one's, in whole lines; so the
-files themselves say how far a stopped run came, and the same command goes on there.
+files themselves say how far a stopped run came, and the same command goes on there. Lines have checksums in
+`.NAME.crc32`, manifest and summary theirs in `.NAME.sha256`; prompts whose lines are damaged or lost are asked again.
 """
 
 from __future__ import annotations
@@ -14,18 +15,19 @@ import os
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import mohawk
-from mohawk.checkpoints import fsync, locked
+from mohawk.checkpoints import locked, sum_file, why_altered, write_file
 from mohawk.decoding import Decoding, Response, as_messages, local_teacher
 from mohawk.endpoint import EndpointTeacher
 from mohawk.errors import UserError, naming
 from mohawk.filters import Filters, Judge, Verdict
+from mohawk.lines import byte_lines, missing_lines, sum_of, sums_of, why_sums_unusable, write_lines
 from mohawk.parsing import parse_json
 from mohawk.records import Prompt, read_prompts
 from mohawk.run_folder import home
@@ -34,6 +36,7 @@ from mohawk.text import Source
 log = logging.getLogger(__name__)
 
 RESPONSES, REJECTED, MANIFEST, SUMMARY = "responses.jsonl", "rejected.jsonl", "manifest.json", "summary.json"
+FILES = (RESPONSES, REJECTED)
 LAYOUT = 1  # of the lines; raise it when their fields change
 HELD = 8  # prompts that an endpoint may refuse before it has answered any
 SYNC_SECONDS = 5.0  # between flushes to the disk
@@ -49,8 +52,10 @@ class Teacher(Protocol):
     def identity(self) -> dict[str, Any]:
         """What tells the teacher from others: `name`, revision, hash, and what else decides its answers."""
 
-    def responses(self, prompts: Sequence[Prompt], first: int = 0) -> Iterator[tuple[int, list[Response]]]:
-        """(i, answers) of prompts[i] for i = first, first + 1, ..., `samples` answers each."""
+    def responses(
+        self, prompts: Sequence[Prompt], first: int = 0, stop: int | None = None
+    ) -> Iterator[tuple[int, list[Response]]]:
+        """(i, answers) of prompts[i] for i = first, first + 1, ... before `stop`, `samples` answers each."""
 
 
 @dataclass
@@ -121,7 +126,7 @@ def generate_data(
     try:
         if (
             output.is_dir()
-            and not (output / MANIFEST).exists()
+            and not any(path.exists() for path in (output / MANIFEST, sum_file(output / MANIFEST)))
             and any(not p.name.startswith(".") for p in output.iterdir())
         ):
             raise UserError(f"output: {output} exists and was not written by generate-data; choose another folder")
@@ -132,11 +137,28 @@ def generate_data(
         settings = {"teacher": identity, "decoding": decoding.settings(), "seed": decoding.seed}
         settings = {"layout": LAYOUT, **settings, "filters": filters.settings()}
         _claim(output / MANIFEST, settings, prompts, getattr(teacher, "base", None))
-        tally = recover(output, prompts, decoding.samples)
+        samples = decoding.samples
+
+        def judged(i: int, responses: Sequence[Response]) -> tuple[dict[str, list[bytes]], list[str]]:
+            """The lines of a prompt, by file, and the reasons of those that are rejected."""
+            lines: dict[str, list[bytes]] = {name: [] for name in FILES}
+            reasons = []
+            for sample, (response, verdict) in enumerate(
+                zip(responses, judge.verdicts(prompts[i], responses), strict=True)
+            ):
+                line = _line(prompts[i], sample, response, verdict, identity, teacher)
+                lines[RESPONSES if verdict.reason is None else REJECTED].append(line)
+                if verdict.reason is not None:
+                    reasons.append(verdict.reason)
+            return lines, reasons
+
+        found = _scan(output, prompts, samples, say=True)
+        if found.broken():
+            _ask_again(output, found, prompts, teacher, judged)
+            found = _scan(output, prompts, samples)
+        tally = _cut(output, found)
         spent = _seconds_spent(output / SUMMARY) if tally.prompts else 0.0
-        kept_file, rejected_file = (
-            stack.enter_context(open(output / n, "ab", buffering=0)) for n in (RESPONSES, REJECTED)
-        )
+        opened = {name: _opened(output / name, stack) for name in FILES}
         if tally.prompts:
             log.info("going on after %d of %d prompts", tally.prompts, len(prompts))
         before, started = (tally.prompts, tally.tokens), time.monotonic()
@@ -157,29 +179,22 @@ def generate_data(
         answers = stack.enter_context(closing(teacher.responses(prompts, tally.prompts)))
         for i, responses in _held_back(answers, tally):
             assert i == tally.prompts, f"answers of prompt {i}, not {tally.prompts}"
-            kept, rejected, reasons = b"", b"", []
-            for sample, (response, verdict) in enumerate(
-                zip(responses, judge.verdicts(prompts[i], responses), strict=True)
-            ):
-                line = _line(prompts[i], sample, response, verdict, identity, teacher)
-                if verdict.reason is None:
-                    kept += line
-                else:
-                    rejected += line
-                    reasons.append(verdict.reason)
-            for file, lines in ((kept_file, kept), (rejected_file, rejected)):
-                if lines:
-                    _append(file, lines)
+            lines, reasons = judged(i, responses)
+            for name, (file, sums) in opened.items():
+                if lines[name]:
+                    if sums is not None:  # first, so that a kill leaves no line without one
+                        _append(sums, b"".join(f"{sum_of(line[:-1])}\n".encode() for line in lines[name]))
+                    _append(file, b"".join(lines[name]))
             tally.prompts += 1
             tally.kept += len(responses) - len(reasons)
             tally.rejected.update(reasons)
             tally.tokens += sum(response.tokens or 0 for response in responses)
             if time.monotonic() - synced > SYNC_SECONDS:
-                _flush(kept_file, rejected_file)
+                _flush(opened)
                 summarise()
                 synced = time.monotonic()
             progress.show()
-        _flush(kept_file, rejected_file)
+        _flush(opened)
     return tally
 
 
@@ -205,62 +220,170 @@ def _line(
     return (json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n").encode("utf-8", "replace")
 
 
-def recover(output: Path, prompts: Sequence[Prompt], samples: int) -> Tally:
-    """How far the files came; cuts off a line that a kill left unfinished, and a prompt's that lacks others.
+class _Row(NamedTuple):
+    """A line that is as it was written: its prompt's index, where it lies in the file, and what is counted of it."""
 
-    Raises UserError where lines are damaged or are not of these prompts, in their order.
-    """
+    i: int
+    sample: int
+    start: int
+    stop: int
+    reason: str | None
+    tokens: int
+
+
+@dataclass
+class _Found:
+    """What the files hold: intact lines, how many prompts were begun and finished, and which of these lack lines."""
+
+    rows: dict[str, list[_Row]]
+    done: int
+    lost: list[int]
+
+    def broken(self) -> bool:
+        """Whether prompts lack lines, or something else lies between the intact ones."""
+        kept = ([row for row in rows if row.i < self.done] for rows in self.rows.values())
+        return bool(self.lost) or any(sum(r.stop - r.start for r in rows) != rows[-1].stop for rows in kept if rows)
+
+
+def _scan(output: Path, prompts: Sequence[Prompt], samples: int, *, say: bool = False) -> _Found:
+    """Read both files. say: log what is damaged, lost, or without checksums. Raises UserError where a line that is as
+    it was written is not of these prompts, in their order."""
     index = {prompt.id: i for i, prompt in enumerate(prompts)}
-    files = {name: list(_lines(output / name, index)) for name in (RESPONSES, REJECTED)}
-    found = Counter(i for lines in files.values() for i, *_ in lines)
-    done = 0
-    while found[done] == samples:
-        done += 1
-    tally = Tally(prompts=done)
-    for name, lines in files.items():
-        end = 0
-        for i, stop, reason, tokens in lines:
-            if i >= done:
-                break
-            end = stop
-            tally.tokens += tokens
+    for path in (output / name for name in FILES):
+        if (problem := why_sums_unusable(path)) is not None:  # asking for all its answers again would cost too much
+            raise UserError(
+                f"{sums_of(path)}: damaged ({problem}); put it back from a copy, or delete it to go on with what "
+                f"{path.name} has, unverified"
+            )
+    rows = {name: list(_rows(output / name, index, say)) for name in FILES}
+    taken: dict[int, list[int]] = {}
+    for row in (row for found in rows.values() for row in found):
+        taken.setdefault(row.i, []).append(row.sample)
+    whole = {i for i, numbers in taken.items() if sorted(numbers) == list(range(samples))}
+    done = max(whole, default=-1) + 1
+    lost = [i for i in range(done) if i not in whole]
+    if say and (missing := sum(missing_lines(output / name) for name in FILES)) > samples:
+        log.warning("%s: %d lines that were written are not there", output, missing)
+    if say and lost:
+        log.warning("%s: %d prompts lack answers; asking them again, the first: %s", output, len(lost),
+                    prompts[lost[0]].id)  # fmt: skip
+    return _Found(rows, done, lost)
+
+
+def _rows(path: Path, index: Mapping[str, int], say: bool) -> Iterator[_Row]:
+    if not path.exists():
+        return
+    stop, last, unverified = 0, 0, False
+    for number, (line, whole) in enumerate(byte_lines(path), 1):
+        start, stop = stop, stop + len(line)
+        if not line.endswith(b"\n"):  # cut short by a kill
+            break
+        unverified |= whole is None
+        try:
+            if whole is False:
+                raise ValueError("another checksum")
+            row = parse_json(line)
+            identity, sample, tokens = row["prompt_id"], int(row["sample"]), int(row["tokens"] or 0)
+            i = index[identity] if whole is None else index.get(identity)
+        except (ValueError, KeyError, TypeError):
+            if say:
+                log.warning("%s:%d: damaged, and passed over", path, number)
+            continue
+        if i is None:
+            raise UserError(f"{path}:{number}: not of these prompts; move {path.parent} away")
+        if i < last:
+            raise UserError(f"{path}:{number}: out of the prompts' order; move {path.parent} away")
+        last = i
+        yield _Row(i, sample, start, stop, row.get("reason"), tokens)
+    if say and unverified:
+        log.warning("%s: has no checksums, as earlier versions wrote it; its lines are not verified", path)
+
+
+def _ask_again(
+    output: Path, found: _Found, prompts: Sequence[Prompt], teacher: Teacher, judged: Callable[..., Any]
+) -> None:
+    """Answers to the prompts that lack some, put where they belong; the files change only when all have come."""
+    made: dict[int, dict[str, list[bytes]]] = {}
+    lost = set(found.lost)
+    for i in found.lost:
+        if i in made:
+            continue
+        end = next(j for j in range(i, found.done + 1) if j not in lost)  # all that lie together
+        with closing(teacher.responses(prompts, i, end)) as answers:
+            for j, responses in answers:
+                made[j], _ = judged(j, responses)
+    for name, rows in found.rows.items():
+        lines = [(j, line) for j, of in made.items() for line in of[name]]
+        if rows:
+            with open(output / name, "rb") as file:
+                for row in rows:
+                    if row.i < found.done and row.i not in made:
+                        file.seek(row.start)
+                        lines.append((row.i, file.read(row.stop - row.start)))
+        lines.sort(key=lambda line: line[0])
+        try:
+            write_lines(output / name, [line.decode("utf-8", "replace").removesuffix("\n") for _, line in lines])
+        except OSError as error:
+            raise _unwritable(output / name, error) from error
+
+
+def _cut(output: Path, found: _Found) -> Tally:
+    """How far the files came; what lies behind that, unfinished lines and prompts that lack answers, is cut off."""
+    tally = Tally(prompts=found.done)
+    for name, rows in found.rows.items():
+        path = output / name
+        rows = [row for row in rows if row.i < found.done]
+        for row in rows:
+            tally.tokens += row.tokens
             if name == RESPONSES:
                 tally.kept += 1
             else:
-                tally.rejected[reason] += 1
-        if (output / name).exists():
-            os.truncate(output / name, end)
+                tally.rejected[row.reason] += 1
+        if path.exists():
+            os.truncate(path, rows[-1].stop if rows else 0)
+        if sums_of(path).exists():  # a line each, of equal length
+            os.truncate(sums_of(path), len(rows) * len(f"{sum_of(b'')}\n"))
     return tally
 
 
-def _lines(path: Path, index: Mapping[str, int]) -> Iterator[tuple[int, int, str | None, int]]:
-    """(prompt's index, where the line ends in the file, reason, tokens) of each whole line."""
-    if not path.exists():
-        return
-    end, last = 0, 0
-    with open(path, "rb") as file:
-        for number, line in enumerate(file, 1):
-            if not line.endswith(b"\n"):
-                return
-            end += len(line)
-            try:
-                row = parse_json(line)
-                i, reason, tokens = index[row["prompt_id"]], row.get("reason"), row["tokens"] or 0
-            except (ValueError, KeyError, TypeError):
-                raise UserError(f"{path}:{number}: damaged, or not of these prompts; move {path.parent} away") from None
-            if i < last:
-                raise UserError(f"{path}:{number}: out of the prompts' order; move {path.parent} away")
-            last = i
-            yield i, end, reason, tokens
+def _opened(path: Path, stack: ExitStack) -> tuple[Any, Any]:
+    """A file to append to, and that of its checksums; none for what an earlier version began."""
+    begun = path.exists() and path.stat().st_size > 0
+    names = [path] if begun and not sums_of(path).exists() else [path, sums_of(path)]
+    files = [stack.enter_context(open(name, "ab", buffering=0)) for name in names]
+    return files[0], files[1] if len(files) > 1 else None
+
+
+def spare_lines(folder: Path) -> int:
+    """How many lines a process that was killed in this folder may have left out; 0 where the answers are all there."""
+    try:
+        manifest = parse_json((folder / MANIFEST).read_bytes())
+        done = parse_json((folder / SUMMARY).read_bytes())["prompts"]
+        samples = int(manifest["settings"]["decoding"].get("samples") or 1)
+        return 0 if done == manifest["prompts"]["count"] else samples
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return 0
 
 
 def _claim(path: Path, settings: dict[str, Any], prompts: Sequence[Prompt], endpoint: str | None) -> None:
     """Write the folder's manifest, or check that the one that is there says the same."""
-    old = None
-    if path.exists():
+    asked = {"count": len(prompts), "sha256": _digest(prompts)}
+    made = {"mohawk": mohawk.__version__, "settings": settings, "prompts": asked, "endpoint": endpoint}
+    if (problem := why_altered(path)) is not None:
+        # what this command would write may be just what is lost
+        if hashlib.sha256(_json(made)).hexdigest() not in sum_file(path).read_text(errors="replace").split():
+            raise UserError(
+                f"output: {path} is damaged ({problem}), so that what made the answers is not known; put it back from "
+                "a copy, or run the very command that wrote it, which makes it again; the answers are as they were"
+            )
+        log.warning("%s %s; made again, as this command wrote it", path, problem)
+    elif path.exists():
+        if not sum_file(path).exists():
+            log.warning("%s: has no checksum, as earlier versions wrote it; it is not verified", path)
         try:
             old = parse_json(path.read_bytes())
             old_settings, count = old["settings"], old["prompts"]["count"]
+            digest = old["prompts"]["sha256"]
         except (ValueError, KeyError, TypeError):
             raise UserError(
                 f"output: {path} cannot be read; move {path.parent} away, or choose another folder"
@@ -271,13 +394,12 @@ def _claim(path: Path, settings: dict[str, Any], prompts: Sequence[Prompt], endp
                 f"output: {path.parent} holds answers made with other settings ({'; '.join(changed)}); choose another "
                 "folder, or give the same settings to go on"
             )
-        if count > len(prompts) or old["prompts"]["sha256"] != _digest(prompts[:count]):
+        if count > len(prompts) or digest != _digest(prompts[:count]):
             raise UserError(
                 f"output: {path.parent} holds answers to other prompts ({count}, here {len(prompts)}); choose another "
                 "folder, or give the same prompts (more may follow them)"
             )
-    asked = {"count": len(prompts), "sha256": _digest(prompts)}
-    _write(path, {"mohawk": mohawk.__version__, "settings": settings, "prompts": asked, "endpoint": endpoint})
+    _write(path, made)
 
 
 def _changed(old: Any, new: Any, at: str = "") -> list[str]:
@@ -333,8 +455,8 @@ def _append(file: Any, lines: bytes) -> None:
         raise _unwritable(file.name, error) from error
 
 
-def _flush(*files: Any) -> None:
-    for file in files:
+def _flush(opened: Mapping[str, tuple[Any, Any]]) -> None:
+    for file in (file for data, sums in opened.values() for file in (sums, data) if file is not None):
         with naming(file.name):
             os.fsync(file.fileno())
 
@@ -346,7 +468,7 @@ def _unwritable(path: Path | str, error: OSError) -> UserError:
 def _seconds_spent(path: Path) -> float | None:
     """What earlier starts of the command took; None where the folder does not say."""
     try:
-        return float(parse_json(path.read_bytes())["seconds"])
+        return None if why_altered(path) else float(parse_json(path.read_bytes())["seconds"])
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
@@ -381,10 +503,12 @@ def print_summary(output: Path | str, console: Any) -> None:
 
 
 def _write(path: Path, value: Any) -> None:
-    beside = path.with_name(f".{path.name}.tmp")
-    beside.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    fsync(beside)
-    os.replace(beside, path)
+    with write_file(path) as beside:
+        beside.write_bytes(_json(value))
+
+
+def _json(value: Any) -> bytes:
+    return (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode("utf-8")
 
 
 class _Progress:

@@ -19,10 +19,12 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from mohawk.checkpoints import drop_file
 from mohawk.decoding import Decoding, LocalTeacher, local_teacher
 from mohawk.endpoint import EndpointTeacher
 from mohawk.errors import UserError
 from mohawk.filters import load_function, normalize
+from mohawk.lines import sum_of
 from mohawk.parsing import parse_json
 from mohawk.rationale_router import RationaleRouter, measure_gains, read_gains, write_file
 from mohawk.rationales import TEMPLATES, extract_rationale, read_rationales
@@ -151,14 +153,14 @@ def merge_all(
     (what tells the model and its settings), the work goes on behind it. Raises UserError where it is of another run.
     """
     key = json.dumps([groups, template, list(templates), dict(identity)], sort_keys=True, default=str)
-    header = json.dumps({"merge": hashlib.sha256(key.encode()).hexdigest()})
+    header = {"merge": hashlib.sha256(key.encode()).hexdigest()}
     from tqdm import tqdm
 
-    lines = _recovered(journal, header)
-    if lines:
-        log.info("going on after %d of %d prompts", len(lines), len(groups))
-    todo = iter(groups[len(lines) :])
-    bar = tqdm(total=len(groups), initial=len(lines), unit=" prompts", disable=None, leave=False)
+    done = _recovered(journal, header)
+    if done:
+        log.info("going on after %d of %d prompts", len(done), len(groups))
+    todo = iter([candidates for candidates in groups if candidates[0]["prompt"] not in done])
+    bar = tqdm(total=len(groups), initial=len(done), unit=" prompts", disable=None, leave=False)
     while batch := list(islice(todo, at_once)):
         asked = [merge_prompt(candidates, template) for candidates in batch if len(candidates) > 1]
         texts = complete(asked) if asked else []
@@ -166,11 +168,11 @@ def merge_all(
             raise ValueError(f"complete: gave {len(texts)} texts for {len(asked)} prompts")
         answers = iter(texts)
         made = [merged(c, next(answers), templates) if len(c) > 1 else vote(c) for c in batch]
-        _append(journal, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in made))
-        lines += made
+        _append(journal, "".join(_summed(line) for line in made))
+        done |= {line["prompt"]: line for line in made}
         bar.update(len(made))
     bar.close()
-    return lines
+    return [done[candidates[0]["prompt"]] for candidates in groups]
 
 
 def purify(
@@ -205,7 +207,11 @@ def purify(
         lines = merge_all(
             groups, complete, journal, identity=identity or {}, template=merge_template, templates=templates
         )
-    write_file(output, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+    try:
+        write_file(output, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+    except UserError:
+        drop_file(output)  # there already, perhaps, without all that belongs to it: it would be in the next call's way
+        raise
     if by == "merge":
         try:
             journal.unlink(missing_ok=True)
@@ -345,22 +351,50 @@ def _words(text: str) -> Counter[str]:
     return Counter(word for token in text.casefold().split() if (word := token.strip(".,;:!?\"'()[]*")))
 
 
-def _recovered(journal: Path, header: str) -> list[dict[str, Any]]:
-    """The journal's whole lines; what a kill left unfinished behind them is cut off. A new one gets its header."""
-    text = journal.read_bytes() if journal.exists() else b""
-    end = text.rfind(b"\n") + 1
-    first, *rest = text[:end].splitlines() or [None]
+def _summed(line: Mapping[str, Any]) -> str:
+    """A line of the journal: a checksum, a space, JSON."""
+    text = json.dumps(line, ensure_ascii=False)
+    return f"{sum_of(text.encode('utf-8', 'replace'))} {text}\n"
+
+
+def _checked(line: bytes) -> Any:
+    """What `_summed` made a line of; an earlier version's line has no sum. Raises ValueError for a damaged one."""
+    digest, _, text = (b"", b"", line) if line.startswith(b"{") else line.partition(b" ")
+    if not line.startswith(b"{") and digest != sum_of(text).encode():
+        raise ValueError("another checksum")
+    return parse_json(text)
+
+
+def _recovered(journal: Path, header: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """The journal's lines, by prompt, but for damaged ones, which are passed over; what a kill left unfinished behind
+    them is cut off. A new one gets its header."""
+    content = journal.read_bytes() if journal.exists() else b""
+    end = content.rfind(b"\n") + 1
+    first, *rest = content[:end].split(b"\n")[:-1] or [None]
     if first is None:
-        write_file(journal, header + "\n")
-        return []
+        journal.unlink(missing_ok=True)  # a header cut short
+        _append(journal, _summed(header))
+        return {}
     try:
-        lines = [parse_json(line) for line in rest]
-    except ValueError:
-        raise UserError(f"{journal}: damaged; delete it to merge anew") from None
-    if first.decode("utf-8", "replace") != header:
+        merge_of = _checked(first)
+    except (ValueError, TypeError):
+        raise UserError(
+            f"{journal}: its first line is damaged, so that what was merged is not known; if files and settings are as "
+            f"they were, write {json.dumps(header)} there to go on, or delete it to merge anew"
+        ) from None
+    if merge_of != header:
         raise UserError(f"{journal}: left by a merge of other data or settings; delete it, or choose another output")
     os.truncate(journal, end)
-    return lines
+    done = {}
+    for number, line in enumerate(rest, 2):
+        try:
+            record = _checked(line)
+            done[record["prompt"]] = record
+        except (ValueError, KeyError, TypeError):
+            log.warning("%s:%d: damaged; its prompt is asked again", journal, number)
+    if any(line.startswith(b"{") for line in rest):
+        log.warning("%s: has lines without checksums, as an earlier version wrote them; they are not verified", journal)
+    return done
 
 
 def _append(journal: Path, text: str) -> None:

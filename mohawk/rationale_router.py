@@ -11,7 +11,6 @@ import hashlib
 import json
 import logging
 import math
-import os
 import random
 from collections.abc import Callable, Mapping, Sequence
 from itertools import chain
@@ -23,11 +22,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from mohawk import checkpoints
 from mohawk.data import collate
 from mohawk.errors import UserError
 from mohawk.parsing import parse_json
 from mohawk.processes import several
 from mohawk.rationales import RationaleDistiller
+from mohawk.text import check_written
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -282,6 +283,7 @@ def read_gains(path: str | Path, settings: Mapping[str, Any] | None = None) -> d
 
     settings: what it must have been measured with. Raises UserError.
     """
+    check_written([Path(path)])
     try:
         state = parse_json(Path(path).read_bytes())
     except OSError as error:
@@ -298,13 +300,10 @@ def read_gains(path: str | Path, settings: Mapping[str, Any] | None = None) -> d
 
 
 def write_file(path: Path, text: str) -> None:
-    """A file that has all of `text`, or is as it was. Raises UserError where it cannot be written."""
-    beside = path.with_name(f".{path.name}.tmp")
+    """A file that has all of `text`, or is as it was; `why_altered` knows it again. Raises UserError where it cannot be
+    written."""
     try:
-        with open(beside, "w", encoding="utf-8", errors="replace") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(beside, path)
+        with checkpoints.write_file(path) as beside:
+            beside.write_text(text, encoding="utf-8", errors="replace")
     except OSError as error:
         raise UserError(f"{path}: cannot be written ({error.strerror or error})") from error

@@ -17,7 +17,7 @@ from typing import Any
 
 from mohawk.errors import UserError
 from mohawk.parsing import parse_json
-from mohawk.text import as_source, load_rows, local_files, rows_of
+from mohawk.text import as_source, check_written, load_rows, local_files, rows_of
 
 OPENERS = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
 Messages = list[dict[str, Any]]
@@ -73,6 +73,7 @@ def read_records(source: Any) -> Iterator[tuple[str, dict[str, Any]]]:
     """
     source = as_source(source)
     files, form = local_files(source)
+    check_written(files)
     if not files or form == "parquet":
         dataset = load_rows(source, files, form)
         for i, row in rows_of(dataset, source):

@@ -21,7 +21,7 @@ import torch
 from rich.console import Console
 from torch import nn
 
-from mohawk.binding import bind, bound, of_this_run, write_bound
+from mohawk.binding import bind, bound, of_this_run, record_of, write_bound
 from mohawk.checkpoints import (
     about_of,
     drop_file,
@@ -269,10 +269,9 @@ class Run:
 
         return from_first(complete)
 
-    def _origin(self, before: str | None) -> dict[str, str]:
-        """What a step's checkpoints and student are of: this run, and the weights that the step before left."""
-        known = bound(self.folder)
-        of = {} if known is None else {"run": known["id"]}
+    def _origin(self, before: str | None) -> dict[str, Any]:
+        """What a step's checkpoints and student are of: this run, its inputs, the weights that the step before left."""
+        of = record_of(self.folder)
         left = None if before is None else weights_sum(self._student(before))
         return of if left is None else of | {"from": left}
 
@@ -288,7 +287,7 @@ class Run:
         """Of a student of an earlier version, which does not say what it is made of."""
         return last is None or weights_sum(final) == weights_sum(self._student(last))
 
-    def _save(self, folder: Path, student: nn.Module, about: dict[str, str], tokenizer: Any = None) -> None:
+    def _save(self, folder: Path, student: nn.Module, about: dict[str, Any], tokenizer: Any = None) -> None:
         """A student's folder. Raises UserError, and leaves what is there, where a weight is not finite."""
         refuse_nonfinite(student, f"{folder}: this student", "it is not written; lower the learning rate")
         if folder == self.folder / STUDENT:

@@ -14,16 +14,18 @@ import logging
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from mohawk.checkpoints import sum_file, why_altered
 from mohawk.errors import UserError, causes, machines_own
 from mohawk.fetch import cache_dir, kept_whole, whole_folder
 from mohawk.hub import hub_or_cache
+from mohawk.lines import damage, sums_of
 from mohawk.parsing import parse_json
 from mohawk.run_folder import home
 
@@ -120,6 +122,7 @@ def tokenize(source: Any, tokenizer: PreTrainedTokenizerBase, *, cache: Path | s
     about = {"key": key}  # so that another folder under this name is not taken for it
     if not kept_whole(folder, about) or not _readable(folder):
         # `scratch` vanishes at the end: the Arrow copy of local files is only a step to the token ids
+        check_written(files)
         with whole_folder(folder, about) as partial, tempfile.TemporaryDirectory(dir=partial.parent) as scratch:
             if dataset is None:
                 dataset = load_rows(source, files, form, scratch)
@@ -180,6 +183,21 @@ def local_files(source: Source) -> tuple[list[Path], str | None]:
     if len(forms) > 1:
         raise UserError(f"data: {name} mixes {', '.join(sorted(forms))}; give each kind as a source of its own")
     return files, forms.pop()
+
+
+def check_written(files: Iterable[Path]) -> None:
+    """UserError where one of the files was written here, by generate-data or purify, and is not as it was written."""
+    for path in files:
+        problem, sums = why_altered(path), sum_file(path)
+        if problem is None and sums_of(path).exists():
+            from mohawk.generate_data import spare_lines
+
+            problem, sums = damage(path, spare_lines(path.parent)), sums_of(path)
+        if problem is not None:
+            raise UserError(
+                f"{path}: damaged ({problem}); run the command that wrote it again, or, if you changed it on purpose, "
+                f"delete {sums} to use it as it is"
+            )
 
 
 def _suffix(path: Path) -> str:

@@ -115,7 +115,7 @@ class PhaseTrainer(Trainer):
         max_nonfinite: int = 3,
         max_nonfinite_total: int = 10,
         keep_checkpoints: int | None = None,
-        origin: Mapping[str, str] | None = None,
+        origin: Mapping[str, Any] | None = None,
         report_to: Sequence[str] = (),
     ):
         if device not in ("auto", "cpu") and not torch.cuda.is_available():
@@ -246,6 +246,8 @@ class PhaseTrainer(Trainer):
             return None
         about, what = about_of(checkpoint), {"run": "is of another run", "from": "goes on from other weights"}
         for name, value in self.origin.items():
+            if name == "bound":  # compared with what the run reads before it trains (mohawk.binding)
+                continue
             if about.get(name, value) != value:
                 raise UserError(
                     f"{checkpoint}: {what.get(name, f'has another {name}')} than this phase now begins with; delete "

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from mohawk.checkpoints import MANIFEST, PARTIAL, why_altered, why_incomplete
 from mohawk.errors import UserError
+from mohawk.lines import damage, sums_of
 from mohawk.metrics import METRICS, damaged_lines
 from mohawk.run_folder import RECIPE, RUN_FILE, home
 
@@ -36,8 +37,10 @@ NO_SUMS = "was written without sums, by an earlier version"
 
 
 def findings(folder: Path) -> Iterator[Finding]:
-    """All that was written below a folder: folders with a manifest, files with a sum, the lines of metrics.jsonl, and
+    """All that was written below a folder: folders with a manifest, files with a sum, files whose lines have one, and
     what a run or a cache of an earlier version has without either. Reads every byte."""
+    from mohawk.generate_data import FILES, spare_lines
+
     inside: set[Path] = set()
     for manifest in sorted(folder.rglob(MANIFEST)):
         place = manifest.parent
@@ -53,6 +56,13 @@ def findings(folder: Path) -> Iterator[Finding]:
         if not _passing(path, folder):
             count = damaged_lines(path)
             yield Finding(path, f"{count} damaged lines" if count else None)
+    for sums in sorted(folder.rglob(".*.crc32")):
+        path = sums.with_name(sums.name.removesuffix(".crc32").removeprefix("."))
+        if path.name not in (METRICS, Path(MEASURED).name) and not _passing(path, folder):
+            yield Finding(path, damage(path, spare_lines(path.parent)))
+    for path in sorted(path for name in FILES for path in folder.rglob(name)):
+        if not sums_of(path).exists() and path.stat().st_size and not _passing(path, folder):
+            yield Finding(path, NO_SUMS)
     if (folder / MEASURED).is_file():
         from mohawk.layer_probe import damaged_measurements
 
@@ -64,7 +74,7 @@ def findings(folder: Path) -> Iterator[Finding]:
 def verify(path: str | Path, console: Console | None = None) -> list[Finding]:
     """Check a run's folder or a cache's and say what was found.
 
-    path: of a run, a student, a teacher's cache, or of tokenised text (one text's folder, or all of them).
+    path: of a run, a student, a teacher's answers, its cache, or of tokenised text (one text's folder, or all of them).
 
     Raises:
         UserError: nothing there is mohawk's, or something is damaged, a line for each.

@@ -15,7 +15,8 @@ from mohawk.endpoint import EndpointTeacher
 from mohawk.errors import UserError
 from mohawk.filters import Filters
 from mohawk.generate_data import REJECTED, RESPONSES, SUMMARY, generate_data
-from mohawk.records import read_prompts
+from mohawk.records import read_prompts, read_records
+from mohawk.text import check_written
 from tests.mohawk.tiny_endpoint import Server, error
 from tests.mohawk.tiny_phase import cheap_training, fork, wait  # noqa: F401
 
@@ -63,8 +64,8 @@ class Scripted:
     def identity(self):
         return {"name": self.name}
 
-    def responses(self, prompts, first=0):
-        for i in range(first, len(prompts)):
+    def responses(self, prompts, first=0, stop=None):
+        for i in range(first, len(prompts) if stop is None else stop):
             said = [self.say(i, s) for s in range(self.decoding.samples)]
             yield i, [r if isinstance(r, Response) else Response(r, len(r.split()), "stop") for r in said]
 
@@ -251,19 +252,154 @@ def test_places_that_cannot_be_written_to(tmp_path, prompts):
     assert os.listdir(tmp_path / "folder") == ["mine.txt"]
 
 
-def test_damaged_lines_are_not_written_over(tmp_path, prompts):
+def scripted(asked=None, samples=2):
+    """Answers by prompt and sample, every third of them rejected by FEW; asked: gets (prompt, sample)."""
+
+    def say(i, s):
+        if asked is not None:
+            asked.append((i, s))
+        return f"answer {i} {s}" if (i + s) % 3 else f"a rather long answer {i} {s}"
+
+    return Scripted(say, samples=samples)
+
+
+FEW = Filters(max_tokens=3)
+
+
+@pytest.mark.parametrize("name", [RESPONSES, REJECTED])
+@pytest.mark.parametrize("how", ["letter", "cut", "gone", "joined", "first"])
+def test_prompts_whose_lines_are_damaged_are_asked_again(how, name, tmp_path, prompts, caplog):
+    out = tmp_path / "out"
+    generate_data(prompts, scripted(), out, filters=FEW)
+    expected = contents(out)
+    rows = expected[name].splitlines(keepends=True)
+    at = 0 if how == "first" else 2
+    hurt = {at} if how != "joined" else {at, at + 1}
+    ids = [json.loads(rows[k])["prompt_id"] for k in sorted(hurt)]
+    if how in ("letter", "first"):
+        rows[at] = rows[at].replace(b"answer ", b"answes ")
+    elif how == "cut":
+        rows[at] = rows[at][:30] + b"\n"
+    else:
+        rows[at] = b"" if how == "gone" else rows[at][:-1] + b" "
+    (out / name).write_bytes(b"".join(rows))
+    asked = []
+    tally = generate_data(prompts, scripted(asked), out, filters=FEW)
+    assert asked == [(i, s) for i, p in enumerate(prompts) if p.id in ids for s in (0, 1)] and asked
+    assert contents(out) == expected and tally.prompts == 11
+    assert how == "gone" or f"{name}:{at + 1}: damaged" in caplog.text
+    again = []
+    generate_data(prompts, scripted(again), out, filters=FEW)  # and is whole from then on
+    assert again == [] and main(["verify", str(out)]) == 0
+
+
+@pytest.mark.parametrize("how", ["zeros", "shorter", "end"])
+def test_damaged_checksums_cost_no_answers(how, tmp_path, prompts):
+    out = tmp_path / "out"
+    generate_data(prompts, scripted(), out, filters=FEW)
+    before, sums = contents(out), out / ".responses.jsonl.crc32"
+    good = sums.read_bytes()
+    sums.write_bytes(
+        {"zeros": bytes(len(good) - 1) + b"\n", "shorter": good[:18], "end": good[:8] + b" " + good[9:]}[how]
+    )
+    asked = []
+    with pytest.raises(UserError, match=r"\.responses\.jsonl\.crc32: damaged .*or delete it to go on") as caught:
+        generate_data(prompts, scripted(asked), out, filters=FEW)
+    assert "\n" not in str(caught.value) and contents(out) == before and asked == []
+    sums.unlink()
+    generate_data(prompts, scripted(asked), out, filters=FEW)
+    assert contents(out) == before and asked == []
+
+
+def test_what_lies_between_the_lines_is_taken_out(tmp_path, prompts, caplog):
+    out = tmp_path / "out"
+    generate_data(prompts, scripted(), out, filters=FEW)
+    expected = contents(out)
+    rows = expected[RESPONSES].splitlines(keepends=True)
+    (out / RESPONSES).write_bytes(b"".join([*rows[:2], rows[2][:40], b"\n", *rows[2:-1]]))  # and the last one is lost
+    asked = []
+    generate_data(prompts, scripted(asked), out, filters=FEW)
+    last = {p.id: i for i, p in enumerate(prompts)}[json.loads(rows[-1])["prompt_id"]]
+    assert {i for i, _ in asked} == {last} and contents(out) == expected
+    assert "responses.jsonl:3: damaged" in caplog.text and main(["verify", str(out)]) == 0
+
+
+def test_verify_names_what_is_damaged_in_a_folder_of_answers(tmp_path, prompts, capsys):
+    out = tmp_path / "out"
+    generate_data(prompts, scripted(), out, filters=FEW)
+    assert main(["verify", str(out)]) == 0 and "4 parts, each as it was written" in " ".join(
+        capsys.readouterr().out.split()
+    )
+    for name in (RESPONSES, REJECTED, "manifest.json", SUMMARY):
+        content = (out / name).read_bytes()
+        (out / name).write_bytes(content.replace(b"e", b"f", 1))
+        assert main(["verify", str(out)]) == 2
+        said = capsys.readouterr().err
+        assert f"{name}: " in said and "1 of 4 parts" in said
+        (out / name).write_bytes(content[: content.rindex(b"\n", 0, -1) + 1])  # its last line is lost
+        assert main(["verify", str(out)]) == 2 and f"{name}: " in capsys.readouterr().err
+        (out / name).unlink()
+        assert main(["verify", str(out)]) == 2 and f"{name}: is missing" in capsys.readouterr().err
+        (out / name).write_bytes(content)
+    assert main(["verify", str(out)]) == 0
+
+
+def test_damaged_answers_are_read_by_no_one(tmp_path, prompts):
+    out = tmp_path / "out"
+    generate_data(prompts, scripted(), out, filters=FEW)
+    source = out / RESPONSES
+    whole = source.read_bytes()
+    assert len(list(read_records(source))) == len(whole.splitlines())
+    check_written([source])
+    for damaged, problem in ((whole.replace(b"answer 2", b"answer 7", 1), "not as"), (whole[:-200], "not")):
+        source.write_bytes(damaged)
+        for read in (lambda: list(read_records(source)), lambda: check_written([source])):
+            with pytest.raises(UserError, match=rf"responses.jsonl.*{problem}.*\.responses\.jsonl\.crc32") as caught:
+                read()
+            assert "\n" not in str(caught.value)
+    (out / ".responses.jsonl.crc32").unlink()  # a user's word that it is meant
+    source.write_bytes(whole.replace(b"answer 2", b"answer 7", 1))
+    assert len(list(read_records(source))) == len(whole.splitlines())
+
+
+@pytest.mark.parametrize("how", ["letter", "gone", "empty"])
+def test_a_damaged_manifest_is_named_and_made_again_by_the_same_command(how, tmp_path, prompts, caplog):
+    out = tmp_path / "out"
+    generate_data(prompts, scripted(), out, filters=FEW)
+    path, before = out / "manifest.json", contents(out)
+    good = path.read_bytes()
+    path.write_bytes(good.replace(b"max_tokens", b"min_tokens") if how == "letter" else b"")
+    if how == "gone":
+        path.unlink()
+    with pytest.raises(UserError, match=r"manifest.json is damaged \(is ") as caught:
+        generate_data(prompts, scripted(), out, filters=Filters(max_tokens=4))
+    assert "other settings" not in str(caught.value) and contents(out) == before
+    generate_data(prompts, scripted(), out, filters=FEW)
+    assert path.read_bytes() == good and contents(out) == before and "made again" in caplog.text
+
+
+def test_a_folder_of_an_earlier_version_goes_on_unverified(tmp_path, prompts, caplog, capsys):
+    out, whole = tmp_path / "out", tmp_path / "whole"
+    generate_data(prompts, scripted(), whole, filters=FEW)
+    generate_data(prompts[:4], scripted(), out, filters=FEW)
+    for path in [*out.glob(".*.crc32"), *out.glob(".*.sha256")]:
+        path.unlink()
+    tally = generate_data(prompts, scripted(), out, filters=FEW)
+    assert tally.prompts == 11 and contents(out) == contents(whole) and not list(out.glob(".*.crc32"))
+    assert caplog.text.count("not verified") == 3  # the manifest, and both files
+    assert main(["verify", str(out)]) == 0
+    assert capsys.readouterr().out.count("not verified") == 2
+
+
+def test_lines_out_of_order_are_not_written_over(tmp_path, prompts):
     out = tmp_path / "out"
     generate_data(prompts, Scripted(lambda i, s: f"answer {i}"), out)
-    good = (out / RESPONSES).read_bytes()
-    rows = good.splitlines(keepends=True)
-    for damaged, message in (
-        (b"".join([*rows[:3], b"{oops}\n", *rows[4:]]), r"responses.jsonl:4: damaged"),
-        (b"".join([rows[1], rows[0], *rows[2:]]), r"responses.jsonl:2: out of the prompts' order"),
-    ):
-        (out / RESPONSES).write_bytes(damaged)
-        with pytest.raises(UserError, match=message):
-            generate_data(prompts, Scripted(lambda i, s: f"answer {i}"), out)
-        assert (out / RESPONSES).read_bytes() == damaged
+    rows = (out / RESPONSES).read_bytes().splitlines(keepends=True)
+    damaged = b"".join([rows[1], rows[0], *rows[2:]])
+    (out / RESPONSES).write_bytes(damaged)
+    with pytest.raises(UserError, match=r"responses.jsonl:2: out of the prompts' order"):
+        generate_data(prompts, Scripted(lambda i, s: f"answer {i}"), out)
+    assert (out / RESPONSES).read_bytes() == damaged
 
 
 def test_a_full_disk_is_one_line_and_can_be_gone_on_from(tmp_path, prompts, monkeypatch):

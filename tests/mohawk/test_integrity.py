@@ -213,7 +213,8 @@ def test_runs_of_earlier_versions_are_used_and_said_to_be_unverified(place, caps
     student = (run / "student" / "model.safetensors").read_bytes()
     convert(recipe_of())
     assert (run / "student" / "model.safetensors").read_bytes() == student
-    assert caplog.text.count("not verified") == 1  # the token cache
+    assert caplog.text.count("not verified") == 2  # the token cache, and what the run was made of
+    assert "nothing there says what it was made of" in caplog.text
     capsys.readouterr()
     assert main(["verify", "run"]) == 0
     assert "evaluation/before.json: was written without sums" in capsys.readouterr().out
@@ -402,8 +403,11 @@ def test_a_checkpoint_that_goes_on_from_other_weights_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("what", ["weights", "configuration", "tokenizer", "text"])
-def test_a_run_goes_on_only_with_the_inputs_it_began_with(what, place, capsys):
+@pytest.mark.parametrize("lost", [False, True])
+def test_a_run_goes_on_only_with_the_inputs_it_began_with(lost, what, place, capsys):
     teacher = place / "teacher"
+    if lost:  # the checkpoints and students say it too
+        (place / "run" / "run.json").unlink()
     if what == "weights":
         state = load_file(teacher / "model.safetensors")
         state["model.norm.weight"] += 0.25
@@ -445,12 +449,48 @@ def test_a_configuration_written_by_another_version_is_the_same(place, caplog):
     assert "the run began with 2.1.0" in caplog.text
 
 
-def test_a_lost_run_file_is_made_again_with_the_same_id(place):
+def test_a_lost_run_file_is_made_again_as_it_was(place, caplog):
     known = json.loads((place / "run" / "run.json").read_text())
     (place / "run" / "run.json").write_text("{")
     convert(recipe_of())
     again = json.loads((place / "run" / "run.json").read_text())
-    assert (again["id"], again["inputs"]) == (known["id"], known["inputs"])
+    assert again == known and again["inputs"]["teacher weights"][0] == "./teacher"
+    assert caplog.text.count("run.json is lost; made again of what run/") == 1
+
+
+def test_an_unfinished_run_without_its_run_file_refuses_another_teacher(place):
+    shutil.rmtree("run/student")
+    shutil.rmtree("run/phases/end_to_end/student")
+    shutil.rmtree("run/phases/mixing/student")  # checkpoints are all that is left of the work
+    (place / "run" / "run.json").unlink()
+    (place / "run" / ".run.json.sha256").unlink()
+    config = json.loads((place / "teacher" / "config.json").read_text())
+    (place / "teacher" / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 1e-3}))
+    for _ in range(2):  # the refusal makes run.json again, with what the run began with
+        with pytest.raises(UserError, match=r"^run: teacher configuration \(./teacher\) has changed since the run"):
+            convert(recipe_of())
+    (place / "teacher" / "config.json").write_text(json.dumps(config))
+    convert(recipe_of())
+    for folder in ("run/student", "run/phases/mixing/checkpoint-4"):
+        assert about_of(folder)["bound"]["inputs"] == json.loads(Path("run/run.json").read_text())["inputs"]
+
+
+def test_another_role_of_a_special_token_is_refused_by_its_name(place):
+    path = place / "teacher" / "tokenizer_config.json"
+    config = json.loads(path.read_text())
+    before = config.get("pad_token")
+    assert before != "a"
+    path.write_text(json.dumps(config | {"pad_token": "a"}))
+    with pytest.raises(UserError) as caught:
+        convert(recipe_of())
+    assert f"teacher special tokens (./teacher) has changed since the run began (pad_token {before!r}, now 'a')" in str(
+        caught.value
+    )
+    path.write_text(json.dumps(config))
+    known = json.loads(Path("run/run.json").read_text())
+    del known["inputs"]["teacher special tokens"]  # as an earlier version wrote it
+    write_json("run/run.json", known)
+    convert(recipe_of())
 
 
 # ---- places ----

@@ -176,9 +176,48 @@ def test_a_killed_merge_goes_on(tmp_path):
     ):
         with pytest.raises(UserError, match=r"^[^\n]+: left by a merge of other data or settings; [^\n]+$"):
             merge_all(groups, echo([]), journal, **{**options, **other})
-    journal.write_bytes(journal.read_bytes() + b"{]\n")
-    with pytest.raises(UserError, match=r"^[^\n]+: damaged; delete it to merge anew$"):
+
+
+@pytest.mark.parametrize("damaged", [b"merged p1", b"\n"], ids=["letter", "end"])
+def test_damaged_lines_of_a_merge_are_asked_again(damaged, tmp_path, caplog):
+    groups, journal, options = groups_of(10), tmp_path / "j", {"identity": {"name": "m"}, "at_once": 3}
+    whole = merge_all(groups, echo([]), journal, **options)
+    header, *rows = journal.read_bytes().splitlines(keepends=True)
+    journal.write_bytes(b"".join([header, rows[0], rows[1].replace(damaged, damaged[:-1] + b"7"), *rows[2:]]))
+    asked = []
+    assert merge_all(groups, echo(asked), journal, **options) == whole
+    # the line behind one that lost its end is not known either; p2 has one teacher, and needs no merge
+    assert [prompt.split("Question: ")[1].split()[0] for prompt in asked] == ["p1"]
+    assert f"{journal}:3: damaged" in caplog.text
+    content = journal.read_bytes()
+    journal.write_bytes(content.replace(b'{"merge": "', b'{"merge": "0', 1))
+    with pytest.raises(UserError, match="its first line is damaged") as caught:
         merge_all(groups, echo([]), journal, **options)
+    head = str(caught.value).partition("write ")[2].partition(" there")[0].encode()  # what it says to write
+    journal.write_bytes(head + content[content.index(b"\n") :])
+    asked.clear()
+    assert merge_all(groups, echo(asked), journal, **options) == whole and asked == []
+
+
+def test_a_merge_of_an_earlier_version_goes_on_unverified(tmp_path, caplog):
+    groups, journal, options = groups_of(10), tmp_path / "j", {"identity": {"name": "m"}, "at_once": 3}
+    whole = merge_all(groups, echo([]), journal, **options)
+    header, *rows = journal.read_bytes().splitlines(keepends=True)
+    journal.write_bytes(b"".join(row.partition(b" ")[2] for row in [header, *rows[:6]]))
+    asked = []
+    assert merge_all(groups, echo(asked), journal, **options) == whole
+    assert [prompt.split("Question: ")[1].split()[0] for prompt in asked] == ["p6", "p7", "p9"]
+    assert caplog.text.count("not verified") == 1
+
+
+def test_a_damaged_output_is_named_when_it_is_read(files, tmp_path, capsys):
+    purify(files, tmp_path / "out.jsonl", by="vote")
+    assert main(["verify", str(tmp_path)]) == 0 and read_rationales([tmp_path / "out.jsonl"])
+    content = (tmp_path / "out.jsonl").read_bytes()
+    (tmp_path / "out.jsonl").write_bytes(content.replace(b"a", b"c", 1))
+    assert main(["verify", str(tmp_path)]) == 2 and "out.jsonl: is not as it was written" in capsys.readouterr().err
+    with pytest.raises(UserError, match=r"out.jsonl: damaged \(is not as it was written\); [^\n]+ delete [^\n]+sha256"):
+        read_rationales([tmp_path / "out.jsonl"])
 
 
 def test_a_model_that_leaves_answers_out(tmp_path):
@@ -289,7 +328,7 @@ def test_a_file_merged_by_a_local_model(files, saved, tmp_path, capsys):
     assert main([*arguments, "--merge-prompt", str(short), "--output", str(output)]) == 0
     assert [line["purified"]["merge"] for line in read(output)] == ["no template matches"] * 2
     assert capsys.readouterr().out.splitlines()[1] == "merge: no template matches for 2 prompts: the vote was taken"
-    assert sorted(path.name for path in tmp_path.glob(".*")) == []
+    assert sorted(path.name for path in tmp_path.glob(".*")) == [".out.jsonl.sha256"]
     short.write_text("{prompt}")
     arguments += ["--merge-prompt", str(short), "--output", str(tmp_path / "other.jsonl")]
     assert main(arguments) == 2
