@@ -23,8 +23,8 @@ from typing import Any, Protocol
 import mohawk
 from mohawk.checkpoints import fsync, locked
 from mohawk.decoding import Decoding, Response, as_messages, local_teacher
-from mohawk.endpoint import EndpointTeacher
-from mohawk.errors import UserError, naming
+from mohawk.endpoint import EndpointTeacher, without_secrets
+from mohawk.errors import UserError, naming, shortened
 from mohawk.filters import Filters, Judge, Verdict
 from mohawk.parsing import parse_json
 from mohawk.records import Prompt, read_prompts
@@ -260,12 +260,13 @@ def _claim(path: Path, settings: dict[str, Any], prompts: Sequence[Prompt], endp
     if path.exists():
         try:
             old = parse_json(path.read_bytes())
-            old_settings, count = old["settings"], old["prompts"]["count"]
+            # one that an earlier version wrote may hold a secret of --request
+            old_settings, count = without_secrets(old["settings"]), old["prompts"]["count"]
         except (ValueError, KeyError, TypeError):
             raise UserError(
                 f"output: {path} cannot be read; move {path.parent} away, or choose another folder"
             ) from None
-        settings = json.loads(json.dumps(settings))
+        settings = without_secrets(json.loads(json.dumps(settings)))
         if changed := _changed(old_settings, settings):
             raise UserError(
                 f"output: {path.parent} holds answers made with other settings ({'; '.join(changed)}); choose another "
@@ -283,7 +284,7 @@ def _claim(path: Path, settings: dict[str, Any], prompts: Sequence[Prompt], endp
 def _changed(old: Any, new: Any, at: str = "") -> list[str]:
     """`name: then, now` of the settings that differ."""
     if not (isinstance(old, dict) and isinstance(new, dict)):
-        return [] if old == new else [f"{at}: {old!r} then, {new!r} now"]
+        return [] if old == new else [f"{at}: {shortened(repr(old))} then, {shortened(repr(new))} now"]
     names = sorted(old.keys() | new.keys())
     return [c for name in names for c in _changed(old.get(name), new.get(name), f"{at}.{name}" if at else name)]
 

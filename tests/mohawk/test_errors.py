@@ -144,3 +144,42 @@ def test_a_full_standard_output(tmp_path):
 
 def test_printable():
     assert printable("tab\tand\x1b[0m\x9b, ü 漢 \ud800") == "tab\\tand\\x1b[0m\\x9b, ü 漢 \\ud800"
+
+
+def test_what_is_quoted_is_short():
+    from mohawk.errors import shortened
+
+    assert shortened("ab" * 100) == "ab" * 100 and shortened("abcdefgh", 5) == "abc...gh"
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["generate", "m", "--prompt", "x", "--max-new-tokens", "9" * 5000],
+        ["generate", "m", "--prompt", "x", "--" + "x" * 5000],
+        ["generate", "m" * 5000, "--prompt", "x"],
+        ["recipes", "x" * 5000],
+    ],
+)
+def test_overlong_arguments_are_not_echoed_whole(argv, capsys):
+    try:
+        code = cli.main(argv)
+    except SystemExit as stopped:
+        code = stopped.code
+    said = capsys.readouterr().err
+    assert code == 2 and 0 < len(said) < 3000 and "error: " in said
+
+
+@pytest.mark.parametrize(
+    ("argv", "name"),
+    [
+        (["generate", "no-model", "--prompt", "caf\udce9"], "--prompt"),
+        (["generate-data", "p", "--model", "m", "--output", "o", "--field", "\udce9"], "--field"),
+        (["convert", "no.yaml", "--set", "a=1", "--set", "a=\udce9"], "--set"),
+        (["purify", "f", "--by", "vote", "--output", "o", "--template", "\udce9"], "--template"),
+    ],
+)
+def test_a_text_argument_that_is_not_utf_8(argv, name, capsys):
+    assert cli.main(argv) == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"error: {name}: holds \\udce9, a byte that is not UTF-8; ") and said.count("\n") == 1
