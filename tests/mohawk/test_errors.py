@@ -163,7 +163,7 @@ def test_what_is_quoted_is_short():
 )
 def test_overlong_arguments_are_not_echoed_whole(argv, capsys):
     try:
-        code = cli.main(argv)
+        code = main(argv)
     except SystemExit as stopped:
         code = stopped.code
     said = capsys.readouterr().err
@@ -180,6 +180,23 @@ def test_overlong_arguments_are_not_echoed_whole(argv, capsys):
     ],
 )
 def test_a_text_argument_that_is_not_utf_8(argv, name, capsys):
-    assert cli.main(argv) == 2
+    assert main(argv) == 2
     said = capsys.readouterr().err
     assert said.startswith(f"error: {name}: holds \\udce9, a byte that is not UTF-8; ") and said.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "output: " + "x" * 5000,
+        "output: run\nphases: {hidden: {tokens: " + "9" * 5000 + "}}",
+        "output: run\nphases: {hidden: {metric: " + "y" * 5000 + "}}",
+        "output: run\n" + "z" * 5000 + ": 1",
+    ],
+)
+def test_overlong_values_of_a_recipe_are_not_echoed_whole(tmp_path, text, capsys):
+    (tmp_path / "a.txt").write_text("some text")
+    (tmp_path / "r.yaml").write_text(f"teacher: {{model: {tmp_path}}}\ndata: {{train: [{tmp_path}/a.txt]}}\n{text}\n")
+    assert main(["convert", str(tmp_path / "r.yaml"), "--dry-run"]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert lines and all(line.startswith("error: ") and len(line) < 800 for line in lines)
