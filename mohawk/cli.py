@@ -9,15 +9,17 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import re
 import shlex
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NoReturn
 
 import mohawk
-from mohawk.errors import SaidElsewhere, UserError, line_for, printable
+from mohawk.errors import SaidElsewhere, UserError, line_for, printable, shortened
 from mohawk.extras import explain, need
 from mohawk.stopping import cleaning_up
 
@@ -32,7 +34,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         with cleaning_up() as interrupted, _bars_in_terminals_alone():
             try:
-                options = parser().parse_args(argv)
+                grammar = parser()
+                options = grammar.parse_args(argv)
+                _check_texts(grammar, options)
                 _log_to_stderr()
                 # torch's; we say what is missing ourselves
                 warnings.filterwarnings("ignore", "Failed to initialize NumPy")
@@ -97,8 +101,13 @@ def _bars_in_terminals_alone() -> Iterator[None]:
 
 
 def _mistake(text: str) -> int:
-    print(*(f"error: {printable(line)}" for line in text.splitlines()), sep="\n", file=sys.stderr)
+    print(*(f"error: {_line(line)}" for line in text.splitlines()), sep="\n", file=sys.stderr)
     return 2
+
+
+def _line(text: str) -> str:
+    """As it is shown: what it quotes of others may be of any length."""
+    return printable(shortened(re.sub(r"\S{300,}", lambda found: shortened(found[0]), text), 2000))
 
 
 def _drop_output() -> None:
@@ -133,9 +142,31 @@ def _run_together(options: argparse.Namespace) -> None:
     leave()
 
 
+class _Parser(argparse.ArgumentParser):
+    """Keeps what it quotes of an argument short."""
+
+    def error(self, message: str) -> NoReturn:
+        super().error(_line(message))
+
+
+def _check_texts(top: argparse.ArgumentParser, options: argparse.Namespace) -> None:
+    """UserError for a text argument with a byte that is not UTF-8, which no tokenizer takes; a file's name may have."""
+    commands = next(action for action in top._actions if isinstance(action, argparse._SubParsersAction))
+    for action in commands.choices[options.command]._actions:
+        value = getattr(options, action.dest, None)
+        if action.metavar in ("MODEL", "DIR", "FILE", "SOURCE", "RUN", "RECIPE"):
+            continue
+        for text in value if isinstance(value, list) else [value]:
+            if isinstance(text, str) and (odd := re.search("[\ud800-\udfff]", text)):
+                raise UserError(
+                    f"{action.option_strings[0] if action.option_strings else action.metavar or action.dest}: holds "
+                    f"{printable(odd[0])}, a byte that is not UTF-8; give the text as UTF-8 (see the terminal's locale)"
+                )
+
+
 def parser() -> argparse.ArgumentParser:
     """The command line's grammar."""
-    top = argparse.ArgumentParser(
+    top = _Parser(
         prog="mohawk",
         description="Turn a Transformer checkpoint into a hybrid of attention and Mamba-2 layers.",
         allow_abbrev=False,
@@ -700,7 +731,7 @@ def _number(kind: type, low: float, high: float = float("inf")) -> Callable[[str
         if value is None or not low <= value <= high or value == float("inf"):
             words = "a whole number" if kind is int else "a number"
             upto = f"from {low} to {high}" if high != float("inf") else f"of at least {low}"
-            raise argparse.ArgumentTypeError(f"got {text!r}; allowed: {words} {upto}")
+            raise argparse.ArgumentTypeError(f"got {shortened(repr(text), 60)}; allowed: {words} {upto}")
         return value
 
     return parse

@@ -84,15 +84,15 @@ def describe(model: str | Path) -> Description:
     from transformers import AutoModelForCausalLM
 
     import mohawk.models.hybrid  # noqa: F401  makes the Auto classes know hybrids
-    from mohawk.teachers import load_config, locate
+    from mohawk.teachers import building, load_config, locate
 
     try:
         config = load_config(model)
         name, gguf_file = locate(model)
+        with torch.device("meta"), building(config, name):
+            empty = AutoModelForCausalLM.from_config(config)
     except UserError as error:
         raise UserError(str(error).removeprefix("teacher: ")) from error
-    with torch.device("meta"):
-        empty = AutoModelForCausalLM.from_config(config)
     return Description(
         name=f"{name}/{gguf_file}" if gguf_file else name,
         kind=type(empty).__name__,

@@ -18,7 +18,7 @@ from mohawk.models.families import needed_attention
 from mohawk.run import pick_device
 from mohawk.schedules import temperature_for
 from mohawk.teacher_models import check_together
-from mohawk.teachers import load_config, parameter_count
+from mohawk.teachers import building, load_config, parameter_count
 from mohawk.trackers import trackers
 
 
@@ -66,7 +66,7 @@ def _number(value: float | Ramp) -> str:
 
 
 def _meta(config: Any) -> nn.Module:
-    with torch.device("meta"):
+    with torch.device("meta"), building(config, config.name_or_path):
         return AutoModelForCausalLM.from_config(config, attn_implementation=needed_attention(config))
 
 

@@ -23,13 +23,13 @@ import urllib.error
 import urllib.parse
 import urllib.request
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from email.utils import parsedate_to_datetime
 from typing import Any
 
 from mohawk.decoding import Decoding, Response, as_messages
-from mohawk.errors import UserError, printable
+from mohawk.errors import UserError, printable, shortened
 from mohawk.parsing import parse_json
 from mohawk.records import Prompt
 
@@ -43,9 +43,18 @@ ANSWER_TIME = 5  # times `timeout`: how long one answer may take in all, for a s
 LARGEST_ANSWER = 64 << 20  # bytes; log-probabilities take some 200 a token
 MASK = "***"  # in the place of the key, and of what else looks like a secret, wherever text is kept or shown
 SHORTEST_KEY = 8  # characters of a key that is masked: local servers take any word, such as EMPTY
-SECRET = re.compile(
-    r"api_?key|secret|passw|authorization|credential|bearer|access_?token|auth_?token|^(token|key)$", re.I
+# Of a field's name, the parts that say it holds a secret, and those that say a token or a key is of another kind.
+SECRETS = frozenset(
+    "token key keys apikey secret secrets password passwd passphrase pwd auth oauth authorization credential "
+    "credentials bearer cookie cookies jwt".split()
 )
+NO_SECRETS = frozenset(
+    "max min eos bos pad stop start end first last special ignore skip add cache sort primary logit logprob logprobs "
+    "bias id ids type budget limit count return".split()
+)
+SPELLED = re.compile(r"(key|token|secret|password|passwd)$")  # apikey, authtoken
+BEARER = re.compile(r"\b(bearer|basic)\s+\S+", re.I)
+LARGEST_ERROR = 1 << 20  # bytes of an error's body that are read
 ODD = 8  # prompts one after another that get no proper answer: then it is the server, and the run stops
 AHEAD = 4  # requests under way and waiting to be written, per worker
 
@@ -95,6 +104,10 @@ class EndpointTeacher:
             self.headers["Authorization"] = f"Bearer {key}"
         elif key_env is not None:
             raise UserError(f"endpoint: the environment variable {key_env} is not set; export {key_env}=... first")
+        known = {key, *(text for text in secrets_in(self.request) if not text.isalpha() and " " not in text)}
+        known = {text for text in known if len(text) >= SHORTEST_KEY}
+        known |= {urllib.parse.quote(text, safe="") for text in known}  # as it stands in an address
+        self.secrets = sorted(known, key=len, reverse=True)
         self.base, self.url = self.masked(base), self.masked(self.address)  # to keep and to show
         # a redirect would carry the key to wherever the server says, and no proxy knows this machine by that name
         here = urllib.parse.urlsplit(base).hostname in ("localhost", "127.0.0.1", "::1")
@@ -107,16 +120,18 @@ class EndpointTeacher:
     def identity(self) -> dict[str, Any]:
         """What tells this teacher from others; not the address, so that a server may move."""
         about = {"name": self.model, "revision": None, "hash": None, "chat": self.chat, "request": self.request}
-        return self.masked(about)
+        return self.masked(without_secrets(about))
 
     def masked(self, value: Any) -> Any:
-        """A text, or texts in lists and dicts, with the key and what stands under a secret's name replaced by ***."""
+        """A text, or texts in lists and dicts, names too, with *** for the key and the request's secrets."""
         if isinstance(value, str):
-            return value.replace(self.key, MASK) if len(self.key) >= SHORTEST_KEY else value
+            for secret in self.secrets:
+                value = value.replace(secret, MASK)
+            return value
         if isinstance(value, list):
             return [self.masked(entry) for entry in value]
         if isinstance(value, dict):
-            return {k: MASK if v and SECRET.search(k) else self.masked(v) for k, v in value.items()}
+            return {self.masked(k): self.masked(v) for k, v in value.items()}
         return value
 
     def responses(
@@ -186,13 +201,12 @@ class EndpointTeacher:
             try:
                 answer = self._post(data)
             except urllib.error.HTTPError as error:
-                problem = f"HTTP {error.code} ({printable(self.masked(said_in(error)))})"
+                problem = f"HTTP {error.code} ({printable(said_in(error, self.masked))})"
                 if error.code in REFUSED:
                     return Response("", None, "error", error=f"refused by the endpoint: {problem}")
                 if error.code not in AGAIN:
-                    raise UserError(
-                        f"endpoint: {self.url} answers {problem}; {printable(self.masked(advice(error)))}"
-                    ) from None
+                    to_do = printable(shortened(self.masked(advice(error)), 400))
+                    raise UserError(f"endpoint: {self.url} answers {problem}; {to_do}") from None
                 if (after := retry_after(error.headers.get("Retry-After"))) is not None:
                     if after > LONGEST_RETRY_AFTER:
                         raise UserError(
@@ -207,7 +221,7 @@ class EndpointTeacher:
                 timed_out = isinstance(reason, TimeoutError)
                 said = str(reason) if str(reason) != "timed out" else ""
                 problem = said if said or not timed_out else f"no answer within {self.timeout:g} s"
-                problem = printable(self.masked(problem or type(error).__name__))
+                problem = printable(shortened(self.masked(problem or type(error).__name__), 300))
                 odd = isinstance(error, ValueError)
             else:
                 try:
@@ -236,7 +250,7 @@ class EndpointTeacher:
         try:
             return parse_json(text)
         except ValueError as error:
-            start = self.masked(text[:4096].decode("utf-8", "replace"))[:80]
+            start = self.masked(text.decode("utf-8", "replace"))[:80]  # a key across a cut would not be known
             raise ValueError(f"no JSON ({error}) but {start!r}") from None
 
     def _say(self, text: str) -> None:
@@ -369,19 +383,66 @@ def retry_after(value: str | None) -> float | None:
         return None
 
 
-def said_in(error: urllib.error.HTTPError) -> str:
-    """The message in an error's body, on one line."""
+def said_in(error: urllib.error.HTTPError, masked: Callable[[str], str]) -> str:
+    """The message in an error's body, on one line; masked as a whole, then cut."""
     try:
-        text = error.read(4096).decode("utf-8", "replace").strip()
+        data = error.read(LARGEST_ERROR + 1)
     except (OSError, http.client.HTTPException):
-        text = ""
+        data = b""
+    text = data.decode("utf-8", "replace").strip() if len(data) <= LARGEST_ERROR else ""
     try:
         found = parse_json(text)
         found = found.get("error", found) if isinstance(found, dict) else found
         text = found.get("message", text) if isinstance(found, dict) else str(found)
     except ValueError:
         text = "" if text.startswith("<") else text  # a proxy's page
-    return " ".join(str(text).split())[:200] or error.reason or "no reason given"
+    said = " ".join(str(text).split()) or str(error.reason or "no reason given")
+    return masked(said)[:200]
+
+
+def without_secrets(value: Any) -> Any:
+    """JSON with *** in the place of what stands under a secret's name, is a header's pair of one, or follows Bearer."""
+    if isinstance(value, str):
+        return BEARER.sub(rf"\1 {MASK}", value)
+    if isinstance(value, list):
+        head = value[0] if len(value) == 2 and isinstance(value[0], str) else ""
+        if re.search("[-_]", head) and names_secret(head):  # a header
+            return [value[0], MASK]
+        return [without_secrets(entry) for entry in value]
+    if isinstance(value, dict):
+        pair = isinstance(name := value.get("name"), str) and names_secret(name)
+        hidden = {k for k in value if names_secret(k) or pair and k == "value"}
+        return {k: MASK if k in hidden and _hides(v) else without_secrets(v) for k, v in value.items()}
+    return value
+
+
+def secrets_in(value: Any) -> Iterator[str]:
+    """The texts that `without_secrets` hides, wherever they stand under a secret's name."""
+    if isinstance(value, dict):
+        for k, v in value.items():
+            yield from _texts(v) if names_secret(k) else secrets_in(v)
+    elif isinstance(value, list):
+        for entry in value:
+            yield from secrets_in(entry)
+
+
+def names_secret(name: str) -> bool:
+    """Whether a field of this name holds a secret: x-api-key, hfToken; not max_tokens (a count), eos_token."""
+    parts = [part.lower() for part in re.findall(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|\d+", name)]
+    found = {part for part in parts if part in SECRETS or SPELLED.search(part)}
+    return bool(found) and not (found <= {"token", "key", "keys"} and NO_SECRETS.intersection(parts))
+
+
+def _hides(value: Any) -> bool:
+    return value is not None and not isinstance(value, bool) and value not in ("", [], {})
+
+
+def _texts(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, (list, dict)):
+        for entry in value.values() if isinstance(value, dict) else value:
+            yield from _texts(entry)
 
 
 def advice(error: urllib.error.HTTPError) -> str:

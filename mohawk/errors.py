@@ -116,10 +116,15 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text)
 
 
+def shortened(text: str, most: int = 200) -> str:
+    """At most so many characters and three dots, beginning and end: for what a line quotes of others."""
+    return text if len(text) <= most else f"{text[: most - most // 2]}...{text[-(most // 2) :]}"
+
+
 def _file_line(error: OSError) -> str:
     reason = error.strerror or next(iter(str(error).strip().splitlines()), "") or type(error).__name__
     names = [os.fsdecode(name) for name in (error.filename, error.filename2) if isinstance(name, (str, bytes))]
-    where = " -> ".join(name if len(name) < 250 else f"{name[:100]}...{name[-100:]}" for name in names)
+    where = " -> ".join(shortened(name) if len(name) >= 250 else name for name in names)
     advice = ADVICE.get(error.errno)
     return f"{where or 'a file that was being read or written'}: {reason}" + (f"; {advice}" if advice else "")
 

@@ -24,8 +24,8 @@ from typing import Any, NamedTuple, Protocol
 import mohawk
 from mohawk.checkpoints import locked, sum_file, why_altered, write_file
 from mohawk.decoding import Decoding, Response, as_messages, local_teacher
-from mohawk.endpoint import EndpointTeacher
-from mohawk.errors import UserError, naming
+from mohawk.endpoint import EndpointTeacher, without_secrets
+from mohawk.errors import UserError, naming, shortened
 from mohawk.filters import Filters, Judge, Verdict
 from mohawk.lines import byte_lines, missing_lines, sum_of, sums_of, why_sums_unusable, write_lines
 from mohawk.parsing import parse_json
@@ -382,13 +382,14 @@ def _claim(path: Path, settings: dict[str, Any], prompts: Sequence[Prompt], endp
             log.warning("%s: has no checksum, as earlier versions wrote it; it is not verified", path)
         try:
             old = parse_json(path.read_bytes())
-            old_settings, count = old["settings"], old["prompts"]["count"]
+            # one that an earlier version wrote may hold a secret of --request
+            old_settings, count = without_secrets(old["settings"]), old["prompts"]["count"]
             digest = old["prompts"]["sha256"]
         except (ValueError, KeyError, TypeError):
             raise UserError(
                 f"output: {path} cannot be read; move {path.parent} away, or choose another folder"
             ) from None
-        settings = json.loads(json.dumps(settings))
+        settings = without_secrets(json.loads(json.dumps(settings)))
         if changed := _changed(old_settings, settings):
             raise UserError(
                 f"output: {path.parent} holds answers made with other settings ({'; '.join(changed)}); choose another "
@@ -405,7 +406,7 @@ def _claim(path: Path, settings: dict[str, Any], prompts: Sequence[Prompt], endp
 def _changed(old: Any, new: Any, at: str = "") -> list[str]:
     """`name: then, now` of the settings that differ."""
     if not (isinstance(old, dict) and isinstance(new, dict)):
-        return [] if old == new else [f"{at}: {old!r} then, {new!r} now"]
+        return [] if old == new else [f"{at}: {shortened(repr(old))} then, {shortened(repr(new))} now"]
     names = sorted(old.keys() | new.keys())
     return [c for name in names for c in _changed(old.get(name), new.get(name), f"{at}.{name}" if at else name)]
 

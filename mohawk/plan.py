@@ -13,6 +13,7 @@ from mohawk.models.from_teacher import choose_layers, hybrid_from_teacher
 from mohawk.models.hybrid import SSM_LAYER, HybridForCausalLM
 from mohawk.phases import EndToEndObjective, HiddenObjective, MixingObjective, Objective
 from mohawk.recipe import Recipe, Student
+from mohawk.teachers import building
 
 GIB = 2**30
 
@@ -62,7 +63,8 @@ def make_plan(recipe: Recipe, teacher_config) -> Plan:
         choose_layers(recipe.student.ssm_layers, decoder_shape(teacher_config).num_layers)
         with torch.device("meta"):
             attention = needed_attention(teacher_config)
-            teacher = AutoModelForCausalLM.from_config(teacher_config, attn_implementation=attention)
+            with building(teacher_config, recipe.teacher.model):
+                teacher = AutoModelForCausalLM.from_config(teacher_config, attn_implementation=attention)
             student = hybrid_from_teacher(teacher, **student_options(recipe.student))
     except ValueError as error:
         raise UserError(str(error)) from error

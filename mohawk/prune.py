@@ -42,12 +42,12 @@ from mohawk.prune_layers import chosen_with_mix, layer_kinds, mix_of
 from mohawk.prune_plan import Plan, Round, convert_options, costs_of, found_for, make_plan, print_plan
 from mohawk.prune_recipe import PruneRecipe, Step, Target
 from mohawk.prune_search import search, search_table, within
-from mohawk.prune_sizes import between, parameters_of, present, sizes_header, sizes_row, target_sizes
+from mohawk.prune_sizes import between, empty_model, parameters_of, present, sizes_header, sizes_row, target_sizes
 from mohawk.readout import solve_output_projections
 from mohawk.report import Table, finish, read_json, write_json
 from mohawk.run import RECIPE, STUDENT, check_folder, claimed, pick_device
 from mohawk.run_folder import home
-from mohawk.teachers import load_config, load_teacher, load_tokenizer
+from mohawk.teachers import building, load_config, load_teacher, load_tokenizer
 from mohawk.text import as_source, local_files
 from mohawk.token_counts import most_frequent, token_counts
 from mohawk.vocabulary import reasons_to_keep, told_reasons, trim_tokenizer, trim_vocabulary
@@ -76,6 +76,8 @@ def prune(recipe: PruneRecipe, *, dry_run: bool = False) -> None:
                 trust_remote_code=teacher.trust_remote_code,
             )
         )  # fmt: skip
+        with building(config, teacher.model):
+            empty_model(config)
         plan = _plan(recipe, config, run)
         print_plan(plan, recipe, console)
         first_before_others(lambda: check_inputs(recipe, planning=dry_run))

@@ -21,7 +21,7 @@ from ruamel.yaml.nodes import CollectionNode, MappingNode, Node, ScalarNode, Seq
 from ruamel.yaml.representer import RoundTripRepresenter
 from ruamel.yaml.scalarstring import DoubleQuotedScalarString
 
-from mohawk.errors import UserError
+from mohawk.errors import UserError, shortened
 
 LONGEST = 1 << 18  # characters: the reader, in Python, takes seconds for so many
 VALUES = 100_000  # in a recipe, with those that aliases stand for
@@ -244,7 +244,10 @@ def show(value: Any) -> str:
     if isinstance(value, (list, tuple)):
         text = "[" + ", ".join(map(str, value)) + "]"
         return f"the list {text}" if len(text) < 60 else f"a list of {len(value)}"
-    return str(value)
+    try:
+        return shortened(str(value), 60)
+    except ValueError:  # Python writes no whole number of more than 4,300 digits
+        return "a number of thousands of digits"
 
 
 def _compose(text: str, name: str) -> Node | None:

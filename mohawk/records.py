@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import bz2
-import gzip
 import hashlib
 import json
-import lzma
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -17,9 +14,18 @@ from typing import Any
 
 from mohawk.errors import UserError
 from mohawk.parsing import parse_json
-from mohawk.text import as_source, check_written, load_rows, local_files, rows_of
+from mohawk.text import (
+    OPENERS,
+    as_source,
+    check_json,
+    check_written,
+    is_one_text,
+    load_rows,
+    local_files,
+    no_object,
+    rows_of,
+)
 
-OPENERS = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
 Messages = list[dict[str, Any]]
 
 
@@ -107,12 +113,10 @@ def first_records(source: Any, count: int) -> Iterator[tuple[str, dict[str, Any]
 
         schema = read_schema(files[0])
         yield f"{files[0]}", dict.fromkeys(schema.names)
-    elif form == "jsonl" and files[0].suffix != ".zst" and _first_character(files[0]) == "{":
-        yield from islice(_json_lines(files[0]), count)
-
-
-def _first_character(path: Path) -> str:
-    return next((line.strip()[0] for _, line in _lines(path) if line.strip()), "")
+    elif form == "jsonl" and files[0].suffix != ".zst":
+        check_json(files, count)
+        if not is_one_text(files[0]):
+            yield from islice(_json_lines(files[0]), count)
 
 
 def why_no_chat(messages: Any) -> str | None:
@@ -143,7 +147,7 @@ def _json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         except ValueError as error:
             raise UserError(f"{where}: not JSON ({error}); each line is one object") from None
         if not isinstance(row, dict):
-            raise UserError(f"{where}: a JSON {type(row).__name__}, not an object; each line is one object")
+            raise UserError(f"{where}: {no_object(row)}")
         yield where, row
 
 

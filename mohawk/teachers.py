@@ -8,14 +8,17 @@ from __future__ import annotations
 import copy
 import logging
 import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any
 
 from mohawk.checkpoints import refuse_damaged
-from mohawk.errors import UserError, causes, machines_own
+from mohawk.errors import UserError, causes, machines_own, shortened
 from mohawk.extras import explain
 from mohawk.hub import hub_or_cache, is_unreachable
+from mohawk.parsing import parse_json
 from mohawk.run_folder import home
 
 if TYPE_CHECKING:
@@ -26,6 +29,11 @@ log = logging.getLogger(__name__)
 
 DTYPES = ("float32", "bfloat16", "float16", "auto")
 GIVE = "give a decoder, which writes text from left to right (saved as ...ForCausalLM)"
+# Sizes in a configuration, and the least that each may be.
+SIZES = {
+    "vocab_size": 1, "hidden_size": 1, "num_hidden_layers": 1, "num_attention_heads": 1, "num_key_value_heads": 1,
+    "intermediate_size": 1, "head_dim": 1,
+}  # fmt: skip
 CAUSAL_HEADS = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
 
 
@@ -95,6 +103,13 @@ def load_config(
     name, gguf_file = locate(model, gguf_file)
     if (released := _released(name, gguf_file, revision)) is not None:
         return released
+    if gguf_file is None and (file := Path(name) / "config.json").is_file():
+        try:
+            given = parse_json(file.read_bytes())
+        except ValueError:
+            given = None  # said below
+        # before transformers', whose own words name no field where it divides by one
+        _check_sizes(given if isinstance(given, dict) else {}, name)
     try:
         with hub_or_cache(name):
             config = AutoConfig.from_pretrained(
@@ -102,6 +117,7 @@ def load_config(
             )
     except Exception as error:
         raise _user_error(error, name, revision, "configuration", gguf_file) from error
+    _check_sizes(vars(config.get_text_config()), name)
     kind = f"{name} is a {config.model_type} model"
     if (other := other_than_decoder(config) or _ahead(config)) is not None:
         raise UserError(f"teacher: {kind}: {other}; {GIVE}")
@@ -115,6 +131,34 @@ def load_config(
             "give a checkpoint whose architecture ends in ForCausalLM"
         )
     return config
+
+
+def _check_sizes(config: Mapping[str, Any], name: str) -> None:
+    """UserError for a size of which no model can be made, by its field."""
+    for field, least in SIZES.items():
+        value = config.get(field)
+        if value is not None and not isinstance(value, (list, tuple)) and not (type(value) is int and value >= least):
+            raise UserError(
+                f"teacher: the configuration of {name} cannot be: {field}: got {shortened(repr(value), 60)}; allowed: "
+                f"a whole number of at least {least}; give a checkpoint with a sound config.json"
+            )
+
+
+@contextmanager
+def building(config: PretrainedConfig, name: str | Path) -> Iterator[None]:
+    """Within the block, in which a model is made of a configuration alone, what goes wrong is that configuration's.
+    Raises UserError."""
+    try:
+        yield
+    except UserError:
+        raise
+    except (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        if machines_own(error) is not None:
+            raise
+        raise UserError(
+            f"teacher: the configuration of {name} cannot be: no {config.model_type} model can be made of it "
+            f"({_first_line(error)}); give a checkpoint with a sound config.json"
+        ) from error
 
 
 def check_decoder(model: torch.nn.Module, who: str) -> None:
@@ -354,6 +398,8 @@ def _user_error(
         return UserError(f"teacher: {name}: {_first_line(error)}")
     if isinstance(error, ImportError):
         return error
+    if local and gguf_file is None and (culprit := _damaged_file(Path(name))) is not None:
+        return UserError(f"teacher: cannot load the {what} from the folder {name}: {culprit}; give a whole checkpoint")
     if found(UnpicklingError):
         return UserError(
             f"teacher: cannot load the {what} of {name}: its .bin file is damaged, or a pickle with more in it than "
@@ -385,8 +431,26 @@ def _user_error(
     return error
 
 
+def _damaged_file(folder: Path) -> str | None:
+    """The first file of a checkpoint that is empty, or no JSON object where one belongs, and what it is instead."""
+    for file in sorted(folder.glob("*")):
+        if file.suffix in (".bin", ".safetensors", ".json") and file.is_file() and file.stat().st_size == 0:
+            return f"{file.name} is empty"
+        if file.name in ("config.json", "generation_config.json", "tokenizer_config.json"):
+            try:
+                value = parse_json(file.read_bytes())
+            except ValueError as error:
+                return f"{file.name} is not JSON ({shortened(str(error))})"
+            if not isinstance(value, dict):
+                kind = "null" if value is None else f"a JSON {type(value).__name__}"
+                return f"{file.name} holds {kind}, not an object"
+    return None
+
+
 def _first_line(error: BaseException) -> str:
     lines = str(error).strip().splitlines()
+    if len(lines) > 1 and lines[0].rstrip().endswith(":"):  # the next one says what
+        lines[0] = f"{lines[0].rstrip()} {lines[1].strip()}"
     return f"{type(error).__name__}: {lines[0][:300]}" if lines else type(error).__name__
 
 

@@ -5,12 +5,16 @@ A source is a text file, JSON lines, Parquet, a glob, a folder of those, or a hu
 
 from __future__ import annotations
 
+import bz2
 import functools
 import glob as globbing
+import gzip
 import hashlib
+import io
 import itertools
 import json
 import logging
+import lzma
 import re
 import shutil
 import tempfile
@@ -38,6 +42,7 @@ log = logging.getLogger(__name__)
 # suffix -> format; the format `paragraphs` reads a text file as one document per blank-line separated block
 SUFFIXES = {".txt": "text", ".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "jsonl", ".parquet": "parquet"}
 FORMATS = ("text", "paragraphs", "jsonl", "parquet")
+OPENERS = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
 BUILDERS = {"text": "text", "paragraphs": "text", "jsonl": "json", "parquet": "parquet"}
 LAYOUT = 1  # of the cached folders; raise it when their contents change
 DEEPEST = 500  # brackets inside brackets in a line of JSON
@@ -225,7 +230,7 @@ def load_rows(source: Source, files: list[Path], form: str | None, scratch: str 
                 return datasets.load_dataset(source.source, source.subset, split=source.split)
         options: dict[str, Any] = {"sample_by": "document"} if BUILDERS[form] == "text" else {}
         if form == "jsonl":
-            check_depth(files)
+            check_json(files)
         names = [globbing.escape(str(p.absolute())) for p in files]
         return datasets.load_dataset(BUILDERS[form], data_files=names, split=source.split, cache_dir=scratch, **options)
     except Exception as error:
@@ -248,8 +253,6 @@ def _user_error(error: Exception, source: Source, files: list[Path], form: str |
         if any(isinstance(e, UnicodeDecodeError) for e in chain) or "UTF-8" in said or "utf-8" in said:
             for path in files:
                 _check_encoding(path)
-        for path in files if form == "jsonl" else ():
-            _check_json_lines(path)
         if "split" in str(error).lower():
             return UserError(f"data: {name}: a local file has only the split train, got {source.split!r}")
         what = {"jsonl": "JSON lines", "parquet": "Parquet"}.get(form, "text")
@@ -268,7 +271,7 @@ def _user_error(error: Exception, source: Source, files: list[Path], form: str |
 
 def _check_encoding(path: Path) -> None:
     try:
-        with path.open(encoding="utf-8") as file:
+        with _open(path) as file, io.TextIOWrapper(file, encoding="utf-8") as file:
             while file.read(1 << 20):
                 continue
     except UnicodeDecodeError as error:
@@ -278,30 +281,85 @@ def _check_encoding(path: Path) -> None:
         ) from None
 
 
-def _check_json_lines(path: Path) -> None:
-    """UserError with the first line that is no JSON, which Arrow's own words do not tell."""
-    with path.open("rb") as file:
-        for number, line in enumerate(file, 1):
-            try:
-                if line := line.strip():
-                    parse_json(line)
-            except ValueError as error:
-                if number == 1 and path.suffix.lower() != ".jsonl":
-                    return  # one JSON text over several lines, or compressed
-                raise UserError(f"data: {path}:{number}: not JSON ({error}); each line is one object") from None
+def check_json(files: list[Path], most: int | None = None) -> None:
+    """UserError with the first line that is no JSON object, or is nested too deep: Arrow's own words do not tell, and
+    some of these take its parser's process down.
 
-
-def check_depth(files: list[Path]) -> None:
-    """UserError where a line of JSON is nested so deep that Arrow's parser would take the process down."""
+    A file by another name than .jsonl may be one JSON text over several lines: an object, or a list of them. most: only
+    so many lines of each file.
+    """
     for path in files:
-        with path.open("rb") as file:
-            for number, line in enumerate(file, 1):
-                if line.count(b"[") + line.count(b"{") <= DEEPEST:
+        if path.suffix.lower() == ".zst":  # read by `datasets` alone
+            continue
+        with _open(path) as file:
+            for number, line in enumerate(itertools.islice(file, most), 1):
+                if not line.strip(b" \t\r\n\xef\xbb\xbf"):
                     continue
-                brackets = re.sub(rb'"(?:[^"\\]|\\.)*"|[^][{}]', b"", line)
-                depth = itertools.accumulate(1 if bracket in b"[{" else -1 for bracket in brackets)
-                if max(depth, default=0) > DEEPEST:
-                    raise UserError(f"data: {path}:{number}: JSON nested more than {DEEPEST} deep")
+                problem = _wrong_object(line, path)
+                if problem is not None and is_one_text(path):
+                    problem = _wrong_text(path)
+                    if problem is None:
+                        break
+                if problem is not None:
+                    raise UserError(f"data: {path}:{number}: {problem}")
+
+
+def is_one_text(path: Path) -> bool:
+    """Whether a JSON file may be, and is, one text over several lines or a list, instead of an object a line."""
+    if _suffix(path) in (".jsonl", ".ndjson"):
+        return False
+    with _open(path) as file:
+        first = next((line for line in file if line.strip(b" \t\r\n\xef\xbb\xbf")), b"{}")
+    try:
+        return not isinstance(parse_json(first), dict)
+    except ValueError:
+        return True
+
+
+def no_object(value: Any) -> str:
+    """What a line holds that is no object, in JSON's words."""
+    kind = "null" if value is None else f"a JSON {type(value).__name__}"
+    return f"{kind}, not an object; each line is one object"
+
+
+def _wrong_object(line: bytes, path: Path) -> str | None:
+    if _depth(line) > DEEPEST:
+        return f"JSON nested more than {DEEPEST} deep"
+    try:
+        value = parse_json(line.strip())
+    except UnicodeDecodeError:
+        _check_encoding(path)
+        return "not UTF-8"
+    except ValueError as error:
+        return f"not JSON ({error}); each line is one object"
+    return None if isinstance(value, dict) else no_object(value)
+
+
+def _wrong_text(path: Path) -> str | None:
+    with _open(path) as file:
+        text = file.read()
+    if _depth(text) > DEEPEST:
+        return f"JSON nested more than {DEEPEST} deep"
+    try:
+        value = parse_json(text)
+    except ValueError as error:
+        return f"not JSON ({error}); each line is one object"
+    if not isinstance(value, list):
+        return None if isinstance(value, dict) else no_object(value)
+    odd = next(((i, entry) for i, entry in enumerate(value) if not isinstance(entry, dict)), None)
+    return odd and f"a JSON list whose entry {odd[0]} (from 0) is {no_object(odd[1]).partition(';')[0]}"
+
+
+def _depth(text: bytes) -> int:
+    if text.count(b"[") + text.count(b"{") <= DEEPEST:
+        return 0
+    brackets = re.sub(rb'"(?:[^"\\]|\\.)*"|[^][{}]', b"", text)
+    return max(itertools.accumulate(1 if bracket in b"[{" else -1 for bracket in brackets), default=0)
+
+
+def _open(path: Path) -> Any:
+    """A file's bytes, compressed or not."""
+    return OPENERS.get(path.suffix.lower(), open)(path, "rb")
 
 
 def rows_of(dataset: datasets.Dataset, source: Source) -> Iterator[tuple[int, dict[str, Any]]]:

@@ -8,7 +8,7 @@ import pytest
 
 from mohawk import endpoint as client
 from mohawk.decoding import Decoding
-from mohawk.endpoint import EndpointTeacher, base_url, read_answer, retry_after
+from mohawk.endpoint import EndpointTeacher, base_url, names_secret, read_answer, retry_after
 from mohawk.errors import UserError
 from mohawk.records import Prompt
 from tests.mohawk.tiny_endpoint import Server, error
@@ -353,3 +353,52 @@ def test_control_characters_of_a_server_are_escaped(server, caplog):
     assert "\\x1b]0;x" in str(raised.value)
     assert "\\x1b[2Jgone \\x07\\x9b31m" in caplog.text
     assert not any(c in caplog.text + str(raised.value) for c in "\x1b\x07\x9b")
+
+
+@pytest.mark.parametrize("before", [180, 190, 198, 4090])
+@pytest.mark.parametrize("kind", ["json", "text", "spaces"])
+def test_a_key_across_a_cut_is_masked(server, monkeypatch, before, kind):
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    fill = (" " if kind == "spaces" else "x") * before
+    body = error(fill + KEY) if kind == "json" else f"{fill}{KEY} no".encode()
+    server.script = lambda _, times: (400, {}, body)
+    ((_, (response,)),) = EndpointTeacher(server.url, "big", Decoding(), retries=0).responses(prompts(1))
+    assert "HTTP 400" in response.error and KEY[:4] not in response.error
+    assert kind != "spaces" or response.error == "refused by the endpoint: HTTP 400 (*** no)"
+    server.script = lambda _, times: (200, {}, b"{" + body)
+    ((_, (response,)),) = EndpointTeacher(server.url, "big", Decoding(), retries=0).responses(prompts(1))
+    assert KEY[:4] not in response.error
+
+
+SECRET_NAMES = (
+    "x-api-key hf_token openai_key private_key X-Auth-Token access-token auth pwd secret password credential bearer "
+    "apiKey APIKey authorization Set-Cookie hfToken credentials key token apikey client_secret"
+).split()
+OTHER_NAMES = (
+    "max_tokens min_tokens prompt_cache_key logit_bias eos_token stop_token_ids token_logprobs tokenizer keyword "
+    "top_k user author max_completion_tokens skip_special_tokens"
+).split()
+
+
+def test_names_of_secrets():
+    assert [name for name in SECRET_NAMES if not names_secret(name)] == []
+    assert [name for name in OTHER_NAMES if names_secret(name)] == []
+
+
+def test_secrets_of_a_request_stand_nowhere(server, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    secret = "s3cret-value"
+    request = {name: secret for name in SECRET_NAMES} | {name: 7 for name in OTHER_NAMES}
+    request |= {KEY: 1, "headers": {"X-Auth-Token": secret}, "tools": [{"access-token": secret}, ["x-api-key", secret]]}
+    request |= {"more": [{"name": "Authorization", "value": secret}, f"Bearer {secret}"], "stop": ["key", "token"]}
+    server.script = lambda body, times: (400, {}, error(f"you sent {secret} and {KEY}"))
+    teacher = EndpointTeacher(server.url, "big", Decoding(), request=request, retries=0)
+    kept = teacher.identity()["request"]
+    assert secret not in json.dumps(kept) and KEY not in json.dumps(kept)
+    assert {name: kept[name] for name in OTHER_NAMES} == {name: 7 for name in OTHER_NAMES}
+    assert kept["***"] == 1 and kept["headers"] == {"X-Auth-Token": "***"} and kept["stop"] == ["key", "token"]
+    assert kept["tools"] == [{"access-token": "***"}, ["x-api-key", "***"]]
+    assert kept["more"] == [{"name": "Authorization", "value": "***"}, "Bearer ***"]
+    ((_, (response,)),) = teacher.responses(prompts(1))
+    assert response.error == "refused by the endpoint: HTTP 400 (you sent *** and ***)"
+    assert server.seen[0][2]["x-api-key"] == secret  # sent as given

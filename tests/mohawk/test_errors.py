@@ -144,3 +144,59 @@ def test_a_full_standard_output(tmp_path):
 
 def test_printable():
     assert printable("tab\tand\x1b[0m\x9b, ü 漢 \ud800") == "tab\\tand\\x1b[0m\\x9b, ü 漢 \\ud800"
+
+
+def test_what_is_quoted_is_short():
+    from mohawk.errors import shortened
+
+    assert shortened("ab" * 100) == "ab" * 100 and shortened("abcdefgh", 5) == "abc...gh"
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["generate", "m", "--prompt", "x", "--max-new-tokens", "9" * 5000],
+        ["generate", "m", "--prompt", "x", "--" + "x" * 5000],
+        ["generate", "m" * 5000, "--prompt", "x"],
+        ["recipes", "x" * 5000],
+    ],
+)
+def test_overlong_arguments_are_not_echoed_whole(argv, capsys):
+    try:
+        code = main(argv)
+    except SystemExit as stopped:
+        code = stopped.code
+    said = capsys.readouterr().err
+    assert code == 2 and 0 < len(said) < 3000 and "error: " in said
+
+
+@pytest.mark.parametrize(
+    ("argv", "name"),
+    [
+        (["generate", "no-model", "--prompt", "caf\udce9"], "--prompt"),
+        (["generate-data", "p", "--model", "m", "--output", "o", "--field", "\udce9"], "--field"),
+        (["convert", "no.yaml", "--set", "a=1", "--set", "a=\udce9"], "--set"),
+        (["purify", "f", "--by", "vote", "--output", "o", "--template", "\udce9"], "--template"),
+    ],
+)
+def test_a_text_argument_that_is_not_utf_8(argv, name, capsys):
+    assert main(argv) == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"error: {name}: holds \\udce9, a byte that is not UTF-8; ") and said.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "output: " + "x" * 5000,
+        "output: run\nphases: {hidden: {tokens: " + "9" * 5000 + "}}",
+        "output: run\nphases: {hidden: {metric: " + "y" * 5000 + "}}",
+        "output: run\n" + "z" * 5000 + ": 1",
+    ],
+)
+def test_overlong_values_of_a_recipe_are_not_echoed_whole(tmp_path, text, capsys):
+    (tmp_path / "a.txt").write_text("some text")
+    (tmp_path / "r.yaml").write_text(f"teacher: {{model: {tmp_path}}}\ndata: {{train: [{tmp_path}/a.txt]}}\n{text}\n")
+    assert main(["convert", str(tmp_path / "r.yaml"), "--dry-run"]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert lines and all(line.startswith("error: ") and len(line) < 800 for line in lines)

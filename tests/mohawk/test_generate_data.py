@@ -564,3 +564,28 @@ def test_plain_progress_has_an_estimate(tmp_path, prompts, capsys, monkeypatch):
     first, second = capsys.readouterr().err.splitlines()
     assert first.startswith("prompts 1/2  1 kept, 0 rejected, ") and first.endswith("tokens/s, 00:00 left")
     assert second.startswith("prompts 2/2  2 kept")
+
+
+def test_secrets_of_a_request_are_not_kept_and_not_echoed(tmp_path, capsys):
+    from tests.mohawk.tiny_endpoint import Server
+
+    (tmp_path / "p.txt").write_text("one\n")
+    server = Server()
+    line = ["generate-data", str(tmp_path / "p.txt"), "--model", "m", "--endpoint", server.url, "--output"]
+    line += [str(tmp_path / "out"), "--request"]
+    secret = {"x-api-key": "s3cret-1", "headers": {"X-Auth-Token": "s3cret-2"}, "pwd": "s3cret-3", "top_k": 5}
+    try:
+        assert main([*line, json.dumps(secret)]) == 0
+        path = tmp_path / "out" / "manifest.json"
+        kept = {"x-api-key": "***", "headers": {"X-Auth-Token": "***"}, "pwd": "***", "top_k": 5}
+        manifest = json.loads(path.read_text())
+        assert manifest["settings"]["teacher"]["request"] == kept
+        manifest["settings"]["teacher"]["request"] = secret  # as an earlier version kept it
+        path.write_text(json.dumps(manifest))
+        assert main([*line, json.dumps({**secret, "top_k": 6})]) == 2
+        said = capsys.readouterr()
+        assert "teacher.request.top_k: 5 then, 6 now" in said.err and "s3cret" not in said.out + said.err
+        assert main([*line, json.dumps(secret)]) == 0
+        assert "s3cret" not in "".join(file.read_text() for file in (tmp_path / "out").iterdir() if file.is_file())
+    finally:
+        server.close()

@@ -2,6 +2,7 @@ import errno
 import json
 import os
 import pickle
+import re
 
 import pytest
 import torch
@@ -278,7 +279,8 @@ def test_a_gguf_file_cut_short(tmp_path, make_llama, tokenizer, share):
 def test_json_nested_too_deep(folder, name):
     (folder / name).write_text('{"a": ' + "[" * 100_000 + "]" * 100_000 + "}")
     load = load_config if name == "config.json" else load_tokenizer
-    with pytest.raises(UserError, match=f"cannot load the .* from the folder {folder}: RecursionError"):
+    words = r"config.json is not JSON \(nested too deep\); give" if name == "config.json" else "RecursionError"
+    with pytest.raises(UserError, match=f"cannot load the .* from the folder {folder}: {words}"):
         load(folder)
 
 
@@ -289,3 +291,59 @@ def test_a_full_disk_is_not_the_checkpoints_fault(folder, monkeypatch):
     monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", full)
     with pytest.raises(OSError, match="No space left on device"):
         load_teacher(folder)
+
+
+SOUND = {
+    "model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": 64, "hidden_size": 32,
+    "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("wrong", "words"),
+    [
+        ({"vocab_size": -5, "hidden_size": 0}, "vocab_size: got -5; allowed: a whole number of at least 1"),
+        ({"hidden_size": 0}, "hidden_size: got 0"),
+        ({"num_attention_heads": 0}, "num_attention_heads: got 0"),
+        ({"num_key_value_heads": 0}, "num_key_value_heads: got 0"),
+        ({"num_hidden_layers": -1}, "num_hidden_layers: got -1"),
+        ({"intermediate_size": -1}, "intermediate_size: got -1"),
+        ({"head_dim": -3}, "head_dim: got -3"),
+        ({"hidden_size": "a"}, "hidden_size: got 'a'"),
+        ({"vocab_size": True}, "vocab_size: got True"),
+        ({"hidden_act": "no"}, "no llama model can be made of it (KeyError: 'no')"),
+        ({"pad_token_id": 500}, "no llama model can be made of it (AssertionError: Padding_idx"),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("kind", ["convert", "distill", "inspect"])
+def test_a_configuration_of_which_no_model_can_be_made(tmp_path, capsys, wrong, words, kind):
+    from mohawk.cli import main
+
+    (tmp_path / "config.json").write_text(json.dumps({**SOUND, **wrong}))
+    (tmp_path / "a.txt").write_text("some text")
+    recipe = {"teacher": {"model": str(tmp_path)}, "data": {"train": [str(tmp_path / "a.txt")]}, "output": "run"}
+    if kind == "distill":
+        recipe |= {"student": {"layers": "first:1"}, "stages": [{"tokens": 1e6}]}
+    (tmp_path / "r.yaml").write_text(json.dumps(recipe))
+    line = ["inspect", str(tmp_path)] if kind == "inspect" else [kind, str(tmp_path / "r.yaml"), "--dry-run"]
+    assert main(line) == 2
+    said = next(line for line in capsys.readouterr().err.splitlines() if line.startswith("error: "))
+    assert words in said and str(tmp_path) in said
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "words"),
+    [
+        ("pytorch_model.bin", "", "pytorch_model.bin is empty; give a whole checkpoint"),
+        ("generation_config.json", "[1]", "generation_config.json holds a JSON list, not an object"),
+        ("generation_config.json", "null", "generation_config.json holds null, not an object"),
+    ],
+)
+def test_a_damaged_file_beside_the_weights_is_named(tmp_path, make_llama, file, content, words):
+    make_llama().save_pretrained(tmp_path)
+    if file.endswith(".bin"):
+        (tmp_path / "model.safetensors").unlink()
+    (tmp_path / file).write_text(content)
+    with pytest.raises(UserError, match=re.escape(words)):
+        load_teacher(tmp_path)

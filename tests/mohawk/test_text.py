@@ -322,3 +322,42 @@ def test_a_line_of_json_that_is_wrong(tmp_path, load, line, words):
 def test_brackets_in_texts_are_no_nesting(tmp_path, load):
     write_jsonl(tmp_path / "rows.jsonl", [{"text": "[{" * 2000 + '"'}])
     assert load(tmp_path / "rows.jsonl") == ["[{" * 2000 + '"<eos>']
+
+
+KINDS = {
+    "null": "null",
+    "5": "a JSON int",
+    "true": "a JSON bool",
+    '"abc"': "a JSON str",
+    '[{"text": "a"}]': "a JSON list",
+}
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.ndjson", "rows.jsonl.gz", "rows.json"])
+@pytest.mark.parametrize("line", KINDS)
+def test_a_line_that_is_no_object(tmp_path, load, line, name):
+    """Arrow's parser is taken down by some of these."""
+    import gzip
+
+    from mohawk.records import first_records
+
+    for good in ("", '{"text": "a"}\n'):
+        text = f"{good}{line}\n".encode()
+        (tmp_path / name).write_bytes(gzip.compress(text) if name.endswith(".gz") else text)
+        if name == "rows.json" and "[" in line and not good:
+            assert load(tmp_path / name) == ["a<eos>"]
+            continue
+        words = rf"{name}:{2 if good else 1}: {KINDS[line]}, not an object; each line is one object"
+        with pytest.raises(UserError, match=words):
+            load(tmp_path / name)
+        with pytest.raises(UserError, match=words):
+            list(first_records(tmp_path / name, 200))
+
+
+def test_one_json_text_over_several_lines(tmp_path, load):
+    (tmp_path / "a.json").write_text('[\n{"text": "a"},\n{"text": "b"}\n]\n')
+    (tmp_path / "b.json").write_text('{\n "text": "a"\n}\n')
+    assert load(tmp_path / "a.json") == ["a<eos>", "b<eos>"] and load(tmp_path / "b.json") == ["a<eos>"]
+    (tmp_path / "c.json").write_text('[{"text": "a"},\n null]\n')
+    with pytest.raises(UserError, match=r"c.json:1: a JSON list whose entry 1 \(from 0\) is null, not an object"):
+        load(tmp_path / "c.json")
