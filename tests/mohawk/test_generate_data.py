@@ -582,6 +582,7 @@ def test_secrets_of_a_request_are_not_kept_and_not_echoed(tmp_path, capsys):
         assert manifest["settings"]["teacher"]["request"] == kept
         manifest["settings"]["teacher"]["request"] = secret  # as an earlier version kept it
         path.write_text(json.dumps(manifest))
+        (tmp_path / "out" / ".manifest.json.sha256").unlink()
         assert main([*line, json.dumps({**secret, "top_k": 6})]) == 2
         said = capsys.readouterr()
         assert "teacher.request.top_k: 5 then, 6 now" in said.err and "s3cret" not in said.out + said.err
