@@ -13,6 +13,7 @@ import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from operator import attrgetter
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -84,11 +85,12 @@ class ModelTeacher:
         for parameter in self.model.parameters():
             if id(parameter) not in own:
                 parameter.requires_grad_(False)
-        if around:
-            return
-        if not set(self.model.modules()) & set(student.modules()):
+        if not around and not set(self.model.modules()) & set(student.modules()):
             self.model.eval()
-        if moving := _shared_and_trained(self.model, student):
+        with self.answering():  # in which some adapters are taken out of the model
+            asked = list((student.get_base_model() if around else self.model).parameters())
+        off = _adapter_parameters(student) if around else ()
+        if moving := _shared_and_trained([p for p in asked if id(p) not in off], student):
             log.warning(
                 "teacher and student share %d parameters that train (the first: %s), so that the teacher changes with "
                 "the student; give the teacher a copy, or freeze them",
@@ -161,9 +163,15 @@ def _adapters(model: nn.Module) -> Iterator[nn.Module]:
     return (m for m in model.modules() if hasattr(m, "adapter_layer_names"))
 
 
-def _shared_and_trained(teacher: nn.Module, student: nn.Module) -> list[str]:
-    """Names, in the student, of parameters that train and lie in the teacher's memory."""
-    memory = {_place(p) for p in teacher.parameters() if p.numel() and p.device.type != "meta"}
+def _adapter_parameters(model: nn.Module) -> set[int]:
+    """ids of the parameters that peft added to a model: those in its layers, but not of what the layers are around."""
+    added = (attrgetter(name)(layer) for layer in _adapters(model) for name in layer.adapter_layer_names)
+    return {id(p) for part in added for p in (part.parameters() if isinstance(part, nn.Module) else [part])}
+
+
+def _shared_and_trained(teacher: Sequence[Tensor], student: nn.Module) -> list[str]:
+    """Names, in the student, of parameters that train and lie in the memory of the teacher's."""
+    memory = {_place(p) for p in teacher if p.numel() and p.device.type != "meta"}
     trained = ((name, p) for name, p in student.named_parameters() if p.requires_grad and p.numel())
     return [name for name, p in trained if p.device.type != "meta" and _place(p) in memory]
 

@@ -68,6 +68,36 @@ def test_the_teacher_is_the_base_without_the_adapter(kind, settings, given, make
         assert b.abs().sum() > 0
 
 
+BESIDE = {
+    "norms": ({}, lambda name: "norm" in name, "5 parameters that train (the first: base_model.model.model.layers.0."),
+    "biases": ({"bias": "all"}, lambda name: False, "parameters that train (the first: base_model.model.model.layers"),
+    "adapter": ({}, lambda name: False, None),
+    "copies": ({"modules_to_save": ["embed_tokens"]}, lambda name: False, None),
+    "tokens": ({"trainable_token_indices": [3, 5]}, lambda name: False, None),
+}
+
+
+@pytest.mark.parametrize("case", BESIDE)
+def test_what_trains_beside_the_adapter_is_the_teachers_too_and_said(case, make_llama, caplog):
+    settings, beside, said = BESIDE[case]
+    base = make_llama(seed=2, attention_bias=True)
+    student = peft.get_peft_model(base, peft.LoraConfig(r=4, target_modules=["q_proj", "lm_head"], **settings))
+    for name, parameter in student.named_parameters():
+        if beside(name):
+            parameter.requires_grad_(True)
+    before = {name: p.requires_grad for name, p in student.named_parameters()}
+    with caplog.at_level(logging.WARNING):
+        KnowledgeDistiller(base, student)
+    assert {name: p.requires_grad for name, p in student.named_parameters()} == before
+    if said is None:
+        assert not caplog.text
+    else:
+        assert said in caplog.text and "give the teacher a copy" in caplog.text
+        caplog.clear()
+        KnowledgeDistiller(copy.deepcopy(base), moved(student))  # nothing of it is shared
+        assert not caplog.text
+
+
 def test_layers_are_those_without_the_adapter(make_llama):
     apart, base, student = adapted(make_llama)
     student.eval()
