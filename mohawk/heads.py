@@ -12,11 +12,12 @@ from torch import Tensor, nn
 
 from mohawk.errors import UserError
 from mohawk.kernels.kd_teachers import TeacherHidden
-from mohawk.teachers import check_decoder
+from mohawk.teachers import GIVE, check_decoder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+PROBED = 32  # tokens of a text that show whether a model is causal
 _checked: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # models whose head was compared with their logits
 
 
@@ -196,9 +197,12 @@ def final_hidden_states(
 
     inputs: of the model's forward. forward: what to call instead of the model, such as the model as DDP wraps it.
 
-    The logits of the last position alone are computed. On a model's first pass they check `Head.of`; raises UserError
-    where the model does more to its logits than a Head says.
+    The logits of the last position alone are computed. On a model's first pass they check `Head.of`, and a short text
+    that no token sees those behind it; raises UserError where the model does more to its logits than a Head says, or is
+    not causal.
     """
+    if model not in _checked:
+        _check_causal(model, inputs, forward or model)
     seen: list[Tensor] = []
 
     def keep(_module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor]:
@@ -227,6 +231,45 @@ def final_hidden_states(
             )
         _checked.add(model)
     return hidden
+
+
+@torch.no_grad()
+def _check_causal(model: PreTrainedModel, inputs: Mapping[str, Tensor], forward: Callable[..., Any]) -> None:
+    """UserError where the model's states at earlier tokens change with later ones, whatever its configuration says.
+
+    Of the first row the first real tokens, alone: what a model does at padding is nobody's concern.
+    """
+    ids, mask = inputs.get("input_ids"), inputs.get("attention_mask")
+    output = model.get_output_embeddings()
+    if ids is None or output is None or not len(ids) or ids.shape[1] < 2:
+        return
+    real = ids[0][mask[0].bool()] if mask is not None and mask.dim() == 2 else ids[0]
+    text = (real if len(real) > 1 else ids[0])[:PROBED]
+    half = len(text) // 2
+    other = text.clone()
+    other[half:] = text[: len(text) - half].flip(0)  # tokens that the model surely takes
+    seen: list[Tensor] = []
+    hook = output.register_forward_pre_hook(lambda _module, args: seen.append(args[0][:, :half]))
+    training = [module for module in model.modules() if module.training]
+    devices = [ids.device] if ids.device.type == "cuda" else []
+    try:
+        for module in training:  # dropout would change all states
+            module.training = False
+        for tokens in (text, other):
+            with torch.random.fork_rng(devices):
+                torch.manual_seed(0)
+                forward(input_ids=tokens[None], use_cache=False)
+    finally:
+        hook.remove()
+        for module in training:
+            module.training = True
+    before, after = seen
+    # where shapes agree, rounding differs in mixtures of experts alone, by far less than the root of its unit
+    if (after - before).norm() > torch.finfo(before.dtype).eps ** 0.5 * before.norm():
+        raise UserError(
+            f"model: got {type(model).__name__}: it is not causal: its states at a token change with later tokens; "
+            f"{GIVE}"
+        )
 
 
 def in_autocast(tensor: Tensor | None) -> Tensor | None:

@@ -7,13 +7,21 @@ from transformers import (
     BartForConditionalGeneration,
     BertConfig,
     BertForMaskedLM,
+    BertGenerationConfig,
+    BertGenerationDecoder,
     BertLMHeadModel,
+    CpmAntConfig,
+    CpmAntForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
     T5Config,
     T5ForConditionalGeneration,
     TrainingArguments,
     WhisperConfig,
     WhisperForCausalLM,
     WhisperForConditionalGeneration,
+    XLNetConfig,
+    XLNetLMHeadModel,
 )
 
 from mohawk.distillation import KnowledgeDistiller
@@ -112,3 +120,52 @@ def test_attention_that_looks_ahead_is_refused(make_llama):
     student.config.use_bidirectional_attention = True
     with pytest.raises(UserError, match="student: got LlamaForCausalLM: its attention is not causal"):
         KnowledgeDistiller(make_llama(), student)
+
+
+AHEAD = {
+    "xlnet": lambda: XLNetLMHeadModel(XLNetConfig(vocab_size=258, d_model=32, n_layer=2, n_head=4, d_inner=48)),
+    "cpmant": lambda: CpmAntForCausalLM(
+        CpmAntConfig(vocab_size=258, hidden_size=32, dim_ff=48, num_hidden_layers=2, num_attention_heads=4, dim_head=8)
+    ),
+    "bert_generation": lambda: BertGenerationDecoder(BertGenerationConfig(**BERT)),
+}
+
+
+@pytest.mark.parametrize("kind", AHEAD)
+def test_models_that_look_ahead_are_found_by_what_they_do(kind, make_llama):
+    """Neither their names nor their configurations say so; one is in training mode, as a student is."""
+    torch.manual_seed(0)
+    model = AHEAD[kind]().train()
+    ids = torch.randint(3, 250, (2, 8), generator=torch.Generator().manual_seed(0))
+    modes = [module.training for module in model.modules()]
+    for teacher, student in ((make_llama(), model), (model, make_llama())):
+        distiller = KnowledgeDistiller(teacher, student)
+        with pytest.raises(
+            UserError, match=rf"^model: got {type(model).__name__}: it is not causal.*\.\.\.ForCausal"
+        ) as e:
+            distiller.compute_loss(ids, attention_mask=(ids.cumsum(1) > ids[:, :1]).long())
+        assert "\n" not in str(e.value)
+        if student is model:
+            assert [module.training for module in model.modules()] == modes
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_dropout_padding_and_experts_are_no_look_ahead(side, make_llama):
+    torch.manual_seed(0)
+    experts = MixtralForCausalLM(
+        MixtralConfig(
+            vocab_size=258, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+            num_key_value_heads=2, num_local_experts=4, num_experts_per_tok=2, initializer_range=0.2,
+        )
+    )  # fmt: skip
+    ids = torch.randint(3, 250, (2, 9), generator=torch.Generator().manual_seed(0))
+    mask = torch.ones_like(ids)
+    mask[0, slice(0, 5) if side == "left" else slice(4, 9)] = 0
+    for student in (make_llama(attention_dropout=0.5).train(), experts.train(), experts.to(torch.bfloat16)):
+        before, modes = torch.get_rng_state(), [module.training for module in student.modules()]
+        final_hidden_states(student, {"input_ids": ids, "attention_mask": mask})
+        assert [module.training for module in student.modules()] == modes
+        torch.set_rng_state(before)
+        again = final_hidden_states(student, {"input_ids": ids, "attention_mask": mask})  # checked by now
+        torch.set_rng_state(before)
+        torch.testing.assert_close(again, final_hidden_states(student, {"input_ids": ids, "attention_mask": mask}))
