@@ -12,9 +12,9 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from mohawk.errors import UserError
-from mohawk.pair_tokens import check_pair
+from mohawk.pair_tokens import check_pair, no_weights
 from mohawk.rationales import check_record
-from mohawk.records import first_records
+from mohawk.records import first_records, read_records
 from mohawk.same_tokenizer import check_rows, check_same, own_tokenizer, teacher_tokenizer
 from mohawk.teachers import load_config, quantization
 from mohawk.text import as_source, local_files, tokenizer_key
@@ -163,6 +163,10 @@ def _check_source(source: Any, where: str, tokenizer: PreTrainedTokenizerBase, t
                 check_record(row, at)
             elif tokenizer is not None:
                 _check_pair(source, tokenizer, at, row, teachers)
+    name = getattr(source, "weight_field", None)
+    if name is not None and rows and not any(name in row for _, row in rows):
+        if form == "parquet" or not any(name in row for _, row in read_records(plain)):  # a later row may have it
+            raise no_weights(*rows[0], name)
 
 
 def _check_pair(source: DistillSource, tokenizer: Any, at: str, row: dict[str, Any], teachers: list[str]) -> None:

@@ -7,7 +7,7 @@ import hashlib
 import json
 import logging
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 CHUNK = 1000  # examples tokenised at once
-LAYOUT = 1  # of the cached folders; raise it when their contents change
+LAYOUT = 2  # of the cached folders; raise it when their contents change
 
 
 @dataclass(frozen=True)
@@ -89,8 +89,8 @@ def read_pairs(
     response's and the EOS. A response that was cut (finish_reason "length") gets no end to learn.
 
     teacher_field: who answers the row, an index or one of `teachers`. weight_field: a number of at least 0 that
-    multiplies the loss of the row's tokens; a row without it counts 1. cache: a folder; None is the user's. Raises
-    UserError with file and line.
+    multiplies the loss of the row's tokens; a row without it counts 1, and one row at least has it. cache: a folder;
+    None is the user's. Raises UserError with file and line.
     """
     sources = [as_source(source) for source in sources]
     options = {"prompt_field": prompt_field, "response_field": response_field, "messages_field": messages_field}
@@ -164,6 +164,7 @@ def _tokenize(
     meta: list[tuple[int, int, float, float, int, int]] = []
     unknown: dict[str, str] = {}
     weights: list[float] = []
+    weighed, first = False, None  # whether any row has a weight; the first row's place and fields
     total = 0
     for chunk in _chunks((where, row) for source in sources for where, row in read_records(source)):
         examples = []
@@ -185,6 +186,8 @@ def _tokenize(
             answer = [response, row.get("finish_reason") == "length"]
             keys = (int(content_hash(asked)[:16], 16), int(content_hash(answer)[:16], 16))
             meta.append((*keys, *numbers, length if isinstance(length, int) else -1, teacher))
+            weighed = weighed or weight_field in row
+            first = first or (where, list(row))
             weights.append(_weight(row, where, weight_field) if weight_field is not None else 1.0)
         for ids, learned, begin in _encode(tokenizer, examples):
             flags = np.zeros(len(ids), dtype=bool)
@@ -196,6 +199,8 @@ def _tokenize(
             total += len(ids)
     if not tokens:
         raise UserError(f"data: {', '.join(source.source for source in sources)} holds no examples")
+    if weight_field is not None and not weighed:
+        raise no_weights(*first, weight_field)
     sizes = np.fromiter(map(len, tokens), np.int64, len(tokens))
     ends = np.cumsum(sizes)
     prompts, answers, logprobs, sampling, lengths, who = zip(*meta, strict=True)
@@ -348,6 +353,14 @@ def _teacher(row: dict[str, Any], where: str, field: str, teachers: Sequence[str
         return value
     allowed = f"{', '.join(teachers)}, or 0 to {len(teachers) - 1}" if teachers else "an index from 0"
     raise UserError(f"{where}: field {field!r} is {value!r}; allowed: {allowed}")
+
+
+def no_weights(where: str, fields: Iterable[Any], weight_field: str) -> UserError:
+    """Of pairs whose first row is at `where`, with these fields, and of which none has a weight."""
+    return UserError(
+        f"{where}: weight_field: neither this row nor any other has a field {weight_field!r}; its fields: "
+        f"{', '.join(map(str, fields))}"
+    )
 
 
 def _weight(row: dict[str, Any], where: str, field: str) -> float:

@@ -31,6 +31,7 @@ def folder(tmp_path_factory, make_llama, tokenizer):
     lines("no_response.jsonl", [{"prompt": "a"}])
     lines("other_teacher.jsonl", [{**good[0], "by": "nobody"}])
     lines("weight.jsonl", [{**good[0], "w": -1}])
+    lines("late_weight.jsonl", [*good, {**good[0], "w": 2}])
     lines("late.jsonl", [*good, {"prompt": "only"}])
     lines("late_logprob.jsonl", [*({**pair, "logprob": -1.0} for pair in good), good[0] | {"prompt": "last: "}])
     lines("long.jsonl", [{"prompt": f"{i}", "response": "b" * 100} for i in range(200)])
@@ -85,6 +86,10 @@ CASES = {
         {"data": {"train": [pairs("other_teacher.jsonl", teacher_field="by")]}}, "field 'by' is 'nobody'; allowed: 0"
     ),
     "a weight": ({"data": {"train": [pairs("weight.jsonl", weight_field="w")]}}, "weight.jsonl:1: field 'w' is -1"),
+    "a weight's name": (
+        {"data": {"train": [pairs("pairs.jsonl", weight_field="ww")]}},
+        "pairs.jsonl:1: weight_field: .* a field 'ww'; its fields: prompt, response, by",
+    ),
     "log probabilities": (
         {"data": {"train": [pairs("pairs.jsonl", weighting="probability")]}}, "pairs.jsonl:1: has no logprob"
     ),
@@ -106,6 +111,11 @@ LATE = {
         {"data": {"train": [pairs("pairs.jsonl")], "validation_share": 0, "evaluation": ["text.txt"]}}, None
     ),
 }  # fmt: skip
+
+
+def test_a_weight_may_come_late(folder, tmp_path, capsys):
+    path = recipe(folder, tmp_path, {"data": {"train": [pairs("late_weight.jsonl", weight_field="w")]}})
+    assert main(["distill", path, "--dry-run"]) == 0, capsys.readouterr().err
 
 
 def placed(value, folder):

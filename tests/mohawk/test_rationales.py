@@ -338,6 +338,8 @@ def test_weights_of_pairs_given_in_a_file(tokenizer, tmp_path):
         bad = lines(tmp_path / "bad.jsonl", {"prompt": "ab", "response": "c", "weight": value})
         with pytest.raises(UserError, match=rf"^{bad}:1: field 'weight' is [^\n]+; allowed: a number of at least 0$"):
             read_pairs([bad], tokenizer, weight_field="weight", cache=tmp_path / "cache")
+    with pytest.raises(UserError, match=rf"^{path}:1: weight_field: .*'wight'; its fields: prompt, response, weight$"):
+        read_pairs([path], tokenizer, weight_field="wight", cache=tmp_path / "cache")
     zero = lines(tmp_path / "zero.jsonl", {"prompt": "ab", "response": "c", "weight": 0})
     with pytest.raises(UserError, match="^data: none of 1 examples has a weight above 0$"):
         PairsDataset(read_pairs([zero], tokenizer, weight_field="weight", cache=tmp_path / "cache"), 12)
