@@ -17,16 +17,18 @@ def shared_part(source: Teacher, vocab_size: int) -> Teacher:
 
     Exact for dense teachers, and for a top k of all that mass lies in. Of a shorter top k the ids that are left are
     exact up to how much of its rest (`tail_logprob`) lies beyond `vocab_size`, which is not known: all of it counts as
-    shared. Where fewer than k ids are left, others take their places, the last ones of the vocabulary, each with an
-    even share of the rest. Samples are those that are left, weighed up to the same sum: draws from the renormalised
-    distribution; a position of which none is left weighs 0.
+    shared, but where all shared ids were named. Where fewer than k ids are left, others take their places, the last
+    ones of the vocabulary, each with an even share of the rest. Samples are those that are left, weighed up to the same
+    sum: draws from the renormalised distribution; a position of which none is left weighs 0.
     """
     if isinstance(source, TeacherSamples):
         kept = source.weights.masked_fill(source.ids >= vocab_size, 0.0)
         left = kept.sum(-1, keepdim=True)
         scale = torch.where(left > 0, source.weights.sum(-1, keepdim=True) / left.clamp_min(1e-30), 0.0)
         return TeacherSamples(source.ids.masked_fill(source.ids >= vocab_size, 0), kept * scale)
-    if not isinstance(source, TeacherTopK) or not bool((source.ids >= vocab_size).any()):
+    if not isinstance(source, TeacherTopK):
+        return source
+    if source.ids.shape[-1] < vocab_size and not bool((source.ids >= vocab_size).any()):
         return source
     return _shared_top_k(source, vocab_size)
 
@@ -40,7 +42,8 @@ def _shared_top_k(source: TeacherTopK, vocab_size: int) -> TeacherTopK:
     tail = source.tail_logprob
     if tail is None:  # the mass that all k leave over
         tail = torch.log((-torch.expm1(source.logprobs.float().logsumexp(-1).clamp(max=0.0))).clamp_min(1e-7))
-    tail = tail.float()
+    # where all shared ids are named, the rest lies beyond them
+    tail = tail.float().masked_fill((source.ids < vocab_size).sum(-1) >= vocab_size, float("-inf"))
     logprobs = logprobs.masked_fill(missing, float("-inf"))
     total = torch.logaddexp(logprobs.logsumexp(-1), tail)
     tail = torch.where(total > float("-inf"), tail - total, 0.0)  # of a position that has nothing left: nothing known

@@ -107,6 +107,31 @@ def test_what_lies_beyond_and_is_named_is_taken_out_exactly(teacher, dataset):
     torch.testing.assert_close(found, kl, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl", "jsd"])
+@pytest.mark.parametrize("k", [20, 25])
+def test_a_rest_beyond_all_shared_ids_is_no_mass_of_theirs(k, divergence):
+    """A top k that names the student's whole vocabulary leaves its rest to ids that the student does not have."""
+    g = torch.Generator().manual_seed(0)
+    logits, student = torch.randn(4, 30, generator=g).double(), torch.randn(4, 20, generator=g).double()
+    logits[:, :20] += 8  # the shared ids are the likeliest, so that the first 20 are they, and the rest is below
+    logprobs = logits.log_softmax(-1)
+    named, ids = logprobs.topk(k)
+    tail = logprobs.scatter(-1, ids, -torch.inf).logsumexp(-1)
+    assert (tail.exp() > 1e-5).all()
+    p, q = logits[:, :20].log_softmax(-1), student.log_softmax(-1)
+    m = ((p.exp() + q.exp()) / 2).log()
+    kl = {
+        "forward_kl": (p.exp() * (p - q)).sum(-1),
+        "reverse_kl": (q.exp() * (q - p)).sum(-1),
+        "jsd": ((p.exp() * (p - m)).sum(-1) + (q.exp() * (q - m)).sum(-1)) / 2,
+    }[divergence]
+    for given in (tail.float(), None):
+        cut = shared_part(TeacherTopK(ids, named.float(), given), 20)
+        found = kd_loss(student.requires_grad_(), cut, reduction="none", divergence=divergence, vocab_size=20)
+        torch.testing.assert_close(found, kl, rtol=1e-4, atol=1e-5)
+        assert torch.autograd.grad(found.sum(), student)[0].isfinite().all()
+
+
 def test_a_position_with_nothing_left_says_nothing():
     """All that was named lies beyond, and nothing else has mass: no id is preferred to another."""
     source = TeacherTopK(torch.tensor([[7, 8], [1, 9]]), torch.tensor([[0.7, 0.3], [0.5, 0.5]]).log(),
