@@ -118,8 +118,9 @@ def output_weight(module: nn.Module) -> tuple[Tensor, Tensor | None]:
     weight, bias = output_weight(module.base_layer)
     if off or getattr(module, "merged", False):
         return weight, bias
-    if not hasattr(module, "lora_A") or hasattr(module, "parameter_name"):
-        raise UserError(_adapted(f"{type(module).__module__}.{type(module).__name__}, which is not supported there"))
+    # AdaLoRA's factors bear LoRA's names, but are parameters with a third one between them
+    if not isinstance(getattr(module, "lora_A", None), nn.ModuleDict) or hasattr(module, "parameter_name"):
+        raise UserError(_adapted(f"{type(module).__module__}.{type(module).__name__}, which is not supported here"))
     for name in module.active_adapters:
         if name in module.lora_A:
             with torch.autocast(weight.device.type, enabled=False):
@@ -136,8 +137,8 @@ def _with_lora(
     if module.training and getattr(dropout, "p", 0):
         raise UserError(
             _adapted(
-                f"LoRA with a dropout of {dropout.p:g}, so that its logits are not hidden states times a weight; set "
-                "lora_dropout to 0"
+                f"LoRA with a dropout of {dropout.p:g}, so that its logits are not hidden states times a weight",
+                "set lora_dropout to 0, or ",
             )
         )
     dtype = torch.promote_types(up.weight.dtype, torch.float32)
@@ -150,12 +151,12 @@ def _with_lora(
         scale = (module.lora_magnitude_vector[name].weight / norm).unsqueeze(1)
         return weight + (scale - 1) * base + scale * delta, bias
     if name in getattr(module, "lora_variant", ()):
-        raise UserError(_adapted(f"{type(module.lora_variant[name]).__name__}, which is not supported there"))
+        raise UserError(_adapted(f"{type(module.lora_variant[name]).__name__}, which is not supported here"))
     return weight + delta, bias
 
 
-def _adapted(how: str) -> str:
-    return f"the output embedding is adapted by {how}, or leave the output embedding out of the adapter's targets"
+def _adapted(how: str, instead: str = "") -> str:
+    return f"the output embedding is adapted by {how}; {instead}leave the output embedding out of the adapter's targets"
 
 
 def _plain_weight(module: nn.Module) -> tuple[Tensor, Tensor | None]:

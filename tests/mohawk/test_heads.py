@@ -102,8 +102,15 @@ def test_a_teacher_with_an_adapted_head(make_llama):
 @pytest.mark.parametrize(
     ("config", "words"),
     [
-        (peft.LoraConfig(target_modules=["lm_head"], lora_dropout=0.1), "dropout of 0.1.*set lora_dropout to 0"),
-        (peft.VeraConfig(r=4, target_modules=["lm_head"]), "vera.*not supported"),
+        (
+            peft.LoraConfig(target_modules=["lm_head"], lora_dropout=0.1),
+            "dropout of 0.1, so that its logits are not hidden states times a weight; set lora_dropout to 0, or leave",
+        ),
+        (peft.VeraConfig(r=4, target_modules=["lm_head"]), "vera.*not supported here; leave"),
+        (
+            peft.AdaLoraConfig(init_r=4, target_r=2, total_step=10, target_modules=["lm_head"]),
+            "adapted by peft.tuners.adalora.layer.SVDLinear, which is not supported here; leave",
+        ),
         (peft.IA3Config(target_modules=["lm_head"], feedforward_modules=[]), "ia3.*not supported"),
         (peft.LoHaConfig(r=4, target_modules=["lm_head"]), "loha.*not supported"),
     ],
