@@ -8,10 +8,11 @@ Student and teacher are called as Trainer calls a model, so several processes (t
 import tempfile
 
 import torch
+import torch.nn.functional as F
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, Trainer, TrainingArguments
 
 from mohawk import kd_loss
-from mohawk.next_tokens import next_labels
+from mohawk.next_tokens import IGNORED, next_labels, positions
 
 
 class DistillingTrainer(Trainer):
@@ -25,20 +26,31 @@ class DistillingTrainer(Trainer):
         self.teacher = self.accelerator.prepare_model(teacher.eval(), evaluation_mode=True)
         self.loss = loss or {}
 
+    def get_batch_samples(self, epoch_iterator, *args, **kwargs):
+        # Trainer counts all labels here, so those that nothing predicts go first: each row's first real token.
+        return super().get_batch_samples(map(predicted_only, epoch_iterator), *args, **kwargs)
+
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         # Position i predicts token i + 1, where both are real. Padding the labels, where slicing the logits would copy
         # them.
         labels = next_labels(inputs)
         inputs.pop("labels")  # so that the model does not compute its own loss as well
+        if inputs.get("attention_mask") is not None and "position_ids" not in inputs:
+            inputs["position_ids"] = positions(inputs["attention_mask"])  # from each row's first real token
         outputs = model(**inputs)
         with torch.no_grad():
             target = self.teacher(**inputs).logits
-        # Trainer counts the real tokens of all accumulation steps, and of all processes, whose gradients are then
+        # Trainer counts the labels of all accumulation steps, and of all processes, whose gradients are then
         # averaged. Without a count (None) the loss is the mean over this batch.
         if num_items_in_batch is not None and self.args.average_tokens_across_devices:
             num_items_in_batch = num_items_in_batch / self.accelerator.num_processes
         loss = kd_loss(outputs.logits, target, labels, normalizer=num_items_in_batch, **self.loss)
         return (loss, outputs) if return_outputs else loss
+
+
+def predicted_only(batch):
+    """The batch with a label where a token in front predicts it, and -100 elsewhere."""
+    return {**batch, "labels": F.pad(next_labels(batch)[:, :-1], (1, 0), value=IGNORED)}
 
 
 def tiny_llama(hidden_size: int) -> LlamaForCausalLM:

@@ -213,6 +213,54 @@ def test_transformers_trainer_is_the_usual_subclass(example, tmp_path):
     assert_same_training(trainer, before)
 
 
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_transformers_trainer_on_padded_rows(side, kind, example, tmp_path):
+    """A step's loss is the mean over the predicted tokens of all its rows, each by itself and without padding."""
+    import transformers
+
+    module = example("transformers_trainer")
+
+    def model(seed):
+        torch.manual_seed(seed)
+        if kind == "llama":
+            return module.tiny_llama(32)
+        settings = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64, "initializer_range": 0.2}
+        off = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
+        return transformers.GPT2LMHeadModel(transformers.GPT2Config(vocab_size=VOCAB, **settings, **off))
+
+    student, teacher = model(1), model(2)
+    g = torch.Generator().manual_seed(0)
+    rows = [torch.randint(1, VOCAB, (length,), generator=g) for length in (9, 5, 12, 3, 7, 7, 4, 10)]
+    parts = []
+    with torch.no_grad():
+        for row in rows:
+            p, q = (m(input_ids=row[None]).logits[0, :-1].log_softmax(-1) for m in (teacher, student))
+            parts.append((p.exp() * (p - q)).sum(-1) - 0.5 * q.gather(-1, row[1:, None]).squeeze(-1))
+    expected = torch.cat(parts).mean().item()
+
+    def padded(row, fill):
+        rest = row.new_full((14 - len(row),), fill)
+        return torch.cat([rest, row] if side == "left" else [row, rest])
+
+    def columns(row):
+        mask = padded(torch.ones_like(row), 0)
+        return {"input_ids": padded(row, 0), "labels": padded(row, -100), "attention_mask": mask}
+
+    arguments = {"max_steps": 1, "logging_steps": 1, "report_to": [], "save_strategy": "no", "disable_tqdm": True}
+    trainer = module.DistillingTrainer(
+        model=student,
+        teacher=teacher,
+        loss={"ce_weight": 0.5},
+        train_dataset=[columns(row) for row in rows],
+        args=transformers.TrainingArguments(
+            str(tmp_path), per_device_train_batch_size=2, gradient_accumulation_steps=4, use_cpu=True, **arguments
+        ),
+    )
+    trainer.train()
+    assert trainer.state.log_history[0]["loss"] == pytest.approx(expected, rel=1e-4)
+
+
 @pytest.mark.parametrize("beta", [0.0, 0.3, 1.0])
 def test_trl_gkd_is_gkd_trainer(beta, example, tmp_path):
     module = example("trl_gkd")
