@@ -304,7 +304,7 @@ class KnowledgeDistiller(nn.Module):
         count, rows = (labels != IGNORED).sum(), len(labels)
         for i, (name, matching) in enumerate(matchings.items()):
             matched = matching.loss(seen[i], whole.seen[i], batch)
-            self._measure(name, matched, count)
+            self._measure(name, matched, torch.tensor(float(rows)) if matching.by_row else count)
             share = rows / counts[ROWS] if matching.by_row else count / _some(counts[MAIN:].sum())
             loss = loss + self._now(matching.weight) * matched * share.to(matched.dtype)
         self.step_loss = self.step_loss + loss.detach()

@@ -227,12 +227,15 @@ def test_accumulation_does_not_change_the_update(by, make_llama, tmp_path):
         )  # fmt: skip
         trainer.train()
         parameters = [*trainer.model.parameters(), *trainer.distiller.matched.parameters()]
-        return losses(trainer), [p.detach().clone() for p in parameters]
+        logged = [entry["match"] for entry in trainer.state.log_history if "match" in entry]
+        return losses(trainer), logged, [p.detach().clone() for p in parameters]
 
-    whole, at_once = trained(8)
-    for rows in (2, 1):
-        value, update = trained(rows)
+    whole, matched, at_once = trained(8)
+    assert len(matched) == 2
+    for rows in (4, 2, 1):
+        value, logged, update = trained(rows)
         assert value == pytest.approx(whole, rel=1e-5)
+        assert logged == pytest.approx(matched, rel=1e-5)
         for a, b in zip(update, at_once, strict=True):
             assert (a - b).abs().max() <= 1e-6
 
