@@ -17,6 +17,8 @@ from mohawk.teachers import GIVE, check_decoder
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+# model types whose recurrences take no mask in transformers
+READS_PADDING = ("rwkv", "xlstm", "recurrent_gemma")
 PROBED = 32  # tokens of a text that show whether a model is causal
 _checked: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # models whose head was compared with their logits
 
@@ -200,8 +202,9 @@ def final_hidden_states(
 
     The logits of the last position alone are computed. On a model's first pass they check `Head.of`, and a short text
     that no token sees those behind it; raises UserError where the model does more to its logits than a Head says, or is
-    not causal.
+    not causal, or where a row has padding in front and the model has no mask for it.
     """
+    _check_padding(model, inputs.get("attention_mask"))
     if model not in _checked:
         _check_causal(model, inputs, forward or model)
     seen: list[Tensor] = []
@@ -232,6 +235,17 @@ def final_hidden_states(
             )
         _checked.add(model)
     return hidden
+
+
+def _check_padding(model: PreTrainedModel, mask: Tensor | None) -> None:
+    """UserError where padding in front of a row's tokens would become part of what the model remembers of them."""
+    if mask is None or mask.dim() != 2 or model.config.get_text_config().model_type not in READS_PADDING:
+        return
+    if bool((mask.bool()[:, 1:] & ~mask.bool()[:, :-1]).any()):
+        raise UserError(
+            f"{type(model).__name__} reads padding as it reads tokens, whatever attention_mask says, and a row has "
+            "padding in front of a token; pad on the right (padding_side='right')"
+        )
 
 
 @torch.no_grad()

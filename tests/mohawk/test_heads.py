@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import transformers
 from transformers import AutoModelForCausalLM
 
 from mohawk import KnowledgeDistiller, kd_loss
@@ -139,3 +140,36 @@ def test_final_hidden_states_behind_an_adapter(make_llama, tmp_path):
     model.merge_and_unload().save_pretrained(tmp_path)
     again = AutoModelForCausalLM.from_pretrained(tmp_path)
     torch.testing.assert_close(again(ids).logits, Head.of(model).logits(hidden), rtol=1e-4, atol=1e-5)
+
+
+TINY = {"vocab_size": 258, "hidden_size": 32, "num_hidden_layers": 2, "pad_token_id": 0, "bos_token_id": 1}
+RECURRENT = {
+    "rwkv": lambda: transformers.RwkvForCausalLM(transformers.RwkvConfig(**TINY, attention_hidden_size=32)),
+    "xlstm": lambda: transformers.xLSTMForCausalLM(transformers.xLSTMConfig(**TINY, num_heads=4)),
+    "recurrent_gemma": lambda: transformers.RecurrentGemmaForCausalLM(
+        transformers.RecurrentGemmaConfig(
+            **{**TINY, "num_hidden_layers": 3}, intermediate_size=48, num_attention_heads=4, num_key_value_heads=1,
+            lru_width=32, attention_window_size=8, head_dim=8,
+        )
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", RECURRENT)
+def test_recurrences_without_a_mask_are_padded_on_the_right(kind, make_llama):
+    """Padding in front is refused; behind, the loss is that of each row by itself."""
+    torch.manual_seed(0)
+    student, teacher = RECURRENT[kind]().eval(), make_llama(seed=1)
+    ids = torch.randint(3, 250, (2, 8), generator=torch.Generator().manual_seed(0))
+    mask = torch.ones_like(ids)
+    mask[1, :3] = 0
+    for one, other in ((teacher, student), (student, teacher)):
+        distiller = KnowledgeDistiller(one, other, ce_weight=0.5)
+        with pytest.raises(UserError, match=rf"^{type(student).__name__} reads padding .*; pad on the right [^\n]*$"):
+            distiller.compute_loss(ids, attention_mask=mask)
+        found = distiller.compute_loss(ids, attention_mask=mask.flip(1))
+        parts = []
+        for row in (ids[:1], ids[1:, :5]):
+            p, q = (m(input_ids=row, use_cache=False).logits[0, :-1].float().log_softmax(-1) for m in (one, other))
+            parts.append((p.exp() * (p - q)).sum(-1) - 0.5 * q.gather(-1, row[0, 1:, None]).squeeze(-1))
+        torch.testing.assert_close(found, torch.cat(parts).mean(), rtol=1e-4, atol=1e-5)
