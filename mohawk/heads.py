@@ -264,7 +264,12 @@ def _check_causal(model: PreTrainedModel, inputs: Mapping[str, Tensor], forward:
     other = text.clone()
     other[half:] = text[: len(text) - half].flip(0)  # tokens that the model surely takes
     seen: list[Tensor] = []
-    hook = output.register_forward_pre_hook(lambda _module, args: seen.append(args[0][:, :half]))
+
+    def keep(_module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor]:
+        seen.append(args[0][:, :half])
+        return (args[0][:, -1:],)
+
+    hook = output.register_forward_pre_hook(keep)
     training = [module for module in model.modules() if module.training]
     devices = [ids.device] if ids.device.type == "cuda" else []
     try:
