@@ -34,12 +34,12 @@ class Task(TypedDict):
     fewshot: int | None
     questions: int
     of: int
-    metrics: dict[str, dict[str, float | None]]
+    metrics: dict[str, dict[str, bool | float | None]]
 
 
 class Group(TypedDict):
     members: list[str]
-    metrics: dict[str, dict[str, float | None]]
+    metrics: dict[str, dict[str, bool | float | None]]
 
 
 class Tasks(TypedDict):

@@ -18,6 +18,7 @@ import pytest
 import torch
 
 from mohawk import report
+from mohawk.checkpoints import seal
 from mohawk.cli import main
 from mohawk.lm_eval_tasks import OURS, difference_error, kind_of, paired
 from mohawk.recipe import Recipe
@@ -67,6 +68,7 @@ def run(tmp_path, make_llama, tokenizer, student):
     for saved in (teacher, tokenizer):
         saved.save_pretrained(tmp_path / "teacher")
     student.save_pretrained(tmp_path / "run" / "student")
+    seal(tmp_path / "run" / "student")
     recipe = Recipe.from_dict(
         {
             "teacher": str(tmp_path / "teacher"),
