@@ -70,7 +70,7 @@ def test_another_teacher_of_any_depth(family, layers, texts, tokenizer, capsys):
 
     kinds = {"llama": "Llama", "qwen2": "Qwen2", "phi": "Phi"}
     config = getattr(transformers, f"{kinds[family]}Config")(
-        vocab_size=258, hidden_size=16, intermediate_size=24, num_hidden_layers=layers, num_attention_heads=2,
+        vocab_size=264, hidden_size=16, intermediate_size=24, num_hidden_layers=layers, num_attention_heads=2,
         num_key_value_heads=2, max_position_embeddings=64, bos_token_id=256, eos_token_id=257, pad_token_id=None,
     )  # fmt: skip
     getattr(transformers, f"{kinds[family]}ForCausalLM")(config).save_pretrained(texts / "teacher")
