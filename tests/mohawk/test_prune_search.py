@@ -371,7 +371,7 @@ def test_a_saved_search_counts_for_its_own_recipe_alone(same, checkpoint, texts,
     if same:
         found |= {"state_heads": 4, "state_groups": 4, "state_size": 8}
     (run / "rounds" / "1").mkdir(parents=True)
-    (run / "rounds" / "1" / "search.json").write_text(json.dumps({"candidates": [{"sizes": found}]}))
+    (run / "rounds" / "1" / "search.json").write_text(json.dumps({"budget": {}, "candidates": [{"sizes": found}]}))
     (mine if same else other).save(run / "recipe.yaml")
     with nullcontext() if same else pytest.raises(UserError, match="another prune.parameters, teacher.model"):
         prune(mine, dry_run=True)
