@@ -33,12 +33,12 @@ def one_cache(where: str, cache: Any, past_key_values: Any) -> Any:
     return past_key_values if cache is None else cache
 
 
-def refuse_unknown(where: str, given: dict[str, Any], known: frozenset[str] = HARMLESS) -> None:
-    """Raises TypeError for a keyword that is not `known`: what is not understood would be answered wrongly."""
+def refuse_unknown(where: str, given: dict[str, Any]) -> None:
+    """Raises TypeError for a keyword that is not harmless: what is not understood would be answered wrongly."""
     for name, value in given.items():
         if name == "is_causal" and value in (None, True):
             continue
-        if name not in known:
+        if name not in HARMLESS:
             raise TypeError(
                 f"{where}: unexpected keyword argument {name!r}; with a transformers newer than those that mohawk was "
                 "tested with (`mohawk doctor` says) this can be a renamed argument: install a tested version"
