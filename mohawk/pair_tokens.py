@@ -17,10 +17,10 @@ import numpy as np
 
 from mohawk.decoding import as_messages, render
 from mohawk.errors import UserError
-from mohawk.fetch import cache_dir, kept_whole, whole_folder
 from mohawk.records import content_hash, read_records, why_no_chat
 from mohawk.run_folder import home
 from mohawk.text import Source, as_source, source_content, tokenizer_key
+from mohawk.user_cache import cache_dir, kept_whole, whole_folder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

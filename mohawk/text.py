@@ -27,11 +27,11 @@ import numpy as np
 
 from mohawk.checkpoints import sum_file, why_altered
 from mohawk.errors import UserError, causes, machines_own
-from mohawk.fetch import cache_dir, kept_whole, whole_folder
 from mohawk.hub import hub_or_cache
 from mohawk.lines import damage, sums_of
 from mohawk.parsing import parse_json
 from mohawk.run_folder import home
+from mohawk.user_cache import cache_dir, kept_whole, whole_folder
 
 if TYPE_CHECKING:
     import datasets

@@ -7,7 +7,7 @@ import zipfile
 
 import pytest
 
-from mohawk import fetch
+from mohawk import fetch, user_cache
 from mohawk.errors import UserError
 
 
@@ -151,13 +151,13 @@ def test_the_encyclopedia_keeps_articles_and_leaves_redirects(registry, monkeypa
 
 def test_a_folder_is_whole_or_absent(tmp_path):
     target = tmp_path / "made"
-    with pytest.raises(RuntimeError), fetch.whole_folder(target) as folder:
+    with pytest.raises(RuntimeError), user_cache.whole_folder(target) as folder:
         (folder / "half").write_text("x")
         raise RuntimeError
     assert list(tmp_path.iterdir()) == []
-    with fetch.whole_folder(target) as folder:
+    with user_cache.whole_folder(target) as folder:
         (folder / "whole").write_text("first")
-        with fetch.whole_folder(target) as other:
+        with user_cache.whole_folder(target) as other:
             (other / "whole").write_text("second")
     assert (target / "whole").read_text() == "second"  # it was there first
     assert list(tmp_path.iterdir()) == [target]
@@ -167,11 +167,11 @@ def test_the_cache_is_where_the_user_says(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.delenv("MOHAWK_CACHE", raising=False)
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
-    assert fetch.cache_dir() == tmp_path / ".cache" / "mohawk"
+    assert user_cache.cache_dir() == tmp_path / ".cache" / "mohawk"
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "x"))
-    assert fetch.cache_dir() == tmp_path / "x" / "mohawk"
+    assert user_cache.cache_dir() == tmp_path / "x" / "mohawk"
     monkeypatch.setenv("MOHAWK_CACHE", "~/here")
-    assert fetch.cache_dir() == tmp_path / "here"
+    assert user_cache.cache_dir() == tmp_path / "here"
 
 
 @pytest.mark.slow
