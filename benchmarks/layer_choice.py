@@ -56,7 +56,7 @@ def choices(found: dict, names: list[str]) -> Iterator[tuple[str, list[int]]]:
 
 def measure(run: Path, found: dict, names: list[str]) -> list[dict]:
     """Perplexity, KL and recall of the students of all choices, before phase 3, measured once."""
-    from mohawk.report import read_json, write_json
+    from mohawk.json_files import read_json, write_json
 
     wanted = [("teacher", list(range(found["num_layers"]))), *choices(found, names)]
     kept, student = run / "selection" / "choices.json", found["settings"]["student"]

@@ -21,8 +21,9 @@ from pydantic import TypeAdapter, ValidationError
 
 from mohawk.checkpoints import MANIFEST, WEIGHTS, about_of
 from mohawk.errors import UserError
+from mohawk.json_files import read_json, write_json
 from mohawk.kept import Bound
-from mohawk.report import STUDENT, read_json, write_json
+from mohawk.report import STUDENT
 from mohawk.run_folder import RUN_FILE, home
 from mohawk.sums import sha256_of
 from mohawk.text import source_content, tokenizer_key

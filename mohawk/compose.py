@@ -22,6 +22,7 @@ from mohawk.checkpoints import MANIFEST, checkpoints, drop_file, is_complete, wr
 from mohawk.convert import COMPOSED
 from mohawk.describe import describe_layers, size_text
 from mohawk.errors import UserError
+from mohawk.json_files import read_json, write_json
 from mohawk.kept import Composed, Selection
 from mohawk.layer_probe import fingerprint
 from mohawk.layer_swap import keep_attention
@@ -29,7 +30,7 @@ from mohawk.metrics import METRICS, copy_without
 from mohawk.models.hybrid import SSM_LAYER, HybridConfig, HybridForCausalLM, attention_types
 from mohawk.nonfinite import refuse_nonfinite
 from mohawk.recipe import EndToEnd, Recipe
-from mohawk.report import RESULTS, read_json, write_json
+from mohawk.report import RESULTS
 from mohawk.run import RECIPE, STUDENT, claimed
 from mohawk.run_folder import home
 from mohawk.select_layers import RANKINGS, SELECTION, trained_student

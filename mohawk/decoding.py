@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mohawk.chat import chat_text
 from mohawk.errors import UserError
 from mohawk.records import Prompt
 from mohawk.text import tokenizer_key
@@ -122,7 +123,7 @@ class LocalTeacher:
 
     def identity(self) -> dict[str, Any]:
         """What tells this teacher from others; all of it decides its answers."""
-        from mohawk.teacher_answers import teacher_hash
+        from mohawk.model_hash import teacher_hash
 
         what = {"name": self.name, "revision": self.revision, "hash": teacher_hash(self.model)[:16]}
         what |= {
@@ -348,26 +349,6 @@ def sequence_logprob(model: PreTrainedModel, prompt_ids: list[int], response_ids
     few = "logits_to_keep" in inspect.signature(model.forward).parameters
     logits = model(ids, **({"logits_to_keep": n + 1} if few else {})).logits[0, -n - 1 : -1]
     return logits.float().log_softmax(-1).gather(-1, ids[0, -n:, None]).double().sum().item()
-
-
-def chat_text(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> str:
-    """A prompt through the chat template, up to where the answer begins. Raises UserError where it refuses."""
-    return render(tokenizer, as_messages(prompt.content), prompt.where, add_generation_prompt=True)
-
-
-def as_messages(content: str | list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """A chat of one user's message from a text; a chat as it is."""
-    return [{"role": "user", "content": content}] if isinstance(content, str) else content
-
-
-def render(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, Any]], where: str, **options: Any) -> str:
-    """The chat template's text. Raises UserError, with where the chat stands, when the template refuses it."""
-    import jinja2
-
-    try:
-        return tokenizer.apply_chat_template(messages, tokenize=False, **options)
-    except (jinja2.TemplateError, ValueError, TypeError, KeyError) as error:
-        raise UserError(f"{where}: the chat template refuses these messages: {str(error).splitlines()[0]}") from error
 
 
 def continuation(tokenizer: PreTrainedTokenizerBase, prompt_ids: list[int], response_ids: list[int]) -> str:

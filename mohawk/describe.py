@@ -180,10 +180,10 @@ def print_run(folder: Path, console: Console) -> None:
     """Which phases of a run are done, and from which checkpoint the others would go on."""
     from mohawk.checkpoints import newest_complete
     from mohawk.convert import COMPOSED
+    from mohawk.json_files import read_json
     from mohawk.kept import Composed
     from mohawk.recipe import Recipe
     from mohawk.recipe_kinds import load_run_recipe
-    from mohawk.report import read_json
 
     recipe = load_run_recipe(folder)
     asked = {name for name, _ in recipe.phases.active()} if isinstance(recipe, Recipe) else set(phase_names(folder))

@@ -37,6 +37,7 @@ from mohawk.evaluate import Comparison, TeacherStates, compare, teacher_states
 from mohawk.extras import need
 from mohawk.inputs import check_inputs
 from mohawk.kernels.kd_teachers import TAIDSchedule
+from mohawk.model_hash import teacher_hash
 from mohawk.nonfinite import refuse_nonfinite
 from mohawk.on_policy import OnPolicy
 from mohawk.processes import first_before_others, from_first, is_first, joined, on_first
@@ -44,7 +45,6 @@ from mohawk.progress import log_to
 from mohawk.rationale_router import RationaleRouter, RoutedRationales
 from mohawk.report import finish
 from mohawk.run import Run, check_folder, claimed, refuse_tokens
-from mohawk.teacher_answers import teacher_hash
 from mohawk.teacher_cache import CachedRows, TeacherCache
 from mohawk.teacher_models import AverageTeacher, CachedTeacher, Ensemble, ModelTeacher
 from mohawk.teachers import load_teacher

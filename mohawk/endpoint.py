@@ -28,7 +28,8 @@ from concurrent.futures import Future
 from email.utils import parsedate_to_datetime
 from typing import Any
 
-from mohawk.decoding import Decoding, Response, as_messages
+from mohawk.chat import as_messages
+from mohawk.decoding import Decoding, Response
 from mohawk.errors import UserError, printable, shortened
 from mohawk.parsing import parse_json
 from mohawk.records import Prompt

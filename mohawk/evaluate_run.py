@@ -11,9 +11,9 @@ from rich.table import Table
 
 from mohawk.describe import student_folder
 from mohawk.errors import UserError
+from mohawk.json_files import write_json
 from mohawk.recipe import Recipe
 from mohawk.recipe_kinds import load_run_recipe, trims_vocabulary
-from mohawk.report import write_json
 from mohawk.run_folder import home
 
 RESULTS = "evaluation/again.json"

@@ -24,7 +24,7 @@ from pathlib import Path
 
 from mohawk.errors import UserError
 from mohawk.prose import strip_wikitext, unwrap
-from mohawk.user_cache import unwritable, cache_dir, kept_whole, whole_folder
+from mohawk.user_cache import cache_dir, kept_whole, unwritable, whole_folder
 
 log = logging.getLogger(__name__)
 

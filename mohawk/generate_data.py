@@ -22,8 +22,9 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import mohawk
+from mohawk.chat import as_messages
 from mohawk.checkpoints import locked, sum_file, why_altered, write_file
-from mohawk.decoding import Decoding, Response, as_messages, local_teacher
+from mohawk.decoding import Decoding, Response, local_teacher
 from mohawk.endpoint import EndpointTeacher, without_secrets
 from mohawk.errors import UserError, naming, shortened
 from mohawk.filters import Filters, Judge, Verdict

@@ -24,8 +24,9 @@ from rich.console import Console
 from mohawk.describe import student_folder
 from mohawk.errors import UserError
 from mohawk.hub import hub_or_cache, is_unreachable
+from mohawk.json_files import write_json
 from mohawk.recipe_kinds import load_run_recipe, trims_vocabulary
-from mohawk.report import TASKS, fingerprint, kept_tasks, print_tables, report_tasks, task_tables, write_json
+from mohawk.report import TASKS, fingerprint, kept_tasks, print_tables, report_tasks, task_tables
 from mohawk.run_folder import home
 
 if TYPE_CHECKING:

@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from mohawk.hub import hub_or_cache
+from mohawk.json_files import read_json
 from mohawk.kept import Tabled
 from mohawk.parity import Row
 from mohawk.recipe import RecipeFile
 from mohawk.recipe_kinds import load_run_recipe
-from mohawk.report import RESULTS, read_json, tables
+from mohawk.report import RESULTS, tables
 from mohawk.run_folder import home
 from mohawk.runtimes import GROUPS_APART, Note
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mohawk.decoding import as_messages, render
+from mohawk.chat import as_messages, render
 from mohawk.errors import UserError
 from mohawk.records import content_hash, read_records, why_no_chat
 from mohawk.run_folder import home

@@ -29,6 +29,7 @@ from mohawk.errors import UserError
 from mohawk.importance import Importance, check_scores, choose, chosen_layers, measure_importance
 from mohawk.importance_baselines import magnitude_importance, random_importance
 from mohawk.inputs import check_inputs
+from mohawk.json_files import read_json, write_json
 from mohawk.kept import CutMade, Drops, Search, Vocabulary
 from mohawk.layer_drops import measure_layer_drops
 from mohawk.models.cut_sizes import Sizes, attention_layers, sizes_of, ssm_layers
@@ -44,7 +45,7 @@ from mohawk.prune_recipe import PruneRecipe, Step, Target
 from mohawk.prune_search import search, search_table, within
 from mohawk.prune_sizes import between, empty_model, parameters_of, present, sizes_header, sizes_row, target_sizes
 from mohawk.readout import solve_output_projections
-from mohawk.report import Table, finish, read_json, write_json
+from mohawk.report import Table, finish
 from mohawk.run import RECIPE, STUDENT, check_folder, claimed, pick_device
 from mohawk.run_folder import home
 from mohawk.teachers import building, load_config, load_teacher, load_tokenizer

@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM
 from mohawk.describe import describe_layers
 from mohawk.errors import UserError
 from mohawk.evaluate import Comparison, decode_speed
+from mohawk.json_files import read_json, write_json
 from mohawk.kept import Search
 from mohawk.models.cut_sizes import Sizes, sized_config, sizes_of
 from mohawk.models.families import needed_attention
@@ -36,7 +37,7 @@ from mohawk.prune_sizes import (
     spread,
     unit,
 )
-from mohawk.report import print_tables, read_json, write_json
+from mohawk.report import print_tables
 
 log = logging.getLogger(__name__)
 

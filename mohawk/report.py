@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 import math
 import platform
@@ -12,14 +11,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pydantic import TypeAdapter, ValidationError
-
-from mohawk.checkpoints import MANIFEST, why_altered, write_file
+from mohawk.checkpoints import MANIFEST
 from mohawk.describe import size_text
 from mohawk.errors import UserError
+from mohawk.json_files import read_json, write_json, write_text
 from mohawk.kept import Compared, Measured, Results, Tasks
 from mohawk.metrics import METRICS, read_metrics
-from mohawk.parsing import parse_json
 from mohawk.plots import TEXTS, plot_evaluation, plot_losses, plot_tasks
 from mohawk.teachers import parameter_count
 
@@ -172,56 +169,6 @@ def _plot_tasks(folder: Path, tasks: Mapping[str, Any] | None) -> None:
     target = folder / "plots" / "tasks.png"
     if not (tasks and plot_tasks(tasks["tasks"], target)):
         target.unlink(missing_ok=True)  # of a student that was there before
-
-
-def write_json(path: Path | str, value: Any) -> None:
-    """Write JSON by one rename. JSON has no infinity and no NaN: they become "inf", "-inf" and "nan"."""
-    write_text(path, json.dumps(_finite(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
-
-
-def write_text(path: Path | str, text: str) -> None:
-    """Write a text file by one rename, making its folder; `why_altered` knows it again."""
-    with write_file(path) as beside:
-        beside.write_text(text, encoding="utf-8")
-
-
-def read_json(path: Path | str, kind: Any = dict[str, Any]) -> Any | None:
-    """What `write_json` wrote, with its numbers back; None where there is no such file, or a damaged one (logged).
-
-    kind: a type as pydantic checks it; a value of another one is damage too.
-    """
-    path = Path(path)
-    if not path.is_file():
-        return None
-    problem = why_altered(path)
-    try:
-        if problem is None:
-            value = _numbers(parse_json(path.read_text(encoding="utf-8")))
-            TypeAdapter(kind).validate_python(value, strict=True)
-            return value
-    except ValidationError as error:
-        first = error.errors()[0]
-        problem = f"{'.'.join(map(str, first['loc'])) or 'all of it'}: {first['msg']}"
-    except (OSError, ValueError) as error:
-        problem = str(error)
-    log.warning("%s is damaged (%s): making again what was in it", path, problem)
-    return None
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {str(k): _finite(v) for k, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_finite(v) for v in value]
-    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _numbers(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {k: _numbers(v) for k, v in value.items()}
-    if isinstance(value, list):
-        return [_numbers(v) for v in value]
-    return float(value) if isinstance(value, str) and value in ("inf", "-inf", "nan") else value
 
 
 def architecture(teacher: PreTrainedModel, student: PreTrainedModel) -> str:

@@ -35,12 +35,13 @@ from mohawk.checkpoints import (
 from mohawk.data import Data, PackedDataset, collate, load_data
 from mohawk.errors import UserError
 from mohawk.evaluate import TeacherStates, compare, teacher_states
+from mohawk.json_files import read_json, write_json, write_text
 from mohawk.kept import Compared
 from mohawk.nonfinite import refuse_nonfinite
 from mohawk.precision import autocast_dtype
 from mohawk.processes import first_before_others, from_first, on_first, several
 from mohawk.remote_code import add_code
-from mohawk.report import RESULTS, read_json, write_json, write_text
+from mohawk.report import RESULTS
 from mohawk.run_folder import RECIPE, RUN_FILE
 from mohawk.same_tokenizer import teacher_tokenizer
 from mohawk.teachers import load_teacher

@@ -16,12 +16,12 @@ from rich.table import Table
 
 from mohawk.checkpoints import locked, why_incomplete
 from mohawk.errors import UserError
+from mohawk.json_files import read_json, write_json
 from mohawk.kept import Selection
 from mohawk.layer_probe import Probe
 from mohawk.plots import plot_selection
 from mohawk.recipe import Recipe
 from mohawk.recipe_kinds import refuse_altered
-from mohawk.report import read_json, write_json
 from mohawk.run_folder import home
 
 SELECTION = "selection.json"

@@ -27,9 +27,10 @@ from tqdm import tqdm
 from mohawk.checkpoints import MANIFEST, fsync, locked, why_incomplete
 from mohawk.errors import UserError
 from mohawk.heads import Head
+from mohawk.model_hash import teacher_hash
 from mohawk.parsing import parse_json
 from mohawk.run_folder import home
-from mohawk.teacher_answers import Answers, make_answers, teacher_hash, within
+from mohawk.teacher_answers import Answers, make_answers, within
 from mohawk.teacher_cache import (
     FORMAT,
     VERSION,

@@ -8,7 +8,8 @@ import pytest
 from rich.console import Console
 
 from mohawk.ablate import compare_runs
-from mohawk.report import RESULTS, print_tables, read_json, write_json
+from mohawk.json_files import read_json, write_json
+from mohawk.report import RESULTS, print_tables
 
 
 def compared(folder, names, tokens):

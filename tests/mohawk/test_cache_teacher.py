@@ -17,7 +17,7 @@ from mohawk.checkpoints import MANIFEST, locked, why_incomplete
 from mohawk.cli import main
 from mohawk.data import PackedDataset
 from mohawk.errors import UserError
-from mohawk.teacher_answers import teacher_hash
+from mohawk.model_hash import teacher_hash
 from mohawk.teacher_cache import TeacherCache, shard_name
 from mohawk.teacher_writer import write_cache
 from tests.mohawk.tiny_phase import cheap_training, fork, wait  # noqa: F401

@@ -24,6 +24,7 @@ from mohawk.cli import main
 from mohawk.consistency import LEFT_ALONE, PATHS
 from mohawk.errors import UserError
 from mohawk.export import export
+from mohawk.json_files import write_json
 from mohawk.model_card import licence_of
 from mohawk.models import bamba
 from mohawk.models.from_teacher import hybrid_from_teacher
@@ -31,7 +32,6 @@ from mohawk.models.mixers import SSMMixer
 from mohawk.parity import CHECKS, check_export, compare, inputs_for
 from mohawk.recipe import Recipe
 from mohawk.remote_code import flattened, write_remote_code
-from mohawk.report import write_json
 from mohawk.runtimes import notes
 
 needs_groups = pytest.mark.skipif(

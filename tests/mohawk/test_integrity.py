@@ -17,10 +17,10 @@ from mohawk.cli import main
 from mohawk.convert import convert
 from mohawk.errors import UserError
 from mohawk.evaluate_run import evaluate_run
+from mohawk.json_files import read_json, write_json
 from mohawk.lines import append_line, read_lines, write_lines
 from mohawk.metrics import read_metrics
 from mohawk.recipe import Recipe
-from mohawk.report import read_json, write_json
 from mohawk.verify import findings
 from tests.models.conftest import tiny_teacher
 from tests.mohawk.tiny_phase import TinyObjective, cheap_training, tiny_phase, tiny_trainer, weights  # noqa: F401

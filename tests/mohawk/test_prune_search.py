@@ -16,6 +16,7 @@ from mohawk.errors import UserError
 from mohawk.evaluate import DecodeSpeed, decode_speed
 from mohawk.importance import choose
 from mohawk.importance_baselines import random_importance
+from mohawk.json_files import read_json
 from mohawk.models.cut_sizes import parameter_count, sized_config, sizes_of
 from mohawk.models.cuts import cut
 from mohawk.models.from_teacher import hybrid_from_teacher
@@ -24,7 +25,6 @@ from mohawk.prune import cut_in_float32, prune
 from mohawk.prune_layers import chosen_with_mix
 from mohawk.prune_search import Budget, Costs, candidates, search, search_table, within
 from mohawk.prune_sizes import WIDTHS, between, narrower, spread, unit
-from mohawk.report import read_json
 from tests.models.conftest import FAMILIES, tiny_teacher
 from tests.mohawk.test_prune import checkpoint, made, read, stage, texts, wide_screen  # noqa: F401
 from tests.mohawk.tiny_phase import cheap_training  # noqa: F401

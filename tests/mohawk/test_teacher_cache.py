@@ -370,7 +370,7 @@ def test_what_does_not_fit_is_refused_in_a_line(caches, kind, given, words):
 
 
 def test_what_fits_is_not_refused(caches, teacher):
-    from mohawk.teacher_answers import teacher_hash
+    from mohawk.model_hash import teacher_hash
 
     fits = {"sequence_length": 16, "seed": 3, "tokenizer_hash": "t", "temperature": 1.0}
     TeacherCache(caches / "top-k").check(**fits, divergence="jsd", teacher_hash=teacher_hash(teacher))
