@@ -145,7 +145,7 @@ def _models_of(recipe: Any) -> Iterator[tuple[str, list[str]]]:
 def versions() -> dict[str, str]:
     """Of what decides a run's numbers."""
     from mohawk import __version__
-    from mohawk.doctor import version
+    from mohawk.devices import version
 
     own = {"mohawk": __version__, "python": platform.python_version()}
     return own | {package: found for package in PACKAGES if (found := version(package))}

@@ -34,8 +34,7 @@ def cache_teacher(
     UserError.
     """
     from mohawk.inputs import check_inputs
-    from mohawk.precision import autocast_dtype
-    from mohawk.run import pick_device
+    from mohawk.precision import autocast_dtype, pick_device
     from mohawk.same_tokenizer import teacher_tokenizer
     from mohawk.teacher_answers import within
     from mohawk.teachers import load_config, load_teacher

@@ -646,8 +646,9 @@ def _inspect(options: argparse.Namespace) -> None:
     _refuse(drawing, "--matrices TEXT; give a text, or leave it out")
     from rich.console import Console
 
-    from mohawk.describe import describe, print_description, print_run, student_folder
+    from mohawk.describe import describe, print_description, student_folder
     from mohawk.run_folder import home
+    from mohawk.run_status import print_run
 
     console = Console()
     folder = home(options.model)

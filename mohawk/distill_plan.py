@@ -15,7 +15,7 @@ from mohawk.distill_recipe import DistillRecipe, DistillStudent, DistillTeacher,
 from mohawk.models.cuts import resolve_layers
 from mohawk.models.decoders import decoder
 from mohawk.models.families import needed_attention
-from mohawk.run import pick_device
+from mohawk.precision import pick_device
 from mohawk.schedules import temperature_for
 from mohawk.teacher_models import check_together
 from mohawk.teachers import building, load_config, parameter_count

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
-import os
 import platform
-import shutil
 import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import mohawk
+from mohawk.devices import MODULES, device_rows, error_line, version
 
 if TYPE_CHECKING:
     import torch
@@ -35,8 +34,6 @@ PACKAGES = {
     "mamba-ssm": "the scan `ssd` on NVIDIA GPUs",
     "causal-conv1d": "the convolution `causal_conv1d` on NVIDIA GPUs",
 }
-# Where the import name differs
-MODULES = {"lm-eval": "lm_eval", "mamba-ssm": "mamba_ssm", "causal-conv1d": "causal_conv1d"}
 REPLACES = {
     "mamba-ssm": "ssd",
     "causal-conv1d": "causal_conv1d",
@@ -93,7 +90,7 @@ def student_rows() -> list[tuple[str, str, bool]]:
         from mohawk.models.hybrid import HybridConfig, HybridForCausalLM
         from mohawk.models.mixers import MIXERS
     except ImportError as error:
-        return [("none", f"not tried: {_line(error)}", False)]
+        return [("none", f"not tried: {error_line(error)}", False)]
     base = LlamaConfig(
         vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=2, initializer_range=0.2, pad_token_id=0,
@@ -111,7 +108,7 @@ def student_rows() -> list[tuple[str, str, bool]]:
                 fine = f"as in one full forward, {len(PATHS)} ways: differs by at most {max(found.values()):.0e}"
                 rows.append((f"{mixer}, {kind}", broken or fine, broken is not None))
             except Exception as error:  # as above: a finding
-                rows.append((f"{mixer}, {kind}", f"fails: {_line(error)}", True))
+                rows.append((f"{mixer}, {kind}", f"fails: {error_line(error)}", True))
     return rows
 
 
@@ -149,56 +146,8 @@ def used(package: str, backends: dict[str, str]) -> str:
             return "not used, no GPU"
         importlib.import_module(MODULES[package])
     except Exception as error:  # of any kind, from someone else's build
-        return f"not used, cannot be imported: {_line(error)}"
+        return f"not used, cannot be imported: {error_line(error)}"
     return "not used"
-
-
-def version(package: str) -> str | None:
-    """Installed version of a package, "present" where it has none, None where it is missing."""
-    try:
-        if importlib.util.find_spec(MODULES.get(package, package)) is None:
-            return None
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return "present"
-
-
-def device_rows() -> list[tuple[str, str]]:
-    """(device, what is to be known about it)."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    rows = [("cpu", f"{_cpu_model()}; {cores} of {os.cpu_count()} cores usable")]
-    try:
-        import torch
-    except ImportError as error:
-        return [*rows, ("torch", f"cannot be imported: {_line(error)}")]
-
-    from mohawk.precision import has_fast_bfloat16
-
-    threads = f"{torch.get_num_threads()} torch threads, {torch.backends.cpu.get_cpu_capability()}"
-    if has_fast_bfloat16(torch.device("cpu")):
-        rows.append(("cpu", f"{threads}, bfloat16 units: `precision: auto` is bfloat16"))
-    else:
-        rows.append(("cpu", f"{threads}, no bfloat16 units: `precision: auto` is float32"))
-    for index in range(torch.cuda.device_count()):
-        of = torch.cuda.get_device_properties(index)
-        kind = f"ROCm {torch.version.hip}" if torch.version.hip else f"CUDA {torch.version.cuda}"
-        name = f"{of.name}, {of.total_memory / 2**30:.0f} GiB, compute {of.major}.{of.minor}, {kind}"
-        rows.append((f"cuda:{index}", name))
-    if torch.cuda.device_count() == 0:
-        rows.append(("gpu", why_no_gpu()))
-    return rows
-
-
-def why_no_gpu() -> str:
-    """One sentence on why torch sees no GPU, with what to do where there is one."""
-    import torch
-
-    built = torch.version.cuda or torch.version.hip
-    if shutil.which("nvidia-smi") and not torch.version.cuda:
-        return f"an NVIDIA driver is here, but torch {torch.__version__} is built without CUDA: reinstall torch"
-    if built:
-        return f"none found (torch {torch.__version__} could use one)"
-    return f"none (torch {torch.__version__} is a CPU build)"
 
 
 def operation_rows() -> list[tuple[str, str, str]]:
@@ -213,7 +162,7 @@ def operation_rows() -> list[tuple[str, str, str]]:
         try:
             backend = backend_used(lambda call=call: call(device))
         except Exception as error:  # the report goes on: one broken operation is a finding, not the end of it
-            rows.append((name, "[red]fails[/red]", _line(error)))
+            rows.append((name, "[red]fails[/red]", error_line(error)))
         else:
             rows.append((name, backend, _why(name, backend, device)))
     return rows
@@ -306,21 +255,6 @@ _calls: dict[str, Callable[[torch.device], None]] = {
 }
 
 
-def _cpu_model() -> str:
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as file:
-            for line in file:
-                if line.startswith("model name"):
-                    return line.partition(":")[2].strip()
-    except OSError:
-        return platform.processor() or platform.machine()  # not Linux
-    return platform.machine()
-
-
 def _range(specifiers: SpecifierSet) -> str:
     """The lower bound first, as people write it."""
     return ",".join(sorted(map(str, specifiers), key=lambda each: not each.startswith(">")))
-
-
-def _line(error: BaseException) -> str:
-    return f"{type(error).__name__}: {error}".splitlines()[0]

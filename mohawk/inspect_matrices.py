@@ -27,8 +27,8 @@ from mohawk.models.families import FAMILIES, attention_parts, decoder_layers, de
 from mohawk.models.hybrid import HybridConfig
 from mohawk.models.mixers import SSMMixer
 from mohawk.plots import PANEL, HeadPicture, percent, plot_layer
+from mohawk.precision import pick_device
 from mohawk.recipe_kinds import load_run_recipe
-from mohawk.run import pick_device
 from mohawk.run_folder import home
 from mohawk.same_tokenizer import teacher_tokenizer
 from mohawk.teachers import load_config, load_teacher

@@ -81,8 +81,7 @@ def evaluate_tasks(
     manager = task_manager(tasks, task_path)
 
     from mohawk.binding import check_models
-    from mohawk.precision import autocast_dtype
-    from mohawk.run import pick_device
+    from mohawk.precision import autocast_dtype, pick_device
     from mohawk.same_tokenizer import check_same, own_tokenizer, teacher_tokenizer
     from mohawk.teachers import load_teacher, load_tokenizer
 

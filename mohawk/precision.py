@@ -3,6 +3,7 @@
 import torch
 
 from mohawk.errors import UserError
+from mohawk.processes import several
 
 
 def autocast_dtype(precision: str, device: torch.device) -> torch.dtype | None:
@@ -25,3 +26,14 @@ def has_fast_bfloat16(device: torch.device) -> bool:
         units = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
         return any(getattr(torch.cpu, unit)() for unit in units if hasattr(torch.cpu, unit))
     return False
+
+
+def pick_device(name: str) -> torch.device:
+    """The recipe's device; "auto" is CUDA where torch sees one."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UserError("device: got cuda, but torch sees no CUDA device here; use auto or cpu")
+    if name == "cuda" and several():
+        return torch.device(name, torch.cuda.current_device())  # this process's own
+    return torch.device(name)

@@ -37,6 +37,7 @@ from mohawk.models.cuts import Cut, cut
 from mohawk.models.from_teacher import hybrid_from_teacher
 from mohawk.plan import objective_for
 from mohawk.plots import plot_candidates
+from mohawk.precision import pick_device
 from mohawk.processes import first_before_others, from_first, is_first, joined, on_first
 from mohawk.progress import log_to
 from mohawk.prune_layers import chosen_with_mix, layer_kinds, mix_of
@@ -46,7 +47,7 @@ from mohawk.prune_search import search, search_table, within
 from mohawk.prune_sizes import between, empty_model, parameters_of, present, sizes_header, sizes_row, target_sizes
 from mohawk.readout import solve_output_projections
 from mohawk.report import Table, finish
-from mohawk.run import RECIPE, STUDENT, check_folder, claimed, pick_device
+from mohawk.run import RECIPE, STUDENT, check_folder, claimed
 from mohawk.run_folder import home
 from mohawk.teachers import building, load_config, load_teacher, load_tokenizer
 from mohawk.text import as_source, local_files

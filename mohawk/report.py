@@ -224,7 +224,7 @@ def loss_labels(recipe: Recipe) -> dict[str, str]:
 def machine(device: Any) -> dict[str, Any]:
     """Versions and devices: what a reader needs to know what the timings are timings of."""
     from mohawk import __version__
-    from mohawk.doctor import device_rows, version
+    from mohawk.devices import device_rows, version
 
     versions = {"mohawk": __version__, "python": platform.python_version()}
     versions |= {package: found for package in PACKAGES if (found := version(package))}

@@ -38,8 +38,8 @@ from mohawk.evaluate import TeacherStates, compare, teacher_states
 from mohawk.json_files import read_json, write_json, write_text
 from mohawk.kept import Compared
 from mohawk.nonfinite import refuse_nonfinite
-from mohawk.precision import autocast_dtype
-from mohawk.processes import first_before_others, from_first, on_first, several
+from mohawk.precision import autocast_dtype, pick_device
+from mohawk.processes import first_before_others, from_first, on_first
 from mohawk.remote_code import add_code
 from mohawk.report import RESULTS
 from mohawk.run_folder import RECIPE, RUN_FILE
@@ -370,14 +370,3 @@ def pad_token(tokenizer: Any, vocabulary: int) -> int:
         if token is not None and token < vocabulary:
             return token
     return 0
-
-
-def pick_device(name: str) -> torch.device:
-    """The recipe's device; "auto" is CUDA where torch sees one."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "cuda" and not torch.cuda.is_available():
-        raise UserError("device: got cuda, but torch sees no CUDA device here; use auto or cpu")
-    if name == "cuda" and several():
-        return torch.device(name, torch.cuda.current_device())  # this process's own
-    return torch.device(name)

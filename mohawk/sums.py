@@ -1,8 +1,8 @@
 """sha256 of files, hashed once: a sum is remembered as long as its file keeps its size and its times.
 
-What is remembered lies in the cache folder (`mohawk.user_cache.cache_dir`), a small file for each folder that was looked
-at, so that nothing is written beside what is read; where the cache cannot be written, files are hashed each time. A
-disk that loses bits changes neither size nor times: `mohawk verify` hashes all again.
+What is remembered lies in the cache folder (`mohawk.user_cache.cache_dir`), a small file for each folder that was
+looked at, so that nothing is written beside what is read; where the cache cannot be written, files are hashed each
+time. A disk that loses bits changes neither size nor times: `mohawk verify` hashes all again.
 """
 
 from __future__ import annotations

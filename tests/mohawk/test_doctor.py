@@ -8,7 +8,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from mohawk import doctor, versions
+from mohawk import devices, doctor, versions
 
 
 def printed() -> str:
@@ -92,7 +92,7 @@ def test_a_broken_operation_is_a_finding(monkeypatch):
 def test_missing_packages_are_reported(monkeypatch):
     find_spec = doctor.importlib.util.find_spec
     monkeypatch.setattr(doctor.importlib.util, "find_spec", lambda name: None if name == "gguf" else find_spec(name))
-    assert doctor.version("gguf") is None
+    assert devices.version("gguf") is None
     line = next(line for line in printed().splitlines() if "gguf" in line)
     assert "missing" in line
 
@@ -101,11 +101,11 @@ def test_why_there_is_no_gpu(monkeypatch):
     monkeypatch.setattr(torch.version, "cuda", None)
     monkeypatch.setattr(torch.version, "hip", None)
     monkeypatch.setattr(doctor.shutil, "which", lambda name: None)
-    assert "is a CPU build" in doctor.why_no_gpu()
+    assert "is a CPU build" in devices.why_no_gpu()
     monkeypatch.setattr(doctor.shutil, "which", lambda name: f"/usr/bin/{name}")
-    assert "reinstall torch" in doctor.why_no_gpu()
+    assert "reinstall torch" in devices.why_no_gpu()
     monkeypatch.setattr(torch.version, "cuda", "13.0")
-    assert "could use one" in doctor.why_no_gpu()
+    assert "could use one" in devices.why_no_gpu()
 
 
 @pytest.mark.parametrize(
@@ -127,7 +127,7 @@ def test_reasons(monkeypatch, operation, backend, device, triton, words):
 
 def test_without_torch_it_says_so(monkeypatch):
     monkeypatch.setitem(sys.modules, "torch", None)
-    assert any("cannot be imported" in what for _, what in doctor.device_rows())
+    assert any("cannot be imported" in what for _, what in devices.device_rows())
     assert {backend for _, backend, _ in doctor.operation_rows()} == {"none"}
 
 
