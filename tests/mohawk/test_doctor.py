@@ -100,9 +100,9 @@ def test_missing_packages_are_reported(monkeypatch):
 def test_why_there_is_no_gpu(monkeypatch):
     monkeypatch.setattr(torch.version, "cuda", None)
     monkeypatch.setattr(torch.version, "hip", None)
-    monkeypatch.setattr(doctor.shutil, "which", lambda name: None)
+    monkeypatch.setattr(devices.shutil, "which", lambda name: None)
     assert "is a CPU build" in devices.why_no_gpu()
-    monkeypatch.setattr(doctor.shutil, "which", lambda name: f"/usr/bin/{name}")
+    monkeypatch.setattr(devices.shutil, "which", lambda name: f"/usr/bin/{name}")
     assert "reinstall torch" in devices.why_no_gpu()
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     assert "could use one" in devices.why_no_gpu()
