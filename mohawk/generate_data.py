@@ -28,6 +28,7 @@ from mohawk.decoding import Decoding, Response, local_teacher
 from mohawk.endpoint import EndpointTeacher, without_secrets
 from mohawk.errors import UserError, naming, shortened
 from mohawk.filters import Filters, Judge, Verdict
+from mohawk.generated import FILES, MANIFEST, REJECTED, RESPONSES, SUMMARY
 from mohawk.lines import byte_lines, missing_lines, sum_of, sums_of, why_sums_unusable, write_lines
 from mohawk.parsing import parse_json
 from mohawk.records import Prompt, read_prompts
@@ -36,8 +37,6 @@ from mohawk.text import Source
 
 log = logging.getLogger(__name__)
 
-RESPONSES, REJECTED, MANIFEST, SUMMARY = "responses.jsonl", "rejected.jsonl", "manifest.json", "summary.json"
-FILES = (RESPONSES, REJECTED)
 LAYOUT = 1  # of the lines; raise it when their fields change
 HELD = 8  # prompts that an endpoint may refuse before it has answered any
 SYNC_SECONDS = 5.0  # between flushes to the disk
@@ -353,17 +352,6 @@ def _opened(path: Path, stack: ExitStack) -> tuple[Any, Any]:
     names = [path] if begun and not sums_of(path).exists() else [path, sums_of(path)]
     files = [stack.enter_context(open(name, "ab", buffering=0)) for name in names]
     return files[0], files[1] if len(files) > 1 else None
-
-
-def spare_lines(folder: Path) -> int:
-    """How many lines a process that was killed in this folder may have left out; 0 where the answers are all there."""
-    try:
-        manifest = parse_json((folder / MANIFEST).read_bytes())
-        done = parse_json((folder / SUMMARY).read_bytes())["prompts"]
-        samples = int(manifest["settings"]["decoding"].get("samples") or 1)
-        return 0 if done == manifest["prompts"]["count"] else samples
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return 0
 
 
 def _claim(path: Path, settings: dict[str, Any], prompts: Sequence[Prompt], endpoint: str | None) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from mohawk.errors import UserError
 from mohawk.kernels.kd_teachers import TeacherHidden
+from mohawk.offload import loaded
 from mohawk.teachers import GIVE, check_decoder
 
 if TYPE_CHECKING:
@@ -179,18 +180,6 @@ def vocabulary_rows(model: PreTrainedModel) -> int:
     for name in ("original_module", "base_layer"):  # peft's, a wrapper around an adapter around the module
         output = getattr(output, name, output)
     return getattr(output, "out_features", None) or len(output.weight)
-
-
-def loaded(module: nn.Module, name: str) -> Tensor | None:
-    """A module's parameter; where accelerate keeps it in memory or on the disk, on the device that it computes on."""
-    tensor = getattr(module, name, None)
-    if tensor is None or tensor.device.type != "meta":
-        return tensor
-    hook = getattr(module, "_hf_hook", None)
-    kept = getattr(hook, "weights_map", None)
-    if kept is None:
-        raise UserError(f"{type(module).__name__}.{name} has no values; load the model with its weights")
-    return kept[name].to(hook.execution_device)
 
 
 def final_hidden_states(

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from mohawk.heads import loaded
+from mohawk.offload import loaded
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mohawk.checkpoints import sum_file, why_altered
+from mohawk.generated import spare_lines
 from mohawk.errors import UserError, causes, machines_own
 from mohawk.hub import hub_or_cache
 from mohawk.lines import damage, sums_of
@@ -195,8 +196,6 @@ def check_written(files: Iterable[Path]) -> None:
     for path in files:
         problem, sums = why_altered(path), sum_file(path)
         if problem is None and sums_of(path).exists():
-            from mohawk.generate_data import spare_lines
-
             problem, sums = damage(path, spare_lines(path.parent)), sums_of(path)
         if problem is not None:
             raise UserError(

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mohawk.checkpoints import MANIFEST, PARTIAL, why_altered, why_incomplete
+from mohawk.generated import FILES, spare_lines
 from mohawk.errors import UserError
 from mohawk.lines import damage, sums_of
 from mohawk.metrics import METRICS, damaged_lines
@@ -39,8 +40,6 @@ NO_SUMS = "was written without sums, by an earlier version"
 def findings(folder: Path) -> Iterator[Finding]:
     """All that was written below a folder: folders with a manifest, files with a sum, files whose lines have one, and
     what a run or a cache of an earlier version has without either. Reads every byte."""
-    from mohawk.generate_data import FILES, spare_lines
-
     inside: set[Path] = set()
     for manifest in sorted(folder.rglob(MANIFEST)):
         place = manifest.parent

@@ -14,7 +14,8 @@ from mohawk.decoding import Decoding, LocalTeacher, Response
 from mohawk.endpoint import EndpointTeacher
 from mohawk.errors import UserError
 from mohawk.filters import Filters
-from mohawk.generate_data import REJECTED, RESPONSES, SUMMARY, generate_data
+from mohawk.generate_data import generate_data
+from mohawk.generated import REJECTED, RESPONSES, SUMMARY
 from mohawk.records import read_prompts, read_records
 from mohawk.text import check_written
 from tests.mohawk.tiny_endpoint import Server, error
