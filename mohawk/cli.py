@@ -7,7 +7,6 @@ disk, too little memory), 130 stopped by a signal.
 from __future__ import annotations
 
 import argparse
-import logging
 import os
 import re
 import shlex
@@ -22,6 +21,7 @@ import mohawk
 from mohawk.errors import SaidElsewhere, UserError, line_for, printable, shortened
 from mohawk.extras import explain, need
 from mohawk.stopping import cleaning_up
+from mohawk.terminal import log_to_stderr
 
 # Progress bars of the libraries below us: where stderr is no terminal, they would fill a log.
 BARS = ("TQDM_DISABLE", "HF_HUB_DISABLE_PROGRESS_BARS", "HF_DATASETS_DISABLE_PROGRESS_BARS")
@@ -37,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 grammar = parser()
                 options = grammar.parse_args(argv)
                 _check_texts(grammar, options)
-                _log_to_stderr()
+                log_to_stderr()
                 # torch's; we say what is missing ourselves
                 warnings.filterwarnings("ignore", "Failed to initialize NumPy")
                 if _processes() > 1:
@@ -736,31 +736,3 @@ def _number(kind: type, low: float, high: float = float("inf")) -> Callable[[str
         return value
 
     return parse
-
-
-class _Terminal(logging.Handler):
-    """Log lines on stderr, above a progress bar if there is one: warnings, and what the user waits for."""
-
-    says = ("fetch", "demo", "data", "text", "teacher_writer", "generate_data", "purify", "rationale_router")
-    waited_for = tuple(f"mohawk.{name}" for name in says)
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        return record.levelno >= logging.WARNING or record.name in self.waited_for
-
-    def emit(self, record: logging.LogRecord) -> None:
-        if "tqdm" in sys.modules:
-            from tqdm import tqdm
-
-            tqdm.write(self.format(record), file=sys.stderr)
-        else:
-            print(self.format(record), file=sys.stderr)
-
-    def format(self, record: logging.LogRecord) -> str:
-        return "\n".join(map(printable, super().format(record).splitlines()))
-
-
-def _log_to_stderr() -> None:
-    logger = logging.getLogger("mohawk")
-    if not any(isinstance(handler, _Terminal) for handler in logger.handlers):
-        logger.addHandler(_Terminal())
-    logger.setLevel(logging.INFO)

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 
 from mohawk.errors import UserError
+from mohawk.terminal import SHOWN
 from mohawk.text import TokenizedText, tokenize
 
 if TYPE_CHECKING:
@@ -128,7 +129,7 @@ def split_documents(texts: Sequence[TokenizedText], share: float = 0.0) -> tuple
         train[copies, 2] -= tail
         cut[:, 1] = cut[:, 2] - tail
         held = np.concatenate([held, cut])
-        log.info("held out the last %d tokens of a long document of %s", tail, texts[cut[0, 0]].name)
+        log.info("held out the last %d tokens of a long document of %s", tail, texts[cut[0, 0]].name, extra=SHOWN)
     return Documents(texts, train), Documents(texts, held)
 
 
@@ -174,6 +175,7 @@ class PackedDataset(torch.utils.data.Dataset):
                 documents.tokens,
                 self.rows * sequence_length,
                 self.rows / self.rows_per_epoch,
+                extra=SHOWN,
             )
 
     def __len__(self) -> int:

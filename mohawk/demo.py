@@ -9,6 +9,7 @@ from mohawk import fetch, user_cache
 from mohawk.recipe import Recipe, shipped
 from mohawk.recipe_text import quoted
 from mohawk.teachers import locate
+from mohawk.terminal import SHOWN
 
 log = logging.getLogger(__name__)
 
@@ -28,7 +29,7 @@ def demo(teacher: str | None = None, output: Path | str | None = None, overrides
     own = Recipe.load(shipped("demo")).teacher.model
     if teacher is not None:
         locate(teacher)  # a mistyped folder is told before anything is fetched
-    log.info("fetching the checkpoint and the texts (kept in %s)", user_cache.cache_dir())
+    log.info("fetching the checkpoint and the texts (kept in %s)", user_cache.cache_dir(), extra=SHOWN)
     settings = local_settings(teacher or str(fetch.smollm2()))
     if teacher not in (None, own):
         settings.append("student.ssm_layers=every_second")  # the recipe's layers are its own teacher's

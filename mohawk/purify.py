@@ -30,6 +30,7 @@ from mohawk.rationale_router import RationaleRouter, measure_gains, read_gains, 
 from mohawk.rationales import TEMPLATES, extract_rationale, read_rationales
 from mohawk.records import Prompt, content_hash
 from mohawk.run_folder import home
+from mohawk.terminal import SHOWN
 
 log = logging.getLogger(__name__)
 
@@ -158,7 +159,7 @@ def merge_all(
 
     done = _recovered(journal, header)
     if done:
-        log.info("going on after %d of %d prompts", len(done), len(groups))
+        log.info("going on after %d of %d prompts", len(done), len(groups), extra=SHOWN)
     todo = iter([candidates for candidates in groups if candidates[0]["prompt"] not in done])
     bar = tqdm(total=len(groups), initial=len(done), unit=" prompts", disable=None, leave=False)
     while batch := list(islice(todo, at_once)):

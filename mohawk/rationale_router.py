@@ -28,6 +28,7 @@ from mohawk.errors import UserError
 from mohawk.parsing import parse_json
 from mohawk.processes import several
 from mohawk.rationales import RationaleDistiller
+from mohawk.terminal import SHOWN
 from mohawk.text import check_written
 
 if TYPE_CHECKING:
@@ -175,7 +176,9 @@ class RoutedRationales:
             return
         teacher, after = self.router.choose(), self.validate()
         self.router.update(teacher, self.before - after)
-        log.info("step %d: %s took the validation loss from %.4f to %.4f", step + 1, teacher, self.before, after)
+        log.info(
+            "step %d: %s took the validation loss from %.4f to %.4f", step + 1, teacher, self.before, after, extra=SHOWN
+        )
         self.before = after
 
     def state(self) -> dict[str, Any]:
@@ -225,7 +228,7 @@ def measure_gains(
     settings |= {"rationale_weight": rationale_weight, "data_sha256": hashlib.sha256(data.encode()).hexdigest()}
     if keep is not None and Path(keep).exists():
         router.load(read_gains(keep, settings))
-        log.info("%s: going on after %d of %d rounds", keep, len(router.history), rounds)
+        log.info("%s: going on after %d of %d rounds", keep, len(router.history), rounds, extra=SHOWN)
     start = {name: tensor.detach().clone() for name, tensor in student.state_dict().items()}
     training = [module for module in student.modules() if module.training]
     before = label_loss(distiller, validation, batch_size)
@@ -235,7 +238,9 @@ def measure_gains(
         after = label_loss(distiller, validation, batch_size)
         student.load_state_dict(start)
         router.update(teacher, before - after)
-        log.info("round %d of %d: %s, validation loss %.4f to %.4f", turn + 1, rounds, teacher, before, after)
+        log.info(
+            "round %d of %d: %s, validation loss %.4f to %.4f", turn + 1, rounds, teacher, before, after, extra=SHOWN
+        )
         if keep is not None:
             write_file(Path(keep), json.dumps({**router.state(), "settings": settings}, indent=1) + "\n")
     for module in training:

@@ -42,6 +42,7 @@ from mohawk.teacher_cache import (
     unfinished_folder,
 )
 from mohawk.teacher_records import Layout, is_whole, make_row, text_digest
+from mohawk.terminal import SHOWN
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -167,7 +168,7 @@ def _finished(folder: Path, settings: dict[str, Any], dataset: Any) -> TeacherCa
     if problem is None:
         cache = TeacherCache(folder)
         CachedRows(dataset, cache)  # of the same text?
-        log.info("%s is there already: %s rows, nothing damaged", folder, f"{len(cache):,}")
+        log.info("%s is there already: %s rows, nothing damaged", folder, f"{len(cache):,}", extra=SHOWN)
         return cache
     log.warning("%s: %s; writing that again", folder, problem)
     unfinished = unfinished_folder(folder)
@@ -249,6 +250,7 @@ def _write(
         "cached %s rows in %s: %s tokens (%s in this run), %.1f bytes a token, %s MB, %s tokens/s", f"{rows:,}", folder,
         f"{rows * layout.sequence_length:,}", f"{tokens:,}", size, f"{rows * layout.row.itemsize / 1e6:,.1f}",
         f"{tokens / seconds:,.0f}",
+        extra=SHOWN,
     )  # fmt: skip
 
 

@@ -26,12 +26,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mohawk.checkpoints import sum_file, why_altered
-from mohawk.generated import spare_lines
 from mohawk.errors import UserError, causes, machines_own
+from mohawk.generated import spare_lines
 from mohawk.hub import hub_or_cache
 from mohawk.lines import damage, sums_of
 from mohawk.parsing import parse_json
 from mohawk.run_folder import home
+from mohawk.terminal import SHOWN
 from mohawk.user_cache import cache_dir, kept_whole, whole_folder
 
 if TYPE_CHECKING:
@@ -480,7 +481,7 @@ def _write(
             lengths.append(len(ids))
             digests.append(hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest())
 
-    log.info("tokenising %s (%d rows, once)", source.source, len(dataset))
+    log.info("tokenising %s (%d rows, once)", source.source, len(dataset), extra=SHOWN)
     with (
         (folder / "tokens.bin").open("wb") as file,
         tqdm(unit=" documents", disable=None, leave=False) as bar,

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mohawk.checkpoints import MANIFEST, PARTIAL, why_altered, why_incomplete
-from mohawk.generated import FILES, spare_lines
 from mohawk.errors import UserError
+from mohawk.generated import FILES, spare_lines
 from mohawk.lines import damage, sums_of
 from mohawk.metrics import METRICS, damaged_lines
 from mohawk.run_folder import RECIPE, RUN_FILE, home
