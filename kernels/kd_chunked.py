@@ -32,6 +32,8 @@ from mohawk.kernels.kd_teachers import (
 )
 from mohawk.kernels.kd_vocabulary import Vocabulary
 
+BACKEND = "chunked"  # as `mohawk doctor` names it
+
 # All tiles of logits together: 256 rows of two 49152-word vocabularies in float32. A GPU needs more rows for each pass
 # over the heads, which it could read in the time that it multiplies a few hundred rows with them; it gets them where
 # Triton sweeps the tiles, since torch's elementwise passes would make several more of the size.

@@ -21,6 +21,8 @@ from mohawk.kernels.kd_teachers import (
     tail_of,
 )
 
+BACKEND = "reference"  # as `mohawk doctor` names it
+
 # Divergences of distributions: f(log p of the teacher, log q of the student, beta, lam) -> per row. Beta and lam
 # lie between their ends: those are forward and reverse KL, and are called so before they get here.
 

@@ -33,6 +33,8 @@ from mohawk.kernels.kd_teachers import (
 )
 from mohawk.kernels.kd_vocabulary import Vocabulary
 
+BACKEND = "triton"  # as `mohawk doctor` names it
+
 # 4096 wide with 8 warps is 16 elements of each array per thread: enough loads in flight.
 BLOCK = 4096
 WARPS = 8

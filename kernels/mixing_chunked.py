@@ -20,6 +20,8 @@ from mohawk.kernels.mixing import AttentionMixing, Mixing
 from mohawk.kernels.mixing_segments import group_slice, head_blocks
 from mohawk.kernels.mixing_strips import STRIP, Block, strips_of
 
+BACKEND = "chunked"  # as `mohawk doctor` names it
+
 STRIP_ENTRIES = 1 << 19  # of a strip, over the block's heads, that are worked on at a time
 
 

@@ -6,6 +6,8 @@ from torch import Tensor
 from mohawk.kernels.mixing import AttentionMixing, Mixing, SSDMixing
 from mohawk.kernels.mixing_segments import decays_with_resets, segment_runs
 
+BACKEND = "reference"  # as `mohawk doctor` names it
+
 
 def dense_matrix(mixing: Mixing) -> Tensor:
     """(batch, heads, seq, seq) in float64 for float64 inputs, else float32. Differentiable."""

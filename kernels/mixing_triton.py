@@ -27,6 +27,8 @@ from mohawk.kernels import mixing_chunked as chunked
 from mohawk.kernels.mixing import AttentionMixing, Mixing
 from mohawk.kernels.mixing_segments import RESET, segment_starts
 
+BACKEND = "triton"  # as `mohawk doctor` names it
+
 LN2 = tl.constexpr(math.log(2))
 HIDDEN = tl.constexpr(-1e30)  # a score whose exponential is 0; finite, so that differences have no NaN
 

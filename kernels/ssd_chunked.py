@@ -18,6 +18,8 @@ from torch import Tensor
 from mohawk.kernels.first_order import first_order
 from mohawk.kernels.mixing_segments import decays_with_resets, group_slice, head_blocks
 
+BACKEND = "chunked"  # as `mohawk doctor` names it
+
 # Tokens per chunk: 64 balances the products inside chunks (seq * chunk) with those through states (seq *
 # state_size).
 CHUNK = 64

@@ -5,6 +5,8 @@ from torch import Tensor
 
 from mohawk.kernels.mixing_segments import decays_with_resets
 
+BACKEND = "reference"  # as `mohawk doctor` names it
+
 
 def ssd_reference(
     x: Tensor,

@@ -169,13 +169,18 @@ def operation_rows() -> list[tuple[str, str, str]]:
 
 
 def backend_used(call: Callable[[], Any]) -> str:
-    """The backend that a call of a public operation ends up in, seen by which modules' functions run."""
+    """The backend that a call of a public operation ends up in, seen by which modules' functions run: those of
+    other packages by their name, ours by the BACKEND that they state."""
     call()  # a first time, since what is imported on the way runs too
     ran: set[str] = set()
+    ours: set[str] = set()
 
     def watch(frame: Any, event: str, _: Any) -> None:
         if event == "call":
-            ran.add(frame.f_globals.get("__name__", ""))
+            name = frame.f_globals.get("__name__", "")
+            ran.add(name)
+            if name.startswith("mohawk.kernels."):
+                ours.add(frame.f_globals.get("BACKEND", ""))
 
     before = sys.getprofile()
     sys.setprofile(watch)
@@ -186,11 +191,7 @@ def backend_used(call: Callable[[], Any]) -> str:
     for package in (MODULES[name] for name in REPLACES):
         if any(name == package or name.startswith(f"{package}.") for name in ran):
             return package
-    ours = {name.removeprefix("mohawk.kernels.") for name in ran if name.startswith("mohawk.kernels.")}
-    for backend in ("triton", "chunked", "reference"):
-        if any(backend in name.split("_") for name in ours):
-            return backend
-    return "torch"
+    return next((backend for backend in ("triton", "chunked", "reference") if backend in ours), "torch")
 
 
 def _why(operation: str, backend: str, device: torch.device) -> str:

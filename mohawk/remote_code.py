@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 ENTRY = "mohawk.models.hybrid"
 PREFIX = "mohawk_"  # of the copies, to be told from the checkpoint's other files
-_IMPORT = re.compile(r"^from (mohawk\.(?:kernels|models)\.(\w+)) import", re.MULTILINE)
+_IMPORT = re.compile(r"^from (mohawk\.(?:kernels|models)\.[\w.]+) import", re.MULTILINE)
 # the installed package's class must stay the one that transformers' Auto classes know, should both be loaded
 _REGISTER = re.compile(r"^Auto\w+\.register\(.*\)\n", re.MULTILINE)
 
@@ -47,8 +47,8 @@ def write_remote_code(folder: Path) -> dict[str, str]:
     """Copy the class and what it needs into `folder`; returns the `auto_map` of config.json."""
     for module, source in _needed().items():
         copied = f"# {module.removeprefix('mohawk.').replace('.', '/')}.py of mohawk {mohawk.__version__}\n"
-        (folder / f"{PREFIX}{module.rpartition('.')[2]}.py").write_text(copied + flattened(source), encoding="utf-8")
-    entry = PREFIX + ENTRY.rpartition(".")[2]
+        (folder / f"{_flat(module)}.py").write_text(copied + flattened(source), encoding="utf-8")
+    entry = _flat(ENTRY)
     return {"AutoConfig": f"{entry}.HybridConfig", "AutoModelForCausalLM": f"{entry}.HybridForCausalLM"}
 
 
@@ -76,7 +76,12 @@ def flattened(source: str) -> str:
             f"{indent}    raise",
         ]
         lines[node.lineno - 1 : node.end_lineno] = wrapped
-    return _REGISTER.sub("", _IMPORT.sub(rf"from .{PREFIX}\2 import", "\n".join(lines) + "\n"))
+    return _REGISTER.sub("", _IMPORT.sub(lambda found: f"from .{_flat(found[1])} import", "\n".join(lines) + "\n"))
+
+
+def _flat(module: str) -> str:
+    """A module's name in the flat folder: mohawk.models.hybrid is mohawk_hybrid, mohawk.kernels.a.b mohawk_a_b."""
+    return PREFIX + "_".join(module.split(".")[2:])
 
 
 def _needed() -> dict[str, str]:
@@ -88,8 +93,8 @@ def _needed() -> dict[str, str]:
         if module in found:
             continue
         found[module] = Path(importlib.util.find_spec(module).origin).read_text(encoding="utf-8")
-        waiting += [name for name, _ in _IMPORT.findall(found[module])]
-    assert len({name.rpartition(".")[2] for name in found}) == len(found), "two modules of one name in a flat folder"
+        waiting += _IMPORT.findall(found[module])
+    assert len(set(map(_flat, found))) == len(found), "two modules of one name in a flat folder"
     return found
 
 

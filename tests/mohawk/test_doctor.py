@@ -52,19 +52,22 @@ def test_operations_use_the_chunked_path_without_a_gpu(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("module", "backend"),
+    ("module", "stated", "backend"),
     [
-        ("mohawk.kernels.kd_triton", "triton"),
-        ("mohawk.kernels.kd_chunked", "chunked"),
-        ("mohawk.kernels.kd_reference", "reference"),
-        ("mohawk.kernels.ssd", "torch"),
-        ("mamba_ssm.ops.triton.ssd_combined", "mamba_ssm"),
-        ("causal_conv1d", "causal_conv1d"),
-        ("causal_conv1d_elsewhere", "torch"),
+        ("mohawk.kernels.some.module", "triton", "triton"),
+        ("mohawk.kernels.some.module", "chunked", "chunked"),
+        ("mohawk.kernels.some.module", "reference", "reference"),
+        ("mohawk.kernels.ssd", None, "torch"),
+        ("elsewhere", "triton", "torch"),
+        ("mamba_ssm.ops.triton.ssd_combined", None, "mamba_ssm"),
+        ("causal_conv1d", None, "causal_conv1d"),
+        ("causal_conv1d_elsewhere", None, "torch"),
     ],
 )
-def test_backend_is_what_ran(module, backend):
+def test_backend_is_what_ran(module, stated, backend):
     fake = types.ModuleType(module)
+    if stated:
+        fake.BACKEND = stated
     exec("def operation(): return 1", fake.__dict__)
     assert doctor.backend_used(fake.operation) == backend
     assert sys.getprofile() is None
