@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 _HERE = os.path.dirname(os.path.abspath(__file__))
-if not os.path.isdir(os.path.join(_HERE, "kernels")):
-    # A source checkout, or an editable install of one: kernels/ and models/ lie beside this folder, not in
-    # it. They carry no __init__.py, because with one ./kernels would shadow Hugging Face's `kernels` package
-    # for whatever is started from the repository root, and transformers would import it.
+if not all(os.path.isdir(os.path.join(_HERE, folder)) for folder in ("kernels", "models", "recipes")):
+    # In a source checkout these are links to the folders beside this one. Where git has made text files of them (on
+    # Windows, without core.symlinks), the folders are looked for there.
+    # They carry no __init__.py, because with one ./kernels would shadow Hugging Face's `kernels` package for whatever
+    # is started from the repository root, and transformers would import it.
     __path__.append(os.path.dirname(_HERE))
 
 if TYPE_CHECKING:

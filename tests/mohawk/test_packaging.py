@@ -47,7 +47,7 @@ def checkout(tmp_path_factory) -> Path:
     target = tmp_path_factory.mktemp("checkout") / "mohawk"
     target.mkdir()
     for name in ("mohawk", "kernels", "models", "recipes", "tests"):
-        shutil.copytree(ROOT / name, target / name, ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copytree(ROOT / name, target / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("pyproject.toml", "README.md"):
         shutil.copy(ROOT / name, target)
     return target
@@ -57,7 +57,7 @@ def checkout(tmp_path_factory) -> Path:
 def wheel(checkout, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("wheel")
     source = folder / "source"
-    shutil.copytree(checkout, source)
+    shutil.copytree(checkout, source, symlinks=True)
     pip = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--no-index"]
     run(*pip, "--wheel-dir", folder, source)
     return next(folder.glob("mohawk-*.whl"))
@@ -86,18 +86,37 @@ def pythons(checkout, wheel, tmp_path_factory) -> dict[str, Path]:
 
 
 def test_wheel_holds_everything_and_nothing_else(wheel, checkout):
+    """Every module of every folder, at any depth: a folder that pyproject.toml does not list is dropped in silence."""
     names = set(zipfile.ZipFile(wheel).namelist())
     expected = {f"mohawk/recipes/{path.name}" for path in (checkout / "recipes").glob("*.yaml")}
-    expected |= {f"mohawk/tasks/{path.name}" for path in (checkout / "mohawk" / "tasks").iterdir()}
+    tasks = next(path.parent for path in (checkout / "mohawk").rglob("task_data.py"))
+    expected |= {path.relative_to(checkout).as_posix() for path in tasks.iterdir() if path.suffix in (".tsv", ".yaml")}
     for folder, inside in PACKAGES.items():
-        expected |= {f"{inside}/{path.name}" for path in (checkout / folder).glob("*.py")}
-        subfolders = {path.name for path in (checkout / folder).iterdir() if path.is_dir()}
-        subfolders -= {"tasks"} if folder == "mohawk" else set()
-        assert not subfolders, f"list {subfolders} in pyproject.toml, or they are dropped in silence"
+        found = (path.relative_to(checkout / folder) for path in (checkout / folder).rglob("*.py"))
+        expected |= {f"{inside}/{path.as_posix()}" for path in found}
     code = {name for name in names if ".dist-info/" not in name}
     assert code == expected
     entry = next(name for name in names if name.endswith("entry_points.txt"))
     assert "mohawk = mohawk.__main__:main" in zipfile.ZipFile(wheel).read(entry).decode()
+
+
+def test_the_links_lead_to_the_folders_and_can_be_done_without(checkout, tmp_path):
+    """git makes text files of links where the system has none; everything is imported all the same."""
+    for folder in ("kernels", "models", "recipes"):
+        assert (ROOT / "mohawk" / folder).resolve() == ROOT / folder
+    copy = tmp_path / "checkout"
+    shutil.copytree(checkout, copy, symlinks=True, ignore=shutil.ignore_patterns("tests"))
+    for folder in ("kernels", "models", "recipes"):
+        (copy / "mohawk" / folder).unlink()
+        (copy / "mohawk" / folder).write_text(f"../{folder}")
+    code = """
+        from importlib.util import find_spec
+        from mohawk.recipe import shipped
+        print(find_spec("mohawk.models.hybrid").origin)
+        print(shipped("demo"))
+    """
+    hybrid, demo = python(code, cwd=copy).splitlines()
+    assert (Path(hybrid), Path(demo)) == (copy / "models" / "hybrid.py", copy / "recipes" / "demo.yaml")
 
 
 def test_folders_that_must_not_be_packages():
@@ -258,14 +277,14 @@ ASKED_FOR = {"bitsandbytes", "torchao", "jinja2", "tomli"}  # used where they ar
 
 def imported(folder: Path) -> set[str]:
     found = set()
-    for path in folder.glob("*.py"):
+    for path in folder.rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Import):
                 found |= {alias.name.partition(".")[0] for alias in node.names}
             elif isinstance(node, ast.ImportFrom) and not node.level:
                 found.add(node.module.partition(".")[0])
     # a file that others run by itself imports its neighbours by their bare names
-    return found - sys.stdlib_module_names - {"mohawk"} - {path.stem for path in folder.glob("*.py")}
+    return found - sys.stdlib_module_names - {"mohawk"} - {path.stem for path in folder.rglob("*.py")}
 
 
 def test_what_is_imported_is_declared():
