@@ -31,7 +31,8 @@ def recipe_for(init: str, schedule: dict[str, float], tokens: float, output: Pat
     """The demo's recipe with another start and other budgets."""
     from mohawk import fetch
     from mohawk.demo import local_settings
-    from mohawk.recipe import Recipe, shipped
+    from mohawk.recipe import Recipe
+    from mohawk.recipe_files import shipped
 
     settings = local_settings(str(fetch.smollm2()))
     settings += [

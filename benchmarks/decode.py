@@ -28,7 +28,8 @@ def models(mixer: str):
     """(name, attention layers, model), one at a time, so that only one student lives beside the teacher."""
     from mohawk import fetch
     from mohawk.models.from_teacher import hybrid_from_teacher
-    from mohawk.recipe import Recipe, shipped
+    from mohawk.recipe import Recipe
+    from mohawk.recipe_files import shipped
     from mohawk.teachers import load_teacher
 
     teacher = load_teacher(fetch.smollm2())

@@ -40,7 +40,8 @@ def recipe_for(name: str, tokens: int, seed: int, runs: Path, caches: Path):
     from mohawk import fetch
     from mohawk.demo import local_settings
     from mohawk.distill_recipe import DistillRecipe
-    from mohawk.recipe import Recipe, shipped
+    from mohawk.recipe import Recipe
+    from mohawk.recipe_files import shipped
 
     data = Recipe.load(shipped("demo"), local_settings(str(fetch.smollm2()))).model_dump(mode="json")
     for source in data["data"]["train"]:

@@ -38,7 +38,8 @@ def recipe_for(mixer: str, start: str, mixing: float, hidden: float, output: Pat
     """The demo's recipe from another start, up to the end of phase 2; the least-squares start counts as phase 2."""
     from mohawk import fetch
     from mohawk.demo import local_settings
-    from mohawk.recipe import Recipe, shipped
+    from mohawk.recipe import Recipe
+    from mohawk.recipe_files import shipped
 
     init, gate = STARTS[start]
     settings = local_settings(str(fetch.smollm2()))

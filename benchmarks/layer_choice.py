@@ -30,7 +30,8 @@ def all_layers(run: Path):
     """The demo's recipe for every layer, up to phase 2."""
     from mohawk import fetch
     from mohawk.demo import local_settings
-    from mohawk.recipe import Recipe, shipped
+    from mohawk.recipe import Recipe
+    from mohawk.recipe_files import shipped
 
     settings = local_settings(str(fetch.smollm2()))
     settings += ["student.ssm_layers=all", "phases.hidden.tokens=30720", "phases.end_to_end=null", f"output={run}"]
@@ -107,7 +108,8 @@ def distil(run: Path, found: dict, names: list[str], tokens: float) -> list[dict
     """The students of one budget after phase 3 of `tokens` tokens at the demo's settings."""
     from mohawk.compose import compose
     from mohawk.convert import convert
-    from mohawk.recipe import Recipe, shipped
+    from mohawk.recipe import Recipe
+    from mohawk.recipe_files import shipped
 
     last = Recipe.load(shipped("demo")).phases.end_to_end.model_dump(mode="json") | {"tokens": int(tokens)}
     settings = [f"phases.end_to_end.{key}={json.dumps(value)}" for key, value in last.items()]

@@ -128,7 +128,8 @@ def recipe_for(
     teacher: Path, init: str, schedule: dict[str, float], tokens: float, last_rate: float, seed: int, output: Path
 ):
     """The shipped recipe's student and phases at this teacher's size, with this text and these budgets."""
-    from mohawk.recipe import Recipe, shipped
+    from mohawk.recipe import Recipe
+    from mohawk.recipe_files import shipped
 
     train, evaluation = texts()
     phases: dict[str, dict | None] = {}

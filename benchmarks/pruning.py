@@ -67,7 +67,8 @@ def sizes_for(case: Case, config) -> dict:
 def recipe_for(case: Case, options: argparse.Namespace, config, teacher: str):
     from mohawk.demo import local_settings
     from mohawk.prune_recipe import PruneRecipe
-    from mohawk.recipe import Recipe, shipped
+    from mohawk.recipe import Recipe
+    from mohawk.recipe_files import shipped
 
     data = Recipe.load(shipped("demo"), local_settings(teacher)).model_dump(mode="json")
     tokens = options.tokens // case.rounds

@@ -17,7 +17,7 @@ from mohawk.errors import UserError
 from mohawk.json_files import read_json, write_json, write_text
 from mohawk.kept import Compares
 from mohawk.plots import TEXTS, plot_variants
-from mohawk.recipe import RecipeFile
+from mohawk.recipe_base import RecipeFile
 from mohawk.recipe_kinds import kind_of
 from mohawk.recipe_text import dotted, quoted
 from mohawk.report import RESULTS, print_tables

@@ -6,7 +6,8 @@ import logging
 from pathlib import Path
 
 from mohawk import fetch, user_cache
-from mohawk.recipe import Recipe, shipped
+from mohawk.recipe import Recipe
+from mohawk.recipe_files import shipped
 from mohawk.recipe_text import quoted
 from mohawk.teachers import locate
 from mohawk.terminal import SHOWN

@@ -12,7 +12,8 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field
 
 from mohawk import recipe_text
-from mohawk.recipe import (
+from mohawk.recipe import Student
+from mohawk.recipe_base import (
     Batch,
     Count,
     Data,
@@ -23,7 +24,6 @@ from mohawk.recipe import (
     Section,
     Share,
     Source,
-    Student,
     Teacher,
     Text,
     Weight,
@@ -259,6 +259,9 @@ class DistillRecipe(RecipeFile):
     data: DistillData = Field(description="the text")
     stages: list[Stage] = Field(min_length=1, description="of training, one after another")
     report_to: list[Text] = Field([], description="experiment trackers of transformers (tensorboard, wandb, ...)")
+
+    def phase_names(self) -> tuple[str, ...]:
+        return tuple(stage.name for stage in self.stages)
 
     def has_adapter(self) -> bool:
         """Whether any stage trains adapters (LoRA)."""

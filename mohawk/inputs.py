@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from mohawk.distill_recipe import DistillSource
-    from mohawk.recipe import RecipeFile
+    from mohawk.recipe_base import RecipeFile
 
 log = logging.getLogger(__name__)
 

@@ -12,7 +12,7 @@ from mohawk.hub import hub_or_cache
 from mohawk.json_files import read_json
 from mohawk.kept import Tabled
 from mohawk.parity import Row
-from mohawk.recipe import RecipeFile
+from mohawk.recipe_base import RecipeFile
 from mohawk.recipe_kinds import load_run_recipe
 from mohawk.report import RESULTS, tables
 from mohawk.run_folder import home

@@ -25,16 +25,14 @@ from mohawk.distill_recipe import (
     kept_layers,
     stage_contradictions,
 )
-from mohawk.recipe import (
+from mohawk.recipe import Hidden, Mixing, Student
+from mohawk.recipe_base import (
     Batch,
     Count,
-    Hidden,
     Length,
-    Mixing,
     RecipeFile,
     RowLength,
     Section,
-    Student,
     Text,
     Weight,
     Whole,
@@ -194,6 +192,9 @@ class PruneRecipe(RecipeFile):
     report_to: list[Text] = Field([], description="experiment trackers of transformers (tensorboard, wandb, ...)")
 
     # what a distillation asks of its recipe
+
+    def phase_names(self) -> tuple[str, ...]:
+        return tuple(step.name for step in self.steps())
 
     @property
     def teachers(self) -> list[DistillTeacher]:

@@ -2,45 +2,58 @@
 
 from __future__ import annotations
 
+import importlib
 import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from mohawk.checkpoints import why_altered
 from mohawk.errors import UserError
-from mohawk.recipe import Recipe, RecipeFile, Student, read_recipe, shipped, shipped_names
+from mohawk.recipe_files import read_recipe, shipped, shipped_names
 from mohawk.run_folder import RECIPE
 
-COMMANDS = {"prune": "mohawk prune", "stages": "mohawk distill"}  # a key that only recipes of one kind have
-CONVERT = "mohawk convert"
-MIXER = Student.model_fields.keys()  # of a conversion's student; no key of a distillation's is called so
+if TYPE_CHECKING:
+    from mohawk.recipe_base import RecipeFile
+
+
+class Kind(NamedTuple):
+    """A kind of recipe: the command it is for, and the class that reads it."""
+
+    command: str
+    module: str
+    name: str
+
+    def schema(self) -> type[RecipeFile]:
+        return getattr(importlib.import_module(self.module), self.name)
+
+
+# By a key that only recipes of this kind have; one with none of them is a conversion's. The classes are named, not
+# imported, since each belongs to the command that runs it.
+CONVERSION = "phases"
+KINDS = {
+    "prune": Kind("mohawk prune", "mohawk.prune_recipe", "PruneRecipe"),
+    "stages": Kind("mohawk distill", "mohawk.distill_recipe", "DistillRecipe"),
+    CONVERSION: Kind("mohawk convert", "mohawk.recipe", "Recipe"),
+}
 
 
 def kind_of(path: str | Path) -> type[RecipeFile]:
     """The class that reads a recipe: a conversion's, a distillation's or a pruning's. Raises UserError."""
-    key = _key(path)
-    if key == "prune":
-        from mohawk.prune_recipe import PruneRecipe
-
-        return PruneRecipe
-    if key == "stages":
-        from mohawk.distill_recipe import DistillRecipe
-
-        return DistillRecipe
-    return Recipe
+    return _kind(path).schema()
 
 
 def command_for(schema: type[RecipeFile], data: Mapping[str, Any]) -> str | None:
     """The command that a recipe's data are for, where it is not the one of `schema`; None where it may be."""
-    kinds = {**COMMANDS, "phases": CONVERT}
-    if any(key in data and key in schema.model_fields for key in kinds):
+    if any(key in data and key in schema.model_fields for key in KINDS):
         return None
-    if (key := next((key for key in kinds if key in data), None)) is not None:
-        return kinds[key]
+    if (key := next((key for key in KINDS if key in data), None)) is not None:
+        return KINDS[key].command
     student = data.get("student")
-    if schema is not Recipe and isinstance(student, dict) and student.keys() & MIXER:
-        return CONVERT
+    if CONVERSION not in schema.model_fields and isinstance(student, dict):
+        # no key of a distillation's student is one of a conversion's
+        if student.keys() & KINDS[CONVERSION].schema().model_fields["student"].annotation.model_fields.keys():
+            return KINDS[CONVERSION].command
     return None
 
 
@@ -104,19 +117,14 @@ def copy_shipped(name: str, output: str | Path | None = None) -> None:
 
 
 def _command(path: Path) -> str:
-    return COMMANDS.get(_key(path) or "", CONVERT)
+    return _kind(path).command
 
 
 def phase_names(folder: str | Path) -> tuple[str, ...]:
     """Names of a run's phases in order: each has a folder of that name, with its student once it is done."""
-    recipe = load_run_recipe(folder)
-    if isinstance(recipe, Recipe):
-        return tuple(type(recipe.phases).model_fields)
-    steps = recipe.steps() if hasattr(recipe, "steps") else recipe.stages
-    return tuple(step.name for step in steps)
+    return load_run_recipe(folder).phase_names()
 
 
-def _key(path: str | Path) -> str | None:
-    """prune, stages, or None for a conversion."""
+def _kind(path: str | Path) -> Kind:
     data = read_recipe(Path(path)).data
-    return next((key for key in COMMANDS if key in data), None)
+    return KINDS[next((key for key in KINDS if key in data), CONVERSION)]

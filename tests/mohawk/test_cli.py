@@ -17,7 +17,8 @@ from mohawk.cli import BARS, main, parser
 from mohawk.errors import UserError
 from mohawk.extras import EXTRAS
 from mohawk.models.call import CACHE
-from mohawk.recipe import Recipe, shipped
+from mohawk.recipe import Recipe
+from mohawk.recipe_files import shipped
 from mohawk.recipe_kinds import kind_of
 
 ROOT = Path(__file__).resolve().parents[2]

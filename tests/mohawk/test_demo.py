@@ -7,7 +7,8 @@ import pytest
 from mohawk import demo, fetch
 from mohawk.cli import main
 from mohawk.errors import UserError
-from mohawk.recipe import Recipe, shipped
+from mohawk.recipe import Recipe
+from mohawk.recipe_files import shipped
 
 TUNED = [3, 4, 5, 6, 7, 8, 12, 15, 22, 24, 25, 26, 27, 28, 29]  # of SmolLM2-135M, measured: see the recipe
 # Little of everything; float32, as bfloat16 says nothing more here.

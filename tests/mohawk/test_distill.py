@@ -16,7 +16,7 @@ from mohawk.distill import distill
 from mohawk.distill_recipe import DistillRecipe
 from mohawk.distillation import KnowledgeDistiller
 from mohawk.errors import UserError
-from mohawk.recipe import shipped
+from mohawk.recipe_files import shipped
 from mohawk.run import claimed
 from tests.models.conftest import tiny_teacher
 from tests.mohawk.tiny_phase import cheap_training, fork, wait  # noqa: F401

@@ -111,7 +111,7 @@ def test_the_links_lead_to_the_folders_and_can_be_done_without(checkout, tmp_pat
         (copy / "mohawk" / folder).write_text(f"../{folder}")
     code = """
         from importlib.util import find_spec
-        from mohawk.recipe import shipped
+        from mohawk.recipe_files import shipped
         print(find_spec("mohawk.models.hybrid").origin)
         print(shipped("demo"))
     """
@@ -129,7 +129,8 @@ USE = """
     import mohawk
     from mohawk import Mamba2Mixer, HybridForCausalLM, kd_loss
     from mohawk.kernels.kd_loss import kd_loss as same
-    from mohawk.recipe import Recipe, shipped
+    from mohawk.recipe import Recipe
+    from mohawk.recipe_files import shipped
     from transformers.utils import is_kernels_available
     assert kd_loss is same
     assert Recipe.load(shipped("demo")).teacher.model

@@ -23,7 +23,7 @@ from mohawk.models.cut_sizes import parameter_count, sized_config, sizes_of
 from mohawk.models.hybrid import HybridForCausalLM
 from mohawk.prune import prune
 from mohawk.prune_recipe import PruneRecipe
-from mohawk.recipe import shipped
+from mohawk.recipe_files import shipped
 from tests.models.conftest import tiny_teacher
 from tests.mohawk.tiny_phase import cheap_training, fork, wait  # noqa: F401
 
@@ -389,7 +389,7 @@ def test_a_finished_run_keeps_its_learning_rate(checkpoint, texts, tmp_path):
 
 def test_a_recipe_is_checked_without_torch():
     code = (
-        "import sys; from mohawk.prune_recipe import PruneRecipe; from mohawk.recipe import shipped; "
+        "import sys; from mohawk.prune_recipe import PruneRecipe; from mohawk.recipe_files import shipped; "
         "PruneRecipe.load(shipped('prune-width')); "
         "sys.exit(any(name in sys.modules for name in ('torch', 'transformers', 'numpy')))"
     )

@@ -14,7 +14,8 @@ from mohawk import recipe_text
 from mohawk.distill_recipe import DistillRecipe
 from mohawk.errors import UserError
 from mohawk.prune_recipe import PruneRecipe
-from mohawk.recipe import Recipe, shipped
+from mohawk.recipe import Recipe
+from mohawk.recipe_files import shipped
 from mohawk.recipe_kinds import kind_of
 from mohawk.recipe_text import RecipeText
 
@@ -343,7 +344,7 @@ def test_unknown_shipped_recipe():
 
 def test_validating_imports_nothing_heavy():
     code = (
-        "import sys; from mohawk.recipe import Recipe, shipped; Recipe.load(shipped('demo'));"
+        "import sys; from mohawk.recipe import Recipe; from mohawk.recipe_files import shipped; Recipe.load(shipped('demo'));"
         "print(sorted({'torch', 'transformers', 'datasets', 'numpy', 'triton'} & set(sys.modules)))"
     )
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
