@@ -538,6 +538,7 @@ def _evaluate(options: argparse.Namespace) -> None:
         evaluate_tasks(options.model, names, **asked, overrides=options.set)
         return
     _refuse(asked, "--tasks NAME,...; name tasks, or leave it out")
+    need("convert", "`mohawk evaluate`")
     from mohawk.evaluate_run import evaluate_run
 
     evaluate_run(options.model, options.set)

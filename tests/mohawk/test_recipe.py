@@ -344,7 +344,8 @@ def test_unknown_shipped_recipe():
 
 def test_validating_imports_nothing_heavy():
     code = (
-        "import sys; from mohawk.recipe import Recipe; from mohawk.recipe_files import shipped; Recipe.load(shipped('demo'));"
+        "import sys; from mohawk.recipe import Recipe; from mohawk.recipe_files import shipped;"
+        "Recipe.load(shipped('demo'));"
         "print(sorted({'torch', 'transformers', 'datasets', 'numpy', 'triton'} & set(sys.modules)))"
     )
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
