@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from mohawk.kernels import first_order, kd_checks, kd_chunked, kd_compile, kd_reference
+from mohawk.kernels import first_order, kd_checks, kd_chunked, kd_reference
 from mohawk.kernels.kd_chunked import Options
 from mohawk.kernels.kd_teachers import (
     Teacher,
@@ -63,29 +63,20 @@ class Settings(NamedTuple):
 
 def distil(
     student: tuple[Tensor, ...],
-    teacher: Tensor | Teacher,
+    teacher: Teacher,
     labels: Tensor | None,
     token_weights: Tensor | None,
     normalizer: float | Tensor | None,
     group: ProcessGroup | None,
     settings: Settings,
-) -> Tensor | tuple[Tensor, KDParts]:
-    """The loss of a student, (logits,) or (hidden, head[, bias]); arguments as in `kd_loss`."""
-    if isinstance(teacher, Tensor):
-        teacher = TeacherLogits(teacher)
-    if settings.linear and isinstance(student[0], Tensor) and student[0].device.type != "meta":
-        settings = settings._replace(autocast=torch.is_autocast_enabled(student[0].device.type))
-    if torch.compiler.is_compiling():
-        loss, kd, ce = kd_compile.distil(student, teacher, labels, token_weights, normalizer, group, settings)
-    else:
-        call = prepare(student, teacher, labels, token_weights, normalizer, group, settings)
-        if call.backend == "reference":
-            loss, kd, ce = call.reference(student)
-        else:
-            grad_enabled = torch.is_grad_enabled()
-            anchors = first_order.anchors(student)
-            loss, kd, ce = _Loss.apply(call, grad_enabled, anchors, *student, *anchors)
-    return (loss, KDParts(kd.detach(), ce.detach())) if settings.return_parts else loss
+) -> tuple[Tensor, Tensor, Tensor]:
+    """loss, kd and ce of a student, (logits,) or (hidden, head[, bias]); arguments as in `kd_loss`."""
+    call = prepare(student, teacher, labels, token_weights, normalizer, group, settings)
+    if call.backend == "reference":
+        return call.reference(student)
+    grad_enabled = torch.is_grad_enabled()
+    anchors = first_order.anchors(student)
+    return _Loss.apply(call, grad_enabled, anchors, *student, *anchors)
 
 
 @dataclass

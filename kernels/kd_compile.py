@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from mohawk.kernels import kd_call
 from mohawk.kernels.kd_teachers import (
     Teacher,
     TeacherHidden,
@@ -103,8 +104,6 @@ def _op(
     needs: list[bool],
     group: str,
 ) -> list[Tensor]:
-    from mohawk.kernels import kd_call
-
     temperature, kd_weight, ce_weight, beta, lam, logit_scale, softcap, *of_teacher = numbers.tolist()
     ignore_index, vocab_size, return_parts, inplace, linear, autocast = ints
     settings = kd_call.Settings(
@@ -169,9 +168,7 @@ def _setup_context(ctx, inputs, output):
 
 def _backward(ctx, grad):
     if torch.is_grad_enabled():  # create_graph
-        from mohawk.kernels.kd_call import NO_SECOND_DERIVATIVE
-
-        raise RuntimeError(NO_SECOND_DERIVATIVE)
+        raise RuntimeError(kd_call.NO_SECOND_DERIVATIVE)
     words, divergence, reduction, backend, ints, needs, group = ctx.plain
     n, m = ctx.count, ctx.teacher_count
     if reduction != "none":

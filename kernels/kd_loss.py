@@ -9,9 +9,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Literal
 
+import torch
 from torch import Tensor
 
-from mohawk.kernels import kd_call
+from mohawk.kernels import kd_call, kd_compile
 from mohawk.kernels.kd_call import KDParts, Settings
 from mohawk.kernels.kd_teachers import (
     TAIDSchedule,
@@ -120,7 +121,7 @@ def kd_loss(
         backend=backend,
         inplace=inplace,
     )
-    return kd_call.distil((student_logits,), teacher, labels, token_weights, normalizer, group, settings)
+    return _distil((student_logits,), teacher, labels, token_weights, normalizer, group, settings)
 
 
 def linear_kd_loss(
@@ -186,4 +187,22 @@ def linear_kd_loss(
         logit_softcap=logit_softcap,
     )
     student = (student_hidden, student_head) if student_bias is None else (student_hidden, student_head, student_bias)
-    return kd_call.distil(student, teacher, labels, token_weights, normalizer, group, settings)
+    return _distil(student, teacher, labels, token_weights, normalizer, group, settings)
+
+
+def _distil(
+    student: tuple[Tensor, ...],
+    teacher: Tensor | Teacher,
+    labels: Tensor | None,
+    token_weights: Tensor | None,
+    normalizer: float | Tensor | None,
+    group: ProcessGroup | None,
+    settings: Settings,
+) -> Tensor | tuple[Tensor, KDParts]:
+    if isinstance(teacher, Tensor):
+        teacher = TeacherLogits(teacher)
+    if settings.linear and isinstance(student[0], Tensor) and student[0].device.type != "meta":
+        settings = settings._replace(autocast=torch.is_autocast_enabled(student[0].device.type))
+    distil = kd_compile.distil if torch.compiler.is_compiling() else kd_call.distil
+    loss, kd, ce = distil(student, teacher, labels, token_weights, normalizer, group, settings)
+    return (loss, KDParts(kd.detach(), ce.detach())) if settings.return_parts else loss

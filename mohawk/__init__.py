@@ -36,8 +36,9 @@ if TYPE_CHECKING:
         TeacherTAID,
         TeacherTopK,
     )
-    from mohawk.kernels.mixing import AttentionMixing, SSDMixing, mixing_matrix
+    from mohawk.kernels.mixing import AttentionMixing, SSDMixing
     from mohawk.kernels.mixing_distance import mixing_distance
+    from mohawk.kernels.mixing_matrix import mixing_matrix
     from mohawk.kernels.ssd import ssd, ssd_step
     from mohawk.matchings import match_attention, match_hidden
     from mohawk.minitron import MinitronPruner
@@ -76,7 +77,7 @@ _PUBLIC = {
     "TeacherTopK": "mohawk.kernels.kd_teachers",
     "AttentionMixing": "mohawk.kernels.mixing",
     "SSDMixing": "mohawk.kernels.mixing",
-    "mixing_matrix": "mohawk.kernels.mixing",
+    "mixing_matrix": "mohawk.kernels.mixing_matrix",
     "mixing_distance": "mohawk.kernels.mixing_distance",
     "ssd": "mohawk.kernels.ssd",
     "ssd_step": "mohawk.kernels.ssd",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
-from mohawk import fetch, user_cache
+from mohawk import fetch, run_folder
 from mohawk.recipe import Recipe
 from mohawk.recipe_files import shipped
 from mohawk.recipe_text import quoted
@@ -30,7 +30,7 @@ def demo(teacher: str | None = None, output: Path | str | None = None, overrides
     own = Recipe.load(shipped("demo")).teacher.model
     if teacher is not None:
         locate(teacher)  # a mistyped folder is told before anything is fetched
-    log.info("fetching the checkpoint and the texts (kept in %s)", user_cache.cache_dir(), extra=SHOWN)
+    log.info("fetching the checkpoint and the texts (kept in %s)", run_folder.cache_dir(), extra=SHOWN)
     settings = local_settings(teacher or str(fetch.smollm2()))
     if teacher not in (None, own):
         settings.append("student.ssm_layers=every_second")  # the recipe's layers are its own teacher's

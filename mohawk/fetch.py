@@ -24,8 +24,9 @@ from pathlib import Path
 
 from mohawk.errors import UserError
 from mohawk.prose import strip_wikitext, unwrap
+from mohawk.run_folder import cache_dir
 from mohawk.terminal import SHOWN
-from mohawk.user_cache import cache_dir, kept_whole, unwritable, whole_folder
+from mohawk.user_cache import kept_whole, unwritable, whole_folder
 
 log = logging.getLogger(__name__)
 

@@ -21,7 +21,8 @@ from mohawk.binding import check_models
 from mohawk.checkpoints import MANIFEST, write_whole
 from mohawk.describe import student_folder
 from mohawk.errors import UserError
-from mohawk.kernels.mixing import Mixing, mixing_matrix
+from mohawk.kernels.mixing import Mixing
+from mohawk.kernels.mixing_matrix import mixing_matrix
 from mohawk.matrices import layer_mixings
 from mohawk.models.families import FAMILIES, attention_parts, decoder_layers, decoder_shape, mixer_input_norm
 from mohawk.models.hybrid import HybridConfig

@@ -13,7 +13,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from mohawk.checkpoints import why_altered, write_file
-from mohawk.kernels.mixing import AttentionMixing, Mixing, mixing_matrix
+from mohawk.kernels.mixing import AttentionMixing, Mixing
+from mohawk.kernels.mixing_matrix import mixing_matrix
 from mohawk.models.families import decoder_layers, mixer_input_norm
 from mohawk.models.hybrid import HybridForCausalLM
 from mohawk.models.mixers import SSMMixer

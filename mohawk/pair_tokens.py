@@ -18,9 +18,9 @@ import numpy as np
 from mohawk.chat import as_messages, render
 from mohawk.errors import UserError
 from mohawk.records import content_hash, read_records, why_no_chat
-from mohawk.run_folder import home
+from mohawk.run_folder import cache_dir, home
 from mohawk.text import Source, as_source, source_content, tokenizer_key
-from mohawk.user_cache import cache_dir, kept_whole, whole_folder
+from mohawk.user_cache import kept_whole, whole_folder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -1,6 +1,6 @@
 """sha256 of files, hashed once: a sum is remembered as long as its file keeps its size and its times.
 
-What is remembered lies in the cache folder (`mohawk.user_cache.cache_dir`), a small file for each folder that was
+What is remembered lies in the cache folder (`mohawk.run_folder.cache_dir`), a small file for each folder that was
 looked at, so that nothing is written beside what is read; where the cache cannot be written, files are hashed each
 time. A disk that loses bits changes neither size nor times: `mohawk verify` hashes all again.
 """
@@ -15,6 +15,8 @@ import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
+
+from mohawk.run_folder import cache_dir
 
 log = logging.getLogger(__name__)
 
@@ -55,8 +57,6 @@ def _stamp(path: Path) -> tuple[int, int, int]:
 
 
 def _memory(folder: Path) -> Path:
-    from mohawk.user_cache import cache_dir
-
     return cache_dir() / "sums" / f"{hashlib.sha256(os.fsencode(folder.resolve())).hexdigest()[:32]}.json"
 
 

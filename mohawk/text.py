@@ -31,9 +31,9 @@ from mohawk.generated import spare_lines
 from mohawk.hub import hub_or_cache
 from mohawk.lines import damage, sums_of
 from mohawk.parsing import parse_json
-from mohawk.run_folder import home
+from mohawk.run_folder import cache_dir, home
 from mohawk.terminal import SHOWN
-from mohawk.user_cache import cache_dir, kept_whole, whole_folder
+from mohawk.user_cache import kept_whole, whole_folder
 
 if TYPE_CHECKING:
     import datasets

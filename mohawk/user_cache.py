@@ -17,14 +17,6 @@ from mohawk.errors import UserError
 log = logging.getLogger(__name__)
 
 
-def cache_dir() -> Path:
-    """The folder for everything fetched or derived: `MOHAWK_CACHE`, else the user's cache folder + mohawk."""
-    if given := os.environ.get("MOHAWK_CACHE"):
-        return Path(given).expanduser()
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base).expanduser() if base else Path.home() / ".cache") / "mohawk"
-
-
 @contextlib.contextmanager
 def whole_folder(target: Path, about: Mapping[str, Any] | None = None) -> Iterator[Path]:
     """Yield an empty folder beside `target` that becomes `target` by one rename when the block succeeds: its files

@@ -7,7 +7,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from mohawk.kernels.mixing import AttentionMixing, SSDMixing, mixing_matrix
+from mohawk.kernels.mixing import AttentionMixing, SSDMixing
+from mohawk.kernels.mixing_matrix import mixing_matrix
 from mohawk.kernels.mixing_reference import dense_matrix
 from mohawk.kernels.ssd import ssd
 

@@ -4,9 +4,10 @@ import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from mohawk.kernels.mixing import AttentionMixing, SSDMixing, mixing_matrix
+from mohawk.kernels.mixing import AttentionMixing, SSDMixing
 from mohawk.kernels.mixing_distance import mixing_distance
 from mohawk.kernels.mixing_heads import head_mean_distance
+from mohawk.kernels.mixing_matrix import mixing_matrix
 from mohawk.kernels.mixing_reference import dense_matrix
 from mohawk.kernels.ssd import ssd
 

@@ -6,8 +6,9 @@ import pytest
 import torch
 from transformers import AutoConfig
 
-from mohawk.kernels.mixing import AttentionMixing, SSDMixing, mixing_matrix
+from mohawk.kernels.mixing import AttentionMixing, SSDMixing
 from mohawk.kernels.mixing_distance import mixing_distance
+from mohawk.kernels.mixing_matrix import mixing_matrix
 from mohawk.kernels.mixing_reference import dense_matrix
 from mohawk.models.families import FAMILIES, check_supported, decoder_layers, family_of, mixer_input_norm
 from mohawk.models.from_teacher import hybrid_from_teacher

@@ -7,7 +7,7 @@ import zipfile
 
 import pytest
 
-from mohawk import fetch, user_cache
+from mohawk import fetch, run_folder, user_cache
 from mohawk.errors import UserError
 
 
@@ -167,11 +167,11 @@ def test_the_cache_is_where_the_user_says(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.delenv("MOHAWK_CACHE", raising=False)
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
-    assert user_cache.cache_dir() == tmp_path / ".cache" / "mohawk"
+    assert run_folder.cache_dir() == tmp_path / ".cache" / "mohawk"
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "x"))
-    assert user_cache.cache_dir() == tmp_path / "x" / "mohawk"
+    assert run_folder.cache_dir() == tmp_path / "x" / "mohawk"
     monkeypatch.setenv("MOHAWK_CACHE", "~/here")
-    assert user_cache.cache_dir() == tmp_path / "here"
+    assert run_folder.cache_dir() == tmp_path / "here"
 
 
 @pytest.mark.slow

@@ -13,8 +13,9 @@ import mohawk.inspect_matrices as page_module
 from mohawk.checkpoints import is_complete
 from mohawk.cli import main
 from mohawk.inspect_matrices import head_picture
-from mohawk.kernels.mixing import AttentionMixing, SSDMixing, mixing_matrix
+from mohawk.kernels.mixing import AttentionMixing, SSDMixing
 from mohawk.kernels.mixing_distance import mixing_distance
+from mohawk.kernels.mixing_matrix import mixing_matrix
 from mohawk.kernels.mixing_reference import dense_matrix
 from mohawk.models.from_teacher import hybrid_from_teacher
 from mohawk.recipe import Recipe

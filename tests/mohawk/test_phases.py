@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from mohawk.kernels.mixing import mixing_matrix
+from mohawk.kernels.mixing_matrix import mixing_matrix
 from mohawk.models.families import mixer_input_norm
 from mohawk.models.from_teacher import hybrid_from_teacher
 from mohawk.models.hybrid import positions_of
