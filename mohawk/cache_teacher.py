@@ -41,7 +41,7 @@ def cache_teacher(
     from mohawk.text import tokenizer_key
 
     asked, about = _stage_of(recipe, stage), recipe.teacher
-    check_inputs(recipe, caches=False)
+    check_inputs(recipe)
     if temperature is None and kind != "hidden":
         temperature = asked.temperature
         if not isinstance(temperature, (int, float)):

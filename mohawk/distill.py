@@ -19,6 +19,7 @@ from mohawk.advance import Advance
 from mohawk.checkpoints import write_whole
 from mohawk.distill_data import Sources, check_rows, held_out_rows, load_sources, rows_by_source, training_rows
 from mohawk.distill_parts import (
+    check_caches,
     checked_cache,
     load,
     loss_label,
@@ -70,7 +71,9 @@ def distill(recipe: DistillRecipe, *, dry_run: bool = False) -> None:
     with joined(recipe.device):
         console = Console(quiet=not is_first())
         first_before_others(lambda: print_plan(recipe, console))
-        first_before_others(lambda: check_inputs(recipe, planning=dry_run))
+        first_before_others(
+            lambda: check_inputs(recipe, planning=dry_run, further=functools.partial(check_caches, recipe.stages))
+        )
         run = Path(recipe.output)
         if dry_run:
             on_first(lambda: check_folder(run, recipe))

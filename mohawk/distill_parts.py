@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -24,6 +24,10 @@ from mohawk.processes import several
 from mohawk.schedules import Ramp as Schedule
 from mohawk.teacher_cache import TeacherCache
 from mohawk.teachers import load_teacher
+from mohawk.text import tokenizer_key
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 def checked_cache(stage: Stage) -> TeacherCache:
@@ -46,6 +50,13 @@ def checked_cache(stage: Stage) -> TeacherCache:
         temperature=None if isinstance(temperature, Ramp) else temperature,
     )  # fmt: skip
     return cache
+
+
+def check_caches(stages: Iterable[Stage], tokenizer: PreTrainedTokenizerBase) -> None:
+    """UserError where a stage's cache does not fit it, or was made with another tokenizer."""
+    for stage in stages:
+        if stage.cache is not None:
+            checked_cache(stage).check(tokenizer_hash=tokenizer_key(tokenizer))
 
 
 def load(given: DistillTeacher, device: torch.device) -> nn.Module:

@@ -7,7 +7,7 @@ have been found before.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +17,7 @@ from mohawk.rationales import check_record
 from mohawk.records import first_records, read_records
 from mohawk.same_tokenizer import check_rows, check_same, own_tokenizer, teacher_tokenizer
 from mohawk.teachers import load_config, quantization
-from mohawk.text import as_source, local_files, tokenizer_key
+from mohawk.text import as_source, local_files
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -31,11 +31,13 @@ WHERE = ("gguf_file", "revision", "trust_remote_code")
 LOOKED_AT = 200  # rows of a text that are read
 
 
-def check_inputs(recipe: RecipeFile, *, caches: bool = True, planning: bool = False) -> None:
+def check_inputs(
+    recipe: RecipeFile, *, planning: bool = False, further: Callable[[PreTrainedTokenizerBase], None] | None = None
+) -> None:
     """Everything of a recipe that can be checked without weights and without reading all the text.
 
-    caches: whether the stages' caches have to be there, which they are not while one is made. planning: texts, and a
-    tokenizer beside the teacher, may not be there yet, which is then a line of the log.
+    planning: texts, and a tokenizer beside the teacher, may not be there yet, which is then a line of the log. further:
+    what a kind of recipe has to check with the tokenizer besides, before texts are looked at.
 
     Raises:
         UserError: a tokenizer that is not the teacher's or larger than its model, a package that is missing, a text
@@ -46,25 +48,16 @@ def check_inputs(recipe: RecipeFile, *, caches: bool = True, planning: bool = Fa
     if planning and missing:
         log.warning("teacher: %s has no tokenizer; what depends on it is not checked", recipe.teacher.model)
     tokenizer = None if planning and missing else _check_tokenizers(recipe)
-    if tokenizer is not None and getattr(getattr(recipe, "prune", None), "vocabulary", None) is not None:
-        from mohawk.vocabulary import check_trimmable
-
-        try:
-            check_trimmable(tokenizer)
-        except ValueError as error:
-            raise UserError(f"prune.vocabulary: {error}") from error
     for name, teacher in _teachers(recipe):
         _check_packages(name, teacher)
+    if tokenizer is not None and further is not None:
+        further(tokenizer)
     stages = [("", recipe), *_stages(recipe)]
     names = [getattr(teacher, "name", None) or str(i) for i, (_, teacher) in enumerate(_teachers(recipe))]
     texts = {}
     for at, part in stages:
         if part.data is not None:
             texts |= {f"{at}data.train.{i}": source for i, source in enumerate(part.data.train)}
-        if caches and tokenizer is not None and getattr(part, "cache", None) is not None:
-            from mohawk.distill_parts import checked_cache
-
-            checked_cache(part).check(tokenizer_hash=tokenizer_key(tokenizer))
     texts |= {f"data.evaluation.{i}": source for i, source in enumerate(recipe.data.evaluation)}
     for at, source in texts.items():
         try:

@@ -24,7 +24,7 @@ from mohawk.checkpoints import is_complete, weights_sum
 from mohawk.data import collate
 from mohawk.distill import Distillation
 from mohawk.distill_data import training_rows
-from mohawk.distill_parts import loss_label, mistakes
+from mohawk.distill_parts import check_caches, loss_label, mistakes
 from mohawk.errors import UserError
 from mohawk.importance import Importance, check_scores, choose, chosen_layers, measure_importance
 from mohawk.importance_baselines import magnitude_importance, random_importance
@@ -52,7 +52,7 @@ from mohawk.run_folder import home
 from mohawk.teachers import building, load_config, load_teacher, load_tokenizer
 from mohawk.text import as_source, local_files
 from mohawk.token_counts import most_frequent, token_counts
-from mohawk.vocabulary import reasons_to_keep, told_reasons, trim_tokenizer, trim_vocabulary
+from mohawk.vocabulary import check_trimmable, reasons_to_keep, told_reasons, trim_tokenizer, trim_vocabulary
 
 log = logging.getLogger(__name__)
 
@@ -82,7 +82,9 @@ def prune(recipe: PruneRecipe, *, dry_run: bool = False) -> None:
             empty_model(config)
         plan = _plan(recipe, config, run)
         print_plan(plan, recipe, console)
-        first_before_others(lambda: check_inputs(recipe, planning=dry_run))
+        first_before_others(
+            lambda: check_inputs(recipe, planning=dry_run, further=functools.partial(_check_further, recipe))
+        )
         if recipe.calibration.scores is not None:
             on_first(lambda: given_scores(recipe.calibration.scores))
         if dry_run:
@@ -91,6 +93,16 @@ def prune(recipe: PruneRecipe, *, dry_run: bool = False) -> None:
             return
         with claimed(run, recipe), log_to(run):
             Pruning(recipe, run, console, plan).run()
+
+
+def _check_further(recipe: PruneRecipe, tokenizer: Any) -> None:
+    """UserError where the tokenizer cannot lose tokens though it is to, or a stage's cache does not fit."""
+    if recipe.prune.vocabulary is not None:
+        try:
+            check_trimmable(tokenizer)
+        except ValueError as error:
+            raise UserError(f"prune.vocabulary: {error}") from error
+    check_caches([stage for stage in (recipe.correct, recipe.heal) if stage is not None], tokenizer)
 
 
 def _plan(recipe: PruneRecipe, config: Any, run: Path) -> Plan:
