@@ -17,7 +17,7 @@ from packaging.requirements import Requirement  # noqa: E402
 from packaging.specifiers import SpecifierSet  # noqa: E402
 from packaging.utils import canonicalize_name  # noqa: E402
 
-from mohawk.versions import declared, installed  # noqa: E402
+from mohawk.core.versions import declared, installed  # noqa: E402
 
 
 def lowest() -> list[str]:

@@ -29,10 +29,10 @@ INITS = ("attention", "random")
 
 def recipe_for(init: str, schedule: dict[str, float], tokens: float, output: Path):
     """The demo's recipe with another start and other budgets."""
-    from mohawk import fetch
-    from mohawk.demo import local_settings
-    from mohawk.recipe import Recipe
-    from mohawk.recipe_files import shipped
+    from mohawk.conversion.recipe import Recipe
+    from mohawk.demo import fetch
+    from mohawk.demo.run import local_settings
+    from mohawk.schema.files import shipped
 
     settings = local_settings(str(fetch.smollm2()))
     settings += [
@@ -101,7 +101,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=float, default=65536, help="training tokens of each run")
     parser.add_argument("--runs", type=Path, default=Path("runs/ablation"), help="folder of the runs")
     options = parser.parse_args()
-    from mohawk.convert import convert
+    from mohawk.conversion.run import convert
 
     rows = []
     for init in INITS:

@@ -38,7 +38,7 @@ EXACT = 16  # values that DistillKit keeps as bfloat16 beside the polynomial
 
 
 def ours_bytes(k: int, vocab: int, length: int = 512, kind: str = "top-k") -> float:
-    from mohawk.teacher_records import Layout
+    from mohawk.teacher_cache.layout import Layout
 
     return Layout(kind, length, vocab, k).row.itemsize / length
 
@@ -82,7 +82,7 @@ def losses(teacher, student) -> list[dict]:
     """Of float32 logits (rows, V) of both: what each format at each k makes of the loss and its gradient."""
     import torch
 
-    from mohawk.teacher_records import decode_logprobs, encode_logprobs
+    from mohawk.teacher_cache.layout import decode_logprobs, encode_logprobs
 
     lp, lq = teacher.double().log_softmax(-1), student.double().log_softmax(-1)
     q, exact_gradient = lq.exp(), lq.exp() - lp.exp()
@@ -166,9 +166,9 @@ def written_and_read(teacher, dataset, rows: int, batch_size: int, autocast, fol
     """Tokens/s of each kind; read twice in random order, the second time counts."""
     import torch
 
-    from mohawk.heads import final_hidden_states
-    from mohawk.teacher_cache import CachedRows, TeacherCache
-    from mohawk.teacher_writer import write_cache
+    from mohawk.losses.heads import final_hidden_states
+    from mohawk.teacher_cache.reader import CachedRows, TeacherCache
+    from mohawk.teacher_cache.writer import write_cache
 
     tokens = rows * dataset.sequence_length
 
@@ -225,10 +225,10 @@ def steps(teacher, dataset, folder: Path, batch_size: int, count: int, autocast)
     import torch
     import torch.nn.functional as F
 
-    from mohawk.data import collate
-    from mohawk.heads import Head, final_hidden_states
-    from mohawk.kernels.kd_loss import linear_kd_loss
-    from mohawk.teacher_cache import CachedRows, TeacherCache
+    from mohawk.data.packing import collate
+    from mohawk.kernels.kd.loss import linear_kd_loss
+    from mohawk.losses.heads import Head, final_hidden_states
+    from mohawk.teacher_cache.reader import CachedRows, TeacherCache
 
     student = half_depth(teacher)
     optimizer = torch.optim.AdamW(student.parameters(), lr=1e-5)
@@ -315,11 +315,11 @@ def main() -> None:
         parser.error("--steps of at least 2 have quartiles, and --rows of at least --batch-size make a batch")
     import torch
 
-    from mohawk import fetch
-    from mohawk.data import PackedDataset, load_data
-    from mohawk.precision import autocast_dtype
-    from mohawk.report import machine
-    from mohawk.teachers import load_teacher, load_tokenizer
+    from mohawk.core.precision import autocast_dtype
+    from mohawk.data.packing import PackedDataset, load_data
+    from mohawk.demo import fetch
+    from mohawk.loading.models import load_teacher, load_tokenizer
+    from mohawk.runs.report import machine
 
     if options.threads:
         torch.set_num_threads(options.threads)

@@ -26,11 +26,11 @@ MIB = 2**20
 
 def models(mixer: str):
     """(name, attention layers, model), one at a time, so that only one student lives beside the teacher."""
-    from mohawk import fetch
+    from mohawk.conversion.recipe import Recipe
+    from mohawk.demo import fetch
+    from mohawk.loading.models import load_teacher
     from mohawk.models.from_teacher import hybrid_from_teacher
-    from mohawk.recipe import Recipe
-    from mohawk.recipe_files import shipped
-    from mohawk.teachers import load_teacher
+    from mohawk.schema.files import shipped
 
     teacher = load_teacher(fetch.smollm2())
     depth = teacher.config.num_hidden_layers
@@ -45,7 +45,7 @@ def measure(model, contexts: list[int], steps: int) -> list[dict]:
     """For each context, ascending: milliseconds of single steps after it, and the cache's bytes."""
     import torch
 
-    from mohawk.evaluate import cache_bytes
+    from mohawk.measures.compare import cache_bytes
     from mohawk.models.call import CACHE
 
     generator = torch.Generator().manual_seed(0)
@@ -132,7 +132,7 @@ def main() -> None:
         parser.error(f"--contexts: got {options.contexts}; give two or more lengths, ascending")
     import torch
 
-    from mohawk.report import machine
+    from mohawk.runs.report import machine
 
     found = []
     with torch.inference_mode():

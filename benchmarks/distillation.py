@@ -37,11 +37,11 @@ TEXTS = {"held_out": "held-out text of the training sources", "evaluation": "tex
 
 
 def recipe_for(name: str, tokens: int, seed: int, runs: Path, caches: Path):
-    from mohawk import fetch
-    from mohawk.demo import local_settings
-    from mohawk.distill_recipe import DistillRecipe
-    from mohawk.recipe import Recipe
-    from mohawk.recipe_files import shipped
+    from mohawk.conversion.recipe import Recipe
+    from mohawk.demo import fetch
+    from mohawk.demo.run import local_settings
+    from mohawk.distillation.recipe import DistillRecipe
+    from mohawk.schema.files import shipped
 
     data = Recipe.load(shipped("demo"), local_settings(str(fetch.smollm2()))).model_dump(mode="json")
     for source in data["data"]["train"]:
@@ -73,7 +73,7 @@ def recipe_for(name: str, tokens: int, seed: int, runs: Path, caches: Path):
 
 def write_caches(recipe, kinds: set[str], tokens: int, caches: Path) -> None:
     """What the teacher says of the rows that are trained on, once for all runs that learn from it."""
-    from mohawk.cache_teacher import cache_teacher
+    from mohawk.distillation.cache import cache_teacher
 
     stage = recipe.stages[0]
     for kind in sorted(kinds):
@@ -126,8 +126,8 @@ def main() -> None:
     parser.add_argument("--runs", type=Path, default=Path("runs/distillation"), help="folder of the runs")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the table, its JSON and the plot")
     options = parser.parse_args()
-    from mohawk.distill import distill
-    from mohawk.plots import plot_variants
+    from mohawk.distillation.run import distill
+    from mohawk.runs.plots import plot_variants
 
     runs = options.runs / f"seed-{options.seed}"
     recipes = {m: recipe_for(m, options.tokens, options.seed, runs, runs / "caches") for m in options.methods}

@@ -36,10 +36,10 @@ STAGES = ("before", "mixing", "hidden")
 
 def recipe_for(mixer: str, start: str, mixing: float, hidden: float, output: Path):
     """The demo's recipe from another start, up to the end of phase 2; the least-squares start counts as phase 2."""
-    from mohawk import fetch
-    from mohawk.demo import local_settings
-    from mohawk.recipe import Recipe
-    from mohawk.recipe_files import shipped
+    from mohawk.conversion.recipe import Recipe
+    from mohawk.demo import fetch
+    from mohawk.demo.run import local_settings
+    from mohawk.schema.files import shipped
 
     init, gate = STARTS[start]
     settings = local_settings(str(fetch.smollm2()))
@@ -117,7 +117,7 @@ def main() -> None:
     parser.add_argument("--runs", type=Path, default=Path("runs/initialisation"), help="folder of the runs")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the table, its JSON and the plot")
     options = parser.parse_args()
-    from mohawk.convert import convert
+    from mohawk.conversion.run import convert
 
     rows = []
     for mixer in MIXERS:

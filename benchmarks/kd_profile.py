@@ -18,8 +18,9 @@ import torch  # noqa: E402
 
 from benchmarks.kd_loss import SHAPES, floor_work, problem  # noqa: E402
 from benchmarks.run import RESULTS, environment, put_in_readme  # noqa: E402
-from mohawk.kernels import kd_chunked, kd_products  # noqa: E402
-from mohawk.kernels.kd_loss import TeacherHidden, linear_kd_loss  # noqa: E402
+from mohawk.kernels.kd import chunked as kd_chunked
+from mohawk.kernels.kd import products as kd_products
+from mohawk.kernels.kd.loss import TeacherHidden, linear_kd_loss  # noqa: E402
 
 REPEATS = 15
 PARTS = {

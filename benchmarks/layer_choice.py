@@ -28,10 +28,10 @@ COLORS = {"kl": "#1f6feb", "both": "#1a7f37", "recall": "#8250df", "alone": "#0a
 
 def all_layers(run: Path):
     """The demo's recipe for every layer, up to phase 2."""
-    from mohawk import fetch
-    from mohawk.demo import local_settings
-    from mohawk.recipe import Recipe
-    from mohawk.recipe_files import shipped
+    from mohawk.conversion.recipe import Recipe
+    from mohawk.demo import fetch
+    from mohawk.demo.run import local_settings
+    from mohawk.schema.files import shipped
 
     settings = local_settings(str(fetch.smollm2()))
     settings += ["student.ssm_layers=all", "phases.hidden.tokens=30720", "phases.end_to_end=null", f"output={run}"]
@@ -57,7 +57,7 @@ def choices(found: dict, names: list[str]) -> Iterator[tuple[str, list[int]]]:
 
 def measure(run: Path, found: dict, names: list[str]) -> list[dict]:
     """Perplexity, KL and recall of the students of all choices, before phase 3, measured once."""
-    from mohawk.json_files import read_json, write_json
+    from mohawk.core.json_files import read_json, write_json
 
     wanted = [("teacher", list(range(found["num_layers"]))), *choices(found, names)]
     kept, student = run / "selection" / "choices.json", found["settings"]["student"]
@@ -80,14 +80,14 @@ def evaluated(run: Path, wanted: list[list[int]]) -> Iterator[tuple[list[int], d
     from rich.console import Console
     from tqdm import tqdm
 
-    from mohawk.convert import Conversion
-    from mohawk.evaluate import compare, packed_hidden_states
-    from mohawk.heads import Head
-    from mohawk.layer_swap import keep_attention
+    from mohawk.conversion.recipe import Recipe
+    from mohawk.conversion.run import Conversion
+    from mohawk.conversion.swap import keep_attention
+    from mohawk.losses.heads import Head
+    from mohawk.measures.compare import compare, packed_hidden_states
+    from mohawk.measures.recall import recall_batches, recall_of
     from mohawk.models.families import decoder_layers
     from mohawk.models.hybrid import HybridForCausalLM
-    from mohawk.recall import recall_batches, recall_of
-    from mohawk.recipe import Recipe
 
     conversion = Conversion(Recipe.load(run / "recipe.yaml"), run, Console())
     states, head = conversion.texts["evaluation"], Head.of(conversion.teacher).frozen()
@@ -106,10 +106,10 @@ def evaluated(run: Path, wanted: list[list[int]]) -> Iterator[tuple[list[int], d
 
 def distil(run: Path, found: dict, names: list[str], tokens: float) -> list[dict]:
     """The students of one budget after phase 3 of `tokens` tokens at the demo's settings."""
-    from mohawk.compose import compose
-    from mohawk.convert import convert
-    from mohawk.recipe import Recipe
-    from mohawk.recipe_files import shipped
+    from mohawk.conversion.compose import compose
+    from mohawk.conversion.recipe import Recipe
+    from mohawk.conversion.run import convert
+    from mohawk.schema.files import shipped
 
     last = Recipe.load(shipped("demo")).phases.end_to_end.model_dump(mode="json") | {"tokens": int(tokens)}
     settings = [f"phases.end_to_end.{key}={json.dumps(value)}" for key, value in last.items()]
@@ -200,10 +200,10 @@ def main() -> None:
     parser.add_argument("--lazy", action="store_true", help="as of mohawk select")
     parser.add_argument("--distil", type=float, default=0, metavar="TOKENS", help="of phase 3 at one budget; 0: none")
     options = parser.parse_args()
-    from mohawk.checkpoints import is_complete
-    from mohawk.convert import convert
-    from mohawk.report import machine
-    from mohawk.select_layers import select
+    from mohawk.conversion.run import convert
+    from mohawk.conversion.select import select
+    from mohawk.core.folders import is_complete
+    from mohawk.runs.report import machine
 
     if not is_complete(options.run / "phases" / "hidden" / "student"):
         convert(all_layers(options.run))

@@ -138,10 +138,10 @@ class LlamaCpp:
 
 def demo_export(folder: Path) -> Path:
     """SmolLM2 with every second layer a mixer whose gate has no bias, exported with --pad-expand. Not trained."""
-    from mohawk import fetch
-    from mohawk.export import export
+    from mohawk.demo import fetch
+    from mohawk.export.run import export
+    from mohawk.loading.models import load_teacher, load_tokenizer
     from mohawk.models.from_teacher import hybrid_from_teacher
-    from mohawk.teachers import load_teacher, load_tokenizer
 
     teacher = fetch.smollm2()
     student = hybrid_from_teacher(load_teacher(str(teacher)), "every_second", gate="output")

@@ -1,9 +1,9 @@
 """Peak memory and time of phases 1 and 2: layers streamed, against all layers' matrices and graphs alive at once.
 
 Each case is a process of its own: a random Llama of SmolLM2-135M's width, half of its layers replaced, one training
-step (losses and backward). Streamed is `mohawk.phases`. Straightforward is what one writes first, and what the
-method's authors published: the teacher returns every attention matrix (or hidden state), the student makes every
-matrix (or output), the losses are summed and back-propagated once.
+step (losses and backward). Streamed is `mohawk.conversion.objectives`. Straightforward is what one writes first, and
+what the method's authors published: the teacher returns every attention matrix (or hidden state), the student makes
+every matrix (or output), the losses are summed and back-propagated once.
 
     python benchmarks/phase_memory.py [--quick] [--json FILE]
 """
@@ -31,7 +31,7 @@ def straightforward(phase: str, student, teacher, batch):
     """The sum of all layers' losses, everything alive until one backward."""
     import torch
 
-    from mohawk.kernels.mixing_reference import dense_matrix
+    from mohawk.kernels.mixing.reference import dense_matrix
 
     ids, layers = batch["input_ids"], student.config.ssm_layers
     with torch.no_grad():
@@ -51,7 +51,7 @@ def straightforward(phase: str, student, teacher, batch):
 
 
 def streamed(phase: str, student, teacher, batch):
-    from mohawk.phases import HiddenObjective, MixingObjective
+    from mohawk.conversion.objectives import HiddenObjective, MixingObjective
 
     objective = {"mixing": MixingObjective, "hidden": HiddenObjective}[phase](student, teacher)
     total = 0.0
@@ -66,8 +66,8 @@ def case(phase: str, how: str, depth: int, length: int) -> dict:
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
+    from mohawk.conversion.objectives import HiddenObjective, MixingObjective
     from mohawk.models.from_teacher import hybrid_from_teacher
-    from mohawk.phases import HiddenObjective, MixingObjective
 
     torch.manual_seed(0)
     config = LlamaConfig(

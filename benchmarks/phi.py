@@ -35,7 +35,7 @@ LAST_RATES = (3e-3, 1e-3, 3e-4)
 
 def texts() -> tuple[list[str], list[str]]:
     """(patterns to train on, files of another source to evaluate on)."""
-    from mohawk import fetch
+    from mohawk.demo import fetch
 
     return [f"{fetch.state_of_the_union()[0].parent}/*.txt"], [str(path) for path in fetch.proceedings()]
 
@@ -63,9 +63,9 @@ def train_teacher(folder: Path, tokens: float) -> None:
     import torch
     from transformers import PhiConfig, PhiForCausalLM
 
-    from mohawk.checkpoints import write_whole
-    from mohawk.data import PackedDataset, collate, load_data
-    from mohawk.precision import autocast_dtype
+    from mohawk.core.folders import write_whole
+    from mohawk.core.precision import autocast_dtype
+    from mohawk.data.packing import PackedDataset, collate, load_data
 
     train, _ = texts()
     tokenizer = train_tokenizer(train)
@@ -111,7 +111,7 @@ def loss_by_reading(model, held_out, passages: int = 16) -> list[float]:
     """Nats a token on passages of half a row, read for the first and, right after, for the second time."""
     import torch
 
-    from mohawk.data import PackedDataset
+    from mohawk.data.packing import PackedDataset
 
     half, losses = LENGTH // 2, []
     rows = PackedDataset(held_out, half, tokens=passages * half, seed=0)
@@ -128,8 +128,8 @@ def recipe_for(
     teacher: Path, init: str, schedule: dict[str, float], tokens: float, last_rate: float, seed: int, output: Path
 ):
     """The shipped recipe's student and phases at this teacher's size, with this text and these budgets."""
-    from mohawk.recipe import Recipe
-    from mohawk.recipe_files import shipped
+    from mohawk.conversion.recipe import Recipe
+    from mohawk.schema.files import shipped
 
     train, evaluation = texts()
     phases: dict[str, dict | None] = {}
@@ -281,7 +281,7 @@ def main() -> None:
     parser.add_argument("--runs", type=Path, default=Path("runs/phi"), help="folder of the teacher and the runs")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of table, JSON and plot")
     options = parser.parse_args()
-    from mohawk.convert import convert
+    from mohawk.conversion.run import convert
 
     teacher = options.runs / "teacher"
     if not (teacher / "training.json").is_file():

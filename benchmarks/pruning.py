@@ -52,9 +52,9 @@ def cases(cuts: list[float]) -> list[Case]:
 
 def sizes_for(case: Case, config) -> dict:
     """The sizes that a case cuts to, the same for every strategy."""
-    from mohawk.models.cut_sizes import sizes_of
-    from mohawk.prune_search import Budget, Costs, candidates
-    from mohawk.prune_sizes import empty_model, parameters_of
+    from mohawk.models.cutting.sizes import sizes_of
+    from mohawk.pruning.search import Budget, Costs, candidates
+    from mohawk.pruning.sizes import empty_model, parameters_of
 
     own, inside = sizes_of(config), parameters_of(empty_model(config))[1]
     budget = Budget("nonembedding", (1 - case.cut) * inside, TOLERANCE)
@@ -65,10 +65,10 @@ def sizes_for(case: Case, config) -> dict:
 
 
 def recipe_for(case: Case, options: argparse.Namespace, config, teacher: str):
-    from mohawk.demo import local_settings
-    from mohawk.prune_recipe import PruneRecipe
-    from mohawk.recipe import Recipe
-    from mohawk.recipe_files import shipped
+    from mohawk.conversion.recipe import Recipe
+    from mohawk.demo.run import local_settings
+    from mohawk.pruning.recipe import PruneRecipe
+    from mohawk.schema.files import shipped
 
     data = Recipe.load(shipped("demo"), local_settings(teacher)).model_dump(mode="json")
     tokens = options.tokens // case.rounds
@@ -199,9 +199,9 @@ def main() -> None:
     parser.add_argument("--runs", type=Path, default=Path("runs/pruning"), help="folder of the runs")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the table, its JSON and the plot")
     options = parser.parse_args()
-    from mohawk import fetch
-    from mohawk.prune import prune
-    from mohawk.teachers import load_config
+    from mohawk.demo import fetch
+    from mohawk.loading.models import load_config
+    from mohawk.pruning.run import prune
 
     teacher = options.teacher or str(fetch.smollm2())
     config, rows = load_config(teacher), []

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from benchmarks.run import Case
-from mohawk.kernels.ssd import ssd
-from mohawk.kernels.ssd_chunked import CHUNK
+from mohawk.kernels.ssd.chunked import CHUNK
+from mohawk.kernels.ssd.scan import ssd
 
 SHAPE = (2, 2048, 24, 64)  # batch, seq, heads, head_dim = state_size; one group
 QUICK = (1, 300, 4, 16)

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from mohawk import Head, linear_kd_loss
-from mohawk.next_tokens import next_labels
+from mohawk.data.next_tokens import next_labels
 
 
 class Distillation(L.LightningModule):

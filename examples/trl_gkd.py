@@ -17,7 +17,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from trl.experimental.gkd import GKDConfig, GKDTrainer
 
 from mohawk import kd_loss
-from mohawk.next_tokens import next_labels
+from mohawk.data.next_tokens import next_labels
 
 
 class FusedGKDTrainer(GKDTrainer):

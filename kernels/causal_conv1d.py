@@ -10,9 +10,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from mohawk.kernels.first_order import first_order
-from mohawk.kernels.mixing_segments import check_segment_ids, segment_runs, segment_starts
-from mohawk.kernels.packages import usable
+from mohawk.kernels.common.first_order import first_order
+from mohawk.kernels.common.packages import usable
+from mohawk.kernels.common.segments import check_segment_ids, segment_runs, segment_starts
 
 ACTIVATIONS = (None, "silu")
 

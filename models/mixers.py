@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mohawk.kernels.causal_conv1d import causal_conv1d, causal_conv1d_step
-from mohawk.kernels.mixing import SSDMixing
-from mohawk.kernels.ssd import ssd, ssd_step
+from mohawk.kernels.mixing.definition import SSDMixing
+from mohawk.kernels.ssd.scan import ssd, ssd_step
 from mohawk.models.call import documents_in, one_cache, refuse_unknown
 
 OPEN_GATE = 1.278464542761  # silu(OPEN_GATE) = 1

@@ -19,15 +19,15 @@ if not all(os.path.isdir(os.path.join(_HERE, folder)) for folder in ("kernels", 
     __path__.append(os.path.dirname(_HERE))
 
 if TYPE_CHECKING:
-    from mohawk.attention_match import AttentionMatch
-    from mohawk.distillation import KnowledgeDistiller
-    from mohawk.distillation_trainer import DistillationTrainer
-    from mohawk.features import HiddenMatch, layer_map
-    from mohawk.heads import Head
-    from mohawk.importance import Importance, measure_importance
+    from mohawk.conversion.objectives import EndToEndObjective, HiddenObjective, MixingObjective
+    from mohawk.conversion.recipe import Recipe
+    from mohawk.conversion.run import convert
+    from mohawk.data.next_tokens import next_labels
+    from mohawk.distillation.recipe import DistillRecipe
+    from mohawk.distillation.run import distill
     from mohawk.kernels.causal_conv1d import causal_conv1d
-    from mohawk.kernels.kd_loss import kd_loss, linear_kd_loss
-    from mohawk.kernels.kd_teachers import (
+    from mohawk.kernels.kd.loss import kd_loss, linear_kd_loss
+    from mohawk.kernels.kd.teachers import (
         TAIDSchedule,
         TeacherHidden,
         TeacherLogits,
@@ -36,69 +36,87 @@ if TYPE_CHECKING:
         TeacherTAID,
         TeacherTopK,
     )
-    from mohawk.kernels.mixing import AttentionMixing, SSDMixing
-    from mohawk.kernels.mixing_distance import mixing_distance
-    from mohawk.kernels.mixing_matrix import mixing_matrix
-    from mohawk.kernels.ssd import ssd, ssd_step
-    from mohawk.matchings import match_attention, match_hidden
-    from mohawk.minitron import MinitronPruner
-    from mohawk.models.bamba import from_bamba, to_bamba
-    from mohawk.models.cuts import Cut, cut, keep_layers
+    from mohawk.kernels.mixing.definition import AttentionMixing, SSDMixing
+    from mohawk.kernels.mixing.distance import mixing_distance
+    from mohawk.kernels.mixing.matrix import mixing_matrix
+    from mohawk.kernels.ssd.scan import ssd, ssd_step
+    from mohawk.losses.attention_match import AttentionMatch
+    from mohawk.losses.distiller import KnowledgeDistiller
+    from mohawk.losses.heads import Head
+    from mohawk.losses.hf_trainer import DistillationTrainer
+    from mohawk.losses.hidden_match import HiddenMatch, layer_map
+    from mohawk.losses.matching import match_attention, match_hidden
+    from mohawk.losses.on_policy import OnPolicy
+    from mohawk.losses.rationales import RationaleDistiller
+    from mohawk.models.cutting.cuts import Cut, cut, keep_layers
+    from mohawk.models.formats.bamba import from_bamba, to_bamba
+    from mohawk.models.formats.released import load_released, save_released, to_released
     from mohawk.models.from_teacher import hybrid_from_teacher
     from mohawk.models.hybrid import HybridConfig, HybridForCausalLM
     from mohawk.models.mixers import DiscreteMamba2Mixer, Mamba2Mixer
-    from mohawk.models.released import load_released, save_released, to_released
-    from mohawk.on_policy import OnPolicy
-    from mohawk.rationales import RationaleDistiller
-    from mohawk.teacher_cache import CachedRows, TeacherCache
-    from mohawk.vocabulary import trim_vocabulary
+    from mohawk.pruning.importance import Importance, measure_importance
+    from mohawk.pruning.minitron import MinitronPruner
+    from mohawk.pruning.recipe import PruneRecipe
+    from mohawk.pruning.run import prune
+    from mohawk.pruning.vocabulary import trim_vocabulary
+    from mohawk.teacher_cache.reader import CachedRows, TeacherCache
 
 _PUBLIC = {
-    "AttentionMatch": "mohawk.attention_match",
-    "CachedRows": "mohawk.teacher_cache",
-    "DistillationTrainer": "mohawk.distillation_trainer",
-    "Head": "mohawk.heads",
-    "HiddenMatch": "mohawk.features",
-    "KnowledgeDistiller": "mohawk.distillation",
-    "RationaleDistiller": "mohawk.rationales",
-    "TeacherCache": "mohawk.teacher_cache",
-    "layer_map": "mohawk.features",
-    "match_attention": "mohawk.matchings",
-    "match_hidden": "mohawk.matchings",
-    "causal_conv1d": "mohawk.kernels.causal_conv1d",
-    "kd_loss": "mohawk.kernels.kd_loss",
-    "linear_kd_loss": "mohawk.kernels.kd_loss",
-    "TAIDSchedule": "mohawk.kernels.kd_teachers",
-    "TeacherHidden": "mohawk.kernels.kd_teachers",
-    "TeacherLogits": "mohawk.kernels.kd_teachers",
-    "TeacherMixture": "mohawk.kernels.kd_teachers",
-    "TeacherSamples": "mohawk.kernels.kd_teachers",
-    "TeacherTAID": "mohawk.kernels.kd_teachers",
-    "TeacherTopK": "mohawk.kernels.kd_teachers",
-    "AttentionMixing": "mohawk.kernels.mixing",
-    "SSDMixing": "mohawk.kernels.mixing",
-    "mixing_matrix": "mohawk.kernels.mixing_matrix",
-    "mixing_distance": "mohawk.kernels.mixing_distance",
-    "ssd": "mohawk.kernels.ssd",
-    "ssd_step": "mohawk.kernels.ssd",
-    "from_bamba": "mohawk.models.bamba",
-    "to_bamba": "mohawk.models.bamba",
-    "hybrid_from_teacher": "mohawk.models.from_teacher",
+    "AttentionMatch": "mohawk.losses.attention_match",
+    "AttentionMixing": "mohawk.kernels.mixing.definition",
+    "CachedRows": "mohawk.teacher_cache.reader",
+    "Cut": "mohawk.models.cutting.cuts",
+    "DiscreteMamba2Mixer": "mohawk.models.mixers",
+    "DistillRecipe": "mohawk.distillation.recipe",
+    "DistillationTrainer": "mohawk.losses.hf_trainer",
+    "EndToEndObjective": "mohawk.conversion.objectives",
+    "Head": "mohawk.losses.heads",
+    "HiddenMatch": "mohawk.losses.hidden_match",
+    "HiddenObjective": "mohawk.conversion.objectives",
     "HybridConfig": "mohawk.models.hybrid",
     "HybridForCausalLM": "mohawk.models.hybrid",
-    "DiscreteMamba2Mixer": "mohawk.models.mixers",
+    "Importance": "mohawk.pruning.importance",
+    "KnowledgeDistiller": "mohawk.losses.distiller",
     "Mamba2Mixer": "mohawk.models.mixers",
-    "load_released": "mohawk.models.released",
-    "save_released": "mohawk.models.released",
-    "to_released": "mohawk.models.released",
-    "MinitronPruner": "mohawk.minitron",
-    "OnPolicy": "mohawk.on_policy",
-    "Cut": "mohawk.models.cuts",
-    "cut": "mohawk.models.cuts",
-    "keep_layers": "mohawk.models.cuts",
-    "Importance": "mohawk.importance",
-    "measure_importance": "mohawk.importance",
-    "trim_vocabulary": "mohawk.vocabulary",
+    "MinitronPruner": "mohawk.pruning.minitron",
+    "MixingObjective": "mohawk.conversion.objectives",
+    "OnPolicy": "mohawk.losses.on_policy",
+    "PruneRecipe": "mohawk.pruning.recipe",
+    "RationaleDistiller": "mohawk.losses.rationales",
+    "Recipe": "mohawk.conversion.recipe",
+    "SSDMixing": "mohawk.kernels.mixing.definition",
+    "TAIDSchedule": "mohawk.kernels.kd.teachers",
+    "TeacherCache": "mohawk.teacher_cache.reader",
+    "TeacherHidden": "mohawk.kernels.kd.teachers",
+    "TeacherLogits": "mohawk.kernels.kd.teachers",
+    "TeacherMixture": "mohawk.kernels.kd.teachers",
+    "TeacherSamples": "mohawk.kernels.kd.teachers",
+    "TeacherTAID": "mohawk.kernels.kd.teachers",
+    "TeacherTopK": "mohawk.kernels.kd.teachers",
+    "causal_conv1d": "mohawk.kernels.causal_conv1d",
+    "convert": "mohawk.conversion.run",
+    "cut": "mohawk.models.cutting.cuts",
+    "distill": "mohawk.distillation.run",
+    "from_bamba": "mohawk.models.formats.bamba",
+    "hybrid_from_teacher": "mohawk.models.from_teacher",
+    "kd_loss": "mohawk.kernels.kd.loss",
+    "keep_layers": "mohawk.models.cutting.cuts",
+    "layer_map": "mohawk.losses.hidden_match",
+    "linear_kd_loss": "mohawk.kernels.kd.loss",
+    "load_released": "mohawk.models.formats.released",
+    "match_attention": "mohawk.losses.matching",
+    "match_hidden": "mohawk.losses.matching",
+    "measure_importance": "mohawk.pruning.importance",
+    "mixing_distance": "mohawk.kernels.mixing.distance",
+    "mixing_matrix": "mohawk.kernels.mixing.matrix",
+    "next_labels": "mohawk.data.next_tokens",
+    "prune": "mohawk.pruning.run",
+    "save_released": "mohawk.models.formats.released",
+    "ssd": "mohawk.kernels.ssd.scan",
+    "ssd_step": "mohawk.kernels.ssd.scan",
+    "to_bamba": "mohawk.models.formats.bamba",
+    "to_released": "mohawk.models.formats.released",
+    "trim_vocabulary": "mohawk.pruning.vocabulary",
 }
 
 __all__ = [
@@ -107,17 +125,23 @@ __all__ = [
     "CachedRows",
     "Cut",
     "DiscreteMamba2Mixer",
+    "DistillRecipe",
     "DistillationTrainer",
+    "EndToEndObjective",
     "Head",
     "HiddenMatch",
+    "HiddenObjective",
     "HybridConfig",
     "HybridForCausalLM",
     "Importance",
     "KnowledgeDistiller",
     "Mamba2Mixer",
     "MinitronPruner",
+    "MixingObjective",
     "OnPolicy",
+    "PruneRecipe",
     "RationaleDistiller",
+    "Recipe",
     "SSDMixing",
     "TAIDSchedule",
     "TeacherCache",
@@ -128,7 +152,9 @@ __all__ = [
     "TeacherTAID",
     "TeacherTopK",
     "causal_conv1d",
+    "convert",
     "cut",
+    "distill",
     "from_bamba",
     "hybrid_from_teacher",
     "kd_loss",
@@ -141,6 +167,8 @@ __all__ = [
     "measure_importance",
     "mixing_distance",
     "mixing_matrix",
+    "next_labels",
+    "prune",
     "save_released",
     "ssd",
     "ssd_step",
@@ -156,7 +184,7 @@ def __getattr__(name: str) -> Any:
     try:
         value = getattr(importlib.import_module(_PUBLIC[name]), name)
     except ImportError as error:
-        from mohawk.extras import explain
+        from mohawk.core.extras import explain
 
         if (line := explain(error, f"mohawk.{name}")) is None:
             raise

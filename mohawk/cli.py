@@ -18,10 +18,10 @@ from pathlib import Path
 from typing import NoReturn
 
 import mohawk
+from mohawk.core.extras import explain, need
+from mohawk.core.stopping import cleaning_up
+from mohawk.core.terminal import log_to_stderr
 from mohawk.errors import SaidElsewhere, UserError, line_for, printable, shortened
-from mohawk.extras import explain, need
-from mohawk.stopping import cleaning_up
-from mohawk.terminal import log_to_stderr
 
 # Progress bars of the libraries below us: where stderr is no terminal, they would fill a log.
 BARS = ("TQDM_DISABLE", "HF_HUB_DISABLE_PROGRESS_BARS", "HF_DATASETS_DISABLE_PROGRESS_BARS")
@@ -70,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         _drop_output()
         return 1
     except Exception as error:
-        from mohawk.checkpoints import Interrupted
+        from mohawk.core.folders import Interrupted
 
         if isinstance(error, Interrupted):
             if _rank() == 0:
@@ -131,7 +131,7 @@ def _rank() -> int:
 
 def _run_together(options: argparse.Namespace) -> None:
     """A command in several processes, of which the first one speaks."""
-    from mohawk.processes import joined, leave
+    from mohawk.core.processes import joined, leave
 
     with joined():
         if options.run not in (_convert, _distill, _prune):
@@ -450,61 +450,61 @@ def parser() -> argparse.ArgumentParser:
 
 def _demo(options: argparse.Namespace) -> None:
     need("convert", "`mohawk demo`")
-    from mohawk.demo import demo
+    from mohawk.demo.run import demo
 
     demo(options.teacher, options.output, options.set)
 
 
 def _convert(options: argparse.Namespace) -> None:
-    from mohawk.recipe import Recipe
+    from mohawk.conversion.recipe import Recipe
 
     recipe = Recipe.load(options.recipe, _overrides(options))
 
     need("convert", "`mohawk convert`")
-    from mohawk.convert import convert
+    from mohawk.conversion.run import convert
 
     convert(recipe, dry_run=options.dry_run)
 
 
 def _distill(options: argparse.Namespace) -> None:
-    from mohawk.distill_recipe import DistillRecipe
+    from mohawk.distillation.recipe import DistillRecipe
 
     recipe = DistillRecipe.load(options.recipe, _overrides(options))
 
     need("lora" if recipe.has_adapter() else "convert", "`mohawk distill`")
-    from mohawk.distill import distill
+    from mohawk.distillation.run import distill
 
     distill(recipe, dry_run=options.dry_run)
 
 
 def _ablate(options: argparse.Namespace) -> None:
     need("convert", "`mohawk ablate`")
-    from mohawk.ablate import ablate
+    from mohawk.distillation.ablate import ablate
 
     ablate(options.recipe, options.over, options.set, options.output)
 
 
 def _prune(options: argparse.Namespace) -> None:
-    from mohawk.prune_recipe import PruneRecipe
+    from mohawk.pruning.recipe import PruneRecipe
 
     recipe = PruneRecipe.load(options.recipe, _overrides(options))
 
     need("convert", "`mohawk prune`")
-    from mohawk.prune import prune
+    from mohawk.pruning.run import prune
 
     prune(recipe, dry_run=options.dry_run)
 
 
 def _select(options: argparse.Namespace) -> None:
     need("convert", "`mohawk select`")
-    from mohawk.select_layers import select
+    from mohawk.conversion.select import select
 
     select(options.model, by=options.by, tokens=options.tokens, lazy=options.lazy)
 
 
 def _compose(options: argparse.Namespace) -> None:
     need("convert", "`mohawk compose`")
-    from mohawk.compose import compose
+    from mohawk.conversion.compose import compose
 
     given = {name: getattr(options, name) for name in ("budget", "attention", "by", "output")}
     compose(options.model, **given, overrides=options.set)
@@ -519,11 +519,11 @@ def _cache(options: argparse.Namespace) -> None:
         raise UserError("--temperature is of --kind top-k and samples: hidden states serve any; leave it out")
     names = ("stage", "temperature", "sequence_length", "tokens", "batch_size", *kinds)
     given = {name: value for name in names if (value := getattr(options, name)) is not None}
-    from mohawk.recipe_kinds import kind_of
+    from mohawk.schema.kinds import kind_of
 
     recipe = kind_of(options.recipe).load(options.recipe, options.set)
     need("convert", "`mohawk cache`")
-    from mohawk.cache_teacher import cache_teacher
+    from mohawk.distillation.cache import cache_teacher
 
     cache_teacher(recipe, options.output, kind=options.kind, **given)
 
@@ -532,14 +532,14 @@ def _evaluate(options: argparse.Namespace) -> None:
     asked = {name: getattr(options, name) for name in ("task_path", "limit", "batch_size", "fewshot")}
     if options.tasks is not None:
         need("eval", "`mohawk evaluate --tasks`")
-        from mohawk.lm_eval_tasks import evaluate_tasks
+        from mohawk.evaluation.harness import evaluate_tasks
 
         names = [name.strip() for name in options.tasks.split(",") if name.strip()]
         evaluate_tasks(options.model, names, **asked, overrides=options.set)
         return
     _refuse(asked, "--tasks NAME,...; name tasks, or leave it out")
     need("convert", "`mohawk evaluate`")
-    from mohawk.evaluate_run import evaluate_run
+    from mohawk.evaluation.run import evaluate_run
 
     evaluate_run(options.model, options.set)
 
@@ -549,7 +549,7 @@ def _generate(options: argparse.Namespace) -> None:
         raise UserError(f"--temperature: got {options.temperature}; allowed: 0, which is greedy, or at least 0.001")
     if options.top_p < 1 and options.temperature == 0:
         raise UserError("--top-p needs --temperature above 0: greedy decoding has nothing to sample from")
-    from mohawk.generation import generate
+    from mohawk.generation.generate import generate
 
     generate(
         options.model,
@@ -579,9 +579,9 @@ def _generate_data(options: argparse.Namespace) -> None:
         raise UserError("--top-p needs --temperature above 0: greedy decoding has nothing to sample from")
     method = "beam" if options.beams is not None else "sample" if options.temperature else "greedy"
 
-    from mohawk.decoding import Decoding
-    from mohawk.filters import Filters
-    from mohawk.generate_data import generate_from
+    from mohawk.generation.decoding import Decoding
+    from mohawk.generation.filters import Filters
+    from mohawk.generation.generate_data import generate_from
 
     used = ("samples", "max_new_tokens", "beams", "top_p", "seed") + (("temperature",) if options.temperature else ())
     generate_from(
@@ -620,7 +620,7 @@ def _purify(options: argparse.Namespace) -> None:
         raise UserError("--by merge needs --model MODEL")
     if options.endpoint is None:
         _refuse(given("key_env"), "--endpoint URL; give one, or leave it out")
-    from mohawk.purify import purify_from
+    from mohawk.generation.purify import purify_from
 
     if "merge_prompt" in merging:
         merging["merge_prompt_file"] = merging.pop("merge_prompt")
@@ -632,7 +632,7 @@ def _purify(options: argparse.Namespace) -> None:
 
 
 def _export(options: argparse.Namespace) -> None:
-    from mohawk.export import export
+    from mohawk.export.run import export
 
     export(options.model, options.to, options.output, pad_expand=options.pad_expand, fold_bias=options.fold_bias)
 
@@ -640,16 +640,16 @@ def _export(options: argparse.Namespace) -> None:
 def _inspect(options: argparse.Namespace) -> None:
     drawing = {name: getattr(options, name) for name in ("teacher", "output", "layers", "tokens", "rows")}
     if options.matrices is not None:
-        from mohawk.inspect_matrices import inspect_matrices
+        from mohawk.inspection.pictures import inspect_matrices
 
         inspect_matrices(options.model, options.matrices, **drawing)
         return
     _refuse(drawing, "--matrices TEXT; give a text, or leave it out")
     from rich.console import Console
 
-    from mohawk.describe import describe, print_description, student_folder
-    from mohawk.run_folder import home
-    from mohawk.run_status import print_run
+    from mohawk.core.places import home
+    from mohawk.inspection.status import print_run
+    from mohawk.loading.describe import describe, print_description, student_folder
 
     console = Console()
     folder = home(options.model)
@@ -666,7 +666,7 @@ def _refuse(given: dict[str, object], of: str) -> None:
 
 
 def _recipes(options: argparse.Namespace) -> None:
-    from mohawk.recipe_kinds import copy_shipped, print_shipped
+    from mohawk.schema.kinds import copy_shipped, print_shipped
 
     if options.name is not None:
         copy_shipped(options.name, options.output)
@@ -676,20 +676,20 @@ def _recipes(options: argparse.Namespace) -> None:
 
 
 def _verify(options: argparse.Namespace) -> None:
-    from mohawk.verify import verify
+    from mohawk.inspection.verify import verify
 
     verify(options.path)
 
 
 def _doctor(options: argparse.Namespace) -> None:
-    from mohawk.doctor import doctor
+    from mohawk.inspection.doctor import doctor
 
     doctor()
 
 
 def _overrides(options: argparse.Namespace) -> list[str]:
     """What the command line changes in a recipe."""
-    from mohawk.recipe_text import quoted
+    from mohawk.schema.yaml_text import quoted
 
     return [*options.set, *([] if options.output is None else [f"output={quoted(options.output)}"])]
 
@@ -712,7 +712,7 @@ def _add_set(sub: argparse.ArgumentParser) -> None:
 
 def _path(text: str) -> Path:
     """An argparse type: a path in which `~` is the home folder, as in `--output=~/run`, which shells leave alone."""
-    from mohawk.run_folder import home
+    from mohawk.core.places import home
 
     if not text.strip():
         raise argparse.ArgumentTypeError("got an empty path; allowed: a file or a folder")

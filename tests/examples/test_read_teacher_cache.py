@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 import torch
 
-from mohawk.data import PackedDataset
-from mohawk.teacher_writer import write_cache
+from mohawk.data.packing import PackedDataset
+from mohawk.teacher_cache.writer import write_cache
 from tests.mohawk.conftest import make_llama  # noqa: F401
 from tests.mohawk.tiny_teacher import LENGTH, documents
 

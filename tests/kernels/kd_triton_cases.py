@@ -7,8 +7,8 @@ import tempfile
 
 import torch
 
-from mohawk.kernels import kd_triton
-from mohawk.kernels.kd_loss import (
+from mohawk.kernels.kd import triton_backend as kd_triton
+from mohawk.kernels.kd.loss import (
     TeacherHidden,
     TeacherLogits,
     TeacherMixture,

@@ -36,9 +36,9 @@ def without_a_gpu():
 
 without_a_gpu()
 combined = importlib.import_module("mamba_ssm.ops.triton.ssd_combined")
-from mohawk.kernels import ssd_mamba  # noqa: E402
-from mohawk.kernels.mixing_segments import segment_runs  # noqa: E402
-from mohawk.kernels.ssd import ssd  # noqa: E402
+from mohawk.kernels.common.segments import segment_runs  # noqa: E402
+from mohawk.kernels.ssd import mamba_backend as ssd_mamba  # noqa: E402
+from mohawk.kernels.ssd.scan import ssd  # noqa: E402
 
 ssd_mamba.CHUNK = CHUNK  # several chunks and a ragged one at small sizes
 

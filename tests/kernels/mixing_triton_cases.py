@@ -9,9 +9,9 @@ import torch
 import triton.language as tl
 from triton.runtime import interpreter
 
-from mohawk.kernels import mixing_triton
-from mohawk.kernels.mixing import AttentionMixing, SSDMixing
-from mohawk.kernels.mixing_distance import mixing_distance
+from mohawk.kernels.mixing import triton_backend as mixing_triton
+from mohawk.kernels.mixing.definition import AttentionMixing, SSDMixing
+from mohawk.kernels.mixing.distance import mixing_distance
 
 torch.use_deterministic_algorithms(True)
 torch.utils.deterministic.fill_uninitialized_memory = True

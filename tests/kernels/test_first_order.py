@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from mohawk.kernels.causal_conv1d import causal_conv1d
-from mohawk.kernels.mixing import AttentionMixing, SSDMixing
-from mohawk.kernels.mixing_distance import mixing_distance
-from mohawk.kernels.ssd import ssd
+from mohawk.kernels.mixing.definition import AttentionMixing, SSDMixing
+from mohawk.kernels.mixing.distance import mixing_distance
+from mohawk.kernels.ssd.scan import ssd
 
 
 def conv(x):

@@ -5,10 +5,10 @@ import dataclasses
 import pytest
 import torch
 
-from mohawk.kernels.kd_loss import TeacherHidden, kd_loss, linear_kd_loss
-from mohawk.kernels.mixing import AttentionMixing, SSDMixing
-from mohawk.kernels.mixing_distance import mixing_distance
-from mohawk.kernels.ssd import ssd
+from mohawk.kernels.kd.loss import TeacherHidden, kd_loss, linear_kd_loss
+from mohawk.kernels.mixing.definition import AttentionMixing, SSDMixing
+from mohawk.kernels.mixing.distance import mixing_distance
+from mohawk.kernels.ssd.scan import ssd
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mohawk.kernels.kd_loss import (
+from mohawk.kernels.kd.loss import (
     TAIDSchedule,
     TeacherHidden,
     TeacherLogits,

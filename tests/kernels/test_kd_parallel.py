@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from mohawk.kernels.kd_loss import (
+from mohawk.kernels.kd.loss import (
     TeacherHidden,
     TeacherLogits,
     TeacherMixture,
@@ -285,7 +285,7 @@ def test_second_derivative_under_compile():
 
 def test_operator_is_registered_soundly():
     """torch's own checks of the operator: schema, autograd registration, fake tensors, AOT dispatch."""
-    from mohawk.kernels import kd_compile
+    from mohawk.kernels.kd import compiled as kd_compile
 
     torch.manual_seed(0)
     z, t = torch.randn(4, 9, requires_grad=True), torch.randn(4, 9)

@@ -7,9 +7,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mohawk.kernels import mixing_chunked
-from mohawk.kernels.mixing import AttentionMixing, SSDMixing
-from mohawk.kernels.mixing_distance import mixing_distance
+from mohawk.kernels.mixing import chunked as mixing_chunked
+from mohawk.kernels.mixing.definition import AttentionMixing, SSDMixing
+from mohawk.kernels.mixing.distance import mixing_distance
 
 METRICS = ["frobenius", "squared", "mse", "relative"]
 

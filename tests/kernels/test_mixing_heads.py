@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from mohawk.kernels import mixing_heads
-from mohawk.kernels.mixing import AttentionMixing, SSDMixing
-from mohawk.kernels.mixing_heads import head_mean_distance
-from mohawk.kernels.mixing_reference import dense_matrix
+from mohawk.kernels.mixing import mean_heads as mixing_heads
+from mohawk.kernels.mixing.definition import AttentionMixing, SSDMixing
+from mohawk.kernels.mixing.mean_heads import head_mean_distance
+from mohawk.kernels.mixing.reference import dense_matrix
 
 SEQ = 131  # two strips and a bit
 

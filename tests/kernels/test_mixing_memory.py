@@ -4,12 +4,12 @@ import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from mohawk.kernels.mixing import AttentionMixing, SSDMixing
-from mohawk.kernels.mixing_distance import mixing_distance
-from mohawk.kernels.mixing_heads import head_mean_distance
-from mohawk.kernels.mixing_matrix import mixing_matrix
-from mohawk.kernels.mixing_reference import dense_matrix
-from mohawk.kernels.ssd import ssd
+from mohawk.kernels.mixing.definition import AttentionMixing, SSDMixing
+from mohawk.kernels.mixing.distance import mixing_distance
+from mohawk.kernels.mixing.matrix import mixing_matrix
+from mohawk.kernels.mixing.mean_heads import head_mean_distance
+from mohawk.kernels.mixing.reference import dense_matrix
+from mohawk.kernels.ssd.scan import ssd
 
 
 def peak_bytes(function):

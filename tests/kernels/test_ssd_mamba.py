@@ -15,8 +15,10 @@ import warnings
 import pytest
 import torch
 
-from mohawk.kernels import causal_conv1d, packages, ssd_mamba
-from mohawk.kernels.ssd import ssd
+from mohawk.kernels import causal_conv1d
+from mohawk.kernels.common import packages
+from mohawk.kernels.ssd import mamba_backend as ssd_mamba
+from mohawk.kernels.ssd.scan import ssd
 
 ROOT = pathlib.Path(__file__).parents[2]
 MISSING = [name for name in ("mamba_ssm", "triton", "einops") if importlib.util.find_spec(name) is None]

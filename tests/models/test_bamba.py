@@ -4,8 +4,10 @@ import pytest
 import torch
 from transformers import BambaConfig, BambaForCausalLM
 
-from mohawk import consistency
-from mohawk.models.bamba import (
+from mohawk.export.parity_probe import probe
+from mohawk.measures import consistency
+from mohawk.models.families import FAMILIES
+from mohawk.models.formats.bamba import (
     EXPRESSIBLE,
     FOREIGN,
     fold_conv_input_bias,
@@ -15,9 +17,7 @@ from mohawk.models.bamba import (
     to_bamba,
     why_not_bamba,
 )
-from mohawk.models.families import FAMILIES
 from mohawk.models.from_teacher import hybrid_from_teacher
-from mohawk.parity_probe import probe
 from tests.models.conftest import tiny_teacher
 
 pytestmark = pytest.mark.skipif(
@@ -249,6 +249,6 @@ def test_training_leaves_no_bias_in_front_of_the_convolution():
 
 def test_a_transformers_that_norms_groups_together_is_refused(monkeypatch):
     student = student_of(scramble=False)
-    monkeypatch.setattr("mohawk.models.bamba.norms_groups_apart", lambda: False)
+    monkeypatch.setattr("mohawk.models.formats.bamba.norms_groups_apart", lambda: False)
     with pytest.raises(ValueError, match="normalises all 4 groups of a mixer together, 5.23 and later each alone"):
         to_bamba(student)

@@ -8,10 +8,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, DynamicCache
 
-from mohawk.consistency import LEFT_ALONE, PATHS, broken_paths, inconsistencies, some_tokens
+from mohawk.loading.remote_code import add_code
+from mohawk.measures.consistency import LEFT_ALONE, PATHS, broken_paths, inconsistencies, some_tokens
 from mohawk.models.call import CACHE, HARMLESS
 from mohawk.models.mixers import SSMMixer
-from mohawk.remote_code import add_code
 from tests.models.conftest import tiny_teacher
 from tests.models.test_hybrid import ids, relative, student_of
 

@@ -10,9 +10,18 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, BambaConfig, GenerationConfig, GPT2Config
 
-from mohawk.models.bamba import fold_conv_input_bias, from_bamba, norms_groups_apart, to_bamba
-from mohawk.models.cut_sizes import Sizes, parameter_count, sized_config, sizes_of
-from mohawk.models.cuts import Cut, cut, keep_ffn, keep_heads, keep_hidden, keep_layers, keep_state, resolve_layers
+from mohawk.models.cutting.cuts import (
+    Cut,
+    cut,
+    keep_ffn,
+    keep_heads,
+    keep_hidden,
+    keep_layers,
+    keep_state,
+    resolve_layers,
+)
+from mohawk.models.cutting.sizes import Sizes, parameter_count, sized_config, sizes_of
+from mohawk.models.formats.bamba import fold_conv_input_bias, from_bamba, norms_groups_apart, to_bamba
 from mohawk.models.from_teacher import hybrid_from_teacher
 from mohawk.models.hybrid import HybridConfig, HybridForCausalLM
 from tests.models.conftest import FAMILIES, tiny_teacher

@@ -18,9 +18,9 @@ from transformers import (
     OPTConfig,
 )
 
-from mohawk.models.cuts import keep_layers
+from mohawk.models.cutting.cuts import keep_layers
+from mohawk.models.cutting.depth import _check_layers
 from mohawk.models.decoders import decoder
-from mohawk.models.depth import _check_layers
 from tests.models.conftest import COMMON, tiny_teacher
 
 TINY = {"vocab_size": 97, "num_hidden_layers": 4, "hidden_size": 32, "num_attention_heads": 4}

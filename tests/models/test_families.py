@@ -6,17 +6,17 @@ import pytest
 import torch
 from transformers import AutoConfig
 
-from mohawk.kernels.mixing import AttentionMixing, SSDMixing
-from mohawk.kernels.mixing_distance import mixing_distance
-from mohawk.kernels.mixing_matrix import mixing_matrix
-from mohawk.kernels.mixing_reference import dense_matrix
+from mohawk.conversion.objectives import EndToEndObjective, HiddenObjective, MixingObjective
+from mohawk.conversion.readout import solve_output_projections
+from mohawk.kernels.mixing.definition import AttentionMixing, SSDMixing
+from mohawk.kernels.mixing.distance import mixing_distance
+from mohawk.kernels.mixing.matrix import mixing_matrix
+from mohawk.kernels.mixing.reference import dense_matrix
 from mohawk.models.families import FAMILIES, check_supported, decoder_layers, family_of, mixer_input_norm
 from mohawk.models.from_teacher import hybrid_from_teacher
 from mohawk.models.hybrid import HybridConfig, HybridForCausalLM, positions_of
 from mohawk.models.mixers import SSMMixer
 from mohawk.models.teacher_forcing import layer_calls, record, recording_attention, softcapped_attention
-from mohawk.phases import EndToEndObjective, HiddenObjective, MixingObjective
-from mohawk.readout import solve_output_projections
 from tests.models.conftest import FAMILIES as TESTED
 from tests.models.conftest import tiny_teacher
 

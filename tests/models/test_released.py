@@ -12,9 +12,9 @@ from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, MistralConfig
 
 from mohawk.models.call import CACHE
+from mohawk.models.formats.released import load_released, released_config, save_released, to_released
+from mohawk.models.formats.released_configs import layout_of
 from mohawk.models.hybrid import HybridForCausalLM
-from mohawk.models.released import load_released, released_config, save_released, to_released
-from mohawk.models.released_configs import layout_of
 
 V, D, HEADS, P, N, MLP, LAYERS = 40, 16, 4, 4, 6, 24, 3
 TOKENS = torch.tensor([[3, 17, 5, 39, 0, 8, 8, 21, 30, 2, 11], [1, 0, 36, 25, 25, 9, 14, 7, 33, 19, 4]])
@@ -471,7 +471,7 @@ def test_hub_files_are_asked_for_by_name(monkeypatch, tmp_path):
             raise EntryNotFoundError(file)
         return str(folder / file)
 
-    from mohawk.models import released as module
+    from mohawk.models.formats import released as module
 
     monkeypatch.setattr(module, "hf_hub_download", download)
     assert module._read_json("someone/else", "config.json", "main")["hidden_size"] == D

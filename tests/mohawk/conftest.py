@@ -6,7 +6,7 @@ import pytest
 @pytest.fixture(scope="session", autouse=True)
 def own_sums(tmp_path_factory):
     """Sums of files in temporary folders are not remembered in the user's cache."""
-    from mohawk import sums
+    from mohawk.core import sums
 
     folder, memory = tmp_path_factory.mktemp("sums"), sums._memory
     sums._memory = lambda of: folder / memory(of).name

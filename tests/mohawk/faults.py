@@ -11,8 +11,8 @@ import sys
 import threading
 from pathlib import Path
 
-from mohawk.checkpoints import checkpoints
 from mohawk.cli import main
+from mohawk.core.folders import checkpoints
 from tests.mohawk.tiny_phase import fork, wait
 
 # Python's own file calls, with their paths: whatever library makes them

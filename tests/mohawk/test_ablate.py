@@ -7,9 +7,9 @@ from types import SimpleNamespace
 import pytest
 from rich.console import Console
 
-from mohawk.ablate import compare_runs
-from mohawk.json_files import read_json, write_json
-from mohawk.report import RESULTS, print_tables
+from mohawk.core.json_files import read_json, write_json
+from mohawk.distillation.ablate import compare_runs
+from mohawk.runs.report import RESULTS, print_tables
 
 
 def compared(folder, names, tokens):

@@ -5,9 +5,9 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-from mohawk.attention_match import AttentionMatch, collect_attention, side_by_side
-from mohawk.kernels.mixing_reference import dense_matrix
-from mohawk.matchings import match_attention
+from mohawk.kernels.mixing.reference import dense_matrix
+from mohawk.losses.attention_match import AttentionMatch, collect_attention, side_by_side
+from mohawk.losses.matching import match_attention
 from mohawk.models.from_teacher import hybrid_from_teacher
 from mohawk.models.teacher_forcing import AttentionRecord
 

@@ -13,13 +13,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from mohawk.checkpoints import MANIFEST, locked, why_incomplete
 from mohawk.cli import main
-from mohawk.data import PackedDataset
+from mohawk.core.folders import MANIFEST, locked, why_incomplete
+from mohawk.data.packing import PackedDataset
 from mohawk.errors import UserError
-from mohawk.model_hash import teacher_hash
-from mohawk.teacher_cache import TeacherCache, shard_name
-from mohawk.teacher_writer import write_cache
+from mohawk.loading.model_hash import teacher_hash
+from mohawk.teacher_cache.reader import TeacherCache, shard_name
+from mohawk.teacher_cache.writer import write_cache
 from tests.mohawk.tiny_phase import cheap_training, fork, wait  # noqa: F401
 from tests.mohawk.tiny_teacher import LENGTH, VOCAB, documents
 
@@ -222,7 +222,7 @@ def test_an_empty_folder_is_no_obstacle(tmp_path, teacher, dataset):
 
 
 def test_without_a_terminal_progress_is_lines_with_an_estimate(tmp_path, teacher, dataset, monkeypatch, capsys, caplog):
-    monkeypatch.setattr("mohawk.teacher_writer.PLAIN_SECONDS", 0.0)
+    monkeypatch.setattr("mohawk.teacher_cache.writer.PLAIN_SECONDS", 0.0)
     with caplog.at_level(logging.INFO):
         write_cache(tmp_path / "cache", teacher, dataset, **SETTINGS)
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("cache")]
@@ -312,7 +312,7 @@ def test_logits_of_a_batch_are_never_all_there(tmp_path, make_llama, dataset, mo
     from torch.utils._python_dispatch import TorchDispatchMode
 
     teacher = make_llama(1, vocab_size=5000)
-    monkeypatch.setattr("mohawk.teacher_answers.TILE_BYTES", 4 * 5000 * 6)
+    monkeypatch.setattr("mohawk.teacher_cache.answers.TILE_BYTES", 4 * 5000 * 6)
     largest = 0
 
     class Watch(TorchDispatchMode):
@@ -386,9 +386,9 @@ def recipe(tmp_path, make_llama, tokenizer):
 
 
 def test_the_command_caches_what_phase_3_of_a_recipe_trains_on(tmp_path, recipe, tokenizer, capfd):
-    from mohawk.data import load_data
-    from mohawk.teacher_cache import CachedRows
-    from mohawk.text import tokenizer_key
+    from mohawk.data.packing import load_data
+    from mohawk.data.text import tokenizer_key
+    from mohawk.teacher_cache.reader import CachedRows
 
     assert main(["cache", str(recipe), "--output", str(tmp_path / "c"), "--k", "9"]) == 0
     err = capfd.readouterr().err

@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from mohawk.checkpoints import (
+from mohawk.core.folders import (
     MANIFEST,
     checkpoints,
     is_complete,

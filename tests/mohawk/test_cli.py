@@ -12,14 +12,14 @@ from pathlib import Path
 
 import pytest
 
-from mohawk.checkpoints import Interrupted
 from mohawk.cli import BARS, main, parser
+from mohawk.conversion.recipe import Recipe
+from mohawk.core.extras import EXTRAS
+from mohawk.core.folders import Interrupted
 from mohawk.errors import UserError
-from mohawk.extras import EXTRAS
 from mohawk.models.call import CACHE
-from mohawk.recipe import Recipe
-from mohawk.recipe_files import shipped
-from mohawk.recipe_kinds import kind_of
+from mohawk.schema.files import shipped
+from mohawk.schema.kinds import kind_of
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPE = "teacher: some/model\ndata: {train: [a.txt]}\n"
@@ -401,8 +401,8 @@ def test_inspect_counts_what_the_model_has(models, capsys):
     import torch
     from transformers import AutoModelForCausalLM
 
-    from mohawk.describe import describe
-    from mohawk.evaluate import cache_bytes
+    from mohawk.loading.describe import describe
+    from mohawk.measures.compare import cache_bytes
 
     model = AutoModelForCausalLM.from_pretrained(models / "hybrid")
     described = describe(models / "hybrid")
@@ -435,8 +435,8 @@ def test_inspect_knows_the_constant_state_of_a_stock_bamba(tmp_path, capsys, dty
     import torch
     from transformers import BambaConfig, BambaForCausalLM
 
-    from mohawk.describe import describe
-    from mohawk.evaluate import cache_bytes
+    from mohawk.loading.describe import describe
+    from mohawk.measures.compare import cache_bytes
 
     config = BambaConfig(
         vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4,
@@ -473,7 +473,7 @@ def test_inspect_says_where_it_does_not_know_a_state(tmp_path, capsys):
 def test_sliding_windows_bound_the_state(make_llama, tmp_path):
     from transformers import MistralConfig, MistralForCausalLM
 
-    from mohawk.describe import describe
+    from mohawk.loading.describe import describe
 
     config = MistralConfig(**{**make_llama().config.to_dict(), "sliding_window": 16, "model_type": "mistral"})
     MistralForCausalLM(config).save_pretrained(tmp_path)
@@ -506,7 +506,7 @@ def test_inspect_a_run(models, tmp_path, capsys):
 def test_a_closed_pipe_is_no_error():
     code = (
         "import sys, types\n"
-        "demo = sys.modules['mohawk.demo'] = types.ModuleType('mohawk.demo')\n"
+        "demo = sys.modules['mohawk.demo.run'] = types.ModuleType('mohawk.demo.run')\n"
         "demo.demo = lambda *_: print('x' * 1_000_000)\n"
         "from mohawk.cli import main\n"
         "sys.exit(main(['demo']))\n"

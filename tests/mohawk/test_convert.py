@@ -12,17 +12,17 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config
 
-from mohawk.checkpoints import Interrupted, is_complete
 from mohawk.cli import main
-from mohawk.convert import convert, untrained_student
+from mohawk.conversion.objectives import HiddenObjective, MixingObjective
+from mohawk.conversion.recipe import Recipe
+from mohawk.conversion.run import convert, untrained_student
+from mohawk.core.folders import Interrupted, is_complete
 from mohawk.errors import UserError
-from mohawk.evaluate_run import evaluate_run
-from mohawk.generation import generate
+from mohawk.evaluation.run import evaluate_run
+from mohawk.generation.generate import generate
 from mohawk.models.hybrid import HybridForCausalLM
 from mohawk.models.mixers import SSMMixer
-from mohawk.phases import HiddenObjective, MixingObjective
-from mohawk.recipe import Recipe
-from mohawk.run import claimed
+from mohawk.runs.run import claimed
 from tests.models.conftest import tiny_teacher
 from tests.mohawk.tiny_phase import cheap_training, fork, wait  # noqa: F401
 

@@ -6,9 +6,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mohawk.data import Documents, PackedDataset, collate, load_data, split_documents
+from mohawk.data.packing import Documents, PackedDataset, collate, load_data, split_documents
+from mohawk.data.text import TokenizedText, tokenize
 from mohawk.errors import UserError
-from mohawk.text import TokenizedText, tokenize
 
 
 @pytest.fixture
@@ -89,7 +89,7 @@ def test_rows_end_where_the_budget_ends(tmp_path, caplog):
     documents = of_lengths(tmp_path, [10] * 10)
     assert len(PackedDataset(documents, 16)) == 7
     assert len(PackedDataset(documents, 16, tokens=33)) == 3
-    with caplog.at_level("INFO", "mohawk.data"):
+    with caplog.at_level("INFO", "mohawk.data.packing"):
         dataset = PackedDataset(documents, 16, tokens=2e3)
         list(dataset)
     assert len(dataset) == 125

@@ -24,16 +24,16 @@ from transformers import (
     XLNetLMHeadModel,
 )
 
-from mohawk.distillation import KnowledgeDistiller
-from mohawk.distillation_trainer import DistillationTrainer
 from mohawk.errors import UserError
-from mohawk.heads import final_hidden_states
-from mohawk.minitron import MinitronPruner
+from mohawk.loading.models import load_config, load_teacher
+from mohawk.losses.distiller import KnowledgeDistiller
+from mohawk.losses.heads import final_hidden_states
+from mohawk.losses.hf_trainer import DistillationTrainer
+from mohawk.losses.on_policy import OnPolicy
+from mohawk.losses.rationales import RationaleDistiller
+from mohawk.losses.teachers import Ensemble, ModelTeacher
 from mohawk.models.from_teacher import hybrid_from_teacher
-from mohawk.on_policy import OnPolicy
-from mohawk.rationales import RationaleDistiller
-from mohawk.teacher_models import Ensemble, ModelTeacher
-from mohawk.teachers import load_config, load_teacher
+from mohawk.pruning.minitron import MinitronPruner
 
 BERT = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48, "vocab_size": 258}
 BART = {

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from mohawk.decoding import Decoding, LocalTeacher, choose, continuation, sequence_logprob
+from mohawk.data.records import Prompt
 from mohawk.errors import UserError
-from mohawk.records import Prompt
+from mohawk.generation.decoding import Decoding, LocalTeacher, choose, continuation, sequence_logprob
 
 TEMPLATE = (
     "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}\n{% endfor %}"

@@ -4,11 +4,12 @@ import json
 
 import pytest
 
-from mohawk import demo, fetch
 from mohawk.cli import main
+from mohawk.conversion.recipe import Recipe
+from mohawk.demo import fetch
+from mohawk.demo import run as demo
 from mohawk.errors import UserError
-from mohawk.recipe import Recipe
-from mohawk.recipe_files import shipped
+from mohawk.schema.files import shipped
 
 TUNED = [3, 4, 5, 6, 7, 8, 12, 15, 22, 24, 25, 26, 27, 28, 29]  # of SmolLM2-135M, measured: see the recipe
 # Little of everything; float32, as bfloat16 says nothing more here.
@@ -42,7 +43,7 @@ def texts(tmp_path, monkeypatch):
 def recipes(texts, monkeypatch):
     """The recipes that the demo would run."""
     run = []
-    monkeypatch.setattr("mohawk.convert.convert", run.append)
+    monkeypatch.setattr("mohawk.conversion.run.convert", run.append)
     monkeypatch.setattr(fetch, "smollm2", lambda: texts / "smollm2")
     return run
 

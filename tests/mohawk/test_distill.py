@@ -7,17 +7,17 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
-from mohawk import distill as distill_module
-from mohawk.ablate import ablate, variants_of
-from mohawk.advance import Advance
-from mohawk.cache_teacher import cache_teacher
-from mohawk.checkpoints import Interrupted, is_complete
-from mohawk.distill import distill
-from mohawk.distill_recipe import DistillRecipe
-from mohawk.distillation import KnowledgeDistiller
+from mohawk.core.folders import Interrupted, is_complete
+from mohawk.distillation import run as distill_module
+from mohawk.distillation.ablate import ablate, variants_of
+from mohawk.distillation.cache import cache_teacher
+from mohawk.distillation.recipe import DistillRecipe
+from mohawk.distillation.run import distill
 from mohawk.errors import UserError
-from mohawk.recipe_files import shipped
-from mohawk.run import claimed
+from mohawk.losses.distiller import KnowledgeDistiller
+from mohawk.runs.run import claimed
+from mohawk.schema.files import shipped
+from mohawk.training.advance import Advance
 from tests.models.conftest import tiny_teacher
 from tests.mohawk.tiny_phase import cheap_training, fork, wait  # noqa: F401
 
@@ -133,7 +133,7 @@ def test_stages_from_checkpoints_to_a_student(checkpoints, texts, tmp_path, caps
 
 def killed(recipe, step: int) -> None:
     """The run, ended by SIGKILL after so many logged steps."""
-    from mohawk.progress import Metrics
+    from mohawk.training.progress import Metrics
 
     def body():
         import os
@@ -250,7 +250,7 @@ def test_adapters_alone_are_trained(checkpoints, texts, tmp_path):
     student = {"layers": "every_second", "lora": {"rank": 2, "keep": True}}
     run = tmp_path / "run"
     distill(recipe_of(checkpoints, texts, run, {}, student=student))
-    from mohawk.models.cuts import keep_layers
+    from mohawk.models.cutting.cuts import keep_layers
 
     start = dict(
         keep_layers(AutoModelForCausalLM.from_pretrained(checkpoints["big"]), "every_second").named_parameters()

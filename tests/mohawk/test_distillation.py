@@ -18,14 +18,14 @@ from mohawk import (
     match_attention,
     match_hidden,
 )
-from mohawk.distillation import OwnLoss
 from mohawk.errors import UserError
-from mohawk.heads import Head, final_hidden_states
-from mohawk.kernels.kd_teachers import TeacherLogits, TeacherTopK
-from mohawk.label_probability import label_probability
+from mohawk.kernels.kd.teachers import TeacherLogits, TeacherTopK
+from mohawk.losses.distiller import OwnLoss
+from mohawk.losses.heads import Head, final_hidden_states
+from mohawk.losses.label_probability import label_probability
+from mohawk.losses.schedules import Ramp, at, temperature_for
+from mohawk.losses.teachers import AverageTeacher, Ensemble, ModelTeacher
 from mohawk.models.from_teacher import hybrid_from_teacher
-from mohawk.schedules import Ramp, at, temperature_for
-from mohawk.teacher_models import AverageTeacher, Ensemble, ModelTeacher
 
 VOCAB = 258
 

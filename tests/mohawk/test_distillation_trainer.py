@@ -22,7 +22,7 @@ from mohawk import (
     match_attention,
     match_hidden,
 )
-from mohawk.schedules import Ramp
+from mohawk.losses.schedules import Ramp
 from tests.mohawk.tiny_phase import cheap_training  # noqa: F401
 
 pytestmark = pytest.mark.usefixtures("cheap_training")

@@ -8,7 +8,8 @@ import pytest
 import torch
 from rich.console import Console
 
-from mohawk import devices, doctor, versions
+from mohawk.core import devices, versions
+from mohawk.inspection import doctor
 
 
 def printed() -> str:
@@ -57,7 +58,7 @@ def test_operations_use_the_chunked_path_without_a_gpu(monkeypatch):
         ("mohawk.kernels.some.module", "triton", "triton"),
         ("mohawk.kernels.some.module", "chunked", "chunked"),
         ("mohawk.kernels.some.module", "reference", "reference"),
-        ("mohawk.kernels.ssd", None, "torch"),
+        ("mohawk.kernels.ssd.scan", None, "torch"),
         ("elsewhere", "triton", "torch"),
         ("mamba_ssm.ops.triton.ssd_combined", None, "mamba_ssm"),
         ("causal_conv1d", None, "causal_conv1d"),
@@ -170,8 +171,8 @@ def test_which_versions_are_in_the_range(monkeypatch, name, version, inside):
 
 
 def test_without_packaging_the_report_says_so(monkeypatch):
-    monkeypatch.delitem(sys.modules, "mohawk.versions")
-    monkeypatch.delattr("mohawk.versions")
+    monkeypatch.delitem(sys.modules, "mohawk.core.versions")
+    monkeypatch.delattr("mohawk.core.versions")
     for name in [name for name in sys.modules if name.partition(".")[0] == "packaging"]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "packaging", None)

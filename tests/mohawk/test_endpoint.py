@@ -6,11 +6,11 @@ from email.utils import formatdate
 
 import pytest
 
-from mohawk import endpoint as client
-from mohawk.decoding import Decoding
-from mohawk.endpoint import EndpointTeacher, base_url, names_secret, read_answer, retry_after
+from mohawk.data.records import Prompt
 from mohawk.errors import UserError
-from mohawk.records import Prompt
+from mohawk.generation import endpoint as client
+from mohawk.generation.decoding import Decoding
+from mohawk.generation.endpoint import EndpointTeacher, base_url, names_secret, read_answer, retry_after
 from tests.mohawk.tiny_endpoint import Server, error
 
 SAMPLING = Decoding(method="sample", samples=2, temperature=0.5, top_p=0.9, max_new_tokens=5)

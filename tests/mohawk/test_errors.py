@@ -104,7 +104,7 @@ def failing(monkeypatch):
     """Makes `mohawk doctor` do something else."""
 
     def make(work):
-        monkeypatch.setattr("mohawk.doctor.doctor", work)
+        monkeypatch.setattr("mohawk.inspection.doctor.doctor", work)
         return main(["doctor"])
 
     return make

@@ -5,10 +5,12 @@ import pytest
 import torch
 import transformers
 
-from mohawk import evaluate
-from mohawk.data import PackedDataset, split_documents
+from mohawk.data.packing import PackedDataset, split_documents
+from mohawk.data.text import TokenizedText
 from mohawk.errors import UserError
-from mohawk.evaluate import (
+from mohawk.losses.heads import Head
+from mohawk.measures import compare as evaluate
+from mohawk.measures.compare import (
     Comparison,
     cache_bytes,
     compare,
@@ -16,8 +18,6 @@ from mohawk.evaluate import (
     decode_speed,
     teacher_states,
 )
-from mohawk.heads import Head
-from mohawk.text import TokenizedText
 
 LENGTHS = [13, 40, 2, 1, 27, 9]  # one document has nothing to predict
 

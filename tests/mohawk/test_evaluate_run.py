@@ -5,7 +5,7 @@ import json
 import pytest
 
 from mohawk.cli import main
-from mohawk.recipe import Recipe
+from mohawk.conversion.recipe import Recipe
 
 
 @pytest.fixture(scope="module")

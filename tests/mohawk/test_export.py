@@ -19,20 +19,20 @@ from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, BambaForCausalLM
 from transformers.dynamic_module_utils import check_imports
 
-from mohawk import export as export_module
 from mohawk.cli import main
-from mohawk.consistency import LEFT_ALONE, PATHS
+from mohawk.conversion.recipe import Recipe
+from mohawk.core.json_files import write_json
 from mohawk.errors import UserError
-from mohawk.export import export
-from mohawk.json_files import write_json
-from mohawk.model_card import licence_of
-from mohawk.models import bamba
+from mohawk.export import run as export_module
+from mohawk.export.model_card import licence_of
+from mohawk.export.parity import CHECKS, check_export, compare, inputs_for
+from mohawk.export.run import export
+from mohawk.export.runtimes import notes
+from mohawk.loading.remote_code import flattened, write_remote_code
+from mohawk.measures.consistency import LEFT_ALONE, PATHS
+from mohawk.models.formats import bamba
 from mohawk.models.from_teacher import hybrid_from_teacher
 from mohawk.models.mixers import SSMMixer
-from mohawk.parity import CHECKS, check_export, compare, inputs_for
-from mohawk.recipe import Recipe
-from mohawk.remote_code import flattened, write_remote_code
-from mohawk.runtimes import notes
 
 needs_groups = pytest.mark.skipif(
     not bamba.norms_groups_apart(), reason="this transformers norms Bamba's groups together, and the export says so"
@@ -299,7 +299,7 @@ def test_the_copied_code_asks_for_nothing_that_may_be_missing(tmp_path, monkeypa
 
 def test_flattening():
     source = (
-        "import os\nfrom mohawk.kernels.ssd.scan import (\n    ssd,\n)\nfrom mohawk.models.mixers import A\n"
+        "import os\nfrom mohawk.kernels.ssd.scan.scan import (\n    ssd,\n)\nfrom mohawk.models.mixers import A\n"
         "\n\ndef f():\n    import math\n\n"
         "    from mamba_ssm import (\n        a,\n    )\n\n    return a, math\n\n\nAutoConfig.register('x', Y)\n"
     )

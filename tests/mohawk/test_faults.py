@@ -80,7 +80,13 @@ class Place:
 
 @pytest.fixture(scope="module")
 def place(tokenizer, make_llama, tmp_path_factory):
-    for module in ("matplotlib.pyplot", "datasets", "mohawk.prune", "mohawk.convert", "mohawk.generate_data"):
+    for module in (
+        "matplotlib.pyplot",
+        "datasets",
+        "mohawk.pruning.run",
+        "mohawk.conversion.run",
+        "mohawk.generation.generate_data",
+    ):
         pytest.importorskip(module)  # once here, not in every child
     place = Place(tmp_path_factory.mktemp("faults"))
     given = place.given

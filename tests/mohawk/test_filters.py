@@ -1,9 +1,9 @@
 import pytest
 
-from mohawk.decoding import Response
+from mohawk.data.records import Prompt
 from mohawk.errors import UserError
-from mohawk.filters import Filters, Judge, normalize, repetition
-from mohawk.records import Prompt
+from mohawk.generation.decoding import Response
+from mohawk.generation.filters import Filters, Judge, normalize, repetition
 
 PROMPT = Prompt("0", "0", "what is it", "file:3")
 

@@ -10,14 +10,14 @@ from collections import Counter
 import pytest
 
 from mohawk.cli import main
-from mohawk.decoding import Decoding, LocalTeacher, Response
-from mohawk.endpoint import EndpointTeacher
+from mohawk.data.generated import REJECTED, RESPONSES, SUMMARY
+from mohawk.data.records import read_prompts, read_records
+from mohawk.data.text import check_written
 from mohawk.errors import UserError
-from mohawk.filters import Filters
-from mohawk.generate_data import generate_data
-from mohawk.generated import REJECTED, RESPONSES, SUMMARY
-from mohawk.records import read_prompts, read_records
-from mohawk.text import check_written
+from mohawk.generation.decoding import Decoding, LocalTeacher, Response
+from mohawk.generation.endpoint import EndpointTeacher
+from mohawk.generation.filters import Filters
+from mohawk.generation.generate_data import generate_data
 from tests.mohawk.tiny_endpoint import Server, error
 from tests.mohawk.tiny_phase import cheap_training, fork, wait  # noqa: F401
 
@@ -106,7 +106,7 @@ def counts(summary):
 def test_the_summary_is_of_all_that_is_in_the_folder(tmp_path, prompts, monkeypatch):
     out, path = tmp_path / "out", tmp_path / "out" / SUMMARY
     now = [0.0]
-    monkeypatch.setattr("mohawk.generate_data.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("mohawk.generation.generate_data.time.monotonic", lambda: now[0])
 
     def teacher(stop_at=None):
         def say(i, sample):
@@ -140,7 +140,7 @@ def start(teacher, prompts, out, die_at=None, count_to=None):
     seen = [0]
 
     def body():
-        import mohawk.generate_data as module
+        import mohawk.generation.generate_data as module
 
         append = module._append
 
@@ -404,7 +404,7 @@ def test_lines_out_of_order_are_not_written_over(tmp_path, prompts):
 
 
 def test_a_full_disk_is_one_line_and_can_be_gone_on_from(tmp_path, prompts, monkeypatch):
-    import mohawk.generate_data as module
+    import mohawk.generation.generate_data as module
 
     class Full:
         name = "responses.jsonl"
@@ -495,7 +495,7 @@ def test_the_command_on_a_folder_and_on_an_endpoint(tmp_path, model, tokenizer, 
 
 
 def test_an_endpoint_that_fails_halfway_is_gone_on_from(tmp_path, prompts, monkeypatch):
-    monkeypatch.setattr("mohawk.endpoint.PAUSE", 0.01)
+    monkeypatch.setattr("mohawk.generation.endpoint.PAUSE", 0.01)
     server = Server()
     try:
 
@@ -560,7 +560,7 @@ def test_mistakes_on_the_command_line(tmp_path, capsys, extra, message):
 
 
 def test_plain_progress_has_an_estimate(tmp_path, prompts, capsys, monkeypatch):
-    monkeypatch.setattr("mohawk.generate_data.SAY_SECONDS", 0.0)
+    monkeypatch.setattr("mohawk.generation.generate_data.SAY_SECONDS", 0.0)
     generate_data(prompts[:2], Scripted(lambda i, s: time.sleep(0.01) or "two words"), tmp_path / "out")
     first, second = capsys.readouterr().err.splitlines()
     assert first.startswith("prompts 1/2  1 kept, 0 rejected, ") and first.endswith("tokens/s, 00:00 left")

@@ -6,10 +6,10 @@ import transformers
 from transformers import AutoModelForCausalLM
 
 from mohawk import KnowledgeDistiller, kd_loss
+from mohawk.data.next_tokens import next_labels
 from mohawk.errors import UserError
-from mohawk.heads import Head, final_hidden_states, vocabulary_rows
+from mohawk.losses.heads import Head, final_hidden_states, vocabulary_rows
 from mohawk.models.from_teacher import hybrid_from_teacher
-from mohawk.next_tokens import next_labels
 
 peft = pytest.importorskip("peft")
 ADAPTERS = {

@@ -7,11 +7,11 @@ import time
 import pytest
 from huggingface_hub import constants
 
-from mohawk import hub
+from mohawk.core import hub
+from mohawk.data.text import Source, load_rows
 from mohawk.errors import UserError
-from mohawk.model_card import licence_of
-from mohawk.teachers import load_config, load_teacher, load_tokenizer
-from mohawk.text import Source, load_rows
+from mohawk.export.model_card import licence_of
+from mohawk.loading.models import load_config, load_teacher, load_tokenizer
 
 
 @pytest.fixture

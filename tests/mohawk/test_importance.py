@@ -5,16 +5,16 @@ import dataclasses
 import pytest
 import torch
 
-from mohawk.data import collate
-from mohawk.importance import Importance, choose, measure_importance
-from mohawk.importance_baselines import magnitude_importance, random_importance
-from mohawk.kernels.ssd import ssd
-from mohawk.layer_drops import measure_layer_drops
-from mohawk.models.cut_sizes import sizes_of
-from mohawk.models.cuts import Cut, cut, keep_layers
+from mohawk.data.packing import collate
+from mohawk.kernels.ssd.scan import ssd
+from mohawk.models.cutting.cuts import Cut, cut, keep_layers
+from mohawk.models.cutting.sizes import sizes_of
 from mohawk.models.families import decoder_layers, family_of
 from mohawk.models.hybrid import positions_of
-from mohawk.models.state_use import state_use
+from mohawk.pruning.baselines import magnitude_importance, random_importance
+from mohawk.pruning.importance import Importance, choose, measure_importance
+from mohawk.pruning.layer_drops import measure_layer_drops
+from mohawk.pruning.state_use import state_use
 from tests.models.conftest import FAMILIES, tiny_teacher
 from tests.models.test_cuts import (
     assert_same,

@@ -8,8 +8,8 @@ import sys
 import pytest
 import yaml
 
-from mohawk import lora
 from mohawk.cli import main
+from mohawk.loading import lora
 
 
 @pytest.fixture(scope="module")

@@ -9,16 +9,16 @@ import pytest
 import torch
 from matplotlib.image import imread
 
-import mohawk.inspect_matrices as page_module
-from mohawk.checkpoints import is_complete
+import mohawk.inspection.pictures as page_module
 from mohawk.cli import main
-from mohawk.inspect_matrices import head_picture
-from mohawk.kernels.mixing import AttentionMixing, SSDMixing
-from mohawk.kernels.mixing_distance import mixing_distance
-from mohawk.kernels.mixing_matrix import mixing_matrix
-from mohawk.kernels.mixing_reference import dense_matrix
+from mohawk.conversion.recipe import Recipe
+from mohawk.core.folders import is_complete
+from mohawk.inspection.pictures import head_picture
+from mohawk.kernels.mixing.definition import AttentionMixing, SSDMixing
+from mohawk.kernels.mixing.distance import mixing_distance
+from mohawk.kernels.mixing.matrix import mixing_matrix
+from mohawk.kernels.mixing.reference import dense_matrix
 from mohawk.models.from_teacher import hybrid_from_teacher
-from mohawk.recipe import Recipe
 from tests.kernels.test_mixing_memory import peak_bytes
 from tests.models.conftest import tiny_teacher
 
@@ -250,7 +250,7 @@ def test_whole_or_absent(place, tmp_path, monkeypatch, capsys):
 
 
 def test_mistakes_are_one_line(place, tmp_path, make_llama, tokenizer, capsys):
-    from mohawk.checkpoints import write_whole
+    from mohawk.core.folders import write_whole
 
     (tmp_path / "short.txt").write_text("x")
     (tmp_path / "binary").write_bytes(b"\xff\xfe\x00")

@@ -11,17 +11,17 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from mohawk import sums
-from mohawk.checkpoints import MANIFEST, about_of, checkpoints, is_complete, sum_file, why_altered, write_file
 from mohawk.cli import main
-from mohawk.convert import convert
+from mohawk.conversion.recipe import Recipe
+from mohawk.conversion.run import convert
+from mohawk.core import sums
+from mohawk.core.folders import MANIFEST, about_of, checkpoints, is_complete, sum_file, why_altered, write_file
+from mohawk.core.json_files import read_json, write_json
+from mohawk.core.lines import append_line, read_lines, write_lines
 from mohawk.errors import UserError
-from mohawk.evaluate_run import evaluate_run
-from mohawk.json_files import read_json, write_json
-from mohawk.lines import append_line, read_lines, write_lines
-from mohawk.metrics import read_metrics
-from mohawk.recipe import Recipe
-from mohawk.verify import findings
+from mohawk.evaluation.run import evaluate_run
+from mohawk.inspection.verify import findings
+from mohawk.training.metrics import read_metrics
 from tests.models.conftest import tiny_teacher
 from tests.mohawk.tiny_phase import TinyObjective, cheap_training, tiny_phase, tiny_trainer, weights  # noqa: F401
 
@@ -139,7 +139,7 @@ def test_a_cache_that_cannot_be_written_costs_only_time(place, monkeypatch):
 def test_a_card_that_a_person_wrote_in_is_no_damage_to_a_model(place, capsys):
     assert main(["export", "run", "--to", "hybrid", "--output", "out"]) == 0
     (place / "out" / "README.md").write_text("# Mine\n")
-    from mohawk.teachers import locate
+    from mohawk.loading.models import locate
 
     assert locate("out") == ("out", None)
     capsys.readouterr()
@@ -226,8 +226,8 @@ def test_runs_of_earlier_versions_are_used_and_said_to_be_unverified(place, caps
 def test_a_damaged_token_cache_is_made_again(place, caplog):
     (tokens,) = (place / "cache" / "tokens").iterdir()
     whole = {path.name: path.read_bytes() for path in tokens.iterdir()}
-    from mohawk.teachers import load_tokenizer
-    from mohawk.text import tokenize
+    from mohawk.data.text import tokenize
+    from mohawk.loading.models import load_tokenizer
 
     tokenizer = load_tokenizer("teacher")
     for name in ("tokens.bin", "offsets.npy", "digests.npy", "meta.json", MANIFEST):
@@ -254,8 +254,8 @@ def test_a_damaged_token_cache_is_made_again(place, caplog):
 
 
 def test_a_damaged_pair_cache_is_made_again(place, caplog):
-    from mohawk.pair_tokens import read_pairs
-    from mohawk.teachers import load_tokenizer
+    from mohawk.data.pair_tokens import read_pairs
+    from mohawk.loading.models import load_tokenizer
 
     tokenizer = load_tokenizer("teacher")
     (place / "pairs.jsonl").write_text('{"prompt": "one", "response": "two"}\n{"prompt": "a", "response": "b c"}\n')
@@ -363,7 +363,7 @@ def test_a_final_student_of_another_one_is_made_again(place):
     def stop(self, *_):
         raise KeyboardInterrupt
 
-    from mohawk.convert import Conversion
+    from mohawk.conversion.run import Conversion
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(Conversion, "_write_final", stop)
@@ -576,7 +576,7 @@ def test_weights_that_are_not_finite_take_no_checkpoints_place(tmp_path):
 def test_a_student_that_is_not_finite_takes_no_students_place(place):
     from rich.console import Console
 
-    from mohawk.convert import Conversion
+    from mohawk.conversion.run import Conversion
     from mohawk.models.hybrid import HybridForCausalLM
 
     run = place / "run"
@@ -615,8 +615,8 @@ def test_two_checkpoints_are_kept_and_a_damaged_newest_one_costs_one_interval(tm
 
 
 def test_scores_of_another_model_are_forgotten_when_a_round_begins_with_one(tmp_path, caplog):
-    from mohawk.checkpoints import write_whole
-    from mohawk.prune import Pruning
+    from mohawk.core.folders import write_whole
+    from mohawk.pruning.run import Pruning
 
     def healed(content: bytes) -> None:
         with write_whole(tmp_path / "phases" / "heal_1" / "student", replace=True) as folder:
@@ -651,7 +651,7 @@ def test_scores_of_another_model_are_forgotten_when_a_round_begins_with_one(tmp_
     ],
 )
 def test_json_of_other_types_is_damage(kind, value, tmp_path, caplog):
-    from mohawk import kept
+    from mohawk.runs import kept
 
     write_json(tmp_path / "x.json", value)
     assert read_json(tmp_path / "x.json", getattr(kept, kind)) is None
@@ -672,7 +672,7 @@ def test_a_student_without_a_manifest_is_used_and_said_to_be_unverified(place, c
 
 
 def test_measurements_that_are_damaged_are_measured_again(tmp_path):
-    from mohawk.layer_probe import _read, damaged_measurements
+    from mohawk.conversion.probe import _read, damaged_measurements
 
     path = tmp_path / "measured.jsonl"
     write_lines(path, ['{"student": "a"}'])
@@ -687,7 +687,7 @@ def test_measurements_that_are_damaged_are_measured_again(tmp_path):
 
 @pytest.mark.parametrize("state", ["[]", "{", '{"skipped_steps": "many"}'])
 def test_a_checkpoints_state_of_another_shape_is_refused_in_one_line(state, tmp_path):
-    from mohawk.checkpoints import seal
+    from mohawk.core.folders import seal
 
     tiny_trainer(tmp_path, phase=tiny_phase(save_every=10)).train_phase()
     newest = checkpoints(tmp_path / "phases" / "mixing")[0]
@@ -699,8 +699,8 @@ def test_a_checkpoints_state_of_another_shape_is_refused_in_one_line(state, tmp_
 
 
 def test_a_released_student_is_readable_as_the_umask_says(tmp_path):
+    from mohawk.models.formats.released import save_released
     from mohawk.models.from_teacher import hybrid_from_teacher
-    from mohawk.models.released import save_released
 
     before = os.umask(0o027)
     try:

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 
-from mohawk.layer_swap import LayerSwap, keep_attention
+from mohawk.conversion.swap import LayerSwap, keep_attention
 from mohawk.models.from_teacher import hybrid_from_teacher
 from mohawk.models.hybrid import HybridForCausalLM
 from tests.models.conftest import teacher  # noqa: F401

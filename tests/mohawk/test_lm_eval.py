@@ -17,12 +17,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from mohawk import report
-from mohawk.checkpoints import seal
 from mohawk.cli import main
-from mohawk.lm_eval_tasks import OURS, difference_error, kind_of, paired
-from mohawk.recipe import Recipe
-from mohawk.tasks.task_data import facts_rows, grammar_rows, recall_rows
+from mohawk.conversion.recipe import Recipe
+from mohawk.core.folders import seal
+from mohawk.evaluation.harness import OURS, difference_error, kind_of, paired
+from mohawk.evaluation.tasks.task_data import facts_rows, grammar_rows, recall_rows
+from mohawk.runs import report
 
 harness = pytest.mark.skipif(importlib.util.find_spec("lm_eval") is None, reason="pip install '.[eval]'")
 ADDITION = """
@@ -132,7 +132,7 @@ def loglikelihood(model, tokenizer, context, answer):
 def test_batches_padded_on_the_right_score_as_single_texts_do(student, tokenizer):
     from lm_eval.api.instance import Instance
 
-    from mohawk.lm_eval_tasks import harness_model
+    from mohawk.evaluation.harness import harness_model
 
     texts = [(row["context"], row["answer"]) for n in (1, 8, 3, 17) for row in recall_rows(n)[:2]]
     requests = [Instance("loglikelihood", {}, text, 0) for text in texts]
@@ -146,7 +146,7 @@ def test_batches_padded_on_the_right_score_as_single_texts_do(student, tokenizer
 
 @harness
 def test_bfloat16_products_give_float32_logits(student, tokenizer):
-    from mohawk.lm_eval_tasks import harness_model
+    from mohawk.evaluation.harness import harness_model
 
     ids = torch.arange(40).reshape(2, 20)
     wrapped = harness_model(student, tokenizer, autocast=torch.bfloat16)
@@ -158,7 +158,7 @@ def test_bfloat16_products_give_float32_logits(student, tokenizer):
 
 @harness
 def test_batches_padded_on_the_left_generate_as_single_prompts_do(student, tokenizer, own_tasks):
-    from mohawk.lm_eval_tasks import run_tasks, task_manager
+    from mohawk.evaluation.harness import run_tasks, task_manager
 
     manager = task_manager(["addition"], own_tasks)
     said = {}

@@ -7,9 +7,9 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from mohawk import lora
-from mohawk.attention_match import AttentionMatch, collect_attention
-from mohawk.features import collect_hidden
+from mohawk.loading import lora
+from mohawk.losses.attention_match import AttentionMatch, collect_attention
+from mohawk.losses.hidden_match import collect_hidden
 from mohawk.models.from_teacher import hybrid_from_teacher
 
 KINDS = ("llama", "mamba2", "discrete_mamba2", "gpt2")

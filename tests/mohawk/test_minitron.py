@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from mohawk import KnowledgeDistiller, MinitronPruner
-from mohawk.importance_baselines import random_importance
-from mohawk.minitron import written_text
-from mohawk.models.cut_sizes import parameter_count, sizes_of
+from mohawk.models.cutting.sizes import parameter_count, sizes_of
 from mohawk.models.from_teacher import hybrid_from_teacher
+from mohawk.pruning.baselines import random_importance
+from mohawk.pruning.minitron import written_text
 from tests.models.conftest import FAMILIES, tiny_teacher
 
 IDS = torch.randint(3, 97, (10, 24), generator=torch.Generator().manual_seed(0))

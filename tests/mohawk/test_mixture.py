@@ -6,9 +6,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mohawk.data import collate
+from mohawk.data.mixture import Mixture, chairman_order
+from mohawk.data.packing import collate
 from mohawk.errors import UserError
-from mohawk.mixture import Mixture, chairman_order
 
 
 class Rows:

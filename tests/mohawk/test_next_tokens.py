@@ -2,7 +2,7 @@
 
 import torch
 
-from mohawk.next_tokens import IGNORED, next_labels, positions
+from mohawk.data.next_tokens import IGNORED, next_labels, positions
 
 MASKS = {
     "left": [0, 0, 1, 1, 1, 1],

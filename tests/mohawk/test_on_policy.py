@@ -6,11 +6,11 @@ import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from mohawk.data import collate
-from mohawk.distillation import KnowledgeDistiller
+from mohawk.data.packing import collate
 from mohawk.errors import UserError
+from mohawk.losses.distiller import KnowledgeDistiller
+from mohawk.losses.on_policy import OnPolicy
 from mohawk.models.from_teacher import hybrid_from_teacher
-from mohawk.on_policy import OnPolicy
 from tests.mohawk.tiny_phase import (
     cheap_training,  # noqa: F401
     fork,

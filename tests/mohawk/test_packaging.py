@@ -1,6 +1,7 @@
 """The package as others get it: a wheel, editable, or a plain checkout; with and without neighbours."""
 
 import ast
+import importlib
 import os
 import re
 import shutil
@@ -16,7 +17,7 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
 import mohawk
-from mohawk import versions
+from mohawk.core import versions
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = {"mohawk": "mohawk", "kernels": "mohawk/kernels", "models": "mohawk/models"}
@@ -111,7 +112,7 @@ def test_the_links_lead_to_the_folders_and_can_be_done_without(checkout, tmp_pat
         (copy / "mohawk" / folder).write_text(f"../{folder}")
     code = """
         from importlib.util import find_spec
-        from mohawk.recipe_files import shipped
+        from mohawk.schema.files import shipped
         print(find_spec("mohawk.models.hybrid").origin)
         print(shipped("demo"))
     """
@@ -128,9 +129,9 @@ USE = """
     import importlib.util, sys
     import mohawk
     from mohawk import Mamba2Mixer, HybridForCausalLM, kd_loss
-    from mohawk.kernels.kd_loss import kd_loss as same
-    from mohawk.recipe import Recipe
-    from mohawk.recipe_files import shipped
+    from mohawk.kernels.kd.loss import kd_loss as same
+    from mohawk.conversion.recipe import Recipe
+    from mohawk.schema.files import shipped
     from transformers.utils import is_kernels_available
     assert kd_loss is same
     assert Recipe.load(shipped("demo")).teacher.model
@@ -406,7 +407,7 @@ def test_every_supported_python_is_named():
 
 def test_an_installed_wheel_knows_the_ranges(pythons, tmp_path):
     code = """
-        from mohawk import versions
+        from mohawk.core import versions
         assert versions._checkout() is None
         for name, tested in sorted(versions.ranges().items()):
             print(name, ",".join(sorted(map(str, tested))))
@@ -417,3 +418,17 @@ def test_an_installed_wheel_knows_the_ranges(pythons, tmp_path):
     assert dict(line.split() for line in said) == {
         name: tested for name, tested in ours.items() if name not in tests_alone
     }
+
+
+# Modules that other people's code imports by an earlier name: where what they hold lies today.
+EARLIER_NAMES = {
+    "mohawk.phases": "mohawk.conversion.objectives",
+    "mohawk.teacher_models": "mohawk.losses.teachers",
+    "mohawk.next_tokens": "mohawk.data.next_tokens",
+}
+
+
+@pytest.mark.parametrize("earlier", EARLIER_NAMES)
+def test_earlier_names_of_public_modules(earlier):
+    there, here = importlib.import_module(EARLIER_NAMES[earlier]), importlib.import_module(earlier)
+    assert {name: getattr(there, name) for name in here.__all__} == {name: getattr(here, name) for name in here.__all__}

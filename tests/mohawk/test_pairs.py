@@ -8,9 +8,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mohawk.data import collate
+from mohawk.data.packing import collate
+from mohawk.data.pairs import Pairs, PairsDataset, read_pairs, response_weights, split_pairs
 from mohawk.errors import UserError
-from mohawk.pairs import Pairs, PairsDataset, read_pairs, response_weights, split_pairs
 
 CHATML = (
     "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}<end>\n{% endfor %}"
@@ -356,7 +356,7 @@ def test_what_is_too_long_is_counted(read, caplog):
         {"prompt": "p", "response": "r" * 30},
         {"prompt": "p", "response": "r"},
     ]
-    with caplog.at_level("WARNING", "mohawk.pairs"):
+    with caplog.at_level("WARNING", "mohawk.data.pairs"):
         dataset = PairsDataset(read(*rows), 12, seed=0)
     assert (dataset.truncated, dataset.dropped) == (1, 1)
     assert [r.message for r in caplog.records] == [
@@ -383,7 +383,7 @@ def test_tokens_are_kept_on_disk(read, tmp_path, tokenizer, monkeypatch):
     rows = [{"prompt": f"p{i}", "response": f"r{i}", "logprob": -1.0, "teacher": i % 2} for i in range(5)]
     first = read(*rows, teacher_field="teacher")
     with monkeypatch.context() as patch:
-        patch.setattr("mohawk.pair_tokens._encode", None)  # nothing is tokenised
+        patch.setattr("mohawk.data.pair_tokens._encode", None)  # nothing is tokenised
         again = read(*rows, teacher_field="teacher")
     for field in dataclasses.fields(Pairs):
         np.testing.assert_array_equal(getattr(first, field.name), getattr(again, field.name))
@@ -427,9 +427,9 @@ def test_mistakes_are_one_line(options, message):
 
 def test_generated_answers_can_be_trained_on(tmp_path, tokenizer, make_llama):
     """From prompts to a step: the loss of the rows is the weighted sum over the responses, recomputed by hand."""
-    from mohawk.decoding import Decoding, LocalTeacher
-    from mohawk.generate_data import generate_data
-    from mohawk.records import read_prompts
+    from mohawk.data.records import read_prompts
+    from mohawk.generation.decoding import Decoding, LocalTeacher
+    from mohawk.generation.generate_data import generate_data
 
     (tmp_path / "p.txt").write_text("first\nsecond one\n")
     teacher = LocalTeacher(make_llama(), tokenizer, Decoding(method="sample", samples=3, max_new_tokens=5, top_p=0.9))

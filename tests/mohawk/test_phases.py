@@ -3,11 +3,11 @@
 import pytest
 import torch
 
-from mohawk.kernels.mixing_matrix import mixing_matrix
+from mohawk.conversion.objectives import EndToEndObjective, HiddenObjective, MixingObjective
+from mohawk.kernels.mixing.matrix import mixing_matrix
 from mohawk.models.families import mixer_input_norm
 from mohawk.models.from_teacher import hybrid_from_teacher
 from mohawk.models.hybrid import positions_of
-from mohawk.phases import EndToEndObjective, HiddenObjective, MixingObjective
 from tests.models.conftest import FAMILIES, tiny_teacher
 
 LAYERS = [0, 2]

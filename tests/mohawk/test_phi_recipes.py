@@ -7,8 +7,8 @@ import pytest
 from transformers import AutoModelForCausalLM, PhiConfig
 
 from mohawk.cli import main
-from mohawk.recipe import Recipe
-from mohawk.recipe_files import shipped
+from mohawk.conversion.recipe import Recipe
+from mohawk.schema.files import shipped
 from tests.models.conftest import tiny_teacher
 from tests.mohawk.tiny_phase import cheap_training  # noqa: F401
 

@@ -3,7 +3,7 @@ import json
 import numpy as np
 import pytest
 
-from mohawk.plots import Heads, plot_evaluation, plot_losses, plot_mixing_matrices
+from mohawk.runs.plots import Heads, plot_evaluation, plot_losses, plot_mixing_matrices
 
 
 def pixels(path) -> np.ndarray:
@@ -40,10 +40,10 @@ def test_losses_of_every_phase_side_by_side(tmp_path, monkeypatch):
 
 
 def test_labels_and_figures_of_losses_are_in_the_picture_and_not_on_the_curve(tmp_path, monkeypatch):
-    import mohawk.plots
+    import mohawk.runs.plots
 
     figures = []
-    monkeypatch.setattr(mohawk.plots, "_save", lambda figure, target: figures.append(figure))
+    monkeypatch.setattr(mohawk.runs.plots, "_save", lambda figure, target: figures.append(figure))
     write_metrics(tmp_path / "metrics.jsonl", {"a": [10 - i / 8 for i in range(60)], "b": [1.0, 2.0, 3.0]})
     label = "forward KL + cross entropy + hidden + attention per token"
     plot_losses(tmp_path / "metrics.jsonl", tmp_path / "a.png", {"a": label, "b": "KL"})

@@ -7,7 +7,7 @@ import time
 import pytest
 import torch
 
-from mohawk import processes
+from mohawk.core import processes
 from mohawk.errors import UserError, line_for
 from tests.mohawk.tiny_phase import cheap_training, fork, free_port, wait  # noqa: F401
 

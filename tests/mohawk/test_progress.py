@@ -14,8 +14,8 @@ import types
 import pytest
 from transformers import TrainerControl, TrainerState
 
-from mohawk import progress
-from mohawk.progress import Metrics, Progress, Window, describe, drop_after, log_to
+from mohawk.training import progress
+from mohawk.training.progress import Metrics, Progress, Window, describe, drop_after, log_to
 from tests.mohawk.tiny_phase import cheap_training, tiny_phase, tiny_trainer  # noqa: F401
 
 

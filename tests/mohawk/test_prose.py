@@ -1,4 +1,4 @@
-from mohawk.prose import strip_wikitext, unwrap
+from mohawk.demo.prose import strip_wikitext, unwrap
 
 
 def test_unwrap_joins_lines_and_drops_layout():

@@ -16,14 +16,14 @@ from safetensors.torch import load_file
 from tokenizers import Tokenizer, models
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from mohawk.checkpoints import Interrupted, is_complete
 from mohawk.cli import main
+from mohawk.core.folders import Interrupted, is_complete
 from mohawk.errors import UserError
-from mohawk.models.cut_sizes import parameter_count, sized_config, sizes_of
+from mohawk.models.cutting.sizes import parameter_count, sized_config, sizes_of
 from mohawk.models.hybrid import HybridForCausalLM
-from mohawk.prune import prune
-from mohawk.prune_recipe import PruneRecipe
-from mohawk.recipe_files import shipped
+from mohawk.pruning.recipe import PruneRecipe
+from mohawk.pruning.run import prune
+from mohawk.schema.files import shipped
 from tests.models.conftest import tiny_teacher
 from tests.mohawk.tiny_phase import cheap_training, fork, wait  # noqa: F401
 
@@ -389,7 +389,7 @@ def test_a_finished_run_keeps_its_learning_rate(checkpoint, texts, tmp_path):
 
 def test_a_recipe_is_checked_without_torch():
     code = (
-        "import sys; from mohawk.prune_recipe import PruneRecipe; from mohawk.recipe_files import shipped; "
+        "import sys; from mohawk.pruning.recipe import PruneRecipe; from mohawk.schema.files import shipped; "
         "PruneRecipe.load(shipped('prune-width')); "
         "sys.exit(any(name in sys.modules for name in ('torch', 'transformers', 'numpy')))"
     )
@@ -411,7 +411,7 @@ def test_the_vocabulary_of_prompts_and_responses(merging, texts, tmp_path):
 
 def test_healing_reads_the_text_of_its_own(checkpoint, texts, tmp_path, monkeypatch):
     """In every round, whose stages are called heal_1 and heal_2."""
-    from mohawk import distill as distill_module
+    from mohawk.distillation import run as distill_module
 
     read_by, training_rows = [], distill_module.training_rows
 

@@ -9,22 +9,24 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from mohawk import MinitronPruner, importance_baselines, prune_search
-from mohawk import prune as prune_module
+from mohawk import MinitronPruner
 from mohawk.cli import main
+from mohawk.core.json_files import read_json
 from mohawk.errors import UserError
-from mohawk.evaluate import DecodeSpeed, decode_speed
-from mohawk.importance import choose
-from mohawk.importance_baselines import random_importance
-from mohawk.json_files import read_json
-from mohawk.models.cut_sizes import parameter_count, sized_config, sizes_of
-from mohawk.models.cuts import cut
+from mohawk.measures.compare import DecodeSpeed, decode_speed
+from mohawk.models.cutting.cuts import cut
+from mohawk.models.cutting.sizes import parameter_count, sized_config, sizes_of
 from mohawk.models.from_teacher import hybrid_from_teacher
 from mohawk.models.hybrid import HybridForCausalLM
-from mohawk.prune import cut_in_float32, prune
-from mohawk.prune_layers import chosen_with_mix
-from mohawk.prune_search import Budget, Costs, candidates, search, search_table, within
-from mohawk.prune_sizes import WIDTHS, between, narrower, spread, unit
+from mohawk.pruning import baselines as importance_baselines
+from mohawk.pruning import run as prune_module
+from mohawk.pruning import search as prune_search
+from mohawk.pruning.baselines import random_importance
+from mohawk.pruning.importance import choose
+from mohawk.pruning.layers import chosen_with_mix
+from mohawk.pruning.run import cut_in_float32, prune
+from mohawk.pruning.search import Budget, Costs, candidates, search, search_table, within
+from mohawk.pruning.sizes import WIDTHS, between, narrower, spread, unit
 from tests.models.conftest import FAMILIES, tiny_teacher
 from tests.mohawk.test_prune import checkpoint, made, read, stage, texts, wide_screen  # noqa: F401
 from tests.mohawk.tiny_phase import cheap_training  # noqa: F401
@@ -135,7 +137,7 @@ def test_rounds_on_the_way_are_sizes_a_model_can_have():
 def test_a_search_takes_the_least_kl_and_goes_on_from_its_table(tmp_path):
     from rich.console import Console
 
-    from mohawk.evaluate import Comparison
+    from mohawk.measures.compare import Comparison
 
     config = tiny_teacher().config
     total = parameter_count(config)[0]

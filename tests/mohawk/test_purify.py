@@ -10,8 +10,8 @@ import pytest
 
 from mohawk.cli import main
 from mohawk.errors import UserError
-from mohawk.purify import by_prompt, completer, merge_all, merge_prompt, merged, overlap, purify, route, vote
-from mohawk.rationales import rationale_pairs, read_rationales
+from mohawk.generation.purify import by_prompt, completer, merge_all, merge_prompt, merged, overlap, purify, route, vote
+from mohawk.losses.rationales import rationale_pairs, read_rationales
 from tests.mohawk.tiny_phase import fork, wait
 
 
@@ -384,7 +384,7 @@ def test_a_file_merged_behind_an_endpoint(files, tmp_path, monkeypatch, capsys):
 
 
 def test_a_teacher_as_a_function(saved, tokenizer):
-    from mohawk.decoding import Decoding, local_teacher
+    from mohawk.generation.decoding import Decoding, local_teacher
 
     teacher = local_teacher(str(saved), Decoding(max_new_tokens=4))
     complete = completer(teacher)

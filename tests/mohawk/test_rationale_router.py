@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from mohawk.errors import UserError
-from mohawk.rationale_router import RationaleRouter, RoutedRationales, label_loss, measure_gains, read_gains
-from mohawk.rationales import RationaleDistiller
+from mohawk.losses.rationale_router import RationaleRouter, RoutedRationales, label_loss, measure_gains, read_gains
+from mohawk.losses.rationales import RationaleDistiller
 
 
 def test_ucb1_by_hand():

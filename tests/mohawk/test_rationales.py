@@ -8,13 +8,12 @@ import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from mohawk.data import collate
-from mohawk.distillation import KnowledgeDistiller
+from mohawk.data.mixture import Mixture
+from mohawk.data.packing import collate
+from mohawk.data.pairs import PairsDataset, read_pairs, split_pairs
 from mohawk.errors import UserError
-from mohawk.mixture import Mixture
-from mohawk.models.from_teacher import hybrid_from_teacher
-from mohawk.pairs import PairsDataset, read_pairs, split_pairs
-from mohawk.rationales import (
+from mohawk.losses.distiller import KnowledgeDistiller
+from mohawk.losses.rationales import (
     TEMPLATES,
     RationaleDistiller,
     extract_rationale,
@@ -22,6 +21,7 @@ from mohawk.rationales import (
     read_rationale_pairs,
     read_rationales,
 )
+from mohawk.models.from_teacher import hybrid_from_teacher
 
 SO = "{rationale} So the answer is {label}."
 

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from mohawk.errors import UserError
-from mohawk.heads import Head
-from mohawk.recall import PAIRS, recall_batches, recall_of
+from mohawk.losses.heads import Head
+from mohawk.measures.recall import PAIRS, recall_batches, recall_of
 
 
 @pytest.fixture(scope="module")

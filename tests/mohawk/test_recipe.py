@@ -10,14 +10,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mohawk import recipe_text
-from mohawk.distill_recipe import DistillRecipe
+from mohawk.conversion.recipe import Recipe
+from mohawk.distillation.recipe import DistillRecipe
 from mohawk.errors import UserError
-from mohawk.prune_recipe import PruneRecipe
-from mohawk.recipe import Recipe
-from mohawk.recipe_files import shipped
-from mohawk.recipe_kinds import kind_of
-from mohawk.recipe_text import RecipeText
+from mohawk.pruning.recipe import PruneRecipe
+from mohawk.schema import yaml_text as recipe_text
+from mohawk.schema.files import shipped
+from mohawk.schema.kinds import kind_of
+from mohawk.schema.yaml_text import RecipeText
 
 ROOT = Path(__file__).resolve().parents[2]
 MINIMAL = {"teacher": "some/model", "data": {"train": ["a.txt"]}}
@@ -344,7 +344,7 @@ def test_unknown_shipped_recipe():
 
 def test_validating_imports_nothing_heavy():
     code = (
-        "import sys; from mohawk.recipe import Recipe; from mohawk.recipe_files import shipped;"
+        "import sys; from mohawk.conversion.recipe import Recipe; from mohawk.schema.files import shipped;"
         "Recipe.load(shipped('demo'));"
         "print(sorted({'torch', 'transformers', 'datasets', 'numpy', 'triton'} & set(sys.modules)))"
     )
@@ -362,8 +362,8 @@ def test_validating_imports_nothing_heavy():
     ],
 )
 def test_a_mistake_in_one_of_several_forms_is_one_line(temperature, line):
-    from mohawk.distill_recipe import DistillRecipe
-    from mohawk.prune_recipe import PruneRecipe
+    from mohawk.distillation.recipe import DistillRecipe
+    from mohawk.pruning.recipe import PruneRecipe
 
     given = {"teacher": "x", "data": {"train": ["a.txt"]}}
     distilled = {**given, "student": {"layers": "every_second"}, "stages": [{"temperature": temperature}]}

@@ -4,9 +4,9 @@ import json
 import datasets
 import pytest
 
+from mohawk.data.records import read_prompts, read_records
+from mohawk.data.text import Source
 from mohawk.errors import UserError
-from mohawk.records import read_prompts, read_records
-from mohawk.text import Source
 
 
 def contents(*sources, **options):

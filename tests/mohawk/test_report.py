@@ -6,10 +6,10 @@ from types import SimpleNamespace
 import pytest
 from rich.console import Console
 
-from mohawk import report
-from mohawk.describe import size_text
-from mohawk.recipe import Recipe
-from mohawk.teachers import parameter_count
+from mohawk.conversion.recipe import Recipe
+from mohawk.loading.describe import size_text
+from mohawk.loading.models import parameter_count
+from mohawk.runs import report
 
 
 def found(student, teacher=20.0, kl=0.5):
@@ -111,8 +111,8 @@ def test_a_finished_run_is_reported_everywhere(run, finish):
 
 def test_a_second_time_nothing_is_measured_again(run, finish, monkeypatch):
     first, _ = finish()
-    monkeypatch.setattr("mohawk.evaluate.decode_speed", None)
-    monkeypatch.setattr("mohawk.evaluate.continuation", None)
+    monkeypatch.setattr("mohawk.measures.compare.decode_speed", None)
+    monkeypatch.setattr("mohawk.measures.compare.continuation", None)
     second, _ = finish()
     assert second["decoding"] == first["decoding"] and second["continuations"] == first["continuations"]
 

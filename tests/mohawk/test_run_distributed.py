@@ -11,8 +11,8 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from mohawk.checkpoints import is_complete
 from mohawk.cli import main
+from mohawk.core.folders import is_complete
 from tests.models.conftest import tiny_teacher
 from tests.mohawk.tiny_phase import cheap_training, fork, free_port, wait  # noqa: F401
 

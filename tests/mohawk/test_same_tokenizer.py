@@ -13,9 +13,9 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from mohawk.cli import main
+from mohawk.data.same_tokenizer import check_rows, check_same, own_tokenizer, teacher_tokenizer
 from mohawk.errors import UserError
-from mohawk.same_tokenizer import check_rows, check_same, own_tokenizer, teacher_tokenizer
-from mohawk.teacher_writer import write_cache
+from mohawk.teacher_cache.writer import write_cache
 
 MERGES = [("t", "h"), ("th", "e"), ("i", "n"), ("a", "n"), ("an", "d"), ("Ġ", "the"), ("t", "he"), ("h", "e")]
 

@@ -9,18 +9,18 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from mohawk.checkpoints import is_complete, write_whole
 from mohawk.cli import main
-from mohawk.compose import Budget, compose, state_bytes
-from mohawk.convert import convert
-from mohawk.describe import describe
+from mohawk.conversion.compose import Budget, compose, state_bytes
+from mohawk.conversion.probe import Probe
+from mohawk.conversion.recipe import Recipe
+from mohawk.conversion.run import convert
+from mohawk.conversion.select import greedy, select
+from mohawk.conversion.swap import keep_attention
+from mohawk.core.folders import is_complete, write_whole
 from mohawk.errors import UserError
-from mohawk.evaluate import compare, decode_speed
-from mohawk.layer_probe import Probe
-from mohawk.layer_swap import keep_attention
+from mohawk.loading.describe import describe
+from mohawk.measures.compare import compare, decode_speed
 from mohawk.models.hybrid import HybridConfig, HybridForCausalLM
-from mohawk.recipe import Recipe
-from mohawk.select_layers import greedy, select
 from tests.models.conftest import tiny_teacher
 from tests.mohawk.tiny_phase import cheap_training  # noqa: F401
 
@@ -124,7 +124,7 @@ def test_what_select_finds(selected, trained, capsys):
     recipe = Recipe.load(trained / "recipe.yaml")
     from rich.console import Console
 
-    from mohawk.convert import Conversion
+    from mohawk.conversion.run import Conversion
 
     conversion = Conversion(recipe, selected, Console())
     states = conversion.texts["held_out"]

@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 
 from mohawk import AttentionMatch, HiddenMatch, KnowledgeDistiller, RationaleDistiller, match_attention, match_hidden
-from mohawk.distillation_trainer import DistillationTrainer
+from mohawk.losses.hf_trainer import DistillationTrainer
+from mohawk.losses.teachers import Ensemble, ModelTeacher
 from mohawk.models.from_teacher import hybrid_from_teacher
-from mohawk.teacher_models import Ensemble, ModelTeacher
 from tests.mohawk.test_distillation_trainer import arguments, rows
 from tests.mohawk.test_heads import moved
 

@@ -3,14 +3,14 @@
 import pytest
 import torch
 
-from mohawk.data import PackedDataset, collate
-from mohawk.distillation import KnowledgeDistiller
-from mohawk.kernels.kd_loss import kd_loss
-from mohawk.kernels.kd_teachers import TeacherSamples, TeacherTopK
-from mohawk.shared_vocabulary import shared_part
-from mohawk.teacher_cache import CachedRows
-from mohawk.teacher_models import CachedTeacher
-from mohawk.teacher_writer import write_cache
+from mohawk.data.packing import PackedDataset, collate
+from mohawk.kernels.kd.loss import kd_loss
+from mohawk.kernels.kd.teachers import TeacherSamples, TeacherTopK
+from mohawk.losses.distiller import KnowledgeDistiller
+from mohawk.losses.shared_vocabulary import shared_part
+from mohawk.losses.teachers import CachedTeacher
+from mohawk.teacher_cache.reader import CachedRows
+from mohawk.teacher_cache.writer import write_cache
 from tests.mohawk.tiny_teacher import LENGTH, VOCAB, documents
 
 LARGER = 300  # the teacher's, of which the text uses the first VOCAB and the student has no more

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from mohawk.cli import main
-from mohawk.stopping import STOPPING, StopRequest, cleaning_up
+from mohawk.core.stopping import STOPPING, StopRequest, cleaning_up
 
 ROOT = Path(__file__).parents[2]
 
@@ -48,7 +48,7 @@ def test_what_the_caller_ignores_stays_ignored():
 
 @pytest.mark.parametrize("number", STOPPING, ids=lambda n: n.name)
 def test_outside_a_phase_each_signal_stops_as_ctrl_c(number, monkeypatch, capsys):
-    monkeypatch.setattr("mohawk.doctor.doctor", lambda: signal.raise_signal(number))
+    monkeypatch.setattr("mohawk.inspection.doctor.doctor", lambda: signal.raise_signal(number))
     before = signal.getsignal(number)
     assert main(["doctor"]) == 130
     assert capsys.readouterr().err == "stopped\n" and signal.getsignal(number) is before
@@ -61,7 +61,7 @@ def test_what_a_library_makes_of_ctrl_c_is_ctrl_c(monkeypatch, capsys):
         except KeyboardInterrupt:
             raise RuntimeError("could not render a glyph") from None
 
-    monkeypatch.setattr("mohawk.doctor.doctor", plot)
+    monkeypatch.setattr("mohawk.inspection.doctor.doctor", plot)
     assert main(["doctor"]) == 130
     assert capsys.readouterr().err == "stopped\n"
 
@@ -77,7 +77,7 @@ def test_ctrl_c_that_a_callback_swallows_comes_again(monkeypatch, capsys):
             time.sleep(0.01)
         raise AssertionError("went on")
 
-    monkeypatch.setattr("mohawk.doctor.doctor", doctor)
+    monkeypatch.setattr("mohawk.inspection.doctor.doctor", doctor)
     assert main(["doctor"]) == 130
     assert capsys.readouterr().err == "stopped\n"
 

@@ -10,14 +10,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from mohawk.checkpoints import MANIFEST
-from mohawk.data import PackedDataset, collate
+from mohawk.core.folders import MANIFEST
+from mohawk.data.packing import PackedDataset, collate
 from mohawk.errors import UserError
-from mohawk.heads import Head
-from mohawk.kernels.kd_loss import TeacherHidden, TeacherLogits, TeacherSamples, TeacherTopK, kd_loss, linear_kd_loss
-from mohawk.teacher_cache import CachedRows, TeacherCache, shard_name
-from mohawk.teacher_records import ROUNDING
-from mohawk.teacher_writer import write_cache
+from mohawk.kernels.kd.loss import TeacherHidden, TeacherLogits, TeacherSamples, TeacherTopK, kd_loss, linear_kd_loss
+from mohawk.losses.heads import Head
+from mohawk.teacher_cache.layout import ROUNDING
+from mohawk.teacher_cache.reader import CachedRows, TeacherCache, shard_name
+from mohawk.teacher_cache.writer import write_cache
 from tests.mohawk.tiny_teacher import LENGTH, VOCAB, documents
 
 KINDS = ("top-k", "samples", "hidden")
@@ -220,7 +220,7 @@ def test_the_gradient_from_samples_is_unbiased(tmp_path, teacher, dataset):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_nothing_depends_on_the_batches_shards_or_tiles(tmp_path, caches, teacher, dataset, monkeypatch, kind):
-    monkeypatch.setattr("mohawk.teacher_answers.TILE_BYTES", 4 * VOCAB * 5)  # five positions at once
+    monkeypatch.setattr("mohawk.teacher_cache.answers.TILE_BYTES", 4 * VOCAB * 5)  # five positions at once
     other = write_cache(tmp_path / "c", teacher, dataset, kind=kind, k=7, rows_per_shard=5, batch_size=1)
     first, second = whole(dataset, TeacherCache(caches / kind)), whole(dataset, other)
     for name, values in first.items():
@@ -277,7 +277,7 @@ def test_any_position_can_be_read_by_itself(caches, kind):
 
 
 def test_rows_come_with_the_contracts_columns_also_from_workers(caches, dataset):
-    from mohawk.batches import Batches
+    from mohawk.training.batches import Batches
 
     cache = TeacherCache(caches / "top-k")
     rows = CachedRows(dataset, cache)
@@ -370,7 +370,7 @@ def test_what_does_not_fit_is_refused_in_a_line(caches, kind, given, words):
 
 
 def test_what_fits_is_not_refused(caches, teacher):
-    from mohawk.model_hash import teacher_hash
+    from mohawk.loading.model_hash import teacher_hash
 
     fits = {"sequence_length": 16, "seed": 3, "tokenizer_hash": "t", "temperature": 1.0}
     TeacherCache(caches / "top-k").check(**fits, divergence="jsd", teacher_hash=teacher_hash(teacher))
@@ -414,7 +414,7 @@ def test_a_shard_of_another_temperature_is_refused_though_its_rows_are_whole(cac
 
 
 def test_a_shard_is_hashed_once(caches, dataset, monkeypatch):
-    import mohawk.teacher_cache as module
+    import mohawk.teacher_cache.reader as module
 
     seen = []
     verify = TeacherCache._verify

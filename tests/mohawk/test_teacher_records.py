@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mohawk.teacher_records import (
+from mohawk.teacher_cache.layout import (
     LOGPROBS,
     NO_MASS,
     ROUNDING,

@@ -7,9 +7,9 @@ import re
 import pytest
 import torch
 
-from mohawk import teachers
 from mohawk.errors import UserError
-from mohawk.teachers import load_config, load_teacher, load_tokenizer, without_quantization
+from mohawk.loading import models as teachers
+from mohawk.loading.models import load_config, load_teacher, load_tokenizer, without_quantization
 
 IDS = torch.arange(20)[None]
 
@@ -178,8 +178,8 @@ def test_mistakes_are_told_in_one_line(folder, tmp_path, make_llama):
 
 def test_a_released_student_loads_describes_and_generates(tmp_path, tokenizer, capsys):
     """Phi-Mamba, Llamba and MambaInLlama folders are taken wherever a model is."""
-    from mohawk.describe import describe
-    from mohawk.generation import generate
+    from mohawk.generation.generate import generate
+    from mohawk.loading.describe import describe
     from tests.models.test_released import LAYERS, LAYOUTS, saved
 
     for name in ("hybrid-phi-mamba", "llamba", "mamba-in-llama"):

@@ -3,7 +3,7 @@
 import logging
 
 from mohawk.cli import main
-from mohawk.terminal import SHOWN, log_to_stderr
+from mohawk.core.terminal import SHOWN, log_to_stderr
 
 
 def test_warnings_and_marked_lines_reach_stderr(capsys):
@@ -24,7 +24,7 @@ def test_the_handler_is_added_once(capsys):
 
 def test_a_command_says_what_it_waits_for(tmp_path, monkeypatch, capsys):
     """A line that the package itself logs, seen as a user of the command line sees it."""
-    from mohawk import fetch
+    from mohawk.demo import fetch
 
     package = fetch.Package("nothing==0", "nothing-0.whl", "0" * 64, 1)
     monkeypatch.setenv("MOHAWK_CACHE", str(tmp_path))

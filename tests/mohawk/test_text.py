@@ -7,8 +7,8 @@ import datasets
 import numpy as np
 import pytest
 
+from mohawk.data.text import Source, as_source, tokenize
 from mohawk.errors import UserError
-from mohawk.text import Source, as_source, tokenize
 
 WORDS = ["the first text", "a second one,\nof two lines", "third: naïve café ✓"]
 
@@ -91,7 +91,7 @@ def test_special_tokens_are_the_tokenizers(tmp_path, tokenizer, monkeypatch):
     both = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<eos>", bos_token="<bos>")
     text = tokenize(tmp_path / "a.txt", both, cache=tmp_path / "cache")
     assert read(text, both) == ["<bos>ab<eos>"]  # one EOS, not two
-    monkeypatch.setattr("mohawk.text.PIECE", 1)
+    monkeypatch.setattr("mohawk.data.text.PIECE", 1)
     (tmp_path / "a.txt").write_text("ba")
     assert read(tokenize(tmp_path / "a.txt", both, cache=tmp_path / "cache"), both) == ["<bos>ba<eos>"]
 
@@ -100,7 +100,7 @@ def test_special_tokens_are_the_tokenizers(tmp_path, tokenizer, monkeypatch):
 
 
 def test_a_document_longer_than_a_piece_keeps_every_character(tmp_path, load, monkeypatch):
-    monkeypatch.setattr("mohawk.text.PIECE", 100)
+    monkeypatch.setattr("mohawk.data.text.PIECE", 100)
     lines = "".join(f"line {i}\n" for i in range(100)) + "x" * 250 + "\nend"
     (tmp_path / "a.txt").write_text(lines)
     (tmp_path / "b.txt").write_text("short")
@@ -111,7 +111,7 @@ def test_second_time_comes_from_the_cache(tmp_path, tokenizer, monkeypatch):
     (tmp_path / "a.txt").write_text("some words")
     first = tokenize(tmp_path / "a.txt", tokenizer, cache=tmp_path / "cache")
     tokenizer("some text", truncation=True, max_length=2)  # leaves its settings in the tokenizer
-    monkeypatch.setattr("mohawk.text._write", None)
+    monkeypatch.setattr("mohawk.data.text._write", None)
     (tmp_path / "a.txt").rename(tmp_path / "moved.txt")
     os.utime(tmp_path / "moved.txt", (time.time() + 9, time.time() + 9))
     again = tokenize(tmp_path / "moved.txt", tokenizer, cache=tmp_path / "cache")
@@ -142,7 +142,7 @@ def test_an_interrupted_tokenisation_leaves_nothing(tmp_path, tokenizer, monkeyp
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("mohawk.text.np.save", fail)
+        patch.setattr("mohawk.data.text.np.save", fail)
         with pytest.raises(KeyboardInterrupt):
             tokenize(tmp_path / "a.txt", tokenizer, cache=tmp_path / "cache")
     assert list((tmp_path / "cache" / "tokens").iterdir()) == []
@@ -290,7 +290,7 @@ def test_parquet_that_is_not_text(tmp_path, load, column, words):
     import pyarrow
     from pyarrow import parquet
 
-    from mohawk.records import read_records
+    from mohawk.data.records import read_records
 
     parquet.write_table(pyarrow.table({"text": column()}), tmp_path / "rows.parquet")
     with pytest.raises(UserError, match=words):
@@ -339,7 +339,7 @@ def test_a_line_that_is_no_object(tmp_path, load, line, name):
     """Arrow's parser is taken down by some of these."""
     import gzip
 
-    from mohawk.records import first_records
+    from mohawk.data.records import first_records
 
     for good in ("", '{"text": "a"}\n'):
         text = f"{good}{line}\n".encode()

@@ -11,11 +11,11 @@ import pytest
 import torch
 from torch import nn
 
-from mohawk.batches import Batches
-from mohawk.checkpoints import Interrupted, is_complete, locked
+from mohawk.core.folders import Interrupted, is_complete, locked
+from mohawk.core.stopping import STOPPING
 from mohawk.errors import UserError
-from mohawk.stopping import STOPPING
-from mohawk.trainer import WEIGHTS
+from mohawk.training.batches import Batches
+from mohawk.training.trainer import WEIGHTS
 from tests.mohawk.tiny_phase import (
     LENGTH,
     Rows,
@@ -421,7 +421,7 @@ def test_saves_by_the_clock_beside_the_steps(tmp_path, monkeypatch):
         phase = tiny_phase(save_every=9 if minutes != 3 else 1000, save_minutes=minutes)
         trainer = tiny_trainer(run, phase=phase, keep_checkpoints=100)
         with monkeypatch.context() as patched:
-            patched.setattr("mohawk.trainer.time", now)
+            patched.setattr("mohawk.training.trainer.time", now)
             trainer.train_phase()
         found = sorted(int(path.name.split("-")[1]) for path in (run / "phases/mixing").glob("checkpoint-*"))
         assert found == saved

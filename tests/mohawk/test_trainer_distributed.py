@@ -7,7 +7,7 @@ import signal
 import pytest
 import torch
 
-from mohawk.checkpoints import Interrupted
+from mohawk.core.folders import Interrupted
 from mohawk.errors import UserError
 from tests.mohawk.tiny_phase import (
     TinyObjective,

@@ -12,7 +12,7 @@ from collections import Counter
 import pytest
 import torch
 
-from mohawk.checkpoints import Interrupted, is_complete, why_incomplete
+from mohawk.core.folders import Interrupted, is_complete, why_incomplete
 from mohawk.errors import UserError
 from tests.mohawk.tiny_phase import (
     TinyObjective,

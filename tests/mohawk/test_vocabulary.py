@@ -7,7 +7,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaTokenizer, PreTrainedTokenizerFast
 
-from mohawk.vocabulary import trim_tokenizer, trim_vocabulary
+from mohawk.pruning.vocabulary import trim_tokenizer, trim_vocabulary
 from tests.models.conftest import tiny_teacher
 
 WIDE = [

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from mohawk.trainer import PhaseTrainer
+from mohawk.training.trainer import PhaseTrainer
 
 LENGTH = 12
 

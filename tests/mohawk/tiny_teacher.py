@@ -2,8 +2,8 @@
 
 import numpy as np
 
-from mohawk.data import Documents, split_documents
-from mohawk.text import TokenizedText
+from mohawk.data.packing import Documents, split_documents
+from mohawk.data.text import TokenizedText
 
 LENGTH = 16
 VOCAB = 258  # of the tiny Llama

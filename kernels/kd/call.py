@@ -1,0 +1,353 @@
+"""One call of the loss from its arguments to its gradient: check, pack the rows that count, pick the backend,
+and make the gradient with the loss."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+
+from mohawk.kernels.common import first_order
+from mohawk.kernels.kd import checks as kd_checks
+from mohawk.kernels.kd import chunked as kd_chunked
+from mohawk.kernels.kd import reference as kd_reference
+from mohawk.kernels.kd.chunked import Options
+from mohawk.kernels.kd.teachers import (
+    Teacher,
+    TeacherHidden,
+    TeacherLogits,
+    TeacherMixture,
+    TeacherSamples,
+    TeacherTAID,
+    TeacherTopK,
+)
+from mohawk.kernels.kd.vocabulary import Vocabulary
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+NO_SECOND_DERIVATIVE = "kd_loss has no second derivative; use backend='reference' for it"
+
+
+class KDParts(NamedTuple):
+    """The two terms, reduced like the loss, detached, before `kd_weight` and `ce_weight`: `kd` has its
+    T^2."""
+
+    kd: Tensor
+    ce: Tensor
+
+
+class Settings(NamedTuple):
+    """The options of a call that are not tensors."""
+
+    divergence: str
+    temperature: float
+    kd_weight: float
+    ce_weight: float
+    beta: float
+    lam: float
+    ignore_index: int
+    vocab_size: int | None
+    reduction: str
+    return_parts: bool | str
+    backend: str
+    inplace: bool = False
+    linear: bool = False
+    logit_scale: float = 1.0
+    logit_softcap: float | None = None
+    autocast: bool = False  # the caller's: hidden states and head may then differ in dtype
+
+
+def distil(
+    student: tuple[Tensor, ...],
+    teacher: Teacher,
+    labels: Tensor | None,
+    token_weights: Tensor | None,
+    normalizer: float | Tensor | None,
+    group: ProcessGroup | None,
+    settings: Settings,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """loss, kd and ce of a student, (logits,) or (hidden, head[, bias]); arguments as in `kd_loss`."""
+    call = prepare(student, teacher, labels, token_weights, normalizer, group, settings)
+    if call.backend == "reference":
+        return call.reference(student)
+    grad_enabled = torch.is_grad_enabled()
+    anchors = first_order.anchors(student)
+    return _Loss.apply(call, grad_enabled, anchors, *student, *anchors)
+
+
+@dataclass
+class Call:
+    """A checked call: flat teacher, the rows that count, and what to do with their losses."""
+
+    settings: Settings
+    options: Options
+    teacher: Teacher
+    labels: Tensor | None  # of the rows that count
+    rows: Tensor | None  # their indices; None: all
+    scale: Tensor  # of each of these rows in the reduced loss
+    lead: torch.Size
+    backend: str
+
+    def reduce(self, kd: Tensor, ce: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """loss, kd and ce, (...) or scalars, from those of the rows that count."""
+        o = self.options
+        total = kd * o.kd_weight if o.kd_weight or not o.ce_weight else torch.zeros_like(kd)
+        if o.ce_weight:
+            total = total + ce * o.ce_weight
+        terms = [total * self.scale, kd.detach() * self.scale, ce.detach() * self.scale]
+        reduced = [self.settings.reduction != "none"] * 3
+        if self.settings.return_parts == "rows":
+            terms[1:], reduced[1:] = (kd.detach(), ce.detach()), (False, False)
+        return tuple(self._reduced(x) if one else self._in_place(x) for x, one in zip(terms, reduced, strict=True))
+
+    def _reduced(self, x: Tensor) -> Tensor:
+        # In float64: a mean over millions of rows is not where precision should go.
+        return x.sum(dtype=torch.float32 if x.device.type == "mps" else torch.float64).to(x.dtype)
+
+    def _in_place(self, x: Tensor) -> Tensor:
+        """(...): of the rows that count, 0 in the others."""
+        if self.rows is not None:
+            x = x.new_zeros(self.lead.numel()).index_copy(0, self.rows, x)
+        return x.reshape(self.lead)
+
+    def reference(self, student: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, Tensor]:
+        s, o, dtype = self.settings, self.options, self.scale.dtype
+        flat = student[0].reshape(-1, student[0].shape[-1])
+        teacher = self.teacher
+        if self.rows is not None:
+            flat, teacher = flat[self.rows], map_rows(teacher, lambda x, trailing: x[self.rows])
+        with torch.autocast(flat.device.type, enabled=False):
+            if s.linear:
+                bias = student[2] if len(student) > 2 else None
+                flat = kd_reference.head_logits(flat, student[1], bias, s.logit_scale, s.logit_softcap, dtype)
+            kd, ce = kd_reference.row_losses(
+                flat.to(dtype)[:, : o.vocabulary.local],
+                teacher,
+                self.labels,
+                divergence=o.divergence,
+                temperature=o.temperature,
+                beta=o.beta,
+                lam=o.lam,
+            )
+            return self.reduce(kd, ce)
+
+    def forward(
+        self, student: tuple[Tensor, ...], scale: Tensor, needs: tuple[bool, ...]
+    ) -> tuple[kd_chunked.Rows, list[Tensor | None]]:
+        """kd and ce of the rows that count, and the gradients of sum(scale * (kd_weight * kd + ce_weight *
+        ce))."""
+        # Triton launches on the current device, wherever the tensors are.
+        current = torch.cuda.device(scale.device) if scale.is_cuda else contextlib.nullcontext()
+        with torch.no_grad(), torch.autocast(scale.device.type, enabled=False), current:
+            return (self._linear if self.settings.linear else self._logits)(student, scale, needs)
+
+    def _empty_or_zeros(self, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+        make = torch.empty if self.rows is None and len(self.scale) else torch.zeros
+        return make(shape, dtype=dtype, device=self.scale.device)
+
+    def _logits(self, student: tuple[Tensor, ...], scale: Tensor, needs: tuple[bool, ...]):
+        logits = student[0].reshape(-1, student[0].shape[-1])
+        grad, vocab = None, self.options.vocabulary.local
+        if needs[0] and self.settings.inplace:
+            grad = logits
+        elif needs[0]:
+            grad = self._empty_or_zeros(logits.shape, _held(logits.dtype))
+        inputs = (self.teacher, self.labels, self.rows, scale, self.options)
+        if self.backend == "triton":
+            from mohawk.kernels.kd import triton_backend as kd_triton
+
+            rows = kd_triton.from_logits(logits, *inputs, grad)
+        else:
+            rows = kd_chunked.from_logits(logits, *inputs, grad)
+        if grad is None:
+            return rows, [None]
+        if grad is logits and self.rows is not None:
+            ignored = torch.ones(len(logits), dtype=torch.bool, device=logits.device)
+            grad[ignored.index_fill_(0, self.rows, False)] = 0
+        grad[:, vocab:] = 0
+        return rows, [grad.view(student[0].shape)]
+
+    def _linear(self, student: tuple[Tensor, ...], scale: Tensor, needs: tuple[bool, ...]):
+        s, vocabulary = self.settings, self.options.vocabulary
+        hidden, head = student[0].reshape(-1, student[0].shape[-1]), student[1]
+        bias = student[2] if len(student) > 2 else None
+        grads: list[Tensor | None] = [None] * len(student)
+        if needs[0]:
+            summed = vocabulary.group is not None  # over ranks, and then rounded
+            grads[0] = self._empty_or_zeros(hidden.shape, scale.dtype if summed else _held(hidden.dtype))
+        if bias is not None and needs[2]:
+            grads[2] = torch.zeros(bias.shape, dtype=scale.dtype, device=bias.device)
+        inputs = (self.teacher, self.labels, self.rows, scale, self.options)
+        bias_grad = grads[2] if bias is not None else None
+        tile = None
+        if self.backend == "triton":
+            from mohawk.kernels.kd import triton_backend as kd_triton
+
+            tile = kd_triton.tile
+        rows, grads[1] = kd_chunked.from_hidden(
+            hidden, head, bias, s.logit_scale, s.logit_softcap, *inputs, grads[0], bias_grad, needs[1], tile
+        )
+        grads = [g if g is None else g.to(_held(x.dtype)) for g, x in zip(grads, student, strict=True)]
+        if grads[0] is not None:
+            grads[0] = grads[0].view(student[0].shape)
+        return rows, grads
+
+
+def _held(dtype: torch.dtype) -> torch.dtype:
+    """Of a gradient until the backward: before it is multiplied by the loss scale, float16 would
+    underflow."""
+    return torch.float32 if dtype == torch.float16 else dtype
+
+
+class _Loss(torch.autograd.Function):
+    """The gradients are made with the loss and handed out in the backward."""
+
+    @staticmethod
+    def forward(ctx, call: Call, grad_enabled: bool, anchors: list[Tensor], *tensors: Tensor):
+        student = tensors[: len(tensors) - len(anchors)]
+        # needs_input_grad knows nothing of no_grad.
+        needs = tuple(grad_enabled and need for need in ctx.needs_input_grad[3 : 3 + len(student)])
+        ctx.call, ctx.needs, ctx.anchors = None, needs, anchors
+        if call.settings.reduction == "none":
+            ctx.save_for_backward(*student)
+            ctx.call, needs = call, (False,) * len(student)  # in 'mean' and 'sum' the teacher is not needed any more
+        rows, ctx.grads = call.forward(student, call.scale, needs)
+        ctx.dtypes = [x.dtype for x in student]
+        loss, kd, ce = call.reduce(rows.kd, rows.ce)
+        ctx.mark_non_differentiable(kd, ce)
+        return loss, kd, ce
+
+    @staticmethod
+    @first_order.first_order(NO_SECOND_DERIVATIVE)
+    def backward(ctx, grad_loss: Tensor, *_):
+        grads = _Loss.gradients(ctx, grad_loss)
+        grads = [g if g is None else g.to(dtype) for g, dtype in zip(grads, ctx.dtypes, strict=True)]
+        return None, None, None, *grads, *[None] * len(ctx.anchors)
+
+    @staticmethod
+    def gradients(ctx, grad_loss: Tensor) -> list[Tensor | None]:
+        call = ctx.call
+        if call is not None:
+            # Each row has its own factor, so the gradients are only made now.
+            factor = grad_loss.reshape(-1)
+            factor = factor if call.rows is None else factor[call.rows]
+            return call.forward(ctx.saved_tensors, call.scale * factor, ctx.needs)[1]
+        if ctx.grads is None:
+            raise RuntimeError("the gradient of kd_loss was already handed out; use backward(retain_graph=True)")
+        # Handed out for good, autograd takes the memory over instead of copying it.
+        keep, grads = torch._C._autograd._get_current_graph_task_keep_graph(), ctx.grads
+        if not keep:
+            ctx.grads = None
+        if grad_loss.device.type != "cpu" or grad_loss.item() != 1.0:
+            return [g if g is None else g * grad_loss if keep else g.mul_(grad_loss) for g in grads]
+        return [g.clone() if keep and g is not None else g for g in grads]
+
+
+def _plain(s: Settings) -> str:
+    """The ends of JSD and of the skewed KLs by their own names: forward KL and reverse KL."""
+    if s.divergence == "jsd" and s.beta in (0.0, 1.0):
+        return "forward_kl" if s.beta == 0.0 else "reverse_kl"
+    if s.lam == 0.0:
+        return {"skew_kl": "forward_kl", "skew_reverse_kl": "reverse_kl"}.get(s.divergence, s.divergence)
+    return s.divergence
+
+
+def _backend(asked: str, x: Tensor) -> str:
+    """auto: triton where it runs and computes in the asked precision, else chunked."""
+    if asked not in ("auto", "triton"):
+        return asked
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1" and asked == "triton"
+    reason = None
+    if x.dtype == torch.float64:
+        reason = "it computes in float32 and the student is float64"
+    elif not x.is_cuda and not interpreted:
+        reason = f"the student is on {x.device}; it needs a CUDA or ROCm device"
+    elif importlib.util.find_spec("triton") is None:
+        reason = "triton is not installed (run pip install '.[triton]' in mohawk's checkout)"
+    if reason is None:
+        return "triton"
+    if asked == "triton":
+        raise ValueError(f"backend 'triton' can't be used: {reason}; use 'auto' or 'chunked'")
+    return "chunked"
+
+
+def map_rows(teacher: Teacher, f: Callable[[Tensor, int], Tensor]) -> Teacher:
+    """The teacher with f(tensor, trailing dimensions) in place of each tensor that has rows, all detached."""
+    if isinstance(teacher, TeacherTAID):
+        return replace(teacher, teacher=map_rows(teacher.teacher, f))
+    if isinstance(teacher, TeacherMixture):
+        return replace(teacher, teachers=[map_rows(one, f) for one in teacher.teachers])
+    if isinstance(teacher, TeacherLogits):
+        return TeacherLogits(f(teacher.logits.detach(), 1))
+    if isinstance(teacher, TeacherHidden):
+        bias = None if teacher.bias is None else teacher.bias.detach()
+        return replace(teacher, hidden=f(teacher.hidden.detach(), 1), head=teacher.head.detach(), bias=bias)
+    if isinstance(teacher, TeacherTopK):
+        tail = None if teacher.tail_logprob is None else f(teacher.tail_logprob.detach(), 0)
+        return TeacherTopK(f(teacher.ids, 1), f(teacher.logprobs.detach(), 1), tail)
+    return TeacherSamples(f(teacher.ids, 1), f(teacher.weights.detach(), 1))
+
+
+def prepare(
+    student: tuple[Tensor, ...],
+    teacher: Teacher,
+    labels: Tensor | None,
+    token_weights: Tensor | None,
+    normalizer: float | Tensor | None,
+    group: ProcessGroup | None,
+    settings: Settings,
+) -> Call:
+    """Check everything, flatten the leading dimensions, and find the rows that count."""
+    s = settings
+    kd_checks.check_settings(s, labels is not None, normalizer)
+    kd_checks.check_student(student, s)
+    lead, device = student[0].shape[:-1], student[0].device
+    entries = student[1].shape[0] if s.linear else student[0].shape[-1]
+    vocabulary = Vocabulary(entries, s.vocab_size, group, lead.numel(), device, kd_checks.dense_entries(teacher))
+    kd_checks.check_rows(labels, token_weights, lead, device, vocabulary.size, s.ignore_index)
+    kept = None if labels is None else labels != s.ignore_index
+    kd_checks.check_teacher(teacher, lead, device, vocabulary, s, kept)
+    backend = _backend(s.backend, student[0])
+    if backend == "reference" and group is not None:
+        raise ValueError("backend 'reference' has no group; use 'chunked', or gather the vocabulary first")
+    if s.inplace:
+        if s.reduction == "none" or backend == "reference" or not student[0].is_contiguous():
+            needs = "contiguous student_logits, reduction 'mean' or 'sum', and not the reference backend"
+            raise ValueError(f"inplace needs {needs}")
+        if student[0].dtype == torch.float16:
+            raise ValueError("inplace would hold the gradient in float16 before the loss scale; use another dtype")
+
+    teacher = map_rows(teacher, lambda x, trailing: x.reshape(-1, *x.shape[x.dim() - trailing :]))
+    count = real = lead.numel()
+    rows = None
+    if labels is not None:
+        labels = labels.reshape(-1)
+        chosen = kept.reshape(-1).nonzero().squeeze(1)
+        real = len(chosen)
+        if real < count:
+            rows, labels = chosen, labels[chosen]
+    scale = torch.ones(real, dtype=torch.float64 if student[0].dtype == torch.float64 else torch.float32, device=device)
+    if token_weights is not None:
+        weights = token_weights.detach().reshape(-1)
+        scale *= weights if rows is None else weights[rows]
+    if s.reduction == "mean" and real:
+        scale /= real if normalizer is None else kd_checks.positive(normalizer)
+    options = Options(
+        divergence=_plain(s),
+        temperature=1.0 if s.divergence in kd_reference.LOGIT_DIVERGENCES else float(s.temperature),
+        kd_weight=float(s.kd_weight),
+        ce_weight=float(s.ce_weight),
+        beta=float(s.beta),
+        lam=float(s.lam),
+        vocabulary=vocabulary,
+        need_kd=s.kd_weight != 0 or bool(s.return_parts),
+        need_ce=labels is not None and (s.ce_weight != 0 or bool(s.return_parts)),
+    )
+    return Call(s, options, teacher, labels, rows, scale, lead, backend)

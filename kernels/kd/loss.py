@@ -1,0 +1,209 @@
+"""`kd_loss` and `linear_kd_loss`: knowledge distillation with everything a vocabulary brings along.
+
+`kd_weight * T^2 * D(teacher, student) + ce_weight * CE`, from logits or from hidden states and head weights.
+The backends are kd_reference.py (the definition), kd_chunked.py and kd_triton.py; kd_call.py carries the
+autograd.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from torch import Tensor
+
+from mohawk.kernels.kd import call as kd_call
+from mohawk.kernels.kd import compiled as kd_compile
+from mohawk.kernels.kd.call import KDParts, Settings
+from mohawk.kernels.kd.teachers import (
+    TAIDSchedule,
+    Teacher,
+    TeacherHidden,
+    TeacherLogits,
+    TeacherMixture,
+    TeacherSamples,
+    TeacherTAID,
+    TeacherTopK,
+)
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+__all__ = [
+    "KDParts",
+    "TAIDSchedule",
+    "TeacherHidden",
+    "TeacherLogits",
+    "TeacherMixture",
+    "TeacherSamples",
+    "TeacherTAID",
+    "TeacherTopK",
+    "kd_loss",
+    "linear_kd_loss",
+]
+
+
+def kd_loss(
+    student_logits: Tensor,
+    teacher: Tensor | Teacher,
+    labels: Tensor | None = None,
+    *,
+    divergence: str = "forward_kl",
+    temperature: float = 1.0,
+    kd_weight: float = 1.0,
+    ce_weight: float = 0.0,
+    beta: float = 0.5,
+    lam: float = 0.1,
+    token_weights: Tensor | None = None,
+    ignore_index: int = -100,
+    vocab_size: int | None = None,
+    reduction: str = "mean",
+    normalizer: float | Tensor | None = None,
+    return_parts: bool | Literal["rows"] = False,
+    inplace: bool = False,
+    group: ProcessGroup | None = None,
+    backend: str = "auto",
+) -> Tensor | tuple[Tensor, KDParts]:
+    """Distillation loss from the student's logits: `kd_weight * T^2 * D + ce_weight * CE`.
+
+    Args:
+        student_logits: (..., vocab), any float dtype; the loss is computed in float32 (float64 from float64).
+        teacher: logits (..., vocab) of any float dtype, or a teacher source (kd_teachers.py). Gets no gradient. With
+            reduction none it must stay as it is until the backward.
+        labels: (...), int64: row i's target, already aligned (nothing is shifted here). Rows of `ignore_index` are
+            skipped by both terms. None: every row counts, and `ce_weight` must be 0. For next-token targets pad the
+            labels, `F.pad(labels[:, 1:], (0, 1), value=-100)`, and keep the logits whole: `logits[:, :-1]` would
+            have to be copied.
+        divergence: forward_kl, reverse_kl, jsd (with `beta`: beta KL(p, m) + (1 - beta) KL(q, m) for m = beta
+            p + (1 - beta) q, as in GKD; 0 is forward and 1 is reverse KL), skew_kl and skew_reverse_kl (with
+            `lam`: KL(p, lam p + (1 - lam) q) and KL(q, (1 - lam) p + lam q), as in DistiLLM), tvd,
+            probability_mse (the mean of (p - q)^2 over the vocabulary); or, between raw logits, mse (mean over the
+            vocabulary) and cosine (1 - cosine similarity), which know no temperature.
+            beta is from 0 to 1, lam from 0 (no skew) to below 1.
+        temperature: T, from 0.001 to 1000, dividing both sides' logits; the divergence is multiplied by T^2 (Hinton
+            et al. 2015). The cross-entropy is at temperature 1.
+        kd_weight, ce_weight: 0 or above.
+        token_weights: (...) of a float dtype, without gradient; multiplies the loss of each row. The mean still
+            divides by the number of real rows.
+        vocab_size: only the first so many entries are real, on either side, which may then differ in width.
+        reduction: mean over the real rows, sum, or none: (...), 0 in ignored rows.
+        normalizer: with reduction mean, divides instead of the count of real rows (say the count over all
+            accumulation steps and ranks).
+        return_parts: also return `KDParts(kd, ce)`, reduced as the loss is; "rows": those of each row (...), 0 in
+            ignored rows, without weights and without the mean.
+        inplace: write the gradient into `student_logits`, which are lost: no second array of their size is
+            made. For contiguous logits that share no memory with the teacher, not float16, reduction mean or sum,
+            not with the reference; of no effect under torch.compile.
+        group: the ranks among which the vocabulary is split: logits (student's and teacher's alike) are this
+            rank's slice, slices lie in the order of ranks and may differ in size; labels, ids and
+            `vocab_size` are global. Every rank gets the whole loss, and the gradient of its slice.
+        backend: auto, reference, chunked or triton. auto takes triton on a GPU where it is installed; reference knows
+            no group and can't be compiled.
+
+    Returns:
+        The loss, float32 (float64 from float64). With no real row it is 0, and so are the gradients.
+
+    Raises:
+        ValueError: anything wrong with shapes, dtypes, devices, options, labels or ids, before any work.
+        RuntimeError: in a second derivative, which only the reference has (under torch.compile, whenever
+            create_graph asks for one); in a second backward without retain_graph.
+    """
+    settings = Settings(
+        divergence=divergence,
+        temperature=temperature,
+        kd_weight=kd_weight,
+        ce_weight=ce_weight,
+        beta=beta,
+        lam=lam,
+        ignore_index=ignore_index,
+        vocab_size=vocab_size,
+        reduction=reduction,
+        return_parts=return_parts,
+        backend=backend,
+        inplace=inplace,
+    )
+    return _distil((student_logits,), teacher, labels, token_weights, normalizer, group, settings)
+
+
+def linear_kd_loss(
+    student_hidden: Tensor,
+    student_head: Tensor,
+    teacher: Tensor | Teacher,
+    labels: Tensor | None = None,
+    *,
+    student_bias: Tensor | None = None,
+    logit_scale: float = 1.0,
+    logit_softcap: float | None = None,
+    divergence: str = "forward_kl",
+    temperature: float = 1.0,
+    kd_weight: float = 1.0,
+    ce_weight: float = 0.0,
+    beta: float = 0.5,
+    lam: float = 0.1,
+    token_weights: Tensor | None = None,
+    ignore_index: int = -100,
+    vocab_size: int | None = None,
+    reduction: str = "mean",
+    normalizer: float | Tensor | None = None,
+    return_parts: bool | Literal["rows"] = False,
+    group: ProcessGroup | None = None,
+    backend: str = "auto",
+) -> Tensor | tuple[Tensor, KDParts]:
+    """`kd_loss` from hidden states and the head: neither model's logits are ever whole.
+
+    Logits are float32 whatever the dtype of hidden states and head, also under autocast, which changes
+    nothing here; ignored rows are left out of the matrix products; gradients of the head add up in float32; a
+    head or hidden states that need no gradient get none made. The student's and the teacher's hidden sizes
+    may differ, and either head may be tied to anything.
+
+    Args:
+        student_hidden: (..., hidden), final hidden states after the last norm.
+        student_head: (vocab, hidden), nn.Linear's layout, in the dtype of the hidden states (free under
+            autocast).
+        teacher: usually `TeacherHidden`; also logits (..., vocab) or any other source.
+        student_bias: (vocab).
+        logit_scale, logit_softcap: logits are `logit_scale * (hidden @ head.T + bias)`, then `logit_softcap *
+            tanh(logits / logit_softcap)`.
+        group: as in `kd_loss`: heads and biases are this rank's slices, hidden states are whole on every rank
+            and so is their gradient.
+        Others: see `kd_loss`.
+
+    Returns, raises:
+        As `kd_loss`.
+    """
+    settings = Settings(
+        divergence=divergence,
+        temperature=temperature,
+        kd_weight=kd_weight,
+        ce_weight=ce_weight,
+        beta=beta,
+        lam=lam,
+        ignore_index=ignore_index,
+        vocab_size=vocab_size,
+        reduction=reduction,
+        return_parts=return_parts,
+        backend=backend,
+        linear=True,
+        logit_scale=logit_scale,
+        logit_softcap=logit_softcap,
+    )
+    student = (student_hidden, student_head) if student_bias is None else (student_hidden, student_head, student_bias)
+    return _distil(student, teacher, labels, token_weights, normalizer, group, settings)
+
+
+def _distil(
+    student: tuple[Tensor, ...],
+    teacher: Tensor | Teacher,
+    labels: Tensor | None,
+    token_weights: Tensor | None,
+    normalizer: float | Tensor | None,
+    group: ProcessGroup | None,
+    settings: Settings,
+) -> Tensor | tuple[Tensor, KDParts]:
+    if isinstance(teacher, Tensor):
+        teacher = TeacherLogits(teacher)
+    if settings.linear and isinstance(student[0], Tensor) and student[0].device.type != "meta":
+        settings = settings._replace(autocast=torch.is_autocast_enabled(student[0].device.type))
+    distil = kd_compile.distil if torch.compiler.is_compiling() else kd_call.distil
+    loss, kd, ce = distil(student, teacher, labels, token_weights, normalizer, group, settings)
+    return (loss, KDParts(kd.detach(), ce.detach())) if settings.return_parts else loss

@@ -1,0 +1,142 @@
+"""The distance between two mixing matrices, with gradients, without either matrix: MOHAWK's first phase."""
+
+import importlib.util
+
+import torch
+from torch import Tensor
+
+from mohawk.kernels.common.segments import segment_starts
+from mohawk.kernels.mixing.chunked import distance_chunked, real_tokens
+from mohawk.kernels.mixing.definition import AttentionMixing, Mixing
+from mohawk.kernels.mixing.reference import distance_reference
+
+METRICS = ("frobenius", "squared", "mse", "relative", "kl")
+REDUCTIONS = ("mean", "sum", "none")
+BACKENDS = ("auto", "reference", "chunked", "triton")
+
+
+def mixing_distance(
+    student: Mixing,
+    teacher: Mixing,
+    *,
+    metric: str = "frobenius",
+    reduction: str = "mean",
+    backend: str = "auto",
+) -> Tensor:
+    """How far the student's matrix S is from the teacher's A, per batch row and head, reduced over both.
+
+    metric: "frobenius" ||S - A||_F (MOHAWK's, arXiv 2408.10189; its gradient is 0 where the distance is 0),
+    "squared" ||S - A||_F^2, "mse" that over the square of the number of real tokens, "relative" ||S - A||_F / ||A||_F
+    (0 where A is 0), or, between two attentions, "kl" sum_j A (log A - log S) averaged over rows. Rows and columns of
+    padding (segment -1) count as equal; their values must be finite.
+
+    Batch and seq must agree. If the head counts differ, one divides the other and each head of the smaller
+    side is compared with a group of consecutive heads of the larger, as in grouped-query attention.
+    reduction: "mean" or "sum" over (batch, heads), or "none". backend: "reference" builds both matrices,
+    "chunked" never holds more than some rows of them, memory linear in seq.
+
+    Returns float32, or float64 if any input is. Differentiable in the student's tensors, never in the
+    teacher's; the gradients are made together with the value. Raises ValueError for what does not fit
+    together, RuntimeError in a second derivative, which only the reference has.
+    """
+    _check(student, teacher, metric, reduction, backend)
+    if backend == "reference":
+        with torch.no_grad():
+            fixed = _detached(teacher)
+        values = distance_reference(student, fixed, metric)
+        return {"mean": values.mean, "sum": values.sum, "none": lambda: values}[reduction]()
+    if backend == "triton":
+        _check_triton(student, teacher)
+    if backend == "triton" or (backend == "auto" and _triton_is_best(student, teacher)):
+        from mohawk.kernels.mixing.triton_backend import distance_triton
+
+        return distance_triton(student, teacher, metric, reduction)
+    return distance_chunked(student, teacher, metric, reduction)
+
+
+def _detached(mixing: Mixing) -> Mixing:
+    fields = {name: value.detach() if isinstance(value, Tensor) else value for name, value in vars(mixing).items()}
+    return type(mixing)(**fields)
+
+
+def _triton_is_best(student: Mixing, teacher: Mixing) -> bool:
+    if not student.tensors[0].is_cuda or importlib.util.find_spec("triton") is None:
+        return False
+    from mohawk.kernels.mixing.triton_backend import fits_triton
+
+    return fits_triton(student, teacher)
+
+
+def _check_triton(student: Mixing, teacher: Mixing) -> None:
+    where = "mixing_distance: backend 'triton'"
+    if importlib.util.find_spec("triton") is None:
+        raise ValueError(
+            f"{where} needs the package triton: run pip install '.[triton]' in mohawk's checkout, or take 'chunked'"
+        )
+    from mohawk.kernels.mixing.triton_backend import fits_triton
+
+    if not fits_triton(student, teacher):
+        raise ValueError(
+            f"{where} is not for float64, a softcap, nor a head_dim or state_size above 256; take 'chunked'"
+        )
+
+
+def _check(student: Mixing, teacher: Mixing, metric: str, reduction: str, backend: str) -> None:
+    where = "mixing_distance"
+    for name, value, allowed in (
+        ("metric", metric, METRICS),
+        ("reduction", reduction, REDUCTIONS),
+        ("backend", backend, BACKENDS),
+    ):
+        if value not in allowed:
+            raise ValueError(f"{where}: {name} must be one of {', '.join(allowed)}, got {value!r}")
+    check_pair(where, student, teacher)
+    heads, heads_t = student.shape[1], teacher.shape[1]
+    if min(heads, heads_t) < 1 or max(heads, heads_t) % min(heads, heads_t):
+        raise ValueError(
+            f"{where}: one number of heads must divide the other, got {heads} (student) and {heads_t} (teacher)"
+        )
+    if metric == "kl":
+        check_kl(student, teacher)
+
+
+def check_pair(where: str, student: Mixing, teacher: Mixing) -> None:
+    """Raises ValueError, from `where`, unless both are mixings of one batch, length and device."""
+    for name, value in (("student", student), ("teacher", teacher)):
+        if not isinstance(value, Mixing):
+            raise ValueError(f"{where}: {name} must be an AttentionMixing or an SSDMixing, got {type(value).__name__}")
+    (batch, _, seq), (batch_t, _, seq_t) = student.shape, teacher.shape
+    if (batch, seq) != (batch_t, seq_t):
+        raise ValueError(
+            f"{where}: student and teacher must agree in batch and seq, got {batch}, {seq} and {batch_t}, {seq_t}"
+        )
+    if student.tensors[0].device != teacher.tensors[0].device:
+        raise ValueError(
+            f"{where}: student on {student.tensors[0].device}, teacher on {teacher.tensors[0].device}; "
+            "move them to one device"
+        )
+
+
+def check_kl(student: Mixing, teacher: Mixing) -> None:
+    where = "mixing_distance: metric 'kl'"
+    if not (isinstance(student, AttentionMixing) and isinstance(teacher, AttentionMixing)):
+        raise ValueError(f"{where} compares two attentions; rows of an SSDMixing are no distributions")
+    if student.window is None and student.segment_ids is None:
+        return
+    hidden = _first_column(teacher) < _first_column(student)
+    real = real_tokens(student, teacher)
+    if real is not None:
+        hidden &= real
+    if bool(hidden.any()):
+        raise ValueError(
+            f"{where} is infinite when the teacher sees more than the student: "
+            f"windows {student.window} (student) and {teacher.window} (teacher), or other segment_ids"
+        )
+
+
+def _first_column(mixing: AttentionMixing) -> Tensor:
+    """(batch, seq) the first token that each token sees."""
+    batch, _, seq = mixing.shape
+    index = torch.arange(seq, device=mixing.q.device).expand(batch, seq)
+    first = torch.zeros_like(index) if mixing.segment_ids is None else segment_starts(mixing.segment_ids)
+    return first if mixing.window is None else torch.maximum(first, index - mixing.window + 1)

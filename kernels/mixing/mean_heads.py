@@ -1,0 +1,141 @@
+"""The distance between two mixing matrices whose heads do not pair up: of the means over their heads.
+
+A student with other heads than its teacher can be held to the teacher's mean matrix (TextBrewer's attention losses,
+arXiv 2002.12620), or to the means of groups of consecutive heads. Work goes as in mixing_chunked.py, strips of rows
+of all heads at a time: the heads' strips, their means, the difference of those, and from it every head's gradients.
+Nothing is longer than a strip of some rows of seq for each head.
+
+Letters: b batch, h heads, g groups, t rows of a strip, m its columns.
+"""
+
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from mohawk.kernels.mixing.chunked import add_block, compute_dtype, differentiable, finish, real_tokens
+from mohawk.kernels.mixing.definition import AttentionMixing, Mixing
+from mohawk.kernels.mixing.distance import check_kl, check_pair
+from mohawk.kernels.mixing.strips import HIDDEN, STRIP, Block, strips_of
+
+METRICS = ("mse", "frobenius", "kl", "scores")
+STRIP_ENTRIES = 1 << 21  # of a strip, over the heads, that are worked on at a time
+
+
+def head_mean_distance(student: Mixing, teacher: Mixing, *, metric: str = "mse", groups: int = 1) -> Tensor:
+    """How far the mean of the student's matrices over heads is from the mean of the teacher's.
+
+    metric: "mse" ||S - A||_F^2 / n^2 of n real tokens, "frobenius" ||S - A||_F, or between two attentions "kl"
+    sum_j A (log A - log S) averaged over rows and "scores", the mse of what their softmax takes (scale * q k^T, capped
+    if there is a softcap; entries that either does not see count as equal), with S and A the means over all heads, or,
+    with groups above 1, over each of so many groups of consecutive heads, which divides both head counts. Padding
+    (segment -1) counts as equal, as in `mixing_distance`.
+
+    Returns the mean over batch and groups, a scalar in float32, or float64 if any input is. Differentiable in the
+    student's tensors, never in the teacher's; memory linear in seq. Raises ValueError for what does not fit together,
+    RuntimeError in a second derivative.
+    """
+    where = "head_mean_distance"
+    if metric not in METRICS:
+        raise ValueError(f"{where}: metric must be one of {', '.join(METRICS)}, got {metric!r}")
+    check_pair(where, student, teacher)
+    heads, heads_t = student.shape[1], teacher.shape[1]
+    if groups < 1 or heads % groups or heads_t % groups:
+        raise ValueError(f"{where}: {groups} groups must divide the heads, {heads} (student) and {heads_t} (teacher)")
+    if metric == "kl":
+        check_kl(student, teacher)
+    if metric == "scores" and not (isinstance(student, AttentionMixing) and isinstance(teacher, AttentionMixing)):
+        raise ValueError(f"{where}: metric 'scores' compares two attentions; an SSDMixing has no scores")
+    return differentiable(student, teacher, metric, "mean", partial(_value_and_gradients, groups=groups))
+
+
+def _value_and_gradients(
+    student: Mixing, teacher: Mixing, metric: str, reduction: str, wanted: bool, groups: int
+) -> tuple[Tensor, list[Tensor | None]]:
+    """(batch, groups) distances, and the gradients of their mean."""
+    batch, heads, seq = student.shape
+    dtype, device = compute_dtype(student, teacher), student.tensors[0].device
+    values = torch.zeros(batch, groups, dtype=torch.float64, device=device)
+    attention = isinstance(student, AttentionMixing)
+    gradients = [
+        torch.zeros(x.shape, dtype=dtype, device=device) if wanted and x is not None and x.requires_grad else None
+        for x in student.tensors
+    ]
+    if not (batch and seq):
+        return values.to(dtype), gradients
+    row_entries = max(heads, teacher.shape[1]) * seq
+    strip = min(STRIP, seq, max(1, STRIP_ENTRIES // row_entries))
+    rows = max(1, STRIP_ENTRIES // (strip * row_entries))
+    real = real_tokens(student, teacher)
+    # a head's share of its group's mean (kl's gradient has it in its weights)
+    share = 1.0 if metric == "kl" else groups / heads
+    for first in range(0, batch, rows):
+        part = slice(first, min(first + rows, batch))
+        block = Block(part, 0, heads, heads)
+        mine = strips_of(student, block, dtype, wanted)
+        theirs = strips_of(teacher, Block(part, 0, teacher.shape[1], teacher.shape[1]), dtype, False)
+        masks = None if real is None else real[part]
+        sums = torch.zeros(mine.batch, groups, dtype=torch.float64, device=device)
+        for row in range(0, seq, strip):
+            end = min(row + strip, seq)
+            start = min(row, mine.first_column(row), theirs.first_column(row))
+            step = {"kl": _kl_strip, "scores": _scores_strip}.get(metric, _squared_strip)
+            sums += step(mine, theirs, row, end, start, masks, groups, wanted).sum(-1, dtype=torch.float64)
+        values[part], factor = finish(metric, sums, None, seq, masks)
+        if not wanted:
+            continue
+        factor = (factor * share / values.numel()).to(dtype).repeat_interleave(heads // groups, 1)
+        for out, like, gradient in zip(gradients, student.tensors, mine.gradients(), strict=True):
+            if out is not None and gradient is not None:
+                gradient = gradient.to(dtype) * factor.view(*factor.shape, *(1,) * (gradient.dim() - 2))
+                add_block(out, gradient, block, like.shape, attention)
+    return values.to(dtype), gradients
+
+
+def _mean(strip_bhtm: Tensor, groups: int) -> Tensor:
+    return strip_bhtm.unflatten(1, (groups, -1)).mean(2)
+
+
+def _squared_strip(mine, theirs, row, end, first, real, groups, wanted) -> Tensor:
+    """(b, g, t) squared differences of a strip's rows; adds the gradients of half of them by the means."""
+    nothing = torch.zeros(mine.batch, mine.heads, end - row, end - first, dtype=mine.dtype, device=mine.device)
+    matrix = mine.difference(nothing, row, end, first)
+    residual = _mean(matrix, groups).sub_(_mean(theirs.strip(row, end, first), groups))
+    if real is not None:
+        residual *= (real[:, row:end].unsqueeze(2) & real[:, first:end].unsqueeze(1)).unsqueeze(1)
+    if wanted:
+        mine.accumulate(residual.repeat_interleave(mine.heads // groups, 1), row, end, first)
+    return residual.square().sum(-1)
+
+
+def _scores_strip(mine, theirs, row, end, first, real, groups, wanted) -> Tensor:
+    """(b, g, t) squared differences of a strip's scores; adds the gradients of half of them by the scores."""
+    scores, target = mine.scores(row, end, first), theirs.scores(row, end, first)
+    seen = (scores[:, :1] > HIDDEN / 2) & (target[:, :1] > HIDDEN / 2)  # alike in all heads
+    if real is not None:
+        seen &= (real[:, row:end].unsqueeze(2) & real[:, first:end].unsqueeze(1)).unsqueeze(1)
+    residual = (_mean(scores, groups) - _mean(target, groups)).masked_fill_(~seen, 0.0)
+    if wanted:
+        mine.accumulate_scores(residual.repeat_interleave(mine.heads // groups, 1), row, end, first)
+    return residual.square().sum(-1)
+
+
+def _kl_strip(mine, theirs, row, end, first, real, groups, wanted) -> Tensor:
+    """(b, g, t) the KL of a strip's rows; adds its gradients by the scores."""
+    per_group = mine.heads // groups
+    a = _mean(theirs.strip(row, end, first), groups)
+    log_heads = mine.log_strip(row, end, first)
+    # in logarithms, so that a probability that underflows still has a gradient
+    log_heads_g = log_heads.unflatten(1, (groups, per_group))
+    log_sum = torch.logsumexp(log_heads_g, 2)
+    log_s = log_sum - torch.tensor(per_group, dtype=a.dtype).log()
+    terms = torch.xlogy(a, a) - a * log_s
+    if real is not None:
+        rows = real[:, row:end].unsqueeze(1).unsqueeze(-1)
+        terms, a = terms * rows, a * rows
+    if wanted:
+        # d/d log p of head h is -a times the head's part of the sum; through the softmax of its scores
+        d_log = (log_heads_g - log_sum.unsqueeze(2)).exp_().mul_(a.unsqueeze(2)).neg_().flatten(1, 2)
+        d_scores = d_log - log_heads.exp() * d_log.sum(-1, keepdim=True)
+        mine.accumulate_scores(d_scores, row, end, first)
+    return terms.sum(-1)

@@ -1,0 +1,89 @@
+"""`python -m mohawk.kernels.mixing.triton_report`: compile the Triton kernels of the mixing distance for GPUs that
+need not be there, and print registers, spilled bytes and shared memory of each.
+
+Exit code 1 if anything spills or takes more shared memory than there is. `--quick` compiles two pairs at two widths.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from mohawk.kernels.common import triton_report
+from mohawk.kernels.mixing import triton_backend as mixing_triton
+from mohawk.kernels.mixing.triton_backend import Side
+
+WIDTHS = (64, 128, 256)
+MAJOR = {"sm_80": 8, "sm_90": 9, "sm_100": 10, "gfx942": 0}
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+PAIRS = ("ssd-attention", "attention-ssd", "attention-attention", "ssd-ssd")
+
+
+def _side(kind: str, dtype: str, masked: bool) -> Side:
+    """The types of a side's fields, with an input scale and a diagonal."""
+    attention = kind == "attention"
+    return Side(
+        left=f"*{dtype}",
+        right=f"*{dtype}",
+        first="*i32" if masked else None,
+        most="*fp32" if attention else None,
+        inverse="*fp32" if attention else None,
+        sums=None if attention else "*fp64",
+        weight=None if attention else "*fp32",
+        D=None if attention else "*fp32",
+        scale="fp32" if attention else None,
+        heads="i32",
+        left_heads="i32",
+        right_heads="i32",
+        width="i32",
+    )
+
+
+def compile_one(
+    target: str, kernel: str, pair: str, masks: str, width: int, dtype: str, tiles: dict | None = None
+) -> triton_report.Usage:
+    """Compile with both operands of one width. masks: "segments" is documents and padding, by the metric with most
+    sums; "segments, kl" the same by kl; "none" is one document."""
+    if tiles is None:
+        tiles = mixing_triton.tiles(pair == PAIRS[0], width, DTYPES[dtype], MAJOR[target])
+    if kernel == "normaliser":
+        tiles = tiles | mixing_triton.NORMALISER
+    masked = masks != "none"
+    student, teacher = (_side(kind, dtype, masked) for kind in pair.split("-"))
+    constants = {name: tiles[name] for name in ("BLOCK", "STEP", "CHUNK", "PRECISION")}
+    options = {name: tiles[name] for name in ("num_warps", "num_stages", "enable_fp_fusion")}
+    types = {"seq": "i32", "heads": "i32"}
+    if kernel == "normaliser":
+        types["side"] = teacher
+        constants["WIDTH"] = width
+        return triton_report.compile_for(target, mixing_triton.normaliser_kernel, types, constants, options)
+    types |= {"student": student, "teacher": teacher}
+    types |= dict.fromkeys(("real", "bounds"), None) if not masked else {"real": "*i8", "bounds": "*i32"}
+    types |= dict.fromkeys(("squares", "sizes", "row_weights", "column_weights"), "*fp64")
+    types |= dict.fromkeys(("diagonals", "gradients"), "*fp32")
+    constants |= {"STUDENT_WIDTH": width, "TEACHER_WIDTH": width}
+    metric = {"none": "squared", "segments": "relative", "segments, kl": "kl"}[masks]
+    constants |= {"ROWS": kernel == "rows", "METRIC": metric, "GRADIENTS": True}
+    return triton_report.compile_for(target, mixing_triton.pass_kernel, types, constants, options)
+
+
+def cases(quick: bool = False) -> list[tuple[str, str, str, int, str]]:
+    """(kernel, student-teacher, masks, width, dtype) that a distance can launch."""
+    every = [("normaliser", "attention-attention", "segments")]
+    every += [(kernel, pair, "segments") for pair in PAIRS for kernel in ("rows", "columns")]
+    every += [(kernel, "ssd-attention", "none") for kernel in ("rows", "columns")]
+    every += [(kernel, "attention-attention", "segments, kl") for kernel in ("rows", "columns")]
+    shapes = [(width, dtype) for width in WIDTHS for dtype in DTYPES]
+    if quick:
+        every = [case for case in every if case[0] != "normaliser" and case[1] in PAIRS[::2] and case[2] == "segments"]
+        shapes = [(128, "bf16"), (256, "fp32")]
+    return [(*case, width, dtype) for width, dtype in shapes for case in every]
+
+
+def main() -> int:
+    columns = ("kernel", "student-teacher", "masks", "head dim and state", "operands")
+    title = "tiles as `mixing_triton.tiles` chooses them"
+    return triton_report.main("mohawk.kernels.mixing.triton_report", __doc__, title, columns, cases, compile_one)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,171 @@
+"""State-space duality (Mamba-2, arXiv 2405.21060): the scan that trains, fills a prompt and steps.
+
+    state_t = exp(log_decay_t) * state_{t-1} + input_scale_t * x_t B_t^T        (head_dim x state_size)
+    y_t     = state_t C_t + D * x_t
+
+Mamba-2's own parametrisation is log_decay = dt * A, input_scale = dt; the discrete one of MOHAWK is
+log_decay = -softplus(a), no input_scale.
+"""
+
+import torch
+from torch import Tensor
+
+from mohawk.kernels.common.packages import usable, why_not
+from mohawk.kernels.common.segments import check_segment_ids
+from mohawk.kernels.ssd.chunked import ssd_chunked
+from mohawk.kernels.ssd.mamba_backend import KERNELS, refusal, ssd_mamba
+from mohawk.kernels.ssd.reference import ssd_reference
+
+BACKENDS = {"auto": None, "reference": ssd_reference, "chunked": ssd_chunked, "mamba_ssm": ssd_mamba}
+
+
+def ssd(
+    x: Tensor,
+    log_decay: Tensor,
+    B: Tensor,
+    C: Tensor,
+    *,
+    input_scale: Tensor | None = None,
+    D: Tensor | None = None,
+    initial_state: Tensor | None = None,
+    segment_ids: Tensor | None = None,
+    return_final_state: bool = False,
+    backend: str = "auto",
+) -> Tensor | tuple[Tensor, Tensor]:
+    """The scan over a whole sequence, differentiable in every floating-point argument.
+
+    x: (batch, seq, heads, head_dim), float32, float64, bfloat16 or float16. log_decay: (batch, seq, heads),
+    at most 0 in a stable model, -inf allowed. B and C: (batch, seq, groups, state_size); the number of
+    groups divides the number of heads and need not be the same for both. input_scale: (batch, seq, heads),
+    1 if not given. D: (heads,). initial_state: (batch, heads, head_dim, state_size), 0 if not given.
+    segment_ids: (batch, seq) integers; the state starts anew where the id changes (the first segment goes
+    on from initial_state).
+
+    backend: "reference" is the recurrence token by token, "chunked" torch on any device, "mamba_ssm" that
+    package's kernels, "auto" those on CUDA where they can be imported and fit, else "chunked".
+
+    Returns y like x, and with return_final_state also the state after the last token, (batch, heads,
+    head_dim, state_size) in float32 (float64 for float64 x). The scan is float32 inside (float64 for float64 x).
+    Sums of log decays are kept as in float64 by "chunked"; mamba-ssm's kernels take them as float32 over 256
+    tokens, so that where decays of -10 and below meet weak ones in a chunk, y is off by up to 3e-5 of itself.
+    Raises ValueError for shapes that do not fit, RuntimeError in a second derivative, which only "reference" has.
+    """
+    _check(x, log_decay, B, C, input_scale, D, initial_state, segment_ids)
+    if backend not in BACKENDS:
+        raise ValueError(f"ssd: backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
+    if backend == "mamba_ssm":
+        reason = refusal(x, B, C) or why_not(KERNELS)
+        if reason is not None:
+            raise ValueError(f"ssd: backend 'mamba_ssm' can't be used: {reason}; use 'auto' or 'chunked'")
+    if backend == "auto":
+        # In this order: for tensors on a CPU the package is not even imported.
+        backend = "mamba_ssm" if x.is_cuda and refusal(x, B, C) is None and usable(KERNELS) else "chunked"
+    run = BACKENDS[backend]
+    with torch.autocast(x.device.type, enabled=False):
+        y, final_state = run(x, log_decay, B, C, input_scale, D, initial_state, segment_ids)
+    return (y, final_state) if return_final_state else y
+
+
+def ssd_step(
+    state: Tensor,
+    x: Tensor,
+    log_decay: Tensor,
+    B: Tensor,
+    C: Tensor,
+    *,
+    input_scale: Tensor | None = None,
+    D: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """One token of `ssd`: shapes are its shapes without the sequence dimension.
+
+    state: (batch, heads, head_dim, state_size). x: (batch, heads, head_dim). log_decay, input_scale:
+    (batch, heads). B and C: (batch, groups, state_size). D: (heads,). Returns (y, the new state) in x's dtype and
+    the state's (at least float32), in which the step is computed; `state` is not changed.
+    """
+    if x.dim() != 3:
+        raise ValueError(f"ssd_step: x must be (batch, heads, head_dim), got {tuple(x.shape)}")
+    if not _fits_step(state, x, log_decay, B, C, input_scale, D):
+        lifted = None if input_scale is None else input_scale.unsqueeze(1)
+        _check(x[:, None], log_decay[:, None], B[:, None], C[:, None], lifted, D, state, None, "ssd_step")
+    heads = x.shape[1]
+    compute = torch.promote_types(state.dtype, torch.float32)
+    x_in = x.to(compute)
+    scaled = x_in if input_scale is None else x_in * input_scale.to(compute).unsqueeze(-1)
+    B_bhN, C_bhN = (_per_head(value.to(compute), heads) for value in (B, C))
+    decay = log_decay.to(compute).exp()[..., None, None]
+    state = (decay * state.to(compute)).addcmul_(scaled.unsqueeze(-1), B_bhN.unsqueeze(-2))
+    # A sum, not a matrix product: autocast would round the state to bfloat16.
+    y = (state * C_bhN.unsqueeze(-2)).sum(-1)
+    if D is not None:
+        y = y + x_in * D.to(compute).unsqueeze(-1)
+    return y.to(x.dtype), state
+
+
+def _fits_step(
+    state: Tensor, x: Tensor, log_decay: Tensor, B: Tensor, C: Tensor, input_scale: Tensor | None, D: Tensor | None
+) -> bool:
+    """Whether the usual arguments fit, in a few microseconds: the full check takes longer than the step itself."""
+    batch, heads, _ = x.shape
+    return (
+        log_decay.shape == (batch, heads)
+        and (input_scale is None or input_scale.shape == (batch, heads))
+        and B.shape == C.shape == (batch, heads, B.shape[-1])
+        and state.shape == (*x.shape, B.shape[-1])
+        and (D is None or D.shape == (heads,))
+        and all(t.is_floating_point() and t.device == x.device for t in (state, x, log_decay, B, C))
+        and all(t is None or (t.is_floating_point() and t.device == x.device) for t in (input_scale, D))
+    )
+
+
+def _per_head(value: Tensor, heads: int) -> Tensor:
+    """(batch, groups, state_size) -> (batch, heads, state_size), without a copy where each head has its own."""
+    return value if value.shape[1] == heads else value.repeat_interleave(heads // value.shape[1], dim=1)
+
+
+def _check(
+    x: Tensor,
+    log_decay: Tensor,
+    B: Tensor,
+    C: Tensor,
+    input_scale: Tensor | None,
+    D: Tensor | None,
+    initial_state: Tensor | None,
+    segment_ids: Tensor | None,
+    where: str = "ssd",
+) -> None:
+    if x.dim() != 4:
+        raise ValueError(f"{where}: x must be (batch, seq, heads, head_dim), got {tuple(x.shape)}")
+    batch, seq, heads, head_dim = x.shape
+    per_head = (batch, seq, heads)
+    if tuple(log_decay.shape) != per_head:
+        raise ValueError(f"{where}: log_decay must be (batch, seq, heads) = {per_head}, got {tuple(log_decay.shape)}")
+    for name, value in (("B", B), ("C", C)):
+        if value.dim() != 4 or value.shape[:2] != x.shape[:2]:
+            raise ValueError(
+                f"{where}: {name} must be (batch, seq, groups, state_size) with batch, seq = {batch}, {seq}, "
+                f"got {tuple(value.shape)}"
+            )
+        if value.shape[2] < 1 or heads % value.shape[2]:
+            raise ValueError(f"{where}: the {value.shape[2]} groups of {name} must divide the {heads} heads of x")
+    if B.shape[3] != C.shape[3]:
+        raise ValueError(f"{where}: B and C must have one state_size, got {B.shape[3]} and {C.shape[3]}")
+    if input_scale is not None and tuple(input_scale.shape) != per_head:
+        raise ValueError(
+            f"{where}: input_scale must be (batch, seq, heads) = {per_head}, got {tuple(input_scale.shape)}"
+        )
+    if D is not None and tuple(D.shape) != (heads,):
+        raise ValueError(f"{where}: D must be (heads,) = ({heads},), got {tuple(D.shape)}")
+    state_shape = (batch, heads, head_dim, B.shape[3])
+    if initial_state is not None and tuple(initial_state.shape) != state_shape:
+        raise ValueError(
+            f"{where}: the state must be (batch, heads, head_dim, state_size) = {state_shape}, "
+            f"got {tuple(initial_state.shape)}"
+        )
+    check_segment_ids(segment_ids, batch, seq, where)
+    tensors = {"x": x, "log_decay": log_decay, "B": B, "C": C, "input_scale": input_scale, "D": D}
+    tensors["the state"] = initial_state
+    for name, value in tensors.items():
+        if value is not None and not value.is_floating_point():
+            raise ValueError(f"{where}: {name} must be floating point, got {value.dtype}")
+        if value is not None and value.device != x.device:
+            raise ValueError(f"{where}: {name} is on {value.device}, x on {x.device}; move them to one device")

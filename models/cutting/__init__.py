@@ -1,0 +1,1 @@
+"""Making models smaller: fewer layers, heads, channels."""

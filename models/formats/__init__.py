@@ -1,0 +1,1 @@
+"""Other people's layouts of hybrids: Bamba's and those of released checkpoints."""

@@ -1,0 +1,1 @@
+"""`mohawk convert`: from a Transformer to a hybrid, and which layers to convert."""

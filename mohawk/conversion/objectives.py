@@ -1,0 +1,216 @@
+"""The three phases of MOHAWK (arXiv 2408.10189, section 3) as training objectives.
+
+1. `MixingObjective`: each layer's semiseparable matrix against the teacher's attention matrix.
+2. `HiddenObjective`: each layer's output against the teacher's, given the teacher's input.
+3. `EndToEndObjective`: the student's next-token distribution against the teacher's.
+
+In phases 1 and 2 every layer sees the teacher's own hidden state, so layers are independent: each layer's loss is
+yielded, and back-propagated by the trainer, before the next layer is computed. One layer's graph is alive at a time.
+"""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from mohawk.data.next_tokens import next_labels
+from mohawk.kernels.kd.loss import linear_kd_loss
+from mohawk.kernels.mixing.distance import mixing_distance
+from mohawk.losses.heads import Head
+from mohawk.models.families import decoder_layers, family_of, mixer_input_norm
+from mohawk.models.hybrid import HybridForCausalLM
+from mohawk.models.mixers import SSMMixer
+from mohawk.models.teacher_forcing import AttentionRecord, layer_calls, record, recording_attention
+from mohawk.training.weight_decay import parameter_groups
+
+PHASES = ("mixing", "hidden", "end_to_end")
+
+
+class Objective(nn.Module):
+    """A student, a frozen teacher, and the losses that pull one to the other."""
+
+    def __init__(self, student: HybridForCausalLM, teacher: nn.Module):
+        super().__init__()
+        self.student = student
+        # the teacher is neither trained nor saved with the student, so it is kept out of the module tree
+        self.__dict__["teacher"] = teacher.requires_grad_(False).eval()
+        self.layers = student.config.ssm_layers
+        self.family = family_of(student.config)
+        student.requires_grad_(False)
+        for _, parameter in self.trained():
+            parameter.requires_grad_(True)
+
+    def trained(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Names (in the student) and parameters that this phase trains."""
+        raise NotImplementedError
+
+    def losses(self, **batch: Tensor) -> Iterator[tuple[str, Tensor]]:
+        """Yields scalar losses to be back-propagated one by one; their sum is the step's loss."""
+        raise NotImplementedError
+
+    def parameter_groups(self, learning_rate: float, weight_decay: float) -> list[dict]:
+        """AdamW's groups."""
+        return parameter_groups(self.trained(), learning_rate, weight_decay)
+
+    def _mixer_norms(self, output: bool = True) -> tuple[str, ...]:
+        """Names of the norms that only the mixer's path reads: in front of it and, if asked, behind it.
+
+        Where attention and MLP share the norm in front (Phi), it is the MLP's as well and not among them.
+        """
+        norms = (None if self.family.parallel else self.family.input_norm, self.family.output_norm if output else None)
+        return tuple(name for name in norms if name is not None)
+
+    def _trained_in_layers(self, wanted) -> Iterator[tuple[str, nn.Parameter]]:
+        for i in self.layers:
+            layer = decoder_layers(self.student)[i]
+            for name, parameter in layer.named_parameters():
+                if wanted(name):
+                    yield f"model.layers.{i}.{name}", parameter
+
+
+class LayerwiseObjective(Objective):
+    """Walks the teacher's layers; `layer_loss` compares one layer of the student given the teacher's hidden state."""
+
+    def losses(self, input_ids: Tensor, position_ids: Tensor, segment_ids: Tensor, **_) -> Iterator[tuple[str, Tensor]]:
+        layers, last = decoder_layers(self.teacher), self.layers[-1]
+        with recording_attention(self.teacher):
+            hidden, calls = layer_calls(self.teacher, input_ids, position_ids)
+            for i, call in enumerate(calls[: last + 1]):
+                with torch.no_grad(), record(layers[i].self_attn) as attention:
+                    after = layers[i](hidden, *call.args, **call.kwargs)
+                if i in self.layers:
+                    loss = self.layer_loss(decoder_layers(self.student)[i], hidden, after, attention, call, segment_ids)
+                    yield f"layer_{i}", loss / len(self.layers)
+                    del loss
+                hidden = after
+                del attention, after
+
+    def layer_loss(
+        self,
+        layer: nn.Module,
+        before: Tensor,
+        after: Tensor,
+        attention: AttentionRecord,
+        call,
+        segment_ids: Tensor,
+    ) -> Tensor:
+        """Scalar loss of one student layer; `before` and `after` are the teacher's hidden states (b, n, D)."""
+        raise NotImplementedError
+
+
+class MixingObjective(LayerwiseObjective):
+    """Phase 1: mean over batch and heads of the distance between mixing matrices.
+
+    Trains what the matrix depends on: the layer's input norm and, in the mixer, in_proj (its rows for B, C and the
+    decay get gradients, the others none), conv, D and the decay's parameters. A norm that the MLP reads too stays the
+    teacher's, since nothing here would notice what its change does to the MLP.
+    """
+
+    def __init__(self, student: HybridForCausalLM, teacher: nn.Module, metric: str = "frobenius"):
+        super().__init__(student, teacher)
+        self.metric = metric
+
+    def trained(self):
+        kept_out = ("out_proj.weight", "out_proj.bias", "z_bias", "self_attn.norm.weight")
+        norms = self._mixer_norms(output=False)
+        return self._trained_in_layers(
+            lambda name: name.startswith(norms) or (name.startswith("self_attn.") and not name.endswith(kept_out))
+        )
+
+    def parameter_groups(self, learning_rate: float, weight_decay: float) -> list[dict]:
+        # in_proj and conv also hold rows this phase gives no gradient: weight decay would pull them to zero
+        return super().parameter_groups(learning_rate, 0.0)
+
+    def layer_loss(self, layer, before, after, attention, call, segment_ids):
+        mixing = layer.self_attn.mixing(mixer_input_norm(layer)(before), segment_ids=segment_ids)
+        return mixing_distance(mixing, attention.mixing(segment_ids), metric=self.metric)
+
+
+class HiddenObjective(LayerwiseObjective):
+    """Phase 2: mean over real tokens of the L2 norm of the difference in hidden states.
+
+    `match` "block_output" compares the whole layer with the teacher's hidden state after it; "mixer_output" compares
+    the mixer with the teacher's attention output. Trains the mixer, its norms and, if asked, the MLP and its norms; a
+    norm that both read only where the whole layer is compared.
+    """
+
+    def __init__(
+        self,
+        student: HybridForCausalLM,
+        teacher: nn.Module,
+        match: str = "block_output",
+        train_mlp: bool = False,
+    ):
+        self.match, self.train_mlp = match, train_mlp
+        super().__init__(student, teacher)
+
+    def trained(self):
+        whole = self.match == "block_output"
+        prefixes = ("self_attn.", *self._mixer_norms(output=whole))
+        if whole and self.family.parallel:
+            prefixes += (self.family.input_norm,)
+        if self.train_mlp:
+            prefixes += ("mlp.", *self.family.mlp_norms)
+        return self._trained_in_layers(lambda name: name.startswith(prefixes))
+
+    def layer_loss(self, layer, before, after, attention, call, segment_ids):
+        if self.match == "mixer_output":
+            mixer: SSMMixer = layer.self_attn
+            output, _ = mixer(mixer_input_norm(layer)(before), segment_ids=segment_ids)
+            target = attention.output
+        else:
+            output = layer(before, *call.args, **{**call.kwargs, "segment_ids": segment_ids})
+            target = after
+        real = segment_ids >= 0
+        norms = torch.linalg.vector_norm(output.float() - target.float(), dim=-1)
+        return (norms * real).sum() / real.sum().clamp(min=1)
+
+
+class EndToEndObjective(Objective):
+    """Phase 3: divergence of the student's next-token distribution from the teacher's, mean over real tokens.
+
+    `train`: "all", "all_but_mlp" or "mixers" (the replaced layers' mixers and their norms only).
+    """
+
+    def __init__(
+        self,
+        student: HybridForCausalLM,
+        teacher: nn.Module,
+        train: str = "all_but_mlp",
+        divergence: str = "forward_kl",
+        temperature: float = 1.0,
+        kd_weight: float = 1.0,
+        ce_weight: float = 0.0,
+    ):
+        self.train_what = train
+        super().__init__(student, teacher)
+        self.divergence, self.temperature = divergence, temperature
+        self.kd_weight, self.ce_weight = kd_weight, ce_weight
+
+    def trained(self):
+        if self.train_what == "mixers":
+            norms = {*self._mixer_norms(), self.family.input_norm} - {None}
+            return self._trained_in_layers(lambda name: name.startswith(("self_attn.", *norms)))
+        named = self.student.named_parameters()
+        if self.train_what == "all_but_mlp":
+            return ((name, p) for name, p in named if ".mlp." not in name)
+        return named
+
+    def losses(
+        self, input_ids: Tensor, position_ids: Tensor, segment_ids: Tensor, labels: Tensor, **_
+    ) -> Iterator[tuple[str, Tensor]]:
+        with torch.no_grad():
+            body = getattr(self.teacher, "body", self.teacher.model)  # a hybrid can be a teacher too
+            teacher = body(input_ids=input_ids, position_ids=position_ids, use_cache=False)
+        student = self.student.body(input_ids, position_ids=position_ids, segment_ids=segment_ids, use_cache=False)
+        # position t predicts token t + 1; the loss makes float32 logits of the dtype it is given, which is autocast's
+        loss = linear_kd_loss(
+            **Head.of(self.student).student(student.last_hidden_state[:, :-1]),
+            teacher=Head.of(self.teacher).teacher(teacher.last_hidden_state[:, :-1]),
+            labels=next_labels({"labels": labels, "segment_ids": segment_ids})[:, :-1],
+            divergence=self.divergence,
+            temperature=self.temperature,
+            kd_weight=self.kd_weight,
+            ce_weight=self.ce_weight,
+        )
+        yield self.divergence, loss

@@ -1,0 +1,141 @@
+"""A conversion's recipe: everything that decides a run, checked before anything heavy is imported or loaded.
+
+`Recipe.load("recipe.yaml", ["phases.hidden.tokens=2e6"])` either gives a recipe in which every value has the
+right type, lies in its range and contradicts no other, or raises one UserError with a line for each mistake.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field
+
+from mohawk.schema import yaml_text as recipe_text
+from mohawk.schema.base import (
+    Batch,
+    Count,
+    Divergence,
+    Phase,
+    RecipeFile,
+    Section,
+    Teacher,
+    Weight,
+    Whole,
+    phase_contradictions,
+)
+
+
+def _layers(value: Any) -> Any:
+    if value in ("every_second", "all"):
+        return value
+    if not isinstance(value, list) or not value or not all(type(i) is int and i >= 0 for i in value):
+        raise ValueError("every_second, all, or a list of layer indices counted from 0")
+    if len(set(value)) != len(value):
+        raise ValueError("a list that names each layer once")
+    return value
+
+
+class Student(Section):
+    mixer: Literal["mamba2", "discrete_mamba2"] = Field(
+        "mamba2", description="mamba2: Bamba's, for stock transformers; discrete_mamba2: the MOHAWK paper's"
+    )
+    ssm_layers: Annotated[Literal["every_second", "all"] | list[int], BeforeValidator(_layers)] = Field(
+        "every_second", description="layers whose attention is replaced"
+    )
+    init: Literal["attention", "neutral", "random"] = Field(
+        "attention",
+        description="attention: C, B, x and output from the teacher's q, k, v and o; neutral: conv and gate pass on",
+    )
+    gate: Literal["open", "output"] = Field(
+        "open", description="gate rows at the start; open: constant 1; output: from W_O and W_V"
+    )
+    state_size: Annotated[Whole, Field(ge=1, le=1024)] | None = Field(
+        None, description="of the state per head; null: the teacher's head_dim"
+    )
+    conv_kernel: Annotated[Whole, Field(ge=1, le=16)] = Field(4, description="width of the causal convolution")
+
+
+class Mixing(Phase):
+    tokens: Count = Field(80_000_000, description="training tokens of the phase")
+    metric: Literal["frobenius", "squared", "mse", "relative"] = Field(
+        "frobenius", description="distance between the teacher's and the student's mixing matrices"
+    )
+
+
+class Hidden(Phase):
+    tokens: Count = Field(160_000_000, description="training tokens of the phase")
+    match: Literal["block_output", "mixer_output"] = Field(
+        "block_output", description="what of a layer is compared with the teacher's"
+    )
+    train_mlp: bool = Field(False, description="train the MLPs of the converted layers too")
+    solve_tokens: Annotated[Whole, Field(ge=0, le=10**15)] = Field(
+        0, description="first solve output projections by least squares on so many tokens; 0: do not"
+    )
+
+
+class EndToEnd(Phase):
+    tokens: Count = Field(2_760_000_000, description="training tokens of the phase")
+    learning_rate: Annotated[float, Field(gt=0, le=1)] = Field(1e-5, description="after warmup")
+    gradient_accumulation: Batch = Field(16, description="batches in one step")
+    train: Literal["all", "all_but_mlp", "mixers"] = Field("all", description="which parameters train")
+    divergence: Divergence = Field(
+        "forward_kl", description="between the teacher's and the student's next-token distributions"
+    )
+    temperature: Annotated[float, Field(ge=0.001, le=100)] = Field(1.0, description="of both distributions")
+    kd_weight: Weight = Field(1.0, description="of the divergence")
+    ce_weight: Weight = Field(0.0, description="of the cross entropy with the text")
+
+
+class Phases(Section):
+    """The defaults are the MOHAWK paper's. A phase set to null is skipped."""
+
+    mixing: Mixing | None = Field(Mixing(), description="phase 1: match mixing matrices; null: skip")
+    hidden: Hidden | None = Field(Hidden(), description="phase 2: match hidden states; null: skip")
+    end_to_end: EndToEnd | None = Field(EndToEnd(), description="phase 3: distil the logits; null: skip")
+
+    def active(self) -> Iterator[tuple[str, Phase]]:
+        """(name, phase) of those not skipped, in order."""
+        for name in type(self).model_fields:
+            if (phase := getattr(self, name)) is not None:
+                yield name, phase
+
+
+class Recipe(RecipeFile):
+    """A whole conversion."""
+
+    teacher: Teacher = Field(description="the Transformer to convert")
+    student: Student = Field(Student(), description="what takes attention's place")
+    phases: Phases = Field(Phases(), description="the training phases")
+
+    def phase_names(self) -> tuple[str, ...]:
+        return tuple(Phases.model_fields)
+
+    def contradictions(self) -> Iterator[tuple[list[recipe_text.Path], str]]:
+        yield from super().contradictions()
+        teacher, phases = self.teacher, self.phases
+        if teacher.gguf_file and teacher.model.lower().endswith(".gguf"):
+            yield (
+                [("teacher", "gguf_file"), ("teacher", "model")],
+                "teacher.gguf_file and a teacher.model that is itself a .gguf file; remove gguf_file",
+            )
+        if self.student.gate == "output" and self.student.init != "attention":
+            yield (
+                [("student", "gate"), ("student", "init")],
+                f"student.gate: output is made from attention weights, but student.init is {self.student.init}; "
+                "use gate: open or init: attention",
+            )
+        for name, phase in phases.active():
+            yield from phase_contradictions(phase, ("phases", name), f"phases.{name}", "set the phase to null")
+        hidden, last = phases.hidden, phases.end_to_end
+        if hidden and hidden.train_mlp and hidden.match == "mixer_output":
+            yield (
+                [("phases", "hidden", "train_mlp"), ("phases", "hidden", "match")],
+                "phases.hidden: train_mlp is true, but match: mixer_output gives an MLP no gradient; "
+                "use match: block_output or train_mlp: false",
+            )
+        if last and last.kd_weight == 0 and last.ce_weight == 0:
+            yield (
+                [("phases", "end_to_end", "kd_weight"), ("phases", "end_to_end", "ce_weight")],
+                "phases.end_to_end: kd_weight and ce_weight are both 0, so there is nothing to learn; raise one",
+            )

@@ -1,0 +1,70 @@
+"""JSON files that are whole or absent: written with a sum, read back with their types checked."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pydantic import TypeAdapter, ValidationError
+
+from mohawk.core.folders import why_altered, write_file
+from mohawk.core.parsing import parse_json
+
+if TYPE_CHECKING:
+    pass
+
+log = logging.getLogger(__name__)
+
+
+def write_json(path: Path | str, value: Any) -> None:
+    """Write JSON by one rename. JSON has no infinity and no NaN: they become "inf", "-inf" and "nan"."""
+    write_text(path, json.dumps(_finite(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def write_text(path: Path | str, text: str) -> None:
+    """Write a text file by one rename, making its folder; `why_altered` knows it again."""
+    with write_file(path) as beside:
+        beside.write_text(text, encoding="utf-8")
+
+
+def read_json(path: Path | str, kind: Any = dict[str, Any]) -> Any | None:
+    """What `write_json` wrote, with its numbers back; None where there is no such file, or a damaged one (logged).
+
+    kind: a type as pydantic checks it; a value of another one is damage too.
+    """
+    path = Path(path)
+    if not path.is_file():
+        return None
+    problem = why_altered(path)
+    try:
+        if problem is None:
+            value = _numbers(parse_json(path.read_text(encoding="utf-8")))
+            TypeAdapter(kind).validate_python(value, strict=True)
+            return value
+    except ValidationError as error:
+        first = error.errors()[0]
+        problem = f"{'.'.join(map(str, first['loc'])) or 'all of it'}: {first['msg']}"
+    except (OSError, ValueError) as error:
+        problem = str(error)
+    log.warning("%s is damaged (%s): making again what was in it", path, problem)
+    return None
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(k): _finite(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(v) for v in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _numbers(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: _numbers(v) for k, v in value.items()}
+    if isinstance(value, list):
+        return [_numbers(v) for v in value]
+    return float(value) if isinstance(value, str) and value in ("inf", "-inf", "nan") else value

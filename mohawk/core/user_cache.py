@@ -1,0 +1,81 @@
+"""The user's cache folder: what is fetched or derived once, whole or absent."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from mohawk.core.folders import MANIFEST, about_of, fsync, seal, why_incomplete
+from mohawk.errors import UserError
+
+log = logging.getLogger(__name__)
+
+
+@contextlib.contextmanager
+def whole_folder(target: Path, about: Mapping[str, Any] | None = None) -> Iterator[Path]:
+    """Yield an empty folder beside `target` that becomes `target` by one rename when the block succeeds: its files
+    hashed into MANIFEST.json, which also says what it is `about`, and flushed to the disk.
+
+    If another process finished the same folder first, its result stays and ours is dropped. Raises UserError
+    where nothing can be written.
+    """
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    except OSError as error:
+        raise unwritable(target.parent, error) from error
+    try:
+        folder = scratch / target.name
+        folder.mkdir()
+        yield folder
+        seal(folder, about)
+        try:
+            os.rename(folder, target)
+            fsync(target.parent)
+        except OSError:
+            if not target.is_dir():
+                raise
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def kept_whole(folder: Path, about: Mapping[str, Any] | None = None) -> bool:
+    """Whether a folder of `whole_folder` is there as it was written, and about the same.
+
+    A damaged one is said and removed, to be made again. One of an earlier version, without a manifest, is said once and
+    taken as it is.
+    """
+    if not folder.is_dir():
+        return False
+    if not (folder / MANIFEST).exists():
+        if folder not in _told:
+            _told.add(folder)
+            log.warning(
+                "%s was kept by an earlier version, without sums: not verified; delete it to have it made again", folder
+            )
+        return True
+    problem = why_incomplete(folder, remembered=True)
+    if problem is None and about_of(folder) != dict(about or {}):
+        problem = "is another folder under this name"
+    if problem is None:
+        return True
+    log.warning("%s: %s; making it again", folder, problem)
+    try:
+        with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as scratch:
+            os.rename(folder, Path(scratch) / folder.name)  # at once: half removed it would be taken for whole
+    except OSError as error:
+        raise unwritable(folder.parent, error) from error
+    return False
+
+
+_told: set[Path] = set()
+
+
+def unwritable(folder: Path, error: OSError) -> UserError:
+    return UserError(f"cannot write the cache {folder}: {error.strerror}; set MOHAWK_CACHE to a writable folder")

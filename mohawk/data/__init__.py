@@ -1,0 +1,1 @@
+"""Text, chats and records, as rows of tokens."""

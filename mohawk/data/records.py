@@ -1,0 +1,168 @@
+"""Prompts and responses as they are given: JSON lines, text lines, Parquet or hub rows, each with where it stands."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from mohawk.core.parsing import parse_json
+from mohawk.data.text import (
+    OPENERS,
+    as_source,
+    check_json,
+    check_written,
+    is_one_text,
+    load_rows,
+    local_files,
+    no_object,
+    rows_of,
+)
+from mohawk.errors import UserError
+
+Messages = list[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What a teacher is asked.
+
+    id: 16 hex digits of the content's hash, with -2, -3, ... where the same prompt comes again; it does not depend on
+    what else is asked. sha256: of the content. content: a text, or a chat's messages. where: file and line.
+    """
+
+    id: str
+    sha256: str
+    content: str | Messages
+    where: str
+
+
+def read_prompts(sources: Sequence[Any], *, limit: int | None = None) -> list[Prompt]:
+    """The prompts of some sources, in their order.
+
+    sources: as in `mohawk.data.text.Source`; a text file has one prompt a line (format `paragraphs`: one a block), any
+    other one a row in `field`, a text or a list of messages. limit: only the first so many. Raises UserError.
+    """
+    prompts: list[Prompt] = []
+    seen: Counter[str] = Counter()
+    for source in map(as_source, sources):
+        for where, row in read_records(source):
+            if len(prompts) == limit:
+                return prompts
+            if source.field not in row:
+                raise UserError(f"{where}: has no field {source.field!r}; its fields: {', '.join(map(str, row))}")
+            content = row[source.field]
+            if isinstance(content, str):
+                if not content.strip():
+                    raise UserError(f"{where}: field {source.field!r} is empty; a prompt needs some words")
+            elif (wrong := why_no_chat(content)) is not None:
+                raise UserError(f"{where}: field {source.field!r} is neither a text nor messages: {wrong}")
+            digest = content_hash(content)
+            seen[digest] += 1
+            again = f"-{seen[digest]}" if seen[digest] > 1 else ""
+            prompts.append(Prompt(digest[:16] + again, digest, content, where))
+    if not prompts:
+        raise UserError(f"prompts: {', '.join(as_source(s).source for s in sources)} holds none")
+    return prompts
+
+
+def read_records(source: Any) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(where, row) of every row of a source: where is "file:line" or "name row i" (from 0).
+
+    A text file's rows are its lines that are not blank, each {field: line}. Raises UserError with file and line.
+    """
+    source = as_source(source)
+    files, form = local_files(source)
+    check_written(files)
+    if not files or form == "parquet":
+        dataset = load_rows(source, files, form)
+        for i, row in rows_of(dataset, source):
+            yield f"{source.source} row {i}", row
+        return
+    if source.split != "train":
+        raise UserError(f"{source.source}: lines of a file have no splits, got {source.split!r}; leave it out")
+    for path in files:
+        if form == "jsonl":
+            yield from _json_lines(path)
+        elif form == "paragraphs":
+            text = "".join(line for _, line in _lines(path))
+            yield from (
+                (str(path), {source.field: b.strip("\r\n")}) for b in re.split(r"\n(?:[ \t\r]*\n)+", text) if b.strip()
+            )
+        else:
+            for number, line in _lines(path):
+                if line.strip():
+                    yield f"{path}:{number}", {source.field: line.rstrip("\r\n")}
+
+
+def first_records(source: Any, count: int) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(where, row) of the first rows of a source on this machine, without reading the rest.
+
+    Of Parquet the columns alone, with an empty text each; none of a form that only `datasets` reads.
+    """
+    source = as_source(source)
+    files, form = local_files(source)
+    if form == "parquet":
+        from pyarrow.parquet import read_schema
+
+        schema = read_schema(files[0])
+        yield f"{files[0]}", dict.fromkeys(schema.names)
+    elif form == "jsonl" and files[0].suffix != ".zst":
+        check_json(files, count)
+        if not is_one_text(files[0]):
+            yield from islice(_json_lines(files[0]), count)
+
+
+def why_no_chat(messages: Any) -> str | None:
+    """None when `messages` is a chat as templates take it, else what is wrong, in a few words."""
+    if not isinstance(messages, list) or not messages:
+        return f"got {type(messages).__name__ if not isinstance(messages, list) else 'an empty list'}"
+    for i, message in enumerate(messages):
+        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+            return f"message {i} is no object with a role"
+        if not isinstance(message.get("content"), str):
+            return f"message {i} ({message['role']}) has no text in `content`"
+    return None
+
+
+def content_hash(content: str | Messages) -> str:
+    """sha256 of a prompt's text, or of its messages as canonical JSON; hex."""
+    text = content if isinstance(content, str) else json.dumps(content, sort_keys=True, ensure_ascii=False)
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def _json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    for number, line in _lines(path):
+        if not line.strip():
+            continue
+        where = f"{path}:{number}"
+        try:
+            row = parse_json(line)
+        except ValueError as error:
+            raise UserError(f"{where}: not JSON ({error}); each line is one object") from None
+        if not isinstance(row, dict):
+            raise UserError(f"{where}: {no_object(row)}")
+        yield where, row
+
+
+def _lines(path: Path) -> Iterator[tuple[int, str]]:
+    """(number from 1, line with its end) of a text file, compressed or not."""
+    if path.suffix == ".zst":
+        raise UserError(f"{path}: Zstandard files are not read line by line; unpack it first (unzstd {path.name})")
+    number = 0
+    try:
+        with OPENERS.get(path.suffix.lower(), open)(path, "rt", encoding="utf-8-sig", newline="\n") as file:
+            for number, line in enumerate(file, 1):
+                yield number, line
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"{path}:{number + 1}: not UTF-8 ({error.reason}); convert it, for example with iconv"
+        ) from None
+    except (OSError, EOFError) as error:
+        raise UserError(f"{path}:{number + 1}: cannot be read ({error}); check the file") from None

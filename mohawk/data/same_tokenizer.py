@@ -1,0 +1,154 @@
+"""Whether two models read the same ids as the same text.
+
+Distillation hands one model's ids to another. Vocabularies of one size, or the larger of two, say nothing about what
+the ids mean: tokenizers are compared token by token, by what special ones are for, and by how they cut text.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mohawk.data.text import tokenizer_key
+from mohawk.errors import UserError
+from mohawk.loading.models import load_config, load_tokenizer, locate
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+# Any of them beside a model is a tokenizer of its own.
+FILES = (
+    "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt", "merges.txt",
+    "spiece.model", "sentencepiece.bpe.model", "tekken.json",
+)  # fmt: skip
+TOKENS = 10_000  # at most so many are cut by both tokenizers: a second or two
+ROLES = ("eos", "bos", "unk", "pad")
+# What normalisers, pre-tokenizers and merges treat differently: cases, accents composed and not, scripts with and
+# without spaces, digits, white space, code, emoji of several code points, full-width and zero-width characters.
+SAMPLE = (
+    "The quick brown fox jumps over the lazy dog; it's 3.14159 or 1,000,000 -- isn't it?",
+    "  Two  spaces,\ttabs\n\n    def f(x): return x**2  # comment\r\n",
+    "Ünïcödé, naïve café, cafe\u0301, Straße, İstanbul, ﬁn, ½, №, …",
+    "Быстрая лиса перепрыгнула через ленивую собаку. Ταχεία αλώπηξ.",
+    "敏捷的棕色狐狸跳过懒狗。すばしこい茶色の狐。 날쌘 갈색 여우가 뛰어넘는다.",
+    "قفز الثعلب البني السريع فوق الكلب الكسول. השועל החום המהיר קפץ.",
+    "तेज़ भूरी लोमड़ी आलसी कुत्ते के ऊपर कूदती है। สุนัขจิ้งจอกสีน้ำตาล",
+    "👩‍👩‍👧 🇪🇺 ＡＢＣ１２３ zero\u200bwidth non\u00a0breaking 2024-05-17T09:41:00Z https://example.org/a_b?c=%20",
+)
+
+
+def teacher_tokenizer(
+    model: str | Path,
+    *,
+    tokenizer: str | Path | None = None,
+    who: str = "teacher",
+    option: str = "teacher.tokenizer",
+    **where: Any,
+) -> PreTrainedTokenizerBase:
+    """A model's tokenizer, or the one named instead, which has to read the model's ids as its own does.
+
+    who, option: what messages call the model, and what names a tokenizer. where: gguf_file, revision,
+    trust_remote_code, as of `load_config`.
+
+    Raises:
+        UserError: as `load_config` and `load_tokenizer`; the tokenizer has ids that the model has no embedding of, or
+            is another one than the model's own.
+    """
+    rows = load_config(model, **where).get_text_config().vocab_size
+    found = load_tokenizer(model, tokenizer=tokenizer, **where)
+    if tokenizer is not None and (own := own_tokenizer(model, **where)) is not None:
+        check_same(own, found, f"{option}: {tokenizer}", f"{model}'s own", roles=False)
+    if tokenizer is None:
+        check_rows(found, rows, f"{who}: {model}")
+    else:
+        check_rows(found, rows, f"{option}: {tokenizer}", "it")
+    return found
+
+
+def own_tokenizer(model: str | Path, **where: Any) -> PreTrainedTokenizerBase | None:
+    """The tokenizer that comes with a model; None for a model without one."""
+    name, gguf_file = locate(model, where.get("gguf_file"))
+    if gguf_file is None:
+        folder = Path(name)
+        there = any((folder / file).is_file() for file in FILES) if folder.is_dir() else _on_hub(name, where)
+        if not there:
+            return None
+    return load_tokenizer(model, **where)
+
+
+def _on_hub(name: str, where: dict[str, Any]) -> bool:
+    from transformers.utils import cached_file
+
+    quiet = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
+    return any(cached_file(name, file, revision=where.get("revision"), **quiet) is not None for file in FILES)
+
+
+def check_rows(tokenizer: PreTrainedTokenizerBase, rows: int, who: str, whose: str = "its tokenizer") -> None:
+    """UserError where a tokenizer has ids that an embedding of so many rows does not."""
+    token, highest = max(tokenizer.get_vocab().items(), key=lambda entry: entry[1])
+    if highest >= rows:
+        raise UserError(
+            f"{who}: {whose} has ids up to {highest} ({token!r}), the model's embedding only {rows} rows, 0 to "
+            f"{rows - 1}; give a model and a tokenizer that belong together, or one whose embedding was enlarged"
+        )
+
+
+def check_same(
+    teacher: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase, who: str, than: str = "the teacher's", *,
+    roles: bool = True,
+) -> None:  # fmt: skip
+    """UserError, with the first difference, unless both tokenizers read the ids that both have as the same text.
+
+    Ids that only one of them has make no difference, nor do rows of embeddings beyond both. who: whose `other` is, as
+    messages begin. than: whose `teacher` is. roles: also compare which id is eos, bos, unk and pad; one that either
+    does not have is no difference, but for eos, which ends documents.
+    """
+    wrong = _difference(teacher, other) if tokenizer_key(teacher) != tokenizer_key(other) else None
+    if wrong is None and roles:
+        wrong = _other_role(teacher, other)
+    if wrong is not None:
+        raise UserError(f"{who}: its tokenizer is another one than {than}: {wrong}")
+
+
+def _difference(teacher: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase) -> str | None:
+    """The first id that is another token, or the first text that is cut otherwise."""
+    theirs, ours = ({i: token for token, i in t.get_vocab().items()} for t in (teacher, other))
+    both = sorted(theirs.keys() & ours.keys())
+    advice = "ids would mean other words to it; give a model of the same tokenizer"
+    if not both:
+        return f"they have no id in common; {advice}"
+    for i in both:
+        if theirs[i] != ours[i]:
+            return f"id {i} is {theirs[i]!r} there and {ours[i]!r} here; {advice}"
+    texts = list(SAMPLE)
+    if getattr(teacher, "is_fast", False) and getattr(other, "is_fast", False):
+        # each token's own text goes through all the merges that make it; of many tokens, evenly spaced ones
+        some = [[i] for i in both[:: -(-len(both) // TOKENS)]]
+        texts += teacher.backend_tokenizer.decode_batch(some, skip_special_tokens=False)
+    cut = [
+        t(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
+        for t in (teacher, other)
+    ]
+    for text, there, here in zip(texts, *cut, strict=True):
+        if there != here:
+            at = next((k for k, pair in enumerate(zip(there, here, strict=False)) if pair[0] != pair[1]), None)
+            at = min(len(there), len(here)) if at is None else at
+            names = [t.convert_ids_to_tokens(ids[at : at + 3]) for t, ids in ((teacher, there), (other, here))]
+            cut_so = f"{text[:40]!r} is cut into ... {names[0]} there and {names[1]} here"
+            return f"all tokens are alike, but {cut_so}; {advice}"
+    return None
+
+
+def _other_role(teacher: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase) -> str | None:
+    for role in ROLES:
+        there, here = (getattr(t, f"{role}_token_id") for t in (teacher, other))
+        if there != here and (role == "eos" or None not in (there, here)):
+            names = [
+                "none" if i is None else f"{i} ({t.convert_ids_to_tokens(i)!r})"
+                for t, i in ((teacher, there), (other, here))
+            ]
+            return (
+                f"{role} is {names[0]} there and {names[1]} here; if that is meant, name one tokenizer for both in "
+                "teacher.tokenizer"
+            )
+    return None

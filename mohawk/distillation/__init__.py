@@ -1,0 +1,1 @@
+"""`mohawk distill`: from one or several teachers to a student, in stages."""

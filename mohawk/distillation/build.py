@@ -1,0 +1,149 @@
+"""What the words of a distillation's recipe stand for: teachers, students, losses between layers, caches."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from mohawk.conversion.plan import student_options
+from mohawk.core.processes import several
+from mohawk.data.text import tokenizer_key
+from mohawk.distillation.recipe import DistillData, DistillStudent, DistillTeacher, Ramp, Stage
+from mohawk.errors import UserError
+from mohawk.loading.models import load_teacher
+from mohawk.losses.attention_match import AttentionMatch
+from mohawk.losses.distiller import OwnLoss
+from mohawk.losses.hidden_match import HiddenMatch, layer_map
+from mohawk.losses.matching import Matching, match_attention, match_hidden
+from mohawk.losses.schedules import Ramp as Schedule
+from mohawk.models.cutting.cuts import keep_layers
+from mohawk.models.decoders import decoder
+from mohawk.models.from_teacher import hybrid_from_teacher
+from mohawk.teacher_cache.reader import TeacherCache
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+def checked_cache(stage: Stage) -> TeacherCache:
+    """A stage's cache, its folder and settings looked at; text, tokenizer and teacher are checked when they are there.
+
+    Raises UserError for what does not fit the stage.
+    """
+    cache, temperature = TeacherCache(stage.cache), stage.temperature
+    if isinstance(temperature, Ramp) and cache.temperature is not None:
+        raise UserError(
+            f"stages ({stage.name}): cache: its temperature is {cache.temperature:g} throughout, the stage's "
+            f"goes from {temperature.start:g} to {temperature.end:g}; give a number, or cache hidden states"
+        )
+    if stage.confidence and cache.layout.kind == "samples":
+        raise UserError(
+            f"stages ({stage.name}): confidence needs probabilities, which samples do not tell; leave it out"
+        )
+    cache.check(
+        sequence_length=stage.sequence_length, divergence=stage.divergence,
+        temperature=None if isinstance(temperature, Ramp) else temperature,
+    )  # fmt: skip
+    return cache
+
+
+def check_caches(stages: Iterable[Stage], tokenizer: PreTrainedTokenizerBase) -> None:
+    """UserError where a stage's cache does not fit it, or was made with another tokenizer."""
+    for stage in stages:
+        if stage.cache is not None:
+            checked_cache(stage).check(tokenizer_hash=tokenizer_key(tokenizer))
+
+
+def load(given: DistillTeacher, device: torch.device) -> nn.Module:
+    """A recipe's teacher, on its device or devices."""
+    if given.device_map and several():
+        raise UserError(
+            "device_map: got auto in several processes, which would all spread over the same GPUs; leave it out"
+        )
+    return load_teacher(
+        given.model, gguf_file=given.gguf_file, revision=given.revision, dtype=given.dtype,
+        trust_remote_code=given.trust_remote_code, device=device, quantize=given.quantize, device_map=given.device_map,
+    )  # fmt: skip
+
+
+def shaped(given: DistillStudent, base: nn.Module, seed: int) -> nn.Module:
+    """A student before training: `base` itself copied, some of its layers, its shape with random weights, a hybrid."""
+    with mistakes("student.layers"):
+        if given.layers is None:
+            student = copy.deepcopy(base)
+        else:
+            student = keep_layers(base, given.layers)
+    if given.scratch:
+        torch.manual_seed(seed)
+        with torch.device(base.device):
+            student = type(student)(student.config)
+    if given.hybrid is not None:
+        with mistakes("student.hybrid"):
+            torch.manual_seed(seed)
+            student = hybrid_from_teacher(student, **student_options(given.hybrid))
+    return student
+
+
+def matchings_for(stage: Stage, student: nn.Module, teacher: nn.Module | None) -> dict[str, Matching]:
+    """The losses between layers that a stage asks for. Raises ValueError for what the models do not have."""
+    found: dict[str, Matching] = {}
+    if stage.hidden is None and stage.attention is None:
+        return found
+    if teacher is None:
+        raise ValueError("hidden and attention need a teacher model to match")
+    depths = [len(decoder(model)[1]) for model in (student, teacher)]
+    if (hidden := stage.hidden) is not None:
+        match = HiddenMatch(
+            layer_map(hidden.layers, *depths, embeddings=hidden.embeddings),
+            *(model.config.get_text_config().hidden_size for model in (student, teacher)),
+            loss=hidden.loss, rank=hidden.rank, shared=hidden.shared, normalise=hidden.normalise,
+        )  # fmt: skip
+        found["hidden"] = match_hidden(match.to(student.device), schedule_of(hidden.weight))
+    if (attention := stage.attention) is not None:
+        match = AttentionMatch(layer_map(attention.layers, *depths), loss=attention.metric)
+        match.check(student, teacher)
+        found["attention"] = match_attention(match, schedule_of(attention.weight))
+    return found
+
+
+@contextmanager
+def of_the_student() -> Iterator[None]:
+    """What is found wrong with a model within the block is said of the student's."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(str(error).replace("teacher:", "student.model:", 1)) from error
+
+
+@contextmanager
+def mistakes(where: str) -> Iterator[None]:
+    """What is found wrong with a recipe's values within the block is the user's mistake, in one line."""
+    try:
+        yield
+    except ValueError as error:
+        raise UserError(f"{where}: {error}") from error
+
+
+def schedule_of(value: Any) -> Any:
+    """A recipe's number or ramp as training has it."""
+    return Schedule(value.start, value.end, value.shape, value.until) if isinstance(value, Ramp) else value
+
+
+def own_losses(data: DistillData) -> dict[int, OwnLoss]:
+    """Losses of sources that have their own, by their places."""
+    given = {i: source.own_loss for i, source in enumerate(data.train) if source.own_loss is not None}
+    return {i: OwnLoss(schedule_of(loss.kd_weight), schedule_of(loss.ce_weight)) for i, loss in given.items()}
+
+
+def loss_label(stage: Stage) -> str:
+    parts = [] if stage.kd_weight == 0 else [stage.divergence.replace("_", " ").replace("kl", "KL")]
+    if parts and stage.cache is not None and checked_cache(stage).layout.kind == "samples":
+        parts = ["cross entropy with the teacher's samples"]
+    parts += ["cross entropy"] * (stage.ce_weight != 0)
+    parts += [name for name in ("hidden", "attention") if getattr(stage, name)]
+    return " + ".join(parts) + " per token"

@@ -1,0 +1,103 @@
+"""What a distillation will do, worked out from its recipe and configurations alone: no weights are read."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+from mohawk.core.precision import pick_device
+from mohawk.distillation.build import checked_cache, loss_label, matchings_for, mistakes, of_the_student, shaped
+from mohawk.distillation.recipe import DistillRecipe, DistillStudent, DistillTeacher, Ramp
+from mohawk.loading.models import building, load_config, parameter_count
+from mohawk.losses.schedules import temperature_for
+from mohawk.losses.teachers import check_together
+from mohawk.models.cutting.cuts import resolve_layers
+from mohawk.models.decoders import decoder
+from mohawk.models.families import needed_attention
+from mohawk.training.trackers import trackers
+
+
+def print_plan(recipe: DistillRecipe, console: Console) -> None:
+    """Sizes, stages and steps, from configurations alone. Raises UserError for what does not fit the models."""
+    config = _config(recipe.teacher)
+    check_together(recipe.combine, [config, *(_config(further) for further in recipe.teachers)])
+    trackers(recipe.report_to)
+    teacher = _meta(config)
+    student = _planned(recipe.student, teacher, recipe)
+    for name, model in (("Teacher", teacher), ("Student", student)):
+        what = recipe.teacher.model if name == "Teacher" else recipe.student.model or "from the teacher"
+        console.print(f"[bold]{name}[/bold] {what}: {_size(model)}")
+    table = Table("stage", "learns from", "by", "temperature", "tokens", "steps", "learning rate")
+    for i, stage in enumerate(recipe.stages):
+        before = student
+        if stage.student is not None:
+            student = _planned(stage.student, student, recipe, f"stages.{i}.student")
+            console.print(f"[bold]From {stage.name} on[/bold]: {_size(student)}")
+        with mistakes(f"stages.{i} ({stage.name})"):
+            matchings_for(stage, student, {"teacher": teacher, "previous": before}.get(stage.learn_from, student))
+        if stage.cache is not None:
+            checked_cache(stage)
+        temperature = stage.temperature
+        if temperature == "auto":
+            temperature = temperature_for(*map(parameter_count, (teacher, student)))
+        table.add_row(
+            stage.name,
+            f"cache {stage.cache}" if stage.cache else stage.learn_from,
+            loss_label(stage).removesuffix(" per token"),
+            _number(temperature),
+            f"{stage.tokens:,}", f"{stage.steps():,}", f"{stage.learning_rate:g}",
+        )  # fmt: skip
+    console.print(table)
+    for data in (recipe.data, *(stage.data for stage in recipe.stages if stage.data)):
+        for source in data.train:
+            if (own := source.own_loss) is not None:
+                terms = {"divergence": own.kd_weight, "cross entropy": own.ce_weight}
+                given = " + ".join(f"{_number(weight)} x {name}" for name, weight in terms.items() if weight != 0)
+                console.print(f"[bold]Beside them[/bold] {given} of {source.source}, per token of its own")
+
+
+def _number(value: float | Ramp) -> str:
+    return f"{value.start:g} to {value.end:g}" if isinstance(value, Ramp) else f"{value:.3g}"
+
+
+def _meta(config: Any) -> nn.Module:
+    with torch.device("meta"), building(config, config.name_or_path):
+        return AutoModelForCausalLM.from_config(config, attn_implementation=needed_attention(config))
+
+
+def _planned(given: DistillStudent, base: nn.Module, recipe: DistillRecipe, where: str = "student") -> nn.Module:
+    """The student's shape, on the meta device."""
+    if given.model is not None:
+        with of_the_student():
+            config = load_config(
+                given.model, gguf_file=given.gguf_file, revision=given.revision,
+                trust_remote_code=given.trust_remote_code,
+            )  # fmt: skip
+        base = _meta(config)
+    if given.layers is not None:
+        with mistakes(f"{where}.layers"):
+            resolve_layers(given.layers, len(decoder(base)[1]))
+    with torch.device("meta"):
+        student = shaped(given, base, recipe.seed)
+    if (lora := given.lora) is not None:
+        with mistakes(f"{where}.lora"):
+            from mohawk.loading.lora import check_adapter
+
+            check_adapter(student, lora.rank, lora.alpha, lora.dropout, lora.targets, lora.bits,
+                          device=pick_device(recipe.device))  # fmt: skip
+    return student
+
+
+def _size(model: nn.Module) -> str:
+    return f"{type(model).__name__}, {len(decoder(model)[1])} layers, {parameter_count(model) / 1e6:.1f}M parameters"
+
+
+def _config(given: DistillTeacher) -> Any:
+    return load_config(
+        given.model, gguf_file=given.gguf_file, revision=given.revision, trust_remote_code=given.trust_remote_code
+    )

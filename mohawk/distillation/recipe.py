@@ -1,0 +1,406 @@
+"""The recipe of a standard distillation: who teaches whom, on what, in which stages.
+
+Checked as a conversion's is (mohawk/conversion/recipe.py): before anything is loaded, with a line for each mistake.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field
+
+from mohawk.conversion.recipe import Student
+from mohawk.schema import yaml_text as recipe_text
+from mohawk.schema.base import (
+    Batch,
+    Count,
+    Data,
+    Divergence,
+    Phase,
+    Place,
+    RecipeFile,
+    Section,
+    Share,
+    Source,
+    Teacher,
+    Text,
+    Weight,
+    phase_contradictions,
+)
+
+RESERVED = ("before", "tasks", "again")  # files in a run's folder `evaluation` that no stage is called by
+
+Positive = Annotated[float, Field(gt=0, le=1e18)]
+StageName = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]*$", max_length=64)]
+
+
+def kept_layers(value: Any) -> Any:
+    word = isinstance(value, str) and re.fullmatch(r"every_second|(first|last):\d+|without:\d+-\d+", value)
+    if not (value is None or word or isinstance(value, list) and value and all(type(i) is int for i in value)):
+        raise ValueError("every_second, first:k, last:k, without:a-b, or a list of layer indices counted from 0")
+    return value
+
+
+def _layer_map(value: Any) -> Any:
+    if value == "top_heavy":
+        raise ValueError(
+            "dense_top, which is what top_heavy was (9, 18, ..., 58, 59 of 60 layers for 12), or dense_bottom (0, 2, "
+            "..., 20, 30, ..., 59)"
+        )
+    if value in ("uniform", "last", "dense_top", "dense_bottom") or (type(value) is int and value >= 1):
+        return value
+    pair = isinstance(value, list) and value and all(isinstance(p, list) and len(p) == 2 for p in value)
+    if not pair or not all(type(i) is int and i >= -1 for p in value for i in p):
+        raise ValueError(
+            "uniform, last, dense_top, dense_bottom, a number k (every k-th layer), or pairs [[student, teacher], ...]"
+        )
+    return value
+
+
+LayerMap = Literal["uniform", "last", "dense_top", "dense_bottom"]
+Layers = Annotated[LayerMap | int | list[list[int]], BeforeValidator(_layer_map)]
+
+
+class Ramp(Section):
+    """A number that changes over a stage."""
+
+    start: Weight = Field(description="value at the first step")
+    end: Weight = Field(description="value at the end of the ramp, and from there on")
+    shape: Literal["linear", "cosine", "steps"] = Field("linear", description="of the way between them")
+    until: Annotated[float, Field(gt=0, le=1)] = Field(
+        1.0, description="share of the steps at which the end is reached"
+    )
+
+
+class DistillTeacher(Teacher):
+    name: Text | None = Field(None, description="by which an example's teacher_field names it; null: its place, from 0")
+    weight: Positive = Field(1.0, description="among several teachers")
+    micro_batch: Batch | None = Field(None, description="rows at a time; null: as many as the student's")
+    quantize: Literal["int8", "int4"] | None = Field(
+        None, description="load the weights in so many bits (bitsandbytes or torchao)"
+    )
+    device_map: Literal["auto"] | None = Field(
+        None, description="auto: spread over devices, memory and disk by accelerate"
+    )
+
+
+class Lora(Section):
+    rank: Count = Field(16, description="of each adapter")
+    alpha: Positive = Field(32.0, description="adapters count by alpha / rank")
+    dropout: Annotated[float, Field(ge=0, lt=1)] = Field(0.0, description="of adapters' inputs")
+    targets: list[Text] | None = Field(None, description="modules by name; null: all linear layers but the head")
+    bits: Literal[4] | None = Field(None, description="4: QLoRA, the frozen weights in 4 bits (bitsandbytes)")
+    keep: bool = Field(
+        False, description="also save the adapters, with the model they fit, in phases/<stage>/adapter and base"
+    )
+
+
+class DistillStudent(Section):
+    model: Text | None = Field(None, description="folder, .gguf file or hub id; null: made from the teacher")
+    gguf_file: Text | None = Field(None, description="name of the GGUF file inside `model`, if it is one")
+    revision: Text | None = Field(None, description="branch, tag or commit on the hub")
+    trust_remote_code: bool = Field(False, description="run Python code that comes with the checkpoint")
+    layers: Annotated[str | list[int] | None, BeforeValidator(kept_layers)] = Field(
+        None, description="layers to keep; null: all"
+    )
+    scratch: bool = Field(False, description="random weights in the student's shape")
+    hybrid: Student | None = Field(None, description="mixers in the place of some layers' attention, as `convert` puts")
+    lora: Lora | None = Field(None, description="train low-rank adapters alone")
+
+
+class OwnLoss(Section):
+    """The loss of one source's rows in place of the stage's, a term of its own beside it: the mean over its tokens of a
+    step. They are never replaced by the student's samples."""
+
+    kd_weight: Weight | Ramp = Field(0.0, description="of the divergence")
+    ce_weight: Weight | Ramp = Field(1.0, description="of the cross entropy with the text")
+
+
+class DistillSource(Source):
+    kind: Literal["text", "pairs", "rationales"] = Field(
+        "text",
+        description="pairs: prompts and responses in JSON lines; rationales: prompts with labels and rationales, or "
+        "with responses that hold both",
+    )
+    prompt_field: Text = Field("prompt", description="of pairs")
+    response_field: Text = Field("response", description="of pairs")
+    messages_field: Text = Field("messages", description="of pairs that are chats")
+    chat: bool = Field(False, description="put prompts and responses into the tokenizer's chat template")
+    weight_field: Text | None = Field(None, description="of pairs: a number that multiplies an example's loss")
+    rationale_weight: Weight = Field(1.0, description="of rationales beside labels")
+    label_prefix: Text = Field("[label]", description="in front of a prompt that asks for the label")
+    rationale_prefix: Text = Field("[rationale]", description="in front of a prompt that asks for the rationale")
+    templates: list[Text] | None = Field(
+        None, description="what takes a response apart, such as '{rationale} The answer is {label}.'; null: a few"
+    )
+    teacher_field: Text | None = Field(None, description="of pairs: the name of the teacher that answers an example")
+    weighting: Literal["uniform", "counts", "probability", "importance"] | None = Field(
+        None, description="of a prompt's several responses; probability: by the teacher's; null: each counts as one"
+    )
+    length_normalized: bool = Field(False, description="weigh by the log probability per token")
+    too_long: Literal["truncate", "drop"] = Field("truncate", description="a prompt's left, or the whole example")
+    sampling_weight: Positive | None = Field(None, description="rows in proportion; null: its share of the text")
+    loss_weight: Weight = Field(1.0, description="multiplies its tokens' loss")
+    own_loss: OwnLoss | None = Field(
+        None,
+        description="added to the stage's loss, which is then of the other sources: such as the cross entropy of plain "
+        "text beside on-policy training on prompts; null: the stage's",
+    )
+
+
+class DistillData(Data):
+    train: list[DistillSource] = Field(min_length=1, description="text to train on")
+
+
+class Taid(Section):
+    """TAID's moving target (arXiv 2501.16937)."""
+
+    start: Share = Field(0.4, description="the teacher's share at the start")
+    alpha: Positive = Field(5e-4, description="how fast it grows")
+    decay: Annotated[float, Field(ge=0, lt=1)] = Field(0.99, description="of the average of the loss's fall")
+    end: Share = Field(1.0, description="the largest share")
+
+
+class HiddenMatching(Section):
+    weight: Weight | Ramp = Field(1.0, description="of this loss")
+    layers: Layers = Field("uniform", description="which of the student's layers learn from which of the teacher's")
+    embeddings: bool = Field(False, description="compare the embeddings too")
+    loss: Literal["mse", "cosine"] = Field("mse", description="between hidden states")
+    normalise: Literal["none", "layer", "unit"] = Field("none", description="both sides, token by token")
+    rank: Count | None = Field(None, description="of the projection where widths differ; null: full")
+    shared: bool = Field(False, description="one projection for all layers")
+
+
+class AttentionMatching(Section):
+    weight: Weight | Ramp = Field(1.0, description="of this loss")
+    layers: Layers = Field("uniform", description="which of the student's layers learn from which of the teacher's")
+    metric: Literal["mse", "scores", "kl", "frobenius"] = Field(
+        "kl", description="between the matrices of a head; scores: mse of what their softmax takes"
+    )
+
+
+class OnPolicy(Section):
+    """GKD: batches of the student's own samples."""
+
+    share: Share = Field(0.5, description="of the steps that train on them")
+    max_new_tokens: Batch = Field(128, description="sampled after a prompt")
+    temperature: Annotated[float, Field(ge=0.001, le=1000)] = Field(1.0, description="of sampling")
+    top_p: Annotated[float, Field(gt=0, le=1)] = Field(1.0, description="sample from this share of the probability")
+    prompt_tokens: Batch = Field(32, description="of a plain text that are its prompt")
+
+
+class Routing(Section):
+    """A bandit that chooses among several teachers' rationales by what they do for the student's held-out loss."""
+
+    algorithm: Literal["ucb1", "exp3"] = Field("ucb1", description="of the bandit")
+    every: Count = Field(50, description="steps on one teacher's rationales before the next choice")
+
+
+class Advance(Section):
+    """When a stage has done its work before its tokens are used up."""
+
+    every: Count = Field(100, description="steps between measurements on held-out text")
+    patience: Count | None = Field(None, description="measurements without improvement that end the stage; null: never")
+    improvement: Share = Field(0.001, description="share of the loss that counts as improvement")
+    gap: Weight | None = Field(None, description="nats from the teacher's loss that end the stage; null: never")
+
+
+class Stage(Phase):
+    """A stage's budget and method."""
+
+    name: StageName = Field("distil", description="of its folder: small letters, digits, - and _")
+    learn_from: Literal["teacher", "previous", "average", "start"] = Field(
+        "teacher",
+        description="teacher: the recipe's; previous: the student of the stage before; average: the student's moving "
+        "average; start: the student as the stage finds it",
+    )
+    average_decay: Annotated[float, Field(ge=0, le=1)] = Field(0.999, description="of learn_from: average")
+    student: DistillStudent | None = Field(
+        None, description="a smaller student from here on, made of the one so far or of `model`; null: the same one"
+    )
+    data: DistillData | None = Field(
+        None, description="the stage's own text to train on (its `train` alone counts); null: the recipe's"
+    )
+    cache: Place | None = Field(
+        None, description="folder that `mohawk cache` wrote: the teacher's answers instead of the teacher"
+    )
+    divergence: Divergence = Field("forward_kl", description="between next-token distributions")
+    beta: Share = Field(0.5, description="of jsd: 0 is forward, 1 reverse KL")
+    lam: Annotated[float, Field(ge=0, lt=1)] = Field(0.1, description="skew of skew_kl and skew_reverse_kl")
+    temperature: Literal["auto"] | Annotated[float, Field(ge=0.001, le=1000)] | Ramp = Field(
+        1.0, description="of both distributions; auto: log2(size ratio) + 1"
+    )
+    kd_weight: Weight | Ramp = Field(1.0, description="of the divergence")
+    ce_weight: Weight | Ramp = Field(0.0, description="of the cross entropy with the text")
+    confidence: bool = Field(False, description="weigh the divergence by the teacher's probability of the label")
+    taid: Taid | None = Field(None, description="a target that moves from the student to the teacher")
+    hidden: HiddenMatching | None = Field(None, description="match hidden states")
+    attention: AttentionMatching | None = Field(None, description="match attention or mixing matrices")
+    on_policy: OnPolicy | None = Field(None, description="train on the student's own samples")
+    routing: Routing | None = Field(
+        None, description="choose among the sources of rationales, each one teacher's, while training"
+    )
+    advance: Advance | None = Field(None, description="end early; null: when the tokens are used up")
+    learning_rate: Annotated[float, Field(gt=0, le=1)] = Field(1e-4, description="after warmup")
+    tokens: Count = Field(100_000_000, description="training tokens of the stage")
+
+
+class DistillRecipe(RecipeFile):
+    """A whole distillation."""
+
+    teacher: DistillTeacher = Field(description="the model to learn from")
+    teachers: list[DistillTeacher] = Field([], description="further teachers")
+    combine: Literal["probabilities", "logits", "row"] = Field(
+        "probabilities", description="of several teachers; row: each example has its own (teacher_field)"
+    )
+    student: DistillStudent = Field(DistillStudent(), description="the model that learns")
+    data: DistillData = Field(description="the text")
+    stages: list[Stage] = Field(min_length=1, description="of training, one after another")
+    report_to: list[Text] = Field([], description="experiment trackers of transformers (tensorboard, wandb, ...)")
+
+    def phase_names(self) -> tuple[str, ...]:
+        return tuple(stage.name for stage in self.stages)
+
+    def has_adapter(self) -> bool:
+        """Whether any stage trains adapters (LoRA)."""
+        return any((stage.student or self.student).lora for stage in self.stages)
+
+    def contradictions(self) -> Iterator[tuple[list[recipe_text.Path], str]]:
+        yield from super().contradictions()
+        students = [self.student, *(stage.student for stage in self.stages if stage.student)]
+        if not any(s.model or s.layers is not None or s.scratch or s.hybrid or s.lora for s in students):
+            if all(stage.learn_from == "teacher" for stage in self.stages):
+                yield (
+                    [("student", "layers")],
+                    "student: the teacher itself, whole, would learn from itself; name a model, the layers to keep, "
+                    "scratch: true, a hybrid, or stages with learn_from: average",
+                )
+        if self.combine == "row":
+            asking = [("data", self.data)] + [(f"stages.{i}.data", s.data) for i, s in enumerate(self.stages) if s.data]
+            for name, data in asking:
+                if not any(source.teacher_field for source in data.train):
+                    yield (
+                        [("combine",)],
+                        f"combine: row needs {name}.train with a teacher_field that names each example's teacher",
+                    )
+        yield from data_contradictions(self.data, ("data",))
+        names = [stage.name for stage in self.stages]
+        for i, stage in enumerate(self.stages):
+            at = ("stages", i)
+            label = f"stages.{i} ({stage.name})"
+            if stage.name in names[:i]:
+                yield [(*at, "name")], f"{label}: another stage has this name; give each its own"
+            if stage.name in RESERVED:
+                yield [(*at, "name")], f"{label}: results have that name for something else; choose another"
+            yield from phase_contradictions(stage, at, label, "leave the stage out")
+            if stage.data is not None:
+                yield from data_contradictions(stage.data, (*at, "data"))
+                if stage.cache is not None:
+                    yield (
+                        [(*at, "data"), (*at, "cache")],
+                        f"{label}: a cache is of the recipe's text, not of the stage's own; leave out one of them",
+                    )
+            yield from stage_contradictions(self, stage, i, at, label)
+
+
+def _counts(weight: float | Ramp) -> bool:
+    """Whether a weight is ever above 0."""
+    return weight != 0 and not (isinstance(weight, Ramp) and weight.start == weight.end == 0)
+
+
+def data_contradictions(data: DistillData, at: recipe_text.Path):
+    if all(source.loss_weight == 0 for source in data.train):
+        yield [(*at, "train")], f"{'.'.join(map(str, at))}.train: every loss_weight is 0, so there is nothing to learn"
+    named = [source.teacher_field is not None for source in data.train]
+    if any(named) and not all(named):
+        without = named.index(False)
+        name = ".".join(map(str, (*at, "train")))
+        yield (
+            [(*at, "train", without)],
+            f"{name}.{without}: has no teacher_field, but {name}.{named.index(True)} has one: rows of both would share "
+            "batches, and each needs a teacher; give both one (kind: pairs), or neither",
+        )
+    if all(source.own_loss for source in data.train):
+        yield (
+            [(*at, "train")],
+            f"{'.'.join(map(str, at))}.train: every source has an own_loss, so the stages' kd_weight and ce_weight are "
+            "of nothing; leave one source without",
+        )
+    of = {
+        "pairs": ("teacher_field", "weight_field", "weighting", "chat", "length_normalized"),
+        "rationales": ("rationale_weight", "label_prefix", "rationale_prefix", "templates"),
+    }
+    for i, source in enumerate(data.train):
+        name = ".".join(map(str, (*at, "train", i)))
+        if source.own_loss is not None and source.kind == "rationales":
+            yield (
+                [(*at, "train", i)],
+                f"{name}: own_loss is of text and pairs; rationales have rationale_weight beside their labels",
+            )
+        if source.own_loss is not None and not any(map(_counts, vars(source.own_loss).values())):
+            yield [(*at, "train", i)], f"{name}: own_loss has no weight above 0; leave the source out"
+        for kind, keys in of.items():
+            given = [key for key in keys if key in source.model_fields_set and source.kind != kind]
+            given = [key for key in given if getattr(source, key) != DistillSource.model_fields[key].default]
+            if given:
+                yield (
+                    [(*at, "train", i)],
+                    f"{name}: {', '.join(given)} is of kind: {kind}, but the kind is {source.kind}; set the kind, or "
+                    "leave it out",
+                )
+
+
+def stage_contradictions(recipe: DistillRecipe, stage: Stage, i: int, at: recipe_text.Path, label: str):
+    matched = stage.hidden or stage.attention
+    weights = (stage.kd_weight, stage.ce_weight, *(part.weight for part in (stage.hidden, stage.attention) if part))
+    if not any(map(_counts, weights)) and not any(source.own_loss for source in (stage.data or recipe.data).train):
+        yield (
+            [(*at, "kd_weight"), (*at, "ce_weight")],
+            f"{label}: kd_weight and ce_weight are both 0 and no layers are matched with a weight, so there is nothing "
+            "to learn; raise one",
+        )
+    if stage.learn_from == "previous" and i == 0:
+        yield [(*at, "learn_from")], f"{label}: learn_from: previous, but it is the first stage; use teacher"
+    if stage.cache is not None:
+        for key in ("hidden", "attention", "on_policy", "taid"):
+            if getattr(stage, key) is not None:
+                yield (
+                    [(*at, key), (*at, "cache")],
+                    f"{label}: {key} needs the teacher itself, but cache holds only its answers on the text; "
+                    "leave out one of them",
+                )
+        if stage.learn_from != "teacher":
+            yield (
+                [(*at, "learn_from"), (*at, "cache")],
+                f"{label}: a cache holds the teacher's answers, but learn_from is {stage.learn_from}; leave out one",
+            )
+    if stage.routing is not None:
+        sources = (stage.data or recipe.data).train
+        if len(sources) < 2 or any(source.kind != "rationales" for source in sources):
+            yield (
+                [(*at, "routing")],
+                f"{label}: routing chooses among two or more sources of kind: rationales, and nothing else is read; "
+                "give the stage such data",
+            )
+        if stage.cache is not None:
+            yield [(*at, "routing"), (*at, "cache")], f"{label}: routing reads its own rows; leave out the cache"
+    if recipe.combine == "row" and matched:
+        yield (
+            [(*at, "hidden" if stage.hidden else "attention")],
+            f"{label}: with combine: row the teachers have no layers in common to match; leave it out",
+        )
+    if stage.temperature == "auto" and (stage.learn_from != "teacher" or stage.cache or recipe.teachers):
+        yield (
+            [(*at, "temperature")],
+            f"{label}: temperature: auto compares the sizes of one teacher and the student; give a number",
+        )
+    if isinstance(stage.temperature, Ramp) and min(stage.temperature.start, stage.temperature.end) < 0.001:
+        yield [(*at, "temperature")], f"{label}: a temperature of 0; use one of at least 0.001"
+    if stage.taid is not None and stage.taid.start > stage.taid.end:
+        yield [(*at, "taid")], f"{label}: taid starts at {stage.taid.start:g}, above its end {stage.taid.end:g}"
+    if stage.advance is not None and stage.advance.patience is None and stage.advance.gap is None:
+        yield [(*at, "advance")], f"{label}: advance never ends the stage; give patience, gap or both"
+    if stage.divergence in ("mse", "cosine") and stage.taid:
+        yield [(*at, "divergence"), (*at, "taid")], f"{label}: taid is of divergences between distributions"

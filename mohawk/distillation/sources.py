@@ -1,0 +1,142 @@
+"""The rows that a distillation trains on: texts, prompts and responses, or several sources in proportion."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from mohawk.data.mixture import Mixture
+from mohawk.data.packing import Data, Documents, PackedDataset, load_data
+from mohawk.data.pairs import Pairs, PairsDataset, check_pairs, read_pairs, split_pairs
+from mohawk.distillation.recipe import DistillData, DistillSource
+from mohawk.losses.rationales import TEMPLATES, read_rationale_pairs
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Sources:
+    """What a recipe's `data` gives: text, packed by document, and pairs by source; held-out parts of both.
+
+    text: None where every source is of pairs. pairs, held_out_pairs: by the source's place in the recipe.
+    """
+
+    text: Data | None
+    pairs: dict[int, Pairs]
+    held_out_pairs: dict[int, Pairs]
+
+
+def load_sources(asked: DistillData, teachers: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> Sources:
+    """Tokenise all sources, or find them in the cache.
+
+    teachers: their names, which an example's `teacher_field` may give. Raises UserError.
+    """
+    texts = [source for source in asked.train if source.kind == "text"]
+    evaluation = [source.model_dump() for source in asked.evaluation]
+    text = None
+    if texts:
+        text = load_data(
+            [_plain(source) for source in texts], tokenizer, evaluation=evaluation,
+            validation_share=asked.validation_share, cache=asked.cache,
+        )  # fmt: skip
+    elif evaluation:
+        # evaluation text needs no training text beside it
+        other = load_data(evaluation, tokenizer, validation_share=0, cache=asked.cache).train
+        text = Data(Documents((), other.spans[:0]), Documents((), other.spans[:0]), other)
+    pairs, held_out = {}, {}
+    for i, source in enumerate(asked.train):
+        if source.kind == "text":
+            continue
+        if source.kind == "rationales":
+            found = read_rationale_pairs(
+                [_plain(source)], tokenizer, templates=source.templates or TEMPLATES,
+                label_prefix=source.label_prefix, rationale_prefix=source.rationale_prefix,
+                rationale_weight=source.rationale_weight,
+            )  # fmt: skip
+        else:
+            found = read_pairs(
+                [_plain(source)], tokenizer, prompt_field=source.prompt_field, response_field=source.response_field,
+                messages_field=source.messages_field, chat=source.chat, teacher_field=source.teacher_field,
+                teachers=teachers if source.teacher_field else (), weight_field=source.weight_field, cache=asked.cache,
+            )  # fmt: skip
+        pairs[i], held_out[i] = split_pairs(found, asked.validation_share)
+    return Sources(text, pairs, held_out)
+
+
+def training_rows(asked: DistillData, sources: Sources, sequence_length: int, rows: int, seed: int, pad: int) -> Any:
+    """A dataset of rows of `sequence_length` tokens: text alone, packed over all its sources, or a mixture of sources.
+
+    rows: how many a stage will ask for: a mixture holds its proportions over so many.
+    """
+    train = asked.train
+    plain = not sources.pairs and all(
+        s.sampling_weight is None and s.loss_weight == 1 and not s.own_loss for s in train
+    )
+    if plain:
+        return PackedDataset(sources.text.train, sequence_length, seed=seed, pad_token_id=pad)
+    parts, at = [], 0
+    for i, source in enumerate(train):
+        if source.kind != "text":
+            parts.append(_pairs_rows(source, sources.pairs[i], sequence_length, seed, pad))
+        else:
+            documents = sources.text.train
+            own = Documents(documents.texts, documents.spans[documents.spans[:, 0] == at])
+            parts.append(PackedDataset(own, sequence_length, seed=seed, pad_token_id=pad))
+            at += 1
+    if len(parts) == 1 and train[0].loss_weight == 1:
+        return parts[0]
+    # without weights of their own, sources are read in proportion to their size
+    weights = [float(len(part)) if s.sampling_weight is None else None for s, part in zip(train, parts, strict=True)]
+    if any(s.sampling_weight is not None for s in train):
+        weights = [1.0 if s.sampling_weight is None else s.sampling_weight for s in train]
+    return Mixture(parts, weights, [source.loss_weight for source in train], rows=rows, seed=seed)
+
+
+def check_rows(asked: DistillData, sources: Sources, sequence_length: int) -> None:
+    """UserError where pairs make no rows of `sequence_length` tokens, or lack what their weighting goes by."""
+    for i, pairs in sources.pairs.items():
+        source = asked.train[i]
+        check_pairs(
+            pairs, sequence_length, weighting=source.weighting, length_normalized=source.length_normalized,
+            too_long=source.too_long,
+        )  # fmt: skip
+
+
+def rows_by_source(
+    asked: DistillData, sources: Sources, sequence_length: int, seed: int, pad: int
+) -> dict[str, PairsDataset]:
+    """The rows of each source of pairs or rationales by itself, by its name."""
+    return {
+        asked.train[i].source: _pairs_rows(asked.train[i], pairs, sequence_length, seed, pad)
+        for i, pairs in sources.pairs.items()
+    }
+
+
+def held_out_rows(asked: DistillData, sources: Sources, sequence_length: int, tokens: int, pad: int) -> Any:
+    """Rows of the held-out prompts and responses; None where there are none."""
+    parts = [
+        _pairs_rows(asked.train[i], pairs, sequence_length, 0, pad)
+        for i, pairs in sources.held_out_pairs.items()
+        if len(pairs)
+    ]
+    if not parts:
+        return None
+    rows = min(max(1, -(-tokens // sequence_length)), sum(map(len, parts)))
+    return Mixture(parts, [float(len(part)) for part in parts], rows=rows, seed=0)
+
+
+def _pairs_rows(source: DistillSource, pairs: Pairs, sequence_length: int, seed: int, pad: int) -> PairsDataset:
+    return PairsDataset(
+        pairs, sequence_length, weighting=source.weighting, length_normalized=source.length_normalized,
+        too_long=source.too_long, seed=seed, pad_token_id=pad,
+    )  # fmt: skip
+
+
+def _plain(source: DistillSource) -> dict[str, Any]:
+    """A source as `mohawk.data.text` takes it."""
+    return {key: getattr(source, key) for key in ("source", "split", "field", "subset", "format")}

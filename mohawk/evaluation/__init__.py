@@ -1,0 +1,1 @@
+"""`mohawk evaluate`: a student against its teacher once more."""

@@ -1,0 +1,86 @@
+"""`mohawk evaluate`: a run's student against its teacher once more, on the run's texts or on others."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from mohawk.conversion.recipe import Recipe
+from mohawk.core.json_files import write_json
+from mohawk.core.places import home
+from mohawk.errors import UserError
+from mohawk.loading.describe import student_folder
+from mohawk.schema.kinds import load_run_recipe, trims_vocabulary
+
+RESULTS = "evaluation/again.json"
+
+
+def evaluate_run(run: str | Path, overrides: Sequence[str] = (), console: Console | None = None) -> dict:
+    """Compare, time decoding, print both and write them to RUN/evaluation/again.json.
+
+    overrides: of the run's recipe, such as `data.evaluation=[other.txt]` or `evaluation.tokens=1e6`; those
+    that concern the student or its training change nothing. Returns what was written. Raises UserError.
+    """
+    folder, console = home(run), console or Console()
+    if not (folder / "recipe.yaml").is_file():
+        raise UserError(f"{run} is not a run's folder: it holds no recipe.yaml")
+    recipe = load_run_recipe(folder, overrides)
+    name = student_folder(folder)
+
+    if trims_vocabulary(recipe):
+        raise UserError(
+            f"{run}: its student numbers tokens anew (prune.vocabulary), so it cannot be compared token by token; "
+            "results.json has what was measured before, and --tasks compares answers"
+        )
+
+    from mohawk.data.same_tokenizer import check_same, own_tokenizer, teacher_tokenizer
+    from mohawk.loading.models import load_teacher
+    from mohawk.measures.compare import compare, decode_speed
+
+    about = recipe.teacher
+    if (own := own_tokenizer(name)) is not None:  # before models are loaded
+        where = {key: getattr(about, key) for key in ("gguf_file", "revision", "trust_remote_code")}
+        check_same(teacher_tokenizer(about.model, tokenizer=about.tokenizer, **where), own, name)
+    if isinstance(recipe, Recipe):
+        from mohawk.conversion.run import Conversion as Kind
+    else:
+        from mohawk.distillation.run import Distillation as Kind
+    conversion = Kind(recipe, folder, console, trains=False)
+    student = load_teacher(name, device=conversion.device)
+    texts = {
+        text: asdict(compare(student, states, autocast=conversion.autocast))
+        for text, states in conversion.texts.items()
+    }
+    asked = recipe.evaluation
+    speeds = {
+        kind: [asdict(speed) for speed in decode_speed(model, asked.contexts, asked.decode_tokens)]
+        for kind, model in (("teacher", conversion.teacher), ("student", student))
+    }
+    results = {"student": name, "overrides": list(overrides), "texts": texts, "decoding": speeds}
+    target = folder / RESULTS
+    write_json(target, results)
+
+    table = Table("text", "tokens", "teacher", "student", "ratio", "KL", "same first choice", title=name)
+    for text, found in texts.items():
+        table.add_row(
+            text.replace("_", "-"),
+            f"{found['tokens']:,}",
+            f"{found['teacher_perplexity']:.2f}",
+            f"{found['student_perplexity']:.2f}",
+            f"{found['perplexity_ratio']:.3f}",
+            f"{found['kl']:.4f}",
+            f"{found['top1_agreement']:.1%}",
+        )
+    console.print(table)
+    table = Table("decoding", "context", "tokens/s", "state bytes")
+    for kind, measured in speeds.items():
+        for speed in measured:
+            row = f"{speed['context']:,}", f"{speed['tokens_per_s']:.1f}", f"{speed['state_bytes']:,}"
+            table.add_row(kind, *row)
+    console.print(table)
+    console.print(f"written to {target}", highlight=False, soft_wrap=True, markup=False)
+    return results

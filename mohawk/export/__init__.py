@@ -1,0 +1,1 @@
+"""`mohawk export`: students for other runtimes, proven equal."""

@@ -1,0 +1,155 @@
+"""README.md of an exported student: where it comes from, what was measured, how to run it."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from mohawk.core.hub import hub_or_cache
+from mohawk.core.json_files import read_json
+from mohawk.core.places import home
+from mohawk.export.parity import Row
+from mohawk.export.runtimes import GROUPS_APART, Note
+from mohawk.runs.kept import Tabled
+from mohawk.runs.report import RESULTS, tables
+from mohawk.schema.base import RecipeFile
+from mohawk.schema.kinds import load_run_recipe
+
+log = logging.getLogger(__name__)
+
+UNKNOWN = "not known; check the teacher's"
+
+
+def model_card(
+    name: str, config: Any, run: Path | None, rows: Sequence[Row], runtimes: Sequence[Note], changes: Sequence[str] = ()
+) -> str:
+    """Markdown with the front matter that model hubs read.
+
+    Args:
+        name: title, and the folder in the examples.
+        config: the exported model's configuration.
+        run: the run's folder, whose recipe and results are told; None for a student without one.
+        rows: what the export doctor found.
+        runtimes: of `mohawk.export.runtimes.notes`.
+        changes: what the export changed about the student, a sentence each.
+    """
+    recipe = load_run_recipe(run) if run else None
+    results = read_json(run / RESULTS, Tabled) if run else None
+    teacher = recipe.teacher.model if recipe else _base_name(config)
+    licence = licence_of(teacher, recipe.teacher.revision if recipe else None) if teacher else None
+    remote = config.model_type != "bamba"
+    parts = [
+        _front_matter(teacher, licence, remote),
+        f"# {name}\n\n{_sentence(config)}",
+        "\n".join(
+            f"- {line}"
+            for line in (
+                f"Teacher: {_public(teacher) if teacher else 'not known'}",
+                f"Licence of the teacher: {licence or UNKNOWN}",
+                *changes,
+            )
+        ),  # fmt: skip
+        f"## Use\n\n```python\n{_example(name, remote)}\n```" + _needs(config),
+    ]
+    if results:
+        parts += [f"## {title}\n\n{_table(header, cells)}" for title, header, cells in tables(results)]
+    if recipe:
+        sources = [_public(source.source) for source in recipe.data.train]
+        parts.append("## Data\n\nTrained on " + ", ".join(f"`{source}`" for source in sources) + ".")
+        parts.append(f"## Recipe\n\n```yaml\n{_recipe(recipe)}\n```")
+    cells = [[row.check, f"{row.difference:.1e}", f"{row.tolerance:.1e}", row.same] for row in rows]
+    parts.append(
+        "## Parity\n\nThis folder, loaded in a fresh process without mohawk, against the student it was made from, "
+        f"float32 on a CPU:\n\n{_table(['check', 'max difference of logits', 'allowed', 'same tokens'], cells)}"
+    )
+    cells = [[note.runtime, "yes" if note.checked else "no", note.text] for note in runtimes]
+    parts.append(f"## Runtimes\n\n{_table(['runtime', 'checked', 'notes'], cells, left=3)}")
+    return "\n\n".join(parts) + "\n"
+
+
+def licence_of(teacher: str, revision: str | None = None) -> str | None:
+    """The licence that the teacher's own model card names, from its folder, the hub's cache or the hub; else None."""
+    folder = home(teacher)
+    card = (folder.parent if folder.is_file() else folder) / "README.md"
+    if not folder.exists():
+        from huggingface_hub import hf_hub_download
+
+        try:
+            with hub_or_cache():
+                card = Path(hf_hub_download(teacher, "README.md", revision=revision))
+        except (OSError, ValueError) as error:  # offline, gated, no such repository, no card
+            log.info("no model card of %s (%s)", teacher, type(error).__name__)
+            return None
+    if not card.is_file():
+        return None
+    front = re.match(r"---\n(.*?)\n---", card.read_text(encoding="utf-8", errors="replace"), re.DOTALL)
+    named = re.search(r"^licen[cs]e:\s*['\"]?([^'\"\n]+)", front.group(1), re.MULTILINE) if front else None
+    return named.group(1).strip() if named else None
+
+
+def _front_matter(teacher: str | None, licence: str | None, remote: bool) -> str:
+    lines = [
+        "library_name: transformers",
+        "pipeline_tag: text-generation",
+        f"license: {licence or 'unknown'}",
+        "tags: [mohawk, hybrid, mamba2" + (", custom_code" if remote else ", bamba") + "]",
+    ]
+    if teacher and not home(teacher).exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", teacher):
+        lines.append(f"base_model: {teacher}")
+    return "---\n" + "\n".join(lines) + "\n---"
+
+
+def _sentence(config: Any) -> str:
+    kinds = list(getattr(config, "layers_block_type", None) or config.layer_types)
+    ssm = kinds.count("linear_attention")
+    return (
+        f"A {config.architectures[0]} of {ssm} Mamba-2 and {len(kinds) - ssm} attention layers, distilled from a "
+        "Transformer by MOHAWK (https://arxiv.org/abs/2408.10189) with the package mohawk."
+    )
+
+
+def _example(name: str, remote: bool) -> str:
+    trust = ", trust_remote_code=True" if remote else ""
+    return (
+        "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
+        f'tokenizer = AutoTokenizer.from_pretrained("{name}"{trust})\n'
+        f'model = AutoModelForCausalLM.from_pretrained("{name}"{trust})\n'
+        'inputs = tokenizer("The most important thing is", return_tensors="pt")\n'
+        "print(tokenizer.decode(model.generate(**inputs, max_new_tokens=50)[0]))"
+    )
+
+
+def _needs(config: Any) -> str:
+    if getattr(config, "mamba_n_groups", 1) == 1:
+        return ""
+    return f"\n\nNeeds transformers {GROUPS_APART} or later; earlier ones load it without a word and answer otherwise."
+
+
+def _recipe(recipe: RecipeFile) -> str:
+    """The student and its training; where things lay on somebody's disk is nobody's business."""
+    from mohawk.schema import yaml_text as recipe_text
+
+    told = recipe.model_dump(mode="json")
+    places = ("teacher", "teachers", "data", "evaluation", "device", "output", "report_to")
+    stages = [told.get("heal"), told.get("correct"), *told.get("stages", [])]
+    for stage in filter(None, stages):  # folders
+        stage |= {key: None for key in ("cache", "data", "student") if key in stage}
+    return recipe_text.write({key: value for key, value in told.items() if key not in places}).strip()
+
+
+def _public(source: str) -> str:
+    """A hub id as it is; of a path on a disk the last two names."""
+    path = Path(source)
+    return "/".join(path.parts[-2:]) if path.is_absolute() or source.startswith((".", "~")) else source
+
+
+def _base_name(config: Any) -> str | None:
+    return getattr(getattr(config, "base_config", config), "_name_or_path", "") or None
+
+
+def _table(header: list[str], rows: Iterable[Sequence[str]], left: int = 1) -> str:
+    rule = ["---" if i < left else "---:" for i in range(len(header))]
+    return "\n".join("| " + " | ".join(row) + " |" for row in (header, rule, *rows))

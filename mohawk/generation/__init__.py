@@ -1,0 +1,1 @@
+"""Text that models write: answers for users, and data to learn from."""

@@ -1,0 +1,1 @@
+"""`mohawk inspect`, `verify` and `doctor`: what is there, and whether it is whole."""

@@ -1,0 +1,50 @@
+"""Which phases of a run are done, and from which checkpoint the others would go on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mohawk.core.folders import MANIFEST, why_incomplete
+from mohawk.schema.kinds import phase_names
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+
+def print_run(folder: Path, console: Console) -> None:
+    """Which phases of a run are done, and from which checkpoint the others would go on."""
+    from mohawk.conversion.recipe import Recipe
+    from mohawk.conversion.run import COMPOSED
+    from mohawk.core.folders import newest_complete
+    from mohawk.core.json_files import read_json
+    from mohawk.runs.kept import Composed
+    from mohawk.schema.kinds import load_run_recipe
+
+    recipe = load_run_recipe(folder)
+    asked = {name for name, _ in recipe.phases.active()} if isinstance(recipe, Recipe) else set(phase_names(folder))
+    composed, elsewhere = read_json(folder / COMPOSED, Composed), set()
+    if composed is not None:
+        elsewhere = asked - {"end_to_end"}
+        kept = ", ".join(map(str, composed["attention"])) or "none"
+        budget = composed.get("budget")
+        chosen = "" if budget is None else f", chosen for a budget of {budget} by {composed.get('by')}"
+        console.print(
+            f"composed of the mixers of {composed['run']}; attention layers: {kept}{chosen}",
+            highlight=False, soft_wrap=True, markup=False,
+        )  # fmt: skip
+    for name in phase_names(folder):
+        phase = folder / "phases" / name
+        if name in elsewhere:
+            state = f"done in {composed['run']}"
+        elif name not in asked:
+            state = "left out (null in the recipe)"
+        elif (phase / "student" / "config.json").is_file():
+            kept = phase / "student"
+            problem = why_incomplete(kept, remembered=True) if (kept / MANIFEST).exists() else None
+            state = "done" if problem is None else f"damaged ({problem})"
+        elif checkpoint := newest_complete(phase) if phase.is_dir() else None:
+            state = f"stopped at {checkpoint.name}"
+        else:
+            state = "not begun"
+        console.print(f"{name}: {state}", highlight=False, soft_wrap=True, markup=False)

@@ -1,0 +1,138 @@
+"""`mohawk verify`: every file of a run or a cache hashed again and compared with what was written."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mohawk.core.folders import MANIFEST, PARTIAL, why_altered, why_incomplete
+from mohawk.core.lines import damage, sums_of
+from mohawk.core.places import RECIPE, RUN_FILE, home
+from mohawk.data.generated import FILES, spare_lines
+from mohawk.errors import UserError
+from mohawk.training.metrics import METRICS, damaged_lines
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+SUMS = ".sha256"
+MEASURED = "selection/measured.jsonl"
+# What has no sum where an earlier version wrote it: a run's files, tokenised text and pairs.
+ALONE = ("results.json", "selection.json", "composed.json", "vocabulary.json", "evaluation/*.json", "rounds/*/*.json",
+         "rounds/*/*.safetensors", "matrices/*.safetensors")  # fmt: skip
+WHOLE = ("student", "phases/*/student", "phases/*/checkpoint-*", "phases/*/adapter", "phases/*/base")
+
+
+@dataclass(frozen=True)
+class Finding:
+    """problem: None for what is as it was written; "no sums" for what was written without any."""
+
+    path: Path
+    problem: str | None
+
+
+NO_SUMS = "was written without sums, by an earlier version"
+
+
+def findings(folder: Path) -> Iterator[Finding]:
+    """All that was written below a folder: folders with a manifest, files with a sum, files whose lines have one, and
+    what a run or a cache of an earlier version has without either. Reads every byte."""
+    inside: set[Path] = set()
+    for manifest in sorted(folder.rglob(MANIFEST)):
+        place = manifest.parent
+        if _passing(place, folder) or any(parent in inside for parent in place.parents):
+            continue
+        inside.add(place)
+        yield Finding(place, _whole(place))
+    for sums in sorted(folder.rglob(f".*{SUMS}")):
+        path = sums.with_name(sums.name.removesuffix(SUMS).removeprefix("."))
+        if not _passing(path, folder):
+            yield Finding(path, why_altered(path))
+    for path in sorted(folder.rglob(METRICS)):
+        if not _passing(path, folder):
+            count = damaged_lines(path)
+            yield Finding(path, f"{count} damaged lines" if count else None)
+    for sums in sorted(folder.rglob(".*.crc32")):
+        path = sums.with_name(sums.name.removesuffix(".crc32").removeprefix("."))
+        if path.name not in (METRICS, Path(MEASURED).name) and not _passing(path, folder):
+            yield Finding(path, damage(path, spare_lines(path.parent)))
+    for path in sorted(path for name in FILES for path in folder.rglob(name)):
+        if not sums_of(path).exists() and path.stat().st_size and not _passing(path, folder):
+            yield Finding(path, NO_SUMS)
+    if (folder / MEASURED).is_file():
+        from mohawk.conversion.probe import damaged_measurements
+
+        count = damaged_measurements(folder / MEASURED)
+        yield Finding(folder / MEASURED, f"{count} damaged lines" if count else None)
+    yield from _without_sums(folder, inside)
+
+
+def verify(path: str | Path, console: Console | None = None) -> list[Finding]:
+    """Check a run's folder or a cache's and say what was found.
+
+    path: of a run, a student, a teacher's answers, its cache, or of tokenised text (one text's folder, or all of them).
+
+    Raises:
+        UserError: nothing there is mohawk's, or something is damaged, a line for each.
+    """
+    from rich.console import Console
+
+    console, folder = console or Console(), home(path)
+    if not folder.is_dir():
+        raise UserError(f"{path} is no folder; give a run's, or a cache's")
+    found = list(findings(folder))
+    if not found:
+        raise UserError(f"{path} holds nothing with sums of mohawk's; give a run's folder, a student's, or a cache's")
+    whole = sum(one.problem is None for one in found)
+    for one in found:
+        if one.problem == NO_SUMS:
+            console.print(f"{one.path}: {NO_SUMS}; not verified", highlight=False, soft_wrap=True, markup=False)
+    if damaged := [one for one in found if one.problem not in (None, NO_SUMS)]:
+        lines = [f"{one.path}: {one.problem}; {_remedy(one.path)}" for one in damaged]
+        raise UserError("\n".join([*lines, f"{len(damaged)} of {len(found)} parts of {path} are damaged"]))
+    console.print(f"{path}: {whole} parts, each as it was written", highlight=False, soft_wrap=True, markup=False)
+    return found
+
+
+def _remedy(path: Path) -> str:
+    if path.name in ("adapter", "base"):  # which a finished stage writes once
+        return f"to have it again, delete {path.parent} and run the same command"
+    return "the command that wrote it makes again what it needs of it"
+
+
+def _whole(place: Path) -> str | None:
+    """What is wrong with a folder that has a manifest, which a teacher's cache hashes too."""
+    try:
+        manifest = json.loads((place / MANIFEST).read_bytes())
+        if isinstance(manifest, dict) and "format" in manifest:
+            from mohawk.teacher_cache.reader import read_manifest
+
+            read_manifest(place)
+    except UserError as error:
+        return str(error).partition(": ")[2].partition("; ")[0]
+    except (OSError, ValueError, RecursionError) as error:
+        return f"{MANIFEST} cannot be read ({error})"
+    return why_incomplete(place)
+
+
+def _without_sums(folder: Path, inside: set[Path]) -> Iterator[Finding]:
+    if (folder / RECIPE).is_file():
+        for name in (RECIPE, RUN_FILE, *ALONE):
+            for path in sorted(folder.glob(name)):
+                if not path.with_name(f".{path.name}{SUMS}").exists():
+                    yield Finding(path, NO_SUMS)
+        for name in WHOLE:
+            for path in sorted(folder.glob(name)):
+                if path.is_dir() and path not in inside:
+                    yield Finding(path, f"has no {MANIFEST}")
+    for path in sorted({*folder.rglob("offsets.npy"), *folder.rglob("spans.npy")}):
+        if path.parent not in inside and not _passing(path, folder):
+            yield Finding(path.parent, NO_SUMS)
+
+
+def _passing(path: Path, folder: Path) -> bool:
+    """Whether a path lies in what a process is writing, or left half written."""
+    return any(part.startswith((PARTIAL, ".")) for part in path.relative_to(folder).parts)

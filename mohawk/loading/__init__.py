@@ -1,0 +1,1 @@
+"""Models from folders and hubs, adapters on them, and what they are."""

@@ -1,0 +1,448 @@
+"""Standard distillation: a student learns from what a teacher says of each next token, and from its layers.
+
+`KnowledgeDistiller` is the loss, for plain training loops (`compute_loss`) and for our own trainer, whose objective it
+is (mohawk/training/trainer.py says what that asks for).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from mohawk.core.processes import several, total
+from mohawk.data.next_tokens import IGNORED, next_column, next_labels, positions
+from mohawk.kernels.kd.call import map_rows
+from mohawk.kernels.kd.loss import TAIDSchedule, TeacherHidden, TeacherSamples, TeacherTAID, linear_kd_loss
+from mohawk.loading.models import check_decoder, parameter_count
+from mohawk.losses.heads import Head, final_hidden_states
+from mohawk.losses.label_probability import label_probability
+from mohawk.losses.matching import Matching
+from mohawk.losses.on_policy import OnPolicy, replaced_rows
+from mohawk.losses.schedules import Ramp, at, temperature_for
+from mohawk.losses.shared_vocabulary import shared_part
+from mohawk.losses.teachers import Answer, AverageTeacher, Ensemble, ModelTeacher, is_around, model_inputs
+from mohawk.training.advance import Advance
+from mohawk.training.weight_decay import parameter_groups
+
+if TYPE_CHECKING:
+    from mohawk.kernels.kd.teachers import Teacher
+    from mohawk.losses.rationale_router import RoutedRationales
+
+SAMPLED_ROWS = 256  # of a batch, on which agreement and the teacher's entropy are measured
+ROWS, LABEL, RATIONALE, MAIN = range(4)  # what a step's counts are of; behind them, tokens of own losses
+
+
+@dataclass(frozen=True)
+class OwnLoss:
+    """`kd_weight * T^2 * D + ce_weight * CE` of one source's rows, a term of its own: the mean over their tokens."""
+
+    kd_weight: float | Ramp = 0.0
+    ce_weight: float | Ramp = 0.0
+
+
+class KnowledgeDistiller(nn.Module):
+    """`kd_weight * T^2 * D(teacher, student) + ce_weight * CE + sum_i w_i * matching_i`, a mean over real tokens.
+
+    A token is learned where it has a label and both it and the one in front of it are real, of one document
+    (mohawk/data/next_tokens.py). Means are of a step: over all its micro-batches and processes, however it is split.
+
+    Args:
+        teacher: a causal language model (frozen but for what it shares with the student), a teacher of
+            mohawk/losses/teachers.py, or None where `kd_weight` is 0 and nothing is matched. The model that peft's
+            adapter is around, or the adapted model itself, is asked with the adapter switched off.
+        student: a causal language model of any architecture. Vocabularies may differ in size where the ids they have in
+            common mean the same: only those are compared.
+        divergence, beta, lam: as of `mohawk.kd_loss`.
+        temperature: T; a `Ramp`; or "auto": log2(teacher's parameters / student's) + 1.
+        kd_weight, ce_weight: numbers or Ramps. The cross entropy is at temperature 1.
+        confidence: multiply a token's divergence by the teacher's probability of its label, so that it counts for
+            little where the teacher is wrong.
+        taid: TAID's moving target (arXiv 2501.16937), advanced by each step's loss.
+        matchings: losses between layers, by name.
+        own_losses: by a row's `source`: that source's rows have these weights instead, are never replaced by the
+            student's samples, and their mean is added to that of the others (MiniLLM's pretraining loss is
+            `OwnLoss(ce_weight=1)` of plain text beside on-policy prompts, arXiv 2306.08543).
+        on_policy: called as on_policy(batch, step) -> batch; see mohawk/losses/on_policy.py.
+        router: called as router(batch, step) -> batch, and router.end_step(step); see
+        mohawk/losses/rationale_router.py.
+        advance: says after which step to end early; see mohawk/training/advance.py.
+
+    Outside our trainer, ramps move with `begin_step(step, steps)`, TAID and averaged teachers with `end_step(loss)`.
+    """
+
+    shares = True  # what `losses` yields is a micro-batch's share of its step's loss
+
+    def __init__(
+        self,
+        teacher: nn.Module | Callable[..., list[Answer]] | None,
+        student: nn.Module,
+        *,
+        divergence: str = "forward_kl",
+        temperature: float | Ramp | str = 1.0,
+        kd_weight: float | Ramp = 1.0,
+        ce_weight: float | Ramp = 0.0,
+        beta: float = 0.5,
+        lam: float = 0.1,
+        confidence: bool = False,
+        taid: TAIDSchedule | None = None,
+        matchings: Mapping[str, Matching] | None = None,
+        own_losses: Mapping[int, OwnLoss] | None = None,
+        on_policy: Callable[[dict[str, Tensor], int], dict[str, Tensor]] | None = None,
+        router: RoutedRationales | None = None,
+        advance: Advance | None = None,
+    ):
+        super().__init__()
+        self.own_losses = dict(own_losses or {})
+        divergences = [kd_weight, *(own.kd_weight for own in self.own_losses.values())]
+        if teacher is None and (any(weight != 0 for weight in divergences) or matchings):
+            raise ValueError("teacher: got None, which needs kd_weight 0 and no matchings")
+        if isinstance(teacher, nn.Module):
+            teacher = ModelTeacher(student.get_base_model() if is_around(student, teacher) else teacher)
+        for model in teacher.teachers if isinstance(teacher, Ensemble) else [teacher]:
+            if isinstance(model, ModelTeacher):
+                model.beside(student)
+        check_decoder(student, "student")
+        self.student = student
+        self.__dict__["teacher"] = teacher  # neither trained nor saved, so kept out of the module tree
+        if temperature == "auto":
+            if not isinstance(teacher, ModelTeacher):
+                raise ValueError("temperature: auto needs one teacher model, whose size is known; give a number")
+            temperature = temperature_for(parameter_count(teacher.model), parameter_count(student))
+        self.temperature, self.kd_weight, self.ce_weight = temperature, kd_weight, ce_weight
+        self.divergence, self.beta, self.lam = divergence, beta, lam
+        self.confidence, self.taid, self.on_policy, self.advance = confidence, taid, on_policy, advance
+        self.router = router
+        if isinstance(on_policy, OnPolicy) and (known := getattr(teacher, "vocab_size", None)) is not None:
+            on_policy.limit_to(known)  # the teacher reads what is sampled
+        self.finished, self.measuring = False, True
+        self.__dict__["matchings"] = dict(matchings or {})
+        # their parameters are trained and saved with a run's checkpoints, and are no part of the student
+        self.matched = nn.ModuleDict({name: m.module for name, m in self.matchings.items() if m.module is not None})
+        self.step, self.steps = 0, 1
+        self.step_loss: Tensor | float = 0.0  # sum of the losses since the step began
+        self.averaged = 1  # over how many processes gradients are averaged, not summed
+        self._counted, self._counts = -1, torch.zeros(())  # of which step, and what `prepare` counted of it
+        self._sums: dict[str, list[Any]] = {}
+
+    # ---- in a plain training loop ----
+
+    def compute_loss(
+        self,
+        input_ids: Tensor,
+        labels: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        normalizer: float | Tensor | None = None,
+    ) -> Tensor:
+        """The loss of a batch, a scalar with the student's gradients.
+
+        Args:
+            input_ids: (batch, n) int64. labels: (batch, n), not shifted, -100 where nothing is predicted; None: every
+                real token. attention_mask: (batch, n), 0 at padding, on either side.
+            normalizer: divides the sum over tokens instead of their count (gradient accumulation).
+        """
+        batch = {"input_ids": input_ids, "labels": input_ids if labels is None else labels}
+        return self.loss(batch | ({} if attention_mask is None else {"attention_mask": attention_mask}), normalizer)
+
+    # ---- as an objective of our trainer ----
+
+    def prepare(self, batch: dict[str, Tensor], step: int) -> dict[str, Tensor]:
+        """What a step trains on instead of a micro-batch: a routed teacher's rationales, or the student's own samples.
+
+        All micro-batches of a step come here before the first one's loss: what is in them is counted.
+        """
+        batch = batch if self.router is None else self.router(batch, step)
+        if self.on_policy is not None:
+            kept = None if not self.own_losses else self._rows_of(self.own_losses, batch)
+            batch = replaced_rows(self.on_policy, batch, step, kept)
+        counts = self._count(batch)
+        self._counts = self._counts + counts if step == self._counted else counts
+        self._counted = step
+        return batch
+
+    def losses(self, **batch: Tensor) -> Iterator[tuple[str, Tensor]]:
+        """A micro-batch's share of its step's loss, one scalar: its terms share one graph."""
+        yield "loss", self.share(batch)
+
+    def trained(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Names and parameters that train: the student's that require gradients, and the matchings'."""
+        return ((name, p) for name, p in self.named_parameters() if p.requires_grad)
+
+    def parameter_groups(self, learning_rate: float, weight_decay: float) -> list[dict[str, Any]]:
+        """AdamW's groups."""
+        return parameter_groups(self.trained(), learning_rate, weight_decay)
+
+    def begin_step(self, step: int, steps: int, together: bool = True) -> None:
+        """Before the first micro-batch's loss of a step, counted from 0, of so many. together: the processes' micro-
+        batches are of one mean."""
+        self.step, self.steps = step, steps
+        self.step_loss = 0.0
+        if self._counted == step and together and several():
+            self._counts = total(self._counts)
+        if self.taid is not None and self.taid.steps is None:
+            self.taid.steps = steps
+
+    def end_step(self, loss: float) -> None:
+        """After the optimizer's step, with the step's loss."""
+        if self.taid is not None:
+            self.taid.update(loss, self.step)
+        if isinstance(self.teacher, AverageTeacher):
+            self.teacher.update()
+        if self.router is not None:
+            self.router.end_step(self.step)
+        if self.advance is not None:
+            self.finished = self.advance.after(self.step + 1)
+
+    def measured(self) -> dict[str, float]:
+        """Means since the last call of what was measured beside the loss, and where schedules are."""
+        sums = {name: (float(total), float(count)) for name, (total, count) in self._sums.items()}
+        values = {name: total / count for name, (total, count) in sums.items() if count}
+        self._sums = {}
+        values["temperature"] = self._now(self.temperature)
+        if self.taid is not None:
+            values["taid_t"] = self.taid.t
+        return values
+
+    def training_state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """What a resumed run needs beside parameters: tensors, and plain values."""
+        tensors = self.teacher.state() if isinstance(self.teacher, AverageTeacher) else {}
+        taid = self.taid and {key: getattr(self.taid, key) for key in ("t", "momentum", "last_loss", "step")}
+        parts = {"advance": self.advance, "router": self.router}
+        states = {name: part.state() for name, part in parts.items() if part is not None}
+        return tensors, {"taid": taid, **states, "finished": self.finished}
+
+    def load_training_state(self, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
+        if isinstance(self.teacher, AverageTeacher):
+            self.teacher.load(tensors)
+        for key, value in (values.get("taid") or {}).items():
+            setattr(self.taid, key, value)
+        for name, part in {"advance": self.advance, "router": self.router}.items():
+            if part is not None and values.get(name):
+                part.load(values[name])
+        self.finished = values.get("finished", False)
+
+    # ---- the loss ----
+
+    def _now(self, value: float | Ramp) -> float:
+        return at(value, self.step / max(1, self.steps - 1))
+
+    def loss(
+        self,
+        batch: Mapping[str, Tensor],
+        normalizer: float | Tensor | None = None,
+        forward: Callable[..., Any] | None = None,
+    ) -> Tensor:
+        """The loss of a batch of columns by itself, a scalar.
+
+        batch: `input_ids` and `labels` (b, n), unshifted, -100 where nothing is predicted; `position_ids` and
+        `segment_ids` of packed rows, or `attention_mask`; `weights` (b, n) of each token's loss; `task` (b, n), 1 at
+        labels and 2 at rationales of step-by-step distillation, each a mean over its own tokens, and 0 elsewhere;
+        `source` (b), what `own_losses` go by; what a teacher asks for (mohawk/losses/teachers.py). normalizer: divides
+        instead of the count of labels. forward: called instead of the student, such as the student as DDP wraps it.
+        """
+        counts = self._count(batch)
+        if normalizer is not None:
+            counts[ROWS] *= normalizer / counts[MAIN].clamp(min=1)
+            counts[MAIN] = normalizer
+        return self._loss(batch, counts, forward)
+
+    def share(self, batch: Mapping[str, Tensor], forward: Callable[..., Any] | None = None) -> Tensor:
+        """A micro-batch's share of the loss of the step that `prepare` saw and `begin_step` began: with those of the
+        others it makes the step's loss, and over processes too. Arguments as in `loss`."""
+        if not self.counted(self.step):
+            raise RuntimeError(f"step {self.step}: its micro-batches were not prepared before their losses")
+        return self._loss(batch, self._counts / self.averaged, forward)
+
+    def counted(self, step: int) -> bool:
+        """Whether a step was prepared and is the one that began last."""
+        return self._counted == self.step == step
+
+    def _rows_of(self, sources: Any, batch: Mapping[str, Tensor]) -> Tensor:
+        """(b) bool: the rows of some sources."""
+        if "source" not in batch:
+            raise ValueError("own_losses go by a column `source`, which the batch does not have")
+        return torch.isin(batch["source"], torch.tensor(list(sources), device=batch["source"].device))
+
+    def _count(self, batch: Mapping[str, Tensor]) -> Tensor:
+        """Floats: rows; tokens of labels and of rationales; tokens of the main loss, and of each of the own losses."""
+        real = next_labels(batch) != IGNORED
+        task = next_column(batch["task"], 0) if "task" in batch else torch.zeros_like(batch["labels"])
+        tokens = real.sum(-1)
+        own = [tokens[self._rows_of([source], batch)].sum() for source in self.own_losses]
+        counts = [tokens.new_tensor(len(tokens)), *((real & (task == k)).sum() for k in (1, 2))]
+        counts = torch.stack([*counts, tokens.sum() - sum(own), *own])
+        return counts.to(torch.float32 if counts.device.type == "mps" else torch.float64)
+
+    def _loss(self, batch: Mapping[str, Tensor], counts: Tensor, forward: Callable[..., Any] | None) -> Tensor:
+        """The sum over a batch's tokens, each divided by what `counts` has of its kind."""
+        if (mask := batch.get("attention_mask")) is not None and mask.dim() == 2 and "position_ids" not in batch:
+            batch = {**batch, "position_ids": positions(mask)}
+        if "task" in batch:
+            # so that the one mean over all tokens is the sum of two, each over its own
+            tasks = counts[[LABEL, RATIONALE]]
+            factors = torch.cat([torch.ones_like(tasks[:1]), tasks.sum() / _some(tasks)])
+            factors = factors.to(torch.float32)[batch["task"]]
+            batch = {**batch, "weights": batch["weights"] * factors if "weights" in batch else factors}
+        matchings = self.matchings
+        with ExitStack() as stack:
+            seen = [stack.enter_context(m.student(self.student)) for m in matchings.values()]
+            hidden = final_hidden_states(self.student, model_inputs(batch), forward)
+        whole = None
+        if matchings:
+            (whole,) = self.teacher(batch, [m.teacher for m in matchings.values()])
+        labels = next_labels(batch)
+        weights = next_column(batch["weights"], 0.0) if "weights" in batch else None
+        head = Head.of(self.student)
+        loss = 0.0
+        for source, rows, own, divisor in self._parts(batch, whole, counts):
+            rows = slice(None) if rows is None else rows
+            part = None if weights is None else weights[rows]
+            loss = loss + self._logit_loss(source, hidden[rows], head, labels[rows], part, _some(divisor), own)
+        count, rows = (labels != IGNORED).sum(), len(labels)
+        for i, (name, matching) in enumerate(matchings.items()):
+            matched = matching.loss(seen[i], whole.seen[i], batch)
+            self._measure(name, matched, torch.tensor(float(rows)) if matching.by_row else count)
+            share = rows / counts[ROWS] if matching.by_row else count / _some(counts[MAIN:].sum())
+            loss = loss + self._now(matching.weight) * matched * share.to(matched.dtype)
+        self.step_loss = self.step_loss + loss.detach()
+        return loss
+
+    def _parts(
+        self, batch: Mapping[str, Tensor], whole: Answer | None, counts: Tensor
+    ) -> Iterator[tuple[Teacher | None, Tensor | None, OwnLoss, Tensor]]:
+        """The rows of a batch by the loss they have: (what the teacher says of them, their indices or None for all, the
+        loss, what it is divided by). Where nothing is compared the teacher is not asked.
+
+        whole: the teacher's answer on all rows, where it was asked already.
+        """
+        main = OwnLoss(self.kd_weight, self.ce_weight)
+        for i, (of, loss) in enumerate([(None, main), *self.own_losses.items()]):
+            rows = None
+            if self.own_losses:
+                mine = ~self._rows_of(self.own_losses, batch) if of is None else self._rows_of([of], batch)
+                rows = mine.nonzero().squeeze(1)
+                if not len(rows):
+                    continue
+            divisor = counts[MAIN + i]
+            if self.teacher is None or self._now(loss.kd_weight) == 0:
+                yield None, rows, loss, divisor
+            elif whole is not None:
+                yield whole.source if rows is None else _taken(whole.source, rows), rows, loss, divisor
+            else:
+                asked = batch if rows is None else {name: column[rows] for name, column in batch.items()}
+                for answer in self.teacher(asked):
+                    found = answer.rows if rows is None else rows if answer.rows is None else rows[answer.rows]
+                    yield answer.source, found, loss, divisor
+
+    def _logit_loss(
+        self,
+        source: Teacher | None,
+        hidden: Tensor,
+        head: Head,
+        labels: Tensor,
+        weights: Tensor | None,
+        divisor: Tensor,
+        own: OwnLoss,
+    ) -> Tensor:
+        """kd_weight * T^2 * D + ce_weight * CE over some rows, divided by `divisor`."""
+        kd_weight, ce_weight = self._now(own.kd_weight), self._now(own.ce_weight)
+        student, vocab = head.student(hidden), self._vocab_size(head)
+        if source is not None and vocab is not None:
+            source = shared_part(source, vocab)
+        options = {
+            "divergence": self.divergence,
+            "temperature": self._now(self.temperature),
+            "beta": self.beta,
+            "lam": self.lam,
+            "normalizer": divisor,
+            "return_parts": "rows",
+        }
+        count = (labels != IGNORED).sum()
+
+        def measured(name: str, rows: Tensor) -> None:  # means of these rows, without the weights of tokens
+            self._measure(name, rows.sum() / count.clamp(min=1), count)
+
+        def cross_entropy() -> Tensor:
+            # over the student's whole vocabulary, whatever the teacher's is; the loss wants some teacher, and these ids
+            # cost nothing
+            ids = labels.clamp(min=0).unsqueeze(-1)
+            nobody = TeacherSamples(ids, torch.ones(ids.shape, device=ids.device))
+            plain = {**options, "divergence": "forward_kl", "temperature": 1.0}
+            ce, parts = linear_kd_loss(
+                **student, teacher=nobody, labels=labels, token_weights=weights, kd_weight=0.0, ce_weight=ce_weight,
+                **plain,
+            )  # fmt: skip
+            measured("ce", parts.ce)
+            return ce
+
+        if source is None:
+            return cross_entropy()
+        self._compare(source, hidden, head, labels)
+        target = source if self.taid is None else TeacherTAID(source, self.taid.t)
+        if not self.confidence and vocab is None:
+            loss, parts = linear_kd_loss(
+                **student, teacher=target, labels=labels, token_weights=weights, kd_weight=kd_weight,
+                ce_weight=ce_weight, **options,
+            )  # fmt: skip
+            measured("kd", parts.kd)
+            measured("ce", parts.ce)
+            return loss
+        kd_weights = weights
+        if self.confidence:
+            sure = label_probability(source, labels, vocab or len(head.weight))
+            kd_weights = sure if weights is None else sure * weights
+        # labels say which rows count; those that the teacher does not know still do
+        known = labels if vocab is None else labels.clamp(max=vocab - 1)
+        kd, parts = linear_kd_loss(
+            **student, teacher=target, labels=known, token_weights=kd_weights, kd_weight=kd_weight, ce_weight=0.0,
+            vocab_size=vocab, **options,
+        )  # fmt: skip
+        measured("kd", parts.kd)
+        return kd + cross_entropy() if ce_weight else kd
+
+    def _vocab_size(self, head: Head) -> int | None:
+        """The entries that both sides have, where the vocabularies differ in size."""
+        theirs = getattr(self.teacher, "vocab_size", None)
+        return None if theirs is None or theirs == len(head.weight) else min(theirs, len(head.weight))
+
+    # ---- what is measured beside the loss ----
+
+    def _measure(self, name: str, mean: Tensor, count: Tensor) -> None:
+        if not self.measuring:
+            return
+        entry = self._sums.setdefault(name, [0.0, 0.0])  # tensors: nothing waits for the device here
+        entry[0] = entry[0] + mean.detach() * count
+        entry[1] = entry[1] + count
+
+    @torch.no_grad()
+    def _compare(self, source, hidden: Tensor, head: Head, labels: Tensor) -> None:
+        """Agreement of first choices and the teacher's entropy (nats), on some of the rows."""
+        if not isinstance(source, TeacherHidden):
+            return
+        rows = (labels.flatten() != IGNORED).nonzero().squeeze(1)[:SAMPLED_ROWS]
+        if not len(rows):
+            return
+        vocab = self._vocab_size(head)
+        of_teacher = Head(source.head, source.bias, source.logit_scale, source.logit_softcap)
+        teacher = of_teacher.logits(source.hidden.flatten(0, 1)[rows])[:, :vocab]
+        student = head.logits(hidden.flatten(0, 1)[rows])[:, :vocab]
+        same = (teacher.argmax(-1) == student.argmax(-1)).float().mean()
+        logprobs = teacher.log_softmax(-1)
+        entropy = -(logprobs.exp() * logprobs.clamp(min=-1e4)).sum(-1).mean()
+        count = torch.tensor(float(len(rows)))
+        self._measure("agreement", same, count)
+        self._measure("teacher_entropy", entropy, count)
+
+
+def _some(count: Tensor) -> Tensor:
+    """A count to divide by; 1 where there is nothing to divide."""
+    return torch.where(count > 0, count, 1.0)
+
+
+def _taken(source: Teacher, rows: Tensor) -> Teacher:
+    """What a teacher says of some of the rows that it said it of."""
+    return map_rows(source, lambda x, trailing: x[rows])

@@ -1,0 +1,301 @@
+"""Teachers that are asked while a student trains: one model or several, the student's own average, parts of a batch.
+
+A teacher is called with a batch and what is wanted of it, and gives a list of `Answer`s, which cover the batch's rows
+between them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import dataclasses
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from operator import attrgetter
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from mohawk.errors import UserError
+from mohawk.kernels.kd.teachers import Teacher, TeacherHidden, TeacherMixture
+from mohawk.loading.models import check_decoder
+from mohawk.losses.heads import Head, final_hidden_states, in_autocast, vocabulary_rows
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+    from mohawk.teacher_cache.reader import TeacherCache
+
+log = logging.getLogger(__name__)
+
+# What a model is watched with during its pass: a context that collects tensors of its layers into a dict.
+Watch = Callable[[nn.Module], AbstractContextManager[dict[Any, Any]]]
+INPUTS = ("input_ids", "position_ids", "attention_mask")
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a teacher says of some rows of a batch.
+
+    source: (rows, n, ...) what a loss compares the student with. rows: their indices (int64), None for all.
+    seen: what each watch collected.
+    """
+
+    source: Teacher
+    rows: Tensor | None = None
+    seen: list[dict[Any, Any]] = field(default_factory=list)
+
+
+def model_inputs(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A batch's columns that a model's forward takes."""
+    return {name: batch[name] for name in INPUTS if name in batch}
+
+
+class ModelTeacher:
+    """One causal language model, which answers in eval mode and without gradients.
+
+    micro_batch: rows at a time, fewer than the student's where the teacher is the larger one.
+    """
+
+    def __init__(self, model: nn.Module, micro_batch: int | None = None):
+        check_decoder(model, "teacher")
+        self.model, self.micro_batch = model, micro_batch
+        self.adapted: nn.Module | None = None  # peft's model around this one, whose adapter is not the teacher's
+
+    def beside(self, student: nn.Module) -> None:
+        """Freezes the teacher but for what it shares with a student that trains it.
+
+        A model and peft's adapter around it may be teacher and student: the adapter is then switched off whenever the
+        teacher is asked. Raises ValueError where the student is the teacher, or shares adapters in another way.
+        """
+        around = is_around(student, self.model)
+        if around:
+            self.adapted = student
+        elif self.model is student:
+            raise ValueError("teacher: got the student itself; use mohawk.losses.teachers.AverageTeacher")
+        elif set(_adapters(self.model)) & set(_adapters(student)):
+            raise ValueError(
+                "teacher and student share adapters, but neither is peft's model around the other; give the student's "
+                "own base model (student.get_base_model()), or a copy"
+            )
+        own = {id(p) for p in student.parameters()}
+        for parameter in self.model.parameters():
+            if id(parameter) not in own:
+                parameter.requires_grad_(False)
+        if not around and not set(self.model.modules()) & set(student.modules()):
+            self.model.eval()
+        with self.answering():  # in which some adapters are taken out of the model
+            asked = list((student.get_base_model() if around else self.model).parameters())
+        off = _adapter_parameters(student) if around else ()
+        if moving := _shared_and_trained([p for p in asked if id(p) not in off], student):
+            log.warning(
+                "teacher and student share %d parameters that train (the first: %s), so that the teacher changes with "
+                "the student; give the teacher a copy, or freeze them",
+                len(moving),
+                moving[0],
+            )
+
+    @contextlib.contextmanager
+    def answering(self) -> Iterator[None]:
+        """Within, the model is in eval mode, without the student's adapter and gradients; all restored."""
+        training = [module for module in self.model.modules() if module.training]
+        parameters = [] if self.adapted is None else list(self.adapted.parameters())
+        trained = [p.requires_grad for p in parameters]
+        off = contextlib.nullcontext() if self.adapted is None else self.adapted.disable_adapter()
+        try:
+            with torch.no_grad(), off:
+                for module in training:
+                    module.training = False
+                yield
+        finally:
+            for module in training:
+                module.training = True
+            for parameter, flag in zip(parameters, trained, strict=True):  # switched on, all of an adapter trains
+                parameter.requires_grad_(flag)
+
+    def hidden(self, batch: Mapping[str, Tensor], watches: Sequence[Watch] = ()) -> tuple[Tensor, list[dict]]:
+        """Final hidden states (b, n, H), and what the watches collected."""
+        hidden, seen, _ = self.asked(batch, watches)
+        return hidden, seen
+
+    def asked(self, batch: Mapping[str, Tensor], watches: Sequence[Watch] = ()) -> tuple[Tensor, list[dict], Head]:
+        """As `hidden`, and the head that goes with them."""
+        inputs = model_inputs(batch)
+        with self.answering(), contextlib.ExitStack() as stack:
+            seen = [stack.enter_context(watch(self.model)) for watch in watches]
+            rows = len(batch["input_ids"]) if watches or not self.micro_batch else self.micro_batch
+            parts = zip(*(tensor.split(max(1, rows)) for tensor in inputs.values()), strict=True)
+            hidden = [final_hidden_states(self.model, dict(zip(inputs, part, strict=True))) for part in parts]
+            if self.adapted is not None:
+                self._check(seen)
+            return hidden[0] if len(hidden) == 1 else torch.cat(hidden), seen, Head.of(self.model)
+
+    def _check(self, seen: list[dict]) -> None:
+        # a state-space layer's matrix is made when it is compared, where the adapter is on again
+        mixers = (getattr(record, "mixer", None) for found in seen for record in found.values())
+        if any(mixer is not None and any(_adapters(mixer)) for mixer in mixers):
+            raise ValueError(
+                "teacher: with the student's own base as teacher, the matrix of a state-space layer that the adapter "
+                "adapts can't be matched; give the teacher a copy, or leave the mixers out of the adapter"
+            )
+
+    def __call__(self, batch: Mapping[str, Tensor], watches: Sequence[Watch] = ()) -> list[Answer]:
+        hidden, seen, head = self.asked(batch, watches)
+        return [Answer(head.teacher(hidden), seen=seen)]
+
+    @property
+    def vocab_size(self) -> int:
+        return vocabulary_rows(self.model)
+
+
+def is_around(student: nn.Module, model: nn.Module) -> bool:
+    """Whether the student is peft's model around this one, or around what this one is, adapter and all."""
+    if not hasattr(student, "disable_adapter"):
+        return False
+    return any(model is module for module in (student, student.base_model, student.get_base_model()))
+
+
+def _adapters(model: nn.Module) -> Iterator[nn.Module]:
+    """peft's layers in a model."""
+    return (m for m in model.modules() if hasattr(m, "adapter_layer_names"))
+
+
+def _adapter_parameters(model: nn.Module) -> set[int]:
+    """ids of the parameters that peft added to a model: those in its layers, but not of what the layers are around."""
+    added = (attrgetter(name)(layer) for layer in _adapters(model) for name in layer.adapter_layer_names)
+    return {id(p) for part in added for p in (part.parameters() if isinstance(part, nn.Module) else [part])}
+
+
+def _shared_and_trained(teacher: Sequence[Tensor], student: nn.Module) -> list[str]:
+    """Names, in the student, of parameters that train and lie in the memory of the teacher's."""
+    memory = {_place(p) for p in teacher if p.numel() and p.device.type != "meta"}
+    trained = ((name, p) for name, p in student.named_parameters() if p.requires_grad and p.numel())
+    return [name for name, p in trained if p.device.type != "meta" and _place(p) in memory]
+
+
+def _place(parameter: Tensor) -> tuple[torch.device, int]:
+    """Where a parameter's values lie; of one that is not a plain tensor (sharded, packed), which one it is."""
+    plain = type(parameter) in (nn.Parameter, Tensor)
+    return parameter.device, parameter.untyped_storage().data_ptr() if plain else id(parameter)
+
+
+class Ensemble:
+    """Several frozen teachers at once.
+
+    combine: probabilities (the mixture sum_i w_i p_i), logits (the softmax of sum_i w_i z_i), or row (each row is
+    answered by the teacher that its column `teacher` names, from 0). weights: divided by their sum; None: all alike.
+    Layers are watched in the first teacher.
+    """
+
+    def __init__(
+        self,
+        teachers: Sequence[ModelTeacher],
+        combine: Literal["probabilities", "logits", "row"] = "probabilities",
+        weights: Sequence[float] | None = None,
+    ):
+        self.teachers, self.combine = list(teachers), combine
+        given = list(weights) if weights is not None else [1.0] * len(self.teachers)
+        if len(given) != len(self.teachers) or not all(w > 0 for w in given):
+            raise ValueError(f"weights: got {given} for {len(self.teachers)} teachers; allowed: one above 0 for each")
+        self.weights = [w / sum(given) for w in given]
+        check_together(combine, [teacher.model.config for teacher in self.teachers])
+
+    def __call__(self, batch: Mapping[str, Tensor], watches: Sequence[Watch] = ()) -> list[Answer]:
+        if self.combine == "row":
+            return list(self._by_row(batch, watches))
+        found = [t.asked(batch, watches if i == 0 else ()) for i, t in enumerate(self.teachers)]
+        hidden, (seen, *_), heads = zip(*found, strict=True)
+        if self.combine == "probabilities":
+            sources = [head.teacher(h) for head, h in zip(heads, hidden, strict=True)]
+            return [Answer(TeacherMixture(sources, self.weights), seen=seen)]
+        return [Answer(self._mean_of_logits(hidden, heads), seen=seen)]
+
+    @torch.no_grad()
+    def _mean_of_logits(self, hidden: Sequence[Tensor], heads: Sequence[Head]) -> TeacherHidden:
+        """sum_i w_i s_i (h_i W_i^T + b_i) is one product: hidden states and heads, side by side."""
+        scales = [w * head.scale for w, head in zip(self.weights, heads, strict=True)]
+        wide = torch.cat([scale * h for scale, h in zip(scales, hidden, strict=True)], -1)
+        head = torch.cat([head.weight.to(wide.device) for head in heads], 1)
+        biases = [scale * head.bias for scale, head in zip(scales, heads, strict=True) if head.bias is not None]
+        return TeacherHidden(in_autocast(wide), in_autocast(head), in_autocast(sum(biases) if biases else None))
+
+    def _by_row(self, batch, watches):
+        if "teacher" not in batch:
+            raise UserError("teachers: combine: row needs data that name a teacher for each example (teacher_field)")
+        column = batch["teacher"]
+        if watches:
+            raise UserError("teachers: combine: row has no layers in common to match; leave out hidden and attention")
+        if int(column.max()) >= len(self.teachers) or int(column.min()) < 0:
+            raise UserError(
+                f"teachers: an example names teacher {int(column.max())}; there are {len(self.teachers)}, from 0"
+            )
+        for i, teacher in enumerate(self.teachers):
+            rows = (column == i).nonzero().squeeze(1)
+            if len(rows):
+                ((answer),) = teacher({name: batch[name][rows] for name in INPUTS if name in batch})
+                yield Answer(answer.source, rows)
+
+    @property
+    def vocab_size(self) -> int:
+        return min(teacher.vocab_size for teacher in self.teachers)
+
+
+def check_together(combine: str, configs: Sequence[PretrainedConfig]) -> None:
+    """UserError where teachers of these configurations have no common answer."""
+    texts = [config.get_text_config() for config in configs]
+    if len(texts) < 2 or combine == "row":
+        return
+    if combine == "logits" and any(getattr(text, "final_logit_softcapping", None) is not None for text in texts):
+        raise UserError("teachers: logits with a softcap (Gemma 2) have no mean here; use combine: probabilities")
+    if len(sizes := {text.vocab_size for text in texts}) > 1:
+        given = ", ".join(map(str, sorted(sizes)))
+        raise UserError(f"teachers: vocabularies of {given} entries can't be combined; use combine: row")
+
+
+class AverageTeacher(ModelTeacher):
+    """The student's own exponential moving average: `average = decay * average + (1 - decay) * student` after each step
+    (Tarvainen and Valpola, 2017). A decay of 1 keeps the student as it was at the start."""
+
+    def __init__(self, student: nn.Module, decay: float, micro_batch: int | None = None):
+        super().__init__(copy.deepcopy(student), micro_batch)
+        self.student, self.decay = student, decay
+        self.model.requires_grad_(False).eval()
+
+    @torch.no_grad()
+    def update(self) -> None:
+        if self.decay < 1:
+            for average, tensor in self._pairs():
+                average.lerp_(tensor.to(average.dtype), 1 - self.decay)
+
+    def state(self) -> dict[str, Tensor]:
+        """The average's tensors by the student's names of them; none where it never changes."""
+        names = [name for name, p in self.student.named_parameters() if p.requires_grad]
+        own = dict(self.model.named_parameters())
+        return {f"average.{name}": own[name] for name in names} if self.decay < 1 else {}
+
+    @torch.no_grad()
+    def load(self, tensors: Mapping[str, Tensor]) -> None:
+        for name, tensor in self.state().items():
+            tensor.copy_(tensors[name])
+
+    def _pairs(self):
+        own = dict(self.model.named_parameters())
+        return ((own[name], p) for name, p in self.student.named_parameters() if p.requires_grad)
+
+
+class CachedTeacher:
+    """Answers that come with the batch, from a cache that `mohawk cache` wrote (mohawk/teacher_cache/reader.py)."""
+
+    def __init__(self, cache: TeacherCache):
+        self.cache = cache
+        self.vocab_size = cache.layout.vocab_size
+
+    def __call__(self, batch: Mapping[str, Tensor], watches: Sequence[Watch] = ()) -> list[Answer]:
+        source = self.cache.teacher(batch)
+        if isinstance(source, TeacherHidden):
+            products = {name: in_autocast(getattr(source, name)) for name in ("hidden", "head", "bias")}
+            source = dataclasses.replace(source, **products)
+        return [Answer(source)]

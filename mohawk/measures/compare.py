@@ -1,0 +1,280 @@
+"""How close a student is to its teacher, and what it costs to run: perplexity, KL, state size, speed.
+
+The teacher runs once: its final hidden states are kept, and each later comparison only multiplies them by the
+head again. Logits are float32 and never whole: a few hundred rows at a time go through both heads.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import statistics
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from mohawk.data.next_tokens import IGNORED, next_labels
+from mohawk.data.packing import collate
+from mohawk.errors import UserError
+from mohawk.losses.heads import Head, final_hidden_states
+from mohawk.models.call import CACHE
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+ROWS = 256  # through the heads at once: 256 x 49152 float32 logits are 50 MB a side
+
+
+@dataclass(frozen=True)
+class TeacherStates:
+    """A teacher's answers on an evaluation text.
+
+    batches: packed batches as `collate` gives them. hidden: for each batch, the final hidden state (rows,
+    hidden) of every position that predicts a token, in the teacher's dtype. head: the teacher's.
+    """
+
+    batches: list[dict[str, Tensor]]
+    hidden: list[Tensor]
+    head: Head
+
+    @property
+    def tokens(self) -> int:
+        """How many tokens are predicted."""
+        return sum(len(h) for h in self.hidden)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Student against teacher on the same text: perplexities, mean KL(teacher || student) in nats per token,
+    and the share of tokens whose most probable continuation is the same. tokens: how many were predicted."""
+
+    tokens: int
+    teacher_perplexity: float
+    student_perplexity: float
+    perplexity_ratio: float
+    kl: float
+    top1_agreement: float
+
+
+@dataclass(frozen=True)
+class DecodeSpeed:
+    """Greedy decoding of one sequence after `context` tokens: median tokens/s, and the cache's size."""
+
+    context: int
+    tokens_per_s: float
+    state_bytes: int
+
+
+@torch.no_grad()
+def teacher_states(
+    teacher: PreTrainedModel,
+    dataset: Any,
+    *,
+    batch_size: int = 8,
+    device: str | torch.device | None = None,
+    autocast: torch.dtype | None = None,
+) -> TeacherStates:
+    """Run the teacher over a packed dataset once and keep its final hidden states (on the CPU).
+
+    device: where the teacher is (default: where its parameters are). autocast: a dtype for its matrix
+    products, or None for the parameters' own. Raises UserError when the dataset predicts no token.
+    """
+    device = torch.device(device) if device is not None else teacher.device
+    batches = [
+        collate([dataset[i] for i in range(start, min(start + batch_size, len(dataset)))])
+        for start in range(0, len(dataset), batch_size)
+    ]
+    head = Head.of(teacher).frozen()
+    hidden = []
+    with _evaluating(teacher):
+        for batch in batches:
+            states = packed_hidden_states(teacher, batch, device=device, autocast=autocast)
+            hidden.append(states[_predicting(batch).to(device)].cpu())
+    if not sum(len(h) for h in hidden):
+        raise UserError("evaluation: the text predicts no token; give at least two tokens of it")
+    return TeacherStates(batches, hidden, head)
+
+
+@torch.no_grad()
+def compare(
+    student: PreTrainedModel,
+    states: TeacherStates,
+    *,
+    device: str | torch.device | None = None,
+    autocast: torch.dtype | None = None,
+) -> Comparison:
+    """Perplexities, KL(teacher || student) and top-1 agreement over every predicted token.
+
+    Where the vocabularies differ in padding, the entries both have are compared.
+    """
+    device = torch.device(device) if device is not None else student.device
+    student_head, teacher_head = Head.of(student).frozen(), states.head.to(device)
+    vocab = min(len(student_head.weight), len(teacher_head.weight))
+    totals = torch.zeros(4, dtype=torch.float64, device=device)
+    with _evaluating(student):
+        for batch, teacher_hidden in zip(states.batches, states.hidden, strict=True):
+            hidden = packed_hidden_states(student, batch, device=device, autocast=autocast)
+            predicting = _predicting(batch)
+            student_hidden = hidden[predicting.to(device)]
+            targets = next_labels(batch)[predicting].to(device)
+            for start in range(0, len(targets), ROWS):
+                rows = slice(start, start + ROWS)
+                totals += _sums(
+                    teacher_head.logits(teacher_hidden[rows].to(device))[:, :vocab],
+                    student_head.logits(student_hidden[rows])[:, :vocab],
+                    targets[rows],
+                )
+    teacher_nll, student_nll, kl, same = (totals / states.tokens).tolist()
+    return Comparison(
+        tokens=states.tokens,
+        teacher_perplexity=_exp(teacher_nll),
+        student_perplexity=_exp(student_nll),
+        perplexity_ratio=_exp(student_nll - teacher_nll),
+        kl=kl,
+        top1_agreement=same,
+    )
+
+
+def _sums(teacher: Tensor, student: Tensor, targets: Tensor) -> Tensor:
+    """Sums over rows of logits (rows, vocab): teacher's and student's NLL, KL, rows with the same argmax."""
+    same = teacher.argmax(-1) == student.argmax(-1)
+    teacher, student = teacher.log_softmax(-1), student.log_softmax(-1)
+    index = targets[:, None]
+    nll = [-logprobs.gather(1, index).double().sum() for logprobs in (teacher, student)]
+    # terms of p = 0 are 0, also where the student's log probability is -inf
+    terms = torch.where(teacher > -math.inf, teacher.exp() * (teacher - student), 0.0)
+    return torch.stack([*nll, terms.sum(-1).double().sum(), same.double().sum()])
+
+
+def _exp(nats: float) -> float:
+    return math.inf if nats > 700 else math.exp(nats)  # NaN stays NaN
+
+
+def _predicting(batch: dict[str, Tensor]) -> Tensor:
+    """Bool (batch, sequence): positions whose next token is predicted, that is, has a label."""
+    return next_labels(batch) != IGNORED
+
+
+def packed_hidden_states(
+    model: PreTrainedModel,
+    batch: dict[str, Tensor],
+    *,
+    device: torch.device,
+    autocast: torch.dtype | None = None,
+) -> Tensor:
+    """What the model gives its output embedding for a packed batch, (batch, sequence, hidden).
+
+    The positions restart in every segment, by which transformers' models know that a row is packed. Raises UserError
+    as `mohawk.losses.heads.final_hidden_states`.
+    """
+    inputs = {name: batch[name].to(device) for name in ("input_ids", "position_ids")}
+    with torch.autocast(device.type, dtype=autocast, enabled=autocast is not None):
+        return final_hidden_states(model, inputs)
+
+
+@contextlib.contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
+
+
+@torch.inference_mode()
+def decode_speed(
+    model: PreTrainedModel,
+    contexts: Sequence[int],
+    new_tokens: int = 32,
+    *,
+    chunk: int = 512,
+    seed: int = 0,
+) -> list[DecodeSpeed]:
+    """Median speed of greedy decoding after each context length, batch 1, and the cache's bytes by then.
+
+    The context is random tokens, prefilled `chunk` at a time; its time is not counted, nor is one warm-up
+    step. state_bytes are those of all the cache's tensors right after the context: keys and values, conv and
+    recurrent states.
+    """
+    device = model.device
+    generator = torch.Generator().manual_seed(seed)
+    speeds = []
+    with _evaluating(model):
+        for context in contexts:
+            ids = torch.randint(model.config.get_text_config().vocab_size, (1, context), generator=generator)
+            cache = None
+            for start in range(0, context, chunk):
+                piece = ids[:, start : start + chunk].to(device)
+                output = _step(model, piece, start, cache)
+                cache = output[CACHE]
+            size = cache_bytes(cache)
+            token = output.logits[:, -1:].argmax(-1)
+            times = []
+            for position in range(context, context + new_tokens + 1):
+                _synchronize(device)
+                begin = time.perf_counter()
+                output = _step(model, token, position, cache)
+                token = output.logits[:, -1:].argmax(-1)
+                _synchronize(device)
+                times.append(time.perf_counter() - begin)
+                cache = output[CACHE]
+            speeds.append(DecodeSpeed(context, 1 / statistics.median(times[1:]), size))
+    return speeds
+
+
+def _step(model: PreTrainedModel, ids: Tensor, start: int, cache: Any) -> Any:
+    positions = torch.arange(start, start + ids.shape[1], device=ids.device)[None]
+    return model(input_ids=ids, position_ids=positions, use_cache=True, logits_to_keep=1, **{CACHE: cache})
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type != "cpu":
+        getattr(torch, device.type).synchronize(device)
+
+
+def cache_bytes(cache: Any) -> int:
+    """Bytes of all floating-point tensors in a cache, whatever its layers call them; shared storage once."""
+    storages: dict[int, int] = {}
+    todo, visited = [cache], set()
+    while todo:
+        item = todo.pop()
+        if isinstance(item, Tensor):
+            if item.is_floating_point() and item.numel():
+                size = item.numel() * item.element_size()
+                storages[item.data_ptr()] = max(storages.get(item.data_ptr(), 0), size)
+        elif id(item) not in visited:
+            visited.add(id(item))
+            if isinstance(item, dict):
+                todo += item.values()
+            elif isinstance(item, (list, tuple)):
+                todo += item
+            elif hasattr(item, "__dict__") and not isinstance(item, (type, nn.Module)):
+                todo += vars(item).values()
+    return sum(storages.values())
+
+
+@torch.inference_mode()
+def continuation(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: str, new_tokens: int = 60) -> str:
+    """The model's greedy continuation of `prompt`, without it. Raises UserError for an empty prompt."""
+    inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
+    inputs.pop("token_type_ids", None)
+    length = inputs["input_ids"].shape[1]
+    if length == 0:
+        raise UserError("evaluation.prompt: this tokenizer makes no token of it; give some words")
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    with _evaluating(model):
+        ids = model.generate(
+            **inputs,
+            max_new_tokens=new_tokens,
+            do_sample=False,
+            temperature=None,
+            top_p=None,
+            top_k=None,
+            pad_token_id=pad,
+        )
+    return tokenizer.decode(ids[0, length:], skip_special_tokens=True)

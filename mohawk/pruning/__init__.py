@@ -1,0 +1,1 @@
+"""`mohawk prune`: a smaller student by cutting and healing."""

@@ -1,0 +1,106 @@
+"""Importance without a text, to compare with: by chance, and by the size of weights."""
+
+from __future__ import annotations
+
+import torch
+from einops import rearrange, reduce
+from torch import Tensor, nn
+
+from mohawk.models.cutting.sizes import attention_layers, sizes_of, ssm_layers
+from mohawk.models.families import attention_parts, decoder_layers, family_of
+from mohawk.models.mixers import SSMMixer
+from mohawk.pruning.importance import Importance
+
+
+def random_importance(config, seed: int = 0) -> Importance:
+    """Uniform scores for a model of this configuration. ValueError: an unsupported one."""
+    own, generator = sizes_of(config), torch.Generator().manual_seed(seed)
+    attention, ssm = attention_layers(config), ssm_layers(config)
+    heads, groups, size = own.state_heads or 0, own.state_groups or 0, own.state_size or 0
+
+    def draw(*shape: int) -> Tensor:
+        return torch.rand(shape, generator=generator, dtype=torch.float64)
+
+    return Importance(
+        layers=draw(own.layers),
+        hidden=draw(own.hidden),
+        ffn=draw(own.layers, own.ffn),
+        heads=draw(len(attention), own.heads),
+        kv_heads=draw(len(attention), own.kv_heads),
+        state_heads=draw(len(ssm), heads),
+        state_groups=draw(len(ssm), groups),
+        state_dims=draw(len(ssm), groups, size),
+        attention_layers=tuple(attention),
+        ssm_layers=tuple(ssm),
+        method=f"random, seed {seed}",
+    )
+
+
+@torch.no_grad()
+def magnitude_importance(model: nn.Module) -> Importance:
+    """The L2 norm of all projection weights that make a unit or read it, without norms and biases.
+
+    A layer: all its projections. A hidden channel: its column of the embedding, its rows of what is added to the
+    residual stream and its columns of what reads it. A group of heads: its keys and values (or B and C) and its heads.
+
+    Raises:
+        ValueError: an unsupported model.
+    """
+    own, family = sizes_of(model.config), family_of(model.config)
+    hidden = _columns(model.model.embed_tokens.weight)
+    if not model.config.tie_word_embeddings:
+        hidden = hidden + _columns(model.lm_head.weight)
+    layers, ffn, heads, kv_heads, state_heads, state_groups, state_dims = ([] for _ in range(7))
+    for layer in decoder_layers(model):
+        readers = [getattr(layer.mlp, name).weight for name in family.mlp_inputs]
+        down = getattr(layer.mlp, family.mlp_output).weight
+        # a fused projection holds gate and values one below the other
+        ffn.append(_columns(down) + sum(reduce(_rows(w), "(parts f) -> f", "sum", f=own.ffn) for w in readers))
+        if isinstance(layer.self_attn, SSMMixer):
+            mixer, slices = layer.self_attn, layer.self_attn.slices()
+            written, read = mixer.out_proj.weight, mixer.in_proj.weight
+            rows = {name: _rows(read[part]) for name, part in slices.items()}
+            h, g = mixer.num_heads, mixer.num_groups
+            inner = reduce(_columns(written) + rows["x"] + rows["z"], "(h p) -> h", "sum", h=h) + rows["decay"]
+            dims = rearrange(rows["B"] + rows["C"], "(g N) -> g N", g=g)
+            state_heads.append(inner)
+            state_dims.append(dims)
+            state_groups.append(reduce(inner, "(g h) -> g", "sum", g=g) + dims.sum(-1))
+            readers.append(read)
+        else:
+            parts = attention_parts(layer.self_attn)
+            written = parts.o.weight
+            query = reduce(_columns(written) + _rows(parts.q.weight), "(h d) -> h", "sum", h=own.heads)
+            shared = reduce(_rows(parts.k.weight) + _rows(parts.v.weight), "(g d) -> g", "sum", g=own.kv_heads)
+            heads.append(query)
+            kv_heads.append(shared + reduce(query, "(g h) -> g", "sum", g=own.kv_heads))
+            readers += [parts.q.weight, parts.k.weight, parts.v.weight]
+        hidden = hidden + _rows(written) + _rows(down) + sum(_columns(weight) for weight in readers)
+        layers.append(_rows(written).sum() + _rows(down).sum() + sum(_rows(weight).sum() for weight in readers))
+
+    def table(rows: list[Tensor], *size: int) -> Tensor:
+        return torch.stack(rows).sqrt() if rows else torch.zeros(0, *size, dtype=torch.float64)
+
+    groups = own.state_groups or 0
+    return Importance(
+        layers=table(layers),
+        hidden=hidden.sqrt(),
+        ffn=table(ffn),
+        heads=table(heads, own.heads),
+        kv_heads=table(kv_heads, own.kv_heads),
+        state_heads=table(state_heads, own.state_heads or 0),
+        state_groups=table(state_groups, groups),
+        state_dims=table(state_dims, groups, own.state_size or 0),
+        attention_layers=tuple(attention_layers(model.config)),
+        ssm_layers=tuple(ssm_layers(model.config)),
+        method="magnitude",
+    )
+
+
+def _rows(weight: Tensor) -> Tensor:
+    """(rows,) sums of squares, float64."""
+    return weight.double().square().sum(1).cpu()
+
+
+def _columns(weight: Tensor) -> Tensor:
+    return weight.double().square().sum(0).cpu()

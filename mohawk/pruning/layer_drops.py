@@ -1,0 +1,94 @@
+"""What each layer is worth by leaving it out: rise of perplexity and KL from the whole model.
+
+One forward for every layer, so as many times what block importance costs (`mohawk.pruning.importance`), and
+the better score where much depth is cut (arXiv 2408.11796).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from mohawk.data.next_tokens import IGNORED, next_labels
+from mohawk.kernels.kd.loss import linear_kd_loss
+from mohawk.losses.heads import Head
+from mohawk.models.cutting.sizes import sizes_of
+from mohawk.models.families import decoder_layers
+from mohawk.models.teacher_forcing import StandIn
+from mohawk.pruning.importance import run_decoder
+
+
+@dataclass(frozen=True)
+class LayerDrops:
+    """What leaving out one layer does, float64, one entry a layer; more matters more.
+
+    kl: mean KL(whole model || without the layer), nats a token. perplexity: its rise. whole: the whole model's.
+    """
+
+    kl: Tensor
+    perplexity: Tensor
+    whole: float
+
+
+class _Skip(StandIn):
+    def forward(self, hidden_states: Tensor, *args, **kwargs) -> Tensor:
+        return hidden_states
+
+
+@contextmanager
+def without_layer(model: nn.Module, index: int) -> Iterator[None]:
+    """Within it a decoder layer passes on what it gets."""
+    layers = decoder_layers(model)
+    layer = layers[index]
+    layers[index] = _Skip(layer)
+    try:
+        yield
+    finally:
+        layers[index] = layer
+
+
+@torch.no_grad()
+def measure_layer_drops(model: nn.Module, batches: Iterable[Mapping[str, Tensor]]) -> LayerDrops:
+    """Each layer left out in turn, on packed batches with labels (see `mohawk.data.packing`); the model is left as it
+    was.
+
+    Raises:
+        ValueError: an unsupported model, or batches in which nothing is predicted.
+    """
+    count, training = sizes_of(model.config).layers, model.training
+    kl, ce = torch.zeros(count, dtype=torch.float64), torch.zeros(count + 1, dtype=torch.float64)
+    head, tokens = Head.of(model).frozen(), 0
+    model.eval()
+    try:
+        for batch in batches:
+            labels = next_labels(batch).to(model.device)[:, :-1]
+            real = labels != IGNORED
+            if not (found := int(real.sum())):
+                continue
+            tokens += found
+            whole = run_decoder(model, batch)[:, :-1][real].float()
+            for i in range(count):
+                with without_layer(model, i):
+                    less = run_decoder(model, batch)[:, :-1][real].float()
+                parts = linear_kd_loss(
+                    **head.student(less), teacher=head.teacher(whole), labels=labels[real],
+                    reduction="sum", return_parts=True,
+                )[1]  # fmt: skip
+                kl[i] += parts.kd.double().cpu()
+                ce[i] += parts.ce.double().cpu()
+            parts = linear_kd_loss(
+                **head.student(whole), teacher=head.teacher(whole), labels=labels[real],
+                reduction="sum", return_parts=True,
+            )[1]  # fmt: skip
+            ce[count] += parts.ce.double().cpu()
+    finally:
+        model.train(training)
+    if not tokens:
+        raise ValueError("nothing is predicted in the calibration text; give batches whose labels are not all -100")
+    perplexity = torch.exp(ce / tokens)
+    return LayerDrops(kl / tokens, perplexity[:count] - perplexity[count], math.exp(float(ce[count]) / tokens))

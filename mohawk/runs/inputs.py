@@ -1,0 +1,170 @@
+"""What a recipe names, looked at before any weights are: tokenizers, packages, the texts' fields, caches.
+
+Both `--dry-run` and the beginning of a run ask here, so that nothing is found wrong after models were loaded that could
+have been found before.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
+
+from mohawk.data.pair_tokens import check_pair, no_weights
+from mohawk.data.records import first_records, read_records
+from mohawk.data.same_tokenizer import check_rows, check_same, own_tokenizer, teacher_tokenizer
+from mohawk.data.text import as_source, local_files
+from mohawk.errors import UserError
+from mohawk.loading.models import load_config, quantization
+from mohawk.losses.rationales import check_record
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from mohawk.distillation.recipe import DistillSource
+    from mohawk.schema.base import RecipeFile
+
+log = logging.getLogger(__name__)
+
+WHERE = ("gguf_file", "revision", "trust_remote_code")
+LOOKED_AT = 200  # rows of a text that are read
+
+
+def check_inputs(
+    recipe: RecipeFile, *, planning: bool = False, further: Callable[[PreTrainedTokenizerBase], None] | None = None
+) -> None:
+    """Everything of a recipe that can be checked without weights and without reading all the text.
+
+    planning: texts, and a tokenizer beside the teacher, may not be there yet, which is then a line of the log. further:
+    what a kind of recipe has to check with the tokenizer besides, before texts are looked at.
+
+    Raises:
+        UserError: a tokenizer that is not the teacher's or larger than its model, a package that is missing, a text
+            that is not there, whose rows lack a field or have something else in it, a cache that does not fit.
+    """
+    where = {key: getattr(recipe.teacher, key) for key in WHERE}
+    missing = recipe.teacher.tokenizer is None and own_tokenizer(recipe.teacher.model, **where) is None
+    if planning and missing:
+        log.warning("teacher: %s has no tokenizer; what depends on it is not checked", recipe.teacher.model)
+    tokenizer = None if planning and missing else _check_tokenizers(recipe)
+    for name, teacher in _teachers(recipe):
+        _check_packages(name, teacher)
+    if tokenizer is not None and further is not None:
+        further(tokenizer)
+    stages = [("", recipe), *_stages(recipe)]
+    names = [getattr(teacher, "name", None) or str(i) for i, (_, teacher) in enumerate(_teachers(recipe))]
+    texts = {}
+    for at, part in stages:
+        if part.data is not None:
+            texts |= {f"{at}data.train.{i}": source for i, source in enumerate(part.data.train)}
+    texts |= {f"data.evaluation.{i}": source for i, source in enumerate(recipe.data.evaluation)}
+    for at, source in texts.items():
+        try:
+            local_files(as_source(source))
+        except UserError as error:
+            if not planning:
+                raise
+            log.warning("%s: not checked: %s", at, error)
+        else:
+            _check_source(source, at, tokenizer, names)
+
+
+def _teachers(recipe: RecipeFile) -> list[tuple[str, Any]]:
+    """The recipe's teachers by where they stand in it."""
+    further = getattr(recipe, "teachers", [])
+    return [("teacher", recipe.teacher), *((f"teachers.{i}", teacher) for i, teacher in enumerate(further))]
+
+
+def _stages(recipe: RecipeFile) -> list[tuple[str, Any]]:
+    """The recipe's stages by where they stand in it, with a dot; a pruning's have keys of their own."""
+    if hasattr(recipe, "prune"):
+        return [(f"{key}.", stage) for key in ("correct", "heal") if (stage := getattr(recipe, key)) is not None]
+    return [(f"stages.{i}.", stage) for i, stage in enumerate(getattr(recipe, "stages", []))]
+
+
+def _students(recipe: RecipeFile) -> Iterator[tuple[str, Any]]:
+    """What is made of a checkpoint of its own, by where it stands in the recipe."""
+    given = [("student", getattr(recipe, "student", None))]
+    given += [(f"{where}student", stage.student) for where, stage in _stages(recipe)]
+    return ((where, student) for where, student in given if getattr(student, "model", None) is not None)
+
+
+def _check_tokenizers(recipe: RecipeFile) -> PreTrainedTokenizerBase:
+    """The teacher's, which reads all text and is saved with the student: all models have to read its ids alike."""
+    tokenizer = None
+    for name, teacher in _teachers(recipe):
+        where = {key: getattr(teacher, key) for key in WHERE}
+        if tokenizer is None:
+            tokenizer = teacher_tokenizer(teacher.model, tokenizer=teacher.tokenizer, **where)
+            continue
+        own = None
+        if teacher.tokenizer is not None or own_tokenizer(teacher.model, **where) is not None:
+            own = teacher_tokenizer(
+                teacher.model, tokenizer=teacher.tokenizer, who=name, option=f"{name}.tokenizer", **where
+            )
+        _check_reads(tokenizer, own, teacher.model, f"{name}: {teacher.model}", where)
+    for name, student in _students(recipe):
+        where = {key: getattr(student, key) for key in WHERE}
+        try:
+            own = own_tokenizer(student.model, **where)
+            _check_reads(tokenizer, own, student.model, f"{name}.model: {student.model}", where)
+        except UserError as error:
+            raise UserError(str(error).replace("teacher:", f"{name}.model:", 1)) from error
+    return tokenizer
+
+
+def _check_reads(tokenizer: Any, own: Any, model: str, who: str, where: dict[str, Any]) -> None:
+    """A model reads the ids of `tokenizer` as its own, if it comes with one, does, and has a row for each."""
+    if own is not None:
+        check_same(tokenizer, own, who)
+    rows = load_config(model, **where).get_text_config().vocab_size
+    check_rows(tokenizer, rows, who, "the teacher's tokenizer")
+
+
+def _check_packages(name: str, teacher: Any) -> None:
+    if getattr(teacher, "quantize", None):
+        quantization(teacher.quantize)
+    if getattr(teacher, "device_map", None) and find_spec("accelerate") is None:
+        raise UserError(f"{name}.device_map: auto needs the package accelerate; run: pip install accelerate")
+
+
+def _check_source(source: Any, where: str, tokenizer: PreTrainedTokenizerBase, teachers: list[str]) -> None:
+    """The first rows of a text that lies here; what lies on a hub is not asked for."""
+    plain = as_source(source)
+    files, form = local_files(plain)
+    kind = getattr(source, "kind", "text")
+    rows = list(first_records(plain, LOOKED_AT)) if files else []
+    if kind == "text":
+        if rows and not any(plain.field in row for _, row in rows):
+            at, row = rows[0]
+            fields = ", ".join(map(str, row)) or "none"
+            raise UserError(f"{where}: {at} has no field {plain.field!r}; its fields: {fields}")
+        if odd := [(at, row) for at, row in rows if not isinstance(row.get(plain.field), (str, type(None)))]:
+            at, row = odd[0]
+            raise UserError(f"{where}: {at}: field {plain.field!r} holds {type(row[plain.field]).__name__}, not text")
+    elif form == "parquet":
+        needed = [source.prompt_field, source.messages_field] if kind == "pairs" else ["prompt", "messages"]
+        if not any(name in rows[0][1] for name in needed):
+            raise UserError(
+                f"{where}: {rows[0][0]} has neither field {needed[0]!r} nor {needed[1]!r}; its fields: "
+                f"{', '.join(rows[0][1])}"
+            )
+    else:
+        for at, row in rows:
+            if kind == "rationales":
+                check_record(row, at)
+            elif tokenizer is not None:
+                _check_pair(source, tokenizer, at, row, teachers)
+    name = getattr(source, "weight_field", None)
+    if name is not None and rows and not any(name in row for _, row in rows):
+        if form == "parquet" or not any(name in row for _, row in read_records(plain)):  # a later row may have it
+            raise no_weights(*rows[0], name)
+
+
+def _check_pair(source: DistillSource, tokenizer: Any, at: str, row: dict[str, Any], teachers: list[str]) -> None:
+    check_pair(
+        tokenizer, at, row, prompt_field=source.prompt_field, response_field=source.response_field,
+        messages_field=source.messages_field, chat=source.chat, teacher_field=source.teacher_field, teachers=teachers,
+        weight_field=source.weight_field, weighting=source.weighting,
+    )  # fmt: skip

@@ -1,0 +1,175 @@
+"""What a run's JSON files look like, for `read_json` to tell whole ones. Further keys are no matter."""
+
+from __future__ import annotations
+
+import typing
+from typing import Any
+
+from typing_extensions import NotRequired, TypedDict
+
+from mohawk.models.cutting.sizes import Sizes
+
+
+class Compared(TypedDict):
+    """A `mohawk.measures.compare.Comparison`."""
+
+    tokens: int
+    teacher_perplexity: float
+    student_perplexity: float
+    perplexity_ratio: float
+    kl: float
+    top1_agreement: float
+
+
+class Speed(TypedDict):
+    """A `mohawk.measures.compare.DecodeSpeed`."""
+
+    context: int
+    tokens_per_s: float
+    state_bytes: int
+
+
+class Task(TypedDict):
+    kind: str
+    fewshot: int | None
+    questions: int
+    of: int
+    metrics: dict[str, dict[str, bool | float | None]]
+
+
+class Group(TypedDict):
+    members: list[str]
+    metrics: dict[str, dict[str, bool | float | None]]
+
+
+class Tasks(TypedDict):
+    """evaluation/tasks.json."""
+
+    student: str
+    fingerprint: str | None
+    tasks: dict[str, Task]
+    groups: dict[str, Group]
+
+
+class Measured(TypedDict, total=False):
+    """Of results.json, what is not measured again."""
+
+    recipe: dict[str, Any]
+    decoding: dict[str, list[Speed]]
+    continuations: dict[str, str]
+
+
+class Tabled(TypedDict):
+    """Of results.json, what its tables are made of."""
+
+    evaluation: dict[str, dict[str, Compared]]
+    decoding: dict[str, list[Speed]]
+    parameters: dict[str, int]
+    dtypes: dict[str, str]
+    phases: dict[str, dict[str, float | None]]
+    stages: NotRequired[dict[str, str]]
+    own_tables: NotRequired[list[list[Any]]]
+
+
+class Results(Tabled):
+    """results.json, as its report needs it."""
+
+    architecture: str
+    teacher: str
+    continuations: dict[str, str]
+    plots: list[str]
+    machine: dict[str, Any]
+
+
+class Compares(TypedDict):
+    """Of results.json, what runs are compared by."""
+
+    evaluation: dict[str, dict[str, dict[str, float]]]
+    parameters: dict[str, int]
+    phases: dict[str, dict[str, float | None]]
+
+
+class Composed(TypedDict):
+    """composed.json."""
+
+    run: str
+    student: str
+    attention: list[int]
+    budget: NotRequired[str | None]
+    by: NotRequired[str]
+
+
+class Point(TypedDict):
+    kl: float
+    recall: dict[str, float]
+
+
+class Ranking(TypedDict):
+    order: list[int]
+    path: list[Point]
+
+
+class Selection(TypedDict):
+    """selection.json."""
+
+    settings: dict[str, Any]
+    rankings: dict[str, Ranking]
+
+
+SizesRow = TypedDict("SizesRow", typing.get_type_hints(Sizes))
+
+
+class Candidate(TypedDict):
+    sizes: SizesRow
+    layers: NotRequired[list[int]]
+    parameters: NotRequired[int]
+    cost: NotRequired[float]
+    kl_as_cut: NotRequired[float]
+    perplexity: NotRequired[float]
+    kl: NotRequired[float]
+
+
+class Search(TypedDict):
+    """rounds/N/search.json."""
+
+    candidates: list[Candidate]
+    budget: dict[str, Any]
+    picked: NotRequired[int]
+
+
+class CutMade(TypedDict):
+    """rounds/N/cut.json."""
+
+    before: SizesRow
+    after: SizesRow
+    layers: list[int]
+    parameters: int
+    outside_embedding_and_head: int
+
+
+class Drops(TypedDict):
+    """rounds/N/layers.json."""
+
+    kl: list[float]
+    perplexity: list[float]
+    whole: float
+
+
+class Vocabulary(TypedDict):
+    """vocabulary.json."""
+
+    before: int
+    after: int
+    held_out: NotRequired[float]
+    evaluation: NotRequired[float]
+
+
+class Bound(TypedDict):
+    """run.json (mohawk/runs/binding.py)."""
+
+    id: str
+    command: str
+    recipe: dict[str, Any]
+    inputs: dict[str, list[str]] | None
+    precision: str | None
+    versions: dict[str, str]

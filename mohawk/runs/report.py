@@ -1,0 +1,409 @@
+"""The end of a run: what was measured, as results.json, as report.md with plots, and on the screen."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import math
+import platform
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mohawk.core.folders import MANIFEST
+from mohawk.core.json_files import read_json, write_json, write_text
+from mohawk.errors import UserError
+from mohawk.loading.describe import size_text
+from mohawk.loading.models import parameter_count
+from mohawk.runs.kept import Compared, Measured, Results, Tasks
+from mohawk.runs.plots import TEXTS, plot_evaluation, plot_losses, plot_tasks
+from mohawk.training.metrics import METRICS, read_metrics
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from mohawk.conversion.recipe import Recipe
+
+log = logging.getLogger(__name__)
+
+RESULTS, REPORT = "results.json", "report.md"
+TASKS = "evaluation/tasks.json"  # what `mohawk evaluate --tasks` found, kept apart since a run can do without
+STUDENT = "student"  # the run's final one, of which the report is
+PACKAGES = ("torch", "transformers", "triton", "datasets", "accelerate")
+AFTER = {
+    "before": "before phase 1",
+    "mixing": "after phase 1, matrices",
+    "hidden": "after phase 2, hidden states",
+    "end_to_end": "after phase 3, end to end",
+}
+PLOTS = {
+    "losses.png": "Loss of each phase",
+    "evaluation.png": "Evaluation before phase 1 and after each phase",
+    "mixing_matrices.png": "Mixing matrices of teacher and student",
+    "tasks.png": "Tasks of lm-evaluation-harness",
+}
+
+
+def finish(
+    folder: Path | str,
+    recipe: Recipe,
+    student: PreTrainedModel,
+    teacher: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    console: Console,
+    *,
+    stages: Mapping[str, str],
+    labels: Mapping[str, str],
+    own_tables: Sequence[Table] = (),
+    student_tokenizer: PreTrainedTokenizerBase | None = None,
+) -> dict[str, Any]:
+    """Measure what is still missing, draw, write results.json and report.md, print the tables.
+
+    folder: a run's, with evaluation/*.json and metrics.jsonl. Speed, state size and continuations are measured here,
+    unless an earlier call with the same evaluation settings left them in results.json. stages: name -> what the student
+    then was, in order. labels: what each one's loss is. own_tables: of a kind of run, in front of the others.
+    student_tokenizer: where it is not the teacher's. Returns the results.
+
+    Raises UserError, before anything is measured, when the student does not answer step by step, in chunks, with
+    padding or turn by turn as in one full forward: its figures would be those of a model that nobody can use.
+    """
+    from mohawk.measures.compare import continuation, decode_speed
+    from mohawk.measures.consistency import broken_paths, inconsistencies, some_tokens
+
+    folder = Path(folder)
+    consistency = inconsistencies(student, some_tokens(student))
+    if broken := broken_paths(student, consistency):
+        raise UserError(
+            f"{folder}: the student is trained and kept, but does not answer as its own full forward does: {broken}; "
+            "`mohawk doctor` says whether the installed versions are ones that mohawk was tested with; with those the "
+            "same command goes on"
+        )
+    asked = recipe.evaluation
+    models = {"teacher": teacher, "student": student}
+    of = {"teacher": tokenizer, "student": student_tokenizer or tokenizer}
+    earlier = read_json(folder / RESULTS, Measured) or {}
+    if earlier.get("recipe", {}).get("evaluation") != asked.model_dump(mode="json"):
+        earlier = {}
+    decoding = earlier.get("decoding") or {
+        who: [asdict(s) for s in decode_speed(model, asked.contexts, asked.decode_tokens)]
+        for who, model in models.items()
+    }
+    continuations = earlier.get("continuations") or {
+        "prompt": asked.prompt,
+        **{who: continuation(m, of[who], asked.prompt, asked.continuation_tokens) for who, m in models.items()},
+    }
+    evaluated = {stage: read_json(folder / "evaluation" / f"{stage}.json", dict[str, Compared]) for stage in stages}
+    evaluated = {stage: found for stage, found in evaluated.items() if found}
+    plot_losses(folder / METRICS, folder / "plots" / "losses.png", labels)
+    plot_evaluation(evaluated, folder / "plots" / "evaluation.png")
+    tasks, times = kept_tasks(folder, STUDENT), phase_times(folder / METRICS)
+    _plot_tasks(folder, tasks)
+    results = {
+        "teacher": recipe.teacher.model,
+        "architecture": architecture(teacher, student),
+        "parameters": {who: parameter_count(model) for who, model in models.items()},
+        "dtypes": {who: str(model.dtype).removeprefix("torch.") for who, model in models.items()},
+        "stages": dict(stages),
+        "own_tables": [list(table) for table in own_tables],
+        "evaluation": evaluated,
+        "decoding": decoding,
+        "consistency": consistency,
+        "phases": {name: times[name] for name in stages if name in times},
+        "continuations": continuations,
+        "plots": sorted(f"plots/{path.name}" for path in (folder / "plots").glob("*.png")),
+        "machine": machine(teacher.device),
+        "recipe": recipe.model_dump(mode="json"),
+        **({"tasks": tasks} if tasks else {}),
+    }
+    write_json(folder / RESULTS, results)
+    write_text(folder / REPORT, to_markdown(results, recipe.to_yaml(), folder.resolve().name))
+    print_results(results, console)
+    console.print(f"report: {folder / REPORT}", highlight=False, soft_wrap=True, markup=False)
+    return results
+
+
+def _consistency_line(found: Mapping[str, float]) -> str:
+    from mohawk.measures.consistency import PATHS
+
+    ways = ", ".join(PATHS[path] for path in found if path in PATHS)
+    return (
+        f"The student answers as in one full forward by every way tried ({ways}): logits differ by at most "
+        f"{max(found.values()):.0e} of the largest."
+    )
+
+
+def report_tasks(folder: Path | str) -> Path | None:
+    """Put what evaluation/tasks.json says of a finished run's student into results.json and report.md.
+
+    Returns the report, None where the run has none yet: `finish` will put them in.
+    """
+    folder = Path(folder)
+    results, tasks = read_json(folder / RESULTS, Results), kept_tasks(folder, STUDENT)
+    if results is None or tasks is None:
+        return None
+    _plot_tasks(folder, tasks)
+    results["tasks"] = tasks
+    results["plots"] = sorted(f"plots/{path.name}" for path in (folder / "plots").glob("*.png"))
+    write_json(folder / RESULTS, results)
+    recipe = (folder / "recipe.yaml").read_text(encoding="utf-8")
+    write_text(folder / REPORT, to_markdown(results, recipe, folder.resolve().name))
+    return folder / REPORT
+
+
+def kept_tasks(folder: Path, student: str) -> dict[str, Any] | None:
+    """evaluation/tasks.json, if it is of the student that is in the run's folder `student` now."""
+    found = read_json(folder / TASKS, Tasks)
+    same = found and (found["student"], found["fingerprint"]) == (student, fingerprint(folder / student))
+    return found if same else None
+
+
+def fingerprint(student: Path | str) -> str | None:
+    """What changes with a student's weights: the hash of its manifest, which holds its files' hashes."""
+    manifest = Path(student) / MANIFEST
+    return hashlib.sha256(manifest.read_bytes()).hexdigest() if manifest.is_file() else None
+
+
+def _plot_tasks(folder: Path, tasks: Mapping[str, Any] | None) -> None:
+    target = folder / "plots" / "tasks.png"
+    if not (tasks and plot_tasks(tasks["tasks"], target)):
+        target.unlink(missing_ok=True)  # of a student that was there before
+
+
+def architecture(teacher: PreTrainedModel, student: PreTrainedModel) -> str:
+    """One line: what became of the teacher's layers."""
+    told = [_layers(model.config.get_text_config()) for model in (teacher, student)]
+    hybrids = any("attention" in layers for layers in told)
+    names = [
+        layers.replace(" layers", " attention layers") if hybrids and "attention" not in layers else layers
+        for layers in told
+    ]
+    return f"{type(teacher).__name__} with {names[0]} -> {type(student).__name__} with {names[1]}"
+
+
+def _layers(config: Any) -> str:
+    kinds = list(getattr(config, "layer_types", None) or [])
+    replaced = kinds.count("linear_attention")
+    if not replaced:
+        return f"{getattr(config, 'num_hidden_layers', '?')} layers"
+    return f"{replaced} {getattr(config, 'mixer', 'state space')} and {len(kinds) - replaced} attention layers"
+
+
+def phase_times(metrics: Path) -> dict[str, dict[str, float]]:
+    """Of each phase in metrics.jsonl: steps, tokens, seconds of training, first and last loss, steps skipped.
+
+    The seconds are those of the steps, added up over interruptions; saving and evaluating are not in them.
+    """
+    found: dict[str, dict[str, Any]] = {}
+    for record in read_metrics(metrics):
+        phase = found.setdefault(record["phase"], {"tokens": 0, "seconds": 0.0, "first_loss": record["loss"]})
+        speed = record.get("tokens_per_s")
+        phase["seconds"] += (record["tokens"] - phase["tokens"]) / speed if speed else 0.0
+        phase |= {"steps": record["step"], "tokens": record["tokens"], "last_loss": record["loss"]}
+        phase["skipped_steps"] = record.get("skipped_steps", 0)
+    return found
+
+
+def loss_labels(recipe: Recipe) -> dict[str, str]:
+    """What each phase's loss is, for a plot's axis."""
+    phases = recipe.phases
+    labels = {}
+    if phases.mixing is not None:
+        frobenius = "‖S − A‖ per head, mean" if phases.mixing.metric == "frobenius" else None
+        labels["mixing"] = frobenius or f"{phases.mixing.metric} distance of the matrices"
+    if phases.hidden is not None:
+        labels["hidden"] = f"L2 distance per token, {phases.hidden.match.replace('_', ' ')}s"
+    if (last := phases.end_to_end) is not None:
+        divergence = last.divergence.replace("_", " ").replace("kl", "KL")
+        plain = (last.kd_weight, last.ce_weight, last.temperature) == (1, 0, 1)
+        labels["end_to_end"] = f"{divergence}, nats per token" if plain else "distillation loss per token"
+    return labels
+
+
+def machine(device: Any) -> dict[str, Any]:
+    """Versions and devices: what a reader needs to know what the timings are timings of."""
+    from mohawk import __version__
+    from mohawk.core.devices import device_rows, version
+
+    versions = {"mohawk": __version__, "python": platform.python_version()}
+    versions |= {package: found for package in PACKAGES if (found := version(package))}
+    devices = [f"{name}: {about}" for name, about in device_rows()]
+    return {"versions": versions, "device": str(device), "devices": devices, "system": platform.platform()}
+
+
+# Tables, once for the screen and for the file: (title, header, rows).
+Table = tuple[str, list[str], list[list[str]]]
+
+
+def tables(results: Mapping[str, Any]) -> list[Table]:
+    """The run's figures as tables of strings: quality for each text, size and speed, training."""
+    made: list[Table] = [tuple(table) for table in results.get("own_tables", ())]
+    stages = results.get("stages", AFTER)  # which earlier results did not have
+    for text, name in TEXTS.items():
+        rows = []
+        for stage, name_of_stage in stages.items():
+            if found := results["evaluation"].get(stage, {}).get(text):
+                rows.append(
+                    [
+                        name_of_stage,
+                        _figure(found["student_perplexity"]),
+                        _figure(found["teacher_perplexity"]),
+                        _figure(found["perplexity_ratio"]),
+                        _figure(found["kl"]),
+                        f"{found['top1_agreement']:.1%}",
+                    ]
+                )
+                tokens = found["tokens"]
+        if rows:
+            header = ["student", "perplexity", "teacher's", "ratio", "KL (nats)", "same top token"]
+            made.append((f"On {name} ({tokens:,} tokens)", header, rows))
+    decoding, parameters = results["decoding"], results["parameters"]
+    rows = [["parameters", *(f"{parameters[who]:,}" for who in ("teacher", "student"))]]
+    for teacher, student in zip(decoding["teacher"], decoding["student"], strict=True):
+        context = f"after {teacher['context']:,} tokens"
+        rows.append([f"state {context}", *(size_text(s["state_bytes"]) for s in (teacher, student))])
+        rows.append([f"decoding {context}", *(f"{s['tokens_per_s']:.1f} tokens/s" for s in (teacher, student))])
+    # states and speeds of two dtypes are not comparable unless the reader knows
+    header = ["", *(f"{who} ({results['dtypes'][who]})" for who in ("teacher", "student"))]
+    made.append(("Size and speed (one sequence, greedy, median)", header, rows))
+    rows = [
+        [
+            stages[name].removeprefix("after "),
+            f"{phase['steps']:,}",
+            f"{phase['tokens']:,}",
+            _seconds(phase["seconds"]),
+            f"{_figure(phase['first_loss'])} → {_figure(phase['last_loss'])}",
+            str(phase["skipped_steps"]),
+        ]
+        for name, phase in results["phases"].items()
+    ]
+    if rows:
+        made.append(("Training", ["phase", "steps", "tokens", "time", "loss", "steps skipped"], rows))
+    return made + (task_tables(results["tasks"]) if results.get("tasks") else [])
+
+
+KINDS = {
+    "other": "Tasks",
+    "knowledge": "Tasks of knowledge, apart from any mean",
+    "retrieval": "Tasks of retrieval, apart from any mean",
+}
+
+
+def task_tables(found: Mapping[str, Any]) -> list[Table]:
+    """Each task's figures with their standard errors: what is known and what is retrieved in tables of their own.
+
+    A mean over tasks is only there where the harness's group asks for one, below all the tasks it is of.
+    """
+    header = ["task", "metric", "questions", "teacher", "student", "difference"]
+    made: list[Table] = []
+    for kind, title in KINDS.items():
+        rows = []
+        for name, task in found["tasks"].items():
+            if task["kind"] == kind:
+                asked = f"{task['questions']:,} of {task['of']:,}"
+                shots = f", {task['fewshot']}-shot" if task["fewshot"] else ""
+                for metric, values in task["metrics"].items():
+                    rows.append([name, f"{metric}{shots}", asked, *_with_errors(values)])
+        if rows:
+            made.append((f"{title} (± standard error)", header, rows))
+    rows = [
+        [name, metric, f"mean over {len(group['members'])}", *_with_errors(values)]
+        for name, group in found["groups"].items()
+        for metric, values in group["metrics"].items()
+    ]
+    if rows:
+        made.append(("Means over the tasks of a group, each of which is above", header, rows))
+    return made
+
+
+def _with_errors(values: Mapping[str, Any]) -> list[str]:
+    """A metric's three columns; the sign of a difference is always written."""
+    made = []
+    for who in ("teacher", "student", "difference"):
+        value, error = values[who], values[f"{who}_stderr"]
+        figure = f"{value:{'+' if who == 'difference' else ''}.3f}" if math.isfinite(value) else _figure(value)
+        made.append(figure if error is None else f"{figure} ± {error:.3f}")
+    return made
+
+
+def to_markdown(results: Mapping[str, Any], recipe: str, name: str) -> str:
+    """report.md: the tables, the continuations, the plots, the machine and the recipe."""
+    parts = [f"# {name}\n\n{results['architecture']}\n\nTeacher: `{results['teacher']}`"]
+    for title, header, rows in tables(results):
+        lines = ["| " + " | ".join(row) + " |" for row in (header, ["---"] + ["---:"] * (len(header) - 1), *rows)]
+        parts.append(f"## {title}\n\n" + "\n".join(lines))
+    if "consistency" in results:
+        parts.append(_consistency_line(results["consistency"]))
+    said = results["continuations"]
+    quoted = [f"The prompt:\n\n{_indented(said['prompt'])}"]
+    quoted += [f"The {who}:\n\n{_indented(said[who])}" for who in ("teacher", "student")]
+    parts.append("## Greedy continuations\n\n" + "\n\n".join(quoted))
+    if results["plots"]:
+        images = [f"![{PLOTS.get(Path(p).name, Path(p).stem.replace('_', ' '))}]({p})" for p in results["plots"]]
+        parts.append("## Plots\n\n" + "\n\n".join(images))
+    found = results["machine"]
+    versions = ", ".join(f"{package} {version}" for package, version in found["versions"].items())
+    lines = [f"- {line}" for line in (versions, f"run on {found['device']}", *found["devices"], found["system"])]
+    parts.append("## Machine\n\n" + "\n".join(lines))
+    parts.append(f"## Recipe\n\n```yaml\n{recipe.strip()}\n```")
+    return "\n\n".join(parts) + "\n"
+
+
+def print_results(results: Mapping[str, Any], console: Console) -> None:
+    """The same tables on the screen, and both continuations side by side."""
+    from rich import box
+    from rich.markup import escape
+    from rich.table import Table as RichTable
+
+    console.print(escape(results["architecture"]), highlight=False)
+    print_tables(tables(results), console)
+    said = results["continuations"]
+    title = f"Greedy continuations of: {escape(said['prompt'])}"
+    table = RichTable("teacher", "student", title=title, title_justify="left", box=box.SIMPLE_HEAD)
+    table.add_row(*(escape(said[who].strip()) for who in ("teacher", "student")))
+    console.print(table)
+
+
+def print_tables(made: list[Table], console: Console) -> None:
+    """Tables as `tables` makes them, on the screen. Where it is narrow, names and headers wrap; figures stay whole."""
+    from rich import box
+    from rich.markup import escape
+    from rich.table import Table as RichTable
+
+    for title, header, rows in made:
+        table = RichTable(title=title, title_justify="left", box=box.SIMPLE_HEAD)
+        widths = [max(len(line[i]) for line in (header, *rows)) for i in range(len(header))]
+        padding = 3 * len(header)
+        least = [max(map(len, [*name.split(), *(row[i] for row in rows)])) for i, name in enumerate(header)]
+        left = console.width - padding - sum(least[1:])  # for the names, where headers wrap
+        whole = sum(widths) + padding > console.width and left >= min(widths[0], 12)
+        for i, name in enumerate(header):
+            wide = least[i] if i and whole else None
+            table.add_column(
+                name, justify="right" if i else "left", no_wrap=not (i or whole), width=wide, overflow="fold"
+            )
+        for row in rows:
+            table.add_row(*map(escape, row))
+        console.print(table)
+
+
+def _figure(value: float | None) -> str:
+    if value is None or math.isnan(value):
+        return "not finite"
+    if math.isinf(value):
+        return "∞"
+    if value == 0 or 1e-3 <= abs(value) < 1e5:
+        return f"{value:,.2f}" if abs(value) >= 10 else f"{value:.3f}"
+    return f"{value:.2e}"
+
+
+def _seconds(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{rest} s"
+
+
+def _indented(text: str) -> str:
+    # an indented block shows any text as it is, whatever marks it contains
+    return "\n".join(f"    {line}" for line in text.strip("\n").splitlines() or [""])

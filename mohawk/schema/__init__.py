@@ -1,0 +1,1 @@
+"""Recipes as files: reading, checking and naming what is wrong, before anything heavy is imported."""

@@ -1,0 +1,226 @@
+"""What recipes of every kind have in common: types of values, sections, and how they are read and checked."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+
+from mohawk.core.folders import sum_file, why_altered, write_file
+from mohawk.core.places import RECIPE, home, is_run
+from mohawk.errors import UserError
+from mohawk.schema import yaml_text as recipe_text
+from mohawk.schema.check import check
+from mohawk.schema.files import read_recipe
+from mohawk.schema.kinds import command_for
+from mohawk.schema.yaml_text import RecipeText
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+log = logging.getLogger(__name__)
+
+
+def _whole(value: Any) -> Any:
+    return int(value) if isinstance(value, float) and math.isfinite(value) and value.is_integer() else value
+
+
+def _place(value: Any) -> Any:
+    """A path with `~` for the home folder."""
+    if not isinstance(value, (str, Path)) or not str(value).strip():
+        raise ValueError("a path; ~ is the home folder")
+    return home(value)
+
+
+Whole = Annotated[int, BeforeValidator(_whole)]  # 2e6 is a whole number too
+# The upper bounds are far above what anyone can run: a slip such as 1e30 is said at once, not after hours.
+Count = Annotated[Whole, Field(ge=1, le=10**15)]
+Batch = Annotated[Whole, Field(ge=1, le=2**20)]  # of sequences, or of what is held in memory at once
+Length = Annotated[Whole, Field(ge=1, le=2**24)]  # of a context, in tokens
+RowLength = Annotated[Whole, Field(ge=2, le=2**24)]  # one token is predicted from another
+Divergence = Literal[
+    "forward_kl", "reverse_kl", "jsd", "skew_kl", "skew_reverse_kl", "tvd", "probability_mse", "mse", "cosine"
+]
+Share = Annotated[float, Field(ge=0, le=1)]
+Weight = Annotated[float, Field(ge=0, le=1e6)]  # of a loss
+Text = Annotated[str, Field(min_length=1)]
+Place = Annotated[Path, Field(strict=False), BeforeValidator(_place)]
+
+
+class Section(BaseModel):
+    """A part of the recipe: no unknown keys, no silent conversion of types, unchanged once checked."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False, protected_namespaces=())
+
+
+class Teacher(Section):
+    model: Text = Field(description="folder, .gguf file or hub id of the Transformer to convert")
+    gguf_file: Text | None = Field(None, description="name of the GGUF file inside `model`, if it is one")
+    revision: Text | None = Field(None, description="branch, tag or commit on the hub")
+    dtype: Literal["float32", "bfloat16", "float16", "auto"] = Field(
+        "float32", description="of the teacher's weights; auto: as saved"
+    )
+    trust_remote_code: bool = Field(False, description="run Python code that comes with the checkpoint")
+    tokenizer: Text | None = Field(None, description="folder or hub id, if not with the model")
+
+
+class Source(Section):
+    source: Text = Field(description="path, glob or hub dataset id")
+    split: Text = Field("train", description="of a hub dataset")
+    field: Text = Field("text", description="that holds the text in JSON lines, Parquet and hub datasets")
+    subset: Text | None = Field(None, description="configuration name of a hub dataset")
+    format: Literal["text", "paragraphs", "jsonl", "parquet"] | None = Field(
+        None, description="of local files; null: by their extension (.txt, .jsonl, .parquet)"
+    )
+
+
+class Data(Section):
+    train: list[Source] = Field(min_length=1, description="text to train on")
+    evaluation: list[Source] = Field([], description="text from another source, only evaluated on")
+    validation_share: Annotated[float, Field(ge=0, le=0.5)] = Field(
+        0.01, description="of the training documents, held out and never trained on"
+    )
+    cache: Place | None = Field(None, description="folder for tokenised text; null: mohawk in the user's cache folder")
+
+
+class Phase(Section):
+    """One phase's budget and optimiser: AdamW with a warmup-stable-decay schedule of its own."""
+
+    tokens: Count = Field(description="training tokens of the phase")
+    batch_size: Batch = Field(16, description="sequences at once, before accumulation")
+    sequence_length: RowLength = Field(2048, description="tokens in a sequence")
+    learning_rate: Annotated[float, Field(gt=0, le=1)] = Field(1e-4, description="after warmup")
+    betas: Annotated[
+        tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]], Field(strict=False)
+    ] = Field((0.9, 0.95), description="of AdamW")
+    weight_decay: Share = Field(0.1, description="of AdamW, on matrices")
+    max_grad_norm: Annotated[float, Field(gt=0)] | None = Field(
+        1.0, description="gradients are clipped to this norm; null: not clipped"
+    )
+    warmup: Share = Field(0.1, description="share of the steps in which the learning rate rises")
+    decay: Share = Field(0.1, description="share of the steps in which it falls to 0 at the end")
+    gradient_accumulation: Batch = Field(1, description="batches in one step")
+    save_every: Count = Field(500, description="steps between checkpoints")
+    save_minutes: Annotated[float, Field(gt=0, le=1e6)] | None = Field(
+        15.0, description="minutes after which one is written in any case; null: by steps alone"
+    )
+    keep_checkpoints: Count = Field(2, description="how many are kept, the newest")
+    log_every: Count = Field(1, description="steps between lines in metrics.jsonl")
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.batch_size * self.sequence_length * self.gradient_accumulation
+
+    def steps(self) -> int:
+        """Optimiser steps of the phase; the last one may exceed the token budget."""
+        return math.ceil(self.tokens / self.tokens_per_step)
+
+
+class Evaluation(Section):
+    sequence_length: RowLength = Field(512, description="tokens in an evaluated window")
+    batch_size: Batch = Field(8, description="windows at once")
+    tokens: Count = Field(32_768, description="evaluated per text")
+    contexts: Annotated[list[Length], Field(min_length=1)] = Field(
+        [512, 4096], description="context lengths at which decoding is timed"
+    )
+    decode_tokens: Batch = Field(32, description="decoded for timing")
+    prompt: Text = Field("The most important thing about the state of the nation is", description="continued")
+    continuation_tokens: Batch = Field(60, description="of the prompt's continuation")
+
+
+def phase_contradictions(
+    phase: Phase, at: recipe_text.Path, name: str, or_else: str
+) -> Iterator[tuple[list[recipe_text.Path], str]]:
+    """What contradicts itself in one phase's budget; `name` as a reader knows it, `or_else` the last way out."""
+    if phase.warmup + phase.decay > 1:
+        yield (
+            [(*at, "warmup"), (*at, "decay")],
+            f"{name}: warmup {phase.warmup:g} and decay {phase.decay:g} are shares of the steps "
+            "and together exceed 1; lower one",
+        )
+    if phase.tokens < phase.tokens_per_step:
+        yield (
+            [(*at, key) for key in ("tokens", "batch_size", "sequence_length", "gradient_accumulation")],
+            f"{name}: {phase.tokens} tokens do not fill one step of batch_size x sequence_length "
+            f"x gradient_accumulation = {phase.tokens_per_step} tokens; raise tokens, lower one of them, "
+            f"or {or_else}",
+        )
+
+
+class RecipeFile(Section):
+    """The fields that decide every kind of run. Make one with `load` or `from_dict`, which find contradictions between
+    values as well."""
+
+    teacher: Teacher = Field(description="the model to learn from")
+    data: Data = Field(description="the text")
+    evaluation: Evaluation = Field(Evaluation(), description="what is measured before, between and after")
+    precision: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto", description="of training; auto: bfloat16 autocast where the device is fast at it"
+    )
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="to train on")
+    seed: Annotated[Whole, Field(ge=0, lt=2**32)] = Field(0, description="of data order and random weights")
+    output: Place = Field(
+        Path("runs/student"), description="the run's folder; by default runs/<name of the recipe file>"
+    )
+
+    def phase_names(self) -> tuple[str, ...]:
+        """Names of the phases of such a run in order, those that are skipped too."""
+        raise NotImplementedError
+
+    @classmethod
+    def load(cls, path: str | Path, overrides: Sequence[str] = ()) -> Self:
+        """Read and check a YAML file with `a.b=c` overrides on top. Raises UserError, a line per mistake.
+
+        A run's own recipe.yaml means the folder that it lies in, wherever the run was moved to.
+        """
+        path = home(path)
+        read = read_recipe(path)
+        if (command := command_for(cls, read.data)) is not None:
+            raise UserError(f"{path}: this is a recipe for `{command}`; run that")
+        read.data.setdefault("output", f"runs/{path.stem}")
+        if path.name == RECIPE and is_run(path.parent):
+            read.data["output"] = str(path.parent)
+            if (problem := why_altered(path)) is not None:
+                log.warning("%s %s: was it edited? It is taken as it says", path, problem)
+        return check(cls, read, overrides, cls.contradictions)
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any], overrides: Sequence[str] = ()) -> Self:
+        """Check plain data as `load` checks a file. Raises UserError."""
+        # Through YAML text and back: a deep copy that holds only what a file could hold.
+        read = RecipeText.read(recipe_text.write(data), "recipe")
+        read.places.clear()  # lines of a text that the caller never saw
+        return check(cls, read, overrides, cls.contradictions)
+
+    def to_yaml(self) -> str:
+        """The resolved recipe, every value written out; reading it gives an equal recipe."""
+        values = self.model_dump(mode="json")
+        last = {key: values.pop(key) for key in ("evaluation", "precision", "device", "seed", "output")}
+        return recipe_text.write(values | last)  # as a person would order it
+
+    def save(self, path: str | Path) -> None:
+        """Write the resolved recipe; over a run's own, as what the run is to go by."""
+        if sum_file(Path(path)).exists():
+            with write_file(path) as beside:
+                beside.write_text(self.to_yaml(), encoding="utf-8")
+        else:
+            Path(path).write_text(self.to_yaml(), encoding="utf-8")
+
+    def contradictions(self) -> Iterator[tuple[list[recipe_text.Path], str]]:
+        """(the values involved, what is wrong with them together)."""
+        if self.data.validation_share == 0 and not self.data.evaluation:
+            yield (
+                [("data", "validation_share"), ("data", "evaluation")],
+                "data.validation_share is 0 and data.evaluation is empty, so there is no text to evaluate on; "
+                "give one of them",
+            )
+        if self.evaluation.tokens < self.evaluation.sequence_length:
+            yield (
+                [("evaluation", "tokens"), ("evaluation", "sequence_length")],
+                f"evaluation: {self.evaluation.tokens} tokens do not fill one window of "
+                f"{self.evaluation.sequence_length}; raise tokens or lower sequence_length",
+            )

@@ -1,0 +1,1 @@
+"""A teacher's answers, written once and read by many runs."""

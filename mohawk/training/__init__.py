@@ -1,0 +1,1 @@
+"""Optimising any objective: the loop, its metrics and its progress."""
