@@ -1,0 +1,103 @@
+"""The commands of distillation."""
+
+from __future__ import annotations
+
+import argparse
+
+from mohawk.core.command import Command, number, path
+from mohawk.core.extras import need
+from mohawk.errors import UserError
+from mohawk.schema.arguments import add_run, add_set, overrides
+
+
+def _distill(options: argparse.Namespace) -> None:
+    from mohawk.distillation.recipe import DistillRecipe
+
+    recipe = DistillRecipe.load(options.recipe, overrides(options))
+
+    need("lora" if recipe.has_adapter() else "convert", "`mohawk distill`")
+    from mohawk.distillation.run import distill
+
+    distill(recipe, dry_run=options.dry_run)
+
+
+def _add_ablate(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("recipe", type=path, metavar="RECIPE", help="a YAML file for distill or convert")
+    parser.add_argument(
+        "--over", action="append", required=True, metavar="KEY=V,V,...",
+        help="values to vary, such as temperature=1,2,4; may be repeated: each with all others",
+    )  # fmt: skip
+    parser.add_argument("--output", type=path, metavar="DIR", help="folder of the runs; default: runs/NAME-ablation")
+    add_set(parser)
+
+
+def _ablate(options: argparse.Namespace) -> None:
+    need("convert", "`mohawk ablate`")
+    from mohawk.distillation.ablate import ablate
+
+    ablate(options.recipe, options.over, options.set, options.output)
+
+
+def _add_cache(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("recipe", type=path, metavar="RECIPE", help="a YAML file: of a conversion or a distillation")
+    parser.add_argument("--output", type=path, required=True, metavar="DIR", help="the cache; the same command goes on")
+    parser.add_argument(
+        "--kind",
+        choices=("top-k", "samples", "hidden"),
+        default="top-k",
+        help="k most probable tokens and the rest's mass (default), random tokens, or hidden states and the head",
+    )
+    parser.add_argument(
+        "--stage", metavar="NAME", help="of a distillation; default: the first that learns from the teacher"
+    )
+    parser.add_argument("--k", type=number(int, 1), metavar="K", help="of top-k; default: 64")
+    parser.add_argument("--draws", type=number(int, 1), metavar="N", help="of samples; default: 12")
+    parser.add_argument(
+        "--temperature", type=number(float, 1e-3, 1e3), metavar="T", help="of top-k and samples; default: the stage's"
+    )
+    parser.add_argument(
+        "--sequence-length", type=number(int, 2), metavar="N", help="tokens in a row; default: the stage's"
+    )
+    parser.add_argument(
+        "--tokens", type=number(int, 1), metavar="N", help="only so many; default: one pass over the text"
+    )
+    parser.add_argument("--batch-size", type=number(int, 1), metavar="N", help="rows at once; default: the stage's")
+    add_set(parser)
+
+
+def _cache(options: argparse.Namespace) -> None:
+    kinds = {"k": "top-k", "draws": "samples"}
+    for name, kind in kinds.items():
+        if getattr(options, name) is not None and options.kind != kind:
+            raise UserError(f"--{name} is of --kind {kind}, not of {options.kind}; leave it out")
+    if options.temperature is not None and options.kind == "hidden":
+        raise UserError("--temperature is of --kind top-k and samples: hidden states serve any; leave it out")
+    names = ("stage", "temperature", "sequence_length", "tokens", "batch_size", *kinds)
+    given = {name: value for name in names if (value := getattr(options, name)) is not None}
+    from mohawk.schema.kinds import kind_of
+
+    recipe = kind_of(options.recipe).load(options.recipe, options.set)
+    need("convert", "`mohawk cache`")
+    from mohawk.distillation.cache import cache_teacher
+
+    cache_teacher(recipe, options.output, kind=options.kind, **given)
+
+
+COMMANDS = [
+    Command(
+        "distill",
+        "distil a teacher into a student by a recipe, or go on with a stopped run",
+        add_run,
+        _distill,
+        resumes=True,
+        together=True,
+    ),
+    Command("ablate", "run a recipe with values varied, and compare", _add_ablate, _ablate, resumes=True),
+    Command(
+        "cache",
+        "keep what a recipe's teacher says of its text, to train many students without it",
+        _add_cache,
+        _cache,
+        resumes=True,
+    ),
+]

@@ -1,0 +1,33 @@
+"""The command of export."""
+
+from __future__ import annotations
+
+import argparse
+
+from mohawk.core.command import Command, path
+
+
+def _add_export(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", type=path, metavar="RUN", help="a run's folder, or a student's")
+    parser.add_argument(
+        "--to", choices=("bamba", "hybrid"), default="bamba",
+        help="bamba: transformers' own class (default); hybrid: ours, its code beside the weights",
+    )  # fmt: skip
+    parser.add_argument("--output", type=path, metavar="DIR", help="default: RUN/export/bamba or .../hybrid")
+    parser.add_argument(
+        "--pad-expand", action="store_true", help="pad mixers with zeros to twice the width (llama.cpp)"
+    )
+    parser.add_argument(
+        "--fold-bias", action="store_true", help="move in_proj's biases on x, B, C behind the convolution"
+    )
+
+
+def _export(options: argparse.Namespace) -> None:
+    from mohawk.export.run import export
+
+    export(options.model, options.to, options.output, pad_expand=options.pad_expand, fold_bias=options.fold_bias)
+
+
+COMMANDS = [
+    Command("export", "write a student that runs where mohawk is not installed, and check it", _add_export, _export),
+]
