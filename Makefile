@@ -43,8 +43,10 @@ help:
 demo: $(VENV)/.installed-convert
 	$(BIN)/python -m mohawk demo $(ARGS)
 
+# One worker a core, each with one thread, since most tests are too small for several; a file's tests stay together, as
+# they share what they make first.
 test: $(VENV)/.installed-test
-	$(BIN)/python -m pytest $(ARGS)
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest -n logical --maxprocesses 8 --dist loadfile $(ARGS)
 
 # Old packages have wheels for old Pythons.
 lowest:
