@@ -13,6 +13,7 @@ from mohawk.kept import Tabled
 from mohawk.parity import Row
 from mohawk.recipe import RecipeFile
 from mohawk.recipe_kinds import load_run_recipe
+from mohawk.remote_code import LICENCE
 from mohawk.report import RESULTS, read_json, tables
 from mohawk.run_folder import home
 from mohawk.runtimes import GROUPS_APART, Note
@@ -48,6 +49,7 @@ def model_card(
             for line in (
                 f"Teacher: {_public(teacher) if teacher else 'not known'}",
                 f"Licence of the teacher: {licence or UNKNOWN}",
+                f"Licence of the {'code beside the weights' if remote else 'package that made it'}, mohawk: {LICENCE}",
                 *changes,
             )
         ),  # fmt: skip

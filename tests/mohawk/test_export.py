@@ -99,6 +99,8 @@ def test_a_run_becomes_a_stock_bamba_with_card_and_tokenizer(make_run, tokenizer
     card = (folder / "README.md").read_text()
     front = card.split("---\n")[1]
     assert "license: apache-2.0" in front and "base_model" not in front  # a folder is no hub id
+    assert "- Licence of the teacher: apache-2.0\n" in card
+    assert "- Licence of the package that made it, mohawk: Apache-2.0\n" in card
     assert "2 Mamba-2 and 1 attention layers" in card
     assert "| 25.00 | 20.00 | 1.250 | 0.500 | 62.5% |" in card  # of results.json
     assert "`texts/books.txt`" in card and str(run.parent) not in card  # names of the data, no private paths
@@ -111,7 +113,9 @@ def test_a_run_becomes_a_hybrid_with_its_own_code(make_run):
     assert screen.count(" ok") == len(CHECKS) + len(PATHS)
     config = json.loads((folder / "config.json").read_text())
     assert config["auto_map"]["AutoModelForCausalLM"] == "mohawk_hybrid.HybridForCausalLM"
-    assert "trust_remote_code=True" in (folder / "README.md").read_text()
+    card = (folder / "README.md").read_text()
+    assert "trust_remote_code=True" in card and "- Licence of the code beside the weights, mohawk: Apache-2.0\n" in card
+    assert all("SPDX-License-Identifier: Apache-2.0" in path.read_text() for path in folder.glob("*.py"))
 
 
 @needs_groups
