@@ -128,7 +128,7 @@ def version_ranges() -> tuple[dict[str, str], list[str]]:
         return {}, ["versions are not checked, since packaging is missing; run: pip install packaging"]
     except importlib.metadata.PackageNotFoundError:
         return {}, [
-            "versions are not checked: mohawk-distill is neither installed nor run from a checkout with its pyproject.toml"
+            "versions are not checked: mohawk-distill is neither installed nor run from a checkout with pyproject.toml"
         ]
     notes = []
     for name, found, tested in outside:
