@@ -41,6 +41,8 @@ def whole(name: str) -> str:
 
 def read(app, docname: str, source: list[str]) -> None:
     """What a page is before it is parsed: the two that the forge shows at the root are taken from there."""
+    # Markdown elsewhere in the repository is no page of the site: it is offered as a file
+    source[0] = re.sub(r"\]\((\.\./(?!CONTRIBUTING|CHANGELOG)[^)#]*\.md)\)", r"](path:\1)", source[0])
     if docname == "index":
         source[0] += "\n" + contents(source[0])
     elif docname in ("contributing", "changelog"):

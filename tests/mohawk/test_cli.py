@@ -18,7 +18,6 @@ from mohawk.errors import UserError
 from mohawk.extras import EXTRAS
 from mohawk.models.call import CACHE
 from mohawk.recipe import Recipe, shipped
-from mohawk.recipe_kinds import kind_of
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPE = "teacher: some/model\ndata: {train: [a.txt]}\n"
@@ -515,31 +514,6 @@ def test_a_closed_pipe_is_no_error():
     command = f"{shlex.join([sys.executable, '-c', code])} | true; echo ${{PIPESTATUS[0]}}"
     result = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert result.stdout == "1\n" and result.stderr == ""
-
-
-def test_every_mohawk_and_make_command_in_the_readme_is_valid(tmp_path):
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    blocks = re.findall(r"```(?:bash|sh|console)?\n(.*?)```", readme, re.DOTALL)
-    lines = [line.strip().removeprefix("$ ") for block in blocks for line in block.splitlines()]
-    ours = [shlex.split(line, comments=True) for line in lines if re.match(r"(python -m )?mohawk ", line)]
-    targets = [line.split()[1] for line in lines if line.startswith("make ")]
-    assert {"demo", "test"} <= set(targets), "the README's first screen has the two commands"
-    assert ours, "the README shows the command line"
-    makefile = (ROOT / "Makefile").read_text()
-    for target in targets:
-        assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
-    for words in ours:
-        options = parser().parse_args(words[words.index("mohawk") + 1 :])
-        recipe = getattr(options, "recipe", None)
-        if recipe is not None and (ROOT / recipe).exists():
-            kind_of(ROOT / recipe).load(ROOT / recipe, options.set)
-    for script in re.findall(r"^python (\S+\.py)", "\n".join(lines), re.MULTILINE):
-        assert (ROOT / script).is_file(), script
-    for block in re.findall(r"```ya?ml\n(.*?)```", readme, re.DOTALL):
-        if "teacher:" in block:
-            path = tmp_path / "recipe.yaml"
-            path.write_text(block, encoding="utf-8")
-            kind_of(path).load(path)
 
 
 @pytest.mark.parametrize("name", ["demo", "distill-gkd", "mohawk-lite", "prune-depth", "prune-and-convert"])
