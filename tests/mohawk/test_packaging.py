@@ -393,7 +393,7 @@ def test_without_caps_everything_is_asked_for_that_need_not_be_compiled():
     assert not [each for each in said if "<" in str(each.specifier)]
     every = {requirement.name for _, requirement in versions.declared()}
     assert {each.name for each in said} == every - {"mamba-ssm", "causal-conv1d"}
-    assert all(each.specifier.contains("99") for each in said), "the newest there is, whatever it is"
+    assert all(each.specifier.contains("9999") for each in said), "the newest there is, whatever it is"
 
 
 def test_what_moved_is_a_table(tmp_path):
@@ -452,8 +452,7 @@ def test_every_supported_python_is_named():
 
 def test_an_installed_wheel_knows_the_ranges(pythons, tmp_path):
     code = """
-        from mohawk import doctor, versions
-from mohawk.remote_code import LICENCE
+        from mohawk import versions
         assert versions._checkout() is None
         for name, tested in sorted(versions.ranges().items()):
             print(name, ",".join(sorted(map(str, tested))))
