@@ -80,6 +80,8 @@ def summary() -> list[str]:
     context = f"{last['teacher']['context']:,}"
     state = [f"{last[model]['state_bytes'] / 2**20:,.0f}" for model in ("teacher", "hybrid", "pure")]
     speed = [f"{last[model]['ms_per_token']:.0f}" for model in ("teacher", "hybrid", "pure")]
+    listed = json.loads((RESULTS / "layer_choice.json").read_text("utf-8"))["rows"]
+    recalled = {row["choice"]: row["recall"]["accuracy"] for row in listed if len(row["attention"]) in (15, 30)}
 
     def kernel(file: str, table: str, *names: str) -> list[dict]:
         rows = json.loads((RESULTS / f"{file}-cpu.json").read_text("utf-8"))["rows"]
@@ -100,6 +102,8 @@ def summary() -> list[str]:
         f"of another source; KL {kl[0]} and {kl[1]} nats | before training: "
         f"{demo['evaluation']['before']['held_out']['perplexity_ratio']:.2f} x and "
         f"{demo['evaluation']['before']['evaluation']['perplexity_ratio']:.2f} x |",
+        f"| **looking things up**: 15 of 30 layers chosen by KL, before phase 3 | {recalled['kl']:.0%} of "
+        f"{listed[0]['recall']['values']} values recalled from lists | teacher: {recalled['teacher']:.0%} |",
         f"| **state** of one sequence of {context} tokens | {state[1]} MiB with 15 attention layers, {state[2]} MiB "
         f"with none | teacher: {state[0]} MiB |",
         f"| **decoding** a token after {context} | {speed[1]} ms with 15 attention layers, {speed[2]} ms with none "

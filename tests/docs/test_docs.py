@@ -191,6 +191,9 @@ def test_every_extra_and_family_has_its_row():
     assert sorted(named) == sorted(extras())
     named = re.findall(r"^\| [^|]+ \| `(\w+)` \|", (DOCS / "families.md").read_text(), re.M)
     assert sorted(set(named) - {"model_type"}) == sorted(FAMILIES)
+    shown = [fence.text.strip() for fence in fences(DOCS / "families.md") if fence.language == "text"]
+    source = (ROOT / "models" / "families.py").read_text()
+    assert shown and all(text in source for text in shown)
 
 
 # --- links ------------------------------------------------------------------------------------------------------------
