@@ -13,7 +13,7 @@ from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
 
 DISTRIBUTION = "mohawk-distill"  # what pip calls this package; `mohawk` there is an HTTP authentication library
-COMMAND = "mohawk.__main__:main"  # what its installed command runs, as in pyproject.toml
+COMMAND = "mohawk"  # what it installs, and another project's package of that name does not
 PYPROJECT = Path(__file__).resolve().parents[1] / "pyproject.toml"  # there in a source checkout alone
 
 
@@ -88,7 +88,7 @@ def foreign() -> list[str]:
     """
     found = []
     for each in importlib.metadata.distributions(name="mohawk"):
-        if not any(entry.value == COMMAND for entry in each.entry_points):
+        if not any(entry.name == COMMAND for entry in each.entry_points):
             found.append(f"mohawk {each.version} ({each.metadata['Summary'] or 'without a summary'})")
     return found
 

@@ -99,7 +99,7 @@ def test_wheel_holds_everything_and_nothing_else(wheel, checkout):
     code = {name for name in names if ".dist-info/" not in name}
     assert code == expected
     entry = next(name for name in names if name.endswith("entry_points.txt"))
-    assert f"mohawk = {versions.COMMAND}" in zipfile.ZipFile(wheel).read(entry).decode()
+    assert f"{versions.COMMAND} = mohawk.__main__:main" in zipfile.ZipFile(wheel).read(entry).decode()
 
 
 def test_the_wheel_says_what_it_is_called_and_how_it_is_licensed(wheel):
@@ -139,7 +139,7 @@ def test_another_project_called_mohawk_is_recognised(monkeypatch, tmp_path):
     )
     # this project as it was installed before it was called mohawk-distill
     (tmp_path / "mohawk-1.1.0.dist-info" / "entry_points.txt").write_text(
-        f"[console_scripts]\nmohawk = {versions.COMMAND}\n"
+        "[console_scripts]\nmohawk = mohawk.cli:main\n"
     )
     assert versions.foreign() == before
 
