@@ -64,7 +64,7 @@ newest:
 # The generated pages are written anew first.
 docs: $(VENV)/.installed-docs
 	$(BIN)/python docs/generate.py
-	$(BIN)/python -m sphinx -W --keep-going -q -b html docs docs/_build/html
+	$(BIN)/python -m sphinx -E -W --keep-going -q -b html docs docs/_build/html
 	@echo 'docs/_build/html/index.html'
 
 lint: $(VENV)/.installed-test
