@@ -217,7 +217,7 @@ def parser() -> argparse.ArgumentParser:
     )
     _add_by(select)
     select.add_argument(
-        "--tokens", type=_number(int, 2), default=2048, metavar="N", help="of text to measure on; default: 2048"
+        "--tokens", type=_number(int, 2), default=2048, metavar="N", help="tokens of text to measure on; default: 2048"
     )
     select.add_argument(
         "--lazy", action="store_true", help="measure only layers that could be next: faster, not always the same order"
@@ -246,18 +246,25 @@ def parser() -> argparse.ArgumentParser:
         help="k most probable tokens and the rest's mass (default), random tokens, or hidden states and the head",
     )
     cache.add_argument(
-        "--stage", metavar="NAME", help="of a distillation; default: the first that learns from the teacher"
+        "--stage", metavar="NAME", help="stage of a distillation; default: the first that learns from the teacher"
     )
-    cache.add_argument("--k", type=_number(int, 1), metavar="K", help="of top-k; default: 64")
-    cache.add_argument("--draws", type=_number(int, 1), metavar="N", help="of samples; default: 12")
     cache.add_argument(
-        "--temperature", type=_number(float, 1e-3, 1e3), metavar="T", help="of top-k and samples; default: the stage's"
+        "--k", type=_number(int, 1), metavar="K", help="tokens kept of each position (top-k); default: 64"
+    )
+    cache.add_argument(
+        "--draws", type=_number(int, 1), metavar="N", help="tokens drawn for each position (samples); default: 12"
+    )
+    cache.add_argument(
+        "--temperature",
+        type=_number(float, 1e-3, 1e3),
+        metavar="T",
+        help="of the teacher (top-k and samples); default: the stage's",
     )
     cache.add_argument(
         "--sequence-length", type=_number(int, 2), metavar="N", help="tokens in a row; default: the stage's"
     )
     cache.add_argument(
-        "--tokens", type=_number(int, 1), metavar="N", help="only so many; default: one pass over the text"
+        "--tokens", type=_number(int, 1), metavar="N", help="stop after so many tokens; default: one pass over the text"
     )
     cache.add_argument("--batch-size", type=_number(int, 1), metavar="N", help="rows at once; default: the stage's")
     _add_set(cache)
@@ -274,7 +281,7 @@ def parser() -> argparse.ArgumentParser:
 
     generate = command("generate", _generate, "continue a prompt")
     generate.add_argument("model", metavar="MODEL", help="folder, run, .gguf file or hub id")
-    generate.add_argument("--prompt", required=True, metavar="TEXT")
+    generate.add_argument("--prompt", required=True, metavar="TEXT", help="text to continue")
     generate.add_argument("--tokenizer", metavar="MODEL", help="folder or hub id, where the model comes without one")
     generate.add_argument("--max-new-tokens", type=_number(int, 1), default=100, metavar="N", help="default: 100")
     generate.add_argument(
@@ -288,7 +295,7 @@ def parser() -> argparse.ArgumentParser:
         help="sample from this share; default: 1",
     )
     generate.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    generate.add_argument("--seed", type=_number(int, 0), metavar="N", help="of sampling")
+    generate.add_argument("--seed", type=_number(int, 0), metavar="N", help="seed of sampling")
 
     data = command("generate-data", _generate_data, "write a teacher's answers to prompts as JSON lines to train on")
     data.add_argument("prompts", nargs="+", metavar="SOURCE", help="text lines, .jsonl, .parquet or a hub dataset")
@@ -301,48 +308,61 @@ def parser() -> argparse.ArgumentParser:
     )
     data.add_argument("--chat", action="store_true", help="a prompt is a user's message: chat template, or chat API")
     reading = data.add_argument_group("prompts")
-    reading.add_argument("--field", default="prompt", metavar="NAME", help="of each row; default: prompt")
+    reading.add_argument(
+        "--field", default="prompt", metavar="NAME", help="field of each row that holds the prompt; default: prompt"
+    )
     reading.add_argument(
         "--format", metavar="FORMAT", help="text (lines), paragraphs, jsonl or parquet; default: by suffix"
     )
-    reading.add_argument("--split", default="train", metavar="NAME", help="of a hub dataset; default: train")
-    reading.add_argument("--subset", metavar="NAME", help="of a hub dataset")
+    reading.add_argument("--split", default="train", metavar="NAME", help="split of a hub dataset; default: train")
+    reading.add_argument("--subset", metavar="NAME", help="configuration name of a hub dataset")
     reading.add_argument(
         "--limit", type=_number(int, 1), metavar="N", help="only the first N; without it, all the rest"
     )
     decoding = data.add_argument_group("decoding (greedy without --beams and --temperature)")
-    decoding.add_argument("--samples", type=_number(int, 1), default=1, metavar="N", help="per prompt; default: 1")
     decoding.add_argument(
-        "--max-new-tokens", type=_number(int, 1), default=256, metavar="N", help="of an answer; default: 256"
+        "--samples", type=_number(int, 1), default=1, metavar="N", help="answers to each prompt; default: 1"
+    )
+    decoding.add_argument(
+        "--max-new-tokens",
+        type=_number(int, 1),
+        default=256,
+        metavar="N",
+        help="longest answer, in tokens; default: 256",
     )
     decoding.add_argument("--beams", type=_number(int, 1), metavar="K", help="beam search, the N best of K")
     decoding.add_argument(
         "--temperature", type=_number(float, 0), metavar="T", help="sample at this; 1 is the teacher's"
     )
     decoding.add_argument("--top-p", type=_number(float, 0, 1), metavar="P", help="sample from this share; default: 1")
-    decoding.add_argument("--seed", type=_number(int, 0), default=0, metavar="N", help="of sampling; default: 0")
+    decoding.add_argument("--seed", type=_number(int, 0), default=0, metavar="N", help="seed of sampling; default: 0")
     local = data.add_argument_group("a local teacher")
     local.add_argument("--batch-size", type=_number(int, 1), metavar="N", help="sequences at once; default: 8")
     local.add_argument(
         "--dtype", choices=("float32", "bfloat16", "float16", "auto"), help="default: auto; cpu: float32"
     )
     local.add_argument("--device", choices=("auto", "cpu", "cuda"), help="default: auto")
-    local.add_argument("--revision", metavar="NAME", help="of a hub model")
+    local.add_argument("--revision", metavar="NAME", help="branch, tag or commit of a hub model")
     local.add_argument("--tokenizer", metavar="MODEL", help="folder or hub id, where the model comes without one")
     local.add_argument("--trust-remote-code", action="store_true", default=None, help="run the checkpoint's own code")
     remote = data.add_argument_group("an endpoint")
     remote.add_argument("--key-env", metavar="NAME", help="environment variable with the key; default: OPENAI_API_KEY")
     remote.add_argument("--concurrency", type=_number(int, 1), metavar="N", help="requests at once; default: 8")
     remote.add_argument(
-        "--timeout", type=_number(float, 0.1), metavar="S", help="of silence, in all 5 times; default: 120"
+        "--timeout",
+        type=_number(float, 0.1),
+        metavar="S",
+        help="seconds of silence before a request is given up (5 times that in all); default: 120",
     )
-    remote.add_argument("--retries", type=_number(int, 0), metavar="N", help="of one request; default: 6")
+    remote.add_argument(
+        "--retries", type=_number(int, 0), metavar="N", help="how often one request is tried again; default: 6"
+    )
     remote.add_argument(
         "--request", metavar="JSON", help='more fields of each request, null drops one: {"top_k": 20, "logprobs": null}'
     )
     keep = data.add_argument_group("which answers are kept")
-    keep.add_argument("--min-tokens", type=_number(int, 0), metavar="N")
-    keep.add_argument("--max-tokens", type=_number(int, 1), metavar="N")
+    keep.add_argument("--min-tokens", type=_number(int, 0), metavar="N", help="shortest answer, in tokens")
+    keep.add_argument("--max-tokens", type=_number(int, 1), metavar="N", help="longest answer, in tokens")
     keep.add_argument(
         "--max-repetition", type=_number(float, 0, 1), metavar="S", help="share of runs of words that came before"
     )
@@ -379,8 +399,10 @@ def parser() -> argparse.ArgumentParser:
     routing.add_argument("--student", metavar="MODEL", help="folder, run or hub id: measure on it, in short trials")
     routing.add_argument("--validation", type=_path, metavar="FILE", help="JSON lines: prompts and labels held out")
     routing.add_argument("--rounds", type=_number(int, 1), metavar="N", help="trials of all teachers; default: 12")
-    routing.add_argument("--steps", type=_number(int, 1), metavar="N", help="of a trial; default: 20")
-    routing.add_argument("--learning-rate", type=_number(float, 0), metavar="X", help="of a trial; default: 1e-4")
+    routing.add_argument("--steps", type=_number(int, 1), metavar="N", help="steps of a trial; default: 20")
+    routing.add_argument(
+        "--learning-rate", type=_number(float, 0), metavar="X", help="learning rate of a trial; default: 1e-4"
+    )
     merging = purify.add_argument_group("merge")
     merging.add_argument("--model", metavar="MODEL", help="folder, run, .gguf file or hub id; its name at URL")
     merging.add_argument("--endpoint", metavar="URL", help="an OpenAI-compatible API, such as http://localhost:8000/v1")
@@ -388,7 +410,9 @@ def parser() -> argparse.ArgumentParser:
     merging.add_argument(
         "--chat", action="store_true", default=None, help="ask as a user: chat template, or the chat API"
     )
-    merging.add_argument("--max-new-tokens", type=_number(int, 1), metavar="N", help="of an answer; default: 256")
+    merging.add_argument(
+        "--max-new-tokens", type=_number(int, 1), metavar="N", help="longest answer, in tokens; default: 256"
+    )
     merging.add_argument(
         "--merge-prompt", type=_path, metavar="FILE", help="what the model is asked, with {prompt} and {rationales}"
     )
@@ -438,7 +462,7 @@ def parser() -> argparse.ArgumentParser:
     )
 
     recipes = command("recipes", _recipes, "list the recipes that come along, or copy one to change it")
-    recipes.add_argument("name", nargs="?", metavar="NAME", help="of the recipe to copy")
+    recipes.add_argument("name", nargs="?", metavar="NAME", help="name of the recipe to copy")
     recipes.add_argument("--output", type=_path, metavar="FILE", help="a new file; default: NAME.yaml")
 
     verify = command("verify", _verify, "hash all of a run or a cache again and compare it with what was written")

@@ -4,6 +4,7 @@ are up to date, and the site builds."""
 import argparse
 import ast
 import importlib
+import json
 import re
 import runpy
 import shlex
@@ -21,7 +22,7 @@ from mohawk.models.families import FAMILIES
 from mohawk.recipe_kinds import kind_of
 
 ROOT = Path(__file__).resolve().parents[2]
-DOCS = ROOT / "docs"
+DOCS, RESULTS = ROOT / "docs", ROOT / "benchmarks" / "results"
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted(DOCS.glob("*.md"))]
 GENERATE = runpy.run_path(str(DOCS / "generate.py"))
 each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
@@ -275,6 +276,23 @@ def test_tables_are_those_of_the_results(tmp_path):
     found = runpy.run_path(str(tmp_path / "docs" / "generate.py"))["with_tables"]()
     text = "# Title\n<!-- benchmark: speed -->\n| 1 |\n\n![speed]({}speed.png)\n<!-- end -->\nlast\n"
     assert found == {readme: text.format("benchmarks/results/"), page: text.format("../benchmarks/results/")}
+
+
+@pytest.mark.parametrize("name", ["kd_loss-cpu", "kd_accuracy-cpu", "mixing_distance-cpu", "ssd-cpu"])
+def test_tables_of_kernels_are_those_of_their_figures(name):
+    from benchmarks.run import table_lines
+
+    rows = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))["rows"]
+    text = (RESULTS / f"{name}.md").read_text(encoding="utf-8")
+    assert text.startswith("\n".join(table_lines(rows, "cpu")).strip())
+
+
+def test_tables_of_the_demo_are_those_of_its_figures():
+    from benchmarks.demo import markdown
+
+    results = json.loads((RESULTS / "demo.json").read_text(encoding="utf-8"))
+    text = (RESULTS / "demo.md").read_text(encoding="utf-8")
+    assert text.startswith("\n".join(markdown(results)))
 
 
 def test_a_benchmark_writes_its_page(tmp_path, monkeypatch, capsys):

@@ -90,9 +90,9 @@ def test_recipe_mistakes_are_lines_on_stderr(recipe, capsys):
     assert err.splitlines() == [
         f"error: {recipe}:3: sead: unknown key; did you mean seed?",
         f"error: {recipe}:4: precision: got the text 'half'; allowed: auto, float32, bfloat16 "
-        "(of training; auto: bfloat16 autocast where the device is fast at it)",
+        "(precision of training; auto: bfloat16 autocast where the device is fast at it)",
         "error: --set seed: got the text 'x'; allowed: a whole number, at least 0, below 4294967296 "
-        "(of data order and random weights)",
+        "(seed of data order and random weights)",
     ]
 
 
