@@ -463,7 +463,9 @@ def signature(node: ast.AST, nodes: dict[str, ast.AST], shown: str, skip: int = 
 def class_arguments(node: ast.ClassDef, nodes: dict[str, ast.AST]) -> list[str]:
     for item in node.body:
         if isinstance(item, ast.FunctionDef) and item.name == "__init__":
-            return arguments(item.args, 1)
+            found = arguments(item.args, 1)
+            if found != ["*args", "**kwargs"]:  # what only hands on is described by its base
+                return found
     if any("dataclass" in ast.unparse(each) for each in node.decorator_list):
         fields = [item for item in node.body if isinstance(item, ast.AnnAssign)]
         return [ast.unparse(field) for field in fields]
@@ -503,8 +505,9 @@ def markdown(docstring: str) -> list[str]:
         elif not section or (line and not line.startswith(" ")):
             section = False
             lines.append(escaped(line))
-        elif found := re.match(r" {4}(\*{0,2}\w+(?:, \*{0,2}\w+)*): (.*)", line):
-            lines.append(f"- `{found[1]}`: {escaped(found[2])}")
+        elif found := re.match(r" {4}(\*{0,2}\w+(?:, \*{0,2}\w+)*|All others):(?: (.*))?$", line):
+            name = found[1] if " others" in found[1] else f"`{found[1]}`"
+            lines.append(f"- {name}: {escaped(found[2] or '')}".rstrip())
         elif line.startswith(" " * 8):
             lines.append(f"  {escaped(line.strip())}")
         else:
