@@ -28,7 +28,7 @@ KERNELS = mamba-ssm==2.3.2.post1 causal-conv1d==1.7.0
 NOT_COMPILED = MAMBA_SKIP_CUDA_BUILD=TRUE MAMBA_FORCE_BUILD=TRUE \
   CAUSAL_CONV1D_SKIP_CUDA_BUILD=TRUE CAUSAL_CONV1D_FORCE_BUILD=TRUE
 
-.PHONY: help demo test lowest highest newest constraints lint clean
+.PHONY: help demo test lowest highest newest constraints docs lint clean
 
 help:
 	@echo 'make demo         convert SmolLM2-135M into a hybrid of attention and Mamba-2 (about 15 minutes on 2 cores)'
@@ -37,6 +37,7 @@ help:
 	@echo 'make highest      run them in .venv-highest, with the highest it allows'
 	@echo 'make newest       run them in .venv-newest, with the newest there are, and print what moved'
 	@echo 'make constraints  write constraints.txt and constraints-lowest.txt anew from pyproject.toml'
+	@echo 'make docs         build docs/ into docs/_build/html'
 	@echo 'make lint         run ruff'
 	@echo 'make clean        remove $(VENV) and build leftovers'
 
@@ -62,11 +63,17 @@ newest:
 	@$(MAKE) test VENV=.venv-newest CONSTRAINTS= UNCAPPED=yes; passed=$$?; \
 	echo; .venv-newest/bin/python .ci/versions.py moved constraints.txt; exit $$passed
 
+# The generated pages are written anew first.
+docs: $(VENV)/.installed-docs
+	$(BIN)/python docs/generate.py
+	$(BIN)/python -m sphinx -E -W --keep-going -q -b html docs docs/_build/html
+	@echo 'docs/_build/html/index.html'
+
 lint: $(VENV)/.installed-test
 	$(BIN)/python -m ruff check .
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info
+	rm -rf $(VENV) build dist docs/_build *.egg-info
 
 # What the tests need, resolved for every supported Python and platform at once. torch is the newest that has a CPU
 # build wherever one is looked for, and brings its GPU libraries in the versions that it was built with.

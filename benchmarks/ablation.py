@@ -17,7 +17,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks.run import RESULTS, put_in_readme  # noqa: E402
+from benchmarks.run import RESULTS, put_in_docs  # noqa: E402
 
 SCHEDULES = {  # share of the token budget for each phase; what the paper's ablation compares
     "3": {"end_to_end": 1.0},
@@ -114,9 +114,8 @@ def main() -> None:
     RESULTS.mkdir(exist_ok=True)
     about = {"tokens": options.tokens, "date": time.strftime("%Y-%m-%d")}
     (RESULTS / "ablation.json").write_text(json.dumps({"about": about, "rows": rows}, indent=1) + "\n")
-    (RESULTS / "ablation.md").write_text(table(rows, options.tokens))
     told = f"{'; '.join(rows[0]['machine']['devices'])}. `python benchmarks/ablation.py --tokens {options.tokens:.0f}`"
-    put_in_readme(
+    put_in_docs(
         "ablation",
         [*table(rows, options.tokens).splitlines(), "", told, "", "![ablation](benchmarks/results/ablation.png)"],
     )

@@ -25,7 +25,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks.run import RESULTS, put_in_readme  # noqa: E402
+from benchmarks.run import RESULTS, put_in_docs  # noqa: E402
 
 SOURCES = {
     "DistillKit": "arcee-ai/DistillKit a61c2e7: distillkit/compression/config.py, monotonic_logprobs.py, README.md",
@@ -353,7 +353,7 @@ def main() -> None:
     (options.results / "cache.md").write_text("\n".join(lines) + "\n")
     if options.results == RESULTS:
         told = f"{'; '.join(result['about']['machine']['devices'])}. `python benchmarks/cache.py`"
-        put_in_readme("cache", [*lines, "", told])
+        put_in_docs("cache", [*lines, "", told])
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks.run import RESULTS, put_in_readme  # noqa: E402
+from benchmarks.run import RESULTS, put_in_docs  # noqa: E402
 
 CHUNK = 512
 MIB = 2**20
@@ -152,7 +152,7 @@ def main() -> None:
     draw(found, options.results / "decode.png")
     if options.results == RESULTS:
         told = f"{'; '.join(about['machine']['devices'])}. `python benchmarks/decode.py`"
-        put_in_readme("decode", [*lines, "", told, "", "![decoding](benchmarks/results/decode.png)"])
+        put_in_docs("decode", [*lines, "", told, "", "![decoding](benchmarks/results/decode.png)"])
 
 
 if __name__ == "__main__":

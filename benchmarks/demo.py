@@ -1,4 +1,5 @@
-"""Keeps what a finished `mohawk demo` run found: its figures, tables and plots go to benchmarks/results/ and README.md.
+"""Keeps what a finished `mohawk demo` run found: its figures, tables and plots go to benchmarks/results/ and the
+documentation.
 
 make demo
 python benchmarks/demo.py [--run runs/demo]
@@ -12,7 +13,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a script, or imported by another benchmark
 
-from benchmarks.run import RESULTS, put_in_readme  # noqa: E402
+from benchmarks.run import RESULTS, put_in_docs  # noqa: E402
 from mohawk.runs.report import tables  # noqa: E402
 
 PLOTS = ("losses", "evaluation", "mixing_matrices")
@@ -49,7 +50,7 @@ def main() -> None:
     for name in PLOTS:
         shutil.copyfile(run / "plots" / f"{name}.png", RESULTS / f"demo_{name}.png")
     pictures = [f"![{name.replace('_', ' ')}](benchmarks/results/demo_{name}.png)" for name in PLOTS]
-    put_in_readme("demo", [*lines, "", told, "", *pictures])
+    put_in_docs("demo", [*lines, "", told, "", *pictures])
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks.run import RESULTS, put_in_readme  # noqa: E402
+from benchmarks.run import RESULTS, put_in_docs  # noqa: E402
 
 ONLY_CE = {"kd_weight": 0.0, "ce_weight": 1.0}
 METHODS = {  # name -> what its stage says
@@ -157,7 +157,7 @@ def main() -> None:
             f"{'; '.join(rows[0]['machine']['devices'])}. `python benchmarks/distillation.py --tokens {options.tokens}`"
         )
         plot = "![methods](benchmarks/results/distillation.png)"
-        put_in_readme("distillation", [head, "", *table(rows), "", told, "", plot])
+        put_in_docs("distillation", [head, "", *table(rows), "", told, "", plot])
 
 
 if __name__ == "__main__":

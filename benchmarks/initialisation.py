@@ -22,7 +22,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks.run import RESULTS, put_in_readme  # noqa: E402
+from benchmarks.run import RESULTS, put_in_docs  # noqa: E402
 
 MIXERS = ("mamba2", "discrete_mamba2")
 STARTS = {  # name -> (student.init, student.gate)
@@ -137,7 +137,7 @@ def main() -> None:
         command = f"python benchmarks/initialisation.py --mixing {options.mixing:.0f} --hidden {options.hidden:.0f}"
         told = f"{'; '.join(rows[0]['machine']['devices'])}. `{command}`"
         plot = "![initialisation](benchmarks/results/initialisation.png)"
-        put_in_readme("initialisation", [*lines, "", told, "", plot])
+        put_in_docs("initialisation", [*lines, "", told, "", plot])
 
 
 if __name__ == "__main__":

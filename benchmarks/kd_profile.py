@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch  # noqa: E402
 
 from benchmarks.kd_loss import SHAPES, floor_work, problem  # noqa: E402
-from benchmarks.run import RESULTS, environment, put_in_readme  # noqa: E402
+from benchmarks.run import RESULTS, environment, put_in_docs  # noqa: E402
 from mohawk.kernels.kd import chunked as kd_chunked
 from mohawk.kernels.kd import products as kd_products
 from mohawk.kernels.kd.loss import TeacherHidden, linear_kd_loss  # noqa: E402
@@ -75,8 +75,7 @@ def main() -> None:
     lines[-1] += "`python benchmarks/kd_profile.py`"
     print("\n".join(lines))
     (RESULTS / "kd_profile.json").write_text(json.dumps({"about": about, "seconds": result}, indent=1) + "\n")
-    (RESULTS / "kd_profile.md").write_text("\n".join(lines) + "\n")
-    put_in_readme("kd_profile", lines)
+    put_in_docs("kd_profile", lines)
 
 
 if __name__ == "__main__":

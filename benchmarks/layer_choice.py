@@ -19,7 +19,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks.run import RESULTS, put_in_readme  # noqa: E402
+from benchmarks.run import RESULTS, put_in_docs  # noqa: E402
 
 BUDGETS = (22, 15, 8, 4, 0)
 DISTILLED = 8  # attention layers of the students that go through phase 3
@@ -215,13 +215,12 @@ def main() -> None:
     results = {"about": about, "selection": found, "rows": rows, "distilled": distilled}
     (RESULTS / "layer_choice.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     lines = table(rows, distilled, found["num_layers"])
-    (RESULTS / "layer_choice.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
     draw(rows, found["num_layers"], RESULTS / "layer_choice.png")
     command = f"python benchmarks/layer_choice.py --by {' '.join(options.by)}"
     command += f" --tokens {options.tokens}" * (options.tokens != 2048) + " --lazy" * options.lazy
     command += f" --distil {options.distil:.0f}" * (options.distil > 0)
     told = f"{'; '.join(about['machine']['devices'])}. `{command}`"
-    put_in_readme("layer_choice", [*lines, "", told, "", "![layer choice](benchmarks/results/layer_choice.png)"])
+    put_in_docs("layer_choice", [*lines, "", told, "", "![layer choice](benchmarks/results/layer_choice.png)"])
     print("\n".join(lines))
 
 

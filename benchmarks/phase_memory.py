@@ -20,7 +20,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks.run import RESULTS, put_in_readme  # noqa: E402
+from benchmarks.run import RESULTS, put_in_docs  # noqa: E402
 
 HIDDEN, HEADS, KV_HEADS, MLP, VOCAB, BATCH = 576, 9, 3, 1536, 4096, 4
 DEPTHS, LENGTHS = (8, 24), (256, 512)
@@ -107,8 +107,8 @@ def _rss() -> int:
     return pages * resource.getpagesize()
 
 
-def table(rows: list[dict]) -> list[str]:
-    """The README's table."""
+def table(rows: list[dict], about: dict) -> list[str]:
+    """The documentation's table."""
     lines = ["| phase | layers | length | streamed | all alive | ratio | hidden states | seconds | all alive | ratio |"]
     lines.append("|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|")
     for ours, theirs in zip(rows[::2], rows[1::2], strict=True):
@@ -119,7 +119,10 @@ def table(rows: list[dict]) -> list[str]:
             f"{theirs['seconds'] / ours['seconds']:.1f} |"
         )
     told = "Peak above the models and time of one step; half of the layers replaced, batch 4, width 576, float32."
-    return [*lines, "", f"{told} `python benchmarks/phase_memory.py`"]
+    machine = (
+        f"{about['machine'] or platform.machine()}, {about['threads']} threads, torch {about['torch']}, {about['date']}"
+    )
+    return [*lines, "", f"{told} {machine}. `python benchmarks/phase_memory.py`"]
 
 
 def main() -> None:
@@ -167,7 +170,7 @@ def main() -> None:
     }  # fmt: skip
     options.json.write_text(json.dumps({"about": about, "rows": rows}, indent=1) + "\n")
     if options.json.parent == RESULTS:
-        put_in_readme("phase_memory", table(rows))
+        put_in_docs("phase_memory", table(rows, about))
 
 
 if __name__ == "__main__":

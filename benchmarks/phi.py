@@ -23,7 +23,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.ablation import INITS, SCHEDULES  # noqa: E402
-from benchmarks.run import RESULTS  # noqa: E402
+from benchmarks.run import RESULTS, put_in_docs  # noqa: E402
 
 VOCABULARY, WIDTH, LAYERS, HEADS, LENGTH = 512, 128, 4, 4, 256
 BATCH = 8  # rows of LENGTH tokens in a step of the teacher's training
@@ -302,9 +302,10 @@ def main() -> None:
     devices = "; ".join(rows[0]["machine"]["devices"])
     found = {"about": {"tokens": options.tokens, "teacher": about, "date": time.strftime("%Y-%m-%d")}, "rows": rows}
     (options.results / "phi.json").write_text(json.dumps(found, indent=1) + "\n")
-    (options.results / "phi.md").write_text(
-        f"{table(rows, about, options.tokens)}\n{devices}. `python benchmarks/phi.py {budgets}`\n"
-    )
+    text = f"{table(rows, about, options.tokens)}\n{devices}. `python benchmarks/phi.py {budgets}`\n"
+    (options.results / "phi.md").write_text(text)
+    if options.results == RESULTS:
+        put_in_docs("phi", text.splitlines())
     draw(rows, options.results / "phi.png")
 
 

@@ -20,7 +20,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks.run import RESULTS, put_in_readme  # noqa: E402
+from benchmarks.run import RESULTS, put_in_docs  # noqa: E402
 
 STRATEGIES = ("importance", "magnitude", "random")
 TEXTS = {"held_out": "held-out text of the training sources", "evaluation": "text of another source"}
@@ -223,7 +223,7 @@ def main() -> None:
     if options.results == RESULTS:
         command = f"python benchmarks/pruning.py --tokens {options.tokens} --cuts {' '.join(map(str, options.cuts))}"
         told = f"{'; '.join(rows[0]['machine']['devices'])}. `{command}`"
-        put_in_readme("pruning", [*lines, "", told, "", "![pruning](benchmarks/results/pruning.png)"])
+        put_in_docs("pruning", [*lines, "", told, "", "![pruning](benchmarks/results/pruning.png)"])
 
 
 if __name__ == "__main__":

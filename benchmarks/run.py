@@ -5,8 +5,8 @@ A benchmark is a module beside this file with `cases(device, quick)`, a list of 
 fresh process: it is checked first, then warmed up, then timed; the cases of a benchmark take turns,
 `--rounds` times, so that a busy or warming machine disturbs all alike. Medians with their spread, ratios to
 the floor, and peak memory are printed and written to benchmarks/results/NAME-DEVICE.json and .md with device,
-versions and commit, drawn as .png where matplotlib is installed, and put between the `<!-- benchmark:
-NAME-DEVICE -->` marks of README.md.
+versions and commit, drawn as .png where matplotlib is installed, and filled into the pages of docs/ that have the mark
+`<!-- benchmark: NAME-DEVICE -->`.
 
 Cases of other packages run where these are importable: with this Python, or with the one `--peers` names (a
 virtual environment with liger-kernel, trl, ...). Those that are nowhere are named as skipped.
@@ -24,6 +24,7 @@ import json
 import pathlib
 import platform
 import re
+import runpy
 import statistics
 import subprocess
 import sys
@@ -264,33 +265,51 @@ def draw(rows: list[dict], path: pathlib.Path, title: str) -> None:
         print("matplotlib is not installed: no plot")
         return
     matplotlib.use("Agg")
+    figure = panels([row for row in rows if "seconds" in row], title)
+    if figure is not None:
+        figure.savefig(path, dpi=110)
+
+
+def panels(rows: list[dict], title: str):
+    """A figure with a row of panels for each table: time as a ratio to the table's floor, and peak memory. None
+    without rows."""
     import matplotlib.pyplot as plt
 
-    rows = [row for row in rows if "seconds" in row]
-    if not rows:
-        return
-    if any("at" in row for row in rows):
-        figure, axes = plt.subplots(1, 2, figsize=(11, 4.5))
-        draw_curves(rows, axes)
-    else:
-        figure, axes = plt.subplots(1, 2, figsize=(11, 0.32 * len(rows) + 1), sharey=True)
-        draw_bars(rows, axes)
+    tables = dict.fromkeys(row["table"] for row in rows)
+    if not tables:
+        return None
+    grouped = [[row for row in rows if row["table"] == table] for table in tables]
+    curves = any("at" in row for row in rows)
+    heights = [4.2 if curves else 0.26 * len(mine) + 1.1 for mine in grouped]
+    figure, axes = plt.subplots(
+        len(grouped), 2, figsize=(12, sum(heights) + 0.6), squeeze=False, layout="constrained",
+        height_ratios=heights,
+    )  # fmt: skip
+    for mine, pair in zip(grouped, axes, strict=True):
+        (draw_curves if curves else draw_bars)(mine, pair)
+        pair[0].set_title(mine[0]["table"], loc="left", fontsize="medium", fontweight="bold")
     figure.suptitle(title)
-    figure.tight_layout()
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    plt.close(figure)  # of pyplot's list; the figure itself stays
+    return figure
+
+
+def floors(rows: list[dict]) -> list[float]:
+    """Of each row, its time over that of its floor; nan where it has none."""
+    seconds = {row["name"]: row["seconds"] for row in rows}
+    return [row["seconds"] / seconds.get(row["floor"], float("nan")) for row in rows]
 
 
 def draw_curves(rows: list[dict], axes) -> None:
-    curves = dict.fromkeys((row["table"], row["name"].split(",")[0]) for row in rows)
-    tables = dict.fromkeys(row["table"] for row in rows)
-    for axis, key, unit in ((axes[0], "seconds", "seconds"), (axes[1], "mib", "peak MiB")):
-        for table, name in curves:
-            mine = [row for row in rows if row["table"] == table and row["name"].split(",")[0] == name]
-            points = [row["at"] for row in mine], [row[key] for row in mine]
-            axis.plot(*points, marker="o", label=name if len(tables) == 1 else f"{table}: {name}")
+    """One table, measured at several lengths."""
+    ratios = floors(rows)
+    for axis, values, unit in ((axes[0], ratios, "time / floor"), (axes[1], [row["mib"] for row in rows], "peak MiB")):
+        for name in dict.fromkeys(row["name"].split(",")[0] for row in rows):
+            mine = [i for i, row in enumerate(rows) if row["name"].split(",")[0] == name]
+            axis.plot([rows[i]["at"] for i in mine], [values[i] for i in mine], marker="o", label=name)
         axis.set_xscale("log", base=2)
         axis.set_yscale("log")
+        lengths = sorted({row["at"] for row in rows})
+        axis.set_xticks(lengths, [f"{length:,}" for length in lengths])
         axis.set_xlabel("tokens")
         axis.set_ylabel(unit)
         axis.grid(alpha=0.3)
@@ -298,24 +317,37 @@ def draw_curves(rows: list[dict], axes) -> None:
 
 
 def draw_bars(rows: list[dict], axes) -> None:
-    labels = [f"{row['table'].split(',')[0]}: {row['name']}" for row in rows][::-1]
-    colours = ["#3b6ea5" if row["name"].startswith("mohawk") else "#b0b0b0" for row in rows][::-1]
-    for axis, key, name in ((axes[0], "seconds", "seconds"), (axes[1], "mib", "peak MiB")):
-        axis.barh(labels, [row[key] for row in rows][::-1], color=colours)
-        axis.set_xlabel(name)
+    """One table, a bar for each row, in the table's order."""
+    colours = ["#3b6ea5" if row["name"].startswith("mohawk") else "#b0b0b0" for row in rows]
+    places = range(len(rows))  # places, not names: two rows may be called the same
+    told = (
+        (axes[0], floors(rows), "time / floor (and seconds)", [f"{row['seconds']:.3g} s" for row in rows], "{:.2f} x"),
+        (axes[1], [row["mib"] for row in rows], "peak MiB", None, "{:,.0f}"),
+    )
+    for axis, values, name, beside, form in told:
+        bars = axis.barh(places, values, color=colours)
+        texts = [form.format(value) for value in values]
+        texts = texts if beside is None else [f"{text}  ({more})" for text, more in zip(texts, beside, strict=True)]
+        white = {"facecolor": "white", "edgecolor": "none", "pad": 0.6}  # where the floor's line would cross it
+        axis.bar_label(bars, texts, padding=3, fontsize="x-small", bbox=white)
+        axis.margins(x=0.22)
+        axis.invert_yaxis()
+        axis.set_xlabel(name, fontsize="small")
+        axis.tick_params(labelsize="small")
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[0].axvline(1, color="#c0504d", linewidth=1, linestyle="--")
+    axes[0].set_yticks(places, [row["name"] for row in rows])
+    axes[1].set_yticks([])
 
 
-def put_in_readme(mark: str, lines: list[str]) -> None:
-    readme = ROOT / "README.md"
-    if not readme.exists():
-        return
-    text = readme.read_text()
-    pattern = re.compile(rf"(<!-- benchmark: {re.escape(mark)} -->\n).*?(<!-- end -->)", re.S)
-    body = "\n".join(lines).strip() + "\n"
-    new = pattern.sub(lambda found: found.group(1) + body + found.group(2), text)
-    if new != text:
-        readme.write_text(new)
-        print(f"README.md: {mark} written")
+def put_in_docs(name: str, lines: list[str]) -> None:
+    """Keeps a result's text as benchmarks/results/NAME.md and fills it into the pages that show it."""
+    text = "\n".join(lines).strip() + "\n"
+    (RESULTS / f"{name}.md").write_text(text.replace("](benchmarks/results/", "]("), encoding="utf-8")
+    for page, new in runpy.run_path(str(ROOT / "docs" / "generate.py"))["with_tables"]().items():
+        if page.read_text(encoding="utf-8") != new:
+            page.write_text(new, encoding="utf-8")
+            print(f"{page.relative_to(ROOT)}: {name} written")
 
 
 def run_benchmark(name: str, options: argparse.Namespace) -> bool:
@@ -367,9 +399,8 @@ def run_benchmark(name: str, options: argparse.Namespace) -> bool:
     if not (options.no_write or options.quick):
         RESULTS.mkdir(exist_ok=True)
         (RESULTS / f"{mark}.json").write_text(json.dumps({"about": about, "rows": rows}, indent=1) + "\n")
-        (RESULTS / f"{mark}.md").write_text("\n".join(lines) + "\n")
         draw(rows, RESULTS / f"{mark}.png", f"{name} on {about['device']}")
-        put_in_readme(mark, lines)
+        put_in_docs(mark, lines)
     return not any(k in row for row in rows if row["name"].startswith("mohawk") for k in ("failed", "wrong"))
 
 

@@ -195,7 +195,7 @@ def _missing(config) -> str | None:
     if getattr(config, "model_type", None) not in FAMILIES:
         return _unlike_llama(config) or (
             "an entry in FAMILIES (models/families.py) that says how its attention, norms and head are named; "
-            "README.md says how to add one, under 'Which models'"
+            "docs/families.md says how to add one"
         )
     return None
 

@@ -7,6 +7,16 @@ import sys
 
 def main() -> int:
     """Run the command line; returns the exit code."""
+    if not hasattr(sys.modules["mohawk"], "__version__"):
+        # The package registry's `mohawk`, an HTTP authentication library, has put its __init__.py where ours was, or
+        # taken ours along when it was uninstalled.
+        print(
+            f"error: mohawk in {os.path.dirname(os.path.abspath(__file__))} is damaged: another project's package that "
+            "is also called mohawk was installed over it or uninstalled; run: pip uninstall mohawk, then install "
+            "mohawk-distill again (pip install --force-reinstall --no-deps . in its checkout)",
+            file=sys.stderr,
+        )
+        return 2
     try:
         from mohawk.cli import main as command
 

@@ -26,7 +26,7 @@ def _add_select(parser: argparse.ArgumentParser) -> None:
     )
     add_by(parser)
     parser.add_argument(
-        "--tokens", type=number(int, 2), default=2048, metavar="N", help="of text to measure on; default: 2048"
+        "--tokens", type=number(int, 2), default=2048, metavar="N", help="tokens of text to measure on; default: 2048"
     )
     parser.add_argument(
         "--lazy", action="store_true", help="measure only layers that could be next: faster, not always the same order"

@@ -45,13 +45,13 @@ class Student(Section):
     )
     init: Literal["attention", "neutral", "random"] = Field(
         "attention",
-        description="attention: C, B, x and output from the teacher's q, k, v and o; neutral: conv and gate pass on",
+        description="what mixers start from; attention: q, k, v and o; neutral: an identity convolution, an open gate",
     )
     gate: Literal["open", "output"] = Field(
-        "open", description="gate rows at the start; open: constant 1; output: from W_O and W_V"
+        "open", description="what the gate starts from; open: a constant 1; output: W_O and W_V"
     )
     state_size: Annotated[Whole, Field(ge=1, le=1024)] | None = Field(
-        None, description="of the state per head; null: the teacher's head_dim"
+        None, description="size of the state per head; null: the teacher's head_dim"
     )
     conv_kernel: Annotated[Whole, Field(ge=1, le=16)] = Field(4, description="width of the causal convolution")
 
@@ -66,7 +66,7 @@ class Mixing(Phase):
 class Hidden(Phase):
     tokens: Count = Field(160_000_000, description="training tokens of the phase")
     match: Literal["block_output", "mixer_output"] = Field(
-        "block_output", description="what of a layer is compared with the teacher's"
+        "block_output", description="which output is compared with the teacher's: the whole layer's or the mixer's"
     )
     train_mlp: bool = Field(False, description="train the MLPs of the converted layers too")
     solve_tokens: Annotated[Whole, Field(ge=0, le=10**15)] = Field(
@@ -76,15 +76,15 @@ class Hidden(Phase):
 
 class EndToEnd(Phase):
     tokens: Count = Field(2_760_000_000, description="training tokens of the phase")
-    learning_rate: Annotated[float, Field(gt=0, le=1)] = Field(1e-5, description="after warmup")
+    learning_rate: Annotated[float, Field(gt=0, le=1)] = Field(1e-5, description="learning rate after warmup")
     gradient_accumulation: Batch = Field(16, description="batches in one step")
     train: Literal["all", "all_but_mlp", "mixers"] = Field("all", description="which parameters train")
     divergence: Divergence = Field(
-        "forward_kl", description="between the teacher's and the student's next-token distributions"
+        "forward_kl", description="divergence between the teacher's and the student's next-token distributions"
     )
-    temperature: Annotated[float, Field(ge=0.001, le=100)] = Field(1.0, description="of both distributions")
-    kd_weight: Weight = Field(1.0, description="of the divergence")
-    ce_weight: Weight = Field(0.0, description="of the cross entropy with the text")
+    temperature: Annotated[float, Field(ge=0.001, le=100)] = Field(1.0, description="temperature of both distributions")
+    kd_weight: Weight = Field(1.0, description="weight of the divergence")
+    ce_weight: Weight = Field(0.0, description="weight of the cross entropy with the text")
 
 
 class Phases(Section):

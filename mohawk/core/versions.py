@@ -12,6 +12,8 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
 
+DISTRIBUTION = "mohawk-distill"  # what pip calls this package; `mohawk` there is an HTTP authentication library
+COMMAND = "mohawk"  # what it installs, and another project's package of that name does not
 PYPROJECT = Path(__file__).resolve().parents[2] / "pyproject.toml"  # there in a source checkout alone
 
 
@@ -24,7 +26,7 @@ class Outside(NamedTuple):
 
 
 def declared() -> list[tuple[str, Requirement]]:
-    """(extra, requirement), the extra empty for what every use needs; `mohawk[...]` within extras left out.
+    """(extra, requirement), the extra empty for what every use needs; `mohawk-distill[...]` within extras left out.
 
     From pyproject.toml in a source checkout, since an editable install knows only what it said when it was made; else,
     and where nothing here reads TOML (Python 3.10 without tomli), from the installed package, without the extra of
@@ -36,19 +38,19 @@ def declared() -> list[tuple[str, Requirement]]:
         found += [(extra, text) for extra, texts in table["optional-dependencies"].items() for text in texts]
         requirements = [(extra, Requirement(text)) for extra, text in found]
     else:
-        extras = ["", *(importlib.metadata.metadata("mohawk").get_all("Provides-Extra") or [])]
+        extras = ["", *(importlib.metadata.metadata(DISTRIBUTION).get_all("Provides-Extra") or [])]
         requirements = []
-        for requirement in map(Requirement, importlib.metadata.requires("mohawk") or []):
+        for requirement in map(Requirement, importlib.metadata.requires(DISTRIBUTION) or []):
             # an extra's requirements hold under the marker `extra == ...`, those of every use without any extra too
             holds = [extra for extra in extras if _holds(requirement, extra)]
             requirements += [(extra, requirement) for extra in holds[:1] if extra != "test"]
-    return [(extra, requirement) for extra, requirement in requirements if requirement.name != "mohawk"]
+    return [(extra, requirement) for extra, requirement in requirements if requirement.name != DISTRIBUTION]
 
 
 def ranges() -> dict[str, SpecifierSet]:
     """Package ("python" for the interpreter) -> the versions that are tested on this machine."""
     table = _checkout()
-    pythons = table["requires-python"] if table else importlib.metadata.metadata("mohawk")["Requires-Python"]
+    pythons = table["requires-python"] if table else importlib.metadata.metadata(DISTRIBUTION)["Requires-Python"]
     found = {"python": SpecifierSet(pythons)}
     for extra, requirement in declared():
         if _holds(requirement, extra):
@@ -77,6 +79,20 @@ def installed(name: str) -> str | None:
         return None
 
 
+def foreign() -> list[str]:
+    """Other projects' installed packages that are called `mohawk`, as "mohawk 1.1.0 (its summary)".
+
+    Their files lie in the same folder as ours, `mohawk/__init__.py` among them, so one of the two packages is broken.
+    This project was once installed under that name itself; such an installation is not counted, since it brings our
+    command.
+    """
+    found = []
+    for each in importlib.metadata.distributions(name="mohawk"):
+        if not any(entry.name == COMMAND for entry in each.entry_points):
+            found.append(f"mohawk {each.version} ({each.metadata['Summary'] or 'without a summary'})")
+    return found
+
+
 def _holds(requirement: Requirement, extra: str) -> bool:
     return requirement.marker is None or requirement.marker.evaluate({"extra": extra})
 
@@ -93,4 +109,4 @@ def _checkout() -> dict[str, Any] | None:
     if not PYPROJECT.is_file():
         return None
     project = tomllib.loads(PYPROJECT.read_text(encoding="utf-8")).get("project", {})
-    return project if project.get("name") == "mohawk" else None
+    return project if project.get("name") == DISTRIBUTION else None

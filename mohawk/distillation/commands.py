@@ -48,18 +48,25 @@ def _add_cache(parser: argparse.ArgumentParser) -> None:
         help="k most probable tokens and the rest's mass (default), random tokens, or hidden states and the head",
     )
     parser.add_argument(
-        "--stage", metavar="NAME", help="of a distillation; default: the first that learns from the teacher"
+        "--stage", metavar="NAME", help="stage of a distillation; default: the first that learns from the teacher"
     )
-    parser.add_argument("--k", type=number(int, 1), metavar="K", help="of top-k; default: 64")
-    parser.add_argument("--draws", type=number(int, 1), metavar="N", help="of samples; default: 12")
     parser.add_argument(
-        "--temperature", type=number(float, 1e-3, 1e3), metavar="T", help="of top-k and samples; default: the stage's"
+        "--k", type=number(int, 1), metavar="K", help="tokens kept of each position (top-k); default: 64"
+    )
+    parser.add_argument(
+        "--draws", type=number(int, 1), metavar="N", help="tokens drawn for each position (samples); default: 12"
+    )
+    parser.add_argument(
+        "--temperature",
+        type=number(float, 1e-3, 1e3),
+        metavar="T",
+        help="of the teacher (top-k and samples); default: the stage's",
     )
     parser.add_argument(
         "--sequence-length", type=number(int, 2), metavar="N", help="tokens in a row; default: the stage's"
     )
     parser.add_argument(
-        "--tokens", type=number(int, 1), metavar="N", help="only so many; default: one pass over the text"
+        "--tokens", type=number(int, 1), metavar="N", help="stop after so many tokens; default: one pass over the text"
     )
     parser.add_argument("--batch-size", type=number(int, 1), metavar="N", help="rows at once; default: the stage's")
     add_set(parser)

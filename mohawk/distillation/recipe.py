@@ -68,16 +68,18 @@ class Ramp(Section):
 
     start: Weight = Field(description="value at the first step")
     end: Weight = Field(description="value at the end of the ramp, and from there on")
-    shape: Literal["linear", "cosine", "steps"] = Field("linear", description="of the way between them")
+    shape: Literal["linear", "cosine", "steps"] = Field("linear", description="shape of the way between them")
     until: Annotated[float, Field(gt=0, le=1)] = Field(
         1.0, description="share of the steps at which the end is reached"
     )
 
 
 class DistillTeacher(Teacher):
-    name: Text | None = Field(None, description="by which an example's teacher_field names it; null: its place, from 0")
-    weight: Positive = Field(1.0, description="among several teachers")
-    micro_batch: Batch | None = Field(None, description="rows at a time; null: as many as the student's")
+    name: Text | None = Field(
+        None, description="name that an example's teacher_field gives it; null: its place, from 0"
+    )
+    weight: Positive = Field(1.0, description="weight among several teachers")
+    micro_batch: Batch | None = Field(None, description="rows it is asked for at a time; null: the student's batch")
     quantize: Literal["int8", "int4"] | None = Field(
         None, description="load the weights in so many bits (bitsandbytes or torchao)"
     )
@@ -87,10 +89,12 @@ class DistillTeacher(Teacher):
 
 
 class Lora(Section):
-    rank: Count = Field(16, description="of each adapter")
-    alpha: Positive = Field(32.0, description="adapters count by alpha / rank")
-    dropout: Annotated[float, Field(ge=0, lt=1)] = Field(0.0, description="of adapters' inputs")
-    targets: list[Text] | None = Field(None, description="modules by name; null: all linear layers but the head")
+    rank: Count = Field(16, description="rank of each adapter")
+    alpha: Positive = Field(32.0, description="adapters are scaled by alpha / rank")
+    dropout: Annotated[float, Field(ge=0, lt=1)] = Field(0.0, description="dropout of the adapters' inputs")
+    targets: list[Text] | None = Field(
+        None, description="names of modules that get adapters; null: all linear layers but the head"
+    )
     bits: Literal[4] | None = Field(None, description="4: QLoRA, the frozen weights in 4 bits (bitsandbytes)")
     keep: bool = Field(
         False, description="also save the adapters, with the model they fit, in phases/<stage>/adapter and base"
@@ -114,8 +118,8 @@ class OwnLoss(Section):
     """The loss of one source's rows in place of the stage's, a term of its own beside it: the mean over its tokens of a
     step. They are never replaced by the student's samples."""
 
-    kd_weight: Weight | Ramp = Field(0.0, description="of the divergence")
-    ce_weight: Weight | Ramp = Field(1.0, description="of the cross entropy with the text")
+    kd_weight: Weight | Ramp = Field(0.0, description="weight of the divergence")
+    ce_weight: Weight | Ramp = Field(1.0, description="weight of the cross entropy with the text")
 
 
 class DistillSource(Source):
@@ -124,25 +128,36 @@ class DistillSource(Source):
         description="pairs: prompts and responses in JSON lines; rationales: prompts with labels and rationales, or "
         "with responses that hold both",
     )
-    prompt_field: Text = Field("prompt", description="of pairs")
-    response_field: Text = Field("response", description="of pairs")
-    messages_field: Text = Field("messages", description="of pairs that are chats")
+    prompt_field: Text = Field("prompt", description="field of the prompt, in pairs")
+    response_field: Text = Field("response", description="field of the response, in pairs")
+    messages_field: Text = Field("messages", description="field of the messages, in pairs that are chats")
     chat: bool = Field(False, description="put prompts and responses into the tokenizer's chat template")
-    weight_field: Text | None = Field(None, description="of pairs: a number that multiplies an example's loss")
-    rationale_weight: Weight = Field(1.0, description="of rationales beside labels")
-    label_prefix: Text = Field("[label]", description="in front of a prompt that asks for the label")
-    rationale_prefix: Text = Field("[rationale]", description="in front of a prompt that asks for the rationale")
-    templates: list[Text] | None = Field(
-        None, description="what takes a response apart, such as '{rationale} The answer is {label}.'; null: a few"
+    weight_field: Text | None = Field(
+        None, description="field, in pairs, of a number that multiplies an example's loss"
     )
-    teacher_field: Text | None = Field(None, description="of pairs: the name of the teacher that answers an example")
+    rationale_weight: Weight = Field(1.0, description="weight of rationales beside labels")
+    label_prefix: Text = Field("[label]", description="text in front of a prompt that asks for the label")
+    rationale_prefix: Text = Field("[rationale]", description="text in front of a prompt that asks for the rationale")
+    templates: list[Text] | None = Field(
+        None,
+        description="patterns that take a response apart, such as '{rationale} The answer is {label}.'; null: a few",
+    )
+    teacher_field: Text | None = Field(
+        None, description="field, in pairs, of the name of the teacher that answers an example"
+    )
     weighting: Literal["uniform", "counts", "probability", "importance"] | None = Field(
-        None, description="of a prompt's several responses; probability: by the teacher's; null: each counts as one"
+        None,
+        description="how a prompt's responses are weighed; probability: by the teacher's; null: each counts as one",
     )
     length_normalized: bool = Field(False, description="weigh by the log probability per token")
-    too_long: Literal["truncate", "drop"] = Field("truncate", description="a prompt's left, or the whole example")
-    sampling_weight: Positive | None = Field(None, description="rows in proportion; null: its share of the text")
-    loss_weight: Weight = Field(1.0, description="multiplies its tokens' loss")
+    too_long: Literal["truncate", "drop"] = Field(
+        "truncate",
+        description="how an example is made to fit: its prompt is cut on the left, or all of it is left out",
+    )
+    sampling_weight: Positive | None = Field(
+        None, description="rows are drawn in proportion to it; null: to the source's share of the text"
+    )
+    loss_weight: Weight = Field(1.0, description="multiplies the loss of its tokens")
     own_loss: OwnLoss | None = Field(
         None,
         description="added to the stage's loss, which is then of the other sources: such as the cross entropy of plain "
@@ -158,43 +173,47 @@ class Taid(Section):
     """TAID's moving target (arXiv 2501.16937)."""
 
     start: Share = Field(0.4, description="the teacher's share at the start")
-    alpha: Positive = Field(5e-4, description="how fast it grows")
-    decay: Annotated[float, Field(ge=0, lt=1)] = Field(0.99, description="of the average of the loss's fall")
+    alpha: Positive = Field(5e-4, description="how fast that share grows")
+    decay: Annotated[float, Field(ge=0, lt=1)] = Field(
+        0.99, description="decay of the moving average of the loss's fall"
+    )
     end: Share = Field(1.0, description="the largest share")
 
 
 class HiddenMatching(Section):
-    weight: Weight | Ramp = Field(1.0, description="of this loss")
+    weight: Weight | Ramp = Field(1.0, description="weight of this loss")
     layers: Layers = Field("uniform", description="which of the student's layers learn from which of the teacher's")
     embeddings: bool = Field(False, description="compare the embeddings too")
-    loss: Literal["mse", "cosine"] = Field("mse", description="between hidden states")
-    normalise: Literal["none", "layer", "unit"] = Field("none", description="both sides, token by token")
-    rank: Count | None = Field(None, description="of the projection where widths differ; null: full")
+    loss: Literal["mse", "cosine"] = Field("mse", description="loss between hidden states")
+    normalise: Literal["none", "layer", "unit"] = Field(
+        "none", description="how both sides are normalised, token by token"
+    )
+    rank: Count | None = Field(None, description="rank of the projection where widths differ; null: full")
     shared: bool = Field(False, description="one projection for all layers")
 
 
 class AttentionMatching(Section):
-    weight: Weight | Ramp = Field(1.0, description="of this loss")
+    weight: Weight | Ramp = Field(1.0, description="weight of this loss")
     layers: Layers = Field("uniform", description="which of the student's layers learn from which of the teacher's")
     metric: Literal["mse", "scores", "kl", "frobenius"] = Field(
-        "kl", description="between the matrices of a head; scores: mse of what their softmax takes"
+        "kl", description="distance between the matrices of a head; scores: mse of the scores before the softmax"
     )
 
 
 class OnPolicy(Section):
     """GKD: batches of the student's own samples."""
 
-    share: Share = Field(0.5, description="of the steps that train on them")
-    max_new_tokens: Batch = Field(128, description="sampled after a prompt")
-    temperature: Annotated[float, Field(ge=0.001, le=1000)] = Field(1.0, description="of sampling")
+    share: Share = Field(0.5, description="share of the steps that train on the student's samples")
+    max_new_tokens: Batch = Field(128, description="tokens sampled after a prompt")
+    temperature: Annotated[float, Field(ge=0.001, le=1000)] = Field(1.0, description="temperature of sampling")
     top_p: Annotated[float, Field(gt=0, le=1)] = Field(1.0, description="sample from this share of the probability")
-    prompt_tokens: Batch = Field(32, description="of a plain text that are its prompt")
+    prompt_tokens: Batch = Field(32, description="first tokens of a plain text, which serve as its prompt")
 
 
 class Routing(Section):
     """A bandit that chooses among several teachers' rationales by what they do for the student's held-out loss."""
 
-    algorithm: Literal["ucb1", "exp3"] = Field("ucb1", description="of the bandit")
+    algorithm: Literal["ucb1", "exp3"] = Field("ucb1", description="algorithm of the bandit")
     every: Count = Field(50, description="steps on one teacher's rationales before the next choice")
 
 
@@ -210,13 +229,15 @@ class Advance(Section):
 class Stage(Phase):
     """A stage's budget and method."""
 
-    name: StageName = Field("distil", description="of its folder: small letters, digits, - and _")
+    name: StageName = Field("distil", description="name of the stage and its folder: small letters, digits, - and _")
     learn_from: Literal["teacher", "previous", "average", "start"] = Field(
         "teacher",
         description="teacher: the recipe's; previous: the student of the stage before; average: the student's moving "
         "average; start: the student as the stage finds it",
     )
-    average_decay: Annotated[float, Field(ge=0, le=1)] = Field(0.999, description="of learn_from: average")
+    average_decay: Annotated[float, Field(ge=0, le=1)] = Field(
+        0.999, description="decay of the moving average that learn_from: average asks"
+    )
     student: DistillStudent | None = Field(
         None, description="a smaller student from here on, made of the one so far or of `model`; null: the same one"
     )
@@ -226,14 +247,14 @@ class Stage(Phase):
     cache: Place | None = Field(
         None, description="folder that `mohawk cache` wrote: the teacher's answers instead of the teacher"
     )
-    divergence: Divergence = Field("forward_kl", description="between next-token distributions")
-    beta: Share = Field(0.5, description="of jsd: 0 is forward, 1 reverse KL")
+    divergence: Divergence = Field("forward_kl", description="divergence between next-token distributions")
+    beta: Share = Field(0.5, description="beta of jsd: 0 is forward, 1 reverse KL")
     lam: Annotated[float, Field(ge=0, lt=1)] = Field(0.1, description="skew of skew_kl and skew_reverse_kl")
     temperature: Literal["auto"] | Annotated[float, Field(ge=0.001, le=1000)] | Ramp = Field(
-        1.0, description="of both distributions; auto: log2(size ratio) + 1"
+        1.0, description="temperature of both distributions; auto: log2(size ratio) + 1"
     )
-    kd_weight: Weight | Ramp = Field(1.0, description="of the divergence")
-    ce_weight: Weight | Ramp = Field(0.0, description="of the cross entropy with the text")
+    kd_weight: Weight | Ramp = Field(1.0, description="weight of the divergence")
+    ce_weight: Weight | Ramp = Field(0.0, description="weight of the cross entropy with the text")
     confidence: bool = Field(False, description="weigh the divergence by the teacher's probability of the label")
     taid: Taid | None = Field(None, description="a target that moves from the student to the teacher")
     hidden: HiddenMatching | None = Field(None, description="match hidden states")
@@ -243,7 +264,7 @@ class Stage(Phase):
         None, description="choose among the sources of rationales, each one teacher's, while training"
     )
     advance: Advance | None = Field(None, description="end early; null: when the tokens are used up")
-    learning_rate: Annotated[float, Field(gt=0, le=1)] = Field(1e-4, description="after warmup")
+    learning_rate: Annotated[float, Field(gt=0, le=1)] = Field(1e-4, description="learning rate after warmup")
     tokens: Count = Field(100_000_000, description="training tokens of the stage")
 
 
@@ -253,11 +274,11 @@ class DistillRecipe(RecipeFile):
     teacher: DistillTeacher = Field(description="the model to learn from")
     teachers: list[DistillTeacher] = Field([], description="further teachers")
     combine: Literal["probabilities", "logits", "row"] = Field(
-        "probabilities", description="of several teachers; row: each example has its own (teacher_field)"
+        "probabilities", description="how several teachers are combined; row: each example has its own (teacher_field)"
     )
     student: DistillStudent = Field(DistillStudent(), description="the model that learns")
-    data: DistillData = Field(description="the text")
-    stages: list[Stage] = Field(min_length=1, description="of training, one after another")
+    data: DistillData = Field(description="the text to train and evaluate on")
+    stages: list[Stage] = Field(min_length=1, description="stages of training, one after another")
     report_to: list[Text] = Field([], description="experiment trackers of transformers (tensorboard, wandb, ...)")
 
     def phase_names(self) -> tuple[str, ...]:

@@ -13,6 +13,7 @@ from mohawk.core.json_files import read_json
 from mohawk.core.places import home
 from mohawk.export.parity import Row
 from mohawk.export.runtimes import GROUPS_APART, Note
+from mohawk.loading.remote_code import LICENCE
 from mohawk.runs.kept import Tabled
 from mohawk.runs.report import RESULTS, tables
 from mohawk.schema.base import RecipeFile
@@ -49,6 +50,7 @@ def model_card(
             for line in (
                 f"Teacher: {_public(teacher) if teacher else 'not known'}",
                 f"Licence of the teacher: {licence or UNKNOWN}",
+                f"Licence of the {'code beside the weights' if remote else 'package that made it'}, mohawk: {LICENCE}",
                 *changes,
             )
         ),  # fmt: skip

@@ -10,7 +10,7 @@ from mohawk.errors import UserError
 
 def _add_generate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL", help="folder, run, .gguf file or hub id")
-    parser.add_argument("--prompt", required=True, metavar="TEXT")
+    parser.add_argument("--prompt", required=True, metavar="TEXT", help="text to continue")
     parser.add_argument("--tokenizer", metavar="MODEL", help="folder or hub id, where the model comes without one")
     parser.add_argument("--max-new-tokens", type=number(int, 1), default=100, metavar="N", help="default: 100")
     parser.add_argument(
@@ -24,7 +24,7 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
         help="sample from this share; default: 1",
     )
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    parser.add_argument("--seed", type=number(int, 0), metavar="N", help="of sampling")
+    parser.add_argument("--seed", type=number(int, 0), metavar="N", help="seed of sampling")
 
 
 def _generate(options: argparse.Namespace) -> None:
@@ -57,46 +57,59 @@ def _add_generate_data(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--chat", action="store_true", help="a prompt is a user's message: chat template, or chat API")
     reading = parser.add_argument_group("prompts")
-    reading.add_argument("--field", default="prompt", metavar="NAME", help="of each row; default: prompt")
+    reading.add_argument(
+        "--field", default="prompt", metavar="NAME", help="field of each row that holds the prompt; default: prompt"
+    )
     reading.add_argument(
         "--format", metavar="FORMAT", help="text (lines), paragraphs, jsonl or parquet; default: by suffix"
     )
-    reading.add_argument("--split", default="train", metavar="NAME", help="of a hub dataset; default: train")
-    reading.add_argument("--subset", metavar="NAME", help="of a hub dataset")
+    reading.add_argument("--split", default="train", metavar="NAME", help="split of a hub dataset; default: train")
+    reading.add_argument("--subset", metavar="NAME", help="configuration name of a hub dataset")
     reading.add_argument("--limit", type=number(int, 1), metavar="N", help="only the first N; without it, all the rest")
     decoding = parser.add_argument_group("decoding (greedy without --beams and --temperature)")
-    decoding.add_argument("--samples", type=number(int, 1), default=1, metavar="N", help="per prompt; default: 1")
     decoding.add_argument(
-        "--max-new-tokens", type=number(int, 1), default=256, metavar="N", help="of an answer; default: 256"
+        "--samples", type=number(int, 1), default=1, metavar="N", help="answers to each prompt; default: 1"
+    )
+    decoding.add_argument(
+        "--max-new-tokens",
+        type=number(int, 1),
+        default=256,
+        metavar="N",
+        help="longest answer, in tokens; default: 256",
     )
     decoding.add_argument("--beams", type=number(int, 1), metavar="K", help="beam search, the N best of K")
     decoding.add_argument(
         "--temperature", type=number(float, 0), metavar="T", help="sample at this; 1 is the teacher's"
     )
     decoding.add_argument("--top-p", type=number(float, 0, 1), metavar="P", help="sample from this share; default: 1")
-    decoding.add_argument("--seed", type=number(int, 0), default=0, metavar="N", help="of sampling; default: 0")
+    decoding.add_argument("--seed", type=number(int, 0), default=0, metavar="N", help="seed of sampling; default: 0")
     local = parser.add_argument_group("a local teacher")
     local.add_argument("--batch-size", type=number(int, 1), metavar="N", help="sequences at once; default: 8")
     local.add_argument(
         "--dtype", choices=("float32", "bfloat16", "float16", "auto"), help="default: auto; cpu: float32"
     )
     local.add_argument("--device", choices=("auto", "cpu", "cuda"), help="default: auto")
-    local.add_argument("--revision", metavar="NAME", help="of a hub model")
+    local.add_argument("--revision", metavar="NAME", help="branch, tag or commit of a hub model")
     local.add_argument("--tokenizer", metavar="MODEL", help="folder or hub id, where the model comes without one")
     local.add_argument("--trust-remote-code", action="store_true", default=None, help="run the checkpoint's own code")
     remote = parser.add_argument_group("an endpoint")
     remote.add_argument("--key-env", metavar="NAME", help="environment variable with the key; default: OPENAI_API_KEY")
     remote.add_argument("--concurrency", type=number(int, 1), metavar="N", help="requests at once; default: 8")
     remote.add_argument(
-        "--timeout", type=number(float, 0.1), metavar="S", help="of silence, in all 5 times; default: 120"
+        "--timeout",
+        type=number(float, 0.1),
+        metavar="S",
+        help="seconds of silence before a request is given up (5 times that in all); default: 120",
     )
-    remote.add_argument("--retries", type=number(int, 0), metavar="N", help="of one request; default: 6")
+    remote.add_argument(
+        "--retries", type=number(int, 0), metavar="N", help="how often one request is tried again; default: 6"
+    )
     remote.add_argument(
         "--request", metavar="JSON", help='more fields of each request, null drops one: {"top_k": 20, "logprobs": null}'
     )
     keep = parser.add_argument_group("which answers are kept")
-    keep.add_argument("--min-tokens", type=number(int, 0), metavar="N")
-    keep.add_argument("--max-tokens", type=number(int, 1), metavar="N")
+    keep.add_argument("--min-tokens", type=number(int, 0), metavar="N", help="shortest answer, in tokens")
+    keep.add_argument("--max-tokens", type=number(int, 1), metavar="N", help="longest answer, in tokens")
     keep.add_argument(
         "--max-repetition", type=number(float, 0, 1), metavar="S", help="share of runs of words that came before"
     )
@@ -166,8 +179,10 @@ def _add_purify(parser: argparse.ArgumentParser) -> None:
     routing.add_argument("--student", metavar="MODEL", help="folder, run or hub id: measure on it, in short trials")
     routing.add_argument("--validation", type=path, metavar="FILE", help="JSON lines: prompts and labels held out")
     routing.add_argument("--rounds", type=number(int, 1), metavar="N", help="trials of all teachers; default: 12")
-    routing.add_argument("--steps", type=number(int, 1), metavar="N", help="of a trial; default: 20")
-    routing.add_argument("--learning-rate", type=number(float, 0), metavar="X", help="of a trial; default: 1e-4")
+    routing.add_argument("--steps", type=number(int, 1), metavar="N", help="steps of a trial; default: 20")
+    routing.add_argument(
+        "--learning-rate", type=number(float, 0), metavar="X", help="learning rate of a trial; default: 1e-4"
+    )
     merging = parser.add_argument_group("merge")
     merging.add_argument("--model", metavar="MODEL", help="folder, run, .gguf file or hub id; its name at URL")
     merging.add_argument("--endpoint", metavar="URL", help="an OpenAI-compatible API, such as http://localhost:8000/v1")
@@ -175,7 +190,9 @@ def _add_purify(parser: argparse.ArgumentParser) -> None:
     merging.add_argument(
         "--chat", action="store_true", default=None, help="ask as a user: chat template, or the chat API"
     )
-    merging.add_argument("--max-new-tokens", type=number(int, 1), metavar="N", help="of an answer; default: 256")
+    merging.add_argument(
+        "--max-new-tokens", type=number(int, 1), metavar="N", help="longest answer, in tokens; default: 256"
+    )
     merging.add_argument(
         "--merge-prompt", type=path, metavar="FILE", help="what the model is asked, with {prompt} and {rationales}"
     )

@@ -50,6 +50,7 @@ def doctor(console: Console | None = None) -> None:
     rows = operation_rows()
     backends = {operation: backend for operation, backend, _ in rows}
     tested, notes = version_ranges()
+    notes += namesakes()
     packages = Table("package", "version", "tested", "for", title="Versions", title_justify="left", title_style="bold")
     packages.add_row("mohawk", mohawk.__version__, "", escape(mohawk.__path__[0]))
     packages.add_row("python", platform.python_version(), tested.get("python", ""), escape(sys.executable))
@@ -124,13 +125,26 @@ def version_ranges() -> tuple[dict[str, str], list[str]]:
         return {}, ["versions are not checked, since packaging is missing; run: pip install packaging"]
     except importlib.metadata.PackageNotFoundError:
         return {}, [
-            "versions are not checked: mohawk is neither installed nor run from a checkout with its pyproject.toml"
+            "versions are not checked: mohawk-distill is neither installed nor run from a checkout with pyproject.toml"
         ]
     notes = []
     for name, found, tested in outside:
         todo = "use a Python in it" if name == "python" else f"run: pip install '{name}{_range(tested)}'"
         notes.append(f"{name} {found} is outside the range that is tested, {_range(tested)}; {todo}")
     return {name: _range(tested) for name, tested in ranges.items()}, notes
+
+
+def namesakes() -> list[str]:
+    """A line for each package of another project that is installed as `mohawk`, with what to do."""
+    try:
+        from mohawk.core.versions import foreign
+    except ModuleNotFoundError:  # packaging, of which version_ranges speaks
+        return []
+    return [
+        f"{each} is another project, whose files lie among this one's; run: pip uninstall mohawk, then install "
+        "mohawk-distill again (pip install --force-reinstall --no-deps . in its checkout)"
+        for each in foreign()
+    ]
 
 
 def used(package: str, backends: dict[str, str]) -> str:

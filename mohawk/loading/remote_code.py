@@ -20,6 +20,7 @@ import mohawk
 if TYPE_CHECKING:
     from torch import nn
 
+LICENCE = "Apache-2.0"  # of our code, as in pyproject.toml
 ENTRY = "mohawk.models.hybrid"
 PREFIX = "mohawk_"  # of the copies, to be told from the checkpoint's other files
 _IMPORT = re.compile(r"^from (mohawk\.(?:kernels|models)\.[\w.]+) import", re.MULTILINE)
@@ -46,7 +47,8 @@ def add_code(folder: Path, model: nn.Module) -> None:
 def write_remote_code(folder: Path) -> dict[str, str]:
     """Copy the class and what it needs into `folder`; returns the `auto_map` of config.json."""
     for module, source in _needed().items():
-        copied = f"# {module.removeprefix('mohawk.').replace('.', '/')}.py of mohawk {mohawk.__version__}\n"
+        name = f"{module.removeprefix('mohawk.').replace('.', '/')}.py"
+        copied = f"# {name} of mohawk {mohawk.__version__}\n# SPDX-License-Identifier: {LICENCE}\n"
         (folder / f"{_flat(module)}.py").write_text(copied + flattened(source), encoding="utf-8")
     entry = _flat(ENTRY)
     return {"AutoConfig": f"{entry}.HybridConfig", "AutoModelForCausalLM": f"{entry}.HybridForCausalLM"}

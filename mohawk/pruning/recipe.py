@@ -122,13 +122,15 @@ class Prune(Target):
 
 
 class Calibration(Section):
-    tokens: Count = Field(262_144, description="of training text that scores are measured on")
+    tokens: Count = Field(262_144, description="tokens of training text that scores are measured on")
     sequence_length: RowLength = Field(512, description="tokens in a row")
-    batch_size: Batch = Field(8, description="rows at once; of no other effect")
+    batch_size: Batch = Field(8, description="rows at once; has no other effect")
     scores: Text | None = Field(
         None, description="instead of measuring in the first round: an earlier run's rounds/1/importance.safetensors"
     )
-    layer_tokens: Count = Field(16_384, description="on which layers are left out in turn (layers_by kl, perplexity)")
+    layer_tokens: Count = Field(
+        16_384, description="tokens on which layers are left out in turn (layers_by: kl, perplexity)"
+    )
 
 
 class Search(Section):
@@ -140,10 +142,10 @@ class Search(Section):
         ["all", "ffn"], description="what is narrower: hidden, heads and MLPs (all), heads and MLPs (inner), MLPs (ffn)"
     )
     tolerance: Annotated[float, Field(gt=0, lt=1)] = Field(
-        0.03, description="share of the budget that may be unused; of latency, at least 0.1 either way"
+        0.03, description="share of the budget that may be unused; for latency, at least 0.1 in either direction"
     )
     tokens: Annotated[Whole, Field(ge=0, le=10**15)] = Field(
-        1_000_000, description="of healing for each candidate before it is ranked; 0: ranked as cut"
+        1_000_000, description="tokens of healing for each candidate before it is ranked; 0: ranked as cut"
     )
 
 
@@ -155,14 +157,14 @@ class Convert(Student):
 
 
 class Heal(Stage):
-    name: StageName = Field("heal", description="of its folders, before _1, _2, ... for the rounds")
+    name: StageName = Field("heal", description="name of its folders, in front of _1, _2, ... for the rounds")
 
 
 class Correct(Stage):
-    name: StageName = Field("correct", description="of its folder")
+    name: StageName = Field("correct", description="name of its folder")
     kd_weight: Weight = Field(0.0, description="0: the teacher learns from the text alone")
-    ce_weight: Weight = Field(1.0, description="of the cross entropy with the text")
-    learning_rate: Annotated[float, Field(gt=0, le=1)] = Field(2e-5, description="after warmup")
+    ce_weight: Weight = Field(1.0, description="weight of the cross entropy with the text")
+    learning_rate: Annotated[float, Field(gt=0, le=1)] = Field(2e-5, description="learning rate after warmup")
 
 
 @dataclass(frozen=True)
@@ -179,15 +181,16 @@ class PruneRecipe(RecipeFile):
     """A whole pruning."""
 
     teacher: DistillTeacher = Field(description="the model to prune, and to heal from")
-    data: DistillData = Field(description="the text")
+    data: DistillData = Field(description="the text to train and evaluate on")
     prune: Prune = Field(description="what to cut to")
     calibration: Calibration = Field(Calibration(), description="the text that scores are measured on")
-    search: Search = Field(Search(), description="of depth and width for a budget")
+    search: Search = Field(Search(), description="the search for the depth and width that meet a budget")
     correct: Correct | None = Field(None, description="fine-tune the teacher on the text first; null: do not")
     convert: Convert | None = Field(None, description="make the pruned model a hybrid; null: do not")
     heal: Heal | None = Field(Heal(), description="the distillation after each cut; null: none")
     save_dtype: Literal["float32", "bfloat16", "float16"] = Field(
-        "float32", description="of the final student's weights, and of a memory or latency budget's"
+        "float32",
+        description="dtype of the final student's weights, and of those that a memory or latency budget counts",
     )
     report_to: list[Text] = Field([], description="experiment trackers of transformers (tensorboard, wandb, ...)")
 

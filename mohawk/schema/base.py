@@ -62,19 +62,19 @@ class Teacher(Section):
     gguf_file: Text | None = Field(None, description="name of the GGUF file inside `model`, if it is one")
     revision: Text | None = Field(None, description="branch, tag or commit on the hub")
     dtype: Literal["float32", "bfloat16", "float16", "auto"] = Field(
-        "float32", description="of the teacher's weights; auto: as saved"
+        "float32", description="dtype of the teacher's weights; auto: as saved"
     )
     trust_remote_code: bool = Field(False, description="run Python code that comes with the checkpoint")
-    tokenizer: Text | None = Field(None, description="folder or hub id, if not with the model")
+    tokenizer: Text | None = Field(None, description="folder or hub id of the tokenizer, if it is not with the model")
 
 
 class Source(Section):
     source: Text = Field(description="path, glob or hub dataset id")
-    split: Text = Field("train", description="of a hub dataset")
-    field: Text = Field("text", description="that holds the text in JSON lines, Parquet and hub datasets")
+    split: Text = Field("train", description="split of a hub dataset")
+    field: Text = Field("text", description="field that holds the text in JSON lines, Parquet and hub datasets")
     subset: Text | None = Field(None, description="configuration name of a hub dataset")
     format: Literal["text", "paragraphs", "jsonl", "parquet"] | None = Field(
-        None, description="of local files; null: by their extension (.txt, .jsonl, .parquet)"
+        None, description="format of local files; null: by their extension (.txt, .jsonl, .parquet)"
     )
 
 
@@ -82,7 +82,7 @@ class Data(Section):
     train: list[Source] = Field(min_length=1, description="text to train on")
     evaluation: list[Source] = Field([], description="text from another source, only evaluated on")
     validation_share: Annotated[float, Field(ge=0, le=0.5)] = Field(
-        0.01, description="of the training documents, held out and never trained on"
+        0.01, description="share of the training documents that is held out and never trained on"
     )
     cache: Place | None = Field(None, description="folder for tokenised text; null: mohawk in the user's cache folder")
 
@@ -93,11 +93,11 @@ class Phase(Section):
     tokens: Count = Field(description="training tokens of the phase")
     batch_size: Batch = Field(16, description="sequences at once, before accumulation")
     sequence_length: RowLength = Field(2048, description="tokens in a sequence")
-    learning_rate: Annotated[float, Field(gt=0, le=1)] = Field(1e-4, description="after warmup")
+    learning_rate: Annotated[float, Field(gt=0, le=1)] = Field(1e-4, description="learning rate after warmup")
     betas: Annotated[
         tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]], Field(strict=False)
-    ] = Field((0.9, 0.95), description="of AdamW")
-    weight_decay: Share = Field(0.1, description="of AdamW, on matrices")
+    ] = Field((0.9, 0.95), description="AdamW's betas")
+    weight_decay: Share = Field(0.1, description="AdamW's weight decay, on matrices alone")
     max_grad_norm: Annotated[float, Field(gt=0)] | None = Field(
         1.0, description="gradients are clipped to this norm; null: not clipped"
     )
@@ -106,9 +106,9 @@ class Phase(Section):
     gradient_accumulation: Batch = Field(1, description="batches in one step")
     save_every: Count = Field(500, description="steps between checkpoints")
     save_minutes: Annotated[float, Field(gt=0, le=1e6)] | None = Field(
-        15.0, description="minutes after which one is written in any case; null: by steps alone"
+        15.0, description="minutes after which a checkpoint is written in any case; null: by steps alone"
     )
-    keep_checkpoints: Count = Field(2, description="how many are kept, the newest")
+    keep_checkpoints: Count = Field(2, description="how many checkpoints are kept, the newest ones")
     log_every: Count = Field(1, description="steps between lines in metrics.jsonl")
 
     @property
@@ -122,14 +122,17 @@ class Phase(Section):
 
 class Evaluation(Section):
     sequence_length: RowLength = Field(512, description="tokens in an evaluated window")
-    batch_size: Batch = Field(8, description="windows at once")
-    tokens: Count = Field(32_768, description="evaluated per text")
+    batch_size: Batch = Field(8, description="windows evaluated at once")
+    tokens: Count = Field(32_768, description="tokens evaluated of each text")
     contexts: Annotated[list[Length], Field(min_length=1)] = Field(
         [512, 4096], description="context lengths at which decoding is timed"
     )
-    decode_tokens: Batch = Field(32, description="decoded for timing")
-    prompt: Text = Field("The most important thing about the state of the nation is", description="continued")
-    continuation_tokens: Batch = Field(60, description="of the prompt's continuation")
+    decode_tokens: Batch = Field(32, description="tokens decoded for timing")
+    prompt: Text = Field(
+        "The most important thing about the state of the nation is",
+        description="prompt that teacher and student continue",
+    )
+    continuation_tokens: Batch = Field(60, description="tokens of that continuation")
 
 
 def phase_contradictions(
@@ -156,13 +159,13 @@ class RecipeFile(Section):
     values as well."""
 
     teacher: Teacher = Field(description="the model to learn from")
-    data: Data = Field(description="the text")
+    data: Data = Field(description="the text to train and evaluate on")
     evaluation: Evaluation = Field(Evaluation(), description="what is measured before, between and after")
     precision: Literal["auto", "float32", "bfloat16"] = Field(
-        "auto", description="of training; auto: bfloat16 autocast where the device is fast at it"
+        "auto", description="precision of training; auto: bfloat16 autocast where the device is fast at it"
     )
-    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="to train on")
-    seed: Annotated[Whole, Field(ge=0, lt=2**32)] = Field(0, description="of data order and random weights")
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="device to train on")
+    seed: Annotated[Whole, Field(ge=0, lt=2**32)] = Field(0, description="seed of data order and random weights")
     output: Place = Field(
         Path("runs/student"), description="the run's folder; by default runs/<name of the recipe file>"
     )

@@ -8,7 +8,7 @@ from mohawk.core.command import Command, path, refuse
 
 
 def _add_recipes(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("name", nargs="?", metavar="NAME", help="of the recipe to copy")
+    parser.add_argument("name", nargs="?", metavar="NAME", help="name of the recipe to copy")
     parser.add_argument("--output", type=path, metavar="FILE", help="a new file; default: NAME.yaml")
 
 

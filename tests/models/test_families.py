@@ -226,7 +226,7 @@ def test_a_teacher_whose_attention_leaves_out_its_softcap_is_refused():
 @pytest.mark.parametrize(
     "kind, options, missing",
     [
-        ("qwen3_moe", {}, "an entry in FAMILIES .*README.md says how to add one, under 'Which models'"),
+        ("qwen3_moe", {}, "an entry in FAMILIES .*docs/families.md says how to add one"),
         ("gemma3_text", {}, "an entry in FAMILIES"),
         ("deepseek_v3", {}, "latent attention"),
         ("llava", {}, r"give its text decoder \(llama\) alone"),
@@ -280,7 +280,7 @@ def test_what_no_entry_can_say_is_not_asked_as_one(kind, lacking):
     with pytest.raises(ValueError) as caught:
         check_supported(AutoConfig.for_model(kind))
     assert lacking in str(caught.value) and "an entry in FAMILIES cannot say so, that takes code" in str(caught.value)
-    assert "README.md says how to add one" not in str(caught.value)
+    assert "says how to add one" not in str(caught.value)
 
 
 def test_a_hybrid_is_no_teacher_to_convert():

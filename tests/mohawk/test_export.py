@@ -99,6 +99,8 @@ def test_a_run_becomes_a_stock_bamba_with_card_and_tokenizer(make_run, tokenizer
     card = (folder / "README.md").read_text()
     front = card.split("---\n")[1]
     assert "license: apache-2.0" in front and "base_model" not in front  # a folder is no hub id
+    assert "- Licence of the teacher: apache-2.0\n" in card
+    assert "- Licence of the package that made it, mohawk: Apache-2.0\n" in card
     assert "2 Mamba-2 and 1 attention layers" in card
     assert "| 25.00 | 20.00 | 1.250 | 0.500 | 62.5% |" in card  # of results.json
     assert "`texts/books.txt`" in card and str(run.parent) not in card  # names of the data, no private paths
@@ -111,7 +113,9 @@ def test_a_run_becomes_a_hybrid_with_its_own_code(make_run):
     assert screen.count(" ok") == len(CHECKS) + len(PATHS)
     config = json.loads((folder / "config.json").read_text())
     assert config["auto_map"]["AutoModelForCausalLM"] == "mohawk_hybrid.HybridForCausalLM"
-    assert "trust_remote_code=True" in (folder / "README.md").read_text()
+    card = (folder / "README.md").read_text()
+    assert "trust_remote_code=True" in card and "- Licence of the code beside the weights, mohawk: Apache-2.0\n" in card
+    assert all("SPDX-License-Identifier: Apache-2.0" in path.read_text() for path in folder.glob("*.py"))
 
 
 @needs_groups
@@ -347,6 +351,7 @@ def test_runtimes_are_told_as_they_are(make_llama):
 
     ours = {note.runtime: note.text for note in notes(hybrid_from_teacher(make_llama(), [1]).config)}
     assert ours["llama.cpp, vLLM, SGLang, MLX"].startswith("have no class for it")
-    table = (Path(__file__).parents[2] / "README.md").read_text().split("| runtime | checked |")[1].split("\n\n")[0]
+    page = (Path(__file__).parents[2] / "docs" / "export.md").read_text()
+    table = page.split("| runtime | checked |")[1].split("\n\n")[0]
     for words in ("vLLM | no | removed Bamba after 0.23", "SGLang, MLX | no | have never had Bamba", "llama.cpp | yes"):
         assert words in table

@@ -1,6 +1,7 @@
 """The package as others get it: a wheel, editable, or a plain checkout; with and without neighbours."""
 
 import ast
+import email
 import importlib
 import os
 import re
@@ -18,6 +19,8 @@ from packaging.specifiers import SpecifierSet
 
 import mohawk
 from mohawk.core import versions
+from mohawk.inspection import doctor
+from mohawk.loading.remote_code import LICENCE
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = {"mohawk": "mohawk", "kernels": "mohawk/kernels", "models": "mohawk/models"}
@@ -49,7 +52,7 @@ def checkout(tmp_path_factory) -> Path:
     target.mkdir()
     for name in ("mohawk", "kernels", "models", "recipes", "tests"):
         shutil.copytree(ROOT / name, target / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("pyproject.toml", "README.md"):
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, target)
     return target
 
@@ -61,7 +64,7 @@ def wheel(checkout, tmp_path_factory) -> Path:
     shutil.copytree(checkout, source, symlinks=True)
     pip = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--no-index"]
     run(*pip, "--wheel-dir", folder, source)
-    return next(folder.glob("mohawk-*.whl"))
+    return next(folder.glob("mohawk_distill-*.whl"))
 
 
 def new_venv(folder: Path, install: list[str | Path]) -> Path:
@@ -98,7 +101,71 @@ def test_wheel_holds_everything_and_nothing_else(wheel, checkout):
     code = {name for name in names if ".dist-info/" not in name}
     assert code == expected
     entry = next(name for name in names if name.endswith("entry_points.txt"))
-    assert "mohawk = mohawk.__main__:main" in zipfile.ZipFile(wheel).read(entry).decode()
+    assert f"{versions.COMMAND} = mohawk.__main__:main" in zipfile.ZipFile(wheel).read(entry).decode()
+
+
+def test_the_wheel_says_what_it_is_called_and_how_it_is_licensed(wheel):
+    files = zipfile.ZipFile(wheel)
+    info = next(name.partition("/")[0] for name in files.namelist() if ".dist-info/" in name)
+    about = email.message_from_bytes(files.read(f"{info}/METADATA"))
+    assert (about["Name"], about["License-Expression"]) == ("mohawk-distill", "Apache-2.0")
+    assert about["Author"] == "the mohawk developers"
+    assert about["Name"] == versions.DISTRIBUTION and about["License-Expression"] == LICENCE
+    text = files.read(f"{info}/licenses/LICENSE").decode()
+    assert "Apache License" in text and text == (ROOT / "LICENSE").read_text()
+    # a wheel brings the dependencies of its own extras under its own name: `mohawk` there would be another project
+    assert not [line for line in about.get_all("Requires-Dist") if Requirement(line).name == "mohawk"]
+
+
+def namesake(site: Path) -> None:
+    """The files that the package registry's `mohawk` brings, as far as they matter here."""
+    info = site / "mohawk-1.1.0.dist-info"
+    info.mkdir(parents=True)
+    (info / "METADATA").write_text(
+        "Metadata-Version: 2.1\nName: mohawk\nVersion: 1.1.0\nSummary: Library for Hawk HTTP authorization\n"
+    )
+    (site / "mohawk").mkdir(exist_ok=True)
+    (site / "mohawk" / "sender.py").write_text("class Sender: ...\n")
+    (site / "mohawk" / "__init__.py").write_text("from .sender import *\n")
+
+
+def test_another_project_called_mohawk_is_recognised(monkeypatch, tmp_path):
+    before = versions.foreign()
+    namesake(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert versions.foreign() == ["mohawk 1.1.0 (Library for Hawk HTTP authorization)", *before]
+    assert doctor.namesakes()[0] == (
+        "mohawk 1.1.0 (Library for Hawk HTTP authorization) is another project, whose files lie among this one's; run: "
+        "pip uninstall mohawk, then install mohawk-distill again (pip install --force-reinstall --no-deps . in its "
+        "checkout)"
+    )
+    # this project as it was installed before it was called mohawk-distill
+    (tmp_path / "mohawk-1.1.0.dist-info" / "entry_points.txt").write_text(
+        "[console_scripts]\nmohawk = mohawk.cli:main\n"
+    )
+    assert versions.foreign() == before
+
+
+@pytest.mark.parametrize("what", ["installed over ours", "uninstalled again"])
+def test_a_package_damaged_by_its_namesake_says_so(what, wheel, tmp_path):
+    zipfile.ZipFile(wheel).extractall(tmp_path)
+    namesake(tmp_path)
+    if what == "uninstalled again":
+        (tmp_path / "mohawk" / "__init__.py").unlink()
+    result = subprocess.run(
+        [sys.executable, "-m", "mohawk", "doctor"],
+        cwd=tmp_path,
+        env={key: value for key, value in os.environ.items() if key != "PYTHONPATH"},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert result.returncode == 2 and result.stdout == ""
+    assert result.stderr == (
+        f"error: mohawk in {tmp_path / 'mohawk'} is damaged: another project's package that is also called mohawk was "
+        "installed over it or uninstalled; run: pip uninstall mohawk, then install mohawk-distill again (pip install "
+        "--force-reinstall --no-deps . in its checkout)\n"
+    )
 
 
 def test_the_links_lead_to_the_folders_and_can_be_done_without(checkout, tmp_path):
@@ -348,7 +415,7 @@ def test_without_caps_everything_is_asked_for_that_need_not_be_compiled():
     assert not [each for each in said if "<" in str(each.specifier)]
     every = {requirement.name for _, requirement in versions.declared()}
     assert {each.name for each in said} == every - {"mamba-ssm", "causal-conv1d"}
-    assert all(each.specifier.contains("99") for each in said), "the newest there is, whatever it is"
+    assert all(each.specifier.contains("9999") for each in said), "the newest there is, whatever it is"
 
 
 def test_what_moved_is_a_table(tmp_path):

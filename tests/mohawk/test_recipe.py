@@ -181,7 +181,7 @@ def test_all_mistakes_are_reported_at_once_with_their_lines(tmp_path):
         assert line.startswith(f"{path}:{number}: ") and words in line
     assert sorted(lines[len(expected) :]) == [
         "--set phases.hidden.match: got the text 'both'; allowed: block_output, mixer_output "
-        "(what of a layer is compared with the teacher's)",
+        "(which output is compared with the teacher's: the whole layer's or the mixer's)",
         "--set phases.mixng.tokens: phases.mixng: unknown key; did you mean mixing?",
     ]
 
