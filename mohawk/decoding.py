@@ -21,6 +21,7 @@ from torch import Tensor
 
 from mohawk.errors import UserError
 from mohawk.records import Prompt
+from mohawk.teachers import check_decoder
 from mohawk.text import tokenizer_key
 
 if TYPE_CHECKING:
@@ -94,7 +95,8 @@ class LocalTeacher:
 
     model, tokenizer: as `mohawk.teachers` loads them; model may be any with transformers' `generate`, in eval mode.
     batch_size: sequences at once (beams count). chat: texts are a user's message, put through the chat template.
-    name, revision: what the answers say that they are from.
+    name, revision: what the answers say that they are from. Raises UserError for a model that is no decoder, and for a
+    chat without a template.
     """
 
     def __init__(
@@ -108,6 +110,7 @@ class LocalTeacher:
         name: str | None = None,
         revision: str | None = None,
     ):
+        check_decoder(model, "teacher")
         self.name, self.revision = name or model.name_or_path or type(model).__name__, revision
         self.model, self.tokenizer, self.decoding = model, tokenizer, decoding
         self.batch_size, self.chat = batch_size, chat

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -17,9 +18,13 @@ from mohawk.teachers import GIVE, check_decoder
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+log = logging.getLogger(__name__)
+
 # model types whose recurrences take no mask in transformers
 READS_PADDING = ("rwkv", "xlstm", "recurrent_gemma")
+AT_ONCE = ("cpu",)  # devices that nobody waits for
 PROBED = 32  # tokens of a text that show whether a model is causal
+_causal: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # models that were found to be
 _checked: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # models whose head was compared with their logits
 
 
@@ -175,10 +180,20 @@ def _plain_weight(module: nn.Module) -> tuple[Tensor, Tensor | None]:
 
 def vocabulary_rows(model: PreTrainedModel) -> int:
     """How many entries a model's logits have."""
-    output = model.get_output_embeddings()
-    for name in ("original_module", "base_layer"):  # peft's, a wrapper around an adapter around the module
-        output = getattr(output, name, output)
+    output = _within_peft(model.get_output_embeddings())
     return getattr(output, "out_features", None) or len(output.weight)
+
+
+def embedding_rows(model: PreTrainedModel) -> int:
+    """How many ids a model can read."""
+    embedding = _within_peft(model.get_input_embeddings())
+    return getattr(embedding, "num_embeddings", None) or len(embedding.weight)
+
+
+def _within_peft(module: nn.Module) -> nn.Module:
+    for name in ("original_module", "base_layer"):  # peft's, a wrapper around an adapter around the module
+        module = getattr(module, name, module)
+    return module
 
 
 def loaded(module: nn.Module, name: str) -> Tensor | None:
@@ -200,13 +215,14 @@ def final_hidden_states(
 
     inputs: of the model's forward. forward: what to call instead of the model, such as the model as DDP wraps it.
 
-    The logits of the last position alone are computed. On a model's first pass they check `Head.of`, and a short text
-    that no token sees those behind it; raises UserError where the model does more to its logits than a Head says, or is
-    not causal, or where a row has padding in front and the model has no mask for it.
+    The logits of the last position alone are computed. On a model's first pass they check `Head.of`, and what
+    `check_decoder` could not find out before it; raises UserError where the model does more to its logits than a Head
+    says, or is not causal, or where a row has padding in front and the model has no mask for it.
     """
     _check_padding(model, inputs.get("attention_mask"))
     if model not in _checked:
-        _check_causal(model, inputs, forward or model)
+        check_decoder(model, "model")
+        _check_causal_on(model, inputs, forward or model)
     seen: list[Tensor] = []
 
     def keep(_module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor]:
@@ -222,8 +238,6 @@ def final_hidden_states(
     finally:
         hook.remove()
     (hidden,) = seen
-    if model not in _checked:
-        check_decoder(model, "model")
     if model not in _checked and last.numel():
         with torch.no_grad():
             last = last.float()
@@ -237,6 +251,28 @@ def final_hidden_states(
     return hidden
 
 
+def readable_ids(model: PreTrainedModel, ids: Tensor, who: str) -> tuple[Tensor, Callable[[], None]]:
+    """Ids (b, n) that a model's embedding has rows for, and what raises UserError where some of those given had none.
+
+    On the CPU that is raised here. Elsewhere it would mean to wait for the device, and reading beyond an embedding's
+    end breaks a GPU for the whole process: ids are clamped, and the caller asks where the device is waited for anyway.
+    """
+    rows = embedding_rows(model)
+    wrong = (ids < 0) | (ids >= rows)
+
+    def check() -> None:
+        if bool(wrong.any()):
+            raise UserError(
+                f"{who}: input_ids: got {int(ids[wrong][0])}; the embedding of {type(model).__name__} has {rows} rows, "
+                f"for ids from 0 to {rows - 1}; give text of a tokenizer that this model reads"
+            )
+
+    if ids.device.type in AT_ONCE:
+        check()
+        return ids, lambda: None
+    return ids.clamp(0, rows - 1), check
+
+
 def _check_padding(model: PreTrainedModel, mask: Tensor | None) -> None:
     """UserError where padding in front of a row's tokens would become part of what the model remembers of them."""
     if mask is None or mask.dim() != 2 or model.config.get_text_config().model_type not in READS_PADDING:
@@ -248,18 +284,56 @@ def _check_padding(model: PreTrainedModel, mask: Tensor | None) -> None:
         )
 
 
-@torch.no_grad()
-def _check_causal(model: PreTrainedModel, inputs: Mapping[str, Tensor], forward: Callable[..., Any]) -> None:
-    """UserError where the model's states at earlier tokens change with later ones, whatever its configuration says.
+def check_causal(model: nn.Module, who: str) -> None:
+    """UserError where a model's states at some tokens change with later ones, whatever its configuration says.
 
-    Of the first row the first real tokens, alone: what a model does at padding is nobody's concern.
+    It reads a few ids of its vocabulary, once. Nothing is found out, and nothing said, of a model that cannot be run as
+    it is: weights without values or shared out among processes, kernels of another device than it is on now.
+    who: what the message calls it.
     """
+    model = _base(getattr(model, "_orig_mod", model))  # of torch.compile, which has nothing to gain here
+    if model in _causal or model.get_input_embeddings() is None or model.get_output_embeddings() is None:
+        return
+    if any(p.is_meta or not p.numel() or hasattr(p, "full_tensor") for p in model.parameters()):
+        return
+    tokens, rows = PROBED // 2, embedding_rows(model)
+    # evenly spread over the vocabulary, from behind its first ids, which are special ones in most
+    text = (torch.arange(tokens) * max(1, rows // tokens) + rows // (2 * tokens)) % rows
+    text = text.to(next(model.parameters()).device)
+    try:
+        ahead = _looks_ahead(model, text, model)
+    except Exception as error:  # whatever it is: the first pass is on a real batch, where it counts
+        log.debug("%s: %s cannot be run yet: %s", who, type(model).__name__, error)
+        return
+    if ahead:
+        raise UserError(f"{who}: {_told_ahead(model)}")
+    _causal.add(model)
+
+
+def _check_causal_on(model: PreTrainedModel, inputs: Mapping[str, Tensor], forward: Callable[..., Any]) -> None:
+    """As `check_causal`, where that found nothing out, with the first real tokens of a batch's first row, alone: what a
+    model does at padding is nobody's concern."""
     ids, mask = inputs.get("input_ids"), inputs.get("attention_mask")
-    output = model.get_output_embeddings()
-    if ids is None or output is None or not len(ids) or ids.shape[1] < 2:
+    if _base(model) in _causal or model.get_output_embeddings() is None:
+        return
+    if ids is None or not len(ids) or ids.shape[1] < 2:
         return
     real = ids[0][mask[0].bool()] if mask is not None and mask.dim() == 2 else ids[0]
-    text = (real if len(real) > 1 else ids[0])[:PROBED]
+    if _looks_ahead(model, (real if len(real) > 1 else ids[0])[:PROBED], forward):
+        raise UserError(f"model: {_told_ahead(model)}")
+
+
+def _base(model: nn.Module) -> nn.Module:
+    return model.get_base_model() if hasattr(model, "get_base_model") else model  # within peft's
+
+
+def _told_ahead(model: nn.Module) -> str:
+    return f"got {type(model).__name__}: it is not causal: its states at a token change with later tokens; {GIVE}"
+
+
+@torch.no_grad()
+def _looks_ahead(model: PreTrainedModel, text: Tensor, forward: Callable[..., Any]) -> bool:
+    """Whether the states at the first half of a text, (n) ids, change with the second."""
     half = len(text) // 2
     other = text.clone()
     other[half:] = text[: len(text) - half].flip(0)  # tokens that the model surely takes
@@ -269,9 +343,9 @@ def _check_causal(model: PreTrainedModel, inputs: Mapping[str, Tensor], forward:
         seen.append(args[0][:, :half])
         return (args[0][:, -1:],)
 
-    hook = output.register_forward_pre_hook(keep)
+    hook = model.get_output_embeddings().register_forward_pre_hook(keep)
     training = [module for module in model.modules() if module.training]
-    devices = [ids.device] if ids.device.type == "cuda" else []
+    devices = [text.device] if text.device.type == "cuda" else []
     try:
         for module in training:  # dropout would change all states
             module.training = False
@@ -285,11 +359,7 @@ def _check_causal(model: PreTrainedModel, inputs: Mapping[str, Tensor], forward:
             module.training = True
     before, after = seen
     # where shapes agree, rounding differs in mixtures of experts alone, by far less than the root of its unit
-    if (after - before).norm() > torch.finfo(before.dtype).eps ** 0.5 * before.norm():
-        raise UserError(
-            f"model: got {type(model).__name__}: it is not causal: its states at a token change with later tokens; "
-            f"{GIVE}"
-        )
+    return bool((after - before).norm() > torch.finfo(before.dtype).eps ** 0.5 * before.norm())
 
 
 def in_autocast(tensor: Tensor | None) -> Tensor | None:

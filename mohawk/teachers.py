@@ -165,13 +165,15 @@ def check_decoder(model: torch.nn.Module, who: str) -> None:
     """UserError unless a model predicts each next token of a text from those before it.
 
     Encoders, models with an encoder and a decoder and models of speech or images have an output embedding too, from
-    which every loss here would be computed, one token off. who: what the message calls it.
+    which every loss here would be computed, one token off. What neither class nor configuration says is found by a
+    few tokens that the model reads (`mohawk.heads.check_causal`). who: what the message calls it.
     """
     from transformers.models.auto.modeling_auto import (
         MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
         MODEL_FOR_MASKED_LM_MAPPING_NAMES,
     )
 
+    from mohawk.heads import check_causal
     from mohawk.models.families import other_than_decoder
 
     model = model.get_base_model() if hasattr(model, "get_base_model") else model  # within peft's
@@ -184,6 +186,7 @@ def check_decoder(model: torch.nn.Module, who: str) -> None:
         other = "it fills in masked tokens, each from those around it"
     if other is not None:
         raise UserError(f"{who}: got {name}: {other}; {GIVE}")
+    check_causal(model, who)
 
 
 def _ahead(config: PretrainedConfig) -> str | None:
@@ -217,6 +220,7 @@ def load_teacher(
     from transformers import AutoModelForCausalLM, GenerationConfig
     from transformers.utils import GENERATION_CONFIG_NAME
 
+    from mohawk.heads import check_causal
     from mohawk.models.families import needed_attention
     from mohawk.models.released import load_released
     from mohawk.nonfinite import refuse_nonfinite
@@ -264,7 +268,9 @@ def load_teacher(
 
         keep_unpacked(teacher)
     placed = device is None or device_map is not None or quantize is not None
-    return teacher if placed else teacher.to(device)
+    teacher = teacher if placed else teacher.to(device)
+    check_causal(teacher, "teacher")  # before anything is trained or written with it
+    return teacher
 
 
 def quantization(quantize: str) -> Any:
