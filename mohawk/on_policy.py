@@ -19,6 +19,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from mohawk.errors import UserError
+from mohawk.heads import readable_ids
 from mohawk.processes import several
 from mohawk.teachers import check_decoder
 
@@ -156,7 +157,7 @@ class OnPolicy:
         prompts = self._prompts(batch, step) if self.decides(step) else []
         if not prompts:
             return batch
-        ids = batch["input_ids"].cpu()
+        ids, _ = readable_ids(self.student, batch["input_ids"].cpu(), "student")
         texts = [ids[p.row, p.begin : p.begin + p.length] for p in prompts]
         with self._sampling(step, ids):
             samples = self._samples(texts, [p.limit for p in prompts])
