@@ -70,9 +70,10 @@ def distill(recipe: DistillRecipe, *, dry_run: bool = False) -> None:
     with joined(recipe.device):
         console = Console(quiet=not is_first())
         first_before_others(lambda: print_plan(recipe, console))
-        first_before_others(lambda: check_inputs(recipe, planning=dry_run))
+        read = first_before_others(lambda: check_inputs(recipe, planning=dry_run))
         run = Path(recipe.output)
         if dry_run:
+            console.print(read, highlight=False)
             on_first(lambda: check_folder(run, recipe))
             return
         with claimed(run, recipe), log_to(run):
