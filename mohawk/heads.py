@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from mohawk.errors import UserError
+from mohawk.errors import UserError, machines_own
 from mohawk.kernels.kd_teachers import TeacherHidden
 from mohawk.teachers import GIVE, check_decoder
 
@@ -262,9 +262,10 @@ def readable_ids(model: PreTrainedModel, ids: Tensor, who: str) -> tuple[Tensor,
 
     def check() -> None:
         if bool(wrong.any()):
+            got, name = int(ids[wrong][0]), type(_base(model)).__name__
             raise UserError(
-                f"{who}: input_ids: got {int(ids[wrong][0])}; the embedding of {type(model).__name__} has {rows} rows, "
-                f"for ids from 0 to {rows - 1}; give text of a tokenizer that this model reads"
+                f"{who}: input_ids: got {got}; the embedding of {name} has {rows} rows, for ids from 0 to "
+                f"{rows - 1}; give text of a tokenizer that this model reads"
             )
 
     if ids.device.type in AT_ONCE:
@@ -302,7 +303,9 @@ def check_causal(model: nn.Module, who: str) -> None:
     text = text.to(next(model.parameters()).device)
     try:
         ahead = _looks_ahead(model, text, model)
-    except Exception as error:  # whatever it is: the first pass is on a real batch, where it counts
+    except Exception as error:  # whatever the model lacks: the first pass is on a real batch, where it counts
+        if machines_own(error) is not None:
+            raise
         log.debug("%s: %s cannot be run yet: %s", who, type(model).__name__, error)
         return
     if ahead:

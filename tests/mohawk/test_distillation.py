@@ -487,3 +487,12 @@ def test_ids_of_rows_that_a_teacher_is_not_asked_about_are_none_of_its(models):
     assert torch.isfinite(loss)
     with pytest.raises(UserError, match="^teacher: input_ids: got 255"):
         distiller.loss({"input_ids": ids, "labels": ids, "source": torch.tensor([1, 0])})
+
+
+def test_ids_beyond_an_adapted_model(make_llama):
+    peft = pytest.importorskip("peft")
+    options = {"target_modules": ["q_proj", "embed_tokens"], "modules_to_save": ["lm_head"]}
+    student = peft.get_peft_model(make_llama(1), peft.LoraConfig(r=2, **options))
+    ids = torch.full((1, 4), 258)
+    with pytest.raises(UserError, match="^student: input_ids: got 258; the embedding of LlamaForCausalLM has 258 rows"):
+        KnowledgeDistiller(make_llama(2), student).compute_loss(ids)
