@@ -15,8 +15,8 @@ from mohawk.cli import main
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory, make_llama, tokenizer):
     root = tmp_path_factory.mktemp("inputs")
-    for name, rows in (("teacher", 258), ("wider", 300)):
-        make_llama(1, vocab_size=rows).save_pretrained(root / name)
+    for name, rows in (("teacher", 258), ("wider", 300), ("tied", 258)):
+        make_llama(1, vocab_size=rows, tie_word_embeddings=name == "tied").save_pretrained(root / name)
         tokenizer.save_pretrained(root / name)
         (root / name / "model.safetensors").unlink()
     (root / "text.txt").write_text("The name of all things is water. " * 40)
@@ -80,6 +80,14 @@ CASES = {
         {"student": {"lora": {"bits": 4}}}, "student.lora: 4 bits on cpu: needs the package bitsandbytes"
     ),
     "LoRA of what is not there": ({"student": {"lora": {"targets": ["w9"]}}}, "student.lora: LoRA: targets must be"),
+    "LoRA with a dropout before the head": (
+        {"student": {"lora": {"targets": ["q_proj", "lm_head"], "dropout": 0.1}}},
+        "student.lora: LoRA: with a dropout of 0.1 before the output embedding",
+    ),
+    "LoRA of a head that is the embedding too": (
+        {"teacher": "tied", "student": {"layers": [0], "lora": {"targets": ["lm_head"]}}},
+        "student.lora: LoRA: the output embedding is the input embedding too",
+    ),
     "int8 without a package": (
         {"teacher": {"model": "teacher", "quantize": "int8"}}, "teacher.quantize: int8 needs bitsandbytes or torchao"
     ),
