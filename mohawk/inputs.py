@@ -129,6 +129,8 @@ def _check_reads(tokenizer: Any, own: Any, model: str, who: str, where: dict[str
     """A model reads the ids of `tokenizer` as its own, if it comes with one, does, and has a row for each."""
     if own is not None:
         check_same(tokenizer, own, who)
+    else:
+        log.warning("%s has no tokenizer to compare: it is taken to read ids as the teacher's does", who)
     rows = load_config(model, **where).get_text_config().vocab_size
     check_rows(tokenizer, rows, who, "the teacher's tokenizer")
 

@@ -263,3 +263,14 @@ def test_a_dry_run_says_how_much_it_read(command, folder, tmp_path, capsys):
         "Parquet; data.train.2: all 3 rows; data.evaluation.0: nothing, it is not on this machine. The rest is checked "
         "when a run reads it, before any weights."
     ) in said
+
+
+@pytest.mark.parametrize("where", ["student", "teachers"])
+def test_a_model_without_a_tokenizer_is_taken_on_trust_and_that_is_said(where, folder, tmp_path, make_llama, capsys):
+    bare = str(tmp_path / "bare")
+    make_llama(2).save_pretrained(bare)
+    changes = {"student": {"student": {"model": bare}}, "teachers": {"teachers": [bare]}}[where]
+    assert main(["distill", recipe(folder, tmp_path, changes), "--dry-run"]) == 0
+    name = {"student": "student.model", "teachers": "teachers.0"}[where]
+    said = [line for line in capsys.readouterr().err.splitlines() if "no tokenizer to compare" in line]
+    assert len(said) == 1 and f"{name}: {bare} has no tokenizer to compare: it is taken to read ids as" in said[0]
