@@ -2,7 +2,8 @@
 
 Every method trains the same student (but for `from scratch`, whose weights are random) on the same rows in the same
 order, with the same optimiser. Runs are ordinary `mohawk distill` runs, each stops and resumes like one, and what is
-done is not done again; the table, its JSON and a plot go to benchmarks/results/.
+done is not done again; the table, its JSON and a plot go to benchmarks/results/, where rows of methods that are not
+asked for stay as they are.
 
     python benchmarks/distillation.py [--tokens 204800] [--seed 0] [--methods ...] [--runs runs/distillation]
 """
@@ -115,7 +116,16 @@ def table(rows: list[dict]) -> list[str]:
                 f"{float(f['kl']):.3f} | {f['top1_agreement']:.1%} |"
             )
         lines.append("")
-    return lines[:-1]
+    notes = [f"{r['method']}: {r['note']}." for r in rows if "note" in r]
+    return lines + notes if notes else lines[:-1]
+
+
+def kept_rows(path: Path, tokens: int, made: list[dict]) -> list[dict]:
+    """Those made, and of other methods those that were measured with as many tokens, in the order of METHODS."""
+    old = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {"about": {}, "rows": []}
+    rows = {r["method"]: r for r in old["rows"] if old["about"]["tokens"] == tokens}
+    rows |= {r["method"]: r for r in made}
+    return sorted(rows.values(), key=lambda r: list(METHODS).index(r["method"]))
 
 
 def main() -> None:
@@ -143,6 +153,7 @@ def main() -> None:
         print("\n".join(table(rows)), flush=True)
     options.results.mkdir(parents=True, exist_ok=True)
     name = "distillation" if options.seed == 0 else f"distillation_seed_{options.seed}"
+    rows = kept_rows(options.results / f"{name}.json", options.tokens, rows)
     about = {"tokens": options.tokens, "seed": options.seed, "date": time.strftime("%Y-%m-%d")}
     (options.results / f"{name}.json").write_text(json.dumps({"about": about, "rows": rows}, indent=1) + "\n")
     (options.results / f"{name}.md").write_text("\n".join(table(rows)) + "\n")

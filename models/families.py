@@ -88,6 +88,20 @@ FAMILIES: dict[str, Family] = {
 }
 
 
+# What models are whose configurations do not say that text is not theirs to write, or not from left to right.
+_AHEAD = "it is not causal: each token sees those behind it too"
+_DRAFTS = "it drafts for another model, whose keys and values it reads"
+OTHERS = {
+    "trocr": "it is the decoder of an encoder of images, and reads that one's states",
+    "git": "it is made to describe images",
+    "moshi": "it is made for speech",
+    "gemma4_assistant": _DRAFTS,
+    "gemma4_unified_assistant": _DRAFTS,
+    "xlnet": _AHEAD,
+    "cpmant": _AHEAD,
+}
+
+
 @dataclass(frozen=True)
 class DecoderShape:
     """Sizes of a decoder's attention: h query heads over kv heads of width head_dim."""
@@ -144,18 +158,27 @@ def other_than_decoder(config) -> str | None:
 
     Reads the configuration alone. A model that reads more than text has a decoder in it, and passes.
     """
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING
+    from transformers.models.auto.modeling_auto import (
+        MODEL_FOR_CAUSAL_LM_MAPPING,
+        MODEL_FOR_MASKED_LM_MAPPING,
+        MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING,
+    )
 
     if getattr(config, "is_encoder_decoder", False):
         return "it is an encoder and a decoder, and the decoder alone is no language model"
     causal = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING or bool(getattr(config, "auto_map", None))
     nothing = "it is no model that writes text (transformers has no causal language model of this type)"
-    if getattr(config, "model_type", None) in FAMILIES:
+    kind = getattr(config, "model_type", None)
+    if kind in FAMILIES:
         return None
+    if kind in OTHERS:
+        return OTHERS[kind]
     if (text := getattr(config, "text_config", None)) is not None:
         return None if causal or other_than_decoder(text) is None else nothing
+    if getattr(config, "add_cross_attention", False) or type(config) in MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING:
+        return "it is a decoder whose layers read an encoder's states, and alone no language model"
     looks_back = getattr(config, "is_decoder", False) or getattr(config, "causal", False)  # XLM has a word of its own
-    if type(config) in MODEL_FOR_MASKED_LM_MAPPING and not looks_back:
+    if (type(config) in MODEL_FOR_MASKED_LM_MAPPING or kind == "bert-generation") and not looks_back:
         return "it is an encoder, in which each token sees those behind it too"
     if not causal:
         return nothing
@@ -165,8 +188,12 @@ def other_than_decoder(config) -> str | None:
 
 
 def looks_ahead(config) -> bool:
-    """Whether a configuration lets each token see those behind it."""
-    return getattr(config, "use_bidirectional_attention", False) is True or getattr(config, "is_causal", True) is False
+    """Whether a configuration, or that of the text decoder in it, lets each token see those behind it."""
+    return any(
+        getattr(part, "use_bidirectional_attention", False) in (True, "all")
+        or getattr(part, "is_causal", True) is False
+        for part in (config, getattr(config, "text_config", None))
+    )
 
 
 def _reads(config) -> str:

@@ -52,10 +52,11 @@ def convert(recipe: Recipe, *, dry_run: bool = False) -> None:
             )
         )  # fmt: skip
         plan = make_plan(recipe, config)
-        first_before_others(lambda: check_inputs(recipe, planning=dry_run))
+        read = first_before_others(lambda: check_inputs(recipe, planning=dry_run))
         print_plan(plan, recipe, console)
         run = Path(recipe.output)
         if dry_run:
+            console.print(read, highlight=False)
             on_first(lambda: check_folder(run, recipe))
             return
         with claimed(run, recipe), log_to(run):

@@ -102,21 +102,43 @@ def read_records(source: Any) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def first_records(source: Any, count: int) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(where, row) of the first rows of a source on this machine, without reading the rest.
+    """(where, row) of the first rows of a source on this machine, and of the first row of each of its other files,
+    without reading the rest.
 
-    Of Parquet the columns alone, with an empty text each; none of a form that only `datasets` reads.
+    Of a Parquet file without rows the columns alone, each None; none of a form that only `datasets` reads.
     """
     source = as_source(source)
     files, form = local_files(source)
     if form == "parquet":
-        from pyarrow.parquet import read_schema
-
-        schema = read_schema(files[0])
-        yield f"{files[0]}", dict.fromkeys(schema.names)
-    elif form == "jsonl" and files[0].suffix != ".zst":
+        for i, path in enumerate(files):
+            yield from _parquet_rows(path, 1 if i else count)
+    elif form == "jsonl":
+        files = [path for path in files if path.suffix != ".zst"]
         check_json(files, count)
-        if not is_one_text(files[0]):
-            yield from islice(_json_lines(files[0]), count)
+        for i, path in enumerate(files):
+            if not is_one_text(path):
+                yield from islice(_json_lines(path), 1 if i else count)
+
+
+def _parquet_rows(path: Path, count: int) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The first rows of a file, without the contents of columns of bytes, such as images."""
+    from pyarrow import ArrowException, types
+    from pyarrow.parquet import ParquetFile
+
+    try:
+        with ParquetFile(path) as file:
+            fields = {field.name: field.type for field in file.schema_arrow}
+            columns = [name for name, kind in fields.items() if not types.is_large_binary(kind)]
+            columns = [name for name in columns if not types.is_binary(fields[name])]
+            batch = next(file.iter_batches(count, columns=columns), None)
+            rows = [] if batch is None else batch.to_pylist()
+    except (ArrowException, OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read as Parquet ({str(error).splitlines()[0]}); check the file") from error
+    nothing = dict.fromkeys(fields)
+    if not rows:
+        yield str(path), nothing
+    for i, row in enumerate(rows):
+        yield f"{path} row {i}", nothing | row
 
 
 def why_no_chat(messages: Any) -> str | None:

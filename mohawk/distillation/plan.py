@@ -86,10 +86,15 @@ def _planned(given: DistillStudent, base: nn.Module, recipe: DistillRecipe, wher
         student = shaped(given, base, recipe.seed)
     if (lora := given.lora) is not None:
         with mistakes(f"{where}.lora"):
-            from mohawk.loading.lora import check_adapter
+            from mohawk.loading.lora import check_adapter, reaches_head
 
-            check_adapter(student, lora.rank, lora.alpha, lora.dropout, lora.targets, lora.bits,
-                          device=pick_device(recipe.device))  # fmt: skip
+            names = check_adapter(student, lora.rank, lora.alpha, lora.dropout, lora.targets, lora.bits,
+                                  device=pick_device(recipe.device))  # fmt: skip
+            if lora.dropout and reaches_head(student, names):
+                raise ValueError(
+                    f"LoRA: with a dropout of {lora.dropout:g} before the output embedding, logits are not hidden "
+                    "states times a weight; set dropout to 0, or leave the output embedding out of targets"
+                )
     return student
 
 

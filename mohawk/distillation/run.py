@@ -71,11 +71,12 @@ def distill(recipe: DistillRecipe, *, dry_run: bool = False) -> None:
     with joined(recipe.device):
         console = Console(quiet=not is_first())
         first_before_others(lambda: print_plan(recipe, console))
-        first_before_others(
+        read = first_before_others(
             lambda: check_inputs(recipe, planning=dry_run, further=functools.partial(check_caches, recipe.stages))
         )
         run = Path(recipe.output)
         if dry_run:
+            console.print(read, highlight=False)
             on_first(lambda: check_folder(run, recipe))
             return
         with claimed(run, recipe), log_to(run):
@@ -183,9 +184,8 @@ class Distillation(Run):
         if stage.student is not None:
             student = self._made(stage.student, student)
         data = self._stage_data(stage)
-        sources = self.sources if stage.data is None else self.stage_sources[id(stage.data)]
+        rows = self._rows(stage, self._pad())
         wanted = stage.steps() * stage.batch_size * stage.gradient_accumulation
-        rows = training_rows(data, sources, stage.sequence_length, wanted, self.recipe.seed, self._pad())
         if len(rows) < wanted:
             self.console.print(f"{stage.name}: reads its {len(rows):,} rows of text {wanted / len(rows):.1f} times")
         torch.manual_seed(self.recipe.seed)  # of adapters and projections, the same whenever the stage begins
@@ -199,6 +199,7 @@ class Distillation(Run):
                 student = add_adapter(student, lora.rank, lora.alpha, lora.dropout, lora.targets, lora.bits)
         router = None
         if stage.routing is not None:
+            sources = self.sources if stage.data is None else self.stage_sources[id(stage.data)]
             own = rows_by_source(data, sources, stage.sequence_length, self.recipe.seed, self._pad())
             bandit = RationaleRouter(list(own), algorithm=stage.routing.algorithm, seed=self.recipe.seed)
             router = RoutedRationales(
@@ -308,7 +309,17 @@ class Distillation(Run):
         pairs = any(len(pairs) for pairs in self.sources.held_out_pairs.values())
         if not pairs and not any(kept is not None and kept.tokens for kept in documents):
             raise UserError("data: nothing to evaluate on; raise data.validation_share, or give data.evaluation")
+        for stage in self.recipe.stages:
+            if stage.cache is not None:  # whether it is of this text is known before any weights are loaded
+                CachedRows(self._rows(stage, pad=0), checked_cache(stage))
         return text
+
+    def _rows(self, stage: Stage, pad: int) -> Any:
+        """The dataset that a stage trains on; pad: fills up rows."""
+        sources = self.sources if stage.data is None else self.stage_sources[id(stage.data)]
+        wanted = stage.steps() * stage.batch_size * stage.gradient_accumulation
+        data = self._stage_data(stage)
+        return training_rows(data, sources, stage.sequence_length, wanted, self.recipe.seed, pad)
 
     def _stage_data(self, stage: Stage) -> DistillData:
         """What a stage trains on; its own documents are held out as the recipe's are, so that none is trained on."""

@@ -23,6 +23,7 @@ from mohawk.data.chat import chat_text
 from mohawk.data.records import Prompt
 from mohawk.data.text import tokenizer_key
 from mohawk.errors import UserError
+from mohawk.loading.models import check_decoder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -96,7 +97,8 @@ class LocalTeacher:
     model, tokenizer: as `mohawk.loading.models` loads them; model may be any with transformers' `generate`, in eval
     mode.
     batch_size: sequences at once (beams count). chat: texts are a user's message, put through the chat template.
-    name, revision: what the answers say that they are from.
+    name, revision: what the answers say that they are from. Raises UserError for a model that is no decoder, and for a
+    chat without a template.
     """
 
     def __init__(
@@ -110,6 +112,7 @@ class LocalTeacher:
         name: str | None = None,
         revision: str | None = None,
     ):
+        check_decoder(model, "teacher")
         self.name, self.revision = name or model.name_or_path or type(model).__name__, revision
         self.model, self.tokenizer, self.decoding = model, tokenizer, decoding
         self.batch_size, self.chat = batch_size, chat

@@ -17,6 +17,7 @@ from mohawk.core.extras import need
 from mohawk.models.decoders import decoder
 
 ADAPTER = "default"  # peft's name for a model's only adapter
+TIED = "so that what an adapter adds to one would, merged, change the other"
 
 
 def _peft():
@@ -110,6 +111,10 @@ def check_adapter(
     if bits not in (None, 4):
         raise ValueError(f"LoRA: bits must be 4 or None, got {bits!r}")
     names = linear_names(model) if targets is None else _checked_targets(model, targets)
+    if reaches_head(model, names) and _is_tied(model):
+        raise ValueError(
+            f"LoRA: the output embedding is the input embedding too, {TIED}; leave the output embedding out of targets"
+        )
     if bits == 4 and not is_quantised(model):
         four_bit_config(device=next(model.parameters()).device if device is None else device)
     return names
@@ -122,6 +127,20 @@ def _checked_targets(model: nn.Module, targets: Sequence[str]) -> list[str]:
         if isinstance(targets, str) or not isinstance(target, str) or not any(p.endswith(f".{target}") for p in paths):
             raise ValueError(f"LoRA: targets must be a list of names of linear maps, got {target!r}; there are {have}")
     return list(targets)
+
+
+def reaches_head(model: nn.Module, targets: Sequence[str]) -> bool:
+    """Whether targets of an adapter are, or have among them, a model's output embedding."""
+    head = model.get_output_embeddings()
+    paths = [f".{name}" for name, module in model.named_modules() if module is head]
+    return any(path.endswith(f".{target}") for path in paths for target in targets)
+
+
+def _is_tied(model: nn.Module) -> bool:
+    """Whether the output embedding's weight is the input embedding's, also within an adapter."""
+    both = (model.get_input_embeddings(), model.get_output_embeddings())
+    weights = [getattr(module, "base_layer", module).weight for module in both if module is not None]
+    return len(weights) == 2 and weights[0] is weights[1]
 
 
 def save_adapter(model: nn.Module, folder: str | os.PathLike) -> None:
@@ -143,11 +162,17 @@ def merge_adapter(model: nn.Module) -> nn.Module:
         adapter, up to rounding to the weights' dtype.
 
     Raises:
-        ValueError: the model has no adapter.
+        ValueError: the model has no adapter, or one of an embedding that is the other one too.
     """
     peft = _peft()
     if not isinstance(model, peft.PeftModel):
         raise ValueError(f"LoRA: {type(model).__name__} has no adapter to merge; give what add_adapter returned")
+    both = (model.get_input_embeddings(), model.get_output_embeddings())
+    if any(hasattr(module, "lora_A") for module in both) and _is_tied(model):
+        raise ValueError(
+            f"LoRA: the adapter is of an embedding that is input and output embedding at once, {TIED}; untie them "
+            "before the adapter is added (model.lm_head.weight = a copy, config.tie_word_embeddings = False)"
+        )
     if is_quantised(model):
         state = {name: x.clone() for name, x in peft.get_peft_model_state_dict(model).items()}
         config = model.peft_config[ADAPTER]

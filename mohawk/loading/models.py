@@ -20,6 +20,7 @@ from mohawk.core.hub import hub_or_cache, is_unreachable
 from mohawk.core.parsing import parse_json
 from mohawk.core.places import home
 from mohawk.errors import UserError, causes, machines_own, shortened
+from mohawk.loading.causal import GIVE, check_causal
 
 if TYPE_CHECKING:
     import torch
@@ -28,7 +29,6 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 DTYPES = ("float32", "bfloat16", "float16", "auto")
-GIVE = "give a decoder, which writes text from left to right (saved as ...ForCausalLM)"
 # Sizes in a configuration, and the least that each may be.
 SIZES = {
     "vocab_size": 1, "hidden_size": 1, "num_hidden_layers": 1, "num_attention_heads": 1, "num_key_value_heads": 1,
@@ -165,7 +165,8 @@ def check_decoder(model: torch.nn.Module, who: str) -> None:
     """UserError unless a model predicts each next token of a text from those before it.
 
     Encoders, models with an encoder and a decoder and models of speech or images have an output embedding too, from
-    which every loss here would be computed, one token off. who: what the message calls it.
+    which every loss here would be computed, one token off. What neither class nor configuration says is found by a
+    few tokens that the model reads (`mohawk.loading.causal.check_causal`). who: what the message calls it.
     """
     from transformers.models.auto.modeling_auto import (
         MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
@@ -184,6 +185,7 @@ def check_decoder(model: torch.nn.Module, who: str) -> None:
         other = "it fills in masked tokens, each from those around it"
     if other is not None:
         raise UserError(f"{who}: got {name}: {other}; {GIVE}")
+    check_causal(model, who)
 
 
 def _ahead(config: PretrainedConfig) -> str | None:
@@ -264,7 +266,9 @@ def load_teacher(
 
         keep_unpacked(teacher)
     placed = device is None or device_map is not None or quantize is not None
-    return teacher if placed else teacher.to(device)
+    teacher = teacher if placed else teacher.to(device)
+    check_causal(teacher, "teacher")  # before anything is trained or written with it
+    return teacher
 
 
 def quantization(quantize: str) -> Any:

@@ -6,6 +6,7 @@ is (mohawk/training/trainer.py says what that asks for).
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -19,12 +20,12 @@ from mohawk.data.next_tokens import IGNORED, next_column, next_labels, positions
 from mohawk.kernels.kd.call import map_rows
 from mohawk.kernels.kd.loss import TAIDSchedule, TeacherHidden, TeacherSamples, TeacherTAID, linear_kd_loss
 from mohawk.loading.models import check_decoder, parameter_count
-from mohawk.losses.heads import Head, final_hidden_states
+from mohawk.losses.heads import Head, final_hidden_states, readable_ids
 from mohawk.losses.label_probability import label_probability
 from mohawk.losses.matching import Matching
 from mohawk.losses.on_policy import OnPolicy, replaced_rows
 from mohawk.losses.schedules import Ramp, at, temperature_for
-from mohawk.losses.shared_vocabulary import shared_part
+from mohawk.losses.shared_vocabulary import shared_part, told_of_cut
 from mohawk.losses.teachers import Answer, AverageTeacher, Ensemble, ModelTeacher, is_around, model_inputs
 from mohawk.training.advance import Advance
 from mohawk.training.weight_decay import parameter_groups
@@ -33,8 +34,10 @@ if TYPE_CHECKING:
     from mohawk.kernels.kd.teachers import Teacher
     from mohawk.losses.rationale_router import RoutedRationales
 
+log = logging.getLogger(__name__)
+
 SAMPLED_ROWS = 256  # of a batch, on which agreement and the teacher's entropy are measured
-ROWS, LABEL, RATIONALE, MAIN = range(4)  # what a step's counts are of; behind them, tokens of own losses
+TASKS = 3  # of tokens: plain text, labels and rationales (mohawk/rationales.py), each of one mean of its own
 
 
 @dataclass(frozen=True)
@@ -128,6 +131,7 @@ class KnowledgeDistiller(nn.Module):
         self.averaged = 1  # over how many processes gradients are averaged, not summed
         self._counted, self._counts = -1, torch.zeros(())  # of which step, and what `prepare` counted of it
         self._sums: dict[str, list[Any]] = {}
+        self._told = False  # what a smaller vocabulary does to the teacher's answers
 
     # ---- in a plain training loop ----
 
@@ -240,14 +244,15 @@ class KnowledgeDistiller(nn.Module):
 
         batch: `input_ids` and `labels` (b, n), unshifted, -100 where nothing is predicted; `position_ids` and
         `segment_ids` of packed rows, or `attention_mask`; `weights` (b, n) of each token's loss; `task` (b, n), 1 at
-        labels and 2 at rationales of step-by-step distillation, each a mean over its own tokens, and 0 elsewhere;
+        labels and 2 at rationales of step-by-step distillation and 0 elsewhere, each a mean over its own tokens;
         `source` (b), what `own_losses` go by; what a teacher asks for (mohawk/losses/teachers.py). normalizer: divides
-        instead of the count of labels. forward: called instead of the student, such as the student as DDP wraps it.
+        instead of the count of labels; what tasks count beside each other stays. forward: called instead of the
+        student, such as the student as DDP wraps it.
         """
         counts = self._count(batch)
         if normalizer is not None:
-            counts[ROWS] *= normalizer / counts[MAIN].clamp(min=1)
-            counts[MAIN] = normalizer
+            scale = normalizer / counts[1 : 1 + TASKS].sum().clamp(min=1)
+            counts[: 1 + TASKS] *= scale
         return self._loss(batch, counts, forward)
 
     def share(self, batch: Mapping[str, Tensor], forward: Callable[..., Any] | None = None) -> Tensor:
@@ -268,45 +273,46 @@ class KnowledgeDistiller(nn.Module):
         return torch.isin(batch["source"], torch.tensor(list(sources), device=batch["source"].device))
 
     def _count(self, batch: Mapping[str, Tensor]) -> Tensor:
-        """Floats: rows; tokens of labels and of rationales; tokens of the main loss, and of each of the own losses."""
+        """Floats: rows; then tokens of each task, of the main loss and of each of the own losses."""
         real = next_labels(batch) != IGNORED
         task = next_column(batch["task"], 0) if "task" in batch else torch.zeros_like(batch["labels"])
-        tokens = real.sum(-1)
-        own = [tokens[self._rows_of([source], batch)].sum() for source in self.own_losses]
-        counts = [tokens.new_tensor(len(tokens)), *((real & (task == k)).sum() for k in (1, 2))]
-        counts = torch.stack([*counts, tokens.sum() - sum(own), *own])
+        tokens = torch.stack([(real & (task == k)).sum(-1) for k in range(TASKS)], -1)
+        own = [tokens[self._rows_of([source], batch)].sum(0) for source in self.own_losses]
+        main = tokens.sum(0) - sum(own)
+        counts = torch.cat([tokens.new_tensor([len(tokens)]), main, *own])
         return counts.to(torch.float32 if counts.device.type == "mps" else torch.float64)
 
     def _loss(self, batch: Mapping[str, Tensor], counts: Tensor, forward: Callable[..., Any] | None) -> Tensor:
         """The sum over a batch's tokens, each divided by what `counts` has of its kind."""
         if (mask := batch.get("attention_mask")) is not None and mask.dim() == 2 and "position_ids" not in batch:
             batch = {**batch, "position_ids": positions(mask)}
-        if "task" in batch:
-            # so that the one mean over all tokens is the sum of two, each over its own
-            tasks = counts[[LABEL, RATIONALE]]
-            factors = torch.cat([torch.ones_like(tasks[:1]), tasks.sum() / _some(tasks)])
-            factors = factors.to(torch.float32)[batch["task"]]
-            batch = {**batch, "weights": batch["weights"] * factors if "weights" in batch else factors}
-        matchings = self.matchings
+        matchings, inputs = self.matchings, model_inputs(batch)
+        inputs["input_ids"], check_ids = readable_ids(self.student, inputs["input_ids"], "student")
         with ExitStack() as stack:
             seen = [stack.enter_context(m.student(self.student)) for m in matchings.values()]
-            hidden = final_hidden_states(self.student, model_inputs(batch), forward)
+            hidden = final_hidden_states(self.student, inputs, forward)
         whole = None
         if matchings:
             (whole,) = self.teacher(batch, [m.teacher for m in matchings.values()])
         labels = next_labels(batch)
         weights = next_column(batch["weights"], 0.0) if "weights" in batch else None
+        task = next_column(batch["task"], 0) if "task" in batch else None
         head = Head.of(self.student)
         loss = 0.0
-        for source, rows, own, divisor in self._parts(batch, whole, counts):
+        for source, rows, own, tokens in self._parts(batch, whole, counts):
+            check_ids()
             rows = slice(None) if rows is None else rows
             part = None if weights is None else weights[rows]
-            loss = loss + self._logit_loss(source, hidden[rows], head, labels[rows], part, _some(divisor), own)
+            if task is not None:
+                # so that the one mean over all tokens is the sum of several, each over a task's own
+                factors = (tokens.sum() / _some(tokens)).to(torch.float32)[task[rows]]
+                part = factors if part is None else part * factors
+            loss = loss + self._logit_loss(source, hidden[rows], head, labels[rows], part, _some(tokens.sum()), own)
         count, rows = (labels != IGNORED).sum(), len(labels)
         for i, (name, matching) in enumerate(matchings.items()):
             matched = matching.loss(seen[i], whole.seen[i], batch)
             self._measure(name, matched, torch.tensor(float(rows)) if matching.by_row else count)
-            share = rows / counts[ROWS] if matching.by_row else count / _some(counts[MAIN:].sum())
+            share = rows / counts[0] if matching.by_row else count / _some(counts[1:].sum())
             loss = loss + self._now(matching.weight) * matched * share.to(matched.dtype)
         self.step_loss = self.step_loss + loss.detach()
         return loss
@@ -315,7 +321,8 @@ class KnowledgeDistiller(nn.Module):
         self, batch: Mapping[str, Tensor], whole: Answer | None, counts: Tensor
     ) -> Iterator[tuple[Teacher | None, Tensor | None, OwnLoss, Tensor]]:
         """The rows of a batch by the loss they have: (what the teacher says of them, their indices or None for all, the
-        loss, what it is divided by). Where nothing is compared the teacher is not asked.
+        loss, (TASKS) how many tokens of each task the step has of that loss). Where nothing is compared the teacher is
+        not asked.
 
         whole: the teacher's answer on all rows, where it was asked already.
         """
@@ -327,16 +334,16 @@ class KnowledgeDistiller(nn.Module):
                 rows = mine.nonzero().squeeze(1)
                 if not len(rows):
                     continue
-            divisor = counts[MAIN + i]
+            tokens = counts[1 + i * TASKS : 1 + (i + 1) * TASKS]
             if self.teacher is None or self._now(loss.kd_weight) == 0:
-                yield None, rows, loss, divisor
+                yield None, rows, loss, tokens
             elif whole is not None:
-                yield whole.source if rows is None else _taken(whole.source, rows), rows, loss, divisor
+                yield whole.source if rows is None else _taken(whole.source, rows), rows, loss, tokens
             else:
                 asked = batch if rows is None else {name: column[rows] for name, column in batch.items()}
                 for answer in self.teacher(asked):
                     found = answer.rows if rows is None else rows if answer.rows is None else rows[answer.rows]
-                    yield answer.source, found, loss, divisor
+                    yield answer.source, found, loss, tokens
 
     def _logit_loss(
         self,
@@ -352,6 +359,10 @@ class KnowledgeDistiller(nn.Module):
         kd_weight, ce_weight = self._now(own.kd_weight), self._now(own.ce_weight)
         student, vocab = head.student(hidden), self._vocab_size(head)
         if source is not None and vocab is not None:
+            if not self._told and vocab < self.teacher.vocab_size:
+                self._told = True
+                if (line := told_of_cut(source, vocab, labels != IGNORED)) is not None:
+                    log.warning("%s", line)
             source = shared_part(source, vocab)
         options = {
             "divergence": self.divergence,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -12,15 +13,18 @@ from torch import Tensor, nn
 
 from mohawk.errors import UserError
 from mohawk.kernels.kd.teachers import TeacherHidden
-from mohawk.loading.models import GIVE, check_decoder
+from mohawk.loading.causal import check_causal_on, embedding_rows, plain_model, within_peft
+from mohawk.loading.models import check_decoder
 from mohawk.loading.offload import loaded
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+log = logging.getLogger(__name__)
+
 # model types whose recurrences take no mask in transformers
 READS_PADDING = ("rwkv", "xlstm", "recurrent_gemma")
-PROBED = 32  # tokens of a text that show whether a model is causal
+AT_ONCE = ("cpu",)  # devices that nobody waits for
 _checked: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # models whose head was compared with their logits
 
 
@@ -176,9 +180,7 @@ def _plain_weight(module: nn.Module) -> tuple[Tensor, Tensor | None]:
 
 def vocabulary_rows(model: PreTrainedModel) -> int:
     """How many entries a model's logits have."""
-    output = model.get_output_embeddings()
-    for name in ("original_module", "base_layer"):  # peft's, a wrapper around an adapter around the module
-        output = getattr(output, name, output)
+    output = within_peft(model.get_output_embeddings())
     return getattr(output, "out_features", None) or len(output.weight)
 
 
@@ -189,13 +191,14 @@ def final_hidden_states(
 
     inputs: of the model's forward. forward: what to call instead of the model, such as the model as DDP wraps it.
 
-    The logits of the last position alone are computed. On a model's first pass they check `Head.of`, and a short text
-    that no token sees those behind it; raises UserError where the model does more to its logits than a Head says, or is
-    not causal, or where a row has padding in front and the model has no mask for it.
+    The logits of the last position alone are computed. On a model's first pass they check `Head.of`, and what
+    `check_decoder` could not find out before it; raises UserError where the model does more to its logits than a Head
+    says, or is not causal, or where a row has padding in front and the model has no mask for it.
     """
     _check_padding(model, inputs.get("attention_mask"))
     if model not in _checked:
-        _check_causal(model, inputs, forward or model)
+        check_decoder(model, "model")
+        check_causal_on(model, inputs, forward or model)
     seen: list[Tensor] = []
 
     def keep(_module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor]:
@@ -211,8 +214,6 @@ def final_hidden_states(
     finally:
         hook.remove()
     (hidden,) = seen
-    if model not in _checked:
-        check_decoder(model, "model")
     if model not in _checked and last.numel():
         with torch.no_grad():
             last = last.float()
@@ -226,6 +227,29 @@ def final_hidden_states(
     return hidden
 
 
+def readable_ids(model: PreTrainedModel, ids: Tensor, who: str) -> tuple[Tensor, Callable[[], None]]:
+    """Ids (b, n) that a model's embedding has rows for, and what raises UserError where some of those given had none.
+
+    On the CPU that is raised here. Elsewhere it would mean to wait for the device, and reading beyond an embedding's
+    end breaks a GPU for the whole process: ids are clamped, and the caller asks where the device is waited for anyway.
+    """
+    rows = embedding_rows(model)
+    wrong = (ids < 0) | (ids >= rows)
+
+    def check() -> None:
+        if bool(wrong.any()):
+            got, name = int(ids[wrong][0]), type(plain_model(model)).__name__
+            raise UserError(
+                f"{who}: input_ids: got {got}; the embedding of {name} has {rows} rows, for ids from 0 to "
+                f"{rows - 1}; give text of a tokenizer that this model reads"
+            )
+
+    if ids.device.type in AT_ONCE:
+        check()
+        return ids, lambda: None
+    return ids.clamp(0, rows - 1), check
+
+
 def _check_padding(model: PreTrainedModel, mask: Tensor | None) -> None:
     """UserError where padding in front of a row's tokens would become part of what the model remembers of them."""
     if mask is None or mask.dim() != 2 or model.config.get_text_config().model_type not in READS_PADDING:
@@ -234,50 +258,6 @@ def _check_padding(model: PreTrainedModel, mask: Tensor | None) -> None:
         raise UserError(
             f"{type(model).__name__} reads padding as it reads tokens, whatever attention_mask says, and a row has "
             "padding in front of a token; pad on the right (padding_side='right')"
-        )
-
-
-@torch.no_grad()
-def _check_causal(model: PreTrainedModel, inputs: Mapping[str, Tensor], forward: Callable[..., Any]) -> None:
-    """UserError where the model's states at earlier tokens change with later ones, whatever its configuration says.
-
-    Of the first row the first real tokens, alone: what a model does at padding is nobody's concern.
-    """
-    ids, mask = inputs.get("input_ids"), inputs.get("attention_mask")
-    output = model.get_output_embeddings()
-    if ids is None or output is None or not len(ids) or ids.shape[1] < 2:
-        return
-    real = ids[0][mask[0].bool()] if mask is not None and mask.dim() == 2 else ids[0]
-    text = (real if len(real) > 1 else ids[0])[:PROBED]
-    half = len(text) // 2
-    other = text.clone()
-    other[half:] = text[: len(text) - half].flip(0)  # tokens that the model surely takes
-    seen: list[Tensor] = []
-
-    def keep(_module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor]:
-        seen.append(args[0][:, :half])
-        return (args[0][:, -1:],)
-
-    hook = output.register_forward_pre_hook(keep)
-    training = [module for module in model.modules() if module.training]
-    devices = [ids.device] if ids.device.type == "cuda" else []
-    try:
-        for module in training:  # dropout would change all states
-            module.training = False
-        for tokens in (text, other):
-            with torch.random.fork_rng(devices):
-                torch.manual_seed(0)
-                forward(input_ids=tokens[None], use_cache=False)
-    finally:
-        hook.remove()
-        for module in training:
-            module.training = True
-    before, after = seen
-    # where shapes agree, rounding differs in mixtures of experts alone, by far less than the root of its unit
-    if (after - before).norm() > torch.finfo(before.dtype).eps ** 0.5 * before.norm():
-        raise UserError(
-            f"model: got {type(model).__name__}: it is not causal: its states at a token change with later tokens; "
-            f"{GIVE}"
         )
 
 

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from mohawk.core.processes import several
 from mohawk.errors import UserError
 from mohawk.loading.models import check_decoder
+from mohawk.losses.heads import readable_ids
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -156,7 +157,7 @@ class OnPolicy:
         prompts = self._prompts(batch, step) if self.decides(step) else []
         if not prompts:
             return batch
-        ids = batch["input_ids"].cpu()
+        ids, _ = readable_ids(self.student, batch["input_ids"].cpu(), "student")
         texts = [ids[p.row, p.begin : p.begin + p.length] for p in prompts]
         with self._sampling(step, ids):
             samples = self._samples(texts, [p.limit for p in prompts])

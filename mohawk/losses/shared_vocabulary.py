@@ -33,6 +33,40 @@ def shared_part(source: Teacher, vocab_size: int) -> Teacher:
     return _shared_top_k(source, vocab_size)
 
 
+def told_of_cut(source: Teacher, vocab_size: int, rows: Tensor) -> str | None:
+    """One line about what `shared_part` does to the answers of some rows, bool (...), in shares of their probability;
+    None where it changes nothing, or does so exactly and leaves no row without an answer. Waits for the device."""
+    if not isinstance(source, (TeacherTopK, TeacherSamples)) or not bool(rows.any()):
+        return None
+    beyond, known = source.ids[rows] >= vocab_size, f"the student's vocabulary ends at {vocab_size}"
+    if isinstance(source, TeacherSamples):
+        weights = source.weights[rows].float()
+        left = weights.masked_fill(beyond, 0.0).sum(-1)
+        share, without = 1 - left.sum() / weights.sum(), ((left == 0) & (weights.sum(-1) > 0)).float().mean()
+        if not bool(without > 0):
+            return None
+        return (
+            f"{known}: {_percent(share)} of the teacher's samples lie behind it and are left out, and "
+            f"{_percent(without)} of the positions have none left, so that nothing is learned there"
+        )
+    named = source.logprobs[rows].float().exp()
+    tail = source.tail_logprob
+    tail = (1 - named.sum(-1)).clamp(min=0) if tail is None else tail[rows].float().exp()
+    tail = tail.masked_fill((~beyond).sum(-1) >= vocab_size, 0.0)  # which all lies behind
+    if not bool(tail.sum() > 0):
+        return None
+    share = named.masked_fill(~beyond, 0.0).sum() / named.sum()
+    return (
+        f"{known}: {_percent(share)} of the probability that the teacher's top {named.shape[-1]} hold lies behind it "
+        f"and is left out; how much does of the {_percent(tail.mean())} that they do not hold is not known, and all of "
+        "that counts as the student's; an online teacher, or a cache of hidden states, leaves nothing open"
+    )
+
+
+def _percent(share: Tensor) -> str:
+    return f"{100 * float(share):.3g} %"
+
+
 def _shared_top_k(source: TeacherTopK, vocab_size: int) -> TeacherTopK:
     """A top min(k, vocab_size) of distinct ids below `vocab_size`, those of the teacher first, and the rest's mass."""
     k = min(source.ids.shape[-1], vocab_size)

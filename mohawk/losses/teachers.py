@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from mohawk.errors import UserError
 from mohawk.kernels.kd.teachers import Teacher, TeacherHidden, TeacherMixture
 from mohawk.loading.models import check_decoder
-from mohawk.losses.heads import Head, final_hidden_states, in_autocast, vocabulary_rows
+from mohawk.losses.heads import Head, final_hidden_states, in_autocast, readable_ids, vocabulary_rows
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -124,11 +124,13 @@ class ModelTeacher:
     def asked(self, batch: Mapping[str, Tensor], watches: Sequence[Watch] = ()) -> tuple[Tensor, list[dict], Head]:
         """As `hidden`, and the head that goes with them."""
         inputs = model_inputs(batch)
+        inputs["input_ids"], check_ids = readable_ids(self.model, inputs["input_ids"], "teacher")
         with self.answering(), contextlib.ExitStack() as stack:
             seen = [stack.enter_context(watch(self.model)) for watch in watches]
             rows = len(batch["input_ids"]) if watches or not self.micro_batch else self.micro_batch
             parts = zip(*(tensor.split(max(1, rows)) for tensor in inputs.values()), strict=True)
             hidden = [final_hidden_states(self.model, dict(zip(inputs, part, strict=True))) for part in parts]
+            check_ids()  # the loss, which is next, waits for the device as well
             if self.adapted is not None:
                 self._check(seen)
             return hidden[0] if len(hidden) == 1 else torch.cat(hidden), seen, Head.of(self.model)

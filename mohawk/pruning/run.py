@@ -82,12 +82,13 @@ def prune(recipe: PruneRecipe, *, dry_run: bool = False) -> None:
             empty_model(config)
         plan = _plan(recipe, config, run)
         print_plan(plan, recipe, console)
-        first_before_others(
+        read = first_before_others(
             lambda: check_inputs(recipe, planning=dry_run, further=functools.partial(_check_further, recipe))
         )
         if recipe.calibration.scores is not None:
             on_first(lambda: given_scores(recipe.calibration.scores))
         if dry_run:
+            console.print(read, highlight=False)
             on_first(lambda: check_folder(run, recipe))
             on_first(lambda: _check_text(recipe))
             return

@@ -33,8 +33,10 @@ LOOKED_AT = 200  # rows of a text that are read
 
 def check_inputs(
     recipe: RecipeFile, *, planning: bool = False, further: Callable[[PreTrainedTokenizerBase], None] | None = None
-) -> None:
+) -> str:
     """Everything of a recipe that can be checked without weights and without reading all the text.
+
+    Returns what was read of each text, for people to know how far this goes.
 
     planning: texts, and a tokenizer beside the teacher, may not be there yet, which is then a line of the log. further:
     what a kind of recipe has to check with the tokenizer besides, before texts are looked at.
@@ -59,6 +61,7 @@ def check_inputs(
         if part.data is not None:
             texts |= {f"{at}data.train.{i}": source for i, source in enumerate(part.data.train)}
     texts |= {f"data.evaluation.{i}": source for i, source in enumerate(recipe.data.evaluation)}
+    read = []
     for at, source in texts.items():
         try:
             local_files(as_source(source))
@@ -67,7 +70,8 @@ def check_inputs(
                 raise
             log.warning("%s: not checked: %s", at, error)
         else:
-            _check_source(source, at, tokenizer, names)
+            read.append(f"{at}: {_check_source(source, at, tokenizer, names)}")
+    return f"Read of the text: {'; '.join(read)}. The rest is checked when a run reads it, before any weights."
 
 
 def _teachers(recipe: RecipeFile) -> list[tuple[str, Any]]:
@@ -118,6 +122,8 @@ def _check_reads(tokenizer: Any, own: Any, model: str, who: str, where: dict[str
     """A model reads the ids of `tokenizer` as its own, if it comes with one, does, and has a row for each."""
     if own is not None:
         check_same(tokenizer, own, who)
+    else:
+        log.warning("%s has no tokenizer to compare: it is taken to read ids as the teacher's does", who)
     rows = load_config(model, **where).get_text_config().vocab_size
     check_rows(tokenizer, rows, who, "the teacher's tokenizer")
 
@@ -129,8 +135,8 @@ def _check_packages(name: str, teacher: Any) -> None:
         raise UserError(f"{name}.device_map: auto needs the package accelerate; run: pip install accelerate")
 
 
-def _check_source(source: Any, where: str, tokenizer: PreTrainedTokenizerBase, teachers: list[str]) -> None:
-    """The first rows of a text that lies here; what lies on a hub is not asked for."""
+def _check_source(source: Any, where: str, tokenizer: PreTrainedTokenizerBase | None, teachers: list[str]) -> str:
+    """The first rows of a text that lies here; what lies on a hub is not asked for. Returns how many were read."""
     plain = as_source(source)
     files, form = local_files(plain)
     kind = getattr(source, "kind", "text")
@@ -139,19 +145,23 @@ def _check_source(source: Any, where: str, tokenizer: PreTrainedTokenizerBase, t
         if rows and not any(plain.field in row for _, row in rows):
             at, row = rows[0]
             fields = ", ".join(map(str, row)) or "none"
-            raise UserError(f"{where}: {at} has no field {plain.field!r}; its fields: {fields}")
+            others = f"; nor has any of the {len(rows) - 1} rows read behind it" if len(rows) > 1 else ""
+            raise UserError(f"{where}: {at} has no field {plain.field!r}; its fields: {fields}{others}")
         if odd := [(at, row) for at, row in rows if not isinstance(row.get(plain.field), (str, type(None)))]:
             at, row = odd[0]
             raise UserError(f"{where}: {at}: field {plain.field!r} holds {type(row[plain.field]).__name__}, not text")
-    elif form == "parquet":
-        needed = [source.prompt_field, source.messages_field] if kind == "pairs" else ["prompt", "messages"]
+    elif kind == "pairs" and form == "parquet":
+        # whose columns are those of all rows, so that they can be told even where no tokenizer is there yet
+        needed = [source.prompt_field, source.messages_field]
         if not any(name in rows[0][1] for name in needed):
             raise UserError(
                 f"{where}: {rows[0][0]} has neither field {needed[0]!r} nor {needed[1]!r}; its fields: "
                 f"{', '.join(rows[0][1])}"
             )
-    else:
+    if kind != "text":
         for at, row in rows:
+            if not any(value is not None for value in row.values()):
+                continue  # the columns of a Parquet file without rows
             if kind == "rationales":
                 check_record(row, at)
             elif tokenizer is not None:
@@ -160,6 +170,11 @@ def _check_source(source: Any, where: str, tokenizer: PreTrainedTokenizerBase, t
     if name is not None and rows and not any(name in row for _, row in rows):
         if form == "parquet" or not any(name in row for _, row in read_records(plain)):  # a later row may have it
             raise no_weights(*rows[0], name)
+    if not files:
+        return "nothing, it is not on this machine"
+    if not rows:
+        return "nothing, it is neither JSON lines nor Parquet"
+    return f"{'all' if len(rows) < LOOKED_AT and len(files) == 1 else 'the first'} {len(rows)} rows"
 
 
 def _check_pair(source: DistillSource, tokenizer: Any, at: str, row: dict[str, Any], teachers: list[str]) -> None:

@@ -4,6 +4,7 @@ import pytest
 import torch
 from transformers import (
     BartConfig,
+    BartForCausalLM,
     BartForConditionalGeneration,
     BertConfig,
     BertForMaskedLM,
@@ -12,19 +13,32 @@ from transformers import (
     BertLMHeadModel,
     CpmAntConfig,
     CpmAntForCausalLM,
+    Gemma4AssistantConfig,
+    Gemma4TextConfig,
+    GitConfig,
+    GitForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaForCausalLM,
     MixtralConfig,
     MixtralForCausalLM,
+    MoshiConfig,
+    MoshiForCausalLM,
     T5Config,
     T5ForConditionalGeneration,
     TrainingArguments,
+    TrOCRConfig,
+    TrOCRForCausalLM,
     WhisperConfig,
     WhisperForCausalLM,
     WhisperForConditionalGeneration,
     XLNetConfig,
     XLNetLMHeadModel,
 )
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from mohawk.errors import UserError
+from mohawk.generation.decoding import Decoding, LocalTeacher
 from mohawk.loading.models import load_config, load_teacher
 from mohawk.losses.distiller import KnowledgeDistiller
 from mohawk.losses.heads import final_hidden_states
@@ -32,6 +46,7 @@ from mohawk.losses.hf_trainer import DistillationTrainer
 from mohawk.losses.on_policy import OnPolicy
 from mohawk.losses.rationales import RationaleDistiller
 from mohawk.losses.teachers import Ensemble, ModelTeacher
+from mohawk.models.families import other_than_decoder
 from mohawk.models.from_teacher import hybrid_from_teacher
 from mohawk.pruning.minitron import MinitronPruner
 
@@ -41,7 +56,17 @@ BART = {
     "encoder_ffn_dim": 48, "decoder_ffn_dim": 48, "vocab_size": 258, "pad_token_id": 0, "bos_token_id": 1,
     "eos_token_id": 2, "decoder_start_token_id": 1,
 }  # fmt: skip
+TINY = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 258}
+VISION = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "image_size": 32,
+}
 SEVERAL = "an encoder and a decoder"
+READS = "a decoder whose layers read an encoder's states"
+AHEAD = "not causal: each token sees those behind it too"
 MADE = {
     "bert": (lambda: BertForMaskedLM(BertConfig(**BERT)), "an encoder, in which each token sees those behind it too"),
     "bert_lm_head": (lambda: BertLMHeadModel(BertConfig(**BERT)), "an encoder, in which"),
@@ -55,6 +80,42 @@ MADE = {
     "bart": (lambda: BartForConditionalGeneration(BartConfig(**BART)), SEVERAL),
     "whisper": (lambda: WhisperForConditionalGeneration(WhisperConfig(**BART)), SEVERAL),
     "whisper_decoder": (lambda: WhisperForCausalLM(WhisperConfig(**BART)), "made for input_features, not for text"),
+    "bart_decoder": (lambda: BartForCausalLM(BartConfig(**BART)), READS),
+    "bert_cross": (lambda: BertLMHeadModel(BertConfig(**BERT, is_decoder=True, add_cross_attention=True)), READS),
+    "gpt2_cross": (
+        lambda: GPT2LMHeadModel(
+            GPT2Config(n_embd=32, n_layer=1, n_head=2, vocab_size=258, add_cross_attention=True, bos_token_id=1,
+                       eos_token_id=2)
+        ),
+        READS,
+    ),
+    "trocr": (
+        lambda: TrOCRForCausalLM(
+            TrOCRConfig(
+                d_model=32, decoder_layers=1, decoder_attention_heads=2, decoder_ffn_dim=48, vocab_size=258,
+                cross_attention_hidden_size=32,
+            )
+        ),
+        "decoder of an encoder of images",
+    ),
+    "git": (
+        lambda: GitForCausalLM(GitConfig(**TINY, intermediate_size=48, vision_config=VISION)), "made to describe images"
+    ),
+    "moshi": (lambda: MoshiForCausalLM(MoshiConfig(**TINY, ffn_dim=48)), "made for speech"),
+    "xlnet": (
+        lambda: XLNetLMHeadModel(XLNetConfig(vocab_size=258, d_model=32, n_layer=2, n_head=4, d_inner=48)), AHEAD
+    ),
+    "cpmant": (
+        lambda: CpmAntForCausalLM(
+            CpmAntConfig(
+                vocab_size=258, hidden_size=32, dim_ff=48, num_hidden_layers=2, num_attention_heads=4, dim_head=8
+            )
+        ),
+        AHEAD,
+    ),
+    "bert_generation": (
+        lambda: BertGenerationDecoder(BertGenerationConfig(**BERT)), "an encoder, in which each token sees those behind"
+    ),
 }  # fmt: skip
 
 
@@ -76,12 +137,11 @@ def test_classes_refuse_what_is_no_decoder(other, make_llama, tokenizer, tmp_pat
         "DistillationTrainer's teacher": lambda: DistillationTrainer(model=llama, args=arguments, teacher=model),
         "RationaleDistiller's student": lambda: RationaleDistiller(model, tokenizer),
         "RationaleDistiller's teacher": lambda: RationaleDistiller(llama, tokenizer, teacher=model, kd_weight=1.0),
+        "LocalTeacher": lambda: LocalTeacher(model, tokenizer, Decoding()),
         "OnPolicy": lambda: OnPolicy(model, tokenizer),
         "evaluation": lambda: final_hidden_states(model, {"input_ids": torch.ones(1, 4, dtype=torch.long)}),
     }
     for where, call in refused.items():
-        if where == "evaluation" and what == SEVERAL:
-            continue  # their forward itself asks for more than ids
         with pytest.raises(UserError, match=what) as caught:
             call()
         assert type(model).__name__ in str(caught.value) and "\n" not in str(caught.value), where
@@ -89,7 +149,7 @@ def test_classes_refuse_what_is_no_decoder(other, make_llama, tokenizer, tmp_pat
         lambda: hybrid_from_teacher(model, [0]),
         lambda: MinitronPruner(model, target_params=0.5).sizes,
     ):
-        with pytest.raises(ValueError, match="model_type '(bert|t5|bart|whisper)' cannot be") as caught:
+        with pytest.raises(ValueError, match=rf"model_type '{model.config.model_type}' cannot be") as caught:
             call()
         assert "\n" not in str(caught.value)
 
@@ -100,7 +160,7 @@ def test_checkpoints_are_refused_by_their_configuration(other, tmp_path):
     model.save_pretrained(tmp_path)
     (tmp_path / "model.safetensors").unlink()
     for load in (load_config, load_teacher):
-        with pytest.raises(UserError, match=r"^teacher: .* is a \w+ model(: it|.*ForCausalLM)") as caught:
+        with pytest.raises(UserError, match=r"^teacher: .* is a [\w-]+ model(: it|.*ForCausalLM)") as caught:
             load(tmp_path)
         assert "\n" not in str(caught.value)
         assert what in str(caught.value) or type(model).__name__ == "BertForMaskedLM"
@@ -122,31 +182,106 @@ def test_attention_that_looks_ahead_is_refused(make_llama):
         KnowledgeDistiller(make_llama(), student)
 
 
-AHEAD = {
-    "xlnet": lambda: XLNetLMHeadModel(XLNetConfig(vocab_size=258, d_model=32, n_layer=2, n_head=4, d_inner=48)),
-    "cpmant": lambda: CpmAntForCausalLM(
-        CpmAntConfig(vocab_size=258, hidden_size=32, dim_ff=48, num_hidden_layers=2, num_attention_heads=4, dim_head=8)
-    ),
-    "bert_generation": lambda: BertGenerationDecoder(BertGenerationConfig(**BERT)),
-}
+def test_of_all_that_transformers_loads_as_a_decoder_these_are_refused():
+    """By the configuration that each kind of model has by default."""
+    plain = Gemma4TextConfig(num_kv_shared_layers=30, hidden_size_per_layer_input=0, vocab_size_per_layer_input=0)
+    made = {Gemma4AssistantConfig: {"text_config": plain}}  # one that has no default
+    kinds = {kind.model_type: kind(**made.get(kind, {})) for kind in MODEL_FOR_CAUSAL_LM_MAPPING}
+    refused = {name for name, config in kinds.items() if other_than_decoder(config)}
+    encoders = {
+        "bert", "bert-generation", "big_bird", "camembert", "data2vec-text", "electra", "ernie", "megatron-bert",
+        "reformer", "rembert", "roberta", "roberta-prelayernorm", "roc_bert", "roformer", "xlm", "xlm-roberta",
+        "xlm-roberta-xl", "xmod",
+    }  # fmt: skip
+    with_encoders = {
+        "bart", "bigbird_pegasus", "blenderbot", "blenderbot-small", "marian", "mbart", "musicgen", "musicgen_melody",
+        "mvp", "pegasus", "plbart", "prophetnet", "trocr", "whisper",
+    }  # fmt: skip
+    others = {"git", "moshi", "gemma4_assistant", "gemma4_unified_assistant", "xlnet", "cpmant"}
+    assert refused == encoders | with_encoders | others
 
 
-@pytest.mark.parametrize("kind", AHEAD)
-def test_models_that_look_ahead_are_found_by_what_they_do(kind, make_llama):
-    """Neither their names nor their configurations say so; one is in training mode, as a student is."""
-    torch.manual_seed(0)
-    model = AHEAD[kind]().train()
-    ids = torch.randint(3, 250, (2, 8), generator=torch.Generator().manual_seed(0))
-    modes = [module.training for module in model.modules()]
-    for teacher, student in ((make_llama(), model), (model, make_llama())):
-        distiller = KnowledgeDistiller(teacher, student)
-        with pytest.raises(
-            UserError, match=rf"^model: got {type(model).__name__}: it is not causal.*\.\.\.ForCausal"
-        ) as e:
-            distiller.compute_loss(ids, attention_mask=(ids.cumsum(1) > ids[:, :1]).long())
-        assert "\n" not in str(e.value)
-        if student is model:
-            assert [module.training for module in model.modules()] == modes
+class BothWays(LlamaForCausalLM):
+    """Causal by its name and its configuration, and not by what it does."""
+
+    def forward(self, input_ids=None, attention_mask=None, **kwargs):
+        everything = torch.zeros(len(input_ids), 1, *[input_ids.shape[1]] * 2)
+        return super().forward(input_ids=input_ids, attention_mask=everything, **kwargs)
+
+
+@pytest.fixture
+def both_ways(make_llama):
+    causal = make_llama(3)
+    model = BothWays(causal.config)
+    model.load_state_dict(causal.state_dict())
+    return model.train()  # as a student is
+
+
+def test_models_that_look_ahead_are_found_by_what_they_do(both_ways, make_llama, tokenizer, tmp_path):
+    """Before anything is trained, wherever a model is given."""
+    llama, modes = make_llama(), [module.training for module in both_ways.modules()]
+    arguments = TrainingArguments(output_dir=str(tmp_path), report_to=[], use_cpu=True)
+    before = torch.get_rng_state()
+    refused = {
+        "student": lambda: KnowledgeDistiller(llama, both_ways),
+        "teacher": lambda: KnowledgeDistiller(both_ways, llama),
+        "on_policy: the student": lambda: OnPolicy(both_ways, tokenizer),
+        "model": lambda: final_hidden_states(both_ways, {"input_ids": torch.ones(1, 4, dtype=torch.long)}),
+    }
+    more = {
+        "student": lambda: RationaleDistiller(both_ways, tokenizer),
+        "teacher": lambda: DistillationTrainer(model=llama, args=arguments, teacher=both_ways),
+    }
+    for calls in (refused, more):
+        for who, call in calls.items():
+            with pytest.raises(UserError, match=rf"^{who}: got BothWays: it is not causal.*\.\.\.ForCausal") as caught:
+                call()
+            assert "\n" not in str(caught.value)
+        assert [module.training for module in both_ways.modules()] == modes
+        assert calls is more or torch.equal(torch.get_rng_state(), before)
+
+
+def test_checkpoints_that_look_ahead_are_found_when_they_are_loaded(make_llama, monkeypatch, tmp_path):
+    """As code that comes with a checkpoint may make a model do."""
+    from transformers import AutoModelForCausalLM
+
+    make_llama().save_pretrained(tmp_path)
+    load = AutoModelForCausalLM.from_pretrained
+
+    def loaded(name, **options):
+        made, info = load(name, **options)
+        made.__class__ = BothWays
+        return made, info
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", loaded)
+    with pytest.raises(UserError, match="^teacher: got BothWays: it is not causal"):
+        load_teacher(tmp_path)
+
+
+def test_what_cannot_be_run_yet_is_found_by_its_first_pass(both_ways, make_llama):
+    """A model without its weights, say, or one whose kernels want another device."""
+    values, run = both_ways.state_dict(), type(both_ways).forward
+    empty = BothWays(both_ways.config).to("meta")
+    distillers = [KnowledgeDistiller(make_llama(), empty)]
+    empty.load_state_dict(values, assign=True)
+    empty.model.rotary_emb = both_ways.model.rotary_emb  # its frequencies are no part of a checkpoint
+
+    class Elsewhere(BothWays):
+        here = False
+
+        def forward(self, *args, **kwargs):
+            if not self.here:
+                raise RuntimeError("no kernel for this device")
+            return run(self, *args, **kwargs)
+
+    moved = Elsewhere(both_ways.config)
+    moved.load_state_dict(values)
+    distillers.append(KnowledgeDistiller(make_llama(), moved))
+    for distiller in distillers:
+        Elsewhere.here = True
+        with pytest.raises(UserError, match="^model: got (BothWays|Elsewhere): it is not causal"):
+            distiller.compute_loss(torch.randint(3, 250, (2, 8), generator=torch.Generator().manual_seed(0)))
+        Elsewhere.here = False
 
 
 @pytest.mark.parametrize("side", ["left", "right"])

@@ -204,6 +204,12 @@ def test_a_cached_teacher_teaches_as_the_teacher_does(checkpoints, texts, tmp_pa
     with pytest.raises(UserError, match="temperature 2"):
         distill(recipe_of(checkpoints, texts, tmp_path / "other", {"cache": str(tmp_path / "top")}))
     distill(recipe_of(checkpoints, texts, tmp_path / "top16", {"cache": str(tmp_path / "top"), "temperature": 2}))
+    for i, train in enumerate(("train_1*.txt", "other.txt")):  # before any weights are loaded
+        stage, other = {"cache": str(tmp_path / "cache")}, {"train": [str(texts / train)]}
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("mohawk.distill_parts.load_teacher", lambda *_, **__: pytest.fail("weights were loaded"))
+            with pytest.raises(UserError, match=r"cached from (another text|\d+ rows)"):
+                distill(recipe_of(checkpoints, texts, tmp_path / f"another{i}", stage, data=other))
 
 
 @pytest.mark.parametrize("combine", ["probabilities", "logits", "row"])

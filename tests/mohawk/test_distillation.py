@@ -329,9 +329,8 @@ def test_tasks_and_own_losses_by_hand(models, batch):
     main = real & (source != 1)[:, None]
     n_label, n_rationale = (int((main & (kinds == k)).sum()) for k in (1, 2))
     assert (n_label, n_rationale) == (3, 3) and int(main.sum()) == 16
-    # label loss + rationale loss take the place of so many tokens' mean; the third row has no task
-    tasks = token[0, :3].sum() / n_label + token[0, 3:].sum() / n_rationale
-    expected = ((n_label + n_rationale) * tasks + token[2].sum()) / main.sum()
+    # the third row has no task
+    expected = token[0, :3].sum() / n_label + token[0, 3:].sum() / n_rationale + token[2].sum() / real[2].sum()
     expected = expected + (w * (0.25 * kl + 3.0 * ce) * real)[1].sum() / real[1].sum()
     torch.testing.assert_close(ours.double(), expected, rtol=2e-5, atol=1e-6)
     measured = distiller.measured()
@@ -453,3 +452,47 @@ def test_what_cannot_be_is_refused(models, arguments, words):
         return
     with pytest.raises(ValueError, match=words):
         KnowledgeDistiller(teacher, student, **arguments)
+
+
+@pytest.mark.parametrize("at_once", [True, False])
+@pytest.mark.parametrize("who", ["teacher", "student"])
+@pytest.mark.parametrize("bad", [250, -1])
+def test_ids_that_a_model_has_no_row_for_are_said(models, monkeypatch, who, bad, at_once):
+    """One line instead of an IndexError, or of a GPU that is broken for the process: there, as `at_once` is not, a
+    model is given what it can read, and what was wrong is said where the loss waits for the device."""
+    from mohawk import heads
+
+    if not at_once:
+        monkeypatch.setattr(heads, "AT_ONCE", ())
+    given = (models["fewer"], models["small"]) if who == "teacher" else (models["llama"], models["fewer"])
+    distiller = KnowledgeDistiller(*given)
+    ids = torch.randint(2, 250, (3, 11), generator=torch.Generator().manual_seed(0))
+    good = distiller.compute_loss(ids)
+    ids[1, 4] = bad
+    who = "(teacher|student)" if bad < 0 else who  # neither has a row for -1
+    with pytest.raises(UserError, match=rf"^{who}: input_ids: got {bad}; the embedding of LlamaForCausalLM has 2") as e:
+        distiller.compute_loss(ids)
+    assert "\n" not in str(e.value) and (bad < 0 or "250 rows, for ids from 0 to 249" in str(e.value))
+    ids[1, 4] = 249
+    assert torch.isfinite(distiller.compute_loss(ids)) and torch.isfinite(good)
+
+
+def test_ids_of_rows_that_a_teacher_is_not_asked_about_are_none_of_its(models):
+    """New tokens of a student, in plain text whose cross entropy alone it learns."""
+    own = {1: OwnLoss(ce_weight=1.0)}
+    distiller = KnowledgeDistiller(models["fewer"], models["small"], own_losses=own)
+    ids = torch.randint(2, 250, (2, 11), generator=torch.Generator().manual_seed(0))
+    ids[1, 5] = 255
+    loss = distiller.loss({"input_ids": ids, "labels": ids, "source": torch.tensor([0, 1])})
+    assert torch.isfinite(loss)
+    with pytest.raises(UserError, match="^teacher: input_ids: got 255"):
+        distiller.loss({"input_ids": ids, "labels": ids, "source": torch.tensor([1, 0])})
+
+
+def test_ids_beyond_an_adapted_model(make_llama):
+    peft = pytest.importorskip("peft")
+    options = {"target_modules": ["q_proj", "embed_tokens"], "modules_to_save": ["lm_head"]}
+    student = peft.get_peft_model(make_llama(1), peft.LoraConfig(r=2, **options))
+    ids = torch.full((1, 4), 258)
+    with pytest.raises(UserError, match="^student: input_ids: got 258; the embedding of LlamaForCausalLM has 258 rows"):
+        KnowledgeDistiller(make_llama(2), student).compute_loss(ids)

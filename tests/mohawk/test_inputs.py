@@ -15,8 +15,8 @@ from mohawk.loading import lora
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory, make_llama, tokenizer):
     root = tmp_path_factory.mktemp("inputs")
-    for name, rows in (("teacher", 258), ("wider", 300)):
-        make_llama(1, vocab_size=rows).save_pretrained(root / name)
+    for name, rows in (("teacher", 258), ("wider", 300), ("tied", 258)):
+        make_llama(1, vocab_size=rows, tie_word_embeddings=name == "tied").save_pretrained(root / name)
         tokenizer.save_pretrained(root / name)
         (root / name / "model.safetensors").unlink()
     (root / "text.txt").write_text("The name of all things is water. " * 40)
@@ -40,7 +40,20 @@ def folder(tmp_path_factory, make_llama, tokenizer):
     import pyarrow
     import pyarrow.parquet
 
-    pyarrow.parquet.write_table(pyarrow.table({"body": ["some words"]}), root / "body.parquet")
+    def table(name, **columns):
+        pyarrow.parquet.write_table(pyarrow.table(columns), root / name)
+
+    table("body.parquet", body=["some words"])
+    table("number.parquet", text=[1, 2], image=[b"\xff\xfe", None])
+    table("pairs.parquet", prompt=["a", "b"], response=["c", None], by=["0", "nobody"])
+    table("whole.parquet", prompt=["a", "b"], response=["c", "d"], by=["0", "nobody"], image=[b"\xff", b""])
+    table("reasons.parquet", prompt=["why?"], label=["so"], rationale=[[1, 2]])
+    table("empty.parquet", body=pyarrow.array([], pyarrow.string()))
+    for name, text in (("several", "words"), ("unlike", 5)):
+        (root / name).mkdir()
+        lines(f"{name}/a.jsonl", [{"text": "words"}] * 300)
+        lines(f"{name}/b.jsonl", [{"text": text}])
+    lines("short.jsonl", [{"text": "words"}] * 3)
     return root
 
 
@@ -67,6 +80,14 @@ CASES = {
         {"student": {"lora": {"bits": 4}}}, "student.lora: 4 bits on cpu: needs the package bitsandbytes"
     ),
     "LoRA of what is not there": ({"student": {"lora": {"targets": ["w9"]}}}, "student.lora: LoRA: targets must be"),
+    "LoRA with a dropout before the head": (
+        {"student": {"lora": {"targets": ["q_proj", "lm_head"], "dropout": 0.1}}},
+        "student.lora: LoRA: with a dropout of 0.1 before the output embedding",
+    ),
+    "LoRA of a head that is the embedding too": (
+        {"teacher": "tied", "student": {"layers": [0], "lora": {"targets": ["lm_head"]}}},
+        "student.lora: LoRA: the output embedding is the input embedding too",
+    ),
     "int8 without a package": (
         {"teacher": {"model": "teacher", "quantize": "int8"}}, "teacher.quantize: int8 needs bitsandbytes or torchao"
     ),
@@ -74,7 +95,28 @@ CASES = {
     "a field that is not there": (
         {"data": {"train": ["body.jsonl"]}}, "data.train.0: .*body.jsonl:1 has no field 'text'; its fields: body"
     ),
-    "a column of Parquet": ({"data": {"train": ["body.parquet"]}}, "data.train.0: .*parquet has no field 'text'; its"),
+    "a column of Parquet": (
+        {"data": {"train": ["body.parquet"]}}, "data.train.0: .*parquet row 0 has no field 'text'; its"
+    ),
+    "a column without rows": (
+        {"data": {"train": ["empty.parquet"]}}, "data.train.0: .*parquet has no field 'text'; its fields: body$"
+    ),
+    "a column that is no text": (
+        {"data": {"train": ["number.parquet"]}}, "data.train.0: .*parquet row 0: field 'text' holds int, not text"
+    ),
+    "another file's field": ({"data": {"train": ["unlike"]}}, "data.train.0: .*b.jsonl:1: field 'text' holds int"),
+    "a response in Parquet": (
+        {"data": {"train": [pairs("pairs.parquet")]}}, "pairs.parquet row 1: has no text in 'response'"
+    ),
+    "who answers in Parquet": (
+        {"data": {"train": [pairs("whole.parquet", teacher_field="by")]}}, "parquet row 1: field 'by' is 'nobody'"
+    ),
+    "a rationale's type": (
+        {"data": {"train": [{"source": "reasons.parquet", "kind": "rationales"}]}}, "row 0: rationale: got list"
+    ),
+    "teacher_field of text": (
+        {"data": {"train": [{"source": "text.txt", "teacher_field": "by"}]}}, "teacher_field is of kind: pairs"
+    ),
     "a field that is no text": ({"data": {"train": ["number.jsonl"]}}, "data.train.0: .*number.jsonl:1: .*holds int"),
     "evaluation": ({"data": {"evaluation": ["body.jsonl"]}}, "data.evaluation.0: .*has no field 'text'"),
     "a stage's own data": ({"stage": {"data": {"train": ["body.jsonl"]}}}, "stages.0.data.train.0: .*no field 'text'"),
@@ -202,3 +244,33 @@ def test_a_plan_may_be_made_before_the_text_is_there(folder, tmp_path, capsys):
     assert "data.train.0: not checked: " in capsys.readouterr().err
     assert main(["distill", path]) == 2
     assert "to_come.jsonl does not exist" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["convert", "distill", "prune"])
+def test_a_dry_run_says_how_much_it_read(command, folder, tmp_path, capsys):
+    texts = ["several", "text.txt", "short.jsonl"]
+    own = {"convert": {"student": {"ssm_layers": [1]}}, "prune": {"prune": {"ffn": 24}}, "distill": {}}[command]
+    if command == "distill":
+        own = {"student": {"layers": [0]}, "stages": [{"tokens": 128, "batch_size": 2, "sequence_length": 32}]}
+    data = {"train": texts, "evaluation": ["an/id_of_the_hub"], "cache": str(tmp_path / "cache")}
+    path = tmp_path / "recipe.yaml"
+    whole = {"teacher": "teacher", "data": data, **own, "output": str(tmp_path / "run")}
+    path.write_text(yaml.safe_dump(placed(whole, folder)))
+    assert main([command, str(path), "--dry-run"]) == 0, capsys.readouterr().err
+    said = " ".join(capsys.readouterr().out.split())
+    assert (
+        "Read of the text: data.train.0: the first 201 rows; data.train.1: nothing, it is neither JSON lines nor "
+        "Parquet; data.train.2: all 3 rows; data.evaluation.0: nothing, it is not on this machine. The rest is checked "
+        "when a run reads it, before any weights."
+    ) in said
+
+
+@pytest.mark.parametrize("where", ["student", "teachers"])
+def test_a_model_without_a_tokenizer_is_taken_on_trust_and_that_is_said(where, folder, tmp_path, make_llama, capsys):
+    bare = str(tmp_path / "bare")
+    make_llama(2).save_pretrained(bare)
+    changes = {"student": {"student": {"model": bare}}, "teachers": {"teachers": [bare]}}[where]
+    assert main(["distill", recipe(folder, tmp_path, changes), "--dry-run"]) == 0
+    name = {"student": "student.model", "teachers": "teachers.0"}[where]
+    said = [line for line in capsys.readouterr().err.splitlines() if "no tokenizer to compare" in line]
+    assert len(said) == 1 and f"{name}: {bare} has no tokenizer to compare: it is taken to read ids as" in said[0]

@@ -246,3 +246,29 @@ def test_a_backend_that_does_not_run_in_one_line():
     pytest.importorskip("bitsandbytes")
     with pytest.raises(ValueError, match="4 bits on nowhere: bitsandbytes does not run"):
         lora.four_bit_config(device="nowhere")
+
+
+def test_an_adapter_of_tied_embeddings_is_not_merged_into_both(make_llama, peft):
+    """A head of its own takes its adapter; one that is the embedding too would change what the model reads."""
+    own = lora.add_adapter(make_llama(1), 4, targets=["lm_head", "q_proj"])
+    with torch.no_grad():
+        for parameter in (p for p in own.parameters() if p.requires_grad):
+            parameter.normal_(std=0.1)
+        adapted = own(input_ids=ids()).logits
+        embedding = own.get_input_embeddings().weight.clone()
+        merged = lora.merge_adapter(own)
+        torch.testing.assert_close(merged(input_ids=ids()).logits, adapted, rtol=1e-4, atol=1e-4)
+        assert torch.equal(merged.get_input_embeddings().weight, embedding)
+    tied = make_llama(1, tie_word_embeddings=True)
+    for targets in (["lm_head"], ["q_proj", "lm_head"]):
+        with pytest.raises(ValueError, match="^LoRA: the output embedding is the input embedding too") as caught:
+            lora.add_adapter(tied, 4, targets=targets)
+        assert "\n" not in str(caught.value)
+    assert torch.equal(tied(input_ids=ids()).logits, make_llama(1, tie_word_embeddings=True)(input_ids=ids()).logits)
+    for target in ("lm_head", "embed_tokens"):  # as peft makes one by itself
+        adapted = peft.get_peft_model(make_llama(1, tie_word_embeddings=True), peft.LoraConfig(target_modules=[target]))
+        with pytest.raises(
+            ValueError, match="^LoRA: the adapter is of an embedding that is input and output"
+        ) as caught:
+            lora.merge_adapter(adapted)
+        assert "\n" not in str(caught.value)

@@ -218,9 +218,15 @@ def test_an_error_while_sampling_restores_the_student(make_student):
     student = make_student("gpt2").train()
     generation = student.generation_config
     batch = collate([row_of((9, 4), n=24, seed=1)])
-    batch["input_ids"][0, 0] = 9999
-    with pytest.raises(IndexError):
-        OnPolicy(student, share=1, eos_token_id=257)(batch, 0)
+    on_policy = OnPolicy(student, share=1, eos_token_id=257)
+
+    def broken(*_):
+        assert not student.training and student.generation_config is not generation
+        raise RuntimeError("no memory left")
+
+    student.transformer.ln_f.register_forward_hook(broken)
+    with pytest.raises(RuntimeError, match="no memory left"):
+        on_policy(batch, 0)
     assert student.training and student.generation_config is generation
 
 
@@ -380,6 +386,15 @@ def test_only_ids_that_the_teacher_has_are_sampled(kind, make_student, make_llam
     total = counts.sum()
     assert total == 16 * 8 * steps and counts[p == 0].sum() == 0
     assert ((counts / total - p).abs() <= 5 * (p * (1 - p) / total).sqrt() + 1 / total).all()
+
+
+def test_a_prompt_that_the_student_cannot_read_is_said(make_student):
+    student = make_student("llama")
+    on_policy = OnPolicy(student, share=1, max_new_tokens=1, eos_token_id=2)
+    batch = many()
+    batch["input_ids"][0, 1] = 258
+    with pytest.raises(UserError, match="^student: input_ids: got 258; .* 258 rows, for ids from 0 to 257"):
+        on_policy(batch, 0)
 
 
 def test_only_ids_that_the_tokenizer_has_are_sampled(make_student, make_llama, tokenizer):

@@ -264,7 +264,7 @@ def test_the_pairs_of_both_tasks():
 @pytest.mark.parametrize("beside", [False, True])
 def test_each_step_has_the_distillers_loss(beside, make_llama, tokenizer, tmp_path):
     """Files -> pairs -> packed rows -> the trainer's objective: in whatever rows and micro-batches the tasks of a step
-    are, label loss + weight * rationale loss, each over its own tokens of the step."""
+    are, label loss + weight * rationale loss + that of plain text, each over its own tokens of the step."""
     rows = [dict(zip(("prompt", "label", "rationale"), row, strict=True)) for row in zip(*EXAMPLES, strict=True)]
     rows += [{"prompt": f"why {i}?", "label": "x" * (1 + i), "rationale": "because " * (5 - i)} for i in range(4)]
     pairs = read_rationale_pairs([lines(tmp_path / "x.jsonl", *rows)], tokenizer, rationale_weight=0.3)
@@ -276,6 +276,7 @@ def test_each_step_has_the_distillers_loss(beside, make_llama, tokenizer, tmp_pa
         text[0]["labels"] = text[0]["input_ids"].clone()
         dataset = Mixture([dataset, text], [1.0, 0.2], seed=1)
     distiller = KnowledgeDistiller(None, student, kd_weight=0.0, ce_weight=1.0)
+    seen = set()
     for step in range(3):
         batches = [collate([dataset[(4 * step + 2 * k + i) % len(dataset)] for i in range(2)]) for k in range(2)]
         prepared = [distiller.prepare(batch, step) for batch in batches]
@@ -294,12 +295,12 @@ def test_each_step_has_the_distillers_loss(beside, make_llama, tokenizer, tmp_pa
                         if labels[t] != -100:
                             nll[int(tasks[row, here][t])].append(-log_q[t - 1, labels[t]])
         # a task that a step has nothing of adds nothing
-        label, rationale = (torch.stack(nll[k]).mean() if nll[k] else 0.0 for k in (1, 2))
-        count = {k: len(values) for k, values in nll.items()}
-        expected = (count[1] + count[2]) * (label + 0.3 * rationale) + sum(nll[0])
-        torch.testing.assert_close(loss, expected / sum(count.values()))
+        plain, label, rationale = (torch.stack(nll[k]).mean() if nll[k] else 0.0 for k in range(3))
+        torch.testing.assert_close(loss, plain + label + 0.3 * rationale)
+        seen |= {k for k, values in nll.items() if values}
         every = torch.stack([value for values in nll.values() for value in values])
         assert distiller.measured()["ce"] == pytest.approx(every.detach().mean().item())
+    assert seen == ({0, 1, 2} if beside else {1, 2})
 
 
 def test_micro_batches_of_a_plain_loop_add_up(make_llama, tokenizer):

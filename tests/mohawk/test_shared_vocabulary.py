@@ -1,5 +1,7 @@
 """A student whose vocabulary is the beginning of the teacher's learns from a cache what it would learn online."""
 
+import re
+
 import pytest
 import torch
 
@@ -7,7 +9,7 @@ from mohawk.data.packing import PackedDataset, collate
 from mohawk.kernels.kd.loss import kd_loss
 from mohawk.kernels.kd.teachers import TeacherSamples, TeacherTopK
 from mohawk.losses.distiller import KnowledgeDistiller
-from mohawk.losses.shared_vocabulary import shared_part
+from mohawk.losses.shared_vocabulary import shared_part, told_of_cut
 from mohawk.losses.teachers import CachedTeacher
 from mohawk.teacher_cache.reader import CachedRows
 from mohawk.teacher_cache.writer import write_cache
@@ -160,3 +162,42 @@ def test_samples_that_are_left_are_draws_from_what_is_shared(tmp_path, teacher, 
     assert nothing.weights.tolist() == [[0.0, 0.0]] and nothing.ids.max() < 5
     loss = KnowledgeDistiller(CachedTeacher(cache), make_llama(2)).loss(batch)
     assert torch.isfinite(loss)
+
+
+def test_what_a_short_top_k_leaves_open_is_said_once(tmp_path, teacher, dataset, make_llama, caplog):
+    """How much of what it does not hold lies beyond the student's vocabulary nobody knows; how much it is, one does."""
+    cache = write_cache(tmp_path / "c", teacher, dataset, kind="top-k", k=20)
+    batch = batch_of(dataset, cache)
+    found = KnowledgeDistiller(CachedTeacher(cache), make_llama(2))
+    for _ in range(2):
+        found.loss(batch)
+    (line,) = [record.getMessage() for record in caplog.records if record.name == "mohawk.distillation"]
+    with torch.no_grad():
+        logits = teacher(input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False).logits
+    labels = torch.nn.functional.pad(batch["labels"][:, 1:], (0, 1), value=-100)
+    labels[:, :-1][batch["segment_ids"][:, 1:] != batch["segment_ids"][:, :-1]] = -100
+    p, ids = logits.double().softmax(-1)[labels != -100].topk(20)
+    beyond, rest = p[ids >= VOCAB].sum() / p.sum(), (1 - p.sum(-1)).mean()
+    assert 0.02 < beyond < 0.5 and 0.02 < rest < 0.9
+    numbers = [float(number) / 100 for number in re.findall(r"([\d.]+) %", line)]
+    assert numbers == pytest.approx([float(beyond), float(rest)], rel=5e-3)
+    assert f"the student's vocabulary ends at {VOCAB}: " in line and "is not known" in line
+
+
+@pytest.mark.parametrize("kind", ["top-k", "hidden", "samples"])
+def test_nothing_is_said_where_nothing_is_left_open(tmp_path, teacher, dataset, make_llama, caplog, kind):
+    """A top k of everything, hidden states, and draws of which each position has some left."""
+    cache = write_cache(tmp_path / "c", teacher, dataset, kind=kind, k=LARGER, draws=200)
+    KnowledgeDistiller(CachedTeacher(cache), make_llama(2)).loss(batch_of(dataset, cache))
+    assert not caplog.records
+    same = write_cache(tmp_path / "d", make_llama(3), dataset, kind="top-k", k=20)
+    KnowledgeDistiller(CachedTeacher(same), make_llama(2, vocab_size=LARGER)).loss(batch_of(dataset, same))
+    assert not caplog.records  # of a larger student's nothing is cut
+
+
+def test_positions_without_a_sample_left_are_said(caplog):
+    ids, weights = torch.tensor([[7, 8], [1, 9], [1, 2], [9, 9]]), torch.full((4, 2), 0.5)
+    rows = torch.tensor([True, True, True, False])
+    line = told_of_cut(TeacherSamples(ids, weights), 5, rows)
+    assert "50 % of the teacher's samples" in line and "33.3 % of the positions have none left" in line
+    assert told_of_cut(TeacherSamples(ids, weights), 5, rows & (ids[:, 0] < 5)) is None
