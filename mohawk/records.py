@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import re
 from collections import Counter
@@ -15,6 +16,7 @@ from typing import Any
 from mohawk.errors import UserError
 from mohawk.parsing import parse_json
 from mohawk.text import (
+    DAMAGED,
     OPENERS,
     as_source,
     check_json,
@@ -109,11 +111,18 @@ def first_records(source: Any, count: int) -> Iterator[tuple[str, dict[str, Any]
     source = as_source(source)
     files, form = local_files(source)
     if form == "parquet":
+        from pyarrow import ArrowException
         from pyarrow.parquet import read_schema
 
-        schema = read_schema(files[0])
+        try:
+            schema = read_schema(files[0])
+        except (ArrowException, OSError) as error:
+            if isinstance(error, OSError) and error.errno is not None:  # the machine's: a disk, a permission
+                raise
+            said = (str(error).splitlines() or [type(error).__name__])[0]
+            raise UserError(f"data: cannot read {files[0]} as Parquet: {said}") from error
         yield f"{files[0]}", dict.fromkeys(schema.names)
-    elif form == "jsonl" and files[0].suffix != ".zst":
+    elif form == "jsonl":
         check_json(files, count)
         if not is_one_text(files[0]):
             yield from islice(_json_lines(files[0]), count)
@@ -153,16 +162,17 @@ def _json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
 def _lines(path: Path) -> Iterator[tuple[int, str]]:
     """(number from 1, line with its end) of a text file, compressed or not."""
-    if path.suffix == ".zst":
-        raise UserError(f"{path}: Zstandard files are not read line by line; unpack it first (unzstd {path.name})")
     number = 0
     try:
-        with OPENERS.get(path.suffix.lower(), open)(path, "rt", encoding="utf-8-sig", newline="\n") as file:
+        with (
+            OPENERS.get(path.suffix.lower(), open)(path, "rb") as packed,
+            io.TextIOWrapper(packed, encoding="utf-8-sig", newline="\n") as file,
+        ):
             for number, line in enumerate(file, 1):
                 yield number, line
     except UnicodeDecodeError as error:
         raise UserError(
             f"{path}:{number + 1}: not UTF-8 ({error.reason}); convert it, for example with iconv"
         ) from None
-    except (OSError, EOFError) as error:
+    except DAMAGED as error:
         raise UserError(f"{path}:{number + 1}: cannot be read ({error}); check the file") from None
