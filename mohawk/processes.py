@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 
 from mohawk.errors import SaidElsewhere, UserError
+from mohawk.stopping import stop_with_parent
 
 T = TypeVar("T")
 PATIENCE = "MOHAWK_TIMEOUT_MINUTES"  # environment variable: how long a process may be silent where others wait for it
@@ -92,6 +93,8 @@ def _start(device: str | None) -> None:
     global _store
     if dist.is_initialized():  # by a program that calls us
         return
+    if "TORCHELASTIC_RUN_ID" in os.environ:  # the parent is torchrun, or accelerate with it
+        stop_with_parent()
     if _store is None:
         _store = next(dist.rendezvous("env://", timeout=patience()))[0]
     if device is None:
