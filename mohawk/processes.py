@@ -271,6 +271,11 @@ def several() -> bool:
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
+def count() -> int:
+    """How many processes this run has."""
+    return dist.get_world_size() if several() else 1
+
+
 def agree(value: Any) -> Any:
     """What rank 0 says, on every rank."""
     if not several():
