@@ -22,6 +22,7 @@ from pydantic import TypeAdapter, ValidationError
 from mohawk.checkpoints import MANIFEST, WEIGHTS, about_of
 from mohawk.errors import UserError
 from mohawk.kept import Bound
+from mohawk.parsing import parse_json
 from mohawk.report import STUDENT, read_json, write_json
 from mohawk.run_folder import RUN_FILE, home
 from mohawk.sums import sha256_of
@@ -185,7 +186,10 @@ def _model(section: Any) -> dict[str, str]:
 
 
 def _configuration(path: Path) -> Any:
-    value = json.loads(path.read_bytes())
+    try:
+        value = parse_json(path.read_bytes())
+    except ValueError as error:
+        raise UserError(f"teacher: {path} cannot be read ({error}); give a checkpoint with a sound one") from error
     return {key: entry for key, entry in value.items() if key not in UNRELATED} if isinstance(value, dict) else value
 
 
