@@ -113,7 +113,7 @@ def why_altered(path: str | os.PathLike) -> str | None:
     path = Path(path)
     sums = _sums(path)
     if sums is None:
-        return None
+        return "has a damaged sum beside it" if sum_file(path).exists() else None
     try:
         return None if hashed(path) in sums else "is not as it was written"
     except FileNotFoundError:

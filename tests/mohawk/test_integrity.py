@@ -359,6 +359,11 @@ def test_a_file_appears_with_its_sum_or_not_at_all(tmp_path, monkeypatch):
     assert sorted(p.name for p in path.parent.iterdir()) == [".x.json.sha256", "x.json"]
     path.write_text('{"a": 5}')
     assert why_altered(path) == "is not as it was written" and read_json(path) is None
+    write_json(path, {"a": 6})
+    sum_file(path).write_text("")
+    assert why_altered(path) == "has a damaged sum beside it" and read_json(path) is None
+    write_json(path, {"a": 7})
+    assert why_altered(path) is None and read_json(path) == {"a": 7}
     with pytest.raises(OSError, match="full"), write_file(path) as beside:
         beside.write_text("half")
         raise OSError(28, "full")
