@@ -24,7 +24,7 @@ from mohawk.readout import solve_output_projections
 from mohawk.recipe import Recipe
 from mohawk.report import AFTER, finish, loss_labels
 from mohawk.run import Run, check_folder, claimed
-from mohawk.teachers import load_config
+from mohawk.teachers import load_config, load_teacher
 
 log = logging.getLogger(__name__)
 
@@ -78,7 +78,7 @@ class Conversion(Run):
             before = names[i - 1] if i else None
             lost = self._lost(name) if i <= finished else []
             if i <= finished and not lost:
-                student, reached = HybridForCausalLM.from_pretrained(self._student(name)).to(self.device), True
+                student, reached = load_teacher(self._student(name), device=self.device).requires_grad_(True), True
             elif i <= finished and (self.folder / COMPOSED).is_file():  # another run trained it
                 continue
             elif i > finished or self._is_made_again(name, phase, names, lost, reached):
