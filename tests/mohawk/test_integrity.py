@@ -638,28 +638,6 @@ def test_a_teachers_configuration_that_is_damaged_is_named(content, place, capsy
         assert line.startswith("error: teacher: ") and "teacher" in line and "config" in line, line
 
 
-@pytest.mark.parametrize("arguments", [["compose", "run", "--attention", "0"], ["convert", "run/recipe.yaml"]])
-def test_a_students_settings_of_generation_that_cannot_be_read_are_not_taken_for_none(
-    arguments, place, monkeypatch, capsys
-):
-    from transformers import GenerationConfig
-
-    real = GenerationConfig.from_pretrained
-
-    def failing(folder, *given, **options):
-        if "student" in str(folder):
-            raise OSError(5, "Input/output error", f"{folder}/generation_config.json")
-        return real(folder, *given, **options)
-
-    shutil.rmtree(place / "run" / "student")
-    monkeypatch.setattr(GenerationConfig, "from_pretrained", failing)
-    assert main(arguments) == 2
-    assert "Input/output error" in said(capsys).splitlines()[-1]
-    monkeypatch.undo()
-    monkeypatch.chdir(place)
-    assert main(arguments) == 0
-
-
 def test_what_cannot_be_deleted_of_an_earlier_folder_is_said(tmp_path, monkeypatch, caplog):
     """The new one is there; what is left of the old one is hidden, and goes when the folder is written again."""
     for content in "ab":
