@@ -113,7 +113,9 @@ def why_altered(path: str | os.PathLike) -> str | None:
     path = Path(path)
     sums = _sums(path)
     if sums is None:
-        return "has a damaged sum beside it" if sum_file(path).exists() else None
+        return None
+    if not sums:
+        return "has a damaged sum beside it"
     try:
         return None if hashed(path) in sums else "is not as it was written"
     except FileNotFoundError:
@@ -326,7 +328,7 @@ def _sums(path: Path) -> list[str] | None:
         lines = sum_file(path).read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
         return None
-    return [line.split()[0] for line in lines if line.strip()] or None
+    return [line.split()[0] for line in lines if line.strip()]
 
 
 def _write_sums(path: Path, sums: list[str]) -> None:
