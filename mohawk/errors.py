@@ -131,12 +131,10 @@ def _file_line(error: OSError) -> str:
 
 def _out_of_memory(error: BaseException) -> str | None:
     text = str(error)
-    gpu = type(error).__name__ == "OutOfMemoryError" or "CUDA error: out of memory" in text or "ALLOC_FAILED" in text
-    if isinstance(error, OSError) and error.errno == errno.ENOMEM:
-        pass
-    elif not (
-        isinstance(error, MemoryError) or isinstance(error, RuntimeError) and (gpu or "DefaultCPUAllocator" in text)
-    ):
+    runtime = text if isinstance(error, RuntimeError) else ""  # torch's, for whatever device
+    gpu = type(error).__name__ == "OutOfMemoryError" or bool(re.search("out of memory|ALLOC_FAILED", runtime))
+    cpu = isinstance(error, MemoryError) or isinstance(error, OSError) and error.errno == errno.ENOMEM
+    if not (gpu or cpu or re.search("DefaultCPUAllocator|not enough memory|std::bad_alloc", runtime)):
         return None
     wanted = re.search(r"(?:allocate|[Uu]nable to allocate) ([\d.]+ ?(?:bytes|[KMGTPE]iB|B))", text)
     size = f" ({wanted[1]} more were asked for)" if wanted else ""

@@ -173,7 +173,7 @@ def compose(
                 asked_of.model, gguf_file=asked_of.gguf_file, revision=asked_of.revision, dtype=asked_of.dtype,
                 trust_remote_code=asked_of.trust_remote_code,
             )  # fmt: skip
-            student = HybridForCausalLM.from_pretrained(source)
+            student = load_teacher(source, dtype="auto").requires_grad_(True)
             made = keep_attention(student, teacher.to(student.dtype), layers)
             refuse_nonfinite(made, f"{target}: this student", "it is not written")
             with write_whole(target, replace=True, about={"run": bound(new.output)["id"]}) as partial:

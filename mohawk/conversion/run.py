@@ -17,7 +17,7 @@ from mohawk.conversion.recipe import Recipe
 from mohawk.core.processes import first_before_others, from_first, is_first, joined, on_first
 from mohawk.data.packing import PackedDataset, collate
 from mohawk.errors import UserError
-from mohawk.loading.models import load_config
+from mohawk.loading.models import load_config, load_teacher
 from mohawk.models.from_teacher import hybrid_from_teacher
 from mohawk.models.hybrid import HybridForCausalLM
 from mohawk.runs.inputs import check_inputs
@@ -74,17 +74,21 @@ class Conversion(Run):
             raise UserError(f"{self.folder}: the composed student is missing or damaged; run mohawk compose again")
         student = untrained_student(self.recipe, self.teacher)
         self._evaluate("before", student)
+        names, reached = [name for name, _ in phases], True  # whether `student` is what the next phase begins with
         for i, (name, phase) in enumerate(phases):
-            before = phases[i - 1][0] if i else None
-            if i > finished:
-                self._forget(name)  # what was measured of a student that was deleted or damaged since
+            before = names[i - 1] if i else None
+            lost = self._lost(name) if i <= finished else []
+            if i <= finished and not lost:
+                student, reached = load_teacher(self._student(name), device=self.device).requires_grad_(True), True
+            elif i <= finished and (self.folder / COMPOSED).is_file():  # another run trained it
+                continue
+            elif i > finished or self._is_made_again(name, phase, names, lost, reached):
+                if i > finished:
+                    self._forget(name)  # what was measured of a student that was deleted or damaged since
                 self._train(name, phase, student, before)
                 self._write_student(name, student, before)
-            elif self._is_complete(name):
-                student = HybridForCausalLM.from_pretrained(self._student(name)).to(self.device)
             else:
-                if not (self.folder / COMPOSED).is_file():
-                    log.warning("%s is missing or damaged; going on from the later phase", self._student(name))
+                reached = False
                 continue
             self._evaluate(name, student)
         on_first(lambda: self._finish(student, phases[-1][0] if phases else None))

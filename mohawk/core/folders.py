@@ -74,7 +74,7 @@ def write_whole(
         shutil.rmtree(partial, ignore_errors=True)
         raise
     if old is not None:
-        shutil.rmtree(old, ignore_errors=True)
+        _delete(old)
 
 
 @contextmanager
@@ -114,6 +114,8 @@ def why_altered(path: str | os.PathLike) -> str | None:
     sums = _sums(path)
     if sums is None:
         return None
+    if not sums:
+        return "has a damaged sum beside it"
     try:
         return None if hashed(path) in sums else "is not as it was written"
     except FileNotFoundError:
@@ -248,9 +250,19 @@ def rotate(folder: str | os.PathLike, newest: str | os.PathLike, keep: int = 1) 
     later = [path for path in checkpoints(folder) if step_of(path) > step_of(newest)]
     for path in older[max(keep - 1, 0) :] + later:
         try:
-            shutil.rmtree(_set_aside(path))
+            aside = _set_aside(path)
         except OSError as error:
             logger.warning("could not delete the old checkpoint %s: %s", path, error)
+        else:
+            _delete(aside)
+
+
+def _delete(path: Path) -> None:
+    """A folder that nobody takes for complete any more; where it cannot be deleted, it is in the way of nothing."""
+    try:
+        shutil.rmtree(path)
+    except OSError as error:
+        logger.warning("could not delete %s: %s", path, error)
 
 
 def remove_partial(folder: str | os.PathLike, of: str = "") -> None:
@@ -316,15 +328,19 @@ def _sums(path: Path) -> list[str] | None:
         lines = sum_file(path).read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
         return None
-    return [line.split()[0] for line in lines if line.strip()] or None
+    return [line.split()[0] for line in lines if line.strip()]
 
 
 def _write_sums(path: Path, sums: list[str]) -> None:
     target = sum_file(path)
     beside = target.with_name(f"{target.name}.tmp")
-    beside.write_text("".join(f"{digest}  {path.name}\n" for digest in sums), encoding="utf-8")
-    fsync(beside)
-    os.replace(beside, target)
+    try:
+        beside.write_text("".join(f"{digest}  {path.name}\n" for digest in sums), encoding="utf-8")
+        fsync(beside)
+        os.replace(beside, target)
+    except BaseException:
+        beside.unlink(missing_ok=True)
+        raise
 
 
 def _set_aside(path: Path) -> Path:

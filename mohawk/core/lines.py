@@ -8,6 +8,8 @@ import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from mohawk.errors import naming
+
 
 def append_line(path: Path, line: str) -> None:
     """Add a line. Its checksum comes first, so that a kill leaves no line without one; a file that an earlier version
@@ -17,7 +19,7 @@ def append_line(path: Path, line: str) -> None:
         files.insert(0, (sums_of(path), _sum(line)))
     # Opened anew each time: appending stays right when another program rotated or edited the file.
     for file, text in files:
-        with open(file, "a", encoding="utf-8") as opened:
+        with naming(file), open(file, "a", encoding="utf-8") as opened:
             opened.write(text + "\n")
 
 
@@ -89,11 +91,15 @@ def write_lines(path: Path, lines: Sequence[str]) -> None:
 
 def _replace(path: Path, lines: Sequence[str]) -> None:
     beside = path.with_name(f".partial-{path.name}")
-    with open(beside, "w", encoding="utf-8") as file:
-        file.writelines(line + "\n" for line in lines)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(beside, path)
+    try:
+        with naming(path), open(beside, "w", encoding="utf-8") as file:
+            file.writelines(line + "\n" for line in lines)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(beside, path)
+    except BaseException:
+        beside.unlink(missing_ok=True)
+        raise
 
 
 def _known(path: Path) -> set[str] | None:

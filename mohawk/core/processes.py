@@ -19,6 +19,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
+from mohawk.core.stopping import stop_with_parent
 from mohawk.errors import SaidElsewhere, UserError
 
 T = TypeVar("T")
@@ -92,6 +93,8 @@ def _start(device: str | None) -> None:
     global _store
     if dist.is_initialized():  # by a program that calls us
         return
+    if "TORCHELASTIC_RUN_ID" in os.environ:  # the parent is torchrun, or accelerate with it
+        stop_with_parent()
     if _store is None:
         _store = next(dist.rendezvous("env://", timeout=patience()))[0]
     if device is None:
@@ -266,6 +269,11 @@ def _await_first(key: str) -> None:
 def several() -> bool:
     """Whether this is one of several processes of one run."""
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def count() -> int:
+    """How many processes this run has."""
+    return dist.get_world_size() if several() else 1
 
 
 def agree(value: Any) -> Any:

@@ -23,6 +23,7 @@ SAME_SIGNAL = 0.5
 SAME_SIGNAL_DISTRIBUTED = 5.0
 
 STOPPING = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1") if hasattr(signal, name))
+PR_SET_PDEATHSIG = 1  # of linux/prctl.h
 SAYING = b"\nsaving a checkpoint after this step, then stopping; once more stops at once\n"
 
 
@@ -114,6 +115,17 @@ def cleaning_up() -> Iterator[StopRequest]:
         sys.unraisablehook = old_hook
         for number, handler in old.items():
             signal.signal(number, handler)
+
+
+def stop_with_parent() -> None:
+    """From here on the end of the process that started this one is a SIGTERM, where the kernel can tell (Linux).
+
+    torchrun dies of a signal that it does not hand on, such as SIGUSR1, and leaves its workers behind, at work.
+    """
+    if sys.platform == "linux":
+        import ctypes
+
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, int(signal.SIGTERM), 0, 0, 0)
 
 
 def leave_dead_terminal() -> None:

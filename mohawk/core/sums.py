@@ -7,6 +7,7 @@ time. A disk that loses bits changes neither size nor times: `mohawk verify` has
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import itertools
 import json
@@ -78,3 +79,5 @@ def _remember(folder: Path, known: dict[str, Entry]) -> None:
         os.replace(beside, path)
     except OSError as error:
         log.debug("sums of %s are not remembered: %s", folder, error)
+        with contextlib.suppress(OSError):
+            beside.unlink(missing_ok=True)

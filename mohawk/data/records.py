@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import re
 from collections import Counter
@@ -14,6 +15,7 @@ from typing import Any
 
 from mohawk.core.parsing import parse_json
 from mohawk.data.text import (
+    DAMAGED,
     OPENERS,
     as_source,
     check_json,
@@ -175,16 +177,17 @@ def _json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
 def _lines(path: Path) -> Iterator[tuple[int, str]]:
     """(number from 1, line with its end) of a text file, compressed or not."""
-    if path.suffix == ".zst":
-        raise UserError(f"{path}: Zstandard files are not read line by line; unpack it first (unzstd {path.name})")
     number = 0
     try:
-        with OPENERS.get(path.suffix.lower(), open)(path, "rt", encoding="utf-8-sig", newline="\n") as file:
+        with (
+            OPENERS.get(path.suffix.lower(), open)(path, "rb") as packed,
+            io.TextIOWrapper(packed, encoding="utf-8-sig", newline="\n") as file,
+        ):
             for number, line in enumerate(file, 1):
                 yield number, line
     except UnicodeDecodeError as error:
         raise UserError(
             f"{path}:{number + 1}: not UTF-8 ({error.reason}); convert it, for example with iconv"
         ) from None
-    except (OSError, EOFError) as error:
+    except DAMAGED as error:
         raise UserError(f"{path}:{number + 1}: cannot be read ({error}); check the file") from None

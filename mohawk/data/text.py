@@ -18,7 +18,9 @@ import lzma
 import re
 import shutil
 import tempfile
+import zlib
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -33,7 +35,7 @@ from mohawk.core.places import cache_dir, home
 from mohawk.core.terminal import SHOWN
 from mohawk.core.user_cache import kept_whole, whole_folder
 from mohawk.data.generated import spare_lines
-from mohawk.errors import UserError, causes, machines_own
+from mohawk.errors import UserError, causes, machines_own, naming
 
 if TYPE_CHECKING:
     import datasets
@@ -44,7 +46,17 @@ log = logging.getLogger(__name__)
 # suffix -> format; the format `paragraphs` reads a text file as one document per blank-line separated block
 SUFFIXES = {".txt": "text", ".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "jsonl", ".parquet": "parquet"}
 FORMATS = ("text", "paragraphs", "jsonl", "parquet")
-OPENERS = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
+
+
+def _zstandard(path: Path, mode: str) -> io.BufferedReader:
+    """Through Arrow, which every installation has; Python itself has it from 3.14 on."""
+    import pyarrow
+
+    return io.BufferedReader(pyarrow.input_stream(str(path), compression="zstd"))
+
+
+OPENERS = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open, ".zst": _zstandard}
+DAMAGED = (OSError, EOFError, zlib.error, lzma.LZMAError)  # what unpacking raises
 BUILDERS = {"text": "text", "paragraphs": "text", "jsonl": "json", "parquet": "parquet"}
 LAYOUT = 1  # of the cached folders; raise it when their contents change
 DEEPEST = 500  # brackets inside brackets in a line of JSON
@@ -206,7 +218,7 @@ def check_written(files: Iterable[Path]) -> None:
 
 
 def _suffix(path: Path) -> str:
-    return (path.with_suffix("") if path.suffix.lower() in (".gz", ".zst", ".xz", ".bz2") else path).suffix.lower()
+    return (path.with_suffix("") if path.suffix.lower() in OPENERS else path).suffix.lower()
 
 
 def _looks_local(name: str) -> bool:
@@ -231,7 +243,7 @@ def load_rows(source: Source, files: list[Path], form: str | None, scratch: str 
         options: dict[str, Any] = {"sample_by": "document"} if BUILDERS[form] == "text" else {}
         if form == "jsonl":
             check_json(files)
-        names = [globbing.escape(str(p.absolute())) for p in files]
+        names = [globbing.escape(str(_unpacked(p, scratch).absolute())) for p in files]
         return datasets.load_dataset(BUILDERS[form], data_files=names, split=source.split, cache_dir=scratch, **options)
     except Exception as error:
         raise _user_error(error, source, files, form) from error
@@ -271,7 +283,7 @@ def _user_error(error: Exception, source: Source, files: list[Path], form: str |
 
 def _check_encoding(path: Path) -> None:
     try:
-        with _open(path) as file, io.TextIOWrapper(file, encoding="utf-8") as file:
+        with opened(path) as file, io.TextIOWrapper(file, encoding="utf-8") as file:
             while file.read(1 << 20):
                 continue
     except UnicodeDecodeError as error:
@@ -289,9 +301,7 @@ def check_json(files: list[Path], most: int | None = None) -> None:
     so many lines of each file.
     """
     for path in files:
-        if path.suffix.lower() == ".zst":  # read by `datasets` alone
-            continue
-        with _open(path) as file:
+        with opened(path) as file:
             for number, line in enumerate(itertools.islice(file, most), 1):
                 if not line.strip(b" \t\r\n\xef\xbb\xbf"):
                     continue
@@ -308,7 +318,7 @@ def is_one_text(path: Path) -> bool:
     """Whether a JSON file may be, and is, one text over several lines or a list, instead of an object a line."""
     if _suffix(path) in (".jsonl", ".ndjson"):
         return False
-    with _open(path) as file:
+    with opened(path) as file:
         first = next((line for line in file if line.strip(b" \t\r\n\xef\xbb\xbf")), b"{}")
     try:
         return not isinstance(parse_json(first), dict)
@@ -336,7 +346,7 @@ def _wrong_object(line: bytes, path: Path) -> str | None:
 
 
 def _wrong_text(path: Path) -> str | None:
-    with _open(path) as file:
+    with opened(path) as file:
         text = file.read()
     if _depth(text) > DEEPEST:
         return f"JSON nested more than {DEEPEST} deep"
@@ -357,9 +367,26 @@ def _depth(text: bytes) -> int:
     return max(itertools.accumulate(1 if bracket in b"[{" else -1 for bracket in brackets), default=0)
 
 
-def _open(path: Path) -> Any:
-    """A file's bytes, compressed or not."""
-    return OPENERS.get(path.suffix.lower(), open)(path, "rb")
+@contextmanager
+def opened(path: Path) -> Iterator[Any]:
+    """A file's bytes, compressed or not. Raises UserError where they are cut or damaged."""
+    try:
+        with OPENERS.get(path.suffix.lower(), open)(path, "rb") as file:
+            yield file
+    except DAMAGED as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise  # the machine's: a disk, a permission
+        raise UserError(f"data: {path}: cannot be read ({error or 'it is cut'}); check the file") from error
+
+
+def _unpacked(path: Path, folder: str | None) -> Path:
+    """A Zstandard file's content beside the Arrow copy: `datasets` needs one more package for it."""
+    if path.suffix.lower() != ".zst" or folder is None:
+        return path
+    target = Path(tempfile.mkdtemp(dir=folder)) / path.stem
+    with opened(path) as file, naming(target), target.open("wb") as unpacked:
+        shutil.copyfileobj(file, unpacked)
+    return target
 
 
 def rows_of(dataset: datasets.Dataset, source: Source) -> Iterator[tuple[int, dict[str, Any]]]:

@@ -16,7 +16,7 @@ from rich.console import Console
 from torch import nn
 
 from mohawk.core.extras import need
-from mohawk.core.folders import write_whole
+from mohawk.core.folders import is_complete, write_whole
 from mohawk.core.processes import first_before_others, from_first, is_first, joined, on_first
 from mohawk.data.text import tokenizer_key
 from mohawk.distillation.build import (
@@ -97,16 +97,21 @@ class Distillation(Run):
         finished = max((i for i, s in enumerate(stages) if self._is_complete(s.name)), default=-1)
         student = self._untrained()
         self._evaluate("before", student)
+        names, reached = [stage.name for stage in stages], True  # whether `student` is what the next stage begins with
         for i, stage in enumerate(stages):
-            if i > finished:
-                self._forget(stage.name)
-                before = stages[i - 1].name if i else None
+            before = names[i - 1] if i else None
+            lost = self._lost(stage.name) if i <= finished else []
+            if i <= finished and not lost:
+                student, reached = self._load(stage.name), True
+            elif i > finished or self._is_made_again(stage.name, stage, names, lost, reached):
+                if i > finished:
+                    self._forget(stage.name)
                 student = self._train(i, stage, student, before)
                 self._write_student(stage.name, student, before)
-            elif self._is_complete(stage.name):
-                student = self._load(stage.name)
+            elif self._student(stage.name) not in lost:  # only what is kept of it beside
+                student, reached = self._load(stage.name), True
             else:
-                log.warning("%s is missing or damaged; going on from the later stage", self._student(stage.name))
+                reached = False
                 continue
             self._evaluate(stage.name, student)
         on_first(lambda: self._finish(student))
@@ -123,6 +128,15 @@ class Distillation(Run):
             self.folder, self.recipe, student.eval(), self.teacher, self.tokenizer, self.console,
             stages=names, labels=labels,
         )  # fmt: skip
+
+    def _lost(self, step: str) -> list[Path]:
+        """A stage's adapter that is kept, and what it is of, beside the student."""
+        (stage,) = [stage for stage in self.recipe.stages if stage.name == step]
+        lora, lost = (stage.student or self.recipe.student).lora, super()._lost(step)
+        if lora is not None and lora.keep:
+            kept = [self.folder / "phases" / step / name for name in ("base", "adapter")]
+            lost += from_first(lambda: [folder for folder in kept if not is_complete(folder)])
+        return lost
 
     # ---- models ----
 

@@ -43,7 +43,8 @@ LONGEST_RETRY_AFTER = 600.0  # seconds; a server that asks for more has no capac
 ANSWER_TIME = 5  # times `timeout`: how long one answer may take in all, for a server that sends a byte now and then
 LARGEST_ANSWER = 64 << 20  # bytes; log-probabilities take some 200 a token
 MASK = "***"  # in the place of the key, and of what else looks like a secret, wherever text is kept or shown
-SHORTEST_KEY = 8  # characters of a key that is masked: local servers take any word, such as EMPTY
+SHORTEST_KEY = 4  # characters: a shorter one stands in any text by chance, and could not be masked
+LONG_KEY = 8  # one as long stands for itself wherever it is found; a shorter one only where it is a word of its own
 # Of a field's name, the parts that say it holds a secret, and those that say a token or a key is of another kind.
 SECRETS = frozenset(
     "token key keys apikey secret secrets password passwd passphrase pwd auth oauth authorization credential "
@@ -99,16 +100,25 @@ class EndpointTeacher:
         self.concurrency, self.timeout, self.retries = concurrency, timeout, retries
         self.headers = {"Content-Type": "application/json", "User-Agent": "mohawk"}
         self.key = key = os.environ.get(key_env or "OPENAI_API_KEY", "").strip()
+        name = key_env or "OPENAI_API_KEY"
         if not (key.isascii() and key.isprintable()):  # an HTTP header takes nothing else
-            raise UserError(f"endpoint: the key in {key_env or 'OPENAI_API_KEY'} holds a character that no key has")
+            raise UserError(f"endpoint: the key in {name} holds a character that no key has")
+        if 0 < len(key) < SHORTEST_KEY:
+            raise UserError(
+                f"endpoint: the key in {name} has fewer than {SHORTEST_KEY} characters, which could not be told from "
+                f"the words of an answer to mask it there; unset {name} if the server needs none, or give a longer one"
+            )
+        if key.isalpha() and len(key) < LONG_KEY:  # EMPTY, ollama: what people give a server that takes any
+            log.warning(
+                "endpoint: the key in %s is a word of %d letters: where an answer has this word, %s is kept in its "
+                "place; unset %s if the server needs no key", name, len(key), MASK, name,
+            )  # fmt: skip
         if key:
             self.headers["Authorization"] = f"Bearer {key}"
         elif key_env is not None:
             raise UserError(f"endpoint: the environment variable {key_env} is not set; export {key_env}=... first")
         known = {key, *(text for text in secrets_in(self.request) if not text.isalpha() and " " not in text)}
-        known = {text for text in known if len(text) >= SHORTEST_KEY}
-        known |= {urllib.parse.quote(text, safe="") for text in known}  # as it stands in an address
-        self.secrets = sorted(known, key=len, reverse=True)
+        self.secrets = _any_of({text for text in known if len(text) >= SHORTEST_KEY})
         self.base, self.url = self.masked(base), self.masked(self.address)  # to keep and to show
         # a redirect would carry the key to wherever the server says, and no proxy knows this machine by that name
         here = urllib.parse.urlsplit(base).hostname in ("localhost", "127.0.0.1", "::1")
@@ -126,9 +136,7 @@ class EndpointTeacher:
     def masked(self, value: Any) -> Any:
         """A text, or texts in lists and dicts, names too, with *** for the key and the request's secrets."""
         if isinstance(value, str):
-            for secret in self.secrets:
-                value = value.replace(secret, MASK)
-            return value
+            return self.secrets.sub(MASK, value)
         if isinstance(value, list):
             return [self.masked(entry) for entry in value]
         if isinstance(value, dict):
@@ -399,6 +407,20 @@ def said_in(error: urllib.error.HTTPError, masked: Callable[[str], str]) -> str:
         text = "" if text.startswith("<") else text  # a proxy's page
     said = " ".join(str(text).split()) or str(error.reason or "no reason given")
     return masked(said)[:200]
+
+
+def _any_of(secrets: set[str]) -> re.Pattern[str]:
+    """Finds each of them, also as it stands in an address or in JSON; short ones where no letter or digit is beside,
+    but for those of an escape before it (\\n, %3D)."""
+
+    def found(text: str) -> str:
+        if len(text) >= LONG_KEY:
+            return re.escape(text)
+        begin = r"(?:(?<![A-Za-z0-9])|(?<=\\[bfnrt])|(?<=%[0-9A-Fa-f]{2}))"
+        return rf"{begin}{re.escape(text)}(?![A-Za-z0-9])"
+
+    forms = {form for text in secrets for form in (text, urllib.parse.quote(text, safe=""), json.dumps(text)[1:-1])}
+    return re.compile("|".join(map(found, sorted(forms, key=len, reverse=True))) or "(?!)")
 
 
 def without_secrets(value: Any) -> Any:

@@ -364,7 +364,8 @@ def _claim(path: Path, settings: dict[str, Any], prompts: Sequence[Prompt], endp
         if hashlib.sha256(_json(made)).hexdigest() not in sum_file(path).read_text(errors="replace").split():
             raise UserError(
                 f"output: {path} is damaged ({problem}), so that what made the answers is not known; put it back from "
-                "a copy, or run the very command that wrote it, which makes it again; the answers are as they were"
+                "a copy, or run the very command that wrote it, which makes it again; the answers are as they were. To "
+                f"take it as it is, delete {sum_file(path)}"
             )
         log.warning("%s %s; made again, as this command wrote it", path, problem)
     elif path.exists():

@@ -98,8 +98,8 @@ def verify(path: str | Path, console: Console | None = None) -> list[Finding]:
 
 
 def _remedy(path: Path) -> str:
-    if path.name in ("adapter", "base"):  # which a finished stage writes once
-        return f"to have it again, delete {path.parent} and run the same command"
+    if path.name in ("adapter", "base") or path.name == "student" and path.parent.parent.name == "phases":
+        return "the command that wrote it makes it again of the last checkpoint beside it, or says how"
     return "the command that wrote it makes again what it needs of it"
 
 

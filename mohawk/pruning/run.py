@@ -183,7 +183,11 @@ class Pruning(Distillation):
             elif whole:
                 student = self._load(step.name)
             else:
-                log.warning("%s is missing or damaged; going on from a later step", self._student(step.name))
+                rest = " ".join(str(self.folder / "phases" / later.name) for later in steps[i:])
+                log.warning(
+                    "%s is missing or damaged; going on without it. To have it again, and make what comes after it "
+                    "anew, run: rm -r %s, then the same command", self._student(step.name), rest,
+                )  # fmt: skip
                 continue
             self._evaluate(step.name, student)
             if step.kind == "correct":

@@ -21,6 +21,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from mohawk.core.folders import MANIFEST, WEIGHTS, about_of
 from mohawk.core.json_files import read_json, write_json
+from mohawk.core.parsing import parse_json
 from mohawk.core.places import RUN_FILE, home
 from mohawk.core.sums import sha256_of
 from mohawk.data.text import source_content, tokenizer_key
@@ -186,7 +187,10 @@ def _model(section: Any) -> dict[str, str]:
 
 
 def _configuration(path: Path) -> Any:
-    value = json.loads(path.read_bytes())
+    try:
+        value = parse_json(path.read_bytes())
+    except ValueError as error:
+        raise UserError(f"teacher: {path} cannot be read ({error}); give a checkpoint with a sound one") from error
     return {key: entry for key, entry in value.items() if key not in UNRELATED} if isinstance(value, dict) else value
 
 

@@ -382,8 +382,12 @@ def _save(figure: Any, target: Path | str) -> Path:
     target = Path(target)
     target.parent.mkdir(parents=True, exist_ok=True)
     beside = target.with_name(f".{target.name}.tmp")
-    figure.savefig(beside, format="png")
-    os.replace(beside, target)
+    try:
+        figure.savefig(beside, format="png")
+        os.replace(beside, target)
+    except BaseException:
+        beside.unlink(missing_ok=True)
+        raise
     return target
 
 

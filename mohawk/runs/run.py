@@ -10,7 +10,7 @@ import json
 import logging
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -34,7 +34,7 @@ from mohawk.core.folders import (
 from mohawk.core.json_files import read_json, write_json, write_text
 from mohawk.core.places import RECIPE, RUN_FILE
 from mohawk.core.precision import autocast_dtype, pick_device
-from mohawk.core.processes import first_before_others, from_first, on_first
+from mohawk.core.processes import count, first_before_others, from_first, on_first
 from mohawk.data.packing import Data, PackedDataset, collate, load_data
 from mohawk.data.same_tokenizer import teacher_tokenizer
 from mohawk.errors import UserError
@@ -45,7 +45,7 @@ from mohawk.measures.compare import TeacherStates, compare, teacher_states
 from mohawk.runs.binding import bind, bound, of_this_run, record_of, write_bound
 from mohawk.runs.kept import Compared
 from mohawk.runs.report import RESULTS
-from mohawk.training.trainer import PhaseTrainer
+from mohawk.training.trainer import PhaseTrainer, is_over
 
 log = logging.getLogger(__name__)
 
@@ -62,7 +62,7 @@ CHANGEABLE = (
     ".prompt",
     ".continuation_tokens",
 )
-UNTIL_FINISHED = (".learning_rate", ".max_grad_norm")  # and in a phase that still has steps to come
+UNTIL_FINISHED = (".learning_rate", ".max_grad_norm")  # and in a phase that still has steps to come, or has to begin
 PLACES = ("output", "data.cache")  # a moved run is the same run
 
 
@@ -140,10 +140,19 @@ def _written(run: Path, kind: type) -> Any:
 def _changeable(run: Path, recipe: Any, name: str) -> bool:
     """Whether a field of a run's recipe, by its dotted name, may differ from what it was."""
     if name.endswith(UNTIL_FINISHED):
-        kind, step, *_ = name.split(".")
-        if kind == "stages" and step.isdigit():
-            step = recipe.stages[int(step)].name  # as its folder is called
-        return kind in ("phases", "stages") and not (run / "phases" / step / STUDENT).exists()
+        kind, which, *_ = name.split(".")
+        if kind == "phases":
+            steps = dict(recipe.phases.active())
+        elif kind == "stages":
+            steps = {stage.name: stage for stage in recipe.stages}
+            which = recipe.stages[int(which)].name  # as its folder is called
+        else:
+            return False
+        order = list(steps)
+        folder = run / "phases" / which
+        # with a later one's student this one is not trained again, wherever its own has gone
+        trained = any((run / "phases" / step / STUDENT).exists() for step in order[order.index(which) :])
+        return not trained and not is_over(folder, steps[which], count())
     return name in PLACES or name.endswith(CHANGEABLE)
 
 
@@ -269,6 +278,30 @@ class Run:
             return True
 
         return from_first(complete)
+
+    def _lost(self, step: str) -> list[Path]:
+        """What a step left that is missing or damaged."""
+        return [] if self._is_complete(step) else [self._student(step)]
+
+    def _is_made_again(
+        self, step: str, settings: Any, steps: Sequence[str], lost: Sequence[Path], reached: bool
+    ) -> bool:
+        """Whether all that a step left is made again of its last checkpoint, without training; else one line says how
+        to have it again.
+
+        steps: all of the run. lost: what `_lost` found. reached: the student that the step begins with is there.
+        """
+        again = reached and from_first(lambda: is_over(self.folder / "phases" / step, settings, count()))
+        names = ", ".join(map(str, lost))
+        if again:
+            log.warning("%s is missing or damaged; making it again of the last checkpoint of %s", names, step)
+        else:
+            rest = " ".join(str(self.folder / "phases" / name) for name in steps[steps.index(step) :])
+            log.warning(
+                "%s is missing or damaged; going on without it. To have it again, and train what comes after it anew, "
+                "run: rm -r %s, then the same command", names, rest,
+            )  # fmt: skip
+        return again
 
     def _origin(self, before: str | None) -> dict[str, Any]:
         """What a step's checkpoints and student are of: this run, its inputs, the weights that the step before left."""

@@ -44,7 +44,16 @@ from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-from mohawk.core.folders import Interrupted, about_of, locked, newest_complete, remove_partial, rotate, write_whole
+from mohawk.core.folders import (
+    Interrupted,
+    about_of,
+    locked,
+    newest_complete,
+    remove_partial,
+    rotate,
+    step_of,
+    write_whole,
+)
 from mohawk.core.precision import autocast_dtype
 from mohawk.core.processes import (
     agree,
@@ -154,7 +163,7 @@ class PhaseTrainer(Trainer):
             disable_tqdm=True,
         )
         args._n_gpu = min(1, args.n_gpu)  # more would mean nn.DataParallel; use torchrun for several GPUs
-        self.tokens_per_step = phase.batch_size * phase.sequence_length * phase.gradient_accumulation * args.world_size
+        self.tokens_per_step = tokens_per_step(phase, args.world_size)
         args.max_steps = steps = math.ceil(phase.tokens / self.tokens_per_step)
         args.warmup_steps = round(phase.warmup * steps)
         args.lr_scheduler_kwargs = {
@@ -585,6 +594,19 @@ def _real_tokens(batch: dict[str, torch.Tensor]) -> int:
     if "labels" in batch:
         return int((next_labels(batch) != IGNORED).sum())
     return next(iter(batch.values())).numel()
+
+
+def tokens_per_step(phase: Any, processes: int) -> int:
+    return phase.batch_size * phase.sequence_length * phase.gradient_accumulation * processes
+
+
+def is_over(folder: str | os.PathLike, phase: Any, processes: int = 1) -> bool:
+    """Whether a phase with this folder of checkpoints, in so many processes, has no step to come: the newest whole one
+    is of the last step, or of one after which the objective had ended it."""
+    if (checkpoint := newest_complete(folder)) is None:
+        return False
+    last = math.ceil(phase.tokens / tokens_per_step(phase, processes))
+    return step_of(checkpoint) >= last or _finished(checkpoint)
 
 
 def _finished(checkpoint: Path) -> bool:

@@ -2,7 +2,6 @@
 
 import errno
 import hashlib
-import itertools
 import json
 import os
 import resource
@@ -10,6 +9,10 @@ import signal
 import sys
 import threading
 from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from mohawk.cli import main
 from mohawk.core.folders import checkpoints
@@ -38,7 +41,6 @@ class Faults:
     def install(self) -> None:
         """In this process, for good."""
         import safetensors.torch
-        import torch
 
         def audit(event, args):
             if event in EVENTS and (event != "open" or not isinstance(args[0], int)):
@@ -74,17 +76,39 @@ class Faults:
         os.fsync, safetensors.torch.serialize_file, torch.save = fsync, serialize, save
 
 
-def no_memory_at(at: int) -> None:
-    """In this process, for good: the `at`-th call of a module finds too little memory for its activations."""
-    import torch
+class Allocations(TorchDispatchMode):
+    """Counts the operations that make a tensor, in forward and backward passes; the `at`-th one finds too little memory
+    for it, and says so in the words of one of the allocators that torch asks."""
 
-    calls = itertools.count(1)
+    WORDS = (
+        lambda: torch.empty(1 << 50),  # the real one, of the CPU
+        lambda: _raise(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB. GPU 0 has a total")),
+        lambda: _raise(RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`")),
+        lambda: _raise(MemoryError()),
+    )
 
-    def before(module, args):
-        if next(calls) == at:
-            torch.empty(1 << 50)
+    def __init__(self, at: int | None):
+        super().__init__()
+        self.at, self.count = at, 0
 
-    torch.nn.modules.module.register_module_forward_pre_hook(before)
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        returned = func._schema.returns
+        if returned and not any(value.alias_info for value in returned):  # those are views, or in place
+            self.count += 1
+            if self.count == self.at:
+                self.WORDS[self.at % len(self.WORDS)]()
+        return func(*args, **(kwargs or {}))
+
+
+def _raise(error: BaseException):
+    raise error
+
+
+class Seen(NamedTuple):
+    """What a command did: its file calls, and how many tensors it made."""
+
+    calls: list[str]
+    allocations: int
 
 
 def command(
@@ -96,10 +120,10 @@ def command(
     largest: int | None = None,
     memory_at: int | None = None,
 ):
-    """(exit code, what it printed, its file calls) of one command line.
+    """(exit code, what it printed, what it did) of one command line.
 
     A fault comes at the `at`-th call of a path under `root`, at every write beyond `largest` bytes of a file, or at the
-    `memory_at`-th call of a module.
+    `memory_at`-th tensor that is made.
     """
     called = root.with_name("called")
     reading, writing = os.pipe()  # not a file: it would have to keep to `largest` too
@@ -115,11 +139,10 @@ def command(
             signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
             resource.setrlimit(resource.RLIMIT_FSIZE, (largest, resource.RLIM_INFINITY))
         faults.install()
-        if memory_at is not None:
-            no_memory_at(memory_at)
-        code = main([str(word) for word in argv])
+        with Allocations(memory_at) as allocations:
+            code = main([str(word) for word in argv])
         resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
-        called.write_text("\n".join(faults.calls))
+        called.write_text(json.dumps([faults.calls, allocations.count]))
         return code
 
     called.unlink(missing_ok=True)
@@ -127,10 +150,10 @@ def command(
     os.close(writing)
     reader = threading.Thread(target=lambda: said.append(os.fdopen(reading, "rb").read()))
     reader.start()
-    code = wait(child, timeout=60.0)
+    code = wait(child, timeout=600.0 if os.environ.get("MOHAWK_FAULTS") == "all" else 60.0)  # a long run has patience
     reader.join(10.0)
-    calls = called.read_text().splitlines() if called.exists() else []
-    return code, b"".join(said).decode("utf-8", "replace"), calls
+    seen = Seen(*json.loads(called.read_text())) if called.exists() else Seen([], 0)
+    return code, b"".join(said).decode("utf-8", "replace"), seen
 
 
 def contents(folder: Path) -> dict[str, str]:

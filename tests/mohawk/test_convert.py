@@ -255,7 +255,6 @@ def test_going_on_with_a_finished_run(checkpoint, texts, tmp_path, capsys, caplo
 
     data = recipe.model_dump(mode="json")
     data["evaluation"]["contexts"], data["evaluation"]["prompt"] = [12], "A rat"
-    (run / "phases" / "mixing" / "student" / "MANIFEST.json").unlink()  # nothing needs it any more
     (run / "student" / "MANIFEST.json").unlink()
     (run / "evaluation" / "hidden.json").write_text('{"held_out": {')
     with (run / "metrics.jsonl").open("a") as file:

@@ -1,12 +1,15 @@
 """`mohawk distill` as its user meets it: tiny checkpoints, stages, texts and pairs, a student for transformers."""
 
 import json
+import shutil
 import signal
+from pathlib import Path
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
+from mohawk.cli import main
 from mohawk.core.folders import Interrupted, is_complete
 from mohawk.distillation import run as distill_module
 from mohawk.distillation.ablate import ablate, variants_of
@@ -207,7 +210,7 @@ def test_a_cached_teacher_teaches_as_the_teacher_does(checkpoints, texts, tmp_pa
     for i, train in enumerate(("train_1*.txt", "other.txt")):  # before any weights are loaded
         stage, other = {"cache": str(tmp_path / "cache")}, {"train": [str(texts / train)]}
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("mohawk.distill_parts.load_teacher", lambda *_, **__: pytest.fail("weights were loaded"))
+            patch.setattr("mohawk.distillation.build.load_teacher", lambda *_, **__: pytest.fail("weights were loaded"))
             with pytest.raises(UserError, match=r"cached from (another text|\d+ rows)"):
                 distill(recipe_of(checkpoints, texts, tmp_path / f"another{i}", stage, data=other))
 
@@ -269,6 +272,41 @@ def test_adapters_alone_are_trained(checkpoints, texts, tmp_path):
     ids = torch.arange(20)[None]
     merged = AutoModelForCausalLM.from_pretrained(run / "student")
     torch.testing.assert_close(kept(ids).logits, merged(ids).logits, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("part", ["adapter/adapter_model.safetensors", "base/model.safetensors", "adapter"])
+def test_a_kept_adapter_that_is_damaged_is_named_and_made_again(part, checkpoints, texts, tmp_path, capsys, caplog):
+    pytest.importorskip("peft")
+    run, student = tmp_path / "run", {"layers": "every_second", "lora": {"rank": 2, "keep": True, "dropout": 0.1}}
+    recipe = recipe_of(checkpoints, texts, run, {}, student=student)
+    distill(recipe)
+    folder = run / "phases" / "distil"
+    whole = {path: path.read_bytes() for path in run.rglob("*.safetensors")}
+
+    def damage():
+        if part == "adapter":
+            shutil.rmtree(folder / part)
+        else:
+            content = bytearray((folder / part).read_bytes())
+            content[-2] ^= 1
+            (folder / part).write_bytes(content)
+
+    damage()
+    if part != "adapter":
+        assert main(["verify", str(run)]) == 2
+        assert f"{(folder / part).parent}: {Path(part).name} is damaged; the command that" in capsys.readouterr().err
+    distill(recipe)
+    assert {path: path.read_bytes() for path in run.rglob("*.safetensors")} == whole
+    assert caplog.text.count("is missing or damaged; making it again of the last checkpoint of distil") == 1
+    assert main(["verify", str(run)]) == 0
+    for checkpoint in folder.glob("checkpoint-*"):
+        shutil.rmtree(checkpoint)
+    damage()
+    caplog.clear()
+    distill(recipe)
+    name = folder / Path(part).parts[0]
+    assert f"{name} is missing or damaged; going on without it. To have it again" in caplog.text
+    assert f"run: rm -r {folder}, then the same command" in caplog.text
 
 
 def test_a_stage_ends_early_where_it_gets_no_better(checkpoints, texts, tmp_path):
@@ -435,7 +473,9 @@ def test_what_changed_in_a_list_of_stages_is_named(checkpoints, texts, tmp_path)
         kept = DistillRecipe.load(run / "recipe.yaml").stages
         assert (kept[0].save_every, kept[0].log_every, kept[1].learning_rate) == (3, 7, 1e-4)
     (run / "phases" / "b" / "student").mkdir(parents=True)
-    with again({"learning_rate": 1e-4}, [{**b, "learning_rate": 1e-4}]):
+    # no stage is trained again under a later one's student
+    both = r"another stages\.0\.learning_rate, stages\.1\.learning_rate; choose"
+    with pytest.raises(UserError, match=both), again({"learning_rate": 1e-4}, [b]):
         pass
     with pytest.raises(UserError, match=r"another stages\.1\.learning_rate; choose"), again({}, [b]):
         pass

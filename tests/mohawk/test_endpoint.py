@@ -344,6 +344,32 @@ def test_the_key_stands_nowhere_where_a_server_echoes_it(server, monkeypatch, ca
     assert "busy with ***" in caplog.text
 
 
+@pytest.mark.parametrize("key", ["k3y-7", "sk-1234", "EMPTY"])
+def test_a_short_key_is_masked_where_it_is_a_word_of_its_own(server, monkeypatch, caplog, key):
+    monkeypatch.setenv("OPENAI_API_KEY", key)
+    beside = f"x{key} and {key}9"
+    said = f"Bearer {key}, ({key})\n{key} in {beside}"
+    server.script = lambda body, times: with_fields(body, text=said)
+    teacher = EndpointTeacher(server.url, "big", Decoding(), request={"pwd": "ab-1"}, retries=0)
+    ((_, (response,)),) = teacher.responses(prompts(1))
+    assert response.text == f"Bearer ***, (***)\n*** in {beside}"
+    assert server.seen[0][1]["Authorization"] == f"Bearer {key}"
+    # no JSON: the letters of escapes are no neighbours
+    server.script = lambda body, times: (200, {}, f'{{"a": "\\n{key}", http://h/?k%3D{key}&pwd=ab-1'.encode())
+    ((_, (response,)),) = teacher.responses(prompts(1))
+    assert key not in response.error and "ab-1" not in response.error and response.error.count("***") == 3
+    assert ("is a word of 5 letters" in caplog.text) == (key == "EMPTY") and f"{key} " not in caplog.text
+
+
+@pytest.mark.parametrize("key", ["a", "I", "x1", "sk-"])
+def test_a_key_that_any_text_holds_is_refused(server, monkeypatch, key):
+    """Masked, it would make nonsense of the records; not masked, it would stand in them."""
+    monkeypatch.setenv("MY_KEY", key)
+    with pytest.raises(UserError, match=r"the key in MY_KEY has fewer than 4 characters.*unset MY_KEY") as raised:
+        EndpointTeacher(server.url, "big", Decoding(), key_env="MY_KEY")
+    assert "\n" not in str(raised.value)
+
+
 def test_control_characters_of_a_server_are_escaped(server, caplog):
     server.script = lambda body, times: (
         (503, {}, error("\x1b[2Jgone \x07\x9b31m")) if times == 0 else (401, {}, error("\x1b]0;x"))

@@ -48,6 +48,10 @@ def test_too_little_memory_says_how_much_was_asked_for():
     gpu = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB. GPU 0 has a total capacity of 7 GiB")
     assert line_for(gpu) == f"out of memory on the GPU (20.00 GiB more were asked for){hint}"
     assert "out of memory on the GPU" in line_for(RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling x"))
+    for text in ("CUDA error: out of memory\nCUDA kernel", "HIP error: out of memory", "MPS backend out of memory (M"):
+        assert line_for(RuntimeError(text)) == f"out of memory on the GPU{hint}"
+    assert line_for(RuntimeError("std::bad_alloc")) == f"out of memory{hint}"
+    assert line_for(RuntimeError("shapes do not fit")) is None and line_for(ValueError("out of memory")) is None
 
 
 def test_bugs_are_none_of_it():

@@ -1,8 +1,10 @@
 """What a run made is verified when it is used, bound to what it was made of, and made again where it is damaged."""
 
+import itertools
 import json
 import logging
 import os
+import re
 import shutil
 import stat
 from pathlib import Path
@@ -15,12 +17,23 @@ from mohawk.cli import main
 from mohawk.conversion.recipe import Recipe
 from mohawk.conversion.run import convert
 from mohawk.core import sums
-from mohawk.core.folders import MANIFEST, about_of, checkpoints, is_complete, sum_file, why_altered, write_file
+from mohawk.core.folders import (
+    MANIFEST,
+    about_of,
+    checkpoints,
+    is_complete,
+    sum_file,
+    weights_sum,
+    why_altered,
+    write_file,
+    write_whole,
+)
 from mohawk.core.json_files import read_json, write_json
 from mohawk.core.lines import append_line, read_lines, write_lines
 from mohawk.errors import UserError
 from mohawk.evaluation.run import evaluate_run
 from mohawk.inspection.verify import findings
+from mohawk.runs.run import check_folder
 from mohawk.training.metrics import read_metrics
 from tests.models.conftest import tiny_teacher
 from tests.mohawk.tiny_phase import TinyObjective, cheap_training, tiny_phase, tiny_trainer, weights  # noqa: F401
@@ -341,9 +354,16 @@ def test_a_file_appears_with_its_sum_or_not_at_all(tmp_path, monkeypatch):
             write_json(path, {"a": 1 + at})
         monkeypatch.undo()
         assert why_altered(path) is None and read_json(path) in ({"a": at}, {"a": 1 + at})
+        assert sorted(p.name for p in path.parent.iterdir()) == [".x.json.sha256", "x.json"]
         write_json(path, {"a": 1 + at})
+    assert sorted(p.name for p in path.parent.iterdir()) == [".x.json.sha256", "x.json"]
     path.write_text('{"a": 5}')
     assert why_altered(path) == "is not as it was written" and read_json(path) is None
+    write_json(path, {"a": 6})
+    sum_file(path).write_text("")
+    assert why_altered(path) == "has a damaged sum beside it" and read_json(path) is None
+    write_json(path, {"a": 7})
+    assert why_altered(path) is None and read_json(path) == {"a": 7}
     with pytest.raises(OSError, match="full"), write_file(path) as beside:
         beside.write_text("half")
         raise OSError(28, "full")
@@ -391,6 +411,139 @@ def test_what_another_run_left_is_not_taken_for_this_ones(place):
         shutil.rmtree(other / "phases" / phase / "student")
     with pytest.raises(UserError, match="mixing/checkpoint-4: is of another run than this phase now begins with"):
         convert(recipe)
+
+
+PHASES = ("mixing", "hidden", "end_to_end")
+HIDDEN = {"phases.hidden": "{tokens: 512, batch_size: 4, sequence_length: 32, learning_rate: 1e-3, save_every: 2}"}
+
+
+@pytest.fixture(scope="module")
+def three(made):
+    """A finished run of all three phases, beside the other one."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(made)
+        convert(recipe_of("three", **HIDDEN))
+    return made / "three"
+
+
+def leave(run: Path, phase: str, state: str) -> None:
+    """Make of a finished phase one that is `over` (its student is gone), `half` trained, or `missing`."""
+    folder = run / "phases" / phase
+    if state != "finished":
+        shutil.rmtree(folder / "student")
+    if state in ("half", "missing"):
+        shutil.rmtree(folder / "checkpoint-4")
+    if state == "missing":
+        shutil.rmtree(folder)
+
+
+@pytest.mark.parametrize("changed", PHASES)
+def test_a_phases_rate_may_change_while_it_has_steps_to_come_and_nothing_was_made_of_it(changed, three, place):
+    """In every combination of what the three phases have left."""
+    run, at = place / "three", PHASES.index(changed)
+    as_it_was = recipe_of("three", **HIDDEN)
+    other = {field: recipe_of("three", **HIDDEN, **{f"phases.{changed}.{field}": value})
+             for field, value in (("learning_rate", 0.5), ("max_grad_norm", 0.5), ("tokens", 1024))}  # fmt: skip
+
+    def refused(recipe) -> bool:
+        try:
+            check_folder(run, recipe)
+        except UserError as error:
+            assert re.search(rf"another phases\.{changed}\.\w+;", str(error)) and "\n" not in str(error)
+            return True
+        return False
+
+    states = [("finished", "half", "missing")] * 3
+    states[at] += ("over",)
+    for i, combination in enumerate(itertools.product(*states)):
+        shutil.rmtree(run)
+        shutil.copytree(three, run)
+        for phase, state in zip(PHASES, combination, strict=True):
+            leave(run, phase, state)
+        may = combination[at] in ("half", "missing") and "finished" not in combination[at:]
+        assert refused(other[["learning_rate", "max_grad_norm"][i % 2]]) == (not may), combination
+        if i % 9 == 0:
+            assert not refused(as_it_was) and refused(other["tokens"])  # what the steps so far meant
+
+
+@pytest.mark.parametrize(
+    "changed, combination",
+    [
+        ("mixing", ("half", "missing", "missing")),
+        ("hidden", ("finished", "missing", "missing")),
+        ("end_to_end", ("missing", "finished", "half")),
+        ("end_to_end", ("finished", "finished", "missing")),
+    ],
+)
+def test_with_a_changed_rate_all_is_made_of_what_came_before_it(changed, combination, three, place):
+    run = place / "three"
+    for phase, state in zip(PHASES, combination, strict=True):
+        leave(run, phase, state)
+    recipe = recipe_of("three", **HIDDEN, **{f"phases.{changed}.learning_rate": 5e-4})
+    before = {phase: weights_sum(run / "phases" / phase / "student") for phase in PHASES}
+    convert(recipe)
+    left = {phase: weights_sum(run / "phases" / phase / "student") for phase in PHASES}
+    for phase, state in zip(PHASES, combination, strict=True):
+        assert state != "finished" or left[phase] == before[phase]
+    assert left["end_to_end"] == weights_sum(run / "student") == about_of(run / "student")["from"]
+    for earlier, later in itertools.pairwise(PHASES):
+        if left[earlier] is not None:
+            assert about_of(run / "phases" / later / "student")["from"] == left[earlier]
+    rates = [r["learning_rate"] for r in read_metrics(run / "metrics.jsonl") if r["phase"] == changed]
+    assert 0 < max(rates[-2:]) <= 5e-4  # of the two steps that are trained in any case
+    found = json.loads((run / "results.json").read_text())["recipe"]["phases"][changed]["learning_rate"]
+    assert found == 5e-4 == getattr(Recipe.load(run / "recipe.yaml").phases, changed).learning_rate
+
+
+def test_a_phase_that_goes_on_from_another_student_than_its_checkpoints_is_refused(three, place):
+    """Phase 1 again with another rate, under phase 2's checkpoints of the first."""
+    run = place / "three"
+    for phase, state in zip(PHASES, ("missing", "half", "missing"), strict=True):
+        leave(run, phase, state)
+    with pytest.raises(UserError, match="hidden/checkpoint-2: goes on from other weights than this phase now begins"):
+        convert(recipe_of("three", **HIDDEN, **{"phases.mixing.learning_rate": 5e-4}))
+
+
+@pytest.mark.parametrize("phases", [("mixing",), ("hidden",), ("mixing", "hidden")])
+@pytest.mark.parametrize("way", ["damaged", "deleted"])
+def test_an_earlier_phases_student_is_made_again_of_its_last_checkpoint(phases, way, three, place, caplog):
+    run = place / "three"
+    whole = {path: path.read_bytes() for path in run.rglob("*.safetensors")}
+    steps = (run / "metrics.jsonl").read_text()
+    for phase in phases:
+        if way == "damaged":
+            flip(run / "phases" / phase / "student" / "model.safetensors")
+        else:
+            shutil.rmtree(run / "phases" / phase / "student")
+    convert(recipe_of("three", **HIDDEN))
+    assert {path: path.read_bytes() for path in run.rglob("*.safetensors")} == whole
+    assert (run / "metrics.jsonl").read_text() == steps and main(["verify", "three"]) == 0
+    for phase in phases:
+        words = f"{phase}/student is missing or damaged; making it again of the last checkpoint of {phase}"
+        assert caplog.text.count(words) == 1
+
+
+def test_an_earlier_phases_student_without_checkpoints_is_said_how_to_have_again(three, place, caplog, capsys):
+    run = place / "three"
+    flip(run / "phases" / "mixing" / "student" / "model.safetensors")
+    assert main(["verify", "three"]) == 2
+    assert "mixing/student: model.safetensors is damaged; the command that wrote it makes it again" in said(capsys)
+    leave(run, "hidden", "over")  # which begins with what is damaged
+    shutil.rmtree(run / "phases" / "mixing" / "checkpoint-4")
+    final = (run / "student" / "model.safetensors").read_bytes()
+    convert(recipe_of("three", **HIDDEN))
+    assert (run / "student" / "model.safetensors").read_bytes() == final
+    lines = [record.getMessage() for record in caplog.records if "missing or damaged" in record.getMessage()]
+    names = [f"three/phases/{phase}" for phase in PHASES]
+    assert lines == [
+        f"{names[i]}/student is missing or damaged; going on without it. To have it again, and train what comes after "
+        f"it anew, run: rm -r {' '.join(names[i:])}, then the same command"
+        for i in (0, 1)
+    ]
+    for name in names:
+        shutil.rmtree(name)
+    convert(recipe_of("three", **HIDDEN))  # as it said
+    assert (run / "student" / "model.safetensors").read_bytes() == final and main(["verify", "three"]) == 0
 
 
 def test_a_checkpoint_that_goes_on_from_other_weights_is_refused(tmp_path):
@@ -473,6 +626,42 @@ def test_an_unfinished_run_without_its_run_file_refuses_another_teacher(place):
     convert(recipe_of())
     for folder in ("run/student", "run/phases/mixing/checkpoint-4"):
         assert about_of(folder)["bound"]["inputs"] == json.loads(Path("run/run.json").read_text())["inputs"]
+
+
+@pytest.mark.parametrize("content", ["", "{", "[" * 3000])
+def test_a_teachers_configuration_that_is_damaged_is_named(content, place, capsys):
+    (place / "teacher" / "config.json").write_text(content)
+    for arguments in (["compose", "run", "--attention", "0"], ["convert", "run/recipe.yaml"], ["evaluate", "run"]):
+        capsys.readouterr()
+        assert main(arguments) == 2
+        (line,) = said(capsys).splitlines()
+        assert line.startswith("error: teacher: ") and "teacher" in line and "config" in line, line
+
+
+def test_what_cannot_be_deleted_of_an_earlier_folder_is_said(tmp_path, monkeypatch, caplog):
+    """The new one is there; what is left of the old one is hidden, and goes when the folder is written again."""
+    for content in "ab":
+        with write_whole(tmp_path / "out") as folder:
+            (folder / "file").write_text(content)
+        monkeypatch.setattr(shutil, "rmtree", lambda path, **_: (_ for _ in ()).throw(OSError(13, "Permission denied")))
+    assert (tmp_path / "out" / "file").read_text() == "b" and is_complete(tmp_path / "out")
+    (left,) = [path for path in tmp_path.iterdir() if path.name != "out"]
+    assert left.name.startswith(".partial-out-") and f"could not delete {left}: " in caplog.text
+    monkeypatch.undo()
+    with write_whole(tmp_path / "out") as folder:
+        (folder / "file").write_text("c")
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_flush_of_lines_that_fails_names_the_file(tmp_path, monkeypatch):
+    def full(handle):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError) as raised:
+        write_lines(tmp_path / "measured.jsonl", ["1"])
+    assert raised.value.filename == str(tmp_path / ".measured.jsonl.crc32")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_another_role_of_a_special_token_is_refused_by_its_name(place):
@@ -615,7 +804,6 @@ def test_two_checkpoints_are_kept_and_a_damaged_newest_one_costs_one_interval(tm
 
 
 def test_scores_of_another_model_are_forgotten_when_a_round_begins_with_one(tmp_path, caplog):
-    from mohawk.core.folders import write_whole
     from mohawk.pruning.run import Pruning
 
     def healed(content: bytes) -> None:

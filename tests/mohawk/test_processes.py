@@ -2,12 +2,14 @@
 
 import os
 import signal
+import sys
 import time
 
 import pytest
 import torch
 
 from mohawk.core import processes
+from mohawk.core.stopping import StopRequest
 from mohawk.errors import UserError, line_for
 from tests.mohawk.tiny_phase import cheap_training, fork, free_port, wait  # noqa: F401
 
@@ -82,6 +84,38 @@ def test_long_work_of_the_first_is_waited_for(tmp_path, monkeypatch):
     for pid in two_processes(tmp_path, work, 0.025):
         assert wait(pid) == 0
     assert [(tmp_path / str(rank)).read_text() for rank in range(2)] == ["done", "done"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Linux tells of a parent's end")
+def test_workers_whose_launcher_is_gone_are_asked_to_save(tmp_path, monkeypatch):
+    """torchrun dies of a signal that it does not hand on, such as SIGUSR1."""
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")  # as it sets it
+
+    def work(rank):
+        request, end = StopRequest(says=False), time.monotonic() + 30.0
+        with request.caught():
+            (tmp_path / f"at work {rank}").touch()
+            while request.number is None and time.monotonic() < end:
+                time.sleep(0.01)
+        return request.number
+
+    def launcher():
+        two_processes(tmp_path, work, 1.0)
+        while True:
+            signal.pause()
+
+    def until(there):
+        end = time.monotonic() + 30.0
+        while not there():
+            assert time.monotonic() < end
+            time.sleep(0.01)
+
+    pid, said = fork(launcher), [tmp_path / "0", tmp_path / "1"]
+    until(lambda: all((tmp_path / f"at work {rank}").exists() for rank in range(2)))
+    os.kill(pid, signal.SIGUSR1)
+    assert wait(pid) == -signal.SIGUSR1
+    until(lambda: all(path.exists() and path.read_text() for path in said))
+    assert [path.read_text() for path in said] == [str(signal.SIGTERM.value)] * 2
 
 
 @pytest.mark.parametrize("given", ["soon", "0", "-1", "nan", "inf", "1e9"])

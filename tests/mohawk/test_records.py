@@ -1,5 +1,6 @@
 import gzip
 import json
+import re
 
 import datasets
 import pytest
@@ -7,6 +8,7 @@ import pytest
 from mohawk.data.records import read_prompts, read_records
 from mohawk.data.text import Source
 from mohawk.errors import UserError
+from tests.mohawk.compressed import COMPRESS, damages, flips
 
 
 def contents(*sources, **options):
@@ -77,7 +79,31 @@ def test_damaged_files_are_named(tmp_path):
     with pytest.raises(UserError, match=r"a.txt:\d+: not UTF-8"):
         read_prompts([tmp_path / "a.txt"])
     (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(b'{"text": "a"}\n' * 9)[:-12])
-    with pytest.raises(UserError, match=r"a.jsonl.gz:\d+: cannot be read"):
-        read_prompts([tmp_path / "a.jsonl.gz"])
     with pytest.raises(UserError, match="lines of a file have no splits, got 'test'"):
         read_prompts([Source(str(tmp_path / "a.jsonl.gz"), split="test")])
+
+
+@pytest.mark.parametrize("suffix", COMPRESS)
+def test_compressed_prompts_that_are_damaged_are_named(tmp_path, suffix):
+    lines = [f"{i} {i * i} {i**3}" for i in range(2000)]
+    packed = COMPRESS[suffix]("".join(f'{{"prompt": "{line}"}}\n' for line in lines).encode())
+    path = tmp_path / f"a.jsonl{suffix}"
+    path.write_bytes(packed)
+    assert contents(Source(str(path), field="prompt")) == lines
+    words = rf"a.jsonl{suffix}:\d+: (cannot be read|not UTF-8|not JSON|has no field)"
+    for damaged in damages(packed):
+        path.write_bytes(damaged)
+        with pytest.raises(UserError, match=words) as raised:
+            read_prompts([path])
+        assert "\n" not in str(raised.value)
+    for damaged in flips(packed):
+        path.write_bytes(damaged)
+        try:
+            found = contents(Source(str(path), field="prompt"))
+        except UserError as error:
+            assert re.search(rf"a.jsonl{suffix}:\d+: ", str(error)) and "\n" not in str(error)
+        else:  # in a header; a Zstandard file may come without a checksum
+            assert found == lines or suffix == ".zst"
+    path.write_bytes(COMPRESS[suffix](b'{"prompt": "caf\xe9"}\n'))
+    with pytest.raises(UserError, match=rf"a.jsonl{suffix}:1: not UTF-8"):
+        read_prompts([path])

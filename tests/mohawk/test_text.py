@@ -9,6 +9,7 @@ import pytest
 
 from mohawk.data.text import Source, as_source, tokenize
 from mohawk.errors import UserError
+from tests.mohawk.compressed import COMPRESS, damages, flips
 
 WORDS = ["the first text", "a second one,\nof two lines", "third: naïve café ✓"]
 
@@ -361,3 +362,56 @@ def test_one_json_text_over_several_lines(tmp_path, load):
     (tmp_path / "c.json").write_text('[{"text": "a"},\n null]\n')
     with pytest.raises(UserError, match=r"c.json:1: a JSON list whose entry 1 \(from 0\) is null, not an object"):
         load(tmp_path / "c.json")
+
+
+@pytest.mark.parametrize("suffix", COMPRESS)
+@pytest.mark.parametrize("name", ["a.jsonl", "a.txt"])
+def test_compressed_text_that_is_damaged_is_named(tmp_path, load, name, suffix):
+    from mohawk.data.records import first_records
+
+    words = [f"{i} {i * i} {i**3}" for i in range(200)]
+    lines = "".join(f"{json.dumps({'text': word})}\n" for word in words) if name == "a.jsonl" else "\n".join(words)
+    packed, path = COMPRESS[suffix](lines.encode()), tmp_path / f"{name}{suffix}"
+    path.write_bytes(packed)
+    whole = [f"{text}<eos>" for text in (words if name == "a.jsonl" else [lines])]
+    assert load(path) == whole
+    if name == "a.jsonl":  # of several files, and of one name in two folders
+        (tmp_path / "sub").mkdir()
+        (tmp_path / "sub" / path.name).write_bytes(packed)
+        assert load(f"{tmp_path}/**/{path.name}") == 2 * whole
+        assert [row["text"] for _, row in first_records(path, 9)] == words[:9]
+    for damaged in damages(packed):
+        path.write_bytes(damaged)
+        for read_it in (load, lambda path: list(first_records(path, 999))):
+            if read_it is not load and name == "a.txt":  # whose rows are not looked at before
+                continue
+            with pytest.raises(UserError, match=path.name) as raised:
+                read_it(path)
+            assert "\n" not in str(raised.value)
+    for damaged in flips(packed, 10):
+        path.write_bytes(damaged)
+        try:
+            found = load(path)
+        except UserError as error:
+            assert path.name in str(error) and "\n" not in str(error)
+        else:  # in a header; a Zstandard file may come without a checksum
+            assert found == whole or suffix == ".zst"
+    latin = b'{"text": "caf\xe9"}\n' if name == "a.jsonl" else b"caf\xe9\n"
+    path.write_bytes(COMPRESS[suffix](latin))
+    with pytest.raises(UserError, match=rf"{path.name} is not UTF-8 \(.*byte 0xe9\); convert it"):
+        load(path)
+
+
+def test_parquet_that_is_damaged_is_named(tmp_path, load):
+    from mohawk.data.records import first_records
+
+    path = tmp_path / "a.parquet"
+    datasets.Dataset.from_list([{"text": word} for word in WORDS]).to_parquet(path)
+    packed = path.read_bytes()
+    assert load(path) == [f"{word}<eos>" for word in WORDS]
+    for damaged in damages(packed):
+        path.write_bytes(damaged)
+        for read_it in (load, lambda path: list(first_records(path, 999))):
+            with pytest.raises(UserError, match="a.parquet") as raised:
+                read_it(path)
+            assert "\n" not in str(raised.value)
