@@ -21,12 +21,11 @@ from mohawk.models.families import decoder_layers, family_of, mixer_input_norm
 from mohawk.models.hybrid import HybridForCausalLM
 from mohawk.models.mixers import SSMMixer
 from mohawk.models.teacher_forcing import AttentionRecord, layer_calls, record, recording_attention
+from mohawk.training.objective import Objective
 from mohawk.training.weight_decay import parameter_groups
 
-PHASES = ("mixing", "hidden", "end_to_end")
 
-
-class Objective(nn.Module):
+class PhaseObjective(Objective):
     """A student, a frozen teacher, and the losses that pull one to the other."""
 
     def __init__(self, student: HybridForCausalLM, teacher: nn.Module):
@@ -42,10 +41,6 @@ class Objective(nn.Module):
 
     def trained(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Names (in the student) and parameters that this phase trains."""
-        raise NotImplementedError
-
-    def losses(self, **batch: Tensor) -> Iterator[tuple[str, Tensor]]:
-        """Yields scalar losses to be back-propagated one by one; their sum is the step's loss."""
         raise NotImplementedError
 
     def parameter_groups(self, learning_rate: float, weight_decay: float) -> list[dict]:
@@ -68,7 +63,7 @@ class Objective(nn.Module):
                     yield f"model.layers.{i}.{name}", parameter
 
 
-class LayerwiseObjective(Objective):
+class LayerwiseObjective(PhaseObjective):
     """Walks the teacher's layers; `layer_loss` compares one layer of the student given the teacher's hidden state."""
 
     def losses(self, input_ids: Tensor, position_ids: Tensor, segment_ids: Tensor, **_) -> Iterator[tuple[str, Tensor]]:
@@ -166,7 +161,7 @@ class HiddenObjective(LayerwiseObjective):
         return (norms * real).sum() / real.sum().clamp(min=1)
 
 
-class EndToEndObjective(Objective):
+class EndToEndObjective(PhaseObjective):
     """Phase 3: divergence of the student's next-token distribution from the teacher's, mean over real tokens.
 
     `train`: "all", "all_but_mlp" or "mixers" (the replaced layers' mixers and their norms only).

@@ -28,6 +28,7 @@ from mohawk.losses.schedules import Ramp, at, temperature_for
 from mohawk.losses.shared_vocabulary import shared_part, told_of_cut
 from mohawk.losses.teachers import Answer, AverageTeacher, Ensemble, ModelTeacher, is_around, model_inputs
 from mohawk.training.advance import Advance
+from mohawk.training.objective import Objective
 from mohawk.training.weight_decay import parameter_groups
 
 if TYPE_CHECKING:
@@ -48,7 +49,7 @@ class OwnLoss:
     ce_weight: float | Ramp = 0.0
 
 
-class KnowledgeDistiller(nn.Module):
+class KnowledgeDistiller(Objective):
     """`kd_weight * T^2 * D(teacher, student) + ce_weight * CE + sum_i w_i * matching_i`, a mean over real tokens.
 
     A token is learned where it has a label and both it and the one in front of it are real, of one document

@@ -1,21 +1,4 @@
-"""One phase of training: a `transformers.Trainer` over an objective instead of a model.
-
-An *objective* is an `nn.Module` with
-- `student`: the module that trains (the rest of the objective stays in eval mode);
-- `losses(**batch)`: a generator of `(name, scalar loss)`. Each loss is back-propagated before the next one is
-  asked for, so that an objective that goes layer by layer keeps one layer's graph alive. Their sum is the
-  step's loss;
-- `parameter_groups(learning_rate, weight_decay)`: AdamW's groups, holding exactly the parameters that train;
-and, where it needs them,
-- `prepare(batch, step)`: what a step trains on instead of a micro-batch, called for all of a step's before the first
-  one's losses;
-- `shares`: true where a micro-batch's losses are its shares of the step's already, and nothing is left to weigh;
-- `begin_step(step, steps)`, before the first micro-batch of a step, counted from 0; `end_step(loss)`, after the
-  optimizer's; a step that changed nothing has no end;
-- `measured()`: numbers by name since it was asked last; a logged record has their means over all processes;
-- `training_state()`: tensors by name and plain values that a checkpoint keeps beside the parameters, and
-  `load_training_state(tensors, values)`;
-- `finished`: true ends the phase before its last step.
+"""One phase of training: a `transformers.Trainer` over an `Objective` (objective.py) instead of a model.
 
 What differs from a plain Trainer, and why, is said at each method. In short: gradients are averaged over real
 tokens, over micro-batches and processes alike; a step whose loss or gradient is not finite changes nothing;
@@ -291,9 +274,8 @@ class PhaseTrainer(Trainer):
     def get_batch_samples(self, epoch_iterator, num_batches, device) -> tuple[list, float]:
         """The micro-batches of one step, and how many real tokens they hold over all processes."""
         batches = list(itertools.islice(epoch_iterator, num_batches))
-        if hasattr(self.model, "prepare"):
-            with self._autocast():
-                batches = [self.model.prepare(self._prepare_inputs(b), self.state.global_step) for b in batches]
+        with self._autocast():
+            batches = [self.model.prepare(self._prepare_inputs(b), self.state.global_step) for b in batches]
         tokens = float(sum(map(_real_tokens, batches)))
         if several():
             tokens = total(torch.tensor(tokens, device=device)).item()
@@ -306,7 +288,7 @@ class PhaseTrainer(Trainer):
         """Back-propagate every loss of the micro-batch; after the step's last, make the gradients final."""
         # The step's loss is the mean over its real tokens, not a sum of micro-batch means: each micro-batch
         # counts by its share of them, and the processes' gradients are summed.
-        if getattr(self.model, "shares", False):
+        if self.model.shares:
             share = 1.0
         else:
             share = _real_tokens(inputs) / num_items_in_batch if num_items_in_batch else 1 / self._micro_batches
@@ -427,8 +409,8 @@ class PhaseTrainer(Trainer):
             "skipped_steps": self.skipped_steps,
             **self._window.drain(self.tokens_per_step),
         }
-        if hasattr(self.model, "measured"):
-            record["measured"] = means(self.model.measured())
+        if measured := means(self.model.measured()):
+            record["measured"] = measured
         self.control = self.callback_handler.on_log(self.args, self.state, self.control, record)
 
     # ---- Checkpoints ----
@@ -487,8 +469,9 @@ class PhaseTrainer(Trainer):
         self._save_optimizer_and_scheduler(str(folder))
         self.state.save_to_json(str(folder / TRAINER_STATE_NAME))
         state = self._phase_state()
-        if hasattr(self.model, "training_state"):
-            tensors, state["objective"] = self.model.training_state()
+        tensors, values = self.model.training_state()
+        if tensors or values:
+            state["objective"] = values
             save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, folder / OBJECTIVE_STATE)
         (folder / PHASE_STATE).write_text(json.dumps(state, indent=1) + "\n", encoding="utf-8")
 
@@ -509,7 +492,7 @@ class PhaseTrainer(Trainer):
                 parameter.copy_(weights[name])
         then, now = _phase_state_of(checkpoint), self._phase_state()
         self.skipped_steps, self.nonfinite_in_a_row = then["skipped_steps"], then["nonfinite_in_a_row"]
-        if hasattr(self.model, "load_training_state"):
+        if "objective" in then:
             self.model.load_training_state(load_file(checkpoint / OBJECTIVE_STATE), then["objective"])
         changed = [f"{key} {then[key]} -> {now[key]}" for key in ORDER_KEYS if then[key] != now[key]]
         if changed:
@@ -569,14 +552,13 @@ class _PhaseCallback(TrainerCallback):
         self.trainer._window.start()
 
     def on_step_begin(self, args, state, control, **kwargs):
-        if hasattr(self.trainer.model, "begin_step"):
-            self.trainer.model.begin_step(state.global_step, state.max_steps)
+        self.trainer.model.begin_step(state.global_step, state.max_steps)
 
     def on_step_end(self, args, state, control, **kwargs):
         trainer = self.trainer
-        if trainer._step_loss is not None and hasattr(trainer.model, "end_step"):
+        if trainer._step_loss is not None:
             trainer.model.end_step(trainer._step_loss)
-        if getattr(trainer.model, "finished", False):
+        if trainer.model.finished:
             control.should_save = control.should_training_stop = True
         if trainer._request.number is not None and not several():
             trainer._stop = True  # even when it came after the gradients were final

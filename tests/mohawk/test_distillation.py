@@ -460,7 +460,7 @@ def test_what_cannot_be_is_refused(models, arguments, words):
 def test_ids_that_a_model_has_no_row_for_are_said(models, monkeypatch, who, bad, at_once):
     """One line instead of an IndexError, or of a GPU that is broken for the process: there, as `at_once` is not, a
     model is given what it can read, and what was wrong is said where the loss waits for the device."""
-    from mohawk import heads
+    from mohawk.losses import heads
 
     if not at_once:
         monkeypatch.setattr(heads, "AT_ONCE", ())

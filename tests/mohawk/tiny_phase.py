@@ -15,12 +15,13 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
+from mohawk.training.objective import Objective
 from mohawk.training.trainer import PhaseTrainer
 
 LENGTH = 12
 
 
-class TinyObjective(nn.Module):
+class TinyObjective(Objective):
     """Three small students; each is to give what its frozen linear teacher gives for the same input."""
 
     def __init__(self, dropout: float = 0.1):

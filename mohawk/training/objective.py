@@ -1,0 +1,52 @@
+"""What a phase optimises: a student and its losses."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+
+class Objective(nn.Module):
+    """A student, and losses that pull it somewhere. `PhaseTrainer` calls the methods in the order that they have here.
+
+    `student` is the module that trains; whatever else the objective holds stays in eval mode. `shares` is true where a
+    micro-batch's losses are its shares of the step's already; else they are weighed by its share of the step's real
+    tokens. `finished`, once true, ends the phase before its last step.
+    """
+
+    student: nn.Module
+    shares: bool = False
+    finished: bool = False
+
+    def parameter_groups(self, learning_rate: float, weight_decay: float) -> list[dict[str, Any]]:
+        """AdamW's groups, holding exactly the parameters that train."""
+        raise NotImplementedError
+
+    def prepare(self, batch: dict[str, Tensor], step: int) -> dict[str, Tensor]:
+        """What a step, counted from 0, trains on instead of a micro-batch. Called for all of a step's micro-batches
+        before the first one's losses."""
+        return batch
+
+    def begin_step(self, step: int, steps: int) -> None:
+        """Before the first losses of a step, counted from 0, of so many."""
+
+    def losses(self, **batch: Tensor) -> Iterator[tuple[str, Tensor]]:
+        """(name, scalar loss) one after the other. Each is back-propagated before the next one is asked for, so an
+        objective that goes layer by layer keeps one layer's graph alive. Their sum is the step's loss."""
+        raise NotImplementedError
+
+    def end_step(self, loss: float) -> None:
+        """After the optimizer's step, with the step's loss. A step that changed nothing has no end."""
+
+    def measured(self) -> dict[str, Any]:
+        """Numbers by name since this was asked last; a logged record has their means over all processes."""
+        return {}
+
+    def training_state(self) -> tuple[Mapping[str, Tensor], dict[str, Any]]:
+        """Tensors by name, and plain values, that a checkpoint keeps beside the parameters."""
+        return {}, {}
+
+    def load_training_state(self, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
+        """Take back what `training_state` gave. Not called for a checkpoint that holds none."""
