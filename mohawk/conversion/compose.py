@@ -19,12 +19,12 @@ from rich.console import Console
 
 from mohawk.conversion.probe import fingerprint
 from mohawk.conversion.recipe import EndToEnd, Recipe
-from mohawk.conversion.run import COMPOSED
-from mohawk.conversion.select import RANKINGS, SELECTION, trained_student
+from mohawk.conversion.select import RANKINGS, trained_student
 from mohawk.conversion.swap import keep_attention
 from mohawk.core.folders import MANIFEST, checkpoints, drop_file, is_complete, write_whole
 from mohawk.core.json_files import read_json, write_json
 from mohawk.core.places import home
+from mohawk.core.run_folder import COMPOSED, METRICS, RECIPE, RESULTS, SELECTION, STUDENT, phase_folder
 from mohawk.errors import UserError
 from mohawk.loading.describe import describe_layers, size_text
 from mohawk.loading.models import load_teacher
@@ -32,9 +32,8 @@ from mohawk.loading.nonfinite import refuse_nonfinite
 from mohawk.models.hybrid import SSM_LAYER, HybridConfig, HybridForCausalLM, attention_types
 from mohawk.runs.binding import bound, check_models
 from mohawk.runs.kept import Composed, Selection
-from mohawk.runs.report import RESULTS
-from mohawk.runs.run import RECIPE, STUDENT, claimed
-from mohawk.training.metrics import METRICS, copy_without
+from mohawk.runs.run import claimed
+from mohawk.training.metrics import copy_without
 
 SETTABLE = ("phases.end_to_end", "evaluation", "precision", "device")
 UNITS = {"B": 1, "kB": 1e3, "KB": 1e3, "MB": 1e6, "GB": 1e9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
@@ -200,7 +199,7 @@ def _outdated(composed: Path, target: Path, source: Path) -> bool:
     Raises:
         UserError: it did, and phase 3 went on from there; or the folder's student is none that was composed.
     """
-    about, last = read_json(composed / COMPOSED, Composed), composed / "phases" / "end_to_end"
+    about, last = read_json(composed / COMPOSED, Composed), phase_folder(composed, "end_to_end")
     if about is None:
         if target.exists() and not (composed / COMPOSED).exists():
             raise UserError(f"--output: {composed} trains mixers of its own; choose another folder")

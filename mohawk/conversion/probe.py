@@ -20,13 +20,12 @@ from mohawk.conversion.run import Conversion
 from mohawk.conversion.swap import LayerSwap
 from mohawk.core.folders import MANIFEST
 from mohawk.core.lines import append_line, missing_lines, read_lines, write_lines
+from mohawk.core.run_folder import MEASURED, RECIPE
 from mohawk.kernels.kd.loss import TeacherHidden, linear_kd_loss
 from mohawk.losses.heads import Head
 from mohawk.measures.recall import PAIRS, recall_batches, recall_of
 from mohawk.models.hybrid import HybridForCausalLM
 from mohawk.training.progress import PLAIN_SECONDS
-
-MEASURED = "selection/measured.jsonl"  # in a run: every measurement, so that a stopped selection goes on
 
 
 def fingerprint(student: Path) -> str:
@@ -38,11 +37,11 @@ class Probe:
     """KL and recall of any choice of a run's layers, each measured once and kept in the run's folder."""
 
     def __init__(self, folder: Path, student_folder: Path, tokens: int, console: Console):
-        plain = Recipe.load(folder / "recipe.yaml")
+        plain = Recipe.load(folder / RECIPE)
         overrides = [f"evaluation.tokens={tokens}"]
         if plain.data.validation_share > 0:  # the other source's text is for judging the choice by
             overrides.append("data.evaluation=[]")
-        recipe = Recipe.load(folder / "recipe.yaml", overrides)
+        recipe = Recipe.load(folder / RECIPE, overrides)
         conversion = Conversion(recipe, folder, console, trains=False)
         student = HybridForCausalLM.from_pretrained(student_folder).to(conversion.device)
         teacher = conversion.teacher.to(student.dtype)

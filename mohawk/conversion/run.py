@@ -15,6 +15,7 @@ from mohawk.conversion.plan import make_plan, objective_for, print_plan, student
 from mohawk.conversion.readout import solve_output_projections
 from mohawk.conversion.recipe import Recipe
 from mohawk.core.processes import first_before_others, from_first, is_first, joined, on_first
+from mohawk.core.run_folder import COMPOSED
 from mohawk.data.packing import PackedDataset, collate
 from mohawk.errors import UserError
 from mohawk.loading.models import load_config, load_teacher
@@ -27,8 +28,6 @@ from mohawk.runs.run import Run, check_folder, claimed
 from mohawk.training.progress import log_to
 
 log = logging.getLogger(__name__)
-
-COMPOSED = "composed.json"  # says of which run's phases 1 and 2 a composed run goes on (mohawk/conversion/compose.py)
 
 
 def convert(recipe: Recipe, *, dry_run: bool = False) -> None:

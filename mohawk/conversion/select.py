@@ -19,12 +19,12 @@ from mohawk.conversion.recipe import Recipe
 from mohawk.core.folders import locked, why_incomplete
 from mohawk.core.json_files import read_json, write_json
 from mohawk.core.places import home
+from mohawk.core.run_folder import RECIPE, SELECTION, has_recipe, phase_student
 from mohawk.errors import UserError
 from mohawk.runs.kept import Selection
 from mohawk.runs.plots import plot_selection
 from mohawk.schema.kinds import refuse_altered
 
-SELECTION = "selection.json"
 PLOT = "plots/selection.png"
 # What each ranking is by; `recall` is the loss on the values to be recalled, nats per token, as KL is.
 RECALL_WEIGHT = 0.1
@@ -88,14 +88,14 @@ def trained_student(run: str | Path) -> tuple[Recipe, Path]:
         UserError: no run, or these phases are not finished.
     """
     folder = home(run)
-    if not (folder / "recipe.yaml").is_file():
+    if not has_recipe(folder):
         raise UserError(f"{run} is not a run's folder: it holds no recipe.yaml")
-    refuse_altered(folder / "recipe.yaml")
-    recipe = Recipe.load(folder / "recipe.yaml")
+    refuse_altered(folder / RECIPE)
+    recipe = Recipe.load(folder / RECIPE)
     phases = [name for name, _ in recipe.phases.active() if name != "end_to_end"]
     if not phases:
         raise UserError(f"{run}: its recipe has neither phase 1 nor phase 2, so its mixers are not trained one by one")
-    student = folder / "phases" / phases[-1] / "student"
+    student = phase_student(folder, phases[-1])
     if problem := why_incomplete(student, remembered=True):
         raise UserError(f"{student}: {problem}; to finish the phase: mohawk convert {folder / 'recipe.yaml'}")
     return recipe, student

@@ -1,4 +1,4 @@
-"""The names by which a run's folder is known, and paths as users write them."""
+"""Paths as users write them, and the cache folder."""
 
 from __future__ import annotations
 
@@ -6,15 +6,6 @@ import os
 from pathlib import Path
 
 from mohawk.errors import UserError
-
-RECIPE = "recipe.yaml"
-RUN_FILE = "run.json"
-LOCK = ".lock"
-
-
-def is_run(folder: Path) -> bool:
-    """Whether a folder is a run's, and not one that a recipe happens to lie in."""
-    return (folder / RECIPE).is_file() and any((folder / name).is_file() for name in (RUN_FILE, LOCK))
 
 
 def home(path: str | os.PathLike) -> Path:

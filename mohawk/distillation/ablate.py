@@ -13,11 +13,12 @@ from typing import Any
 from rich.console import Console
 
 from mohawk.core.json_files import read_json, write_json, write_text
+from mohawk.core.run_folder import RESULTS, plot_file
 from mohawk.distillation.recipe import DistillRecipe
 from mohawk.errors import UserError
 from mohawk.runs.kept import Compares
 from mohawk.runs.plots import TEXTS, plot_variants
-from mohawk.runs.report import RESULTS, print_tables
+from mohawk.runs.report import print_tables
 from mohawk.schema.base import RecipeFile
 from mohawk.schema.kinds import kind_of
 from mohawk.schema.yaml_text import dotted, quoted
@@ -158,7 +159,7 @@ def compare_runs(
     # without what would not fit a narrow terminal and is in the files
     print_tables([(heading, header[:-2], [line[:-2] for line in lines]) for heading, header, lines in tables], console)
     write_json(output / FOUND, {"title": title, "rows": rows})
-    plot = plot_variants(rows, output / "plots" / "ablation.png")
+    plot = plot_variants(rows, plot_file(output, "ablation"))
     parts = [f"# {title}"]
     for heading, header, lines in tables:
         table = ["| " + " | ".join(r) + " |" for r in (header, ["---"] + ["---:"] * (len(header) - 1), *lines)]

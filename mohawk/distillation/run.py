@@ -18,6 +18,7 @@ from torch import nn
 from mohawk.core.extras import need
 from mohawk.core.folders import is_complete, write_whole
 from mohawk.core.processes import first_before_others, from_first, is_first, joined, on_first
+from mohawk.core.run_folder import phase_folder
 from mohawk.data.text import tokenizer_key
 from mohawk.distillation.build import (
     check_caches,
@@ -134,7 +135,7 @@ class Distillation(Run):
         (stage,) = [stage for stage in self.recipe.stages if stage.name == step]
         lora, lost = (stage.student or self.recipe.student).lora, super()._lost(step)
         if lora is not None and lora.keep:
-            kept = [self.folder / "phases" / step / name for name in ("base", "adapter")]
+            kept = [phase_folder(self.folder, step) / name for name in ("base", "adapter")]
             lost += from_first(lambda: [folder for folder in kept if not is_complete(folder)])
         return lost
 
@@ -239,15 +240,15 @@ class Distillation(Run):
 
     def _write_base(self, stage: str, student: nn.Module) -> None:
         """What an adapter that is kept is of."""
-        with write_whole(self.folder / "phases" / stage / "base", replace=True) as folder:
+        with write_whole(phase_folder(self.folder, stage) / "base", replace=True) as folder:
             student.save_pretrained(folder)
 
     def _write_adapter(self, stage: str, student: nn.Module) -> None:
         from mohawk.loading.lora import save_adapter
 
         for about in student.peft_config.values():
-            about.base_model_name_or_path = str(self.folder / "phases" / stage / "base")
-        target = self.folder / "phases" / stage / "adapter"
+            about.base_model_name_or_path = str(phase_folder(self.folder, stage) / "base")
+        target = phase_folder(self.folder, stage) / "adapter"
         refuse_nonfinite(student, f"{target}: this adapter", "it is not written; lower the learning rate")
         with write_whole(target, replace=True) as folder:
             save_adapter(student, folder)

@@ -24,9 +24,10 @@ from rich.console import Console
 from mohawk.core.hub import hub_or_cache, is_unreachable
 from mohawk.core.json_files import write_json
 from mohawk.core.places import home
+from mohawk.core.run_folder import has_recipe, tasks_file
 from mohawk.errors import UserError
 from mohawk.loading.describe import student_folder
-from mohawk.runs.report import TASKS, fingerprint, kept_tasks, print_tables, report_tasks, task_tables
+from mohawk.runs.report import fingerprint, kept_tasks, print_tables, report_tasks, task_tables
 from mohawk.schema.kinds import load_run_recipe, trims_vocabulary
 
 if TYPE_CHECKING:
@@ -74,7 +75,7 @@ def evaluate_tasks(
         ModuleNotFoundError: lm_eval is not installed.
     """
     folder, console = home(run), console or Console()
-    if not (folder / "recipe.yaml").is_file():
+    if not has_recipe(folder):
         raise UserError(f"{run} is not a run's folder: it holds no recipe.yaml")
     recipe = load_run_recipe(folder, overrides)
     name = student_folder(folder)
@@ -120,10 +121,10 @@ def evaluate_tasks(
     earlier = kept_tasks(folder, student) or {"tasks": {}, "groups": {}}
     results = {"student": student, "fingerprint": fingerprint(name)}
     results |= {part: {**earlier[part], **found[part]} for part in ("tasks", "groups")}
-    write_json(folder / TASKS, results)
+    write_json(tasks_file(folder), results)
     print_tables(task_tables(found), console)
     reported = report_tasks(folder)
-    console.print(f"written to {reported or folder / TASKS}", highlight=False, soft_wrap=True, markup=False)
+    console.print(f"written to {reported or tasks_file(folder)}", highlight=False, soft_wrap=True, markup=False)
     return results
 
 

@@ -12,11 +12,10 @@ from rich.table import Table
 from mohawk.conversion.recipe import Recipe
 from mohawk.core.json_files import write_json
 from mohawk.core.places import home
+from mohawk.core.run_folder import again_file, has_recipe
 from mohawk.errors import UserError
 from mohawk.loading.describe import student_folder
 from mohawk.schema.kinds import load_run_recipe, trims_vocabulary
-
-RESULTS = "evaluation/again.json"
 
 
 def evaluate_run(run: str | Path, overrides: Sequence[str] = (), console: Console | None = None) -> dict:
@@ -26,7 +25,7 @@ def evaluate_run(run: str | Path, overrides: Sequence[str] = (), console: Consol
     that concern the student or its training change nothing. Returns what was written. Raises UserError.
     """
     folder, console = home(run), console or Console()
-    if not (folder / "recipe.yaml").is_file():
+    if not has_recipe(folder):
         raise UserError(f"{run} is not a run's folder: it holds no recipe.yaml")
     recipe = load_run_recipe(folder, overrides)
     name = student_folder(folder)
@@ -61,7 +60,7 @@ def evaluate_run(run: str | Path, overrides: Sequence[str] = (), console: Consol
         for kind, model in (("teacher", conversion.teacher), ("student", student))
     }
     results = {"student": name, "overrides": list(overrides), "texts": texts, "decoding": speeds}
-    target = folder / RESULTS
+    target = again_file(folder)
     write_json(target, results)
 
     table = Table("text", "tokens", "teacher", "student", "ratio", "KL", "same first choice", title=name)

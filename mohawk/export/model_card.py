@@ -11,11 +11,12 @@ from typing import Any
 from mohawk.core.hub import hub_or_cache
 from mohawk.core.json_files import read_json
 from mohawk.core.places import home
+from mohawk.core.run_folder import RESULTS
 from mohawk.export.parity import Row
 from mohawk.export.runtimes import GROUPS_APART, Note
 from mohawk.loading.remote_code import LICENCE
 from mohawk.runs.kept import Tabled
-from mohawk.runs.report import RESULTS, tables
+from mohawk.runs.report import tables
 from mohawk.schema.base import RecipeFile
 from mohawk.schema.kinds import load_run_recipe
 

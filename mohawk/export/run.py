@@ -11,6 +11,7 @@ from rich.console import Console
 
 from mohawk.core.folders import write_whole
 from mohawk.core.places import home
+from mohawk.core.run_folder import has_recipe
 from mohawk.errors import UserError
 from mohawk.loading.describe import student_folder
 
@@ -66,7 +67,7 @@ def export(
     if to == "hybrid" and (pad_expand or fold_bias):
         raise UserError("--pad-expand and --fold-bias are of --to bamba; the hybrid's own class needs neither")
     run = home(source)
-    run = run if (run / "recipe.yaml").is_file() else None
+    run = run if has_recipe(run) else None
     student = student_folder(source)
     try:
         config = load_config(student)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 
 from mohawk.core.command import Command, number, path, refuse
+from mohawk.core.run_folder import has_recipe
 
 
 def _add_inspect(parser: argparse.ArgumentParser) -> None:
@@ -52,7 +53,7 @@ def _inspect(options: argparse.Namespace) -> None:
 
     console = Console()
     folder = home(options.model)
-    if (folder / "recipe.yaml").is_file():
+    if has_recipe(folder):
         print_run(folder, console)
     print_description(describe(student_folder(options.model)), options.contexts, console)
 

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from mohawk.core.folders import MANIFEST, write_whole
 from mohawk.core.places import home
 from mohawk.core.precision import pick_device
+from mohawk.core.run_folder import has_recipe
 from mohawk.data.same_tokenizer import teacher_tokenizer
 from mohawk.errors import UserError
 from mohawk.kernels.mixing.definition import Mixing
@@ -182,7 +183,7 @@ def _reduced(matrix: Tensor, tall: int, broad: int) -> Tensor:
 
 def _asked(model: str | Path, teacher: str | Path | None) -> _Asked:
     folder = home(model)
-    if (folder / "recipe.yaml").is_file():
+    if has_recipe(folder):
         recipe = load_run_recipe(folder)
         # a run made on a GPU can be looked at without one
         own, device = recipe.teacher, pick_device("cpu" if recipe.device == "cpu" else "auto")
@@ -240,7 +241,7 @@ def _sizes(config) -> str:
 def _target(model: str | Path, output: Path | None) -> Path:
     if output is None:
         folder = home(model)
-        output = folder / "plots" / "matrices" if (folder / "recipe.yaml").is_file() else Path("matrices")
+        output = folder / "plots" / "matrices" if has_recipe(folder) else Path("matrices")
     output = home(output)
     if output.is_dir() and any(output.iterdir()):
         # other folders of ours carry a manifest too, a student's for one

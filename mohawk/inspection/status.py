@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mohawk.core.folders import MANIFEST, why_incomplete
+from mohawk.core.run_folder import COMPOSED, STUDENT, phase_folder
 from mohawk.schema.kinds import phase_names
 
 if TYPE_CHECKING:
@@ -15,7 +16,6 @@ if TYPE_CHECKING:
 def print_run(folder: Path, console: Console) -> None:
     """Which phases of a run are done, and from which checkpoint the others would go on."""
     from mohawk.conversion.recipe import Recipe
-    from mohawk.conversion.run import COMPOSED
     from mohawk.core.folders import newest_complete
     from mohawk.core.json_files import read_json
     from mohawk.runs.kept import Composed
@@ -34,13 +34,13 @@ def print_run(folder: Path, console: Console) -> None:
             highlight=False, soft_wrap=True, markup=False,
         )  # fmt: skip
     for name in phase_names(folder):
-        phase = folder / "phases" / name
+        phase = phase_folder(folder, name)
         if name in elsewhere:
             state = f"done in {composed['run']}"
         elif name not in asked:
             state = "left out (null in the recipe)"
-        elif (phase / "student" / "config.json").is_file():
-            kept = phase / "student"
+        elif (phase / STUDENT / "config.json").is_file():
+            kept = phase / STUDENT
             problem = why_incomplete(kept, remembered=True) if (kept / MANIFEST).exists() else None
             state = "done" if problem is None else f"damaged ({problem})"
         elif checkpoint := newest_complete(phase) if phase.is_dir() else None:

@@ -10,16 +10,16 @@ from typing import TYPE_CHECKING
 
 from mohawk.core.folders import MANIFEST, PARTIAL, why_altered, why_incomplete
 from mohawk.core.lines import damage, sums_of
-from mohawk.core.places import RECIPE, RUN_FILE, home
+from mohawk.core.places import home
+from mohawk.core.run_folder import MEASURED, METRICS, RECIPE, RUN_FILE
 from mohawk.data.generated import FILES, spare_lines
 from mohawk.errors import UserError
-from mohawk.training.metrics import METRICS, damaged_lines
+from mohawk.training.metrics import damaged_lines
 
 if TYPE_CHECKING:
     from rich.console import Console
 
 SUMS = ".sha256"
-MEASURED = "selection/measured.jsonl"
 # What has no sum where an earlier version wrote it: a run's files, tokenised text and pairs.
 ALONE = ("results.json", "selection.json", "composed.json", "vocabulary.json", "evaluation/*.json", "rounds/*/*.json",
          "rounds/*/*.safetensors", "matrices/*.safetensors")  # fmt: skip

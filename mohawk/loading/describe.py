@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from mohawk.core.folders import MANIFEST, refuse_damaged
 from mohawk.core.places import home
+from mohawk.core.run_folder import STUDENT, has_recipe, phase_student
 from mohawk.errors import UserError
 from mohawk.schema.kinds import phase_names, run_command
 
@@ -60,7 +61,7 @@ def student_folder(path: str | Path) -> str:
     """The model inside a run's folder (the final student, else the latest phase's), or the name as it is. Raises
     UserError where the student is not as the run wrote it."""
     folder = home(path)
-    if not (folder / "recipe.yaml").is_file():
+    if not has_recipe(folder):
         return str(path)
     for student in _students(folder):
         if (student / "config.json").is_file():
@@ -73,9 +74,9 @@ def student_folder(path: str | Path) -> str:
 
 def _students(folder: Path) -> Iterator[Path]:
     """Where a run's students lie, the newest first."""
-    yield folder / "student"
+    yield folder / STUDENT
     for name in reversed(phase_names(folder)):
-        yield folder / "phases" / name / "student"
+        yield phase_student(folder, name)
 
 
 def describe(model: str | Path) -> Description:

@@ -27,6 +27,7 @@ from mohawk.core.json_files import read_json, write_json
 from mohawk.core.places import home
 from mohawk.core.precision import pick_device
 from mohawk.core.processes import first_before_others, from_first, is_first, joined, on_first
+from mohawk.core.run_folder import RECIPE, STUDENT, evaluation_file, phase_folder, plot_file
 from mohawk.data.packing import collate
 from mohawk.data.text import as_source, local_files
 from mohawk.data.token_counts import most_frequent, token_counts
@@ -51,7 +52,7 @@ from mohawk.runs.inputs import check_inputs
 from mohawk.runs.kept import CutMade, Drops, Search, Vocabulary
 from mohawk.runs.plots import plot_candidates
 from mohawk.runs.report import Table, finish
-from mohawk.runs.run import RECIPE, STUDENT, check_folder, claimed
+from mohawk.runs.run import check_folder, claimed
 from mohawk.training.progress import log_to
 
 log = logging.getLogger(__name__)
@@ -183,7 +184,7 @@ class Pruning(Distillation):
             elif whole:
                 student = self._load(step.name)
             else:
-                rest = " ".join(str(self.folder / "phases" / later.name) for later in steps[i:])
+                rest = " ".join(str(phase_folder(self.folder, later.name)) for later in steps[i:])
                 log.warning(
                     "%s is missing or damaged; going on without it. To have it again, and make what comes after it "
                     "anew, run: rm -r %s, then the same command", self._student(step.name), rest,
@@ -243,7 +244,7 @@ class Pruning(Distillation):
 
     def _load_teacher(self) -> nn.Module:
         corrected = self.recipe.correct and self._student(self.recipe.correct.name)
-        measured = corrected and (self.folder / "evaluation" / f"{self.recipe.correct.name}.json").is_file()
+        measured = corrected and evaluation_file(self.folder, self.recipe.correct.name).is_file()
         if from_first(
             lambda: bool(measured and is_complete(corrected))
         ):  # nothing is left to compare with the one as it was
@@ -428,7 +429,7 @@ class Pruning(Distillation):
             make=lambda sizes: cut_in_float32(base, choose(scores, sizes, layers=layers)),
             console=self.console,
         )  # fmt: skip
-        plot = self.folder / "plots" / f"search_{number}.png"
+        plot = plot_file(self.folder, f"search_{number}")
         on_first(lambda: plot_candidates(read_json(folder / "search.json", Search), plot))
         return picked
 
@@ -442,7 +443,7 @@ class Pruning(Distillation):
                 self._train(0, self.recipe.heal.model_copy(update={**asked, "name": name}), student, None)
             finally:
                 self.folder = own
-            weights = folder / "phases" / name
+            weights = phase_folder(folder, name)
             on_first(lambda: shutil.rmtree(weights, ignore_errors=True))  # its figures are kept, its weights are not
 
         return heal

@@ -22,12 +22,12 @@ from pydantic import TypeAdapter, ValidationError
 from mohawk.core.folders import MANIFEST, WEIGHTS, about_of
 from mohawk.core.json_files import read_json, write_json
 from mohawk.core.parsing import parse_json
-from mohawk.core.places import RUN_FILE, home
+from mohawk.core.places import home
+from mohawk.core.run_folder import RUN_FILE, STUDENT
 from mohawk.core.sums import sha256_of
 from mohawk.data.text import source_content, tokenizer_key
 from mohawk.errors import UserError
 from mohawk.runs.kept import Bound
-from mohawk.runs.report import STUDENT
 
 log = logging.getLogger(__name__)
 

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from mohawk.core.folders import why_altered, write_file
+from mohawk.core.run_folder import plot_file
 from mohawk.kernels.mixing.definition import AttentionMixing, Mixing
 from mohawk.kernels.mixing.matrix import mixing_matrix
 from mohawk.models.families import decoder_layers, mixer_input_norm
@@ -127,4 +128,4 @@ def draw_matrices(run: Path) -> Path | None:
         later = after[student][head].numpy() if student in after else None
         label = f"{key.removesuffix('.teacher').replace('_', ' ')}, head {head}"
         rows.append(Heads(label, teacher[head].numpy(), before[student][head].numpy(), later))
-    return plot_mixing_matrices(rows, run / "plots" / "mixing_matrices.png")
+    return plot_mixing_matrices(rows, plot_file(run, "mixing_matrices"))

@@ -13,12 +13,13 @@ from typing import TYPE_CHECKING, Any
 
 from mohawk.core.folders import MANIFEST
 from mohawk.core.json_files import read_json, write_json, write_text
+from mohawk.core.run_folder import METRICS, RECIPE, REPORT, RESULTS, STUDENT, evaluation_file, plot_file, tasks_file
 from mohawk.errors import UserError
 from mohawk.loading.describe import size_text
 from mohawk.loading.models import parameter_count
 from mohawk.runs.kept import Compared, Measured, Results, Tasks
 from mohawk.runs.plots import TEXTS, plot_evaluation, plot_losses, plot_tasks
-from mohawk.training.metrics import METRICS, read_metrics
+from mohawk.training.metrics import read_metrics
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -28,9 +29,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-RESULTS, REPORT = "results.json", "report.md"
-TASKS = "evaluation/tasks.json"  # what `mohawk evaluate --tasks` found, kept apart since a run can do without
-STUDENT = "student"  # the run's final one, of which the report is
 PACKAGES = ("torch", "transformers", "triton", "datasets", "accelerate")
 AFTER = {
     "before": "before phase 1",
@@ -94,10 +92,10 @@ def finish(
         "prompt": asked.prompt,
         **{who: continuation(m, of[who], asked.prompt, asked.continuation_tokens) for who, m in models.items()},
     }
-    evaluated = {stage: read_json(folder / "evaluation" / f"{stage}.json", dict[str, Compared]) for stage in stages}
+    evaluated = {stage: read_json(evaluation_file(folder, stage), dict[str, Compared]) for stage in stages}
     evaluated = {stage: found for stage, found in evaluated.items() if found}
-    plot_losses(folder / METRICS, folder / "plots" / "losses.png", labels)
-    plot_evaluation(evaluated, folder / "plots" / "evaluation.png")
+    plot_losses(folder / METRICS, plot_file(folder, "losses"), labels)
+    plot_evaluation(evaluated, plot_file(folder, "evaluation"))
     tasks, times = kept_tasks(folder, STUDENT), phase_times(folder / METRICS)
     _plot_tasks(folder, tasks)
     results = {
@@ -147,14 +145,14 @@ def report_tasks(folder: Path | str) -> Path | None:
     results["tasks"] = tasks
     results["plots"] = sorted(f"plots/{path.name}" for path in (folder / "plots").glob("*.png"))
     write_json(folder / RESULTS, results)
-    recipe = (folder / "recipe.yaml").read_text(encoding="utf-8")
+    recipe = (folder / RECIPE).read_text(encoding="utf-8")
     write_text(folder / REPORT, to_markdown(results, recipe, folder.resolve().name))
     return folder / REPORT
 
 
 def kept_tasks(folder: Path, student: str) -> dict[str, Any] | None:
     """evaluation/tasks.json, if it is of the student that is in the run's folder `student` now."""
-    found = read_json(folder / TASKS, Tasks)
+    found = read_json(tasks_file(folder), Tasks)
     same = found and (found["student"], found["fingerprint"]) == (student, fingerprint(folder / student))
     return found if same else None
 
@@ -166,7 +164,7 @@ def fingerprint(student: Path | str) -> str | None:
 
 
 def _plot_tasks(folder: Path, tasks: Mapping[str, Any] | None) -> None:
-    target = folder / "plots" / "tasks.png"
+    target = plot_file(folder, "tasks")
     if not (tasks and plot_tasks(tasks["tasks"], target)):
         target.unlink(missing_ok=True)  # of a student that was there before
 

@@ -32,9 +32,9 @@ from mohawk.core.folders import (
     write_whole,
 )
 from mohawk.core.json_files import read_json, write_json, write_text
-from mohawk.core.places import RECIPE, RUN_FILE
 from mohawk.core.precision import autocast_dtype, pick_device
 from mohawk.core.processes import count, first_before_others, from_first, on_first
+from mohawk.core.run_folder import RECIPE, RESULTS, RUN_FILE, STUDENT, evaluation_file, phase_folder, phase_student
 from mohawk.data.packing import Data, PackedDataset, collate, load_data
 from mohawk.data.same_tokenizer import teacher_tokenizer
 from mohawk.errors import UserError
@@ -44,12 +44,10 @@ from mohawk.loading.remote_code import add_code
 from mohawk.measures.compare import TeacherStates, compare, teacher_states
 from mohawk.runs.binding import bind, bound, of_this_run, record_of, write_bound
 from mohawk.runs.kept import Compared
-from mohawk.runs.report import RESULTS
 from mohawk.training.trainer import PhaseTrainer, is_over
 
 log = logging.getLogger(__name__)
 
-STUDENT = "student"
 # What may change when a stopped run goes on: what does not decide what the steps so far meant,
 CHANGEABLE = (
     "device",
@@ -149,9 +147,9 @@ def _changeable(run: Path, recipe: Any, name: str) -> bool:
         else:
             return False
         order = list(steps)
-        folder = run / "phases" / which
+        folder = phase_folder(run, which)
         # with a later one's student this one is not trained again, wherever its own has gone
-        trained = any((run / "phases" / step / STUDENT).exists() for step in order[order.index(which) :])
+        trained = any(phase_student(run, step).exists() for step in order[order.index(which) :])
         return not trained and not is_over(folder, steps[which], count())
     return name in PLACES or name.endswith(CHANGEABLE)
 
@@ -242,7 +240,7 @@ class Run:
         on_first(lambda: self._measure(stage, student))
 
     def _measure(self, stage: str, student: nn.Module) -> None:
-        path = self.folder / "evaluation" / f"{stage}.json"
+        path = evaluation_file(self.folder, stage)
         if read_json(path, dict[str, Compared]) is not None:
             return
         results = {
@@ -262,7 +260,7 @@ class Run:
         """What a kind of run keeps beside the figures of a stage, before they are written."""
 
     def _student(self, phase: str) -> Path:
-        return self.folder / "phases" / phase / STUDENT
+        return phase_student(self.folder, phase)
 
     def _is_complete(self, phase: str) -> bool:
         """Whether a phase's student is there, and this run's; the same on all processes."""
@@ -291,12 +289,12 @@ class Run:
 
         steps: all of the run. lost: what `_lost` found. reached: the student that the step begins with is there.
         """
-        again = reached and from_first(lambda: is_over(self.folder / "phases" / step, settings, count()))
+        again = reached and from_first(lambda: is_over(phase_folder(self.folder, step), settings, count()))
         names = ", ".join(map(str, lost))
         if again:
             log.warning("%s is missing or damaged; making it again of the last checkpoint of %s", names, step)
         else:
-            rest = " ".join(str(self.folder / "phases" / name) for name in steps[steps.index(step) :])
+            rest = " ".join(str(phase_folder(self.folder, name)) for name in steps[steps.index(step) :])
             log.warning(
                 "%s is missing or damaged; going on without it. To have it again, and train what comes after it anew, "
                 "run: rm -r %s, then the same command", names, rest,
@@ -337,7 +335,7 @@ class Run:
 
     def _forget(self, stage: str) -> None:
         def forget() -> None:
-            for path in (self.folder / "evaluation" / f"{stage}.json", self.folder / RESULTS):
+            for path in (evaluation_file(self.folder, stage), self.folder / RESULTS):
                 drop_file(path)
 
         on_first(forget)

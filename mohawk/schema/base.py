@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from mohawk.core.folders import sum_file, why_altered, write_file
-from mohawk.core.places import RECIPE, home, is_run
+from mohawk.core.places import home
+from mohawk.core.run_folder import RECIPE, is_run
 from mohawk.errors import UserError
 from mohawk.schema import yaml_text as recipe_text
 from mohawk.schema.check import check

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from mohawk.core.folders import why_altered
-from mohawk.core.places import RECIPE
+from mohawk.core.run_folder import RECIPE
 from mohawk.errors import UserError
 from mohawk.schema.files import read_recipe, shipped, shipped_names
 

@@ -14,8 +14,6 @@ from typing import Any
 from mohawk.core.lines import missing_lines, read_lines, write_lines
 from mohawk.core.parsing import parse_json
 
-METRICS = "metrics.jsonl"
-
 log = logging.getLogger(__name__)
 
 

@@ -16,9 +16,8 @@ from transformers import TrainerCallback
 
 from mohawk.core.lines import append_line
 from mohawk.core.processes import is_first
-from mohawk.training.metrics import METRICS, drop_after
-
-LOG = "log.txt"
+from mohawk.core.run_folder import LOG, METRICS
+from mohawk.training.metrics import drop_after
 
 # Without a terminal (a CI log, a file): a plain line this often, in seconds or in shares of the phase.
 PLAIN_SECONDS = 15.0

@@ -49,6 +49,7 @@ from mohawk.core.processes import (
     total,
     wait_for_all,
 )
+from mohawk.core.run_folder import phase_folder
 from mohawk.core.stopping import SAME_SIGNAL, SAME_SIGNAL_DISTRIBUTED, StopRequest
 from mohawk.data.next_tokens import IGNORED, next_labels
 from mohawk.errors import UserError, naming
@@ -116,7 +117,7 @@ class PhaseTrainer(Trainer):
             raise UserError(f"phases.{name}: the training data hold no example; check data.train")
         self.name = name
         self.phase = phase
-        self.folder = Path(run_dir) / "phases" / name
+        self.folder = phase_folder(Path(run_dir), name)
         self.max_nonfinite = max_nonfinite
         self.max_nonfinite_total = max_nonfinite_total
         self.keep_checkpoints = keep_checkpoints or getattr(phase, "keep_checkpoints", 1)
