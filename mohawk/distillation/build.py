@@ -113,7 +113,7 @@ def matchings_for(stage: Stage, student: nn.Module, teacher: nn.Module | None) -
 
 @contextmanager
 def of_the_student() -> Iterator[None]:
-    """What is found wrong with a model within the block is said of the student's."""
+    """Within this block, errors about `teacher` are reported as errors about `student.model`."""
     try:
         yield
     except UserError as error:

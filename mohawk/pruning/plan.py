@@ -38,9 +38,9 @@ TIMING = 0.1  # how far from a latency a candidate may be: timings vary by almos
 class Round:
     """One round of cutting: the sizes it leads to, or, until a search has picked them, the candidates.
 
-    where: the target's place in the recipe. share: how far along the way to the target it goes. start: the
-    configuration of the model that it cuts, or, until a search has picked that, the teacher's. ends: the
-    configurations that it may lead to.
+    where: the target's place in the recipe. share: fraction of the way from teacher to target after this
+    round. start: configuration of the model being cut (the teacher's until a search has chosen one). ends: the possible
+    resulting configurations.
     """
 
     target: Target

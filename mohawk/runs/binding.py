@@ -65,8 +65,8 @@ def record_of(run: Path) -> dict[str, Any]:
 def bind(run: Path, recipe: Any, tokenizer: Any, precision: str, *, record: bool) -> None:
     """Compare what a run reads with what it began with; on its first start keep that.
 
-    What the recipe says otherwise than then is not compared: `mohawk.runs.run.claimed` says whether it may, and a run
-    may be measured on another text. precision: as resolved. record: it trains; False: it is only measured.
+    Fields of the recipe that have changed are not compared here: `mohawk.runs.run.claimed` decides whether they may
+    change, and a run may be measured on another text. precision: as resolved. record: it trains; False: it is only measured.
 
     Raises:
         UserError: a line for each of weights, configuration, tokenizer and text that is another one.

@@ -106,8 +106,11 @@ def check_folder(run: Path, recipe: Any) -> None:
 
 
 def _changes(run: Path, recipe: Any) -> list[str]:
-    """What the recipe says otherwise than the run that is there, by dotted names; UserError if the folder is no run
-    of this kind, or one that cannot go on so."""
+    """Dotted names of the fields that differ from the recipe already in `run`.
+
+    Raises UserError if the folder holds something else, another kind of run, or a run that cannot be resumed with these
+    differences.
+    """
     if not any((run / name).is_file() for name in (RECIPE, RUN_FILE)):
         if run.exists() and any(not path.name.startswith(".") for path in run.iterdir()):
             raise UserError(f"output: {run} exists and is not a run of mohawk; choose another output")
