@@ -66,7 +66,8 @@ def bind(run: Path, recipe: Any, tokenizer: Any, precision: str, *, record: bool
     """Compare what a run reads with what it began with; on its first start keep that.
 
     Fields of the recipe that have changed are not compared here: `mohawk.runs.run.claimed` decides whether they may
-    change, and a run may be measured on another text. precision: as resolved. record: it trains; False: it is only measured.
+    change, and a run may be measured on another text. precision: as resolved. record: it trains; False: it is only
+    measured.
 
     Raises:
         UserError: a line for each of weights, configuration, tokenizer and text that is another one.

@@ -91,7 +91,7 @@ def _claimed(run: Path, recipe: Any) -> Iterator[None]:
         except OSError as error:
             raise UserError(f"output: {run} cannot be written ({error.strerror}); choose another output") from error
         if changed:
-            log.info("going on with another %s", ", ".join(changed))
+            log.info("resuming; changed since the last start: %s", ", ".join(changed))
         yield
 
 
@@ -118,7 +118,7 @@ def _changes(run: Path, recipe: Any) -> list[str]:
     changed = _changed(_written(run, type(recipe)), recipe)
     if fixed := [name for name in changed if not _changeable(run, recipe, name)]:
         raise UserError(
-            f"output: {run} holds the run of a recipe with another {', '.join(fixed)}; choose another output, or "
+            f"output: {run} holds a run that was started with another {', '.join(fixed)}; choose another output, or "
             "delete the folder to start over"
         )
     return changed

@@ -304,7 +304,9 @@ def test_a_dry_run_promises_what_the_run_does(checkpoint, texts, tmp_path, capsy
         planned()
     (tmp_path / "run" / "recipe.yaml").write_text(made(checkpoint, texts, tmp_path / "run").to_yaml())
     planned()
-    with pytest.raises(UserError, match=r"output: .*run holds the run of a recipe with another prune.ffn, prune.lay"):
+    with pytest.raises(
+        UserError, match=r"output: .*run holds a run that was started with another prune.ffn, prune.lay"
+    ):
         planned(prune={"layers": 2})
 
 

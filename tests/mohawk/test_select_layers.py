@@ -208,7 +208,7 @@ def test_composed_runs_go_on_with_phase_3(run, selected, capsys):
     assert student.config.ssm_layers == sorted(order[:-1])
 
     assert main(["compose", str(run), "--budget", "50%", "--by", "alone", "--output", str(composed)]) == 2
-    assert "holds the run of a recipe with another" in capsys.readouterr().err
+    assert "holds a run that was started with another" in capsys.readouterr().err
     assert compose(run, attention=[0, 2], output=run.parent / "mine") == run.parent / "mine"
     assert HybridConfig.from_pretrained(run.parent / "mine/phases/hidden/student").ssm_layers == [1, 3]
     (run.parent / "mine/phases/hidden/student/MANIFEST.json").unlink()
