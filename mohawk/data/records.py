@@ -115,7 +115,6 @@ def first_records(source: Any, count: int) -> Iterator[tuple[str, dict[str, Any]
         for i, path in enumerate(files):
             yield from _parquet_rows(path, 1 if i else count)
     elif form == "jsonl":
-        files = [path for path in files if path.suffix != ".zst"]
         check_json(files, count)
         for i, path in enumerate(files):
             if not is_one_text(path):

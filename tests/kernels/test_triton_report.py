@@ -28,11 +28,11 @@ def report(module, target):
 @pytest.mark.skipif(sys.platform != "linux", reason="triton's wheels with ptxas are for Linux")
 @pytest.mark.parametrize("target", TARGETS)
 def test_distillation_losses_do_not_spill(target):
-    assert len(report("kd_triton_report", target)) == 11
+    assert len(report("kd.triton_report", target)) == 11
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="triton's wheels with ptxas are for Linux")
 @pytest.mark.parametrize("target", TARGETS)
 def test_mixing_distance_does_not_spill(target):
-    assert len(report("mixing_triton_report", target)) == 8
+    assert len(report("mixing.triton_report", target)) == 8

@@ -292,7 +292,13 @@ def test_the_copied_code_asks_for_nothing_that_may_be_missing(tmp_path, monkeypa
     auto_map = write_remote_code(tmp_path)
     files = {path.stem: path for path in tmp_path.glob("*.py")}
     assert auto_map["AutoConfig"].split(".")[0] in files
-    assert {"mohawk_hybrid", "mohawk_mixers", "mohawk_families", "mohawk_ssd", "mohawk_causal_conv1d"} <= files.keys()
+    assert {
+        "mohawk_hybrid",
+        "mohawk_mixers",
+        "mohawk_families",
+        "mohawk_ssd_scan",
+        "mohawk_causal_conv1d",
+    } <= files.keys()
     for missing in ("mohawk", "mamba_ssm", "causal_conv1d", "triton"):
         monkeypatch.setitem(sys.modules, missing, None)
     for path in files.values():
@@ -303,7 +309,7 @@ def test_the_copied_code_asks_for_nothing_that_may_be_missing(tmp_path, monkeypa
 
 def test_flattening():
     source = (
-        "import os\nfrom mohawk.kernels.ssd.scan.scan import (\n    ssd,\n)\nfrom mohawk.models.mixers import A\n"
+        "import os\nfrom mohawk.kernels.ssd.scan import (\n    ssd,\n)\nfrom mohawk.models.mixers import A\n"
         "\n\ndef f():\n    import math\n\n"
         "    from mamba_ssm import (\n        a,\n    )\n\n    return a, math\n\n\nAutoConfig.register('x', Y)\n"
     )

@@ -481,7 +481,7 @@ def test_an_installed_wheel_knows_the_ranges(pythons, tmp_path):
     """
     said = run(pythons["wheel"], "-c", textwrap.dedent(code), cwd=tmp_path).splitlines()
     ours = {name: ",".join(sorted(map(str, tested))) for name, tested in versions.ranges().items()}
-    tests_alone = {"hypothesis", "lightning", "pytest", "ruff", "setuptools", "trl", "wheel"}
+    tests_alone = {"hypothesis", "lightning", "pytest", "pytest-xdist", "ruff", "setuptools", "trl", "wheel"}
     assert dict(line.split() for line in said) == {
         name: tested for name, tested in ours.items() if name not in tests_alone
     }
