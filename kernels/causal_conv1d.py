@@ -169,7 +169,7 @@ class _CausalConv(torch.autograd.Function):
                     d_piece = d_pre[start + back : stop]
                     d_row[start : stop - back].addcmul_(d_piece, taps[kept - back])
                     d_taps[kept - back] += (d_piece * wide[start : stop - back]).sum(0)
-            if state is not None and pieces:
+            if state is not None and d_initial is not None and pieces:
                 d_state = torch.zeros_like(state)
                 for back, seen, held in _from_state(kept, pieces[0][1]):
                     d_state[held].addcmul_(d_pre[seen], taps[kept - back])
