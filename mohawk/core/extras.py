@@ -53,7 +53,7 @@ def explain(error: ImportError, what: str) -> str | None:
 
 
 def _missing(extra: str) -> list[str]:
-    return [name for name in EXTRAS[extra] + EXTRAS.get(WITH.get(extra), ()) if not _installed(name)]
+    return [name for name in EXTRAS[extra] + EXTRAS.get(WITH.get(extra, ""), ()) if not _installed(name)]
 
 
 def _installed(name: str) -> bool:

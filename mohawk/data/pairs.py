@@ -254,11 +254,12 @@ def _learned(pairs: Pairs, n: int) -> np.ndarray:
 def _best_fit(sizes: np.ndarray, who: np.ndarray, n: int) -> np.ndarray:
     """The row of each example: the fullest one of its teacher that has room (sizes fall within each teacher)."""
     bins = np.empty(len(sizes), dtype=np.int64)
-    count, previous = 0, None
+    count, previous, rooms = 0, None, 0
+    by_room: list[list[int]] = []
     for i, (size, teacher) in enumerate(zip(sizes.tolist(), who.tolist(), strict=True)):
         if teacher != previous:
             # rows by the room they have left; bit r of `rooms` says whether there is one with r
-            by_room: list[list[int]] = [[] for _ in range(n + 1)]
+            by_room = [[] for _ in range(n + 1)]
             rooms, previous = 0, teacher
         fits = rooms >> size
         if fits:

@@ -252,7 +252,7 @@ def load_rows(source: Source, files: list[Path], form: str | None, scratch: str 
             datasets.enable_progress_bars()
 
 
-def _user_error(error: Exception, source: Source, files: list[Path], form: str | None) -> Exception:
+def _user_error(error: Exception, source: Source, files: list[Path], form: str | None) -> BaseException:
     if isinstance(error, UserError):
         return error
     if (own := machines_own(error)) is not None:
@@ -267,9 +267,9 @@ def _user_error(error: Exception, source: Source, files: list[Path], form: str |
                 _check_encoding(path)
         if "split" in str(error).lower():
             return UserError(f"data: {name}: a local file has only the split train, got {source.split!r}")
-        what = {"jsonl": "JSON lines", "parquet": "Parquet"}.get(form, "text")
+        what = {"jsonl": "JSON lines", "parquet": "Parquet"}.get(form or "", "text")
         return UserError(f"data: cannot read {name} as {what}: {said}")
-    import datasets
+    import datasets.exceptions
 
     if isinstance(error, ValueError) and ("split" in str(error).lower() or "BuilderConfig" in str(error)):
         return UserError(f"data: {name}: {str(error).strip().splitlines()[0][:300]}")
@@ -436,7 +436,7 @@ def tokenizer_key(tokenizer: PreTrainedTokenizerBase) -> str:
         # the last call's padding and truncation are kept in there, but change nothing for us
         parts.pop("padding", None), parts.pop("truncation", None)
     else:
-        parts = {"class": type(tokenizer).__name__, "vocab": sorted(tokenizer.get_vocab().items())}
+        parts: dict[str, Any] = {"class": type(tokenizer).__name__, "vocab": sorted(tokenizer.get_vocab().items())}
         parts["bos"] = getattr(tokenizer, "add_bos_token", None)
     parts["eos"] = tokenizer.eos_token_id
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()

@@ -141,7 +141,7 @@ def task_manager(tasks: Sequence[str], task_path: str | Path | None = None) -> T
         raise UserError(f"--task-path: {task_path} is not a folder; give one that holds task files (*.yaml)")
     from lm_eval.tasks import TaskManager
 
-    paths = [str(OURS), *([] if task_path is None else [str(home(task_path).resolve())])]
+    paths: list[str | Path] = [str(OURS), *([] if task_path is None else [str(home(task_path).resolve())])]
     manager = TaskManager(include_path=paths, include_defaults=False)
     if not set(tasks) <= set(manager.all_tasks):
         manager = TaskManager(include_path=paths)  # reads some 14,000 files
@@ -271,8 +271,10 @@ def paired(teacher: Mapping[str, Any], student: Mapping[str, Any]) -> dict[str, 
             metrics[label] = values | {"difference": ours[key] - theirs[key]}
             for who, found in (("teacher", theirs), ("student", ours)):
                 metrics[label][f"{who}_stderr"] = _finite(found.get(error_key))
-            samples = [_values(of["samples"].get(name, ()), metric, filter_name) for of in (teacher, student)]
-            metrics[label]["difference_stderr"] = difference_error(*samples, values)
+            of_teacher, of_student = (
+                _values(of["samples"].get(name, ()), metric, filter_name) for of in (teacher, student)
+            )
+            metrics[label]["difference_stderr"] = difference_error(of_teacher, of_student, values)
             higher = teacher.get("higher_is_better", {}).get(name, {}).get(metric)
             metrics[label]["higher_is_better"] = higher is not False
         if not metrics:

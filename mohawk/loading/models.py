@@ -379,7 +379,7 @@ def _gguf(gguf_file: str | None) -> dict[str, Any]:
 
 def _user_error(
     error: Exception, name: str, revision: str | None, what: str, gguf_file: str | None = None
-) -> Exception:
+) -> BaseException:
     """One line for the causes a user can do something about; anything else passes through unchanged."""
     from huggingface_hub import errors as hub
 

@@ -141,7 +141,7 @@ def make_answers(
         within("k", k, 1, vocab)
     elif kind == "samples":
         within("draws", draws, 1)
-    size = {"hidden_size": head.weight.shape[1], "dtype": name} if kind == "hidden" else {}
+    size: dict[str, Any] = {"hidden_size": head.weight.shape[1], "dtype": name} if kind == "hidden" else {}
     if kind == "hidden":
         vocab = len(head.weight)  # the head is kept whole; the loss takes its vocab_size
     layout = Layout(kind, len(dataset[0]["input_ids"]), vocab, numbers, **size)

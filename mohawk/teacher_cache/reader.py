@@ -114,7 +114,7 @@ class TeacherCache:
                 raise UserError(
                     f"{self.folder}: holds {self.layout.kind}, which need no head; cache hidden states for one"
                 )
-            parts = {name: self._array(about[name], device) for name in ("weight", "bias")}
+            parts: dict[str, Any] = {name: self._array(about[name], device) for name in ("weight", "bias")}
             self._heads[device] = Head(**parts, scale=about["scale"], softcap=about["softcap"])
         return self._heads[device]
 
