@@ -6,7 +6,9 @@ entry: rotary embeddings (partial, longrope, none), sliding windows, scales of e
 """
 
 import inspect
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -294,8 +296,8 @@ def decoder_shape(config) -> DecoderShape:
     )
 
 
-def decoder_layers(model: nn.Module) -> nn.ModuleList:
-    """The decoder layers of a causal LM (teacher or student)."""
+def decoder_layers(model: Any) -> Sequence[Any]:
+    """The decoder layers of a causal LM (teacher or student), each of its family's own class."""
     return model.model.layers
 
 

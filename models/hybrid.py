@@ -179,6 +179,7 @@ class StateCache(DynamicCache):
 
 class HybridPreTrainedModel(PreTrainedModel):
     config_class = HybridConfig
+    config: HybridConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _skip_keys_device_placement = [CACHE]

@@ -187,7 +187,7 @@ def _tokenize(
             length = row.get("tokens")
             teacher = _teacher(row, where, teacher_field, teachers) if teacher_field is not None else -1
             # an answer that was cut is not the one that ended there
-            answer = [response, row.get("finish_reason") == "length"]
+            answer: Any = [response, row.get("finish_reason") == "length"]
             keys = (int(content_hash(asked)[:16], 16), int(content_hash(answer)[:16], 16))
             meta.append((*keys, *numbers, length if isinstance(length, int) else -1, teacher))
             weighed = weighed or weight_field in row
@@ -239,7 +239,8 @@ def _load(folder: Path) -> Pairs:
         path.stem: np.load(path, mmap_mode="r" if path.stem in ("tokens", "learn") else None)
         for path in folder.glob("*.npy")
     }
-    return Pairs(**{"teachers": None, **arrays}, **json.loads((folder / "meta.json").read_text()))
+    arrays.setdefault("teachers", None)
+    return Pairs(**arrays, **json.loads((folder / "meta.json").read_text()))
 
 
 def _pieces(

@@ -202,7 +202,7 @@ class PairsDataset(torch.utils.data.Dataset):
         filled = 0
         chosen = examples[self._places[self._starts[row] : self._starts[row + 1]]]
         for segment, example in enumerate(chosen):
-            first, last = self.pairs.spans[example]
+            first, last = self.pairs.spans[example].tolist()
             start = max(first, last - n)
             ids = self.pairs.tokens[start:last].astype(np.int64)
             # nothing is predicted before the first token

@@ -195,10 +195,9 @@ def local_files(source: Source) -> tuple[list[Path], str | None]:
         raise UserError(f"data: {empty[0]} is empty; remove it or give it text")
     if source.format is not None:
         return files, source.format
-    forms = {SUFFIXES.get(_suffix(p)) for p in files}
-    if None in forms:
-        odd = next(p for p in files if _suffix(p) not in SUFFIXES)
+    if (odd := next((p for p in files if _suffix(p) not in SUFFIXES), None)) is not None:
         raise UserError(f"data: {odd} has an unknown suffix; set format to one of {', '.join(FORMATS)}")
+    forms = {SUFFIXES[_suffix(p)] for p in files}
     if len(forms) > 1:
         raise UserError(f"data: {name} mixes {', '.join(sorted(forms))}; give each kind as a source of its own")
     return files, forms.pop()
@@ -237,7 +236,7 @@ def load_rows(source: Source, files: list[Path], form: str | None, scratch: str 
     bars = datasets.are_progress_bars_disabled()
     datasets.disable_progress_bars()
     try:
-        if not files:
+        if not files or form is None:
             with hub_or_cache():
                 return datasets.load_dataset(source.source, source.subset, split=source.split)
         options: dict[str, Any] = {"sample_by": "document"} if BUILDERS[form] == "text" else {}

@@ -173,7 +173,7 @@ def text_digest(row: Mapping[str, Tensor]) -> int:
 def make_row(layout: Layout, text: int, columns: Mapping[str, np.ndarray]) -> np.ndarray:
     """The row's record, of shape (1,), from the columns of its tokens."""
     tokens = np.empty(layout.sequence_length, dtype=layout.token)
-    for name in layout.token.names:
+    for name in layout.token.names or ():
         tokens[name] = columns[name]
     row = np.empty(1, dtype=layout.row)
     row["text"], row["tokens"] = text, tokens
