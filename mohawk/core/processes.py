@@ -219,6 +219,7 @@ def _beating() -> Iterator[None]:
     if _store is None:
         yield
         return
+    # pyrefly: ignore[missing-attribute]  # torch's stubs lack it
     own, over = _store.clone(), threading.Event()
 
     def beat() -> None:
@@ -244,6 +245,7 @@ def _await_first(key: str) -> None:
     def listen() -> None:
         beats, pause = None, 0.01
         try:
+            # pyrefly: ignore[missing-attribute]  # torch's stubs lack it
             own = store.clone()
             while not own.check([key]):
                 if (now := own.add("beats", 0)) != beats:

@@ -208,6 +208,7 @@ class PairsDataset(torch.utils.data.Dataset):
             # nothing is predicted before the first token
             learn = self.pairs.learn[start:last] & (np.arange(len(ids)) > 0)
             if first < start < self.pairs.responses[example] and self.pairs.tokens[first] == self.pairs.bos_token_id:
+                # pyrefly: ignore[unsupported-operation]  # which is not None here: it equals a token
                 ids[0] = self.pairs.bos_token_id
             here = slice(filled, filled + len(ids))
             input_ids[here] = ids

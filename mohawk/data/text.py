@@ -393,6 +393,7 @@ def rows_of(dataset: datasets.Dataset, source: Source) -> Iterator[tuple[int, di
     number = 0
     try:
         for number, row in enumerate(dataset, 1):
+            # pyrefly: ignore[invalid-yield]  # a row is a dict, of which datasets says nothing
             yield number - 1, row
     except UnicodeDecodeError as error:
         for path in local_files(source)[0]:

@@ -281,6 +281,7 @@ def _why_no_four_bits(device: str) -> str | None:
             layer = Linear4bit(64, 64, bias=False, compute_dtype=torch.float32, quant_type="nf4").to(device)
             x = torch.ones(1, 64, device=device, requires_grad=True)
             layer(x).sum().backward()
+            assert x.grad is not None
     except ImportError as error:
         return f"needs the package bitsandbytes ({str(error).splitlines()[0]})"
     except Exception as error:  # whatever a backend that is not there raises

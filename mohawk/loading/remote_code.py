@@ -103,4 +103,5 @@ def _needed() -> dict[str, str]:
 
 
 def _package(node: ast.Import | ast.ImportFrom) -> str:
-    return (node.module if isinstance(node, ast.ImportFrom) else node.names[0].name).split(".")[0]
+    name = (node.module or "") if isinstance(node, ast.ImportFrom) else node.names[0].name
+    return name.split(".")[0]

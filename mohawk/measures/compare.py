@@ -12,7 +12,7 @@ import statistics
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -207,11 +207,12 @@ def decode_speed(
     with _evaluating(model):
         for context in contexts:
             ids = torch.randint(model.config.get_text_config().vocab_size, (1, context), generator=generator)
-            cache = None
+            cache = output = None
             for start in range(0, context, chunk):
                 piece = ids[:, start : start + chunk].to(device)
                 output = _step(model, piece, start, cache)
                 cache = output[CACHE]
+            assert output is not None  # a context has a token
             size = cache_bytes(cache)
             token = output.logits[:, -1:].argmax(-1)
             times = []
@@ -277,4 +278,4 @@ def continuation(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, pro
             top_k=None,
             pad_token_id=pad,
         )
-    return tokenizer.decode(ids[0, length:], skip_special_tokens=True)
+    return cast(str, tokenizer.decode(ids[0, length:], skip_special_tokens=True))

@@ -219,8 +219,8 @@ def plot_layer(heads: Sequence[HeadPicture], title: str, rows: tuple[int, int], 
         x, y = column * wide + left, height - top - (row + 1) * high + below
         largest = max(1e-2, float(np.nanmax(np.abs(head.teacher), initial=0)))
         norm = SymLogNorm(linthresh=1e-3, vmin=-largest, vmax=largest)
-        pictures = [(head.teacher, f"head {index}: ‖A‖ = {head.norm:.3g}")]
-        if compared:
+        pictures: list[tuple[np.ndarray | None, str]] = [(head.teacher, f"head {index}: ‖A‖ = {head.norm:.3g}")]
+        if head.distance is not None and head.rest is not None:  # compared
             share = percent(head.distance / head.norm if head.norm else math.nan)
             pictures = [(head.teacher, f"head {index}: teacher, ‖A‖ = {head.norm:.3g}")]
             pictures.append((head.student, f"student, ‖S‖ = {head.student_norm:.3g}"))

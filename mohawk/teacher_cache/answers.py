@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
@@ -65,7 +65,7 @@ class Answers:
     @torch.no_grad()
     def _hidden(self, batch: Mapping[str, Tensor]) -> Tensor:
         """What the teacher gives its head, (b, n, hidden_size), without computing all logits."""
-        embedding: Tensor = self.teacher.get_input_embeddings().weight
+        embedding = cast(Tensor, self.teacher.get_input_embeddings().weight)
         if (largest := int(batch["input_ids"].max())) >= len(embedding):
             raise UserError(
                 f"data: holds token {largest}, but the teacher has only {len(embedding)}; use the teacher's tokenizer"
