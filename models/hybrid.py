@@ -179,7 +179,7 @@ class StateCache(DynamicCache):
 
 class HybridPreTrainedModel(PreTrainedModel):
     config_class = HybridConfig
-    config: HybridConfig
+    config: HybridConfig  # pyrefly: ignore[bad-override-mutable-attribute]  # as every model of transformers has its own
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _skip_keys_device_placement = [CACHE]

@@ -444,6 +444,7 @@ def tokenizer_key(tokenizer: PreTrainedTokenizerBase) -> str:
 
 def _documents(dataset: datasets.Dataset, source: Source, form: str | None) -> Iterator[str]:
     column = dataset.select_columns([source.field])
+    # pyrefly: ignore[bad-argument-type]  # columns of a Dataset are one
     for i, row in rows_of(column, source):
         text = row[source.field]
         if text is None:

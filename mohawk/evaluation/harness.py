@@ -223,12 +223,14 @@ def harness_model(
             positions = torch.arange(inps.shape[1], device=inps.device).expand_as(inps)
             batch = {"input_ids": inps, "position_ids": positions}
             with torch.inference_mode():
+                # pyrefly: ignore[bad-argument-type]  # lm-eval takes others too; this one is given a model below
                 hidden = packed_hidden_states(self.model, batch, device=inps.device, autocast=autocast)
                 return head.logits(hidden)
 
     head = Head.of(model).frozen()
     with _errors_only("lm_eval.models.huggingface"):  # it would say that a model is not a model's name
         return Scored(
+            # pyrefly: ignore[bad-argument-type]  # any tokenizer of transformers; lm-eval names two kinds
             pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=batch_size,
             mixed_precision_dtype=autocast,
         )  # fmt: skip

@@ -128,7 +128,7 @@ def inspect_matrices(
                     *(((), ()) if s is None else zip(*((head.distance, head.rest) for head in heads), strict=True)),
                 )  # fmt: skip
                 title = f"layer {i} ({line.mixer}), {what}: {_summary(line)}"
-                plot_layer(heads, title, rows, folder / line.picture)
+                plot_layer(heads, title, rows, folder / str(line.picture))
                 console.print(f"layer {i}: {line.mixer}, {_summary(line)}", highlight=False, markup=False)
             page = _page(list(lines.values()), asked, what, rows)
             (folder / INDEX).write_text(page, encoding="utf-8")
@@ -385,7 +385,7 @@ def _page(lines: Sequence[_Layer], asked: _Asked, what: str, rows: tuple[int, in
         shown = percent if compared else "{:.3g}".format
         numbers = [f"{np.mean(line.distances):.3g}"] if compared else []
         numbers += [shown(float(np.mean(spread))), f"{shown(min(spread))} to {shown(max(spread))}"]
-        numbers += [shown(values[line.index])] if compared else []
+        numbers += [shown(float(values[line.index]))] if compared else []
         cells += "".join(f"<td>{number}</td>" for number in numbers)
         width = 100 * values[line.index] / largest if math.isfinite(values[line.index]) else 0
         cells += f'<td class="bar"><div style="width: {width:.1f}%"></div></td>'

@@ -18,7 +18,7 @@ import logging
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, overload
 
 import numpy as np
 import torch
@@ -330,6 +330,36 @@ class RationaleDistiller:
         self.label_loss = {"ce_weight": ce_weight, "kd_weight": kd_weight}
         self.label_loss |= {"temperature": temperature, "divergence": divergence}
 
+    @overload
+    def compute_loss(
+        self,
+        prompts: Sequence[str],
+        labels: Sequence[str],
+        rationales: Sequence[str | None],
+        *,
+        return_parts: Literal[False] = False,
+        normalizers: tuple[float, float] | None = None,
+    ) -> Tensor: ...
+    @overload
+    def compute_loss(
+        self,
+        prompts: Sequence[str],
+        labels: Sequence[str],
+        rationales: Sequence[str | None],
+        *,
+        return_parts: Literal[True],
+        normalizers: tuple[float, float] | None = None,
+    ) -> tuple[Tensor, dict[str, Tensor]]: ...
+    @overload
+    def compute_loss(
+        self,
+        prompts: Sequence[str],
+        labels: Sequence[str],
+        rationales: Sequence[str | None],
+        *,
+        return_parts: bool,
+        normalizers: tuple[float, float] | None = None,
+    ) -> Tensor | tuple[Tensor, dict[str, Tensor]]: ...
     def compute_loss(
         self,
         prompts: Sequence[str],

@@ -269,6 +269,7 @@ def continuation(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, pro
         raise UserError("evaluation.prompt: this tokenizer makes no token of it; give some words")
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     with _evaluating(model):
+        # pyrefly: ignore[not-callable]  # a method of the class that mixes it in
         ids = model.generate(
             **inputs,
             max_new_tokens=new_tokens,

@@ -122,6 +122,7 @@ def _field(schema: type[BaseModel], at: Where) -> tuple[Any, str] | None:
     if not names or names[-1] not in (fields := _section(schema, tuple(names[:-1])).model_fields):
         return None
     info = fields[names[-1]]
+    # pyrefly: ignore[not-a-type]  # made at run time
     annotation: Any = Annotated[(info.annotation, *info.metadata)] if info.metadata else info.annotation
     if isinstance(at[-1], int):
         annotation = next(t for t in _parts(annotation) if typing.get_origin(t) in (list, tuple))

@@ -188,6 +188,7 @@ def is_whole(row: np.void) -> bool:
 
 def checksum(row: np.void) -> int:
     """crc32 of a row's digest and records."""
+    # pyrefly: ignore[bad-argument-type]  # an array is a buffer, of which numpy's stubs know from Python 3.12 on
     return zlib.crc32(np.ascontiguousarray(row["tokens"]), zlib.crc32(row["text"].tobytes()))
 
 
