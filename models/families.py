@@ -301,18 +301,18 @@ def decoder_layers(model: Any) -> Sequence[Any]:
     return model.model.layers
 
 
-def mixer_input_norm(layer: nn.Module) -> nn.Module:
+def mixer_input_norm(layer: Any) -> nn.Module:
     """The norm in front of a layer's attention or mixer; the identity where a family has none."""
     # every family that has such a norm calls it so, and tests/models/ holds each entry of FAMILIES to that
     return getattr(layer, "input_layernorm", None) or nn.Identity()
 
 
-def final_norm_name(model: nn.Module) -> str:
+def final_norm_name(model: Any) -> str:
     """Name in `model.model` of the norm behind the last layer."""
     return family_of(model.config).final_norm
 
 
-def attention_parts(attention: nn.Module) -> AttentionParts:
+def attention_parts(attention: Any) -> AttentionParts:
     """A family's attention module taken apart; of a fused projection the rows of q, k and v."""
     family, shape = family_of(attention.config), decoder_shape(attention.config)
     if family.fused_qkv is None:
@@ -327,12 +327,12 @@ def attention_parts(attention: nn.Module) -> AttentionParts:
     return AttentionParts(q, k, v, _projection(getattr(attention, family.output)), *norms, scale=attention.scaling)
 
 
-def _projection(linear: nn.Module) -> Projection:
+def _projection(linear: Any) -> Projection:
     return Projection(linear.weight, getattr(linear, "bias", None))
 
 
 @torch.no_grad()
-def attention_input_size(model: nn.Module, index: int) -> Tensor:
+def attention_input_size(model: Any, index: int) -> Tensor:
     """(D,) float32 root mean square of each channel of what a layer's attention reads, estimated without data.
 
     Behind a norm: the norm's weight, and its bias if it has one. In a family whose attention reads the residual stream
@@ -351,7 +351,7 @@ def attention_input_size(model: nn.Module, index: int) -> Tensor:
     return square.sqrt()
 
 
-def _norm_square(norm: nn.Module, family: Family) -> Tensor:
+def _norm_square(norm: Any, family: Family) -> Tensor:
     square = (norm.weight.float() + family.norm_offset).square()
     bias = getattr(norm, "bias", None)
     return square if bias is None else square + bias.float().square()

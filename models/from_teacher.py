@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from einops import rearrange, reduce, repeat
 from torch import Tensor, nn
-from transformers import GenerationConfig
+from transformers import GenerationConfig, PreTrainedModel
 
 from mohawk.models.families import (
     Projection,
@@ -63,7 +63,7 @@ def choose_layers(ssm_layers: str | Sequence[int], num_layers: int) -> list[int]
 
 @torch.no_grad()
 def hybrid_from_teacher(
-    model: nn.Module,
+    model: PreTrainedModel,
     ssm_layers: str | Sequence[int] = "every_second",
     mixer: str = "mamba2",
     init: str = "attention",

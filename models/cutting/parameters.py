@@ -11,9 +11,11 @@ LayerNorm (Phi) also subtracts the mean: there a channel leaves no trace when it
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from mohawk.models.families import Family, decoder_shape, family_of
 from mohawk.models.mixers import SSMMixer
@@ -54,7 +56,7 @@ class Part:
         return replace(self, weight_factor=self.weight_factor * factor, bias_factor=self.bias_factor * factor)
 
 
-def layer_parts(layer: nn.Module, config, kept: KeptUnits) -> dict[str, Part]:
+def layer_parts(layer: Any, config, kept: KeptUnits) -> dict[str, Part]:
     """Module or vector of a decoder layer, by its name in the layer -> what a cut keeps of it."""
     family, c = family_of(config), _stream_factor(config, kept.hidden)
     mixer = isinstance(layer.self_attn, SSMMixer)
@@ -78,7 +80,7 @@ def layer_parts(layer: nn.Module, config, kept: KeptUnits) -> dict[str, Part]:
     return parts
 
 
-def outer_parts(model: nn.Module, hidden: Tensor | None, tokens: Tensor | None) -> dict[str, Part]:
+def outer_parts(model: PreTrainedModel, hidden: Tensor | None, tokens: Tensor | None) -> dict[str, Part]:
     """The same for the embedding, the final norm and the head, by their names in the model."""
     family, c = family_of(model.config), _stream_factor(model.config, hidden)
     embedding_factor = 1.0 if family.embedding_scale else c
@@ -92,7 +94,7 @@ def outer_parts(model: nn.Module, hidden: Tensor | None, tokens: Tensor | None) 
     }
 
 
-def folded_biases(layer: nn.Module, config, hidden: Tensor | None) -> Iterator[tuple[str, Tensor]]:
+def folded_biases(layer: Any, config, hidden: Tensor | None) -> Iterator[tuple[str, Tensor]]:
     """(module, what to add to its bias) for a layer whose norm has a bias.
 
     In a channel that equals the stream's mean, LayerNorm puts out its bias: a constant, which the projections behind
@@ -110,7 +112,7 @@ def folded_biases(layer: nn.Module, config, hidden: Tensor | None) -> Iterator[t
                 yield name, extra
 
 
-def folded_bias(norm: nn.Module, reader: nn.Linear, hidden: Tensor | None) -> Tensor | None:
+def folded_bias(norm: Any, reader: nn.Linear, hidden: Tensor | None) -> Tensor | None:
     """(outputs,) what a norm's bias in channels that go contributes to a projection, None where there is nothing."""
     bias = getattr(norm, "bias", None)
     if bias is None or hidden is None or reader.bias is None:
