@@ -202,6 +202,7 @@ def _reads(config) -> str:
     """What the whole model of a type takes first: input_ids, or input_features (speech), pixel_values, ..."""
     from transformers.models.auto.modeling_auto import MODEL_MAPPING
 
+    # pyrefly: ignore[missing-attribute]  # a class; those with several are told apart by more than their type
     return MODEL_MAPPING[type(config)].main_input_name if type(config) in MODEL_MAPPING else "input_ids"
 
 
@@ -346,7 +347,7 @@ def attention_input_size(model: Any, index: int) -> Tensor:
     square = torch.linalg.vector_norm(embedding, dim=0, dtype=torch.float32).square() / len(embedding)
     for layer in layers[:index]:
         square = square + sum(
-            _norm_square(getattr(layer, name), family) for name in (family.output_norm, family.mlp_norms[-1])
+            _norm_square(getattr(layer, name), family) for name in (str(family.output_norm), family.mlp_norms[-1])
         )
     return square.sqrt()
 

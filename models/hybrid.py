@@ -292,6 +292,7 @@ class HybridForCausalLM(HybridPreTrainedModel, GenerationMixin):
         """An empty cache: conv and recurrent state for Mamba-2 layers, keys and values where attention stays."""
         return StateCache(self.config) if self.config.is_pure_ssm else DynamicCache(config=self.config)
 
+    # pyrefly: ignore[bad-override]  # whatever its other parameters are from one release to the next
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
         if generation_config.prefill_chunk_size and model_kwargs.get("inputs_embeds") is not None:
             raise ValueError(
@@ -312,6 +313,7 @@ class HybridForCausalLM(HybridPreTrainedModel, GenerationMixin):
             if given is None:
                 model_kwargs[CACHE] = StateCache(self.config)
             return None
+        # pyrefly: ignore[bad-argument-type]
         return super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
 
     def prepare_inputs_for_generation(

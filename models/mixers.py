@@ -47,6 +47,8 @@ class CausalConv1d(nn.Conv1d):
     A module that is called, so that hooks run (those that bring offloaded weights, for one).
     """
 
+    bias: nn.Parameter  # pyrefly: ignore[bad-override-mutable-attribute]  # always there
+
     def __init__(self, channels: int, kernel_size: int, activation: str | None):
         super().__init__(channels, channels, kernel_size, groups=channels)
         self.activation = activation
@@ -65,7 +67,6 @@ class CausalConv1d(nn.Conv1d):
 
         channels: which of the convolution's x holds. initial_state, segment_ids: as in `causal_conv1d`.
         """
-        assert self.bias is not None
         weight, bias = self.weight[channels, 0], self.bias[channels]
         if step:
             return causal_conv1d_step(x, weight, bias, activation=self.activation)

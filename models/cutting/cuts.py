@@ -243,14 +243,15 @@ def _kept_units(model: Model, what: Cut, layer: int, own: Sizes, hidden: list[in
             heads = check_indices(f"{name} of layer {layer}", of_layer(name, per_layer), count)
             kept[name] = _index(heads, device)
             kept[groups_name] = _index(_groups(f"{name} of layer {layer}", heads, count // groups, groups_name), device)
-    if what.state_dims is not None and is_state:
+    if what.state_dims is not None and own.state_groups is not None and own.state_size is not None and is_state:
         dims = list(of_layer("state_dims", what.state_dims))
         if len(dims) != own.state_groups:
             raise ValueError(
                 f"state_dims of layer {layer}: got {len(dims)} lists, allowed: one for each of the mixer's "
                 f"{own.state_groups} groups"
             )
-        stay = range(own.state_groups) if "state_groups" not in kept else kept["state_groups"].tolist()
+        groups_kept = kept.get("state_groups")
+        stay = range(own.state_groups) if groups_kept is None else groups_kept.tolist()
         checked = {g: check_indices(f"state_dims of layer {layer}, group {g}", dims[g], own.state_size) for g in stay}
         if len(lengths := {len(indices) for indices in checked.values()}) > 1:
             raise ValueError(f"state_dims of layer {layer}: groups keep {sorted(lengths)}, allowed: one number for all")
@@ -274,7 +275,10 @@ def _groups(where: str, heads: list[int], group: int, groups_name: str) -> list[
 
 def _sizes(own: Sizes, what: Cut, kept: dict[int, KeptUnits]) -> Sizes:
     """The sizes after a cut; ValueError where layers keep different numbers."""
-    sizes = {"layers": len(kept), "vocabulary": own.vocabulary if what.tokens is None else len(what.tokens)}
+    sizes: dict[str, Any] = {
+        "layers": len(kept),
+        "vocabulary": own.vocabulary if what.tokens is None else len(what.tokens),
+    }
     for name in ("hidden", "ffn", "heads", "kv_heads", "state_heads", "state_groups", "state_dims"):
         counts = {i: getattr(units, name).shape[-1] for i, units in kept.items() if getattr(units, name) is not None}
         size_name = "state_size" if name == "state_dims" else name

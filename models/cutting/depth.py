@@ -40,7 +40,7 @@ def keep_any_layers(model: Model, layers: Sequence[int]) -> Model:
     prefix = next(name for name, module in model.named_modules() if module is stack)
     config = copy.deepcopy(model.config)
     if hasattr(config, "quantization_config"):
-        del config.quantization_config
+        delattr(config, "quantization_config")
     text = config.get_text_config()
     text.num_hidden_layers = len(layers)
     for name in LAYER_LISTS:

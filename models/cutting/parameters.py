@@ -11,7 +11,7 @@ LayerNorm (Phi) also subtracts the mean: there a channel leaves no trace when it
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, overload
 
 import torch
 from torch import Tensor, nn
@@ -112,7 +112,7 @@ def folded_biases(layer: Any, config, hidden: Tensor | None) -> Iterator[tuple[s
                 yield name, extra
 
 
-def folded_bias(norm: Any, reader: nn.Linear, hidden: Tensor | None) -> Tensor | None:
+def folded_bias(norm: Any, reader: Any, hidden: Tensor | None) -> Tensor | None:
     """(outputs,) what a norm's bias in channels that go contributes to a projection, None where there is nothing."""
     bias = getattr(norm, "bias", None)
     if bias is None or hidden is None or reader.bias is None:
@@ -137,6 +137,10 @@ def select(tensor: Tensor, part: Part, name: str) -> Tensor:
     return kept.clone() if kept is tensor else kept
 
 
+@overload
+def units(kept: Tensor, size: int, start: int = 0) -> Tensor: ...
+@overload
+def units(kept: Tensor | None, size: int, start: int = 0) -> Tensor | None: ...
 def units(kept: Tensor | None, size: int, start: int = 0) -> Tensor | None:
     """Indices of the channels of kept units of so many channels each, behind `start` others; None for all of them."""
     if kept is None:
@@ -164,7 +168,7 @@ def _attention_parts(attention: nn.Module, family: Family, kept: KeptUnits) -> d
     parts = {family.output: Part(kept.hidden, q)}
     if family.fused_qkv is not None:
         rows = None
-        if kept.heads is not None:
+        if kept.heads is not None and kept.kv_heads is not None:
             pieces = (kept.heads, 0), (kept.kv_heads, h * d), (kept.kv_heads, (h + g) * d)
             rows = torch.cat([units(piece, d, start) for piece, start in pieces])
         parts[family.fused_qkv] = Part(rows, kept.hidden)
@@ -175,7 +179,7 @@ def _attention_parts(attention: nn.Module, family: Family, kept: KeptUnits) -> d
         (family.key_norm, "k_proj", kv, g * d),
     ):
         norm = None if name is None else getattr(attention, name, None)
-        if norm is None:
+        if name is None or norm is None:
             continue
         if norm.weight.numel() != count or count == d:  # each head by itself
             parts[name] = Part()
