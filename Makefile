@@ -72,7 +72,7 @@ docs: $(VENV)/.installed-docs
 lint: $(VENV)/.installed-test
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m ruff format --check .
-	$(BIN)/pyrefly check --python-interpreter-path $(BIN)/python
+	$(BIN)/pyrefly check --min-severity error --python-interpreter-path $(BIN)/python
 
 clean:
 	rm -rf $(VENV) build dist docs/_build *.egg-info

@@ -160,7 +160,7 @@ AttentionMaskInterface.register(RECORDING, ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
 
 
 @contextmanager
-def recording_attention(model: PreTrainedModel) -> Iterator[None]:
+def recording_attention(model: Any) -> Iterator[None]:
     """Within it the model's attention runs through a registered function that can note queries and keys."""
     before = [(config, config._attn_implementation) for config in _configs(model)]
     model.set_attn_implementation(RECORDING)
