@@ -38,7 +38,7 @@ help:
 	@echo 'make newest       run them in .venv-newest, with the newest there are, and print what moved'
 	@echo 'make constraints  write constraints.txt and constraints-lowest.txt anew from pyproject.toml'
 	@echo 'make docs         build docs/ into docs/_build/html'
-	@echo 'make lint         run ruff'
+	@echo 'make lint         check style, format and types'
 	@echo 'make clean        remove $(VENV) and build leftovers'
 
 demo: $(VENV)/.installed-convert
@@ -71,6 +71,8 @@ docs: $(VENV)/.installed-docs
 
 lint: $(VENV)/.installed-test
 	$(BIN)/python -m ruff check .
+	$(BIN)/python -m ruff format --check .
+	$(BIN)/pyrefly check --min-severity error --python-interpreter-path $(BIN)/python
 
 clean:
 	rm -rf $(VENV) build dist docs/_build *.egg-info

@@ -6,6 +6,7 @@ to train on a CPU and knows neither states nor packed documents.
 
 import functools
 from collections.abc import Callable
+from typing import Literal, overload
 
 import torch
 from torch import Tensor
@@ -17,6 +18,39 @@ from mohawk.kernels.common.segments import check_segment_ids, segment_runs, segm
 ACTIVATIONS = (None, "silu")
 
 
+@overload
+def causal_conv1d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    activation: str | None = None,
+    initial_state: Tensor | None = None,
+    segment_ids: Tensor | None = None,
+    return_final_state: Literal[False] = False,
+) -> Tensor: ...
+@overload
+def causal_conv1d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    activation: str | None = None,
+    initial_state: Tensor | None = None,
+    segment_ids: Tensor | None = None,
+    return_final_state: Literal[True],
+) -> tuple[Tensor, Tensor]: ...
+@overload
+def causal_conv1d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    activation: str | None = None,
+    initial_state: Tensor | None = None,
+    segment_ids: Tensor | None = None,
+    return_final_state: bool,
+) -> Tensor | tuple[Tensor, Tensor]: ...
 def causal_conv1d(
     x: Tensor,
     weight: Tensor,
@@ -169,7 +203,7 @@ class _CausalConv(torch.autograd.Function):
                     d_piece = d_pre[start + back : stop]
                     d_row[start : stop - back].addcmul_(d_piece, taps[kept - back])
                     d_taps[kept - back] += (d_piece * wide[start : stop - back]).sum(0)
-            if state is not None and pieces:
+            if state is not None and d_initial is not None and pieces:
                 d_state = torch.zeros_like(state)
                 for back, seen, held in _from_state(kept, pieces[0][1]):
                     d_state[held].addcmul_(d_pre[seen], taps[kept - back])

@@ -3,6 +3,8 @@
 `model.model.layers`, `transformer.h`, `gpt_neox.layers`, `model.decoder.layers`; behind peft's wrappers too.
 """
 
+from typing import Any
+
 from torch import Tensor, nn
 
 
@@ -15,7 +17,7 @@ def decoder(model: nn.Module) -> tuple[nn.Module, nn.ModuleList]:
     Raises:
         ValueError: the model has no configuration that counts its layers, or no such list.
     """
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     config = config.get_text_config() if hasattr(config, "get_text_config") else config
     count = getattr(config, "num_hidden_layers", None)
     if count is None:

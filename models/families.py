@@ -6,7 +6,9 @@ entry: rotary embeddings (partial, longrope, none), sliding windows, scales of e
 """
 
 import inspect
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -200,6 +202,7 @@ def _reads(config) -> str:
     """What the whole model of a type takes first: input_ids, or input_features (speech), pixel_values, ..."""
     from transformers.models.auto.modeling_auto import MODEL_MAPPING
 
+    # pyrefly: ignore[missing-attribute]  # a class; those with several are told apart by more than their type
     return MODEL_MAPPING[type(config)].main_input_name if type(config) in MODEL_MAPPING else "input_ids"
 
 
@@ -294,23 +297,23 @@ def decoder_shape(config) -> DecoderShape:
     )
 
 
-def decoder_layers(model: nn.Module) -> nn.ModuleList:
-    """The decoder layers of a causal LM (teacher or student)."""
+def decoder_layers(model: Any) -> Sequence[Any]:
+    """The decoder layers of a causal LM (teacher or student), each of its family's own class."""
     return model.model.layers
 
 
-def mixer_input_norm(layer: nn.Module) -> nn.Module:
+def mixer_input_norm(layer: Any) -> nn.Module:
     """The norm in front of a layer's attention or mixer; the identity where a family has none."""
     # every family that has such a norm calls it so, and tests/models/ holds each entry of FAMILIES to that
     return getattr(layer, "input_layernorm", None) or nn.Identity()
 
 
-def final_norm_name(model: nn.Module) -> str:
+def final_norm_name(model: Any) -> str:
     """Name in `model.model` of the norm behind the last layer."""
     return family_of(model.config).final_norm
 
 
-def attention_parts(attention: nn.Module) -> AttentionParts:
+def attention_parts(attention: Any) -> AttentionParts:
     """A family's attention module taken apart; of a fused projection the rows of q, k and v."""
     family, shape = family_of(attention.config), decoder_shape(attention.config)
     if family.fused_qkv is None:
@@ -325,12 +328,12 @@ def attention_parts(attention: nn.Module) -> AttentionParts:
     return AttentionParts(q, k, v, _projection(getattr(attention, family.output)), *norms, scale=attention.scaling)
 
 
-def _projection(linear: nn.Module) -> Projection:
+def _projection(linear: Any) -> Projection:
     return Projection(linear.weight, getattr(linear, "bias", None))
 
 
 @torch.no_grad()
-def attention_input_size(model: nn.Module, index: int) -> Tensor:
+def attention_input_size(model: Any, index: int) -> Tensor:
     """(D,) float32 root mean square of each channel of what a layer's attention reads, estimated without data.
 
     Behind a norm: the norm's weight, and its bias if it has one. In a family whose attention reads the residual stream
@@ -344,12 +347,12 @@ def attention_input_size(model: nn.Module, index: int) -> Tensor:
     square = torch.linalg.vector_norm(embedding, dim=0, dtype=torch.float32).square() / len(embedding)
     for layer in layers[:index]:
         square = square + sum(
-            _norm_square(getattr(layer, name), family) for name in (family.output_norm, family.mlp_norms[-1])
+            _norm_square(getattr(layer, name), family) for name in (str(family.output_norm), family.mlp_norms[-1])
         )
     return square.sqrt()
 
 
-def _norm_square(norm: nn.Module, family: Family) -> Tensor:
+def _norm_square(norm: Any, family: Family) -> Tensor:
     square = (norm.weight.float() + family.norm_offset).square()
     bias = getattr(norm, "bias", None)
     return square if bias is None else square + bias.float().square()

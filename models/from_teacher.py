@@ -4,11 +4,12 @@ import copy
 import logging
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from einops import rearrange, reduce, repeat
 from torch import Tensor, nn
-from transformers import GenerationConfig
+from transformers import GenerationConfig, PreTrainedModel
 
 from mohawk.models.families import (
     Projection,
@@ -63,7 +64,7 @@ def choose_layers(ssm_layers: str | Sequence[int], num_layers: int) -> list[int]
 
 @torch.no_grad()
 def hybrid_from_teacher(
-    model: nn.Module,
+    model: PreTrainedModel,
     ssm_layers: str | Sequence[int] = "every_second",
     mixer: str = "mamba2",
     init: str = "attention",
@@ -113,7 +114,7 @@ def hybrid_from_teacher(
     chosen = choose_layers(ssm_layers, shape.num_layers)
     base_config = copy.deepcopy(model.config)
     if hasattr(base_config, "quantization_config"):
-        del base_config.quantization_config
+        delattr(base_config, "quantization_config")
     attention = [layer.self_attn for layer in decoder_layers(model)]
     kinds = attention_types(base_config)
     config = HybridConfig(
@@ -127,6 +128,7 @@ def hybrid_from_teacher(
         or (mixer == "mamba2" and (init == "neutral" or (init == "attention" and gate == "open"))),
     )
     config._attn_implementation = model.config._attn_implementation
+    # pyrefly: ignore[bad-argument-type]  # transformers wraps `to` and loses its parameters
     student = HybridForCausalLM(config).to(model.dtype)
     missing = student.load_state_dict(model.state_dict(), strict=False).missing_keys
     left = [key for key in missing if not any(f"layers.{i}.self_attn." in key for i in chosen)]
@@ -141,6 +143,7 @@ def hybrid_from_teacher(
         for i in chosen:
             start_neutral(decoder_layers(student)[i].self_attn)
     student.generation_config = saveable(model.generation_config)
+    # pyrefly: ignore[bad-argument-type]  # transformers wraps `to` and loses its parameters
     return student.to(model.device).train(model.training)
 
 
@@ -249,7 +252,7 @@ def copy_attention(
         mixer.in_proj.weight[rows["z"]] = 0.5 * (parts.o.weight.T + values)
 
 
-def _normed(projection: Projection, norm: nn.Module | None, input_size: Tensor, head_dim: int) -> Projection:
+def _normed(projection: Projection, norm: Any, input_size: Tensor, head_dim: int) -> Projection:
     """The projection that comes closest to projection and norm, given the size of its input's channels (D,).
 
     A norm's weight has head_dim entries (Qwen3's RMSNorm, Phi's LayerNorm) or one a row (OLMo 2 norms all heads

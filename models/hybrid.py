@@ -6,6 +6,7 @@ layer and makes transformers' caches give that layer a conv and a recurrent stat
 """
 
 import copy
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -78,13 +79,17 @@ class HybridConfig(PreTrainedConfig):
         if isinstance(base_config, dict):
             base_config = dict(base_config)
             base_config = AutoConfig.for_model(base_config.pop("model_type"), **base_config)
-        self.base_config = base_config
-        self.mixer = mixer
-        self.mixer_num_heads, self.mixer_head_dim = mixer_num_heads, mixer_head_dim
-        self.mixer_state_size, self.mixer_num_groups = mixer_state_size, mixer_num_groups
-        self.mixer_conv_kernel, self.mixer_bias = mixer_conv_kernel, mixer_bias
-        self.mixer_norm_eps = mixer_norm_eps
-        self.layer_types = layer_types
+        # What has no value here gets one from base_config, without which transformers alone makes one, to compare with.
+        self.base_config: Any = base_config  # of any family
+        self.mixer: str = mixer
+        self.mixer_num_heads = cast(int, mixer_num_heads)
+        self.mixer_head_dim = cast(int, mixer_head_dim)
+        self.mixer_state_size = cast(int, mixer_state_size)
+        self.mixer_num_groups = cast(int, mixer_num_groups)
+        self.mixer_conv_kernel: int = mixer_conv_kernel
+        self.mixer_bias: bool = mixer_bias
+        self.mixer_norm_eps: float | None = mixer_norm_eps
+        self.layer_types = cast(list[str], layer_types)
         if base_config is not None:
             if mixer not in MIXERS:
                 raise ValueError(f"mixer: got {mixer!r}, allowed: {', '.join(MIXERS)}")
@@ -174,6 +179,7 @@ class StateCache(DynamicCache):
 
 class HybridPreTrainedModel(PreTrainedModel):
     config_class = HybridConfig
+    config: HybridConfig  # pyrefly: ignore[bad-override-mutable-attribute]  # as every model of transformers has its own
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _skip_keys_device_placement = [CACHE]
@@ -286,6 +292,7 @@ class HybridForCausalLM(HybridPreTrainedModel, GenerationMixin):
         """An empty cache: conv and recurrent state for Mamba-2 layers, keys and values where attention stays."""
         return StateCache(self.config) if self.config.is_pure_ssm else DynamicCache(config=self.config)
 
+    # pyrefly: ignore[bad-override]  # whatever its other parameters are from one release to the next
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
         if generation_config.prefill_chunk_size and model_kwargs.get("inputs_embeds") is not None:
             raise ValueError(
@@ -306,6 +313,7 @@ class HybridForCausalLM(HybridPreTrainedModel, GenerationMixin):
             if given is None:
                 model_kwargs[CACHE] = StateCache(self.config)
             return None
+        # pyrefly: ignore[bad-argument-type]
         return super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
 
     def prepare_inputs_for_generation(

@@ -47,10 +47,13 @@ class CausalConv1d(nn.Conv1d):
     A module that is called, so that hooks run (those that bring offloaded weights, for one).
     """
 
+    bias: nn.Parameter  # pyrefly: ignore[bad-override-mutable-attribute]  # always there
+
     def __init__(self, channels: int, kernel_size: int, activation: str | None):
         super().__init__(channels, channels, kernel_size, groups=channels)
         self.activation = activation
 
+    # pyrefly: ignore[bad-override-param-name]  # x, as in causal_conv1d
     def forward(
         self,
         x: Tensor,
@@ -234,7 +237,7 @@ class SSMMixer(nn.Module):
         segment_ids = documents_in(where, segment_ids, kwargs)
         if cache is not None:
             layer = cache.layers[self.layer_idx] if self.layer_idx < len(cache.layers) else None
-            if not hasattr(layer, "conv_states"):
+            if layer is None or not hasattr(layer, "conv_states"):
                 raise ValueError(f"{where}: the cache has no state for this layer; take new_cache() of the student")
             if layer.record_past:
                 raise ValueError(
@@ -266,6 +269,7 @@ class SSMMixer(nn.Module):
         real: (b, n), False at padding. Such rows are scanned with their tokens in front and the padding behind, where
         it neither separates tokens nor, as its input and log decay are 0, changes the state.
         """
+        back = padded = None
         if real is not None:
             order = (~real).long().argsort(dim=1, stable=True)
             back = order.argsort(dim=1)
@@ -277,7 +281,7 @@ class SSMMixer(nn.Module):
         conv_state = None if window is None else window[..., 1:].to(xBC.dtype)
         convolved = self.conv1d(xBC, initial_state=conv_state, segment_ids=segment_ids)
         log_decay, input_scale = self.decay(raw)
-        if real is not None:
+        if padded is not None:
             convolved, log_decay = convolved.masked_fill(padded, 0), log_decay.masked_fill(padded, 0)
         x, B, C = self._cut(convolved)
         options = {"input_scale": input_scale, "D": self.D, "segment_ids": segment_ids}
@@ -287,7 +291,7 @@ class SSMMixer(nn.Module):
             y, state = ssd(x, log_decay, B, C, **options, initial_state=state, return_final_state=True)
             self._write_window(cache, self._next_window(window, xBC, real))
             cache.update_recurrent_state(state, self.layer_idx)
-        return y if real is None else y.take_along_dim(back[..., None, None], 1)
+        return y if back is None else y.take_along_dim(back[..., None, None], 1)
 
     def _step(self, xBC: Tensor, raw: Tensor, cache, real: Tensor | None) -> Tensor:
         """`_scan` of one token on top of a cache, in few and small operations: decoding is nothing but this."""

@@ -7,6 +7,7 @@ layers' intermediate results alive: the caller walks the layers and keeps what i
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -44,6 +45,7 @@ class AttentionRecord:
 
     def mixing(self, segment_ids: Tensor | None = None) -> AttentionMixing:
         """The layer's mixing matrix softmax(mask(softcap(scale q k^T))), unmaterialised."""
+        assert self.query is not None and self.key is not None  # the layer has run
         return AttentionMixing(
             self.query,
             self.key,
@@ -81,7 +83,7 @@ class _Recorder(StandIn):
 
 
 @torch.no_grad()
-def layer_calls(model: nn.Module, input_ids: Tensor, position_ids: Tensor) -> tuple[Tensor, list[LayerCall]]:
+def layer_calls(model: PreTrainedModel, input_ids: Tensor, position_ids: Tensor) -> tuple[Tensor, list[LayerCall]]:
     """The input of the first decoder layer and the arguments of each, without running any of them.
 
     The family's own forward makes embeddings, masks and rotary tables, so nothing about a family is repeated here.
@@ -93,7 +95,8 @@ def layer_calls(model: nn.Module, input_ids: Tensor, position_ids: Tensor) -> tu
     Returns:
         (hidden states (b, n, D), one LayerCall a layer).
     """
-    body, layers, calls = model.model, decoder_layers(model), []
+    layers, calls = decoder_layers(model), []
+    body: Any = model.model
     body.layers = nn.ModuleList(_Recorder(layer, calls) for layer in layers)
     norm_name = final_norm_name(model)
     norm = getattr(body, norm_name)
@@ -157,7 +160,7 @@ AttentionMaskInterface.register(RECORDING, ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
 
 
 @contextmanager
-def recording_attention(model: nn.Module) -> Iterator[None]:
+def recording_attention(model: Any) -> Iterator[None]:
     """Within it the model's attention runs through a registered function that can note queries and keys."""
     before = [(config, config._attn_implementation) for config in _configs(model)]
     model.set_attn_implementation(RECORDING)

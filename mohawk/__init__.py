@@ -178,19 +178,21 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
-    if name not in _PUBLIC:
-        raise AttributeError(f"module 'mohawk' has no attribute {name!r}")
-    try:
-        value = getattr(importlib.import_module(_PUBLIC[name]), name)
-    except ImportError as error:
-        from mohawk.core.extras import explain
+if not TYPE_CHECKING:  # checkers know the names above, and that there are no others
 
-        if (line := explain(error, f"mohawk.{name}")) is None:
-            raise
-        raise ImportError(line, name=error.name) from error
-    globals()[name] = value
-    return value
+    def __getattr__(name: str) -> Any:
+        if name not in _PUBLIC:
+            raise AttributeError(f"module 'mohawk' has no attribute {name!r}")
+        try:
+            value = getattr(importlib.import_module(_PUBLIC[name]), name)
+        except ImportError as error:
+            from mohawk.core.extras import explain
+
+            if (line := explain(error, f"mohawk.{name}")) is None:
+                raise
+            raise ImportError(line, name=error.name) from error
+        globals()[name] = value
+        return value
 
 
 def __dir__() -> list[str]:

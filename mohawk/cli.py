@@ -68,7 +68,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         return _mistake(str(error))
     except ImportError as error:
-        if (line := explain(error, f"`mohawk {options.command.name}`")) is None:
+        if options is None or (line := explain(error, f"`mohawk {options.command.name}`")) is None:
             raise
         return _mistake(line)
     except KeyboardInterrupt:

@@ -125,7 +125,7 @@ def _file_line(error: OSError) -> str:
     reason = error.strerror or next(iter(str(error).strip().splitlines()), "") or type(error).__name__
     names = [os.fsdecode(name) for name in (error.filename, error.filename2) if isinstance(name, (str, bytes))]
     where = " -> ".join(shortened(name) if len(name) >= 250 else name for name in names)
-    advice = ADVICE.get(error.errno)
+    advice = ADVICE.get(error.errno or 0)
     return f"{where or 'a file that was being read or written'}: {reason}" + (f"; {advice}" if advice else "")
 
 

@@ -22,7 +22,7 @@ class _Anchor(torch.autograd.Function):
         return x.new_empty(0)
 
     @staticmethod
-    def backward(ctx, _):
+    def backward(ctx, *_):
         return None
 
 
@@ -39,7 +39,7 @@ class _Refused(torch.autograd.Function):
         return grad.view_as(grad)
 
     @staticmethod
-    def backward(ctx, _):
+    def backward(ctx, *_):
         raise RuntimeError(ctx.message)
 
 

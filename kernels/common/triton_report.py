@@ -8,7 +8,7 @@ import re
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import triton
 from triton.backends.compiler import GPUTarget
@@ -40,9 +40,9 @@ def compile_for(target: str, function, types: dict, constants: dict, options: di
     """
     signature, constexprs, attributes = {}, {}, {}
 
-    def classify(name: str, kind, place: tuple[int, ...]):
+    def classify(name: str, kind: Any, place: tuple[int, ...]):
         if isinstance(kind, tuple):
-            fields = kind._fields
+            fields = kind._fields  # pyrefly: ignore[missing-attribute]  # a named tuple
             return type(kind)(*(classify(n, k, (*place, i)) for i, (n, k) in enumerate(zip(fields, kind, strict=True))))
         if not isinstance(kind, str):
             constexprs[place] = kind
@@ -80,7 +80,10 @@ def _nvidia(cubin: bytes) -> tuple[int, int]:
 
 def _amd(assembly: str) -> tuple[int, int]:
     def field(name: str) -> int:
-        return int(re.search(rf"\.{name}:\s+(\d+)", assembly).group(1))
+        found = re.search(rf"\.{name}:\s+(\d+)", assembly)
+        if found is None:
+            raise RuntimeError(f"the assembly has no {name}")
+        return int(found.group(1))
 
     return field("vgpr_count"), field("private_segment_fixed_size")
 

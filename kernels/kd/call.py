@@ -8,7 +8,7 @@ import importlib.util
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, overload
 
 import torch
 from torch import Tensor
@@ -105,7 +105,9 @@ class Call:
         reduced = [self.settings.reduction != "none"] * 3
         if self.settings.return_parts == "rows":
             terms[1:], reduced[1:] = (kd.detach(), ce.detach()), (False, False)
-        return tuple(self._reduced(x) if one else self._in_place(x) for x, one in zip(terms, reduced, strict=True))
+        pairs = zip(terms, reduced, strict=True)
+        loss, kd, ce = (self._reduced(x) if one else self._in_place(x) for x, one in pairs)
+        return loss, kd, ce
 
     def _reduced(self, x: Tensor) -> Tensor:
         # In float64: a mean over millions of rows is not where precision should go.
@@ -152,7 +154,9 @@ class Call:
         make = torch.empty if self.rows is None and len(self.scale) else torch.zeros
         return make(shape, dtype=dtype, device=self.scale.device)
 
-    def _logits(self, student: tuple[Tensor, ...], scale: Tensor, needs: tuple[bool, ...]):
+    def _logits(
+        self, student: tuple[Tensor, ...], scale: Tensor, needs: tuple[bool, ...]
+    ) -> tuple[kd_chunked.Rows, list[Tensor | None]]:
         logits = student[0].reshape(-1, student[0].shape[-1])
         grad, vocab = None, self.options.vocabulary.local
         if needs[0] and self.settings.inplace:
@@ -174,7 +178,9 @@ class Call:
         grad[:, vocab:] = 0
         return rows, [grad.view(student[0].shape)]
 
-    def _linear(self, student: tuple[Tensor, ...], scale: Tensor, needs: tuple[bool, ...]):
+    def _linear(
+        self, student: tuple[Tensor, ...], scale: Tensor, needs: tuple[bool, ...]
+    ) -> tuple[kd_chunked.Rows, list[Tensor | None]]:
         s, vocabulary = self.settings, self.options.vocabulary
         hidden, head = student[0].reshape(-1, student[0].shape[-1]), student[1]
         bias = student[2] if len(student) > 2 else None
@@ -242,7 +248,7 @@ class _Loss(torch.autograd.Function):
         if ctx.grads is None:
             raise RuntimeError("the gradient of kd_loss was already handed out; use backward(retain_graph=True)")
         # Handed out for good, autograd takes the memory over instead of copying it.
-        keep, grads = torch._C._autograd._get_current_graph_task_keep_graph(), ctx.grads
+        keep, grads = torch._C._autograd._get_current_graph_task_keep_graph(), ctx.grads  # pyrefly: ignore[implicit-import]
         if not keep:
             ctx.grads = None
         if grad_loss.device.type != "cpu" or grad_loss.item() != 1.0:
@@ -278,6 +284,16 @@ def _backend(asked: str, x: Tensor) -> str:
     return "chunked"
 
 
+@overload
+def map_rows(
+    teacher: TeacherLogits | TeacherHidden, f: Callable[[Tensor, int], Tensor]
+) -> TeacherLogits | TeacherHidden: ...
+@overload
+def map_rows(
+    teacher: TeacherLogits | TeacherHidden | TeacherMixture, f: Callable[[Tensor, int], Tensor]
+) -> TeacherLogits | TeacherHidden | TeacherMixture: ...
+@overload
+def map_rows(teacher: Teacher, f: Callable[[Tensor, int], Tensor]) -> Teacher: ...
 def map_rows(teacher: Teacher, f: Callable[[Tensor, int], Tensor]) -> Teacher:
     """The teacher with f(tensor, trailing dimensions) in place of each tensor that has rows, all detached."""
     if isinstance(teacher, TeacherTAID):
@@ -327,7 +343,7 @@ def prepare(
     teacher = map_rows(teacher, lambda x, trailing: x.reshape(-1, *x.shape[x.dim() - trailing :]))
     count = real = lead.numel()
     rows = None
-    if labels is not None:
+    if labels is not None and kept is not None:
         labels = labels.reshape(-1)
         chosen = kept.reshape(-1).nonzero().squeeze(1)
         real = len(chosen)

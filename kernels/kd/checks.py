@@ -6,7 +6,7 @@ from __future__ import annotations
 import math
 import numbers
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -35,9 +35,9 @@ def _one_of(name: str, value: object, allowed: tuple[object, ...]) -> None:
         raise ValueError(f"{name} is {value!r}; allowed: {', '.join(map(str, allowed))}")
 
 
-def _number(name: str, value: object, ok: Callable[[float], bool], allowed: str) -> None:
+def _number(name: str, value: Any, ok: Callable[[float], bool], allowed: str) -> None:
     number = isinstance(value, numbers.Real) and not isinstance(value, bool)
-    if not number or not math.isfinite(value) or not ok(value):
+    if not number or not math.isfinite(value) or not ok(float(value)):
         raise ValueError(f"{name} is {value!r}; it must be {allowed}")
 
 
@@ -191,9 +191,11 @@ def dense_entries(teacher: object) -> list[int]:
     """How many entries each dense teacher inside one has, as far as it is one: this comes before its check."""
     while isinstance(teacher, TeacherTAID):
         teacher = teacher.teacher
-    several = isinstance(teacher, TeacherMixture) and isinstance(teacher.teachers, Sequence)
+    parts: Sequence[object] = [teacher]
+    if isinstance(teacher, TeacherMixture) and isinstance(teacher.teachers, Sequence):
+        parts = teacher.teachers
     found = []
-    for one in teacher.teachers if several else [teacher]:
+    for one in parts:
         rows = getattr(one, "logits", None) if isinstance(one, TeacherLogits) else getattr(one, "head", None)
         if isinstance(rows, Tensor) and rows.dim():
             found.append(rows.shape[-1] if isinstance(one, TeacherLogits) else rows.shape[0])

@@ -166,13 +166,15 @@ class Scores:
             part = log_softmax(next(parts), norms[k] if norms else None)
             part += math.log(weight)
             scores = part if scores is None else torch.logaddexp(scores, part)
+        assert scores is not None  # a mixture has teachers
         return self._towards(scores, student)
 
     def norm(self, combined: Tensor, known: Known) -> Tensor:
         """The log-normalisers of the combined scores where ranks share the vocabulary."""
+        assert known.teachers is not None
         if not isinstance(self.mixture, TeacherMixture):
             return known.teachers[0]
-        if self.teacher is self.mixture or self.teacher.t == 1.0:
+        if not isinstance(self.teacher, TeacherTAID) or self.teacher.t == 1.0:
             return torch.zeros_like(known.teachers[0])
         return torch.logsumexp(self.options.vocabulary.every(torch.logsumexp(combined, -1)), 0)
 
@@ -213,7 +215,7 @@ def distribution(
 
     def evaluate(guard: bool) -> tuple[Tensor, Tensor | None]:
         lp = log_softmax(scores, norm)
-        own = log_softmax(u, known and known.student) if lq is None else lq.clone()
+        own = log_softmax(u, None if known is None else known.student) if lq is None else lq.clone()
         value, grad = function(lp, own, options.beta, options.lam, guard, want_grad, total)
         size = kd_divergences.size(options.divergence, options.vocabulary)
         return (value, grad) if size == 1 else (value / size, None if grad is None else grad.div_(size))
@@ -257,13 +259,16 @@ def _topk(
     vocabulary = options.vocabulary
     ids, lp, tail = take_topk(teacher, rows, span, u.dtype, options)
     others = vocabulary.scatter(u, ids, float("-inf"))
-    rest = torch.logsumexp(others, -1, keepdim=True) if known is None else known.rest[:, None]
-    chosen = vocabulary.gather(u, ids) if known is None else known.chosen
+    if known is None:
+        rest, chosen = torch.logsumexp(others, -1, keepdim=True), vocabulary.gather(u, ids)
+    else:
+        assert known.rest is not None and known.chosen is not None
+        rest, chosen = known.rest[:, None], known.chosen
     buckets, scores = torch.cat([chosen, rest], -1), torch.cat([lp, tail[:, None]], -1)
     # Every rank has all buckets.
     value, grad = distribution(scores, buckets, None, options, want_grad)
     value = vocabulary.once(value)
-    if not want_grad:
+    if grad is None:
         return value, None
     # Where nothing is left in the rest, others - rest is -inf - -inf.
     share = others.sub_(rest.clamp_min(torch.finfo(u.dtype).min)).exp_().mul_(grad[:, -1:])
@@ -326,7 +331,8 @@ def torch_tile(
     temperature, vocabulary = options.temperature, options.vocabulary
     u = z if temperature == 1.0 else z / temperature
     want = want_grad and options.kd_weight != 0.0
-    known, parts = None, ()
+    known: Known | None = None
+    parts: Iterable[Tensor] = ()
     dense = options.need_kd and not isinstance(teacher, (TeacherTopK, TeacherSamples))
     if dense:
         parts = scores.unnormalised(start, stop, u)
@@ -334,25 +340,28 @@ def torch_tile(
         parts = list(parts)
         known = _exchange(z, u, teacher, scores, parts, span, options, want)
     shared = options.need_ce and temperature == 1.0 or isinstance(teacher, TeacherSamples)
-    lq = log_softmax(u, known and known.student) if shared else None
+    lq = log_softmax(u, None if known is None else known.student) if shared else None
 
     kd = ce = z.new_zeros(stop - start)
     kd_grad = ce_grad = None
     if options.need_kd:
         if isinstance(teacher, TeacherSamples):
+            assert lq is not None
             kd, kd_grad = _samples(teacher, scores.rows, span, lq, options, want)
         elif isinstance(teacher, TeacherTopK):
             kd, kd_grad = _topk(teacher, scores.rows, span, u, options, want, known)
         elif options.on_logits:
             products = None if known is None else known.products
-            kd, kd_grad = kd_divergences.LOGITS[options.divergence](z, *parts, want, vocabulary, products)
+            (logits,) = parts
+            kd, kd_grad = kd_divergences.LOGITS[options.divergence](z, logits, want, vocabulary, products)
         else:
-            target = scores.combined(parts, known and known.teachers, u)
-            norm = known and scores.norm(target, known)
+            target = scores.combined(parts, None if known is None else known.teachers, u)
+            norm = None if known is None else scores.norm(target, known)
             kd, kd_grad = distribution(target, u, lq, options, want, norm, known)
         kd = kd * temperature**2
     if options.need_ce:
-        log_prob = lq if lq is not None and temperature == 1.0 else log_softmax(z, known and known.raw)
+        log_prob = lq if lq is not None and temperature == 1.0 else log_softmax(z, None if known is None else known.raw)
+        assert labels is not None
         target = labels[start:stop, None]
         ce = -vocabulary.gather(log_prob, target).squeeze(1)
         if want_grad and options.ce_weight != 0.0:
@@ -476,6 +485,7 @@ def from_hidden(
     # Where it is not kept, cuBLAS takes it for both products, oneDNN for one.
     round_grad = head.dtype == hidden.dtype == torch.bfloat16
     round_grad = round_grad and (hidden_grad is not None or want_grad and head.is_cuda)
+    z_tile = z = damping = None
     for first, last in spans:
         z_tile = tiles[0][: last - first]
         part = _take(hidden, rows, first, last)

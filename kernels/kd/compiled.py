@@ -7,7 +7,7 @@ tensors and plain values, so a teacher travels as a list of tensors, a word per 
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor
@@ -70,11 +70,14 @@ def _unflatten(words: list[str], tensors: list[Tensor], numbers: list[float]) ->
     kind, *more = words.pop(0).split()
     if kind == "taid":
         t = numbers.pop(0)
-        return TeacherTAID(_unflatten(words, tensors, numbers), t)
+        return TeacherTAID(
+            cast("TeacherLogits | TeacherHidden | TeacherMixture", _unflatten(words, tensors, numbers)), t
+        )
     if kind == "mixture":
         teachers, weights = map(int, more)
         given = [numbers.pop(0) for _ in range(weights)]
-        return TeacherMixture([_unflatten(words, tensors, numbers) for _ in range(teachers)], given or None)
+        parts = [cast("TeacherLogits | TeacherHidden", _unflatten(words, tensors, numbers)) for _ in range(teachers)]
+        return TeacherMixture(parts, given or None)
     if kind == "logits":
         return TeacherLogits(tensors.pop(0))
     if kind == "hidden":
@@ -128,7 +131,8 @@ def _op(
     if group:
         from torch.distributed import distributed_c10d
 
-        process_group = distributed_c10d._resolve_process_group(group)
+        # A name is a NewType of str, which torch's operators know as str.
+        process_group = distributed_c10d._resolve_process_group(group)  # pyrefly: ignore[bad-argument-type]
     source = _unflatten(words.split("; "), list(teacher), of_teacher)
     call = kd_call.prepare(tuple(student), source, labels, token_weights, normalizer, process_group, settings)
     if call.backend == "reference":

@@ -78,12 +78,14 @@ def exchange(
     normalised = [x for x in (student, raw, *teachers) if x is not None]
     columns = [torch.logsumexp(x, -1) for x in normalised]
     if reverse_kl:
+        assert student is not None
         columns.append(slice_reverse_kl(student, teachers[0], columns[0], columns[-1]))
     if products is not None:
         z, t = products
         columns += [z.square().sum(-1), t.square().sum(-1), (z * t).sum(-1)]
     own = None
     if ids is not None:
+        assert student is not None
         own = vocabulary.gather(student, ids)
         columns.append(torch.logsumexp(vocabulary.scatter(student, ids, float("-inf")), -1))
     if not columns and own is None:

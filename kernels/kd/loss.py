@@ -7,7 +7,7 @@ autograd.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, TypedDict, overload
 
 import torch
 from torch import Tensor
@@ -28,6 +28,7 @@ from mohawk.kernels.kd.teachers import (
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
+    from typing_extensions import Unpack
 
 __all__ = [
     "KDParts",
@@ -43,6 +44,61 @@ __all__ = [
 ]
 
 
+class _Options(TypedDict, total=False):
+    """What both functions take by keyword, beside `return_parts`, on which the type of what they return hangs."""
+
+    divergence: str
+    temperature: float
+    kd_weight: float
+    ce_weight: float
+    beta: float
+    lam: float
+    token_weights: Tensor | None
+    ignore_index: int
+    vocab_size: int | None
+    reduction: str
+    normalizer: float | Tensor | None
+    group: ProcessGroup | None
+    backend: str
+
+
+class _LogitsOptions(_Options, total=False):
+    inplace: bool
+
+
+class _LinearOptions(_Options, total=False):
+    student_bias: Tensor | None
+    logit_scale: float
+    logit_softcap: float | None
+
+
+@overload
+def kd_loss(
+    student_logits: Tensor,
+    teacher: Tensor | Teacher,
+    labels: Tensor | None = None,
+    *,
+    return_parts: Literal[False] = False,
+    **options: Unpack[_LogitsOptions],
+) -> Tensor: ...
+@overload
+def kd_loss(
+    student_logits: Tensor,
+    teacher: Tensor | Teacher,
+    labels: Tensor | None = None,
+    *,
+    return_parts: Literal[True, "rows"],
+    **options: Unpack[_LogitsOptions],
+) -> tuple[Tensor, KDParts]: ...
+@overload
+def kd_loss(
+    student_logits: Tensor,
+    teacher: Tensor | Teacher,
+    labels: Tensor | None = None,
+    *,
+    return_parts: bool | Literal["rows"],
+    **options: Unpack[_LogitsOptions],
+) -> Tensor | tuple[Tensor, KDParts]: ...
 def kd_loss(
     student_logits: Tensor,
     teacher: Tensor | Teacher,
@@ -125,6 +181,36 @@ def kd_loss(
     return _distil((student_logits,), teacher, labels, token_weights, normalizer, group, settings)
 
 
+@overload
+def linear_kd_loss(
+    student_hidden: Tensor,
+    student_head: Tensor,
+    teacher: Tensor | Teacher,
+    labels: Tensor | None = None,
+    *,
+    return_parts: Literal[False] = False,
+    **options: Unpack[_LinearOptions],
+) -> Tensor: ...
+@overload
+def linear_kd_loss(
+    student_hidden: Tensor,
+    student_head: Tensor,
+    teacher: Tensor | Teacher,
+    labels: Tensor | None = None,
+    *,
+    return_parts: Literal[True, "rows"],
+    **options: Unpack[_LinearOptions],
+) -> tuple[Tensor, KDParts]: ...
+@overload
+def linear_kd_loss(
+    student_hidden: Tensor,
+    student_head: Tensor,
+    teacher: Tensor | Teacher,
+    labels: Tensor | None = None,
+    *,
+    return_parts: bool | Literal["rows"],
+    **options: Unpack[_LinearOptions],
+) -> Tensor | tuple[Tensor, KDParts]: ...
 def linear_kd_loss(
     student_hidden: Tensor,
     student_head: Tensor,

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 
 import torch
 from torch import Tensor
@@ -24,9 +24,9 @@ GPU_BYTES = 256 << 20
 
 
 @contextlib.contextmanager
-def _bf16_instructions() -> Iterator[None]:
+def _bf16_instructions() -> Generator[None]:
     """Inside, float32 matrix products on CPU round their operands to bfloat16 and accumulate in float32."""
-    matmul = torch.backends.mkldnn.matmul
+    matmul = torch.backends.mkldnn.matmul  # pyrefly: ignore[missing-attribute]  # the module sets it as it is loaded
     before = matmul.fp32_precision
     matmul.fp32_precision = "bf16"
     try:
@@ -52,7 +52,7 @@ def _mkl_is_slow() -> bool:
 def _onednn_is_faster(rows: int, inner: int, out: Tensor) -> bool:
     """Of a product (rows, inner) @ (inner, many) in float32 that needs copies for oneDNN."""
     suits = out.dtype == torch.float32 and out.device.type == "cpu" and rows >= 8 and inner >= 128
-    return suits and torch.backends.mkldnn.enabled and _mkl_is_slow()
+    return suits and bool(torch.backends.mkldnn.enabled) and _mkl_is_slow()
 
 
 def _padded(matrix: Tensor) -> Tensor:
@@ -97,7 +97,7 @@ def logits_product(hidden: Tensor, head: Tensor, out: Tensor) -> None:
         return
     exact = _exact_in_bf16(hidden, head)
     wide = hidden.to(out.dtype)
-    if not exact and _onednn_is_faster(*wide.shape, out):
+    if not exact and _onednn_is_faster(wide.shape[0], wide.shape[1], out):
         rows, wide = len(wide), _padded(wide).to_mkldnn()
         for columns, part in _slices(head, out.dtype, max(wide.shape)):
             out[:, columns] = functional.linear(wide, part.to_mkldnn()).to_dense()[:rows]

@@ -16,6 +16,7 @@ from mohawk.kernels.kd.teachers import (
     TeacherLogits,
     TeacherMixture,
     TeacherSamples,
+    TeacherTAID,
     TeacherTopK,
     mixture_weights,
     tail_of,
@@ -100,6 +101,7 @@ def _teacher_scores(teacher: Teacher, student: Tensor, temperature: float, vocab
             torch.log_softmax(part, -1) + math.log(w) for part, w in zip(parts, mixture_weights(teacher), strict=True)
         ]
         return torch.logsumexp(torch.stack(weighted), 0)
+    assert isinstance(teacher, TeacherTAID)  # the other two are compared otherwise
     inner = _teacher_scores(teacher.teacher, student, temperature, vocab)
     if teacher.t == 1.0:
         return inner

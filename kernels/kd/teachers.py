@@ -117,7 +117,7 @@ class TAIDSchedule:
                 "TAIDSchedule: its t has to reach the end with the training, so give steps=, how many it has"
             )
         step = self.step if step is None else step
-        if self.last_loss is not None:
+        if self.last_loss is not None and self.start is not None:
             change = (self.last_loss - loss) / (self.last_loss + 1e-15)
             self.momentum = self.decay * self.momentum + (1 - self.decay) * change
             sigmoid = torch.sigmoid(torch.tensor(self.momentum, dtype=torch.float64)).item()

@@ -381,7 +381,7 @@ class _Sweeps:
         self.tempered = self.z_scale != 1.0 or self.kind == "cosine" or self.t is None
         self.n, vocabulary = len(self.scale), self.options.vocabulary
         self.columns = self.scale
-        if self.ce:
+        if self.labels is not None and self.ce:
             columns, ours = vocabulary.locate(self.labels)
             self.columns = columns if ours is None else torch.where(ours, columns, -1)
         self.teacher = self.z if self.t is None else self.t
@@ -470,7 +470,7 @@ def _dense(sweeps: _Sweeps, grad: Tensor | None) -> tuple[Tensor, Tensor]:
     stats, _ = sweeps.statistics()
     ce = sweeps.cross_entropy(stats)
     value, nothing = stats.new_zeros(sweeps.n), 0.0
-    projected = stats[3].contiguous()
+    projected, norms = stats[3].contiguous(), None
     if kind == "cosine":
         norms = stats[:2].sqrt()
         stats[:2] = norms.clamp_min(1e-8)
@@ -490,7 +490,7 @@ def _dense(sweeps: _Sweeps, grad: Tensor | None) -> tuple[Tensor, Tensor]:
             projected = value if kind == "cosine" else vocabulary.total(sums[1])
     if grad is not None:
         kd_row = sweeps.scale * (options.kd_weight * temperature if kind != "none" else 0.0)
-        if kind == "cosine":
+        if norms is not None:
             kd_row = torch.where(norms[0] > 1e-8, kd_row, 0.0)
         in_sweep = not first and kind != "none"
         swept = sweeps.gradient(stats, projected, kd_row, grad, in_sweep)
@@ -502,27 +502,29 @@ def _topk(sweeps: _Sweeps, ids: Tensor, lp: Tensor, tail: Tensor, want_grad: boo
     """Buckets: the ids taken out of the sweeps by -inf, their k columns in torch."""
     o, z, scale = sweeps.options, sweeps.z, sweeps.scale
     vocabulary, inverse = o.vocabulary, sweeps.z_scale
-    at_label = vocabulary.gather(z, sweeps.labels[:, None]).squeeze(1) if sweeps.ce else None
+    labels = sweeps.labels if sweeps.ce else None
+    at_label = None if labels is None else vocabulary.gather(z, labels[:, None]).squeeze(1)
     own = vocabulary.gather(z, ids)
     # Not into z, which is the caller's own where no gradient is wanted.
     sweeps = replace(sweeps, z=vocabulary.scatter(z, ids, float("-inf")))
     stats, chosen = sweeps.statistics(own)
+    assert chosen is not None
     buckets = torch.cat([chosen * inverse, stats[:1].T], -1)
     scores = torch.cat([lp, tail[:, None]], -1)
     want = want_grad and o.kd_weight != 0.0
     value, bucket_grad = kd_chunked.distribution(scores, buckets, None, o, want)
     ce = stats.new_zeros(len(z))
-    if sweeps.ce:
+    if labels is not None and at_label is not None:
         stats[2] = torch.logaddexp(stats[2], torch.logsumexp(chosen, -1))
-        _, ours = vocabulary.locate(sweeps.labels)
+        _, ours = vocabulary.locate(labels)
         ce = stats[2] - at_label if ours is None else torch.where(ours, stats[2] - at_label, 0.0)
     if want_grad:
         stats[0].clamp_(min=torch.finfo(stats.dtype).min)  # nothing left: -inf - -inf
         factor = scale * (o.kd_weight * o.temperature)
-        rest_row = factor * bucket_grad[:, -1] if want else torch.zeros_like(scale)
+        rest_row = torch.zeros_like(scale) if bucket_grad is None else factor * bucket_grad[:, -1]
         sweeps.gradient(stats, stats[3], rest_row, z)
         at_ids = torch.zeros_like(chosen)
-        if want:
+        if bucket_grad is not None:
             at_ids += factor[:, None] * bucket_grad[:, :-1]
         if sweeps.ce:
             at_ids += (scale * o.ce_weight)[:, None] * torch.exp(chosen - stats[2][:, None])

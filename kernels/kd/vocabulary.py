@@ -23,12 +23,12 @@ class Vocabulary:
         vocab_size: int | None,
         group: dist.ProcessGroup | None,
         rows: int = 0,
-        device: object = "cpu",
+        device: torch.device | str = "cpu",
         teachers: Sequence[int] = (),
     ):
         self.group = group
         self.start, self.rank, self.ranks = 0, 0, 1
-        sizes = [local]
+        sizes, teacher_sizes = [local], []
         if group is not None:
             if not isinstance(group, dist.ProcessGroup):
                 raise ValueError(f"group is a {type(group).__name__}; it must be a ProcessGroup of torch.distributed")

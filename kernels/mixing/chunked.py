@@ -133,7 +133,7 @@ def value_and_gradients(
         if wanted:
             factor = (factor * weight).to(dtype)
             for out, like, gradient in zip(gradients, student.tensors, mine.gradients(), strict=True):
-                if out is None or gradient is None:
+                if out is None or like is None or gradient is None:
                     continue
                 gradient = gradient.to(dtype).mul_(factor.view(*factor.shape, *(1,) * (gradient.dim() - 2)))
                 if reduction == "none":
@@ -188,12 +188,13 @@ def _sweep(mine, theirs, seq: int, strip: int, metric: str, real: Tensor | None,
         first = min(row, mine.first_column(row), theirs.first_column(row))
         mask = None
         if padded is not None and any(padded[first:end]):
+            assert real is not None
             mask = (real[:, row:end].unsqueeze(2) & real[:, first:end].unsqueeze(1)).unsqueeze(1)
         if metric == "kl":
             rows[:, :, row:end] = _kl_strip(mine, theirs, row, end, first, mask, wanted)
             continue
         strip_entries = theirs.strip(row, end, first)
-        if metric == "relative":
+        if sizes is not None:
             if mask is not None:
                 strip_entries *= mask
             sizes[:, :, row:end] = torch.linalg.vector_norm(strip_entries, dim=-1)
@@ -237,6 +238,7 @@ def finish(metric: str, total: Tensor, size: Tensor | None, seq: int, real: Tens
     norm = total.sqrt()
     if metric == "frobenius":
         return norm, torch.where(norm > 0, 1 / norm, 0)
+    assert size is not None  # the teacher's squares, of metric "relative"
     size = size.sqrt()
     usable = (size > 0) & (norm > 0)
     return torch.where(size > 0, norm / size, 0), torch.where(usable, 1 / (norm * size), 0)

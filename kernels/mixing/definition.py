@@ -55,10 +55,11 @@ class AttentionMixing:
     @property
     def shape(self) -> tuple[int, int, int]:
         """(batch, heads, seq)."""
-        return tuple(self.q.shape[:3])
+        batch, heads, seq, _ = self.q.shape
+        return batch, heads, seq
 
     @property
-    def tensors(self) -> tuple[Tensor, ...]:
+    def tensors(self) -> tuple[Tensor, Tensor]:
         return (self.q, self.k)
 
     def resolved_scale(self) -> float:
@@ -105,9 +106,10 @@ class SSDMixing:
             )
         if self.D is not None and tuple(self.D.shape) != (heads,):
             raise ValueError(f"{where}: D must be (heads,) = ({heads},), got {tuple(self.D.shape)}")
-        given = {"C": self.C, "B": self.B, "log_decay": self.log_decay}
-        given.update(input_scale=self.input_scale, D=self.D)
-        _check_floating(where, self.C.device, **given)
+        device = self.C.device
+        _check_floating(
+            where, device, C=self.C, B=self.B, log_decay=self.log_decay, input_scale=self.input_scale, D=self.D
+        )
         check_segment_ids(self.segment_ids, batch, seq, where)
 
     @property
@@ -117,7 +119,7 @@ class SSDMixing:
         return batch, heads, seq
 
     @property
-    def tensors(self) -> tuple[Tensor | None, ...]:
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
         return (self.C, self.B, self.log_decay, self.input_scale, self.D)
 
 

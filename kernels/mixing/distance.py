@@ -1,6 +1,7 @@
 """The distance between two mixing matrices, with gradients, without either matrix: MOHAWK's first phase."""
 
 import importlib.util
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -55,7 +56,9 @@ def mixing_distance(
 
 
 def _detached(mixing: Mixing) -> Mixing:
-    fields = {name: value.detach() if isinstance(value, Tensor) else value for name, value in vars(mixing).items()}
+    fields: dict[str, Any] = {
+        name: value.detach() if isinstance(value, Tensor) else value for name, value in vars(mixing).items()
+    }
     return type(mixing)(**fields)
 
 

@@ -86,7 +86,7 @@ def _value_and_gradients(
             continue
         factor = (factor * share / values.numel()).to(dtype).repeat_interleave(heads // groups, 1)
         for out, like, gradient in zip(gradients, student.tensors, mine.gradients(), strict=True):
-            if out is not None and gradient is not None:
+            if out is not None and like is not None and gradient is not None:
                 gradient = gradient.to(dtype) * factor.view(*factor.shape, *(1,) * (gradient.dim() - 2))
                 add_block(out, gradient, block, like.shape, attention)
     return values.to(dtype), gradients

@@ -66,6 +66,7 @@ def distance_reference(student: Mixing, teacher: Mixing, metric: str) -> Tensor:
             real = (ids >= 0) if real is None else real & (ids >= 0)
     with torch.autocast(student.tensors[0].device.type, enabled=False):
         if metric == "kl":
+            assert isinstance(student, AttentionMixing) and isinstance(teacher, AttentionMixing)
             log_s, log_a = (_dense_attention(mixing, log=True) for mixing in (student, teacher))
             log_s, log_a = (value.repeat_interleave(heads // value.shape[1], 1) for value in (log_s, log_a))
             rows = (log_a.exp() * (log_a - log_s)).sum(-1)

@@ -268,5 +268,6 @@ class _SSDStrips:
 
 
 def strips_of(mixing: Mixing, block: Block, dtype: torch.dtype, gradients: bool):
-    kind = _AttentionStrips if isinstance(mixing, AttentionMixing) else _SSDStrips
-    return kind(mixing, block, dtype, gradients)
+    if isinstance(mixing, AttentionMixing):
+        return _AttentionStrips(mixing, block, dtype, gradients)
+    return _SSDStrips(mixing, block, dtype, gradients)

@@ -468,7 +468,7 @@ def _first_seen(mixing: Mixing) -> Tensor | None:
     first = None if mixing.segment_ids is None else segment_starts(mixing.segment_ids)
     window = mixing.window if isinstance(mixing, AttentionMixing) else None
     if window is not None and window < seq:
-        by_window = torch.arange(1 - window, seq - window + 1, device=mixing.q.device).clamp(min=0)
+        by_window = torch.arange(1 - window, seq - window + 1, device=mixing.tensors[0].device).clamp(min=0)
         first = by_window.expand(batch, seq) if first is None else torch.maximum(first, by_window)
     return None if first is None else first.to(torch.int32).contiguous()
 
@@ -506,7 +506,9 @@ def _without_padding(first: Tensor | None, real: Tensor) -> Tensor:
     return first.masked_fill(~real, real.shape[1])
 
 
-def sums_and_gradients(student: Mixing, teacher: Mixing, metric: str, real: Tensor | None, wanted: bool):
+def sums_and_gradients(
+    student: Mixing, teacher: Mixing, metric: str, real: Tensor | None, wanted: bool
+) -> tuple[Tensor, Tensor | None, tuple[Tensor | None, ...]]:
     """(batch, heads) float64 sums of squares of S - A (kl: of the rows' divergences) and, for "relative", of A; if
     wanted, the gradients of half the former (kl: of the sum) with respect to the student's tensors, per head:
     (batch, heads, seq, ...), D's (batch, heads). real: (batch, seq) which tokens are no padding, None if all are."""
@@ -543,8 +545,9 @@ def sums_and_gradients(student: Mixing, teacher: Mixing, metric: str, real: Tens
                 ROWS=rows, METRIC=metric, GRADIENTS=wanted, **widths, **launch,
             )  # fmt: skip
     total, size = (None if value is None else value.sum(-1) for value in (squares, sizes))
-    if not wanted:
-        return total, size, None
+    assert total is not None
+    if d_left is None or d_right is None:
+        return total, size, ()
     if isinstance(student, AttentionMixing):
         scale = student.resolved_scale()
         return total, size, (d_left.mul_(scale), d_right.mul_(scale))
@@ -576,7 +579,7 @@ def _value_and_gradients(
     if wanted:
         factor = factor / values.numel() if reduction == "mean" else factor
         for index, (tensor, gradient) in enumerate(zip(student.tensors, per_head, strict=True)):
-            if tensor is not None and tensor.requires_grad:
+            if tensor is not None and gradient is not None and tensor.requires_grad:
                 gradient = gradient.mul_(factor.view(*factor.shape, *(1,) * (gradient.dim() - 2)))
                 if reduction != "none":
                     gradient = chunked.fold(gradient, tensor.shape, isinstance(student, AttentionMixing))

@@ -6,6 +6,8 @@ Exit code 1 if anything spills or takes more shared memory than there is. `--qui
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from mohawk.kernels.common import triton_report
@@ -51,7 +53,7 @@ def compile_one(
     student, teacher = (_side(kind, dtype, masked) for kind in pair.split("-"))
     constants = {name: tiles[name] for name in ("BLOCK", "STEP", "CHUNK", "PRECISION")}
     options = {name: tiles[name] for name in ("num_warps", "num_stages", "enable_fp_fusion")}
-    types = {"seq": "i32", "heads": "i32"}
+    types: dict[str, Any] = {"seq": "i32", "heads": "i32"}
     if kernel == "normaliser":
         types["side"] = teacher
         constants["WIDTH"] = width

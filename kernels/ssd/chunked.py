@@ -384,7 +384,7 @@ def _backward_block(
             total[rows, :, groups] = _unchunked(gathered, shape.seq)
 
     d_scaled = _unchunked(dx_bhcqp, shape.seq)
-    if input_scale is not None:
+    if input_scale is not None and d_scale is not None:
         d_scaled = d_scaled.to(wide)
         d_scale[rows, :, heads] = (d_scaled * x[rows, :, heads]).sum(-1)
         d_scaled = d_scaled * input_scale[rows, :, heads].unsqueeze(-1)

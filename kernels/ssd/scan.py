@@ -7,6 +7,8 @@ Mamba-2's own parametrisation is log_decay = dt * A, input_scale = dt; the discr
 log_decay = -softplus(a), no input_scale.
 """
 
+from typing import Literal, overload
+
 import torch
 from torch import Tensor
 
@@ -19,6 +21,48 @@ from mohawk.kernels.ssd.reference import ssd_reference
 BACKENDS = {"auto": None, "reference": ssd_reference, "chunked": ssd_chunked, "mamba_ssm": ssd_mamba}
 
 
+@overload
+def ssd(
+    x: Tensor,
+    log_decay: Tensor,
+    B: Tensor,
+    C: Tensor,
+    *,
+    input_scale: Tensor | None = None,
+    D: Tensor | None = None,
+    initial_state: Tensor | None = None,
+    segment_ids: Tensor | None = None,
+    return_final_state: Literal[False] = False,
+    backend: str = "auto",
+) -> Tensor: ...
+@overload
+def ssd(
+    x: Tensor,
+    log_decay: Tensor,
+    B: Tensor,
+    C: Tensor,
+    *,
+    input_scale: Tensor | None = None,
+    D: Tensor | None = None,
+    initial_state: Tensor | None = None,
+    segment_ids: Tensor | None = None,
+    return_final_state: Literal[True],
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]: ...
+@overload
+def ssd(
+    x: Tensor,
+    log_decay: Tensor,
+    B: Tensor,
+    C: Tensor,
+    *,
+    input_scale: Tensor | None = None,
+    D: Tensor | None = None,
+    initial_state: Tensor | None = None,
+    segment_ids: Tensor | None = None,
+    return_final_state: bool,
+    backend: str = "auto",
+) -> Tensor | tuple[Tensor, Tensor]: ...
 def ssd(
     x: Tensor,
     log_decay: Tensor,

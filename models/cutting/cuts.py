@@ -17,12 +17,13 @@ What zero means for each axis
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers.initialization import no_init_weights
 
-from mohawk.models.cutting.depth import keep_any_layers
+from mohawk.models.cutting.depth import Model, keep_any_layers
 from mohawk.models.cutting.parameters import KeptUnits, folded_bias, folded_biases, layer_parts, outer_parts, select
 from mohawk.models.cutting.sizes import Sizes, attention_layers, base_config, sized_config, sizes_of, ssm_layers
 from mohawk.models.decoders import decoder
@@ -66,7 +67,7 @@ class Cut:
 
     def to_dict(self) -> dict:
         """As JSON holds it: lists, and layers as keys."""
-        made = {}
+        made: dict[str, Any] = {}
         for field in fields(self):
             value = getattr(self, field.name)
             if isinstance(value, Mapping):
@@ -78,16 +79,15 @@ class Cut:
     @classmethod
     def from_dict(cls, made: Mapping) -> "Cut":
         """What `to_dict` made, also after a turn through JSON."""
-        return cls(
-            **{
-                name: {int(layer): indices for layer, indices in value.items()} if isinstance(value, Mapping) else value
-                for name, value in made.items()
-            }
-        )
+        given: dict[str, Any] = {
+            name: {int(layer): indices for layer, indices in value.items()} if isinstance(value, Mapping) else value
+            for name, value in made.items()
+        }
+        return cls(**given)
 
 
 @torch.no_grad()
-def cut(model: nn.Module, what: Cut) -> nn.Module:
+def cut(model: Model, what: Cut) -> Model:
     """A smaller model of the same class, with what the cut keeps of the weights; the model is left as it was.
 
     Args:
@@ -125,7 +125,7 @@ def cut(model: nn.Module, what: Cut) -> nn.Module:
     return smaller.to(model.device).train(model.training)
 
 
-def keep_layers(model: nn.Module, layers: str | Sequence[int]) -> nn.Module:
+def keep_layers(model: Model, layers: str | Sequence[int]) -> Model:
     """The model with some of its decoder layers, in their order: see `resolve_layers` for the words, and `cut`.
 
     Any causal LM of transformers: of a family that `cut` does not know, layers are found by structure
@@ -168,12 +168,12 @@ def resolve_layers(layers: str | Sequence[int], num_layers: int) -> list[int]:
     raise ValueError(f"layers: got {layers!r}, allowed: {allowed}")
 
 
-def keep_ffn(model: nn.Module, neurons: PerLayer) -> nn.Module:
+def keep_ffn(model: Model, neurons: PerLayer) -> Model:
     """The model with some neurons of each MLP: layer -> neurons, equally many in every layer. See `cut`."""
     return cut(model, Cut(ffn=neurons))
 
 
-def keep_heads(model: nn.Module, heads: PerLayer | None = None, *, kv_heads: PerLayer | None = None) -> nn.Module:
+def keep_heads(model: Model, heads: PerLayer | None = None, *, kv_heads: PerLayer | None = None) -> Model:
     """The model with some attention heads: layer -> query heads, or layer -> kv heads with all their query heads.
 
     Given both, the query heads must be of the kept kv heads, the same number of each. See `cut`.
@@ -197,16 +197,16 @@ def keep_heads(model: nn.Module, heads: PerLayer | None = None, *, kv_heads: Per
     return cut(model, Cut(heads=heads))
 
 
-def keep_hidden(model: nn.Module, channels: Sequence[int]) -> nn.Module:
+def keep_hidden(model: Model, channels: Sequence[int]) -> Model:
     """The model with some channels of its residual stream. See `cut`."""
     return cut(model, Cut(hidden=channels))
 
 
 def keep_state(
-    model: nn.Module,
+    model: Model,
     heads: PerLayer | None = None,
     dims: Mapping[int, Sequence[Sequence[int]]] | None = None,
-) -> nn.Module:
+) -> Model:
     """A hybrid with some heads, or some state dimensions of each group, of its Mamba-2 mixers. See `cut`."""
     return cut(model, Cut(state_heads=heads, state_dims=dims))
 
@@ -223,7 +223,7 @@ def check_indices(name: str, indices: Sequence[int], size: int) -> list[int]:
     return found
 
 
-def _kept_units(model: nn.Module, what: Cut, layer: int, own: Sizes, hidden: list[int] | None) -> KeptUnits:
+def _kept_units(model: Model, what: Cut, layer: int, own: Sizes, hidden: list[int] | None) -> KeptUnits:
     device, is_state = model.device, layer in ssm_layers(model.config)
     kept = {"hidden": _index(hidden, device)}
 
@@ -243,14 +243,15 @@ def _kept_units(model: nn.Module, what: Cut, layer: int, own: Sizes, hidden: lis
             heads = check_indices(f"{name} of layer {layer}", of_layer(name, per_layer), count)
             kept[name] = _index(heads, device)
             kept[groups_name] = _index(_groups(f"{name} of layer {layer}", heads, count // groups, groups_name), device)
-    if what.state_dims is not None and is_state:
+    if what.state_dims is not None and own.state_groups is not None and own.state_size is not None and is_state:
         dims = list(of_layer("state_dims", what.state_dims))
         if len(dims) != own.state_groups:
             raise ValueError(
                 f"state_dims of layer {layer}: got {len(dims)} lists, allowed: one for each of the mixer's "
                 f"{own.state_groups} groups"
             )
-        stay = range(own.state_groups) if "state_groups" not in kept else kept["state_groups"].tolist()
+        groups_kept = kept.get("state_groups")
+        stay = range(own.state_groups) if groups_kept is None else groups_kept.tolist()
         checked = {g: check_indices(f"state_dims of layer {layer}, group {g}", dims[g], own.state_size) for g in stay}
         if len(lengths := {len(indices) for indices in checked.values()}) > 1:
             raise ValueError(f"state_dims of layer {layer}: groups keep {sorted(lengths)}, allowed: one number for all")
@@ -274,7 +275,10 @@ def _groups(where: str, heads: list[int], group: int, groups_name: str) -> list[
 
 def _sizes(own: Sizes, what: Cut, kept: dict[int, KeptUnits]) -> Sizes:
     """The sizes after a cut; ValueError where layers keep different numbers."""
-    sizes = {"layers": len(kept), "vocabulary": own.vocabulary if what.tokens is None else len(what.tokens)}
+    sizes: dict[str, Any] = {
+        "layers": len(kept),
+        "vocabulary": own.vocabulary if what.tokens is None else len(what.tokens),
+    }
     for name in ("hidden", "ffn", "heads", "kv_heads", "state_heads", "state_groups", "state_dims"):
         counts = {i: getattr(units, name).shape[-1] for i, units in kept.items() if getattr(units, name) is not None}
         size_name = "state_size" if name == "state_dims" else name
@@ -288,7 +292,7 @@ def _sizes(own: Sizes, what: Cut, kept: dict[int, KeptUnits]) -> Sizes:
 
 
 def _cut_state(
-    model: nn.Module, layers: list[int], kept: dict[int, KeptUnits], hidden: Tensor | None, tokens: Tensor | None
+    model: Model, layers: list[int], kept: dict[int, KeptUnits], hidden: Tensor | None, tokens: Tensor | None
 ) -> dict[str, Tensor]:
     """The smaller model's state dict."""
     state = {}

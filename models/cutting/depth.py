@@ -6,6 +6,7 @@ layer by layer is cut here; for the rest every layer of the smaller model is com
 
 import copy
 from collections.abc import Sequence
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -15,13 +16,15 @@ from transformers.initialization import no_init_weights
 from mohawk.models.decoders import decoder
 from mohawk.models.from_teacher import saveable
 
+Model = TypeVar("Model", bound=PreTrainedModel)
+
 # what configurations say of single layers, in lists as long as there are layers
 LAYER_LISTS = ("layer_types", "no_rope_layers", "attention_layers", "mlp_layer_types")
 TOKENS = 8  # that the comparison runs
 
 
 @torch.no_grad()
-def keep_any_layers(model: nn.Module, layers: Sequence[int]) -> nn.Module:
+def keep_any_layers(model: Model, layers: Sequence[int]) -> Model:
     """A model of the same class with these of its layers, ascending; the model is left as it was.
 
     Raises:
@@ -37,7 +40,7 @@ def keep_any_layers(model: nn.Module, layers: Sequence[int]) -> nn.Module:
     prefix = next(name for name, module in model.named_modules() if module is stack)
     config = copy.deepcopy(model.config)
     if hasattr(config, "quantization_config"):
-        del config.quantization_config
+        delattr(config, "quantization_config")
     text = config.get_text_config()
     text.num_hidden_layers = len(layers)
     for name in LAYER_LISTS:
@@ -76,7 +79,7 @@ def keep_any_layers(model: nn.Module, layers: Sequence[int]) -> nn.Module:
 
 
 @torch.no_grad()
-def _check_layers(model: nn.Module, smaller: nn.Module, layers: Sequence[int]) -> None:
+def _check_layers(model: PreTrainedModel, smaller: PreTrainedModel, layers: Sequence[int]) -> None:
     """Raises ValueError unless each layer does what it did at its old place."""
     kind = type(model).__name__
     old, new = ([stack[i] for i in kept] for stack, kept in (

@@ -11,9 +11,11 @@ LayerNorm (Phi) also subtracts the mean: there a channel leaves no trace when it
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import Any, overload
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from mohawk.models.families import Family, decoder_shape, family_of
 from mohawk.models.mixers import SSMMixer
@@ -54,7 +56,7 @@ class Part:
         return replace(self, weight_factor=self.weight_factor * factor, bias_factor=self.bias_factor * factor)
 
 
-def layer_parts(layer: nn.Module, config, kept: KeptUnits) -> dict[str, Part]:
+def layer_parts(layer: Any, config, kept: KeptUnits) -> dict[str, Part]:
     """Module or vector of a decoder layer, by its name in the layer -> what a cut keeps of it."""
     family, c = family_of(config), _stream_factor(config, kept.hidden)
     mixer = isinstance(layer.self_attn, SSMMixer)
@@ -78,7 +80,7 @@ def layer_parts(layer: nn.Module, config, kept: KeptUnits) -> dict[str, Part]:
     return parts
 
 
-def outer_parts(model: nn.Module, hidden: Tensor | None, tokens: Tensor | None) -> dict[str, Part]:
+def outer_parts(model: PreTrainedModel, hidden: Tensor | None, tokens: Tensor | None) -> dict[str, Part]:
     """The same for the embedding, the final norm and the head, by their names in the model."""
     family, c = family_of(model.config), _stream_factor(model.config, hidden)
     embedding_factor = 1.0 if family.embedding_scale else c
@@ -92,7 +94,7 @@ def outer_parts(model: nn.Module, hidden: Tensor | None, tokens: Tensor | None) 
     }
 
 
-def folded_biases(layer: nn.Module, config, hidden: Tensor | None) -> Iterator[tuple[str, Tensor]]:
+def folded_biases(layer: Any, config, hidden: Tensor | None) -> Iterator[tuple[str, Tensor]]:
     """(module, what to add to its bias) for a layer whose norm has a bias.
 
     In a channel that equals the stream's mean, LayerNorm puts out its bias: a constant, which the projections behind
@@ -110,7 +112,7 @@ def folded_biases(layer: nn.Module, config, hidden: Tensor | None) -> Iterator[t
                 yield name, extra
 
 
-def folded_bias(norm: nn.Module, reader: nn.Linear, hidden: Tensor | None) -> Tensor | None:
+def folded_bias(norm: Any, reader: Any, hidden: Tensor | None) -> Tensor | None:
     """(outputs,) what a norm's bias in channels that go contributes to a projection, None where there is nothing."""
     bias = getattr(norm, "bias", None)
     if bias is None or hidden is None or reader.bias is None:
@@ -135,6 +137,10 @@ def select(tensor: Tensor, part: Part, name: str) -> Tensor:
     return kept.clone() if kept is tensor else kept
 
 
+@overload
+def units(kept: Tensor, size: int, start: int = 0) -> Tensor: ...
+@overload
+def units(kept: Tensor | None, size: int, start: int = 0) -> Tensor | None: ...
 def units(kept: Tensor | None, size: int, start: int = 0) -> Tensor | None:
     """Indices of the channels of kept units of so many channels each, behind `start` others; None for all of them."""
     if kept is None:
@@ -162,7 +168,7 @@ def _attention_parts(attention: nn.Module, family: Family, kept: KeptUnits) -> d
     parts = {family.output: Part(kept.hidden, q)}
     if family.fused_qkv is not None:
         rows = None
-        if kept.heads is not None:
+        if kept.heads is not None and kept.kv_heads is not None:
             pieces = (kept.heads, 0), (kept.kv_heads, h * d), (kept.kv_heads, (h + g) * d)
             rows = torch.cat([units(piece, d, start) for piece, start in pieces])
         parts[family.fused_qkv] = Part(rows, kept.hidden)
@@ -173,7 +179,7 @@ def _attention_parts(attention: nn.Module, family: Family, kept: KeptUnits) -> d
         (family.key_norm, "k_proj", kv, g * d),
     ):
         norm = None if name is None else getattr(attention, name, None)
-        if norm is None:
+        if name is None or norm is None:
             continue
         if norm.weight.numel() != count or count == d:  # each head by itself
             parts[name] = Part()

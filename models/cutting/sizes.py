@@ -102,8 +102,9 @@ def check_sizes_within(own: Sizes, sizes: Sizes) -> None:
         if target is None or not 1 <= target <= size:
             raise ValueError(f"{field.name}: got {target}, allowed: 1 to {size}, the model's own")
     _check_groups("heads", sizes.heads, "kv_heads", sizes.kv_heads, own.heads // own.kv_heads)
-    if own.state_heads is not None:
+    if own.state_heads is not None and own.state_groups is not None:
         per_group = own.state_heads // own.state_groups
+        # pyrefly: ignore[bad-argument-type]  # whose sizes are there where the model's own are
         _check_groups("state_heads", sizes.state_heads, "state_groups", sizes.state_groups, per_group)
 
 
@@ -161,6 +162,7 @@ def sized_config(config, sizes: Sizes, layers: Sequence[int] | None = None):
     if own.state_heads is not None:
         config.mixer_num_heads, config.mixer_num_groups = sizes.state_heads, sizes.state_groups
         config.mixer_state_size = sizes.state_size
+        assert own.state_groups and sizes.state_groups and sizes.state_heads  # a model with states has all three
         fewer = own.state_heads // own.state_groups * sizes.state_groups / sizes.state_heads
         if config.mixer == "mamba2" and fewer != 1:  # its norm's mean is over the heads of a group
             config.mixer_norm_eps = config.output_norm_eps * fewer

@@ -5,6 +5,7 @@ function under other names (all of them in `_RENAMED`). What Bamba has no place 
 """
 
 import inspect
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -140,16 +141,19 @@ def to_bamba(hybrid: HybridForCausalLM, *, pad_expand: bool = False) -> BambaFor
         )
     config = hybrid.config
     heads = _padded_heads(config) if pad_expand else config.mixer_num_heads
+    assert heads is not None  # else why_not_bamba has said so
     state = _bamba_state(hybrid, heads)
     bamba_config = _bamba_config(config, heads, state)
     if bamba_config.attention_bias:  # one switch for all four projections; Qwen2 has no bias on o_proj
         zeros = hybrid.lm_head.weight.new_zeros(config.hidden_size)
-        for i in bamba_config.attn_layer_indices:
+        for i in bamba_config.attn_layer_indices or ():
             state.setdefault(f"model.layers.{i}.self_attn.o_proj.bias", zeros)
+    # pyrefly: ignore[bad-argument-type]  # transformers wraps `to` and loses its parameters
     model = BambaForCausalLM(bamba_config).to(hybrid.dtype)
     model.load_state_dict(state)
     model.tie_weights()
     model.generation_config = saveable(hybrid.generation_config)
+    # pyrefly: ignore[bad-argument-type]  # transformers wraps `to` and loses its parameters
     return model.to(hybrid.device).train(hybrid.training)
 
 
@@ -161,7 +165,7 @@ def from_bamba(model: BambaForCausalLM) -> HybridForCausalLM:
         ValueError: a Bamba that is no such hybrid: partial rotary positions (as in the released Bamba-9B), an
             activation other than silu, a limit on dt.
     """
-    own = model.config
+    own: Any = model.config
     rope = dict(own.rope_parameters)
     if (partial := rope.pop("partial_rotary_factor", 1.0)) != 1.0:
         raise ValueError(
@@ -201,10 +205,12 @@ def from_bamba(model: BambaForCausalLM) -> HybridForCausalLM:
         for i in config.ssm_layers:
             weight = state[f"model.layers.{i}.self_attn.conv1d.weight"]
             state[f"model.layers.{i}.self_attn.conv1d.bias"] = weight.new_zeros(len(weight))
+    # pyrefly: ignore[bad-argument-type]  # transformers wraps `to` and loses its parameters
     hybrid = HybridForCausalLM(config).to(model.dtype)
     hybrid.load_state_dict(state)
     hybrid.tie_weights()
     hybrid.generation_config = saveable(model.generation_config)
+    # pyrefly: ignore[bad-argument-type]  # transformers wraps `to` and loses its parameters
     return hybrid.to(model.device).train(model.training)
 
 
@@ -212,7 +218,9 @@ def _bamba_config(config: HybridConfig, heads: int, state: dict[str, Tensor]) ->
     base, shape = config.base_config, decoder_shape(config.base_config)
     rope = dict(base.rope_parameters)
     rope.setdefault("partial_rotary_factor", 1.0)  # Bamba's own default is 0.5
-    other = {} if shape.head_dim * shape.num_heads == shape.hidden_size else {"head_dim": shape.head_dim}
+    other: dict[str, Any] = (
+        {} if shape.head_dim * shape.num_heads == shape.hidden_size else {"head_dim": shape.head_dim}
+    )
     return BambaConfig(
         vocab_size=config.vocab_size,
         hidden_size=shape.hidden_size,
@@ -241,7 +249,7 @@ def _bamba_config(config: HybridConfig, heads: int, state: dict[str, Tensor]) ->
         pad_token_id=config.pad_token_id,
         bos_token_id=config.bos_token_id,
         eos_token_id=config.eos_token_id,
-        attn_implementation=config._attn_implementation,
+        attn_implementation=config._attn_implementation,  # pyrefly: ignore[unexpected-keyword]  # the base class takes it
         **other,
     )
 
@@ -271,7 +279,9 @@ def _bamba_state(hybrid: HybridForCausalLM, heads: int) -> dict[str, Tensor]:
 
 def padded_expand(config: HybridConfig) -> int:
     """mamba_expand of the student once `pad_expand` has added its heads."""
-    return _padded_heads(config) * config.mixer_head_dim // config.base_config.hidden_size
+    heads = _padded_heads(config)
+    assert heads is not None  # asked of students that are padded
+    return heads * config.mixer_head_dim // config.base_config.hidden_size
 
 
 def _padded_heads(config: HybridConfig) -> int | None:

@@ -62,7 +62,9 @@ def load_released(
         raise ValueError(f"{name} is in none of the released layouts {', '.join(LAYOUTS)}; see AutoModelForCausalLM")
     layout, config = found
     state = read_weights(name, revision=revision)
-    repeats_in_conv = _repeats_in_conv(_read_json(name, MAMBA_CONFIG, revision) if layout == "mamba-in-llama" else {})
+    repeats_in_conv = _repeats_in_conv(
+        (_read_json(name, MAMBA_CONFIG, revision) if layout == "mamba-in-llama" else None) or {}
+    )
     return from_released(state, config, layout, dtype=dtype, repeats_in_conv=repeats_in_conv)
 
 
@@ -107,6 +109,7 @@ def from_released(
                 state[name] = _repeat(tensor, parts, config)
     if dtype is None:
         dtype = _widest(tensor.dtype for tensor in state.values())
+    # pyrefly: ignore[not-iterable]  # two with output_loading_info
     student, info = HybridForCausalLM.from_pretrained(
         None, config=config, state_dict=state, dtype=dtype, output_loading_info=True
     )

@@ -6,6 +6,7 @@ import argparse
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from mohawk.core.places import home
 from mohawk.errors import UserError, shortened
@@ -28,7 +29,7 @@ class Command:
     together: bool = False
 
 
-def given(options: argparse.Namespace, *names: str) -> dict[str, object]:
+def given(options: argparse.Namespace, *names: str) -> dict[str, Any]:
     """Those of the options that were given."""
     return {name: value for name in names if (value := getattr(options, name)) is not None}
 

@@ -35,12 +35,13 @@ def explain(error: ImportError, what: str) -> str | None:
     own, or of code that the user brought.
     """
     names, involved = set(), set()  # roots: of what was imported, and of the modules that were in the midst of it
-    while error is not None:  # transformers puts an error of its own in front of what failed
-        if isinstance(error, ModuleNotFoundError):
-            names.add((error.name or "").partition(".")[0])
-        for frame, _ in traceback.walk_tb(error.__traceback__):
+    link: BaseException | None = error
+    while link is not None:  # transformers puts an error of its own in front of what failed
+        if isinstance(link, ModuleNotFoundError):
+            names.add((link.name or "").partition(".")[0])
+        for frame, _ in traceback.walk_tb(link.__traceback__):
             involved.add(frame.f_globals.get("__name__", "").partition(".")[0])
-        error = error.__cause__
+        link = link.__cause__
     names = {name for name in names if name and not _installed(name)}
     if base := names.intersection(BASE):
         return _line(what, base, None)
@@ -53,7 +54,7 @@ def explain(error: ImportError, what: str) -> str | None:
 
 
 def _missing(extra: str) -> list[str]:
-    return [name for name in EXTRAS[extra] + EXTRAS.get(WITH.get(extra), ()) if not _installed(name)]
+    return [name for name in EXTRAS[extra] + EXTRAS.get(WITH.get(extra, ""), ()) if not _installed(name)]
 
 
 def _installed(name: str) -> bool:

@@ -14,7 +14,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -154,6 +154,7 @@ def _first_said(error: UserError) -> bool:
 
 def _found(*keys: str) -> bool:
     """Whether word is left under all the keys, or is so within seconds."""
+    assert _store is not None
     try:
         _store.wait(list(keys), HEARING)
     except dist.DistError:  # none in time, or the first process is gone
@@ -174,7 +175,7 @@ def from_first(work: Callable[[], T]) -> T:
 def first_before_others(work: Callable[[], T]) -> T:
     """All do `work`, rank 0 before the others, which then find in caches what it wrote."""
     done = on_first(work)
-    return done if is_first() else work()
+    return cast(T, done) if is_first() else work()
 
 
 def _on_first(work: Callable[[], Any], shared: bool) -> Any:
@@ -218,6 +219,7 @@ def _beating() -> Iterator[None]:
     if _store is None:
         yield
         return
+    # pyrefly: ignore[missing-attribute]  # torch's stubs lack it
     own, over = _store.clone(), threading.Event()
 
     def beat() -> None:
@@ -243,6 +245,7 @@ def _await_first(key: str) -> None:
     def listen() -> None:
         beats, pause = None, 0.01
         try:
+            # pyrefly: ignore[missing-attribute]  # torch's stubs lack it
             own = store.clone()
             while not own.check([key]):
                 if (now := own.add("beats", 0)) != beats:

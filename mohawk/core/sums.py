@@ -49,7 +49,10 @@ def sha256_of(paths: Sequence[Path], *, again: bool = False) -> list[str]:
 def hashed(path: Path) -> str:
     """sha256, hex, of a file. Raises OSError."""
     with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        digest = hashlib.sha256()  # hashlib.file_digest is new in Python 3.11
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def _stamp(path: Path) -> tuple[int, int, int]:

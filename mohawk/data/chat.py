@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from mohawk.data.records import Prompt
 from mohawk.errors import UserError
@@ -26,6 +26,6 @@ def render(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, Any]], w
     import jinja2
 
     try:
-        return tokenizer.apply_chat_template(messages, tokenize=False, **options)
+        return cast(str, tokenizer.apply_chat_template(messages, tokenize=False, **options))
     except (jinja2.TemplateError, ValueError, TypeError, KeyError) as error:
         raise UserError(f"{where}: the chat template refuses these messages: {str(error).splitlines()[0]}") from error

@@ -101,7 +101,8 @@ def chairman_order(weights: Sequence[float], rows: int, seed: int = 0) -> np.nda
     if len(weights) == 1:
         return order
     least = 1 / (2 * len(weights) - 2)
-    parts = [(k, float(weights[k])) for k in np.random.default_rng(seed).permutation(len(weights)).tolist()]
+    shuffled = np.random.default_rng(seed).permutation(len(weights))
+    parts = [(int(k), float(weights[k])) for k in shuffled]
     counts = [0] * len(weights)
     for m in range(1, rows + 1):
         chosen, soonest = -1, math.inf

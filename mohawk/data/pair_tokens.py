@@ -93,7 +93,11 @@ def read_pairs(
     None is the user's. Raises UserError with file and line.
     """
     sources = [as_source(source) for source in sources]
-    options = {"prompt_field": prompt_field, "response_field": response_field, "messages_field": messages_field}
+    options: dict[str, Any] = {
+        "prompt_field": prompt_field,
+        "response_field": response_field,
+        "messages_field": messages_field,
+    }
     options |= {"chat": chat, "teacher_field": teacher_field, "teachers": list(teachers), "weight_field": weight_field}
     contents = [(asdict(source), source_content(source)) for source in sources]
     settings = {"layout": LAYOUT, **options, "sources": contents}
@@ -161,10 +165,10 @@ def _tokenize(
     tokens: list[np.ndarray] = []
     learn: list[np.ndarray] = []
     responses: list[int] = []
-    meta: list[tuple[int, int, float, float, int, int]] = []
+    meta: list[tuple[int | float, ...]] = []
     unknown: dict[str, str] = {}
     weights: list[float] = []
-    weighed, first = False, None  # whether any row has a weight; the first row's place and fields
+    weighed, first = False, ("", [])  # whether any row has a weight; the first row's place and fields
     total = 0
     for chunk in _chunks((where, row) for source in sources for where, row in read_records(source)):
         examples = []
@@ -183,11 +187,11 @@ def _tokenize(
             length = row.get("tokens")
             teacher = _teacher(row, where, teacher_field, teachers) if teacher_field is not None else -1
             # an answer that was cut is not the one that ended there
-            answer = [response, row.get("finish_reason") == "length"]
+            answer: Any = [response, row.get("finish_reason") == "length"]
             keys = (int(content_hash(asked)[:16], 16), int(content_hash(answer)[:16], 16))
             meta.append((*keys, *numbers, length if isinstance(length, int) else -1, teacher))
             weighed = weighed or weight_field in row
-            first = first or (where, list(row))
+            first = first if first[0] else (where, list(row))
             weights.append(_weight(row, where, weight_field) if weight_field is not None else 1.0)
         for ids, learned, begin in _encode(tokenizer, examples):
             flags = np.zeros(len(ids), dtype=bool)
@@ -231,11 +235,12 @@ def _save(pairs: Pairs, folder: Path) -> None:
 
 
 def _load(folder: Path) -> Pairs:
-    arrays = {
+    arrays: dict[str, Any] = {
         path.stem: np.load(path, mmap_mode="r" if path.stem in ("tokens", "learn") else None)
         for path in folder.glob("*.npy")
     }
-    return Pairs(**{"teachers": None, **arrays}, **json.loads((folder / "meta.json").read_text()))
+    arrays.setdefault("teachers", None)
+    return Pairs(**arrays, **json.loads((folder / "meta.json").read_text()))
 
 
 def _pieces(

@@ -202,12 +202,13 @@ class PairsDataset(torch.utils.data.Dataset):
         filled = 0
         chosen = examples[self._places[self._starts[row] : self._starts[row + 1]]]
         for segment, example in enumerate(chosen):
-            first, last = self.pairs.spans[example]
+            first, last = self.pairs.spans[example].tolist()
             start = max(first, last - n)
             ids = self.pairs.tokens[start:last].astype(np.int64)
             # nothing is predicted before the first token
             learn = self.pairs.learn[start:last] & (np.arange(len(ids)) > 0)
             if first < start < self.pairs.responses[example] and self.pairs.tokens[first] == self.pairs.bos_token_id:
+                # pyrefly: ignore[unsupported-operation]  # which is not None here: it equals a token
                 ids[0] = self.pairs.bos_token_id
             here = slice(filled, filled + len(ids))
             input_ids[here] = ids
@@ -254,11 +255,12 @@ def _learned(pairs: Pairs, n: int) -> np.ndarray:
 def _best_fit(sizes: np.ndarray, who: np.ndarray, n: int) -> np.ndarray:
     """The row of each example: the fullest one of its teacher that has room (sizes fall within each teacher)."""
     bins = np.empty(len(sizes), dtype=np.int64)
-    count, previous = 0, None
+    count, previous, rooms = 0, None, 0
+    by_room: list[list[int]] = []
     for i, (size, teacher) in enumerate(zip(sizes.tolist(), who.tolist(), strict=True)):
         if teacher != previous:
             # rows by the room they have left; bit r of `rooms` says whether there is one with r
-            by_room: list[list[int]] = [[] for _ in range(n + 1)]
+            by_room = [[] for _ in range(n + 1)]
             rooms, previous = 0, teacher
         fits = rooms >> size
         if fits:

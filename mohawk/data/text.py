@@ -195,10 +195,9 @@ def local_files(source: Source) -> tuple[list[Path], str | None]:
         raise UserError(f"data: {empty[0]} is empty; remove it or give it text")
     if source.format is not None:
         return files, source.format
-    forms = {SUFFIXES.get(_suffix(p)) for p in files}
-    if None in forms:
-        odd = next(p for p in files if _suffix(p) not in SUFFIXES)
+    if (odd := next((p for p in files if _suffix(p) not in SUFFIXES), None)) is not None:
         raise UserError(f"data: {odd} has an unknown suffix; set format to one of {', '.join(FORMATS)}")
+    forms = {SUFFIXES[_suffix(p)] for p in files}
     if len(forms) > 1:
         raise UserError(f"data: {name} mixes {', '.join(sorted(forms))}; give each kind as a source of its own")
     return files, forms.pop()
@@ -237,7 +236,7 @@ def load_rows(source: Source, files: list[Path], form: str | None, scratch: str 
     bars = datasets.are_progress_bars_disabled()
     datasets.disable_progress_bars()
     try:
-        if not files:
+        if not files or form is None:
             with hub_or_cache():
                 return datasets.load_dataset(source.source, source.subset, split=source.split)
         options: dict[str, Any] = {"sample_by": "document"} if BUILDERS[form] == "text" else {}
@@ -252,7 +251,7 @@ def load_rows(source: Source, files: list[Path], form: str | None, scratch: str 
             datasets.enable_progress_bars()
 
 
-def _user_error(error: Exception, source: Source, files: list[Path], form: str | None) -> Exception:
+def _user_error(error: Exception, source: Source, files: list[Path], form: str | None) -> BaseException:
     if isinstance(error, UserError):
         return error
     if (own := machines_own(error)) is not None:
@@ -267,9 +266,9 @@ def _user_error(error: Exception, source: Source, files: list[Path], form: str |
                 _check_encoding(path)
         if "split" in str(error).lower():
             return UserError(f"data: {name}: a local file has only the split train, got {source.split!r}")
-        what = {"jsonl": "JSON lines", "parquet": "Parquet"}.get(form, "text")
+        what = {"jsonl": "JSON lines", "parquet": "Parquet"}.get(form or "", "text")
         return UserError(f"data: cannot read {name} as {what}: {said}")
-    import datasets
+    import datasets.exceptions
 
     if isinstance(error, ValueError) and ("split" in str(error).lower() or "BuilderConfig" in str(error)):
         return UserError(f"data: {name}: {str(error).strip().splitlines()[0][:300]}")
@@ -394,6 +393,7 @@ def rows_of(dataset: datasets.Dataset, source: Source) -> Iterator[tuple[int, di
     number = 0
     try:
         for number, row in enumerate(dataset, 1):
+            # pyrefly: ignore[invalid-yield]  # a row is a dict, of which datasets says nothing
             yield number - 1, row
     except UnicodeDecodeError as error:
         for path in local_files(source)[0]:
@@ -436,7 +436,7 @@ def tokenizer_key(tokenizer: PreTrainedTokenizerBase) -> str:
         # the last call's padding and truncation are kept in there, but change nothing for us
         parts.pop("padding", None), parts.pop("truncation", None)
     else:
-        parts = {"class": type(tokenizer).__name__, "vocab": sorted(tokenizer.get_vocab().items())}
+        parts: dict[str, Any] = {"class": type(tokenizer).__name__, "vocab": sorted(tokenizer.get_vocab().items())}
         parts["bos"] = getattr(tokenizer, "add_bos_token", None)
     parts["eos"] = tokenizer.eos_token_id
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
@@ -444,6 +444,7 @@ def tokenizer_key(tokenizer: PreTrainedTokenizerBase) -> str:
 
 def _documents(dataset: datasets.Dataset, source: Source, form: str | None) -> Iterator[str]:
     column = dataset.select_columns([source.field])
+    # pyrefly: ignore[bad-argument-type]  # columns of a Dataset are one
     for i, row in rows_of(column, source):
         text = row[source.field]
         if text is None:

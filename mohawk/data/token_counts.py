@@ -29,4 +29,4 @@ def most_frequent(counts: np.ndarray, asked: int | Literal["corpus"]) -> list[in
     """Ids that occur at all ("corpus"), or so many of the most frequent, ascending; of equal ones the first."""
     if asked == "corpus":
         return np.flatnonzero(counts).tolist()
-    return sorted(np.argsort(-counts, kind="stable")[:asked].tolist())
+    return [int(i) for i in np.sort(np.argsort(-counts, kind="stable")[:asked])]

@@ -162,7 +162,9 @@ def _canterbury() -> list[Path]:
             for member in source:
                 if (entry := CANTERBURY.get(Path(member.name).name)) and "/testdata/" in member.name:
                     name, begin, end, clean = entry
-                    text = source.extractfile(member).read().decode("ascii", errors="replace")
+                    file = source.extractfile(member)
+                    assert file is not None  # a file it is, by its name
+                    text = file.read().decode("ascii", errors="replace")
                     start = text.index(begin)
                     (folder / name).write_text(clean(text[start : text.rindex(end, start)]), encoding="utf-8")
     return [target / name for name, *_ in CANTERBURY.values()]

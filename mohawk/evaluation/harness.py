@@ -141,7 +141,7 @@ def task_manager(tasks: Sequence[str], task_path: str | Path | None = None) -> T
         raise UserError(f"--task-path: {task_path} is not a folder; give one that holds task files (*.yaml)")
     from lm_eval.tasks import TaskManager
 
-    paths = [str(OURS), *([] if task_path is None else [str(home(task_path).resolve())])]
+    paths: list[str | Path] = [str(OURS), *([] if task_path is None else [str(home(task_path).resolve())])]
     manager = TaskManager(include_path=paths, include_defaults=False)
     if not set(tasks) <= set(manager.all_tasks):
         manager = TaskManager(include_path=paths)  # reads some 14,000 files
@@ -223,12 +223,14 @@ def harness_model(
             positions = torch.arange(inps.shape[1], device=inps.device).expand_as(inps)
             batch = {"input_ids": inps, "position_ids": positions}
             with torch.inference_mode():
+                # pyrefly: ignore[bad-argument-type]  # lm-eval takes others too; this one is given a model below
                 hidden = packed_hidden_states(self.model, batch, device=inps.device, autocast=autocast)
                 return head.logits(hidden)
 
     head = Head.of(model).frozen()
     with _errors_only("lm_eval.models.huggingface"):  # it would say that a model is not a model's name
         return Scored(
+            # pyrefly: ignore[bad-argument-type]  # any tokenizer of transformers; lm-eval names two kinds
             pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=batch_size,
             mixed_precision_dtype=autocast,
         )  # fmt: skip
@@ -271,8 +273,10 @@ def paired(teacher: Mapping[str, Any], student: Mapping[str, Any]) -> dict[str, 
             metrics[label] = values | {"difference": ours[key] - theirs[key]}
             for who, found in (("teacher", theirs), ("student", ours)):
                 metrics[label][f"{who}_stderr"] = _finite(found.get(error_key))
-            samples = [_values(of["samples"].get(name, ()), metric, filter_name) for of in (teacher, student)]
-            metrics[label]["difference_stderr"] = difference_error(*samples, values)
+            of_teacher, of_student = (
+                _values(of["samples"].get(name, ()), metric, filter_name) for of in (teacher, student)
+            )
+            metrics[label]["difference_stderr"] = difference_error(of_teacher, of_student, values)
             higher = teacher.get("higher_is_better", {}).get(name, {}).get(metric)
             metrics[label]["higher_is_better"] = higher is not False
         if not metrics:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from rich.console import Console
 
@@ -16,7 +16,9 @@ from mohawk.errors import UserError
 from mohawk.loading.describe import student_folder
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase
+
+    from mohawk.models.hybrid import HybridForCausalLM
 
 log = logging.getLogger(__name__)
 
@@ -81,7 +83,7 @@ def export(
     if target.is_dir() and any(target.iterdir()) and not (target / "README.md").is_file():
         raise UserError(f"{target} exists and no export wrote it; choose another --output")
 
-    model = load_teacher(student, dtype="auto")
+    model = cast("HybridForCausalLM", load_teacher(student, dtype="auto"))
     changes = _prepare(model, to, pad_expand, fold_bias)
     tokenizer = _tokenizer(student, run)
     with write_whole(target) as folder:
@@ -103,7 +105,7 @@ def export(
     return target
 
 
-def _prepare(model: PreTrainedModel, to: str, pad_expand: bool, fold_bias: bool) -> list[str]:
+def _prepare(model: HybridForCausalLM, to: str, pad_expand: bool, fold_bias: bool) -> list[str]:
     """Changes the student as asked, in place; returns what there is to say about it."""
     from mohawk.models.formats.bamba import fold_conv_input_bias, has_conv_input_bias, padded_expand
 

@@ -128,7 +128,7 @@ def inspect_matrices(
                     *(((), ()) if s is None else zip(*((head.distance, head.rest) for head in heads), strict=True)),
                 )  # fmt: skip
                 title = f"layer {i} ({line.mixer}), {what}: {_summary(line)}"
-                plot_layer(heads, title, rows, folder / line.picture)
+                plot_layer(heads, title, rows, folder / str(line.picture))
                 console.print(f"layer {i}: {line.mixer}, {_summary(line)}", highlight=False, markup=False)
             page = _page(list(lines.values()), asked, what, rows)
             (folder / INDEX).write_text(page, encoding="utf-8")
@@ -300,7 +300,7 @@ def _same_attention(teacher: nn.Module, student: nn.Module, index: int) -> bool:
     )
 
 
-def _deciding(layer: nn.Module) -> dict[str, Tensor]:
+def _deciding(layer: Any) -> dict[str, Tensor]:
     """The weights that an attention layer's matrix depends on, by name."""
     parts = attention_parts(layer.self_attn)
     modules = {"input": mixer_input_norm(layer), "q_norm": parts.query_norm, "k_norm": parts.key_norm}
@@ -322,7 +322,7 @@ def _mixer(config, index: int, kept: bool) -> str:
 def _summary(line: _Layer) -> str:
     if not line.distances:
         return f"mean ‖A‖ {np.mean(line.norms):.3g}"
-    share, rest = percent(np.mean(line.shares)), percent(np.mean(line.rests))
+    share, rest = percent(float(np.mean(line.shares))), percent(float(np.mean(line.rests)))
     return f"mean ‖S − A‖ {np.mean(line.distances):.3g}, {share} of ‖A‖; at the best scale {rest}"
 
 
@@ -337,7 +337,7 @@ th { border-bottom: 1px solid #d0d7de; font-weight: 600 } .word { text-align: le
 def _page(lines: Sequence[_Layer], asked: _Asked, what: str, rows: tuple[int, int]) -> str:
     compared = asked.student is not None
     teacher = html.escape(str(asked.teacher["model"]))
-    models = f"Teacher: {teacher}.<br>Student: {html.escape(asked.student)}." if compared else f"Model: {teacher}."
+    models = f"Teacher: {teacher}.<br>Student: {html.escape(str(asked.student))}." if compared else f"Model: {teacher}."
     about = [f"{models}<br>Text: {html.escape(what)}."]
     about.append(
         "Row i of a head's matrix says how much of each position j the head mixes into position i. Colour is the "
@@ -384,8 +384,8 @@ def _page(lines: Sequence[_Layer], asked: _Asked, what: str, rows: tuple[int, in
         spread = line.shares if compared else line.norms
         shown = percent if compared else "{:.3g}".format
         numbers = [f"{np.mean(line.distances):.3g}"] if compared else []
-        numbers += [shown(np.mean(spread)), f"{shown(min(spread))} to {shown(max(spread))}"]
-        numbers += [shown(values[line.index])] if compared else []
+        numbers += [shown(float(np.mean(spread))), f"{shown(min(spread))} to {shown(max(spread))}"]
+        numbers += [shown(float(values[line.index]))] if compared else []
         cells += "".join(f"<td>{number}</td>" for number in numbers)
         width = 100 * values[line.index] / largest if math.isfinite(values[line.index]) else 0
         cells += f'<td class="bar"><div style="width: {width:.1f}%"></div></td>'

@@ -35,7 +35,7 @@ def print_run(folder: Path, console: Console) -> None:
         )  # fmt: skip
     for name in phase_names(folder):
         phase = phase_folder(folder, name)
-        if name in elsewhere:
+        if composed is not None and name in elsewhere:
             state = f"done in {composed['run']}"
         elif name not in asked:
             state = "left out (null in the recipe)"

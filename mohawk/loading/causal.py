@@ -28,13 +28,13 @@ def embedding_rows(model: PreTrainedModel) -> int:
     return getattr(embedding, "num_embeddings", None) or len(embedding.weight)
 
 
-def within_peft(module: nn.Module) -> nn.Module:
+def within_peft(module: Any) -> Any:
     for name in ("original_module", "base_layer"):  # peft's, a wrapper around an adapter around the module
         module = getattr(module, name, module)
     return module
 
 
-def check_causal(model: nn.Module, who: str) -> None:
+def check_causal(model: Any, who: str) -> None:
     """UserError where a model's states at some tokens change with later ones, whatever its configuration says.
 
     It reads a few ids of its vocabulary, once. Nothing is found out, and nothing said, of a model that cannot be run as
@@ -75,7 +75,7 @@ def check_causal_on(model: PreTrainedModel, inputs: Mapping[str, Tensor], forwar
         raise UserError(f"model: {_told_ahead(model)}")
 
 
-def plain_model(model: nn.Module) -> nn.Module:
+def plain_model(model: Any) -> Any:
     return model.get_base_model() if hasattr(model, "get_base_model") else model  # within peft's
 
 
@@ -95,7 +95,9 @@ def _looks_ahead(model: PreTrainedModel, text: Tensor, forward: Callable[..., An
         seen.append(args[0][:, :half])
         return (args[0][:, -1:],)
 
-    hook = model.get_output_embeddings().register_forward_pre_hook(keep)
+    output = model.get_output_embeddings()
+    assert output is not None  # asked by both callers
+    hook = output.register_forward_pre_hook(keep)
     training = [module for module in model.modules() if module.training]
     devices = [text.device] if text.device.type == "cuda" else []
     try:

@@ -190,7 +190,8 @@ def _runs(layers: Sequence[Layer]) -> list[tuple[int, int]]:
 
 def _state(layers: Sequence[Layer], context: int) -> str:
     sizes = [layer.state_bytes(context) for layer in layers]
-    return "not known" if None in sizes else size_text(sum(sizes))
+    known = [size for size in sizes if size is not None]
+    return size_text(sum(known)) if len(known) == len(sizes) else "not known"
 
 
 def size_text(count: int) -> str:

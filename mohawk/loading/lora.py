@@ -8,6 +8,7 @@ import functools
 import os
 import warnings
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -77,6 +78,7 @@ def add_adapter(
     config = peft.LoraConfig(
         task_type="CAUSAL_LM",
         r=rank,
+        # pyrefly: ignore[bad-argument-type]  # any number will do
         lora_alpha=2 * rank if alpha is None else alpha,
         lora_dropout=dropout,
         target_modules=names,
@@ -129,21 +131,21 @@ def _checked_targets(model: nn.Module, targets: Sequence[str]) -> list[str]:
     return list(targets)
 
 
-def reaches_head(model: nn.Module, targets: Sequence[str]) -> bool:
+def reaches_head(model: Any, targets: Sequence[str]) -> bool:
     """Whether targets of an adapter are, or have among them, a model's output embedding."""
     head = model.get_output_embeddings()
     paths = [f".{name}" for name, module in model.named_modules() if module is head]
     return any(path.endswith(f".{target}") for path in paths for target in targets)
 
 
-def _is_tied(model: nn.Module) -> bool:
+def _is_tied(model: Any) -> bool:
     """Whether the output embedding's weight is the input embedding's, also within an adapter."""
     both = (model.get_input_embeddings(), model.get_output_embeddings())
     weights = [getattr(module, "base_layer", module).weight for module in both if module is not None]
     return len(weights) == 2 and weights[0] is weights[1]
 
 
-def save_adapter(model: nn.Module, folder: str | os.PathLike) -> None:
+def save_adapter(model: Any, folder: str | os.PathLike) -> None:
     """Writes the adapter alone, as safetensors; `peft.PeftModel.from_pretrained(base, folder)` reads it."""
     # "auto" would ask the model hub whether the vocabulary was changed; embeddings are never the adapter's
     model.save_pretrained(folder, save_embedding_layers=False)
@@ -192,6 +194,7 @@ def keep_unpacked(model: nn.Module) -> None:
     """
     for module in model.modules():
         if getattr(module, "support_avx512bf16_for_cpu", False):
+            # pyrefly: ignore[bad-argument-type]  # a plain attribute of bitsandbytes' layers
             module.support_avx512bf16_for_cpu = False
             module.state_dict()  # unpacks what is packed
 
@@ -202,7 +205,7 @@ def is_quantised(model: nn.Module) -> bool:
 
 
 @torch.no_grad()
-def quantise(model: nn.Module) -> nn.Module:
+def quantise(model: Any) -> nn.Module:
     """Puts the linear maps of the decoder layers into 4 bits (NF4), in place; embeddings, norms and head stay.
 
     For a model that is in memory already; one on disk is loaded with `four_bit_config`, as transformers does it.
@@ -229,7 +232,7 @@ def quantise(model: nn.Module) -> nn.Module:
 
 
 @torch.no_grad()
-def _decoded(model: nn.Module) -> nn.Module:
+def _decoded(model: Any) -> nn.Module:
     """The model with plain linear maps in place of those in 4 bits."""
     if getattr(model, "hf_quantizer", None) is not None:
         model = model.dequantize()
@@ -281,6 +284,7 @@ def _why_no_four_bits(device: str) -> str | None:
             layer = Linear4bit(64, 64, bias=False, compute_dtype=torch.float32, quant_type="nf4").to(device)
             x = torch.ones(1, 64, device=device, requires_grad=True)
             layer(x).sum().backward()
+            assert x.grad is not None
     except ImportError as error:
         return f"needs the package bitsandbytes ({str(error).splitlines()[0]})"
     except Exception as error:  # whatever a backend that is not there raises

@@ -29,9 +29,12 @@ def teacher_hash(teacher: PreTrainedModel) -> str:
         for name, parameter in module.named_parameters(recurse=False):
             if id(parameter) not in seen:
                 seen.add(id(parameter))
-                values = loaded(module, name).detach()
+                values = loaded(module, name)
+                assert values is not None
+                values = values.detach()
                 digest.update(f"{place}.{name} {tuple(values.shape)} {values.dtype}".encode())
                 for part in _plain(values):
+                    # pyrefly: ignore[bad-argument-type]  # an array is a buffer, of which numpy's stubs know from Python 3.12 on
                     digest.update(part.contiguous().flatten().view(torch.uint8).cpu().numpy())
     return digest.hexdigest()
 

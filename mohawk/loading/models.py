@@ -161,7 +161,7 @@ def building(config: PretrainedConfig, name: str | Path) -> Iterator[None]:
         ) from error
 
 
-def check_decoder(model: torch.nn.Module, who: str) -> None:
+def check_decoder(model: Any, who: str) -> None:
     """UserError unless a model predicts each next token of a text from those before it.
 
     Encoders, models with an encoder and a decoder and models of speech or images have an output embedding too, from
@@ -266,6 +266,7 @@ def load_teacher(
 
         keep_unpacked(teacher)
     placed = device is None or device_map is not None or quantize is not None
+    # pyrefly: ignore[bad-argument-type]  # transformers wraps `to` and loses its parameters
     teacher = teacher if placed else teacher.to(device)
     check_causal(teacher, "teacher")  # before anything is trained or written with it
     return teacher
@@ -329,6 +330,7 @@ def load_tokenizer(
         name, gguf_file = locate(model, gguf_file)
     try:
         with hub_or_cache(name):
+            # pyrefly: ignore[bad-return]  # None only where a class has no tokenizer, of which it raises
             return AutoTokenizer.from_pretrained(
                 name, revision=revision, trust_remote_code=trust_remote_code, **_gguf(gguf_file)
             )
@@ -344,8 +346,9 @@ def without_quantization(model: PreTrainedModel) -> PreTrainedModel:
     """
     config = copy.deepcopy(model.config)
     if hasattr(config, "quantization_config"):
-        del config.quantization_config
+        delattr(config, "quantization_config")
     dtype = model.dtype
+    # pyrefly: ignore[bad-argument-type]  # transformers wraps `to` and loses its parameters
     plain = type(model)(config).to(dtype)
     plain.load_state_dict(model.state_dict(), assign=True)
     plain.tie_weights()
@@ -379,7 +382,7 @@ def _gguf(gguf_file: str | None) -> dict[str, Any]:
 
 def _user_error(
     error: Exception, name: str, revision: str | None, what: str, gguf_file: str | None = None
-) -> Exception:
+) -> BaseException:
     """One line for the causes a user can do something about; anything else passes through unchanged."""
     from huggingface_hub import errors as hub
 

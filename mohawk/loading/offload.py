@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor, nn
 
 from mohawk.errors import UserError
@@ -12,7 +14,7 @@ def loaded(module: nn.Module, name: str) -> Tensor | None:
     tensor = getattr(module, name, None)
     if tensor is None or tensor.device.type != "meta":
         return tensor
-    hook = getattr(module, "_hf_hook", None)
+    hook: Any = getattr(module, "_hf_hook", None)
     kept = getattr(hook, "weights_map", None)
     if kept is None:
         raise UserError(f"{type(module).__name__}.{name} has no values; load the model with its weights")

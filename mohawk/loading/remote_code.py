@@ -94,11 +94,14 @@ def _needed() -> dict[str, str]:
         module = waiting.pop()
         if module in found:
             continue
-        found[module] = Path(importlib.util.find_spec(module).origin).read_text(encoding="utf-8")
+        spec = importlib.util.find_spec(module)
+        assert spec is not None and spec.origin is not None, f"{module} is not there"
+        found[module] = Path(spec.origin).read_text(encoding="utf-8")
         waiting += _IMPORT.findall(found[module])
     assert len(set(map(_flat, found))) == len(found), "two modules of one name in a flat folder"
     return found
 
 
 def _package(node: ast.Import | ast.ImportFrom) -> str:
-    return (node.module if isinstance(node, ast.ImportFrom) else node.names[0].name).split(".")[0]
+    name = (node.module or "") if isinstance(node, ast.ImportFrom) else node.names[0].name
+    return name.split(".")[0]

@@ -9,6 +9,7 @@ import dataclasses
 import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -63,7 +64,7 @@ def collect_attention(model: nn.Module, layers: Collection[int]) -> Iterator[dic
     check_checkpointing(f"attention of {name}", modules)
     kinds = getattr(body.config, "layer_types", None)
     records: dict[int, Record] = {}
-    tagged: list[tuple[nn.Module, AttentionRecord]] = []
+    tagged: list[tuple[nn.Module, Record]] = []
     hooks = []
     for layer in sorted(set(layers)):
         mixer = next((module for module in modules[layer].modules() if isinstance(module, SSMMixer)), None)
@@ -232,7 +233,8 @@ def side_by_side(records: Mapping[int, Record], mask: Tensor) -> dict[int, Recor
     """
     order = mask.bool().logical_not().long().argsort(dim=1, stable=True)
 
-    def moved(x: Tensor, dim: int) -> Tensor:
+    def moved(x: Tensor | None, dim: int) -> Tensor:
+        assert x is not None  # the model has run
         shape = [1] * x.dim()
         shape[0], shape[dim] = order.shape
         return x.gather(dim, order.to(x.device).view(shape).expand_as(x))
@@ -284,5 +286,7 @@ def _mixing(records: Mapping[int, Record], layer: int, side: str, segment_ids: T
 
 
 def _moved(mixing: Mixing, device: torch.device) -> Mixing:
-    tensors = {name: x.to(device) for name, x in vars(mixing).items() if isinstance(x, Tensor) and x.device != device}
+    tensors: dict[str, Any] = {
+        name: x.to(device) for name, x in vars(mixing).items() if isinstance(x, Tensor) and x.device != device
+    }
     return dataclasses.replace(mixing, **tensors) if tensors else mixing

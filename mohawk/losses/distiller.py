@@ -365,13 +365,12 @@ class KnowledgeDistiller(Objective):
                 if (line := told_of_cut(source, vocab, labels != IGNORED)) is not None:
                     log.warning("%s", line)
             source = shared_part(source, vocab)
-        options = {
+        options: dict[str, Any] = {
             "divergence": self.divergence,
             "temperature": self._now(self.temperature),
             "beta": self.beta,
             "lam": self.lam,
             "normalizer": divisor,
-            "return_parts": "rows",
         }
         count = (labels != IGNORED).sum()
 
@@ -386,7 +385,7 @@ class KnowledgeDistiller(Objective):
             plain = {**options, "divergence": "forward_kl", "temperature": 1.0}
             ce, parts = linear_kd_loss(
                 **student, teacher=nobody, labels=labels, token_weights=weights, kd_weight=0.0, ce_weight=ce_weight,
-                **plain,
+                return_parts="rows", **plain,
             )  # fmt: skip
             measured("ce", parts.ce)
             return ce
@@ -398,7 +397,7 @@ class KnowledgeDistiller(Objective):
         if not self.confidence and vocab is None:
             loss, parts = linear_kd_loss(
                 **student, teacher=target, labels=labels, token_weights=weights, kd_weight=kd_weight,
-                ce_weight=ce_weight, **options,
+                ce_weight=ce_weight, return_parts="rows", **options,
             )  # fmt: skip
             measured("kd", parts.kd)
             measured("ce", parts.ce)
@@ -411,7 +410,7 @@ class KnowledgeDistiller(Objective):
         known = labels if vocab is None else labels.clamp(max=vocab - 1)
         kd, parts = linear_kd_loss(
             **student, teacher=target, labels=known, token_weights=kd_weights, kd_weight=kd_weight, ce_weight=0.0,
-            vocab_size=vocab, **options,
+            vocab_size=vocab, return_parts="rows", **options,
         )  # fmt: skip
         measured("kd", parts.kd)
         return kd + cross_entropy() if ce_weight else kd

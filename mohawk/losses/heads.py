@@ -6,7 +6,7 @@ import logging
 import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, overload
 
 import torch
 from torch import Tensor, nn
@@ -111,32 +111,33 @@ def output_weight(module: nn.Module) -> tuple[Tensor, Tensor | None]:
 
     Raises UserError for any other adapter, for dropout on the adapter's input while it trains, for packed weights.
     """
+    wrapper: Any = module  # one of peft's, perhaps
     off = getattr(module, "disable_adapters", False)
     if hasattr(module, "modules_to_save"):  # peft's ModulesToSaveWrapper
-        active = [] if off else [name for name in module.active_adapters if name in module.modules_to_save]
-        return output_weight(module.modules_to_save[active[0]] if active else module.original_module)
+        active = [] if off else [name for name in wrapper.active_adapters if name in wrapper.modules_to_save]
+        return output_weight(wrapper.modules_to_save[active[0]] if active else wrapper.original_module)
     if hasattr(module, "token_adapter"):  # TrainableTokensWrapper
-        tokens = module.token_adapter
+        tokens = wrapper.token_adapter
         weight, bias = output_weight(tokens.base_layer)
         merged = off or tokens.disable_adapters or tokens.merged or not tokens.active_adapters
         return (weight if merged else tokens.get_merged_weights(tokens.active_adapters)), bias
     if not hasattr(module, "base_layer"):
         return _plain_weight(module)
-    weight, bias = output_weight(module.base_layer)
+    weight, bias = output_weight(wrapper.base_layer)
     if off or getattr(module, "merged", False):
         return weight, bias
     # AdaLoRA's factors bear LoRA's names, but are parameters with a third one between them
     if not isinstance(getattr(module, "lora_A", None), nn.ModuleDict) or hasattr(module, "parameter_name"):
         raise UserError(_adapted(f"{type(module).__module__}.{type(module).__name__}, which is not supported here"))
-    for name in module.active_adapters:
-        if name in module.lora_A:
+    for name in wrapper.active_adapters:
+        if name in wrapper.lora_A:
             with torch.autocast(weight.device.type, enabled=False):
-                weight, bias = _with_lora(module, name, output_weight(module.base_layer)[0], weight, bias)
+                weight, bias = _with_lora(module, name, output_weight(wrapper.base_layer)[0], weight, bias)
     return weight, bias
 
 
 def _with_lora(
-    module: nn.Module, name: str, base: Tensor, weight: Tensor, bias: Tensor | None
+    module: Any, name: str, base: Tensor, weight: Tensor, bias: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
     """weight and bias plus what an adapter adds to the module's output, which has `base` without any."""
     down, up, scaling = module.lora_A[name], module.lora_B[name], module.scaling[name]
@@ -168,6 +169,7 @@ def _adapted(how: str, instead: str = "") -> str:
 
 def _plain_weight(module: nn.Module) -> tuple[Tensor, Tensor | None]:
     weight, bias = loaded(module, "weight"), loaded(module, "bias")
+    assert weight is not None
     if type(weight).dequantize is not Tensor.dequantize:  # torchao's, which says what it stands for
         weight = weight.dequantize()
     if not weight.is_floating_point() or weight.dim() != 2:
@@ -261,6 +263,10 @@ def _check_padding(model: PreTrainedModel, mask: Tensor | None) -> None:
         )
 
 
+@overload
+def in_autocast(tensor: Tensor) -> Tensor: ...
+@overload
+def in_autocast(tensor: Tensor | None) -> Tensor | None: ...
 def in_autocast(tensor: Tensor | None) -> Tensor | None:
     """The tensor in the dtype that autocast would multiply it in."""
     if tensor is None:

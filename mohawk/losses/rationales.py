@@ -18,7 +18,7 @@ import logging
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, overload
 
 import numpy as np
 import torch
@@ -124,7 +124,7 @@ def read_rationales(files: Sequence[Any], templates: Sequence[str] = TEMPLATES) 
     for source, stem in zip(sources, stems, strict=True):
         name = stem if stems.count(stem) == 1 else source.source
         for where, row in read_records(source):
-            record = {"prompt": _prompt(row, where), "teacher": str(row.get("teacher") or name)}
+            record: dict[str, Any] = {"prompt": _prompt(row, where), "teacher": str(row.get("teacher") or name)}
             if row.get("label") is not None:
                 record["label"] = _text(row, "label", where)
                 record["rationale"] = _text(row, "rationale", where) if row.get("rationale") is not None else None
@@ -327,9 +327,39 @@ class RationaleDistiller:
             self.teacher.beside(student)
         self.prefixes = (label_prefix, rationale_prefix)
         self.rationale_weight = rationale_weight
-        self.label_loss = {"ce_weight": ce_weight, "kd_weight": kd_weight}
+        self.label_loss: dict[str, Any] = {"ce_weight": ce_weight, "kd_weight": kd_weight}
         self.label_loss |= {"temperature": temperature, "divergence": divergence}
 
+    @overload
+    def compute_loss(
+        self,
+        prompts: Sequence[str],
+        labels: Sequence[str],
+        rationales: Sequence[str | None],
+        *,
+        return_parts: Literal[False] = False,
+        normalizers: tuple[float, float] | None = None,
+    ) -> Tensor: ...
+    @overload
+    def compute_loss(
+        self,
+        prompts: Sequence[str],
+        labels: Sequence[str],
+        rationales: Sequence[str | None],
+        *,
+        return_parts: Literal[True],
+        normalizers: tuple[float, float] | None = None,
+    ) -> tuple[Tensor, dict[str, Tensor]]: ...
+    @overload
+    def compute_loss(
+        self,
+        prompts: Sequence[str],
+        labels: Sequence[str],
+        rationales: Sequence[str | None],
+        *,
+        return_parts: bool,
+        normalizers: tuple[float, float] | None = None,
+    ) -> Tensor | tuple[Tensor, dict[str, Tensor]]: ...
     def compute_loss(
         self,
         prompts: Sequence[str],
@@ -355,8 +385,9 @@ class RationaleDistiller:
         ]
         rationale = label.new_zeros(())
         if reasoned and self.rationale_weight:
+            asked, answers = zip(*reasoned, strict=True)
             rationale = self._task_loss(
-                self.prefixes[1], *zip(*reasoned, strict=True), None, of_rationales, ce_weight=1.0, kd_weight=0.0
+                self.prefixes[1], asked, answers, None, of_rationales, ce_weight=1.0, kd_weight=0.0
             )
         loss = label + self.rationale_weight * rationale
         return (loss, {"label": label.detach(), "rationale": rationale.detach()}) if return_parts else loss

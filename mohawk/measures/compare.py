@@ -12,7 +12,7 @@ import statistics
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -207,11 +207,12 @@ def decode_speed(
     with _evaluating(model):
         for context in contexts:
             ids = torch.randint(model.config.get_text_config().vocab_size, (1, context), generator=generator)
-            cache = None
+            cache = output = None
             for start in range(0, context, chunk):
                 piece = ids[:, start : start + chunk].to(device)
                 output = _step(model, piece, start, cache)
                 cache = output[CACHE]
+            assert output is not None  # a context has a token
             size = cache_bytes(cache)
             token = output.logits[:, -1:].argmax(-1)
             times = []
@@ -268,6 +269,7 @@ def continuation(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, pro
         raise UserError("evaluation.prompt: this tokenizer makes no token of it; give some words")
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     with _evaluating(model):
+        # pyrefly: ignore[not-callable]  # a method of the class that mixes it in
         ids = model.generate(
             **inputs,
             max_new_tokens=new_tokens,
@@ -277,4 +279,4 @@ def continuation(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, pro
             top_k=None,
             pad_token_id=pad,
         )
-    return tokenizer.decode(ids[0, length:], skip_special_tokens=True)
+    return cast(str, tokenizer.decode(ids[0, length:], skip_special_tokens=True))

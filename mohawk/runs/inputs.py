@@ -96,7 +96,7 @@ def _students(recipe: RecipeFile) -> Iterator[tuple[str, Any]]:
 
 def _check_tokenizers(recipe: RecipeFile) -> PreTrainedTokenizerBase:
     """The teacher's, which reads all text and is saved with the student: all models have to read its ids alike."""
-    tokenizer = None
+    tokenizer: Any = None
     for name, teacher in _teachers(recipe):
         where = {key: getattr(teacher, key) for key in WHERE}
         if tokenizer is None:

@@ -116,6 +116,7 @@ class Selection(TypedDict):
     rankings: dict[str, Ranking]
 
 
+# pyrefly: ignore[invalid-argument]  # the fields of a dataclass, whatever they are
 SizesRow = TypedDict("SizesRow", typing.get_type_hints(Sizes))
 
 

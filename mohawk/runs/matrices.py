@@ -6,11 +6,12 @@ import logging
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from mohawk.core.folders import why_altered, write_file
 from mohawk.core.run_folder import plot_file
@@ -22,6 +23,9 @@ from mohawk.models.mixers import SSMMixer
 from mohawk.models.teacher_forcing import LayerCall, layer_calls, record, recording_attention
 from mohawk.runs.plots import Heads, plot_mixing_matrices
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 log = logging.getLogger(__name__)
 
 FOLDER = "matrices"
@@ -29,7 +33,7 @@ FOLDER = "matrices"
 
 @torch.no_grad()
 def layer_mixings(
-    teacher: nn.Module, student: nn.Module | None, input_ids: Tensor, layers: list[int]
+    teacher: PreTrainedModel, student: PreTrainedModel | None, input_ids: Tensor, layers: list[int]
 ) -> Iterator[tuple[int, AttentionMixing, Mixing | None]]:
     """What teacher and student mix with in some layers, both given the teacher's hidden states, unmaterialised.
 
@@ -47,7 +51,11 @@ def layer_mixings(
     own_layers = None if student is None else decoder_layers(student)
     with ExitStack() as recording:
         recording.enter_context(recording_attention(teacher))
-        if own_layers is not None and any(not isinstance(own_layers[i].self_attn, SSMMixer) for i in layers):
+        if (
+            student is not None
+            and own_layers is not None
+            and any(not isinstance(own_layers[i].self_attn, SSMMixer) for i in layers)
+        ):
             recording.enter_context(recording_attention(student))
         hidden, calls = layer_calls(teacher, input_ids.to(teacher.device), positions)
         for i, call in enumerate(calls[: max(layers) + 1]):
@@ -60,7 +68,7 @@ def layer_mixings(
             hidden = after
 
 
-def _student_mixing(layer: nn.Module, hidden: Tensor, call: LayerCall) -> Mixing:
+def _student_mixing(layer: Any, hidden: Tensor, call: LayerCall) -> Mixing:
     hidden = hidden.to(next(layer.parameters()).dtype)
     if isinstance(layer.self_attn, SSMMixer):
         return layer.self_attn.mixing(mixer_input_norm(layer)(hidden))
@@ -70,7 +78,7 @@ def _student_mixing(layer: nn.Module, hidden: Tensor, call: LayerCall) -> Mixing
 
 
 def layer_matrices(
-    student: HybridForCausalLM, teacher: nn.Module, input_ids: Tensor, layers: list[int]
+    student: HybridForCausalLM, teacher: PreTrainedModel, input_ids: Tensor, layers: list[int]
 ) -> dict[str, Tensor]:
     """Every head's mixing matrix of some replaced layers, given the teacher's hidden states.
 
@@ -84,12 +92,15 @@ def layer_matrices(
     """
     found = {}
     for i, theirs, own in layer_mixings(teacher, student, input_ids, layers):
+        assert own is not None
         found[f"layer_{i}.teacher"] = mixing_matrix(theirs)[0].float().cpu()
         found[f"layer_{i}.student"] = mixing_matrix(own)[0].float().cpu()
     return found
 
 
-def save_matrices(run: Path, stage: str, student: HybridForCausalLM, teacher: nn.Module, input_ids: Tensor) -> None:
+def save_matrices(
+    run: Path, stage: str, student: HybridForCausalLM, teacher: PreTrainedModel, input_ids: Tensor
+) -> None:
     """Keeps the matrices of the first, middle and last replaced layer as `matrices/<stage>.safetensors`."""
     replaced = student.config.ssm_layers
     layers = sorted({replaced[0], replaced[len(replaced) // 2], replaced[-1]})

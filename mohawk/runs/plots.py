@@ -181,6 +181,7 @@ def plot_mixing_matrices(rows: Sequence[Heads], target: Path | str) -> Path | No
             axis.grid(False)
         for axis in line[len(matrices) :]:
             axis.set_axis_off()
+        # pyrefly: ignore[unbound-name]  # there is a matrix in each row
         figure.colorbar(image, ax=list(line), label="entry (symmetric log)", shrink=0.85, pad=0.01)
     return _save(figure, target)
 
@@ -219,8 +220,8 @@ def plot_layer(heads: Sequence[HeadPicture], title: str, rows: tuple[int, int], 
         x, y = column * wide + left, height - top - (row + 1) * high + below
         largest = max(1e-2, float(np.nanmax(np.abs(head.teacher), initial=0)))
         norm = SymLogNorm(linthresh=1e-3, vmin=-largest, vmax=largest)
-        pictures = [(head.teacher, f"head {index}: ‖A‖ = {head.norm:.3g}")]
-        if compared:
+        pictures: list[tuple[Any, str]] = [(head.teacher, f"head {index}: ‖A‖ = {head.norm:.3g}")]
+        if head.distance is not None and head.rest is not None:  # compared
             share = percent(head.distance / head.norm if head.norm else math.nan)
             pictures = [(head.teacher, f"head {index}: teacher, ‖A‖ = {head.norm:.3g}")]
             pictures.append((head.student, f"student, ‖S‖ = {head.student_norm:.3g}"))
@@ -245,6 +246,7 @@ def plot_layer(heads: Sequence[HeadPicture], title: str, rows: tuple[int, int], 
             if place == 0:
                 axis.set_ylabel("to position i", labelpad=1, **small)
         at = ((x + panels * (side + gap)) / width, y / height, bar / width, side / height)
+        # pyrefly: ignore[unbound-name]  # there is a picture of each head
         figure.colorbar(image, cax=figure.add_axes(at)).ax.tick_params(labelsize=6.5, length=2, pad=1.5)
     return _save(figure, target)
 

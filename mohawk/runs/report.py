@@ -239,7 +239,7 @@ def tables(results: Mapping[str, Any]) -> list[Table]:
     made: list[Table] = [tuple(table) for table in results.get("own_tables", ())]
     stages = results.get("stages", AFTER)  # which earlier results did not have
     for text, name in TEXTS.items():
-        rows = []
+        rows, tokens = [], 0
         for stage, name_of_stage in stages.items():
             if found := results["evaluation"].get(stage, {}).get(text):
                 rows.append(

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -45,6 +45,9 @@ from mohawk.measures.compare import TeacherStates, compare, teacher_states
 from mohawk.runs.binding import bind, bound, of_this_run, record_of, write_bound
 from mohawk.runs.kept import Compared
 from mohawk.training.trainer import PhaseTrainer, is_over
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 log = logging.getLogger(__name__)
 
@@ -210,7 +213,7 @@ class Run:
         precision = str(self.autocast or "float32").removeprefix("torch.")
         bind(self.folder, self.recipe, self.tokenizer, precision, record=self.trains)
 
-    def _load_teacher(self) -> nn.Module:
+    def _load_teacher(self) -> PreTrainedModel:
         teacher = self.recipe.teacher
         return load_teacher(
             teacher.model, gguf_file=teacher.gguf_file, revision=teacher.revision, dtype=teacher.dtype,
@@ -238,11 +241,11 @@ class Run:
             texts[name] = teacher_states(self.teacher, rows, batch_size=asked.batch_size, autocast=self.autocast)
         return texts
 
-    def _evaluate(self, stage: str, student: nn.Module) -> None:
+    def _evaluate(self, stage: str, student: PreTrainedModel) -> None:
         """Compares with the teacher on every text, once a stage."""
         on_first(lambda: self._measure(stage, student))
 
-    def _measure(self, stage: str, student: nn.Module) -> None:
+    def _measure(self, stage: str, student: PreTrainedModel) -> None:
         path = evaluation_file(self.folder, stage)
         if read_json(path, dict[str, Compared]) is not None:
             return
@@ -259,7 +262,7 @@ class Run:
                 f"KL {result['kl']:.4f}, same first choice {result['top1_agreement']:.1%}"
             )
 
-    def _evaluated(self, stage: str, student: nn.Module) -> None:
+    def _evaluated(self, stage: str, student: PreTrainedModel) -> None:
         """What a kind of run keeps beside the figures of a stage, before they are written."""
 
     def _student(self, phase: str) -> Path:
@@ -322,7 +325,7 @@ class Run:
         """Of a student of an earlier version, which does not say what it is made of."""
         return last is None or weights_sum(final) == weights_sum(self._student(last))
 
-    def _save(self, folder: Path, student: nn.Module, about: dict[str, Any], tokenizer: Any = None) -> None:
+    def _save(self, folder: Path, student: PreTrainedModel, about: dict[str, Any], tokenizer: Any = None) -> None:
         """A student's folder. Raises UserError, and leaves what is there, where a weight is not finite."""
         refuse_nonfinite(student, f"{folder}: this student", "it is not written; lower the learning rate")
         if folder == self.folder / STUDENT:
@@ -343,11 +346,11 @@ class Run:
 
         on_first(forget)
 
-    def _write_student(self, phase: str, student: nn.Module, before: str | None) -> None:
+    def _write_student(self, phase: str, student: PreTrainedModel, before: str | None) -> None:
         """After a phase: when this returns, it is there. before: the phase before it, if any."""
         on_first(lambda: self._save(self._student(phase), student, self._origin(before)))
 
-    def _write_final(self, student: nn.Module, last: str | None) -> None:
+    def _write_final(self, student: PreTrainedModel, last: str | None) -> None:
         """The run's student, made of the one that the last phase left."""
         self._save(self.folder / STUDENT, student, self._origin(last), self.tokenizer)
 
@@ -365,7 +368,7 @@ class Run:
             precision=self.recipe.precision, device=self.recipe.device, seed=self.recipe.seed, **options,
         )  # fmt: skip
 
-    def _fit(self, trainer: PhaseTrainer, student: nn.Module) -> None:
+    def _fit(self, trainer: PhaseTrainer, student: PreTrainedModel) -> None:
         """Train a phase to its end."""
         begin = time.monotonic()
         trainer.train_phase()

@@ -7,12 +7,15 @@ import types
 import typing
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
 from mohawk.schema.yaml_text import Path as Where
 from mohawk.schema.yaml_text import RecipeText, prefix, report, show
+
+if TYPE_CHECKING:
+    from pydantic_core import ErrorDetails
 
 Model = TypeVar("Model", bound=BaseModel)
 
@@ -88,7 +91,7 @@ def _expanded(data: dict[str, Any]) -> dict[str, Any]:
     return data
 
 
-def _explain(schema: type[BaseModel], details: dict[str, Any], at: Where) -> str:
+def _explain(schema: type[BaseModel], details: ErrorDetails, at: Where) -> str:
     """One mistake that pydantic found, as: got, allowed, what to do."""
     kind, got, field = details["type"], details["input"], _field(schema, at)
     if kind == "extra_forbidden":
@@ -119,7 +122,8 @@ def _field(schema: type[BaseModel], at: Where) -> tuple[Any, str] | None:
     if not names or names[-1] not in (fields := _section(schema, tuple(names[:-1])).model_fields):
         return None
     info = fields[names[-1]]
-    annotation = Annotated[(info.annotation, *info.metadata)] if info.metadata else info.annotation
+    # pyrefly: ignore[not-a-type]  # made at run time
+    annotation: Any = Annotated[(info.annotation, *info.metadata)] if info.metadata else info.annotation
     if isinstance(at[-1], int):
         annotation = next(t for t in _parts(annotation) if typing.get_origin(t) in (list, tuple))
         annotation = typing.get_args(annotation)[0]
@@ -168,7 +172,7 @@ def _allowed(annotation: Any) -> str:
     return words.get(annotation, "null")
 
 
-def _mistakes(error: ValidationError, data: Any) -> list[tuple[Where, dict[str, Any]]]:
+def _mistakes(error: ValidationError, data: Any) -> list[tuple[Where, ErrorDetails]]:
     """Where each mistake is, and what pydantic says of it."""
     found = [(_location(details, data), details) for details in error.errors(include_url=False)]
     # A mapping fails a union's other members too: what is wrong inside it says more.
@@ -176,7 +180,7 @@ def _mistakes(error: ValidationError, data: Any) -> list[tuple[Where, dict[str, 
     return [(at, details) for at, details in found if at not in within]
 
 
-def _location(details: dict[str, Any], data: Any) -> Where:
+def _location(details: ErrorDetails, data: Any) -> Where:
     """Where pydantic found a mistake, without the names of union members and functions that it puts in between."""
     at: list[str | int] = []
     loc = details["loc"]

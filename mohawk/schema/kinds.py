@@ -52,7 +52,8 @@ def command_for(schema: type[RecipeFile], data: Mapping[str, Any]) -> str | None
     student = data.get("student")
     if CONVERSION not in schema.model_fields and isinstance(student, dict):
         # no key of a distillation's student is one of a conversion's
-        if student.keys() & KINDS[CONVERSION].schema().model_fields["student"].annotation.model_fields.keys():
+        section: Any = KINDS[CONVERSION].schema().model_fields["student"].annotation
+        if student.keys() & section.model_fields.keys():
             return KINDS[CONVERSION].command
     return None
 

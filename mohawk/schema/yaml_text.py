@@ -31,7 +31,7 @@ Path = tuple[str | int, ...]  # of a value in the recipe: ("phases", "hidden", "
 
 _MERGE = "tag:yaml.org,2002:merge"
 # What a bare string is short for, where the schema wants a mapping.
-_SHORTHAND = {
+_SHORTHAND: dict[Path, str] = {
     ("teacher",): "model",
     ("teachers",): "model",
     ("student",): "model",
@@ -291,7 +291,8 @@ def _check_size(node: Node, name: str) -> None:
 
 
 def _kind(node: Node) -> str:
-    return {SequenceNode: "a list", MappingNode: "a mapping"}.get(type(node), "a single value")
+    kinds: dict[type[Node], str] = {SequenceNode: "a list", MappingNode: "a mapping"}
+    return kinds.get(type(node), "a single value")
 
 
 def report(mistakes: Sequence[str], name: str) -> UserError:

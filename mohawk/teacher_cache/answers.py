@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
@@ -57,14 +57,15 @@ class Answers:
             else:
                 uniform = np.random.default_rng([self.seed, index]).random((len(states), self.layout.k))
                 parts = [self._samples(states[span], uniform[span]) for span in spans]
-            if any(part is None for part in parts):
+            finite = [part for part in parts if part is not None]
+            if len(finite) < len(parts):
                 raise _not_finite(index)
-            yield {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+            yield {name: np.concatenate([part[name] for part in finite]) for name in finite[0]}
 
     @torch.no_grad()
     def _hidden(self, batch: Mapping[str, Tensor]) -> Tensor:
         """What the teacher gives its head, (b, n, hidden_size), without computing all logits."""
-        embedding = self.teacher.get_input_embeddings().weight
+        embedding = cast(Tensor, self.teacher.get_input_embeddings().weight)
         if (largest := int(batch["input_ids"].max())) >= len(embedding):
             raise UserError(
                 f"data: holds token {largest}, but the teacher has only {len(embedding)}; use the teacher's tokenizer"
@@ -141,7 +142,7 @@ def make_answers(
         within("k", k, 1, vocab)
     elif kind == "samples":
         within("draws", draws, 1)
-    size = {"hidden_size": head.weight.shape[1], "dtype": name} if kind == "hidden" else {}
+    size: dict[str, Any] = {"hidden_size": head.weight.shape[1], "dtype": name} if kind == "hidden" else {}
     if kind == "hidden":
         vocab = len(head.weight)  # the head is kept whole; the loss takes its vocab_size
     layout = Layout(kind, len(dataset[0]["input_ids"]), vocab, numbers, **size)

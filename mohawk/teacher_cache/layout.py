@@ -173,7 +173,7 @@ def text_digest(row: Mapping[str, Tensor]) -> int:
 def make_row(layout: Layout, text: int, columns: Mapping[str, np.ndarray]) -> np.ndarray:
     """The row's record, of shape (1,), from the columns of its tokens."""
     tokens = np.empty(layout.sequence_length, dtype=layout.token)
-    for name in layout.token.names:
+    for name in layout.token.names or ():
         tokens[name] = columns[name]
     row = np.empty(1, dtype=layout.row)
     row["text"], row["tokens"] = text, tokens
@@ -188,6 +188,7 @@ def is_whole(row: np.void) -> bool:
 
 def checksum(row: np.void) -> int:
     """crc32 of a row's digest and records."""
+    # pyrefly: ignore[bad-argument-type]  # an array is a buffer, of which numpy's stubs know from Python 3.12 on
     return zlib.crc32(np.ascontiguousarray(row["tokens"]), zlib.crc32(row["text"].tobytes()))
 
 

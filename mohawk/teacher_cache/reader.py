@@ -114,7 +114,7 @@ class TeacherCache:
                 raise UserError(
                     f"{self.folder}: holds {self.layout.kind}, which need no head; cache hidden states for one"
                 )
-            parts = {name: self._array(about[name], device) for name in ("weight", "bias")}
+            parts: dict[str, Any] = {name: self._array(about[name], device) for name in ("weight", "bias")}
             self._heads[device] = Head(**parts, scale=about["scale"], softcap=about["softcap"])
         return self._heads[device]
 
@@ -193,6 +193,7 @@ class TeacherCache:
     def _verify(self, shard: int, rows: np.memmap) -> None:
         """Compares a shard with the manifest: rows carry no temperature, so those of another cache are whole too."""
         path = self.folder / shard_name(shard)
+        # pyrefly: ignore[bad-argument-type]  # an array is a buffer, of which numpy's stubs know from Python 3.12 on
         if hashlib.sha256(rows.view(np.uint8)).hexdigest() == self.manifest["files"][path.name]["sha256"]:
             return
         for at, record in enumerate(rows):

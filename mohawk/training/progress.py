@@ -132,7 +132,7 @@ class Window:
         taken = [parts for _, parts, skipped in self.steps if not skipped]
         taken = taken or [parts for _, parts, _ in self.steps]
         means = {name: sum(p.get(name, 0.0) for p in taken) / len(taken) for p in taken for name in p}
-        record = {
+        record: dict[str, Any] = {
             "loss": sum(means.values()),
             "grad_norm": self.grad_norm,
             "tokens_per_s": round(tokens_per_step * len(self.steps) / max(now - self.since, 1e-9), 1),

@@ -95,6 +95,7 @@ def test_wheel_holds_everything_and_nothing_else(wheel, checkout):
     expected = {f"mohawk/recipes/{path.name}" for path in (checkout / "recipes").glob("*.yaml")}
     tasks = next(path.parent for path in (checkout / "mohawk").rglob("task_data.py"))
     expected |= {path.relative_to(checkout).as_posix() for path in tasks.iterdir() if path.suffix in (".tsv", ".yaml")}
+    expected.add("mohawk/py.typed")  # without it checkers read no types of an installed package
     for folder, inside in PACKAGES.items():
         found = (path.relative_to(checkout / folder) for path in (checkout / folder).rglob("*.py"))
         expected |= {f"{inside}/{path.as_posix()}" for path in found}
@@ -481,7 +482,7 @@ def test_an_installed_wheel_knows_the_ranges(pythons, tmp_path):
     """
     said = run(pythons["wheel"], "-c", textwrap.dedent(code), cwd=tmp_path).splitlines()
     ours = {name: ",".join(sorted(map(str, tested))) for name, tested in versions.ranges().items()}
-    tests_alone = {"hypothesis", "lightning", "pytest", "pytest-xdist", "ruff", "setuptools", "trl", "wheel"}
+    tests_alone = {"hypothesis", "lightning", "pyrefly", "pytest", "pytest-xdist", "ruff", "setuptools", "trl", "wheel"}
     assert dict(line.split() for line in said) == {
         name: tested for name, tested in ours.items() if name not in tests_alone
     }
