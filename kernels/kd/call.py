@@ -16,8 +16,10 @@ from torch import Tensor
 from mohawk.kernels.common import first_order
 from mohawk.kernels.kd import checks as kd_checks
 from mohawk.kernels.kd import chunked as kd_chunked
+from mohawk.kernels.kd import gradients as kd_gradients
 from mohawk.kernels.kd import reference as kd_reference
 from mohawk.kernels.kd.chunked import Options
+from mohawk.kernels.kd.divergences import DIVERGENCES, plain
 from mohawk.kernels.kd.teachers import (
     Teacher,
     TeacherHidden,
@@ -250,17 +252,8 @@ class _Loss(torch.autograd.Function):
         return [g.clone() if keep and g is not None else g for g in grads]
 
 
-def _plain(s: Settings) -> str:
-    """The ends of JSD and of the skewed KLs by their own names: forward KL and reverse KL."""
-    if s.divergence == "jsd" and s.beta in (0.0, 1.0):
-        return "forward_kl" if s.beta == 0.0 else "reverse_kl"
-    if s.lam == 0.0:
-        return {"skew_kl": "forward_kl", "skew_reverse_kl": "reverse_kl"}.get(s.divergence, s.divergence)
-    return s.divergence
-
-
-def _backend(asked: str, x: Tensor) -> str:
-    """auto: triton where it runs and computes in the asked precision, else chunked."""
+def _backend(asked: str, x: Tensor, divergence: str) -> str:
+    """auto: triton where it runs, knows the divergence and computes in the asked precision, else chunked."""
     if asked not in ("auto", "triton"):
         return asked
     interpreted = os.environ.get("TRITON_INTERPRET") == "1" and asked == "triton"
@@ -271,6 +264,11 @@ def _backend(asked: str, x: Tensor) -> str:
         reason = f"the student is on {x.device}; it needs a CUDA or ROCm device"
     elif importlib.util.find_spec("triton") is None:
         reason = "triton is not installed (run pip install '.[triton]' in mohawk's checkout)"
+    else:
+        from mohawk.kernels.kd import triton_backend as kd_triton
+
+        if divergence not in kd_triton.DIVERGENCES:
+            reason = f"it has no terms for {divergence}"
     if reason is None:
         return "triton"
     if asked == "triton":
@@ -307,6 +305,7 @@ def prepare(
     """Check everything, flatten the leading dimensions, and find the rows that count."""
     s = settings
     kd_checks.check_settings(s, labels is not None, normalizer)
+    entry = DIVERGENCES[s.divergence]
     kd_checks.check_student(student, s)
     lead, device = student[0].shape[:-1], student[0].device
     entries = student[1].shape[0] if s.linear else student[0].shape[-1]
@@ -314,9 +313,11 @@ def prepare(
     kd_checks.check_rows(labels, token_weights, lead, device, vocabulary.size, s.ignore_index)
     kept = None if labels is None else labels != s.ignore_index
     kd_checks.check_teacher(teacher, lead, device, vocabulary, s, kept)
-    backend = _backend(s.backend, student[0])
+    backend = _backend(s.backend, student[0], s.divergence)
     if backend == "reference" and group is not None:
         raise ValueError("backend 'reference' has no group; use 'chunked', or gather the vocabulary first")
+    if group is not None and entry.on_logits and s.divergence not in kd_gradients.LOGITS:
+        raise ValueError(f"divergence {s.divergence!r} has no gradient for a split vocabulary; gather it first")
     if s.inplace:
         if s.reduction == "none" or backend == "reference" or not student[0].is_contiguous():
             needs = "contiguous student_logits, reduction 'mean' or 'sum', and not the reference backend"
@@ -340,8 +341,8 @@ def prepare(
     if s.reduction == "mean" and real:
         scale /= real if normalizer is None else kd_checks.positive(normalizer)
     options = Options(
-        divergence=_plain(s),
-        temperature=1.0 if s.divergence in kd_reference.LOGIT_DIVERGENCES else float(s.temperature),
+        divergence=plain(s.divergence, s.beta, s.lam),
+        temperature=1.0 if entry.on_logits else float(s.temperature),
         kd_weight=float(s.kd_weight),
         ce_weight=float(s.ce_weight),
         beta=float(s.beta),

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from mohawk.kernels.kd.reference import DIVERGENCES, LOGIT_DIVERGENCES
+from mohawk.kernels.kd.divergences import DIVERGENCES
 from mohawk.kernels.kd.teachers import (
     Teacher,
     TeacherHidden,
@@ -43,7 +43,7 @@ def _number(name: str, value: object, ok: Callable[[float], bool], allowed: str)
 
 def check_settings(s: Settings, has_labels: bool, normalizer: float | Tensor | None) -> None:
     """The options that need no shapes."""
-    _one_of("divergence", s.divergence, DIVERGENCES)
+    _one_of("divergence", s.divergence, tuple(DIVERGENCES))
     _one_of("reduction", s.reduction, REDUCTIONS)
     _one_of("backend", s.backend, BACKENDS)
     _one_of("return_parts", s.return_parts, (False, True, "rows"))
@@ -212,7 +212,7 @@ def _same_vocab(entries: int, vocabulary: Vocabulary, s: Settings) -> None:
 def _check_mixture(
     teacher: TeacherMixture, lead: torch.Size, device: torch.device, vocabulary: Vocabulary, s: Settings
 ) -> None:
-    if s.divergence in LOGIT_DIVERGENCES:
+    if DIVERGENCES[s.divergence].on_logits:
         raise ValueError(f"divergence {s.divergence!r} compares logits; a mixture of teachers has probabilities only")
     if not isinstance(teacher.teachers, Sequence):
         raise ValueError(f"TeacherMixture.teachers is a {type(teacher.teachers).__name__}; it must be a list or tuple")
@@ -236,12 +236,12 @@ def _check_ids(
     kind = type(teacher).__name__
     values = teacher.logprobs if isinstance(teacher, TeacherTopK) else teacher.weights
     name = f"{kind}.{'logprobs' if isinstance(teacher, TeacherTopK) else 'weights'}"
-    if divergence in LOGIT_DIVERGENCES:
+    if DIVERGENCES[divergence].on_logits:
         raise ValueError(f"divergence {divergence!r} compares logits; {kind} has probabilities only")
-    if isinstance(teacher, TeacherTopK) and divergence == "probability_mse":
+    if isinstance(teacher, TeacherTopK) and DIVERGENCES[divergence].no_top_k:
         raise ValueError(
-            "divergence 'probability_mse' can't be taken over a top k, whose tail is one bucket: the square of a sum "
-            "is no sum of squares; use a dense teacher, or 'tvd'"
+            f"divergence {divergence!r} can't be taken over a top k, {DIVERGENCES[divergence].no_top_k}; "
+            "use a dense teacher, or 'tvd'"
         )
     if isinstance(teacher, TeacherSamples) and divergence != "forward_kl":
         raise ValueError(

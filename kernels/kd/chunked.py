@@ -4,7 +4,7 @@ Two nested loops. The outer one takes as many rows as make an efficient matrix p
 tile of logits for the student and one for each teacher that comes as hidden states. The inner one takes so
 few rows that a dozen elementwise passes over them stay in the cache, and overwrites the student's tile with
 its gradient. Memory is a few tiles, whatever the number of rows, and a sum in float32 of the head's gradient
-or what takes its place (`keeps_gradient`); the divergences are in kd_divergences.py, the products in
+or what takes its place (`keeps_gradient`); the divergences are in kd_gradients.py, the products in
 kd_products.py.
 """
 
@@ -17,9 +17,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mohawk.kernels.kd import divergences as kd_divergences
 from mohawk.kernels.kd import exchange as kd_shared
+from mohawk.kernels.kd import gradients as kd_gradients
 from mohawk.kernels.kd import products as kd_products
+from mohawk.kernels.kd.divergences import DIVERGENCES
 from mohawk.kernels.kd.exchange import Known
 from mohawk.kernels.kd.teachers import (
     Teacher,
@@ -63,7 +64,7 @@ class Options:
 
     @property
     def on_logits(self) -> bool:
-        return self.divergence in kd_divergences.LOGITS
+        return DIVERGENCES[self.divergence].on_logits
 
 
 # kd and ce of a tile of the student's logits, which becomes the gradient: see torch_tile.
@@ -206,8 +207,9 @@ def distribution(
 
     `norm` and `known` are given where these are slices of a shared vocabulary.
     """
-    function = kd_divergences.DISTRIBUTION[options.divergence]
-    total: kd_divergences.Total = lambda x: x  # noqa: E731
+    function = kd_gradients.of_distributions(options.divergence)
+    size = options.vocabulary.size if DIVERGENCES[options.divergence].mean else 1
+    total: kd_gradients.Total = lambda x: x  # noqa: E731
     if known is not None:
         total = options.vocabulary.total if known.reverse_kl is None else lambda _: known.reverse_kl
 
@@ -215,7 +217,6 @@ def distribution(
         lp = log_softmax(scores, norm)
         own = log_softmax(u, known and known.student) if lq is None else lq.clone()
         value, grad = function(lp, own, options.beta, options.lam, guard, want_grad, total)
-        size = kd_divergences.size(options.divergence, options.vocabulary)
         return (value, grad) if size == 1 else (value / size, None if grad is None else grad.div_(size))
 
     value, grad = evaluate(guard=known is not None)
@@ -306,7 +307,7 @@ def _exchange(
         z if needs_raw else None,
         parts if distributions else (),
         reverse_kl=want_grad and options.divergence == "reverse_kl" and ready,
-        products=kd_divergences.finite(z, *parts) if parts and options.divergence == "cosine" else None,
+        products=kd_gradients.finite(z, *parts) if parts and options.divergence == "cosine" else None,
         ids=_take(teacher.ids, scores.rows, *span) if distributions and isinstance(teacher, TeacherTopK) else None,
     )
 
@@ -345,7 +346,7 @@ def torch_tile(
             kd, kd_grad = _topk(teacher, scores.rows, span, u, options, want, known)
         elif options.on_logits:
             products = None if known is None else known.products
-            kd, kd_grad = kd_divergences.LOGITS[options.divergence](z, *parts, want, vocabulary, products)
+            kd, kd_grad = kd_gradients.of_logits(options.divergence)(z, *parts, want, vocabulary, products)
         else:
             target = scores.combined(parts, known and known.teachers, u)
             norm = known and scores.norm(target, known)

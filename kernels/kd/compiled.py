@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from mohawk.kernels.kd import call as kd_call
+from mohawk.kernels.kd import gradients as kd_gradients
 from mohawk.kernels.kd.teachers import (
     Teacher,
     TeacherHidden,
@@ -133,6 +134,8 @@ def _op(
     call = kd_call.prepare(tuple(student), source, labels, token_weights, normalizer, process_group, settings)
     if call.backend == "reference":
         raise ValueError("backend 'reference' can't be compiled; use 'chunked', or call it outside torch.compile")
+    if not kd_gradients.by_hand(divergence):  # autograd rests within an operator
+        raise ValueError(f"divergence {divergence!r} has no gradient by hand, so it can't be compiled")
     call.settings = settings._replace(inplace=False)  # checked; what a compiled model's memory holds is the compiler's
     rows, grads = call.forward(tuple(student), call.scale, tuple(needs))
     loss, kd, ce = call.reduce(rows.kd, rows.ce)

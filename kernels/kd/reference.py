@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mohawk.kernels.kd.divergences import DIVERGENCES
 from mohawk.kernels.kd.teachers import (
     Teacher,
     TeacherHidden,
@@ -22,55 +23,6 @@ from mohawk.kernels.kd.teachers import (
 )
 
 BACKEND = "reference"  # as `mohawk doctor` names it
-
-# Divergences of distributions: f(log p of the teacher, log q of the student, beta, lam) -> per row. Beta and lam
-# lie between their ends: those are forward and reverse KL, and are called so before they get here.
-
-
-def _kl(log_a: Tensor, log_b: Tensor) -> Tensor:
-    a = log_a.exp()
-    # Where a is 0 the term is 0 whatever log b is; filling the factor (not the product) keeps the gradient 0
-    # too.
-    return (a * (log_a - log_b).masked_fill(a == 0, 0.0)).sum(-1)
-
-
-def _log_mix(weight_a: float, log_a: Tensor, log_b: Tensor) -> Tensor:
-    # Two finite stand-ins for -inf keep autograd out of inf - inf; exp of either is 0.
-    low = torch.finfo(log_a.dtype).min / 4
-    return torch.logaddexp(log_a.clamp(min=low) + math.log(weight_a), log_b.clamp(min=low) + math.log1p(-weight_a))
-
-
-def _jsd(lp: Tensor, lq: Tensor, beta: float, lam: float) -> Tensor:
-    lm = _log_mix(beta, lp, lq)
-    return beta * _kl(lp, lm) + (1 - beta) * _kl(lq, lm)
-
-
-DISTRIBUTION_DIVERGENCES = {
-    "forward_kl": lambda lp, lq, beta, lam: _kl(lp, lq),
-    "reverse_kl": lambda lp, lq, beta, lam: _kl(lq, lp),
-    "jsd": _jsd,
-    "skew_kl": lambda lp, lq, beta, lam: _kl(lp, _log_mix(lam, lp, lq)),
-    "skew_reverse_kl": lambda lp, lq, beta, lam: _kl(lq, _log_mix(lam, lq, lp)),
-    "tvd": lambda lp, lq, beta, lam: 0.5 * (lp.exp() - lq.exp()).abs().sum(-1),
-    "probability_mse": lambda lp, lq, beta, lam: (lp.exp() - lq.exp()).square().mean(-1),
-}
-
-
-# -inf means a word that is not there, on either side; +inf is an overflow and stays visible.
-
-
-def _mse(student: Tensor, teacher: Tensor) -> Tensor:
-    out = torch.isneginf(student) | torch.isneginf(teacher)
-    return (student.masked_fill(out, 0.0) - teacher.masked_fill(out, 0.0)).square().mean(-1)
-
-
-def _cosine(student: Tensor, teacher: Tensor) -> Tensor:
-    out = torch.isneginf(student) | torch.isneginf(teacher)
-    return 1 - F.cosine_similarity(student.masked_fill(out, 0.0), teacher.masked_fill(out, 0.0), dim=-1)
-
-
-LOGIT_DIVERGENCES = {"mse": _mse, "cosine": _cosine}
-DIVERGENCES = (*DISTRIBUTION_DIVERGENCES, *LOGIT_DIVERGENCES)
 
 
 def head_logits(
@@ -131,15 +83,16 @@ def row_losses(
 ) -> tuple[Tensor, Tensor]:
     """T^2 * divergence and cross-entropy of each row, unweighted. student is (rows, vocab), already cut,
     without ignored rows and in the dtype of the computation; the teacher has the same rows."""
-    vocab = student.shape[-1]
+    vocab, entry = student.shape[-1], DIVERGENCES[divergence]
+    size = vocab if entry.mean else 1
     if isinstance(teacher, TeacherSamples):
         lq = torch.log_softmax(student / temperature, -1).gather(1, teacher.ids)
         weights = teacher.weights.to(lq.dtype)
         kd = -(weights * lq.masked_fill(weights == 0, 0.0)).sum(-1) * temperature**2
-    elif divergence in LOGIT_DIVERGENCES:
+    elif entry.on_logits:
         with torch.no_grad():
             target = _teacher_scores(teacher, student, 1.0, vocab)
-        kd = LOGIT_DIVERGENCES[divergence](student, target)
+        kd = entry.definition(student, target) / size
     else:
         if isinstance(teacher, TeacherTopK):
             scores, buckets = _bucket_scores(student, teacher, temperature)
@@ -148,7 +101,7 @@ def row_losses(
                 scores = _teacher_scores(teacher, student, temperature, vocab)
             buckets = student / temperature
         lp, lq = torch.log_softmax(scores, -1), torch.log_softmax(buckets, -1)
-        kd = DISTRIBUTION_DIVERGENCES[divergence](lp, lq, beta, lam) * temperature**2
+        kd = entry.definition(lp, lq, beta, lam) / size * temperature**2
     if labels is None:
         return kd, torch.zeros_like(kd)
     return kd, F.cross_entropy(student, labels, reduction="none")

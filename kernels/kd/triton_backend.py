@@ -22,7 +22,6 @@ import triton.language as tl
 from torch import Tensor
 
 from mohawk.kernels.kd import chunked as kd_chunked
-from mohawk.kernels.kd import divergences as kd_divergences
 from mohawk.kernels.kd import exchange as kd_shared
 from mohawk.kernels.kd.chunked import Options, Rows
 from mohawk.kernels.kd.teachers import (
@@ -45,7 +44,11 @@ WARPS = 8
 # each spills somewhere by 3.6 or 3.9). With leave to take 128, which two programs on a multiprocessor have at these
 # warps, nothing spills on any of the architectures that kd_triton_report compiles for, by triton 3.6, 3.8 or 3.9.
 REGISTERS = 128
-DIVERGENCES = (*kd_divergences.DISTRIBUTION, *kd_divergences.LOGITS)
+# Those that `_terms` and `_raw` know. Where the gradient needs no sum over the vocabulary beside the statistics, the
+# value is summed up while the gradient is written; with the others `_sums` comes first.
+IN_SWEEP = ("forward_kl", "reverse_kl", "mse", "cosine")
+SUMS_FIRST = ("jsd", "skew_kl", "skew_reverse_kl", "tvd", "probability_mse")
+DIVERGENCES = (*IN_SWEEP, *SUMS_FIRST)
 
 
 def launch(nvidia: bool) -> dict[str, int | bool]:
@@ -205,7 +208,7 @@ def _clamp(r):
 
 @triton.jit
 def _mixture(r, lam):
-    """log(m / b) and m / b - 1 over m / b of m = (1 - lam) a + lam b for r = log(a / b), as in kd_divergences."""
+    """log(m / b) and m / b - 1 over m / b of m = (1 - lam) a + lam b for r = log(a / b), as in gradients.py."""
     r = _clamp(r)
     x = (1 - lam) * _expm1(r)
     ratio = (1 - lam) * tl.exp(r) + lam
@@ -222,7 +225,7 @@ def _terms(p, q, r, beta, lam, vocab_all, DIVERGENCE: tl.constexpr):
         slope = tl.where(q == 0.0, 0.0, r)
         value = q * slope + (p - q)
     elif DIVERGENCE == "jsd":
-        # The smaller weight goes into the logarithm, as in kd_divergences.jsd.
+        # The smaller weight goes into the logarithm, as in gradients.jsd.
         small = beta < 0.5
         r = _clamp(r)
         x = _log1p(tl.where(small, beta, 1 - beta) * _expm1(tl.where(small, -r, r)))
@@ -242,6 +245,7 @@ def _terms(p, q, r, beta, lam, vocab_all, DIVERGENCE: tl.constexpr):
         slope = difference * (2 / vocab_all)
         value = difference * difference / vocab_all
     else:
+        tl.static_assert(DIVERGENCE == "tvd")
         value = tl.abs(p - q) * 0.5
         slope = tl.where(q > p, 0.5, tl.where(q < p, -0.5, 0.0))
     return value, slope
@@ -474,13 +478,12 @@ def _dense(sweeps: _Sweeps, grad: Tensor | None) -> tuple[Tensor, Tensor]:
     if kind == "cosine":
         norms = stats[:2].sqrt()
         stats[:2] = norms.clamp_min(1e-8)
-        # Vectors of norm 0: as in kd_divergences.cosine.
+        # Vectors of norm 0: as in gradients.cosine.
         nothing = vocabulary.once((1 - (norms / stats[:2]).square()).sum(0) / 2)
         projected = 1 - projected / (stats[0] * stats[1])
     # Cosine alone could do without its sums, as it does where a sweep less is a collective less; with them its
     # gradient is as precise as its value while the two sides come together.
-    sums_first = ("jsd", "skew_kl", "skew_reverse_kl", "tvd", "probability_mse")
-    first = kind in sums_first or kind == "cosine" and vocabulary.group is None
+    first = kind in SUMS_FIRST or kind == "cosine" and vocabulary.group is None
     if kind != "none" and (first or grad is None):
         sums = sweeps.sums(stats)
         value = sums[0] + nothing

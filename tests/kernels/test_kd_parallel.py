@@ -7,6 +7,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+from mohawk.kernels.kd.divergences import DIVERGENCES
 from mohawk.kernels.kd.loss import (
     TeacherHidden,
     TeacherLogits,
@@ -20,17 +21,7 @@ from mohawk.kernels.kd.loss import (
 
 ROWS, HIDDEN, SLICES = 9, 6, {2: (20, 17), 3: (14, 13, 10)}
 REAL = 25  # of 37: with three ranks the last has no real word at all
-DIVERGENCES = (
-    "forward_kl",
-    "reverse_kl",
-    "jsd",
-    "skew_kl",
-    "skew_reverse_kl",
-    "tvd",
-    "probability_mse",
-    "mse",
-    "cosine",
-)
+ON_LOGITS = tuple(name for name, one in DIVERGENCES.items() if one.on_logits)
 DENSE = ("logits", "hidden", "taid")
 KINDS = (*DENSE, "mixture", "topk", "samples")
 
@@ -40,11 +31,7 @@ def cases():
         for kind in KINDS:
             if kind == "samples" and divergence != "forward_kl":
                 continue
-            if (
-                divergence in ("mse", "cosine")
-                and kind not in DENSE
-                or (divergence, kind) == ("probability_mse", "topk")
-            ):
+            if divergence in ON_LOGITS and kind not in DENSE or kind == "topk" and DIVERGENCES[divergence].no_top_k:
                 continue
             yield divergence, kind
 
@@ -87,10 +74,10 @@ class Collectives:
 
 
 def statistics_collectives(divergence, kind):
-    """Per chunk of rows, with a gradient: see kd_shared.py."""
+    """Per chunk of rows, with a gradient: see exchange.py."""
     if kind in ("topk", "samples"):
         return 1
-    second = divergence in ("jsd", "skew_kl", "skew_reverse_kl", "tvd", "probability_mse")
+    second = divergence not in ("forward_kl", "reverse_kl", *ON_LOGITS)
     return 1 + (second or divergence == "reverse_kl" and kind == "mixture")
 
 
