@@ -221,7 +221,7 @@ def _by_autograd(
         value = definition(lp, lq.requires_grad_(want_grad), beta, lam)
     if not want_grad:
         return value, None
-    (slope,) = torch.autograd.grad(value.sum(), lq)  # q * f'(q)
+    (slope,) = torch.autograd.grad(value, lq, torch.ones_like(value))  # q * f'(q)
     lq.requires_grad_(False)
     return value.detach(), slope.sub(lq.exp_().mul_(total(slope.sum(-1)).unsqueeze(-1)))
 
@@ -239,4 +239,4 @@ def _of_logits_by_autograd(
     z = z.detach().requires_grad_(want_grad)
     with torch.set_grad_enabled(want_grad):
         value = divergence.definition(z, t) / size
-    return value.detach(), torch.autograd.grad(value.sum(), z)[0] if want_grad else None
+    return value.detach(), torch.autograd.grad(value, z, torch.ones_like(value))[0] if want_grad else None

@@ -14,8 +14,9 @@ from torch import Tensor
 
 from mohawk.kernels.kd import call as kd_call
 from mohawk.kernels.kd import compiled as kd_compile
-from mohawk.kernels.kd.call import KDParts, Settings
+from mohawk.kernels.kd.call import KDParts
 from mohawk.kernels.kd.divergences import described
+from mohawk.kernels.kd.options import Settings
 from mohawk.kernels.kd.teachers import (
     TAIDSchedule,
     Teacher,

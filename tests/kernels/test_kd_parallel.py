@@ -7,6 +7,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+from mohawk.kernels.kd import gradients as kd_gradients
 from mohawk.kernels.kd.divergences import DIVERGENCES
 from mohawk.kernels.kd.loss import (
     TeacherHidden,
@@ -138,6 +139,8 @@ def rank_main(rank, world, store, results):
         d, start = problem(), sum(SLICES[world][:rank])
         part = slice(start, start + SLICES[world][rank])
         got = {case: losses(d, part, *case, dist.group.WORLD) for case in cases()}
+        del kd_gradients.DISTRIBUTION["jsd"]  # so that its definition is differentiated
+        got["by autograd"] = losses(d, part, "jsd", "mixture", dist.group.WORLD)
         # Padded differently before they were split, the slices of student and teacher are not the same words.
         z, t = torch.randn(3, 6), torch.randn(3, 8)
         with pytest.raises(ValueError, match="rank 0 of the group has 6 entries of the student's vocabulary and 8"):
@@ -156,8 +159,8 @@ def test_split_over_processes(world, tmp_path):
     ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in range(world)]
     assert all(one["wider last"].isfinite() for one in ranks)
     d = problem()
-    for case in cases():
-        same, slices = losses(d, slice(0, sum(SLICES[world])), *case, None)
+    for case, alone in [*((case, case) for case in cases()), ("by autograd", ("jsd", "mixture"))]:
+        same, slices = losses(d, slice(0, sum(SLICES[world])), *alone, None)
         for rank in range(world):
             for got, expected in zip(ranks[rank][case][0], same, strict=True):
                 torch.testing.assert_close(
@@ -278,4 +281,6 @@ def test_operator_is_registered_soundly():
     z, t = torch.randn(4, 9, requires_grad=True), torch.randn(4, 9)
     numbers = torch.tensor([1.0, 1.0, 0.0, 0.5, 0.1, 1.0, 0.0], dtype=torch.float64)
     names, ints = ("jsd", "mean", "chunked"), [-100, kd_compile.NO_SIZE, 0, 0, 0, 0]
-    torch.library.opcheck(kd_compile._op, ([z], [t], None, None, None, numbers, "logits", *names, ints, [True], ""))
+    torch.library.opcheck(
+        kd_compile._op, ([z], [t], None, None, None, numbers, "TeacherLogits; tensor", *names, ints, [True], "")
+    )
