@@ -230,7 +230,7 @@ def finish(metric: str, total: Tensor, size: Tensor | None, seq: int, real: Tens
     if metric == "kl":
         rows = seq if real is None else real.sum(-1).clamp(min=1).unsqueeze(1)
         return total / rows, torch.ones_like(total) / rows
-    tokens = max(1, seq) if real is None else real.sum(-1, keepdim=True).clamp(min=1)
+    tokens = max(1, seq) if real is None else real.sum(-1, keepdim=True).clamp(min=1).to(total.dtype)
     # Those of scores are between what is compared there instead of matrices.
     return METRICS["mse" if metric == "scores" else metric].of_squares(total, size, tokens)
 

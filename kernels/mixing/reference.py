@@ -80,5 +80,5 @@ def distance_reference(student: Mixing, teacher: Mixing, metric: str) -> Tensor:
         if real is not None:
             both = (real.unsqueeze(2) & real.unsqueeze(1)).unsqueeze(1)
             s, a = s * both, a * both
-        tokens = max(1, seq) if real is None else real.sum(-1, keepdim=True).clamp(min=1)
+        tokens = max(1, seq) if real is None else real.sum(-1, keepdim=True).clamp(min=1).to(s.dtype)
         return METRICS[metric].definition(s, a, tokens)
