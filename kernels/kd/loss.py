@@ -6,6 +6,7 @@ The backends are reference.py (the definition), chunked.py and triton_backend.py
 
 from __future__ import annotations
 
+import inspect
 import textwrap
 from typing import TYPE_CHECKING, Literal
 
@@ -76,8 +77,8 @@ def kd_loss(
             skipped by both terms. None: every row counts, and `ce_weight` must be 0. For next-token targets pad the
             labels, `F.pad(labels[:, 1:], (0, 1), value=-100)`, and keep the logits whole: `logits[:, :-1]` would
             have to be copied.
-        divergence: one of the names in divergences.py, which says what each is (`help(kd_loss)` lists them). Those of
-            raw logits know no temperature. beta is from 0 to 1, lam from 0 (no skew) to below 1.
+        divergence: one of the table in divergences.py, listed below. Those between raw logits know no temperature.
+            beta is from 0 to 1, lam from 0 (no skew) to below 1.
         temperature: T, from 0.001 to 1000, dividing both sides' logits; the divergence is multiplied by T^2 (Hinton
             et al. 2015). The cross-entropy is at temperature 1.
         kd_weight, ce_weight: 0 or above.
@@ -208,4 +209,4 @@ def _distil(
 
 
 if kd_loss.__doc__:  # python -OO has none
-    kd_loss.__doc__ += "\n    Divergences:\n" + textwrap.indent(described(), " " * 8)
+    kd_loss.__doc__ = inspect.cleandoc(kd_loss.__doc__) + "\n\nDivergences:\n" + textwrap.indent(described(), "    ")

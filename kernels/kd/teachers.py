@@ -211,7 +211,7 @@ class TeacherTopK(Teacher):
             )
 
     def compared(self, u: Tensor, divergence: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
-        """Over k ids and the rest."""
+        # Over k ids and the rest.
         lp = self.logprobs.to(u.dtype)
         tail = tail_of(lp, self.tail_logprob, u.shape[-1])
         if lp.shape[-1] >= u.shape[-1]:  # nothing is left, and autograd of a logsumexp of nothing is NaN

@@ -1,6 +1,7 @@
 """The distance between two mixing matrices, with gradients, without either matrix: MOHAWK's first phase."""
 
 import importlib.util
+import inspect
 import textwrap
 
 import torch
@@ -26,9 +27,8 @@ def mixing_distance(
 ) -> Tensor:
     """How far the student's matrix S is from the teacher's A, per batch row and head, reduced over both.
 
-    metric: one of the names in metrics.py, which says what each is (`help(mixing_distance)` lists them), or, between
-    two attentions, "kl" sum_j A (log A - log S) averaged over rows. Rows and columns of padding (segment -1) count as
-    equal; their values must be finite.
+    metric: one of the table in metrics.py, listed below, or, between two attentions, "kl" sum_j A (log A - log S)
+    averaged over rows. Rows and columns of padding (segment -1) count as equal; their values must be finite.
 
     Batch and seq must agree. If the head counts differ, one divides the other and each head of the smaller
     side is compared with a group of consecutive heads of the larger, as in grouped-query attention.
@@ -55,7 +55,9 @@ def mixing_distance(
 
 
 if mixing_distance.__doc__:  # python -OO has none
-    mixing_distance.__doc__ += "\n    Metrics:\n" + textwrap.indent(described(), " " * 8)
+    mixing_distance.__doc__ = (
+        inspect.cleandoc(mixing_distance.__doc__) + "\n\nMetrics:\n" + textwrap.indent(described(), "    ")
+    )
 
 
 def _detached(mixing: Mixing) -> Mixing:

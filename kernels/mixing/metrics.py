@@ -74,7 +74,7 @@ METRICS: dict[str, Metric] = {
     "relative": Metric("||S - A||_F / ||A||_F (0 where A is 0)", _relative, _relative_of_squares, of_teacher=True),
 }
 # Between means over heads (`head_mean_distance`); kl and scores, the mse of what the softmax takes, of attention alone.
-OF_MEANS = ("mse", "frobenius", "kl", "scores")
+OF_MEANS = ("mse", "scores", "kl", "frobenius")
 
 
 def reads_teacher(metric: str) -> bool:
