@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import inspect
 import json
 import re
 import sys
@@ -410,11 +411,15 @@ def python() -> str:
 
 
 def entry(module: str, name: str, shown: str) -> list[str]:
+    import mohawk
+
     tree = ast.parse(file_of(module).read_text(encoding="utf-8"))
     nodes = {node.name: node for node in tree.body if isinstance(node, (ast.FunctionDef, ast.ClassDef))}
     node = nodes[name]
     lines = [f"### {shown}", "", "```python", signature(node, nodes, shown), "```", ""]
-    lines += markdown(ast.get_docstring(node) or "")
+    # A function's own: some list the entries of a table, which the source does not say.
+    said = inspect.getdoc(getattr(mohawk, name)) if isinstance(node, ast.FunctionDef) else ast.get_docstring(node)
+    lines += markdown(said or "")
     for method in methods(node):
         lines += [f"**`{method.name}`**", "", "```python", signature(method, nodes, method.name, skip=1), "```", ""]
         lines += markdown(ast.get_docstring(method))
@@ -494,7 +499,7 @@ def markdown(docstring: str) -> list[str]:
     """A docstring's text; what stands under `Args:` and the like becomes a list."""
     lines, section = [], False
     for line in docstring.splitlines():
-        if re.fullmatch(r"(Args|Returns|Raises|Yields|Attributes|Returns, raises):", line):
+        if re.fullmatch(r"(Args|Returns|Raises|Yields|Attributes|Returns, raises|Divergences|Metrics):", line):
             section = True
             lines += [f"**{line[:-1]}**", ""]
         elif not section or (line and not line.startswith(" ")):

@@ -21,7 +21,7 @@ from mohawk.models.families import (
     leaves_out_softcap,
 )
 from mohawk.models.hybrid import SSM_LAYER, HybridConfig, HybridForCausalLM, attention_types
-from mohawk.models.mixers import OPEN_GATE, DiscreteMamba2Mixer, Mamba2Mixer, SSMMixer
+from mohawk.models.mixers import MIXERS, OPEN_GATE, Mamba2Mixer, SSMMixer
 
 log = logging.getLogger(__name__)
 
@@ -97,6 +97,8 @@ def hybrid_from_teacher(
     check_supported(model.config)
     shape = decoder_shape(model.config)
     state_size = shape.head_dim if state_size is None else state_size
+    if mixer not in MIXERS:
+        raise ValueError(f"mixer: got {mixer!r}, allowed: {', '.join(MIXERS)}")
     if init not in INITS:
         raise ValueError(f"init: got {init!r}, allowed: {', '.join(INITS)}")
     if gate not in GATES:
@@ -125,7 +127,7 @@ def hybrid_from_teacher(
         mixer_conv_kernel=conv_kernel,
         # one switch for both projections: an output bias must be kept, and a constant gate needs a bias on z
         mixer_bias=attention_parts(attention[0]).o.bias is not None
-        or (mixer == "mamba2" and (init == "neutral" or (init == "attention" and gate == "open"))),
+        or (MIXERS[mixer].gate_in_projection and (init == "neutral" or (init == "attention" and gate == "open"))),
     )
     config._attn_implementation = model.config._attn_implementation
     # pyrefly: ignore[bad-argument-type]  # transformers wraps `to` and loses its parameters
@@ -282,13 +284,11 @@ def start_neutral(mixer: SSMMixer) -> None:
     mixer.conv1d.weight.zero_()
     mixer.conv1d.weight[:, 0, -1] = 1.0
     mixer.conv1d.bias.zero_()
-    z = mixer.slices()["z"]
-    mixer.in_proj.weight[z] = 0.0
+    mixer.in_proj.weight[mixer.slices()["z"]] = 0.0
     if mixer.in_proj.bias is not None:
         mixer.in_proj.bias.zero_()
         mixer.out_proj.bias.zero_()
-    gate = mixer.z_bias if isinstance(mixer, DiscreteMamba2Mixer) else mixer.in_proj.bias[z]
-    gate.fill_(OPEN_GATE)
+    mixer.gate_bias().fill_(OPEN_GATE)
 
 
 def _open_gate(mixer: Mamba2Mixer, size: Tensor) -> None:

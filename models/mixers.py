@@ -140,6 +140,13 @@ class SSMMixer(nn.Module):
         """(b, n, h*p) scan output and gate -> input of out_proj."""
         raise NotImplementedError
 
+    # Whether in_proj's bias on z is the constant part of the gate.
+    gate_in_projection = True
+
+    def gate_bias(self) -> Tensor:
+        """(h*p) the constant part of the gate, to be set in place."""
+        return self.in_proj.bias[self.slices()["z"]]
+
     # --- shared --------------------------------------------------------------------------------------------------
 
     def _heads(self, B: Tensor, C: Tensor) -> tuple[Tensor, Tensor]:
@@ -383,6 +390,8 @@ class DiscreteMamba2Mixer(SSMMixer):
     no norm; the output is out_proj(y * silu(z + z_bias)).
     """
 
+    gate_in_projection = False
+
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         self.z_bias = nn.Parameter(torch.full((self.inner_size,), OPEN_GATE))
@@ -404,6 +413,9 @@ class DiscreteMamba2Mixer(SSMMixer):
     def decay(self, raw: Tensor) -> tuple[Tensor, None]:
         return -F.softplus(_wide(raw)), None
 
+    def gate_bias(self) -> Tensor:
+        return self.z_bias
+
     def gate(self, y: Tensor, z: Tensor) -> Tensor:
         return _wide(y) * F.silu(_wide(z) + _wide(self.z_bias))
 
@@ -413,4 +425,5 @@ def _wide(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
+# By the names in mixer_names.py.
 MIXERS: dict[str, type[SSMMixer]] = {"mamba2": Mamba2Mixer, "discrete_mamba2": DiscreteMamba2Mixer}

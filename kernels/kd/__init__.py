@@ -1,17 +1,24 @@
-"""Distillation losses: `kd_loss`, `linear_kd_loss`, and what they can compare a student with."""
+"""Distillation losses: `kd_loss`, `linear_kd_loss`, and what they can compare a student with.
 
-from mohawk.kernels.kd.loss import (
-    KDParts,
-    TAIDSchedule,
-    TeacherHidden,
-    TeacherLogits,
-    TeacherMixture,
-    TeacherSamples,
-    TeacherTAID,
-    TeacherTopK,
-    kd_loss,
-    linear_kd_loss,
-)
+The names are imported when first used: what knows the divergences alone (divergences.py) needs no torch.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from mohawk.kernels.kd.loss import (
+        KDParts,
+        TAIDSchedule,
+        TeacherHidden,
+        TeacherLogits,
+        TeacherMixture,
+        TeacherSamples,
+        TeacherTAID,
+        TeacherTopK,
+        kd_loss,
+        linear_kd_loss,
+    )
 
 __all__ = [
     "KDParts",
@@ -25,3 +32,9 @@ __all__ = [
     "kd_loss",
     "linear_kd_loss",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module("mohawk.kernels.kd.loss"), name)

@@ -6,9 +6,8 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import os
-from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, NamedTuple, overload
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,17 +15,13 @@ from torch import Tensor
 from mohawk.kernels.common import first_order
 from mohawk.kernels.kd import checks as kd_checks
 from mohawk.kernels.kd import chunked as kd_chunked
+from mohawk.kernels.kd import gradients as kd_gradients
+from mohawk.kernels.kd import products as kd_products
 from mohawk.kernels.kd import reference as kd_reference
-from mohawk.kernels.kd.chunked import Options
-from mohawk.kernels.kd.teachers import (
-    Teacher,
-    TeacherHidden,
-    TeacherLogits,
-    TeacherMixture,
-    TeacherSamples,
-    TeacherTAID,
-    TeacherTopK,
-)
+from mohawk.kernels.kd.divergences import DIVERGENCES, plain
+from mohawk.kernels.kd.options import Head, Options, Rows, Settings, Task
+from mohawk.kernels.kd.teachers import SOURCES, Teacher
+from mohawk.kernels.kd.tile import BY_HAND
 from mohawk.kernels.kd.vocabulary import Vocabulary
 
 if TYPE_CHECKING:
@@ -41,27 +36,6 @@ class KDParts(NamedTuple):
 
     kd: Tensor
     ce: Tensor
-
-
-class Settings(NamedTuple):
-    """The options of a call that are not tensors."""
-
-    divergence: str
-    temperature: float
-    kd_weight: float
-    ce_weight: float
-    beta: float
-    lam: float
-    ignore_index: int
-    vocab_size: int | None
-    reduction: str
-    return_parts: bool | str
-    backend: str
-    inplace: bool = False
-    linear: bool = False
-    logit_scale: float = 1.0
-    logit_softcap: float | None = None
-    autocast: bool = False  # the caller's: hidden states and head may then differ in dtype
 
 
 def distil(
@@ -83,27 +57,26 @@ def distil(
 
 
 @dataclass
-class Call:
-    """A checked call: flat teacher, the rows that count, and what to do with their losses."""
+class Call(Task):
+    """A task, and what to do with the losses of its rows."""
 
-    settings: Settings
-    options: Options
-    teacher: Teacher
-    labels: Tensor | None  # of the rows that count
-    rows: Tensor | None  # their indices; None: all
-    scale: Tensor  # of each of these rows in the reduced loss
     lead: torch.Size
     backend: str
+    inplace: bool
+
+    @property
+    def settings(self) -> Settings:
+        return self.options.settings
 
     def reduce(self, kd: Tensor, ce: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """loss, kd and ce, (...) or scalars, from those of the rows that count."""
-        o = self.options
-        total = kd * o.kd_weight if o.kd_weight or not o.ce_weight else torch.zeros_like(kd)
-        if o.ce_weight:
-            total = total + ce * o.ce_weight
+        s = self.settings
+        total = kd * s.kd_weight if s.kd_weight or not s.ce_weight else torch.zeros_like(kd)
+        if s.ce_weight:
+            total = total + ce * s.ce_weight
         terms = [total * self.scale, kd.detach() * self.scale, ce.detach() * self.scale]
-        reduced = [self.settings.reduction != "none"] * 3
-        if self.settings.return_parts == "rows":
+        reduced = [s.reduction != "none"] * 3
+        if s.return_parts == "rows":
             terms[1:], reduced[1:] = (kd.detach(), ce.detach()), (False, False)
         pairs = zip(terms, reduced, strict=True)
         loss, kd, ce = (self._reduced(x) if one else self._in_place(x) for x, one in pairs)
@@ -120,29 +93,29 @@ class Call:
         return x.reshape(self.lead)
 
     def reference(self, student: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, Tensor]:
-        s, o, dtype = self.settings, self.options, self.scale.dtype
+        s, dtype = self.settings, self.scale.dtype
         flat = student[0].reshape(-1, student[0].shape[-1])
         teacher = self.teacher
         if self.rows is not None:
-            flat, teacher = flat[self.rows], map_rows(teacher, lambda x, trailing: x[self.rows])
+            flat, teacher = flat[self.rows], teacher.map_rows(lambda x, trailing: x[self.rows])
         with torch.autocast(flat.device.type, enabled=False):
             if s.linear:
                 bias = student[2] if len(student) > 2 else None
-                flat = kd_reference.head_logits(flat, student[1], bias, s.logit_scale, s.logit_softcap, dtype)
+                flat = kd_products.head_logits(flat, student[1], bias, s.logit_scale, s.logit_softcap, dtype)
             kd, ce = kd_reference.row_losses(
-                flat.to(dtype)[:, : o.vocabulary.local],
+                flat.to(dtype)[:, : self.options.vocabulary.local],
                 teacher,
                 self.labels,
-                divergence=o.divergence,
-                temperature=o.temperature,
-                beta=o.beta,
-                lam=o.lam,
+                divergence=s.divergence,
+                temperature=s.temperature,
+                beta=s.beta,
+                lam=s.lam,
             )
             return self.reduce(kd, ce)
 
     def forward(
         self, student: tuple[Tensor, ...], scale: Tensor, needs: tuple[bool, ...]
-    ) -> tuple[kd_chunked.Rows, list[Tensor | None]]:
+    ) -> tuple[Rows, list[Tensor | None]]:
         """kd and ce of the rows that count, and the gradients of sum(scale * (kd_weight * kd + ce_weight *
         ce))."""
         # Triton launches on the current device, wherever the tensors are.
@@ -159,17 +132,17 @@ class Call:
     ) -> tuple[kd_chunked.Rows, list[Tensor | None]]:
         logits = student[0].reshape(-1, student[0].shape[-1])
         grad, vocab = None, self.options.vocabulary.local
-        if needs[0] and self.settings.inplace:
+        if needs[0] and self.inplace:
             grad = logits
         elif needs[0]:
             grad = self._empty_or_zeros(logits.shape, _held(logits.dtype))
-        inputs = (self.teacher, self.labels, self.rows, scale, self.options)
+        task = replace(self, scale=scale)
         if self.backend == "triton":
             from mohawk.kernels.kd import triton_backend as kd_triton
 
-            rows = kd_triton.from_logits(logits, *inputs, grad)
+            rows = kd_triton.from_logits(logits, task, grad)
         else:
-            rows = kd_chunked.from_logits(logits, *inputs, grad)
+            rows = kd_chunked.from_logits(logits, task, grad)
         if grad is None:
             return rows, [None]
         if grad is logits and self.rows is not None:
@@ -182,24 +155,23 @@ class Call:
         self, student: tuple[Tensor, ...], scale: Tensor, needs: tuple[bool, ...]
     ) -> tuple[kd_chunked.Rows, list[Tensor | None]]:
         s, vocabulary = self.settings, self.options.vocabulary
-        hidden, head = student[0].reshape(-1, student[0].shape[-1]), student[1]
+        hidden = student[0].reshape(-1, student[0].shape[-1])
         bias = student[2] if len(student) > 2 else None
+        head = Head(student[1], bias, s.logit_scale, s.logit_softcap)
         grads: list[Tensor | None] = [None] * len(student)
         if needs[0]:
             summed = vocabulary.group is not None  # over ranks, and then rounded
             grads[0] = self._empty_or_zeros(hidden.shape, scale.dtype if summed else _held(hidden.dtype))
         if bias is not None and needs[2]:
             grads[2] = torch.zeros(bias.shape, dtype=scale.dtype, device=bias.device)
-        inputs = (self.teacher, self.labels, self.rows, scale, self.options)
         bias_grad = grads[2] if bias is not None else None
         tile = None
         if self.backend == "triton":
             from mohawk.kernels.kd import triton_backend as kd_triton
 
             tile = kd_triton.tile
-        rows, grads[1] = kd_chunked.from_hidden(
-            hidden, head, bias, s.logit_scale, s.logit_softcap, *inputs, grads[0], bias_grad, needs[1], tile
-        )
+        task = replace(self, scale=scale)
+        rows, grads[1] = kd_chunked.from_hidden(hidden, head, task, grads[0], bias_grad, needs[1], tile)
         grads = [g if g is None else g.to(_held(x.dtype)) for g, x in zip(grads, student, strict=True)]
         if grads[0] is not None:
             grads[0] = grads[0].view(student[0].shape)
@@ -256,17 +228,8 @@ class _Loss(torch.autograd.Function):
         return [g.clone() if keep and g is not None else g for g in grads]
 
 
-def _plain(s: Settings) -> str:
-    """The ends of JSD and of the skewed KLs by their own names: forward KL and reverse KL."""
-    if s.divergence == "jsd" and s.beta in (0.0, 1.0):
-        return "forward_kl" if s.beta == 0.0 else "reverse_kl"
-    if s.lam == 0.0:
-        return {"skew_kl": "forward_kl", "skew_reverse_kl": "reverse_kl"}.get(s.divergence, s.divergence)
-    return s.divergence
-
-
-def _backend(asked: str, x: Tensor) -> str:
-    """auto: triton where it runs and computes in the asked precision, else chunked."""
+def _backend(asked: str, x: Tensor, divergence: str) -> str:
+    """auto: triton where it runs, knows the divergence and computes in the asked precision, else chunked."""
     if asked not in ("auto", "triton"):
         return asked
     interpreted = os.environ.get("TRITON_INTERPRET") == "1" and asked == "triton"
@@ -277,38 +240,16 @@ def _backend(asked: str, x: Tensor) -> str:
         reason = f"the student is on {x.device}; it needs a CUDA or ROCm device"
     elif importlib.util.find_spec("triton") is None:
         reason = "triton is not installed (run pip install '.[triton]' in mohawk's checkout)"
+    else:
+        from mohawk.kernels.kd import triton_backend as kd_triton
+
+        if divergence not in kd_triton.DIVERGENCES:
+            reason = f"it has no terms for {divergence}"
     if reason is None:
         return "triton"
     if asked == "triton":
         raise ValueError(f"backend 'triton' can't be used: {reason}; use 'auto' or 'chunked'")
     return "chunked"
-
-
-@overload
-def map_rows(
-    teacher: TeacherLogits | TeacherHidden, f: Callable[[Tensor, int], Tensor]
-) -> TeacherLogits | TeacherHidden: ...
-@overload
-def map_rows(
-    teacher: TeacherLogits | TeacherHidden | TeacherMixture, f: Callable[[Tensor, int], Tensor]
-) -> TeacherLogits | TeacherHidden | TeacherMixture: ...
-@overload
-def map_rows(teacher: Teacher, f: Callable[[Tensor, int], Tensor]) -> Teacher: ...
-def map_rows(teacher: Teacher, f: Callable[[Tensor, int], Tensor]) -> Teacher:
-    """The teacher with f(tensor, trailing dimensions) in place of each tensor that has rows, all detached."""
-    if isinstance(teacher, TeacherTAID):
-        return replace(teacher, teacher=map_rows(teacher.teacher, f))
-    if isinstance(teacher, TeacherMixture):
-        return replace(teacher, teachers=[map_rows(one, f) for one in teacher.teachers])
-    if isinstance(teacher, TeacherLogits):
-        return TeacherLogits(f(teacher.logits.detach(), 1))
-    if isinstance(teacher, TeacherHidden):
-        bias = None if teacher.bias is None else teacher.bias.detach()
-        return replace(teacher, hidden=f(teacher.hidden.detach(), 1), head=teacher.head.detach(), bias=bias)
-    if isinstance(teacher, TeacherTopK):
-        tail = None if teacher.tail_logprob is None else f(teacher.tail_logprob.detach(), 0)
-        return TeacherTopK(f(teacher.ids, 1), f(teacher.logprobs.detach(), 1), tail)
-    return TeacherSamples(f(teacher.ids, 1), f(teacher.weights.detach(), 1))
 
 
 def prepare(
@@ -323,16 +264,26 @@ def prepare(
     """Check everything, flatten the leading dimensions, and find the rows that count."""
     s = settings
     kd_checks.check_settings(s, labels is not None, normalizer)
+    entry = DIVERGENCES[s.divergence]
     kd_checks.check_student(student, s)
     lead, device = student[0].shape[:-1], student[0].device
     entries = student[1].shape[0] if s.linear else student[0].shape[-1]
-    vocabulary = Vocabulary(entries, s.vocab_size, group, lead.numel(), device, kd_checks.dense_entries(teacher))
+    of_teacher = teacher.entries() if isinstance(teacher, Teacher) else []
+    vocabulary = Vocabulary(entries, s.vocab_size, group, lead.numel(), device, of_teacher)
     kd_checks.check_rows(labels, token_weights, lead, device, vocabulary.size, s.ignore_index)
     kept = None if labels is None else labels != s.ignore_index
-    kd_checks.check_teacher(teacher, lead, device, vocabulary, s, kept)
-    backend = _backend(s.backend, student[0])
+    if not isinstance(teacher, Teacher):
+        raise ValueError(
+            f"teacher is a {type(teacher).__name__}; it must be a logits tensor or one of {', '.join(SOURCES)}"
+        )
+    teacher.check(kd_checks.Against(lead, device, vocabulary, s, kept))
+    backend = _backend(s.backend, student[0], s.divergence)
     if backend == "reference" and group is not None:
         raise ValueError("backend 'reference' has no group; use 'chunked', or gather the vocabulary first")
+    if group is not None and entry.on_logits and s.divergence not in kd_gradients.LOGITS:
+        raise ValueError(f"divergence {s.divergence!r} has no gradient for a split vocabulary; gather it first")
+    if group is not None and not teacher.parts() and type(teacher) not in BY_HAND:
+        raise ValueError(f"{type(teacher).__name__} has no way for a split vocabulary; gather it first")
     if s.inplace:
         if s.reduction == "none" or backend == "reference" or not student[0].is_contiguous():
             needs = "contiguous student_logits, reduction 'mean' or 'sum', and not the reference backend"
@@ -340,7 +291,7 @@ def prepare(
         if student[0].dtype == torch.float16:
             raise ValueError("inplace would hold the gradient in float16 before the loss scale; use another dtype")
 
-    teacher = map_rows(teacher, lambda x, trailing: x.reshape(-1, *x.shape[x.dim() - trailing :]))
+    teacher = teacher.map_rows(lambda x, trailing: x.reshape(-1, *x.shape[x.dim() - trailing :]))
     count = real = lead.numel()
     rows = None
     if labels is not None and kept is not None:
@@ -355,15 +306,18 @@ def prepare(
         scale *= weights if rows is None else weights[rows]
     if s.reduction == "mean" and real:
         scale /= real if normalizer is None else kd_checks.positive(normalizer)
-    options = Options(
-        divergence=_plain(s),
-        temperature=1.0 if s.divergence in kd_reference.LOGIT_DIVERGENCES else float(s.temperature),
+    settings = s._replace(
+        divergence=plain(s.divergence, s.beta, s.lam),
+        temperature=1.0 if entry.on_logits else float(s.temperature),
         kd_weight=float(s.kd_weight),
         ce_weight=float(s.ce_weight),
         beta=float(s.beta),
         lam=float(s.lam),
-        vocabulary=vocabulary,
+    )
+    options = Options(
+        settings,
+        vocabulary,
         need_kd=s.kd_weight != 0 or bool(s.return_parts),
         need_ce=labels is not None and (s.ce_weight != 0 or bool(s.return_parts)),
     )
-    return Call(s, options, teacher, labels, rows, scale, lead, backend)
+    return Call(options, teacher, labels, rows, scale, lead=lead, backend=backend, inplace=s.inplace)

@@ -5,26 +5,17 @@ from __future__ import annotations
 
 import math
 import numbers
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
-from mohawk.kernels.kd.reference import DIVERGENCES, LOGIT_DIVERGENCES
-from mohawk.kernels.kd.teachers import (
-    Teacher,
-    TeacherHidden,
-    TeacherLogits,
-    TeacherMixture,
-    TeacherSamples,
-    TeacherTAID,
-    TeacherTopK,
-)
+from mohawk.kernels.kd.divergences import DIVERGENCES
 from mohawk.kernels.kd.vocabulary import Vocabulary
 
 if TYPE_CHECKING:
-    from mohawk.kernels.kd.call import Settings
+    from mohawk.kernels.kd.options import Settings
 
 REDUCTIONS = ("mean", "sum", "none")
 BACKENDS = ("auto", "reference", "chunked", "triton")
@@ -35,24 +26,24 @@ def _one_of(name: str, value: object, allowed: tuple[object, ...]) -> None:
         raise ValueError(f"{name} is {value!r}; allowed: {', '.join(map(str, allowed))}")
 
 
-def _number(name: str, value: Any, ok: Callable[[float], bool], allowed: str) -> None:
-    number = isinstance(value, numbers.Real) and not isinstance(value, bool)
-    if not number or not math.isfinite(value) or not ok(float(value)):
+def number(name: str, value: object, ok: Callable[[float], bool], allowed: str) -> None:
+    real = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    if not real or not math.isfinite(value) or not ok(value):
         raise ValueError(f"{name} is {value!r}; it must be {allowed}")
 
 
 def check_settings(s: Settings, has_labels: bool, normalizer: float | Tensor | None) -> None:
     """The options that need no shapes."""
-    _one_of("divergence", s.divergence, DIVERGENCES)
+    _one_of("divergence", s.divergence, tuple(DIVERGENCES))
     _one_of("reduction", s.reduction, REDUCTIONS)
     _one_of("backend", s.backend, BACKENDS)
     _one_of("return_parts", s.return_parts, (False, True, "rows"))
     # Beyond, T^2 raises the rounding of the divergence above its value.
-    _number("temperature", s.temperature, lambda x: 1e-3 <= x <= 1e3, "a number from 0.001 to 1000")
-    _number("kd_weight", s.kd_weight, lambda x: x >= 0, "a finite number, 0 or above")
-    _number("ce_weight", s.ce_weight, lambda x: x >= 0, "a finite number, 0 or above")
-    _number("beta", s.beta, lambda x: 0 <= x <= 1, "a number from 0 (forward KL) to 1 (reverse KL)")
-    _number("lam", s.lam, lambda x: 0 <= x < 1, "a number from 0 (no skew) to below 1")
+    number("temperature", s.temperature, lambda x: 1e-3 <= x <= 1e3, "a number from 0.001 to 1000")
+    number("kd_weight", s.kd_weight, lambda x: x >= 0, "a finite number, 0 or above")
+    number("ce_weight", s.ce_weight, lambda x: x >= 0, "a finite number, 0 or above")
+    number("beta", s.beta, lambda x: 0 <= x <= 1, "a number from 0 (forward KL) to 1 (reverse KL)")
+    number("lam", s.lam, lambda x: 0 <= x < 1, "a number from 0 (no skew) to below 1")
     if s.ce_weight and not has_labels:
         raise ValueError(f"ce_weight is {s.ce_weight} but labels is None; pass labels or set ce_weight to 0")
     if isinstance(s.ignore_index, bool) or not isinstance(s.ignore_index, int):
@@ -67,27 +58,27 @@ def check_settings(s: Settings, has_labels: bool, normalizer: float | Tensor | N
         if normalizer.requires_grad:
             raise ValueError("normalizer requires grad, but none is computed for it; pass normalizer.detach()")
     else:
-        _number("normalizer", normalizer, lambda x: x >= 0, "a finite number above 0")
+        number("normalizer", normalizer, lambda x: x >= 0, "a finite number above 0")
 
 
 def positive(normalizer: float | Tensor) -> float:
     """The normalizer where there are rows to divide by it. (Without any, as when all labels of all accumulation steps
     are ignored, it may be 0.)"""
     value = normalizer.item() if isinstance(normalizer, Tensor) else normalizer
-    _number("normalizer", value, lambda x: x > 0, "above 0 where there are real rows, and finite")
+    number("normalizer", value, lambda x: x > 0, "above 0 where there are real rows, and finite")
     return float(value)
 
 
 def check_student(student: tuple[Tensor, ...], s: Settings) -> None:
     """Logits, or hidden states with their head."""
     if not s.linear:
-        _float("student_logits", student[0])
+        floating("student_logits", student[0])
         return
     bias = student[2] if len(student) > 2 else None
     check_head("student", student[0], student[1], bias, s.logit_scale, s.logit_softcap, s.autocast)
 
 
-def _float(name: str, x: object, dims: int | None = None) -> None:
+def floating(name: str, x: object, dims: int | None = None) -> None:
     if not isinstance(x, Tensor):
         raise ValueError(f"{name} is a {type(x).__name__}; it must be a tensor")
     if hasattr(x, "full_tensor"):
@@ -119,8 +110,8 @@ def check_head(
     autocast: bool,
 ) -> None:
     """Hidden states with their head; under autocast their dtypes may differ."""
-    _float(f"{side} hidden states", hidden)
-    _float(f"{side} head", head, 2)
+    floating(f"{side} hidden states", hidden)
+    floating(f"{side} head", head, 2)
     if hidden.shape[-1] != head.shape[1]:
         raise ValueError(
             f"{side} hidden size is {hidden.shape[-1]} but the head has shape {tuple(head.shape)}; "
@@ -135,75 +126,43 @@ def check_head(
         )
     _device(f"{side} head", head, hidden.device)
     if bias is not None:
-        _float(f"{side} bias", bias, 1)
+        floating(f"{side} bias", bias, 1)
         _device(f"{side} bias", bias, hidden.device)
         if bias.shape[0] != head.shape[0]:
             raise ValueError(f"{side} bias has {bias.shape[0]} entries but the head has {head.shape[0]} rows")
-    _number(f"{side} logit_scale", scale, lambda x: True, "a finite number")
+    number(f"{side} logit_scale", scale, lambda x: True, "a finite number")
     if softcap is not None:
-        _number(f"{side} logit_softcap", softcap, lambda x: x > 0, "None or a finite number above 0")
+        number(f"{side} logit_softcap", softcap, lambda x: x > 0, "None or a finite number above 0")
 
 
-def _leading(name: str, shape: torch.Size, expected: torch.Size, what: str = "the student's") -> None:
+def leading(name: str, shape: torch.Size, expected: torch.Size, what: str = "the student's") -> None:
     if shape != expected:
         raise ValueError(f"{name} has leading dimensions {tuple(shape)} but {what} are {tuple(expected)}")
 
 
-def check_teacher(
-    teacher: Teacher,
-    lead: torch.Size,
-    device: torch.device,
-    vocabulary: Vocabulary,
-    s: Settings,
-    kept: Tensor | None = None,
-) -> None:
-    """A teacher source against the student's leading dimensions and vocabulary. Ids are looked at in the rows that
-    are `kept` (None: all): a cache may have anything in its padding."""
-    if isinstance(teacher, TeacherTAID):
-        if not isinstance(teacher.teacher, (TeacherLogits, TeacherHidden, TeacherMixture)):
-            kind = type(teacher.teacher).__name__
-            raise ValueError(f"TeacherTAID takes a dense teacher or a mixture, not {kind}")
-        _number("TeacherTAID.t", teacher.t, lambda x: 0 <= x <= 1, "a number from 0 to 1")
-        check_teacher(teacher.teacher, lead, device, vocabulary, s)
-    elif isinstance(teacher, TeacherMixture):
-        _check_mixture(teacher, lead, device, vocabulary, s)
-    elif isinstance(teacher, TeacherLogits):
-        _float("teacher logits", teacher.logits)
-        _device("teacher logits", teacher.logits, device)
-        _leading("teacher logits", teacher.logits.shape[:-1], lead)
-        _same_vocab(teacher.logits.shape[-1], vocabulary, s)
-    elif isinstance(teacher, TeacherHidden):
-        scale, softcap = teacher.logit_scale, teacher.logit_softcap
-        check_head("teacher", teacher.hidden, teacher.head, teacher.bias, scale, softcap, s.autocast)
-        _device("teacher hidden states", teacher.hidden, device)
-        _leading("teacher hidden states", teacher.hidden.shape[:-1], lead)
-        _same_vocab(teacher.head.shape[0], vocabulary, s)
-    elif isinstance(teacher, (TeacherTopK, TeacherSamples)):
-        _check_ids(teacher, lead, device, vocabulary.size, s.divergence, kept)
-    else:
-        raise ValueError(
-            f"teacher is a {type(teacher).__name__}; it must be a logits tensor or one of TeacherLogits, "
-            "TeacherHidden, TeacherTopK, TeacherSamples, TeacherMixture, TeacherTAID"
-        )
+class Against(NamedTuple):
+    """The student that a teacher is checked against."""
+
+    lead: torch.Size
+    device: torch.device
+    vocabulary: Vocabulary
+    settings: Settings
+    kept: Tensor | None = None  # the rows that count, of shape `lead`; None: all
+
+    def beside(self, name: str, x: Tensor, trailing: int) -> None:
+        """On the student's device and of its leading dimensions."""
+        _device(name, x, self.device)
+        leading(name, x.shape[: x.dim() - trailing], self.lead)
+
+    def real(self, x: Tensor) -> Tensor:
+        """The rows that count."""
+        return x if self.kept is None else x[self.kept]
 
 
-def dense_entries(teacher: object) -> list[int]:
-    """How many entries each dense teacher inside one has, as far as it is one: this comes before its check."""
-    while isinstance(teacher, TeacherTAID):
-        teacher = teacher.teacher
-    parts: Sequence[object] = [teacher]
-    if isinstance(teacher, TeacherMixture) and isinstance(teacher.teachers, Sequence):
-        parts = teacher.teachers
-    found = []
-    for one in parts:
-        rows = getattr(one, "logits", None) if isinstance(one, TeacherLogits) else getattr(one, "head", None)
-        if isinstance(rows, Tensor) and rows.dim():
-            found.append(rows.shape[-1] if isinstance(one, TeacherLogits) else rows.shape[0])
-    return found
-
-
-def _same_vocab(entries: int, vocabulary: Vocabulary, s: Settings) -> None:
-    if entries == vocabulary.entries or s.vocab_size is not None and entries >= vocabulary.local:
+def same_vocab(entries: int, student: Against) -> None:
+    """A teacher's entries beside the student's."""
+    vocabulary = student.vocabulary
+    if entries == vocabulary.entries or student.settings.vocab_size is not None and entries >= vocabulary.local:
         return
     raise ValueError(
         f"the student's vocabulary has {vocabulary.entries} entries and the teacher's {entries}; "
@@ -211,82 +170,31 @@ def _same_vocab(entries: int, vocabulary: Vocabulary, s: Settings) -> None:
     )
 
 
-def _check_mixture(
-    teacher: TeacherMixture, lead: torch.Size, device: torch.device, vocabulary: Vocabulary, s: Settings
-) -> None:
-    if s.divergence in LOGIT_DIVERGENCES:
-        raise ValueError(f"divergence {s.divergence!r} compares logits; a mixture of teachers has probabilities only")
-    if not isinstance(teacher.teachers, Sequence):
-        raise ValueError(f"TeacherMixture.teachers is a {type(teacher.teachers).__name__}; it must be a list or tuple")
-    if not len(teacher.teachers):
-        raise ValueError("TeacherMixture has no teachers")
-    for one in teacher.teachers:
-        if not isinstance(one, (TeacherLogits, TeacherHidden)):
-            raise ValueError(f"TeacherMixture takes TeacherLogits and TeacherHidden, not {type(one).__name__}")
-        check_teacher(one, lead, device, vocabulary, s)
-    if teacher.weights is not None:
-        if len(teacher.weights) != len(teacher.teachers):
-            counts = f"{len(teacher.teachers)} teachers and {len(teacher.weights)} weights"
-            raise ValueError(f"TeacherMixture has {counts}; it must have as many")
-        for weight in teacher.weights:
-            _number("a weight of TeacherMixture", weight, lambda x: 1e-30 <= x <= 1e30, "a number from 1e-30 to 1e30")
-
-
-def _check_ids(
-    teacher: TeacherTopK | TeacherSamples, lead, device, vocab: int, divergence: str, kept: Tensor | None
-) -> None:
-    kind = type(teacher).__name__
-    values = teacher.logprobs if isinstance(teacher, TeacherTopK) else teacher.weights
-    name = f"{kind}.{'logprobs' if isinstance(teacher, TeacherTopK) else 'weights'}"
-    if divergence in LOGIT_DIVERGENCES:
+def of_probabilities(teacher: object, divergence: str) -> None:
+    """Of a source that has no logits."""
+    if DIVERGENCES[divergence].on_logits:
+        kind = type(teacher).__name__
         raise ValueError(f"divergence {divergence!r} compares logits; {kind} has probabilities only")
-    if isinstance(teacher, TeacherTopK) and divergence == "probability_mse":
-        raise ValueError(
-            "divergence 'probability_mse' can't be taken over a top k, whose tail is one bucket: the square of a sum "
-            "is no sum of squares; use a dense teacher, or 'tvd'"
-        )
-    if isinstance(teacher, TeacherSamples) and divergence != "forward_kl":
-        raise ValueError(
-            f"divergence {divergence!r} can't be estimated from samples: only 'forward_kl' is linear in the teacher's "
-            "probabilities, any other estimate would be biased; use 'forward_kl', or a dense or top-k teacher"
-        )
-    _float(name, values)
-    if not isinstance(teacher.ids, Tensor) or teacher.ids.dtype != torch.int64:
+
+
+def check_ids(kind: str, ids: Tensor, field: str, values: Tensor, student: Against) -> None:
+    """Ids (..., k) with a value each."""
+    name, vocab = f"{kind}.{field}", student.vocabulary.size
+    floating(name, values)
+    if not isinstance(ids, Tensor) or ids.dtype != torch.int64:
         raise ValueError(f"{kind}.ids must be an int64 tensor")
-    if teacher.ids.shape != values.shape:
-        raise ValueError(f"{kind}.ids has shape {tuple(teacher.ids.shape)} but {name} {tuple(values.shape)}")
-    _device(f"{kind}.ids", teacher.ids, device)
-    _device(name, values, device)
-    _leading(f"{kind}.ids", teacher.ids.shape[:-1], lead)
+    if ids.shape != values.shape:
+        raise ValueError(f"{kind}.ids has shape {tuple(ids.shape)} but {name} {tuple(values.shape)}")
+    _device(name, values, student.device)
+    student.beside(f"{kind}.ids", ids, trailing=1)
     if values.shape[-1] < 1:
         raise ValueError(f"{kind}.ids holds no ids: its last dimension is 0")
-    if isinstance(teacher, TeacherTopK) and teacher.tail_logprob is not None:
-        _float("TeacherTopK.tail_logprob", teacher.tail_logprob, len(lead))
-        _device("TeacherTopK.tail_logprob", teacher.tail_logprob, device)
-        _leading("TeacherTopK.tail_logprob", teacher.tail_logprob.shape, lead)
-    ids = teacher.ids if kept is None else teacher.ids[kept]
-    values = values if kept is None else values[kept]
-    if not values.numel():
+    ids = student.real(ids)
+    if not ids.numel():
         return
     low, high = (int(x) for x in torch.stack(torch.aminmax(ids)).tolist())
     if low < 0 or high >= vocab:
         raise ValueError(f"{kind}.ids run from {low} to {high}; they must be in 0..{vocab - 1}")
-    if isinstance(teacher, TeacherTopK):
-        ordered = ids.sort(-1).values
-        if bool((ordered[..., 1:] == ordered[..., :-1]).any()):
-            raise ValueError("TeacherTopK.ids repeats an id within a row; each may appear once")
-        # Rounded to bfloat16, log-probabilities may add up to a few percent more.
-        masses, names = values.float().exp().sum(-1), "logprobs hold"
-        if teacher.tail_logprob is not None:
-            tail = teacher.tail_logprob if kept is None else teacher.tail_logprob[kept]
-            masses, names = masses + tail.float().exp(), "logprobs and tail_logprob hold"
-        if (mass := masses.max().item()) > 1.1:
-            raise ValueError(
-                f"TeacherTopK.{names} a mass of {mass:.4g} in a row; they must be log-probabilities, at most 1 "
-                "in sum: pass log_softmax(logits), gathered at the ids"
-            )
-    elif bool((values < 0).any()):
-        raise ValueError("TeacherSamples.weights has negative entries; they must be 0 or above")
 
 
 def check_rows(
@@ -302,15 +210,15 @@ def check_rows(
         if not isinstance(labels, Tensor) or labels.dtype != torch.int64:
             raise ValueError(f"labels must be an int64 tensor, not {getattr(labels, 'dtype', type(labels).__name__)}")
         _device("labels", labels, device)
-        _leading("labels", labels.shape, lead)
+        leading("labels", labels.shape, lead)
         wrong = (labels != ignore_index) & ((labels < 0) | (labels >= vocab))
         if bool(wrong.any()):
             raise ValueError(
                 f"labels contain {int(labels[wrong][0])}; allowed: 0..{vocab - 1} and ignore_index ({ignore_index})"
             )
     if token_weights is not None:
-        _float("token_weights", token_weights, len(lead))
+        floating("token_weights", token_weights, len(lead))
         _device("token_weights", token_weights, device)
-        _leading("token_weights", token_weights.shape, lead)
+        leading("token_weights", token_weights.shape, lead)
         if token_weights.requires_grad:
             raise ValueError("token_weights requires grad, but none is computed for it; pass token_weights.detach()")

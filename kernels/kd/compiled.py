@@ -1,27 +1,22 @@
 """The loss under torch.compile: one opaque operator, so that a compiled model around it stays one graph.
 
 The operator does in eager mode what an uncompiled call does, checks included. Its arguments can only be
-tensors and plain values, so a teacher travels as a list of tensors, a word per part, and numbers.
+tensors and plain values, so a teacher travels as a list of tensors, numbers, and a word for each of its fields.
 """
 
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from mohawk.kernels.kd import call as kd_call
-from mohawk.kernels.kd.teachers import (
-    Teacher,
-    TeacherHidden,
-    TeacherLogits,
-    TeacherMixture,
-    TeacherSamples,
-    TeacherTAID,
-    TeacherTopK,
-)
+from mohawk.kernels.kd import gradients as kd_gradients
+from mohawk.kernels.kd.options import Settings
+from mohawk.kernels.kd.teachers import SOURCES, Teacher
+from mohawk.kernels.kd.tile import BY_HAND
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -32,63 +27,39 @@ NO_SIZE = -(1 << 62)
 PARTS = (False, True, "rows")  # what `return_parts` travels as: a place in here
 
 
-def _flatten(teacher: Teacher, words: list[str], tensors: list[Tensor], numbers: list[float]) -> None:
-    if isinstance(teacher, TeacherTAID):
-        words.append("taid")
-        numbers.append(teacher.t)
-        _flatten(teacher.teacher, words, tensors, numbers)
-    elif isinstance(teacher, TeacherMixture):
-        weights = () if teacher.weights is None else teacher.weights
-        words.append(f"mixture {len(teacher.teachers)} {len(weights)}")
-        numbers.extend(weights)
-        for one in teacher.teachers:
+def _flatten(value: object, words: list[str], tensors: list[Tensor], numbers: list[float]) -> None:
+    """A source, or a field of one: a word for each."""
+    if isinstance(value, Teacher):
+        words.append(type(value).__name__)
+        for name in value.__match_args__:
+            _flatten(getattr(value, name), words, tensors, numbers)
+    elif isinstance(value, Tensor):
+        words.append("tensor")
+        tensors.append(value)
+    elif value is None:
+        words.append("none")
+    elif isinstance(value, (list, tuple)):
+        words.append(f"list {len(value)}")
+        for one in value:
             _flatten(one, words, tensors, numbers)
-    elif isinstance(teacher, TeacherLogits):
-        words.append("logits")
-        tensors.append(teacher.logits)
-    elif isinstance(teacher, TeacherHidden):
-        words.append("hidden" if teacher.bias is None else "hidden bias")
-        tensors.extend([teacher.hidden, teacher.head])
-        if teacher.bias is not None:
-            tensors.append(teacher.bias)
-        numbers.append(teacher.logit_scale)
-        numbers.append(NO_NUMBER if teacher.logit_softcap is None else teacher.logit_softcap)
-    elif isinstance(teacher, TeacherTopK):
-        words.append("topk" if teacher.tail_logprob is None else "topk tail")
-        tensors.extend([teacher.ids, teacher.logprobs])
-        if teacher.tail_logprob is not None:
-            tensors.append(teacher.tail_logprob)
-    elif isinstance(teacher, TeacherSamples):
-        words.append("samples")
-        tensors.extend([teacher.ids, teacher.weights])
     else:
-        raise ValueError(f"teacher is a {type(teacher).__name__}; it must be a logits tensor or a teacher source")
+        words.append("number")
+        numbers.append(value)
 
 
-def _unflatten(words: list[str], tensors: list[Tensor], numbers: list[float]) -> Teacher:
+def _unflatten(words: list[str], tensors: list[Tensor], numbers: list[float]) -> object:
     """The reverse; takes its parts off the front of each list."""
-    kind, *more = words.pop(0).split()
-    if kind == "taid":
-        t = numbers.pop(0)
-        return TeacherTAID(
-            cast("TeacherLogits | TeacherHidden | TeacherMixture", _unflatten(words, tensors, numbers)), t
-        )
-    if kind == "mixture":
-        teachers, weights = map(int, more)
-        given = [numbers.pop(0) for _ in range(weights)]
-        parts = [cast("TeacherLogits | TeacherHidden", _unflatten(words, tensors, numbers)) for _ in range(teachers)]
-        return TeacherMixture(parts, given or None)
-    if kind == "logits":
-        return TeacherLogits(tensors.pop(0))
-    if kind == "hidden":
-        hidden, head = tensors.pop(0), tensors.pop(0)
-        bias = tensors.pop(0) if more else None
-        scale, softcap = numbers.pop(0), numbers.pop(0)
-        return TeacherHidden(hidden, head, bias, scale, None if math.isnan(softcap) else softcap)
-    first, second = tensors.pop(0), tensors.pop(0)
-    if kind == "topk":
-        return TeacherTopK(first, second, tensors.pop(0) if more else None)
-    return TeacherSamples(first, second)
+    kind, *count = words.pop(0).split()
+    if kind == "tensor":
+        return tensors.pop(0)
+    if kind == "none":
+        return None
+    if kind == "number":
+        return numbers.pop(0)
+    if kind == "list":
+        return [_unflatten(words, tensors, numbers) for _ in range(int(count[0]))]
+    source = SOURCES[kind]
+    return source(*[_unflatten(words, tensors, numbers) for _ in source.__match_args__])
 
 
 @torch.library.custom_op("mohawk::kd_loss", mutates_args=())
@@ -109,7 +80,7 @@ def _op(
 ) -> list[Tensor]:
     temperature, kd_weight, ce_weight, beta, lam, logit_scale, softcap, *of_teacher = numbers.tolist()
     ignore_index, vocab_size, return_parts, inplace, linear, autocast = ints
-    settings = kd_call.Settings(
+    settings = Settings(
         divergence=divergence,
         temperature=temperature,
         kd_weight=kd_weight,
@@ -137,7 +108,12 @@ def _op(
     call = kd_call.prepare(tuple(student), source, labels, token_weights, normalizer, process_group, settings)
     if call.backend == "reference":
         raise ValueError("backend 'reference' can't be compiled; use 'chunked', or call it outside torch.compile")
-    call.settings = settings._replace(inplace=False)  # checked; what a compiled model's memory holds is the compiler's
+    # Autograd rests within an operator.
+    if not kd_gradients.by_hand(divergence):
+        raise ValueError(f"divergence {divergence!r} has no gradient by hand, so it can't be compiled")
+    if not source.parts() and type(source) not in BY_HAND:
+        raise ValueError(f"{type(source).__name__} has no gradient by hand, so it can't be compiled")
+    call.inplace = False  # checked; what a compiled model's memory holds is the compiler's
     rows, grads = call.forward(tuple(student), call.scale, tuple(needs))
     loss, kd, ce = call.reduce(rows.kd, rows.ce)
     return [loss, kd, ce, *(loss.new_empty(0) if g is None else g for g in grads)]
@@ -200,13 +176,15 @@ def distil(
     token_weights: Tensor | None,
     normalizer: float | Tensor | None,
     group: ProcessGroup | None,
-    settings,
+    settings: Settings,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """loss, kd and ce, as kd_call.distil would make them."""
     s = settings
     words: list[str] = []
     tensors: list[Tensor] = []
     of_teacher: list[float] = []
+    if not isinstance(teacher, Teacher):
+        raise ValueError(f"teacher is a {type(teacher).__name__}; it must be a logits tensor or a teacher source")
     _flatten(teacher, words, tensors, of_teacher)
     if normalizer is not None and not isinstance(normalizer, Tensor):
         normalizer = torch.full((), normalizer, dtype=torch.float64, device=student[0].device)

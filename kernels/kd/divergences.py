@@ -1,201 +1,132 @@
-"""Divergences of tiles of rows with their gradients by hand, for the chunked backend.
+"""Every divergence of the distillation losses: its definition and what it can be used with.
 
-Each function gets lp and lq, the log-probabilities of teacher and student (rows, vocab), and may overwrite
-both. It returns the divergence of each row and, if `want_grad`, its gradient with respect to the student's
-tempered logits u, where lq = log_softmax(u): for D = f(q) that is q * (f'(q) - sum q f'(q)).
+An entry of `DIVERGENCES` is all that a divergence needs: the recipes' list, the checks, the texts and every backend
+read this table. The reference differentiates the definition; so does the chunked backend, tile by tile, until
+gradients.py has a gradient by hand, which is faster and keeps its precision where student and teacher come together.
+Triton computes what triton_backend.py has terms for and leaves the rest to the chunked backend.
 
-`guard` sets terms of probability 0 to 0. Without it a row with -inf logits may come out NaN; the caller then
-calls again with it, so that rows without -inf pay nothing. Where ranks share the vocabulary, values are this
-rank's part of the sum and gradients are whole: `total` makes a sum over this rank's entries one over all.
-float32 tiles are enough: in forward, reverse and skewed KL the added sum(q - p), zero in exact arithmetic, cancels
-the rounding of both log-normalisers to first order (in JSD they cancel by themselves). JSD and the skewed KLs come
-here only between their ends, which are forward and reverse KL.
+Importing this module brings no torch, so that recipes can be read without it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
+if TYPE_CHECKING:
+    from torch import Tensor
 
-from mohawk.kernels.kd.vocabulary import Vocabulary
-
-Rows = tuple[Tensor, Tensor | None]
-Total = Callable[[Tensor], Tensor]
-
-
-def _times(prob: Tensor, log_ratio: Tensor, guard: bool) -> Tensor:
-    """prob * log_ratio in log_ratio's memory."""
-    if guard:
-        log_ratio.masked_fill_(prob == 0, 0.0)
-    return log_ratio.mul_(prob)
+# Stands for -inf and keeps autograd out of inf - inf: exp of it is 0 in float32 and float64.
+LOW = -8e37
 
 
-def _centre(q: Tensor, slope: Tensor, total: Total) -> Tensor:
-    """q * (slope - sum q slope) in slope's memory."""
-    slope.mul_(q)
-    return slope.addcmul_(q, total(slope.sum(-1)).unsqueeze(-1), value=-1)
+@dataclass(frozen=True, kw_only=True)
+class Divergence:
+    """One divergence of rows.
 
-
-def forward_kl(lp: Tensor, lq: Tensor, beta: float, lam: float, guard: bool, want_grad: bool, total: Total) -> Rows:
-    p = lp.exp()
-    ratio = lp.sub_(lq)
-    grad = lq.exp_().sub_(p)
-    kl = _times(p, ratio, guard).sum(-1)
-    return kl + grad.sum(-1), grad if want_grad else None
-
-
-def reverse_kl(lp: Tensor, lq: Tensor, beta: float, lam: float, guard: bool, want_grad: bool, total: Total) -> Rows:
-    q = lq.exp()
-    ratio = lq.sub_(lp)
-    gap = lp.exp_().sub_(q).sum(-1)
-    grad = _times(q, ratio, guard)
-    kl = grad.sum(-1)
-    value = kl + gap
-    if not want_grad:
-        return value, None
-    return value, grad.addcmul_(q, total(kl).unsqueeze(-1), value=-1)
-
-
-def _expm1_of_ratio(log_a: Tensor, log_b: Tensor, guard: bool) -> tuple[Tensor, Tensor]:
-    """r = log a - log b in log_a's memory, and a / b - 1 = expm1(r).
-
-    Mixtures are taken from it: log((1 - w) b + w a) = log b + log1p(w expm1(r)), which keeps its relative
-    precision where the two agree, as a log of rounded sums would not. Beyond +-80 one side is nothing beside
-    the other.
+    Args:
+        definition: the sum over the vocabulary, (rows), differentiable by autograd. Of distributions it is given (log p
+            of the teacher, log q of the student, beta, lam), each distribution (rows, vocab); of logits (student,
+            teacher).
+        text: what it is, for those who choose one.
+        on_logits: compares raw logits, and knows no temperature.
+        mean: the sum is divided by the size of the vocabulary.
+        ends: where beta or lam make another divergence of it, that one's name: {"beta": {0.0: name}}. The definition is
+            only asked for what lies between.
+        no_top_k: why it can't be taken over the buckets of a top k; None where it can.
     """
-    limit = 80.0 if log_a.dtype == torch.float32 else 700.0
-    r = log_a.sub_(log_b)
-    if guard:
-        r.nan_to_num_(nan=0.0, posinf=limit, neginf=-limit)
-    r.clamp_(-limit, limit)
-    return r, torch.expm1(r)
+
+    definition: Callable[..., Tensor]
+    text: str
+    on_logits: bool = False
+    mean: bool = False
+    ends: Mapping[str, Mapping[float, str]] = field(default_factory=dict)
+    no_top_k: str | None = None
 
 
-def _mixture(log_a: Tensor, log_b: Tensor, lam: float, guard: bool) -> tuple[Tensor, Tensor]:
-    """log(m / b) and 1 - b / m of m = (1 - lam) a + lam b, in log_a's memory and a new tensor."""
-    ratio, x = _expm1_of_ratio(log_a, log_b, guard)
-    x.mul_(1 - lam)  # m / b - 1, precise where m is near b
-    ratio.exp_().mul_(1 - lam).add_(lam)  # m / b, precise where little of m is left: there 1 + x has lost lam
-    log = torch.where(x < -0.5, ratio.log(), torch.log1p(x))
-    return log, x.div_(ratio)
+def _kl(log_a: Tensor, log_b: Tensor) -> Tensor:
+    a = log_a.exp()
+    # Where a is 0 the term is 0 whatever log b is; filling the factor (not the product) keeps the gradient 0 too.
+    return (a * (log_a - log_b).masked_fill(a == 0, 0.0)).sum(-1)
 
 
-def jsd(lp: Tensor, lq: Tensor, beta: float, lam: float, guard: bool, want_grad: bool, total: Total) -> Rows:
-    p, q = lp.exp(), lq.exp()
-    # The smaller weight goes into the logarithm: the other way round its own term would be lost in the rounding
-    # of 1.
-    if beta >= 0.5:
-        r, m = _expm1_of_ratio(lq, lp, guard)
-        m.mul_(1 - beta).log1p_()  # log m - log p
-        r.sub_(m).mul_(q)  # q (log q - log m)
-    else:
-        r, x = _expm1_of_ratio(lp, lq, guard)
-        x.mul_(beta).log1p_()  # log m - log q
-        m = torch.sub(x, r)
-        r = x.neg_().mul_(q)
-    from_student = r.sum(-1)
-    value = (1 - beta) * from_student - beta * m.mul_(p).sum(-1)
-    if not want_grad:
-        return value, None
-    return value, r.addcmul_(q, total(from_student).unsqueeze(-1), value=-1).mul_(1 - beta)
+def _log_mix(weight_a: float, log_a: Tensor, log_b: Tensor) -> Tensor:
+    return (log_a.clamp(min=LOW) + math.log(weight_a)).logaddexp(log_b.clamp(min=LOW) + math.log1p(-weight_a))
 
 
-def skew_kl(lp: Tensor, lq: Tensor, beta: float, lam: float, guard: bool, want_grad: bool, total: Total) -> Rows:
-    p, q = lp.exp(), lq.exp()
-    gap = torch.sub(q, p).sum(-1) * (1 - lam)
-    log_m, slope = _mixture(lq, lp, lam, guard)  # log(m / p), 1 - p / m
-    value = gap - p.mul_(log_m).sum(-1)
-    if not want_grad:
-        return value, None
-    return value, _centre(q, slope, total).mul_(1 - lam)
+def _jsd(lp: Tensor, lq: Tensor, beta: float, lam: float) -> Tensor:
+    lm = _log_mix(beta, lp, lq)
+    return beta * _kl(lp, lm) + (1 - beta) * _kl(lq, lm)
 
 
-def skew_reverse_kl(
-    lp: Tensor, lq: Tensor, beta: float, lam: float, guard: bool, want_grad: bool, total: Total
-) -> Rows:
-    p, q = lp.exp(), lq.exp()
-    gap = p.sub_(q).sum(-1) * (1 - lam)
-    log_m, slope = _mixture(lp, lq, lam, guard)  # log(m / q), 1 - q / m
-    value = gap - torch.mul(q, log_m).sum(-1)
-    if not want_grad:
-        return value, None
-    slope.mul_(lam).sub_(log_m)  # log(q / m) - lam q / m + lam
-    return value, _centre(q, slope, total)
+# Between logits -inf means a word that is not there, on either side; +inf is an overflow and stays visible.
 
 
-def tvd(lp: Tensor, lq: Tensor, beta: float, lam: float, guard: bool, want_grad: bool, total: Total) -> Rows:
-    q = lq.exp_()
-    difference = torch.sub(q, lp.exp_())
-    value = difference.abs().sum(-1) / 2
-    if not want_grad:
-        return value, None
-    return value, _centre(q, difference.sign_().mul_(0.5), total)
+def _both_there(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
+    out = student.isneginf() | teacher.isneginf()
+    return student.masked_fill(out, 0.0), teacher.masked_fill(out, 0.0)
 
 
-def probability_mse(
-    lp: Tensor, lq: Tensor, beta: float, lam: float, guard: bool, want_grad: bool, total: Total
-) -> Rows:
-    """The sum of squares; `size` below makes it the mean."""
-    q = lq.exp_()
-    difference = torch.sub(q, lp.exp_())
-    value = difference.square().sum(-1)
-    if not want_grad:
-        return value, None
-    return value, _centre(q, difference.mul_(2), total)
+def _mse(student: Tensor, teacher: Tensor) -> Tensor:
+    student, teacher = _both_there(student, teacher)
+    return (student - teacher).square().sum(-1)
 
 
-DISTRIBUTION = {
-    "forward_kl": forward_kl,
-    "reverse_kl": reverse_kl,
-    "jsd": jsd,
-    "skew_kl": skew_kl,
-    "skew_reverse_kl": skew_reverse_kl,
-    "tvd": tvd,
-    "probability_mse": probability_mse,
+def _cosine(student: Tensor, teacher: Tensor) -> Tensor:
+    from torch.nn.functional import cosine_similarity
+
+    return 1 - cosine_similarity(*_both_there(student, teacher), dim=-1)
+
+
+DIVERGENCES: dict[str, Divergence] = {
+    "forward_kl": Divergence(
+        definition=lambda lp, lq, beta, lam: _kl(lp, lq),
+        text="KL(p, q) of teacher p and student q",
+    ),
+    "reverse_kl": Divergence(definition=lambda lp, lq, beta, lam: _kl(lq, lp), text="KL(q, p)"),
+    "jsd": Divergence(
+        definition=_jsd,
+        text="beta KL(p, m) + (1 - beta) KL(q, m) for m = beta p + (1 - beta) q, as in GKD; at beta 0 forward and at 1 "
+        "reverse KL",
+        ends={"beta": {0.0: "forward_kl", 1.0: "reverse_kl"}},
+    ),
+    "skew_kl": Divergence(
+        definition=lambda lp, lq, beta, lam: _kl(lp, _log_mix(lam, lp, lq)),
+        text="KL(p, lam p + (1 - lam) q), as in DistiLLM",
+        ends={"lam": {0.0: "forward_kl"}},
+    ),
+    "skew_reverse_kl": Divergence(
+        definition=lambda lp, lq, beta, lam: _kl(lq, _log_mix(lam, lq, lp)),
+        text="KL(q, (1 - lam) p + lam q), as in DistiLLM",
+        ends={"lam": {0.0: "reverse_kl"}},
+    ),
+    "tvd": Divergence(
+        definition=lambda lp, lq, beta, lam: 0.5 * (lp.exp() - lq.exp()).abs().sum(-1),
+        text="total variation, half the sum of |p - q|",
+    ),
+    "probability_mse": Divergence(
+        definition=lambda lp, lq, beta, lam: (lp.exp() - lq.exp()).square().sum(-1),
+        text="the mean of (p - q)^2 over the vocabulary",
+        mean=True,
+        no_top_k="whose tail is one bucket: the square of a sum is no sum of squares",
+    ),
+    "mse": Divergence(
+        definition=_mse, text="between raw logits, their mean squared difference", on_logits=True, mean=True
+    ),
+    "cosine": Divergence(definition=_cosine, text="between raw logits, 1 - their cosine similarity", on_logits=True),
 }
 
 
-def size(divergence: str, vocabulary: Vocabulary) -> int:
-    """What a sum over the whole vocabulary is divided by."""
-    return vocabulary.size if divergence == "probability_mse" else 1
+def plain(name: str, beta: float, lam: float) -> str:
+    """The divergence that this one is with these numbers: at its ends another."""
+    ends = DIVERGENCES[name].ends
+    for number, value in (("beta", beta), ("lam", lam)):
+        name = ends.get(number, {}).get(value, name)
+    return name
 
 
-# On logits: z and t are raw, the gradient is with respect to z, entries that are -inf on either side are left
-# out.
-
-
-def finite(z: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-    """New tensors, 0 where either is -inf. +inf (an overflow) stays."""
-    out = torch.isneginf(z) | torch.isneginf(t)
-    return z.masked_fill(out, 0.0), t.masked_fill(out, 0.0)
-
-
-def mse(z: Tensor, t: Tensor, want_grad: bool, vocabulary: Vocabulary, products: Tensor | None = None) -> Rows:
-    difference = torch.sub(z, t).masked_fill_(torch.isneginf(z) | torch.isneginf(t), 0.0)
-    value = difference.square().sum(-1) / vocabulary.size
-    return value, difference.mul_(2 / vocabulary.size) if want_grad else None
-
-
-def cosine(z: Tensor, t: Tensor, want_grad: bool, vocabulary: Vocabulary, products: Tensor | None = None) -> Rows:
-    """`products` are |z|^2, |t|^2 and z t over all ranks, (3, rows), where they share the vocabulary."""
-    z, t = finite(z, t)
-    squares = torch.stack([z.square().sum(-1), t.square().sum(-1)]) if products is None else products[:2]
-    # As torch.nn.functional.cosine_similarity: each norm at least 1e-8.
-    norms = squares.sqrt().unsqueeze(-1)
-    floored = norms.clamp_min(1e-8)
-    z.div_(floored[0])
-    difference = torch.sub(z, t.div_(floored[1]))
-    # 1 - cos = |z - t|^2 / 2 for unit vectors, without the cancellation; vectors of norm 0 make up for the
-    # rest.
-    value = difference.square().sum(-1) / 2
-    value += vocabulary.once((1 - (norms / floored).square()).sum(0).squeeze(-1) / 2)
-    if not want_grad:
-        return value, None
-    inverse = torch.where(norms[0] > 1e-8, 1 / floored[0], 0.0)
-    whole = value if products is None else 1 - products[2] / (floored[0] * floored[1]).squeeze(-1)
-    return value, difference.addcmul_(z, whole.unsqueeze(-1), value=-1).mul_(inverse)
-
-
-LOGITS = {"mse": mse, "cosine": cosine}
+def described() -> str:
+    """One line for each: its name and what it is."""
+    return "\n".join(f"{name}: {one.text}" for name, one in DIVERGENCES.items())

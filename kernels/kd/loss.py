@@ -1,12 +1,13 @@
 """`kd_loss` and `linear_kd_loss`: knowledge distillation with everything a vocabulary brings along.
 
 `kd_weight * T^2 * D(teacher, student) + ce_weight * CE`, from logits or from hidden states and head weights.
-The backends are kd_reference.py (the definition), kd_chunked.py and kd_triton.py; kd_call.py carries the
-autograd.
+The backends are reference.py (the definition), chunked.py and triton_backend.py; call.py carries the autograd.
 """
 
 from __future__ import annotations
 
+import inspect
+import textwrap
 from typing import TYPE_CHECKING, Literal, TypedDict, overload
 
 import torch
@@ -14,7 +15,9 @@ from torch import Tensor
 
 from mohawk.kernels.kd import call as kd_call
 from mohawk.kernels.kd import compiled as kd_compile
-from mohawk.kernels.kd.call import KDParts, Settings
+from mohawk.kernels.kd.call import KDParts
+from mohawk.kernels.kd.divergences import described
+from mohawk.kernels.kd.options import Settings
 from mohawk.kernels.kd.teachers import (
     TAIDSchedule,
     Teacher,
@@ -124,17 +127,13 @@ def kd_loss(
 
     Args:
         student_logits: (..., vocab), any float dtype; the loss is computed in float32 (float64 from float64).
-        teacher: logits (..., vocab) of any float dtype, or a teacher source (kd_teachers.py). Gets no gradient. With
+        teacher: logits (..., vocab) of any float dtype, or a teacher source (teachers.py). Gets no gradient. With
             reduction none it must stay as it is until the backward.
         labels: (...), int64: row i's target, already aligned (nothing is shifted here). Rows of `ignore_index` are
             skipped by both terms. None: every row counts, and `ce_weight` must be 0. For next-token targets pad the
             labels, `F.pad(labels[:, 1:], (0, 1), value=-100)`, and keep the logits whole: `logits[:, :-1]` would
             have to be copied.
-        divergence: forward_kl, reverse_kl, jsd (with `beta`: beta KL(p, m) + (1 - beta) KL(q, m) for m = beta
-            p + (1 - beta) q, as in GKD; 0 is forward and 1 is reverse KL), skew_kl and skew_reverse_kl (with
-            `lam`: KL(p, lam p + (1 - lam) q) and KL(q, (1 - lam) p + lam q), as in DistiLLM), tvd,
-            probability_mse (the mean of (p - q)^2 over the vocabulary); or, between raw logits, mse (mean over the
-            vocabulary) and cosine (1 - cosine similarity), which know no temperature.
+        divergence: one of the table in divergences.py, listed below. Those between raw logits know no temperature.
             beta is from 0 to 1, lam from 0 (no skew) to below 1.
         temperature: T, from 0.001 to 1000, dividing both sides' logits; the divergence is multiplied by T^2 (Hinton
             et al. 2015). The cross-entropy is at temperature 1.
@@ -293,3 +292,7 @@ def _distil(
     distil = kd_compile.distil if torch.compiler.is_compiling() else kd_call.distil
     loss, kd, ce = distil(student, teacher, labels, token_weights, normalizer, group, settings)
     return (loss, KDParts(kd.detach(), ce.detach())) if settings.return_parts else loss
+
+
+if kd_loss.__doc__:  # python -OO has none
+    kd_loss.__doc__ = inspect.cleandoc(kd_loss.__doc__) + "\n\nDivergences:\n" + textwrap.indent(described(), "    ")

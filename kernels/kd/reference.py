@@ -10,115 +10,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mohawk.kernels.kd.teachers import (
-    Teacher,
-    TeacherHidden,
-    TeacherLogits,
-    TeacherMixture,
-    TeacherSamples,
-    TeacherTAID,
-    TeacherTopK,
-    mixture_weights,
-    tail_of,
-)
+from mohawk.kernels.kd.divergences import DIVERGENCES
+from mohawk.kernels.kd.teachers import Teacher
 
 BACKEND = "reference"  # as `mohawk doctor` names it
 
-# Divergences of distributions: f(log p of the teacher, log q of the student, beta, lam) -> per row. Beta and lam
-# lie between their ends: those are forward and reverse KL, and are called so before they get here.
 
-
-def _kl(log_a: Tensor, log_b: Tensor) -> Tensor:
-    a = log_a.exp()
-    # Where a is 0 the term is 0 whatever log b is; filling the factor (not the product) keeps the gradient 0
-    # too.
-    return (a * (log_a - log_b).masked_fill(a == 0, 0.0)).sum(-1)
-
-
-def _log_mix(weight_a: float, log_a: Tensor, log_b: Tensor) -> Tensor:
-    # Two finite stand-ins for -inf keep autograd out of inf - inf; exp of either is 0.
-    low = torch.finfo(log_a.dtype).min / 4
-    return torch.logaddexp(log_a.clamp(min=low) + math.log(weight_a), log_b.clamp(min=low) + math.log1p(-weight_a))
-
-
-def _jsd(lp: Tensor, lq: Tensor, beta: float, lam: float) -> Tensor:
-    lm = _log_mix(beta, lp, lq)
-    return beta * _kl(lp, lm) + (1 - beta) * _kl(lq, lm)
-
-
-DISTRIBUTION_DIVERGENCES = {
-    "forward_kl": lambda lp, lq, beta, lam: _kl(lp, lq),
-    "reverse_kl": lambda lp, lq, beta, lam: _kl(lq, lp),
-    "jsd": _jsd,
-    "skew_kl": lambda lp, lq, beta, lam: _kl(lp, _log_mix(lam, lp, lq)),
-    "skew_reverse_kl": lambda lp, lq, beta, lam: _kl(lq, _log_mix(lam, lq, lp)),
-    "tvd": lambda lp, lq, beta, lam: 0.5 * (lp.exp() - lq.exp()).abs().sum(-1),
-    "probability_mse": lambda lp, lq, beta, lam: (lp.exp() - lq.exp()).square().mean(-1),
-}
-
-
-# -inf means a word that is not there, on either side; +inf is an overflow and stays visible.
-
-
-def _mse(student: Tensor, teacher: Tensor) -> Tensor:
-    out = torch.isneginf(student) | torch.isneginf(teacher)
-    return (student.masked_fill(out, 0.0) - teacher.masked_fill(out, 0.0)).square().mean(-1)
-
-
-def _cosine(student: Tensor, teacher: Tensor) -> Tensor:
-    out = torch.isneginf(student) | torch.isneginf(teacher)
-    return 1 - F.cosine_similarity(student.masked_fill(out, 0.0), teacher.masked_fill(out, 0.0), dim=-1)
-
-
-LOGIT_DIVERGENCES = {"mse": _mse, "cosine": _cosine}
-DIVERGENCES = (*DISTRIBUTION_DIVERGENCES, *LOGIT_DIVERGENCES)
-
-
-def head_logits(
-    hidden: Tensor, head: Tensor, bias: Tensor | None, scale: float, softcap: float | None, dtype: torch.dtype
-) -> Tensor:
-    """`scale * (hidden @ head.T + bias)`, softcapped, in `dtype`."""
-    logits = hidden.to(dtype) @ head.to(dtype).T
-    if bias is not None:
-        logits = logits + bias.to(dtype)
-    logits = scale * logits
-    return logits if softcap is None else softcap * torch.tanh(logits / softcap)
-
-
-def _teacher_scores(teacher: Teacher, student: Tensor, temperature: float, vocab: int) -> Tensor:
-    """Tempered, unnormalised log-probabilities of a dense teacher, (rows, vocab)."""
-    dtype = student.dtype
-    if isinstance(teacher, TeacherLogits):
-        return teacher.logits.to(dtype)[:, :vocab] / temperature
-    if isinstance(teacher, TeacherHidden):
-        logits = head_logits(
-            teacher.hidden, teacher.head, teacher.bias, teacher.logit_scale, teacher.logit_softcap, dtype
-        )
-        return logits[:, :vocab] / temperature
-    if isinstance(teacher, TeacherMixture):
-        parts = [_teacher_scores(one, student, temperature, vocab) for one in teacher.teachers]
-        weighted = [
-            torch.log_softmax(part, -1) + math.log(w) for part, w in zip(parts, mixture_weights(teacher), strict=True)
-        ]
-        return torch.logsumexp(torch.stack(weighted), 0)
-    assert isinstance(teacher, TeacherTAID)  # the other two are compared otherwise
-    inner = _teacher_scores(teacher.teacher, student, temperature, vocab)
-    if teacher.t == 1.0:
-        return inner
+def _teacher_scores(teacher: Teacher, student: Tensor, temperature: float) -> Tensor:
+    """Tempered, unnormalised log-probabilities of a dense teacher or a mixture, (rows, vocab)."""
+    parts = [one.scores(student.dtype)[:, : student.shape[-1]] / temperature for one in teacher.parts()]
+    scores, shares = parts[0], teacher.shares()
+    if shares is not None:
+        weighted = [torch.log_softmax(part, -1) + math.log(w) for part, w in zip(parts, shares, strict=True)]
+        scores = torch.logsumexp(torch.stack(weighted), 0)
+    if teacher.step == 1.0:
+        return scores
     own = student.detach() / temperature
-    return (1 - teacher.t) * own + teacher.t * inner if teacher.t else own
-
-
-def _bucket_scores(student: Tensor, teacher: TeacherTopK, temperature: float) -> tuple[Tensor, Tensor]:
-    """Log-probabilities of teacher and student over k ids and the rest, each (rows, k + 1)."""
-    z = student / temperature
-    lp = teacher.logprobs.to(z.dtype)
-    tail = tail_of(lp, teacher.tail_logprob, z.shape[-1])
-    if lp.shape[-1] >= z.shape[-1]:  # nothing is left, and autograd of a logsumexp of nothing is NaN
-        rest = torch.full_like(z[:, :1], float("-inf"))
-    else:
-        rest = torch.logsumexp(z.scatter(1, teacher.ids, float("-inf")), -1, keepdim=True)
-    return torch.cat([lp, tail[:, None]], -1), torch.cat([z.gather(1, teacher.ids), rest], -1)
+    return (1 - teacher.step) * own + teacher.step * scores if teacher.step else own
 
 
 def row_losses(
@@ -133,24 +41,22 @@ def row_losses(
 ) -> tuple[Tensor, Tensor]:
     """T^2 * divergence and cross-entropy of each row, unweighted. student is (rows, vocab), already cut,
     without ignored rows and in the dtype of the computation; the teacher has the same rows."""
-    vocab = student.shape[-1]
-    if isinstance(teacher, TeacherSamples):
-        lq = torch.log_softmax(student / temperature, -1).gather(1, teacher.ids)
-        weights = teacher.weights.to(lq.dtype)
-        kd = -(weights * lq.masked_fill(weights == 0, 0.0)).sum(-1) * temperature**2
-    elif divergence in LOGIT_DIVERGENCES:
+    entry = DIVERGENCES[divergence]
+    size = student.shape[-1] if entry.mean else 1
+
+    def between(lp: Tensor, lq: Tensor) -> Tensor:
+        return entry.definition(lp, lq, beta, lam) / size
+
+    if not teacher.parts():
+        kd = teacher.compared(student / temperature, between) * temperature**2
+    elif entry.on_logits:
         with torch.no_grad():
-            target = _teacher_scores(teacher, student, 1.0, vocab)
-        kd = LOGIT_DIVERGENCES[divergence](student, target)
+            target = _teacher_scores(teacher, student, 1.0)
+        kd = entry.definition(student, target) / size
     else:
-        if isinstance(teacher, TeacherTopK):
-            scores, buckets = _bucket_scores(student, teacher, temperature)
-        else:
-            with torch.no_grad():
-                scores = _teacher_scores(teacher, student, temperature, vocab)
-            buckets = student / temperature
-        lp, lq = torch.log_softmax(scores, -1), torch.log_softmax(buckets, -1)
-        kd = DISTRIBUTION_DIVERGENCES[divergence](lp, lq, beta, lam) * temperature**2
+        with torch.no_grad():
+            scores = _teacher_scores(teacher, student, temperature)
+        kd = between(torch.log_softmax(scores, -1), torch.log_softmax(student / temperature, -1)) * temperature**2
     if labels is None:
         return kd, torch.zeros_like(kd)
     return kd, F.cross_entropy(student, labels, reduction="none")

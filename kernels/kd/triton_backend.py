@@ -22,17 +22,11 @@ import triton.language as tl
 from torch import Tensor
 
 from mohawk.kernels.kd import chunked as kd_chunked
-from mohawk.kernels.kd import divergences as kd_divergences
 from mohawk.kernels.kd import exchange as kd_shared
-from mohawk.kernels.kd.chunked import Options, Rows
-from mohawk.kernels.kd.teachers import (
-    Teacher,
-    TeacherLogits,
-    TeacherMixture,
-    TeacherSamples,
-    TeacherTAID,
-    TeacherTopK,
-)
+from mohawk.kernels.kd import tile as kd_tile
+from mohawk.kernels.kd.options import Options, Rows, Task
+from mohawk.kernels.kd.scores import Scores
+from mohawk.kernels.kd.teachers import TeacherSamples, TeacherTopK
 from mohawk.kernels.kd.vocabulary import Vocabulary
 
 BACKEND = "triton"  # as `mohawk doctor` names it
@@ -45,7 +39,11 @@ WARPS = 8
 # each spills somewhere by 3.6 or 3.9). With leave to take 128, which two programs on a multiprocessor have at these
 # warps, nothing spills on any of the architectures that kd_triton_report compiles for, by triton 3.6, 3.8 or 3.9.
 REGISTERS = 128
-DIVERGENCES = (*kd_divergences.DISTRIBUTION, *kd_divergences.LOGITS)
+# Those that `_terms` and `_raw` know. Where the gradient needs no sum over the vocabulary beside the statistics, the
+# value is summed up while the gradient is written; with the others `_sums` comes first.
+IN_SWEEP = ("forward_kl", "reverse_kl", "mse", "cosine")
+SUMS_FIRST = ("jsd", "skew_kl", "skew_reverse_kl", "tvd", "probability_mse")
+DIVERGENCES = (*IN_SWEEP, *SUMS_FIRST)
 
 
 def launch(nvidia: bool) -> dict[str, int | bool]:
@@ -205,7 +203,7 @@ def _clamp(r):
 
 @triton.jit
 def _mixture(r, lam):
-    """log(m / b) and m / b - 1 over m / b of m = (1 - lam) a + lam b for r = log(a / b), as in kd_divergences."""
+    """log(m / b) and m / b - 1 over m / b of m = (1 - lam) a + lam b for r = log(a / b), as in gradients.py."""
     r = _clamp(r)
     x = (1 - lam) * _expm1(r)
     ratio = (1 - lam) * tl.exp(r) + lam
@@ -222,7 +220,7 @@ def _terms(p, q, r, beta, lam, vocab_all, DIVERGENCE: tl.constexpr):
         slope = tl.where(q == 0.0, 0.0, r)
         value = q * slope + (p - q)
     elif DIVERGENCE == "jsd":
-        # The smaller weight goes into the logarithm, as in kd_divergences.jsd.
+        # The smaller weight goes into the logarithm, as in gradients.jsd.
         small = beta < 0.5
         r = _clamp(r)
         x = _log1p(tl.where(small, beta, 1 - beta) * _expm1(tl.where(small, -r, r)))
@@ -242,6 +240,7 @@ def _terms(p, q, r, beta, lam, vocab_all, DIVERGENCE: tl.constexpr):
         slope = difference * (2 / vocab_all)
         value = difference * difference / vocab_all
     else:
+        tl.static_assert(DIVERGENCE == "tvd")
         value = tl.abs(p - q) * 0.5
         slope = tl.where(q > p, 0.5, tl.where(q < p, -0.5, 0.0))
     return value, slope
@@ -375,7 +374,7 @@ class _Sweeps:
     taid: float | None = None
 
     def __post_init__(self):
-        self.kind = "none" if self.t is None else self.options.divergence
+        self.kind = "none" if self.t is None else self.options.settings.divergence
         self.ce = self.options.need_ce
         # The untempered log-normaliser is kept apart where the first two statistics are something else.
         self.tempered = self.z_scale != 1.0 or self.kind == "cosine" or self.t is None
@@ -430,7 +429,7 @@ class _Sweeps:
         if self.n:
             _sums[(self.n,)](
                 self.z, self.teacher, self.row_index, stats, out, *self.strides, o.vocabulary.local,
-                o.vocabulary.size, self.n, *self.numbers, o.beta, o.lam, **self.flags,
+                o.vocabulary.size, self.n, *self.numbers, o.settings.beta, o.settings.lam, **self.flags,
             )  # fmt: skip
         return out
 
@@ -442,9 +441,9 @@ class _Sweeps:
         if self.n:
             _gradient[(self.n,)](
                 self.z, self.teacher, grad, self.row_index, self.columns, stats, projected, kd_row,
-                self.scale * o.ce_weight, value, *self.strides, grad.stride(0), o.vocabulary.local,
-                o.vocabulary.size, self.n, *self.numbers, o.beta, o.lam, IN_SWEEP=in_sweep, CE=self.ce,
-                TEMPERED=self.tempered, **self.flags,
+                self.scale * o.settings.ce_weight, value, *self.strides, grad.stride(0), o.vocabulary.local,
+                o.vocabulary.size, self.n, *self.numbers, o.settings.beta, o.settings.lam,
+                IN_SWEEP=in_sweep, CE=self.ce, TEMPERED=self.tempered, **self.flags,
             )  # fmt: skip
         return value
 
@@ -463,8 +462,8 @@ def _recentred(sums: Tensor, vocabulary: Vocabulary) -> tuple[Tensor, Tensor, Te
 def _dense(sweeps: _Sweeps, grad: Tensor | None) -> tuple[Tensor, Tensor]:
     """This rank's part of kd (with T^2) and ce of each row; `grad` may be the student's own memory."""
     kind, options = sweeps.kind, sweeps.options
-    vocabulary, temperature = options.vocabulary, options.temperature
-    if grad is not None and kind != "none" and options.kd_weight == 0.0:  # wanted for its value alone
+    vocabulary, temperature = options.vocabulary, options.settings.temperature
+    if grad is not None and kind != "none" and options.settings.kd_weight == 0.0:  # wanted for its value alone
         kd, _ = _dense(sweeps, None)
         return kd, _dense(replace(sweeps, t=None), grad)[1]
     stats, _ = sweeps.statistics()
@@ -474,13 +473,12 @@ def _dense(sweeps: _Sweeps, grad: Tensor | None) -> tuple[Tensor, Tensor]:
     if kind == "cosine":
         norms = stats[:2].sqrt()
         stats[:2] = norms.clamp_min(1e-8)
-        # Vectors of norm 0: as in kd_divergences.cosine.
+        # Vectors of norm 0: as in gradients.cosine.
         nothing = vocabulary.once((1 - (norms / stats[:2]).square()).sum(0) / 2)
         projected = 1 - projected / (stats[0] * stats[1])
     # Cosine alone could do without its sums, as it does where a sweep less is a collective less; with them its
     # gradient is as precise as its value while the two sides come together.
-    sums_first = ("jsd", "skew_kl", "skew_reverse_kl", "tvd", "probability_mse")
-    first = kind in sums_first or kind == "cosine" and vocabulary.group is None
+    first = kind in SUMS_FIRST or kind == "cosine" and vocabulary.group is None
     if kind != "none" and (first or grad is None):
         sums = sweeps.sums(stats)
         value = sums[0] + nothing
@@ -489,8 +487,8 @@ def _dense(sweeps: _Sweeps, grad: Tensor | None) -> tuple[Tensor, Tensor]:
         elif grad is not None:
             projected = value if kind == "cosine" else vocabulary.total(sums[1])
     if grad is not None:
-        kd_row = sweeps.scale * (options.kd_weight * temperature if kind != "none" else 0.0)
-        if norms is not None:
+        kd_row = sweeps.scale * (options.settings.kd_weight * temperature if kind != "none" else 0.0)
+        if kind == "cosine":
             kd_row = torch.where(norms[0] > 1e-8, kd_row, 0.0)
         in_sweep = not first and kind != "none"
         swept = sweeps.gradient(stats, projected, kd_row, grad, in_sweep)
@@ -498,8 +496,9 @@ def _dense(sweeps: _Sweeps, grad: Tensor | None) -> tuple[Tensor, Tensor]:
     return value * temperature**2, ce
 
 
-def _topk(sweeps: _Sweeps, ids: Tensor, lp: Tensor, tail: Tensor, want_grad: bool):
+def _topk(sweeps: _Sweeps, task: Task, span: tuple[int, int], want_grad: bool):
     """Buckets: the ids taken out of the sweeps by -inf, their k columns in torch."""
+    ids, lp, tail = kd_tile.take_topk(task, span, sweeps.z.dtype)
     o, z, scale = sweeps.options, sweeps.z, sweeps.scale
     vocabulary, inverse = o.vocabulary, sweeps.z_scale
     labels = sweeps.labels if sweeps.ce else None
@@ -511,8 +510,8 @@ def _topk(sweeps: _Sweeps, ids: Tensor, lp: Tensor, tail: Tensor, want_grad: boo
     assert chosen is not None
     buckets = torch.cat([chosen * inverse, stats[:1].T], -1)
     scores = torch.cat([lp, tail[:, None]], -1)
-    want = want_grad and o.kd_weight != 0.0
-    value, bucket_grad = kd_chunked.distribution(scores, buckets, None, o, want)
+    want = want_grad and o.settings.kd_weight != 0.0
+    value, bucket_grad = kd_tile.distribution(scores, buckets, None, o, want)
     ce = stats.new_zeros(len(z))
     if labels is not None and at_label is not None:
         stats[2] = torch.logaddexp(stats[2], torch.logsumexp(chosen, -1))
@@ -520,19 +519,20 @@ def _topk(sweeps: _Sweeps, ids: Tensor, lp: Tensor, tail: Tensor, want_grad: boo
         ce = stats[2] - at_label if ours is None else torch.where(ours, stats[2] - at_label, 0.0)
     if want_grad:
         stats[0].clamp_(min=torch.finfo(stats.dtype).min)  # nothing left: -inf - -inf
-        factor = scale * (o.kd_weight * o.temperature)
-        rest_row = torch.zeros_like(scale) if bucket_grad is None else factor * bucket_grad[:, -1]
+        factor = scale * (o.settings.kd_weight * o.settings.temperature)
+        rest_row = factor * bucket_grad[:, -1] if want else torch.zeros_like(scale)
         sweeps.gradient(stats, stats[3], rest_row, z)
         at_ids = torch.zeros_like(chosen)
         if bucket_grad is not None:
             at_ids += factor[:, None] * bucket_grad[:, :-1]
         if sweeps.ce:
-            at_ids += (scale * o.ce_weight)[:, None] * torch.exp(chosen - stats[2][:, None])
+            at_ids += (scale * o.settings.ce_weight)[:, None] * torch.exp(chosen - stats[2][:, None])
         vocabulary.scatter_add(z, ids, at_ids)
-    return vocabulary.once(value) * o.temperature**2, ce
+    return vocabulary.once(value) * o.settings.temperature**2, ce
 
 
-def _samples(sweeps: _Sweeps, ids: Tensor, weights: Tensor, want_grad: bool):
+def _samples(sweeps: _Sweeps, task: Task, span: tuple[int, int], want_grad: bool):
+    ids, weights = kd_tile.take_samples(task, span, sweeps.z.dtype)
     o, z = sweeps.options, sweeps.z
     stats, _ = sweeps.statistics()
     _, ours = o.vocabulary.locate(ids)
@@ -541,63 +541,53 @@ def _samples(sweeps: _Sweeps, ids: Tensor, weights: Tensor, want_grad: bool):
     value = -(weights * log_q.masked_fill(counted == 0, 0.0)).sum(-1)
     ce = sweeps.cross_entropy(stats)
     if want_grad:
-        factor = sweeps.scale * (o.kd_weight * o.temperature)
+        factor = sweeps.scale * (o.settings.kd_weight * o.settings.temperature)
         sweeps.gradient(stats, stats[3], factor * weights.sum(-1), z)
         o.vocabulary.scatter_add(z, ids, -factor[:, None] * weights)
-    return value * o.temperature**2, ce
+    return value * o.settings.temperature**2, ce
 
 
-def from_logits(
-    logits: Tensor,
-    teacher: Teacher,
-    labels: Tensor | None,
-    rows: Tensor | None,
-    scale: Tensor,
-    options: Options,
-    grad: Tensor | None,
-) -> Rows:
-    """As kd_chunked.from_logits. Teachers that are logits are read where they are, without a copy of
-    anything."""
-    inner = teacher.teacher if isinstance(teacher, TeacherTAID) else teacher
-    if not isinstance(inner, TeacherLogits) or inner is not teacher and options.on_logits:
-        return kd_chunked.from_logits(logits, teacher, labels, rows, scale, options, grad, tile=tile)
-    inverse = 1.0 / options.temperature if options.need_kd else 1.0
-    taid = teacher.t if isinstance(teacher, TeacherTAID) and 0.0 < teacher.t < 1.0 else None
-    target = logits if isinstance(teacher, TeacherTAID) and teacher.t == 0.0 else inner.logits
-    logits, scores = (x if x.stride(-1) == 1 else x.contiguous() for x in (logits, target))
-    sweeps = _Sweeps(logits, scores if options.need_kd else None, rows, labels, scale, options, inverse, inverse, taid)
+# Of sources that are not dense; torch's tile takes the others.
+SWEPT = {TeacherTopK: _topk, TeacherSamples: _samples}
+
+
+def from_logits(logits: Tensor, task: Task, grad: Tensor | None) -> Rows:
+    """As chunked.from_logits. Teachers that are logits are read where they are, without a copy of anything."""
+    teacher, options = task.teacher, task.options
+    parts, step = teacher.parts(), teacher.step
+    target = parts[0].stored() if parts and teacher.shares() is None else None
+    if target is None or options.on_logits and parts[0] is not teacher:
+        return kd_chunked.from_logits(logits, task, grad, tile=tile)
+    inverse = 1.0 / options.settings.temperature if options.need_kd else 1.0
+    taid = step if 0.0 < step < 1.0 else None
+    target = target if step else logits
+    logits, target = (x if x.stride(-1) == 1 else x.contiguous() for x in (logits, target))
+    target = target if options.need_kd else None
+    sweeps = _Sweeps(logits, target, task.rows, task.labels, task.scale, options, inverse, inverse, taid)
     return kd_chunked.summed(*_dense(sweeps, grad), options)
 
 
-def _target(scores: kd_chunked.Scores, span: tuple[int, int], student: Tensor) -> Tensor:
+def _target(scores: Scores, span: tuple[int, int], student: Tensor) -> Tensor:
     """The teacher's scores. Where ranks share the vocabulary, a mixture takes a collective of its own: the sweeps
     that find all else read it whole."""
     vocabulary, parts, norms = scores.options.vocabulary, scores.unnormalised(*span, student), None
-    if vocabulary.group is not None and isinstance(scores.mixture, TeacherMixture):
+    if vocabulary.group is not None and scores.shares is not None:
         parts = list(parts)
         norms = kd_shared.exchange(vocabulary, None, None, parts).teachers
     return scores.combined(parts, norms, student)
 
 
-def tile(
-    z: Tensor,
-    teacher: Teacher,
-    scores: kd_chunked.Scores,
-    labels: Tensor | None,
-    span: tuple[int, int],
-    scale: Tensor,
-    options: Options,
-    want_grad: bool,
-) -> tuple[Tensor, Tensor]:
-    """As kd_chunked.torch_tile: kd and ce of the rows of z, which becomes the gradient."""
-    inverse = 1.0 / options.temperature if options.need_kd else 1.0
+def tile(z: Tensor, task: Task, scores: Scores, span: tuple[int, int], want_grad: bool) -> tuple[Tensor, Tensor]:
+    """As tile.torch_tile: kd and ce of the rows of z, which becomes the gradient."""
+    options = task.options
+    if options.need_kd and not scores.parts and type(task.teacher) not in SWEPT:
+        return kd_tile.torch_tile(z, task, scores, span, want_grad)
+    inverse = 1.0 / options.settings.temperature if options.need_kd else 1.0
     part = slice(*span)
-    labels = None if labels is None else labels[part]
-    sweeps = _Sweeps(z, None, None, labels, scale[part], options, inverse)
-    if options.need_kd and isinstance(teacher, TeacherTopK):
-        return _topk(sweeps, *kd_chunked.take_topk(teacher, scores.rows, span, z.dtype, options), want_grad)
-    if options.need_kd and isinstance(teacher, TeacherSamples):
-        return _samples(sweeps, *kd_chunked.take_samples(teacher, scores.rows, span, z.dtype), want_grad)
+    labels = None if task.labels is None else task.labels[part]
+    sweeps = _Sweeps(z, None, None, labels, task.scale[part], options, inverse)
+    if options.need_kd and not scores.parts:
+        return SWEPT[type(task.teacher)](sweeps, task, span, want_grad)
     if options.need_kd:
         student = z if inverse == 1.0 else z * inverse
         target = _target(scores, span, student)

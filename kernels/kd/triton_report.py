@@ -19,7 +19,7 @@ def compile_one(target: str, kernel: str, divergence: str, logits: str) -> trito
     function = getattr(kd_triton, f"_{kernel}")
     constants = {
         "DIVERGENCE": divergence,
-        "IN_SWEEP": divergence in ("forward_kl", "reverse_kl", "mse", "cosine"),
+        "IN_SWEEP": divergence in kd_triton.IN_SWEEP,
         "CE": True,
         "TEMPERED": True,
         "TAID": divergence not in ("mse", "cosine", "none"),

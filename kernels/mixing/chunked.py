@@ -18,6 +18,7 @@ from torch import Tensor
 from mohawk.kernels.common.first_order import anchors, first_order
 from mohawk.kernels.common.segments import group_slice, head_blocks
 from mohawk.kernels.mixing.definition import AttentionMixing, Mixing
+from mohawk.kernels.mixing.metrics import METRICS, reads_teacher
 from mohawk.kernels.mixing.strips import STRIP, Block, strips_of
 
 BACKEND = "chunked"  # as `mohawk doctor` names it
@@ -181,7 +182,7 @@ def _sweep(mine, theirs, seq: int, strip: int, metric: str, real: Tensor | None,
     """One block's sums over all strips, (b, h): squared differences (or KL), and the teacher's squares."""
     # Rows are short enough for sums in float32; their sum is not.
     rows = torch.empty(mine.batch, mine.heads, seq, dtype=mine.dtype, device=mine.device)
-    sizes = torch.empty_like(rows) if metric == "relative" else None
+    sizes = torch.empty_like(rows) if reads_teacher(metric) else None
     padded = None if real is None else (~real).any(0).tolist()
     for row in range(0, seq, strip):
         end = min(row + strip, seq)
@@ -230,18 +231,9 @@ def finish(metric: str, total: Tensor, size: Tensor | None, seq: int, real: Tens
     if metric == "kl":
         rows = seq if real is None else real.sum(-1).clamp(min=1).unsqueeze(1)
         return total / rows, torch.ones_like(total) / rows
-    if metric == "squared":
-        return total, torch.full_like(total, 2.0)
-    if metric in ("mse", "scores"):
-        size = torch.full_like(total, max(1, seq)) if real is None else real.sum(-1, keepdim=True).clamp(min=1)
-        return total / size**2, torch.full_like(total, 2.0) / size**2
-    norm = total.sqrt()
-    if metric == "frobenius":
-        return norm, torch.where(norm > 0, 1 / norm, 0)
-    assert size is not None  # the teacher's squares, of metric "relative"
-    size = size.sqrt()
-    usable = (size > 0) & (norm > 0)
-    return torch.where(size > 0, norm / size, 0), torch.where(usable, 1 / (norm * size), 0)
+    tokens = max(1, seq) if real is None else real.sum(-1, keepdim=True).clamp(min=1).to(total.dtype)
+    # Those of scores are between what is compared there instead of matrices.
+    return METRICS["mse" if metric == "scores" else metric].of_squares(total, size, tokens)
 
 
 @torch.no_grad()

@@ -1,6 +1,8 @@
 """The distance between two mixing matrices, with gradients, without either matrix: MOHAWK's first phase."""
 
 import importlib.util
+import inspect
+import textwrap
 from typing import Any
 
 import torch
@@ -9,9 +11,9 @@ from torch import Tensor
 from mohawk.kernels.common.segments import segment_starts
 from mohawk.kernels.mixing.chunked import distance_chunked, real_tokens
 from mohawk.kernels.mixing.definition import AttentionMixing, Mixing
+from mohawk.kernels.mixing.metrics import METRICS, described
 from mohawk.kernels.mixing.reference import distance_reference
 
-METRICS = ("frobenius", "squared", "mse", "relative", "kl")
 REDUCTIONS = ("mean", "sum", "none")
 BACKENDS = ("auto", "reference", "chunked", "triton")
 
@@ -26,10 +28,8 @@ def mixing_distance(
 ) -> Tensor:
     """How far the student's matrix S is from the teacher's A, per batch row and head, reduced over both.
 
-    metric: "frobenius" ||S - A||_F (MOHAWK's, arXiv 2408.10189; its gradient is 0 where the distance is 0),
-    "squared" ||S - A||_F^2, "mse" that over the square of the number of real tokens, "relative" ||S - A||_F / ||A||_F
-    (0 where A is 0), or, between two attentions, "kl" sum_j A (log A - log S) averaged over rows. Rows and columns of
-    padding (segment -1) count as equal; their values must be finite.
+    metric: one of the table in metrics.py, listed below, or, between two attentions, "kl" sum_j A (log A - log S)
+    averaged over rows. Rows and columns of padding (segment -1) count as equal; their values must be finite.
 
     Batch and seq must agree. If the head counts differ, one divides the other and each head of the smaller
     side is compared with a group of consecutive heads of the larger, as in grouped-query attention.
@@ -53,6 +53,12 @@ def mixing_distance(
 
         return distance_triton(student, teacher, metric, reduction)
     return distance_chunked(student, teacher, metric, reduction)
+
+
+if mixing_distance.__doc__:  # python -OO has none
+    mixing_distance.__doc__ = (
+        inspect.cleandoc(mixing_distance.__doc__) + "\n\nMetrics:\n" + textwrap.indent(described(), "    ")
+    )
 
 
 def _detached(mixing: Mixing) -> Mixing:
@@ -87,7 +93,7 @@ def _check_triton(student: Mixing, teacher: Mixing) -> None:
 def _check(student: Mixing, teacher: Mixing, metric: str, reduction: str, backend: str) -> None:
     where = "mixing_distance"
     for name, value, allowed in (
-        ("metric", metric, METRICS),
+        ("metric", metric, (*METRICS, "kl")),
         ("reduction", reduction, REDUCTIONS),
         ("backend", backend, BACKENDS),
     ):

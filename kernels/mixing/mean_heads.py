@@ -16,9 +16,9 @@ from torch import Tensor
 from mohawk.kernels.mixing.chunked import add_block, compute_dtype, differentiable, finish, real_tokens
 from mohawk.kernels.mixing.definition import AttentionMixing, Mixing
 from mohawk.kernels.mixing.distance import check_kl, check_pair
+from mohawk.kernels.mixing.metrics import OF_MEANS
 from mohawk.kernels.mixing.strips import HIDDEN, STRIP, Block, strips_of
 
-METRICS = ("mse", "frobenius", "kl", "scores")
 STRIP_ENTRIES = 1 << 21  # of a strip, over the heads, that are worked on at a time
 
 
@@ -36,8 +36,8 @@ def head_mean_distance(student: Mixing, teacher: Mixing, *, metric: str = "mse",
     RuntimeError in a second derivative.
     """
     where = "head_mean_distance"
-    if metric not in METRICS:
-        raise ValueError(f"{where}: metric must be one of {', '.join(METRICS)}, got {metric!r}")
+    if metric not in OF_MEANS:
+        raise ValueError(f"{where}: metric must be one of {', '.join(OF_MEANS)}, got {metric!r}")
     check_pair(where, student, teacher)
     heads, heads_t = student.shape[1], teacher.shape[1]
     if groups < 1 or heads % groups or heads_t % groups:

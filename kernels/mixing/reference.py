@@ -5,6 +5,7 @@ from torch import Tensor
 
 from mohawk.kernels.common.segments import decays_with_resets, segment_runs
 from mohawk.kernels.mixing.definition import AttentionMixing, Mixing, SSDMixing
+from mohawk.kernels.mixing.metrics import METRICS
 
 BACKEND = "reference"  # as `mohawk doctor` names it
 
@@ -80,12 +81,5 @@ def distance_reference(student: Mixing, teacher: Mixing, metric: str) -> Tensor:
         if real is not None:
             both = (real.unsqueeze(2) & real.unsqueeze(1)).unsqueeze(1)
             s, a = s * both, a * both
-        if metric in ("squared", "mse"):
-            squared = (s - a).square().sum((-1, -2))
-            size = max(1, seq) if real is None else real.sum(-1, keepdim=True).clamp(min=1)
-            return squared if metric == "squared" else squared / size**2
-        norm = torch.linalg.vector_norm(s - a, dim=(-1, -2))
-        if metric == "frobenius":
-            return norm
-        size = torch.linalg.vector_norm(a, dim=(-1, -2))
-        return torch.where(size > 0, norm / torch.where(size > 0, size, 1), 0)
+        tokens = max(1, seq) if real is None else real.sum(-1, keepdim=True).clamp(min=1).to(s.dtype)
+        return METRICS[metric].definition(s, a, tokens)

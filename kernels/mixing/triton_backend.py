@@ -26,6 +26,7 @@ from torch import Tensor
 from mohawk.kernels.common.segments import RESET, segment_starts
 from mohawk.kernels.mixing import chunked
 from mohawk.kernels.mixing.definition import AttentionMixing, Mixing
+from mohawk.kernels.mixing.metrics import reads_teacher
 
 BACKEND = "triton"  # as `mohawk doctor` names it
 
@@ -506,11 +507,9 @@ def _without_padding(first: Tensor | None, real: Tensor) -> Tensor:
     return first.masked_fill(~real, real.shape[1])
 
 
-def sums_and_gradients(
-    student: Mixing, teacher: Mixing, metric: str, real: Tensor | None, wanted: bool
-) -> tuple[Tensor, Tensor | None, tuple[Tensor | None, ...]]:
-    """(batch, heads) float64 sums of squares of S - A (kl: of the rows' divergences) and, for "relative", of A; if
-    wanted, the gradients of half the former (kl: of the sum) with respect to the student's tensors, per head:
+def sums_and_gradients(student: Mixing, teacher: Mixing, metric: str, real: Tensor | None, wanted: bool):
+    """(batch, heads) float64 sums of squares of S - A (kl: of the rows' divergences) and, where the metric reads it, of
+    A; if wanted, the gradients of half the former (kl: of the sum) with respect to the student's tensors, per head:
     (batch, heads, seq, ...), D's (batch, heads). real: (batch, seq) which tokens are no padding, None if all are."""
     batch, _, seq = student.shape
     heads = max(student.shape[1], teacher.shape[1])
@@ -534,10 +533,11 @@ def sums_and_gradients(
         s, t = (side._replace(first=_without_padding(side.first, real)) for side in (s, t))
         real = None if metric == "kl" else real.to(torch.int8)
     squares, row_weights, column_weights = (per_row(torch.float64) for _ in range(3))
-    sizes = per_row(torch.float64) if metric == "relative" else None
+    sizes = per_row(torch.float64) if reads_teacher(metric) else None
     diagonals = per_row(torch.float32)
     d_left, d_right = (per_row(torch.float32, s.width) if wanted else None for _ in range(2))
-    metric = metric if metric in ("kl", "relative") else "squared"
+    if metric != "kl":  # all others are made of the same sums
+        metric = "squared" if sizes is None else "relative"
     for rows, bound, gradients in ((True, bounds[0], d_left), (False, bounds[1], d_right)):
         if rows or wanted:
             pass_kernel[(programs * heads,)](

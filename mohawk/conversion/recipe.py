@@ -11,11 +11,14 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
 
+from mohawk.models.mixer_names import MIXERS
 from mohawk.schema import yaml_text as recipe_text
 from mohawk.schema.base import (
     Batch,
     Count,
     Divergence,
+    MatrixMetric,
+    Mixer,
     Phase,
     RecipeFile,
     Section,
@@ -37,9 +40,7 @@ def _layers(value: Any) -> Any:
 
 
 class Student(Section):
-    mixer: Literal["mamba2", "discrete_mamba2"] = Field(
-        "mamba2", description="mamba2: Bamba's, for stock transformers; discrete_mamba2: the MOHAWK paper's"
-    )
+    mixer: Mixer = Field("mamba2", description="; ".join(f"{name}: {text}" for name, text in MIXERS.items()))
     ssm_layers: Annotated[Literal["every_second", "all"] | list[int], BeforeValidator(_layers)] = Field(
         "every_second", description="layers whose attention is replaced"
     )
@@ -58,7 +59,7 @@ class Student(Section):
 
 class Mixing(Phase):
     tokens: Count = Field(80_000_000, description="training tokens of the phase")
-    metric: Literal["frobenius", "squared", "mse", "relative"] = Field(
+    metric: MatrixMetric = Field(
         "frobenius", description="distance between the teacher's and the student's mixing matrices"
     )
 

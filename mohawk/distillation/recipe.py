@@ -18,6 +18,7 @@ from mohawk.schema.base import (
     Count,
     Data,
     Divergence,
+    HeadMetric,
     Phase,
     Place,
     RecipeFile,
@@ -195,7 +196,7 @@ class HiddenMatching(Section):
 class AttentionMatching(Section):
     weight: Weight | Ramp = Field(1.0, description="weight of this loss")
     layers: Layers = Field("uniform", description="which of the student's layers learn from which of the teacher's")
-    metric: Literal["mse", "scores", "kl", "frobenius"] = Field(
+    metric: HeadMetric = Field(
         "kl", description="distance between the matrices of a head; scores: mse of the scores before the softmax"
     )
 

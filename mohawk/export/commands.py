@@ -5,14 +5,17 @@ from __future__ import annotations
 import argparse
 
 from mohawk.core.command import Command, path
+from mohawk.export.targets import TARGETS
 
 
 def _add_export(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", type=path, metavar="RUN", help="a run's folder, or a student's")
     parser.add_argument(
-        "--to", choices=("bamba", "hybrid"), default="bamba",
-        help="bamba: transformers' own class (default); hybrid: ours, its code beside the weights",
-    )  # fmt: skip
+        "--to",
+        choices=tuple(TARGETS),
+        default="bamba",
+        help="; ".join(f"{name}: {target.text}" for name, target in TARGETS.items()),
+    )
     parser.add_argument("--output", type=path, metavar="DIR", help="default: RUN/export/bamba or .../hybrid")
     parser.add_argument(
         "--pad-expand", action="store_true", help="pad mixers with zeros to twice the width (llama.cpp)"

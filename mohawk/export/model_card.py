@@ -42,9 +42,9 @@ def model_card(
     results = read_json(run / RESULTS, Tabled) if run else None
     teacher = recipe.teacher.model if recipe else _base_name(config)
     licence = licence_of(teacher, recipe.teacher.revision if recipe else None) if teacher else None
-    remote = config.model_type != "bamba"
+    remote = hasattr(config, "auto_map")  # its code lies beside it
     parts = [
-        _front_matter(teacher, licence, remote),
+        _front_matter(teacher, licence, None if remote else config.model_type),
         f"# {name}\n\n{_sentence(config)}",
         "\n".join(
             f"- {line}"
@@ -93,12 +93,12 @@ def licence_of(teacher: str, revision: str | None = None) -> str | None:
     return named.group(1).strip() if named else None
 
 
-def _front_matter(teacher: str | None, licence: str | None, remote: bool) -> str:
+def _front_matter(teacher: str | None, licence: str | None, stock: str | None) -> str:
     lines = [
         "library_name: transformers",
         "pipeline_tag: text-generation",
         f"license: {licence or 'unknown'}",
-        "tags: [mohawk, hybrid, mamba2" + (", custom_code" if remote else ", bamba") + "]",
+        f"tags: [mohawk, hybrid, mamba2, {stock or 'custom_code'}]",
     ]
     if teacher and not home(teacher).exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", teacher):
         lines.append(f"base_model: {teacher}")

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 
@@ -13,21 +12,13 @@ from mohawk.core.folders import write_whole
 from mohawk.core.places import home
 from mohawk.core.run_folder import has_recipe
 from mohawk.errors import UserError
+from mohawk.export.targets import TARGETS, Target
 from mohawk.loading.describe import student_folder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from mohawk.models.hybrid import HybridForCausalLM
-
 log = logging.getLogger(__name__)
-
-FORMATS = ("bamba", "hybrid")
-FOLDED = (
-    "The biases of in_proj on x, B and C were moved behind the convolution (--fold-bias): nearly the trained student, "
-    "which answers otherwise in the first {kept} tokens of a text and a little in what follows from them"
-)
-PADDED = "Mixers padded with heads of zeros to mamba_expand {expand} (--pad-expand): the same function"
 
 
 def export(
@@ -46,7 +37,8 @@ def export(
 
     Args:
         source: a run's folder, or a student's.
-        to: "bamba", which needs no code, or "hybrid", whose code lies beside the weights (`trust_remote_code`).
+        to: one of `TARGETS` in targets.py: "bamba", which needs no code, or "hybrid", whose code lies beside the
+            weights (`trust_remote_code`).
         output: the folder to write; by default `export/<to>` in the run, or `<student>-<to>` beside the student.
         pad_expand: add heads of zeros up to mamba_expand 2 (llama.cpp), or where whole heads do not fill an integer.
         fold_bias: move in_proj's biases on x, B, C behind the convolution, where a student has some.
@@ -58,16 +50,15 @@ def export(
         UserError: not a hybrid, not expressible (with the reason), the output taken, or a mismatch.
     """
     import mohawk.models.hybrid  # noqa: F401  makes the Auto classes know hybrids
-    from mohawk.export.runtimes import notes
     from mohawk.loading.models import load_config, load_teacher
-    from mohawk.models.formats.bamba import why_not_bamba
     from mohawk.models.hybrid import HybridConfig
 
     console = console or Console()
-    if to not in FORMATS:
-        raise UserError(f"--to: got {to!r}; allowed: {', '.join(FORMATS)}")
-    if to == "hybrid" and (pad_expand or fold_bias):
-        raise UserError("--pad-expand and --fold-bias are of --to bamba; the hybrid's own class needs neither")
+    if to not in TARGETS:
+        raise UserError(f"--to: got {to!r}; allowed: {', '.join(TARGETS)}")
+    written_as = TARGETS[to]
+    if not written_as.adapts and (pad_expand or fold_bias):
+        raise UserError(f"--pad-expand and --fold-bias are of --to bamba; {to} needs neither")
     run = home(source)
     run = run if has_recipe(run) else None
     student = student_folder(source)
@@ -77,23 +68,23 @@ def export(
         raise UserError(str(error).removeprefix("teacher: ")) from error
     if not isinstance(config, HybridConfig):
         raise UserError(f"{student} is a {config.model_type} model; only hybrids made by mohawk are exported")
-    if to == "bamba" and (reason := why_not_bamba(config, pad_expand=pad_expand)):
-        raise UserError(f"cannot be a BambaForCausalLM: {reason}; `--to hybrid` writes the student with its own code")
+    if reason := written_as.why_not(config, pad_expand):
+        raise UserError(reason)
     target = home(output) if output else (run / "export" / to if run else Path(f"{student}-{to}"))
     if target.is_dir() and any(target.iterdir()) and not (target / "README.md").is_file():
         raise UserError(f"{target} exists and no export wrote it; choose another --output")
 
-    model = cast("HybridForCausalLM", load_teacher(student, dtype="auto"))
-    changes = _prepare(model, to, pad_expand, fold_bias)
+    model = load_teacher(student, dtype="auto")
+    changes = written_as.prepare(model, pad_expand, fold_bias)
     tokenizer = _tokenizer(student, run)
     with write_whole(target) as folder:
-        rows = _write_and_check(folder, model, tokenizer, to, pad_expand, console)
+        rows = _write_and_check(folder, model, tokenizer, written_as, pad_expand, console)
         from transformers import AutoConfig
 
         from mohawk.export.model_card import model_card
 
         written = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-        runtimes = notes(written)
+        runtimes = written_as.notes(written)
         card = model_card(target.resolve().name, written, run, rows, runtimes, changes)
         (folder / "README.md").write_text(card, encoding="utf-8")
     for change in changes:
@@ -103,26 +94,6 @@ def export(
         console.print(f"{note.runtime} ({seen}): {note.text}", highlight=False, soft_wrap=True, markup=False)
     console.print(f"written to {target}", highlight=False, soft_wrap=True, markup=False)
     return target
-
-
-def _prepare(model: HybridForCausalLM, to: str, pad_expand: bool, fold_bias: bool) -> list[str]:
-    """Changes the student as asked, in place; returns what there is to say about it."""
-    from mohawk.models.formats.bamba import fold_conv_input_bias, has_conv_input_bias, padded_expand
-
-    changes = []
-    if to == "bamba" and has_conv_input_bias(model):
-        if not fold_bias:
-            raise UserError(
-                "cannot be a BambaForCausalLM: in_proj has biases on x, B and C, which transformers' Bamba lets "
-                "through the padding of a batch into the convolution; --fold-bias moves them behind it (nearly the "
-                f"same function: the first {model.config.mixer_conv_kernel - 1} tokens of a text differ), or `--to "
-                "hybrid`"
-            )
-        fold_conv_input_bias(model)
-        changes.append(FOLDED.format(kept=model.config.mixer_conv_kernel - 1))
-    if pad_expand:
-        changes.append(PADDED.format(expand=padded_expand(model.config)))
-    return changes
 
 
 def _tokenizer(student: str, run: Path | None) -> PreTrainedTokenizerBase | None:
@@ -141,34 +112,18 @@ def _tokenizer(student: str, run: Path | None) -> PreTrainedTokenizerBase | None
     return None
 
 
-def _write_and_check(folder: Path, model, tokenizer, to: str, pad_expand: bool, console: Console):
+def _write_and_check(folder: Path, model, tokenizer, target: Target, pad_expand: bool, console: Console):
     """Fills the folder and compares; returns the rows of the parity table. Raises UserError on a mismatch."""
     import torch
 
     from mohawk.export.parity import answers, check_export, inputs_for, print_parity, require_parity
-    from mohawk.loading.remote_code import add_code
-    from mohawk.models.formats.bamba import to_bamba
 
-    if to == "bamba":
-        to_bamba(model, pad_expand=pad_expand).save_pretrained(folder)
-        # the default, (0, infinity), is no number in JSON: each release writes it in another way, and other readers
-        # fail on it; without it they all take the default
-        _edit_config(folder, lambda config: config.pop("time_step_limit", None))
-    else:
-        model.save_pretrained(folder)
-        add_code(folder, model)
+    target.write(model, folder, pad_expand)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
     inputs = inputs_for(model.config, tokenizer)
     expected = answers(model.to(torch.float32), inputs)
-    rows = check_export(folder, inputs, expected, trust_remote_code=to == "hybrid")
+    rows = check_export(folder, inputs, expected, trust_remote_code=target.with_code)
     print_parity(rows, console)
     require_parity(rows)
     return rows
-
-
-def _edit_config(folder: Path, edit) -> None:
-    path = folder / "config.json"
-    config = json.loads(path.read_text(encoding="utf-8"))
-    edit(config)
-    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")

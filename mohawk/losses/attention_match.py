@@ -18,11 +18,11 @@ from torch import Tensor, nn
 from mohawk.kernels.mixing.definition import AttentionMixing, Mixing, SSDMixing
 from mohawk.kernels.mixing.distance import mixing_distance
 from mohawk.kernels.mixing.mean_heads import head_mean_distance
+from mohawk.kernels.mixing.metrics import OF_MEANS
 from mohawk.models.decoders import check_checkpointing, check_layers, decoder, first_tensor
 from mohawk.models.mixers import SSMMixer
 from mohawk.models.teacher_forcing import RECORDING, AttentionRecord, recording_attention
 
-LOSSES = ("mse", "scores", "kl", "frobenius")
 OF_ATTENTION = ("kl", "scores")  # what a state-space matrix has not
 HEADS = ("auto", "mean", "group")
 KINDS = ("full_attention", "sliding_attention", "linear_attention")  # of layers; in the last, ours alone
@@ -148,7 +148,7 @@ class AttentionMatch:
     """
 
     def __init__(self, pairs: Sequence[tuple[int, int]], *, loss: str = "mse", heads: str = "auto"):
-        for name, value, allowed in (("loss", loss, LOSSES), ("heads", heads, HEADS)):
+        for name, value, allowed in (("loss", loss, OF_MEANS), ("heads", heads, HEADS)):
             if value not in allowed:
                 raise ValueError(f"attention match: {name} must be one of {', '.join(allowed)}, got {value!r}")
         if not pairs:

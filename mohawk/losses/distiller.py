@@ -17,7 +17,6 @@ from torch import Tensor, nn
 
 from mohawk.core.processes import several, total
 from mohawk.data.next_tokens import IGNORED, next_column, next_labels, positions
-from mohawk.kernels.kd.call import map_rows
 from mohawk.kernels.kd.loss import TAIDSchedule, TeacherHidden, TeacherSamples, TeacherTAID, linear_kd_loss
 from mohawk.loading.models import check_decoder, parameter_count
 from mohawk.losses.heads import Head, final_hidden_states, readable_ids
@@ -456,4 +455,4 @@ def _some(count: Tensor) -> Tensor:
 
 def _taken(source: Teacher, rows: Tensor) -> Teacher:
     """What a teacher says of some of the rows that it said it of."""
-    return map_rows(source, lambda x, trailing: x[rows])
+    return source.map_rows(lambda x, trailing: x[rows])

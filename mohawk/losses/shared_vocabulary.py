@@ -26,8 +26,10 @@ def shared_part(source: Teacher, vocab_size: int) -> Teacher:
         left = kept.sum(-1, keepdim=True)
         scale = torch.where(left > 0, source.weights.sum(-1, keepdim=True) / left.clamp_min(1e-30), 0.0)
         return TeacherSamples(source.ids.masked_fill(source.ids >= vocab_size, 0), kept * scale)
-    if not isinstance(source, TeacherTopK):
+    if source.parts():
         return source
+    if not isinstance(source, TeacherTopK):
+        raise TypeError(f"no way to cut a {type(source).__name__} down to a shared vocabulary")
     if source.ids.shape[-1] < vocab_size and not bool((source.ids >= vocab_size).any()):
         return source
     return _shared_top_k(source, vocab_size)

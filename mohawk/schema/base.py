@@ -14,6 +14,9 @@ from mohawk.core.folders import sum_file, why_altered, write_file
 from mohawk.core.places import home
 from mohawk.core.run_folder import RECIPE, is_run
 from mohawk.errors import UserError
+from mohawk.kernels.kd.divergences import DIVERGENCES
+from mohawk.kernels.mixing.metrics import METRICS, OF_MEANS
+from mohawk.models.mixer_names import MIXERS
 from mohawk.schema import yaml_text as recipe_text
 from mohawk.schema.check import check
 from mohawk.schema.files import read_recipe
@@ -43,9 +46,14 @@ Count = Annotated[Whole, Field(ge=1, le=10**15)]
 Batch = Annotated[Whole, Field(ge=1, le=2**20)]  # of sequences, or of what is held in memory at once
 Length = Annotated[Whole, Field(ge=1, le=2**24)]  # of a context, in tokens
 RowLength = Annotated[Whole, Field(ge=2, le=2**24)]  # one token is predicted from another
-Divergence = Literal[
-    "forward_kl", "reverse_kl", "jsd", "skew_kl", "skew_reverse_kl", "tvd", "probability_mse", "mse", "cosine"
-]
+if TYPE_CHECKING:
+    Divergence = MatrixMetric = HeadMetric = Mixer = str
+else:
+    # The names of tables that need no torch: one more there is one more here.
+    Divergence = Literal[tuple(DIVERGENCES)]
+    MatrixMetric = Literal[tuple(METRICS)]  # of mixing matrices
+    HeadMetric = Literal[OF_MEANS]  # of means over heads
+    Mixer = Literal[tuple(MIXERS)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Weight = Annotated[float, Field(ge=0, le=1e6)]  # of a loss
 Text = Annotated[str, Field(min_length=1)]

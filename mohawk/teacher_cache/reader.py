@@ -27,6 +27,7 @@ from mohawk.core.folders import MANIFEST, why_incomplete
 from mohawk.core.parsing import parse_json
 from mohawk.core.places import home
 from mohawk.errors import UserError
+from mohawk.kernels.kd.divergences import DIVERGENCES
 from mohawk.kernels.kd.teachers import Teacher, TeacherHidden, TeacherSamples, TeacherTopK
 from mohawk.losses.heads import Head
 from mohawk.teacher_cache.layout import DTYPES, Layout, checksum, decode, is_whole, text_digest
@@ -165,10 +166,11 @@ class TeacherCache:
             same(
                 "temperature", temperature, self.temperature, "a cut distribution can't be tempered: cache again at it"
             )
-        if divergence in ("mse", "cosine") and layout.kind != "hidden":
+        entry = DIVERGENCES.get(divergence)
+        if entry and entry.on_logits and layout.kind != "hidden":
             wrong.append(f"{layout.kind}, and {divergence} compares logits; cache hidden states, or use forward_kl")
-        elif divergence == "probability_mse" and layout.kind == "top-k":
-            wrong.append("a top k, whose tail has no single probabilities; cache hidden states, or use tvd")
+        elif entry and entry.no_top_k and layout.kind == "top-k":
+            wrong.append(f"a top k, over which {divergence} can't be taken; cache hidden states, or use tvd")
         elif divergence not in (None, "forward_kl") and layout.kind == "samples":
             wrong.append(f"samples, from which {divergence} can't be estimated; use forward_kl, or cache a top k")
         if wrong:

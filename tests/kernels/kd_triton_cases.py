@@ -8,6 +8,7 @@ import tempfile
 import torch
 
 from mohawk.kernels.kd import triton_backend as kd_triton
+from mohawk.kernels.kd.divergences import DIVERGENCES
 from mohawk.kernels.kd.loss import (
     TeacherHidden,
     TeacherLogits,
@@ -22,7 +23,7 @@ from mohawk.kernels.kd.loss import (
 torch.use_deterministic_algorithms(True)
 torch.utils.deterministic.fill_uninitialized_memory = True
 kd_triton.BLOCK = 64  # several blocks and a ragged one at small sizes
-ALL = ("forward_kl", "reverse_kl", "jsd", "skew_kl", "skew_reverse_kl", "tvd", "mse", "cosine", "probability_mse")
+ON_LOGITS = tuple(name for name, one in DIVERGENCES.items() if one.on_logits)
 ROWS, HIDDEN = 5, 8
 
 
@@ -99,13 +100,15 @@ def option_sets(d, vocab):
 def dense():
     for vocab in (1, 63, 130):
         d = problem(vocab)
-        for divergence in ALL:
+        for divergence in DIVERGENCES:
             if vocab == 1 and divergence == "cosine":  # a direction in one dimension has no gradient
                 continue
             check(d, "logits", False, divergence=divergence)
             yield 1
-    for divergence, kind, linear in itertools.product(ALL, ("logits", "hidden", "taid", "mixture"), (False, True)):
-        if kind == "mixture" and divergence in ("mse", "cosine"):
+    for divergence, kind, linear in itertools.product(
+        DIVERGENCES, ("logits", "hidden", "taid", "mixture"), (False, True)
+    ):
+        if kind == "mixture" and divergence in ON_LOGITS:
             continue
         # logits and linear take turns with the options, so that each pair is seen with half of them
         for options in list(option_sets(d, vocab))[linear::2]:
@@ -116,7 +119,11 @@ def dense():
 def sparse():
     d = problem(130)
     for kind, linear in itertools.product(("topk", "samples"), (False, True)):
-        for divergence in ALL[:6] if kind == "topk" else ("forward_kl",):
+        for divergence in (
+            [d for d in DIVERGENCES if d not in ON_LOGITS and not DIVERGENCES[d].no_top_k]
+            if kind == "topk"
+            else ("forward_kl",)
+        ):
             for options in list(option_sets(d, 130))[linear::2]:
                 if "vocab_size" in options:
                     options = {**options, "vocab_size": 130}
@@ -149,7 +156,7 @@ def edges():
         for kind in ("logits", "topk", "samples"):
             check(d, kind, False, labels=d["labels"], kd_weight=kd_weight, ce_weight=ce_weight, temperature=2.0)
             yield 1
-    for divergence in ALL:
+    for divergence in DIVERGENCES:
         with torch.no_grad():
             got, parts = kd_loss(
                 d["z"],
@@ -235,7 +242,7 @@ def shared_problem():
     return d | {"labels": d["labels"].clamp(max=99), "ids": d["ids"].remainder(33) + torch.tensor([0, 33, 66])}
 
 
-SHARED = [(d, k) for d in ALL for k in ("logits", "hidden", "taid", "topk", "samples")]
+SHARED = [(d, k) for d in DIVERGENCES for k in ("logits", "hidden", "taid", "topk", "samples")]
 SHARED = [(d, k) for d, k in SHARED if k in ("logits", "hidden") or d == "forward_kl" or k == "topk" and d == "jsd"]
 
 

@@ -7,6 +7,8 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+from mohawk.kernels.kd import gradients as kd_gradients
+from mohawk.kernels.kd.divergences import DIVERGENCES
 from mohawk.kernels.kd.loss import (
     TeacherHidden,
     TeacherLogits,
@@ -20,17 +22,7 @@ from mohawk.kernels.kd.loss import (
 
 ROWS, HIDDEN, SLICES = 9, 6, {2: (20, 17), 3: (14, 13, 10)}
 REAL = 25  # of 37: with three ranks the last has no real word at all
-DIVERGENCES = (
-    "forward_kl",
-    "reverse_kl",
-    "jsd",
-    "skew_kl",
-    "skew_reverse_kl",
-    "tvd",
-    "probability_mse",
-    "mse",
-    "cosine",
-)
+ON_LOGITS = tuple(name for name, one in DIVERGENCES.items() if one.on_logits)
 DENSE = ("logits", "hidden", "taid")
 KINDS = (*DENSE, "mixture", "topk", "samples")
 
@@ -40,11 +32,7 @@ def cases():
         for kind in KINDS:
             if kind == "samples" and divergence != "forward_kl":
                 continue
-            if (
-                divergence in ("mse", "cosine")
-                and kind not in DENSE
-                or (divergence, kind) == ("probability_mse", "topk")
-            ):
+            if divergence in ON_LOGITS and kind not in DENSE or kind == "topk" and DIVERGENCES[divergence].no_top_k:
                 continue
             yield divergence, kind
 
@@ -87,10 +75,10 @@ class Collectives:
 
 
 def statistics_collectives(divergence, kind):
-    """Per chunk of rows, with a gradient: see kd_shared.py."""
+    """Per chunk of rows, with a gradient: see exchange.py."""
     if kind in ("topk", "samples"):
         return 1
-    second = divergence in ("jsd", "skew_kl", "skew_reverse_kl", "tvd", "probability_mse")
+    second = divergence not in ("forward_kl", "reverse_kl", *ON_LOGITS)
     return 1 + (second or divergence == "reverse_kl" and kind == "mixture")
 
 
@@ -151,6 +139,8 @@ def rank_main(rank, world, store, results):
         d, start = problem(), sum(SLICES[world][:rank])
         part = slice(start, start + SLICES[world][rank])
         got = {case: losses(d, part, *case, dist.group.WORLD) for case in cases()}
+        del kd_gradients.DISTRIBUTION["jsd"]  # so that its definition is differentiated
+        got["by autograd"] = losses(d, part, "jsd", "mixture", dist.group.WORLD)
         # Padded differently before they were split, the slices of student and teacher are not the same words.
         z, t = torch.randn(3, 6), torch.randn(3, 8)
         with pytest.raises(ValueError, match="rank 0 of the group has 6 entries of the student's vocabulary and 8"):
@@ -169,8 +159,8 @@ def test_split_over_processes(world, tmp_path):
     ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in range(world)]
     assert all(one["wider last"].isfinite() for one in ranks)
     d = problem()
-    for case in cases():
-        same, slices = losses(d, slice(0, sum(SLICES[world])), *case, None)
+    for case, alone in [*((case, case) for case in cases()), ("by autograd", ("jsd", "mixture"))]:
+        same, slices = losses(d, slice(0, sum(SLICES[world])), *alone, None)
         for rank in range(world):
             for got, expected in zip(ranks[rank][case][0], same, strict=True):
                 torch.testing.assert_close(
@@ -291,4 +281,6 @@ def test_operator_is_registered_soundly():
     z, t = torch.randn(4, 9, requires_grad=True), torch.randn(4, 9)
     numbers = torch.tensor([1.0, 1.0, 0.0, 0.5, 0.1, 1.0, 0.0], dtype=torch.float64)
     names, ints = ("jsd", "mean", "chunked"), [-100, kd_compile.NO_SIZE, 0, 0, 0, 0]
-    torch.library.opcheck(kd_compile._op, ([z], [t], None, None, None, numbers, "logits", *names, ints, [True], ""))
+    torch.library.opcheck(
+        kd_compile._op, ([z], [t], None, None, None, numbers, "TeacherLogits; tensor", *names, ints, [True], "")
+    )

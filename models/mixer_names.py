@@ -1,0 +1,7 @@
+"""The mixers that a student can have, each with what it is: read without torch, for recipes. Their classes are in
+mixers.py, under the same names."""
+
+MIXERS = {
+    "mamba2": "Bamba's, for stock transformers",
+    "discrete_mamba2": "the MOHAWK paper's",
+}
