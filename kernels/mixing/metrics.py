@@ -50,7 +50,8 @@ def _frobenius_of_squares(total: Tensor, size: Tensor | None, n: Tensor | int) -
     return norm, (1 / norm).where(norm > 0, 0)
 
 
-def _relative_of_squares(total: Tensor, size: Tensor, n: Tensor | int) -> tuple[Tensor, Tensor]:
+def _relative_of_squares(total: Tensor, size: Tensor | None, n: Tensor | int) -> tuple[Tensor, Tensor]:
+    assert size is not None  # as `of_teacher` says
     norm, size = total.sqrt(), size.sqrt()
     return (norm / size).where(size > 0, 0), (1 / (norm * size)).where((size > 0) & (norm > 0), 0)
 

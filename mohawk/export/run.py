@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from rich.console import Console
 
@@ -17,6 +17,8 @@ from mohawk.loading.describe import student_folder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+    from mohawk.models.hybrid import HybridForCausalLM
 
 log = logging.getLogger(__name__)
 
@@ -74,7 +76,7 @@ def export(
     if target.is_dir() and any(target.iterdir()) and not (target / "README.md").is_file():
         raise UserError(f"{target} exists and no export wrote it; choose another --output")
 
-    model = load_teacher(student, dtype="auto")
+    model = cast("HybridForCausalLM", load_teacher(student, dtype="auto"))
     changes = written_as.prepare(model, pad_expand, fold_bias)
     tokenizer = _tokenizer(student, run)
     with write_whole(target) as folder:

@@ -13,7 +13,7 @@ from mohawk.errors import UserError
 from mohawk.export.runtimes import Note, notes
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedConfig, PreTrainedModel
+    from transformers import PreTrainedConfig
 
     from mohawk.models.hybrid import HybridConfig, HybridForCausalLM
 
@@ -54,7 +54,7 @@ def _why_not_bamba(config: HybridConfig, pad_expand: bool) -> str | None:
     return reason and f"cannot be a BambaForCausalLM: {reason}; `--to hybrid` writes the student with its own code"
 
 
-def _adapt_to_bamba(model: PreTrainedModel, pad_expand: bool, fold_bias: bool) -> list[str]:
+def _adapt_to_bamba(model: HybridForCausalLM, pad_expand: bool, fold_bias: bool) -> list[str]:
     """Changes the student as asked, in place; returns what there is to say about it."""
     from mohawk.models.formats.bamba import fold_conv_input_bias, has_conv_input_bias, padded_expand
 

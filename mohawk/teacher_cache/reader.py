@@ -166,7 +166,7 @@ class TeacherCache:
             same(
                 "temperature", temperature, self.temperature, "a cut distribution can't be tempered: cache again at it"
             )
-        entry = DIVERGENCES.get(divergence)
+        entry = None if divergence is None else DIVERGENCES.get(divergence)
         if entry and entry.on_logits and layout.kind != "hidden":
             wrong.append(f"{layout.kind}, and {divergence} compares logits; cache hidden states, or use forward_kl")
         elif entry and entry.no_top_k and layout.kind == "top-k":
