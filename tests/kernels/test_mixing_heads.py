@@ -144,7 +144,7 @@ def test_the_teacher_and_second_derivatives():
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"metric": "relative"}, "metric must be one of mse, frobenius, kl"),
+        ({"metric": "relative"}, "metric must be one of mse, scores, kl, frobenius"),
         ({"groups": 4}, "4 groups must divide the heads, 6 .student. and 4 .teacher."),
         ({"groups": 0}, "0 groups"),
     ],

@@ -20,6 +20,8 @@ import torch
 from mohawk.cli import main
 from mohawk.conversion.recipe import Recipe
 from mohawk.core.folders import seal
+from mohawk.core.json_files import write_json
+from mohawk.core.run_folder import tasks_file
 from mohawk.evaluation.harness import OURS, difference_error, kind_of, paired
 from mohawk.evaluation.tasks.task_data import facts_rows, grammar_rows, recall_rows
 from mohawk.runs import report
@@ -180,7 +182,7 @@ def test_a_run_from_the_command_line(run, own_tasks, capsys, monkeypatch):
     command = ["evaluate", str(run), "--tasks", "mohawk_recall_8,addition,mohawk_facts", "--limit", "3"]
     assert main([*command, "--task-path", str(own_tasks), "--batch-size", "2"]) == 0
     out = capsys.readouterr().out
-    kept = json.loads((run / report.TASKS).read_text())
+    kept = json.loads(tasks_file(run).read_text())
     assert {name: task["kind"] for name, task in kept["tasks"].items()} == {
         "mohawk_recall_8": "retrieval",
         "mohawk_facts": "knowledge",
@@ -193,9 +195,9 @@ def test_a_run_from_the_command_line(run, own_tasks, capsys, monkeypatch):
         assert 0 <= values["teacher"] <= 1 and values["teacher_stderr"] >= 0 and values["difference_stderr"] >= 0
         assert values["difference"] == pytest.approx(values["student"] - values["teacher"])
         assert f"{values['teacher']:.3f} ± {values['teacher_stderr']:.3f}" in out
-    assert "3 of 100" in out and str(run / report.TASKS) in out
+    assert "3 of 100" in out and strtasks_file(run) in out
     assert main(["evaluate", str(run), "--tasks", "mohawk_grammar", "--limit", "2", "--fewshot", "1"]) == 0
-    again = json.loads((run / report.TASKS).read_text())
+    again = json.loads(tasks_file(run).read_text())
     assert again["tasks"].pop("mohawk_grammar")["fewshot"] == 1
     assert again["tasks"] == kept["tasks"], "earlier tasks of the same student stay"
 
@@ -307,7 +309,7 @@ def test_a_report_has_the_tasks_of_its_own_student(run, make_llama, tokenizer, s
     found = paired(results(1.0, 0.5), results(0.5, 0.5))
     (run / "student" / report.MANIFEST).write_text("{}")
     kept = {"student": "student", "fingerprint": report.fingerprint(run / "student"), **found}
-    report.write_json(run / report.TASKS, kept)
+    write_json(tasks_file(run), kept)
     assert report.report_tasks(run) is None  # no report yet
     recipe = Recipe.load(run / "recipe.yaml")
     about = {"stages": report.AFTER, "labels": report.loss_labels(recipe)}
