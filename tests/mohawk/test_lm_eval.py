@@ -195,7 +195,7 @@ def test_a_run_from_the_command_line(run, own_tasks, capsys, monkeypatch):
         assert 0 <= values["teacher"] <= 1 and values["teacher_stderr"] >= 0 and values["difference_stderr"] >= 0
         assert values["difference"] == pytest.approx(values["student"] - values["teacher"])
         assert f"{values['teacher']:.3f} ± {values['teacher_stderr']:.3f}" in out
-    assert "3 of 100" in out and strtasks_file(run) in out
+    assert "3 of 100" in out and str(tasks_file(run)) in out
     assert main(["evaluate", str(run), "--tasks", "mohawk_grammar", "--limit", "2", "--fewshot", "1"]) == 0
     again = json.loads(tasks_file(run).read_text())
     assert again["tasks"].pop("mohawk_grammar")["fewshot"] == 1
