@@ -1,7 +1,7 @@
 """The vocabulary of a loss: whole, or one slice per rank of a process group (vocab-parallel heads).
 
 With slices, a call costs one gather to learn who has how much, one per chunk of rows for its statistics (two for
-some: kd_shared.py says which and why), and the values are added up once at the end.
+some: exchange.py says which and why), and the values are added up once at the end.
 """
 
 from __future__ import annotations

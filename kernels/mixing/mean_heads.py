@@ -1,7 +1,7 @@
 """The distance between two mixing matrices whose heads do not pair up: of the means over their heads.
 
 A student with other heads than its teacher can be held to the teacher's mean matrix (TextBrewer's attention losses,
-arXiv 2002.12620), or to the means of groups of consecutive heads. Work goes as in mixing_chunked.py, strips of rows
+arXiv 2002.12620), or to the means of groups of consecutive heads. Work goes as in chunked.py, strips of rows
 of all heads at a time: the heads' strips, their means, the difference of those, and from it every head's gradients.
 Nothing is longer than a strip of some rows of seq for each head.
 

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 SAMPLED_ROWS = 256  # of a batch, on which agreement and the teacher's entropy are measured
-TASKS = 3  # of tokens: plain text, labels and rationales (mohawk/rationales.py), each of one mean of its own
+TASKS = 3  # of tokens: plain text, labels and rationales (mohawk/losses/rationales.py), each of one mean of its own
 
 
 @dataclass(frozen=True)
