@@ -103,9 +103,9 @@ def as_os_error(error: BaseException) -> OSError | None:
     kind = f"{type(error).__module__.partition('.')[0]}.{type(error).__name__}"
     if kind == "safetensors.SafetensorError" and (found := re.search(r"\(os error (\d+)\)", str(error))):
         return OSError(int(found[1]), os.strerror(int(found[1])))
-    # torch's archive writer says only that fewer bytes arrived than it wrote
+    # torch's archive writer says only that fewer bytes arrived than it wrote, or that its stream has failed
     if type(error) is RuntimeError and re.search(
-        r"PytorchStreamWriter failed|inline_container.*unexpected pos", str(error)
+        r"PytorchStreamWriter failed|inline_container.*unexpected pos|iostream error", str(error)
     ):
         return OSError(errno.ENOSPC, "could not be written whole")
     return None

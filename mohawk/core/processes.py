@@ -51,6 +51,7 @@ def joined(device: str | None = None) -> Iterator[None]:
 
     device: a recipe's, which makes them a process group, each with a GPU of its own unless it is cpu; None: not yet.
     """
+    _refuse_sharding()
     if not launched():
         yield
         return
@@ -69,6 +70,16 @@ def joined(device: str | None = None) -> Iterator[None]:
             if _first_said(error):
                 raise SaidElsewhere(str(error)) from error
             raise
+
+
+def _refuse_sharding() -> None:
+    """UserError where accelerate launch was told to shard the models, which no command does."""
+    for name in ("FSDP", "DEEPSPEED"):
+        if os.environ.get(f"ACCELERATE_USE_{name}", "").lower() in ("true", "1"):
+            raise UserError(
+                f"accelerate is set to {name}, which the commands do not support: every process holds the whole models; "
+                "start them with torchrun, or accelerate launch --multi_gpu"
+            )
 
 
 def patience() -> timedelta:
@@ -277,6 +288,11 @@ def several() -> bool:
 def count() -> int:
     """How many processes this run has."""
     return dist.get_world_size() if several() else 1
+
+
+def rank() -> int:
+    """Which process of this run this is, from 0."""
+    return dist.get_rank() if several() else 0
 
 
 def agree(value: Any) -> Any:

@@ -6,27 +6,39 @@ import torch
 
 
 class Batches:
-    """Indices of the examples of each micro-batch of a phase, for one process: a batch sampler of `batches`.
+    """Indices of the examples of each micro-batch of a phase, for one process: a batch sampler.
 
     The order is one random permutation of the data after another, each from (seed, pass), cut into batches
     that are dealt to the processes in turn: a step has the same examples in one process or several.
+
+    batches: of the phase; the first `done` of them are left out.
     """
 
-    def __init__(self, examples: int, *, batch_size: int, batches: int, seed: int, rank: int = 0, world_size: int = 1):
+    def __init__(
+        self,
+        examples: int,
+        *,
+        batch_size: int,
+        batches: int,
+        seed: int,
+        done: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+    ):
         self.examples = examples
         self.batch_size = batch_size
         self.batches = batches
+        self.done = done
         self.seed = seed
         self.rank = rank
         self.world_size = world_size
-        self.drop_last = False  # accelerate's SkipBatchSampler asks
 
     def __len__(self) -> int:
-        return self.batches
+        return max(0, self.batches - self.done)
 
     def __iter__(self) -> Iterator[list[int]]:
         orders: dict[int, list[int]] = {}
-        for batch in range(self.batches):
+        for batch in range(self.done, self.batches):
             first = (batch * self.world_size + self.rank) * self.batch_size
             indices = []
             for position in range(first, first + self.batch_size):

@@ -6,13 +6,12 @@ import math
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
 
 from tqdm import tqdm
-from transformers import TrainerCallback
 
 from mohawk.core.lines import append_line
 from mohawk.core.processes import is_first
@@ -24,46 +23,63 @@ PLAIN_SECONDS = 15.0
 PLAIN_SHARE = 0.05
 
 
-class Progress(TrainerCallback):
-    """One bar for the phase `name` on `stream` (stderr), or plain lines where that is not a terminal."""
+class Progress:
+    """One bar for the phase `name` on `stream` (stderr), or plain lines where that is not a terminal.
+
+    The first process alone shows it.
+    """
 
     def __init__(self, name: str, stream: TextIO | None = None):
         self.name = name
         self.stream = stream
-        self.bar = None
-        self.record: dict[str, Any] = {}
+        self.bar: tqdm | None = None
+        self.record: Mapping[str, Any] = {}
 
-    def on_train_begin(self, args, state, control, **kwargs):
-        if not state.is_world_process_zero:
+    def start(self, step: int, steps: int) -> None:
+        """When `step` steps of so many are taken."""
+        if not is_first():
             return
-        stream = self.stream or sys.stderr
-        self.plain = not stream.isatty()
-        self.out = stream
+        self.out = self.stream or sys.stderr
+        self.plain = not self.out.isatty()
         self.started = self.said_at = time.monotonic()
-        self.first_step = self.said_step = state.global_step
+        self.steps, self.first_step, self.said_step = steps, step, step
         self.bar = tqdm(
-            total=state.max_steps,
-            initial=state.global_step,
+            total=steps,
+            initial=step,
             desc=self.name,
             unit="step",
-            file=stream,
+            file=self.out,
             dynamic_ncols=True,
             disable=self.plain,
             bar_format="{desc} {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}, {remaining} left{postfix}]",
         )
 
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        if self.bar is not None and logs:
-            self.record = logs
-            self.bar.set_postfix_str(describe(logs), refresh=False)
+    def log(self, record: Mapping[str, Any]) -> None:
+        if self.bar is not None:
+            self.record = record
+            self.bar.set_postfix_str(describe(record), refresh=False)
 
-    # A step is logged after it ended, so it is shown when the next one begins: with its own loss.
-    def on_step_begin(self, args, state, control, **kwargs):
-        self._show(state)
-
-    def on_train_end(self, args, state, control, **kwargs):
-        self._show(state, last=True)
-        self.close()
+    def show(self, step: int, last: bool = False) -> None:
+        """That `step` steps are taken; called when the last of them has been logged, so that its own loss is shown."""
+        if self.bar is not None and not self.plain:
+            self.bar.update(step - self.bar.n)
+        if self.bar is None or not self.plain or step <= self.said_step:
+            return
+        now = time.monotonic()
+        due = now - self.said_at >= PLAIN_SECONDS or (
+            # A fast phase passes many twentieths a second; nobody reads more than one line a second.
+            step - self.said_step >= PLAIN_SHARE * self.steps and now - self.said_at >= 1.0
+        )
+        if not (due or last):
+            return
+        left = (now - self.started) / (step - self.first_step) * (self.steps - step)
+        self.said_at, self.said_step = now, step
+        print(
+            f"{self.name}  step {step}/{self.steps} ({100 * step / self.steps:.0f} %)  {describe(self.record)},"
+            f" {tqdm.format_interval(left)} left",
+            file=self.out,
+            flush=True,
+        )
 
     def close(self) -> None:
         """Leave the bar where it is; safe to call twice and when training never began."""
@@ -71,44 +87,22 @@ class Progress(TrainerCallback):
             self.bar.close()
             self.bar = None
 
-    def _show(self, state, last: bool = False) -> None:
-        if self.bar is not None and not self.plain:
-            self.bar.update(state.global_step - self.bar.n)
-        if self.bar is None or not self.plain or state.global_step <= self.said_step:
-            return
-        now = time.monotonic()
-        due = now - self.said_at >= PLAIN_SECONDS or (
-            # A fast phase passes many twentieths a second; nobody reads more than one line a second.
-            state.global_step - self.said_step >= PLAIN_SHARE * state.max_steps and now - self.said_at >= 1.0
-        )
-        if not (due or last):
-            return
-        done = state.global_step - self.first_step
-        left = (now - self.started) / done * (state.max_steps - state.global_step)
-        self.said_at, self.said_step = now, state.global_step
-        print(
-            f"{self.name}  step {state.global_step}/{state.max_steps}"
-            f" ({100 * state.global_step / state.max_steps:.0f} %)  {describe(self.record)},"
-            f" {tqdm.format_interval(left)} left",
-            file=self.out,
-            flush=True,
-        )
 
-
-class Metrics(TrainerCallback):
-    """Append every logged record of the phase `name` to `run_dir`/metrics.jsonl, from rank 0."""
+class Metrics:
+    """The records of the phase `name` in `run_dir`/metrics.jsonl, which the first process writes."""
 
     def __init__(self, run_dir: str | os.PathLike, name: str):
         self.path = Path(run_dir) / METRICS
         self.name = name
 
-    def on_train_begin(self, args, state, control, **kwargs):
-        if state.is_world_process_zero:
-            drop_after(self.path, self.name, state.global_step)
+    def start(self, step: int) -> None:
+        """Forget what was logged beyond the step that training goes on from."""
+        if is_first():
+            drop_after(self.path, self.name, step)
 
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        if state.is_world_process_zero and logs:
-            append_line(self.path, json.dumps(_finite(logs), allow_nan=False))
+    def log(self, record: Mapping[str, Any]) -> None:
+        if is_first():
+            append_line(self.path, json.dumps(_finite(record), allow_nan=False))
 
 
 class Window:
@@ -144,7 +138,7 @@ class Window:
         return record
 
 
-def describe(record: dict[str, Any]) -> str:
+def describe(record: Mapping[str, Any]) -> str:
     """`loss 2.318, 434 tokens/s` and, when there were any, the skipped steps."""
     parts = []
     if record.get("loss") is not None:
@@ -185,6 +179,6 @@ def log_to(run_dir: str | os.PathLike) -> Iterator[None]:
 
 
 def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
+    if isinstance(value, Mapping):
         return {key: _finite(entry) for key, entry in value.items()}
     return None if isinstance(value, float) and not math.isfinite(value) else value

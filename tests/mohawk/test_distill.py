@@ -141,15 +141,15 @@ def killed(recipe, step: int) -> None:
     def body():
         import os
 
-        logged = Metrics.on_log
+        logged = Metrics.log
 
-        def on_log(self, *args, **kwargs):
-            logged(self, *args, **kwargs)
+        def log(self, record):
+            logged(self, record)
             path = self.path
             if len(path.read_text().splitlines()) >= step:
                 os.kill(os.getpid(), signal.SIGKILL)
 
-        Metrics.on_log = on_log
+        Metrics.log = log
         distill(recipe)
 
     assert wait(fork(body)) == -signal.SIGKILL

@@ -169,7 +169,7 @@ def test_verify_names_every_kind_of_damaged_file(place, capsys):
         "recipe.yaml", "run.json", "results.json", "report.md", "metrics.jsonl", "evaluation/before.json",
         "evaluation/mixing.json", "matrices/before.safetensors", "student/config.json", "student/model.safetensors",
         "phases/mixing/student/model.safetensors", "phases/mixing/checkpoint-4/optimizer.pt",
-        "phases/end_to_end/checkpoint-2/trainer_state.json",
+        "phases/end_to_end/checkpoint-2/phase_state.json",
     ]  # fmt: skip
     for name in every:
         path = place / "run" / name

@@ -125,3 +125,11 @@ def test_how_long_is_a_number_of_minutes(monkeypatch, given):
         processes.patience()
     monkeypatch.delenv("MOHAWK_TIMEOUT_MINUTES")
     assert processes.patience().total_seconds() == 30 * 60
+
+
+@pytest.mark.parametrize("name", ["FSDP", "DEEPSPEED"])
+def test_accelerate_set_to_shard_is_refused_before_anything_is_read(monkeypatch, name):
+    monkeypatch.setenv(f"ACCELERATE_USE_{name}", "true")
+    with pytest.raises(UserError, match=f"accelerate is set to {name}, which the commands do not support"):
+        with processes.joined("cpu"):
+            pytest.fail("went on")

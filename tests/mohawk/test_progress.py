@@ -9,10 +9,8 @@ import re
 import select
 import struct
 import termios
-import types
 
 import pytest
-from transformers import TrainerControl, TrainerState
 
 from mohawk.training import progress
 from mohawk.training.progress import Metrics, Progress, Window, describe, drop_after, log_to
@@ -20,18 +18,16 @@ from tests.mohawk.tiny_phase import cheap_training, tiny_phase, tiny_trainer  # 
 
 
 def play(bar, steps, *, first=0, total=None, record=None, clock=None, seconds=0.0):
-    """Call a callback as Trainer does for steps first+1..steps."""
-    state = TrainerState(global_step=first, max_steps=total or steps, is_world_process_zero=True)
-    args, control = types.SimpleNamespace(), TrainerControl()
-    bar.on_train_begin(args, state, control)
+    """Call it as a phase does for steps first+1..steps."""
+    bar.start(first, total or steps)
     for step in range(first + 1, steps + 1):
-        bar.on_step_begin(args, state, control)
+        bar.show(step - 1)
         if clock:
             clock[0] += seconds
-        state.global_step = step
         logs = {"phase": "hidden", "step": step, "loss": 1 / step, "tokens_per_s": 1234.5, "skipped_steps": 0}
-        bar.on_log(args, state, control, logs=logs | (record or {}))
-    bar.on_train_end(args, state, control)
+        bar.log(logs | (record or {}))
+    bar.show(steps, last=True)
+    bar.close()
 
 
 @pytest.fixture
@@ -92,14 +88,12 @@ def test_terminal_has_one_bar():
     assert "loss 0.03333, 1,234 tokens/s, 2 skipped]" in last and "left" in last
 
 
-def test_other_processes_are_silent(tmp_path):
-    out = io.StringIO()
-    state = TrainerState(global_step=0, max_steps=1, is_world_process_zero=False)
-    for callback in (Progress("hidden", out), Metrics(tmp_path, "hidden")):
-        callback.on_train_begin(None, state, TrainerControl())
-        callback.on_step_begin(None, state, TrainerControl())
-        callback.on_log(None, state, TrainerControl(), logs={"phase": "hidden", "step": 1})
-        callback.on_train_end(None, state, TrainerControl())
+def test_other_processes_are_silent(tmp_path, monkeypatch):
+    monkeypatch.setattr(progress, "is_first", lambda: False)
+    out, metrics = io.StringIO(), Metrics(tmp_path, "hidden")
+    play(Progress("hidden", out), 1)
+    metrics.start(0)
+    metrics.log({"phase": "hidden", "step": 1})
     assert out.getvalue() == "" and list(tmp_path.iterdir()) == []
 
 
@@ -124,8 +118,7 @@ def test_values_that_are_not_finite_are_null(tmp_path):
         "grad_norm": math.inf,
         "parts": {"x": -math.inf, "y": 1.0},
     }
-    state = TrainerState(is_world_process_zero=True)
-    Metrics(tmp_path, "a").on_log(None, state, TrainerControl(), logs=record)
+    Metrics(tmp_path, "a").log(record)
     line = (tmp_path / "metrics.jsonl").read_text()
     assert json.loads(line, parse_constant=lambda name: pytest.fail(name)) == {
         "phase": "a",

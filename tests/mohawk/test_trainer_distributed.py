@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from mohawk.core.folders import Interrupted
+from mohawk.core.processes import joined, leave
 from mohawk.errors import UserError
 from tests.mohawk.tiny_phase import (
     TinyObjective,
@@ -38,25 +39,26 @@ def two_processes(run_dir, make_objective=TinyObjective, *, signal_at=None, phas
         )
         torch.manual_seed(rank)
         objective = make_objective(rank)
-        trainer = tiny_trainer(run_dir, objective, phase or tiny_phase(batch_size=2, steps=STEPS))
-        if rank == 1 and signal_at:
-            losses = objective.losses
+        with joined("cpu"):
+            trainer = tiny_trainer(run_dir, objective, phase or tiny_phase(batch_size=2, steps=STEPS))
+            if rank == 1 and signal_at:
+                losses = objective.losses
 
-            def signalled(**batch):
-                if trainer.state.global_step == signal_at:
-                    os.kill(os.getpid(), signal.SIGTERM)
-                yield from losses(**batch)
+                def signalled(**batch):
+                    if trainer.step == signal_at:
+                        os.kill(os.getpid(), signal.SIGTERM)
+                    yield from losses(**batch)
 
-            objective.losses = signalled
-        try:
-            trainer.train_phase()
-        except Interrupted as stopped:
-            return 3 if stopped.step == signal_at + 1 else 71
-        except UserError:
-            return 4
-        finally:
-            torch.save(weights(objective), run_dir.parent / f"{run_dir.name}-{rank}.pt")
-            torch.distributed.destroy_process_group()
+                objective.losses = signalled
+            try:
+                trainer.train_phase()
+            except Interrupted as stopped:
+                return 3 if stopped.step == signal_at + 1 else 71
+            except UserError:
+                return 4
+            finally:
+                torch.save(weights(objective), run_dir.parent / f"{run_dir.name}-{rank}.pt")
+                leave()
 
     pids = [fork(lambda rank=rank: body(rank)) for rank in (0, 1)]
     codes = [wait(pid) for pid in pids]

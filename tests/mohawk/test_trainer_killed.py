@@ -140,7 +140,7 @@ def test_interrupted_between_saves_resumes_at_that_step(tmp_path, uninterrupted)
     check(run, expected)
 
 
-FILES = ("trainable.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json")
+FILES = ("trainable.safetensors", "optimizer.pt", "rng_state.pth", "phase_state.json")
 
 
 @pytest.mark.parametrize("damage", ["flip", "truncate", "remove"])
