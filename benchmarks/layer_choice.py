@@ -81,7 +81,7 @@ def evaluated(run: Path, wanted: list[list[int]]) -> Iterator[tuple[list[int], d
     from tqdm import tqdm
 
     from mohawk.conversion.recipe import Recipe
-    from mohawk.conversion.run import Conversion
+    from mohawk.conversion.run import opened
     from mohawk.conversion.swap import keep_attention
     from mohawk.losses.heads import Head
     from mohawk.measures.compare import compare, packed_hidden_states
@@ -89,7 +89,7 @@ def evaluated(run: Path, wanted: list[list[int]]) -> Iterator[tuple[list[int], d
     from mohawk.models.families import decoder_layers
     from mohawk.models.hybrid import HybridForCausalLM
 
-    conversion = Conversion(Recipe.load(run / "recipe.yaml"), run, Console())
+    conversion = opened(Recipe.load(run / "recipe.yaml"), run, Console())
     states, head = conversion.texts["evaluation"], Head.of(conversion.teacher).frozen()
     lists = recall_batches(conversion.tokenizer, 2048, seed=1)
     student = HybridForCausalLM.from_pretrained(run / "phases" / "hidden" / "student").to(conversion.device).eval()

@@ -31,8 +31,8 @@ from mohawk.loading.models import load_teacher
 from mohawk.loading.nonfinite import refuse_nonfinite
 from mohawk.models.hybrid import SSM_LAYER, HybridConfig, HybridForCausalLM, attention_types
 from mohawk.runs.binding import bound, check_models
+from mohawk.runs.claim import claimed
 from mohawk.runs.kept import Composed, Selection
-from mohawk.runs.run import claimed
 from mohawk.training.metrics import copy_without
 
 SETTABLE = ("phases.end_to_end", "evaluation", "precision", "device")

@@ -16,7 +16,7 @@ from rich.console import Console
 from tqdm import tqdm
 
 from mohawk.conversion.recipe import Recipe
-from mohawk.conversion.run import Conversion
+from mohawk.conversion.run import opened
 from mohawk.conversion.swap import LayerSwap
 from mohawk.core.folders import MANIFEST
 from mohawk.core.lines import append_line, missing_lines, read_lines, write_lines
@@ -42,21 +42,21 @@ class Probe:
         if plain.data.validation_share > 0:  # the other source's text is for judging the choice by
             overrides.append("data.evaluation=[]")
         recipe = Recipe.load(folder / RECIPE, overrides)
-        conversion = Conversion(recipe, folder, console, trains=False)
-        student = HybridForCausalLM.from_pretrained(student_folder).to(conversion.device)
-        teacher = conversion.teacher.to(student.dtype)
-        name, states = next(iter(conversion.texts.items()))
-        lists = recall_batches(conversion.tokenizer, tokens, batch_size=recipe.evaluation.batch_size)
+        run = opened(recipe, folder, console, trains=False)
+        student = HybridForCausalLM.from_pretrained(student_folder).to(run.device)
+        teacher = run.teacher.to(student.dtype)
+        name, states = next(iter(run.texts.items()))
+        lists = recall_batches(run.tokenizer, tokens, batch_size=recipe.evaluation.batch_size)
         self.layers, self.num_layers = student.config.ssm_layers, student.config.num_hidden_layers
         self.tokens = states.tokens
         self.settings = {
             "student": fingerprint(student_folder), "text": name, "tokens": tokens, "pairs": PAIRS,
-            "sequence_length": recipe.evaluation.sequence_length, "precision": str(conversion.autocast),
+            "sequence_length": recipe.evaluation.sequence_length, "precision": str(run.autocast),
         }  # fmt: skip
-        self._text = LayerSwap(teacher, student, states.batches, autocast=conversion.autocast)
-        self._lists = LayerSwap(teacher, student, lists, autocast=conversion.autocast)
+        self._text = LayerSwap(teacher, student, states.batches, autocast=run.autocast)
+        self._lists = LayerSwap(teacher, student, lists, autocast=run.autocast)
         self._head = Head.of(teacher).frozen()
-        self._weight = self._head.weight.to(conversion.autocast or torch.float32)
+        self._weight = self._head.weight.to(run.autocast or torch.float32)
         self._expected = list(self._text.final_hidden(()))
         self._file, self._bar = folder / MEASURED, None
         self._known: dict[tuple[str, tuple[int, ...]], Any] = {}

@@ -2,30 +2,31 @@
 
 from __future__ import annotations
 
-import gc
+import functools
 import logging
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
 from torch import nn
 
-from mohawk.conversion.plan import make_plan, objective_for, print_plan, student_options
+from mohawk.conversion.plan import Plan, make_plan, objective_for, print_plan, student_options
 from mohawk.conversion.readout import solve_output_projections
 from mohawk.conversion.recipe import Recipe
-from mohawk.core.processes import first_before_others, from_first, is_first, joined, on_first
+from mohawk.core.processes import first_before_others, on_first
 from mohawk.core.run_folder import COMPOSED
 from mohawk.data.packing import PackedDataset, collate
 from mohawk.errors import UserError
-from mohawk.loading.models import load_config, load_teacher
+from mohawk.loading.models import load_config
 from mohawk.models.from_teacher import hybrid_from_teacher
 from mohawk.models.hybrid import HybridForCausalLM
-from mohawk.runs.inputs import check_inputs
+from mohawk.runs.context import RunContext, TextData, measure_stage, open_run, read_text
 from mohawk.runs.matrices import draw_matrices, save_matrices
 from mohawk.runs.report import AFTER, finish, loss_labels
-from mohawk.runs.run import Run, check_folder, claimed
-from mohawk.training.progress import log_to
+from mohawk.runs.start import start
+from mohawk.runs.steps import Step, is_final, is_taken, take_steps, train, write_final
 
 log = logging.getLogger(__name__)
 
@@ -42,91 +43,97 @@ def convert(recipe: Recipe, *, dry_run: bool = False) -> None:
             run of another recipe.
         Interrupted: a signal stopped the run after it saved.
     """
-    with joined(recipe.device):
-        console = Console(quiet=not is_first())
-        config = first_before_others(
-            lambda: load_config(
-                recipe.teacher.model, gguf_file=recipe.teacher.gguf_file, revision=recipe.teacher.revision,
-                trust_remote_code=recipe.teacher.trust_remote_code,
-            )
-        )  # fmt: skip
-        plan = make_plan(recipe, config)
-        read = first_before_others(lambda: check_inputs(recipe, planning=dry_run))
-        print_plan(plan, recipe, console)
-        run = Path(recipe.output)
-        if dry_run:
-            console.print(read, highlight=False)
-            on_first(lambda: check_folder(run, recipe))
-            return
-        with claimed(run, recipe), log_to(run):
-            Conversion(recipe, run, console).run()
+
+    def plan(console: Console) -> Plan:
+        about = recipe.teacher
+        where = {key: getattr(about, key) for key in ("gguf_file", "revision", "trust_remote_code")}
+        planned = make_plan(recipe, first_before_others(lambda: load_config(about.model, **where)))
+        print_plan(planned, recipe, console)
+        return planned
+
+    start(
+        recipe, dry_run=dry_run, plan=plan, work=lambda folder, console, _: run_phases(opened(recipe, folder, console))
+    )
 
 
-class Conversion(Run):
-    """One conversion: the phases of its recipe, one after another."""
+def opened(recipe: Recipe, folder: Path, console: Console, *, trains: bool = True) -> RunContext[TextData]:
+    """A conversion's folder with its teacher and texts; see `open_run`."""
+    return open_run(recipe, folder, console, read=functools.partial(read_text, recipe), trains=trains)
 
-    def run(self) -> None:
-        start = time.monotonic()
-        phases = list(self.recipe.phases.active())
-        finished = max((i for i, (name, _) in enumerate(phases) if self._is_complete(name)), default=-1)
-        if finished < 0 and (self.folder / COMPOSED).is_file():
-            raise UserError(f"{self.folder}: the composed student is missing or damaged; run mohawk compose again")
-        student = untrained_student(self.recipe, self.teacher)
-        self._evaluate("before", student)
-        names, reached = [name for name, _ in phases], True  # whether `student` is what the next phase begins with
-        for i, (name, phase) in enumerate(phases):
-            before = names[i - 1] if i else None
-            lost = self._lost(name) if i <= finished else []
-            if i <= finished and not lost:
-                student, reached = load_teacher(self._student(name), device=self.device).requires_grad_(True), True
-            elif i <= finished and (self.folder / COMPOSED).is_file():  # another run trained it
-                continue
-            elif i > finished or self._is_made_again(name, phase, names, lost, reached):
-                if i > finished:
-                    self._forget(name)  # what was measured of a student that was deleted or damaged since
-                self._train(name, phase, student, before)
-                self._write_student(name, student, before)
-            else:
-                reached = False
-                continue
-            self._evaluate(name, student)
-        on_first(lambda: self._finish(student, phases[-1][0] if phases else None))
-        log.info("run finished in %.0f s", time.monotonic() - start)
 
-    def _finish(self, student: HybridForCausalLM, last: str | None) -> None:
-        """The final student, which is that of the last phase, and the report."""
-        if not self._is_final(last):
-            self._write_final(student, last)
-        draw_matrices(self.folder)
-        finish(
-            self.folder, self.recipe, student.eval(), self.teacher, self.tokenizer, self.console,
-            stages=AFTER, labels=loss_labels(self.recipe),
-        )  # fmt: skip
+def run_phases(run: RunContext[TextData]) -> None:
+    """The phases of the recipe that are not finished, the final student and the report."""
+    begin = time.monotonic()
+    phases = list(run.recipe.phases.active())
+    composed = (run.folder / COMPOSED).is_file()
+    if composed and not any(is_taken(run, name) for name, _ in phases):
+        raise UserError(f"{run.folder}: the composed student is missing or damaged; run mohawk compose again")
 
-    def _train(self, name: str, phase, student: HybridForCausalLM, before: str | None) -> None:
-        dataset = self._rows(name, phase)
-        objective = objective_for(name, phase, student, self.teacher)
-        trainer = self._trainer(name, phase, objective, dataset, origin=from_first(lambda: self._origin(before)))
-        if name == "hidden" and phase.solve_tokens and not self._has_checkpoint(trainer):
-            self._solve(phase, student, dataset)
-        self._fit(trainer, student)
-        student.requires_grad_(True)
-        del trainer, objective
-        gc.collect()  # the optimizer's state, before the evaluation that follows
-
-    def _evaluated(self, stage: str, student: nn.Module) -> None:
+    def keep(stage: str, student: nn.Module) -> None:
         if stage in ("before", "mixing"):
-            save_matrices(self.folder, stage, student, self.teacher, self.sample())
+            save_matrices(run.folder, stage, student, run.teacher, run.sample())
 
-    def _solve(self, phase, student: HybridForCausalLM, dataset: PackedDataset) -> None:
+    def step(name: str, phase: Any) -> Step:
+        def take(student: HybridForCausalLM, before: str | None) -> HybridForCausalLM:
+            train_phase(run, name, phase, student, run.teacher, _rows(run, name, phase), before)
+            return student
+
+        return Step(name, take, phase)
+
+    student = untrained_student(run.recipe, run.teacher)
+    measure_stage(run, "before", student, keep)
+    student = take_steps(
+        run, [step(name, phase) for name, phase in phases], student, keep=keep, begun_elsewhere=composed
+    )
+    on_first(lambda: _finish(run, student, phases[-1][0] if phases else None))
+    log.info("run finished in %.0f s", time.monotonic() - begin)
+
+
+def _finish(run: RunContext[TextData], student: HybridForCausalLM, last: str | None) -> None:
+    """The final student, which is that of the last phase, and the report."""
+    if not is_final(run, last):
+        write_final(run, student, last)
+    draw_matrices(run.folder)
+    finish(
+        run.folder, run.recipe, student.eval(), run.teacher, run.tokenizer, run.console,
+        stages=AFTER, labels=loss_labels(run.recipe),
+    )  # fmt: skip
+
+
+def train_phase(
+    run: RunContext,
+    name: str,
+    phase: Any,
+    student: HybridForCausalLM,
+    teacher: nn.Module,
+    rows: Any,
+    before: str | None,
+) -> None:
+    """One of the three phases, of a student of `teacher`. rows: the dataset. before: the step before, if any."""
+
+    def solve() -> None:
         """Least squares for every out_proj, from the first rows of the phase's text."""
-        rows = min(len(dataset), -(-phase.solve_tokens // phase.sequence_length))
-        log.info("hidden: solving output projections on %d tokens", rows * phase.sequence_length)
+        count = min(len(rows), -(-phase.solve_tokens // phase.sequence_length))
+        log.info("%s: solving output projections on %d tokens", name, count * phase.sequence_length)
         batches = (
-            collate([dataset[i] for i in range(start, min(start + phase.batch_size, rows))])
-            for start in range(0, rows, phase.batch_size)
+            collate([rows[i] for i in range(start, min(start + phase.batch_size, count))])
+            for start in range(0, count, phase.batch_size)
         )
-        solve_output_projections(student, self.teacher, batches, autocast=self.autocast)
+        solve_output_projections(student, teacher, batches, autocast=run.autocast)
+
+    objective = objective_for(name, phase, student, teacher)
+    solves = name == "hidden" and phase.solve_tokens
+    train(run, name, phase, objective, rows, before, first=solve if solves else None)
+    student.requires_grad_(True)
+
+
+def _rows(run: RunContext[TextData], name: str, phase: Any) -> PackedDataset:
+    """The training text in rows of a phase's length."""
+    text = run.data.text.train
+    passes = phase.steps() * phase.tokens_per_step / text.tokens
+    if passes > 1:
+        run.console.print(f"{name}: reads its {text.tokens:,} tokens of text {passes:.1f} times")
+    return PackedDataset(text, phase.sequence_length, seed=run.recipe.seed, pad_token_id=run.pad)
 
 
 def untrained_student(recipe: Recipe, teacher: nn.Module) -> HybridForCausalLM:

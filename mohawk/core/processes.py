@@ -77,7 +77,7 @@ def _refuse_sharding() -> None:
     for name in ("FSDP", "DEEPSPEED"):
         if os.environ.get(f"ACCELERATE_USE_{name}", "").lower() in ("true", "1"):
             raise UserError(
-                f"accelerate is set to {name}, which the commands do not support: every process holds the whole models; "
+                f"accelerate is set to {name}, which the commands do not support: each process holds the whole models; "
                 "start them with torchrun, or accelerate launch --multi_gpu"
             )
 

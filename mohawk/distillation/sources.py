@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from torch.utils.data import Dataset
 
 from mohawk.data.mixture import Mixture
 from mohawk.data.packing import Data, Documents, PackedDataset, load_data
 from mohawk.data.pairs import Pairs, PairsDataset, check_pairs, read_pairs, split_pairs
-from mohawk.distillation.recipe import DistillData, DistillSource
+from mohawk.distillation.recipe import DistillData, DistillSource, Stage
+from mohawk.errors import UserError
 from mohawk.losses.rationales import TEMPLATES, read_rationale_pairs
+from mohawk.runs.context import TextData
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -66,6 +71,65 @@ def load_sources(asked: DistillData, teachers: Sequence[str], tokenizer: PreTrai
             )  # fmt: skip
         pairs[i], held_out[i] = split_pairs(found, asked.validation_share)
     return Sources(text, pairs, held_out)
+
+
+class StageData:
+    """What the stages of a distillation read: most of them the recipe's data, some their own.
+
+    A stage's own documents are held out as the recipe's are, so that none is trained on.
+    """
+
+    def __init__(self, recipe: Any, tokenizer: PreTrainedTokenizerBase):
+        """Tokenise all, and check that the stages can read it. Raises UserError."""
+        self._asked, self._seed = recipe.data, recipe.seed
+        teachers = [teacher.name or str(i) for i, teacher in enumerate([recipe.teacher, *recipe.teachers])]
+
+        def checked(data: DistillData, stages: Sequence[Stage]) -> Sources:
+            sources = load_sources(data, teachers, tokenizer)
+            for length in sorted({stage.sequence_length for stage in stages}):
+                check_rows(data, sources, length)
+            return sources
+
+        self.sources = checked(recipe.data, [stage for stage in recipe.stages if stage.data is None])
+        self._own = [
+            (stage.data, checked(self.asked(stage), [stage])) for stage in recipe.stages if stage.data is not None
+        ]
+        text = self.sources.text
+        documents = () if text is None else (text.held_out, text.evaluation)
+        pairs = any(len(pairs) for pairs in self.sources.held_out_pairs.values())
+        if not pairs and not any(kept is not None and kept.tokens for kept in documents):
+            raise UserError("data: nothing to evaluate on; raise data.validation_share, or give data.evaluation")
+
+    def asked(self, stage: Stage) -> DistillData:
+        """The recipe's part that says what a stage trains on."""
+        if stage.data is None:
+            return self._asked
+        kept = {"validation_share": self._asked.validation_share, "cache": stage.data.cache or self._asked.cache}
+        return stage.data.model_copy(update=kept)
+
+    def of(self, stage: Stage) -> Sources:
+        """What a stage trains on."""
+        return next((sources for data, sources in self._own if data is stage.data), self.sources)
+
+    def rows(self, stage: Stage, pad: int) -> Any:
+        """The dataset that a stage trains on; pad: fills up rows."""
+        wanted = stage.steps() * stage.batch_size * stage.gradient_accumulation
+        return training_rows(self.asked(stage), self.of(stage), stage.sequence_length, wanted, self._seed, pad)
+
+    def texts(self) -> Iterator[tuple[str, np.ndarray]]:
+        """The name of every text or source of pairs of the recipe's data, and its token ids."""
+        if self.sources.text is not None:
+            yield from TextData(self.sources.text).texts()
+        for kept in (self.sources.pairs, self.sources.held_out_pairs):
+            for i, pairs in kept.items():
+                yield self._asked.train[i].source, pairs.tokens
+
+    def held_out(self, sequence_length: int, tokens: int, pad: int) -> dict[str, Dataset]:
+        """Rows of held-out text and of held-out prompts and responses, by name."""
+        text = self.sources.text
+        found = {} if text is None else TextData(text).held_out(sequence_length, tokens, pad)
+        pairs = held_out_rows(self._asked, self.sources, sequence_length, tokens, pad)
+        return found if pairs is None else found | {"held_out_pairs": pairs}
 
 
 def training_rows(asked: DistillData, sources: Sources, sequence_length: int, rows: int, seed: int, pad: int) -> Any:

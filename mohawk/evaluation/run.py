@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.table import Table
@@ -13,9 +14,15 @@ from mohawk.conversion.recipe import Recipe
 from mohawk.core.json_files import write_json
 from mohawk.core.places import home
 from mohawk.core.run_folder import again_file, has_recipe
+from mohawk.distillation.recipe import DistillRecipe
 from mohawk.errors import UserError
 from mohawk.loading.describe import student_folder
+from mohawk.pruning.recipe import PruneRecipe
+from mohawk.schema.base import RecipeFile
 from mohawk.schema.kinds import load_run_recipe, trims_vocabulary
+
+if TYPE_CHECKING:
+    from mohawk.runs.context import RunContext
 
 
 def evaluate_run(run: str | Path, overrides: Sequence[str] = (), console: Console | None = None) -> dict:
@@ -44,20 +51,15 @@ def evaluate_run(run: str | Path, overrides: Sequence[str] = (), console: Consol
     if (own := own_tokenizer(name)) is not None:  # before models are loaded
         where = {key: getattr(about, key) for key in ("gguf_file", "revision", "trust_remote_code")}
         check_same(teacher_tokenizer(about.model, tokenizer=about.tokenizer, **where), own, name)
-    if isinstance(recipe, Recipe):
-        from mohawk.conversion.run import Conversion as Kind
-    else:
-        from mohawk.distillation.run import Distillation as Kind
-    conversion = Kind(recipe, folder, console, trains=False)
-    student = load_teacher(name, device=conversion.device)
+    context = _opened(recipe, folder, console)
+    student = load_teacher(name, device=context.device)
     texts = {
-        text: asdict(compare(student, states, autocast=conversion.autocast))
-        for text, states in conversion.texts.items()
+        text: asdict(compare(student, states, autocast=context.autocast)) for text, states in context.texts.items()
     }
     asked = recipe.evaluation
     speeds = {
         kind: [asdict(speed) for speed in decode_speed(model, asked.contexts, asked.decode_tokens)]
-        for kind, model in (("teacher", conversion.teacher), ("student", student))
+        for kind, model in (("teacher", context.teacher), ("student", student))
     }
     results = {"student": name, "overrides": list(overrides), "texts": texts, "decoding": speeds}
     target = again_file(folder)
@@ -83,3 +85,19 @@ def evaluate_run(run: str | Path, overrides: Sequence[str] = (), console: Consol
     console.print(table)
     console.print(f"written to {target}", highlight=False, soft_wrap=True, markup=False)
     return results
+
+
+def _opened(recipe: RecipeFile, folder: Path, console: Console) -> RunContext:
+    """The run's teacher and texts, as its own kind reads them."""
+    if isinstance(recipe, Recipe):
+        from mohawk.conversion.run import opened as converted
+
+        return converted(recipe, folder, console, trains=False)
+    if isinstance(recipe, PruneRecipe):
+        from mohawk.pruning.run import opened as pruned
+
+        return pruned(recipe, folder, console, trains=False)
+    assert isinstance(recipe, DistillRecipe)
+    from mohawk.distillation.run import opened as distilled
+
+    return distilled(recipe, folder, console, trains=False)

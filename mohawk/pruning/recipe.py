@@ -168,7 +168,7 @@ class Correct(Stage):
 
 
 @dataclass(frozen=True)
-class Step:
+class PruneStep:
     """What the run does next, and is a folder of: phases/<name>/student. round: from 1."""
 
     name: str
@@ -219,30 +219,30 @@ class PruneRecipe(RecipeFile):
         """What each round aims at: its own target, or the one that all of them share."""
         return list(self.prune.targets) or [self.prune] * (self.prune.rounds if self.cuts() else 0)
 
-    def steps(self) -> list[Step]:
+    def steps(self) -> list[PruneStep]:
         """All that the recipe asks for, in order."""
-        steps: list[Step] = []
+        steps: list[PruneStep] = []
         if self.correct is not None:
-            steps.append(Step(self.correct.name, "correct", "teacher, corrected"))
+            steps.append(PruneStep(self.correct.name, "correct", "teacher, corrected"))
         rounds = len(self.rounds())
         for i in range(1, rounds + 1):
             of = f" {i}" if rounds > 1 else ""
-            steps.append(Step(f"prune_{i}", "cut", f"after cut{of}", i))
+            steps.append(PruneStep(f"prune_{i}", "cut", f"after cut{of}", i))
             if i == rounds and self.convert is not None:
                 steps += self._conversion(i)
             if self.heal is not None:
-                steps.append(Step(f"{self.heal.name}_{i}", "heal", f"after healing{of}", i))
+                steps.append(PruneStep(f"{self.heal.name}_{i}", "heal", f"after healing{of}", i))
         if not rounds and self.convert is not None:
             steps += self._conversion(0)
             if self.heal is not None:
-                steps.append(Step(f"{self.heal.name}_1", "heal", "after healing", 1))
+                steps.append(PruneStep(f"{self.heal.name}_1", "heal", "after healing", 1))
         return steps
 
-    def _conversion(self, round_: int) -> list[Step]:
-        steps = [Step("convert", "convert", "as a hybrid", round_)]
+    def _conversion(self, round_: int) -> list[PruneStep]:
+        steps = [PruneStep("convert", "convert", "as a hybrid", round_)]
         for name, told in (("mixing", "after phase 1, matrices"), ("hidden", "after phase 2, hidden states")):
             if getattr(self.convert, name) is not None:
-                steps.append(Step(name, name, told, round_))
+                steps.append(PruneStep(name, name, told, round_))
         return steps
 
     def cuts(self) -> bool:

@@ -65,7 +65,7 @@ def record_of(run: Path) -> dict[str, Any]:
 def bind(run: Path, recipe: Any, tokenizer: Any, precision: str, *, record: bool) -> None:
     """Compare what a run reads with what it began with; on its first start keep that.
 
-    Fields of the recipe that have changed are not compared here: `mohawk.runs.run.claimed` decides whether they may
+    Fields of the recipe that have changed are not compared here: `mohawk.runs.claim.claimed` decides whether they may
     change, and a run may be measured on another text. precision: as resolved. record: it trains; False: it is only
     measured.
 

@@ -289,15 +289,15 @@ class PhaseTrainer:
 
     def _micro_batches(self, batches: Iterator[Batch]) -> tuple[list[Batch], float]:
         """The micro-batches of one step, and how many real tokens they hold over all processes."""
-        taken = [
-            send_to_device(batch, self.device) for batch in itertools.islice(batches, self.phase.gradient_accumulation)
-        ]
+        read: Any = itertools.islice(batches, self.phase.gradient_accumulation)
+        taken: list[Any] = [send_to_device(batch, self.device) for batch in read]
         with self._autocast():
             taken = [self.objective.prepare(batch, self.step) for batch in taken]
+        taken = [send_to_device(batch, self.device) for batch in taken]
         tokens = float(sum(map(_real_tokens, taken)))
         if several():
-            tokens = total(torch.tensor(tokens, device=self.device)).item()
-        return [send_to_device(batch, self.device) for batch in taken], tokens
+            tokens = float(total(torch.tensor(tokens, device=self.device)))
+        return taken, tokens
 
     # ---- One step ----
 

@@ -22,7 +22,7 @@ from mohawk.evaluation.run import evaluate_run
 from mohawk.generation.generate import generate
 from mohawk.models.hybrid import HybridForCausalLM
 from mohawk.models.mixers import SSMMixer
-from mohawk.runs.run import claimed
+from mohawk.runs.claim import claimed
 from tests.models.conftest import tiny_teacher
 from tests.mohawk.tiny_phase import cheap_training, fork, wait  # noqa: F401
 

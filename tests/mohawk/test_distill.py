@@ -18,7 +18,7 @@ from mohawk.distillation.recipe import DistillRecipe
 from mohawk.distillation.run import distill
 from mohawk.errors import UserError
 from mohawk.losses.distiller import KnowledgeDistiller
-from mohawk.runs.run import claimed
+from mohawk.runs.claim import claimed
 from mohawk.schema.files import shipped
 from mohawk.training.advance import Advance
 from tests.models.conftest import tiny_teacher

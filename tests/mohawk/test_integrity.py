@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import stat
+import types
 from pathlib import Path
 
 import pytest
@@ -33,7 +34,7 @@ from mohawk.core.lines import append_line, read_lines, write_lines
 from mohawk.errors import UserError
 from mohawk.evaluation.run import evaluate_run
 from mohawk.inspection.verify import findings
-from mohawk.runs.run import check_folder
+from mohawk.runs.claim import check_folder
 from mohawk.training.metrics import read_metrics
 from tests.models.conftest import tiny_teacher
 from tests.mohawk.tiny_phase import TinyObjective, cheap_training, tiny_phase, tiny_trainer, weights  # noqa: F401
@@ -380,13 +381,11 @@ def test_a_final_student_of_another_one_is_made_again(place):
     recipe = recipe_of(**{"phases.end_to_end.learning_rate": 1e-3})
 
     # stopped between the phase's student and the run's
-    def stop(self, *_):
+    def stop(*_):
         raise KeyboardInterrupt
 
-    from mohawk.conversion.run import Conversion
-
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(Conversion, "_write_final", stop)
+        patch.setattr("mohawk.conversion.run.write_final", stop)
         convert(recipe)
     assert (run / "student" / "model.safetensors").read_bytes() == old
     convert(recipe)
@@ -765,18 +764,19 @@ def test_weights_that_are_not_finite_take_no_checkpoints_place(tmp_path):
 def test_a_student_that_is_not_finite_takes_no_students_place(place):
     from rich.console import Console
 
-    from mohawk.conversion.run import Conversion
+    from mohawk.conversion.run import opened
     from mohawk.models.hybrid import HybridForCausalLM
+    from mohawk.runs.steps import write_final, write_student
 
     run = place / "run"
-    conversion = Conversion(recipe_of(), run, Console(quiet=True))
+    context = opened(recipe_of(), run, Console(quiet=True))
     student = HybridForCausalLM.from_pretrained(run / "student")
     with torch.no_grad():
         student.model.norm.weight[0] = float("nan")
     whole = {path: path.read_bytes() for path in run.rglob("*.safetensors")}
     for write in (
-        lambda: conversion._write_student("end_to_end", student, "mixing"),
-        lambda: conversion._write_final(student, "end_to_end"),
+        lambda: write_student(context, "end_to_end", student, "mixing"),
+        lambda: write_final(context, student, "end_to_end"),
     ):
         with pytest.raises(UserError, match="first model.norm.weight"):
             write()
@@ -804,25 +804,24 @@ def test_two_checkpoints_are_kept_and_a_damaged_newest_one_costs_one_interval(tm
 
 
 def test_scores_of_another_model_are_forgotten_when_a_round_begins_with_one(tmp_path, caplog):
-    from mohawk.pruning.run import Pruning
+    from mohawk.pruning.rounds import Rounds
 
     def healed(content: bytes) -> None:
         with write_whole(tmp_path / "phases" / "heal_1" / "student", replace=True) as folder:
             (folder / "model.safetensors").write_bytes(content)
 
-    pruning = Pruning.__new__(Pruning)
-    pruning.folder = tmp_path
+    rounds = Rounds(types.SimpleNamespace(folder=tmp_path), plan=None)
     healed(b"one")
-    pruning._forget_scores(2, "heal_1")
+    rounds.forget_scores(2, "heal_1")
     write_json(tmp_path / "rounds" / "2" / "search.json", {"candidates": []})
-    pruning._forget_scores(2, "heal_1")  # the same: a stopped round goes on
+    rounds.forget_scores(2, "heal_1")  # the same: a stopped round goes on
     assert (tmp_path / "rounds" / "2" / "search.json").exists() and not caplog.records
     healed(b"two")
-    pruning._forget_scores(2, "heal_1")
+    rounds.forget_scores(2, "heal_1")
     assert not (tmp_path / "rounds" / "2" / "search.json").exists() and "another model" in caplog.text
     write_json(tmp_path / "rounds" / "2" / "search.json", {"candidates": []})
     (tmp_path / "rounds" / "2" / "begins_with.json").write_text("{}")  # damaged: nobody knows
-    pruning._forget_scores(2, "heal_1")
+    rounds.forget_scores(2, "heal_1")
     assert not (tmp_path / "rounds" / "2" / "search.json").exists()
 
 

@@ -24,7 +24,8 @@ from mohawk.pruning import search as prune_search
 from mohawk.pruning.baselines import random_importance
 from mohawk.pruning.importance import choose
 from mohawk.pruning.layers import chosen_with_mix
-from mohawk.pruning.run import cut_in_float32, prune
+from mohawk.pruning.rounds import cut_in_float32
+from mohawk.pruning.run import prune
 from mohawk.pruning.search import Budget, Costs, candidates, search, search_table, within
 from mohawk.pruning.sizes import WIDTHS, between, narrower, spread, unit
 from tests.models.conftest import FAMILIES, tiny_teacher

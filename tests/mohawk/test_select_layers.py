@@ -124,9 +124,9 @@ def test_what_select_finds(selected, trained, capsys):
     recipe = Recipe.load(trained / "recipe.yaml")
     from rich.console import Console
 
-    from mohawk.conversion.run import Conversion
+    from mohawk.conversion.run import opened
 
-    conversion = Conversion(recipe, selected, Console())
+    conversion = opened(recipe, selected, Console())
     states = conversion.texts["held_out"]
 
     def kl(layers):

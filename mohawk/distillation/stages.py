@@ -1,0 +1,209 @@
+"""One stage of a distillation: who answers, what is compared, and the training."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+
+from mohawk.core.folders import write_whole
+from mohawk.core.processes import from_first, on_first
+from mohawk.core.run_folder import phase_folder, phase_student
+from mohawk.data.text import tokenizer_key
+from mohawk.distillation.build import (
+    checked_cache,
+    load,
+    matchings_for,
+    mistakes,
+    of_the_student,
+    own_losses,
+    schedule_of,
+    shaped,
+)
+from mohawk.distillation.recipe import DistillStudent, Lora, Stage
+from mohawk.distillation.sources import StageData, rows_by_source
+from mohawk.kernels.kd.teachers import TAIDSchedule
+from mohawk.loading.model_hash import teacher_hash
+from mohawk.loading.models import load_teacher
+from mohawk.loading.nonfinite import refuse_nonfinite
+from mohawk.losses.distiller import KnowledgeDistiller, OwnLoss
+from mohawk.losses.on_policy import OnPolicy
+from mohawk.losses.rationale_router import RationaleRouter, RoutedRationales
+from mohawk.losses.teachers import AverageTeacher, CachedTeacher, Ensemble, ModelTeacher
+from mohawk.measures.compare import Comparison, compare
+from mohawk.runs.context import RunContext
+from mohawk.runs.steps import Step, train
+from mohawk.teacher_cache.reader import CachedRows, TeacherCache
+from mohawk.training.advance import Advance
+
+
+class StageTrainer:
+    """Trains a run's stages. What is asked of the teacher's weights is kept, as hashing them takes a while."""
+
+    def __init__(self, run: RunContext[StageData]):
+        self.run = run
+        self._teacher_hash: str | None = None  # once a cache is compared with it
+
+    def train(self, i: int, stage: Stage, student: nn.Module, before: str | None) -> nn.Module:
+        """The student after a stage. i: its place in the recipe. before: the step before it, if any."""
+        run, recipe = self.run, self.run.recipe
+        if stage.student is not None:
+            student = made(run, stage.student, student)
+        rows = run.data.rows(stage, run.pad)
+        wanted = stage.steps() * stage.batch_size * stage.gradient_accumulation
+        if len(rows) < wanted:
+            run.console.print(f"{stage.name}: reads its {len(rows):,} rows of text {wanted / len(rows):.1f} times")
+        torch.manual_seed(recipe.seed)  # of adapters and projections, the same whenever the stage begins
+        lora = lora_of(recipe, stage)
+        if lora is not None:
+            from mohawk.loading.lora import add_adapter, merge_adapter
+
+            if lora.keep:
+                on_first(functools.partial(self._write_base, stage.name, student))
+            with mistakes("student.lora"):
+                student = add_adapter(student, lora.rank, lora.alpha, lora.dropout, lora.targets, lora.bits)
+        with mistakes(f"stages.{i} ({stage.name})"):
+            objective = self._objective(i, stage, student)
+        if stage.cache is not None:
+            rows = CachedRows(rows, objective.teacher.cache)
+        train(run, stage.name, stage, objective, rows, before, report_to=recipe.report_to)
+        if lora is not None:
+            if lora.keep:
+                on_first(functools.partial(self._write_adapter, stage.name, student))
+            student = merge_adapter(student)
+        return student.requires_grad_(True)
+
+    def _objective(self, i: int, stage: Stage, student: nn.Module) -> KnowledgeDistiller:
+        own = own_losses(self.run.data.asked(stage))
+        router = self._router(stage, student)
+        teacher = self._teacher(i, stage, student, own.values())
+        model = teacher.teachers[0].model if isinstance(teacher, Ensemble) else getattr(teacher, "model", None)
+        advance, on_policy, taid = stage.advance, stage.on_policy, stage.taid
+        return KnowledgeDistiller(
+            teacher,
+            student,
+            divergence=stage.divergence,
+            temperature=schedule_of(stage.temperature),
+            kd_weight=schedule_of(stage.kd_weight) if teacher is not None else 0.0,
+            ce_weight=schedule_of(stage.ce_weight),
+            beta=stage.beta,
+            lam=stage.lam,
+            confidence=stage.confidence,
+            taid=taid and TAIDSchedule(taid.start, taid.alpha, taid.decay, taid.end),
+            matchings=matchings_for(stage, student, model),
+            own_losses=own,
+            on_policy=on_policy
+            and OnPolicy(
+                student,
+                self.run.tokenizer,
+                share=on_policy.share,
+                max_new_tokens=on_policy.max_new_tokens,
+                temperature=on_policy.temperature,
+                top_p=on_policy.top_p,
+                prompt_tokens=on_policy.prompt_tokens,
+                seed=self.run.recipe.seed,
+            ),
+            router=router,
+            advance=advance
+            and Advance(
+                lambda: self._validate(student), advance.every, advance.patience, advance.improvement, advance.gap
+            ),
+        )
+
+    def _router(self, stage: Stage, student: nn.Module) -> RoutedRationales | None:
+        if stage.routing is None:
+            return None
+        run, seed = self.run, self.run.recipe.seed
+        own = rows_by_source(run.data.asked(stage), run.data.of(stage), stage.sequence_length, seed, run.pad)
+        bandit = RationaleRouter(list(own), algorithm=stage.routing.algorithm, seed=seed)
+        return RoutedRationales(
+            own, bandit, validate=lambda: self._validate(student)[0], every=stage.routing.every, seed=seed
+        )
+
+    def _teacher(self, i: int, stage: Stage, student: nn.Module, own: Iterable[OwnLoss]) -> Any:
+        """Who answers in a stage, as `KnowledgeDistiller` asks; None where nobody is asked."""
+        run, recipe = self.run, self.run.recipe
+        if stage.cache is not None:
+            return CachedTeacher(self._cache(stage))
+        if stage.learn_from == "previous":
+            previous = phase_student(run.folder, recipe.stages[i - 1].name)
+            return ModelTeacher(load_teacher(previous, device=run.device))
+        if stage.learn_from in ("average", "start"):
+            return AverageTeacher(student, stage.average_decay if stage.learn_from == "average" else 1.0)
+        if all(weight == 0 for weight in (stage.kd_weight, *(loss.kd_weight for loss in own))):
+            if not (stage.hidden or stage.attention):
+                return None
+        given = [recipe.teacher, *recipe.teachers]
+        models = [run.teacher, *(load(teacher, run.device) for teacher in recipe.teachers)]
+        teachers = [ModelTeacher(model, g.micro_batch) for model, g in zip(models, given, strict=True)]
+        if len(teachers) == 1:
+            return teachers[0]
+        return Ensemble(teachers, recipe.combine, [g.weight for g in given])
+
+    def _cache(self, stage: Stage) -> TeacherCache:
+        cache = checked_cache(stage)
+        about, whole = self.run.recipe.teacher, None
+        if not (about.quantize or about.device_map):  # whose weights are others
+            self._teacher_hash = self._teacher_hash or teacher_hash(self.run.teacher)
+            whole = self._teacher_hash
+        cache.check(tokenizer_hash=tokenizer_key(self.run.tokenizer), teacher_hash=whole)
+        return cache
+
+    def _validate(self, student: nn.Module) -> tuple[float, float]:
+        """(student's, teacher's) loss on held-out text, nats per token; the same on all processes."""
+        found = on_held_out(self.run, student)
+        return math.log(found.student_perplexity), math.log(found.teacher_perplexity)
+
+    def _write_base(self, stage: str, student: nn.Module) -> None:
+        """What an adapter that is kept is of."""
+        with write_whole(phase_folder(self.run.folder, stage) / "base", replace=True) as folder:
+            student.save_pretrained(folder)
+
+    def _write_adapter(self, stage: str, student: nn.Module) -> None:
+        from mohawk.loading.lora import save_adapter
+
+        folder = phase_folder(self.run.folder, stage)
+        for about in student.peft_config.values():
+            about.base_model_name_or_path = str(folder / "base")
+        target = folder / "adapter"
+        refuse_nonfinite(student, f"{target}: this adapter", "it is not written; lower the learning rate")
+        with write_whole(target, replace=True) as partial:
+            save_adapter(student, partial)
+
+
+def stage_step(trainer: StageTrainer, i: int, stage: Stage) -> Step:
+    """A stage as a run takes it."""
+    lora = lora_of(trainer.run.recipe, stage)
+    kept = ("base", "adapter") if lora is not None and lora.keep else ()
+    folder = phase_folder(trainer.run.folder, stage.name)
+    return Step(stage.name, functools.partial(trainer.train, i, stage), stage, [folder / name for name in kept])
+
+
+def lora_of(recipe: Any, stage: Stage) -> Lora | None:
+    """The adapter that a stage trains."""
+    return (stage.student or recipe.student).lora
+
+
+def made(run: RunContext, given: DistillStudent, base: nn.Module) -> nn.Module:
+    """A student as asked, from the named model or from `base`; the same one whenever it is made again."""
+    if given.model is not None:
+        with of_the_student():
+            base = load_teacher(
+                given.model, gguf_file=given.gguf_file, revision=given.revision,
+                trust_remote_code=given.trust_remote_code, device=run.device,
+            )  # fmt: skip
+    return shaped(given, base, run.recipe.seed).float().to(run.device).requires_grad_(True)
+
+
+def on_held_out(run: RunContext, student: nn.Module) -> Comparison:
+    """A student beside the teacher on held-out text; the first process measures for all."""
+
+    def measure() -> Comparison:
+        name = "held_out" if "held_out" in run.texts else next(iter(run.texts))
+        return compare(student, run.texts[name], autocast=run.autocast)
+
+    return from_first(measure)

@@ -1,0 +1,197 @@
+"""What the steps of a run share: a folder, a teacher, data, and the teacher's answers on held-out text."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
+
+import numpy as np
+import torch
+from rich.console import Console
+from torch.utils.data import Dataset
+
+from mohawk.core.json_files import read_json, write_json
+from mohawk.core.precision import autocast_dtype, pick_device
+from mohawk.core.processes import first_before_others, on_first
+from mohawk.core.run_folder import evaluation_file
+from mohawk.data.packing import Data, PackedDataset, load_data
+from mohawk.data.same_tokenizer import teacher_tokenizer
+from mohawk.errors import UserError
+from mohawk.loading.models import load_teacher
+from mohawk.measures.compare import TeacherStates, compare, teacher_states
+from mohawk.runs.binding import bind
+from mohawk.runs.kept import Compared
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+log = logging.getLogger(__name__)
+
+
+class RunData(Protocol):
+    """What a kind of run reads."""
+
+    def texts(self) -> Iterator[tuple[str, np.ndarray]]:
+        """The name of every text, and its token ids."""
+        ...
+
+    def held_out(self, sequence_length: int, tokens: int, pad: int) -> Mapping[str, Dataset]:
+        """Rows on which every student is compared with the teacher, by the name of the text they are of."""
+        ...
+
+
+class TextData:
+    """Texts, packed by document."""
+
+    def __init__(self, text: Data):
+        self.text = text
+
+    def texts(self) -> Iterator[tuple[str, np.ndarray]]:
+        for documents in (self.text.train, self.text.held_out, self.text.evaluation):
+            for text in documents.texts if documents is not None else ():
+                yield text.name, text.tokens
+
+    def held_out(self, sequence_length: int, tokens: int, pad: int) -> dict[str, Dataset]:
+        """Of held-out text of the training sources and, where given, of another source."""
+        found: dict[str, Dataset] = {}
+        for name, kept in (("held_out", self.text.held_out), ("evaluation", self.text.evaluation)):
+            if kept is not None and kept.tokens:
+                length = min(sequence_length, kept.tokens)
+                found[name] = PackedDataset(kept, length, tokens=min(tokens, kept.tokens), seed=0, pad_token_id=pad)
+        return found
+
+
+D = TypeVar("D", bound=RunData)
+
+
+@dataclass
+class RunContext(Generic[D]):
+    """What is given to everything that a run does.
+
+    Attributes:
+        autocast: what the recipe's precision is on the device; None: float32.
+        data: of the recipe, tokenised.
+        teacher: what students are compared with.
+        texts: its answers on held-out text, by the text's name; on the first process alone.
+    """
+
+    recipe: Any
+    folder: Path
+    console: Console
+    device: torch.device
+    autocast: torch.dtype | None
+    tokenizer: PreTrainedTokenizerBase
+    data: D
+    teacher: PreTrainedModel
+    texts: dict[str, TeacherStates]
+
+    @property
+    def pad(self) -> int:
+        """A token to fill rows with."""
+        return pad_token(self.tokenizer, self.teacher.config.get_text_config().vocab_size)
+
+    def ask_teacher(self) -> None:
+        """For its answers on held-out text, with which every student is compared."""
+        asked = self.recipe.evaluation
+
+        def answers() -> dict[str, TeacherStates]:
+            rows = self.data.held_out(asked.sequence_length, asked.tokens, self.pad)
+            return {
+                name: teacher_states(self.teacher, kept, batch_size=asked.batch_size, autocast=self.autocast)
+                for name, kept in rows.items()
+            }
+
+        self.texts = on_first(answers) or {}
+
+    def sample(self) -> torch.Tensor:
+        """(1, n) tokens of evaluation text whose mixing matrices are drawn."""
+        name = "evaluation" if "evaluation" in self.texts else "held_out"
+        return self.texts[name].batches[0]["input_ids"][:1, :128]
+
+
+def open_run(
+    recipe: Any,
+    folder: Path,
+    console: Console,
+    *,
+    read: Callable[[PreTrainedTokenizerBase], D],
+    load: Callable[[torch.device], PreTrainedModel] | None = None,
+    trains: bool = True,
+) -> RunContext[D]:
+    """Read the data, load the teacher and ask it, in this order: what is wrong with data is found in no time.
+
+    read: the recipe's data with the teacher's tokenizer. load: the teacher, where it is not just the recipe's. trains:
+    False where a run is only measured, on another text perhaps. Raises UserError.
+    """
+    device, about = pick_device(recipe.device), recipe.teacher
+    autocast = autocast_dtype(recipe.precision, device)
+    where = {key: getattr(about, key) for key in ("gguf_file", "revision", "trust_remote_code")}
+    tokenizer = first_before_others(lambda: teacher_tokenizer(about.model, tokenizer=about.tokenizer, **where))
+    data = first_before_others(lambda: read(tokenizer))
+    precision = str(autocast or "float32").removeprefix("torch.")
+    on_first(lambda: bind(folder, recipe, tokenizer, precision, record=trains))
+    teacher = load_teacher(about.model, dtype=about.dtype, device=device, **where) if load is None else load(device)
+    for name, tokens in data.texts():
+        refuse_tokens(tokens, name, teacher.config.get_text_config().vocab_size)
+    run = RunContext(recipe, folder, console, device, autocast, tokenizer, data, teacher, {})
+    run.ask_teacher()
+    return run
+
+
+def read_text(recipe: Any, tokenizer: PreTrainedTokenizerBase) -> TextData:
+    """A recipe's `data` where it is text alone."""
+    data = recipe.data
+    text = load_data(
+        [source.model_dump() for source in data.train], tokenizer,
+        evaluation=[source.model_dump() for source in data.evaluation],
+        validation_share=data.validation_share, cache=data.cache,
+    )  # fmt: skip
+    return TextData(text)
+
+
+def measure_stage(
+    run: RunContext, stage: str, student: PreTrainedModel, beside: Callable[[str, PreTrainedModel], None] | None = None
+) -> None:
+    """Compare a student with the teacher on every text, once a stage, on the first process.
+
+    beside: called first with the same stage and student, for what is kept besides the figures.
+    """
+
+    def measure() -> None:
+        path = evaluation_file(run.folder, stage)
+        if read_json(path, dict[str, Compared]) is not None:
+            return
+        results = {name: asdict(compare(student, states, autocast=run.autocast)) for name, states in run.texts.items()}
+        if beside is not None:
+            beside(stage, student)
+        write_json(path, results)
+        for name, result in results.items():
+            log.info("%s, %s: %s", stage, name, json.dumps(result))
+            run.console.print(
+                f"[bold]{stage}[/bold] on {name.replace('_', '-')} text: perplexity {result['student_perplexity']:.2f} "
+                f"(teacher {result['teacher_perplexity']:.2f}, ratio {result['perplexity_ratio']:.3f}), "
+                f"KL {result['kl']:.4f}, same first choice {result['top1_agreement']:.1%}"
+            )
+
+    on_first(measure)
+
+
+def refuse_tokens(tokens: np.ndarray, name: str, vocabulary: int) -> None:
+    """UserError where a text has ids that the teacher does not have: a tokenizer that is not the model's shows so."""
+    if (largest := int(tokens.max(initial=0))) >= vocabulary:
+        raise UserError(
+            f"teacher.tokenizer: it makes token {largest} of {name}, but the teacher has only {vocabulary} tokens; "
+            "give the teacher's own tokenizer"
+        )
+
+
+def pad_token(tokenizer: Any, vocabulary: int) -> int:
+    """An id to fill rows with; any will do that the model has, since padding is masked everywhere."""
+    for token in (tokenizer.pad_token_id, tokenizer.eos_token_id):
+        if token is not None and token < vocabulary:
+            return token
+    return 0

@@ -1,0 +1,215 @@
+"""The steps of a run, one after another, each of which leaves a student in a folder of its own.
+
+A finished step is its `student/` folder, an unfinished one has checkpoints.
+"""
+
+from __future__ import annotations
+
+import gc
+import logging
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mohawk.core.folders import about_of, drop_file, is_complete, newest_complete, weights_sum, write_whole
+from mohawk.core.processes import count, from_first, on_first
+from mohawk.core.run_folder import RESULTS, STUDENT, evaluation_file, phase_folder, phase_student
+from mohawk.data.packing import collate
+from mohawk.errors import UserError
+from mohawk.loading.models import load_teacher
+from mohawk.loading.nonfinite import refuse_nonfinite
+from mohawk.loading.remote_code import add_code
+from mohawk.runs.binding import of_this_run, record_of
+from mohawk.runs.context import RunContext, measure_stage
+from mohawk.training.objective import Objective
+from mohawk.training.trainer import PhaseTrainer, is_over
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Step:
+    """What a run does next.
+
+    Attributes:
+        name: phases/<name>/ is its folder.
+        take: the student after it, from the one before it (None: there is none yet) and the name of the step before.
+        settings: what it trains by; None: it does not train.
+        beside: what it leaves besides its student; whole folders.
+        needed: that it is done again when its student is lost, even where later steps are finished.
+        then: what becomes of the student once it was measured; the next step begins with what this gives.
+    """
+
+    name: str
+    take: Callable[[Any, str | None], PreTrainedModel]
+    settings: Any = None
+    beside: Sequence[Path] = ()
+    needed: bool = False
+    then: Callable[[PreTrainedModel], Any] | None = None
+
+
+def take_steps(
+    run: RunContext,
+    steps: Sequence[Step],
+    student: Any,
+    *,
+    keep: Callable[[str, PreTrainedModel], None] | None = None,
+    begun_elsewhere: bool = False,
+) -> Any:
+    """Take every step that is not finished, measure every student once, and give the last one.
+
+    student: what the first step begins with; None: the teacher. keep: see `measure_stage`. begun_elsewhere: finished
+    steps were another run's, so that what is lost of them cannot be made again here.
+    """
+    finished = max((i for i, step in enumerate(steps) if is_taken(run, step.name)), default=-1)
+    names, reached = [step.name for step in steps], True  # whether `student` is what the next step begins with
+    for i, step in enumerate(steps):
+        before = names[i - 1] if i else None
+        lost = _lost(run, step) if i <= finished else []
+        anew = i > finished or bool(lost) and step.needed
+        if anew or lost and not begun_elsewhere and _is_made_again(run, step, names, lost, reached):
+            if anew:
+                _forget(run, step.name)  # what was measured of a student that was deleted or damaged since
+            student, reached = step.take(student, before), True
+            on_first(lambda made=student, name=step.name, of=before: write_student(run, name, made, of))
+        elif phase_student(run.folder, step.name) not in lost:
+            student, reached = load_student(run, step.name), True
+        else:
+            reached = False
+            continue
+        gc.collect()  # an optimizer's state, say, before the evaluation that follows
+        measure_stage(run, step.name, student, keep)
+        if step.then is not None:
+            student = step.then(student)
+            gc.collect()
+    return student
+
+
+def train(
+    run: RunContext,
+    name: str,
+    phase: Any,
+    objective: Objective,
+    rows: Any,
+    before: str | None,
+    *,
+    first: Callable[[], None] | None = None,
+    report_to: Sequence[str] = (),
+) -> None:
+    """Train a phase to its end, or go on with it.
+
+    rows: the dataset. before: the step before, if any. first: what is done to the student before any training, and not
+    where a checkpoint already has it.
+    """
+    trainer = PhaseTrainer(
+        objective, name=name, phase=phase, run_dir=run.folder, train_dataset=rows, collate=collate,
+        precision=run.recipe.precision, device=run.recipe.device, seed=run.recipe.seed, report_to=report_to,
+        origin=from_first(lambda: _origin(run, before)),
+    )  # fmt: skip
+    if first is not None and from_first(lambda: newest_complete(trainer.folder) is None):
+        first()
+    begin = time.monotonic()
+    trainer.train_phase()
+    log.info("%s: %.0f s", name, time.monotonic() - begin)
+    for parameter in objective.student.parameters():
+        parameter.grad = None
+
+
+def is_taken(run: RunContext, step: str) -> bool:
+    """Whether a step's student is there, and this run's; the same on all processes. Raises UserError for another's."""
+
+    def complete() -> bool:
+        folder = phase_student(run.folder, step)
+        if not is_complete(folder):
+            return False
+        if not of_this_run(run.folder, about_of(folder)):
+            raise UserError(f"{folder}: is of another run; put this one's back, or delete it to train the phase again")
+        return True
+
+    return from_first(complete)
+
+
+def load_student(run: RunContext, step: str) -> PreTrainedModel:
+    """A finished step's student, which trains on."""
+    return load_teacher(phase_student(run.folder, step), device=run.device).requires_grad_(True)
+
+
+def write_student(run: RunContext, step: str, student: PreTrainedModel, before: str | None) -> None:
+    """A step's student. Raises UserError, and leaves what is there, where a weight is not finite."""
+    _write(run, phase_student(run.folder, step), student, before)
+
+
+def write_final(run: RunContext, student: PreTrainedModel, last: str | None, tokenizer: Any = None) -> None:
+    """The run's student, made of the one that the step `last` left, with its tokenizer. Raises as `write_student`."""
+    _write(run, run.folder / STUDENT, student, last, tokenizer or run.tokenizer)
+
+
+def is_final(run: RunContext, last: str | None, *, same_weights: bool = True) -> bool:
+    """Whether the run's student is whole, and made of the one that the step `last` left.
+
+    same_weights: how one of an earlier version shows that, which does not say what it is made of.
+    """
+    final = run.folder / STUDENT
+    if not is_complete(final):
+        return False
+    if about := about_of(final):
+        return about.get("from") == _origin(run, last).get("from")
+    return not same_weights or last is None or weights_sum(final) == weights_sum(phase_student(run.folder, last))
+
+
+def _write(run: RunContext, folder: Path, student: PreTrainedModel, before: str | None, tokenizer: Any = None) -> None:
+    refuse_nonfinite(student, f"{folder}: this student", "it is not written; lower the learning rate")
+    if tokenizer is not None:
+        drop_file(run.folder / RESULTS)  # speeds and continuations of an earlier one
+    with write_whole(folder, replace=True, about=_origin(run, before)) as partial:
+        student.save_pretrained(partial)
+        add_code(partial, student)
+        if tokenizer is not None:  # a student to be used
+            tokenizer.save_pretrained(partial)
+
+
+def _origin(run: RunContext, before: str | None) -> dict[str, Any]:
+    """What a step's checkpoints and student are of: this run, its inputs, the weights that the step before left."""
+    of = record_of(run.folder)
+    left = None if before is None else weights_sum(phase_student(run.folder, before))
+    return of if left is None else of | {"from": left}
+
+
+def _lost(run: RunContext, step: Step) -> list[Path]:
+    """What a step left that is missing or damaged."""
+    lost = [] if is_taken(run, step.name) else [phase_student(run.folder, step.name)]
+    return lost + from_first(lambda: [folder for folder in step.beside if not is_complete(folder)])
+
+
+def _is_made_again(run: RunContext, step: Step, names: Sequence[str], lost: Sequence[Path], reached: bool) -> bool:
+    """Whether all that a step left is made again of its last checkpoint, without training; else one line says how to
+    have it again.
+
+    names: of all steps. reached: the student that the step begins with is there.
+    """
+    folder = phase_folder(run.folder, step.name)
+    trains = reached and step.settings is not None
+    again = trains and from_first(lambda: is_over(folder, step.settings, count()))
+    missing = ", ".join(map(str, lost))
+    if again:
+        log.warning("%s is missing or damaged; making it again of the last checkpoint of %s", missing, step.name)
+    else:
+        rest = " ".join(str(phase_folder(run.folder, name)) for name in names[names.index(step.name) :])
+        log.warning(
+            "%s is missing or damaged; going on without it. To have it again, and train what comes after it anew, "
+            "run: rm -r %s, then the same command", missing, rest,
+        )  # fmt: skip
+    return again
+
+
+def _forget(run: RunContext, stage: str) -> None:
+    def forget() -> None:
+        for path in (evaluation_file(run.folder, stage), run.folder / RESULTS):
+            drop_file(path)
+
+    on_first(forget)
