@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 from mohawk.cli import main
 from mohawk.core.folders import Interrupted, is_complete
-from mohawk.distillation import run as distill_module
+from mohawk.losses import distiller as distill_module
 from mohawk.distillation.ablate import ablate, variants_of
 from mohawk.distillation.cache import cache_teacher
 from mohawk.distillation.recipe import DistillRecipe

@@ -413,7 +413,7 @@ def test_the_vocabulary_of_prompts_and_responses(merging, texts, tmp_path):
 
 def test_healing_reads_the_text_of_its_own(checkpoint, texts, tmp_path, monkeypatch):
     """In every round, whose stages are called heal_1 and heal_2."""
-    from mohawk.distillation import run as distill_module
+    from mohawk.distillation import sources as distill_module
 
     read_by, training_rows = [], distill_module.training_rows
 

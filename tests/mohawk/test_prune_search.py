@@ -19,7 +19,7 @@ from mohawk.models.cutting.sizes import parameter_count, sized_config, sizes_of
 from mohawk.models.from_teacher import hybrid_from_teacher
 from mohawk.models.hybrid import HybridForCausalLM
 from mohawk.pruning import baselines as importance_baselines
-from mohawk.pruning import run as prune_module
+from mohawk.pruning import rounds as prune_module
 from mohawk.pruning import search as prune_search
 from mohawk.pruning.baselines import random_importance
 from mohawk.pruning.importance import choose
