@@ -344,7 +344,7 @@ def put_in_docs(name: str, lines: list[str]) -> None:
     """Keeps a result's text as benchmarks/results/NAME.md and fills it into the pages that show it."""
     text = "\n".join(lines).strip() + "\n"
     (RESULTS / f"{name}.md").write_text(text.replace("](benchmarks/results/", "]("), encoding="utf-8")
-    for page, new in runpy.run_path(str(ROOT / "docs" / "generate.py"))["with_tables"]().items():
+    for page, new in runpy.run_path(str(ROOT / "docs" / "benchmark_tables.py"))["with_tables"]().items():
         if page.read_text(encoding="utf-8") != new:
             page.write_text(new, encoding="utf-8")
             print(f"{page.relative_to(ROOT)}: {name} written")

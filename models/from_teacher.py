@@ -20,7 +20,8 @@ from mohawk.models.families import (
     decoder_shape,
     leaves_out_softcap,
 )
-from mohawk.models.hybrid import SSM_LAYER, HybridConfig, HybridForCausalLM, attention_types
+from mohawk.models.hybrid import HybridForCausalLM
+from mohawk.models.hybrid_config import SSM_LAYER, HybridConfig, attention_types
 from mohawk.models.mixers import MIXERS, OPEN_GATE, Mamba2Mixer, SSMMixer
 
 log = logging.getLogger(__name__)

@@ -6,7 +6,6 @@ layer and makes transformers' caches give that layer a conv and a recurrent stat
 """
 
 import copy
-from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -18,136 +17,21 @@ from transformers import (
     GenerationMixin,
     PreTrainedModel,
 )
-from transformers.configuration_utils import PreTrainedConfig
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import can_return_tuple, logging
 
 from mohawk.models.call import CACHE, documents_in, one_cache, refuse_unknown
-from mohawk.models.families import check_supported, decoder_shape, family_of, leaves_out_softcap, needed_attention
-from mohawk.models.mixers import MIXERS, DiscreteMamba2Mixer, Mamba2Mixer, SSMMixer
+from mohawk.models.families import check_supported, family_of, leaves_out_softcap, needed_attention
+from mohawk.models.hybrid_config import SSM_LAYER, HybridConfig, longrope_limit
+from mohawk.models.mixers import DiscreteMamba2Mixer, Mamba2Mixer, SSMMixer
+from mohawk.models.packed import changes_of, positions_in, positions_of, segments_of, starts_of, without_padding
 
 logger = logging.get_logger(__name__)
-
-SSM_LAYER = "linear_attention"
-# read from the base configuration so that tools and caches that ask the student's find them
-_COPIED = (
-    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-    "num_key_value_heads", "head_dim", "max_position_embeddings", "sliding_window", "initializer_range",
-    "bos_token_id", "eos_token_id", "pad_token_id", "tie_word_embeddings", "final_logit_softcapping",
-)  # fmt: skip
 
 
 # keywords of forward that only the loss reads
 _OF_LOSS = ("ignore_index", "shift_labels")
-
-
-class HybridConfig(PreTrainedConfig):
-    """Configuration of a hybrid student.
-
-    Args:
-        base_config: configuration (or its dict) of the decoder whose attention is replaced.
-        layer_types: one entry a layer: "linear_attention" (Mamba-2), "full_attention" or "sliding_attention".
-        mixer: "mamba2" or "discrete_mamba2".
-        mixer_num_heads, mixer_head_dim, mixer_state_size, mixer_num_groups, mixer_conv_kernel, mixer_bias: the mixers'
-            shapes (see `SSMMixer`); heads and head dim default to the decoder's attention, state size to its head dim.
-        mixer_norm_eps: of the mixers' output norm; default the decoder's rms_norm_eps.
-
-    Raises:
-        ValueError: unknown mixer, or layer_types that do not fit the base configuration.
-    """
-
-    model_type = "mohawk_hybrid"
-    sub_configs = {"base_config": AutoConfig}
-    keys_to_ignore_at_inference = [CACHE]
-    auto_map = {}  # TRL asks every configuration of a class that transformers does not know for one
-
-    def __init__(
-        self,
-        base_config=None,
-        layer_types=None,
-        mixer="mamba2",
-        mixer_num_heads=None,
-        mixer_head_dim=None,
-        mixer_state_size=None,
-        mixer_num_groups=None,
-        mixer_conv_kernel=4,
-        mixer_bias=False,
-        mixer_norm_eps=None,
-        **kwargs,
-    ):
-        if isinstance(base_config, dict):
-            base_config = dict(base_config)
-            base_config = AutoConfig.for_model(base_config.pop("model_type"), **base_config)
-        # What has no value here gets one from base_config, without which transformers alone makes one, to compare with.
-        self.base_config: Any = base_config  # of any family
-        self.mixer: str = mixer
-        self.mixer_num_heads = cast(int, mixer_num_heads)
-        self.mixer_head_dim = cast(int, mixer_head_dim)
-        self.mixer_state_size = cast(int, mixer_state_size)
-        self.mixer_num_groups = cast(int, mixer_num_groups)
-        self.mixer_conv_kernel: int = mixer_conv_kernel
-        self.mixer_bias: bool = mixer_bias
-        self.mixer_norm_eps: float | None = mixer_norm_eps
-        self.layer_types = cast(list[str], layer_types)
-        if base_config is not None:
-            if mixer not in MIXERS:
-                raise ValueError(f"mixer: got {mixer!r}, allowed: {', '.join(MIXERS)}")
-            for name in _COPIED:
-                if hasattr(base_config, name):
-                    kwargs.setdefault(name, getattr(base_config, name))
-            shape = decoder_shape(base_config)
-            self.mixer_num_heads = mixer_num_heads or shape.num_heads
-            self.mixer_head_dim = mixer_head_dim or shape.head_dim
-            self.mixer_state_size = mixer_state_size or shape.head_dim
-            self.mixer_num_groups = mixer_num_groups or self.mixer_num_heads
-            self.layer_types = layer_types or attention_types(base_config)
-        super().__init__(**kwargs)
-        # set after, since the parent has its own ideas about a missing value
-        if base_config is not None and len(self.layer_types) != base_config.num_hidden_layers:
-            raise ValueError(
-                f"layer_types: {len(self.layer_types)} entries for a model of {base_config.num_hidden_layers} layers"
-            )
-
-    @property
-    def ssm_layers(self) -> list[int]:
-        """Indices of the layers that are Mamba-2."""
-        return [i for i, kind in enumerate(self.layer_types or []) if kind == SSM_LAYER]
-
-    @property
-    def is_pure_ssm(self) -> bool:
-        """Whether no attention layer is left."""
-        return len(self.ssm_layers) == len(self.layer_types)
-
-    @property
-    def output_norm_eps(self) -> float:
-        """Epsilon of the mixers' output norm."""
-        if self.mixer_norm_eps is not None:
-            return self.mixer_norm_eps
-        return getattr(self.base_config, "rms_norm_eps", 1e-5)
-
-    def make_mixer(self, layer_idx: int) -> SSMMixer:
-        """A freshly initialised mixer for one layer."""
-        return MIXERS[self.mixer](
-            self.base_config.hidden_size,
-            self.mixer_num_heads,
-            self.mixer_head_dim,
-            self.mixer_state_size,
-            self.mixer_num_groups,
-            self.mixer_conv_kernel,
-            bias=self.mixer_bias,
-            norm_eps=self.output_norm_eps,
-            layer_idx=layer_idx,
-        )
-
-
-def attention_types(base_config) -> list[str]:
-    """The decoder's own layer types: what `layer_types` is before any layer is replaced."""
-    own = getattr(base_config, "layer_types", None)
-    if own is not None:
-        return list(own)
-    sliding = getattr(base_config, "sliding_window", None) is not None
-    return ["sliding_attention" if sliding else "full_attention"] * base_config.num_hidden_layers
 
 
 class StateCache(DynamicCache):
@@ -329,7 +213,7 @@ class HybridForCausalLM(HybridPreTrainedModel, GenerationMixin):
         cache = one_cache("generate", cache, past_key_values)
         # transformers' Phi-3 does the same: longrope turns every position differently once the text is longer than the
         # model's first training, so the keys that were cached until then are made anew
-        limit = _longrope_limit(self.config.base_config)
+        limit = longrope_limit(self.config.base_config)
         if limit and cache is not None and not self.config.is_pure_ssm and 0 < cache.get_seq_length() <= limit:
             masked = attention_mask is not None and attention_mask.dim() == 2
             length = attention_mask.shape[1] if masked else input_ids.shape[1]
@@ -375,10 +259,10 @@ class HybridForCausalLM(HybridPreTrainedModel, GenerationMixin):
         kwargs.pop("seq_idx", None)
         if segment_ids is not None:
             # attention knows documents by positions that restart, and looks for them where there is no mask
-            segment_ids, attention_mask = _without_padding(segment_ids, attention_mask)
+            segment_ids, attention_mask = without_padding(segment_ids, attention_mask)
             if position_ids is None:
                 position_ids = positions_of(segment_ids)
-            elif not torch.equal(starts_of(position_ids.expand(b, -1)), _changes(segment_ids)):
+            elif not torch.equal(starts_of(position_ids.expand(b, -1)), changes_of(segment_ids)):
                 raise ValueError("position_ids must restart where segment_ids change, and only there; leave them out")
         if segment_ids is not None:
             if use_cache or cache is not None:
@@ -465,64 +349,12 @@ class HybridForCausalLM(HybridPreTrainedModel, GenerationMixin):
         }
 
 
-def _longrope_limit(base_config) -> int | None:
-    """How many tokens a text may have before longrope takes its other factors; None without longrope."""
-    rope = getattr(base_config, "rope_parameters", None) or {}
-    if rope.get("rope_type") != "longrope":
-        return None
-    return rope.get("original_max_position_embeddings") or base_config.original_max_position_embeddings
-
-
-def positions_in(attention_mask: Tensor) -> Tensor:
-    """(b, n) positions of a row's tokens, 0, 1, ... from its first one on; padding (0 in the mask) takes none."""
-    return (attention_mask.long().cumsum(-1) - 1).clamp_min(0)
-
-
 def _with_padding(decoder: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
     """Where the decoder is called by itself, as for hidden states, its mixers are to hear of padding too."""
     mask = kwargs.get("attention_mask", args[1] if len(args) > 1 else None)
     if "padding_mask" not in kwargs and isinstance(mask, Tensor) and mask.dim() == 2:
         kwargs = {**kwargs, "padding_mask": mask}
     return args, kwargs
-
-
-def _without_padding(segment_ids: Tensor, mask: Tensor | None) -> tuple[Tensor, None]:
-    """Padding as segments of its own, -1, in the place of a mask."""
-    if mask is None:
-        return segment_ids, None
-    if not isinstance(mask, Tensor) or mask.shape != segment_ids.shape:
-        raise ValueError(
-            f"attention_mask of packed rows must be {tuple(segment_ids.shape)}, as segment_ids, got {tuple(mask.shape)}"
-        )
-    real, changes = mask.bool(), _changes(segment_ids)
-    goes_on = torch.nn.functional.pad(real[:, :-1], (1, 0)) & ~changes  # from a real token of the same document
-    begins = torch.zeros_like(segment_ids).scatter_add_(1, changes.long().cumsum(1), (real & ~goes_on).to(segment_ids))
-    if bool((begins > 1).any()):
-        raise ValueError("attention_mask of packed rows: padding within a document; put it behind or in front of one")
-    padded = torch.where(real, segment_ids, -1)
-    return padded, None
-
-
-def starts_of(position_ids: Tensor) -> Tensor:
-    """(b, n) where a document begins after the first: positions do not go on. transformers' own packing rule."""
-    return position_ids.diff(dim=-1, prepend=position_ids[:, :1] - 1) != 1
-
-
-def _changes(segment_ids: Tensor) -> Tensor:
-    return segment_ids.diff(dim=-1, prepend=segment_ids[:, :1]) != 0
-
-
-def segments_of(position_ids: Tensor) -> Tensor | None:
-    """(b, n) segment ids of rows whose positions restart, or None when none does."""
-    starts = starts_of(position_ids)
-    return starts.cumsum(-1) if bool(starts.any()) else None
-
-
-def positions_of(segment_ids: Tensor) -> Tensor:
-    """(b, n) positions that restart at 0 with each segment."""
-    index = torch.arange(segment_ids.shape[1], device=segment_ids.device).expand_as(segment_ids)
-    starts = segment_ids.diff(dim=-1, prepend=segment_ids[:, :1] - 1) != 0
-    return index - torch.where(starts, index, 0).cummax(-1).values
 
 
 AutoConfig.register("mohawk_hybrid", HybridConfig, exist_ok=True)

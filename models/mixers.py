@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mohawk.kernels.causal_conv1d import causal_conv1d, causal_conv1d_step
+from mohawk.kernels.causal_conv1d.convolution import causal_conv1d, causal_conv1d_step
 from mohawk.kernels.mixing.definition import SSDMixing
 from mohawk.kernels.ssd.scan import ssd, ssd_step
 from mohawk.models.call import documents_in, one_cache, refuse_unknown

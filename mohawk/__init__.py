@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from mohawk.data.next_tokens import next_labels
     from mohawk.distillation.recipe import DistillRecipe
     from mohawk.distillation.run import distill
-    from mohawk.kernels.causal_conv1d import causal_conv1d
+    from mohawk.kernels.causal_conv1d.convolution import causal_conv1d
     from mohawk.kernels.kd.loss import kd_loss, linear_kd_loss
     from mohawk.kernels.kd.teachers import (
         TAIDSchedule,
@@ -52,7 +52,8 @@ if TYPE_CHECKING:
     from mohawk.models.formats.bamba import from_bamba, to_bamba
     from mohawk.models.formats.released import load_released, save_released, to_released
     from mohawk.models.from_teacher import hybrid_from_teacher
-    from mohawk.models.hybrid import HybridConfig, HybridForCausalLM
+    from mohawk.models.hybrid import HybridForCausalLM
+    from mohawk.models.hybrid_config import HybridConfig
     from mohawk.models.mixers import DiscreteMamba2Mixer, Mamba2Mixer
     from mohawk.pruning.importance import Importance, measure_importance
     from mohawk.pruning.minitron import MinitronPruner
@@ -73,7 +74,7 @@ _PUBLIC = {
     "Head": "mohawk.losses.heads",
     "HiddenMatch": "mohawk.losses.hidden_match",
     "HiddenObjective": "mohawk.conversion.objectives",
-    "HybridConfig": "mohawk.models.hybrid",
+    "HybridConfig": "mohawk.models.hybrid_config",
     "HybridForCausalLM": "mohawk.models.hybrid",
     "Importance": "mohawk.pruning.importance",
     "KnowledgeDistiller": "mohawk.losses.distiller",
@@ -93,7 +94,7 @@ _PUBLIC = {
     "TeacherSamples": "mohawk.kernels.kd.teachers",
     "TeacherTAID": "mohawk.kernels.kd.teachers",
     "TeacherTopK": "mohawk.kernels.kd.teachers",
-    "causal_conv1d": "mohawk.kernels.causal_conv1d",
+    "causal_conv1d": "mohawk.kernels.causal_conv1d.convolution",
     "convert": "mohawk.conversion.run",
     "cut": "mohawk.models.cutting.cuts",
     "distill": "mohawk.distillation.run",

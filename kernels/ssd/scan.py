@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from mohawk.kernels.common.packages import usable, why_not
-from mohawk.kernels.common.segments import check_segment_ids
+from mohawk.kernels.ssd.checks import check, fits_step
 from mohawk.kernels.ssd.chunked import ssd_chunked
 from mohawk.kernels.ssd.mamba_backend import KERNELS, refusal, ssd_mamba
 from mohawk.kernels.ssd.reference import ssd_reference
@@ -94,7 +94,7 @@ def ssd(
     tokens, so that where decays of -10 and below meet weak ones in a chunk, y is off by up to 3e-5 of itself.
     Raises ValueError for shapes that do not fit, RuntimeError in a second derivative, which only "reference" has.
     """
-    _check(x, log_decay, B, C, input_scale, D, initial_state, segment_ids)
+    check(x, log_decay, B, C, input_scale, D, initial_state, segment_ids)
     if backend not in BACKENDS:
         raise ValueError(f"ssd: backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
     if backend == "mamba_ssm":
@@ -128,9 +128,9 @@ def ssd_step(
     """
     if x.dim() != 3:
         raise ValueError(f"ssd_step: x must be (batch, heads, head_dim), got {tuple(x.shape)}")
-    if not _fits_step(state, x, log_decay, B, C, input_scale, D):
+    if not fits_step(state, x, log_decay, B, C, input_scale, D):
         lifted = None if input_scale is None else input_scale.unsqueeze(1)
-        _check(x[:, None], log_decay[:, None], B[:, None], C[:, None], lifted, D, state, None, "ssd_step")
+        check(x[:, None], log_decay[:, None], B[:, None], C[:, None], lifted, D, state, None, "ssd_step")
     heads = x.shape[1]
     compute = torch.promote_types(state.dtype, torch.float32)
     x_in = x.to(compute)
@@ -145,71 +145,6 @@ def ssd_step(
     return y.to(x.dtype), state
 
 
-def _fits_step(
-    state: Tensor, x: Tensor, log_decay: Tensor, B: Tensor, C: Tensor, input_scale: Tensor | None, D: Tensor | None
-) -> bool:
-    """Whether the usual arguments fit, in a few microseconds: the full check takes longer than the step itself."""
-    batch, heads, _ = x.shape
-    return (
-        log_decay.shape == (batch, heads)
-        and (input_scale is None or input_scale.shape == (batch, heads))
-        and B.shape == C.shape == (batch, heads, B.shape[-1])
-        and state.shape == (*x.shape, B.shape[-1])
-        and (D is None or D.shape == (heads,))
-        and all(t.is_floating_point() and t.device == x.device for t in (state, x, log_decay, B, C))
-        and all(t is None or (t.is_floating_point() and t.device == x.device) for t in (input_scale, D))
-    )
-
-
 def _per_head(value: Tensor, heads: int) -> Tensor:
     """(batch, groups, state_size) -> (batch, heads, state_size), without a copy where each head has its own."""
     return value if value.shape[1] == heads else value.repeat_interleave(heads // value.shape[1], dim=1)
-
-
-def _check(
-    x: Tensor,
-    log_decay: Tensor,
-    B: Tensor,
-    C: Tensor,
-    input_scale: Tensor | None,
-    D: Tensor | None,
-    initial_state: Tensor | None,
-    segment_ids: Tensor | None,
-    where: str = "ssd",
-) -> None:
-    if x.dim() != 4:
-        raise ValueError(f"{where}: x must be (batch, seq, heads, head_dim), got {tuple(x.shape)}")
-    batch, seq, heads, head_dim = x.shape
-    per_head = (batch, seq, heads)
-    if tuple(log_decay.shape) != per_head:
-        raise ValueError(f"{where}: log_decay must be (batch, seq, heads) = {per_head}, got {tuple(log_decay.shape)}")
-    for name, value in (("B", B), ("C", C)):
-        if value.dim() != 4 or value.shape[:2] != x.shape[:2]:
-            raise ValueError(
-                f"{where}: {name} must be (batch, seq, groups, state_size) with batch, seq = {batch}, {seq}, "
-                f"got {tuple(value.shape)}"
-            )
-        if value.shape[2] < 1 or heads % value.shape[2]:
-            raise ValueError(f"{where}: the {value.shape[2]} groups of {name} must divide the {heads} heads of x")
-    if B.shape[3] != C.shape[3]:
-        raise ValueError(f"{where}: B and C must have one state_size, got {B.shape[3]} and {C.shape[3]}")
-    if input_scale is not None and tuple(input_scale.shape) != per_head:
-        raise ValueError(
-            f"{where}: input_scale must be (batch, seq, heads) = {per_head}, got {tuple(input_scale.shape)}"
-        )
-    if D is not None and tuple(D.shape) != (heads,):
-        raise ValueError(f"{where}: D must be (heads,) = ({heads},), got {tuple(D.shape)}")
-    state_shape = (batch, heads, head_dim, B.shape[3])
-    if initial_state is not None and tuple(initial_state.shape) != state_shape:
-        raise ValueError(
-            f"{where}: the state must be (batch, heads, head_dim, state_size) = {state_shape}, "
-            f"got {tuple(initial_state.shape)}"
-        )
-    check_segment_ids(segment_ids, batch, seq, where)
-    tensors = {"x": x, "log_decay": log_decay, "B": B, "C": C, "input_scale": input_scale, "D": D}
-    tensors["the state"] = initial_state
-    for name, value in tensors.items():
-        if value is not None and not value.is_floating_point():
-            raise ValueError(f"{where}: {name} must be floating point, got {value.dtype}")
-        if value is not None and value.device != x.device:
-            raise ValueError(f"{where}: {name} is on {value.device}, x on {x.device}; move them to one device")

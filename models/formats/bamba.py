@@ -15,7 +15,8 @@ from transformers.models.bamba import modeling_bamba
 
 from mohawk.models.families import decoder_shape
 from mohawk.models.from_teacher import saveable
-from mohawk.models.hybrid import SSM_LAYER, HybridConfig, HybridForCausalLM
+from mohawk.models.hybrid import HybridForCausalLM
+from mohawk.models.hybrid_config import SSM_LAYER, HybridConfig
 
 # our name -> Bamba's; the mixer and the attention that stays keep the names of their own parts
 _RENAMED = {

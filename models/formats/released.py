@@ -40,7 +40,8 @@ from mohawk.models.formats.released_configs import (
     write_mamba_in_llama,
     write_phi_mamba,
 )
-from mohawk.models.hybrid import HybridConfig, HybridForCausalLM
+from mohawk.models.hybrid import HybridForCausalLM
+from mohawk.models.hybrid_config import HybridConfig
 
 
 def load_released(

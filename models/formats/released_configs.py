@@ -8,7 +8,7 @@ from typing import Any
 from transformers import LlamaConfig, PhiConfig
 
 from mohawk.models.families import decoder_shape
-from mohawk.models.hybrid import SSM_LAYER, HybridConfig, attention_types
+from mohawk.models.hybrid_config import SSM_LAYER, HybridConfig, attention_types
 
 LAYOUTS = ("phi-mamba", "llamba", "mamba-in-llama")
 MAMBA_CONFIG = "mamba_config.json"

@@ -29,7 +29,8 @@ from mohawk.errors import UserError
 from mohawk.loading.describe import describe_layers, size_text
 from mohawk.loading.models import load_teacher
 from mohawk.loading.nonfinite import refuse_nonfinite
-from mohawk.models.hybrid import SSM_LAYER, HybridConfig, HybridForCausalLM, attention_types
+from mohawk.models.hybrid import HybridForCausalLM
+from mohawk.models.hybrid_config import SSM_LAYER, HybridConfig, attention_types
 from mohawk.runs.binding import bound, check_models
 from mohawk.runs.claim import claimed
 from mohawk.runs.kept import Composed, Selection

@@ -13,7 +13,8 @@ from mohawk.errors import UserError
 from mohawk.loading.models import building
 from mohawk.models.families import check_supported, decoder_shape, needed_attention
 from mohawk.models.from_teacher import choose_layers, hybrid_from_teacher
-from mohawk.models.hybrid import SSM_LAYER, HybridForCausalLM
+from mohawk.models.hybrid import HybridForCausalLM
+from mohawk.models.hybrid_config import SSM_LAYER
 
 GIB = 2**30
 

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from mohawk.models.families import decoder_layers
-from mohawk.models.hybrid import SSM_LAYER, HybridForCausalLM, attention_types
+from mohawk.models.hybrid import HybridForCausalLM
+from mohawk.models.hybrid_config import SSM_LAYER, attention_types
 from mohawk.models.teacher_forcing import StandIn, layer_calls
 
 

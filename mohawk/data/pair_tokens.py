@@ -19,7 +19,8 @@ from mohawk.core.places import cache_dir, home
 from mohawk.core.user_cache import kept_whole, whole_folder
 from mohawk.data.chat import as_messages, render
 from mohawk.data.records import content_hash, read_records, why_no_chat
-from mohawk.data.text import Source, as_source, source_content, tokenizer_key
+from mohawk.data.source_files import Source, as_source, source_content
+from mohawk.data.text import tokenizer_key
 from mohawk.errors import UserError
 
 if TYPE_CHECKING:

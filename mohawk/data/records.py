@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from mohawk.core.parsing import parse_json
-from mohawk.data.text import (
+from mohawk.data.source_files import (
     DAMAGED,
     OPENERS,
     as_source,
@@ -48,8 +48,9 @@ class Prompt:
 def read_prompts(sources: Sequence[Any], *, limit: int | None = None) -> list[Prompt]:
     """The prompts of some sources, in their order.
 
-    sources: as in `mohawk.data.text.Source`; a text file has one prompt a line (format `paragraphs`: one a block), any
-    other one a row in `field`, a text or a list of messages. limit: only the first so many. Raises UserError.
+    sources: as in `mohawk.data.source_files.Source`; a text file has one prompt a line (format `paragraphs`: one a
+    block), any other one a row in `field`, a text or a list of messages. limit: only the first so many. Raises
+    UserError.
     """
     prompts: list[Prompt] = []
     seen: Counter[str] = Counter()

@@ -53,7 +53,7 @@ def export(
     """
     import mohawk.models.hybrid  # noqa: F401  makes the Auto classes know hybrids
     from mohawk.loading.models import load_config, load_teacher
-    from mohawk.models.hybrid import HybridConfig
+    from mohawk.models.hybrid_config import HybridConfig
 
     console = console or Console()
     if to not in TARGETS:

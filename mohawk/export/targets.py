@@ -15,7 +15,8 @@ from mohawk.export.runtimes import Note, notes
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
-    from mohawk.models.hybrid import HybridConfig, HybridForCausalLM
+    from mohawk.models.hybrid import HybridForCausalLM
+    from mohawk.models.hybrid_config import HybridConfig
 
 FOLDED = (
     "The biases of in_proj on x, B and C were moved behind the convolution (--fold-bias): nearly the trained student, "

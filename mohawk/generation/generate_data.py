@@ -30,7 +30,7 @@ from mohawk.core.terminal import SHOWN
 from mohawk.data.chat import as_messages
 from mohawk.data.generated import FILES, MANIFEST, REJECTED, RESPONSES, SUMMARY
 from mohawk.data.records import Prompt, read_prompts
-from mohawk.data.text import Source
+from mohawk.data.source_files import Source
 from mohawk.errors import UserError, naming, shortened
 from mohawk.generation.decoding import Decoding, Response, local_teacher
 from mohawk.generation.endpoint import EndpointTeacher, without_secrets
@@ -84,8 +84,8 @@ def generate_from(
 ) -> Tally:
     """The command line's work: prompts read, teacher opened, answers written, what came of it printed.
 
-    reading: fields of `mohawk.data.text.Source` for all sources. teacher: options of `local_teacher` or, with an
-    endpoint, of `EndpointTeacher` (request as JSON text). Raises UserError.
+    reading: fields of `mohawk.data.source_files.Source` for all sources. teacher: options of `local_teacher` or, with
+    an endpoint, of `EndpointTeacher` (request as JSON text). Raises UserError.
     """
     from rich.console import Console
 

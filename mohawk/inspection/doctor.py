@@ -88,7 +88,8 @@ def student_rows() -> list[tuple[str, str, bool]]:
         from transformers import LlamaConfig
 
         from mohawk.measures.consistency import PATHS, broken_paths, inconsistencies, some_tokens
-        from mohawk.models.hybrid import HybridConfig, HybridForCausalLM
+        from mohawk.models.hybrid import HybridForCausalLM
+        from mohawk.models.hybrid_config import HybridConfig
         from mohawk.models.mixers import MIXERS
     except ImportError as error:
         return [("none", f"not tried: {error_line(error)}", False)]

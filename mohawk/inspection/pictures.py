@@ -28,7 +28,7 @@ from mohawk.kernels.mixing.matrix import mixing_matrix
 from mohawk.loading.describe import student_folder
 from mohawk.loading.models import load_config, load_teacher
 from mohawk.models.families import FAMILIES, attention_parts, decoder_layers, decoder_shape, mixer_input_norm
-from mohawk.models.hybrid import HybridConfig
+from mohawk.models.hybrid_config import HybridConfig
 from mohawk.models.mixers import SSMMixer
 from mohawk.runs.binding import check_models
 from mohawk.runs.matrices import layer_mixings

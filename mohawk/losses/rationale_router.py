@@ -27,7 +27,7 @@ from mohawk.core.parsing import parse_json
 from mohawk.core.processes import several
 from mohawk.core.terminal import SHOWN
 from mohawk.data.packing import collate
-from mohawk.data.text import check_written
+from mohawk.data.source_files import check_written
 from mohawk.errors import UserError
 from mohawk.losses.rationales import RationaleDistiller
 

@@ -28,7 +28,7 @@ from mohawk.data.next_tokens import IGNORED, next_labels
 from mohawk.data.pairs import Pairs
 from mohawk.data.records import content_hash, read_records, why_no_chat
 from mohawk.data.same_tokenizer import check_rows
-from mohawk.data.text import as_source
+from mohawk.data.source_files import as_source
 from mohawk.errors import UserError
 from mohawk.kernels.kd.loss import linear_kd_loss
 from mohawk.kernels.kd.teachers import TeacherSamples
@@ -109,7 +109,7 @@ def _pattern(template: str) -> re.Pattern[str]:
 def read_rationales(files: Sequence[Any], templates: Sequence[str] = TEMPLATES) -> list[dict[str, Any]]:
     """Records of JSON lines: {prompt, label, rationale or None, teacher, where}, all texts, in the files' order.
 
-    files: paths, or sources as in `mohawk.data.text.Source`.
+    files: paths, or sources as in `mohawk.data.source_files.Source`.
 
     A line has `prompt` (or, as `generate-data` writes a chat, `messages` of one user's message) and either `label`,
     with or without `rationale`, or `response`: a teacher's text, which the first of `templates` that matches takes

@@ -28,8 +28,9 @@ from mohawk.core.folders import why_altered, write_file
 from mohawk.models.cutting.cuts import Cut, resolve_layers
 from mohawk.models.cutting.sizes import Sizes, attention_layers, base_config, check_sizes_within, sizes_of, ssm_layers
 from mohawk.models.families import decoder_layers, family_of
-from mohawk.models.hybrid import HybridForCausalLM, positions_of
+from mohawk.models.hybrid import HybridForCausalLM
 from mohawk.models.mixers import SSMMixer
+from mohawk.models.packed import positions_of
 from mohawk.pruning.state_use import state_use
 
 FORMAT = "mohawk importance 1"

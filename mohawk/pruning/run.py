@@ -21,7 +21,7 @@ from mohawk.core.json_files import read_json, write_json
 from mohawk.core.precision import pick_device
 from mohawk.core.processes import first_before_others, from_first, on_first
 from mohawk.core.run_folder import RECIPE, STUDENT, evaluation_file, phase_student
-from mohawk.data.text import as_source, local_files
+from mohawk.data.source_files import as_source, local_files
 from mohawk.data.token_counts import most_frequent, token_counts
 from mohawk.distillation.build import check_caches, load, loss_label, mistakes
 from mohawk.distillation.run import read_data

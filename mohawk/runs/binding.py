@@ -25,7 +25,8 @@ from mohawk.core.parsing import parse_json
 from mohawk.core.places import home
 from mohawk.core.run_folder import RUN_FILE, STUDENT
 from mohawk.core.sums import sha256_of
-from mohawk.data.text import source_content, tokenizer_key
+from mohawk.data.source_files import source_content
+from mohawk.data.text import tokenizer_key
 from mohawk.errors import UserError
 from mohawk.runs.kept import Bound
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from mohawk.data.pair_tokens import check_pair, no_weights
 from mohawk.data.records import first_records, read_records
 from mohawk.data.same_tokenizer import check_rows, check_same, own_tokenizer, teacher_tokenizer
-from mohawk.data.text import as_source, local_files
+from mohawk.data.source_files import as_source, local_files
 from mohawk.errors import UserError
 from mohawk.loading.models import load_config, quantization
 from mohawk.losses.rationales import check_record

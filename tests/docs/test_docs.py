@@ -25,6 +25,7 @@ ROOT = Path(__file__).resolve().parents[2]
 DOCS, RESULTS = ROOT / "docs", ROOT / "benchmarks" / "results"
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted(DOCS.glob("*.md"))]
 GENERATE = runpy.run_path(str(DOCS / "generate.py"))
+REFERENCE = {of: runpy.run_path(str(DOCS / f"reference_{of}.py")) for of in ("recipes", "python")}
 each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 
 
@@ -212,7 +213,7 @@ def links(page: Path) -> list[tuple[Path, str]]:
 
 
 def anchors(page: Path) -> set[str]:
-    return {GENERATE["slug"](heading.strip()) for heading in re.findall(r"^#+ (.*)$", prose(page), re.M)}
+    return {REFERENCE["recipes"]["slug"](heading.strip()) for heading in re.findall(r"^#+ (.*)$", prose(page), re.M)}
 
 
 @each_page
@@ -256,7 +257,7 @@ def test_docstrings_become_lists():
     text = (
         "It adds.\n\nArgs:\n    a, b: one\n        and two. None: neither.\n    *rest: more * `x*y`\n\nReturns:\n    c."
     )
-    assert GENERATE["markdown"](text) == [
+    assert REFERENCE["python"]["markdown"](text) == [
         "It adds.", "", "**Args**", "", "- `a, b`: one", "  and two. None: neither.", "- `*rest`: more \\* `x*y`", "",
         "**Returns**", "", "c.", "",
     ]  # fmt: skip
@@ -267,13 +268,13 @@ def test_tables_are_those_of_the_results(tmp_path):
     (tmp_path / "docs").mkdir()
     results = tmp_path / "benchmarks" / "results"
     results.mkdir(parents=True)
-    shutil.copy(DOCS / "generate.py", tmp_path / "docs")
+    shutil.copy(DOCS / "benchmark_tables.py", tmp_path / "docs")
     page, readme = tmp_path / "docs" / "page.md", tmp_path / "README.md"
     for path in (page, readme):
         path.write_text("# Title\n<!-- benchmark: speed -->\nold\n<!-- end -->\nlast\n")
     (tmp_path / "docs" / "other.md").write_text("no mark\n")
     (results / "speed.md").write_text("| 1 |\n\n![speed](speed.png)\n")
-    found = runpy.run_path(str(tmp_path / "docs" / "generate.py"))["with_tables"]()
+    found = runpy.run_path(str(tmp_path / "docs" / "benchmark_tables.py"))["with_tables"]()
     text = "# Title\n<!-- benchmark: speed -->\n| 1 |\n\n![speed]({}speed.png)\n<!-- end -->\nlast\n"
     assert found == {readme: text.format("benchmarks/results/"), page: text.format("../benchmarks/results/")}
 
@@ -300,7 +301,7 @@ def test_a_benchmark_writes_its_page(tmp_path, monkeypatch, capsys):
 
     (tmp_path / "docs").mkdir()
     (tmp_path / "results").mkdir()
-    shutil.copy(DOCS / "generate.py", tmp_path / "docs")
+    shutil.copy(DOCS / "benchmark_tables.py", tmp_path / "docs")
     monkeypatch.setattr(run, "ROOT", tmp_path)
     monkeypatch.setattr(run, "RESULTS", tmp_path / "benchmarks" / "results")
     run.RESULTS.mkdir(parents=True)

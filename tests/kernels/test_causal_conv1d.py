@@ -7,9 +7,10 @@ import types
 
 import pytest
 import torch
-import torch.nn.functional as F
 
-from mohawk.kernels.causal_conv1d import by_package, causal_conv1d, causal_conv1d_step
+from mohawk.kernels.causal_conv1d import causal_conv1d, causal_conv1d_step
+from mohawk.kernels.causal_conv1d.package_backend import by_package
+from mohawk.kernels.causal_conv1d.reference import causal_conv1d_reference
 
 
 def inputs(batch=2, seq=37, channels=6, kernel=4, dtype=torch.float64, seed=0):
@@ -23,18 +24,12 @@ def inputs(batch=2, seq=37, channels=6, kernel=4, dtype=torch.float64, seed=0):
     return {name: torch.randn(shape, dtype=dtype).requires_grad_() for name, shape in shapes.items()}
 
 
-def by_definition(x, weight, bias, initial_state, activation):
-    full = torch.cat((initial_state, x.transpose(1, 2)), dim=2)
-    y = F.conv1d(full, weight.unsqueeze(1), bias, groups=x.shape[2]).transpose(1, 2)
-    return F.silu(y) if activation == "silu" else y
-
-
 @pytest.mark.parametrize("activation", [None, "silu"])
 @pytest.mark.parametrize(("seq", "kernel"), [(1, 4), (2, 4), (63, 4), (17, 1), (40, 2)])
 def test_value_and_gradients_match_torch(seq, kernel, activation):
     given = inputs(seq=seq, kernel=kernel)
     y = causal_conv1d(**given, activation=activation)
-    expected = by_definition(**given, activation=activation)
+    expected = causal_conv1d_reference(**given, activation=activation)
     torch.testing.assert_close(y, expected)
     weights = torch.randn_like(y)
     mine = torch.autograd.grad((y * weights).sum(), list(given.values()))
@@ -123,7 +118,9 @@ def test_the_package_is_called_for_the_same_result(kernel, context, activation, 
         before = (nothing if state is None else state)[row : row + 1]
         pieces = given["x"][row : row + 1].split(cuts, dim=1)
         exact.append(
-            torch.cat([by_definition(p, given["weight"], given["bias"], before, activation) for p in pieces], dim=1)
+            torch.cat(
+                [causal_conv1d_reference(p, given["weight"], given["bias"], before, activation) for p in pieces], dim=1
+            )
         )
     exact = torch.cat(exact)
     weights = torch.randn_like(exact)
@@ -151,7 +148,7 @@ def test_gpu_matches_cpu():
 def test_bfloat16_rounds_once():
     given = {name: value.detach().bfloat16() for name, value in inputs(seq=100).items()}
     y = causal_conv1d(**given, activation="silu")
-    exact = by_definition(**{name: value.double() for name, value in given.items()}, activation="silu")
+    exact = causal_conv1d_reference(**{name: value.double() for name, value in given.items()}, activation="silu")
     assert y.dtype == torch.bfloat16
     once = (exact.bfloat16().double() - exact).norm()
     assert (y.double() - exact).norm() <= 1.01 * once

@@ -15,7 +15,7 @@ import warnings
 import pytest
 import torch
 
-from mohawk.kernels import causal_conv1d
+from mohawk.kernels.causal_conv1d import causal_conv1d, package_backend
 from mohawk.kernels.common import packages
 from mohawk.kernels.ssd import mamba_backend as ssd_mamba
 from mohawk.kernels.ssd.scan import ssd
@@ -53,7 +53,7 @@ def broken(tmp_path, monkeypatch):
             monkeypatch.delitem(sys.modules, module)
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    caches = (packages.why_not, packages.usable, causal_conv1d._package_function)
+    caches = (packages.why_not, packages.usable, package_backend.package_function)
     for cached in caches:
         cached.cache_clear()
     yield
@@ -72,7 +72,7 @@ def test_on_a_cpu_the_packages_are_not_even_imported(broken):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         y = ssd(*given)
-        z = causal_conv1d.causal_conv1d(torch.randn(1, 5, 8), torch.randn(8, 4))
+        z = causal_conv1d(torch.randn(1, 5, 8), torch.randn(8, 4))
     torch.testing.assert_close(y, ssd(*given, backend="reference"))
     assert z.shape == (1, 5, 8)
     assert packages.why_not.cache_info().misses == 0
@@ -85,7 +85,7 @@ def test_a_package_that_cannot_be_imported_is_named_once_and_done_without(broken
     with pytest.warns(RuntimeWarning, match=reason):
         assert not packages.usable(ssd_mamba.KERNELS)
     with pytest.warns(RuntimeWarning, match="causal_conv1d is installed but cannot be imported"):
-        assert causal_conv1d._package_function() is None
+        assert package_backend.package_function() is None
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert not packages.usable(ssd_mamba.KERNELS)

@@ -23,7 +23,8 @@ from mohawk.models.cutting.cuts import (
 from mohawk.models.cutting.sizes import Sizes, parameter_count, sized_config, sizes_of
 from mohawk.models.formats.bamba import fold_conv_input_bias, from_bamba, norms_groups_apart, to_bamba
 from mohawk.models.from_teacher import hybrid_from_teacher
-from mohawk.models.hybrid import HybridConfig, HybridForCausalLM
+from mohawk.models.hybrid import HybridForCausalLM
+from mohawk.models.hybrid_config import HybridConfig
 from tests.models.conftest import FAMILIES, tiny_teacher
 
 LAYERS, HIDDEN, FFN = 4, 32, 48

@@ -14,8 +14,10 @@ from mohawk.kernels.mixing.matrix import mixing_matrix
 from mohawk.kernels.mixing.reference import dense_matrix
 from mohawk.models.families import FAMILIES, check_supported, decoder_layers, family_of, mixer_input_norm
 from mohawk.models.from_teacher import hybrid_from_teacher
-from mohawk.models.hybrid import HybridConfig, HybridForCausalLM, positions_of
+from mohawk.models.hybrid import HybridForCausalLM
+from mohawk.models.hybrid_config import HybridConfig
 from mohawk.models.mixers import SSMMixer
+from mohawk.models.packed import positions_of
 from mohawk.models.teacher_forcing import layer_calls, record, recording_attention, softcapped_attention
 from tests.models.conftest import FAMILIES as TESTED
 from tests.models.conftest import tiny_teacher

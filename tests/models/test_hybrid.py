@@ -8,7 +8,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
 from mohawk.models.call import CACHE
 from mohawk.models.from_teacher import hybrid_from_teacher
-from mohawk.models.hybrid import HybridConfig, HybridForCausalLM, positions_of, segments_of
+from mohawk.models.hybrid import HybridForCausalLM
+from mohawk.models.hybrid_config import HybridConfig
+from mohawk.models.packed import positions_of, segments_of
 from tests.models.conftest import tiny_teacher
 
 MIXERS = ("mamba2", "discrete_mamba2")

@@ -7,7 +7,7 @@ import torch
 
 from mohawk.models.call import CACHE
 from mohawk.models.from_teacher import hybrid_from_teacher
-from mohawk.models.hybrid import positions_in
+from mohawk.models.packed import positions_in
 from tests.models.conftest import tiny_teacher
 from tests.models.test_hybrid import student_of
 

@@ -11,12 +11,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 from mohawk.cli import main
 from mohawk.core.folders import Interrupted, is_complete
-from mohawk.losses import distiller as distill_module
 from mohawk.distillation.ablate import ablate, variants_of
 from mohawk.distillation.cache import cache_teacher
 from mohawk.distillation.recipe import DistillRecipe
 from mohawk.distillation.run import distill
 from mohawk.errors import UserError
+from mohawk.losses import distiller as distill_module
 from mohawk.losses.distiller import KnowledgeDistiller
 from mohawk.runs.claim import claimed
 from mohawk.schema.files import shipped

@@ -11,7 +11,8 @@ from mohawk.conversion.recipe import Recipe
 @pytest.fixture(scope="module")
 def run(tmp_path_factory, make_llama, tokenizer):
     """A run's folder whose student is the teacher itself, with attention in every layer."""
-    from mohawk.models.hybrid import HybridConfig, HybridForCausalLM
+    from mohawk.models.hybrid import HybridForCausalLM
+    from mohawk.models.hybrid_config import HybridConfig
 
     folder = tmp_path_factory.mktemp("evaluate")
     teacher = make_llama()

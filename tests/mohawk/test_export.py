@@ -297,7 +297,7 @@ def test_the_copied_code_asks_for_nothing_that_may_be_missing(tmp_path, monkeypa
         "mohawk_mixers",
         "mohawk_families",
         "mohawk_ssd_scan",
-        "mohawk_causal_conv1d",
+        "mohawk_causal_conv1d_convolution",
     } <= files.keys()
     for missing in ("mohawk", "mamba_ssm", "causal_conv1d", "triton"):
         monkeypatch.setitem(sys.modules, missing, None)

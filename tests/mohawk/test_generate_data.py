@@ -12,7 +12,7 @@ import pytest
 from mohawk.cli import main
 from mohawk.data.generated import REJECTED, RESPONSES, SUMMARY
 from mohawk.data.records import read_prompts, read_records
-from mohawk.data.text import check_written
+from mohawk.data.source_files import check_written
 from mohawk.errors import UserError
 from mohawk.generation.decoding import Decoding, LocalTeacher, Response
 from mohawk.generation.endpoint import EndpointTeacher

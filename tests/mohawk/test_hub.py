@@ -8,7 +8,7 @@ import pytest
 from huggingface_hub import constants
 
 from mohawk.core import hub
-from mohawk.data.text import Source, load_rows
+from mohawk.data.source_files import Source, load_rows
 from mohawk.errors import UserError
 from mohawk.export.model_card import licence_of
 from mohawk.loading.models import load_config, load_teacher, load_tokenizer

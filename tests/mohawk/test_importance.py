@@ -10,7 +10,7 @@ from mohawk.kernels.ssd.scan import ssd
 from mohawk.models.cutting.cuts import Cut, cut, keep_layers
 from mohawk.models.cutting.sizes import sizes_of
 from mohawk.models.families import decoder_layers, family_of
-from mohawk.models.hybrid import positions_of
+from mohawk.models.packed import positions_of
 from mohawk.pruning.baselines import magnitude_importance, random_importance
 from mohawk.pruning.importance import Importance, choose, measure_importance
 from mohawk.pruning.layer_drops import measure_layer_drops

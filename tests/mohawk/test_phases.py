@@ -7,7 +7,7 @@ from mohawk.conversion.objectives import EndToEndObjective, HiddenObjective, Mix
 from mohawk.kernels.mixing.matrix import mixing_matrix
 from mohawk.models.families import mixer_input_norm
 from mohawk.models.from_teacher import hybrid_from_teacher
-from mohawk.models.hybrid import positions_of
+from mohawk.models.packed import positions_of
 from tests.models.conftest import FAMILIES, tiny_teacher
 
 LAYERS = [0, 2]

@@ -6,7 +6,7 @@ import datasets
 import pytest
 
 from mohawk.data.records import read_prompts, read_records
-from mohawk.data.text import Source
+from mohawk.data.source_files import Source
 from mohawk.errors import UserError
 from tests.mohawk.compressed import COMPRESS, damages, flips
 

@@ -20,7 +20,8 @@ from mohawk.core.folders import is_complete, write_whole
 from mohawk.errors import UserError
 from mohawk.loading.describe import describe
 from mohawk.measures.compare import compare, decode_speed
-from mohawk.models.hybrid import HybridConfig, HybridForCausalLM
+from mohawk.models.hybrid import HybridForCausalLM
+from mohawk.models.hybrid_config import HybridConfig
 from tests.models.conftest import tiny_teacher
 from tests.mohawk.tiny_phase import cheap_training  # noqa: F401
 

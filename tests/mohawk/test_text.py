@@ -7,7 +7,8 @@ import datasets
 import numpy as np
 import pytest
 
-from mohawk.data.text import Source, as_source, tokenize
+from mohawk.data.source_files import Source, as_source
+from mohawk.data.text import tokenize
 from mohawk.errors import UserError
 from tests.mohawk.compressed import COMPRESS, damages, flips
 

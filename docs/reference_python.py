@@ -1,0 +1,167 @@
+"""The reference of Python, from signatures and docstrings."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import re
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+
+PYTHON_HEAD = """\
+# Python
+
+<!-- Written by docs/generate.py from signatures and docstrings. -->
+
+These names are public: `from mohawk import kd_loss`. They are imported when they are first used, so `import mohawk` is
+quick, and the losses and kernels need torch alone. Other modules may move from one version to the next.
+"""
+GROUPS = {
+    "Losses": [
+        "kd_loss", "linear_kd_loss", "Head", "TeacherLogits", "TeacherHidden", "TeacherTopK", "TeacherSamples",
+        "TeacherMixture", "TeacherTAID", "TAIDSchedule",
+    ],
+    "Distilling": [
+        "KnowledgeDistiller", "DistillationTrainer", "HiddenMatch", "layer_map", "match_hidden", "AttentionMatch",
+        "match_attention", "OnPolicy", "RationaleDistiller", "TeacherCache", "CachedRows",
+    ],
+    "Kernels": [
+        "AttentionMixing", "SSDMixing", "mixing_matrix", "mixing_distance", "ssd", "ssd_step", "causal_conv1d",
+    ],
+    "Models": [
+        "hybrid_from_teacher", "HybridConfig", "HybridForCausalLM", "Mamba2Mixer", "DiscreteMamba2Mixer", "to_bamba",
+        "from_bamba", "load_released", "to_released", "save_released",
+    ],
+    "Runs": ["Recipe", "convert", "DistillRecipe", "distill", "PruneRecipe", "prune"],
+    "The three phases": ["MixingObjective", "HiddenObjective", "EndToEndObjective", "next_labels"],
+    "Pruning": [
+        "MinitronPruner", "measure_importance", "Importance", "Cut", "cut", "keep_layers", "trim_vocabulary",
+    ],
+}  # fmt: skip
+
+
+def python() -> str:
+    """The reference of the public names."""
+    import mohawk
+
+    named = [name for names in GROUPS.values() for name in names]
+    assert sorted(named) == sorted(mohawk.__all__), "put every public name into a group"
+    lines = [PYTHON_HEAD]
+    for title, names in GROUPS.items():
+        lines += [f"## {title}", ""]
+        for name in names:
+            lines += entry(mohawk._PUBLIC[name], name, name)
+    return "\n".join(lines).rstrip("\n") + "\n"
+
+
+def entry(module: str, name: str, shown: str) -> list[str]:
+    import mohawk
+
+    tree = ast.parse(file_of(module).read_text(encoding="utf-8"))
+    nodes = {node.name: node for node in tree.body if isinstance(node, (ast.FunctionDef, ast.ClassDef))}
+    node = nodes[name]
+    lines = [f"### {shown}", "", "```python", signature(node, nodes, shown), "```", ""]
+    # A function's own: some list the entries of a table, which the source does not say.
+    said = inspect.getdoc(getattr(mohawk, name)) if isinstance(node, ast.FunctionDef) else ast.get_docstring(node)
+    lines += markdown(said or "")
+    for method in methods(node):
+        lines += [f"**`{method.name}`**", "", "```python", signature(method, nodes, method.name, skip=1), "```", ""]
+        lines += markdown(ast.get_docstring(method))
+    return lines
+
+
+def file_of(module: str) -> Path:
+    """mohawk.kernels.x is kernels/x.py in a checkout."""
+    inside = module.split(".")[1:]
+    path = ROOT.joinpath(*inside) if inside[0] in ("kernels", "models") else ROOT.joinpath("mohawk", *inside)
+    return path.with_suffix(".py")
+
+
+def methods(node: ast.AST) -> list[ast.FunctionDef]:
+    """Public methods with a docstring of their own; a property is told by the class."""
+    if not isinstance(node, ast.ClassDef):
+        return []
+    return [
+        item
+        for item in node.body
+        if isinstance(item, ast.FunctionDef)
+        and not item.name.startswith("_")
+        and ast.get_docstring(item)
+        and not any(ast.unparse(each) in ("property", "cached_property") for each in item.decorator_list)
+    ]
+
+
+def signature(node: ast.AST, nodes: dict[str, ast.AST], shown: str, skip: int = 0) -> str:
+    """The call as one writes it, on one line if it is short."""
+    returns = ""
+    if isinstance(node, ast.FunctionDef):
+        given = arguments(node.args, skip)
+        returns = f" -> {ast.unparse(node.returns)}" if node.returns else ""
+    else:
+        given = class_arguments(node, nodes)
+    given, returns = [each.replace("'", '"') for each in given], returns.replace("'", '"')
+    line = f"{shown}({', '.join(given)}){returns}"
+    return line if len(line) <= 100 else f"{shown}(\n" + "".join(f"    {each},\n" for each in given) + f"){returns}"
+
+
+def class_arguments(node: ast.ClassDef, nodes: dict[str, ast.AST]) -> list[str]:
+    for item in node.body:
+        if isinstance(item, ast.FunctionDef) and item.name == "__init__":
+            found = arguments(item.args, 1)
+            if found != ["*args", "**kwargs"]:  # what only hands on is described by its base
+                return found
+    if any("dataclass" in ast.unparse(each) for each in node.decorator_list):
+        fields = [item for item in node.body if isinstance(item, ast.AnnAssign)]
+        return [ast.unparse(field) for field in fields]
+    for base in node.bases:
+        if (found := nodes.get(ast.unparse(base))) is not None:
+            return class_arguments(found, nodes)
+    return ["..."]
+
+
+def arguments(args: ast.arguments, skip: int) -> list[str]:
+    """Each argument with its annotation and default, and the stars between them."""
+
+    def one(arg: ast.arg, default: ast.AST | None) -> str:
+        text = arg.arg + (f": {ast.unparse(arg.annotation)}" if arg.annotation else "")
+        if default is None:
+            return text
+        return f"{text} = {ast.unparse(default)}" if arg.annotation else f"{text}={ast.unparse(default)}"
+
+    positional = args.posonlyargs + args.args
+    defaults = [None] * (len(positional) - len(args.defaults)) + args.defaults
+    found = [one(arg, default) for arg, default in zip(positional, defaults, strict=True)][skip:]
+    if args.vararg:
+        found.append(f"*{one(args.vararg, None)}")
+    elif args.kwonlyargs:
+        found.append("*")
+    found += [one(arg, default) for arg, default in zip(args.kwonlyargs, args.kw_defaults, strict=True)]
+    return found + ([f"**{one(args.kwarg, None)}"] if args.kwarg else [])
+
+
+def markdown(docstring: str) -> list[str]:
+    """A docstring's text; what stands under `Args:` and the like becomes a list."""
+    lines, section = [], False
+    for line in docstring.splitlines():
+        if re.fullmatch(r"(Args|Returns|Raises|Yields|Attributes|Returns, raises|Divergences|Metrics):", line):
+            section = True
+            lines += [f"**{line[:-1]}**", ""]
+        elif not section or (line and not line.startswith(" ")):
+            section = False
+            lines.append(escaped(line))
+        elif found := re.match(r" {4}(\*{0,2}\w+(?:, \*{0,2}\w+)*|All others):(?: (.*))?$", line):
+            name = found[1] if " others" in found[1] else f"`{found[1]}`"
+            lines.append(f"- {name}: {escaped(found[2] or '')}".rstrip())
+        elif line.startswith(" " * 8):
+            lines.append(f"  {escaped(line.strip())}")
+        else:
+            lines.append(escaped(line.strip()))
+    return [*lines, ""]
+
+
+def escaped(line: str) -> str:
+    """Stars, underscores and brackets outside of code are not Markdown's."""
+    pieces = line.split("`")
+    pieces[::2] = [re.sub(r"([*<\[\]])|(?<=\W)_|_(?=\W)", lambda f: f"\\{f[0]}", piece) for piece in pieces[::2]]
+    return "`".join(pieces)
