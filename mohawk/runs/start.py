@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import datasets  # noqa: F401  # texts are read with it later: what it lacks is said before anything else
 from rich.console import Console
 
 from mohawk.core.processes import first_before_others, is_first, joined, on_first

@@ -13,7 +13,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 
-from tests.mohawk.tiny_phase import cheap_training, fork, wait  # noqa: F401
+from tests.helpers.tiny_phase import cheap_training, fork, wait  # noqa: F401
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 NEEDS = {

@@ -13,8 +13,8 @@ import torch
 
 from mohawk.data.packing import PackedDataset
 from mohawk.teacher_cache.writer import write_cache
+from tests.helpers.tiny_teacher import LENGTH, documents
 from tests.mohawk.conftest import make_llama  # noqa: F401
-from tests.mohawk.tiny_teacher import LENGTH, documents
 
 EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "read_teacher_cache.py"
 

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 
 from mohawk.cli import main
 from mohawk.errors import UserError, as_os_error, line_for, machines_own, naming, printable
-from tests.mohawk.tiny_phase import fork, wait
+from tests.helpers.tiny_phase import fork, wait
 
 FULL = os.strerror(errno.ENOSPC)
 

@@ -1,0 +1,135 @@
+"""A process of a run that hangs is noticed by the others within the time set for it; one that works is waited for."""
+
+import os
+import signal
+import sys
+import time
+
+import pytest
+import torch
+
+from mohawk.core import processes
+from mohawk.core.stopping import StopRequest
+from mohawk.errors import UserError, line_for
+from tests.helpers.tiny_phase import cheap_training, fork, free_port, wait  # noqa: F401
+
+pytestmark = [
+    pytest.mark.usefixtures("cheap_training"),
+    pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="needs gloo"),
+]
+
+
+def two_processes(tmp_path, work, minutes):
+    """`work(rank)` in two processes; their pids. What each ends with stands in the file of its rank."""
+    port = str(free_port())
+
+    def body(rank):
+        os.environ.update(
+            RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=port,
+            MOHAWK_TIMEOUT_MINUTES=str(minutes),
+        )  # fmt: skip
+        try:
+            with processes.joined("cpu"):
+                said = work(rank)
+        except UserError as error:
+            said = str(error)
+        except RuntimeError as error:
+            said = line_for(error)
+        (tmp_path / str(rank)).write_text(str(said))
+
+    return [fork(lambda rank=rank: body(rank)) for rank in range(2)]
+
+
+def end(pid):
+    os.kill(pid, signal.SIGKILL)
+    wait(pid)
+
+
+def test_one_that_hangs_in_a_step(tmp_path):
+    def work(rank):
+        processes.total(torch.ones(3))
+        if rank == 1:
+            os.kill(os.getpid(), signal.SIGSTOP)
+        processes.total(torch.ones(3))
+
+    first, second = two_processes(tmp_path, work, 0.05)
+    try:
+        assert wait(first) == 0
+        said = (tmp_path / "0").read_text()
+        assert said.startswith("another process of this run has ended or answers no more (Timed out waiting 3000ms")
+    finally:
+        end(second)
+
+
+def test_the_first_that_hangs_while_the_others_wait_for_its_work(tmp_path):
+    def work(rank):
+        processes.total(torch.ones(3))
+        processes.on_first(lambda: os.kill(os.getpid(), signal.SIGSTOP))
+
+    first, second = two_processes(tmp_path, work, 0.05)
+    try:
+        assert wait(second) == 0
+        said = (tmp_path / "1").read_text()
+        assert said.startswith("process 0 has shown no sign of life for 0.05 minutes (MOHAWK_TIMEOUT_MINUTES)")
+    finally:
+        end(first)
+
+
+def test_long_work_of_the_first_is_waited_for(tmp_path, monkeypatch):
+    monkeypatch.setattr(processes, "BEAT", 0.2)
+
+    def work(rank):
+        return processes.from_first(lambda: time.sleep(4.0) or "done")
+
+    for pid in two_processes(tmp_path, work, 0.025):
+        assert wait(pid) == 0
+    assert [(tmp_path / str(rank)).read_text() for rank in range(2)] == ["done", "done"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Linux tells of a parent's end")
+def test_workers_whose_launcher_is_gone_are_asked_to_save(tmp_path, monkeypatch):
+    """torchrun dies of a signal that it does not hand on, such as SIGUSR1."""
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")  # as it sets it
+
+    def work(rank):
+        request, end = StopRequest(says=False), time.monotonic() + 30.0
+        with request.caught():
+            (tmp_path / f"at work {rank}").touch()
+            while request.number is None and time.monotonic() < end:
+                time.sleep(0.01)
+        return request.number
+
+    def launcher():
+        two_processes(tmp_path, work, 1.0)
+        while True:
+            signal.pause()
+
+    def until(there):
+        end = time.monotonic() + 30.0
+        while not there():
+            assert time.monotonic() < end
+            time.sleep(0.01)
+
+    pid, said = fork(launcher), [tmp_path / "0", tmp_path / "1"]
+    until(lambda: all((tmp_path / f"at work {rank}").exists() for rank in range(2)))
+    os.kill(pid, signal.SIGUSR1)
+    assert wait(pid) == -signal.SIGUSR1
+    until(lambda: all(path.exists() and path.read_text() for path in said))
+    assert [path.read_text() for path in said] == [str(signal.SIGTERM.value)] * 2
+
+
+@pytest.mark.parametrize("given", ["soon", "0", "-1", "nan", "inf", "1e9"])
+def test_how_long_is_a_number_of_minutes(monkeypatch, given):
+    monkeypatch.setenv("MOHAWK_TIMEOUT_MINUTES", given)
+    with pytest.raises(UserError, match=f"MOHAWK_TIMEOUT_MINUTES: got '{given}'; allowed: minutes"):
+        processes.patience()
+    monkeypatch.delenv("MOHAWK_TIMEOUT_MINUTES")
+    assert processes.patience().total_seconds() == 30 * 60
+
+
+@pytest.mark.parametrize("name", ["FSDP", "DEEPSPEED"])
+def test_accelerate_set_to_shard_is_refused_before_anything_is_read(monkeypatch, name):
+    monkeypatch.setenv(f"ACCELERATE_USE_{name}", "true")
+    with pytest.raises(UserError, match=f"accelerate is set to {name}, which the commands do not support"):
+        with processes.joined("cpu"):
+            pytest.fail("went on")

@@ -1,0 +1,363 @@
+"""`mohawk export`: what is written loads without mohawk and is compared there, or nothing is left.
+
+Every fresh process imports transformers anew, some ten seconds: few tests start one.
+"""
+
+import io
+import json
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from rich.console import Console
+from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, BambaForCausalLM
+from transformers.dynamic_module_utils import check_imports
+
+from mohawk.cli import main
+from mohawk.conversion.recipe import Recipe
+from mohawk.core.json_files import write_json
+from mohawk.errors import UserError
+from mohawk.export import run as export_module
+from mohawk.export.model_card import licence_of
+from mohawk.export.parity import CHECKS, check_export, compare, inputs_for
+from mohawk.export.run import export
+from mohawk.export.runtimes import notes
+from mohawk.loading.remote_code import flattened, write_remote_code
+from mohawk.measures.consistency import LEFT_ALONE, PATHS
+from mohawk.models.formats import bamba
+from mohawk.models.from_teacher import hybrid_from_teacher
+from mohawk.models.mixers import SSMMixer
+
+needs_groups = pytest.mark.skipif(
+    not bamba.norms_groups_apart(), reason="this transformers norms Bamba's groups together, and the export says so"
+)
+
+
+@pytest.fixture
+def make_run(tmp_path, make_llama, tokenizer):
+    """A function that makes a finished run's folder, with a teacher whose licence is known."""
+
+    def make(mixer: str = "mamba2", **overrides):
+        teacher = make_llama(num_hidden_layers=3, **overrides)
+        teacher.save_pretrained(tmp_path / "teacher")
+        (tmp_path / "teacher" / "README.md").write_text("---\ntags: [x]\nlicense: apache-2.0\n---\n# Teacher\n")
+        student = hybrid_from_teacher(teacher, [0, 2], mixer)
+        run = tmp_path / "my-run"
+        student.save_pretrained(run / "student")
+        tokenizer.save_pretrained(run / "student")
+        recipe = Recipe.from_dict(
+            {"teacher": str(tmp_path / "teacher"), "data": {"train": [str(tmp_path / "texts" / "books.txt")]},
+             "student": {"mixer": mixer}, "output": str(run)}
+        )  # fmt: skip
+        recipe.save(run / "recipe.yaml")
+        found = dict(
+            tokens=1234, teacher_perplexity=20.0, student_perplexity=25.0, perplexity_ratio=1.25, kl=0.5,
+            top1_agreement=0.625,
+        )  # fmt: skip
+        write_json(
+            run / "results.json",
+            {"evaluation": {"end_to_end": {"held_out": found}}, "decoding": {"teacher": [], "student": []},
+             "parameters": {"teacher": 10, "student": 12}, "dtypes": {"teacher": "float32", "student": "float32"},
+             "phases": {}},
+        )  # fmt: skip
+        return run
+
+    return make
+
+
+def exported(run, *args, **options):
+    console = Console(file=io.StringIO(), width=200)
+    return export(run, *args, console=console, **options), console.file.getvalue()
+
+
+@needs_groups
+def test_a_run_becomes_a_stock_bamba_with_card_and_tokenizer(make_run, tokenizer):
+    run = make_run(tie_word_embeddings=True)
+    folder, screen = exported(run)
+    assert folder == run / "export" / "bamba"
+    for check in CHECKS.values():
+        assert check in screen
+    assert screen.count(" ok") == len(CHECKS) + len(LEFT_ALONE) and "differs" not in screen
+    assert "vLLM (not checked)" in screen and "transformers (checked)" in screen and "vllm serve" not in screen
+
+    config = json.loads((folder / "config.json").read_text(), parse_constant=pytest.fail)  # JSON has no Infinity
+    assert config["architectures"] == ["BambaForCausalLM"] and "time_step_limit" not in config
+    assert config["rope_parameters"]["partial_rotary_factor"] == 1.0
+    model, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+    assert type(model) is BambaForCausalLM and not info["missing_keys"] and not info["unexpected_keys"]
+    assert model.config.time_step_limit == (0.0, float("inf"))
+    assert model.generation_config.eos_token_id == 257
+    assert AutoTokenizer.from_pretrained(folder)("some words")["input_ids"] == tokenizer("some words")["input_ids"]
+    assert {path.name for path in folder.iterdir()} >= {"model.safetensors", "generation_config.json", "MANIFEST.json"}
+
+    card = (folder / "README.md").read_text()
+    front = card.split("---\n")[1]
+    assert "license: apache-2.0" in front and "base_model" not in front  # a folder is no hub id
+    assert "- Licence of the teacher: apache-2.0\n" in card
+    assert "- Licence of the package that made it, mohawk: Apache-2.0\n" in card
+    assert "2 Mamba-2 and 1 attention layers" in card
+    assert "| 25.00 | 20.00 | 1.250 | 0.500 | 62.5% |" in card  # of results.json
+    assert "`texts/books.txt`" in card and str(run.parent) not in card  # names of the data, no private paths
+    assert "mixer: mamba2" in card and "| full forward |" in card and "| llama.cpp | no |" in card
+
+
+def test_a_run_becomes_a_hybrid_with_its_own_code(make_run):
+    run = make_run("discrete_mamba2")
+    folder, screen = exported(run, "hybrid")
+    assert screen.count(" ok") == len(CHECKS) + len(PATHS)
+    config = json.loads((folder / "config.json").read_text())
+    assert config["auto_map"]["AutoModelForCausalLM"] == "mohawk_hybrid.HybridForCausalLM"
+    card = (folder / "README.md").read_text()
+    assert "trust_remote_code=True" in card and "- Licence of the code beside the weights, mohawk: Apache-2.0\n" in card
+    assert all("SPDX-License-Identifier: Apache-2.0" in path.read_text() for path in folder.glob("*.py"))
+
+
+@needs_groups
+def test_a_mismatch_fails_the_export_and_leaves_nothing(make_run, monkeypatch, capsys):
+    run = make_run()
+
+    right = bamba.to_bamba
+
+    def wrong(hybrid, **options):
+        model = right(hybrid, **options)
+        with torch.no_grad():
+            model.model.layers[2].mamba.norm.weight[5] *= 1.05  # one channel of one layer by a twentieth
+        return model
+
+    monkeypatch.setattr(bamba, "to_bamba", wrong)
+    assert main(["export", str(run)]) == 2
+    last = capsys.readouterr().err.splitlines()[-1]  # after transformers' progress bars
+    assert last.startswith("error: export: the written folder does not answer as the student") and "kept" in last
+    assert "full forward" in last
+    assert not any((run / "export").iterdir())
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no SIGTERM there")
+def test_sigterm_leaves_nothing_behind(make_run, monkeypatch, capsys):
+    run = make_run()
+
+    def stopped(folder, *arguments, **options):
+        (folder / "half").write_text("x")
+        assert [path.name for path in (run / "export").iterdir()] == [folder.name]
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(5)  # the signal comes at once
+
+    monkeypatch.setattr(export_module, "_write_and_check", stopped)
+    before = signal.getsignal(signal.SIGTERM)
+    assert main(["export", str(run), "--to", "hybrid"]) == 130
+    assert capsys.readouterr().err.splitlines()[-1] == "stopped"
+    assert list((run / "export").iterdir()) == []
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_a_folder_that_does_not_load_is_one_line(tmp_path, make_llama):
+    student = hybrid_from_teacher(make_llama(), [1])
+    student.save_pretrained(tmp_path)  # needs mohawk
+    with pytest.raises(UserError, match="does not load where mohawk is absent: .*mohawk_hybrid") as error:
+        check_export(tmp_path, inputs_for(student.config, None), {})
+    assert "\n" not in str(error.value)
+
+
+def test_refusals_say_why_and_what_to_do(make_run, make_llama, tmp_path, capsys):
+    assert main(["export", str(make_run("discrete_mamba2"))]) == 2
+    assert "mixers are discrete_mamba2" in (said := capsys.readouterr().err) and "--to hybrid" in said
+    make_llama().save_pretrained(tmp_path / "plain")
+    assert main(["export", str(tmp_path / "plain")]) == 2
+    assert "is a llama model; only hybrids" in capsys.readouterr().err
+    assert main(["export", str(tmp_path / "nowhere")]) == 2
+    assert "does not exist" in capsys.readouterr().err
+    assert main(["export", str(tmp_path / "plain"), "--to", "hybrid", "--pad-expand"]) == 2
+    assert "of --to bamba" in capsys.readouterr().err
+
+
+def test_a_transformers_that_norms_groups_together_is_refused_in_one_line(make_run, monkeypatch, capsys):
+    monkeypatch.setattr(bamba, "norms_groups_apart", lambda: False)
+    run = make_run()
+    assert main(["export", str(run)]) == 2
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said == (
+        f"error: cannot be a BambaForCausalLM: the installed transformers {transformers.__version__} normalises all 4 "
+        "groups of a mixer together, 5.23 and later each alone, as the student does; upgrade transformers; "
+        "`--to hybrid` writes the student with its own code"
+    )
+    assert not (run / "export").exists()
+
+
+@needs_groups
+def test_an_output_of_someone_else_is_left_alone(make_run, tmp_path, capsys):
+    taken = tmp_path / "taken"
+    taken.mkdir()
+    (taken / "thesis.txt").write_text("mine")
+    assert main(["export", str(make_run()), "--output", str(taken)]) == 2
+    assert "no export wrote it" in capsys.readouterr().err and [p.name for p in taken.iterdir()] == ["thesis.txt"]
+
+
+@needs_groups
+def test_a_student_is_not_written_over(make_run, capsys):
+    run = make_run()
+    before = (run / "student" / "config.json").read_text()
+    assert main(["export", str(run), "--output", str(run / "student")]) == 2
+    assert "no export wrote it" in capsys.readouterr().err
+    assert (run / "student" / "config.json").read_text() == before
+
+
+def test_a_student_with_a_bias_in_front_of_its_convolution(make_run, monkeypatch):
+    run = make_run()
+    from mohawk.models.hybrid import HybridForCausalLM
+
+    student = HybridForCausalLM.from_pretrained(run / "student")
+    mixer = student.model.layers[0].self_attn
+    with torch.no_grad():
+        mixer.in_proj.bias[mixer.slices()["B"]] = 0.3
+    student.save_pretrained(run / "student")
+    with pytest.raises(UserError, match="biases on x, B and C.*--fold-bias"):
+        exported(run)
+    monkeypatch.setattr(export_module, "_write_and_check", lambda folder, model, *rest: save_state(folder, model))
+    folder, screen = exported(run, fold_bias=True, pad_expand=True)
+    assert "in the first 3 tokens" in screen and "mamba_expand 2" in screen
+    assert "in the first 3 tokens" in (folder / "README.md").read_text()
+
+
+def save_state(folder, model):
+    """Stands in for the written and checked model where only the words around it are tested."""
+    bamba.to_bamba(model).save_pretrained(folder)
+    return []
+
+
+def answers_like(batch=2, steps=5, vocab=7):
+    torch.manual_seed(0)
+    shapes = {"full": (1, 9), "steps": (batch, 24), "padded": (batch, 24), "reloaded": (1, 9)}
+    found = {key: torch.randn(*shape, vocab) for key, shape in shapes.items()}
+    found["reloaded"] = found["full"].clone()
+    for key, rows in (("tokens", 1), ("padded_tokens", batch)):
+        found[f"{key}_logits"] = torch.randn(rows, steps, vocab)
+        found[key] = found[f"{key}_logits"].argmax(-1)
+    return {**found, "same_weights": torch.tensor([1]), **{f"itself_{path}": torch.zeros(()) for path in PATHS}}
+
+
+def failed(expected, found):
+    inputs = {"mask": torch.ones(2, 24, dtype=torch.long)}
+    inputs["mask"][1, :9] = 0
+    return [row.check for row in compare(inputs, expected, found) if not row.passed]
+
+
+def test_what_counts_as_a_difference():
+    expected = answers_like()
+    assert failed(expected, expected) == []
+    for key in ("full", "steps", "padded"):
+        other = {**expected, key: expected[key] + 0.01}
+        assert failed(expected, other) == [CHECKS[key]]
+    assert failed(expected, {**expected, "full": expected["full"] * torch.nan}) == [CHECKS["full"]]
+    assert failed(expected, {**expected, "same_weights": torch.tensor([0])}) == [CHECKS["reloaded"]]
+    padding = expected["padded"].clone()
+    padding[1, :9] = 100.0  # at padded positions a model may say anything
+    assert failed(expected, {**expected, "padded": padding}) == []
+    for path in PATHS:  # of the export against itself
+        found = failed(expected, {**expected, f"itself_{path}": torch.tensor(1e-3)})
+        assert found == [f"itself, {PATHS[path]}"]
+
+
+def test_a_student_that_shares_its_exports_fault_is_not_exported(make_run, monkeypatch, capsys):
+    """Both start each step from an empty state: they agree with one another, and neither with its full forward."""
+    run = make_run()
+    monkeypatch.setattr(SSMMixer, "_read_cache", lambda *_: (None, None))
+    assert main(["export", str(run), "--to", "hybrid"]) == 2
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith("error: export: the student does not answer as its own full forward does: prefill in chunks")
+    assert not (run / "export" / "hybrid").exists()
+
+
+def test_another_token_is_a_difference_unless_it_was_a_tie():
+    expected = answers_like()
+    other = {**expected, "tokens": expected["tokens"].clone()}
+    second = expected["tokens_logits"][0, 3].topk(2).indices[1]
+    other["tokens"][0, 3] = second
+    assert failed(expected, other) == [CHECKS["tokens"]]
+    best = expected["tokens_logits"][0, 3].max()
+    for answers in (expected, other):
+        answers["tokens_logits"] = answers["tokens_logits"].clone()
+        answers["tokens_logits"][0, 3, second] = best - 1e-7
+    other["tokens_logits"][0, 4] += 5  # what follows another token is another text
+    assert failed(expected, other) == []
+
+
+def test_the_copied_code_asks_for_nothing_that_may_be_missing(tmp_path, monkeypatch):
+    """As a hub download checks it: each file by itself, here with every optional package gone."""
+    auto_map = write_remote_code(tmp_path)
+    files = {path.stem: path for path in tmp_path.glob("*.py")}
+    assert auto_map["AutoConfig"].split(".")[0] in files
+    assert {
+        "mohawk_hybrid",
+        "mohawk_mixers",
+        "mohawk_families",
+        "mohawk_ssd_scan",
+        "mohawk_causal_conv1d_convolution",
+    } <= files.keys()
+    for missing in ("mohawk", "mamba_ssm", "causal_conv1d", "triton"):
+        monkeypatch.setitem(sys.modules, missing, None)
+    for path in files.values():
+        for relative in check_imports(path):
+            assert relative in files, f"{path.name} imports {relative}"
+        assert "\nAutoConfig.register" not in path.read_text()
+
+
+def test_flattening():
+    source = (
+        "import os\nfrom mohawk.kernels.ssd.scan import (\n    ssd,\n)\nfrom mohawk.models.mixers import A\n"
+        "\n\ndef f():\n    import math\n\n"
+        "    from mamba_ssm import (\n        a,\n    )\n\n    return a, math\n\n\nAutoConfig.register('x', Y)\n"
+    )
+    assert flattened(source) == (
+        "import os\nfrom .mohawk_ssd_scan import (\n    ssd,\n)\nfrom .mohawk_mixers import A\n\n\ndef f():\n"
+        "    import math\n\n"
+        "    try:\n        from mamba_ssm import (\n            a,\n        )\n    except ImportError:\n"
+        "        raise\n\n"
+        "    return a, math\n\n\n"
+    )
+
+
+def test_licences(tmp_path):
+    assert licence_of(str(tmp_path)) is None
+    (tmp_path / "README.md").write_text("# No front matter\nlicense: of the text\n")
+    assert licence_of(str(tmp_path)) is None
+    (tmp_path / "README.md").write_text('---\nlanguage: en\nlicense: "llama3.2"\n---\n')
+    assert licence_of(str(tmp_path)) == "llama3.2"
+    save_file({"x": torch.zeros(1)}, tmp_path / "model.gguf")
+    assert licence_of(str(tmp_path / "model.gguf")) == "llama3.2"
+
+
+def test_runtimes_are_told_as_they_are(make_llama):
+    def told(**changed):
+        config = bamba.to_bamba(hybrid_from_teacher(make_llama(num_hidden_layers=4), [1, 2])).config
+        for name, value in changed.items():
+            setattr(config, name, value)
+        found = {note.runtime: note for note in notes(config)}
+        assert [name for name, note in found.items() if note.checked] == ["transformers"]
+        return {name: note.text for name, note in found.items()}
+
+    plain = told(mamba_expand=2, mamba_proj_bias=False)
+    assert list(plain) == ["transformers", "llama.cpp", "vLLM", "SGLang", "MLX"]
+    assert plain["llama.cpp"].startswith("`convert_hf_to_gguf.py DIR` knows Bamba")
+    assert plain["vLLM"] == "removed Bamba after 0.23: today's releases do not serve this folder"
+    for runtime in ("SGLang", "MLX"):
+        assert plain[runtime].startswith("has never had Bamba")
+    assert "serve DIR" not in str(plain)
+
+    narrow = told(mamba_expand=1, mamba_proj_bias=True)
+    assert "export with --pad-expand" in narrow["llama.cpp"] and "without biases" in narrow["llama.cpp"]
+    biased = told(attention_bias=True, mlp_bias=True)["vLLM"]
+    assert "removed Bamba after 0.23" in biased and "0.23 leaves out biases in attention and MLP" in biased
+    assert "0.23 takes heads of hidden_size / num_attention_heads, not of 5" in told(head_dim=5)["vLLM"]
+
+    ours = {note.runtime: note.text for note in notes(hybrid_from_teacher(make_llama(), [1]).config)}
+    assert ours["llama.cpp, vLLM, SGLang, MLX"].startswith("have no class for it")
+    page = (Path(__file__).parents[3] / "docs" / "export.md").read_text()
+    table = page.split("| runtime | checked |")[1].split("\n\n")[0]
+    for words in ("vLLM | no | removed Bamba after 0.23", "SGLang, MLX | no | have never had Bamba", "llama.cpp | yes"):
+        assert words in table

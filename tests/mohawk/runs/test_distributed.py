@@ -1,0 +1,161 @@
+"""`mohawk distill` and `mohawk convert` as torchrun starts them: two processes do what one does with twice the rows."""
+
+import json
+import logging
+import os
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from mohawk.cli import main
+from mohawk.core.folders import is_complete
+from tests.helpers.tiny_phase import cheap_training, fork, free_port, wait  # noqa: F401
+from tests.models.conftest import tiny_teacher
+
+pytestmark = [
+    pytest.mark.usefixtures("cheap_training"),
+    pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="needs gloo"),
+]
+
+STEPS = 3
+LEARNING_RATE = 1e-3
+
+
+@pytest.fixture(scope="module")
+def place(tokenizer, tmp_path_factory):
+    """A folder with a teacher and text."""
+    folder = tmp_path_factory.mktemp("place")
+    (folder / "texts").mkdir()
+    for i in range(20):
+        line = f"Document {i} counts {', '.join(str(i * k) for k in range(1, 12))}.\n"
+        (folder / "texts" / f"{i}.txt").write_text(line * (1 + i % 3))
+    tiny_teacher(vocab_size=258, num_hidden_layers=2, bos_token_id=256, eos_token_id=257).save_pretrained(
+        folder / "teacher"
+    )
+    tokenizer.save_pretrained(folder / "teacher")
+    return folder
+
+
+def written(place: Path, folder: Path, batch_size: int, **parts) -> Path:
+    """A recipe's file, of STEPS steps of 4 rows for a run in `folder`."""
+    phase = {
+        "tokens": STEPS * 4 * 32, "batch_size": batch_size, "sequence_length": 32, "learning_rate": LEARNING_RATE,
+        "warmup": 0.0,
+    }  # fmt: skip
+    recipe = {
+        "teacher": str(place / "teacher"),
+        "data": {
+            "train": [str(place / "texts" / "*.txt")], "validation_share": 0.1, "cache": str(folder / "cache"),
+        },
+        "evaluation": {
+            "sequence_length": 32, "batch_size": 4, "tokens": 64, "contexts": [4], "decode_tokens": 2,
+            "prompt": "A cat", "continuation_tokens": 2,
+        },
+        "precision": "float32", "device": "cpu", "output": str(folder / "run"),
+    }  # fmt: skip
+    for name, part in parts.items():
+        recipe[name] = [phase | stage for stage in part] if name == "stages" else part
+    if "phases" in parts:
+        recipe["phases"] = {name: given and phase | given for name, given in parts["phases"].items()}
+    folder.mkdir(parents=True)
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    return folder / "recipe.yaml"
+
+
+def two_processes(folder: Path, *command: str) -> list[int]:
+    """The command line in two processes, whose output goes to FOLDER/0.txt and 1.txt; gives the exit codes."""
+    port = str(free_port())
+
+    def body(rank: int) -> int:
+        os.environ.update(
+            RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=port
+        )
+        logging.getLogger("mohawk").handlers.clear()  # of the parent
+        sys.stdout = sys.stderr = open(folder / f"{rank}.txt", "w")
+        return main(command)
+
+    pids = [fork(lambda rank=rank: body(rank)) for rank in (0, 1)]
+    return [wait(pid) for pid in pids]
+
+
+def students(*runs: Path) -> list[torch.Tensor]:
+    return [
+        torch.cat([tensor.flatten() for _, tensor in sorted(load_file(run / "student/model.safetensors").items())])
+        for run in runs
+    ]
+
+
+def same_run(one: Path, two: Path, loss: float, weight: float) -> None:
+    """That two processes made all of a run, whole, and what one makes up to so much: loss relative, weight absolute."""
+    parts = [[p.relative_to(run) for p in run.rglob("*") if not p.name.startswith("rng_state")] for run in (one, two)]
+    assert sorted(parts[0]) == sorted(parts[1])  # the same files, but for each process's random state
+    for student in two.rglob("student"):
+        assert is_complete(student), student
+    first, second = students(one, two)
+    assert (first - second).abs().mean() < weight
+    mine, theirs = (
+        [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()] for run in (two, one)
+    )
+    for key in ("phase", "step", "steps", "tokens"):
+        assert [record[key] for record in mine] == [record[key] for record in theirs], key
+    assert [r["loss"] for r in mine] == pytest.approx([r["loss"] for r in theirs], rel=loss)
+    mine, theirs = (json.loads((run / "results.json").read_text())["evaluation"] for run in (two, one))
+    for stage in theirs:
+        assert mine[stage]["held_out"] == pytest.approx(theirs[stage]["held_out"], rel=10 * loss), stage
+
+
+def test_distill_in_two_processes_is_one_with_twice_the_batch(place, tmp_path):
+    stage = {"name": "logits", "ce_weight": 0.3, "advance": {"every": 2, "patience": 9}, "save_every": 2}
+    parts = {"student": {"layers": "first:1"}, "stages": [stage]}
+    assert main(["distill", str(written(place, tmp_path / "one", 4, **parts))]) == 0
+    recipe = written(place, tmp_path / "two", 2, **parts)
+    assert two_processes(tmp_path / "two", "distill", str(recipe)) == [0, 0], (tmp_path / "two/0.txt").read_text()
+    same_run(tmp_path / "one/run", tmp_path / "two/run", 1e-5, 1e-3 * LEARNING_RATE)
+    assert (tmp_path / "two/1.txt").read_text() == ""
+    log = (tmp_path / "two/run/log.txt").read_text()
+    assert log.count("run finished") == log.count("done after") == 1
+    assert two_processes(tmp_path / "two", "distill", str(recipe)) == [0, 0]  # a finished run is left as it is
+    assert (tmp_path / "two/run/log.txt").read_text().count("done after") == 1
+
+
+def test_convert_in_two_processes_is_one_with_twice_the_batch(place, tmp_path):
+    phases = {
+        "mixing": {"metric": "frobenius"},
+        "hidden": {"solve_tokens": 256, "match": "mixer_output"},
+        "end_to_end": None,
+    }
+    parts = {"student": {"ssm_layers": [1]}, "phases": phases}
+    assert main(["convert", str(written(place, tmp_path / "one", 4, **parts))]) == 0
+    recipe = written(place, tmp_path / "two", 2, **parts)
+    assert two_processes(tmp_path / "two", "convert", str(recipe)) == [0, 0], (tmp_path / "two/0.txt").read_text()
+    # a micro-batch counts by its labels, of which a row of many documents has fewer than these losses have positions
+    same_run(tmp_path / "one/run", tmp_path / "two/run", 3e-3, 0.1 * LEARNING_RATE)
+    assert (tmp_path / "two/1.txt").read_text() == ""
+
+
+@pytest.mark.parametrize("mistake", ["of all", "of the folder", "of the data", "of the recipe", "of the command"])
+def test_a_mistake_ends_both_and_is_printed_once(place, tmp_path, mistake):
+    folder = tmp_path / "run"
+    parts = {"student": {"layers": "first:1"}, "stages": [{"name": "logits"}]}
+    recipe = written(place, folder, 2, **parts)
+    command = ["distill", str(recipe)]
+    if mistake == "of all":
+        command += ["--set", "student.layers=first:7"]
+    elif mistake == "of the folder":
+        (folder / "run").mkdir()
+        (folder / "run" / "mine.txt").write_text("not a run")
+    elif mistake == "of the data":
+        (folder / "empty.txt").write_text("")
+        command += ["--set", f"data.train=[{folder}/empty.txt]"]
+    elif mistake == "of the recipe":
+        command += ["--set", "colour=red"]
+    else:
+        command = ["inspect", str(place / "teacher")]
+    assert two_processes(folder, *command) == [2, 2]
+    said = (folder / "0.txt").read_text()
+    assert said.count("error: ") == 1 and "Traceback" not in said
+    assert (folder / "1.txt").read_text() == ""
