@@ -116,6 +116,9 @@ class MixingObjective(LayerwiseObjective):
         # in_proj and conv also hold rows this phase gives no gradient: weight decay would pull them to zero
         return super().parameter_groups(learning_rate, 0.0)
 
+    def count(self, batch):
+        return len(batch["input_ids"])
+
     def layer_loss(self, layer, before, after, attention, call, segment_ids):
         mixing = layer.self_attn.mixing(mixer_input_norm(layer)(before), segment_ids=segment_ids)
         return mixing_distance(mixing, attention.mixing(segment_ids), metric=self.metric)
@@ -147,6 +150,9 @@ class HiddenObjective(LayerwiseObjective):
         if self.train_mlp:
             prefixes += ("mlp.", *self.family.mlp_norms)
         return self._trained_in_layers(lambda name: name.startswith(prefixes))
+
+    def count(self, batch):
+        return int((batch["segment_ids"] >= 0).sum())
 
     def layer_loss(self, layer, before, after, attention, call, segment_ids):
         if self.match == "mixer_output":

@@ -78,7 +78,9 @@ class Hidden(Phase):
 class EndToEnd(Phase):
     tokens: Count = Field(2_760_000_000, description="training tokens of the phase")
     learning_rate: Annotated[float, Field(gt=0, le=1)] = Field(1e-5, description="learning rate after warmup")
-    gradient_accumulation: Batch = Field(16, description="batches in one step")
+    gradient_accumulation: Batch = Field(
+        16, description="batches in one step; processes deal its rows among themselves"
+    )
     train: Literal["all", "all_but_mlp", "mixers"] = Field("all", description="which parameters train")
     divergence: Divergence = Field(
         "forward_kl", description="divergence between the teacher's and the student's next-token distributions"

@@ -113,7 +113,7 @@ class StageData:
 
     def rows(self, stage: Stage, pad: int) -> Any:
         """The dataset that a stage trains on; pad: fills up rows."""
-        wanted = stage.steps() * stage.batch_size * stage.gradient_accumulation
+        wanted = stage.steps() * stage.rows
         return training_rows(self.asked(stage), self.of(stage), stage.sequence_length, wanted, self._seed, pad)
 
     def texts(self) -> Iterator[tuple[str, np.ndarray]]:

@@ -54,7 +54,7 @@ class StageTrainer:
         if stage.student is not None:
             student = made(run, stage.student, student)
         rows = run.data.rows(stage, run.pad)
-        wanted = stage.steps() * stage.batch_size * stage.gradient_accumulation
+        wanted = stage.steps() * stage.rows
         if len(rows) < wanted:
             run.console.print(f"{stage.name}: reads its {len(rows):,} rows of text {wanted / len(rows):.1f} times")
         torch.manual_seed(recipe.seed)  # of adapters and projections, the same whenever the stage begins

@@ -211,7 +211,7 @@ class Pruning:
             if not from_first(lambda: is_complete(folder)):
                 raise UserError(f"{folder} is missing or damaged; to make it again, delete {folder.parent.parent}")
             parent = load_teacher(folder, device=run.device)
-        wanted = phase.steps() * phase.batch_size * phase.gradient_accumulation
+        wanted = phase.steps() * phase.rows
         rows = training_rows(recipe.data, run.data.sources, phase.sequence_length, wanted, recipe.seed, run.pad)
         train_phase(run, name, phase, student, parent, rows, before)
         return student

@@ -29,6 +29,7 @@ from mohawk.data.source_files import source_content
 from mohawk.data.text import tokenizer_key
 from mohawk.errors import UserError
 from mohawk.runs.kept import Bound
+from mohawk.schema.base import sections
 
 log = logging.getLogger(__name__)
 
@@ -126,7 +127,7 @@ def inputs_of(recipe: Any, tokenizer: Any) -> Iterator[tuple[str, list[str]]]:
     """(dotted name, [what the recipe says, hash]) of every model's weights and configuration, the tokenizer, and every
     text that a recipe names; of the special tokens' roles JSON in place of a hash."""
     yield from _models_of(recipe)
-    for at, section in _sections(recipe):
+    for at, section in sections(recipe):
         if hasattr(section, "source"):
             yield f"{at} text", [section.source, source_content(section)]
     scores = getattr(getattr(recipe, "calibration", None), "scores", None)
@@ -139,7 +140,7 @@ def inputs_of(recipe: Any, tokenizer: Any) -> Iterator[tuple[str, list[str]]]:
 
 
 def _models_of(recipe: Any) -> Iterator[tuple[str, list[str]]]:
-    for at, section in _sections(recipe):
+    for at, section in sections(recipe):
         if getattr(section, "model", None) is not None:
             for what, digest in _model(section).items():
                 yield f"{at} {what}", [section.model, digest]
@@ -152,20 +153,6 @@ def versions() -> dict[str, str]:
 
     own = {"mohawk": __version__, "python": platform.python_version()}
     return own | {package: found for package in PACKAGES if (found := version(package))}
-
-
-def _sections(value: Any, at: str = "") -> Iterator[tuple[str, Any]]:
-    """(dotted name, section) of a recipe's mappings, at any depth."""
-    from pydantic import BaseModel
-
-    if isinstance(value, BaseModel):
-        if at:
-            yield at, value
-        for name in type(value).model_fields:
-            yield from _sections(getattr(value, name), f"{at}.{name}" if at else name)
-    elif isinstance(value, (list, tuple)):
-        for i, entry in enumerate(value):
-            yield from _sections(entry, f"{at}.{i}")
 
 
 def _model(section: Any) -> dict[str, str]:

@@ -15,10 +15,11 @@ from typing import Any
 
 from mohawk.core.folders import locked, why_altered
 from mohawk.core.json_files import write_text
-from mohawk.core.processes import count, on_first
+from mohawk.core.processes import on_first
 from mohawk.core.run_folder import RECIPE, RUN_FILE, phase_folder, phase_student
 from mohawk.errors import UserError
 from mohawk.runs.binding import bound, write_bound
+from mohawk.schema.base import Phase, sections
 from mohawk.training.trainer import is_over
 
 log = logging.getLogger(__name__)
@@ -90,8 +91,10 @@ def _changes(run: Path, recipe: Any) -> list[str]:
         if run.exists() and any(not path.name.startswith(".") for path in run.iterdir()):
             raise UserError(f"output: {run} exists and is not a run of mohawk; choose another output")
         return []
-    changed = _changed(_written(run, type(recipe)), recipe)
-    if fixed := [name for name in changed if not _changeable(run, recipe, name)]:
+    old = _written(run, type(recipe))
+    changed = _changed(old, recipe)
+    fixed = [name for name in changed if not (_changeable(run, recipe, name) or _same_rows(old, recipe, name))]
+    if fixed:
         raise UserError(
             f"output: {run} holds a run that was started with another {', '.join(fixed)}; choose another output, or "
             "delete the folder to start over"
@@ -128,8 +131,17 @@ def _changeable(run: Path, recipe: Any, name: str) -> bool:
         folder = phase_folder(run, which)
         # with a later one's student this one is not trained again, wherever its own has gone
         trained = any(phase_student(run, step).exists() for step in order[order.index(which) :])
-        return not trained and not is_over(folder, steps[which], count())
+        return not trained and not is_over(folder, steps[which])
     return name in PLACES or name.endswith(CHANGEABLE)
+
+
+def _same_rows(old: Any, new: Any, name: str) -> bool:
+    """Whether a field of a phase only cuts a step's rows otherwise, as one does when memory is short."""
+    at, _, field = name.rpartition(".")
+    if field not in ("batch_size", "gradient_accumulation"):
+        return False
+    before, now = (dict(sections(recipe)).get(at) for recipe in (old, new))
+    return isinstance(before, Phase) and isinstance(now, Phase) and before.rows == now.rows
 
 
 def _changed(old: Any, new: Any) -> list[str]:

@@ -12,7 +12,9 @@ from rich.console import Console
 from mohawk.core.processes import first_before_others, is_first, joined, on_first
 from mohawk.runs.claim import check_folder, claimed
 from mohawk.runs.inputs import check_inputs
+from mohawk.schema.base import Phase, sections
 from mohawk.training.progress import log_to
+from mohawk.training.trainer import check_dealt
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -35,6 +37,9 @@ def start(
     """
     with joined(recipe.device):
         console, run = Console(quiet=not is_first()), Path(recipe.output)
+        for name, phase in sections(recipe):
+            if isinstance(phase, Phase):
+                check_dealt(phase, name)
         planned = plan(console)
         read = first_before_others(lambda: check_inputs(recipe, planning=dry_run, further=further))
         if dry_run:

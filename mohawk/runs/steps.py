@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mohawk.core.folders import about_of, drop_file, is_complete, newest_complete, weights_sum, write_whole
-from mohawk.core.processes import count, from_first, on_first
+from mohawk.core.processes import from_first, on_first
 from mohawk.core.run_folder import RESULTS, STUDENT, evaluation_file, phase_folder, phase_student
 from mohawk.data.packing import collate
 from mohawk.errors import UserError
@@ -194,7 +194,7 @@ def _is_made_again(run: RunContext, step: Step, names: Sequence[str], lost: Sequ
     """
     folder = phase_folder(run.folder, step.name)
     trains = reached and step.settings is not None
-    again = trains and from_first(lambda: is_over(folder, step.settings, count()))
+    again = trains and from_first(lambda: is_over(folder, step.settings))
     missing = ", ".join(map(str, lost))
     if again:
         log.warning("%s is missing or damaged; making it again of the last checkpoint of %s", missing, step.name)

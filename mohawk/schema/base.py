@@ -100,7 +100,7 @@ class Phase(Section):
     """One phase's budget and optimiser: AdamW with a warmup-stable-decay schedule of its own."""
 
     tokens: Count = Field(description="training tokens of the phase")
-    batch_size: Batch = Field(16, description="sequences at once, before accumulation")
+    batch_size: Batch = Field(16, description="sequences at once on a process, at most")
     sequence_length: RowLength = Field(2048, description="tokens in a sequence")
     learning_rate: Annotated[float, Field(gt=0, le=1)] = Field(1e-4, description="learning rate after warmup")
     betas: Annotated[
@@ -112,7 +112,7 @@ class Phase(Section):
     )
     warmup: Share = Field(0.1, description="share of the steps in which the learning rate rises")
     decay: Share = Field(0.1, description="share of the steps in which it falls to 0 at the end")
-    gradient_accumulation: Batch = Field(1, description="batches in one step")
+    gradient_accumulation: Batch = Field(1, description="batches in one step; processes deal its rows among themselves")
     save_every: Count = Field(500, description="steps between checkpoints")
     save_minutes: Annotated[float, Field(gt=0, le=1e6)] | None = Field(
         15.0, description="minutes after which a checkpoint is written in any case; null: by steps alone"
@@ -121,8 +121,13 @@ class Phase(Section):
     log_every: Count = Field(1, description="steps between lines in metrics.jsonl")
 
     @property
+    def rows(self) -> int:
+        """Sequences in one step, of all processes together."""
+        return self.batch_size * self.gradient_accumulation
+
+    @property
     def tokens_per_step(self) -> int:
-        return self.batch_size * self.sequence_length * self.gradient_accumulation
+        return self.rows * self.sequence_length
 
     def steps(self) -> int:
         """Optimiser steps of the phase; the last one may exceed the token budget."""
@@ -236,3 +241,15 @@ class RecipeFile(Section):
                 f"evaluation: {self.evaluation.tokens} tokens do not fill one window of "
                 f"{self.evaluation.sequence_length}; raise tokens or lower sequence_length",
             )
+
+
+def sections(value: Any, at: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted name, section) of a recipe's mappings, at any depth."""
+    if isinstance(value, BaseModel):
+        if at:
+            yield at, value
+        for name in type(value).model_fields:
+            yield from sections(getattr(value, name), f"{at}.{name}" if at else name)
+    elif isinstance(value, (list, tuple)):
+        for i, entry in enumerate(value):
+            yield from sections(entry, f"{at}.{i}")

@@ -8,45 +8,52 @@ import torch
 class Batches:
     """Indices of the examples of each micro-batch of a phase, for one process: a batch sampler.
 
-    The order is one random permutation of the data after another, each from (seed, pass), cut into batches
-    that are dealt to the processes in turn: a step has the same examples in one process or several.
+    The order is one random permutation of the data after another, each from (seed, pass). A step takes the next `rows`
+    of them, of which the processes take equal parts: it has the same examples in one process or several.
 
-    batches: of the phase; the first `done` of them are left out.
+    rows: of a step. batch_size: of a micro-batch, at most; a step's last may be smaller. steps: of the phase; the first
+    `done` of them are left out. Raises ValueError where the rows cannot be dealt evenly.
     """
 
     def __init__(
         self,
         examples: int,
         *,
+        rows: int,
         batch_size: int,
-        batches: int,
+        steps: int,
         seed: int,
         done: int = 0,
         rank: int = 0,
-        world_size: int = 1,
+        processes: int = 1,
     ):
-        self.examples = examples
-        self.batch_size = batch_size
-        self.batches = batches
-        self.done = done
-        self.seed = seed
-        self.rank = rank
-        self.world_size = world_size
+        if rows % processes:
+            raise ValueError(f"{rows} rows a step cannot be dealt evenly to {processes} processes")
+        self.examples, self.rows, self.steps, self.done, self.seed = examples, rows, steps, done, seed
+        own = rows // processes
+        starts = range(rank * own, (rank + 1) * own, batch_size)
+        # of each micro-batch of this process, the places of its rows among those of the step
+        self._places = [range(start, min(start + batch_size, (rank + 1) * own)) for start in starts]
+
+    @property
+    def per_step(self) -> int:
+        """How many micro-batches of this process make a step."""
+        return len(self._places)
 
     def __len__(self) -> int:
-        return max(0, self.batches - self.done)
+        return max(0, self.steps - self.done) * self.per_step
 
     def __iter__(self) -> Iterator[list[int]]:
         orders: dict[int, list[int]] = {}
-        for batch in range(self.done, self.batches):
-            first = (batch * self.world_size + self.rank) * self.batch_size
-            indices = []
-            for position in range(first, first + self.batch_size):
-                turn, offset = divmod(position, self.examples)
-                if turn not in orders:
-                    orders = {turn: self._order(turn)}
-                indices.append(orders[turn][offset])
-            yield indices
+        for step in range(self.done, self.steps):
+            for places in self._places:
+                indices = []
+                for place in places:
+                    turn, offset = divmod(step * self.rows + place, self.examples)
+                    if turn not in orders:
+                        orders = {turn: self._order(turn)}
+                    indices.append(orders[turn][offset])
+                yield indices
 
     def _order(self, turn: int) -> list[int]:
         generator = torch.Generator().manual_seed((self.seed * 1_000_003 + turn) % 2**63)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import random
 from collections.abc import Mapping
 from pathlib import Path
@@ -28,8 +29,9 @@ WEIGHTS = "trainable.safetensors"
 OPTIMIZER = "optimizer.pt"
 PHASE_STATE = "phase_state.json"
 OBJECTIVE_STATE = "objective.safetensors"
-# What fixes the order of the data.
-ORDER_KEYS = ("order_seed", "examples", "batch_size", "gradient_accumulation", "world_size")
+# What fixes the order of the data. Version 0.1.0 kept the factors of a step's rows.
+ORDER_KEYS = ("order_seed", "examples", "rows")
+FACTORS = ("batch_size", "gradient_accumulation", "world_size")
 # What the recipe says of a group of the optimizer's, and may have changed since.
 SETTINGS = ("initial_lr", "lr", "betas", "eps", "weight_decay")
 
@@ -91,6 +93,8 @@ def counts_of(checkpoint: Path) -> dict[str, Any]:
     path = checkpoint / PHASE_STATE
     try:
         state = json.loads(path.read_text(encoding="utf-8"))
+        if "rows" not in state:
+            state["rows"] = math.prod(state.pop(key) for key in FACTORS)
         counts = [state[key] for key in (*ORDER_KEYS, "skipped_steps", "nonfinite_in_a_row")]
         whole = all(type(count) is int for count in counts) and isinstance(state.get("objective") or {}, dict)
     except (ValueError, KeyError, TypeError, RecursionError):

@@ -7,13 +7,15 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from mohawk.data.next_tokens import IGNORED, next_labels
+
 
 class Objective(nn.Module):
     """A student, and losses that pull it somewhere. `PhaseTrainer` calls the methods in the order that they have here.
 
     `student` is the module that trains; whatever else the objective holds stays in eval mode. `shares` is true where a
-    micro-batch's losses are its shares of the step's already; else they are weighed by its share of the step's real
-    tokens. `finished`, once true, ends the phase before its last step.
+    micro-batch's losses are its shares of the step's already; else they are weighed by its share of the step's `count`.
+    `finished`, once true, ends the phase before its last step.
     """
 
     student: nn.Module
@@ -28,6 +30,13 @@ class Objective(nn.Module):
         """What a step, counted from 0, trains on instead of a micro-batch. Called for all of a step's micro-batches
         before the first one's losses."""
         return batch
+
+    def count(self, batch: dict[str, Tensor]) -> int:
+        """How many things the losses of a micro-batch are means over: its positions that predict a token, all of them
+        without labels."""
+        if "labels" in batch:
+            return int((next_labels(batch) != IGNORED).sum())
+        return next(iter(batch.values())).numel()
 
     def begin_step(self, step: int, steps: int) -> None:
         """Before the first losses of a step, counted from 0, of so many."""

@@ -51,7 +51,6 @@ from mohawk.core.processes import (
 )
 from mohawk.core.run_folder import phase_folder
 from mohawk.core.stopping import SAME_SIGNAL, SAME_SIGNAL_DISTRIBUTED, StopRequest
-from mohawk.data.next_tokens import IGNORED, next_labels
 from mohawk.errors import UserError, naming
 from mohawk.loading.nonfinite import first_nonfinite
 from mohawk.training.batches import Batches
@@ -135,7 +134,9 @@ class PhaseTrainer:
         self.keep_checkpoints = keep_checkpoints or getattr(phase, "keep_checkpoints", 1)
         self.origin = dict(origin or {})
 
-        self.tokens_per_step = tokens_per_step(phase, count())
+        self.rows = rows_per_step(phase)
+        check_dealt(phase, name)
+        self.tokens_per_step = self.rows * phase.sequence_length
         self.steps = math.ceil(phase.tokens / self.tokens_per_step)
         self.step = 0  # how many are taken
         self.objective = objective.to(self.device)
@@ -154,7 +155,7 @@ class PhaseTrainer:
 
         settings = {
             "max_steps": self.steps, "per_device_train_batch_size": phase.batch_size,
-            "gradient_accumulation_steps": phase.gradient_accumulation, "learning_rate": phase.learning_rate,
+            "gradient_accumulation_steps": self._sampler().per_step, "learning_rate": phase.learning_rate,
             "weight_decay": phase.weight_decay, "max_grad_norm": phase.max_grad_norm, "seed": seed,
             "use_cpu": self.device.type == "cpu",
         }  # fmt: skip
@@ -249,9 +250,10 @@ class PhaseTrainer:
 
     def _loop(self) -> None:
         """All steps that are left; ends early where the objective is finished, a signal came, or nothing is finite."""
-        batches = self._batches()
+        sampler = self._sampler()
+        batches = self._batches(sampler)
         while self.step < self.steps:
-            self._take_step(batches)
+            self._take_step(batches, sampler.per_step)
             if self._failure is not None:
                 self._log()
                 break  # without a checkpoint: better to go on from before the trouble
@@ -267,17 +269,14 @@ class PhaseTrainer:
 
     # ---- Data ----
 
-    def _batches(self) -> Iterator[Batch]:
-        """Micro-batches of all steps that are left; those of the steps before are not read."""
-        sampler = Batches(
-            len(self.train_dataset),
-            batch_size=self.phase.batch_size,
-            batches=self.steps * self.phase.gradient_accumulation,
-            done=self.step * self.phase.gradient_accumulation,
-            seed=self.order_seed,
-            rank=rank(),
-            world_size=count(),
-        )
+    def _sampler(self) -> Batches:
+        """Of all steps that are left; the rows of the steps before are not read."""
+        return Batches(
+            len(self.train_dataset), rows=self.rows, batch_size=self.phase.batch_size, steps=self.steps,
+            done=self.step, seed=self.order_seed, rank=rank(), processes=count(),
+        )  # fmt: skip
+
+    def _batches(self, sampler: Batches) -> Iterator[Batch]:
         loader = DataLoader(
             self.train_dataset,
             batch_sampler=sampler,
@@ -287,32 +286,33 @@ class PhaseTrainer:
         )
         return iter(loader)
 
-    def _micro_batches(self, batches: Iterator[Batch]) -> tuple[list[Batch], float]:
-        """The micro-batches of one step, and how many real tokens they hold over all processes."""
-        read: Any = itertools.islice(batches, self.phase.gradient_accumulation)
+    def _micro_batches(self, batches: Iterator[Batch], per_step: int) -> tuple[list[tuple[Batch, float]], float]:
+        """The micro-batches of one step with what each counts, and what all count over all processes."""
+        read: Any = itertools.islice(batches, per_step)
         taken: list[Any] = [send_to_device(batch, self.device) for batch in read]
         with self._autocast():
             taken = [self.objective.prepare(batch, self.step) for batch in taken]
         taken = [send_to_device(batch, self.device) for batch in taken]
-        tokens = float(sum(map(_real_tokens, taken)))
+        counts = [float(self.objective.count(batch)) for batch in taken]
+        whole = sum(counts)
         if several():
-            tokens = float(total(torch.tensor(tokens, device=self.device)))
-        return taken, tokens
+            whole = float(total(torch.tensor(whole, dtype=torch.float64, device=self.device)))
+        return list(zip(taken, counts, strict=True)), whole
 
     # ---- One step ----
 
-    def _take_step(self, batches: Iterator[Batch]) -> None:
-        taken, tokens = self._micro_batches(batches)
+    def _take_step(self, batches: Iterator[Batch], per_step: int) -> None:
+        taken, whole = self._micro_batches(batches, per_step)
         self.progress.show(self.step)  # the step before, which has been logged since
         self.objective.begin_step(self.step, self.steps)
         while taken:
-            batch = taken.pop(0)
-            # The step's loss is the mean over its real tokens, not a sum of micro-batch means: each micro-batch
-            # counts by its share of them, and the processes' gradients are summed.
+            batch, counted = taken.pop(0)
+            # The step's loss is the mean over all that it counts, not a sum of micro-batch means: each micro-batch
+            # has its share of that, and the processes' gradients are summed.
             if self.objective.shares:
                 share = 1.0
             else:
-                share = _real_tokens(batch) / tokens if tokens else 1 / (self.phase.gradient_accumulation * count())
+                share = counted / whole if whole else 1 / (per_step * count())
             if share:
                 self._back_propagate(batch, share)
         self._finish_gradients()
@@ -479,7 +479,8 @@ class PhaseTrainer:
         self.step = step_of(checkpoint)
         then, now = read_counts(checkpoint, self.objective), self._counts()
         self.skipped_steps, self.nonfinite_in_a_row = then["skipped_steps"], then["nonfinite_in_a_row"]
-        changed = [f"{key} {then[key]} -> {now[key]}" for key in ORDER_KEYS if then[key] != now[key]]
+        names = {"rows": "rows a step"}
+        changed = [f"{names.get(key, key)} {then[key]} -> {now[key]}" for key in ORDER_KEYS if then[key] != now[key]]
         if changed:
             logger.warning(
                 "%s: since %s changed: %s; the data go on in another order than before",
@@ -496,31 +497,32 @@ class PhaseTrainer:
             "name": self.name,
             "order_seed": self.order_seed,
             "examples": len(self.train_dataset),
-            "batch_size": self.phase.batch_size,
-            "gradient_accumulation": self.phase.gradient_accumulation,
-            "world_size": count(),
+            "rows": self.rows,
             "skipped_steps": self.skipped_steps,
             "nonfinite_in_a_row": self.nonfinite_in_a_row,
         }
 
 
-def _real_tokens(batch: dict[str, torch.Tensor]) -> int:
-    """How many positions of the batch predict a token: labels after the shift; all, without labels."""
-    if "labels" in batch:
-        return int((next_labels(batch) != IGNORED).sum())
-    return next(iter(batch.values())).numel()
+def rows_per_step(phase: Any) -> int:
+    """Of all processes together."""
+    return phase.batch_size * phase.gradient_accumulation
 
 
-def tokens_per_step(phase: Any, processes: int) -> int:
-    return phase.batch_size * phase.sequence_length * phase.gradient_accumulation * processes
+def check_dealt(phase: Any, name: str) -> None:
+    """UserError where the processes cannot have equal parts of a step."""
+    if (rows := rows_per_step(phase)) % count():
+        raise UserError(
+            f"{name}: a step has {rows} rows (batch_size x gradient_accumulation, over all processes), which cannot be "
+            f"dealt evenly to {count()} processes; start another number of them, or change one of the two"
+        )
 
 
-def is_over(folder: str | os.PathLike, phase: Any, processes: int = 1) -> bool:
-    """Whether a phase with this folder of checkpoints, in so many processes, has no step to come: the newest whole one
-    is of the last step, or of one after which the objective had ended it."""
+def is_over(folder: str | os.PathLike, phase: Any) -> bool:
+    """Whether a phase with this folder of checkpoints has no step to come: the newest whole one is of the last step, or
+    of one after which the objective had ended it."""
     if (checkpoint := newest_complete(folder)) is None:
         return False
-    last = math.ceil(phase.tokens / tokens_per_step(phase, processes))
+    last = math.ceil(phase.tokens / (rows_per_step(phase) * phase.sequence_length))
     return step_of(checkpoint) >= last or is_finished(checkpoint)
 
 

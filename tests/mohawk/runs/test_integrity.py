@@ -800,6 +800,20 @@ def test_two_checkpoints_are_kept_and_a_damaged_newest_one_costs_one_interval(tm
     assert Recipe.from_dict({"teacher": "t", "data": {"train": ["x.txt"]}}).phases.mixing.keep_checkpoints == 2
 
 
+def test_a_steps_rows_may_be_cut_otherwise_in_a_stopped_run_but_stay_as_many(place):
+    check_folder(
+        place / "run", recipe_of(**{f"phases.mixing.{key}": 2 for key in ("batch_size", "gradient_accumulation")})
+    )
+    check_folder(
+        place / "run", recipe_of(**{"phases.end_to_end.batch_size": 1, "phases.end_to_end.gradient_accumulation": 4})
+    )
+    for changed in ({"phases.mixing.batch_size": 2}, {"phases.mixing.gradient_accumulation": 3}):
+        with pytest.raises(UserError, match=f"another {next(iter(changed))};"):
+            check_folder(place / "run", recipe_of(**changed))
+    with pytest.raises(UserError, match="another evaluation.batch_size;"):
+        check_folder(place / "run", recipe_of(**{"evaluation.batch_size": 2}))
+
+
 # ---- smaller things ----
 
 

@@ -173,7 +173,7 @@ def test_log_file_has_what_happened(tmp_path, cheap_training):  # noqa: F811
 
 def test_bar_is_closed_when_the_phase_fails(tmp_path, cheap_training):  # noqa: F811
     trainer = tiny_trainer(tmp_path)
-    trainer.model.losses = lambda **batch: 1 / 0
+    trainer.objective.losses = lambda **batch: 1 / 0
     with pytest.raises(ZeroDivisionError):
         trainer.train_phase()
     assert trainer.progress.bar is None

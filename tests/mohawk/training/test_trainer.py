@@ -55,7 +55,7 @@ def test_weights_are_those_of_a_plain_loop(tmp_path):
         objective.parameter_groups(phase.learning_rate, phase.weight_decay), betas=(0.9, 0.95), fused=True
     )
     seed = tiny_trainer(tmp_path / "other").order_seed
-    for step, indices in enumerate(Batches(len(rows), batch_size=4, batches=20, seed=seed)):
+    for step, indices in enumerate(Batches(len(rows), rows=4, batch_size=4, steps=20, seed=seed)):
         for group in optimizer.param_groups:
             group["lr"] = phase.learning_rate * wsd(step, 20, warmup=2, decay=4)
         sum(loss for _, loss in objective.losses(**collate([rows[i] for i in indices]))).backward()
@@ -319,14 +319,14 @@ def test_another_batch_size_is_noticed(tmp_path, caplog):
     tiny_trainer(tmp_path, phase=tiny_phase(steps=5)).train_phase()
     with caplog.at_level(logging.WARNING, "mohawk"):
         tiny_trainer(tmp_path, phase=tiny_phase(steps=10, batch_size=2)).train_phase()
-    assert "batch_size 4 -> 2; the data go on in another order" in caplog.text
+    assert "rows a step 4 -> 2; the data go on in another order" in caplog.text
 
 
 def test_phases_have_their_own_folders_orders_and_lines(tmp_path):
     orders = {}
     for name in ("mixing", "hidden"):
         trainer = tiny_trainer(tmp_path, name=name, phase=tiny_phase(steps=3))
-        orders[name] = [batch["input_ids"].tolist() for batch in trainer._batches()]
+        orders[name] = [batch["input_ids"].tolist() for batch in trainer._batches(trainer._sampler())]
         trainer.train_phase()
         assert is_complete(tmp_path / "phases" / name / "checkpoint-3")
     assert orders["mixing"] != orders["hidden"]
@@ -523,7 +523,7 @@ def test_groups_must_be_of_the_objective(tmp_path):
 
 
 def batches(**settings):
-    return list(Batches(**{"examples": 10, "batch_size": 3, "batches": 20, "seed": 5, **settings}))
+    return list(Batches(**{"examples": 10, "rows": 3, "batch_size": 3, "steps": 20, "seed": 5, **settings}))
 
 
 def test_every_example_comes_once_a_pass():
@@ -536,17 +536,30 @@ def test_every_example_comes_once_a_pass():
 
 def test_order_depends_on_the_seed_alone():
     assert batches() == batches() != batches(seed=6)
-    assert batches(batches=30)[:20] == batches()
+    assert batches(steps=30)[:20] == batches()
+    assert batches(steps=30, done=20) == batches(steps=30)[20:]
 
 
-def test_several_processes_share_the_batches_of_one():
-    one = batches(batch_size=6)
-    two = [batches(rank=rank, world_size=2) for rank in (0, 1)]
-    assert [first + second for first, second in zip(*two, strict=True)] == one
+@pytest.mark.parametrize(("processes", "batch_size"), [(1, 12), (1, 5), (2, 6), (2, 4), (3, 4), (4, 2), (12, 3)])
+def test_a_step_has_the_same_rows_whoever_reads_them(processes, batch_size):
+    """In their order; micro-batches are of batch_size, and a process's last one has what is left."""
+    one = batches(rows=12, batch_size=12)
+    read = [batches(rows=12, batch_size=batch_size, rank=rank, processes=processes) for rank in range(processes)]
+    per_step = len(read[0]) // 20
+    assert per_step == math.ceil(12 / processes / batch_size)
+    for step in range(20):
+        parts = [batch for own in read for batch in own[step * per_step : (step + 1) * per_step]]
+        assert [i for batch in parts for i in batch] == one[step]
+        assert max(map(len, parts)) <= batch_size
+
+
+def test_rows_that_cannot_be_dealt_evenly():
+    with pytest.raises(ValueError, match="5 rows a step cannot be dealt evenly to 2 processes"):
+        batches(rows=5, processes=2)
 
 
 def test_batch_larger_than_the_data():
-    assert [sorted(batch) for batch in batches(examples=2, batch_size=4, batches=2)] == [[0, 0, 1, 1]] * 2
+    assert [sorted(batch) for batch in batches(examples=2, rows=4, batch_size=4, steps=2)] == [[0, 0, 1, 1]] * 2
 
 
 def test_trackers_get_every_number_of_a_record(tmp_path, monkeypatch):
