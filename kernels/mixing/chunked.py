@@ -17,7 +17,7 @@ from torch import Tensor
 
 from mohawk.kernels.common.first_order import anchors, first_order
 from mohawk.kernels.common.segments import group_slice, head_blocks
-from mohawk.kernels.mixing.definition import AttentionMixing, Mixing
+from mohawk.kernels.mixing.definition import AttentionMixing, Mixing, SSDMixing
 from mohawk.kernels.mixing.metrics import METRICS, reads_teacher
 from mohawk.kernels.mixing.strips import STRIP, Block, strips_of
 
@@ -31,8 +31,10 @@ def _blocks(mixings: tuple[Mixing, ...], heads: int, strip: int) -> Iterator[Blo
     counts = []
     for mixing in mixings:
         counts.append(mixing.shape[1])
-        attention = isinstance(mixing, AttentionMixing)
-        counts += [mixing.k.shape[1]] if attention else [mixing.C.shape[2], mixing.B.shape[2]]
+        if isinstance(mixing, AttentionMixing):
+            counts.append(mixing.k.shape[1])
+        elif isinstance(mixing, SSDMixing):
+            counts += [mixing.C.shape[2], mixing.B.shape[2]]
     per_head = strip * seq
     ranges = head_blocks(heads, tuple(counts), max(1, STRIP_ENTRIES // per_head))
     rows = max(1, STRIP_ENTRIES // (per_head * (ranges[0][1] - ranges[0][0])))

@@ -2,7 +2,8 @@
 
 A strip of a state-space matrix left of the diagonal is one matrix product of rows C_i exp(sums_i - sums_r)
 and columns B_j input_scale_j exp(sums_r - sums_j), r the token before the strip: both exponents are sums of
-log decays, at most 0, so nothing overflows. Only the diagonal tile needs the decays entry by entry.
+log decays, at most 0, so nothing overflows. Only the diagonal tile needs the decays entry by entry. Those of a delta rule
+are in delta_strips.py.
 
 Letters: b batch rows of the block, h its heads, t rows of a strip, m its columns, n seq, N state_size, d
 head_dim.
@@ -13,8 +14,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from mohawk.kernels.common.decays import decay_between
 from mohawk.kernels.common.segments import decays_with_resets, group_slice, segment_runs, segment_starts
 from mohawk.kernels.mixing.definition import AttentionMixing, Mixing, SSDMixing
+from mohawk.kernels.mixing.delta_strips import DeltaStrips
 
 STRIP = 64  # rows
 HIDDEN = -1e30  # a score whose exponential is 0; finite, so that log-probabilities have no NaN
@@ -179,16 +182,8 @@ class _SSDStrips:
         scale = None if self.scale is None else self.scale[:, :, row:end]
         self.C_tile = self._scaled(self.C[:, :, row:end], None)
         self.B_tile = self._scaled(self.B[:, :, row:end], scale)
-        # Sums from the tile's first token; split into two floats, so that after a strong decay weak ones
-        # count.
-        sums = sums - sums[..., :1]
-        high = sums.to(self.dtype)
-        decay = high.unsqueeze(-1) - high.unsqueeze(-2)
-        if self.dtype != torch.float64:
-            low = (sums - high).to(self.dtype)
-            decay += low.unsqueeze(-1)
-            decay -= low.unsqueeze(-2)
-        self.decay = decay.exp_().tril_()
+        # Sums from the tile's first token, so that strong decays before it cost no digits.
+        self.decay = decay_between(sums - sums[..., :1], self.dtype)
         if row == first:
             return
         before = self.sums[:, :, row - 1 : row]
@@ -270,4 +265,5 @@ class _SSDStrips:
 def strips_of(mixing: Mixing, block: Block, dtype: torch.dtype, gradients: bool):
     if isinstance(mixing, AttentionMixing):
         return _AttentionStrips(mixing, block, dtype, gradients)
-    return _SSDStrips(mixing, block, dtype, gradients)
+    kind = _SSDStrips if isinstance(mixing, SSDMixing) else DeltaStrips
+    return kind(mixing, block, dtype, gradients)

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from mohawk.kernels.common.segments import RESET, segment_starts
 from mohawk.kernels.mixing import chunked
-from mohawk.kernels.mixing.definition import AttentionMixing, Mixing
+from mohawk.kernels.mixing.definition import AttentionMixing, DeltaMixing, Mixing
 from mohawk.kernels.mixing.metrics import reads_teacher
 
 BACKEND = "triton"  # as `mohawk doctor` names it
@@ -588,8 +588,10 @@ def _value_and_gradients(
 
 
 def fits_triton(student: Mixing, teacher: Mixing) -> bool:
-    """Whether the kernels cover this pair: no float64, no softcap, head_dim and state_size at most 256."""
+    """Whether the kernels cover this pair: no delta rule, no float64, no softcap, head_dim and state_size at most 256."""
     for mixing in (student, teacher):
+        if isinstance(mixing, DeltaMixing):
+            return False
         if any(value is not None and value.dtype == torch.float64 for value in mixing.tensors):
             return False
         if isinstance(mixing, AttentionMixing) and mixing.softcap is not None:

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from mohawk.kernels.common.decays import decay_between
 from mohawk.kernels.common.first_order import first_order
 from mohawk.kernels.common.segments import decays_with_resets, group_slice, head_blocks
 
@@ -162,15 +163,7 @@ class _Operands:
         self.to_end_bhcq = (total - sums).exp().to(shape.state_dtype)
         self.across_bhc = self.from_start_bhcq[..., -1]
 
-        # exp(sums_i - sums_j) for j <= i. In float32 each sum is split into two parts, since their
-        # difference must keep what a strong decay earlier in the chunk would push out of one float32.
-        high = sums.to(shape.state_dtype)
-        decay = high.unsqueeze(-1) - high.unsqueeze(-2)
-        if shape.state_dtype != torch.float64:
-            low = (sums - high).to(shape.state_dtype)
-            decay += low.unsqueeze(-1)
-            decay -= low.unsqueeze(-2)
-        self.decay_bhcqq = decay.exp_().tril_()
+        self.decay_bhcqq = decay_between(sums, shape.state_dtype)
 
         # C B^T once for each pair of groups that meet in a head.
         groups = math.lcm(self.B_bgcqN.shape[1], self.C_bgcqN.shape[1])
