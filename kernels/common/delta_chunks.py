@@ -6,8 +6,8 @@ with one decay for all channels of a head (Gated Delta Networks, arXiv 2412.0646
 2510.26692). Take a chunk's tokens as rows of Q, K and V, and the state S in front of it. With `.` a product entry by
 entry and decays as factors between two tokens, from the chunk's start or to its end,
 
-    scores = tril(Q K^T . decays)             overlaps = tril(K K^T . decays, -1)
-    writes = (I + diag(beta) overlaps)^-1 diag(beta)       erases = writes (K . from_start)
+    scores = tril(Q K^T . decays)             overlaps = tril(K K^T . decays)
+    writes = (I + diag(beta) tril(overlaps, -1))^-1 diag(beta)       erases = writes (K . from_start)
 
 the rule is a product of matrices (the WY form of DeltaNet, arXiv 2406.06484): the tokens add to the state, each along
 its key, `U = writes V - erases S`, so that
@@ -23,14 +23,12 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from mohawk.kernels.common.decays import decay_between
-
-CHUNK = 64  # tokens of a long sequence
+from mohawk.kernels.common.decays import decay_between, sums_before, sums_from
 
 
-def chunk_length(seq: int) -> int:
-    """CHUNK, or for less the power of 2 that holds the sequence."""
-    return min(CHUNK, 1 << max(0, seq - 1).bit_length())
+def chunk_length(seq: int, most: int) -> int:
+    """`most`, a power of 2, or for less the power of 2 that holds the sequence."""
+    return min(most, 1 << max(0, seq - 1).bit_length())
 
 
 def padded(value_bhn: Tensor, chunk: int, dtype: torch.dtype) -> Tensor:
@@ -51,8 +49,8 @@ def check_gates(where: str, k: Tensor, beta: Tensor, log_decay: Tensor) -> None:
         raise ValueError(f"{where}: beta must be (batch, seq, heads) = {per_head}, got {tuple(beta.shape)}")
     if tuple(log_decay.shape) not in (per_head, per_channel):
         raise ValueError(
-            f"{where}: log_decay must be (batch, seq, heads) = {per_head} or, for a decay of each channel, that and the "
-            f"channels of k = {per_channel}, got {tuple(log_decay.shape)}"
+            f"{where}: log_decay must be (batch, seq, heads) = {per_head} or, for a decay of each channel, that and "
+            f"the channels of k = {per_channel}, got {tuple(log_decay.shape)}"
         )
 
 
@@ -73,13 +71,12 @@ class DeltaChunks:
         if sums.shape[-1] == 1:
             self.decay = decay_between(sums.squeeze(-1), k.dtype)
             self.scores = torch.bmm(q, k.mT).mul_(self.decay)
-            self.overlaps = torch.bmm(k, k.mT).mul_(self.decay).tril_(-1)
+            self.overlaps = torch.bmm(k, k.mT).mul_(self.decay)
         else:
             self.scores, self.overlaps = _decayed_products(torch.stack((q, k), 1), k, sums).unbind(1)
-            self.overlaps = self.overlaps.tril(-1)
-        eye = torch.eye(k.shape[1], dtype=k.dtype, device=k.device).expand_as(self.overlaps)
-        lower = beta.unsqueeze(-1) * self.overlaps
-        self.inverse = torch.linalg.solve_triangular(lower, eye, upper=False, unitriangular=True)
+        eye = torch.eye(k.shape[1], dtype=k.dtype, device=k.device)
+        lower = beta.unsqueeze(-1) * self.overlaps  # of which the solver reads what is below the diagonal
+        self.inverse = torch.linalg.solve_triangular(lower, eye.expand_as(lower), upper=False, unitriangular=True)
         self.writes = self.inverse * beta.unsqueeze(1)
         self.erases = torch.bmm(self.writes, self.k_from_start)
 
@@ -95,7 +92,7 @@ class DeltaChunks:
         """From those of the matrices (d_across: (g, d)) those of q, k, beta and of the log decays, (g, t, 1 or d)."""
         d_k_from_start = torch.bmm(self.writes.mT, d_erases)
         through = torch.bmm(self.inverse.mT, torch.baddbmm(d_writes, d_erases, self.k_from_start.mT))
-        d_lower = torch.bmm(through, self.writes.mT).neg_().tril_(-1)
+        d_lower = torch.bmm(through, self.writes.mT).mul_(-torch.ones_like(through[0]).tril_(-1))
         d_beta = through.diagonal(dim1=1, dim2=2) + (d_lower * self.overlaps).sum(-1)
         d_overlaps = d_lower.mul_(self.beta.unsqueeze(-1))
 
@@ -109,8 +106,10 @@ class DeltaChunks:
         if self.sums.shape[-1] == 1:
             # An entry's gradient raises the sum of decays at its row and lowers it at its column; on the diagonal
             # there is none, and its rounding would drown the small entries that strong decays leave.
-            weighted = (d_scores * self.scores).tril_(-1).addcmul_(d_overlaps, self.overlaps).to(torch.float64)
-            arriving = arriving.sum(-1, dtype=torch.float64) + weighted.sum(-1) - weighted.sum(-2)
+            weighted = (d_scores * self.scores).addcmul_(d_overlaps, self.overlaps)
+            weighted.diagonal(dim1=1, dim2=2).zero_()
+            arriving = arriving.sum(-1, dtype=torch.float64)
+            arriving += weighted.sum(-1, dtype=torch.float64) - weighted.sum(-2, dtype=torch.float64)
             arriving = arriving.unsqueeze(-1)
             leaving = leaving.sum(-1, keepdim=True, dtype=torch.float64)
             crossing = crossing.sum(-1, keepdim=True)
@@ -124,17 +123,8 @@ class DeltaChunks:
             dq += d_left[:, 0]
             dk += d_left[:, 1]
             dk += d_right
-        d_decay = d_decay + _from_here(arriving) + _before(leaving) + crossing.unsqueeze(1)
+        d_decay = d_decay + sums_from(arriving, 1) + sums_before(leaving, 1) + crossing.unsqueeze(1)
         return dq, dk, d_beta, d_decay
-
-
-def _from_here(value: Tensor) -> Tensor:
-    """Sums along dimension -2 from each place to the end."""
-    return value.flip(-2).cumsum(-2).flip(-2)
-
-
-def _before(value: Tensor) -> Tensor:
-    return value.cumsum(-2) - value
 
 
 def _levels(left: Tensor, k: Tensor, sums: Tensor) -> Iterator[tuple[int, Tensor, Tensor, Tensor, Tensor]]:
@@ -187,6 +177,6 @@ def _decayed_products_gradients(d_out: Tensor, left: Tensor, k: Tensor, sums: Te
         d_left.view(*d_left.shape[:2], *halves[1:])[:, :, :, 1] += d_rows * to_row.unsqueeze(1)
         dk.view(halves)[:, :, 0] += d_columns * to_border
         by_half = d_decay.view(halves)
-        by_half[:, :, 1] += _from_here((d_rows * rows).sum(1))
-        by_half[:, :, 0] += _before(d_columns * columns)
+        by_half[:, :, 1] += sums_from((d_rows * rows).sum(1), -2)
+        by_half[:, :, 0] += sums_before(d_columns * columns, -2)
     return d_left, dk, d_decay

@@ -19,8 +19,10 @@ from mohawk.kernels.common.segments import decays_with_resets
 
 BACKEND = "chunked"  # as `mohawk doctor` names it
 
-# Elements of one operand (seq * channels for some heads) worked on at a time: a few MB per temporary.
-BLOCK_ELEMENTS = 1 << 19
+# Tokens per chunk: 64 balances the products inside chunks (seq * chunk) with those through states (seq * channels).
+CHUNK = 64
+# Elements of one operand (seq * channels for some heads) worked on at a time: half a MB, of which there are dozens.
+BLOCK_ELEMENTS = 1 << 17
 
 
 def delta_chunked(
@@ -54,7 +56,7 @@ def _blocks(k: Tensor, v: Tensor) -> list[_Block]:
     if not (k.numel() or v.numel()) or not seq:
         return []
     dtype = torch.float64 if v.dtype == torch.float64 else torch.float32
-    per_head = seq * max(width, v.shape[3], chunk_length(seq))
+    per_head = seq * max(width, v.shape[3], chunk_length(seq, CHUNK))
     some = max(1, min(heads, BLOCK_ELEMENTS // per_head))
     rows = max(1, BLOCK_ELEMENTS // (per_head * some))
     return [
@@ -68,7 +70,7 @@ class _Operands:
     """What forward and backward both need of one block."""
 
     def __init__(self, block: _Block, q: Tensor, k: Tensor, v: Tensor, beta: Tensor, log_decay: Tensor, ids) -> None:
-        chunk = chunk_length(k.shape[1])
+        chunk = chunk_length(k.shape[1], CHUNK)
 
         def cut(value: Tensor, dtype: torch.dtype = block.dtype) -> Tensor:
             return padded(block.of(value).transpose(1, 2), chunk, dtype).flatten(0, 2)
@@ -77,6 +79,7 @@ class _Operands:
         sums = padded(decays.transpose(1, 2), chunk, torch.float64).flatten(0, 2).cumsum(1)
         self.inside = DeltaChunks(cut(q), cut(k), cut(beta), sums if sums.dim() == 3 else sums.unsqueeze(-1))
         self.v_gtp = cut(v)
+        self.across_gd1 = self.inside.across.unsqueeze(-1)
         self.chunks = -(-k.shape[1] // chunk)
 
     def by_chunk(self, value_g: Tensor) -> Tensor:
@@ -90,19 +93,18 @@ class _Operands:
 class _ChunkedRule(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, beta, log_decay, initial_state, segment_ids):
-        batch, seq, heads, width = k.shape
+        batch, _, heads, width = k.shape
         dtype = torch.float64 if v.dtype == torch.float64 else torch.float32
         y = torch.empty(v.shape, dtype=v.dtype, device=v.device)
         final = torch.zeros(batch, heads, width, v.shape[3], dtype=dtype, device=v.device)
         if initial_state is not None:
             final.copy_(initial_state)
-        chunks = -(-seq // chunk_length(seq)) if seq else 0
-        entering = torch.empty(batch, heads, chunks, width, v.shape[3], dtype=dtype, device=v.device)
+        states = []
         with torch.autocast(v.device.type, enabled=False):
             for block in _blocks(k, v):
                 ops = _Operands(block, q, k, v, beta, log_decay, segment_ids)
-                _forward_block(block, ops, y, final, entering)
-        ctx.save_for_backward(q, k, v, beta, log_decay, segment_ids, entering)
+                states.append(_forward_block(block, ops, y, final))
+        ctx.save_for_backward(q, k, v, beta, log_decay, segment_ids, *states)
         ctx.initial_dtype = None if initial_state is None else initial_state.dtype
         ctx.set_materialize_grads(False)
         return y, final
@@ -110,72 +112,66 @@ class _ChunkedRule(torch.autograd.Function):
     @staticmethod
     @first_order("gated_delta_rule has no second derivative; use backend='reference' for it")
     def backward(ctx, dy, d_final):
-        q, k, v, beta, log_decay, segment_ids, entering = ctx.saved_tensors
+        q, k, v, beta, log_decay, segment_ids, *states = ctx.saved_tensors
         gradients = [torch.empty_like(value) for value in (q, k, v, beta, log_decay)]
-        batch, heads, _, *state = entering.shape
-        d_state = torch.zeros(batch, heads, *state, dtype=entering.dtype, device=v.device)
+        shape = (k.shape[0], *k.shape[2:], v.shape[3])
+        d_state = torch.zeros(shape, dtype=torch.promote_types(v.dtype, torch.float32), device=v.device)
         if d_final is not None:
             d_state.copy_(d_final)
         if dy is None:
             dy = torch.zeros_like(v)
         with torch.autocast(v.device.type, enabled=False):
-            for block in _blocks(k, v):
+            for block, entering in zip(_blocks(k, v), states, strict=True):
                 ops = _Operands(block, q, k, v, beta, log_decay, segment_ids)
                 _backward_block(block, ops, entering, dy, d_state, gradients)
         return *gradients, None if ctx.initial_dtype is None else d_state.to(ctx.initial_dtype), None
 
 
-def _forward_block(block: _Block, ops: _Operands, y: Tensor, final: Tensor, entering: Tensor) -> None:
-    """Fill this block's part of y, of the entering states and of `final`, which holds the initial state."""
-    rows, heads, inside = block.rows, block.heads, ops.inside
+def _forward_block(block: _Block, ops: _Operands, y: Tensor, final: Tensor) -> Tensor:
+    """Fill this block's part of y and of `final`, which holds the initial state. Returns (r, c, d, p) the states that
+    enter the chunks."""
+    inside, own = ops.inside, final[block.rows, block.heads]
     updates_rctp = ops.updates()
-    erases_rctd, k_rctd, across_rcd = (ops.by_chunk(x) for x in (inside.erases, inside.k_to_end, inside.across))
-    enter = entering[rows, heads]
-    state_rdp = final[rows, heads].flatten(0, 1)
+    erases_rctd, k_rctd, across_rcd1 = (ops.by_chunk(x) for x in (inside.erases, inside.k_to_end, ops.across_gd1))
+    states = final.new_empty(len(updates_rctp), ops.chunks + 1, *own.shape[2:])
+    states[:, 0] = own.flatten(0, 1)
     for c in range(ops.chunks):
-        enter[:, :, c] = state_rdp.view(*enter.shape[:2], *enter.shape[3:])
-        updates_rctp[:, c].baddbmm_(erases_rctd[:, c], state_rdp, alpha=-1)
-        state_rdp = torch.baddbmm(across_rcd[:, c].unsqueeze(-1) * state_rdp, k_rctd[:, c].mT, updates_rctp[:, c])
-    final[rows, heads] = state_rdp.view(*enter.shape[:2], *enter.shape[3:])
+        state = states[:, c]
+        updates_rctp[:, c].baddbmm_(erases_rctd[:, c], state, alpha=-1)
+        torch.mul(state, across_rcd1[:, c], out=states[:, c + 1])
+        states[:, c + 1].baddbmm_(k_rctd[:, c].mT, updates_rctp[:, c])
+    own.copy_(states[:, -1].view_as(own))
 
+    entering = states[:, :-1]
     y_gtp = torch.bmm(inside.scores, updates_rctp.flatten(0, 1))
-    y_gtp.baddbmm_(inside.q_from_start, enter.flatten(0, 2))
+    y_gtp.baddbmm_(inside.q_from_start, entering.flatten(0, 1))
     _uncut(block.of(y), y_gtp)
-
-
-def _uncut(out_bnh: Tensor, value_gt: Tensor) -> None:
-    """(g, t, ...) into (batch, seq, heads, ...)."""
-    batch, seq, heads = out_bnh.shape[:3]
-    whole = value_gt.view(batch, heads, -1, *value_gt.shape[2:])[:, :, :seq].transpose(1, 2)
-    out_bnh.copy_(whole.view_as(out_bnh) if whole.dim() == out_bnh.dim() else whole.squeeze(-1))
+    return entering
 
 
 def _backward_block(
     block: _Block, ops: _Operands, entering: Tensor, dy: Tensor, d_state: Tensor, gradients: list[Tensor]
 ) -> None:
     """Fill this block's gradients; d_state holds the final state's and receives the initial state's."""
-    rows, heads, inside = block.rows, block.heads, ops.inside
-    chunk = inside.k.shape[1]
-    dy_gtp = padded(block.of(dy).transpose(1, 2), chunk, block.dtype).flatten(0, 2)
-    enter = entering[rows, heads]
-    enter_gdp = enter.flatten(0, 2)
+    inside, own = ops.inside, d_state[block.rows, block.heads]
+    dy_gtp = padded(block.of(dy).transpose(1, 2), inside.k.shape[1], block.dtype).flatten(0, 2)
+    enter_gdp = entering.flatten(0, 1)
     updates_gtp = ops.updates().flatten(0, 1).baddbmm_(inside.erases, enter_gdp, alpha=-1)
 
     # Between chunks: the gradient of the state leaving each chunk, from the last chunk to the first.
     d_updates_rctp = ops.by_chunk(torch.bmm(inside.scores.mT, dy_gtp))
-    d_enter_rcdp = ops.by_chunk(torch.bmm(inside.q_from_start.mT, dy_gtp))
-    erases_rctd, k_rctd, across_rcd = (ops.by_chunk(x) for x in (inside.erases, inside.k_to_end, inside.across))
-    carry_rdp = d_state[rows, heads].flatten(0, 1)
-    leaving_rcdp = torch.empty_like(d_enter_rcdp)
+    erases_rctd, k_rctd, across_rcd1 = (ops.by_chunk(x) for x in (inside.erases, inside.k_to_end, ops.across_gd1))
+    d_states = entering.new_empty(len(entering), ops.chunks + 1, *own.shape[2:])
+    d_states[:, -1] = own.flatten(0, 1)
+    d_states[:, :-1] = ops.by_chunk(torch.bmm(inside.q_from_start.mT, dy_gtp))
     for c in range(ops.chunks - 1, -1, -1):
-        leaving_rcdp[:, c] = carry_rdp
-        d_updates_rctp[:, c].baddbmm_(k_rctd[:, c], carry_rdp)
-        carry_rdp = torch.baddbmm(d_enter_rcdp[:, c], erases_rctd[:, c].mT, d_updates_rctp[:, c], alpha=-1).addcmul_(
-            across_rcd[:, c].unsqueeze(-1), carry_rdp
-        )
-    d_state[rows, heads] = carry_rdp.view(*enter.shape[:2], *enter.shape[3:])
+        leaving = d_states[:, c + 1]
+        d_updates_rctp[:, c].baddbmm_(k_rctd[:, c], leaving)
+        d_states[:, c].addcmul_(across_rcd1[:, c], leaving)
+        d_states[:, c].baddbmm_(erases_rctd[:, c].mT, d_updates_rctp[:, c], alpha=-1)
+    own.copy_(d_states[:, 0].view_as(own))
 
-    d_updates_gtp, leaving_gdp = d_updates_rctp.flatten(0, 1), leaving_rcdp.flatten(0, 1)
+    d_updates_gtp, leaving_gdp = d_updates_rctp.flatten(0, 1), d_states[:, 1:].flatten(0, 1)
     dv = torch.bmm(inside.writes.mT, d_updates_gtp)
     dq, dk, d_beta, d_decay = inside.gradients(
         d_scores=torch.bmm(dy_gtp, updates_gtp.mT),
@@ -187,3 +183,10 @@ def _backward_block(
     )
     for out, value in zip(gradients, (dq, dk, dv, d_beta, d_decay), strict=True):
         _uncut(block.of(out), value)
+
+
+def _uncut(out_bnh: Tensor, value_gt: Tensor) -> None:
+    """(g, t, ...) into (batch, seq, heads, ...)."""
+    batch, seq, heads = out_bnh.shape[:3]
+    whole = value_gt.view(batch, heads, -1, *value_gt.shape[2:])[:, :, :seq].transpose(1, 2)
+    out_bnh.copy_(whole if whole.dim() == out_bnh.dim() else whole.squeeze(-1))

@@ -20,7 +20,8 @@ def delta_reference(
     """Shapes as in `mohawk.kernels.delta.scan.gated_delta_rule`. Returns y in v's dtype and the final state."""
     batch, seq, heads, width = k.shape
     compute = torch.float64 if v.dtype == torch.float64 else torch.float32
-    decay = decays_with_resets(log_decay, segment_ids).to(compute).exp().view(batch, seq, heads, -1, 1)
+    decay = decays_with_resets(log_decay, segment_ids).to(compute).exp()
+    decay = (decay if decay.dim() == 4 else decay.unsqueeze(-1)).unsqueeze(-1)
     q_in, k_in, v_in, beta_in = (value.to(compute) for value in (q, k, v, beta))
     if initial_state is None:
         state = v_in.new_zeros(batch, heads, width, v.shape[3])

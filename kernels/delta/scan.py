@@ -102,8 +102,8 @@ def gated_delta_step(
     """One token of `gated_delta_rule`: shapes are its shapes without the sequence dimension.
 
     state: (batch, heads, key_dim, value_dim). q and k: (batch, heads, key_dim). v: (batch, heads, value_dim). beta:
-    (batch, heads). log_decay: (batch, heads) or (batch, heads, key_dim). Returns (y, the new state) in v's dtype and the
-    state's (at least float32), in which the step is computed; `state` is not changed.
+    (batch, heads). log_decay: (batch, heads) or (batch, heads, key_dim). Returns (y, the new state) in v's dtype and
+    the state's (at least float32), in which the step is computed; `state` is not changed.
     """
     where = "gated_delta_step"
     if v.dim() != 3:
@@ -112,7 +112,8 @@ def gated_delta_step(
         _check(*(x.unsqueeze(1) for x in (q, k, v, beta, log_decay)), state, None, where)
     compute = torch.promote_types(state.dtype, torch.float32)
     k_column, q_column = k.to(compute).unsqueeze(-1), q.to(compute).unsqueeze(-1)
-    decay = log_decay.to(compute).exp().view(*v.shape[:2], -1, 1)
+    decay = log_decay.to(compute).exp()
+    decay = decay.unsqueeze(-1) if decay.dim() == 3 else decay[..., None, None]
     state = decay * state.to(compute)
     # Sums, not matrix products: autocast would round the state to bfloat16.
     change = beta.to(compute).unsqueeze(-1) * (v.to(compute) - (state * k_column).sum(-2))
@@ -148,8 +149,8 @@ def _check(
     for name, value in (("k", k), ("q", q)):
         if value.dim() != 4 or value.shape[:3] != v.shape[:3]:
             raise ValueError(
-                f"{where}: {name} must be (batch, seq, heads, key_dim) with batch, seq, heads = {batch}, {seq}, {heads} "
-                f"as v has them, got {tuple(value.shape)}"
+                f"{where}: {name} must be (batch, seq, heads, key_dim) with batch, seq, heads = {batch}, {seq}, "
+                f"{heads} as v has them, got {tuple(value.shape)}"
             )
     if q.shape != k.shape:
         raise ValueError(f"{where}: q and k must have one key_dim, got {q.shape[3]} and {k.shape[3]}")

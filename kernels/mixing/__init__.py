@@ -21,7 +21,15 @@ _PUBLIC = {
     "mixing_distance": "distance",
     "mixing_matrix": "matrix",
 }
-__all__ = ["AttentionMixing", "DeltaMixing", "Mixing", "SSDMixing", "head_mean_distance", "mixing_distance", "mixing_matrix"]
+__all__ = [
+    "AttentionMixing",
+    "DeltaMixing",
+    "Mixing",
+    "SSDMixing",
+    "head_mean_distance",
+    "mixing_distance",
+    "mixing_matrix",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -33,6 +33,7 @@ from mohawk.kernels.mixing.definition import DeltaMixing
 if TYPE_CHECKING:
     from mohawk.kernels.mixing.strips import Block
 
+CHUNK = 128  # tokens; the walks take a step for each, and are most of the work
 SOME_ENTRIES = 1 << 15  # of the chunks' own matrices that are worked on at a time
 
 
@@ -40,7 +41,7 @@ class DeltaStrips:
     def __init__(self, mixing: DeltaMixing, block: Block, dtype: torch.dtype, gradients: bool) -> None:
         self.heads, self.seq = block.stop - block.start, mixing.shape[2]
         self.dtype, self.device, self.keep = dtype, mixing.q.device, gradients
-        self.chunk = chunk_length(self.seq)
+        self.chunk = chunk_length(self.seq, CHUNK)
         ids = None if mixing.segment_ids is None else mixing.segment_ids[block.rows]
         self.starts = None if ids is None else segment_starts(ids).amin(0).tolist()
 
@@ -57,25 +58,26 @@ class DeltaStrips:
         self.decays = self.decays.flatten(0, 1).transpose(0, 1)
         width = self.given[0].shape[-1]
         whole = self.given[0].shape[:3]
-        made = [(*whole, self.chunk), (*whole, width), (*whole[:2], width, width), (*whole, width)]
-        self.own, self.seen, self.crossing, self.left = (
-            torch.empty(shape, dtype=dtype, device=self.device) for shape in made
-        )
-        for some, inside in self._chunks():
-            into = [value[some].flatten(0, 1) for value in (self.own, self.seen, self.crossing, self.left)]
-            for out, value in zip(into, _parts(inside), strict=True):
-                out.copy_(_flushed(value.to(dtype)))
+        made = [(*whole, width), (*whole[:2], width, width), (*whole, width)]
+        self.seen, self.crossing, self.left = (torch.empty(x, dtype=dtype, device=self.device) for x in made)
+        for some in self._some():
+            inside = self._inside(some)
+            for out, value in zip((self.seen, self.crossing, self.left), _parts(inside), strict=True):
+                out[some] = _flushed(value.to(dtype)).view_as(out[some])
         if gradients:
-            self.d_parts = [torch.zeros_like(x) for x in (self.own, self.seen, self.crossing, self.left)]
+            self.d_own = self.seen.new_zeros(*whole, self.chunk)
+            self.d_seen, self.d_crossing, self.d_left = (torch.zeros(x, dtype=dtype, device=self.device) for x in made)
 
-    def _chunks(self) -> Iterator[tuple[slice, DeltaChunks]]:
+    def _some(self) -> Iterator[slice]:
+        """Ranges of chunks."""
         count, pairs, chunk, width = self.given[0].shape
         step = max(1, SOME_ENTRIES // (pairs * chunk * max(chunk, width)))
-        for start in range(0, count, step):
-            some = slice(start, start + step)
-            q, k, beta = (value[some].flatten(0, 1).to(torch.float64) for value in self.given)
-            sums = self.decays[some].flatten(0, 1).cumsum(1)
-            yield some, DeltaChunks(q, k, beta, sums if sums.dim() == 3 else sums.unsqueeze(-1))
+        return (slice(start, start + step) for start in range(0, count, step))
+
+    def _inside(self, some: slice) -> DeltaChunks:
+        q, k, beta = (value[some].flatten(0, 1).to(torch.float64) for value in self.given)
+        sums = self.decays[some].flatten(0, 1).cumsum(1)
+        return DeltaChunks(q, k, beta, sums if sums.dim() == 3 else sums.unsqueeze(-1))
 
     def first_column(self, row: int) -> int:
         return 0 if self.starts is None else self.starts[row]
@@ -94,7 +96,9 @@ class DeltaStrips:
         for at, tokens, rows in self._pieces(row, end):
             begin = max(first - at * self.chunk, 0)
             start = at * self.chunk + begin - first
-            out[:, rows, start : start + tokens.stop - begin] = self.own[at, :, tokens, begin : tokens.stop]
+            inside = self._inside(slice(at, at + 1))
+            own = _flushed(torch.bmm(inside.scores, inside.writes).to(self.dtype))
+            out[:, rows, start : start + tokens.stop - begin] = own[:, tokens, begin : tokens.stop]
             walk, last = [self.seen[at, :, tokens]], first // self.chunk
             for column in range(at - 1, last - 1, -1):
                 inner = max(first - column * self.chunk, 0)
@@ -113,31 +117,32 @@ class DeltaStrips:
 
     def accumulate(self, residual: Tensor, row: int, end: int, first: int) -> None:
         """Add the gradients of half the sum of squares of `residual`, the strip's difference."""
-        d_own, d_seen, d_crossing, d_left = self.d_parts
         flat = residual.flatten(0, 1)
         for (at, tokens, rows), walk in zip(self._pieces(row, end), self.walks, strict=True):
             begin = max(first - at * self.chunk, 0)
             start = at * self.chunk + begin - first
-            d_own[at, :, tokens, begin : tokens.stop] += flat[:, rows, start : start + tokens.stop - begin]
+            self.d_own[at, :, tokens, begin : tokens.stop] += flat[:, rows, start : start + tokens.stop - begin]
             d_walk, last = None, first // self.chunk
             for column in range(last, at):
                 before = walk[at - 1 - column]
                 inner = max(first - column * self.chunk, 0)
                 start = column * self.chunk + inner - first
                 d_tile = flat[:, rows, start : start + self.chunk - inner]
-                d_left[column, :, inner:].baddbmm_(d_tile.mT, before)
+                self.d_left[column, :, inner:].baddbmm_(d_tile.mT, before)
                 d_before = torch.bmm(d_tile, self.left[column, :, inner:])
                 if d_walk is not None:
-                    d_crossing[column].baddbmm_(d_walk.mT, before)
+                    self.d_crossing[column].baddbmm_(d_walk.mT, before)
                     d_before.baddbmm_(d_walk, self.crossing[column])
                 d_walk = d_before
             if d_walk is not None:
-                d_seen[at, :, tokens] += d_walk
+                self.d_seen[at, :, tokens] += d_walk
 
     def gradients(self) -> tuple[Tensor, ...]:
         made = [torch.empty_like(value) for value in (*self.given, self.decays)]
-        for some, inside in self._chunks():
-            found = _gradients(inside, *(value[some].flatten(0, 1).to(torch.float64) for value in self.d_parts))
+        d_parts = (self.d_own, self.d_seen, self.d_crossing, self.d_left)
+        for some in self._some():
+            given = (value[some].flatten(0, 1).to(torch.float64) for value in d_parts)
+            found = _gradients(self._inside(some), *given)
             for out, value in zip(made, found, strict=True):
                 out[some].copy_(value.view_as(out[some]))
         return tuple(
@@ -155,11 +160,10 @@ def _flushed(value: Tensor) -> Tensor:
     return torch.nn.functional.hardshrink(value, torch.finfo(value.dtype).tiny ** 0.8)
 
 
-def _parts(inside: DeltaChunks) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """own, seen, crossing and left of the chunks."""
+def _parts(inside: DeltaChunks) -> tuple[Tensor, Tensor, Tensor]:
+    """seen, crossing and left of the chunks."""
     across = torch.diag_embed(inside.across.expand(-1, inside.k.shape[-1]))
     return (
-        torch.bmm(inside.scores, inside.writes),
         torch.baddbmm(inside.q_from_start, inside.scores, inside.erases, alpha=-1),
         torch.baddbmm(across, inside.erases.mT, inside.k_to_end, alpha=-1),
         torch.bmm(inside.writes.mT, inside.k_to_end),

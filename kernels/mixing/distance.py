@@ -86,7 +86,8 @@ def _check_triton(student: Mixing, teacher: Mixing) -> None:
 
     if not fits_triton(student, teacher):
         raise ValueError(
-            f"{where} is not for a DeltaMixing, float64, a softcap, nor a head_dim or state_size above 256; take 'chunked'"
+            f"{where} is not for a DeltaMixing, float64, a softcap, nor a head_dim or state_size above 256; "
+            "take 'chunked'"
         )
 
 

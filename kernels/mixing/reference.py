@@ -64,11 +64,11 @@ def _dense_delta(mixing: DeltaMixing) -> Tensor:
     compute = _compute_dtype(mixing)
     batch, heads, seq = mixing.shape
     decay = decays_with_resets(mixing.log_decay, mixing.segment_ids).to(compute).exp()
-    decay = decay.view(batch, seq, heads, -1).transpose(1, 2)
+    decay = (decay if decay.dim() == 4 else decay.unsqueeze(-1)).transpose(1, 2)
     q, k = (value.to(compute).transpose(1, 2) for value in (mixing.q, mixing.k))
     writes = mixing.beta.to(compute).transpose(1, 2).unsqueeze(-1) * k
     written = k[:, :, :0]  # (b, h, tokens so far, d)
-    rows = [k.new_zeros(batch, heads, 0, seq)]
+    rows = [q[:, :, :0] @ k.mT]
     for t in range(seq):
         written = decay[:, :, t : t + 1] * written
         written = written - (written @ k[:, :, t, :, None]) * writes[:, :, t : t + 1]

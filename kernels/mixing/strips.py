@@ -2,8 +2,8 @@
 
 A strip of a state-space matrix left of the diagonal is one matrix product of rows C_i exp(sums_i - sums_r)
 and columns B_j input_scale_j exp(sums_r - sums_j), r the token before the strip: both exponents are sums of
-log decays, at most 0, so nothing overflows. Only the diagonal tile needs the decays entry by entry. Those of a delta rule
-are in delta_strips.py.
+log decays, at most 0, so nothing overflows. Only the diagonal tile needs the decays entry by entry. Those of a
+delta rule are in delta_strips.py.
 
 Letters: b batch rows of the block, h its heads, t rows of a strip, m its columns, n seq, N state_size, d
 head_dim.
@@ -14,12 +14,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mohawk.kernels.common.decays import decay_between
+from mohawk.kernels.common.decays import decay_between, sums_before, sums_from
 from mohawk.kernels.common.segments import decays_with_resets, group_slice, segment_runs, segment_starts
 from mohawk.kernels.mixing.definition import AttentionMixing, Mixing, SSDMixing
 from mohawk.kernels.mixing.delta_strips import DeltaStrips
 
 STRIP = 64  # rows
+TALL = 128  # rows where there is a delta rule: its walks take as many steps for few rows as for many
 HIDDEN = -1e30  # a score whose exponential is 0; finite, so that log-probabilities have no NaN
 
 
@@ -62,7 +63,7 @@ class _AttentionStrips:
         self.q = block.take(mixing.q).to(dtype)
         self.k = block.take(mixing.k).to(dtype).contiguous()
         self.batch = self.q.shape[0]
-        tile = min(STRIP, self.q.shape[2])
+        tile = min(TALL, self.q.shape[2])
         self.later = torch.ones(tile, tile, dtype=torch.bool, device=self.q.device).triu(1)
         self.runs = self.starts = None
         if mixing.segment_ids is not None:
@@ -249,11 +250,11 @@ class _SSDStrips:
             # A decay left of the strip acts on all the strip's rows and on the columns before it: a sum
             # from the left, in which nothing cancels.
             columns = (dB_columns * self.B_columns).sum(-1).to(torch.float64)
-            self.d_decay[:, :, first:row] += columns.cumsum(-1) - columns
+            self.d_decay[:, :, first:row] += sums_before(columns)
             dC.addcmul_(dC_rows, self.row_decay.unsqueeze(-1))
             self.dB[:, :, first:row].addcmul_(dB_columns, self.column_decay.unsqueeze(-1))
         self.dC[:, :, row:end] = dC
-        self.d_decay[:, :, row:end] = d_sums.flip(-1).cumsum(-1).flip(-1)
+        self.d_decay[:, :, row:end] = sums_from(d_sums)
 
     def gradients(self) -> tuple[Tensor | None, ...]:
         B = _repeated(self.B, self.heads)

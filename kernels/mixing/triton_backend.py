@@ -588,7 +588,7 @@ def _value_and_gradients(
 
 
 def fits_triton(student: Mixing, teacher: Mixing) -> bool:
-    """Whether the kernels cover this pair: no delta rule, no float64, no softcap, head_dim and state_size at most 256."""
+    """Whether the kernels cover this pair: no delta rule, float64 or softcap, head_dim and state_size at most 256."""
     for mixing in (student, teacher):
         if isinstance(mixing, DeltaMixing):
             return False

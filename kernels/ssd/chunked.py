@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mohawk.kernels.common.decays import decay_between
+from mohawk.kernels.common.decays import decay_between, sums_before, sums_from
 from mohawk.kernels.common.first_order import first_order
 from mohawk.kernels.common.segments import decays_with_resets, group_slice, head_blocks
 
@@ -357,7 +357,7 @@ def _backward_block(
     to_later = (B_bhcqN * dB_bhcqN).sum(-1, dtype=wide)
     d_sums = through_mixing + from_earlier
     later = to_later.to(torch.float64)
-    d_decay_bhcq = d_sums.flip(-1).cumsum(-1).flip(-1) + (later.cumsum(-1) - later)
+    d_decay_bhcq = sums_from(d_sums) + sums_before(later)
     d_decay_bhcq += (d_across_bhc * ops.across_bhc).unsqueeze(-1)
     d_decay[rows, :, heads] = _unchunked(d_decay_bhcq.unsqueeze(-1), shape.seq).squeeze(-1)
 
