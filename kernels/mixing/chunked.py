@@ -1,6 +1,6 @@
 """The distance of two mixing matrices row strip by row strip, in torch, on any device.
 
-Work goes in blocks (some heads of some batch rows) and in a block in strips of STRIP or TALL rows, all visible
+Work goes in blocks (some heads of some batch rows) and in a block in strips of STRIP rows or so, all visible
 columns at once: the teacher's strip, the student's minus it, the sum of squares, and from the same
 difference the gradients of the student's tensors. So each tile of either matrix is made once, and nothing
 is larger than a strip.
@@ -19,7 +19,7 @@ from mohawk.kernels.common.first_order import anchors, first_order
 from mohawk.kernels.common.segments import group_slice, head_blocks
 from mohawk.kernels.mixing.definition import AttentionMixing, DeltaMixing, Mixing, SSDMixing
 from mohawk.kernels.mixing.metrics import METRICS, reads_teacher
-from mohawk.kernels.mixing.strips import STRIP, TALL, Block, strips_of
+from mohawk.kernels.mixing.strips import STRIP, Block, strip_of, strips_of
 
 BACKEND = "chunked"  # as `mohawk doctor` names it
 
@@ -111,8 +111,7 @@ def value_and_gradients(
     weight = 1 / max(1, batch * heads) if reduction == "mean" else 1.0
     gradients: list[Tensor | None] = [None] * len(student.tensors)
     attention = isinstance(student, AttentionMixing)
-    tall = isinstance(student, DeltaMixing) or isinstance(teacher, DeltaMixing)
-    strip = min(TALL if tall else STRIP, seq)
+    strip = strip_of(seq, isinstance(student, DeltaMixing) or isinstance(teacher, DeltaMixing))
     blocks = list(_blocks((student, teacher), heads, strip)) if values.numel() and seq else []
     if wanted:
         for index, value in enumerate(student.tensors):

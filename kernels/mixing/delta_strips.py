@@ -33,15 +33,19 @@ from mohawk.kernels.mixing.definition import DeltaMixing
 if TYPE_CHECKING:
     from mohawk.kernels.mixing.strips import Block
 
-CHUNK = 128  # tokens; the walks take a step for each, and are most of the work
 SOME_ENTRIES = 1 << 15  # of the chunks' own matrices that are worked on at a time
+
+
+def chunk_of(seq: int) -> int:
+    """Tokens of a chunk. What chunks are made of costs the more the longer they are, walks the less."""
+    return chunk_length(seq, 64 if seq < 8192 else 128)
 
 
 class DeltaStrips:
     def __init__(self, mixing: DeltaMixing, block: Block, dtype: torch.dtype, gradients: bool) -> None:
         self.heads, self.seq = block.stop - block.start, mixing.shape[2]
         self.dtype, self.device, self.keep = dtype, mixing.q.device, gradients
-        self.chunk = chunk_length(self.seq, CHUNK)
+        self.chunk = chunk_of(self.seq)
         ids = None if mixing.segment_ids is None else mixing.segment_ids[block.rows]
         self.starts = None if ids is None else segment_starts(ids).amin(0).tolist()
 

@@ -16,11 +16,10 @@ from torch import Tensor
 
 from mohawk.kernels.common.decays import decay_between, sums_before, sums_from
 from mohawk.kernels.common.segments import decays_with_resets, group_slice, segment_runs, segment_starts
-from mohawk.kernels.mixing.definition import AttentionMixing, Mixing, SSDMixing
-from mohawk.kernels.mixing.delta_strips import DeltaStrips
+from mohawk.kernels.mixing.definition import AttentionMixing, DeltaMixing, Mixing, SSDMixing
+from mohawk.kernels.mixing.delta_strips import DeltaStrips, chunk_of
 
 STRIP = 64  # rows
-TALL = 128  # rows where there is a delta rule: its walks take as many steps for few rows as for many
 HIDDEN = -1e30  # a score whose exponential is 0; finite, so that log-probabilities have no NaN
 
 
@@ -63,7 +62,7 @@ class _AttentionStrips:
         self.q = block.take(mixing.q).to(dtype)
         self.k = block.take(mixing.k).to(dtype).contiguous()
         self.batch = self.q.shape[0]
-        tile = min(TALL, self.q.shape[2])
+        tile = strip_of(self.q.shape[2], tall=True)
         self.later = torch.ones(tile, tile, dtype=torch.bool, device=self.q.device).triu(1)
         self.runs = self.starts = None
         if mixing.segment_ids is not None:
@@ -263,8 +262,15 @@ class _SSDStrips:
         return self.dC, dB, self.d_decay, d_scale, None if self.D is None else self.dD
 
 
+def strip_of(seq: int, tall: bool) -> int:
+    """Rows of a strip. tall: there is a delta rule, whose walks take as many steps for some of a chunk's rows as for
+    all."""
+    return max(1, chunk_of(seq) if tall else min(STRIP, seq))
+
+
 def strips_of(mixing: Mixing, block: Block, dtype: torch.dtype, gradients: bool):
     if isinstance(mixing, AttentionMixing):
         return _AttentionStrips(mixing, block, dtype, gradients)
-    kind = _SSDStrips if isinstance(mixing, SSDMixing) else DeltaStrips
-    return kind(mixing, block, dtype, gradients)
+    if isinstance(mixing, DeltaMixing):
+        return DeltaStrips(mixing, block, dtype, gradients)
+    return _SSDStrips(mixing, block, dtype, gradients)

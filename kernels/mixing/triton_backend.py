@@ -25,7 +25,7 @@ from torch import Tensor
 
 from mohawk.kernels.common.segments import RESET, segment_starts
 from mohawk.kernels.mixing import chunked
-from mohawk.kernels.mixing.definition import AttentionMixing, DeltaMixing, Mixing
+from mohawk.kernels.mixing.definition import AttentionMixing, DeltaMixing, Mixing, SSDMixing
 from mohawk.kernels.mixing.metrics import reads_teacher
 
 BACKEND = "triton"  # as `mohawk doctor` names it
@@ -450,7 +450,7 @@ def _width(size: int) -> int:
     return max(16, triton.next_power_of_2(size))
 
 
-def _operands(mixing: Mixing) -> tuple[Tensor, Tensor]:
+def _operands(mixing: AttentionMixing | SSDMixing) -> tuple[Tensor, Tensor]:
     """left and right of a Side, not yet contiguous."""
     if isinstance(mixing, AttentionMixing):
         return mixing.q, mixing.k

@@ -238,7 +238,7 @@ def test_what_fades_leaves_no_denormal_numbers():
     student = cast(delta(1, 1, 1500, 8, strength=0.2), torch.float32)
     with torch.no_grad():
         strips = strips_of(student, Block(slice(0, 1), 0, 1, 1), torch.float32, True)
-        strips.strip(1408, 1500, 0)
+        strips.strip(1472, 1500, 0)
     (walk,) = strips.walks
     for value in (*walk, strips.seen, strips.crossing, strips.left):
         assert not ((value != 0) & (value.abs() < torch.finfo(torch.float32).tiny * 1e6)).any()
