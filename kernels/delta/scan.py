@@ -109,7 +109,7 @@ def gated_delta_step(
     if v.dim() != 3:
         raise ValueError(f"{where}: v must be (batch, heads, value_dim), got {tuple(v.shape)}")
     if not _fits_step(state, q, k, v, beta, log_decay):
-        _check(*(x.unsqueeze(1) for x in (q, k, v, beta, log_decay)), state, None, where)
+        _check(q[:, None], k[:, None], v[:, None], beta[:, None], log_decay[:, None], state, None, where)
     compute = torch.promote_types(state.dtype, torch.float32)
     k_column, q_column = k.to(compute).unsqueeze(-1), q.to(compute).unsqueeze(-1)
     decay = log_decay.to(compute).exp()
