@@ -35,7 +35,7 @@ HERE = pathlib.Path(__file__).resolve().parent
 ROOT = HERE.parent
 RESULTS = HERE / "results"
 SHORT = 0.2  # seconds: calls that take less are timed several at once
-NAMES = ("kd_loss", "kd_accuracy", "mixing_distance", "ssd")
+NAMES = ("kd_loss", "kd_accuracy", "mixing_distance", "delta_distance", "ssd", "delta_rule")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -27,7 +27,8 @@ GROUPS = {
         "match_attention", "OnPolicy", "RationaleDistiller", "TeacherCache", "CachedRows",
     ],
     "Kernels": [
-        "AttentionMixing", "SSDMixing", "mixing_matrix", "mixing_distance", "ssd", "ssd_step", "causal_conv1d",
+        "AttentionMixing", "SSDMixing", "DeltaMixing", "mixing_matrix", "mixing_distance", "ssd", "ssd_step",
+        "gated_delta_rule", "gated_delta_step", "causal_conv1d",
     ],
     "Models": [
         "hybrid_from_teacher", "HybridConfig", "HybridForCausalLM", "Mamba2Mixer", "DiscreteMamba2Mixer", "to_bamba",

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from mohawk.distillation.recipe import DistillRecipe
     from mohawk.distillation.run import distill
     from mohawk.kernels.causal_conv1d.convolution import causal_conv1d
+    from mohawk.kernels.delta.scan import gated_delta_rule, gated_delta_step
     from mohawk.kernels.kd.loss import kd_loss, linear_kd_loss
     from mohawk.kernels.kd.teachers import (
         TAIDSchedule,
@@ -36,7 +37,7 @@ if TYPE_CHECKING:
         TeacherTAID,
         TeacherTopK,
     )
-    from mohawk.kernels.mixing.definition import AttentionMixing, SSDMixing
+    from mohawk.kernels.mixing.definition import AttentionMixing, DeltaMixing, SSDMixing
     from mohawk.kernels.mixing.distance import mixing_distance
     from mohawk.kernels.mixing.matrix import mixing_matrix
     from mohawk.kernels.ssd.scan import ssd, ssd_step
@@ -67,6 +68,7 @@ _PUBLIC = {
     "AttentionMixing": "mohawk.kernels.mixing.definition",
     "CachedRows": "mohawk.teacher_cache.reader",
     "Cut": "mohawk.models.cutting.cuts",
+    "DeltaMixing": "mohawk.kernels.mixing.definition",
     "DiscreteMamba2Mixer": "mohawk.models.mixers",
     "DistillRecipe": "mohawk.distillation.recipe",
     "DistillationTrainer": "mohawk.losses.hf_trainer",
@@ -99,6 +101,8 @@ _PUBLIC = {
     "cut": "mohawk.models.cutting.cuts",
     "distill": "mohawk.distillation.run",
     "from_bamba": "mohawk.models.formats.bamba",
+    "gated_delta_rule": "mohawk.kernels.delta.scan",
+    "gated_delta_step": "mohawk.kernels.delta.scan",
     "hybrid_from_teacher": "mohawk.models.from_teacher",
     "kd_loss": "mohawk.kernels.kd.loss",
     "keep_layers": "mohawk.models.cutting.cuts",
@@ -125,6 +129,7 @@ __all__ = [
     "AttentionMixing",
     "CachedRows",
     "Cut",
+    "DeltaMixing",
     "DiscreteMamba2Mixer",
     "DistillRecipe",
     "DistillationTrainer",
@@ -157,6 +162,8 @@ __all__ = [
     "cut",
     "distill",
     "from_bamba",
+    "gated_delta_rule",
+    "gated_delta_step",
     "hybrid_from_teacher",
     "kd_loss",
     "keep_layers",

@@ -31,7 +31,7 @@ def segment_starts(segment_ids: Tensor) -> Tensor:
 
 
 def decays_with_resets(log_decay: Tensor, segment_ids: Tensor | None) -> Tensor:
-    """(batch, seq, heads) log decays in float64, with the border of each segment a decay to exactly 0.
+    """(batch, seq, heads, ...) log decays in float64, with the border of each segment a decay to exactly 0.
 
     Float64 because all scans take differences of cumulative sums, and after a strong decay (or a border) a
     float32 sum has lost the weak ones. Values below RESET (-inf too) already decay to 0 and are cut off
@@ -41,7 +41,7 @@ def decays_with_resets(log_decay: Tensor, segment_ids: Tensor | None) -> Tensor:
     if segment_ids is not None and segment_ids.shape[1] > 1:
         border = segment_ids[:, 1:] != segment_ids[:, :-1]
         decays = decays.clone() if decays is log_decay else decays
-        decays[:, 1:] += border.unsqueeze(-1) * RESET
+        decays[:, 1:] += border.view(*border.shape, *(1,) * (decays.dim() - 2)) * RESET
     return decays
 
 

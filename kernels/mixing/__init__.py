@@ -1,4 +1,4 @@
-"""Mixing matrices of attention and of state-space layers, and their distances.
+"""Mixing matrices of attention, of state-space layers and of delta rules, and their distances.
 
 The names are imported when first used: what knows the metrics alone (metrics.py) needs no torch.
 """
@@ -7,20 +7,29 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from mohawk.kernels.mixing.definition import AttentionMixing, Mixing, SSDMixing
+    from mohawk.kernels.mixing.definition import AttentionMixing, DeltaMixing, Mixing, SSDMixing
     from mohawk.kernels.mixing.distance import mixing_distance
     from mohawk.kernels.mixing.matrix import mixing_matrix
     from mohawk.kernels.mixing.mean_heads import head_mean_distance
 
 _PUBLIC = {
     "AttentionMixing": "definition",
+    "DeltaMixing": "definition",
     "Mixing": "definition",
     "SSDMixing": "definition",
     "head_mean_distance": "mean_heads",
     "mixing_distance": "distance",
     "mixing_matrix": "matrix",
 }
-__all__ = ["AttentionMixing", "Mixing", "SSDMixing", "head_mean_distance", "mixing_distance", "mixing_matrix"]
+__all__ = [
+    "AttentionMixing",
+    "DeltaMixing",
+    "Mixing",
+    "SSDMixing",
+    "head_mean_distance",
+    "mixing_distance",
+    "mixing_matrix",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -1,9 +1,9 @@
 """The distance of two mixing matrices row strip by row strip, in torch, on any device.
 
-Work goes in blocks (some heads of some batch rows) and in a block in strips of STRIP rows, all visible
+Work goes in blocks (some heads of some batch rows) and in a block in strips of STRIP rows or so, all visible
 columns at once: the teacher's strip, the student's minus it, the sum of squares, and from the same
 difference the gradients of the student's tensors. So each tile of either matrix is made once, and nothing
-is longer than STRIP x seq.
+is larger than a strip.
 
 The distance's own factor (1 / norm for frobenius) is known only when a block is done; until then gradients
 are those of half the sum of squares, per head, and the factor is applied before heads are summed into
@@ -17,9 +17,9 @@ from torch import Tensor
 
 from mohawk.kernels.common.first_order import anchors, first_order
 from mohawk.kernels.common.segments import group_slice, head_blocks
-from mohawk.kernels.mixing.definition import AttentionMixing, Mixing
+from mohawk.kernels.mixing.definition import AttentionMixing, DeltaMixing, Mixing, SSDMixing
 from mohawk.kernels.mixing.metrics import METRICS, reads_teacher
-from mohawk.kernels.mixing.strips import STRIP, Block, strips_of
+from mohawk.kernels.mixing.strips import STRIP, Block, strip_of, strips_of
 
 BACKEND = "chunked"  # as `mohawk doctor` names it
 
@@ -31,8 +31,10 @@ def _blocks(mixings: tuple[Mixing, ...], heads: int, strip: int) -> Iterator[Blo
     counts = []
     for mixing in mixings:
         counts.append(mixing.shape[1])
-        attention = isinstance(mixing, AttentionMixing)
-        counts += [mixing.k.shape[1]] if attention else [mixing.C.shape[2], mixing.B.shape[2]]
+        if isinstance(mixing, AttentionMixing):
+            counts.append(mixing.k.shape[1])
+        elif isinstance(mixing, SSDMixing):
+            counts += [mixing.C.shape[2], mixing.B.shape[2]]
     per_head = strip * seq
     ranges = head_blocks(heads, tuple(counts), max(1, STRIP_ENTRIES // per_head))
     rows = max(1, STRIP_ENTRIES // (per_head * (ranges[0][1] - ranges[0][0])))
@@ -109,7 +111,7 @@ def value_and_gradients(
     weight = 1 / max(1, batch * heads) if reduction == "mean" else 1.0
     gradients: list[Tensor | None] = [None] * len(student.tensors)
     attention = isinstance(student, AttentionMixing)
-    strip = min(STRIP, seq)
+    strip = strip_of(seq, isinstance(student, DeltaMixing) or isinstance(teacher, DeltaMixing))
     blocks = list(_blocks((student, teacher), heads, strip)) if values.numel() and seq else []
     if wanted:
         for index, value in enumerate(student.tensors):

@@ -2,8 +2,9 @@
 
 Attention is softmax(scale * q k^T) with rows that sum to 1. A state-space head (SSD, arXiv 2405.21060) is
 S[i, j] = (C_i . B_j) exp(log_decay_{j+1} + ... + log_decay_i) input_scale_j for j <= i, plus D on the
-diagonal. Both are described by what they are made of; `mixing_matrix` writes one out, `mixing_distance`
-compares two without.
+diagonal. A delta-rule head (Gated Delta Networks, arXiv 2412.06464) has T[i, j] = q_i . p_j(i), where p_j(j) =
+beta_j k_j is what token j writes and each later token t turns it into (I - beta_t k_t k_t^T) exp(log_decay_t) p_j. All
+are described by what they are made of; `mixing_matrix` writes one out, `mixing_distance` compares two without.
 """
 
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from mohawk.kernels.common.delta_chunks import check_gates
 from mohawk.kernels.common.segments import check_segment_ids
 
 
@@ -123,7 +125,48 @@ class SSDMixing:
         return (self.C, self.B, self.log_decay, self.input_scale, self.D)
 
 
-Mixing = AttentionMixing | SSDMixing
+@dataclass(frozen=True, eq=False)
+class DeltaMixing:
+    """A gated delta rule's matrix, as `gated_delta_rule` applies it to v.
+
+    q and k: (batch, seq, heads, d), taken as they are, that is normalised and scaled. beta: (batch, seq, heads).
+    log_decay: (batch, seq, heads), or (batch, seq, heads, d) for a decay of each channel (Kimi Linear, arXiv
+    2510.26692).
+
+    segment_ids: (batch, seq) integers; the state starts anew at each segment (a run of equal ids), -1 is
+    padding.
+    """
+
+    q: Tensor
+    k: Tensor
+    beta: Tensor
+    log_decay: Tensor
+    segment_ids: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        q, k, where = self.q, self.k, "DeltaMixing"
+        if q.dim() != 4 or q.shape != k.shape:
+            shapes = f"{tuple(q.shape)} and {tuple(k.shape)}"
+            raise ValueError(f"{where}: q and k must be (batch, seq, heads, d), both alike, got {shapes}")
+        if not q.shape[3]:
+            raise ValueError(f"{where}: d is 0")
+        check_gates(where, k, self.beta, self.log_decay)
+        _check_floating(where, q.device, q=q, k=k, beta=self.beta, log_decay=self.log_decay)
+        check_segment_ids(self.segment_ids, q.shape[0], q.shape[1], where)
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(batch, heads, seq)."""
+        batch, seq, heads, _ = self.q.shape
+        return batch, heads, seq
+
+    @property
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        return (self.q, self.k, self.beta, self.log_decay)
+
+
+Mixing = AttentionMixing | SSDMixing | DeltaMixing
+KINDS = "an AttentionMixing, an SSDMixing or a DeltaMixing"
 
 
 def _check_floating(where: str, device: torch.device, **tensors: Tensor | None) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mohawk.kernels.common.segments import segment_starts
 from mohawk.kernels.mixing.chunked import distance_chunked, real_tokens
-from mohawk.kernels.mixing.definition import AttentionMixing, Mixing
+from mohawk.kernels.mixing.definition import KINDS, AttentionMixing, DeltaMixing, Mixing
 from mohawk.kernels.mixing.metrics import METRICS, described
 from mohawk.kernels.mixing.reference import distance_reference
 
@@ -86,7 +86,8 @@ def _check_triton(student: Mixing, teacher: Mixing) -> None:
 
     if not fits_triton(student, teacher):
         raise ValueError(
-            f"{where} is not for float64, a softcap, nor a head_dim or state_size above 256; take 'chunked'"
+            f"{where} is not for a DeltaMixing, float64, a softcap, nor a head_dim or state_size above 256; "
+            "take 'chunked'"
         )
 
 
@@ -113,7 +114,7 @@ def check_pair(where: str, student: Mixing, teacher: Mixing) -> None:
     """Raises ValueError, from `where`, unless both are mixings of one batch, length and device."""
     for name, value in (("student", student), ("teacher", teacher)):
         if not isinstance(value, Mixing):
-            raise ValueError(f"{where}: {name} must be an AttentionMixing or an SSDMixing, got {type(value).__name__}")
+            raise ValueError(f"{where}: {name} must be {KINDS}, got {type(value).__name__}")
     (batch, _, seq), (batch_t, _, seq_t) = student.shape, teacher.shape
     if (batch, seq) != (batch_t, seq_t):
         raise ValueError(
@@ -126,10 +127,17 @@ def check_pair(where: str, student: Mixing, teacher: Mixing) -> None:
         )
 
 
+def a_kind(mixing: Mixing) -> str:
+    """As in a sentence: "an SSDMixing"."""
+    return f"a{'' if isinstance(mixing, DeltaMixing) else 'n'} {type(mixing).__name__}"
+
+
 def check_kl(student: Mixing, teacher: Mixing) -> None:
     where = "mixing_distance: metric 'kl'"
-    if not (isinstance(student, AttentionMixing) and isinstance(teacher, AttentionMixing)):
-        raise ValueError(f"{where} compares two attentions; rows of an SSDMixing are no distributions")
+    for mixing in (student, teacher):
+        if not isinstance(mixing, AttentionMixing):
+            raise ValueError(f"{where} compares two attentions; rows of {a_kind(mixing)} are no distributions")
+    assert isinstance(student, AttentionMixing) and isinstance(teacher, AttentionMixing)
     if student.window is None and student.segment_ids is None:
         return
     hidden = _first_column(teacher) < _first_column(student)

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 from torch import Tensor
 
 from mohawk.kernels.mixing.chunked import write_matrix
-from mohawk.kernels.mixing.definition import Mixing
+from mohawk.kernels.mixing.definition import KINDS, Mixing
 
 
 def mixing_matrix(
@@ -24,7 +24,7 @@ def mixing_matrix(
     do not exist.
     """
     if not isinstance(mixing, Mixing):
-        raise ValueError(f"mixing_matrix: takes an AttentionMixing or an SSDMixing, got {type(mixing).__name__}")
+        raise ValueError(f"mixing_matrix: takes {KINDS}, got {type(mixing).__name__}")
     batch, count, seq = mixing.shape
     first, last = rows if isinstance(rows, (tuple, list)) and len(rows) == 2 else (0, seq if rows is None else -1)
     if not 0 <= first <= last <= seq:

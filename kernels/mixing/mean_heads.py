@@ -15,7 +15,7 @@ from torch import Tensor
 
 from mohawk.kernels.mixing.chunked import add_block, compute_dtype, differentiable, finish, real_tokens
 from mohawk.kernels.mixing.definition import AttentionMixing, Mixing
-from mohawk.kernels.mixing.distance import check_kl, check_pair
+from mohawk.kernels.mixing.distance import a_kind, check_kl, check_pair
 from mohawk.kernels.mixing.metrics import OF_MEANS
 from mohawk.kernels.mixing.strips import HIDDEN, STRIP, Block, strips_of
 
@@ -44,8 +44,9 @@ def head_mean_distance(student: Mixing, teacher: Mixing, *, metric: str = "mse",
         raise ValueError(f"{where}: {groups} groups must divide the heads, {heads} (student) and {heads_t} (teacher)")
     if metric == "kl":
         check_kl(student, teacher)
-    if metric == "scores" and not (isinstance(student, AttentionMixing) and isinstance(teacher, AttentionMixing)):
-        raise ValueError(f"{where}: metric 'scores' compares two attentions; an SSDMixing has no scores")
+    for mixing in (student, teacher):
+        if metric == "scores" and not isinstance(mixing, AttentionMixing):
+            raise ValueError(f"{where}: metric 'scores' compares two attentions; {a_kind(mixing)} has no scores")
     return differentiable(student, teacher, metric, "mean", partial(_value_and_gradients, groups=groups))
 
 

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from mohawk.kernels.common.segments import decays_with_resets, segment_runs
-from mohawk.kernels.mixing.definition import AttentionMixing, Mixing, SSDMixing
+from mohawk.kernels.mixing.definition import AttentionMixing, DeltaMixing, Mixing, SSDMixing
 from mohawk.kernels.mixing.metrics import METRICS
 
 BACKEND = "reference"  # as `mohawk doctor` names it
@@ -12,7 +12,9 @@ BACKEND = "reference"  # as `mohawk doctor` names it
 
 def dense_matrix(mixing: Mixing) -> Tensor:
     """(batch, heads, seq, seq) in float64 for float64 inputs, else float32. Differentiable."""
-    return _dense_attention(mixing, log=False) if isinstance(mixing, AttentionMixing) else _dense_ssd(mixing)
+    if isinstance(mixing, AttentionMixing):
+        return _dense_attention(mixing, log=False)
+    return _dense_ssd(mixing) if isinstance(mixing, SSDMixing) else _dense_delta(mixing)
 
 
 def _compute_dtype(mixing: Mixing) -> torch.dtype:
@@ -55,6 +57,25 @@ def _dense_ssd(mixing: SSDMixing) -> Tensor:
         eye = torch.eye(seq, dtype=compute, device=C.device)
         matrix = matrix + mixing.D.to(compute)[:, None, None] * eye
     return matrix
+
+
+def _dense_delta(mixing: DeltaMixing) -> Tensor:
+    """Row by row: what earlier tokens have written, as the row's token leaves it, seen by its query."""
+    compute = _compute_dtype(mixing)
+    batch, heads, seq = mixing.shape
+    decay = decays_with_resets(mixing.log_decay, mixing.segment_ids).to(compute).exp()
+    decay = (decay if decay.dim() == 4 else decay.unsqueeze(-1)).transpose(1, 2)
+    q, k = (value.to(compute).transpose(1, 2) for value in (mixing.q, mixing.k))
+    writes = mixing.beta.to(compute).transpose(1, 2).unsqueeze(-1) * k
+    written = k[:, :, :0]  # (b, h, tokens so far, d)
+    rows = [q[:, :, :0] @ k.mT]
+    for t in range(seq):
+        written = decay[:, :, t : t + 1] * written
+        written = written - (written @ k[:, :, t, :, None]) * writes[:, :, t : t + 1]
+        written = torch.cat((written, writes[:, :, t : t + 1]), 2)
+        row = (written @ q[:, :, t, :, None]).transpose(2, 3)
+        rows.append(torch.nn.functional.pad(row, (0, seq - t - 1)))
+    return torch.cat(rows, 2)
 
 
 def distance_reference(student: Mixing, teacher: Mixing, metric: str) -> Tensor:

@@ -2,7 +2,8 @@
 
 A strip of a state-space matrix left of the diagonal is one matrix product of rows C_i exp(sums_i - sums_r)
 and columns B_j input_scale_j exp(sums_r - sums_j), r the token before the strip: both exponents are sums of
-log decays, at most 0, so nothing overflows. Only the diagonal tile needs the decays entry by entry.
+log decays, at most 0, so nothing overflows. Only the diagonal tile needs the decays entry by entry. Those of a
+delta rule are in delta_strips.py.
 
 Letters: b batch rows of the block, h its heads, t rows of a strip, m its columns, n seq, N state_size, d
 head_dim.
@@ -13,8 +14,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from mohawk.kernels.common.decays import decay_between, sums_before, sums_from
 from mohawk.kernels.common.segments import decays_with_resets, group_slice, segment_runs, segment_starts
-from mohawk.kernels.mixing.definition import AttentionMixing, Mixing, SSDMixing
+from mohawk.kernels.mixing.definition import AttentionMixing, DeltaMixing, Mixing, SSDMixing
+from mohawk.kernels.mixing.delta_strips import DeltaStrips, chunk_of
 
 STRIP = 64  # rows
 HIDDEN = -1e30  # a score whose exponential is 0; finite, so that log-probabilities have no NaN
@@ -59,7 +62,7 @@ class _AttentionStrips:
         self.q = block.take(mixing.q).to(dtype)
         self.k = block.take(mixing.k).to(dtype).contiguous()
         self.batch = self.q.shape[0]
-        tile = min(STRIP, self.q.shape[2])
+        tile = strip_of(self.q.shape[2], tall=True)
         self.later = torch.ones(tile, tile, dtype=torch.bool, device=self.q.device).triu(1)
         self.runs = self.starts = None
         if mixing.segment_ids is not None:
@@ -179,16 +182,8 @@ class _SSDStrips:
         scale = None if self.scale is None else self.scale[:, :, row:end]
         self.C_tile = self._scaled(self.C[:, :, row:end], None)
         self.B_tile = self._scaled(self.B[:, :, row:end], scale)
-        # Sums from the tile's first token; split into two floats, so that after a strong decay weak ones
-        # count.
-        sums = sums - sums[..., :1]
-        high = sums.to(self.dtype)
-        decay = high.unsqueeze(-1) - high.unsqueeze(-2)
-        if self.dtype != torch.float64:
-            low = (sums - high).to(self.dtype)
-            decay += low.unsqueeze(-1)
-            decay -= low.unsqueeze(-2)
-        self.decay = decay.exp_().tril_()
+        # Sums from the tile's first token, so that strong decays before it cost no digits.
+        self.decay = decay_between(sums - sums[..., :1], self.dtype)
         if row == first:
             return
         before = self.sums[:, :, row - 1 : row]
@@ -254,11 +249,11 @@ class _SSDStrips:
             # A decay left of the strip acts on all the strip's rows and on the columns before it: a sum
             # from the left, in which nothing cancels.
             columns = (dB_columns * self.B_columns).sum(-1).to(torch.float64)
-            self.d_decay[:, :, first:row] += columns.cumsum(-1) - columns
+            self.d_decay[:, :, first:row] += sums_before(columns)
             dC.addcmul_(dC_rows, self.row_decay.unsqueeze(-1))
             self.dB[:, :, first:row].addcmul_(dB_columns, self.column_decay.unsqueeze(-1))
         self.dC[:, :, row:end] = dC
-        self.d_decay[:, :, row:end] = d_sums.flip(-1).cumsum(-1).flip(-1)
+        self.d_decay[:, :, row:end] = sums_from(d_sums)
 
     def gradients(self) -> tuple[Tensor | None, ...]:
         B = _repeated(self.B, self.heads)
@@ -267,7 +262,15 @@ class _SSDStrips:
         return self.dC, dB, self.d_decay, d_scale, None if self.D is None else self.dD
 
 
+def strip_of(seq: int, tall: bool) -> int:
+    """Rows of a strip. tall: there is a delta rule, whose walks take as many steps for some of a chunk's rows as for
+    all."""
+    return max(1, chunk_of(seq) if tall else min(STRIP, seq))
+
+
 def strips_of(mixing: Mixing, block: Block, dtype: torch.dtype, gradients: bool):
     if isinstance(mixing, AttentionMixing):
         return _AttentionStrips(mixing, block, dtype, gradients)
+    if isinstance(mixing, DeltaMixing):
+        return DeltaStrips(mixing, block, dtype, gradients)
     return _SSDStrips(mixing, block, dtype, gradients)

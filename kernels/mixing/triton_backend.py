@@ -25,7 +25,7 @@ from torch import Tensor
 
 from mohawk.kernels.common.segments import RESET, segment_starts
 from mohawk.kernels.mixing import chunked
-from mohawk.kernels.mixing.definition import AttentionMixing, Mixing
+from mohawk.kernels.mixing.definition import AttentionMixing, DeltaMixing, Mixing, SSDMixing
 from mohawk.kernels.mixing.metrics import reads_teacher
 
 BACKEND = "triton"  # as `mohawk doctor` names it
@@ -450,16 +450,16 @@ def _width(size: int) -> int:
     return max(16, triton.next_power_of_2(size))
 
 
-def _operands(mixing: Mixing) -> tuple[Tensor, Tensor]:
+def _operands(mixing: AttentionMixing | SSDMixing) -> tuple[Tensor, Tensor]:
     """left and right of a Side, not yet contiguous."""
     if isinstance(mixing, AttentionMixing):
         return mixing.q, mixing.k
     return mixing.C.transpose(1, 2), mixing.B.transpose(1, 2)
 
 
-def _dtype(student: Mixing, teacher: Mixing) -> torch.dtype:
+def _dtype(*mixings: AttentionMixing | SSDMixing) -> torch.dtype:
     """Of the products' operands. Float16 is widened: gradients times decays leave its range."""
-    given = {tensor.dtype for mixing in (student, teacher) for tensor in _operands(mixing)}
+    given = {tensor.dtype for mixing in mixings for tensor in _operands(mixing)}
     return torch.bfloat16 if given == {torch.bfloat16} else torch.float32
 
 
@@ -474,7 +474,7 @@ def _first_seen(mixing: Mixing) -> Tensor | None:
     return None if first is None else first.to(torch.int32).contiguous()
 
 
-def _side(mixing: Mixing, dtype: torch.dtype) -> Side:
+def _side(mixing: AttentionMixing | SSDMixing, dtype: torch.dtype) -> Side:
     left, right = (value.to(dtype).contiguous() for value in _operands(mixing))
     most = inverse = sums = weight = D = scale = None
     if isinstance(mixing, AttentionMixing):
@@ -514,6 +514,7 @@ def sums_and_gradients(student: Mixing, teacher: Mixing, metric: str, real: Tens
     batch, _, seq = student.shape
     heads = max(student.shape[1], teacher.shape[1])
     device = student.tensors[0].device
+    assert not isinstance(student, DeltaMixing) and not isinstance(teacher, DeltaMixing)  # `fits_triton`
     dtype = _dtype(student, teacher)
     s, t = _side(student, dtype), _side(teacher, dtype)
     widths = {"STUDENT_WIDTH": _width(s.width), "TEACHER_WIDTH": _width(t.width)}
@@ -588,8 +589,10 @@ def _value_and_gradients(
 
 
 def fits_triton(student: Mixing, teacher: Mixing) -> bool:
-    """Whether the kernels cover this pair: no float64, no softcap, head_dim and state_size at most 256."""
+    """Whether the kernels cover this pair: no delta rule, float64 or softcap, head_dim and state_size at most 256."""
     for mixing in (student, teacher):
+        if isinstance(mixing, DeltaMixing):
+            return False
         if any(value is not None and value.dtype == torch.float64 for value in mixing.tensors):
             return False
         if isinstance(mixing, AttentionMixing) and mixing.softcap is not None:

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from mohawk.kernels.common.decays import decay_between, sums_before, sums_from
 from mohawk.kernels.common.first_order import first_order
 from mohawk.kernels.common.segments import decays_with_resets, group_slice, head_blocks
 
@@ -162,15 +163,7 @@ class _Operands:
         self.to_end_bhcq = (total - sums).exp().to(shape.state_dtype)
         self.across_bhc = self.from_start_bhcq[..., -1]
 
-        # exp(sums_i - sums_j) for j <= i. In float32 each sum is split into two parts, since their
-        # difference must keep what a strong decay earlier in the chunk would push out of one float32.
-        high = sums.to(shape.state_dtype)
-        decay = high.unsqueeze(-1) - high.unsqueeze(-2)
-        if shape.state_dtype != torch.float64:
-            low = (sums - high).to(shape.state_dtype)
-            decay += low.unsqueeze(-1)
-            decay -= low.unsqueeze(-2)
-        self.decay_bhcqq = decay.exp_().tril_()
+        self.decay_bhcqq = decay_between(sums, shape.state_dtype)
 
         # C B^T once for each pair of groups that meet in a head.
         groups = math.lcm(self.B_bgcqN.shape[1], self.C_bgcqN.shape[1])
@@ -364,7 +357,7 @@ def _backward_block(
     to_later = (B_bhcqN * dB_bhcqN).sum(-1, dtype=wide)
     d_sums = through_mixing + from_earlier
     later = to_later.to(torch.float64)
-    d_decay_bhcq = d_sums.flip(-1).cumsum(-1).flip(-1) + (later.cumsum(-1) - later)
+    d_decay_bhcq = sums_from(d_sums) + sums_before(later)
     d_decay_bhcq += (d_across_bhc * ops.across_bhc).unsqueeze(-1)
     d_decay[rows, :, heads] = _unchunked(d_decay_bhcq.unsqueeze(-1), shape.seq).squeeze(-1)
 

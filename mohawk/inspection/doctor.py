@@ -256,6 +256,13 @@ def _ssd(device: torch.device) -> None:
     mohawk.ssd(x, torch.zeros(1, 16, 2, device=device), x, x)
 
 
+def _gated_delta_rule(device: torch.device) -> None:
+    import torch
+
+    x, gate = torch.zeros(1, 16, 2, 16, device=device), torch.zeros(1, 16, 2, device=device)
+    mohawk.gated_delta_rule(x, x, x, beta=gate, log_decay=gate)
+
+
 def _causal_conv1d(device: torch.device) -> None:
     import torch
 
@@ -267,6 +274,7 @@ _calls: dict[str, Callable[[torch.device], None]] = {
     "linear_kd_loss": _linear_kd_loss,
     "mixing_distance": _mixing_distance,
     "ssd": _ssd,
+    "gated_delta_rule": _gated_delta_rule,
     "causal_conv1d": _causal_conv1d,
 }
 

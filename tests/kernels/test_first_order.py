@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from mohawk.kernels.causal_conv1d import causal_conv1d
-from mohawk.kernels.mixing.definition import AttentionMixing, SSDMixing
+from mohawk.kernels.delta.scan import gated_delta_rule
+from mohawk.kernels.mixing.definition import AttentionMixing, DeltaMixing, SSDMixing
 from mohawk.kernels.mixing.distance import mixing_distance
 from mohawk.kernels.ssd.scan import ssd
 
@@ -22,7 +23,18 @@ def distance(x):
     return mixing_distance(student, AttentionMixing(torch.randn(2, 3, 9, 4), torch.randn(2, 3, 9, 4)))
 
 
-@pytest.mark.parametrize("operation", (conv, scan, distance))
+def delta_rule(x):
+    q, k = torch.randn(2, 2, 9, 3, 4)
+    return gated_delta_rule(q, k, x[..., None], beta=torch.rand(2, 9, 3), log_decay=-torch.rand(2, 9, 3))
+
+
+def delta_distance(x):
+    q, k = torch.randn(2, 2, 9, 3, 4)
+    teacher = AttentionMixing(torch.randn(2, 3, 9, 4), torch.randn(2, 3, 9, 4))
+    return mixing_distance(DeltaMixing(q, k, x.sigmoid(), -torch.rand(2, 9, 3)), teacher)
+
+
+@pytest.mark.parametrize("operation", (conv, scan, distance, delta_rule, delta_distance))
 def test_second_derivatives(operation):
     x = torch.randn(2, 9, 3, requires_grad=True)
     for by_name in (True, False):

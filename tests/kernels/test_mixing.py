@@ -144,7 +144,7 @@ ids = torch.zeros(1, 10, dtype=torch.long)
         (lambda: AttentionMixing(q, q, window=0), "window must be None or a whole number from 1 up"),
         (lambda: AttentionMixing(q, q, window=2.5), "window must be None or a whole number from 1 up"),
         (lambda: AttentionMixing(q[..., :0], q[..., :0]), "head_dim is 0"),
-        (lambda: mixing_matrix(q), "takes an AttentionMixing or an SSDMixing"),
+        (lambda: mixing_matrix(q), "takes an AttentionMixing, an SSDMixing or a DeltaMixing"),
         (lambda: mixing_matrix(SSDMixing(C, C, decay), rows=slice(0, 3)), "rows must be"),
         (lambda: mixing_matrix(SSDMixing(C, C, decay), heads=1), "heads must be a list"),
         (lambda: AttentionMixing(q.long(), q), "floating point"),

@@ -330,7 +330,7 @@ def wrong(**change):
         (wrong(metric="l1"), "metric must be one of"),
         (wrong(reduction="max"), "reduction must be one of"),
         (wrong(backend="cuda"), "backend must be one of"),
-        (wrong(teacher=torch.zeros(3)), "must be an AttentionMixing or an SSDMixing, got Tensor"),
+        (wrong(teacher=torch.zeros(3)), "must be an AttentionMixing, an SSDMixing or a DeltaMixing, got Tensor"),
         (wrong(teacher=attention(1, 3, 3, 10, 4)), "one number of heads must divide the other, got 4"),
         (wrong(teacher=attention(1, 4, 2, 11, 4)), "agree in batch and seq"),
         (wrong(metric="kl"), "compares two attentions"),

@@ -209,3 +209,12 @@ def test_mistakes_are_named(change, message):
     with pytest.raises(ValueError, match=message) as caught:
         ssd(**{**inputs(), **change})
     assert "\n" not in str(caught.value)
+
+
+def test_gradients_of_strong_decays_are_no_rounding():
+    """A decay of exp(-50) has a gradient of 1e-22, beside tokens' own of 1."""
+    given = inputs(1, 140, 2, 4, 4, (2, 1))
+    given["log_decay"] = torch.full_like(given["log_decay"], -50.0).requires_grad_()
+    exact = run(given, "reference")
+    for name, value in run(given, "chunked").items():
+        assert error(value, exact[name]) < 1e-11, name

@@ -48,6 +48,7 @@ def test_operations_use_the_chunked_path_without_a_gpu(monkeypatch):
         "linear_kd_loss": "chunked",
         "mixing_distance": "chunked",
         "ssd": "chunked",
+        "gated_delta_rule": "chunked",
         "causal_conv1d": "torch",
     }
 

@@ -1,0 +1,170 @@
+"""The gated delta rule: a state that forgets, and that corrects what it holds under a key rather than adding to it.
+
+    S_t = (I - beta_t k_t k_t^T) diag(exp(log_decay_t)) S_{t-1} + beta_t k_t v_t^T        (key_dim x value_dim)
+    y_t = S_t^T q_t
+
+With one log decay for each head and token it is the rule of Gated Delta Networks (arXiv 2412.06464; Qwen3-Next, Qwen3.5
+and OLMo-Hybrid run it), with one for each channel Kimi Delta Attention's (Kimi Linear, arXiv 2510.26692).
+"""
+
+from typing import Literal, overload
+
+import torch
+from torch import Tensor
+
+from mohawk.kernels.common.delta_chunks import check_gates
+from mohawk.kernels.common.segments import check_segment_ids
+from mohawk.kernels.delta.chunked import delta_chunked
+from mohawk.kernels.delta.reference import delta_reference
+
+BACKENDS = {"auto": delta_chunked, "reference": delta_reference, "chunked": delta_chunked}
+
+
+@overload
+def gated_delta_rule(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    beta: Tensor,
+    log_decay: Tensor,
+    initial_state: Tensor | None = None,
+    segment_ids: Tensor | None = None,
+    return_final_state: Literal[False] = False,
+    backend: str = "auto",
+) -> Tensor: ...
+@overload
+def gated_delta_rule(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    beta: Tensor,
+    log_decay: Tensor,
+    initial_state: Tensor | None = None,
+    segment_ids: Tensor | None = None,
+    return_final_state: Literal[True],
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]: ...
+@overload
+def gated_delta_rule(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    beta: Tensor,
+    log_decay: Tensor,
+    initial_state: Tensor | None = None,
+    segment_ids: Tensor | None = None,
+    return_final_state: bool,
+    backend: str = "auto",
+) -> Tensor | tuple[Tensor, Tensor]: ...
+def gated_delta_rule(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    beta: Tensor,
+    log_decay: Tensor,
+    initial_state: Tensor | None = None,
+    segment_ids: Tensor | None = None,
+    return_final_state: bool = False,
+    backend: str = "auto",
+) -> Tensor | tuple[Tensor, Tensor]:
+    """The rule over a whole sequence, differentiable in every floating-point argument.
+
+    q and k: (batch, seq, heads, key_dim), taken as they are: normalise and scale them before (Qwen3.5 divides both by
+    their norms and q by sqrt(key_dim)). v: (batch, seq, heads, value_dim), float32, float64, bfloat16 or float16. Where
+    value heads share keys, repeat those. beta: (batch, seq, heads), how much of what stands under the key is replaced,
+    from 0 to 1 (a state can grow without bound where beta |k|^2 is above 2). log_decay: (batch, seq, heads), or
+    (batch, seq, heads, key_dim) for a decay of each channel; at most 0, -inf allowed. initial_state: (batch, heads,
+    key_dim, value_dim), 0 if not given. segment_ids: (batch, seq) integers; the state starts anew where the id changes
+    (the first segment goes on from initial_state).
+
+    backend: "reference" is the recurrence token by token, "chunked" torch on any device with memory linear in seq,
+    "auto" is "chunked".
+
+    Returns y like v, and with return_final_state also the state after the last token, (batch, heads, key_dim,
+    value_dim) in float32 (float64 for float64 v). The rule is float32 inside (float64 for float64 v). Raises
+    ValueError for shapes that do not fit, RuntimeError in a second derivative, which only "reference" has.
+    """
+    _check(q, k, v, beta, log_decay, initial_state, segment_ids)
+    if backend not in BACKENDS:
+        raise ValueError(f"gated_delta_rule: backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
+    with torch.autocast(v.device.type, enabled=False):
+        y, final_state = BACKENDS[backend](q, k, v, beta, log_decay, initial_state, segment_ids)
+    return (y, final_state) if return_final_state else y
+
+
+def gated_delta_step(
+    state: Tensor, q: Tensor, k: Tensor, v: Tensor, *, beta: Tensor, log_decay: Tensor
+) -> tuple[Tensor, Tensor]:
+    """One token of `gated_delta_rule`: shapes are its shapes without the sequence dimension.
+
+    state: (batch, heads, key_dim, value_dim). q and k: (batch, heads, key_dim). v: (batch, heads, value_dim). beta:
+    (batch, heads). log_decay: (batch, heads) or (batch, heads, key_dim). Returns (y, the new state) in v's dtype and
+    the state's (at least float32), in which the step is computed; `state` is not changed.
+    """
+    where = "gated_delta_step"
+    if v.dim() != 3:
+        raise ValueError(f"{where}: v must be (batch, heads, value_dim), got {tuple(v.shape)}")
+    if not _fits_step(state, q, k, v, beta, log_decay):
+        _check(q[:, None], k[:, None], v[:, None], beta[:, None], log_decay[:, None], state, None, where)
+    compute = torch.promote_types(state.dtype, torch.float32)
+    k_column, q_column = k.to(compute).unsqueeze(-1), q.to(compute).unsqueeze(-1)
+    decay = log_decay.to(compute).exp()
+    decay = decay.unsqueeze(-1) if decay.dim() == 3 else decay[..., None, None]
+    state = decay * state.to(compute)
+    # Sums, not matrix products: autocast would round the state to bfloat16.
+    change = beta.to(compute).unsqueeze(-1) * (v.to(compute) - (state * k_column).sum(-2))
+    state = state.addcmul(k_column, change.unsqueeze(-2))
+    return (state * q_column).sum(-2).to(v.dtype), state
+
+
+def _fits_step(state: Tensor, q: Tensor, k: Tensor, v: Tensor, beta: Tensor, log_decay: Tensor) -> bool:
+    """Whether the usual arguments fit, in a few microseconds: the full check takes longer than the step itself."""
+    tensors = (state, q, k, v, beta, log_decay)
+    return (
+        q.shape == k.shape
+        and beta.shape == v.shape[:2]
+        and log_decay.shape in (beta.shape, k.shape)
+        and state.shape == (*k.shape, v.shape[-1])
+        and all(t.is_floating_point() and t.device == v.device for t in tensors)
+    )
+
+
+def _check(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    beta: Tensor,
+    log_decay: Tensor,
+    initial_state: Tensor | None,
+    segment_ids: Tensor | None,
+    where: str = "gated_delta_rule",
+) -> None:
+    if v.dim() != 4:
+        raise ValueError(f"{where}: v must be (batch, seq, heads, value_dim), got {tuple(v.shape)}")
+    batch, seq, heads, value_dim = v.shape
+    for name, value in (("k", k), ("q", q)):
+        if value.dim() != 4 or value.shape[:3] != v.shape[:3]:
+            raise ValueError(
+                f"{where}: {name} must be (batch, seq, heads, key_dim) with batch, seq, heads = {batch}, {seq}, "
+                f"{heads} as v has them, got {tuple(value.shape)}"
+            )
+    if q.shape != k.shape:
+        raise ValueError(f"{where}: q and k must have one key_dim, got {q.shape[3]} and {k.shape[3]}")
+    check_gates(where, k, beta, log_decay)
+    state_shape = (batch, heads, k.shape[3], value_dim)
+    if initial_state is not None and tuple(initial_state.shape) != state_shape:
+        raise ValueError(
+            f"{where}: the state must be (batch, heads, key_dim, value_dim) = {state_shape}, "
+            f"got {tuple(initial_state.shape)}"
+        )
+    check_segment_ids(segment_ids, batch, seq, where)
+    tensors = {"q": q, "k": k, "v": v, "beta": beta, "log_decay": log_decay, "the state": initial_state}
+    for name, value in tensors.items():
+        if value is not None and not value.is_floating_point():
+            raise ValueError(f"{where}: {name} must be floating point, got {value.dtype}")
+        if value is not None and value.device != v.device:
+            raise ValueError(f"{where}: {name} is on {value.device}, v on {v.device}; move them to one device")
