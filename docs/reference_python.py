@@ -31,7 +31,8 @@ GROUPS = {
         "gated_delta_rule", "gated_delta_step", "causal_conv1d",
     ],
     "Models": [
-        "hybrid_from_teacher", "HybridConfig", "HybridForCausalLM", "Mamba2Mixer", "DiscreteMamba2Mixer", "to_bamba",
+        "hybrid_from_teacher", "HybridConfig", "HybridForCausalLM", "Mamba2Mixer", "DiscreteMamba2Mixer",
+        "GatedDeltaMixer", "to_bamba",
         "from_bamba", "load_released", "to_released", "save_released",
     ],
     "Runs": ["Recipe", "convert", "DistillRecipe", "distill", "PruneRecipe", "prune"],

@@ -22,7 +22,7 @@ from mohawk.models.families import (
 )
 from mohawk.models.hybrid import HybridForCausalLM
 from mohawk.models.hybrid_config import SSM_LAYER, HybridConfig, attention_types
-from mohawk.models.mixers import MIXERS, OPEN_GATE, Mamba2Mixer, SSMMixer
+from mohawk.models.mixers import MIXERS, OPEN_GATE, GatedDeltaMixer, Mamba2Mixer, SSMMixer
 
 log = logging.getLogger(__name__)
 
@@ -34,6 +34,7 @@ CONTENT = 0.25  # how much of q.k / sqrt(d) enters the first mixing matrix
 AVERAGED = 0.2  # rms of attention's output over that of its values
 RESTING = 0.2  # attention rests mostly on its first token, whose value is near 0: this much of an average is left
 NORM_INPUT = 0.1  # rms of the output norm's input over sqrt(eps): below 1 the norm is nearly linear
+SILU_SIZE = 0.6  # rms of silu(z) for z of rms 1
 SMALLEST = 1e-4  # of the largest head's values: below it they are scaled no further, which would overflow
 SLOWEST, FASTEST = 3e-2, 2.0  # decay per token of the first and the last head: averages over 33 and 1/2 tokens
 
@@ -70,21 +71,24 @@ def hybrid_from_teacher(
     mixer: str = "mamba2",
     init: str = "attention",
     *,
-    gate: str = "open",
+    gate: str | None = None,
     state_size: int | None = None,
     conv_kernel: int = 4,
 ) -> HybridForCausalLM:
-    """A student: the teacher with the attention of some layers replaced by Mamba-2 mixers.
+    """A student: the teacher with the attention of some layers replaced by mixers with a state.
 
     Args:
         model: a causal LM of a supported family; left as it was.
         ssm_layers: layers to replace: "every_second", "all" or indices.
-        mixer: "mamba2" (the stock Bamba mixer's mathematics) or "discrete_mamba2" (the MOHAWK paper's).
-        init: "attention" copies q -> C, k -> B, v -> x, o -> out_proj (MambaInLlama, arXiv 2408.15237); needs
-            state_size equal to the head dim. "random" leaves the mixer at its own initialisation; "neutral" does so
-            with its projections, and starts with an identity convolution and a gate of 1, as Phi-Mamba did.
+        mixer: "mamba2" (the stock Bamba mixer's mathematics), "discrete_mamba2" (the MOHAWK paper's) or "gated_delta"
+            (Qwen3.5's Gated DeltaNet).
+        init: "attention" copies q -> C, k -> B, v -> x, o -> out_proj (MambaInLlama, arXiv 2408.15237), for
+            "gated_delta" q, k, v and o as they are; needs state_size equal to the head dim. "random" leaves the mixer
+            at its own initialisation; "neutral" does so with its projections, and starts with an identity convolution
+            and a gate of 1, as Phi-Mamba did.
         gate: what z starts from under "attention": "open" (a constant; z rows 0), "output" (z from the output and
-            value projections, as AWS hybrid-model-factory does) or "random".
+            value projections, as AWS hybrid-model-factory does) or "random". Default "open", and "output" for
+            "gated_delta", which has no constant gate.
         state_size: N; default the teacher's head dim.
         conv_kernel: taps of the causal convolution.
 
@@ -102,8 +106,12 @@ def hybrid_from_teacher(
         raise ValueError(f"mixer: got {mixer!r}, allowed: {', '.join(MIXERS)}")
     if init not in INITS:
         raise ValueError(f"init: got {init!r}, allowed: {', '.join(INITS)}")
+    gate = ("output" if mixer == "gated_delta" else "open") if gate is None else gate
     if gate not in GATES:
         raise ValueError(f"gate: got {gate!r}, allowed: {', '.join(GATES)}")
+    if mixer == "gated_delta" and (init == "neutral" or (init, gate) == ("attention", "open")):
+        which = "init: got 'neutral'" if init == "neutral" else "gate: got 'open'"
+        raise ValueError(f"{which}, a constant gate, which a gated_delta mixer has no bias for; use gate 'output'")
     if init == "attention" and state_size != shape.head_dim:
         raise ValueError(
             f"init 'attention' copies q and k into C and B, so state_size must be the head dim {shape.head_dim}, "
@@ -141,7 +149,8 @@ def hybrid_from_teacher(
     if init == "attention":
         for i in chosen:
             size = attention_input_size(model, i)
-            copy_attention(attention[i], decoder_layers(student)[i].self_attn, size, shape.num_kv_heads, gate)
+            fill = copy_attention_to_delta if mixer == "gated_delta" else copy_attention
+            fill(attention[i], decoder_layers(student)[i].self_attn, size, shape.num_kv_heads, gate)
     elif init == "neutral":
         for i in chosen:
             start_neutral(decoder_layers(student)[i].self_attn)
@@ -253,6 +262,56 @@ def copy_attention(
     elif gate == "output":
         values = per_head(parts.v.weight, shared_by)
         mixer.in_proj.weight[rows["z"]] = 0.5 * (parts.o.weight.T + values)
+
+
+@torch.no_grad()
+def copy_attention_to_delta(
+    attention: nn.Module, mixer: GatedDeltaMixer, input_size: Tensor, num_kv_heads: int, gate: str = "output"
+) -> None:
+    """Fills a gated delta rule from an attention layer: q, k, v and o as they are, kv rows repeated per query head.
+
+    The conv starts as the identity up to a scale at which its SiLU is nearly linear; the norms of queries and keys take
+    that scale out again, and out_proj that of the values, which the output norm loses. Half of what stands under a key
+    is replaced, and decays differ from head to head as in `copy_attention`. Biases of q, k and v have no place, rotary
+    embeddings and softcaps no counterpart. Arguments as in `copy_attention`.
+    """
+    shared_by, p = mixer.num_heads // num_kv_heads, mixer.head_dim
+    parts, rows = attention_parts(attention), mixer.slices()
+
+    def per_head(weight: Tensor, copies: int) -> Tensor:
+        return repeat(weight, "(h p) ... -> (h copies p) ...", p=p, copies=copies)
+
+    def head_sizes(weight: Tensor) -> Tensor:
+        """(h*p) rms of each head's rows, for every one of its channels."""
+        square = (weight.float() * input_size.float()).square().sum(1)
+        size = reduce(square, "(h p) -> h", "mean", p=p).sqrt()
+        least = torch.where(size.max() > 0, size.max() * SMALLEST, 1.0)
+        return repeat(torch.maximum(size, least), "h -> (h p)", p=p)
+
+    mixer.conv1d.weight.zero_()
+    for name, projection, copies in (
+        ("q", _normed(parts.q, parts.query_norm, input_size, p), 1),
+        ("k", _normed(parts.k, parts.key_norm, input_size, p), shared_by),
+        ("v", parts.v, shared_by),
+    ):
+        weight = per_head(projection.weight, copies)
+        mixer.in_proj_qkv.weight[rows[name]] = weight
+        mixer.conv1d.weight[rows[name], 0, -1] = (X_SIZE / head_sizes(weight)).to(weight)
+    values = per_head(parts.v.weight, shared_by)
+    scale = AVERAGED * head_sizes(values)
+    if gate == "output":
+        z = 0.5 * (parts.o.weight.T + values)
+        mixer.in_proj_z.weight.copy_(z / head_sizes(z)[:, None].to(z))
+        scale = scale / SILU_SIZE
+    mixer.out_proj.weight.copy_(parts.o.weight * scale.to(parts.o.weight))
+    if parts.o.bias is not None:
+        mixer.out_proj.bias.copy_(parts.o.bias)
+    # the gates' rows start small: they are then set by their constants alone
+    mixer.in_proj_b.weight *= 0.1
+    mixer.in_proj_a.weight *= 0.1
+    rate = torch.exp(torch.linspace(math.log(SLOWEST), math.log(FASTEST), mixer.num_heads))
+    mixer.A_log.copy_(torch.log(rate))
+    mixer.dt_bias.fill_(math.log(math.e - 1))  # softplus of it is 1
 
 
 def _normed(projection: Projection, norm: Any, input_size: Tensor, head_dim: int) -> Projection:

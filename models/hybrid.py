@@ -24,8 +24,9 @@ from transformers.utils import can_return_tuple, logging
 from mohawk.models.call import CACHE, documents_in, one_cache, refuse_unknown
 from mohawk.models.families import check_supported, family_of, leaves_out_softcap, needed_attention
 from mohawk.models.hybrid_config import SSM_LAYER, HybridConfig, longrope_limit
-from mohawk.models.mixers import DiscreteMamba2Mixer, Mamba2Mixer, SSMMixer
+from mohawk.models.mixers import DiscreteMamba2Mixer, GatedDeltaMixer, Mamba2Mixer
 from mohawk.models.packed import changes_of, positions_in, positions_of, segments_of, starts_of, without_padding
+from mohawk.models.state_mixer import StateMixer
 
 logger = logging.get_logger(__name__)
 
@@ -78,9 +79,9 @@ class HybridPreTrainedModel(PreTrainedModel):
     def _init_weights(self, module: nn.Module) -> None:
         # mixers' own vectors are set where they are made; on loading, transformers asks only for what is missing
         super()._init_weights(module)
-        if isinstance(module, SSMMixer) and any(p.is_meta for p in module.parameters(recurse=False)):
+        if isinstance(module, StateMixer) and any(p.is_meta for p in module.parameters(recurse=False)):
             return
-        if isinstance(module, SSMMixer):
+        if isinstance(module, StateMixer):
             fresh = self.config.make_mixer(module.layer_idx)
             for name, parameter in module.named_parameters(recurse=False):
                 if not getattr(parameter, "_is_hf_initialized", False):
@@ -360,4 +361,4 @@ def _with_padding(decoder: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple,
 AutoConfig.register("mohawk_hybrid", HybridConfig, exist_ok=True)
 AutoModelForCausalLM.register(HybridConfig, HybridForCausalLM, exist_ok=True)
 
-__all__ = ["DiscreteMamba2Mixer", "HybridConfig", "HybridForCausalLM", "Mamba2Mixer"]
+__all__ = ["DiscreteMamba2Mixer", "GatedDeltaMixer", "HybridConfig", "HybridForCausalLM", "Mamba2Mixer"]

@@ -7,7 +7,8 @@ from transformers.configuration_utils import PreTrainedConfig
 
 from mohawk.models.call import CACHE
 from mohawk.models.families import decoder_shape
-from mohawk.models.mixers import MIXERS, SSMMixer
+from mohawk.models.mixers import MIXERS
+from mohawk.models.state_mixer import StateMixer
 
 SSM_LAYER = "linear_attention"
 # read from the base configuration so that tools and caches that ask the student's find them
@@ -24,9 +25,10 @@ class HybridConfig(PreTrainedConfig):
     Args:
         base_config: configuration (or its dict) of the decoder whose attention is replaced.
         layer_types: one entry a layer: "linear_attention" (Mamba-2), "full_attention" or "sliding_attention".
-        mixer: "mamba2" or "discrete_mamba2".
+        mixer: "mamba2", "discrete_mamba2" or "gated_delta".
         mixer_num_heads, mixer_head_dim, mixer_state_size, mixer_num_groups, mixer_conv_kernel, mixer_bias: the mixers'
-            shapes (see `SSMMixer`); heads and head dim default to the decoder's attention, state size to its head dim.
+            shapes (see `SSMMixer`, `GatedDeltaMixer`); heads and head dim default to the decoder's attention, state
+            size to its head dim.
         mixer_norm_eps: of the mixers' output norm; default the decoder's rms_norm_eps.
 
     Raises:
@@ -102,7 +104,7 @@ class HybridConfig(PreTrainedConfig):
             return self.mixer_norm_eps
         return getattr(self.base_config, "rms_norm_eps", 1e-5)
 
-    def make_mixer(self, layer_idx: int) -> SSMMixer:
+    def make_mixer(self, layer_idx: int) -> StateMixer:
         """A freshly initialised mixer for one layer."""
         return MIXERS[self.mixer](
             self.base_config.hidden_size,

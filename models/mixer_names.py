@@ -4,4 +4,5 @@ mixers.py, under the same names."""
 MIXERS = {
     "mamba2": "Bamba's, for stock transformers",
     "discrete_mamba2": "the MOHAWK paper's",
+    "gated_delta": "Qwen3.5's Gated DeltaNet",
 }

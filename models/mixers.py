@@ -14,10 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mohawk.kernels.causal_conv1d.convolution import causal_conv1d, causal_conv1d_step
 from mohawk.kernels.mixing.definition import SSDMixing
 from mohawk.kernels.ssd.scan import ssd, ssd_step
-from mohawk.models.call import documents_in, one_cache, refuse_unknown
+from mohawk.models.delta_mixer import GatedDeltaMixer
+from mohawk.models.state_mixer import CausalConv1d, StateMixer, segments_of_padding, wide
 
 OPEN_GATE = 1.278464542761  # silu(OPEN_GATE) = 1
 
@@ -35,48 +35,14 @@ class GatedRMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor, gate: Tensor) -> Tensor:
-        gated = _wide(x) * F.silu(_wide(gate))
+        gated = wide(x) * F.silu(wide(gate))
         grouped = gated.unflatten(-1, (self.num_groups, -1))
         scale = torch.rsqrt(grouped.square().mean(-1, keepdim=True) + self.eps)
         return (grouped * scale).flatten(-2) * self.weight
 
 
-class CausalConv1d(nn.Conv1d):
-    """The depthwise Conv1d of transformers' Mamba-2 layers, weights under its names, applied by our own kernel.
-
-    A module that is called, so that hooks run (those that bring offloaded weights, for one).
-    """
-
-    bias: nn.Parameter  # pyrefly: ignore[bad-override-mutable-attribute]  # always there
-
-    def __init__(self, channels: int, kernel_size: int, activation: str | None):
-        super().__init__(channels, channels, kernel_size, groups=channels)
-        self.activation = activation
-
-    # pyrefly: ignore[bad-override-param-name]  # x, as in causal_conv1d
-    def forward(
-        self,
-        x: Tensor,
-        *,
-        channels: slice = slice(None),
-        initial_state: Tensor | None = None,
-        segment_ids: Tensor | None = None,
-        step: bool = False,
-    ) -> Tensor:
-        """(b, n, channels) -> the same; or, for a `step`, the last inputs (b, channels, k) -> (b, channels).
-
-        channels: which of the convolution's x holds. initial_state, segment_ids: as in `causal_conv1d`.
-        """
-        weight, bias = self.weight[channels, 0], self.bias[channels]
-        if step:
-            return causal_conv1d_step(x, weight, bias, activation=self.activation)
-        return causal_conv1d(
-            x, weight, bias, activation=self.activation, initial_state=initial_state, segment_ids=segment_ids
-        )
-
-
-class SSMMixer(nn.Module):
-    """What the two mixers share: shapes, the conv, the scan, the cache. Subclasses say how the projection is cut.
+class SSMMixer(StateMixer):
+    """What the two Mamba-2 mixers share: shapes and the scan. Subclasses say how the projection is cut.
 
     Args:
         hidden_size: D, width of the residual stream.
@@ -93,6 +59,7 @@ class SSMMixer(nn.Module):
     """
 
     activation: str | None = None  # after the conv
+    conv1d: CausalConv1d
 
     def __init__(
         self,
@@ -140,9 +107,6 @@ class SSMMixer(nn.Module):
         """(b, n, h*p) scan output and gate -> input of out_proj."""
         raise NotImplementedError
 
-    # Whether in_proj's bias on z is the constant part of the gate.
-    gate_in_projection = True
-
     def gate_bias(self) -> Tensor:
         """(h*p) the constant part of the gate, to be set in place."""
         return self.in_proj.bias[self.slices()["z"]]
@@ -171,9 +135,7 @@ class SSMMixer(nn.Module):
         rows = self.slices()
         first = min(rows["B"].start, rows["C"].start)
         if padding_mask is not None and segment_ids is None:
-            segment_ids = padding_mask.long() - 1
-            if bool((F.pad(segment_ids, (1, 1), value=-1).diff(dim=-1).clamp_min(0).sum(-1) > 1).any()):
-                raise ValueError("mixing: padding_mask has padding between a row's tokens; move it to one end")
+            segment_ids = segments_of_padding(padding_mask)
         BC_rows = slice(first, first + 2 * self.group_size)
         if self._plain():
             # B, C and the decay rows are neighbours in Mamba-2's order and nearly so in the discrete one
@@ -207,141 +169,43 @@ class SSMMixer(nn.Module):
         fixed = self.slices()["xBC"]
         return torch.cat([bias[: fixed.start], bias[fixed].detach(), bias[fixed.stop :]])
 
-    def forward(
-        self,
-        hidden_states: Tensor,
-        attention_mask: Tensor | None = None,
-        cache=None,
-        past_key_values=None,
-        segment_ids: Tensor | None = None,
-        padding_mask: Tensor | None = None,
-        **kwargs,
-    ) -> tuple[Tensor, None]:
-        """Stands in for a decoder layer's `self_attn`.
-
-        Args:
-            hidden_states: (b, n, D).
-            attention_mask: the attention layers' mask. The scan is causal by construction, so only a (b, n) one is
-                read: as padding_mask, where none is given.
-            cache: a transformers cache whose layer `layer_idx` is a `LinearAttentionLayer`; read and updated.
-            past_key_values: the cache by its name before transformers 5.24.
-            segment_ids: (b, n) documents of a packed row: neither conv nor state crosses them.
-            padding_mask: (b, n), 0 at padded positions, which may lie anywhere: the tokens of a row are treated as if
-                they stood next to each other. Of a longer mask the last n columns count.
-            kwargs: what else decoder layers hand to attention: seq_idx is segment_ids by another name, other known
-                names are passed over (`call.HARMLESS`).
-
-        Returns:
-            (output (b, n, D), None), as attention returns (output, weights); the output is 0 at padded positions.
-
-        Raises:
-            TypeError: a keyword that is not known.
-            ValueError: both names of the cache; a cache that records its past; documents named by cu_seq_lens alone.
-        """
-        where = f"{type(self).__name__}.forward"
-        refuse_unknown(where, kwargs)
-        cache = one_cache(where, cache, past_key_values)
-        segment_ids = documents_in(where, segment_ids, kwargs)
-        if cache is not None:
-            layer = cache.layers[self.layer_idx] if self.layer_idx < len(cache.layers) else None
-            if layer is None or not hasattr(layer, "conv_states"):
-                raise ValueError(f"{where}: the cache has no state for this layer; take new_cache() of the student")
-            if layer.record_past:
-                raise ValueError(
-                    f"{where}: the cache keeps its past so that it can be cut back, as speculative decoding does, but "
-                    "a state cannot be; a hybrid student is neither drafted for nor a draft"
-                )
-        rows = self.slices()
-        n = hidden_states.shape[1]
-        if padding_mask is None and attention_mask is not None and attention_mask.dim() == 2:
-            padding_mask = attention_mask
-        real = None if padding_mask is None else padding_mask[:, padding_mask.shape[1] - n :].bool()
-        bias = self._trained_bias()
+    def project(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        rows, bias = self.slices(), self._trained_bias()
         if bias is self.in_proj.bias or not self._plain():
             projected = self.in_proj(hidden_states)
         else:
             projected = F.linear(hidden_states, self.in_proj.weight, bias)
-        xBC, z, raw = projected[..., rows["xBC"]], projected[..., rows["z"]], projected[..., rows["decay"]]
-        if n == 1 and cache is not None and cache.has_previous_state(self.layer_idx):
-            y = self._step(xBC, raw, cache, real)
-        else:
-            y = self._scan(xBC, raw, cache, real, segment_ids)
-        output = self.out_proj(self.gate(y.reshape(z.shape), z).to(projected.dtype))
-        # nothing is learnt at padding either: a norm of zeros has a huge gradient
-        return output if real is None else output.masked_fill(~real[..., None], 0), None
+        return projected[..., rows["xBC"]], projected[..., rows["z"]], projected[..., rows["decay"]]
 
-    def _scan(self, xBC: Tensor, raw: Tensor, cache, real: Tensor | None, segment_ids: Tensor | None) -> Tensor:
-        """Any number of tokens, with or without a cache, which is updated: (b, n, channels), (b, n, h) -> (b, n, h, p).
-
-        real: (b, n), False at padding. Such rows are scanned with their tokens in front and the padding behind, where
-        it neither separates tokens nor, as its input and log decay are 0, changes the state.
-        """
-        back = padded = None
-        if real is not None:
-            order = (~real).long().argsort(dim=1, stable=True)
-            back = order.argsort(dim=1)
-            padded = ~real.gather(1, order)[..., None]
-            xBC = xBC.take_along_dim(order[..., None], 1).masked_fill(padded, 0)
-            raw = raw.take_along_dim(order[..., None], 1).masked_fill(padded, 0)
-            segment_ids = None if segment_ids is None else segment_ids.gather(1, order)
-        window, state = self._read_cache(cache)
-        conv_state = None if window is None else window[..., 1:].to(xBC.dtype)
-        convolved = self.conv1d(xBC, initial_state=conv_state, segment_ids=segment_ids)
+    def recur(
+        self,
+        convolved: Tensor,
+        raw: Tensor,
+        padded: Tensor | None,
+        segment_ids: Tensor | None,
+        state: Tensor | None,
+        keep: bool,
+    ) -> tuple[Tensor, Tensor | None]:
         log_decay, input_scale = self.decay(raw)
         if padded is not None:
-            convolved, log_decay = convolved.masked_fill(padded, 0), log_decay.masked_fill(padded, 0)
+            log_decay = log_decay.masked_fill(padded, 0)
         x, B, C = self._cut(convolved)
         options = {"input_scale": input_scale, "D": self.D, "segment_ids": segment_ids}
-        if cache is None:
-            y = ssd(x, log_decay, B, C, **options)
-        else:
-            y, state = ssd(x, log_decay, B, C, **options, initial_state=state, return_final_state=True)
-            self._write_window(cache, self._next_window(window, xBC, real))
-            cache.update_recurrent_state(state, self.layer_idx)
-        return y if back is None else y.take_along_dim(back[..., None, None], 1)
+        if not keep:
+            return ssd(x, log_decay, B, C, **options), None
+        return ssd(x, log_decay, B, C, **options, initial_state=state, return_final_state=True)
 
-    def _step(self, xBC: Tensor, raw: Tensor, cache, real: Tensor | None) -> Tensor:
-        """`_scan` of one token on top of a cache, in few and small operations: decoding is nothing but this."""
-        window = self._next_window(cache.layers[self.layer_idx].conv_states[0], xBC, real)
-        self._write_window(cache, window)
-        convolved = self.conv1d(window.to(xBC.dtype), step=True)
-        log_decay, input_scale = self.decay(raw[:, 0])
-        if real is not None:
-            convolved, log_decay = convolved.masked_fill(~real, 0), log_decay.masked_fill(~real, 0)
+    def recur_step(self, convolved: Tensor, raw: Tensor, padded: Tensor | None, state: Tensor) -> tuple[Tensor, Tensor]:
+        log_decay, input_scale = self.decay(raw)
+        if padded is not None:
+            log_decay = log_decay.masked_fill(padded, 0)
         x, B, C = self._cut(convolved)
-        state = cache.layers[self.layer_idx].recurrent_states[0]
-        y, state = ssd_step(state, x, log_decay, B, C, D=self.D, input_scale=input_scale)
-        cache.update_recurrent_state(state, self.layer_idx)
-        return y[:, None]
-
-    def _next_window(self, window: Tensor | None, xBC: Tensor, real: Tensor | None) -> Tensor:
-        """The convolution's last k inputs (b, channels, k) after new ones (b, n, channels), the real ones in front."""
-        b, n, channels = xBC.shape
-        k = self.conv_kernel
-        if window is None:
-            window = xBC.new_zeros(b, channels, k)
-        inputs = torch.cat([window[..., -k:], xBC.transpose(1, 2).to(window.dtype)], -1)
-        if real is None:
-            return inputs[..., n:]
-        last = real.sum(1)[:, None] + torch.arange(k, device=xBC.device)
-        return inputs.take_along_dim(last[:, None], 2)
-
-    def _write_window(self, cache, window: Tensor) -> None:
-        # the cache keeps the last k of all it is given
-        cache.update_conv_state(window, self.layer_idx, conv_kernel_size=self.conv_kernel)
+        return ssd_step(state, x, log_decay, B, C, D=self.D, input_scale=input_scale)
 
     def _cut(self, xBC: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(..., channels) -> x (..., h, p), B and C (..., g, N)."""
         x, B, C = xBC.split([self.inner_size, self.group_size, self.group_size], -1)
         return x.unflatten(-1, (self.num_heads, self.head_dim)), *self._heads(B, C)
-
-    def _read_cache(self, cache) -> tuple[Tensor | None, Tensor | None]:
-        """The conv's last k inputs (b, channels, k) and the state (b, h, p, N), or None before any token."""
-        if cache is None or not cache.has_previous_state(self.layer_idx):
-            return None, None
-        layer = cache.layers[self.layer_idx]
-        # a copy, since the cache is overwritten in place
-        return layer.conv_states[0][..., -self.conv_kernel :].clone(), layer.recurrent_states[0]
 
 
 class Mamba2Mixer(SSMMixer):
@@ -376,8 +240,8 @@ class Mamba2Mixer(SSMMixer):
         }
 
     def decay(self, raw: Tensor) -> tuple[Tensor, Tensor]:
-        dt = F.softplus(_wide(raw) + _wide(self.dt_bias))
-        return -dt * torch.exp(_wide(self.A_log)), dt
+        dt = F.softplus(wide(raw) + wide(self.dt_bias))
+        return -dt * torch.exp(wide(self.A_log)), dt
 
     def gate(self, y: Tensor, z: Tensor) -> Tensor:
         return self.norm(y, z)
@@ -391,6 +255,7 @@ class DiscreteMamba2Mixer(SSMMixer):
     """
 
     gate_in_projection = False
+    outside_matrix = (*StateMixer.outside_matrix, "z_bias")
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
@@ -411,19 +276,18 @@ class DiscreteMamba2Mixer(SSMMixer):
         }
 
     def decay(self, raw: Tensor) -> tuple[Tensor, None]:
-        return -F.softplus(_wide(raw)), None
+        return -F.softplus(wide(raw)), None
 
     def gate_bias(self) -> Tensor:
         return self.z_bias
 
     def gate(self, y: Tensor, z: Tensor) -> Tensor:
-        return _wide(y) * F.silu(_wide(z) + _wide(self.z_bias))
-
-
-def _wide(x: Tensor) -> Tensor:
-    """In float32 at least."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
+        return wide(y) * F.silu(wide(z) + wide(self.z_bias))
 
 
 # By the names in mixer_names.py.
-MIXERS: dict[str, type[SSMMixer]] = {"mamba2": Mamba2Mixer, "discrete_mamba2": DiscreteMamba2Mixer}
+MIXERS: dict[str, type[StateMixer]] = {
+    "mamba2": Mamba2Mixer,
+    "discrete_mamba2": DiscreteMamba2Mixer,
+    "gated_delta": GatedDeltaMixer,
+}

@@ -50,6 +50,7 @@ if TYPE_CHECKING:
     from mohawk.losses.on_policy import OnPolicy
     from mohawk.losses.rationales import RationaleDistiller
     from mohawk.models.cutting.cuts import Cut, cut, keep_layers
+    from mohawk.models.delta_mixer import GatedDeltaMixer
     from mohawk.models.formats.bamba import from_bamba, to_bamba
     from mohawk.models.formats.released import load_released, save_released, to_released
     from mohawk.models.from_teacher import hybrid_from_teacher
@@ -73,6 +74,7 @@ _PUBLIC = {
     "DistillRecipe": "mohawk.distillation.recipe",
     "DistillationTrainer": "mohawk.losses.hf_trainer",
     "EndToEndObjective": "mohawk.conversion.objectives",
+    "GatedDeltaMixer": "mohawk.models.delta_mixer",
     "Head": "mohawk.losses.heads",
     "HiddenMatch": "mohawk.losses.hidden_match",
     "HiddenObjective": "mohawk.conversion.objectives",
@@ -134,6 +136,7 @@ __all__ = [
     "DistillRecipe",
     "DistillationTrainer",
     "EndToEndObjective",
+    "GatedDeltaMixer",
     "Head",
     "HiddenMatch",
     "HiddenObjective",

@@ -25,7 +25,15 @@ from transformers.initialization import no_init_weights
 
 from mohawk.models.cutting.depth import Model, keep_any_layers
 from mohawk.models.cutting.parameters import KeptUnits, folded_bias, folded_biases, layer_parts, outer_parts, select
-from mohawk.models.cutting.sizes import Sizes, attention_layers, base_config, sized_config, sizes_of, ssm_layers
+from mohawk.models.cutting.sizes import (
+    Sizes,
+    attention_layers,
+    base_config,
+    check_cuttable,
+    sized_config,
+    sizes_of,
+    ssm_layers,
+)
 from mohawk.models.decoders import decoder
 from mohawk.models.families import FAMILIES, decoder_layers, family_of
 from mohawk.models.from_teacher import saveable
@@ -98,9 +106,11 @@ def cut(model: Model, what: Cut) -> Model:
         A model of the same class, dtype, device, mode and generation settings; its parameters are trainable.
 
     Raises:
-        ValueError: indices out of range or given twice, nothing kept, layers that keep different numbers, groups left
-            without a head, sizes the family's class does not allow, or special tokens that would go.
+        ValueError: a gated_delta mixer, indices out of range or given twice, nothing kept, layers that keep different
+            numbers, groups left without a head, sizes the family's class does not allow, or special tokens that would
+            go.
     """
+    check_cuttable(model.config)
     own = sizes_of(model.config)
     if what.heads is not None and not attention_layers(model.config):
         raise ValueError("heads: given, but the model has no attention layer; leave them out")

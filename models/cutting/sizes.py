@@ -65,6 +65,14 @@ def sizes_of(config) -> Sizes:
     )
 
 
+def check_cuttable(config) -> None:
+    """ValueError for a hybrid whose mixers no cut knows: those of Mamba-2 alone are."""
+    if ssm_layers(config) and config.mixer == "gated_delta":
+        raise ValueError(
+            "a student with gated_delta mixers cannot be cut; prune its teacher, then convert what is left of it"
+        )
+
+
 def base_config(config):
     """A decoder's configuration, or that of the decoder within a hybrid."""
     return getattr(config, "base_config", None) or config

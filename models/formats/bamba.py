@@ -41,6 +41,8 @@ def why_not_bamba(config: HybridConfig, *, pad_expand: bool = False) -> str | No
     base = config.base_config
     shape = decoder_shape(base)
     if config.mixer != "mamba2":
+        if config.mixer != "discrete_mamba2":
+            return f"its mixers are {config.mixer}, Bamba's are Mamba-2's"
         return (
             f"its mixers are {config.mixer}: Bamba's scale their input by dt, have SiLU after the convolution and a "
             "norm before the output projection, which these do not"

@@ -19,7 +19,8 @@ from mohawk.kernels.mixing.distance import mixing_distance
 from mohawk.losses.heads import Head
 from mohawk.models.families import decoder_layers, family_of, mixer_input_norm
 from mohawk.models.hybrid import HybridForCausalLM
-from mohawk.models.mixers import SSMMixer
+from mohawk.models.mixers import MIXERS
+from mohawk.models.state_mixer import StateMixer
 from mohawk.models.teacher_forcing import AttentionRecord, layer_calls, record, recording_attention
 from mohawk.training.objective import Objective
 from mohawk.training.weight_decay import parameter_groups
@@ -96,9 +97,10 @@ class LayerwiseObjective(PhaseObjective):
 class MixingObjective(LayerwiseObjective):
     """Phase 1: mean over batch and heads of the distance between mixing matrices.
 
-    Trains what the matrix depends on: the layer's input norm and, in the mixer, in_proj (its rows for B, C and the
-    decay get gradients, the others none), conv, D and the decay's parameters. A norm that the MLP reads too stays the
-    teacher's, since nothing here would notice what its change does to the MLP.
+    Trains what the matrix depends on: the layer's input norm and, in a Mamba-2 mixer, in_proj (its rows for B, C and
+    the decay get gradients, the others none), conv, D and the decay's parameters; in a gated delta rule's the
+    projections of queries, keys and gates (rows of values get none), conv and the decay's parameters. A norm that the
+    MLP reads too stays the teacher's, since nothing here would notice what its change does to the MLP.
     """
 
     def __init__(self, student: HybridForCausalLM, teacher: nn.Module, metric: str = "frobenius"):
@@ -106,10 +108,10 @@ class MixingObjective(LayerwiseObjective):
         self.metric = metric
 
     def trained(self):
-        kept_out = ("out_proj.weight", "out_proj.bias", "z_bias", "self_attn.norm.weight")
+        kept_out = {f"self_attn.{name}" for name in MIXERS[self.student.config.mixer].outside_matrix}
         norms = self._mixer_norms(output=False)
         return self._trained_in_layers(
-            lambda name: name.startswith(norms) or (name.startswith("self_attn.") and not name.endswith(kept_out))
+            lambda name: name.startswith(norms) or (name.startswith("self_attn.") and name not in kept_out)
         )
 
     def parameter_groups(self, learning_rate: float, weight_decay: float) -> list[dict]:
@@ -156,7 +158,7 @@ class HiddenObjective(LayerwiseObjective):
 
     def layer_loss(self, layer, before, after, attention, call, segment_ids):
         if self.match == "mixer_output":
-            mixer: SSMMixer = layer.self_attn
+            mixer: StateMixer = layer.self_attn
             output, _ = mixer(mixer_input_norm(layer)(before), segment_ids=segment_ids)
             target = attention.output
         else:

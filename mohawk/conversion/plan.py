@@ -134,7 +134,7 @@ def print_plan(plan: Plan, recipe: Recipe, console: Console) -> None:
     )
     layers = Table("layer", "mixer", "weights from")
     source = {
-        "attention": "q -> C, k -> B, v -> x, o -> out_proj",
+        "attention": "q, k, v, o" if config.mixer == "gated_delta" else "q -> C, k -> B, v -> x, o -> out_proj",
         "neutral": "random, conv and gate passing on",
         "random": "random",
     }[recipe.student.init]

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator, Field, model_validator
 
 from mohawk.models.mixer_names import MIXERS
 from mohawk.schema import yaml_text as recipe_text
@@ -49,12 +49,21 @@ class Student(Section):
         description="what mixers start from; attention: q, k, v and o; neutral: an identity convolution, an open gate",
     )
     gate: Literal["open", "output"] = Field(
-        "open", description="what the gate starts from; open: a constant 1; output: W_O and W_V"
+        "open",
+        description="what the gate starts from; open: a constant 1; output: W_O and W_V, the default of gated_delta",
     )
     state_size: Annotated[Whole, Field(ge=1, le=1024)] | None = Field(
         None, description="size of the state per head; null: the teacher's head_dim"
     )
     conv_kernel: Annotated[Whole, Field(ge=1, le=16)] = Field(4, description="width of the causal convolution")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _gate_of_a_delta_rule(cls, given: Any) -> Any:
+        """It has no constant gate: where none is asked for, it starts from the weights that it is made of."""
+        if not isinstance(given, dict) or given.get("mixer") != "gated_delta" or "gate" in given:
+            return given
+        return given if given.get("init", "attention") != "attention" else {**given, "gate": "output"}
 
 
 class Mixing(Phase):

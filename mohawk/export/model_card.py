@@ -23,6 +23,11 @@ from mohawk.schema.kinds import load_run_recipe
 log = logging.getLogger(__name__)
 
 UNKNOWN = "not known; check the teacher's"
+MIXERS = {  # tag and name
+    "mamba2": ("mamba2", "Mamba-2"),
+    "discrete_mamba2": ("mamba2", "Mamba-2"),
+    "gated_delta": ("gated-deltanet", "Gated DeltaNet"),
+}
 
 
 def model_card(
@@ -44,7 +49,7 @@ def model_card(
     licence = licence_of(teacher, recipe.teacher.revision if recipe else None) if teacher else None
     remote = hasattr(config, "auto_map")  # its code lies beside it
     parts = [
-        _front_matter(teacher, licence, None if remote else config.model_type),
+        _front_matter(config, teacher, licence, None if remote else config.model_type),
         f"# {name}\n\n{_sentence(config)}",
         "\n".join(
             f"- {line}"
@@ -93,24 +98,28 @@ def licence_of(teacher: str, revision: str | None = None) -> str | None:
     return named.group(1).strip() if named else None
 
 
-def _front_matter(teacher: str | None, licence: str | None, stock: str | None) -> str:
+def _front_matter(config: Any, teacher: str | None, licence: str | None, stock: str | None) -> str:
     lines = [
         "library_name: transformers",
         "pipeline_tag: text-generation",
         f"license: {licence or 'unknown'}",
-        f"tags: [mohawk, hybrid, mamba2, {stock or 'custom_code'}]",
+        f"tags: [mohawk, hybrid, {MIXERS[_mixer(config)][0]}, {stock or 'custom_code'}]",
     ]
     if teacher and not home(teacher).exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", teacher):
         lines.append(f"base_model: {teacher}")
     return "---\n" + "\n".join(lines) + "\n---"
 
 
+def _mixer(config: Any) -> str:
+    return getattr(config, "mixer", "mamba2")  # Bamba's
+
+
 def _sentence(config: Any) -> str:
     kinds = list(getattr(config, "layers_block_type", None) or config.layer_types)
     ssm = kinds.count("linear_attention")
     return (
-        f"A {config.architectures[0]} of {ssm} Mamba-2 and {len(kinds) - ssm} attention layers, distilled from a "
-        "Transformer by MOHAWK (https://arxiv.org/abs/2408.10189) with the package mohawk."
+        f"A {config.architectures[0]} of {ssm} {MIXERS[_mixer(config)][1]} and {len(kinds) - ssm} attention layers, "
+        "distilled from a Transformer by MOHAWK (https://arxiv.org/abs/2408.10189) with the package mohawk."
     )
 
 

@@ -29,7 +29,7 @@ from mohawk.loading.describe import student_folder
 from mohawk.loading.models import load_config, load_teacher
 from mohawk.models.families import FAMILIES, attention_parts, decoder_layers, decoder_shape, mixer_input_norm
 from mohawk.models.hybrid_config import HybridConfig
-from mohawk.models.mixers import SSMMixer
+from mohawk.models.state_mixer import StateMixer
 from mohawk.runs.binding import check_models
 from mohawk.runs.matrices import layer_mixings
 from mohawk.runs.plots import PANEL, HeadPicture, percent, plot_layer
@@ -292,7 +292,7 @@ def _read(source: str, characters: int) -> str:
 def _same_attention(teacher: nn.Module, student: nn.Module, index: int) -> bool:
     """Whether a layer of the student makes the teacher's matrix of the teacher's input: same norm, queries, keys."""
     theirs, own = decoder_layers(teacher)[index], decoder_layers(student)[index]
-    if isinstance(own.self_attn, SSMMixer):
+    if isinstance(own.self_attn, StateMixer):
         return False
     weights = [_deciding(layer) for layer in (theirs, own)]
     return weights[0].keys() == weights[1].keys() and all(

@@ -15,12 +15,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mohawk.kernels.mixing.definition import AttentionMixing, Mixing, SSDMixing
+from mohawk.kernels.mixing.definition import AttentionMixing, DeltaMixing, Mixing, SSDMixing
 from mohawk.kernels.mixing.distance import mixing_distance
 from mohawk.kernels.mixing.mean_heads import head_mean_distance
 from mohawk.kernels.mixing.metrics import OF_MEANS
 from mohawk.models.decoders import check_checkpointing, check_layers, decoder, first_tensor
-from mohawk.models.mixers import SSMMixer
+from mohawk.models.state_mixer import StateMixer
 from mohawk.models.teacher_forcing import RECORDING, AttentionRecord, recording_attention
 
 OF_ATTENTION = ("kl", "scores")  # what a state-space matrix has not
@@ -32,10 +32,10 @@ KINDS = ("full_attention", "sliding_attention", "linear_attention")  # of layers
 class MixerRecord:
     """What one state-space layer was called with."""
 
-    mixer: SSMMixer
+    mixer: StateMixer
     hidden_states: Tensor | None = None  # (b, n, D), behind the layer's input norm
 
-    def mixing(self, segment_ids: Tensor | None = None) -> SSDMixing:
+    def mixing(self, segment_ids: Tensor | None = None) -> SSDMixing | DeltaMixing:
         return self.mixer.mixing(self.hidden_states, segment_ids=segment_ids)
 
 
@@ -67,7 +67,7 @@ def collect_attention(model: nn.Module, layers: Collection[int]) -> Iterator[dic
     tagged: list[tuple[nn.Module, Record]] = []
     hooks = []
     for layer in sorted(set(layers)):
-        mixer = next((module for module in modules[layer].modules() if isinstance(module, SSMMixer)), None)
+        mixer = next((module for module in modules[layer].modules() if isinstance(module, StateMixer)), None)
         if mixer is None and kinds is not None and kinds[layer] not in KINDS:
             raise ValueError(f"attention of {name}: layer {layer} is of {kinds[layer]}, which cannot be recorded")
         records[layer] = AttentionRecord() if mixer is None else MixerRecord(mixer)

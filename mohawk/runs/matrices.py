@@ -19,7 +19,7 @@ from mohawk.kernels.mixing.definition import AttentionMixing, Mixing
 from mohawk.kernels.mixing.matrix import mixing_matrix
 from mohawk.models.families import decoder_layers, mixer_input_norm
 from mohawk.models.hybrid import HybridForCausalLM
-from mohawk.models.mixers import SSMMixer
+from mohawk.models.state_mixer import StateMixer
 from mohawk.models.teacher_forcing import LayerCall, layer_calls, record, recording_attention
 from mohawk.runs.plots import Heads, plot_mixing_matrices
 
@@ -54,7 +54,7 @@ def layer_mixings(
         if (
             student is not None
             and own_layers is not None
-            and any(not isinstance(own_layers[i].self_attn, SSMMixer) for i in layers)
+            and any(not isinstance(own_layers[i].self_attn, StateMixer) for i in layers)
         ):
             recording.enter_context(recording_attention(student))
         hidden, calls = layer_calls(teacher, input_ids.to(teacher.device), positions)
@@ -70,7 +70,7 @@ def layer_mixings(
 
 def _student_mixing(layer: Any, hidden: Tensor, call: LayerCall) -> Mixing:
     hidden = hidden.to(next(layer.parameters()).dtype)
-    if isinstance(layer.self_attn, SSMMixer):
+    if isinstance(layer.self_attn, StateMixer):
         return layer.self_attn.mixing(mixer_input_norm(layer)(hidden))
     with record(layer.self_attn) as attention:
         layer(hidden, *call.args, **call.kwargs)
