@@ -16,7 +16,7 @@ from mohawk.schema.kinds import phase_names, run_command
 
 if TYPE_CHECKING:
     from rich.console import Console
-    from transformers import PretrainedConfig
+    from transformers import PretrainedConfig, PreTrainedModel
 
 log = logging.getLogger(__name__)
 
@@ -113,6 +113,16 @@ def describe_layers(model) -> tuple[Layer, ...]:
         torch.nn.ModuleList(),
     )
     return tuple(_layer(config, i, block, _dtype(config).itemsize) for i, block in enumerate(blocks))
+
+
+def state_sizes(model: PreTrainedModel, context: int) -> list[int]:
+    """Bytes of one sequence's state in each layer, after `context` tokens; of a model whose layers are all known."""
+    sizes = []
+    for layer in describe_layers(model):
+        size = layer.state_bytes(context)
+        assert size is not None
+        sizes.append(size)
+    return sizes
 
 
 def _dtype(config: PretrainedConfig):

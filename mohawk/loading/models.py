@@ -20,7 +20,7 @@ from mohawk.core.hub import hub_or_cache, is_unreachable
 from mohawk.core.parsing import parse_json
 from mohawk.core.places import home
 from mohawk.errors import UserError, causes, machines_own, shortened
-from mohawk.loading.causal import GIVE, check_causal
+from mohawk.loading.causal import GIVE, check_causal, plain_model
 
 if TYPE_CHECKING:
     import torch
@@ -175,7 +175,7 @@ def check_decoder(model: Any, who: str) -> None:
 
     from mohawk.models.families import other_than_decoder
 
-    model = model.get_base_model() if hasattr(model, "get_base_model") else model  # within peft's
+    model = plain_model(model)
     name = type(model).__name__
     if (config := getattr(model, "config", None)) is None:
         raise UserError(f"{who}: {name} has no configuration; give a causal language model of transformers")
