@@ -26,7 +26,7 @@ from mohawk.core.json_files import read_json, write_json
 from mohawk.core.places import home
 from mohawk.core.run_folder import COMPOSED, METRICS, RECIPE, RESULTS, SELECTION, STUDENT, phase_folder
 from mohawk.errors import UserError
-from mohawk.loading.describe import describe_layers, size_text
+from mohawk.loading.describe import size_text, state_sizes
 from mohawk.loading.models import load_teacher
 from mohawk.loading.nonfinite import refuse_nonfinite
 from mohawk.models.hybrid import HybridForCausalLM
@@ -88,6 +88,7 @@ class Budget:
                     f"of {total} layers only; allow at least {total - len(order)}"
                 )
             return sorted(order[:replaced])
+        assert self.context is not None  # comes with the bytes
         sizes = [sum(state_bytes(config, order[:i], self.context)) for i in range(len(order) + 1)]
         for i, size in enumerate(sizes):
             if size <= self.state_bytes:
@@ -107,7 +108,7 @@ def state_bytes(config: HybridConfig, ssm_layers: Sequence[int], context: int) -
     config.layer_types = [SSM_LAYER if i in ssm_layers else kind for i, kind in enumerate(kinds)]
     with torch.device("meta"):
         empty = HybridForCausalLM(config)
-    return [layer.state_bytes(context) for layer in describe_layers(empty)]
+    return state_sizes(empty, context)
 
 
 def compose(
@@ -143,6 +144,7 @@ def compose(
     check_models(folder, recipe)
     config = HybridConfig.from_pretrained(source)
     total = config.num_hidden_layers
+    ranking: dict[str, Any] | None = None
     if asked is not None:
         ranking = _ranking(folder, source, by)
         layers = asked.choose(ranking["order"], config)
@@ -174,15 +176,19 @@ def compose(
                 trust_remote_code=asked_of.trust_remote_code,
             )  # fmt: skip
             student = load_teacher(source, dtype="auto").requires_grad_(True)
+            assert isinstance(student, HybridForCausalLM)
+            # pyrefly: ignore[bad-argument-type]  # transformers wraps `to` and loses its parameters
             made = keep_attention(student, teacher.to(student.dtype), layers)
             refuse_nonfinite(made, f"{target}: this student", "it is not written")
-            with write_whole(target, replace=True, about={"run": bound(new.output)["id"]}) as partial:
+            of = bound(new.output)
+            assert of is not None  # since the folder is claimed
+            with write_whole(target, replace=True, about={"run": of["id"]}) as partial:
                 made.save_pretrained(partial)
     context = (asked.context if asked else None) or 4096
     size = sum(state_bytes(config, layers, context))
     at = f"{size_text(size)} of state after {context:,} tokens"
     console.print(f"{len(kept)} attention layers ({', '.join(map(str, kept)) or 'none'}), {at}", highlight=False)
-    if asked is not None:
+    if ranking is not None:
         point = ranking["path"][len(layers)]
         console.print(
             f"measured with these: KL {point['kl']:.4f}, {point['recall']['accuracy']:.1%} of values recalled",

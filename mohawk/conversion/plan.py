@@ -1,13 +1,14 @@
 """What a conversion will do, worked out from the recipe and the teacher's configuration alone: no weights are read."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from rich.console import Console
 from rich.table import Table
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from mohawk.conversion.objectives import EndToEndObjective, HiddenObjective, MixingObjective, Objective
+from mohawk.conversion.objectives import EndToEndObjective, HiddenObjective, MixingObjective, PhaseObjective
 from mohawk.conversion.recipe import Recipe, Student
 from mohawk.errors import UserError
 from mohawk.loading.models import building
@@ -41,7 +42,7 @@ class Plan:
     phases: list[PhasePlan]
 
 
-def objective_for(name: str, phase, student, teacher) -> Objective:
+def objective_for(name: str, phase: Any, student: HybridForCausalLM, teacher: PreTrainedModel) -> PhaseObjective:
     """The objective of one phase as its recipe asks."""
     if name == "mixing":
         return MixingObjective(student, teacher, metric=phase.metric)

@@ -43,7 +43,9 @@ class Probe:
             overrides.append("data.evaluation=[]")
         recipe = Recipe.load(folder / RECIPE, overrides)
         run = opened(recipe, folder, console, trains=False)
+        # pyrefly: ignore[bad-argument-type]  # transformers wraps `to` and loses its parameters
         student = HybridForCausalLM.from_pretrained(student_folder).to(run.device)
+        # pyrefly: ignore[bad-argument-type]  # transformers wraps `to` and loses its parameters
         teacher = run.teacher.to(student.dtype)
         name, states = next(iter(run.texts.items()))
         lists = recall_batches(run.tokenizer, tokens, batch_size=recipe.evaluation.batch_size)
@@ -58,7 +60,8 @@ class Probe:
         self._head = Head.of(teacher).frozen()
         self._weight = self._head.weight.to(run.autocast or torch.float32)
         self._expected = list(self._text.final_hidden(()))
-        self._file, self._bar = folder / MEASURED, None
+        self._file = folder / MEASURED
+        self._bar: _Bar | None = None
         self._known: dict[tuple[str, tuple[int, ...]], Any] = {}
         self._recollect()
 

@@ -12,9 +12,9 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field
 
 from mohawk.models.mixer_names import MIXERS
-from mohawk.schema import yaml_text as recipe_text
 from mohawk.schema.base import (
     Batch,
+    Contradiction,
     Count,
     Divergence,
     MatrixMetric,
@@ -114,7 +114,7 @@ class Recipe(RecipeFile):
     def phase_names(self) -> tuple[str, ...]:
         return tuple(Phases.model_fields)
 
-    def contradictions(self) -> Iterator[tuple[list[recipe_text.Path], str]]:
+    def contradictions(self) -> Iterator[Contradiction]:
         yield from super().contradictions()
         teacher, phases = self.teacher, self.phases
         if teacher.gguf_file and teacher.model.lower().endswith(".gguf"):

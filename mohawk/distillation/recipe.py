@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Protocol, runtime_checkable
 
 from pydantic import BeforeValidator, Field
 
@@ -15,6 +15,7 @@ from mohawk.conversion.recipe import Student
 from mohawk.schema import yaml_text as recipe_text
 from mohawk.schema.base import (
     Batch,
+    Contradiction,
     Count,
     Data,
     Divergence,
@@ -167,6 +168,7 @@ class DistillSource(Source):
 
 
 class DistillData(Data):
+    # pyrefly: ignore[bad-override]  # nobody puts a plain source in: a recipe is frozen
     train: list[DistillSource] = Field(min_length=1, description="text to train on")
 
 
@@ -269,6 +271,26 @@ class Stage(Phase):
     tokens: Count = Field(100_000_000, description="training tokens of the stage")
 
 
+@runtime_checkable
+class StageRecipe(Protocol):
+    """What stages of distillation ask of the recipe that they are of: a distillation's own, or a pruning's."""
+
+    @property
+    def teacher(self) -> DistillTeacher: ...
+    @property
+    def teachers(self) -> list[DistillTeacher]: ...
+    @property
+    def combine(self) -> str: ...
+    @property
+    def student(self) -> DistillStudent: ...
+    @property
+    def data(self) -> DistillData: ...
+    @property
+    def stages(self) -> list[Stage]: ...
+    @property
+    def seed(self) -> int: ...
+
+
 class DistillRecipe(RecipeFile):
     """A whole distillation."""
 
@@ -289,7 +311,7 @@ class DistillRecipe(RecipeFile):
         """Whether any stage trains adapters (LoRA)."""
         return any((stage.student or self.student).lora for stage in self.stages)
 
-    def contradictions(self) -> Iterator[tuple[list[recipe_text.Path], str]]:
+    def contradictions(self) -> Iterator[Contradiction]:
         yield from super().contradictions()
         students = [self.student, *(stage.student for stage in self.stages if stage.student)]
         if not any(s.model or s.layers is not None or s.scratch or s.hybrid or s.lora for s in students):
@@ -332,7 +354,7 @@ def _counts(weight: float | Ramp) -> bool:
     return weight != 0 and not (isinstance(weight, Ramp) and weight.start == weight.end == 0)
 
 
-def data_contradictions(data: DistillData, at: recipe_text.Path):
+def data_contradictions(data: DistillData, at: recipe_text.Path) -> Iterator[Contradiction]:
     if all(source.loss_weight == 0 for source in data.train):
         yield [(*at, "train")], f"{'.'.join(map(str, at))}.train: every loss_weight is 0, so there is nothing to learn"
     named = [source.teacher_field is not None for source in data.train]
@@ -374,7 +396,9 @@ def data_contradictions(data: DistillData, at: recipe_text.Path):
                 )
 
 
-def stage_contradictions(recipe: DistillRecipe, stage: Stage, i: int, at: recipe_text.Path, label: str):
+def stage_contradictions(
+    recipe: StageRecipe, stage: Stage, i: int, at: recipe_text.Path, label: str
+) -> Iterator[Contradiction]:
     matched = stage.hidden or stage.attention
     weights = (stage.kd_weight, stage.ce_weight, *(part.weight for part in (stage.hidden, stage.attention) if part))
     if not any(map(_counts, weights)) and not any(source.own_loss for source in (stage.data or recipe.data).train):

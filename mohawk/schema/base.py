@@ -57,6 +57,8 @@ else:
 Share = Annotated[float, Field(ge=0, le=1)]
 Weight = Annotated[float, Field(ge=0, le=1e6)]  # of a loss
 Text = Annotated[str, Field(min_length=1)]
+# The values involved, and what is wrong with them together.
+Contradiction = tuple[list[recipe_text.Path], str]
 Place = Annotated[Path, Field(strict=False), BeforeValidator(_place)]
 
 
@@ -149,9 +151,7 @@ class Evaluation(Section):
     continuation_tokens: Batch = Field(60, description="tokens of that continuation")
 
 
-def phase_contradictions(
-    phase: Phase, at: recipe_text.Path, name: str, or_else: str
-) -> Iterator[tuple[list[recipe_text.Path], str]]:
+def phase_contradictions(phase: Phase, at: recipe_text.Path, name: str, or_else: str) -> Iterator[Contradiction]:
     """What contradicts itself in one phase's budget; `name` as a reader knows it, `or_else` the last way out."""
     if phase.warmup + phase.decay > 1:
         yield (
@@ -227,7 +227,7 @@ class RecipeFile(Section):
         else:
             Path(path).write_text(self.to_yaml(), encoding="utf-8")
 
-    def contradictions(self) -> Iterator[tuple[list[recipe_text.Path], str]]:
+    def contradictions(self) -> Iterator[Contradiction]:
         """(the values involved, what is wrong with them together)."""
         if self.data.validation_share == 0 and not self.data.evaluation:
             yield (
