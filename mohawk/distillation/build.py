@@ -8,7 +8,6 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
 
 from mohawk.conversion.plan import student_options
 from mohawk.core.processes import several
@@ -27,7 +26,9 @@ from mohawk.models.from_teacher import hybrid_from_teacher
 from mohawk.teacher_cache.reader import TeacherCache
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from mohawk.loading.causal import CausalLM
 
 
 def checked_cache(stage: Stage) -> TeacherCache:
@@ -35,6 +36,7 @@ def checked_cache(stage: Stage) -> TeacherCache:
 
     Raises UserError for what does not fit the stage.
     """
+    assert stage.cache is not None
     cache, temperature = TeacherCache(stage.cache), stage.temperature
     if isinstance(temperature, Ramp) and cache.temperature is not None:
         raise UserError(
@@ -47,7 +49,7 @@ def checked_cache(stage: Stage) -> TeacherCache:
         )
     cache.check(
         sequence_length=stage.sequence_length, divergence=stage.divergence,
-        temperature=None if isinstance(temperature, Ramp) else temperature,
+        temperature=temperature if isinstance(temperature, (int, float)) else None,
     )  # fmt: skip
     return cache
 
@@ -59,7 +61,7 @@ def check_caches(stages: Iterable[Stage], tokenizer: PreTrainedTokenizerBase) ->
             checked_cache(stage).check(tokenizer_hash=tokenizer_key(tokenizer))
 
 
-def load(given: DistillTeacher, device: torch.device) -> nn.Module:
+def load(given: DistillTeacher, device: torch.device) -> PreTrainedModel:
     """A recipe's teacher, on its device or devices."""
     if given.device_map and several():
         raise UserError(
@@ -71,7 +73,7 @@ def load(given: DistillTeacher, device: torch.device) -> nn.Module:
     )  # fmt: skip
 
 
-def shaped(given: DistillStudent, base: nn.Module, seed: int) -> nn.Module:
+def shaped(given: DistillStudent, base: PreTrainedModel, seed: int) -> PreTrainedModel:
     """A student before training: `base` itself copied, some of its layers, its shape with random weights, a hybrid."""
     with mistakes("student.layers"):
         if given.layers is None:
@@ -89,7 +91,7 @@ def shaped(given: DistillStudent, base: nn.Module, seed: int) -> nn.Module:
     return student
 
 
-def matchings_for(stage: Stage, student: nn.Module, teacher: nn.Module | None) -> dict[str, Matching]:
+def matchings_for(stage: Stage, student: CausalLM, teacher: CausalLM | None) -> dict[str, Matching]:
     """The losses between layers that a stage asks for. Raises ValueError for what the models do not have."""
     found: dict[str, Matching] = {}
     if stage.hidden is None and stage.attention is None:

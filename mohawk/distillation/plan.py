@@ -7,8 +7,7 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
-from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from mohawk.core.precision import pick_device
 from mohawk.distillation.build import checked_cache, loss_label, matchings_for, mistakes, of_the_student, shaped
@@ -65,12 +64,14 @@ def _number(value: float | Ramp) -> str:
     return f"{value.start:g} to {value.end:g}" if isinstance(value, Ramp) else f"{value:.3g}"
 
 
-def _meta(config: Any) -> nn.Module:
+def _meta(config: Any) -> PreTrainedModel:
     with torch.device("meta"), building(config, config.name_or_path):
         return AutoModelForCausalLM.from_config(config, attn_implementation=needed_attention(config))
 
 
-def _planned(given: DistillStudent, base: nn.Module, recipe: DistillRecipe, where: str = "student") -> nn.Module:
+def _planned(
+    given: DistillStudent, base: PreTrainedModel, recipe: DistillRecipe, where: str = "student"
+) -> PreTrainedModel:
     """The student's shape, on the meta device."""
     if given.model is not None:
         with of_the_student():
@@ -98,7 +99,7 @@ def _planned(given: DistillStudent, base: nn.Module, recipe: DistillRecipe, wher
     return student
 
 
-def _size(model: nn.Module) -> str:
+def _size(model: PreTrainedModel) -> str:
     return f"{type(model).__name__}, {len(decoder(model)[1])} layers, {parameter_count(model) / 1e6:.1f}M parameters"
 
 
