@@ -28,6 +28,7 @@ from mohawk.pruning.sizes import (
     spread,
     target_sizes,
 )
+from mohawk.schema.base import Phase
 
 log = logging.getLogger(__name__)
 
@@ -266,6 +267,7 @@ def print_plan(plan: Plan, recipe: PruneRecipe, console: Console) -> None:
 
 def _costs_told(round_: Round) -> str:
     """What the model that is cut and the candidates cost, where it was counted now and not in a run before."""
+    assert round_.costs is not None and round_.budget is not None  # asked of rounds with a budget
     own = sizes_of(round_.start)
     found = [round_.costs.known(sizes, spread(own.layers, sizes.layers)) for sizes in (own, *round_.candidates)]
     told = [f"{cost:.3g}" if round_.budget.kind == "latency" else f"{cost:,.0f}" for cost in found if cost is not None]
@@ -276,10 +278,11 @@ def _costs_told(round_: Round) -> str:
 
 def _print_stages(recipe: PruneRecipe, console: Console) -> None:
     table = Table("stage", "tokens", "steps", "learning rate")
-    stages = [("correct", recipe.correct)] if recipe.correct else []
+    stages: list[tuple[str, Phase]] = [("correct", recipe.correct)] if recipe.correct else []
     if recipe.convert is not None:
         stages += [(name, phase) for name in ("mixing", "hidden") if (phase := getattr(recipe.convert, name))]
-    if times := sum(step.kind == "heal" for step in recipe.steps()):  # a smaller vocabulary alone needs none
+    times = sum(step.kind == "heal" for step in recipe.steps())
+    if recipe.heal is not None and times:  # a smaller vocabulary alone needs none
         stages.append((f"heal, {times} times" if times > 1 else "heal", recipe.heal))
     for name, stage in stages:
         table.add_row(name, f"{stage.tokens:,}", f"{stage.steps():,}", f"{stage.learning_rate:g}")

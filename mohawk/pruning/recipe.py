@@ -25,9 +25,9 @@ from mohawk.distillation.recipe import (
     kept_layers,
     stage_contradictions,
 )
-from mohawk.schema import yaml_text as recipe_text
 from mohawk.schema.base import (
     Batch,
+    Contradiction,
     Count,
     Length,
     RecipeFile,
@@ -249,7 +249,7 @@ class PruneRecipe(RecipeFile):
         """Whether anything but the vocabulary is cut."""
         return bool(self.prune.targets or self.prune.sizes() or self.prune.budgets())
 
-    def contradictions(self) -> Iterator[tuple[list[recipe_text.Path], str]]:
+    def contradictions(self) -> Iterator[Contradiction]:
         yield from super().contradictions()
         yield from data_contradictions(self.data, ("data",))
         for key in ("quantize", "device_map"):
@@ -271,7 +271,7 @@ class PruneRecipe(RecipeFile):
         if self.convert is not None:
             yield from _convert_contradictions(self.convert)
 
-    def _target_contradictions(self):
+    def _target_contradictions(self) -> Iterator[Contradiction]:
         prune = self.prune
         own = [*prune.sizes(), *prune.budgets()]
         places = [(("prune",), "prune", prune)]
@@ -316,7 +316,7 @@ class PruneRecipe(RecipeFile):
                     "search.tokens: candidates are healed as heal says, which is null; set search.tokens to 0",
                 )
 
-    def _stages_contradictions(self):
+    def _stages_contradictions(self) -> Iterator[Contradiction]:
         for key in ("correct", "heal"):
             stage = getattr(self, key)
             if stage is None:
@@ -348,7 +348,7 @@ class PruneRecipe(RecipeFile):
                 yield [(key, "name")], f"{key}.name: {stage.name} is the name of another stage; give it another"
 
 
-def _convert_contradictions(convert: Convert):
+def _convert_contradictions(convert: Convert) -> Iterator[Contradiction]:
     if convert.gate == "output" and convert.init != "attention":
         yield (
             [("convert", "gate"), ("convert", "init")],

@@ -4,6 +4,7 @@ import copy
 import json
 from contextlib import nullcontext
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from mohawk import MinitronPruner
 from mohawk.cli import main
-from mohawk.core.json_files import read_json
+from mohawk.core.json_files import read_json, write_json
 from mohawk.errors import UserError
 from mohawk.measures.compare import DecodeSpeed, decode_speed
 from mohawk.models.cutting.cuts import cut
@@ -24,7 +25,9 @@ from mohawk.pruning import search as prune_search
 from mohawk.pruning.baselines import random_importance
 from mohawk.pruning.importance import choose
 from mohawk.pruning.layers import chosen_with_mix
-from mohawk.pruning.rounds import cut_in_float32
+from mohawk.pruning.plan import Round
+from mohawk.pruning.recipe import Prune
+from mohawk.pruning.rounds import Rounds, cut_in_float32
 from mohawk.pruning.run import prune
 from mohawk.pruning.search import Budget, Costs, candidates, search, search_table, within
 from mohawk.pruning.sizes import WIDTHS, between, narrower, spread, unit
@@ -379,6 +382,20 @@ def test_a_saved_search_counts_for_its_own_recipe_alone(same, checkpoint, texts,
     with nullcontext() if same else pytest.raises(UserError, match="another prune.parameters, teacher.model"):
         prune(mine, dry_run=True)
     assert (" 7 " in capsys.readouterr().out) == same
+
+
+@pytest.mark.parametrize("left", [None, {"candidates": [{"sizes": {}}], "budget": {}}])
+def test_later_rounds_need_what_the_first_ones_search_picked(left, tmp_path):
+    model = tiny_teacher()
+    own, target = sizes_of(model.config), Prune(parameters=0.5, rounds=2)
+    budget = Budget("nonembedding", 1e4)
+    rounds = [Round(target, "prune", 0.5, budget=budget, candidates=[own]), Round(target, "prune", 1.0)]
+    if left is not None:  # stopped within the search
+        (tmp_path / "rounds/1").mkdir(parents=True)
+        write_json(tmp_path / "rounds/1/search.json", left)
+    made = Rounds(SimpleNamespace(folder=tmp_path), SimpleNamespace(rounds=rounds, config=model.config))
+    with pytest.raises(UserError, match="search.json is missing or damaged, and every round cuts towards what round 1"):
+        made._sizes(2, model, random_importance(model.config, 0), "score")
 
 
 def test_layers_are_chosen_with_a_mix():
