@@ -14,6 +14,7 @@ from mohawk.core.processes import several
 from mohawk.data.text import tokenizer_key
 from mohawk.distillation.recipe import DistillData, DistillStudent, DistillTeacher, Ramp, Stage
 from mohawk.errors import UserError
+from mohawk.loading.causal import plain_model
 from mohawk.loading.models import load_teacher
 from mohawk.losses.attention_match import AttentionMatch
 from mohawk.losses.distiller import OwnLoss
@@ -102,7 +103,7 @@ def matchings_for(stage: Stage, student: CausalLM, teacher: CausalLM | None) -> 
     if (hidden := stage.hidden) is not None:
         match = HiddenMatch(
             layer_map(hidden.layers, *depths, embeddings=hidden.embeddings),
-            *(model.config.get_text_config().hidden_size for model in (student, teacher)),
+            *(plain_model(model).config.get_text_config().hidden_size for model in (student, teacher)),
             loss=hidden.loss, rank=hidden.rank, shared=hidden.shared, normalise=hidden.normalise,
         )  # fmt: skip
         found["hidden"] = match_hidden(match.to(student.device), schedule_of(hidden.weight))

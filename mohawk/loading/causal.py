@@ -15,11 +15,11 @@ from mohawk.errors import UserError, machines_own
 if TYPE_CHECKING:
     from typing import TypeAlias
 
-    from peft import PeftModel
+    from peft import PeftMixedModel, PeftModel
     from transformers import GenerationMixin, PreTrainedModel
 
-    # What teachers and students are: peft's model around one passes on what it does not have itself.
-    CausalLM: TypeAlias = PreTrainedModel | PeftModel
+    # What teachers and students are. peft's models around one pass on what they do not have themselves.
+    CausalLM: TypeAlias = PreTrainedModel | PeftModel | PeftMixedModel
 
     class PlainCausalLM(PreTrainedModel, GenerationMixin):
         """A model of transformers that writes text, as its automatic class gives one."""

@@ -51,7 +51,7 @@ class Head:
         output = model.get_output_embeddings()
         if output is None:
             raise UserError(f"{type(model).__name__} has no output embedding to compare logits of")
-        config = model.config.get_text_config()
+        config = plain_model(model).config.get_text_config()
         scale = getattr(config, "logit_scale", None) or 1.0  # Cohere multiplies, Granite divides
         scale /= getattr(config, "logits_scaling", None) or 1.0
         softcap = getattr(config, "final_logit_softcapping", None)
@@ -254,7 +254,7 @@ def readable_ids(model: CausalLM, ids: Tensor, who: str) -> tuple[Tensor, Callab
 
 def _check_padding(model: CausalLM, mask: Tensor | None) -> None:
     """UserError where padding in front of a row's tokens would become part of what the model remembers of them."""
-    if mask is None or mask.dim() != 2 or model.config.get_text_config().model_type not in READS_PADDING:
+    if mask is None or mask.dim() != 2 or plain_model(model).config.get_text_config().model_type not in READS_PADDING:
         return
     if bool((mask.bool()[:, 1:] & ~mask.bool()[:, :-1]).any()):
         raise UserError(

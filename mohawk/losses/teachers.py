@@ -206,7 +206,7 @@ class Ensemble:
         if len(given) != len(self.teachers) or not all(w > 0 for w in given):
             raise ValueError(f"weights: got {given} for {len(self.teachers)} teachers; allowed: one above 0 for each")
         self.weights = [w / sum(given) for w in given]
-        check_together(combine, [teacher.model.config for teacher in self.teachers])
+        check_together(combine, [plain_model(teacher.model).config for teacher in self.teachers])
 
     def __call__(self, batch: Mapping[str, Tensor], watches: Sequence[Watch] = ()) -> list[Answer]:
         if self.combine == "row":

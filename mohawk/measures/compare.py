@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from mohawk.data.next_tokens import IGNORED, next_labels
 from mohawk.data.packing import collate
 from mohawk.errors import UserError
+from mohawk.loading.causal import plain_model
 from mohawk.losses.heads import Head, final_hidden_states
 from mohawk.models.call import CACHE
 
@@ -208,7 +209,9 @@ def decode_speed(
     speeds = []
     with _evaluating(model):
         for context in contexts:
-            ids = torch.randint(model.config.get_text_config().vocab_size, (1, context), generator=generator)
+            ids = torch.randint(
+                plain_model(model).config.get_text_config().vocab_size, (1, context), generator=generator
+            )
             cache = output = None
             for start in range(0, context, chunk):
                 piece = ids[:, start : start + chunk].to(device)
