@@ -171,11 +171,8 @@ def compose(
             if metrics.is_file():
                 copy_without(metrics, new.output / METRICS, "end_to_end")
             asked_of = recipe.teacher
-            teacher = load_teacher(
-                asked_of.model, gguf_file=asked_of.gguf_file, revision=asked_of.revision, dtype=asked_of.dtype,
-                trust_remote_code=asked_of.trust_remote_code,
-            )  # fmt: skip
-            student = load_teacher(source, dtype="auto").requires_grad_(True)
+            teacher = load_teacher(asked_of.model, dtype=asked_of.dtype, **asked_of.where)
+            student = load_teacher(source, dtype="auto", who="student").requires_grad_(True)
             assert isinstance(student, HybridForCausalLM)
             # pyrefly: ignore[bad-argument-type]  # transformers wraps `to` and loses its parameters
             made = keep_attention(student, teacher.to(student.dtype), layers)

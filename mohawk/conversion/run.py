@@ -48,8 +48,7 @@ def convert(recipe: Recipe, *, dry_run: bool = False) -> None:
 
     def plan(console: Console) -> Plan:
         about = recipe.teacher
-        where = {key: getattr(about, key) for key in ("gguf_file", "revision", "trust_remote_code")}
-        planned = make_plan(recipe, first_before_others(lambda: load_config(about.model, **where)))
+        planned = make_plan(recipe, first_before_others(lambda: load_config(about.model, **about.where)))
         print_plan(planned, recipe, console)
         return planned
 

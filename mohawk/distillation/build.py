@@ -62,15 +62,15 @@ def check_caches(stages: Iterable[Stage], tokenizer: PreTrainedTokenizerBase) ->
             checked_cache(stage).check(tokenizer_hash=tokenizer_key(tokenizer))
 
 
-def load(given: DistillTeacher, device: torch.device) -> PreTrainedModel:
+def load(given: DistillTeacher, device: torch.device, who: str = "teacher") -> PreTrainedModel:
     """A recipe's teacher, on its device or devices."""
     if given.device_map and several():
         raise UserError(
-            "device_map: got auto in several processes, which would all spread over the same GPUs; leave it out"
+            f"{who}.device_map: got auto in several processes, which would all spread over the same GPUs; leave it out"
         )
     return load_teacher(
-        given.model, gguf_file=given.gguf_file, revision=given.revision, dtype=given.dtype,
-        trust_remote_code=given.trust_remote_code, device=device, quantize=given.quantize, device_map=given.device_map,
+        given.model, **given.where, dtype=given.dtype, device=device, quantize=given.quantize,
+        device_map=given.device_map, who=who,
     )  # fmt: skip
 
 
@@ -112,15 +112,6 @@ def matchings_for(stage: Stage, student: CausalLM, teacher: CausalLM | None) -> 
         match.check(student, teacher)
         found["attention"] = match_attention(match, schedule_of(attention.weight))
     return found
-
-
-@contextmanager
-def of_the_student() -> Iterator[None]:
-    """Within this block, errors about `teacher` are reported as errors about `student.model`."""
-    try:
-        yield
-    except UserError as error:
-        raise UserError(str(error).replace("teacher:", "student.model:", 1)) from error
 
 
 @contextmanager

@@ -53,15 +53,14 @@ def cache_teacher(
             )
         temperature = asked.temperature
     device = pick_device(recipe.device)
-    where = {"gguf_file": about.gguf_file, "revision": about.revision, "trust_remote_code": about.trust_remote_code}
-    tokenizer = teacher_tokenizer(about.model, tokenizer=about.tokenizer, **where)
+    tokenizer = teacher_tokenizer(about.model, tokenizer=about.tokenizer, **about.where)
     dataset = _rows_of(recipe, asked, sequence_length or asked.sequence_length, tokenizer)
     length = len(dataset[0]["input_ids"])
     if kind == "top-k":  # before weights are loaded
-        within("k", k, 1, load_config(about.model, **where).get_text_config().vocab_size)
+        within("k", k, 1, load_config(about.model, **about.where).get_text_config().vocab_size)
     rows = None if tokens is None else min(len(dataset), -(-tokens // length))
     loading = {name: getattr(about, name) for name in ("quantize", "device_map") if getattr(about, name, None)}
-    teacher = load_teacher(about.model, dtype=about.dtype, device=device, **where, **loading)
+    teacher = load_teacher(about.model, dtype=about.dtype, device=device, **about.where, **loading)
     return write_cache(
         output, teacher, dataset, kind=kind, k=k, draws=draws, seed=recipe.seed, rows=rows,
         temperature=1.0 if temperature is None else temperature, batch_size=batch_size or asked.batch_size,

@@ -15,6 +15,7 @@ from mohawk.conversion.recipe import Student
 from mohawk.schema import yaml_text as recipe_text
 from mohawk.schema.base import (
     Batch,
+    Checkpoint,
     Contradiction,
     Count,
     Data,
@@ -105,11 +106,8 @@ class Lora(Section):
     )
 
 
-class DistillStudent(Section):
+class DistillStudent(Checkpoint):
     model: Text | None = Field(default=None, description="folder, .gguf file or hub id; null: made from the teacher")
-    gguf_file: Text | None = Field(default=None, description="name of the GGUF file inside `model`, if it is one")
-    revision: Text | None = Field(default=None, description="branch, tag or commit on the hub")
-    trust_remote_code: bool = Field(default=False, description="run Python code that comes with the checkpoint")
     layers: Annotated[str | list[int] | None, BeforeValidator(kept_layers)] = Field(
         default=None, description="layers to keep; null: all"
     )

@@ -18,7 +18,6 @@ from mohawk.distillation.build import (
     load,
     matchings_for,
     mistakes,
-    of_the_student,
     own_losses,
     schedule_of,
     shaped,
@@ -58,7 +57,7 @@ class StageTrainer:
         """The student after a stage. i: its place in the recipe. before: the step before it, if any."""
         run, recipe = self.run, self.run.recipe
         if stage.student is not None:
-            student = made(run, stage.student, student)
+            student = made(run, stage.student, student, f"stages.{i}.student")
         rows = run.data.rows(stage, run.pad)
         wanted = stage.steps() * stage.rows
         if len(rows) < wanted:
@@ -145,7 +144,8 @@ class StageTrainer:
             if not (stage.hidden or stage.attention):
                 return None
         given = [recipe.teacher, *recipe.teachers]
-        models = [run.teacher, *(load(teacher, run.device) for teacher in recipe.teachers)]
+        further = [load(one, run.device, f"teachers.{k}") for k, one in enumerate(recipe.teachers)]
+        models = [run.teacher, *further]
         teachers = [ModelTeacher(model, g.micro_batch) for model, g in zip(models, given, strict=True)]
         if len(teachers) == 1:
             return teachers[0]
@@ -193,14 +193,10 @@ def lora_of(recipe: Any, stage: Stage) -> Lora | None:
     return (stage.student or recipe.student).lora
 
 
-def made(run: RunContext, given: DistillStudent, base: PreTrainedModel) -> PreTrainedModel:
+def made(run: RunContext, given: DistillStudent, base: PreTrainedModel, where: str = "student") -> PreTrainedModel:
     """A student as asked, from the named model or from `base`; the same one whenever it is made again."""
     if given.model is not None:
-        with of_the_student():
-            base = load_teacher(
-                given.model, gguf_file=given.gguf_file, revision=given.revision,
-                trust_remote_code=given.trust_remote_code, device=run.device,
-            )  # fmt: skip
+        base = load_teacher(given.model, **given.where, device=run.device, who=f"{where}.model")
     student = shaped(given, base, run.recipe.seed).float()
     # pyrefly: ignore[bad-argument-type]  # transformers wraps `to` and loses its parameters
     return student.to(run.device).requires_grad_(True)

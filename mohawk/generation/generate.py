@@ -37,12 +37,9 @@ def generate(
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: torch sees no GPU here; use cpu, or see `mohawk doctor`")
     name = student_folder(model)
-    try:
-        reader = teacher_tokenizer(name, tokenizer=tokenizer, who="model", option="--tokenizer")
-        # bfloat16 is what checkpoints are saved in and what few CPUs are fast at
-        loaded = load_teacher(name, dtype="auto" if device == "cuda" else "float32", device=device)
-    except UserError as error:
-        raise UserError(str(error).removeprefix("teacher: ")) from error
+    reader = teacher_tokenizer(name, tokenizer=tokenizer, who="", option="--tokenizer")
+    # bfloat16 is what checkpoints are saved in and what few CPUs are fast at
+    loaded = load_teacher(name, dtype="auto" if device == "cuda" else "float32", device=device, who="")
     if seed is not None:
         set_seed(seed)
     inputs = reader(prompt, return_tensors="pt").to(device)

@@ -321,7 +321,7 @@ def _measured(records, keep, student, validation, rounds, trial) -> dict[str, An
     try:
         name = student_folder(student)
         tokenizer = teacher_tokenizer(name, who="student")
-        model = load_teacher(name, dtype="float32", device=device).requires_grad_(True)
+        model = load_teacher(name, dtype="float32", device=device, who="student").requires_grad_(True)
     except UserError as error:
         raise UserError(f"--student: {str(error).removeprefix('teacher: ')}") from error
     router = RationaleRouter(list(by_teacher))

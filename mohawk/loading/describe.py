@@ -87,13 +87,10 @@ def describe(model: str | Path) -> Description:
     import mohawk.models.hybrid  # noqa: F401  makes the Auto classes know hybrids
     from mohawk.loading.models import building, load_config, locate
 
-    try:
-        config = load_config(model)
-        name, gguf_file = locate(model)
-        with torch.device("meta"), building(config, name):
-            empty = AutoModelForCausalLM.from_config(config)
-    except UserError as error:
-        raise UserError(str(error).removeprefix("teacher: ")) from error
+    config = load_config(model, who="")
+    name, gguf_file = locate(model, who="")
+    with torch.device("meta"), building(config, name, who=""):
+        empty = AutoModelForCausalLM.from_config(config)
     return Description(
         name=f"{name}/{gguf_file}" if gguf_file else name,
         kind=type(empty).__name__,

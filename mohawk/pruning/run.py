@@ -62,8 +62,7 @@ def prune(recipe: PruneRecipe, *, dry_run: bool = False) -> None:
 
     def plan(console: Console) -> Plan:
         about = recipe.teacher
-        where = {key: getattr(about, key) for key in ("gguf_file", "revision", "trust_remote_code")}
-        config = first_before_others(lambda: load_config(about.model, **where))
+        config = first_before_others(lambda: load_config(about.model, **about.where))
         with building(config, about.model):
             empty_model(config)
         planned = _plan(recipe, config, Path(recipe.output))
@@ -163,11 +162,11 @@ class Pruning:
     def _finish(self) -> None:
         """The report."""
         run, steps, final = self.run, self.run.recipe.steps(), self.run.folder / STUDENT
-        student = load_teacher(final, dtype="auto", device=run.device)
+        student = load_teacher(final, dtype="auto", device=run.device, who="student")
         finish(
             run.folder, run.recipe, student.eval(), run.teacher, run.tokenizer, run.console,
             stages={step.name: step.told for step in steps}, labels=self._labels(steps),
-            own_tables=self._tables(student), student_tokenizer=load_tokenizer(final),
+            own_tables=self._tables(student), student_tokenizer=load_tokenizer(final, who="student"),
         )  # fmt: skip
 
     def _step(self, step: PruneStep) -> Step:
@@ -216,7 +215,7 @@ class Pruning:
             folder = phase_student(run.folder, f"prune_{len(self.plan.rounds)}")
             if not from_first(lambda: is_complete(folder)):
                 raise UserError(f"{folder} is missing or damaged; to make it again, delete {folder.parent.parent}")
-            parent = load_teacher(folder, device=run.device)
+            parent = load_teacher(folder, device=run.device, who="student")
         wanted = phase.steps() * phase.rows
         rows = training_rows(recipe.data, run.data.sources, phase.sequence_length, wanted, recipe.seed, run.pad)
         train_phase(run, name, phase, student, parent, rows, before)

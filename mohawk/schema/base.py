@@ -68,14 +68,25 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False, protected_namespaces=())
 
 
-class Teacher(Section):
-    model: Text = Field(description="folder, .gguf file or hub id of the Transformer to convert")
+class Checkpoint(Section):
+    """What names a checkpoint, and says what of it is loaded."""
+
+    model: Text | None = Field(default=None, description="folder, .gguf file or hub id")
     gguf_file: Text | None = Field(default=None, description="name of the GGUF file inside `model`, if it is one")
     revision: Text | None = Field(default=None, description="branch, tag or commit on the hub")
+    trust_remote_code: bool = Field(default=False, description="run Python code that comes with the checkpoint")
+
+    @property
+    def where(self) -> dict[str, Any]:
+        """What mohawk/loading/ asks for besides `model`."""
+        return {"gguf_file": self.gguf_file, "revision": self.revision, "trust_remote_code": self.trust_remote_code}
+
+
+class Teacher(Checkpoint):
+    model: Text = Field(description="folder, .gguf file or hub id of the Transformer to convert")
     dtype: Literal["float32", "bfloat16", "float16", "auto"] = Field(
         default="float32", description="dtype of the teacher's weights; auto: as saved"
     )
-    trust_remote_code: bool = Field(default=False, description="run Python code that comes with the checkpoint")
     tokenizer: Text | None = Field(
         default=None, description="folder or hub id of the tokenizer, if it is not with the model"
     )

@@ -108,13 +108,14 @@ def test_students_may_be_adapted(library, tmp_path):
 
         teacher, plain = (AutoModelForCausalLM.from_pretrained(name) for name in "ab")
         student = get_peft_model(plain, LoraConfig())
-        distiller = KnowledgeDistiller(teacher, student, temperature="auto", on_policy=OnPolicy(student, eos_token_id=0))
+        sampling = OnPolicy(student, eos_token_id=0)
+        distiller = KnowledgeDistiller(teacher, student, temperature="auto", on_policy=sampling)
         distiller.compute_loss(torch.zeros(1, 2, dtype=torch.int64)).backward()
         KnowledgeDistiller(teacher, plain).compute_loss(torch.zeros(1, 2, dtype=torch.int64)).backward()
         KnowledgeDistiller(teacher, torch.nn.Linear(1, 1))
         KnowledgeDistiller(teacher, plain, temperature="hot")
     """
-    assert findings(code, library, tmp_path) == [(11, "bad-argument-type"), (12, "bad-argument-type")]
+    assert findings(code, library, tmp_path) == [(12, "bad-argument-type"), (13, "bad-argument-type")]
 
 
 def test_the_overloads_name_every_keyword():
