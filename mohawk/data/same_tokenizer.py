@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from mohawk.data.text import tokenizer_key
 from mohawk.errors import UserError
-from mohawk.loading.models import load_config, load_tokenizer, locate, naming
+from mohawk.loading.models import load_config, load_tokenizer, locate, said_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -59,7 +59,7 @@ def teacher_tokenizer(
     if tokenizer is not None and (own := own_tokenizer(model, who=who, **where)) is not None:
         check_same(own, found, f"{option}: {tokenizer}", f"{model}'s own", roles=False)
     if tokenizer is None:
-        check_rows(found, rows, f"{naming(who)}{model}")
+        check_rows(found, rows, f"{said_of(who)}{model}")
     else:
         check_rows(found, rows, f"{option}: {tokenizer}", "it")
     return found

@@ -318,12 +318,9 @@ def _measured(records, keep, student, validation, rounds, trial) -> dict[str, An
     if both := {record["prompt"] for record in held_out} & {record["prompt"] for record in records}:
         raise UserError(f"validation: {len(both)} of its prompts are trained on too, such as {min(both)[:60]!r}")
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        name = student_folder(student)
-        tokenizer = teacher_tokenizer(name, who="student")
-        model = load_teacher(name, dtype="float32", device=device, who="student").requires_grad_(True)
-    except UserError as error:
-        raise UserError(f"--student: {str(error).removeprefix('teacher: ')}") from error
+    name = student_folder(student)
+    tokenizer = teacher_tokenizer(name, who="--student")
+    model = load_teacher(name, dtype="float32", device=device, who="--student").requires_grad_(True)
     router = RationaleRouter(list(by_teacher))
     rounds = max(rounds, len(by_teacher))  # each teacher once, or there is nothing to rank
     return measure_gains(model, tokenizer, by_teacher, held_out, router, rounds=rounds, keep=keep, **trial).state()

@@ -37,15 +37,16 @@ SIZES = {
 CAUSAL_HEADS = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
 
 
-def naming(who: str) -> str:
+def said_of(who: str) -> str:
     """What a message about a model begins with, where it is called so."""
     return f"{who}: " if who else ""
 
 
 def option_of(who: str, name: str) -> str:
-    """A recipe's field beside the one that names a model: `student.revision` of `student.model`."""
+    """A recipe's field beside the one that names a model: `student.revision` of `student.model`. The command line's
+    models are in no section."""
     section = who.removesuffix(".model")
-    return f"{section}.{name}" if section else name
+    return name if not section or section.startswith("--") else f"{section}.{name}"
 
 
 def locate(model: str | Path, gguf_file: str | None = None, who: str = "teacher") -> tuple[str, str | None]:
@@ -56,27 +57,27 @@ def locate(model: str | Path, gguf_file: str | None = None, who: str = "teacher"
     """
     name = str(model).strip()
     if not name:
-        raise UserError(f"{naming(who)}the model is empty; give a local folder, a .gguf file or a hub id")
+        raise UserError(f"{said_of(who)}the model is empty; give a local folder, a .gguf file or a hub id")
     path = home(name)
     if path.is_file():
         if path.suffix.lower() != ".gguf":
-            raise UserError(f"{naming(who)}{name} is a file; give the folder that holds config.json, or a .gguf file")
+            raise UserError(f"{said_of(who)}{name} is a file; give the folder that holds config.json, or a .gguf file")
         if gguf_file is not None and gguf_file != path.name:
-            raise UserError(f"{naming(who)}{name} is itself a GGUF file; drop gguf_file ({gguf_file})")
+            raise UserError(f"{said_of(who)}{name} is itself a GGUF file; drop gguf_file ({gguf_file})")
         return str(path.parent), path.name
     if path.is_dir():
         if gguf_file is not None:
             if not (path / gguf_file).is_file():
-                raise UserError(f"{naming(who)}{name} holds no {gguf_file}; {_listed(path, '.gguf')}")
+                raise UserError(f"{said_of(who)}{name} holds no {gguf_file}; {_listed(path, '.gguf')}")
         elif not (path / "config.json").is_file():
             raise UserError(
-                f"{naming(who)}{name} holds no config.json, so it is no saved Hugging Face model; "
+                f"{said_of(who)}{name} holds no config.json, so it is no saved Hugging Face model; "
                 f"{_listed(path, '.gguf')}"
             )
-        refuse_damaged(path, "make it again", f"{naming(who)}cannot load the weights from the folder ")
+        refuse_damaged(path, "make it again", f"{said_of(who)}cannot load the weights from the folder ")
         return str(path), gguf_file
     if _looks_local(name):
-        raise UserError(f"{naming(who)}{name} does not exist (looked for {path.absolute()})")
+        raise UserError(f"{said_of(who)}{name} does not exist (looked for {path.absolute()})")
     return name, gguf_file
 
 
@@ -133,14 +134,14 @@ def load_config(
     _check_sizes(vars(config.get_text_config()), name, who)
     kind = f"{name} is a {config.model_type} model"
     if (other := other_than_decoder(config) or _ahead(config)) is not None:
-        raise UserError(f"{naming(who)}{kind}: {other}; {GIVE}")
+        raise UserError(f"{said_of(who)}{kind}: {other}; {GIVE}")
     remote = trust_remote_code and "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
     if not remote and type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
-        raise UserError(f"{naming(who)}{kind}, which transformers has no causal language model for")
+        raise UserError(f"{said_of(who)}{kind}, which transformers has no causal language model for")
     declared = config.architectures or []
     if declared and not any(a.endswith(CAUSAL_HEADS) for a in declared):
         raise UserError(
-            f"{naming(who)}{kind} saved as {', '.join(declared)}, not as a causal language model; "
+            f"{said_of(who)}{kind} saved as {', '.join(declared)}, not as a causal language model; "
             "give a checkpoint whose architecture ends in ForCausalLM"
         )
     return config
@@ -152,7 +153,7 @@ def _check_sizes(config: Mapping[str, Any], name: str, who: str) -> None:
         value = config.get(field)
         if value is not None and not isinstance(value, (list, tuple)) and not (type(value) is int and value >= least):
             raise UserError(
-                f"{naming(who)}the configuration of {name} cannot be: {field}: got {shortened(repr(value), 60)}; "
+                f"{said_of(who)}the configuration of {name} cannot be: {field}: got {shortened(repr(value), 60)}; "
                 f"allowed: a whole number of at least {least}; give a checkpoint with a sound config.json"
             )
 
@@ -169,7 +170,7 @@ def building(config: PretrainedConfig, name: str | Path, who: str = "teacher") -
         if machines_own(error) is not None:
             raise
         raise UserError(
-            f"{naming(who)}the configuration of {name} cannot be: no {config.model_type} model can be made of it "
+            f"{said_of(who)}the configuration of {name} cannot be: no {config.model_type} model can be made of it "
             f"({_first_line(error)}); give a checkpoint with a sound config.json"
         ) from error
 
@@ -266,7 +267,7 @@ def load_teacher(
         raise _user_error(error, name, revision, "weights", who, gguf_file) from error
     if missing := sorted(info["missing_keys"]):
         raise UserError(
-            f"{naming(who)}{name} lacks {len(missing)} weights ({', '.join(missing[:3])}), they would be random; "
+            f"{said_of(who)}{name} lacks {len(missing)} weights ({', '.join(missing[:3])}), they would be random; "
             "give a complete causal language model checkpoint"
         )
     saved = [a for a in config.architectures or () if a.endswith("ForConditionalGeneration")]
@@ -274,7 +275,7 @@ def load_teacher(
         log.warning("%s was saved as %s: its text model alone is used, and is all that students keep", name, saved[0])
     if gguf_file is not None:
         teacher = without_quantization(teacher)
-    refuse_nonfinite(teacher, f"{naming(who)}{name}", "give a checkpoint whose weights are whole")
+    refuse_nonfinite(teacher, f"{said_of(who)}{name}", "give a checkpoint whose weights are whole")
     teacher.eval().requires_grad_(False)
     if quantize == "int4":
         from mohawk.loading.lora import keep_unpacked
@@ -398,7 +399,9 @@ def _gguf(gguf_file: str | None, who: str) -> dict[str, Any]:
     try:
         import gguf  # noqa: F401
     except ImportError as error:
-        raise UserError(explain(error, f"{naming(who)}{gguf_file}") or f"{naming(who)}{gguf_file}: {error}") from error
+        raise UserError(
+            explain(error, f"{said_of(who)}{gguf_file}") or f"{said_of(who)}{gguf_file}: {error}"
+        ) from error
     return {"gguf_file": gguf_file}
 
 
@@ -421,46 +424,47 @@ def _user_error(
 
     if "trust_remote_code" in str(error):
         return UserError(
-            f"{naming(who)}{name} runs Python code of its own to load; if you trust it, set "
+            f"{said_of(who)}{name} runs Python code of its own to load; if you trust it, set "
             f"{option_of(who, 'trust_remote_code')}: true"
         )
     if "packages that were not found in your environment" in str(error):  # what the checkpoint's own code imports
-        return UserError(f"{naming(who)}{name}: {_first_line(error)}")
+        return UserError(f"{said_of(who)}{name}: {_first_line(error)}")
     if isinstance(error, ImportError):
         return error
     if local and gguf_file is None and (culprit := _damaged_file(Path(name))) is not None:
         return UserError(
-            f"{naming(who)}cannot load the {what} from the folder {name}: {culprit}; give a whole checkpoint"
+            f"{said_of(who)}cannot load the {what} from the folder {name}: {culprit}; give a whole checkpoint"
         )
     if found(UnpicklingError):
         return UserError(
-            f"{naming(who)}cannot load the {what} of {name}: its .bin file is damaged, or a pickle with more in it "
+            f"{said_of(who)}cannot load the {what} of {name}: its .bin file is damaged, or a pickle with more in it "
             "than tensors, which would run code when it is read, so it is refused; give a checkpoint with .safetensors "
             "files"
         )
     # whatever goes wrong with files that are here is the files': a file cut short, shapes of another configuration
     if local and gguf_file is not None:
         return UserError(
-            f"{naming(who)}cannot load the {what} of {Path(name) / gguf_file}: the file is damaged, cut short or of a "
+            f"{said_of(who)}cannot load the {what} of {Path(name) / gguf_file}: the file is damaged, cut short or of a "
             f"kind that transformers does not read ({_first_line(error)})"
         )
     if local:
-        return UserError(f"{naming(who)}cannot load the {what} from the folder {name}: {_first_line(error)}")
+        return UserError(f"{said_of(who)}cannot load the {what} from the folder {name}: {_first_line(error)}")
     if found(hub.GatedRepoError):
-        return UserError(f"{naming(who)}{name} is gated; accept its terms on the hub and run: hf auth login")
+        return UserError(f"{said_of(who)}{name} is gated; accept its terms on the hub and run: hf auth login")
     if found(hub.RevisionNotFoundError):
-        return UserError(f"{naming(who)}{name} has no revision {revision} on the hub")
+        return UserError(f"{said_of(who)}{name} has no revision {revision} on the hub")
     if found(hub.RepositoryNotFoundError, hub.HFValidationError):
         return UserError(
-            f"{naming(who)}{name} is neither a local folder nor a model on the hub (a private one needs: hf auth login)"
+            f"{said_of(who)}{name} is neither a local folder nor a model on the hub (a private one needs: "
+            "hf auth login)"
         )
     if is_unreachable(error):
         return UserError(
-            f"{naming(who)}{name}{at} is no local folder, is not in the hub cache, and the hub cannot be "
+            f"{said_of(who)}{name}{at} is no local folder, is not in the hub cache, and the hub cannot be "
             "reached; give a local folder, or run once where the hub can be reached"
         )
     if isinstance(error, (OSError, ValueError)):
-        return UserError(f"{naming(who)}cannot load the {what} of {name}{at}: {_first_line(error)}")
+        return UserError(f"{said_of(who)}cannot load the {what} of {name}{at}: {_first_line(error)}")
     return error
 
 
