@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from mohawk.conversion.probe import fingerprint
+from mohawk.conversion.probe import short_fingerprint
 from mohawk.conversion.recipe import EndToEnd, Recipe
 from mohawk.conversion.select import RANKINGS, trained_student
 from mohawk.conversion.swap import keep_attention
@@ -42,7 +42,7 @@ ALLOWED = "a number of attention layers (8), a share of the layers (25%), or sta
 
 
 @dataclass(frozen=True)
-class Budget:
+class AttentionBudget:
     """At most `layers` attention layers, `share` of all layers, or `state_bytes` of one sequence after `context`."""
 
     text: str
@@ -52,7 +52,7 @@ class Budget:
     context: int | None = None
 
     @classmethod
-    def parse(cls, text: str) -> Budget:
+    def parse(cls, text: str) -> AttentionBudget:
         """8, 25% or 40MB@4096 (B, kB, MB, GB and KiB, MiB, GiB). Raises UserError."""
         text = text.strip()
         if re.fullmatch(r"\d+", text):
@@ -125,7 +125,7 @@ def compose(
 
     Args:
         run: folder of a run whose phases 1 and 2 are done, with mixers in all layers or at least in those to replace.
-        budget: see `Budget`; needs the ranking that `mohawk select` makes.
+        budget: see `AttentionBudget`; needs the ranking that `mohawk select` makes.
         attention: or else the attention layers themselves.
         by: which ranking, of `mohawk.conversion.select.RANKINGS`.
         output: the new folder; default: beside `run`, its name with the number of attention layers.
@@ -139,7 +139,7 @@ def compose(
             phase 3 went on from mixers that the run has since trained again.
     """
     console, folder = console or Console(), home(run)
-    asked = None if budget is None else Budget.parse(budget)
+    asked = None if budget is None else AttentionBudget.parse(budget)
     recipe, source = trained_student(folder)
     check_models(folder, recipe)
     config = HybridConfig.from_pretrained(source)
@@ -164,7 +164,7 @@ def compose(
             console.print(line, highlight=False, soft_wrap=True, markup=False)
             _forget_mixers(new.output, target)
         if not is_complete(target) or read_json(new.output / COMPOSED, Composed) is None:
-            about = {"run": str(folder.resolve()), "student": fingerprint(source), "attention": kept}
+            about = {"run": str(folder.resolve()), "student": short_fingerprint(source), "attention": kept}
             about |= {"budget": budget, "by": by} if budget is not None else {}
             write_json(new.output / COMPOSED, about)
             metrics = folder / METRICS  # of phases 1 and 2, whose mixers these are
@@ -208,7 +208,7 @@ def _outdated(composed: Path, target: Path, source: Path) -> bool:
         if target.exists() and not (composed / COMPOSED).exists():
             raise UserError(f"--output: {composed} trains mixers of its own; choose another folder")
         return False
-    if about["student"] == fingerprint(source):
+    if about["student"] == short_fingerprint(source):
         return False
     if (composed / STUDENT).exists() or (last / STUDENT).exists() or checkpoints(last):
         raise UserError(
@@ -233,7 +233,7 @@ def _ranking(folder: Path, source: Path, by: str) -> dict[str, Any]:
     command = f"mohawk select {folder}" + f" --by {by}" * (by != "kl")
     if by not in found["rankings"]:
         raise UserError(f"{folder} has no ranking of its layers by {by} yet; run: {command}")
-    if found["settings"].get("student") != fingerprint(source):
+    if found["settings"].get("student") != short_fingerprint(source):
         raise UserError(
             f"{folder / SELECTION} ranks the layers of a student that was trained again since; run: {command}"
         )

@@ -75,7 +75,7 @@ def make_plan(recipe: Recipe, teacher_config) -> Plan:
         objective = objective_for(name, phase, student, teacher)
         groups: dict[str, int] = {}
         for parameter_name, parameter in objective.trained():
-            kind = kind_of(parameter_name, student.config.ssm_layers)
+            kind = parameter_kind(parameter_name, student.config.ssm_layers)
             groups[kind] = groups.get(kind, 0) + parameter.numel()
         trained = sum(groups.values())
         phases.append(
@@ -99,7 +99,7 @@ def student_options(s: Student) -> dict:
     }  # fmt: skip
 
 
-def kind_of(name: str, ssm_layers: list[int]) -> str:
+def parameter_kind(name: str, ssm_layers: list[int]) -> str:
     if ".self_attn." in name:
         return "mixers" if int(name.split(".layers.")[1].split(".")[0]) in ssm_layers else "attention"
     for part, kind in ((".mlp.", "MLPs"), ("embed_tokens", "embeddings"), ("lm_head", "head")):

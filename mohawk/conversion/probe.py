@@ -21,6 +21,7 @@ from mohawk.conversion.swap import LayerSwap
 from mohawk.core.folders import MANIFEST
 from mohawk.core.lines import append_line, missing_lines, read_lines, write_lines
 from mohawk.core.run_folder import MEASURED, RECIPE
+from mohawk.data.next_tokens import IGNORED
 from mohawk.kernels.kd.loss import TeacherHidden, linear_kd_loss
 from mohawk.losses.heads import Head
 from mohawk.measures.recall import PAIRS, recall_batches, recall_of
@@ -28,7 +29,7 @@ from mohawk.models.hybrid import HybridForCausalLM
 from mohawk.training.progress import PLAIN_SECONDS
 
 
-def fingerprint(student: Path) -> str:
+def short_fingerprint(student: Path) -> str:
     """Of a student's folder: other weights have another one."""
     return hashlib.sha256((student / MANIFEST).read_bytes()).hexdigest()[:16]
 
@@ -52,7 +53,7 @@ class Probe:
         self.layers, self.num_layers = student.config.ssm_layers, student.config.num_hidden_layers
         self.tokens = states.tokens
         self.settings = {
-            "student": fingerprint(student_folder), "text": name, "tokens": tokens, "pairs": PAIRS,
+            "student": short_fingerprint(student_folder), "text": name, "tokens": tokens, "pairs": PAIRS,
             "sequence_length": recipe.evaluation.sequence_length, "precision": str(run.autocast),
         }  # fmt: skip
         self._text = LayerSwap(teacher, student, states.batches, autocast=run.autocast)
@@ -90,7 +91,7 @@ class Probe:
         for hidden, expected, batch in zip(
             self._text.final_hidden(chosen), self._expected, self._text.batches, strict=True
         ):
-            real = batch["labels"][:, 1:] != -100
+            real = batch["labels"][:, 1:] != IGNORED
             rows, teacher = (states[:, :-1][real].to(self._weight.dtype) for states in (hidden, expected))
             total += linear_kd_loss(
                 rows, self._weight, TeacherHidden(teacher, self._weight, bias=head.bias, **logits),

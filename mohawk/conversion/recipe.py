@@ -22,7 +22,7 @@ from mohawk.schema.base import (
     Phase,
     RecipeFile,
     Section,
-    Teacher,
+    TeacherSection,
     Weight,
     Whole,
     phase_contradictions,
@@ -110,7 +110,7 @@ class Phases(Section):
 class Recipe(RecipeFile):
     """A whole conversion."""
 
-    teacher: Teacher = Field(description="the Transformer to convert")
+    teacher: TeacherSection = Field(description="the Transformer to convert")
     student: Student = Field(default=Student(), description="what takes attention's place")
     phases: Phases = Field(default=Phases(), description="the training phases")
 

@@ -12,7 +12,7 @@ import torch
 from mohawk.conversion.plan import student_options
 from mohawk.core.processes import several
 from mohawk.data.text import tokenizer_key
-from mohawk.distillation.recipe import DistillData, DistillStudent, DistillTeacher, Ramp, Stage
+from mohawk.distillation.recipe import DistillData, DistillStudent, DistillTeacher, RampSection, Stage
 from mohawk.errors import UserError
 from mohawk.loading.causal import plain_model
 from mohawk.loading.models import load_teacher
@@ -20,7 +20,7 @@ from mohawk.losses.attention_match import AttentionMatch
 from mohawk.losses.distiller import OwnLoss
 from mohawk.losses.hidden_match import HiddenMatch, layer_map
 from mohawk.losses.matching import Matching, match_attention, match_hidden
-from mohawk.losses.schedules import Ramp as Schedule
+from mohawk.losses.schedules import Ramp
 from mohawk.models.cutting.cuts import keep_layers
 from mohawk.models.decoders import decoder
 from mohawk.models.from_teacher import hybrid_from_teacher
@@ -39,7 +39,7 @@ def checked_cache(stage: Stage) -> TeacherCache:
     """
     assert stage.cache is not None
     cache, temperature = TeacherCache(stage.cache), stage.temperature
-    if isinstance(temperature, Ramp) and cache.temperature is not None:
+    if isinstance(temperature, RampSection) and cache.temperature is not None:
         raise UserError(
             f"stages ({stage.name}): cache: its temperature is {cache.temperature:g} throughout, the stage's "
             f"goes from {temperature.start:g} to {temperature.end:g}; give a number, or cache hidden states"
@@ -125,7 +125,7 @@ def mistakes(where: str) -> Iterator[None]:
 
 def schedule_of(value: Any) -> Any:
     """A recipe's number or ramp as training has it."""
-    return Schedule(value.start, value.end, value.shape, value.until) if isinstance(value, Ramp) else value
+    return Ramp(value.start, value.end, value.shape, value.until) if isinstance(value, RampSection) else value
 
 
 def own_losses(data: DistillData) -> dict[int, OwnLoss]:

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from mohawk.core.precision import pick_device
 from mohawk.distillation.build import checked_cache, loss_label, matchings_for, mistakes, shaped
-from mohawk.distillation.recipe import DistillRecipe, DistillStudent, Ramp
+from mohawk.distillation.recipe import DistillRecipe, DistillStudent, RampSection
 from mohawk.loading.models import building, load_config, parameter_count
 from mohawk.losses.schedules import temperature_for
 from mohawk.losses.teachers import check_together
@@ -61,8 +61,8 @@ def print_plan(recipe: DistillRecipe, console: Console) -> None:
                 console.print(f"[bold]Beside them[/bold] {given} of {source.source}, per token of its own")
 
 
-def _number(value: float | Ramp) -> str:
-    return f"{value.start:g} to {value.end:g}" if isinstance(value, Ramp) else f"{value:.3g}"
+def _number(value: float | RampSection) -> str:
+    return f"{value.start:g} to {value.end:g}" if isinstance(value, RampSection) else f"{value:.3g}"
 
 
 def _meta(config: Any, who: str = "teacher") -> PreTrainedModel:

@@ -15,10 +15,10 @@ from mohawk.conversion.recipe import Student
 from mohawk.schema import yaml_text as recipe_text
 from mohawk.schema.base import (
     Batch,
-    Checkpoint,
+    CheckpointSection,
     Contradiction,
     Count,
-    Data,
+    DataSection,
     Divergence,
     HeadMetric,
     Phase,
@@ -26,8 +26,8 @@ from mohawk.schema.base import (
     RecipeFile,
     Section,
     Share,
-    Source,
-    Teacher,
+    SourceSection,
+    TeacherSection,
     Text,
     Weight,
     phase_contradictions,
@@ -66,7 +66,7 @@ LayerMap = Literal["uniform", "last", "dense_top", "dense_bottom"]
 Layers = Annotated[LayerMap | int | list[list[int]], BeforeValidator(_layer_map)]
 
 
-class Ramp(Section):
+class RampSection(Section):
     """A number that changes over a stage."""
 
     start: Weight = Field(description="value at the first step")
@@ -77,7 +77,7 @@ class Ramp(Section):
     )
 
 
-class DistillTeacher(Teacher):
+class DistillTeacher(TeacherSection):
     name: Text | None = Field(
         default=None, description="name that an example's teacher_field gives it; null: its place, from 0"
     )
@@ -106,7 +106,7 @@ class Lora(Section):
     )
 
 
-class DistillStudent(Checkpoint):
+class DistillStudent(CheckpointSection):
     model: Text | None = Field(default=None, description="folder, .gguf file or hub id; null: made from the teacher")
     layers: Annotated[str | list[int] | None, BeforeValidator(kept_layers)] = Field(
         default=None, description="layers to keep; null: all"
@@ -118,15 +118,15 @@ class DistillStudent(Checkpoint):
     lora: Lora | None = Field(default=None, description="train low-rank adapters alone")
 
 
-class OwnLoss(Section):
+class OwnLossSection(Section):
     """The loss of one source's rows in place of the stage's, a term of its own beside it: the mean over its tokens of a
     step. They are never replaced by the student's samples."""
 
-    kd_weight: Weight | Ramp = Field(default=0.0, description="weight of the divergence")
-    ce_weight: Weight | Ramp = Field(default=1.0, description="weight of the cross entropy with the text")
+    kd_weight: Weight | RampSection = Field(default=0.0, description="weight of the divergence")
+    ce_weight: Weight | RampSection = Field(default=1.0, description="weight of the cross entropy with the text")
 
 
-class DistillSource(Source):
+class DistillSource(SourceSection):
     kind: Literal["text", "pairs", "rationales"] = Field(
         default="text",
         description="pairs: prompts and responses in JSON lines; rationales: prompts with labels and rationales, or "
@@ -164,14 +164,14 @@ class DistillSource(Source):
         default=None, description="rows are drawn in proportion to it; null: to the source's share of the text"
     )
     loss_weight: Weight = Field(default=1.0, description="multiplies the loss of its tokens")
-    own_loss: OwnLoss | None = Field(
+    own_loss: OwnLossSection | None = Field(
         default=None,
         description="added to the stage's loss, which is then of the other sources: such as the cross entropy of plain "
         "text beside on-policy training on prompts; null: the stage's",
     )
 
 
-class DistillData(Data):
+class DistillData(DataSection):
     # pyrefly: ignore[bad-override]  # nobody puts a plain source in: a recipe is frozen
     train: list[DistillSource] = Field(min_length=1, description="text to train on")
 
@@ -188,7 +188,7 @@ class Taid(Section):
 
 
 class HiddenMatching(Section):
-    weight: Weight | Ramp = Field(default=1.0, description="weight of this loss")
+    weight: Weight | RampSection = Field(default=1.0, description="weight of this loss")
     layers: Layers = Field(
         default="uniform", description="which of the student's layers learn from which of the teacher's"
     )
@@ -202,7 +202,7 @@ class HiddenMatching(Section):
 
 
 class AttentionMatching(Section):
-    weight: Weight | Ramp = Field(default=1.0, description="weight of this loss")
+    weight: Weight | RampSection = Field(default=1.0, description="weight of this loss")
     layers: Layers = Field(
         default="uniform", description="which of the student's layers learn from which of the teacher's"
     )
@@ -212,7 +212,7 @@ class AttentionMatching(Section):
     )
 
 
-class OnPolicy(Section):
+class OnPolicySection(Section):
     """GKD: batches of the student's own samples."""
 
     share: Share = Field(default=0.5, description="share of the steps that train on the student's samples")
@@ -231,7 +231,7 @@ class Routing(Section):
     every: Count = Field(default=50, description="steps on one teacher's rationales before the next choice")
 
 
-class Advance(Section):
+class AdvanceSection(Section):
     """When a stage has done its work before its tokens are used up."""
 
     every: Count = Field(default=100, description="steps between measurements on held-out text")
@@ -269,22 +269,22 @@ class Stage(Phase):
     divergence: Divergence = Field(default="forward_kl", description="divergence between next-token distributions")
     beta: Share = Field(default=0.5, description="beta of jsd: 0 is forward, 1 reverse KL")
     lam: Annotated[float, Field(ge=0, lt=1)] = Field(default=0.1, description="skew of skew_kl and skew_reverse_kl")
-    temperature: Literal["auto"] | Annotated[float, Field(ge=0.001, le=1000)] | Ramp = Field(
+    temperature: Literal["auto"] | Annotated[float, Field(ge=0.001, le=1000)] | RampSection = Field(
         default=1.0, description="temperature of both distributions; auto: log2(size ratio) + 1"
     )
-    kd_weight: Weight | Ramp = Field(default=1.0, description="weight of the divergence")
-    ce_weight: Weight | Ramp = Field(default=0.0, description="weight of the cross entropy with the text")
+    kd_weight: Weight | RampSection = Field(default=1.0, description="weight of the divergence")
+    ce_weight: Weight | RampSection = Field(default=0.0, description="weight of the cross entropy with the text")
     confidence: bool = Field(
         default=False, description="weigh the divergence by the teacher's probability of the label"
     )
     taid: Taid | None = Field(default=None, description="a target that moves from the student to the teacher")
     hidden: HiddenMatching | None = Field(default=None, description="match hidden states")
     attention: AttentionMatching | None = Field(default=None, description="match attention or mixing matrices")
-    on_policy: OnPolicy | None = Field(default=None, description="train on the student's own samples")
+    on_policy: OnPolicySection | None = Field(default=None, description="train on the student's own samples")
     routing: Routing | None = Field(
         default=None, description="choose among the sources of rationales, each one teacher's, while training"
     )
-    advance: Advance | None = Field(default=None, description="end early; null: when the tokens are used up")
+    advance: AdvanceSection | None = Field(default=None, description="end early; null: when the tokens are used up")
     learning_rate: Annotated[float, Field(gt=0, le=1)] = Field(default=1e-4, description="learning rate after warmup")
     tokens: Count = Field(default=100_000_000, description="training tokens of the stage")
 
@@ -370,9 +370,9 @@ class DistillRecipe(RecipeFile):
             yield from stage_contradictions(self, stage, i, at, label)
 
 
-def _counts(weight: float | Ramp) -> bool:
+def _counts(weight: float | RampSection) -> bool:
     """Whether a weight is ever above 0."""
-    return weight != 0 and not (isinstance(weight, Ramp) and weight.start == weight.end == 0)
+    return weight != 0 and not (isinstance(weight, RampSection) and weight.start == weight.end == 0)
 
 
 def data_contradictions(data: DistillData, at: recipe_text.Path) -> Iterator[Contradiction]:
@@ -463,7 +463,7 @@ def stage_contradictions(
             [(*at, "temperature")],
             f"{label}: temperature: auto compares the sizes of one teacher and the student; give a number",
         )
-    if isinstance(stage.temperature, Ramp) and min(stage.temperature.start, stage.temperature.end) < 0.001:
+    if isinstance(stage.temperature, RampSection) and min(stage.temperature.start, stage.temperature.end) < 0.001:
         yield [(*at, "temperature")], f"{label}: a temperature of 0; use one of at least 0.001"
     if stage.taid is not None and stage.taid.start > stage.taid.end:
         yield [(*at, "taid")], f"{label}: taid starts at {stage.taid.start:g}, above its end {stage.taid.end:g}"

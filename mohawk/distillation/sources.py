@@ -87,7 +87,7 @@ class StageData:
         def checked(data: DistillData, stages: Sequence[Stage]) -> Sources:
             sources = load_sources(data, teachers, tokenizer)
             for length in sorted({stage.sequence_length for stage in stages}):
-                check_rows(data, sources, length)
+                check_pair_rows(data, sources, length)
             return sources
 
         self.sources = checked(recipe.data, [stage for stage in recipe.stages if stage.data is None])
@@ -163,7 +163,7 @@ def training_rows(asked: DistillData, sources: Sources, sequence_length: int, ro
     return Mixture(parts, weights, [source.loss_weight for source in train], rows=rows, seed=seed)
 
 
-def check_rows(asked: DistillData, sources: Sources, sequence_length: int) -> None:
+def check_pair_rows(asked: DistillData, sources: Sources, sequence_length: int) -> None:
     """UserError where pairs make no rows of `sequence_length` tokens, or lack what their weighting goes by."""
     for i, pairs in sources.pairs.items():
         source = asked.train[i]

@@ -286,7 +286,7 @@ def paired(teacher: Mapping[str, Any], student: Mapping[str, Any]) -> dict[str, 
         else:
             counted = teacher["n-samples"][name]
             both["tasks"][name] = {
-                "kind": kind_of(name, (teacher["configs"][name].get("metadata") or {}).get("kind")),
+                "kind": task_kind(name, (teacher["configs"][name].get("metadata") or {}).get("kind")),
                 "version": teacher["versions"].get(name),
                 "fewshot": teacher["n-shot"].get(name),
                 "questions": counted["effective"],
@@ -296,7 +296,7 @@ def paired(teacher: Mapping[str, Any], student: Mapping[str, Any]) -> dict[str, 
     return both
 
 
-def kind_of(name: str, kind: str | None = None) -> str:
+def task_kind(name: str, kind: str | None = None) -> str:
     """ "knowledge", "retrieval" or "other": what the task says it is, else by its name."""
     if kind in KINDS:
         return kind

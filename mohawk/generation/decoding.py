@@ -236,7 +236,7 @@ class LocalTeacher:
                 logprob, sampling = chooser.sums(k, len(row))
             if not math.isfinite(logprob):
                 raise UserError(f"{asked[which][0].where}: the teacher's logits are not finite; try another dtype")
-            text = continuation(self.tokenizer, encoded[which], row)
+            text = response_text(self.tokenizer, encoded[which], row)
             answers.append(Response(text, len(row), "length" if end is None else "stop", logprob, sampling))
         return answers
 
@@ -290,7 +290,9 @@ class Chooser:
         if self.uniforms is None:
             chosen = logprobs.argmax(-1, keepdim=True)
         else:
-            chosen, sampling = choose(logprobs, self.uniforms[:, len(self.logprobs)], self.temperature, self.top_p)
+            chosen, sampling = choose_tokens(
+                logprobs, self.uniforms[:, len(self.logprobs)], self.temperature, self.top_p
+            )
             self.sampling.append(sampling.squeeze(-1))
         self.logprobs.append(logprobs.gather(-1, chosen).squeeze(-1))
         return torch.full_like(scores, -torch.inf).scatter_(-1, chosen, 0.0)
@@ -305,7 +307,7 @@ class Chooser:
         return own, sampled
 
 
-def choose(logprobs: Tensor, uniform: Tensor, temperature: float, top_p: float) -> tuple[Tensor, Tensor]:
+def choose_tokens(logprobs: Tensor, uniform: Tensor, temperature: float, top_p: float) -> tuple[Tensor, Tensor]:
     """Tokens at the place `uniform` of the tempered nucleus's distribution function, and their log-probabilities.
 
     logprobs: (b, V). uniform: (b,) in [0, 1). Returns ids (b, 1) int64 and log-probabilities (b, 1) float64. The
@@ -354,7 +356,7 @@ def sequence_logprob(model: PreTrainedModel, prompt_ids: list[int], response_ids
     return logits.float().log_softmax(-1).gather(-1, ids[0, -n:, None]).double().sum().item()
 
 
-def continuation(tokenizer: PreTrainedTokenizerBase, prompt_ids: list[int], response_ids: list[int]) -> str:
+def response_text(tokenizer: PreTrainedTokenizerBase, prompt_ids: list[int], response_ids: list[int]) -> str:
     """The response's text as it continues the prompt's: decoded alone, some tokenizers drop its first space."""
 
     def text_of(ids: list[int]) -> str:

@@ -19,6 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from mohawk.core.processes import several
+from mohawk.data.next_tokens import IGNORED
 from mohawk.errors import UserError
 from mohawk.loading.causal import plain_model
 from mohawk.loading.models import check_decoder
@@ -29,7 +30,6 @@ if TYPE_CHECKING:
 
     from mohawk.loading.causal import CausalLM
 
-IGNORED = -100
 # Columns a batch of samples has as well: of each token, and of each row.
 OF_TOKENS = ("input_ids", "position_ids", "segment_ids", "labels", "weights", "task")
 OF_ROWS = ("source", "teacher", "row")

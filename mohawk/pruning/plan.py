@@ -16,7 +16,7 @@ from mohawk.models.cutting.cuts import resolve_layers
 from mohawk.models.cutting.sizes import Sizes, sized_config, sizes_of
 from mohawk.models.from_teacher import choose_layers
 from mohawk.pruning.layers import layer_kinds
-from mohawk.pruning.recipe import PruneRecipe, Target
+from mohawk.pruning.recipe import PruneRecipe, TargetSection
 from mohawk.pruning.search import Budget, Costs, candidates
 from mohawk.pruning.sizes import (
     between,
@@ -44,7 +44,7 @@ class Round:
     resulting configurations.
     """
 
-    target: Target
+    target: TargetSection
     where: str
     share: float = 1.0
     sizes: Sizes | None = None
@@ -70,7 +70,7 @@ def convert_options(recipe: PruneRecipe) -> dict[str, Any] | None:
     return {name: getattr(asked, name) for name in names}
 
 
-def budget_of(target: Target, config: Any, tolerance: float) -> Budget:
+def budget_of(target: TargetSection, config: Any, tolerance: float) -> Budget:
     """A target's budget in absolute terms; a share is of the teacher's, whose configuration is given."""
     name = target.budgets()[0]
     value = getattr(target, name)
@@ -167,7 +167,7 @@ def _check_rounds(plan: Plan) -> None:
         log.warning("prune: nothing is cut in round %s; fewer rounds lead to the same sizes", ", ".join(map(str, idle)))
 
 
-def _after_search(target: Target, start: Any) -> Any:
+def _after_search(target: TargetSection, start: Any) -> Any:
     """After a round with sizes of its own, of a model that a search before it may pick."""
     try:
         return _config_of(target, start, target_sizes(start, target))
@@ -175,7 +175,7 @@ def _after_search(target: Target, start: Any) -> Any:
         raise ValueError(f"{error}; so for one of the models that the search before it may pick") from error
 
 
-def _config_of(target: Target, start: Any, sizes: Sizes) -> Any:
+def _config_of(target: TargetSection, start: Any, sizes: Sizes) -> Any:
     """After a round, with the layers that it will keep where they are given; else as many, spread evenly."""
     layers, count = target.layers, sizes_of(start).layers
     named = layers is not None and not isinstance(layers, int)

@@ -72,7 +72,7 @@ def _vocabulary(value: Any) -> Any:
     return whole
 
 
-class Target(Section):
+class TargetSection(Section):
     """Sizes, or one budget for which depth and width are searched."""
 
     layers: Annotated[int | str | list[int], BeforeValidator(_layers)] | None = Field(
@@ -104,11 +104,11 @@ class Target(Section):
         return [name for name in BUDGETS if getattr(self, name) is not None]
 
 
-class Prune(Target):
+class Prune(TargetSection):
     rounds: Annotated[Whole, Field(ge=1, le=1000)] = Field(
         default=1, description="cut and heal so many times, in equal ratios, until the target is reached"
     )
-    targets: list[Target] = Field(default=[], description="a target for each round, instead of the one here")
+    targets: list[TargetSection] = Field(default=[], description="a target for each round, instead of the one here")
     vocabulary: Annotated[int | str, BeforeValidator(_vocabulary)] | None = Field(
         default=None,
         description="in the end keep the training text's tokens (corpus), or so many of its most frequent ones; a "
@@ -139,7 +139,7 @@ class Calibration(Section):
     )
 
 
-class Search(Section):
+class SearchSection(Section):
     """Candidates for a budget: depths times ways to be narrower, ranked by KL on held-out text."""
 
     depths: list[Count] | None = Field(default=None, description="numbers of layers to try; null: `steps` of them")
@@ -194,7 +194,9 @@ class PruneRecipe(RecipeFile):
     data: DistillData = Field(description="the text to train and evaluate on")
     prune: Prune = Field(description="what to cut to")
     calibration: Calibration = Field(default=Calibration(), description="the text that scores are measured on")
-    search: Search = Field(default=Search(), description="the search for the depth and width that meet a budget")
+    search: SearchSection = Field(
+        default=SearchSection(), description="the search for the depth and width that meet a budget"
+    )
     correct: Correct | None = Field(default=None, description="fine-tune the teacher on the text first; null: do not")
     convert: Convert | None = Field(default=None, description="make the pruned model a hybrid; null: do not")
     heal: Heal | None = Field(default=Heal(), description="the distillation after each cut; null: none")
@@ -227,7 +229,7 @@ class PruneRecipe(RecipeFile):
     def stages(self) -> list[Stage]:
         return [stage for stage in (self.correct, self.heal) if stage is not None]
 
-    def rounds(self) -> list[Target]:
+    def rounds(self) -> list[TargetSection]:
         """What each round aims at: its own target, or the one that all of them share."""
         return list(self.prune.targets) or [self.prune] * (self.prune.rounds if self.cuts() else 0)
 

@@ -33,7 +33,7 @@ from mohawk.pruning.importance import Importance, check_scores, choose, chosen_l
 from mohawk.pruning.layer_drops import measure_layer_drops
 from mohawk.pruning.layers import chosen_with_mix, layer_kinds, mix_of
 from mohawk.pruning.plan import Plan, Round, costs_of, found_for
-from mohawk.pruning.recipe import Target
+from mohawk.pruning.recipe import TargetSection
 from mohawk.pruning.search import Budget, search, within
 from mohawk.pruning.sizes import between, parameters_of, present, target_sizes
 from mohawk.runs.context import RunContext
@@ -238,7 +238,7 @@ class Rounds:
             picked = self._search(number, base, scores, layers, round_.budget)
         return between(self.plan.config, picked, round_.share)
 
-    def _still_there(self, number: int, base: PreTrainedModel) -> Target:
+    def _still_there(self, number: int, base: PreTrainedModel) -> TargetSection:
         """A round's target without sizes of a kind of layer of which the rounds before have left none."""
         target = self.plan.rounds[number - 1].target
         gone = [name for name in target.sizes() if name.startswith("state_")] if not ssm_layers(base.config) else []

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from mohawk.conversion.plan import kind_of
+from mohawk.conversion.plan import parameter_kind
 from mohawk.models.cutting.cuts import resolve_layers
 from mohawk.models.cutting.sizes import (
     Sizes,
@@ -30,8 +30,8 @@ WIDTHS = ("all", "inner", "ffn")  # what a narrower model has less of: everythin
 def target_sizes(config: Any, target: Any) -> Sizes:
     """The sizes that a target with sizes asks of a model of this configuration.
 
-    target: has the attributes of `mohawk.pruning.recipe.Target`. Heads follow kv heads that go, and state groups state
-    heads where each has a group of its own.
+    target: has the attributes of `mohawk.pruning.recipe.TargetSection`. Heads follow kv heads that go, and state groups
+    state heads where each has a group of its own.
 
     Raises:
         ValueError: sizes that the model cannot be cut to, in one line.
@@ -153,7 +153,7 @@ def parameters_by_kind(model: PreTrainedModel) -> dict[str, int]:
     """Parameters of the embedding, the head (where it has its own), attention, mixers, MLPs and norms."""
     kinds: dict[str, int] = {}
     for name, parameter in model.named_parameters():
-        kind = kind_of(name, ssm_layers(model.config))
+        kind = parameter_kind(name, ssm_layers(model.config))
         kinds[kind] = kinds.get(kind, 0) + parameter.numel()
     return kinds
 

@@ -29,7 +29,7 @@ from mohawk.data.source_files import source_content
 from mohawk.data.text import tokenizer_key
 from mohawk.errors import UserError
 from mohawk.runs.kept import Bound
-from mohawk.schema.base import Checkpoint, sections
+from mohawk.schema.base import CheckpointSection, sections
 
 log = logging.getLogger(__name__)
 
@@ -141,7 +141,7 @@ def inputs_of(recipe: Any, tokenizer: Any) -> Iterator[tuple[str, list[str]]]:
 
 def _models_of(recipe: Any) -> Iterator[tuple[str, list[str]]]:
     for at, section in sections(recipe):
-        if isinstance(section, Checkpoint) and section.model is not None:
+        if isinstance(section, CheckpointSection) and section.model is not None:
             for what, digest in _model(section, at).items():
                 yield f"{at} {what}", [section.model, digest]
 
@@ -155,7 +155,7 @@ def versions() -> dict[str, str]:
     return own | {package: found for package in PACKAGES if (found := version(package))}
 
 
-def _model(section: Checkpoint, at: str) -> dict[str, str]:
+def _model(section: CheckpointSection, at: str) -> dict[str, str]:
     """Hashes of a model's weights and configuration, or the commit of one on the hub."""
     from mohawk.loading.models import locate
 

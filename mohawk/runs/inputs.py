@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from mohawk.distillation.recipe import DistillSource
-    from mohawk.schema.base import Checkpoint, RecipeFile
+    from mohawk.schema.base import CheckpointSection, RecipeFile
 
 log = logging.getLogger(__name__)
 
@@ -111,7 +111,7 @@ def _check_tokenizers(recipe: RecipeFile) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def _check_reads(tokenizer: Any, own: Any, given: Checkpoint, name: str) -> None:
+def _check_reads(tokenizer: Any, own: Any, given: CheckpointSection, name: str) -> None:
     """A model reads the ids of `tokenizer` as its own, if it comes with one, does, and has a row for each."""
     assert given.model is not None
     who = f"{name}: {given.model}"

@@ -68,7 +68,7 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False, protected_namespaces=())
 
 
-class Checkpoint(Section):
+class CheckpointSection(Section):
     """What names a checkpoint, and says what of it is loaded."""
 
     model: Text | None = Field(default=None, description="folder, .gguf file or hub id")
@@ -82,7 +82,7 @@ class Checkpoint(Section):
         return {"gguf_file": self.gguf_file, "revision": self.revision, "trust_remote_code": self.trust_remote_code}
 
 
-class Teacher(Checkpoint):
+class TeacherSection(CheckpointSection):
     model: Text = Field(description="folder, .gguf file or hub id of the Transformer to convert")
     dtype: Literal["float32", "bfloat16", "float16", "auto"] = Field(
         default="float32", description="dtype of the teacher's weights; auto: as saved"
@@ -92,7 +92,7 @@ class Teacher(Checkpoint):
     )
 
 
-class Source(Section):
+class SourceSection(Section):
     source: Text = Field(description="path, glob or hub dataset id")
     split: Text = Field(default="train", description="split of a hub dataset")
     field: Text = Field(default="text", description="field that holds the text in JSON lines, Parquet and hub datasets")
@@ -102,9 +102,9 @@ class Source(Section):
     )
 
 
-class Data(Section):
-    train: list[Source] = Field(min_length=1, description="text to train on")
-    evaluation: list[Source] = Field(default=[], description="text from another source, only evaluated on")
+class DataSection(Section):
+    train: list[SourceSection] = Field(min_length=1, description="text to train on")
+    evaluation: list[SourceSection] = Field(default=[], description="text from another source, only evaluated on")
     validation_share: Annotated[float, Field(ge=0, le=0.5)] = Field(
         default=0.01, description="share of the training documents that is held out and never trained on"
     )
@@ -189,8 +189,8 @@ class RecipeFile(Section):
     """The fields that decide every kind of run. Make one with `load` or `from_dict`, which find contradictions between
     values as well."""
 
-    teacher: Teacher = Field(description="the model to learn from")
-    data: Data = Field(description="the text to train and evaluate on")
+    teacher: TeacherSection = Field(description="the model to learn from")
+    data: DataSection = Field(description="the text to train and evaluate on")
     evaluation: Evaluation = Field(default=Evaluation(), description="what is measured before, between and after")
     precision: Literal["auto", "float32", "bfloat16"] = Field(
         default="auto", description="precision of training; auto: bfloat16 autocast where the device is fast at it"
