@@ -25,7 +25,7 @@ wrong types, values out of range and contradictions are all reported at once, ea
 `mohawk recipes` lists the recipes that come along:
 
 """
-TITLES = {"Ramp": "A number that changes over a stage"}  # of sections that stand in many places
+TITLES = {"RampSection": "A number that changes over a stage"}  # of sections that stand in many places
 
 
 def recipes() -> str:

@@ -6,7 +6,7 @@ entry: rotary embeddings (partial, longrope, none), sliding windows, scales of e
 """
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import MutableSequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -297,7 +297,7 @@ def decoder_shape(config) -> DecoderShape:
     )
 
 
-def decoder_layers(model: Any) -> Sequence[Any]:
+def decoder_layers(model: Any) -> MutableSequence[Any]:
     """The decoder layers of a causal LM (teacher or student), each of its family's own class."""
     return model.model.layers
 

@@ -208,7 +208,7 @@ def copy_attention(
 
     rows = mixer.slices()
     mixer.conv1d.weight.zero_()
-    mixer.conv1d.bias.zero_()
+    mixer.conv_bias.zero_()
     # rms of each head's values
     square = (per_head(parts.v.weight, shared_by).float() * input_size.float()).square().sum(1)
     size = reduce(square, "(h p) -> h", "mean", p=p).sqrt()
@@ -237,9 +237,9 @@ def copy_attention(
         start += len(weight)
         mixer.in_proj.weight[rows[name]] = weight
         mixer.conv1d.weight[channels, 0, -1] = taps[name].to(weight)
-        mixer.conv1d.bias[channels] = offsets[name]
+        mixer.conv_bias[channels] = offsets[name]
         if projection.bias is not None:
-            mixer.conv1d.bias[channels] += per_head(projection.bias[:, None], copies)[:, 0] * taps[name].to(weight)
+            mixer.conv_bias[channels] += per_head(projection.bias[:, None], copies)[:, 0] * taps[name].to(weight)
     mixer.D.zero_()
     mixer.out_proj.weight.copy_(parts.o.weight)
     if mixer.in_proj.bias is not None:
@@ -343,7 +343,7 @@ def start_neutral(mixer: SSMMixer) -> None:
     """Random projections between an identity convolution and a gate of 1: what Phi-Mamba was trained from."""
     mixer.conv1d.weight.zero_()
     mixer.conv1d.weight[:, 0, -1] = 1.0
-    mixer.conv1d.bias.zero_()
+    mixer.conv_bias.zero_()
     mixer.in_proj.weight[mixer.slices()["z"]] = 0.0
     if mixer.in_proj.bias is not None:
         mixer.in_proj.bias.zero_()

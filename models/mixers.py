@@ -89,6 +89,12 @@ class SSMMixer(StateMixer):
         self.out_proj = nn.Linear(self.inner_size, hidden_size, bias=bias)
         self.in_proj = nn.Linear(hidden_size, self.projection_size(), bias=bias)
 
+    @property
+    def conv_bias(self) -> nn.Parameter:
+        """Of the convolution, which in Mamba-2 has one."""
+        assert self.conv1d.bias is not None
+        return self.conv1d.bias
+
     # --- what a subclass defines ---------------------------------------------------------------------------------
 
     def projection_size(self) -> int:

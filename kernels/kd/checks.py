@@ -28,7 +28,7 @@ def _one_of(name: str, value: object, allowed: tuple[object, ...]) -> None:
 
 def number(name: str, value: object, ok: Callable[[float], bool], allowed: str) -> None:
     real = isinstance(value, numbers.Real) and not isinstance(value, bool)
-    if not real or not math.isfinite(value) or not ok(value):
+    if not real or not math.isfinite(value) or not ok(float(value)):
         raise ValueError(f"{name} is {value!r}; it must be {allowed}")
 
 

@@ -204,7 +204,7 @@ def from_hidden(
         if bias_grad is not None:
             bias_grad[:vocab] += z_tile.sum(0)
     if kept is not None:
-        del tiles, z_tile, z, damping  # before the head's gradient takes its memory
+        tiles = z_tile = z = damping = None  # before the head's gradient takes their memory
         scores.tiles = []
         head_grad = _empty_head_gradient(head.weight, vocab, weight.dtype)
         kd_products.head_gradient(kept, take(hidden, rows, 0, n), head_grad[:vocab])

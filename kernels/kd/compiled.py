@@ -7,7 +7,7 @@ tensors and plain values, so a teacher travels as a list of tensors, numbers, an
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -27,7 +27,7 @@ NO_SIZE = -(1 << 62)
 PARTS = (False, True, "rows")  # what `return_parts` travels as: a place in here
 
 
-def _flatten(value: object, words: list[str], tensors: list[Tensor], numbers: list[float]) -> None:
+def _flatten(value: Any, words: list[str], tensors: list[Tensor], numbers: list[float]) -> None:
     """A source, or a field of one: a word for each."""
     if isinstance(value, Teacher):
         words.append(type(value).__name__)
@@ -47,7 +47,7 @@ def _flatten(value: object, words: list[str], tensors: list[Tensor], numbers: li
         numbers.append(value)
 
 
-def _unflatten(words: list[str], tensors: list[Tensor], numbers: list[float]) -> object:
+def _unflatten(words: list[str], tensors: list[Tensor], numbers: list[float]) -> Any:
     """The reverse; takes its parts off the front of each list."""
     kind, *count = words.pop(0).split()
     if kind == "tensor":
@@ -104,7 +104,7 @@ def _op(
 
         # A name is a NewType of str, which torch's operators know as str.
         process_group = distributed_c10d._resolve_process_group(group)  # pyrefly: ignore[bad-argument-type]
-    source = _unflatten(words.split("; "), list(teacher), of_teacher)
+    source: Teacher = _unflatten(words.split("; "), list(teacher), of_teacher)
     call = kd_call.prepare(tuple(student), source, labels, token_weights, normalizer, process_group, settings)
     if call.backend == "reference":
         raise ValueError("backend 'reference' can't be compiled; use 'chunked', or call it outside torch.compile")

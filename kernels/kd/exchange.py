@@ -19,6 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import final
 
 import torch
 from torch import Tensor
@@ -26,6 +27,7 @@ from torch import Tensor
 from mohawk.kernels.kd.vocabulary import Vocabulary
 
 
+@final
 @dataclass
 class Known:
     """Statistics of rows over the whole vocabulary, each (rows) unless said; None where they weren't asked for,
@@ -33,7 +35,7 @@ class Known:
 
     student: Tensor | None = None  # log-normaliser of the tempered logits
     raw: Tensor | None = None  # and of the untempered
-    teachers: Sequence[Tensor] | None = None  # of each of the teacher's parts
+    teachers: Sequence[Tensor] = ()  # of each of the teacher's parts
     reverse_kl: Tensor | None = None
     products: Tensor | None = None  # |z|^2, |t|^2 and z t, (3, rows)
     chosen: Tensor | None = None  # tempered logits at the ids of a top k, (rows, k)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterable, Iterator, Sequence
 
@@ -69,12 +70,11 @@ class Scores:
         parts = iter(parts)
         if self.shares is None:
             return next(parts)
-        scores = None
-        for k, weight in enumerate(self.shares):
-            part = log_softmax(next(parts), norms[k] if norms else None)
-            part += math.log(weight)
-            scores = part if scores is None else torch.logaddexp(scores, part)
-        return self._towards(scores, student)
+        weighted = (
+            log_softmax(next(parts), norms[k] if norms else None).add_(math.log(weight))
+            for k, weight in enumerate(self.shares)
+        )
+        return self._towards(functools.reduce(torch.logaddexp, weighted), student)
 
     def norm(self, combined: Tensor, known: Known) -> Tensor:
         """The log-normalisers of the combined scores where ranks share the vocabulary."""

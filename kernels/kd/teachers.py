@@ -27,14 +27,13 @@ if TYPE_CHECKING:
 SOURCES: dict[str, type[Teacher]] = {}  # by the names of their classes, which enter themselves
 
 
+@dataclass(frozen=True, eq=False)
 class Teacher:
     """A source. A class says which of its tensors have rows, checks them, and either names the dense teachers in it
     (`parts`) or compares the student with itself (`compared`)."""
 
     # Its tensors that have rows, and how many dimensions they have behind those of the rows.
     ROWS: ClassVar[Mapping[str, int]] = {}
-    # How far from the student to the teacher the target is: TAID's t.
-    step: float = 1.0
 
     def __init_subclass__(cls, source: bool = True) -> None:
         if source:
@@ -56,6 +55,11 @@ class Teacher:
     def shares(self) -> list[float] | None:
         """Those of the parts in a mixture, summing to one; None where it is none."""
         return None
+
+    @property
+    def step(self) -> float:
+        """How far from the student to the teacher the target is: TAID's t."""
+        return 1.0
 
     def compared(self, u: Tensor, divergence: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
         """By definition, where there are no parts: what each row differs by, differentiable in the student's tempered
@@ -302,7 +306,8 @@ class TeacherMixture(Teacher):
         return [float(w) / total for w in given]
 
     def probability(self, ids: Tensor, vocab: int | None) -> Tensor:
-        return sum(w * one.probability(ids, vocab) for w, one in zip(self.shares(), self.teachers, strict=True))
+        shares = zip(self.shares(), self.teachers, strict=True)
+        return torch.stack([w * one.probability(ids, vocab) for w, one in shares]).sum(0)
 
 
 @dataclass(frozen=True, eq=False)

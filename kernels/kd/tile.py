@@ -13,10 +13,13 @@ from mohawk.kernels.kd.divergences import DIVERGENCES
 from mohawk.kernels.kd.exchange import Known
 from mohawk.kernels.kd.options import Options, Task, take
 from mohawk.kernels.kd.scores import Scores, log_softmax
-from mohawk.kernels.kd.teachers import TeacherSamples, TeacherTopK, tail_of
+from mohawk.kernels.kd.teachers import Teacher, TeacherSamples, TeacherTopK, tail_of
 
 # kd and ce of a tile of the student's logits, which becomes the gradient: see torch_tile.
 Tile = Callable[[Tensor, Task, Scores, tuple[int, int], bool], tuple[Tensor, Tensor]]
+# Of sources that are not dense, from (task, span, u, log-probabilities of the student where they are already
+# there, want_grad, known): the value of each row and its gradient in u.
+Compare = Callable[[Task, tuple[int, int], Tensor, Tensor | None, bool, Known | None], tuple[Tensor, Tensor | None]]
 
 
 def distribution(
@@ -57,6 +60,7 @@ def distribution(
 def take_topk(task: Task, span: tuple[int, int], dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     """ids and log-probabilities (rows, k), and the log mass of the rest (rows)."""
     teacher, rows = task.teacher, task.rows
+    assert isinstance(teacher, TeacherTopK)
     lp = take(teacher.logprobs, rows, *span).to(dtype)
     tail = None if teacher.tail_logprob is None else take(teacher.tail_logprob, rows, *span)
     return take(teacher.ids, rows, *span), lp, tail_of(lp, tail, task.options.vocabulary.size)
@@ -65,6 +69,7 @@ def take_topk(task: Task, span: tuple[int, int], dtype: torch.dtype) -> tuple[Te
 def take_samples(task: Task, span: tuple[int, int], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """ids and weights (rows, k)."""
     teacher, rows = task.teacher, task.rows
+    assert isinstance(teacher, TeacherSamples)
     return take(teacher.ids, rows, *span), take(teacher.weights, rows, *span).to(dtype)
 
 
@@ -80,13 +85,17 @@ def _topk(
     vocabulary = task.options.vocabulary
     ids, lp, tail = take_topk(task, span, u.dtype)
     others = vocabulary.scatter(u, ids, float("-inf"))
-    rest = torch.logsumexp(others, -1, keepdim=True) if known is None else known.rest[:, None]
-    chosen = vocabulary.gather(u, ids) if known is None else known.chosen
+    if known is None:
+        rest, chosen = torch.logsumexp(others, -1), vocabulary.gather(u, ids)
+    else:
+        rest, chosen = known.rest, known.chosen
+        assert rest is not None and chosen is not None  # exchanged for the ids of a top k
+    rest = rest[:, None]
     buckets, scores = torch.cat([chosen, rest], -1), torch.cat([lp, tail[:, None]], -1)
     # Every rank has all buckets.
     value, grad = distribution(scores, buckets, None, task.options, want_grad)
     value = vocabulary.once(value)
-    if not want_grad:
+    if grad is None:
         return value, None
     # Where nothing is left in the rest, others - rest is -inf - -inf.
     share = others.sub_(rest.clamp_min(torch.finfo(u.dtype).min)).exp_().mul_(grad[:, -1:])
@@ -130,9 +139,7 @@ def _by_autograd(
     return value.detach(), torch.autograd.grad(value, u, torch.ones_like(value))[0] if want_grad else None
 
 
-# Of sources that are not dense, from (task, span, u, log-probabilities of the student where they are already
-# there, want_grad, known): the value of each row and its gradient in u.
-BY_HAND = {TeacherTopK: _topk, TeacherSamples: _samples}
+BY_HAND: dict[type[Teacher], Compare] = {TeacherTopK: _topk, TeacherSamples: _samples}
 
 
 def _exchange(
@@ -196,6 +203,7 @@ def torch_tile(
             kd, kd_grad = distribution(target, u, lq, options, want, norm, known)
         kd = kd * temperature**2
     if options.need_ce:
+        assert labels is not None
         log_prob = lq if lq is not None else log_softmax(z, known and known.raw)
         target = labels[start:stop, None]
         ce = -vocabulary.gather(log_prob, target).squeeze(1)

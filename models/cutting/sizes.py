@@ -202,7 +202,7 @@ def _check_class(base, head_dim: int) -> None:
         raise ValueError(f"{size}: {type(base).__name__} does not allow it: {reason}") from error
 
 
-def parameter_count(config) -> tuple[int, int]:
+def config_parameters(config) -> tuple[int, int]:
     """(all parameters, those outside the embedding and the head) of the model a configuration makes.
 
     Made on the meta device: no memory. A tied head counts once.

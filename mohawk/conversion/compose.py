@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from mohawk.conversion.probe import fingerprint
+from mohawk.conversion.probe import short_fingerprint
 from mohawk.conversion.recipe import EndToEnd, Recipe
 from mohawk.conversion.select import RANKINGS, trained_student
 from mohawk.conversion.swap import keep_attention
@@ -26,7 +26,7 @@ from mohawk.core.json_files import read_json, write_json
 from mohawk.core.places import home
 from mohawk.core.run_folder import COMPOSED, METRICS, RECIPE, RESULTS, SELECTION, STUDENT, phase_folder
 from mohawk.errors import UserError
-from mohawk.loading.describe import describe_layers, size_text
+from mohawk.loading.describe import size_text, state_sizes
 from mohawk.loading.models import load_teacher
 from mohawk.loading.nonfinite import refuse_nonfinite
 from mohawk.models.hybrid import HybridForCausalLM
@@ -42,7 +42,7 @@ ALLOWED = "a number of attention layers (8), a share of the layers (25%), or sta
 
 
 @dataclass(frozen=True)
-class Budget:
+class AttentionBudget:
     """At most `layers` attention layers, `share` of all layers, or `state_bytes` of one sequence after `context`."""
 
     text: str
@@ -52,7 +52,7 @@ class Budget:
     context: int | None = None
 
     @classmethod
-    def parse(cls, text: str) -> Budget:
+    def parse(cls, text: str) -> AttentionBudget:
         """8, 25% or 40MB@4096 (B, kB, MB, GB and KiB, MiB, GiB). Raises UserError."""
         text = text.strip()
         if re.fullmatch(r"\d+", text):
@@ -88,6 +88,7 @@ class Budget:
                     f"of {total} layers only; allow at least {total - len(order)}"
                 )
             return sorted(order[:replaced])
+        assert self.context is not None  # comes with the bytes
         sizes = [sum(state_bytes(config, order[:i], self.context)) for i in range(len(order) + 1)]
         for i, size in enumerate(sizes):
             if size <= self.state_bytes:
@@ -107,7 +108,7 @@ def state_bytes(config: HybridConfig, ssm_layers: Sequence[int], context: int) -
     config.layer_types = [SSM_LAYER if i in ssm_layers else kind for i, kind in enumerate(kinds)]
     with torch.device("meta"):
         empty = HybridForCausalLM(config)
-    return [layer.state_bytes(context) for layer in describe_layers(empty)]
+    return state_sizes(empty, context)
 
 
 def compose(
@@ -124,7 +125,7 @@ def compose(
 
     Args:
         run: folder of a run whose phases 1 and 2 are done, with mixers in all layers or at least in those to replace.
-        budget: see `Budget`; needs the ranking that `mohawk select` makes.
+        budget: see `AttentionBudget`; needs the ranking that `mohawk select` makes.
         attention: or else the attention layers themselves.
         by: which ranking, of `mohawk.conversion.select.RANKINGS`.
         output: the new folder; default: beside `run`, its name with the number of attention layers.
@@ -138,11 +139,12 @@ def compose(
             phase 3 went on from mixers that the run has since trained again.
     """
     console, folder = console or Console(), home(run)
-    asked = None if budget is None else Budget.parse(budget)
+    asked = None if budget is None else AttentionBudget.parse(budget)
     recipe, source = trained_student(folder)
     check_models(folder, recipe)
     config = HybridConfig.from_pretrained(source)
     total = config.num_hidden_layers
+    ranking: dict[str, Any] | None = None
     if asked is not None:
         ranking = _ranking(folder, source, by)
         layers = asked.choose(ranking["order"], config)
@@ -162,27 +164,28 @@ def compose(
             console.print(line, highlight=False, soft_wrap=True, markup=False)
             _forget_mixers(new.output, target)
         if not is_complete(target) or read_json(new.output / COMPOSED, Composed) is None:
-            about = {"run": str(folder.resolve()), "student": fingerprint(source), "attention": kept}
+            about = {"run": str(folder.resolve()), "student": short_fingerprint(source), "attention": kept}
             about |= {"budget": budget, "by": by} if budget is not None else {}
             write_json(new.output / COMPOSED, about)
             metrics = folder / METRICS  # of phases 1 and 2, whose mixers these are
             if metrics.is_file():
                 copy_without(metrics, new.output / METRICS, "end_to_end")
             asked_of = recipe.teacher
-            teacher = load_teacher(
-                asked_of.model, gguf_file=asked_of.gguf_file, revision=asked_of.revision, dtype=asked_of.dtype,
-                trust_remote_code=asked_of.trust_remote_code,
-            )  # fmt: skip
-            student = load_teacher(source, dtype="auto").requires_grad_(True)
+            teacher = load_teacher(asked_of.model, dtype=asked_of.dtype, **asked_of.where)
+            student = load_teacher(source, dtype="auto", who="student").requires_grad_(True)
+            assert isinstance(student, HybridForCausalLM)
+            # pyrefly: ignore[bad-argument-type]  # transformers wraps `to` and loses its parameters
             made = keep_attention(student, teacher.to(student.dtype), layers)
             refuse_nonfinite(made, f"{target}: this student", "it is not written")
-            with write_whole(target, replace=True, about={"run": bound(new.output)["id"]}) as partial:
+            of = bound(new.output)
+            assert of is not None  # since the folder is claimed
+            with write_whole(target, replace=True, about={"run": of["id"]}) as partial:
                 made.save_pretrained(partial)
     context = (asked.context if asked else None) or 4096
     size = sum(state_bytes(config, layers, context))
     at = f"{size_text(size)} of state after {context:,} tokens"
     console.print(f"{len(kept)} attention layers ({', '.join(map(str, kept)) or 'none'}), {at}", highlight=False)
-    if asked is not None:
+    if ranking is not None:
         point = ranking["path"][len(layers)]
         console.print(
             f"measured with these: KL {point['kl']:.4f}, {point['recall']['accuracy']:.1%} of values recalled",
@@ -205,7 +208,7 @@ def _outdated(composed: Path, target: Path, source: Path) -> bool:
         if target.exists() and not (composed / COMPOSED).exists():
             raise UserError(f"--output: {composed} trains mixers of its own; choose another folder")
         return False
-    if about["student"] == fingerprint(source):
+    if about["student"] == short_fingerprint(source):
         return False
     if (composed / STUDENT).exists() or (last / STUDENT).exists() or checkpoints(last):
         raise UserError(
@@ -230,7 +233,7 @@ def _ranking(folder: Path, source: Path, by: str) -> dict[str, Any]:
     command = f"mohawk select {folder}" + f" --by {by}" * (by != "kl")
     if by not in found["rankings"]:
         raise UserError(f"{folder} has no ranking of its layers by {by} yet; run: {command}")
-    if found["settings"].get("student") != fingerprint(source):
+    if found["settings"].get("student") != short_fingerprint(source):
         raise UserError(
             f"{folder / SELECTION} ranks the layers of a student that was trained again since; run: {command}"
         )

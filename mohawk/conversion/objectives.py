@@ -9,9 +9,11 @@ yielded, and back-propagated by the trainer, before the next layer is computed. 
 """
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from mohawk.data.next_tokens import next_labels
 from mohawk.kernels.kd.loss import linear_kd_loss
@@ -26,10 +28,12 @@ from mohawk.training.objective import Objective
 from mohawk.training.weight_decay import parameter_groups
 
 
-class PhaseObjective(Objective):
+class PhaseObjective(Objective[HybridForCausalLM]):
     """A student, a frozen teacher, and the losses that pull one to the other."""
 
-    def __init__(self, student: HybridForCausalLM, teacher: nn.Module):
+    teacher: PreTrainedModel
+
+    def __init__(self, student: HybridForCausalLM, teacher: PreTrainedModel):
         super().__init__()
         self.student = student
         # the teacher is neither trained nor saved with the student, so it is kept out of the module tree
@@ -67,10 +71,11 @@ class PhaseObjective(Objective):
 class LayerwiseObjective(PhaseObjective):
     """Walks the teacher's layers; `layer_loss` compares one layer of the student given the teacher's hidden state."""
 
-    def losses(self, input_ids: Tensor, position_ids: Tensor, segment_ids: Tensor, **_) -> Iterator[tuple[str, Tensor]]:
+    def losses(self, **batch: Tensor) -> Iterator[tuple[str, Tensor]]:
+        segment_ids = batch["segment_ids"]
         layers, last = decoder_layers(self.teacher), self.layers[-1]
         with recording_attention(self.teacher):
-            hidden, calls = layer_calls(self.teacher, input_ids, position_ids)
+            hidden, calls = layer_calls(self.teacher, batch["input_ids"], batch["position_ids"])
             for i, call in enumerate(calls[: last + 1]):
                 with torch.no_grad(), record(layers[i].self_attn) as attention:
                     after = layers[i](hidden, *call.args, **call.kwargs)
@@ -103,7 +108,7 @@ class MixingObjective(LayerwiseObjective):
     MLP reads too stays the teacher's, since nothing here would notice what its change does to the MLP.
     """
 
-    def __init__(self, student: HybridForCausalLM, teacher: nn.Module, metric: str = "frobenius"):
+    def __init__(self, student: HybridForCausalLM, teacher: PreTrainedModel, metric: str = "frobenius"):
         super().__init__(student, teacher)
         self.metric = metric
 
@@ -137,7 +142,7 @@ class HiddenObjective(LayerwiseObjective):
     def __init__(
         self,
         student: HybridForCausalLM,
-        teacher: nn.Module,
+        teacher: PreTrainedModel,
         match: str = "block_output",
         train_mlp: bool = False,
     ):
@@ -178,7 +183,7 @@ class EndToEndObjective(PhaseObjective):
     def __init__(
         self,
         student: HybridForCausalLM,
-        teacher: nn.Module,
+        teacher: PreTrainedModel,
         train: str = "all_but_mlp",
         divergence: str = "forward_kl",
         temperature: float = 1.0,
@@ -199,18 +204,17 @@ class EndToEndObjective(PhaseObjective):
             return ((name, p) for name, p in named if ".mlp." not in name)
         return named
 
-    def losses(
-        self, input_ids: Tensor, position_ids: Tensor, segment_ids: Tensor, labels: Tensor, **_
-    ) -> Iterator[tuple[str, Tensor]]:
+    def losses(self, **batch: Tensor) -> Iterator[tuple[str, Tensor]]:
+        inputs = {name: batch[name] for name in ("input_ids", "position_ids")}
         with torch.no_grad():
-            body = getattr(self.teacher, "body", self.teacher.model)  # a hybrid can be a teacher too
-            teacher = body(input_ids=input_ids, position_ids=position_ids, use_cache=False)
-        student = self.student.body(input_ids, position_ids=position_ids, segment_ids=segment_ids, use_cache=False)
+            body: Any = getattr(self.teacher, "body", self.teacher.model)  # a hybrid can be a teacher too
+            teacher = body(**inputs, use_cache=False)
+        student = self.student.body(**inputs, segment_ids=batch["segment_ids"], use_cache=False)
         # position t predicts token t + 1; the loss makes float32 logits of the dtype it is given, which is autocast's
         loss = linear_kd_loss(
             **Head.of(self.student).student(student.last_hidden_state[:, :-1]),
             teacher=Head.of(self.teacher).teacher(teacher.last_hidden_state[:, :-1]),
-            labels=next_labels({"labels": labels, "segment_ids": segment_ids})[:, :-1],
+            labels=next_labels(batch)[:, :-1],
             divergence=self.divergence,
             temperature=self.temperature,
             kd_weight=self.kd_weight,

@@ -1,13 +1,14 @@
 """What a conversion will do, worked out from the recipe and the teacher's configuration alone: no weights are read."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from rich.console import Console
 from rich.table import Table
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from mohawk.conversion.objectives import EndToEndObjective, HiddenObjective, MixingObjective, Objective
+from mohawk.conversion.objectives import EndToEndObjective, HiddenObjective, MixingObjective, PhaseObjective
 from mohawk.conversion.recipe import Recipe, Student
 from mohawk.errors import UserError
 from mohawk.loading.models import building
@@ -41,7 +42,7 @@ class Plan:
     phases: list[PhasePlan]
 
 
-def objective_for(name: str, phase, student, teacher) -> Objective:
+def objective_for(name: str, phase: Any, student: HybridForCausalLM, teacher: PreTrainedModel) -> PhaseObjective:
     """The objective of one phase as its recipe asks."""
     if name == "mixing":
         return MixingObjective(student, teacher, metric=phase.metric)
@@ -74,7 +75,7 @@ def make_plan(recipe: Recipe, teacher_config) -> Plan:
         objective = objective_for(name, phase, student, teacher)
         groups: dict[str, int] = {}
         for parameter_name, parameter in objective.trained():
-            kind = kind_of(parameter_name, student.config.ssm_layers)
+            kind = parameter_kind(parameter_name, student.config.ssm_layers)
             groups[kind] = groups.get(kind, 0) + parameter.numel()
         trained = sum(groups.values())
         phases.append(
@@ -98,7 +99,7 @@ def student_options(s: Student) -> dict:
     }  # fmt: skip
 
 
-def kind_of(name: str, ssm_layers: list[int]) -> str:
+def parameter_kind(name: str, ssm_layers: list[int]) -> str:
     if ".self_attn." in name:
         return "mixers" if int(name.split(".layers.")[1].split(".")[0]) in ssm_layers else "attention"
     for part, kind in ((".mlp.", "MLPs"), ("embed_tokens", "embeddings"), ("lm_head", "head")):

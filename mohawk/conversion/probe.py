@@ -21,6 +21,7 @@ from mohawk.conversion.swap import LayerSwap
 from mohawk.core.folders import MANIFEST
 from mohawk.core.lines import append_line, missing_lines, read_lines, write_lines
 from mohawk.core.run_folder import MEASURED, RECIPE
+from mohawk.data.next_tokens import IGNORED
 from mohawk.kernels.kd.loss import TeacherHidden, linear_kd_loss
 from mohawk.losses.heads import Head
 from mohawk.measures.recall import PAIRS, recall_batches, recall_of
@@ -28,7 +29,7 @@ from mohawk.models.hybrid import HybridForCausalLM
 from mohawk.training.progress import PLAIN_SECONDS
 
 
-def fingerprint(student: Path) -> str:
+def short_fingerprint(student: Path) -> str:
     """Of a student's folder: other weights have another one."""
     return hashlib.sha256((student / MANIFEST).read_bytes()).hexdigest()[:16]
 
@@ -43,14 +44,16 @@ class Probe:
             overrides.append("data.evaluation=[]")
         recipe = Recipe.load(folder / RECIPE, overrides)
         run = opened(recipe, folder, console, trains=False)
+        # pyrefly: ignore[bad-argument-type]  # transformers wraps `to` and loses its parameters
         student = HybridForCausalLM.from_pretrained(student_folder).to(run.device)
+        # pyrefly: ignore[bad-argument-type]  # transformers wraps `to` and loses its parameters
         teacher = run.teacher.to(student.dtype)
         name, states = next(iter(run.texts.items()))
         lists = recall_batches(run.tokenizer, tokens, batch_size=recipe.evaluation.batch_size)
         self.layers, self.num_layers = student.config.ssm_layers, student.config.num_hidden_layers
         self.tokens = states.tokens
         self.settings = {
-            "student": fingerprint(student_folder), "text": name, "tokens": tokens, "pairs": PAIRS,
+            "student": short_fingerprint(student_folder), "text": name, "tokens": tokens, "pairs": PAIRS,
             "sequence_length": recipe.evaluation.sequence_length, "precision": str(run.autocast),
         }  # fmt: skip
         self._text = LayerSwap(teacher, student, states.batches, autocast=run.autocast)
@@ -58,7 +61,8 @@ class Probe:
         self._head = Head.of(teacher).frozen()
         self._weight = self._head.weight.to(run.autocast or torch.float32)
         self._expected = list(self._text.final_hidden(()))
-        self._file, self._bar = folder / MEASURED, None
+        self._file = folder / MEASURED
+        self._bar: _Bar | None = None
         self._known: dict[tuple[str, tuple[int, ...]], Any] = {}
         self._recollect()
 
@@ -87,7 +91,7 @@ class Probe:
         for hidden, expected, batch in zip(
             self._text.final_hidden(chosen), self._expected, self._text.batches, strict=True
         ):
-            real = batch["labels"][:, 1:] != -100
+            real = batch["labels"][:, 1:] != IGNORED
             rows, teacher = (states[:, :-1][real].to(self._weight.dtype) for states in (hidden, expected))
             total += linear_kd_loss(
                 rows, self._weight, TeacherHidden(teacher, self._weight, bias=head.bias, **logits),

@@ -7,9 +7,11 @@ it as it stands has a closed form. A few thousand tokens suffice, and gradient s
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from transformers import PreTrainedModel
 
 from mohawk.models.families import decoder_layers, mixer_input_norm
 from mohawk.models.hybrid import HybridForCausalLM
@@ -21,7 +23,7 @@ RIDGE = 1e-2  # pull towards the out_proj there was, as a share of the features'
 @torch.no_grad()
 def solve_output_projections(
     student: HybridForCausalLM,
-    teacher: nn.Module,
+    teacher: PreTrainedModel,
     batches: Iterable[dict[str, Tensor]],
     *,
     autocast: torch.dtype | None = None,
@@ -50,6 +52,7 @@ def solve_output_projections(
                     features = _features(decoder_layers(student)[i], hidden, batch["segment_ids"])[real].float()
                     if decoder_layers(student)[i].self_attn.out_proj.bias is not None:
                         features = torch.cat([features, features.new_ones(len(features), 1)], 1)
+                    assert attention.output is not None  # the layer has run
                     target = attention.output[real].float()
                     with torch.autocast(teacher.device.type, enabled=False):
                         gram[i] = gram.get(i, 0) + (features.T @ features).double()
@@ -66,7 +69,7 @@ def solve_output_projections(
             out_proj.bias.copy_(solved[-1])
 
 
-def _features(layer: nn.Module, hidden: Tensor, segment_ids: Tensor) -> Tensor:
+def _features(layer: Any, hidden: Tensor, segment_ids: Tensor) -> Tensor:
     """(b, n, h*p) input of the mixer's out_proj."""
     seen = []
     hook = layer.self_attn.out_proj.register_forward_pre_hook(lambda module, args: seen.append(args[0]))

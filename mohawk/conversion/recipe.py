@@ -12,9 +12,9 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, model_validator
 
 from mohawk.models.mixer_names import MIXERS
-from mohawk.schema import yaml_text as recipe_text
 from mohawk.schema.base import (
     Batch,
+    Contradiction,
     Count,
     Divergence,
     MatrixMetric,
@@ -22,7 +22,7 @@ from mohawk.schema.base import (
     Phase,
     RecipeFile,
     Section,
-    Teacher,
+    TeacherSection,
     Weight,
     Whole,
     phase_contradictions,
@@ -40,22 +40,22 @@ def _layers(value: Any) -> Any:
 
 
 class Student(Section):
-    mixer: Mixer = Field("mamba2", description="; ".join(f"{name}: {text}" for name, text in MIXERS.items()))
+    mixer: Mixer = Field(default="mamba2", description="; ".join(f"{name}: {text}" for name, text in MIXERS.items()))
     ssm_layers: Annotated[Literal["every_second", "all"] | list[int], BeforeValidator(_layers)] = Field(
-        "every_second", description="layers whose attention is replaced"
+        default="every_second", description="layers whose attention is replaced"
     )
     init: Literal["attention", "neutral", "random"] = Field(
-        "attention",
+        default="attention",
         description="what mixers start from; attention: q, k, v and o; neutral: an identity convolution, an open gate",
     )
     gate: Literal["open", "output"] = Field(
-        "open",
+        default="open",
         description="what the gate starts from; open: a constant 1; output: W_O and W_V, the default of gated_delta",
     )
     state_size: Annotated[Whole, Field(ge=1, le=1024)] | None = Field(
-        None, description="size of the state per head; null: the teacher's head_dim"
+        default=None, description="size of the state per head; null: the teacher's head_dim"
     )
-    conv_kernel: Annotated[Whole, Field(ge=1, le=16)] = Field(4, description="width of the causal convolution")
+    conv_kernel: Annotated[Whole, Field(ge=1, le=16)] = Field(default=4, description="width of the causal convolution")
 
     @model_validator(mode="before")
     @classmethod
@@ -67,44 +67,47 @@ class Student(Section):
 
 
 class Mixing(Phase):
-    tokens: Count = Field(80_000_000, description="training tokens of the phase")
+    tokens: Count = Field(default=80_000_000, description="training tokens of the phase")
     metric: MatrixMetric = Field(
-        "frobenius", description="distance between the teacher's and the student's mixing matrices"
+        default="frobenius", description="distance between the teacher's and the student's mixing matrices"
     )
 
 
 class Hidden(Phase):
-    tokens: Count = Field(160_000_000, description="training tokens of the phase")
+    tokens: Count = Field(default=160_000_000, description="training tokens of the phase")
     match: Literal["block_output", "mixer_output"] = Field(
-        "block_output", description="which output is compared with the teacher's: the whole layer's or the mixer's"
+        default="block_output",
+        description="which output is compared with the teacher's: the whole layer's or the mixer's",
     )
-    train_mlp: bool = Field(False, description="train the MLPs of the converted layers too")
+    train_mlp: bool = Field(default=False, description="train the MLPs of the converted layers too")
     solve_tokens: Annotated[Whole, Field(ge=0, le=10**15)] = Field(
-        0, description="first solve output projections by least squares on so many tokens; 0: do not"
+        default=0, description="first solve output projections by least squares on so many tokens; 0: do not"
     )
 
 
 class EndToEnd(Phase):
-    tokens: Count = Field(2_760_000_000, description="training tokens of the phase")
-    learning_rate: Annotated[float, Field(gt=0, le=1)] = Field(1e-5, description="learning rate after warmup")
+    tokens: Count = Field(default=2_760_000_000, description="training tokens of the phase")
+    learning_rate: Annotated[float, Field(gt=0, le=1)] = Field(default=1e-5, description="learning rate after warmup")
     gradient_accumulation: Batch = Field(
-        16, description="batches in one step; processes deal its rows among themselves"
+        default=16, description="batches in one step; processes deal its rows among themselves"
     )
-    train: Literal["all", "all_but_mlp", "mixers"] = Field("all", description="which parameters train")
+    train: Literal["all", "all_but_mlp", "mixers"] = Field(default="all", description="which parameters train")
     divergence: Divergence = Field(
-        "forward_kl", description="divergence between the teacher's and the student's next-token distributions"
+        default="forward_kl", description="divergence between the teacher's and the student's next-token distributions"
     )
-    temperature: Annotated[float, Field(ge=0.001, le=100)] = Field(1.0, description="temperature of both distributions")
-    kd_weight: Weight = Field(1.0, description="weight of the divergence")
-    ce_weight: Weight = Field(0.0, description="weight of the cross entropy with the text")
+    temperature: Annotated[float, Field(ge=0.001, le=100)] = Field(
+        default=1.0, description="temperature of both distributions"
+    )
+    kd_weight: Weight = Field(default=1.0, description="weight of the divergence")
+    ce_weight: Weight = Field(default=0.0, description="weight of the cross entropy with the text")
 
 
 class Phases(Section):
     """The defaults are the MOHAWK paper's. A phase set to null is skipped."""
 
-    mixing: Mixing | None = Field(Mixing(), description="phase 1: match mixing matrices; null: skip")
-    hidden: Hidden | None = Field(Hidden(), description="phase 2: match hidden states; null: skip")
-    end_to_end: EndToEnd | None = Field(EndToEnd(), description="phase 3: distil the logits; null: skip")
+    mixing: Mixing | None = Field(default=Mixing(), description="phase 1: match mixing matrices; null: skip")
+    hidden: Hidden | None = Field(default=Hidden(), description="phase 2: match hidden states; null: skip")
+    end_to_end: EndToEnd | None = Field(default=EndToEnd(), description="phase 3: distil the logits; null: skip")
 
     def active(self) -> Iterator[tuple[str, Phase]]:
         """(name, phase) of those not skipped, in order."""
@@ -116,14 +119,14 @@ class Phases(Section):
 class Recipe(RecipeFile):
     """A whole conversion."""
 
-    teacher: Teacher = Field(description="the Transformer to convert")
-    student: Student = Field(Student(), description="what takes attention's place")
-    phases: Phases = Field(Phases(), description="the training phases")
+    teacher: TeacherSection = Field(description="the Transformer to convert")
+    student: Student = Field(default=Student(), description="what takes attention's place")
+    phases: Phases = Field(default=Phases(), description="the training phases")
 
     def phase_names(self) -> tuple[str, ...]:
         return tuple(Phases.model_fields)
 
-    def contradictions(self) -> Iterator[tuple[list[recipe_text.Path], str]]:
+    def contradictions(self) -> Iterator[Contradiction]:
         yield from super().contradictions()
         teacher, phases = self.teacher, self.phases
         if teacher.gguf_file and teacher.model.lower().endswith(".gguf"):

@@ -6,11 +6,10 @@ import functools
 import logging
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from rich.console import Console
-from torch import nn
 
 from mohawk.conversion.plan import Plan, make_plan, objective_for, print_plan, student_options
 from mohawk.conversion.readout import solve_output_projections
@@ -27,6 +26,9 @@ from mohawk.runs.matrices import draw_matrices, save_matrices
 from mohawk.runs.report import AFTER, finish, loss_labels
 from mohawk.runs.start import start
 from mohawk.runs.steps import Step, is_final, is_taken, take_steps, train, write_final
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 log = logging.getLogger(__name__)
 
@@ -46,8 +48,7 @@ def convert(recipe: Recipe, *, dry_run: bool = False) -> None:
 
     def plan(console: Console) -> Plan:
         about = recipe.teacher
-        where = {key: getattr(about, key) for key in ("gguf_file", "revision", "trust_remote_code")}
-        planned = make_plan(recipe, first_before_others(lambda: load_config(about.model, **where)))
+        planned = make_plan(recipe, first_before_others(lambda: load_config(about.model, **about.where)))
         print_plan(planned, recipe, console)
         return planned
 
@@ -69,7 +70,8 @@ def run_phases(run: RunContext[TextData]) -> None:
     if composed and not any(is_taken(run, name) for name, _ in phases):
         raise UserError(f"{run.folder}: the composed student is missing or damaged; run mohawk compose again")
 
-    def keep(stage: str, student: nn.Module) -> None:
+    def keep(stage: str, student: PreTrainedModel) -> None:
+        assert isinstance(student, HybridForCausalLM)
         if stage in ("before", "mixing"):
             save_matrices(run.folder, stage, student, run.teacher, run.sample())
 
@@ -105,7 +107,7 @@ def train_phase(
     name: str,
     phase: Any,
     student: HybridForCausalLM,
-    teacher: nn.Module,
+    teacher: PreTrainedModel,
     rows: Any,
     before: str | None,
 ) -> None:
@@ -136,7 +138,7 @@ def _rows(run: RunContext[TextData], name: str, phase: Any) -> PackedDataset:
     return PackedDataset(text, phase.sequence_length, seed=run.recipe.seed, pad_token_id=run.pad)
 
 
-def untrained_student(recipe: Recipe, teacher: nn.Module) -> HybridForCausalLM:
+def untrained_student(recipe: Recipe, teacher: PreTrainedModel) -> HybridForCausalLM:
     """The student before phase 1; the same one whenever it is made again."""
     torch.manual_seed(recipe.seed)
     student = hybrid_from_teacher(teacher, **student_options(recipe.student))

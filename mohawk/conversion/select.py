@@ -156,7 +156,7 @@ def select(
             for i in range(len(order) + 1):
                 probe.rebase(order[:i])
                 path.append({"kl": probe.kl(order[:i]), "recall": probe.recall(order[:i])})
-        found = read_json(folder / SELECTION, Selection) or {}
+        found: dict[str, Any] = read_json(folder / SELECTION, Selection) or {}
         if found.get("settings") != probe.settings:
             found = {"settings": probe.settings, "rankings": {}}
         found |= {"num_layers": probe.num_layers, "layers": alone}

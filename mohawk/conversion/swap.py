@@ -7,9 +7,11 @@ replaced one has whatever phases 1 and 2 trained in it.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from mohawk.models.families import decoder_layers
 from mohawk.models.hybrid import HybridForCausalLM
@@ -17,7 +19,9 @@ from mohawk.models.hybrid_config import SSM_LAYER, attention_types
 from mohawk.models.teacher_forcing import StandIn, layer_calls
 
 
-def keep_attention(student: HybridForCausalLM, teacher: nn.Module, ssm_layers: Collection[int]) -> HybridForCausalLM:
+def keep_attention(
+    student: HybridForCausalLM, teacher: PreTrainedModel, ssm_layers: Collection[int]
+) -> HybridForCausalLM:
     """Gives the student the teacher's own layers, all but `ssm_layers`, in place.
 
     Args:
@@ -61,7 +65,7 @@ class LayerSwap:
     @torch.no_grad()
     def __init__(
         self,
-        teacher: nn.Module,
+        teacher: PreTrainedModel,
         student: HybridForCausalLM,
         batches: Sequence[dict[str, Tensor]],
         *,
@@ -121,7 +125,8 @@ class LayerSwap:
 
     def _normalised(self, index: int, hidden: Tensor) -> Tensor:
         """What the decoder does behind its layers, by its own forward around a layer that gives `hidden`."""
-        body, batch = self.teacher.model, self.batches[index]
+        body: Any = self.teacher.model
+        batch = self.batches[index]
         layers, body.layers = body.layers, nn.ModuleList([_Given(self.attention[0], hidden)])
         try:
             return body(batch["input_ids"], position_ids=batch["position_ids"], use_cache=False).last_hidden_state

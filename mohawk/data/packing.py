@@ -20,6 +20,7 @@ import numpy as np
 import torch
 
 from mohawk.core.terminal import SHOWN
+from mohawk.data.next_tokens import IGNORED
 from mohawk.data.text import TokenizedText, tokenize
 from mohawk.errors import UserError
 
@@ -206,7 +207,7 @@ class PackedDataset(torch.utils.data.Dataset):
         input_ids = np.full(n, self.pad_token_id, dtype=np.int64)
         position_ids = np.arange(n, dtype=np.int64)
         segment_ids = np.full(n, -1, dtype=np.int64)
-        labels = np.full(n, -100, dtype=np.int64)
+        labels = np.full(n, IGNORED, dtype=np.int64)
         filled, segment = 0, 0
         which = int(np.searchsorted(ends, begin, side="right"))
         while filled < n and which < len(order):
@@ -217,7 +218,7 @@ class PackedDataset(torch.utils.data.Dataset):
             here = slice(filled, filled + take)
             input_ids[here] = self.documents.texts[text].tokens[first + skip : first + skip + take]
             labels[here] = input_ids[here]
-            labels[filled] = -100
+            labels[filled] = IGNORED
             position_ids[here] = np.arange(take)
             segment_ids[here] = segment
             filled, segment, which = filled + take, segment + 1, which + 1

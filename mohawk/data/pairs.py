@@ -31,6 +31,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from mohawk.data.next_tokens import IGNORED
 from mohawk.data.pair_tokens import Pairs, read_pairs
 from mohawk.errors import UserError
 
@@ -197,7 +198,7 @@ class PairsDataset(torch.utils.data.Dataset):
         input_ids = np.full(n, self.pad_token_id, dtype=np.int64)
         position_ids = np.arange(n, dtype=np.int64)
         segment_ids = np.full(n, -1, dtype=np.int64)
-        labels = np.full(n, -100, dtype=np.int64)
+        labels = np.full(n, IGNORED, dtype=np.int64)
         weights, tasks = np.zeros(n, dtype=np.float32), np.zeros(n, dtype=np.int64)
         filled = 0
         chosen = examples[self._places[self._starts[row] : self._starts[row + 1]]]
@@ -214,7 +215,7 @@ class PairsDataset(torch.utils.data.Dataset):
             input_ids[here] = ids
             position_ids[here] = np.arange(len(ids))
             segment_ids[here] = segment
-            labels[here] = np.where(learn, ids, -100)
+            labels[here] = np.where(learn, ids, IGNORED)
             weights[here] = self.weights[example]
             if self.pairs.tasks is not None:
                 tasks[here] = self.pairs.tasks[example]

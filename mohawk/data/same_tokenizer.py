@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from mohawk.data.text import tokenizer_key
 from mohawk.errors import UserError
-from mohawk.loading.models import load_config, load_tokenizer, locate
+from mohawk.loading.models import load_config, load_tokenizer, locate, said_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -54,26 +54,26 @@ def teacher_tokenizer(
         UserError: as `load_config` and `load_tokenizer`; the tokenizer has ids that the model has no embedding of, or
             is another one than the model's own.
     """
-    rows = load_config(model, **where).get_text_config().vocab_size
-    found = load_tokenizer(model, tokenizer=tokenizer, **where)
-    if tokenizer is not None and (own := own_tokenizer(model, **where)) is not None:
+    rows = load_config(model, who=who, **where).get_text_config().vocab_size
+    found = load_tokenizer(model, tokenizer=tokenizer, who=who, option=option, **where)
+    if tokenizer is not None and (own := own_tokenizer(model, who=who, **where)) is not None:
         check_same(own, found, f"{option}: {tokenizer}", f"{model}'s own", roles=False)
     if tokenizer is None:
-        check_rows(found, rows, f"{who}: {model}")
+        check_rows(found, rows, f"{said_of(who)}{model}")
     else:
         check_rows(found, rows, f"{option}: {tokenizer}", "it")
     return found
 
 
-def own_tokenizer(model: str | Path, **where: Any) -> PreTrainedTokenizerBase | None:
+def own_tokenizer(model: str | Path, *, who: str = "teacher", **where: Any) -> PreTrainedTokenizerBase | None:
     """The tokenizer that comes with a model; None for a model without one."""
-    name, gguf_file = locate(model, where.get("gguf_file"))
+    name, gguf_file = locate(model, where.get("gguf_file"), who)
     if gguf_file is None:
         folder = Path(name)
         there = any((folder / file).is_file() for file in FILES) if folder.is_dir() else _on_hub(name, where)
         if not there:
             return None
-    return load_tokenizer(model, **where)
+    return load_tokenizer(model, who=who, **where)
 
 
 def _on_hub(name: str, where: dict[str, Any]) -> bool:

@@ -173,6 +173,7 @@ def compare_runs(
 
 def _row(name: str, folder: Path) -> dict[str, Any]:
     results = read_json(folder / RESULTS, Compares)
+    assert results is not None  # the run has just written it
     last = list(results["evaluation"])[-1]
     phases = results["phases"].values()
     return {

@@ -8,26 +8,28 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
 
 from mohawk.conversion.plan import student_options
 from mohawk.core.processes import several
 from mohawk.data.text import tokenizer_key
-from mohawk.distillation.recipe import DistillData, DistillStudent, DistillTeacher, Ramp, Stage
+from mohawk.distillation.recipe import DistillData, DistillStudent, DistillTeacher, RampSection, Stage
 from mohawk.errors import UserError
+from mohawk.loading.causal import plain_model
 from mohawk.loading.models import load_teacher
 from mohawk.losses.attention_match import AttentionMatch
 from mohawk.losses.distiller import OwnLoss
 from mohawk.losses.hidden_match import HiddenMatch, layer_map
 from mohawk.losses.matching import Matching, match_attention, match_hidden
-from mohawk.losses.schedules import Ramp as Schedule
+from mohawk.losses.schedules import Ramp
 from mohawk.models.cutting.cuts import keep_layers
 from mohawk.models.decoders import decoder
 from mohawk.models.from_teacher import hybrid_from_teacher
 from mohawk.teacher_cache.reader import TeacherCache
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from mohawk.loading.causal import CausalLM
 
 
 def checked_cache(stage: Stage) -> TeacherCache:
@@ -35,8 +37,9 @@ def checked_cache(stage: Stage) -> TeacherCache:
 
     Raises UserError for what does not fit the stage.
     """
+    assert stage.cache is not None
     cache, temperature = TeacherCache(stage.cache), stage.temperature
-    if isinstance(temperature, Ramp) and cache.temperature is not None:
+    if isinstance(temperature, RampSection) and cache.temperature is not None:
         raise UserError(
             f"stages ({stage.name}): cache: its temperature is {cache.temperature:g} throughout, the stage's "
             f"goes from {temperature.start:g} to {temperature.end:g}; give a number, or cache hidden states"
@@ -47,7 +50,7 @@ def checked_cache(stage: Stage) -> TeacherCache:
         )
     cache.check(
         sequence_length=stage.sequence_length, divergence=stage.divergence,
-        temperature=None if isinstance(temperature, Ramp) else temperature,
+        temperature=temperature if isinstance(temperature, (int, float)) else None,
     )  # fmt: skip
     return cache
 
@@ -59,19 +62,19 @@ def check_caches(stages: Iterable[Stage], tokenizer: PreTrainedTokenizerBase) ->
             checked_cache(stage).check(tokenizer_hash=tokenizer_key(tokenizer))
 
 
-def load(given: DistillTeacher, device: torch.device) -> nn.Module:
+def load(given: DistillTeacher, device: torch.device, who: str = "teacher") -> PreTrainedModel:
     """A recipe's teacher, on its device or devices."""
     if given.device_map and several():
         raise UserError(
-            "device_map: got auto in several processes, which would all spread over the same GPUs; leave it out"
+            f"{who}.device_map: got auto in several processes, which would all spread over the same GPUs; leave it out"
         )
     return load_teacher(
-        given.model, gguf_file=given.gguf_file, revision=given.revision, dtype=given.dtype,
-        trust_remote_code=given.trust_remote_code, device=device, quantize=given.quantize, device_map=given.device_map,
+        given.model, **given.where, dtype=given.dtype, device=device, quantize=given.quantize,
+        device_map=given.device_map, who=who,
     )  # fmt: skip
 
 
-def shaped(given: DistillStudent, base: nn.Module, seed: int) -> nn.Module:
+def shaped(given: DistillStudent, base: PreTrainedModel, seed: int) -> PreTrainedModel:
     """A student before training: `base` itself copied, some of its layers, its shape with random weights, a hybrid."""
     with mistakes("student.layers"):
         if given.layers is None:
@@ -89,7 +92,7 @@ def shaped(given: DistillStudent, base: nn.Module, seed: int) -> nn.Module:
     return student
 
 
-def matchings_for(stage: Stage, student: nn.Module, teacher: nn.Module | None) -> dict[str, Matching]:
+def matchings_for(stage: Stage, student: CausalLM, teacher: CausalLM | None) -> dict[str, Matching]:
     """The losses between layers that a stage asks for. Raises ValueError for what the models do not have."""
     found: dict[str, Matching] = {}
     if stage.hidden is None and stage.attention is None:
@@ -100,7 +103,7 @@ def matchings_for(stage: Stage, student: nn.Module, teacher: nn.Module | None) -
     if (hidden := stage.hidden) is not None:
         match = HiddenMatch(
             layer_map(hidden.layers, *depths, embeddings=hidden.embeddings),
-            *(model.config.get_text_config().hidden_size for model in (student, teacher)),
+            *(plain_model(model).config.get_text_config().hidden_size for model in (student, teacher)),
             loss=hidden.loss, rank=hidden.rank, shared=hidden.shared, normalise=hidden.normalise,
         )  # fmt: skip
         found["hidden"] = match_hidden(match.to(student.device), schedule_of(hidden.weight))
@@ -109,15 +112,6 @@ def matchings_for(stage: Stage, student: nn.Module, teacher: nn.Module | None) -
         match.check(student, teacher)
         found["attention"] = match_attention(match, schedule_of(attention.weight))
     return found
-
-
-@contextmanager
-def of_the_student() -> Iterator[None]:
-    """Within this block, errors about `teacher` are reported as errors about `student.model`."""
-    try:
-        yield
-    except UserError as error:
-        raise UserError(str(error).replace("teacher:", "student.model:", 1)) from error
 
 
 @contextmanager
@@ -131,7 +125,7 @@ def mistakes(where: str) -> Iterator[None]:
 
 def schedule_of(value: Any) -> Any:
     """A recipe's number or ramp as training has it."""
-    return Schedule(value.start, value.end, value.shape, value.until) if isinstance(value, Ramp) else value
+    return Ramp(value.start, value.end, value.shape, value.until) if isinstance(value, RampSection) else value
 
 
 def own_losses(data: DistillData) -> dict[int, OwnLoss]:

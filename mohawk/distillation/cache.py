@@ -5,17 +5,20 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mohawk.conversion.recipe import Recipe
+from mohawk.distillation.recipe import StageRecipe
 from mohawk.errors import UserError
 from mohawk.teacher_cache.writer import write_cache
 
 if TYPE_CHECKING:
-    from mohawk.conversion.recipe import EndToEnd, Recipe
-    from mohawk.distillation.recipe import DistillRecipe, Stage
+    from mohawk.conversion.recipe import EndToEnd
+    from mohawk.distillation.recipe import Stage
+    from mohawk.schema.base import RecipeFile
     from mohawk.teacher_cache.reader import TeacherCache
 
 
 def cache_teacher(
-    recipe: Recipe | DistillRecipe,
+    recipe: RecipeFile,
     output: str | Path,
     *,
     stage: str | None = None,
@@ -43,22 +46,21 @@ def cache_teacher(
     asked, about = _stage_of(recipe, stage), recipe.teacher
     check_inputs(recipe)
     if temperature is None and kind != "hidden":
-        temperature = asked.temperature
-        if not isinstance(temperature, (int, float)):
+        if not isinstance(asked.temperature, (int, float)):
             raise UserError(
                 "temperature: the stage's is no number, but an answer is cached at one; give --temperature T, and the "
                 "same in the stage that reads the cache, or --kind hidden, which serves any"
             )
+        temperature = asked.temperature
     device = pick_device(recipe.device)
-    where = {"gguf_file": about.gguf_file, "revision": about.revision, "trust_remote_code": about.trust_remote_code}
-    tokenizer = teacher_tokenizer(about.model, tokenizer=about.tokenizer, **where)
+    tokenizer = teacher_tokenizer(about.model, tokenizer=about.tokenizer, **about.where)
     dataset = _rows_of(recipe, asked, sequence_length or asked.sequence_length, tokenizer)
     length = len(dataset[0]["input_ids"])
     if kind == "top-k":  # before weights are loaded
-        within("k", k, 1, load_config(about.model, **where).get_text_config().vocab_size)
+        within("k", k, 1, load_config(about.model, **about.where).get_text_config().vocab_size)
     rows = None if tokens is None else min(len(dataset), -(-tokens // length))
     loading = {name: getattr(about, name) for name in ("quantize", "device_map") if getattr(about, name, None)}
-    teacher = load_teacher(about.model, dtype=about.dtype, device=device, **where, **loading)
+    teacher = load_teacher(about.model, dtype=about.dtype, device=device, **about.where, **loading)
     return write_cache(
         output, teacher, dataset, kind=kind, k=k, draws=draws, seed=recipe.seed, rows=rows,
         temperature=1.0 if temperature is None else temperature, batch_size=batch_size or asked.batch_size,
@@ -66,9 +68,9 @@ def cache_teacher(
     )  # fmt: skip
 
 
-def _stage_of(recipe: Recipe | DistillRecipe, name: str | None) -> EndToEnd | Stage:
+def _stage_of(recipe: RecipeFile, name: str | None) -> EndToEnd | Stage:
     """Whose rows are cached."""
-    if not hasattr(recipe, "stages"):
+    if isinstance(recipe, Recipe):
         if name is not None:
             raise UserError(
                 f"--stage {name}: a conversion has phases, and phase 3 learns from the logits; leave it out"
@@ -76,6 +78,7 @@ def _stage_of(recipe: Recipe | DistillRecipe, name: str | None) -> EndToEnd | St
         if recipe.phases.end_to_end is None:
             raise UserError("phases.end_to_end is null, so nothing learns from a cache; give the phase")
         return recipe.phases.end_to_end
+    assert isinstance(recipe, StageRecipe)
     if recipe.teachers:
         raise UserError("teachers: a cache holds one teacher's answers; leave the further ones out, or train online")
     learning = {stage.name: stage for stage in recipe.stages if stage.learn_from == "teacher" and stage.data is None}
@@ -87,9 +90,9 @@ def _stage_of(recipe: Recipe | DistillRecipe, name: str | None) -> EndToEnd | St
     return learning[name]
 
 
-def _rows_of(recipe: Recipe | DistillRecipe, asked: EndToEnd | Stage, length: int, tokenizer: Any) -> Any:
+def _rows_of(recipe: RecipeFile, asked: EndToEnd | Stage, length: int, tokenizer: Any) -> Any:
     """The dataset that a phase or stage trains on. What fills up its rows is of no account."""
-    if hasattr(recipe, "stages"):
+    if isinstance(recipe, StageRecipe):
         from mohawk.distillation.sources import load_sources, training_rows
 
         names = [recipe.teacher.name or "0"]

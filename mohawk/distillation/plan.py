@@ -7,12 +7,11 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
-from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from mohawk.core.precision import pick_device
-from mohawk.distillation.build import checked_cache, loss_label, matchings_for, mistakes, of_the_student, shaped
-from mohawk.distillation.recipe import DistillRecipe, DistillStudent, DistillTeacher, Ramp
+from mohawk.distillation.build import checked_cache, loss_label, matchings_for, mistakes, shaped
+from mohawk.distillation.recipe import DistillRecipe, DistillStudent, RampSection
 from mohawk.loading.models import building, load_config, parameter_count
 from mohawk.losses.schedules import temperature_for
 from mohawk.losses.teachers import check_together
@@ -24,8 +23,9 @@ from mohawk.training.trackers import trackers
 
 def print_plan(recipe: DistillRecipe, console: Console) -> None:
     """Sizes, stages and steps, from configurations alone. Raises UserError for what does not fit the models."""
-    config = _config(recipe.teacher)
-    check_together(recipe.combine, [config, *(_config(further) for further in recipe.teachers)])
+    config = load_config(recipe.teacher.model, **recipe.teacher.where)
+    further = [load_config(one.model, **one.where, who=f"teachers.{i}") for i, one in enumerate(recipe.teachers)]
+    check_together(recipe.combine, [config, *further])
     trackers(recipe.report_to)
     teacher = _meta(config)
     student = _planned(recipe.student, teacher, recipe)
@@ -61,24 +61,21 @@ def print_plan(recipe: DistillRecipe, console: Console) -> None:
                 console.print(f"[bold]Beside them[/bold] {given} of {source.source}, per token of its own")
 
 
-def _number(value: float | Ramp) -> str:
-    return f"{value.start:g} to {value.end:g}" if isinstance(value, Ramp) else f"{value:.3g}"
+def _number(value: float | RampSection) -> str:
+    return f"{value.start:g} to {value.end:g}" if isinstance(value, RampSection) else f"{value:.3g}"
 
 
-def _meta(config: Any) -> nn.Module:
-    with torch.device("meta"), building(config, config.name_or_path):
+def _meta(config: Any, who: str = "teacher") -> PreTrainedModel:
+    with torch.device("meta"), building(config, config.name_or_path, who):
         return AutoModelForCausalLM.from_config(config, attn_implementation=needed_attention(config))
 
 
-def _planned(given: DistillStudent, base: nn.Module, recipe: DistillRecipe, where: str = "student") -> nn.Module:
+def _planned(
+    given: DistillStudent, base: PreTrainedModel, recipe: DistillRecipe, where: str = "student"
+) -> PreTrainedModel:
     """The student's shape, on the meta device."""
     if given.model is not None:
-        with of_the_student():
-            config = load_config(
-                given.model, gguf_file=given.gguf_file, revision=given.revision,
-                trust_remote_code=given.trust_remote_code,
-            )  # fmt: skip
-        base = _meta(config)
+        base = _meta(load_config(given.model, **given.where, who=f"{where}.model"), f"{where}.model")
     if given.layers is not None:
         with mistakes(f"{where}.layers"):
             resolve_layers(given.layers, len(decoder(base)[1]))
@@ -98,11 +95,5 @@ def _planned(given: DistillStudent, base: nn.Module, recipe: DistillRecipe, wher
     return student
 
 
-def _size(model: nn.Module) -> str:
+def _size(model: PreTrainedModel) -> str:
     return f"{type(model).__name__}, {len(decoder(model)[1])} layers, {parameter_count(model) / 1e6:.1f}M parameters"
-
-
-def _config(given: DistillTeacher) -> Any:
-    return load_config(
-        given.model, gguf_file=given.gguf_file, revision=given.revision, trust_remote_code=given.trust_remote_code
-    )

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Protocol, runtime_checkable
 
 from pydantic import BeforeValidator, Field
 
@@ -15,8 +15,10 @@ from mohawk.conversion.recipe import Student
 from mohawk.schema import yaml_text as recipe_text
 from mohawk.schema.base import (
     Batch,
+    CheckpointSection,
+    Contradiction,
     Count,
-    Data,
+    DataSection,
     Divergence,
     HeadMetric,
     Phase,
@@ -24,8 +26,8 @@ from mohawk.schema.base import (
     RecipeFile,
     Section,
     Share,
-    Source,
-    Teacher,
+    SourceSection,
+    TeacherSection,
     Text,
     Weight,
     phase_contradictions,
@@ -64,223 +66,264 @@ LayerMap = Literal["uniform", "last", "dense_top", "dense_bottom"]
 Layers = Annotated[LayerMap | int | list[list[int]], BeforeValidator(_layer_map)]
 
 
-class Ramp(Section):
+class RampSection(Section):
     """A number that changes over a stage."""
 
     start: Weight = Field(description="value at the first step")
     end: Weight = Field(description="value at the end of the ramp, and from there on")
-    shape: Literal["linear", "cosine", "steps"] = Field("linear", description="shape of the way between them")
+    shape: Literal["linear", "cosine", "steps"] = Field(default="linear", description="shape of the way between them")
     until: Annotated[float, Field(gt=0, le=1)] = Field(
-        1.0, description="share of the steps at which the end is reached"
+        default=1.0, description="share of the steps at which the end is reached"
     )
 
 
-class DistillTeacher(Teacher):
+class DistillTeacher(TeacherSection):
     name: Text | None = Field(
-        None, description="name that an example's teacher_field gives it; null: its place, from 0"
+        default=None, description="name that an example's teacher_field gives it; null: its place, from 0"
     )
-    weight: Positive = Field(1.0, description="weight among several teachers")
-    micro_batch: Batch | None = Field(None, description="rows it is asked for at a time; null: the student's batch")
+    weight: Positive = Field(default=1.0, description="weight among several teachers")
+    micro_batch: Batch | None = Field(
+        default=None, description="rows it is asked for at a time; null: the student's batch"
+    )
     quantize: Literal["int8", "int4"] | None = Field(
-        None, description="load the weights in so many bits (bitsandbytes or torchao)"
+        default=None, description="load the weights in so many bits (bitsandbytes or torchao)"
     )
     device_map: Literal["auto"] | None = Field(
-        None, description="auto: spread over devices, memory and disk by accelerate"
+        default=None, description="auto: spread over devices, memory and disk by accelerate"
     )
 
 
 class Lora(Section):
-    rank: Count = Field(16, description="rank of each adapter")
-    alpha: Positive = Field(32.0, description="adapters are scaled by alpha / rank")
-    dropout: Annotated[float, Field(ge=0, lt=1)] = Field(0.0, description="dropout of the adapters' inputs")
+    rank: Count = Field(default=16, description="rank of each adapter")
+    alpha: Positive = Field(default=32.0, description="adapters are scaled by alpha / rank")
+    dropout: Annotated[float, Field(ge=0, lt=1)] = Field(default=0.0, description="dropout of the adapters' inputs")
     targets: list[Text] | None = Field(
-        None, description="names of modules that get adapters; null: all linear layers but the head"
+        default=None, description="names of modules that get adapters; null: all linear layers but the head"
     )
-    bits: Literal[4] | None = Field(None, description="4: QLoRA, the frozen weights in 4 bits (bitsandbytes)")
+    bits: Literal[4] | None = Field(default=None, description="4: QLoRA, the frozen weights in 4 bits (bitsandbytes)")
     keep: bool = Field(
-        False, description="also save the adapters, with the model they fit, in phases/<stage>/adapter and base"
+        default=False, description="also save the adapters, with the model they fit, in phases/<stage>/adapter and base"
     )
 
 
-class DistillStudent(Section):
-    model: Text | None = Field(None, description="folder, .gguf file or hub id; null: made from the teacher")
-    gguf_file: Text | None = Field(None, description="name of the GGUF file inside `model`, if it is one")
-    revision: Text | None = Field(None, description="branch, tag or commit on the hub")
-    trust_remote_code: bool = Field(False, description="run Python code that comes with the checkpoint")
+class DistillStudent(CheckpointSection):
+    model: Text | None = Field(default=None, description="folder, .gguf file or hub id; null: made from the teacher")
     layers: Annotated[str | list[int] | None, BeforeValidator(kept_layers)] = Field(
-        None, description="layers to keep; null: all"
+        default=None, description="layers to keep; null: all"
     )
-    scratch: bool = Field(False, description="random weights in the student's shape")
-    hybrid: Student | None = Field(None, description="mixers in the place of some layers' attention, as `convert` puts")
-    lora: Lora | None = Field(None, description="train low-rank adapters alone")
+    scratch: bool = Field(default=False, description="random weights in the student's shape")
+    hybrid: Student | None = Field(
+        default=None, description="mixers in the place of some layers' attention, as `convert` puts"
+    )
+    lora: Lora | None = Field(default=None, description="train low-rank adapters alone")
 
 
-class OwnLoss(Section):
+class OwnLossSection(Section):
     """The loss of one source's rows in place of the stage's, a term of its own beside it: the mean over its tokens of a
     step. They are never replaced by the student's samples."""
 
-    kd_weight: Weight | Ramp = Field(0.0, description="weight of the divergence")
-    ce_weight: Weight | Ramp = Field(1.0, description="weight of the cross entropy with the text")
+    kd_weight: Weight | RampSection = Field(default=0.0, description="weight of the divergence")
+    ce_weight: Weight | RampSection = Field(default=1.0, description="weight of the cross entropy with the text")
 
 
-class DistillSource(Source):
+class DistillSource(SourceSection):
     kind: Literal["text", "pairs", "rationales"] = Field(
-        "text",
+        default="text",
         description="pairs: prompts and responses in JSON lines; rationales: prompts with labels and rationales, or "
         "with responses that hold both",
     )
-    prompt_field: Text = Field("prompt", description="field of the prompt, in pairs")
-    response_field: Text = Field("response", description="field of the response, in pairs")
-    messages_field: Text = Field("messages", description="field of the messages, in pairs that are chats")
-    chat: bool = Field(False, description="put prompts and responses into the tokenizer's chat template")
+    prompt_field: Text = Field(default="prompt", description="field of the prompt, in pairs")
+    response_field: Text = Field(default="response", description="field of the response, in pairs")
+    messages_field: Text = Field(default="messages", description="field of the messages, in pairs that are chats")
+    chat: bool = Field(default=False, description="put prompts and responses into the tokenizer's chat template")
     weight_field: Text | None = Field(
-        None, description="field, in pairs, of a number that multiplies an example's loss"
+        default=None, description="field, in pairs, of a number that multiplies an example's loss"
     )
-    rationale_weight: Weight = Field(1.0, description="weight of rationales beside labels")
-    label_prefix: Text = Field("[label]", description="text in front of a prompt that asks for the label")
-    rationale_prefix: Text = Field("[rationale]", description="text in front of a prompt that asks for the rationale")
+    rationale_weight: Weight = Field(default=1.0, description="weight of rationales beside labels")
+    label_prefix: Text = Field(default="[label]", description="text in front of a prompt that asks for the label")
+    rationale_prefix: Text = Field(
+        default="[rationale]", description="text in front of a prompt that asks for the rationale"
+    )
     templates: list[Text] | None = Field(
-        None,
+        default=None,
         description="patterns that take a response apart, such as '{rationale} The answer is {label}.'; null: a few",
     )
     teacher_field: Text | None = Field(
-        None, description="field, in pairs, of the name of the teacher that answers an example"
+        default=None, description="field, in pairs, of the name of the teacher that answers an example"
     )
     weighting: Literal["uniform", "counts", "probability", "importance"] | None = Field(
-        None,
+        default=None,
         description="how a prompt's responses are weighed; probability: by the teacher's; null: each counts as one",
     )
-    length_normalized: bool = Field(False, description="weigh by the log probability per token")
+    length_normalized: bool = Field(default=False, description="weigh by the log probability per token")
     too_long: Literal["truncate", "drop"] = Field(
-        "truncate",
+        default="truncate",
         description="how an example is made to fit: its prompt is cut on the left, or all of it is left out",
     )
     sampling_weight: Positive | None = Field(
-        None, description="rows are drawn in proportion to it; null: to the source's share of the text"
+        default=None, description="rows are drawn in proportion to it; null: to the source's share of the text"
     )
-    loss_weight: Weight = Field(1.0, description="multiplies the loss of its tokens")
-    own_loss: OwnLoss | None = Field(
-        None,
+    loss_weight: Weight = Field(default=1.0, description="multiplies the loss of its tokens")
+    own_loss: OwnLossSection | None = Field(
+        default=None,
         description="added to the stage's loss, which is then of the other sources: such as the cross entropy of plain "
         "text beside on-policy training on prompts; null: the stage's",
     )
 
 
-class DistillData(Data):
+class DistillData(DataSection):
+    # pyrefly: ignore[bad-override]  # nobody puts a plain source in: a recipe is frozen
     train: list[DistillSource] = Field(min_length=1, description="text to train on")
 
 
 class Taid(Section):
     """TAID's moving target (arXiv 2501.16937)."""
 
-    start: Share = Field(0.4, description="the teacher's share at the start")
-    alpha: Positive = Field(5e-4, description="how fast that share grows")
+    start: Share = Field(default=0.4, description="the teacher's share at the start")
+    alpha: Positive = Field(default=5e-4, description="how fast that share grows")
     decay: Annotated[float, Field(ge=0, lt=1)] = Field(
-        0.99, description="decay of the moving average of the loss's fall"
+        default=0.99, description="decay of the moving average of the loss's fall"
     )
-    end: Share = Field(1.0, description="the largest share")
+    end: Share = Field(default=1.0, description="the largest share")
 
 
 class HiddenMatching(Section):
-    weight: Weight | Ramp = Field(1.0, description="weight of this loss")
-    layers: Layers = Field("uniform", description="which of the student's layers learn from which of the teacher's")
-    embeddings: bool = Field(False, description="compare the embeddings too")
-    loss: Literal["mse", "cosine"] = Field("mse", description="loss between hidden states")
-    normalise: Literal["none", "layer", "unit"] = Field(
-        "none", description="how both sides are normalised, token by token"
+    weight: Weight | RampSection = Field(default=1.0, description="weight of this loss")
+    layers: Layers = Field(
+        default="uniform", description="which of the student's layers learn from which of the teacher's"
     )
-    rank: Count | None = Field(None, description="rank of the projection where widths differ; null: full")
-    shared: bool = Field(False, description="one projection for all layers")
+    embeddings: bool = Field(default=False, description="compare the embeddings too")
+    loss: Literal["mse", "cosine"] = Field(default="mse", description="loss between hidden states")
+    normalise: Literal["none", "layer", "unit"] = Field(
+        default="none", description="how both sides are normalised, token by token"
+    )
+    rank: Count | None = Field(default=None, description="rank of the projection where widths differ; null: full")
+    shared: bool = Field(default=False, description="one projection for all layers")
 
 
 class AttentionMatching(Section):
-    weight: Weight | Ramp = Field(1.0, description="weight of this loss")
-    layers: Layers = Field("uniform", description="which of the student's layers learn from which of the teacher's")
+    weight: Weight | RampSection = Field(default=1.0, description="weight of this loss")
+    layers: Layers = Field(
+        default="uniform", description="which of the student's layers learn from which of the teacher's"
+    )
     metric: HeadMetric = Field(
-        "kl", description="distance between the matrices of a head; scores: mse of the scores before the softmax"
+        default="kl",
+        description="distance between the matrices of a head; scores: mse of the scores before the softmax",
     )
 
 
-class OnPolicy(Section):
+class OnPolicySection(Section):
     """GKD: batches of the student's own samples."""
 
-    share: Share = Field(0.5, description="share of the steps that train on the student's samples")
-    max_new_tokens: Batch = Field(128, description="tokens sampled after a prompt")
-    temperature: Annotated[float, Field(ge=0.001, le=1000)] = Field(1.0, description="temperature of sampling")
-    top_p: Annotated[float, Field(gt=0, le=1)] = Field(1.0, description="sample from this share of the probability")
-    prompt_tokens: Batch = Field(32, description="first tokens of a plain text, which serve as its prompt")
+    share: Share = Field(default=0.5, description="share of the steps that train on the student's samples")
+    max_new_tokens: Batch = Field(default=128, description="tokens sampled after a prompt")
+    temperature: Annotated[float, Field(ge=0.001, le=1000)] = Field(default=1.0, description="temperature of sampling")
+    top_p: Annotated[float, Field(gt=0, le=1)] = Field(
+        default=1.0, description="sample from this share of the probability"
+    )
+    prompt_tokens: Batch = Field(default=32, description="first tokens of a plain text, which serve as its prompt")
 
 
 class Routing(Section):
     """A bandit that chooses among several teachers' rationales by what they do for the student's held-out loss."""
 
-    algorithm: Literal["ucb1", "exp3"] = Field("ucb1", description="algorithm of the bandit")
-    every: Count = Field(50, description="steps on one teacher's rationales before the next choice")
+    algorithm: Literal["ucb1", "exp3"] = Field(default="ucb1", description="algorithm of the bandit")
+    every: Count = Field(default=50, description="steps on one teacher's rationales before the next choice")
 
 
-class Advance(Section):
+class AdvanceSection(Section):
     """When a stage has done its work before its tokens are used up."""
 
-    every: Count = Field(100, description="steps between measurements on held-out text")
-    patience: Count | None = Field(None, description="measurements without improvement that end the stage; null: never")
-    improvement: Share = Field(0.001, description="share of the loss that counts as improvement")
-    gap: Weight | None = Field(None, description="nats from the teacher's loss that end the stage; null: never")
+    every: Count = Field(default=100, description="steps between measurements on held-out text")
+    patience: Count | None = Field(
+        default=None, description="measurements without improvement that end the stage; null: never"
+    )
+    improvement: Share = Field(default=0.001, description="share of the loss that counts as improvement")
+    gap: Weight | None = Field(default=None, description="nats from the teacher's loss that end the stage; null: never")
 
 
 class Stage(Phase):
     """A stage's budget and method."""
 
-    name: StageName = Field("distil", description="name of the stage and its folder: small letters, digits, - and _")
+    name: StageName = Field(
+        default="distil", description="name of the stage and its folder: small letters, digits, - and _"
+    )
     learn_from: Literal["teacher", "previous", "average", "start"] = Field(
-        "teacher",
+        default="teacher",
         description="teacher: the recipe's; previous: the student of the stage before; average: the student's moving "
         "average; start: the student as the stage finds it",
     )
     average_decay: Annotated[float, Field(ge=0, le=1)] = Field(
-        0.999, description="decay of the moving average that learn_from: average asks"
+        default=0.999, description="decay of the moving average that learn_from: average asks"
     )
     student: DistillStudent | None = Field(
-        None, description="a smaller student from here on, made of the one so far or of `model`; null: the same one"
+        default=None,
+        description="a smaller student from here on, made of the one so far or of `model`; null: the same one",
     )
     data: DistillData | None = Field(
-        None, description="the stage's own text to train on (its `train` alone counts); null: the recipe's"
+        default=None, description="the stage's own text to train on (its `train` alone counts); null: the recipe's"
     )
     cache: Place | None = Field(
-        None, description="folder that `mohawk cache` wrote: the teacher's answers instead of the teacher"
+        default=None, description="folder that `mohawk cache` wrote: the teacher's answers instead of the teacher"
     )
-    divergence: Divergence = Field("forward_kl", description="divergence between next-token distributions")
-    beta: Share = Field(0.5, description="beta of jsd: 0 is forward, 1 reverse KL")
-    lam: Annotated[float, Field(ge=0, lt=1)] = Field(0.1, description="skew of skew_kl and skew_reverse_kl")
-    temperature: Literal["auto"] | Annotated[float, Field(ge=0.001, le=1000)] | Ramp = Field(
-        1.0, description="temperature of both distributions; auto: log2(size ratio) + 1"
+    divergence: Divergence = Field(default="forward_kl", description="divergence between next-token distributions")
+    beta: Share = Field(default=0.5, description="beta of jsd: 0 is forward, 1 reverse KL")
+    lam: Annotated[float, Field(ge=0, lt=1)] = Field(default=0.1, description="skew of skew_kl and skew_reverse_kl")
+    temperature: Literal["auto"] | Annotated[float, Field(ge=0.001, le=1000)] | RampSection = Field(
+        default=1.0, description="temperature of both distributions; auto: log2(size ratio) + 1"
     )
-    kd_weight: Weight | Ramp = Field(1.0, description="weight of the divergence")
-    ce_weight: Weight | Ramp = Field(0.0, description="weight of the cross entropy with the text")
-    confidence: bool = Field(False, description="weigh the divergence by the teacher's probability of the label")
-    taid: Taid | None = Field(None, description="a target that moves from the student to the teacher")
-    hidden: HiddenMatching | None = Field(None, description="match hidden states")
-    attention: AttentionMatching | None = Field(None, description="match attention or mixing matrices")
-    on_policy: OnPolicy | None = Field(None, description="train on the student's own samples")
+    kd_weight: Weight | RampSection = Field(default=1.0, description="weight of the divergence")
+    ce_weight: Weight | RampSection = Field(default=0.0, description="weight of the cross entropy with the text")
+    confidence: bool = Field(
+        default=False, description="weigh the divergence by the teacher's probability of the label"
+    )
+    taid: Taid | None = Field(default=None, description="a target that moves from the student to the teacher")
+    hidden: HiddenMatching | None = Field(default=None, description="match hidden states")
+    attention: AttentionMatching | None = Field(default=None, description="match attention or mixing matrices")
+    on_policy: OnPolicySection | None = Field(default=None, description="train on the student's own samples")
     routing: Routing | None = Field(
-        None, description="choose among the sources of rationales, each one teacher's, while training"
+        default=None, description="choose among the sources of rationales, each one teacher's, while training"
     )
-    advance: Advance | None = Field(None, description="end early; null: when the tokens are used up")
-    learning_rate: Annotated[float, Field(gt=0, le=1)] = Field(1e-4, description="learning rate after warmup")
-    tokens: Count = Field(100_000_000, description="training tokens of the stage")
+    advance: AdvanceSection | None = Field(default=None, description="end early; null: when the tokens are used up")
+    learning_rate: Annotated[float, Field(gt=0, le=1)] = Field(default=1e-4, description="learning rate after warmup")
+    tokens: Count = Field(default=100_000_000, description="training tokens of the stage")
+
+
+@runtime_checkable
+class StageRecipe(Protocol):
+    """What stages of distillation ask of the recipe that they are of: a distillation's own, or a pruning's."""
+
+    @property
+    def teacher(self) -> DistillTeacher: ...
+    @property
+    def teachers(self) -> list[DistillTeacher]: ...
+    @property
+    def combine(self) -> str: ...
+    @property
+    def student(self) -> DistillStudent: ...
+    @property
+    def data(self) -> DistillData: ...
+    @property
+    def stages(self) -> list[Stage]: ...
+    @property
+    def seed(self) -> int: ...
 
 
 class DistillRecipe(RecipeFile):
     """A whole distillation."""
 
     teacher: DistillTeacher = Field(description="the model to learn from")
-    teachers: list[DistillTeacher] = Field([], description="further teachers")
+    teachers: list[DistillTeacher] = Field(default=[], description="further teachers")
     combine: Literal["probabilities", "logits", "row"] = Field(
-        "probabilities", description="how several teachers are combined; row: each example has its own (teacher_field)"
+        default="probabilities",
+        description="how several teachers are combined; row: each example has its own (teacher_field)",
     )
-    student: DistillStudent = Field(DistillStudent(), description="the model that learns")
+    student: DistillStudent = Field(default=DistillStudent(), description="the model that learns")
     data: DistillData = Field(description="the text to train and evaluate on")
     stages: list[Stage] = Field(min_length=1, description="stages of training, one after another")
-    report_to: list[Text] = Field([], description="experiment trackers of transformers (tensorboard, wandb, ...)")
+    report_to: list[Text] = Field(
+        default=[], description="experiment trackers of transformers (tensorboard, wandb, ...)"
+    )
 
     def phase_names(self) -> tuple[str, ...]:
         return tuple(stage.name for stage in self.stages)
@@ -289,7 +332,7 @@ class DistillRecipe(RecipeFile):
         """Whether any stage trains adapters (LoRA)."""
         return any((stage.student or self.student).lora for stage in self.stages)
 
-    def contradictions(self) -> Iterator[tuple[list[recipe_text.Path], str]]:
+    def contradictions(self) -> Iterator[Contradiction]:
         yield from super().contradictions()
         students = [self.student, *(stage.student for stage in self.stages if stage.student)]
         if not any(s.model or s.layers is not None or s.scratch or s.hybrid or s.lora for s in students):
@@ -327,12 +370,12 @@ class DistillRecipe(RecipeFile):
             yield from stage_contradictions(self, stage, i, at, label)
 
 
-def _counts(weight: float | Ramp) -> bool:
+def _counts(weight: float | RampSection) -> bool:
     """Whether a weight is ever above 0."""
-    return weight != 0 and not (isinstance(weight, Ramp) and weight.start == weight.end == 0)
+    return weight != 0 and not (isinstance(weight, RampSection) and weight.start == weight.end == 0)
 
 
-def data_contradictions(data: DistillData, at: recipe_text.Path):
+def data_contradictions(data: DistillData, at: recipe_text.Path) -> Iterator[Contradiction]:
     if all(source.loss_weight == 0 for source in data.train):
         yield [(*at, "train")], f"{'.'.join(map(str, at))}.train: every loss_weight is 0, so there is nothing to learn"
     named = [source.teacher_field is not None for source in data.train]
@@ -374,7 +417,9 @@ def data_contradictions(data: DistillData, at: recipe_text.Path):
                 )
 
 
-def stage_contradictions(recipe: DistillRecipe, stage: Stage, i: int, at: recipe_text.Path, label: str):
+def stage_contradictions(
+    recipe: StageRecipe, stage: Stage, i: int, at: recipe_text.Path, label: str
+) -> Iterator[Contradiction]:
     matched = stage.hidden or stage.attention
     weights = (stage.kd_weight, stage.ce_weight, *(part.weight for part in (stage.hidden, stage.attention) if part))
     if not any(map(_counts, weights)) and not any(source.own_loss for source in (stage.data or recipe.data).train):
@@ -418,7 +463,7 @@ def stage_contradictions(recipe: DistillRecipe, stage: Stage, i: int, at: recipe
             [(*at, "temperature")],
             f"{label}: temperature: auto compares the sizes of one teacher and the student; give a number",
         )
-    if isinstance(stage.temperature, Ramp) and min(stage.temperature.start, stage.temperature.end) < 0.001:
+    if isinstance(stage.temperature, RampSection) and min(stage.temperature.start, stage.temperature.end) < 0.001:
         yield [(*at, "temperature")], f"{label}: a temperature of 0; use one of at least 0.001"
     if stage.taid is not None and stage.taid.start > stage.taid.end:
         yield [(*at, "taid")], f"{label}: taid starts at {stage.taid.start:g}, above its end {stage.taid.end:g}"

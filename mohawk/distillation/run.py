@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
-from torch import nn
 
 from mohawk.core.extras import need
 from mohawk.core.processes import first_before_others, on_first
@@ -25,7 +24,7 @@ from mohawk.runs.steps import is_final, take_steps, write_final
 from mohawk.teacher_cache.reader import CachedRows
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 log = logging.getLogger(__name__)
 
@@ -79,7 +78,7 @@ def run_stages(run: RunContext[StageData]) -> None:
     log.info("run finished in %.0f s", time.monotonic() - begin)
 
 
-def _finish(run: RunContext[StageData], student: nn.Module) -> None:
+def _finish(run: RunContext[StageData], student: PreTrainedModel) -> None:
     """The final student, which is that of the last stage, and the report."""
     stages = run.recipe.stages
     if not is_final(run, stages[-1].name):
@@ -89,7 +88,7 @@ def _finish(run: RunContext[StageData], student: nn.Module) -> None:
     finish(run.folder, run.recipe, student.eval(), run.teacher, run.tokenizer, run.console, stages=names, labels=labels)
 
 
-def untrained(run: RunContext[StageData]) -> nn.Module:
+def untrained(run: RunContext[StageData]) -> PreTrainedModel:
     """The student before the first stage; the same one whenever it is made again."""
     base, about = run.teacher, run.recipe.teacher
     if run.recipe.student.model is None and (about.quantize or about.device_map):

@@ -87,7 +87,7 @@ class StageData:
         def checked(data: DistillData, stages: Sequence[Stage]) -> Sources:
             sources = load_sources(data, teachers, tokenizer)
             for length in sorted({stage.sequence_length for stage in stages}):
-                check_rows(data, sources, length)
+                check_pair_rows(data, sources, length)
             return sources
 
         self.sources = checked(recipe.data, [stage for stage in recipe.stages if stage.data is None])
@@ -142,26 +142,28 @@ def training_rows(asked: DistillData, sources: Sources, sequence_length: int, ro
         s.sampling_weight is None and s.loss_weight == 1 and not s.own_loss for s in train
     )
     if plain:
+        assert sources.text is not None
         return PackedDataset(sources.text.train, sequence_length, seed=seed, pad_token_id=pad)
     parts, at = [], 0
     for i, source in enumerate(train):
         if source.kind != "text":
             parts.append(_pairs_rows(source, sources.pairs[i], sequence_length, seed, pad))
         else:
+            assert sources.text is not None
             documents = sources.text.train
             own = Documents(documents.texts, documents.spans[documents.spans[:, 0] == at])
             parts.append(PackedDataset(own, sequence_length, seed=seed, pad_token_id=pad))
             at += 1
     if len(parts) == 1 and train[0].loss_weight == 1:
         return parts[0]
-    # without weights of their own, sources are read in proportion to their size
-    weights = [float(len(part)) if s.sampling_weight is None else None for s, part in zip(train, parts, strict=True)]
     if any(s.sampling_weight is not None for s in train):
         weights = [1.0 if s.sampling_weight is None else s.sampling_weight for s in train]
+    else:  # in proportion to their size
+        weights = [float(len(part)) for part in parts]
     return Mixture(parts, weights, [source.loss_weight for source in train], rows=rows, seed=seed)
 
 
-def check_rows(asked: DistillData, sources: Sources, sequence_length: int) -> None:
+def check_pair_rows(asked: DistillData, sources: Sources, sequence_length: int) -> None:
     """UserError where pairs make no rows of `sequence_length` tokens, or lack what their weighting goes by."""
     for i, pairs in sources.pairs.items():
         source = asked.train[i]

@@ -5,10 +5,9 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
 
 from mohawk.core.folders import write_whole
 from mohawk.core.processes import from_first, on_first
@@ -19,7 +18,6 @@ from mohawk.distillation.build import (
     load,
     matchings_for,
     mistakes,
-    of_the_student,
     own_losses,
     schedule_of,
     shaped,
@@ -27,6 +25,7 @@ from mohawk.distillation.build import (
 from mohawk.distillation.recipe import DistillStudent, Lora, Stage
 from mohawk.distillation.sources import StageData, rows_by_source
 from mohawk.kernels.kd.teachers import TAIDSchedule
+from mohawk.loading.lora import add_adapter, merge_adapter, save_adapter
 from mohawk.loading.model_hash import teacher_hash
 from mohawk.loading.models import load_teacher
 from mohawk.loading.nonfinite import refuse_nonfinite
@@ -40,6 +39,12 @@ from mohawk.runs.steps import Step, train
 from mohawk.teacher_cache.reader import CachedRows, TeacherCache
 from mohawk.training.advance import Advance
 
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedModel
+
+    from mohawk.loading.causal import CausalLM
+
 
 class StageTrainer:
     """Trains a run's stages. What is asked of the teacher's weights is kept, as hashing them takes a while."""
@@ -48,36 +53,35 @@ class StageTrainer:
         self.run = run
         self._teacher_hash: str | None = None  # once a cache is compared with it
 
-    def train(self, i: int, stage: Stage, student: nn.Module, before: str | None) -> nn.Module:
+    def train(self, i: int, stage: Stage, student: PreTrainedModel, before: str | None) -> PreTrainedModel:
         """The student after a stage. i: its place in the recipe. before: the step before it, if any."""
         run, recipe = self.run, self.run.recipe
         if stage.student is not None:
-            student = made(run, stage.student, student)
+            student = made(run, stage.student, student, f"stages.{i}.student")
         rows = run.data.rows(stage, run.pad)
         wanted = stage.steps() * stage.rows
         if len(rows) < wanted:
             run.console.print(f"{stage.name}: reads its {len(rows):,} rows of text {wanted / len(rows):.1f} times")
         torch.manual_seed(recipe.seed)  # of adapters and projections, the same whenever the stage begins
-        lora = lora_of(recipe, stage)
+        lora, trained = lora_of(recipe, stage), None
         if lora is not None:
-            from mohawk.loading.lora import add_adapter, merge_adapter
-
             if lora.keep:
                 on_first(functools.partial(self._write_base, stage.name, student))
             with mistakes("student.lora"):
-                student = add_adapter(student, lora.rank, lora.alpha, lora.dropout, lora.targets, lora.bits)
+                trained = add_adapter(student, lora.rank, lora.alpha, lora.dropout, lora.targets, lora.bits)
         with mistakes(f"stages.{i} ({stage.name})"):
-            objective = self._objective(i, stage, student)
+            objective = self._objective(i, stage, student if trained is None else trained)
         if stage.cache is not None:
+            assert isinstance(objective.teacher, CachedTeacher)
             rows = CachedRows(rows, objective.teacher.cache)
         train(run, stage.name, stage, objective, rows, before, report_to=recipe.report_to)
-        if lora is not None:
+        if lora is not None and trained is not None:
             if lora.keep:
-                on_first(functools.partial(self._write_adapter, stage.name, student))
-            student = merge_adapter(student)
+                on_first(functools.partial(self._write_adapter, stage.name, trained))
+            student = merge_adapter(trained)
         return student.requires_grad_(True)
 
-    def _objective(self, i: int, stage: Stage, student: nn.Module) -> KnowledgeDistiller:
+    def _objective(self, i: int, stage: Stage, student: CausalLM) -> KnowledgeDistiller:
         own = own_losses(self.run.data.asked(stage))
         router = self._router(stage, student)
         teacher = self._teacher(i, stage, student, own.values())
@@ -93,11 +97,12 @@ class StageTrainer:
             beta=stage.beta,
             lam=stage.lam,
             confidence=stage.confidence,
-            taid=taid and TAIDSchedule(taid.start, taid.alpha, taid.decay, taid.end),
+            taid=None if taid is None else TAIDSchedule(taid.start, taid.alpha, taid.decay, taid.end),
             matchings=matchings_for(stage, student, model),
             own_losses=own,
-            on_policy=on_policy
-            and OnPolicy(
+            on_policy=None
+            if on_policy is None
+            else OnPolicy(
                 student,
                 self.run.tokenizer,
                 share=on_policy.share,
@@ -108,13 +113,14 @@ class StageTrainer:
                 seed=self.run.recipe.seed,
             ),
             router=router,
-            advance=advance
-            and Advance(
+            advance=None
+            if advance is None
+            else Advance(
                 lambda: self._validate(student), advance.every, advance.patience, advance.improvement, advance.gap
             ),
         )
 
-    def _router(self, stage: Stage, student: nn.Module) -> RoutedRationales | None:
+    def _router(self, stage: Stage, student: CausalLM) -> RoutedRationales | None:
         if stage.routing is None:
             return None
         run, seed = self.run, self.run.recipe.seed
@@ -124,7 +130,7 @@ class StageTrainer:
             own, bandit, validate=lambda: self._validate(student)[0], every=stage.routing.every, seed=seed
         )
 
-    def _teacher(self, i: int, stage: Stage, student: nn.Module, own: Iterable[OwnLoss]) -> Any:
+    def _teacher(self, i: int, stage: Stage, student: CausalLM, own: Iterable[OwnLoss]) -> Any:
         """Who answers in a stage, as `KnowledgeDistiller` asks; None where nobody is asked."""
         run, recipe = self.run, self.run.recipe
         if stage.cache is not None:
@@ -138,7 +144,8 @@ class StageTrainer:
             if not (stage.hidden or stage.attention):
                 return None
         given = [recipe.teacher, *recipe.teachers]
-        models = [run.teacher, *(load(teacher, run.device) for teacher in recipe.teachers)]
+        further = [load(one, run.device, f"teachers.{k}") for k, one in enumerate(recipe.teachers)]
+        models = [run.teacher, *further]
         teachers = [ModelTeacher(model, g.micro_batch) for model, g in zip(models, given, strict=True)]
         if len(teachers) == 1:
             return teachers[0]
@@ -153,19 +160,17 @@ class StageTrainer:
         cache.check(tokenizer_hash=tokenizer_key(self.run.tokenizer), teacher_hash=whole)
         return cache
 
-    def _validate(self, student: nn.Module) -> tuple[float, float]:
+    def _validate(self, student: CausalLM) -> tuple[float, float]:
         """(student's, teacher's) loss on held-out text, nats per token; the same on all processes."""
         found = on_held_out(self.run, student)
         return math.log(found.student_perplexity), math.log(found.teacher_perplexity)
 
-    def _write_base(self, stage: str, student: nn.Module) -> None:
+    def _write_base(self, stage: str, student: PreTrainedModel) -> None:
         """What an adapter that is kept is of."""
         with write_whole(phase_folder(self.run.folder, stage) / "base", replace=True) as folder:
             student.save_pretrained(folder)
 
-    def _write_adapter(self, stage: str, student: nn.Module) -> None:
-        from mohawk.loading.lora import save_adapter
-
+    def _write_adapter(self, stage: str, student: PeftModel) -> None:
         folder = phase_folder(self.run.folder, stage)
         for about in student.peft_config.values():
             about.base_model_name_or_path = str(folder / "base")
@@ -188,18 +193,16 @@ def lora_of(recipe: Any, stage: Stage) -> Lora | None:
     return (stage.student or recipe.student).lora
 
 
-def made(run: RunContext, given: DistillStudent, base: nn.Module) -> nn.Module:
+def made(run: RunContext, given: DistillStudent, base: PreTrainedModel, where: str = "student") -> PreTrainedModel:
     """A student as asked, from the named model or from `base`; the same one whenever it is made again."""
     if given.model is not None:
-        with of_the_student():
-            base = load_teacher(
-                given.model, gguf_file=given.gguf_file, revision=given.revision,
-                trust_remote_code=given.trust_remote_code, device=run.device,
-            )  # fmt: skip
-    return shaped(given, base, run.recipe.seed).float().to(run.device).requires_grad_(True)
+        base = load_teacher(given.model, **given.where, device=run.device, who=f"{where}.model")
+    student = shaped(given, base, run.recipe.seed).float()
+    # pyrefly: ignore[bad-argument-type]  # transformers wraps `to` and loses its parameters
+    return student.to(run.device).requires_grad_(True)
 
 
-def on_held_out(run: RunContext, student: nn.Module) -> Comparison:
+def on_held_out(run: RunContext, student: CausalLM) -> Comparison:
     """A student beside the teacher on held-out text; the first process measures for all."""
 
     def measure() -> Comparison:

@@ -90,19 +90,18 @@ def evaluate_tasks(
     device = pick_device(recipe.device)
     autocast = autocast_dtype(recipe.precision, device)
     source = recipe.teacher
-    shared = {"gguf_file": source.gguf_file, "revision": source.revision, "trust_remote_code": source.trust_remote_code}
-    tokenizer = teacher_tokenizer(source.model, tokenizer=source.tokenizer, **shared)
+    tokenizer = teacher_tokenizer(source.model, tokenizer=source.tokenizer, **source.where)
     trimmed = trims_vocabulary(recipe)  # has its own numbers
-    if not trimmed and (own := own_tokenizer(name)) is not None:
+    if not trimmed and (own := own_tokenizer(name, who="student")) is not None:
         check_same(tokenizer, own, f"{name}")
     answers = {}
     for who in ("teacher", "student"):
         if who == "teacher":
-            model = load_teacher(source.model, dtype=source.dtype, device=device, **shared)
+            model = load_teacher(source.model, dtype=source.dtype, device=device, **source.where)
         else:
-            model = load_teacher(name, device=device)
+            model = load_teacher(name, device=device, who="student")
             if trimmed:
-                tokenizer = load_tokenizer(name)
+                tokenizer = load_tokenizer(name, who="student")
         console.print(f"{who}: {', '.join(tasks)}", highlight=False, markup=False)
         answers[who] = run_tasks(
             model, tokenizer, tasks, manager, limit=limit, fewshot=fewshot, autocast=autocast,
@@ -287,7 +286,7 @@ def paired(teacher: Mapping[str, Any], student: Mapping[str, Any]) -> dict[str, 
         else:
             counted = teacher["n-samples"][name]
             both["tasks"][name] = {
-                "kind": kind_of(name, (teacher["configs"][name].get("metadata") or {}).get("kind")),
+                "kind": task_kind(name, (teacher["configs"][name].get("metadata") or {}).get("kind")),
                 "version": teacher["versions"].get(name),
                 "fewshot": teacher["n-shot"].get(name),
                 "questions": counted["effective"],
@@ -297,7 +296,7 @@ def paired(teacher: Mapping[str, Any], student: Mapping[str, Any]) -> dict[str, 
     return both
 
 
-def kind_of(name: str, kind: str | None = None) -> str:
+def task_kind(name: str, kind: str | None = None) -> str:
     """ "knowledge", "retrieval" or "other": what the task says it is, else by its name."""
     if kind in KINDS:
         return kind

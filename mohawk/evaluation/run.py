@@ -48,11 +48,10 @@ def evaluate_run(run: str | Path, overrides: Sequence[str] = (), console: Consol
     from mohawk.measures.compare import compare, decode_speed
 
     about = recipe.teacher
-    if (own := own_tokenizer(name)) is not None:  # before models are loaded
-        where = {key: getattr(about, key) for key in ("gguf_file", "revision", "trust_remote_code")}
-        check_same(teacher_tokenizer(about.model, tokenizer=about.tokenizer, **where), own, name)
+    if (own := own_tokenizer(name, who="student")) is not None:  # before models are loaded
+        check_same(teacher_tokenizer(about.model, tokenizer=about.tokenizer, **about.where), own, name)
     context = _opened(recipe, folder, console)
-    student = load_teacher(name, device=context.device)
+    student = load_teacher(name, device=context.device, who="student")
     texts = {
         text: asdict(compare(student, states, autocast=context.autocast)) for text, states in context.texts.items()
     }

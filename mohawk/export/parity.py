@@ -119,7 +119,7 @@ def check_export(
             last = done.stderr.strip().splitlines()[-1:] or [f"exit code {done.returncode}"]
             raise UserError(f"export: the written folder does not load where mohawk is absent: {last[0]}")
         found = load_file(place / "answers.safetensors")
-    return compare(inputs, expected, found)
+    return compare_answers(inputs, expected, found)
 
 
 def _shares(found: dict[str, Tensor]) -> dict[str, float]:
@@ -127,7 +127,7 @@ def _shares(found: dict[str, Tensor]) -> dict[str, float]:
     return {path: float(found[f"itself_{path}"]) for path in PATHS if f"itself_{path}" in found}
 
 
-def compare(inputs: dict[str, Tensor], expected: dict[str, Tensor], found: dict[str, Tensor]) -> list[Row]:
+def compare_answers(inputs: dict[str, Tensor], expected: dict[str, Tensor], found: dict[str, Tensor]) -> list[Row]:
     """One row for each of CHECKS, and one of the export against itself for each of PATHS that it was asked."""
     tolerance = TOLERANCE * float(expected["full"].abs().max())
     real = inputs["mask"].bool()  # what a model puts out at padded positions means nothing

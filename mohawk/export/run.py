@@ -64,10 +64,7 @@ def export(
     run = home(source)
     run = run if has_recipe(run) else None
     student = student_folder(source)
-    try:
-        config = load_config(student)
-    except UserError as error:
-        raise UserError(str(error).removeprefix("teacher: ")) from error
+    config = load_config(student, who="")
     if not isinstance(config, HybridConfig):
         raise UserError(f"{student} is a {config.model_type} model; only hybrids made by mohawk are exported")
     if reason := written_as.why_not(config, pad_expand):
@@ -76,7 +73,7 @@ def export(
     if target.is_dir() and any(target.iterdir()) and not (target / "README.md").is_file():
         raise UserError(f"{target} exists and no export wrote it; choose another --output")
 
-    model = cast("HybridForCausalLM", load_teacher(student, dtype="auto"))
+    model = cast("HybridForCausalLM", load_teacher(student, dtype="auto", who=""))
     changes = written_as.prepare(model, pad_expand, fold_bias)
     tokenizer = _tokenizer(student, run)
     with write_whole(target) as folder:
@@ -104,12 +101,10 @@ def _tokenizer(student: str, run: Path | None) -> PreTrainedTokenizerBase | None
     from mohawk.schema.kinds import load_run_recipe
 
     if any((Path(student) / name).is_file() for name in ("tokenizer_config.json", "tokenizer.json")):
-        return load_tokenizer(student)
+        return load_tokenizer(student, who="")
     if run is not None:
         teacher = load_run_recipe(run).teacher
-        return load_tokenizer(
-            teacher.model, tokenizer=teacher.tokenizer, gguf_file=teacher.gguf_file, revision=teacher.revision
-        )
+        return load_tokenizer(teacher.model, tokenizer=teacher.tokenizer, **teacher.where)
     log.warning("%s holds no tokenizer, so the exported folder has none either", student)
     return None
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
@@ -23,10 +23,13 @@ from mohawk.data.chat import chat_text
 from mohawk.data.records import Prompt
 from mohawk.data.text import tokenizer_key
 from mohawk.errors import UserError
+from mohawk.loading.causal import plain_model
 from mohawk.loading.models import check_decoder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from mohawk.loading.causal import PlainCausalLM
 
 METHODS = ("greedy", "beam", "sample")
 
@@ -114,13 +117,13 @@ class LocalTeacher:
     ):
         check_decoder(model, "teacher")
         self.name, self.revision = name or model.name_or_path or type(model).__name__, revision
-        self.model, self.tokenizer, self.decoding = model, tokenizer, decoding
+        self.model, self.tokenizer, self.decoding = plain_model(model), tokenizer, decoding
         self.batch_size, self.chat = batch_size, chat
         if chat and not tokenizer.chat_template:
             raise UserError(
                 "chat: this tokenizer has no chat template; leave chat out, or take an instruction-tuned model"
             )
-        ends = model.generation_config.eos_token_id
+        ends = self.model.generation_config.eos_token_id
         ends = ends if isinstance(ends, list) else [ends]
         self.ends = sorted({e for e in (*ends, tokenizer.eos_token_id) if e is not None})
         self.limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
@@ -140,7 +143,7 @@ class LocalTeacher:
 
     def responses(
         self, prompts: Sequence[Prompt], first: int = 0, stop: int | None = None
-    ) -> Iterator[tuple[int, list[Response]]]:
+    ) -> Generator[tuple[int, list[Response]], None, None]:
         """(i, answers) of prompts[i] for i = first, first + 1, ... before `stop`, `samples` answers each.
 
         The batches are cut from the whole list, wherever it starts and stops: a batch that was answered in part is made
@@ -233,7 +236,7 @@ class LocalTeacher:
                 logprob, sampling = chooser.sums(k, len(row))
             if not math.isfinite(logprob):
                 raise UserError(f"{asked[which][0].where}: the teacher's logits are not finite; try another dtype")
-            text = continuation(self.tokenizer, encoded[which], row)
+            text = response_text(self.tokenizer, encoded[which], row)
             answers.append(Response(text, len(row), "length" if end is None else "stop", logprob, sampling))
         return answers
 
@@ -264,16 +267,11 @@ def local_teacher(
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: torch sees no GPU here; use cpu, or see `mohawk doctor`")
     name = student_folder(model)
-    where = {"revision": revision, "trust_remote_code": trust_remote_code}
-    try:
-        tokenizer = teacher_tokenizer(name, tokenizer=tokenizer, who="model", option="--tokenizer", **where)
-        # bfloat16 is what checkpoints are saved in and what few CPUs are fast at
-        loaded = load_teacher(name, dtype=dtype or ("float32" if device == "cpu" else "auto"), device=device, **where)
-    except UserError as error:
-        raise UserError(str(error).removeprefix("teacher: ")) from error
-    return LocalTeacher(
-        loaded, tokenizer, decoding, batch_size=batch_size, chat=chat, name=str(model), revision=revision
-    )
+    where: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code, "who": ""}
+    reader = teacher_tokenizer(name, tokenizer=tokenizer, option="--tokenizer", **where)
+    # bfloat16 is what checkpoints are saved in and what few CPUs are fast at
+    loaded = load_teacher(name, dtype=dtype or ("float32" if device == "cpu" else "auto"), device=device, **where)
+    return LocalTeacher(loaded, reader, decoding, batch_size=batch_size, chat=chat, name=str(model), revision=revision)
 
 
 class Chooser:
@@ -292,7 +290,9 @@ class Chooser:
         if self.uniforms is None:
             chosen = logprobs.argmax(-1, keepdim=True)
         else:
-            chosen, sampling = choose(logprobs, self.uniforms[:, len(self.logprobs)], self.temperature, self.top_p)
+            chosen, sampling = choose_tokens(
+                logprobs, self.uniforms[:, len(self.logprobs)], self.temperature, self.top_p
+            )
             self.sampling.append(sampling.squeeze(-1))
         self.logprobs.append(logprobs.gather(-1, chosen).squeeze(-1))
         return torch.full_like(scores, -torch.inf).scatter_(-1, chosen, 0.0)
@@ -300,13 +300,14 @@ class Chooser:
     def sums(self, row: int, steps: int) -> tuple[float, float | None]:
         """The first `steps` choices' log-probability of one row: the model's, and the one sampled from."""
         own, sampled = (
-            torch.stack(kept[:steps])[:, row].double().sum().item() if kept else None
+            float(torch.stack(kept[:steps])[:, row].double().sum()) if kept else None
             for kept in (self.logprobs, self.sampling)
         )
+        assert own is not None  # at least one step was made
         return own, sampled
 
 
-def choose(logprobs: Tensor, uniform: Tensor, temperature: float, top_p: float) -> tuple[Tensor, Tensor]:
+def choose_tokens(logprobs: Tensor, uniform: Tensor, temperature: float, top_p: float) -> tuple[Tensor, Tensor]:
     """Tokens at the place `uniform` of the tempered nucleus's distribution function, and their log-probabilities.
 
     logprobs: (b, V). uniform: (b,) in [0, 1). Returns ids (b, 1) int64 and log-probabilities (b, 1) float64. The
@@ -355,16 +356,20 @@ def sequence_logprob(model: PreTrainedModel, prompt_ids: list[int], response_ids
     return logits.float().log_softmax(-1).gather(-1, ids[0, -n:, None]).double().sum().item()
 
 
-def continuation(tokenizer: PreTrainedTokenizerBase, prompt_ids: list[int], response_ids: list[int]) -> str:
+def response_text(tokenizer: PreTrainedTokenizerBase, prompt_ids: list[int], response_ids: list[int]) -> str:
     """The response's text as it continues the prompt's: decoded alone, some tokenizers drop its first space."""
-    options = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
-    before = tokenizer.decode(prompt_ids, **options)
-    whole = tokenizer.decode(prompt_ids + response_ids, **options)
-    return whole[len(before) :] if whole.startswith(before) else tokenizer.decode(response_ids, **options)
+
+    def text_of(ids: list[int]) -> str:
+        text = tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        assert isinstance(text, str)  # of one sequence
+        return text
+
+    before, whole = text_of(prompt_ids), text_of(prompt_ids + response_ids)
+    return whole[len(before) :] if whole.startswith(before) else text_of(response_ids)
 
 
 @contextmanager
-def _plain_generation(model: PreTrainedModel, ends: list[int], pad: int) -> Iterator[None]:
+def _plain_generation(model: PlainCausalLM, ends: list[int], pad: int) -> Iterator[None]:
     """Within the block the checkpoint's own generation settings (a temperature, a penalty) are not in force."""
     from transformers import GenerationConfig
 

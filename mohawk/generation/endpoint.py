@@ -23,7 +23,7 @@ import urllib.error
 import urllib.parse
 import urllib.request
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from email.utils import parsedate_to_datetime
 from typing import Any
@@ -145,7 +145,7 @@ class EndpointTeacher:
 
     def responses(
         self, prompts: Sequence[Prompt], first: int = 0, stop: int | None = None
-    ) -> Iterator[tuple[int, list[Response]]]:
+    ) -> Generator[tuple[int, list[Response]], None, None]:
         """(i, answers) of prompts[i] for i = first, first + 1, ... before `stop`, `samples` answers each."""
         n = self.decoding.samples
         rows = ((i, s) for i in range(first, len(prompts) if stop is None else stop) for s in range(n))
@@ -200,7 +200,7 @@ class EndpointTeacher:
     def ask(self, prompt: Prompt, sample: int) -> Response:
         """One answer, after as many tries as it takes. Raises UserError when there is no use in going on."""
         data = json.dumps(self.body(prompt, sample)).encode()
-        problem = ""
+        problem, odd = "", False
         for attempt in range(self.retries + 1):
             if attempt:
                 # half of it random: requests that failed together do not come back together
@@ -250,7 +250,7 @@ class EndpointTeacher:
         )
 
     def _post(self, data: bytes) -> Any:
-        request = urllib.request.Request(self.address, data, self.headers, method="POST")
+        request = _Request(self.address, data, self.headers, method="POST")
         request.deadline = time.monotonic() + ANSWER_TIME * self.timeout
         with self.opener.open(request, timeout=self.timeout) as answer:
             text = answer.read(LARGEST_ANSWER + 1)
@@ -274,6 +274,12 @@ class EndpointTeacher:
                 raise Stopped
 
 
+class _Request(urllib.request.Request):
+    """One whose whole answer has to be there before `deadline`, a moment of the monotonic clock."""
+
+    deadline: float
+
+
 class _NoRedirect(urllib.request.HTTPRedirectHandler):
     def redirect_request(self, *args, **kwargs):
         return None
@@ -283,13 +289,16 @@ class _Until(io.RawIOBase):
     """What a socket receives until a moment: its own time limit is of each packet, however many come."""
 
     def __init__(self, sock: socket.socket, deadline: float):
-        self.sock, self.deadline, self.patience = sock, deadline, sock.gettimeout()
+        self.sock, self.deadline = sock, deadline
+        patience = sock.gettimeout()
+        assert patience is not None  # as urllib was given one
+        self.patience = patience
         self.raw = sock.makefile("rb", buffering=0)  # holds the socket open, which urllib closes
 
     def readable(self) -> bool:
         return True
 
-    def readinto(self, buffer: Any) -> int:
+    def readinto(self, buffer: Any) -> int | None:
         left = self.deadline - time.monotonic()
         try:
             if left <= 0:
@@ -317,10 +326,13 @@ class _Response(http.client.HTTPResponse):
 
 def _connected(kind: type[http.client.HTTPConnection], request: urllib.request.Request) -> Any:
     """Makes a connection whose response keeps to the request's deadline."""
+    assert isinstance(request, _Request)
+    deadline = request.deadline
 
     def connect(host: str, **options: Any) -> http.client.HTTPConnection:
         connection = kind(host, **options)
-        connection.response_class = functools.partial(_Response, deadline=request.deadline)
+        # pyrefly: ignore[bad-assignment]  # it is called as the class would be
+        connection.response_class = functools.partial(_Response, deadline=deadline)
         return connection
 
     return connect
@@ -333,6 +345,7 @@ class _Http(urllib.request.HTTPHandler):
 
 class _Https(urllib.request.HTTPSHandler):
     def https_open(self, req):
+        # pyrefly: ignore[missing-attribute]  # which urllib's own passes on too
         return self.do_open(_connected(http.client.HTTPSConnection, req), req, context=self._context)
 
 

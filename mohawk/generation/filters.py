@@ -114,10 +114,12 @@ class Judge:
                 share = repetition(response.text, filters.ngram)
                 check("repetition", share, share <= filters.max_repetition)
             if filters.min_agreement:
-                share = votes[answers[k]] / len(responses) if answers[k] is not None else 0.0
+                answer = answers[k]
+                share = votes[answer] / len(responses) if answer is not None else 0.0
                 check("agreement", share, share >= filters.min_agreement)
             if self.scorer is not None and not failed:  # the dear one only for what is left
-                score = self._score(prompt, response.text)
+                score = self._score(self.scorer, prompt, response.text)
+                assert filters.min_score is not None  # given with the scorer
                 check("score", score, score >= filters.min_score)
             found.append(Verdict(failed[0] if failed else None, measured))
         return found
@@ -133,8 +135,8 @@ class Judge:
             raise UserError(f"normalizer: gave {type(answer).__name__} for {prompt.where}; it gives a text or None")
         return answer
 
-    def _score(self, prompt: Prompt, text: str) -> float:
-        score = _called(self.scorer, "scorer", prompt, prompt.content, text)
+    def _score(self, scorer: Callable[..., Any], prompt: Prompt, text: str) -> float:
+        score = _called(scorer, "scorer", prompt, prompt.content, text)
         try:
             return float(score)
         except (TypeError, ValueError):

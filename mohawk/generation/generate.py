@@ -29,6 +29,7 @@ def generate(
 
     import mohawk.models.hybrid  # noqa: F401  makes the Auto classes know hybrids
     from mohawk.data.same_tokenizer import teacher_tokenizer
+    from mohawk.loading.causal import plain_model
     from mohawk.loading.models import load_teacher
 
     if device == "auto":
@@ -36,24 +37,23 @@ def generate(
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: torch sees no GPU here; use cpu, or see `mohawk doctor`")
     name = student_folder(model)
-    try:
-        tokenizer = teacher_tokenizer(name, tokenizer=tokenizer, who="model", option="--tokenizer")
-        # bfloat16 is what checkpoints are saved in and what few CPUs are fast at
-        loaded = load_teacher(name, dtype="auto" if device == "cuda" else "float32", device=device)
-    except UserError as error:
-        raise UserError(str(error).removeprefix("teacher: ")) from error
+    reader = teacher_tokenizer(name, tokenizer=tokenizer, who="", option="--tokenizer")
+    # bfloat16 is what checkpoints are saved in and what few CPUs are fast at
+    loaded = load_teacher(name, dtype="auto" if device == "cuda" else "float32", device=device, who="")
     if seed is not None:
         set_seed(seed)
-    inputs = tokenizer(prompt, return_tensors="pt").to(device)
+    inputs = reader(prompt, return_tensors="pt").to(device)
     if inputs["input_ids"].shape[1] == 0:
         raise UserError("--prompt: got an empty text, to which this tokenizer adds no first token; give some words")
     sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p} if temperature > 0 else {}
     with torch.inference_mode():
-        ids = loaded.generate(
+        ids = plain_model(loaded).generate(
             **inputs,
             **(sampling or {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}),
             max_new_tokens=max_new_tokens,
-            streamer=TextStreamer(tokenizer, skip_special_tokens=True),
-            pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
+            streamer=TextStreamer(reader, skip_special_tokens=True),
+            pad_token_id=reader.pad_token_id if reader.pad_token_id is not None else reader.eos_token_id,
         )
-    return tokenizer.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    text = reader.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    assert isinstance(text, str)  # of one sequence
+    return text

@@ -15,7 +15,7 @@ import os
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -55,7 +55,7 @@ class Teacher(Protocol):
 
     def responses(
         self, prompts: Sequence[Prompt], first: int = 0, stop: int | None = None
-    ) -> Iterator[tuple[int, list[Response]]]:
+    ) -> Generator[tuple[int, list[Response]], None, None]:
         """(i, answers) of prompts[i] for i = first, first + 1, ... before `stop`, `samples` answers each."""
 
 
@@ -339,7 +339,7 @@ def _cut(output: Path, found: _Found) -> Tally:
             if name == RESPONSES:
                 tally.kept += 1
             else:
-                tally.rejected[row.reason] += 1
+                tally.rejected[row.reason or "unknown"] += 1
         if path.exists():
             os.truncate(path, rows[-1].stop if rows else 0)
         if sums_of(path).exists():  # a line each, of equal length

@@ -206,6 +206,8 @@ def purify(
     elif by == "route":
         lines = [route(candidates, ranking) for candidates in groups]
     else:
+        if complete is None:
+            raise UserError("by: got merge without `complete`, which writes the merged texts; give it")
         lines = merge_all(
             groups, complete, journal, identity=identity or {}, template=merge_template, templates=templates
         )
@@ -252,6 +254,7 @@ def purify_from(
 
     output = check_output(output)
     chosen: dict[str, Any] = {}
+    measured: dict[str, Any] | None = None
     if by == "vote" and scorer is not None:
         chosen["scorer"] = load_function(scorer, "scorer")
     elif by == "route":
@@ -262,12 +265,14 @@ def purify_from(
             measured = _measured(records, gains, student, validation, rounds, trial or {})
         chosen["ranking"] = sorted(measured["gains"], key=measured["gains"].__getitem__, reverse=True)
     elif by == "merge":
+        assert model is not None  # the command asks for it
         template = MERGE
         if merge_prompt_file is not None:
             template = _read(merge_prompt_file)
         check_merge_template(template)
         decoding = Decoding(max_new_tokens=max_new_tokens)
         options = dict(opening or {})
+        teacher: LocalTeacher | EndpointTeacher
         if endpoint is None:
             teacher = local_teacher(model, decoding, **options)
         else:
@@ -282,7 +287,7 @@ def purify_from(
     for way, count in counts.items():
         if ":" in way:
             console.print(f"{way} for {count} prompts: the vote was taken", highlight=False, soft_wrap=True)
-    if by == "route":
+    if measured is not None:
         for name in chosen["ranking"]:
             console.print(f"{measured['gains'][name]:+.5f} nats  {name}", highlight=False, soft_wrap=True)
     return counts
@@ -313,12 +318,9 @@ def _measured(records, keep, student, validation, rounds, trial) -> dict[str, An
     if both := {record["prompt"] for record in held_out} & {record["prompt"] for record in records}:
         raise UserError(f"validation: {len(both)} of its prompts are trained on too, such as {min(both)[:60]!r}")
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        name = student_folder(student)
-        tokenizer = teacher_tokenizer(name, who="student")
-        model = load_teacher(name, dtype="float32", device=device).requires_grad_(True)
-    except UserError as error:
-        raise UserError(f"--student: {str(error).removeprefix('teacher: ')}") from error
+    name = student_folder(student)
+    tokenizer = teacher_tokenizer(name, who="--student")
+    model = load_teacher(name, dtype="float32", device=device, who="--student").requires_grad_(True)
     router = RationaleRouter(list(by_teacher))
     rounds = max(rounds, len(by_teacher))  # each teacher once, or there is nothing to rank
     return measure_gains(model, tokenizer, by_teacher, held_out, router, rounds=rounds, keep=keep, **trial).state()
@@ -372,8 +374,8 @@ def _recovered(journal: Path, header: Mapping[str, Any]) -> dict[str, dict[str, 
     them is cut off. A new one gets its header."""
     content = journal.read_bytes() if journal.exists() else b""
     end = content.rfind(b"\n") + 1
-    first, *rest = content[:end].split(b"\n")[:-1] or [None]
-    if first is None:
+    first, *rest = content[:end].split(b"\n")[:-1] or [b""]
+    if not end:
         journal.unlink(missing_ok=True)  # a header cut short
         _append(journal, _summed(header))
         return {}

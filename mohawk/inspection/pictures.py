@@ -117,7 +117,7 @@ def inspect_matrices(
     try:
         with write_whole(target) as folder:
             theirs = load_teacher(**asked.teacher, dtype=asked.dtype, device=asked.device)
-            student = None if asked.student is None else load_teacher(asked.student, device=asked.device)
+            student = None if asked.student is None else load_teacher(asked.student, device=asked.device, who="student")
             kept = [i for i in wanted if student is not None and _same_attention(theirs, student, i)]
             drawn = wanted if layers is not None else [i for i in wanted if i not in kept]
             lines = {i: _Layer(i, _mixer(student_config, i, i in kept)) for i in wanted}
@@ -190,9 +190,7 @@ def _asked(model: str | Path, teacher: str | Path | None) -> _Asked:
         if teacher is not None:
             return _Asked({"model": str(teacher)}, own.dtype, None, student_folder(folder), device)
         check_models(folder, recipe)
-        fields = ("model", "gguf_file", "revision", "trust_remote_code")
-        where = {name: getattr(own, name) for name in fields}
-        return _Asked(where, own.dtype, own.tokenizer, student_folder(folder), device)
+        return _Asked({"model": own.model, **own.where}, own.dtype, own.tokenizer, student_folder(folder), device)
     device = pick_device("auto")
     if teacher is not None:
         return _Asked({"model": str(teacher)}, "float32", None, str(model), device)
@@ -202,10 +200,7 @@ def _asked(model: str | Path, teacher: str | Path | None) -> _Asked:
 
 
 def _config(where: dict[str, Any]):
-    try:
-        return load_config(**where)
-    except UserError as error:
-        raise UserError(str(error).removeprefix("teacher: ")) from error
+    return load_config(**where, who="")
 
 
 def _configs(asked: _Asked):

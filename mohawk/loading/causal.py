@@ -13,7 +13,17 @@ from torch import Tensor, nn
 from mohawk.errors import UserError, machines_own
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from typing import TypeAlias
+
+    from peft import PeftMixedModel, PeftModel
+    from transformers import GenerationMixin, PreTrainedModel
+
+    # What teachers and students are. peft's models around one pass on what they do not have themselves.
+    CausalLM: TypeAlias = PreTrainedModel | PeftModel | PeftMixedModel
+
+    class PlainCausalLM(PreTrainedModel, GenerationMixin):
+        """A model of transformers that writes text, as its automatic class gives one."""
+
 
 log = logging.getLogger(__name__)
 
@@ -22,7 +32,7 @@ PROBED = 32  # tokens of a text that show whether a model is causal
 _causal: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # models that were found to be
 
 
-def embedding_rows(model: PreTrainedModel) -> int:
+def embedding_rows(model: CausalLM) -> int:
     """How many ids a model can read."""
     embedding = within_peft(model.get_input_embeddings())
     return getattr(embedding, "num_embeddings", None) or len(embedding.weight)
@@ -62,7 +72,7 @@ def check_causal(model: Any, who: str) -> None:
     _causal.add(model)
 
 
-def check_causal_on(model: PreTrainedModel, inputs: Mapping[str, Tensor], forward: Callable[..., Any]) -> None:
+def check_causal_on(model: CausalLM, inputs: Mapping[str, Tensor], forward: Callable[..., Any]) -> None:
     """As `check_causal`, where that found nothing out, with the first real tokens of a batch's first row, alone: what a
     model does at padding is nobody's concern."""
     ids, mask = inputs.get("input_ids"), inputs.get("attention_mask")
@@ -75,8 +85,9 @@ def check_causal_on(model: PreTrainedModel, inputs: Mapping[str, Tensor], forwar
         raise UserError(f"model: {_told_ahead(model)}")
 
 
-def plain_model(model: Any) -> Any:
-    return model.get_base_model() if hasattr(model, "get_base_model") else model  # within peft's
+def plain_model(model: Any) -> PlainCausalLM:
+    """The model itself, within peft's where that is around it."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def _told_ahead(model: nn.Module) -> str:
@@ -84,7 +95,7 @@ def _told_ahead(model: nn.Module) -> str:
 
 
 @torch.no_grad()
-def _looks_ahead(model: PreTrainedModel, text: Tensor, forward: Callable[..., Any]) -> bool:
+def _looks_ahead(model: CausalLM, text: Tensor, forward: Callable[..., Any]) -> bool:
     """Whether the states at the first half of a text, (n) ids, change with the second."""
     half = len(text) // 2
     other = text.clone()

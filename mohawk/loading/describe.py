@@ -16,7 +16,7 @@ from mohawk.schema.kinds import phase_names, run_command
 
 if TYPE_CHECKING:
     from rich.console import Console
-    from transformers import PretrainedConfig
+    from transformers import PretrainedConfig, PreTrainedModel
 
 log = logging.getLogger(__name__)
 
@@ -87,13 +87,10 @@ def describe(model: str | Path) -> Description:
     import mohawk.models.hybrid  # noqa: F401  makes the Auto classes know hybrids
     from mohawk.loading.models import building, load_config, locate
 
-    try:
-        config = load_config(model)
-        name, gguf_file = locate(model)
-        with torch.device("meta"), building(config, name):
-            empty = AutoModelForCausalLM.from_config(config)
-    except UserError as error:
-        raise UserError(str(error).removeprefix("teacher: ")) from error
+    config = load_config(model, who="")
+    name, gguf_file = locate(model, who="")
+    with torch.device("meta"), building(config, name, who=""):
+        empty = AutoModelForCausalLM.from_config(config)
     return Description(
         name=f"{name}/{gguf_file}" if gguf_file else name,
         kind=type(empty).__name__,
@@ -113,6 +110,16 @@ def describe_layers(model) -> tuple[Layer, ...]:
         torch.nn.ModuleList(),
     )
     return tuple(_layer(config, i, block, _dtype(config).itemsize) for i, block in enumerate(blocks))
+
+
+def state_sizes(model: PreTrainedModel, context: int) -> list[int]:
+    """Bytes of one sequence's state in each layer, after `context` tokens; of a model whose layers are all known."""
+    sizes = []
+    for layer in describe_layers(model):
+        size = layer.state_bytes(context)
+        assert size is not None
+        sizes.append(size)
+    return sizes
 
 
 def _dtype(config: PretrainedConfig):

@@ -4,11 +4,13 @@ The adapter can be merged into a plain model of the same class. Of a student loa
 the adapter alone is in full precision. Needs peft, and for 4 bits bitsandbytes.
 """
 
+from __future__ import annotations
+
 import functools
 import os
 import warnings
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -16,6 +18,10 @@ from transformers.pytorch_utils import Conv1D
 
 from mohawk.core.extras import need
 from mohawk.models.decoders import decoder
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedModel
 
 ADAPTER = "default"  # peft's name for a model's only adapter
 TIED = "so that what an adapter adds to one would, merged, change the other"
@@ -47,7 +53,7 @@ def add_adapter(
     dropout: float = 0.0,
     targets: Sequence[str] | None = None,
     bits: int | None = None,
-) -> nn.Module:
+) -> PeftModel:
     """Freezes the model and puts a trainable adapter beside each chosen linear map: W x + (alpha / rank) B A x.
 
     B is 0 at the start, so the model computes what it did. A and B are float32, also in a model of 16 or 4 bits.
@@ -151,7 +157,7 @@ def save_adapter(model: Any, folder: str | os.PathLike) -> None:
     model.save_pretrained(folder, save_embedding_layers=False)
 
 
-def merge_adapter(model: nn.Module) -> nn.Module:
+def merge_adapter(model: nn.Module) -> PreTrainedModel:
     """Adds the adapter's products into the weights it stands beside.
 
     Args:
@@ -182,7 +188,8 @@ def merge_adapter(model: nn.Module) -> nn.Module:
         keep_unpacked(plain)
         model = peft.get_peft_model(_decoded(plain), config)
         peft.set_peft_model_state_dict(model, state)
-    return model.merge_and_unload(safe_merge=True).requires_grad_(True)
+    merged: Any = model.merge_and_unload(safe_merge=True)
+    return merged.requires_grad_(True)
 
 
 def keep_unpacked(model: nn.Module) -> None:

@@ -20,7 +20,7 @@ from mohawk.core.hub import hub_or_cache, is_unreachable
 from mohawk.core.parsing import parse_json
 from mohawk.core.places import home
 from mohawk.errors import UserError, causes, machines_own, shortened
-from mohawk.loading.causal import GIVE, check_causal
+from mohawk.loading.causal import GIVE, check_causal, plain_model
 
 if TYPE_CHECKING:
     import torch
@@ -37,34 +37,47 @@ SIZES = {
 CAUSAL_HEADS = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
 
 
-def locate(model: str | Path, gguf_file: str | None = None) -> tuple[str, str | None]:
+def said_of(who: str) -> str:
+    """What a message about a model begins with, where it is called so."""
+    return f"{who}: " if who else ""
+
+
+def option_of(who: str, name: str) -> str:
+    """A recipe's field beside the one that names a model: `student.revision` of `student.model`. The command line's
+    models are in no section."""
+    section = who.removesuffix(".model")
+    return name if not section or section.startswith("--") else f"{section}.{name}"
+
+
+def locate(model: str | Path, gguf_file: str | None = None, who: str = "teacher") -> tuple[str, str | None]:
     """Resolve what the user named into what `from_pretrained` takes: (folder or hub id, GGUF file or None).
 
     `model` is a folder, a `.gguf` file, or a hub id. What looks like a path must exist: a mistyped folder
-    would otherwise be asked of the hub. Raises UserError.
+    would otherwise be asked of the hub. who: what messages call the model. Raises UserError.
     """
     name = str(model).strip()
     if not name:
-        raise UserError("teacher: the model is empty; give a local folder, a .gguf file or a hub id")
+        raise UserError(f"{said_of(who)}the model is empty; give a local folder, a .gguf file or a hub id")
     path = home(name)
     if path.is_file():
         if path.suffix.lower() != ".gguf":
-            raise UserError(f"teacher: {name} is a file; give the folder that holds config.json, or a .gguf file")
+            raise UserError(f"{said_of(who)}{name} is a file; give the folder that holds config.json, or a .gguf file")
         if gguf_file is not None and gguf_file != path.name:
-            raise UserError(f"teacher: {name} is itself a GGUF file; drop gguf_file ({gguf_file})")
+            raise UserError(f"{said_of(who)}{name} is itself a GGUF file; drop gguf_file ({gguf_file})")
         return str(path.parent), path.name
     if path.is_dir():
         if gguf_file is not None:
             if not (path / gguf_file).is_file():
-                raise UserError(f"teacher: {name} holds no {gguf_file}; {_listed(path, '.gguf')}")
+                raise UserError(f"{said_of(who)}{name} holds no {gguf_file}; {_listed(path, '.gguf')}")
         elif not (path / "config.json").is_file():
             raise UserError(
-                f"teacher: {name} holds no config.json, so it is no saved Hugging Face model; {_listed(path, '.gguf')}"
+                f"{said_of(who)}{name} holds no config.json, so it is no saved Hugging Face model; "
+                f"{_listed(path, '.gguf')}"
             )
-        refuse_damaged(path, "make it again", "teacher: cannot load the weights from the folder ")
+        refuse_damaged(path, "make it again", f"{said_of(who)}cannot load the weights from the folder ")
         return str(path), gguf_file
     if _looks_local(name):
-        raise UserError(f"teacher: {name} does not exist (looked for {path.absolute()})")
+        raise UserError(f"{said_of(who)}{name} does not exist (looked for {path.absolute()})")
     return name, gguf_file
 
 
@@ -92,16 +105,17 @@ def load_config(
     gguf_file: str | None = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
+    who: str = "teacher",
 ) -> PretrainedConfig:
-    """The teacher's configuration, checked to be a causal language model's; of a released student (Phi-Mamba, Llamba,
-    MambaInLlama) our own. Raises UserError."""
+    """A model's configuration, checked to be a causal language model's; of a released student (Phi-Mamba, Llamba,
+    MambaInLlama) our own. who: what messages call the model. Raises UserError."""
     from transformers import AutoConfig
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
     from mohawk.models.families import other_than_decoder
 
-    name, gguf_file = locate(model, gguf_file)
-    if (released := _released(name, gguf_file, revision)) is not None:
+    name, gguf_file = locate(model, gguf_file, who)
+    if (released := _released(name, gguf_file, revision, who)) is not None:
         return released
     if gguf_file is None and (file := Path(name) / "config.json").is_file():
         try:
@@ -109,43 +123,43 @@ def load_config(
         except ValueError:
             given = None  # said below
         # before transformers', whose own words name no field where it divides by one
-        _check_sizes(given if isinstance(given, dict) else {}, name)
+        _check_sizes(given if isinstance(given, dict) else {}, name, who)
     try:
         with hub_or_cache(name):
             config = AutoConfig.from_pretrained(
-                name, revision=revision, trust_remote_code=trust_remote_code, **_gguf(gguf_file)
+                name, revision=revision, trust_remote_code=trust_remote_code, **_gguf(gguf_file, who)
             )
     except Exception as error:
-        raise _user_error(error, name, revision, "configuration", gguf_file) from error
-    _check_sizes(vars(config.get_text_config()), name)
+        raise _user_error(error, name, revision, "configuration", who, gguf_file) from error
+    _check_sizes(vars(config.get_text_config()), name, who)
     kind = f"{name} is a {config.model_type} model"
     if (other := other_than_decoder(config) or _ahead(config)) is not None:
-        raise UserError(f"teacher: {kind}: {other}; {GIVE}")
+        raise UserError(f"{said_of(who)}{kind}: {other}; {GIVE}")
     remote = trust_remote_code and "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
     if not remote and type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
-        raise UserError(f"teacher: {kind}, which transformers has no causal language model for")
+        raise UserError(f"{said_of(who)}{kind}, which transformers has no causal language model for")
     declared = config.architectures or []
     if declared and not any(a.endswith(CAUSAL_HEADS) for a in declared):
         raise UserError(
-            f"teacher: {kind} saved as {', '.join(declared)}, not as a causal language model; "
+            f"{said_of(who)}{kind} saved as {', '.join(declared)}, not as a causal language model; "
             "give a checkpoint whose architecture ends in ForCausalLM"
         )
     return config
 
 
-def _check_sizes(config: Mapping[str, Any], name: str) -> None:
+def _check_sizes(config: Mapping[str, Any], name: str, who: str) -> None:
     """UserError for a size of which no model can be made, by its field."""
     for field, least in SIZES.items():
         value = config.get(field)
         if value is not None and not isinstance(value, (list, tuple)) and not (type(value) is int and value >= least):
             raise UserError(
-                f"teacher: the configuration of {name} cannot be: {field}: got {shortened(repr(value), 60)}; allowed: "
-                f"a whole number of at least {least}; give a checkpoint with a sound config.json"
+                f"{said_of(who)}the configuration of {name} cannot be: {field}: got {shortened(repr(value), 60)}; "
+                f"allowed: a whole number of at least {least}; give a checkpoint with a sound config.json"
             )
 
 
 @contextmanager
-def building(config: PretrainedConfig, name: str | Path) -> Iterator[None]:
+def building(config: PretrainedConfig, name: str | Path, who: str = "teacher") -> Iterator[None]:
     """Within the block, in which a model is made of a configuration alone, what goes wrong is that configuration's.
     Raises UserError."""
     try:
@@ -156,7 +170,7 @@ def building(config: PretrainedConfig, name: str | Path) -> Iterator[None]:
         if machines_own(error) is not None:
             raise
         raise UserError(
-            f"teacher: the configuration of {name} cannot be: no {config.model_type} model can be made of it "
+            f"{said_of(who)}the configuration of {name} cannot be: no {config.model_type} model can be made of it "
             f"({_first_line(error)}); give a checkpoint with a sound config.json"
         ) from error
 
@@ -175,7 +189,7 @@ def check_decoder(model: Any, who: str) -> None:
 
     from mohawk.models.families import other_than_decoder
 
-    model = model.get_base_model() if hasattr(model, "get_base_model") else model  # within peft's
+    model = plain_model(model)
     name = type(model).__name__
     if (config := getattr(model, "config", None)) is None:
         raise UserError(f"{who}: {name} has no configuration; give a causal language model of transformers")
@@ -204,6 +218,7 @@ def load_teacher(
     device: str | torch.device | None = None,
     quantize: str | None = None,
     device_map: str | None = None,
+    who: str = "teacher",
 ) -> PreTrainedModel:
     """Load a causal language model in eval mode with frozen parameters.
 
@@ -211,6 +226,7 @@ def load_teacher(
     dtype: float32, bfloat16, float16, or auto (the checkpoint's own).
     quantize: int8 or int4, the weights in so many bits (bitsandbytes, or torchao where that is not installed).
     device_map: "auto" spreads the model over devices, memory and disk (accelerate); `device` is then not used.
+    who: what messages call the model, such as `student.model`; empty: they begin with its name.
     A GGUF checkpoint is dequantized, and the returned model can be saved like any other.
     Raises UserError with one line: missing folder, not a causal language model, unreachable hub, weights
     missing.
@@ -224,11 +240,11 @@ def load_teacher(
     from mohawk.models.formats.released import load_released
 
     if dtype not in DTYPES:
-        raise UserError(f"teacher.dtype: got {dtype!r}; allowed: {', '.join(DTYPES)}")
-    config = load_config(model, gguf_file=gguf_file, revision=revision, trust_remote_code=trust_remote_code)
-    name, gguf_file = locate(model, gguf_file)
+        raise UserError(f"{option_of(who, 'dtype')}: got {dtype!r}; allowed: {', '.join(DTYPES)}")
+    config = load_config(model, gguf_file=gguf_file, revision=revision, trust_remote_code=trust_remote_code, who=who)
+    name, gguf_file = locate(model, gguf_file, who)
     kind = None if dtype == "auto" else getattr(torch, dtype)
-    released = _released(name, gguf_file, revision) is not None
+    released = _released(name, gguf_file, revision, who) is not None
     try:
         with hub_or_cache(name):
             if released:
@@ -241,17 +257,17 @@ def load_teacher(
                     trust_remote_code=trust_remote_code,
                     output_loading_info=True,
                     attn_implementation=needed_attention(config),
-                    **({} if quantize is None else {"quantization_config": quantization(quantize)}),
+                    **({} if quantize is None else {"quantization_config": quantization(quantize, who)}),
                     **({} if device_map is None else {"device_map": device_map, "offload_folder": _offload_folder()}),
-                    **_gguf(gguf_file),
+                    **_gguf(gguf_file, who),
                 )
             if (Path(name) / GENERATION_CONFIG_NAME).is_file():  # transformers takes one that it cannot read for none
                 teacher.generation_config = GenerationConfig.from_pretrained(name)
     except Exception as error:
-        raise _user_error(error, name, revision, "weights", gguf_file) from error
+        raise _user_error(error, name, revision, "weights", who, gguf_file) from error
     if missing := sorted(info["missing_keys"]):
         raise UserError(
-            f"teacher: {name} lacks {len(missing)} weights ({', '.join(missing[:3])}), they would be random; "
+            f"{said_of(who)}{name} lacks {len(missing)} weights ({', '.join(missing[:3])}), they would be random; "
             "give a complete causal language model checkpoint"
         )
     saved = [a for a in config.architectures or () if a.endswith("ForConditionalGeneration")]
@@ -259,7 +275,7 @@ def load_teacher(
         log.warning("%s was saved as %s: its text model alone is used, and is all that students keep", name, saved[0])
     if gguf_file is not None:
         teacher = without_quantization(teacher)
-    refuse_nonfinite(teacher, f"teacher: {name}", "give a checkpoint whose weights are whole")
+    refuse_nonfinite(teacher, f"{said_of(who)}{name}", "give a checkpoint whose weights are whole")
     teacher.eval().requires_grad_(False)
     if quantize == "int4":
         from mohawk.loading.lora import keep_unpacked
@@ -268,16 +284,16 @@ def load_teacher(
     placed = device is None or device_map is not None or quantize is not None
     # pyrefly: ignore[bad-argument-type]  # transformers wraps `to` and loses its parameters
     teacher = teacher if placed else teacher.to(device)
-    check_causal(teacher, "teacher")  # before anything is trained or written with it
+    check_causal(teacher, who or "model")  # before anything is trained or written with it
     return teacher
 
 
-def quantization(quantize: str) -> Any:
+def quantization(quantize: str, who: str = "teacher") -> Any:
     """transformers' configuration for weights in few bits, of whichever package is installed. Raises UserError."""
     from importlib.util import find_spec
 
     if quantize not in ("int8", "int4"):
-        raise UserError(f"teacher.quantize: got {quantize!r}; allowed: int8, int4")
+        raise UserError(f"{option_of(who, 'quantize')}: got {quantize!r}; allowed: int8, int4")
     if find_spec("bitsandbytes") is not None:
         from transformers import BitsAndBytesConfig
 
@@ -288,13 +304,15 @@ def quantization(quantize: str) -> Any:
         try:
             return four_bit_config()
         except ValueError as error:
-            raise UserError(f"teacher.quantize: {error}") from error
+            raise UserError(f"{option_of(who, 'quantize')}: {error}") from error
     if find_spec("torchao") is not None:
         from torchao.quantization import Int4WeightOnlyConfig, Int8WeightOnlyConfig
         from transformers import TorchAoConfig
 
         return TorchAoConfig(Int8WeightOnlyConfig() if quantize == "int8" else Int4WeightOnlyConfig())
-    raise UserError(f"teacher.quantize: {quantize} needs bitsandbytes or torchao; run: pip install bitsandbytes")
+    raise UserError(
+        f"{option_of(who, 'quantize')}: {quantize} needs bitsandbytes or torchao; run: pip install bitsandbytes"
+    )
 
 
 def _offload_folder() -> str:
@@ -315,8 +333,11 @@ def load_tokenizer(
     gguf_file: str | None = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
+    who: str = "teacher",
+    option: str | None = None,
 ) -> PreTrainedTokenizerBase:
-    """Load the teacher's tokenizer, or `tokenizer` (a folder or hub id) instead. Raises UserError."""
+    """Load a model's tokenizer, or `tokenizer` (a folder or hub id) instead. who, option: what messages call the model,
+    and what names a tokenizer. Raises UserError."""
     from transformers import AutoTokenizer
 
     if tokenizer is not None:
@@ -324,18 +345,20 @@ def load_tokenizer(
         path = home(str(tokenizer))
         name = str(path) if path.exists() else str(tokenizer)
         if not path.exists() and _looks_local(name):
-            raise UserError(f"teacher.tokenizer: {name} does not exist (looked for {path.absolute()})")
+            raise UserError(
+                f"{option or option_of(who, 'tokenizer')}: {name} does not exist (looked for {path.absolute()})"
+            )
         gguf_file, revision = None, None
     else:
-        name, gguf_file = locate(model, gguf_file)
+        name, gguf_file = locate(model, gguf_file, who)
     try:
         with hub_or_cache(name):
             # pyrefly: ignore[bad-return]  # None only where a class has no tokenizer, of which it raises
             return AutoTokenizer.from_pretrained(
-                name, revision=revision, trust_remote_code=trust_remote_code, **_gguf(gguf_file)
+                name, revision=revision, trust_remote_code=trust_remote_code, **_gguf(gguf_file, who)
             )
     except Exception as error:
-        raise _user_error(error, name, revision, "tokenizer", gguf_file) from error
+        raise _user_error(error, name, revision, "tokenizer", who, gguf_file) from error
 
 
 def without_quantization(model: PreTrainedModel) -> PreTrainedModel:
@@ -356,7 +379,7 @@ def without_quantization(model: PreTrainedModel) -> PreTrainedModel:
     return plain
 
 
-def _released(name: str, gguf_file: str | None, revision: str | None) -> PretrainedConfig | None:
+def _released(name: str, gguf_file: str | None, revision: str | None, who: str) -> PretrainedConfig | None:
     """Our configuration of a released student, None for anything that transformers loads itself."""
     from mohawk.models.formats.released import released_config
 
@@ -366,22 +389,24 @@ def _released(name: str, gguf_file: str | None, revision: str | None) -> Pretrai
         with hub_or_cache(name):
             found = released_config(name, revision=revision)
     except Exception as error:
-        raise _user_error(error, name, revision, "configuration") from error
+        raise _user_error(error, name, revision, "configuration", who) from error
     return None if found is None else found[1]
 
 
-def _gguf(gguf_file: str | None) -> dict[str, Any]:
+def _gguf(gguf_file: str | None, who: str) -> dict[str, Any]:
     if gguf_file is None:
         return {}
     try:
         import gguf  # noqa: F401
     except ImportError as error:
-        raise UserError(explain(error, f"teacher: {gguf_file}") or f"teacher: {gguf_file}: {error}") from error
+        raise UserError(
+            explain(error, f"{said_of(who)}{gguf_file}") or f"{said_of(who)}{gguf_file}: {error}"
+        ) from error
     return {"gguf_file": gguf_file}
 
 
 def _user_error(
-    error: Exception, name: str, revision: str | None, what: str, gguf_file: str | None = None
+    error: Exception, name: str, revision: str | None, what: str, who: str, gguf_file: str | None = None
 ) -> BaseException:
     """One line for the causes a user can do something about; anything else passes through unchanged."""
     from huggingface_hub import errors as hub
@@ -399,42 +424,47 @@ def _user_error(
 
     if "trust_remote_code" in str(error):
         return UserError(
-            f"teacher: {name} runs Python code of its own to load; if you trust it, set teacher.trust_remote_code: true"
+            f"{said_of(who)}{name} runs Python code of its own to load; if you trust it, set "
+            f"{option_of(who, 'trust_remote_code')}: true"
         )
     if "packages that were not found in your environment" in str(error):  # what the checkpoint's own code imports
-        return UserError(f"teacher: {name}: {_first_line(error)}")
+        return UserError(f"{said_of(who)}{name}: {_first_line(error)}")
     if isinstance(error, ImportError):
         return error
     if local and gguf_file is None and (culprit := _damaged_file(Path(name))) is not None:
-        return UserError(f"teacher: cannot load the {what} from the folder {name}: {culprit}; give a whole checkpoint")
+        return UserError(
+            f"{said_of(who)}cannot load the {what} from the folder {name}: {culprit}; give a whole checkpoint"
+        )
     if found(UnpicklingError):
         return UserError(
-            f"teacher: cannot load the {what} of {name}: its .bin file is damaged, or a pickle with more in it than "
-            "tensors, which would run code when it is read, so it is refused; give a checkpoint with .safetensors files"
+            f"{said_of(who)}cannot load the {what} of {name}: its .bin file is damaged, or a pickle with more in it "
+            "than tensors, which would run code when it is read, so it is refused; give a checkpoint with .safetensors "
+            "files"
         )
     # whatever goes wrong with files that are here is the files': a file cut short, shapes of another configuration
     if local and gguf_file is not None:
         return UserError(
-            f"teacher: cannot load the {what} of {Path(name) / gguf_file}: the file is damaged, cut short or of a kind "
-            f"that transformers does not read ({_first_line(error)})"
+            f"{said_of(who)}cannot load the {what} of {Path(name) / gguf_file}: the file is damaged, cut short or of a "
+            f"kind that transformers does not read ({_first_line(error)})"
         )
     if local:
-        return UserError(f"teacher: cannot load the {what} from the folder {name}: {_first_line(error)}")
+        return UserError(f"{said_of(who)}cannot load the {what} from the folder {name}: {_first_line(error)}")
     if found(hub.GatedRepoError):
-        return UserError(f"teacher: {name} is gated; accept its terms on the hub and run: hf auth login")
+        return UserError(f"{said_of(who)}{name} is gated; accept its terms on the hub and run: hf auth login")
     if found(hub.RevisionNotFoundError):
-        return UserError(f"teacher: {name} has no revision {revision} on the hub")
+        return UserError(f"{said_of(who)}{name} has no revision {revision} on the hub")
     if found(hub.RepositoryNotFoundError, hub.HFValidationError):
         return UserError(
-            f"teacher: {name} is neither a local folder nor a model on the hub (a private one needs: hf auth login)"
+            f"{said_of(who)}{name} is neither a local folder nor a model on the hub (a private one needs: "
+            "hf auth login)"
         )
     if is_unreachable(error):
         return UserError(
-            f"teacher: {name}{at} is no local folder, is not in the hub cache, and the hub cannot be "
+            f"{said_of(who)}{name}{at} is no local folder, is not in the hub cache, and the hub cannot be "
             "reached; give a local folder, or run once where the hub can be reached"
         )
     if isinstance(error, (OSError, ValueError)):
-        return UserError(f"teacher: cannot load the {what} of {name}{at}: {_first_line(error)}")
+        return UserError(f"{said_of(who)}cannot load the {what} of {name}{at}: {_first_line(error)}")
     return error
 
 

@@ -36,6 +36,7 @@ class MixerRecord:
     hidden_states: Tensor | None = None  # (b, n, D), behind the layer's input norm
 
     def mixing(self, segment_ids: Tensor | None = None) -> SSDMixing | DeltaMixing:
+        assert self.hidden_states is not None  # the model has run
         return self.mixer.mixing(self.hidden_states, segment_ids=segment_ids)
 
 
@@ -106,7 +107,7 @@ def collect_attention(model: nn.Module, layers: Collection[int]) -> Iterator[dic
     try:
         with recording_attention(model):
             attends = any(isinstance(record, AttentionRecord) for record in records.values())
-            if attends and body.config._attn_implementation != RECORDING:
+            if attends and getattr(body.config, "_attn_implementation", None) != RECORDING:
                 raise ValueError(_NOT_RECORDED.format(name=name))
             yield records
     finally:
@@ -256,7 +257,8 @@ def side_by_side(records: Mapping[int, Record], mask: Tensor) -> dict[int, Recor
 def _window(model: nn.Module, layer: int) -> int | None:
     """How many tokens a layer's attention looks back; None: all."""
     body, modules = decoder(model)
-    for module in modules[layer].modules():
+    inner: Iterator[Any] = modules[layer].modules()
+    for module in inner:
         if hasattr(module, "sliding_window"):
             return module.sliding_window
     config = body.config

@@ -10,7 +10,7 @@ import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from mohawk.core.processes import several, total
 from mohawk.data.next_tokens import IGNORED, next_column, next_labels, positions
 from mohawk.kernels.kd.loss import TAIDSchedule, TeacherHidden, TeacherSamples, TeacherTAID, linear_kd_loss
+from mohawk.loading.causal import plain_model
 from mohawk.loading.models import check_decoder, parameter_count
 from mohawk.losses.heads import Head, final_hidden_states, readable_ids
 from mohawk.losses.label_probability import label_probability
@@ -32,6 +33,7 @@ from mohawk.training.weight_decay import parameter_groups
 
 if TYPE_CHECKING:
     from mohawk.kernels.kd.teachers import Teacher
+    from mohawk.loading.causal import CausalLM
     from mohawk.losses.rationale_router import RoutedRationales
 
 log = logging.getLogger(__name__)
@@ -48,7 +50,7 @@ class OwnLoss:
     ce_weight: float | Ramp = 0.0
 
 
-class KnowledgeDistiller(Objective):
+class KnowledgeDistiller(Objective["CausalLM"]):
     """`kd_weight * T^2 * D(teacher, student) + ce_weight * CE + sum_i w_i * matching_i`, a mean over real tokens.
 
     A token is learned where it has a label and both it and the one in front of it are real, of one document
@@ -78,15 +80,17 @@ class KnowledgeDistiller(Objective):
     Outside our trainer, ramps move with `begin_step(step, steps)`, TAID and averaged teachers with `end_step(loss)`.
     """
 
+    teacher: Callable[..., list[Answer]] | None
+    matchings: dict[str, Matching]
     shares = True  # what `losses` yields is a micro-batch's share of its step's loss
 
     def __init__(
         self,
-        teacher: nn.Module | Callable[..., list[Answer]] | None,
-        student: nn.Module,
+        teacher: CausalLM | Callable[..., list[Answer]] | None,
+        student: CausalLM,
         *,
         divergence: str = "forward_kl",
-        temperature: float | Ramp | str = 1.0,
+        temperature: float | Ramp | Literal["auto"] = 1.0,
         kd_weight: float | Ramp = 1.0,
         ce_weight: float | Ramp = 0.0,
         beta: float = 0.5,
@@ -105,7 +109,8 @@ class KnowledgeDistiller(Objective):
         if teacher is None and (any(weight != 0 for weight in divergences) or matchings):
             raise ValueError("teacher: got None, which needs kd_weight 0 and no matchings")
         if isinstance(teacher, nn.Module):
-            teacher = ModelTeacher(student.get_base_model() if is_around(student, teacher) else teacher)
+            model = cast("CausalLM", teacher)  # which ModelTeacher finds out
+            teacher = ModelTeacher(plain_model(student) if is_around(student, model) else model)
         for model in teacher.teachers if isinstance(teacher, Ensemble) else [teacher]:
             if isinstance(model, ModelTeacher):
                 model.beside(student)
@@ -293,12 +298,13 @@ class KnowledgeDistiller(Objective):
             hidden = final_hidden_states(self.student, inputs, forward)
         whole = None
         if matchings:
+            assert self.teacher is not None  # refused at the start
             (whole,) = self.teacher(batch, [m.teacher for m in matchings.values()])
         labels = next_labels(batch)
         weights = next_column(batch["weights"], 0.0) if "weights" in batch else None
         task = next_column(batch["task"], 0) if "task" in batch else None
         head = Head.of(self.student)
-        loss = 0.0
+        loss = hidden.new_zeros(())
         for source, rows, own, tokens in self._parts(batch, whole, counts):
             check_ids()
             rows = slice(None) if rows is None else rows
@@ -310,6 +316,7 @@ class KnowledgeDistiller(Objective):
             loss = loss + self._logit_loss(source, hidden[rows], head, labels[rows], part, _some(tokens.sum()), own)
         count, rows = (labels != IGNORED).sum(), len(labels)
         for i, (name, matching) in enumerate(matchings.items()):
+            assert whole is not None  # asked above
             matched = matching.loss(seen[i], whole.seen[i], batch)
             self._measure(name, matched, torch.tensor(float(rows)) if matching.by_row else count)
             share = rows / counts[0] if matching.by_row else count / _some(counts[1:].sum())
@@ -359,7 +366,7 @@ class KnowledgeDistiller(Objective):
         kd_weight, ce_weight = self._now(own.kd_weight), self._now(own.ce_weight)
         student, vocab = head.student(hidden), self._vocab_size(head)
         if source is not None and vocab is not None:
-            if not self._told and vocab < self.teacher.vocab_size:
+            if not self._told and vocab == len(head.weight):
                 self._told = True
                 if (line := told_of_cut(source, vocab, labels != IGNORED)) is not None:
                     log.warning("%s", line)
@@ -381,7 +388,7 @@ class KnowledgeDistiller(Objective):
             # cost nothing
             ids = labels.clamp(min=0).unsqueeze(-1)
             nobody = TeacherSamples(ids, torch.ones(ids.shape, device=ids.device))
-            plain = {**options, "divergence": "forward_kl", "temperature": 1.0}
+            plain: dict[str, Any] = {**options, "divergence": "forward_kl", "temperature": 1.0}
             ce, parts = linear_kd_loss(
                 **student, teacher=nobody, labels=labels, token_weights=weights, kd_weight=0.0, ce_weight=ce_weight,
                 return_parts="rows", **plain,
@@ -392,6 +399,7 @@ class KnowledgeDistiller(Objective):
         if source is None:
             return cross_entropy()
         self._compare(source, hidden, head, labels)
+        # pyrefly: ignore[bad-argument-type]  # of what it can't be of, it says so itself
         target = source if self.taid is None else TeacherTAID(source, self.taid.t)
         if not self.confidence and vocab is None:
             loss, parts = linear_kd_loss(

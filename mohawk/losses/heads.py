@@ -18,7 +18,7 @@ from mohawk.loading.models import check_decoder
 from mohawk.loading.offload import loaded
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from mohawk.loading.causal import CausalLM
 
 log = logging.getLogger(__name__)
 
@@ -43,7 +43,7 @@ class Head:
     softcap: float | None = None
 
     @classmethod
-    def of(cls, model: PreTrainedModel) -> Head:
+    def of(cls, model: CausalLM) -> Head:
         """The head of any Hugging Face causal language model, also behind peft.
 
         Raises UserError if it has none, or one whose logits are not hidden states times a weight.
@@ -51,7 +51,7 @@ class Head:
         output = model.get_output_embeddings()
         if output is None:
             raise UserError(f"{type(model).__name__} has no output embedding to compare logits of")
-        config = model.config.get_text_config()
+        config = plain_model(model).config.get_text_config()
         scale = getattr(config, "logit_scale", None) or 1.0  # Cohere multiplies, Granite divides
         scale /= getattr(config, "logits_scaling", None) or 1.0
         softcap = getattr(config, "final_logit_softcapping", None)
@@ -180,14 +180,14 @@ def _plain_weight(module: nn.Module) -> tuple[Tensor, Tensor | None]:
     return weight, bias
 
 
-def vocabulary_rows(model: PreTrainedModel) -> int:
+def vocabulary_rows(model: CausalLM) -> int:
     """How many entries a model's logits have."""
     output = within_peft(model.get_output_embeddings())
     return getattr(output, "out_features", None) or len(output.weight)
 
 
 def final_hidden_states(
-    model: PreTrainedModel, inputs: Mapping[str, Tensor], forward: Callable[..., Any] | None = None
+    model: CausalLM, inputs: Mapping[str, Tensor], forward: Callable[..., Any] | None = None
 ) -> Tensor:
     """What a model gives its output embedding, (batch, sequence, hidden), with gradients, without all its logits.
 
@@ -229,7 +229,7 @@ def final_hidden_states(
     return hidden
 
 
-def readable_ids(model: PreTrainedModel, ids: Tensor, who: str) -> tuple[Tensor, Callable[[], None]]:
+def readable_ids(model: CausalLM, ids: Tensor, who: str) -> tuple[Tensor, Callable[[], None]]:
     """Ids (b, n) that a model's embedding has rows for, and what raises UserError where some of those given had none.
 
     On the CPU that is raised here. Elsewhere it would mean to wait for the device, and reading beyond an embedding's
@@ -252,9 +252,9 @@ def readable_ids(model: PreTrainedModel, ids: Tensor, who: str) -> tuple[Tensor,
     return ids.clamp(0, rows - 1), check
 
 
-def _check_padding(model: PreTrainedModel, mask: Tensor | None) -> None:
+def _check_padding(model: CausalLM, mask: Tensor | None) -> None:
     """UserError where padding in front of a row's tokens would become part of what the model remembers of them."""
-    if mask is None or mask.dim() != 2 or model.config.get_text_config().model_type not in READS_PADDING:
+    if mask is None or mask.dim() != 2 or plain_model(model).config.get_text_config().model_type not in READS_PADDING:
         return
     if bool((mask.bool()[:, 1:] & ~mask.bool()[:, :-1]).any()):
         raise UserError(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -15,6 +15,9 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from mohawk.core.processes import means, several, sum_gradients, total
 from mohawk.losses.distiller import KnowledgeDistiller
+
+if TYPE_CHECKING:
+    from mohawk.loading.causal import CausalLM
 
 TENSORS, VALUES = "distillation.safetensors", "distillation.json"  # of the distiller, in a checkpoint
 
@@ -40,7 +43,8 @@ class DistillationTrainer(Trainer):
         super().__init__(*args, **kwargs)
         if isinstance(teacher, nn.Module):
             teacher = teacher.to(self.args.device)
-        self.distiller = KnowledgeDistiller(teacher, self.model, **(distillation or {}))
+        student = cast("CausalLM", self.model)  # or the distiller refuses it
+        self.distiller = KnowledgeDistiller(teacher, student, **(distillation or {}))
         self.distiller.matched.to(self.args.device)
         self.model_accepts_loss_kwargs = True  # the counts over micro-batches are ours to divide by
         self._training = False  # within training_step

@@ -7,9 +7,8 @@ import math
 import torch
 from torch import Tensor
 
+from mohawk.data.next_tokens import IGNORED
 from mohawk.kernels.kd.teachers import Teacher
-
-IGNORED = -100
 
 
 @torch.no_grad()

@@ -11,22 +11,25 @@ import hashlib
 import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 from mohawk.core.processes import several
+from mohawk.data.next_tokens import IGNORED
 from mohawk.errors import UserError
+from mohawk.loading.causal import plain_model
 from mohawk.loading.models import check_decoder
-from mohawk.losses.heads import readable_ids
+from mohawk.losses.heads import readable_ids, vocabulary_rows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-IGNORED = -100
+    from mohawk.loading.causal import CausalLM
+
 # Columns a batch of samples has as well: of each token, and of each row.
 OF_TOKENS = ("input_ids", "position_ids", "segment_ids", "labels", "weights", "task")
 OF_ROWS = ("source", "teacher", "row")
@@ -79,7 +82,7 @@ class OnPolicy:
 
     def __init__(
         self,
-        student: nn.Module,
+        student: CausalLM,
         tokenizer: PreTrainedTokenizerBase | None = None,
         *,
         share: float = 0.5,
@@ -110,18 +113,19 @@ class OnPolicy:
                 "on_policy: no tokenizer and no eos_token_id; give one of them, or a sample would never end"
             )
         if eos_token_id is None:
+            assert tokenizer is not None  # refused above
             eos_token_id = tokenizer.eos_token_id
         self.eos = [eos_token_id] if isinstance(eos_token_id, int) else list(eos_token_id or ())
         if pad_token_id is None and tokenizer is not None:
             pad_token_id = tokenizer.pad_token_id
         self.pad = pad_token_id if pad_token_id is not None else (self.eos or [0])[0]
         # peft's generate reads and writes configurations of its own; the adapters are in the model it wraps
-        self.student = student.get_base_model() if hasattr(student, "get_base_model") else student
+        self.student = plain_model(student)
         self.share, self.max_new_tokens, self.prompt_tokens, self.seed = share, max_new_tokens, prompt_tokens, seed
-        rows = self.student.get_output_embeddings().weight.shape[0]
+        rows = vocabulary_rows(self.student)
         self.vocab_size = rows if tokenizer is None else min(rows, max(tokenizer.get_vocab().values()) + 1)
         self.limit_to(vocab_size or rows)
-        self.sampling = {"do_sample": temperature > 0}
+        self.sampling: dict[str, Any] = {"do_sample": temperature > 0}
         if temperature > 0:
             self.sampling |= {"temperature": float(temperature), "top_p": float(top_p), "top_k": top_k}
 
@@ -162,7 +166,8 @@ class OnPolicy:
         with self._sampling(step, ids):
             samples = self._samples(texts, [p.limit for p in prompts])
         made = self._packed(prompts, texts, samples, len(ids))
-        made[MASK] = (made["segment_ids"] >= 0).to(batch[MASK].dtype) if MASK in batch else None
+        if MASK in batch:
+            made[MASK] = (made["segment_ids"] >= 0).to(batch[MASK].dtype)
         device = batch["input_ids"].device
         result = {name: made.get(name, value).to(device) for name, value in batch.items()}
         if "row" in batch:
@@ -238,7 +243,7 @@ class OnPolicy:
         """What the student writes after each text: ids up to and with the first eos, at most `limit` many."""
         from transformers import GenerationConfig
 
-        rows = self.student.get_output_embeddings().weight.shape[0]
+        rows = vocabulary_rows(self.student)
         unknown = list(range(self.vocab_size, rows)) or None
         samples: dict[int, Tensor] = {}
         for group in _groups([len(text) for text in texts], limits):

@@ -32,7 +32,9 @@ from mohawk.errors import UserError
 from mohawk.losses.rationales import RationaleDistiller
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase
+
+    from mohawk.loading.causal import CausalLM
 
 log = logging.getLogger(__name__)
 
@@ -190,7 +192,7 @@ class RoutedRationales:
 
 
 def measure_gains(
-    student: PreTrainedModel,
+    student: CausalLM,
     tokenizer: PreTrainedTokenizerBase,
     records: Mapping[str, Sequence[Mapping[str, Any]]],
     validation: Sequence[Mapping[str, Any]],
@@ -263,8 +265,8 @@ def _train(
         torch.manual_seed(draw.getrandbits(63))  # of dropout
         for _ in range(steps):
             chosen = draw.choices(records, k=batch_size)
-            texts = ([record.get(key) for record in chosen] for key in ("prompt", "label", "rationale"))
-            distiller.compute_loss(*texts).backward()
+            prompts, labels = ([record[key] for record in chosen] for key in ("prompt", "label"))
+            distiller.compute_loss(prompts, labels, [record.get("rationale") for record in chosen]).backward()
             optimizer.step()
             optimizer.zero_grad()
 

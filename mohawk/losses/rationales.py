@@ -32,12 +32,15 @@ from mohawk.data.source_files import as_source
 from mohawk.errors import UserError
 from mohawk.kernels.kd.loss import linear_kd_loss
 from mohawk.kernels.kd.teachers import TeacherSamples
+from mohawk.loading.causal import embedding_rows, plain_model
 from mohawk.loading.models import check_decoder
 from mohawk.losses.heads import Head, final_hidden_states
 from mohawk.losses.teachers import ModelTeacher, is_around
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase
+
+    from mohawk.loading.causal import CausalLM
 
 log = logging.getLogger(__name__)
 
@@ -298,13 +301,13 @@ class RationaleDistiller:
 
     def __init__(
         self,
-        student: PreTrainedModel,
+        student: CausalLM,
         tokenizer: PreTrainedTokenizerBase,
         *,
         label_prefix: str = LABEL,
         rationale_prefix: str = RATIONALE,
         rationale_weight: float = 1.0,
-        teacher: PreTrainedModel | None = None,
+        teacher: CausalLM | None = None,
         ce_weight: float = 1.0,
         kd_weight: float = 0.0,
         temperature: float = 1.0,
@@ -316,14 +319,14 @@ class RationaleDistiller:
             what = "no teacher" if teacher is None else "a teacher"
             raise UserError(f"kd_weight: got {kd_weight} and {what}; give a teacher and a weight above 0, or neither")
         check_decoder(student, "student")
-        check_rows(tokenizer, student.get_input_embeddings().weight.shape[0], "student", "the tokenizer")
+        check_rows(tokenizer, embedding_rows(student), "student", "the tokenizer")
         if teacher is not None:
             check_decoder(teacher, "teacher")
-            check_rows(tokenizer, teacher.get_input_embeddings().weight.shape[0], "teacher", "the tokenizer")
+            check_rows(tokenizer, embedding_rows(teacher), "teacher", "the tokenizer")
         self.student, self.tokenizer = student, tokenizer
         self.teacher = None
         if teacher is not None:
-            self.teacher = ModelTeacher(student.get_base_model() if is_around(student, teacher) else teacher)
+            self.teacher = ModelTeacher(plain_model(student) if is_around(student, teacher) else teacher)
             self.teacher.beside(student)
         self.prefixes = (label_prefix, rationale_prefix)
         self.rationale_weight = rationale_weight

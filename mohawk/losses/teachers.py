@@ -14,25 +14,28 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from operator import attrgetter
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeGuard
 
 import torch
 from torch import Tensor, nn
 
 from mohawk.errors import UserError
 from mohawk.kernels.kd.teachers import Teacher, TeacherHidden, TeacherMixture
+from mohawk.loading.causal import plain_model
 from mohawk.loading.models import check_decoder
 from mohawk.losses.heads import Head, final_hidden_states, in_autocast, readable_ids, vocabulary_rows
 
 if TYPE_CHECKING:
+    from peft import PeftModel
     from transformers import PretrainedConfig
 
+    from mohawk.loading.causal import CausalLM
     from mohawk.teacher_cache.reader import TeacherCache
 
 log = logging.getLogger(__name__)
 
 # What a model is watched with during its pass: a context that collects tensors of its layers into a dict.
-Watch = Callable[[nn.Module], AbstractContextManager[dict[Any, Any]]]
+Watch = Callable[["CausalLM"], AbstractContextManager[dict[Any, Any]]]
 INPUTS = ("input_ids", "position_ids", "attention_mask")
 
 
@@ -60,12 +63,12 @@ class ModelTeacher:
     micro_batch: rows at a time, fewer than the student's where the teacher is the larger one.
     """
 
-    def __init__(self, model: nn.Module, micro_batch: int | None = None):
+    def __init__(self, model: CausalLM, micro_batch: int | None = None):
         check_decoder(model, "teacher")
         self.model, self.micro_batch = model, micro_batch
-        self.adapted: nn.Module | None = None  # peft's model around this one, whose adapter is not the teacher's
+        self.adapted: PeftModel | None = None  # peft's model around this one, whose adapter is not the teacher's
 
-    def beside(self, student: nn.Module) -> None:
+    def beside(self, student: CausalLM) -> None:
         """Freezes the teacher but for what it shares with a student that trains it.
 
         A model and peft's adapter around it may be teacher and student: the adapter is then switched off whenever the
@@ -88,7 +91,7 @@ class ModelTeacher:
         if not around and not set(self.model.modules()) & set(student.modules()):
             self.model.eval()
         with self.answering():  # in which some adapters are taken out of the model
-            asked = list((student.get_base_model() if around else self.model).parameters())
+            asked = list((plain_model(student) if around else self.model).parameters())
         off = _adapter_parameters(student) if around else ()
         if moving := _shared_and_trained([p for p in asked if id(p) not in off], student):
             log.warning(
@@ -153,14 +156,14 @@ class ModelTeacher:
         return vocabulary_rows(self.model)
 
 
-def is_around(student: nn.Module, model: nn.Module) -> bool:
+def is_around(student: CausalLM, model: nn.Module) -> TypeGuard[PeftModel]:
     """Whether the student is peft's model around this one, or around what this one is, adapter and all."""
     if not hasattr(student, "disable_adapter"):
         return False
-    return any(model is module for module in (student, student.base_model, student.get_base_model()))
+    return any(model is module for module in (student, student.base_model, plain_model(student)))
 
 
-def _adapters(model: nn.Module) -> Iterator[nn.Module]:
+def _adapters(model: nn.Module) -> Iterator[Any]:
     """peft's layers in a model."""
     return (m for m in model.modules() if hasattr(m, "adapter_layer_names"))
 
@@ -203,7 +206,7 @@ class Ensemble:
         if len(given) != len(self.teachers) or not all(w > 0 for w in given):
             raise ValueError(f"weights: got {given} for {len(self.teachers)} teachers; allowed: one above 0 for each")
         self.weights = [w / sum(given) for w in given]
-        check_together(combine, [teacher.model.config for teacher in self.teachers])
+        check_together(combine, [plain_model(teacher.model).config for teacher in self.teachers])
 
     def __call__(self, batch: Mapping[str, Tensor], watches: Sequence[Watch] = ()) -> list[Answer]:
         if self.combine == "row":
@@ -222,7 +225,8 @@ class Ensemble:
         wide = torch.cat([scale * h for scale, h in zip(scales, hidden, strict=True)], -1)
         head = torch.cat([head.weight.to(wide.device) for head in heads], 1)
         biases = [scale * head.bias for scale, head in zip(scales, heads, strict=True) if head.bias is not None]
-        return TeacherHidden(in_autocast(wide), in_autocast(head), in_autocast(sum(biases) if biases else None))
+        bias = in_autocast(torch.stack(biases).sum(0)) if biases else None
+        return TeacherHidden(in_autocast(wide), in_autocast(head), bias)
 
     def _by_row(self, batch, watches):
         if "teacher" not in batch:
@@ -261,7 +265,7 @@ class AverageTeacher(ModelTeacher):
     """The student's own exponential moving average: `average = decay * average + (1 - decay) * student` after each step
     (Tarvainen and Valpola, 2017). A decay of 1 keeps the student as it was at the start."""
 
-    def __init__(self, student: nn.Module, decay: float, micro_batch: int | None = None):
+    def __init__(self, student: CausalLM, decay: float, micro_batch: int | None = None):
         super().__init__(copy.deepcopy(student), micro_batch)
         self.student, self.decay = student, decay
         self.model.requires_grad_(False).eval()

@@ -20,11 +20,14 @@ from torch import Tensor, nn
 from mohawk.data.next_tokens import IGNORED, next_labels
 from mohawk.data.packing import collate
 from mohawk.errors import UserError
+from mohawk.loading.causal import plain_model
 from mohawk.losses.heads import Head, final_hidden_states
 from mohawk.models.call import CACHE
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from mohawk.loading.causal import CausalLM
 
 ROWS = 256  # through the heads at once: 256 x 49152 float32 logits are 50 MB a side
 
@@ -101,7 +104,7 @@ def teacher_states(
 
 @torch.no_grad()
 def compare(
-    student: PreTrainedModel,
+    student: CausalLM,
     states: TeacherStates,
     *,
     device: str | torch.device | None = None,
@@ -160,7 +163,7 @@ def _predicting(batch: dict[str, Tensor]) -> Tensor:
 
 
 def packed_hidden_states(
-    model: PreTrainedModel,
+    model: CausalLM,
     batch: dict[str, Tensor],
     *,
     device: torch.device,
@@ -188,7 +191,7 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
 
 @torch.inference_mode()
 def decode_speed(
-    model: PreTrainedModel,
+    model: CausalLM,
     contexts: Sequence[int],
     new_tokens: int = 32,
     *,
@@ -206,7 +209,9 @@ def decode_speed(
     speeds = []
     with _evaluating(model):
         for context in contexts:
-            ids = torch.randint(model.config.get_text_config().vocab_size, (1, context), generator=generator)
+            ids = torch.randint(
+                plain_model(model).config.get_text_config().vocab_size, (1, context), generator=generator
+            )
             cache = output = None
             for start in range(0, context, chunk):
                 piece = ids[:, start : start + chunk].to(device)
@@ -228,7 +233,7 @@ def decode_speed(
     return speeds
 
 
-def _step(model: PreTrainedModel, ids: Tensor, start: int, cache: Any) -> Any:
+def _step(model: CausalLM, ids: Tensor, start: int, cache: Any) -> Any:
     positions = torch.arange(start, start + ids.shape[1], device=ids.device)[None]
     return model(input_ids=ids, position_ids=positions, use_cache=True, logits_to_keep=1, **{CACHE: cache})
 
@@ -260,7 +265,7 @@ def cache_bytes(cache: Any) -> int:
 
 
 @torch.inference_mode()
-def continuation(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: str, new_tokens: int = 60) -> str:
+def continuation(model: CausalLM, tokenizer: PreTrainedTokenizerBase, prompt: str, new_tokens: int = 60) -> str:
     """The model's greedy continuation of `prompt`, without it. Raises UserError for an empty prompt."""
     inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
     inputs.pop("token_type_ids", None)

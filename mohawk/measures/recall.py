@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from mohawk.data.next_tokens import IGNORED
 from mohawk.errors import UserError
 from mohawk.losses.heads import Head
 
@@ -82,7 +83,9 @@ def _collate(rows: Sequence[tuple[list[int], list[int]]]) -> dict[str, Tensor]:
     shape = len(rows), max(len(ids) for ids, _ in rows)
     # any id fills a row, since padding is masked everywhere
     batch = {name: torch.zeros(shape, dtype=torch.long) for name in ("input_ids", "position_ids")}
-    batch |= {name: torch.full(shape, fill) for name, fill in (("segment_ids", -1), ("labels", -100), ("values", -1))}
+    batch |= {
+        name: torch.full(shape, fill) for name, fill in (("segment_ids", -1), ("labels", IGNORED), ("values", -1))
+    }
     for row, (ids, values) in enumerate(rows):
         n = len(ids)
         batch["input_ids"][row, :n], batch["values"][row, :n] = torch.tensor(ids), torch.tensor(values)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from einops import rearrange, reduce
-from torch import Tensor, nn
+from torch import Tensor
+from transformers import PreTrainedModel
 
 from mohawk.models.cutting.sizes import attention_layers, sizes_of, ssm_layers
 from mohawk.models.families import attention_parts, decoder_layers, family_of
@@ -37,7 +40,7 @@ def random_importance(config, seed: int = 0) -> Importance:
 
 
 @torch.no_grad()
-def magnitude_importance(model: nn.Module) -> Importance:
+def magnitude_importance(model: PreTrainedModel) -> Importance:
     """The L2 norm of all projection weights that make a unit or read it, without norms and biases.
 
     A layer: all its projections. A hidden channel: its column of the embedding, its rows of what is added to the
@@ -47,9 +50,10 @@ def magnitude_importance(model: nn.Module) -> Importance:
         ValueError: an unsupported model.
     """
     own, family = sizes_of(model.config), family_of(model.config)
-    hidden = _columns(model.model.embed_tokens.weight)
-    if not model.config.tie_word_embeddings:
-        hidden = hidden + _columns(model.lm_head.weight)
+    whole: Any = model  # of its family's own class
+    hidden = _columns(whole.model.embed_tokens.weight)
+    if not whole.config.tie_word_embeddings:
+        hidden = hidden + _columns(whole.lm_head.weight)
     layers, ffn, heads, kv_heads, state_heads, state_groups, state_dims = ([] for _ in range(7))
     for layer in decoder_layers(model):
         readers = [getattr(layer.mlp, name).weight for name in family.mlp_inputs]

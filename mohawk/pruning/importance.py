@@ -23,6 +23,7 @@ from einops import reduce
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from mohawk.core.folders import why_altered, write_file
 from mohawk.models.cutting.cuts import Cut, resolve_layers
@@ -90,11 +91,12 @@ class Importance:
                 raise ValueError(f"{path} holds no importance scores; `measure_importance(...).save(path)` writes them")
             tensors = {name: file.get_tensor(name) for name in file.keys()}
         other = json.loads(header["importance"])
-        return cls(**tensors, **{name: tuple(v) if isinstance(v, list) else v for name, v in other.items()})
+        values: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in other.items()}
+        return cls(**tensors | values)
 
 
 @torch.no_grad()
-def measure_importance(model: nn.Module, batches: Iterable[Mapping[str, Tensor]]) -> Importance:
+def measure_importance(model: PreTrainedModel, batches: Iterable[Mapping[str, Tensor]]) -> Importance:
     """All scores in one pass.
 
     Args:
@@ -122,10 +124,10 @@ def measure_importance(model: nn.Module, batches: Iterable[Mapping[str, Tensor]]
 class _Meter:
     """Hooks on a model's modules and what they have added up."""
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: PreTrainedModel):
         self.model, self.hooks = model, ExitStack()
         self.squares: dict[tuple[str, int], Tensor] = {}  # (axis, layer or number of the norm) -> sum over rows
-        self.cosines: list[Tensor | float] = [0.0] * model.config.num_hidden_layers
+        self.cosines = [torch.zeros((), dtype=torch.float64)] * base_config(model.config).num_hidden_layers
         self.rows, self.tokens = 0, 0
         # of the batch that is run: documents (b, n), which tokens are real, and how many in each row
         self.segments = self.real = torch.empty(0)
@@ -239,16 +241,15 @@ def segments_in(batch: Mapping[str, Tensor], device: torch.device) -> Tensor:
     return segments.to(device)
 
 
-def run_decoder(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
+def run_decoder(model: PreTrainedModel, batch: Mapping[str, Tensor]) -> Tensor:
     """(b, n, hidden), a supported model's or hybrid's output behind its final norm, for a packed batch."""
     ids, segments = batch["input_ids"].to(model.device), segments_in(batch, model.device)
     positions = batch.get("position_ids")
     positions = positions_of(segments) if positions is None else positions.to(model.device)
     if isinstance(model, HybridForCausalLM):
-        body = model.body(ids, position_ids=positions, segment_ids=segments, use_cache=False)
-    else:
-        body = model.model(input_ids=ids, position_ids=positions, use_cache=False)
-    return body.last_hidden_state
+        return model.body(ids, position_ids=positions, segment_ids=segments, use_cache=False).last_hidden_state
+    body: Any = model.model
+    return body(input_ids=ids, position_ids=positions, use_cache=False).last_hidden_state
 
 
 def choose(importance: Importance, sizes: Sizes, *, layers: str | Sequence[int] | Tensor = "score") -> Cut:
@@ -285,6 +286,7 @@ def choose(importance: Importance, sizes: Sizes, *, layers: str | Sequence[int] 
             for row, i in attention
         }
     if (sizes.state_heads, sizes.state_groups) != (own.state_heads, own.state_groups):
+        assert sizes.state_heads is not None and sizes.state_groups is not None  # as in the model
         what["state_heads"] = {
             i: _in_groups(
                 importance.state_heads[row], importance.state_groups[row], sizes.state_heads, sizes.state_groups
@@ -292,6 +294,7 @@ def choose(importance: Importance, sizes: Sizes, *, layers: str | Sequence[int] 
             for row, i in ssm
         }
     if sizes.state_size != own.state_size:
+        assert sizes.state_size is not None
         what["state_dims"] = {
             i: [top(group, sizes.state_size) for group in importance.state_dims[row]] for row, i in ssm
         }

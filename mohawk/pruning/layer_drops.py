@@ -12,7 +12,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from transformers import PreTrainedModel
 
 from mohawk.data.next_tokens import IGNORED, next_labels
 from mohawk.kernels.kd.loss import linear_kd_loss
@@ -41,7 +42,7 @@ class _Skip(StandIn):
 
 
 @contextmanager
-def without_layer(model: nn.Module, index: int) -> Iterator[None]:
+def without_layer(model: PreTrainedModel, index: int) -> Iterator[None]:
     """Within it a decoder layer passes on what it gets."""
     layers = decoder_layers(model)
     layer = layers[index]
@@ -53,7 +54,7 @@ def without_layer(model: nn.Module, index: int) -> Iterator[None]:
 
 
 @torch.no_grad()
-def measure_layer_drops(model: nn.Module, batches: Iterable[Mapping[str, Tensor]]) -> LayerDrops:
+def measure_layer_drops(model: PreTrainedModel, batches: Iterable[Mapping[str, Tensor]]) -> LayerDrops:
     """Each layer left out in turn, on packed batches with labels (see `mohawk.data.packing`); the model is left as it
     was.
 

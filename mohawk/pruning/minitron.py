@@ -8,10 +8,11 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from transformers import GenerationConfig
+from torch import Tensor
+from transformers import GenerationConfig, PreTrainedModel
 
 from mohawk.errors import UserError
+from mohawk.loading.causal import plain_model
 from mohawk.models.cutting.cuts import Cut, cut, resolve_layers
 from mohawk.models.cutting.sizes import Sizes, base_config, check_sizes, sizes_of
 from mohawk.pruning.baselines import magnitude_importance, random_importance
@@ -58,7 +59,7 @@ class MinitronPruner:
 
     def __init__(
         self,
-        teacher: nn.Module,
+        teacher: PreTrainedModel,
         target_params: float | None = None,
         strategy: str = "importance",
         calibration: Iterable[Mapping[str, Tensor]] | Tensor | None = None,
@@ -144,6 +145,7 @@ class MinitronPruner:
 
     def _found(self) -> Sizes:
         config, own = self.teacher.config, sizes_of(self.teacher.config)
+        assert self.target_params is not None  # else the sizes were given
         share = self.target_params < 1
         whole = parameters_of(empty_model(config))
         kind, value = ("nonembedding", self.target_params * whole[1]) if share else ("parameters", self.target_params)
@@ -163,28 +165,28 @@ class MinitronPruner:
         raise ValueError(f"target_params: {reasons[0]}" + (tried if reasons[-1] != reasons[0] else ""))
 
 
-def written_text(model: nn.Module, rows: int = WRITTEN[0], length: int = WRITTEN[1], *, seed: int = 0) -> Tensor:
+def written_text(model: PreTrainedModel, rows: int = WRITTEN[0], length: int = WRITTEN[1], *, seed: int = 0) -> Tensor:
     """(rows, length) int64 ids that a causal LM writes at temperature 1 from its bos token, or from even draws.
 
     The same for the same seed. Modes, generation settings and random states are left as they were.
     """
-    device = model.device
+    writer, device = plain_model(model), model.device
     generator = torch.Generator().manual_seed(seed)
     first = torch.randint(model.config.vocab_size, (rows, 1), generator=generator)
     if (bos := base_config(model.config).bos_token_id) is not None and 0 <= bos < model.config.vocab_size:
         first.fill_(bos)
-    own, training = model.generation_config, model.training
+    own, training = writer.generation_config, model.training
     model.eval()
-    model.generation_config = GenerationConfig()  # which may have a repetition penalty or an end of its own
+    writer.generation_config = GenerationConfig()  # which may have a repetition penalty or an end of its own
     try:
         with torch.random.fork_rng([device] if device.type == "cuda" else []), torch.no_grad():
             torch.manual_seed(seed)
             settings = GenerationConfig(max_new_tokens=length - 1, do_sample=True, top_k=0, pad_token_id=0)
-            return model.generate(
+            return writer.generate(
                 first.to(device), attention_mask=torch.ones_like(first).to(device), generation_config=settings
             )
     finally:
-        model.generation_config = own
+        writer.generation_config = own
         model.train(training)
 
 

@@ -16,7 +16,7 @@ from mohawk.models.cutting.cuts import resolve_layers
 from mohawk.models.cutting.sizes import Sizes, check_cuttable, sized_config, sizes_of
 from mohawk.models.from_teacher import choose_layers
 from mohawk.pruning.layers import layer_kinds
-from mohawk.pruning.recipe import PruneRecipe, Target
+from mohawk.pruning.recipe import PruneRecipe, TargetSection
 from mohawk.pruning.search import Budget, Costs, candidates
 from mohawk.pruning.sizes import (
     between,
@@ -28,6 +28,7 @@ from mohawk.pruning.sizes import (
     spread,
     target_sizes,
 )
+from mohawk.schema.base import Phase
 
 log = logging.getLogger(__name__)
 
@@ -43,7 +44,7 @@ class Round:
     resulting configurations.
     """
 
-    target: Target
+    target: TargetSection
     where: str
     share: float = 1.0
     sizes: Sizes | None = None
@@ -69,7 +70,7 @@ def convert_options(recipe: PruneRecipe) -> dict[str, Any] | None:
     return {name: getattr(asked, name) for name in names}
 
 
-def budget_of(target: Target, config: Any, tolerance: float) -> Budget:
+def budget_of(target: TargetSection, config: Any, tolerance: float) -> Budget:
     """A target's budget in absolute terms; a share is of the teacher's, whose configuration is given."""
     name = target.budgets()[0]
     value = getattr(target, name)
@@ -167,7 +168,7 @@ def _check_rounds(plan: Plan) -> None:
         log.warning("prune: nothing is cut in round %s; fewer rounds lead to the same sizes", ", ".join(map(str, idle)))
 
 
-def _after_search(target: Target, start: Any) -> Any:
+def _after_search(target: TargetSection, start: Any) -> Any:
     """After a round with sizes of its own, of a model that a search before it may pick."""
     try:
         return _config_of(target, start, target_sizes(start, target))
@@ -175,7 +176,7 @@ def _after_search(target: Target, start: Any) -> Any:
         raise ValueError(f"{error}; so for one of the models that the search before it may pick") from error
 
 
-def _config_of(target: Target, start: Any, sizes: Sizes) -> Any:
+def _config_of(target: TargetSection, start: Any, sizes: Sizes) -> Any:
     """After a round, with the layers that it will keep where they are given; else as many, spread evenly."""
     layers, count = target.layers, sizes_of(start).layers
     named = layers is not None and not isinstance(layers, int)
@@ -267,6 +268,7 @@ def print_plan(plan: Plan, recipe: PruneRecipe, console: Console) -> None:
 
 def _costs_told(round_: Round) -> str:
     """What the model that is cut and the candidates cost, where it was counted now and not in a run before."""
+    assert round_.costs is not None and round_.budget is not None  # asked of rounds with a budget
     own = sizes_of(round_.start)
     found = [round_.costs.known(sizes, spread(own.layers, sizes.layers)) for sizes in (own, *round_.candidates)]
     told = [f"{cost:.3g}" if round_.budget.kind == "latency" else f"{cost:,.0f}" for cost in found if cost is not None]
@@ -277,10 +279,11 @@ def _costs_told(round_: Round) -> str:
 
 def _print_stages(recipe: PruneRecipe, console: Console) -> None:
     table = Table("stage", "tokens", "steps", "learning rate")
-    stages = [("correct", recipe.correct)] if recipe.correct else []
+    stages: list[tuple[str, Phase]] = [("correct", recipe.correct)] if recipe.correct else []
     if recipe.convert is not None:
         stages += [(name, phase) for name in ("mixing", "hidden") if (phase := getattr(recipe.convert, name))]
-    if times := sum(step.kind == "heal" for step in recipe.steps()):  # a smaller vocabulary alone needs none
+    times = sum(step.kind == "heal" for step in recipe.steps())
+    if recipe.heal is not None and times:  # a smaller vocabulary alone needs none
         stages.append((f"heal, {times} times" if times > 1 else "heal", recipe.heal))
     for name, stage in stages:
         table.add_row(name, f"{stage.tokens:,}", f"{stage.steps():,}", f"{stage.learning_rate:g}")

@@ -25,9 +25,9 @@ from mohawk.distillation.recipe import (
     kept_layers,
     stage_contradictions,
 )
-from mohawk.schema import yaml_text as recipe_text
 from mohawk.schema.base import (
     Batch,
+    Contradiction,
     Count,
     Length,
     RecipeFile,
@@ -72,25 +72,29 @@ def _vocabulary(value: Any) -> Any:
     return whole
 
 
-class Target(Section):
+class TargetSection(Section):
     """Sizes, or one budget for which depth and width are searched."""
 
     layers: Annotated[int | str | list[int], BeforeValidator(_layers)] | None = Field(
-        None,
+        default=None,
         description="how many layers stay, by layers_by; or which: every_second, first:k, last:k, without:a-b, a list",
     )
-    hidden: Count | None = Field(None, description="channels of the residual stream")
-    ffn: Count | None = Field(None, description="neurons of each MLP")
-    heads: Count | None = Field(None, description="query heads of each attention layer; null: as kv_heads leave them")
-    kv_heads: Count | None = Field(None, description="key-value heads of each attention layer")
-    state_heads: Count | None = Field(None, description="heads of each Mamba-2 layer")
-    state_groups: Count | None = Field(None, description="groups of B and C of each Mamba-2 layer")
-    state_size: Count | None = Field(None, description="state dimensions of each Mamba-2 group")
-    parameters: Annotated[float, BeforeValidator(_parameters)] | None = Field(
-        None, description="budget: of all parameters, or below 1 a share of those outside embedding and head"
+    hidden: Count | None = Field(default=None, description="channels of the residual stream")
+    ffn: Count | None = Field(default=None, description="neurons of each MLP")
+    heads: Count | None = Field(
+        default=None, description="query heads of each attention layer; null: as kv_heads leave them"
     )
-    memory: Positive | None = Field(None, description="budget: bytes of weights and of the state at `context`")
-    latency: Positive | None = Field(None, description="budget: milliseconds a decoded token takes here at `context`")
+    kv_heads: Count | None = Field(default=None, description="key-value heads of each attention layer")
+    state_heads: Count | None = Field(default=None, description="heads of each Mamba-2 layer")
+    state_groups: Count | None = Field(default=None, description="groups of B and C of each Mamba-2 layer")
+    state_size: Count | None = Field(default=None, description="state dimensions of each Mamba-2 group")
+    parameters: Annotated[float, BeforeValidator(_parameters)] | None = Field(
+        default=None, description="budget: of all parameters, or below 1 a share of those outside embedding and head"
+    )
+    memory: Positive | None = Field(default=None, description="budget: bytes of weights and of the state at `context`")
+    latency: Positive | None = Field(
+        default=None, description="budget: milliseconds a decoded token takes here at `context`"
+    )
 
     def sizes(self) -> list[str]:
         """Names of the sizes that are given."""
@@ -100,71 +104,77 @@ class Target(Section):
         return [name for name in BUDGETS if getattr(self, name) is not None]
 
 
-class Prune(Target):
+class Prune(TargetSection):
     rounds: Annotated[Whole, Field(ge=1, le=1000)] = Field(
-        1, description="cut and heal so many times, in equal ratios, until the target is reached"
+        default=1, description="cut and heal so many times, in equal ratios, until the target is reached"
     )
-    targets: list[Target] = Field([], description="a target for each round, instead of the one here")
+    targets: list[TargetSection] = Field(default=[], description="a target for each round, instead of the one here")
     vocabulary: Annotated[int | str, BeforeValidator(_vocabulary)] | None = Field(
-        None,
+        default=None,
         description="in the end keep the training text's tokens (corpus), or so many of its most frequent ones; a "
         "budget is met before that, with the whole vocabulary",
     )
     strategy: Literal["importance", "magnitude", "random"] = Field(
-        "importance", description="what stays: by activations on the calibration text, by norms of weights, by chance"
+        default="importance",
+        description="what stays: by activations on the calibration text, by norms of weights, by chance",
     )
     layers_by: Literal["block_importance", "kl", "perplexity", "contiguous"] = Field(
-        "block_importance",
+        default="block_importance",
         description="which layers stay; kl, perplexity: by their rise without the layer; contiguous: all but the block "
         "of least block importance",
     )
-    context: Length = Field(4096, description="tokens before the one that a memory or latency budget is about")
+    context: Length = Field(default=4096, description="tokens before the one that a memory or latency budget is about")
 
 
 class Calibration(Section):
-    tokens: Count = Field(262_144, description="tokens of training text that scores are measured on")
-    sequence_length: RowLength = Field(512, description="tokens in a row")
-    batch_size: Batch = Field(8, description="rows at once; has no other effect")
+    tokens: Count = Field(default=262_144, description="tokens of training text that scores are measured on")
+    sequence_length: RowLength = Field(default=512, description="tokens in a row")
+    batch_size: Batch = Field(default=8, description="rows at once; has no other effect")
     scores: Text | None = Field(
-        None, description="instead of measuring in the first round: an earlier run's rounds/1/importance.safetensors"
+        default=None,
+        description="instead of measuring in the first round: an earlier run's rounds/1/importance.safetensors",
     )
     layer_tokens: Count = Field(
-        16_384, description="tokens on which layers are left out in turn (layers_by: kl, perplexity)"
+        default=16_384, description="tokens on which layers are left out in turn (layers_by: kl, perplexity)"
     )
 
 
-class Search(Section):
+class SearchSection(Section):
     """Candidates for a budget: depths times ways to be narrower, ranked by KL on held-out text."""
 
-    depths: list[Count] | None = Field(None, description="numbers of layers to try; null: `steps` of them")
-    steps: Count = Field(4, description="depths from all layers to as few as reach the budget at full width")
+    depths: list[Count] | None = Field(default=None, description="numbers of layers to try; null: `steps` of them")
+    steps: Count = Field(default=4, description="depths from all layers to as few as reach the budget at full width")
     widths: Annotated[list[Literal["all", "inner", "ffn"]], Field(min_length=1)] = Field(
-        ["all", "ffn"], description="what is narrower: hidden, heads and MLPs (all), heads and MLPs (inner), MLPs (ffn)"
+        default=["all", "ffn"],
+        description="what is narrower: hidden, heads and MLPs (all), heads and MLPs (inner), MLPs (ffn)",
     )
     tolerance: Annotated[float, Field(gt=0, lt=1)] = Field(
-        0.03, description="share of the budget that may be unused; for latency, at least 0.1 in either direction"
+        default=0.03,
+        description="share of the budget that may be unused; for latency, at least 0.1 in either direction",
     )
     tokens: Annotated[Whole, Field(ge=0, le=10**15)] = Field(
-        1_000_000, description="tokens of healing for each candidate before it is ranked; 0: ranked as cut"
+        default=1_000_000, description="tokens of healing for each candidate before it is ranked; 0: ranked as cut"
     )
 
 
 class Convert(Student):
     """Mamba-2 in place of attention, after the last cut and before its healing."""
 
-    mixing: Mixing | None = Field(None, description="phase 1 against the pruned model's matrices; null: skip")
-    hidden: Hidden | None = Field(None, description="phase 2 against the pruned model's hidden states; null: skip")
+    mixing: Mixing | None = Field(default=None, description="phase 1 against the pruned model's matrices; null: skip")
+    hidden: Hidden | None = Field(
+        default=None, description="phase 2 against the pruned model's hidden states; null: skip"
+    )
 
 
 class Heal(Stage):
-    name: StageName = Field("heal", description="name of its folders, in front of _1, _2, ... for the rounds")
+    name: StageName = Field(default="heal", description="name of its folders, in front of _1, _2, ... for the rounds")
 
 
 class Correct(Stage):
-    name: StageName = Field("correct", description="name of its folder")
-    kd_weight: Weight = Field(0.0, description="0: the teacher learns from the text alone")
-    ce_weight: Weight = Field(1.0, description="weight of the cross entropy with the text")
-    learning_rate: Annotated[float, Field(gt=0, le=1)] = Field(2e-5, description="learning rate after warmup")
+    name: StageName = Field(default="correct", description="name of its folder")
+    kd_weight: Weight = Field(default=0.0, description="0: the teacher learns from the text alone")
+    ce_weight: Weight = Field(default=1.0, description="weight of the cross entropy with the text")
+    learning_rate: Annotated[float, Field(gt=0, le=1)] = Field(default=2e-5, description="learning rate after warmup")
 
 
 @dataclass(frozen=True)
@@ -183,16 +193,20 @@ class PruneRecipe(RecipeFile):
     teacher: DistillTeacher = Field(description="the model to prune, and to heal from")
     data: DistillData = Field(description="the text to train and evaluate on")
     prune: Prune = Field(description="what to cut to")
-    calibration: Calibration = Field(Calibration(), description="the text that scores are measured on")
-    search: Search = Field(Search(), description="the search for the depth and width that meet a budget")
-    correct: Correct | None = Field(None, description="fine-tune the teacher on the text first; null: do not")
-    convert: Convert | None = Field(None, description="make the pruned model a hybrid; null: do not")
-    heal: Heal | None = Field(Heal(), description="the distillation after each cut; null: none")
+    calibration: Calibration = Field(default=Calibration(), description="the text that scores are measured on")
+    search: SearchSection = Field(
+        default=SearchSection(), description="the search for the depth and width that meet a budget"
+    )
+    correct: Correct | None = Field(default=None, description="fine-tune the teacher on the text first; null: do not")
+    convert: Convert | None = Field(default=None, description="make the pruned model a hybrid; null: do not")
+    heal: Heal | None = Field(default=Heal(), description="the distillation after each cut; null: none")
     save_dtype: Literal["float32", "bfloat16", "float16"] = Field(
-        "float32",
+        default="float32",
         description="dtype of the final student's weights, and of those that a memory or latency budget counts",
     )
-    report_to: list[Text] = Field([], description="experiment trackers of transformers (tensorboard, wandb, ...)")
+    report_to: list[Text] = Field(
+        default=[], description="experiment trackers of transformers (tensorboard, wandb, ...)"
+    )
 
     # what a distillation asks of its recipe
 
@@ -215,7 +229,7 @@ class PruneRecipe(RecipeFile):
     def stages(self) -> list[Stage]:
         return [stage for stage in (self.correct, self.heal) if stage is not None]
 
-    def rounds(self) -> list[Target]:
+    def rounds(self) -> list[TargetSection]:
         """What each round aims at: its own target, or the one that all of them share."""
         return list(self.prune.targets) or [self.prune] * (self.prune.rounds if self.cuts() else 0)
 
@@ -249,7 +263,7 @@ class PruneRecipe(RecipeFile):
         """Whether anything but the vocabulary is cut."""
         return bool(self.prune.targets or self.prune.sizes() or self.prune.budgets())
 
-    def contradictions(self) -> Iterator[tuple[list[recipe_text.Path], str]]:
+    def contradictions(self) -> Iterator[Contradiction]:
         yield from super().contradictions()
         yield from data_contradictions(self.data, ("data",))
         for key in ("quantize", "device_map"):
@@ -271,7 +285,7 @@ class PruneRecipe(RecipeFile):
         if self.convert is not None:
             yield from _convert_contradictions(self.convert)
 
-    def _target_contradictions(self):
+    def _target_contradictions(self) -> Iterator[Contradiction]:
         prune = self.prune
         own = [*prune.sizes(), *prune.budgets()]
         places = [(("prune",), "prune", prune)]
@@ -316,7 +330,7 @@ class PruneRecipe(RecipeFile):
                     "search.tokens: candidates are healed as heal says, which is null; set search.tokens to 0",
                 )
 
-    def _stages_contradictions(self):
+    def _stages_contradictions(self) -> Iterator[Contradiction]:
         for key in ("correct", "heal"):
             stage = getattr(self, key)
             if stage is None:
@@ -348,7 +362,7 @@ class PruneRecipe(RecipeFile):
                 yield [(key, "name")], f"{key}.name: {stage.name} is the name of another stage; give it another"
 
 
-def _convert_contradictions(convert: Convert):
+def _convert_contradictions(convert: Convert) -> Iterator[Contradiction]:
     if convert.gate == "output" and convert.init != "attention":
         yield (
             [("convert", "gate"), ("convert", "init")],

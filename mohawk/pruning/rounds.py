@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from transformers import PreTrainedModel
 
 from mohawk.core.folders import weights_sum
 from mohawk.core.json_files import read_json, write_json
@@ -33,8 +33,8 @@ from mohawk.pruning.importance import Importance, check_scores, choose, chosen_l
 from mohawk.pruning.layer_drops import measure_layer_drops
 from mohawk.pruning.layers import chosen_with_mix, layer_kinds, mix_of
 from mohawk.pruning.plan import Plan, Round, costs_of, found_for
-from mohawk.pruning.recipe import Target
-from mohawk.pruning.search import search, within
+from mohawk.pruning.recipe import TargetSection
+from mohawk.pruning.search import Budget, search, within
 from mohawk.pruning.sizes import between, parameters_of, present, target_sizes
 from mohawk.runs.context import RunContext
 from mohawk.runs.kept import Drops, Search
@@ -54,7 +54,7 @@ def given_scores(path: str) -> Importance:
         ) from error
 
 
-def cut_in_float32(base: nn.Module, what: Cut) -> nn.Module:
+def cut_in_float32(base: PreTrainedModel, what: Cut) -> PreTrainedModel:
     """A trainable cut; weights that it rescales or folds into others are rounded to float32, whatever the model has.
 
     The float32 copy of another dtype's model is gone when this returns.
@@ -86,15 +86,15 @@ class Rounds:
             shutil.rmtree(folder)
         write_json(kept, {"weights": left})
 
-    def cut(self, number: int, base: nn.Module) -> nn.Module:
+    def cut(self, number: int, base: PreTrainedModel) -> PreTrainedModel:
         """A round's cut of the teacher, or of the student so far."""
         round_, folder = self.plan.rounds[number - 1], self.folder(number)
         scores = self._scores(number, base)
         layers = self._layer_scores(number, base, round_)
         sizes = self._sizes(number, base, scores, layers)
         sizes = present(base.config, sizes)
-        if self._mix(number) is not None:
-            sizes, layers = self._mixed(number, base, scores, layers, sizes)
+        if (mix := self._mix(number)) is not None:
+            sizes, layers = self._mixed(number, base, scores, layers, sizes, mix)
         with mistakes(round_.where):
             what = choose(scores, sizes, layers=layers)
             smaller = cut_in_float32(base, what)
@@ -112,21 +112,36 @@ class Rounds:
         all layers are alike."""
         if self.run.recipe.prune.targets or len(self.plan.rounds) == 1 or self.plan.rounds[0].budget is None:
             return None
-        state = from_first(lambda: read_json(self.folder(1) / "search.json", Search))
-        mix = mix_of(self.plan.config, state["candidates"][state["picked"]]["layers"])
-        return mix if len(set(layer_kinds(self.plan.config))) > 1 else None
+        if len(set(layer_kinds(self.plan.config))) == 1:
+            return None
+        return mix_of(self.plan.config, self._picked(1)["layers"])
+
+    def _picked(self, number: int) -> dict[str, Any]:
+        """The candidate that a round's search picked. Raises UserError where what it left is lost."""
+        state = self._search_so_far(number)
+        if state is None or "picked" not in state:
+            run = self.run.folder
+            raise UserError(
+                f"{self.folder(number) / 'search.json'} is missing or damaged, and every round cuts towards what round "
+                f"{number} picked; put it back, or delete {run / 'phases'} and {run / 'rounds'} to begin again"
+            )
+        return state["candidates"][state["picked"]]
+
+    def _search_so_far(self, number: int) -> dict[str, Any] | None:
+        return from_first(lambda: read_json(self.folder(number) / "search.json", Search))
 
     def _mixed(
-        self, number: int, base: nn.Module, scores: Importance, layers: Any, sizes: Sizes
+        self, number: int, base: PreTrainedModel, scores: Importance, layers: Any, sizes: Sizes, mix: Counter[str]
     ) -> tuple[Sizes, list[int]]:
         """A round's sizes and layers on the way to what round 1 priced: never more in the end than its budget."""
-        kept = chosen_with_mix(scores, sizes.layers, layers, layer_kinds(base.config), self._mix(number))
+        kept = chosen_with_mix(scores, sizes.layers, layers, layer_kinds(base.config), mix)
         if number == len(self.plan.rounds):
             budget = self.plan.rounds[0].budget
+            assert budget is not None  # or there was no mix
             sizes = within(costs_of(self.run.recipe, base.config, budget.kind, self.run.device), budget, sizes, kept)
         return sizes, kept
 
-    def _check_budget(self, number: int, smaller: nn.Module) -> None:
+    def _check_budget(self, number: int, smaller: PreTrainedModel) -> None:
         """One line where the last cut exceeds its budget."""
         last = self.plan.rounds[-1]
         budget = last.budget if self.run.recipe.prune.targets else self.plan.rounds[0].budget
@@ -139,10 +154,10 @@ class Rounds:
                 f"{budget.told(budget.value)}", highlight=False,
             )  # fmt: skip
 
-    def _scores(self, number: int, base: nn.Module) -> Importance:
+    def _scores(self, number: int, base: PreTrainedModel) -> Importance:
         return from_first(lambda: self._kept_scores(number, base))
 
-    def _kept_scores(self, number: int, base: nn.Module) -> Importance:
+    def _kept_scores(self, number: int, base: PreTrainedModel) -> Importance:
         path = self.folder(number) / "importance.safetensors"
         if path.is_file():
             try:
@@ -153,7 +168,7 @@ class Rounds:
         scores.save(path)
         return scores
 
-    def _measured_scores(self, number: int, base: nn.Module) -> Importance:
+    def _measured_scores(self, number: int, base: PreTrainedModel) -> Importance:
         strategy = self.run.recipe.prune.strategy
         if strategy == "magnitude":
             return magnitude_importance(base)
@@ -186,11 +201,11 @@ class Rounds:
         for start in range(0, count, asked.batch_size):
             yield collate([rows[i] for i in range(start, min(start + asked.batch_size, count))])
 
-    def _layer_scores(self, number: int, base: nn.Module, round_: Round) -> Any:
+    def _layer_scores(self, number: int, base: PreTrainedModel, round_: Round) -> Any:
         """What `choose` calls layers: a word, indices, or scores of its own."""
         return from_first(lambda: self._kept_layer_scores(number, base, round_))
 
-    def _kept_layer_scores(self, number: int, base: nn.Module, round_: Round) -> Any:
+    def _kept_layer_scores(self, number: int, base: PreTrainedModel, round_: Round) -> Any:
         given, by = round_.target.layers, self.run.recipe.prune.layers_by
         if given is not None and not isinstance(given, int):
             return given
@@ -207,7 +222,7 @@ class Rounds:
             write_json(path, found)
         return torch.tensor(found[by], dtype=torch.float64)
 
-    def _sizes(self, number: int, base: nn.Module, scores: Importance, layers: Any) -> Sizes:
+    def _sizes(self, number: int, base: PreTrainedModel, scores: Importance, layers: Any) -> Sizes:
         """What a round cuts to: planned, searched, or on the way to what the first round's search picked."""
         round_ = self.plan.rounds[number - 1]
         if round_.budget is None and round_.sizes is not None:
@@ -215,15 +230,15 @@ class Rounds:
         if round_.budget is None and round_.target.sizes():
             with mistakes(round_.where):
                 return target_sizes(base.config, self._still_there(number, base))
-        searched = number if round_.budget is not None else 1
-        state = from_first(lambda: read_json(self.folder(searched) / "search.json", Search))
-        if state is None or "picked" not in state:
-            picked = self._search(number, base, scores, layers)
-        else:
+        if round_.budget is None:
+            picked = Sizes(**self._picked(1)["sizes"])
+        elif (state := self._search_so_far(number)) is not None and "picked" in state:
             picked = Sizes(**state["candidates"][state["picked"]]["sizes"])
+        else:
+            picked = self._search(number, base, scores, layers, round_.budget)
         return between(self.plan.config, picked, round_.share)
 
-    def _still_there(self, number: int, base: nn.Module) -> Target:
+    def _still_there(self, number: int, base: PreTrainedModel) -> TargetSection:
         """A round's target without sizes of a kind of layer of which the rounds before have left none."""
         target = self.plan.rounds[number - 1].target
         gone = [name for name in target.sizes() if name.startswith("state_")] if not ssm_layers(base.config) else []
@@ -236,37 +251,40 @@ class Rounds:
 
     # ---- the search ----
 
-    def _search(self, number: int, base: nn.Module, scores: Importance, layers: Any) -> Sizes:
+    def _search(self, number: int, base: PreTrainedModel, scores: Importance, layers: Any, budget: Budget) -> Sizes:
         round_, folder = self.plan.rounds[number - 1], self.folder(number)
 
         def kept(count: int) -> Sequence[int]:
             return chosen_layers(scores, count, layers)
 
-        costs, found = round_.costs, round_.candidates
+        found = round_.candidates
         # the plan knew neither which of unlike layers stay nor what a later round begins with
         alike = len(set(layer_kinds(self.plan.config))) == 1
-        planned = number == 1 and (alike or round_.budget.kind == "latency")
-        if not planned:
-            costs = costs_of(self.run.recipe, base.config, round_.budget.kind, self.run.device)
+        planned = number == 1 and (alike or budget.kind == "latency")
+        costs = round_.costs if planned else None
+        if costs is None:
+            costs = costs_of(self.run.recipe, base.config, budget.kind, self.run.device)
             if not from_first((folder / "search.json").is_file):  # whose candidates are kept
-                found = from_first(lambda: found_for(self.run.recipe, costs, round_.budget, round_.where, kept))
+                found = from_first(lambda: found_for(self.run.recipe, costs, budget, round_.where, kept))
         light = self._light_healing(folder) if self.run.recipe.search.tokens else None
         picked = search(
-            found, costs, round_.budget, kept=kept, heal=light, measure=partial(on_held_out, self.run), folder=folder,
+            found, costs, budget, kept=kept, heal=light, measure=partial(on_held_out, self.run), folder=folder,
             make=lambda sizes: cut_in_float32(base, choose(scores, sizes, layers=layers)),
             console=self.run.console,
         )  # fmt: skip
         plot = plot_file(self.run.folder, f"search_{number}")
-        on_first(lambda: plot_candidates(read_json(folder / "search.json", Search), plot))
+        state = self._search_so_far(number)
+        assert state is not None  # the search has written it
+        on_first(lambda: plot_candidates(state, plot))
         return picked
 
-    def _light_healing(self, folder: Path) -> Callable[[int, nn.Module], None]:
+    def _light_healing(self, folder: Path) -> Callable[[int, PreTrainedModel], None]:
         asked = {"tokens": self.run.recipe.search.tokens, "advance": None}
 
         # checkpoints and metrics are none of the run's
         trainer = StageTrainer(replace(self.run, folder=folder))
 
-        def heal(number: int, student: nn.Module) -> None:
+        def heal(number: int, student: PreTrainedModel) -> None:
             name = f"candidate_{number + 1}"
             trainer.train(0, self.run.recipe.heal.model_copy(update={**asked, "name": name}), student, None)
             weights = phase_folder(folder, name)

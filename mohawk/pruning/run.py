@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 from rich.console import Console
-from torch import nn
+from transformers import PreTrainedModel
 
 from mohawk.conversion.run import train_phase
 from mohawk.core.folders import is_complete
@@ -31,6 +31,7 @@ from mohawk.errors import UserError
 from mohawk.loading.models import building, load_config, load_teacher, load_tokenizer
 from mohawk.models.cutting.sizes import Sizes, sizes_of
 from mohawk.models.from_teacher import hybrid_from_teacher
+from mohawk.models.hybrid import HybridForCausalLM
 from mohawk.pruning.plan import Plan, convert_options, make_plan, print_plan
 from mohawk.pruning.recipe import PruneRecipe, PruneStep
 from mohawk.pruning.rounds import Rounds, given_scores
@@ -61,8 +62,7 @@ def prune(recipe: PruneRecipe, *, dry_run: bool = False) -> None:
 
     def plan(console: Console) -> Plan:
         about = recipe.teacher
-        where = {key: getattr(about, key) for key in ("gguf_file", "revision", "trust_remote_code")}
-        config = first_before_others(lambda: load_config(about.model, **where))
+        config = first_before_others(lambda: load_config(about.model, **about.where))
         with building(config, about.model):
             empty_model(config)
         planned = _plan(recipe, config, Path(recipe.output))
@@ -81,7 +81,7 @@ def prune(recipe: PruneRecipe, *, dry_run: bool = False) -> None:
 def opened(recipe: PruneRecipe, folder: Path, console: Console, *, trains: bool = True) -> RunContext[StageData]:
     """A pruning's folder with its teacher, corrected where that is over, and data; see `open_run`."""
 
-    def load_it(device: torch.device) -> nn.Module:
+    def load_it(device: torch.device) -> PreTrainedModel:
         """The teacher; once it was corrected, and measured, nothing is left to compare with the one as it was."""
         if recipe.correct is not None:
             corrected = phase_student(folder, recipe.correct.name)
@@ -118,19 +118,21 @@ def _plan(recipe: PruneRecipe, config: Any, run: Path) -> Plan:
         return make_plan(recipe, config, device, _saved_candidates(run, recipe))
 
     plan = on_first(make)
-    found = from_first(lambda: plan.rounds[0].candidates if plan.rounds else [])
+    found = from_first(lambda: plan.rounds[0].candidates if plan is not None and plan.rounds else [])
     return make_plan(recipe, config, device, found) if plan is None else plan
 
 
 def _saved_candidates(run: Path, recipe: PruneRecipe) -> list[Sizes]:
     """What a stopped run of this very recipe found for its first round; another's are none of it."""
     saved = read_json(run / "rounds" / "1" / "search.json", Search)
+    if saved is None:
+        return []
     try:
-        old = PruneRecipe.load(run / RECIPE) if saved else None
+        old = PruneRecipe.load(run / RECIPE)
     except UserError:  # another program's, or another kind of run's; `claimed` says so
         return []
     decide = ("teacher", "prune", "search", "convert", "save_dtype")
-    if old is None or any(getattr(old, name) != getattr(recipe, name) for name in decide):
+    if any(getattr(old, name) != getattr(recipe, name) for name in decide):
         return []
     return [Sizes(**row["sizes"]) for row in saved["candidates"]]
 
@@ -160,11 +162,11 @@ class Pruning:
     def _finish(self) -> None:
         """The report."""
         run, steps, final = self.run, self.run.recipe.steps(), self.run.folder / STUDENT
-        student = load_teacher(final, dtype="auto", device=run.device)
+        student = load_teacher(final, dtype="auto", device=run.device, who="student")
         finish(
             run.folder, run.recipe, student.eval(), run.teacher, run.tokenizer, run.console,
             stages={step.name: step.told for step in steps}, labels=self._labels(steps),
-            own_tables=self._tables(student), student_tokenizer=load_tokenizer(final),
+            own_tables=self._tables(student), student_tokenizer=load_tokenizer(final, who="student"),
         )  # fmt: skip
 
     def _step(self, step: PruneStep) -> Step:
@@ -172,23 +174,25 @@ class Pruning:
         run, recipe = self.run, self.run.recipe
         if step.kind == "correct":
 
-            def correct(student: nn.Module | None, before: str | None) -> nn.Module:
+            def correct(student: PreTrainedModel | None, before: str | None) -> PreTrainedModel:
                 teacher = copy.deepcopy(run.teacher).float().requires_grad_(True)
                 return self.trainer.train(0, recipe.correct, teacher, before)
 
             return Step(step.name, correct, recipe.correct, needed=True, then=self._replace_teacher)
         if step.kind == "cut":
 
-            def cut(student: nn.Module | None, before: str | None) -> nn.Module:
+            def cut(student: PreTrainedModel | None, before: str | None) -> PreTrainedModel:
                 on_first(lambda: self.rounds.forget_scores(step.round, before))
                 return self.rounds.cut(step.round, run.teacher if student is None else student)
 
             return Step(step.name, cut)
         if step.kind == "convert":
 
-            def convert(student: nn.Module | None, before: str | None) -> nn.Module:
+            def convert(student: PreTrainedModel | None, before: str | None) -> PreTrainedModel:
+                options = convert_options(recipe)
+                assert options is not None  # or there was no such step
                 torch.manual_seed(recipe.seed)
-                hybrid = hybrid_from_teacher(run.teacher if student is None else student, **convert_options(recipe))
+                hybrid = hybrid_from_teacher(run.teacher if student is None else student, **options)
                 return hybrid.float().requires_grad_(True)
 
             return Step(step.name, convert)
@@ -197,12 +201,13 @@ class Pruning:
             return Step(step.name, functools.partial(self.trainer.train, 0, stage), stage)
         return Step(step.name, functools.partial(self._match, step.name), getattr(recipe.convert, step.name))
 
-    def _replace_teacher(self, corrected: nn.Module) -> None:
+    def _replace_teacher(self, corrected: PreTrainedModel) -> None:
         """From here on all is compared with, and cut from, the teacher as fine-tuned on the text."""
+        # pyrefly: ignore[bad-argument-type]  # transformers wraps `to` and loses its parameters
         self.run.teacher = corrected.to(self.run.teacher.dtype).eval().requires_grad_(False)
         self.run.ask_teacher()
 
-    def _match(self, name: str, student: nn.Module, before: str | None) -> nn.Module:
+    def _match(self, name: str, student: HybridForCausalLM, before: str | None) -> HybridForCausalLM:
         """Phase 1 or 2 of a conversion, against the pruned model."""
         run, recipe, parent = self.run, self.run.recipe, self.run.teacher
         phase = getattr(recipe.convert, name)
@@ -210,7 +215,7 @@ class Pruning:
             folder = phase_student(run.folder, f"prune_{len(self.plan.rounds)}")
             if not from_first(lambda: is_complete(folder)):
                 raise UserError(f"{folder} is missing or damaged; to make it again, delete {folder.parent.parent}")
-            parent = load_teacher(folder, device=run.device)
+            parent = load_teacher(folder, device=run.device, who="student")
         wanted = phase.steps() * phase.rows
         rows = training_rows(recipe.data, run.data.sources, phase.sequence_length, wanted, recipe.seed, run.pad)
         train_phase(run, name, phase, student, parent, rows, before)
@@ -225,14 +230,15 @@ class Pruning:
         # the last step's are in another dtype, or have more tokens
         return is_final(self.run, last, same_weights=False)
 
-    def _write_final(self, student: nn.Module, last: str | None) -> None:
+    def _write_final(self, student: PreTrainedModel, last: str | None) -> None:
         student = copy.deepcopy(student) if student is self.run.teacher else student
+        # pyrefly: ignore[bad-argument-type]  # transformers wraps `to` and loses its parameters
         student, tokenizer = student.to(getattr(torch, self.run.recipe.save_dtype)), self.run.tokenizer
         if self.run.recipe.prune.vocabulary is not None:
             with mistakes("prune.vocabulary"):
                 trimmed = trim_vocabulary(student, tokenizer, ids=self._tokens_wanted)
             student, tokenizer = trimmed.model, trimmed.tokenizer
-            covered = {"before": self.plan.own.vocabulary, "after": len(trimmed.tokens)}
+            covered: dict[str, Any] = {"before": self.plan.own.vocabulary, "after": len(trimmed.tokens)}
             covered["why"] = {reason: len(tokens) for reason, tokens in self._reasons_to_keep.items()}
             for name in ("held_out", "evaluation"):
                 counts = self._token_counts(name)
@@ -273,7 +279,7 @@ class Pruning:
                 labels[step.name] = "L2 distance per token"
         return labels
 
-    def _tables(self, student: nn.Module) -> list[Table]:
+    def _tables(self, student: PreTrainedModel) -> list[Table]:
         """What was cut, what was searched, and which tokens are left."""
         rows = [["teacher", *sizes_row(self.plan.own), *(f"{n:,}" for n in parameters_of(self.run.teacher))]]
         searches = []

@@ -15,13 +15,12 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from mohawk.core.json_files import read_json, write_json
 from mohawk.core.processes import from_first, on_first
 from mohawk.errors import UserError
-from mohawk.loading.describe import describe_layers
+from mohawk.loading.describe import state_sizes
 from mohawk.measures.compare import Comparison, decode_speed
 from mohawk.models.cutting.sizes import Sizes, sized_config, sizes_of
 from mohawk.models.families import needed_attention
@@ -110,8 +109,7 @@ class Costs:
             return float(total if self.kind == "parameters" else inside)
         model.config.dtype = self.dtype
         if self.kind == "memory":
-            state = sum(layer.state_bytes(self.context) for layer in describe_layers(model))
-            return float(total * self.dtype.itemsize + state)
+            return float(total * self.dtype.itemsize + sum(state_sizes(model, self.context)))
         config = model.config
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
@@ -265,9 +263,9 @@ def search(
     budget: Budget,
     *,
     kept: Kept,
-    make: Callable[[Sizes], nn.Module],
-    heal: Callable[[int, nn.Module], None] | None,
-    measure: Callable[[nn.Module], Comparison],
+    make: Callable[[Sizes], PreTrainedModel],
+    heal: Callable[[int, PreTrainedModel], None] | None,
+    measure: Callable[[PreTrainedModel], Comparison],
     folder: Path,
     console: Console,
 ) -> Sizes:

@@ -9,10 +9,9 @@ from dataclasses import asdict, replace
 from typing import Any
 
 import torch
-from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from mohawk.conversion.plan import kind_of
+from mohawk.conversion.plan import parameter_kind
 from mohawk.models.cutting.cuts import resolve_layers
 from mohawk.models.cutting.sizes import (
     Sizes,
@@ -31,8 +30,8 @@ WIDTHS = ("all", "inner", "ffn")  # what a narrower model has less of: everythin
 def target_sizes(config: Any, target: Any) -> Sizes:
     """The sizes that a target with sizes asks of a model of this configuration.
 
-    target: has the attributes of `mohawk.pruning.recipe.Target`. Heads follow kv heads that go, and state groups state
-    heads where each has a group of its own.
+    target: has the attributes of `mohawk.pruning.recipe.TargetSection`. Heads follow kv heads that go, and state groups
+    state heads where each has a group of its own.
 
     Raises:
         ValueError: sizes that the model cannot be cut to, in one line.
@@ -47,7 +46,7 @@ def target_sizes(config: Any, target: Any) -> Sizes:
         raise ValueError(f"kv_heads: got {wanted['kv_heads']}, allowed: 1 to {own.kv_heads}, the model's own")
     if "kv_heads" in wanted and "heads" not in wanted:
         wanted["heads"] = wanted["kv_heads"] * (own.heads // own.kv_heads)
-    if own.state_heads is not None:
+    if own.state_heads is not None and own.state_groups is not None:
         per_group = own.state_heads // own.state_groups
         if "state_heads" in wanted and "state_groups" not in wanted and per_group == 1:
             wanted["state_groups"] = wanted["state_heads"]
@@ -110,7 +109,7 @@ def between(config: Any, final: Sizes, share: float) -> Sizes:
         return {groups: count, heads: count * per_group}
 
     sizes = {"layers": on_the_way("layers"), "ffn": on_the_way("ffn", unit(own.ffn))}
-    if own.state_heads is not None:
+    if own.state_heads is not None and own.state_groups is not None:
         sizes |= grouped("state_heads", "state_groups") | {"state_size": on_the_way("state_size")}
     narrow = sizes | grouped("heads", "kv_heads")
     step = hidden_step(own.hidden, narrow["heads"])
@@ -130,7 +129,7 @@ def allowed(config: Any, sizes: Sizes) -> bool:
     return True
 
 
-def empty_model(config: Any, convert: dict[str, Any] | None = None) -> nn.Module:
+def empty_model(config: Any, convert: dict[str, Any] | None = None) -> PreTrainedModel:
     """The model of a configuration on the meta device; `convert`: then made a hybrid with these options."""
     with torch.device("meta"):
         config = copy.deepcopy(config)
@@ -142,20 +141,19 @@ def empty_model(config: Any, convert: dict[str, Any] | None = None) -> nn.Module
     return model
 
 
-def parameters_of(model: nn.Module) -> tuple[int, int]:
+def parameters_of(model: PreTrainedModel) -> tuple[int, int]:
     """(all parameters, those outside embedding and head), tied ones once."""
-    ends = {
-        id(p): p for part in (model.get_input_embeddings(), model.get_output_embeddings()) for p in part.parameters()
-    }
+    both = (model.get_input_embeddings(), model.get_output_embeddings())
+    ends = {id(p): p for part in both if part is not None for p in part.parameters()}
     total = sum(p.numel() for p in model.parameters())
     return total, total - sum(p.numel() for p in ends.values())
 
 
-def parameters_by_kind(model: nn.Module) -> dict[str, int]:
+def parameters_by_kind(model: PreTrainedModel) -> dict[str, int]:
     """Parameters of the embedding, the head (where it has its own), attention, mixers, MLPs and norms."""
     kinds: dict[str, int] = {}
     for name, parameter in model.named_parameters():
-        kind = kind_of(name, ssm_layers(model.config))
+        kind = parameter_kind(name, ssm_layers(model.config))
         kinds[kind] = kinds.get(kind, 0) + parameter.numel()
     return kinds
 
@@ -173,7 +171,7 @@ def narrower(config: Any, own: Sizes, width: str, steps: int = 64) -> list[Sizes
         if width != "ffn":
             if attention_layers(config):
                 sizes |= _fewer_heads(own, "heads", "kv_heads", share)
-            if own.state_heads is not None:
+            if own.state_heads is not None and own.state_groups is not None:
                 sizes |= _fewer_heads(own, "state_heads", "state_groups", share)
         options = [own.hidden]
         if width == "all":

@@ -29,7 +29,7 @@ from mohawk.data.source_files import source_content
 from mohawk.data.text import tokenizer_key
 from mohawk.errors import UserError
 from mohawk.runs.kept import Bound
-from mohawk.schema.base import sections
+from mohawk.schema.base import CheckpointSection, sections
 
 log = logging.getLogger(__name__)
 
@@ -141,8 +141,8 @@ def inputs_of(recipe: Any, tokenizer: Any) -> Iterator[tuple[str, list[str]]]:
 
 def _models_of(recipe: Any) -> Iterator[tuple[str, list[str]]]:
     for at, section in sections(recipe):
-        if getattr(section, "model", None) is not None:
-            for what, digest in _model(section).items():
+        if isinstance(section, CheckpointSection) and section.model is not None:
+            for what, digest in _model(section, at).items():
                 yield f"{at} {what}", [section.model, digest]
 
 
@@ -155,11 +155,12 @@ def versions() -> dict[str, str]:
     return own | {package: found for package in PACKAGES if (found := version(package))}
 
 
-def _model(section: Any) -> dict[str, str]:
+def _model(section: CheckpointSection, at: str) -> dict[str, str]:
     """Hashes of a model's weights and configuration, or the commit of one on the hub."""
     from mohawk.loading.models import locate
 
-    name, gguf_file = locate(section.model, section.gguf_file)
+    assert section.model is not None
+    name, gguf_file = locate(section.model, section.gguf_file, at)
     folder = Path(name)
     if not folder.is_dir():
         commit = _commit(name, section.revision)
@@ -168,18 +169,18 @@ def _model(section: Any) -> dict[str, str]:
         return {"weights": sha256_of([folder / gguf_file])[0]}
     files = sorted(path for path in folder.iterdir() if path.suffix in WEIGHTS and path.suffix != ".gguf")
     sums = [f"{path.name} {digest}" for path, digest in zip(files, sha256_of(files), strict=True)]
-    config = {file: _configuration(folder / file) for file in CONFIGURATION if (folder / file).is_file()}
+    config = {file: _configuration(folder / file, at) for file in CONFIGURATION if (folder / file).is_file()}
     return {
         "weights": hashlib.sha256("\n".join(sums).encode()).hexdigest(),
         "configuration": hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest(),
     }
 
 
-def _configuration(path: Path) -> Any:
+def _configuration(path: Path, at: str) -> Any:
     try:
         value = parse_json(path.read_bytes())
     except ValueError as error:
-        raise UserError(f"teacher: {path} cannot be read ({error}); give a checkpoint with a sound one") from error
+        raise UserError(f"{at}: {path} cannot be read ({error}); give a checkpoint with a sound one") from error
     return {key: entry for key, entry in value.items() if key not in UNRELATED} if isinstance(value, dict) else value
 
 

@@ -129,12 +129,14 @@ def open_run(
     """
     device, about = pick_device(recipe.device), recipe.teacher
     autocast = autocast_dtype(recipe.precision, device)
-    where = {key: getattr(about, key) for key in ("gguf_file", "revision", "trust_remote_code")}
-    tokenizer = first_before_others(lambda: teacher_tokenizer(about.model, tokenizer=about.tokenizer, **where))
+    tokenizer = first_before_others(lambda: teacher_tokenizer(about.model, tokenizer=about.tokenizer, **about.where))
     data = first_before_others(lambda: read(tokenizer))
     precision = str(autocast or "float32").removeprefix("torch.")
     on_first(lambda: bind(folder, recipe, tokenizer, precision, record=trains))
-    teacher = load_teacher(about.model, dtype=about.dtype, device=device, **where) if load is None else load(device)
+    if load is None:
+        teacher = load_teacher(about.model, dtype=about.dtype, device=device, **about.where)
+    else:
+        teacher = load(device)
     for name, tokens in data.texts():
         refuse_tokens(tokens, name, teacher.config.get_text_config().vocab_size)
     run = RunContext(recipe, folder, console, device, autocast, tokenizer, data, teacher, {})

@@ -23,11 +23,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from mohawk.distillation.recipe import DistillSource
-    from mohawk.schema.base import RecipeFile
+    from mohawk.schema.base import CheckpointSection, RecipeFile
 
 log = logging.getLogger(__name__)
 
-WHERE = ("gguf_file", "revision", "trust_remote_code")
 LOOKED_AT = 200  # rows of a text that are read
 
 
@@ -45,10 +44,10 @@ def check_inputs(
         UserError: a tokenizer that is not the teacher's or larger than its model, a package that is missing, a text
             that is not there, whose rows lack a field or have something else in it, a cache that does not fit.
     """
-    where = {key: getattr(recipe.teacher, key) for key in WHERE}
-    missing = recipe.teacher.tokenizer is None and own_tokenizer(recipe.teacher.model, **where) is None
+    teacher = recipe.teacher
+    missing = teacher.tokenizer is None and own_tokenizer(teacher.model, **teacher.where) is None
     if planning and missing:
-        log.warning("teacher: %s has no tokenizer; what depends on it is not checked", recipe.teacher.model)
+        log.warning("teacher: %s has no tokenizer; what depends on it is not checked", teacher.model)
     tokenizer = None if planning and missing else _check_tokenizers(recipe)
     for name, teacher in _teachers(recipe):
         _check_packages(name, teacher)
@@ -98,39 +97,35 @@ def _check_tokenizers(recipe: RecipeFile) -> PreTrainedTokenizerBase:
     """The teacher's, which reads all text and is saved with the student: all models have to read its ids alike."""
     tokenizer: Any = None
     for name, teacher in _teachers(recipe):
-        where = {key: getattr(teacher, key) for key in WHERE}
+        where = teacher.where | {"who": name}
         if tokenizer is None:
             tokenizer = teacher_tokenizer(teacher.model, tokenizer=teacher.tokenizer, **where)
             continue
         own = None
         if teacher.tokenizer is not None or own_tokenizer(teacher.model, **where) is not None:
-            own = teacher_tokenizer(
-                teacher.model, tokenizer=teacher.tokenizer, who=name, option=f"{name}.tokenizer", **where
-            )
-        _check_reads(tokenizer, own, teacher.model, f"{name}: {teacher.model}", where)
+            own = teacher_tokenizer(teacher.model, tokenizer=teacher.tokenizer, option=f"{name}.tokenizer", **where)
+        _check_reads(tokenizer, own, teacher, name)
     for name, student in _students(recipe):
-        where = {key: getattr(student, key) for key in WHERE}
-        try:
-            own = own_tokenizer(student.model, **where)
-            _check_reads(tokenizer, own, student.model, f"{name}.model: {student.model}", where)
-        except UserError as error:
-            raise UserError(str(error).replace("teacher:", f"{name}.model:", 1)) from error
+        own = own_tokenizer(student.model, **student.where, who=f"{name}.model")
+        _check_reads(tokenizer, own, student, f"{name}.model")
     return tokenizer
 
 
-def _check_reads(tokenizer: Any, own: Any, model: str, who: str, where: dict[str, Any]) -> None:
+def _check_reads(tokenizer: Any, own: Any, given: CheckpointSection, name: str) -> None:
     """A model reads the ids of `tokenizer` as its own, if it comes with one, does, and has a row for each."""
+    assert given.model is not None
+    who = f"{name}: {given.model}"
     if own is not None:
         check_same(tokenizer, own, who)
     else:
         log.warning("%s has no tokenizer to compare: it is taken to read ids as the teacher's does", who)
-    rows = load_config(model, **where).get_text_config().vocab_size
+    rows = load_config(given.model, **given.where, who=name).get_text_config().vocab_size
     check_rows(tokenizer, rows, who, "the teacher's tokenizer")
 
 
 def _check_packages(name: str, teacher: Any) -> None:
     if getattr(teacher, "quantize", None):
-        quantization(teacher.quantize)
+        quantization(teacher.quantize, name)
     if getattr(teacher, "device_map", None) and find_spec("accelerate") is None:
         raise UserError(f"{name}.device_map: auto needs the package accelerate; run: pip install accelerate")
 

@@ -136,7 +136,7 @@ def is_taken(run: RunContext, step: str) -> bool:
 
 def load_student(run: RunContext, step: str) -> PreTrainedModel:
     """A finished step's student, which trains on."""
-    return load_teacher(phase_student(run.folder, step), device=run.device).requires_grad_(True)
+    return load_teacher(phase_student(run.folder, step), device=run.device, who="student").requires_grad_(True)
 
 
 def write_student(run: RunContext, step: str, student: PreTrainedModel, before: str | None) -> None:

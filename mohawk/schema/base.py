@@ -57,6 +57,8 @@ else:
 Share = Annotated[float, Field(ge=0, le=1)]
 Weight = Annotated[float, Field(ge=0, le=1e6)]  # of a loss
 Text = Annotated[str, Field(min_length=1)]
+# The values involved, and what is wrong with them together.
+Contradiction = tuple[list[recipe_text.Path], str]
 Place = Annotated[Path, Field(strict=False), BeforeValidator(_place)]
 
 
@@ -66,59 +68,76 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False, protected_namespaces=())
 
 
-class Teacher(Section):
+class CheckpointSection(Section):
+    """What names a checkpoint, and says what of it is loaded."""
+
+    model: Text | None = Field(default=None, description="folder, .gguf file or hub id")
+    gguf_file: Text | None = Field(default=None, description="name of the GGUF file inside `model`, if it is one")
+    revision: Text | None = Field(default=None, description="branch, tag or commit on the hub")
+    trust_remote_code: bool = Field(default=False, description="run Python code that comes with the checkpoint")
+
+    @property
+    def where(self) -> dict[str, Any]:
+        """What mohawk/loading/ asks for besides `model`."""
+        return {"gguf_file": self.gguf_file, "revision": self.revision, "trust_remote_code": self.trust_remote_code}
+
+
+class TeacherSection(CheckpointSection):
     model: Text = Field(description="folder, .gguf file or hub id of the Transformer to convert")
-    gguf_file: Text | None = Field(None, description="name of the GGUF file inside `model`, if it is one")
-    revision: Text | None = Field(None, description="branch, tag or commit on the hub")
     dtype: Literal["float32", "bfloat16", "float16", "auto"] = Field(
-        "float32", description="dtype of the teacher's weights; auto: as saved"
+        default="float32", description="dtype of the teacher's weights; auto: as saved"
     )
-    trust_remote_code: bool = Field(False, description="run Python code that comes with the checkpoint")
-    tokenizer: Text | None = Field(None, description="folder or hub id of the tokenizer, if it is not with the model")
+    tokenizer: Text | None = Field(
+        default=None, description="folder or hub id of the tokenizer, if it is not with the model"
+    )
 
 
-class Source(Section):
+class SourceSection(Section):
     source: Text = Field(description="path, glob or hub dataset id")
-    split: Text = Field("train", description="split of a hub dataset")
-    field: Text = Field("text", description="field that holds the text in JSON lines, Parquet and hub datasets")
-    subset: Text | None = Field(None, description="configuration name of a hub dataset")
+    split: Text = Field(default="train", description="split of a hub dataset")
+    field: Text = Field(default="text", description="field that holds the text in JSON lines, Parquet and hub datasets")
+    subset: Text | None = Field(default=None, description="configuration name of a hub dataset")
     format: Literal["text", "paragraphs", "jsonl", "parquet"] | None = Field(
-        None, description="format of local files; null: by their extension (.txt, .jsonl, .parquet)"
+        default=None, description="format of local files; null: by their extension (.txt, .jsonl, .parquet)"
     )
 
 
-class Data(Section):
-    train: list[Source] = Field(min_length=1, description="text to train on")
-    evaluation: list[Source] = Field([], description="text from another source, only evaluated on")
+class DataSection(Section):
+    train: list[SourceSection] = Field(min_length=1, description="text to train on")
+    evaluation: list[SourceSection] = Field(default=[], description="text from another source, only evaluated on")
     validation_share: Annotated[float, Field(ge=0, le=0.5)] = Field(
-        0.01, description="share of the training documents that is held out and never trained on"
+        default=0.01, description="share of the training documents that is held out and never trained on"
     )
-    cache: Place | None = Field(None, description="folder for tokenised text; null: mohawk in the user's cache folder")
+    cache: Place | None = Field(
+        default=None, description="folder for tokenised text; null: mohawk in the user's cache folder"
+    )
 
 
 class Phase(Section):
     """One phase's budget and optimiser: AdamW with a warmup-stable-decay schedule of its own."""
 
     tokens: Count = Field(description="training tokens of the phase")
-    batch_size: Batch = Field(16, description="sequences at once on a process, at most")
-    sequence_length: RowLength = Field(2048, description="tokens in a sequence")
-    learning_rate: Annotated[float, Field(gt=0, le=1)] = Field(1e-4, description="learning rate after warmup")
+    batch_size: Batch = Field(default=16, description="sequences at once on a process, at most")
+    sequence_length: RowLength = Field(default=2048, description="tokens in a sequence")
+    learning_rate: Annotated[float, Field(gt=0, le=1)] = Field(default=1e-4, description="learning rate after warmup")
     betas: Annotated[
         tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]], Field(strict=False)
-    ] = Field((0.9, 0.95), description="AdamW's betas")
-    weight_decay: Share = Field(0.1, description="AdamW's weight decay, on matrices alone")
+    ] = Field(default=(0.9, 0.95), description="AdamW's betas")
+    weight_decay: Share = Field(default=0.1, description="AdamW's weight decay, on matrices alone")
     max_grad_norm: Annotated[float, Field(gt=0)] | None = Field(
-        1.0, description="gradients are clipped to this norm; null: not clipped"
+        default=1.0, description="gradients are clipped to this norm; null: not clipped"
     )
-    warmup: Share = Field(0.1, description="share of the steps in which the learning rate rises")
-    decay: Share = Field(0.1, description="share of the steps in which it falls to 0 at the end")
-    gradient_accumulation: Batch = Field(1, description="batches in one step; processes deal its rows among themselves")
-    save_every: Count = Field(500, description="steps between checkpoints")
+    warmup: Share = Field(default=0.1, description="share of the steps in which the learning rate rises")
+    decay: Share = Field(default=0.1, description="share of the steps in which it falls to 0 at the end")
+    gradient_accumulation: Batch = Field(
+        default=1, description="batches in one step; processes deal its rows among themselves"
+    )
+    save_every: Count = Field(default=500, description="steps between checkpoints")
     save_minutes: Annotated[float, Field(gt=0, le=1e6)] | None = Field(
-        15.0, description="minutes after which a checkpoint is written in any case; null: by steps alone"
+        default=15.0, description="minutes after which a checkpoint is written in any case; null: by steps alone"
     )
-    keep_checkpoints: Count = Field(2, description="how many checkpoints are kept, the newest ones")
-    log_every: Count = Field(1, description="steps between lines in metrics.jsonl")
+    keep_checkpoints: Count = Field(default=2, description="how many checkpoints are kept, the newest ones")
+    log_every: Count = Field(default=1, description="steps between lines in metrics.jsonl")
 
     @property
     def rows(self) -> int:
@@ -135,23 +154,21 @@ class Phase(Section):
 
 
 class Evaluation(Section):
-    sequence_length: RowLength = Field(512, description="tokens in an evaluated window")
-    batch_size: Batch = Field(8, description="windows evaluated at once")
-    tokens: Count = Field(32_768, description="tokens evaluated of each text")
+    sequence_length: RowLength = Field(default=512, description="tokens in an evaluated window")
+    batch_size: Batch = Field(default=8, description="windows evaluated at once")
+    tokens: Count = Field(default=32_768, description="tokens evaluated of each text")
     contexts: Annotated[list[Length], Field(min_length=1)] = Field(
-        [512, 4096], description="context lengths at which decoding is timed"
+        default=[512, 4096], description="context lengths at which decoding is timed"
     )
-    decode_tokens: Batch = Field(32, description="tokens decoded for timing")
+    decode_tokens: Batch = Field(default=32, description="tokens decoded for timing")
     prompt: Text = Field(
-        "The most important thing about the state of the nation is",
+        default="The most important thing about the state of the nation is",
         description="prompt that teacher and student continue",
     )
-    continuation_tokens: Batch = Field(60, description="tokens of that continuation")
+    continuation_tokens: Batch = Field(default=60, description="tokens of that continuation")
 
 
-def phase_contradictions(
-    phase: Phase, at: recipe_text.Path, name: str, or_else: str
-) -> Iterator[tuple[list[recipe_text.Path], str]]:
+def phase_contradictions(phase: Phase, at: recipe_text.Path, name: str, or_else: str) -> Iterator[Contradiction]:
     """What contradicts itself in one phase's budget; `name` as a reader knows it, `or_else` the last way out."""
     if phase.warmup + phase.decay > 1:
         yield (
@@ -172,16 +189,18 @@ class RecipeFile(Section):
     """The fields that decide every kind of run. Make one with `load` or `from_dict`, which find contradictions between
     values as well."""
 
-    teacher: Teacher = Field(description="the model to learn from")
-    data: Data = Field(description="the text to train and evaluate on")
-    evaluation: Evaluation = Field(Evaluation(), description="what is measured before, between and after")
+    teacher: TeacherSection = Field(description="the model to learn from")
+    data: DataSection = Field(description="the text to train and evaluate on")
+    evaluation: Evaluation = Field(default=Evaluation(), description="what is measured before, between and after")
     precision: Literal["auto", "float32", "bfloat16"] = Field(
-        "auto", description="precision of training; auto: bfloat16 autocast where the device is fast at it"
+        default="auto", description="precision of training; auto: bfloat16 autocast where the device is fast at it"
     )
-    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="device to train on")
-    seed: Annotated[Whole, Field(ge=0, lt=2**32)] = Field(0, description="seed of data order and random weights")
+    device: Literal["auto", "cpu", "cuda"] = Field(default="auto", description="device to train on")
+    seed: Annotated[Whole, Field(ge=0, lt=2**32)] = Field(
+        default=0, description="seed of data order and random weights"
+    )
     output: Place = Field(
-        Path("runs/student"), description="the run's folder; by default runs/<name of the recipe file>"
+        default=Path("runs/student"), description="the run's folder; by default runs/<name of the recipe file>"
     )
 
     def phase_names(self) -> tuple[str, ...]:
@@ -227,7 +246,7 @@ class RecipeFile(Section):
         else:
             Path(path).write_text(self.to_yaml(), encoding="utf-8")
 
-    def contradictions(self) -> Iterator[tuple[list[recipe_text.Path], str]]:
+    def contradictions(self) -> Iterator[Contradiction]:
         """(the values involved, what is wrong with them together)."""
         if self.data.validation_share == 0 and not self.data.evaluation:
             yield (

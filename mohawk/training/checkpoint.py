@@ -91,6 +91,7 @@ def read_counts(checkpoint: Path, objective: Objective) -> dict[str, Any]:
 def counts_of(checkpoint: Path) -> dict[str, Any]:
     """A checkpoint's counts, and plain values of its objective. Raises UserError where they are of another shape."""
     path = checkpoint / PHASE_STATE
+    state: dict[str, Any] = {}
     try:
         state = json.loads(path.read_text(encoding="utf-8"))
         if "rows" not in state:

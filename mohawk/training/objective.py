@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 from torch import Tensor, nn
 
 from mohawk.data.next_tokens import IGNORED, next_labels
 
+Student = TypeVar("Student", bound=nn.Module)
 
-class Objective(nn.Module):
+
+class Objective(nn.Module, Generic[Student]):
     """A student, and losses that pull it somewhere. `PhaseTrainer` calls the methods in the order that they have here.
 
     `student` is the module that trains; whatever else the objective holds stays in eval mode. `shares` is true where a
@@ -18,7 +20,7 @@ class Objective(nn.Module):
     `finished`, once true, ends the phase before its last step.
     """
 
-    student: nn.Module
+    student: Student
     shares: bool = False
     finished: bool = False
 

@@ -57,7 +57,7 @@ class Progress:
     def log(self, record: Mapping[str, Any]) -> None:
         if self.bar is not None:
             self.record = record
-            self.bar.set_postfix_str(describe(record), refresh=False)
+            self.bar.set_postfix_str(record_text(record), refresh=False)
 
     def show(self, step: int, last: bool = False) -> None:
         """That `step` steps are taken; called when the last of them has been logged, so that its own loss is shown."""
@@ -75,7 +75,7 @@ class Progress:
         left = (now - self.started) / (step - self.first_step) * (self.steps - step)
         self.said_at, self.said_step = now, step
         print(
-            f"{self.name}  step {step}/{self.steps} ({100 * step / self.steps:.0f} %)  {describe(self.record)},"
+            f"{self.name}  step {step}/{self.steps} ({100 * step / self.steps:.0f} %)  {record_text(self.record)},"
             f" {tqdm.format_interval(left)} left",
             file=self.out,
             flush=True,
@@ -138,7 +138,7 @@ class Window:
         return record
 
 
-def describe(record: Mapping[str, Any]) -> str:
+def record_text(record: Mapping[str, Any]) -> str:
     """`loss 2.318, 434 tokens/s` and, when there were any, the skipped steps."""
     parts = []
     if record.get("loss") is not None:

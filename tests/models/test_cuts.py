@@ -20,7 +20,7 @@ from mohawk.models.cutting.cuts import (
     keep_state,
     resolve_layers,
 )
-from mohawk.models.cutting.sizes import Sizes, parameter_count, sized_config, sizes_of
+from mohawk.models.cutting.sizes import Sizes, config_parameters, sized_config, sizes_of
 from mohawk.models.formats.bamba import fold_conv_input_bias, from_bamba, norms_groups_apart, to_bamba
 from mohawk.models.from_teacher import hybrid_from_teacher
 from mohawk.models.hybrid import HybridForCausalLM
@@ -85,7 +85,7 @@ def assert_ordinary(smaller, tmp_path):
     """Its configuration makes a model of just these parameters, and stock transformers loads it."""
     fresh = type(smaller)(copy.deepcopy(smaller.config))
     assert {n: p.shape for n, p in fresh.named_parameters()} == {n: p.shape for n, p in smaller.named_parameters()}
-    assert parameter_count(smaller.config)[0] == sum(p.numel() for p in smaller.parameters())
+    assert config_parameters(smaller.config)[0] == sum(p.numel() for p in smaller.parameters())
     smaller.save_pretrained(tmp_path)
     attention = smaller.config._attn_implementation
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation=attention).eval()

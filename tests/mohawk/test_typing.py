@@ -98,6 +98,26 @@ def test_a_wrong_use_is_found(library, tmp_path):
     ]
 
 
+def test_students_may_be_adapted(library, tmp_path):
+    pytest.importorskip("peft")
+    code = """
+        import torch
+        from mohawk import KnowledgeDistiller, OnPolicy
+        from peft import LoraConfig, get_peft_model
+        from transformers import AutoModelForCausalLM
+
+        teacher, plain = (AutoModelForCausalLM.from_pretrained(name) for name in "ab")
+        student = get_peft_model(plain, LoraConfig())
+        sampling = OnPolicy(student, eos_token_id=0)
+        distiller = KnowledgeDistiller(teacher, student, temperature="auto", on_policy=sampling)
+        distiller.compute_loss(torch.zeros(1, 2, dtype=torch.int64)).backward()
+        KnowledgeDistiller(teacher, plain).compute_loss(torch.zeros(1, 2, dtype=torch.int64)).backward()
+        KnowledgeDistiller(teacher, torch.nn.Linear(1, 1))
+        KnowledgeDistiller(teacher, plain, temperature="hot")
+    """
+    assert findings(code, library, tmp_path) == [(12, "bad-argument-type"), (13, "bad-argument-type")]
+
+
 def test_the_overloads_name_every_keyword():
     """They name their common keywords apart from the functions, which could get one more."""
     import inspect

@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from mohawk.cli import main
-from mohawk.conversion.compose import Budget, compose, state_bytes
+from mohawk.conversion.compose import AttentionBudget, compose, state_bytes
 from mohawk.conversion.probe import Probe
 from mohawk.conversion.recipe import Recipe
 from mohawk.conversion.run import convert
@@ -339,7 +339,7 @@ def test_what_compose_refuses(run, capsys):
 )
 def test_budgets_that_are_none(text):
     with pytest.raises(UserError, match=r"--budget: got .*(allowed: a number of attention layers|at most 100%)"):
-        Budget.parse(text)
+        AttentionBudget.parse(text)
 
 
 def test_budgets(trained):
@@ -348,7 +348,7 @@ def test_budgets(trained):
     order = [3, 1, 0, 2]
 
     def chosen(text):
-        return Budget.parse(text).choose(order, config)
+        return AttentionBudget.parse(text).choose(order, config)
 
     assert chosen("4") == chosen("100%") == []
     assert chosen("3") == chosen("99%") == chosen("75%") == [3]
@@ -367,7 +367,7 @@ def test_budgets(trained):
     with pytest.raises(UserError, match=r"1kB@400 is too little: .* 10.2 kB \(10,240 bytes\) after 400 tokens"):
         chosen("1kB@400")
     with pytest.raises(UserError, match="mixers for 2 of 4 layers only; allow at least 2"):
-        Budget.parse("1").choose([3, 1], config)
+        AttentionBudget.parse("1").choose([3, 1], config)
     assert chosen("0.1MiB@400") == chosen(f"{0.1 * 2**20:.0f}B@400")
 
 

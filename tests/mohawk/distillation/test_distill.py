@@ -388,7 +388,8 @@ def test_a_recipe_that_cannot_be_is_one_line(checkpoints, texts, tmp_path, stage
         ({"hidden": {"layers": [[0, 9]]}}, None, r"stages.0 \(distil\): layer map"),
         ({"attention": {"metric": "kl"}}, {"hybrid": {"ssm_layers": [0]}}, r"stages.0 \(distil\)"),
         ({}, {"hybrid": {"ssm_layers": [9]}}, "student.hybrid"),
-        ({}, {"model": "./nowhere"}, "student.model: ./nowhere does not exist"),
+        ({}, {"model": "./nowhere"}, "^student.model: ./nowhere does not exist"),
+        ({"student": {"model": "./nowhere"}}, None, "^stages.0.student.model: ./nowhere does not exist"),
         ({"cache": "nowhere"}, None, "nowhere"),
     ],
 )

@@ -22,7 +22,7 @@ from mohawk.conversion.recipe import Recipe
 from mohawk.core.folders import seal
 from mohawk.core.json_files import write_json
 from mohawk.core.run_folder import tasks_file
-from mohawk.evaluation.harness import OURS, difference_error, kind_of, paired
+from mohawk.evaluation.harness import OURS, difference_error, paired, task_kind
 from mohawk.evaluation.tasks.task_data import facts_rows, grammar_rows, recall_rows
 from mohawk.runs import report
 
@@ -256,9 +256,9 @@ def test_the_difference_is_paired():
 
 
 def test_kinds():
-    assert kind_of("mmlu_abstract_algebra") == "knowledge"
-    assert kind_of("mine", "retrieval") == "retrieval"
-    assert kind_of("mine", "something") == kind_of("hellaswag") == "other"
+    assert task_kind("mmlu_abstract_algebra") == "knowledge"
+    assert task_kind("mine", "retrieval") == "retrieval"
+    assert task_kind("mine", "something") == task_kind("hellaswag") == "other"
 
 
 def results(*accuracies):

@@ -25,7 +25,7 @@ from mohawk.core.json_files import write_json
 from mohawk.errors import UserError
 from mohawk.export import run as export_module
 from mohawk.export.model_card import licence_of
-from mohawk.export.parity import CHECKS, check_export, compare, inputs_for
+from mohawk.export.parity import CHECKS, check_export, compare_answers, inputs_for
 from mohawk.export.run import export
 from mohawk.export.runtimes import notes
 from mohawk.loading.remote_code import flattened, write_remote_code
@@ -244,7 +244,7 @@ def answers_like(batch=2, steps=5, vocab=7):
 def failed(expected, found):
     inputs = {"mask": torch.ones(2, 24, dtype=torch.long)}
     inputs["mask"][1, :9] = 0
-    return [row.check for row in compare(inputs, expected, found) if not row.passed]
+    return [row.check for row in compare_answers(inputs, expected, found) if not row.passed]
 
 
 def test_what_counts_as_a_difference():

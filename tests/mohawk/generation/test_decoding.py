@@ -6,7 +6,7 @@ import torch
 
 from mohawk.data.records import Prompt
 from mohawk.errors import UserError
-from mohawk.generation.decoding import Decoding, LocalTeacher, choose, continuation, sequence_logprob
+from mohawk.generation.decoding import Decoding, LocalTeacher, choose_tokens, response_text, sequence_logprob
 
 TEMPLATE = (
     "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}\n{% endfor %}"
@@ -150,17 +150,17 @@ def test_choose_is_the_inverse_distribution_function():
     probs = torch.tensor([0.1, 0.4, 0.0, 0.3, 0.2])
     logprobs = probs.log().expand(5, -1)
     u = torch.tensor([0.0, 0.09, 0.11, 0.79, 0.9999999])
-    chosen, logp = choose(logprobs, u, 1.0, 1.0)
+    chosen, logp = choose_tokens(logprobs, u, 1.0, 1.0)
     assert chosen.squeeze(-1).tolist() == [0, 0, 1, 3, 4]
     assert logp.squeeze(-1).exp().tolist() == pytest.approx([0.1, 0.1, 0.4, 0.3, 0.2])
     # the nucleus of 0.6 is 0.4 + 0.3
-    chosen, logp = choose(logprobs, u, 1.0, 0.6)
+    chosen, logp = choose_tokens(logprobs, u, 1.0, 0.6)
     assert chosen.squeeze(-1).tolist() == [1, 1, 1, 3, 3]
     assert logp[0].exp().item() == pytest.approx(4 / 7)
     # a top-p below the likeliest token's mass leaves that token; one just below a sum takes no more than the sum
-    assert choose(logprobs, u, 1.0, 1e-9)[0].squeeze(-1).tolist() == [1] * 5
+    assert choose_tokens(logprobs, u, 1.0, 1e-9)[0].squeeze(-1).tolist() == [1] * 5
     grid = (torch.arange(4000) + 0.5) / 4000
-    chosen, _ = choose(probs.log().expand(4000, -1), grid, 0.5, 1.0)
+    chosen, _ = choose_tokens(probs.log().expand(4000, -1), grid, 0.5, 1.0)
     share = torch.bincount(chosen.squeeze(-1), minlength=5) / 4000
     assert torch.allclose(share, probs**2 / (probs**2).sum(), atol=1e-3)
 
@@ -172,11 +172,11 @@ def test_a_nucleus_is_the_same_without_sorting_the_vocabulary(monkeypatch):
     logprobs = (torch.randn(6, 9000, generator=generator) * scale).bfloat16().float().log_softmax(-1)
     uniform = torch.rand(6, generator=generator, dtype=torch.float64)
     for top_p in (0.05, 0.5, 0.9, 0.999):
-        alone = [choose(logprobs[i : i + 1], uniform[i : i + 1], 0.8, top_p) for i in range(6)]
-        together = choose(logprobs, uniform, 0.8, top_p)
+        alone = [choose_tokens(logprobs[i : i + 1], uniform[i : i + 1], 0.8, top_p) for i in range(6)]
+        together = choose_tokens(logprobs, uniform, 0.8, top_p)
         with monkeypatch.context() as patch:
             patch.setattr(torch.Tensor, "topk", lambda probs, k: (probs[:, :k] * 0, probs[:, :k]))  # never enough
-            sorted_all = choose(logprobs, uniform, 0.8, top_p)
+            sorted_all = choose_tokens(logprobs, uniform, 0.8, top_p)
         for chosen in (together, tuple(torch.cat(parts) for parts in zip(*alone, strict=True))):
             assert torch.equal(chosen[0], sorted_all[0])
             assert torch.allclose(chosen[1], sorted_all[1], atol=1e-12, rtol=0)
@@ -246,7 +246,7 @@ def test_continuation_keeps_the_first_space():
         def decode(self, ids, **_):
             return "".join({1: " the", 2: " cat", 3: " sat"}[i] for i in ids).removeprefix(" ")
 
-    assert continuation(Dropping(), [1, 2], [3]) == " sat"
+    assert response_text(Dropping(), [1, 2], [3]) == " sat"
 
 
 def test_identities_tell_teachers_apart(make_llama, tokenizer):

@@ -400,6 +400,8 @@ def test_nothing_is_written_when_something_is_wrong(files, tmp_path):
         purify(files, output, by="vote")
     with pytest.raises(UserError, match="^by: got 'x'; allowed: vote, route, merge$"):
         purify(files[:2], output, by="x")
+    with pytest.raises(UserError, match="^by: got merge without `complete`"):
+        purify(files[:2], output, by="merge")
     with pytest.raises(UserError, match="is no folder; make it first$"):
         purify(files[:2], tmp_path / "no" / "out.jsonl", by="vote")
 

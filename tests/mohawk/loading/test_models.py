@@ -231,17 +231,29 @@ def test_what_the_hub_answers_is_told(cause, message):
 
     error = OSError("many\nlines")
     error.__cause__ = errors.__dict__[cause].__new__(errors.__dict__[cause])
-    told = teachers._user_error(error, "someone/model", "v9", "weights")
+    told = teachers._user_error(error, "someone/model", "v9", "weights", "teacher")
     assert isinstance(told, UserError) and message in str(told)
 
 
-def test_remote_code_is_off_unless_asked_for(tmp_path):
+@pytest.mark.parametrize(
+    ("who", "begins", "field"),
+    [
+        ("teacher", "teacher: ", "teacher.trust_remote_code"),
+        ("teachers.1", "teachers.1: ", "teachers.1.trust_remote_code"),
+        ("stages.0.student.model", "stages.0.student.model: ", "stages.0.student.trust_remote_code"),
+        ("", "", "trust_remote_code"),
+    ],
+)
+def test_remote_code_is_off_unless_asked_for(who, begins, field, tmp_path):
     (tmp_path / "config.json").write_text(
         json.dumps({"model_type": "mine", "auto_map": {"AutoConfig": "conf.Mine", "AutoModelForCausalLM": "m.M"}})
     )
     (tmp_path / "conf.py").write_text("raise SystemExit('the code of a stranger ran')\n")
-    with pytest.raises(UserError, match="runs Python code of its own to load; .* teacher.trust_remote_code: true"):
-        load_teacher(tmp_path)
+    with pytest.raises(UserError) as caught:
+        load_teacher(tmp_path, who=who)
+    assert str(caught.value) == (
+        f"{begins}{tmp_path} runs Python code of its own to load; if you trust it, set {field}: true"
+    )
 
 
 class Command:

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from mohawk import KnowledgeDistiller, MinitronPruner
-from mohawk.models.cutting.sizes import parameter_count, sizes_of
+from mohawk.models.cutting.sizes import config_parameters, sizes_of
 from mohawk.models.from_teacher import hybrid_from_teacher
 from mohawk.pruning.baselines import random_importance
 from mohawk.pruning.minitron import written_text
@@ -54,10 +54,10 @@ def test_as_a_script(tmp_path, monkeypatch, capsys):
 def test_every_family_meets_its_target(family):
     share = 0.4
     teacher = tiny_teacher(family)
-    inside = parameter_count(teacher.config)[1]
+    inside = config_parameters(teacher.config)[1]
     student = MinitronPruner(teacher, share, calibration=IDS, tolerance=0.1).prune()
     assert type(student) is type(teacher) and sizes_of(student.config).layers == 4  # width first
-    total, less = parameter_count(student.config)
+    total, less = config_parameters(student.config)
     assert 0.9 * share * inside <= less <= share * inside and total == sum(p.numel() for p in student.parameters())
     assert torch.isfinite(student(IDS[:2]).logits).all()
 
@@ -66,10 +66,10 @@ def test_every_family_meets_its_target(family):
 @pytest.mark.parametrize("mixer", ["mamba2", "discrete_mamba2"])
 def test_hybrids(mixer, strategy):
     teacher = hybrid_from_teacher(tiny_teacher(), [1, 3], mixer)
-    inside = parameter_count(teacher.config)[1]
+    inside = config_parameters(teacher.config)[1]
     student = MinitronPruner(teacher, 0.5, strategy, IDS, depth=3, tolerance=0.15).prune()
     assert student.config.num_hidden_layers == 3 and student.config.mixer_num_heads < teacher.config.mixer_num_heads
-    assert 0.85 * 0.5 * inside <= parameter_count(student.config)[1] <= 0.5 * inside
+    assert 0.85 * 0.5 * inside <= config_parameters(student.config)[1] <= 0.5 * inside
     loss = KnowledgeDistiller(teacher, student).compute_loss(IDS)
     loss.backward()
     assert all(torch.isfinite(p.grad).all() for p in student.parameters() if p.grad is not None)
@@ -88,7 +88,7 @@ def test_strategies_differ_and_repeat():
 @pytest.mark.parametrize("layers", ["every_second", [0, 3], "first:2"])
 def test_named_layers_to_a_target(layers):
     teacher = tiny_teacher()
-    total = parameter_count(teacher.config)[0]
+    total = config_parameters(teacher.config)[0]
     pruner = MinitronPruner(teacher, total * 0.45, calibration=IDS, layers=layers, tolerance=0.1)
     assert pruner.cut().layers == {"every_second": [0, 2], "first:2": [0, 1]}.get(str(layers), [0, 3])
     assert 0.9 * 0.45 * total <= sum(p.numel() for p in pruner.prune().parameters()) <= 0.45 * total
@@ -98,7 +98,7 @@ def test_sizes_given_and_mistakes():
     teacher = tiny_teacher()
     sizes = replace(sizes_of(teacher.config), ffn=30, layers=3)
     assert sizes_of(MinitronPruner(teacher, sizes=sizes, calibration=IDS, layers="block").prune().config) == sizes
-    total = parameter_count(teacher.config)[0]
+    total = config_parameters(teacher.config)[0]
     for options, said in (
         ({"target_params": 0.5, "strategy": "size"}, "strategy: got 'size'; allowed: importance, magnitude, random"),
         ({"target_params": 0.5, "width": "heads"}, "width: got 'heads'; allowed"),

@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, 
 from mohawk.cli import main
 from mohawk.core.folders import Interrupted, is_complete
 from mohawk.errors import UserError
-from mohawk.models.cutting.sizes import parameter_count, sized_config, sizes_of
+from mohawk.models.cutting.sizes import config_parameters, sized_config, sizes_of
 from mohawk.models.hybrid import HybridForCausalLM
 from mohawk.pruning.recipe import PruneRecipe
 from mohawk.pruning.run import prune
@@ -132,7 +132,7 @@ def test_two_rounds_of_width_depth_and_a_smaller_vocabulary(merging, texts, tmp_
     own = sizes_of(teacher.config).__dict__ | {"layers": 2, "hidden": 16, "ffn": 12, "heads": 2, "kv_heads": 1}
     config = sized_config(teacher.config, type(sizes_of(teacher.config))(**own | {"vocabulary": kept}))
     assert (
-        results["parameters"]["student"] == parameter_count(config)[0] == sum(p.numel() for p in student.parameters())
+        results["parameters"]["student"] == config_parameters(config)[0] == sum(p.numel() for p in student.parameters())
     )
     assert set(results["phases"]) == {"heal_1", "heal_2"} and "Sizes" in (run / "report.md").read_text()
     # text of the corpus is cut into the same tokens, with other numbers
@@ -154,11 +154,11 @@ def test_a_budget_is_searched_and_a_corrected_teacher_heals(checkpoint, texts, t
         )
     )  # fmt: skip
     teacher = AutoModelForCausalLM.from_pretrained(checkpoint)
-    inside = parameter_count(teacher.config)[1]
+    inside = config_parameters(teacher.config)[1]
     state = read(run / "rounds" / "1" / "search.json")
     assert len(state["candidates"]) >= 2
     for row in state["candidates"]:
-        total, less = parameter_count(sized_config(teacher.config, type(sizes_of(teacher.config))(**row["sizes"])))
+        total, less = config_parameters(sized_config(teacher.config, type(sizes_of(teacher.config))(**row["sizes"])))
         assert row["parameters"] == total and row["cost"] == less and 0.45 * inside <= less <= 0.5 * inside
     best = min(range(len(state["candidates"])), key=lambda i: state["candidates"][i]["kl"])
     assert state["picked"] == best
@@ -275,7 +275,7 @@ def test_a_dry_run_shows_sizes_and_reads_no_weights(checkpoint, texts, tmp_path,
     sizes = [sizes_of(config)]
     sizes += [type(sizes[0])(**sizes[0].__dict__ | {"layers": n, "ffn": f}) for n, f in ((3, 34), (2, 24))]
     for one in sizes:
-        assert f"{parameter_count(sized_config(config, one))[0]:,}" in printed, one
+        assert f"{config_parameters(sized_config(config, one))[0]:,}" in printed, one
     assert "after round 1" in printed and "converted" in printed and "mixers" in printed
     assert sorted(p.name for p in tmp_path.iterdir()) == ["recipe.yaml", "teacher"]
 

@@ -4,6 +4,7 @@ import copy
 import json
 from contextlib import nullcontext
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,11 +12,11 @@ from transformers import AutoModelForCausalLM
 
 from mohawk import MinitronPruner
 from mohawk.cli import main
-from mohawk.core.json_files import read_json
+from mohawk.core.json_files import read_json, write_json
 from mohawk.errors import UserError
 from mohawk.measures.compare import DecodeSpeed, decode_speed
 from mohawk.models.cutting.cuts import cut
-from mohawk.models.cutting.sizes import parameter_count, sized_config, sizes_of
+from mohawk.models.cutting.sizes import config_parameters, sized_config, sizes_of
 from mohawk.models.from_teacher import hybrid_from_teacher
 from mohawk.models.hybrid import HybridForCausalLM
 from mohawk.pruning import baselines as importance_baselines
@@ -24,7 +25,9 @@ from mohawk.pruning import search as prune_search
 from mohawk.pruning.baselines import random_importance
 from mohawk.pruning.importance import choose
 from mohawk.pruning.layers import chosen_with_mix
-from mohawk.pruning.rounds import cut_in_float32
+from mohawk.pruning.plan import Round
+from mohawk.pruning.recipe import Prune
+from mohawk.pruning.rounds import Rounds, cut_in_float32
 from mohawk.pruning.run import prune
 from mohawk.pruning.search import Budget, Costs, candidates, search, search_table, within
 from mohawk.pruning.sizes import WIDTHS, between, narrower, spread, unit
@@ -47,7 +50,7 @@ def built(config, sizes, layers, dtype=torch.float32):
 @pytest.mark.parametrize("name", ["gemma2", "phi_normed", "phi3", "qwen2+discrete_mamba2"])
 def test_candidates_use_up_a_budget_of_parameters(name):
     config = model_of(name).config
-    own, inside = sizes_of(config), parameter_count(config)[1]
+    own, inside = sizes_of(config), config_parameters(config)[1]
     budget = Budget("nonembedding", 0.5 * inside, 0.1)
     found = candidates(Costs(config, "nonembedding"), budget, widths=WIDTHS)
     assert len(found) == len(set(found)) >= 2 and min(s.layers for s in found) < own.layers
@@ -55,11 +58,11 @@ def test_candidates_use_up_a_budget_of_parameters(name):
     assert max(s.layers for s in found) == own.layers - (name == "phi_normed")
     for sizes in found:
         layers = spread(own.layers, sizes.layers)
-        less = parameter_count(sized_config(config, sizes, layers))[1]
+        less = config_parameters(sized_config(config, sizes, layers))[1]
         assert 0.45 * inside <= less <= 0.5 * inside, sizes
         assert (
             sum(p.numel() for p in built(config, sizes, layers).parameters())
-            == parameter_count(sized_config(config, sizes, layers))[0]
+            == config_parameters(sized_config(config, sizes, layers))[0]
         )
 
 
@@ -95,17 +98,17 @@ def test_latency_is_measured_on_random_weights_of_the_shape(monkeypatch):
     monkeypatch.setattr(prune_search, "decode_speed", timed)
     costs = Costs(config, "latency", context=8)
     before = torch.get_rng_state()
-    found = candidates(costs, Budget("latency", 0.6 * parameter_count(config)[0] / 1000, 0.1), steps=2)
+    found = candidates(costs, Budget("latency", 0.6 * config_parameters(config)[0] / 1000, 0.1), steps=2)
     assert torch.equal(torch.get_rng_state(), before) and len(seen) == len(set(costs._known))  # each timed once
     for sizes in found:
-        ms = parameter_count(sized_config(config, sizes, spread(4, sizes.layers)))[0] / 1000
-        assert abs(ms / (0.6 * parameter_count(config)[0] / 1000) - 1) <= 0.1
+        ms = config_parameters(sized_config(config, sizes, spread(4, sizes.layers)))[0] / 1000
+        assert abs(ms / (0.6 * config_parameters(config)[0] / 1000) - 1) <= 0.1
     assert len(found) >= 2
 
 
 def test_depths_given_and_mistakes():
     config = tiny_teacher().config
-    costs, total = Costs(config, "parameters"), parameter_count(config)[0]
+    costs, total = Costs(config, "parameters"), config_parameters(config)[0]
     found = candidates(costs, Budget("parameters", 0.6 * total, 0.1), depths=[2, 3])
     assert {s.layers for s in found} == {2, 3}
     with pytest.raises(UserError, match=r"depths \[9\]: the model has 4 layers; allowed: 1 to 4"):
@@ -141,7 +144,7 @@ def test_a_search_takes_the_least_kl_and_goes_on_from_its_table(tmp_path):
     from mohawk.measures.compare import Comparison
 
     config = tiny_teacher().config
-    total = parameter_count(config)[0]
+    total = config_parameters(config)[0]
     costs, budget = Costs(config, "parameters"), Budget("parameters", 0.6 * total, 0.1)
     found = candidates(costs, budget)
     measured, healed = iter([9.0, 5.0, 8.0, float("nan"), 7.0, 3.0] + [6.0] * 20), []
@@ -188,9 +191,9 @@ def test_ways_to_cut(target, layers, checkpoint, texts, tmp_path, capsys):  # no
     prune(made(checkpoint, texts, run, prune=target, heal=heal, search=search))
     student = AutoModelForCausalLM.from_pretrained(run / "student")
     if "targets" in target:
-        inside = parameter_count(AutoModelForCausalLM.from_pretrained(checkpoint).config)[1]
+        inside = config_parameters(AutoModelForCausalLM.from_pretrained(checkpoint).config)[1]
         assert [read(run / "rounds" / n / "cut.json")["after"]["layers"] for n in "12"][0] == 3
-        assert 0.54 * inside <= parameter_count(student.config)[1] <= 0.6 * inside
+        assert 0.54 * inside <= config_parameters(student.config)[1] <= 0.6 * inside
         return
     found = read(run / "rounds" / "1" / "cut.json")
     assert found["after"] == sizes_of(student.config).__dict__
@@ -357,7 +360,7 @@ def test_a_bfloat16_teacher_is_cut_in_float32():
 
 def test_candidates_without_a_mixer_are_narrower_too():
     config = model_of("llama+mamba2").config
-    total = parameter_count(config)[0]
+    total = config_parameters(config)[0]
     for sizes in candidates(
         costs := Costs(config, "parameters"), Budget("parameters", 0.4 * total, 0.1), depths=[2], kept=lambda n: [0, 3]
     ):
@@ -379,6 +382,20 @@ def test_a_saved_search_counts_for_its_own_recipe_alone(same, checkpoint, texts,
     with nullcontext() if same else pytest.raises(UserError, match="another prune.parameters, teacher.model"):
         prune(mine, dry_run=True)
     assert (" 7 " in capsys.readouterr().out) == same
+
+
+@pytest.mark.parametrize("left", [None, {"candidates": [{"sizes": {}}], "budget": {}}])
+def test_later_rounds_need_what_the_first_ones_search_picked(left, tmp_path):
+    model = tiny_teacher()
+    own, target = sizes_of(model.config), Prune(parameters=0.5, rounds=2)
+    budget = Budget("nonembedding", 1e4)
+    rounds = [Round(target, "prune", 0.5, budget=budget, candidates=[own]), Round(target, "prune", 1.0)]
+    if left is not None:  # stopped within the search
+        (tmp_path / "rounds/1").mkdir(parents=True)
+        write_json(tmp_path / "rounds/1/search.json", left)
+    made = Rounds(SimpleNamespace(folder=tmp_path), SimpleNamespace(rounds=rounds, config=model.config))
+    with pytest.raises(UserError, match="search.json is missing or damaged, and every round cuts towards what round 1"):
+        made._sizes(2, model, random_importance(model.config, 0), "score")
 
 
 def test_layers_are_chosen_with_a_mix():

@@ -1,5 +1,6 @@
 """Recipes: what is accepted, and one line for each thing that is not."""
 
+import ast
 import copy
 import subprocess
 import sys
@@ -446,3 +447,12 @@ def test_a_stage_is_not_called_as_other_results_are(name):
     prune = {**MINIMAL, "prune": {"ffn": 1}, "correct": {"name": name}}
     with pytest.raises(UserError, match=f"correct.name: {name} is the name of another stage"):
         PruneRecipe.from_dict(prune)
+
+
+@pytest.mark.parametrize("name", ["schema/base", "conversion/recipe", "distillation/recipe", "pruning/recipe"])
+def test_type_checkers_know_of_defaults(name):
+    """mypy and pyright take a field whose default is given by place for one that has to be given."""
+    code = ast.parse((ROOT / "mohawk" / f"{name}.py").read_text())
+    calls = [node for node in ast.walk(code) if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "Field"]
+    assert calls
+    assert [f"line {call.lineno}" for call in calls if call.args] == []

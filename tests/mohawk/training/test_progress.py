@@ -13,7 +13,7 @@ import termios
 import pytest
 
 from mohawk.training import progress
-from mohawk.training.progress import Metrics, Progress, Window, describe, drop_after, log_to
+from mohawk.training.progress import Metrics, Progress, Window, drop_after, log_to, record_text
 from tests.helpers.tiny_phase import cheap_training, tiny_phase, tiny_trainer  # noqa: F401
 
 
@@ -107,7 +107,7 @@ def test_other_processes_are_silent(tmp_path, monkeypatch):
     ],
 )
 def test_describe(record, text):
-    assert describe(record) == text
+    assert record_text(record) == text
 
 
 def test_values_that_are_not_finite_are_null(tmp_path):
