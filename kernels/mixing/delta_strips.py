@@ -33,7 +33,9 @@ from mohawk.kernels.mixing.definition import DeltaMixing
 if TYPE_CHECKING:
     from mohawk.kernels.mixing.strips import Block
 
-SOME_ENTRIES = 1 << 15  # of the chunks' own matrices that are worked on at a time
+# Of the chunks' own matrices, of which there are dozens, that are worked on at a time: what a cache holds, or what
+# keeps a GPU busy.
+SOME_ENTRIES, SOME_ENTRIES_OF_A_GPU = 1 << 15, 1 << 22
 
 
 def chunk_of(seq: int) -> int:
@@ -42,10 +44,12 @@ def chunk_of(seq: int) -> int:
 
 
 class DeltaStrips:
-    def __init__(self, mixing: DeltaMixing, block: Block, dtype: torch.dtype, gradients: bool) -> None:
+    def __init__(
+        self, mixing: DeltaMixing, block: Block, dtype: torch.dtype, gradients: bool, chunk: int | None = None
+    ) -> None:
         self.heads, self.seq = block.stop - block.start, mixing.shape[2]
         self.dtype, self.device, self.keep = dtype, mixing.q.device, gradients
-        self.chunk = chunk_of(self.seq)
+        self.chunk = chunk or chunk_of(self.seq)
         ids = None if mixing.segment_ids is None else mixing.segment_ids[block.rows]
         self.starts = None if ids is None else segment_starts(ids).amin(0).tolist()
 
@@ -75,13 +79,20 @@ class DeltaStrips:
     def _some(self) -> Iterator[slice]:
         """Ranges of chunks."""
         count, pairs, chunk, width = self.given[0].shape
-        step = max(1, SOME_ENTRIES // (pairs * chunk * max(chunk, width)))
+        entries = SOME_ENTRIES if self.device.type == "cpu" else SOME_ENTRIES_OF_A_GPU
+        step = max(1, entries // (pairs * chunk * max(chunk, width)))
         return (slice(start, start + step) for start in range(0, count, step))
 
     def _inside(self, some: slice) -> DeltaChunks:
         q, k, beta = (value[some].flatten(0, 1).to(torch.float64) for value in self.given)
         sums = self.decays[some].flatten(0, 1).cumsum(1)
         return DeltaChunks(q, k, beta, sums if sums.dim() == 3 else sums.unsqueeze(-1))
+
+    def own(self, some: slice) -> Tensor:
+        """(c, r, t, t) the tiles on the diagonal."""
+        inside = self._inside(some)
+        tiles = _flushed(torch.bmm(inside.scores, inside.writes).to(self.dtype))
+        return tiles.view(-1, *self.given[0].shape[1:3], self.chunk)
 
     def first_column(self, row: int) -> int:
         return 0 if self.starts is None else self.starts[row]
@@ -100,8 +111,7 @@ class DeltaStrips:
         for at, tokens, rows in self._pieces(row, end):
             begin = max(first - at * self.chunk, 0)
             start = at * self.chunk + begin - first
-            inside = self._inside(slice(at, at + 1))
-            own = _flushed(torch.bmm(inside.scores, inside.writes).to(self.dtype))
+            own = self.own(slice(at, at + 1))[0]
             out[:, rows, start : start + tokens.stop - begin] = own[:, tokens, begin : tokens.stop]
             walk, last = [self.seen[at, :, tokens]], first // self.chunk
             for column in range(at - 1, last - 1, -1):

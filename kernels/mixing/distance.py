@@ -49,6 +49,10 @@ def mixing_distance(
     if backend == "triton":
         _check_triton(student, teacher)
     if backend == "triton" or (backend == "auto" and _triton_is_best(student, teacher)):
+        if isinstance(student, DeltaMixing):
+            from mohawk.kernels.mixing.triton_delta import distance_triton_delta
+
+            return distance_triton_delta(student, teacher, metric, reduction)
         from mohawk.kernels.mixing.triton_backend import distance_triton
 
         return distance_triton(student, teacher, metric, reduction)
@@ -86,8 +90,8 @@ def _check_triton(student: Mixing, teacher: Mixing) -> None:
 
     if not fits_triton(student, teacher):
         raise ValueError(
-            f"{where} is not for a DeltaMixing, float64, a softcap, nor a head_dim or state_size above 256; "
-            "take 'chunked'"
+            f"{where} is not for float64, a softcap, a head_dim or state_size above 256, nor for a DeltaMixing as the "
+            "teacher of another kind; take 'chunked'"
         )
 
 

@@ -15,7 +15,9 @@ GPUs count.
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -560,9 +562,13 @@ def sums_and_gradients(student: Mixing, teacher: Mixing, metric: str, real: Tens
     return total, size, (d_left, d_right, d_decay, d_scale, diagonals.sum(-1, dtype=torch.float64))
 
 
-def distance_triton(student: Mixing, teacher: Mixing, metric: str, reduction: str) -> Tensor:
-    """Shapes and meaning as in `mohawk.kernels.mixing.distance.mixing_distance`, float32."""
-    run = _value_and_gradients if student.tensors[0].numel() else chunked.value_and_gradients
+def distance_triton(
+    student: Mixing, teacher: Mixing, metric: str, reduction: str, sums: Callable = sums_and_gradients
+) -> Tensor:
+    """Shapes and meaning as in `mohawk.kernels.mixing.distance.mixing_distance`, float32. sums: by which kernels."""
+    run = functools.partial(_value_and_gradients, sums=sums)
+    if not student.tensors[0].numel():
+        run = chunked.value_and_gradients
     device = student.tensors[0].device
     # Triton launches on the current device, wherever the tensors are.
     with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
@@ -570,11 +576,11 @@ def distance_triton(student: Mixing, teacher: Mixing, metric: str, reduction: st
 
 
 def _value_and_gradients(
-    student: Mixing, teacher: Mixing, metric: str, reduction: str, wanted: bool
+    student: Mixing, teacher: Mixing, metric: str, reduction: str, wanted: bool, sums: Callable
 ) -> tuple[Tensor, list[Tensor | None]]:
     """(batch, heads) distances, and the gradients of their reduction (per head if there is none)."""
     real = chunked.real_tokens(student, teacher)
-    total, size, per_head = sums_and_gradients(student, teacher, metric, real, wanted)
+    total, size, per_head = sums(student, teacher, metric, real, wanted)
     values, factor = chunked.finish(metric, total, size, student.shape[2], real)
     gradients: list[Tensor | None] = [None] * len(student.tensors)
     if wanted:
@@ -589,10 +595,11 @@ def _value_and_gradients(
 
 
 def fits_triton(student: Mixing, teacher: Mixing) -> bool:
-    """Whether the kernels cover this pair: no delta rule, float64 or softcap, head_dim and state_size at most 256."""
+    """Whether the kernels cover this pair: no float64 or softcap, head_dim and state_size at most 256, and a delta rule
+    as a teacher only of another (triton_delta.py)."""
+    if isinstance(teacher, DeltaMixing) and not isinstance(student, DeltaMixing):
+        return False
     for mixing in (student, teacher):
-        if isinstance(mixing, DeltaMixing):
-            return False
         if any(value is not None and value.dtype == torch.float64 for value in mixing.tensors):
             return False
         if isinstance(mixing, AttentionMixing) and mixing.softcap is not None:

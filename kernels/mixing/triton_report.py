@@ -12,12 +12,14 @@ import torch
 
 from mohawk.kernels.common import triton_report
 from mohawk.kernels.mixing import triton_backend as mixing_triton
+from mohawk.kernels.mixing import triton_delta
 from mohawk.kernels.mixing.triton_backend import Side
 
 WIDTHS = (64, 128, 256)
 MAJOR = {"sm_80": 8, "sm_90": 9, "sm_100": 10, "gfx942": 0}
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 PAIRS = ("ssd-attention", "attention-ssd", "attention-attention", "ssd-ssd")
+DELTA_PAIRS = ("delta-attention", "delta-ssd", "delta-delta")  # of triton_delta.py
 
 
 def _side(kind: str, dtype: str, masked: bool) -> Side:
@@ -45,6 +47,8 @@ def compile_one(
 ) -> triton_report.Usage:
     """Compile with both operands of one width. masks: "segments" is documents and padding, by the metric with most
     sums; "segments, kl" the same by kl; "none" is one document."""
+    if pair in DELTA_PAIRS:
+        return _compile_delta(target, kernel, pair, masks, width, dtype, tiles or triton_delta.tiles(MAJOR[target]))
     if tiles is None:
         tiles = mixing_triton.tiles(pair == PAIRS[0], width, DTYPES[dtype], MAJOR[target])
     if kernel == "normaliser":
@@ -68,15 +72,38 @@ def compile_one(
     return triton_report.compile_for(target, mixing_triton.pass_kernel, types, constants, options)
 
 
+def _compile_delta(
+    target: str, kernel: str, pair: str, masks: str, width: int, dtype: str, tiles: dict
+) -> triton_report.Usage:
+    teacher = pair.removeprefix("delta-")
+    alone = teacher == "delta"  # taken into the student, of twice the channels
+    constants = {name: tiles[name] for name in ("BLOCK", "CHUNK", "PRECISION")}
+    constants["WIDTH"] = 2 * width if alone else width
+    options = {name: tiles[name] for name in ("num_warps", "num_stages", "enable_fp_fusion")}
+    types: dict[str, Any] = dict.fromkeys(("crossing", "left", "residuals", "d_walks", "d_seen"), "*fp32")
+    types |= dict.fromkeys(("heads", "chunks", "start", "wave", "width"), "i32")
+    types["bounds"] = None if masks == "none" else "*i32"
+    if kernel == "return":
+        return triton_report.compile_for(target, triton_delta.return_kernel, types, constants, options)
+    types |= dict.fromkeys(("seen", "own_tiles", "walks", "d_own"), "*fp32") | {"seq": "i32"}
+    types |= {"teacher": None if alone else _side(teacher, dtype, masks != "none")}
+    types |= {"real": None if masks == "none" else "*i8"} | dict.fromkeys(("squares", "sizes"), "*fp64")
+    constants |= {"SIZES": masks != "none", "TEACHER_WIDTH": width}
+    return triton_report.compile_for(target, triton_delta.walk_kernel, types, constants, options)
+
+
 def cases(quick: bool = False) -> list[tuple[str, str, str, int, str]]:
     """(kernel, student-teacher, masks, width, dtype) that a distance can launch."""
     every = [("normaliser", "attention-attention", "segments")]
     every += [(kernel, pair, "segments") for pair in PAIRS for kernel in ("rows", "columns")]
     every += [(kernel, "ssd-attention", "none") for kernel in ("rows", "columns")]
     every += [(kernel, "attention-attention", "segments, kl") for kernel in ("rows", "columns")]
+    every += [("walk", pair, masks) for pair in DELTA_PAIRS for masks in ("segments", "none")]
+    every += [("return", pair, "segments") for pair in DELTA_PAIRS[1:]]
     shapes = [(width, dtype) for width in WIDTHS for dtype in DTYPES]
     if quick:
-        every = [case for case in every if case[0] != "normaliser" and case[1] in PAIRS[::2] and case[2] == "segments"]
+        some = (*PAIRS[::2], *DELTA_PAIRS[::2])
+        every = [case for case in every if case[0] != "normaliser" and case[1] in some and case[2] == "segments"]
         shapes = [(128, "bf16"), (256, "fp32")]
     return [(*case, width, dtype) for width, dtype in shapes for case in every]
 

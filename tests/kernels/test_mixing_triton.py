@@ -13,10 +13,19 @@ pytest.importorskip("triton")
 ROOT = pathlib.Path(__file__).parents[2]
 
 
-@pytest.mark.parametrize("part", ("kinds", "packed", "extremes", "half", "large"))
-def test_interpreted(part):
+PARTS = ("kinds", "packed", "extremes", "half", "large")
+
+
+@pytest.mark.parametrize(
+    ("cases", "part"),
+    [
+        *(("mixing_triton_cases", part) for part in PARTS),
+        *(("delta_triton_cases", part) for part in PARTS if part != "half"),
+    ],
+)
+def test_interpreted(cases, part):
     done = subprocess.run(
-        [sys.executable, str(pathlib.Path(__file__).with_name("mixing_triton_cases.py")), part],
+        [sys.executable, str(pathlib.Path(__file__).with_name(f"{cases}.py")), part],
         env={**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
