@@ -90,7 +90,7 @@ class SSMMixer(StateMixer):
         self.in_proj = nn.Linear(hidden_size, self.projection_size(), bias=bias)
 
     @property
-    def conv_bias(self) -> nn.Parameter:
+    def conv_bias(self) -> Tensor:
         """Of the convolution, which in Mamba-2 has one."""
         assert self.conv1d.bias is not None
         return self.conv1d.bias
