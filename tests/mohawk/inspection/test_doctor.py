@@ -26,15 +26,14 @@ def test_report_names_versions_devices_and_operations():
 
 
 def test_students_are_held_against_their_own_full_forward(monkeypatch):
-    from mohawk.models.mixers import SSMMixer
+    from mohawk.models.mixer_names import MIXERS
+    from mohawk.models.state_mixer import StateMixer
 
     rows = doctor.student_rows()
-    assert [name for name, _, _ in rows] == [
-        "mamba2, hybrid", "mamba2, pure", "discrete_mamba2, hybrid", "discrete_mamba2, pure"
-    ]  # fmt: skip
+    assert [name for name, _, _ in rows] == [f"{mixer}, {kind}" for mixer in MIXERS for kind in ("hybrid", "pure")]
     assert not any(broken for _, _, broken in rows) and "Students" in printed()
     with monkeypatch.context() as patch:
-        patch.setattr(SSMMixer, "_read_cache", lambda *_: (None, None))  # each call starts from an empty state
+        patch.setattr(StateMixer, "_read_cache", lambda *_: (None, None))  # each call starts from an empty state
         assert all(broken and "prefill in chunks" in verdict for _, verdict, broken in doctor.student_rows())
     monkeypatch.setitem(sys.modules, "transformers", None)
     assert [row[0] for row in doctor.student_rows()] == ["none"]
