@@ -178,12 +178,17 @@ def _check_texts(top: argparse.ArgumentParser, options: argparse.Namespace) -> N
 
 
 def commands() -> dict[str, Command]:
-    """Every command by its name, in the order of `mohawk --help`."""
-    return {
-        command.name: command
-        for folder in FOLDERS
-        for command in importlib.import_module(f"mohawk.{folder}.commands").COMMANDS
-    }
+    """Every command by its name, in the order of `mohawk --help`. ValueError where two folders have one of a name."""
+    found: dict[str, Command] = {}
+    owners: dict[str, str] = {}
+    for folder in FOLDERS:
+        for command in importlib.import_module(f"mohawk.{folder}.commands").COMMANDS:
+            if command.name in found:
+                raise ValueError(
+                    f"mohawk/{folder}/commands.py: a command {command.name!r} is in mohawk/{owners[command.name]} too"
+                )
+            found[command.name], owners[command.name] = command, folder
+    return found
 
 
 def parser() -> argparse.ArgumentParser:

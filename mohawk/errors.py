@@ -35,6 +35,7 @@ ADVICE = {
     errno.ENFILE: "raise the limit of open files",
     errno.ENAMETOOLONG: "choose a shorter name",
 }
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # of what only a write meets
 MACHINE = (*ADVICE, errno.ENOMEM, errno.ESTALE)  # of a file call: the machine's doing whatever was made of it since
 
 
@@ -88,7 +89,11 @@ def naming(path: str | os.PathLike) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.filename is None:
+        if error.errno is None:  # with a name its text would be lost
+            if (made := as_os_error(error)) is not None:
+                made.filename = os.fspath(path)
+                raise made from error
+        elif error.filename is None:
             error.filename = os.fspath(path)
         raise
     except Exception as error:
@@ -99,10 +104,13 @@ def naming(path: str | os.PathLike) -> Iterator[None]:
 
 
 def as_os_error(error: BaseException) -> OSError | None:
-    """The OSError in what safetensors and torch.save raise when they cannot write; None for anything else."""
+    """The OSError in what safetensors, numpy and torch.save raise when they cannot write; None for anything else."""
     kind = f"{type(error).__module__.partition('.')[0]}.{type(error).__name__}"
     if kind == "safetensors.SafetensorError" and (found := re.search(r"\(os error (\d+)\)", str(error))):
         return OSError(int(found[1]), os.strerror(int(found[1])))
+    # numpy's of an array: "1000 requested and 24 written"
+    if type(error) is OSError and error.errno is None and re.search(r"\d+ requested and \d+ written", str(error)):
+        return OSError(errno.ENOSPC, "could not be written whole")
     # torch's archive writer says only that fewer bytes arrived than it wrote, or that its stream has failed
     if type(error) is RuntimeError and re.search(
         r"PytorchStreamWriter failed|inline_container.*unexpected pos|iostream error", str(error)

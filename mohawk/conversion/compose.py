@@ -31,7 +31,7 @@ from mohawk.loading.models import load_teacher
 from mohawk.loading.nonfinite import refuse_nonfinite
 from mohawk.models.hybrid import HybridForCausalLM
 from mohawk.models.hybrid_config import SSM_LAYER, HybridConfig, attention_types
-from mohawk.runs.binding import bound, check_models
+from mohawk.runs.binding import check_models, record_of
 from mohawk.runs.claim import claimed
 from mohawk.runs.kept import Composed, Selection
 from mohawk.training.metrics import copy_without
@@ -177,9 +177,7 @@ def compose(
             # pyrefly: ignore[bad-argument-type]  # transformers wraps `to` and loses its parameters
             made = keep_attention(student, teacher.to(student.dtype), layers)
             refuse_nonfinite(made, f"{target}: this student", "it is not written")
-            of = bound(new.output)
-            assert of is not None  # since the folder is claimed
-            with write_whole(target, replace=True, about={"run": of["id"]}) as partial:
+            with write_whole(target, replace=True, about=record_of(new.output)) as partial:
                 made.save_pretrained(partial)
     context = (asked.context if asked else None) or 4096
     size = sum(state_bytes(config, layers, context))

@@ -77,7 +77,8 @@ def run_phases(run: RunContext[TextData]) -> None:
 
     def step(name: str, phase: Any) -> Step:
         def take(student: HybridForCausalLM, before: str | None) -> HybridForCausalLM:
-            train_phase(run, name, phase, student, run.teacher, _rows(run, name, phase), before)
+            rows = _rows(run, name, phase)
+            train_phase(run, name, phase, student, run.teacher, rows, before, f"phases.{name}")
             return student
 
         return Step(name, take, phase)
@@ -110,8 +111,10 @@ def train_phase(
     teacher: PreTrainedModel,
     rows: Any,
     before: str | None,
+    section: str,
 ) -> None:
-    """One of the three phases, of a student of `teacher`. rows: the dataset. before: the step before, if any."""
+    """One of the three phases, of a student of `teacher`. rows: the dataset. before: the step before, if any. section:
+    where its settings stand in the recipe."""
 
     def solve() -> None:
         """Least squares for every out_proj, from the first rows of the phase's text."""
@@ -125,7 +128,7 @@ def train_phase(
 
     objective = objective_for(name, phase, student, teacher)
     solves = name == "hidden" and phase.solve_tokens
-    train(run, name, phase, objective, rows, before, first=solve if solves else None)
+    train(run, name, phase, objective, rows, before, section=section, first=solve if solves else None)
     student.requires_grad_(True)
 
 

@@ -107,20 +107,26 @@ def write_file(path: str | os.PathLike) -> Iterator[Path]:
         raise
 
 
-def why_altered(path: str | os.PathLike) -> str | None:
+def why_altered(path: str | os.PathLike, content: bytes | None = None) -> str | None:
     """What is wrong with a file that `write_file` wrote, in a few words; None when it is as written, or has no sum:
-    files of earlier versions have none."""
+    files of earlier versions have none.
+
+    content: what was read of it, if it was. Raises OSError where then its sum may not be read.
+    """
     path = Path(path)
-    sums = _sums(path)
-    if sums is None:
-        return None
-    if not sums:
-        return "has a damaged sum beside it"
     try:
-        return None if hashed(path) in sums else "is not as it was written"
+        sums = _sums(path)
+        if sums is None:
+            return None
+        if not sums:
+            return "has a damaged sum beside it"
+        digest = hashed(path) if content is None else hashlib.sha256(content).hexdigest()
+        return None if digest in sums else "is not as it was written"
     except FileNotFoundError:
         return "is missing"
     except OSError as error:
+        if content is not None:
+            raise
         return f"cannot be read ({error.strerror})"
 
 
@@ -326,7 +332,7 @@ def _give_mode(file: Path, like: int) -> None:
 def _sums(path: Path) -> list[str] | None:
     try:
         lines = sum_file(path).read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
+    except FileNotFoundError:
         return None
     return [line.split()[0] for line in lines if line.strip()]
 

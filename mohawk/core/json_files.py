@@ -7,15 +7,12 @@ import logging
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
 from mohawk.core.folders import why_altered, write_file
 from mohawk.core.parsing import parse_json
-
-if TYPE_CHECKING:
-    pass
 
 log = logging.getLogger(__name__)
 
@@ -35,20 +32,24 @@ def read_json(path: Path | str, kind: Any = dict[str, Any]) -> Any | None:
     """What `write_json` wrote, with its numbers back; None where there is no such file, or a damaged one (logged).
 
     kind: a type as pydantic checks it; a value of another one is damage too.
+
+    Raises:
+        OSError: the machine refuses to read it, which says nothing of what is in it.
     """
     path = Path(path)
     if not path.is_file():
         return None
-    problem = why_altered(path)
+    content = path.read_bytes()
+    problem = why_altered(path, content)
     try:
         if problem is None:
-            value = _numbers(parse_json(path.read_text(encoding="utf-8")))
+            value = _numbers(parse_json(content.decode("utf-8")))
             TypeAdapter(kind).validate_python(value, strict=True)
             return value
     except ValidationError as error:
         first = error.errors()[0]
         problem = f"{'.'.join(map(str, first['loc'])) or 'all of it'}: {first['msg']}"
-    except (OSError, ValueError) as error:
+    except ValueError as error:
         problem = str(error)
     log.warning("%s is damaged (%s): making again what was in it", path, problem)
     return None

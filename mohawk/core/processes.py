@@ -19,7 +19,7 @@ from typing import Any, TypeVar, cast
 import torch
 import torch.distributed as dist
 
-from mohawk.core.stopping import stop_with_parent
+from mohawk.core.stopping import stop_with_parent, under_accelerate
 from mohawk.errors import SaidElsewhere, UserError
 
 T = TypeVar("T")
@@ -53,6 +53,8 @@ def joined(device: str | None = None) -> Iterator[None]:
     """
     _refuse_sharding()
     if not launched():
+        if under_accelerate():
+            stop_with_parent()
         yield
         return
     _start(device)

@@ -22,13 +22,23 @@ def whole_folder(target: Path, about: Mapping[str, Any] | None = None) -> Iterat
     """Yield an empty folder beside `target` that becomes `target` by one rename when the block succeeds: its files
     hashed into MANIFEST.json, which also says what it is `about`, and flushed to the disk.
 
-    If another process finished the same folder first, its result stays and ours is dropped. Raises UserError
-    where nothing can be written.
+    If another process finished the same folder first, its result stays and ours is dropped. What killed processes left
+    of it is removed. Raises UserError where nothing can be written.
     """
+    held = None
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+        for left in target.parent.glob(f".{target.name}-*"):
+            if (orphan := _hold(left)) is not None:
+                log.info("removing %s, left by a process that was stopped", left)
+                shutil.rmtree(left, ignore_errors=True)
+                os.close(orphan)
+        made = Path(tempfile.mkdtemp(prefix=".new-", dir=target.parent))
+        held = _hold(made)  # before others take it for one of ours
+        scratch = made.rename(made.with_name(f".{target.name}-{made.name.removeprefix('.new-')}"))
     except OSError as error:
+        if held is not None:
+            os.close(held)
         raise unwritable(target.parent, error) from error
     try:
         folder = scratch / target.name
@@ -43,6 +53,25 @@ def whole_folder(target: Path, about: Mapping[str, Any] | None = None) -> Iterat
                 raise
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+        if held is not None:
+            os.close(held)
+
+
+def _hold(folder: Path) -> int | None:
+    """A handle that keeps the folder for this process until it is closed or the process ends; None where another one
+    has it, or where nobody can tell."""
+    try:
+        import fcntl
+
+        handle = os.open(folder, os.O_RDONLY)
+    except (ImportError, OSError):  # Windows; or it is gone already
+        return None
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:  # held, or a file system without locks
+        os.close(handle)
+        return None
+    return handle
 
 
 def kept_whole(folder: Path, about: Mapping[str, Any] | None = None) -> bool:

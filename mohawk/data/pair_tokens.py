@@ -21,7 +21,7 @@ from mohawk.data.chat import as_messages, render
 from mohawk.data.records import content_hash, read_records, why_no_chat
 from mohawk.data.source_files import Source, as_source, source_content
 from mohawk.data.text import tokenizer_key
-from mohawk.errors import UserError
+from mohawk.errors import UserError, naming
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -229,10 +229,11 @@ def _tokenize(
 
 def _save(pairs: Pairs, folder: Path) -> None:
     meta = {"unknown": pairs.unknown, "bos_token_id": pairs.bos_token_id}
-    for field in dataclasses.fields(Pairs):
-        if isinstance(value := getattr(pairs, field.name), np.ndarray):
-            np.save(folder / f"{field.name}.npy", value)
-    (folder / "meta.json").write_text(json.dumps(meta) + "\n")
+    with naming(folder):
+        for field in dataclasses.fields(Pairs):
+            if isinstance(value := getattr(pairs, field.name), np.ndarray):
+                np.save(folder / f"{field.name}.npy", value)
+        (folder / "meta.json").write_text(json.dumps(meta) + "\n")
 
 
 def _load(folder: Path) -> Pairs:

@@ -26,7 +26,7 @@ from mohawk.core.lines import damage, sums_of
 from mohawk.core.parsing import parse_json
 from mohawk.core.places import home
 from mohawk.data.generated import spare_lines
-from mohawk.errors import UserError, causes, machines_own, naming
+from mohawk.errors import FULL, UserError, causes, machines_own, naming
 
 if TYPE_CHECKING:
     import datasets
@@ -167,7 +167,11 @@ def load_rows(source: Source, files: list[Path], form: str | None, scratch: str 
         names = [globbing.escape(str(_unpacked(p, scratch).absolute())) for p in files]
         return datasets.load_dataset(BUILDERS[form], data_files=names, split=source.split, cache_dir=scratch, **options)
     except Exception as error:
-        raise _user_error(error, source, files, form) from error
+        made = _user_error(error, source, files, form)
+        # Arrow's copy, whose writer knows no name
+        if isinstance(made, OSError) and made.errno in FULL and made.filename is None and scratch is not None:
+            made.filename = str(Path(scratch).parent)
+        raise made from error
     finally:
         if not bars:
             datasets.enable_progress_bars()

@@ -30,7 +30,7 @@ from mohawk.data.source_files import (
     local_files,
     rows_of,
 )
-from mohawk.errors import UserError
+from mohawk.errors import UserError, naming
 
 if TYPE_CHECKING:
     import datasets
@@ -193,7 +193,8 @@ def _write(
                         ids.pop()
             if eos is not None and (not ids or ids[-1] != eos):
                 ids.append(eos)
-            np.asarray(ids, dtype=dtype).tofile(file)
+            with naming(file.name):
+                file.write(np.asarray(ids, dtype=dtype).tobytes())
             lengths.append(len(ids))
             digests.append(hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest())
 
@@ -211,14 +212,17 @@ def _write(
                 bar.update(len(batch))
                 batch, size = [], 0
         flush(batch, file)
+        with naming(file.name):
+            file.flush()
     if not lengths:
         raise UserError(f"data: {source.source} holds no text in field {source.field!r}")
-    np.save(folder / "offsets.npy", np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64))
-    np.save(folder / "digests.npy", np.frombuffer(b"".join(digests), dtype="<u8"))
     meta = {
         "source": source.source,
         "dtype": dtype.str,
         "documents": len(lengths),
         "tokens": int(sum(lengths)),
     }
-    (folder / "meta.json").write_text(json.dumps(meta, indent=1) + "\n")
+    with naming(folder):
+        np.save(folder / "offsets.npy", np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64))
+        np.save(folder / "digests.npy", np.frombuffer(b"".join(digests), dtype="<u8"))
+        (folder / "meta.json").write_text(json.dumps(meta, indent=1) + "\n")

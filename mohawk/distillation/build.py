@@ -74,9 +74,12 @@ def load(given: DistillTeacher, device: torch.device, who: str = "teacher") -> P
     )  # fmt: skip
 
 
-def shaped(given: DistillStudent, base: PreTrainedModel, seed: int) -> PreTrainedModel:
-    """A student before training: `base` itself copied, some of its layers, its shape with random weights, a hybrid."""
-    with mistakes("student.layers"):
+def shaped(given: DistillStudent, base: PreTrainedModel, seed: int, where: str = "student") -> PreTrainedModel:
+    """A student before training: `base` itself copied, some of its layers, its shape with random weights, a hybrid.
+
+    where: it stands in the recipe, for messages.
+    """
+    with mistakes(f"{where}.layers"):
         if given.layers is None:
             student = copy.deepcopy(base)
         else:
@@ -86,7 +89,7 @@ def shaped(given: DistillStudent, base: PreTrainedModel, seed: int) -> PreTraine
         with torch.device(base.device):
             student = type(student)(student.config)
     if given.hybrid is not None:
-        with mistakes("student.hybrid"):
+        with mistakes(f"{where}.hybrid"):
             torch.manual_seed(seed)
             student = hybrid_from_teacher(student, **student_options(given.hybrid))
     return student

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from mohawk.core.precision import pick_device
 from mohawk.distillation.build import checked_cache, loss_label, matchings_for, mistakes, shaped
 from mohawk.distillation.recipe import DistillRecipe, DistillStudent, RampSection
+from mohawk.errors import UserError
 from mohawk.loading.models import building, load_config, parameter_count
 from mohawk.losses.schedules import temperature_for
 from mohawk.losses.teachers import check_together
@@ -27,7 +28,7 @@ def print_plan(recipe: DistillRecipe, console: Console) -> None:
     further = [load_config(one.model, **one.where, who=f"teachers.{i}") for i, one in enumerate(recipe.teachers)]
     check_together(recipe.combine, [config, *further])
     trackers(recipe.report_to)
-    teacher = _meta(config)
+    teacher = _meta(config, recipe.teacher.trust_remote_code)
     student = _planned(recipe.student, teacher, recipe)
     for name, model in (("Teacher", teacher), ("Student", student)):
         what = recipe.teacher.model if name == "Teacher" else recipe.student.model or "from the teacher"
@@ -65,9 +66,11 @@ def _number(value: float | RampSection) -> str:
     return f"{value.start:g} to {value.end:g}" if isinstance(value, RampSection) else f"{value:.3g}"
 
 
-def _meta(config: Any, who: str = "teacher") -> PreTrainedModel:
+def _meta(config: Any, trust_remote_code: bool, who: str = "teacher") -> PreTrainedModel:
     with torch.device("meta"), building(config, config.name_or_path, who):
-        return AutoModelForCausalLM.from_config(config, attn_implementation=needed_attention(config))
+        return AutoModelForCausalLM.from_config(
+            config, attn_implementation=needed_attention(config), trust_remote_code=trust_remote_code
+        )
 
 
 def _planned(
@@ -75,12 +78,18 @@ def _planned(
 ) -> PreTrainedModel:
     """The student's shape, on the meta device."""
     if given.model is not None:
-        base = _meta(load_config(given.model, **given.where, who=f"{where}.model"), f"{where}.model")
+        config = load_config(given.model, **given.where, who=f"{where}.model")
+        base = _meta(config, given.trust_remote_code, f"{where}.model")
+    if type(base).__module__.startswith("transformers_modules."):  # where transformers puts a checkpoint's own code
+        raise UserError(
+            f"{where}: {type(base).__name__} is of code that came with its checkpoint, so that no run can save it and "
+            f"load it again; name a student of a class in transformers in {where}.model"
+        )
     if given.layers is not None:
         with mistakes(f"{where}.layers"):
             resolve_layers(given.layers, len(decoder(base)[1]))
     with torch.device("meta"):
-        student = shaped(given, base, recipe.seed)
+        student = shaped(given, base, recipe.seed, where)
     if (lora := given.lora) is not None:
         with mistakes(f"{where}.lora"):
             from mohawk.loading.lora import check_adapter, reaches_head

@@ -56,8 +56,11 @@ class StageTrainer:
     def train(self, i: int, stage: Stage, student: PreTrainedModel, before: str | None) -> PreTrainedModel:
         """The student after a stage. i: its place in the recipe. before: the step before it, if any."""
         run, recipe = self.run, self.run.recipe
+        section = f"stages.{i}"
+        if hasattr(recipe, "prune"):
+            section = "correct" if stage is recipe.correct else "heal"
         if stage.student is not None:
-            student = made(run, stage.student, student, f"stages.{i}.student")
+            student = made(run, stage.student, student, f"{section}.student")
         rows = run.data.rows(stage, run.pad)
         wanted = stage.steps() * stage.rows
         if len(rows) < wanted:
@@ -67,14 +70,14 @@ class StageTrainer:
         if lora is not None:
             if lora.keep:
                 on_first(functools.partial(self._write_base, stage.name, student))
-            with mistakes("student.lora"):
+            with mistakes(f"{section}.student.lora" if stage.student else "student.lora"):
                 trained = add_adapter(student, lora.rank, lora.alpha, lora.dropout, lora.targets, lora.bits)
-        with mistakes(f"stages.{i} ({stage.name})"):
+        with mistakes(f"{section} ({stage.name})"):
             objective = self._objective(i, stage, student if trained is None else trained)
         if stage.cache is not None:
             assert isinstance(objective.teacher, CachedTeacher)
             rows = CachedRows(rows, objective.teacher.cache)
-        train(run, stage.name, stage, objective, rows, before, report_to=recipe.report_to)
+        train(run, stage.name, stage, objective, rows, before, section=section, report_to=recipe.report_to)
         if lora is not None and trained is not None:
             if lora.keep:
                 on_first(functools.partial(self._write_adapter, stage.name, trained))
@@ -197,7 +200,7 @@ def made(run: RunContext, given: DistillStudent, base: PreTrainedModel, where: s
     """A student as asked, from the named model or from `base`; the same one whenever it is made again."""
     if given.model is not None:
         base = load_teacher(given.model, **given.where, device=run.device, who=f"{where}.model")
-    student = shaped(given, base, run.recipe.seed).float()
+    student = shaped(given, base, run.recipe.seed, where).float()
     # pyrefly: ignore[bad-argument-type]  # transformers wraps `to` and loses its parameters
     return student.to(run.device).requires_grad_(True)
 

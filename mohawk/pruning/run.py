@@ -63,6 +63,8 @@ def prune(recipe: PruneRecipe, *, dry_run: bool = False) -> None:
     def plan(console: Console) -> Plan:
         about = recipe.teacher
         config = first_before_others(lambda: load_config(about.model, **about.where))
+        with mistakes("teacher"):
+            sizes_of(config)
         with building(config, about.model):
             empty_model(config)
         planned = _plan(recipe, config, Path(recipe.output))
@@ -218,7 +220,7 @@ class Pruning:
             parent = load_teacher(folder, device=run.device, who="student")
         wanted = phase.steps() * phase.rows
         rows = training_rows(recipe.data, run.data.sources, phase.sequence_length, wanted, recipe.seed, run.pad)
-        train_phase(run, name, phase, student, parent, rows, before)
+        train_phase(run, name, phase, student, parent, rows, before, f"convert.{name}")
         return student
 
     # ---- the end ----

@@ -10,11 +10,12 @@ import logging
 import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
 from mohawk.core.folders import locked, why_altered
-from mohawk.core.json_files import write_text
+from mohawk.core.json_files import read_json, write_text
 from mohawk.core.processes import on_first
 from mohawk.core.run_folder import RECIPE, RUN_FILE, phase_folder, phase_student
 from mohawk.errors import UserError
@@ -119,20 +120,27 @@ def _written(run: Path, kind: type) -> Any:
 def _changeable(run: Path, recipe: Any, name: str) -> bool:
     """Whether a field of a run's recipe, by its dotted name, may differ from what it was."""
     if name.endswith(UNTIL_FINISHED):
-        kind, which, *_ = name.split(".")
-        if kind == "phases":
-            steps = dict(recipe.phases.active())
-        elif kind == "stages":
-            steps = {stage.name: stage for stage in recipe.stages}
-            which = recipe.stages[int(which)].name  # as its folder is called
-        else:
+        section = name.rpartition(".")[0]
+        order = list(steps := _trained(recipe))
+        which = next((step for step in reversed(order) if steps[step][0] == section), None)
+        ranking = run.glob("rounds/*/search.json")  # candidates healed alike are compared with each other
+        if which is None or section == "heal" and any("picked" not in (read_json(path) or {}) for path in ranking):
             return False
-        order = list(steps)
-        folder = phase_folder(run, which)
         # with a later one's student this one is not trained again, wherever its own has gone
         trained = any(phase_student(run, step).exists() for step in order[order.index(which) :])
-        return not trained and not is_over(folder, steps[which])
+        return not trained and not is_over(phase_folder(run, which), steps[which][1])
     return name in PLACES or name.endswith(CHANGEABLE)
+
+
+def _trained(recipe: Any) -> dict[str, tuple[str, Any]]:
+    """By the name of its folder: where what a step of a run is trained by stands in the recipe, and those settings."""
+    if hasattr(recipe, "phases"):
+        return {name: (f"phases.{name}", phase) for name, phase in recipe.phases.active()}
+    if hasattr(recipe, "prune"):
+        at = {"correct": "correct", "heal": "heal", "mixing": "convert.mixing", "hidden": "convert.hidden"}
+        where = {step.name: at.get(step.kind, "") for step in recipe.steps()}
+        return {name: (field, attrgetter(field)(recipe) if field else None) for name, field in where.items()}
+    return {stage.name: (f"stages.{i}", stage) for i, stage in enumerate(recipe.stages)}
 
 
 def _same_rows(old: Any, new: Any, name: str) -> bool:

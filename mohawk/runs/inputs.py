@@ -70,7 +70,22 @@ def check_inputs(
             log.warning("%s: not checked: %s", at, error)
         else:
             read.append(f"{at}: {_check_source(source, at, tokenizer, names)}")
-    return f"Read of the text: {'; '.join(read)}. The rest is checked when a run reads it, before any weights."
+    text = f"Read of the text: {'; '.join(read)}. The rest is checked when a run reads it, before any weights."
+    return "\n".join([text, *_unknown(recipe)])
+
+
+def _unknown(recipe: RecipeFile) -> Iterator[str]:
+    """A line for each model of which a plan cannot say that it is what it has to be."""
+    for name, model in [*_teachers(recipe), *_students(recipe)]:
+        if not model.trust_remote_code:
+            continue
+        config = load_config(model.model, **model.where)
+        if "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {}):
+            yield (
+                f"Not known of {name}: {model.model} is run by Python code that comes with it. That the code loads its "
+                "weights, and predicts each token from those before it alone, is checked when the run loads it, before "
+                "anything is trained."
+            )
 
 
 def _teachers(recipe: RecipeFile) -> list[tuple[str, Any]]:

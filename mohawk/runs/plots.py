@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from mohawk.errors import naming
 from mohawk.training.metrics import read_metrics
 
 TITLES = {
@@ -385,7 +386,8 @@ def _save(figure: Any, target: Path | str) -> Path:
     target.parent.mkdir(parents=True, exist_ok=True)
     beside = target.with_name(f".{target.name}.tmp")
     try:
-        figure.savefig(beside, format="png")
+        with naming(target):
+            figure.savefig(beside, format="png")
         os.replace(beside, target)
     except BaseException:
         beside.unlink(missing_ok=True)

@@ -98,18 +98,19 @@ def train(
     rows: Any,
     before: str | None,
     *,
+    section: str,
     first: Callable[[], None] | None = None,
     report_to: Sequence[str] = (),
 ) -> None:
     """Train a phase to its end, or go on with it.
 
-    rows: the dataset. before: the step before, if any. first: what is done to the student before any training, and not
-    where a checkpoint already has it.
+    rows: the dataset. before: the step before, if any. section: where its settings stand in the recipe. first: what is
+    done to the student before any training, and not where a checkpoint already has it.
     """
     trainer = PhaseTrainer(
         objective, name=name, phase=phase, run_dir=run.folder, train_dataset=rows, collate=collate,
         precision=run.recipe.precision, device=run.recipe.device, seed=run.recipe.seed, report_to=report_to,
-        origin=from_first(lambda: _origin(run, before)),
+        origin=from_first(lambda: _origin(run, before)), section=section,
     )  # fmt: skip
     if first is not None and from_first(lambda: newest_complete(trainer.folder) is None):
         first()

@@ -28,7 +28,7 @@ from mohawk.core.folders import MANIFEST, fsync, locked, why_incomplete
 from mohawk.core.parsing import parse_json
 from mohawk.core.places import home
 from mohawk.core.terminal import SHOWN
-from mohawk.errors import UserError
+from mohawk.errors import UserError, naming
 from mohawk.loading.model_hash import teacher_hash
 from mohawk.losses.heads import Head
 from mohawk.teacher_cache.answers import Answers, make_answers, within
@@ -297,8 +297,11 @@ def _write_shard(
                 texts.append(text_digest(row))
                 record = make_row(answers.layout, texts[-1], columns).tobytes()
                 digest.update(record)
-                file.write(record)
+                with naming(part):
+                    file.write(record)
             progress.add(len(given))
+        with naming(part):
+            file.flush()
     fsync(part)
     os.rename(part, path)
     fsync(path.parent)
@@ -312,7 +315,8 @@ def _write_head(folder: Path, head: Head) -> dict[str, Any]:
         about[name] = None
         if tensor is not None:
             path = folder / {"weight": "head.bin", "bias": "bias.bin"}[name]
-            path.write_bytes(tensor.contiguous().flatten().view(torch.uint8).cpu().numpy().tobytes())
+            with naming(path):
+                path.write_bytes(tensor.contiguous().flatten().view(torch.uint8).cpu().numpy().tobytes())
             fsync(path)
             about[name] = {
                 "file": path.name,

@@ -98,6 +98,7 @@ class PhaseTrainer:
         origin: what the phase's checkpoints belong to: `run`, its id, and `from`, the sum of the weights that they go
             on from. One that says otherwise is refused.
         report_to: experiment trackers of transformers' (`tensorboard`, `wandb`, ...) that get each record too.
+        section: where the phase's settings stand in its recipe, for messages; default its name.
     """
 
     def __init__(
@@ -117,12 +118,14 @@ class PhaseTrainer:
         keep_checkpoints: int | None = None,
         origin: Mapping[str, Any] | None = None,
         report_to: Sequence[str] = (),
+        section: str | None = None,
     ):
         self.device = pick_device(device)
         self.autocast_dtype = autocast_dtype(precision, self.device)
         if len(train_dataset) == 0:
-            raise UserError(f"phases.{name}: the training data hold no example; check data.train")
+            raise UserError(f"{section or name}: the training data hold no example; check data.train")
         self.name = name
+        self.section = section or name
         self.phase = phase
         self.folder = phase_folder(Path(run_dir), name)
         self.train_dataset, self.collate = train_dataset, collate
@@ -379,6 +382,11 @@ class PhaseTrainer:
         minutes = getattr(self.phase, "save_minutes", None)
         return minutes is not None and is_first() and time.monotonic() - self._saved_at >= 60 * minutes
 
+    @property
+    def _told(self) -> str:
+        """The phase as messages name it: where it stands in the recipe, and its name where that does not say it."""
+        return self.section if self.section.split(".")[-1] == self.name else f"{self.section} ({self.name})"
+
     def _count_nonfinite(self, bad: list[str]) -> None:
         step = self.step + 1
         self.skipped_steps += 1
@@ -391,9 +399,9 @@ class PhaseTrainer:
                 else f"{self.skipped_steps} steps"
             )
             self._failure = (
-                f"phases.{self.name}: {count}, the last one step {step}, had a loss or gradient that is not"
+                f"{self._told}: {count}, the last one step {step}, had a loss or gradient that is not"
                 f" finite ({', '.join(bad[:3])}{', ...' if len(bad) > 3 else ''}); none reached the weights."
-                f" Lower phases.{self.name}.learning_rate (now {self.phase.learning_rate:g}), lengthen its"
+                f" Lower {self.section}.learning_rate (now {self.phase.learning_rate:g}), lengthen its"
                 " warmup, or set precision: float32"
             )
 
@@ -464,9 +472,9 @@ class PhaseTrainer:
         if found is not None:
             kept = newest_complete(self.folder)
             raise UserError(
-                f"phases.{self.name}: after step {self.step} {found} is not finite, so no checkpoint is"
+                f"{self._told}: after step {self.step} {found} is not finite, so no checkpoint is"
                 f" written; {f'{kept.name} is complete' if kept else 'there is no earlier one'}. Lower"
-                f" phases.{self.name}.learning_rate (now {self.phase.learning_rate:g}) and run again"
+                f" {self.section}.learning_rate (now {self.phase.learning_rate:g}) and run again"
             )
 
     def _write_checkpoint(self, folder: Path) -> None:

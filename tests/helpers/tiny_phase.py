@@ -100,6 +100,7 @@ def tiny_phase(steps: int = 20, **settings):
 
 def tiny_trainer(run_dir, objective=None, phase=None, rows=None, **settings) -> PhaseTrainer:
     settings = {"precision": "float32", "device": "cpu", "seed": 0, "name": "mixing", **settings}
+    settings.setdefault("section", f"phases.{settings['name']}")
     return PhaseTrainer(
         objective or TinyObjective(),
         phase=phase or tiny_phase(),

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from mohawk.cli import BARS, main, parser
+from mohawk.cli import BARS, commands, main, parser
 from mohawk.conversion.recipe import Recipe
 from mohawk.core.extras import EXTRAS
 from mohawk.core.folders import Interrupted
@@ -175,8 +175,8 @@ def test_every_command_of_a_bare_install_says_what_to_install(tmp_path):
         "inspect x --matrices a": "convert",
     }
     words = {shlex.split(line)[0] for line in lines}
-    commands = next(action for action in parser()._actions if action.choices).choices
-    assert words == set(commands) - {"recipes", "verify", "doctor"}, "every command is tried; these need nothing"
+    known = next(action for action in parser()._actions if action.choices).choices
+    assert words == set(known) - {"recipes", "verify", "doctor"}, "every command is tried; these need nothing"
     code = f"for line in {[shlex.split(line) for line in lines]!r}: print(main(line), file=sys.stderr, flush=True)"
     result = without([name for names in EXTRAS.values() for name in names], code, cwd=tmp_path)
     said = result.stderr.splitlines(keepends=True)
@@ -537,3 +537,16 @@ def test_a_conversion_without_phases_is_known_by_its_mixers(tmp_path, capsys):
     path.write_text("teacher: x\nstudent:\n  layers: every_second\ndata:\n  train: [a.txt]\n")
     assert main(["distill", str(path)]) == 2
     assert "stages: missing" in capsys.readouterr().err
+
+
+def test_two_commands_of_one_name_are_an_error(monkeypatch):
+    """One would silently take the other's place."""
+    from mohawk.distillation import commands as distillation
+    from mohawk.pruning import commands as pruning
+
+    monkeypatch.setattr(pruning, "COMMANDS", [*pruning.COMMANDS, distillation.COMMANDS[0]])
+    name = distillation.COMMANDS[0].name
+    with pytest.raises(
+        ValueError, match=rf"^mohawk/pruning/commands.py: a command '{name}' is in mohawk/distillation too"
+    ):
+        commands()

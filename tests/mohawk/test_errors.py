@@ -1,18 +1,26 @@
 """One line for what a machine refuses, whichever library says it; a bug of ours keeps its traceback."""
 
+import ast
 import errno
 import os
+import re
 import resource
 import signal
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
 
+import mohawk
 from mohawk.cli import main
+from mohawk.conversion.recipe import Recipe
+from mohawk.distillation.recipe import DistillRecipe
 from mohawk.errors import UserError, as_os_error, line_for, machines_own, naming, printable
+from mohawk.pruning.recipe import PruneRecipe
+from mohawk.schema.check import _is_section, _parts
 from tests.helpers.tiny_phase import fork, wait
 
 FULL = os.strerror(errno.ENOSPC)
@@ -96,11 +104,16 @@ def test_what_safetensors_and_torch_say_of_a_full_disk(tmp_path):
             except OSError as error:
                 lines.append(line_for(error))
         assert len(lines) == 4 and all(line.startswith(f"{tmp_path}/there: ") for line in lines), lines
-        assert "File too large" in lines[0] and "could not be written whole" in lines[1]
+        assert "File too large" in lines[0] and all("could not be written whole" in line for line in lines[1:3])
         assert "File too large" in lines[3]
 
     assert wait(fork(body)) == 0
     assert as_os_error(RuntimeError("another")) is None
+    cut = OSError("ZSTD decompress failed: Data corruption detected")  # of Arrow, which gives no number
+    with pytest.raises(OSError, match="^ZSTD decompress failed"), naming(tmp_path / "there"):
+        raise cut
+    # torch.save's last write on a full disk, where closing the archive finds it
+    assert as_os_error(RuntimeError("basic_ios::clear: iostream error")).errno == errno.ENOSPC
 
 
 @pytest.fixture
@@ -144,6 +157,69 @@ def test_a_full_standard_output(tmp_path):
     assert (
         (tmp_path / "said").read_text().splitlines()[-1].endswith(f"{FULL}; free disk space, then run the same command")
     )
+
+
+def fields_named(path):
+    """The dotted recipe fields in a module's texts, without its docstrings; {} stands for what is filled in."""
+    tree, own = ast.parse(path.read_text(encoding="utf-8")), set()
+    sections = {name for kind in KINDS.values() for name in kind.model_fields}
+    field = re.compile(rf"(?<![\w./{{-])(?:{'|'.join(sections)})(?:\.(?:\w+|{{}}))+(?=[^\w(])")
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node) is not None:
+            own.add(node.body[0].value)
+        elif isinstance(node, ast.JoinedStr):
+            own.update(node.values)
+        if isinstance(node, ast.JoinedStr):
+            text = "".join(part.value if isinstance(part, ast.Constant) else "{}" for part in node.values)
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str) and node not in own:
+            text = node.value
+        else:
+            continue
+        if " " not in text:  # a name by itself is given by what knows the recipe's kind
+            continue
+        # a file's name is none of a recipe's
+        yield from (found[0] for found in field.finditer(f"{text} ") if not found[0].endswith((".json", ".png")))
+
+
+def has_field(kind, name):
+    """Whether a recipe kind has the dotted field, as far as the text says it."""
+    section = kind
+    for key in name.split("."):
+        if key == "{}" or key.isdigit():
+            continue
+        if key not in section.model_fields:
+            return False
+        inner = [part for part in _parts(section.model_fields[key].annotation) if _is_section(part)]
+        if not inner:
+            return True
+        section = inner[0]
+    return True
+
+
+KINDS = {"conversion": Recipe, "distillation": DistillRecipe, "pruning": PruneRecipe}
+# said of a recipe of one kind alone by what serves all
+OF_ONE_KIND = {
+    ("distillation/cache.py", "phases.end_to_end"),  # of a conversion
+    ("evaluation/run.py", "prune.vocabulary"),  # of a pruning
+    ("loading/models.py", "teacher.quantize"),  # where a recipe has it
+    ("pruning/recipe.py", "student.layers"),  # "as in a distillation's"
+    ("schema/arguments.py", "phases.hidden.tokens"),  # an example
+}
+
+
+def test_messages_name_fields_that_the_recipe_at_hand_has():
+    """A text in a kind's own folder that kind's, in a folder that all share fields that all have."""
+    root, seen, wrong = Path(mohawk.__file__).parent, 0, []
+    for path in sorted(root.rglob("*.py")):
+        at = str(path.relative_to(root).as_posix())
+        owner = KINDS.get(at.split("/")[0])
+        for name in fields_named(path):
+            seen += 1
+            kinds = [] if (at, name) in OF_ONE_KIND else KINDS.values() if owner is None else [owner]
+            wrong += [f"{at}: {name} is none of {kind.__name__}" for kind in kinds if not has_field(kind, name)]
+    assert seen > 30 and not wrong, "\n".join(wrong)
+    assert not has_field(PruneRecipe, "phases.{}.learning_rate") and not has_field(Recipe, "heal.learning_rate")
+    assert has_field(DistillRecipe, "stages.{}.learning_rate") and not has_field(Recipe, "phases.hidden.rate")
 
 
 def test_printable():

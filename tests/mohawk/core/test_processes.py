@@ -2,8 +2,10 @@
 
 import os
 import signal
+import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +15,7 @@ from mohawk.core.stopping import StopRequest
 from mohawk.errors import UserError, line_for
 from tests.helpers.tiny_phase import cheap_training, fork, free_port, wait  # noqa: F401
 
+ROOT = Path(__file__).parents[3]
 pytestmark = [
     pytest.mark.usefixtures("cheap_training"),
     pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="needs gloo"),
@@ -116,6 +119,38 @@ def test_workers_whose_launcher_is_gone_are_asked_to_save(tmp_path, monkeypatch)
     assert wait(pid) == -signal.SIGUSR1
     until(lambda: all(path.exists() and path.read_text() for path in said))
     assert [path.read_text() for path in said] == [str(signal.SIGTERM.value)] * 2
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Linux tells of a parent's end")
+@pytest.mark.parametrize(("words", "stops"), [(["accelerate", "launch"], True), (["bash"], False)])
+def test_the_one_process_of_accelerate_launch_is_asked_to_save_when_that_is_gone(tmp_path, words, stops):
+    """accelerate dies of SIGTERM and hands it on to nobody. What a shell started outlives the shell."""
+    work = (
+        "import time; from pathlib import Path\n"
+        "from mohawk.core.processes import joined; from mohawk.core.stopping import StopRequest\n"
+        f"folder, request = Path({str(tmp_path)!r}), StopRequest(says=False)\n"
+        "with joined(), request.caught():\n"
+        "    (folder / 'at work').touch()\n"
+        f"    end = time.monotonic() + {30 if stops else 0.5}\n"
+        "    while request.number is None and time.monotonic() < end:\n"
+        "        time.sleep(0.01)\n"
+        "(folder / 'writing').write_text(str(request.number and int(request.number)))\n"
+        "(folder / 'writing').rename(folder / 'said')\n"
+    )
+    start = "import subprocess, sys; subprocess.run([sys.executable, '-c', sys.argv[1]])"
+    launcher = subprocess.Popen([sys.executable, "-c", start, work, *words], cwd=ROOT)
+
+    def until(there):
+        end = time.monotonic() + 60.0
+        while not there.exists():
+            assert time.monotonic() < end
+            time.sleep(0.01)
+
+    until(tmp_path / "at work")
+    launcher.terminate()
+    assert launcher.wait() == -signal.SIGTERM
+    until(tmp_path / "said")
+    assert (tmp_path / "said").read_text() == str(int(signal.SIGTERM) if stops else None)
 
 
 @pytest.mark.parametrize("given", ["soon", "0", "-1", "nan", "inf", "1e9"])

@@ -1,8 +1,12 @@
 import bz2
 import hashlib
+import os
+import shutil
+import signal
 import subprocess
 import sys
 import tarfile
+import time
 import zipfile
 
 import pytest
@@ -11,6 +15,7 @@ from mohawk.core import places as run_folder
 from mohawk.core import user_cache
 from mohawk.demo import fetch
 from mohawk.errors import UserError
+from tests.helpers.tiny_phase import fork, wait
 
 
 @pytest.fixture
@@ -194,3 +199,27 @@ def test_smollm2_is_the_real_checkpoint_as_a_plain_folder():
     with torch.no_grad():
         out = model.generate(ids, max_new_tokens=8, do_sample=False)
     assert "Paris" in tokenizer.decode(out[0, ids.shape[1] :])
+
+
+def test_what_a_killed_process_left_of_a_folder_is_removed_and_what_one_is_at_work_on_is_not(tmp_path):
+    target, killed = tmp_path / "kept", tmp_path / "killed"
+
+    def work():
+        with user_cache.whole_folder(target) as folder:
+            (folder / "half").write_text("half")
+            killed.touch()
+            time.sleep(60.0)
+
+    pid = fork(work)
+    while not killed.exists():
+        time.sleep(0.01)
+    (left,) = tmp_path.glob(".kept-*")
+    with user_cache.whole_folder(target) as folder:
+        (folder / "whole").write_text("whole")
+    assert (left / "kept" / "half").exists()  # of one that is alive
+    os.kill(pid, signal.SIGKILL)
+    assert wait(pid) == -signal.SIGKILL
+    shutil.rmtree(target)
+    with user_cache.whole_folder(target) as folder:
+        (folder / "whole").write_text("whole")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["kept", "killed"]

@@ -510,3 +510,41 @@ def test_what_ablate_is_asked_for(checkpoints, texts, tmp_path):
     for asked, words in (("beta", "not of the form"), ("nonsense=1", "no such key"), ("beta=1,1", "twice")):
         with pytest.raises(UserError, match=words):
             variants_of(recipe, [asked], "stages")
+
+
+def test_what_a_plan_cannot_know_of_a_teacher_with_code_of_its_own_is_said(
+    checkpoints, texts, tmp_path, monkeypatch, capsys
+):
+    """Such a teacher teaches a student of transformers' own classes; a student of its class could not be read again."""
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.setenv("COLUMNS", "1000")
+    own = tmp_path / "own"
+    shutil.copytree(checkpoints["big"], own)
+    auto_map = {"AutoConfig": "mine.MineConfig", "AutoModelForCausalLM": "mine.MineForCausalLM"}
+    config = json.loads((own / "config.json").read_text())
+    changed = {"model_type": "mine", "auto_map": auto_map, "architectures": ["MineForCausalLM"]}
+    (own / "config.json").write_text(json.dumps(config | changed))
+    (own / "mine.py").write_text(
+        "from transformers import LlamaConfig, LlamaForCausalLM\n"
+        "class MineConfig(LlamaConfig):\n    model_type = 'mine'\n"
+        "class MineForCausalLM(LlamaForCausalLM):\n    config_class = MineConfig\n"
+    )
+    data = recipe_of(checkpoints, texts, tmp_path / "run", {}).model_dump(mode="json")
+    data["teacher"] = {"model": str(own), "trust_remote_code": True}
+    with pytest.raises(UserError, match="student: MineForCausalLM is of code .*; name a student .* in student.model"):
+        distill(DistillRecipe.from_dict(data), dry_run=True)
+    data["student"] = {"model": str(checkpoints["wide"])}
+    distill(DistillRecipe.from_dict(data), dry_run=True)
+    said = capsys.readouterr().out
+    assert f"Not known of teacher: {own} is run by Python code that comes with it." in said
+    assert said.count("Not known of") == 1
+    distill(DistillRecipe.from_dict(data))
+    assert is_complete(tmp_path / "run" / "student")
+    assert "Not known of" not in capsys.readouterr().out
+    # what is not trusted is named by the field that would trust it
+    data["teacher"], data["student"] = str(checkpoints["big"]), {"model": str(own)}
+    with pytest.raises(UserError, match=r"^student.model: .* if you trust it, set student.trust_remote_code: true"):
+        distill(DistillRecipe.from_dict(data), dry_run=True)
+    data["student"], data["teachers"] = {"layers": "every_second"}, [{"model": str(own)}]
+    with pytest.raises(UserError, match=r"^teachers.0: .* if you trust it, set teachers.0.trust_remote_code: true"):
+        distill(DistillRecipe.from_dict(data), dry_run=True)

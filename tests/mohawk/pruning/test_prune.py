@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -18,12 +19,15 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, 
 
 from mohawk.cli import main
 from mohawk.core.folders import Interrupted, is_complete
+from mohawk.core.json_files import write_json, write_text
 from mohawk.errors import UserError
 from mohawk.models.cutting.sizes import config_parameters, sized_config, sizes_of
 from mohawk.models.hybrid import HybridForCausalLM
 from mohawk.pruning.recipe import PruneRecipe
 from mohawk.pruning.run import prune
+from mohawk.runs.claim import check_folder
 from mohawk.schema.files import shipped
+from mohawk.training import trainer
 from tests.helpers.tiny_phase import cheap_training, fork, wait  # noqa: F401
 from tests.models.conftest import tiny_teacher
 
@@ -387,6 +391,50 @@ def test_a_finished_run_keeps_its_learning_rate(checkpoint, texts, tmp_path):
     prune(made(checkpoint, texts, run, heal=stage(1)))
     with pytest.raises(UserError, match="another heal.learning_rate"):
         prune(made(checkpoint, texts, run, heal=stage(1, learning_rate=1e-5)))
+
+
+@pytest.mark.parametrize(
+    ("which", "where", "more"),
+    [
+        ("heal", r"heal \(heal_2\)", {"prune": {"ffn": 24, "rounds": 2}}),
+        ("correct", r"correct", {"correct": stage(), "prune": {"ffn": 24}}),
+        ("convert.hidden", r"convert\.hidden", {"convert": {"ssm_layers": [0], "mixing": None, "hidden": stage()}}),
+    ],
+)
+def test_a_stage_that_breaks_down_names_its_own_field_and_goes_on_with_another_rate(
+    which, where, more, checkpoint, texts, tmp_path, monkeypatch
+):
+    """The field is one that a prune recipe has, and the advice is one that the run then takes."""
+    run, real = tmp_path / "run", trainer.first_nonfinite
+
+    def first_nonfinite(tensors):
+        name = "heal_2" if which == "heal" else which.split(".")[-1]
+        return "lm_head.weight" if (run / "phases" / name).exists() else real(tensors)
+
+    monkeypatch.setattr(trainer, "first_nonfinite", first_nonfinite)
+    data = recipe_data(checkpoint, texts, run, **more)
+    lower = rf"Lower {re.escape(which)}\.learning_rate \(now 0\.003\)"
+    with pytest.raises(UserError, match=rf"{where}: after step 2 lm_head.weight is not finite.* {lower}"):
+        prune(PruneRecipe.from_dict(data))
+    monkeypatch.undo()
+    prune(PruneRecipe.from_dict(data, [f"{which}.learning_rate=1e-3"]))
+    assert (run / "student" / "model.safetensors").exists()
+    with pytest.raises(UserError, match=f"another {which}.learning_rate"):
+        prune(PruneRecipe.from_dict(data, [f"{which}.learning_rate=1e-5"]))
+
+
+def test_candidates_that_are_compared_are_healed_alike(checkpoint, texts, tmp_path):
+    """While a search goes on, its healing keeps its rate; once a size is picked, that may change."""
+    data = recipe_data(checkpoint, texts, tmp_path / "run")
+    run, recipe = tmp_path / "run", PruneRecipe.from_dict(data)
+    slower = PruneRecipe.from_dict(data, ["heal.learning_rate=1e-5"])
+    run.mkdir()
+    write_text(run / "recipe.yaml", recipe.to_yaml())
+    write_json(run / "rounds" / "1" / "search.json", {"candidates": []})
+    with pytest.raises(UserError, match="another heal.learning_rate"):
+        check_folder(run, slower)
+    write_json(run / "rounds" / "1" / "search.json", {"candidates": [], "picked": 0})
+    check_folder(run, slower)
 
 
 def test_a_recipe_is_checked_without_torch():

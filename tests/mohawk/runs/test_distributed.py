@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from safetensors.torch import load_file
 
 from mohawk.cli import main
 from mohawk.core.folders import is_complete
+from mohawk.training.trainer import PhaseTrainer
 from tests.helpers.tiny_phase import cheap_training, fork, free_port, wait  # noqa: F401
 from tests.models.conftest import tiny_teacher
 
@@ -66,8 +68,11 @@ def written(place: Path, folder: Path, **parts) -> Path:
     return folder / "recipe.yaml"
 
 
-def two_processes(folder: Path, *command: str) -> list[int]:
-    """The command line in two processes, whose output goes to FOLDER/0.txt and 1.txt; gives the exit codes."""
+def two_processes(folder: Path, *command: str, before=lambda rank: None) -> list[int]:
+    """The command line in two processes, whose output goes to FOLDER/0.txt and 1.txt; gives the exit codes.
+
+    before: done in each of them first.
+    """
     port = str(free_port())
 
     def body(rank: int) -> int:
@@ -76,6 +81,7 @@ def two_processes(folder: Path, *command: str) -> list[int]:
         )
         logging.getLogger("mohawk").handlers.clear()  # of the parent
         sys.stdout = sys.stderr = open(folder / f"{rank}.txt", "w")
+        before(rank)
         return main(command)
 
     pids = [fork(lambda rank=rank: body(rank)) for rank in (0, 1)]
@@ -159,3 +165,33 @@ def test_a_mistake_ends_both_and_is_printed_once(place, tmp_path, mistake):
     said = (folder / "0.txt").read_text()
     assert said.count("error: ") == 1 and "Traceback" not in said
     assert (folder / "1.txt").read_text() == ""
+
+
+def test_a_signal_to_one_process_saves_ends_both_and_the_run_goes_on(place, tmp_path):
+    """As to the process of the second GPU alone; then the same command makes what an unbroken run makes."""
+    phases = {"mixing": {"save_every": 1000}, "hidden": None, "end_to_end": None}
+    paths = [
+        written(place, tmp_path / name, student={"ssm_layers": [1]}, phases=phases) for name in ("whole", "broken")
+    ]
+    assert two_processes(paths[0].parent, "convert", str(paths[0])) == [0, 0]
+
+    def second_step_of_the_second(rank):
+        step, seen = PhaseTrainer._take_step, []
+
+        def _take_step(*args, **options):
+            seen.append(1)
+            if rank == 1 and len(seen) == 2:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return step(*args, **options)
+
+        PhaseTrainer._take_step = _take_step  # in this process, which ends with the run
+
+    folder = paths[1].parent
+    assert two_processes(folder, "convert", str(paths[1]), before=second_step_of_the_second) == [130, 130]
+    said = (folder / "0.txt").read_text()
+    assert said.count("stopped by a signal at step 2; ") == 1 and "Traceback" not in said
+    assert (folder / "1.txt").read_text() == ""
+    assert is_complete(folder / "run" / "phases" / "mixing" / "checkpoint-2")
+    assert two_processes(folder, "convert", str(paths[1])) == [0, 0]
+    whole, broken = students(*(path.parent / "run" for path in paths))
+    assert torch.equal(whole, broken)

@@ -909,3 +909,21 @@ def test_a_released_student_is_readable_as_the_umask_says(tmp_path):
     finally:
         os.umask(before)
     assert {stat.S_IMODE(path.stat().st_mode) for path in (tmp_path / "out").iterdir()} == {0o640}
+
+
+@pytest.mark.parametrize("refused", ["x.json", ".x.json.sha256"])
+def test_a_file_that_may_not_be_read_is_not_taken_for_a_damaged_one(refused, tmp_path, monkeypatch):
+    """What it says is not made again, and a run with such a run.json is not taken for one that is bound to nothing."""
+    path, real = tmp_path / "x.json", Path.open
+    write_json(path, {"a": 1})
+
+    def read(self, *args, **options):
+        if self.name == refused:
+            raise PermissionError(13, "Permission denied", str(self))
+        return real(self, *args, **options)
+
+    monkeypatch.setattr(Path, "open", read)
+    with pytest.raises(PermissionError, match=re.escape(f"/{refused}")):
+        read_json(path)
+    monkeypatch.undo()
+    assert read_json(path) == {"a": 1}
