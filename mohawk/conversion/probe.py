@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import sys
-import time
 from collections.abc import Callable, Collection
 from dataclasses import asdict
 from pathlib import Path
@@ -13,7 +11,6 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from tqdm import tqdm
 
 from mohawk.conversion.recipe import Recipe
 from mohawk.conversion.run import opened
@@ -21,12 +18,12 @@ from mohawk.conversion.swap import LayerSwap
 from mohawk.core.folders import MANIFEST
 from mohawk.core.lines import append_line, missing_lines, read_lines, write_lines
 from mohawk.core.run_folder import MEASURED, RECIPE
+from mohawk.core.terminal import Bar
 from mohawk.data.next_tokens import IGNORED
 from mohawk.kernels.kd.loss import TeacherHidden, linear_kd_loss
 from mohawk.losses.heads import Head
 from mohawk.measures.recall import PAIRS, recall_batches, recall_of
 from mohawk.models.hybrid import HybridForCausalLM
-from mohawk.training.progress import PLAIN_SECONDS
 
 
 def short_fingerprint(student: Path) -> str:
@@ -62,7 +59,8 @@ class Probe:
         self._weight = self._head.weight.to(run.autocast or torch.float32)
         self._expected = list(self._text.final_hidden(()))
         self._file = folder / MEASURED
-        self._bar: _Bar | None = None
+        self._bar: Bar | None = None
+        self._counted: set[tuple[str, tuple[int, ...]]] = set()  # by the bar
         self._known: dict[tuple[str, tuple[int, ...]], Any] = {}
         self._recollect()
 
@@ -79,9 +77,9 @@ class Probe:
         """A `mohawk.measures.recall.Recall` as a dict, with these layers replaced."""
         return self._measured("recall", chosen, self._recall)
 
-    def progress(self, name: str, total: int, *, at_most: bool = False) -> _Bar:
+    def progress(self, name: str, total: int, *, at_most: bool = False) -> Bar:
         """Within it, measurements move a bar."""
-        self._bar = _Bar(name, total, at_most)
+        self._bar, self._counted = Bar(name, total, at_most=at_most), set()
         return self._bar
 
     @torch.no_grad()
@@ -109,8 +107,10 @@ class Probe:
         if fresh:
             self._known[key] = measure(frozenset(chosen))
             append_line(self._file, json.dumps([*key, self._known[key]]))
-        if self._bar is not None:
-            self._bar.count(key, fresh)
+        if (bar := self._bar) is not None and key not in self._counted:
+            self._counted.add(key)
+            bar.add(1) if fresh else bar.skip(1)
+            bar.say(f"{bar.name}  {bar.done} of {bar.at_most}{bar.total} measured")
         return self._known[key]
 
     def _recollect(self) -> None:
@@ -141,34 +141,3 @@ def _read(line: str) -> tuple[str, tuple[int, ...], Any] | None:
     except (ValueError, TypeError, RecursionError):
         return None
     return (*key, value) if number else None
-
-
-class _Bar:
-    """Progress over different measurements: a bar, or a line now and then where nobody watches."""
-
-    def __init__(self, name: str, total: int, at_most: bool):
-        self.name, self.total, self.at_most = name, total, "at most " * at_most
-        self.seen: set = set()
-
-    def __enter__(self) -> _Bar:
-        watched = sys.stderr.isatty()
-        self.bar = tqdm(total=self.total, desc=self.name, unit="measured", disable=not watched, dynamic_ncols=True)
-        self.start = self.said = time.monotonic()
-        self.fresh = 0
-        return self
-
-    def __exit__(self, *error) -> None:
-        self.bar.close()
-
-    def count(self, key, fresh: bool) -> None:
-        if key in self.seen:
-            return
-        self.seen.add(key)
-        self.fresh += fresh
-        self.bar.update()
-        now = time.monotonic()
-        if self.bar.disable and fresh and now - self.said >= PLAIN_SECONDS:
-            self.said = now
-            left = (now - self.start) / self.fresh * max(self.total - len(self.seen), 0)
-            words = f"{len(self.seen)} of {self.at_most}{self.total} measured"
-            print(f"{self.name}  {words}, {self.at_most}{tqdm.format_interval(left)} left", file=sys.stderr, flush=True)

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import logging
 import sys
+import time
 
 from mohawk.errors import printable
 
 # `log.info(..., extra=SHOWN)`: the user waits for this, or would want to know of it while the command runs
 SHOWN = {"shown": True}
+PLAIN_SECONDS = 15.0  # between plain lines, where there is no terminal for a bar
+FORMAT = "{desc} {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}, {remaining} left{postfix}]"
 
 
 class Terminal(logging.Handler):
@@ -35,3 +38,54 @@ def log_to_stderr() -> None:
     if not any(isinstance(handler, Terminal) for handler in logger.handlers):
         logger.addHandler(Terminal())
     logger.setLevel(logging.INFO)
+
+
+class Bar:
+    """A bar with the time left; a plain line now and then where stderr is no terminal.
+
+    name: in front of it. total: how many there are to do; done: of these, how many already are. at_most: the work may
+    end earlier.
+    """
+
+    def __init__(self, name: str, total: int, done: int = 0, *, at_most: bool = False):
+        from tqdm import tqdm
+
+        self.name, self.total, self.at_most = name, total, "at most " * at_most
+        self.done, self.worked = done, 0
+        self.started = self.said_at = time.monotonic()
+        plain = not sys.stderr.isatty()
+        self.bar = tqdm(
+            total=total, initial=done, desc=name, disable=plain, dynamic_ncols=True, bar_format=FORMAT
+        )  # fmt: skip
+
+    def __enter__(self) -> Bar:
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.bar.close()
+
+    @property
+    def seconds(self) -> float:
+        return max(time.monotonic() - self.started, 1e-9)
+
+    def skip(self, count: int) -> None:
+        """So many more were there already: they took no time, so the estimate leaves them out."""
+        self.done += count
+        if not self.bar.disable:
+            self.bar.update(count)
+            self.bar.initial += count
+
+    def add(self, count: int) -> None:
+        """So many more are done."""
+        self.done += count
+        self.worked += count
+        self.bar.update(count)
+
+    def say(self, line: str, beside: str = "") -> None:
+        """line: what a plain line says before the time left, where one is due; beside: what stands beside a bar."""
+        if not self.bar.disable:
+            self.bar.set_postfix_str(beside, refresh=False)
+        elif self.worked and time.monotonic() - self.said_at >= PLAIN_SECONDS:
+            self.said_at = time.monotonic()
+            left = self.bar.format_interval(self.seconds / self.worked * max(self.total - self.done, 0))
+            print(f"{line}, {self.at_most}{left} left", file=sys.stderr, flush=True)

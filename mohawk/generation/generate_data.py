@@ -12,7 +12,6 @@ import hashlib
 import json
 import logging
 import os
-import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
@@ -26,7 +25,7 @@ from mohawk.core.folders import locked, sum_file, why_altered, write_file
 from mohawk.core.lines import byte_lines, missing_lines, sum_of, sums_of, why_sums_unusable, write_lines
 from mohawk.core.parsing import parse_json
 from mohawk.core.places import home
-from mohawk.core.terminal import SHOWN
+from mohawk.core.terminal import SHOWN, Bar
 from mohawk.data.chat import as_messages
 from mohawk.data.generated import FILES, MANIFEST, REJECTED, RESPONSES, SUMMARY
 from mohawk.data.records import Prompt, read_prompts
@@ -41,7 +40,6 @@ log = logging.getLogger(__name__)
 LAYOUT = 1  # of the lines; raise it when their fields change
 HELD = 8  # prompts that an endpoint may refuse before it has answered any
 SYNC_SECONDS = 5.0  # between flushes to the disk
-SAY_SECONDS = 15.0  # between lines where there is no terminal
 
 
 class Teacher(Protocol):
@@ -176,7 +174,7 @@ def generate_data(
 
         summarise()
         stack.callback(summarise)
-        progress = stack.enter_context(_Progress(len(prompts), tally))
+        progress = stack.enter_context(Bar("prompts", len(prompts), tally.prompts))
         answers = stack.enter_context(closing(teacher.responses(prompts, tally.prompts)))
         for i, responses in _held_back(answers, tally):
             assert i == tally.prompts, f"answers of prompt {i}, not {tally.prompts}"
@@ -194,7 +192,10 @@ def generate_data(
                 _flush(opened)
                 summarise()
                 synced = time.monotonic()
-            progress.show()
+            progress.add(1)
+            speed = (tally.tokens - before[1]) / progress.seconds
+            said = f"{tally.kept} kept, {sum(tally.rejected.values())} rejected, {speed:,.0f} tokens/s"
+            progress.say(f"prompts {tally.prompts}/{len(prompts)}  {said}", said)
         _flush(opened)
     return tally
 
@@ -501,45 +502,3 @@ def _write(path: Path, value: Any) -> None:
 
 def _json(value: Any) -> bytes:
     return (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode("utf-8")
-
-
-class _Progress:
-    """A bar on stderr with an estimate of the time left; a plain line now and then where that is no terminal."""
-
-    def __init__(self, prompts: int, tally: Tally):
-        from tqdm import tqdm
-
-        self.tqdm, self.tally, self.prompts = tqdm, tally, prompts
-        self.plain = not sys.stderr.isatty()
-        self.first, self.first_tokens = tally.prompts, tally.tokens
-        self.started = self.said_at = time.monotonic()
-        self.bar = tqdm(
-            total=prompts,
-            initial=tally.prompts,
-            desc="prompts",
-            disable=self.plain,
-            dynamic_ncols=True,
-            bar_format="{desc} {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}, {remaining} left{postfix}]",
-        )
-
-    def __enter__(self) -> _Progress:
-        return self
-
-    def __exit__(self, *_) -> None:
-        self.bar.close()
-
-    def show(self) -> None:
-        now, tally = time.monotonic(), self.tally
-        speed = (tally.tokens - self.first_tokens) / max(now - self.started, 1e-9)
-        said = f"{tally.kept} kept, {sum(tally.rejected.values())} rejected, {speed:,.0f} tokens/s"
-        if not self.plain:
-            self.bar.set_postfix_str(said, refresh=False)
-            self.bar.update(tally.prompts - self.bar.n)
-        elif now - self.said_at >= SAY_SECONDS:
-            self.said_at = now
-            left = (now - self.started) / (tally.prompts - self.first) * (self.prompts - tally.prompts)
-            print(
-                f"prompts {tally.prompts}/{self.prompts}  {said}, {self.tqdm.format_interval(left)} left",
-                file=sys.stderr,
-                flush=True,
-            )

@@ -12,22 +12,17 @@ import json
 import logging
 import os
 import shutil
-import sys
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from mohawk.core.folders import MANIFEST, fsync, locked, why_incomplete
 from mohawk.core.parsing import parse_json
 from mohawk.core.places import home
-from mohawk.core.terminal import SHOWN
+from mohawk.core.terminal import SHOWN, Bar
 from mohawk.errors import UserError, naming
 from mohawk.loading.model_hash import teacher_hash
 from mohawk.losses.heads import Head
@@ -51,7 +46,6 @@ log = logging.getLogger(__name__)
 
 SETTINGS = "settings.json"  # what an unfinished cache will be; a second copy of the manifest's in a finished one
 SHARD_BYTES = 32 << 20  # what a kill can cost: 150,000 tokens of a top 64
-PLAIN_SECONDS = 15.0  # between lines where there is no terminal for a bar
 
 
 def write_cache(
@@ -222,7 +216,7 @@ def _write(
     """All shards that are not there, then the manifest, then the folder's name."""
     layout, rows, per_shard = answers.layout, settings["data"]["rows"], settings["rows_per_shard"]
     files, texts = {}, []
-    with _progress(rows, layout.sequence_length) as progress:
+    with Bar("cache", rows) as progress:
         for shard in range(-(-rows // per_shard)):
             span = range(shard * per_shard, min((shard + 1) * per_shard, rows))
             path = unfinished / shard_name(shard)
@@ -244,7 +238,7 @@ def _write(
     _write_json(unfinished / MANIFEST, settings | {"data": data} | about | {"files": files})
     os.rename(unfinished, folder)
     fsync(folder.parent)
-    tokens, seconds = progress.done * layout.sequence_length, max(progress.seconds, 1e-9)
+    tokens, seconds = progress.worked * layout.sequence_length, progress.seconds
     size = layout.row.itemsize / layout.sequence_length
     log.info(
         "cached %s rows in %s: %s tokens (%s in this run), %.1f bytes a token, %s MB, %s tokens/s", f"{rows:,}", folder,
@@ -278,7 +272,7 @@ def _kept(path: Path, layout: Layout, dataset: Any, span: range) -> tuple[str, n
 
 
 def _write_shard(
-    path: Path, answers: Answers, dataset: Any, span: range, batch_size: int, progress: _Progress
+    path: Path, answers: Answers, dataset: Any, span: range, batch_size: int, progress: Bar
 ) -> tuple[str, np.ndarray]:
     """Writes one shard, which appears whole; its sha256 and its rows' text digests."""
     digest, texts, length = hashlib.sha256(), [], answers.layout.sequence_length
@@ -300,6 +294,8 @@ def _write_shard(
                 with naming(part):
                     file.write(record)
             progress.add(len(given))
+            speed = f"{progress.worked * length / progress.seconds:,.0f} tokens/s"
+            progress.say(f"cache  row {progress.done}/{progress.total}  {speed}", speed)
         with naming(part):
             file.flush()
     fsync(part)
@@ -362,45 +358,3 @@ def _write_json(path: Path, value: dict[str, Any]) -> None:
 def _entry(path: Path) -> dict[str, Any]:
     content = path.read_bytes()
     return {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
-
-
-class _Progress:
-    """Rows done, as a bar; without a terminal, as a line now and then."""
-
-    def __init__(self, rows: int, length: int, bar: tqdm):
-        self.rows, self.length, self.bar = rows, length, bar
-        self.done, self.begin = 0, time.monotonic()
-        self.said = self.begin
-
-    @property
-    def seconds(self) -> float:
-        return time.monotonic() - self.begin
-
-    def skip(self, rows: int) -> None:
-        """Rows that were there already."""
-        self.rows -= rows
-        if not self.bar.disable:
-            self.bar.update(rows)
-            self.bar.initial += rows  # it took no time, so the estimate leaves it out
-
-    def add(self, rows: int) -> None:
-        self.done += rows
-        self.bar.update(rows)
-        speed = self.done * self.length / max(self.seconds, 1e-9)
-        self.bar.set_postfix_str(f"{speed:,.0f} tokens/s", refresh=False)
-        now = time.monotonic()
-        if self.bar.disable and now - self.said >= PLAIN_SECONDS and self.done < self.rows:
-            self.said = now
-            left = tqdm.format_interval(self.seconds / self.done * (self.rows - self.done))
-            print(
-                f"cache  row {self.done}/{self.rows}  {speed:,.0f} tokens/s, {left} left", file=sys.stderr, flush=True
-            )
-
-
-@contextmanager
-def _progress(rows: int, length: int) -> Iterator[_Progress]:
-    with tqdm(
-        total=rows, desc="cache", unit="row", disable=None, dynamic_ncols=True,
-        bar_format="{desc} {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}, {remaining} left{postfix}]",
-    ) as bar:  # fmt: skip
-        yield _Progress(rows, length, bar)

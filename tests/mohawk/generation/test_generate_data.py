@@ -560,7 +560,7 @@ def test_mistakes_on_the_command_line(tmp_path, capsys, extra, message):
 
 
 def test_plain_progress_has_an_estimate(tmp_path, prompts, capsys, monkeypatch):
-    monkeypatch.setattr("mohawk.generation.generate_data.SAY_SECONDS", 0.0)
+    monkeypatch.setattr("mohawk.core.terminal.PLAIN_SECONDS", 0.0)
     generate_data(prompts[:2], Scripted(lambda i, s: time.sleep(0.01) or "two words"), tmp_path / "out")
     first, second = capsys.readouterr().err.splitlines()
     assert first.startswith("prompts 1/2  1 kept, 0 rejected, ") and first.endswith("tokens/s, 00:00 left")

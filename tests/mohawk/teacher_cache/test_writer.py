@@ -222,11 +222,11 @@ def test_an_empty_folder_is_no_obstacle(tmp_path, teacher, dataset):
 
 
 def test_without_a_terminal_progress_is_lines_with_an_estimate(tmp_path, teacher, dataset, monkeypatch, capsys, caplog):
-    monkeypatch.setattr("mohawk.teacher_cache.writer.PLAIN_SECONDS", 0.0)
+    monkeypatch.setattr("mohawk.core.terminal.PLAIN_SECONDS", 0.0)
     with caplog.at_level(logging.INFO):
         write_cache(tmp_path / "cache", teacher, dataset, **SETTINGS)
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("cache  ")]  # not what was cached
-    assert len(lines) == 6 and all(
+    assert len(lines) == 7 and all(
         re.fullmatch(r"cache  row \d+/14  [\d,]+ tokens/s, \d\d:\d\d left", x) for x in lines
     )
     record = json.loads((tmp_path / "cache" / MANIFEST).read_text())["files"][shard_name(0)]
