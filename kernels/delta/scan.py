@@ -13,11 +13,13 @@ import torch
 from torch import Tensor
 
 from mohawk.kernels.common.delta_chunks import check_gates
+from mohawk.kernels.common.packages import usable, why_not
 from mohawk.kernels.common.segments import check_segment_ids
 from mohawk.kernels.delta.chunked import delta_chunked
+from mohawk.kernels.delta.fla_backend import delta_fla, kernels, refusal
 from mohawk.kernels.delta.reference import delta_reference
 
-BACKENDS = {"auto": delta_chunked, "reference": delta_reference, "chunked": delta_chunked}
+BACKENDS = {"auto": None, "reference": delta_reference, "chunked": delta_chunked, "fla": delta_fla}
 
 
 @overload
@@ -82,17 +84,26 @@ def gated_delta_rule(
     (the first segment goes on from initial_state).
 
     backend: "reference" is the recurrence token by token, "chunked" torch on any device with memory linear in seq,
-    "auto" is "chunked".
+    "fla" flash-linear-attention's kernels, "auto" those on CUDA where they can be imported and fit, else "chunked".
 
     Returns y like v, and with return_final_state also the state after the last token, (batch, heads, key_dim,
-    value_dim) in float32 (float64 for float64 v). The rule is float32 inside (float64 for float64 v). Raises
-    ValueError for shapes that do not fit, RuntimeError in a second derivative, which only "reference" has.
+    value_dim) in float32 (float64 for float64 v). The rule is float32 inside (float64 for float64 v); "fla" rounds to
+    v's dtype between its kernels, and takes decays below -30 as that. Raises ValueError for shapes that do not fit,
+    RuntimeError in a second derivative, which only "reference" has.
     """
     _check(q, k, v, beta, log_decay, initial_state, segment_ids)
     if backend not in BACKENDS:
         raise ValueError(f"gated_delta_rule: backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
+    if backend == "fla":
+        reason = refusal(k, v) or why_not(kernels(log_decay))
+        if reason is not None:
+            raise ValueError(f"gated_delta_rule: backend 'fla' can't be used: {reason}; use 'auto' or 'chunked'")
+    if backend == "auto":
+        # In this order: for tensors on a CPU the package is not even imported.
+        backend = "fla" if v.is_cuda and refusal(k, v) is None and usable(kernels(log_decay)) else "chunked"
+    run = BACKENDS[backend]
     with torch.autocast(v.device.type, enabled=False):
-        y, final_state = BACKENDS[backend](q, k, v, beta, log_decay, initial_state, segment_ids)
+        y, final_state = run(q, k, v, beta, log_decay, initial_state, segment_ids)
     return (y, final_state) if return_final_state else y
 
 
