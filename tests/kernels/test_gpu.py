@@ -5,8 +5,8 @@ import dataclasses
 import pytest
 import torch
 
-from mohawk.kernels.kd.loss import TeacherHidden, kd_loss, linear_kd_loss
 from mohawk.kernels.delta.scan import gated_delta_rule
+from mohawk.kernels.kd.loss import TeacherHidden, kd_loss, linear_kd_loss
 from mohawk.kernels.mixing.definition import AttentionMixing, DeltaMixing, SSDMixing
 from mohawk.kernels.mixing.distance import mixing_distance
 from mohawk.kernels.ssd.scan import ssd
