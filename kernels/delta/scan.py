@@ -12,12 +12,13 @@ from typing import Literal, overload
 import torch
 from torch import Tensor
 
-from mohawk.kernels.common.delta_chunks import check_gates
-from mohawk.kernels.common.segments import check_segment_ids
+from mohawk.kernels.common.packages import usable, why_not
+from mohawk.kernels.delta.checks import check, fits_step
 from mohawk.kernels.delta.chunked import delta_chunked
+from mohawk.kernels.delta.fla_backend import delta_fla, kernels, refusal
 from mohawk.kernels.delta.reference import delta_reference
 
-BACKENDS = {"auto": delta_chunked, "reference": delta_reference, "chunked": delta_chunked}
+BACKENDS = {"auto": None, "reference": delta_reference, "chunked": delta_chunked, "fla": delta_fla}
 
 
 @overload
@@ -82,17 +83,26 @@ def gated_delta_rule(
     (the first segment goes on from initial_state).
 
     backend: "reference" is the recurrence token by token, "chunked" torch on any device with memory linear in seq,
-    "auto" is "chunked".
+    "fla" flash-linear-attention's kernels, "auto" those on CUDA where they can be imported and fit, else "chunked".
 
     Returns y like v, and with return_final_state also the state after the last token, (batch, heads, key_dim,
-    value_dim) in float32 (float64 for float64 v). The rule is float32 inside (float64 for float64 v). Raises
-    ValueError for shapes that do not fit, RuntimeError in a second derivative, which only "reference" has.
+    value_dim) in float32 (float64 for float64 v). The rule is float32 inside (float64 for float64 v); "fla" rounds to
+    v's dtype between its kernels, and takes decays below -30 as that. Raises ValueError for shapes that do not fit,
+    RuntimeError in a second derivative, which only "reference" has.
     """
-    _check(q, k, v, beta, log_decay, initial_state, segment_ids)
+    check(q, k, v, beta, log_decay, initial_state, segment_ids)
     if backend not in BACKENDS:
         raise ValueError(f"gated_delta_rule: backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
+    if backend == "fla":
+        reason = refusal(k, v) or why_not(kernels(log_decay))
+        if reason is not None:
+            raise ValueError(f"gated_delta_rule: backend 'fla' can't be used: {reason}; use 'auto' or 'chunked'")
+    if backend == "auto":
+        # In this order: for tensors on a CPU the package is not even imported.
+        backend = "fla" if v.is_cuda and refusal(k, v) is None and usable(kernels(log_decay)) else "chunked"
+    run = BACKENDS[backend]
     with torch.autocast(v.device.type, enabled=False):
-        y, final_state = BACKENDS[backend](q, k, v, beta, log_decay, initial_state, segment_ids)
+        y, final_state = run(q, k, v, beta, log_decay, initial_state, segment_ids)
     return (y, final_state) if return_final_state else y
 
 
@@ -108,8 +118,8 @@ def gated_delta_step(
     where = "gated_delta_step"
     if v.dim() != 3:
         raise ValueError(f"{where}: v must be (batch, heads, value_dim), got {tuple(v.shape)}")
-    if not _fits_step(state, q, k, v, beta, log_decay):
-        _check(q[:, None], k[:, None], v[:, None], beta[:, None], log_decay[:, None], state, None, where)
+    if not fits_step(state, q, k, v, beta, log_decay):
+        check(q[:, None], k[:, None], v[:, None], beta[:, None], log_decay[:, None], state, None, where)
     compute = torch.promote_types(state.dtype, torch.float32)
     k_column, q_column = k.to(compute).unsqueeze(-1), q.to(compute).unsqueeze(-1)
     decay = log_decay.to(compute).exp()
@@ -119,52 +129,3 @@ def gated_delta_step(
     change = beta.to(compute).unsqueeze(-1) * (v.to(compute) - (state * k_column).sum(-2))
     state = state.addcmul(k_column, change.unsqueeze(-2))
     return (state * q_column).sum(-2).to(v.dtype), state
-
-
-def _fits_step(state: Tensor, q: Tensor, k: Tensor, v: Tensor, beta: Tensor, log_decay: Tensor) -> bool:
-    """Whether the usual arguments fit, in a few microseconds: the full check takes longer than the step itself."""
-    tensors = (state, q, k, v, beta, log_decay)
-    return (
-        q.shape == k.shape
-        and beta.shape == v.shape[:2]
-        and log_decay.shape in (beta.shape, k.shape)
-        and state.shape == (*k.shape, v.shape[-1])
-        and all(t.is_floating_point() and t.device == v.device for t in tensors)
-    )
-
-
-def _check(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    beta: Tensor,
-    log_decay: Tensor,
-    initial_state: Tensor | None,
-    segment_ids: Tensor | None,
-    where: str = "gated_delta_rule",
-) -> None:
-    if v.dim() != 4:
-        raise ValueError(f"{where}: v must be (batch, seq, heads, value_dim), got {tuple(v.shape)}")
-    batch, seq, heads, value_dim = v.shape
-    for name, value in (("k", k), ("q", q)):
-        if value.dim() != 4 or value.shape[:3] != v.shape[:3]:
-            raise ValueError(
-                f"{where}: {name} must be (batch, seq, heads, key_dim) with batch, seq, heads = {batch}, {seq}, "
-                f"{heads} as v has them, got {tuple(value.shape)}"
-            )
-    if q.shape != k.shape:
-        raise ValueError(f"{where}: q and k must have one key_dim, got {q.shape[3]} and {k.shape[3]}")
-    check_gates(where, k, beta, log_decay)
-    state_shape = (batch, heads, k.shape[3], value_dim)
-    if initial_state is not None and tuple(initial_state.shape) != state_shape:
-        raise ValueError(
-            f"{where}: the state must be (batch, heads, key_dim, value_dim) = {state_shape}, "
-            f"got {tuple(initial_state.shape)}"
-        )
-    check_segment_ids(segment_ids, batch, seq, where)
-    tensors = {"q": q, "k": k, "v": v, "beta": beta, "log_decay": log_decay, "the state": initial_state}
-    for name, value in tensors.items():
-        if value is not None and not value.is_floating_point():
-            raise ValueError(f"{where}: {name} must be floating point, got {value.dtype}")
-        if value is not None and value.device != v.device:
-            raise ValueError(f"{where}: {name} is on {value.device}, v on {v.device}; move them to one device")

@@ -339,12 +339,11 @@ def sums_and_gradients(student: Mixing, teacher: Mixing, metric: str, real: Tens
             side = _side(one, _dtype(one))
             if side.most is not None:
                 programs = triton.cdiv(seq, launch["BLOCK"]) * side.heads
-                constants = {name: launch[name] for name in ("BLOCK", "CHUNK", "PRECISION")}
-                options = {name: launch[name] for name in ("num_stages", "enable_fp_fusion")}
+                names = ("BLOCK", "CHUNK", "PRECISION", "num_stages", "enable_fp_fusion")
+                options: dict = {name: launch[name] for name in names} | NORMALISER
                 normaliser_kernel[(programs,)](
-                    side, seq, side.heads, STEP=constants["CHUNK"], WIDTH=_width(side.width),
-                    **constants, **options, **NORMALISER,
-                )  # fmt: skip
+                    side, seq, side.heads, STEP=launch["CHUNK"], WIDTH=_width(side.width), **options
+                )
         squares, found, parts = _walk(made, side, here, bounds, seq, launch, metric, wanted)
         totals.append(squares.sum(-1))
         sizes.append(found if size is None else size)

@@ -9,7 +9,7 @@ import platform
 import shutil
 
 # Where the import name differs
-MODULES = {"lm-eval": "lm_eval", "mamba-ssm": "mamba_ssm", "causal-conv1d": "causal_conv1d"}
+MODULES = {"lm-eval": "lm_eval", "mamba-ssm": "mamba_ssm", "causal-conv1d": "causal_conv1d", "fla-core": "fla"}
 
 
 def version(package: str) -> str | None:

@@ -33,10 +33,12 @@ PACKAGES = {
     "triton": "GPU kernels",
     "mamba-ssm": "the scan `ssd` on NVIDIA GPUs",
     "causal-conv1d": "the convolution `causal_conv1d` on NVIDIA GPUs",
+    "fla-core": "the rule `gated_delta_rule` on GPUs",
 }
 REPLACES = {
     "mamba-ssm": "ssd",
     "causal-conv1d": "causal_conv1d",
+    "fla-core": "gated_delta_rule",
 }  # whose kernels run instead of ours, in which operation
 
 

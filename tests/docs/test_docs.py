@@ -279,7 +279,7 @@ def test_tables_are_those_of_the_results(tmp_path):
     assert found == {readme: text.format("benchmarks/results/"), page: text.format("../benchmarks/results/")}
 
 
-@pytest.mark.parametrize("name", ["kd_loss-cpu", "kd_accuracy-cpu", "mixing_distance-cpu", "ssd-cpu"])
+@pytest.mark.parametrize("name", ["kd_loss-cpu", "kd_accuracy-cpu", "mixing_distance-cpu", "ssd-cpu", "delta_rule-cpu"])
 def test_tables_of_kernels_are_those_of_their_figures(name):
     from benchmarks.run import table_lines
 

@@ -5,8 +5,9 @@ import dataclasses
 import pytest
 import torch
 
+from mohawk.kernels.delta.scan import gated_delta_rule
 from mohawk.kernels.kd.loss import TeacherHidden, kd_loss, linear_kd_loss
-from mohawk.kernels.mixing.definition import AttentionMixing, SSDMixing
+from mohawk.kernels.mixing.definition import AttentionMixing, DeltaMixing, SSDMixing
 from mohawk.kernels.mixing.distance import mixing_distance
 from mohawk.kernels.ssd.scan import ssd
 
@@ -39,9 +40,15 @@ def state_space(seq, state, ids):
     return SSDMixing(on_gpu(2, seq, 2, state), on_gpu(2, seq, 3, state) / state, *decays, segment_ids=ids)
 
 
+def delta(seq, width, ids, channels=False):
+    q, k = (torch.nn.functional.normalize(on_gpu(2, seq, 6, width), dim=-1) for _ in range(2))
+    log_decay = -torch.rand(2, seq, 6, *[width] * channels, device="cuda") / 4
+    return DeltaMixing(q, k, torch.rand(2, seq, 6, device="cuda"), log_decay, segment_ids=ids)
+
+
 def operands_in(mixing, dtype):
     """q and k, or C and B, rounded to dtype."""
-    names = ("q", "k") if isinstance(mixing, AttentionMixing) else ("C", "B")
+    names = ("C", "B") if isinstance(mixing, SSDMixing) else ("q", "k")
     return dataclasses.replace(mixing, **{name: getattr(mixing, name).to(dtype) for name in names})
 
 
@@ -54,6 +61,11 @@ DISTANCES = [
     ("attention, attention", "kl", 163, 64, 64, True),
     ("ssd, attention", "frobenius", 1000, 256, 200, False),
     ("ssd, attention", "frobenius", 1, 5, 128, False),
+    ("delta, attention", "frobenius", 163, 40, 64, True),
+    ("delta, ssd", "mse", 163, 64, 64, True),
+    ("delta, delta by channel", "relative", 163, 64, 64, True),
+    ("delta by channel, attention", "squared", 1000, 256, 200, False),
+    ("delta, attention", "frobenius", 1, 5, 128, False),
 ]
 
 
@@ -71,6 +83,8 @@ def test_mixing_distance(dtype, pair, metric, seq, width, state, packed):
     kinds = {
         "ssd": lambda: state_space(seq, state, ids),
         "attention": lambda: attention(seq, width, ids, window=window),
+        "delta": lambda: delta(seq, width, ids),
+        "delta by channel": lambda: delta(seq, width, ids, channels=True),
     }
     student, teacher = (operands_in(kinds[kind](), dtype) for kind in pair.split(", "))
     names = [name for name in vars(student) if torch.is_tensor(getattr(student, name)) and name != "segment_ids"]
@@ -158,3 +172,20 @@ def test_scan():
     got = value_and_gradients(scan("chunked"), tensors)
     exact = value_and_gradients(scan("reference"), tensors, torch.float64)
     assert_close(got, exact, 2e-5, ("value", "x", "log_decay", "B", "C"))
+
+
+@pytest.mark.parametrize("channels", [False, True])
+def test_delta_rule(channels):
+    torch.manual_seed(0)
+    mixing, v, weights = delta(333, 24, None, channels), on_gpu(2, 333, 6, 20), on_gpu(2, 333, 6, 20)
+
+    def rule(backend):
+        def run(q, k, v, beta, log_decay):
+            return (gated_delta_rule(q, k, v, beta=beta, log_decay=log_decay, backend=backend) * weights).sum()
+
+        return run
+
+    tensors = (mixing.q, mixing.k, v, mixing.beta, mixing.log_decay)
+    got = value_and_gradients(rule("chunked"), tensors)
+    exact = value_and_gradients(rule("reference"), tensors, torch.float64)
+    assert_close(got, exact, 2e-5, ("value", "q", "k", "v", "beta", "log_decay"))

@@ -121,6 +121,7 @@ def test_why_there_is_no_gpu(monkeypatch):
         ("kd_loss", "triton", "cuda", "3.6.0", "triton 3.6.0 is installed"),
         ("ssd", "mamba_ssm", "cuda", "3.6.0", "the mamba_ssm package is installed"),
         ("ssd", "chunked", "cuda", "3.6.0", "mamba-ssm is missing"),
+        ("gated_delta_rule", "chunked", "cuda", "3.6.0", "fla-core is missing"),
         ("causal_conv1d", "torch", "cuda", "3.6.0", "causal-conv1d is missing"),
     ],
 )
