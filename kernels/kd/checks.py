@@ -33,7 +33,7 @@ def number(name: str, value: object, ok: Callable[[float], bool], allowed: str) 
 
 
 def check_settings(s: Settings, has_labels: bool, normalizer: float | Tensor | None) -> None:
-    """The options that need no shapes."""
+    """Check the options that need no shapes."""
     _one_of("divergence", s.divergence, tuple(DIVERGENCES))
     _one_of("reduction", s.reduction, REDUCTIONS)
     _one_of("backend", s.backend, BACKENDS)
@@ -70,7 +70,7 @@ def positive(normalizer: float | Tensor) -> float:
 
 
 def check_student(student: tuple[Tensor, ...], s: Settings) -> None:
-    """Logits, or hidden states with their head."""
+    """Check a student's logits, or hidden states with their head."""
     if not s.linear:
         floating("student_logits", student[0])
         return
@@ -109,7 +109,7 @@ def check_head(
     softcap: float | None,
     autocast: bool,
 ) -> None:
-    """Hidden states with their head; under autocast their dtypes may differ."""
+    """Check hidden states with their head; under autocast their dtypes may differ."""
     floating(f"{side} hidden states", hidden)
     floating(f"{side} head", head, 2)
     if hidden.shape[-1] != head.shape[1]:
@@ -150,7 +150,7 @@ class Against(NamedTuple):
     kept: Tensor | None = None  # the rows that count, of shape `lead`; None: all
 
     def beside(self, name: str, x: Tensor, trailing: int) -> None:
-        """On the student's device and of its leading dimensions."""
+        """Check that a tensor is on the student's device and has its leading dimensions."""
         _device(name, x, self.device)
         leading(name, x.shape[: x.dim() - trailing], self.lead)
 
@@ -160,7 +160,7 @@ class Against(NamedTuple):
 
 
 def same_vocab(entries: int, student: Against) -> None:
-    """A teacher's entries beside the student's."""
+    """Check that a teacher has as many entries as the student, or more where that is allowed."""
     vocabulary = student.vocabulary
     if entries == vocabulary.entries or student.settings.vocab_size is not None and entries >= vocabulary.local:
         return
@@ -171,14 +171,14 @@ def same_vocab(entries: int, student: Against) -> None:
 
 
 def of_probabilities(teacher: object, divergence: str) -> None:
-    """Of a source that has no logits."""
+    """Check what can be asked of a source that has no logits."""
     if DIVERGENCES[divergence].on_logits:
         kind = type(teacher).__name__
         raise ValueError(f"divergence {divergence!r} compares logits; {kind} has probabilities only")
 
 
 def check_ids(kind: str, ids: Tensor, field: str, values: Tensor, student: Against) -> None:
-    """Ids (..., k) with a value each."""
+    """Check ids (..., k) with a value each."""
     name, vocab = f"{kind}.{field}", student.vocabulary.size
     floating(name, values)
     if not isinstance(ids, Tensor) or ids.dtype != torch.int64:
@@ -205,7 +205,7 @@ def check_rows(
     vocab: int,
     ignore_index: int,
 ) -> None:
-    """Labels and token weights against the student's leading dimensions."""
+    """Check labels and token weights against the student's leading dimensions."""
     if labels is not None:
         if not isinstance(labels, Tensor) or labels.dtype != torch.int64:
             raise ValueError(f"labels must be an int64 tensor, not {getattr(labels, 'dtype', type(labels).__name__)}")

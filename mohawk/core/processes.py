@@ -97,7 +97,7 @@ def patience() -> timedelta:
 
 
 def leave() -> None:
-    """At the end of the program."""
+    """Close the process group; called when the program ends."""
     if dist.is_available() and dist.is_initialized():
         dist.destroy_process_group()
 

@@ -69,14 +69,14 @@ class Bar:
         return max(time.monotonic() - self.started, 1e-9)
 
     def skip(self, count: int) -> None:
-        """So many more were there already: they took no time, so the estimate leaves them out."""
+        """Count so many as there already: they took no time, so the estimate leaves them out."""
         self.done += count
         if not self.bar.disable:
             self.bar.update(count)
             self.bar.initial += count
 
     def add(self, count: int) -> None:
-        """So many more are done."""
+        """Count so many more as done."""
         self.done += count
         self.worked += count
         self.bar.update(count)

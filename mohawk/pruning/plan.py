@@ -84,7 +84,7 @@ def budget_of(target: TargetSection, config: Any, tolerance: float) -> Budget:
 
 
 def costs_of(recipe: PruneRecipe, config: Any, kind: str, device: Any = "cpu") -> Costs:
-    """Of models cut from one of this configuration, as they are in the end: converted, and in the saved dtype."""
+    """What models cost that are cut from one of this configuration, converted and in the dtype that is saved."""
     return Costs(
         config, kind, context=recipe.prune.context, dtype=recipe.save_dtype, convert=convert_options(recipe),
         device=device,

@@ -179,7 +179,7 @@ class Correct(Stage):
 
 @dataclass(frozen=True)
 class PruneStep:
-    """What the run does next, and is a folder of: phases/<name>/student. round: from 1."""
+    """One step of the run; its student lies in phases/<name>/student. round: counted from 1."""
 
     name: str
     kind: str  # correct, cut, convert, mixing, hidden, heal

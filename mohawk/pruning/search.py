@@ -102,7 +102,7 @@ class Costs:
         return self._known.get((sizes, tuple(layers)))
 
     def of(self, config: Any) -> float:
-        """Of a model of this configuration."""
+        """The cost of a model of this configuration."""
         model = empty_model(config, self.convert)
         total, inside = parameters_of(model)
         if self.kind in ("parameters", "nonembedding"):

@@ -72,7 +72,7 @@ class TeacherCache:
 
     @property
     def bytes_per_token(self) -> float:
-        """Of the shards, checksums included."""
+        """How many bytes of the shards a token takes, checksums included."""
         return self.layout.row.itemsize / self.layout.sequence_length
 
     def row(self, index: int, text: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:

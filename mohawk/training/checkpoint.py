@@ -71,7 +71,7 @@ def read_moments(checkpoint: Path, optimizer: torch.optim.Optimizer) -> None:
 
 
 def write_counts(folder: Path, counts: Mapping[str, Any], objective: Objective) -> None:
-    """What the phase counts, and what the objective keeps beside its parameters."""
+    """The phase's counts, and what the objective keeps beside its parameters."""
     state = dict(counts)
     tensors, values = objective.training_state()
     if tensors or values:
@@ -111,7 +111,7 @@ def is_finished(checkpoint: Path) -> bool:
 
 
 def write_random_states(folder: Path, device: torch.device) -> None:
-    """Of this process; all write into the same folder."""
+    """The random states of this process; all processes write into the same folder."""
     states: dict[str, Any] = {"python": random.getstate(), "numpy": np.random.get_state(), "cpu": torch.get_rng_state()}
     if device.type == "cuda":
         states["cuda"] = torch.cuda.get_rng_state(device)

@@ -36,7 +36,7 @@ class Progress:
         self.record: Mapping[str, Any] = {}
 
     def start(self, step: int, steps: int) -> None:
-        """When `step` steps of so many are taken."""
+        """Begin to show progress: `step` of `steps` steps are taken."""
         if not is_first():
             return
         self.out = self.stream or sys.stderr
@@ -60,7 +60,7 @@ class Progress:
             self.bar.set_postfix_str(record_text(record), refresh=False)
 
     def show(self, step: int, last: bool = False) -> None:
-        """That `step` steps are taken; called when the last of them has been logged, so that its own loss is shown."""
+        """Show that `step` steps are taken; called once the last of them was logged, so that its own loss is shown."""
         if self.bar is not None and not self.plain:
             self.bar.update(step - self.bar.n)
         if self.bar is None or not self.plain or step <= self.said_step:

@@ -512,7 +512,7 @@ class PhaseTrainer:
 
 
 def rows_per_step(phase: Any) -> int:
-    """Of all processes together."""
+    """How many rows a step has, over all processes."""
     return phase.batch_size * phase.gradient_accumulation
 
 
