@@ -27,7 +27,7 @@ from mohawk.models.hybrid import HybridForCausalLM
 
 
 def short_fingerprint(student: Path) -> str:
-    """Of a student's folder: other weights have another one."""
+    """A few characters that stand for the student in a folder: other weights have others."""
     return hashlib.sha256((student / MANIFEST).read_bytes()).hexdigest()[:16]
 
 

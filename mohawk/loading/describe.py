@@ -41,7 +41,7 @@ class Layer:
     window: int | None
 
     def state_bytes(self, context: int) -> int | None:
-        """Of one sequence after `context` tokens; None where it is not known."""
+        """Bytes of one sequence's state after `context` tokens; None where it is not known."""
         if self.fixed_bytes is None:
             return None
         seen = context if self.window is None else min(context, self.window)

@@ -147,7 +147,7 @@ def _models_of(recipe: Any) -> Iterator[tuple[str, list[str]]]:
 
 
 def versions() -> dict[str, str]:
-    """Of what decides a run's numbers."""
+    """Versions of what decides a run's numbers, by package."""
     from mohawk import __version__
     from mohawk.core.devices import version
 

@@ -56,7 +56,7 @@ class TextData:
                 yield text.name, text.tokens
 
     def held_out(self, sequence_length: int, tokens: int, pad: int) -> dict[str, Dataset]:
-        """Of held-out text of the training sources and, where given, of another source."""
+        """Rows of held-out text of the training sources and, where given, of another source."""
         found: dict[str, Dataset] = {}
         for name, kept in (("held_out", self.text.held_out), ("evaluation", self.text.evaluation)):
             if kept is not None and kept.tokens:
@@ -95,7 +95,7 @@ class RunContext(Generic[D]):
         return pad_token(self.tokenizer, self.teacher.config.get_text_config().vocab_size)
 
     def ask_teacher(self) -> None:
-        """For its answers on held-out text, with which every student is compared."""
+        """Ask it for its answers on held-out text, with which every student is compared."""
         asked = self.recipe.evaluation
 
         def answers() -> dict[str, TeacherStates]:
