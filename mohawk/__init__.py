@@ -8,7 +8,7 @@ import importlib
 import os
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 _HERE = os.path.dirname(os.path.abspath(__file__))
 if not all(os.path.isdir(os.path.join(_HERE, folder)) for folder in ("kernels", "models", "recipes")):
