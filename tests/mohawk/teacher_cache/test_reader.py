@@ -283,7 +283,7 @@ def test_rows_come_with_the_contracts_columns_also_from_workers(caches, dataset)
     rows = CachedRows(dataset, cache)
     rows[0]
     assert len(pickle.dumps(cache)) < 10_000  # no shard travels
-    sampler = Batches(len(rows), batch_size=4, batches=5, seed=0)
+    sampler = Batches(len(rows), rows=4, batch_size=4, steps=5, seed=0)
     loader = torch.utils.data.DataLoader(rows, batch_sampler=sampler, collate_fn=collate, num_workers=1)
     seen = 0
     for batch, indices in zip(loader, sampler, strict=True):
