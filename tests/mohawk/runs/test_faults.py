@@ -128,8 +128,11 @@ def test_a_file_call_that_fails(place, name):
     """Each fault comes in what the one before left behind; in the end all is as if there had been none."""
     expected, done = place.undisturbed(name)
     place.fresh(name)
-    seen = 0
-    for i, at in enumerate(spread(len(done.calls), name)):
+    seen, moments = 0, list(spread(len(done.calls), name))
+    # how many calls there are differs by a few from time to time: where all of these were harmless, others are tried
+    for i, at in enumerate([*moments, *range(1, len(done.calls) + 1, 5)]):
+        if i >= len(moments) and seen:
+            break
         number = ERRORS[i % len(ERRORS)]
         code, said, _ = place.run(name, at=at, number=number)
         # some calls may fail without harm: a folder that is there already, a file that a library can do without
