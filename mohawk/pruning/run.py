@@ -69,13 +69,14 @@ def prune(recipe: PruneRecipe, *, dry_run: bool = False) -> None:
             empty_model(config)
         planned = _plan(recipe, config, Path(recipe.output))
         print_plan(planned, recipe, console)
+        on_first(lambda: _check_files(recipe, dry_run))
         return planned
 
     start(
         recipe,
         dry_run=dry_run,
         plan=plan,
-        further=functools.partial(_check_further, recipe, dry_run),
+        further=functools.partial(_check_further, recipe),
         work=lambda folder, console, planned: Pruning(opened(recipe, folder, console), planned).run_steps(),
     )
 
@@ -96,20 +97,23 @@ def opened(recipe: PruneRecipe, folder: Path, console: Console, *, trains: bool 
     return open_run(recipe, folder, console, read=read, load=load_it, trains=trains)
 
 
-def _check_further(recipe: PruneRecipe, dry_run: bool, tokenizer: Any) -> None:
-    """UserError where the tokenizer cannot lose tokens though it is to, a stage's cache does not fit, scores cannot be
-    read or, in a dry run, which reads no text, local text is not there."""
+def _check_files(recipe: PruneRecipe, dry_run: bool) -> None:
+    """UserError where scores cannot be read or, in a dry run, which reads no text, local text is not there."""
+    if recipe.calibration.scores is not None:
+        given_scores(recipe.calibration.scores)
+    if dry_run:
+        for source in (*recipe.data.train, *recipe.data.evaluation):
+            local_files(as_source(source))
+
+
+def _check_further(recipe: PruneRecipe, tokenizer: Any) -> None:
+    """UserError where the tokenizer cannot lose tokens though it is to, or a stage's cache does not fit."""
     if recipe.prune.vocabulary is not None:
         try:
             check_trimmable(tokenizer)
         except ValueError as error:
             raise UserError(f"prune.vocabulary: {error}") from error
     check_caches(recipe.stages, tokenizer)
-    if recipe.calibration.scores is not None:
-        given_scores(recipe.calibration.scores)
-    if dry_run:
-        for source in (*recipe.data.train, *recipe.data.evaluation):
-            local_files(as_source(source))
 
 
 def _plan(recipe: PruneRecipe, config: Any, run: Path) -> Plan:

@@ -495,6 +495,23 @@ def test_a_vocabulary_that_cannot_be_trimmed_is_said_first(merging, texts, tmp_p
     assert not run.exists()
 
 
+def test_a_dry_run_looks_for_scores_and_text_whether_the_teacher_has_a_tokenizer_or_not(checkpoint, texts, tmp_path):
+    teacher = tmp_path / "teacher"
+    teacher.mkdir()
+    for name in ("config.json", "model.safetensors"):
+        shutil.copy(checkpoint / name, teacher)
+    for given, message in (
+        (
+            {"calibration": {"scores": str(tmp_path / "none.safetensors")}},
+            "calibration.scores: .*none.safetensors cannot",
+        ),
+        ({"data": {"train": [str(tmp_path / "none.txt")]}}, "none.txt"),
+    ):
+        for path in (checkpoint, teacher):
+            with pytest.raises(UserError, match=message):
+                prune(made(path, texts, tmp_path / "run", prune={"ffn": 24}, **given), dry_run=True)
+
+
 def test_why_more_tokens_are_kept_than_asked_for(merging, texts, tmp_path, capsys):
     """Every id is counted once, in the line before training, in vocabulary.json and in the report."""
     run, asked = tmp_path / "run", 20
