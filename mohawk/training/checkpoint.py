@@ -132,9 +132,8 @@ def read_random_states(checkpoint: Path, device: torch.device) -> None:
     np.random.set_state(states["numpy"])
     torch.set_rng_state(states["cpu"])
     if device.type == "cuda" and "cuda" in states:
-        cuda: Tensor | list[Tensor] = states[
-            "cuda"
-        ]  # version 0.1.0 kept every GPU's where there were several processes
+        # version 0.1.0 kept every GPU's where there were several processes
+        cuda: Tensor | list[Tensor] = states["cuda"]
         torch.cuda.set_rng_state(cuda if isinstance(cuda, Tensor) else cuda[device.index or 0], device)
 
 
