@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from mohawk.kernels.delta.scan import gated_delta_rule, gated_delta_step
 from mohawk.kernels.mixing.definition import DeltaMixing
-from mohawk.models.state_mixer import CausalConv1d, StateMixer, segments_of_padding, wide
+from mohawk.models.state_mixer import StateMixer, segments_of_padding, wide
 
 NORM_EPS = 1e-6  # inside the root of a query's or key's norm
 
@@ -37,56 +37,25 @@ class GatedDeltaMixer(StateMixer):
     q, k and v go through the convolution and a SiLU; q and k are divided by their norms and q by sqrt(N); beta =
     sigmoid(b), log decay = -exp(A_log) softplus(a + dt_bias); the output is RMSNorm(y) silu(z) per head, then out_proj.
 
-    Args:
-        hidden_size: D, width of the residual stream.
-        num_heads, head_dim: h and p of the values; h * p need not equal D.
-        state_size: N, the width of queries and keys.
-        num_groups: g, how many heads of queries and keys there are; default one per value head. h must be a multiple.
-        conv_kernel: k, taps of the depthwise causal convolution, which has no bias.
-        bias: a bias on out_proj, which Qwen3.5 has not: for teachers whose output projection has one.
-        norm_eps: epsilon of the output norm.
-        layer_idx: index of the layer in the model, for the cache.
-
-    Raises:
-        ValueError: if num_heads is not a multiple of num_groups.
+    Arguments as in `StateMixer`. Qwen3.5 has no bias on out_proj; `bias` is for teachers whose output projection has
+    one.
     """
 
+    activation = "silu"
+    conv_has_bias = False
     gate_in_projection = False
     outside_matrix = (*StateMixer.outside_matrix, "in_proj_z.weight")
 
-    def __init__(
-        self,
-        hidden_size: int,
-        num_heads: int,
-        head_dim: int,
-        state_size: int,
-        num_groups: int | None = None,
-        conv_kernel: int = 4,
-        *,
-        bias: bool = False,
-        norm_eps: float = 1e-6,
-        layer_idx: int = 0,
-    ):
-        super().__init__()
-        num_groups = num_heads if num_groups is None else num_groups
-        if num_heads % num_groups:
-            raise ValueError(f"num_heads ({num_heads}) must be a multiple of num_groups ({num_groups})")
-        self.hidden_size, self.num_heads, self.head_dim = hidden_size, num_heads, head_dim
-        self.state_size, self.num_groups, self.conv_kernel = state_size, num_groups, conv_kernel
-        self.layer_idx = layer_idx
-        self.inner_size = num_heads * head_dim
-        self.group_size = num_groups * state_size  # width of all queries, and of all keys
-        self.conv_size = self.inner_size + 2 * self.group_size
-        self.conv1d = CausalConv1d(self.conv_size, conv_kernel, "silu", bias=False)
-        self.dt_bias = nn.Parameter(torch.ones(num_heads))
+    def __init__(self, *args, norm_eps: float = 1e-6, **kwargs):
+        super().__init__(*args, norm_eps=norm_eps, **kwargs)
+        self.dt_bias = nn.Parameter(torch.ones(self.num_heads))
         # the paper's released initialisation, uniform in (0, 16), spread over the heads
-        self.A_log = nn.Parameter(torch.log(torch.linspace(16 / num_heads, 16, num_heads)))
-        self.norm = HeadRMSNorm(head_dim, norm_eps)
-        self.out_proj = nn.Linear(self.inner_size, hidden_size, bias=bias)
-        self.in_proj_qkv = nn.Linear(hidden_size, self.conv_size, bias=False)
-        self.in_proj_z = nn.Linear(hidden_size, self.inner_size, bias=False)
-        self.in_proj_b = nn.Linear(hidden_size, num_heads, bias=False)
-        self.in_proj_a = nn.Linear(hidden_size, num_heads, bias=False)
+        self.A_log = nn.Parameter(torch.log(torch.linspace(16 / self.num_heads, 16, self.num_heads)))
+        self.norm = HeadRMSNorm(self.head_dim, norm_eps)
+        self.in_proj_qkv = nn.Linear(self.hidden_size, self.conv_size, bias=False)
+        self.in_proj_z = nn.Linear(self.hidden_size, self.inner_size, bias=False)
+        self.in_proj_b = nn.Linear(self.hidden_size, self.num_heads, bias=False)
+        self.in_proj_a = nn.Linear(self.hidden_size, self.num_heads, bias=False)
 
     def slices(self) -> dict[str, slice]:
         """Which rows of in_proj_qkv, and channels of the convolution, are queries, keys and values."""

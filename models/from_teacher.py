@@ -147,6 +147,11 @@ def hybrid_from_teacher(
         raise RuntimeError(f"weights without a source in the teacher: {left}")
     student.tie_weights()
     if init == "attention":
+        parts = attention_parts(attention[0])
+        if mixer == "gated_delta" and any(one.bias is not None for one in (parts.q, parts.k, parts.v)):
+            log.warning(
+                "the teacher's biases of queries, keys and values are left out: gated_delta has no place for them"
+            )
         for i in chosen:
             size = attention_input_size(model, i)
             fill = copy_attention_to_delta if mixer == "gated_delta" else copy_attention

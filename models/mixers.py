@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from mohawk.kernels.mixing.definition import SSDMixing
 from mohawk.kernels.ssd.scan import ssd, ssd_step
 from mohawk.models.delta_mixer import GatedDeltaMixer
-from mohawk.models.state_mixer import CausalConv1d, StateMixer, segments_of_padding, wide
+from mohawk.models.state_mixer import StateMixer, segments_of_padding, wide
 
 OPEN_GATE = 1.278464542761  # silu(OPEN_GATE) = 1
 
@@ -44,50 +44,13 @@ class GatedRMSNorm(nn.Module):
 class SSMMixer(StateMixer):
     """What the two Mamba-2 mixers share: shapes and the scan. Subclasses say how the projection is cut.
 
-    Args:
-        hidden_size: D, width of the residual stream.
-        num_heads, head_dim: h and p; the inner width is h * p and need not equal D.
-        state_size: N.
-        num_groups: g, how many B and C there are; default one per head. h must be a multiple of g.
-        conv_kernel: k, taps of the depthwise causal convolution.
-        bias: biases on in_proj and out_proj (one switch, as in Bamba).
-        norm_eps: epsilon of the output norm, where there is one.
-        layer_idx: index of the layer in the model, for the cache.
-
-    Raises:
-        ValueError: if num_heads is not a multiple of num_groups.
+    Arguments as in `StateMixer`; `bias` is one switch for in_proj and out_proj, as in Bamba.
     """
 
-    activation: str | None = None  # after the conv
-    conv1d: CausalConv1d
-
-    def __init__(
-        self,
-        hidden_size: int,
-        num_heads: int,
-        head_dim: int,
-        state_size: int,
-        num_groups: int | None = None,
-        conv_kernel: int = 4,
-        *,
-        bias: bool = False,
-        norm_eps: float = 1e-5,
-        layer_idx: int = 0,
-    ):
-        super().__init__()
-        num_groups = num_heads if num_groups is None else num_groups
-        if num_heads % num_groups:
-            raise ValueError(f"num_heads ({num_heads}) must be a multiple of num_groups ({num_groups})")
-        self.hidden_size, self.num_heads, self.head_dim = hidden_size, num_heads, head_dim
-        self.state_size, self.num_groups, self.conv_kernel = state_size, num_groups, conv_kernel
-        self.layer_idx = layer_idx
-        self.inner_size = num_heads * head_dim
-        self.group_size = num_groups * state_size  # width of B, and of C
-        self.conv_size = self.inner_size + 2 * self.group_size
-        self.conv1d = CausalConv1d(self.conv_size, conv_kernel, self.activation)
-        self.D = nn.Parameter(torch.ones(num_heads))
-        self.out_proj = nn.Linear(self.inner_size, hidden_size, bias=bias)
-        self.in_proj = nn.Linear(hidden_size, self.projection_size(), bias=bias)
+    def __init__(self, *args, bias: bool = False, **kwargs):
+        super().__init__(*args, bias=bias, **kwargs)
+        self.D = nn.Parameter(torch.ones(self.num_heads))
+        self.in_proj = nn.Linear(self.hidden_size, self.projection_size(), bias=bias)
 
     @property
     def conv_bias(self) -> Tensor:
@@ -229,7 +192,7 @@ class Mamba2Mixer(SSMMixer):
         # dt log-uniform in [1e-3, 1e-1] (the paper's released initialisation), spread over heads
         dt = torch.exp(torch.linspace(math.log(1e-3), math.log(1e-1), self.num_heads))
         self.dt_bias = nn.Parameter(dt + torch.log(-torch.expm1(-dt)))
-        self.norm = GatedRMSNorm(self.inner_size, self.num_groups, kwargs.get("norm_eps", 1e-5))
+        self.norm = GatedRMSNorm(self.inner_size, self.num_groups, self.norm_eps)
 
     def projection_size(self) -> int:
         return self.inner_size + self.conv_size + self.num_heads

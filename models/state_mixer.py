@@ -48,27 +48,57 @@ class StateMixer(nn.Module):
     """A mixer that goes through a row token by token with a state: projections -> causal conv -> recurrence -> gate ->
     out_proj. Subclasses say what is projected and how the state goes on.
 
-    Attributes:
-        hidden_size: D.
-        num_heads, head_dim, inner_size: h, p and h * p, of the values that go in and out of the state.
+    Args:
+        hidden_size: D, width of the residual stream.
+        num_heads, head_dim: h and p, of the values that go in and out of the state; h * p need not equal D.
         state_size: N, the other side of a head's state.
-        conv_size, conv_kernel: channels of the convolution, and k.
+        num_groups: g, how many heads there are of what writes the state and of what reads it (B and C, k and q);
+            default one per head. h must be a multiple of g.
+        conv_kernel: k, taps of the depthwise causal convolution.
+        bias: a bias on out_proj.
+        norm_eps: epsilon of the output norm, where there is one.
         layer_idx: index of the layer in the model, for the cache.
+
+    Attributes:
+        inner_size: h * p.
+        group_size: g * N.
+        conv_size: channels of the convolution.
         outside_matrix: names of parameters that the mixing matrix does not depend on.
+
+    Raises:
+        ValueError: if num_heads is not a multiple of num_groups.
     """
 
-    hidden_size: int
-    num_heads: int
-    head_dim: int
-    inner_size: int
-    state_size: int
-    conv_size: int
-    conv_kernel: int
-    layer_idx: int
-    conv1d: CausalConv1d
-    out_proj: nn.Linear
+    activation: str | None = None  # after the conv
+    conv_has_bias: bool = True
     gate_in_projection: bool = True  # whether a bias on the gate's projection is the constant part of the gate
     outside_matrix: tuple[str, ...] = ("out_proj.weight", "out_proj.bias", "norm.weight")
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_heads: int,
+        head_dim: int,
+        state_size: int,
+        num_groups: int | None = None,
+        conv_kernel: int = 4,
+        *,
+        bias: bool = False,
+        norm_eps: float = 1e-5,
+        layer_idx: int = 0,
+    ):
+        super().__init__()
+        num_groups = num_heads if num_groups is None else num_groups
+        if num_heads % num_groups:
+            raise ValueError(f"num_heads ({num_heads}) must be a multiple of num_groups ({num_groups})")
+        self.hidden_size, self.num_heads, self.head_dim = hidden_size, num_heads, head_dim
+        self.state_size, self.num_groups, self.conv_kernel = state_size, num_groups, conv_kernel
+        self.norm_eps, self.layer_idx = norm_eps, layer_idx
+        self.inner_size = num_heads * head_dim
+        self.group_size = num_groups * state_size
+        self.conv_size = self.inner_size + 2 * self.group_size
+        self.conv1d = CausalConv1d(self.conv_size, conv_kernel, self.activation, self.conv_has_bias)
+        self.out_proj = nn.Linear(self.inner_size, hidden_size, bias=bias)
 
     # --- what a subclass defines ---------------------------------------------------------------------------------
 

@@ -142,6 +142,14 @@ def test_what_attention_gives_the_start():
     assert (q - direct).norm() < 0.1 * direct.norm()  # the SiLU is nearly linear there
 
 
+def test_biases_that_have_no_place_are_named(caplog):
+    hybrid_from_teacher(tiny_teacher("llama_biased"), [1], "gated_delta")
+    assert "biases of queries, keys and values are left out" in caplog.text
+    caplog.clear()
+    hybrid_from_teacher(tiny_teacher(), [1], "gated_delta")
+    assert not caplog.records
+
+
 @pytest.mark.parametrize(
     "options, message",
     [
