@@ -4,9 +4,6 @@ with states and documents, one decay a head and one a channel. No GPU is needed,
 And what happens where the package is not to be used, or cannot be."""
 
 import importlib.util
-import os
-import pathlib
-import subprocess
 import sys
 import warnings
 
@@ -15,28 +12,15 @@ import torch
 
 from mohawk.kernels.common import packages
 from mohawk.kernels.delta.scan import gated_delta_rule
+from tests.helpers.interpreted import run_cases
 
-ROOT = pathlib.Path(__file__).parents[2]
 MISSING = [name for name in ("fla", "triton", "einops") if importlib.util.find_spec(name) is None]
 
 
 @pytest.mark.skipif(bool(MISSING), reason=f"not installed: {', '.join(MISSING)}")
 @pytest.mark.parametrize("part", ("heads", "channels"))
 def test_the_package_agrees_with_the_recurrence(part):
-    done = subprocess.run(
-        [sys.executable, str(pathlib.Path(__file__).with_name("fla_cases.py")), part],
-        env={
-            **os.environ,
-            "TRITON_INTERPRET": "1",
-            "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
-            "OMP_NUM_THREADS": "1",
-        },
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
-    assert done.stdout.strip().endswith("cases right")
+    run_cases("fla_cases", part)
 
 
 @pytest.fixture

@@ -17,6 +17,7 @@ from mohawk.kernels.mixing.matrix import mixing_matrix
 from mohawk.kernels.mixing.mean_heads import head_mean_distance
 from mohawk.kernels.mixing.reference import dense_matrix
 from mohawk.kernels.mixing.strips import Block, strips_of
+from tests.helpers.mixings import cast, documents, run
 
 METRICS = ["frobenius", "squared", "mse", "relative"]
 KINDS = pytest.mark.parametrize("channels", [False, True], ids=["a decay per head", "a decay per channel"])
@@ -47,30 +48,6 @@ def state_space(batch, heads, seq, state, seed=2, **options):
     C, B = (random(g, batch, seq, 1, state) - 0.5 for _ in range(2))
     given = (C, B, -random(g, batch, seq, heads), random(g, batch, seq, heads), random(g, heads))
     return SSDMixing(*(x.requires_grad_() for x in given), **options)
-
-
-def cast(mixing, dtype):
-    changed = {
-        name: value.detach().to(dtype).requires_grad_()
-        for name, value in vars(mixing).items()
-        if isinstance(value, torch.Tensor) and value.is_floating_point()
-    }
-    return dataclasses.replace(mixing, **changed)
-
-
-def documents(batch, seq, length=40, padding=0):
-    ids = torch.arange(seq).div(length, rounding_mode="floor").expand(batch, seq).clone()
-    ids[0] = 0
-    if padding:
-        ids[-1, -padding:] = -1
-    return ids
-
-
-def run(student, teacher, **options):
-    """The value and the gradients of everything the student is made of."""
-    value = mixing_distance(student, teacher, **options)
-    weights = torch.linspace(0.5, 2, max(1, value.numel()), dtype=value.dtype).view(value.shape)
-    return [value, *torch.autograd.grad((value * weights).sum(), [x for x in student.tensors if x is not None])]
 
 
 def error(value, exact):

@@ -2,29 +2,13 @@
 TRITON_INTERPRET is read when the kernels are defined. Compiling for real GPUs is in
 test_triton_report.py."""
 
-import os
-import pathlib
-import subprocess
-import sys
-
 import pytest
 
+from tests.helpers.interpreted import run_cases
+
 pytest.importorskip("triton")
-ROOT = pathlib.Path(__file__).parents[2]
-
-
-def run_cases(*arguments: str) -> None:
-    done = subprocess.run(
-        [sys.executable, str(pathlib.Path(__file__).with_name("kd_triton_cases.py")), *arguments],
-        env={**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
-    assert done.stdout.strip().endswith("cases right")
 
 
 @pytest.mark.parametrize("part", ("dense", "sparse", "edges", "shared"))
 def test_interpreted(part):
-    run_cases(part)
+    run_cases("kd_triton_cases", part)

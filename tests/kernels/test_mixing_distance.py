@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from mohawk.kernels.mixing import chunked as mixing_chunked
 from mohawk.kernels.mixing.definition import AttentionMixing, SSDMixing
 from mohawk.kernels.mixing.distance import mixing_distance
+from tests.helpers.mixings import cast, documents, run
 
 METRICS = ["frobenius", "squared", "mse", "relative"]
 
@@ -33,31 +34,6 @@ def state_space(batch, heads, groups, seq, state, strength=1.0, seed=1, **option
     log_decay = (random(batch, seq, heads) * -strength).requires_grad_()
     scale, D = random(batch, seq, heads).requires_grad_(), random(heads).requires_grad_()
     return SSDMixing(C, B, log_decay, scale, D, **options)
-
-
-def cast(mixing, dtype):
-    changed = {
-        name: value.detach().to(dtype).requires_grad_()
-        for name, value in vars(mixing).items()
-        if isinstance(value, torch.Tensor) and value.is_floating_point()
-    }
-    return dataclasses.replace(mixing, **changed)
-
-
-def documents(batch, seq, length=40, padding=0):
-    ids = torch.arange(seq).div(length, rounding_mode="floor").expand(batch, seq).clone()
-    ids[0] = 0
-    if padding:
-        ids[-1, -padding:] = -1
-    return ids
-
-
-def run(student, teacher, **options):
-    """The value and the gradients of everything the student is made of."""
-    value = mixing_distance(student, teacher, **options)
-    weights = torch.linspace(0.5, 2, max(1, value.numel()), dtype=value.dtype).view(value.shape)
-    tensors = [tensor for tensor in student.tensors if tensor is not None]
-    return [value, *torch.autograd.grad((value * weights).sum(), tensors)]
 
 
 def error(value, exact):

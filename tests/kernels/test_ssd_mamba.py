@@ -6,9 +6,6 @@ MAMBA_SKIP_CUDA_BUILD=TRUE MAMBA_FORCE_BUILD=TRUE pip install --no-build-isolati
 And what happens where the package is not to be used, or cannot be."""
 
 import importlib.util
-import os
-import pathlib
-import subprocess
 import sys
 import warnings
 
@@ -19,28 +16,15 @@ from mohawk.kernels.causal_conv1d import causal_conv1d, package_backend
 from mohawk.kernels.common import packages
 from mohawk.kernels.ssd import mamba_backend as ssd_mamba
 from mohawk.kernels.ssd.scan import ssd
+from tests.helpers.interpreted import run_cases
 
-ROOT = pathlib.Path(__file__).parents[2]
 MISSING = [name for name in ("mamba_ssm", "triton", "einops") if importlib.util.find_spec(name) is None]
 
 
 @pytest.mark.skipif(bool(MISSING), reason=f"not installed: {', '.join(MISSING)}")
 @pytest.mark.parametrize("part", ("backend", "public"))
 def test_mamba_ssm_and_the_scan_agree_with_the_recurrence(part):
-    done = subprocess.run(
-        [sys.executable, str(pathlib.Path(__file__).with_name("mamba_ssm_cases.py")), part],
-        env={
-            **os.environ,
-            "TRITON_INTERPRET": "1",
-            "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
-            "OMP_NUM_THREADS": "1",
-        },
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
-    assert done.stdout.strip().endswith("cases right")
+    run_cases("mamba_ssm_cases", part)
 
 
 @pytest.fixture
