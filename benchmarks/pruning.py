@@ -200,7 +200,7 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the table, its JSON and the plot")
     options = parser.parse_args()
     from mohawk.demo import fetch
-    from mohawk.loading.models import load_config
+    from mohawk.loading.configs import load_config
     from mohawk.pruning.run import prune
 
     teacher = options.teacher or str(fetch.smollm2())

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from mohawk.conversion.objectives import EndToEndObjective, HiddenObjective, MixingObjective, PhaseObjective
 from mohawk.conversion.recipe import Recipe, Student
 from mohawk.errors import UserError
-from mohawk.loading.models import building
+from mohawk.loading.configs import building
 from mohawk.models.families import check_supported, decoder_shape, needed_attention
 from mohawk.models.from_teacher import choose_layers, hybrid_from_teacher
 from mohawk.models.hybrid import HybridForCausalLM

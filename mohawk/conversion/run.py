@@ -18,7 +18,7 @@ from mohawk.core.processes import first_before_others, on_first
 from mohawk.core.run_folder import COMPOSED
 from mohawk.data.packing import PackedDataset, collate
 from mohawk.errors import UserError
-from mohawk.loading.models import load_config
+from mohawk.loading.configs import load_config
 from mohawk.models.from_teacher import hybrid_from_teacher
 from mohawk.models.hybrid import HybridForCausalLM
 from mohawk.runs.context import RunContext, TextData, measure_stage, open_run, read_text

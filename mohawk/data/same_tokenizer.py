@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from mohawk.data.text import tokenizer_key
 from mohawk.errors import UserError
-from mohawk.loading.models import load_config, load_tokenizer, locate, said_of
+from mohawk.loading.configs import load_config, locate, said_of
+from mohawk.loading.models import load_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -9,7 +9,7 @@ from mohawk.conversion.recipe import Recipe
 from mohawk.core import places as run_folder
 from mohawk.core.terminal import SHOWN
 from mohawk.demo import fetch
-from mohawk.loading.models import locate
+from mohawk.loading.configs import locate
 from mohawk.schema.files import shipped
 from mohawk.schema.yaml_text import quoted
 

@@ -39,7 +39,8 @@ def cache_teacher(
     from mohawk.core.precision import autocast_dtype, pick_device
     from mohawk.data.same_tokenizer import teacher_tokenizer
     from mohawk.data.text import tokenizer_key
-    from mohawk.loading.models import load_config, load_teacher
+    from mohawk.loading.configs import load_config
+    from mohawk.loading.models import load_teacher
     from mohawk.runs.inputs import check_inputs
     from mohawk.teacher_cache.answers import within
 

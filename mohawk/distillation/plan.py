@@ -13,7 +13,8 @@ from mohawk.core.precision import pick_device
 from mohawk.distillation.build import checked_cache, loss_label, matchings_for, mistakes, shaped
 from mohawk.distillation.recipe import DistillRecipe, DistillStudent, RampSection
 from mohawk.errors import UserError
-from mohawk.loading.models import building, load_config, parameter_count
+from mohawk.loading.configs import building, load_config
+from mohawk.loading.models import parameter_count
 from mohawk.losses.schedules import temperature_for
 from mohawk.losses.teachers import check_together
 from mohawk.models.cutting.cuts import resolve_layers

@@ -52,7 +52,8 @@ def export(
         UserError: not a hybrid, not expressible (with the reason), the output taken, or a mismatch.
     """
     import mohawk.models.hybrid  # noqa: F401  makes the Auto classes know hybrids
-    from mohawk.loading.models import load_config, load_teacher
+    from mohawk.loading.configs import load_config
+    from mohawk.loading.models import load_teacher
     from mohawk.models.hybrid_config import HybridConfig
 
     console = console or Console()

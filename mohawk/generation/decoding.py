@@ -24,7 +24,7 @@ from mohawk.data.records import Prompt
 from mohawk.data.text import tokenizer_key
 from mohawk.errors import UserError
 from mohawk.loading.causal import plain_model
-from mohawk.loading.models import check_decoder
+from mohawk.loading.configs import check_decoder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

@@ -6,24 +6,20 @@ pauses (a server's Retry-After holds all requests); what a user has to set right
 
 from __future__ import annotations
 
-import functools
 import http.client
-import io
 import json
 import logging
 import math
 import os
 import queue
 import random
-import re
-import socket
 import threading
 import time
 import urllib.error
 import urllib.parse
 import urllib.request
 from collections import deque
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from concurrent.futures import Future
 from email.utils import parsedate_to_datetime
 from typing import Any
@@ -32,7 +28,9 @@ from mohawk.core.parsing import parse_json
 from mohawk.data.chat import as_messages
 from mohawk.data.records import Prompt
 from mohawk.errors import UserError, printable, shortened
+from mohawk.generation.deadline import DeadlineHttp, DeadlineHttps, DeadlineRequest, NoRedirect
 from mohawk.generation.decoding import Decoding, Response
+from mohawk.generation.masking import LONG_KEY, MASK, any_of, secrets_in, without_secrets
 
 log = logging.getLogger(__name__)
 
@@ -42,20 +40,7 @@ PAUSE, LONGEST_PAUSE = 0.5, 60.0  # seconds before the second try, and at most b
 LONGEST_RETRY_AFTER = 600.0  # seconds; a server that asks for more has no capacity for this run
 ANSWER_TIME = 5  # times `timeout`: how long one answer may take in all, for a server that sends a byte now and then
 LARGEST_ANSWER = 64 << 20  # bytes; log-probabilities take some 200 a token
-MASK = "***"  # in the place of the key, and of what else looks like a secret, wherever text is kept or shown
 SHORTEST_KEY = 4  # characters: a shorter one stands in any text by chance, and could not be masked
-LONG_KEY = 8  # one as long stands for itself wherever it is found; a shorter one only where it is a word of its own
-# Of a field's name, the parts that say it holds a secret, and those that say a token or a key is of another kind.
-SECRETS = frozenset(
-    "token key keys apikey secret secrets password passwd passphrase pwd auth oauth authorization credential "
-    "credentials bearer cookie cookies jwt".split()
-)
-NO_SECRETS = frozenset(
-    "max min eos bos pad stop start end first last special ignore skip add cache sort primary logit logprob logprobs "
-    "bias id ids type budget limit count return".split()
-)
-SPELLED = re.compile(r"(key|token|secret|password|passwd)$")  # apikey, authtoken
-BEARER = re.compile(r"\b(bearer|basic)\s+\S+", re.I)
 LARGEST_ERROR = 1 << 20  # bytes of an error's body that are read
 ODD = 8  # prompts one after another that get no proper answer: then it is the server, and the run stops
 AHEAD = 4  # requests under way and waiting to be written, per worker
@@ -118,12 +103,12 @@ class EndpointTeacher:
         elif key_env is not None:
             raise UserError(f"endpoint: the environment variable {key_env} is not set; export {key_env}=... first")
         known = {key, *(text for text in secrets_in(self.request) if not text.isalpha() and " " not in text)}
-        self.secrets = _any_of({text for text in known if len(text) >= SHORTEST_KEY})
+        self.secrets = any_of({text for text in known if len(text) >= SHORTEST_KEY})
         self.base, self.url = self.masked(base), self.masked(self.address)  # to keep and to show
         # a redirect would carry the key to wherever the server says, and no proxy knows this machine by that name
         here = urllib.parse.urlsplit(base).hostname in ("localhost", "127.0.0.1", "::1")
         direct = [urllib.request.ProxyHandler({})] if here else []
-        self.opener = urllib.request.build_opener(_NoRedirect, _Http, _Https, *direct)
+        self.opener = urllib.request.build_opener(NoRedirect, DeadlineHttp, DeadlineHttps, *direct)
         self.hold_until, self.odd_in_a_row = 0.0, 0
         self.said_at = -math.inf
         self.stop = threading.Event()
@@ -250,7 +235,7 @@ class EndpointTeacher:
         )
 
     def _post(self, data: bytes) -> Any:
-        request = _Request(self.address, data, self.headers, method="POST")
+        request = DeadlineRequest(self.address, data, self.headers, method="POST")
         request.deadline = time.monotonic() + ANSWER_TIME * self.timeout
         with self.opener.open(request, timeout=self.timeout) as answer:
             text = answer.read(LARGEST_ANSWER + 1)
@@ -272,81 +257,6 @@ class EndpointTeacher:
         while (left := until - time.monotonic()) > 0:
             if self.stop.wait(left):
                 raise Stopped
-
-
-class _Request(urllib.request.Request):
-    """One whose whole answer has to be there before `deadline`, a moment of the monotonic clock."""
-
-    deadline: float
-
-
-class _NoRedirect(urllib.request.HTTPRedirectHandler):
-    def redirect_request(self, *args, **kwargs):
-        return None
-
-
-class _Until(io.RawIOBase):
-    """What a socket receives until a moment: its own time limit is of each packet, however many come."""
-
-    def __init__(self, sock: socket.socket, deadline: float):
-        self.sock, self.deadline = sock, deadline
-        patience = sock.gettimeout()
-        assert patience is not None  # as urllib was given one
-        self.patience = patience
-        self.raw = sock.makefile("rb", buffering=0)  # holds the socket open, which urllib closes
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int | None:
-        left = self.deadline - time.monotonic()
-        try:
-            if left <= 0:
-                raise TimeoutError
-            self.sock.settimeout(min(left, self.patience))
-            return self.raw.readinto(buffer)
-        except TimeoutError:
-            if left > self.patience:
-                raise
-            raise TimeoutError("the answer still came after the time for a whole one") from None
-
-    def close(self) -> None:
-        self.raw.close()
-        super().close()
-
-
-class _Response(http.client.HTTPResponse):
-    """Status, headers and body all before `deadline`."""
-
-    def __init__(self, sock: socket.socket, *args: Any, deadline: float, **options: Any):
-        super().__init__(sock, *args, **options)
-        self.fp.close()
-        self.fp = io.BufferedReader(_Until(sock, deadline))
-
-
-def _connected(kind: type[http.client.HTTPConnection], request: urllib.request.Request) -> Any:
-    """Makes a connection whose response keeps to the request's deadline."""
-    assert isinstance(request, _Request)
-    deadline = request.deadline
-
-    def connect(host: str, **options: Any) -> http.client.HTTPConnection:
-        connection = kind(host, **options)
-        # pyrefly: ignore[bad-assignment]  # it is called as the class would be
-        connection.response_class = functools.partial(_Response, deadline=deadline)
-        return connection
-
-    return connect
-
-
-class _Http(urllib.request.HTTPHandler):
-    def http_open(self, req):
-        return self.do_open(_connected(http.client.HTTPConnection, req), req)
-
-
-class _Https(urllib.request.HTTPSHandler):
-    def https_open(self, req):
-        # pyrefly: ignore[missing-attribute]  # which urllib's own passes on too
-        return self.do_open(_connected(http.client.HTTPSConnection, req), req, context=self._context)
 
 
 def base_url(url: str) -> str:
@@ -420,65 +330,6 @@ def said_in(error: urllib.error.HTTPError, masked: Callable[[str], str]) -> str:
         text = "" if text.startswith("<") else text  # a proxy's page
     said = " ".join(str(text).split()) or str(error.reason or "no reason given")
     return masked(said)[:200]
-
-
-def _any_of(secrets: set[str]) -> re.Pattern[str]:
-    """Finds each of them, also as it stands in an address or in JSON; short ones where no letter or digit is beside,
-    but for those of an escape before it (\\n, %3D)."""
-
-    def found(text: str) -> str:
-        if len(text) >= LONG_KEY:
-            return re.escape(text)
-        begin = r"(?:(?<![A-Za-z0-9])|(?<=\\[bfnrt])|(?<=%[0-9A-Fa-f]{2}))"
-        return rf"{begin}{re.escape(text)}(?![A-Za-z0-9])"
-
-    forms = {form for text in secrets for form in (text, urllib.parse.quote(text, safe=""), json.dumps(text)[1:-1])}
-    return re.compile("|".join(map(found, sorted(forms, key=len, reverse=True))) or "(?!)")
-
-
-def without_secrets(value: Any) -> Any:
-    """JSON with *** in the place of what stands under a secret's name, is a header's pair of one, or follows Bearer."""
-    if isinstance(value, str):
-        return BEARER.sub(rf"\1 {MASK}", value)
-    if isinstance(value, list):
-        head = value[0] if len(value) == 2 and isinstance(value[0], str) else ""
-        if re.search("[-_]", head) and names_secret(head):  # a header
-            return [value[0], MASK]
-        return [without_secrets(entry) for entry in value]
-    if isinstance(value, dict):
-        pair = isinstance(name := value.get("name"), str) and names_secret(name)
-        hidden = {k for k in value if names_secret(k) or pair and k == "value"}
-        return {k: MASK if k in hidden and _hides(v) else without_secrets(v) for k, v in value.items()}
-    return value
-
-
-def secrets_in(value: Any) -> Iterator[str]:
-    """The texts that `without_secrets` hides, wherever they stand under a secret's name."""
-    if isinstance(value, dict):
-        for k, v in value.items():
-            yield from _texts(v) if names_secret(k) else secrets_in(v)
-    elif isinstance(value, list):
-        for entry in value:
-            yield from secrets_in(entry)
-
-
-def names_secret(name: str) -> bool:
-    """Whether a field of this name holds a secret: x-api-key, hfToken; not max_tokens (a count), eos_token."""
-    parts = [part.lower() for part in re.findall(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|\d+", name)]
-    found = {part for part in parts if part in SECRETS or SPELLED.search(part)}
-    return bool(found) and not (found <= {"token", "key", "keys"} and NO_SECRETS.intersection(parts))
-
-
-def _hides(value: Any) -> bool:
-    return value is not None and not isinstance(value, bool) and value not in ("", [], {})
-
-
-def _texts(value: Any) -> Iterator[str]:
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, (list, dict)):
-        for entry in value.values() if isinstance(value, dict) else value:
-            yield from _texts(entry)
 
 
 def advice(error: urllib.error.HTTPError) -> str:

@@ -8,21 +8,16 @@ files themselves say how far a stopped run came, and the same command goes on th
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
-import os
 import time
-from collections import Counter
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
-import mohawk
-from mohawk.core.folders import locked, sum_file, why_altered, write_file
-from mohawk.core.lines import byte_lines, missing_lines, sum_of, sums_of, why_sums_unusable, write_lines
+from mohawk.core.folders import locked, sum_file
+from mohawk.core.lines import sum_of, write_lines
 from mohawk.core.parsing import parse_json
 from mohawk.core.places import home
 from mohawk.core.terminal import SHOWN, Bar
@@ -30,9 +25,22 @@ from mohawk.data.chat import as_messages
 from mohawk.data.generated import FILES, MANIFEST, REJECTED, RESPONSES, SUMMARY
 from mohawk.data.records import Prompt, read_prompts
 from mohawk.data.source_files import Source
-from mohawk.errors import UserError, naming, shortened
+from mohawk.errors import UserError
+from mohawk.generation.answer_files import (
+    Found,
+    Tally,
+    append,
+    claim,
+    cut_to_whole,
+    flush,
+    open_answers,
+    scan,
+    seconds_spent,
+    unwritable,
+    write,
+)
 from mohawk.generation.decoding import Decoding, Response, local_teacher
-from mohawk.generation.endpoint import EndpointTeacher, without_secrets
+from mohawk.generation.endpoint import EndpointTeacher
 from mohawk.generation.filters import Filters, Judge, Verdict
 
 log = logging.getLogger(__name__)
@@ -55,16 +63,6 @@ class Teacher(Protocol):
         self, prompts: Sequence[Prompt], first: int = 0, stop: int | None = None
     ) -> Generator[tuple[int, list[Response]], None, None]:
         """(i, answers) of prompts[i] for i = first, first + 1, ... before `stop`, `samples` answers each."""
-
-
-@dataclass
-class Tally:
-    """What has been written: prompts that are done, answers kept, rejected by reason, tokens of all of them."""
-
-    prompts: int = 0
-    kept: int = 0
-    rejected: Counter[str] = field(default_factory=Counter)
-    tokens: int = 0
 
 
 def generate_from(
@@ -135,7 +133,7 @@ def generate_data(
     with locked(output), ExitStack() as stack:
         settings = {"teacher": identity, "decoding": decoding.settings(), "seed": decoding.seed}
         settings = {"layout": LAYOUT, **settings, "filters": filters.settings()}
-        _claim(output / MANIFEST, settings, prompts, getattr(teacher, "base", None))
+        claim(output / MANIFEST, settings, prompts, getattr(teacher, "base", None))
         samples = decoding.samples
 
         def judged(i: int, responses: Sequence[Response]) -> tuple[dict[str, list[bytes]], list[str]]:
@@ -151,13 +149,13 @@ def generate_data(
                     reasons.append(verdict.reason)
             return lines, reasons
 
-        found = _scan(output, prompts, samples, say=True)
+        found = scan(output, prompts, samples, say=True)
         if found.broken():
             _ask_again(output, found, prompts, teacher, judged)
-            found = _scan(output, prompts, samples)
-        tally = _cut(output, found)
-        spent = _seconds_spent(output / SUMMARY) if tally.prompts else 0.0
-        opened = {name: _opened(output / name, stack) for name in FILES}
+            found = scan(output, prompts, samples)
+        tally = cut_to_whole(output, found)
+        spent = seconds_spent(output / SUMMARY) if tally.prompts else 0.0
+        opened = {name: open_answers(output / name, stack) for name in FILES}
         if tally.prompts:
             log.info("going on after %d of %d prompts", tally.prompts, len(prompts), extra=SHOWN)
         before, started = (tally.prompts, tally.tokens), time.monotonic()
@@ -168,9 +166,9 @@ def generate_data(
             seconds, (prompts_before, tokens_before) = time.monotonic() - started, before
             made = _summary(tally, spent, seconds, tally.prompts - prompts_before, tally.tokens - tokens_before)
             try:
-                _write(output / SUMMARY, made)
+                write(output / SUMMARY, made)
             except OSError as error:
-                raise _unwritable(output / SUMMARY, error) from error
+                raise unwritable(output / SUMMARY, error) from error
 
         summarise()
         stack.callback(summarise)
@@ -182,21 +180,21 @@ def generate_data(
             for name, (file, sums) in opened.items():
                 if lines[name]:
                     if sums is not None:  # first, so that a kill leaves no line without one
-                        _append(sums, b"".join(f"{sum_of(line[:-1])}\n".encode() for line in lines[name]))
-                    _append(file, b"".join(lines[name]))
+                        append(sums, b"".join(f"{sum_of(line[:-1])}\n".encode() for line in lines[name]))
+                    append(file, b"".join(lines[name]))
             tally.prompts += 1
             tally.kept += len(responses) - len(reasons)
             tally.rejected.update(reasons)
             tally.tokens += sum(response.tokens or 0 for response in responses)
             if time.monotonic() - synced > SYNC_SECONDS:
-                _flush(opened)
+                flush(opened)
                 summarise()
                 synced = time.monotonic()
             progress.add(1)
             speed = (tally.tokens - before[1]) / progress.seconds
             said = f"{tally.kept} kept, {sum(tally.rejected.values())} rejected, {speed:,.0f} tokens/s"
             progress.say(f"prompts {tally.prompts}/{len(prompts)}  {said}", said)
-        _flush(opened)
+        flush(opened)
     return tally
 
 
@@ -222,87 +220,8 @@ def _line(
     return (json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n").encode("utf-8", "replace")
 
 
-class _Row(NamedTuple):
-    """A line that is as it was written: its prompt's index, where it lies in the file, and what is counted of it."""
-
-    i: int
-    sample: int
-    start: int
-    stop: int
-    reason: str | None
-    tokens: int
-
-
-@dataclass
-class _Found:
-    """What the files hold: intact lines, how many prompts were begun and finished, and which of these lack lines."""
-
-    rows: dict[str, list[_Row]]
-    done: int
-    lost: list[int]
-
-    def broken(self) -> bool:
-        """Whether prompts lack lines, or something else lies between the intact ones."""
-        kept = ([row for row in rows if row.i < self.done] for rows in self.rows.values())
-        return bool(self.lost) or any(sum(r.stop - r.start for r in rows) != rows[-1].stop for rows in kept if rows)
-
-
-def _scan(output: Path, prompts: Sequence[Prompt], samples: int, *, say: bool = False) -> _Found:
-    """Read both files. say: log what is damaged, lost, or without checksums. Raises UserError where a line that is as
-    it was written is not of these prompts, in their order."""
-    index = {prompt.id: i for i, prompt in enumerate(prompts)}
-    for path in (output / name for name in FILES):
-        if (problem := why_sums_unusable(path)) is not None:  # asking for all its answers again would cost too much
-            raise UserError(
-                f"{sums_of(path)}: damaged ({problem}); put it back from a copy, or delete it to go on with what "
-                f"{path.name} has, unverified"
-            )
-    rows = {name: list(_rows(output / name, index, say)) for name in FILES}
-    taken: dict[int, list[int]] = {}
-    for row in (row for found in rows.values() for row in found):
-        taken.setdefault(row.i, []).append(row.sample)
-    whole = {i for i, numbers in taken.items() if sorted(numbers) == list(range(samples))}
-    done = max(whole, default=-1) + 1
-    lost = [i for i in range(done) if i not in whole]
-    if say and (missing := sum(missing_lines(output / name) for name in FILES)) > samples:
-        log.warning("%s: %d lines that were written are not there", output, missing)
-    if say and lost:
-        log.warning("%s: %d prompts lack answers; asking them again, the first: %s", output, len(lost),
-                    prompts[lost[0]].id)  # fmt: skip
-    return _Found(rows, done, lost)
-
-
-def _rows(path: Path, index: Mapping[str, int], say: bool) -> Iterator[_Row]:
-    if not path.exists():
-        return
-    stop, last, unverified = 0, 0, False
-    for number, (line, whole) in enumerate(byte_lines(path), 1):
-        start, stop = stop, stop + len(line)
-        if not line.endswith(b"\n"):  # cut short by a kill
-            break
-        unverified |= whole is None
-        try:
-            if whole is False:
-                raise ValueError("another checksum")
-            row = parse_json(line)
-            identity, sample, tokens = row["prompt_id"], int(row["sample"]), int(row["tokens"] or 0)
-            i = index[identity] if whole is None else index.get(identity)
-        except (ValueError, KeyError, TypeError):
-            if say:
-                log.warning("%s:%d: damaged, and passed over", path, number)
-            continue
-        if i is None:
-            raise UserError(f"{path}:{number}: not of these prompts; move {path.parent} away")
-        if i < last:
-            raise UserError(f"{path}:{number}: out of the prompts' order; move {path.parent} away")
-        last = i
-        yield _Row(i, sample, start, stop, row.get("reason"), tokens)
-    if say and unverified:
-        log.warning("%s: has no checksums, as earlier versions wrote it; its lines are not verified", path)
-
-
 def _ask_again(
-    output: Path, found: _Found, prompts: Sequence[Prompt], teacher: Teacher, judged: Callable[..., Any]
+    output: Path, found: Found, prompts: Sequence[Prompt], teacher: Teacher, judged: Callable[..., Any]
 ) -> None:
     """Answers to the prompts that lack some, put where they belong; the files change only when all have come."""
     made: dict[int, dict[str, list[bytes]]] = {}
@@ -326,85 +245,7 @@ def _ask_again(
         try:
             write_lines(output / name, [line.decode("utf-8", "replace").removesuffix("\n") for _, line in lines])
         except OSError as error:
-            raise _unwritable(output / name, error) from error
-
-
-def _cut(output: Path, found: _Found) -> Tally:
-    """How far the files came; what lies behind that, unfinished lines and prompts that lack answers, is cut off."""
-    tally = Tally(prompts=found.done)
-    for name, rows in found.rows.items():
-        path = output / name
-        rows = [row for row in rows if row.i < found.done]
-        for row in rows:
-            tally.tokens += row.tokens
-            if name == RESPONSES:
-                tally.kept += 1
-            else:
-                tally.rejected[row.reason or "unknown"] += 1
-        if path.exists():
-            os.truncate(path, rows[-1].stop if rows else 0)
-        if sums_of(path).exists():  # a line each, of equal length
-            os.truncate(sums_of(path), len(rows) * len(f"{sum_of(b'')}\n"))
-    return tally
-
-
-def _opened(path: Path, stack: ExitStack) -> tuple[Any, Any]:
-    """A file to append to, and that of its checksums; none for what an earlier version began."""
-    begun = path.exists() and path.stat().st_size > 0
-    names = [path] if begun and not sums_of(path).exists() else [path, sums_of(path)]
-    files = [stack.enter_context(open(name, "ab", buffering=0)) for name in names]
-    return files[0], files[1] if len(files) > 1 else None
-
-
-def _claim(path: Path, settings: dict[str, Any], prompts: Sequence[Prompt], endpoint: str | None) -> None:
-    """Write the folder's manifest, or check that the one that is there says the same."""
-    asked = {"count": len(prompts), "sha256": _digest(prompts)}
-    made = {"mohawk": mohawk.__version__, "settings": settings, "prompts": asked, "endpoint": endpoint}
-    if (problem := why_altered(path)) is not None:
-        # what this command would write may be just what is lost
-        if hashlib.sha256(_json(made)).hexdigest() not in sum_file(path).read_text(errors="replace").split():
-            raise UserError(
-                f"output: {path} is damaged ({problem}), so that what made the answers is not known; put it back from "
-                "a copy, or run the very command that wrote it, which makes it again; the answers are as they were. To "
-                f"take it as it is, delete {sum_file(path)}"
-            )
-        log.warning("%s %s; made again, as this command wrote it", path, problem)
-    elif path.exists():
-        if not sum_file(path).exists():
-            log.warning("%s: has no checksum, as earlier versions wrote it; it is not verified", path)
-        try:
-            old = parse_json(path.read_bytes())
-            # one that an earlier version wrote may hold a secret of --request
-            old_settings, count = without_secrets(old["settings"]), old["prompts"]["count"]
-            digest = old["prompts"]["sha256"]
-        except (ValueError, KeyError, TypeError):
-            raise UserError(
-                f"output: {path} cannot be read; move {path.parent} away, or choose another folder"
-            ) from None
-        settings = without_secrets(json.loads(json.dumps(settings)))
-        if changed := _changed(old_settings, settings):
-            raise UserError(
-                f"output: {path.parent} holds answers made with other settings ({'; '.join(changed)}); choose another "
-                "folder, or give the same settings to go on"
-            )
-        if count > len(prompts) or digest != _digest(prompts[:count]):
-            raise UserError(
-                f"output: {path.parent} holds answers to other prompts ({count}, here {len(prompts)}); choose another "
-                "folder, or give the same prompts (more may follow them)"
-            )
-    _write(path, made)
-
-
-def _changed(old: Any, new: Any, at: str = "") -> list[str]:
-    """`name: then, now` of the settings that differ."""
-    if not (isinstance(old, dict) and isinstance(new, dict)):
-        return [] if old == new else [f"{at}: {shortened(repr(old))} then, {shortened(repr(new))} now"]
-    names = sorted(old.keys() | new.keys())
-    return [c for name in names for c in _changed(old.get(name), new.get(name), f"{at}.{name}" if at else name)]
-
-
-def _digest(prompts: Sequence[Prompt]) -> str:
-    return hashlib.sha256(" ".join(prompt.id for prompt in prompts).encode()).hexdigest()
+            raise unwritable(output / name, error) from error
 
 
 def _held_back(answers: Iterator[tuple[int, list[Response]]], tally: Tally) -> Iterator[tuple[int, list[Response]]]:
@@ -439,33 +280,6 @@ def _json_object(text: str) -> dict[str, Any]:
     return value
 
 
-def _append(file: Any, lines: bytes) -> None:
-    """One write, so that a kill leaves whole lines; what a full disk took of it is cut off by the next start."""
-    try:
-        while lines:
-            lines = lines[file.write(lines) :]
-    except OSError as error:
-        raise _unwritable(file.name, error) from error
-
-
-def _flush(opened: Mapping[str, tuple[Any, Any]]) -> None:
-    for file in (file for data, sums in opened.values() for file in (sums, data) if file is not None):
-        with naming(file.name):
-            os.fsync(file.fileno())
-
-
-def _unwritable(path: Path | str, error: OSError) -> UserError:
-    return UserError(f"output: {path} cannot be written ({error.strerror}); the same command goes on")
-
-
-def _seconds_spent(path: Path) -> float | None:
-    """What earlier starts of the command took; None where the folder does not say."""
-    try:
-        return None if why_altered(path) else float(parse_json(path.read_bytes())["seconds"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-
-
 def _summary(tally: Tally, spent: float | None, seconds: float, prompts: int, tokens: int) -> dict[str, Any]:
     total = None if spent is None else spent + seconds
     return {
@@ -493,12 +307,3 @@ def print_summary(output: Path | str, console: Any) -> None:
         console.print(f"rejected {rejected} in {output / REJECTED}: {by}", highlight=False, soft_wrap=True)
     if last := summary["last"]["tokens_per_s"]:
         console.print(f"{last:,.1f} tokens/s over {summary['last']['seconds']:.1f} s", highlight=False)
-
-
-def _write(path: Path, value: Any) -> None:
-    with write_file(path) as beside:
-        beside.write_bytes(_json(value))
-
-
-def _json(value: Any) -> bytes:
-    return (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode("utf-8")

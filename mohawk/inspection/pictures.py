@@ -25,8 +25,9 @@ from mohawk.data.same_tokenizer import teacher_tokenizer
 from mohawk.errors import UserError
 from mohawk.kernels.mixing.definition import Mixing
 from mohawk.kernels.mixing.matrix import mixing_matrix
+from mohawk.loading.configs import load_config
 from mohawk.loading.describe import student_folder
-from mohawk.loading.models import load_config, load_teacher
+from mohawk.loading.models import load_teacher
 from mohawk.models.families import FAMILIES, attention_parts, decoder_layers, decoder_shape, mixer_input_norm
 from mohawk.models.hybrid_config import HybridConfig
 from mohawk.models.state_mixer import StateMixer

@@ -85,7 +85,7 @@ def describe(model: str | Path) -> Description:
     from transformers import AutoModelForCausalLM
 
     import mohawk.models.hybrid  # noqa: F401  makes the Auto classes know hybrids
-    from mohawk.loading.models import building, load_config, locate
+    from mohawk.loading.configs import building, load_config, locate
 
     config = load_config(model, who="")
     name, gguf_file = locate(model, who="")

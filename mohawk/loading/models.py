@@ -8,204 +8,31 @@ from __future__ import annotations
 import copy
 import logging
 import math
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any
 
-from mohawk.core.extras import explain
-from mohawk.core.folders import refuse_damaged
-from mohawk.core.hub import hub_or_cache, is_unreachable
-from mohawk.core.parsing import parse_json
+from mohawk.core.hub import hub_or_cache
 from mohawk.core.places import home
-from mohawk.errors import UserError, causes, machines_own, shortened
-from mohawk.loading.causal import GIVE, check_causal, plain_model
+from mohawk.errors import UserError
+from mohawk.loading.causal import check_causal
+from mohawk.loading.configs import (
+    gguf_options,
+    load_config,
+    load_error,
+    locate,
+    looks_local,
+    option_of,
+    released_in,
+    said_of,
+)
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 log = logging.getLogger(__name__)
 
 DTYPES = ("float32", "bfloat16", "float16", "auto")
-# Sizes in a configuration, and the least that each may be.
-SIZES = {
-    "vocab_size": 1, "hidden_size": 1, "num_hidden_layers": 1, "num_attention_heads": 1, "num_key_value_heads": 1,
-    "intermediate_size": 1, "head_dim": 1,
-}  # fmt: skip
-CAUSAL_HEADS = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
-
-
-def said_of(who: str) -> str:
-    """What a message about a model begins with, where it is called so."""
-    return f"{who}: " if who else ""
-
-
-def option_of(who: str, name: str) -> str:
-    """A recipe's field beside the one that names a model: `student.revision` of `student.model`. The command line's
-    models are in no section."""
-    section = who.removesuffix(".model")
-    return name if not section or section.startswith("--") else f"{section}.{name}"
-
-
-def locate(model: str | Path, gguf_file: str | None = None, who: str = "teacher") -> tuple[str, str | None]:
-    """Resolve what the user named into what `from_pretrained` takes: (folder or hub id, GGUF file or None).
-
-    `model` is a folder, a `.gguf` file, or a hub id. What looks like a path must exist: a mistyped folder
-    would otherwise be asked of the hub. who: what messages call the model. Raises UserError.
-    """
-    name = str(model).strip()
-    if not name:
-        raise UserError(f"{said_of(who)}the model is empty; give a local folder, a .gguf file or a hub id")
-    path = home(name)
-    if path.is_file():
-        if path.suffix.lower() != ".gguf":
-            raise UserError(f"{said_of(who)}{name} is a file; give the folder that holds config.json, or a .gguf file")
-        if gguf_file is not None and gguf_file != path.name:
-            raise UserError(f"{said_of(who)}{name} is itself a GGUF file; drop gguf_file ({gguf_file})")
-        return str(path.parent), path.name
-    if path.is_dir():
-        if gguf_file is not None:
-            if not (path / gguf_file).is_file():
-                raise UserError(f"{said_of(who)}{name} holds no {gguf_file}; {_listed(path, '.gguf')}")
-        elif not (path / "config.json").is_file():
-            raise UserError(
-                f"{said_of(who)}{name} holds no config.json, so it is no saved Hugging Face model; "
-                f"{_listed(path, '.gguf')}"
-            )
-        refuse_damaged(path, "make it again", f"{said_of(who)}cannot load the weights from the folder ")
-        return str(path), gguf_file
-    if _looks_local(name):
-        raise UserError(f"{said_of(who)}{name} does not exist (looked for {path.absolute()})")
-    return name, gguf_file
-
-
-def _looks_local(name: str) -> bool:
-    """Whether a missing name was meant as a path: a hub id has one slash and names no folder of ours."""
-    parent = home(name).parent
-    return (
-        name.startswith((".", "/", "~", "\\"))
-        or name.count("/") > 1
-        or name.lower().endswith(".gguf")
-        or (parent != Path(".") and parent.is_dir())
-    )
-
-
-def _listed(folder: Path, suffix: str) -> str:
-    found = sorted(p.name for p in folder.glob(f"*{suffix}"))
-    if not found:
-        return f"it has no {suffix} file either"
-    return f"its {suffix} files: {', '.join(found)} (set gguf_file)"
-
-
-def load_config(
-    model: str | Path,
-    *,
-    gguf_file: str | None = None,
-    revision: str | None = None,
-    trust_remote_code: bool = False,
-    who: str = "teacher",
-) -> PretrainedConfig:
-    """A model's configuration, checked to be a causal language model's; of a released student (Phi-Mamba, Llamba,
-    MambaInLlama) our own. who: what messages call the model. Raises UserError."""
-    from transformers import AutoConfig
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
-
-    from mohawk.models.families import other_than_decoder
-
-    name, gguf_file = locate(model, gguf_file, who)
-    if (released := _released(name, gguf_file, revision, who)) is not None:
-        return released
-    if gguf_file is None and (file := Path(name) / "config.json").is_file():
-        try:
-            given = parse_json(file.read_bytes())
-        except ValueError:
-            given = None  # said below
-        # before transformers', whose own words name no field where it divides by one
-        _check_sizes(given if isinstance(given, dict) else {}, name, who)
-    try:
-        with hub_or_cache(name):
-            config = AutoConfig.from_pretrained(
-                name, revision=revision, trust_remote_code=trust_remote_code, **_gguf(gguf_file, who)
-            )
-    except Exception as error:
-        raise _user_error(error, name, revision, "configuration", who, gguf_file) from error
-    _check_sizes(vars(config.get_text_config()), name, who)
-    kind = f"{name} is a {config.model_type} model"
-    if (other := other_than_decoder(config) or _ahead(config)) is not None:
-        raise UserError(f"{said_of(who)}{kind}: {other}; {GIVE}")
-    remote = trust_remote_code and "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
-    if not remote and type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
-        raise UserError(f"{said_of(who)}{kind}, which transformers has no causal language model for")
-    declared = config.architectures or []
-    if declared and not any(a.endswith(CAUSAL_HEADS) for a in declared):
-        raise UserError(
-            f"{said_of(who)}{kind} saved as {', '.join(declared)}, not as a causal language model; "
-            "give a checkpoint whose architecture ends in ForCausalLM"
-        )
-    return config
-
-
-def _check_sizes(config: Mapping[str, Any], name: str, who: str) -> None:
-    """UserError for a size of which no model can be made, by its field."""
-    for field, least in SIZES.items():
-        value = config.get(field)
-        if value is not None and not isinstance(value, (list, tuple)) and not (type(value) is int and value >= least):
-            raise UserError(
-                f"{said_of(who)}the configuration of {name} cannot be: {field}: got {shortened(repr(value), 60)}; "
-                f"allowed: a whole number of at least {least}; give a checkpoint with a sound config.json"
-            )
-
-
-@contextmanager
-def building(config: PretrainedConfig, name: str | Path, who: str = "teacher") -> Iterator[None]:
-    """Within the block, in which a model is made of a configuration alone, what goes wrong is that configuration's.
-    Raises UserError."""
-    try:
-        yield
-    except UserError:
-        raise
-    except (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
-        if machines_own(error) is not None:
-            raise
-        raise UserError(
-            f"{said_of(who)}the configuration of {name} cannot be: no {config.model_type} model can be made of it "
-            f"({_first_line(error)}); give a checkpoint with a sound config.json"
-        ) from error
-
-
-def check_decoder(model: Any, who: str) -> None:
-    """UserError unless a model predicts each next token of a text from those before it.
-
-    Encoders, models with an encoder and a decoder and models of speech or images have an output embedding too, from
-    which every loss here would be computed, one token off. What neither class nor configuration says is found by a
-    few tokens that the model reads (`mohawk.loading.causal.check_causal`). who: what the message calls it.
-    """
-    from transformers.models.auto.modeling_auto import (
-        MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
-        MODEL_FOR_MASKED_LM_MAPPING_NAMES,
-    )
-
-    from mohawk.models.families import other_than_decoder
-
-    model = plain_model(model)
-    name = type(model).__name__
-    if (config := getattr(model, "config", None)) is None:
-        raise UserError(f"{who}: {name} has no configuration; give a causal language model of transformers")
-    other = other_than_decoder(config) or _ahead(config)
-    causal = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
-    if other is None and name in MODEL_FOR_MASKED_LM_MAPPING_NAMES.values() and name not in causal:
-        other = "it fills in masked tokens, each from those around it"
-    if other is not None:
-        raise UserError(f"{who}: got {name}: {other}; {GIVE}")
-    check_causal(model, who)
-
-
-def _ahead(config: PretrainedConfig) -> str | None:
-    from mohawk.models.families import looks_ahead
-
-    return "its attention is not causal: each token sees those behind it too" if looks_ahead(config) else None
 
 
 def load_teacher(
@@ -244,7 +71,7 @@ def load_teacher(
     config = load_config(model, gguf_file=gguf_file, revision=revision, trust_remote_code=trust_remote_code, who=who)
     name, gguf_file = locate(model, gguf_file, who)
     kind = None if dtype == "auto" else getattr(torch, dtype)
-    released = _released(name, gguf_file, revision, who) is not None
+    released = released_in(name, gguf_file, revision, who) is not None
     try:
         with hub_or_cache(name):
             if released:
@@ -259,12 +86,12 @@ def load_teacher(
                     attn_implementation=needed_attention(config),
                     **({} if quantize is None else {"quantization_config": quantization(quantize, who)}),
                     **({} if device_map is None else {"device_map": device_map, "offload_folder": _offload_folder()}),
-                    **_gguf(gguf_file, who),
+                    **gguf_options(gguf_file, who),
                 )
             if (Path(name) / GENERATION_CONFIG_NAME).is_file():  # transformers takes one that it cannot read for none
                 teacher.generation_config = GenerationConfig.from_pretrained(name)
     except Exception as error:
-        raise _user_error(error, name, revision, "weights", who, gguf_file) from error
+        raise load_error(error, name, revision, "weights", who, gguf_file) from error
     if missing := sorted(info["missing_keys"]):
         raise UserError(
             f"{said_of(who)}{name} lacks {len(missing)} weights ({', '.join(missing[:3])}), they would be random; "
@@ -344,7 +171,7 @@ def load_tokenizer(
         # transformers would take a tokenizer.json anywhere; only a missing folder needs our own words
         path = home(str(tokenizer))
         name = str(path) if path.exists() else str(tokenizer)
-        if not path.exists() and _looks_local(name):
+        if not path.exists() and looks_local(name):
             raise UserError(
                 f"{option or option_of(who, 'tokenizer')}: {name} does not exist (looked for {path.absolute()})"
             )
@@ -355,10 +182,10 @@ def load_tokenizer(
         with hub_or_cache(name):
             # pyrefly: ignore[bad-return]  # None only where a class has no tokenizer, of which it raises
             return AutoTokenizer.from_pretrained(
-                name, revision=revision, trust_remote_code=trust_remote_code, **_gguf(gguf_file, who)
+                name, revision=revision, trust_remote_code=trust_remote_code, **gguf_options(gguf_file, who)
             )
     except Exception as error:
-        raise _user_error(error, name, revision, "tokenizer", who, gguf_file) from error
+        raise load_error(error, name, revision, "tokenizer", who, gguf_file) from error
 
 
 def without_quantization(model: PreTrainedModel) -> PreTrainedModel:
@@ -377,118 +204,6 @@ def without_quantization(model: PreTrainedModel) -> PreTrainedModel:
     plain.tie_weights()
     plain.generation_config = model.generation_config
     return plain
-
-
-def _released(name: str, gguf_file: str | None, revision: str | None, who: str) -> PretrainedConfig | None:
-    """Our configuration of a released student, None for anything that transformers loads itself."""
-    from mohawk.models.formats.released import released_config
-
-    if gguf_file is not None:
-        return None
-    try:
-        with hub_or_cache(name):
-            found = released_config(name, revision=revision)
-    except Exception as error:
-        raise _user_error(error, name, revision, "configuration", who) from error
-    return None if found is None else found[1]
-
-
-def _gguf(gguf_file: str | None, who: str) -> dict[str, Any]:
-    if gguf_file is None:
-        return {}
-    try:
-        import gguf  # noqa: F401
-    except ImportError as error:
-        raise UserError(
-            explain(error, f"{said_of(who)}{gguf_file}") or f"{said_of(who)}{gguf_file}: {error}"
-        ) from error
-    return {"gguf_file": gguf_file}
-
-
-def _user_error(
-    error: Exception, name: str, revision: str | None, what: str, who: str, gguf_file: str | None = None
-) -> BaseException:
-    """One line for the causes a user can do something about; anything else passes through unchanged."""
-    from huggingface_hub import errors as hub
-
-    if isinstance(error, UserError):
-        return error
-    if (own := machines_own(error)) is not None:
-        return own
-    chain = causes(error)
-    local = Path(name).exists()
-    at = f" at revision {revision}" if revision else ""
-
-    def found(*kinds: type[BaseException]) -> bool:
-        return any(isinstance(e, kinds) for e in chain)
-
-    if "trust_remote_code" in str(error):
-        return UserError(
-            f"{said_of(who)}{name} runs Python code of its own to load; if you trust it, set "
-            f"{option_of(who, 'trust_remote_code')}: true"
-        )
-    if "packages that were not found in your environment" in str(error):  # what the checkpoint's own code imports
-        return UserError(f"{said_of(who)}{name}: {_first_line(error)}")
-    if isinstance(error, ImportError):
-        return error
-    if local and gguf_file is None and (culprit := _damaged_file(Path(name))) is not None:
-        return UserError(
-            f"{said_of(who)}cannot load the {what} from the folder {name}: {culprit}; give a whole checkpoint"
-        )
-    if found(UnpicklingError):
-        return UserError(
-            f"{said_of(who)}cannot load the {what} of {name}: its .bin file is damaged, or a pickle with more in it "
-            "than tensors, which would run code when it is read, so it is refused; give a checkpoint with .safetensors "
-            "files"
-        )
-    # whatever goes wrong with files that are here is the files': a file cut short, shapes of another configuration
-    if local and gguf_file is not None:
-        return UserError(
-            f"{said_of(who)}cannot load the {what} of {Path(name) / gguf_file}: the file is damaged, cut short or of a "
-            f"kind that transformers does not read ({_first_line(error)})"
-        )
-    if local:
-        return UserError(f"{said_of(who)}cannot load the {what} from the folder {name}: {_first_line(error)}")
-    if found(hub.GatedRepoError):
-        return UserError(f"{said_of(who)}{name} is gated; accept its terms on the hub and run: hf auth login")
-    if found(hub.RevisionNotFoundError):
-        return UserError(f"{said_of(who)}{name} has no revision {revision} on the hub")
-    if found(hub.RepositoryNotFoundError, hub.HFValidationError):
-        return UserError(
-            f"{said_of(who)}{name} is neither a local folder nor a model on the hub (a private one needs: "
-            "hf auth login)"
-        )
-    if is_unreachable(error):
-        return UserError(
-            f"{said_of(who)}{name}{at} is no local folder, is not in the hub cache, and the hub cannot be "
-            "reached; give a local folder, or run once where the hub can be reached"
-        )
-    if isinstance(error, (OSError, ValueError)):
-        return UserError(f"{said_of(who)}cannot load the {what} of {name}{at}: {_first_line(error)}")
-    return error
-
-
-def _damaged_file(folder: Path) -> str | None:
-    """The first file of a checkpoint that is empty, or no JSON object where one belongs, and what it is instead."""
-    for file in sorted(folder.glob("*")):
-        if file.suffix in (".bin", ".safetensors", ".json") and file.is_file() and file.stat().st_size == 0:
-            return f"{file.name} is empty"
-        if file.name in ("config.json", "generation_config.json", "tokenizer_config.json"):
-            try:
-                value = parse_json(file.read_bytes())
-            except ValueError as error:
-                return f"{file.name} is not JSON ({shortened(str(error))})"
-            if not isinstance(value, dict):
-                kind = "null" if value is None else f"a JSON {type(value).__name__}"
-                return f"{file.name} holds {kind}, not an object"
-    return None
-
-
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    if len(lines) > 1 and lines[0].rstrip().endswith(":"):  # the next one says what
-        lines[0] = f"{lines[0].rstrip()} {lines[1].strip()}"
-    return f"{type(error).__name__}: {lines[0][:300]}" if lines else type(error).__name__
 
 
 def parameter_count(model: torch.nn.Module) -> int:

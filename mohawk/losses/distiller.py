@@ -19,7 +19,8 @@ from mohawk.core.processes import several, total
 from mohawk.data.next_tokens import IGNORED, next_column, next_labels, positions
 from mohawk.kernels.kd.loss import TAIDSchedule, TeacherHidden, TeacherSamples, TeacherTAID, linear_kd_loss
 from mohawk.loading.causal import plain_model
-from mohawk.loading.models import check_decoder, parameter_count
+from mohawk.loading.configs import check_decoder
+from mohawk.loading.models import parameter_count
 from mohawk.losses.heads import Head, final_hidden_states, readable_ids
 from mohawk.losses.label_probability import label_probability
 from mohawk.losses.matching import Matching

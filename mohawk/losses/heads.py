@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from mohawk.errors import UserError
 from mohawk.kernels.kd.teachers import TeacherHidden
 from mohawk.loading.causal import check_causal_on, embedding_rows, plain_model, within_peft
-from mohawk.loading.models import check_decoder
+from mohawk.loading.configs import check_decoder
 from mohawk.loading.offload import loaded
 
 if TYPE_CHECKING:

@@ -22,7 +22,7 @@ from mohawk.core.processes import several
 from mohawk.data.next_tokens import IGNORED
 from mohawk.errors import UserError
 from mohawk.loading.causal import plain_model
-from mohawk.loading.models import check_decoder
+from mohawk.loading.configs import check_decoder
 from mohawk.losses.heads import readable_ids, vocabulary_rows
 
 if TYPE_CHECKING:

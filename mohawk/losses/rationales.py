@@ -33,7 +33,7 @@ from mohawk.errors import UserError
 from mohawk.kernels.kd.loss import linear_kd_loss
 from mohawk.kernels.kd.teachers import TeacherSamples
 from mohawk.loading.causal import embedding_rows, plain_model
-from mohawk.loading.models import check_decoder
+from mohawk.loading.configs import check_decoder
 from mohawk.losses.heads import Head, final_hidden_states
 from mohawk.losses.teachers import ModelTeacher, is_around
 

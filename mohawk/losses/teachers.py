@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from mohawk.errors import UserError
 from mohawk.kernels.kd.teachers import Teacher, TeacherHidden, TeacherMixture
 from mohawk.loading.causal import plain_model
-from mohawk.loading.models import check_decoder
+from mohawk.loading.configs import check_decoder
 from mohawk.losses.heads import Head, final_hidden_states, in_autocast, readable_ids, vocabulary_rows
 
 if TYPE_CHECKING:

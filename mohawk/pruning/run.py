@@ -28,7 +28,8 @@ from mohawk.distillation.run import read_data
 from mohawk.distillation.sources import StageData, training_rows
 from mohawk.distillation.stages import StageTrainer
 from mohawk.errors import UserError
-from mohawk.loading.models import building, load_config, load_teacher, load_tokenizer
+from mohawk.loading.configs import building, load_config
+from mohawk.loading.models import load_teacher, load_tokenizer
 from mohawk.models.cutting.sizes import Sizes, sizes_of
 from mohawk.models.from_teacher import hybrid_from_teacher
 from mohawk.models.hybrid import HybridForCausalLM

@@ -157,7 +157,7 @@ def versions() -> dict[str, str]:
 
 def _model(section: CheckpointSection, at: str) -> dict[str, str]:
     """Hashes of a model's weights and configuration, or the commit of one on the hub."""
-    from mohawk.loading.models import locate
+    from mohawk.loading.configs import locate
 
     assert section.model is not None
     name, gguf_file = locate(section.model, section.gguf_file, at)

@@ -16,7 +16,8 @@ from mohawk.data.records import first_records, read_records
 from mohawk.data.same_tokenizer import check_rows, check_same, own_tokenizer, teacher_tokenizer
 from mohawk.data.source_files import as_source, local_files
 from mohawk.errors import UserError
-from mohawk.loading.models import load_config, quantization
+from mohawk.loading.configs import load_config
+from mohawk.loading.models import quantization
 from mohawk.losses.rationales import check_record
 
 if TYPE_CHECKING:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from mohawk.errors import UserError
 from mohawk.kernels.kd.products import finish_logits, logits_product
-from mohawk.loading.models import check_decoder
+from mohawk.loading.configs import check_decoder
 from mohawk.losses.heads import Head, final_hidden_states
 from mohawk.teacher_cache.layout import DTYPES, KINDS, Layout, encode_logprobs, pack_ascending, pack_ids
 

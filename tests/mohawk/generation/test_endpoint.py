@@ -10,7 +10,8 @@ from mohawk.data.records import Prompt
 from mohawk.errors import UserError
 from mohawk.generation import endpoint as client
 from mohawk.generation.decoding import Decoding
-from mohawk.generation.endpoint import EndpointTeacher, base_url, names_secret, read_answer, retry_after
+from mohawk.generation.endpoint import EndpointTeacher, base_url, read_answer, retry_after
+from mohawk.generation.masking import names_secret
 from tests.helpers.tiny_endpoint import Server, error
 
 SAMPLING = Decoding(method="sample", samples=2, temperature=0.5, top_p=0.9, max_new_tokens=5)

@@ -39,7 +39,8 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from mohawk.errors import UserError
 from mohawk.generation.decoding import Decoding, LocalTeacher
-from mohawk.loading.models import load_config, load_teacher
+from mohawk.loading.configs import load_config
+from mohawk.loading.models import load_teacher
 from mohawk.losses.distiller import KnowledgeDistiller
 from mohawk.losses.heads import final_hidden_states
 from mohawk.losses.hf_trainer import DistillationTrainer

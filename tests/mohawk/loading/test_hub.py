@@ -11,7 +11,8 @@ from mohawk.core import hub
 from mohawk.data.source_files import Source, load_rows
 from mohawk.errors import UserError
 from mohawk.export.model_card import licence_of
-from mohawk.loading.models import load_config, load_teacher, load_tokenizer
+from mohawk.loading.configs import load_config
+from mohawk.loading.models import load_teacher, load_tokenizer
 
 
 @pytest.fixture

@@ -9,7 +9,8 @@ import torch
 
 from mohawk.errors import UserError
 from mohawk.loading import models as teachers
-from mohawk.loading.models import load_config, load_teacher, load_tokenizer, without_quantization
+from mohawk.loading.configs import load_config
+from mohawk.loading.models import load_teacher, load_tokenizer, without_quantization
 
 IDS = torch.arange(20)[None]
 

@@ -153,7 +153,7 @@ def test_a_cache_that_cannot_be_written_costs_only_time(place, monkeypatch):
 def test_a_card_that_a_person_wrote_in_is_no_damage_to_a_model(place, capsys):
     assert main(["export", "run", "--to", "hybrid", "--output", "out"]) == 0
     (place / "out" / "README.md").write_text("# Mine\n")
-    from mohawk.loading.models import locate
+    from mohawk.loading.configs import locate
 
     assert locate("out") == ("out", None)
     capsys.readouterr()
