@@ -164,8 +164,9 @@ class EndpointTeacher:
                 future.set_result(self.ask(prompt, sample))
             except Stopped:
                 return
-            except BaseException as error:  # raised again where the answer is waited for
+            except BaseException as error:  # raised again where the answer is waited for, which asks for no other then
                 future.set_exception(error)
+                return
 
     def body(self, prompt: Prompt, sample: int) -> dict[str, Any]:
         """The request of one answer."""

@@ -142,7 +142,7 @@ def start(teacher, prompts, out, die_at=None, count_to=None):
     def body():
         import mohawk.generation.generate_data as module
 
-        append = module._append
+        append = module.append
 
         def watched(file, data):
             seen[0] += 1
@@ -151,7 +151,7 @@ def start(teacher, prompts, out, die_at=None, count_to=None):
                 os.kill(os.getpid(), signal.SIGKILL)
             append(file, data)
 
-        module._append = watched
+        module.append = watched
         generate_data(prompts, teacher, out, filters=FILTERS)
         if count_to:
             count_to.write_text(str(seen[0]))
@@ -413,7 +413,7 @@ def test_a_full_disk_is_one_line_and_can_be_gone_on_from(tmp_path, prompts, monk
             raise OSError(28, "No space left on device")
 
     with pytest.raises(UserError, match=r"responses.jsonl cannot be written \(No space left on device\); the same"):
-        module._append(Full(), b"x")
+        module.append(Full(), b"x")
 
     class Slow:
         got = b""
@@ -423,7 +423,7 @@ def test_a_full_disk_is_one_line_and_can_be_gone_on_from(tmp_path, prompts, monk
             return min(3, len(data))
 
     slow = Slow()
-    module._append(slow, b"abcdefgh")
+    module.append(slow, b"abcdefgh")
     assert slow.got == b"abcdefgh"
 
 

@@ -8,8 +8,7 @@ import pytest
 import torch
 
 from mohawk.errors import UserError
-from mohawk.loading import models as teachers
-from mohawk.loading.configs import load_config
+from mohawk.loading.configs import load_config, load_error
 from mohawk.loading.models import load_teacher, load_tokenizer, without_quantization
 
 IDS = torch.arange(20)[None]
@@ -232,7 +231,7 @@ def test_what_the_hub_answers_is_told(cause, message):
 
     error = OSError("many\nlines")
     error.__cause__ = errors.__dict__[cause].__new__(errors.__dict__[cause])
-    told = teachers._user_error(error, "someone/model", "v9", "weights", "teacher")
+    told = load_error(error, "someone/model", "v9", "weights", "teacher")
     assert isinstance(told, UserError) and message in str(told)
 
 
