@@ -12,7 +12,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from benchmarks.mixing_distance import value_and_gradients
+from benchmarks.mixing_distance import make_floor, value_and_gradients
 from benchmarks.run import Case
 from mohawk.kernels.mixing.definition import AttentionMixing, DeltaMixing
 from mohawk.kernels.mixing.distance import mixing_distance
@@ -82,20 +82,6 @@ def make(distance: Distance, seq: int, heads: int, dtype: torch.dtype, device: s
     return check, lambda: value_and_gradients(distance, given)
 
 
-def make_floor(seq: int, heads: int, dtype: torch.dtype, device: str):
-    rows = seq if device == "cuda" else min(seq, 1024)  # of the result at a time: the same speed, less memory
-    width = 7 * heads * WIDTH // 2
-    left = torch.randn(seq, width, device=device).to(dtype)
-    right = torch.randn(width, seq, device=device).to(dtype)
-
-    def work() -> None:
-        out = torch.empty(rows, seq, dtype=dtype, device=device)
-        for start in range(0, seq, rows):
-            torch.mm(left[start : start + rows], right, out=out[: len(left[start : start + rows])])
-
-    return (lambda: 0.0), work
-
-
 def cases(device: str, quick: bool) -> list[Case]:
     found = []
     heads, dtype = HEADS[device], DTYPES[device]
@@ -106,7 +92,7 @@ def cases(device: str, quick: bool) -> list[Case]:
         tolerance = 1e-3 if dtype == torch.float32 else 0.1
         options = {"floor": floor, "formula": FORMULA, "tolerance": tolerance, "at": seq}
         against = beside if seq <= EAGER_UP_TO[device] else None
-        found.append(Case(table, floor, lambda shape=shape: make_floor(*shape), **options))
+        found.append(Case(table, floor, lambda s=seq: make_floor(s, 7 * heads * WIDTH // 2, dtype, device), **options))
         found.append(Case(table, f"mohawk, n {seq}", lambda s=shape: make(ours, *s), against=against, **options))
         if against:
             found.append(Case(table, beside, lambda s=shape: make(eager, *s), **options))

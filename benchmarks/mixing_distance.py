@@ -81,10 +81,11 @@ def make(distance: Distance, seq: int, heads: int, width: int, dtype: torch.dtyp
     return check, lambda: value_and_gradients(distance, given)
 
 
-def make_floor(seq: int, heads: int, width: int, dtype: torch.dtype, device: str):
+def make_floor(seq: int, inner: int, dtype: torch.dtype, device: str):
+    """One product of seq x inner and inner x seq."""
     rows = seq if device == "cuda" else min(seq, 1024)  # of the result at a time: the same speed, less memory
-    left = torch.randn(seq, 2 * heads * width, device=device).to(dtype)
-    right = torch.randn(2 * heads * width, seq, device=device).to(dtype)
+    left = torch.randn(seq, inner, device=device).to(dtype)
+    right = torch.randn(inner, seq, device=device).to(dtype)
 
     def work() -> None:
         out = torch.empty(rows, seq, dtype=dtype, device=device)
@@ -112,7 +113,7 @@ def cases(device: str, quick: bool) -> list[Case]:
             def build(shape=shape):
                 return make(ours, *shape)
 
-            found.append(Case(table, floor, lambda shape=shape: make_floor(*shape), **options))
+            found.append(Case(table, floor, lambda s=shape: make_floor(s[0], 2 * s[1] * s[2], *s[3:]), **options))
             found.append(Case(table, f"mohawk, n {seq}", build, against=against, **options))
             for name, other in others.items() if against else ():
 
