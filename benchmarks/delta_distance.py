@@ -40,7 +40,8 @@ def problem(seq: int, heads: int, dtype: torch.dtype, device: str) -> tuple[Tens
     q, k = (torch.randn(1, seq, heads, WIDTH, generator=g, device=device) for _ in range(2))
     q, k = (torch.nn.functional.normalize(x, dim=-1) for x in (q, k))
     beta = torch.rand(1, seq, heads, generator=g, device=device)
-    log_decay = -torch.rand(1, seq, heads, generator=g, device=device) * 0.1
+    # weak enough that at the lengths at which eager runs no entry is a denormal number, which would slow it further
+    log_decay = -torch.rand(1, seq, heads, generator=g, device=device) * 0.02
     return *(x.to(dtype) for x in (*theirs, q, k)), beta, log_decay
 
 
