@@ -11,6 +11,7 @@ from einops import rearrange, reduce, repeat
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel
 
+from mohawk.models.casting import cast
 from mohawk.models.families import (
     Projection,
     attention_input_size,
@@ -139,8 +140,8 @@ def hybrid_from_teacher(
         or (MIXERS[mixer].gate_in_projection and (init == "neutral" or (init == "attention" and gate == "open"))),
     )
     config._attn_implementation = model.config._attn_implementation
-    # pyrefly: ignore[bad-argument-type]  # transformers wraps `to` and loses its parameters
-    student = HybridForCausalLM(config).to(model.dtype)
+    student = HybridForCausalLM(config)
+    cast(student, model.dtype)
     missing = student.load_state_dict(model.state_dict(), strict=False).missing_keys
     left = [key for key in missing if not any(f"layers.{i}.self_attn." in key for i in chosen)]
     if left and not (config.tie_word_embeddings and left == ["lm_head.weight"]):

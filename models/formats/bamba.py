@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import BambaConfig, BambaForCausalLM, LlamaConfig
 from transformers.models.bamba import modeling_bamba
 
+from mohawk.models.casting import cast
 from mohawk.models.families import decoder_shape
 from mohawk.models.from_teacher import saveable
 from mohawk.models.hybrid import HybridForCausalLM
@@ -151,8 +152,8 @@ def to_bamba(hybrid: HybridForCausalLM, *, pad_expand: bool = False) -> BambaFor
         zeros = hybrid.lm_head.weight.new_zeros(config.hidden_size)
         for i in bamba_config.attn_layer_indices or ():
             state.setdefault(f"model.layers.{i}.self_attn.o_proj.bias", zeros)
-    # pyrefly: ignore[bad-argument-type]  # transformers wraps `to` and loses its parameters
-    model = BambaForCausalLM(bamba_config).to(hybrid.dtype)
+    model = BambaForCausalLM(bamba_config)
+    cast(model, hybrid.dtype)
     model.load_state_dict(state)
     model.tie_weights()
     model.generation_config = saveable(hybrid.generation_config)
@@ -208,8 +209,8 @@ def from_bamba(model: BambaForCausalLM) -> HybridForCausalLM:
         for i in config.ssm_layers:
             weight = state[f"model.layers.{i}.self_attn.conv1d.weight"]
             state[f"model.layers.{i}.self_attn.conv1d.bias"] = weight.new_zeros(len(weight))
-    # pyrefly: ignore[bad-argument-type]  # transformers wraps `to` and loses its parameters
-    hybrid = HybridForCausalLM(config).to(model.dtype)
+    hybrid = HybridForCausalLM(config)
+    cast(hybrid, model.dtype)
     hybrid.load_state_dict(state)
     hybrid.tie_weights()
     hybrid.generation_config = saveable(model.generation_config)

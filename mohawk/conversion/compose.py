@@ -29,6 +29,7 @@ from mohawk.errors import UserError
 from mohawk.loading.describe import size_text, state_sizes
 from mohawk.loading.models import load_teacher
 from mohawk.loading.nonfinite import refuse_nonfinite
+from mohawk.models.casting import cast
 from mohawk.models.hybrid import HybridForCausalLM
 from mohawk.models.hybrid_config import SSM_LAYER, HybridConfig, attention_types
 from mohawk.runs.binding import check_models, record_of
@@ -174,8 +175,8 @@ def compose(
             teacher = load_teacher(asked_of.model, dtype=asked_of.dtype, **asked_of.where)
             student = load_teacher(source, dtype="auto", who="student").requires_grad_(True)
             assert isinstance(student, HybridForCausalLM)
-            # pyrefly: ignore[bad-argument-type]  # transformers wraps `to` and loses its parameters
-            made = keep_attention(student, teacher.to(student.dtype), layers)
+            cast(teacher, student.dtype)
+            made = keep_attention(student, teacher, layers)
             refuse_nonfinite(made, f"{target}: this student", "it is not written")
             with write_whole(target, replace=True, about=record_of(new.output)) as partial:
                 made.save_pretrained(partial)

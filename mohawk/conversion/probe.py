@@ -23,6 +23,7 @@ from mohawk.data.next_tokens import IGNORED
 from mohawk.kernels.kd.loss import TeacherHidden, linear_kd_loss
 from mohawk.losses.heads import Head
 from mohawk.measures.recall import PAIRS, recall_batches, recall_of
+from mohawk.models.casting import cast
 from mohawk.models.hybrid import HybridForCausalLM
 
 
@@ -43,8 +44,8 @@ class Probe:
         run = opened(recipe, folder, console, trains=False)
         # pyrefly: ignore[bad-argument-type]  # transformers wraps `to` and loses its parameters
         student = HybridForCausalLM.from_pretrained(student_folder).to(run.device)
-        # pyrefly: ignore[bad-argument-type]  # transformers wraps `to` and loses its parameters
-        teacher = run.teacher.to(student.dtype)
+        teacher = run.teacher
+        cast(teacher, student.dtype)
         name, states = next(iter(run.texts.items()))
         lists = recall_batches(run.tokenizer, tokens, batch_size=recipe.evaluation.batch_size)
         self.layers, self.num_layers = student.config.ssm_layers, student.config.num_hidden_layers

@@ -194,12 +194,13 @@ def without_quantization(model: PreTrainedModel) -> PreTrainedModel:
     transformers refuses to save a model that came from GGUF, though its weights are plain tensors by then.
     The new model takes over the old one's tensors; only buffers are made anew.
     """
+    from mohawk.models.casting import cast
+
     config = copy.deepcopy(model.config)
     if hasattr(config, "quantization_config"):
         delattr(config, "quantization_config")
-    dtype = model.dtype
-    # pyrefly: ignore[bad-argument-type]  # transformers wraps `to` and loses its parameters
-    plain = type(model)(config).to(dtype)
+    plain = type(model)(config)
+    cast(plain, model.dtype)
     plain.load_state_dict(model.state_dict(), assign=True)
     plain.tie_weights()
     plain.generation_config = model.generation_config

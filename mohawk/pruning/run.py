@@ -30,6 +30,7 @@ from mohawk.distillation.stages import StageTrainer
 from mohawk.errors import UserError
 from mohawk.loading.configs import building, load_config
 from mohawk.loading.models import load_teacher, load_tokenizer
+from mohawk.models.casting import cast
 from mohawk.models.cutting.sizes import Sizes, sizes_of
 from mohawk.models.from_teacher import hybrid_from_teacher
 from mohawk.models.hybrid import HybridForCausalLM
@@ -210,8 +211,8 @@ class Pruning:
 
     def _replace_teacher(self, corrected: PreTrainedModel) -> None:
         """From here on all is compared with, and cut from, the teacher as fine-tuned on the text."""
-        # pyrefly: ignore[bad-argument-type]  # transformers wraps `to` and loses its parameters
-        self.run.teacher = corrected.to(self.run.teacher.dtype).eval().requires_grad_(False)
+        cast(corrected, self.run.teacher.dtype)
+        self.run.teacher = corrected.eval().requires_grad_(False)
         self.run.ask_teacher()
 
     def _match(self, name: str, student: HybridForCausalLM, before: str | None) -> HybridForCausalLM:
@@ -239,8 +240,8 @@ class Pruning:
 
     def _write_final(self, student: PreTrainedModel, last: str | None) -> None:
         student = copy.deepcopy(student) if student is self.run.teacher else student
-        # pyrefly: ignore[bad-argument-type]  # transformers wraps `to` and loses its parameters
-        student, tokenizer = student.to(getattr(torch, self.run.recipe.save_dtype)), self.run.tokenizer
+        cast(student, getattr(torch, self.run.recipe.save_dtype))
+        tokenizer = self.run.tokenizer
         if self.run.recipe.prune.vocabulary is not None:
             with mistakes("prune.vocabulary"):
                 trimmed = trim_vocabulary(student, tokenizer, ids=self._tokens_wanted)

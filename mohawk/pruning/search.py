@@ -22,6 +22,7 @@ from mohawk.core.processes import from_first, on_first
 from mohawk.errors import UserError
 from mohawk.loading.describe import state_sizes
 from mohawk.measures.compare import Comparison, decode_speed
+from mohawk.models.casting import cast
 from mohawk.models.cutting.sizes import Sizes, sized_config, sizes_of
 from mohawk.models.families import needed_attention
 from mohawk.pruning.sizes import (
@@ -114,7 +115,9 @@ class Costs:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             made = AutoModelForCausalLM.from_config(config, attn_implementation=needed_attention(config))
-        made = made.to(device=self.device, dtype=self.dtype).eval()
+        cast(made, self.dtype)
+        # pyrefly: ignore[bad-argument-type]  # transformers wraps `to` and loses its parameters
+        made = made.to(self.device).eval()
         return 1000 / decode_speed(made, [self.context], TIMED_TOKENS)[0].tokens_per_s
 
 

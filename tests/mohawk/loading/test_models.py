@@ -112,6 +112,14 @@ def test_a_gguf_file_loads_and_can_be_saved(tmp_path, make_llama, tokenizer):
     assert torch.equal(load_teacher(tmp_path, gguf_file="tiny.gguf")(IDS).logits, teacher(IDS).logits)
 
 
+def test_a_gguf_file_in_bfloat16_has_the_positions_of_float32(tmp_path, make_llama, tokenizer):
+    path = tmp_path / "tiny.gguf"
+    write_gguf(path, model := make_llama(), tokenizer)
+    teacher = load_teacher(path, dtype="bfloat16")
+    assert teacher.dtype == torch.bfloat16
+    assert torch.equal(teacher.model.rotary_emb.inv_freq, model.model.rotary_emb.inv_freq)
+
+
 def test_tied_weights_stay_tied_without_quantization(make_llama):
     model = make_llama(tie_word_embeddings=True)
     plain = without_quantization(model)
