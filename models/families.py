@@ -330,29 +330,3 @@ def attention_parts(attention: Any) -> AttentionParts:
 
 def _projection(linear: Any) -> Projection:
     return Projection(linear.weight, getattr(linear, "bias", None))
-
-
-@torch.no_grad()
-def attention_input_size(model: Any, index: int) -> Tensor:
-    """(D,) float32 root mean square of each channel of what a layer's attention reads, estimated without data.
-
-    Behind a norm: the norm's weight, and its bias if it has one. In a family whose attention reads the residual stream
-    itself (OLMo 2), that stream is the embedding plus what the norms behind earlier attentions and MLPs let through;
-    taken as uncorrelated, their squares add up.
-    """
-    family, layers = family_of(model.config), decoder_layers(model)
-    if family.input_norm is not None:
-        return _norm_square(getattr(layers[index], family.input_norm), family).sqrt()
-    embedding = model.model.embed_tokens.weight
-    square = torch.linalg.vector_norm(embedding, dim=0, dtype=torch.float32).square() / len(embedding)
-    for layer in layers[:index]:
-        square = square + sum(
-            _norm_square(getattr(layer, name), family) for name in (str(family.output_norm), family.mlp_norms[-1])
-        )
-    return square.sqrt()
-
-
-def _norm_square(norm: Any, family: Family) -> Tensor:
-    square = (norm.weight.float() + family.norm_offset).square()
-    bias = getattr(norm, "bias", None)
-    return square if bias is None else square + bias.float().square()

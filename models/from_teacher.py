@@ -3,7 +3,7 @@
 import copy
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -13,17 +13,19 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from mohawk.models.casting import cast
 from mohawk.models.families import (
+    Family,
     Projection,
-    attention_input_size,
     attention_parts,
     check_supported,
     decoder_layers,
     decoder_shape,
+    family_of,
     leaves_out_softcap,
 )
 from mohawk.models.hybrid import HybridForCausalLM
 from mohawk.models.hybrid_config import SSM_LAYER, HybridConfig, attention_types
 from mohawk.models.mixers import MIXERS, OPEN_GATE, GatedDeltaMixer, Mamba2Mixer, SSMMixer
+from mohawk.models.sharding import fill, materialise, run_in, whole
 
 log = logging.getLogger(__name__)
 
@@ -75,6 +77,8 @@ def hybrid_from_teacher(
     gate: str | None = None,
     state_size: int | None = None,
     conv_kernel: int = 4,
+    dtype: torch.dtype | None = None,
+    spread: Callable[[HybridForCausalLM], None] | None = None,
 ) -> HybridForCausalLM:
     """A student: the teacher with the attention of some layers replaced by mixers with a state.
 
@@ -92,9 +96,12 @@ def hybrid_from_teacher(
             "gated_delta", which has no constant gate.
         state_size: N; default the teacher's head dim.
         conv_kernel: taps of the causal convolution.
+        dtype: of the student's weights; default the teacher's.
+        spread: what is done to the student while it is on the meta device, `mohawk.models.sharding.shard` for one: of
+            a sharded teacher and student no process ever holds more than a layer and the embedding whole.
 
     Returns:
-        HybridForCausalLM with the teacher's weights elsewhere, on its device and in its dtype.
+        HybridForCausalLM with the teacher's weights elsewhere, on its device.
 
     Raises:
         ValueError: unsupported family, unknown option, a state size "attention" cannot fill, or a teacher whose
@@ -127,7 +134,8 @@ def hybrid_from_teacher(
     base_config = copy.deepcopy(model.config)
     if hasattr(base_config, "quantization_config"):
         delattr(base_config, "quantization_config")
-    attention = [layer.self_attn for layer in decoder_layers(model)]
+    first = decoder_layers(model)[0]
+    parts = run_in(first, lambda: attention_parts(first.self_attn))
     kinds = attention_types(base_config)
     config = HybridConfig(
         base_config=base_config,
@@ -136,33 +144,93 @@ def hybrid_from_teacher(
         mixer_state_size=state_size,
         mixer_conv_kernel=conv_kernel,
         # one switch for both projections: an output bias must be kept, and a constant gate needs a bias on z
-        mixer_bias=attention_parts(attention[0]).o.bias is not None
+        mixer_bias=parts.o.bias is not None
         or (MIXERS[mixer].gate_in_projection and (init == "neutral" or (init == "attention" and gate == "open"))),
     )
     config._attn_implementation = model.config._attn_implementation
-    student = HybridForCausalLM(config)
-    cast(student, model.dtype)
-    missing = student.load_state_dict(model.state_dict(), strict=False).missing_keys
-    left = [key for key in missing if not any(f"layers.{i}.self_attn." in key for i in chosen)]
-    if left and not (config.tie_word_embeddings and left == ["lm_head.weight"]):
-        raise RuntimeError(f"weights without a source in the teacher: {left}")
-    student.tie_weights()
-    if init == "attention":
-        parts = attention_parts(attention[0])
-        if mixer == "gated_delta" and any(one.bias is not None for one in (parts.q, parts.k, parts.v)):
+    if (mixer, init) == ("gated_delta", "attention"):
+        if any(one.bias is not None for one in (parts.q, parts.k, parts.v)):
             log.warning(
                 "the teacher's biases of queries, keys and values are left out: gated_delta has no place for them"
             )
+    with torch.device("meta"):
+        student = HybridForCausalLM(config)
+    cast(student, dtype or model.dtype)
+    if spread is not None:
+        spread(student)
+    seed = int(torch.randint(2**31, (), device="cpu"))
+    if model.device.type != "meta":
+        materialise(student, model.device)
+        _copy_outside(model, student, chosen)
         for i in chosen:
-            size = attention_input_size(model, i)
-            fill = copy_attention_to_delta if mixer == "gated_delta" else copy_attention
-            fill(attention[i], decoder_layers(student)[i].self_attn, size, shape.num_kv_heads, gate)
-    elif init == "neutral":
-        for i in chosen:
-            start_neutral(decoder_layers(student)[i].self_attn)
+            _fill_mixer(model, student, i, seed + i, init, gate)
     student.generation_config = saveable(model.generation_config)
-    # pyrefly: ignore[bad-argument-type]  # transformers wraps `to` and loses its parameters
-    return student.to(model.device).train(model.training)
+    return student.train(model.training)
+
+
+def _copy_outside(model: PreTrainedModel, student: HybridForCausalLM, replaced: Sequence[int]) -> None:
+    """Everything but the mixers, a layer at a time, so that of sharded models no more than that is ever whole."""
+    own = dict(student.named_parameters(remove_duplicate=False)) | dict(student.named_buffers())
+    left = set(own) - {name for name in own for i in replaced if f"layers.{i}.self_attn." in name}
+
+    def give(prefix: str, module: nn.Module) -> None:
+        for name, tensor in (*module.named_parameters(remove_duplicate=False), *module.named_buffers()):
+            if (place := prefix + name) in left:
+                fill(own[place], whole(tensor))
+                left.discard(place)
+
+    for i, layer in enumerate(decoder_layers(model)):
+        run_in(layer, give, f"model.layers.{i}.", layer)
+    give("", model)
+    if left and not (student.config.tie_word_embeddings and left == {"lm_head.weight"}):
+        raise RuntimeError(f"weights without a source in the teacher: {sorted(left)}")
+
+
+def _fill_mixer(model: PreTrainedModel, student: HybridForCausalLM, i: int, seed: int, init: str, gate: str) -> None:
+    """The mixer of layer i, from attention or by itself; what is random in it is of the seed alone."""
+    own, layer = decoder_layers(student)[i].self_attn, decoder_layers(model)[i]
+    with torch.random.fork_rng(devices=[]), torch.device("cpu"):
+        torch.manual_seed(seed)
+        mixer = student.config.make_mixer(i)
+        for module in reversed(list(mixer.modules())):  # the parts first
+            student._init_weights(module)
+    cast(mixer, student.dtype)
+    mixer.to(model.device)
+    if init == "attention":
+        size, heads = attention_input_size(model, i), decoder_shape(model.config).num_kv_heads
+        copy = copy_attention_to_delta if isinstance(mixer, GatedDeltaMixer) else copy_attention
+        run_in(layer, copy, layer.self_attn, mixer, size, heads, gate)
+    elif init == "neutral":
+        start_neutral(mixer)
+    values = dict(mixer.named_parameters())
+    for name, parameter in own.named_parameters():
+        fill(parameter, values[name])
+
+
+@torch.no_grad()
+def attention_input_size(model: Any, index: int) -> Tensor:
+    """(D,) float32 root mean square of each channel of what a layer's attention reads, estimated without data.
+
+    Behind a norm: the norm's weight, and its bias if it has one. In a family whose attention reads the residual stream
+    itself (OLMo 2), that stream is the embedding plus what the norms behind earlier attentions and MLPs let through;
+    taken as uncorrelated, their squares add up.
+    """
+    family, layers = family_of(model.config), decoder_layers(model)
+    if family.input_norm is not None:
+        return _norm_square(getattr(layers[index], family.input_norm), family).sqrt()
+    embedding = whole(model.model.embed_tokens.weight)
+    square = torch.linalg.vector_norm(embedding, dim=0, dtype=torch.float32).square() / len(embedding)
+    for layer in layers[:index]:
+        square = square + sum(
+            _norm_square(getattr(layer, name), family) for name in (str(family.output_norm), family.mlp_norms[-1])
+        )
+    return square.sqrt()
+
+
+def _norm_square(norm: Any, family: Family) -> Tensor:
+    square = (whole(norm.weight).float() + family.norm_offset).square()
+    bias = getattr(norm, "bias", None)
+    return square if bias is None else square + whole(bias).float().square()
 
 
 def saveable(settings: GenerationConfig) -> GenerationConfig:
@@ -242,10 +310,12 @@ def copy_attention(
         channels = slice(start, start + len(weight))
         start += len(weight)
         mixer.in_proj.weight[rows[name]] = weight
-        mixer.conv1d.weight[channels, 0, -1] = taps[name].to(weight)
+        mixer.conv1d.weight[channels, 0, -1] = taps[name].to(mixer.conv1d.weight)
         mixer.conv_bias[channels] = offsets[name]
         if projection.bias is not None:
-            mixer.conv_bias[channels] += per_head(projection.bias[:, None], copies)[:, 0] * taps[name].to(weight)
+            mixer.conv_bias[channels] += per_head(projection.bias[:, None], copies)[:, 0] * taps[name].to(
+                mixer.conv_bias
+            )
     mixer.D.zero_()
     mixer.out_proj.weight.copy_(parts.o.weight)
     if mixer.in_proj.bias is not None:
@@ -302,14 +372,14 @@ def copy_attention_to_delta(
     ):
         weight = per_head(projection.weight, copies)
         mixer.in_proj_qkv.weight[rows[name]] = weight
-        mixer.conv1d.weight[rows[name], 0, -1] = (X_SIZE / head_sizes(weight)).to(weight)
+        mixer.conv1d.weight[rows[name], 0, -1] = (X_SIZE / head_sizes(weight)).to(mixer.conv1d.weight)
     values = per_head(parts.v.weight, shared_by)
     scale = AVERAGED * head_sizes(values)
     if gate == "output":
         z = 0.5 * (parts.o.weight.T + values)
-        mixer.in_proj_z.weight.copy_(z / head_sizes(z)[:, None].to(z))
+        mixer.in_proj_z.weight.copy_(z / head_sizes(z)[:, None])
         scale = scale / SILU_SIZE
-    mixer.out_proj.weight.copy_(parts.o.weight * scale.to(parts.o.weight))
+    mixer.out_proj.weight.copy_(parts.o.weight * scale)
     if parts.o.bias is not None:
         mixer.out_proj.bias.copy_(parts.o.bias)
     # the gates' rows start small: they are then set by their constants alone

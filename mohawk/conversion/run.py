@@ -144,5 +144,5 @@ def _rows(run: RunContext[TextData], name: str, phase: Any) -> PackedDataset:
 def untrained_student(recipe: Recipe, teacher: PreTrainedModel) -> HybridForCausalLM:
     """The student before phase 1; the same one whenever it is made again."""
     torch.manual_seed(recipe.seed)
-    student = hybrid_from_teacher(teacher, **student_options(recipe.student))
-    return student.float()  # trained in float32 whatever the teacher's dtype; autocast chooses the products'
+    # trained in float32 whatever the teacher's dtype; autocast chooses the products'
+    return hybrid_from_teacher(teacher, dtype=torch.float32, **student_options(recipe.student))

@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from tests.models.conftest import tiny_teacher
 
 from mohawk import hybrid_from_teacher
 from mohawk.models.casting import cast
 from mohawk.models.formats.bamba import from_bamba, to_bamba
+from tests.models.conftest import tiny_teacher
 
 
 def test_parameters_are_cast_and_frequencies_kept():

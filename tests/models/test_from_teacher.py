@@ -7,8 +7,15 @@ from transformers import BambaConfig, GPT2Config, GPT2LMHeadModel
 from transformers.models.bamba.modeling_bamba import BambaMixer
 
 from mohawk.kernels.mixing.matrix import mixing_matrix
-from mohawk.models.families import attention_input_size, attention_parts, mixer_input_norm
-from mohawk.models.from_teacher import CONTENT, RESTING, _silu_inverse, choose_layers, hybrid_from_teacher
+from mohawk.models.families import attention_parts, mixer_input_norm
+from mohawk.models.from_teacher import (
+    CONTENT,
+    RESTING,
+    _silu_inverse,
+    attention_input_size,
+    choose_layers,
+    hybrid_from_teacher,
+)
 from mohawk.models.mixers import Mamba2Mixer
 from tests.models.conftest import tiny_teacher
 

@@ -1,0 +1,205 @@
+"""A model spread over processes by torch's FSDP2: its matrices lie in parts, and are whole only while they are used.
+
+Matrices are sharded; norms, biases, decays and convolutions are not: they are small, and keep float32 beside products
+in bfloat16. Each decoder layer is gathered by itself, the embedding too, final norm and head together (with the
+embedding where it is tied). With a model or tensor that is not sharded every function here does the plain thing, so
+that what calls them need not ask.
+"""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from mohawk.models.decoders import decoder
+
+if TYPE_CHECKING or dist.is_available():
+    from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+    from torch.distributed.tensor import DTensor, distribute_tensor
+else:  # a torch that was built without: nothing is sharded
+    DTensor = FSDPModule = ()
+
+T = TypeVar("T")
+RUN = "run_sharded"  # a forward method of a sharded model and its layers, which does any work
+
+
+def is_sharded(what: Tensor | nn.Module) -> bool:
+    """Whether a tensor is in parts on several processes, or a model was spread by `shard`."""
+    return isinstance(what, (DTensor, FSDPModule))
+
+
+def shard(model: nn.Module, mesh: Any, *, dtype: torch.dtype | None = None, trains: bool = True) -> None:
+    """Spreads a causal LM over the processes of a mesh, in place; one on the meta device gets its memory next, by
+    `materialise`.
+
+    Args:
+        model: of any architecture that `decoder` finds the layers of; all processes hold the same weights.
+        mesh: a DeviceMesh of one dimension, or of two: replicas, and processes that share one (HSDP).
+        dtype: of the gathered matrices of layers and head; None: their own. The embedding keeps its own, so that the
+            residual stream is what it is without sharding under autocast.
+        trains: whether any phase trains it. FSDP settles a gradient's dtype by what requires one now, so all of it
+            must, whatever a first phase freezes.
+
+    Gradients are summed over the processes, not averaged, as shares of one loss are.
+    """
+    model.requires_grad_(trains)
+    kept = {p for p in model.parameters() if p.dim() < 2 or p.shape[1] == 1}
+
+    def group(modules: nn.Module | list[nn.Module], cast: bool, reshard: bool) -> None:
+        policy = MixedPrecisionPolicy(
+            param_dtype=dtype if cast else None,
+            reduce_dtype=torch.float32 if trains else None,
+            cast_forward_inputs=False,  # what a loss compares with is float32
+        )
+        # pyrefly: ignore[no-matching-overload]  # torch's overloads know no union
+        fully_shard(modules, mesh=mesh, mp_policy=policy, ignored_params=kept, reshard_after_forward=reshard)
+
+    body, layers = decoder(model)
+    for layer in layers:
+        group(layer, True, True)
+    embedding, head = _embeddings(model)
+    norms = [module for module in body.children() if module is not embedding and module not in (layers, head)]
+    last = [norm for norm in norms if any(True for _ in norm.parameters())][-1:]
+    if head is None or embedding.weight is head.weight:
+        group([embedding, *last, *([] if head is None else [head])], False, False)
+    else:
+        group(embedding, False, True)
+        group([*last, head], True, False)
+    fully_shard(model, mesh=mesh, ignored_params=kept)
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.set_gradient_divide_factor(1.0)
+            # gloo has no other sum, and NCCL's premultiplied one is wrong in bfloat16 up to torch 2.13
+            module.set_force_sum_reduction_for_comms(True)
+    for module in (model, *layers):
+        module.__dict__[RUN] = types.MethodType(_run, module)
+        register_fsdp_forward_method(module, RUN)
+    if not any(p.is_meta for p in model.parameters()):
+        _make_root(model)
+
+
+def materialise(model: nn.Module, device: torch.device | str) -> None:
+    """Gives a model that was made on the meta device its memory, without values; of a sharded one each process its
+    part's."""
+    model.to_empty(device=device)
+    tie: Any = getattr(model, "tie_weights", None)
+    if tie is not None:
+        tie()
+    if is_sharded(model):
+        _make_root(model)
+
+
+def _embeddings(model: Any) -> tuple[Any, Any]:
+    return model.get_input_embeddings(), model.get_output_embeddings()
+
+
+def _run(self: nn.Module, work: Callable[..., T], *args: Any, **kwargs: Any) -> T:
+    return work(*args, **kwargs)
+
+
+def _make_root(model: nn.Module) -> None:
+    """An empty pass, after which any layer may be called first: else it would become a root of its own."""
+    run_in(model, lambda: None)
+    reshard(model)
+
+
+def run_in(module: nn.Module, work: Callable[..., T], *args: Any, **kwargs: Any) -> T:
+    """work(*args, **kwargs) as the module's forward: its own matrices are whole in it, and gradients of what it gives
+    are summed over the processes after their backward pass. Of a frozen model only detached tensors may leave it."""
+    run: Any = module.__dict__.get(RUN)
+    return work(*args, **kwargs) if run is None else run(work, *args, **kwargs)
+
+
+@contextmanager
+def whole_head(model: nn.Module) -> Iterator[None]:
+    """Within, the head's matrix is whole, outside of a forward pass."""
+    head = _embeddings(model)[1] if is_sharded(model) else None
+    if not isinstance(head, FSDPModule):
+        yield
+        return
+    head.unshard()
+    try:
+        yield
+    finally:
+        head.reshard()
+
+
+def reshard(model: nn.Module) -> None:
+    """Parts again everywhere: a pass leaves the head whole, and an optimizer must not see it so."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
+def stay_whole(layers: Iterable[nn.Module], whole: bool) -> None:
+    """Whether layers stay whole from their forward pass to their backward pass, which in phases 1 and 2 comes next."""
+    for layer in layers:
+        if isinstance(layer, FSDPModule):
+            layer.set_reshard_after_forward(not whole, recurse=False)
+
+
+def prefetch(module: nn.Module) -> None:
+    """Starts to gather a layer that is called soon."""
+    if isinstance(module, FSDPModule):
+        module.unshard(async_op=True)
+
+
+# ---- tensors ----
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A tensor as one process would have it, detached; all processes must ask for a sharded one."""
+    tensor = tensor.detach()
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def local(tensor: Tensor) -> Tensor:
+    """What this process has of a tensor."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+@torch.no_grad()
+def fill(tensor: Tensor, values: Tensor) -> None:
+    """Writes whole values, which all processes have, into a tensor, or each process its part of them."""
+    if not isinstance(tensor, DTensor):
+        tensor.copy_(values)
+        return
+    here = values.to(device=tensor.to_local().device, dtype=tensor.dtype)
+    part = distribute_tensor(here, tensor.device_mesh, tensor.placements, src_data_rank=None)
+    tensor.to_local().copy_(part.to_local())
+
+
+def total_norm(tensors: Iterable[Tensor]) -> Tensor:
+    """The 2-norm over all that the processes hold together: parts, and what each has whole and alike."""
+    parts, alike, group = [], [], None
+    for tensor in tensors:
+        if isinstance(tensor, DTensor):
+            parts.append(tensor.to_local())
+            group = tensor.device_mesh.get_group(tensor.device_mesh.ndim - 1)
+        else:
+            alike.append(tensor)
+    if group is None:
+        return nn.utils.get_total_norm(alike)
+    square = _square([part for part in parts if part.numel()], parts[0].device)
+    dist.all_reduce(square, group=group)
+    return (square + _square(alike, parts[0].device)).sqrt().float()
+
+
+def _square(tensors: list[Tensor], device: torch.device) -> Tensor:
+    zero = torch.zeros((), dtype=torch.float64, device=device)
+    return nn.utils.get_total_norm(tensors).double().square() if tensors else zero
+
+
+@torch.no_grad()
+def clip(parameters: Iterable[nn.Parameter], most: float, norm: Tensor) -> None:
+    """Scales gradients whose 2-norm is `norm` down to `most`, as torch's clip_grads_with_norm_ does."""
+    factor = torch.clamp(most / (norm + 1e-6), max=1.0)
+    for parameter in parameters:
+        if parameter.grad is not None:
+            local(parameter.grad).mul_(factor.to(parameter.grad.device))
