@@ -199,6 +199,10 @@ def _square(tensors: list[Tensor], device: torch.device) -> Tensor:
 @torch.no_grad()
 def clip(parameters: Iterable[nn.Parameter], most: float, norm: Tensor) -> None:
     """Scales gradients whose 2-norm is `norm` down to `most`, as torch's clip_grads_with_norm_ does."""
+    parameters = list(parameters)
+    if not any(map(is_sharded, parameters)):
+        nn.utils.clip_grads_with_norm_(parameters, most, norm)
+        return
     factor = torch.clamp(most / (norm + 1e-6), max=1.0)
     for parameter in parameters:
         if parameter.grad is not None:

@@ -22,6 +22,7 @@ from mohawk.losses.heads import Head
 from mohawk.models.families import decoder_layers, family_of, mixer_input_norm
 from mohawk.models.hybrid import HybridForCausalLM
 from mohawk.models.mixers import MIXERS
+from mohawk.models.sharding import prefetch, reshard, run_in, stay_whole, whole_head
 from mohawk.models.state_mixer import StateMixer
 from mohawk.models.teacher_forcing import AttentionRecord, layer_calls, record, recording_attention
 from mohawk.training.objective import Objective
@@ -36,6 +37,7 @@ class PhaseObjective(Objective[HybridForCausalLM]):
     def __init__(self, student: HybridForCausalLM, teacher: PreTrainedModel):
         super().__init__()
         self.student = student
+        reshard(student)  # what trains are the parts
         # the teacher is neither trained nor saved with the student, so it is kept out of the module tree
         self.__dict__["teacher"] = teacher.requires_grad_(False).eval()
         self.layers = student.config.ssm_layers
@@ -71,16 +73,26 @@ class PhaseObjective(Objective[HybridForCausalLM]):
 class LayerwiseObjective(PhaseObjective):
     """Walks the teacher's layers; `layer_loss` compares one layer of the student given the teacher's hidden state."""
 
+    def __init__(self, student: HybridForCausalLM, teacher: PreTrainedModel):
+        super().__init__(student, teacher)
+        stay_whole(decoder_layers(student), True)  # each layer's backward pass comes right after its forward pass
+
     def losses(self, **batch: Tensor) -> Iterator[tuple[str, Tensor]]:
         segment_ids = batch["segment_ids"]
-        layers, last = decoder_layers(self.teacher), self.layers[-1]
+        layers, own, last = decoder_layers(self.teacher), decoder_layers(self.student), self.layers[-1]
         with recording_attention(self.teacher):
-            hidden, calls = layer_calls(self.teacher, batch["input_ids"], batch["position_ids"])
+            inputs = batch["input_ids"], batch["position_ids"]
+            hidden, calls = run_in(self.teacher, layer_calls, self.teacher, *inputs)
+            reshard(self.teacher)  # of an embedding that is the head too
             for i, call in enumerate(calls[: last + 1]):
+                if i < last:
+                    prefetch(layers[i + 1])
+                if i in self.layers:
+                    prefetch(own[i])
                 with torch.no_grad(), record(layers[i].self_attn) as attention:
                     after = layers[i](hidden, *call.args, **call.kwargs)
                 if i in self.layers:
-                    loss = self.layer_loss(decoder_layers(self.student)[i], hidden, after, attention, call, segment_ids)
+                    loss = run_in(own[i], self.layer_loss, own[i], hidden, after, attention, call, segment_ids)
                     yield f"layer_{i}", loss / len(self.layers)
                     del loss
                 hidden = after
@@ -192,6 +204,7 @@ class EndToEndObjective(PhaseObjective):
     ):
         self.train_what = train
         super().__init__(student, teacher)
+        stay_whole(decoder_layers(student), False)
         self.divergence, self.temperature = divergence, temperature
         self.kd_weight, self.ce_weight = kd_weight, ce_weight
 
@@ -205,19 +218,27 @@ class EndToEndObjective(PhaseObjective):
         return named
 
     def losses(self, **batch: Tensor) -> Iterator[tuple[str, Tensor]]:
-        inputs = {name: batch[name] for name in ("input_ids", "position_ids")}
         with torch.no_grad():
-            body: Any = getattr(self.teacher, "body", self.teacher.model)  # a hybrid can be a teacher too
-            teacher = body(**inputs, use_cache=False)
-        student = self.student.body(**inputs, segment_ids=batch["segment_ids"], use_cache=False)
+            teacher = run_in(self.teacher, self._teacher_hidden, batch)
+        with whole_head(self.teacher):
+            loss = run_in(self.student, self._loss, teacher, batch)
+        yield self.divergence, loss
+
+    def _teacher_hidden(self, batch: dict[str, Tensor]) -> Tensor:
+        body: Any = getattr(self.teacher, "body", self.teacher.model)  # a hybrid can be a teacher too
+        inputs = {name: batch[name] for name in ("input_ids", "position_ids")}
+        return body(**inputs, use_cache=False).last_hidden_state
+
+    def _loss(self, teacher: Tensor, batch: dict[str, Tensor]) -> Tensor:
+        inputs = {name: batch[name] for name in ("input_ids", "position_ids", "segment_ids")}
+        student = self.student.body(**inputs, use_cache=False).last_hidden_state
         # position t predicts token t + 1; the loss makes float32 logits of the dtype it is given, which is autocast's
-        loss = linear_kd_loss(
-            **Head.of(self.student).student(student.last_hidden_state[:, :-1]),
-            teacher=Head.of(self.teacher).teacher(teacher.last_hidden_state[:, :-1]),
+        return linear_kd_loss(
+            **Head.of(self.student).student(student[:, :-1]),
+            teacher=Head.of(self.teacher).teacher(teacher[:, :-1]),
             labels=next_labels(batch)[:, :-1],
             divergence=self.divergence,
             temperature=self.temperature,
             kd_weight=self.kd_weight,
             ce_weight=self.ce_weight,
         )
-        yield self.divergence, loss

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from mohawk.models.families import decoder_layers, mixer_input_norm
 from mohawk.models.hybrid import HybridForCausalLM
+from mohawk.models.sharding import fill, reshard, run_in, whole
 from mohawk.models.teacher_forcing import layer_calls, record
 
 RIDGE = 1e-2  # pull towards the out_proj there was, as a share of the features' mean square
@@ -44,13 +45,14 @@ def solve_output_projections(
         batch = {name: value.to(teacher.device) for name, value in batch.items()}
         real = batch["segment_ids"] >= 0
         with torch.autocast(teacher.device.type, dtype=autocast, enabled=autocast is not None):
-            hidden, calls = layer_calls(teacher, batch["input_ids"], batch["position_ids"])
+            hidden, calls = run_in(teacher, layer_calls, teacher, batch["input_ids"], batch["position_ids"])
             for i, call in enumerate(calls[: replaced[-1] + 1]):
                 with record(layers[i].self_attn) as attention:
                     after = layers[i](hidden, *call.args, **call.kwargs)
                 if i in replaced:
-                    features = _features(decoder_layers(student)[i], hidden, batch["segment_ids"])[real].float()
-                    if decoder_layers(student)[i].self_attn.out_proj.bias is not None:
+                    layer = decoder_layers(student)[i]
+                    features = run_in(layer, _features, layer, hidden, batch["segment_ids"])[real].float()
+                    if layer.self_attn.out_proj.bias is not None:
                         features = torch.cat([features, features.new_ones(len(features), 1)], 1)
                     assert attention.output is not None  # the layer has run
                     target = attention.output[real].float()
@@ -58,13 +60,15 @@ def solve_output_projections(
                         gram[i] = gram.get(i, 0) + (features.T @ features).double()
                         moment[i] = moment.get(i, 0) + (features.T @ target).double()
                 hidden = after
+    reshard(student)
+    reshard(teacher)
     for i in gram:
         out_proj = decoder_layers(student)[i].self_attn.out_proj
-        rows = [out_proj.weight.T] + ([] if out_proj.bias is None else [out_proj.bias[None]])
+        rows = [whole(out_proj.weight).T] + ([] if out_proj.bias is None else [out_proj.bias[None]])
         start = torch.cat(rows).double()
         ridge = RIDGE * gram[i].diagonal().mean() * torch.eye(len(start), dtype=torch.float64, device=start.device)
         solved = torch.linalg.solve(gram[i] + ridge, moment[i] + ridge @ start)
-        out_proj.weight.copy_(solved[: out_proj.in_features].T)
+        fill(out_proj.weight, solved[: out_proj.in_features].T.contiguous())
         if out_proj.bias is not None:
             out_proj.bias.copy_(solved[-1])
 

@@ -41,14 +41,19 @@ class Interrupted(Exception):
 
 @contextmanager
 def write_whole(
-    path: str | os.PathLike, *, replace: bool = False, about: Mapping[str, Any] | None = None
+    path: str | os.PathLike,
+    *,
+    replace: bool = False,
+    about: Mapping[str, Any] | None = None,
+    sums: Mapping[str, str] | None = None,
 ) -> Iterator[Path]:
     """Write the folder `path` so that it appears complete or not at all.
 
     Yields a temporary folder beside `path` to write into. On leaving the block its files are hashed into
     MANIFEST.json, flushed, and the folder is renamed to `path`; when the block raises, the folder is removed
     and `path` is as it was. A folder at `path` that carries a manifest, or is empty, is replaced; any other
-    only with `replace=True`. about: what the manifest says of the folder beside its files, for `about_of`.
+    only with `replace=True`. about: what the manifest says of the folder beside its files, for `about_of`. sums: sha256
+    of files by their paths in the folder, which whoever fills it by the end of the block has hashed already.
 
     Raises:
         UserError: `path` exists and holds files that this function did not write.
@@ -64,7 +69,7 @@ def write_whole(
     try:
         with naming(path):
             yield partial
-        seal(partial, about)
+        seal(partial, about, sums)
         old = _set_aside(path) if os.path.lexists(path) else None
         os.rename(partial, path)
         fsync(path.parent)
@@ -302,7 +307,7 @@ def _ours(path: Path) -> bool:
     return path.is_dir() and ((path / MANIFEST).exists() or not any(path.iterdir()))
 
 
-def seal(folder: Path, about: Mapping[str, Any] | None = None) -> None:
+def seal(folder: Path, about: Mapping[str, Any] | None = None, sums: Mapping[str, str] | None = None) -> None:
     """Hash the files of a folder made here into its manifest and flush all to the disk. Files that a library made
     readable by their owner alone, as safetensors does, become as readable as the folder is: as the umask says."""
     names = sorted(str(path.relative_to(folder).as_posix()) for path in folder.rglob("*") if path.is_file())
@@ -312,7 +317,8 @@ def seal(folder: Path, about: Mapping[str, Any] | None = None) -> None:
     for name in names:
         _give_mode(folder / name, folder.stat().st_mode)
         fsync(folder / name)
-        files[name] = {"bytes": (folder / name).stat().st_size, "sha256": hashed(folder / name)}
+        digest = (sums or {}).get(name) or hashed(folder / name)
+        files[name] = {"bytes": (folder / name).stat().st_size, "sha256": digest}
     manifest = folder / MANIFEST
     value = {"files": files} | ({"about": dict(about)} if about else {})
     manifest.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")

@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 
 from mohawk.core.stopping import stop_with_parent, under_accelerate
-from mohawk.errors import SaidElsewhere, UserError
+from mohawk.errors import SaidElsewhere, UserError, as_os_error
 
 T = TypeVar("T")
 PATIENCE = "MOHAWK_TIMEOUT_MINUTES"  # environment variable: how long a process may be silent where others wait for it
@@ -319,6 +319,33 @@ def total(tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
+def gathered(value: T) -> list[T]:
+    """What every process gives, in the order of their ranks; all of them must ask."""
+    if not several():
+        return [value]
+    found: list[T] = [value] * dist.get_world_size()
+    dist.all_gather_object(found, value)
+    return found
+
+
+def together(work: Callable[[], T]) -> T:
+    """All do `work`, which may be another thing on each; where it ends with an OSError on one, or with what means one
+    (`mohawk.errors.as_os_error`), it does on all."""
+    done, failed = None, None
+    try:
+        done = work()
+    except Exception as error:
+        failed = error if isinstance(error, OSError) else as_os_error(error)
+        if failed is None:
+            raise
+    said = None if failed is None else (failed.errno, failed.strerror or str(failed), failed.filename)
+    said = next((one for one in gathered(said) if one is not None), None)
+    if said is not None:
+        number, text, name = said
+        raise failed or (OSError(text) if number is None else OSError(number, text, name))
+    return cast(T, done)
+
+
 def means(values: Mapping[str, float]) -> dict[str, float]:
     """Each name's mean over the processes that have it; all of them must ask."""
     if not several():
@@ -330,19 +357,22 @@ def means(values: Mapping[str, float]) -> dict[str, float]:
 
 
 def share_parameters(parameters: Sequence[torch.nn.Parameter]) -> None:
-    """Give every process rank 0's values, as DistributedDataParallel does when it is made."""
+    """Give every process rank 0's values, as DistributedDataParallel does when it is made; parts of a sharded parameter
+    are nobody else's."""
     if several():
         for parameter in parameters:
-            dist.broadcast(parameter.data, src=0)
+            if not _in_parts(parameter):
+                dist.broadcast(parameter.data, src=0)
 
 
 def sum_gradients(parameters: Sequence[torch.nn.Parameter]) -> None:
     """Add up the gradients of all processes.
 
     A parameter that one process's batch did not reach counts as zero there; one that none reached stays
-    without a gradient, as it would in one process.
+    without a gradient, as it would in one process. Sharded parameters have the sum already.
     """
-    if not several():
+    parameters = [parameter for parameter in parameters if not _in_parts(parameter)]
+    if not several() or not parameters:
         return
     reached = torch.tensor([float(p.grad is not None) for p in parameters], device=parameters[0].device)
     pending = []
@@ -353,3 +383,9 @@ def sum_gradients(parameters: Sequence[torch.nn.Parameter]) -> None:
             pending.append(dist.all_reduce(parameter.grad, async_op=True))
     for work in pending:
         work.wait()
+
+
+def _in_parts(tensor: torch.Tensor) -> bool:
+    from torch.distributed.tensor import DTensor
+
+    return isinstance(tensor, DTensor)

@@ -7,7 +7,9 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
+from mohawk.core.processes import gathered
 from mohawk.errors import UserError
+from mohawk.models.sharding import is_sharded, local
 
 
 def first_nonfinite(tensors: Iterable[tuple[str, Tensor]]) -> str | None:
@@ -28,6 +30,10 @@ def first_nonfinite(tensors: Iterable[tuple[str, Tensor]]) -> str | None:
 
 
 def refuse_nonfinite(model: nn.Module, what: str, do: str) -> None:
-    """UserError that names the first parameter of `model` that is not finite; what: whose it is, do: the way out."""
-    if (found := first_nonfinite(model.named_parameters())) is not None:
+    """UserError that names the first parameter of `model` that is not finite; what: whose it is, do: the way out. Of a
+    sharded model all processes look at their parts."""
+    found = first_nonfinite((name, local(parameter)) for name, parameter in model.named_parameters())
+    if is_sharded(model):
+        found = next((one for one in gathered(found) if one is not None), None)
+    if found is not None:
         raise UserError(f"{what} has weights that are not finite, first {found}; {do}")

@@ -16,6 +16,7 @@ from mohawk.kernels.kd.teachers import TeacherHidden
 from mohawk.loading.causal import check_causal_on, embedding_rows, plain_model, within_peft
 from mohawk.loading.configs import check_decoder
 from mohawk.loading.offload import loaded
+from mohawk.models.sharding import whole
 
 if TYPE_CHECKING:
     from mohawk.loading.causal import CausalLM
@@ -62,9 +63,9 @@ class Head:
         return replace(self, weight=self.weight.detach(), bias=None if self.bias is None else self.bias.detach())
 
     def frozen(self) -> Head:
-        """The head in float32 without gradients."""
-        bias = None if self.bias is None else self.bias.detach().float()
-        return replace(self, weight=self.weight.detach().float(), bias=bias)
+        """The head in float32 without gradients, whole; all processes must ask for a sharded one."""
+        bias = None if self.bias is None else whole(self.bias).float()
+        return replace(self, weight=whole(self.weight).float(), bias=bias)
 
     def to(self, device: torch.device) -> Head:
         return replace(self, weight=self.weight.to(device), bias=None if self.bias is None else self.bias.to(device))

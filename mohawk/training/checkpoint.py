@@ -1,7 +1,8 @@
 """What a checkpoint of a phase holds: what trains, the optimizer's moments, random states, and counts.
 
-Its folder's name says after which step, `mohawk.core.folders` that it is whole. Checkpoints of version 0.1.0 are read
-too; they hold a schedule and a trainer's state besides, which nothing needs.
+Its folder's name says after which step, `mohawk.core.folders` that it is whole. Where models are sharded each process
+writes what it has, by torch's distributed checkpoint as safetensors; any number of processes reads either kind.
+Checkpoints of version 0.1.0 are read too; they hold a schedule and a trainer's state besides, which nothing needs.
 """
 
 from __future__ import annotations
@@ -10,17 +11,23 @@ import json
 import logging
 import math
 import random
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed.checkpoint as dcp
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from mohawk.core.processes import rank, several
 from mohawk.errors import UserError
+from mohawk.models.sharding import fill
 from mohawk.training.objective import Objective
 
 log = logging.getLogger(__name__)
@@ -32,42 +39,105 @@ OBJECTIVE_STATE = "objective.safetensors"
 # What fixes the order of the data. Version 0.1.0 kept the factors of a step's rows.
 ORDER_KEYS = ("order_seed", "examples", "rows")
 FACTORS = ("batch_size", "gradient_accumulation", "world_size")
-# What the recipe says of a group of the optimizer's, and may have changed since.
-SETTINGS = ("initial_lr", "lr", "betas", "eps", "weight_decay")
+MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's
+STEPS = "steps"  # how many of them each parameter has taken, in the order of their names
 
 
 def write_parameters(folder: Path, trainable: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> None:
-    """What trains, by name, and the optimizer's moments of it."""
+    """What trains, by name, and the optimizer's moments of it, of models that are not sharded."""
     save_file({name: p.detach().cpu().contiguous() for name, p in trainable.items()}, folder / WEIGHTS)
     torch.save(optimizer.state_dict(), folder / OPTIMIZER)
 
 
+def write_shards(folder: Path, trainable: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> None:
+    """The same of sharded models, by all processes. Raises OSError on all of them where one could not write."""
+    tensors: dict[str, Tensor] = {STEPS: torch.zeros(len(trainable))}
+    for i, name in enumerate(sorted(trainable)):
+        parameter = trainable[name]
+        state = optimizer.state.get(parameter, {})
+        tensors[STEPS][i] = float(state.get("step", 0.0))
+        tensors[f"weight.{name}"] = parameter.detach()
+        tensors |= {f"{moment}.{name}": state[moment] for moment in MOMENTS if moment in state}
+    writer = HuggingFaceStorageWriter(str(folder), save_distributed=True)
+    try:
+        dcp.save(tensors, storage_writer=writer, no_dist=not several())
+    except CheckpointException as error:
+        cause = next((found for found, _ in error.failures.values() if isinstance(found, OSError)), None)
+        raise cause or OSError(str(error).splitlines()[0]) from error
+
+
 def read_parameters(checkpoint: Path, trainable: Mapping[str, nn.Parameter]) -> None:
     """Take back what trains. Raises UserError where the checkpoint is of other parameters."""
-    weights = load_file(checkpoint / WEIGHTS)
     here = {name: tuple(p.shape) for name, p in trainable.items()}
-    there = {name: tuple(tensor.shape) for name, tensor in weights.items()}
+    there = {name[len("weight.") :]: size for name, size in _sizes(checkpoint).items() if name.startswith("weight.")}
     if here != there:
         names = sorted(name for name in here.keys() | there.keys() if here.get(name) != there.get(name))
         raise UserError(
             f"{checkpoint}: holds other parameters than this recipe trains ({len(names)} differ, first"
             f" {names[0]}); choose another output, or delete {checkpoint.parent}"
         )
-    with torch.no_grad():
+    if _in_shards(checkpoint):
+        _load(checkpoint, {f"weight.{name}": p.detach() for name, p in trainable.items()})
+        return
+    with safe_open(checkpoint / WEIGHTS, "pt") as file:
         for name, parameter in trainable.items():
-            parameter.copy_(weights[name])
+            fill(parameter, file.get_tensor(name))
 
 
-def read_moments(checkpoint: Path, optimizer: torch.optim.Optimizer) -> None:
+def read_moments(
+    checkpoint: Path,
+    trainable: Mapping[str, nn.Parameter],
+    optimizer: torch.optim.Optimizer,
+    order: Sequence[str],
+) -> None:
     """Take back the optimizer's moments, with the settings of the recipe as it is now.
 
-    They are the same unless the user changed them, as one does when told to lower the learning rate.
+    Those are the same unless the user changed them, as one does when told to lower the learning rate. order: the names
+    of what trains as the objective's groups have them.
     """
-    settings = [{key: group[key] for key in SETTINGS} for group in optimizer.param_groups]
-    state = torch.load(checkpoint / OPTIMIZER, map_location="cpu", weights_only=True)
-    optimizer.load_state_dict(state)  # moves the moments to the parameters' device
-    for group, now in zip(optimizer.param_groups, settings, strict=True):
-        group.update(now)
+    if not _in_shards(checkpoint):
+        saved = torch.load(checkpoint / OPTIMIZER, map_location="cpu", weights_only=True)["state"]
+        for number, name in enumerate(order):
+            if number in saved:
+                state = _empty_state(trainable[name], [moment for moment in MOMENTS if moment in saved[number]])
+                for key, tensor in state.items():
+                    fill(tensor, torch.as_tensor(saved[number][key]))
+                optimizer.state[trainable[name]] = state
+        return
+    sizes, steps = _sizes(checkpoint), torch.zeros(len(trainable))
+    tensors = {STEPS: steps}
+    for name, parameter in trainable.items():
+        if moments := [moment for moment in MOMENTS if f"{moment}.{name}" in sizes]:
+            optimizer.state[parameter] = state = _empty_state(parameter, moments)
+            tensors |= {f"{moment}.{name}": state[moment] for moment in moments}
+    _load(checkpoint, tensors)
+    for name, step in zip(sorted(trainable), steps.tolist(), strict=True):
+        if trainable[name] in optimizer.state:
+            optimizer.state[trainable[name]]["step"].fill_(step)
+
+
+def _empty_state(parameter: nn.Parameter, moments: Sequence[str]) -> dict[str, Tensor]:
+    """What a fused AdamW keeps of a parameter, without values."""
+    step = torch.zeros((), dtype=torch.float32, device=parameter.device)
+    return {"step": step} | {moment: torch.zeros_like(parameter.detach()) for moment in moments}
+
+
+def _in_shards(checkpoint: Path) -> bool:
+    return not (checkpoint / WEIGHTS).is_file()
+
+
+def _sizes(checkpoint: Path) -> dict[str, tuple[int, ...]]:
+    """The shapes of a checkpoint's tensors, whole."""
+    if _in_shards(checkpoint):
+        found = HuggingFaceStorageReader(str(checkpoint)).read_metadata().state_dict_metadata
+        return {name: tuple(entry.size) for name, entry in found.items() if isinstance(entry, TensorStorageMetadata)}
+    with safe_open(checkpoint / WEIGHTS, "pt") as file:
+        return {f"weight.{name}": tuple(file.get_slice(name).get_shape()) for name in file.keys()}
+
+
+def _load(checkpoint: Path, tensors: dict[str, Tensor]) -> None:
+    """Fill tensors, or this process's parts of them, from what any number of processes wrote."""
+    dcp.load(tensors, storage_reader=HuggingFaceStorageReader(str(checkpoint)), no_dist=not several())
 
 
 def write_counts(folder: Path, counts: Mapping[str, Any], objective: Objective) -> None:

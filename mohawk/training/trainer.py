@@ -40,19 +40,23 @@ from mohawk.core.processes import (
     agree,
     count,
     from_first,
+    gathered,
     is_first,
     means,
     rank,
     several,
     share_parameters,
     sum_gradients,
+    together,
     total,
     wait_for_all,
 )
 from mohawk.core.run_folder import phase_folder
 from mohawk.core.stopping import SAME_SIGNAL, SAME_SIGNAL_DISTRIBUTED, StopRequest
+from mohawk.core.sums import hashed_together
 from mohawk.errors import UserError, naming
 from mohawk.loading.nonfinite import first_nonfinite
+from mohawk.models.sharding import clip, is_sharded, local, reshard, total_norm
 from mohawk.training.batches import Batches
 from mohawk.training.checkpoint import (
     ORDER_KEYS,
@@ -64,6 +68,7 @@ from mohawk.training.checkpoint import (
     write_counts,
     write_parameters,
     write_random_states,
+    write_shards,
 )
 from mohawk.training.objective import Objective
 from mohawk.training.progress import Metrics, Progress, Window
@@ -143,10 +148,14 @@ class PhaseTrainer:
         self.steps = math.ceil(phase.tokens / self.tokens_per_step)
         self.step = 0  # how many are taken
         self.objective = objective.to(self.device)
+        reshard(objective)  # what trains are the parts
         groups = objective.parameter_groups(phase.learning_rate, phase.weight_decay)
         self.trainable = _trainable(objective, groups)
+        self.sharded = any(map(is_sharded, self.trainable.values()))
+        names = {id(parameter): name for name, parameter in self.trainable.items()}
+        self.order = [names[id(parameter)] for group in groups for parameter in group["params"]]
         self.optimizer = torch.optim.AdamW(
-            groups,
+            _apart(groups),
             lr=phase.learning_rate,
             betas=tuple(phase.betas),
             eps=getattr(phase, "eps", 1e-8),
@@ -316,7 +325,7 @@ class PhaseTrainer:
                 share = 1.0
             else:
                 share = counted / whole if whole else 1 / (per_step * count())
-            if share:
+            if share or self.sharded:  # where models are sharded all come to each layer, whatever their rows hold
                 self._back_propagate(batch, share)
         self._finish_gradients()
         for group in self.optimizer.param_groups:
@@ -350,7 +359,7 @@ class PhaseTrainer:
         parameters = list(self.trainable.values())
         sum_gradients(parameters)
         gradients = [p.grad for p in parameters if p.grad is not None]
-        norm = nn.utils.get_total_norm(gradients).to(self.device)
+        norm = total_norm(gradients).to(self.device)
         # what this process knows, and all are to do
         flags = [float(self._request.number is not None), float(self._is_save_due())]
         flags = torch.tensor(flags, device=self.device)
@@ -374,7 +383,7 @@ class PhaseTrainer:
         else:
             self.nonfinite_in_a_row = 0
             if self.phase.max_grad_norm:
-                nn.utils.clip_grads_with_norm_(parameters, self.phase.max_grad_norm, norm)
+                clip(parameters, self.phase.max_grad_norm, norm)
         self._window.add(self.step + 1, parts, norm_value, skipped=bool(bad))
 
     def _is_save_due(self) -> bool:
@@ -435,16 +444,16 @@ class PhaseTrainer:
     def _save_checkpoint(self) -> None:
         """Write what the phase needs to go on, complete or invisible; frozen weights are not rewritten."""
         path = self._checkpoint_path()
+        reshard(self.objective)
+        self._refuse_nonfinite()
+        sums: dict[str, str] = {}
         try:
             with naming(path), contextlib.ExitStack() as stack:
-                folder = None
-                if is_first():
-                    self._refuse_nonfinite()
-                    folder = stack.enter_context(write_whole(path, replace=True, about=self.origin))
-                    self._write_checkpoint(folder)
-                folder = agree(folder)
-                write_random_states(folder, self.device)  # a file each: several machines must share the folder
-                wait_for_all()
+                folder = agree(together(lambda: self._begin_checkpoint(path, sums, stack) if is_first() else None))
+                together(lambda: self._write_checkpoint(folder))
+                if several():
+                    sums |= hashed_together(folder)
+                together(stack.close)  # the first process makes it visible
         except OSError as error:
             kept = newest_complete(self.folder)
             raise UserError(
@@ -463,12 +472,13 @@ class PhaseTrainer:
         """Weights that are not finite never take the place of earlier ones. Raises UserError."""
         state = self.optimizer.state
         moments = (
-            (f"{key} of {name}", value)
+            (f"{key} of {name}", local(value))
             for name, p in self.trainable.items()
             for key, value in state.get(p, {}).items()
             if isinstance(value, torch.Tensor)
         )
-        found = first_nonfinite(itertools.chain(self.trainable.items(), moments))
+        own = first_nonfinite(itertools.chain(((name, local(p)) for name, p in self.trainable.items()), moments))
+        found = next((one for one in gathered(own) if one is not None), None)
         if found is not None:
             kept = newest_complete(self.folder)
             raise UserError(
@@ -477,9 +487,19 @@ class PhaseTrainer:
                 f" {self.section}.learning_rate (now {self.phase.learning_rate:g}) and run again"
             )
 
-    def _write_checkpoint(self, folder: Path) -> None:
-        write_parameters(folder, self.trainable, self.optimizer)
+    def _begin_checkpoint(self, path: Path, sums: dict[str, str], stack: contextlib.ExitStack) -> Path:
+        """A folder for all to write to, which takes its place when the stack closes."""
+        folder = stack.enter_context(write_whole(path, replace=True, about=self.origin, sums=sums))
         write_counts(folder, self._counts(), self.objective)
+        return folder
+
+    def _write_checkpoint(self, folder: Path) -> None:
+        """What this process has to write: several machines must share the folder."""
+        if self.sharded:
+            write_shards(folder, self.trainable, self.optimizer)
+        elif is_first():
+            write_parameters(folder, self.trainable, self.optimizer)
+        write_random_states(folder, self.device)
 
     def _load_checkpoint(self, checkpoint: Path) -> None:
         """Restore what trains and the phase's counts."""
@@ -498,7 +518,7 @@ class PhaseTrainer:
             )
 
     def _load_moments(self, checkpoint: Path) -> None:
-        read_moments(checkpoint, self.optimizer)
+        read_moments(checkpoint, self.trainable, self.optimizer, self.order)
 
     def _counts(self) -> dict[str, Any]:
         return {
@@ -532,6 +552,16 @@ def is_over(folder: str | os.PathLike, phase: Any) -> bool:
         return False
     last = math.ceil(phase.tokens / (rows_per_step(phase) * phase.sequence_length))
     return step_of(checkpoint) >= last or is_finished(checkpoint)
+
+
+def _apart(groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The groups with sharded and whole parameters in groups of their own: no fused step takes both."""
+    made = [
+        {**group, "params": [p for p in group["params"] if is_sharded(p) is sharded]}
+        for group in groups
+        for sharded in (False, True)
+    ]
+    return [group for group in made if group["params"]]
 
 
 def _trainable(objective: nn.Module, groups: list[dict[str, Any]]) -> dict[str, nn.Parameter]:
