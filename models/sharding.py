@@ -86,8 +86,13 @@ def shard(model: nn.Module, mesh: Any, *, dtype: torch.dtype | None = None, trai
 
 def materialise(model: nn.Module, device: torch.device | str) -> None:
     """Gives a model that was made on the meta device its memory, without values; of a sharded one each process its
-    part's."""
+    part's. Buffers that have values keep them."""
+    made = {name: buffer for name, buffer in model.named_buffers() if not buffer.is_meta}
     model.to_empty(device=device)
+    with torch.no_grad():
+        for name, buffer in model.named_buffers():
+            if name in made:
+                buffer.copy_(made[name])
     tie: Any = getattr(model, "tie_weights", None)
     if tie is not None:
         tie()

@@ -14,7 +14,7 @@ from rich.console import Console
 from mohawk.conversion.plan import Plan, make_plan, objective_for, print_plan, student_options
 from mohawk.conversion.readout import solve_output_projections
 from mohawk.conversion.recipe import Recipe
-from mohawk.core.processes import first_before_others, on_first
+from mohawk.core.processes import first_before_others, from_first, on_first
 from mohawk.core.run_folder import COMPOSED
 from mohawk.data.packing import PackedDataset, collate
 from mohawk.errors import UserError
@@ -23,9 +23,10 @@ from mohawk.models.from_teacher import hybrid_from_teacher
 from mohawk.models.hybrid import HybridForCausalLM
 from mohawk.runs.context import RunContext, TextData, measure_stage, open_run, read_text
 from mohawk.runs.matrices import draw_matrices, save_matrices
-from mohawk.runs.report import AFTER, finish, loss_labels
+from mohawk.runs.report import AFTER, loss_labels
+from mohawk.runs.sharding import Parts, parts_of
 from mohawk.runs.start import start
-from mohawk.runs.steps import Step, is_final, is_taken, take_steps, train, write_final
+from mohawk.runs.steps import Step, finish_run, is_final, is_taken, take_steps, train, write_final
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -52,14 +53,18 @@ def convert(recipe: Recipe, *, dry_run: bool = False) -> None:
         print_plan(planned, recipe, console)
         return planned
 
-    start(
-        recipe, dry_run=dry_run, plan=plan, work=lambda folder, console, _: run_phases(opened(recipe, folder, console))
-    )
+    def work(folder: Path, console: Console, planned: Plan) -> None:
+        parts = parts_of(recipe, max((phase.memory for phase in planned.phases), default=0))
+        run_phases(opened(recipe, folder, console, parts=parts))
+
+    start(recipe, dry_run=dry_run, plan=plan, work=work)
 
 
-def opened(recipe: Recipe, folder: Path, console: Console, *, trains: bool = True) -> RunContext[TextData]:
+def opened(
+    recipe: Recipe, folder: Path, console: Console, *, trains: bool = True, parts: Parts | None = None
+) -> RunContext[TextData]:
     """A conversion's folder with its teacher and texts; see `open_run`."""
-    return open_run(recipe, folder, console, read=functools.partial(read_text, recipe), trains=trains)
+    return open_run(recipe, folder, console, read=functools.partial(read_text, recipe), trains=trains, parts=parts)
 
 
 def run_phases(run: RunContext[TextData]) -> None:
@@ -73,7 +78,10 @@ def run_phases(run: RunContext[TextData]) -> None:
     def keep(stage: str, student: PreTrainedModel) -> None:
         assert isinstance(student, HybridForCausalLM)
         if stage in ("before", "mixing"):
-            save_matrices(run.folder, stage, student, run.teacher, run.sample())
+            # gathered matrices are in autocast's dtype, so that they are multiplied under autocast alone
+            dtype = None if run.parts is None else run.parts.dtype
+            with torch.autocast(run.device.type, dtype=dtype, enabled=dtype is not None):
+                save_matrices(run.folder, stage, student, run.teacher, run.sample())
 
     def step(name: str, phase: Any) -> Step:
         def take(student: HybridForCausalLM, before: str | None) -> HybridForCausalLM:
@@ -83,24 +91,22 @@ def run_phases(run: RunContext[TextData]) -> None:
 
         return Step(name, take, phase)
 
-    student = untrained_student(run.recipe, run.teacher)
+    student = untrained_student(run.recipe, run.teacher, run.parts)
     measure_stage(run, "before", student, keep)
     student = take_steps(
         run, [step(name, phase) for name, phase in phases], student, keep=keep, begun_elsewhere=composed
     )
-    on_first(lambda: _finish(run, student, phases[-1][0] if phases else None))
+    last = phases[-1][0] if phases else None
+    if not from_first(lambda: is_final(run, last)):
+        write_final(run, student, last)
+    on_first(lambda: _finish(run, student))
     log.info("run finished in %.0f s", time.monotonic() - begin)
 
 
-def _finish(run: RunContext[TextData], student: HybridForCausalLM, last: str | None) -> None:
-    """The final student, which is that of the last phase, and the report."""
-    if not is_final(run, last):
-        write_final(run, student, last)
+def _finish(run: RunContext[TextData], student: HybridForCausalLM) -> None:
+    """The report."""
     draw_matrices(run.folder)
-    finish(
-        run.folder, run.recipe, student.eval(), run.teacher, run.tokenizer, run.console,
-        stages=AFTER, labels=loss_labels(run.recipe),
-    )  # fmt: skip
+    finish_run(run, student, stages=AFTER, labels=loss_labels(run.recipe))
 
 
 def train_phase(
@@ -141,8 +147,9 @@ def _rows(run: RunContext[TextData], name: str, phase: Any) -> PackedDataset:
     return PackedDataset(text, phase.sequence_length, seed=run.recipe.seed, pad_token_id=run.pad)
 
 
-def untrained_student(recipe: Recipe, teacher: PreTrainedModel) -> HybridForCausalLM:
-    """The student before phase 1; the same one whenever it is made again."""
+def untrained_student(recipe: Recipe, teacher: PreTrainedModel, parts: Parts | None = None) -> HybridForCausalLM:
+    """The student before phase 1; the same one whenever it is made again, also in parts."""
+    spread = None if parts is None else parts.student
     torch.manual_seed(recipe.seed)
     # trained in float32 whatever the teacher's dtype; autocast chooses the products'
-    return hybrid_from_teacher(teacher, dtype=torch.float32, **student_options(recipe.student))
+    return hybrid_from_teacher(teacher, dtype=torch.float32, spread=spread, **student_options(recipe.student))

@@ -13,6 +13,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar, cast
 
@@ -30,6 +31,7 @@ BEAT = 2.0  # seconds between signs of life of the first process, while the othe
 
 _store: dist.Store | None = None  # where a process leaves word while others are in the middle of something
 _works = 0  # how many times the others have waited for the first
+_wish: "Wish | None" = None
 _heard = False  # that the first process ends with the mistake that this one ends with
 
 
@@ -51,7 +53,7 @@ def joined(device: str | None = None) -> Iterator[None]:
 
     device: a recipe's, which makes them a process group, each with a GPU of its own unless it is cpu; None: not yet.
     """
-    _refuse_sharding()
+    _hear_accelerate()
     if not launched():
         if under_accelerate():
             stop_with_parent()
@@ -74,14 +76,43 @@ def joined(device: str | None = None) -> Iterator[None]:
             raise
 
 
-def _refuse_sharding() -> None:
-    """UserError where accelerate launch was told to shard the models, which no command does."""
-    for name in ("FSDP", "DEEPSPEED"):
-        if os.environ.get(f"ACCELERATE_USE_{name}", "").lower() in ("true", "1"):
-            raise UserError(
-                f"accelerate is set to {name}, which the commands do not support: each process holds the whole models; "
-                "start them with torchrun, or accelerate launch --multi_gpu"
-            )
+def _hear_accelerate() -> None:
+    """Take accelerate launch's wish to shard models for a recipe's; it is not accelerate that fulfils it, which is to
+    hear of nothing. Raises UserError for what has no counterpart here."""
+    global _wish
+
+    def asked(name: str) -> bool:
+        return os.environ.get(name, "").lower() in ("true", "1")
+
+    if asked("ACCELERATE_USE_DEEPSPEED"):
+        raise UserError(
+            "accelerate is set to DEEPSPEED, which the commands do not use; `sharding.kind: full` in the recipe does "
+            "what ZeRO-3 does: start them with torchrun, or with accelerate's fsdp_version: 2"
+        )
+    if not asked("ACCELERATE_USE_FSDP"):
+        return
+    if os.environ.get("FSDP_VERSION", "1") != "2":
+        raise UserError("accelerate is set to FSDP 1, which the commands do not use; set fsdp_version: 2")
+    for name, instead in (("FSDP_OFFLOAD_PARAMS", "more processes"), ("FSDP_ACTIVATION_CHECKPOINTING_OFFLOAD", "fewer "
+                          "rows: batch_size")):  # fmt: skip
+        if asked(name):
+            raise UserError(f"accelerate is set to {name.lower()}, which the commands do not know; use {instead}")
+    _wish = Wish(activation_checkpointing=asked("FSDP_ACTIVATION_CHECKPOINTING"))
+    for name in [name for name in os.environ if name.startswith("FSDP_")]:
+        del os.environ[name]
+    del os.environ["ACCELERATE_USE_FSDP"]
+
+
+@dataclass(frozen=True)
+class Wish:
+    """What accelerate launch was told of sharding."""
+
+    activation_checkpointing: bool
+
+
+def wish() -> Wish | None:
+    """What accelerate launch was told of sharding; None: nothing."""
+    return _wish
 
 
 def patience() -> timedelta:

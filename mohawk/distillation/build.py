@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from mohawk.loading.causal import CausalLM
+    from mohawk.loading.parts import Spread
 
 
 def checked_cache(stage: Stage) -> TeacherCache:
@@ -62,15 +63,17 @@ def check_caches(stages: Iterable[Stage], tokenizer: PreTrainedTokenizerBase) ->
             checked_cache(stage).check(tokenizer_hash=tokenizer_key(tokenizer))
 
 
-def load(given: DistillTeacher, device: torch.device, who: str = "teacher") -> PreTrainedModel:
-    """A recipe's teacher, on its device or devices."""
+def load(
+    given: DistillTeacher, device: torch.device, who: str = "teacher", *, spread: Spread | None = None
+) -> PreTrainedModel:
+    """A recipe's teacher, on its device or devices, or in parts (see `load_teacher`)."""
     if given.device_map and several():
         raise UserError(
             f"{who}.device_map: got auto in several processes, which would all spread over the same GPUs; leave it out"
         )
     return load_teacher(
         given.model, **given.where, dtype=given.dtype, device=device, quantize=given.quantize,
-        device_map=given.device_map, who=who,
+        device_map=given.device_map, spread=spread, who=who,
     )  # fmt: skip
 
 

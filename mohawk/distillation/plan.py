@@ -23,8 +23,9 @@ from mohawk.models.families import needed_attention
 from mohawk.training.trackers import trackers
 
 
-def print_plan(recipe: DistillRecipe, console: Console) -> None:
-    """Sizes, stages and steps, from configurations alone. Raises UserError for what does not fit the models."""
+def print_plan(recipe: DistillRecipe, console: Console) -> int:
+    """Sizes, stages and steps, from configurations alone. Returns the bytes of models and optimizer where a process
+    holds them whole. Raises UserError for what does not fit the models."""
     config = load_config(recipe.teacher.model, **recipe.teacher.where)
     further = [load_config(one.model, **one.where, who=f"teachers.{i}") for i, one in enumerate(recipe.teachers)]
     check_together(recipe.combine, [config, *further])
@@ -34,11 +35,13 @@ def print_plan(recipe: DistillRecipe, console: Console) -> None:
     for name, model in (("Teacher", teacher), ("Student", student)):
         what = recipe.teacher.model if name == "Teacher" else recipe.student.model or "from the teacher"
         console.print(f"[bold]{name}[/bold] {what}: {_size(model)}")
+    largest = parameter_count(student)
     table = Table("stage", "learns from", "by", "temperature", "tokens", "steps", "learning rate")
     for i, stage in enumerate(recipe.stages):
         before = student
         if stage.student is not None:
             student = _planned(stage.student, student, recipe, f"stages.{i}.student")
+            largest = max(largest, parameter_count(student))
             console.print(f"[bold]From {stage.name} on[/bold]: {_size(student)}")
         with mistakes(f"stages.{i} ({stage.name})"):
             matchings_for(stage, student, {"teacher": teacher, "previous": before}.get(stage.learn_from, student))
@@ -61,6 +64,10 @@ def print_plan(recipe: DistillRecipe, console: Console) -> None:
                 terms = {"divergence": own.kd_weight, "cross entropy": own.ce_weight}
                 given = " + ".join(f"{_number(weight)} x {name}" for name, weight in terms.items() if weight != 0)
                 console.print(f"[bold]Beside them[/bold] {given} of {source.source}, per token of its own")
+    asked = [(recipe.teacher, teacher)]
+    asked += [(one, _meta(of, one.trust_remote_code)) for one, of in zip(recipe.teachers, further, strict=True)]
+    teachers = sum(parameter_count(model) * (4 if one.dtype == "float32" else 2) for one, model in asked)
+    return teachers + 16 * largest  # weights, gradients and two moments in float32
 
 
 def _number(value: float | RampSection) -> str:

@@ -11,16 +11,16 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from mohawk.core.extras import need
-from mohawk.core.processes import first_before_others, on_first
+from mohawk.core.processes import first_before_others, from_first, on_first
 from mohawk.distillation.build import check_caches, checked_cache, load, loss_label
 from mohawk.distillation.plan import print_plan
 from mohawk.distillation.recipe import DistillRecipe
 from mohawk.distillation.sources import StageData
 from mohawk.distillation.stages import StageTrainer, made, stage_step
 from mohawk.runs.context import RunContext, measure_stage, open_run
-from mohawk.runs.report import finish
+from mohawk.runs.sharding import Parts, parts_of
 from mohawk.runs.start import start
-from mohawk.runs.steps import is_final, take_steps, write_final
+from mohawk.runs.steps import finish_run, is_final, take_steps, write_final
 from mohawk.teacher_cache.reader import CachedRows
 
 if TYPE_CHECKING:
@@ -48,14 +48,20 @@ def distill(recipe: DistillRecipe, *, dry_run: bool = False) -> None:
         dry_run=dry_run,
         plan=lambda console: first_before_others(lambda: print_plan(recipe, console)),
         further=functools.partial(check_caches, recipe.stages),
-        work=lambda folder, console, _: run_stages(opened(recipe, folder, console)),
+        work=lambda folder, console, needed: run_stages(
+            opened(recipe, folder, console, parts=parts_of(recipe, needed))
+        ),
     )
 
 
-def opened(recipe: DistillRecipe, folder: Path, console: Console, *, trains: bool = True) -> RunContext[StageData]:
+def opened(
+    recipe: DistillRecipe, folder: Path, console: Console, *, trains: bool = True, parts: Parts | None = None
+) -> RunContext[StageData]:
     """A distillation's folder with its first teacher and data; see `open_run`."""
-    read = functools.partial(read_data, recipe)
-    return open_run(recipe, folder, console, read=read, load=lambda device: load(recipe.teacher, device), trains=trains)
+    return open_run(
+        recipe, folder, console, trains=trains, parts=parts, read=functools.partial(read_data, recipe),
+        load=lambda device, spread: load(recipe.teacher, device, spread=spread),
+    )  # fmt: skip
 
 
 def read_data(recipe: Any, tokenizer: PreTrainedTokenizerBase) -> StageData:
@@ -74,18 +80,19 @@ def run_stages(run: RunContext[StageData]) -> None:
     measure_stage(run, "before", student)
     trainer = StageTrainer(run)
     student = take_steps(run, [stage_step(trainer, i, stage) for i, stage in enumerate(run.recipe.stages)], student)
+    last = run.recipe.stages[-1].name
+    if not from_first(lambda: is_final(run, last)):
+        write_final(run, student, last)
     on_first(lambda: _finish(run, student))
     log.info("run finished in %.0f s", time.monotonic() - begin)
 
 
 def _finish(run: RunContext[StageData], student: PreTrainedModel) -> None:
-    """The final student, which is that of the last stage, and the report."""
+    """The report."""
     stages = run.recipe.stages
-    if not is_final(run, stages[-1].name):
-        write_final(run, student, stages[-1].name)
     names = {"before": "before training", **{stage.name: f"after {stage.name}" for stage in stages}}
     labels = {stage.name: loss_label(stage) for stage in stages}
-    finish(run.folder, run.recipe, student.eval(), run.teacher, run.tokenizer, run.console, stages=names, labels=labels)
+    finish_run(run, student, stages=names, labels=labels)
 
 
 def untrained(run: RunContext[StageData]) -> PreTrainedModel:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from mohawk.core.folders import write_whole
-from mohawk.core.processes import from_first, on_first
+from mohawk.core.processes import on_first
 from mohawk.core.run_folder import phase_folder, phase_student
 from mohawk.data.text import tokenizer_key
 from mohawk.distillation.build import (
@@ -206,10 +206,6 @@ def made(run: RunContext, given: DistillStudent, base: PreTrainedModel, where: s
 
 
 def on_held_out(run: RunContext, student: CausalLM) -> Comparison:
-    """A student beside the teacher on held-out text; the first process measures for all."""
-
-    def measure() -> Comparison:
-        name = "held_out" if "held_out" in run.texts else next(iter(run.texts))
-        return compare(student, run.texts[name], autocast=run.autocast)
-
-    return from_first(measure)
+    """A student beside the teacher on held-out text, by all processes together."""
+    name = "held_out" if "held_out" in run.texts else next(iter(run.texts))
+    return compare(student, run.texts[name], autocast=run.autocast)

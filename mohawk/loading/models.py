@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from mohawk.loading.parts import Spread
+
 log = logging.getLogger(__name__)
 
 DTYPES = ("float32", "bfloat16", "float16", "auto")
@@ -45,6 +47,7 @@ def load_teacher(
     device: str | torch.device | None = None,
     quantize: str | None = None,
     device_map: str | None = None,
+    spread: Spread | None = None,
     who: str = "teacher",
 ) -> PreTrainedModel:
     """Load a causal language model in eval mode with frozen parameters.
@@ -53,6 +56,8 @@ def load_teacher(
     dtype: float32, bfloat16, float16, or auto (the checkpoint's own).
     quantize: int8 or int4, the weights in so many bits (bitsandbytes, or torchao where that is not installed).
     device_map: "auto" spreads the model over devices, memory and disk (accelerate); `device` is then not used.
+    spread: brings the model into its parts on several processes, of which each reads its own, all but it where the
+    files allow no other way; None: the model is whole.
     who: what messages call the model, such as `student.model`; empty: they begin with its name.
     A GGUF checkpoint is dequantized, and the returned model can be saved like any other.
     Raises UserError with one line: missing folder, not a causal language model, unreachable hub, weights
@@ -63,8 +68,10 @@ def load_teacher(
     from transformers.utils import GENERATION_CONFIG_NAME
 
     from mohawk.loading.nonfinite import refuse_nonfinite
+    from mohawk.loading.parts import read_in_parts
     from mohawk.models.families import needed_attention
     from mohawk.models.formats.released import load_released
+    from mohawk.models.sharding import is_sharded
 
     if dtype not in DTYPES:
         raise UserError(f"{option_of(who, 'dtype')}: got {dtype!r}; allowed: {', '.join(DTYPES)}")
@@ -74,7 +81,15 @@ def load_teacher(
     released = released_in(name, gguf_file, revision, who) is not None
     try:
         with hub_or_cache(name):
-            if released:
+            teacher = None
+            if spread is not None and not released and gguf_file is None and quantize is None and device_map is None:
+                teacher = read_in_parts(
+                    name, config, spread, device or "cpu", revision=revision, dtype=kind,
+                    trust_remote_code=trust_remote_code,
+                )  # fmt: skip
+            if teacher is not None:
+                info = {"missing_keys": ()}
+            elif released:
                 teacher, info = load_released(name, revision=revision, dtype=kind), {"missing_keys": ()}
             else:
                 teacher, info = AutoModelForCausalLM.from_pretrained(
@@ -102,6 +117,8 @@ def load_teacher(
         log.warning("%s was saved as %s: its text model alone is used, and is all that students keep", name, saved[0])
     if gguf_file is not None:
         teacher = without_quantization(teacher)
+    if spread is not None and not is_sharded(teacher):
+        spread(teacher)
     refuse_nonfinite(teacher, f"{said_of(who)}{name}", "give a checkpoint whose weights are whole")
     teacher.eval().requires_grad_(False)
     if quantize == "int4":

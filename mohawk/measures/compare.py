@@ -17,12 +17,14 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor, nn
 
+from mohawk.core.processes import count, gathered, rank, total
 from mohawk.data.next_tokens import IGNORED, next_labels
 from mohawk.data.packing import collate
 from mohawk.errors import UserError
 from mohawk.loading.causal import plain_model
 from mohawk.losses.heads import Head, final_hidden_states
 from mohawk.models.call import CACHE
+from mohawk.models.sharding import reshard
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -34,20 +36,17 @@ ROWS = 256  # through the heads at once: 256 x 49152 float32 logits are 50 MB a 
 
 @dataclass(frozen=True)
 class TeacherStates:
-    """A teacher's answers on an evaluation text.
+    """A teacher's answers on an evaluation text, of which each process has its share of the batches.
 
-    batches: packed batches as `collate` gives them. hidden: for each batch, the final hidden state (rows,
-    hidden) of every position that predicts a token, in the teacher's dtype. head: the teacher's.
+    batches: packed batches as `collate` gives them, equally many on all processes. hidden: for each batch, the final
+    hidden state (rows, hidden) of every position that predicts a token, in the teacher's dtype. head: the teacher's.
+    tokens: how many are predicted, on all processes together.
     """
 
     batches: list[dict[str, Tensor]]
     hidden: list[Tensor]
     head: Head
-
-    @property
-    def tokens(self) -> int:
-        """How many tokens are predicted."""
-        return sum(len(h) for h in self.hidden)
+    tokens: int
 
 
 @dataclass(frozen=True)
@@ -81,25 +80,37 @@ def teacher_states(
     device: str | torch.device | None = None,
     autocast: torch.dtype | None = None,
 ) -> TeacherStates:
-    """Run the teacher over a packed dataset once and keep its final hidden states (on the CPU).
+    """Run the teacher over a packed dataset once and keep its final hidden states (on the CPU); all processes do so,
+    each with its share.
 
     device: where the teacher is (default: where its parameters are). autocast: a dtype for its matrix
     products, or None for the parameters' own. Raises UserError when the dataset predicts no token.
     """
     device = torch.device(device) if device is not None else teacher.device
-    batches = [
-        collate([dataset[i] for i in range(start, min(start + batch_size, len(dataset)))])
-        for start in range(0, len(dataset), batch_size)
-    ]
+    batches = _dealt(dataset, batch_size)
     head = Head.of(teacher).frozen()
     hidden = []
     with _evaluating(teacher):
         for batch in batches:
             states = packed_hidden_states(teacher, batch, device=device, autocast=autocast)
             hidden.append(states[_predicting(batch).to(device)].cpu())
-    if not sum(len(h) for h in hidden):
+    reshard(teacher)
+    tokens = sum(gathered(sum(len(h) for h in hidden)))
+    if not tokens:
         raise UserError("evaluation: the text predicts no token; give at least two tokens of it")
-    return TeacherStates(batches, hidden, head)
+    return TeacherStates(batches, hidden, head, tokens)
+
+
+def _dealt(dataset: Any, batch_size: int) -> list[dict[str, Tensor]]:
+    """This process's batches of a dataset, one after the other in turn. Who has one less than others has one more that
+    predicts nothing: a sharded model is run by all."""
+    starts = range(0, len(dataset), batch_size)
+    own = [starts[i] for i in range(rank(), len(starts), count())]
+    batches = [collate([dataset[i] for i in range(start, min(start + batch_size, len(dataset)))]) for start in own]
+    if len(own) < -(-len(starts) // count()):
+        spare = collate([dataset[0]])
+        batches.append({**spare, "labels": torch.full_like(spare["labels"], IGNORED)})
+    return batches
 
 
 @torch.no_grad()
@@ -110,7 +121,7 @@ def compare(
     device: str | torch.device | None = None,
     autocast: torch.dtype | None = None,
 ) -> Comparison:
-    """Perplexities, KL(teacher || student) and top-1 agreement over every predicted token.
+    """Perplexities, KL(teacher || student) and top-1 agreement over every predicted token, by all processes together.
 
     Where the vocabularies differ in padding, the entries both have are compared.
     """
@@ -131,7 +142,8 @@ def compare(
                     student_head.logits(student_hidden[rows])[:, :vocab],
                     targets[rows],
                 )
-    teacher_nll, student_nll, kl, same = (totals / states.tokens).tolist()
+    reshard(student)
+    teacher_nll, student_nll, kl, same = (total(totals) / states.tokens).tolist()
     return Comparison(
         tokens=states.tokens,
         teacher_perplexity=_exp(teacher_nll),

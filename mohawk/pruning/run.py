@@ -8,7 +8,7 @@ import logging
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -19,7 +19,7 @@ from mohawk.conversion.run import train_phase
 from mohawk.core.folders import is_complete
 from mohawk.core.json_files import read_json, write_json
 from mohawk.core.precision import pick_device
-from mohawk.core.processes import first_before_others, from_first, on_first
+from mohawk.core.processes import first_before_others, from_first, on_first, wish
 from mohawk.core.run_folder import RECIPE, STUDENT, evaluation_file, phase_student
 from mohawk.data.source_files import as_source, local_files
 from mohawk.data.token_counts import most_frequent, token_counts
@@ -46,6 +46,9 @@ from mohawk.runs.report import Table, finish
 from mohawk.runs.start import start
 from mohawk.runs.steps import Step, is_final, take_steps, write_final
 
+if TYPE_CHECKING:
+    from mohawk.loading.parts import Spread
+
 log = logging.getLogger(__name__)
 
 
@@ -64,6 +67,11 @@ def prune(recipe: PruneRecipe, *, dry_run: bool = False) -> None:
 
     def plan(console: Console) -> Plan:
         about = recipe.teacher
+        if recipe.sharding.kind == "full" or wish() is not None:
+            raise UserError(
+                "sharding: got full, but a cut needs the whole model on each process; set sharding.kind: none, and "
+                "convert or distil in parts what prune leaves"
+            )
         config = first_before_others(lambda: load_config(about.model, **about.where))
         with mistakes("teacher"):
             sizes_of(config)
@@ -86,14 +94,14 @@ def prune(recipe: PruneRecipe, *, dry_run: bool = False) -> None:
 def opened(recipe: PruneRecipe, folder: Path, console: Console, *, trains: bool = True) -> RunContext[StageData]:
     """A pruning's folder with its teacher, corrected where that is over, and data; see `open_run`."""
 
-    def load_it(device: torch.device) -> PreTrainedModel:
+    def load_it(device: torch.device, spread: Spread | None) -> PreTrainedModel:
         """The teacher; once it was corrected, and measured, nothing is left to compare with the one as it was."""
         if recipe.correct is not None:
             corrected = phase_student(folder, recipe.correct.name)
             measured = evaluation_file(folder, recipe.correct.name)
             if from_first(lambda: measured.is_file() and is_complete(corrected)):
-                return load_teacher(corrected, dtype=recipe.teacher.dtype, device=device)
-        return load(recipe.teacher, device)
+                return load_teacher(corrected, dtype=recipe.teacher.dtype, device=device, spread=spread)
+        return load(recipe.teacher, device, spread=spread)
 
     read = functools.partial(read_data, recipe)
     return open_run(recipe, folder, console, read=read, load=load_it, trains=trains)
@@ -162,7 +170,7 @@ class Pruning:
         student = run.teacher if student is None else student
         last = steps[-1].name if steps else None
         if not from_first(lambda: self._is_final(last)):
-            on_first(functools.partial(self._write_final, student, last))
+            self._write_final(student, last)
         del student
         on_first(self._finish)
         log.info("run finished in %.0f s", time.monotonic() - begin)
@@ -252,7 +260,7 @@ class Pruning:
                 counts = self._token_counts(name)
                 if counts.any():
                     covered[name] = float(counts[trimmed.tokens].sum() / counts.sum())
-            write_json(self.run.folder / "vocabulary.json", covered)
+            on_first(lambda: write_json(self.run.folder / "vocabulary.json", covered))
         write_final(self.run, student, last, tokenizer)
 
     def _check_vocabulary(self) -> None:

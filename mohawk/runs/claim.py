@@ -28,6 +28,9 @@ log = logging.getLogger(__name__)
 # What may change when a stopped run goes on: what does not decide what the steps so far meant,
 CHANGEABLE = (
     "device",
+    "sharding.kind",
+    "sharding.within",
+    "activation_checkpointing",
     ".save_every",
     ".save_minutes",
     ".keep_checkpoints",

@@ -16,7 +16,7 @@ from torch.utils.data import Dataset
 
 from mohawk.core.json_files import read_json, write_json
 from mohawk.core.precision import autocast_dtype, pick_device
-from mohawk.core.processes import first_before_others, on_first
+from mohawk.core.processes import first_before_others, from_first, on_first
 from mohawk.core.run_folder import evaluation_file
 from mohawk.data.packing import Data, PackedDataset, load_data
 from mohawk.data.same_tokenizer import teacher_tokenizer
@@ -25,9 +25,12 @@ from mohawk.loading.models import load_teacher
 from mohawk.measures.compare import TeacherStates, compare, teacher_states
 from mohawk.runs.binding import bind
 from mohawk.runs.kept import Compared
+from mohawk.runs.sharding import Parts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from mohawk.loading.parts import Spread
 
 log = logging.getLogger(__name__)
 
@@ -76,7 +79,8 @@ class RunContext(Generic[D]):
         autocast: what the recipe's precision is on the device; None: float32.
         data: of the recipe, tokenised.
         teacher: what students are compared with.
-        texts: its answers on held-out text, by the text's name; on the first process alone.
+        texts: its answers on held-out text, by the text's name; each process has some of them.
+        parts: how models are spread over the processes; None: each has them whole.
     """
 
     recipe: Any
@@ -88,6 +92,7 @@ class RunContext(Generic[D]):
     data: D
     teacher: PreTrainedModel
     texts: dict[str, TeacherStates]
+    parts: Parts | None = None
 
     @property
     def pad(self) -> int:
@@ -98,19 +103,16 @@ class RunContext(Generic[D]):
         """Ask it for its answers on held-out text, with which every student is compared."""
         asked = self.recipe.evaluation
 
-        def answers() -> dict[str, TeacherStates]:
-            rows = self.data.held_out(asked.sequence_length, asked.tokens, self.pad)
-            return {
-                name: teacher_states(self.teacher, kept, batch_size=asked.batch_size, autocast=self.autocast)
-                for name, kept in rows.items()
-            }
-
-        self.texts = on_first(answers) or {}
+        rows = self.data.held_out(asked.sequence_length, asked.tokens, self.pad)
+        self.texts = {
+            name: teacher_states(self.teacher, kept, batch_size=asked.batch_size, autocast=self.autocast)
+            for name, kept in rows.items()
+        }
 
     def sample(self) -> torch.Tensor:
-        """(1, n) tokens of evaluation text whose mixing matrices are drawn."""
+        """(1, n) tokens of evaluation text whose mixing matrices are drawn; the same on all processes."""
         name = "evaluation" if "evaluation" in self.texts else "held_out"
-        return self.texts[name].batches[0]["input_ids"][:1, :128]
+        return from_first(lambda: self.texts[name].batches[0]["input_ids"][:1, :128])
 
 
 def open_run(
@@ -119,13 +121,15 @@ def open_run(
     console: Console,
     *,
     read: Callable[[PreTrainedTokenizerBase], D],
-    load: Callable[[torch.device], PreTrainedModel] | None = None,
+    load: Callable[[torch.device, Spread | None], PreTrainedModel] | None = None,
     trains: bool = True,
+    parts: Parts | None = None,
 ) -> RunContext[D]:
     """Read the data, load the teacher and ask it, in this order: what is wrong with data is found in no time.
 
     read: the recipe's data with the teacher's tokenizer. load: the teacher, where it is not just the recipe's. trains:
-    False where a run is only measured, on another text perhaps. Raises UserError.
+    False where a run is only measured, on another text perhaps. parts: how models are spread over the processes.
+    Raises UserError.
     """
     device, about = pick_device(recipe.device), recipe.teacher
     autocast = autocast_dtype(recipe.precision, device)
@@ -133,13 +137,14 @@ def open_run(
     data = first_before_others(lambda: read(tokenizer))
     precision = str(autocast or "float32").removeprefix("torch.")
     on_first(lambda: bind(folder, recipe, tokenizer, precision, record=trains))
+    spread = None if parts is None else parts.teacher
     if load is None:
-        teacher = load_teacher(about.model, dtype=about.dtype, device=device, **about.where)
+        teacher = load_teacher(about.model, dtype=about.dtype, device=device, spread=spread, **about.where)
     else:
-        teacher = load(device)
+        teacher = load(device, spread)
     for name, tokens in data.texts():
         refuse_tokens(tokens, name, teacher.config.get_text_config().vocab_size)
-    run = RunContext(recipe, folder, console, device, autocast, tokenizer, data, teacher, {})
+    run = RunContext(recipe, folder, console, device, autocast, tokenizer, data, teacher, {}, parts)
     run.ask_teacher()
     return run
 
@@ -158,18 +163,18 @@ def read_text(recipe: Any, tokenizer: PreTrainedTokenizerBase) -> TextData:
 def measure_stage(
     run: RunContext, stage: str, student: PreTrainedModel, beside: Callable[[str, PreTrainedModel], None] | None = None
 ) -> None:
-    """Compare a student with the teacher on every text, once a stage, on the first process.
+    """Compare a student with the teacher on every text, once a stage, by all processes together.
 
-    beside: called first with the same stage and student, for what is kept besides the figures.
+    beside: called first with the same stage and student, for what is kept besides the figures; on all processes too.
     """
+    path = evaluation_file(run.folder, stage)
+    if from_first(lambda: read_json(path, dict[str, Compared])) is not None:
+        return
+    results = {name: asdict(compare(student, states, autocast=run.autocast)) for name, states in run.texts.items()}
+    if beside is not None:
+        beside(stage, student)
 
-    def measure() -> None:
-        path = evaluation_file(run.folder, stage)
-        if read_json(path, dict[str, Compared]) is not None:
-            return
-        results = {name: asdict(compare(student, states, autocast=run.autocast)) for name, states in run.texts.items()}
-        if beside is not None:
-            beside(stage, student)
+    def tell() -> None:
         write_json(path, results)
         for name, result in results.items():
             log.info("%s, %s: %s", stage, name, json.dumps(result))
@@ -179,7 +184,7 @@ def measure_stage(
                 f"KL {result['kl']:.4f}, same first choice {result['top1_agreement']:.1%}"
             )
 
-    on_first(measure)
+    on_first(tell)
 
 
 def refuse_tokens(tokens: np.ndarray, name: str, vocabulary: int) -> None:

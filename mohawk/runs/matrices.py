@@ -14,11 +14,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from mohawk.core.folders import why_altered, write_file
+from mohawk.core.processes import is_first
 from mohawk.core.run_folder import plot_file
 from mohawk.kernels.mixing.definition import AttentionMixing, Mixing
 from mohawk.kernels.mixing.matrix import mixing_matrix
 from mohawk.models.families import decoder_layers, mixer_input_norm
 from mohawk.models.hybrid import HybridForCausalLM
+from mohawk.models.sharding import is_sharded, reshard, run_in
 from mohawk.models.state_mixer import StateMixer
 from mohawk.models.teacher_forcing import LayerCall, layer_calls, record, recording_attention
 from mohawk.runs.plots import Heads, plot_mixing_matrices
@@ -57,13 +59,15 @@ def layer_mixings(
             and any(not isinstance(own_layers[i].self_attn, StateMixer) for i in layers)
         ):
             recording.enter_context(recording_attention(student))
-        hidden, calls = layer_calls(teacher, input_ids.to(teacher.device), positions)
+        hidden, calls = run_in(teacher, layer_calls, teacher, input_ids.to(teacher.device), positions)
         for i, call in enumerate(calls[: max(layers) + 1]):
             layer = decoder_layers(teacher)[i]
             with record(layer.self_attn) as attention:
                 after = layer(hidden, *call.args, **call.kwargs)
             if i in layers:
-                own = None if own_layers is None else _student_mixing(own_layers[i], hidden, call)
+                own = None
+                if own_layers is not None:
+                    own = run_in(own_layers[i], _student_mixing, own_layers[i], hidden, call)
                 yield i, attention.mixing(), own
             hidden = after
 
@@ -101,10 +105,17 @@ def layer_matrices(
 def save_matrices(
     run: Path, stage: str, student: HybridForCausalLM, teacher: PreTrainedModel, input_ids: Tensor
 ) -> None:
-    """Keeps the matrices of the first, middle and last replaced layer as `matrices/<stage>.safetensors`."""
+    """Keeps the matrices of the first, middle and last replaced layer as `matrices/<stage>.safetensors`. All processes
+    must ask; the first one writes."""
     replaced = student.config.ssm_layers
     layers = sorted({replaced[0], replaced[len(replaced) // 2], replaced[-1]})
+    if not (is_first() or is_sharded(student)):
+        return
     matrices = layer_matrices(student, teacher, input_ids, layers)
+    for model in (student, teacher):
+        reshard(model)
+    if not is_first():
+        return
     with write_file(run / FOLDER / f"{stage}.safetensors") as beside:
         save_file({key: value.half().contiguous() for key, value in matrices.items()}, beside)
 

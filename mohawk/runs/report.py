@@ -44,6 +44,12 @@ PLOTS = {
 }
 
 
+TOO_LARGE = (
+    "Speed, state sizes, continuations, and whether the student answers step by step as in one pass, were not "
+    "measured: student and teacher together do not fit into one process. `mohawk evaluate` measures them where they do."
+)
+
+
 def finish(
     folder: Path | str,
     recipe: Recipe,
@@ -56,13 +62,15 @@ def finish(
     labels: Mapping[str, str],
     own_tables: Sequence[Table] = (),
     student_tokenizer: PreTrainedTokenizerBase | None = None,
+    whole: bool = True,
 ) -> dict[str, Any]:
     """Measure what is still missing, draw, write results.json and report.md, print the tables.
 
     folder: a run's, with evaluation/*.json and metrics.jsonl. Speed, state size and continuations are measured here,
     unless an earlier call with the same evaluation settings left them in results.json. stages: name -> what the student
     then was, in order. labels: what each one's loss is. own_tables: of a kind of run, in front of the others.
-    student_tokenizer: where it is not the teacher's. Returns the results.
+    student_tokenizer: where it is not the teacher's. whole: False where the models are in parts, too large for one
+    process: what one process would measure is left out. Returns the results.
 
     Raises UserError, before anything is measured, when the student does not answer step by step, in chunks, with
     padding or turn by turn as in one full forward: its figures would be those of a model that nobody can use.
@@ -71,7 +79,7 @@ def finish(
     from mohawk.measures.consistency import broken_paths, inconsistencies, some_tokens
 
     folder = Path(folder)
-    consistency = inconsistencies(student, some_tokens(student))
+    consistency = inconsistencies(student, some_tokens(student)) if whole else {}
     if broken := broken_paths(student, consistency):
         raise UserError(
             f"{folder}: the student is trained and kept, but does not answer as its own full forward does: {broken}; "
@@ -85,13 +93,14 @@ def finish(
     if earlier.get("recipe", {}).get("evaluation") != asked.model_dump(mode="json"):
         earlier = {}
     decoding = earlier.get("decoding") or {
-        who: [asdict(s) for s in decode_speed(model, asked.contexts, asked.decode_tokens)]
+        who: [asdict(s) for s in decode_speed(model, asked.contexts, asked.decode_tokens)] if whole else []
         for who, model in models.items()
     }
-    continuations = earlier.get("continuations") or {
-        "prompt": asked.prompt,
-        **{who: continuation(m, of[who], asked.prompt, asked.continuation_tokens) for who, m in models.items()},
-    }
+    continuations = earlier.get("continuations") or {}
+    if whole and not continuations:
+        continuations = {"prompt": asked.prompt} | {
+            who: continuation(model, of[who], asked.prompt, asked.continuation_tokens) for who, model in models.items()
+        }
     evaluated = {stage: read_json(evaluation_file(folder, stage), dict[str, Compared]) for stage in stages}
     evaluated = {stage: found for stage, found in evaluated.items() if found}
     plot_losses(folder / METRICS, plot_file(folder, "losses"), labels)
@@ -177,7 +186,8 @@ def architecture(teacher: PreTrainedModel, student: PreTrainedModel) -> str:
         layers.replace(" layers", " attention layers") if hybrids and "attention" not in layers else layers
         for layers in told
     ]
-    return f"{type(teacher).__name__} with {names[0]} -> {type(student).__name__} with {names[1]}"
+    classes = [type(model).__name__.removeprefix("FSDP") for model in (teacher, student)]
+    return f"{classes[0]} with {names[0]} -> {classes[1]} with {names[1]}"
 
 
 def _layers(config: Any) -> str:
@@ -331,12 +341,14 @@ def to_markdown(results: Mapping[str, Any], recipe: str, name: str) -> str:
     for title, header, rows in tables(results):
         lines = ["| " + " | ".join(row) + " |" for row in (header, ["---"] + ["---:"] * (len(header) - 1), *rows)]
         parts.append(f"## {title}\n\n" + "\n".join(lines))
-    if "consistency" in results:
+    if results.get("consistency"):
         parts.append(_consistency_line(results["consistency"]))
-    said = results["continuations"]
-    quoted = [f"The prompt:\n\n{_indented(said['prompt'])}"]
-    quoted += [f"The {who}:\n\n{_indented(said[who])}" for who in ("teacher", "student")]
-    parts.append("## Greedy continuations\n\n" + "\n\n".join(quoted))
+    if said := results["continuations"]:
+        quoted = [f"The prompt:\n\n{_indented(said['prompt'])}"]
+        quoted += [f"The {who}:\n\n{_indented(said[who])}" for who in ("teacher", "student")]
+        parts.append("## Greedy continuations\n\n" + "\n\n".join(quoted))
+    else:
+        parts.append(TOO_LARGE)
     if results["plots"]:
         images = [f"![{PLOTS.get(Path(p).name, Path(p).stem.replace('_', ' '))}]({p})" for p in results["plots"]]
         parts.append("## Plots\n\n" + "\n\n".join(images))
@@ -357,6 +369,9 @@ def print_results(results: Mapping[str, Any], console: Console) -> None:
     console.print(escape(results["architecture"]), highlight=False)
     print_tables(tables(results), console)
     said = results["continuations"]
+    if not said:
+        console.print(TOO_LARGE)
+        return
     title = f"Greedy continuations of: {escape(said['prompt'])}"
     table = RichTable("teacher", "student", title=title, title_justify="left", box=box.SIMPLE_HEAD)
     table.add_row(*(escape(said[who].strip()) for who in ("teacher", "student")))

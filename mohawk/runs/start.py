@@ -12,6 +12,7 @@ from rich.console import Console
 from mohawk.core.processes import first_before_others, is_first, joined, on_first
 from mohawk.runs.claim import check_folder, claimed
 from mohawk.runs.inputs import check_inputs
+from mohawk.runs.sharding import check_sharding
 from mohawk.schema.base import Phase, sections
 from mohawk.training.progress import log_to
 from mohawk.training.trainer import check_dealt
@@ -37,6 +38,7 @@ def start(
     """
     with joined(recipe.device):
         console, run = Console(quiet=not is_first()), Path(recipe.output)
+        check_sharding(recipe)
         for name, phase in sections(recipe):
             if isinstance(phase, Phase):
                 check_dealt(phase, name)

@@ -5,6 +5,7 @@ A finished step is its `student/` folder, an unfinished one has checkpoints.
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import logging
 import time
@@ -14,15 +15,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mohawk.core.folders import about_of, drop_file, is_complete, newest_complete, weights_sum, write_whole
-from mohawk.core.processes import from_first, on_first
+from mohawk.core.processes import from_first, is_first, on_first, together
 from mohawk.core.run_folder import RESULTS, STUDENT, evaluation_file, phase_folder, phase_student
 from mohawk.data.packing import collate
 from mohawk.errors import UserError
 from mohawk.loading.models import load_teacher
 from mohawk.loading.nonfinite import refuse_nonfinite
+from mohawk.loading.parts import FILE_BYTES, write_in_parts
 from mohawk.loading.remote_code import add_code
+from mohawk.models.sharding import is_sharded
 from mohawk.runs.binding import of_this_run, record_of
 from mohawk.runs.context import RunContext, measure_stage
+from mohawk.runs.report import finish
+from mohawk.runs.sharding import device_bytes
 from mohawk.training.objective import Objective
 from mohawk.training.trainer import PhaseTrainer, is_over
 
@@ -30,6 +35,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 log = logging.getLogger(__name__)
+
+MOST = 0.7  # of a process's memory that whole models may take beside those in parts
 
 
 @dataclass(frozen=True)
@@ -76,7 +83,7 @@ def take_steps(
             if anew:
                 _forget(run, step.name)  # what was measured of a student that was deleted or damaged since
             student, reached = step.take(student, before), True
-            on_first(lambda made=student, name=step.name, of=before: write_student(run, name, made, of))
+            write_student(run, step.name, student, before)
         elif phase_student(run.folder, step.name) not in lost:
             student, reached = load_student(run, step.name), True
         else:
@@ -137,11 +144,37 @@ def is_taken(run: RunContext, step: str) -> bool:
 
 def load_student(run: RunContext, step: str) -> PreTrainedModel:
     """A finished step's student, which trains on."""
-    return load_teacher(phase_student(run.folder, step), device=run.device, who="student").requires_grad_(True)
+    spread = None if run.parts is None else run.parts.student
+    folder = phase_student(run.folder, step)
+    return load_teacher(folder, device=run.device, spread=spread, who="student").requires_grad_(True)
+
+
+def whole_models(run: RunContext, student: PreTrainedModel) -> tuple[PreTrainedModel, PreTrainedModel] | None:
+    """Student and teacher as one process has them, for the first one to measure; models in parts are read again from
+    their files. None where they do not fit into its memory."""
+    if run.parts is None:
+        return student, run.teacher
+    needed = sum(p.numel() * p.element_size() for model in (student, run.teacher) for p in model.parameters())
+    if needed > MOST * device_bytes(run.device):
+        return None
+    about = run.recipe.teacher
+    teacher = load_teacher(about.model, dtype=about.dtype, device=run.device, **about.where)
+    final = load_teacher(run.folder / STUDENT, dtype="auto", device=run.device, who="student")
+    return final, teacher
+
+
+def finish_run(run: RunContext, student: PreTrainedModel, **told: Any) -> None:
+    """Measure the final student and write the report, on the first process. told: to `mohawk.runs.report.finish`."""
+    models = whole_models(run, student)
+    student, teacher = models or (student, run.teacher)
+    finish(
+        run.folder, run.recipe, student.eval(), teacher, run.tokenizer, run.console, whole=models is not None, **told
+    )  # fmt: skip
 
 
 def write_student(run: RunContext, step: str, student: PreTrainedModel, before: str | None) -> None:
-    """A step's student. Raises UserError, and leaves what is there, where a weight is not finite."""
+    """A step's student; all processes must ask. Raises UserError, and leaves what is there, where a weight is not
+    finite."""
     _write(run, phase_student(run.folder, step), student, before)
 
 
@@ -164,14 +197,35 @@ def is_final(run: RunContext, last: str | None, *, same_weights: bool = True) ->
 
 
 def _write(run: RunContext, folder: Path, student: PreTrainedModel, before: str | None, tokenizer: Any = None) -> None:
-    refuse_nonfinite(student, f"{folder}: this student", "it is not written; lower the learning rate")
-    if tokenizer is not None:
-        drop_file(run.folder / RESULTS)  # speeds and continuations of an earlier one
-    with write_whole(folder, replace=True, about=_origin(run, before)) as partial:
-        student.save_pretrained(partial)
+    def begin(stack: contextlib.ExitStack) -> Path:
+        if tokenizer is not None:
+            drop_file(run.folder / RESULTS)  # speeds and continuations of an earlier one
+        return stack.enter_context(write_whole(folder, replace=True, about=_origin(run, before)))
+
+    def complete(partial: Path) -> None:
         add_code(partial, student)
         if tokenizer is not None:  # a student to be used
             tokenizer.save_pretrained(partial)
+
+    def check() -> None:
+        refuse_nonfinite(student, f"{folder}: this student", "it is not written; lower the learning rate")
+
+    def write() -> None:
+        check()
+        with contextlib.ExitStack() as stack:
+            partial = begin(stack)
+            student.save_pretrained(partial, max_shard_size=FILE_BYTES)
+            complete(partial)
+
+    if not is_sharded(student):
+        on_first(write)
+        return
+    check()
+    with contextlib.ExitStack() as stack:  # of the first process
+        partial = together(lambda: begin(stack) if is_first() else None)
+        write_in_parts(student, partial)
+        together(lambda: partial and complete(partial))
+        together(stack.close)
 
 
 def _origin(run: RunContext, before: str | None) -> dict[str, Any]:

@@ -168,6 +168,19 @@ class Evaluation(Section):
     continuation_tokens: Batch = Field(default=60, description="tokens of that continuation")
 
 
+class Sharding(Section):
+    kind: Literal["auto", "none", "full"] = Field(
+        default="auto",
+        description="where each of several processes holds models: none: whole; full: a part of each (torch's FSDP2); "
+        "auto: in parts where the plan needs more memory than a device has",
+    )
+    within: Annotated[Whole, Field(ge=1, le=2**20)] | None = Field(
+        default=None,
+        description="processes that share a model, of which there are several such groups then (HSDP), as many as a "
+        "machine has GPUs; null: all share one",
+    )
+
+
 def phase_contradictions(phase: Phase, at: recipe_text.Path, name: str, or_else: str) -> Iterator[Contradiction]:
     """What contradicts itself in one phase's budget; `name` as a reader knows it, `or_else` the last way out."""
     if phase.warmup + phase.decay > 1:
@@ -185,6 +198,9 @@ def phase_contradictions(phase: Phase, at: recipe_text.Path, name: str, or_else:
         )
 
 
+LAST = ("evaluation", "precision", "device", "sharding", "activation_checkpointing", "seed", "output")
+
+
 class RecipeFile(Section):
     """The fields that decide every kind of run. Make one with `load` or `from_dict`, which find contradictions between
     values as well."""
@@ -196,6 +212,12 @@ class RecipeFile(Section):
         default="auto", description="precision of training; auto: bfloat16 autocast where the device is fast at it"
     )
     device: Literal["auto", "cpu", "cuda"] = Field(default="auto", description="device to train on")
+    sharding: Sharding = Field(default=Sharding(), description="how several processes hold models")
+    activation_checkpointing: Literal["auto"] | bool = Field(
+        default="auto",
+        description="compute a layer's insides again in the backward pass instead of keeping them; auto: where the "
+        "plan needs more memory than a device has otherwise",
+    )
     seed: Annotated[Whole, Field(ge=0, lt=2**32)] = Field(
         default=0, description="seed of data order and random weights"
     )
@@ -235,7 +257,7 @@ class RecipeFile(Section):
     def to_yaml(self) -> str:
         """The resolved recipe, every value written out; reading it gives an equal recipe."""
         values = self.model_dump(mode="json")
-        last = {key: values.pop(key) for key in ("evaluation", "precision", "device", "seed", "output")}
+        last = {key: values.pop(key) for key in LAST}
         return recipe_text.write(values | last)  # as a person would order it
 
     def save(self, path: str | Path) -> None:

@@ -11,6 +11,7 @@ import json
 import logging
 import math
 import random
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -60,7 +61,7 @@ def write_shards(folder: Path, trainable: Mapping[str, nn.Parameter], optimizer:
         tensors |= {f"{moment}.{name}": state[moment] for moment in MOMENTS if moment in state}
     writer = HuggingFaceStorageWriter(str(folder), save_distributed=True)
     try:
-        dcp.save(tensors, storage_writer=writer, no_dist=not several())
+        dcp.save(tensors, storage_writer=writer)
     except CheckpointException as error:
         cause = next((found for found, _ in error.failures.values() if isinstance(found, OSError)), None)
         raise cause or OSError(str(error).splitlines()[0]) from error
@@ -137,7 +138,9 @@ def _sizes(checkpoint: Path) -> dict[str, tuple[int, ...]]:
 
 def _load(checkpoint: Path, tensors: dict[str, Tensor]) -> None:
     """Fill tensors, or this process's parts of them, from what any number of processes wrote."""
-    dcp.load(tensors, storage_reader=HuggingFaceStorageReader(str(checkpoint)), no_dist=not several())
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled")  # in one process, which is no mistake
+        dcp.load(tensors, storage_reader=HuggingFaceStorageReader(str(checkpoint)), no_dist=not several())
 
 
 def write_counts(folder: Path, counts: Mapping[str, Any], objective: Objective) -> None:

@@ -63,9 +63,7 @@ def found(family: str, mixer: str, processes: int, kinds=tuple(OBJECTIVES), mesh
         reshard(student)
         parameters = dict(student.named_parameters())
         sum_gradients([p for p in parameters.values() if p.requires_grad])
-        made[kind] = total(value), {
-            name: whole(p.grad).clone() for name, p in parameters.items() if p.grad is not None
-        }
+        made[kind] = total(value), {name: whole(p.grad).clone() for name, p in parameters.items() if p.grad is not None}
         student.zero_grad(set_to_none=True)
         student.requires_grad_(True)
     made["sharded"] = sum(is_sharded(p) for p in student.parameters()), count()

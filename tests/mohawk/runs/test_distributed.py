@@ -95,9 +95,12 @@ def students(*runs: Path) -> list[torch.Tensor]:
     ]
 
 
-def same_run(one: Path, two: Path, loss: float, weight: float) -> None:
-    """That two processes made all of a run, whole, and what one makes up to so much: loss relative, weight absolute."""
-    parts = [[p.relative_to(run) for p in run.rglob("*") if not p.name.startswith("rng_state")] for run in (one, two)]
+def same_run(one: Path, two: Path, loss: float, weight: float, own: tuple[str, ...] = ("rng_state",)) -> None:
+    """That two processes made all of a run, whole, and what one makes up to so much: loss relative, weight absolute.
+
+    own: how the names of files begin that are a process's own.
+    """
+    parts = [[p.relative_to(run) for p in run.rglob("*") if not p.name.startswith(own)] for run in (one, two)]
     assert sorted(parts[0]) == sorted(parts[1])  # the same files, but for each process's random state
     for student in two.rglob("student"):
         assert is_complete(student), student

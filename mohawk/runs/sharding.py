@@ -1,0 +1,89 @@
+"""Whether the processes of a run hold models in parts, and how models come into their parts."""
+
+from __future__ import annotations
+
+import logging
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from mohawk.core.precision import autocast_dtype, pick_device
+from mohawk.core.processes import count, from_first, several, wish
+from mohawk.errors import UserError
+from mohawk.models.sharding import shard
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Parts:
+    """How models are spread over a run's processes.
+
+    mesh: of one dimension, or of two: groups that hold the same, processes that share (HSDP). dtype: of matrices while
+    they are whole, which is autocast's.
+    """
+
+    mesh: DeviceMesh
+    dtype: torch.dtype | None
+
+    def student(self, model: nn.Module) -> None:
+        """Spread a model that trains, in place."""
+        shard(model, self.mesh, dtype=self.dtype)
+
+    def teacher(self, model: nn.Module) -> None:
+        """Spread a model that is only asked, in place."""
+        shard(model, self.mesh, dtype=self.dtype, trains=False)
+
+
+def parts_of(recipe: Any, needed: int) -> Parts | None:
+    """How the models of a run are spread; None where each process holds them whole.
+
+    needed: bytes that a process needs at its peak where it holds them whole, as the plan has it. Raises UserError.
+    """
+    check_sharding(recipe)
+    if not is_sharded_run(recipe, needed):
+        return None
+    device = pick_device(recipe.device)
+    within = recipe.sharding.within or count()
+    if within == count():
+        mesh = init_device_mesh(device.type, (count(),))
+    else:
+        mesh = init_device_mesh(device.type, (count() // within, within), mesh_dim_names=("replicas", "parts"))
+    groups = "" if within == count() else f", in {count() // within} groups of {within}"
+    log.info("models are in parts on %d processes%s", count(), groups)
+    return Parts(mesh, autocast_dtype(recipe.precision, device))
+
+
+def check_sharding(recipe: Any) -> None:
+    """UserError where what a recipe says of sharding does not fit the processes that were started."""
+    asked = recipe.sharding
+    if asked.kind == "none" and wish() is not None:
+        raise UserError("sharding.kind: got none, but accelerate is set to FSDP; leave one of the two out")
+    if asked.within is not None and several() and count() % asked.within:
+        raise UserError(
+            f"sharding.within: got {asked.within}, which does not divide the {count()} processes; give a divisor, as a "
+            "rule the GPUs of a machine"
+        )
+
+
+def is_sharded_run(recipe: Any, needed: int) -> bool:
+    """Whether models are in parts: where the recipe or accelerate asks for it, or they would not fit otherwise."""
+    if not several() or recipe.sharding.kind == "none":
+        return False
+    if recipe.sharding.kind == "full" or wish() is not None:
+        return True
+    return from_first(lambda: needed > device_bytes(pick_device(recipe.device)))
+
+
+def device_bytes(device: torch.device) -> int:
+    """The memory that one process has: its GPU's, or its share of the machine's."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    if not hasattr(os, "sysconf"):  # Windows
+        return 2**63
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return memory // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
