@@ -201,6 +201,7 @@ def _fill_mixer(model: PreTrainedModel, student: HybridForCausalLM, i: int, seed
         copy = copy_attention_to_delta if isinstance(mixer, GatedDeltaMixer) else copy_attention
         run_in(layer, copy, layer.self_attn, mixer, size, heads, gate)
     elif init == "neutral":
+        assert isinstance(mixer, SSMMixer)  # or it was refused
         start_neutral(mixer)
     values = dict(mixer.named_parameters())
     for name, parameter in own.named_parameters():

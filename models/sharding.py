@@ -122,6 +122,23 @@ def run_in(module: nn.Module, work: Callable[..., T], *args: Any, **kwargs: Any)
 
 
 @contextmanager
+def whole_model(model: nn.Module) -> Iterator[None]:
+    """Within, all of a sharded model is whole on every process, so that each may run it as often as it likes."""
+    groups = [module for module in model.modules() if isinstance(module, FSDPModule)]
+    for group in groups:
+        group.set_reshard_after_forward(False, recurse=False)
+        group.unshard()
+    try:
+        yield
+    finally:
+        if groups:
+            reshard(model)
+            embedding, head = _embeddings(model)
+            tied = head is None or embedding.weight is head.weight
+            stay_whole([*decoder(model)[1], *([] if tied else [embedding])], False)
+
+
+@contextmanager
 def whole_head(model: nn.Module) -> Iterator[None]:
     """Within, the head's matrix is whole, outside of a forward pass."""
     head = _embeddings(model)[1] if is_sharded(model) else None
@@ -171,13 +188,34 @@ def local(tensor: Tensor) -> Tensor:
 
 @torch.no_grad()
 def fill(tensor: Tensor, values: Tensor) -> None:
-    """Writes whole values, which all processes have, into a tensor, or each process its part of them."""
+    """Writes whole values, which all processes have, into a tensor, or each process its part of them; or values that
+    are in such parts already."""
     if not isinstance(tensor, DTensor):
         tensor.copy_(values)
         return
-    here = values.to(device=tensor.to_local().device, dtype=tensor.dtype)
+    if isinstance(values, DTensor) and values.placements == tensor.placements:
+        tensor.to_local().copy_(values.to_local())
+        return
+    here = values.detach().to(device=tensor.to_local().device, dtype=tensor.dtype)
     part = distribute_tensor(here, tensor.device_mesh, tensor.placements, src_data_rank=None)
     tensor.to_local().copy_(part.to_local())
+
+
+@torch.no_grad()
+def copied(
+    base: nn.Module, shape: nn.Module, spread: Callable[[nn.Module], None], source: Callable[[str], str] = str
+) -> None:
+    """Fills a model on the meta device with the weights of another one, in parts where `spread` brings it into them: a
+    tensor at a time is whole.
+
+    source: from the name of each of its parameters and buffers to the name in `base`.
+    """
+    theirs = dict(base.named_parameters(remove_duplicate=False)) | dict(base.named_buffers())
+    device = next(iter(theirs.values())).device
+    spread(shape)
+    materialise(shape, device)
+    for name, tensor in (*shape.named_parameters(), *shape.named_buffers()):
+        fill(tensor, whole(theirs[source(name)]))
 
 
 def total_norm(tensors: Iterable[Tensor]) -> Tensor:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator
+import functools
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -21,9 +22,10 @@ from mohawk.losses.distiller import OwnLoss
 from mohawk.losses.hidden_match import HiddenMatch, layer_map
 from mohawk.losses.matching import Matching, match_attention, match_hidden
 from mohawk.losses.schedules import Ramp
-from mohawk.models.cutting.cuts import keep_layers
+from mohawk.models.cutting.cuts import keep_layers, resolve_layers
 from mohawk.models.decoders import decoder
-from mohawk.models.from_teacher import hybrid_from_teacher
+from mohawk.models.from_teacher import hybrid_from_teacher, saveable
+from mohawk.models.sharding import copied
 from mohawk.teacher_cache.reader import TeacherCache
 
 if TYPE_CHECKING:
@@ -75,6 +77,43 @@ def load(
         given.model, **given.where, dtype=given.dtype, device=device, quantize=given.quantize,
         device_map=given.device_map, spread=spread, who=who,
     )  # fmt: skip
+
+
+def shaped_in_parts(
+    given: DistillStudent, base: PreTrainedModel, seed: int, spread: Spread, where: str = "student"
+) -> PreTrainedModel:
+    """As `shaped`, of a model in parts: the student is in parts too, and none is ever whole on a process, but for
+    random weights."""
+    with torch.device("meta"):
+        shape, kept = type(base)(base.config), None
+    with mistakes(f"{where}.layers"):
+        if given.layers is not None:
+            kept = resolve_layers(given.layers, len(decoder(base)[1]))
+            shape = keep_layers(shape, kept)
+    if given.scratch:
+        torch.manual_seed(seed)
+        shape = type(shape)(shape.config)
+        # pyrefly: ignore[bad-argument-type]  # transformers wraps `to` and loses its parameters
+        shape.to(base.device)
+        spread(shape)
+    else:
+        copied(base, shape, spread, functools.partial(_of_layer, base, kept))
+        shape.generation_config = saveable(base.generation_config)
+    if given.hybrid is not None:
+        with mistakes(f"{where}.hybrid"):
+            torch.manual_seed(seed)
+            shape = hybrid_from_teacher(shape, spread=spread, **student_options(given.hybrid))
+    return shape
+
+
+def _of_layer(base: PreTrainedModel, kept: Sequence[int] | None, name: str) -> str:
+    """The name in `base` of a tensor of a model of some of its layers."""
+    _, stack = decoder(base)
+    prefix = next(place for place, module in base.named_modules() if module is stack)
+    if kept is None or not name.startswith(f"{prefix}."):
+        return name
+    index, _, rest = name.removeprefix(f"{prefix}.").partition(".")
+    return f"{prefix}.{kept[int(index)]}.{rest}"
 
 
 def shaped(given: DistillStudent, base: PreTrainedModel, seed: int, where: str = "student") -> PreTrainedModel:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import math
 from collections.abc import Iterable
@@ -21,6 +22,7 @@ from mohawk.distillation.build import (
     own_losses,
     schedule_of,
     shaped,
+    shaped_in_parts,
 )
 from mohawk.distillation.recipe import DistillStudent, Lora, Stage
 from mohawk.distillation.sources import StageData, rows_by_source
@@ -34,8 +36,9 @@ from mohawk.losses.on_policy import OnPolicy
 from mohawk.losses.rationale_router import RationaleRouter, RoutedRationales
 from mohawk.losses.teachers import AverageTeacher, CachedTeacher, Ensemble, ModelTeacher
 from mohawk.measures.compare import Comparison, compare
+from mohawk.models.sharding import copied, is_sharded
 from mohawk.runs.context import RunContext
-from mohawk.runs.steps import Step, train
+from mohawk.runs.steps import Step, train, write_plain
 from mohawk.teacher_cache.reader import CachedRows, TeacherCache
 from mohawk.training.advance import Advance
 
@@ -69,7 +72,7 @@ class StageTrainer:
         lora, trained = lora_of(recipe, stage), None
         if lora is not None:
             if lora.keep:
-                on_first(functools.partial(self._write_base, stage.name, student))
+                write_plain(student, phase_folder(run.folder, stage.name) / "base")
             with mistakes(f"{section}.student.lora" if stage.student else "student.lora"):
                 trained = add_adapter(student, lora.rank, lora.alpha, lora.dropout, lora.targets, lora.bits)
         with mistakes(f"{section} ({stage.name})"):
@@ -140,14 +143,17 @@ class StageTrainer:
             return CachedTeacher(self._cache(stage))
         if stage.learn_from == "previous":
             previous = phase_student(run.folder, recipe.stages[i - 1].name)
-            return ModelTeacher(load_teacher(previous, device=run.device))
+            return ModelTeacher(load_teacher(previous, device=run.device, spread=run.spread_teacher))
         if stage.learn_from in ("average", "start"):
-            return AverageTeacher(student, stage.average_decay if stage.learn_from == "average" else 1.0)
+            decay = stage.average_decay if stage.learn_from == "average" else 1.0
+            return AverageTeacher(student, decay, copy_of=functools.partial(_copy, run))
         if all(weight == 0 for weight in (stage.kd_weight, *(loss.kd_weight for loss in own))):
             if not (stage.hidden or stage.attention):
                 return None
         given = [recipe.teacher, *recipe.teachers]
-        further = [load(one, run.device, f"teachers.{k}") for k, one in enumerate(recipe.teachers)]
+        further = [
+            load(one, run.device, f"teachers.{k}", spread=run.spread_teacher) for k, one in enumerate(recipe.teachers)
+        ]
         models = [run.teacher, *further]
         teachers = [ModelTeacher(model, g.micro_batch) for model, g in zip(models, given, strict=True)]
         if len(teachers) == 1:
@@ -167,11 +173,6 @@ class StageTrainer:
         """(student's, teacher's) loss on held-out text, nats per token; the same on all processes."""
         found = on_held_out(self.run, student)
         return math.log(found.student_perplexity), math.log(found.teacher_perplexity)
-
-    def _write_base(self, stage: str, student: PreTrainedModel) -> None:
-        """What an adapter that is kept is of."""
-        with write_whole(phase_folder(self.run.folder, stage) / "base", replace=True) as folder:
-            student.save_pretrained(folder)
 
     def _write_adapter(self, stage: str, student: PeftModel) -> None:
         folder = phase_folder(self.run.folder, stage)
@@ -198,11 +199,28 @@ def lora_of(recipe: Any, stage: Stage) -> Lora | None:
 
 def made(run: RunContext, given: DistillStudent, base: PreTrainedModel, where: str = "student") -> PreTrainedModel:
     """A student as asked, from the named model or from `base`; the same one whenever it is made again."""
+    parts = run.parts
     if given.model is not None:
-        base = load_teacher(given.model, **given.where, device=run.device, who=f"{where}.model")
+        spread = None if parts is None else parts.student
+        base = load_teacher(given.model, **given.where, device=run.device, spread=spread, who=f"{where}.model")
+    if parts is not None:
+        return shaped_in_parts(given, base, run.recipe.seed, parts.student, where).requires_grad_(True)
     student = shaped(given, base, run.recipe.seed, where).float()
     # pyrefly: ignore[bad-argument-type]  # transformers wraps `to` and loses its parameters
     return student.to(run.device).requires_grad_(True)
+
+
+def _copy(run: RunContext, student: CausalLM) -> CausalLM:
+    """A copy of a student that its average starts from."""
+    if run.parts is None:
+        return copy.deepcopy(student)
+    if not is_sharded(student):
+        raise ValueError("learn_from: an average of adapters cannot be held in parts; set sharding.kind: none")
+    plain: Any = student
+    with torch.device("meta"):
+        shape = type(plain)(plain.config)
+    copied(student, shape, run.parts.teacher)
+    return shape
 
 
 def on_held_out(run: RunContext, student: CausalLM) -> Comparison:

@@ -13,11 +13,12 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from mohawk.core.extras import need
 from mohawk.models.decoders import decoder
+from mohawk.models.sharding import fill, is_sharded, whole
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -188,7 +189,14 @@ def merge_adapter(model: nn.Module) -> PreTrainedModel:
         keep_unpacked(plain)
         model = peft.get_peft_model(_decoded(plain), config)
         peft.set_peft_model_state_dict(model, state)
-    merged: Any = model.merge_and_unload(safe_merge=True)
+    adapted: Any = model
+    if is_sharded(model.get_base_model()):
+        modules: list[Any] = list(model.modules())
+        for layer in (module for module in modules if ADAPTER in getattr(module, "lora_A", ())):
+            weight: Tensor = layer.base_layer.weight
+            fill(weight, whole(weight) + layer.get_delta_weight(ADAPTER).to(weight.dtype))
+        return adapted.unload().requires_grad_(True)
+    merged: Any = adapted.merge_and_unload(safe_merge=True)
     return merged.requires_grad_(True)
 
 

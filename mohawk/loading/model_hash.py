@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from mohawk.loading.offload import loaded
+from mohawk.models.sharding import whole
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -31,7 +32,7 @@ def teacher_hash(teacher: PreTrainedModel) -> str:
                 seen.add(id(parameter))
                 values = loaded(module, name)
                 assert values is not None
-                values = values.detach()
+                values = whole(values)
                 digest.update(f"{place}.{name} {tuple(values.shape)} {values.dtype}".encode())
                 for part in _plain(values):
                     # pyrefly: ignore[bad-argument-type]  # an array is a buffer, of which numpy's stubs know from Python 3.12 on

@@ -73,6 +73,11 @@ def load_teacher(
     from mohawk.models.formats.released import load_released
     from mohawk.models.sharding import is_sharded
 
+    if spread is not None and (quantize is not None or device_map is not None):
+        given = f"quantize: got {quantize}" if quantize is not None else f"device_map: got {device_map}"
+        raise UserError(
+            f"{said_of(who)}{given}, which no model in parts can have; leave it out, or set sharding.kind: none"
+        )
     if dtype not in DTYPES:
         raise UserError(f"{option_of(who, 'dtype')}: got {dtype!r}; allowed: {', '.join(DTYPES)}")
     config = load_config(model, gguf_file=gguf_file, revision=revision, trust_remote_code=trust_remote_code, who=who)

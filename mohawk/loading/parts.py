@@ -65,7 +65,8 @@ def read_in_parts(
     if any(shapes.get(key) != shape for key, shape in wanted.items()):
         log.info("%s: its files name weights otherwise than %s does; each process reads them all", name, type(model))
         return None
-    cast(model, dtype or getattr(config, "dtype", None) or torch.float32)
+    own: Any = getattr(config, "dtype", None)
+    cast(model, dtype or (own if isinstance(own, torch.dtype) else torch.float32))
     spread(model)
     materialise(model, device)
     dcp.load({key: tensor.detach() for key, tensor in _saved(model)}, storage_reader=reader, no_dist=not several())

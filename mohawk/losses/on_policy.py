@@ -24,6 +24,7 @@ from mohawk.errors import UserError
 from mohawk.loading.causal import plain_model
 from mohawk.loading.configs import check_decoder
 from mohawk.losses.heads import readable_ids, vocabulary_rows
+from mohawk.models.sharding import whole_model
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -158,7 +159,13 @@ class OnPolicy:
                 f"on_policy: the batch has {', '.join(foreign)}, which say nothing about tokens the student writes; "
                 "use an online teacher, or share: 0"
             )
-        prompts = self._prompts(batch, step) if self.decides(step) else []
+        if not self.decides(step):
+            return batch
+        with whole_model(self.student):  # processes may have other numbers of prompts, or none
+            return self._replaced(batch, step)
+
+    def _replaced(self, batch: dict[str, Tensor], step: int) -> dict[str, Tensor]:
+        prompts = self._prompts(batch, step)
         if not prompts:
             return batch
         ids, _ = readable_ids(self.student, batch["input_ids"].cpu(), "student")
@@ -256,6 +263,7 @@ class OnPolicy:
             written = self.student.generate(
                 input_ids=ids.to(self.student.device),
                 attention_mask=mask.to(self.student.device),
+                synced_gpus=False,  # a sharded student is whole here
                 generation_config=GenerationConfig(
                     max_new_tokens=limit,
                     pad_token_id=self.pad,

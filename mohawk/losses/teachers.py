@@ -24,6 +24,7 @@ from mohawk.kernels.kd.teachers import Teacher, TeacherHidden, TeacherMixture
 from mohawk.loading.causal import plain_model
 from mohawk.loading.configs import check_decoder
 from mohawk.losses.heads import Head, final_hidden_states, in_autocast, readable_ids, vocabulary_rows
+from mohawk.models.sharding import fill, local, reshard
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -263,10 +264,17 @@ def check_together(combine: str, configs: Sequence[PretrainedConfig]) -> None:
 
 class AverageTeacher(ModelTeacher):
     """The student's own exponential moving average: `average = decay * average + (1 - decay) * student` after each step
-    (Tarvainen and Valpola, 2017). A decay of 1 keeps the student as it was at the start."""
+    (Tarvainen and Valpola, 2017). A decay of 1 keeps the student as it was at the start. copy_of: how a sharded student
+    is copied."""
 
-    def __init__(self, student: CausalLM, decay: float, micro_batch: int | None = None):
-        super().__init__(copy.deepcopy(student), micro_batch)
+    def __init__(
+        self,
+        student: CausalLM,
+        decay: float,
+        micro_batch: int | None = None,
+        copy_of: Callable[[CausalLM], CausalLM] = copy.deepcopy,
+    ):
+        super().__init__(copy_of(student), micro_batch)
         self.student, self.decay = student, decay
         self.model.requires_grad_(False).eval()
 
@@ -274,20 +282,23 @@ class AverageTeacher(ModelTeacher):
     def update(self) -> None:
         if self.decay < 1:
             for average, tensor in self._pairs():
-                average.lerp_(tensor.to(average.dtype), 1 - self.decay)
+                local(average).lerp_(local(tensor).to(average.dtype), 1 - self.decay)
 
     def state(self) -> dict[str, Tensor]:
         """The average's tensors by the student's names of them; none where it never changes."""
         names = [name for name, p in self.student.named_parameters() if p.requires_grad]
+        reshard(self.model)  # what is kept, and moved, are its parts
         own = dict(self.model.named_parameters())
         return {f"average.{name}": own[name] for name in names} if self.decay < 1 else {}
 
     @torch.no_grad()
     def load(self, tensors: Mapping[str, Tensor]) -> None:
         for name, tensor in self.state().items():
-            tensor.copy_(tensors[name])
+            fill(tensor, tensors[name])
 
     def _pairs(self):
+        for model in (self.model, self.student):
+            reshard(model)
         own = dict(self.model.named_parameters())
         return ((own[name], p) for name, p in self.student.named_parameters() if p.requires_grad)
 

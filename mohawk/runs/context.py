@@ -95,6 +95,11 @@ class RunContext(Generic[D]):
     parts: Parts | None = None
 
     @property
+    def spread_teacher(self) -> Spread | None:
+        """What brings a model that is only asked into its parts, for `load_teacher`."""
+        return None if self.parts is None else self.parts.teacher
+
+    @property
     def pad(self) -> int:
         """A token to fill rows with."""
         return pad_token(self.tokenizer, self.teacher.config.get_text_config().vocab_size)

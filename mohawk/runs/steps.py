@@ -196,34 +196,42 @@ def is_final(run: RunContext, last: str | None, *, same_weights: bool = True) ->
     return not same_weights or last is None or weights_sum(final) == weights_sum(phase_student(run.folder, last))
 
 
-def _write(run: RunContext, folder: Path, student: PreTrainedModel, before: str | None, tokenizer: Any = None) -> None:
-    def begin(stack: contextlib.ExitStack) -> Path:
-        if tokenizer is not None:
-            drop_file(run.folder / RESULTS)  # speeds and continuations of an earlier one
-        return stack.enter_context(write_whole(folder, replace=True, about=_origin(run, before)))
+def write_plain(model: PreTrainedModel, folder: Path) -> None:
+    """A model in a folder of its own; all processes must ask."""
+    _write_whole(model, folder, {}, lambda partial: None)
 
+
+def _write(run: RunContext, folder: Path, student: PreTrainedModel, before: str | None, tokenizer: Any = None) -> None:
     def complete(partial: Path) -> None:
         add_code(partial, student)
         if tokenizer is not None:  # a student to be used
+            drop_file(run.folder / RESULTS)  # speeds and continuations of an earlier one
             tokenizer.save_pretrained(partial)
 
+    _write_whole(student, folder, from_first(lambda: _origin(run, before)), complete)
+
+
+def _write_whole(model: PreTrainedModel, folder: Path, about: dict[str, Any], complete: Callable[[Path], None]) -> None:
+    """A model's folder; complete: puts what else belongs to it there. Raises UserError, and leaves what is there, where
+    a weight is not finite."""
+
     def check() -> None:
-        refuse_nonfinite(student, f"{folder}: this student", "it is not written; lower the learning rate")
+        refuse_nonfinite(model, f"{folder}: this student", "it is not written; lower the learning rate")
 
     def write() -> None:
         check()
-        with contextlib.ExitStack() as stack:
-            partial = begin(stack)
-            student.save_pretrained(partial, max_shard_size=FILE_BYTES)
+        with write_whole(folder, replace=True, about=about) as partial:
+            model.save_pretrained(partial, max_shard_size=FILE_BYTES)
             complete(partial)
 
-    if not is_sharded(student):
+    if not is_sharded(model):
         on_first(write)
         return
     check()
     with contextlib.ExitStack() as stack:  # of the first process
-        partial = together(lambda: begin(stack) if is_first() else None)
-        write_in_parts(student, partial)
+        writing = write_whole(folder, replace=True, about=about)
+        partial = together(lambda: stack.enter_context(writing) if is_first() else None)
+        write_in_parts(model, partial)
         together(lambda: partial and complete(partial))
         together(stack.close)
 

@@ -28,7 +28,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from mohawk.core.processes import rank, several
 from mohawk.errors import UserError
-from mohawk.models.sharding import fill
+from mohawk.models.sharding import fill, is_sharded
 from mohawk.training.objective import Objective
 
 log = logging.getLogger(__name__)
@@ -50,9 +50,13 @@ def write_parameters(folder: Path, trainable: Mapping[str, nn.Parameter], optimi
     torch.save(optimizer.state_dict(), folder / OPTIMIZER)
 
 
-def write_shards(folder: Path, trainable: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> None:
-    """The same of sharded models, by all processes. Raises OSError on all of them where one could not write."""
+def write_shards(
+    folder: Path, trainable: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer, objective: Objective
+) -> None:
+    """The same of sharded models, and what the objective keeps in parts, by all processes. Raises OSError on all of
+    them where one could not write."""
     tensors: dict[str, Tensor] = {STEPS: torch.zeros(len(trainable))}
+    tensors |= {f"objective.{name}": tensor for name, tensor in objective.training_state()[0].items()}
     for i, name in enumerate(sorted(trainable)):
         parameter = trainable[name]
         state = optimizer.state.get(parameter, {})
@@ -149,15 +153,22 @@ def write_counts(folder: Path, counts: Mapping[str, Any], objective: Objective) 
     tensors, values = objective.training_state()
     if tensors or values:
         state["objective"] = values
-        save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, folder / OBJECTIVE_STATE)
+        if not any(map(is_sharded, tensors.values())):
+            save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, folder / OBJECTIVE_STATE)
     (folder / PHASE_STATE).write_text(json.dumps(state, indent=1) + "\n", encoding="utf-8")
 
 
 def read_counts(checkpoint: Path, objective: Objective) -> dict[str, Any]:
     """What `write_counts` was given; the objective takes back its own. Raises UserError, as `counts_of` does."""
     counts = counts_of(checkpoint)
-    if "objective" in counts:
-        objective.load_training_state(load_file(checkpoint / OBJECTIVE_STATE), counts["objective"])
+    if "objective" not in counts:
+        return counts
+    if (checkpoint / OBJECTIVE_STATE).is_file():
+        tensors = load_file(checkpoint / OBJECTIVE_STATE)
+    else:  # in the shards
+        tensors = {name: torch.zeros_like(tensor) for name, tensor in objective.training_state()[0].items()}
+        _load(checkpoint, {f"objective.{name}": tensor for name, tensor in tensors.items()})
+    objective.load_training_state(tensors, counts["objective"])
     return counts
 
 

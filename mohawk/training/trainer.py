@@ -317,6 +317,7 @@ class PhaseTrainer:
         taken, whole = self._micro_batches(batches, per_step)
         self.progress.show(self.step)  # the step before, which has been logged since
         self.objective.begin_step(self.step, self.steps)
+        in_parts = any(map(is_sharded, self.objective.modules()))
         while taken:
             batch, counted = taken.pop(0)
             # The step's loss is the mean over all that it counts, not a sum of micro-batch means: each micro-batch
@@ -325,7 +326,7 @@ class PhaseTrainer:
                 share = 1.0
             else:
                 share = counted / whole if whole else 1 / (per_step * count())
-            if share or self.sharded:  # where models are sharded all come to each layer, whatever their rows hold
+            if share or in_parts:  # where models are sharded all come to each layer, whatever their rows hold
                 self._back_propagate(batch, share)
         self._finish_gradients()
         for group in self.optimizer.param_groups:
@@ -496,7 +497,7 @@ class PhaseTrainer:
     def _write_checkpoint(self, folder: Path) -> None:
         """What this process has to write: several machines must share the folder."""
         if self.sharded:
-            write_shards(folder, self.trainable, self.optimizer)
+            write_shards(folder, self.trainable, self.optimizer, self.objective)
         elif is_first():
             write_parameters(folder, self.trainable, self.optimizer)
         write_random_states(folder, self.device)
