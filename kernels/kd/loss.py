@@ -18,6 +18,7 @@ from mohawk.kernels.kd import compiled as kd_compile
 from mohawk.kernels.kd.call import KDParts
 from mohawk.kernels.kd.divergences import described
 from mohawk.kernels.kd.options import Settings
+from mohawk.kernels.kd.sharded import brought_together, local_rows
 from mohawk.kernels.kd.teachers import (
     TAIDSchedule,
     Teacher,
@@ -126,7 +127,9 @@ def kd_loss(
     """Distillation loss from the student's logits: `kd_weight * T^2 * D + ce_weight * CE`.
 
     Args:
-        student_logits: (..., vocab), any float dtype; the loss is computed in float32 (float64 from float64).
+        student_logits: (..., vocab), any float dtype; the loss is computed in float32 (float64 from float64). Of a
+            DTensor whose vocabulary is split over processes, as a tensor-parallel head gives it, each process takes its
+            slice, and `group` is that of its mesh; where its rows are split each takes its own.
         teacher: logits (..., vocab) of any float dtype, or a teacher source (teachers.py). Gets no gradient. With
             reduction none it must stay as it is until the backward.
         labels: (...), int64: row i's target, already aligned (nothing is shifted here). Rows of `ignore_index` are
@@ -244,7 +247,9 @@ def linear_kd_loss(
     Args:
         student_hidden: (..., hidden), final hidden states after the last norm.
         student_head: (vocab, hidden), nn.Linear's layout, in the dtype of the hidden states (free under
-            autocast).
+            autocast). A DTensor, as FSDP2 holds it outside of its module's forward pass, is gathered, a teacher's too;
+            its gradient is the mean over the processes, as FSDP gives other parameters'. With `group` its own slice is
+            taken.
         teacher: usually `TeacherHidden`; also logits (..., vocab) or any other source.
         student_bias: (vocab).
         logit_scale, logit_softcap: logits are `logit_scale * (hidden @ head.T + bias)`, then `logit_softcap *
@@ -287,6 +292,9 @@ def _distil(
 ) -> Tensor | tuple[Tensor, KDParts]:
     if isinstance(teacher, Tensor):
         teacher = TeacherLogits(teacher)
+    if isinstance(teacher, Teacher):
+        student, teacher, group = brought_together(student, teacher, group, settings.linear)
+        labels, token_weights = local_rows(labels), local_rows(token_weights)
     if settings.linear and isinstance(student[0], Tensor) and student[0].device.type != "meta":
         settings = settings._replace(autocast=torch.is_autocast_enabled(student[0].device.type))
     distil = kd_compile.distil if torch.compiler.is_compiling() else kd_call.distil

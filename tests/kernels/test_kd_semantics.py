@@ -541,15 +541,15 @@ MISTAKES = {
 }
 
 
-def test_sharded_tensors_are_refused(tmp_path):
+def test_sharded_hidden_states_are_refused(tmp_path):
     from torch.distributed import destroy_process_group, init_process_group
     from torch.distributed.tensor import Replicate, distribute_tensor, init_device_mesh
 
     init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
     try:
-        head = distribute_tensor(torch.randn(9, 4), init_device_mesh("cpu", (1,)), [Replicate()])
-        with pytest.raises(ValueError, match="student head is a DTensor"):
-            linear_kd_loss(torch.randn(3, 4), head, torch.randn(3, 9))
+        hidden = distribute_tensor(torch.randn(3, 4), init_device_mesh("cpu", (1,)), [Replicate()])
+        with pytest.raises(ValueError, match="student hidden states is a DTensor"):
+            linear_kd_loss(hidden, torch.randn(9, 4), torch.randn(3, 9))
     finally:
         destroy_process_group()
 

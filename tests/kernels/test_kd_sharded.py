@@ -1,0 +1,162 @@
+"""Heads and logits that are DTensors, as FSDP2 and tensor parallelism hold them: value and every gradient."""
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+
+from mohawk.kernels.kd import TeacherHidden, TeacherLogits, TeacherMixture, TeacherTAID, kd_loss, linear_kd_loss
+from tests.helpers.processes import in_processes
+from tests.helpers.tiny_phase import cheap_training  # noqa: F401
+
+pytestmark = [
+    pytest.mark.usefixtures("cheap_training"),
+    pytest.mark.skipif(not dist.is_gloo_available(), reason="needs gloo"),
+]
+
+ROWS, HIDDEN, VOCAB = 8, 6, 37
+
+
+def problem(dtype=torch.float64):
+    g = torch.Generator().manual_seed(0)
+    made = {
+        "hidden": torch.randn(ROWS, HIDDEN, generator=g, dtype=torch.float64),
+        "head": torch.randn(VOCAB, HIDDEN, generator=g, dtype=torch.float64),
+        "bias": torch.randn(VOCAB, generator=g, dtype=torch.float64),
+        "theirs": torch.randn(ROWS, HIDDEN, generator=g, dtype=torch.float64),
+        "their_head": torch.randn(VOCAB, HIDDEN, generator=g, dtype=torch.float64),
+    }
+    labels = torch.randint(0, VOCAB, (ROWS,), generator=g)
+    return {name: tensor.to(dtype) for name, tensor in made.items()} | {"labels": labels}
+
+
+def teachers(given, of):
+    """By name: sources with the head `of(their_head)`."""
+    one = TeacherHidden(given["theirs"], of(given["their_head"]))
+    return {
+        "hidden": one,
+        "mixture": TeacherMixture([one, TeacherHidden(0.5 * given["theirs"], of(given["their_head"]))], [0.3, 0.7]),
+        "taid": TeacherTAID(one, 0.4),
+    }
+
+
+def mine(given, rank, processes):
+    """The rows of one process; heads are everybody's."""
+    per = ROWS // processes
+    rows = slice(rank * per, (rank + 1) * per)
+    return {name: x[rows] if name in ("hidden", "theirs", "labels") else x for name, x in given.items()}
+
+
+def with_heads_in_parts(rank):
+    mesh = init_device_mesh("cpu", (2,))
+    given = mine(problem(), rank, 2)
+
+    def part(x):
+        return distribute_tensor(x, mesh, [Shard(0)])
+
+    found = {}
+    for name, teacher in teachers(given, part).items():
+        hidden = given["hidden"].clone().requires_grad_()
+        head, bias = part(given["head"]).requires_grad_(), part(given["bias"]).requires_grad_()
+        loss = linear_kd_loss(hidden, head, teacher, given["labels"], student_bias=bias, ce_weight=0.5, temperature=2.0)
+        loss.backward()
+        assert isinstance(head.grad, DTensor) and head.grad.placements == (Shard(0),)
+        found[name] = loss.detach(), hidden.grad, head.grad.full_tensor(), bias.grad.full_tensor()
+    return found
+
+
+def test_gathered_heads(tmp_path):
+    """Two processes with half of the rows each: the mean of their losses, and of their gradients of heads, as FSDP
+    averages all others', are those of all rows at once."""
+    first, second = in_processes(tmp_path, 2, with_heads_in_parts)
+    given = problem()
+    for name, teacher in teachers(given, lambda x: x).items():
+        hidden, head, bias = (given[key].clone().requires_grad_() for key in ("hidden", "head", "bias"))
+        loss = linear_kd_loss(hidden, head, teacher, given["labels"], student_bias=bias, ce_weight=0.5, temperature=2.0)
+        loss.backward()
+        torch.testing.assert_close((first[name][0] + second[name][0]) / 2, loss.detach())
+        torch.testing.assert_close(torch.cat([first[name][1], second[name][1]]) / 2, hidden.grad)
+        for i, expected in ((2, head.grad), (3, bias.grad)):
+            torch.testing.assert_close(first[name][i], expected)
+            assert torch.equal(first[name][i], second[name][i])
+
+
+def with_split_logits(rank):
+    mesh = init_device_mesh("cpu", (2,))
+    given, found = problem(), {}
+    logits, theirs = (given[a] @ given[b].T for a, b in (("hidden", "head"), ("theirs", "their_head")))
+    for name, placements in {"vocabulary": [Shard(-1)], "rows": [Shard(0)], "whole": [Replicate()]}.items():
+        z = distribute_tensor(logits, mesh, placements).requires_grad_()
+        labels = given["labels"]
+        if name == "rows":
+            labels = distribute_tensor(labels, mesh, [Shard(0)])
+        teacher = TeacherLogits(distribute_tensor(theirs, mesh, placements))
+        loss = kd_loss(z, teacher, labels, ce_weight=0.5, divergence="jsd", temperature=2.0)
+        loss.backward()
+        found[name] = loss.detach(), z.grad.full_tensor()
+    return found
+
+
+def test_split_logits(tmp_path):
+    given = problem()
+    logits, theirs = (given[a] @ given[b].T for a, b in (("hidden", "head"), ("theirs", "their_head")))
+    z = logits.requires_grad_()
+    expected = kd_loss(z, theirs, given["labels"], ce_weight=0.5, divergence="jsd", temperature=2.0)
+    expected.backward()
+    first, second = in_processes(tmp_path, 2, with_split_logits)
+    for name in ("vocabulary", "whole"):
+        for found in (first, second):
+            torch.testing.assert_close(found[name][0], expected.detach())
+            torch.testing.assert_close(found[name][1], z.grad)
+    torch.testing.assert_close((first["rows"][0] + second["rows"][0]) / 2, expected.detach())
+    torch.testing.assert_close(first["rows"][1] / 2, z.grad)  # each process's mean is over its own half
+
+
+def with_slices(rank):
+    mesh = init_device_mesh("cpu", (2,))
+    given = problem()
+    head = distribute_tensor(given["head"], mesh, [Shard(0)]).requires_grad_()
+    teacher = TeacherHidden(given["theirs"], distribute_tensor(given["their_head"], mesh, [Shard(0)]))
+    loss = linear_kd_loss(given["hidden"], head, teacher, given["labels"], ce_weight=0.5, group=mesh.get_group())
+    loss.backward()
+    return loss.detach(), head.grad.full_tensor()
+
+
+def test_slices_with_a_group(tmp_path):
+    given = problem()
+    head = given["head"].requires_grad_()
+    teacher = TeacherHidden(given["theirs"], given["their_head"])
+    expected = linear_kd_loss(given["hidden"], head, teacher, given["labels"], ce_weight=0.5)
+    expected.backward()
+    for loss, gradient in in_processes(tmp_path, 2, with_slices):
+        torch.testing.assert_close(loss, expected.detach())
+        torch.testing.assert_close(gradient, head.grad)
+
+
+def under_fsdp(rank):
+    """A head read outside of its module's forward pass."""
+    from torch.distributed.fsdp import fully_shard
+
+    given = mine(problem(torch.float32), rank, 2)
+    body, head = torch.nn.Linear(HIDDEN, HIDDEN), torch.nn.Linear(HIDDEN, VOCAB, bias=False)
+    with torch.no_grad():
+        body.weight.copy_(torch.eye(HIDDEN))
+        body.bias.zero_()
+        head.weight.copy_(given["head"])
+    mesh = init_device_mesh("cpu", (2,))
+    for module in (body, head):
+        fully_shard(module, mesh=mesh)
+    loss = linear_kd_loss(body(given["hidden"]), head.weight, TeacherHidden(given["theirs"], given["their_head"]))
+    loss.backward()
+    return body.weight.grad.full_tensor(), head.weight.grad.full_tensor()
+
+
+def test_a_head_of_fsdp_has_gradients_like_other_layers(tmp_path):
+    given = problem(torch.float32)
+    body, head = torch.eye(HIDDEN).requires_grad_(), given["head"].clone().requires_grad_()
+    teacher = TeacherHidden(given["theirs"], given["their_head"])
+    linear_kd_loss(given["hidden"] @ body.T, head, teacher).backward()
+    for of_body, of_head in in_processes(tmp_path, 2, under_fsdp):
+        torch.testing.assert_close(of_body, body.grad)
+        torch.testing.assert_close(of_head, head.grad)
