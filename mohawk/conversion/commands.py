@@ -3,21 +3,61 @@
 from __future__ import annotations
 
 import argparse
+import re
 
-from mohawk.core.command import Command, number, path
+from mohawk.core.command import Command, given, number, path, refuse
 from mohawk.core.extras import need
 from mohawk.schema.arguments import add_run, add_set, overrides
+
+# What --dry-run plans for where nothing else is said: an H100
+DEVICE_MEMORY, PEAK, UTILISATION = 80 * 10**9, 989.0, 0.4
 
 
 def _convert(options: argparse.Namespace) -> None:
     from mohawk.conversion.recipe import Recipe
 
     recipe = Recipe.load(options.recipe, overrides(options))
+    asked = given(options, "processes", "device_memory", "peak", "utilisation")
+    if asked and not options.dry_run:
+        refuse(asked, "--dry-run")
 
     need("convert", "`mohawk convert`")
+    from mohawk.conversion.footprint import Hardware
     from mohawk.conversion.run import convert
 
-    convert(recipe, dry_run=options.dry_run)
+    hardware = None
+    if asked:
+        flops = asked.get("peak", PEAK)
+        memory = asked.get("device_memory", DEVICE_MEMORY)
+        hardware = Hardware(asked.get("processes", 1), memory, 1e12 * flops, asked.get("utilisation", UTILISATION))
+    convert(recipe, dry_run=options.dry_run, hardware=hardware)
+
+
+def _add_convert(parser: argparse.ArgumentParser) -> None:
+    add_run(parser)
+    plan = parser.add_argument_group("with --dry-run, a plan for other hardware, in bfloat16")
+    plan.add_argument("--processes", type=number(int, 1, 2**20), metavar="N", help="how many devices; default: 1")
+    plan.add_argument(
+        "--device-memory", type=_memory, metavar="BYTES", help="of one, such as 80GB or 24GiB; default: 80GB"
+    )
+    plan.add_argument(
+        "--peak",
+        type=number(float, 1e-3, 1e6),
+        metavar="TFLOPS",
+        help="of one, dense bfloat16; default: 989, an H100's",
+    )
+    plan.add_argument(
+        "--utilisation", type=number(float, 0.001, 1), metavar="SHARE", help="of the peak that is reached; default: 0.4"
+    )
+
+
+def _memory(text: str) -> int:
+    """An argparse type: bytes with a unit."""
+    units = {"MB": 1e6, "GB": 1e9, "MiB": 2**20, "GiB": 2**30}
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(MB|GB|MiB|GiB)", text.strip())
+    if found is None or float(found[1]) == 0:
+        raise argparse.ArgumentTypeError(f"got {text!r}; allowed: a number with MB, GB, MiB or GiB, such as 80GB")
+    return int(float(found[1]) * units[found[2]])
 
 
 def _add_select(parser: argparse.ArgumentParser) -> None:
@@ -72,7 +112,7 @@ COMMANDS = [
     Command(
         "convert",
         "convert a checkpoint by a recipe, or go on with a stopped run",
-        add_run,
+        _add_convert,
         _convert,
         resumes=True,
         together=True,

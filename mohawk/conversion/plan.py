@@ -8,38 +8,57 @@ from rich.console import Console
 from rich.table import Table
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from mohawk.conversion.footprint import Hardware, Strategy, footprint, operations, strategies
 from mohawk.conversion.objectives import EndToEndObjective, HiddenObjective, MixingObjective, PhaseObjective
 from mohawk.conversion.recipe import Recipe, Student
+from mohawk.core.precision import autocast_dtype, pick_device
+from mohawk.core.processes import count
 from mohawk.errors import UserError
 from mohawk.loading.configs import building
 from mohawk.models.families import check_supported, decoder_shape, needed_attention
 from mohawk.models.from_teacher import choose_layers, hybrid_from_teacher
 from mohawk.models.hybrid import HybridForCausalLM
 from mohawk.models.hybrid_config import SSM_LAYER
+from mohawk.runs.sharding import device_bytes
 
 GIB = 2**30
 
 
 @dataclass
 class PhasePlan:
-    """One phase, in numbers."""
+    """One phase, in numbers.
+
+    held: bytes at its peak, by what they are of, where it is held as `strategy` says. operations: floating-point, of
+    one token.
+    """
 
     name: str
     trained: int  # parameters
     groups: dict[str, int]  # what kind of parameter -> how many are trained
     tokens: int
     steps: int
-    memory: int  # bytes, estimated peak of the process: parameters, optimizer, activations
+    strategy: Strategy
+    held: dict[str, int]
+    operations: float
+
+    @property
+    def memory(self) -> int:
+        return sum(self.held.values())
 
 
 @dataclass
 class Plan:
-    """A conversion, before it runs."""
+    """A conversion, before it runs.
+
+    hardware: what it is for. sharded: whether its models are in parts there.
+    """
 
     layer_types: list[str]
     student: HybridForCausalLM  # on the meta device
     teacher_parameters: int
     phases: list[PhasePlan]
+    hardware: Hardware
+    sharded: bool
 
 
 def objective_for(name: str, phase: Any, student: HybridForCausalLM, teacher: PreTrainedModel) -> PhaseObjective:
@@ -54,12 +73,16 @@ def objective_for(name: str, phase: Any, student: HybridForCausalLM, teacher: Pr
     )  # fmt: skip
 
 
-def make_plan(recipe: Recipe, teacher_config) -> Plan:
-    """Resolves layers, trainable parameters, steps and memory.
+def make_plan(recipe: Recipe, teacher_config: Any, hardware: Hardware | None = None) -> Plan:
+    """Resolves layers, trainable parameters, steps, memory and how models are held.
+
+    hardware: what the plan is for; default: the processes and devices that there are.
 
     Raises:
         UserError: the teacher cannot be converted, or the recipe does not fit it.
     """
+    device = pick_device(recipe.device)
+    hardware = hardware or Hardware(count(), device_bytes(device))
     try:
         check_supported(teacher_config)
         choose_layers(recipe.student.ssm_layers, decoder_shape(teacher_config).num_layers)
@@ -70,7 +93,16 @@ def make_plan(recipe: Recipe, teacher_config) -> Plan:
             student = hybrid_from_teacher(teacher, **student_options(recipe.student))
     except ValueError as error:
         raise UserError(str(error)) from error
-    phases = []
+    bits16 = autocast_dtype(recipe.precision, device) is not None or hardware.flops is not None
+    each = 4 if recipe.teacher.dtype == "float32" else 2
+
+    def held(name: str, phase: Any, trained: int, strategy: Strategy) -> dict[str, int]:
+        return footprint(
+            name, phase, student, teacher, trained, teacher_bytes=each, itemsize=2 if bits16 else 4,
+            strategy=strategy, processes=hardware.processes,
+        )  # fmt: skip
+
+    phases: list[PhasePlan] = []
     for name, phase in recipe.phases.active():
         objective = objective_for(name, phase, student, teacher)
         groups: dict[str, int] = {}
@@ -78,17 +110,30 @@ def make_plan(recipe: Recipe, teacher_config) -> Plan:
             kind = parameter_kind(parameter_name, student.config.ssm_layers)
             groups[kind] = groups.get(kind, 0) + parameter.numel()
         trained = sum(groups.values())
-        phases.append(
-            PhasePlan(
-                name,
-                trained,
-                groups,
-                int(phase.tokens),
-                phase.steps(),
-                _memory(recipe, phase, name, student, teacher, trained),
-            )
-        )
-    return Plan(student.config.layer_types, student, sum(p.numel() for p in teacher.parameters()), phases)
+        phases.append(PhasePlan(name, trained, groups, int(phase.tokens), phase.steps(), Strategy(), {}, 0.0))
+
+    def fitting(sharded: bool | None) -> bool:
+        """Each phase the fastest way that fits, else the leanest; whether all fit."""
+        fits = True
+        for planned in phases:
+            asked = getattr(recipe.phases, planned.name)
+            for strategy in strategies(recipe, hardware, sharded):
+                planned.strategy = strategy
+                planned.held = held(planned.name, asked, planned.trained, strategy)
+                if planned.memory <= hardware.memory:
+                    break
+            fits = fits and planned.memory <= hardware.memory
+            planned.operations = operations(planned.name, asked, student, teacher, planned.strategy.recompute)
+        return fits
+
+    ways = {strategy.parts > 1 for strategy in strategies(recipe, hardware)}
+    sharded = ways == {True}
+    if not fitting(sharded) and len(ways) == 2:  # a run's models are held one way in all phases
+        sharded = True
+        fitting(sharded)
+    return Plan(
+        student.config.layer_types, student, sum(p.numel() for p in teacher.parameters()), phases, hardware, sharded
+    )
 
 
 def student_options(s: Student) -> dict:
@@ -106,20 +151,6 @@ def parameter_kind(name: str, ssm_layers: list[int]) -> str:
         if part in name:
             return kind
     return "norms"
-
-
-def _memory(recipe: Recipe, phase, name: str, student, teacher, trained: int) -> int:
-    """Bytes at the peak of a phase, to about a third: parameters, gradients and two Adam moments, activations."""
-    shape = decoder_shape(student.config.base_config)
-    tokens = phase.batch_size * phase.sequence_length
-    width = shape.hidden_size + 2 * (student.config.intermediate_size or shape.hidden_size)
-    layers = shape.num_layers if name == "end_to_end" else 2
-    activations = 4 * tokens * (6 * width * layers + 4 * shape.hidden_size * 3)
-    bytes_each = 2 if recipe.teacher.dtype == "bfloat16" else 4
-    parameters = (
-        sum(p.numel() for p in student.parameters()) * 4 + sum(p.numel() for p in teacher.parameters()) * bytes_each
-    )
-    return parameters + 12 * trained + activations
 
 
 def print_plan(plan: Plan, recipe: Recipe, console: Console) -> None:
@@ -158,6 +189,48 @@ def print_plan(plan: Plan, recipe: Recipe, console: Console) -> None:
             f"{phase.memory / GIB:.1f} GiB",
         )  # fmt: skip
     console.print(phases)
+    print_hardware(plan, recipe, console)
+
+
+def print_hardware(plan: Plan, recipe: Recipe, console: Console) -> None:
+    """What each process holds, and how long it takes, where there are several or the plan is for other hardware."""
+    hardware = plan.hardware
+    if hardware.processes > 1:
+        table = Table("GiB of a process", *(phase.name for phase in plan.phases))
+        table.add_row("models are", *(str(phase.strategy) for phase in plan.phases))
+        for part in dict.fromkeys(name for phase in plan.phases for name in phase.held):
+            table.add_row(part, *(f"{phase.held.get(part, 0) / GIB:.2f}" for phase in plan.phases))
+        table.add_row("in all", *(f"{phase.memory / GIB:.2f}" for phase in plan.phases))
+        console.print(table)
+    for name, phase in recipe.phases.active():
+        if phase.rows % hardware.processes:
+            console.print(
+                f"[bold]{name}[/bold]: a step's {phase.rows} rows cannot be dealt evenly to {hardware.processes} "
+                "processes; this phase would be refused"
+            )
+    beyond = [phase for phase in plan.phases if phase.memory > hardware.memory]
+    if beyond:
+        named = ", ".join(f"{phase.name} {phase.memory / GIB:.1f} GiB" for phase in beyond)
+        console.print(
+            f"[bold]More than the {hardware.memory / GIB:.1f} GiB of a device[/bold]: {named}. More processes, "
+            "a smaller batch_size (with more gradient_accumulation), or a shorter sequence_length need less."
+        )
+    if hardware.flops is None:
+        return
+    table = Table("", *(phase.name for phase in plan.phases), "in all")
+    rates = [hardware.flops * hardware.utilisation / phase.operations for phase in plan.phases]
+    hours = [phase.tokens / rate / 3600 for phase, rate in zip(plan.phases, rates, strict=True)]
+    table.add_row("GFLOP a token", *(f"{phase.operations / 1e9:,.1f}" for phase in plan.phases), "")
+    table.add_row("tokens a second", *(f"{rate * hardware.processes:,.0f}" for rate in rates), "")
+    table.add_row("device-hours", *(f"{one:,.1f}" for one in hours), f"{sum(hours):,.1f}")
+    table.add_row(
+        "hours", *(f"{one / hardware.processes:,.2f}" for one in hours), f"{sum(hours) / hardware.processes:,.2f}"
+    )
+    console.print(table)
+    console.print(
+        f"At {hardware.utilisation:.0%} of {hardware.flops / 1e12:,.0f} TFLOP/s on {hardware.processes} devices; what "
+        "a run reaches depends on its kernels and its network."
+    )
 
 
 def _ranges(indices: list[int]) -> str:

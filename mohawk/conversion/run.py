@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from rich.console import Console
 
+from mohawk.conversion.footprint import Hardware
 from mohawk.conversion.plan import Plan, make_plan, objective_for, print_plan, student_options
 from mohawk.conversion.readout import solve_output_projections
 from mohawk.conversion.recipe import Recipe
@@ -34,12 +35,13 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 
-def convert(recipe: Recipe, *, dry_run: bool = False) -> None:
+def convert(recipe: Recipe, *, dry_run: bool = False, hardware: Hardware | None = None) -> None:
     """Run a recipe to its end, or go on with it; in all the processes that torchrun or accelerate started.
 
     Args:
         recipe: checked by `Recipe.load` or `Recipe.from_dict`.
         dry_run: print the plan and return; the teacher's configuration and tokenizer and texts' first rows are read.
+        hardware: what a dry run's plan is for; default: what there is.
 
     Raises:
         UserError: the teacher cannot be loaded or converted, the data hold no text, or the output folder holds the
@@ -49,13 +51,15 @@ def convert(recipe: Recipe, *, dry_run: bool = False) -> None:
 
     def plan(console: Console) -> Plan:
         about = recipe.teacher
-        planned = make_plan(recipe, first_before_others(lambda: load_config(about.model, **about.where)))
+        config = first_before_others(lambda: load_config(about.model, **about.where))
+        planned = make_plan(recipe, config, hardware)
         print_plan(planned, recipe, console)
         return planned
 
     def work(folder: Path, console: Console, planned: Plan) -> None:
-        parts = parts_of(recipe, max((phase.memory for phase in planned.phases), default=0))
-        run_phases(opened(recipe, folder, console, parts=parts))
+        run = opened(recipe, folder, console, parts=parts_of(recipe, planned.sharded))
+        run.recompute |= {phase.name for phase in planned.phases if phase.strategy.recompute}
+        run_phases(run)
 
     start(recipe, dry_run=dry_run, plan=plan, work=work)
 

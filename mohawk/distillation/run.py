@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from mohawk.core.extras import need
+from mohawk.core.precision import pick_device
 from mohawk.core.processes import first_before_others, from_first, on_first
 from mohawk.distillation.build import check_caches, checked_cache, load, loss_label
 from mohawk.distillation.plan import print_plan
@@ -18,7 +19,7 @@ from mohawk.distillation.recipe import DistillRecipe
 from mohawk.distillation.sources import StageData
 from mohawk.distillation.stages import StageTrainer, made, stage_step
 from mohawk.runs.context import RunContext, measure_stage, open_run
-from mohawk.runs.sharding import Parts, parts_of
+from mohawk.runs.sharding import Parts, device_bytes, parts_of
 from mohawk.runs.start import start
 from mohawk.runs.steps import finish_run, is_final, take_steps, write_final
 from mohawk.teacher_cache.reader import CachedRows
@@ -49,7 +50,7 @@ def distill(recipe: DistillRecipe, *, dry_run: bool = False) -> None:
         plan=lambda console: first_before_others(lambda: print_plan(recipe, console)),
         further=functools.partial(check_caches, recipe.stages),
         work=lambda folder, console, needed: run_stages(
-            opened(recipe, folder, console, parts=parts_of(recipe, needed))
+            opened(recipe, folder, console, parts=parts_of(recipe, needed > device_bytes(pick_device(recipe.device))))
         ),
     )
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
@@ -81,6 +81,8 @@ class RunContext(Generic[D]):
         teacher: what students are compared with.
         texts: its answers on held-out text, by the text's name; each process has some of them.
         parts: how models are spread over the processes; None: each has them whole.
+        recompute: phases in which layers keep their inputs alone for the backward pass, where the recipe leaves that
+            open.
     """
 
     recipe: Any
@@ -93,6 +95,7 @@ class RunContext(Generic[D]):
     teacher: PreTrainedModel
     texts: dict[str, TeacherStates]
     parts: Parts | None = None
+    recompute: set[str] = field(default_factory=set)
 
     @property
     def spread_teacher(self) -> Spread | None:

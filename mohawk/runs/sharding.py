@@ -39,13 +39,15 @@ class Parts:
         shard(model, self.mesh, dtype=self.dtype, trains=False)
 
 
-def parts_of(recipe: Any, needed: int) -> Parts | None:
+def parts_of(recipe: Any, wanted: bool) -> Parts | None:
     """How the models of a run are spread; None where each process holds them whole.
 
-    needed: bytes that a process needs at its peak where it holds them whole, as the plan has it. Raises UserError.
+    wanted: whether the plan has them in parts, where the recipe leaves it open. Raises UserError.
     """
     check_sharding(recipe)
-    if not is_sharded_run(recipe, needed):
+    if not several() or recipe.sharding.kind == "none":
+        return None
+    if not from_first(lambda: wanted or recipe.sharding.kind == "full" or wish() is not None):
         return None
     device = pick_device(recipe.device)
     within = recipe.sharding.within or count()
@@ -68,15 +70,6 @@ def check_sharding(recipe: Any) -> None:
             f"sharding.within: got {asked.within}, which does not divide the {count()} processes; give a divisor, as a "
             "rule the GPUs of a machine"
         )
-
-
-def is_sharded_run(recipe: Any, needed: int) -> bool:
-    """Whether models are in parts: where the recipe or accelerate asks for it, or they would not fit otherwise."""
-    if not several() or recipe.sharding.kind == "none":
-        return False
-    if recipe.sharding.kind == "full" or wish() is not None:
-        return True
-    return from_first(lambda: needed > device_bytes(pick_device(recipe.device)))
 
 
 def device_bytes(device: torch.device) -> int:

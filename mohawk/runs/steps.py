@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mohawk.core.folders import about_of, drop_file, is_complete, newest_complete, weights_sum, write_whole
-from mohawk.core.processes import from_first, is_first, on_first, together
+from mohawk.core.processes import from_first, is_first, on_first, together, wish
 from mohawk.core.run_folder import RESULTS, STUDENT, evaluation_file, phase_folder, phase_student
 from mohawk.data.packing import collate
 from mohawk.errors import UserError
@@ -114,6 +114,9 @@ def train(
     rows: the dataset. before: the step before, if any. section: where its settings stand in the recipe. first: what is
     done to the student before any training, and not where a checkpoint already has it.
     """
+    asked, told = run.recipe.activation_checkpointing, wish()
+    recompute = name in run.recompute if asked == "auto" else asked
+    set_checkpointing(objective.student, recompute or told is not None and told.activation_checkpointing)
     trainer = PhaseTrainer(
         objective, name=name, phase=phase, run_dir=run.folder, train_dataset=rows, collate=collate,
         precision=run.recipe.precision, device=run.recipe.device, seed=run.recipe.seed, report_to=report_to,
@@ -126,6 +129,19 @@ def train(
     log.info("%s: %.0f s", name, time.monotonic() - begin)
     for parameter in objective.student.parameters():
         parameter.grad = None
+
+
+def set_checkpointing(student: Any, on: bool) -> None:
+    """Whether the layers of a student compute their insides again in the backward pass. Raises UserError where its
+    class cannot."""
+    if on and not student.supports_gradient_checkpointing:
+        raise UserError(
+            f"activation_checkpointing: got true, which {type(student).__name__} does not support; set it to false"
+        )
+    if on:
+        student.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    elif any(getattr(module, "gradient_checkpointing", False) for module in student.modules()):
+        student.gradient_checkpointing_disable()
 
 
 def is_taken(run: RunContext, step: str) -> bool:

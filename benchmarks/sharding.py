@@ -1,0 +1,251 @@
+"""`python benchmarks/sharding.py [--quick]`: a step of phases 2 and 3 on 1, 2 and 4 processes: memory and time of each.
+
+A 100M model, its layers every second a mixer, float32, over gloo on this machine's cores. Three ways: models whole on
+each process (data parallelism), in parts (`sharding.kind: full`), and as accelerate's own FSDP2 has it for phase 3: the
+student in parts, the teacher whole, as it prepares one model. Beside the peak stands what the plan says of it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import resource
+import socket
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+RESULTS = ROOT / "benchmarks" / "results"
+MIB = 2**20
+SIZES = {"hidden_size": 640, "intermediate_size": 1792, "num_hidden_layers": 12, "num_attention_heads": 10}
+QUICK = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 4, "num_attention_heads": 2}
+VOCAB, LENGTH = 32000, 256
+ROWS = 4  # of a step, over all processes
+STEPS = 3
+
+
+def _rss() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+
+
+def _peak() -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:"))
+
+
+def case(phase: str, how: str, processes: int, rows: int, quick: bool, recompute: bool) -> dict:
+    """One process's part of a case: bytes at the peak above the libraries, seconds of a step, the loss."""
+    import torch
+    import torch.distributed as dist
+    from torch.distributed.device_mesh import init_device_mesh
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from mohawk.conversion.objectives import EndToEndObjective, HiddenObjective
+    from mohawk.core.processes import sum_gradients, total
+    from mohawk.losses.distiller import KnowledgeDistiller
+    from mohawk.models.from_teacher import hybrid_from_teacher
+    from mohawk.models.sharding import reshard, shard
+    from mohawk.training.trainer import _apart
+
+    torch.set_num_threads(1)
+    if processes > 1:
+        dist.init_process_group("gloo")
+    rank = int(os.environ.get("RANK", "0"))
+    config = LlamaConfig(vocab_size=VOCAB, max_position_embeddings=LENGTH, **(QUICK if quick else SIZES))
+    torch.mm(torch.ones(64, 64), torch.ones(64, 64))  # the libraries' own buffers
+    start = _rss()
+    torch.manual_seed(0)
+    teacher = LlamaForCausalLM(config).requires_grad_(False).eval()
+    if how == "whole" or processes == 1:
+        student = hybrid_from_teacher(teacher)
+    elif how == "parts":
+        mesh = init_device_mesh("cpu", (processes,))
+        shard(teacher, mesh, trains=False)
+        student = hybrid_from_teacher(teacher, spread=lambda model: shard(model, mesh))
+    else:
+        student = hybrid_from_teacher(teacher)
+    student.requires_grad_(True).train()
+    if recompute:
+        student.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if how == "accelerate" and processes > 1:
+        student, optimizer = _accelerates(student, torch.optim.AdamW(student.parameters(), fused=True))
+        objective = KnowledgeDistiller(teacher, student)
+        parameters = [p for p in student.parameters() if p.requires_grad]
+    else:
+        objective = (
+            HiddenObjective(student, teacher) if phase == "hidden" else EndToEndObjective(student, teacher, "all")
+        )
+        reshard(student)
+        parameters = [p for p in student.parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW(_apart([{"params": parameters}]), fused=True)
+    ids = torch.randint(VOCAB, (rows, LENGTH), generator=torch.Generator().manual_seed(1))
+    mine = ids[rank * rows // processes : (rank + 1) * rows // processes]
+    batch = {"input_ids": mine, "position_ids": torch.arange(LENGTH).repeat(len(mine), 1), "labels": mine}
+    batch["segment_ids"] = torch.zeros_like(mine)
+    times, loss = [], torch.zeros(())
+    for step in range(STEPS):
+        if step == 1:
+            Path("/proc/self/clear_refs").write_text("5")  # the peak from here on, in which all moments exist
+        if processes > 1:
+            dist.barrier()
+        begin, loss = time.perf_counter(), torch.zeros(())
+        if how == "accelerate":
+            given = {name: batch[name] for name in ("input_ids", "labels")}
+            losses = [("kl", objective.loss(given))]
+        else:
+            losses = objective.losses(**batch)
+        for _, part in losses:
+            (part / processes).backward()
+            loss = loss + part.detach() / processes
+        sum_gradients(parameters)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        times.append(time.perf_counter() - begin)
+    return {"peak_mib": (_peak() - start) / MIB, "seconds": statistics.median(times[1:]), "loss": float(total(loss))}
+
+
+def _accelerates(student, optimizer):
+    """Student and optimizer as accelerate's FSDP2 plugin prepares them, told that gloo is a device's backend."""
+    from accelerate import Accelerator, FullyShardedDataParallelPlugin, PartialState
+    from accelerate.utils import DistributedType
+
+    PartialState._prepare_backend = lambda self, *_, **__: ("gloo", DistributedType.MULTI_GPU)
+    PartialState.set_device = lambda self: setattr(self, "device", __import__("torch").device("cpu"))
+    plugin = FullyShardedDataParallelPlugin(
+        fsdp_version=2, auto_wrap_policy="transformer_based_wrap", cpu_ram_efficient_loading=False,
+        transformer_cls_names_to_wrap=[type(student.model.layers[0]).__name__],
+    )  # fmt: skip
+    student, optimizer = Accelerator(fsdp_plugin=plugin).prepare(student, optimizer)
+    for module in student.modules():
+        if hasattr(module, "set_gradient_divide_factor"):
+            module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)
+    return student, optimizer
+
+
+def planned(phase: str, how: str, processes: int, rows: int, quick: bool, recompute: bool) -> float:
+    """MiB of one process, as the plan has them."""
+    import types
+
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from mohawk.conversion.footprint import Strategy, footprint
+    from mohawk.conversion.objectives import EndToEndObjective, HiddenObjective
+    from mohawk.models.from_teacher import hybrid_from_teacher
+
+    config = LlamaConfig(vocab_size=VOCAB, max_position_embeddings=LENGTH, **(QUICK if quick else SIZES))
+    with torch.device("meta"):
+        teacher = LlamaForCausalLM(config)
+        student = hybrid_from_teacher(teacher)
+    objective = HiddenObjective(student, teacher) if phase == "hidden" else EndToEndObjective(student, teacher, "all")
+    asked = types.SimpleNamespace(batch_size=rows, rows=rows, sequence_length=LENGTH, match="block_output")
+    found = footprint(
+        phase, asked, student, teacher, sum(p.numel() for _, p in objective.trained()), teacher_bytes=4, itemsize=4,
+        strategy=Strategy(processes if how == "parts" else 1, recompute), processes=processes,
+    )  # fmt: skip
+    return sum(found.values()) / MIB
+
+
+def run_case(phase: str, how: str, processes: int, rows: int, quick: bool, recompute: bool) -> dict:
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        port = server.getsockname()[1]
+    command = [sys.executable, __file__, "--case", phase, how, str(processes), str(rows), str(quick), str(recompute)]
+    environment = {**os.environ, "WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    started = [
+        subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1"},
+        )
+        for rank in range(processes)
+    ]  # fmt: skip
+    found = []
+    for one in started:
+        out, err = one.communicate()
+        if one.returncode:
+            sys.exit(f"{' '.join(command)} failed:\n{err}")
+        found.append(json.loads(out.splitlines()[-1]))
+    return {
+        "phase": phase, "how": how, "processes": processes, "recompute": recompute,
+        "peak_mib": max(one["peak_mib"] for one in found), "seconds": max(one["seconds"] for one in found),
+        "loss": found[0]["loss"],
+        "planned_mib": None if how == "accelerate" else planned(phase, how, processes, rows, quick, recompute),
+    }  # fmt: skip
+
+
+def table(rows: list[dict], about: dict) -> list[str]:
+    """The documentation's table."""
+    names = {"whole": "whole", "parts": "in parts", "accelerate": "accelerate's FSDP2"}
+    lines = ["| phase | processes | models | peak of a process | planned | of one process | a step |"]
+    lines.append("|---|---:|---|---:|---:|---:|---:|")
+    for row in rows:
+        first = next(one for one in rows if one["phase"] == row["phase"] and one["processes"] == 1)
+        how = names[row["how"]] + (", activation checkpointing" if row["recompute"] else "")
+        plan = "" if row["planned_mib"] is None else f"{row['planned_mib']:,.0f} MiB"
+        lines.append(
+            f"| {row['phase']} | {row['processes']} | {how} | {row['peak_mib']:,.0f} MiB | {plan} | "
+            f"{row['peak_mib'] / first['peak_mib']:.2f} | {row['seconds']:.2f} s |"
+        )
+    told = (
+        f"{about['parameters'] / 1e6:.0f}M parameters, {ROWS} rows of {LENGTH} tokens a step over all processes, "
+        "float32, a thread a process: with more processes than cores a step's time says little. Peak: resident memory "
+        f"above the libraries'. {about['machine']}, {about['cores']} cores, torch {about['torch']}, {about['date']}"
+    )
+    return [*lines, "", f"{told}. `python benchmarks/sharding.py`"]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="a tiny model")
+    parser.add_argument("--json", type=Path, default=RESULTS / "sharding-cpu.json")
+    parser.add_argument("--case", nargs=6, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.case:
+        phase, how, processes, rows, quick, recompute = options.case
+        print(json.dumps(case(phase, how, int(processes), int(rows), quick == "True", recompute == "True")))
+        return
+    rows = []
+    for phase in ("hidden", "end_to_end"):
+        ways = [("whole", 1, False), ("whole", 2, False), ("parts", 2, False), ("whole", 4, False), ("parts", 4, False)]
+        if phase == "end_to_end":
+            ways.insert(1, ("whole", 1, True))
+            ways[4:4] = [("accelerate", 2, False)]
+            ways += [("accelerate", 4, False), ("parts", 4, True)]
+        for how, processes, recompute in ways:
+            rows.append(run_case(phase, how, processes, ROWS, options.quick, recompute))
+            row = rows[-1]
+            plan = "" if row["planned_mib"] is None else f"{row['planned_mib']:7.0f} MiB planned"
+            print(
+                f"{phase:10} {how:10} x{processes} {'recompute' if recompute else '':9} {row['peak_mib']:7.0f} MiB "
+                f"{plan:20} {row['seconds']:6.2f} s  loss {row['loss']:.6f}", flush=True,
+            )  # fmt: skip
+        losses = [row["loss"] for row in rows if row["phase"] == phase]
+        if max(losses) - min(losses) > 1e-5 * abs(losses[0]):
+            sys.exit(f"the ways disagree: {losses}")
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from mohawk.core.devices import _cpu_model
+
+    with torch.device("meta"):
+        model = LlamaForCausalLM(LlamaConfig(vocab_size=VOCAB, **(QUICK if options.quick else SIZES)))
+    about = {
+        "what": "peak resident memory of a process above the libraries', MiB; median of 2 steps, seconds",
+        "parameters": sum(p.numel() for p in model.parameters()), "torch": torch.__version__, "machine": _cpu_model(),
+        "cores": os.cpu_count(), "system": platform.platform(), "date": time.strftime("%Y-%m-%d"),
+    }  # fmt: skip
+    options.json.parent.mkdir(parents=True, exist_ok=True)
+    options.json.write_text(json.dumps({"about": about, "rows": rows}, indent=1) + "\n")
+    if options.json.parent == RESULTS and not options.quick:
+        options.json.with_suffix(".md").write_text("\n".join(table(rows, about)) + "\n")
+
+
+if __name__ == "__main__":
+    main()

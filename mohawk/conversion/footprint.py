@@ -1,0 +1,154 @@
+"""What a phase of a conversion needs of each process: bytes by what they are of, and floating-point operations.
+
+Parameters are counted on the models' shapes. What a layer keeps for its backward pass was counted on torch's saved
+tensors (a decoder of Llama's shape), per token: `KEPT` bytes for each channel of the residual stream, of the MLP and of
+attention or mixer. What no count gives, the loss's workspace for one, is measured by `benchmarks/sharding.py` beside
+what this says.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from mohawk.models.decoders import decoder
+from mohawk.models.families import decoder_layers, decoder_shape
+from mohawk.models.hybrid import HybridForCausalLM
+
+# (residual stream, MLP, attention or mixer): bytes a channel and token, in float32 and under bfloat16 autocast
+KEPT = {
+    "attention": {4: (20.6, 16.1, 16.7), 2: (22.6, 8.1, 8.7)},
+    "mamba2": {4: (20.0, 16.0, 52.4), 2: (18.0, 8.0, 40.4)},
+    "discrete_mamba2": {4: (20.0, 16.0, 48.1), 2: (18.0, 8.0, 32.2)},
+    "gated_delta": {4: (20.0, 16.0, 61.1), 2: (24.0, 8.0, 53.1)},
+}
+TILE = 2**28  # bytes of logits at once in the loss, both sides and what is made of them
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """What a plan is for.
+
+    processes: how many take part, each with a device of `memory` bytes. flops: floating-point operations a second of
+    one at its peak, of which a run reaches the share `utilisation`; None: not known.
+    """
+
+    processes: int
+    memory: int
+    flops: float | None = None
+    utilisation: float = 0.4
+
+
+@dataclass(frozen=True)
+class Strategy:
+    """How a phase is held.
+
+    parts: over how many processes a model is spread; 1: each has it whole. recompute: whether layers keep their inputs
+    alone for the backward pass.
+    """
+
+    parts: int = 1
+    recompute: bool = False
+
+    def __str__(self) -> str:
+        held = "whole" if self.parts == 1 else f"in {self.parts} parts"
+        return f"{held}, recomputing" if self.recompute else held
+
+
+def strategies(recipe: Any, hardware: Hardware, sharded: bool | None = None) -> list[Strategy]:
+    """The ways that a recipe allows on so many processes, the fastest first. sharded: whether models are in parts;
+    None: as the recipe has it."""
+    within = recipe.sharding.within or hardware.processes
+    wanted = {"none": [False], "full": [True], "auto": [False, True]}[recipe.sharding.kind]
+    spread = [False] if hardware.processes == 1 else wanted if sharded is None else [sharded]
+    again = [False, True] if recipe.activation_checkpointing == "auto" else [recipe.activation_checkpointing]
+    return [Strategy(within if parts else 1, recompute) for parts in spread for recompute in again]
+
+
+def footprint(
+    name: str,
+    phase: Any,
+    student: HybridForCausalLM,
+    teacher: PreTrainedModel,
+    trained: int,
+    *,
+    teacher_bytes: int,
+    itemsize: int,
+    strategy: Strategy,
+    processes: int = 1,
+) -> dict[str, int]:
+    """Bytes of one process at the peak of a phase, by what they are of.
+
+    Args:
+        student, teacher: on any device, the meta device too.
+        trained: how many parameters the phase trains.
+        teacher_bytes: of one of the teacher's parameters. itemsize: of what matrices are multiplied in, 4 or 2.
+        processes: that a step's rows are dealt to.
+    """
+    parts, last = strategy.parts, name == "end_to_end"
+    tokens = min(phase.batch_size, -(-phase.rows // processes)) * phase.sequence_length
+    shape, config = decoder_shape(student.config.base_config), student.config
+    width, replaced = shape.hidden_size, set(config.ssm_layers)
+    layers = [_count(layer) for layer in decoder(student)[1]]
+    theirs = [_count(layer) for layer in decoder(teacher)[1]]
+    matrices, vectors = _both(student)
+    head = student.lm_head.weight.numel()
+
+    def kept(i: int) -> int:
+        kind = config.mixer if i in replaced else "attention"
+        inner = config.mixer_num_heads * config.mixer_head_dim if i in replaced else shape.num_heads * shape.head_dim
+        a, b, c = KEPT[kind][itemsize]
+        return int(tokens * (a * width + b * (config.intermediate_size or 4 * width) + c * inner))
+
+    found = {
+        "teacher": teacher_bytes * _count(teacher) // parts,
+        "student": 4 * (matrices // parts + vectors),
+        "gradients": 4 * trained // parts,
+        "optimizer": 8 * trained // parts,
+    }
+    largest = max(layers)
+    if parts > 1:  # two layers gathered, and one's gradient before and while it is summed
+        found["gathered"] = itemsize * (2 * largest + max(theirs)) + 8 * largest
+    elif itemsize == 2:
+        found["autocast copies"] = 2 * (matrices - head if last and not strategy.recompute else largest)
+    if not last:
+        found["activations"] = max(map(kept, range(len(layers)))) + 10 * tokens * width
+        return found
+    if strategy.recompute:
+        found["activations"] = 4 * tokens * width * len(layers) + max(map(kept, range(len(layers))))
+    else:
+        found["activations"] = sum(map(kept, range(len(layers))))
+    # both heads, the head's gradient in float32 while it is made, hidden states and their gradients
+    gathered_heads = 2 * itemsize * head if parts > 1 or itemsize == 2 else 0
+    found["head and loss"] = gathered_heads + 4 * head + min(TILE, 16 * tokens * config.vocab_size) + 6 * tokens * width
+    return found
+
+
+def operations(name: str, phase: Any, student: HybridForCausalLM, teacher: PreTrainedModel, recompute: bool) -> float:
+    """Floating-point operations of one token in a phase: products of matrices, attention and mixing matrices."""
+    shape, config = decoder_shape(student.config.base_config), student.config
+    n, inner = phase.sequence_length, shape.num_heads * shape.head_dim
+    replaced, total = len(config.ssm_layers), shape.num_layers
+    body = sum(_count(layer) for layer in decoder(student)[1])
+    of_teacher = 2 * sum(_count(layer) for layer in decoder(teacher)[1]) + total * 2 * n * inner
+    mixers = sum(_count(decoder_layers(student)[i].self_attn) for i in config.ssm_layers)
+    if name == "mixing":
+        return of_teacher + 4 * mixers + replaced * 8 * n * inner
+    if name == "hidden":
+        mlps = sum(_count(decoder(student)[1][i]) for i in config.ssm_layers) - mixers
+        return of_teacher + (6 * mixers + (4 * mlps if phase.match == "block_output" else 0))
+    attention = (total - replaced) * 2 * n * inner * (3.5 + recompute)
+    return of_teacher + body * (8 if recompute else 6) + attention + 8 * student.lm_head.weight.numel()
+
+
+def _count(module: torch.nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def _both(model: torch.nn.Module) -> tuple[int, int]:
+    """Parameters that are spread over processes, and those that all have (mohawk.models.sharding.shard)."""
+    matrices = sum(p.numel() for p in model.parameters() if p.dim() > 1 and p.shape[1] > 1)
+    return matrices, _count(model) - matrices
