@@ -182,8 +182,19 @@ def _copy_outside(model: PreTrainedModel, student: HybridForCausalLM, replaced: 
     for i, layer in enumerate(decoder_layers(model)):
         run_in(layer, give, f"model.layers.{i}.", layer)
     give("", model)
+    for name in list(left):  # transformers keeps some of a rotary embedding's by turns as buffers and beside them
+        if isinstance(tensor := _at(model, name), Tensor) and not isinstance(own[name], nn.Parameter):
+            fill(own[name], tensor)
+            left.discard(name)
     if left and not (student.config.tie_word_embeddings and left == {"lm_head.weight"}):
         raise RuntimeError(f"weights without a source in the teacher: {sorted(left)}")
+
+
+def _at(module: Any, name: str) -> Any:
+    """What lies under a dotted name; None where nothing does."""
+    for part in name.split("."):
+        module = getattr(module, part, None)
+    return module
 
 
 def _fill_mixer(model: PreTrainedModel, student: HybridForCausalLM, i: int, seed: int, init: str, gate: str) -> None:

@@ -67,7 +67,7 @@ def _difference(
 ):  # fmt: skip
     """(S - A, A) of one tile, zero in padding."""
     step = begin + tl.arange(0, BLOCK)
-    if teacher is None:
+    if TEACHER_WIDTH == 0:  # triton 3.6 cannot compare a tuple that holds None with None
         A = tl.zeros((BLOCK, BLOCK), tl.float32)
     else:
         by_step = _vectors(teacher, batch, teacher_at, step, origin, seq, False, DIAGONAL)
@@ -96,6 +96,7 @@ def walk_kernel(
     seen, left: (chunks, heads, BLOCK, width), crossing: (chunks, heads, width, width), own_tiles, d_own: (chunks,
     heads, BLOCK, BLOCK). walks: (heads, chunks, wave, BLOCK, width) a strip's factor at each chunk of columns,
     residuals: the same of (BLOCK, BLOCK). The strips are `start` and the ones behind it, `wave` at most.
+    TEACHER_WIDTH: 0 where there is no teacher.
     """
     pair = tl.program_id(0)
     place = tl.program_id(1)
@@ -108,7 +109,7 @@ def walk_kernel(
     batch = tl.zeros((), tl.int32)
     teacher_tile, teacher_own, teacher_step, of_teacher = 0, 0, 0, (0.0, 0.0, 1.0, 0)
     teacher_at, origin, D = 0, 0.0, 0.0
-    if teacher is not None:
+    if TEACHER_WIDTH:
         teacher_at = _offset(batch, pair, heads, teacher.heads, seq)
         teacher_own = teacher.left + _offset(batch, pair, heads, teacher.left_heads, seq * teacher.width)
         teacher_step = teacher.right + _offset(batch, pair, heads, teacher.right_heads, seq * teacher.width)
@@ -138,7 +139,7 @@ def walk_kernel(
     first = 0
     if bounds is not None:
         first = tl.load(bounds + at * BLOCK) // BLOCK
-    if teacher is not None:
+    if TEACHER_WIDTH:
         if teacher.sums is not None:
             origin = tl.load(teacher.sums + teacher_at + tl.maximum(at * BLOCK, 1) - 1)
         of_teacher = _vectors(teacher, batch, teacher_at, own, origin, seq, True, False)
@@ -275,7 +276,7 @@ def _walk(
     gradients = tuple(torch.zeros_like(x) for x in dataclasses.astuple(made)) if wanted else ()
     options = {name: launch[name] for name in ("num_warps", "num_stages", "enable_fp_fusion")}
     shared = {name: launch[name] for name in ("BLOCK", "CHUNK", "PRECISION")} | {"WIDTH": _width(width)} | options
-    widths = {"TEACHER_WIDTH": 16 if teacher is None else _width(teacher.width)}
+    widths = {"TEACHER_WIDTH": 0 if teacher is None else _width(teacher.width)}
     for start in range(0, chunks, wave):
         grid = (heads, min(wave, chunks - start))
         for scratch in (walks, residuals, d_walks):

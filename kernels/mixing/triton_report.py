@@ -88,7 +88,7 @@ def _compile_delta(
     types |= dict.fromkeys(("seen", "own_tiles", "walks", "d_own"), "*fp32") | {"seq": "i32"}
     types |= {"teacher": None if alone else _side(teacher, dtype, masks != "none")}
     types |= {"real": None if masks == "none" else "*i8"} | dict.fromkeys(("squares", "sizes"), "*fp64")
-    constants |= {"SIZES": masks != "none", "TEACHER_WIDTH": width}
+    constants |= {"SIZES": masks != "none", "TEACHER_WIDTH": 0 if alone else width}
     return triton_report.compile_for(target, triton_delta.walk_kernel, types, constants, options)
 
 

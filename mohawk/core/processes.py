@@ -15,12 +15,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 
 from mohawk.core.stopping import stop_with_parent, under_accelerate
+from mohawk.core.sums import hashed
 from mohawk.errors import SaidElsewhere, UserError, as_os_error
 
 T = TypeVar("T")
@@ -375,6 +377,15 @@ def together(work: Callable[[], T]) -> T:
         number, text, name = said
         raise failed or (OSError(text) if number is None else OSError(number, text, name))
     return cast(T, done)
+
+
+def hashed_together(folder: Path) -> dict[str, str]:
+    """sha256, hex, of every file in a folder, by its path there; several processes hash some each. Raises OSError."""
+    paths = agree(sorted(path for path in folder.rglob("*") if path.is_file()) if is_first() else None)
+    own = together(
+        lambda: {str(path.relative_to(folder).as_posix()): hashed(path) for path in paths[rank() :: count()]}
+    )
+    return {name: digest for part in gathered(own) for name, digest in part.items()}
 
 
 def means(values: Mapping[str, float]) -> dict[str, float]:

@@ -18,7 +18,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mohawk.core.places import cache_dir
-from mohawk.core.processes import agree, count, gathered, is_first, rank, together
 
 log = logging.getLogger(__name__)
 
@@ -54,15 +53,6 @@ def hashed(path: Path) -> str:
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
-
-
-def hashed_together(folder: Path) -> dict[str, str]:
-    """sha256, hex, of every file in a folder, by its path there; several processes hash some each. Raises OSError."""
-    paths = agree(sorted(path for path in folder.rglob("*") if path.is_file()) if is_first() else None)
-    own = together(
-        lambda: {str(path.relative_to(folder).as_posix()): hashed(path) for path in paths[rank() :: count()]}
-    )
-    return {name: digest for part in gathered(own) for name, digest in part.items()}
 
 
 def _stamp(path: Path) -> tuple[int, int, int]:

@@ -30,7 +30,9 @@ log = logging.getLogger(__name__)
 
 
 def _whole(value: Any) -> Any:
-    return int(value) if isinstance(value, float) and math.isfinite(value) and value.is_integer() else value
+    if not isinstance(value, float) or not math.isfinite(value) or abs(value) >= 2**63:  # far beyond what is allowed
+        return value
+    return int(value) if value.is_integer() else value
 
 
 def _place(value: Any) -> Any:

@@ -41,6 +41,7 @@ from mohawk.core.processes import (
     count,
     from_first,
     gathered,
+    hashed_together,
     is_first,
     means,
     rank,
@@ -53,7 +54,6 @@ from mohawk.core.processes import (
 )
 from mohawk.core.run_folder import phase_folder
 from mohawk.core.stopping import SAME_SIGNAL, SAME_SIGNAL_DISTRIBUTED, StopRequest
-from mohawk.core.sums import hashed_together
 from mohawk.errors import UserError, naming
 from mohawk.loading.nonfinite import first_nonfinite
 from mohawk.models.sharding import clip, is_sharded, local, reshard, total_norm

@@ -1,5 +1,6 @@
 """`mohawk convert` as its user meets it: a tiny checkpoint, three phases, a student that generates."""
 
+import functools
 import json
 import os
 import shutil
@@ -78,11 +79,12 @@ def recipe_of(checkpoint: Path, texts: Path, output: Path, **student) -> Recipe:
 
 
 def distance(objective, student, teacher) -> float:
-    """A phase's loss on one batch of text that no phase has seen."""
-    ids = torch.frombuffer(bytearray(b"Document 99 counts 99, 198, 297, and so on.\n" * 3), dtype=torch.uint8).long()[
-        None
-    ]
-    batch = {"input_ids": ids, "position_ids": torch.arange(len(ids[0]))[None], "segment_ids": torch.zeros_like(ids)}
+    """A phase's loss on the documents that it trains on, in rows of its length."""
+    text = "".join(f"Document {i} counts {', '.join(str(i * k) for k in range(1, 12))}.\n" for i in range(30))
+    ids = torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8).long()
+    ids = ids[: len(ids) // 32 * 32].reshape(-1, 32)
+    positions = torch.arange(32).expand_as(ids)
+    batch = {"input_ids": ids, "position_ids": positions, "segment_ids": torch.zeros_like(ids)}
     with torch.no_grad():
         return sum(loss.item() for _, loss in objective(student, teacher).losses(**batch, labels=ids))
 
@@ -100,7 +102,8 @@ def test_a_run_from_checkpoint_to_student(mixer, checkpoint, texts, tmp_path, ca
     teacher = AutoModelForCausalLM.from_pretrained(checkpoint)
     recipe = recipe_of(checkpoint, texts, run, mixer=mixer)
     students = [untrained_student(recipe, teacher)]
-    for phase, objective in (("mixing", MixingObjective), ("hidden", HiddenObjective)):
+    outputs = functools.partial(HiddenObjective, match="mixer_output")
+    for phase, objective in (("mixing", MixingObjective), ("hidden", outputs)):
         students.append(HybridForCausalLM.from_pretrained(run / "phases" / phase / "student"))
         before, after = (distance(objective, student, teacher) for student in students[-2:])
         # least squares on so few and like sentences does not help a gated_delta on another one

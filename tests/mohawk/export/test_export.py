@@ -207,6 +207,7 @@ def test_a_student_is_not_written_over(make_run, capsys):
     assert (run / "student" / "config.json").read_text() == before
 
 
+@needs_groups
 def test_a_student_with_a_bias_in_front_of_its_convolution(make_run, monkeypatch):
     run = make_run()
     from mohawk.models.hybrid import HybridForCausalLM
@@ -332,6 +333,7 @@ def test_licences(tmp_path):
     assert licence_of(str(tmp_path / "model.gguf")) == "llama3.2"
 
 
+@needs_groups
 def test_runtimes_are_told_as_they_are(make_llama):
     def told(**changed):
         config = bamba.to_bamba(hybrid_from_teacher(make_llama(num_hidden_layers=4), [1, 2])).config

@@ -35,7 +35,7 @@ def test_losses_of_every_phase_side_by_side(tmp_path, monkeypatch):
     three = pixels(target)
     write_metrics(tmp_path / "metrics.jsonl", {"mixing": falling})
     one = pixels(plot_losses(tmp_path / "metrics.jsonl", tmp_path / "one.png"))
-    assert three.shape[1] == 3 * one.shape[1]
+    assert abs(three.shape[1] - 3 * one.shape[1]) <= 3  # to the rounding of each to pixels
     assert [p.name for p in (tmp_path / "plots").iterdir()] == ["losses.png"]
 
 
