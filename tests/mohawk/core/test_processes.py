@@ -162,9 +162,32 @@ def test_how_long_is_a_number_of_minutes(monkeypatch, given):
     assert processes.patience().total_seconds() == 30 * 60
 
 
-@pytest.mark.parametrize("name", ["FSDP", "DEEPSPEED"])
-def test_accelerate_set_to_shard_is_refused_before_anything_is_read(monkeypatch, name):
-    monkeypatch.setenv(f"ACCELERATE_USE_{name}", "true")
-    with pytest.raises(UserError, match=f"accelerate is set to {name}, which the commands do not support"):
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"ACCELERATE_USE_DEEPSPEED": "true"}, "accelerate is set to DEEPSPEED, .* `sharding.kind: full`"),
+        ({"ACCELERATE_USE_FSDP": "true"}, "accelerate is set to FSDP 1, .* set fsdp_version: 2"),
+        ({"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "1"}, "set fsdp_version: 2"),
+        (
+            {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_OFFLOAD_PARAMS": "true"},
+            "accelerate is set to fsdp_offload_params, which the commands do not know; use more processes",
+        ),
+    ],
+)
+def test_what_accelerate_is_set_to_is_refused_before_anything_is_read(monkeypatch, given, said):
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=said):
         with processes.joined("cpu"):
             pytest.fail("went on")
+
+
+def test_accelerates_wish_to_shard_is_the_commands(monkeypatch):
+    """What it would do itself it does not hear of."""
+    monkeypatch.setattr(processes, "_wish", None)
+    asked = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_ACTIVATION_CHECKPOINTING": "true"}
+    for name, value in asked.items():
+        monkeypatch.setenv(name, value)
+    with processes.joined("cpu"):
+        assert processes.wish() == processes.Wish(activation_checkpointing=True)
+        assert not any(name in os.environ for name in asked)

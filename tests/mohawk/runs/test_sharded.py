@@ -1,6 +1,9 @@
 """The commands with models in parts: two processes that have a half each make what one process makes."""
 
 import json
+import os
+import signal
+import time
 from pathlib import Path
 
 import pytest
@@ -8,9 +11,17 @@ import torch
 
 from mohawk.cli import main
 from mohawk.losses.on_policy import OnPolicy
+from mohawk.training.trainer import PhaseTrainer
 from tests.helpers.tiny_phase import cheap_training  # noqa: F401
 from tests.models.conftest import tiny_teacher
-from tests.mohawk.runs.test_distributed import LEARNING_RATE, place, same_run, two_processes, written  # noqa: F401
+from tests.mohawk.runs.test_distributed import (
+    LEARNING_RATE,
+    place,  # noqa: F401
+    same_run,
+    students,
+    two_processes,
+    written,
+)
 
 pytestmark = [
     pytest.mark.usefixtures("cheap_training"),
@@ -89,3 +100,70 @@ def test_uneven_prompts_of_an_on_policy_stage(place, tmp_path):  # noqa: F811
     assert codes == [0, 0], (tmp_path / "two/0.txt").read_text()
     steps = [json.loads(line) for line in (tmp_path / "two/run/metrics.jsonl").read_text().splitlines()]
     assert len(steps) == 3 and all(record["loss"] > 0 for record in steps)
+
+
+def as_accelerate_asks(rank: int) -> None:
+    os.environ.update(ACCELERATE_USE_FSDP="true", FSDP_VERSION="2", FSDP_ACTIVATION_CHECKPOINTING="true")
+
+
+def parts_of_checkpoints(run: Path) -> int:
+    return len([*run.glob("phases/*/checkpoint-*/shard-*")])
+
+
+def test_accelerate_launch_with_an_fsdp2_config_is_the_same(place, tmp_path):  # noqa: F811
+    """It asks by its environment, for activation checkpointing too."""
+    phases = {"mixing": None, "hidden": {"train_mlp": True}, "end_to_end": {"gradient_accumulation": 1}}
+    parts = {"student": {"ssm_layers": [1]}, "phases": phases}
+    in_parts(tmp_path / "torchrun", "convert", written(place, tmp_path / "torchrun", **parts, **PARTS))
+    recipe = written(place, tmp_path / "accelerate", **parts)
+    codes = two_processes(tmp_path / "accelerate", "convert", str(recipe), before=as_accelerate_asks)
+    assert codes == [0, 0], (tmp_path / "accelerate/0.txt").read_text()
+    first, second = students(tmp_path / "torchrun/run", tmp_path / "accelerate/run")
+    assert torch.equal(first, second)
+    assert parts_of_checkpoints(tmp_path / "accelerate/run") == parts_of_checkpoints(tmp_path / "torchrun/run") == 4
+    recipe = written(place, tmp_path / "contrary", **parts, sharding={"kind": "none"})
+    assert two_processes(tmp_path / "contrary", "convert", str(recipe), before=as_accelerate_asks) == [2, 2]
+    assert "sharding.kind: got none, but accelerate is set to FSDP" in (tmp_path / "contrary/0.txt").read_text()
+
+
+def killed_in_step(rank: int, step: int) -> None:
+    if rank == 1:
+        take = PhaseTrainer._take_step
+
+        def then_killed(self, *given):
+            if self.step == step:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return take(self, *given)
+
+        PhaseTrainer._take_step = then_killed
+
+
+def test_a_process_that_is_killed_ends_the_others_and_the_run_goes_on(place, tmp_path):  # noqa: F811
+    stage = {"name": "logits", "ce_weight": 0.5, "save_every": 1}
+    parts = {"student": {"layers": [0]}, "stages": [stage]}
+    in_parts(tmp_path / "whole", "distill", written(place, tmp_path / "whole", **parts, **PARTS))
+    recipe = written(place, tmp_path / "two", **parts, **PARTS)
+    begin = time.monotonic()
+    codes = two_processes(tmp_path / "two", "distill", str(recipe), before=lambda rank: killed_in_step(rank, 2))
+    assert codes[1] == -signal.SIGKILL and codes[0] not in (0, 1) and time.monotonic() - begin < 60
+    said = (tmp_path / "two/0.txt").read_text()
+    assert "another process of this run has ended" in said and "Traceback" not in said
+    in_parts(tmp_path / "two", "distill", recipe)
+    first, second = students(tmp_path / "whole/run", tmp_path / "two/run")
+    assert torch.equal(first, second)
+
+
+def test_recomputed_layers_train_to_the_same_student(place, tmp_path):  # noqa: F811
+    phases = {"mixing": None, "hidden": {"train_mlp": True}, "end_to_end": {"gradient_accumulation": 1}}
+    parts = {"student": {"ssm_layers": [1]}, "phases": phases}
+    for name, on in (("kept", False), ("again", True)):
+        recipe = written(place, tmp_path / name, **parts, activation_checkpointing=on)
+        assert main(["convert", str(recipe)]) == 0
+    first, second = students(tmp_path / "kept/run", tmp_path / "again/run")
+    assert torch.equal(first, second)
+
+
+def test_prune_refuses_parts_before_anything_is_loaded(place, tmp_path, capsys):  # noqa: F811
+    recipe = written(place, tmp_path / "run", prune={"layers": 1}, **PARTS)
+    assert main(["prune", str(recipe), "--dry-run"]) == 2
+    assert "sharding: got full, but a cut needs the whole model on each process" in capsys.readouterr().err
