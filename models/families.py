@@ -7,7 +7,7 @@ entry: rotary embeddings (partial, longrope, none), sliding windows, scales of e
 
 import inspect
 from collections.abc import MutableSequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -30,6 +30,7 @@ class Family:
         parallel: attention and MLP read the same norm and are added up.
         norm_offset: norms multiply by this plus their weight.
         mlp_inputs, mlp_output: the MLP's projections; an input with twice the rows makes gate and values at once.
+        experts: MLPs, all or some of them, are mixtures of experts; they stay as they are, and are not cut.
         embedding_scale: whether the model multiplies its embedding by sqrt(hidden_size).
         final_norm: the norm behind the last layer.
         head_bias: whether lm_head has a bias.
@@ -47,17 +48,34 @@ class Family:
     norm_offset: float = 0.0
     mlp_inputs: tuple[str, ...] = ("gate_proj", "up_proj")
     mlp_output: str = "down_proj"
+    experts: bool = False
     embedding_scale: bool = False
     final_norm: str = "norm"
     head_bias: bool = False
 
 
+_OLMO2 = Family(
+    models="OLMo 2",
+    query_norm="q_norm",
+    key_norm="k_norm",
+    input_norm=None,
+    output_norm="post_attention_layernorm",
+    mlp_norms=("post_feedforward_layernorm",),
+)
+
 # model_type -> what is particular about it
 FAMILIES: dict[str, Family] = {
     "llama": Family(models="Llama, SmolLM, SmolLM2, TinyLlama, Yi"),
     "mistral": Family(models="Mistral, with or without a sliding window"),
+    "ministral": Family(models="Ministral 8B, of full and windowed attention"),
+    "ministral3": Family(models="the text decoders of Ministral 3"),
+    "mixtral": Family(models="Mixtral", experts=True),
     "qwen2": Family(models="Qwen2, Qwen2.5"),
     "qwen3": Family(models="Qwen3", query_norm="q_norm", key_norm="k_norm"),
+    "qwen3_moe": Family(models="Qwen3 with experts", query_norm="q_norm", key_norm="k_norm", experts=True),
+    "granite": Family(models="Granite 3"),
+    "seed_oss": Family(models="Seed-OSS"),
+    "arcee": Family(models="AFM", mlp_inputs=("up_proj",)),
     "smollm3": Family(models="SmolLM3"),
     "gemma2": Family(
         models="Gemma 2",
@@ -66,14 +84,17 @@ FAMILIES: dict[str, Family] = {
         norm_offset=1.0,
         embedding_scale=True,
     ),
-    "olmo2": Family(
-        models="OLMo 2",
+    "gemma3_text": Family(
+        models="Gemma 3 270M and 1B, the text decoders of larger ones",
         query_norm="q_norm",
         key_norm="k_norm",
-        input_norm=None,
         output_norm="post_attention_layernorm",
-        mlp_norms=("post_feedforward_layernorm",),
+        mlp_norms=("pre_feedforward_layernorm", "post_feedforward_layernorm"),
+        norm_offset=1.0,
+        embedding_scale=True,
     ),
+    "olmo2": _OLMO2,
+    "olmo3": replace(_OLMO2, models="OLMo 3"),
     "phi": Family(
         models="Phi-1, Phi-1.5, Phi-2",
         output="dense",
@@ -87,6 +108,7 @@ FAMILIES: dict[str, Family] = {
         head_bias=True,
     ),
     "phi3": Family(models="Phi-3, Phi-3.5, Phi-4, their minis", fused_qkv="qkv_proj", mlp_inputs=("gate_up_proj",)),
+    "cohere2": Family(models="Command R7B, Command A, Tiny Aya", mlp_norms=(), parallel=True),
 }
 
 
@@ -128,7 +150,7 @@ class AttentionParts:
     """An attention layer in one form for all families; tensors are the module's own, not copies.
 
     q: (h * head_dim, D), k and v: (kv heads * head_dim, D), o: (D, h * head_dim). query_norm, key_norm: modules or
-    None. scale: of q k^T before the softmax.
+    None, which multiply by norm_offset plus their weight. scale: of q k^T before the softmax.
     """
 
     q: Projection
@@ -137,6 +159,7 @@ class AttentionParts:
     o: Projection
     query_norm: nn.Module | None
     key_norm: nn.Module | None
+    norm_offset: float
     scale: float
 
 
@@ -260,9 +283,6 @@ def _unlike_llama(config) -> str | None:
             return f"attention that is projections and norms alone; this one has {', '.join(own)} too{code}"
         if not any(p.kind is p.VAR_KEYWORD for p in inspect.signature(layer.forward).parameters.values()):
             return f"layers that hand keywords on to their attention, where masks would not reach a mixer{code}"
-    for name in ("logit_scale", "logits_scaling"):
-        if getattr(config, name, None) not in (None, 1, 1.0):
-            return f"logits as the head gives them; this model scales them ({name}){code}"
     return None
 
 
@@ -284,6 +304,12 @@ def needed_attention(config) -> str | None:
 def leaves_out_softcap(config) -> bool:
     """Whether a configuration bounds its attention's scores and its attention implementation does not."""
     return needed_attention(config) is not None and config._attn_implementation in (None, "sdpa")
+
+
+def logit_factors(config) -> tuple[float, float]:
+    """What a model multiplies its head's output by, and what it divides it by: Cohere's logit_scale and Granite's
+    logits_scaling; 1 in most models."""
+    return getattr(config, "logit_scale", None) or 1.0, getattr(config, "logits_scaling", None) or 1.0
 
 
 def decoder_shape(config) -> DecoderShape:
@@ -325,7 +351,8 @@ def attention_parts(attention: Any) -> AttentionParts:
         biases = [None] * 3 if fused.bias is None else fused.bias.split(rows)
         q, k, v = (Projection(weight, bias) for weight, bias in zip(weights, biases, strict=True))
     norms = (None if name is None else getattr(attention, name, None) for name in (family.query_norm, family.key_norm))
-    return AttentionParts(q, k, v, _projection(getattr(attention, family.output)), *norms, scale=attention.scaling)
+    output = _projection(getattr(attention, family.output))
+    return AttentionParts(q, k, v, output, *norms, norm_offset=family.norm_offset, scale=attention.scaling)
 
 
 def _projection(linear: Any) -> Projection:

@@ -304,8 +304,8 @@ def copy_attention(
     start = 0
     for name, projection, copies in (
         ("x", parts.v, shared_by),
-        ("B", _normed(parts.k, parts.key_norm, input_size, p), shared_by),
-        ("C", _normed(parts.q, parts.query_norm, input_size, p), 1),
+        ("B", _normed(parts.k, parts.key_norm, parts.norm_offset, input_size, p), shared_by),
+        ("C", _normed(parts.q, parts.query_norm, parts.norm_offset, input_size, p), 1),
     ):
         weight = per_head(projection.weight, copies)
         channels = slice(start, start + len(weight))
@@ -367,8 +367,8 @@ def copy_attention_to_delta(
 
     mixer.conv1d.weight.zero_()
     for name, projection, copies in (
-        ("q", _normed(parts.q, parts.query_norm, input_size, p), 1),
-        ("k", _normed(parts.k, parts.key_norm, input_size, p), shared_by),
+        ("q", _normed(parts.q, parts.query_norm, parts.norm_offset, input_size, p), 1),
+        ("k", _normed(parts.k, parts.key_norm, parts.norm_offset, input_size, p), shared_by),
         ("v", parts.v, shared_by),
     ):
         weight = per_head(projection.weight, copies)
@@ -391,11 +391,11 @@ def copy_attention_to_delta(
     mixer.dt_bias.fill_(math.log(math.e - 1))  # softplus of it is 1
 
 
-def _normed(projection: Projection, norm: Any, input_size: Tensor, head_dim: int) -> Projection:
+def _normed(projection: Projection, norm: Any, offset: float, input_size: Tensor, head_dim: int) -> Projection:
     """The projection that comes closest to projection and norm, given the size of its input's channels (D,).
 
-    A norm's weight has head_dim entries (Qwen3's RMSNorm, Phi's LayerNorm) or one a row (OLMo 2 norms all heads
-    together).
+    A norm's weight, to which `offset` is added, has head_dim entries (Qwen3's RMSNorm, Phi's LayerNorm) or one a row
+    (OLMo 2 norms all heads together).
     """
     if norm is None:
         return projection
@@ -407,7 +407,7 @@ def _normed(projection: Projection, norm: Any, input_size: Tensor, head_dim: int
         weight, bias = weight - weight.mean(1, keepdim=True), bias - bias.mean(1, keepdim=True)
     square = (weight * input_size.float()).square().sum(-1) + bias.square()
     eps = norm.variance_epsilon if hasattr(norm, "variance_epsilon") else norm.eps  # all there is in a head of zeros
-    scale = norm.weight.float() / (square.mean(1, keepdim=True) + eps).sqrt()  # (groups, rows of a group)
+    scale = (norm.weight.float() + offset) / (square.mean(1, keepdim=True) + eps).sqrt()  # (groups, rows of a group)
     weight, bias = weight * scale[..., None], bias * scale
     if isinstance(norm, nn.LayerNorm):
         bias = bias + norm.bias.float()
