@@ -4,6 +4,8 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from mohawk.models.families import FAMILIES as KNOWN
+
 COMMON = dict(
     vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=4,
     num_key_value_heads=2, max_position_embeddings=256, pad_token_id=0, bos_token_id=1, eos_token_id=2,
@@ -75,6 +77,8 @@ FAMILIES = {
     # layers 0 and 2 have a window and rotary positions, the others neither
     "cohere2": ("cohere2", {"sliding_window": 6, "sliding_window_pattern": 2, "logit_scale": 0.3}),
 }  # fmt: skip
+# those that can be cut: no mixtures of experts
+CUTTABLE = [name for name, (kind, _) in FAMILIES.items() if not KNOWN[kind].experts]
 
 
 def tiny_teacher(family: str = "llama", **overrides):
