@@ -7,6 +7,7 @@ entry: rotary embeddings (partial, longrope, none), sliding windows, scales of e
 
 import inspect
 from collections.abc import MutableSequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -77,6 +78,7 @@ FAMILIES: dict[str, Family] = {
     "seed_oss": Family(models="Seed-OSS"),
     "arcee": Family(models="AFM", mlp_inputs=("up_proj",)),
     "smollm3": Family(models="SmolLM3"),
+    "gemma": Family(models="Gemma 1, CodeGemma", norm_offset=1.0, embedding_scale=True),
     "gemma2": Family(
         models="Gemma 2",
         output_norm="post_attention_layernorm",
@@ -231,6 +233,8 @@ def _reads(config) -> str:
 
 def _missing(config) -> str | None:
     """What stands in the way of a decoder's conversion, or None."""
+    if getattr(config, "is_heterogeneous", False):
+        return "the same sizes in every layer; per_layer_config gives some of this model's layers others"
     kinds = set(getattr(config, "layer_types", None) or ())
     if getattr(config, "kv_lora_rank", None):
         return "keys and values of its own for each head; this model has latent attention"
@@ -238,7 +242,7 @@ def _missing(config) -> str | None:
         inside = _missing(text)
         what = "a plain language model; this one reads more than text"
         if inside is None:
-            return f"{what}, give its text decoder ({text.model_type}) alone"
+            return f"{what}, give its text decoder ({text.model_type}) alone; docs/families.md says how to take it out"
         return f"{what}, and its text decoder ({text.model_type}) alone lacks {inside}"
     if kinds - {"full_attention", "sliding_attention"}:
         odd = ", ".join(sorted(kinds - {"full_attention", "sliding_attention"}))
@@ -248,7 +252,7 @@ def _missing(config) -> str | None:
     if getattr(config, "model_type", None) not in FAMILIES:
         return _unlike_llama(config) or (
             "an entry in FAMILIES (models/families.py) that says how its attention, norms and head are named; "
-            "docs/families.md says how to add one"
+            "docs/families.md says how to add one and what shows whether that is enough"
         )
     return None
 
@@ -281,8 +285,45 @@ def _unlike_llama(config) -> str | None:
             return f"layers of attention, an MLP and norms alone; layer {i} has {', '.join(other)} too{code}"
         if own := [name for name, _ in layer.self_attn.named_parameters(recurse=False)]:
             return f"attention that is projections and norms alone; this one has {', '.join(own)} too{code}"
-        if not any(p.kind is p.VAR_KEYWORD for p in inspect.signature(layer.forward).parameters.values()):
-            return f"layers that hand keywords on to their attention, where masks would not reach a mixer{code}"
+    lacking = _unlike_llamas_layers(layers[0], config.hidden_size)
+    return lacking and f"{lacking}{code}"
+
+
+class _StandsIn(nn.Module):
+    """Takes the place of a layer's norm or attention, and notes what attention is called with."""
+
+    given: tuple[Tensor | None, dict] | None = None
+
+    def __init__(self, attention: bool):
+        super().__init__()
+        self.attention = attention
+
+    def forward(self, hidden_states: Tensor, *args, **kwargs):
+        self.given = hidden_states, kwargs
+        return (hidden_states, None) if self.attention else hidden_states.clone()
+
+
+def _unlike_llamas_layers(layer: Any, hidden_size: int) -> str | None:
+    """What a layer without weights, which is left changed, lacks of what Llama's does around its attention."""
+    keywords = "layers that hand keywords on to their attention; in these, a mixer would not hear of padding"
+    if not any(p.kind is p.VAR_KEYWORD for p in inspect.signature(layer.forward).parameters.values()):
+        return keywords
+    input_norm = getattr(layer, "input_layernorm", None)
+    if input_norm is not None and getattr(input_norm, "weight", None) is None:
+        return "norms with weights; its input_layernorm has none"
+    for name in [name for name, _ in layer.named_children() if "norm" in name]:
+        setattr(layer, name, _StandsIn(attention=False))
+    layer.self_attn = attention = _StandsIn(attention=True)
+    hidden = torch.empty(1, 2, hidden_size, device="meta")
+    with suppress(Exception):  # what comes after attention may not run without weights, and is not asked about here
+        layer(hidden, padding_mask=hidden, position_embeddings=(hidden, hidden))
+    if attention.given is None:
+        return None
+    read, given = attention.given
+    if "padding_mask" not in given:
+        return keywords
+    if input_norm is None and read is not hidden:
+        return "a norm in front of attention called input_layernorm, as Llama has, or none there"
     return None
 
 

@@ -44,6 +44,7 @@ FAMILIES = {
     "seed_oss": ("seed_oss", {"head_dim": 12}),
     "arcee": ("arcee", {}),
     "smollm3": ("smollm3", {"no_rope_layer_interval": 2}),
+    "gemma": ("gemma", {"head_dim": 12, "num_key_value_heads": 1, "tie_word_embeddings": True}),
     # layers 0 and 2 have the window; the caps are low enough to matter
     "gemma2": (
         "gemma2",
