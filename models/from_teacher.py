@@ -11,7 +11,7 @@ from einops import rearrange, reduce, repeat
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel
 
-from mohawk.models.casting import cast
+from mohawk.models.casting import cast, exact_scales
 from mohawk.models.families import (
     Family,
     Projection,
@@ -182,6 +182,7 @@ def _copy_outside(model: PreTrainedModel, student: HybridForCausalLM, replaced: 
     for i, layer in enumerate(decoder_layers(model)):
         run_in(layer, give, f"model.layers.{i}.", layer)
     give("", model)
+    exact_scales(student)
     if left and not (student.config.tie_word_embeddings and left == {"lm_head.weight"}):
         raise RuntimeError(f"weights without a source in the teacher: {sorted(left)}")
 

@@ -33,7 +33,7 @@ FAMILIES = {
     # layer 0 has an MLP of its own size
     "qwen3_moe": (
         "qwen3_moe",
-        {"head_dim": 12, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 20,
+        {"head_dim": 12, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24,
          "norm_topk_prob": True, "mlp_only_layers": [0]},
     ),
     "granite": (
