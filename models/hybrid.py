@@ -132,6 +132,11 @@ class HybridForCausalLM(HybridPreTrainedModel, GenerationMixin):
         past_key_values=None,
         **kwargs,
     ) -> CausalLMOutputWithPast:
+        if kwargs.get("output_router_logits"):
+            raise ValueError(
+                "forward: output_router_logits asks for the loss that balances experts, which a student's does not "
+                "have; leave it out"
+            )
         of_loss = {name: kwargs.pop(name) for name in _OF_LOSS if name in kwargs}
         body = self.body(
             input_ids,

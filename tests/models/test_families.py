@@ -1,10 +1,12 @@
 """What a conversion needs of a family: its attention read correctly, every phase training the right parameters."""
 
 import copy
+import re
+from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
 from mohawk.conversion.objectives import EndToEndObjective, HiddenObjective, MixingObjective
 from mohawk.conversion.readout import solve_output_projections
@@ -228,14 +230,20 @@ def test_a_teacher_whose_attention_leaves_out_its_softcap_is_refused():
 @pytest.mark.parametrize(
     "kind, options, missing",
     [
-        ("qwen3_moe", {}, "an entry in FAMILIES .*docs/families.md says how to add one"),
-        ("gemma3_text", {}, "an entry in FAMILIES"),
+        (
+            "starcoder2",
+            {},
+            "an entry in FAMILIES .*docs/families.md says how to add one and what shows whether that is",
+        ),
         ("deepseek_v3", {}, "latent attention"),
         ("llava", {}, r"give its text decoder \(llama\) alone"),
-        ("gemma3", {}, r"its text decoder \(gemma3_text\) alone lacks an entry in FAMILIES"),
+        ("gemma3", {}, r"give its text decoder \(gemma3_text\) alone; docs/families.md says how to take it out"),
+        ("fuyu", {}, r"its text decoder \(persimmon\) alone lacks an entry in FAMILIES"),
         ("llama4", {}, r"its text decoder \(llama4_text\) alone lacks full .*layers of chunked_attention"),
         ("bamba", {}, "layers of linear_attention|layers of mamba|an entry in FAMILIES"),
         ("gemma2", {"use_bidirectional_attention": True}, "cannot look ahead"),
+        ("gemma3_text", {"use_bidirectional_attention": True}, "cannot look ahead"),
+        ("llama", {"per_layer_config": {0: {"intermediate_size": 5}}}, "same sizes in every layer; per_layer_config"),
     ],
 )
 def test_refusals_say_what_is_missing(kind, options, missing):
@@ -244,6 +252,34 @@ def test_refusals_say_what_is_missing(kind, options, missing):
     with pytest.raises(ValueError, match=f"model_type '{kind}' cannot be converted.*missing: .*({missing})") as caught:
         check_supported(config)
     assert "\n" not in str(caught.value) and "supported: llama (" in str(caught.value)
+
+
+def test_a_text_decoder_is_taken_out_as_the_documentation_says(tmp_path, monkeypatch):
+    """The lines of docs/families.md, run as they stand on a tiny model of text and images."""
+    text = {
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "head_dim": 16,
+    }
+    vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = AutoConfig.for_model(
+        "gemma3",
+        text_config={**text, "vocab_size": 97, "intermediate_size": 48},
+        vision_config={**vision, "image_size": 28, "patch_size": 14},
+        image_token_index=5,
+    )
+    whole = AutoModelForImageTextToText.from_config(config).eval()
+    monkeypatch.chdir(tmp_path)
+    whole.save_pretrained("images-and-text")
+    page = (Path(__file__).parents[2] / "docs" / "families.md").read_text(encoding="utf-8")
+    (lines,) = (block for block in re.findall(r"^```python\n(.*?)^```$", page, re.M | re.S) if "get_decoder" in block)
+    exec(lines, {})
+    alone = AutoModelForCausalLM.from_pretrained("text-alone").eval()
+    x = batch(rows=2)["input_ids"]
+    torch.testing.assert_close(alone(x).logits, whole(input_ids=x).logits, rtol=0, atol=0)
+    check_supported(alone.config)
 
 
 @pytest.mark.parametrize(
@@ -275,12 +311,17 @@ def test_what_is_no_decoder_is_called_what_it_is(kind, options, what):
         ("falcon", "the skeleton of Llama"),
         ("gpt_oss", "this one has sinks too"),
         ("lfm2", "an MLP called mlp in every layer"),
-        ("cohere", "this model scales them (logit_scale)"),
+        ("granitemoe", "an MLP called mlp in every layer"),
+        ("stablelm", "layers that hand keywords on to their attention"),
+        ("nemotron", "layers that hand keywords on to their attention"),
+        ("apertus", "a norm in front of attention called input_layernorm"),
+        ("olmo", "norms with weights; its input_layernorm has none"),
     ],
 )
 def test_what_no_entry_can_say_is_not_asked_as_one(kind, lacking):
+    options = {"num_key_value_heads": 8} if kind == "nemotron" else {}  # its configuration has no default for it
     with pytest.raises(ValueError) as caught:
-        check_supported(AutoConfig.for_model(kind))
+        check_supported(AutoConfig.for_model(kind, **options))
     assert lacking in str(caught.value) and "an entry in FAMILIES cannot say so, that takes code" in str(caught.value)
     assert "says how to add one" not in str(caught.value)
 

@@ -239,6 +239,18 @@ def test_labels_give_the_shifted_loss():
     torch.testing.assert_close(out.loss, expected)
 
 
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
+def test_no_loss_of_routers_is_added(family):
+    """Whatever the teacher's configuration says; whoever asks for it is told."""
+    teacher = tiny_teacher(family, output_router_logits=True, router_aux_loss_coef=10.0)
+    student, x = student_of(teacher), ids(2, 9)
+    out = student(x, labels=x)
+    expected = torch.nn.functional.cross_entropy(out.logits[:, :-1].flatten(0, 1), x[:, 1:].flatten())
+    torch.testing.assert_close(out.loss, expected)
+    with pytest.raises(ValueError, match="output_router_logits asks for the loss that balances experts"):
+        student(x, labels=x, output_router_logits=True)
+
+
 def test_gradient_checkpointing_changes_no_gradient():
     student = student_of(tiny_teacher()).train()
     x = ids(2, 9)
