@@ -51,7 +51,7 @@ def sizes_of(config) -> Sizes:
     check_supported(base, "cut")
     if family_of(base).experts:
         raise ValueError(
-            f"model_type {base.model_type!r} cannot be cut; its MLPs are mixtures of experts, whose sizes no cut knows; "
+            f"model_type {base.model_type!r} cannot be cut; its MLPs are mixtures of experts, which no cut knows; "
             "whole layers can go before a conversion: keep_layers, or student.layers of `mohawk distill`"
         )
     shape = decoder_shape(base)

@@ -230,11 +230,7 @@ def test_a_teacher_whose_attention_leaves_out_its_softcap_is_refused():
 @pytest.mark.parametrize(
     "kind, options, missing",
     [
-        (
-            "starcoder2",
-            {},
-            "an entry in FAMILIES .*docs/families.md says how to add one and what shows whether that is",
-        ),
+        ("starcoder2", {}, "an entry in FAMILIES .*docs/families.md says how to add one and what shows whether"),
         ("deepseek_v3", {}, "latent attention"),
         ("llava", {}, r"give its text decoder \(llama\) alone"),
         ("gemma3", {}, r"give its text decoder \(gemma3_text\) alone; docs/families.md says how to take it out"),
