@@ -23,7 +23,7 @@ FAMILIES = {
     "ministral3": (
         "ministral3",
         {"head_dim": 16,
-         "rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "beta_fast": 32.0, "beta_slow": 1.0,
+         "rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 16.0, "beta_fast": 32.0, "beta_slow": 1.0,
                              "mscale": 1.0, "mscale_all_dim": 1.0, "llama_4_scaling_beta": 0.1,
                              "original_max_position_embeddings": 16}},
     ),
