@@ -1,6 +1,6 @@
 """Which decoder families can be converted, and where in each the parts are that a conversion touches.
 
-All families share transformers' skeleton: `model.embed_tokens`, `model.layers[i].self_attn` and `.mlp`, a final norm,
+All families share transformers' skeleton: `model.embed_tokens`, `model.layers[i].self_attn` and an MLP, a final norm,
 `lm_head`. An entry of `FAMILIES` says what differs from Llama. What transformers' own code takes care of needs no
 entry: rotary embeddings (partial, longrope, none), sliding windows, scales of embeddings, activations, the MLP's shape.
 """
@@ -30,6 +30,7 @@ class Family:
         mlp_norms: the norms around the MLP.
         parallel: attention and MLP read the same norm and are added up.
         norm_offset: norms multiply by this plus their weight.
+        mlp: the MLP.
         mlp_inputs, mlp_output: the MLP's projections; an input with twice the rows makes gate and values at once.
         experts: MLPs, all or some of them, are mixtures of experts; they stay as they are, and are not cut.
         embedding_scale: whether the model multiplies its embedding by sqrt(hidden_size).
@@ -47,6 +48,7 @@ class Family:
     mlp_norms: tuple[str, ...] = ("post_attention_layernorm",)
     parallel: bool = False
     norm_offset: float = 0.0
+    mlp: str = "mlp"
     mlp_inputs: tuple[str, ...] = ("gate_proj", "up_proj")
     mlp_output: str = "down_proj"
     experts: bool = False
@@ -75,6 +77,7 @@ FAMILIES: dict[str, Family] = {
     "qwen3": Family(models="Qwen3", query_norm="q_norm", key_norm="k_norm"),
     "qwen3_moe": Family(models="Qwen3 with experts", query_norm="q_norm", key_norm="k_norm", experts=True),
     "granite": Family(models="Granite 3"),
+    "granitemoe": Family(models="Granite 3 with experts", mlp="block_sparse_moe", experts=True),
     "seed_oss": Family(models="Seed-OSS"),
     "arcee": Family(models="AFM", mlp_inputs=("up_proj",)),
     "smollm3": Family(models="SmolLM3"),
@@ -110,6 +113,13 @@ FAMILIES: dict[str, Family] = {
         head_bias=True,
     ),
     "phi3": Family(models="Phi-3, Phi-3.5, Phi-4, their minis", fused_qkv="qkv_proj", mlp_inputs=("gate_up_proj",)),
+    "cohere": Family(
+        models="Command R and R+, Aya 23 and Expanse",
+        query_norm="q_norm",
+        key_norm="k_norm",
+        mlp_norms=(),
+        parallel=True,
+    ),
     "cohere2": Family(models="Command R7B, Command A, Tiny Aya", mlp_norms=(), parallel=True),
 }
 
@@ -274,14 +284,16 @@ def _unlike_llama(config) -> str | None:
     except Exception:  # a configuration that fits no model says nothing about its family
         return None
     layers = getattr(getattr(model, "model", None), "layers", None)
-    parts = {"self_attn": "attention", "mlp": "an MLP"}
+    mlps = {family.mlp for family in FAMILIES.values()}
     if layers is None or not hasattr(model.model, "embed_tokens") or not hasattr(model, "lm_head"):
         return f"the skeleton of Llama: model.embed_tokens, model.layers, lm_head{code}"
     for i, layer in enumerate(layers):
-        if lacking := [name for name in parts if not hasattr(layer, name)]:
-            return f"{parts[lacking[0]]} called {lacking[0]} in every layer, as Llama has (not in layer {i}){code}"
-        named = ((name, any(True for _ in child.parameters())) for name, child in layer.named_children())
-        if other := [name for name, counts in named if counts and name not in parts and "norm" not in name]:
+        names = [name for name, child in layer.named_children() if next(child.parameters(), None) is not None]
+        if "self_attn" not in names:
+            return f"attention called self_attn in every layer, as Llama has (not in layer {i}){code}"
+        if mlps.isdisjoint(names):
+            return f"an MLP called {' or '.join(sorted(mlps))} in every layer (not in layer {i}){code}"
+        if other := [name for name in names if "norm" not in name and name not in {"self_attn", *mlps}]:
             return f"layers of attention, an MLP and norms alone; layer {i} has {', '.join(other)} too{code}"
         if own := [name for name, _ in layer.self_attn.named_parameters(recurse=False)]:
             return f"attention that is projections and norms alone; this one has {', '.join(own)} too{code}"

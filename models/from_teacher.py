@@ -395,22 +395,22 @@ def copy_attention_to_delta(
 def _normed(projection: Projection, norm: Any, offset: float, input_size: Tensor, head_dim: int) -> Projection:
     """The projection that comes closest to projection and norm, given the size of its input's channels (D,).
 
-    A norm's weight, to which `offset` is added, has head_dim entries (Qwen3's RMSNorm, Phi's LayerNorm) or one a row
-    (OLMo 2 norms all heads together).
+    A norm's weight, to which `offset` is added, has head_dim entries (Qwen3's RMSNorm, Phi's LayerNorm), as many for
+    each head (Cohere's), or one a row (OLMo 2 norms all heads together).
     """
     if norm is None:
         return projection
     weight, bias = projection.weight.float(), projection.bias
     bias = weight.new_zeros(len(weight)) if bias is None else bias.float()
-    size = head_dim if norm.weight.numel() == head_dim else len(weight)  # rows that are normalised together
+    size = head_dim if norm.weight.shape[-1] == head_dim else len(weight)  # rows that are normalised together
     weight, bias = rearrange(weight, "(g r) D -> g r D", r=size), rearrange(bias, "(g r) -> g r", r=size)
-    if isinstance(norm, nn.LayerNorm):
+    if type(norm).__name__.endswith("LayerNorm"):  # transformers has classes of its own besides torch's
         weight, bias = weight - weight.mean(1, keepdim=True), bias - bias.mean(1, keepdim=True)
     square = (weight * input_size.float()).square().sum(-1) + bias.square()
     eps = norm.variance_epsilon if hasattr(norm, "variance_epsilon") else norm.eps  # all there is in a head of zeros
     scale = (norm.weight.float() + offset) / (square.mean(1, keepdim=True) + eps).sqrt()  # (groups, rows of a group)
     weight, bias = weight * scale[..., None], bias * scale
-    if isinstance(norm, nn.LayerNorm):
+    if getattr(norm, "bias", None) is not None:
         bias = bias + norm.bias.float()
     dtype = projection.weight.dtype
     return Projection(rearrange(weight, "g r D -> (g r) D").to(dtype), bias.flatten().to(dtype))

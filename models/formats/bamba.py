@@ -30,6 +30,7 @@ EXPRESSIBLE = ("llama", "mistral", "ministral", "qwen2", "seed_oss", "phi3")
 # why the others' are not
 FOREIGN = {
     "phi": "Phi's blocks run attention and MLP side by side on one LayerNorm, Bamba's one after the other on RMSNorms",
+    "cohere": "Cohere's blocks run attention and MLP side by side on one LayerNorm; its logits are scaled",
     "cohere2": "Cohere 2's blocks run attention and MLP side by side on one LayerNorm; its logits are scaled",
     "gemma": "Gemma's embedding is scaled and its norms multiply by 1 plus their weight, which Bamba's do not",
     "gemma2": "Gemma 2 has softcaps and norms after its attention and MLP, which Bamba has no place for",
@@ -38,6 +39,7 @@ FOREIGN = {
     "olmo3": "OLMo 3 normalises q and k, and after its blocks rather than before them, which Bamba has no place for",
     "granite": "Granite scales its embedding, what its blocks add to the residual stream, and its logits; Bamba does "
     "not",
+    "granitemoe": "Granite's MLPs are mixtures of experts, and its embedding, blocks and logits are scaled",
     "arcee": "AFM's MLP has no gate, Bamba's has one",
     "ministral3": "Ministral 3 makes queries larger the later they stand, which Bamba does not",
     "mixtral": "Mixtral's MLPs are mixtures of experts, Bamba's are not",

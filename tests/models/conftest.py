@@ -23,8 +23,8 @@ FAMILIES = {
     "ministral3": (
         "ministral3",
         {"head_dim": 16,
-         "rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 16.0, "beta_fast": 32.0, "beta_slow": 1.0,
-                             "mscale": 1.0, "mscale_all_dim": 1.0, "llama_4_scaling_beta": 0.1,
+         "rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 16.0, "beta_fast": 32.0,
+                             "beta_slow": 1.0, "mscale": 1.0, "mscale_all_dim": 1.0, "llama_4_scaling_beta": 0.1,
                              "original_max_position_embeddings": 16}},
     ),
     "mixtral": ("mixtral", {"num_local_experts": 3, "num_experts_per_tok": 2}),
@@ -39,6 +39,11 @@ FAMILIES = {
     "granite": (
         "granite",
         {"num_attention_heads": 8, "num_key_value_heads": 2, "embedding_multiplier": 3.0, "residual_multiplier": 0.3,
+         "attention_multiplier": 0.2, "logits_scaling": 3.0, "tie_word_embeddings": True},
+    ),
+    "granitemoe": (
+        "granitemoe",
+        {"num_local_experts": 4, "num_experts_per_tok": 2, "embedding_multiplier": 3.0, "residual_multiplier": 0.3,
          "attention_multiplier": 0.2, "logits_scaling": 3.0, "tie_word_embeddings": True},
     ),
     "seed_oss": ("seed_oss", {"head_dim": 12}),
@@ -75,6 +80,7 @@ FAMILIES = {
                              "long_factor": [1.0, 2.0, 3.0, 4.0, 5.0, 6.0],
                              "original_max_position_embeddings": 64}},
     ),
+    "cohere": ("cohere", {"use_qk_norm": True, "logit_scale": 0.3}),
     # layers 0 and 2 have a window and rotary positions, the others neither
     "cohere2": ("cohere2", {"sliding_window": 6, "sliding_window_pattern": 2, "logit_scale": 0.3}),
 }  # fmt: skip

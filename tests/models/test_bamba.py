@@ -188,7 +188,8 @@ def test_what_bamba_cannot_be_is_refused_with_the_reason():
     ("qwen3", "q_norm, k_norm"), ("smollm3", "without rotary positions"), ("granite", "its logits"),
     ("gemma", "1 plus their weight"), ("gemma3", "normalises q and k"), ("olmo3", "normalises q and k"),
     ("cohere2", "its logits are scaled"), ("arcee", "no gate"), ("ministral3", "queries larger"),
-    ("mixtral", "mixtures of experts"), ("qwen3_moe", "mixtures of experts"),
+    ("cohere", "its logits are scaled"), ("granitemoe", "mixtures of experts"), ("mixtral", "mixtures of experts"),
+    ("qwen3_moe", "mixtures of experts"),
 ])  # fmt: skip
 def test_other_families_are_refused_with_the_reason(family, said):
     assert said in why_not_bamba(hybrid_from_teacher(tiny_teacher(family), [1]).config)

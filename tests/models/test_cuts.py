@@ -38,7 +38,7 @@ def model_of(name: str, **options):
     The norms' epsilon is large, so that a wrong one shows.
     """
     family, _, mixer = name.partition("+")
-    epsilon = "layer_norm_eps" if FAMILIES[family][0] in ("phi", "cohere2") else "rms_norm_eps"
+    epsilon = "layer_norm_eps" if FAMILIES[family][0] in ("phi", "cohere", "cohere2") else "rms_norm_eps"
     teacher = tiny_teacher(family, **{epsilon: 1e-2, **options})
     if not mixer:
         return teacher
@@ -233,7 +233,7 @@ def zero_channels(model, kept):
         for module in (layer.self_attn, layer.mlp):
             names = ("o_proj", "dense", "out_proj", "down_proj", "fc2")
             writers += [getattr(module, name) for name in names if hasattr(module, name)]
-    layer_norm = model.model.config.model_type in ("phi", "cohere2")
+    layer_norm = model.model.config.model_type in ("phi", "cohere", "cohere2")
     for writer in writers:
         zero_rows(writer, out)
         if layer_norm:

@@ -118,7 +118,7 @@ def test_phase_names(teacher):
 
     def norms(phase):
         names = (name.removeprefix("model.layers.1.") for name, _ in OBJECTIVES[phase](student, teacher).trained())
-        return {name.split(".")[0] for name in names if not name.startswith(("self_attn.", "mlp."))}
+        return {name.split(".")[0] for name in names if not name.startswith(("self_attn.", f"{family.mlp}."))}
 
     own = set() if family.parallel else {family.input_norm} - {None}
     everything = {family.input_norm, family.output_norm, *family.mlp_norms} - {None}
@@ -306,8 +306,8 @@ def test_what_is_no_decoder_is_called_what_it_is(kind, options, what):
         ("opt", "the skeleton of Llama"),
         ("falcon", "the skeleton of Llama"),
         ("gpt_oss", "this one has sinks too"),
-        ("lfm2", "an MLP called mlp in every layer"),
-        ("granitemoe", "an MLP called mlp in every layer"),
+        ("lfm2", "an MLP called block_sparse_moe or mlp in every layer"),
+        ("granitemoeshared", "layer 0 has shared_mlp too"),
         ("stablelm", "layers that hand keywords on to their attention"),
         ("nemotron", "layers that hand keywords on to their attention"),
         ("apertus", "a norm in front of attention called input_layernorm"),
@@ -315,7 +315,10 @@ def test_what_is_no_decoder_is_called_what_it_is(kind, options, what):
     ],
 )
 def test_what_no_entry_can_say_is_not_asked_as_one(kind, lacking):
-    options = {"num_key_value_heads": 8} if kind == "nemotron" else {}  # its configuration has no default for it
+    # what their configurations have no default for
+    options = {"nemotron": {"num_key_value_heads": 8}, "granitemoeshared": {"shared_intermediate_size": 16}}.get(
+        kind, {}
+    )
     with pytest.raises(ValueError) as caught:
         check_supported(AutoConfig.for_model(kind, **options))
     assert lacking in str(caught.value) and "an entry in FAMILIES cannot say so, that takes code" in str(caught.value)

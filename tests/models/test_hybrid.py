@@ -239,7 +239,7 @@ def test_labels_give_the_shifted_loss():
     torch.testing.assert_close(out.loss, expected)
 
 
-@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "granitemoe"])
 def test_no_loss_of_routers_is_added(family):
     """Whatever the teacher's configuration says; whoever asks for it is told."""
     teacher = tiny_teacher(family, output_router_logits=True, router_aux_loss_coef=10.0)
