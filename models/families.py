@@ -2,7 +2,8 @@
 
 All families share transformers' skeleton: `model.embed_tokens`, `model.layers[i].self_attn` and an MLP, a final norm,
 `lm_head`. An entry of `FAMILIES` says what differs from Llama. What transformers' own code takes care of needs no
-entry: rotary embeddings (partial, longrope, none), sliding windows, scales of embeddings, activations, the MLP's shape.
+entry: rotary embeddings (partial, longrope, none), sliding windows, scales of embeddings and of what layers add to the
+residual stream, activations, the MLP's shape; nor do numbers of a configuration that scale or bound logits.
 """
 
 import inspect
