@@ -9,6 +9,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
 from mohawk.conversion.objectives import EndToEndObjective, HiddenObjective, MixingObjective
+from mohawk.conversion.plan import parameter_kind
 from mohawk.conversion.readout import solve_output_projections
 from mohawk.kernels.mixing.definition import AttentionMixing, SSDMixing
 from mohawk.kernels.mixing.distance import mixing_distance
@@ -21,8 +22,8 @@ from mohawk.models.hybrid_config import HybridConfig
 from mohawk.models.mixers import SSMMixer
 from mohawk.models.packed import positions_of
 from mohawk.models.teacher_forcing import layer_calls, record, recording_attention, softcapped_attention
+from tests.models.conftest import CUTTABLE, tiny_teacher
 from tests.models.conftest import FAMILIES as TESTED
-from tests.models.conftest import tiny_teacher
 
 OBJECTIVES = {
     "mixing": MixingObjective,
@@ -140,6 +141,20 @@ def test_the_least_squares_start_brings_the_mixer_nearer(teacher):
     with recording_attention(teacher):
         solve_output_projections(student, teacher, [data])
     assert loss() < 0.9 * before
+
+
+@pytest.mark.parametrize("family", [name for name in TESTED if name not in CUTTABLE])
+def test_experts_and_routers_count_as_mlps(family):
+    """In plans and reports; and a phase that leaves MLPs alone leaves them alone."""
+    teacher = tiny_teacher(family)
+    student = hybrid_from_teacher(teacher, [1])
+    inside = {
+        name for name, _ in student.named_parameters() if "experts." in name or "gate" in name or "router" in name
+    }
+    assert len([name for name in inside if "layers.1." in name]) == 3
+    assert {parameter_kind(name, [1]) for name in inside} == {"MLPs"}
+    trained = {name for name, _ in EndToEndObjective(student, teacher, train="all_but_mlp").trained()}
+    assert not inside & trained and "model.layers.1.post_attention_layernorm.weight" in trained
 
 
 @pytest.mark.parametrize("layers", [[0, 2], [1, 3]], ids=str)
