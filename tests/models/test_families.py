@@ -8,6 +8,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
+from mohawk.conversion.footprint import used_parameters
 from mohawk.conversion.objectives import EndToEndObjective, HiddenObjective, MixingObjective
 from mohawk.conversion.plan import parameter_kind
 from mohawk.conversion.readout import solve_output_projections
@@ -153,6 +154,11 @@ def test_experts_and_routers_count_as_mlps(family):
     }
     assert len([name for name in inside if "layers.1." in name]) == 3
     assert {parameter_kind(name, [1]) for name in inside} == {"MLPs"}
+    layer, config = decoder_layers(teacher)[1], teacher.config
+    sizes = {name: p.numel() for name, p in layer.named_parameters()}
+    experts = sum(size for name, size in sizes.items() if "experts." in name)
+    idle = 1 - config.num_experts_per_tok / config.num_local_experts
+    assert used_parameters(layer, config) == pytest.approx(sum(sizes.values()) - idle * experts)
     trained = {name for name, _ in EndToEndObjective(student, teacher, train="all_but_mlp").trained()}
     assert not inside & trained and "model.layers.1.post_attention_layernorm.weight" in trained
 
