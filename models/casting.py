@@ -14,3 +14,15 @@ def cast(model: nn.Module, dtype: torch.dtype) -> None:
     for parameter in model.parameters():
         if parameter.is_floating_point():
             parameter.data = parameter.data.to(dtype)
+    exact_scales(model)
+
+
+def exact_scales(model: nn.Module) -> None:
+    """Makes factors of embeddings float32 that were rounded when the model was loaded (Gemma 3's sqrt(hidden_size)).
+
+    They are buffers that are not saved: rounded, they would be others once the model is saved in float32 and loaded.
+    """
+    for module in model.modules():
+        if isinstance(scale := getattr(module, "scalar_embed_scale", None), float):
+            held = module.get_buffer("embed_scale")
+            module.register_buffer("embed_scale", torch.full_like(held, scale, dtype=torch.float32), persistent=False)

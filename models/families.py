@@ -1,13 +1,15 @@
 """Which decoder families can be converted, and where in each the parts are that a conversion touches.
 
-All families share transformers' skeleton: `model.embed_tokens`, `model.layers[i].self_attn` and `.mlp`, a final norm,
+All families share transformers' skeleton: `model.embed_tokens`, `model.layers[i].self_attn` and an MLP, a final norm,
 `lm_head`. An entry of `FAMILIES` says what differs from Llama. What transformers' own code takes care of needs no
-entry: rotary embeddings (partial, longrope, none), sliding windows, scales of embeddings, activations, the MLP's shape.
+entry: rotary embeddings (partial, longrope, none), sliding windows, scales of embeddings and of what layers add to the
+residual stream, activations, the MLP's shape; nor do numbers of a configuration that scale or bound logits.
 """
 
 import inspect
 from collections.abc import MutableSequence
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -29,7 +31,9 @@ class Family:
         mlp_norms: the norms around the MLP.
         parallel: attention and MLP read the same norm and are added up.
         norm_offset: norms multiply by this plus their weight.
+        mlp: the MLP.
         mlp_inputs, mlp_output: the MLP's projections; an input with twice the rows makes gate and values at once.
+        experts: MLPs, all or some of them, are mixtures of experts; they stay as they are, and are not cut.
         embedding_scale: whether the model multiplies its embedding by sqrt(hidden_size).
         final_norm: the norm behind the last layer.
         head_bias: whether lm_head has a bias.
@@ -45,20 +49,40 @@ class Family:
     mlp_norms: tuple[str, ...] = ("post_attention_layernorm",)
     parallel: bool = False
     norm_offset: float = 0.0
+    mlp: str = "mlp"
     mlp_inputs: tuple[str, ...] = ("gate_proj", "up_proj")
     mlp_output: str = "down_proj"
+    experts: bool = False
     embedding_scale: bool = False
     final_norm: str = "norm"
     head_bias: bool = False
 
 
+_OLMO2 = Family(
+    models="OLMo 2",
+    query_norm="q_norm",
+    key_norm="k_norm",
+    input_norm=None,
+    output_norm="post_attention_layernorm",
+    mlp_norms=("post_feedforward_layernorm",),
+)
+
 # model_type -> what is particular about it
 FAMILIES: dict[str, Family] = {
     "llama": Family(models="Llama, SmolLM, SmolLM2, TinyLlama, Yi"),
     "mistral": Family(models="Mistral, with or without a sliding window"),
+    "ministral": Family(models="Ministral 8B, of full and windowed attention"),
+    "ministral3": Family(models="the text decoders of Ministral 3"),
+    "mixtral": Family(models="Mixtral", experts=True),
     "qwen2": Family(models="Qwen2, Qwen2.5"),
     "qwen3": Family(models="Qwen3", query_norm="q_norm", key_norm="k_norm"),
+    "qwen3_moe": Family(models="Qwen3 with experts", query_norm="q_norm", key_norm="k_norm", experts=True),
+    "granite": Family(models="Granite 3"),
+    "granitemoe": Family(models="Granite 3 with experts", mlp="block_sparse_moe", experts=True),
+    "seed_oss": Family(models="Seed-OSS"),
+    "arcee": Family(models="AFM", mlp_inputs=("up_proj",)),
     "smollm3": Family(models="SmolLM3"),
+    "gemma": Family(models="Gemma 1, CodeGemma", norm_offset=1.0, embedding_scale=True),
     "gemma2": Family(
         models="Gemma 2",
         output_norm="post_attention_layernorm",
@@ -66,14 +90,17 @@ FAMILIES: dict[str, Family] = {
         norm_offset=1.0,
         embedding_scale=True,
     ),
-    "olmo2": Family(
-        models="OLMo 2",
+    "gemma3_text": Family(
+        models="Gemma 3 270M and 1B, the text decoders of larger ones",
         query_norm="q_norm",
         key_norm="k_norm",
-        input_norm=None,
         output_norm="post_attention_layernorm",
-        mlp_norms=("post_feedforward_layernorm",),
+        mlp_norms=("pre_feedforward_layernorm", "post_feedforward_layernorm"),
+        norm_offset=1.0,
+        embedding_scale=True,
     ),
+    "olmo2": _OLMO2,
+    "olmo3": replace(_OLMO2, models="OLMo 3"),
     "phi": Family(
         models="Phi-1, Phi-1.5, Phi-2",
         output="dense",
@@ -87,6 +114,14 @@ FAMILIES: dict[str, Family] = {
         head_bias=True,
     ),
     "phi3": Family(models="Phi-3, Phi-3.5, Phi-4, their minis", fused_qkv="qkv_proj", mlp_inputs=("gate_up_proj",)),
+    "cohere": Family(
+        models="Command R and R+, Aya 23 and Expanse",
+        query_norm="q_norm",
+        key_norm="k_norm",
+        mlp_norms=(),
+        parallel=True,
+    ),
+    "cohere2": Family(models="Command R7B, Command A, Tiny Aya", mlp_norms=(), parallel=True),
 }
 
 
@@ -128,7 +163,7 @@ class AttentionParts:
     """An attention layer in one form for all families; tensors are the module's own, not copies.
 
     q: (h * head_dim, D), k and v: (kv heads * head_dim, D), o: (D, h * head_dim). query_norm, key_norm: modules or
-    None. scale: of q k^T before the softmax.
+    None, which multiply by norm_offset plus their weight. scale: of q k^T before the softmax.
     """
 
     q: Projection
@@ -137,6 +172,7 @@ class AttentionParts:
     o: Projection
     query_norm: nn.Module | None
     key_norm: nn.Module | None
+    norm_offset: float
     scale: float
 
 
@@ -208,6 +244,8 @@ def _reads(config) -> str:
 
 def _missing(config) -> str | None:
     """What stands in the way of a decoder's conversion, or None."""
+    if getattr(config, "is_heterogeneous", False):
+        return "the same sizes in every layer; per_layer_config gives some of this model's layers others"
     kinds = set(getattr(config, "layer_types", None) or ())
     if getattr(config, "kv_lora_rank", None):
         return "keys and values of its own for each head; this model has latent attention"
@@ -215,7 +253,7 @@ def _missing(config) -> str | None:
         inside = _missing(text)
         what = "a plain language model; this one reads more than text"
         if inside is None:
-            return f"{what}, give its text decoder ({text.model_type}) alone"
+            return f"{what}, give its text decoder ({text.model_type}) alone; docs/families.md says how to take it out"
         return f"{what}, and its text decoder ({text.model_type}) alone lacks {inside}"
     if kinds - {"full_attention", "sliding_attention"}:
         odd = ", ".join(sorted(kinds - {"full_attention", "sliding_attention"}))
@@ -225,7 +263,7 @@ def _missing(config) -> str | None:
     if getattr(config, "model_type", None) not in FAMILIES:
         return _unlike_llama(config) or (
             "an entry in FAMILIES (models/families.py) that says how its attention, norms and head are named; "
-            "docs/families.md says how to add one"
+            "docs/families.md says how to add one and what shows whether that is enough"
         )
     return None
 
@@ -247,22 +285,58 @@ def _unlike_llama(config) -> str | None:
     except Exception:  # a configuration that fits no model says nothing about its family
         return None
     layers = getattr(getattr(model, "model", None), "layers", None)
-    parts = {"self_attn": "attention", "mlp": "an MLP"}
+    mlps = {family.mlp for family in FAMILIES.values()}
     if layers is None or not hasattr(model.model, "embed_tokens") or not hasattr(model, "lm_head"):
         return f"the skeleton of Llama: model.embed_tokens, model.layers, lm_head{code}"
     for i, layer in enumerate(layers):
-        if lacking := [name for name in parts if not hasattr(layer, name)]:
-            return f"{parts[lacking[0]]} called {lacking[0]} in every layer, as Llama has (not in layer {i}){code}"
-        named = ((name, any(True for _ in child.parameters())) for name, child in layer.named_children())
-        if other := [name for name, counts in named if counts and name not in parts and "norm" not in name]:
+        names = [name for name, child in layer.named_children() if next(child.parameters(), None) is not None]
+        if "self_attn" not in names:
+            return f"attention called self_attn in every layer, as Llama has (not in layer {i}){code}"
+        if mlps.isdisjoint(names):
+            return f"an MLP called {' or '.join(sorted(mlps))} in every layer (not in layer {i}){code}"
+        if other := [name for name in names if "norm" not in name and name not in {"self_attn", *mlps}]:
             return f"layers of attention, an MLP and norms alone; layer {i} has {', '.join(other)} too{code}"
         if own := [name for name, _ in layer.self_attn.named_parameters(recurse=False)]:
             return f"attention that is projections and norms alone; this one has {', '.join(own)} too{code}"
-        if not any(p.kind is p.VAR_KEYWORD for p in inspect.signature(layer.forward).parameters.values()):
-            return f"layers that hand keywords on to their attention, where masks would not reach a mixer{code}"
-    for name in ("logit_scale", "logits_scaling"):
-        if getattr(config, name, None) not in (None, 1, 1.0):
-            return f"logits as the head gives them; this model scales them ({name}){code}"
+    lacking = _unlike_llamas_layers(layers[0], config.hidden_size)
+    return lacking and f"{lacking}{code}"
+
+
+class _StandsIn(nn.Module):
+    """Takes the place of a layer's norm or attention, and notes what attention is called with."""
+
+    given: tuple[Tensor | None, dict] | None = None
+
+    def __init__(self, attention: bool):
+        super().__init__()
+        self.attention = attention
+
+    def forward(self, hidden_states: Tensor, *args, **kwargs):
+        self.given = hidden_states, kwargs
+        return (hidden_states, None) if self.attention else hidden_states.clone()
+
+
+def _unlike_llamas_layers(layer: Any, hidden_size: int) -> str | None:
+    """What a layer without weights, which is left changed, lacks of what Llama's does around its attention."""
+    keywords = "layers that hand keywords on to their attention; in these, a mixer would not hear of padding"
+    if not any(p.kind is p.VAR_KEYWORD for p in inspect.signature(layer.forward).parameters.values()):
+        return keywords
+    input_norm = getattr(layer, "input_layernorm", None)
+    if input_norm is not None and getattr(input_norm, "weight", None) is None:
+        return "norms with weights; its input_layernorm has none"
+    for name in [name for name, _ in layer.named_children() if "norm" in name]:
+        setattr(layer, name, _StandsIn(attention=False))
+    layer.self_attn = attention = _StandsIn(attention=True)
+    hidden = torch.empty(1, 2, hidden_size, device="meta")
+    with suppress(Exception):  # what comes after attention may not run without weights, and is not asked about here
+        layer(hidden, padding_mask=hidden, position_embeddings=(hidden, hidden))
+    if attention.given is None:
+        return None
+    read, given = attention.given
+    if "padding_mask" not in given:
+        return keywords
+    if input_norm is None and read is not hidden:
+        return "a norm in front of attention called input_layernorm, as Llama has, or none there"
     return None
 
 
@@ -284,6 +358,12 @@ def needed_attention(config) -> str | None:
 def leaves_out_softcap(config) -> bool:
     """Whether a configuration bounds its attention's scores and its attention implementation does not."""
     return needed_attention(config) is not None and config._attn_implementation in (None, "sdpa")
+
+
+def logit_factors(config) -> tuple[float, float]:
+    """What a model multiplies its head's output by, and what it divides it by: Cohere's logit_scale and Granite's
+    logits_scaling; 1 in most models."""
+    return getattr(config, "logit_scale", None) or 1.0, getattr(config, "logits_scaling", None) or 1.0
 
 
 def decoder_shape(config) -> DecoderShape:
@@ -325,7 +405,8 @@ def attention_parts(attention: Any) -> AttentionParts:
         biases = [None] * 3 if fused.bias is None else fused.bias.split(rows)
         q, k, v = (Projection(weight, bias) for weight, bias in zip(weights, biases, strict=True))
     norms = (None if name is None else getattr(attention, name, None) for name in (family.query_norm, family.key_norm))
-    return AttentionParts(q, k, v, _projection(getattr(attention, family.output)), *norms, scale=attention.scaling)
+    output = _projection(getattr(attention, family.output))
+    return AttentionParts(q, k, v, output, *norms, norm_offset=family.norm_offset, scale=attention.scaling)
 
 
 def _projection(linear: Any) -> Projection:

@@ -11,7 +11,7 @@ from einops import rearrange, reduce, repeat
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel
 
-from mohawk.models.casting import cast
+from mohawk.models.casting import cast, exact_scales
 from mohawk.models.families import (
     Family,
     Projection,
@@ -186,6 +186,7 @@ def _copy_outside(model: PreTrainedModel, student: HybridForCausalLM, replaced: 
         if isinstance(tensor := _at(model, name), Tensor) and not isinstance(own[name], nn.Parameter):
             fill(own[name], tensor)
             left.discard(name)
+    exact_scales(student)
     if left and not (student.config.tie_word_embeddings and left == {"lm_head.weight"}):
         raise RuntimeError(f"weights without a source in the teacher: {sorted(left)}")
 
@@ -315,8 +316,8 @@ def copy_attention(
     start = 0
     for name, projection, copies in (
         ("x", parts.v, shared_by),
-        ("B", _normed(parts.k, parts.key_norm, input_size, p), shared_by),
-        ("C", _normed(parts.q, parts.query_norm, input_size, p), 1),
+        ("B", _normed(parts.k, parts.key_norm, parts.norm_offset, input_size, p), shared_by),
+        ("C", _normed(parts.q, parts.query_norm, parts.norm_offset, input_size, p), 1),
     ):
         weight = per_head(projection.weight, copies)
         channels = slice(start, start + len(weight))
@@ -378,8 +379,8 @@ def copy_attention_to_delta(
 
     mixer.conv1d.weight.zero_()
     for name, projection, copies in (
-        ("q", _normed(parts.q, parts.query_norm, input_size, p), 1),
-        ("k", _normed(parts.k, parts.key_norm, input_size, p), shared_by),
+        ("q", _normed(parts.q, parts.query_norm, parts.norm_offset, input_size, p), 1),
+        ("k", _normed(parts.k, parts.key_norm, parts.norm_offset, input_size, p), shared_by),
         ("v", parts.v, shared_by),
     ):
         weight = per_head(projection.weight, copies)
@@ -402,25 +403,25 @@ def copy_attention_to_delta(
     mixer.dt_bias.fill_(math.log(math.e - 1))  # softplus of it is 1
 
 
-def _normed(projection: Projection, norm: Any, input_size: Tensor, head_dim: int) -> Projection:
+def _normed(projection: Projection, norm: Any, offset: float, input_size: Tensor, head_dim: int) -> Projection:
     """The projection that comes closest to projection and norm, given the size of its input's channels (D,).
 
-    A norm's weight has head_dim entries (Qwen3's RMSNorm, Phi's LayerNorm) or one a row (OLMo 2 norms all heads
-    together).
+    A norm's weight, to which `offset` is added, has head_dim entries (Qwen3's RMSNorm, Phi's LayerNorm), as many for
+    each head (Cohere's), or one a row (OLMo 2 norms all heads together).
     """
     if norm is None:
         return projection
     weight, bias = projection.weight.float(), projection.bias
     bias = weight.new_zeros(len(weight)) if bias is None else bias.float()
-    size = head_dim if norm.weight.numel() == head_dim else len(weight)  # rows that are normalised together
+    size = head_dim if norm.weight.shape[-1] == head_dim else len(weight)  # rows that are normalised together
     weight, bias = rearrange(weight, "(g r) D -> g r D", r=size), rearrange(bias, "(g r) -> g r", r=size)
-    if isinstance(norm, nn.LayerNorm):
+    if type(norm).__name__.endswith("LayerNorm"):  # transformers has classes of its own besides torch's
         weight, bias = weight - weight.mean(1, keepdim=True), bias - bias.mean(1, keepdim=True)
     square = (weight * input_size.float()).square().sum(-1) + bias.square()
     eps = norm.variance_epsilon if hasattr(norm, "variance_epsilon") else norm.eps  # all there is in a head of zeros
-    scale = norm.weight.float() / (square.mean(1, keepdim=True) + eps).sqrt()  # (groups, rows of a group)
+    scale = (norm.weight.float() + offset) / (square.mean(1, keepdim=True) + eps).sqrt()  # (groups, rows of a group)
     weight, bias = weight * scale[..., None], bias * scale
-    if isinstance(norm, nn.LayerNorm):
+    if getattr(norm, "bias", None) is not None:
         bias = bias + norm.bias.float()
     dtype = projection.weight.dtype
     return Projection(rearrange(weight, "g r D -> (g r) D").to(dtype), bias.flatten().to(dtype))

@@ -22,7 +22,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import can_return_tuple, logging
 
 from mohawk.models.call import CACHE, documents_in, one_cache, refuse_unknown
-from mohawk.models.families import check_supported, family_of, leaves_out_softcap, needed_attention
+from mohawk.models.families import check_supported, family_of, leaves_out_softcap, logit_factors, needed_attention
 from mohawk.models.hybrid_config import SSM_LAYER, HybridConfig, longrope_limit
 from mohawk.models.mixers import DiscreteMamba2Mixer, GatedDeltaMixer, Mamba2Mixer
 from mohawk.models.packed import changes_of, positions_in, positions_of, segments_of, starts_of, without_padding
@@ -132,6 +132,11 @@ class HybridForCausalLM(HybridPreTrainedModel, GenerationMixin):
         past_key_values=None,
         **kwargs,
     ) -> CausalLMOutputWithPast:
+        if kwargs.get("output_router_logits"):
+            raise ValueError(
+                "forward: output_router_logits asks for the loss that balances experts, which a student's does not "
+                "have; leave it out"
+            )
         of_loss = {name: kwargs.pop(name) for name in _OF_LOSS if name in kwargs}
         body = self.body(
             input_ids,
@@ -146,6 +151,9 @@ class HybridForCausalLM(HybridPreTrainedModel, GenerationMixin):
         hidden = body.last_hidden_state
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) and logits_to_keep else logits_to_keep
         logits = self.lm_head(hidden if isinstance(kept, int) else hidden[:, kept])
+        multiplied, divided = logit_factors(self.config)
+        if multiplied != 1 or divided != 1:
+            logits = logits * multiplied / divided
         if (cap := self.logit_softcap) is not None:
             logits = cap * torch.tanh(logits / cap)
         loss = None

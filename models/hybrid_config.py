@@ -16,6 +16,7 @@ _COPIED = (
     "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
     "num_key_value_heads", "head_dim", "max_position_embeddings", "sliding_window", "initializer_range",
     "bos_token_id", "eos_token_id", "pad_token_id", "tie_word_embeddings", "final_logit_softcapping",
+    "logit_scale", "logits_scaling",
 )  # fmt: skip
 
 

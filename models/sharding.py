@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from mohawk.models.casting import exact_scales
 from mohawk.models.decoders import decoder
 
 if TYPE_CHECKING or dist.is_available():
@@ -216,6 +217,7 @@ def copied(
     materialise(shape, device)
     for name, tensor in (*shape.named_parameters(), *shape.named_buffers()):
         fill(tensor, whole(theirs[source(name)]))
+    exact_scales(shape)
 
 
 def total_norm(tensors: Iterable[Tensor]) -> Tensor:

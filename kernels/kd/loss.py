@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING, Literal, TypedDict, overload
 import torch
 from torch import Tensor
 
+from mohawk.kernels.common.sharded import gathered, own_part, slices
 from mohawk.kernels.kd import call as kd_call
 from mohawk.kernels.kd import compiled as kd_compile
 from mohawk.kernels.kd.call import KDParts
 from mohawk.kernels.kd.divergences import described
 from mohawk.kernels.kd.options import Settings
-from mohawk.kernels.kd.sharded import brought_together, local_rows
 from mohawk.kernels.kd.teachers import (
     TAIDSchedule,
     Teacher,
@@ -292,9 +292,15 @@ def _distil(
 ) -> Tensor | tuple[Tensor, KDParts]:
     if isinstance(teacher, Tensor):
         teacher = TeacherLogits(teacher)
-    if isinstance(teacher, Teacher):
-        student, teacher, group = brought_together(student, teacher, group, settings.linear)
-        labels, token_weights = local_rows(labels), local_rows(token_weights)
+    if isinstance(teacher, Teacher) and not torch.compiler.is_compiling():
+        if settings.linear:
+            hidden, *head = student
+            student = (hidden, *(gathered(x) if group is None else own_part(x) for x in head))
+        else:
+            logits, split = slices(student[0])
+            student, group = (logits,), split or group
+        teacher = teacher.without_parts(group)
+        labels, token_weights = own_part(labels), own_part(token_weights)
     if settings.linear and isinstance(student[0], Tensor) and student[0].device.type != "meta":
         settings = settings._replace(autocast=torch.is_autocast_enabled(student[0].device.type))
     distil = kd_compile.distil if torch.compiler.is_compiling() else kd_call.distil

@@ -16,10 +16,12 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import Tensor
 
+from mohawk.kernels.common.sharded import gathered, own_part, slices
 from mohawk.kernels.kd import checks, products
 from mohawk.kernels.kd.divergences import DIVERGENCES
 
 if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
     from typing_extensions import Self
 
     from mohawk.kernels.kd.checks import Against
@@ -75,6 +77,19 @@ class Teacher:
         fields = {name: self._mapped(name, getattr(self, name), f) for name in self.__match_args__}
         return replace(self, **fields)
 
+    @torch.no_grad()
+    def without_parts(self, group: ProcessGroup | None) -> Self:
+        """The source without DTensors: heads gathered and logits whole or, where the vocabulary is split among a group,
+        this process's slices of both."""
+        made: dict[str, object] = {}
+        for name in self.__match_args__:
+            value = getattr(self, name)
+            if isinstance(value, Teacher):
+                made[name] = value.without_parts(group)
+            elif isinstance(value, (list, tuple)) and any(isinstance(one, Teacher) for one in value):
+                made[name] = [one.without_parts(group) if isinstance(one, Teacher) else one for one in value]
+        return replace(self, **made) if made else self
+
     def _mapped(self, name: str, value: object, f: Callable[[Tensor, int], Tensor]) -> object:
         if isinstance(value, Tensor):
             return f(value.detach(), self.ROWS[name]) if name in self.ROWS else value.detach()
@@ -124,6 +139,11 @@ class TeacherLogits(Dense):
         student.beside("teacher logits", self.logits, trailing=1)
         checks.same_vocab(self.logits.shape[-1], student)
 
+    @torch.no_grad()
+    def without_parts(self, group: ProcessGroup | None) -> TeacherLogits:
+        logits, split = slices(self.logits)
+        return replace(self, logits=gathered(self.logits) if split is not None and group is None else logits)
+
     def entries(self) -> list[int]:
         return [self.logits.shape[-1]] if isinstance(self.logits, Tensor) and self.logits.dim() else []
 
@@ -156,6 +176,13 @@ class TeacherHidden(Dense):
         checks.check_head("teacher", self.hidden, self.head, self.bias, scale, softcap, student.settings.autocast)
         student.beside("teacher hidden states", self.hidden, trailing=1)
         checks.same_vocab(self.head.shape[0], student)
+
+    @torch.no_grad()
+    def without_parts(self, group: ProcessGroup | None) -> TeacherHidden:
+        parts = (None if x is None else gathered(x) if group is None else own_part(x) for x in (self.head, self.bias))
+        head, bias = parts
+        assert head is not None
+        return replace(self, head=head, bias=bias)
 
     def entries(self) -> list[int]:
         return [self.head.shape[0]] if isinstance(self.head, Tensor) and self.head.dim() else []

@@ -138,12 +138,14 @@ def cut(model: Model, what: Cut) -> Model:
 def keep_layers(model: Model, layers: str | Sequence[int]) -> Model:
     """The model with some of its decoder layers, in their order: see `resolve_layers` for the words, and `cut`.
 
-    Any causal LM of transformers: of a family that `cut` does not know, layers are found by structure
-    (`mohawk.models.cutting.depth`). ValueError: bad layers, or a model whose layers cannot change places.
+    Any causal LM of transformers: of a family that `cut` does not know, or does not cut, layers are found by structure
+    (`mohawk.models.cutting.depth`). ValueError: bad layers, a model whose layers cannot change places, or a hybrid with
+    mixtures of experts.
     """
     kept = resolve_layers(layers, len(decoder(model)[1]))
-    known = base_config(model.config).model_type in (*FAMILIES, "bamba")
-    return cut(model, Cut(layers=kept)) if known else keep_any_layers(model, kept)
+    kind = model.config.model_type
+    by_structure = FAMILIES[kind].experts if kind in FAMILIES else kind not in ("mohawk_hybrid", "bamba")
+    return keep_any_layers(model, kept) if by_structure else cut(model, Cut(layers=kept))
 
 
 def resolve_layers(layers: str | Sequence[int], num_layers: int) -> list[int]:

@@ -174,15 +174,15 @@ def _attention_parts(attention: nn.Module, family: Family, kept: KeptUnits) -> d
         parts[family.fused_qkv] = Part(rows, kept.hidden)
     else:
         parts |= {"q_proj": Part(q, kept.hidden), "k_proj": Part(kv, kept.hidden), "v_proj": Part(kv, kept.hidden)}
-    for name, projection, rows, count in (
-        (family.query_norm, "q_proj", q, h * d),
-        (family.key_norm, "k_proj", kv, g * d),
+    for name, projection, heads, rows, count in (
+        (family.query_norm, "q_proj", kept.heads, q, h * d),
+        (family.key_norm, "k_proj", kept.kv_heads, kv, g * d),
     ):
         norm = None if name is None else getattr(attention, name, None)
         if name is None or norm is None:
             continue
-        if norm.weight.numel() != count or count == d:  # each head by itself
-            parts[name] = Part()
+        if norm.weight.shape[-1] == d:  # each head by itself, with a weight for all of them or for each
+            parts[name] = Part(heads if norm.weight.dim() == 2 else None)
             continue
         factor = 1.0 if rows is None else (len(rows) / count) ** 0.5
         parts[name] = Part(rows, weight_factor=1 / factor)

@@ -12,7 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from mohawk.models.cutting.depth import LAYER_LISTS
-from mohawk.models.families import check_supported, decoder_shape
+from mohawk.models.families import check_supported, decoder_shape, family_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,11 +41,19 @@ class Sizes:
 
 
 def sizes_of(config) -> Sizes:
-    """The sizes in a supported decoder's or hybrid's configuration. ValueError: an unsupported family."""
+    """The sizes in a supported decoder's or hybrid's configuration.
+
+    ValueError: an unsupported family, or one whose MLPs are mixtures of experts.
+    """
     base = base_config(config)
     if base.model_type == "bamba":
         raise ValueError("a Bamba is cut as the hybrid it is: from_bamba(model), the cut, to_bamba")
     check_supported(base, "cut")
+    if family_of(base).experts:
+        raise ValueError(
+            f"model_type {base.model_type!r} cannot be cut; its MLPs are mixtures of experts, which no cut knows; "
+            "whole layers can go before a conversion: keep_layers, or student.layers of `mohawk distill`"
+        )
     shape = decoder_shape(base)
     mixer = {}
     if ssm_layers(config):

@@ -26,12 +26,24 @@ _RENAMED = {
     "model.norm.": "model.final_layernorm.",
 }
 # families whose blocks are Bamba's, weight for weight or (phi3) once its fused projections are cut
-EXPRESSIBLE = ("llama", "mistral", "qwen2", "phi3")
+EXPRESSIBLE = ("llama", "mistral", "ministral", "qwen2", "seed_oss", "phi3")
 # why the others' are not
 FOREIGN = {
     "phi": "Phi's blocks run attention and MLP side by side on one LayerNorm, Bamba's one after the other on RMSNorms",
+    "cohere": "Cohere's blocks run attention and MLP side by side on one LayerNorm; its logits are scaled",
+    "cohere2": "Cohere 2's blocks run attention and MLP side by side on one LayerNorm; its logits are scaled",
+    "gemma": "Gemma's embedding is scaled and its norms multiply by 1 plus their weight, which Bamba's do not",
     "gemma2": "Gemma 2 has softcaps and norms after its attention and MLP, which Bamba has no place for",
+    "gemma3_text": "Gemma 3 normalises q and k, and what its attention and MLP put out, which Bamba has no place for",
     "olmo2": "OLMo 2 normalises q and k, and after its blocks rather than before them, which Bamba has no place for",
+    "olmo3": "OLMo 3 normalises q and k, and after its blocks rather than before them, which Bamba has no place for",
+    "granite": "Granite scales its embedding, what its blocks add to the residual stream, and its logits; Bamba does "
+    "not",
+    "granitemoe": "Granite's MLPs are mixtures of experts, and its embedding, blocks and logits are scaled",
+    "arcee": "AFM's MLP has no gate, Bamba's has one",
+    "ministral3": "Ministral 3 makes queries larger the later they stand, which Bamba does not",
+    "mixtral": "Mixtral's MLPs are mixtures of experts, Bamba's are not",
+    "qwen3_moe": "Qwen3 normalises q and k, and its MLPs are mixtures of experts, which Bamba has no place for",
     "qwen3": "Qwen3 normalises q and k (q_norm, k_norm), which Bamba's attention does not",
     "smollm3": "SmolLM3 leaves some layers without rotary positions, Bamba rotates in all or in none",
 }

@@ -129,19 +129,32 @@ def footprint(
 
 def operations(name: str, phase: Any, student: HybridForCausalLM, teacher: PreTrainedModel, recompute: bool) -> float:
     """Floating-point operations of one token in a phase: products of matrices, attention and mixing matrices."""
-    shape, config = decoder_shape(student.config.base_config), student.config
+    base, config = student.config.base_config, student.config
+    shape = decoder_shape(base)
     n, inner = phase.sequence_length, shape.num_heads * shape.head_dim
     replaced, total = len(config.ssm_layers), shape.num_layers
-    body = sum(_count(layer) for layer in decoder(student)[1])
-    of_teacher = 2 * sum(_count(layer) for layer in decoder(teacher)[1]) + total * 2 * n * inner
-    mixers = sum(_count(decoder_layers(student)[i].self_attn) for i in config.ssm_layers)
+    body = sum(used_parameters(layer, base) for layer in decoder(student)[1])
+    of_teacher = 2 * sum(used_parameters(layer, base) for layer in decoder(teacher)[1]) + total * 2 * n * inner
+    mixers = sum(used_parameters(decoder_layers(student)[i].self_attn, base) for i in config.ssm_layers)
     if name == "mixing":
         return of_teacher + 4 * mixers + replaced * 8 * n * inner
     if name == "hidden":
-        mlps = sum(_count(decoder(student)[1][i]) for i in config.ssm_layers) - mixers
+        mlps = sum(used_parameters(decoder(student)[1][i], base) for i in config.ssm_layers) - mixers
         return of_teacher + (6 * mixers + (4 * mlps if phase.match == "block_output" else 0))
     attention = (total - replaced) * 2 * n * inner * (3.5 + recompute)
     return of_teacher + body * (8 if recompute else 6) + attention + 8 * student.lm_head.weight.numel()
+
+
+def used_parameters(module: torch.nn.Module, config: Any) -> float:
+    """Parameters that one token is multiplied with: of a mixture of experts, those of the experts it is sent to.
+
+    config: of the decoder.
+    """
+    chosen = getattr(config, "num_experts_per_tok", None)
+    return sum(
+        p.numel() * (chosen / p.shape[0] if chosen and "experts." in name else 1)
+        for name, p in module.named_parameters()
+    )
 
 
 def _count(module: torch.nn.Module) -> int:

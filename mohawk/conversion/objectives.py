@@ -167,7 +167,7 @@ class HiddenObjective(LayerwiseObjective):
         if whole and self.family.parallel:
             prefixes += (self.family.input_norm,)
         if self.train_mlp:
-            prefixes += ("mlp.", *self.family.mlp_norms)
+            prefixes += (f"{self.family.mlp}.", *self.family.mlp_norms)
         return self._trained_in_layers(lambda name: name.startswith(prefixes))
 
     def count(self, batch):
@@ -214,7 +214,7 @@ class EndToEndObjective(PhaseObjective):
             return self._trained_in_layers(lambda name: name.startswith(("self_attn.", *norms)))
         named = self.student.named_parameters()
         if self.train_what == "all_but_mlp":
-            return ((name, p) for name, p in named if ".mlp." not in name)
+            return ((name, p) for name, p in named if f".{self.family.mlp}." not in name)
         return named
 
     def losses(self, **batch: Tensor) -> Iterator[tuple[str, Tensor]]:

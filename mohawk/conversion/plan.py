@@ -15,7 +15,7 @@ from mohawk.core.precision import autocast_dtype, pick_device
 from mohawk.core.processes import count
 from mohawk.errors import UserError
 from mohawk.loading.configs import building
-from mohawk.models.families import check_supported, decoder_shape, needed_attention
+from mohawk.models.families import FAMILIES, check_supported, decoder_shape, needed_attention
 from mohawk.models.from_teacher import choose_layers, hybrid_from_teacher
 from mohawk.models.hybrid import HybridForCausalLM
 from mohawk.models.hybrid_config import SSM_LAYER
@@ -147,7 +147,9 @@ def student_options(s: Student) -> dict:
 def parameter_kind(name: str, ssm_layers: list[int]) -> str:
     if ".self_attn." in name:
         return "mixers" if int(name.split(".layers.")[1].split(".")[0]) in ssm_layers else "attention"
-    for part, kind in ((".mlp.", "MLPs"), ("embed_tokens", "embeddings"), ("lm_head", "head")):
+    if any(f".{family.mlp}." in name for family in FAMILIES.values()):
+        return "MLPs"
+    for part, kind in (("embed_tokens", "embeddings"), ("lm_head", "head")):
         if part in name:
             return kind
     return "norms"

@@ -36,6 +36,7 @@ from mohawk.losses.on_policy import OnPolicy
 from mohawk.losses.rationale_router import RationaleRouter, RoutedRationales
 from mohawk.losses.teachers import AverageTeacher, CachedTeacher, Ensemble, ModelTeacher
 from mohawk.measures.compare import Comparison, compare
+from mohawk.models.casting import cast
 from mohawk.models.sharding import copied, is_sharded
 from mohawk.runs.context import RunContext
 from mohawk.runs.steps import Step, train, write_plain
@@ -205,7 +206,8 @@ def made(run: RunContext, given: DistillStudent, base: PreTrainedModel, where: s
         base = load_teacher(given.model, **given.where, device=run.device, spread=spread, who=f"{where}.model")
     if parts is not None:
         return shaped_in_parts(given, base, run.recipe.seed, parts.student, where).requires_grad_(True)
-    student = shaped(given, base, run.recipe.seed, where).float()
+    student = shaped(given, base, run.recipe.seed, where)
+    cast(student, torch.float32)
     # pyrefly: ignore[bad-argument-type]  # transformers wraps `to` and loses its parameters
     return student.to(run.device).requires_grad_(True)
 

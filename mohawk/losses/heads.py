@@ -16,6 +16,7 @@ from mohawk.kernels.kd.teachers import TeacherHidden
 from mohawk.loading.causal import check_causal_on, embedding_rows, plain_model, within_peft
 from mohawk.loading.configs import check_decoder
 from mohawk.loading.offload import loaded
+from mohawk.models.families import logit_factors
 from mohawk.models.sharding import whole
 
 if TYPE_CHECKING:
@@ -53,10 +54,9 @@ class Head:
         if output is None:
             raise UserError(f"{type(model).__name__} has no output embedding to compare logits of")
         config = plain_model(model).config.get_text_config()
-        scale = getattr(config, "logit_scale", None) or 1.0  # Cohere multiplies, Granite divides
-        scale /= getattr(config, "logits_scaling", None) or 1.0
+        multiplied, divided = logit_factors(config)
         softcap = getattr(config, "final_logit_softcapping", None)
-        return cls(*output_weight(output), float(scale), softcap)
+        return cls(*output_weight(output), multiplied / divided, softcap)
 
     def detached(self) -> Head:
         """The head without gradients, its tensors not copied."""

@@ -191,7 +191,8 @@ class Pruning:
         if step.kind == "correct":
 
             def correct(student: PreTrainedModel | None, before: str | None) -> PreTrainedModel:
-                teacher = copy.deepcopy(run.teacher).float().requires_grad_(True)
+                teacher = copy.deepcopy(run.teacher).requires_grad_(True)
+                cast(teacher, torch.float32)
                 return self.trainer.train(0, recipe.correct, teacher, before)
 
             return Step(step.name, correct, recipe.correct, needed=True, then=self._replace_teacher)

@@ -4,6 +4,8 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from mohawk.models.families import FAMILIES as KNOWN
+
 COMMON = dict(
     vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=4,
     num_key_value_heads=2, max_position_embeddings=256, pad_token_id=0, bos_token_id=1, eos_token_id=2,
@@ -14,16 +16,54 @@ FAMILIES = {
     "llama_biased": ("llama", {"attention_bias": True, "mlp_bias": True}),
     "llama_wide_heads": ("llama", {"head_dim": 16, "num_key_value_heads": 1}),
     "mistral": ("mistral", {"sliding_window": 6}),
+    "ministral": (
+        "ministral", {"head_dim": 12, "sliding_window": 6, "layer_types": ["full_attention", "sliding_attention"] * 2},
+    ),
+    # queries grow behind 16 tokens
+    "ministral3": (
+        "ministral3",
+        {"head_dim": 16,
+         "rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 16.0, "beta_fast": 32.0,
+                             "beta_slow": 1.0, "mscale": 1.0, "mscale_all_dim": 1.0, "llama_4_scaling_beta": 0.1,
+                             "original_max_position_embeddings": 16}},
+    ),
+    "mixtral": ("mixtral", {"num_local_experts": 3, "num_experts_per_tok": 2}),
     "qwen2": ("qwen2", {"tie_word_embeddings": True}),
     "qwen3": ("qwen3", {"head_dim": 16, "use_sliding_window": True, "sliding_window": 5, "max_window_layers": 2}),
+    # layer 0 has an MLP of its own size
+    "qwen3_moe": (
+        "qwen3_moe",
+        {"head_dim": 12, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24,
+         "norm_topk_prob": True, "mlp_only_layers": [0]},
+    ),
+    "granite": (
+        "granite",
+        {"num_attention_heads": 8, "num_key_value_heads": 2, "embedding_multiplier": 3.0, "residual_multiplier": 0.3,
+         "attention_multiplier": 0.2, "logits_scaling": 3.0, "tie_word_embeddings": True},
+    ),
+    "granitemoe": (
+        "granitemoe",
+        {"num_local_experts": 4, "num_experts_per_tok": 2, "embedding_multiplier": 3.0, "residual_multiplier": 0.3,
+         "attention_multiplier": 0.2, "logits_scaling": 3.0, "tie_word_embeddings": True},
+    ),
+    "seed_oss": ("seed_oss", {"head_dim": 12}),
+    "arcee": ("arcee", {}),
     "smollm3": ("smollm3", {"no_rope_layer_interval": 2}),
+    "gemma": ("gemma", {"head_dim": 12, "num_key_value_heads": 1, "tie_word_embeddings": True}),
     # layers 0 and 2 have the window; the caps are low enough to matter
     "gemma2": (
         "gemma2",
         {"head_dim": 16, "sliding_window": 6, "query_pre_attn_scalar": 24, "attn_logit_softcapping": 3.0,
          "final_logit_softcapping": 2.0, "tie_word_embeddings": True},
     ),
+    # layer 2 alone is full attention, and has rotary positions of its own
+    "gemma3": (
+        "gemma3_text",
+        {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 24, "sliding_window": 6,
+         "sliding_window_pattern": 3, "query_pre_attn_scalar": 20, "tie_word_embeddings": True},
+    ),
     "olmo2": ("olmo2", {}),
+    "olmo3": ("olmo3", {"sliding_window": 6}),
     "phi": ("phi", {"num_key_value_heads": 4}),
     "phi_normed": (
         "phi",
@@ -40,7 +80,12 @@ FAMILIES = {
                              "long_factor": [1.0, 2.0, 3.0, 4.0, 5.0, 6.0],
                              "original_max_position_embeddings": 64}},
     ),
+    "cohere": ("cohere", {"use_qk_norm": True, "logit_scale": 0.3}),
+    # layers 0 and 2 have a window and rotary positions, the others neither
+    "cohere2": ("cohere2", {"sliding_window": 6, "sliding_window_pattern": 2, "logit_scale": 0.3}),
 }  # fmt: skip
+# those that can be cut: no mixtures of experts
+CUTTABLE = [name for name, (kind, _) in FAMILIES.items() if not KNOWN[kind].experts]
 
 
 def tiny_teacher(family: str = "llama", **overrides):

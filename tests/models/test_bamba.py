@@ -81,7 +81,9 @@ def assert_same(ours, theirs):
         ("llama_biased", {}),  # biases everywhere: attention_bias, mlp_bias, mamba_proj_bias
         ("llama_wide_heads", {}),  # mamba_expand 2, head_dim that is not hidden / heads
         ("mistral", MISTRAL),
+        ("ministral", {"layer_types": ["full_attention"] * 4, "head_dim": 8}),
         ("qwen2", {}),  # biases on q, k, v but not on o
+        ("seed_oss", {"head_dim": 16}),
         ("phi3", {"sliding_window": None}),  # fused projections
         *(("llama", {"rope_parameters": rope}) for rope in ROPES.values()),
     ],
@@ -183,7 +185,11 @@ def test_what_bamba_cannot_be_is_refused_with_the_reason():
 
 @pytest.mark.parametrize("family, said", [
     ("phi", "side by side on one LayerNorm"), ("gemma2", "softcaps"), ("olmo2", "normalises q and k"),
-    ("qwen3", "q_norm, k_norm"), ("smollm3", "without rotary positions"),
+    ("qwen3", "q_norm, k_norm"), ("smollm3", "without rotary positions"), ("granite", "its logits"),
+    ("gemma", "1 plus their weight"), ("gemma3", "normalises q and k"), ("olmo3", "normalises q and k"),
+    ("cohere2", "its logits are scaled"), ("arcee", "no gate"), ("ministral3", "queries larger"),
+    ("cohere", "its logits are scaled"), ("granitemoe", "mixtures of experts"), ("mixtral", "mixtures of experts"),
+    ("qwen3_moe", "mixtures of experts"),
 ])  # fmt: skip
 def test_other_families_are_refused_with_the_reason(family, said):
     assert said in why_not_bamba(hybrid_from_teacher(tiny_teacher(family), [1]).config)

@@ -25,10 +25,10 @@ from mohawk.models.formats.bamba import fold_conv_input_bias, from_bamba, norms_
 from mohawk.models.from_teacher import hybrid_from_teacher
 from mohawk.models.hybrid import HybridForCausalLM
 from mohawk.models.hybrid_config import HybridConfig
-from tests.models.conftest import FAMILIES, tiny_teacher
+from tests.models.conftest import CUTTABLE, FAMILIES, tiny_teacher
 
 LAYERS, HIDDEN, FFN = 4, 32, 48
-HYBRIDS = [f"{name}+{mixer}" for name in FAMILIES for mixer in ("mamba2", "discrete_mamba2")]
+HYBRIDS = [f"{name}+{mixer}" for name in CUTTABLE for mixer in ("mamba2", "discrete_mamba2")]
 SSM = (1, 3)  # of the hybrids
 
 
@@ -38,7 +38,7 @@ def model_of(name: str, **options):
     The norms' epsilon is large, so that a wrong one shows.
     """
     family, _, mixer = name.partition("+")
-    epsilon = "layer_norm_eps" if FAMILIES[family][0] == "phi" else "rms_norm_eps"
+    epsilon = "layer_norm_eps" if FAMILIES[family][0] in ("phi", "cohere", "cohere2") else "rms_norm_eps"
     teacher = tiny_teacher(family, **{epsilon: 1e-2, **options})
     if not mixer:
         return teacher
@@ -109,7 +109,7 @@ def zero_rows(module, rows):
         module.bias[rows] = 0
 
 
-@pytest.mark.parametrize("name", [*FAMILIES, *HYBRIDS])
+@pytest.mark.parametrize("name", [*CUTTABLE, *HYBRIDS])
 def test_a_cut_to_the_same_sizes_is_the_identity(name):
     model = model_of(name)
     own, ssm = sizes_of(model.config), [i for i in SSM if "+" in name]
@@ -132,7 +132,7 @@ def test_a_cut_to_the_same_sizes_is_the_identity(name):
         torch.testing.assert_close(logits(same), logits(model), rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("name", [*FAMILIES, *HYBRIDS])
+@pytest.mark.parametrize("name", [*CUTTABLE, *HYBRIDS])
 def test_layers_that_add_nothing(name, tmp_path):
     """Layers 0 and 2 go: what is said of single layers (windows, positions, kinds) follows those that stay."""
     model = model_of(name)
@@ -157,10 +157,11 @@ def zero_neurons(model, kept):
         elif hasattr(layer.mlp, "gate_up_proj"):
             zero_rows(layer.mlp.gate_up_proj, [FFN + j for j in out])
         else:
-            zero_rows(layer.mlp.up_proj if i % 2 else layer.mlp.gate_proj, out)
+            # AFM's MLP has no gate, and its activation of 0 is 0
+            zero_rows(layer.mlp.up_proj if i % 2 or not hasattr(layer.mlp, "gate_proj") else layer.mlp.gate_proj, out)
 
 
-@pytest.mark.parametrize("name", [*FAMILIES, "gemma2+mamba2", "phi+discrete_mamba2"])
+@pytest.mark.parametrize("name", [*CUTTABLE, "gemma2+mamba2", "phi+discrete_mamba2"])
 def test_neurons_that_put_out_nothing(name, tmp_path):
     model = model_of(name)
     kept = {i: torch.randperm(FFN, generator=torch.Generator().manual_seed(i))[:17].tolist() for i in range(LAYERS)}
@@ -189,7 +190,7 @@ def zero_heads(model, layer, heads, kv_heads):
 
 # sizes the classes with hidden_size % num_heads == 0 have: 2 of 4 heads, or 1 of 2
 @pytest.mark.parametrize("keep", ["one query head a group", "one group"])
-@pytest.mark.parametrize("name", [*FAMILIES, "olmo2+mamba2", "qwen3+discrete_mamba2"])
+@pytest.mark.parametrize("name", [*CUTTABLE, "olmo2+mamba2", "qwen3+discrete_mamba2"])
 def test_heads_that_put_out_nothing(name, keep, tmp_path):
     options = {}
     if name == "phi_normed":  # its norms of q and k are hidden // heads channels wide: both are cut
@@ -232,7 +233,7 @@ def zero_channels(model, kept):
         for module in (layer.self_attn, layer.mlp):
             names = ("o_proj", "dense", "out_proj", "down_proj", "fc2")
             writers += [getattr(module, name) for name in names if hasattr(module, name)]
-    layer_norm = hasattr(model.model, "final_layernorm")
+    layer_norm = model.model.config.model_type in ("phi", "cohere", "cohere2")
     for writer in writers:
         zero_rows(writer, out)
         if layer_norm:
@@ -245,7 +246,7 @@ def zero_channels(model, kept):
         embedding[:, kept] -= embedding[:, kept].mean(1, keepdim=True)
 
 
-@pytest.mark.parametrize("name", [*FAMILIES, *HYBRIDS])
+@pytest.mark.parametrize("name", [*CUTTABLE, *HYBRIDS])
 def test_channels_to_which_nothing_is_added(name, tmp_path):
     model = model_of(name)
     if name.startswith(("phi_normed", "phi4_mini")):
@@ -260,7 +261,7 @@ def test_channels_to_which_nothing_is_added(name, tmp_path):
     assert_ordinary(smaller, tmp_path)
 
 
-@pytest.mark.parametrize("name", [name for name in FAMILIES if name not in ("phi_normed", "phi4_mini")])
+@pytest.mark.parametrize("name", [name for name in CUTTABLE if name not in ("phi_normed", "phi4_mini")])
 def test_channels_of_a_head_tied_or_not_the_other_way(name, tmp_path):
     """A tied head is multiplied with the embedding, and the norm in front of it makes up for that."""
     model = model_of(name, tie_word_embeddings=not FAMILIES[name][1].get("tie_word_embeddings", False))
@@ -374,7 +375,7 @@ def test_every_axis_at_once(name, tmp_path):
     assert_ordinary(smaller, tmp_path)
 
 
-@pytest.mark.parametrize("name", [*FAMILIES, "phi+discrete_mamba2", "llama+mamba2"])
+@pytest.mark.parametrize("name", [*CUTTABLE, "phi+discrete_mamba2", "llama+mamba2"])
 def test_a_smaller_vocabulary(name, tmp_path):
     """The other rows go, those that stay are numbered anew, and so are the special tokens."""
     model = model_of(name)
@@ -501,6 +502,19 @@ def test_bad_sizes_get_one_line(line):
     with pytest.raises(ValueError) as caught:
         sized_config(config, Sizes(**{**own, **BAD_SIZES[line]}))
     assert str(caught.value) == line
+
+
+@pytest.mark.parametrize("family", [name for name in FAMILIES if name not in CUTTABLE])
+def test_mixtures_of_experts_lose_whole_layers_alone(family):
+    model = tiny_teacher(family)
+    kept = keep_layers(model, [0, 2])  # of qwen3_moe's, layer 0 has a plain MLP and stays the first
+    assert type(kept) is type(model) and len(kept.model.layers) == 2
+    line = f"^model_type '{model.config.model_type}' cannot be cut; its MLPs are mixtures of experts, .* keep_layers"
+    with pytest.raises(ValueError, match=line) as caught:
+        keep_heads(model, every([0, 2]))
+    assert "\n" not in str(caught.value)
+    with pytest.raises(ValueError, match=line):
+        keep_layers(hybrid_from_teacher(model, [1]), [0, 1])
 
 
 def test_unsupported_models_are_refused():

@@ -9,7 +9,6 @@ from transformers import (
     AutoModelForCausalLM,
     BambaConfig,
     BambaForCausalLM,
-    Gemma3TextConfig,
     GenerationConfig,
     GPT2Config,
     GPT2LMHeadModel,
@@ -32,7 +31,7 @@ OTHERS = {
         vocab_size=97, num_layers=4, hidden_size=32, num_heads=4, attention_types=[[["global", "local"], 2]],
         window_size=5, bos_token_id=1, eos_token_id=2,
     ),
-    "gemma3": Gemma3TextConfig(**{**COMMON, "head_dim": 16, "sliding_window": 6}),
+    "exaone4": AutoConfig.for_model("exaone4", **{**COMMON, "sliding_window": 6, "sliding_window_pattern": 3}),
     "qwen3_moe": AutoConfig.for_model(
         "qwen3_moe", **{**COMMON, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
     ),

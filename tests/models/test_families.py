@@ -1,12 +1,16 @@
 """What a conversion needs of a family: its attention read correctly, every phase training the right parameters."""
 
 import copy
+import re
+from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
+from mohawk.conversion.footprint import used_parameters
 from mohawk.conversion.objectives import EndToEndObjective, HiddenObjective, MixingObjective
+from mohawk.conversion.plan import parameter_kind
 from mohawk.conversion.readout import solve_output_projections
 from mohawk.kernels.mixing.definition import AttentionMixing, SSDMixing
 from mohawk.kernels.mixing.distance import mixing_distance
@@ -19,8 +23,8 @@ from mohawk.models.hybrid_config import HybridConfig
 from mohawk.models.mixers import SSMMixer
 from mohawk.models.packed import positions_of
 from mohawk.models.teacher_forcing import layer_calls, record, recording_attention, softcapped_attention
+from tests.models.conftest import CUTTABLE, tiny_teacher
 from tests.models.conftest import FAMILIES as TESTED
-from tests.models.conftest import tiny_teacher
 
 OBJECTIVES = {
     "mixing": MixingObjective,
@@ -116,7 +120,7 @@ def test_phase_names(teacher):
 
     def norms(phase):
         names = (name.removeprefix("model.layers.1.") for name, _ in OBJECTIVES[phase](student, teacher).trained())
-        return {name.split(".")[0] for name in names if not name.startswith(("self_attn.", "mlp."))}
+        return {name.split(".")[0] for name in names if not name.startswith(("self_attn.", f"{family.mlp}."))}
 
     own = set() if family.parallel else {family.input_norm} - {None}
     everything = {family.input_norm, family.output_norm, *family.mlp_norms} - {None}
@@ -138,6 +142,25 @@ def test_the_least_squares_start_brings_the_mixer_nearer(teacher):
     with recording_attention(teacher):
         solve_output_projections(student, teacher, [data])
     assert loss() < 0.9 * before
+
+
+@pytest.mark.parametrize("family", [name for name in TESTED if name not in CUTTABLE])
+def test_experts_and_routers_count_as_mlps(family):
+    """In plans and reports; and a phase that leaves MLPs alone leaves them alone."""
+    teacher = tiny_teacher(family)
+    student = hybrid_from_teacher(teacher, [1])
+    inside = {
+        name for name, _ in student.named_parameters() if "experts." in name or "gate" in name or "router" in name
+    }
+    assert len([name for name in inside if "layers.1." in name]) == 3
+    assert {parameter_kind(name, [1]) for name in inside} == {"MLPs"}
+    layer, config = decoder_layers(teacher)[1], teacher.config
+    sizes = {name: p.numel() for name, p in layer.named_parameters()}
+    experts = sum(size for name, size in sizes.items() if "experts." in name)
+    idle = 1 - config.num_experts_per_tok / config.num_local_experts
+    assert used_parameters(layer, config) == pytest.approx(sum(sizes.values()) - idle * experts)
+    trained = {name for name, _ in EndToEndObjective(student, teacher, train="all_but_mlp").trained()}
+    assert not inside & trained and "model.layers.1.post_attention_layernorm.weight" in trained
 
 
 @pytest.mark.parametrize("layers", [[0, 2], [1, 3]], ids=str)
@@ -228,14 +251,16 @@ def test_a_teacher_whose_attention_leaves_out_its_softcap_is_refused():
 @pytest.mark.parametrize(
     "kind, options, missing",
     [
-        ("qwen3_moe", {}, "an entry in FAMILIES .*docs/families.md says how to add one"),
-        ("gemma3_text", {}, "an entry in FAMILIES"),
+        ("starcoder2", {}, "an entry in FAMILIES .*docs/families.md says how to add one and what shows whether"),
         ("deepseek_v3", {}, "latent attention"),
         ("llava", {}, r"give its text decoder \(llama\) alone"),
-        ("gemma3", {}, r"its text decoder \(gemma3_text\) alone lacks an entry in FAMILIES"),
+        ("gemma3", {}, r"give its text decoder \(gemma3_text\) alone; docs/families.md says how to take it out"),
+        ("fuyu", {}, r"its text decoder \(persimmon\) alone lacks an entry in FAMILIES"),
         ("llama4", {}, r"its text decoder \(llama4_text\) alone lacks full .*layers of chunked_attention"),
         ("bamba", {}, "layers of linear_attention|layers of mamba|an entry in FAMILIES"),
         ("gemma2", {"use_bidirectional_attention": True}, "cannot look ahead"),
+        ("gemma3_text", {"use_bidirectional_attention": True}, "cannot look ahead"),
+        ("llama", {"per_layer_config": {0: {"intermediate_size": 5}}}, "same sizes in every layer; per_layer_config"),
     ],
 )
 def test_refusals_say_what_is_missing(kind, options, missing):
@@ -244,6 +269,34 @@ def test_refusals_say_what_is_missing(kind, options, missing):
     with pytest.raises(ValueError, match=f"model_type '{kind}' cannot be converted.*missing: .*({missing})") as caught:
         check_supported(config)
     assert "\n" not in str(caught.value) and "supported: llama (" in str(caught.value)
+
+
+def test_a_text_decoder_is_taken_out_as_the_documentation_says(tmp_path, monkeypatch):
+    """The lines of docs/families.md, run as they stand on a tiny model of text and images."""
+    text = {
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "head_dim": 16,
+    }
+    vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = AutoConfig.for_model(
+        "gemma3",
+        text_config={**text, "vocab_size": 97, "intermediate_size": 48},
+        vision_config={**vision, "image_size": 28, "patch_size": 14},
+        image_token_index=5,
+    )
+    whole = AutoModelForImageTextToText.from_config(config).eval()
+    monkeypatch.chdir(tmp_path)
+    whole.save_pretrained("images-and-text")
+    page = (Path(__file__).parents[2] / "docs" / "families.md").read_text(encoding="utf-8")
+    (lines,) = (block for block in re.findall(r"^```python\n(.*?)^```$", page, re.M | re.S) if "get_decoder" in block)
+    exec(lines, {})
+    alone = AutoModelForCausalLM.from_pretrained("text-alone").eval()
+    x = batch(rows=2)["input_ids"]
+    torch.testing.assert_close(alone(x).logits, whole(input_ids=x).logits, rtol=0, atol=0)
+    check_supported(alone.config)
 
 
 @pytest.mark.parametrize(
@@ -274,13 +327,19 @@ def test_what_is_no_decoder_is_called_what_it_is(kind, options, what):
         ("opt", "the skeleton of Llama"),
         ("falcon", "the skeleton of Llama"),
         ("gpt_oss", "this one has sinks too"),
-        ("lfm2", "an MLP called mlp in every layer"),
-        ("cohere", "this model scales them (logit_scale)"),
+        ("lfm2", "an MLP called block_sparse_moe or mlp in every layer"),
+        ("granitemoeshared", "layer 0 has shared_mlp too"),
+        ("stablelm", "layers that hand keywords on to their attention"),
+        ("nemotron", "layers that hand keywords on to their attention"),
+        ("apertus", "a norm in front of attention called input_layernorm"),
+        ("olmo", "norms with weights; its input_layernorm has none"),
     ],
 )
 def test_what_no_entry_can_say_is_not_asked_as_one(kind, lacking):
+    # what the configurations of two have no default for
+    given = {"nemotron": {"num_key_value_heads": 8}, "granitemoeshared": {"shared_intermediate_size": 16}}
     with pytest.raises(ValueError) as caught:
-        check_supported(AutoConfig.for_model(kind))
+        check_supported(AutoConfig.for_model(kind, **given.get(kind, {})))
     assert lacking in str(caught.value) and "an entry in FAMILIES cannot say so, that takes code" in str(caught.value)
     assert "says how to add one" not in str(caught.value)
 

@@ -71,7 +71,7 @@ def test_attention_weights_become_c_b_x_and_out_proj(teacher, mixer):
 
 def _normed(norm, value):
     """A norm over each head, or over all of them as in OLMo 2."""
-    return norm(value) if norm.weight.numel() == value.shape[-1] else norm(value.flatten(-2)).view_as(value)
+    return norm(value) if norm.weight.shape[-1] == value.shape[-1] else norm(value.flatten(-2)).view_as(value)
 
 
 def test_without_content_the_first_matrix_averages():

@@ -7,6 +7,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
 from mohawk.models.call import CACHE
+from mohawk.models.casting import cast
 from mohawk.models.from_teacher import hybrid_from_teacher
 from mohawk.models.hybrid import HybridForCausalLM
 from mohawk.models.hybrid_config import HybridConfig
@@ -204,12 +205,50 @@ def test_positions_and_segments_are_inverse():
     assert segments_of(torch.arange(6)[None]) is None
 
 
+def test_a_teacher_in_bfloat16(teacher, tmp_path):
+    """As loading gives it, with buffers in float32 (Gemma 3: rounded). Nothing replaced is the teacher to the last bit,
+    and a student is the same when it is saved and loaded, in bfloat16 or made float32 for training."""
+    teacher.save_pretrained(tmp_path / "teacher")
+    attention = teacher.config._attn_implementation
+    options = {"dtype": torch.bfloat16, "attn_implementation": attention}
+    teacher = AutoModelForCausalLM.from_pretrained(tmp_path / "teacher", **options).eval()
+    x = ids(2, 17)
+    plain = HybridForCausalLM(HybridConfig(base_config=copy.deepcopy(teacher.config))).eval()
+    cast(plain, torch.bfloat16)
+    plain.load_state_dict(teacher.state_dict(), strict=False)
+    plain.tie_weights()
+    student = hybrid_from_teacher(teacher, [1, 3])
+    with torch.no_grad():
+        assert torch.equal(plain(x).logits, teacher(x).logits)
+        full, cache = student(x, use_cache=False).logits, student.new_cache()
+        steps = [student(x[:, start : start + n], **{CACHE: cache}).logits for start, n in ((0, 15), (15, 1), (16, 1))]
+        assert relative(torch.cat(steps, 1).float(), full.float()) < 0.05
+        for dtype in (torch.bfloat16, torch.float32):
+            cast(student, dtype)
+            student.save_pretrained(tmp_path / "student")
+            options = {"dtype": dtype, "attn_implementation": attention}
+            loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "student", **options).eval()
+            assert loaded.dtype == dtype and torch.equal(loaded(x).logits, student(x).logits)
+
+
 def test_labels_give_the_shifted_loss():
     student = student_of(tiny_teacher())
     x = ids(2, 9)
     out = student(x, labels=x)
     expected = torch.nn.functional.cross_entropy(out.logits[:, :-1].flatten(0, 1), x[:, 1:].flatten())
     torch.testing.assert_close(out.loss, expected)
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "granitemoe"])
+def test_no_loss_of_routers_is_added(family):
+    """Whatever the teacher's configuration says; whoever asks for it is told."""
+    teacher = tiny_teacher(family, output_router_logits=True, router_aux_loss_coef=10.0)
+    student, x = student_of(teacher), ids(2, 9)
+    out = student(x, labels=x)
+    expected = torch.nn.functional.cross_entropy(out.logits[:, :-1].flatten(0, 1), x[:, 1:].flatten())
+    torch.testing.assert_close(out.loss, expected)
+    with pytest.raises(ValueError, match="output_router_logits asks for the loss that balances experts"):
+        student(x, labels=x, output_router_logits=True)
 
 
 def test_gradient_checkpointing_changes_no_gradient():

@@ -128,7 +128,9 @@ def test_a_run_from_checkpoint_to_student(mixer, checkpoint, texts, tmp_path, ca
     assert (run / "student" / "model.safetensors").read_bytes() == before
 
 
-@pytest.mark.parametrize("family", ["llama_biased", "mistral", "qwen3", "gemma2", "olmo2", "phi4_mini"])
+@pytest.mark.parametrize(
+    "family", ["llama_biased", "mistral", "qwen3", "gemma2", "olmo2", "phi4_mini", "gemma3", "granite", "qwen3_moe"]
+)
 def test_families_and_both_mixers_run(family, tokenizer, texts, tmp_path):
     teacher = tiny_teacher(family, vocab_size=258, num_hidden_layers=2, bos_token_id=256, eos_token_id=257)
     teacher.save_pretrained(tmp_path / "teacher")

@@ -89,16 +89,18 @@ def attention_outputs(model, inputs):
 
 def block_output(kind, layer, hidden, mixed):
     """A decoder layer's output, given its input and what its mixer made of it."""
-    if kind == "phi":
+    if kind in ("phi", "cohere", "cohere2"):
         return hidden + mixed + layer.mlp(layer.input_layernorm(hidden))
-    if kind == "gemma2":
+    if kind in ("gemma2", "gemma3_text"):
         hidden = hidden + layer.post_attention_layernorm(mixed)
         return hidden + layer.post_feedforward_layernorm(layer.mlp(layer.pre_feedforward_layernorm(hidden)))
-    if kind == "olmo2":
+    if kind in ("olmo2", "olmo3"):
         hidden = hidden + layer.post_attention_layernorm(mixed)
         return hidden + layer.post_feedforward_layernorm(layer.mlp(hidden))
-    hidden = hidden + mixed
-    return hidden + layer.mlp(layer.post_attention_layernorm(hidden))
+    factor = 0.3 if kind in ("granite", "granitemoe") else 1.0  # its residual_multiplier
+    hidden = hidden + factor * mixed
+    mlp = layer.block_sparse_moe if kind == "granitemoe" else layer.mlp
+    return hidden + factor * mlp(layer.post_attention_layernorm(hidden))
 
 
 @pytest.mark.parametrize("match", ["block_output", "mixer_output"])

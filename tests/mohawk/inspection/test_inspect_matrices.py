@@ -141,7 +141,10 @@ def test_a_picture_of_256_positions_has_a_pixel_for_each(place, tmp_path):
         assert (grey == ~seen)[inside, inside].all()
 
 
-@pytest.mark.parametrize("family", ["llama_wide_heads", "mistral", "qwen3", "gemma2", "olmo2", "phi", "phi4_mini"])
+@pytest.mark.parametrize(
+    "family",
+    ["llama_wide_heads", "mistral", "qwen3", "gemma2", "olmo2", "phi", "phi4_mini", "gemma3", "granite", "qwen3_moe"],
+)
 def test_a_transformer_alone(family, tmp_path, tokenizer, capsys):
     model = tiny_teacher(family, vocab_size=258, num_hidden_layers=2)
     model.save_pretrained(tmp_path / "model")

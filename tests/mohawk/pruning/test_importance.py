@@ -15,7 +15,7 @@ from mohawk.pruning.baselines import magnitude_importance, random_importance
 from mohawk.pruning.importance import Importance, choose, measure_importance
 from mohawk.pruning.layer_drops import measure_layer_drops
 from mohawk.pruning.state_use import state_use
-from tests.models.conftest import FAMILIES, tiny_teacher
+from tests.models.conftest import CUTTABLE, tiny_teacher
 from tests.models.test_cuts import (
     assert_same,
     grouped_hybrid,
@@ -54,7 +54,7 @@ def scores(importance):
     }
 
 
-@pytest.mark.parametrize("name", [*FAMILIES, "llama+mamba2", "phi+discrete_mamba2", "olmo2+mamba2", "gemma2+mamba2"])
+@pytest.mark.parametrize("name", [*CUTTABLE, "llama+mamba2", "phi+discrete_mamba2", "olmo2+mamba2", "gemma2+mamba2"])
 def test_scores_do_not_depend_on_the_batches(name):
     model = model_of(name).train()
     hooks = [(dict(m._forward_hooks), dict(m._forward_pre_hooks)) for m in model.modules()]
@@ -63,7 +63,9 @@ def test_scores_do_not_depend_on_the_batches(name):
     assert hooks == [(dict(m._forward_hooks), dict(m._forward_pre_hooks)) for m in model.modules()]
     assert (one.rows, one.tokens) == (six.rows, six.tokens) == (5, 4 * N + N // 2)
     for axis, values in scores(one).items():
-        assert values.dtype == torch.float64 and bool((values > 0).all()) and torch.isfinite(values).all(), axis
+        assert values.dtype == torch.float64 and torch.isfinite(values).all(), axis
+        silent = axis == "ffn" and name == "arcee"  # behind a ReLU a neuron may put out nothing
+        assert bool((values > 0).all()) or (silent and bool((values >= 0).all())), axis
         torch.testing.assert_close(scores(six)[axis], values, rtol=1e-5, atol=1e-7)
     again = measure_importance(model, batched(rows(), 6))
     assert all(torch.equal(values, scores(six)[axis]) for axis, values in scores(again).items())
@@ -281,7 +283,7 @@ def test_layer_drops_are_those_of_the_model_cut(name):
         torch.testing.assert_close(drops.perplexity[i], perplexity(less) - perplexity(whole), rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.parametrize("name", [*FAMILIES, "llama+mamba2", "phi3+discrete_mamba2"])
+@pytest.mark.parametrize("name", [*CUTTABLE, "llama+mamba2", "phi3+discrete_mamba2"])
 def test_baselines_have_the_shapes_of_the_scores(name):
     model = model_of(name)
     measured = measure_importance(model, batched(rows(), 6))

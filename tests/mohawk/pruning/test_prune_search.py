@@ -32,7 +32,7 @@ from mohawk.pruning.run import prune
 from mohawk.pruning.search import Budget, Costs, candidates, search, search_table, within
 from mohawk.pruning.sizes import WIDTHS, between, narrower, spread, unit
 from tests.helpers.tiny_phase import cheap_training  # noqa: F401
-from tests.models.conftest import FAMILIES, tiny_teacher
+from tests.models.conftest import CUTTABLE, tiny_teacher
 from tests.mohawk.pruning.test_prune import checkpoint, made, read, stage, texts, wide_screen  # noqa: F401
 
 pytestmark = pytest.mark.usefixtures("cheap_training")
@@ -124,7 +124,7 @@ def test_depths_given_and_mistakes():
 
 
 def test_rounds_on_the_way_are_sizes_a_model_can_have():
-    for name in [*FAMILIES, "llama+mamba2"]:
+    for name in [*CUTTABLE, "llama+mamba2"]:
         config = model_of(name).config
         own = sizes_of(config)
         final = replace(narrower(config, own, "all", 8)[-1], layers=1)
