@@ -48,6 +48,7 @@ class DistillationTrainer(Trainer):
         self.distiller.matched.to(self.args.device)
         self.model_accepts_loss_kwargs = True  # the counts over micro-batches are ours to divide by
         self._training = False  # within training_step
+        self.apart: torch.optim.AdamW | None = None  # of matchings, where FSDP2 takes the model's parameters alone
         self.add_callback(_Steps(self))
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
@@ -83,7 +84,13 @@ class DistillationTrainer(Trainer):
         created = self.optimizer is None
         optimizer = super().create_optimizer(*(() if model is None else (model,)))
         parameters = list(self.distiller.matched.parameters())
-        if created and parameters:
+        if not (created and parameters):
+            return optimizer
+        if self.is_fsdp_enabled:
+            of, decay = self.args, self.args.weight_decay
+            betas = (of.adam_beta1, of.adam_beta2)
+            self.apart = torch.optim.AdamW(parameters, of.learning_rate, betas, of.adam_epsilon, weight_decay=decay)
+        else:
             optimizer.add_param_group({"params": parameters, "weight_decay": self.args.weight_decay})
         return optimizer
 
@@ -99,6 +106,8 @@ class DistillationTrainer(Trainer):
             if folder.is_dir():  # and not already rotated away
                 state, values = self.distiller.training_state()
                 state |= {f"matched.{name}": tensor for name, tensor in self.distiller.matched.state_dict().items()}
+                moments = {} if self.apart is None else self.apart.state_dict()["state"]
+                state |= {f"apart.{i}.{name}": one for i, of in moments.items() for name, one in of.items()}
                 save_file({name: t.detach().cpu().contiguous() for name, t in state.items()}, folder / TENSORS)
                 (folder / VALUES).write_text(json.dumps(values) + "\n", encoding="utf-8")
 
@@ -107,6 +116,13 @@ class DistillationTrainer(Trainer):
         state = load_file(Path(resume_from_checkpoint) / TENSORS)
         matched = {name.removeprefix("matched."): t for name, t in state.items() if name.startswith("matched.")}
         self.distiller.matched.load_state_dict(matched)
+        if self.apart is not None:
+            kept: dict[int, dict[str, torch.Tensor]] = {}
+            for key, tensor in state.items():
+                if key.startswith("apart."):
+                    _, i, name = key.split(".")
+                    kept.setdefault(int(i), {})[name] = tensor
+            self.apart.load_state_dict({**self.apart.state_dict(), "state": kept})
         values = json.loads((Path(resume_from_checkpoint) / VALUES).read_text(encoding="utf-8"))
         self.distiller.load_training_state(state, values)
 
@@ -130,6 +146,10 @@ class _Steps(TrainerCallback):
             for parameter in parameters:
                 if parameter.grad is not None:
                     parameter.grad /= args.world_size
+        if (apart := self.trainer.apart) is not None:
+            for group in apart.param_groups:
+                group["lr"] = self.trainer.optimizer.param_groups[0]["lr"]
+            apart.step()
 
     def on_step_end(self, args, state, control, **kwargs):
         distiller = self.trainer.distiller

@@ -1,0 +1,80 @@
+"""DistillationTrainer under accelerate's own FSDP2, on processes that accelerate takes for those of GPUs."""
+
+import pytest
+import torch
+from transformers import TrainingArguments
+
+from mohawk import DistillationTrainer, hybrid_from_teacher
+from mohawk.losses.hidden_match import HiddenMatch
+from mohawk.losses.matching import match_hidden
+from tests.helpers.processes import in_processes
+from tests.helpers.tiny_phase import cheap_training  # noqa: F401
+from tests.models.conftest import tiny_teacher
+
+pytestmark = [
+    pytest.mark.usefixtures("cheap_training"),
+    pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="needs gloo"),
+]
+
+STEPS, RATE = 3, 1e-3
+
+
+class Rows(torch.utils.data.Dataset):
+    def __init__(self):
+        self.ids = torch.randint(3, 97, (16, 24), generator=torch.Generator().manual_seed(0))
+
+    def __len__(self):
+        return len(self.ids)
+
+    def __getitem__(self, index):
+        return {"input_ids": self.ids[index], "labels": self.ids[index]}
+
+
+def trained(folder, family: str, matched: bool, processes: int) -> tuple[list[float], dict[str, torch.Tensor]]:
+    """Logged losses and the weights in the end, those of matchings among them."""
+    options = {}
+    if processes > 1:
+        from accelerate import PartialState
+        from accelerate.utils import DistributedType
+
+        PartialState._prepare_backend = lambda self, *_, **__: ("gloo", DistributedType.MULTI_GPU)
+        PartialState.set_device = lambda self: setattr(self, "device", torch.device("cpu"))
+        options = {
+            "fsdp": True,
+            "fsdp_config": {
+                "version": 2, "auto_wrap_policy": "TRANSFORMER_BASED_WRAP", "cpu_ram_efficient_loading": False,
+                "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"], "state_dict_type": "FULL_STATE_DICT",
+            },
+        }  # fmt: skip
+    teacher = tiny_teacher(family)
+    torch.manual_seed(0)
+    student = hybrid_from_teacher(teacher, [1, 3]).train()
+    given = {"ce_weight": 0.3}
+    if matched:
+        given["matchings"] = {"hidden": match_hidden(HiddenMatch([(1, 1), (3, 3)], 32, 32, project=True), 0.1)}
+    arguments = TrainingArguments(
+        output_dir=str(folder), max_steps=STEPS, per_device_train_batch_size=4 // processes, learning_rate=RATE,
+        lr_scheduler_type="linear", logging_steps=1, report_to="none", use_cpu=processes == 1, save_strategy="no",
+        disable_tqdm=True, seed=0, optim="adamw_torch", **options,
+    )  # fmt: skip
+    trainer = DistillationTrainer(
+        model=student, args=arguments, train_dataset=Rows(), teacher=teacher, distillation=given
+    )
+    assert trainer.is_fsdp_enabled == (processes > 1)
+    trainer.train()
+    named = [*trainer.model.named_parameters(), *trainer.distiller.matched.named_parameters()]
+    weights = {name: (p.full_tensor() if hasattr(p, "full_tensor") else p).detach().clone() for name, p in named}
+    assert processes == 1 or sum(hasattr(p, "full_tensor") for _, p in named) > 10
+    return [record["loss"] for record in trainer.state.log_history if "loss" in record], weights
+
+
+@pytest.mark.parametrize(("family", "matched"), [("llama", False), ("llama_biased", False), ("llama_biased", True)])
+def test_it_trains_as_one_process_does(family, matched, tmp_path):
+    losses, weights = trained(tmp_path / "one", family, matched, 1)
+    (first, of_first), (second, of_second) = in_processes(
+        tmp_path, 2, lambda rank: trained(tmp_path / "two", family, matched, 2)
+    )
+    assert first == pytest.approx(losses, rel=1e-4) and second == pytest.approx(losses, rel=1e-4)
+    for name, weight in weights.items():
+        assert torch.equal(of_first[name], of_second[name])
+        assert (of_first[name] - weight).abs().mean() < 0.02 * RATE, name
