@@ -25,7 +25,7 @@ from mohawk.models.families import (
 from mohawk.models.hybrid import HybridForCausalLM
 from mohawk.models.hybrid_config import SSM_LAYER, HybridConfig, attention_types
 from mohawk.models.mixers import MIXERS, OPEN_GATE, GatedDeltaMixer, Mamba2Mixer, SSMMixer
-from mohawk.models.sharding import fill, materialise, run_in, whole
+from mohawk.models.sharding import fill, is_sharded, materialise, reshard, whole
 
 log = logging.getLogger(__name__)
 
@@ -134,8 +134,12 @@ def hybrid_from_teacher(
     base_config = copy.deepcopy(model.config)
     if hasattr(base_config, "quantization_config"):
         delattr(base_config, "quantization_config")
-    first = decoder_layers(model)[0]
-    parts = run_in(first, lambda: attention_parts(first.self_attn))
+    twin = model
+    reshard(model)
+    if is_sharded(model):  # for parts to be put together in, a layer at a time
+        with torch.device("meta"):
+            twin = type(model)(model.config)
+    parts = attention_parts(decoder_layers(twin)[0].self_attn)
     kinds = attention_types(base_config)
     config = HybridConfig(
         base_config=base_config,
@@ -163,25 +167,20 @@ def hybrid_from_teacher(
         materialise(student, model.device)
         _copy_outside(model, student, chosen)
         for i in chosen:
-            _fill_mixer(model, student, i, seed + i, init, gate)
+            _fill_mixer(model, twin, student, i, seed + i, init, gate)
     student.generation_config = saveable(model.generation_config)
     return student.train(model.training)
 
 
 def _copy_outside(model: PreTrainedModel, student: HybridForCausalLM, replaced: Sequence[int]) -> None:
-    """Everything but the mixers, a layer at a time, so that of sharded models no more than that is ever whole."""
+    """Everything but the mixers, a tensor at a time, so that of sharded models no more than that is ever whole."""
     own = dict(student.named_parameters(remove_duplicate=False)) | dict(student.named_buffers())
     left = set(own) - {name for name in own for i in replaced if f"layers.{i}.self_attn." in name}
 
-    def give(prefix: str, module: nn.Module) -> None:
-        for name, tensor in (*module.named_parameters(remove_duplicate=False), *module.named_buffers()):
-            if (place := prefix + name) in left:
-                fill(own[place], whole(tensor))
-                left.discard(place)
-
-    for i, layer in enumerate(decoder_layers(model)):
-        run_in(layer, give, f"model.layers.{i}.", layer)
-    give("", model)
+    for name, tensor in (*model.named_parameters(remove_duplicate=False), *model.named_buffers()):
+        if name in left:
+            fill(own[name], whole(tensor))
+            left.discard(name)
     for name in list(left):  # transformers keeps some of a rotary embedding's by turns as buffers and beside them
         if isinstance(tensor := _at(model, name), Tensor) and not isinstance(own[name], nn.Parameter):
             fill(own[name], tensor)
@@ -198,9 +197,12 @@ def _at(module: Any, name: str) -> Any:
     return module
 
 
-def _fill_mixer(model: PreTrainedModel, student: HybridForCausalLM, i: int, seed: int, init: str, gate: str) -> None:
-    """The mixer of layer i, from attention or by itself; what is random in it is of the seed alone."""
-    own, layer = decoder_layers(student)[i].self_attn, decoder_layers(model)[i]
+def _fill_mixer(
+    model: PreTrainedModel, twin: PreTrainedModel, student: HybridForCausalLM, i: int, seed: int, init: str, gate: str
+) -> None:
+    """The mixer of layer i, from attention or by itself; what is random in it is of the seed alone. twin: the model, or
+    where that is sharded one of its class, on the meta device."""
+    own = decoder_layers(student)[i].self_attn
     with torch.random.fork_rng(devices=[]), torch.device("cpu"):
         torch.manual_seed(seed)
         mixer = student.config.make_mixer(i)
@@ -211,7 +213,13 @@ def _fill_mixer(model: PreTrainedModel, student: HybridForCausalLM, i: int, seed
     if init == "attention":
         size, heads = attention_input_size(model, i), decoder_shape(model.config).num_kv_heads
         copy = copy_attention_to_delta if isinstance(mixer, GatedDeltaMixer) else copy_attention
-        run_in(layer, copy, layer.self_attn, mixer, size, heads, gate)
+        attention = decoder_layers(twin)[i].self_attn
+        if twin is not model:  # whole in its own dtype, which a forward pass's gathering would round
+            theirs = decoder_layers(model)[i].self_attn
+            attention.load_state_dict({name: whole(p) for name, p in theirs.named_parameters()}, assign=True)
+        copy(attention, mixer, size, heads, gate)
+        if twin is not model:
+            attention.to("meta")
     elif init == "neutral":
         assert isinstance(mixer, SSMMixer)  # or it was refused
         start_neutral(mixer)

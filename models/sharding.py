@@ -154,7 +154,8 @@ def whole_head(model: nn.Module) -> Iterator[None]:
 
 
 def reshard(model: nn.Module) -> None:
-    """Parts again everywhere: a pass leaves the head whole, and an optimizer must not see it so."""
+    """Parts again everywhere: a pass leaves the head whole, in the dtype of products, and neither an optimizer nor a
+    file may have it so."""
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
@@ -211,6 +212,7 @@ def copied(
 
     source: from the name of each of its parameters and buffers to the name in `base`.
     """
+    reshard(base)
     theirs = dict(base.named_parameters(remove_duplicate=False)) | dict(base.named_buffers())
     device = next(iter(theirs.values())).device
     spread(shape)

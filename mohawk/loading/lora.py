@@ -18,7 +18,7 @@ from transformers.pytorch_utils import Conv1D
 
 from mohawk.core.extras import need
 from mohawk.models.decoders import decoder
-from mohawk.models.sharding import fill, is_sharded, whole
+from mohawk.models.sharding import fill, is_sharded, reshard, whole
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -191,6 +191,7 @@ def merge_adapter(model: nn.Module) -> PreTrainedModel:
         peft.set_peft_model_state_dict(model, state)
     adapted: Any = model
     if is_sharded(model.get_base_model()):
+        reshard(model)
         modules: list[Any] = list(model.modules())
         for layer in (module for module in modules if ADAPTER in getattr(module, "lora_A", ())):
             weight: Tensor = layer.base_layer.weight

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from mohawk.loading.offload import loaded
-from mohawk.models.sharding import whole
+from mohawk.models.sharding import reshard, whole
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -23,6 +23,7 @@ UNRELATED = ("_name_or_path", "transformers_version", "_attn_implementation", "u
 
 def teacher_hash(teacher: PreTrainedModel) -> str:
     """sha256 of a model's configuration and weights, wherever accelerate keeps them; tied ones count once."""
+    reshard(teacher)
     digest, seen = hashlib.sha256(), set()
     config = {key: value for key, value in teacher.config.to_dict().items() if key not in UNRELATED}
     digest.update(json.dumps(config, sort_keys=True, default=str).encode())

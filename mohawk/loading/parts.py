@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from mohawk.core.processes import first_before_others, several, together
 from mohawk.models.casting import cast
 from mohawk.models.families import needed_attention
-from mohawk.models.sharding import materialise, whole
+from mohawk.models.sharding import materialise, reshard, whole
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -81,6 +81,7 @@ def write_in_parts(model: PreTrainedModel, folder: Path | None) -> None:
     from safetensors.torch import save_file
     from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
+    reshard(model)
     files = _files(model)
     names: dict[str, str] = {}
     for i, tensors in enumerate(files, 1):

@@ -88,6 +88,7 @@ def teacher_states(
     """
     device = torch.device(device) if device is not None else teacher.device
     batches = _dealt(dataset, batch_size)
+    reshard(teacher)
     head = Head.of(teacher).frozen()
     hidden = []
     with _evaluating(teacher):
@@ -126,6 +127,7 @@ def compare(
     Where the vocabularies differ in padding, the entries both have are compared.
     """
     device = torch.device(device) if device is not None else student.device
+    reshard(student)
     student_head, teacher_head = Head.of(student).frozen(), states.head.to(device)
     vocab = min(len(student_head.weight), len(teacher_head.weight))
     totals = torch.zeros(4, dtype=torch.float64, device=device)

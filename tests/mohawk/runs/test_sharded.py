@@ -167,3 +167,22 @@ def test_prune_refuses_parts_before_anything_is_loaded(place, tmp_path, capsys):
     recipe = written(place, tmp_path / "run", prune={"layers": 1}, **PARTS)
     assert main(["prune", str(recipe), "--dry-run"]) == 2
     assert "sharding: got full, but a cut needs the whole model on each process" in capsys.readouterr().err
+
+
+def test_bfloat16_in_parts_is_that_of_whole_models(place, tmp_path):  # noqa: F811
+    """Autocast multiplies rounded copies of whole models; gathered matrices are rounded already."""
+    phases = {
+        "mixing": {"metric": "frobenius"},
+        "hidden": {"match": "mixer_output"},
+        "end_to_end": {"gradient_accumulation": 1},
+    }
+    parts = {"student": {"ssm_layers": [1]}, "phases": phases, "precision": "bfloat16"}
+    in_parts(tmp_path / "whole", "convert", written(place, tmp_path / "whole", **parts, sharding={"kind": "none"}))
+    in_parts(tmp_path / "parts", "convert", written(place, tmp_path / "parts", **parts, **PARTS))
+    losses = [
+        [json.loads(line)["loss"] for line in (tmp_path / name / "run/metrics.jsonl").read_text().splitlines()]
+        for name in ("whole", "parts")
+    ]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+    first, second = students(tmp_path / "whole/run", tmp_path / "parts/run")
+    assert (first - second).abs().mean() < 1e-2 * LEARNING_RATE
