@@ -1,8 +1,8 @@
 """config.json in the styles that runtimes read it in, beside that of the transformers that wrote it.
 
-Others read older names, and put defaults of their own where they find none: SGLang's Granite takes a rope_theta that only
-stands in rope_parameters for 10,000, and its Qwen3.5 turns a quarter of each head unless partial_rotary_factor stands
-outside.
+Others read older names, and put defaults of their own where they find none: SGLang's Granite takes a rope_theta that
+only stands in rope_parameters for 10,000, and its Qwen3.5 turns a quarter of each head unless partial_rotary_factor
+stands outside.
 """
 
 from __future__ import annotations

@@ -107,8 +107,8 @@ def _qwen3_5(config: PretrainedConfig) -> list[Note]:
     uneven = f"its mixers have keys and values of one width, not {keys} and {values}" if keys != values else None
     llama_cpp = "`convert_hf_to_gguf.py DIR` knows Qwen3.5, by its source; it was not run"
     mlx = (
-        f'{READ["MLX"]} knows this layout by the name qwen3_5 alone: write "model_type": "qwen3_5" into the config.json '
-        "of a copy; a tiny student gave the same logits there"
+        f'{READ["MLX"]} knows this layout as qwen3_5 alone: write "model_type": "qwen3_5" into the config.json of a '
+        "copy; a tiny student gave the same logits there"
     )
     return [
         Note("transformers", True, f"stock class, nothing else to install; {LEFT}"),
