@@ -10,6 +10,7 @@ w - 1 is exact too. What is left (q_norm, k_norm, the last norm of a tied model)
 """
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -89,6 +90,8 @@ def qwen3_5_config(config: HybridConfig) -> Qwen3_5TextConfig:
     base, shape = config.base_config, decoder_shape(config.base_config)
     kinds = [SSM_LAYER if i in config.ssm_layers else "full_attention" for i in range(shape.num_layers)]
     interval = regular_interval(kinds)
+    # runtimes that compute the layers' kinds from it find them as they are, others find none and stop
+    other: dict[str, Any] = {} if interval is None else {"full_attention_interval": interval}
     return Qwen3_5TextConfig(
         vocab_size=config.vocab_size,
         hidden_size=shape.hidden_size,
@@ -113,9 +116,8 @@ def qwen3_5_config(config: HybridConfig) -> Qwen3_5TextConfig:
         pad_token_id=config.pad_token_id,
         bos_token_id=config.bos_token_id,
         eos_token_id=config.eos_token_id,
-        attn_implementation=config._attn_implementation,
-        # runtimes that compute the layers' kinds from it find them as they are, others find no interval and stop
-        **({} if interval is None else {"full_attention_interval": interval}),
+        attn_implementation=config._attn_implementation,  # pyrefly: ignore[unexpected-keyword]  # the base class takes it
+        **other,
     )
 
 

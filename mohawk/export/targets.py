@@ -23,6 +23,7 @@ FOLDED = (
     "The biases of in_proj on x, B and C were moved behind the convolution (--fold-bias): nearly the trained student, "
     "which answers otherwise in the first {kept} tokens of a text and a little in what follows from them"
 )
+INSTEAD = "; `--to hybrid` writes the student with its own code"
 PADDED = "Mixers padded with heads of zeros to mamba_expand {expand} (--pad-expand): the same function"
 WIDE = (
     "{count} norms ({first}, ...) are kept in float32, and config.json says float32: Qwen3.5 stores their weights as "
@@ -57,7 +58,7 @@ class Target:
 
 def _not_stock(class_name: str, reason: str | None) -> str | None:
     """The whole line for a student that cannot be of a stock class."""
-    return reason and f"cannot be a {class_name}: {reason}; `--to hybrid` writes the student with its own code"
+    return reason and f"cannot be a {class_name}: {reason}{INSTEAD}"
 
 
 def _why_not_bamba(config: HybridConfig, pad_expand: bool) -> str | None:
