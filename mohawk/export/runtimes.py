@@ -41,7 +41,7 @@ def notes(config: PretrainedConfig) -> list[Note]:
         Note(
             "llama.cpp, vLLM, SGLang, MLX",
             False,
-            "have no class for it; `mohawk export RUN --list` says which have one for another --to",
+            "have no class for it; they have some for the other --to",
             runs=False,
         ),
     ]
