@@ -28,11 +28,9 @@ from mohawk.models.hybrid_config import HybridConfig
 
 def why_not_granite(config: HybridConfig, *, pad_expand: bool = False) -> str | None:
     """Why a student of this configuration cannot be a Granite 4, in one line, or None when it can."""
-    if reason := why_not_mamba2(config, "Granite", pad_expand):
-        return reason
-    if getattr(config.base_config, "mlp_bias", False):
+    if config.mixer == "mamba2" and getattr(config.base_config, "mlp_bias", False):
         return "its MLPs have biases (mlp_bias), which Granite's have no place for and Bamba's do"
-    return why_not_groups(config, norms_groups_apart())
+    return why_not_mamba2(config, "Granite", pad_expand) or why_not_groups(config, norms_groups_apart())
 
 
 def norms_groups_apart() -> bool:
