@@ -12,9 +12,22 @@ if TYPE_CHECKING:
 VLLM = "0.23"  # the last vLLM with a Bamba
 GROUPS_APART = "5.23"  # the first transformers whose mixers normalise each group by itself (5.17 to 5.22 were read)
 LEFT = "pad on the left: its own code lets padding that comes after a token into the state"
-# What tests/mohawk/export/test_runtime_names.py holds the written names, shapes and fields to.
-READ = {"vLLM": "0.33", "SGLang": "0.5.23", "MLX": "mlx-lm 0.32"}
-READ_ONLY = "by its loader's source ({version}), which our tests hold the names, shapes and fields to; it was not run"
+MLX = "mlx-lm 0.32"
+# Command, version, and what was done there with tiny students; tests/mohawk/export/test_runtime_names.py holds names,
+# shapes and fields to their sources.
+SERVED = {
+    "vLLM": (
+        "`vllm serve DIR`",
+        "0.33",
+        "its own model classes took every weight of such a folder, on a CPU and with its attention left out; no token "
+        "was computed there",
+    ),
+    "SGLang": (
+        "`python -m sglang.launch_server --model-path DIR`",
+        "0.5.23",
+        "its own configuration classes read such a folder, and its loader was only read; no token was computed there",
+    ),
+}
 
 
 @dataclass(frozen=True)
@@ -69,46 +82,34 @@ def _bamba(config: PretrainedConfig) -> list[Note]:
 
 def _granite(config: PretrainedConfig) -> list[Note]:
     wide = getattr(config, "head_dim", None) not in (None, config.hidden_size // config.num_attention_heads)
-    served = []
-    for runtime, command in (("vLLM", "`vllm serve DIR`"), ("SGLang", "`python -m sglang.launch_server --model DIR`")):
-        if wide:
-            text = f"takes heads of hidden_size / num_attention_heads, not of {config.head_dim} ({READ[runtime]})"
-        else:
-            text = f"{command}, {READ_ONLY.format(version=READ[runtime])}"
-            if config.mamba_n_groups > 1:
-                text += f". On several GPUs their number must divide the mixers' {config.mamba_n_groups} groups"
-        served.append(Note(runtime, False, text, runs=not wide))
+    groups = config.mamba_n_groups
+    divided = f". Over several GPUs their number must divide the mixers' {groups} groups" if groups > 1 else ""
+    served = {
+        name: f"takes heads of hidden_size / num_attention_heads, not of {config.head_dim} (by the source of {version})"
+        if wide
+        else f"{command}; {_tried(name)}{divided}"
+        for name, (command, version, _) in SERVED.items()
+    }
+    llama_cpp = "its converter leaves a Granite's rotary positions out without a word; --to bamba is for it"
+    mlx = f"its Granite ({MLX}) normalises a mixer's groups together and keeps dt above 0.001"
     return [
         Note("transformers", True, f"stock class, nothing else to install; {LEFT}{_groups(config)}"),
-        *served,
-        Note(
-            "llama.cpp",
-            False,
-            "its converter leaves rotary positions out of a Granite without a word; --to bamba is for it",
-            runs=False,
-        ),
-        Note(
-            "MLX",
-            False,
-            f"its Granite ({READ['MLX']}) normalises a mixer's groups together and keeps dt above 0.001",
-            runs=False,
-        ),
+        *(Note(name, False, text, runs=not wide) for name, text in served.items()),
+        Note("llama.cpp", False, llama_cpp, runs=False),
+        Note("MLX", False, mlx, runs=False),
     ]
 
 
 def _qwen3_5(config: PretrainedConfig) -> list[Note]:
     keys, values = config.linear_key_head_dim, config.linear_value_head_dim
     irregular = _irregular(config)
-    sizes = "" if keys == 128 else f"; its kernels are made for keys of 128, here they are of {keys}"
-    served = {
-        name: f"{command}, {READ_ONLY.format(version=READ[name])}{sizes}"
-        for name, command in (("vLLM", "`vllm serve DIR`"), ("SGLang", "`python -m sglang.launch_server --model DIR`"))
-    }
+    sizes = "" if keys == 128 else f". Its kernels are made for keys of 128, here they are of {keys}"
+    served = {name: f"{command}; {_tried(name)}{sizes}" for name, (command, _, _) in SERVED.items()}
     uneven = f"its mixers have keys and values of one width, not {keys} and {values}" if keys != values else None
     llama_cpp = "`convert_hf_to_gguf.py DIR` knows Qwen3.5, by its source; it was not run"
     mlx = (
-        f'{READ["MLX"]} knows this layout as qwen3_5 alone: write "model_type": "qwen3_5" into the config.json of a '
-        "copy; a tiny student gave the same logits there"
+        f'{MLX} knows this layout as qwen3_5 alone: write "model_type": "qwen3_5" into the config.json of a copy; a '
+        "tiny student in float32 gave the same logits there"
     )
     return [
         Note("transformers", True, f"stock class, nothing else to install; {LEFT}"),
@@ -117,6 +118,11 @@ def _qwen3_5(config: PretrainedConfig) -> list[Note]:
         Note("llama.cpp", False, irregular or uneven or llama_cpp, runs=not (irregular or uneven)),
         Note("MLX", False, irregular or mlx, runs=irregular is None),
     ]
+
+
+def _tried(runtime: str) -> str:
+    _, version, done = SERVED[runtime]
+    return f"not run: {done} ({version})"
 
 
 def _irregular(config: PretrainedConfig) -> str | None:

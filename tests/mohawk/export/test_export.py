@@ -128,7 +128,7 @@ def test_a_run_becomes_a_stock_granite(make_run):
     run = make_run(tie_word_embeddings=True, rope_parameters=ROPE)
     folder, screen = exported(run, "granite", pad_expand=True)
     assert folder == run / "export" / "granite" and screen.count(" ok") == len(CHECKS) + len(LEFT_ALONE)
-    assert "mamba_expand 2" in screen and "vLLM (not checked)" in screen and "it was not run" in screen
+    assert "mamba_expand 2" in screen and "vLLM (not checked)" in screen and "no token was computed there" in screen
     config = json.loads((folder / "config.json").read_text(), parse_constant=pytest.fail)
     assert config["layer_types"] == ["mamba", "attention", "mamba"] and "time_step_limit" not in config
     assert config["rope_theta"] == 500.0 and config["rope_scaling"] == {"rope_type": "linear", "factor": 2.0}
@@ -185,7 +185,7 @@ def test_what_a_student_can_be_is_listed(make_run, make_llama, tmp_path, capsys,
     assert found["qwen3_5"] == ["no; cannot be a Qwen3_5ForCausalLM: its mixers are mamba2, Qwen3.5's are gated_delta"]
     runtimes = {name: dict(line.split(": ", 1) for line in lines[1:]) for name, lines in found.items()}
     assert runtimes["granite"]["transformers"].startswith("yes (each export is checked there); ")
-    assert runtimes["granite"]["vLLM"].startswith("yes (not checked there); `vllm serve DIR`")
+    assert runtimes["granite"]["vLLM"].startswith("yes (not checked there); `vllm serve DIR`; not run: ")
     assert runtimes["bamba"]["vLLM"].startswith("no; removed Bamba after 0.23")
     assert runtimes["bamba"]["llama.cpp"].startswith("no; ") and "--pad-expand" in runtimes["bamba"]["llama.cpp"]
 
