@@ -13,21 +13,15 @@ VLLM = "0.23"  # the last vLLM with a Bamba
 GROUPS_APART = "5.23"  # the first transformers whose mixers normalise each group by itself (5.17 to 5.22 were read)
 LEFT = "pad on the left: its own code lets padding that comes after a token into the state"
 MLX = "mlx-lm 0.32"
-# Command, version, and what was done there with tiny students; tests/mohawk/export/test_runtime_names.py holds names,
-# shapes and fields to their sources.
-SERVED = {
-    "vLLM": (
-        "`vllm serve DIR`",
-        "0.33",
-        "its own model classes took every weight of such a folder, on a CPU and with its attention left out; no token "
-        "was computed there",
-    ),
-    "SGLang": (
-        "`python -m sglang.launch_server --model-path DIR`",
-        "0.5.23",
-        "its own configuration classes read such a folder, and its loader was only read; no token was computed there",
-    ),
+SERVED = {  # command and version
+    "vLLM": ("`vllm serve DIR`", "0.33"),
+    "SGLang": ("`python -m sglang.launch_server --model-path DIR`", "0.5.23"),
 }
+# With tiny students of several kinds; tests/mohawk/export/test_runtime_names.py holds names, shapes and fields to the
+# sources of both.
+TRIED = (
+    "not run: its own model classes ({version}) took every weight of such folders on a CPU, but no token was computed"
+)
 
 
 @dataclass(frozen=True)
@@ -84,17 +78,12 @@ def _granite(config: PretrainedConfig) -> list[Note]:
     wide = getattr(config, "head_dim", None) not in (None, config.hidden_size // config.num_attention_heads)
     groups = config.mamba_n_groups
     divided = f". Over several GPUs their number must divide the mixers' {groups} groups" if groups > 1 else ""
-    served = {
-        name: f"takes heads of hidden_size / num_attention_heads, not of {config.head_dim} (by the source of {version})"
-        if wide
-        else f"{command}; {_tried(name)}{divided}"
-        for name, (command, version, _) in SERVED.items()
-    }
+    heads = f"takes heads of hidden_size / num_attention_heads, not of {config.head_dim}" if wide else None
     llama_cpp = "its converter leaves a Granite's rotary positions out without a word; --to bamba is for it"
     mlx = f"its Granite ({MLX}) normalises a mixer's groups together and keeps dt above 0.001"
     return [
         Note("transformers", True, f"stock class, nothing else to install; {LEFT}{_groups(config)}"),
-        *(Note(name, False, text, runs=not wide) for name, text in served.items()),
+        *(Note(name, False, heads or _served(name, divided), runs=not wide) for name in SERVED),
         Note("llama.cpp", False, llama_cpp, runs=False),
         Note("MLX", False, mlx, runs=False),
     ]
@@ -103,8 +92,7 @@ def _granite(config: PretrainedConfig) -> list[Note]:
 def _qwen3_5(config: PretrainedConfig) -> list[Note]:
     keys, values = config.linear_key_head_dim, config.linear_value_head_dim
     irregular = _irregular(config)
-    sizes = "" if keys == 128 else f". Its kernels are made for keys of 128, here they are of {keys}"
-    served = {name: f"{command}; {_tried(name)}{sizes}" for name, (command, _, _) in SERVED.items()}
+    sizes = "" if keys == 128 else f". Its fast kernels want keys of 128, here they are of {keys}"
     uneven = f"its mixers have keys and values of one width, not {keys} and {values}" if keys != values else None
     llama_cpp = "`convert_hf_to_gguf.py DIR` knows Qwen3.5, by its source; it was not run"
     mlx = (
@@ -113,16 +101,16 @@ def _qwen3_5(config: PretrainedConfig) -> list[Note]:
     )
     return [
         Note("transformers", True, f"stock class, nothing else to install; {LEFT}"),
-        Note("vLLM", False, served["vLLM"]),
-        Note("SGLang", False, irregular or served["SGLang"], runs=irregular is None),
+        Note("vLLM", False, _served("vLLM", sizes)),
+        Note("SGLang", False, irregular or _served("SGLang", sizes), runs=irregular is None),
         Note("llama.cpp", False, irregular or uneven or llama_cpp, runs=not (irregular or uneven)),
         Note("MLX", False, irregular or mlx, runs=irregular is None),
     ]
 
 
-def _tried(runtime: str) -> str:
-    _, version, done = SERVED[runtime]
-    return f"not run: {done} ({version})"
+def _served(name: str, rest: str) -> str:
+    command, version = SERVED[name]
+    return f"{command}; {TRIED.format(version=version)}{rest}"
 
 
 def _irregular(config: PretrainedConfig) -> str | None:

@@ -128,7 +128,7 @@ def test_a_run_becomes_a_stock_granite(make_run):
     run = make_run(tie_word_embeddings=True, rope_parameters=ROPE)
     folder, screen = exported(run, "granite", pad_expand=True)
     assert folder == run / "export" / "granite" and screen.count(" ok") == len(CHECKS) + len(LEFT_ALONE)
-    assert "mamba_expand 2" in screen and "vLLM (not checked)" in screen and "no token was computed there" in screen
+    assert "mamba_expand 2" in screen and "vLLM (not checked)" in screen and "no token was computed" in screen
     config = json.loads((folder / "config.json").read_text(), parse_constant=pytest.fail)
     assert config["layer_types"] == ["mamba", "attention", "mamba"] and "time_step_limit" not in config
     assert config["rope_theta"] == 500.0 and config["rope_scaling"] == {"rope_type": "linear", "factor": 2.0}

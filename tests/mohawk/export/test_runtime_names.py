@@ -6,6 +6,10 @@ layers/mamba/mamba_mixer2.py, layers/mamba/gdn/qwen_gdn_linear_attn.py) and in S
 qwen3_5_text.py). Both make their parameters from these fields alone and stop at a name or shape that differs, so the
 lists below are computed from config.json as they compute them. A field that SGLang does not find gets a default of its
 own, which is no error: those have to be there.
+
+The model classes of both releases were also built on a CPU, with vLLM's attention operation left out, and filled by
+their own load_weights from folders like these, with no parameter left over. That needs both installed, and is not
+repeated here.
 """
 
 import json
