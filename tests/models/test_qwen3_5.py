@@ -4,6 +4,7 @@ import pytest
 import torch
 from transformers import Qwen3_5ForCausalLM
 
+from mohawk.models.casting import cast
 from mohawk.models.formats.qwen3_5 import qwen3_5_config, regular_interval, to_qwen3_5, why_not_qwen3_5, wide_norms
 from mohawk.models.from_teacher import hybrid_from_teacher
 from mohawk.models.hybrid_config import SSM_LAYER
@@ -26,7 +27,8 @@ def student_of(layers=(0, 2), dtype=torch.float32, **overrides):
             if name.endswith("norm.weight"):
                 parameter.copy_(0.7 + 0.3 * torch.randn_like(parameter))
                 parameter[:4] = torch.tensor([0.0, 0.003, -1.3, 2.5])
-    return student.to(dtype)
+    cast(student, dtype)
+    return student
 
 
 @pytest.mark.parametrize(
