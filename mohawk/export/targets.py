@@ -56,27 +56,31 @@ class Target:
     notes: Callable[[PreTrainedConfig], list[Note]] = notes
 
 
-def _not_stock(class_name: str, reason: str | None) -> str | None:
-    """The whole line for a student that cannot be of a stock class."""
-    return reason and f"cannot be a {class_name}: {reason}{INSTEAD}"
+def _not_stock(class_name: str, reason: str | None, config: HybridConfig) -> str | None:
+    """The whole line for a student that cannot be of a stock class; it names the one that has the student's mixers."""
+    if reason is None:
+        return None
+    other = {"mamba2": "bamba", "gated_delta": "qwen3_5"}.get(config.mixer)
+    takes = reason.startswith("its mixers are") and other and TARGETS[other].why_not(config, False) is None
+    return f"cannot be a {class_name}: {reason}" + (f"; `--to {other}` takes it" if takes else INSTEAD)
 
 
 def _why_not_bamba(config: HybridConfig, pad_expand: bool) -> str | None:
     from mohawk.models.formats.bamba import why_not_bamba
 
-    return _not_stock("BambaForCausalLM", why_not_bamba(config, pad_expand=pad_expand))
+    return _not_stock("BambaForCausalLM", why_not_bamba(config, pad_expand=pad_expand), config)
 
 
 def _why_not_granite(config: HybridConfig, pad_expand: bool) -> str | None:
     from mohawk.models.formats.granite import why_not_granite
 
-    return _not_stock("GraniteMoeHybridForCausalLM", why_not_granite(config, pad_expand=pad_expand))
+    return _not_stock("GraniteMoeHybridForCausalLM", why_not_granite(config, pad_expand=pad_expand), config)
 
 
 def _why_not_qwen3_5(config: HybridConfig, pad_expand: bool) -> str | None:
     from mohawk.models.formats.qwen3_5 import why_not_qwen3_5
 
-    return _not_stock("Qwen3_5ForCausalLM", why_not_qwen3_5(config))
+    return _not_stock("Qwen3_5ForCausalLM", why_not_qwen3_5(config), config)
 
 
 def conv_input_bias(config: HybridConfig, class_name: str, name: str) -> str:

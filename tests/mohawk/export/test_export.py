@@ -182,7 +182,9 @@ def test_what_a_student_can_be_is_listed(make_run, make_llama, tmp_path, capsys,
     assert sorted(run.rglob("*")) == before
     assert list(found) == list(TARGETS)
     assert [found[name][0].split(",")[0] for name in ("bamba", "granite", "hybrid")] == ["yes"] * 3
-    assert found["qwen3_5"] == ["no; cannot be a Qwen3_5ForCausalLM: its mixers are mamba2, Qwen3.5's are gated_delta"]
+    (said,) = found["qwen3_5"]
+    assert said.startswith("no; cannot be a Qwen3_5ForCausalLM: its mixers are mamba2, Qwen3.5's are gated_delta")
+    assert said.endswith("; `--to bamba` takes it")
     runtimes = {name: dict(line.split(": ", 1) for line in lines[1:]) for name, lines in found.items()}
     assert runtimes["granite"]["transformers"].startswith("yes (each export is checked there); ")
     assert runtimes["granite"]["vLLM"].startswith("yes (not checked there); `vllm serve DIR`; not run: ")
@@ -208,6 +210,10 @@ def test_what_a_student_can_be_is_listed(make_run, make_llama, tmp_path, capsys,
     hybrid_from_teacher(irregular, [1, 3], "gated_delta").save_pretrained(tmp_path / "irregular")
     found = dict(line.split(": ", 1) for line in listed(tmp_path / "irregular")["qwen3_5"][1:])
     assert found["vLLM"].startswith("yes") and found["transformers"].startswith("yes")
+    assert main(["export", str(tmp_path / "irregular")]) == 2
+    assert capsys.readouterr().err == (
+        "error: cannot be a BambaForCausalLM: its mixers are gated_delta, Bamba's are Mamba-2's; `--to qwen3_5` takes it\n"
+    )
     for runtime in ("SGLang", "llama.cpp", "MLX"):
         assert found[runtime].startswith("no; ") and "layers 0, 2, counted from 0" in found[runtime]
         assert "mohawk compose RUN --interval N" in found[runtime]
