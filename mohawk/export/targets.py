@@ -56,31 +56,32 @@ class Target:
     notes: Callable[[PreTrainedConfig], list[Note]] = notes
 
 
-def _not_stock(class_name: str, reason: str | None, config: HybridConfig) -> str | None:
-    """The whole line for a student that cannot be of a stock class; it names the one that has the student's mixers."""
+def _not_stock(class_name: str, mixer: str, reason: str | None, config: HybridConfig) -> str | None:
+    """The whole line for a student that cannot be of a stock class with these mixers; for one with others it names the
+    class that has them."""
     if reason is None:
         return None
     other = {"mamba2": "bamba", "gated_delta": "qwen3_5"}.get(config.mixer)
-    takes = reason.startswith("its mixers are") and other and TARGETS[other].why_not(config, False) is None
+    takes = config.mixer != mixer and other and TARGETS[other].why_not(config, False) is None
     return f"cannot be a {class_name}: {reason}" + (f"; `--to {other}` takes it" if takes else INSTEAD)
 
 
 def _why_not_bamba(config: HybridConfig, pad_expand: bool) -> str | None:
     from mohawk.models.formats.bamba import why_not_bamba
 
-    return _not_stock("BambaForCausalLM", why_not_bamba(config, pad_expand=pad_expand), config)
+    return _not_stock("BambaForCausalLM", "mamba2", why_not_bamba(config, pad_expand=pad_expand), config)
 
 
 def _why_not_granite(config: HybridConfig, pad_expand: bool) -> str | None:
     from mohawk.models.formats.granite import why_not_granite
 
-    return _not_stock("GraniteMoeHybridForCausalLM", why_not_granite(config, pad_expand=pad_expand), config)
+    return _not_stock("GraniteMoeHybridForCausalLM", "mamba2", why_not_granite(config, pad_expand=pad_expand), config)
 
 
 def _why_not_qwen3_5(config: HybridConfig, pad_expand: bool) -> str | None:
     from mohawk.models.formats.qwen3_5 import why_not_qwen3_5
 
-    return _not_stock("Qwen3_5ForCausalLM", why_not_qwen3_5(config), config)
+    return _not_stock("Qwen3_5ForCausalLM", "gated_delta", why_not_qwen3_5(config), config)
 
 
 def conv_input_bias(config: HybridConfig, class_name: str, name: str) -> str:
