@@ -23,6 +23,8 @@ pytestmark = pytest.mark.skipif(
         ("mistral", MISTRAL),
         ("qwen2", {}),  # biases on q, k, v but not on o
         ("phi3", {"sliding_window": None}),  # fused projections
+        ("seed_oss", {"head_dim": 16}),
+        ("ministral", {"layer_types": ["full_attention"] * 4, "head_dim": 8}),
         *(("llama", {"rope_parameters": rope}) for rope in ROPES.values()),
     ],
 )
