@@ -52,6 +52,8 @@ if TYPE_CHECKING:
     from mohawk.models.cutting.cuts import Cut, cut, keep_layers
     from mohawk.models.delta_mixer import GatedDeltaMixer
     from mohawk.models.formats.bamba import from_bamba, to_bamba
+    from mohawk.models.formats.granite import to_granite
+    from mohawk.models.formats.qwen3_5 import to_qwen3_5
     from mohawk.models.formats.released import load_released, save_released, to_released
     from mohawk.models.from_teacher import hybrid_from_teacher
     from mohawk.models.hybrid import HybridForCausalLM
@@ -122,6 +124,8 @@ _PUBLIC = {
     "ssd": "mohawk.kernels.ssd.scan",
     "ssd_step": "mohawk.kernels.ssd.scan",
     "to_bamba": "mohawk.models.formats.bamba",
+    "to_granite": "mohawk.models.formats.granite",
+    "to_qwen3_5": "mohawk.models.formats.qwen3_5",
     "to_released": "mohawk.models.formats.released",
     "trim_vocabulary": "mohawk.pruning.vocabulary",
 }
@@ -184,6 +188,8 @@ __all__ = [
     "ssd",
     "ssd_step",
     "to_bamba",
+    "to_granite",
+    "to_qwen3_5",
     "to_released",
     "trim_vocabulary",
 ]

@@ -2,8 +2,10 @@
 
 Bamba is a Llama-shaped decoder some of whose layers are Mamba-2: a `mamba2` hybrid of such a teacher is the same
 function under other names (all of them in `_RENAMED`). What Bamba has no place for is refused with the reason.
+Granite 4 (granite.py) has the same layers, and shares what is said here about them.
 """
 
+import copy
 import inspect
 from typing import Any
 
@@ -29,58 +31,50 @@ _RENAMED = {
 EXPRESSIBLE = ("llama", "mistral", "ministral", "qwen2", "seed_oss", "phi3")
 # why the others' are not
 FOREIGN = {
-    "phi": "Phi's blocks run attention and MLP side by side on one LayerNorm, Bamba's one after the other on RMSNorms",
+    "phi": "Phi's blocks run attention and MLP side by side on one LayerNorm, {name}'s one after the other on RMSNorms",
     "cohere": "Cohere's blocks run attention and MLP side by side on one LayerNorm; its logits are scaled",
     "cohere2": "Cohere 2's blocks run attention and MLP side by side on one LayerNorm; its logits are scaled",
-    "gemma": "Gemma's embedding is scaled and its norms multiply by 1 plus their weight, which Bamba's do not",
-    "gemma2": "Gemma 2 has softcaps and norms after its attention and MLP, which Bamba has no place for",
-    "gemma3_text": "Gemma 3 normalises q and k, and what its attention and MLP put out, which Bamba has no place for",
-    "olmo2": "OLMo 2 normalises q and k, and after its blocks rather than before them, which Bamba has no place for",
-    "olmo3": "OLMo 3 normalises q and k, and after its blocks rather than before them, which Bamba has no place for",
-    "granite": "Granite scales its embedding, what its blocks add to the residual stream, and its logits; Bamba does "
-    "not",
+    "gemma": "Gemma's embedding is scaled and its norms multiply by 1 plus their weight, which {name}'s do not",
+    "gemma2": "Gemma 2 has softcaps and norms after its attention and MLP, which {name} has no place for",
+    "gemma3_text": "Gemma 3 normalises q and k, and what its attention and MLP put out, which {name} has no place for",
+    "olmo2": "OLMo 2 normalises q and k, and after its blocks rather than before them, which {name} has no place for",
+    "olmo3": "OLMo 3 normalises q and k, and after its blocks rather than before them, which {name} has no place for",
+    "granite": "Granite scales its embedding, what its blocks add to the residual stream, and its logits; {name}'s "
+    "scales are all 1 here",
     "granitemoe": "Granite's MLPs are mixtures of experts, and its embedding, blocks and logits are scaled",
-    "arcee": "AFM's MLP has no gate, Bamba's has one",
-    "ministral3": "Ministral 3 makes queries larger the later they stand, which Bamba does not",
-    "mixtral": "Mixtral's MLPs are mixtures of experts, Bamba's are not",
-    "qwen3_moe": "Qwen3 normalises q and k, and its MLPs are mixtures of experts, which Bamba has no place for",
-    "qwen3": "Qwen3 normalises q and k (q_norm, k_norm), which Bamba's attention does not",
-    "smollm3": "SmolLM3 leaves some layers without rotary positions, Bamba rotates in all or in none",
+    "arcee": "AFM's MLP has no gate, {name}'s has one",
+    "ministral3": "Ministral 3 makes queries larger the later they stand, which {name} does not",
+    "mixtral": "Mixtral's MLPs are mixtures of experts, {name}'s are not",
+    "qwen3_moe": "Qwen3 normalises q and k, and its MLPs are mixtures of experts, which {name} has no place for",
+    "qwen3": "Qwen3 normalises q and k (q_norm, k_norm), which {name}'s attention does not",
+    "smollm3": "SmolLM3 leaves some layers without rotary positions, {name} rotates in all or in none",
 }
 
 
 def why_not_bamba(config: HybridConfig, *, pad_expand: bool = False) -> str | None:
     """Why a student of this configuration cannot be a Bamba, in one line, or None when it can."""
+    return why_not_mamba2(config, "Bamba", pad_expand) or why_not_groups(config, norms_groups_apart())
+
+
+def why_not_mamba2(config: HybridConfig, name: str, pad_expand: bool) -> str | None:
+    """Why a student cannot be a stock decoder of Llama-shaped blocks and Mamba-2 layers.
+
+    name: of that decoder, as the line calls it.
+    """
     base = config.base_config
     shape = decoder_shape(base)
     if config.mixer != "mamba2":
         if config.mixer != "discrete_mamba2":
-            return f"its mixers are {config.mixer}, Bamba's are Mamba-2's"
+            return f"its mixers are {config.mixer}, {name}'s are Mamba-2's"
         return (
-            f"its mixers are {config.mixer}: Bamba's scale their input by dt, have SiLU after the convolution and a "
+            f"its mixers are {config.mixer}: {name}'s scale their input by dt, have SiLU after the convolution and a "
             "norm before the output projection, which these do not"
         )
     if base.model_type not in EXPRESSIBLE:
-        return FOREIGN.get(base.model_type, f"no mapping from {base.model_type} blocks to Bamba's is known")
-    if base.hidden_act != "silu":
-        return f"its activation is {base.hidden_act}: in Bamba the MLP's is the mixer's too, and that is silu"
-    rope = getattr(base, "rope_parameters", None) or {}
-    if rope.get("rope_type") == "longrope":
-        return (
-            "its longrope positions change once a text outgrows the first training's, and keys cached until then are "
-            "made anew; Bamba would keep them"
-        )
-    window = getattr(base, "sliding_window", None)
-    if "sliding_attention" in config.layer_types and window < base.max_position_embeddings:
-        left = [i for i, kind in enumerate(config.layer_types) if kind == "sliding_attention"]
-        return f"the attention in layers {_listed(left)} sees a sliding window of {window} tokens, Bamba's sees all"
-    if config.output_norm_eps != base.rms_norm_eps:
-        return (
-            f"its mixers' output norms have epsilon {config.output_norm_eps:g}, its other norms {base.rms_norm_eps:g}; "
-            "Bamba has one for all"
-        )
-    if config.is_pure_ssm:
-        return "no attention layer is left: transformers sizes Bamba's cache and mask from one, and generate fails"
+        unknown = f"no mapping from {base.model_type} blocks to {name}'s is known"
+        return FOREIGN.get(base.model_type, unknown).format(name=name)
+    if reason := why_not_layers(config, name):
+        return reason
     inner = config.mixer_num_heads * config.mixer_head_dim
     size = f"{config.mixer_num_heads} heads x {config.mixer_head_dim} = {inner}"
     if pad_expand and _padded_heads(config) is None:
@@ -93,14 +87,44 @@ def why_not_bamba(config: HybridConfig, *, pad_expand: bool = False) -> str | No
             f"its mixers are {size} channels wide, no multiple of the hidden size {shape.hidden_size} (mamba_expand is "
             "an integer)" + ("; --pad-expand adds heads of zeros" if _padded_heads(config) is not None else "")
         )
-    if config.mixer_num_groups > 1 and not norms_groups_apart():
-        from transformers import __version__
-
-        return (
-            f"the installed transformers {__version__} normalises all {config.mixer_num_groups} groups of a mixer "
-            "together, 5.23 and later each alone, as the student does; upgrade transformers"
-        )
     return None
+
+
+def why_not_layers(config: HybridConfig, name: str) -> str | None:
+    """What the stock decoder of that name cannot do of a student's activation, positions, windows and norms."""
+    base = config.base_config
+    if base.hidden_act != "silu":
+        return f"its activation is {base.hidden_act}: in {name} the MLP's is the mixer's too, and that is silu"
+    rope = getattr(base, "rope_parameters", None) or {}
+    if rope.get("rope_type") == "longrope":
+        return (
+            "its longrope positions change once a text outgrows the first training's, and keys cached until then are "
+            f"made anew; {name} would keep them"
+        )
+    window = getattr(base, "sliding_window", None)
+    if "sliding_attention" in config.layer_types and window < base.max_position_embeddings:
+        left = [i for i, kind in enumerate(config.layer_types) if kind == "sliding_attention"]
+        return f"the attention in layers {_listed(left)} sees a sliding window of {window} tokens, {name}'s sees all"
+    if config.output_norm_eps != base.rms_norm_eps:
+        return (
+            f"its mixers' output norms have epsilon {config.output_norm_eps:g}, its other norms {base.rms_norm_eps:g}; "
+            f"{name} has one for all"
+        )
+    if config.is_pure_ssm:
+        return f"no attention layer is left: transformers sizes {name}'s cache and mask from one, and generate fails"
+    return None
+
+
+def why_not_groups(config: HybridConfig, apart: bool) -> str | None:
+    """The line for a transformers whose mixers do not norm their groups apart, where a student's have several."""
+    from transformers import __version__
+
+    if apart or config.mixer_num_groups == 1:
+        return None
+    return (
+        f"the installed transformers {__version__} normalises all {config.mixer_num_groups} groups of a mixer "
+        "together, 5.23 and later each alone, as the student does; upgrade transformers"
+    )
 
 
 def norms_groups_apart() -> bool:
@@ -123,6 +147,16 @@ def fold_conv_input_bias(hybrid: HybridForCausalLM) -> None:
     for mixer, bias, rows in _conv_input_biases(hybrid):
         mixer.conv1d.bias += bias[rows] * mixer.conv1d.weight[:, 0].sum(-1)
         bias[rows] = 0.0
+
+
+def conv_input_bias(hybrid: HybridForCausalLM, name: str) -> str | None:
+    """The line for a student with such biases, which the decoder of that name cannot have; None for others."""
+    if not has_conv_input_bias(hybrid):
+        return None
+    return (
+        f"its in_proj has biases on x, B and C, which transformers' {name} lets through the padding of a batch into "
+        "the convolution; fold_conv_input_bias moves them behind it"
+    )
 
 
 def _conv_input_biases(hybrid: HybridForCausalLM):
@@ -148,28 +182,25 @@ def to_bamba(hybrid: HybridForCausalLM, *, pad_expand: bool = False) -> BambaFor
         ValueError: what Bamba cannot express, with the reason (`why_not_bamba`), biases on what enters a convolution
             among it: transformers' Bamba lets them through the padding of a batch.
     """
-    if reason := why_not_bamba(hybrid.config, pad_expand=pad_expand):
+    if reason := why_not_bamba(hybrid.config, pad_expand=pad_expand) or conv_input_bias(hybrid, "Bamba"):
         raise ValueError(f"this student cannot be a BambaForCausalLM: {reason}")
-    if has_conv_input_bias(hybrid):
-        raise ValueError(
-            "this student cannot be a BambaForCausalLM: its in_proj has biases on x, B and C, which transformers' "
-            "Bamba lets through the padding of a batch into the convolution; fold_conv_input_bias moves them behind it"
-        )
-    config = hybrid.config
-    heads = _padded_heads(config) if pad_expand else config.mixer_num_heads
-    assert heads is not None  # else why_not_bamba has said so
-    state = _bamba_state(hybrid, heads)
-    bamba_config = _bamba_config(config, heads, state)
-    if bamba_config.attention_bias:  # one switch for all four projections; Qwen2 has no bias on o_proj
-        zeros = hybrid.lm_head.weight.new_zeros(config.hidden_size)
-        for i in bamba_config.attn_layer_indices or ():
-            state.setdefault(f"model.layers.{i}.self_attn.o_proj.bias", zeros)
-    model = BambaForCausalLM(bamba_config)
+    state = mamba2_state(hybrid, pad_expand=pad_expand)
+    return filled(BambaForCausalLM(_bamba_config(hybrid.config, pad_expand, state)), _renamed(state), hybrid)
+
+
+def bamba_config(config: HybridConfig, *, pad_expand: bool = False) -> BambaConfig:
+    """The configuration of `to_bamba` of a student of this one, which has to be expressible (`why_not_bamba`)."""
+    with torch.device("meta"):
+        state = mamba2_state(HybridForCausalLM(copy.deepcopy(config)), pad_expand=pad_expand)
+    return _bamba_config(config, pad_expand, state)
+
+
+def filled(model: Any, state: dict[str, Tensor], hybrid: HybridForCausalLM) -> Any:
+    """A stock model with these weights, and the rest as a student has it: dtype, device, mode, generation settings."""
     cast(model, hybrid.dtype)
     model.load_state_dict(state)
     model.tie_weights()
     model.generation_config = saveable(hybrid.generation_config)
-    # pyrefly: ignore[bad-argument-type]  # transformers wraps `to` and loses its parameters
     return model.to(hybrid.device).train(hybrid.training)
 
 
@@ -230,14 +261,22 @@ def from_bamba(model: BambaForCausalLM) -> HybridForCausalLM:
     return hybrid.to(model.device).train(model.training)
 
 
-def _bamba_config(config: HybridConfig, heads: int, state: dict[str, Tensor]) -> BambaConfig:
-    base, shape = config.base_config, decoder_shape(config.base_config)
-    rope = dict(base.rope_parameters)
+def _bamba_config(config: HybridConfig, pad_expand: bool, state: dict[str, Tensor]) -> BambaConfig:
+    rope = dict(config.base_config.rope_parameters)
     rope.setdefault("partial_rotary_factor", 1.0)  # Bamba's own default is 0.5
-    other: dict[str, Any] = (
-        {} if shape.head_dim * shape.num_heads == shape.hidden_size else {"head_dim": shape.head_dim}
-    )
     return BambaConfig(
+        **mamba2_fields(config, pad_expand, state),
+        mlp_bias=any(".mlp." in key and key.endswith(".bias") for key in state),
+        rope_parameters=rope,
+        attn_layer_indices=[i for i, kind in enumerate(config.layer_types) if kind != SSM_LAYER],
+    )
+
+
+def mamba2_fields(config: HybridConfig, pad_expand: bool, state: dict[str, Tensor]) -> dict[str, Any]:
+    """Fields that Bamba's and Granite's configurations have in common. state: of `mamba2_state`, if only its names."""
+    base, shape, heads = config.base_config, decoder_shape(config.base_config), _heads(config, pad_expand)
+    other = {} if shape.head_dim * shape.num_heads == shape.hidden_size else {"head_dim": shape.head_dim}
+    return dict(
         vocab_size=config.vocab_size,
         hidden_size=shape.hidden_size,
         intermediate_size=base.intermediate_size,
@@ -251,9 +290,6 @@ def _bamba_config(config: HybridConfig, heads: int, state: dict[str, Tensor]) ->
         max_position_embeddings=base.max_position_embeddings,
         attention_dropout=base.attention_dropout,
         attention_bias=any(key.endswith("self_attn.q_proj.bias") for key in state),
-        mlp_bias=any(".feed_forward." in key and key.endswith(".bias") for key in state),
-        rope_parameters=rope,
-        attn_layer_indices=[i for i, kind in enumerate(config.layer_types) if kind != SSM_LAYER],
         mamba_n_heads=heads,
         mamba_d_head=config.mixer_head_dim,
         mamba_n_groups=config.mixer_num_groups * heads // config.mixer_num_heads,
@@ -265,20 +301,18 @@ def _bamba_config(config: HybridConfig, heads: int, state: dict[str, Tensor]) ->
         pad_token_id=config.pad_token_id,
         bos_token_id=config.bos_token_id,
         eos_token_id=config.eos_token_id,
-        attn_implementation=config._attn_implementation,  # pyrefly: ignore[unexpected-keyword]  # the base class takes it
+        attn_implementation=config._attn_implementation,
         **other,
     )
 
 
-def _bamba_state(hybrid: HybridForCausalLM, heads: int) -> dict[str, Tensor]:
-    """The student's weights under Bamba's names, mixers padded to so many heads, fused projections cut."""
+def mamba2_state(hybrid: HybridForCausalLM, *, pad_expand: bool) -> dict[str, Tensor]:
+    """The student's weights under our names, but mixers under `mamba`, padded if asked, and fused projections cut."""
     config, shape = hybrid.config, decoder_shape(hybrid.config.base_config)
-    kv = shape.num_kv_heads * shape.head_dim
+    heads, kv = _heads(config, pad_expand), shape.num_kv_heads * shape.head_dim
     mixers = tuple(f"model.layers.{i}.self_attn." for i in config.ssm_layers)
     state = {}
     for key, value in hybrid.state_dict().items():
-        for ours, theirs in _RENAMED.items():
-            key = key.replace(ours, theirs)
         if key.startswith(mixers):
             part = key.split(".self_attn.")[1]
             state[key.replace(".self_attn.", ".mamba.")] = _pad_heads(part, value, config, heads)
@@ -290,7 +324,26 @@ def _bamba_state(hybrid: HybridForCausalLM, heads: int) -> dict[str, Tensor]:
                 state[key.replace("gate_up_proj", f"{name}_proj")] = rows
         else:
             state[key] = value
+    for key in [key for key in state if key.endswith("self_attn.q_proj.bias")]:
+        # one switch for all four projections; Qwen2 has no bias on o_proj
+        state.setdefault(key.replace("q_proj", "o_proj"), state[key].new_zeros(shape.hidden_size))
     return state
+
+
+def _renamed(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """From our names to Bamba's."""
+    renamed = {}
+    for key, value in state.items():
+        for ours, theirs in _RENAMED.items():
+            key = key.replace(ours, theirs)
+        renamed[key] = value
+    return renamed
+
+
+def _heads(config: HybridConfig, pad_expand: bool) -> int:
+    heads = _padded_heads(config) if pad_expand else config.mixer_num_heads
+    assert heads is not None  # else why_not_mamba2 has said so
+    return heads
 
 
 def padded_expand(config: HybridConfig) -> int:

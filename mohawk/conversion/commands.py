@@ -7,6 +7,7 @@ import re
 
 from mohawk.core.command import Command, given, number, path, refuse
 from mohawk.core.extras import need
+from mohawk.errors import UserError
 from mohawk.schema.arguments import add_run, add_set, overrides
 
 # What --dry-run plans for where nothing else is said: an H100
@@ -71,10 +72,24 @@ def _add_select(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--lazy", action="store_true", help="measure only layers that could be next: faster, not always the same order"
     )
+    parser.add_argument(
+        "--interval",
+        type=number(int, 2),
+        nargs="+",
+        metavar="N",
+        help="no ranking: measure attention at every N-th layer, as some runtimes ask for",
+    )
 
 
 def _select(options: argparse.Namespace) -> None:
     need("convert", "`mohawk select`")
+    if options.interval is not None:
+        if options.lazy or options.by != "kl":
+            raise UserError("--by and --lazy are of a ranking, layer by layer; --interval measures whole patterns")
+        from mohawk.conversion.patterns import measure_intervals
+
+        measure_intervals(options.model, options.interval, tokens=options.tokens)
+        return
     from mohawk.conversion.select import select
 
     select(options.model, by=options.by, tokens=options.tokens, lazy=options.lazy)
@@ -89,6 +104,9 @@ def _add_compose(parser: argparse.ArgumentParser) -> None:
     what.add_argument(
         "--attention", type=number(int, 0), nargs="+", metavar="I", help="the attention layers, without a ranking"
     )
+    what.add_argument(
+        "--interval", type=number(int, 2), metavar="N", help="attention at every N-th layer, as some runtimes ask for"
+    )
     add_by(parser)
     parser.add_argument("--output", type=path, metavar="DIR", help="the new run; default: RUN-N-attention")
     add_set(parser)
@@ -98,7 +116,7 @@ def _compose(options: argparse.Namespace) -> None:
     need("convert", "`mohawk compose`")
     from mohawk.conversion.compose import compose
 
-    chosen = {name: getattr(options, name) for name in ("budget", "attention", "by", "output")}
+    chosen = {name: getattr(options, name) for name in ("budget", "attention", "interval", "by", "output")}
     compose(options.model, **chosen, overrides=options.set)
 
 

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
+from mohawk.conversion.patterns import interval_cost, regular_layers
 from mohawk.conversion.probe import short_fingerprint
 from mohawk.conversion.recipe import EndToEnd, Recipe
 from mohawk.conversion.select import RANKINGS, trained_student
@@ -117,6 +118,7 @@ def compose(
     *,
     budget: str | None = None,
     attention: Sequence[int] | None = None,
+    interval: int | None = None,
     by: str = "kl",
     output: str | Path | None = None,
     overrides: Sequence[str] = (),
@@ -128,6 +130,7 @@ def compose(
         run: folder of a run whose phases 1 and 2 are done, with mixers in all layers or at least in those to replace.
         budget: see `AttentionBudget`; needs the ranking that `mohawk select` makes.
         attention: or else the attention layers themselves.
+        interval: or else N, for attention at the layers i with (i + 1) % N == 0.
         by: which ranking, of `mohawk.conversion.select.RANKINGS`.
         output: the new folder; default: beside `run`, its name with the number of attention layers.
         overrides: `a.b=c` settings of the new recipe's phase 3, evaluation, precision and device.
@@ -149,6 +152,8 @@ def compose(
     if asked is not None:
         ranking = _ranking(folder, source, by)
         layers = asked.choose(ranking["order"], config)
+    elif interval is not None:
+        layers = regular_layers(interval, config)
     else:
         layers = _all_but(attention or (), config)
     kept = [i for i in range(total) if i not in layers]
@@ -167,6 +172,7 @@ def compose(
         if not is_complete(target) or read_json(new.output / COMPOSED, Composed) is None:
             about = {"run": str(folder.resolve()), "student": short_fingerprint(source), "attention": kept}
             about |= {"budget": budget, "by": by} if budget is not None else {}
+            about |= {"interval": interval} if interval is not None else {}
             write_json(new.output / COMPOSED, about)
             metrics = folder / METRICS  # of phases 1 and 2, whose mixers these are
             if metrics.is_file():
@@ -184,8 +190,10 @@ def compose(
     size = sum(state_bytes(config, layers, context))
     at = f"{size_text(size)} of state after {context:,} tokens"
     console.print(f"{len(kept)} attention layers ({', '.join(map(str, kept)) or 'none'}), {at}", highlight=False)
+    point = None if interval is None else interval_cost(folder, source, interval)
     if ranking is not None:
         point = ranking["path"][len(layers)]
+    if point is not None:
         console.print(
             f"measured with these: KL {point['kl']:.4f}, {point['recall']['accuracy']:.1%} of values recalled",
             highlight=False,

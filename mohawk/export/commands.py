@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from mohawk.core.command import Command, path
+from mohawk.core.command import Command, path, refuse
 from mohawk.export.targets import TARGETS
 
 
@@ -13,10 +13,12 @@ def _add_export(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--to",
         choices=tuple(TARGETS),
-        default="bamba",
         help="; ".join(f"{name}: {target.text}" for name, target in TARGETS.items()),
     )
-    parser.add_argument("--output", type=path, metavar="DIR", help="default: RUN/export/bamba or .../hybrid")
+    parser.add_argument(
+        "--list", action="store_true", help="write nothing; say which --to and which runtimes it can have, and why not"
+    )
+    parser.add_argument("--output", type=path, metavar="DIR", help="default: RUN/export/bamba, or what --to names")
     parser.add_argument(
         "--pad-expand", action="store_true", help="pad mixers with zeros to twice the width (llama.cpp)"
     )
@@ -26,9 +28,19 @@ def _add_export(parser: argparse.ArgumentParser) -> None:
 
 
 def _export(options: argparse.Namespace) -> None:
+    if options.list:
+        asked = {name: getattr(options, name) or None for name in ("to", "output", "pad_expand", "fold_bias")}
+        refuse(asked, "an export; --list writes none")
+        from rich.console import Console
+
+        from mohawk.export.listing import print_choices
+
+        print_choices(options.model, Console())
+        return
     from mohawk.export.run import export
 
-    export(options.model, options.to, options.output, pad_expand=options.pad_expand, fold_bias=options.fold_bias)
+    to = options.to or "bamba"
+    export(options.model, to, options.output, pad_expand=options.pad_expand, fold_bias=options.fold_bias)
 
 
 COMMANDS = [

@@ -28,6 +28,7 @@ MIXERS = {  # tag and name
     "discrete_mamba2": ("mamba2", "Mamba-2"),
     "gated_delta": ("gated-deltanet", "Gated DeltaNet"),
 }
+STOCK = {"qwen3_5_text": "gated_delta"}  # the mixer of a stock class that is not Mamba-2's
 
 
 def model_card(
@@ -111,7 +112,7 @@ def _front_matter(config: Any, teacher: str | None, licence: str | None, stock: 
 
 
 def _mixer(config: Any) -> str:
-    return getattr(config, "mixer", "mamba2")  # Bamba's
+    return getattr(config, "mixer", STOCK.get(config.model_type, "mamba2"))
 
 
 def _sentence(config: Any) -> str:

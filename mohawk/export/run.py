@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from mohawk.models.hybrid import HybridForCausalLM
+    from mohawk.models.hybrid_config import HybridConfig
 
 log = logging.getLogger(__name__)
 
@@ -32,15 +33,15 @@ def export(
     fold_bias: bool = False,
     console: Console | None = None,
 ) -> Path:
-    """Write a student as a stock `BambaForCausalLM` or with its own code, and check what was written.
+    """Write a student as a stock class of transformers or with its own code, and check what was written.
 
     The folder appears whole, and only after a fresh process that cannot import mohawk has loaded it and answered as
     the student does (`mohawk.export.parity`).
 
     Args:
         source: a run's folder, or a student's.
-        to: one of `TARGETS` in targets.py: "bamba", which needs no code, or "hybrid", whose code lies beside the
-            weights (`trust_remote_code`).
+        to: one of `TARGETS` in targets.py: "bamba", "granite" or "qwen3_5", which need no code, or "hybrid", whose code
+            lies beside the weights (`trust_remote_code`). `mohawk.export.listing` says which a student can be.
         output: the folder to write; by default `export/<to>` in the run, or `<student>-<to>` beside the student.
         pad_expand: add heads of zeros up to mamba_expand 2 (llama.cpp), or where whole heads do not fill an integer.
         fold_bias: move in_proj's biases on x, B, C behind the convolution, where a student has some.
@@ -51,23 +52,18 @@ def export(
     Raises:
         UserError: not a hybrid, not expressible (with the reason), the output taken, or a mismatch.
     """
-    import mohawk.models.hybrid  # noqa: F401  makes the Auto classes know hybrids
-    from mohawk.loading.configs import load_config
     from mohawk.loading.models import load_teacher
-    from mohawk.models.hybrid_config import HybridConfig
 
     console = console or Console()
     if to not in TARGETS:
         raise UserError(f"--to: got {to!r}; allowed: {', '.join(TARGETS)}")
     written_as = TARGETS[to]
     if not written_as.adapts and (pad_expand or fold_bias):
-        raise UserError(f"--pad-expand and --fold-bias are of --to bamba; {to} needs neither")
+        of = " and ".join(f"--to {name}" for name, target in TARGETS.items() if target.adapts)
+        raise UserError(f"--pad-expand and --fold-bias are of {of}; {to} needs neither")
     run = home(source)
     run = run if has_recipe(run) else None
-    student = student_folder(source)
-    config = load_config(student, who="")
-    if not isinstance(config, HybridConfig):
-        raise UserError(f"{student} is a {config.model_type} model; only hybrids made by mohawk are exported")
+    student, config = hybrid_config(source)
     if reason := written_as.why_not(config, pad_expand):
         raise UserError(reason)
     target = home(output) if output else (run / "export" / to if run else Path(f"{student}-{to}"))
@@ -94,6 +90,23 @@ def export(
         console.print(f"{note.runtime} ({seen}): {note.text}", highlight=False, soft_wrap=True, markup=False)
     console.print(f"written to {target}", highlight=False, soft_wrap=True, markup=False)
     return target
+
+
+def hybrid_config(source: str | Path) -> tuple[str, HybridConfig]:
+    """Where the student of a run's or a student's folder lies, and its configuration.
+
+    Raises:
+        UserError: not a hybrid, or no such folder.
+    """
+    import mohawk.models.hybrid  # noqa: F401  makes the Auto classes know hybrids
+    from mohawk.loading.configs import load_config
+    from mohawk.models.hybrid_config import HybridConfig
+
+    student = student_folder(source)
+    config = load_config(student, who="")
+    if not isinstance(config, HybridConfig):
+        raise UserError(f"{student} is a {config.model_type} model; only hybrids made by mohawk are exported")
+    return student, config
 
 
 def _tokenizer(student: str, run: Path | None) -> PreTrainedTokenizerBase | None:

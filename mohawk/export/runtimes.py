@@ -10,38 +10,124 @@ if TYPE_CHECKING:
 
 
 VLLM = "0.23"  # the last vLLM with a Bamba
-GROUPS_APART = "5.23"  # the first transformers whose Bamba normalises each group by itself (5.17 to 5.22 were read)
+GROUPS_APART = "5.23"  # the first transformers whose mixers normalise each group by itself (5.17 to 5.22 were read)
+LEFT = "pad on the left: its own code lets padding that comes after a token into the state"
+MLX = "mlx-lm 0.32"
+SERVED = {  # command and version
+    "vLLM": ("`vllm serve DIR`", "0.33"),
+    "SGLang": ("`python -m sglang.launch_server --model-path DIR`", "0.5.23"),
+}
+# With tiny students of several kinds; tests/mohawk/export/test_runtime_names.py holds names, shapes and fields to the
+# sources of both.
+TRIED = (
+    "not run: its own model classes ({version}) took every weight of such folders on a CPU, but no token was computed"
+)
 
 
 @dataclass(frozen=True)
 class Note:
-    """checked: whether this very export was run there, by the export doctor."""
+    """What is known of a runtime.
+
+    checked: whether this very export was run there, by the export doctor. runs: whether it can run there, as far as is
+    known.
+    """
 
     runtime: str
     checked: bool
     text: str
+    runs: bool = True
 
 
 def notes(config: PretrainedConfig) -> list[Note]:
-    """Per runtime, of an exported configuration (Bamba's, or the hybrid's own)."""
-    if config.model_type != "bamba":
-        return [
-            Note("transformers", True, "with trust_remote_code=True: the model's code lies beside its weights"),
-            Note("llama.cpp, vLLM, SGLang, MLX", False, "have no class for it; llama.cpp has one for --to bamba"),
-        ]
+    """Per runtime, of an exported configuration (a stock class's, or the hybrid's own)."""
+    stock = {"bamba": _bamba, "granitemoehybrid": _granite, "qwen3_5_text": _qwen3_5}
+    if config.model_type in stock:
+        return stock[config.model_type](config)
+    return [
+        Note("transformers", True, "with trust_remote_code=True: the model's code lies beside its weights"),
+        Note(
+            "llama.cpp, vLLM, SGLang, MLX",
+            False,
+            "have no class for it; they have some for the other --to",
+            runs=False,
+        ),
+    ]
+
+
+def _bamba(config: PretrainedConfig) -> list[Note]:
     stock = (
         "stock class, nothing else to install; pass position_ids when you call the model with a cache yourself, and "
-        "pad on the left: its own code lets padding that comes after a token into the state"
+        f"{LEFT}{_groups(config)}"
     )
-    if config.mamba_n_groups > 1:
-        stock += f". Needs {GROUPS_APART} or later: earlier ones normalise a mixer's groups together, without a word"
+    missing = _missing_in_llama_cpp(config)
     return [
         Note("transformers", True, stock),
-        Note("llama.cpp", False, _llama_cpp(config)),
-        Note("vLLM", False, _vllm(config)),
-        Note("SGLang", False, "has never had Bamba (read up to 0.5.23)"),
-        Note("MLX", False, "has never had Bamba (mlx-lm, read up to 0.32; its granitemoehybrid is another layout)"),
+        Note("llama.cpp", False, _llama_cpp(missing), runs=not missing),
+        Note("vLLM", False, _vllm(config), runs=False),
+        Note("SGLang", False, "has never had Bamba (read up to 0.5.23); --to granite is for it", runs=False),
+        Note(
+            "MLX",
+            False,
+            "has never had Bamba (mlx-lm, read up to 0.32; its granitemoehybrid is another layout)",
+            runs=False,
+        ),
     ]
+
+
+def _granite(config: PretrainedConfig) -> list[Note]:
+    wide = getattr(config, "head_dim", None) not in (None, config.hidden_size // config.num_attention_heads)
+    groups = config.mamba_n_groups
+    divided = f". Over several GPUs their number must divide the mixers' {groups} groups" if groups > 1 else ""
+    heads = f"takes heads of hidden_size / num_attention_heads, not of {config.head_dim}" if wide else None
+    llama_cpp = "its converter leaves a Granite's rotary positions out without a word; --to bamba is for it"
+    mlx = f"its Granite ({MLX}) normalises a mixer's groups together and keeps dt above 0.001"
+    return [
+        Note("transformers", True, f"stock class, nothing else to install; {LEFT}{_groups(config)}"),
+        *(Note(name, False, heads or _served(name, divided), runs=not wide) for name in SERVED),
+        Note("llama.cpp", False, llama_cpp, runs=False),
+        Note("MLX", False, mlx, runs=False),
+    ]
+
+
+def _qwen3_5(config: PretrainedConfig) -> list[Note]:
+    keys, values = config.linear_key_head_dim, config.linear_value_head_dim
+    irregular = _irregular(config)
+    sizes = "" if keys == 128 else f". Its fast kernels want keys of 128, here they are of {keys}"
+    uneven = f"its mixers have keys and values of one width, not {keys} and {values}" if keys != values else None
+    llama_cpp = "`convert_hf_to_gguf.py DIR` knows Qwen3.5, by its source; it was not run"
+    mlx = (
+        f'{MLX} knows this layout as qwen3_5 alone: write "model_type": "qwen3_5" into the config.json of a copy; a '
+        "tiny student in float32 gave the same logits there"
+    )
+    return [
+        Note("transformers", True, f"stock class, nothing else to install; {LEFT}"),
+        Note("vLLM", False, _served("vLLM", sizes)),
+        Note("SGLang", False, irregular or _served("SGLang", sizes), runs=irregular is None),
+        Note("llama.cpp", False, irregular or uneven or llama_cpp, runs=not (irregular or uneven)),
+        Note("MLX", False, irregular or mlx, runs=irregular is None),
+    ]
+
+
+def _served(name: str, rest: str) -> str:
+    command, version = SERVED[name]
+    return f"{command}; {TRIED.format(version=version)}{rest}"
+
+
+def _irregular(config: PretrainedConfig) -> str | None:
+    """What those say that compute the layers' kinds themselves; None where they come to the same."""
+    if hasattr(config, "full_attention_interval"):
+        return None
+    kept = [i for i, kind in enumerate(config.layer_types) if kind == "full_attention"]
+    return (
+        "has attention at every N-th layer, counted from 1, and nowhere else (full_attention_interval); here it is in "
+        f"layers {', '.join(map(str, kept))}, counted from 0. `mohawk compose RUN --interval N` keeps it where N asks"
+    )
+
+
+def _groups(config: PretrainedConfig) -> str:
+    if config.mamba_n_groups == 1:
+        return ""
+    return f". Needs {GROUPS_APART} or later: earlier ones normalise a mixer's groups together, without a word"
 
 
 def _vllm(config: PretrainedConfig) -> str:
@@ -54,12 +140,16 @@ def _vllm(config: PretrainedConfig) -> str:
     return text
 
 
-def _llama_cpp(config: PretrainedConfig) -> str:
+def _missing_in_llama_cpp(config: PretrainedConfig) -> list[str]:
     missing = []
     if config.mamba_expand != 2:
         missing.append(f"mamba_expand 2 (here {config.mamba_expand}; export with --pad-expand)")
     if config.mamba_proj_bias:
         missing.append("projections without biases (a student made with gate: output or random has none)")
+    return missing
+
+
+def _llama_cpp(missing: list[str]) -> str:
     if missing:
         return "its converter knows Bamba, but its Mamba-2 layers want " + " and ".join(missing)
     return (

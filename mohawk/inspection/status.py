@@ -29,6 +29,8 @@ def print_run(folder: Path, console: Console) -> None:
         kept = ", ".join(map(str, composed["attention"])) or "none"
         budget = composed.get("budget")
         chosen = "" if budget is None else f", chosen for a budget of {budget} by {composed.get('by')}"
+        if interval := composed.get("interval"):
+            chosen = f", at an interval of {interval}"
         console.print(
             f"composed of the mixers of {composed['run']}; attention layers: {kept}{chosen}",
             highlight=False, soft_wrap=True, markup=False,

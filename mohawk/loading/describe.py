@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,9 @@ log = logging.getLogger(__name__)
 GROWING = ("full_attention", "sliding_attention")  # layer types that keep keys and values of the tokens in sight
 # what Mamba-2 mixers of transformers have
 MAMBA2 = ("conv_dim", "conv_kernel_size", "num_heads", "head_dim", "ssm_state_size")
+# and Qwen3.5's of the gated delta rule
+GATED_DELTA = ("conv_dim", "conv_kernel_size", "num_v_heads", "head_v_dim", "head_k_dim", "in_proj_qkv")
+MIXERS = ("self_attn", "attn", "mamba", "linear_attn")  # Granite's layers have two of them, one of which is None
 
 
 @dataclass(frozen=True)
@@ -134,16 +138,17 @@ def _layer(config: PretrainedConfig, index: int, block, itemsize: int) -> Layer:
 
     types = getattr(config, "layer_types", None)
     kind = types[index] if types else "full_attention"
-    mixer = next((getattr(block, name) for name in ("self_attn", "attn", "mamba") if hasattr(block, name)), block)
+    mixer = next((found for name in MIXERS if (found := getattr(block, name, None)) is not None), block)
     counts = sum(p.numel() for p in mixer.parameters()), sum(p.numel() for p in block.parameters())
     if hasattr(mixer, "conv_size"):  # one of our mixers: a conv state in the model's dtype, a float32 state
         conv = mixer.conv_size * mixer.conv_kernel * itemsize
         state = mixer.num_heads * mixer.head_dim * mixer.state_size * 4
         return Layer(index, config.mixer, *counts, fixed_bytes=conv + state, token_bytes=0, window=None)
-    if all(hasattr(mixer, name) for name in MAMBA2):  # transformers' own, as in Bamba
-        conv = mixer.conv_dim * mixer.conv_kernel_size * itemsize
-        state = mixer.num_heads * mixer.head_dim * mixer.ssm_state_size * 4
-        return Layer(index, "mamba2", *counts, fixed_bytes=conv + state, token_bytes=0, window=None)
+    for kind_of, names in (("mamba2", MAMBA2), ("gated_delta", GATED_DELTA)):  # transformers' own, as in Bamba
+        if all(hasattr(mixer, name) for name in names):
+            channels, kernel, *sizes = (getattr(mixer, name) for name in names[:5])
+            fixed = channels * kernel * itemsize + math.prod(sizes) * 4
+            return Layer(index, kind_of, *counts, fixed_bytes=fixed, token_bytes=0, window=None)
     if kind not in GROWING:
         return Layer(index, kind, *counts, fixed_bytes=None, token_bytes=0, window=None)
     shape = decoder_shape(config)

@@ -97,6 +97,7 @@ class Composed(TypedDict):
     attention: list[int]
     budget: NotRequired[str | None]
     by: NotRequired[str]
+    interval: NotRequired[int]
 
 
 class Point(TypedDict):
@@ -109,11 +110,19 @@ class Ranking(TypedDict):
     path: list[Point]
 
 
+class Pattern(TypedDict):
+    """Attention at every so many layers, and what that costs."""
+
+    attention: list[int]
+    cost: Point
+
+
 class Selection(TypedDict):
     """selection.json."""
 
     settings: dict[str, Any]
     rankings: dict[str, Ranking]
+    patterns: NotRequired[dict[str, Pattern]]
 
 
 # pyrefly: ignore[invalid-argument]  # the fields of a dataclass, whatever they are

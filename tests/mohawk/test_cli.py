@@ -458,6 +458,34 @@ def test_inspect_knows_the_constant_state_of_a_stock_bamba(tmp_path, capsys, dty
     assert "mamba2" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("mixer", ["mamba2", "gated_delta"])
+def test_inspect_knows_the_constant_state_of_other_exports(tmp_path, dtype, mixer):
+    """A Granite's, whose layers have a place for both kinds, and a Qwen3.5's."""
+    import torch
+
+    from mohawk.loading.describe import describe
+    from mohawk.measures.compare import cache_bytes
+    from mohawk.models.formats import granite
+    from mohawk.models.formats.qwen3_5 import to_qwen3_5
+    from mohawk.models.from_teacher import hybrid_from_teacher
+    from tests.models.conftest import tiny_teacher
+
+    if mixer == "mamba2" and not granite.norms_groups_apart():
+        pytest.skip("this transformers norms Granite's groups together")
+    whole = {"use_sliding_window": False, "sliding_window": None}
+    teacher = tiny_teacher("qwen3", **whole) if mixer == "gated_delta" else tiny_teacher("llama")
+    student = hybrid_from_teacher(teacher, [0, 2], mixer).to(getattr(torch, dtype))
+    model = to_qwen3_5(student) if mixer == "gated_delta" else granite.to_granite(student)
+    model.save_pretrained(tmp_path)
+    described = describe(tmp_path)
+    assert [layer.mixer for layer in described.layers] == [mixer, "full_attention"] * 2
+    assert described.parameters == sum(p.numel() for p in model.parameters())
+    for context in (5, 40):
+        cache = model(torch.zeros(1, context, dtype=torch.long), use_cache=True)[CACHE]
+        assert sum(layer.state_bytes(context) for layer in described.layers) == cache_bytes(cache)
+
+
 def test_inspect_says_where_it_does_not_know_a_state(tmp_path, capsys):
     from transformers import Qwen3NextConfig
 

@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from mohawk.cli import main
 from mohawk.conversion.compose import AttentionBudget, compose, state_bytes
+from mohawk.conversion.patterns import regular_layers
 from mohawk.conversion.probe import Probe
 from mohawk.conversion.recipe import Recipe
 from mohawk.conversion.run import convert
@@ -307,6 +308,78 @@ def test_inspect_says_what_a_composed_run_is(run, selected, tmp_path, capsys):
         f"composed of the mixers of {run}; attention layers: {order[-1]}, chosen for a budget of 1 by kl",
         f"mixing: done in {run}", f"hidden: done in {run}", "end_to_end: not begun",
     ]  # fmt: skip
+
+
+def test_attention_at_every_nth_layer(run, selected, tmp_path, capsys, monkeypatch):
+    """Each interval's cost is that of the whole choice, measured by itself or on a ranking's way; compose keeps the
+    layers that a runtime computes from the interval."""
+    monkeypatch.setenv("COLUMNS", "120")
+    shutil.copy(selected / "selection.json", run)
+    ranked = json.loads((run / "selection.json").read_text())
+    assert main(["select", str(run), "--interval", "2", "3", "--tokens", str(TOKENS)]) == 0
+    said = capsys.readouterr().out
+    assert "mohawk compose" in said and "--interval N" in said
+    found = json.loads((run / "selection.json").read_text())
+    assert found["rankings"] == ranked["rankings"]
+    assert {n: pattern["attention"] for n, pattern in found["patterns"].items()} == {"2": [1, 3], "3": [2]}
+    student = HybridForCausalLM.from_pretrained(run / "phases" / "hidden" / "student")
+    from rich.console import Console
+
+    from mohawk.conversion.run import opened
+
+    conversion = opened(Recipe.load(run / "recipe.yaml"), run, Console(), trains=False)
+    made = keep_attention(student, conversion.teacher, [0, 1, 3])
+    cost = found["patterns"]["3"]["cost"]
+    assert cost["kl"] == pytest.approx(compare(made, conversion.texts["held_out"]).kl, rel=1e-3, abs=1e-5)
+    row = next(line for line in said.splitlines() if line.startswith("│ 3 │"))
+    assert [cell.strip() for cell in row.split("│")[1:-1]] == [
+        "3", "2", f"{cost['kl']:.4f}", f"{cost['recall']['accuracy']:.1%}",
+        f"{ranked['rankings']['kl']['path'][3]['kl']:.4f}",
+    ]  # fmt: skip
+
+    assert main(["compose", str(run), "--interval", "2", "--output", str(tmp_path / "mine")]) == 0
+    said = capsys.readouterr().out
+    assert f"measured with these: KL {found['patterns']['2']['cost']['kl']:.4f}, " in said
+    composed = HybridConfig.from_pretrained(tmp_path / "mine" / "phases" / "hidden" / "student")
+    attends = [kind != "linear_attention" for kind in composed.layer_types]
+    assert attends == [(i + 1) % 2 == 0 for i in range(4)]
+    assert main(["inspect", str(tmp_path / "mine")]) == 0
+    assert "attention layers: 1, 3, at an interval of 2" in capsys.readouterr().out
+    select(run, tokens=TOKENS, by="alone")  # other measurements stay
+    assert json.loads((run / "selection.json").read_text())["patterns"] == found["patterns"]
+
+
+def test_an_interval_needs_no_ranking(run, tmp_path, capsys):
+    """Neither before measuring intervals nor before composing; a student trained again was not measured."""
+    assert main(["compose", str(run), "--interval", "4", "--output", str(tmp_path / "mine")]) == 0
+    assert "1 attention layers (3)" in (said := capsys.readouterr().out) and "measured with these" not in said
+    assert main(["select", str(run), "--interval", "4", "--tokens", str(TOKENS)]) == 0
+    assert "KL if ranked" not in capsys.readouterr().out
+    manifest = run / "phases" / "hidden" / "student" / "MANIFEST.json"
+    manifest.write_text(manifest.read_text() + "\n")  # another student
+    assert main(["compose", str(run), "--interval", "4", "--output", str(tmp_path / "other")]) == 0
+    assert "measured with these" not in capsys.readouterr().out
+
+
+def test_intervals_that_are_refused(run, trained, capsys):
+    def error(*arguments):
+        capsys.readouterr()
+        assert main([*arguments]) == 2
+        said = capsys.readouterr().err
+        assert said.startswith("error: ") and said.count("\n") == 1
+        return said
+
+    for command in ("select", "compose"):
+        assert "--interval: got 5; allowed: from 2 to 4" in error(command, str(run), "--interval", "5")
+    assert "--interval measures whole patterns" in error("select", str(run), "--interval", "2", "--lazy")
+    assert "--interval measures whole patterns" in error("select", str(run), "--interval", "2", "--by", "recall")
+    with pytest.raises(SystemExit):
+        main(["compose", str(run), "--interval", "2", "--budget", "2"])
+    config = HybridConfig.from_pretrained(trained / "phases" / "hidden" / "student")
+    config.layer_types[2] = "full_attention"
+    with pytest.raises(UserError, match=r"would replace layers \[2\] too, which have no mixer in this run"):
+        regular_layers(2, config)
+    assert regular_layers(3, config) == [0, 1, 3]
 
 
 def test_what_compose_refuses(run, capsys):

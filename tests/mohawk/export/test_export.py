@@ -28,12 +28,16 @@ from mohawk.export.model_card import licence_of
 from mohawk.export.parity import CHECKS, check_export, compare_answers, inputs_for
 from mohawk.export.run import export
 from mohawk.export.runtimes import notes
+from mohawk.export.targets import TARGETS
 from mohawk.loading.remote_code import flattened, write_remote_code
 from mohawk.measures.consistency import LEFT_ALONE, PATHS
-from mohawk.models.formats import bamba
+from mohawk.models.formats import bamba, granite
 from mohawk.models.from_teacher import hybrid_from_teacher
 from mohawk.models.mixers import SSMMixer
+from tests.models.conftest import tiny_teacher
 
+WRONG = ("missing_keys", "unexpected_keys", "mismatched_keys")
+ROPE = {"rope_type": "linear", "rope_theta": 500.0, "factor": 2.0}
 needs_groups = pytest.mark.skipif(
     not bamba.norms_groups_apart(), reason="this transformers norms Bamba's groups together, and the export says so"
 )
@@ -116,6 +120,109 @@ def test_a_run_becomes_a_hybrid_with_its_own_code(make_run):
     card = (folder / "README.md").read_text()
     assert "trust_remote_code=True" in card and "- Licence of the code beside the weights, mohawk: Apache-2.0\n" in card
     assert all("SPDX-License-Identifier: Apache-2.0" in path.read_text() for path in folder.glob("*.py"))
+
+
+@pytest.mark.skipif(not granite.norms_groups_apart(), reason="this transformers norms Granite's groups together")
+def test_a_run_becomes_a_stock_granite(make_run):
+    """Its config.json in both styles of rope, and with the names of layers that Granite's checkpoints have."""
+    run = make_run(tie_word_embeddings=True, rope_parameters=ROPE)
+    folder, screen = exported(run, "granite", pad_expand=True)
+    assert folder == run / "export" / "granite" and screen.count(" ok") == len(CHECKS) + len(LEFT_ALONE)
+    assert "mamba_expand 2" in screen and "vLLM (not checked)" in screen and "no token was computed" in screen
+    config = json.loads((folder / "config.json").read_text(), parse_constant=pytest.fail)
+    assert config["layer_types"] == ["mamba", "attention", "mamba"] and "time_step_limit" not in config
+    assert config["rope_theta"] == 500.0 and config["rope_scaling"] == {"rope_type": "linear", "factor": 2.0}
+    model, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+    assert type(model).__name__ == "GraniteMoeHybridForCausalLM" and not any(info[key] for key in WRONG)
+    assert model.config.time_step_limit == (0.0, float("inf"))
+    assert "2 Mamba-2 and 1 attention layers" in (folder / "README.md").read_text()
+
+
+def test_a_gated_delta_student_of_qwen3_becomes_a_stock_qwen3_5(tmp_path, tokenizer):
+    """In bfloat16, tied, with grouped queries: what bfloat16 would round of the norms is not, and that is said."""
+    student = hybrid_from_teacher(
+        tiny_teacher("qwen3", vocab_size=258, use_sliding_window=False, sliding_window=None, tie_word_embeddings=True),
+        [0, 2],
+        "gated_delta",
+    ).to(torch.bfloat16)
+    with torch.no_grad():
+        student.model.layers[1].self_attn.q_norm.weight[3] = 0.011
+        student.model.layers[1].input_layernorm.weight[3] = 0.011  # this one can be moved into q, k and v
+    student.save_pretrained(tmp_path / "student")
+    tokenizer.save_pretrained(tmp_path / "student")
+    folder, screen = exported(tmp_path / "student", "qwen3_5")
+    assert folder == tmp_path / "student-qwen3_5" and screen.count(" ok") == len(CHECKS) + len(LEFT_ALONE)
+    assert "1 norms (model.layers.1.self_attn.q_norm.weight, ...) are kept in float32" in screen
+    model, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+    assert type(model).__name__ == "Qwen3_5ForCausalLM" and not any(info[key] for key in WRONG)
+    card = (folder / "README.md").read_text()
+    assert "2 Gated DeltaNet and 2 attention layers" in card and "are kept in float32" in card
+    assert "trust_remote_code" not in card and "tags: [mohawk, hybrid, gated-deltanet, qwen3_5_text]" in card
+
+
+def test_what_a_student_can_be_is_listed(make_run, make_llama, tmp_path, capsys, monkeypatch):
+    """For each target yes or no, for each runtime too, and why not; nothing is written."""
+    monkeypatch.setattr(bamba, "norms_groups_apart", lambda: True)
+    monkeypatch.setattr(granite, "norms_groups_apart", lambda: True)
+
+    def listed(student):
+        assert main(["export", str(student), "--list"]) == 0
+        found, target = {}, ""
+        for line in capsys.readouterr().out.splitlines():
+            if line.startswith("--to "):
+                target, line = line.removeprefix("--to ").split(": ", 1)
+                found[target] = [line]
+            else:
+                found[target].append(line.strip())
+        return found
+
+    run = make_run()
+    before = sorted(run.rglob("*"))
+    found = listed(run)
+    assert sorted(run.rglob("*")) == before
+    assert list(found) == list(TARGETS)
+    assert [found[name][0].split(",")[0] for name in ("bamba", "granite", "hybrid")] == ["yes"] * 3
+    (said,) = found["qwen3_5"]
+    assert said.startswith("no; cannot be a Qwen3_5ForCausalLM: its mixers are mamba2, Qwen3.5's are gated_delta")
+    assert said.endswith("; `--to bamba` takes it")
+    runtimes = {name: dict(line.split(": ", 1) for line in lines[1:]) for name, lines in found.items()}
+    assert runtimes["granite"]["transformers"].startswith("yes (each export is checked there); ")
+    assert runtimes["granite"]["vLLM"].startswith("yes (not checked there); `vllm serve DIR`; not run: ")
+    assert runtimes["bamba"]["vLLM"].startswith("no; removed Bamba after 0.23")
+    assert runtimes["bamba"]["llama.cpp"].startswith("no; ") and "--pad-expand" in runtimes["bamba"]["llama.cpp"]
+
+    from mohawk.models.hybrid import HybridForCausalLM
+
+    student = HybridForCausalLM.from_pretrained(run / "student")
+    mixer = student.model.layers[0].self_attn
+    with torch.no_grad():
+        mixer.in_proj.bias[mixer.slices()["B"]] = 0.3
+    student.save_pretrained(run / "student")
+    assert listed(run)["granite"][1].startswith("with --fold-bias alone: ")
+
+    narrow = make_llama(hidden_size=48, num_attention_heads=3, num_key_value_heads=1, head_dim=24, mlp_bias=True)
+    hybrid_from_teacher(narrow, [1]).save_pretrained(tmp_path / "narrow")
+    found = listed(tmp_path / "narrow")
+    assert found["bamba"][1].startswith("with --pad-expand alone: ")
+    assert "its MLPs have biases" in found["granite"][0]
+
+    irregular = tiny_teacher("qwen3", use_sliding_window=False, sliding_window=None)
+    hybrid_from_teacher(irregular, [1, 3], "gated_delta").save_pretrained(tmp_path / "irregular")
+    found = dict(line.split(": ", 1) for line in listed(tmp_path / "irregular")["qwen3_5"][1:])
+    assert found["vLLM"].startswith("yes") and found["transformers"].startswith("yes")
+    assert main(["export", str(tmp_path / "irregular")]) == 2
+    last = capsys.readouterr().err.splitlines()[-1]  # after transformers' progress bars
+    assert last.startswith("error: cannot be a BambaForCausalLM: its mixers are gated_delta, Bamba's are Mamba-2's")
+    assert last.endswith("; `--to qwen3_5` takes it")
+    for runtime in ("SGLang", "llama.cpp", "MLX"):
+        assert found[runtime].startswith("no; ") and "layers 0, 2, counted from 0" in found[runtime]
+        assert "mohawk compose RUN --interval N" in found[runtime]
+
+    assert main(["export", str(run), "--list", "--pad-expand"]) == 2
+    assert capsys.readouterr().err == "error: --pad-expand is of an export; --list writes none\n"
+    make_llama().save_pretrained(tmp_path / "plain")
+    assert main(["export", str(tmp_path / "plain"), "--list"]) == 2
+    assert "only hybrids made by mohawk are exported" in capsys.readouterr().err
 
 
 @needs_groups
