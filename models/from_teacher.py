@@ -212,12 +212,15 @@ def _fill_mixer(
     mixer.to(model.device)
     if init == "attention":
         size, heads = attention_input_size(model, i), decoder_shape(model.config).num_kv_heads
-        copy = copy_attention_to_delta if isinstance(mixer, GatedDeltaMixer) else copy_attention
         attention = decoder_layers(twin)[i].self_attn
         if twin is not model:  # whole in its own dtype, which a forward pass's gathering would round
             theirs = decoder_layers(model)[i].self_attn
             attention.load_state_dict({name: whole(p) for name, p in theirs.named_parameters()}, assign=True)
-        copy(attention, mixer, size, heads, gate)
+        if isinstance(mixer, GatedDeltaMixer):
+            copy_attention_to_delta(attention, mixer, size, heads, gate)
+        else:
+            assert isinstance(mixer, SSMMixer)
+            copy_attention(attention, mixer, size, heads, gate)
         if twin is not model:
             attention.to("meta")
     elif init == "neutral":

@@ -146,9 +146,10 @@ class _Steps(TrainerCallback):
             for parameter in parameters:
                 if parameter.grad is not None:
                     parameter.grad /= args.world_size
-        if (apart := self.trainer.apart) is not None:
+        apart, main = self.trainer.apart, self.trainer.optimizer
+        if apart is not None and main is not None:
             for group in apart.param_groups:
-                group["lr"] = self.trainer.optimizer.param_groups[0]["lr"]
+                group["lr"] = main.param_groups[0]["lr"]
             apart.step()
 
     def on_step_end(self, args, state, control, **kwargs):
