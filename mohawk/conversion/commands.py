@@ -26,12 +26,13 @@ def _convert(options: argparse.Namespace) -> None:
     from mohawk.conversion.footprint import Hardware
     from mohawk.conversion.run import convert
 
-    hardware = None
+    planned = {}
     if asked:
         flops = asked.get("peak", PEAK)
         memory = asked.get("device_memory", DEVICE_MEMORY)
-        hardware = Hardware(asked.get("processes", 1), memory, 1e12 * flops, asked.get("utilisation", UTILISATION))
-    convert(recipe, dry_run=options.dry_run, hardware=hardware)
+        share = asked.get("utilisation", UTILISATION)
+        planned = {"hardware": Hardware(asked.get("processes", 1), memory, 1e12 * flops, share)}
+    convert(recipe, dry_run=options.dry_run, **planned)
 
 
 def _add_convert(parser: argparse.ArgumentParser) -> None:

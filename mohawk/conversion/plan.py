@@ -22,6 +22,7 @@ from mohawk.models.hybrid_config import SSM_LAYER
 from mohawk.runs.sharding import device_bytes
 
 GIB = 2**30
+UNKNOWN = 2**63  # bytes of a device that is not here
 
 
 @dataclass
@@ -81,8 +82,12 @@ def make_plan(recipe: Recipe, teacher_config: Any, hardware: Hardware | None = N
     Raises:
         UserError: the teacher cannot be converted, or the recipe does not fit it.
     """
-    device = pick_device(recipe.device)
-    hardware = hardware or Hardware(count(), device_bytes(device))
+    if recipe.device == "cuda" and not torch.cuda.is_available():  # a plan for another machine, whose GPU is not known
+        here, fast = Hardware(count(), UNKNOWN), recipe.precision != "float32"
+    else:
+        device = pick_device(recipe.device)
+        here, fast = Hardware(count(), device_bytes(device)), autocast_dtype(recipe.precision, device) is not None
+    hardware = hardware or here
     try:
         check_supported(teacher_config)
         choose_layers(recipe.student.ssm_layers, decoder_shape(teacher_config).num_layers)
@@ -93,7 +98,7 @@ def make_plan(recipe: Recipe, teacher_config: Any, hardware: Hardware | None = N
             student = hybrid_from_teacher(teacher, **student_options(recipe.student))
     except ValueError as error:
         raise UserError(str(error)) from error
-    bits16 = autocast_dtype(recipe.precision, device) is not None or hardware.flops is not None
+    bits16 = fast or hardware.flops is not None
     each = 4 if recipe.teacher.dtype == "float32" else 2
 
     def held(name: str, phase: Any, trained: int, strategy: Strategy) -> dict[str, int]:

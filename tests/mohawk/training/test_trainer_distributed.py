@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from mohawk.core.folders import Interrupted
-from mohawk.core.processes import joined, leave
+from mohawk.core.processes import joined, leave, wait_for_all
 from mohawk.errors import UserError
 from tests.helpers.tiny_phase import (
     TinyObjective,
@@ -40,6 +40,7 @@ def two_processes(run_dir, make_objective=TinyObjective, *, signal_at=None, phas
         torch.manual_seed(rank)
         objective = make_objective(rank)
         with joined("cpu"):
+            wait_for_all()  # one that ends at once would end the other's connecting to it
             try:
                 trainer = tiny_trainer(run_dir, objective, phase or eight_steps())
             except UserError:
