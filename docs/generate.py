@@ -1,5 +1,5 @@
 """Writes what the documentation takes from elsewhere: tables from benchmarks/results/, the reference of recipes from
-their schema, that of commands from the command line's grammar, that of Python from docstrings.
+their schema, that of commands from the command line's grammar, that of Python from docstrings, plans from the planner.
 
     python docs/generate.py            # write the files
     python docs/generate.py --check    # exit with 1, naming them, if files are not as they would be written
@@ -19,6 +19,7 @@ sys.path[:0] = [str(ROOT), str(DOCS)]
 
 import benchmark_tables  # noqa: E402
 import reference_commands  # noqa: E402
+import reference_plans  # noqa: E402
 import reference_python  # noqa: E402
 import reference_recipes  # noqa: E402
 
@@ -41,6 +42,7 @@ def generated() -> dict[Path, str]:
         DOCS / "recipes.md": reference_recipes.recipes(),
         DOCS / "commands.md": reference_commands.commands(),
         DOCS / "python.md": reference_python.python(),
+        DOCS / "plans.md": reference_plans.plans(),
     }
 
 
