@@ -51,6 +51,8 @@ def shard(model: nn.Module, mesh: Any, *, dtype: torch.dtype | None = None, trai
     """
     model.requires_grad_(trains)
     kept = {p for p in model.parameters() if p.dim() < 2 or p.shape[1] == 1}
+    norms = (module for module in model.modules() if "norm" in type(module).__name__.lower())
+    kept |= {p for norm in norms for p in norm.parameters(recurse=False)}  # some have a weight for each head
 
     def group(modules: nn.Module | list[nn.Module], cast: bool, reshard: bool) -> None:
         policy = MixedPrecisionPolicy(

@@ -19,7 +19,7 @@ from mohawk.models.families import FAMILIES, check_supported, decoder_shape, nee
 from mohawk.models.from_teacher import choose_layers, hybrid_from_teacher
 from mohawk.models.hybrid import HybridForCausalLM
 from mohawk.models.hybrid_config import SSM_LAYER
-from mohawk.runs.sharding import device_bytes
+from mohawk.runs.sharding import check_within, device_bytes
 
 GIB = 2**30
 UNKNOWN = 2**63  # bytes of a device that is not here
@@ -88,6 +88,7 @@ def make_plan(recipe: Recipe, teacher_config: Any, hardware: Hardware | None = N
         device = pick_device(recipe.device)
         here, fast = Hardware(count(), device_bytes(device)), autocast_dtype(recipe.precision, device) is not None
     hardware = hardware or here
+    check_within(recipe, hardware.processes)
     try:
         check_supported(teacher_config)
         choose_layers(recipe.student.ssm_layers, decoder_shape(teacher_config).num_layers)

@@ -55,8 +55,8 @@ def joined(device: str | None = None) -> Iterator[None]:
 
     device: a recipe's, which makes them a process group, each with a GPU of its own unless it is cpu; None: not yet.
     """
-    _hear_accelerate()
     if not launched():
+        _hear_accelerate()
         if under_accelerate():
             stop_with_parent()
         yield
@@ -64,6 +64,7 @@ def joined(device: str | None = None) -> Iterator[None]:
     _start(device)
     if is_first():
         try:
+            _hear_accelerate()
             yield
         except UserError as error:
             _tell(error)
@@ -71,7 +72,10 @@ def joined(device: str | None = None) -> Iterator[None]:
         return
     with _quiet():
         try:
+            _hear_accelerate()
             yield
+        except _FailedElsewhere as error:
+            raise SaidElsewhere(str(error)) from error
         except UserError as error:
             if _first_said(error):
                 raise SaidElsewhere(str(error)) from error
@@ -361,6 +365,10 @@ def gathered(value: T) -> list[T]:
     return found
 
 
+class _FailedElsewhere(OSError):
+    """What another process could not do, and says."""
+
+
 def together(work: Callable[[], T]) -> T:
     """All do `work`, which may be another thing on each; where it ends with an OSError on one, or with what means one
     (`mohawk.errors.as_os_error`), it does on all."""
@@ -375,7 +383,7 @@ def together(work: Callable[[], T]) -> T:
     said = next((one for one in gathered(said) if one is not None), None)
     if said is not None:
         number, text, name = said
-        raise failed or (OSError(text) if number is None else OSError(number, text, name))
+        raise failed or (_FailedElsewhere(text) if number is None else _FailedElsewhere(number, text, name))
     return cast(T, done)
 
 

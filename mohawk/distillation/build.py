@@ -85,7 +85,7 @@ def shaped_in_parts(
     """As `shaped`, of a model in parts: the student is in parts too, and none is ever whole on a process, but for
     random weights."""
     with torch.device("meta"):
-        shape, kept = type(base)(base.config), None
+        shape, kept = type(base)(copy.deepcopy(base.config)), None
     with mistakes(f"{where}.layers"):
         if given.layers is not None:
             kept = resolve_layers(given.layers, len(decoder(base)[1]))

@@ -342,6 +342,14 @@ class DistillRecipe(RecipeFile):
                     "student: the teacher itself, whole, would learn from itself; name a model, the layers to keep, "
                     "scratch: true, a hybrid, or stages with learn_from: average",
                 )
+        for i, stage in enumerate(self.stages):
+            lora = (stage.student or self.student).lora
+            if self.sharding.kind == "full" and lora is not None and stage.learn_from in ("average", "start"):
+                yield (
+                    [("sharding", "kind"), ("stages", i, "learn_from")],
+                    f"stages.{i}.learn_from: got {stage.learn_from} with an adapter, whose average cannot be held in "
+                    "parts; set sharding.kind: none, or leave lora out",
+                )
         if self.combine == "row":
             asking = [("data", self.data)] + [(f"stages.{i}.data", s.data) for i, s in enumerate(self.stages) if s.data]
             for name, data in asking:

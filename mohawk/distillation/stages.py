@@ -205,6 +205,8 @@ def made(run: RunContext, given: DistillStudent, base: PreTrainedModel, where: s
         spread = None if parts is None else parts.student
         base = load_teacher(given.model, **given.where, device=run.device, spread=spread, who=f"{where}.model")
     if parts is not None:
+        if given.model is not None and given.layers is None and not given.scratch and given.hybrid is None:
+            return base.requires_grad_(True)
         return shaped_in_parts(given, base, run.recipe.seed, parts.student, where).requires_grad_(True)
     student = shaped(given, base, run.recipe.seed, where)
     cast(student, torch.float32)
@@ -220,7 +222,7 @@ def _copy(run: RunContext, student: CausalLM) -> CausalLM:
         raise ValueError("learn_from: an average of adapters cannot be held in parts; set sharding.kind: none")
     plain: Any = student
     with torch.device("meta"):
-        shape = type(plain)(plain.config)
+        shape = type(plain)(copy.deepcopy(plain.config))
     copied(student, shape, run.parts.teacher)
     return shape
 

@@ -81,6 +81,11 @@ def load_teacher(
     if dtype not in DTYPES:
         raise UserError(f"{option_of(who, 'dtype')}: got {dtype!r}; allowed: {', '.join(DTYPES)}")
     config = load_config(model, gguf_file=gguf_file, revision=revision, trust_remote_code=trust_remote_code, who=who)
+    if spread is not None and getattr(config, "quantization_config", None) is not None:
+        raise UserError(
+            f"{said_of(who)}{model} has packed weights, which cannot be in parts; give plain ones, or set "
+            "sharding.kind: none"
+        )
     name, gguf_file = locate(model, gguf_file, who)
     kind = None if dtype == "auto" else getattr(torch, dtype)
     released = released_in(name, gguf_file, revision, who) is not None
@@ -92,6 +97,13 @@ def load_teacher(
                     name, config, spread, device or "cpu", revision=revision, dtype=kind,
                     trust_remote_code=trust_remote_code,
                 )  # fmt: skip
+                if teacher is None:
+                    log.warning(
+                        "%s%s: its files have other names than its tensors, or none; each process reads all of them "
+                        "before it keeps its part",
+                        said_of(who),
+                        name,
+                    )
             if teacher is not None:
                 info = {"missing_keys": ()}
             elif released:

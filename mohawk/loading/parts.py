@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import logging
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from mohawk.core.processes import first_before_others, several, together
 from mohawk.models.casting import cast
@@ -22,6 +24,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 FILE_BYTES = 5 * 10**9  # of one file of weights, at most
+PLAIN = {torch.float16, torch.bfloat16, torch.float32, torch.float64}  # of weights that are what they say
 Spread = Callable[[nn.Module], None]  # brings a model into its parts (mohawk.models.sharding.shard)
 
 
@@ -37,8 +40,9 @@ def read_in_parts(
 ) -> PreTrainedModel | None:
     """A causal language model of which each process reads its own part from the safetensors of a folder or hub id.
 
-    dtype: of its parameters; default the configuration's. None where the files do not hold the model's parameters by
-    their names, as those of an older format or of a larger model around it: it has to be read whole.
+    dtype: of its parameters; default the configuration's, or that of the files. None where the files do not hold the
+    model's parameters under their names as plain numbers: those of an older format, of a larger model around it, of
+    experts that are one tensor in memory, in few bits. It has to be read whole.
     """
     import torch.distributed.checkpoint as dcp
     from accelerate import init_empty_weights
@@ -50,38 +54,79 @@ def read_in_parts(
     if not folder.is_dir():
         from huggingface_hub import snapshot_download
 
-        wanted = ["*.safetensors", "*.json"]
+        wanted = ["*.json", "model.safetensors", "model-*-of-*.safetensors"]
         folder = Path(first_before_others(lambda: snapshot_download(name, revision=revision, allow_patterns=wanted)))
-    if not any(folder.glob("*.safetensors")):
+    files = _weight_files(folder)
+    if not files or getattr(config, "quantization_config", None) is not None:
         return None
-    reader = HuggingFaceStorageReader(str(folder))
-    found: Any = reader.read_metadata().state_dict_metadata
-    shapes = {key: tuple(entry.size) for key, entry in found.items()}
     with init_empty_weights(include_buffers=False):
         model = AutoModelForCausalLM.from_config(
             config, attn_implementation=needed_attention(config), trust_remote_code=trust_remote_code
         )
+    model.tie_weights()  # which making it empty has undone
     wanted = {key: tuple(tensor.shape) for key, tensor in _saved(model)}
-    if any(shapes.get(key) != shape for key, shape in wanted.items()):
-        log.info("%s: its files name weights otherwise than %s does; each process reads them all", name, type(model))
-        return None
-    own: Any = getattr(config, "dtype", None)
-    cast(model, dtype or (own if isinstance(own, torch.dtype) else torch.float32))
-    spread(model)
-    materialise(model, device)
-    dcp.load({key: tensor.detach() for key, tensor in _saved(model)}, storage_reader=reader, no_dist=not several())
+    with tempfile.TemporaryDirectory() as named:  # torch's reader takes all files of a folder for the model's
+        for file in files:
+            (Path(named) / file.name).symlink_to(file.resolve())
+        reader = HuggingFaceStorageReader(named)
+        found: Any = reader.read_metadata().state_dict_metadata
+        here = {key: entry for key, entry in found.items() if key in wanted}
+        if {key: tuple(entry.size) for key, entry in here.items()} != wanted:
+            return None
+        dtypes = {entry.properties.dtype for entry in here.values()}
+        if not dtypes <= PLAIN or getattr(model, "_keep_in_fp32_modules", None) and dtype is not torch.float32:
+            return None
+        own: Any = getattr(config, "dtype", None)
+        first: Any = next(iter(here.values())).properties.dtype
+        cast(model, dtype or (own if isinstance(own, torch.dtype) else first))
+        spread(model)
+        materialise(model, device)
+        dcp.load({key: tensor.detach() for key, tensor in _saved(model)}, storage_reader=reader, no_dist=not several())
     if (folder / GENERATION_CONFIG_NAME).is_file():
         model.generation_config = GenerationConfig.from_pretrained(folder)
     return model
 
 
+def _weight_files(folder: Path) -> list[Path]:
+    """The safetensors of a model's folder: those that its index names, or the one that needs none."""
+    index = folder / SAFE_WEIGHTS_INDEX_NAME
+    if index.is_file():
+        try:
+            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        except (ValueError, KeyError, TypeError, AttributeError):
+            return []  # transformers says what is wrong with it
+    else:
+        names = [SAFE_WEIGHTS_NAME]
+    files = [folder / name for name in names]
+    return files if all(file.is_file() for file in files) else []
+
+
+def _names_on_disk(model: PreTrainedModel) -> bool:
+    """Whether a model's files hold its tensors under the names that they have in memory, each by itself."""
+    from transformers.modeling_utils import revert_weight_conversion
+
+    own = {key: torch.empty(tensor.shape, dtype=tensor.dtype, device="meta") for key, tensor in _saved(model)}
+    return revert_weight_conversion(model, dict(own)).keys() == own.keys()
+
+
 def write_in_parts(model: PreTrainedModel, folder: Path | None) -> None:
     """Write a model as `save_pretrained` does, a file's tensors at a time on the first process, which alone has the
-    folder. All processes must ask. Raises OSError on all of them where the first could not write."""
+    folder. All processes must ask. Raises OSError on all of them where the first could not write.
+
+    A model whose files have other names than its tensors (experts that are one tensor in memory) is put together on the
+    first process.
+    """
     from safetensors.torch import save_file
-    from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
     reshard(model)
+    if not _names_on_disk(model):
+        state = {}
+        for key, tensor in _saved(model):
+            values = whole(tensor)
+            if folder is not None:
+                state[key] = values.cpu()
+        together(lambda: folder and model.save_pretrained(folder, state_dict=state, max_shard_size=FILE_BYTES))
+        return
     files = _files(model)
     names: dict[str, str] = {}
     for i, tensors in enumerate(files, 1):

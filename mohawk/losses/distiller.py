@@ -7,7 +7,7 @@ is (mohawk/training/trainer.py says what that asks for).
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, cast
@@ -27,7 +27,16 @@ from mohawk.losses.matching import Matching
 from mohawk.losses.on_policy import OnPolicy, replaced_rows
 from mohawk.losses.schedules import Ramp, at, temperature_for
 from mohawk.losses.shared_vocabulary import shared_part, told_of_cut
-from mohawk.losses.teachers import Answer, AverageTeacher, Ensemble, ModelTeacher, is_around, model_inputs
+from mohawk.losses.teachers import (
+    Answer,
+    AverageTeacher,
+    Ensemble,
+    ModelTeacher,
+    in_parts,
+    is_around,
+    model_inputs,
+    taken,
+)
 from mohawk.training.advance import Advance
 from mohawk.training.objective import Objective
 from mohawk.training.weight_decay import parameter_groups
@@ -301,12 +310,16 @@ class KnowledgeDistiller(Objective["CausalLM"]):
         if matchings:
             assert self.teacher is not None  # refused at the start
             (whole,) = self.teacher(batch, [m.teacher for m in matchings.values()])
+        once = None if whole is None else [whole]
+        if once is None and self.own_losses and in_parts(self.teacher):  # whatever losses a process's rows have
+            assert self.teacher is not None
+            once = list(self.teacher(batch))
         labels = next_labels(batch)
         weights = next_column(batch["weights"], 0.0) if "weights" in batch else None
         task = next_column(batch["task"], 0) if "task" in batch else None
         head = Head.of(self.student)
         loss = hidden.new_zeros(())
-        for source, rows, own, tokens in self._parts(batch, whole, counts):
+        for source, rows, own, tokens in self._parts(batch, once, counts):
             check_ids()
             rows = slice(None) if rows is None else rows
             part = None if weights is None else weights[rows]
@@ -326,13 +339,13 @@ class KnowledgeDistiller(Objective["CausalLM"]):
         return loss
 
     def _parts(
-        self, batch: Mapping[str, Tensor], whole: Answer | None, counts: Tensor
+        self, batch: Mapping[str, Tensor], once: Sequence[Answer] | None, counts: Tensor
     ) -> Iterator[tuple[Teacher | None, Tensor | None, OwnLoss, Tensor]]:
         """The rows of a batch by the loss they have: (what the teacher says of them, their indices or None for all, the
         loss, (TASKS) how many tokens of each task the step has of that loss). Where nothing is compared the teacher is
         not asked.
 
-        whole: the teacher's answer on all rows, where it was asked already.
+        once: the teacher's answers on all rows, where it was asked already.
         """
         main = OwnLoss(self.kd_weight, self.ce_weight)
         for i, (of, loss) in enumerate([(None, main), *self.own_losses.items()]):
@@ -345,8 +358,13 @@ class KnowledgeDistiller(Objective["CausalLM"]):
             tokens = counts[1 + i * TASKS : 1 + (i + 1) * TASKS]
             if self.teacher is None or self._now(loss.kd_weight) == 0:
                 yield None, rows, loss, tokens
-            elif whole is not None:
-                yield whole.source if rows is None else _taken(whole.source, rows), rows, loss, tokens
+            elif once is not None:
+                for answer in once:
+                    if answer.rows is None or rows is None:
+                        source = answer.source if rows is None else taken(answer.source, rows)
+                        yield source, answer.rows if rows is None else rows, loss, tokens
+                    elif len(both := torch.isin(answer.rows, rows).nonzero().squeeze(1)):
+                        yield taken(answer.source, both), answer.rows[both], loss, tokens
             else:
                 asked = batch if rows is None else {name: column[rows] for name, column in batch.items()}
                 for answer in self.teacher(asked):
@@ -460,8 +478,3 @@ class KnowledgeDistiller(Objective["CausalLM"]):
 def _some(count: Tensor) -> Tensor:
     """A count to divide by; 1 where there is nothing to divide."""
     return torch.where(count > 0, count, 1.0)
-
-
-def _taken(source: Teacher, rows: Tensor) -> Teacher:
-    """What a teacher says of some of the rows that it said it of."""
-    return source.map_rows(lambda x, trailing: x[rows])

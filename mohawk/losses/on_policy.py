@@ -316,7 +316,11 @@ def replaced_rows(
     if kept is None or not bool(kept.any()):
         return on_policy(batch, step)
     asked = {name: column[~kept] for name, column in batch.items()}
-    made = asked if bool(kept.all()) else on_policy(asked, step)
+    whole = contextlib.nullcontext()
+    if isinstance(on_policy, OnPolicy) and on_policy.share and on_policy.decides(step):
+        whole = whole_model(on_policy.student)  # all take part where it is in parts, also who keeps all rows
+    with whole:
+        made = asked if bool(kept.all()) else on_policy(asked, step)
     if made is asked:
         return batch
     fill, result = {"labels": IGNORED, "segment_ids": -1}, {}

@@ -24,7 +24,7 @@ from mohawk.kernels.kd.teachers import Teacher, TeacherHidden, TeacherMixture
 from mohawk.loading.causal import plain_model
 from mohawk.loading.configs import check_decoder
 from mohawk.losses.heads import Head, final_hidden_states, in_autocast, readable_ids, vocabulary_rows
-from mohawk.models.sharding import fill, local, reshard
+from mohawk.models.sharding import fill, is_sharded, local, reshard
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -241,13 +241,28 @@ class Ensemble:
             )
         for i, teacher in enumerate(self.teachers):
             rows = (column == i).nonzero().squeeze(1)
-            if len(rows):
+            if is_sharded(teacher.model):  # of which every process has a part: all ask it, whatever their rows are
+                ((answer),) = teacher({name: batch[name] for name in INPUTS if name in batch})
+                if len(rows):
+                    yield Answer(taken(answer.source, rows), rows)
+            elif len(rows):
                 ((answer),) = teacher({name: batch[name][rows] for name in INPUTS if name in batch})
                 yield Answer(answer.source, rows)
 
     @property
     def vocab_size(self) -> int:
         return min(teacher.vocab_size for teacher in self.teachers)
+
+
+def taken(source: Teacher, rows: Tensor) -> Teacher:
+    """What a teacher says of some of the rows that it said it of."""
+    return source.map_rows(lambda x, trailing: x[rows])
+
+
+def in_parts(teacher: object) -> bool:
+    """Whether every process has a part of a teacher's models, so that all have to ask it equally often."""
+    models = teacher.teachers if isinstance(teacher, Ensemble) else [teacher]
+    return any(isinstance(one, ModelTeacher) and is_sharded(one.model) for one in models)
 
 
 def check_together(combine: str, configs: Sequence[PretrainedConfig]) -> None:

@@ -45,6 +45,8 @@ def parts_of(recipe: Any, wanted: bool) -> Parts | None:
     wanted: whether the plan has them in parts, where the recipe leaves it open. Raises UserError.
     """
     check_sharding(recipe)
+    if not several() and recipe.sharding.kind == "full":
+        log.warning("sharding.kind: full in one process, which holds all of it; start several with torchrun")
     if not several() or recipe.sharding.kind == "none":
         return None
     if not from_first(lambda: wanted or recipe.sharding.kind == "full" or wish() is not None):
@@ -65,9 +67,15 @@ def check_sharding(recipe: Any) -> None:
     asked = recipe.sharding
     if asked.kind == "none" and wish() is not None:
         raise UserError("sharding.kind: got none, but accelerate is set to FSDP; leave one of the two out")
-    if asked.within is not None and several() and count() % asked.within:
+    check_within(recipe, count())
+
+
+def check_within(recipe: Any, processes: int) -> None:
+    """UserError where so many processes are no whole number of groups."""
+    within = recipe.sharding.within
+    if within is not None and processes > 1 and processes % within:
         raise UserError(
-            f"sharding.within: got {asked.within}, which does not divide the {count()} processes; give a divisor, as a "
+            f"sharding.within: got {within}, which does not divide the {processes} processes; give a divisor, as a "
             "rule the GPUs of a machine"
         )
 

@@ -328,6 +328,8 @@ class PhaseTrainer:
                 share = counted / whole if whole else 1 / (per_step * count())
             if share or in_parts:  # where models are sharded all come to each layer, whatever their rows hold
                 self._back_propagate(batch, share)
+            elif several():
+                self._name_losses(batch)
         self._finish_gradients()
         for group in self.optimizer.param_groups:
             factor = learning_rate_factor(self.step, self.steps, self.phase.warmup, self.phase.decay)
@@ -354,6 +356,13 @@ class PhaseTrainer:
             loss.backward()
             self._parts[name] = self._parts.get(name, 0.0) + loss.detach().float()
             del item, loss
+
+    @torch.no_grad()
+    def _name_losses(self, batch: Batch) -> None:
+        """Zeros for the losses of rows that count nothing, for processes to add up the same ones."""
+        with self._autocast():
+            for name, loss in self.objective.losses(**batch):
+                self._parts.setdefault(name, torch.zeros((), device=loss.device))
 
     def _finish_gradients(self) -> None:
         """Sum over the processes, refuse what is not finite, clip: the gradients are then the step's."""

@@ -186,3 +186,31 @@ def test_bfloat16_in_parts_is_that_of_whole_models(place, tmp_path):  # noqa: F8
     assert losses[1] == pytest.approx(losses[0], rel=1e-5)
     first, second = students(tmp_path / "whole/run", tmp_path / "parts/run")
     assert (first - second).abs().mean() < 1e-2 * LEARNING_RATE
+
+
+@pytest.mark.parametrize("kind", ["own losses", "own losses and samples", "a teacher for each row"])
+def test_rows_of_several_kinds_dealt_unevenly(kind, place, tokenizer, tmp_path):  # noqa: F811
+    """A process may have no row of a kind, and comes to every layer of the teachers nevertheless."""
+    pairs = [{"prompt": f"Q{i} what?", "response": f" answer {i * 7}", "by": "a" if i < 34 else "b"} for i in range(40)]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    pairs = {"source": str(tmp_path / "pairs.jsonl"), "kind": "pairs"}
+    own = {"source": str(place / "texts/*.txt"), "own_loss": {"kd_weight": 0.5, "ce_weight": 1.0}}
+    stage = {"name": "only", "ce_weight": 0.2, "batch_size": 2, "tokens": 8 * 2 * 32}
+    parts = {"student": {"layers": [0]}}
+    if kind == "a teacher for each row":
+        tiny_teacher(
+            vocab_size=258, num_hidden_layers=2, num_attention_heads=2, bos_token_id=256, eos_token_id=257
+        ).save_pretrained(tmp_path / "other")
+        tokenizer.save_pretrained(tmp_path / "other")
+        parts |= {"teacher": {"model": str(place / "teacher"), "name": "a"}, "combine": "row"}
+        parts |= {"teachers": [{"model": str(tmp_path / "other"), "name": "b"}]}
+        train = [pairs | {"teacher_field": "by"}]
+    else:
+        train = [pairs, own | {"sampling_weight": 3.0}]
+    if kind == "own losses and samples":
+        stage["on_policy"] = {"share": 1.0, "max_new_tokens": 4, "prompt_tokens": 4}
+    parts |= {"stages": [stage], "data": {"train": train, "validation_share": 0.2, "cache": str(tmp_path / "cache")}}
+    in_parts(tmp_path / "whole", "distill", written(place, tmp_path / "whole", **parts))
+    in_parts(tmp_path / "parts", "distill", written(place, tmp_path / "parts", **parts, **PARTS))
+    first, second = students(tmp_path / "whole/run", tmp_path / "parts/run")
+    assert (first - second).abs().mean() < 1e-3 * LEARNING_RATE

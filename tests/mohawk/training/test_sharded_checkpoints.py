@@ -168,3 +168,32 @@ def test_weights_that_are_not_finite_on_one_process_are_not_written(tmp_path):
 
     for said in in_processes(tmp_path, 2, body):
         assert "is not finite, so no checkpoint is written; there is no earlier one" in said
+
+
+class HalfLabelled(Rows):
+    """Rows of which every second has no label: those of one process, in steps of two."""
+
+    def __init__(self):
+        super().__init__()
+        for row in self.rows[1::2]:
+            row["labels"] = torch.full_like(row["labels"], -100)
+
+
+@pytest.mark.parametrize("shards", [True, False])
+def test_a_process_whose_rows_have_no_label(shards, tmp_path):
+    def body(rank):
+        mesh = init_device_mesh("cpu", (2,))
+        teacher = tiny_teacher("llama")
+        if shards:
+            shard(teacher, mesh, trains=False)
+        torch.manual_seed(0)
+        student = hybrid_from_teacher(teacher, [1], spread=(lambda model: shard(model, mesh)) if shards else None)
+        trainer = PhaseTrainer(
+            EndToEndObjective(student, teacher), name="end_to_end", run_dir=tmp_path / "run",
+            phase=tiny_phase(STEPS, sequence_length=LENGTH, batch_size=2), train_dataset=HalfLabelled(),
+            collate=collate, precision="float32", device="cpu",
+        )  # fmt: skip
+        trainer.train_phase()
+        return trainer.skipped_steps
+
+    assert in_processes(tmp_path, 2, body) == [0, 0]
