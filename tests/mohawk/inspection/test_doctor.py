@@ -141,7 +141,7 @@ def test_versions_outside_their_range_are_named(monkeypatch):
     monkeypatch.setattr(versions, "installed", found.get)
     tested, notes = doctor.version_ranges()
     assert notes == [
-        "datasets 4.6.1 is outside the range that is tested, >=4.7,<5.3; run: pip install 'datasets>=4.7,<5.3'",
+        "datasets 4.6.1 is outside the range that is tested, >=5.0,<5.3; run: pip install 'datasets>=5.0,<5.3'",
         "transformers 5.25.0 is outside the range that is tested, >=5.17,<5.25; "
         "run: pip install 'transformers>=5.17,<5.25'",
     ]
