@@ -16,6 +16,7 @@ import socket
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -28,6 +29,7 @@ QUICK = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 4, "n
 VOCAB, LENGTH = 32000, 256
 ROWS = 4  # of a step, over all processes
 STEPS = 3
+TEACHER = "MOHAWK_BENCHMARK_TEACHER"  # environment variable: the folder of the teacher that all cases read
 
 
 def _rss() -> int:
@@ -44,10 +46,10 @@ def case(phase: str, how: str, processes: int, rows: int, quick: bool, recompute
     import torch
     import torch.distributed as dist
     from torch.distributed.device_mesh import init_device_mesh
-    from transformers import LlamaConfig, LlamaForCausalLM
 
     from mohawk.conversion.objectives import EndToEndObjective, HiddenObjective
     from mohawk.core.processes import sum_gradients, total
+    from mohawk.loading.models import load_teacher
     from mohawk.losses.distiller import KnowledgeDistiller
     from mohawk.models.from_teacher import hybrid_from_teacher
     from mohawk.models.sharding import reshard, shard
@@ -57,18 +59,16 @@ def case(phase: str, how: str, processes: int, rows: int, quick: bool, recompute
     if processes > 1:
         dist.init_process_group("gloo")
     rank = int(os.environ.get("RANK", "0"))
-    config = LlamaConfig(vocab_size=VOCAB, max_position_embeddings=LENGTH, **(QUICK if quick else SIZES))
     torch.mm(torch.ones(64, 64), torch.ones(64, 64))  # the libraries' own buffers
     start = _rss()
-    torch.manual_seed(0)
-    teacher = LlamaForCausalLM(config).requires_grad_(False).eval()
-    if how == "whole" or processes == 1:
-        student = hybrid_from_teacher(teacher)
-    elif how == "parts":
+    if how == "parts" and processes > 1:
         mesh = init_device_mesh("cpu", (processes,))
-        shard(teacher, mesh, trains=False)
+        teacher = load_teacher(os.environ[TEACHER], spread=lambda model: shard(model, mesh, trains=False))
+        torch.manual_seed(0)
         student = hybrid_from_teacher(teacher, spread=lambda model: shard(model, mesh))
     else:
+        teacher = load_teacher(os.environ[TEACHER])
+        torch.manual_seed(0)
         student = hybrid_from_teacher(teacher)
     student.requires_grad_(True).train()
     if recompute:
@@ -159,6 +159,8 @@ def run_case(phase: str, how: str, processes: int, rows: int, quick: bool, recom
         port = server.getsockname()[1]
     command = [sys.executable, __file__, "--case", phase, how, str(processes), str(rows), str(quick), str(recompute)]
     environment = {**os.environ, "WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    # what is freed is given back at once, so that resident memory is what is held
+    environment |= {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
     started = [
         subprocess.Popen(
             command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
@@ -212,26 +214,14 @@ def main() -> None:
         print(json.dumps(case(phase, how, int(processes), int(rows), quick == "True", recompute == "True")))
         return
     rows = []
-    for phase in ("hidden", "end_to_end"):
-        ways = [("whole", 1, False), ("whole", 2, False), ("parts", 2, False), ("whole", 4, False), ("parts", 4, False)]
-        if phase == "end_to_end":
-            ways.insert(1, ("whole", 1, True))
-            ways[4:4] = [("accelerate", 2, False)]
-            ways += [("accelerate", 4, False), ("parts", 4, True)]
-        for how, processes, recompute in ways:
-            rows.append(run_case(phase, how, processes, ROWS, options.quick, recompute))
-            row = rows[-1]
-            plan = "" if row["planned_mib"] is None else f"{row['planned_mib']:7.0f} MiB planned"
-            print(
-                f"{phase:10} {how:10} x{processes} {'recompute' if recompute else '':9} {row['peak_mib']:7.0f} MiB "
-                f"{plan:20} {row['seconds']:6.2f} s  loss {row['loss']:.6f}", flush=True,
-            )  # fmt: skip
-        losses = [row["loss"] for row in rows if row["phase"] == phase]
-        if max(losses) - min(losses) > 1e-5 * abs(losses[0]):
-            sys.exit(f"the ways disagree: {losses}")
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ[TEACHER] = folder
+        save_teacher(folder, options.quick)
+        measure(rows, options.quick)
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
+    from benchmarks.run import put_in_docs
     from mohawk.core.devices import _cpu_model
 
     with torch.device("meta"):
@@ -244,7 +234,37 @@ def main() -> None:
     options.json.parent.mkdir(parents=True, exist_ok=True)
     options.json.write_text(json.dumps({"about": about, "rows": rows}, indent=1) + "\n")
     if options.json.parent == RESULTS and not options.quick:
-        options.json.with_suffix(".md").write_text("\n".join(table(rows, about)) + "\n")
+        put_in_docs(options.json.stem, table(rows, about))
+
+
+def save_teacher(folder: str, quick: bool) -> None:
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(vocab_size=VOCAB, max_position_embeddings=LENGTH, **(QUICK if quick else SIZES))
+    LlamaForCausalLM(config).save_pretrained(folder)
+
+
+def measure(rows: list[dict], quick: bool) -> None:
+    """Every case, one after the other, into `rows`."""
+    for phase in ("hidden", "end_to_end"):
+        ways = [("whole", 1, False), ("whole", 2, False), ("parts", 2, False), ("whole", 4, False), ("parts", 4, False)]
+        if phase == "end_to_end":
+            ways.insert(1, ("whole", 1, True))
+            ways[4:4] = [("accelerate", 2, False)]
+            ways += [("accelerate", 4, False), ("parts", 4, True)]
+        for how, processes, recompute in ways:
+            rows.append(run_case(phase, how, processes, ROWS, quick, recompute))
+            row = rows[-1]
+            plan = "" if row["planned_mib"] is None else f"{row['planned_mib']:7.0f} MiB planned"
+            print(
+                f"{phase:10} {how:10} x{processes} {'recompute' if recompute else '':9} {row['peak_mib']:7.0f} MiB "
+                f"{plan:20} {row['seconds']:6.2f} s  loss {row['loss']:.6f}", flush=True,
+            )  # fmt: skip
+        losses = [row["loss"] for row in rows if row["phase"] == phase]
+        if max(losses) - min(losses) > 1e-5 * abs(losses[0]):
+            sys.exit(f"the ways disagree: {losses}")
 
 
 if __name__ == "__main__":

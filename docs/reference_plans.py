@@ -13,8 +13,8 @@ What the plan of `mohawk convert RECIPE --dry-run --processes N --device-memory 
 every second layer becomes a Mamba-2 mixer, the teacher is in bfloat16, sequences have 2,048 tokens, the budgets are the
 MOHAWK paper's (80M, 160M and 2.76B tokens), all of the student trains in phase 3. A step has 16 rows in phases 1 and 2
 and 256 in phase 3, or one for each device where there are more. **These are plans: none of these runs was made.** What
-the plan says of memory is held against runs of a 100M model on a CPU by `python benchmarks/sharding.py`; speeds are at
-40% of a device's 989 TFLOP/s, which kernels and networks may not reach.
+the plan says of memory was within 15% of runs of a 100M model on a CPU ([the table](distributed.md)); speeds are at 40%
+of a device's 989 TFLOP/s, which kernels and networks may not reach.
 
 """
 SIZES: dict[str, dict[str, Any]] = {

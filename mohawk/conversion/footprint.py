@@ -110,8 +110,8 @@ def footprint(
         "optimizer": 8 * trained // parts,
     }
     largest = max(layers)
-    if parts > 1:  # two layers gathered, and one's gradient before and while it is summed
-        found["gathered"] = itemsize * (2 * largest + max(theirs)) + 8 * largest
+    if parts > 1:  # two layers gathered, one of them twice meanwhile; one's gradient before and while it is summed
+        found["gathered"] = itemsize * (3 * largest + max(theirs)) + 8 * largest
     elif itemsize == 2:
         found["autocast copies"] = 2 * (matrices - head if last and not strategy.recompute else largest)
     if not last:
@@ -122,8 +122,12 @@ def footprint(
     else:
         found["activations"] = sum(map(kept, range(len(layers))))
     # both heads, the head's gradient in float32 while it is made, hidden states and their gradients
-    gathered_heads = 2 * itemsize * head if parts > 1 or itemsize == 2 else 0
-    found["head and loss"] = gathered_heads + 4 * head + min(TILE, 16 * tokens * config.vocab_size) + 6 * tokens * width
+    heads = (4 + (2 * itemsize if parts > 1 or itemsize == 2 else 0)) * head
+    found["head and loss"] = heads + min(TILE, 16 * tokens * config.vocab_size) + 6 * tokens * width
+    if phase.batch_size * processes >= phase.rows:
+        # of a step's only backward pass: gradients take the place of activations, and count as far as they take more
+        freed = found["activations"] + found["head and loss"]
+        found["gradients"] = max(0, found["gradients"] + max(map(kept, range(len(layers)))) - freed)
     return found
 
 
