@@ -92,18 +92,11 @@ def load_teacher(
     try:
         with hub_or_cache(name):
             teacher = None
-            if spread is not None and not released and gguf_file is None and quantize is None and device_map is None:
+            if spread is not None and not released and gguf_file is None:
                 teacher = read_in_parts(
                     name, config, spread, device or "cpu", revision=revision, dtype=kind,
                     trust_remote_code=trust_remote_code,
                 )  # fmt: skip
-                if teacher is None:
-                    log.warning(
-                        "%s%s: its files have other names than its tensors, or none; each process reads all of them "
-                        "before it keeps its part",
-                        said_of(who),
-                        name,
-                    )
             if teacher is not None:
                 info = {"missing_keys": ()}
             elif released:
@@ -135,6 +128,8 @@ def load_teacher(
     if gguf_file is not None:
         teacher = without_quantization(teacher)
     if spread is not None and not is_sharded(teacher):
+        what = "its files do not hold its tensors under their names; each process reads all before it keeps its part"
+        log.warning("%s%s: %s", said_of(who), name, what)
         spread(teacher)
     refuse_nonfinite(teacher, f"{said_of(who)}{name}", "give a checkpoint whose weights are whole")
     teacher.eval().requires_grad_(False)

@@ -42,7 +42,7 @@ def read_in_parts(
 
     dtype: of its parameters; default the configuration's, or that of the files. None where the files do not hold the
     model's parameters under their names as plain numbers: those of an older format, of a larger model around it, of
-    experts that are one tensor in memory, in few bits. It has to be read whole.
+    experts that are one tensor in memory. It has to be read whole.
     """
     import torch.distributed.checkpoint as dcp
     from accelerate import init_empty_weights
@@ -57,7 +57,7 @@ def read_in_parts(
         wanted = ["*.json", "model.safetensors", "model-*-of-*.safetensors"]
         folder = Path(first_before_others(lambda: snapshot_download(name, revision=revision, allow_patterns=wanted)))
     files = _weight_files(folder)
-    if not files or getattr(config, "quantization_config", None) is not None:
+    if not files:
         return None
     with init_empty_weights(include_buffers=False):
         model = AutoModelForCausalLM.from_config(

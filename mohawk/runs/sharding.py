@@ -42,9 +42,8 @@ class Parts:
 def parts_of(recipe: Any, wanted: bool) -> Parts | None:
     """How the models of a run are spread; None where each process holds them whole.
 
-    wanted: whether the plan has them in parts, where the recipe leaves it open. Raises UserError.
+    recipe: which `check_sharding` has passed. wanted: whether the plan has them in parts, where it leaves that open.
     """
-    check_sharding(recipe)
     if not several() and recipe.sharding.kind == "full":
         log.warning("sharding.kind: full in one process, which holds all of it; start several with torchrun")
     if not several() or recipe.sharding.kind == "none":
