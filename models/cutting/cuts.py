@@ -36,7 +36,7 @@ from mohawk.models.cutting.sizes import (
 )
 from mohawk.models.decoders import decoder
 from mohawk.models.families import FAMILIES, decoder_layers, family_of
-from mohawk.models.from_teacher import saveable
+from mohawk.models.generation_settings import saveable
 
 PerLayer = Mapping[int, Sequence[int]]
 # token ids in configurations and generation settings: those a model needs, and lists that may lose some

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from transformers.initialization import no_init_weights
 
 from mohawk.models.decoders import decoder
-from mohawk.models.from_teacher import saveable
+from mohawk.models.generation_settings import saveable
 
 Model = TypeVar("Model", bound=PreTrainedModel)
 

@@ -17,7 +17,7 @@ from transformers.models.bamba import modeling_bamba
 
 from mohawk.models.casting import cast
 from mohawk.models.families import decoder_shape
-from mohawk.models.from_teacher import saveable
+from mohawk.models.generation_settings import saveable
 from mohawk.models.hybrid import HybridForCausalLM
 from mohawk.models.hybrid_config import SSM_LAYER, HybridConfig
 

@@ -24,7 +24,8 @@ from mohawk.losses.matching import Matching, match_attention, match_hidden
 from mohawk.losses.schedules import Ramp
 from mohawk.models.cutting.cuts import keep_layers, resolve_layers
 from mohawk.models.decoders import decoder
-from mohawk.models.from_teacher import hybrid_from_teacher, saveable
+from mohawk.models.from_teacher import hybrid_from_teacher
+from mohawk.models.generation_settings import saveable
 from mohawk.models.sharding import copied
 from mohawk.teacher_cache.reader import TeacherCache
 

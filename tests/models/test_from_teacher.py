@@ -8,14 +8,8 @@ from transformers.models.bamba.modeling_bamba import BambaMixer
 
 from mohawk.kernels.mixing.matrix import mixing_matrix
 from mohawk.models.families import attention_parts, mixer_input_norm
-from mohawk.models.from_teacher import (
-    CONTENT,
-    RESTING,
-    _silu_inverse,
-    attention_input_size,
-    choose_layers,
-    hybrid_from_teacher,
-)
+from mohawk.models.from_teacher import choose_layers, hybrid_from_teacher
+from mohawk.models.initialisation import CONTENT, RESTING, _silu_inverse, attention_input_size
 from mohawk.models.mixers import Mamba2Mixer
 from tests.models.conftest import tiny_teacher
 
