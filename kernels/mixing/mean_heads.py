@@ -13,9 +13,9 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from mohawk.kernels.mixing.checks import a_kind, check_kl, check_pair
 from mohawk.kernels.mixing.chunked import add_block, compute_dtype, differentiable, finish, real_tokens
 from mohawk.kernels.mixing.definition import AttentionMixing, Mixing
-from mohawk.kernels.mixing.distance import a_kind, check_kl, check_pair
 from mohawk.kernels.mixing.metrics import OF_MEANS
 from mohawk.kernels.mixing.strips import HIDDEN, STRIP, Block, strips_of
 
