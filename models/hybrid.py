@@ -329,14 +329,14 @@ class HybridForCausalLM(HybridPreTrainedModel, GenerationMixin):
         return output
 
     def _masks_by_kind(self, attention_mask, cache, position_ids, b: int, n: int):
-        """The mask as it came, or, in a family with windowed and full layers, one for each kind that is left.
+        """The mask as it came, or, in a family with windowed layers, one for each kind of layer that is left.
 
-        The family's own code would size them by the cache's first layer without and with a window, and some versions of
-        transformers take a Mamba-2 layer, which has no length, for one without; here only attention layers are looked
-        at.
+        The family's own code makes one for full layers too, whether there are any or not, and sizes them by the cache's
+        first layer without and with a window; some versions of transformers take a layer with a state, which has no
+        length, for one without. Here only attention layers are looked at.
         """
         kinds = set(getattr(self.model.config, "layer_types", None) or ())
-        if len(kinds) < 2:
+        if kinds <= {"full_attention"}:
             return attention_mask
         attention = copy.copy(cache)
         attention.layers = [

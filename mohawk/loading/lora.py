@@ -10,6 +10,7 @@ import functools
 import os
 import warnings
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,7 +19,7 @@ from transformers.pytorch_utils import Conv1D
 
 from mohawk.core.extras import need
 from mohawk.models.decoders import decoder
-from mohawk.models.sharding import fill, is_sharded, reshard, whole
+from mohawk.models.sharding import fill, is_sharded, local, reshard, whole
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -91,7 +92,27 @@ def add_adapter(
         target_modules=names,
         fan_in_fan_out=any(isinstance(module, Conv1D) for _, module in _inner(model)),
     )
-    return peft.get_peft_model(model, config)
+    with _whole_shapes(model):
+        return peft.get_peft_model(model, config)
+
+
+@contextmanager
+def _whole_shapes(model: nn.Module) -> Iterator[None]:
+    """Within, weights in parts have the whole's shape, and no values: peft would take a part's shape for a layer's."""
+    held: list[tuple[nn.Module, nn.Parameter]] = []
+    for module in model.modules():
+        weight = module._parameters.get("weight")
+        if weight is not None and is_sharded(weight):
+            held.append((module, weight))
+            shape = local(weight).detach().new_empty(()).expand(weight.shape)
+            module._parameters["weight"] = nn.Parameter(shape, requires_grad=weight.requires_grad)
+    try:
+        yield
+    finally:
+        for module, weight in held:
+            shaped = module._parameters["weight"]
+            assert shaped is not None
+            module._parameters["weight"] = weight.requires_grad_(shaped.requires_grad)
 
 
 def check_adapter(

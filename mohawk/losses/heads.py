@@ -12,12 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from mohawk.errors import UserError
+from mohawk.kernels.common.sharded import gathered
 from mohawk.kernels.kd.teachers import TeacherHidden
 from mohawk.loading.causal import check_causal_on, embedding_rows, plain_model, within_peft
 from mohawk.loading.configs import check_decoder
 from mohawk.loading.offload import loaded
 from mohawk.models.families import logit_factors
-from mohawk.models.sharding import whole
+from mohawk.models.sharding import stay_whole, whole
 
 if TYPE_CHECKING:
     from mohawk.loading.causal import CausalLM
@@ -72,8 +73,8 @@ class Head:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Float32 logits (..., vocab) of hidden states (..., hidden) of any dtype."""
-        bias = None if self.bias is None else self.bias.float()
-        logits = nn.functional.linear(hidden.float(), self.weight.float(), bias)
+        bias = None if self.bias is None else gathered(self.bias).float()
+        logits = nn.functional.linear(hidden.float(), gathered(self.weight).float(), bias)
         if self.scale != 1:
             logits = logits * self.scale
         return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
@@ -211,6 +212,8 @@ def final_hidden_states(
     output = model.get_output_embeddings()
     if output is None:
         raise UserError(f"{type(model).__name__} has no output embedding to compare logits of")
+    # FSDP gathers a model's own matrices again for a backward pass that begins at its output; ours begins before it
+    stay_whole([model], True)
     hook = output.register_forward_pre_hook(keep)
     try:
         last = (forward or model)(**inputs, use_cache=False).logits[:, -1]

@@ -11,6 +11,9 @@ from mohawk.loading import lora
 from mohawk.losses.attention_match import AttentionMatch, collect_attention
 from mohawk.losses.hidden_match import collect_hidden
 from mohawk.models.from_teacher import hybrid_from_teacher
+from mohawk.models.sharding import reshard, shard, whole
+from tests.helpers.processes import in_processes
+from tests.models.conftest import tiny_teacher
 
 KINDS = ("llama", "mamba2", "discrete_mamba2", "gpt2")
 ATTENTION_AND_MLP = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
@@ -272,3 +275,44 @@ def test_an_adapter_of_tied_embeddings_is_not_merged_into_both(make_llama, peft)
         ) as caught:
             lora.merge_adapter(adapted)
         assert "\n" not in str(caught.value)
+
+
+def adapted_and_merged(mesh) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """Logits with an adapter that does something, and the weights once it is merged."""
+    model = tiny_teacher(vocab_size=258)
+    if mesh is not None:
+        shard(model, mesh)
+    adapted = lora.add_adapter(model, rank=2)
+    generator = torch.Generator().manual_seed(1)
+    for name, parameter in adapted.named_parameters():
+        if "lora_B" in name:
+            with torch.no_grad():
+                parameter.copy_(torch.randn(parameter.shape, generator=generator))
+    assert [n for n, p in adapted.named_parameters() if p.requires_grad] == [
+        n for n, _ in adapted.named_parameters() if "lora_" in n
+    ]
+    with torch.no_grad():
+        logits = adapted(ids()).logits
+    merged = lora.merge_adapter(adapted)
+    reshard(merged)
+    return logits, {name: whole(p) for name, p in merged.named_parameters()}
+
+
+@pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="needs gloo")
+@pytest.mark.parametrize("names", [("parts",), ("replicas", "parts"), None])
+def test_an_adapter_of_a_model_in_parts_is_that_of_the_whole(names, peft, tmp_path):
+    """Whatever the dimensions of the mesh are called: peft goes by their names, or takes a part's shape."""
+    from torch.distributed.device_mesh import init_device_mesh
+
+    def body(rank):
+        shape = (1, 2) if names is not None and len(names) == 2 else (2,)
+        torch.manual_seed(0)
+        return adapted_and_merged(init_device_mesh("cpu", shape, mesh_dim_names=names))
+
+    torch.manual_seed(0)
+    logits, weights = adapted_and_merged(None)
+    for found, found_weights in in_processes(tmp_path, 2, body):
+        torch.testing.assert_close(found, logits, rtol=1e-5, atol=1e-5)
+        assert found_weights.keys() == weights.keys()
+        for name, weight in weights.items():
+            torch.testing.assert_close(found_weights[name], weight, rtol=1e-5, atol=1e-6)

@@ -2,11 +2,15 @@
 
 import pytest
 import torch
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from transformers import TrainingArguments
 
 from mohawk import DistillationTrainer, hybrid_from_teacher
+from mohawk.losses.heads import Head, final_hidden_states
 from mohawk.losses.hidden_match import HiddenMatch
 from mohawk.losses.matching import match_hidden
+from mohawk.models.sharding import whole
 from tests.helpers.processes import in_processes
 from tests.helpers.tiny_phase import cheap_training  # noqa: F401
 from tests.models.conftest import tiny_teacher
@@ -78,3 +82,24 @@ def test_it_trains_as_one_process_does(family, matched, tmp_path):
     for name, weight in weights.items():
         assert torch.equal(of_first[name], of_second[name])
         assert (of_first[name] - weight).abs().mean() < 0.02 * RATE, name
+
+
+def gradients(mesh) -> dict[str, torch.Tensor]:
+    """Of a loss on final hidden states and head, the same rows on every process."""
+    model = tiny_teacher()
+    if mesh is not None:
+        for layer in model.model.layers:
+            fully_shard(layer, mesh=mesh, reshard_after_forward=True)
+        fully_shard(model, mesh=mesh, reshard_after_forward=True)
+    hidden = final_hidden_states(model, {"input_ids": Rows().ids[:2]})
+    Head.of(model).logits(hidden).square().mean().backward()
+    return {name: whole(p.grad) for name, p in model.named_parameters()}
+
+
+def test_a_model_that_gathers_its_head_again_for_its_backward_pass(tmp_path):
+    """As accelerate's FSDP2 did up to 1.10: the head and the embedding are in parts while the loss is made."""
+    one = gradients(None)
+    for many in in_processes(tmp_path, 2, lambda rank: gradients(init_device_mesh("cpu", (2,)))):
+        assert many.keys() == one.keys()
+        for name, gradient in one.items():
+            torch.testing.assert_close(many[name], gradient, rtol=1e-4, atol=1e-7)
