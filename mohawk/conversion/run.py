@@ -15,13 +15,15 @@ from mohawk.conversion.footprint import Hardware
 from mohawk.conversion.plan import Plan, make_plan, objective_for, print_plan, student_options
 from mohawk.conversion.readout import solve_output_projections
 from mohawk.conversion.recipe import Recipe
+from mohawk.core.folders import about_of, newest_complete
 from mohawk.core.processes import first_before_others, from_first, on_first
-from mohawk.core.run_folder import COMPOSED
+from mohawk.core.run_folder import COMPOSED, phase_folder
 from mohawk.data.packing import PackedDataset, collate
 from mohawk.errors import UserError
 from mohawk.loading.configs import load_config
 from mohawk.models.from_teacher import hybrid_from_teacher
 from mohawk.models.hybrid import HybridForCausalLM
+from mohawk.runs.binding import bound
 from mohawk.runs.context import RunContext, TextData, measure_stage, open_run, read_text
 from mohawk.runs.matrices import draw_matrices, save_matrices
 from mohawk.runs.report import AFTER, loss_labels
@@ -95,6 +97,8 @@ def run_phases(run: RunContext[TextData]) -> None:
 
         return Step(name, take, phase)
 
+    if phases:
+        from_first(lambda: _check_start(run, phases[0][0]))
     student = untrained_student(run.recipe, run.teacher, run.parts)
     measure_stage(run, "before", student, keep)
     student = take_steps(
@@ -105,6 +109,21 @@ def run_phases(run: RunContext[TextData]) -> None:
         write_final(run, student, last)
     on_first(lambda: _finish(run, student))
     log.info("run finished in %.0f s", time.monotonic() - begin)
+
+
+def _check_start(run: RunContext[TextData], first: str) -> None:
+    """UserError for a run that an earlier version stopped in phase 1, where its student had random values that phase 1
+    does not train: they were drawn otherwise then, and a checkpoint does not hold them."""
+    stopped = newest_complete(phase_folder(run.folder, first))
+    if first != "mixing" or stopped is None or run.recipe.student.init not in ("random", "neutral"):
+        return
+    began = (bound(run.folder) or {}).get("versions", {})
+    if "run" not in about_of(stopped) or began.get("mohawk", "").startswith("0.1."):
+        raise UserError(
+            f"{run.folder}: an earlier version of mohawk stopped this run in phase 1, and student.init: "
+            f"{run.recipe.student.init} draws other values now, so that it would go on with another student; finish it "
+            "with that version, or begin it anew under another output"
+        )
 
 
 def _finish(run: RunContext[TextData], student: HybridForCausalLM) -> None:

@@ -112,7 +112,8 @@ def _whole_shapes(model: nn.Module) -> Iterator[None]:
         for module, weight in held:
             shaped = module._parameters["weight"]
             assert shaped is not None
-            module._parameters["weight"] = weight.requires_grad_(shaped.requires_grad)
+            weight.requires_grad_(shaped.requires_grad)
+            module._parameters["weight"] = weight
 
 
 def check_adapter(

@@ -2,11 +2,13 @@
 
 tests/data/0.1.0.tar.xz holds a toy Llama, text, a conversion that was stopped in its last phase (with its students and
 checkpoints), an export with its own code, and a cache of the teacher's answers, all written by 0.1.0 under transformers
-5.24; expected.json has logits that its students gave there, the finished one's among them.
+5.24; expected.json has logits that its students gave there, the finished one's among them. 0.1.0-stopped.tar.xz has a
+distillation that 0.1.0 stopped in its second stage, and a pruning stopped in its second round, of the same Llama.
 """
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -19,14 +21,15 @@ from mohawk.cli import main
 from mohawk.models.hybrid import HybridForCausalLM
 from mohawk.teacher_cache.reader import TeacherCache
 
-ARCHIVE = Path(__file__).resolve().parents[2] / "data" / "0.1.0.tar.xz"
+ARCHIVES = [Path(__file__).resolve().parents[2] / "data" / name for name in ("0.1.0.tar.xz", "0.1.0-stopped.tar.xz")]
 IDS = torch.arange(12)[None] % 30
 
 
 @pytest.fixture
 def place(tmp_path, monkeypatch) -> Path:
-    with tarfile.open(ARCHIVE) as archive:
-        archive.extractall(tmp_path, filter="data")
+    for file in ARCHIVES:
+        with tarfile.open(file) as archive:
+            archive.extractall(tmp_path, filter="data")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("MOHAWK_CACHE", str(tmp_path / "cache"))
     return tmp_path
@@ -51,6 +54,37 @@ def test_a_stopped_run_goes_on_to_the_same_student(place, capsys):
     assert logits(student) == pytest.approx(expected(place, "finished/student"), abs=1e-4)
     assert main(["inspect", "run"]) == 0 and "end_to_end: done" in capsys.readouterr().out
     assert main(["verify", "run"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("command", "finished", "stopped", "steps"), [("distill", "one", "two", 600), ("prune", "heal_1", "heal_2", 100)]
+)
+def test_a_stopped_distillation_and_pruning_go_on(command, finished, stopped, steps, place):
+    run = place / {"distill": "distillation", "prune": "pruning"}[command]
+    whole = run / "phases" / finished / "student" / "model.safetensors"
+    before, kept = (run / "metrics.jsonl").read_text().splitlines(), whole.read_bytes()
+    assert main([command, f"{run.name}/recipe.yaml"]) == 0
+    after = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [(line["phase"], line["step"]) for line in after][: len(before)] == [
+        (line["phase"], line["step"]) for line in map(json.loads, before)
+    ]
+    assert [line["step"] for line in after if line["phase"] == stopped] == list(range(1, steps + 1))
+    assert whole.read_bytes() == kept
+    assert main(["verify", run.name]) == 0
+
+
+@pytest.mark.parametrize(("init", "code"), [("random", 2), ("neutral", 2), ("attention", 0)])
+def test_a_run_stopped_in_phase_1_with_other_random_values_is_refused(init, code, place, capsys):
+    """Frozen random values are in no checkpoint of phase 1, and are drawn otherwise now."""
+    run = place / "run"
+    for rest in (run / "phases" / "mixing" / "student", run / "phases" / "end_to_end"):
+        shutil.rmtree(rest)
+    for name, key in (("recipe.yaml", "init: {}"), ("run.json", '"init": "{}"')):
+        text = (run / name).read_text()
+        assert text.count(key.format("attention")) == 1
+        (run / name).write_text(text.replace(key.format("attention"), key.format(init)))
+    assert main(["convert", "run/recipe.yaml"]) == code
+    assert ("stopped this run in phase 1" in capsys.readouterr().err) == bool(code)
 
 
 def test_a_student_of_a_phase_is_read(place):
