@@ -32,8 +32,8 @@ GROUPS = {
     ],
     "Models": [
         "hybrid_from_teacher", "HybridConfig", "HybridForCausalLM", "Mamba2Mixer", "DiscreteMamba2Mixer",
-        "GatedDeltaMixer", "to_bamba",
-        "from_bamba", "to_granite", "to_qwen3_5", "load_released", "to_released", "save_released",
+        "GatedDeltaMixer", "KimiDeltaMixer", "to_bamba", "from_bamba", "to_granite", "to_qwen3_5",
+        "load_released", "to_released", "save_released",
     ],
     "Runs": ["Recipe", "convert", "DistillRecipe", "distill", "PruneRecipe", "prune"],
     "The three phases": ["MixingObjective", "HiddenObjective", "EndToEndObjective", "next_labels"],

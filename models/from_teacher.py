@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from mohawk.models.casting import cast, exact_scales
+from mohawk.models.delta_mixer import DeltaMixer
 from mohawk.models.families import (
     attention_parts,
     check_supported,
@@ -21,7 +22,7 @@ from mohawk.models.generation_settings import saveable
 from mohawk.models.hybrid import HybridForCausalLM
 from mohawk.models.hybrid_config import SSM_LAYER, HybridConfig, attention_types
 from mohawk.models.initialisation import attention_input_size, copy_attention, copy_attention_to_delta, start_neutral
-from mohawk.models.mixers import MIXERS, GatedDeltaMixer, SSMMixer
+from mohawk.models.mixers import MIXERS, SSMMixer
 from mohawk.models.sharding import fill, is_sharded, materialise, reshard, whole
 
 log = logging.getLogger(__name__)
@@ -73,12 +74,12 @@ def hybrid_from_teacher(
     Args:
         model: a causal LM of a supported family; left as it was.
         ssm_layers: layers to replace: "every_second", "all" or indices.
-        mixer: "mamba2" (the stock Bamba mixer's mathematics), "discrete_mamba2" (the MOHAWK paper's) or "gated_delta"
-            (Qwen3.5's Gated DeltaNet).
+        mixer: "mamba2" (the stock Bamba mixer's mathematics), "discrete_mamba2" (the MOHAWK paper's), "gated_delta"
+            (Qwen3.5's Gated DeltaNet) or "kimi_delta" (Kimi Linear's Kimi Delta Attention).
         init: "attention" copies q -> C, k -> B, v -> x, o -> out_proj (MambaInLlama, arXiv 2408.15237), for
-            "gated_delta" q, k, v and o as they are; needs state_size equal to the head dim. "random" leaves the mixer
-            at its own initialisation; "neutral" does so with its projections, and starts with an identity convolution
-            and a gate of 1, as Phi-Mamba did.
+            "gated_delta" and "kimi_delta" q, k, v and o as they are; needs state_size equal to the head dim. "random"
+            leaves the mixer at its own initialisation; "neutral", of the two Mamba-2 mixers, does so with its
+            projections, and starts with an identity convolution and a gate of 1, as Phi-Mamba did.
         gate: what z starts from under "attention": "open" (a constant; z rows 0), "output" (z from the output and
             value projections, as AWS hybrid-model-factory does) or "random". Default "open", and "output" for
             "gated_delta", which has no constant gate.
@@ -102,12 +103,17 @@ def hybrid_from_teacher(
         raise ValueError(f"mixer: got {mixer!r}, allowed: {', '.join(MIXERS)}")
     if init not in INITS:
         raise ValueError(f"init: got {init!r}, allowed: {', '.join(INITS)}")
-    gate = ("output" if mixer == "gated_delta" else "open") if gate is None else gate
+    kind = MIXERS[mixer]
+    gate = ("open" if kind.constant_gate else "output") if gate is None else gate
     if gate not in GATES:
         raise ValueError(f"gate: got {gate!r}, allowed: {', '.join(GATES)}")
-    if mixer == "gated_delta" and (init == "neutral" or (init, gate) == ("attention", "open")):
-        which = "init: got 'neutral'" if init == "neutral" else "gate: got 'open'"
-        raise ValueError(f"{which}, a constant gate, which a gated_delta mixer has no bias for; use gate 'output'")
+    if (init, gate) == ("attention", "open") and not kind.constant_gate:
+        raise ValueError(f"gate: got 'open', a constant gate, which a {mixer} mixer has no bias for; use gate 'output'")
+    if init == "neutral" and not issubclass(kind, SSMMixer):
+        raise ValueError(
+            f"init: got 'neutral', which starts from a gate of 1; a {mixer} mixer cannot have that one, use init "
+            "'attention' or 'random'"
+        )
     if init == "attention" and state_size != shape.head_dim:
         raise ValueError(
             f"init 'attention' copies q and k into C and B, so state_size must be the head dim {shape.head_dim}, "
@@ -137,14 +143,12 @@ def hybrid_from_teacher(
         mixer_conv_kernel=conv_kernel,
         # one switch for both projections: an output bias must be kept, and a constant gate needs a bias on z
         mixer_bias=parts.o.bias is not None
-        or (MIXERS[mixer].gate_in_projection and (init == "neutral" or (init == "attention" and gate == "open"))),
+        or (kind.gate_in_projection and (init == "neutral" or (init == "attention" and gate == "open"))),
     )
     config._attn_implementation = model.config._attn_implementation
-    if (mixer, init) == ("gated_delta", "attention"):
+    if init == "attention" and issubclass(kind, DeltaMixer):
         if any(one.bias is not None for one in (parts.q, parts.k, parts.v)):
-            log.warning(
-                "the teacher's biases of queries, keys and values are left out: gated_delta has no place for them"
-            )
+            log.warning(f"the teacher's biases of queries, keys and values are left out: {mixer} has no place for them")
     with torch.device("meta"):
         student = HybridForCausalLM(config)
     cast(student, dtype or model.dtype)
@@ -204,7 +208,7 @@ def _fill_mixer(
         if twin is not model:  # whole in its own dtype, which a forward pass's gathering would round
             theirs = decoder_layers(model)[i].self_attn
             attention.load_state_dict({name: whole(p) for name, p in theirs.named_parameters()}, assign=True)
-        if isinstance(mixer, GatedDeltaMixer):
+        if isinstance(mixer, DeltaMixer):
             copy_attention_to_delta(attention, mixer, size, heads, gate)
         else:
             assert isinstance(mixer, SSMMixer)

@@ -22,9 +22,10 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import can_return_tuple, logging
 
 from mohawk.models.call import CACHE, documents_in, one_cache, refuse_unknown
+from mohawk.models.delta_mixer import ForgetGate, GatedDeltaMixer, KimiDeltaMixer
 from mohawk.models.families import check_supported, family_of, leaves_out_softcap, logit_factors, needed_attention
 from mohawk.models.hybrid_config import SSM_LAYER, HybridConfig, longrope_limit
-from mohawk.models.mixers import DiscreteMamba2Mixer, GatedDeltaMixer, Mamba2Mixer
+from mohawk.models.mixers import DiscreteMamba2Mixer, Mamba2Mixer
 from mohawk.models.packed import changes_of, positions_in, positions_of, segments_of, starts_of, without_padding
 from mohawk.models.state_mixer import StateMixer
 
@@ -75,17 +76,26 @@ class HybridPreTrainedModel(PreTrainedModel):
     _can_compile_fullgraph = False
     _is_stateful = True  # a state cannot be cut back, as speculative decoding would: generate refuses it
 
+    def initialize_weights(self) -> None:
+        super().initialize_weights()
+        # transformers asks the family's model about what is inside it, and that knows no mixers
+        for module in self.modules():
+            if isinstance(module, (StateMixer, ForgetGate)):
+                self._init_weights(module)
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        # mixers' own vectors are set where they are made; on loading, transformers asks only for what is missing
         super()._init_weights(module)
-        if isinstance(module, StateMixer) and any(p.is_meta for p in module.parameters(recurse=False)):
+        if not isinstance(module, (StateMixer, ForgetGate)):
             return
-        if isinstance(module, StateMixer):
-            fresh = self.config.make_mixer(module.layer_idx)
-            for name, parameter in module.named_parameters(recurse=False):
-                if not getattr(parameter, "_is_hf_initialized", False):
-                    parameter.copy_(getattr(fresh, name))
+        # mixers' own vectors are set where they are made; on loading, transformers asks only for what is missing
+        named = module.named_parameters(recurse=False)
+        missing = {name: p for name, p in named if not (p.is_meta or getattr(p, "_is_hf_initialized", False))}
+        if missing:
+            with torch.random.fork_rng(devices=[]):
+                fresh = module.fresh()
+            for name, parameter in missing.items():
+                parameter.copy_(getattr(fresh, name))
 
 
 class HybridForCausalLM(HybridPreTrainedModel, GenerationMixin):
@@ -369,4 +379,11 @@ def _with_padding(decoder: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple,
 AutoConfig.register("mohawk_hybrid", HybridConfig, exist_ok=True)
 AutoModelForCausalLM.register(HybridConfig, HybridForCausalLM, exist_ok=True)
 
-__all__ = ["DiscreteMamba2Mixer", "GatedDeltaMixer", "HybridConfig", "HybridForCausalLM", "Mamba2Mixer"]
+__all__ = [
+    "DiscreteMamba2Mixer",
+    "GatedDeltaMixer",
+    "HybridConfig",
+    "HybridForCausalLM",
+    "KimiDeltaMixer",
+    "Mamba2Mixer",
+]

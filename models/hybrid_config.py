@@ -26,10 +26,10 @@ class HybridConfig(PreTrainedConfig):
     Args:
         base_config: configuration (or its dict) of the decoder whose attention is replaced.
         layer_types: one entry a layer: "linear_attention" (Mamba-2), "full_attention" or "sliding_attention".
-        mixer: "mamba2", "discrete_mamba2" or "gated_delta".
+        mixer: "mamba2", "discrete_mamba2", "gated_delta" or "kimi_delta".
         mixer_num_heads, mixer_head_dim, mixer_state_size, mixer_num_groups, mixer_conv_kernel, mixer_bias: the mixers'
-            shapes (see `SSMMixer`, `GatedDeltaMixer`); heads and head dim default to the decoder's attention, state
-            size to its head dim.
+            shapes (see `SSMMixer`, `GatedDeltaMixer`, `KimiDeltaMixer`); heads and head dim default to the decoder's
+            attention, state size to its head dim.
         mixer_norm_eps: of the mixers' output norm; default the decoder's rms_norm_eps.
 
     Raises:

@@ -7,8 +7,9 @@ import torch
 from einops import rearrange, reduce, repeat
 from torch import Tensor, nn
 
+from mohawk.models.delta_mixer import DeltaMixer, GatedDeltaMixer, KimiDeltaMixer
 from mohawk.models.families import Family, Projection, attention_parts, decoder_layers, family_of
-from mohawk.models.mixers import OPEN_GATE, GatedDeltaMixer, Mamba2Mixer, SSMMixer
+from mohawk.models.mixers import OPEN_GATE, Mamba2Mixer, SSMMixer
 from mohawk.models.sharding import whole
 
 # See copy_attention
@@ -18,6 +19,8 @@ AVERAGED = 0.2  # rms of attention's output over that of its values
 RESTING = 0.2  # attention rests mostly on its first token, whose value is near 0: this much of an average is left
 NORM_INPUT = 0.1  # rms of the output norm's input over sqrt(eps): below 1 the norm is nearly linear
 SILU_SIZE = 0.6  # rms of silu(z) for z of rms 1
+SIGMOID_SIZE = 0.54  # rms of sigmoid(z) for z of rms 1
+OPEN_SIGMOID = 0.5  # sigmoid(0)
 SMALLEST = 1e-4  # of the largest head's values: below it they are scaled no further, which would overflow
 SLOWEST, FASTEST = 3e-2, 2.0  # decay per token of the first and the last head: averages over 33 and 1/2 tokens
 
@@ -89,12 +92,12 @@ def copy_attention(
                 mixer.conv_bias
             )
     mixer.D.zero_()
-    mixer.out_proj.weight.copy_(parts.o.weight)
+    mixer.output.weight.copy_(parts.o.weight)
     if mixer.in_proj.bias is not None:
         mixer.in_proj.bias.zero_()
-        mixer.out_proj.bias.zero_()
+        mixer.output.bias.zero_()
         if parts.o.bias is not None:
-            mixer.out_proj.bias.copy_(parts.o.bias)
+            mixer.output.bias.copy_(parts.o.bias)
     # the decay rows start small: decays are then set by their biases alone, spread over the heads
     mixer.in_proj.weight[rows["decay"]] *= 0.1
     if isinstance(mixer, Mamba2Mixer):
@@ -114,17 +117,19 @@ def copy_attention(
 
 @torch.no_grad()
 def copy_attention_to_delta(
-    attention: nn.Module, mixer: GatedDeltaMixer, input_size: Tensor, num_kv_heads: int, gate: str = "output"
+    attention: nn.Module, mixer: DeltaMixer, input_size: Tensor, num_kv_heads: int, gate: str = "output"
 ) -> None:
     """Fills a gated delta rule from an attention layer: q, k, v and o as they are, kv rows repeated per query head.
 
     The conv starts as the identity up to a scale at which its SiLU is nearly linear; the norms of queries and keys take
-    that scale out again, and out_proj that of the values, which the output norm loses. Half of what stands under a key
-    is replaced, and decays differ from head to head as in `copy_attention`. Biases of q, k and v have no place, rotary
-    embeddings and softcaps no counterpart. Arguments as in `copy_attention`.
+    that scale out again, and the output's projection that of the values, which the output norm loses. Half of what
+    stands under a key is replaced, and decays differ from head to head as in `copy_attention`, not from channel to
+    channel. Biases of q, k and v have no place, rotary embeddings and softcaps no counterpart. Arguments as in
+    `copy_attention`; an "open" gate, which Gated DeltaNet cannot have, is Kimi Delta Attention's sigmoid(0) = 1/2, and
+    of an "output" gate that has p channels of the best rank.
     """
     shared_by, p = mixer.num_heads // num_kv_heads, mixer.head_dim
-    parts, rows = attention_parts(attention), mixer.slices()
+    parts, rows, weights = attention_parts(attention), mixer.slices(), mixer.input_weights()
 
     def per_head(weight: Tensor, copies: int) -> Tensor:
         return repeat(weight, "(h p) ... -> (h copies p) ...", p=p, copies=copies)
@@ -143,23 +148,44 @@ def copy_attention_to_delta(
         ("v", parts.v, shared_by),
     ):
         weight = per_head(projection.weight, copies)
-        mixer.in_proj_qkv.weight[rows[name]] = weight
+        weights[name].copy_(weight)
         mixer.conv1d.weight[rows[name], 0, -1] = (X_SIZE / head_sizes(weight)).to(mixer.conv1d.weight)
     values = per_head(parts.v.weight, shared_by)
     scale = AVERAGED * head_sizes(values)
     if gate == "output":
         z = 0.5 * (parts.o.weight.T + values)
-        mixer.in_proj_z.weight.copy_(z / head_sizes(z)[:, None])
-        scale = scale / SILU_SIZE
-    mixer.out_proj.weight.copy_(parts.o.weight * scale)
+        scale = scale / _make_gate(mixer, z / head_sizes(z)[:, None])
+    elif gate == "open":
+        assert isinstance(mixer, KimiDeltaMixer)  # or it was refused
+        mixer.g_b_proj.weight.zero_()
+        scale = scale / OPEN_SIGMOID
+    mixer.output.weight.copy_(parts.o.weight * scale)
     if parts.o.bias is not None:
-        mixer.out_proj.bias.copy_(parts.o.bias)
+        mixer.output.bias.copy_(parts.o.bias)
     # the gates' rows start small: they are then set by their constants alone
-    mixer.in_proj_b.weight *= 0.1
-    mixer.in_proj_a.weight *= 0.1
+    if isinstance(mixer, KimiDeltaMixer):
+        decays, small = mixer.forget_gate, (mixer.b_proj, mixer.forget_gate.f_b_proj)
+    else:
+        assert isinstance(mixer, GatedDeltaMixer)
+        decays, small = mixer, (mixer.in_proj_b, mixer.in_proj_a)
+    for projection in small:
+        projection.weight *= 0.1
     rate = torch.exp(torch.linspace(math.log(SLOWEST), math.log(FASTEST), mixer.num_heads))
-    mixer.A_log.copy_(torch.log(rate))
-    mixer.dt_bias.fill_(math.log(math.e - 1))  # softplus of it is 1
+    decays.A_log.copy_(torch.log(rate).view_as(decays.A_log))
+    decays.dt_bias.fill_(math.log(math.e - 1))  # softplus of it is 1
+
+
+def _make_gate(mixer: DeltaMixer, z: Tensor) -> float:
+    """Sets what projects the gate to z (h*p, D), or as near as its rank allows; the size of the gate for z of rms 1."""
+    if isinstance(mixer, GatedDeltaMixer):
+        mixer.in_proj_z.weight.copy_(z)
+        return SILU_SIZE
+    assert isinstance(mixer, KimiDeltaMixer)
+    left, sizes, right = torch.linalg.svd(z.float(), full_matrices=False)
+    root = sizes[: mixer.head_dim].sqrt()
+    mixer.g_b_proj.weight.zero_()[:, : len(root)] = left[:, : len(root)] * root
+    mixer.g_a_proj.weight.zero_()[: len(root)] = root[:, None] * right[: len(root)]
+    return SIGMOID_SIZE
 
 
 @torch.no_grad()
@@ -171,7 +197,7 @@ def start_neutral(mixer: SSMMixer) -> None:
     mixer.in_proj.weight[mixer.slices()["z"]] = 0.0
     if mixer.in_proj.bias is not None:
         mixer.in_proj.bias.zero_()
-        mixer.out_proj.bias.zero_()
+        mixer.output.bias.zero_()
     mixer.gate_bias().fill_(OPEN_GATE)
 
 

@@ -5,4 +5,5 @@ MIXERS = {
     "mamba2": "Bamba's, for stock transformers",
     "discrete_mamba2": "the MOHAWK paper's",
     "gated_delta": "Qwen3.5's Gated DeltaNet",
+    "kimi_delta": "Kimi Linear's Kimi Delta Attention",
 }

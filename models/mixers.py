@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from mohawk.kernels.mixing.definition import SSDMixing
 from mohawk.kernels.ssd.scan import ssd, ssd_step
-from mohawk.models.delta_mixer import GatedDeltaMixer
+from mohawk.models.delta_mixer import GatedDeltaMixer, KimiDeltaMixer
 from mohawk.models.state_mixer import StateMixer, segments_of_padding, wide
 
 OPEN_GATE = 1.278464542761  # silu(OPEN_GATE) = 1
@@ -259,4 +259,5 @@ MIXERS: dict[str, type[StateMixer]] = {
     "mamba2": Mamba2Mixer,
     "discrete_mamba2": DiscreteMamba2Mixer,
     "gated_delta": GatedDeltaMixer,
+    "kimi_delta": KimiDeltaMixer,
 }

@@ -46,7 +46,7 @@ class CausalConv1d(nn.Conv1d):
 
 class StateMixer(nn.Module):
     """A mixer that goes through a row token by token with a state: projections -> causal conv -> recurrence -> gate ->
-    out_proj. Subclasses say what is projected and how the state goes on.
+    output. Subclasses say what is projected and how the state goes on.
 
     Args:
         hidden_size: D, width of the residual stream.
@@ -55,7 +55,7 @@ class StateMixer(nn.Module):
         num_groups: g, how many heads there are of what writes the state and of what reads it (B and C, k and q);
             default one per head. h must be a multiple of g.
         conv_kernel: k, taps of the depthwise causal convolution.
-        bias: a bias on out_proj.
+        bias: a bias on the output's projection.
         norm_eps: epsilon of the output norm, where there is one.
         layer_idx: index of the layer in the model, for the cache.
 
@@ -71,8 +71,10 @@ class StateMixer(nn.Module):
 
     activation: str | None = None  # after the conv
     conv_has_bias: bool = True
+    constant_gate: bool = True  # whether the gate can be the same for all tokens
     gate_in_projection: bool = True  # whether a bias on the gate's projection is the constant part of the gate
     outside_matrix: tuple[str, ...] = ("out_proj.weight", "out_proj.bias", "norm.weight")
+    output_name: str = "out_proj"  # of the output's projection, which is released under two names
 
     def __init__(
         self,
@@ -98,7 +100,17 @@ class StateMixer(nn.Module):
         self.group_size = num_groups * state_size
         self.conv_size = self.inner_size + 2 * self.group_size
         self.conv1d = CausalConv1d(self.conv_size, conv_kernel, self.activation, self.conv_has_bias)
-        self.out_proj = nn.Linear(self.inner_size, hidden_size, bias=bias)
+        self.add_module(self.output_name, nn.Linear(self.inner_size, hidden_size, bias=bias))
+
+    @property
+    def output(self) -> nn.Linear:
+        """The output's projection (h*p -> D)."""
+        return getattr(self, self.output_name)
+
+    def fresh(self) -> "StateMixer":
+        """A mixer of these sizes, but for one channel of the residual stream: its vectors are those of a new one."""
+        sizes = self.num_heads, self.head_dim, self.state_size, self.num_groups, self.conv_kernel
+        return type(self)(1, *sizes, bias=self.output.bias is not None)
 
     # --- what a subclass defines ---------------------------------------------------------------------------------
 
@@ -127,7 +139,7 @@ class StateMixer(nn.Module):
         raise NotImplementedError
 
     def gate(self, y: Tensor, z: Tensor) -> Tensor:
-        """(b, n, h*p) outputs of the recurrence and gate -> input of out_proj."""
+        """(b, n, h*p) outputs of the recurrence and gate -> input of the output's projection."""
         raise NotImplementedError
 
     def mixing(
@@ -200,7 +212,7 @@ class StateMixer(nn.Module):
             y = self._step(inputs, raw, cache, real)
         else:
             y = self._scan(inputs, raw, cache, real, segment_ids)
-        output = self.out_proj(self.gate(y.reshape(z.shape), z).to(inputs.dtype))
+        output = self.output(self.gate(y.reshape(z.shape), z).to(inputs.dtype))
         # nothing is learnt at padding either: a norm of zeros has a huge gradient
         return output if real is None else output.masked_fill(~real[..., None], 0), None
 

@@ -50,7 +50,7 @@ if TYPE_CHECKING:
     from mohawk.losses.on_policy import OnPolicy
     from mohawk.losses.rationales import RationaleDistiller
     from mohawk.models.cutting.cuts import Cut, cut, keep_layers
-    from mohawk.models.delta_mixer import GatedDeltaMixer
+    from mohawk.models.delta_mixer import GatedDeltaMixer, KimiDeltaMixer
     from mohawk.models.formats.bamba import from_bamba, to_bamba
     from mohawk.models.formats.granite import to_granite
     from mohawk.models.formats.qwen3_5 import to_qwen3_5
@@ -83,6 +83,7 @@ _PUBLIC = {
     "HybridConfig": "mohawk.models.hybrid_config",
     "HybridForCausalLM": "mohawk.models.hybrid",
     "Importance": "mohawk.pruning.importance",
+    "KimiDeltaMixer": "mohawk.models.delta_mixer",
     "KnowledgeDistiller": "mohawk.losses.distiller",
     "Mamba2Mixer": "mohawk.models.mixers",
     "MinitronPruner": "mohawk.pruning.minitron",
@@ -147,6 +148,7 @@ __all__ = [
     "HybridConfig",
     "HybridForCausalLM",
     "Importance",
+    "KimiDeltaMixer",
     "KnowledgeDistiller",
     "Mamba2Mixer",
     "MinitronPruner",

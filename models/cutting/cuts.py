@@ -106,9 +106,9 @@ def cut(model: Model, what: Cut) -> Model:
         A model of the same class, dtype, device, mode and generation settings; its parameters are trainable.
 
     Raises:
-        ValueError: a gated_delta mixer, indices out of range or given twice, nothing kept, layers that keep different
-            numbers, groups left without a head, sizes the family's class does not allow, or special tokens that would
-            go.
+        ValueError: mixers of a gated delta rule, indices out of range or given twice, nothing kept, layers that keep
+            different numbers, groups left without a head, sizes the family's class does not allow, or special tokens
+            that would go.
     """
     check_cuttable(model.config)
     own = sizes_of(model.config)

@@ -75,9 +75,9 @@ def sizes_of(config) -> Sizes:
 
 def check_cuttable(config) -> None:
     """ValueError for a hybrid whose mixers no cut knows: those of Mamba-2 alone are."""
-    if ssm_layers(config) and config.mixer == "gated_delta":
+    if ssm_layers(config) and config.mixer in ("gated_delta", "kimi_delta"):
         raise ValueError(
-            "a student with gated_delta mixers cannot be cut; prune its teacher, then convert what is left of it"
+            f"a student with {config.mixer} mixers cannot be cut; prune its teacher, then convert what is left of it"
         )
 
 

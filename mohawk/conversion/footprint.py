@@ -24,6 +24,7 @@ KEPT = {
     "mamba2": {4: (20.0, 16.0, 52.4), 2: (18.0, 8.0, 40.4)},
     "discrete_mamba2": {4: (20.0, 16.0, 48.1), 2: (18.0, 8.0, 32.2)},
     "gated_delta": {4: (20.0, 16.0, 61.1), 2: (24.0, 8.0, 53.1)},
+    "kimi_delta": {4: (20.0, 16.0, 68.9), 2: (28.0, 8.0, 61.0)},
 }
 TILE = 2**28  # bytes of logits at once in the loss, both sides and what is made of them
 

@@ -15,10 +15,12 @@ from mohawk.core.precision import autocast_dtype, pick_device
 from mohawk.core.processes import count
 from mohawk.errors import UserError
 from mohawk.loading.configs import building
+from mohawk.models.delta_mixer import DeltaMixer
 from mohawk.models.families import FAMILIES, check_supported, decoder_shape, needed_attention
 from mohawk.models.from_teacher import choose_layers, hybrid_from_teacher
 from mohawk.models.hybrid import HybridForCausalLM
 from mohawk.models.hybrid_config import SSM_LAYER
+from mohawk.models.mixers import MIXERS
 from mohawk.runs.sharding import check_within, device_bytes
 
 GIB = 2**30
@@ -174,7 +176,9 @@ def print_plan(plan: Plan, recipe: Recipe, console: Console) -> None:
     )
     layers = Table("layer", "mixer", "weights from")
     source = {
-        "attention": "q, k, v, o" if config.mixer == "gated_delta" else "q -> C, k -> B, v -> x, o -> out_proj",
+        "attention": "q, k, v, o"
+        if issubclass(MIXERS[config.mixer], DeltaMixer)
+        else "q -> C, k -> B, v -> x, o -> out_proj",
         "neutral": "random, conv and gate passing on",
         "random": "random",
     }[recipe.student.init]

@@ -50,7 +50,7 @@ class Student(Section):
     )
     gate: Literal["open", "output"] = Field(
         default="open",
-        description="what the gate starts from; open: a constant 1; output: W_O and W_V, the default of gated_delta",
+        description="what the gate starts from; open: a constant; output: W_O and W_V, the default of gated_delta",
     )
     state_size: Annotated[Whole, Field(ge=1, le=1024)] | None = Field(
         default=None, description="size of the state per head; null: the teacher's head_dim"

@@ -27,6 +27,7 @@ MIXERS = {  # tag and name
     "mamba2": ("mamba2", "Mamba-2"),
     "discrete_mamba2": ("mamba2", "Mamba-2"),
     "gated_delta": ("gated-deltanet", "Gated DeltaNet"),
+    "kimi_delta": ("kimi-delta-attention", "Kimi Delta Attention"),
 }
 STOCK = {"qwen3_5_text": "gated_delta"}  # the mixer of a stock class that is not Mamba-2's
 

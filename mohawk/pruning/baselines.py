@@ -62,7 +62,7 @@ def magnitude_importance(model: PreTrainedModel) -> Importance:
         ffn.append(_columns(down) + sum(reduce(_rows(w), "(parts f) -> f", "sum", f=own.ffn) for w in readers))
         if isinstance(layer.self_attn, SSMMixer):
             mixer, slices = layer.self_attn, layer.self_attn.slices()
-            written, read = mixer.out_proj.weight, mixer.in_proj.weight
+            written, read = mixer.output.weight, mixer.in_proj.weight
             rows = {name: _rows(read[part]) for name, part in slices.items()}
             h, g = mixer.num_heads, mixer.num_groups
             inner = reduce(_columns(written) + rows["x"] + rows["z"], "(h p) -> h", "sum", h=h) + rows["decay"]

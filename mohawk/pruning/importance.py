@@ -188,7 +188,7 @@ class _Meter:
 
     def _watch_mixer(self, mixer: SSMMixer, i: int) -> None:
         self._before(
-            mixer.out_proj,
+            mixer.output,
             lambda x: self._heads(("state_heads", "state_groups"), i, x, mixer.num_heads, mixer.num_groups),
         )
         self._after(

@@ -17,7 +17,7 @@ from tests.models.test_hybrid import ids, relative, student_of
 
 GREEDY = dict(max_new_tokens=6, do_sample=False, eos_token_id=None, pad_token_id=0)
 LAYERS = {"hybrid": (1, 3), "pure": "all"}
-MIXERS = ("mamba2", "discrete_mamba2", "gated_delta")
+MIXERS = ("mamba2", "discrete_mamba2", "gated_delta", "kimi_delta")
 
 
 @pytest.mark.parametrize("layers", LAYERS.values(), ids=LAYERS)

@@ -78,7 +78,7 @@ def decode(student, step, ids, cache):
     return torch.cat(tokens, 1)
 
 
-@pytest.mark.parametrize("mixer", ["mamba2", "discrete_mamba2", "gated_delta"])
+@pytest.mark.parametrize("mixer", ["mamba2", "discrete_mamba2", "gated_delta", "kimi_delta"])
 def test_generate_with_a_static_cache_equals_dynamic(mixer):
     student, ids = student_of(mixer), prompt(2, 7)
     dynamic = student.generate(ids, **GREEDY)
@@ -86,7 +86,7 @@ def test_generate_with_a_static_cache_equals_dynamic(mixer):
     assert static.tolist() == dynamic.tolist()
 
 
-@pytest.mark.parametrize("mixer", ["mamba2", "discrete_mamba2", "gated_delta"])
+@pytest.mark.parametrize("mixer", ["mamba2", "discrete_mamba2", "gated_delta", "kimi_delta"])
 def test_a_step_is_one_graph_and_is_traced_once(mixer):
     student, ids = student_of(mixer), prompt(1, 7)
     expected = student.generate(ids, **GREEDY)[:, 7:]

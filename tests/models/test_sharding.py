@@ -91,7 +91,7 @@ def test_two_processes_compute_what_one_does(family, tmp_path):
     same(first, second)
 
 
-@pytest.mark.parametrize("mixer", ["discrete_mamba2", "gated_delta"])
+@pytest.mark.parametrize("mixer", ["discrete_mamba2", "gated_delta", "kimi_delta"])
 def test_every_mixer(mixer, tmp_path):
     first, _ = in_processes(tmp_path, 2, lambda rank: found("llama", mixer, 2))
     same(found("llama", mixer, 1), first)

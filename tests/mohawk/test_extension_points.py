@@ -15,9 +15,11 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from mohawk.cli import main, parser
+from mohawk.conversion.footprint import KEPT
 from mohawk.conversion.objectives import MixingObjective
 from mohawk.core.command import Command
 from mohawk.errors import UserError
+from mohawk.export.model_card import MIXERS as NAMED
 from mohawk.export.run import export
 from mohawk.export.targets import TARGETS
 from mohawk.inspection import commands as inspection
@@ -309,6 +311,7 @@ class MovingAverage(SSMMixer):
 
 def test_the_mixers_have_names_and_classes():
     assert list(MIXER_NAMES) == list(MIXERS)
+    assert set(KEPT) == {"attention", *MIXERS} and set(NAMED) == set(MIXERS)
 
 
 @pytest.mark.parametrize("init", ["attention", "neutral", "random"])

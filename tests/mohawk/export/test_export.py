@@ -111,8 +111,9 @@ def test_a_run_becomes_a_stock_bamba_with_card_and_tokenizer(make_run, tokenizer
     assert "mixer: mamba2" in card and "| full forward |" in card and "| llama.cpp | no |" in card
 
 
-def test_a_run_becomes_a_hybrid_with_its_own_code(make_run):
-    run = make_run("discrete_mamba2")
+@pytest.mark.parametrize("mixer", ["discrete_mamba2", "kimi_delta"])
+def test_a_run_becomes_a_hybrid_with_its_own_code(mixer, make_run):
+    run = make_run(mixer)
     folder, screen = exported(run, "hybrid")
     assert screen.count(" ok") == len(CHECKS) + len(PATHS)
     config = json.loads((folder / "config.json").read_text())
@@ -274,6 +275,10 @@ def test_a_folder_that_does_not_load_is_one_line(tmp_path, make_llama):
 def test_refusals_say_why_and_what_to_do(make_run, make_llama, tmp_path, capsys):
     assert main(["export", str(make_run("discrete_mamba2"))]) == 2
     assert "mixers are discrete_mamba2" in (said := capsys.readouterr().err) and "--to hybrid" in said
+    kimi = str(make_run("kimi_delta"))
+    for target in ("bamba", "granite", "qwen3_5"):
+        assert main(["export", kimi, "--to", target]) == 2
+        assert "its mixers are kimi_delta, " in (said := capsys.readouterr().err) and "; `--to hybrid` writes" in said
     make_llama().save_pretrained(tmp_path / "plain")
     assert main(["export", str(tmp_path / "plain")]) == 2
     assert "is a llama model; only hybrids" in capsys.readouterr().err

@@ -185,7 +185,7 @@ def test_generate(make, peft):
     assert torch.equal(tokens, lora.merge_adapter(adapted).generate(input_ids=ids(), **options))
 
 
-@pytest.mark.parametrize("kind", ["llama", "mamba2", "discrete_mamba2"])
+@pytest.mark.parametrize("kind", ["llama", "mamba2", "discrete_mamba2", "kimi_delta"])
 @pytest.mark.parametrize("how", ["loaded", "in memory"])
 def test_four_bits(kind, how, make_llama, peft, tmp_path):
     pytest.importorskip("bitsandbytes")
