@@ -2,7 +2,7 @@
 
 import copy
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ from mohawk.models.families import (
 )
 from mohawk.models.generation_settings import saveable
 from mohawk.models.hybrid import HybridForCausalLM
-from mohawk.models.hybrid_config import SSM_LAYER, HybridConfig, attention_types
+from mohawk.models.hybrid_config import SSM_LAYER, HybridConfig, attention_types, mixers_by_layer
 from mohawk.models.initialisation import attention_input_size, copy_attention, copy_attention_to_delta, start_neutral
 from mohawk.models.mixers import MIXERS, SSMMixer
 from mohawk.models.sharding import fill, is_sharded, materialise, reshard, whole
@@ -60,7 +60,7 @@ def choose_layers(ssm_layers: str | Sequence[int], num_layers: int) -> list[int]
 def hybrid_from_teacher(
     model: PreTrainedModel,
     ssm_layers: str | Sequence[int] = "every_second",
-    mixer: str = "mamba2",
+    mixer: str | Mapping[int, str] = "mamba2",
     init: str = "attention",
     *,
     gate: str | None = None,
@@ -75,14 +75,15 @@ def hybrid_from_teacher(
         model: a causal LM of a supported family; left as it was.
         ssm_layers: layers to replace: "every_second", "all" or indices.
         mixer: "mamba2" (the stock Bamba mixer's mathematics), "discrete_mamba2" (the MOHAWK paper's), "gated_delta"
-            (Qwen3.5's Gated DeltaNet) or "kimi_delta" (Kimi Linear's Kimi Delta Attention).
+            (Qwen3.5's Gated DeltaNet) or "kimi_delta" (Kimi Linear's Kimi Delta Attention); or a mapping that names one
+            of these for every layer that is replaced.
         init: "attention" copies q -> C, k -> B, v -> x, o -> out_proj (MambaInLlama, arXiv 2408.15237), for
             "gated_delta" and "kimi_delta" q, k, v and o as they are; needs state_size equal to the head dim. "random"
             leaves the mixer at its own initialisation; "neutral", of the two Mamba-2 mixers, does so with its
             projections, and starts with an identity convolution and a gate of 1, as Phi-Mamba did.
         gate: what z starts from under "attention": "open" (a constant; z rows 0), "output" (z from the output and
-            value projections, as AWS hybrid-model-factory does) or "random". Default "open", and "output" for
-            "gated_delta", which has no constant gate.
+            value projections, as AWS hybrid-model-factory does) or "random". Default "open", and "output" where a
+            layer is "gated_delta", which has no constant gate.
         state_size: N; default the teacher's head dim.
         conv_kernel: taps of the causal convolution.
         dtype: of the student's weights; default the teacher's.
@@ -99,19 +100,23 @@ def hybrid_from_teacher(
     check_supported(model.config)
     shape = decoder_shape(model.config)
     state_size = shape.head_dim if state_size is None else state_size
-    if mixer not in MIXERS:
-        raise ValueError(f"mixer: got {mixer!r}, allowed: {', '.join(MIXERS)}")
+    chosen = choose_layers(ssm_layers, shape.num_layers)
+    mixers = mixers_by_layer(mixer, chosen)
+    kinds = {name: MIXERS[name] for name in mixers.values()}
     if init not in INITS:
         raise ValueError(f"init: got {init!r}, allowed: {', '.join(INITS)}")
-    kind = MIXERS[mixer]
-    gate = ("open" if kind.constant_gate else "output") if gate is None else gate
+    never_open = [name for name, kind in kinds.items() if not kind.constant_gate]
+    gate = ("output" if never_open else "open") if gate is None else gate
     if gate not in GATES:
         raise ValueError(f"gate: got {gate!r}, allowed: {', '.join(GATES)}")
-    if (init, gate) == ("attention", "open") and not kind.constant_gate:
-        raise ValueError(f"gate: got 'open', a constant gate, which a {mixer} mixer has no bias for; use gate 'output'")
-    if init == "neutral" and not issubclass(kind, SSMMixer):
+    if (init, gate) == ("attention", "open") and never_open:
         raise ValueError(
-            f"init: got 'neutral', which starts from a gate of 1; a {mixer} mixer cannot have that one, use init "
+            f"gate: got 'open', a constant gate, which a {never_open[0]} mixer has no bias for; use gate 'output'"
+        )
+    deltas = [name for name, kind in kinds.items() if issubclass(kind, DeltaMixer)]
+    if init == "neutral" and deltas:
+        raise ValueError(
+            f"init: got 'neutral', which starts from a gate of 1; a {deltas[0]} mixer cannot have that one, use init "
             "'attention' or 'random'"
         )
     if init == "attention" and state_size != shape.head_dim:
@@ -124,7 +129,6 @@ def hybrid_from_teacher(
             f"the teacher bounds its attention's scores (softcap {model.config.attn_logit_softcapping}), which its "
             f"attention {model.config._attn_implementation!r} leaves out; load it with attn_implementation='eager'"
         )
-    chosen = choose_layers(ssm_layers, shape.num_layers)
     base_config = copy.deepcopy(model.config)
     if hasattr(base_config, "quantization_config"):
         delattr(base_config, "quantization_config")
@@ -134,21 +138,23 @@ def hybrid_from_teacher(
         with torch.device("meta"):
             twin = type(model)(model.config)
     parts = attention_parts(decoder_layers(twin)[0].self_attn)
-    kinds = attention_types(base_config)
+    constant_gate = init == "neutral" or (init, gate) == ("attention", "open")
     config = HybridConfig(
         base_config=base_config,
-        layer_types=[SSM_LAYER if i in chosen else kind for i, kind in enumerate(kinds)],
-        mixer=mixer,
+        layer_types=[SSM_LAYER if i in mixers else kind for i, kind in enumerate(attention_types(base_config))],
+        mixer=mixers,
         mixer_state_size=state_size,
         mixer_conv_kernel=conv_kernel,
         # one switch for both projections: an output bias must be kept, and a constant gate needs a bias on z
         mixer_bias=parts.o.bias is not None
-        or (kind.gate_in_projection and (init == "neutral" or (init == "attention" and gate == "open"))),
+        or (constant_gate and any(kind.gate_in_projection for kind in kinds.values())),
     )
     config._attn_implementation = model.config._attn_implementation
-    if init == "attention" and issubclass(kind, DeltaMixer):
-        if any(one.bias is not None for one in (parts.q, parts.k, parts.v)):
-            log.warning(f"the teacher's biases of queries, keys and values are left out: {mixer} has no place for them")
+    if init == "attention" and deltas and any(one.bias is not None for one in (parts.q, parts.k, parts.v)):
+        words = " and ".join(deltas)
+        log.warning(
+            f"the teacher's biases of queries, keys and values are left out: {words} mixers have no place for them"
+        )
     with torch.device("meta"):
         student = HybridForCausalLM(config)
     cast(student, dtype or model.dtype)

@@ -1,5 +1,6 @@
 """The configuration of a hybrid student: the decoder's own, which layers are replaced, and the mixers' shapes."""
 
+from collections.abc import Collection, Mapping
 from typing import Any, cast
 
 from transformers import AutoConfig
@@ -25,15 +26,16 @@ class HybridConfig(PreTrainedConfig):
 
     Args:
         base_config: configuration (or its dict) of the decoder whose attention is replaced.
-        layer_types: one entry a layer: "linear_attention" (Mamba-2), "full_attention" or "sliding_attention".
-        mixer: "mamba2", "discrete_mamba2", "gated_delta" or "kimi_delta".
+        layer_types: one entry a layer: "linear_attention" (a mixer), "full_attention" or "sliding_attention".
+        mixer: "mamba2", "discrete_mamba2", "gated_delta" or "kimi_delta", or one of these for every layer with a mixer,
+            by the layer's index.
         mixer_num_heads, mixer_head_dim, mixer_state_size, mixer_num_groups, mixer_conv_kernel, mixer_bias: the mixers'
             shapes (see `SSMMixer`, `GatedDeltaMixer`, `KimiDeltaMixer`); heads and head dim default to the decoder's
             attention, state size to its head dim.
         mixer_norm_eps: of the mixers' output norm; default the decoder's rms_norm_eps.
 
     Raises:
-        ValueError: unknown mixer, or layer_types that do not fit the base configuration.
+        ValueError: an unknown mixer, layers that have none, or layer_types that do not fit the base configuration.
     """
 
     model_type = "mohawk_hybrid"
@@ -60,7 +62,7 @@ class HybridConfig(PreTrainedConfig):
             base_config = AutoConfig.for_model(base_config.pop("model_type"), **base_config)
         # What has no value here gets one from base_config, without which transformers alone makes one, to compare with.
         self.base_config: Any = base_config  # of any family
-        self.mixer: str = mixer
+        self.mixer: str | dict[int, str] = mixer  # a name where all are of one
         self.mixer_num_heads = cast(int, mixer_num_heads)
         self.mixer_head_dim = cast(int, mixer_head_dim)
         self.mixer_state_size = cast(int, mixer_state_size)
@@ -70,8 +72,6 @@ class HybridConfig(PreTrainedConfig):
         self.mixer_norm_eps: float | None = mixer_norm_eps
         self.layer_types = cast(list[str], layer_types)
         if base_config is not None:
-            if mixer not in MIXERS:
-                raise ValueError(f"mixer: got {mixer!r}, allowed: {', '.join(MIXERS)}")
             for name in _COPIED:
                 if hasattr(base_config, name):
                     kwargs.setdefault(name, getattr(base_config, name))
@@ -81,6 +81,7 @@ class HybridConfig(PreTrainedConfig):
             self.mixer_state_size = mixer_state_size or shape.head_dim
             self.mixer_num_groups = mixer_num_groups or self.mixer_num_heads
             self.layer_types = layer_types or attention_types(base_config)
+            self.mixer = joined(mixers_by_layer(mixer, self.ssm_layers), mixer)
         super().__init__(**kwargs)
         # set after, since the parent has its own ideas about a missing value
         if base_config is not None and len(self.layer_types) != base_config.num_hidden_layers:
@@ -90,7 +91,7 @@ class HybridConfig(PreTrainedConfig):
 
     @property
     def ssm_layers(self) -> list[int]:
-        """Indices of the layers that are Mamba-2."""
+        """Indices of the layers that have a mixer in place of attention."""
         return [i for i, kind in enumerate(self.layer_types or []) if kind == SSM_LAYER]
 
     @property
@@ -105,9 +106,31 @@ class HybridConfig(PreTrainedConfig):
             return self.mixer_norm_eps
         return getattr(self.base_config, "rms_norm_eps", 1e-5)
 
+    def mixer_of(self, layer_idx: int) -> str:
+        """The name of one layer's mixer."""
+        return self.mixer if isinstance(self.mixer, str) else self.mixer[layer_idx]
+
+    @property
+    def mixer_kinds(self) -> list[str]:
+        """The names of the mixers that there are, in the order of their layers."""
+        return [self.mixer] if isinstance(self.mixer, str) else list(dict.fromkeys(self.mixer.values()))
+
+    @property
+    def mixer_words(self) -> str:
+        """They as one says them: mamba2, gated_delta and kimi_delta."""
+        *others, last = self.mixer_kinds
+        return f"{', '.join(others)} and {last}" if others else last
+
+    def keep_mixers(self, layers: Collection[int]) -> None:
+        """The configuration of a student with attention in all but these layers, in place."""
+        mixers = {i: self.mixer_of(i) for i in self.ssm_layers if i in layers}
+        kinds = attention_types(self.base_config)
+        self.layer_types = [SSM_LAYER if i in mixers else kind for i, kind in enumerate(kinds)]
+        self.mixer = joined(mixers, self.mixer_kinds[0])
+
     def make_mixer(self, layer_idx: int) -> StateMixer:
         """A freshly initialised mixer for one layer."""
-        return MIXERS[self.mixer](
+        return MIXERS[self.mixer_of(layer_idx)](
             self.base_config.hidden_size,
             self.mixer_num_heads,
             self.mixer_head_dim,
@@ -118,6 +141,36 @@ class HybridConfig(PreTrainedConfig):
             norm_eps=self.output_norm_eps,
             layer_idx=layer_idx,
         )
+
+
+def mixers_by_layer(mixer: str | Mapping[int, str], layers: Collection[int]) -> dict[int, str]:
+    """Layer -> the name of its mixer, for the layers that have one.
+
+    mixer: one name for all, or a mapping that has an entry for each of them; its keys may be text, as JSON has them.
+
+    Raises:
+        ValueError: an unknown name, layers without one, or names for others.
+    """
+    if isinstance(mixer, Mapping) and all(str(i).isdecimal() for i in mixer):
+        named = {int(i): name for i, name in mixer.items()}
+    elif isinstance(mixer, str):
+        named = dict.fromkeys(sorted(layers), mixer)
+    else:
+        raise ValueError(f"mixer: got {mixer!r}, allowed: a name, or a mapping from layer indices to names")
+    for name in (mixer,) if isinstance(mixer, str) else named.values():
+        if name not in list(MIXERS):
+            raise ValueError(f"mixer: got {name!r}, allowed: {', '.join(MIXERS)}")
+    if missing := sorted(set(layers) - set(named)):
+        raise ValueError(f"mixer: says nothing of layers {missing}, which are replaced; name one for each of them")
+    if strange := sorted(set(named) - set(layers)):
+        raise ValueError(f"mixer: names layers {strange}, which are not replaced; leave them out")
+    return {i: named[i] for i in sorted(layers)}
+
+
+def joined(mixers: dict[int, str], otherwise: Any) -> str | dict[int, str]:
+    """One name where all mixers are of one; `otherwise` where there is none."""
+    kinds = list(dict.fromkeys(mixers.values()))
+    return mixers if len(kinds) > 1 else (kinds or [otherwise])[0]
 
 
 def attention_types(base_config) -> list[str]:

@@ -12,7 +12,10 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from mohawk.models.cutting.depth import LAYER_LISTS
+from mohawk.models.delta_mixer import DeltaMixer
 from mohawk.models.families import check_supported, decoder_shape, family_of
+from mohawk.models.hybrid_config import joined
+from mohawk.models.mixers import MIXERS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,9 +78,12 @@ def sizes_of(config) -> Sizes:
 
 def check_cuttable(config) -> None:
     """ValueError for a hybrid whose mixers no cut knows: those of Mamba-2 alone are."""
-    if ssm_layers(config) and config.mixer in ("gated_delta", "kimi_delta"):
+    if not ssm_layers(config):
+        return
+    if deltas := [name for name in config.mixer_kinds if issubclass(MIXERS[name], DeltaMixer)]:
         raise ValueError(
-            f"a student with {config.mixer} mixers cannot be cut; prune its teacher, then convert what is left of it"
+            f"a student with {' and '.join(deltas)} mixers cannot be cut; prune its teacher, then convert what is left "
+            "of it"
         )
 
 
@@ -180,7 +186,7 @@ def sized_config(config, sizes: Sizes, layers: Sequence[int] | None = None):
         config.mixer_state_size = sizes.state_size
         assert own.state_groups and sizes.state_groups and sizes.state_heads  # a model with states has all three
         fewer = own.state_heads // own.state_groups * sizes.state_groups / sizes.state_heads
-        if config.mixer == "mamba2" and fewer != 1:  # its norm's mean is over the heads of a group
+        if "mamba2" in config.mixer_kinds and fewer != 1:  # its norm's mean is over the heads of a group
             config.mixer_norm_eps = config.output_norm_eps * fewer
     _check_class(base, shape.head_dim)
     return config
@@ -190,6 +196,9 @@ def _keep_layer_entries(config, layers: list[int]) -> None:
     for name in LAYER_LISTS:
         if isinstance(entries := getattr(config, name, None), (list, tuple)):
             setattr(config, name, [entries[i] for i in layers])
+    if isinstance(mixers := getattr(config, "mixer", None), dict):
+        left = {new: mixers[old] for new, old in enumerate(layers) if old in mixers}
+        config.mixer = joined(left, config.mixer_kinds[0])
     if getattr(config, "max_window_layers", None) is not None:
         config.max_window_layers = sum(i < config.max_window_layers for i in layers)
 

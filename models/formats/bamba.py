@@ -65,7 +65,7 @@ def why_not_mamba2(config: HybridConfig, name: str, pad_expand: bool) -> str | N
     shape = decoder_shape(base)
     if config.mixer != "mamba2":
         if config.mixer != "discrete_mamba2":
-            return f"its mixers are {config.mixer}, {name}'s are Mamba-2's"
+            return f"its mixers are {config.mixer_words}, {name}'s are Mamba-2's"
         return (
             f"its mixers are {config.mixer}: {name}'s scale their input by dt, have SiLU after the convolution and a "
             "norm before the output projection, which these do not"

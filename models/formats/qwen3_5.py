@@ -30,7 +30,7 @@ def why_not_qwen3_5(config: HybridConfig) -> str | None:
     """Why a student of this configuration cannot be a Qwen3.5, in one line, or None when it can."""
     base = config.base_config
     if config.mixer != "gated_delta":
-        return f"its mixers are {config.mixer}, Qwen3.5's are gated_delta"
+        return f"its mixers are {config.mixer_words}, Qwen3.5's are gated_delta"
     if base.model_type != "qwen3":
         return f"its attention is {base.model_type}'s; Qwen3.5's normalises q and k as Qwen3's does, and only Qwen3's"
     if getattr(base, "attention_bias", False):

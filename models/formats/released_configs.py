@@ -24,6 +24,8 @@ GROUPED_OPTIONS = {
 def layout_of(config: HybridConfig) -> str:
     """The released layout that holds such a student. Raises ValueError, with the reason, where none does."""
     kind, base = config.base_config.model_type, config.base_config
+    if config.mixer not in ("discrete_mamba2", "mamba2"):
+        raise ValueError(f"{config.mixer_words} mixers are in no released layout; mamba2 or discrete_mamba2 alone are")
     if config.mixer == "discrete_mamba2":
         inner = config.mixer_num_heads * config.mixer_head_dim
         if config.mixer_bias or inner % config.hidden_size:

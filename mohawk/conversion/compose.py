@@ -32,7 +32,7 @@ from mohawk.loading.models import load_teacher
 from mohawk.loading.nonfinite import refuse_nonfinite
 from mohawk.models.casting import cast
 from mohawk.models.hybrid import HybridForCausalLM
-from mohawk.models.hybrid_config import SSM_LAYER, HybridConfig, attention_types
+from mohawk.models.hybrid_config import HybridConfig
 from mohawk.runs.binding import check_models, record_of
 from mohawk.runs.claim import claimed
 from mohawk.runs.kept import Composed, Selection
@@ -105,9 +105,8 @@ class AttentionBudget:
 def state_bytes(config: HybridConfig, ssm_layers: Sequence[int], context: int) -> list[int]:
     """For each layer the bytes of one sequence's keys and values, or of its conv and recurrent state, after `context`
     tokens: what `mohawk inspect` says of a student of these layers in the dtype it is saved in."""
-    kinds = attention_types(config.base_config)
     config = copy.deepcopy(config)
-    config.layer_types = [SSM_LAYER if i in ssm_layers else kind for i, kind in enumerate(kinds)]
+    config.keep_mixers(ssm_layers)
     with torch.device("meta"):
         empty = HybridForCausalLM(config)
     return state_sizes(empty, context)
@@ -264,6 +263,8 @@ def _recipe(recipe: Recipe, layers: list[int], output: Path, overrides: Sequence
             )
     data = recipe.model_dump(mode="json")
     data["student"]["ssm_layers"], data["output"] = layers, str(output)
+    if isinstance(recipe.student.mixer, dict):
+        data["student"]["mixer"] = {i: recipe.student.mixer[i] for i in layers}
     if data["phases"]["end_to_end"] is None:
         data["phases"]["end_to_end"] = EndToEnd().model_dump(mode="json")
     return Recipe.from_dict(data, overrides)

@@ -99,7 +99,7 @@ def footprint(
     head = student.lm_head.weight.numel()
 
     def kept(i: int) -> int:
-        kind = config.mixer if i in replaced else "attention"
+        kind = config.mixer_of(i) if i in replaced else "attention"
         inner = config.mixer_num_heads * config.mixer_head_dim if i in replaced else shape.num_heads * shape.head_dim
         a, b, c = KEPT[kind][itemsize]
         return int(tokens * (a * width + b * (config.intermediate_size or 4 * width) + c * inner))

@@ -63,10 +63,11 @@ class PhaseObjective(Objective[HybridForCausalLM]):
         return tuple(name for name in norms if name is not None)
 
     def _trained_in_layers(self, wanted) -> Iterator[tuple[str, nn.Parameter]]:
+        """wanted: of a layer's index and the name of a parameter in it."""
         for i in self.layers:
             layer = decoder_layers(self.student)[i]
             for name, parameter in layer.named_parameters():
-                if wanted(name):
+                if wanted(i, name):
                     yield f"model.layers.{i}.{name}", parameter
 
 
@@ -125,10 +126,13 @@ class MixingObjective(LayerwiseObjective):
         self.metric = metric
 
     def trained(self):
-        kept_out = {f"self_attn.{name}" for name in MIXERS[self.student.config.mixer].outside_matrix}
-        norms = self._mixer_norms(output=False)
+        config, norms = self.student.config, self._mixer_norms(output=False)
+        kept_out = {i: MIXERS[config.mixer_of(i)].outside_matrix for i in self.layers}
         return self._trained_in_layers(
-            lambda name: name.startswith(norms) or (name.startswith("self_attn.") and name not in kept_out)
+            lambda i, name: (
+                name.startswith(norms)
+                or (name.startswith("self_attn.") and name.removeprefix("self_attn.") not in kept_out[i])
+            )
         )
 
     def parameter_groups(self, learning_rate: float, weight_decay: float) -> list[dict]:
@@ -168,7 +172,7 @@ class HiddenObjective(LayerwiseObjective):
             prefixes += (self.family.input_norm,)
         if self.train_mlp:
             prefixes += (f"{self.family.mlp}.", *self.family.mlp_norms)
-        return self._trained_in_layers(lambda name: name.startswith(prefixes))
+        return self._trained_in_layers(lambda i, name: name.startswith(prefixes))
 
     def count(self, batch):
         return int((batch["segment_ids"] >= 0).sum())
@@ -211,7 +215,7 @@ class EndToEndObjective(PhaseObjective):
     def trained(self):
         if self.train_what == "mixers":
             norms = {*self._mixer_norms(), self.family.input_norm} - {None}
-            return self._trained_in_layers(lambda name: name.startswith(("self_attn.", *norms)))
+            return self._trained_in_layers(lambda i, name: name.startswith(("self_attn.", *norms)))
         named = self.student.named_parameters()
         if self.train_what == "all_but_mlp":
             return ((name, p) for name, p in named if f".{self.family.mlp}." not in name)

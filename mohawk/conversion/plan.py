@@ -171,24 +171,21 @@ def print_plan(plan: Plan, recipe: Recipe, console: Console) -> None:
     console.print(f"[bold]Teacher[/bold] {recipe.teacher.model}: {plan.teacher_parameters / 1e6:.1f}M parameters")
     console.print(
         f"[bold]Student[/bold] {sum(p.numel() for p in plan.student.parameters()) / 1e6:.1f}M parameters; "
-        f"{len(ssm)} of {len(plan.layer_types)} layers become {config.mixer} "
+        f"{len(ssm)} of {len(plan.layer_types)} layers become {config.mixer_words} "
         f"({config.mixer_num_heads} heads x {config.mixer_head_dim}, state {config.mixer_state_size})"
     )
     layers = Table("layer", "mixer", "weights from")
-    source = {
-        "attention": "q, k, v, o"
-        if issubclass(MIXERS[config.mixer], DeltaMixer)
-        else "q -> C, k -> B, v -> x, o -> out_proj",
-        "neutral": "random, conv and gate passing on",
-        "random": "random",
-    }[recipe.student.init]
     for i, kind in enumerate(plan.layer_types):
-        is_ssm = kind == SSM_LAYER
-        layers.add_row(
-            str(i),
-            config.mixer if is_ssm else kind.replace("_", " "),
-            f"{source}; MLP and norms copied" if is_ssm else "copied",
-        )
+        if kind != SSM_LAYER:
+            layers.add_row(str(i), kind.replace("_", " "), "copied")
+            continue
+        delta = issubclass(MIXERS[config.mixer_of(i)], DeltaMixer)
+        source = {
+            "attention": "q, k, v, o" if delta else "q -> C, k -> B, v -> x, o -> out_proj",
+            "neutral": "random, conv and gate passing on",
+            "random": "random",
+        }[recipe.student.init]
+        layers.add_row(str(i), config.mixer_of(i), f"{source}; MLP and norms copied")
     console.print(layers)
     stays = f" and the attention of layers {_ranges(kept)}" if kept else ""
     console.print(f"Embeddings, norms, MLPs, head{stays} are copied from the teacher.")

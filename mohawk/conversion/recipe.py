@@ -27,6 +27,7 @@ from mohawk.schema.base import (
     Whole,
     phase_contradictions,
 )
+from mohawk.schema.yaml_text import show
 
 
 def _layers(value: Any) -> Any:
@@ -39,8 +40,23 @@ def _layers(value: Any) -> Any:
     return value
 
 
+def _mixers(value: Any) -> Any:
+    """Layers are numbers, as which a recipe's text does not read the keys of a mapping."""
+    names = list(MIXERS)
+    if isinstance(value, dict) and value and all(str(i).isdecimal() for i in value):
+        for i, name in value.items():
+            if name not in names:
+                raise ValueError(f"for layer {i} one of {', '.join(names)}, not {show(name)}")
+        return {int(i): value[i] for i in sorted(value, key=int)}
+    if value not in names:
+        raise ValueError(f"{', '.join(names)}, or a mapping from each replaced layer to one of them")
+    return value
+
+
 class Student(Section):
-    mixer: Mixer = Field(default="mamba2", description="; ".join(f"{name}: {text}" for name, text in MIXERS.items()))
+    mixer: Annotated[Mixer | dict[int, Mixer], BeforeValidator(_mixers)] = Field(
+        default="mamba2", description="; ".join(f"{name}: {text}" for name, text in MIXERS.items())
+    )
     ssm_layers: Annotated[Literal["every_second", "all"] | list[int], BeforeValidator(_layers)] = Field(
         default="every_second", description="layers whose attention is replaced"
     )
@@ -60,8 +76,11 @@ class Student(Section):
     @model_validator(mode="before")
     @classmethod
     def _gate_of_a_delta_rule(cls, given: Any) -> Any:
-        """It has no constant gate: where none is asked for, it starts from the weights that it is made of."""
-        if not isinstance(given, dict) or given.get("mixer") != "gated_delta" or "gate" in given:
+        """It has no constant gate: where none is asked for, all start from the weights that they are made of."""
+        if not isinstance(given, dict) or "gate" in given:
+            return given
+        mixers = given.get("mixer")
+        if "gated_delta" not in (mixers.values() if isinstance(mixers, dict) else [mixers]):
             return given
         return given if given.get("init", "attention") != "attention" else {**given, "gate": "output"}
 

@@ -15,7 +15,6 @@ from transformers import PreTrainedModel
 
 from mohawk.models.families import decoder_layers
 from mohawk.models.hybrid import HybridForCausalLM
-from mohawk.models.hybrid_config import SSM_LAYER, attention_types
 from mohawk.models.teacher_forcing import StandIn, layer_calls
 
 
@@ -31,7 +30,7 @@ def keep_attention(
         ssm_layers: layers that stay as they are in the student; none is allowed.
 
     Returns:
-        The student, with `config.layer_types` to match.
+        The student, with `config.layer_types` and `config.mixer` to match.
 
     Raises:
         ValueError: the student has no mixer in one of `ssm_layers`, or the dtypes differ.
@@ -40,13 +39,10 @@ def keep_attention(
         raise ValueError(f"ssm_layers: the student has no mixer in {missing}, only in {student.config.ssm_layers}")
     if student.dtype != teacher.dtype:
         raise ValueError(f"the student is {student.dtype} and the teacher {teacher.dtype}; convert one of them")
-    kinds = attention_types(student.config.base_config)
     for i, layer in enumerate(decoder_layers(teacher)):
-        if i in ssm_layers:
-            kinds[i] = SSM_LAYER
-        else:
+        if i not in ssm_layers:
             decoder_layers(student)[i] = layer
-    student.config.layer_types = kinds
+    student.config.keep_mixers(ssm_layers)
     return student
 
 

@@ -105,22 +105,24 @@ def _front_matter(config: Any, teacher: str | None, licence: str | None, stock: 
         "library_name: transformers",
         "pipeline_tag: text-generation",
         f"license: {licence or 'unknown'}",
-        f"tags: [mohawk, hybrid, {MIXERS[_mixer(config)][0]}, {stock or 'custom_code'}]",
+        f"tags: [mohawk, hybrid, {', '.join(dict.fromkeys(MIXERS[name][0] for name in _mixers(config)))}, "
+        f"{stock or 'custom_code'}]",
     ]
     if teacher and not home(teacher).exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", teacher):
         lines.append(f"base_model: {teacher}")
     return "---\n" + "\n".join(lines) + "\n---"
 
 
-def _mixer(config: Any) -> str:
-    return getattr(config, "mixer", STOCK.get(config.model_type, "mamba2"))
+def _mixers(config: Any) -> list[str]:
+    return getattr(config, "mixer_kinds", [STOCK.get(config.model_type, "mamba2")])
 
 
 def _sentence(config: Any) -> str:
     kinds = list(getattr(config, "layers_block_type", None) or config.layer_types)
     ssm = kinds.count("linear_attention")
+    names = " and ".join(dict.fromkeys(MIXERS[name][1] for name in _mixers(config)))
     return (
-        f"A {config.architectures[0]} of {ssm} {MIXERS[_mixer(config)][1]} and {len(kinds) - ssm} attention layers, "
+        f"A {config.architectures[0]} of {ssm} {names} and {len(kinds) - ssm} attention layers, "
         "distilled from a Transformer by MOHAWK (https://arxiv.org/abs/2408.10189) with the package mohawk."
     )
 

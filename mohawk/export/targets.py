@@ -61,7 +61,7 @@ def _not_stock(class_name: str, mixer: str, reason: str | None, config: HybridCo
     class that has them."""
     if reason is None:
         return None
-    other = {"mamba2": "bamba", "gated_delta": "qwen3_5"}.get(config.mixer)
+    other = {"mamba2": "bamba", "gated_delta": "qwen3_5"}.get(config.mixer_words)
     takes = config.mixer != mixer and other and TARGETS[other].why_not(config, False) is None
     return f"cannot be a {class_name}: {reason}" + (f"; `--to {other}` takes it" if takes else INSTEAD)
 

@@ -310,7 +310,7 @@ def _deciding(layer: Any) -> dict[str, Tensor]:
 def _mixer(config, index: int, kept: bool) -> str:
     if isinstance(config, HybridConfig):
         if index in config.ssm_layers:
-            return config.mixer
+            return config.mixer_of(index)
         return "attention" if kept else "attention, trained further"
     return "attention"
 

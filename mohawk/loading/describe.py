@@ -143,7 +143,7 @@ def _layer(config: PretrainedConfig, index: int, block, itemsize: int) -> Layer:
     if hasattr(mixer, "conv_size"):  # one of our mixers: a conv state in the model's dtype, a float32 state
         conv = mixer.conv_size * mixer.conv_kernel * itemsize
         state = mixer.num_heads * mixer.head_dim * mixer.state_size * 4
-        return Layer(index, config.mixer, *counts, fixed_bytes=conv + state, token_bytes=0, window=None)
+        return Layer(index, config.mixer_of(index), *counts, fixed_bytes=conv + state, token_bytes=0, window=None)
     for kind_of, names in (("mamba2", MAMBA2), ("gated_delta", GATED_DELTA)):  # transformers' own, as in Bamba
         if all(hasattr(mixer, name) for name in names):
             channels, kernel, *sizes = (getattr(mixer, name) for name in names[:5])

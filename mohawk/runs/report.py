@@ -195,7 +195,8 @@ def _layers(config: Any) -> str:
     replaced = kinds.count("linear_attention")
     if not replaced:
         return f"{getattr(config, 'num_hidden_layers', '?')} layers"
-    return f"{replaced} {getattr(config, 'mixer', 'state space')} and {len(kinds) - replaced} attention layers"
+    mixers = getattr(config, "mixer_words", "state space")
+    return f"{replaced} {mixers} and {len(kinds) - replaced} attention layers"
 
 
 def phase_times(metrics: Path) -> dict[str, dict[str, float]]:

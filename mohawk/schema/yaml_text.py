@@ -204,7 +204,9 @@ _Representer.add_representer(
 def _laid_out(value: Any) -> Any:
     """Mappings over several lines, lists of scalars on one."""
     if isinstance(value, dict):
-        return {key: _laid_out(entry) for key, entry in value.items()}
+        # A key that is a number, of a layer for one, is one without quotes too: it is read as text in any case.
+        numbers = {key: int(key) for key in value if re.fullmatch("0|[1-9][0-9]{0,8}", str(key))}
+        return {numbers.get(key, key): _laid_out(entry) for key, entry in value.items()}
     if isinstance(value, (list, tuple)):
         result = CommentedSeq(_laid_out(entry) for entry in value)
         if not any(isinstance(entry, (dict, list, tuple)) for entry in value):

@@ -326,7 +326,7 @@ def test_a_head_wider_than_the_model_has_a_gate_too():
 @pytest.mark.parametrize("mixer", SIZES)
 def test_biases_that_have_no_place_are_named(mixer, caplog):
     student = hybrid_from_teacher(tiny_teacher("llama_biased"), [1], mixer)
-    assert f"biases of queries, keys and values are left out: {mixer} has" in caplog.text
+    assert f"biases of queries, keys and values are left out: {mixer} mixers have" in caplog.text
     bias = tiny_teacher("llama_biased").model.layers[1].self_attn.o_proj.bias
     assert torch.equal(student.model.layers[1].self_attn.output.bias, bias)
     caplog.clear()

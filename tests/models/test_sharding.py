@@ -42,7 +42,7 @@ def spread(mesh, trains=True):
     return lambda model: shard(model, mesh, trains=trains)
 
 
-def found(family: str, mixer: str, processes: int, kinds=tuple(OBJECTIVES), mesh=None) -> dict:
+def found(family: str, mixer: str | dict[int, str], processes: int, kinds=tuple(OBJECTIVES), mesh=None) -> dict:
     """Every loss and gradient of a step by its objective, of a student that each process has its part of."""
     if processes > 1:
         mesh = init_device_mesh("cpu", (processes,)) if mesh is None else mesh()
@@ -91,7 +91,9 @@ def test_two_processes_compute_what_one_does(family, tmp_path):
     same(first, second)
 
 
-@pytest.mark.parametrize("mixer", ["discrete_mamba2", "gated_delta", "kimi_delta"])
+@pytest.mark.parametrize(
+    "mixer", ["discrete_mamba2", "gated_delta", "kimi_delta", {1: "kimi_delta", 2: "mamba2"}], ids=str
+)
 def test_every_mixer(mixer, tmp_path):
     first, _ = in_processes(tmp_path, 2, lambda rank: found("llama", mixer, 2))
     same(found("llama", mixer, 1), first)

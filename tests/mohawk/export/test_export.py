@@ -47,7 +47,7 @@ needs_groups = pytest.mark.skipif(
 def make_run(tmp_path, make_llama, tokenizer):
     """A function that makes a finished run's folder, with a teacher whose licence is known."""
 
-    def make(mixer: str = "mamba2", **overrides):
+    def make(mixer="mamba2", **overrides):
         teacher = make_llama(num_hidden_layers=3, **overrides)
         teacher.save_pretrained(tmp_path / "teacher")
         (tmp_path / "teacher" / "README.md").write_text("---\ntags: [x]\nlicense: apache-2.0\n---\n# Teacher\n")
@@ -111,7 +111,7 @@ def test_a_run_becomes_a_stock_bamba_with_card_and_tokenizer(make_run, tokenizer
     assert "mixer: mamba2" in card and "| full forward |" in card and "| llama.cpp | no |" in card
 
 
-@pytest.mark.parametrize("mixer", ["discrete_mamba2", "kimi_delta"])
+@pytest.mark.parametrize("mixer", ["discrete_mamba2", "kimi_delta", {0: "discrete_mamba2", 2: "gated_delta"}], ids=str)
 def test_a_run_becomes_a_hybrid_with_its_own_code(mixer, make_run):
     run = make_run(mixer)
     folder, screen = exported(run, "hybrid")
@@ -119,6 +119,9 @@ def test_a_run_becomes_a_hybrid_with_its_own_code(mixer, make_run):
     config = json.loads((folder / "config.json").read_text())
     assert config["auto_map"]["AutoModelForCausalLM"] == "mohawk_hybrid.HybridForCausalLM"
     card = (folder / "README.md").read_text()
+    if isinstance(mixer, dict):
+        assert "of 2 Mamba-2 and Gated DeltaNet and 1 attention layers" in card
+        assert "tags: [mohawk, hybrid, mamba2, gated-deltanet, custom_code]" in card
     assert "trust_remote_code=True" in card and "- Licence of the code beside the weights, mohawk: Apache-2.0\n" in card
     assert all("SPDX-License-Identifier: Apache-2.0" in path.read_text() for path in folder.glob("*.py"))
 
@@ -275,10 +278,13 @@ def test_a_folder_that_does_not_load_is_one_line(tmp_path, make_llama):
 def test_refusals_say_why_and_what_to_do(make_run, make_llama, tmp_path, capsys):
     assert main(["export", str(make_run("discrete_mamba2"))]) == 2
     assert "mixers are discrete_mamba2" in (said := capsys.readouterr().err) and "--to hybrid" in said
-    kimi = str(make_run("kimi_delta"))
-    for target in ("bamba", "granite", "qwen3_5"):
-        assert main(["export", kimi, "--to", target]) == 2
-        assert "its mixers are kimi_delta, " in (said := capsys.readouterr().err) and "; `--to hybrid` writes" in said
+    for mixer, words in (("kimi_delta", "kimi_delta"), ({0: "mamba2", 2: "gated_delta"}, "mamba2 and gated_delta")):
+        run = str(make_run(mixer))
+        capsys.readouterr()
+        for target in ("bamba", "granite", "qwen3_5"):
+            assert main(["export", run, "--to", target]) == 2
+            *_, said = capsys.readouterr().err.splitlines()
+            assert f"its mixers are {words}, " in said and "; `--to hybrid` writes" in said
     make_llama().save_pretrained(tmp_path / "plain")
     assert main(["export", str(tmp_path / "plain")]) == 2
     assert "is a llama model; only hybrids" in capsys.readouterr().err

@@ -1,0 +1,123 @@
+"""Students whose layers have different mixers: each layer is what it is in a student with that mixer alone."""
+
+import json
+
+import pytest
+import torch
+
+from mohawk.loading.describe import describe_layers
+from mohawk.measures.consistency import broken_paths, inconsistencies, some_tokens
+from mohawk.models.cutting.cuts import Cut, cut
+from mohawk.models.formats.released import to_released
+from mohawk.models.from_teacher import hybrid_from_teacher
+from mohawk.models.hybrid import HybridForCausalLM
+from mohawk.models.hybrid_config import HybridConfig
+from mohawk.models.mixers import MIXERS
+from tests.models.conftest import tiny_teacher
+
+MIXED = {0: "kimi_delta", 1: "mamba2", 3: "gated_delta"}
+
+
+def student_of(mixer=MIXED, teacher="llama", **options):
+    torch.manual_seed(0)
+    model = tiny_teacher(teacher)
+    torch.manual_seed(0)
+    return hybrid_from_teacher(model, list(mixer), mixer, **options).eval()
+
+
+def ids(*shape):
+    return torch.randint(3, 97, shape, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("teacher", ["llama", "gemma3", "phi"])
+@pytest.mark.parametrize("init", ["attention", "random"])
+def test_each_layer_starts_as_in_a_student_of_its_mixer_alone(teacher, init):
+    mixed = student_of(teacher=teacher, init=init)
+    for i, name in MIXED.items():
+        alone = student_of(dict.fromkeys(MIXED, name), teacher=teacher, init=init, gate="output")
+        mine, theirs = (model.model.layers[i].self_attn for model in (mixed, alone))
+        assert type(mine) is MIXERS[name] is type(theirs)
+        assert mine.state_dict().keys() == theirs.state_dict().keys()
+        for key, value in mine.state_dict().items():
+            assert torch.equal(value, theirs.state_dict()[key]), key
+
+
+@pytest.mark.parametrize("layers", [[0, 1, 3], [0, 1, 2, 3]])
+def test_every_way_of_answering_gives_what_one_forward_gives(layers):
+    student = student_of({i: MIXED.get(i, "discrete_mamba2") for i in layers})
+    assert broken_paths(student, inconsistencies(student, some_tokens(student))) is None
+
+
+def test_saved_and_loaded(tmp_path):
+    student = student_of()
+    student.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["mixer"] == {str(i): name for i, name in MIXED.items()}
+    again = HybridForCausalLM.from_pretrained(tmp_path).eval()
+    assert again.config.mixer == MIXED and again.config.mixer_kinds == ["kimi_delta", "mamba2", "gated_delta"]
+    assert again.config.mixer_words == "kimi_delta, mamba2 and gated_delta"
+    assert torch.equal(again(ids(2, 12)).logits, student(ids(2, 12)).logits)
+    assert [layer.mixer for layer in describe_layers(again)] == [
+        "kimi_delta",
+        "mamba2",
+        "full_attention",
+        "gated_delta",
+    ]
+
+
+def test_one_mixer_for_all_is_its_name(tmp_path):
+    student = student_of({1: "gated_delta", 3: "gated_delta"})
+    assert student.config.mixer == "gated_delta" == student.config.mixer_words
+    student.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["mixer"] == "gated_delta"
+
+
+@pytest.mark.parametrize(
+    "mixer, message",
+    [
+        ({0: "mamba2", 1: "mamba2"}, r"mixer: says nothing of layers \[3\], which are replaced"),
+        ({0: "mamba2"}, r"mixer: says nothing of layers \[1, 3\], which are"),
+        ({**MIXED, 2: "mamba2"}, r"mixer: names layers \[2\], which are not replaced; leave them"),
+        ({**MIXED, 2: "mamba2", 9: "mamba2"}, r"mixer: names layers \[2, 9\], which"),
+        ({**MIXED, 3: "mamba3"}, "mixer: got 'mamba3', allowed: mamba2, discrete_mamba2, gated_delta, kimi_delta"),
+        ({**MIXED, 3: ["mamba2"]}, r"mixer: got \['mamba2'\], allowed: mamba2"),
+        ({"first": "mamba2"}, "mixer: got {'first': 'mamba2'}, allowed: a name, or a mapping"),
+        (["mamba2"] * 3, "mixer: got .*allowed: a name, or a mapping"),
+        ("mamba3", "mixer: got 'mamba3', allowed: mamba2"),
+    ],
+)
+def test_what_is_refused(mixer, message):
+    teacher = tiny_teacher()
+    with pytest.raises(ValueError, match=message):
+        hybrid_from_teacher(teacher, [0, 1, 3], mixer)
+    kinds = ["linear_attention", "linear_attention", "full_attention", "linear_attention"]
+    with pytest.raises(ValueError, match=message):
+        HybridConfig(base_config=teacher.config, layer_types=kinds, mixer=mixer)
+
+
+def test_a_gate_that_one_of_them_cannot_have():
+    with pytest.raises(ValueError, match="gate: got 'open', a constant gate, which a gated_delta mixer"):
+        student_of(gate="open")
+    with pytest.raises(ValueError, match="a kimi_delta mixer cannot have that one"):
+        student_of({0: "mamba2", 1: "kimi_delta"}, init="neutral")
+    student = student_of({0: "mamba2", 1: "kimi_delta"})  # both have an open one, Mamba-2's is a bias
+    assert student.model.layers[0].self_attn.in_proj.bias.any()
+    assert not student.model.layers[1].self_attn.o_proj.bias.any()
+
+
+def test_cut_layers_take_their_mixers_along():
+    student = student_of({0: "discrete_mamba2", 1: "mamba2", 3: "mamba2"})
+    smaller = cut(student, Cut(layers=[0, 2, 3]))
+    assert smaller.config.mixer == {0: "discrete_mamba2", 2: "mamba2"}
+    assert cut(student, Cut(layers=[1, 2, 3])).config.mixer == "mamba2"
+    hidden = student.model.embed_tokens(ids(1, 9))
+    for old, new in ((0, 0), (3, 2)):
+        expected = student.model.layers[old].self_attn(hidden)[0]
+        assert torch.equal(smaller.model.layers[new].self_attn(hidden)[0], expected)
+    with pytest.raises(ValueError, match="a student with kimi_delta and gated_delta mixers cannot be cut"):
+        cut(student_of(), Cut(layers=[1, 2]))
+
+
+def test_released_layouts_hold_one_mixer():
+    for mixer in (MIXED, dict.fromkeys(MIXED, "gated_delta")):
+        with pytest.raises(ValueError, match="gated_delta mixers are in no released layout"):
+            to_released(student_of(mixer))
