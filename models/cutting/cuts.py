@@ -8,8 +8,10 @@ What zero means for each axis
     ffn: the neuron's output (its row of gate or up, with biases, or its column of the down projection) is zero.
     heads: the output projection's columns, or the values, are zero; in OLMo 2, whose norms run over all heads, q (and k
         of a group that goes) as well.
-    state heads: x (its rows of in_proj and convolution bias), or, where whole groups go, out_proj's columns.
-    state dimensions: B or C (their rows of in_proj and convolution bias).
+    state heads: x (its rows of in_proj and convolution bias), or, where whole groups go, out_proj's columns; of a gated
+        delta rule the values (their rows of the projection) or the output projection's columns.
+    state dimensions: B or C (their rows of in_proj and convolution bias); of a gated delta rule, whose queries are
+        divided by their norm, q and k (their rows of the projections).
     hidden: everything added to that channel of the residual stream is zero: its column of the embedding, its rows of
         output and down projections and their biases. In Phi, whose LayerNorms subtract the mean, a channel goes
         without a trace when it equals the mean of all channels, as a channel of zeros does in a stream whose mean is 0.
@@ -29,7 +31,6 @@ from mohawk.models.cutting.sizes import (
     Sizes,
     attention_layers,
     base_config,
-    check_cuttable,
     sized_config,
     sizes_of,
     ssm_layers,
@@ -58,7 +59,7 @@ class Cut:
         ffn: layer -> neurons of its MLP.
         heads: layer -> query heads of its attention; a kv head is kept if one of its query heads is, and every kept
             one must keep equally many.
-        state_heads: layer -> heads of its Mamba-2 mixer; of groups of B and C the same holds.
+        state_heads: layer -> heads of its mixer; of groups of B and C (keys and queries) the same holds.
         state_dims: layer -> for each group of the mixer (of the uncut one, in order) its state dimensions, all of one
             length; entries of groups that go are ignored.
         tokens: rows of the embedding and the head, which are then numbered anew in ascending order; see
@@ -106,11 +107,10 @@ def cut(model: Model, what: Cut) -> Model:
         A model of the same class, dtype, device, mode and generation settings; its parameters are trainable.
 
     Raises:
-        ValueError: mixers of a gated delta rule, indices out of range or given twice, nothing kept, layers that keep
-            different numbers, groups left without a head, sizes the family's class does not allow, or special tokens
-            that would go.
+        ValueError: indices out of range or given twice, nothing kept, layers that keep different numbers, groups left
+            without a head, sizes the family's class or mixers of several kinds do not allow, or special tokens that
+            would go.
     """
-    check_cuttable(model.config)
     own = sizes_of(model.config)
     if what.heads is not None and not attention_layers(model.config):
         raise ValueError("heads: given, but the model has no attention layer; leave them out")
@@ -219,7 +219,7 @@ def keep_state(
     heads: PerLayer | None = None,
     dims: Mapping[int, Sequence[Sequence[int]]] | None = None,
 ) -> Model:
-    """A hybrid with some heads, or some state dimensions of each group, of its Mamba-2 mixers. See `cut`."""
+    """A hybrid with some heads, or some state dimensions of each group, of its mixers. See `cut`."""
     return cut(model, Cut(state_heads=heads, state_dims=dims))
 
 

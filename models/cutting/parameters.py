@@ -17,8 +17,10 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from mohawk.models.delta_mixer import DeltaMixer, GatedDeltaMixer, KimiDeltaMixer
 from mohawk.models.families import Family, decoder_shape, family_of
 from mohawk.models.mixers import SSMMixer
+from mohawk.models.state_mixer import StateMixer
 
 
 @dataclass(frozen=True)
@@ -42,11 +44,12 @@ class KeptUnits:
 class Part:
     """What is kept of one module's weight (rows, columns), or of a vector (rows); its bias goes with the rows.
 
-    weight_factor multiplies weight + offset, bias_factor the bias.
+    weight_factor multiplies weight + offset, bias_factor the bias. dim: which dimension rows are of.
     """
 
     rows: Tensor | None = None
     columns: Tensor | None = None
+    dim: int = 0
     weight_factor: float = 1.0
     bias_factor: float = 1.0
     offset: float = 0.0
@@ -59,11 +62,12 @@ class Part:
 def layer_parts(layer: Any, config, kept: KeptUnits) -> dict[str, Part]:
     """Module or vector of a decoder layer, by its name in the layer -> what a cut keeps of it."""
     family, c = family_of(config), _stream_factor(config, kept.hidden)
-    mixer = isinstance(layer.self_attn, SSMMixer)
+    mixer = isinstance(layer.self_attn, StateMixer)
     inner = _mixer_parts(layer.self_attn, kept) if mixer else _attention_parts(layer.self_attn, family, kept)
+    output = layer.self_attn.output_name if mixer else family.output
     parts = {f"self_attn.{name}": part for name, part in inner.items()}
     parts |= {f"mlp.{name}": part for name, part in _mlp_parts(layer.mlp, family, kept).items()}
-    writers = [f"self_attn.{'out_proj' if mixer else family.output}", f"mlp.{family.mlp_output}"]
+    writers = [f"self_attn.{output}", f"mlp.{family.mlp_output}"]
     for name in writers:
         parts[name] = parts[name].scaled(c)
     reading_norms = [family.input_norm] if family.input_norm else []
@@ -105,9 +109,9 @@ def folded_biases(layer: Any, config, hidden: Tensor | None) -> Iterator[tuple[s
         return
     readers = [(f"self_attn.{name}", module) for name, module in layer.self_attn.named_children()]
     readers += [(f"mlp.{name}", getattr(layer.mlp, name)) for name in family.mlp_inputs] if family.parallel else []
-    norm = getattr(layer, family.input_norm)
+    norm, output = getattr(layer, family.input_norm), getattr(layer.self_attn, "output_name", family.output)
     for name, module in readers:
-        if name.split(".")[1] not in (family.output, "out_proj") and isinstance(module, nn.Linear):
+        if name.split(".")[1] != output and isinstance(module, nn.Linear):
             if (extra := folded_bias(norm, module, hidden)) is not None:
                 yield name, extra
 
@@ -126,7 +130,7 @@ def select(tensor: Tensor, part: Part, name: str) -> Tensor:
     is_bias = name == "bias"
     kept = tensor
     if part.rows is not None:
-        kept = kept.index_select(0, part.rows)
+        kept = kept.index_select(part.dim, part.rows)
     if part.columns is not None and not is_bias and tensor.dim() > 1:
         kept = kept.index_select(1, part.columns)
     factor = part.bias_factor if is_bias else part.weight_factor
@@ -200,23 +204,52 @@ def _mlp_parts(mlp: nn.Module, family: Family, kept: KeptUnits) -> dict[str, Par
     return parts
 
 
-def _mixer_parts(mixer: SSMMixer, kept: KeptUnits) -> dict[str, Part]:
+def _mixer_parts(mixer: StateMixer, kept: KeptUnits) -> dict[str, Part]:
     h, p, g, size = mixer.num_heads, mixer.head_dim, mixer.num_groups, mixer.state_size
-    device = mixer.D.device
+    device = mixer.output.weight.device
     heads = torch.arange(h, device=device) if kept.state_heads is None else kept.state_heads
     groups = torch.arange(g, device=device) if kept.state_groups is None else kept.state_groups
     dims = torch.arange(size, device=device).expand(g, -1) if kept.state_dims is None else kept.state_dims
     state = (groups[:, None] * size + dims[groups]).flatten()
-    inner = units(heads, p)
+    parts = {mixer.output_name: Part(kept.hidden, units(heads, p))}
+    if isinstance(mixer, SSMMixer):
+        parts |= _ssm_parts(mixer, kept.hidden, heads, state)
+        if "norm" in parts:  # of each group's channels; its epsilon is set in the configuration
+            parts["norm"] = replace(parts["norm"], weight_factor=(h * len(groups) / g / len(heads)) ** 0.5)
+    else:
+        assert isinstance(mixer, DeltaMixer)
+        parts |= _delta_parts(mixer, kept.hidden, heads, state)
+    return parts
+
+
+def _ssm_parts(mixer: SSMMixer, hidden: Tensor | None, heads: Tensor, state: Tensor) -> dict[str, Part]:
+    """state: rows of B and of C."""
+    inner = units(heads, mixer.head_dim)
     rows = {"x": inner, "B": state, "C": state, "z": inner, "decay": heads}
     slices = sorted(((part.start, name) for name, part in mixer.slices().items() if name in rows))
     parts = {
-        "in_proj": Part(torch.cat([start + rows[name] for start, name in slices]), kept.hidden),
+        "in_proj": Part(torch.cat([start + rows[name] for start, name in slices]), hidden),
         "conv1d": Part(torch.cat([inner, mixer.inner_size + state, mixer.inner_size + mixer.group_size + state])),
-        "out_proj": Part(kept.hidden, inner),
     }
     vectors = {"D": heads, "A_log": heads, "dt_bias": heads, "z_bias": inner, "norm": inner}
-    parts |= {name: Part(index) for name, index in vectors.items() if hasattr(mixer, name)}
-    if "norm" in parts:  # of each group's channels; its epsilon is set in the configuration
-        parts["norm"] = replace(parts["norm"], weight_factor=(h * len(groups) / g / len(heads)) ** 0.5)
-    return parts
+    return parts | {name: Part(index) for name, index in vectors.items() if hasattr(mixer, name)}
+
+
+def _delta_parts(mixer: DeltaMixer, hidden: Tensor | None, heads: Tensor, state: Tensor) -> dict[str, Part]:
+    """state: rows of q and of k. The norm is of each head by itself; its epsilon, where a state has fewer dimensions,
+    is set in the configuration."""
+    inner = units(heads, mixer.head_dim)
+    qkv = torch.cat([state, mixer.group_size + state, 2 * mixer.group_size + inner])
+    if isinstance(mixer, GatedDeltaMixer):
+        parts = {"in_proj_qkv": Part(qkv, hidden), "in_proj_z": Part(inner, hidden), "norm": Part()}
+        parts |= {name: Part(heads, hidden) for name in ("in_proj_b", "in_proj_a")}
+        parts |= {name: Part(heads) for name in ("A_log", "dt_bias")}
+    else:
+        assert isinstance(mixer, KimiDeltaMixer)
+        parts = {"q_proj": Part(state, hidden), "k_proj": Part(state, hidden), "v_proj": Part(inner, hidden)}
+        parts |= {"b_proj": Part(heads, hidden), "o_norm": Part()}
+        # by way of as many channels as a head has, which stay
+        parts |= {"g_a_proj": Part(None, hidden), "g_b_proj": Part(inner)}
+        parts |= {"forget_gate.f_a_proj": Part(None, hidden), "forget_gate.f_b_proj": Part(state)}
+        parts |= {"forget_gate.A_log": Part(heads, dim=2), "forget_gate.dt_bias": Part(state)}
+    return parts | {"conv1d": Part(qkv)}

@@ -15,7 +15,7 @@ from mohawk.models.cutting.depth import LAYER_LISTS
 from mohawk.models.delta_mixer import DeltaMixer
 from mohawk.models.families import check_supported, decoder_shape, family_of
 from mohawk.models.hybrid_config import joined
-from mohawk.models.mixers import MIXERS
+from mohawk.models.mixers import MIXERS, Mamba2Mixer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,8 +27,8 @@ class Sizes:
         hidden: channels of the residual stream.
         ffn: neurons of each MLP.
         heads, kv_heads: query heads of each attention layer, and key-value heads they share.
-        state_heads, state_groups, state_size: heads of each Mamba-2 layer, groups of B and C they share, and state
-            dimensions of each group; None in a model without such layers.
+        state_heads, state_groups, state_size: heads of each mixer, groups of B and C (keys and queries) they share, and
+            state dimensions of each group; None in a model without mixers.
         vocabulary: rows of the embedding and the head.
     """
 
@@ -76,24 +76,13 @@ def sizes_of(config) -> Sizes:
     )
 
 
-def check_cuttable(config) -> None:
-    """ValueError for a hybrid whose mixers no cut knows: those of Mamba-2 alone are."""
-    if not ssm_layers(config):
-        return
-    if deltas := [name for name in config.mixer_kinds if issubclass(MIXERS[name], DeltaMixer)]:
-        raise ValueError(
-            f"a student with {' and '.join(deltas)} mixers cannot be cut; prune its teacher, then convert what is left "
-            "of it"
-        )
-
-
 def base_config(config):
     """A decoder's configuration, or that of the decoder within a hybrid."""
     return getattr(config, "base_config", None) or config
 
 
 def ssm_layers(config) -> list[int]:
-    """Indices of the Mamba-2 layers; none in a plain decoder."""
+    """Indices of the layers with mixers; none in a plain decoder."""
     return config.ssm_layers if hasattr(config, "base_config") else []
 
 
@@ -120,7 +109,7 @@ def check_sizes_within(own: Sizes, sizes: Sizes) -> None:
         if target == size:
             continue
         if size is None:
-            raise ValueError(f"{field.name}: got {target}, but the model has no Mamba-2 layer")
+            raise ValueError(f"{field.name}: got {target}, but the model has no mixer")
         if target is None or not 1 <= target <= size:
             raise ValueError(f"{field.name}: got {target}, allowed: 1 to {size}, the model's own")
     _check_groups("heads", sizes.heads, "kv_heads", sizes.kv_heads, own.heads // own.kv_heads)
@@ -184,12 +173,37 @@ def sized_config(config, sizes: Sizes, layers: Sequence[int] | None = None):
     if own.state_heads is not None:
         config.mixer_num_heads, config.mixer_num_groups = sizes.state_heads, sizes.state_groups
         config.mixer_state_size = sizes.state_size
-        assert own.state_groups and sizes.state_groups and sizes.state_heads  # a model with states has all three
-        fewer = own.state_heads // own.state_groups * sizes.state_groups / sizes.state_heads
-        if "mamba2" in config.mixer_kinds and fewer != 1:  # its norm's mean is over the heads of a group
-            config.mixer_norm_eps = config.output_norm_eps * fewer
+        if (factor := _norm_factor(config.mixer_kinds, own, sizes)) != 1:
+            config.mixer_norm_eps = config.output_norm_eps * factor
     _check_class(base, shape.head_dim)
     return config
+
+
+def _norm_factor(mixers: Sequence[str], own: Sizes, sizes: Sizes) -> float:
+    """What the epsilon of the mixers' output norm is multiplied by, so that nothing changes where zeros went.
+
+    Mamba-2's norm takes the mean over the heads of a group. A gated delta rule's queries have norm N^-0.5, so that its
+    outputs are larger where N is smaller, which the norm takes out again.
+
+    Raises:
+        ValueError: mixers of both kinds, which have one epsilon, and sizes that change it for one of them.
+    """
+    assert own.state_heads and own.state_groups and own.state_size  # a model with states has all three
+    assert sizes.state_heads and sizes.state_groups and sizes.state_size
+    fewer_heads = own.state_heads // own.state_groups * sizes.state_groups / sizes.state_heads
+    factors = {}
+    for name in mixers:
+        if issubclass(MIXERS[name], DeltaMixer):
+            factors[name] = own.state_size / sizes.state_size
+        elif issubclass(MIXERS[name], Mamba2Mixer):
+            factors[name] = fewer_heads
+    if len(set(factors.values())) > 1:
+        axis = "state_size" if own.state_size != sizes.state_size else "state_heads"
+        raise ValueError(
+            f"{axis}: got {getattr(sizes, axis)}; allowed in a student of {' and '.join(factors)} mixers: "
+            f"{getattr(own, axis)}, since it changes the epsilon of the norms of some and not of others"
+        )
+    return next(iter(factors.values()), 1.0)
 
 
 def _keep_layer_entries(config, layers: list[int]) -> None:

@@ -10,8 +10,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from mohawk.models.cutting.sizes import attention_layers, sizes_of, ssm_layers
+from mohawk.models.delta_mixer import DeltaMixer, GatedDeltaMixer, KimiDeltaMixer
 from mohawk.models.families import attention_parts, decoder_layers, family_of
 from mohawk.models.mixers import SSMMixer
+from mohawk.models.state_mixer import StateMixer
 from mohawk.pruning.importance import Importance
 
 
@@ -60,17 +62,15 @@ def magnitude_importance(model: PreTrainedModel) -> Importance:
         down = getattr(layer.mlp, family.mlp_output).weight
         # a fused projection holds gate and values one below the other
         ffn.append(_columns(down) + sum(reduce(_rows(w), "(parts f) -> f", "sum", f=own.ffn) for w in readers))
-        if isinstance(layer.self_attn, SSMMixer):
-            mixer, slices = layer.self_attn, layer.self_attn.slices()
-            written, read = mixer.output.weight, mixer.in_proj.weight
-            rows = {name: _rows(read[part]) for name, part in slices.items()}
-            h, g = mixer.num_heads, mixer.num_groups
-            inner = reduce(_columns(written) + rows["x"] + rows["z"], "(h p) -> h", "sum", h=h) + rows["decay"]
-            dims = rearrange(rows["B"] + rows["C"], "(g N) -> g N", g=g)
+        if isinstance(layer.self_attn, StateMixer):
+            mixer, written = layer.self_attn, layer.self_attn.output.weight
+            inner, state, each, read = _mixer_weights(mixer)
+            inner = reduce(_columns(written) + inner, "(h p) -> h", "sum", h=mixer.num_heads) + each
+            dims = rearrange(state, "(g N) -> g N", g=mixer.num_groups)
             state_heads.append(inner)
             state_dims.append(dims)
-            state_groups.append(reduce(inner, "(g h) -> g", "sum", g=g) + dims.sum(-1))
-            readers.append(read)
+            state_groups.append(reduce(inner, "(g h) -> g", "sum", g=mixer.num_groups) + dims.sum(-1))
+            readers += read
         else:
             parts = attention_parts(layer.self_attn)
             written = parts.o.weight
@@ -99,6 +99,26 @@ def magnitude_importance(model: PreTrainedModel) -> Importance:
         ssm_layers=tuple(ssm_layers(model.config)),
         method="magnitude",
     )
+
+
+def _mixer_weights(mixer: StateMixer) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
+    """Sums of squares of what makes a mixer's channels (h*p), its state dimensions (g*N) and its heads (h); and the
+    weights that read the residual stream."""
+    if isinstance(mixer, SSMMixer):
+        rows = {name: _rows(mixer.in_proj.weight[part]) for name, part in mixer.slices().items()}
+        return rows["x"] + rows["z"], rows["B"] + rows["C"], rows["decay"], [mixer.in_proj.weight]
+    assert isinstance(mixer, DeltaMixer)
+    rows = {name: _rows(weight) for name, weight in mixer.input_weights().items()}
+    if isinstance(mixer, GatedDeltaMixer):
+        z, heads = _rows(mixer.in_proj_z.weight), _rows(mixer.in_proj_b.weight) + _rows(mixer.in_proj_a.weight)
+        read = [mixer.in_proj_qkv, mixer.in_proj_z, mixer.in_proj_b, mixer.in_proj_a]
+    else:
+        assert isinstance(mixer, KimiDeltaMixer)
+        forget = mixer.forget_gate
+        z, heads = _rows(mixer.g_b_proj.weight), _rows(mixer.b_proj.weight)
+        rows["k"] = rows["k"] + _rows(forget.f_b_proj.weight)
+        read = [mixer.q_proj, mixer.k_proj, mixer.v_proj, mixer.b_proj, mixer.g_a_proj, forget.f_a_proj]
+    return rows["v"] + z, rows["q"] + rows["k"], heads, [projection.weight for projection in read]
 
 
 def _rows(weight: Tensor) -> Tensor:

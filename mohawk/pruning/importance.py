@@ -28,11 +28,13 @@ from transformers import PreTrainedModel
 from mohawk.core.folders import why_altered, write_file
 from mohawk.models.cutting.cuts import Cut, resolve_layers
 from mohawk.models.cutting.sizes import Sizes, attention_layers, base_config, check_sizes_within, sizes_of, ssm_layers
+from mohawk.models.delta_mixer import DeltaMixer
 from mohawk.models.families import decoder_layers, family_of
 from mohawk.models.hybrid import HybridForCausalLM
 from mohawk.models.mixers import SSMMixer
 from mohawk.models.packed import positions_of
-from mohawk.pruning.state_use import state_use
+from mohawk.models.state_mixer import StateMixer
+from mohawk.pruning.state_use import delta_state_use, state_use
 
 FORMAT = "mohawk importance 1"
 
@@ -49,8 +51,9 @@ class Importance:
         ffn: (layers, neurons), the down projection's input.
         heads: (attention layers, query heads), L2 norm over head_dim of the output projection's input.
         kv_heads: (attention layers, kv heads), the same over all query heads of the group.
-        state_heads, state_groups: (Mamba-2 layers, heads or groups), the same for the mixers.
-        state_dims: (Mamba-2 layers, groups, N), what each state dimension adds to the scan's output (`state_use`).
+        state_heads, state_groups: (layers with mixers, heads or groups), the same for these.
+        state_dims: (layers with mixers, groups, N), what each state dimension adds to what is read out of the state
+            (`state_use`).
         attention_layers, ssm_layers: which layers the rows of these are.
         rows, tokens: of the text the scores are from; 0 where they are from no text.
         method: "activation", or what else they are.
@@ -138,7 +141,7 @@ class _Meter:
         for i, layer in enumerate(decoder_layers(model)):
             norms += [getattr(layer, name) for name in norm_names if name is not None]
             self._before(getattr(layer.mlp, family.mlp_output), lambda x, i=i: self._add("ffn", i, x))
-            if isinstance(layer.self_attn, SSMMixer):
+            if isinstance(layer.self_attn, StateMixer):
                 self._watch_mixer(layer.self_attn, i)
             else:
                 heads, groups = base.num_attention_heads, sizes_of(model.config).kv_heads
@@ -186,14 +189,24 @@ class _Meter:
             tokens=self.tokens,
         )
 
-    def _watch_mixer(self, mixer: SSMMixer, i: int) -> None:
+    def _watch_mixer(self, mixer: StateMixer, i: int) -> None:
         self._before(
             mixer.output,
             lambda x: self._heads(("state_heads", "state_groups"), i, x, mixer.num_heads, mixer.num_groups),
         )
-        self._after(
-            mixer.in_proj, lambda projected: self._add("state_dims", i, state_use(mixer, projected, self.segments))
-        )
+        if isinstance(mixer, SSMMixer):
+            self._after(
+                mixer.in_proj, lambda projected: self._add("state_dims", i, state_use(mixer, projected, self.segments))
+            )
+        else:
+            assert isinstance(mixer, DeltaMixer)
+            hook = mixer.register_forward_pre_hook(
+                lambda _, args, kwargs: self._add(
+                    "state_dims", i, delta_state_use(mixer, (*args, *kwargs.values())[0], self.segments)
+                ),
+                with_kwargs=True,
+            )
+            self.hooks.callback(hook.remove)
 
     def _before(self, module: nn.Module, use) -> None:
         self.hooks.callback(module.register_forward_pre_hook(lambda _, args: use(args[0])).remove)

@@ -14,10 +14,10 @@ from mohawk.pruning.importance import Importance, chosen_layers
 
 
 def layer_kinds(config: Any) -> list[str]:
-    """What a layer's cost depends on: mamba2, or the attention's kind (full_attention, sliding_attention, ...)."""
+    """What a layer's cost depends on: its mixer, or the attention's kind (full_attention, sliding_attention, ...)."""
     mixers = set(ssm_layers(config))
     types = getattr(base_config(config), "layer_types", None) or ["attention"] * config.num_hidden_layers
-    return ["mamba2" if i in mixers else types[i] for i in range(config.num_hidden_layers)]
+    return [config.mixer_of(i) if i in mixers else types[i] for i in range(config.num_hidden_layers)]
 
 
 def mix_of(config: Any, layers: Sequence[int]) -> Counter[str]:

@@ -13,7 +13,7 @@ from rich.table import Table
 
 from mohawk.distillation.build import matchings_for, mistakes
 from mohawk.models.cutting.cuts import resolve_layers
-from mohawk.models.cutting.sizes import Sizes, check_cuttable, sized_config, sizes_of
+from mohawk.models.cutting.sizes import Sizes, sized_config, sizes_of
 from mohawk.models.from_teacher import choose_layers
 from mohawk.pruning.layers import layer_kinds
 from mohawk.pruning.recipe import PruneRecipe, TargetSection
@@ -108,7 +108,6 @@ def make_plan(recipe: PruneRecipe, config: Any, device: Any = "cpu", saved: Sequ
     """
     with mistakes("teacher"):
         own = sizes_of(config)
-        check_cuttable(config)
     vocabulary = recipe.prune.vocabulary
     if isinstance(vocabulary, int) and vocabulary > own.vocabulary:
         with mistakes("prune.vocabulary"):

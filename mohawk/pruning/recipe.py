@@ -85,9 +85,9 @@ class TargetSection(Section):
         default=None, description="query heads of each attention layer; null: as kv_heads leave them"
     )
     kv_heads: Count | None = Field(default=None, description="key-value heads of each attention layer")
-    state_heads: Count | None = Field(default=None, description="heads of each Mamba-2 layer")
-    state_groups: Count | None = Field(default=None, description="groups of B and C of each Mamba-2 layer")
-    state_size: Count | None = Field(default=None, description="state dimensions of each Mamba-2 group")
+    state_heads: Count | None = Field(default=None, description="heads of each mixer")
+    state_groups: Count | None = Field(default=None, description="groups of B and C, or of keys, of each mixer")
+    state_size: Count | None = Field(default=None, description="state dimensions of each such group")
     parameters: Annotated[float, BeforeValidator(_parameters)] | None = Field(
         default=None, description="budget: of all parameters, or below 1 a share of those outside embedding and head"
     )

@@ -5,6 +5,7 @@ What is zeroed is found here by name, apart from what the cuts know of a family.
 
 import copy
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -21,14 +22,18 @@ from mohawk.models.cutting.cuts import (
     resolve_layers,
 )
 from mohawk.models.cutting.sizes import Sizes, config_parameters, sized_config, sizes_of
+from mohawk.models.delta_mixer import DeltaMixer
 from mohawk.models.formats.bamba import fold_conv_input_bias, from_bamba, norms_groups_apart, to_bamba
 from mohawk.models.from_teacher import hybrid_from_teacher
 from mohawk.models.hybrid import HybridForCausalLM
 from mohawk.models.hybrid_config import HybridConfig
+from mohawk.models.state_mixer import StateMixer
 from tests.models.conftest import CUTTABLE, FAMILIES, tiny_teacher
 
 LAYERS, HIDDEN, FFN = 4, 32, 48
+DELTAS = ("gated_delta", "kimi_delta")
 HYBRIDS = [f"{name}+{mixer}" for name in CUTTABLE for mixer in ("mamba2", "discrete_mamba2")]
+HYBRIDS += [f"{name}+{mixer}" for name in ("llama", "gemma2", "olmo2", "phi", "phi3", "qwen3") for mixer in DELTAS]
 SSM = (1, 3)  # of the hybrids
 
 
@@ -46,12 +51,12 @@ def model_of(name: str, **options):
     return stirred(hybrid_from_teacher(teacher, SSM, mixer).eval())
 
 
-def grouped_hybrid(mixer: str):
-    """Two groups of B and C, three heads each, of sizes that equal no other."""
+def grouped_hybrid(mixer: str, groups: int = 2):
+    """Two groups of B and C, three heads each, or more of fewer, of sizes that equal no other."""
     base = copy.deepcopy(tiny_teacher("llama", rms_norm_eps=1e-2).config)
     config = HybridConfig(
         base_config=base, mixer=mixer, mixer_num_heads=6, mixer_head_dim=5, mixer_state_size=7,
-        mixer_num_groups=2, mixer_bias=True,
+        mixer_num_groups=groups, mixer_bias=True,
         layer_types=["full_attention", "linear_attention", "full_attention", "linear_attention"],
     )  # fmt: skip
     torch.manual_seed(1)
@@ -190,7 +195,7 @@ def zero_heads(model, layer, heads, kv_heads):
 
 # sizes the classes with hidden_size % num_heads == 0 have: 2 of 4 heads, or 1 of 2
 @pytest.mark.parametrize("keep", ["one query head a group", "one group"])
-@pytest.mark.parametrize("name", [*CUTTABLE, "olmo2+mamba2", "qwen3+discrete_mamba2"])
+@pytest.mark.parametrize("name", [*CUTTABLE, "olmo2+mamba2", "qwen3+discrete_mamba2", "llama+kimi_delta"])
 def test_heads_that_put_out_nothing(name, keep, tmp_path):
     options = {}
     if name == "phi_normed":  # its norms of q and k are hidden // heads channels wide: both are cut
@@ -204,7 +209,7 @@ def test_heads_that_put_out_nothing(name, keep, tmp_path):
     else:
         kept = {i: [group * kv + (i + kv) % group for kv in range(g)] for i in range(LAYERS)}
     for i in range(LAYERS):
-        if hasattr(model.model.layers[i].self_attn, "head_dim") and not hasattr(model.model.layers[i].self_attn, "D"):
+        if not isinstance(model.model.layers[i].self_attn, StateMixer):
             kv = {head // group for head in kept[i]}
             zero_heads(model, i, gone(kept[i], h), gone(kv, g))
     expected = logits(model)
@@ -244,6 +249,9 @@ def zero_channels(model, kept):
     embedding[:, out] = 0
     if layer_norm:
         embedding[:, kept] -= embedding[:, kept].mean(1, keepdim=True)
+        for layer in model.model.layers:  # what the norm puts out there, which projections without biases cannot take
+            if isinstance(layer.self_attn, DeltaMixer) and layer.input_layernorm.bias is not None:
+                layer.input_layernorm.bias[out] = 0
 
 
 @pytest.mark.parametrize("name", [*CUTTABLE, *HYBRIDS])
@@ -292,22 +300,29 @@ def mixers_of(model):
 
 @torch.no_grad()
 def zero_state_heads(mixer, heads):
-    """x, which is all that a head's state and its D see."""
+    """x or the values, which are all that a head's state and its D see."""
     x = channels(heads, mixer.head_dim)
+    if isinstance(mixer, DeltaMixer):
+        mixer.input_weights()["v"][x] = 0
+        return
     zero_rows(mixer.in_proj, [mixer.slices()["x"].start + j for j in x])
     zero_rows(mixer.conv1d, x)
 
 
 @torch.no_grad()
 def zero_state_dims(mixer, which, dims):
-    """B or C of these (group, dimension) pairs."""
+    """B or C of these (group, dimension) pairs, or queries and keys."""
+    if isinstance(mixer, DeltaMixer):
+        for part in ("q", "k"):
+            mixer.input_weights()[part][[group * mixer.state_size + j for group, j in dims]] = 0
+        return
     start, offset = mixer.slices()[which].start, mixer.inner_size + (which == "C") * mixer.group_size
     rows = [group * mixer.state_size + j for group, j in dims]
     zero_rows(mixer.in_proj, [start + row for row in rows])
     zero_rows(mixer.conv1d, [offset + row for row in rows])
 
 
-@pytest.mark.parametrize("mixer", ["mamba2", "discrete_mamba2"])
+@pytest.mark.parametrize("mixer", ["mamba2", "discrete_mamba2", "gated_delta"])
 @pytest.mark.parametrize("keep", ["groups", "heads of each group", "both"])
 def test_state_heads_that_put_out_nothing(mixer, keep, tmp_path):
     """Heads within a group share the norm of the mixer's output, whose mean then runs over fewer."""
@@ -327,8 +342,10 @@ def test_state_heads_that_put_out_nothing(mixer, keep, tmp_path):
     assert_ordinary(smaller, tmp_path)
 
 
-@pytest.mark.parametrize("which", ["B", "C"])
-@pytest.mark.parametrize("mixer", ["mamba2", "discrete_mamba2"])
+@pytest.mark.parametrize(
+    "mixer, which",
+    [(mixer, which) for mixer in ("mamba2", "discrete_mamba2") for which in "BC"] + [("gated_delta", "q and k")],
+)
 def test_state_dimensions_that_hold_or_say_nothing(mixer, which, tmp_path):
     """Each group keeps its own; with a group cut at once, the other's entry does not matter."""
     model = grouped_hybrid(mixer)
@@ -346,7 +363,47 @@ def test_state_dimensions_that_hold_or_say_nothing(mixer, which, tmp_path):
     assert_same(smaller, logits(model))
 
 
-@pytest.mark.parametrize("name", ["llama+mamba2", "qwen3+mamba2", "gemma2+discrete_mamba2", "olmo2+mamba2"])
+def test_heads_and_state_dimensions_of_kimi_delta_attention(tmp_path):
+    """Every head has keys of its own, which go with it."""
+    model = grouped_hybrid("kimi_delta", 6)
+    heads, dims = {1: [0, 2, 4, 5], 3: [0, 1, 3, 4]}, {i: [[g, 6, (g + 2) % 6] for g in range(6)] for i in SSM}
+    for i, module in mixers_of(model).items():
+        zero_state_heads(module, gone(heads[i], 6))
+        zero_state_dims(module, "q and k", [(g, j) for g in range(6) for j in gone(dims[i][g], 7)])
+    expected = logits(model)
+    for smaller in (keep_state(model, heads), keep_state(model, dims=dims), keep_state(model, heads, dims)):
+        assert_same(smaller, expected)
+    own = sizes_of(smaller.config)
+    assert (own.state_heads, own.state_groups, own.state_size) == (4, 4, 3)
+    forget = smaller.model.layers[1].self_attn.forget_gate
+    assert torch.equal(forget.A_log[0, 0, :, 0], model.model.layers[1].self_attn.forget_gate.A_log[0, 0, heads[1], 0])
+    assert_ordinary(smaller, tmp_path)
+    with pytest.raises(ValueError, match="state_heads: got 4 for state_groups 2"):
+        sized_config(model.config, replace(sizes_of(model.config), state_heads=4, state_groups=2))
+
+
+def test_mixers_of_both_kinds_share_an_epsilon():
+    """Whole layers, channels, neurons and whole heads go; fewer dimensions of states would change it for some."""
+    torch.manual_seed(1)
+    teacher = tiny_teacher("llama", rms_norm_eps=1e-2)
+    model = stirred(hybrid_from_teacher(teacher, SSM, {1: "mamba2", 3: "gated_delta"}).eval())
+    heads, kept = {1: [0, 2], 3: [1, 3]}, list(range(3, 31, 2)) + [2, 4]
+    zero_channels(model, kept)
+    for i, module in mixers_of(model).items():
+        zero_state_heads(module, gone(heads[i], 4))
+    smaller = cut(model, Cut(hidden=kept, state_heads=heads))
+    assert_same(smaller, logits(model))
+    dims = {i: [[0, 1, 2]] * 4 for i in SSM}
+    with pytest.raises(ValueError, match="^state_size: got 3; allowed in a student of mamba2 and gated_delta .*: 8"):
+        keep_state(model, dims=dims)
+    one = keep_layers(model, [0, 2, 3])
+    assert sizes_of(keep_state(one, dims={2: dims[3]}).config).state_size == 3
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["llama+mamba2", "qwen3+mamba2", "gemma2+discrete_mamba2", "olmo2+mamba2", "qwen3+gated_delta", "olmo2+kimi_delta"],
+)
 def test_every_axis_at_once(name, tmp_path):
     """One call, with the layers' own choices numbered as in the uncut model."""
     model = model_of(name)
@@ -491,7 +548,7 @@ BAD_SIZES = {
     "heads: got 4 for kv_heads 1; allowed: multiples of 1 up to 2 (2 a group in the model)": {"kv_heads": 1},
     "hidden: got 33, allowed: 1 to 32, the model's own": {"hidden": 33},
     "layers: got 0, allowed: 1 to 4, the model's own": {"layers": 0},
-    "state_size: got 4, but the model has no Mamba-2 layer": {"state_size": 4},
+    "state_size: got 4, but the model has no mixer": {"state_size": 4},
 }
 
 

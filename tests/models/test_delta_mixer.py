@@ -349,14 +349,6 @@ def test_what_it_cannot_start_from(mixer, options, message):
         hybrid_from_teacher(tiny_teacher(), [1], mixer, **options)
 
 
-@pytest.mark.parametrize("mixer", SIZES)
-def test_it_is_not_cut(mixer):
-    from mohawk.models.cutting.cuts import keep_layers
-
-    with pytest.raises(ValueError, match=f"{mixer} mixers cannot be cut; prune its teacher"):
-        keep_layers(student_of(mixer), [0, 1])
-
-
 @pytest.mark.parametrize(
     "name, targets", [("gated_delta", ("in_proj_qkv", "in_proj_z", "out_proj")), ("kimi_delta", None)]
 )

@@ -6,24 +6,28 @@ import pytest
 import torch
 
 from mohawk.data.packing import collate
+from mohawk.kernels.delta.scan import gated_delta_rule
 from mohawk.kernels.ssd.scan import ssd
 from mohawk.models.cutting.cuts import Cut, cut, keep_layers
 from mohawk.models.cutting.sizes import sizes_of
 from mohawk.models.families import decoder_layers, family_of
 from mohawk.models.packed import positions_of
 from mohawk.pruning.baselines import magnitude_importance, random_importance
-from mohawk.pruning.importance import Importance, choose, measure_importance
+from mohawk.pruning.importance import Importance, choose, importance_sizes, measure_importance
 from mohawk.pruning.layer_drops import measure_layer_drops
-from mohawk.pruning.state_use import state_use
+from mohawk.pruning.state_use import delta_state_use, state_use
 from tests.models.conftest import CUTTABLE, tiny_teacher
 from tests.models.test_cuts import (
     assert_same,
     grouped_hybrid,
     logits,
+    mixers_of,
     model_of,
     zero_channels,
     zero_neurons,
     zero_rows,
+    zero_state_dims,
+    zero_state_heads,
 )
 
 N = 14
@@ -149,6 +153,50 @@ def test_use_of_the_state_is_what_each_dimension_adds_to_the_output(mixer):
             share = y.unflatten(2, (2, 3)).square().sum((-1, -2)).sqrt()
             real = segments >= 0
             torch.testing.assert_close(got[..., j][real].double(), share[real], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("mixer, groups", [("gated_delta", 2), ("kimi_delta", 6)])
+def test_use_of_a_gated_delta_rules_state(mixer, groups):
+    """A dimension's share is what is read out when queries say nothing of the others, by the rule's definition."""
+    model = grouped_hybrid(mixer, groups)
+    module = model.model.layers[1].self_attn
+    segments = torch.stack([row["segment_ids"] for row in rows(2)])
+    hidden = torch.randn(2, N, 32, generator=torch.Generator().manual_seed(3))
+    with torch.no_grad():
+        got = delta_state_use(module, hidden, segments)
+        inputs, _, raw = module.project(hidden)
+        q, k, v = (part.double() for part in module._cut(module.conv1d(inputs, segment_ids=segments)))
+        beta, log_decay = (gate.double() for gate in module.gates(raw, None))
+        for j in range(module.state_size):
+            only = torch.zeros(module.state_size).double()
+            only[j] = 1
+            y = gated_delta_rule(
+                q * only, k, v, beta=beta, log_decay=log_decay, segment_ids=segments, backend="reference"
+            )
+            share = y.unflatten(2, (groups, -1)).square().sum((-1, -2)).sqrt()
+            real = segments >= 0
+            torch.testing.assert_close(got[..., j][real].double(), share[real], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["llama+gated_delta", "phi+kimi_delta"])
+def test_scores_of_a_gated_delta_rule(name):
+    """From one pass and from weights: units of zeros score 0 and go first, on every axis of the mixer."""
+    model = model_of(name)
+    for i, module in mixers_of(model).items():
+        zero_state_heads(module, [i - 1])
+        zero_state_dims(module, "q and k", [(g, 5) for g in range(4)])
+    expected = logits(model)
+    importance = measure_importance(model, batched(rows(), 3))
+    assert importance.state_heads[[0, 1], [0, 2]].tolist() == [0, 0]
+    dims = importance.state_dims
+    assert not dims[..., 5].any() and (dims[0, 1:, :5] > 0).all() and (dims[1, [0, 1, 3], :5] > 0).all()
+    size = sizes_of(model.config)
+    what = choose(importance, dataclasses.replace(size, state_heads=3, state_groups=3, state_size=7))
+    assert {i: list(heads) for i, heads in what.state_heads.items()} == {1: [1, 2, 3], 3: [0, 1, 3]}
+    assert_same(cut(model, what), expected)
+    for other in (magnitude_importance(model), random_importance(model.config)):
+        assert importance_sizes(other, size.vocabulary) == size
+        assert cut(model, choose(other, dataclasses.replace(size, hidden=16, state_size=4))).config.hidden_size == 16
 
 
 def test_saved_and_loaded(tmp_path):

@@ -63,7 +63,7 @@ def test_every_family_meets_its_target(family):
 
 
 @pytest.mark.parametrize("strategy", ["importance", "magnitude", "random"])
-@pytest.mark.parametrize("mixer", ["mamba2", "discrete_mamba2"])
+@pytest.mark.parametrize("mixer", ["mamba2", "discrete_mamba2", "gated_delta", {1: "mamba2", 3: "kimi_delta"}], ids=str)
 def test_hybrids(mixer, strategy):
     teacher = hybrid_from_teacher(tiny_teacher(), [1, 3], mixer)
     inside = config_parameters(teacher.config)[1]
