@@ -13,6 +13,7 @@ from mohawk.conversion.run import convert
 from mohawk.conversion.select import select
 from mohawk.conversion.swap import keep_attention
 from mohawk.errors import UserError
+from mohawk.evaluation.run import evaluate_run
 from mohawk.loading.describe import describe
 from mohawk.models.from_teacher import hybrid_from_teacher
 from mohawk.models.hybrid import HybridForCausalLM
@@ -106,6 +107,11 @@ def test_a_run_with_three_mixers(recipe_of, tmp_path, capsys):
     student = HybridForCausalLM.from_pretrained(tmp_path / "run" / "student")
     assert student.config.mixer == EVERYWHERE
     assert [layer.mixer for layer in describe(tmp_path / "run" / "student").layers] == [EVERYWHERE[i] for i in range(4)]
+    capsys.readouterr()
+    assert main(["inspect", str(tmp_path / "run"), "--matrices", str(tmp_path / "train_0.txt"), "--tokens", "16"]) == 0
+    said = capsys.readouterr().out
+    assert all(f"layer {i}: {name}, " in said for i, name in EVERYWHERE.items())
+    evaluate_run(tmp_path / "run")
     convert(Recipe.load(tmp_path / "run" / "recipe.yaml"))  # nothing is left to do
     with pytest.raises(UserError, match="student.mixer"):
         convert(recipe_of(mixer={**EVERYWHERE, 0: "mamba2"}))
