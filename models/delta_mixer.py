@@ -141,6 +141,8 @@ class GatedDeltaMixer(DeltaMixer):
     one.
     """
 
+    label = "Gated DeltaNet"
+    kept_bytes = {4: (20.0, 16.0, 61.1), 2: (24.0, 8.0, 53.1)}
     constant_gate = False  # silu(0) = 0, and z has no bias
     outside_matrix = (*StateMixer.outside_matrix, "in_proj_z.weight")
 
@@ -220,6 +222,8 @@ class KimiDeltaMixer(DeltaMixer):
         ValueError: num_groups other than num_heads: every head has queries and keys of its own.
     """
 
+    label = "Kimi Delta Attention"
+    kept_bytes = {4: (20.0, 16.0, 68.9), 2: (28.0, 8.0, 61.0)}
     output_name = "o_proj"
     outside_matrix = ("o_proj.weight", "o_proj.bias", "o_norm.weight", "v_proj.weight", "g_a_proj.weight",
                       "g_b_proj.weight")  # fmt: skip

@@ -223,6 +223,7 @@ class DiscreteMamba2Mixer(SSMMixer):
     no norm; the output is out_proj(y * silu(z + z_bias)).
     """
 
+    kept_bytes = {4: (20.0, 16.0, 48.1), 2: (18.0, 8.0, 32.2)}
     gate_in_projection = False
     outside_matrix = (*StateMixer.outside_matrix, "z_bias")
 

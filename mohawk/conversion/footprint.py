@@ -17,15 +17,11 @@ from transformers import PreTrainedModel
 from mohawk.models.decoders import decoder
 from mohawk.models.families import decoder_layers, decoder_shape
 from mohawk.models.hybrid import HybridForCausalLM
+from mohawk.models.mixers import MIXERS
 
-# (residual stream, MLP, attention or mixer): bytes a channel and token, in float32 and under bfloat16 autocast
-KEPT = {
-    "attention": {4: (20.6, 16.1, 16.7), 2: (22.6, 8.1, 8.7)},
-    "mamba2": {4: (20.0, 16.0, 52.4), 2: (18.0, 8.0, 40.4)},
-    "discrete_mamba2": {4: (20.0, 16.0, 48.1), 2: (18.0, 8.0, 32.2)},
-    "gated_delta": {4: (20.0, 16.0, 61.1), 2: (24.0, 8.0, 53.1)},
-    "kimi_delta": {4: (20.0, 16.0, 68.9), 2: (28.0, 8.0, 61.0)},
-}
+# What a layer with attention keeps; of one with a mixer its class says it, as here: bytes a token and channel of
+# (residual stream, MLP, attention), in float32 and under bfloat16 autocast
+KEPT = {4: (20.6, 16.1, 16.7), 2: (22.6, 8.1, 8.7)}
 TILE = 2**28  # bytes of logits at once in the loss, both sides and what is made of them
 
 
@@ -99,9 +95,9 @@ def footprint(
     head = student.lm_head.weight.numel()
 
     def kept(i: int) -> int:
-        kind = config.mixer_of(i) if i in replaced else "attention"
+        kept_bytes = MIXERS[config.mixer_of(i)].kept_bytes if i in replaced else KEPT
         inner = config.mixer_num_heads * config.mixer_head_dim if i in replaced else shape.num_heads * shape.head_dim
-        a, b, c = KEPT[kind][itemsize]
+        a, b, c = kept_bytes[itemsize]
         return int(tokens * (a * width + b * (config.intermediate_size or 4 * width) + c * inner))
 
     found = {

@@ -23,12 +23,6 @@ from mohawk.schema.kinds import load_run_recipe
 log = logging.getLogger(__name__)
 
 UNKNOWN = "not known; check the teacher's"
-MIXERS = {  # tag and name
-    "mamba2": ("mamba2", "Mamba-2"),
-    "discrete_mamba2": ("mamba2", "Mamba-2"),
-    "gated_delta": ("gated-deltanet", "Gated DeltaNet"),
-    "kimi_delta": ("kimi-delta-attention", "Kimi Delta Attention"),
-}
 STOCK = {"qwen3_5_text": "gated_delta"}  # the mixer of a stock class that is not Mamba-2's
 
 
@@ -105,22 +99,30 @@ def _front_matter(config: Any, teacher: str | None, licence: str | None, stock: 
         "library_name: transformers",
         "pipeline_tag: text-generation",
         f"license: {licence or 'unknown'}",
-        f"tags: [mohawk, hybrid, {', '.join(dict.fromkeys(MIXERS[name][0] for name in _mixers(config)))}, "
-        f"{stock or 'custom_code'}]",
+        f"tags: [mohawk, hybrid, {', '.join(_tag(label) for label in _labels(config))}, {stock or 'custom_code'}]",
     ]
     if teacher and not home(teacher).exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", teacher):
         lines.append(f"base_model: {teacher}")
     return "---\n" + "\n".join(lines) + "\n---"
 
 
-def _mixers(config: Any) -> list[str]:
-    return getattr(config, "mixer_kinds", [STOCK.get(config.model_type, "mamba2")])
+def _labels(config: Any) -> list[str]:
+    """The methods that a student's mixers are, by name."""
+    from mohawk.models.mixers import MIXERS
+
+    kinds = getattr(config, "mixer_kinds", [STOCK.get(config.model_type, "mamba2")])
+    return list(dict.fromkeys(MIXERS[name].label for name in kinds))
+
+
+def _tag(label: str) -> str:
+    """As hubs write tags: mamba2, gated-deltanet."""
+    return label.replace("-", "").replace(" ", "-").lower()
 
 
 def _sentence(config: Any) -> str:
     kinds = list(getattr(config, "layers_block_type", None) or config.layer_types)
     ssm = kinds.count("linear_attention")
-    names = " and ".join(dict.fromkeys(MIXERS[name][1] for name in _mixers(config)))
+    names = " and ".join(_labels(config))
     return (
         f"A {config.architectures[0]} of {ssm} {names} and {len(kinds) - ssm} attention layers, "
         "distilled from a Transformer by MOHAWK (https://arxiv.org/abs/2408.10189) with the package mohawk."

@@ -4,9 +4,11 @@ alone, and works from end to end."""
 import argparse
 import io
 import math
+import os
 import subprocess
 import sys
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,11 +17,9 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from mohawk.cli import main, parser
-from mohawk.conversion.footprint import KEPT
 from mohawk.conversion.objectives import MixingObjective
 from mohawk.core.command import Command
 from mohawk.errors import UserError
-from mohawk.export.model_card import MIXERS as NAMED
 from mohawk.export.run import export
 from mohawk.export.targets import TARGETS
 from mohawk.inspection import commands as inspection
@@ -44,6 +44,7 @@ from mohawk.models.from_teacher import hybrid_from_teacher
 from mohawk.models.mixer_names import MIXERS as MIXER_NAMES
 from mohawk.models.mixers import MIXERS, SSMMixer
 from mohawk.models.teacher_forcing import layer_calls, record, recording_attention
+from tests.mohawk.runs.test_distributed import place, written  # noqa: F401
 
 ROWS, VOCAB, HIDDEN = 7, 11, 5
 
@@ -293,6 +294,8 @@ def test_a_metric_is_an_entry(backend, monkeypatch):
 class MovingAverage(SSMMixer):
     """A mixer whose decay and gate are constants per head and channel: in_proj rows are [x | B | C | z | a]."""
 
+    label = "Moving average"
+
     def projection_size(self) -> int:
         return self.conv_size + self.inner_size + self.num_heads
 
@@ -311,7 +314,6 @@ class MovingAverage(SSMMixer):
 
 def test_the_mixers_have_names_and_classes():
     assert list(MIXER_NAMES) == list(MIXERS)
-    assert set(KEPT) == {"attention", *MIXERS} and set(NAMED) == set(MIXERS)
 
 
 @pytest.mark.parametrize("init", ["attention", "neutral", "random"])
@@ -338,6 +340,33 @@ def test_a_mixer_is_a_class_and_a_name(init, make_llama, monkeypatch):
         losses.append(sum(loss.backward() or loss.item() for _, loss in objective.losses(**inputs)))
         optimizer.step()
     assert losses[-1] < losses[0]
+
+
+def test_a_run_with_a_mixer_of_a_class_and_a_name(place, tmp_path):  # noqa: F811
+    """It is planned, trained, evaluated, told of and described, with nothing else that knows it."""
+    student = {"ssm_layers": [1], "mixer": "moving_average"}
+    phases = {"mixing": {"save_every": 3}, "hidden": None, "end_to_end": {"gradient_accumulation": 1}}
+    recipe = written(place, tmp_path / "own", student=student, phases=phases)
+    code = (
+        "import sys\nfrom mohawk.models import mixer_names\n"
+        "mixer_names.MIXERS['moving_average'] = 'an average over the past'\n"
+        "from mohawk.models import mixers\nfrom tests.mohawk.test_extension_points import MovingAverage\n"
+        "mixers.MIXERS['moving_average'] = MovingAverage\n"
+        "from mohawk.cli import main\nfrom mohawk.export.model_card import model_card\n"
+        "from mohawk.models.hybrid import HybridForCausalLM\n"
+        "recipe, run = sys.argv[1:]\n"
+        "for command in (['convert', recipe, '--dry-run'], ['convert', recipe], ['inspect', run]):\n"
+        "    assert main(command) == 0, command\n"
+        "config = HybridForCausalLM.from_pretrained(run + '/student').config\n"
+        "print(model_card('own', config, None, [], []))\n"
+    )
+    given = [sys.executable, "-c", code, str(recipe), str(tmp_path / "own/run")]
+    env = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[2])}
+    done = subprocess.run(given, capture_output=True, text=True, env=env, timeout=100)
+    assert done.returncode == 0, done.stderr
+    assert "1 of 2 layers become moving_average" in done.stdout and "end_to_end: done" in done.stdout
+    assert "of 1 Moving average and 1 attention layers" in done.stdout
+    assert "tags: [mohawk, hybrid, moving-average," in done.stdout
 
 
 def test_a_family_is_an_entry(monkeypatch):
