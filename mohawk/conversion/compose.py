@@ -25,7 +25,16 @@ from mohawk.conversion.swap import keep_attention
 from mohawk.core.folders import MANIFEST, checkpoints, drop_file, is_complete, write_whole
 from mohawk.core.json_files import read_json, write_json
 from mohawk.core.places import home
-from mohawk.core.run_folder import COMPOSED, METRICS, RECIPE, RESULTS, SELECTION, STUDENT, phase_folder
+from mohawk.core.run_folder import (
+    COMPOSED,
+    METRICS,
+    RECIPE,
+    RESULTS,
+    SELECTION,
+    STUDENT,
+    evaluation_files,
+    phase_folder,
+)
 from mohawk.errors import UserError
 from mohawk.loading.describe import size_text, state_sizes
 from mohawk.loading.models import load_teacher
@@ -227,7 +236,7 @@ def _outdated(composed: Path, target: Path, source: Path) -> bool:
 def _forget_mixers(composed: Path, target: Path) -> None:
     """Make the student of earlier mixers incomplete, and what was measured of it unmeasured."""
     (target / MANIFEST).unlink(missing_ok=True)  # first: a kill from here on leaves a folder that is composed again
-    for path in (*(composed / "evaluation").glob("*.json"), composed / RESULTS):
+    for path in (*evaluation_files(composed), composed / RESULTS):
         drop_file(path)
 
 

@@ -18,6 +18,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from mohawk.core.run_folder import LOCK
 from mohawk.core.sums import hashed, sha256_of
 from mohawk.errors import UserError, naming
 
@@ -295,7 +296,7 @@ def locked(folder: str | os.PathLike) -> Iterator[None]:
     except ImportError:  # Windows
         yield
         return
-    with open(Path(folder) / ".lock", "w") as file:
+    with open(Path(folder) / LOCK, "w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

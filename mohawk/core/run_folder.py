@@ -4,15 +4,21 @@ recipe.yaml, run.json, .lock     what the run is made of; what it is bound to; w
 metrics.jsonl, log.txt           every logged step; what it said
 phases/NAME/                     checkpoints of a phase, round or stage, and its `student`; of some stages the `base`
                                  that an adapter is for, and the `adapter`
+rounds/N/                        of a round of pruning: the sum of what it begins with, units' and layers' scores, its
+                                 search (and phases/ of the candidates' healing), and its cut
+matrices/NAME.safetensors        of a stage: mixing matrices, for pictures
 evaluation/NAME.json             measured before and after each; `tasks` and `again` by `mohawk evaluate`
+vocabulary.json                  which tokens a pruning kept, and why
 results.json, report.md, plots/  what came of it
 student/                         the last one
+export/TARGET/                   the last one for another runtime, by `mohawk export`
 composed.json                    which run's phases a composed run goes on from
 selection.json, selection/       the ranking of `mohawk select`, and every measurement of it
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 RECIPE = "recipe.yaml"
@@ -21,6 +27,18 @@ LOCK = ".lock"
 METRICS = "metrics.jsonl"
 LOG = "log.txt"
 STUDENT = "student"
+BASE = "base"
+ADAPTER = "adapter"
+PHASES = "phases"
+ROUNDS = "rounds"
+BEGINS_WITH = "begins_with.json"  # this and the four below in a round's folder
+IMPORTANCE = "importance.safetensors"
+LAYERS = "layers.json"
+SEARCH = "search.json"
+CUT = "cut.json"
+MATRICES = "matrices"
+VOCABULARY = "vocabulary.json"
+PLOTS = "plots"
 RESULTS = "results.json"
 REPORT = "report.md"
 COMPOSED = "composed.json"
@@ -40,7 +58,7 @@ def has_recipe(folder: Path) -> bool:
 
 def phase_folder(run: Path, name: str) -> Path:
     """Where a phase, round or stage keeps its checkpoints and students."""
-    return run / "phases" / name
+    return run / PHASES / name
 
 
 def phase_student(run: Path, name: str) -> Path:
@@ -48,9 +66,34 @@ def phase_student(run: Path, name: str) -> Path:
     return phase_folder(run, name) / STUDENT
 
 
+def left_by_phases(run: Path) -> list[Path]:
+    """All checkpoints, students, adapters and what these are for; also those that are not finished."""
+    return list(run.glob(f"{PHASES}/*/*"))
+
+
+def round_folder(run: Path, number: int) -> Path:
+    """Where a round of pruning, from 1, keeps what it measured and cut."""
+    return run / ROUNDS / str(number)
+
+
+def of_rounds(run: Path, name: str) -> Iterator[Path]:
+    """The file of this name of each round that has one."""
+    return run.glob(f"{ROUNDS}/*/{name}")
+
+
+def matrices_file(run: Path, stage: str) -> Path:
+    """The mixing matrices that were kept of a stage."""
+    return run / MATRICES / f"{stage}.safetensors"
+
+
 def evaluation_file(run: Path, name: str) -> Path:
     """What was measured after a phase, or under another name."""
     return run / "evaluation" / f"{name}.json"
+
+
+def evaluation_files(run: Path) -> list[Path]:
+    """All that was measured."""
+    return list(run.glob("evaluation/*.json"))
 
 
 def tasks_file(run: Path) -> Path:
@@ -65,4 +108,22 @@ def again_file(run: Path) -> Path:
 
 def plot_file(run: Path, name: str) -> Path:
     """A picture of the report."""
-    return run / "plots" / f"{name}.png"
+    return run / PLOTS / f"{name}.png"
+
+
+def plot_names(run: Path) -> list[str]:
+    """All pictures of the report, as a page in the run's folder names them."""
+    return sorted(f"{PLOTS}/{path.name}" for path in (run / PLOTS).glob("*.png"))
+
+
+def summed_files(run: Path) -> Iterator[Path]:
+    """Every file that is written at once and whole, with its sum beside it."""
+    names = (RECIPE, RUN_FILE, RESULTS, SELECTION, COMPOSED, VOCABULARY, f"{MATRICES}/*.safetensors")
+    yield from sorted(path for name in names for path in run.glob(name))
+    yield from sorted((*evaluation_files(run), *of_rounds(run, "*.json"), *of_rounds(run, "*.safetensors")))
+
+
+def summed_folders(run: Path) -> Iterator[Path]:
+    """Every folder that has a manifest: what phases left, and the last student."""
+    left = [path for name in (STUDENT, "checkpoint-*", ADAPTER, BASE) for path in run.glob(f"{PHASES}/*/{name}")]
+    yield from sorted(path for path in (run / STUDENT, *left) if path.is_dir())

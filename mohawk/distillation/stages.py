@@ -12,7 +12,7 @@ import torch
 
 from mohawk.core.folders import write_whole
 from mohawk.core.processes import on_first
-from mohawk.core.run_folder import phase_folder, phase_student
+from mohawk.core.run_folder import ADAPTER, BASE, phase_folder, phase_student
 from mohawk.data.text import tokenizer_key
 from mohawk.distillation.build import (
     checked_cache,
@@ -73,7 +73,7 @@ class StageTrainer:
         lora, trained = lora_of(recipe, stage), None
         if lora is not None:
             if lora.keep:
-                write_plain(student, phase_folder(run.folder, stage.name) / "base")
+                write_plain(student, phase_folder(run.folder, stage.name) / BASE)
             with mistakes(f"{section}.student.lora" if stage.student else "student.lora"):
                 trained = add_adapter(student, lora.rank, lora.alpha, lora.dropout, lora.targets, lora.bits)
         with mistakes(f"{section} ({stage.name})"):
@@ -178,8 +178,8 @@ class StageTrainer:
     def _write_adapter(self, stage: str, student: PeftModel) -> None:
         folder = phase_folder(self.run.folder, stage)
         for about in student.peft_config.values():
-            about.base_model_name_or_path = str(folder / "base")
-        target = folder / "adapter"
+            about.base_model_name_or_path = str(folder / BASE)
+        target = folder / ADAPTER
         refuse_nonfinite(student, f"{target}: this adapter", "it is not written; lower the learning rate")
         with write_whole(target, replace=True) as partial:
             save_adapter(student, partial)
@@ -188,7 +188,7 @@ class StageTrainer:
 def stage_step(trainer: StageTrainer, i: int, stage: Stage) -> Step:
     """A stage as a run takes it."""
     lora = lora_of(trainer.run.recipe, stage)
-    kept = ("base", "adapter") if lora is not None and lora.keep else ()
+    kept = (BASE, ADAPTER) if lora is not None and lora.keep else ()
     folder = phase_folder(trainer.run.folder, stage.name)
     return Step(stage.name, functools.partial(trainer.train, i, stage), stage, [folder / name for name in kept])
 

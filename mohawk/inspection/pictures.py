@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from mohawk.core.folders import MANIFEST, write_whole
 from mohawk.core.places import home
 from mohawk.core.precision import pick_device
-from mohawk.core.run_folder import has_recipe
+from mohawk.core.run_folder import PLOTS, has_recipe
 from mohawk.data.same_tokenizer import teacher_tokenizer
 from mohawk.errors import UserError
 from mohawk.kernels.mixing.definition import Mixing
@@ -237,7 +237,7 @@ def _sizes(config) -> str:
 def _target(model: str | Path, output: Path | None) -> Path:
     if output is None:
         folder = home(model)
-        output = folder / "plots" / "matrices" if has_recipe(folder) else Path("matrices")
+        output = folder / PLOTS / "matrices" if has_recipe(folder) else Path("matrices")
     output = home(output)
     if output.is_dir() and any(output.iterdir()):
         # other folders of ours carry a manifest too, a student's for one

@@ -11,7 +11,17 @@ from typing import TYPE_CHECKING
 from mohawk.core.folders import MANIFEST, PARTIAL, why_altered, why_incomplete
 from mohawk.core.lines import damage, sums_of
 from mohawk.core.places import home
-from mohawk.core.run_folder import MEASURED, METRICS, RECIPE, RUN_FILE
+from mohawk.core.run_folder import (
+    ADAPTER,
+    BASE,
+    MEASURED,
+    METRICS,
+    PHASES,
+    STUDENT,
+    has_recipe,
+    summed_files,
+    summed_folders,
+)
 from mohawk.data.generated import FILES, spare_lines
 from mohawk.errors import UserError
 from mohawk.training.metrics import damaged_lines
@@ -20,10 +30,6 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 SUMS = ".sha256"
-# What has no sum where an earlier version wrote it: a run's files, tokenised text and pairs.
-ALONE = ("results.json", "selection.json", "composed.json", "vocabulary.json", "evaluation/*.json", "rounds/*/*.json",
-         "rounds/*/*.safetensors", "matrices/*.safetensors")  # fmt: skip
-WHOLE = ("student", "phases/*/student", "phases/*/checkpoint-*", "phases/*/adapter", "phases/*/base")
 
 
 @dataclass(frozen=True)
@@ -98,7 +104,7 @@ def verify(path: str | Path, console: Console | None = None) -> list[Finding]:
 
 
 def _remedy(path: Path) -> str:
-    if path.name in ("adapter", "base") or path.name == "student" and path.parent.parent.name == "phases":
+    if path.name in (ADAPTER, BASE) or path.name == STUDENT and path.parent.parent.name == PHASES:
         return "the command that wrote it makes it again of the last checkpoint beside it, or says how"
     return "the command that wrote it makes again what it needs of it"
 
@@ -119,15 +125,14 @@ def _whole(place: Path) -> str | None:
 
 
 def _without_sums(folder: Path, inside: set[Path]) -> Iterator[Finding]:
-    if (folder / RECIPE).is_file():
-        for name in (RECIPE, RUN_FILE, *ALONE):
-            for path in sorted(folder.glob(name)):
-                if not path.with_name(f".{path.name}{SUMS}").exists():
-                    yield Finding(path, NO_SUMS)
-        for name in WHOLE:
-            for path in sorted(folder.glob(name)):
-                if path.is_dir() and path not in inside:
-                    yield Finding(path, f"has no {MANIFEST}")
+    """What has no sum where an earlier version wrote it: a run's files, tokenised text and pairs."""
+    if has_recipe(folder):
+        for path in summed_files(folder):
+            if not path.with_name(f".{path.name}{SUMS}").exists():
+                yield Finding(path, NO_SUMS)
+        for path in summed_folders(folder):
+            if path not in inside:
+                yield Finding(path, f"has no {MANIFEST}")
     for path in sorted({*folder.rglob("offsets.npy"), *folder.rglob("spans.npy")}):
         if path.parent not in inside and not _passing(path, folder):
             yield Finding(path.parent, NO_SUMS)

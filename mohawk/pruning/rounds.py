@@ -20,7 +20,19 @@ from mohawk.core.folders import weights_sum
 from mohawk.core.json_files import read_json, write_json
 from mohawk.core.places import home
 from mohawk.core.processes import from_first, on_first
-from mohawk.core.run_folder import phase_folder, phase_student, plot_file
+from mohawk.core.run_folder import (
+    BEGINS_WITH,
+    CUT,
+    IMPORTANCE,
+    LAYERS,
+    PHASES,
+    ROUNDS,
+    SEARCH,
+    phase_folder,
+    phase_student,
+    plot_file,
+    round_folder,
+)
 from mohawk.data.packing import collate
 from mohawk.distillation.build import mistakes
 from mohawk.distillation.sources import StageData, training_rows
@@ -70,7 +82,7 @@ class Rounds:
         self.run, self.plan = run, plan
 
     def folder(self, number: int) -> Path:
-        return self.run.folder / "rounds" / str(number)
+        return round_folder(self.run.folder, number)
 
     def forget_scores(self, number: int, before: str | None) -> None:
         """What was measured of another model than a round now begins with goes. before: the step that left it."""
@@ -78,7 +90,7 @@ class Rounds:
             self.folder(number),
             None if before is None else weights_sum(phase_student(self.run.folder, before)),
         )
-        kept = folder / "begins_with.json"
+        kept = folder / BEGINS_WITH
         if kept.is_file():
             if (read_json(kept) or {"weights": "not known"}).get("weights") == left:
                 return
@@ -102,7 +114,7 @@ class Rounds:
         total, inside = parameters_of(smaller)
         found = {"before": asdict(sizes_of(base.config)), "after": asdict(sizes_of(smaller.config)), "layers": kept,
                  "parameters": total, "outside_embedding_and_head": inside}  # fmt: skip
-        on_first(lambda: write_json(folder / "cut.json", found))
+        on_first(lambda: write_json(folder / CUT, found))
         log.info("round %d: %s", number, json.dumps(found))
         self._check_budget(number, smaller)
         return smaller
@@ -122,13 +134,13 @@ class Rounds:
         if state is None or "picked" not in state:
             run = self.run.folder
             raise UserError(
-                f"{self.folder(number) / 'search.json'} is missing or damaged, and every round cuts towards what round "
-                f"{number} picked; put it back, or delete {run / 'phases'} and {run / 'rounds'} to begin again"
+                f"{self.folder(number) / SEARCH} is missing or damaged, and every round cuts towards what round "
+                f"{number} picked; put it back, or delete {run / PHASES} and {run / ROUNDS} to begin again"
             )
         return state["candidates"][state["picked"]]
 
     def _search_so_far(self, number: int) -> dict[str, Any] | None:
-        return from_first(lambda: read_json(self.folder(number) / "search.json", Search))
+        return from_first(lambda: read_json(self.folder(number) / SEARCH, Search))
 
     def _mixed(
         self, number: int, base: PreTrainedModel, scores: Importance, layers: Any, sizes: Sizes, mix: Counter[str]
@@ -158,7 +170,7 @@ class Rounds:
         return from_first(lambda: self._kept_scores(number, base))
 
     def _kept_scores(self, number: int, base: PreTrainedModel) -> Importance:
-        path = self.folder(number) / "importance.safetensors"
+        path = self.folder(number) / IMPORTANCE
         if path.is_file():
             try:
                 return Importance.load(path)
@@ -212,7 +224,7 @@ class Rounds:
         fixed = round_.sizes is not None and round_.sizes.layers == sizes_of(base.config).layers
         if by in ("block_importance", "contiguous") or fixed:
             return "block" if by == "contiguous" else "score"
-        path = self.folder(number) / "layers.json"
+        path = self.folder(number) / LAYERS
         if (found := read_json(path, Drops)) is None:
             tokens = self.run.recipe.calibration.layer_tokens
             self.run.console.print(f"round {number}: each layer left out in turn, on {tokens:,} tokens")
@@ -264,7 +276,7 @@ class Rounds:
         costs = round_.costs if planned else None
         if costs is None:
             costs = costs_of(self.run.recipe, base.config, budget.kind, self.run.device)
-            if not from_first((folder / "search.json").is_file):  # whose candidates are kept
+            if not from_first((folder / SEARCH).is_file):  # whose candidates are kept
                 found = from_first(lambda: found_for(self.run.recipe, costs, budget, round_.where, kept))
         light = self._light_healing(folder) if self.run.recipe.search.tokens else None
         picked = search(

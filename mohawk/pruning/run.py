@@ -20,7 +20,16 @@ from mohawk.core.folders import is_complete
 from mohawk.core.json_files import read_json, write_json
 from mohawk.core.precision import pick_device
 from mohawk.core.processes import first_before_others, from_first, on_first, wish
-from mohawk.core.run_folder import RECIPE, STUDENT, evaluation_file, phase_student
+from mohawk.core.run_folder import (
+    CUT,
+    RECIPE,
+    SEARCH,
+    STUDENT,
+    VOCABULARY,
+    evaluation_file,
+    phase_student,
+    round_folder,
+)
 from mohawk.data.source_files import as_source, local_files
 from mohawk.data.token_counts import most_frequent, token_counts
 from mohawk.distillation.build import check_caches, load, loss_label, mistakes
@@ -140,7 +149,7 @@ def _plan(recipe: PruneRecipe, config: Any, run: Path) -> Plan:
 
 def _saved_candidates(run: Path, recipe: PruneRecipe) -> list[Sizes]:
     """What a stopped run of this very recipe found for its first round; another's are none of it."""
-    saved = read_json(run / "rounds" / "1" / "search.json", Search)
+    saved = read_json(round_folder(run, 1) / SEARCH, Search)
     if saved is None:
         return []
     try:
@@ -242,7 +251,7 @@ class Pruning:
 
     def _is_final(self, last: str | None) -> bool:
         trimmed = self.run.recipe.prune.vocabulary is not None
-        if trimmed and read_json(self.run.folder / "vocabulary.json", Vocabulary) is None:
+        if trimmed and read_json(self.run.folder / VOCABULARY, Vocabulary) is None:
             return False
         # the last step's are in another dtype, or have more tokens
         return is_final(self.run, last, same_weights=False)
@@ -261,7 +270,7 @@ class Pruning:
                 counts = self._token_counts(name)
                 if counts.any():
                     covered[name] = float(counts[trimmed.tokens].sum() / counts.sum())
-            on_first(lambda: write_json(self.run.folder / "vocabulary.json", covered))
+            on_first(lambda: write_json(self.run.folder / VOCABULARY, covered))
         write_final(self.run, student, last, tokenizer)
 
     def _check_vocabulary(self) -> None:
@@ -301,7 +310,7 @@ class Pruning:
         rows = [["teacher", *sizes_row(self.plan.own), *(f"{n:,}" for n in parameters_of(self.run.teacher))]]
         searches = []
         for number in range(1, len(self.plan.rounds) + 1):
-            if (found := read_json(self.rounds.folder(number) / "cut.json", CutMade)) is not None:
+            if (found := read_json(self.rounds.folder(number) / CUT, CutMade)) is not None:
                 counts = (found["parameters"], found["outside_embedding_and_head"])
                 rows.append(
                     [
@@ -310,14 +319,14 @@ class Pruning:
                         *(f"{n:,}" for n in counts),
                     ]
                 )
-            if (state := read_json(self.rounds.folder(number) / "search.json", Search)) and "picked" in state:
+            if (state := read_json(self.rounds.folder(number) / SEARCH, Search)) and "picked" in state:
                 searches.append(search_table(state))
         counts = [f"{n:,}" for n in parameters_of(student)]
         if counts != rows[-1][-2:]:  # made a hybrid, or less of a vocabulary
             rows.append(["student", *sizes_row(sizes_of(student.config), self.plan.own), *counts])
         header = ["", *sizes_header(self.plan.own), "parameters", "outside embedding and head"]
         made: list[Table] = [("Sizes", header, rows), *searches]
-        covered = read_json(self.run.folder / "vocabulary.json", Vocabulary)
+        covered = read_json(self.run.folder / VOCABULARY, Vocabulary)
         if covered is not None and self.run.recipe.prune.vocabulary:
             lines = [["tokens", f"{covered['after']:,} of {covered['before']:,}"]]
             lines += [[reason, f"{count:,}"] for reason, count in covered["why"].items()]

@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from mohawk.core.json_files import read_json, write_json
 from mohawk.core.processes import from_first, on_first
+from mohawk.core.run_folder import SEARCH
 from mohawk.errors import UserError
 from mohawk.loading.describe import state_sizes
 from mohawk.measures.compare import Comparison, decode_speed
@@ -280,7 +281,7 @@ def search(
 
     In several processes all take part in healing; what `make` and `measure` give is the same on all.
     """
-    path = folder / "search.json"
+    path = folder / SEARCH
     state = from_first(lambda: read_json(path, Search)) or {"candidates": [{"sizes": asdict(sizes)} for sizes in found]}
     state |= {"budget": asdict(budget), "unit": UNITS[budget.kind]}
     rows = state["candidates"]

@@ -23,7 +23,7 @@ from mohawk.core.folders import MANIFEST, WEIGHTS, about_of
 from mohawk.core.json_files import read_json, write_json
 from mohawk.core.parsing import parse_json
 from mohawk.core.places import home
-from mohawk.core.run_folder import RUN_FILE, STUDENT
+from mohawk.core.run_folder import ROUNDS, RUN_FILE, STUDENT, evaluation_files, left_by_phases
 from mohawk.core.sums import sha256_of
 from mohawk.data.source_files import source_content
 from mohawk.data.text import tokenizer_key
@@ -195,7 +195,7 @@ def _commit(name: str, revision: str | None) -> str | None:
 def _made_again(run: Path) -> dict[str, Any]:
     """What run.json says where there is none: of a new run, of an earlier version's, or of one that lost it."""
     new = {"id": secrets.token_hex(8), "inputs": None, "precision": None, "versions": versions()}
-    work = [*run.glob("phases/*/*"), *run.glob("evaluation/*.json"), *run.glob("rounds/*"), *run.glob(STUDENT)]
+    work = [*left_by_phases(run), *evaluation_files(run), *run.glob(f"{ROUNDS}/*"), run / STUDENT]
     if not any(path.is_dir() or path.suffix == ".json" for path in work):
         return new
     found = _recorded(run)
@@ -211,8 +211,8 @@ def _made_again(run: Path) -> dict[str, Any]:
 
 def _recorded(run: Path) -> dict[str, Any] | None:
     """The id and the record in the newest manifest of a checkpoint or student, and its `path`; None if none has any."""
-    manifests = [*run.glob(f"phases/*/*/{MANIFEST}"), *run.glob(f"{STUDENT}/{MANIFEST}")]
-    for path in sorted((manifest.parent for manifest in manifests), key=_written_at, reverse=True):
+    written = [path for path in (*left_by_phases(run), run / STUDENT) if (path / MANIFEST).exists()]
+    for path in sorted(written, key=_written_at, reverse=True):
         about = about_of(path)
         record = about.get("bound")
         found = {"id": about.get("run"), "path": path} | (record if isinstance(record, dict) else {})
@@ -231,7 +231,7 @@ def _written_at(folder: Path) -> tuple[int, str]:
 
 def _earlier_id(run: Path) -> str | None:
     """The id that a run of an earlier version, whose run.json is lost, gave its students and checkpoints."""
-    ids = (about_of(path).get("run") for path in sorted(run.glob("phases/*/*")) if path.is_dir())
+    ids = (about_of(path).get("run") for path in sorted(left_by_phases(run)) if path.is_dir())
     return next((found for found in ids if isinstance(found, str)), None)
 
 

@@ -17,7 +17,7 @@ from typing import Any
 from mohawk.core.folders import locked, why_altered
 from mohawk.core.json_files import read_json, write_text
 from mohawk.core.processes import on_first
-from mohawk.core.run_folder import RECIPE, RUN_FILE, phase_folder, phase_student
+from mohawk.core.run_folder import RECIPE, RUN_FILE, SEARCH, of_rounds, phase_folder, phase_student
 from mohawk.errors import UserError
 from mohawk.runs.binding import bound, write_bound
 from mohawk.schema.base import Phase, sections
@@ -126,7 +126,7 @@ def _changeable(run: Path, recipe: Any, name: str) -> bool:
         section = name.rpartition(".")[0]
         order = list(steps := _trained(recipe))
         which = next((step for step in reversed(order) if steps[step][0] == section), None)
-        ranking = run.glob("rounds/*/search.json")  # candidates healed alike are compared with each other
+        ranking = of_rounds(run, SEARCH)  # candidates healed alike are compared with each other
         if which is None or section == "heal" and any("picked" not in (read_json(path) or {}) for path in ranking):
             return False
         # with a later one's student this one is not trained again, wherever its own has gone

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from mohawk.core.folders import why_altered, write_file
 from mohawk.core.processes import is_first
-from mohawk.core.run_folder import plot_file
+from mohawk.core.run_folder import matrices_file, plot_file
 from mohawk.kernels.mixing.definition import AttentionMixing, Mixing
 from mohawk.kernels.mixing.matrix import mixing_matrix
 from mohawk.models.families import decoder_layers, mixer_input_norm
@@ -29,8 +29,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 log = logging.getLogger(__name__)
-
-FOLDER = "matrices"
 
 
 @torch.no_grad()
@@ -116,13 +114,13 @@ def save_matrices(
         reshard(model)
     if not is_first():
         return
-    with write_file(run / FOLDER / f"{stage}.safetensors") as beside:
+    with write_file(matrices_file(run, stage)) as beside:
         save_file({key: value.half().contiguous() for key, value in matrices.items()}, beside)
 
 
 def saved_matrices(run: Path, stage: str) -> dict[str, Tensor]:
     """What `save_matrices` kept, as float32; empty when there is none, or a damaged one (logged)."""
-    path = run / FOLDER / f"{stage}.safetensors"
+    path = matrices_file(run, stage)
     if not path.is_file():
         return {}
     try:

@@ -13,7 +13,17 @@ from typing import TYPE_CHECKING, Any
 
 from mohawk.core.folders import MANIFEST
 from mohawk.core.json_files import read_json, write_json, write_text
-from mohawk.core.run_folder import METRICS, RECIPE, REPORT, RESULTS, STUDENT, evaluation_file, plot_file, tasks_file
+from mohawk.core.run_folder import (
+    METRICS,
+    RECIPE,
+    REPORT,
+    RESULTS,
+    STUDENT,
+    evaluation_file,
+    plot_file,
+    plot_names,
+    tasks_file,
+)
 from mohawk.errors import UserError
 from mohawk.loading.describe import size_text
 from mohawk.loading.models import parameter_count
@@ -119,7 +129,7 @@ def finish(
         "consistency": consistency,
         "phases": {name: times[name] for name in stages if name in times},
         "continuations": continuations,
-        "plots": sorted(f"plots/{path.name}" for path in (folder / "plots").glob("*.png")),
+        "plots": plot_names(folder),
         "machine": machine(teacher.device),
         "recipe": recipe.model_dump(mode="json"),
         **({"tasks": tasks} if tasks else {}),
@@ -152,7 +162,7 @@ def report_tasks(folder: Path | str) -> Path | None:
         return None
     _plot_tasks(folder, tasks)
     results["tasks"] = tasks
-    results["plots"] = sorted(f"plots/{path.name}" for path in (folder / "plots").glob("*.png"))
+    results["plots"] = plot_names(folder)
     write_json(folder / RESULTS, results)
     recipe = (folder / RECIPE).read_text(encoding="utf-8")
     write_text(folder / REPORT, to_markdown(results, recipe, folder.resolve().name))
