@@ -53,7 +53,7 @@ def case(phase: str, how: str, processes: int, rows: int, quick: bool, recompute
     from mohawk.losses.distiller import KnowledgeDistiller
     from mohawk.models.from_teacher import hybrid_from_teacher
     from mohawk.models.sharding import reshard, shard
-    from mohawk.training.trainer import _apart
+    from mohawk.training.optimizer import sharded_apart
 
     torch.set_num_threads(1)
     if processes > 1:
@@ -83,7 +83,7 @@ def case(phase: str, how: str, processes: int, rows: int, quick: bool, recompute
         )
         reshard(student)
         parameters = [p for p in student.parameters() if p.requires_grad]
-        optimizer = torch.optim.AdamW(_apart([{"params": parameters}]), fused=True)
+        optimizer = torch.optim.AdamW(sharded_apart([{"params": parameters}]), fused=True)
     ids = torch.randint(VOCAB, (rows, LENGTH), generator=torch.Generator().manual_seed(1))
     mine = ids[rank * rows // processes : (rank + 1) * rows // processes]
     batch = {"input_ids": mine, "position_ids": torch.arange(LENGTH).repeat(len(mine), 1), "labels": mine}

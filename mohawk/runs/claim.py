@@ -21,7 +21,7 @@ from mohawk.core.run_folder import RECIPE, RUN_FILE, SEARCH, of_rounds, phase_fo
 from mohawk.errors import UserError
 from mohawk.runs.binding import bound, write_bound
 from mohawk.schema.base import Phase, sections
-from mohawk.training.trainer import is_over
+from mohawk.training.saving import is_over
 
 log = logging.getLogger(__name__)
 

@@ -14,8 +14,8 @@ from mohawk.runs.claim import check_folder, claimed
 from mohawk.runs.inputs import check_inputs
 from mohawk.runs.sharding import check_sharding
 from mohawk.schema.base import Phase, sections
+from mohawk.training.batches import check_dealt
 from mohawk.training.progress import log_to
-from mohawk.training.trainer import check_dealt
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

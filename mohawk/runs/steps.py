@@ -29,7 +29,8 @@ from mohawk.runs.context import RunContext, measure_stage
 from mohawk.runs.report import finish
 from mohawk.runs.sharding import device_bytes
 from mohawk.training.objective import Objective
-from mohawk.training.trainer import PhaseTrainer, is_over
+from mohawk.training.saving import is_over
+from mohawk.training.trainer import PhaseTrainer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -1,8 +1,12 @@
 """Which examples each step of a phase trains on."""
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
+
+from mohawk.core.processes import count
+from mohawk.errors import UserError
 
 
 class Batches:
@@ -58,3 +62,17 @@ class Batches:
     def _order(self, turn: int) -> list[int]:
         generator = torch.Generator().manual_seed((self.seed * 1_000_003 + turn) % 2**63)
         return torch.randperm(self.examples, generator=generator).tolist()
+
+
+def rows_per_step(phase: Any) -> int:
+    """How many rows a step has, over all processes."""
+    return phase.batch_size * phase.gradient_accumulation
+
+
+def check_dealt(phase: Any, name: str) -> None:
+    """UserError where the processes cannot have equal parts of a step."""
+    if (rows := rows_per_step(phase)) % count():
+        raise UserError(
+            f"{name}: a step has {rows} rows (batch_size x gradient_accumulation, over all processes), which cannot be "
+            f"dealt evenly to {count()} processes; start another number of them, or change one of the two"
+        )

@@ -12,7 +12,6 @@ import itertools
 import logging
 import math
 import os
-import shutil
 import time
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -21,61 +20,42 @@ from typing import Any
 
 import torch
 from accelerate.utils import send_to_device
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import set_seed
 
-from mohawk.core.folders import (
-    Interrupted,
-    about_of,
-    locked,
-    newest_complete,
-    remove_partial,
-    rotate,
-    step_of,
-    write_whole,
-)
+from mohawk.core.folders import Interrupted, locked, remove_partial, step_of
 from mohawk.core.precision import autocast_dtype, pick_device
 from mohawk.core.processes import (
     agree,
     count,
     from_first,
-    gathered,
-    hashed_together,
     is_first,
     means,
     rank,
     several,
     share_parameters,
     sum_gradients,
-    together,
     total,
-    wait_for_all,
 )
 from mohawk.core.run_folder import phase_folder
 from mohawk.core.stopping import SAME_SIGNAL, SAME_SIGNAL_DISTRIBUTED, StopRequest
-from mohawk.errors import UserError, naming
-from mohawk.loading.nonfinite import first_nonfinite
-from mohawk.models.sharding import clip, is_sharded, local, reshard, total_norm
-from mohawk.training.batches import Batches
-from mohawk.training.checkpoint import (
-    ORDER_KEYS,
-    is_finished,
-    read_counts,
-    read_moments,
-    read_parameters,
-    read_random_states,
-    write_counts,
-    write_parameters,
-    write_random_states,
-    write_shards,
-)
+from mohawk.errors import UserError
+from mohawk.models.sharding import clip, is_sharded, reshard, total_norm
+from mohawk.training.batches import Batches, check_dealt, rows_per_step
+from mohawk.training.checkpoint import is_finished
 from mohawk.training.objective import Objective
+from mohawk.training.optimizer import adamw, trainable
 from mohawk.training.progress import Metrics, Progress, Window
+from mohawk.training.saving import Checkpoints
 from mohawk.training.schedule import learning_rate_factor
 from mohawk.training.trackers import Trackers
 
 logger = logging.getLogger(__name__)
+
+# So many steps in a row, or in the phase, whose loss or gradient is not finite end the run with a UserError.
+MAX_NONFINITE = 3
+MAX_NONFINITE_TOTAL = 10
 
 Batch = dict[str, Any]  # tensors by name, or groups of them
 
@@ -88,7 +68,8 @@ class PhaseTrainer:
         name: of the phase: `run_dir/phases/<name>/` holds its checkpoints.
         phase: `tokens`, `batch_size`, `sequence_length`, `learning_rate`, `betas`, `weight_decay`,
             `max_grad_norm`, `warmup`, `decay` (fractions of the steps), `gradient_accumulation`,
-            `save_every`, `log_every` (steps); `eps`, `keep_checkpoints` and `save_minutes` (of the clock) are optional.
+            `save_every`, `log_every` (steps); `keep_checkpoints` (the newest ones; 1) and `save_minutes` (of the clock)
+            are optional. With 2 kept a damaged newest one costs the steps of one interval.
         run_dir: of the run; metrics.jsonl is appended to there.
         train_dataset: maps an index to an example; read in an order that depends on seed and name only, anew
             in each pass.
@@ -96,10 +77,6 @@ class PhaseTrainer:
             real tokens are what gradients are averaged over.
         precision: `float32`, `bfloat16` (autocast), or `auto` (bfloat16 where the device is fast at it).
         device: `auto`, `cpu` or `cuda`.
-        max_nonfinite: this many steps in a row (or `max_nonfinite_total` in the phase) with a loss or
-            gradient that is not finite end the run with a UserError.
-        keep_checkpoints: how many complete checkpoints to keep; default the phase's `keep_checkpoints`, else 1. With 2
-            a damaged newest one costs the steps of one interval.
         origin: what the phase's checkpoints belong to: `run`, its id, and `from`, the sum of the weights that they go
             on from. One that says otherwise is refused.
         report_to: experiment trackers of transformers' (`tensorboard`, `wandb`, ...) that get each record too.
@@ -118,9 +95,6 @@ class PhaseTrainer:
         precision: str = "auto",
         device: str = "auto",
         seed: int = 0,
-        max_nonfinite: int = 3,
-        max_nonfinite_total: int = 10,
-        keep_checkpoints: int | None = None,
         origin: Mapping[str, Any] | None = None,
         report_to: Sequence[str] = (),
         section: str | None = None,
@@ -137,10 +111,6 @@ class PhaseTrainer:
         self.seed = seed
         # Each phase reads the data in its own order.
         self.order_seed = (seed << 32) + zlib.crc32(name.encode())
-        self.max_nonfinite = max_nonfinite
-        self.max_nonfinite_total = max_nonfinite_total
-        self.keep_checkpoints = keep_checkpoints or getattr(phase, "keep_checkpoints", 1)
-        self.origin = dict(origin or {})
 
         self.rows = rows_per_step(phase)
         check_dealt(phase, name)
@@ -150,20 +120,16 @@ class PhaseTrainer:
         self.objective = objective.to(self.device)
         reshard(objective)  # what trains are the parts
         groups = objective.parameter_groups(phase.learning_rate, phase.weight_decay)
-        self.trainable = _trainable(objective, groups)
+        self.trainable = trainable(objective, groups)
         self.sharded = any(map(is_sharded, self.trainable.values()))
+        self.optimizer = adamw(groups, phase)
         names = {id(parameter): name for name, parameter in self.trainable.items()}
-        self.order = [names[id(parameter)] for group in groups for parameter in group["params"]]
-        self.optimizer = torch.optim.AdamW(
-            _apart(groups),
-            lr=phase.learning_rate,
-            betas=tuple(phase.betas),
-            eps=getattr(phase, "eps", 1e-8),
-            weight_decay=phase.weight_decay,
-            fused=self.device.type in ("cpu", "cuda"),
-        )
-        for group in self.optimizer.param_groups:
-            group["initial_lr"] = group["lr"]
+        self._advice = f"Lower {self.section}.learning_rate (now {phase.learning_rate:g})"
+        self.checkpoints = Checkpoints(
+            self.folder, self.objective, self.trainable, self.optimizer,
+            order=[names[id(parameter)] for group in groups for parameter in group["params"]], device=self.device,
+            origin=dict(origin or {}), keep=getattr(phase, "keep_checkpoints", 1), told=self._told, advice=self._advice,
+        )  # fmt: skip
 
         settings = {
             "max_steps": self.steps, "per_device_train_batch_size": phase.batch_size,
@@ -202,7 +168,7 @@ class PhaseTrainer:
                 self.folder.mkdir(parents=True, exist_ok=True)
                 stack.enter_context(locked(self.folder))
                 remove_partial(self.folder)
-            checkpoint = from_first(self._newest_checkpoint)
+            checkpoint = from_first(self.checkpoints.newest)
             stack.enter_context(self._request.caught())
             start = f"from {checkpoint.name}" if checkpoint else "from the beginning"
             logger.info(
@@ -220,35 +186,19 @@ class PhaseTrainer:
                 self._load_checkpoint(checkpoint)
                 if is_finished(checkpoint):
                     return
-                self._load_moments(checkpoint)
+                self.checkpoints.load_moments(checkpoint)
             self._begin()
             if checkpoint:
-                read_random_states(checkpoint, self.device)
+                self.checkpoints.load_random_states(checkpoint)
             self._loop()
         if self._failure is not None:
             raise UserError(self._failure)
         # A signal that came after the last step stops the run too; that step's checkpoint is written.
         if self._stop or agree(self._request.number is not None):
-            saved = Interrupted(self.step, self._checkpoint_path())
+            saved = Interrupted(self.step, self.checkpoints.path(self.step))
             logger.info("%s: %s", self.name, saved)
             raise saved
         logger.info("%s: done after %d steps", self.name, self.step)
-
-    def _newest_checkpoint(self) -> Path | None:
-        """Where the phase goes on. Raises UserError where that is of another run, or goes on from other weights."""
-        checkpoint = newest_complete(self.folder)
-        if checkpoint is None:
-            return None
-        about, what = about_of(checkpoint), {"run": "is of another run", "from": "goes on from other weights"}
-        for name, value in self.origin.items():
-            if name == "bound":  # compared with what the run reads before it trains (mohawk.runs.binding)
-                continue
-            if about.get(name, value) != value:
-                raise UserError(
-                    f"{checkpoint}: {what.get(name, f'has another {name}')} than this phase now begins with; delete "
-                    f"{self.folder} to train the phase from its beginning, or put back what it was"
-                )
-        return checkpoint
 
     def _begin(self) -> None:
         self.objective.eval()  # a teacher in training mode would drop out
@@ -411,17 +361,16 @@ class PhaseTrainer:
         self.skipped_steps += 1
         self.nonfinite_in_a_row += 1
         logger.warning("%s: step %d changed nothing: not finite: %s", self.name, step, ", ".join(bad))
-        if self.nonfinite_in_a_row >= self.max_nonfinite or self.skipped_steps >= self.max_nonfinite_total:
+        if self.nonfinite_in_a_row >= MAX_NONFINITE or self.skipped_steps >= MAX_NONFINITE_TOTAL:
             count = (
                 f"{self.nonfinite_in_a_row} steps in a row"
-                if self.nonfinite_in_a_row >= self.max_nonfinite
+                if self.nonfinite_in_a_row >= MAX_NONFINITE
                 else f"{self.skipped_steps} steps"
             )
             self._failure = (
                 f"{self._told}: {count}, the last one step {step}, had a loss or gradient that is not"
                 f" finite ({', '.join(bad[:3])}{', ...' if len(bad) > 3 else ''}); none reached the weights."
-                f" Lower {self.section}.learning_rate (now {self.phase.learning_rate:g}), lengthen its"
-                " warmup, or set precision: float32"
+                f" {self._advice}, lengthen its warmup, or set precision: float32"
             )
 
     def _autocast(self) -> contextlib.AbstractContextManager:
@@ -448,87 +397,15 @@ class PhaseTrainer:
 
     # ---- Checkpoints ----
 
-    def _checkpoint_path(self) -> Path:
-        return self.folder / f"checkpoint-{self.step}"
-
     def _save_checkpoint(self) -> None:
-        """Write what the phase needs to go on, complete or invisible; frozen weights are not rewritten."""
-        path = self._checkpoint_path()
-        reshard(self.objective)
-        self._refuse_nonfinite()
-        sums: dict[str, str] = {}
-        try:
-            with naming(path), contextlib.ExitStack() as stack:
-                folder = agree(together(lambda: self._begin_checkpoint(path, sums, stack) if is_first() else None))
-                together(lambda: self._write_checkpoint(folder))
-                if several():
-                    sums |= hashed_together(folder)
-                together(stack.close)  # the first process makes it visible
-        except OSError as error:
-            kept = newest_complete(self.folder)
-            raise UserError(
-                f"{path}: the checkpoint could not be written ({error.strerror or error};"
-                f" {shutil.disk_usage(self.folder).free / 1e6:,.0f} MB are free there);"
-                f" {f'{kept.name} is complete' if kept else 'there is no earlier one'}."
-                " Free disk space or make the folder writable, then run the same command"
-            ) from error
+        self.checkpoints.save(self.step, self._counts())
         self._saved_at = time.monotonic()
-        logger.info("%s: saved %s", self.name, path)
-        if is_first():
-            rotate(self.folder, path, keep=self.keep_checkpoints)
-        wait_for_all()
-
-    def _refuse_nonfinite(self) -> None:
-        """Weights that are not finite never take the place of earlier ones. Raises UserError."""
-        state = self.optimizer.state
-        moments = (
-            (f"{key} of {name}", local(value))
-            for name, p in self.trainable.items()
-            for key, value in state.get(p, {}).items()
-            if isinstance(value, torch.Tensor)
-        )
-        own = first_nonfinite(itertools.chain(((name, local(p)) for name, p in self.trainable.items()), moments))
-        found = next((one for one in gathered(own) if one is not None), None)
-        if found is not None:
-            kept = newest_complete(self.folder)
-            raise UserError(
-                f"{self._told}: after step {self.step} {found} is not finite, so no checkpoint is"
-                f" written; {f'{kept.name} is complete' if kept else 'there is no earlier one'}. Lower"
-                f" {self.section}.learning_rate (now {self.phase.learning_rate:g}) and run again"
-            )
-
-    def _begin_checkpoint(self, path: Path, sums: dict[str, str], stack: contextlib.ExitStack) -> Path:
-        """A folder for all to write to, which takes its place when the stack closes."""
-        folder = stack.enter_context(write_whole(path, replace=True, about=self.origin, sums=sums))
-        write_counts(folder, self._counts(), self.objective)
-        return folder
-
-    def _write_checkpoint(self, folder: Path) -> None:
-        """What this process has to write: several machines must share the folder."""
-        if self.sharded:
-            write_shards(folder, self.trainable, self.optimizer, self.objective)
-        elif is_first():
-            write_parameters(folder, self.trainable, self.optimizer)
-        write_random_states(folder, self.device)
 
     def _load_checkpoint(self, checkpoint: Path) -> None:
         """Restore what trains and the phase's counts."""
-        read_parameters(checkpoint, self.trainable)
+        counts = self.checkpoints.load(checkpoint, self._counts())
         self.step = step_of(checkpoint)
-        then, now = read_counts(checkpoint, self.objective), self._counts()
-        self.skipped_steps, self.nonfinite_in_a_row = then["skipped_steps"], then["nonfinite_in_a_row"]
-        names = {"rows": "rows a step"}
-        changed = [f"{names.get(key, key)} {then[key]} -> {now[key]}" for key in ORDER_KEYS if then[key] != now[key]]
-        if changed:
-            logger.warning(
-                "%s: since %s changed: %s; the data go on in another order than before",
-                self.name,
-                checkpoint.name,
-                ", ".join(changed),
-            )
-
-    def _load_moments(self, checkpoint: Path) -> None:
-        read_moments(checkpoint, self.trainable, self.optimizer, self.order)
+        self.skipped_steps, self.nonfinite_in_a_row = counts["skipped_steps"], counts["nonfinite_in_a_row"]
 
     def _counts(self) -> dict[str, Any]:
         return {
@@ -539,48 +416,3 @@ class PhaseTrainer:
             "skipped_steps": self.skipped_steps,
             "nonfinite_in_a_row": self.nonfinite_in_a_row,
         }
-
-
-def rows_per_step(phase: Any) -> int:
-    """How many rows a step has, over all processes."""
-    return phase.batch_size * phase.gradient_accumulation
-
-
-def check_dealt(phase: Any, name: str) -> None:
-    """UserError where the processes cannot have equal parts of a step."""
-    if (rows := rows_per_step(phase)) % count():
-        raise UserError(
-            f"{name}: a step has {rows} rows (batch_size x gradient_accumulation, over all processes), which cannot be "
-            f"dealt evenly to {count()} processes; start another number of them, or change one of the two"
-        )
-
-
-def is_over(folder: str | os.PathLike, phase: Any) -> bool:
-    """Whether a phase with this folder of checkpoints has no step to come: the newest whole one is of the last step, or
-    of one after which the objective had ended it."""
-    if (checkpoint := newest_complete(folder)) is None:
-        return False
-    last = math.ceil(phase.tokens / (rows_per_step(phase) * phase.sequence_length))
-    return step_of(checkpoint) >= last or is_finished(checkpoint)
-
-
-def _apart(groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The groups with sharded and whole parameters in groups of their own: no fused step takes both."""
-    made = [
-        {**group, "params": [p for p in group["params"] if is_sharded(p) is sharded]}
-        for group in groups
-        for sharded in (False, True)
-    ]
-    return [group for group in made if group["params"]]
-
-
-def _trainable(objective: nn.Module, groups: list[dict[str, Any]]) -> dict[str, nn.Parameter]:
-    """The parameters in the optimizer's groups by their name in the objective."""
-    wanted = {id(parameter) for group in groups for parameter in group["params"]}
-    named = {name: p for name, p in objective.named_parameters() if id(p) in wanted}
-    if not wanted or len(named) != len(wanted):
-        raise ValueError(
-            f"parameter_groups: {len(wanted)} parameters, {len(named)} of them in the objective; all must be"
-            " (or a checkpoint could not name them), and there must be some"
-        )
-    return named

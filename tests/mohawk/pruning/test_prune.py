@@ -28,7 +28,7 @@ from mohawk.pruning.recipe import PruneRecipe
 from mohawk.pruning.run import prune
 from mohawk.runs.claim import check_folder
 from mohawk.schema.files import shipped
-from mohawk.training import trainer
+from mohawk.training import saving
 from tests.helpers.tiny_phase import cheap_training, fork, wait  # noqa: F401
 from tests.models.conftest import tiny_teacher
 
@@ -409,13 +409,13 @@ def test_a_stage_that_breaks_down_names_its_own_field_and_goes_on_with_another_r
     which, where, more, checkpoint, texts, tmp_path, monkeypatch
 ):
     """The field is one that a prune recipe has, and the advice is one that the run then takes."""
-    run, real = tmp_path / "run", trainer.first_nonfinite
+    run, real = tmp_path / "run", saving.first_nonfinite
 
     def first_nonfinite(tensors):
         name = "heal_2" if which == "heal" else which.split(".")[-1]
         return "lm_head.weight" if (run / "phases" / name).exists() else real(tensors)
 
-    monkeypatch.setattr(trainer, "first_nonfinite", first_nonfinite)
+    monkeypatch.setattr(saving, "first_nonfinite", first_nonfinite)
     data = recipe_data(checkpoint, texts, run, **more)
     lower = rf"Lower {re.escape(which)}\.learning_rate \(now 0\.003\)"
     with pytest.raises(UserError, match=rf"{where}: after step 2 lm_head.weight is not finite.* {lower}"):

@@ -129,7 +129,7 @@ def test_a_damaged_part_is_found(tmp_path):
 def full_disk_on_the_second(run: Path, rank: int) -> str:
     trainer = trainer_of(run, "mixing", 2)
     if rank == 1:
-        import mohawk.training.trainer as module
+        import mohawk.training.saving as module
 
         def full(*_):
             raise OSError(28, "No space left on device")

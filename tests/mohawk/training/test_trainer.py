@@ -369,7 +369,7 @@ def test_signal_after_the_last_step_stops_the_run_too(tmp_path):
 
     tiny_trainer(tmp_path).train_phase()
     trainer = tiny_trainer(tmp_path, rows=Signalled())
-    trainer._load_moments = lambda checkpoint: os.kill(os.getpid(), signal.SIGTERM)
+    trainer.checkpoints.load_moments = lambda checkpoint: os.kill(os.getpid(), signal.SIGTERM)
     with pytest.raises(Interrupted) as caught:
         trainer.train_phase()
     assert caught.value.step == 20 and is_complete(caught.value.path)
@@ -418,8 +418,8 @@ def test_saves_by_the_clock_beside_the_steps(tmp_path, monkeypatch):
     now = types.SimpleNamespace(monotonic=lambda: 60.0 * trainer.step)
     for minutes, saved in ((3, [4, 8, 12, 16, 20]), (None, [9, 18, 20]), (5, [6, 9, 15, 18, 20])):
         run = tmp_path / str(minutes)
-        phase = tiny_phase(save_every=9 if minutes != 3 else 1000, save_minutes=minutes)
-        trainer = tiny_trainer(run, phase=phase, keep_checkpoints=100)
+        phase = tiny_phase(save_every=9 if minutes != 3 else 1000, save_minutes=minutes, keep_checkpoints=100)
+        trainer = tiny_trainer(run, phase=phase)
         with monkeypatch.context() as patched:
             patched.setattr("mohawk.training.trainer.time", now)
             trainer.train_phase()
@@ -443,7 +443,7 @@ def test_full_disk_leaves_the_earlier_checkpoint(tmp_path, limit):
     """A limit on file size acts as a full disk."""
     # the metrics file would hit the limit before
     trainer = tiny_trainer(tmp_path, phase=tiny_phase(log_every=1000, save_every=5))
-    write = trainer._write_checkpoint
+    write = trainer.checkpoints._write
 
     def write_to_full_disk(folder):
         soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -455,7 +455,7 @@ def test_full_disk_leaves_the_earlier_checkpoint(tmp_path, limit):
             # for nothing but the checkpoint: torch's products may make code of their own in memory files
             resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
-    trainer._write_checkpoint = write_to_full_disk
+    trainer.checkpoints._write = write_to_full_disk
     with pytest.raises(UserError, match="checkpoint-10: the .* could not be written.*checkpoint-5 is"):
         trainer.train_phase()
     assert [p.name for p in (tmp_path / "phases/mixing").glob("*checkpoint*")] == ["checkpoint-5"]

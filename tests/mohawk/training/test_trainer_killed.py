@@ -146,8 +146,8 @@ FILES = ("trainable.safetensors", "optimizer.pt", "rng_state.pth", "phase_state.
 @pytest.mark.parametrize("damage", ["flip", "truncate", "remove"])
 def test_damaged_newest_checkpoint_costs_only_itself(tmp_path, uninterrupted, damage):
     expected, _ = uninterrupted
-    phase = tiny_phase(STEPS, save_every=3, gradient_accumulation=2)
-    tiny_trainer(tmp_path / "whole", phase=phase, keep_checkpoints=2).train_phase()
+    phase = tiny_phase(STEPS, save_every=3, gradient_accumulation=2, keep_checkpoints=2)
+    tiny_trainer(tmp_path / "whole", phase=phase).train_phase()
     for name in FILES:
         run = tmp_path / name
         shutil.copytree(tmp_path / "whole", run)
