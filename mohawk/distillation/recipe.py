@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal, Protocol, runtime_checkable
 from pydantic import BeforeValidator, Field
 
 from mohawk.conversion.recipe import Student
-from mohawk.schema import yaml_text as recipe_text
+from mohawk.distillation.contradictions import recipe_contradictions
 from mohawk.schema.base import (
     Batch,
     CheckpointSection,
@@ -30,10 +30,7 @@ from mohawk.schema.base import (
     TeacherSection,
     Text,
     Weight,
-    phase_contradictions,
 )
-
-RESERVED = ("before", "tasks", "again")  # files in a run's folder `evaluation` that no stage is called by
 
 Positive = Annotated[float, Field(gt=0, le=1e18)]
 StageName = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]*$", max_length=64)]
@@ -334,148 +331,4 @@ class DistillRecipe(RecipeFile):
 
     def contradictions(self) -> Iterator[Contradiction]:
         yield from super().contradictions()
-        students = [self.student, *(stage.student for stage in self.stages if stage.student)]
-        if not any(s.model or s.layers is not None or s.scratch or s.hybrid or s.lora for s in students):
-            if all(stage.learn_from == "teacher" for stage in self.stages):
-                yield (
-                    [("student", "layers")],
-                    "student: the teacher itself, whole, would learn from itself; name a model, the layers to keep, "
-                    "scratch: true, a hybrid, or stages with learn_from: average",
-                )
-        for i, stage in enumerate(self.stages):
-            lora = (stage.student or self.student).lora
-            if self.sharding.kind == "full" and lora is not None and stage.learn_from in ("average", "start"):
-                yield (
-                    [("sharding", "kind"), ("stages", i, "learn_from")],
-                    f"stages.{i}.learn_from: got {stage.learn_from} with an adapter, whose average cannot be held in "
-                    "parts; set sharding.kind: none, or leave lora out",
-                )
-        if self.combine == "row":
-            asking = [("data", self.data)] + [(f"stages.{i}.data", s.data) for i, s in enumerate(self.stages) if s.data]
-            for name, data in asking:
-                if not any(source.teacher_field for source in data.train):
-                    yield (
-                        [("combine",)],
-                        f"combine: row needs {name}.train with a teacher_field that names each example's teacher",
-                    )
-        yield from data_contradictions(self.data, ("data",))
-        names = [stage.name for stage in self.stages]
-        for i, stage in enumerate(self.stages):
-            at = ("stages", i)
-            label = f"stages.{i} ({stage.name})"
-            if stage.name in names[:i]:
-                yield [(*at, "name")], f"{label}: another stage has this name; give each its own"
-            if stage.name in RESERVED:
-                yield [(*at, "name")], f"{label}: results have that name for something else; choose another"
-            yield from phase_contradictions(stage, at, label, "leave the stage out")
-            if stage.data is not None:
-                yield from data_contradictions(stage.data, (*at, "data"))
-                if stage.cache is not None:
-                    yield (
-                        [(*at, "data"), (*at, "cache")],
-                        f"{label}: a cache is of the recipe's text, not of the stage's own; leave out one of them",
-                    )
-            yield from stage_contradictions(self, stage, i, at, label)
-
-
-def _counts(weight: float | RampSection) -> bool:
-    """Whether a weight is ever above 0."""
-    return weight != 0 and not (isinstance(weight, RampSection) and weight.start == weight.end == 0)
-
-
-def data_contradictions(data: DistillData, at: recipe_text.Path) -> Iterator[Contradiction]:
-    if all(source.loss_weight == 0 for source in data.train):
-        yield [(*at, "train")], f"{'.'.join(map(str, at))}.train: every loss_weight is 0, so there is nothing to learn"
-    named = [source.teacher_field is not None for source in data.train]
-    if any(named) and not all(named):
-        without = named.index(False)
-        name = ".".join(map(str, (*at, "train")))
-        yield (
-            [(*at, "train", without)],
-            f"{name}.{without}: has no teacher_field, but {name}.{named.index(True)} has one: rows of both would share "
-            "batches, and each needs a teacher; give both one (kind: pairs), or neither",
-        )
-    if all(source.own_loss for source in data.train):
-        yield (
-            [(*at, "train")],
-            f"{'.'.join(map(str, at))}.train: every source has an own_loss, so the stages' kd_weight and ce_weight are "
-            "of nothing; leave one source without",
-        )
-    of = {
-        "pairs": ("teacher_field", "weight_field", "weighting", "chat", "length_normalized"),
-        "rationales": ("rationale_weight", "label_prefix", "rationale_prefix", "templates"),
-    }
-    for i, source in enumerate(data.train):
-        name = ".".join(map(str, (*at, "train", i)))
-        if source.own_loss is not None and source.kind == "rationales":
-            yield (
-                [(*at, "train", i)],
-                f"{name}: own_loss is of text and pairs; rationales have rationale_weight beside their labels",
-            )
-        if source.own_loss is not None and not any(map(_counts, vars(source.own_loss).values())):
-            yield [(*at, "train", i)], f"{name}: own_loss has no weight above 0; leave the source out"
-        for kind, keys in of.items():
-            given = [key for key in keys if key in source.model_fields_set and source.kind != kind]
-            given = [key for key in given if getattr(source, key) != DistillSource.model_fields[key].default]
-            if given:
-                yield (
-                    [(*at, "train", i)],
-                    f"{name}: {', '.join(given)} is of kind: {kind}, but the kind is {source.kind}; set the kind, or "
-                    "leave it out",
-                )
-
-
-def stage_contradictions(
-    recipe: StageRecipe, stage: Stage, i: int, at: recipe_text.Path, label: str
-) -> Iterator[Contradiction]:
-    matched = stage.hidden or stage.attention
-    weights = (stage.kd_weight, stage.ce_weight, *(part.weight for part in (stage.hidden, stage.attention) if part))
-    if not any(map(_counts, weights)) and not any(source.own_loss for source in (stage.data or recipe.data).train):
-        yield (
-            [(*at, "kd_weight"), (*at, "ce_weight")],
-            f"{label}: kd_weight and ce_weight are both 0 and no layers are matched with a weight, so there is nothing "
-            "to learn; raise one",
-        )
-    if stage.learn_from == "previous" and i == 0:
-        yield [(*at, "learn_from")], f"{label}: learn_from: previous, but it is the first stage; use teacher"
-    if stage.cache is not None:
-        for key in ("hidden", "attention", "on_policy", "taid"):
-            if getattr(stage, key) is not None:
-                yield (
-                    [(*at, key), (*at, "cache")],
-                    f"{label}: {key} needs the teacher itself, but cache holds only its answers on the text; "
-                    "leave out one of them",
-                )
-        if stage.learn_from != "teacher":
-            yield (
-                [(*at, "learn_from"), (*at, "cache")],
-                f"{label}: a cache holds the teacher's answers, but learn_from is {stage.learn_from}; leave out one",
-            )
-    if stage.routing is not None:
-        sources = (stage.data or recipe.data).train
-        if len(sources) < 2 or any(source.kind != "rationales" for source in sources):
-            yield (
-                [(*at, "routing")],
-                f"{label}: routing chooses among two or more sources of kind: rationales, and nothing else is read; "
-                "give the stage such data",
-            )
-        if stage.cache is not None:
-            yield [(*at, "routing"), (*at, "cache")], f"{label}: routing reads its own rows; leave out the cache"
-    if recipe.combine == "row" and matched:
-        yield (
-            [(*at, "hidden" if stage.hidden else "attention")],
-            f"{label}: with combine: row the teachers have no layers in common to match; leave it out",
-        )
-    if stage.temperature == "auto" and (stage.learn_from != "teacher" or stage.cache or recipe.teachers):
-        yield (
-            [(*at, "temperature")],
-            f"{label}: temperature: auto compares the sizes of one teacher and the student; give a number",
-        )
-    if isinstance(stage.temperature, RampSection) and min(stage.temperature.start, stage.temperature.end) < 0.001:
-        yield [(*at, "temperature")], f"{label}: a temperature of 0; use one of at least 0.001"
-    if stage.taid is not None and stage.taid.start > stage.taid.end:
-        yield [(*at, "taid")], f"{label}: taid starts at {stage.taid.start:g}, above its end {stage.taid.end:g}"
-    if stage.advance is not None and stage.advance.patience is None and stage.advance.gap is None:
-        yield [(*at, "advance")], f"{label}: advance never ends the stage; give patience, gap or both"
-    if stage.divergence in ("mse", "cosine") and stage.taid:
-        yield [(*at, "divergence"), (*at, "taid")], f"{label}: taid is of divergences between distributions"
+        yield from recipe_contradictions(self)

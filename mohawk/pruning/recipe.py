@@ -13,17 +13,15 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field
 
 from mohawk.conversion.recipe import Hidden, Mixing, Student
+from mohawk.distillation.contradictions import RESERVED, data_contradictions, stage_contradictions
 from mohawk.distillation.recipe import (
-    RESERVED,
     DistillData,
     DistillStudent,
     DistillTeacher,
     Positive,
     Stage,
     StageName,
-    data_contradictions,
     kept_layers,
-    stage_contradictions,
 )
 from mohawk.schema.base import (
     Batch,
