@@ -315,11 +315,11 @@ def main() -> None:
         parser.error("--steps of at least 2 have quartiles, and --rows of at least --batch-size make a batch")
     import torch
 
+    from mohawk.core.devices import machine
     from mohawk.core.precision import autocast_dtype
     from mohawk.data.packing import PackedDataset, load_data
     from mohawk.demo import fetch
     from mohawk.loading.models import load_teacher, load_tokenizer
-    from mohawk.runs.report import machine
 
     if options.threads:
         torch.set_num_threads(options.threads)

@@ -132,7 +132,7 @@ def main() -> None:
         parser.error(f"--contexts: got {options.contexts}; give two or more lengths, ascending")
     import torch
 
-    from mohawk.runs.report import machine
+    from mohawk.core.devices import machine
 
     found = []
     with torch.inference_mode():

@@ -202,8 +202,8 @@ def main() -> None:
     options = parser.parse_args()
     from mohawk.conversion.run import convert
     from mohawk.conversion.select import select
+    from mohawk.core.devices import machine
     from mohawk.core.folders import is_complete
-    from mohawk.runs.report import machine
 
     if not is_complete(options.run / "phases" / "hidden" / "student"):
         convert(all_layers(options.run))

@@ -26,10 +26,10 @@ from mohawk.models.hybrid import HybridForCausalLM
 from mohawk.runs.binding import bound
 from mohawk.runs.context import RunContext, TextData, measure_stage, open_run, read_text
 from mohawk.runs.matrices import draw_matrices, save_matrices
-from mohawk.runs.report import AFTER, loss_labels
 from mohawk.runs.sharding import Parts, parts_of
 from mohawk.runs.start import start
 from mohawk.runs.steps import Step, finish_run, is_final, is_taken, take_steps, train, write_final
+from mohawk.runs.tables import AFTER
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -176,3 +176,19 @@ def untrained_student(recipe: Recipe, teacher: PreTrainedModel, parts: Parts | N
     torch.manual_seed(recipe.seed)
     # trained in float32 whatever the teacher's dtype; autocast chooses the products'
     return hybrid_from_teacher(teacher, dtype=torch.float32, spread=spread, **student_options(recipe.student))
+
+
+def loss_labels(recipe: Recipe) -> dict[str, str]:
+    """What each phase's loss is, for a plot's axis."""
+    phases = recipe.phases
+    labels = {}
+    if phases.mixing is not None:
+        frobenius = "‖S − A‖ per head, mean" if phases.mixing.metric == "frobenius" else None
+        labels["mixing"] = frobenius or f"{phases.mixing.metric} distance of the matrices"
+    if phases.hidden is not None:
+        labels["hidden"] = f"L2 distance per token, {phases.hidden.match.replace('_', ' ')}s"
+    if (last := phases.end_to_end) is not None:
+        divergence = last.divergence.replace("_", " ").replace("kl", "KL")
+        plain = (last.kd_weight, last.ce_weight, last.temperature) == (1, 0, 1)
+        labels["end_to_end"] = f"{divergence}, nats per token" if plain else "distillation loss per token"
+    return labels

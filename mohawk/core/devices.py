@@ -7,9 +7,12 @@ import importlib.util
 import os
 import platform
 import shutil
+from typing import Any
 
 # Where the import name differs
 MODULES = {"lm-eval": "lm_eval", "mamba-ssm": "mamba_ssm", "causal-conv1d": "causal_conv1d", "fla-core": "fla"}
+# Those that timings depend on.
+PACKAGES = ("torch", "transformers", "triton", "datasets", "accelerate")
 
 
 def version(package: str) -> str | None:
@@ -46,6 +49,16 @@ def device_rows() -> list[tuple[str, str]]:
     if torch.cuda.device_count() == 0:
         rows.append(("gpu", why_no_gpu()))
     return rows
+
+
+def machine(device: Any) -> dict[str, Any]:
+    """Versions and devices: what a reader needs to know what the timings are timings of."""
+    from mohawk import __version__
+
+    versions = {"mohawk": __version__, "python": platform.python_version()}
+    versions |= {package: found for package in PACKAGES if (found := version(package))}
+    devices = [f"{name}: {about}" for name, about in device_rows()]
+    return {"versions": versions, "device": str(device), "devices": devices, "system": platform.platform()}
 
 
 def why_no_gpu() -> str:

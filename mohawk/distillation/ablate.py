@@ -18,7 +18,7 @@ from mohawk.distillation.recipe import DistillRecipe
 from mohawk.errors import UserError
 from mohawk.runs.kept import Compares
 from mohawk.runs.plots import TEXTS, plot_variants
-from mohawk.runs.report import print_tables
+from mohawk.runs.tables import print_tables
 from mohawk.schema.base import RecipeFile
 from mohawk.schema.kinds import kind_of
 from mohawk.schema.yaml_text import dotted, quoted

@@ -27,7 +27,8 @@ from mohawk.core.places import home
 from mohawk.core.run_folder import has_recipe, tasks_file
 from mohawk.errors import UserError
 from mohawk.loading.describe import student_folder
-from mohawk.runs.report import fingerprint, kept_tasks, print_tables, report_tasks, task_tables
+from mohawk.runs.report import fingerprint, kept_tasks, report_tasks
+from mohawk.runs.tables import print_tables, task_tables
 from mohawk.schema.kinds import load_run_recipe, trims_vocabulary
 
 if TYPE_CHECKING:

@@ -51,9 +51,10 @@ from mohawk.pruning.sizes import empty_model, parameters_of, sizes_header, sizes
 from mohawk.pruning.vocabulary import check_trimmable, reasons_to_keep, told_reasons, trim_tokenizer, trim_vocabulary
 from mohawk.runs.context import RunContext, open_run
 from mohawk.runs.kept import CutMade, Search, Vocabulary
-from mohawk.runs.report import Table, finish
+from mohawk.runs.report import finish
 from mohawk.runs.start import start
 from mohawk.runs.steps import Step, is_final, take_steps, write_final
+from mohawk.runs.tables import Table
 
 if TYPE_CHECKING:
     from mohawk.loading.parts import Spread

@@ -38,7 +38,7 @@ from mohawk.pruning.sizes import (
     unit,
 )
 from mohawk.runs.kept import Search
-from mohawk.runs.report import print_tables
+from mohawk.runs.tables import print_tables
 
 log = logging.getLogger(__name__)
 

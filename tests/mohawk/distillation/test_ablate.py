@@ -10,7 +10,7 @@ from rich.console import Console
 from mohawk.core.json_files import read_json, write_json
 from mohawk.core.run_folder import RESULTS
 from mohawk.distillation.ablate import compare_runs
-from mohawk.runs.report import print_tables
+from mohawk.runs.tables import print_tables
 
 
 def compared(folder, names, tokens):

@@ -19,12 +19,14 @@ import torch
 
 from mohawk.cli import main
 from mohawk.conversion.recipe import Recipe
+from mohawk.conversion.run import loss_labels
 from mohawk.core.folders import seal
 from mohawk.core.json_files import write_json
 from mohawk.core.run_folder import tasks_file
 from mohawk.evaluation.harness import OURS, difference_error, paired, task_kind
 from mohawk.evaluation.tasks.task_data import facts_rows, grammar_rows, recall_rows
 from mohawk.runs import report
+from mohawk.runs.tables import AFTER, task_tables
 
 harness = pytest.mark.skipif(importlib.util.find_spec("lm_eval") is None, reason="pip install '.[eval]'")
 ADDITION = """
@@ -290,7 +292,7 @@ def test_means_are_below_what_they_are_of():
     assert set(found["tasks"]) == {"a", "b"} and set(found["groups"]) == {"both"}
     acc = found["tasks"]["a"]["metrics"]["acc"]
     assert (acc["difference"], acc["difference_stderr"]) == (-0.5, pytest.approx(0.5))
-    tables = report.task_tables(found)
+    tables = task_tables(found)
     assert [title.split(" (")[0] for title, *_ in tables] == [
         "Tasks",
         "Tasks of knowledge, apart from any mean",
@@ -312,7 +314,7 @@ def test_a_report_has_the_tasks_of_its_own_student(run, make_llama, tokenizer, s
     write_json(tasks_file(run), kept)
     assert report.report_tasks(run) is None  # no report yet
     recipe = Recipe.load(run / "recipe.yaml")
-    about = {"stages": report.AFTER, "labels": report.loss_labels(recipe)}
+    about = {"stages": AFTER, "labels": loss_labels(recipe)}
     report.finish(run, recipe, student, make_llama(), tokenizer, console, **about)
     assert "1.000 ± 0.500" in console.file.getvalue()
     (run / report.REPORT).unlink()

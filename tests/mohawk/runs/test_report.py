@@ -7,9 +7,11 @@ import pytest
 from rich.console import Console
 
 from mohawk.conversion.recipe import Recipe
+from mohawk.conversion.run import loss_labels
 from mohawk.loading.describe import size_text
 from mohawk.loading.models import parameter_count
 from mohawk.runs import report
+from mohawk.runs.tables import AFTER
 
 
 def found(student, teacher=20.0, kl=0.5):
@@ -70,7 +72,7 @@ def finish(run, recipe, make_llama, tokenizer):
         console = Console(file=io.StringIO(), width=160)
         results = report.finish(
             run, recipe, student, teacher, tokenizer, console,
-            stages=report.AFTER, labels=report.loss_labels(recipe),
+            stages=AFTER, labels=loss_labels(recipe),
         )  # fmt: skip
         return results, console.file.getvalue()
 
@@ -162,7 +164,7 @@ def test_continuations_cannot_break_the_report(run, finish):
 
 
 def test_loss_labels_follow_the_recipe(recipe):
-    assert report.loss_labels(recipe) == {
+    assert loss_labels(recipe) == {
         "mixing": "‖S − A‖ per head, mean",
         "end_to_end": "forward KL, nats per token",
     }
@@ -172,7 +174,7 @@ def test_loss_labels_follow_the_recipe(recipe):
         hidden=phase(match="mixer_output"),
         end_to_end=phase(divergence="jsd", kd_weight=0.5, ce_weight=0.5, temperature=2.0),
     )
-    assert report.loss_labels(phase(phases=phases)) == {
+    assert loss_labels(phase(phases=phases)) == {
         "mixing": "relative distance of the matrices",
         "hidden": "L2 distance per token, mixer outputs",
         "end_to_end": "distillation loss per token",

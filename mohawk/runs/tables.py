@@ -1,0 +1,151 @@
+"""A run's figures as tables of strings, for the screen and for its report."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from mohawk.loading.describe import size_text
+from mohawk.runs.plots import TEXTS
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+Table = tuple[str, list[str], list[list[str]]]  # title, header, rows
+AFTER = {
+    "before": "before phase 1",
+    "mixing": "after phase 1, matrices",
+    "hidden": "after phase 2, hidden states",
+    "end_to_end": "after phase 3, end to end",
+}
+
+
+def tables(results: Mapping[str, Any]) -> list[Table]:
+    """The run's figures as tables of strings: quality for each text, size and speed, training."""
+    made: list[Table] = [tuple(table) for table in results.get("own_tables", ())]
+    stages = results.get("stages", AFTER)  # which earlier results did not have
+    for text, name in TEXTS.items():
+        rows, tokens = [], 0
+        for stage, name_of_stage in stages.items():
+            if found := results["evaluation"].get(stage, {}).get(text):
+                rows.append(
+                    [
+                        name_of_stage,
+                        _figure(found["student_perplexity"]),
+                        _figure(found["teacher_perplexity"]),
+                        _figure(found["perplexity_ratio"]),
+                        _figure(found["kl"]),
+                        f"{found['top1_agreement']:.1%}",
+                    ]
+                )
+                tokens = found["tokens"]
+        if rows:
+            header = ["student", "perplexity", "teacher's", "ratio", "KL (nats)", "same top token"]
+            made.append((f"On {name} ({tokens:,} tokens)", header, rows))
+    decoding, parameters = results["decoding"], results["parameters"]
+    rows = [["parameters", *(f"{parameters[who]:,}" for who in ("teacher", "student"))]]
+    for teacher, student in zip(decoding["teacher"], decoding["student"], strict=True):
+        context = f"after {teacher['context']:,} tokens"
+        rows.append([f"state {context}", *(size_text(s["state_bytes"]) for s in (teacher, student))])
+        rows.append([f"decoding {context}", *(f"{s['tokens_per_s']:.1f} tokens/s" for s in (teacher, student))])
+    # states and speeds of two dtypes are not comparable unless the reader knows
+    header = ["", *(f"{who} ({results['dtypes'][who]})" for who in ("teacher", "student"))]
+    made.append(("Size and speed (one sequence, greedy, median)", header, rows))
+    rows = [
+        [
+            stages[name].removeprefix("after "),
+            f"{phase['steps']:,}",
+            f"{phase['tokens']:,}",
+            _seconds(phase["seconds"]),
+            f"{_figure(phase['first_loss'])} → {_figure(phase['last_loss'])}",
+            str(phase["skipped_steps"]),
+        ]
+        for name, phase in results["phases"].items()
+    ]
+    if rows:
+        made.append(("Training", ["phase", "steps", "tokens", "time", "loss", "steps skipped"], rows))
+    return made + (task_tables(results["tasks"]) if results.get("tasks") else [])
+
+
+KINDS = {
+    "other": "Tasks",
+    "knowledge": "Tasks of knowledge, apart from any mean",
+    "retrieval": "Tasks of retrieval, apart from any mean",
+}
+
+
+def task_tables(found: Mapping[str, Any]) -> list[Table]:
+    """Each task's figures with their standard errors: what is known and what is retrieved in tables of their own.
+
+    A mean over tasks is only there where the harness's group asks for one, below all the tasks it is of.
+    """
+    header = ["task", "metric", "questions", "teacher", "student", "difference"]
+    made: list[Table] = []
+    for kind, title in KINDS.items():
+        rows = []
+        for name, task in found["tasks"].items():
+            if task["kind"] == kind:
+                asked = f"{task['questions']:,} of {task['of']:,}"
+                shots = f", {task['fewshot']}-shot" if task["fewshot"] else ""
+                for metric, values in task["metrics"].items():
+                    rows.append([name, f"{metric}{shots}", asked, *_with_errors(values)])
+        if rows:
+            made.append((f"{title} (± standard error)", header, rows))
+    rows = [
+        [name, metric, f"mean over {len(group['members'])}", *_with_errors(values)]
+        for name, group in found["groups"].items()
+        for metric, values in group["metrics"].items()
+    ]
+    if rows:
+        made.append(("Means over the tasks of a group, each of which is above", header, rows))
+    return made
+
+
+def _with_errors(values: Mapping[str, Any]) -> list[str]:
+    """A metric's three columns; the sign of a difference is always written."""
+    made = []
+    for who in ("teacher", "student", "difference"):
+        value, error = values[who], values[f"{who}_stderr"]
+        figure = f"{value:{'+' if who == 'difference' else ''}.3f}" if math.isfinite(value) else _figure(value)
+        made.append(figure if error is None else f"{figure} ± {error:.3f}")
+    return made
+
+
+def print_tables(made: list[Table], console: Console) -> None:
+    """Tables as `tables` makes them, on the screen. Where it is narrow, names and headers wrap; figures stay whole."""
+    from rich import box
+    from rich.markup import escape
+    from rich.table import Table as RichTable
+
+    for title, header, rows in made:
+        table = RichTable(title=title, title_justify="left", box=box.SIMPLE_HEAD)
+        widths = [max(len(line[i]) for line in (header, *rows)) for i in range(len(header))]
+        padding = 3 * len(header)
+        least = [max(map(len, [*name.split(), *(row[i] for row in rows)])) for i, name in enumerate(header)]
+        left = console.width - padding - sum(least[1:])  # for the names, where headers wrap
+        whole = sum(widths) + padding > console.width and left >= min(widths[0], 12)
+        for i, name in enumerate(header):
+            wide = least[i] if i and whole else None
+            table.add_column(
+                name, justify="right" if i else "left", no_wrap=not (i or whole), width=wide, overflow="fold"
+            )
+        for row in rows:
+            table.add_row(*map(escape, row))
+        console.print(table)
+
+
+def _figure(value: float | None) -> str:
+    if value is None or math.isnan(value):
+        return "not finite"
+    if math.isinf(value):
+        return "∞"
+    if value == 0 or 1e-3 <= abs(value) < 1e5:
+        return f"{value:,.2f}" if abs(value) >= 10 else f"{value:.3f}"
+    return f"{value:.2e}"
+
+
+def _seconds(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{rest} s"
