@@ -19,7 +19,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks.run import RESULTS  # noqa: E402
+from benchmarks.pages import RESULTS  # noqa: E402
 
 HIDDEN, HEADS, OTHER_HEADS, MLP, VOCAB, LAYERS = 576, 9, 12, 1536, 4096, 6
 LENGTHS = (512, 2048)

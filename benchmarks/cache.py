@@ -25,7 +25,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks.run import RESULTS, put_in_docs  # noqa: E402
+from benchmarks.pages import RESULTS, put_in_docs  # noqa: E402
 
 SOURCES = {
     "DistillKit": "arcee-ai/DistillKit a61c2e7: distillkit/compression/config.py, monotonic_logprobs.py, README.md",

@@ -12,8 +12,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from benchmarks.harness import Case
 from benchmarks.mixing_distance import make_floor, value_and_gradients
-from benchmarks.run import Case
 from mohawk.kernels.mixing.definition import AttentionMixing, DeltaMixing
 from mohawk.kernels.mixing.distance import mixing_distance
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a script, or imported by another benchmark
 
-from benchmarks.run import RESULTS, put_in_docs  # noqa: E402
+from benchmarks.pages import RESULTS, put_in_docs  # noqa: E402
 from mohawk.runs.tables import tables  # noqa: E402
 
 PLOTS = ("losses", "evaluation", "mixing_matrices")

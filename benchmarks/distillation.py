@@ -16,7 +16,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks.run import RESULTS, put_in_docs  # noqa: E402
+from benchmarks.pages import RESULTS, put_in_docs  # noqa: E402
 
 ONLY_CE = {"kd_weight": 0.0, "ce_weight": 1.0}
 METHODS = {  # name -> what its stage says

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import kd_peers
-from benchmarks.run import Case
+from benchmarks.harness import Case
 from mohawk.kernels.kd.loss import TeacherHidden, kd_loss, linear_kd_loss
 
 Loss = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor | None], Tensor]

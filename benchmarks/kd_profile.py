@@ -16,8 +16,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch  # noqa: E402
 
+from benchmarks.harness import environment  # noqa: E402
 from benchmarks.kd_loss import SHAPES, floor_work, problem  # noqa: E402
-from benchmarks.run import RESULTS, environment, put_in_docs  # noqa: E402
+from benchmarks.pages import RESULTS, put_in_docs  # noqa: E402
 from mohawk.kernels.kd import chunked as kd_chunked
 from mohawk.kernels.kd import products as kd_products
 from mohawk.kernels.kd.loss import TeacherHidden, linear_kd_loss  # noqa: E402

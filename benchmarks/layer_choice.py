@@ -19,7 +19,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks.run import RESULTS, put_in_docs  # noqa: E402
+from benchmarks.pages import RESULTS, put_in_docs  # noqa: E402
 
 BUDGETS = (22, 15, 8, 4, 0)
 DISTILLED = 8  # attention layers of the students that go through phase 3

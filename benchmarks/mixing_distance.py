@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from benchmarks.run import Case
+from benchmarks.harness import Case
 from mohawk.kernels.mixing.definition import AttentionMixing, SSDMixing
 from mohawk.kernels.mixing.distance import mixing_distance
 

@@ -20,7 +20,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks.run import RESULTS, put_in_docs  # noqa: E402
+from benchmarks.pages import RESULTS, put_in_docs  # noqa: E402
 
 HIDDEN, HEADS, KV_HEADS, MLP, VOCAB, BATCH = 576, 9, 3, 1536, 4096, 4
 DEPTHS, LENGTHS = (8, 24), (256, 512)

@@ -23,7 +23,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.ablation import INITS, SCHEDULES  # noqa: E402
-from benchmarks.run import RESULTS, put_in_docs  # noqa: E402
+from benchmarks.pages import RESULTS, put_in_docs  # noqa: E402
 
 VOCABULARY, WIDTH, LAYERS, HEADS, LENGTH = 512, 128, 4, 4, 256
 BATCH = 8  # rows of LENGTH tokens in a step of the teacher's training

@@ -20,7 +20,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks.run import RESULTS, put_in_docs  # noqa: E402
+from benchmarks.pages import RESULTS, put_in_docs  # noqa: E402
 
 STRATEGIES = ("importance", "magnitude", "random")
 TEXTS = {"held_out": "held-out text of the training sources", "evaluation": "text of another source"}

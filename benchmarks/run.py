@@ -15,131 +15,27 @@ virtual environment with liger-kernel, trl, ...). Those that are nowhere are nam
 from __future__ import annotations
 
 import argparse
-import ctypes
-import dataclasses
-import datetime
 import functools
-import importlib.metadata
+import importlib
 import json
 import pathlib
-import platform
-import re
-import runpy
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 
-HERE = pathlib.Path(__file__).resolve().parent
-ROOT = HERE.parent
-RESULTS = HERE / "results"
-SHORT = 0.2  # seconds: calls that take less are timed several at once
+RUN = pathlib.Path(__file__).resolve()
+if __name__ == "__main__":  # the script's folder is on sys.path instead of the root, and its kd_loss.py is not mohawk's
+    sys.path[0] = str(RUN.parents[1])
+
+from benchmarks.harness import Case, environment, measure  # noqa: E402
+from benchmarks.pages import RESULTS, ROOT, draw, put_in_docs, table_lines  # noqa: E402
+
 NAMES = ("kd_loss", "kd_accuracy", "mixing_distance", "delta_distance", "ssd", "delta_rule")
-
-
-@dataclasses.dataclass(frozen=True)
-class Case:
-    """One line of one table.
-
-    `make()` returns (check, work): `check()` gives an error against the reference, `work()` is what is timed,
-    or None where the table is about errors alone (then check gives a dict of columns). `floor` is the line of
-    the same table that ratios refer to, `formula` says what the floor counts, `needs` the package a peer's
-    case imports. `against` is the line whose time and memory are divided by this one's. Cases with a place
-    `at` on the horizontal axis are drawn as curves over it, one for each name up to its comma.
-    """
-
-    table: str
-    name: str
-    make: Callable[[], tuple[Callable, Callable | None]]
-    needs: str | None = None
-    floor: str | None = None
-    formula: str = ""
-    tolerance: float = 0.1
-    against: str | None = None
-    at: float | None = None
-
-    @property
-    def key(self) -> str:
-        return f"{self.table}/{self.name}"
 
 
 def find(name: str, device: str, quick: bool) -> list[Case]:
     return importlib.import_module(f"benchmarks.{name}").cases(device, quick)
-
-
-# In the process of one case.
-
-
-class PeakMemory:
-    """Peak memory above that at the start, in MiB: torch's own count on CUDA, else resident pages as Linux counts
-    them."""
-
-    def __init__(self, device: str):
-        self.cuda = device == "cuda"
-
-    @staticmethod
-    def status(name: str) -> float:
-        with open("/proc/self/status") as file:
-            return next(int(line.split()[1]) for line in file if line.startswith(name)) / 1024
-
-    def __enter__(self) -> PeakMemory:
-        if self.cuda:
-            import torch
-
-            torch.cuda.reset_peak_memory_stats()
-            self.start = torch.cuda.memory_allocated() / 2**20
-            return self
-        # Pages that the check left with the C library would hide as many of the work's own.
-        ctypes.CDLL(None).malloc_trim(0)
-        with open("/proc/self/clear_refs", "w") as file:
-            file.write("5")  # the peak starts anew
-        self.start = self.status("VmRSS")
-        return self
-
-    def __exit__(self, *_) -> None:
-        if self.cuda:
-            import torch
-
-            self.mib = torch.cuda.max_memory_allocated() / 2**20 - self.start
-            return
-        self.mib = self.status("VmHWM") - self.start
-
-
-def measure(case: Case, device: str, repeats: int) -> dict:
-    """Check, warm up, measure memory once, then time: CPU seconds over all threads on CPU, seconds
-    until the device is done on CUDA."""
-    import torch
-
-    check, work = case.make()
-    result = {"error": check()}
-    if work is None:
-        return {"columns": result["error"]}
-    if not result["error"] <= case.tolerance:
-        return {"wrong": result["error"]}
-    started = time.perf_counter()
-    with PeakMemory(device) as peak:
-        work()
-    first = time.perf_counter() - started
-    result["mib"] = peak.mib
-
-    def seconds(calls: int) -> tuple[float, float]:
-        if device == "cuda":
-            torch.cuda.synchronize()
-        wall, cpu = time.perf_counter(), time.process_time()
-        for _ in range(calls):
-            work()
-        if device == "cuda":
-            torch.cuda.synchronize()
-        return (time.perf_counter() - wall) / calls, (time.process_time() - cpu) / calls
-
-    once = seconds(1)[0] if first < SHORT or device == "cuda" else first  # the first may have compiled
-    calls = max(1, min(100, int(SHORT / once)))
-    wall, cpu = zip(*(seconds(calls) for _ in range(repeats)), strict=True)
-    return result | {"wall": wall, "cpu": cpu}
-
-
-# In the process that drives them.
 
 
 @functools.cache
@@ -155,7 +51,7 @@ def interpreter_for(package: str | None, peers: str | None) -> str | None:
 
 
 def run_one(name: str, case: Case, python: str, options: argparse.Namespace, seconds_left: float | None) -> dict:
-    command = [python, str(HERE / "run.py"), name, "--one", case.key, "--device", options.device]
+    command = [python, str(RUN), name, "--one", case.key, "--device", options.device]
     command += ["--repeats", str(options.repeats)] + ["--quick"] * options.quick
     try:
         done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=seconds_left)
@@ -165,31 +61,6 @@ def run_one(name: str, case: Case, python: str, options: argparse.Namespace, sec
     if done.returncode or not lines:
         return {"failed": (done.stderr.strip().splitlines() or ["no output"])[-1][:200]}
     return json.loads(lines[-1][len("RESULT ") :])
-
-
-def version_of(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
-def environment(device: str) -> dict:
-    import torch
-
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=ROOT)
-    cpu = platform.processor() or platform.machine()
-    if pathlib.Path("/proc/cpuinfo").exists():
-        found = re.search(r"model name\s*: (.*)", pathlib.Path("/proc/cpuinfo").read_text())
-        cpu = found.group(1) if found else cpu
-    return {
-        "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d"),
-        "commit": commit.stdout.strip(),
-        "device": torch.cuda.get_device_name() if device == "cuda" else f"{cpu}, {torch.get_num_threads()} threads",
-        "torch": torch.__version__,
-        **{name: version_of(name) for name in ("triton", "transformers")},
-        "python": platform.python_version(),
-    }
 
 
 def summarise(case: Case, runs: list[dict], device: str) -> dict:
@@ -212,142 +83,6 @@ def summarise(case: Case, runs: list[dict], device: str) -> dict:
         "mib": max(run["mib"] for run in runs),
         "error": max(run["error"] for run in runs),
     }
-
-
-def beside(row: dict, other: dict) -> str:
-    """How many times the time and the memory of `row` the other line takes."""
-    name, times = other["name"].split(",")[0], other["seconds"] / row["seconds"]
-    return f"{name} takes {times:.2g} x the time, {other['mib'] / max(row['mib'], 1):.2g} x the memory"
-
-
-def table_lines(rows: list[dict], device: str) -> list[str]:
-    """Markdown of one benchmark."""
-    seconds = "seconds" if device == "cuda" else "CPU seconds"
-    lines, by_key = [], {(row["table"], row["name"]): row for row in rows}
-    for table in dict.fromkeys(row["table"] for row in rows):
-        mine = [row for row in rows if row["table"] == table]
-        columns = next((row["columns"] for row in mine if "columns" in row), None)
-        if columns:
-            lines += [f"**{table}**", "", "| | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
-        else:
-            compared = any("against" in row for row in mine)
-            head = ["", seconds, "spread", "of the floor", "peak MiB", "error"] + ["beside it"] * compared
-            lines += [f"**{table}**", "", f"| {' | '.join(head)} |".replace("|  |", "| |"), "|---" * len(head) + "|"]
-        for row in mine:
-            cells = [row["name"]]
-            if "columns" in row:
-                cells += [
-                    f"{value:.2%}" if isinstance(value, float) else str(value) for value in row["columns"].values()
-                ]
-            elif "seconds" in row:
-                floor = by_key.get((table, row["floor"]), {}).get("seconds")
-                ratio = f"{row['seconds'] / floor:.2f}" if floor else ""
-                spread = "-".join(f"{x:.3g}" for x in row["spread"])
-                cells += [f"{row['seconds']:.3g}", spread, ratio, f"{row['mib']:.0f}", f"{row['error']:.1e}"]
-                other = by_key.get((table, row.get("against")), {})
-                if "seconds" in other:
-                    cells.append(beside(row, other))
-                elif compared:
-                    cells.append("")
-            else:
-                trouble = next(k for k in ("skipped", "failed", "wrong") if k in row)
-                cells.append(f"{trouble}: {row[trouble]}")
-            lines.append("| " + " | ".join(cells) + " |")
-        notes = dict.fromkeys(row["formula"] for row in mine if row["formula"])
-        lines += ["", *notes, ""]
-    return lines
-
-
-def draw(rows: list[dict], path: pathlib.Path, title: str) -> None:
-    try:
-        import matplotlib
-    except ImportError:
-        print("matplotlib is not installed: no plot")
-        return
-    matplotlib.use("Agg")
-    figure = panels([row for row in rows if "seconds" in row], title)
-    if figure is not None:
-        figure.savefig(path, dpi=110)
-
-
-def panels(rows: list[dict], title: str):
-    """A figure with a row of panels for each table: time as a ratio to the table's floor, and peak memory. None
-    without rows."""
-    import matplotlib.pyplot as plt
-
-    tables = dict.fromkeys(row["table"] for row in rows)
-    if not tables:
-        return None
-    grouped = [[row for row in rows if row["table"] == table] for table in tables]
-    curves = any("at" in row for row in rows)
-    heights = [4.2 if curves else 0.26 * len(mine) + 1.1 for mine in grouped]
-    figure, axes = plt.subplots(
-        len(grouped), 2, figsize=(12, sum(heights) + 0.6), squeeze=False, layout="constrained",
-        height_ratios=heights,
-    )  # fmt: skip
-    for mine, pair in zip(grouped, axes, strict=True):
-        (draw_curves if curves else draw_bars)(mine, pair)
-        pair[0].set_title(mine[0]["table"], loc="left", fontsize="medium", fontweight="bold")
-    figure.suptitle(title)
-    plt.close(figure)  # of pyplot's list; the figure itself stays
-    return figure
-
-
-def floors(rows: list[dict]) -> list[float]:
-    """Of each row, its time over that of its floor; nan where it has none."""
-    seconds = {row["name"]: row["seconds"] for row in rows}
-    return [row["seconds"] / seconds.get(row["floor"], float("nan")) for row in rows]
-
-
-def draw_curves(rows: list[dict], axes) -> None:
-    """One table, measured at several lengths."""
-    ratios = floors(rows)
-    for axis, values, unit in ((axes[0], ratios, "time / floor"), (axes[1], [row["mib"] for row in rows], "peak MiB")):
-        for name in dict.fromkeys(row["name"].split(",")[0] for row in rows):
-            mine = [i for i, row in enumerate(rows) if row["name"].split(",")[0] == name]
-            axis.plot([rows[i]["at"] for i in mine], [values[i] for i in mine], marker="o", label=name)
-        axis.set_xscale("log", base=2)
-        axis.set_yscale("log")
-        lengths = sorted({row["at"] for row in rows})
-        axis.set_xticks(lengths, [f"{length:,}" for length in lengths])
-        axis.set_xlabel("tokens")
-        axis.set_ylabel(unit)
-        axis.grid(alpha=0.3)
-    axes[0].legend(fontsize="small")
-
-
-def draw_bars(rows: list[dict], axes) -> None:
-    """One table, a bar for each row, in the table's order."""
-    colours = ["#3b6ea5" if row["name"].startswith("mohawk") else "#b0b0b0" for row in rows]
-    places = range(len(rows))  # places, not names: two rows may be called the same
-    told = (
-        (axes[0], floors(rows), "time / floor (and seconds)", [f"{row['seconds']:.3g} s" for row in rows], "{:.2f} x"),
-        (axes[1], [row["mib"] for row in rows], "peak MiB", None, "{:,.0f}"),
-    )
-    for axis, values, name, beside, form in told:
-        bars = axis.barh(places, values, color=colours)
-        texts = [form.format(value) for value in values]
-        texts = texts if beside is None else [f"{text}  ({more})" for text, more in zip(texts, beside, strict=True)]
-        white = {"facecolor": "white", "edgecolor": "none", "pad": 0.6}  # where the floor's line would cross it
-        axis.bar_label(bars, texts, padding=3, fontsize="x-small", bbox=white)
-        axis.margins(x=0.22)
-        axis.invert_yaxis()
-        axis.set_xlabel(name, fontsize="small")
-        axis.tick_params(labelsize="small")
-        axis.spines[["top", "right"]].set_visible(False)
-    axes[0].axvline(1, color="#c0504d", linewidth=1, linestyle="--")
-    axes[0].set_yticks(places, [row["name"] for row in rows])
-    axes[1].set_yticks([])
-
-
-def put_in_docs(name: str, lines: list[str]) -> None:
-    """Keeps a result's text as benchmarks/results/NAME.md and fills it into the pages that show it."""
-    text = "\n".join(lines).strip() + "\n"
-    (RESULTS / f"{name}.md").write_text(text.replace("](benchmarks/results/", "]("), encoding="utf-8")
-    for page, new in runpy.run_path(str(ROOT / "docs" / "benchmark_tables.py"))["with_tables"]().items():
-        if page.read_text(encoding="utf-8") != new:
-            page.write_text(new, encoding="utf-8")
-            print(f"{page.relative_to(ROOT)}: {name} written")
 
 
 def run_benchmark(name: str, options: argparse.Namespace) -> bool:
@@ -440,6 +175,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    # The script's folder is on sys.path instead of the root, and its kd_loss.py is not mohawk's.
-    sys.path[0] = str(ROOT)
     raise SystemExit(main())

@@ -221,7 +221,7 @@ def main() -> None:
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from benchmarks.run import put_in_docs
+    from benchmarks.pages import put_in_docs
     from mohawk.core.devices import _cpu_model
 
     with torch.device("meta"):

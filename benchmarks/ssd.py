@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from benchmarks.run import Case
+from benchmarks.harness import Case
 from mohawk.kernels.ssd.chunked import CHUNK
 from mohawk.kernels.ssd.scan import ssd
 

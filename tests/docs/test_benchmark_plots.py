@@ -2,7 +2,7 @@
 
 import pytest
 
-from benchmarks.run import floors, panels
+from benchmarks.pages import floors, panels
 
 pytest.importorskip("matplotlib")
 

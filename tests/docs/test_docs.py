@@ -281,7 +281,7 @@ def test_tables_are_those_of_the_results(tmp_path):
 
 @pytest.mark.parametrize("name", ["kd_loss-cpu", "kd_accuracy-cpu", "mixing_distance-cpu", "ssd-cpu", "delta_rule-cpu"])
 def test_tables_of_kernels_are_those_of_their_figures(name):
-    from benchmarks.run import table_lines
+    from benchmarks.pages import table_lines
 
     rows = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))["rows"]
     text = (RESULTS / f"{name}.md").read_text(encoding="utf-8")
@@ -297,19 +297,19 @@ def test_tables_of_the_demo_are_those_of_its_figures():
 
 
 def test_a_benchmark_writes_its_page(tmp_path, monkeypatch, capsys):
-    from benchmarks import run
+    from benchmarks import pages
 
     (tmp_path / "docs").mkdir()
     (tmp_path / "results").mkdir()
     shutil.copy(DOCS / "benchmark_tables.py", tmp_path / "docs")
-    monkeypatch.setattr(run, "ROOT", tmp_path)
-    monkeypatch.setattr(run, "RESULTS", tmp_path / "benchmarks" / "results")
-    run.RESULTS.mkdir(parents=True)
+    monkeypatch.setattr(pages, "ROOT", tmp_path)
+    monkeypatch.setattr(pages, "RESULTS", tmp_path / "benchmarks" / "results")
+    pages.RESULTS.mkdir(parents=True)
     page = tmp_path / "docs" / "page.md"
     page.write_text("<!-- benchmark: new -->\n<!-- end -->\n")
     (tmp_path / "README.md").write_text("none\n")
-    run.put_in_docs("new", ["| 2 |", "", "![new](benchmarks/results/new.png)"])
-    assert (run.RESULTS / "new.md").read_text() == "| 2 |\n\n![new](new.png)\n"
+    pages.put_in_docs("new", ["| 2 |", "", "![new](benchmarks/results/new.png)"])
+    assert (pages.RESULTS / "new.md").read_text() == "| 2 |\n\n![new](new.png)\n"
     assert page.read_text() == (
         "<!-- benchmark: new -->\n| 2 |\n\n![new](../benchmarks/results/new.png)\n<!-- end -->\n"
     )
