@@ -6,7 +6,7 @@ import logging
 import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
@@ -68,11 +68,13 @@ class Section(BaseModel):
     """A part of the recipe: no unknown keys, no silent conversion of types, unchanged once checked."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False, protected_namespaces=())
+    shorthand: ClassVar[str | None] = None  # the field that a bare text in the section's place is
 
 
 class CheckpointSection(Section):
     """What names a checkpoint, and says what of it is loaded."""
 
+    shorthand = "model"
     model: Text | None = Field(default=None, description="folder, .gguf file or hub id")
     gguf_file: Text | None = Field(default=None, description="name of the GGUF file inside `model`, if it is one")
     revision: Text | None = Field(default=None, description="branch, tag or commit on the hub")
@@ -95,6 +97,7 @@ class TeacherSection(CheckpointSection):
 
 
 class SourceSection(Section):
+    shorthand = "source"
     source: Text = Field(description="path, glob or hub dataset id")
     split: Text = Field(default="train", description="split of a hub dataset")
     field: Text = Field(default="text", description="field that holds the text in JSON lines, Parquet and hub datasets")

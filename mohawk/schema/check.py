@@ -30,9 +30,10 @@ def check(
 
     contradictions: yields (paths of the values involved, what is wrong with them together).
     """
+    data = read.data = _expanded(schema, read.data)
     for override in overrides:
         read.set(override)
-    data = _expanded(read.data)
+        data = read.data = _expanded(schema, read.data)  # for the next one to reach into
     mistakes = list(read.mistakes)
     for at, text in _texts(data):
         if "\0" in text:
@@ -72,22 +73,24 @@ def _texts(value: Any, at: Where = ()) -> Iterator[tuple[Where, str]]:
         yield from _texts(entry, (*at, key))
 
 
-def _expanded(data: dict[str, Any]) -> dict[str, Any]:
-    """With the shorthands written out: `teacher: path`, and a bare string among the texts; in stages too."""
+def _expanded(schema: type[BaseModel], data: dict[str, Any]) -> dict[str, Any]:
+    """With the shorthands written out: a bare text in the place of a section that has a `shorthand`."""
+
+    def written_out(section: type[BaseModel], value: Any) -> Any:
+        if isinstance(value, str) and (short := getattr(section, "shorthand", None)):
+            return {short: value}
+        return _expanded(section, value) if isinstance(value, dict) else value
+
     data = dict(data)
-    for key in ("teacher", "student"):
-        if isinstance(data.get(key), str):
-            data[key] = {"model": data[key]}
-    if isinstance(data.get("teachers"), list):
-        data["teachers"] = [{"model": given} if isinstance(given, str) else given for given in data["teachers"]]
-    if isinstance(data.get("data"), dict):
-        data["data"] = dict(data["data"])
-        for key in ("train", "evaluation"):
-            texts = data["data"].get(key)
-            if isinstance(texts, list):
-                data["data"][key] = [{"source": text} if isinstance(text, str) else text for text in texts]
-    if isinstance(data.get("stages"), list):
-        data["stages"] = [_expanded(stage) if isinstance(stage, dict) else stage for stage in data["stages"]]
+    for key in data.keys() & schema.model_fields.keys():
+        parts = list(_parts(schema.model_fields[key].annotation))
+        section, value = next(filter(_is_section, parts), None), data[key]
+        if section is None:
+            continue
+        if not any(typing.get_origin(part) is list for part in parts):
+            data[key] = written_out(section, value)
+        elif isinstance(value, list):
+            data[key] = [written_out(section, entry) for entry in value]
     return data
 
 
@@ -202,23 +205,31 @@ def _without_entries(at: Where) -> Where:
 
 def _mend(schema: type[BaseModel], data: dict[str, Any], at: Where) -> None:
     """Replace a wrong value by its default, or by a stand-in where the schema has none."""
-    train = [{"source": "?"}]
-    stand_ins: dict[Where, Any] = {
-        ("teacher",): {"model": "?"},
-        ("teacher", "model"): "?",
-        ("data",): {"train": train},
-        ("data", "train"): train,
-        ("stages",): [{}],
-        ("prune",): {"ffn": 1},
-    }
     parent: Any = data
     for key in at[:-1]:
         if not isinstance(parent.get(key), dict):
             return  # was itself wrong, and is mended already
         parent = parent[key]
-    if at in stand_ins and at[0] in schema.model_fields:
-        parent[at[-1]] = stand_ins[at]
+    info = _section(schema, at[:-1]).model_fields.get(str(at[-1])) if at else None
+    stand_in = _stand_in(info.annotation) if info is not None and info.is_required() else None
+    if stand_in is not None:
+        parent[at[-1]] = stand_in
     elif at and at[-1] in parent:
         parent.pop(at[-1])
     elif len(at) > 1:
         _mend(schema, data, at[:-1])  # the key is missing: what it is missing from goes
+
+
+def _stand_in(annotation: Any) -> Any:
+    """A text, a list of one entry, or a section of such values, for what has to be given; None for anything else."""
+    for part in _parts(annotation):
+        if part is str:
+            return "?"
+        if typing.get_origin(part) is list:
+            entry = _stand_in(typing.get_args(part)[0])
+            return None if entry is None else [entry]
+        if _is_section(part):
+            fields = {name: info for name, info in part.model_fields.items() if info.is_required()}
+            made = {name: _stand_in(info.annotation) for name, info in fields.items()}
+            return None if None in made.values() else made
+    return None

@@ -30,14 +30,6 @@ DEEPEST = 50  # mappings and lists inside one another
 Path = tuple[str | int, ...]  # of a value in the recipe: ("phases", "hidden", "tokens")
 
 _MERGE = "tag:yaml.org,2002:merge"
-# What a bare string is short for, where the schema wants a mapping.
-_SHORTHAND: dict[Path, str] = {
-    ("teacher",): "model",
-    ("teachers",): "model",
-    ("student",): "model",
-    ("data", "train"): "source",
-    ("data", "evaluation"): "source",
-}
 
 
 class RecipeText:
@@ -115,10 +107,7 @@ class RecipeText:
             return None, path
         child = at.get(step) if isinstance(at, dict) else at[step]
         path = (*path, step)
-        short = _SHORTHAND.get(path) or (_SHORTHAND.get(path[:-1]) if isinstance(step, int) else None)
-        if isinstance(child, str) and short:
-            child = {short: child}
-        elif child is None:
+        if child is None:
             child = {}
         elif not isinstance(child, (dict, list)):
             self.mistakes.append(f"{where}: {dotted(path)} is {show(child)}, which has no keys")
