@@ -145,6 +145,9 @@ class Recipe(RecipeFile):
     def phase_names(self) -> tuple[str, ...]:
         return tuple(Phases.model_fields)
 
+    def trained(self) -> dict[str, tuple[str, Any]]:
+        return {name: (f"phases.{name}", phase) for name, phase in self.phases.active()}
+
     def contradictions(self) -> Iterator[Contradiction]:
         yield from super().contradictions()
         teacher, phases = self.teacher, self.phases

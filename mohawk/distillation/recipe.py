@@ -325,6 +325,9 @@ class DistillRecipe(RecipeFile):
     def phase_names(self) -> tuple[str, ...]:
         return tuple(stage.name for stage in self.stages)
 
+    def trained(self) -> dict[str, tuple[str, Any]]:
+        return {stage.name: (f"stages.{i}", stage) for i, stage in enumerate(self.stages)}
+
     def has_adapter(self) -> bool:
         """Whether any stage trains adapters (LoRA)."""
         return any((stage.student or self.student).lora for stage in self.stages)

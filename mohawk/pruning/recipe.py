@@ -8,11 +8,15 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from operator import attrgetter
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
 
 from mohawk.conversion.recipe import Hidden, Mixing, Student
+from mohawk.core.json_files import read_json
+from mohawk.core.run_folder import SEARCH, of_rounds
 from mohawk.distillation.contradictions import RESERVED, data_contradictions, stage_contradictions
 from mohawk.distillation.recipe import (
     DistillData,
@@ -206,10 +210,19 @@ class PruneRecipe(RecipeFile):
         default=[], description="experiment trackers of transformers (tensorboard, wandb, ...)"
     )
 
-    # what a distillation asks of its recipe
-
     def phase_names(self) -> tuple[str, ...]:
         return tuple(step.name for step in self.steps())
+
+    def trained(self) -> dict[str, tuple[str, Any]]:
+        at = {"correct": "correct", "heal": "heal", "mixing": "convert.mixing", "hidden": "convert.hidden"}
+        where = {step.name: at.get(step.kind, "") for step in self.steps()}
+        return {name: (field, attrgetter(field)(self) if field else None) for name, field in where.items()}
+
+    def held_fast(self, run: Path) -> tuple[str, ...]:
+        picked = ("picked" in (read_json(path) or {}) for path in of_rounds(run, SEARCH))
+        return () if all(picked) else ("heal",)  # candidates healed alike are compared with each other
+
+    # what a distillation asks of its recipe
 
     @property
     def teachers(self) -> list[DistillTeacher]:

@@ -10,17 +10,16 @@ import logging
 import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
 from mohawk.core.folders import locked, why_altered
-from mohawk.core.json_files import read_json, write_text
+from mohawk.core.json_files import write_text
 from mohawk.core.processes import on_first
-from mohawk.core.run_folder import RECIPE, RUN_FILE, SEARCH, of_rounds, phase_folder, phase_student
+from mohawk.core.run_folder import RECIPE, RUN_FILE, phase_folder, phase_student
 from mohawk.errors import UserError
 from mohawk.runs.binding import bound, write_bound
-from mohawk.schema.base import Phase, sections
+from mohawk.schema.base import Phase, RecipeFile, sections
 from mohawk.training.saving import is_over
 
 log = logging.getLogger(__name__)
@@ -45,10 +44,10 @@ PLACES = ("output", "data.cache")  # a moved run is the same run
 
 
 @contextmanager
-def claimed(run: Path, recipe: Any) -> Iterator[None]:
+def claimed(run: Path, recipe: RecipeFile) -> Iterator[None]:
     """Within the block the folder is this recipe's and this process's, or this program's in several processes.
 
-    recipe: of any kind: it has `load`, `to_yaml`, `model_dump` and `output`.
+    recipe: of any kind.
 
     Raises:
         UserError: the folder is another recipe's, another program's, in use, or cannot be written.
@@ -59,7 +58,7 @@ def claimed(run: Path, recipe: Any) -> Iterator[None]:
 
 
 @contextmanager
-def _claimed(run: Path, recipe: Any) -> Iterator[None]:
+def _claimed(run: Path, recipe: RecipeFile) -> Iterator[None]:
     written = run / RECIPE
     with ExitStack() as stack:
         try:
@@ -75,7 +74,7 @@ def _claimed(run: Path, recipe: Any) -> Iterator[None]:
         yield
 
 
-def check_folder(run: Path, recipe: Any) -> None:
+def check_folder(run: Path, recipe: RecipeFile) -> None:
     """UserError where `claimed` would refuse the folder; nothing is written."""
     there = next(place for place in (run, *run.absolute().parents) if place.exists())
     if not there.is_dir() or not os.access(there, os.W_OK):
@@ -85,7 +84,7 @@ def check_folder(run: Path, recipe: Any) -> None:
     _changes(run, recipe)
 
 
-def _changes(run: Path, recipe: Any) -> list[str]:
+def _changes(run: Path, recipe: RecipeFile) -> list[str]:
     """Dotted names of the fields that differ from the recipe already in `run`.
 
     Raises UserError if the folder holds something else, another kind of run, or a run that cannot be resumed with these
@@ -120,30 +119,18 @@ def _written(run: Path, kind: type) -> Any:
         raise UserError(f"output: {run} holds a run of another kind ({line}); choose another output") from error
 
 
-def _changeable(run: Path, recipe: Any, name: str) -> bool:
+def _changeable(run: Path, recipe: RecipeFile, name: str) -> bool:
     """Whether a field of a run's recipe, by its dotted name, may differ from what it was."""
     if name.endswith(UNTIL_FINISHED):
         section = name.rpartition(".")[0]
-        order = list(steps := _trained(recipe))
+        order = list(steps := recipe.trained())
         which = next((step for step in reversed(order) if steps[step][0] == section), None)
-        ranking = of_rounds(run, SEARCH)  # candidates healed alike are compared with each other
-        if which is None or section == "heal" and any("picked" not in (read_json(path) or {}) for path in ranking):
+        if which is None or section in recipe.held_fast(run):
             return False
         # with a later one's student this one is not trained again, wherever its own has gone
         trained = any(phase_student(run, step).exists() for step in order[order.index(which) :])
         return not trained and not is_over(phase_folder(run, which), steps[which][1])
     return name in PLACES or name.endswith(CHANGEABLE)
-
-
-def _trained(recipe: Any) -> dict[str, tuple[str, Any]]:
-    """By the name of its folder: where what a step of a run is trained by stands in the recipe, and those settings."""
-    if hasattr(recipe, "phases"):
-        return {name: (f"phases.{name}", phase) for name, phase in recipe.phases.active()}
-    if hasattr(recipe, "prune"):
-        at = {"correct": "correct", "heal": "heal", "mixing": "convert.mixing", "hidden": "convert.hidden"}
-        where = {step.name: at.get(step.kind, "") for step in recipe.steps()}
-        return {name: (field, attrgetter(field)(recipe) if field else None) for name, field in where.items()}
-    return {stage.name: (f"stages.{i}", stage) for i, stage in enumerate(recipe.stages)}
 
 
 def _same_rows(old: Any, new: Any, name: str) -> bool:

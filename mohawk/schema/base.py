@@ -234,6 +234,16 @@ class RecipeFile(Section):
         """Names of the phases of such a run in order, those that are skipped too."""
         raise NotImplementedError
 
+    def trained(self) -> dict[str, tuple[str, Any]]:
+        """By the name of its folder, each step of the run in order: where what it is trained by stands in the recipe,
+        and those settings; an empty text and None for a step without training."""
+        raise NotImplementedError
+
+    def held_fast(self, run: Path) -> tuple[str, ...]:
+        """Sections that must stay as they are, since what is trained by them in a run's folder is still being
+        compared."""
+        return ()
+
     @classmethod
     def load(cls, path: str | Path, overrides: Sequence[str] = ()) -> Self:
         """Read and check a YAML file with `a.b=c` overrides on top. Raises UserError, a line per mistake.
