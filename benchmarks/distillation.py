@@ -136,8 +136,8 @@ def main() -> None:
     parser.add_argument("--runs", type=Path, default=Path("runs/distillation"), help="folder of the runs")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the table, its JSON and the plot")
     options = parser.parse_args()
+    from mohawk.distillation.plots import plot_variants
     from mohawk.distillation.run import distill
-    from mohawk.runs.plots import plot_variants
 
     runs = options.runs / f"seed-{options.seed}"
     recipes = {m: recipe_for(m, options.tokens, options.seed, runs, runs / "caches") for m in options.methods}

@@ -14,6 +14,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from mohawk.conversion.plots import plot_selection
 from mohawk.conversion.probe import Probe
 from mohawk.conversion.recipe import Recipe
 from mohawk.core.folders import locked, why_incomplete
@@ -22,7 +23,6 @@ from mohawk.core.places import home
 from mohawk.core.run_folder import RECIPE, SELECTION, has_recipe, phase_student
 from mohawk.errors import UserError
 from mohawk.runs.kept import Selection
-from mohawk.runs.plots import plot_selection
 from mohawk.schema.kinds import refuse_altered
 
 PLOT = "plots/selection.png"

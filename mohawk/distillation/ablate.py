@@ -14,10 +14,11 @@ from rich.console import Console
 
 from mohawk.core.json_files import read_json, write_json, write_text
 from mohawk.core.run_folder import RESULTS, plot_file
+from mohawk.distillation.plots import plot_variants
 from mohawk.distillation.recipe import DistillRecipe
 from mohawk.errors import UserError
 from mohawk.runs.kept import Compares
-from mohawk.runs.plots import TEXTS, plot_variants
+from mohawk.runs.plots import TEXTS
 from mohawk.runs.tables import print_tables
 from mohawk.schema.base import RecipeFile
 from mohawk.schema.kinds import kind_of

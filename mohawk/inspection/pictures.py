@@ -23,6 +23,7 @@ from mohawk.core.precision import pick_device
 from mohawk.core.run_folder import PLOTS, has_recipe
 from mohawk.data.same_tokenizer import teacher_tokenizer
 from mohawk.errors import UserError
+from mohawk.inspection.plots import PANEL, HeadPicture, percent, plot_layer
 from mohawk.kernels.mixing.definition import Mixing
 from mohawk.kernels.mixing.matrix import mixing_matrix
 from mohawk.loading.configs import load_config
@@ -33,7 +34,6 @@ from mohawk.models.hybrid_config import HybridConfig
 from mohawk.models.state_mixer import StateMixer
 from mohawk.runs.binding import check_models
 from mohawk.runs.matrices import layer_mixings
-from mohawk.runs.plots import PANEL, HeadPicture, percent, plot_layer
 from mohawk.schema.kinds import load_run_recipe
 
 INDEX = "index.html"

@@ -45,12 +45,12 @@ from mohawk.pruning.importance import Importance, check_scores, choose, chosen_l
 from mohawk.pruning.layer_drops import measure_layer_drops
 from mohawk.pruning.layers import chosen_with_mix, layer_kinds, mix_of
 from mohawk.pruning.plan import Plan, Round, costs_of, found_for
+from mohawk.pruning.plots import plot_candidates
 from mohawk.pruning.recipe import TargetSection
 from mohawk.pruning.search import Budget, search, within
 from mohawk.pruning.sizes import between, parameters_of, present, target_sizes
 from mohawk.runs.context import RunContext
 from mohawk.runs.kept import Drops, Search
-from mohawk.runs.plots import plot_candidates
 
 log = logging.getLogger(__name__)
 

@@ -43,7 +43,7 @@ def test_labels_and_figures_of_losses_are_in_the_picture_and_not_on_the_curve(tm
     import mohawk.runs.plots
 
     figures = []
-    monkeypatch.setattr(mohawk.runs.plots, "_save", lambda figure, target: figures.append(figure))
+    monkeypatch.setattr(mohawk.runs.plots, "save", lambda figure, target: figures.append(figure))
     write_metrics(tmp_path / "metrics.jsonl", {"a": [10 - i / 8 for i in range(60)], "b": [1.0, 2.0, 3.0]})
     label = "forward KL + cross entropy + hidden + attention per token"
     plot_losses(tmp_path / "metrics.jsonl", tmp_path / "a.png", {"a": label, "b": "KL"})

@@ -1,0 +1,55 @@
+"""What pictures have in common: figures of their own, their colours, and how they are written. All PNG."""
+
+from __future__ import annotations
+
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mohawk.errors import naming
+
+BLUE, ORANGE, GREY = "#1f6feb", "#d9730d", "#8c959f"
+
+
+def number(value: Any) -> float:
+    return float(value) if value is not None else math.nan  # also reads "inf" and "nan"
+
+
+def log_axis(axis: Any) -> None:
+    from matplotlib.ticker import FuncFormatter, LogLocator
+
+    axis.set_yscale("log")
+    axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.yaxis.set_minor_formatter(FuncFormatter(lambda value, _: ""))
+
+
+def subplots(rows: int, columns: int, *, width: float, height: float) -> tuple[Any, np.ndarray]:
+    # a figure of its own canvas: nothing here touches pyplot, the user's backend or a display
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width * columns, height * rows), dpi=130, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(rows, columns, squeeze=False)
+    for axis in axes.flat:
+        axis.grid(True, alpha=0.25)
+        axis.spines[["top", "right"]].set_visible(False)
+    return figure, axes
+
+
+def save(figure: Any, target: Path | str) -> Path:
+    target = Path(target)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    beside = target.with_name(f".{target.name}.tmp")
+    try:
+        with naming(target):
+            figure.savefig(beside, format="png")
+        os.replace(beside, target)
+    except BaseException:
+        beside.unlink(missing_ok=True)
+        raise
+    return target
