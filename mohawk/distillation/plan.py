@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from mohawk.core.precision import pick_device
 from mohawk.distillation.build import checked_cache, loss_label, matchings_for, mistakes, shaped
-from mohawk.distillation.recipe import DistillRecipe, DistillStudent, RampSection
+from mohawk.distillation.recipe import DistillRecipe, DistillStudent, RampSection, Stage
 from mohawk.errors import UserError
 from mohawk.loading.configs import building, load_config
 from mohawk.loading.models import parameter_count
@@ -23,26 +24,41 @@ from mohawk.models.families import needed_attention
 from mohawk.training.trackers import trackers
 
 
-def print_plan(recipe: DistillRecipe, console: Console) -> int:
-    """Sizes, stages and steps, from configurations alone. Returns the bytes of models and optimizer where a process
-    holds them whole. Raises UserError for what does not fit the models."""
+@dataclass
+class StagePlan:
+    """One stage. student: the new one that it begins with, on the meta device; None: the one before."""
+
+    stage: Stage
+    student: PreTrainedModel | None
+    temperature: float | RampSection
+
+
+@dataclass
+class Plan:
+    """A distillation, before it runs. teacher, student: on the meta device, the latter as the first stage gets it.
+
+    memory: bytes of models and optimizer where a process holds them whole.
+    """
+
+    teacher: PreTrainedModel
+    student: PreTrainedModel
+    stages: list[StagePlan]
+    memory: int
+
+
+def make_plan(recipe: DistillRecipe) -> Plan:
+    """Sizes and stages, from configurations alone. Raises UserError for what does not fit the models."""
     config = load_config(recipe.teacher.model, **recipe.teacher.where)
     further = [load_config(one.model, **one.where, who=f"teachers.{i}") for i, one in enumerate(recipe.teachers)]
     check_together(recipe.combine, [config, *further])
     trackers(recipe.report_to)
     teacher = _meta(config, recipe.teacher.trust_remote_code)
-    student = _planned(recipe.student, teacher, recipe)
-    for name, model in (("Teacher", teacher), ("Student", student)):
-        what = recipe.teacher.model if name == "Teacher" else recipe.student.model or "from the teacher"
-        console.print(f"[bold]{name}[/bold] {what}: {_size(model)}")
-    largest = parameter_count(student)
-    table = Table("stage", "learns from", "by", "temperature", "tokens", "steps", "learning rate")
+    student = first = _planned(recipe.student, teacher, recipe)
+    stages: list[StagePlan] = []
     for i, stage in enumerate(recipe.stages):
         before = student
         if stage.student is not None:
             student = _planned(stage.student, student, recipe, f"stages.{i}.student")
-            largest = max(largest, parameter_count(student))
-            console.print(f"[bold]From {stage.name} on[/bold]: {_size(student)}")
         with mistakes(f"stages.{i} ({stage.name})"):
             matchings_for(stage, student, {"teacher": teacher, "previous": before}.get(stage.learn_from, student))
         if stage.cache is not None:
@@ -50,11 +66,28 @@ def print_plan(recipe: DistillRecipe, console: Console) -> int:
         temperature = stage.temperature
         if temperature == "auto":
             temperature = temperature_for(*map(parameter_count, (teacher, student)))
+        stages.append(StagePlan(stage, None if stage.student is None else student, temperature))
+    asked = [(recipe.teacher, teacher)]
+    asked += [(one, _meta(of, one.trust_remote_code)) for one, of in zip(recipe.teachers, further, strict=True)]
+    teachers = sum(parameter_count(model) * (4 if one.dtype == "float32" else 2) for one, model in asked)
+    largest = max(map(parameter_count, (first, *(one.student for one in stages if one.student is not None))))
+    return Plan(teacher, first, stages, teachers + 16 * largest)  # weights, gradients and two moments in float32
+
+
+def print_plan(plan: Plan, recipe: DistillRecipe, console: Console) -> None:
+    """The plan as a person reads it."""
+    console.print(f"[bold]Teacher[/bold] {recipe.teacher.model}: {_size(plan.teacher)}")
+    console.print(f"[bold]Student[/bold] {recipe.student.model or 'from the teacher'}: {_size(plan.student)}")
+    table = Table("stage", "learns from", "by", "temperature", "tokens", "steps", "learning rate")
+    for planned in plan.stages:
+        stage = planned.stage
+        if planned.student is not None:
+            console.print(f"[bold]From {stage.name} on[/bold]: {_size(planned.student)}")
         table.add_row(
             stage.name,
             f"cache {stage.cache}" if stage.cache else stage.learn_from,
             loss_label(stage).removesuffix(" per token"),
-            _number(temperature),
+            _number(planned.temperature),
             f"{stage.tokens:,}", f"{stage.steps():,}", f"{stage.learning_rate:g}",
         )  # fmt: skip
     console.print(table)
@@ -64,10 +97,6 @@ def print_plan(recipe: DistillRecipe, console: Console) -> int:
                 terms = {"divergence": own.kd_weight, "cross entropy": own.ce_weight}
                 given = " + ".join(f"{_number(weight)} x {name}" for name, weight in terms.items() if weight != 0)
                 console.print(f"[bold]Beside them[/bold] {given} of {source.source}, per token of its own")
-    asked = [(recipe.teacher, teacher)]
-    asked += [(one, _meta(of, one.trust_remote_code)) for one, of in zip(recipe.teachers, further, strict=True)]
-    teachers = sum(parameter_count(model) * (4 if one.dtype == "float32" else 2) for one, model in asked)
-    return teachers + 16 * largest  # weights, gradients and two moments in float32
 
 
 def _number(value: float | RampSection) -> str:

@@ -14,7 +14,7 @@ from mohawk.core.extras import need
 from mohawk.core.precision import pick_device
 from mohawk.core.processes import first_before_others, from_first, on_first
 from mohawk.distillation.build import check_caches, checked_cache, load, loss_label
-from mohawk.distillation.plan import print_plan
+from mohawk.distillation.plan import make_plan, print_plan
 from mohawk.distillation.recipe import DistillRecipe
 from mohawk.distillation.sources import StageData
 from mohawk.distillation.stages import StageTrainer, made, stage_step
@@ -42,12 +42,18 @@ def distill(recipe: DistillRecipe, *, dry_run: bool = False) -> None:
             folder holds another run.
         Interrupted: a signal stopped the run after it saved.
     """
+
+    def plan(console: Console) -> int:
+        planned = first_before_others(lambda: make_plan(recipe))
+        print_plan(planned, recipe, console)
+        return planned.memory
+
     if recipe.has_adapter():
         need("lora", "student.lora")
     start(
         recipe,
         dry_run=dry_run,
-        plan=lambda console: first_before_others(lambda: print_plan(recipe, console)),
+        plan=plan,
         further=functools.partial(check_caches, recipe.stages),
         work=lambda folder, console, needed: run_stages(
             opened(recipe, folder, console, parts=parts_of(recipe, needed > device_bytes(pick_device(recipe.device))))
