@@ -19,7 +19,7 @@ from rich.console import Console
 
 from mohawk.conversion.patterns import interval_cost, regular_layers
 from mohawk.conversion.probe import short_fingerprint
-from mohawk.conversion.recipe import EndToEnd, Recipe
+from mohawk.conversion.recipe import EndToEndPhase, Recipe
 from mohawk.conversion.select import RANKINGS, trained_student
 from mohawk.conversion.swap import keep_attention
 from mohawk.core.folders import MANIFEST, checkpoints, drop_file, is_complete, write_whole
@@ -275,5 +275,5 @@ def _recipe(recipe: Recipe, layers: list[int], output: Path, overrides: Sequence
     if isinstance(recipe.student.mixer, dict):
         data["student"]["mixer"] = {i: recipe.student.mixer[i] for i in layers}
     if data["phases"]["end_to_end"] is None:
-        data["phases"]["end_to_end"] = EndToEnd().model_dump(mode="json")
+        data["phases"]["end_to_end"] = EndToEndPhase().model_dump(mode="json")
     return Recipe.from_dict(data, overrides)

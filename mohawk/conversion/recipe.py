@@ -85,14 +85,14 @@ class Student(Section):
         return given if given.get("init", "attention") != "attention" else {**given, "gate": "output"}
 
 
-class Mixing(Phase):
+class MixingPhase(Phase):
     tokens: Count = Field(default=80_000_000, description="training tokens of the phase")
     metric: MatrixMetric = Field(
         default="frobenius", description="distance between the teacher's and the student's mixing matrices"
     )
 
 
-class Hidden(Phase):
+class HiddenPhase(Phase):
     tokens: Count = Field(default=160_000_000, description="training tokens of the phase")
     match: Literal["block_output", "mixer_output"] = Field(
         default="block_output",
@@ -104,7 +104,7 @@ class Hidden(Phase):
     )
 
 
-class EndToEnd(Phase):
+class EndToEndPhase(Phase):
     tokens: Count = Field(default=2_760_000_000, description="training tokens of the phase")
     learning_rate: Annotated[float, Field(gt=0, le=1)] = Field(default=1e-5, description="learning rate after warmup")
     gradient_accumulation: Batch = Field(
@@ -124,9 +124,11 @@ class EndToEnd(Phase):
 class Phases(Section):
     """The defaults are the MOHAWK paper's. A phase set to null is skipped."""
 
-    mixing: Mixing | None = Field(default=Mixing(), description="phase 1: match mixing matrices; null: skip")
-    hidden: Hidden | None = Field(default=Hidden(), description="phase 2: match hidden states; null: skip")
-    end_to_end: EndToEnd | None = Field(default=EndToEnd(), description="phase 3: distil the logits; null: skip")
+    mixing: MixingPhase | None = Field(default=MixingPhase(), description="phase 1: match mixing matrices; null: skip")
+    hidden: HiddenPhase | None = Field(default=HiddenPhase(), description="phase 2: match hidden states; null: skip")
+    end_to_end: EndToEndPhase | None = Field(
+        default=EndToEndPhase(), description="phase 3: distil the logits; null: skip"
+    )
 
     def active(self) -> Iterator[tuple[str, Phase]]:
         """(name, phase) of those not skipped, in order."""

@@ -356,7 +356,7 @@ def total(tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
-def gathered(value: T) -> list[T]:
+def from_all(value: T) -> list[T]:
     """What every process gives, in the order of their ranks; all of them must ask."""
     if not several():
         return [value]
@@ -380,7 +380,7 @@ def together(work: Callable[[], T]) -> T:
         if failed is None:
             raise
     said = None if failed is None else (failed.errno, failed.strerror or str(failed), failed.filename)
-    said = next((one for one in gathered(said) if one is not None), None)
+    said = next((one for one in from_all(said) if one is not None), None)
     if said is not None:
         number, text, name = said
         raise failed or (_FailedElsewhere(text) if number is None else _FailedElsewhere(number, text, name))
@@ -393,7 +393,7 @@ def hashed_together(folder: Path) -> dict[str, str]:
     own = together(
         lambda: {str(path.relative_to(folder).as_posix()): hashed(path) for path in paths[rank() :: count()]}
     )
-    return {name: digest for part in gathered(own) for name, digest in part.items()}
+    return {name: digest for part in from_all(own) for name, digest in part.items()}
 
 
 def means(values: Mapping[str, float]) -> dict[str, float]:

@@ -60,9 +60,9 @@ def teacher_tokenizer(
     if tokenizer is not None and (own := own_tokenizer(model, who=who, **where)) is not None:
         check_same(own, found, f"{option}: {tokenizer}", f"{model}'s own", roles=False)
     if tokenizer is None:
-        check_rows(found, rows, f"{said_of(who)}{model}")
+        check_embedding_rows(found, rows, f"{said_of(who)}{model}")
     else:
-        check_rows(found, rows, f"{option}: {tokenizer}", "it")
+        check_embedding_rows(found, rows, f"{option}: {tokenizer}", "it")
     return found
 
 
@@ -84,7 +84,7 @@ def _on_hub(name: str, where: dict[str, Any]) -> bool:
     return any(cached_file(name, file, revision=where.get("revision"), **quiet) is not None for file in FILES)
 
 
-def check_rows(tokenizer: PreTrainedTokenizerBase, rows: int, who: str, whose: str = "its tokenizer") -> None:
+def check_embedding_rows(tokenizer: PreTrainedTokenizerBase, rows: int, who: str, whose: str = "its tokenizer") -> None:
     """UserError where a tokenizer has ids that an embedding of so many rows does not."""
     token, highest = max(tokenizer.get_vocab().items(), key=lambda entry: entry[1])
     if highest >= rows:

@@ -6,7 +6,7 @@ import logging
 from pathlib import Path
 
 from mohawk.conversion.recipe import Recipe
-from mohawk.core import places as run_folder
+from mohawk.core.places import cache_dir
 from mohawk.core.terminal import SHOWN
 from mohawk.demo import fetch
 from mohawk.loading.configs import locate
@@ -31,7 +31,7 @@ def demo(teacher: str | None = None, output: Path | str | None = None, overrides
     own = Recipe.load(shipped("demo")).teacher.model
     if teacher is not None:
         locate(teacher)  # a mistyped folder is told before anything is fetched
-    log.info("fetching the checkpoint and the texts (kept in %s)", run_folder.cache_dir(), extra=SHOWN)
+    log.info("fetching the checkpoint and the texts (kept in %s)", cache_dir(), extra=SHOWN)
     settings = local_settings(teacher or str(fetch.smollm2()))
     if teacher not in (None, own):
         settings.append("student.ssm_layers=every_second")  # the recipe's layers are its own teacher's

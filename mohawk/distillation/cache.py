@@ -11,7 +11,7 @@ from mohawk.errors import UserError
 from mohawk.teacher_cache.writer import write_cache
 
 if TYPE_CHECKING:
-    from mohawk.conversion.recipe import EndToEnd
+    from mohawk.conversion.recipe import EndToEndPhase
     from mohawk.distillation.recipe import Stage
     from mohawk.schema.base import RecipeFile
     from mohawk.teacher_cache.reader import TeacherCache
@@ -69,7 +69,7 @@ def cache_teacher(
     )  # fmt: skip
 
 
-def _stage_of(recipe: RecipeFile, name: str | None) -> EndToEnd | Stage:
+def _stage_of(recipe: RecipeFile, name: str | None) -> EndToEndPhase | Stage:
     """Whose rows are cached."""
     if isinstance(recipe, Recipe):
         if name is not None:
@@ -91,7 +91,7 @@ def _stage_of(recipe: RecipeFile, name: str | None) -> EndToEnd | Stage:
     return learning[name]
 
 
-def _rows_of(recipe: RecipeFile, asked: EndToEnd | Stage, length: int, tokenizer: Any) -> Any:
+def _rows_of(recipe: RecipeFile, asked: EndToEndPhase | Stage, length: int, tokenizer: Any) -> Any:
     """The dataset that a phase or stage trains on. What fills up its rows is of no account."""
     if isinstance(recipe, StageRecipe):
         from mohawk.distillation.sources import load_sources, training_rows

@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
 OURS = Path(__file__).parent / "tasks"
 # What a task is about, where its `metadata` have no `kind` that says so: the beginnings of the harness's names.
-KINDS = {
+TASK_KINDS = {
     "knowledge": ("mmlu", "global_mmlu", "triviaqa", "nq_open", "webqs", "truthfulqa", "gpqa", "openbookqa", "sciq"),
     "retrieval": ("ruler", "niah", "longbench", "fda", "swde", "squad", "scrolls", "babilong"),
 }
@@ -299,9 +299,9 @@ def paired(teacher: Mapping[str, Any], student: Mapping[str, Any]) -> dict[str, 
 
 def task_kind(name: str, kind: str | None = None) -> str:
     """ "knowledge", "retrieval" or "other": what the task says it is, else by its name."""
-    if kind in KINDS:
+    if kind in TASK_KINDS:
         return kind
-    return next((kind for kind, beginnings in KINDS.items() if name.startswith(beginnings)), "other")
+    return next((kind for kind, beginnings in TASK_KINDS.items() if name.startswith(beginnings)), "other")
 
 
 def difference_error(

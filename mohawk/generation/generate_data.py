@@ -50,7 +50,7 @@ HELD = 8  # prompts that an endpoint may refuse before it has answered any
 SYNC_SECONDS = 5.0  # between flushes to the disk
 
 
-class Teacher(Protocol):
+class AnsweringTeacher(Protocol):
     """What answers prompts: mohawk.generation.decoding.LocalTeacher, mohawk.generation.endpoint.EndpointTeacher."""
 
     decoding: Decoding
@@ -90,7 +90,7 @@ def generate_from(
     if endpoint is not None:
         if "request" in options:
             options["request"] = _json_object(options["request"])
-        opened: Teacher = EndpointTeacher(endpoint, model, decoding, chat=chat, **options)
+        opened: AnsweringTeacher = EndpointTeacher(endpoint, model, decoding, chat=chat, **options)
     else:
         opened = local_teacher(model, decoding, chat=chat, **options)
     tally = generate_data(prompts, opened, output, filters=filters)
@@ -100,7 +100,7 @@ def generate_from(
 
 def generate_data(
     prompts: Sequence[Prompt],
-    teacher: Teacher,
+    teacher: AnsweringTeacher,
     output: Path | str,
     *,
     filters: Filters | None = None,
@@ -199,7 +199,12 @@ def generate_data(
 
 
 def _line(
-    prompt: Prompt, sample: int, response: Response, verdict: Verdict, identity: Mapping[str, Any], teacher: Teacher
+    prompt: Prompt,
+    sample: int,
+    response: Response,
+    verdict: Verdict,
+    identity: Mapping[str, Any],
+    teacher: AnsweringTeacher,
 ) -> bytes:
     decoding, line = teacher.decoding, {}
     if teacher.chat or isinstance(prompt.content, list):
@@ -221,7 +226,7 @@ def _line(
 
 
 def _ask_again(
-    output: Path, found: Found, prompts: Sequence[Prompt], teacher: Teacher, judged: Callable[..., Any]
+    output: Path, found: Found, prompts: Sequence[Prompt], teacher: AnsweringTeacher, judged: Callable[..., Any]
 ) -> None:
     """Answers to the prompts that lack some, put where they belong; the files change only when all have come."""
     made: dict[int, dict[str, list[bytes]]] = {}

@@ -29,7 +29,7 @@ from mohawk.errors import UserError
 from mohawk.generation.decoding import Decoding, LocalTeacher, local_teacher
 from mohawk.generation.endpoint import EndpointTeacher
 from mohawk.generation.filters import load_function, normalize
-from mohawk.losses.rationale_router import RationaleRouter, measure_gains, read_gains, write_file
+from mohawk.losses.rationale_router import RationaleRouter, measure_gains, read_gains, save_text
 from mohawk.losses.rationales import TEMPLATES, extract_rationale, read_rationales
 
 log = logging.getLogger(__name__)
@@ -212,7 +212,7 @@ def purify(
             groups, complete, journal, identity=identity or {}, template=merge_template, templates=templates
         )
     try:
-        write_file(output, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+        save_text(output, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
     except UserError:
         drop_file(output)  # there already, perhaps, without all that belongs to it: it would be in the next call's way
         raise

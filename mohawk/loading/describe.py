@@ -26,7 +26,7 @@ GROWING = ("full_attention", "sliding_attention")  # layer types that keep keys 
 MAMBA2 = ("conv_dim", "conv_kernel_size", "num_heads", "head_dim", "ssm_state_size")
 # and Qwen3.5's of the gated delta rule
 GATED_DELTA = ("conv_dim", "conv_kernel_size", "num_v_heads", "head_v_dim", "head_k_dim", "in_proj_qkv")
-MIXERS = ("self_attn", "attn", "mamba", "linear_attn")  # Granite's layers have two of them, one of which is None
+MIXER_NAMES = ("self_attn", "attn", "mamba", "linear_attn")  # Granite's layers have two of them, one of which is None
 
 
 @dataclass(frozen=True)
@@ -138,7 +138,7 @@ def _layer(config: PretrainedConfig, index: int, block, itemsize: int) -> Layer:
 
     types = getattr(config, "layer_types", None)
     kind = types[index] if types else "full_attention"
-    mixer = next((found for name in MIXERS if (found := getattr(block, name, None)) is not None), block)
+    mixer = next((found for name in MIXER_NAMES if (found := getattr(block, name, None)) is not None), block)
     counts = sum(p.numel() for p in mixer.parameters()), sum(p.numel() for p in block.parameters())
     if hasattr(mixer, "conv_size"):  # one of our mixers: a conv state in the model's dtype, a float32 state
         conv = mixer.conv_size * mixer.conv_kernel * itemsize

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from mohawk.core.processes import gathered
+from mohawk.core.processes import from_all
 from mohawk.errors import UserError
 from mohawk.models.sharding import is_sharded, local
 
@@ -34,6 +34,6 @@ def refuse_nonfinite(model: nn.Module, what: str, do: str) -> None:
     sharded model all processes look at their parts."""
     found = first_nonfinite((name, local(parameter)) for name, parameter in model.named_parameters())
     if is_sharded(model):
-        found = next((one for one in gathered(found) if one is not None), None)
+        found = next((one for one in from_all(found) if one is not None), None)
     if found is not None:
         raise UserError(f"{what} has weights that are not finite, first {found}; {do}")

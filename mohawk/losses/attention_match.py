@@ -25,7 +25,7 @@ from mohawk.models.teacher_forcing import RECORDING, AttentionRecord, recording_
 
 OF_ATTENTION = ("kl", "scores")  # what a state-space matrix has not
 HEADS = ("auto", "mean", "group")
-KINDS = ("full_attention", "sliding_attention", "linear_attention")  # of layers; in the last, ours alone
+LAYER_KINDS = ("full_attention", "sliding_attention", "linear_attention")  # of layers; in the last, ours alone
 
 
 @dataclasses.dataclass
@@ -69,7 +69,7 @@ def collect_attention(model: nn.Module, layers: Collection[int]) -> Iterator[dic
     hooks = []
     for layer in sorted(set(layers)):
         mixer = next((module for module in modules[layer].modules() if isinstance(module, StateMixer)), None)
-        if mixer is None and kinds is not None and kinds[layer] not in KINDS:
+        if mixer is None and kinds is not None and kinds[layer] not in LAYER_KINDS:
             raise ValueError(f"attention of {name}: layer {layer} is of {kinds[layer]}, which cannot be recorded")
         records[layer] = AttentionRecord() if mixer is None else MixerRecord(mixer)
         if mixer is None:

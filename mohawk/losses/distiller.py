@@ -32,10 +32,10 @@ from mohawk.losses.teachers import (
     AverageTeacher,
     Ensemble,
     ModelTeacher,
-    in_parts,
     is_around,
     model_inputs,
     taken,
+    teacher_in_parts,
 )
 from mohawk.training.advance import Advance
 from mohawk.training.objective import Objective
@@ -311,7 +311,7 @@ class KnowledgeDistiller(Objective["CausalLM"]):
             assert self.teacher is not None  # refused at the start
             (whole,) = self.teacher(batch, [m.teacher for m in matchings.values()])
         once = None if whole is None else [whole]
-        if once is None and self.own_losses and in_parts(self.teacher):  # whatever losses a process's rows have
+        if once is None and self.own_losses and teacher_in_parts(self.teacher):  # whatever losses a process's rows have
             assert self.teacher is not None
             once = list(self.teacher(batch))
         labels = next_labels(batch)

@@ -38,7 +38,7 @@ MASK = "attention_mask"  # of other collators' batches
 
 
 @dataclass(frozen=True)
-class Prompt:
+class PromptPlace:
     """Where a prompt lies, `batch[row, begin : begin + length]`, how many tokens may follow, their weight and task."""
 
     row: int
@@ -181,7 +181,7 @@ class OnPolicy:
             result["row"] = torch.full_like(batch["row"], -1)
         return result
 
-    def _prompts(self, batch: dict[str, Tensor], step: int) -> list[Prompt]:
+    def _prompts(self, batch: dict[str, Tensor], step: int) -> list[PromptPlace]:
         segments = batch.get("segment_ids")
         if segments is None:
             segments = batch.get(MASK, torch.ones_like(batch["labels"])).long() - 1
@@ -210,7 +210,7 @@ class OnPolicy:
                     limit = min(self.max_new_tokens, n - length)
                     room -= length + limit
                     first = row, begin + (turns or begins)[i]
-                    found.append(Prompt(row, int(begin), length, limit, float(weights[first]), int(tasks[first])))
+                    found.append(PromptPlace(row, int(begin), length, limit, float(weights[first]), int(tasks[first])))
                 prompts += sorted(found, key=lambda prompt: prompt.length)
         return prompts
 
@@ -279,7 +279,7 @@ class OnPolicy:
         return [samples[i] for i in range(len(texts))]
 
     def _packed(
-        self, prompts: list[Prompt], texts: list[Tensor], samples: list[Tensor], rows: int
+        self, prompts: list[PromptPlace], texts: list[Tensor], samples: list[Tensor], rows: int
     ) -> dict[str, Tensor]:
         lengths = [0] * rows
         for prompt, sample in zip(prompts, samples, strict=True):

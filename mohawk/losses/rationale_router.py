@@ -244,7 +244,7 @@ def measure_gains(
             "round %d of %d: %s, validation loss %.4f to %.4f", turn + 1, rounds, teacher, before, after, extra=SHOWN
         )
         if keep is not None:
-            write_file(Path(keep), json.dumps({**router.state(), "settings": settings}, indent=1) + "\n")
+            save_text(Path(keep), json.dumps({**router.state(), "settings": settings}, indent=1) + "\n")
     for module in training:
         module.training = True
     return router
@@ -306,7 +306,7 @@ def read_gains(path: str | Path, settings: Mapping[str, Any] | None = None) -> d
     return state
 
 
-def write_file(path: Path, text: str) -> None:
+def save_text(path: Path, text: str) -> None:
     """A file that has all of `text`, or is as it was; `why_altered` knows it again. Raises UserError where it cannot be
     written."""
     try:

@@ -27,7 +27,7 @@ from torch import Tensor
 from mohawk.data.next_tokens import IGNORED, next_labels
 from mohawk.data.pairs import Pairs
 from mohawk.data.records import content_hash, read_records, why_no_chat
-from mohawk.data.same_tokenizer import check_rows
+from mohawk.data.same_tokenizer import check_embedding_rows
 from mohawk.data.source_files import as_source
 from mohawk.errors import UserError
 from mohawk.kernels.kd.loss import linear_kd_loss
@@ -319,10 +319,10 @@ class RationaleDistiller:
             what = "no teacher" if teacher is None else "a teacher"
             raise UserError(f"kd_weight: got {kd_weight} and {what}; give a teacher and a weight above 0, or neither")
         check_decoder(student, "student")
-        check_rows(tokenizer, embedding_rows(student), "student", "the tokenizer")
+        check_embedding_rows(tokenizer, embedding_rows(student), "student", "the tokenizer")
         if teacher is not None:
             check_decoder(teacher, "teacher")
-            check_rows(tokenizer, embedding_rows(teacher), "teacher", "the tokenizer")
+            check_embedding_rows(tokenizer, embedding_rows(teacher), "teacher", "the tokenizer")
         self.student, self.tokenizer = student, tokenizer
         self.teacher = None
         if teacher is not None:

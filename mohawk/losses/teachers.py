@@ -259,7 +259,7 @@ def taken(source: Teacher, rows: Tensor) -> Teacher:
     return source.map_rows(lambda x, trailing: x[rows])
 
 
-def in_parts(teacher: object) -> bool:
+def teacher_in_parts(teacher: object) -> bool:
     """Whether every process has a part of a teacher's models, so that all have to ask it equally often."""
     models = teacher.teachers if isinstance(teacher, Ensemble) else [teacher]
     return any(isinstance(one, ModelTeacher) and is_sharded(one.model) for one in models)

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor, nn
 
-from mohawk.core.processes import count, gathered, rank, total
+from mohawk.core.processes import count, from_all, rank, total
 from mohawk.data.next_tokens import IGNORED, next_labels
 from mohawk.data.packing import collate
 from mohawk.errors import UserError
@@ -96,7 +96,7 @@ def teacher_states(
             states = packed_hidden_states(teacher, batch, device=device, autocast=autocast)
             hidden.append(states[_predicting(batch).to(device)].cpu())
     reshard(teacher)
-    tokens = sum(gathered(sum(len(h) for h in hidden)))
+    tokens = sum(from_all(sum(len(h) for h in hidden)))
     if not tokens:
         raise UserError("evaluation: the text predicts no token; give at least two tokens of it")
     return TeacherStates(batches, hidden, head, tokens)

@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
 
-from mohawk.conversion.recipe import Hidden, Mixing, Student
+from mohawk.conversion.recipe import HiddenPhase, MixingPhase, Student
 from mohawk.core.json_files import read_json
 from mohawk.core.run_folder import SEARCH, of_rounds
 from mohawk.distillation.contradictions import RESERVED, data_contradictions, stage_contradictions
@@ -162,8 +162,10 @@ class SearchSection(Section):
 class Convert(Student):
     """Mamba-2 in place of attention, after the last cut and before its healing."""
 
-    mixing: Mixing | None = Field(default=None, description="phase 1 against the pruned model's matrices; null: skip")
-    hidden: Hidden | None = Field(
+    mixing: MixingPhase | None = Field(
+        default=None, description="phase 1 against the pruned model's matrices; null: skip"
+    )
+    hidden: HiddenPhase | None = Field(
         default=None, description="phase 2 against the pruned model's hidden states; null: skip"
     )
 

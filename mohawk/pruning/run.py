@@ -50,7 +50,7 @@ from mohawk.pruning.search import search_table
 from mohawk.pruning.sizes import empty_model, parameters_of, sizes_header, sizes_row
 from mohawk.pruning.vocabulary import check_trimmable, reasons_to_keep, told_reasons, trim_tokenizer, trim_vocabulary
 from mohawk.runs.context import RunContext, open_run
-from mohawk.runs.kept import CutMade, Search, Vocabulary
+from mohawk.runs.kept import CutMade, KeptVocabulary, Search
 from mohawk.runs.report import finish
 from mohawk.runs.start import start
 from mohawk.runs.steps import Step, is_final, take_steps, write_final
@@ -252,7 +252,7 @@ class Pruning:
 
     def _is_final(self, last: str | None) -> bool:
         trimmed = self.run.recipe.prune.vocabulary is not None
-        if trimmed and read_json(self.run.folder / VOCABULARY, Vocabulary) is None:
+        if trimmed and read_json(self.run.folder / VOCABULARY, KeptVocabulary) is None:
             return False
         # the last step's are in another dtype, or have more tokens
         return is_final(self.run, last, same_weights=False)
@@ -327,7 +327,7 @@ class Pruning:
             rows.append(["student", *sizes_row(sizes_of(student.config), self.plan.own), *counts])
         header = ["", *sizes_header(self.plan.own), "parameters", "outside embedding and head"]
         made: list[Table] = [("Sizes", header, rows), *searches]
-        covered = read_json(self.run.folder / VOCABULARY, Vocabulary)
+        covered = read_json(self.run.folder / VOCABULARY, KeptVocabulary)
         if covered is not None and self.run.recipe.prune.vocabulary:
             lines = [["tokens", f"{covered['after']:,} of {covered['before']:,}"]]
             lines += [[reason, f"{count:,}"] for reason, count in covered["why"].items()]

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from mohawk.data.pair_tokens import check_pair, no_weights
 from mohawk.data.records import first_records, read_records
-from mohawk.data.same_tokenizer import check_rows, check_same, own_tokenizer, teacher_tokenizer
+from mohawk.data.same_tokenizer import check_embedding_rows, check_same, own_tokenizer, teacher_tokenizer
 from mohawk.data.source_files import as_source, local_files
 from mohawk.errors import UserError
 from mohawk.loading.configs import load_config
@@ -136,7 +136,7 @@ def _check_reads(tokenizer: Any, own: Any, given: CheckpointSection, name: str) 
     else:
         log.warning("%s has no tokenizer to compare: it is taken to read ids as the teacher's does", who)
     rows = load_config(given.model, **given.where, who=name).get_text_config().vocab_size
-    check_rows(tokenizer, rows, who, "the teacher's tokenizer")
+    check_embedding_rows(tokenizer, rows, who, "the teacher's tokenizer")
 
 
 def _check_packages(name: str, teacher: Any) -> None:

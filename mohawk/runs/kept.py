@@ -29,7 +29,7 @@ class Speed(TypedDict):
     state_bytes: int
 
 
-class Task(TypedDict):
+class TaskFigures(TypedDict):
     kind: str
     fewshot: int | None
     questions: int
@@ -47,7 +47,7 @@ class Tasks(TypedDict):
 
     student: str
     fingerprint: str | None
-    tasks: dict[str, Task]
+    tasks: dict[str, TaskFigures]
     groups: dict[str, Group]
 
 
@@ -165,7 +165,7 @@ class Drops(TypedDict):
     whole: float
 
 
-class Vocabulary(TypedDict):
+class KeptVocabulary(TypedDict):
     """vocabulary.json."""
 
     before: int

@@ -68,7 +68,7 @@ def tables(results: Mapping[str, Any]) -> list[Table]:
     return made + (task_tables(results["tasks"]) if results.get("tasks") else [])
 
 
-KINDS = {
+TASK_TITLES = {
     "other": "Tasks",
     "knowledge": "Tasks of knowledge, apart from any mean",
     "retrieval": "Tasks of retrieval, apart from any mean",
@@ -82,7 +82,7 @@ def task_tables(found: Mapping[str, Any]) -> list[Table]:
     """
     header = ["task", "metric", "questions", "teacher", "student", "difference"]
     made: list[Table] = []
-    for kind, title in KINDS.items():
+    for kind, title in TASK_TITLES.items():
         rows = []
         for name, task in found["tasks"].items():
             if task["kind"] == kind:

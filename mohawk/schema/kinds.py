@@ -31,7 +31,7 @@ class Kind(NamedTuple):
 # By a key that only recipes of this kind have; one with none of them is a conversion's. The classes are named, not
 # imported, since each belongs to the command that runs it.
 CONVERSION = "phases"
-KINDS = {
+RECIPE_KINDS = {
     "prune": Kind("mohawk prune", "mohawk.pruning.recipe", "PruneRecipe"),
     "stages": Kind("mohawk distill", "mohawk.distillation.recipe", "DistillRecipe"),
     CONVERSION: Kind("mohawk convert", "mohawk.conversion.recipe", "Recipe"),
@@ -45,16 +45,16 @@ def kind_of(path: str | Path) -> type[RecipeFile]:
 
 def command_for(schema: type[RecipeFile], data: Mapping[str, Any]) -> str | None:
     """The command that a recipe's data are for, where it is not the one of `schema`; None where it may be."""
-    if any(key in data and key in schema.model_fields for key in KINDS):
+    if any(key in data and key in schema.model_fields for key in RECIPE_KINDS):
         return None
-    if (key := next((key for key in KINDS if key in data), None)) is not None:
-        return KINDS[key].command
+    if (key := next((key for key in RECIPE_KINDS if key in data), None)) is not None:
+        return RECIPE_KINDS[key].command
     student = data.get("student")
     if CONVERSION not in schema.model_fields and isinstance(student, dict):
         # no key of a distillation's student is one of a conversion's
-        section: Any = KINDS[CONVERSION].schema().model_fields["student"].annotation
+        section: Any = RECIPE_KINDS[CONVERSION].schema().model_fields["student"].annotation
         if student.keys() & section.model_fields.keys():
-            return KINDS[CONVERSION].command
+            return RECIPE_KINDS[CONVERSION].command
     return None
 
 
@@ -128,4 +128,4 @@ def phase_names(folder: str | Path) -> tuple[str, ...]:
 
 def _kind(path: str | Path) -> Kind:
     data = read_recipe(Path(path)).data
-    return KINDS[next((key for key in KINDS if key in data), CONVERSION)]
+    return RECIPE_KINDS[next((key for key in RECIPE_KINDS if key in data), CONVERSION)]

@@ -18,7 +18,7 @@ from mohawk.errors import UserError
 from mohawk.kernels.kd.products import finish_logits, logits_product
 from mohawk.loading.configs import check_decoder
 from mohawk.losses.heads import Head, final_hidden_states
-from mohawk.teacher_cache.layout import DTYPES, KINDS, Layout, encode_logprobs, pack_ascending, pack_ids
+from mohawk.teacher_cache.layout import ANSWER_KINDS, DTYPES, Layout, encode_logprobs, pack_ascending, pack_ids
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -121,8 +121,8 @@ def make_answers(
     autocast: torch.dtype | None,
 ) -> Answers:
     """The arguments of `write_cache`, checked. Raises UserError."""
-    if kind not in KINDS:
-        raise UserError(f"kind: got {kind!r}; allowed: {', '.join(KINDS)}")
+    if kind not in ANSWER_KINDS:
+        raise UserError(f"kind: got {kind!r}; allowed: {', '.join(ANSWER_KINDS)}")
     if not len(dataset):
         raise UserError("data: has no rows to cache; give text")
     check_decoder(teacher, "teacher")

@@ -42,7 +42,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-KINDS = ("top-k", "samples", "hidden")
+ANSWER_KINDS = ("top-k", "samples", "hidden")
 ROUNDING = 2.0**-14
 NO_MASS = 0xFFFF  # the code of minus infinity
 STEPS = 1 << 13  # codes from one power of two to the next

@@ -9,10 +9,10 @@ from torch import Tensor, nn
 
 from mohawk.data.next_tokens import IGNORED, next_labels
 
-Student = TypeVar("Student", bound=nn.Module)
+StudentT = TypeVar("StudentT", bound=nn.Module)
 
 
-class Objective(nn.Module, Generic[Student]):
+class Objective(nn.Module, Generic[StudentT]):
     """A student, and losses that pull it somewhere. `PhaseTrainer` calls the methods in the order that they have here.
 
     `student` is the module that trains; whatever else the objective holds stays in eval mode. `shares` is true where a
@@ -20,7 +20,7 @@ class Objective(nn.Module, Generic[Student]):
     `finished`, once true, ends the phase before its last step.
     """
 
-    student: Student
+    student: StudentT
     shares: bool = False
     finished: bool = False
 

@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from mohawk.core.folders import about_of, newest_complete, rotate, step_of, write_whole
-from mohawk.core.processes import agree, gathered, hashed_together, is_first, several, together, wait_for_all
+from mohawk.core.processes import agree, from_all, hashed_together, is_first, several, together, wait_for_all
 from mohawk.errors import UserError, naming
 from mohawk.loading.nonfinite import first_nonfinite
 from mohawk.models.sharding import is_sharded, local, reshard
@@ -160,7 +160,7 @@ class Checkpoints:
             if isinstance(value, torch.Tensor)
         )
         own = first_nonfinite(itertools.chain(((name, local(p)) for name, p in self.trainable.items()), moments))
-        found = next((one for one in gathered(own) if one is not None), None)
+        found = next((one for one in from_all(own) if one is not None), None)
         if found is not None:
             raise UserError(
                 f"{self.told}: after step {step} {found} is not finite, so no checkpoint is written;"

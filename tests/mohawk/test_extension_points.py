@@ -146,10 +146,10 @@ import sys
 METRICS["rooted"], MIXERS["moving_average"] = METRICS["squared"], "an average"
 DIVERGENCES["hellinger"] = Divergence(definition=lambda lp, lq, beta, lam: ..., text="squared Hellinger distance")
 from pydantic import TypeAdapter, ValidationError
-from mohawk.conversion.recipe import Mixing, Student
+from mohawk.conversion.recipe import MixingPhase, Student
 from mohawk.schema.base import Divergence
 assert "torch" not in sys.modules
-assert Student(mixer="moving_average").mixer == "moving_average" and Mixing(metric="rooted").metric == "rooted"
+assert Student(mixer="moving_average").mixer == "moving_average" and MixingPhase(metric="rooted").metric == "rooted"
 check = TypeAdapter(Divergence).validate_python
 assert check("hellinger") == "hellinger" and check("jsd") == "jsd"
 try:

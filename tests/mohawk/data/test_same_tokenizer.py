@@ -13,7 +13,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from mohawk.cli import main
-from mohawk.data.same_tokenizer import check_rows, check_same, own_tokenizer, teacher_tokenizer
+from mohawk.data.same_tokenizer import check_embedding_rows, check_same, own_tokenizer, teacher_tokenizer
 from mohawk.errors import UserError
 from mohawk.teacher_cache.writer import write_cache
 
@@ -109,9 +109,9 @@ def test_roles_are_compared_unless_told_otherwise(teacher):
 
 def test_a_tokenizer_larger_than_the_embedding(teacher):
     highest = max(teacher.get_vocab().values())
-    check_rows(teacher, highest + 1, "teacher")
+    check_embedding_rows(teacher, highest + 1, "teacher")
     with pytest.raises(UserError, match=rf"teacher: its tokenizer has ids up to {highest} \('<\w+>'\).*only {highest}"):
-        check_rows(teacher, highest, "teacher")
+        check_embedding_rows(teacher, highest, "teacher")
 
 
 @pytest.fixture(scope="module")

@@ -11,8 +11,8 @@ import zipfile
 
 import pytest
 
-from mohawk.core import places as run_folder
 from mohawk.core import user_cache
+from mohawk.core.places import cache_dir
 from mohawk.demo import fetch
 from mohawk.errors import UserError
 from tests.helpers.tiny_phase import fork, wait
@@ -174,11 +174,11 @@ def test_the_cache_is_where_the_user_says(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.delenv("MOHAWK_CACHE", raising=False)
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
-    assert run_folder.cache_dir() == tmp_path / ".cache" / "mohawk"
+    assert cache_dir() == tmp_path / ".cache" / "mohawk"
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "x"))
-    assert run_folder.cache_dir() == tmp_path / "x" / "mohawk"
+    assert cache_dir() == tmp_path / "x" / "mohawk"
     monkeypatch.setenv("MOHAWK_CACHE", "~/here")
-    assert run_folder.cache_dir() == tmp_path / "here"
+    assert cache_dir() == tmp_path / "here"
 
 
 @pytest.mark.slow
