@@ -1,4 +1,5 @@
-"""JSON files that are whole or absent: written with a sum, read back with their types checked."""
+"""JSON files that are whole or absent: written with a sum, read back with their types checked; and JSON that others
+wrote."""
 
 from __future__ import annotations
 
@@ -12,7 +13,6 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 
 from mohawk.core.folders import why_altered, write_file
-from mohawk.core.parsing import parse_json
 
 log = logging.getLogger(__name__)
 
@@ -53,6 +53,22 @@ def read_json(path: Path | str, kind: Any = dict[str, Any]) -> Any | None:
         problem = str(error)
     log.warning("%s is damaged (%s): making again what was in it", path, problem)
     return None
+
+
+def parse_json(text: str | bytes) -> Any:
+    """`json.loads` of what others wrote: whatever is wrong with it is a ValueError, as what is nested too deep, or text
+    that cannot be written anywhere."""
+    try:
+        value = json.loads(text)
+    except RecursionError:
+        raise ValueError("nested too deep") from None
+    # \ud800 without its other half is no character: no file takes it and no tokenizer
+    if b"\\ud" in text or b"\\uD" in text if isinstance(text, bytes) else "\\ud" in text or "\\uD" in text:
+        try:
+            json.dumps(value, ensure_ascii=False).encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(f"half a character, \\u{ord(error.object[error.start]):04x} alone") from None
+    return value
 
 
 def _finite(value: Any) -> Any:

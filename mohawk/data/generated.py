@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from mohawk.core.parsing import parse_json
+from mohawk.core.json_files import parse_json
 
 RESPONSES = "responses.jsonl"
 REJECTED = "rejected.jsonl"

@@ -13,7 +13,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from mohawk.core.parsing import parse_json
+from mohawk.core.json_files import parse_json
 from mohawk.data.source_files import (
     DAMAGED,
     OPENERS,

@@ -22,8 +22,8 @@ from typing import TYPE_CHECKING, Any
 
 from mohawk.core.folders import sum_file, why_altered
 from mohawk.core.hub import hub_or_cache
+from mohawk.core.json_files import parse_json
 from mohawk.core.lines import damage, sums_of
-from mohawk.core.parsing import parse_json
 from mohawk.core.places import home
 from mohawk.data.generated import spare_lines
 from mohawk.errors import FULL, UserError, causes, machines_own, naming

@@ -15,8 +15,8 @@ from typing import Any, NamedTuple
 
 import mohawk
 from mohawk.core.folders import sum_file, why_altered, write_file
+from mohawk.core.json_files import parse_json
 from mohawk.core.lines import byte_lines, missing_lines, sum_of, sums_of, why_sums_unusable
-from mohawk.core.parsing import parse_json
 from mohawk.data.generated import FILES, RESPONSES
 from mohawk.data.records import Prompt
 from mohawk.errors import UserError, naming, shortened

@@ -24,7 +24,7 @@ from concurrent.futures import Future
 from email.utils import parsedate_to_datetime
 from typing import Any
 
-from mohawk.core.parsing import parse_json
+from mohawk.core.json_files import parse_json
 from mohawk.data.chat import as_messages
 from mohawk.data.records import Prompt
 from mohawk.errors import UserError, printable, shortened

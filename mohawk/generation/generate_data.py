@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from mohawk.core.folders import locked, sum_file
+from mohawk.core.json_files import parse_json
 from mohawk.core.lines import sum_of, write_lines
-from mohawk.core.parsing import parse_json
 from mohawk.core.places import home
 from mohawk.core.terminal import SHOWN, Bar
 from mohawk.data.chat import as_messages

@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from mohawk.core.folders import drop_file
+from mohawk.core.json_files import parse_json
 from mohawk.core.lines import sum_of
-from mohawk.core.parsing import parse_json
 from mohawk.core.places import home
 from mohawk.core.terminal import SHOWN
 from mohawk.data.records import Prompt, content_hash

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from mohawk.core.extras import explain
 from mohawk.core.folders import refuse_damaged
 from mohawk.core.hub import hub_or_cache, is_unreachable
-from mohawk.core.parsing import parse_json
+from mohawk.core.json_files import parse_json
 from mohawk.core.places import home
 from mohawk.errors import UserError, causes, machines_own, shortened
 from mohawk.loading.causal import GIVE, check_causal, plain_model

@@ -23,7 +23,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from mohawk.core import folders as checkpoints
-from mohawk.core.parsing import parse_json
+from mohawk.core.json_files import parse_json
 from mohawk.core.processes import several
 from mohawk.core.terminal import SHOWN
 from mohawk.data.packing import collate

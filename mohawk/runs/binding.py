@@ -20,8 +20,7 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 
 from mohawk.core.folders import MANIFEST, WEIGHTS, about_of
-from mohawk.core.json_files import read_json, write_json
-from mohawk.core.parsing import parse_json
+from mohawk.core.json_files import parse_json, read_json, write_json
 from mohawk.core.places import home
 from mohawk.core.run_folder import ROUNDS, RUN_FILE, STUDENT, evaluation_files, left_by_phases
 from mohawk.core.sums import sha256_of

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from mohawk.core.folders import MANIFEST, why_incomplete
-from mohawk.core.parsing import parse_json
+from mohawk.core.json_files import parse_json
 from mohawk.core.places import home
 from mohawk.errors import UserError
 from mohawk.kernels.kd.divergences import DIVERGENCES

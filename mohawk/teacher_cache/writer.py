@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from mohawk.core.folders import MANIFEST, fsync, locked, why_incomplete
-from mohawk.core.parsing import parse_json
+from mohawk.core.json_files import parse_json
 from mohawk.core.places import home
 from mohawk.core.terminal import SHOWN, Bar
 from mohawk.errors import UserError, naming

@@ -11,8 +11,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+from mohawk.core.json_files import parse_json
 from mohawk.core.lines import missing_lines, read_lines, write_lines
-from mohawk.core.parsing import parse_json
 
 log = logging.getLogger(__name__)
 
