@@ -7,6 +7,7 @@ Granite 4 (granite.py) has the same layers, and shares what is said here about t
 
 import copy
 import inspect
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -53,7 +54,8 @@ FOREIGN = {
 
 def why_not_bamba(config: HybridConfig, *, pad_expand: bool = False) -> str | None:
     """Why a student of this configuration cannot be a Bamba, in one line, or None when it can."""
-    return why_not_mamba2(config, "Bamba", pad_expand) or why_not_groups(config, norms_groups_apart())
+    reason = why_not_mamba2(config, "Bamba", pad_expand) or why_not_pure(config, "Bamba")
+    return reason or why_not_groups(config, norms_groups_apart())
 
 
 def why_not_mamba2(config: HybridConfig, name: str, pad_expand: bool) -> str | None:
@@ -110,9 +112,14 @@ def why_not_layers(config: HybridConfig, name: str) -> str | None:
             f"its mixers' output norms have epsilon {config.output_norm_eps:g}, its other norms {base.rms_norm_eps:g}; "
             f"{name} has one for all"
         )
-    if config.is_pure_ssm:
-        return f"no attention layer is left: transformers sizes {name}'s cache and mask from one, and generate fails"
     return None
+
+
+def why_not_pure(config: HybridConfig, name: str) -> str | None:
+    """The line for a student without attention, which transformers' decoder of that name needs; None for others."""
+    if not config.is_pure_ssm:
+        return None
+    return f"no attention layer is left: transformers sizes {name}'s cache and mask from one, and generate fails"
 
 
 def why_not_groups(config: HybridConfig, apart: bool) -> str | None:
@@ -307,27 +314,34 @@ def mamba2_fields(config: HybridConfig, pad_expand: bool, state: dict[str, Tenso
 
 
 def mamba2_state(hybrid: HybridForCausalLM, *, pad_expand: bool) -> dict[str, Tensor]:
-    """The student's weights under our names, but mixers under `mamba`, padded if asked, and fused projections cut."""
+    """`mamba2_weights`, all at once."""
+    return dict(mamba2_weights(hybrid, pad_expand=pad_expand))
+
+
+def mamba2_weights(hybrid: HybridForCausalLM, *, pad_expand: bool) -> Iterator[tuple[str, Tensor]]:
+    """The student's weights under our names, but mixers under `mamba`, padded if asked, and fused projections cut.
+
+    What is padded is made when it is asked for: whoever writes it tensor by tensor holds no second model.
+    """
     config, shape = hybrid.config, decoder_shape(hybrid.config.base_config)
     heads, kv = _heads(config, pad_expand), shape.num_kv_heads * shape.head_dim
     mixers = tuple(f"model.layers.{i}.self_attn." for i in config.ssm_layers)
-    state = {}
-    for key, value in hybrid.state_dict().items():
+    state = hybrid.state_dict()
+    for key, value in state.items():
         if key.startswith(mixers):
             part = key.split(".self_attn.")[1]
-            state[key.replace(".self_attn.", ".mamba.")] = _pad_heads(part, value, config, heads)
+            yield key.replace(".self_attn.", ".mamba."), _pad_heads(part, value, config, heads)
         elif ".qkv_proj." in key:
             for name, rows in zip("qkv", value.split([shape.num_heads * shape.head_dim, kv, kv]), strict=True):
-                state[key.replace("qkv_proj", f"{name}_proj")] = rows
+                yield key.replace("qkv_proj", f"{name}_proj"), rows
         elif ".gate_up_proj." in key:
             for name, rows in zip(("gate", "up"), value.chunk(2), strict=True):
-                state[key.replace("gate_up_proj", f"{name}_proj")] = rows
+                yield key.replace("gate_up_proj", f"{name}_proj"), rows
         else:
-            state[key] = value
-    for key in [key for key in state if key.endswith("self_attn.q_proj.bias")]:
-        # one switch for all four projections; Qwen2 has no bias on o_proj
-        state.setdefault(key.replace("q_proj", "o_proj"), state[key].new_zeros(shape.hidden_size))
-    return state
+            yield key, value
+        # one switch for the biases of all four projections; Qwen2 has none on o_proj
+        if key.endswith("self_attn.q_proj.bias") and (o_proj := key.replace("q_proj", "o_proj")) not in state:
+            yield o_proj, value.new_zeros(shape.hidden_size)
 
 
 def _renamed(state: dict[str, Tensor]) -> dict[str, Tensor]:

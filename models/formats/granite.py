@@ -21,6 +21,7 @@ from mohawk.models.formats.bamba import (
     mamba2_state,
     why_not_groups,
     why_not_mamba2,
+    why_not_pure,
 )
 from mohawk.models.hybrid import HybridForCausalLM
 from mohawk.models.hybrid_config import HybridConfig
@@ -30,7 +31,8 @@ def why_not_granite(config: HybridConfig, *, pad_expand: bool = False) -> str | 
     """Why a student of this configuration cannot be a Granite 4, in one line, or None when it can."""
     if config.mixer == "mamba2" and getattr(config.base_config, "mlp_bias", False):
         return "its MLPs have biases (mlp_bias), which Granite's have no place for and Bamba's do"
-    return why_not_mamba2(config, "Granite", pad_expand) or why_not_groups(config, norms_groups_apart())
+    reason = why_not_mamba2(config, "Granite", pad_expand) or why_not_pure(config, "Granite")
+    return reason or why_not_groups(config, norms_groups_apart())
 
 
 def norms_groups_apart() -> bool:

@@ -9,7 +9,7 @@ read can be larger by a power of two, and their columns smaller by it, which is 
 w - 1 is exact too. What is left (q_norm, k_norm, the last norm of a tied model) is kept in float32.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import Qwen3_5ForCausalLM, Qwen3_5TextConfig
 
 from mohawk.models.families import decoder_shape
-from mohawk.models.formats.bamba import filled, why_not_layers
+from mohawk.models.formats.bamba import filled, why_not_layers, why_not_pure
 from mohawk.models.hybrid import HybridForCausalLM
 from mohawk.models.hybrid_config import SSM_LAYER, HybridConfig
 
@@ -35,7 +35,7 @@ def why_not_qwen3_5(config: HybridConfig) -> str | None:
         return f"its attention is {base.model_type}'s; Qwen3.5's normalises q and k as Qwen3's does, and only Qwen3's"
     if getattr(base, "attention_bias", False):
         return "its attention and mixers have biases on their projections (attention_bias), Qwen3.5's mixers have none"
-    return why_not_layers(config, "Qwen3.5")
+    return why_not_layers(config, "Qwen3.5") or why_not_pure(config, "Qwen3.5")
 
 
 def regular_interval(layer_types: list[str]) -> int | None:
@@ -66,7 +66,8 @@ def to_qwen3_5(hybrid: HybridForCausalLM) -> Qwen3_5ForCausalLM:
         wide += [norm] * (weight.dtype != hybrid.dtype)
         for key, factor in factors.items():
             state[key] = state[key] * factor
-    model = filled(Qwen3_5ForCausalLM(qwen3_5_config(hybrid.config)), _gated(state, hybrid.config), hybrid)
+    stock = Qwen3_5ForCausalLM(qwen3_5_config(hybrid.config))
+    model = filled(stock, dict(gated_weights(state.items(), hybrid.config)), hybrid)
     for norm in wide:
         # what `filled` has rounded to the model's dtype
         model.get_submodule(norm.removesuffix(".weight")).weight = torch.nn.Parameter(state[norm].clone())
@@ -121,12 +122,11 @@ def qwen3_5_config(config: HybridConfig) -> Qwen3_5TextConfig:
     )
 
 
-def _gated(state: dict[str, Tensor], config: HybridConfig) -> dict[str, Tensor]:
+def gated_weights(weights: Iterable[tuple[str, Tensor]], config: HybridConfig) -> Iterator[tuple[str, Tensor]]:
     """From our names to Qwen3.5's, attention with a gate that is 1/2 and an o_proj of twice the size."""
     head_dim = decoder_shape(config.base_config).head_dim
     mixers = tuple(f"model.layers.{i}.self_attn." for i in config.ssm_layers)
-    gated = {}
-    for key, value in state.items():
+    for key, value in weights:
         if key.startswith(mixers):
             key = key.replace(".self_attn.", ".linear_attn.")
         elif key.endswith(".q_proj.weight"):  # each head's rows of q, then those of its gate
@@ -134,8 +134,7 @@ def _gated(state: dict[str, Tensor], config: HybridConfig) -> dict[str, Tensor]:
             value = torch.cat([rows, torch.zeros_like(rows)], 1).flatten(0, 1)
         elif key.endswith(".o_proj.weight"):
             value = 2 * value
-        gated[key] = value
-    return gated
+        yield key, value
 
 
 def _norms(hybrid: HybridForCausalLM) -> Iterator[tuple[str, Tensor, dict[str, Tensor]]]:

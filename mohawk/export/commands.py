@@ -25,11 +25,18 @@ def _add_export(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--fold-bias", action="store_true", help="move in_proj's biases on x, B, C behind the convolution"
     )
+    parser.add_argument(
+        "--outtype",
+        choices=[name for target in TARGETS.values() for name in target.outtypes],
+        help="of the matrices in a GGUF file: float32 (default), bfloat16, or 8 bits and a scale for every 32 weights",
+    )
 
 
 def _export(options: argparse.Namespace) -> None:
     if options.list:
-        asked = {name: getattr(options, name) or None for name in ("to", "output", "pad_expand", "fold_bias")}
+        asked = {
+            name: getattr(options, name) or None for name in ("to", "output", "pad_expand", "fold_bias", "outtype")
+        }
         refuse(asked, "an export; --list writes none")
         from rich.console import Console
 
@@ -40,7 +47,8 @@ def _export(options: argparse.Namespace) -> None:
     from mohawk.export.run import export
 
     to = options.to or "bamba"
-    export(options.model, to, options.output, pad_expand=options.pad_expand, fold_bias=options.fold_bias)
+    asked = {name: getattr(options, name) for name in ("pad_expand", "fold_bias", "outtype")}
+    export(options.model, to, options.output, **asked)
 
 
 COMMANDS = [

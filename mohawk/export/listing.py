@@ -57,12 +57,17 @@ def print_choices(student: str | Path, console: Console) -> None:
 
 
 def _choice(name: str, target: Target, config: HybridConfig, folder: str) -> Choice:
+    from mohawk.export.run import has_tokenizer
+    from mohawk.loading.models import load_tokenizer
+
     if reason := target.why_not(config, False):
         if not (target.adapts and target.why_not(config, True) is None):
             return Choice(name, reason.removesuffix(INSTEAD))
         remark = "with --pad-expand alone: its mixers' channels are no multiple of the hidden size"
         return Choice(name, None, remark, tuple(target.notes(target.configuration(config, True))))
     remark = None
+    if has_tokenizer(folder) and (reason := target.why_not_tokenizer(load_tokenizer(folder, who=""), config)):
+        return Choice(name, reason.removesuffix(INSTEAD))
     if target.adapts and _biased(Path(folder), config):
         remark = "with --fold-bias alone: in_proj has biases on x, B and C, which it moves behind the convolution"
     return Choice(name, None, remark, tuple(target.notes(target.configuration(config, False))))

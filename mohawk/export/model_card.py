@@ -27,7 +27,13 @@ STOCK = {"qwen3_5_text": "gated_delta"}  # the mixer of a stock class that is no
 
 
 def model_card(
-    name: str, config: Any, run: Path | None, rows: Sequence[Row], runtimes: Sequence[Note], changes: Sequence[str] = ()
+    name: str,
+    config: Any,
+    run: Path | None,
+    rows: Sequence[Row],
+    runtimes: Sequence[Note],
+    changes: Sequence[str] = (),
+    gguf: str | None = None,
 ) -> str:
     """Markdown with the front matter that model hubs read.
 
@@ -38,15 +44,16 @@ def model_card(
         rows: what the export doctor found.
         runtimes: of `mohawk.export.runtimes.notes`.
         changes: what the export changed about the student, a sentence each.
+        gguf: the name of the file, where the folder holds one for llama.cpp; config is then the student's.
     """
     recipe = load_run_recipe(run) if run else None
     results = read_json(run / RESULTS, Tabled) if run else None
-    teacher = recipe.teacher.model if recipe else _base_name(config)
-    licence = licence_of(teacher, recipe.teacher.revision if recipe else None) if teacher else None
-    remote = hasattr(config, "auto_map")  # its code lies beside it
+    teacher, licence = teacher_of(config, run)
+    remote = gguf is None and hasattr(config, "auto_map")  # its code lies beside it
+    kind = "gguf" if gguf else "custom_code" if remote else config.model_type
     parts = [
-        _front_matter(config, teacher, licence, None if remote else config.model_type),
-        f"# {name}\n\n{_sentence(config)}",
+        _front_matter(config, teacher, licence, kind),
+        f"# {name}\n\n{_sentence(config, gguf)}",
         "\n".join(
             f"- {line}"
             for line in (
@@ -56,7 +63,7 @@ def model_card(
                 *changes,
             )
         ),  # fmt: skip
-        f"## Use\n\n```python\n{_example(name, remote)}\n```" + _needs(config),
+        f"## Use\n\n{_llama_cpp(gguf) if gguf else _example(name, remote)}{'' if gguf else _needs(config)}",
     ]
     if results:
         parts += [f"## {title}\n\n{_table(header, cells)}" for title, header, cells in tables(results)]
@@ -65,13 +72,22 @@ def model_card(
         parts.append("## Data\n\nTrained on " + ", ".join(f"`{source}`" for source in sources) + ".")
         parts.append(f"## Recipe\n\n```yaml\n{_recipe(recipe)}\n```")
     cells = [[row.check, f"{row.difference:.1e}", f"{row.tolerance:.1e}", row.same] for row in rows]
+    read = "read back" if gguf else "loaded in a fresh process without mohawk"
+    header = ["check", "max difference" if gguf else "max difference of logits", "allowed", "same tokens"]
     parts.append(
-        "## Parity\n\nThis folder, loaded in a fresh process without mohawk, against the student it was made from, "
-        f"float32 on a CPU:\n\n{_table(['check', 'max difference of logits', 'allowed', 'same tokens'], cells)}"
+        f"## Parity\n\nThis {'file' if gguf else 'folder'}, {read}, against the student it was made from, float32 on a "
+        f"CPU:\n\n{_table(header, cells)}"
     )
     cells = [[note.runtime, "yes" if note.checked else "no", note.text] for note in runtimes]
     parts.append(f"## Runtimes\n\n{_table(['runtime', 'checked', 'notes'], cells, left=3)}")
     return "\n\n".join(parts) + "\n"
+
+
+def teacher_of(config: Any, run: Path | None) -> tuple[str | None, str | None]:
+    """The teacher of a student and the licence that its model card names, as far as they are known."""
+    recipe = load_run_recipe(run) if run else None
+    teacher = recipe.teacher.model if recipe else _base_name(config)
+    return teacher, licence_of(teacher, recipe.teacher.revision if recipe else None) if teacher else None
 
 
 def licence_of(teacher: str, revision: str | None = None) -> str | None:
@@ -94,12 +110,12 @@ def licence_of(teacher: str, revision: str | None = None) -> str | None:
     return named.group(1).strip() if named else None
 
 
-def _front_matter(config: Any, teacher: str | None, licence: str | None, stock: str | None) -> str:
+def _front_matter(config: Any, teacher: str | None, licence: str | None, kind: str) -> str:
     lines = [
-        "library_name: transformers",
+        f"library_name: {'gguf' if kind == 'gguf' else 'transformers'}",
         "pipeline_tag: text-generation",
         f"license: {licence or 'unknown'}",
-        f"tags: [mohawk, hybrid, {', '.join(_tag(label) for label in _labels(config))}, {stock or 'custom_code'}]",
+        f"tags: [mohawk, hybrid, {', '.join(_tag(label) for label in _labels(config))}, {kind}]",
     ]
     if teacher and not home(teacher).exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", teacher):
         lines.append(f"base_model: {teacher}")
@@ -119,12 +135,13 @@ def _tag(label: str) -> str:
     return label.replace("-", "").replace(" ", "-").lower()
 
 
-def _sentence(config: Any) -> str:
+def _sentence(config: Any, gguf: str | None) -> str:
     kinds = list(getattr(config, "layers_block_type", None) or config.layer_types)
     ssm = kinds.count("linear_attention")
     names = " and ".join(_labels(config))
+    what = "GGUF file" if gguf else config.architectures[0]
     return (
-        f"A {config.architectures[0]} of {ssm} {names} and {len(kinds) - ssm} attention layers, "
+        f"A {what} of {ssm} {names} and {len(kinds) - ssm} attention layers, "
         "distilled from a Transformer by MOHAWK (https://arxiv.org/abs/2408.10189) with the package mohawk."
     )
 
@@ -132,12 +149,17 @@ def _sentence(config: Any) -> str:
 def _example(name: str, remote: bool) -> str:
     trust = ", trust_remote_code=True" if remote else ""
     return (
-        "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
+        "```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
         f'tokenizer = AutoTokenizer.from_pretrained("{name}"{trust})\n'
         f'model = AutoModelForCausalLM.from_pretrained("{name}"{trust})\n'
         'inputs = tokenizer("The most important thing is", return_tensors="pt")\n'
-        "print(tokenizer.decode(model.generate(**inputs, max_new_tokens=50)[0]))"
+        "print(tokenizer.decode(model.generate(**inputs, max_new_tokens=50)[0]))\n```"
     )
+
+
+def _llama_cpp(file: str) -> str:
+    lines = [f'llama-completion -m {file} -p "The most important thing is" -n 50', f"llama-server -m {file}"]
+    return "```console\n" + "".join(f"$ {line}\n" for line in lines) + "```"
 
 
 def _needs(config: Any) -> str:

@@ -34,6 +34,7 @@ TEXT = (
     "and dedicated to the proposition that all men are created equal. Now we are engaged in a great civil war, testing "
     "whether that nation, or any nation so conceived and so dedicated, can long endure."
 )
+TITLE = "The export, in a fresh process without mohawk, against the student"
 VERSIONS = "`mohawk doctor` says whether the installed transformers is one that mohawk was tested with"
 CHECKS = {
     "full": "full forward",
@@ -134,7 +135,7 @@ def compare_answers(inputs: dict[str, Tensor], expected: dict[str, Tensor], foun
     rows = []
     for key, name in CHECKS.items():
         if key.endswith("tokens"):
-            same, steps = _same_tokens(expected, found, key, tolerance)
+            same, steps = same_tokens(expected, found, key, tolerance)
             ours, theirs = expected[f"{key}_logits"][:, :steps], found[f"{key}_logits"][:, :steps]
         else:
             ours, theirs = expected["full" if key == "reloaded" else key], found[key]
@@ -156,7 +157,7 @@ def _agreement(ours: Tensor, theirs: Tensor) -> str:
     return f"{share:.1%}"
 
 
-def _same_tokens(expected, found, key: str, tolerance: float) -> tuple[str, int]:
+def same_tokens(expected, found, key: str, tolerance: float) -> tuple[str, int]:
     """Whether generation agrees, and on how many steps logits can be compared.
 
     Where the student's own best two are closer than rounding the choice is a toss-up, and so is what follows it.
@@ -172,13 +173,12 @@ def _same_tokens(expected, found, key: str, tolerance: float) -> tuple[str, int]
     return f"no, from token {step}", step + 1
 
 
-def print_parity(rows: list[Row], console: Console) -> None:
+def print_parity(rows: list[Row], console: Console, title: str = TITLE) -> None:
     """The parity table."""
     from rich import box
     from rich.table import Table
 
-    table = Table(title="The export, in a fresh process without mohawk, against the student",
-                  title_justify="left", box=box.SIMPLE_HEAD)  # fmt: skip
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
     for i, column in enumerate(("check", "max |difference|", "allowed", "same tokens", "")):
         table.add_column(column, justify="right" if 0 < i < 4 else "left")
     for row in rows:

@@ -8,17 +8,23 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
+    from mohawk.models.hybrid_config import HybridConfig
+
 
 VLLM = "0.23"  # the last vLLM with a Bamba
 GROUPS_APART = "5.23"  # the first transformers whose mixers normalise each group by itself (5.17 to 5.22 were read)
 LEFT = "pad on the left: its own code lets padding that comes after a token into the state"
 MLX = "mlx-lm 0.32"
+LLAMA_CPP = "0.3.36"  # llama-cpp-python
 SERVED = {  # command and version
     "vLLM": ("`vllm serve DIR`", "0.33"),
     "SGLang": ("`python -m sglang.launch_server --model-path DIR`", "0.5.23"),
 }
 # With tiny students of several kinds; tests/mohawk/export/test_runtime_names.py holds names, shapes and fields to the
 # sources of both.
+GGUF = (
+    "--to gguf writes the same file, which was run there"  # of tiny students weight for weight what its converter made
+)
 TRIED = (
     "not run: its own model classes ({version}) took every weight of such folders on a CPU, but no token was computed"
 )
@@ -54,6 +60,18 @@ def notes(config: PretrainedConfig) -> list[Note]:
     ]
 
 
+def gguf_notes(config: HybridConfig) -> list[Note]:
+    """Of a GGUF file, from the student's configuration."""
+    from mohawk.models.formats.gguf import architecture
+
+    told = (
+        f"as {architecture(config)}; `llama-server -m FILE`. Each export is run there where llama-cpp-python is "
+        f"installed ({LLAMA_CPP} was tried)"
+    )
+    others = "Ollama, LM Studio and others are built on llama.cpp; they were not tried"
+    return [Note("llama.cpp", False, told), Note("what is built on it", False, others)]
+
+
 def _bamba(config: PretrainedConfig) -> list[Note]:
     stock = (
         "stock class, nothing else to install; pass position_ids when you call the model with a cache yourself, and "
@@ -79,7 +97,7 @@ def _granite(config: PretrainedConfig) -> list[Note]:
     groups = config.mamba_n_groups
     divided = f". Over several GPUs their number must divide the mixers' {groups} groups" if groups > 1 else ""
     heads = f"takes heads of hidden_size / num_attention_heads, not of {config.head_dim}" if wide else None
-    llama_cpp = "its converter leaves a Granite's rotary positions out without a word; --to bamba is for it"
+    llama_cpp = "its converter leaves a Granite's rotary positions out without a word; --to gguf is for it"
     mlx = f"its Granite ({MLX}) normalises a mixer's groups together and keeps dt above 0.001"
     return [
         Note("transformers", True, f"stock class, nothing else to install; {LEFT}{_groups(config)}"),
@@ -94,7 +112,7 @@ def _qwen3_5(config: PretrainedConfig) -> list[Note]:
     irregular = _irregular(config)
     sizes = "" if keys == 128 else f". Its fast kernels want keys of 128, here they are of {keys}"
     uneven = f"its mixers have keys and values of one width, not {keys} and {values}" if keys != values else None
-    llama_cpp = "`convert_hf_to_gguf.py DIR` knows Qwen3.5, by its source; it was not run"
+    llama_cpp = f"`convert_hf_to_gguf.py DIR --no-mtp` knows Qwen3.5. {GGUF}"
     mlx = (
         f'{MLX} knows this layout as qwen3_5 alone: write "model_type": "qwen3_5" into the config.json of a copy; a '
         "tiny student in float32 gave the same logits there"
@@ -103,7 +121,7 @@ def _qwen3_5(config: PretrainedConfig) -> list[Note]:
         Note("transformers", True, f"stock class, nothing else to install; {LEFT}"),
         Note("vLLM", False, _served("vLLM", sizes)),
         Note("SGLang", False, irregular or _served("SGLang", sizes), runs=irregular is None),
-        Note("llama.cpp", False, irregular or uneven or llama_cpp, runs=not (irregular or uneven)),
+        Note("llama.cpp", False, uneven or llama_cpp, runs=uneven is None),
         Note("MLX", False, irregular or mlx, runs=irregular is None),
     ]
 
@@ -151,8 +169,7 @@ def _missing_in_llama_cpp(config: PretrainedConfig) -> list[str]:
 
 def _llama_cpp(missing: list[str]) -> str:
     if missing:
-        return "its converter knows Bamba, but its Mamba-2 layers want " + " and ".join(missing)
-    return (
-        "`convert_hf_to_gguf.py DIR` knows Bamba; a SmolLM2 hybrid exported like this one gave the same tokens there "
-        "(benchmarks/llama_cpp.py)"
-    )
+        return (
+            f"its converter knows Bamba, but its Mamba-2 layers want {' and '.join(missing)}; --to gguf pads by itself"
+        )
+    return f"`convert_hf_to_gguf.py DIR` knows Bamba. {GGUF}"

@@ -3,21 +3,25 @@ and its model card read it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from mohawk.errors import UserError
 from mohawk.export.config_styles import both_ropes, float32, no_infinity, older_kinds, restyle
-from mohawk.export.runtimes import Note, notes
+from mohawk.export.runtimes import Note, gguf_notes, notes
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedConfig
+    from rich.console import Console
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+    from mohawk.export.parity import Row
     from mohawk.models.hybrid import HybridForCausalLM
     from mohawk.models.hybrid_config import HybridConfig
+
+    Tokenizer: TypeAlias = PreTrainedTokenizerBase | None
 
 FOLDED = (
     "The biases of in_proj on x, B and C were moved behind the convolution (--fold-bias): nearly the trained student, "
@@ -32,14 +36,50 @@ WIDE = (
 
 
 @dataclass(frozen=True)
+class Asked:
+    """What an export was asked for beside its target.
+
+    pad_expand, fold_bias: see `export`. outtype: of the matrices in a file, one of the target's. about: what a file
+    says of the model, such as general.name.
+    """
+
+    pad_expand: bool = False
+    fold_bias: bool = False
+    outtype: str | None = None
+    about: Mapping[str, str] = field(default_factory=dict)
+
+
+def in_transformers(
+    folder: Path,
+    model: Any,
+    tokenizer: Tokenizer,
+    console: Console,
+    *,
+    trust_remote_code: bool = False,
+) -> list[Row]:
+    """The check of folders that transformers' Auto classes load: see `mohawk.export.parity`."""
+    import torch
+
+    from mohawk.export.parity import answers, check_export, inputs_for, print_parity
+
+    inputs = inputs_for(model.config, tokenizer)
+    expected = answers(model.to(torch.float32), inputs)
+    rows = check_export(folder, inputs, expected, trust_remote_code=trust_remote_code)
+    print_parity(rows, console)
+    return rows
+
+
+@dataclass(frozen=True)
 class Target:
-    """One class of models that a student can be written as.
+    """One class of models, or one format, that a student can be written as.
 
     Args:
         text: what it is, for `--to`.
-        write: (model, folder, pad_expand): the student, as transformers' Auto classes load it from there.
-        with_code: the model's code lies there too (`trust_remote_code`).
+        write: (model, tokenizer, folder, asked): fills the folder.
+        check: (folder, model, tokenizer, console) -> rows of the parity table, which it prints; may change the model.
+        outtypes: what `--outtype` can be, the default first; empty for what has the student's own dtype.
         why_not: (config, pad_expand) -> the whole line for a student that can't be written so; None if it can.
+        why_not_tokenizer: (tokenizer, config) -> the same for the tokenizer beside it.
         adapts: whether `--pad-expand` and `--fold-bias` mean something.
         prepare: (model, pad_expand, fold_bias) -> what there is to say about the changes that it made in place.
         configuration: (config, pad_expand) -> what would be written's, for a student that can be written so.
@@ -47,13 +87,15 @@ class Target:
     """
 
     text: str
-    write: Callable[[HybridForCausalLM, Path, bool], None]
-    with_code: bool = False
+    write: Callable[[HybridForCausalLM, Tokenizer, Path, Asked], None]
+    check: Callable[[Path, HybridForCausalLM, Tokenizer, Console], list[Row]] = in_transformers
+    outtypes: tuple[str, ...] = ()
     why_not: Callable[[HybridConfig, bool], str | None] = lambda config, pad_expand: None
+    why_not_tokenizer: Callable[[PreTrainedTokenizerBase, HybridConfig], str | None] = lambda tokenizer, config: None
     adapts: bool = False
     prepare: Callable[[HybridForCausalLM, bool, bool], list[str]] = lambda model, pad_expand, fold_bias: []
     configuration: Callable[[HybridConfig, bool], PreTrainedConfig] = lambda config, pad_expand: config
-    notes: Callable[[PreTrainedConfig], list[Note]] = notes
+    notes: Callable[[Any], list[Note]] = notes
 
 
 def _not_stock(class_name: str, mixer: str, reason: str | None, config: HybridConfig) -> str | None:
@@ -118,32 +160,82 @@ def _tell_wide_norms(model: HybridForCausalLM, pad_expand: bool, fold_bias: bool
     return [WIDE.format(count=len(found), first=next(iter(found)), dtype=dtype, lost=max(found.values()))]
 
 
-def _write_bamba(model: HybridForCausalLM, folder: Path, pad_expand: bool) -> None:
+def _write_bamba(model: HybridForCausalLM, tokenizer: Tokenizer, folder: Path, asked: Asked) -> None:
     from mohawk.models.formats.bamba import to_bamba
 
-    to_bamba(model, pad_expand=pad_expand).save_pretrained(folder)
+    _save(to_bamba(model, pad_expand=asked.pad_expand), tokenizer, folder)
     restyle(folder, no_infinity, both_ropes)
 
 
-def _write_granite(model: HybridForCausalLM, folder: Path, pad_expand: bool) -> None:
+def _write_granite(model: HybridForCausalLM, tokenizer: Tokenizer, folder: Path, asked: Asked) -> None:
     from mohawk.models.formats.granite import to_granite
 
-    to_granite(model, pad_expand=pad_expand).save_pretrained(folder)
+    _save(to_granite(model, pad_expand=asked.pad_expand), tokenizer, folder)
     restyle(folder, no_infinity, both_ropes, older_kinds)
 
 
-def _write_qwen3_5(model: HybridForCausalLM, folder: Path, pad_expand: bool) -> None:
+def _write_qwen3_5(model: HybridForCausalLM, tokenizer: Tokenizer, folder: Path, asked: Asked) -> None:
     from mohawk.models.formats.qwen3_5 import to_qwen3_5, wide_norms
 
-    to_qwen3_5(model).save_pretrained(folder)
+    _save(to_qwen3_5(model), tokenizer, folder)
     restyle(folder, both_ropes, *([float32] if wide_norms(model) else []))
 
 
-def _write_hybrid(model: HybridForCausalLM, folder: Path, pad_expand: bool) -> None:
+def _write_hybrid(model: HybridForCausalLM, tokenizer: Tokenizer, folder: Path, asked: Asked) -> None:
     from mohawk.loading.remote_code import add_code
 
-    model.save_pretrained(folder)
+    _save(model, tokenizer, folder)
     add_code(folder, model)
+
+
+def _save(model: PreTrainedModel, tokenizer: Tokenizer, folder: Path) -> None:
+    model.save_pretrained(folder)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
+
+
+def _why_not_gguf(config: HybridConfig, pad_expand: bool) -> str | None:
+    from importlib.util import find_spec
+
+    from mohawk.models.formats.gguf import why_not_gguf
+
+    if find_spec("gguf") is None:
+        return "--to gguf needs the package gguf: run pip install gguf"
+    reason = why_not_gguf(config)
+    return reason and f"cannot be a GGUF file: {reason}{INSTEAD}"
+
+
+def _why_not_in_gguf(tokenizer: PreTrainedTokenizerBase, config: HybridConfig) -> str | None:
+    from mohawk.models.formats.gguf_vocabulary import vocabulary
+
+    try:
+        vocabulary(tokenizer, config.vocab_size)
+    except ValueError as error:
+        return f"cannot be a GGUF file: {error}{INSTEAD}"
+    return None
+
+
+def _write_gguf(model: HybridForCausalLM, tokenizer: Tokenizer, folder: Path, asked: Asked) -> None:
+    from mohawk.models.formats.gguf import write_gguf
+
+    assert asked.outtype is not None  # one of the target's
+    path = folder / f"{asked.about['general.name']}-{asked.outtype}.gguf"
+    write_gguf(model, path, asked.outtype, tokenizer=tokenizer, about=asked.about)
+
+
+def _check_gguf(folder: Path, model: HybridForCausalLM, tokenizer: Tokenizer, console: Console) -> list[Row]:
+    from mohawk.export.gguf_check import check_gguf
+
+    return check_gguf(folder, model, tokenizer, console)
+
+
+def _tell_padding(model: HybridForCausalLM, pad_expand: bool, fold_bias: bool) -> list[str]:
+    from mohawk.models.formats.bamba import padded_expand
+
+    config = model.config
+    if config.mixer != "mamba2" or config.mixer_num_heads * config.mixer_head_dim == 2 * config.hidden_size:
+        return []
+    return [PADDED.format(expand=padded_expand(config)).replace(" (--pad-expand)", "")]
 
 
 def _bamba_config(config: HybridConfig, pad_expand: bool) -> PreTrainedConfig:
@@ -188,5 +280,19 @@ TARGETS = {
         prepare=_tell_wide_norms,
         configuration=_qwen3_5_config,
     ),
-    "hybrid": Target("ours, its code beside the weights", _write_hybrid, with_code=True),
+    "gguf": Target(
+        "a GGUF file, for llama.cpp",
+        _write_gguf,
+        check=_check_gguf,
+        outtypes=("f32", "bf16", "q8_0"),
+        why_not=_why_not_gguf,
+        why_not_tokenizer=_why_not_in_gguf,
+        prepare=_tell_padding,
+        notes=gguf_notes,
+    ),
+    "hybrid": Target(
+        "ours, its code beside the weights",
+        _write_hybrid,
+        check=partial(in_transformers, trust_remote_code=True),
+    ),
 }

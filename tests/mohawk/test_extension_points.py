@@ -404,8 +404,8 @@ def test_a_family_is_an_entry(monkeypatch):
 def test_an_export_target_is_an_entry(make_llama, tmp_path, monkeypatch):
     """On the command line, in what is written, and checked in a fresh process like the others."""
 
-    def write(model, folder, pad_expand):
-        TARGETS["hybrid"].write(model, folder, pad_expand)
+    def write(model, tokenizer, folder, asked):
+        TARGETS["hybrid"].write(model, tokenizer, folder, asked)
         (folder / "NOTICE").write_text("ours")
 
     monkeypatch.setitem(TARGETS, "noticed", replace(TARGETS["hybrid"], text="with a notice", write=write))

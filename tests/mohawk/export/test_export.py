@@ -189,6 +189,8 @@ def test_what_a_student_can_be_is_listed(make_run, make_llama, tmp_path, capsys,
     (said,) = found["qwen3_5"]
     assert said.startswith("no; cannot be a Qwen3_5ForCausalLM: its mixers are mamba2, Qwen3.5's are gated_delta")
     assert said.endswith("; `--to bamba` takes it")
+    (said,) = found["gguf"]
+    assert said.startswith("no; cannot be a GGUF file: its mixers' projections have biases") and "--to" not in said
     runtimes = {name: dict(line.split(": ", 1) for line in lines[1:]) for name, lines in found.items()}
     assert runtimes["granite"]["transformers"].startswith("yes (each export is checked there); ")
     assert runtimes["granite"]["vLLM"].startswith("yes (not checked there); `vllm serve DIR`; not run: ")
@@ -218,7 +220,8 @@ def test_what_a_student_can_be_is_listed(make_run, make_llama, tmp_path, capsys,
     last = capsys.readouterr().err.splitlines()[-1]  # after transformers' progress bars
     assert last.startswith("error: cannot be a BambaForCausalLM: its mixers are gated_delta, Bamba's are Mamba-2's")
     assert last.endswith("; `--to qwen3_5` takes it")
-    for runtime in ("SGLang", "llama.cpp", "MLX"):
+    assert found["llama.cpp"].startswith("yes") and "--to gguf" in found["llama.cpp"]
+    for runtime in ("SGLang", "MLX"):
         assert found[runtime].startswith("no; ") and "layers 0, 2, counted from 0" in found[runtime]
         assert "mohawk compose RUN --interval N" in found[runtime]
 

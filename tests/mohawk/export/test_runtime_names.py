@@ -19,7 +19,7 @@ import torch
 from safetensors import safe_open
 from transformers import AutoConfig
 
-from mohawk.export.targets import TARGETS
+from mohawk.export.targets import TARGETS, Asked
 from mohawk.models.formats import granite
 from tests.models.test_bamba import ROPES
 from tests.models.test_bamba import student_of as mamba2_student
@@ -115,7 +115,7 @@ def whole_model(config):
 
 def written(target, student, folder):
     """config.json, the names and shapes of the weights, and transformers' own reading of the configuration."""
-    TARGETS[target].write(student, folder, False)
+    TARGETS[target].write(student, None, folder, Asked())
     with safe_open(folder / "model.safetensors", "pt") as file:
         shapes = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}
     text = (folder / "config.json").read_text(encoding="utf-8")
