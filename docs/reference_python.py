@@ -32,7 +32,7 @@ GROUPS = {
     ],
     "Models": [
         "hybrid_from_teacher", "HybridConfig", "HybridForCausalLM", "Mamba2Mixer", "DiscreteMamba2Mixer",
-        "GatedDeltaMixer", "KimiDeltaMixer", "to_bamba", "from_bamba", "to_granite", "to_qwen3_5",
+        "GatedDeltaMixer", "KimiDeltaMixer", "to_bamba", "from_bamba", "to_granite", "to_qwen3_5", "write_gguf",
         "load_released", "to_released", "save_released",
     ],
     "Runs": ["Recipe", "convert", "DistillRecipe", "distill", "PruneRecipe", "prune"],

@@ -52,6 +52,7 @@ if TYPE_CHECKING:
     from mohawk.models.cutting.cuts import Cut, cut, keep_layers
     from mohawk.models.delta_mixer import GatedDeltaMixer, KimiDeltaMixer
     from mohawk.models.formats.bamba import from_bamba, to_bamba
+    from mohawk.models.formats.gguf import write_gguf
     from mohawk.models.formats.granite import to_granite
     from mohawk.models.formats.qwen3_5 import to_qwen3_5
     from mohawk.models.formats.released import load_released, save_released, to_released
@@ -129,6 +130,7 @@ _PUBLIC = {
     "to_qwen3_5": "mohawk.models.formats.qwen3_5",
     "to_released": "mohawk.models.formats.released",
     "trim_vocabulary": "mohawk.pruning.vocabulary",
+    "write_gguf": "mohawk.models.formats.gguf",
 }
 
 __all__ = [
@@ -194,6 +196,7 @@ __all__ = [
     "to_qwen3_5",
     "to_released",
     "trim_vocabulary",
+    "write_gguf",
 ]
 
 

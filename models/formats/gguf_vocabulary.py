@@ -66,6 +66,8 @@ def vocabulary(tokenizer: PreTrainedTokenizerBase | None, vocab_size: int) -> di
         fields |= {"model": "gpt2", "pre": pre_tokenizer(described)}
         fields["merges"] = [" ".join(pair) for pair in _merges(model)]
     tokens, kinds = _tokens(tokenizer, vocab_size, bytes_apart=bool(model.get("byte_fallback")))
+    if twice := len(tokens) - len(set(tokens)):
+        raise ValueError(f"{twice} of the tokenizer's tokens have the text of another one, which llama.cpp refuses")
     ids = {name: getattr(tokenizer, f"{ours}_token_id") for ours, name in SPECIAL.items()}
     fields |= {"tokens": tokens, "token_type": kinds, **_added(tokenizer)}
     fields |= {f"{name}_token_id": i for name, i in ids.items() if i is not None}

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from mohawk.errors import UserError
-from mohawk.export.parity import TEXT, TOLERANCE, Row, inputs_for, print_parity, same_tokens
+from mohawk.export.parity import TEXT, Row, inputs_for, print_parity, same_tokens
 
 if TYPE_CHECKING:
     import numpy as np
@@ -28,6 +28,9 @@ log = logging.getLogger(__name__)
 
 TITLE = "The file, read back, against the student"
 RUN = "llama.cpp"  # rows of what it answered begin so
+# Of the largest logit. llama.cpp sums in another order and has an exp of its own: at most 2e-5 off with tiny students,
+# 3.5e-5 with SmolLM2's 30 layers and 512 tokens.
+WITHIN = 2e-4
 
 
 def check_gguf(
@@ -39,10 +42,16 @@ def check_gguf(
     """
     (path,) = folder.glob("*.gguf")
     rows = read_back(path, model)
-    if find_spec("llama_cpp") is not None:
+    if has_llama_cpp():
         rows += answered(path, model, tokenizer, exact=not any(row.tolerance for row in rows))
     print_parity(rows, console, TITLE)
     return rows
+
+
+def has_llama_cpp() -> bool:
+    """Whether llama-cpp-python is installed, and not only a folder of its name there."""
+    spec = find_spec("llama_cpp")
+    return spec is not None and spec.origin is not None
 
 
 def read_back(path: Path, model: HybridForCausalLM) -> list[Row]:
@@ -138,7 +147,7 @@ def answered(
 
 def compare(expected: dict[str, Tensor], found: dict[str, Tensor], exact: bool) -> list[Row]:
     """Rows of answers. exact: they have to be the same, up to float32 rounding."""
-    tolerance = TOLERANCE * float(expected["full"].abs().max()) if exact else float("inf")
+    tolerance = WITHIN * float(expected["full"].abs().max()) if exact else float("inf")
     rows = []
     for key, name in (("full", "full forward"), ("steps", "prefill and steps")):
         share = (expected[key].argmax(-1) == found[key].argmax(-1)).float().mean().item()

@@ -22,6 +22,7 @@ from mohawk.export import gguf_check
 from mohawk.export.gguf_check import compare, read_back
 from mohawk.export.run import export
 from mohawk.export.targets import TARGETS
+from mohawk.models.casting import cast
 from mohawk.models.formats import gguf as gguf_format
 from mohawk.models.formats import gguf_vocabulary as vocabularies
 from mohawk.models.formats.bamba import norms_groups_apart, to_bamba
@@ -46,7 +47,8 @@ def student_of(family="llama", layers=(0, 2), mixer="mamba2", dtype=torch.float3
     gate = {"gate": "output"} if mixer == "mamba2" else {}
     overrides = {**(FULL if family == "qwen3" else {}), **overrides}
     student = hybrid_from_teacher(tiny_teacher(family, **overrides), list(layers), mixer, **gate).eval()
-    return scrambled(student).to(dtype)
+    cast(scrambled(student), dtype)
+    return student
 
 
 def made_of(family, layers, **mixer):
@@ -213,7 +215,7 @@ def test_fields_of_a_mamba2_student(tmp_path, tokenizer):
     assert of(K.Attention.KEY_LENGTH) == of(K.Attention.VALUE_LENGTH) == of(K.Rope.DIMENSION_COUNT) == 8
     assert of(K.Attention.LAYERNORM_RMS_EPS) == pytest.approx(student.config.base_config.rms_norm_eps)
     # 4 heads of 8 channels, a group each, padded to twice the model's width
-    assert of(K.SSM.INNER_SIZE) == 64 and of(K.SSM.TIME_STEP_RANK) == 8 and of(K.SSM.GROUP_COUNT) == 8
+    assert of(K.SSM.INNER_SIZE) == 64 and of(K.SSM.TIME_STEP_RANK) == 8 and of("{arch}.ssm.group_count") == 8
     assert of(K.SSM.STATE_SIZE) == 8 and of(K.SSM.CONV_KERNEL) == 4
     assert of(K.Rope.FREQ_BASE) == 10000 and of(K.Rope.SCALING_FINETUNED) is True
     assert of(K.Rope.SCALING_TYPE) == "yarn" and of(K.Rope.SCALING_FACTOR) == 4
@@ -298,7 +300,7 @@ def sentencepiece(prepend=True, metaspace=None):
     made.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
     special = ["<unk>", "<bos>", "<eos>", *(f"<0x{i:02X}>" for i in range(256))]
     made.train_from_iterator(
-        WORDS * 50, trainers.BpeTrainer(vocab_size=500, show_progress=False, special_tokens=special)
+        WORDS * 50, trainers.BpeTrainer(vocab_size=350, show_progress=False, special_tokens=special)
     )
     described = json.loads(made.to_str())
     described["added_tokens"] = [token for token in described["added_tokens"] if "<0x" not in token["content"]]
@@ -361,7 +363,7 @@ def test_sentencepiece_vocabularies(name):
     made = {left + right for left, right in json.loads(tokenizer.backend_tokenizer.to_str())["model"]["merges"]}
     scores = dict(zip(of["tokens"], of["scores"], strict=True))
     joined = [token for token in of["tokens"] if token in made]
-    assert len(joined) > 50 and [scores[token] for token in joined] == sorted((scores[t] for t in joined), reverse=True)
+    assert len(joined) > 20 and [scores[token] for token in joined] == sorted((scores[t] for t in joined), reverse=True)
     assert all(score == 0 for token, score in scores.items() if token not in made)
 
 
@@ -402,6 +404,9 @@ def test_tokenizers_that_llama_cpp_does_not_have(tokenizer):
     cut.backend_tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     assert "has byte fallback, but the normalizer" in why(cut) and "Whitespace" in why(cut)
     assert "ids up to 257, the model 200 tokens" in why(tokenizer, 200)
+    twice = byte_level(WORDWISE)
+    twice.add_tokens(["[PAD699]"])  # what the last of 700 is called where the tokenizer has fewer
+    assert "1 of the tokenizer's tokens have the text of another one" in why(twice)
     without = byte_level(WORDWISE)
     without.eos_token = None
     assert "has no eos token" in why(without)
@@ -422,7 +427,7 @@ def folder(tmp_path):
 
 @pytest.fixture
 def without_llama_cpp(monkeypatch):
-    monkeypatch.setattr(gguf_check, "find_spec", lambda name: None)
+    monkeypatch.setattr(gguf_check, "has_llama_cpp", lambda: False)
 
 
 def exported(*args, **options):
@@ -577,7 +582,8 @@ def test_a_llama_cpp_that_fails_is_warned_of(folder, tmp_path, monkeypatch, capl
     (tmp_path / "llama_cpp").mkdir()
     (tmp_path / "llama_cpp" / "__init__.py").write_text("raise OSError('libllama.so is too old')\n")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=":")
-    monkeypatch.setattr(gguf_check, "find_spec", lambda name: name == "llama_cpp")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert gguf_check.has_llama_cpp()
     written, screen = exported(folder, "gguf")
     assert "so it is not checked there: OSError: libllama.so is too old" in caplog.text
     assert "llama.cpp (not checked)" in screen and (written / "student-f32.gguf").is_file()
