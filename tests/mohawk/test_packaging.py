@@ -342,7 +342,13 @@ IMPORTED_AS = {
     "ruamel": "ruamel-yaml",
 }
 COME_ALONG = {"huggingface_hub", "pyarrow", "pydantic_core", "tokenizers", "typing_extensions"}
-ASKED_FOR = {"bitsandbytes", "torchao", "jinja2", "tomli"}  # used where they are installed; their absence is said
+ASKED_FOR = {
+    "bitsandbytes",
+    "torchao",
+    "jinja2",
+    "llama_cpp",
+    "tomli",
+}  # used where they are installed; their absence is said
 
 
 def imported(folder: Path) -> set[str]:
