@@ -253,6 +253,8 @@ def test_why_not():
     assert "projections have biases" in why(mixer_bias=True)
     assert "no attention layer is left" in why(student_of(layers=(0, 1, 2, 3)))
     assert "its mixers are discrete_mamba2" in why(student_of(mixer="discrete_mamba2"))
+    mixed = hybrid_from_teacher(tiny_teacher(), [0, 2], {0: "mamba2", 2: "kimi_delta"})
+    assert "its mixers are mamba2 and kimi_delta, llama.cpp's Bamba's are Mamba-2's" in why(mixed)
     assert "3 times as wide as the model" in why(mixer_head_dim=24)
     assert "cannot be padded" in why(mixer_num_heads=3, mixer_head_dim=7)
     assert "Gemma's embedding is scaled" in why_not_gguf(hybrid_from_teacher(tiny_teacher("gemma"), [1]).config)
