@@ -360,8 +360,8 @@ def _gradient(
 @dataclass
 class _Sweeps:
     """The kernels on one set of rows: student z and teacher t (None: no teacher) of
-    `options.vocabulary.local` columns, `rows` of them or all, with the factors that make them tempered
-    scores."""
+    `options.vocabulary.local` columns, each a row's beside the next in memory, `rows` of them or all, with the factors
+    that make them tempered scores."""
 
     z: Tensor
     t: Tensor | None
@@ -382,7 +382,7 @@ class _Sweeps:
         self.columns = self.scale
         if self.labels is not None and self.ce:
             columns, ours = vocabulary.locate(self.labels)
-            self.columns = columns if ours is None else torch.where(ours, columns, -1)
+            self.columns = (columns if ours is None else torch.where(ours, columns, -1)).contiguous()
         self.teacher = self.z if self.t is None else self.t
         self.strides = (self.z.stride(0), self.teacher.stride(0))
         self.numbers = (self.z_scale, self.t_scale, 0.0 if self.taid is None else self.taid)
@@ -580,6 +580,12 @@ def _target(scores: Scores, span: tuple[int, int], student: Tensor) -> Tensor:
 def tile(z: Tensor, task: Task, scores: Scores, span: tuple[int, int], want_grad: bool) -> tuple[Tensor, Tensor]:
     """As tile.torch_tile: kd and ce of the rows of z, which becomes the gradient."""
     options = task.options
+    if z.stride(-1) != 1 and z.shape[-1] > 1:
+        whole = z.contiguous()
+        rows = tile(whole, task, scores, span, want_grad)
+        if want_grad:
+            z.copy_(whole)
+        return rows
     if options.need_kd and not scores.parts and type(task.teacher) not in SWEPT:
         return kd_tile.torch_tile(z, task, scores, span, want_grad)
     inverse = 1.0 / options.settings.temperature if options.need_kd else 1.0

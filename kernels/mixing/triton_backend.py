@@ -534,7 +534,7 @@ def sums_and_gradients(student: Mixing, teacher: Mixing, metric: str, real: Tens
     bounds = _bounds(s, t)
     if real is not None:
         s, t = (side._replace(first=_without_padding(side.first, real)) for side in (s, t))
-        real = None if metric == "kl" else real.to(torch.int8)
+        real = None if metric == "kl" else real.to(torch.int8).contiguous()
     squares, row_weights, column_weights = (per_row(torch.float64) for _ in range(3))
     sizes = per_row(torch.float64) if reads_teacher(metric) else None
     diagonals = per_row(torch.float32)

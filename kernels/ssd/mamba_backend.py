@@ -51,6 +51,7 @@ def ssd_mamba(
     if input_scale is None:
         input_scale = torch.ones_like(log_decay)
     runs = None if segment_ids is None else segment_runs(segment_ids).to(torch.int32)
+    D = None if D is None else D.contiguous()
     return _MambaScan.apply(x, log_decay, B.to(x.dtype), C.to(x.dtype), input_scale, D, initial_state, runs)
 
 

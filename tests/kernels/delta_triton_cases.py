@@ -5,7 +5,7 @@ import sys
 
 import torch
 import torch.nn.functional as F
-from mixing_triton_cases import attention, compare, documents, run, state_space
+from mixing_triton_cases import attention, compare, compare_layouts, documents, run, state_space
 
 from mohawk.kernels.mixing import triton_delta
 from mohawk.kernels.mixing.definition import DeltaMixing
@@ -60,6 +60,14 @@ def packed():
             yield compare(f"packed delta, {type(teacher).__name__}", mine, teacher, "relative", "none")
 
 
+def layouts():
+    """Every operand in every layout: values and gradients of the same numbers in rows."""
+    both = dict(segment_ids=documents(40))
+    student = delta(2, 40, 8, channels=True, **both)
+    for teacher in (attention(2, 1, 40, 8, **both), delta(2, 40, 8, seed=5, **both)):
+        yield from compare_layouts(student, teacher, "relative")
+
+
 def extremes():
     """One token, decays that are strong or none, keys that are alike, shut and open gates, bfloat16."""
     for seq in (1, 33):
@@ -84,5 +92,5 @@ if __name__ == "__main__":
     shipped = triton_delta.tiles(8) | {"PRECISION": "ieee"}
     small = {} if sys.argv[1] == "large" else {"BLOCK": 16, "CHUNK": 16}
     triton_delta.tiles = lambda _: shipped | small
-    parts = {"kinds": kinds, "packed": packed, "extremes": extremes, "large": large}
+    parts = {"kinds": kinds, "packed": packed, "extremes": extremes, "large": large, "layouts": layouts}
     print(sum(parts[sys.argv[1]]()), "cases right")

@@ -214,6 +214,59 @@ def edges():
             yield 1
 
 
+def strided(x, layout):
+    """The same values, with other steps between them in memory."""
+    if layout == "transposed":
+        return x.mT.contiguous().mT if x.dim() > 1 else x
+    if layout == "every second":
+        return x.repeat_interleave(2, -1)[..., ::2]
+    if layout == "slice":
+        return torch.nn.functional.pad(x, (3, 2))[..., 3:-2]
+    assert layout == "expanded"  # one row, or word, over and over
+    return x[:1].expand_as(x) if x.dim() == 1 or x.shape[1] == 3 else x[:, :1].expand_as(x)
+
+
+def layouts():
+    """Every operand of every source in every layout: values and gradients of the same numbers in rows."""
+    for vocab in (1, 130):
+        d = problem(vocab)
+        for layout in ("transposed", "every second", "slice", "expanded"):
+            odd = {name: strided(x, layout) for name, x in d.items()}
+            # ids within a row stay different ones
+            odd["ids"] = d["ids"] if layout == "expanded" else odd["ids"]
+            odd["labels"] = strided(d["labels"].clamp_min(0), layout)
+            if layout != "expanded":
+                assert vocab == 1 or not (odd["z"].is_contiguous() or odd["t"].is_contiguous())
+            same = {name: x.contiguous() for name, x in odd.items()}
+            for kind in ("logits", "hidden", "taid", "mixture", "topk", "samples"):
+                if vocab == 1 and kind in ("topk", "samples"):
+                    continue
+                for part in (None, 97) if vocab > 1 and kind not in ("topk", "samples") else (None,):
+                    options = {
+                        "ce_weight": 0.5,
+                        "temperature": 1.5,
+                        "token_weights": odd["weights"],
+                        "vocab_size": part,
+                    }
+                    labels = odd["labels"] if part is None else strided(d["labels"].clamp(0, 96), layout)
+                    exact = layout_losses(same, same, kind, labels.contiguous(), "reference", torch.float64, options)
+                    found = layout_losses(odd, odd, kind, labels, "triton", torch.float32, options)
+                    for got, truth in zip(found, exact, strict=True):
+                        assert error(got, truth) < 3e-6, (vocab, layout, kind, part)
+                    yield 1
+
+
+def layout_losses(d, of_teacher, kind, labels, backend, dtype, options):
+    """A loss without a gradient, one with, and that."""
+    z = d["z"].to(dtype).detach()
+    target = teacher(kind, of_teacher, dtype)
+    with torch.no_grad():
+        alone = kd_loss(z, target, labels, backend=backend, **options)
+    leaf = z.requires_grad_()
+    loss = kd_loss(leaf, target, labels, backend=backend, **options)
+    return [alone, loss.detach(), torch.autograd.grad(loss, leaf)[0]]
+
+
 def shared_losses(d, divergence, kind, part, group, backend, dtype):
     """Whole values and gradient, and the gradient of this slice of the vocabulary."""
     target = teacher(kind, d, dtype)
@@ -262,4 +315,7 @@ def shared():
 
 
 if __name__ == "__main__":
-    print(sum({"dense": dense, "sparse": sparse, "edges": edges, "shared": shared}[sys.argv[1]]()), "cases right")
+    print(
+        sum({"dense": dense, "sparse": sparse, "edges": edges, "layouts": layouts, "shared": shared}[sys.argv[1]]()),
+        "cases right",
+    )

@@ -109,6 +109,14 @@ def backend():
     odd = problem(29, heads=3, head_dim=5, groups=3, state=7, without=("initial_state",))
     check("odd sizes, a group for each head, documents without a state", odd, documents(1, 29, 8))
     yield 1
+    backwards = {
+        k: v.permute(*range(v.dim())[::-1]).contiguous().permute(*range(v.dim())[::-1]) for k, v in odd.items()
+    }
+    check("every tensor the other way round in memory", backwards, documents(1, 29, 8).mT.contiguous().mT)
+    yield 1
+    second = {k: v.repeat_interleave(2, -1)[..., ::2] for k, v in problem(29, heads=3, head_dim=5, state=7).items()}
+    check("every second number", second)
+    yield 1
     check("weak decays", problem(40, strength=1e-5))
     yield 1
     given = problem(40, strength=30.0)

@@ -130,6 +130,60 @@ def packed():
     yield compare("packed kl, teacher only", attention(2, 2, seq, 8, seed=9), packed_heads, "kl")
 
 
+def strided(mixing, layout):
+    """The same values (expanded: those of the first in each batch row or head) with other steps in memory."""
+
+    def laid(x):
+        if layout == "reversed":
+            order = tuple(range(x.dim()))[::-1]
+            return x.permute(order).contiguous().permute(order)
+        if layout == "every second":
+            return x.repeat_interleave(2, -1)[..., ::2]
+        if layout == "slice":
+            return torch.nn.functional.pad(x, (3, 2))[..., 3:-2]
+        return x[..., :1].expand_as(x) if x.dim() < 3 else x[:1].expand_as(x)
+
+    tensors = {k: v for k, v in vars(mixing).items() if isinstance(v, torch.Tensor)}
+    made = {k: laid(v) for k, v in tensors.items()}
+    if layout == "expanded" and "segment_ids" in made:
+        made["segment_ids"] = mixing.segment_ids[-1:].expand_as(mixing.segment_ids)
+    return dataclasses.replace(mixing, **made)
+
+
+def compare_layouts(student, teacher, metric):
+    def floats(mixing):
+        return {k: v for k, v in vars(mixing).items() if isinstance(v, torch.Tensor) and v.is_floating_point()}
+
+    def losses(student, teacher, dtype, backend):
+        leaves = {k: v.to(dtype).detach().requires_grad_() for k, v in floats(student).items()}
+        teacher = dataclasses.replace(teacher, **{k: v.to(dtype) for k, v in floats(teacher).items()})
+        student = dataclasses.replace(student, **leaves)
+        value = mixing_distance(student, teacher, metric=metric, reduction="none", backend=backend)
+        return [value, *torch.autograd.grad(value.sum(), list(leaves.values()))]
+
+    for layout in ("reversed", "every second", "slice", "expanded"):
+        odd = [strided(x, layout) for x in (student, teacher)]
+        assert layout == "expanded" or not odd[0].tensors[0].is_contiguous()
+        same = [
+            dataclasses.replace(x, **{k: v.contiguous() for k, v in vars(x).items() if isinstance(v, torch.Tensor)})
+            for x in odd
+        ]
+        exact = losses(*same, torch.float64, "reference")
+        for got, truth in zip(losses(*odd, torch.float32, "triton"), exact, strict=True):
+            assert error(got, truth) < 1e-5, (layout, type(student).__name__, type(teacher).__name__, metric)
+        yield 1
+
+
+def layouts():
+    """Every operand in every layout: values and gradients of the same numbers in rows."""
+    seq = 40
+    both = dict(segment_ids=documents(seq))
+    ssd, heads = state_space(2, (1, 2), seq, 5, **both), attention(2, 1, seq, 8, window=9, **both)
+    for student, teacher, metric in ((ssd, heads, "relative"), (heads, ssd, "squared"), (heads, heads, "kl")):
+        teacher = dataclasses.replace(teacher, q=teacher.q.flip(2)) if metric == "kl" else teacher
+        yield from compare_layouts(student, teacher, metric)
+
+
 def compare_close(base, metric, draws=8):
     """Two nearly equal attentions: what is left of their difference is mostly rounding, large or small by chance in any
     one draw, so it is taken over several."""
@@ -181,5 +235,5 @@ def large():
 if __name__ == "__main__":
     blocks = {"BLOCK": 128, "STEP": 64, "CHUNK": 64} if sys.argv[1] == "large" else {}
     mixing_triton.tiles = lambda *_: SMALL | blocks
-    parts = {"kinds": kinds, "packed": packed, "extremes": extremes, "half": half, "large": large}
+    parts = {"kinds": kinds, "packed": packed, "extremes": extremes, "half": half, "large": large, "layouts": layouts}
     print(sum(parts[sys.argv[1]]()), "cases right")

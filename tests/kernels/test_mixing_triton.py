@@ -9,7 +9,7 @@ from tests.helpers.interpreted import run_cases
 pytest.importorskip("triton")
 
 
-PARTS = ("kinds", "packed", "extremes", "half", "large")
+PARTS = ("kinds", "packed", "extremes", "half", "large", "layouts")
 
 
 @pytest.mark.parametrize(
