@@ -47,9 +47,13 @@ class Divergence:
 
 
 def _kl(log_a: Tensor, log_b: Tensor) -> Tensor:
-    a = log_a.exp()
+    """sum a log(a / b), as sum (a log(a / b) + b - a), in which no term is negative: the sum of b - a is nothing, but
+    with it the rounding of both normalisers and of the terms cancels where a and b are close."""
+    a, b = log_a.exp(), log_b.exp()
     # Where a is 0 the term is 0 whatever log b is; filling the factor (not the product) keeps the gradient 0 too.
-    return (a * (log_a - log_b).masked_fill(a == 0, 0.0)).sum(-1)
+    ratio = (log_a - log_b).masked_fill(a == 0, 0.0)
+    near = (ratio.abs() < 1) & (a != 0)
+    return (a * ratio + (a * ratio.masked_fill(~near, 0.0).neg().expm1()).where(near, b - a)).sum(-1)
 
 
 def _log_mix(weight_a: float, log_a: Tensor, log_b: Tensor) -> Tensor:

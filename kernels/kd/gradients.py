@@ -5,12 +5,14 @@ Each function gets lp and lq, the log-probabilities of teacher and student (rows
 both. It returns the divergence of each row and, if `want_grad`, its gradient with respect to the student's
 tempered logits u, where lq = log_softmax(u): for D = f(q) that is q * (f'(q) - sum q f'(q)).
 
-`guard` sets terms of probability 0 to 0. Without it a row with -inf logits may come out NaN; the caller then
-calls again with it, so that rows without -inf pay nothing. Where ranks share the vocabulary, values are this
+`guard` sets terms of probability 0 to 0. Without it a row with -inf logits may come out NaN or infinite; the caller
+then calls again with it, so that rows without -inf pay nothing. Where ranks share the vocabulary, values are this
 rank's part of the sum and gradients are whole: `total` makes a sum over this rank's entries one over all.
-float32 tiles are enough: in forward, reverse and skewed KL the added sum(q - p), zero in exact arithmetic, cancels
-the rounding of both log-normalisers to first order (in JSD they cancel by themselves). JSD and the skewed KLs come
-here only between their ends, which are forward and reverse KL.
+float32 tiles are enough: to forward, reverse and skewed KL, sums of a log(a / b), the sum of b - a is added, zero in
+exact arithmetic, which cancels the rounding of both log-normalisers to first order (in JSD they cancel by themselves).
+It is added term by term and made of the same y = log(b / a): a (expm1(y) - y) is never negative, and their sum keeps
+its digits where a and b come together. JSD and the skewed KLs come here only between their ends, which are forward and
+reverse KL.
 """
 
 from __future__ import annotations
@@ -28,11 +30,25 @@ Rows = tuple[Tensor, Tensor | None]
 Total = Callable[[Tensor], Tensor]
 
 
-def _times(prob: Tensor, log_ratio: Tensor, guard: bool) -> Tensor:
-    """prob * log_ratio in log_ratio's memory."""
-    if guard:
-        log_ratio.masked_fill_(prob == 0, 0.0)
-    return log_ratio.mul_(prob)
+def whole(x: Tensor) -> Tensor:
+    """The total of a vocabulary of which no other rank has a part."""
+    return x
+
+
+def _floored(log: Tensor) -> Tensor:
+    """In place: no probability below the smallest normal number, beside which any other's expm1(log_b - log_a) stays
+    finite. Its own terms are nothing."""
+    return log.clamp_(min=_floor(log))
+
+
+def _floor(log: Tensor) -> float:
+    return -87.0 if log.dtype == torch.float32 else -708.0
+
+
+def _log_ratio(log_b: Tensor, log_a: Tensor, guard: bool) -> Tensor:
+    """log(b / a) in log_b's memory, from a floored log_a."""
+    y = log_b.sub_(log_a)
+    return y.masked_fill_(y.isneginf() & (log_a <= _floor(log_a)), 0.0) if guard else y
 
 
 def _centre(q: Tensor, slope: Tensor, total: Total) -> Tensor:
@@ -42,89 +58,88 @@ def _centre(q: Tensor, slope: Tensor, total: Total) -> Tensor:
 
 
 def forward_kl(lp: Tensor, lq: Tensor, beta: float, lam: float, guard: bool, want_grad: bool, total: Total) -> Rows:
-    p = lp.exp()
-    ratio = lp.sub_(lq)
-    grad = lq.exp_().sub_(p)
-    kl = _times(p, ratio, guard).sum(-1)
-    return kl + grad.sum(-1), grad if want_grad else None
+    p = _floored(lp).exp()
+    y = _log_ratio(lq, lp, guard)
+    grad = torch.expm1(y)
+    value = torch.sub(grad, y, out=y).mul_(p).sum(-1)
+    if not want_grad:
+        return value, None
+    grad.mul_(p)  # q - p
+    # Of a whole vocabulary the sum is known to be 0; over ranks it would take a collective more.
+    return value, grad.addcmul_(p, grad.sum(-1, keepdim=True), value=-1) if total is whole else grad
 
 
 def reverse_kl(lp: Tensor, lq: Tensor, beta: float, lam: float, guard: bool, want_grad: bool, total: Total) -> Rows:
-    q = lq.exp()
-    ratio = lq.sub_(lp)
-    gap = lp.exp_().sub_(q).sum(-1)
-    grad = _times(q, ratio, guard)
-    kl = grad.sum(-1)
-    value = kl + gap
+    q = _floored(lq).exp()
+    y = _log_ratio(lp, lq, guard)
+    value = torch.expm1(y).sub_(y).mul_(q).sum(-1)
     if not want_grad:
         return value, None
-    return value, grad.addcmul_(q, total(kl).unsqueeze(-1), value=-1)
+    y.mul_(q)
+    kl = total(-y.sum(-1))
+    return value, q.mul_(-kl.unsqueeze(-1)).sub_(y)
 
 
-def _expm1_of_ratio(log_a: Tensor, log_b: Tensor, guard: bool) -> tuple[Tensor, Tensor]:
-    """r = log a - log b in log_a's memory, and a / b - 1 = expm1(r).
+def _expm1_of_ratio(log_a: Tensor, log_b: Tensor) -> tuple[Tensor, Tensor]:
+    """r = log a - log b of floored logarithms in log_a's memory, and a / b - 1 = expm1(r).
 
     Mixtures are taken from it: log((1 - w) b + w a) = log b + log1p(w expm1(r)), which keeps its relative
-    precision where the two agree, as a log of rounded sums would not. Beyond +-80 one side is nothing beside
-    the other.
+    precision where the two agree, as a log of rounded sums would not.
     """
-    limit = 80.0 if log_a.dtype == torch.float32 else 700.0
     r = log_a.sub_(log_b)
-    if guard:
-        r.nan_to_num_(nan=0.0, posinf=limit, neginf=-limit)
-    r.clamp_(-limit, limit)
     return r, torch.expm1(r)
 
 
-def _mixture(log_a: Tensor, log_b: Tensor, lam: float, guard: bool) -> tuple[Tensor, Tensor]:
-    """log(m / b) and 1 - b / m of m = (1 - lam) a + lam b, in log_a's memory and a new tensor."""
-    ratio, x = _expm1_of_ratio(log_a, log_b, guard)
-    x.mul_(1 - lam)  # m / b - 1, precise where m is near b
-    ratio.exp_().mul_(1 - lam).add_(lam)  # m / b, precise where little of m is left: there 1 + x has lost lam
-    log = torch.where(x < -0.5, ratio.log(), torch.log1p(x))
-    return log, x.div_(ratio)
-
-
 def jsd(lp: Tensor, lq: Tensor, beta: float, lam: float, guard: bool, want_grad: bool, total: Total) -> Rows:
-    p, q = lp.exp(), lq.exp()
-    # The smaller weight goes into the logarithm: the other way round its own term would be lost in the rounding
-    # of 1.
+    # The smaller weight goes into the logarithm: the other way round its own term would be lost in the rounding of 1.
     if beta >= 0.5:
-        r, m = _expm1_of_ratio(lq, lp, guard)
-        m.mul_(1 - beta).log1p_()  # log m - log p
-        r.sub_(m).mul_(q)  # q (log q - log m)
+        q, p, to_student, to_teacher, terms = _to_mixture(_floored(lq), _floored(lp), 1 - beta)
     else:
-        r, x = _expm1_of_ratio(lp, lq, guard)
-        x.mul_(beta).log1p_()  # log m - log q
-        m = torch.sub(x, r)
-        r = x.neg_().mul_(q)
-    from_student = r.sum(-1)
-    value = (1 - beta) * from_student - beta * m.mul_(p).sum(-1)
+        p, q, to_teacher, to_student, terms = _to_mixture(_floored(lp), _floored(lq), beta)
+    value = terms.sum(-1)
     if not want_grad:
         return value, None
-    return value, r.addcmul_(q, total(from_student).unsqueeze(-1), value=-1).mul_(1 - beta)
+    to_student.mul_(q)  # -q log(q / m)
+    from_student = total(-to_student.sum(-1)).unsqueeze(-1)
+    return value, to_student.addcmul_(q, from_student).mul_(beta - 1)
+
+
+def _to_mixture(log_b: Tensor, log_a: Tensor, w: float) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """b, a, log(m / b), log(m / a) and the terms of w KL(b, m) + (1 - w) KL(a, m) for m = (1 - w) a + w b."""
+    a, b = log_a.exp(), log_b.exp()
+    r, x = _expm1_of_ratio(log_b, log_a)
+    log_m_a = x.mul_(w).log1p()
+    log_m_b = torch.sub(log_m_a, r, out=r)
+    terms = x.sub_(log_m_a).mul_(a).mul_(1 - w)
+    return b, a, log_m_b, log_m_a, terms.addcmul_(torch.expm1(log_m_b).sub_(log_m_b), b, value=w)
+
+
+def _mixture(log_a: Tensor, log_b: Tensor, lam: float) -> tuple[Tensor, Tensor, Tensor]:
+    """log(m / b), m / b - 1 and m / b of m = (1 - lam) a + lam b; the last in log_a's memory."""
+    ratio, x = _expm1_of_ratio(log_a, log_b)
+    x.mul_(1 - lam)  # m / b - 1, precise where m is near b
+    ratio.exp_().mul_(1 - lam).add_(lam)  # m / b, precise where little of m is left: there 1 + x has lost lam
+    return torch.where(x < -0.5, ratio.log(), torch.log1p(x)), x, ratio
 
 
 def skew_kl(lp: Tensor, lq: Tensor, beta: float, lam: float, guard: bool, want_grad: bool, total: Total) -> Rows:
-    p, q = lp.exp(), lq.exp()
-    gap = torch.sub(q, p).sum(-1) * (1 - lam)
-    log_m, slope = _mixture(lq, lp, lam, guard)  # log(m / p), 1 - p / m
-    value = gap - p.mul_(log_m).sum(-1)
+    p, q = _floored(lp).exp(), _floored(lq).exp() if want_grad else _floored(lq)
+    log_m, slope, ratio = _mixture(lq, lp, lam)  # log(m / p), m / p - 1, m / p
+    value = torch.sub(slope, log_m, out=log_m).mul_(p).sum(-1)
     if not want_grad:
         return value, None
-    return value, _centre(q, slope, total).mul_(1 - lam)
+    return value, _centre(q, slope.div_(ratio), total).mul_(1 - lam)
 
 
 def skew_reverse_kl(
     lp: Tensor, lq: Tensor, beta: float, lam: float, guard: bool, want_grad: bool, total: Total
 ) -> Rows:
-    p, q = lp.exp(), lq.exp()
-    gap = p.sub_(q).sum(-1) * (1 - lam)
-    log_m, slope = _mixture(lp, lq, lam, guard)  # log(m / q), 1 - q / m
-    value = gap - torch.mul(q, log_m).sum(-1)
+    q = _floored(lq).exp()
+    log_m, slope, ratio = _mixture(_floored(lp), lq, lam)  # log(m / q), m / q - 1, m / q
+    value = torch.sub(slope, log_m).mul_(q).sum(-1)
     if not want_grad:
         return value, None
-    slope.mul_(lam).sub_(log_m)  # log(q / m) - lam q / m + lam
+    slope.div_(ratio).mul_(lam).sub_(log_m)  # log(q / m) - lam q / m + lam
     return value, _centre(q, slope, total)
 
 

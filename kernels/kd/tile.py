@@ -37,7 +37,7 @@ def distribution(
     """
     function = kd_gradients.of_distributions(options.settings.divergence)
     size = options.vocabulary.size if DIVERGENCES[options.settings.divergence].mean else 1
-    total: kd_gradients.Total = lambda x: x  # noqa: E731
+    total: kd_gradients.Total = kd_gradients.whole
     if known is not None:
         total = options.vocabulary.total if known.reverse_kl is None else lambda _: known.reverse_kl
 
@@ -48,9 +48,9 @@ def distribution(
         return (value, grad) if size == 1 else (value / size, None if grad is None else grad.div_(size))
 
     value, grad = evaluate(guard=known is not None)
-    if known is None and not bool(torch.isnan(value).any()):
+    if known is None and bool(torch.isfinite(value).all()):
         return value, grad
-    if known is None:  # 0 * inf somewhere: -inf logits
+    if known is None:  # 0 * inf somewhere, or inf: -inf logits
         value, grad = evaluate(guard=True)
     if grad is not None:  # what is still NaN came in so: the gradient says it too, where a guard or a sign would not
         grad.masked_fill_(torch.isnan(value).unsqueeze(-1), float("nan"))

@@ -169,6 +169,51 @@ def test_values_of_small_divergences(divergence):
         assert errors["chunked"] <= max(2 * errors["reference"], 2e-6), (distance, errors)
 
 
+@pytest.mark.parametrize("spread", (1.0, 4.0))
+@pytest.mark.parametrize("divergence", ("forward_kl", "reverse_kl", "jsd", "skew_kl", "skew_reverse_kl"))
+def test_digits_where_student_and_teacher_all_but_agree(divergence, spread):
+    """Of each row, and of each gradient: at KLs of 5e-5 to 5e-9, in float32, and by the definition itself too."""
+    g = torch.Generator().manual_seed(0)
+    z = spread * torch.randn(16, 1000, generator=g)
+    noise = torch.randn(16, 1000, generator=g)
+    for distance, digits in ((1e-2, 1e-4), (1e-3, 1e-3), (1e-4, 1e-2)):
+        found = {}
+        for backend, dtype in (("float64", torch.float64), ("reference", torch.float32), ("chunked", torch.float32)):
+            x = z.to(dtype).requires_grad_()
+            options = {"backend": "reference" if dtype == torch.float64 else backend, "reduction": "none"}
+            rows = kd_loss(x, (z + distance * noise).to(dtype), divergence=divergence, beta=0.3, **options)
+            found[backend] = rows.detach(), torch.autograd.grad(rows.sum(), x)[0]
+        truth, slope = found.pop("float64")
+        for backend, (rows, grad) in found.items():
+            assert (rows > 0).all(), backend
+            assert ((rows - truth) / truth).abs().max() < digits, (backend, distance)
+            reference = found["reference"]
+            assert error(rows, truth) <= 2 * error(reference[0], truth) + 1e-6, (backend, distance)
+            assert error(grad, slope) <= 2 * error(reference[1], slope) + 1e-6, (backend, distance)
+    # q - p itself, whose rounding is that of p where the two agree
+    if divergence == "forward_kl":
+        p, q = (x.double().softmax(-1) for x in (z + 1e-4 * noise, z))
+        torch.testing.assert_close(slope, q - p, rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("far", (20.0, 60.0, 400.0))
+@pytest.mark.parametrize("divergence", ("forward_kl", "reverse_kl", "jsd", "skew_kl", "skew_reverse_kl"))
+def test_digits_where_one_side_has_next_to_nothing(divergence, far):
+    """Probabilities down to and below the smallest float32, beside others that are alike."""
+    g = torch.Generator().manual_seed(0)
+    z = torch.randn(8, 40, generator=g)
+    t = z + 0.1 * torch.randn(8, 40, generator=g)
+    z[:, :4] -= far
+    t[:, 2:6] -= far
+    found = []
+    for backend, dtype in (("reference", torch.float64), ("reference", torch.float32), ("chunked", torch.float32)):
+        x = z.to(dtype).requires_grad_()
+        rows = kd_loss(x, t.to(dtype), divergence=divergence, beta=0.3, backend=backend, reduction="none")
+        found.append((rows.detach(), torch.autograd.grad(rows.sum(), x)[0]))
+    for truth, reference, got in zip(*found, strict=True):
+        assert error(got, truth) <= 2 * error(reference, truth) + 1e-6
+
+
 @pytest.mark.parametrize("rows", (96, 300))  # the head's gradient from one product, and summed over chunks
 @pytest.mark.parametrize("distance", (0.9, 0.25, 0.08, 0.025))  # KL of about 0.3, 0.03, 0.003, 0.0003
 def test_bfloat16_gradients(distance, rows, monkeypatch):
