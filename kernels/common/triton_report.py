@@ -32,30 +32,40 @@ class Usage(NamedTuple):
     shared: int
 
 
-def compile_for(target: str, function, types: dict, constants: dict, options: dict[str, int]) -> Usage:
-    """Compile one kernel. types: a Triton type of each argument that is none of the constants; for one that is a
-    named tuple such a tuple, and in it what is no type is a constant; None is a constant anywhere.
+def specialized(function, types: dict, constants: dict) -> tuple[dict, dict, dict]:
+    """signature, constants and attributes that a launch compiles a kernel with. types: of each argument that is none of
+    the constants: of tensors and floating-point numbers Triton's type, of whole numbers one that is passed; for a named
+    tuple such a tuple; None is a constant anywhere.
 
-    Pointers, widths and strides are taken for multiples of 16, as aligned tensors have them.
+    Tensors are taken for aligned, as torch makes them. A whole number that is a multiple of 16 tells the compiler so,
+    and 1 is a constant, unless the kernel says not to look at it.
     """
     signature, constexprs, attributes = {}, {}, {}
 
-    def classify(name: str, kind: Any, place: tuple[int, ...]):
+    def classify(kind: Any, place: tuple[int, ...], looked_at: bool):
         if isinstance(kind, tuple):
-            fields = kind._fields  # pyrefly: ignore[missing-attribute]  # a named tuple
-            return type(kind)(*(classify(n, k, (*place, i)) for i, (n, k) in enumerate(zip(fields, kind, strict=True))))
-        if not isinstance(kind, str):
+            parts = (classify(one, (*place, i), looked_at) for i, one in enumerate(kind))
+            return type(kind)(*parts)
+        if kind is None or looked_at and kind == 1:
             constexprs[place] = kind
             return "constexpr"
-        if kind.startswith("*") or name.endswith(("width", "_stride")):
+        whole = isinstance(kind, int)
+        if whole and looked_at and kind % 16 == 0 or not whole and kind.startswith("*"):
             attributes[place] = [["tt.divisibility", 16]]
-        return kind
+        return kind if not whole else "i32" if kind < 1 << 31 else "i64"
 
-    for index, name in enumerate(function.arg_names):
+    for index, parameter in enumerate(function.params):
+        name = parameter.name
         if name in constants:
             signature[name], constexprs[(index,)] = "constexpr", constants[name]
         else:
-            signature[name] = classify(name, types[name], (index,))
+            signature[name] = classify(types[name], (index,), not parameter.do_not_specialize)
+    return signature, constexprs, attributes
+
+
+def compile_for(target: str, function, types: dict, constants: dict, options: dict[str, int]) -> Usage:
+    """Compile one kernel as a launch would, with `types` as in `specialized`."""
+    signature, constexprs, attributes = specialized(function, types, constants)
     source = ASTSource(function, signature, constexprs=constexprs, attrs=attributes)
     compiled = triton.compile(source, target=TARGETS[target], options=options)
     if target.startswith("sm"):

@@ -1,7 +1,8 @@
 """`python -m mohawk.kernels.kd.triton_report`: compile the Triton kernels of the distillation losses for GPUs
 that need not be there, and print registers, spilled bytes and shared memory of each.
 
-Exit code 1 if anything spills. `--quick` compiles one divergence of each kind, from bfloat16.
+Exit code 1 if anything spills. `--quick` compiles one divergence of each kind, from bfloat16. A vocabulary that is no
+multiple of 16 is compiled apart, as a launch does it: its rows are not aligned, and its logits are loaded one by one.
 """
 
 from __future__ import annotations
@@ -11,11 +12,18 @@ from mohawk.kernels.kd import triton_backend as kd_triton
 
 QUICK = ("reverse_kl", "jsd", "cosine")
 LOGITS = {"bf16": "*bf16", "fp32": "*fp32"}
+VOCABULARIES = (151936, 50257)
 
 
-def compile_one(target: str, kernel: str, divergence: str, logits: str) -> triton_report.Usage:
+def compile_one(target: str, kernel: str, divergence: str, logits: str, vocab: int) -> triton_report.Usage:
     """Compile with everything that costs registers turned on: cross-entropy, temperature, TAID, row
     indices."""
+    function, types, constants = launched(kernel, divergence, logits, vocab)
+    return triton_report.compile_for(target, function, types, constants, kd_triton.launch(target.startswith("sm")))
+
+
+def launched(kernel: str, divergence: str, logits: str, vocab: int) -> tuple:
+    """A kernel, and what it is launched with: see `specialized`."""
     function = getattr(kd_triton, f"_{kernel}")
     constants = {
         "DIVERGENCE": divergence,
@@ -30,22 +38,22 @@ def compile_one(target: str, kernel: str, divergence: str, logits: str) -> trito
     types = dict.fromkeys(set(function.arg_names) - set(constants), "*fp32")
     types |= {"rows_ptr": "*i64", "labels_ptr": "*i64"}
     types |= dict.fromkeys(("z_ptr", "t_ptr", "grad_ptr"), LOGITS[logits])
-    types |= dict.fromkeys(("vocab", "vocab_all", "n", "z_stride", "t_stride", "grad_stride"), "i32")
+    types |= dict.fromkeys(("vocab", "vocab_all", "z_stride", "t_stride", "grad_stride"), vocab) | {"n": 4096}
     types |= dict.fromkeys(("z_scale", "t_scale", "taid", "beta", "lam"), "fp32")
-    return triton_report.compile_for(target, function, types, constants, kd_triton.launch(target.startswith("sm")))
+    return function, {name: types[name] for name in function.arg_names if name in types}, constants
 
 
-def cases(quick: bool = False) -> list[tuple[str, str, str]]:
-    """(kernel, divergence, dtype of the logits) that a loss can launch."""
+def cases(quick: bool = False) -> list[tuple[str, str, str, int]]:
+    """(kernel, divergence, dtype of the logits, vocabulary) that a loss can launch."""
     names = QUICK if quick else tuple(kd_triton.DIVERGENCES)
     every = [(k, d) for d in names for k in ("statistics", "sums", "gradient")]
     every += [("statistics", "none"), ("gradient", "none")]
-    return [(k, d, x) for k, d in every for x in LOGITS if not quick or x == "bf16"]
+    return [(k, d, x, n) for k, d in every for x in LOGITS if not quick or x == "bf16" for n in VOCABULARIES]
 
 
 def main() -> int:
     title = f"blocks of {kd_triton.BLOCK}, {kd_triton.WARPS} warps, up to {kd_triton.REGISTERS} registers on NVIDIA"
-    columns = ("kernel", "divergence", "logits")
+    columns = ("kernel", "divergence", "logits", "vocabulary")
     return triton_report.main("mohawk.kernels.kd.triton_report", __doc__, title, columns, cases, compile_one)
 
 

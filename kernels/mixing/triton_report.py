@@ -22,8 +22,8 @@ PAIRS = ("ssd-attention", "attention-ssd", "attention-attention", "ssd-ssd")
 DELTA_PAIRS = ("delta-attention", "delta-ssd", "delta-delta")  # of triton_delta.py
 
 
-def _side(kind: str, dtype: str, masked: bool) -> Side:
-    """The types of a side's fields, with an input scale and a diagonal."""
+def _side(kind: str, dtype: str, masked: bool, width: int) -> Side:
+    """What a side's fields are launched with, an input scale and a diagonal among them."""
     attention = kind == "attention"
     return Side(
         left=f"*{dtype}",
@@ -35,10 +35,10 @@ def _side(kind: str, dtype: str, masked: bool) -> Side:
         weight=None if attention else "*fp32",
         D=None if attention else "*fp32",
         scale="fp32" if attention else None,
-        heads="i32",
-        left_heads="i32",
-        right_heads="i32",
-        width="i32",
+        heads=32,
+        left_heads=32,
+        right_heads=8 if attention else 32,
+        width=width,
     )
 
 
@@ -54,10 +54,10 @@ def compile_one(
     if kernel == "normaliser":
         tiles = tiles | mixing_triton.NORMALISER
     masked = masks != "none"
-    student, teacher = (_side(kind, dtype, masked) for kind in pair.split("-"))
+    student, teacher = (_side(kind, dtype, masked, width) for kind in pair.split("-"))
     constants = {name: tiles[name] for name in ("BLOCK", "STEP", "CHUNK", "PRECISION")}
     options = {name: tiles[name] for name in ("num_warps", "num_stages", "enable_fp_fusion")}
-    types: dict[str, Any] = {"seq": "i32", "heads": "i32"}
+    types: dict[str, Any] = {"seq": 2048, "heads": 32}
     if kernel == "normaliser":
         types["side"] = teacher
         constants["WIDTH"] = width
@@ -81,12 +81,12 @@ def _compile_delta(
     constants["WIDTH"] = 2 * width if alone else width
     options = {name: tiles[name] for name in ("num_warps", "num_stages", "enable_fp_fusion")}
     types: dict[str, Any] = dict.fromkeys(("crossing", "left", "residuals", "d_walks", "d_seen"), "*fp32")
-    types |= dict.fromkeys(("heads", "chunks", "start", "wave", "width"), "i32")
+    types |= dict.fromkeys(("heads", "chunks", "start", "wave"), 32) | {"width": constants["WIDTH"]}
     types["bounds"] = None if masks == "none" else "*i32"
     if kernel == "return":
         return triton_report.compile_for(target, triton_delta.return_kernel, types, constants, options)
-    types |= dict.fromkeys(("seen", "own_tiles", "walks", "d_own"), "*fp32") | {"seq": "i32"}
-    types |= {"teacher": None if alone else _side(teacher, dtype, masks != "none")}
+    types |= dict.fromkeys(("seen", "own_tiles", "walks", "d_own"), "*fp32") | {"seq": 2048}
+    types |= {"teacher": None if alone else _side(teacher, dtype, masks != "none", width)}
     types |= {"real": None if masks == "none" else "*i8"} | dict.fromkeys(("squares", "sizes"), "*fp64")
     constants |= {"SIZES": masks != "none", "TEACHER_WIDTH": 0 if alone else width}
     return triton_report.compile_for(target, triton_delta.walk_kernel, types, constants, options)
