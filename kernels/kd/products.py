@@ -11,7 +11,9 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Generator, Iterator
+import platform
+import threading
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -23,20 +25,45 @@ SLICE_BYTES = 4 << 20
 GPU_BYTES = 256 << 20
 
 
-@contextlib.contextmanager
-def _bf16_instructions() -> Generator[None]:
-    """Inside, float32 matrix products on CPU round their operands to bfloat16 and accumulate in float32."""
-    matmul = torch.backends.mkldnn.matmul  # pyrefly: ignore[missing-attribute]  # the module sets it as it is loaded
-    before = matmul.fp32_precision
-    matmul.fp32_precision = "bf16"
-    try:
-        yield
-    finally:
-        matmul.fp32_precision = before
+class _Bf16Instructions:
+    """Inside, float32 matrix products on CPU round their operands to bfloat16 and accumulate in float32.
+
+    torch has this setting for the whole process alone. So the first thread inside sets it and the last one puts it
+    back, for one product at a time; float32 products of other threads at that time are rounded as well.
+    """
+
+    def __init__(self):
+        self.lock, self.threads, self.before = threading.Lock(), 0, "none"
+
+    def __enter__(self) -> None:
+        backend = torch.backends.mkldnn
+        with self.lock:
+            if not self.threads:
+                self.before = backend.matmul.fp32_precision  # pyrefly: ignore[missing-attribute]  # set as it is loaded
+                if self.before == backend.fp32_precision:
+                    self.before = "none"  # as it was inherited; set to the same, it would not follow any more
+                backend.matmul.fp32_precision = "bf16"  # pyrefly: ignore[missing-attribute]
+            self.threads += 1
+
+    def __exit__(self, *_) -> None:
+        with self.lock:
+            self.threads -= 1
+            if not self.threads:
+                torch.backends.mkldnn.matmul.fp32_precision = self.before  # pyrefly: ignore[missing-attribute]
+
+
+_bf16_instructions = _Bf16Instructions()
+
+
+@functools.cache
+def _has_bf16_instructions() -> bool:
+    """Whether oneDNN multiplies float32 copies with them: on x86 with AMX alone."""
+    return platform.machine() not in ("x86_64", "AMD64") or torch.cpu._is_amx_tile_supported()
 
 
 def _exact_in_bf16(*operands: Tensor) -> bool:
-    return all(one.dtype == torch.bfloat16 and one.device.type == "cpu" for one in operands)
+    on_cpu = all(one.dtype == torch.bfloat16 and one.device.type == "cpu" for one in operands)
+    return on_cpu and _has_bf16_instructions()
 
 
 @functools.cache
@@ -123,7 +150,7 @@ def logits_product(hidden: Tensor, head: Tensor, out: Tensor) -> None:
         for columns, part in _slices(head, out.dtype, max(wide.shape)):
             out[:, columns] = functional.linear(wide, part.to_mkldnn()).to_dense()[:rows]
         return
-    with _bf16_instructions() if exact else contextlib.nullcontext():
+    with _bf16_instructions if exact else contextlib.nullcontext():
         for columns, part in _slices(head, out.dtype):
             torch.mm(wide, part.T, out=out[:, columns])
 
@@ -144,7 +171,7 @@ def hidden_gradient(grad: Tensor, head: Tensor, rounded: Tensor | None, out: Ten
         torch.mm(grad, head, out=out)
     else:
         total = grad.new_zeros(out.shape)
-        with _bf16_instructions() if _exact_in_bf16(head) else contextlib.nullcontext():
+        with _bf16_instructions if _exact_in_bf16(head) else contextlib.nullcontext():
             for columns, part in _slices(head, grad.dtype):
                 total.addmm_(grad[:, columns], part)
         out.copy_(total)
@@ -163,7 +190,7 @@ def add_head_gradient(grad: Tensor, hidden: Tensor, rounded: Tensor | None, tota
         for start in range(0, total.shape[0], step):
             total[start : start + step] += _float32_product(rounded[:, start : start + step].T, hidden)
         return
-    with _bf16_instructions() if _exact_in_bf16(hidden) else contextlib.nullcontext():
+    with _bf16_instructions if _exact_in_bf16(hidden) else contextlib.nullcontext():
         total.addmm_(grad.T, hidden.to(total.dtype), beta=0 if first else 1)
 
 

@@ -318,11 +318,61 @@ def test_float16_hidden_states():
     assert error(got[0], truth[0]) < 1e-6 and error(got[1], truth[1]) < 1e-3 and error(got[2], truth[2]) < 1e-3
 
 
-def test_products_leave_the_precision_setting_alone():
-    before = torch.get_float32_matmul_precision(), torch.backends.mkldnn.matmul.fp32_precision
+@pytest.fixture
+def precision():
+    """Reads torch's setting for float32 products on CPU; afterwards it is as it was."""
+    backends = torch.backends
+    yield lambda: backends.mkldnn.matmul.fp32_precision
+    backends.mkldnn.matmul.fp32_precision = backends.fp32_precision = "none"
+
+
+@pytest.mark.parametrize("amx", (False, True))
+@pytest.mark.parametrize("chosen", ("none", "ieee", "bf16"))
+def test_products_leave_the_precision_setting_alone(amx, chosen, precision, monkeypatch):
+    """While they last too, where the processor has nothing that it would switch on."""
+    monkeypatch.setattr(kd_products, "_has_bf16_instructions", lambda: amx)
+    torch.backends.mkldnn.matmul.fp32_precision = chosen
+    before, seen, mm = precision(), set(), torch.mm
+    monkeypatch.setattr(torch, "mm", lambda *a, **k: (seen.add(precision()), mm(*a, **k))[1])
+    monkeypatch.setattr(kd_products, "_mkl_is_slow", lambda: False)
     h, head, th, _ = problem(dtype=torch.bfloat16)
     linear_kd_loss(h, head, TeacherHidden(th, head))
-    assert (torch.get_float32_matmul_precision(), torch.backends.mkldnn.matmul.fp32_precision) == before
+    assert seen == {"bf16" if amx else chosen} and precision() == before
+
+
+def test_an_inherited_precision_setting_goes_on_being_inherited(precision, monkeypatch):
+    monkeypatch.setattr(kd_products, "_has_bf16_instructions", lambda: True)
+    torch.backends.fp32_precision = "tf32"
+    h, head, th, _ = problem(dtype=torch.bfloat16)
+    linear_kd_loss(h, head, TeacherHidden(th, head))
+    torch.backends.fp32_precision = "ieee"
+    assert precision() == "ieee"
+
+
+def test_products_in_threads_leave_the_precision_setting_alone(precision, monkeypatch):
+    """Each begins while the other is inside, and the first to begin ends first."""
+    monkeypatch.setattr(kd_products, "_has_bf16_instructions", lambda: True)
+    monkeypatch.setattr(kd_products, "_mkl_is_slow", lambda: False)
+    both, seen, mm = threading.Barrier(2, timeout=30), [], torch.mm
+    over = threading.Event()
+    h, head = (x.bfloat16() for x in (torch.randn(4, 8), torch.randn(5, 8)))
+
+    def product(*a, **k):
+        both.wait()
+        if threading.current_thread().name == "second":
+            over.wait(30)
+        seen.append(precision())
+        return mm(*a, **k)
+
+    monkeypatch.setattr(torch, "mm", product)
+    args = (h, head, torch.empty(4, 5))
+    first, second = (
+        threading.Thread(target=kd_products.logits_product, args=args, name=n) for n in ("first", "second")
+    )
+    first.start(), second.start(), first.join(30)
+    assert precision() == "bf16"
+    over.set(), second.join(30)
+    assert seen == ["bf16", "bf16"] and precision() == "none"
 
 
 def test_autocast_changes_nothing():
