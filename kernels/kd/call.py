@@ -101,7 +101,9 @@ class Call(Task):
         with torch.autocast(flat.device.type, enabled=False):
             if s.linear:
                 bias = student[2] if len(student) > 2 else None
-                flat = kd_products.head_logits(flat, student[1], bias, s.logit_scale, s.logit_softcap, dtype)
+                low = kd_products.operand_dtype(s.autocast, flat)
+                flat, head = (kd_products.rounded(x, low) for x in (flat, student[1]))
+                flat = kd_products.head_logits(flat, head, bias, s.logit_scale, s.logit_softcap, dtype)
             kd, ce = kd_reference.row_losses(
                 flat.to(dtype)[:, : self.options.vocabulary.local],
                 teacher,
@@ -157,7 +159,9 @@ class Call(Task):
         s, vocabulary = self.settings, self.options.vocabulary
         hidden = student[0].reshape(-1, student[0].shape[-1])
         bias = student[2] if len(student) > 2 else None
-        head = Head(student[1], bias, s.logit_scale, s.logit_softcap)
+        low = kd_products.operand_dtype(s.autocast, hidden)
+        weight = student[1] if low is None else student[1].to(low)
+        head = Head(weight, bias, s.logit_scale, s.logit_softcap, student[1].dtype)
         grads: list[Tensor | None] = [None] * len(student)
         if needs[0]:
             summed = vocabulary.group is not None  # over ranks, and then rounded
@@ -171,6 +175,7 @@ class Call(Task):
 
             tile = kd_triton.tile
         task = replace(self, scale=scale)
+        hidden = hidden if low is None else hidden.to(low)
         rows, grads[1] = kd_chunked.from_hidden(hidden, head, task, grads[0], bias_grad, needs[1], tile)
         grads = [g if g is None else g.to(_held(x.dtype)) for g, x in zip(grads, student, strict=True)]
         if grads[0] is not None:
@@ -291,6 +296,8 @@ def prepare(
         if student[0].dtype == torch.float16:
             raise ValueError("inplace would hold the gradient in float16 before the loss scale; use another dtype")
 
+    low = kd_products.operand_dtype(s.autocast, student[0])
+    teacher = teacher if low is None else teacher.rounded(low)
     teacher = teacher.map_rows(lambda x, trailing: x.reshape(-1, *x.shape[x.dim() - trailing :]))
     count = real = lead.numel()
     rows = None

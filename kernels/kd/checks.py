@@ -75,7 +75,7 @@ def check_student(student: tuple[Tensor, ...], s: Settings) -> None:
         floating("student_logits", student[0])
         return
     bias = student[2] if len(student) > 2 else None
-    check_head("student", student[0], student[1], bias, s.logit_scale, s.logit_softcap, s.autocast)
+    check_head("student", student[0], student[1], bias, s.logit_scale, s.logit_softcap, s.under_autocast)
 
 
 def floating(name: str, x: object, dims: int | None = None) -> None:

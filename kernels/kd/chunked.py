@@ -158,7 +158,7 @@ def from_hidden(
     weight = head.weight[:vocab]
     inner = _inner_rows(tile, weight.device, vocabulary, dtype, most)
     kept = head_grad = None
-    if want_head_grad and keeps_gradient(n, hidden, weight):
+    if want_head_grad and head.dtype == weight.dtype and keeps_gradient(n, hidden, weight):
         kept = weight.new_empty((n, vocab))
     elif want_head_grad:
         head_grad = _empty_head_gradient(head.weight, vocab if n else 0, dtype)

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 NO_NUMBER = math.nan
 NO_SIZE = -(1 << 62)
 PARTS = (False, True, "rows")  # what `return_parts` travels as: a place in here
+AUTOCAST = (None, torch.bfloat16, torch.float16, torch.float32, torch.float64)  # and what `autocast` does
 
 
 def _flatten(value: Any, words: list[str], tensors: list[Tensor], numbers: list[float]) -> None:
@@ -96,7 +97,7 @@ def _op(
         linear=bool(linear),
         logit_scale=logit_scale,
         logit_softcap=None if math.isnan(softcap) else softcap,
-        autocast=bool(autocast),
+        autocast=AUTOCAST[autocast],
     )
     process_group = None
     if group:
@@ -194,7 +195,7 @@ def distil(
     softcap = NO_NUMBER if s.logit_softcap is None else s.logit_softcap
     numbers = [s.temperature, s.kd_weight, s.ce_weight, s.beta, s.lam, s.logit_scale, softcap, *of_teacher]
     numbers = torch.stack([torch.full((), x, dtype=torch.float64) for x in numbers])
-    flags = [PARTS.index(s.return_parts), *(int(x) for x in (s.inplace, s.linear, s.autocast))]
+    flags = [PARTS.index(s.return_parts), int(s.inplace), int(s.linear), AUTOCAST.index(s.autocast)]
     ints = [s.ignore_index, NO_SIZE if s.vocab_size is None else s.vocab_size, *flags]
     needs = [torch.is_grad_enabled() and x.requires_grad and s.reduction != "none" for x in student]
     name = "" if group is None else group.group_name

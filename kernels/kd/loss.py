@@ -239,10 +239,12 @@ def linear_kd_loss(
 ) -> Tensor | tuple[Tensor, KDParts]:
     """`kd_loss` from hidden states and the head: neither model's logits are ever whole.
 
-    Logits are float32 whatever the dtype of hidden states and head, also under autocast, which changes
-    nothing here; ignored rows are left out of the matrix products; gradients of the head add up in float32; a
-    head or hidden states that need no gradient get none made. The student's and the teacher's hidden sizes
-    may differ, and either head may be tied to anything.
+    Logits are float32 whatever the dtype of hidden states and head. Under autocast hidden states and heads (not biases)
+    are rounded to its dtype first, as nn.Linear would, on GPUs and on CPUs with AMX; logits and gradients stay as
+    precise as the products of those are, and elsewhere, where these would be no faster, autocast changes nothing.
+    Ignored rows are left out of the matrix products; gradients of the head add up in float32; a head or hidden states
+    that need no gradient get none made. The student's and the teacher's hidden sizes may differ, and either head may be
+    tied to anything.
 
     Args:
         student_hidden: (..., hidden), final hidden states after the last norm.
@@ -301,8 +303,10 @@ def _distil(
             student, group = (logits,), split or group
         teacher = teacher.without_parts(group)
         labels, token_weights = own_part(labels), own_part(token_weights)
-    if settings.linear and isinstance(student[0], Tensor) and student[0].device.type != "meta":
-        settings = settings._replace(autocast=torch.is_autocast_enabled(student[0].device.type))
+    if settings.linear and isinstance(student[0], Tensor):
+        kind = student[0].device.type
+        if kind != "meta" and torch.is_autocast_enabled(kind):
+            settings = settings._replace(autocast=torch.get_autocast_dtype(kind))
     distil = kd_compile.distil if torch.compiler.is_compiling() else kd_call.distil
     loss, kd, ce = distil(student, teacher, labels, token_weights, normalizer, group, settings)
     return (loss, KDParts(kd.detach(), ce.detach())) if settings.return_parts else loss

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from mohawk.kernels.kd.divergences import DIVERGENCES
@@ -30,7 +31,11 @@ class Settings(NamedTuple):
     linear: bool = False
     logit_scale: float = 1.0
     logit_softcap: float | None = None
-    autocast: bool = False  # the caller's: hidden states and head may then differ in dtype
+    autocast: torch.dtype | None = None  # the caller's: hidden states and head may then differ in dtype
+
+    @property
+    def under_autocast(self) -> bool:
+        return self.autocast is not None
 
 
 @dataclass(frozen=True)
@@ -66,6 +71,7 @@ class Head(NamedTuple):
     bias: Tensor | None
     scale: float
     softcap: float | None
+    dtype: torch.dtype  # of the student's own weight, which this may be a copy of, and of its gradient
 
 
 @dataclass

@@ -117,6 +117,20 @@ def _float32_product(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
     return torch.mm(a, b, out_dtype=torch.float32, out=out)
 
 
+def operand_dtype(autocast: torch.dtype | None, hidden: Tensor) -> torch.dtype | None:
+    """What hidden states and heads are rounded to under autocast: its dtype, where their products are faster in it.
+    None: nothing is rounded."""
+    if hidden.dtype == torch.float64 or autocast not in (torch.bfloat16, torch.float16):
+        return None
+    fast = hidden.device.type != "cpu" or autocast == torch.bfloat16 and _has_bf16_instructions()
+    return autocast if fast else None
+
+
+def rounded(x: Tensor, dtype: torch.dtype | None) -> Tensor:
+    """x rounded to a dtype, still in its own, with a gradient that is not."""
+    return x if dtype is None else x + (x.to(dtype).to(x.dtype) - x).detach()
+
+
 def head_logits(
     hidden: Tensor, head: Tensor, bias: Tensor | None, scale: float, softcap: float | None, dtype: torch.dtype
 ) -> Tensor:

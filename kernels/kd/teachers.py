@@ -81,13 +81,21 @@ class Teacher:
     def without_parts(self, group: ProcessGroup | None) -> Self:
         """The source without DTensors: heads gathered and logits whole or, where the vocabulary is split among a group,
         this process's slices of both."""
+        return self._inside(lambda one: one.without_parts(group))
+
+    def rounded(self, dtype: torch.dtype) -> Self:
+        """The source with what is multiplied (hidden states, heads) in that dtype."""
+        return self._inside(lambda one: one.rounded(dtype))
+
+    def _inside(self, f: Callable[[Teacher], Teacher]) -> Self:
+        """The source with f of each source in it."""
         made: dict[str, object] = {}
         for name in self.__match_args__:
             value = getattr(self, name)
             if isinstance(value, Teacher):
-                made[name] = value.without_parts(group)
+                made[name] = f(value)
             elif isinstance(value, (list, tuple)) and any(isinstance(one, Teacher) for one in value):
-                made[name] = [one.without_parts(group) if isinstance(one, Teacher) else one for one in value]
+                made[name] = [f(one) if isinstance(one, Teacher) else one for one in value]
         return replace(self, **made) if made else self
 
     def _mapped(self, name: str, value: object, f: Callable[[Tensor, int], Tensor]) -> object:
@@ -159,7 +167,8 @@ class TeacherHidden(Dense):
     """Final hidden states (..., hidden) and the head's weight (vocab, hidden), bias (vocab).
 
     The logits are `logit_scale * (hidden @ head.T + bias)`, then `logit_softcap * tanh(logits /
-    logit_softcap)` where a softcap is given (Gemma 2). They are formed chunk by chunk in float32.
+    logit_softcap)` where a softcap is given (Gemma 2). They are formed chunk by chunk in float32; under autocast as
+    `linear_kd_loss` says of the student's.
     """
 
     hidden: Tensor
@@ -173,7 +182,9 @@ class TeacherHidden(Dense):
 
     def check(self, student: Against) -> None:
         scale, softcap = self.logit_scale, self.logit_softcap
-        checks.check_head("teacher", self.hidden, self.head, self.bias, scale, softcap, student.settings.autocast)
+        checks.check_head(
+            "teacher", self.hidden, self.head, self.bias, scale, softcap, student.settings.autocast is not None
+        )
         student.beside("teacher hidden states", self.hidden, trailing=1)
         checks.same_vocab(self.head.shape[0], student)
 
@@ -183,6 +194,9 @@ class TeacherHidden(Dense):
         head, bias = parts
         assert head is not None
         return replace(self, head=head, bias=bias)
+
+    def rounded(self, dtype: torch.dtype) -> TeacherHidden:
+        return replace(self, hidden=self.hidden.detach().to(dtype), head=self.head.detach().to(dtype))
 
     def entries(self) -> list[int]:
         return [self.head.shape[0]] if isinstance(self.head, Tensor) and self.head.dim() else []

@@ -33,6 +33,9 @@ def mixing_distance(
     reduction: "mean" or "sum" over (batch, heads), or "none". backend: "reference" builds both matrices,
     "chunked" never holds more than some rows of them, memory linear in seq.
 
+    Products are of float32; those of "triton" are of bfloat16, with float32 sums, where all of q, k, C and B are, and
+    under autocast to bfloat16, to which it rounds them.
+
     Returns float32, or float64 if any input is. Differentiable in the student's tensors, never in the
     teacher's; the gradients are made together with the value. Raises ValueError for what does not fit
     together, RuntimeError in a second derivative, which only the reference has.

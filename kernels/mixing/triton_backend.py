@@ -459,10 +459,10 @@ def _operands(mixing: AttentionMixing | SSDMixing) -> tuple[Tensor, Tensor]:
     return mixing.C.transpose(1, 2), mixing.B.transpose(1, 2)
 
 
-def _dtype(*mixings: AttentionMixing | SSDMixing) -> torch.dtype:
-    """Of the products' operands. Float16 is widened: gradients times decays leave its range."""
+def _dtype(*mixings: AttentionMixing | SSDMixing, half: bool = False) -> torch.dtype:
+    """Of the products' operands; half: bfloat16 for all. Float16 is widened: gradients times decays leave its range."""
     given = {tensor.dtype for mixing in mixings for tensor in _operands(mixing)}
-    return torch.bfloat16 if given == {torch.bfloat16} else torch.float32
+    return torch.bfloat16 if half or given == {torch.bfloat16} else torch.float32
 
 
 def _first_seen(mixing: Mixing) -> Tensor | None:
@@ -509,15 +509,18 @@ def _without_padding(first: Tensor | None, real: Tensor) -> Tensor:
     return first.masked_fill(~real, real.shape[1])
 
 
-def sums_and_gradients(student: Mixing, teacher: Mixing, metric: str, real: Tensor | None, wanted: bool):
+def sums_and_gradients(
+    student: Mixing, teacher: Mixing, metric: str, real: Tensor | None, wanted: bool, half: bool = False
+):
     """(batch, heads) float64 sums of squares of S - A (kl: of the rows' divergences) and, where the metric reads it, of
     A; if wanted, the gradients of half the former (kl: of the sum) with respect to the student's tensors, per head:
-    (batch, heads, seq, ...), D's (batch, heads). real: (batch, seq) which tokens are no padding, None if all are."""
+    (batch, heads, seq, ...), D's (batch, heads). real: (batch, seq) which tokens are no padding, None if all are. half:
+    see `_dtype`."""
     batch, _, seq = student.shape
     heads = max(student.shape[1], teacher.shape[1])
     device = student.tensors[0].device
     assert not isinstance(student, DeltaMixing) and not isinstance(teacher, DeltaMixing)  # `fits_triton`
-    dtype = _dtype(student, teacher)
+    dtype = _dtype(student, teacher, half=half)
     s, t = _side(student, dtype), _side(teacher, dtype)
     widths = {"STUDENT_WIDTH": _width(s.width), "TEACHER_WIDTH": _width(t.width)}
     launch = tiles(s.most is None and t.most is not None, max(widths.values()), dtype, _major(device))
@@ -566,10 +569,11 @@ def distance_triton(
     student: Mixing, teacher: Mixing, metric: str, reduction: str, sums: Callable = sums_and_gradients
 ) -> Tensor:
     """Shapes and meaning as in `mohawk.kernels.mixing.distance.mixing_distance`, float32. sums: by which kernels."""
-    run = functools.partial(_value_and_gradients, sums=sums)
+    device = student.tensors[0].device
+    half = torch.is_autocast_enabled(device.type) and torch.get_autocast_dtype(device.type) == torch.bfloat16
+    run = functools.partial(_value_and_gradients, sums=functools.partial(sums, half=half))
     if not student.tensors[0].numel():
         run = chunked.value_and_gradients
-    device = student.tensors[0].device
     # Triton launches on the current device, wherever the tensors are.
     with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
         return chunked.differentiable(student, teacher, metric, reduction, run)

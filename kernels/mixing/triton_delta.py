@@ -315,7 +315,9 @@ def _bounds(student: Mixing, teacher: Mixing) -> Tensor | None:
     return None if first[0] is None or first[1] is None else torch.minimum(*first)
 
 
-def sums_and_gradients(student: Mixing, teacher: Mixing, metric: str, real: Tensor | None, wanted: bool):
+def sums_and_gradients(
+    student: Mixing, teacher: Mixing, metric: str, real: Tensor | None, wanted: bool, half: bool = False
+):
     """As `mohawk.kernels.mixing.triton_backend.sums_and_gradients`, of a delta student and any teacher."""
     assert isinstance(student, DeltaMixing)
     batch, _, seq = student.shape
@@ -337,7 +339,7 @@ def sums_and_gradients(student: Mixing, teacher: Mixing, metric: str, real: Tens
                 size, _, _ = _walk(theirs, None, here, bounds, seq, launch, "squared", False)
             made = made.less(theirs)
         else:
-            side = _side(one, _dtype(one))
+            side = _side(one, _dtype(one, half=half))
             if side.most is not None:
                 programs = triton.cdiv(seq, launch["BLOCK"]) * side.heads
                 names = ("BLOCK", "CHUNK", "PRECISION", "num_stages", "enable_fp_fusion")

@@ -375,7 +375,40 @@ def test_products_in_threads_leave_the_precision_setting_alone(precision, monkey
     assert seen == ["bf16", "bf16"] and precision() == "none"
 
 
-def test_autocast_changes_nothing():
+@pytest.mark.parametrize("rows", (40, 200))  # few enough that a bfloat16 head's gradient would be kept, and more
+def test_autocast_rounds_operands_alone(rows, monkeypatch):
+    """Where its dtype has products of its own: float32 logits and gradients of rounded hidden states and heads, of the
+    student and of every teacher inside another."""
+    monkeypatch.setattr(kd_products, "_has_bf16_instructions", lambda: True)
+    seen, product = set(), kd_products.logits_product
+    watched = lambda h, w, out: (seen.add((h.dtype, w.dtype, out.dtype)), product(h, w, out))[1]  # noqa: E731
+    monkeypatch.setattr(kd_products, "logits_product", watched)
+    h, head, th, labels = problem(rows, 300, 64)
+    bias = torch.randn(300, generator=torch.Generator().manual_seed(2))
+
+    def run(dtype, change, backend, autocast):
+        x, w, b = (change(one).to(dtype).requires_grad_() for one in (h, head, bias))
+        b = bias.to(dtype).requires_grad_()
+        inner = TeacherHidden(change(th).to(dtype), change(head.flip(0)).to(dtype), bias.to(dtype))
+        teacher = TeacherTAID(TeacherMixture([inner, TeacherLogits(th.to(dtype) @ head.to(dtype).T)]), 0.4)
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            loss = linear_kd_loss(x, w, teacher, labels, student_bias=b, ce_weight=1.0, backend=backend)
+        return loss.detach(), *torch.autograd.grad(loss, (x, w, b))
+
+    truth = run(torch.float64, lambda x: x.bfloat16(), "reference", False)
+    reference = run(torch.float32, lambda x: x, "reference", True)
+    got = run(torch.float32, lambda x: x, "chunked", True)
+    assert seen == {(torch.bfloat16, torch.bfloat16, torch.float32)}
+    for one, ref, exact in zip(got, reference, truth, strict=True):
+        assert one.dtype == ref.dtype == torch.float32
+        assert error(ref, exact) < 1e-6 and error(one, exact) <= 2 * error(ref, exact) + 1e-6
+    plain = run(torch.float64, lambda x: x, "reference", True)  # float64 is none of autocast's
+    for one, exact in zip(plain, run(torch.float64, lambda x: x, "reference", False), strict=True):
+        assert torch.equal(one, exact)
+
+
+def test_autocast_changes_nothing_where_its_products_are_no_faster(monkeypatch):
+    monkeypatch.setattr(kd_products, "_has_bf16_instructions", lambda: False)
     h, head, th, labels = problem(200, 300, 64)
     x, w = h.clone().requires_grad_(), head.clone().requires_grad_()
     plain = linear_kd_loss(x, w, TeacherHidden(th, head), labels, ce_weight=1.0)
