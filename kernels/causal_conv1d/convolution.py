@@ -12,7 +12,9 @@ from torch import Tensor
 from mohawk.kernels.causal_conv1d.checks import ACTIVATIONS, check
 from mohawk.kernels.causal_conv1d.package_backend import by_package, fits_package, package_function
 from mohawk.kernels.causal_conv1d.shifted import CausalConv, accumulator_dtype
+from mohawk.kernels.common import operators
 from mohawk.kernels.common.segments import segment_runs, segment_starts
+from mohawk.kernels.common.tensors import transformed
 
 
 @overload
@@ -71,6 +73,15 @@ def causal_conv1d(
     ValueError for shapes that do not fit.
     """
     check(x, weight, bias, activation, initial_state, segment_ids)
+    if torch.compiler.is_compiling():
+        tensors, segmented = (x, weight, bias, initial_state, segment_ids), segment_ids is not None
+        y, final = operators.call("causal_conv1d", tensors, activation or "", reads_values=segmented)
+        return (y, final) if return_final_state else y
+    if any(transformed(value) for value in (x, weight, bias, initial_state)):
+        raise ValueError(
+            "causal_conv1d: a tensor is inside a transform of torch.func (grad, vmap, jvp); use torch.autograd, or "
+            "torch.nn.functional.conv1d"
+        )
     package = package_function() if x.is_cuda and fits_package(x, weight, initial_state, segment_ids) else None
     if package is not None:
         y = by_package(package, x, weight, bias, activation, initial_state, segment_ids)
@@ -91,6 +102,26 @@ def causal_conv1d(
         visible = (seq - back >= start.unsqueeze(1)) | (segment_runs(segment_ids)[:, -1:] == 0)
         final = final * visible.unsqueeze(1)
     return y, final
+
+
+def _as_operator(tensors: list[Tensor | None], activation: str, numbers: list[float]) -> list[Tensor]:
+    x, weight, bias, initial_state, segment_ids = tensors
+    assert x is not None and weight is not None
+    return list(
+        causal_conv1d(
+            x, weight, bias, activation=activation or None, initial_state=initial_state, segment_ids=segment_ids,
+            return_final_state=True,
+        )
+    )  # fmt: skip
+
+
+def _shapes(tensors: list[Tensor | None], activation: str) -> list[Tensor]:
+    x, weight, *_ = tensors
+    assert x is not None and weight is not None
+    return [x.new_empty(x.shape), x.new_empty(x.shape[0], x.shape[2], weight.shape[1] - 1)]
+
+
+operators.register("causal_conv1d", _as_operator, _shapes)
 
 
 def causal_conv1d_step(

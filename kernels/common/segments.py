@@ -8,6 +8,8 @@ the id -1 and is a run like any other, except that `mixing_distance` leaves it o
 import torch
 from torch import Tensor
 
+from mohawk.kernels.common.tensors import check_tensors
+
 # Added to log_decay at the first token of a segment. exp of it is 0 in float64 as in float32, so a border
 # needs no mask, and it is finite, so differences of cumulative sums across a border stay numbers.
 RESET = -2000.0
@@ -49,6 +51,7 @@ def check_segment_ids(segment_ids: Tensor | None, batch: int, seq: int, where: s
     """Raise ValueError unless segment_ids is None or an integer tensor (batch, seq)."""
     if segment_ids is None:
         return
+    check_tensors(where, segment_ids=segment_ids)
     if tuple(segment_ids.shape) != (batch, seq):
         raise ValueError(
             f"{where}: segment_ids must be (batch, seq) = ({batch}, {seq}), got {tuple(segment_ids.shape)}"

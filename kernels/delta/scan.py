@@ -12,7 +12,9 @@ from typing import Literal, overload
 import torch
 from torch import Tensor
 
+from mohawk.kernels.common import operators
 from mohawk.kernels.common.packages import usable, why_not
+from mohawk.kernels.common.tensors import check_untransformed
 from mohawk.kernels.delta.checks import check, fits_step
 from mohawk.kernels.delta.chunked import delta_chunked
 from mohawk.kernels.delta.fla_backend import delta_fla, kernels, refusal
@@ -93,6 +95,10 @@ def gated_delta_rule(
     check(q, k, v, beta, log_decay, initial_state, segment_ids)
     if backend not in BACKENDS:
         raise ValueError(f"gated_delta_rule: backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
+    if torch.compiler.is_compiling():
+        tensors = (q, k, v, beta, log_decay, initial_state, segment_ids)
+        y, final_state = operators.call("gated_delta_rule", tensors, words=backend)
+        return (y, final_state) if return_final_state else y
     if backend == "fla":
         reason = refusal(k, v) or why_not(kernels(log_decay))
         if reason is not None:
@@ -100,10 +106,33 @@ def gated_delta_rule(
     if backend == "auto":
         # In this order: for tensors on a CPU the package is not even imported.
         backend = "fla" if v.is_cuda and refusal(k, v) is None and usable(kernels(log_decay)) else "chunked"
+    if backend != "reference":
+        check_untransformed("gated_delta_rule", q, k, v, beta, log_decay, initial_state)
     run = BACKENDS[backend]
     with torch.autocast(v.device.type, enabled=False):
         y, final_state = run(q, k, v, beta, log_decay, initial_state, segment_ids)
     return (y, final_state) if return_final_state else y
+
+
+def _as_operator(tensors: list[Tensor | None], backend: str, numbers: list[float]) -> list[Tensor]:
+    q, k, v, beta, log_decay, initial_state, segment_ids = tensors
+    assert q is not None and k is not None and v is not None and beta is not None and log_decay is not None
+    return list(
+        gated_delta_rule(
+            q, k, v, beta=beta, log_decay=log_decay, initial_state=initial_state, segment_ids=segment_ids,
+            return_final_state=True, backend=backend,
+        )
+    )  # fmt: skip
+
+
+def _shapes(tensors: list[Tensor | None], backend: str) -> list[Tensor]:
+    _, k, v, *_ = tensors
+    assert k is not None and v is not None
+    state = (v.shape[0], v.shape[2], k.shape[3], v.shape[3])
+    return [v.new_empty(v.shape), v.new_empty(state, dtype=torch.promote_types(v.dtype, torch.float32))]
+
+
+operators.register("gated_delta_rule", _as_operator, _shapes)
 
 
 def gated_delta_step(

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from mohawk.kernels.common import first_order
+from mohawk.kernels.common.tensors import TRANSFORMED, transformed
 from mohawk.kernels.kd import checks as kd_checks
 from mohawk.kernels.kd import chunked as kd_chunked
 from mohawk.kernels.kd import gradients as kd_gradients
@@ -283,6 +284,8 @@ def prepare(
         )
     teacher.check(kd_checks.Against(lead, device, vocabulary, s, kept))
     backend = _backend(s.backend, student[0], s.divergence)
+    if backend != "reference" and any(transformed(x) for x in student):
+        raise ValueError(f"the student {TRANSFORMED}")
     if backend == "reference" and group is not None:
         raise ValueError("backend 'reference' has no group; use 'chunked', or gather the vocabulary first")
     if group is not None and entry.on_logits and s.divergence not in kd_gradients.LOGITS:

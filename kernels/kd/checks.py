@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
+from mohawk.kernels.common.tensors import unusable, whole_number
 from mohawk.kernels.kd.divergences import DIVERGENCES
 from mohawk.kernels.kd.vocabulary import Vocabulary
 
@@ -46,7 +47,7 @@ def check_settings(s: Settings, has_labels: bool, normalizer: float | Tensor | N
     number("lam", s.lam, lambda x: 0 <= x < 1, "a number from 0 (no skew) to below 1")
     if s.ce_weight and not has_labels:
         raise ValueError(f"ce_weight is {s.ce_weight} but labels is None; pass labels or set ce_weight to 0")
-    if isinstance(s.ignore_index, bool) or not isinstance(s.ignore_index, int):
+    if whole_number(s.ignore_index) is None:
         raise ValueError(f"ignore_index is {s.ignore_index!r}; it must be a whole number")
     if normalizer is None:
         return
@@ -79,14 +80,9 @@ def check_student(student: tuple[Tensor, ...], s: Settings) -> None:
 
 
 def floating(name: str, x: object, dims: int | None = None) -> None:
-    if not isinstance(x, Tensor):
-        raise ValueError(f"{name} is a {type(x).__name__}; it must be a tensor")
-    if hasattr(x, "full_tensor"):
-        how = "pass x.full_tensor(), call inside the module that owns it, or split the vocabulary with group="
-        raise ValueError(f"{name} is a DTensor (FSDP2 or tensor parallel); {how}")
-    if x.layout != torch.strided or x.is_meta:
-        what = "on the meta device" if x.is_meta else f"{x.layout}"
-        raise ValueError(f"{name} is {what}; it must be a dense tensor with values")
+    reason = unusable(x)
+    if reason is not None or not isinstance(x, Tensor):
+        raise ValueError(f"{name} {reason}")
     if not x.is_floating_point():
         raise ValueError(f"{name} has dtype {x.dtype}; it must be a float dtype")
     if dims is not None and x.dim() != dims:

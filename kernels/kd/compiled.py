@@ -63,7 +63,7 @@ def _unflatten(words: list[str], tensors: list[Tensor], numbers: list[float]) ->
     return source(*[_unflatten(words, tensors, numbers) for _ in source.__match_args__])
 
 
-@torch.library.custom_op("mohawk::kd_loss", mutates_args=())
+@torch.library.custom_op("mohawk::kd_loss", mutates_args=(), tags=(torch.Tag.cudagraph_unsafe,))
 def _op(
     student: list[Tensor],
     teacher: list[Tensor],

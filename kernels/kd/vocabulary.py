@@ -12,6 +12,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from mohawk.kernels.common.tensors import whole_number
+
 
 class Vocabulary:
     """`entries` on this rank, of which `local` are real, from the global id `start`; `size` real ones over
@@ -47,8 +49,9 @@ class Vocabulary:
         self.widest = max(sizes)
         self.entries = self.local = local
         if vocab_size is not None:
-            if not isinstance(vocab_size, int) or isinstance(vocab_size, bool) or vocab_size < 1:
-                raise ValueError(f"vocab_size is {vocab_size!r}; it must be None or a whole number above 0")
+            given, vocab_size = vocab_size, whole_number(vocab_size)
+            if vocab_size is None or vocab_size < 1:
+                raise ValueError(f"vocab_size is {given!r}; it must be None or a whole number above 0")
             if vocab_size > self.size:
                 raise ValueError(f"vocab_size is {vocab_size} but the student has only {self.size} entries")
             self.size = vocab_size

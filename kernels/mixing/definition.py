@@ -7,6 +7,8 @@ beta_j k_j is what token j writes and each later token t turns it into (I - beta
 are described by what they are made of; `mixing_matrix` writes one out, `mixing_distance` compares two without.
 """
 
+import math
+import numbers
 from dataclasses import dataclass
 
 import torch
@@ -14,6 +16,7 @@ from torch import Tensor
 
 from mohawk.kernels.common.delta_chunks import check_gates
 from mohawk.kernels.common.segments import check_segment_ids
+from mohawk.kernels.common.tensors import check_tensors, whole_number
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,6 +40,7 @@ class AttentionMixing:
 
     def __post_init__(self) -> None:
         q, k, where = self.q, self.k, "AttentionMixing"
+        _check_tensors(where, q=q, k=k)
         if q.dim() != 4 or k.dim() != 4:
             shapes = f"{tuple(q.shape)} and {tuple(k.shape)}"
             raise ValueError(f"{where}: q and k must be (batch, heads, seq, head_dim), got {shapes}")
@@ -47,10 +51,19 @@ class AttentionMixing:
             raise ValueError(f"{where}: {k.shape[1]} kv heads must divide {q.shape[1]} heads")
         if not q.shape[3]:
             raise ValueError(f"{where}: head_dim is 0")
-        if self.window is not None and not (isinstance(self.window, int) and self.window >= 1):
-            raise ValueError(f"{where}: window must be None or a whole number from 1 up, got {self.window!r}")
-        if self.softcap is not None and not self.softcap > 0:
-            raise ValueError(f"{where}: softcap must be None or above 0, got {self.softcap}")
+        if self.window is not None:
+            window = whole_number(self.window)
+            if window is None or window < 1:
+                raise ValueError(f"{where}: window must be None or a whole number from 1 up, got {self.window!r}")
+            object.__setattr__(self, "window", window)
+        for name, value, least in (("scale", self.scale, -math.inf), ("softcap", self.softcap, 0.0)):
+            if value is None:
+                continue
+            real = isinstance(value, numbers.Real) and not isinstance(value, bool)
+            if not real or not math.isfinite(value) or value <= least:
+                allowed = "a finite number" + (" above 0" if least == 0 else "")
+                raise ValueError(f"{where}: {name} must be None or {allowed}, got {value!r}")
+            object.__setattr__(self, name, float(value))
         _check_floating(where, q.device, q=q, k=k)
         check_segment_ids(self.segment_ids, q.shape[0], q.shape[2], where)
 
@@ -88,6 +101,8 @@ class SSDMixing:
 
     def __post_init__(self) -> None:
         where = "SSDMixing"
+        _check_tensors(where, C=self.C, B=self.B, log_decay=self.log_decay)
+        check_tensors(where, input_scale=self.input_scale, D=self.D)
         if self.log_decay.dim() != 3:
             raise ValueError(f"{where}: log_decay must be (batch, seq, heads), got {tuple(self.log_decay.shape)}")
         batch, seq, heads = self.log_decay.shape
@@ -145,6 +160,7 @@ class DeltaMixing:
 
     def __post_init__(self) -> None:
         q, k, where = self.q, self.k, "DeltaMixing"
+        _check_tensors(where, q=q, k=k, beta=self.beta, log_decay=self.log_decay)
         if q.dim() != 4 or q.shape != k.shape:
             shapes = f"{tuple(q.shape)} and {tuple(k.shape)}"
             raise ValueError(f"{where}: q and k must be (batch, seq, heads, d), both alike, got {shapes}")
@@ -167,6 +183,13 @@ class DeltaMixing:
 
 Mixing = AttentionMixing | SSDMixing | DeltaMixing
 KINDS = "an AttentionMixing, an SSDMixing or a DeltaMixing"
+
+
+def _check_tensors(where: str, **tensors: object) -> None:
+    for name, value in tensors.items():
+        if value is None:
+            raise ValueError(f"{where}: {name} is None; it must be a tensor")
+    check_tensors(where, **tensors)
 
 
 def _check_floating(where: str, device: torch.device, **tensors: Tensor | None) -> None:

@@ -2,15 +2,18 @@
 
 import importlib.util
 import inspect
+import os
 import textwrap
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from mohawk.kernels.common import operators
+from mohawk.kernels.common.tensors import check_untransformed
 from mohawk.kernels.mixing.checks import check
 from mohawk.kernels.mixing.chunked import distance_chunked
-from mohawk.kernels.mixing.definition import DeltaMixing, Mixing
+from mohawk.kernels.mixing.definition import KINDS, AttentionMixing, DeltaMixing, Mixing, SSDMixing
 from mohawk.kernels.mixing.metrics import described
 from mohawk.kernels.mixing.reference import distance_reference
 
@@ -40,12 +43,15 @@ def mixing_distance(
     teacher's; the gradients are made together with the value. Raises ValueError for what does not fit
     together, RuntimeError in a second derivative, which only the reference has.
     """
+    if torch.compiler.is_compiling():
+        return _compiled(student, teacher, metric, reduction, backend)
     check(student, teacher, metric, reduction, backend)
     if backend == "reference":
         with torch.no_grad():
             fixed = _detached(teacher)
         values = distance_reference(student, fixed, metric)
         return {"mean": values.mean, "sum": values.sum, "none": lambda: values}[reduction]()
+    check_untransformed("mixing_distance", *student.tensors, *teacher.tensors)
     if backend == "triton":
         _check_triton(student, teacher)
     if backend == "triton" or (backend == "auto" and _triton_is_best(student, teacher)):
@@ -63,6 +69,71 @@ if mixing_distance.__doc__:  # python -OO has none
     mixing_distance.__doc__ = (
         inspect.cleandoc(mixing_distance.__doc__) + "\n\nMetrics:\n" + textwrap.indent(described(), "    ")
     )
+
+
+def _compiled(student: Mixing, teacher: Mixing, metric: str, reduction: str, backend: str) -> Tensor:
+    tensors: list[Tensor | None] = []
+    numbers: list[float] = []
+    kind = student.tensors[0].device.type if isinstance(student, Mixing) else "cpu"
+    half = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == torch.bfloat16
+    words = [metric, reduction, backend, "half" if half else "whole"]
+    for mixing in (student, teacher):
+        if not isinstance(mixing, Mixing):
+            raise ValueError(f"mixing_distance: student and teacher must be {KINDS}, got {type(mixing).__name__}")
+        words.append(type(mixing).__name__)
+        detached = mixing is teacher
+        tensors += [x.detach() if detached and x is not None else x for x in (*mixing.tensors, mixing.segment_ids)]
+        if isinstance(mixing, AttentionMixing):
+            given = (mixing.scale, mixing.window, mixing.softcap)
+            words.append("".join("0" if x is None else "1" for x in given))
+            numbers += [0.0 if x is None else float(x) for x in given]
+    (value,) = operators.call("mixing_distance", tensors, " ".join(words), numbers, reads_values=True)
+    return value
+
+
+_BY_NAME = {kind.__name__: kind for kind in (AttentionMixing, SSDMixing, DeltaMixing)}
+
+
+def _as_operator(tensors: list[Tensor | None], words: str, numbers: list[float]) -> list[Tensor]:
+    metric, reduction, backend, precision, *kinds = words.split()
+    given, values, names = iter(tensors), iter(numbers), iter(kinds)
+    mixings: list[Mixing] = []
+    for name in names:
+        kind = _BY_NAME[name]
+        fields = [f for f in kind.__match_args__ if f not in ("scale", "window", "softcap")]
+        made: dict[str, Any] = {field: next(given) for field in fields}
+        if kind is AttentionMixing:
+            for field, there in zip(("scale", "window", "softcap"), next(names), strict=True):
+                value = next(values)
+                if there == "1":
+                    made[field] = int(value) if field == "window" else value
+        mixings.append(kind(**made))
+    kind = mixings[0].tensors[0].device.type
+    with torch.autocast(kind, torch.bfloat16, enabled=precision == "half"):
+        return [mixing_distance(*mixings, metric=metric, reduction=reduction, backend=backend)]
+
+
+def _shapes(tensors: list[Tensor | None], words: str) -> list[Tensor]:
+    _, reduction, _, _, *kinds = words.split()
+    heads, batch, at = [], 0, 0
+    wide = any(x is not None and x.dtype == torch.float64 for x in tensors)
+    for name in kinds:
+        if name not in _BY_NAME:
+            continue
+        first = tensors[at]
+        assert first is not None
+        of_heads = tensors[at + 2] if name == "SSDMixing" else first
+        assert of_heads is not None
+        heads.append(of_heads.shape[1] if name == "AttentionMixing" else of_heads.shape[2])
+        batch = first.shape[0]
+        at += len(_BY_NAME[name].__match_args__) - (3 if name == "AttentionMixing" else 0)
+    shape = (batch, max(heads)) if reduction == "none" else ()
+    first = tensors[0]
+    assert first is not None
+    return [first.new_empty(shape, dtype=torch.float64 if wide else torch.float32)]
+
+
+operators.register("mixing_distance", _as_operator, _shapes)
 
 
 def _detached(mixing: Mixing) -> Mixing:
@@ -85,6 +156,11 @@ def _check_triton(student: Mixing, teacher: Mixing) -> None:
     if importlib.util.find_spec("triton") is None:
         raise ValueError(
             f"{where} needs the package triton: run pip install '.[triton]' in mohawk's checkout, or take 'chunked'"
+        )
+    device = student.tensors[0].device
+    if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+        raise ValueError(
+            f"{where} can't be used: the student is on {device}; it needs a CUDA or ROCm device; take 'chunked'"
         )
     from mohawk.kernels.mixing.triton_backend import fits_triton
 

@@ -3,6 +3,7 @@
 from torch import Tensor
 
 from mohawk.kernels.common.segments import check_segment_ids
+from mohawk.kernels.common.tensors import check_tensors
 
 
 def fits_step(
@@ -32,6 +33,12 @@ def check(
     segment_ids: Tensor | None,
     where: str = "ssd",
 ) -> None:
+    tensors: dict[str, Tensor | None] = {"x": x, "log_decay": log_decay, "B": B, "C": C}
+    for name, value in tensors.items():
+        if value is None:
+            raise ValueError(f"{where}: {name} is None; it must be a tensor")
+    tensors |= {"input_scale": input_scale, "D": D, "the state": initial_state}
+    check_tensors(where, **tensors)
     if x.dim() != 4:
         raise ValueError(f"{where}: x must be (batch, seq, heads, head_dim), got {tuple(x.shape)}")
     batch, seq, heads, head_dim = x.shape
@@ -61,8 +68,6 @@ def check(
             f"got {tuple(initial_state.shape)}"
         )
     check_segment_ids(segment_ids, batch, seq, where)
-    tensors = {"x": x, "log_decay": log_decay, "B": B, "C": C, "input_scale": input_scale, "D": D}
-    tensors["the state"] = initial_state
     for name, value in tensors.items():
         if value is not None and not value.is_floating_point():
             raise ValueError(f"{where}: {name} must be floating point, got {value.dtype}")

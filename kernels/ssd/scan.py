@@ -12,7 +12,9 @@ from typing import Literal, overload
 import torch
 from torch import Tensor
 
+from mohawk.kernels.common import operators
 from mohawk.kernels.common.packages import usable, why_not
+from mohawk.kernels.common.tensors import check_untransformed
 from mohawk.kernels.ssd.checks import check, fits_step
 from mohawk.kernels.ssd.chunked import ssd_chunked
 from mohawk.kernels.ssd.mamba_backend import KERNELS, refusal, ssd_mamba
@@ -97,6 +99,11 @@ def ssd(
     check(x, log_decay, B, C, input_scale, D, initial_state, segment_ids)
     if backend not in BACKENDS:
         raise ValueError(f"ssd: backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
+    if torch.compiler.is_compiling():
+        y, final_state = operators.call(
+            "ssd", (x, log_decay, B, C, input_scale, D, initial_state, segment_ids), words=backend
+        )
+        return (y, final_state) if return_final_state else y
     if backend == "mamba_ssm":
         reason = refusal(x, B, C) or why_not(KERNELS)
         if reason is not None:
@@ -104,10 +111,33 @@ def ssd(
     if backend == "auto":
         # In this order: for tensors on a CPU the package is not even imported.
         backend = "mamba_ssm" if x.is_cuda and refusal(x, B, C) is None and usable(KERNELS) else "chunked"
+    if backend != "reference":
+        check_untransformed("ssd", x, log_decay, B, C, input_scale, D, initial_state)
     run = BACKENDS[backend]
     with torch.autocast(x.device.type, enabled=False):
         y, final_state = run(x, log_decay, B, C, input_scale, D, initial_state, segment_ids)
     return (y, final_state) if return_final_state else y
+
+
+def _as_operator(tensors: list[Tensor | None], backend: str, numbers: list[float]) -> list[Tensor]:
+    x, log_decay, B, C, input_scale, D, initial_state, segment_ids = tensors
+    assert x is not None and log_decay is not None and B is not None and C is not None
+    return list(
+        ssd(
+            x, log_decay, B, C, input_scale=input_scale, D=D, initial_state=initial_state, segment_ids=segment_ids,
+            return_final_state=True, backend=backend,
+        )
+    )  # fmt: skip
+
+
+def _shapes(tensors: list[Tensor | None], backend: str) -> list[Tensor]:
+    x, _, B, *_ = tensors
+    assert x is not None and B is not None
+    state = (x.shape[0], *x.shape[2:], B.shape[3])
+    return [x.new_empty(x.shape), x.new_empty(state, dtype=torch.promote_types(x.dtype, torch.float32))]
+
+
+operators.register("ssd", _as_operator, _shapes)
 
 
 def ssd_step(
