@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 
 from mohawk.kernels.kd import TeacherHidden, TeacherLogits, TeacherMixture, TeacherTAID, kd_loss, linear_kd_loss
 from tests.helpers.processes import in_processes
@@ -135,21 +135,37 @@ def test_slices_with_a_group(tmp_path):
 
 
 def under_fsdp(rank):
-    """A head read outside of its module's forward pass."""
-    from torch.distributed.fsdp import fully_shard
+    """A head read outside of its module's forward pass, and what a message advises where it cannot be."""
+    from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+
+    class Model(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body, self.head = torch.nn.Linear(HIDDEN, HIDDEN), torch.nn.Linear(HIDDEN, VOCAB, bias=False)
+
+        def hidden(self, x):
+            return self.body(x)
 
     given = mine(problem(torch.float32), rank, 2)
-    body, head = torch.nn.Linear(HIDDEN, HIDDEN), torch.nn.Linear(HIDDEN, VOCAB, bias=False)
-    with torch.no_grad():
-        body.weight.copy_(torch.eye(HIDDEN))
-        body.bias.zero_()
-        head.weight.copy_(given["head"])
-    mesh = init_device_mesh("cpu", (2,))
-    for module in (body, head):
-        fully_shard(module, mesh=mesh)
-    loss = linear_kd_loss(body(given["hidden"]), head.weight, TeacherHidden(given["theirs"], given["their_head"]))
-    loss.backward()
-    return body.weight.grad.full_tensor(), head.weight.grad.full_tensor()
+    mesh, found = init_device_mesh("cpu", (2,)), []
+    for way in ("itself", "full_tensor", "unshard"):
+        model = Model()
+        with torch.no_grad():
+            model.body.weight.copy_(torch.eye(HIDDEN))
+            model.body.bias.zero_()
+            model.head.weight.copy_(given["head"])
+        for module in (model.body, model.head, model):
+            fully_shard(module, mesh=mesh)
+        register_fsdp_forward_method(model, "hidden")
+        hidden = model.hidden(given["hidden"])
+        if way == "unshard":
+            model.head.unshard()
+        weight = model.head.weight
+        if way == "full_tensor":
+            weight = weight.full_tensor(grad_placements=[Partial("avg")])
+        linear_kd_loss(hidden, weight, TeacherHidden(given["theirs"], given["their_head"])).backward()
+        found.append((model.body.weight.grad.full_tensor(), model.head.weight.grad.full_tensor()))
+    return found
 
 
 def test_a_head_of_fsdp_has_gradients_like_other_layers(tmp_path):
@@ -157,6 +173,8 @@ def test_a_head_of_fsdp_has_gradients_like_other_layers(tmp_path):
     body, head = torch.eye(HIDDEN).requires_grad_(), given["head"].clone().requires_grad_()
     teacher = TeacherHidden(given["theirs"], given["their_head"])
     linear_kd_loss(given["hidden"] @ body.T, head, teacher).backward()
-    for of_body, of_head in in_processes(tmp_path, 2, under_fsdp):
-        torch.testing.assert_close(of_body, body.grad)
-        torch.testing.assert_close(of_head, head.grad)
+    for ways in in_processes(tmp_path, 2, under_fsdp):
+        assert len(ways) == 3
+        for of_body, of_head in ways:
+            torch.testing.assert_close(of_body, body.grad)
+            torch.testing.assert_close(of_head, head.grad)
