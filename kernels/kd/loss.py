@@ -145,8 +145,10 @@ def kd_loss(
             divides by the number of real rows.
         vocab_size: only the first so many entries are real, on either side, which may then differ in width.
         reduction: mean over the real rows, sum, or none: (...), 0 in ignored rows.
-        normalizer: with reduction mean, divides instead of the count of real rows (say the count over all
-            accumulation steps and ranks).
+        normalizer: with reduction mean, divides instead of the count of real rows: their count over all accumulation
+            steps and processes, divided by what the trainer divides gradients by itself. Plain torch: nothing; DDP,
+            FSDP and transformers' Trainer (`num_items_in_batch`): the processes; accelerate and Lightning: processes
+            x accumulation steps. docs/losses.md has each.
         return_parts: also return `KDParts(kd, ce)`, reduced as the loss is; "rows": those of each row (...), 0 in
             ignored rows, without weights and without the mean.
         inplace: write the gradient into `student_logits`, which are lost: no second array of their size is

@@ -162,7 +162,7 @@ class KnowledgeDistiller(Objective["CausalLM"]):
         Args:
             input_ids: (batch, n) int64. labels: (batch, n), not shifted, -100 where nothing is predicted; None: every
                 real token. attention_mask: (batch, n), 0 at padding, on either side.
-            normalizer: divides the sum over tokens instead of their count (gradient accumulation).
+            normalizer: divides the sum over tokens instead of their count (gradient accumulation: see `kd_loss`).
         """
         batch = {"input_ids": input_ids, "labels": input_ids if labels is None else labels}
         return self.loss(batch | ({} if attention_mask is None else {"attention_mask": attention_mask}), normalizer)

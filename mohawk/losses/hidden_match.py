@@ -262,7 +262,7 @@ class HiddenMatch(nn.Module):
             mask: (b, n) bool, the real tokens; None: all.
             weights: (b, n) float, multiplies the loss of the token at that position.
             normalizer: divides each pair's sum over tokens instead of the count of real tokens (gradient
-                accumulation: the count over all micro-batches and ranks).
+                accumulation: see `kd_loss`).
 
         Raises:
             ValueError: a layer that is not there, or shapes that do not fit.
