@@ -12,7 +12,7 @@ from torch import Tensor
 from mohawk.kernels.causal_conv1d.checks import ACTIVATIONS, check
 from mohawk.kernels.causal_conv1d.package_backend import by_package, fits_package, package_function
 from mohawk.kernels.causal_conv1d.shifted import CausalConv, accumulator_dtype
-from mohawk.kernels.common import operators
+from mohawk.kernels.common.operators import call_operator, register_operator
 from mohawk.kernels.common.segments import segment_runs, segment_starts
 from mohawk.kernels.common.tensors import transformed
 
@@ -75,7 +75,7 @@ def causal_conv1d(
     check(x, weight, bias, activation, initial_state, segment_ids)
     if torch.compiler.is_compiling():
         tensors, segmented = (x, weight, bias, initial_state, segment_ids), segment_ids is not None
-        y, final = operators.call("causal_conv1d", tensors, activation or "", reads_values=segmented)
+        y, final = call_operator("causal_conv1d", tensors, activation or "", reads_values=segmented)
         return (y, final) if return_final_state else y
     if any(transformed(value) for value in (x, weight, bias, initial_state)):
         raise ValueError(
@@ -121,7 +121,7 @@ def _shapes(tensors: list[Tensor | None], activation: str) -> list[Tensor]:
     return [x.new_empty(x.shape), x.new_empty(x.shape[0], x.shape[2], weight.shape[1] - 1)]
 
 
-operators.register("causal_conv1d", _as_operator, _shapes)
+register_operator("causal_conv1d", _as_operator, _shapes)
 
 
 def causal_conv1d_step(

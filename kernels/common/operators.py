@@ -7,6 +7,7 @@ can only be tensors and plain values, so a function takes a list of tensors, som
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -20,15 +21,17 @@ class _Kernel(NamedTuple):
 
 
 _KERNELS: dict[str, _Kernel] = {}
+# The copy of this module that lies beside a checkpoint's weights has operators of its own.
+_NAMESPACE = "mohawk" if __name__.startswith("mohawk.") else re.sub(r"\W", "_", __name__)
 
 
-def register(name: str, function: Callable, shapes: Callable) -> None:
+def register_operator(name: str, function: Callable, shapes: Callable) -> None:
     """function(tensors, words, numbers): what it returns, a list, differentiable. shapes(tensors, words): the same as
     empty tensors."""
     _KERNELS[name] = _Kernel(function, shapes)
 
 
-def call(
+def call_operator(
     name: str,
     tensors: Sequence[Tensor | None],
     words: str = "",
@@ -83,7 +86,7 @@ def _gradients(
 
 
 def _make(suffix: str, tags: tuple[torch.Tag, ...]) -> Callable[..., list[Tensor]]:
-    @torch.library.custom_op(f"mohawk::kernel{suffix}", mutates_args=(), tags=tags)
+    @torch.library.custom_op(f"{_NAMESPACE}::kernel{suffix}", mutates_args=(), tags=tags)
     def forward(tensors: list[Tensor], there: str, name: str, words: str, numbers: list[float]) -> list[Tensor]:
         return _forward(tensors, there, name, words, numbers)
 
@@ -91,7 +94,7 @@ def _make(suffix: str, tags: tuple[torch.Tag, ...]) -> Callable[..., list[Tensor
     def _(tensors, there, name, words, numbers):
         return _KERNELS[name].shapes(_spread(tensors, there), words)
 
-    @torch.library.custom_op(f"mohawk::kernel{suffix}_gradients", mutates_args=(), tags=tags)
+    @torch.library.custom_op(f"{_NAMESPACE}::kernel{suffix}_gradients", mutates_args=(), tags=tags)
     def backward(
         tensors: list[Tensor],
         upstream: list[Tensor],

@@ -12,7 +12,7 @@ from typing import Literal, overload
 import torch
 from torch import Tensor
 
-from mohawk.kernels.common import operators
+from mohawk.kernels.common.operators import call_operator, register_operator
 from mohawk.kernels.common.packages import usable, why_not
 from mohawk.kernels.common.tensors import check_untransformed
 from mohawk.kernels.delta.checks import check, fits_step
@@ -97,7 +97,7 @@ def gated_delta_rule(
         raise ValueError(f"gated_delta_rule: backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
     if torch.compiler.is_compiling():
         tensors = (q, k, v, beta, log_decay, initial_state, segment_ids)
-        y, final_state = operators.call("gated_delta_rule", tensors, words=backend)
+        y, final_state = call_operator("gated_delta_rule", tensors, words=backend)
         return (y, final_state) if return_final_state else y
     if backend == "fla":
         reason = refusal(k, v) or why_not(kernels(log_decay))
@@ -132,7 +132,7 @@ def _shapes(tensors: list[Tensor | None], backend: str) -> list[Tensor]:
     return [v.new_empty(v.shape), v.new_empty(state, dtype=torch.promote_types(v.dtype, torch.float32))]
 
 
-operators.register("gated_delta_rule", _as_operator, _shapes)
+register_operator("gated_delta_rule", _as_operator, _shapes)
 
 
 def gated_delta_step(

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mohawk.kernels.common import operators
+from mohawk.kernels.common.operators import call_operator, register_operator
 from mohawk.kernels.common.tensors import check_untransformed
 from mohawk.kernels.mixing.checks import check
 from mohawk.kernels.mixing.chunked import distance_chunked
@@ -87,7 +87,7 @@ def _compiled(student: Mixing, teacher: Mixing, metric: str, reduction: str, bac
             given = (mixing.scale, mixing.window, mixing.softcap)
             words.append("".join("0" if x is None else "1" for x in given))
             numbers += [0.0 if x is None else float(x) for x in given]
-    (value,) = operators.call("mixing_distance", tensors, " ".join(words), numbers, reads_values=True)
+    (value,) = call_operator("mixing_distance", tensors, " ".join(words), numbers, reads_values=True)
     return value
 
 
@@ -133,7 +133,7 @@ def _shapes(tensors: list[Tensor | None], words: str) -> list[Tensor]:
     return [first.new_empty(shape, dtype=torch.float64 if wide else torch.float32)]
 
 
-operators.register("mixing_distance", _as_operator, _shapes)
+register_operator("mixing_distance", _as_operator, _shapes)
 
 
 def _detached(mixing: Mixing) -> Mixing:

@@ -12,7 +12,7 @@ from typing import Literal, overload
 import torch
 from torch import Tensor
 
-from mohawk.kernels.common import operators
+from mohawk.kernels.common.operators import call_operator, register_operator
 from mohawk.kernels.common.packages import usable, why_not
 from mohawk.kernels.common.tensors import check_untransformed
 from mohawk.kernels.ssd.checks import check, fits_step
@@ -100,7 +100,7 @@ def ssd(
     if backend not in BACKENDS:
         raise ValueError(f"ssd: backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
     if torch.compiler.is_compiling():
-        y, final_state = operators.call(
+        y, final_state = call_operator(
             "ssd", (x, log_decay, B, C, input_scale, D, initial_state, segment_ids), words=backend
         )
         return (y, final_state) if return_final_state else y
@@ -137,7 +137,7 @@ def _shapes(tensors: list[Tensor | None], backend: str) -> list[Tensor]:
     return [x.new_empty(x.shape), x.new_empty(state, dtype=torch.promote_types(x.dtype, torch.float32))]
 
 
-operators.register("ssd", _as_operator, _shapes)
+register_operator("ssd", _as_operator, _shapes)
 
 
 def ssd_step(

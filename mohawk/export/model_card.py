@@ -23,12 +23,12 @@ from mohawk.schema.kinds import load_run_recipe
 log = logging.getLogger(__name__)
 
 UNKNOWN = "not known; check the teacher's"
-STOCK = {"qwen3_5_text": "gated_delta"}  # the mixer of a stock class that is not Mamba-2's
 
 
 def model_card(
     name: str,
     config: Any,
+    mixers: Sequence[str],
     run: Path | None,
     rows: Sequence[Row],
     runtimes: Sequence[Note],
@@ -40,9 +40,10 @@ def model_card(
     Args:
         name: title, and the folder in the examples.
         config: the exported model's configuration.
+        mixers: names of the student's kinds of mixers.
         run: the run's folder, whose recipe and results are told; None for a student without one.
         rows: what the export doctor found.
-        runtimes: of `mohawk.export.runtimes.notes`.
+        runtimes: where the export runs.
         changes: what the export changed about the student, a sentence each.
         gguf: the name of the file, where the folder holds one for llama.cpp; config is then the student's.
     """
@@ -51,9 +52,10 @@ def model_card(
     teacher, licence = teacher_of(config, run)
     remote = gguf is None and hasattr(config, "auto_map")  # its code lies beside it
     kind = "gguf" if gguf else "custom_code" if remote else config.model_type
+    methods = _labels(mixers)
     parts = [
-        _front_matter(config, teacher, licence, kind),
-        f"# {name}\n\n{_sentence(config, gguf)}",
+        _front_matter(methods, teacher, licence, kind),
+        f"# {name}\n\n{_sentence(config, methods, gguf)}",
         "\n".join(
             f"- {line}"
             for line in (
@@ -110,24 +112,23 @@ def licence_of(teacher: str, revision: str | None = None) -> str | None:
     return named.group(1).strip() if named else None
 
 
-def _front_matter(config: Any, teacher: str | None, licence: str | None, kind: str) -> str:
+def _front_matter(methods: Sequence[str], teacher: str | None, licence: str | None, kind: str) -> str:
     lines = [
         f"library_name: {'gguf' if kind == 'gguf' else 'transformers'}",
         "pipeline_tag: text-generation",
         f"license: {licence or 'unknown'}",
-        f"tags: [mohawk, hybrid, {', '.join(_tag(label) for label in _labels(config))}, {kind}]",
+        f"tags: [mohawk, hybrid, {', '.join(_tag(label) for label in methods)}, {kind}]",
     ]
     if teacher and not home(teacher).exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", teacher):
         lines.append(f"base_model: {teacher}")
     return "---\n" + "\n".join(lines) + "\n---"
 
 
-def _labels(config: Any) -> list[str]:
+def _labels(mixers: Sequence[str]) -> list[str]:
     """The methods that a student's mixers are, by name."""
     from mohawk.models.mixers import MIXERS
 
-    kinds = getattr(config, "mixer_kinds", [STOCK.get(config.model_type, "mamba2")])
-    return list(dict.fromkeys(MIXERS[name].label for name in kinds))
+    return list(dict.fromkeys(MIXERS[name].label for name in mixers))
 
 
 def _tag(label: str) -> str:
@@ -135,10 +136,10 @@ def _tag(label: str) -> str:
     return label.replace("-", "").replace(" ", "-").lower()
 
 
-def _sentence(config: Any, gguf: str | None) -> str:
+def _sentence(config: Any, methods: Sequence[str], gguf: str | None) -> str:
     kinds = list(getattr(config, "layers_block_type", None) or config.layer_types)
     ssm = kinds.count("linear_attention")
-    names = " and ".join(_labels(config))
+    names = " and ".join(methods)
     what = "GGUF file" if gguf else config.architectures[0]
     return (
         f"A {what} of {ssm} {names} and {len(kinds) - ssm} attention layers, "

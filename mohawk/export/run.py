@@ -99,7 +99,7 @@ def export(
         written = config if file else AutoConfig.from_pretrained(folder, trust_remote_code=False)
         ran = {row.check.partition(":")[0] for row in rows}
         runtimes = [replace(note, checked=note.checked or note.runtime in ran) for note in written_as.notes(written)]
-        card = model_card(target.resolve().name, written, run, rows, runtimes, changes, file)
+        card = model_card(target.resolve().name, written, config.mixer_kinds, run, rows, runtimes, changes, file)
         (folder / "README.md").write_text(card, encoding="utf-8")
     for change in changes:
         console.print(change, highlight=False, soft_wrap=True, markup=False)

@@ -44,11 +44,8 @@ class Note:
     runs: bool = True
 
 
-def notes(config: PretrainedConfig) -> list[Note]:
-    """Per runtime, of an exported configuration (a stock class's, or the hybrid's own)."""
-    stock = {"bamba": _bamba, "granitemoehybrid": _granite, "qwen3_5_text": _qwen3_5}
-    if config.model_type in stock:
-        return stock[config.model_type](config)
+def own_notes(config: PretrainedConfig) -> list[Note]:
+    """Of a hybrid with its code beside it."""
     return [
         Note("transformers", True, "with trust_remote_code=True: the model's code lies beside its weights"),
         Note(
@@ -72,7 +69,8 @@ def gguf_notes(config: HybridConfig) -> list[Note]:
     return [Note("llama.cpp", False, told), Note("what is built on it", False, others)]
 
 
-def _bamba(config: PretrainedConfig) -> list[Note]:
+def bamba_notes(config: PretrainedConfig) -> list[Note]:
+    """Of a Bamba, from its configuration."""
     stock = (
         "stock class, nothing else to install; pass position_ids when you call the model with a cache yourself, and "
         f"{LEFT}{_groups(config)}"
@@ -92,7 +90,8 @@ def _bamba(config: PretrainedConfig) -> list[Note]:
     ]
 
 
-def _granite(config: PretrainedConfig) -> list[Note]:
+def granite_notes(config: PretrainedConfig) -> list[Note]:
+    """Of a Granite 4, from its configuration."""
     wide = getattr(config, "head_dim", None) not in (None, config.hidden_size // config.num_attention_heads)
     groups = config.mamba_n_groups
     divided = f". Over several GPUs their number must divide the mixers' {groups} groups" if groups > 1 else ""
@@ -107,7 +106,8 @@ def _granite(config: PretrainedConfig) -> list[Note]:
     ]
 
 
-def _qwen3_5(config: PretrainedConfig) -> list[Note]:
+def qwen3_5_notes(config: PretrainedConfig) -> list[Note]:
+    """Of a Qwen3.5, from its configuration."""
     keys, values = config.linear_key_head_dim, config.linear_value_head_dim
     irregular = _irregular(config)
     sizes = "" if keys == 128 else f". Its fast kernels want keys of 128, here they are of {keys}"

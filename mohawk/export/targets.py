@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 from mohawk.errors import UserError
 from mohawk.export.config_styles import both_ropes, float32, no_infinity, older_kinds, restyle
-from mohawk.export.runtimes import Note, gguf_notes, notes
+from mohawk.export.runtimes import Note, bamba_notes, gguf_notes, granite_notes, own_notes, qwen3_5_notes
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -76,6 +76,7 @@ class Target:
     Args:
         text: what it is, for `--to`.
         write: (model, tokenizer, folder, asked): fills the folder.
+        notes: where what was written runs, from its configuration.
         check: (folder, model, tokenizer, console) -> rows of the parity table, which it prints; may change the model.
         outtypes: what `--outtype` can be, the default first; empty for what has the student's own dtype.
         why_not: (config, pad_expand) -> the whole line for a student that can't be written so; None if it can.
@@ -83,11 +84,11 @@ class Target:
         adapts: whether `--pad-expand` and `--fold-bias` mean something.
         prepare: (model, pad_expand, fold_bias) -> what there is to say about the changes that it made in place.
         configuration: (config, pad_expand) -> what would be written's, for a student that can be written so.
-        notes: where what was written runs, from its configuration.
     """
 
     text: str
     write: Callable[[HybridForCausalLM, Tokenizer, Path, Asked], None]
+    notes: Callable[[Any], list[Note]]
     check: Callable[[Path, HybridForCausalLM, Tokenizer, Console], list[Row]] = in_transformers
     outtypes: tuple[str, ...] = ()
     why_not: Callable[[HybridConfig, bool], str | None] = lambda config, pad_expand: None
@@ -95,7 +96,6 @@ class Target:
     adapts: bool = False
     prepare: Callable[[HybridForCausalLM, bool, bool], list[str]] = lambda model, pad_expand, fold_bias: []
     configuration: Callable[[HybridConfig, bool], PreTrainedConfig] = lambda config, pad_expand: config
-    notes: Callable[[Any], list[Note]] = notes
 
 
 def _not_stock(class_name: str, mixer: str, reason: str | None, config: HybridConfig) -> str | None:
@@ -260,6 +260,7 @@ TARGETS = {
     "bamba": Target(
         "transformers' Bamba, which llama.cpp has too (default)",
         _write_bamba,
+        bamba_notes,
         why_not=_why_not_bamba,
         adapts=True,
         prepare=partial(_adapt, class_name="BambaForCausalLM", name="Bamba"),
@@ -268,6 +269,7 @@ TARGETS = {
     "granite": Target(
         "transformers' Granite 4, which vLLM and SGLang have too",
         _write_granite,
+        granite_notes,
         why_not=_why_not_granite,
         adapts=True,
         prepare=partial(_adapt, class_name="GraniteMoeHybridForCausalLM", name="Granite"),
@@ -276,6 +278,7 @@ TARGETS = {
     "qwen3_5": Target(
         "transformers' Qwen3.5, for gated_delta students of Qwen3",
         _write_qwen3_5,
+        qwen3_5_notes,
         why_not=_why_not_qwen3_5,
         prepare=_tell_wide_norms,
         configuration=_qwen3_5_config,
@@ -283,16 +286,17 @@ TARGETS = {
     "gguf": Target(
         "a GGUF file, for llama.cpp",
         _write_gguf,
+        gguf_notes,
         check=_check_gguf,
         outtypes=("f32", "bf16", "q8_0"),
         why_not=_why_not_gguf,
         why_not_tokenizer=_why_not_in_gguf,
         prepare=_tell_padding,
-        notes=gguf_notes,
     ),
     "hybrid": Target(
         "ours, its code beside the weights",
         _write_hybrid,
+        own_notes,
         check=partial(in_transformers, trust_remote_code=True),
     ),
 }

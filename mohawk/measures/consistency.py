@@ -26,7 +26,7 @@ PATHS = {
     "generate": "generate, and on with its cache",
 }
 LEFT_ALONE = ("steps", "chunks", "left", "generate")
-LETS_PADDING_IN = ("bamba", "granitemoehybrid", "qwen3_5_text")  # transformers' own that have states
+STATES = {"linear_attention", "mamba"}  # kinds of layers that have one
 TOKENS = 24
 # of the largest logit: float32 rounding in another order stays well below (SmolLM2's 30 layers: 3e-6), and a forgotten
 # state, bias or position far above; bfloat16's own rounding differs by a percent or two from path to path
@@ -63,14 +63,17 @@ def inconsistencies(model: PreTrainedModel, ids: Tensor) -> dict[str, float]:
 def paths_of(config) -> tuple[str, ...]:
     """Which of PATHS a model of this configuration can keep.
 
-    transformers' own Bamba, Granite 4 and Qwen3.5 let padding that comes after a token decay the state and fill the
-    convolution; and its attention layers with a window count padding within it, which shows here where the window is as
-    short as the texts.
+    transformers' own classes with states (Bamba, Granite 4, Qwen3.5) let padding that comes after a token decay the
+    state and fill the convolution; and its attention layers with a window count padding within it, which shows here
+    where the window is as short as the texts.
     """
     kinds = getattr(config, "layer_types", None)
+    lets_padding_in = not hasattr(config, "base_config") and STATES & set(
+        kinds or getattr(config, "layers_block_type", None) or ()
+    )
     window = getattr(config, "sliding_window", None)
     short = window is not None and window < 2 * TOKENS and (kinds is None or "sliding_attention" in kinds)
-    return LEFT_ALONE if config.model_type in LETS_PADDING_IN or short else tuple(PATHS)
+    return LEFT_ALONE if lets_padding_in or short else tuple(PATHS)
 
 
 def broken_paths(model: PreTrainedModel, found: dict[str, float]) -> str | None:

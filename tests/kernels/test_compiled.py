@@ -132,8 +132,10 @@ def test_dynamic_lengths_and_no_second_derivative():
         x, decay, B = torch.randn(1, seq, 2, 3), -torch.rand(1, seq, 2), torch.randn(1, seq, 1, 4)
         torch.testing.assert_close(compiled(x, decay, B, B), ssd(x, decay, B, B).sum())
     x = x.requires_grad_()
-    (grad,) = torch.autograd.grad(operators.call("ssd", [x, decay, B, B, None, None, None, None], "auto")[0].sum(), x)
+    (grad,) = torch.autograd.grad(
+        operators.call_operator("ssd", [x, decay, B, B, None, None, None, None], "auto")[0].sum(), x
+    )
     assert grad.shape == x.shape
     with pytest.raises(RuntimeError, match="ssd has no second derivative under torch.compile"):
-        out = operators.call("ssd", [x, decay, B, B, None, None, None, None], "auto")[0].sum()
+        out = operators.call_operator("ssd", [x, decay, B, B, None, None, None, None], "auto")[0].sum()
         torch.autograd.grad(out, x, create_graph=True)

@@ -21,6 +21,7 @@ from mohawk.conversion.objectives import MixingObjective
 from mohawk.core.command import Command
 from mohawk.errors import UserError
 from mohawk.export.run import export
+from mohawk.export.runtimes import Note
 from mohawk.export.targets import TARGETS
 from mohawk.inspection import commands as inspection
 from mohawk.kernels.kd import gradients, teachers
@@ -44,6 +45,7 @@ from mohawk.models.from_teacher import hybrid_from_teacher
 from mohawk.models.mixer_names import MIXERS as MIXER_NAMES
 from mohawk.models.mixers import MIXERS, SSMMixer
 from mohawk.models.teacher_forcing import layer_calls, record, recording_attention
+from tests.mohawk.export.test_export import needs_groups
 from tests.mohawk.runs.test_distributed import place, written  # noqa: F401
 
 ROWS, VOCAB, HIDDEN = 7, 11, 5
@@ -358,7 +360,7 @@ def test_a_run_with_a_mixer_of_a_class_and_a_name(place, tmp_path):  # noqa: F81
         "for command in (['convert', recipe, '--dry-run'], ['convert', recipe], ['inspect', run]):\n"
         "    assert main(command) == 0, command\n"
         "config = HybridForCausalLM.from_pretrained(run + '/student').config\n"
-        "print(model_card('own', config, None, [], []))\n"
+        "print(model_card('own', config, config.mixer_kinds, None, [], []))\n"
     )
     given = [sys.executable, "-c", code, str(recipe), str(tmp_path / "own/run")]
     env = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[2])}
@@ -420,6 +422,19 @@ def test_an_export_target_is_an_entry(make_llama, tmp_path, monkeypatch):
     with pytest.raises(UserError, match="^it has no notice$"):
         export(tmp_path / "student", "refused")
     assert parser().parse_args(["export", "x", "--to", "refused"]).to == "refused"
+
+
+@needs_groups
+def test_an_export_target_of_a_stock_class_is_an_entry(make_llama, tmp_path, monkeypatch):
+    """What is told of it is what the entry says."""
+    said = [Note("transformers", True, "stock, and nothing else"), Note("elsewhere", False, "not tried", runs=False)]
+    entry = replace(TARGETS["granite"], text="another stock class", notes=lambda config: said)
+    monkeypatch.setitem(TARGETS, "stock", entry)
+    hybrid_from_teacher(make_llama(), [1]).save_pretrained(tmp_path / "student")
+    console = Console(file=io.StringIO(), width=200)
+    card = (export(tmp_path / "student", "stock", console=console) / "README.md").read_text()
+    assert "stock, and nothing else" in card and "trust_remote_code" not in card
+    assert "of 1 Mamba-2 and 1 attention layers" in card and "differs" not in console.file.getvalue()
 
 
 def test_a_command_is_an_entry_and_a_function(monkeypatch, capsys):

@@ -27,7 +27,7 @@ from mohawk.export import run as export_module
 from mohawk.export.model_card import licence_of
 from mohawk.export.parity import CHECKS, check_export, compare_answers, inputs_for
 from mohawk.export.run import export
-from mohawk.export.runtimes import notes
+from mohawk.export.runtimes import bamba_notes, own_notes
 from mohawk.export.targets import TARGETS
 from mohawk.loading.remote_code import flattened, write_remote_code
 from mohawk.measures.consistency import LEFT_ALONE, PATHS
@@ -460,7 +460,7 @@ def test_runtimes_are_told_as_they_are(make_llama):
         config = bamba.to_bamba(hybrid_from_teacher(make_llama(num_hidden_layers=4), [1, 2])).config
         for name, value in changed.items():
             setattr(config, name, value)
-        found = {note.runtime: note for note in notes(config)}
+        found = {note.runtime: note for note in bamba_notes(config)}
         assert [name for name, note in found.items() if note.checked] == ["transformers"]
         return {name: note.text for name, note in found.items()}
 
@@ -478,7 +478,7 @@ def test_runtimes_are_told_as_they_are(make_llama):
     assert "removed Bamba after 0.23" in biased and "0.23 leaves out biases in attention and MLP" in biased
     assert "0.23 takes heads of hidden_size / num_attention_heads, not of 5" in told(head_dim=5)["vLLM"]
 
-    ours = {note.runtime: note.text for note in notes(hybrid_from_teacher(make_llama(), [1]).config)}
+    ours = {note.runtime: note.text for note in own_notes(hybrid_from_teacher(make_llama(), [1]).config)}
     assert ours["llama.cpp, vLLM, SGLang, MLX"].startswith("have no class for it")
     page = (Path(__file__).parents[3] / "docs" / "export.md").read_text()
     table = page.split("| runtime | checked |")[1].split("\n\n")[0]
