@@ -12,7 +12,7 @@ from torch import Tensor
 from mohawk.kernels.causal_conv1d.checks import ACTIVATIONS, check
 from mohawk.kernels.causal_conv1d.package_backend import by_package, fits_package, package_function
 from mohawk.kernels.causal_conv1d.shifted import CausalConv, accumulator_dtype
-from mohawk.kernels.common.operators import call_operator, register_operator
+from mohawk.kernels.common.operators import call_operator, register_kernel
 from mohawk.kernels.common.segments import segment_runs, segment_starts
 from mohawk.kernels.common.tensors import transformed
 
@@ -121,7 +121,7 @@ def _shapes(tensors: list[Tensor | None], activation: str) -> list[Tensor]:
     return [x.new_empty(x.shape), x.new_empty(x.shape[0], x.shape[2], weight.shape[1] - 1)]
 
 
-register_operator("causal_conv1d", _as_operator, _shapes)
+register_kernel("causal_conv1d", _as_operator, _shapes)
 
 
 def causal_conv1d_step(

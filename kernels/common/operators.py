@@ -14,6 +14,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+# By this module's name: a student's folder has a copy of the code, which may be loaded beside the package.
+NAMESPACE = re.sub(r"\W", "_", __name__)
+
 
 class _Kernel(NamedTuple):
     function: Callable[[list[Tensor | None], str, list[float]], list[Tensor]]
@@ -21,11 +24,9 @@ class _Kernel(NamedTuple):
 
 
 _KERNELS: dict[str, _Kernel] = {}
-# The copy of this module that lies beside a checkpoint's weights has operators of its own.
-_NAMESPACE = "mohawk" if __name__.startswith("mohawk.") else re.sub(r"\W", "_", __name__)
 
 
-def register_operator(name: str, function: Callable, shapes: Callable) -> None:
+def register_kernel(name: str, function: Callable, shapes: Callable) -> None:
     """function(tensors, words, numbers): what it returns, a list, differentiable. shapes(tensors, words): the same as
     empty tensors."""
     _KERNELS[name] = _Kernel(function, shapes)
@@ -86,7 +87,7 @@ def _gradients(
 
 
 def _make(suffix: str, tags: tuple[torch.Tag, ...]) -> Callable[..., list[Tensor]]:
-    @torch.library.custom_op(f"{_NAMESPACE}::kernel{suffix}", mutates_args=(), tags=tags)
+    @torch.library.custom_op(f"{NAMESPACE}::kernel{suffix}", mutates_args=(), tags=tags)
     def forward(tensors: list[Tensor], there: str, name: str, words: str, numbers: list[float]) -> list[Tensor]:
         return _forward(tensors, there, name, words, numbers)
 
@@ -94,7 +95,7 @@ def _make(suffix: str, tags: tuple[torch.Tag, ...]) -> Callable[..., list[Tensor
     def _(tensors, there, name, words, numbers):
         return _KERNELS[name].shapes(_spread(tensors, there), words)
 
-    @torch.library.custom_op(f"{_NAMESPACE}::kernel{suffix}_gradients", mutates_args=(), tags=tags)
+    @torch.library.custom_op(f"{NAMESPACE}::kernel{suffix}_gradients", mutates_args=(), tags=tags)
     def backward(
         tensors: list[Tensor],
         upstream: list[Tensor],

@@ -12,7 +12,7 @@ from typing import Literal, overload
 import torch
 from torch import Tensor
 
-from mohawk.kernels.common.operators import call_operator, register_operator
+from mohawk.kernels.common.operators import call_operator, register_kernel
 from mohawk.kernels.common.packages import usable, why_not
 from mohawk.kernels.common.tensors import check_untransformed
 from mohawk.kernels.delta.checks import check, fits_step
@@ -132,7 +132,7 @@ def _shapes(tensors: list[Tensor | None], backend: str) -> list[Tensor]:
     return [v.new_empty(v.shape), v.new_empty(state, dtype=torch.promote_types(v.dtype, torch.float32))]
 
 
-register_operator("gated_delta_rule", _as_operator, _shapes)
+register_kernel("gated_delta_rule", _as_operator, _shapes)
 
 
 def gated_delta_step(

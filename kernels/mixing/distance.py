@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mohawk.kernels.common.operators import call_operator, register_operator
+from mohawk.kernels.common.operators import call_operator, register_kernel
 from mohawk.kernels.common.tensors import check_untransformed
 from mohawk.kernels.mixing.checks import check
 from mohawk.kernels.mixing.chunked import distance_chunked
@@ -133,7 +133,7 @@ def _shapes(tensors: list[Tensor | None], words: str) -> list[Tensor]:
     return [first.new_empty(shape, dtype=torch.float64 if wide else torch.float32)]
 
 
-register_operator("mixing_distance", _as_operator, _shapes)
+register_kernel("mixing_distance", _as_operator, _shapes)
 
 
 def _detached(mixing: Mixing) -> Mixing:

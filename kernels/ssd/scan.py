@@ -12,7 +12,7 @@ from typing import Literal, overload
 import torch
 from torch import Tensor
 
-from mohawk.kernels.common.operators import call_operator, register_operator
+from mohawk.kernels.common.operators import call_operator, register_kernel
 from mohawk.kernels.common.packages import usable, why_not
 from mohawk.kernels.common.tensors import check_untransformed
 from mohawk.kernels.ssd.checks import check, fits_step
@@ -137,7 +137,7 @@ def _shapes(tensors: list[Tensor | None], backend: str) -> list[Tensor]:
     return [x.new_empty(x.shape), x.new_empty(state, dtype=torch.promote_types(x.dtype, torch.float32))]
 
 
-register_operator("ssd", _as_operator, _shapes)
+register_kernel("ssd", _as_operator, _shapes)
 
 
 def ssd_step(

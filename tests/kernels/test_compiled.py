@@ -1,6 +1,9 @@
 """Scans, the convolution and the mixing distance inside a compiled function that is one graph: values and gradients of
 the reference in float64, and what may be in a CUDA graph."""
 
+import importlib.util
+import sys
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -8,6 +11,7 @@ import torch.nn.functional as F
 from mohawk import AttentionMixing, DeltaMixing, SSDMixing, causal_conv1d, gated_delta_rule, mixing_distance, ssd
 from mohawk.kernels.causal_conv1d.reference import causal_conv1d_reference
 from mohawk.kernels.common import operators
+from mohawk.kernels.kd import compiled
 
 SEQ = 9
 SEGMENTS = torch.tensor([[0] * 4 + [1] * 5, [0] * 7 + [-1] * 2])
@@ -119,10 +123,11 @@ def test_operators_have_the_shapes_they_promise():
 
 def test_what_waits_for_values_is_kept_out_of_cuda_graphs():
     unsafe = torch.Tag.cudagraph_unsafe
-    assert unsafe in torch.ops.mohawk.kd_loss.default.tags
-    assert unsafe in torch.ops.mohawk.kernel_reading_values.default.tags
-    assert unsafe in torch.ops.mohawk.kernel_reading_values_gradients.default.tags
-    assert unsafe not in torch.ops.mohawk.kernel.default.tags
+    assert unsafe in compiled._op._opoverload.tags
+    ours = getattr(torch.ops, operators.NAMESPACE)
+    assert unsafe in ours.kernel_reading_values.default.tags
+    assert unsafe in ours.kernel_reading_values_gradients.default.tags
+    assert unsafe not in ours.kernel.default.tags
 
 
 def test_dynamic_lengths_and_no_second_derivative():
@@ -131,11 +136,23 @@ def test_dynamic_lengths_and_no_second_derivative():
     for seq in (5, 9, 12):
         x, decay, B = torch.randn(1, seq, 2, 3), -torch.rand(1, seq, 2), torch.randn(1, seq, 1, 4)
         torch.testing.assert_close(compiled(x, decay, B, B), ssd(x, decay, B, B).sum())
-    x = x.requires_grad_()
-    (grad,) = torch.autograd.grad(
-        operators.call_operator("ssd", [x, decay, B, B, None, None, None, None], "auto")[0].sum(), x
-    )
+    tensors = [x.requires_grad_(), decay, B, B, None, None, None, None]
+    (grad,) = torch.autograd.grad(operators.call_operator("ssd", tensors, "auto")[0].sum(), x)
     assert grad.shape == x.shape
+    out = operators.call_operator("ssd", tensors, "auto")[0].sum()
     with pytest.raises(RuntimeError, match="ssd has no second derivative under torch.compile"):
-        out = operators.call_operator("ssd", [x, decay, B, B, None, None, None, None], "auto")[0].sum()
         torch.autograd.grad(out, x, create_graph=True)
+
+
+def test_a_copy_of_the_code_has_operators_of_its_own():
+    """As a student's folder has it, loaded beside the package."""
+    spec = importlib.util.spec_from_file_location("folder.mohawk_common_operators", operators.__file__)
+    assert spec is not None and spec.loader is not None
+    copy = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = copy
+    spec.loader.exec_module(copy)
+    copy.register_kernel("ssd", lambda tensors, words, numbers: [3 * tensors[0]], lambda tensors, words: [tensors[0]])
+    x, decay, B = torch.randn(1, 5, 2, 3), -torch.rand(1, 5, 2), torch.randn(1, 5, 1, 4)
+    assert torch.equal(copy.call_operator("ssd", [x])[0], 3 * x)
+    y = operators.call_operator("ssd", [x, decay, B, B, None, None, None, None], "auto")[0]
+    assert torch.equal(y, ssd(x, decay, B, B))
