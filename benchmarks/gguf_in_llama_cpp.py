@@ -23,7 +23,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks.run import RESULTS, put_in_docs  # noqa: E402
+from benchmarks.pages import RESULTS, put_in_docs  # noqa: E402
 
 TOKENS, NEW = 256, 32
 TEXT = (
