@@ -180,49 +180,6 @@ def resolve_layers(layers: str | Sequence[int], num_layers: int) -> list[int]:
     raise ValueError(f"layers: got {layers!r}, allowed: {allowed}")
 
 
-def keep_ffn(model: Model, neurons: PerLayer) -> Model:
-    """The model with some neurons of each MLP: layer -> neurons, equally many in every layer. See `cut`."""
-    return cut(model, Cut(ffn=neurons))
-
-
-def keep_heads(model: Model, heads: PerLayer | None = None, *, kv_heads: PerLayer | None = None) -> Model:
-    """The model with some attention heads: layer -> query heads, or layer -> kv heads with all their query heads.
-
-    Given both, the query heads must be of the kept kv heads, the same number of each. See `cut`.
-
-    Raises:
-        ValueError: also when neither is given, or they contradict each other.
-    """
-    own = sizes_of(model.config)
-    group = own.heads // own.kv_heads
-    if heads is None and kv_heads is None:
-        raise ValueError("keep_heads: give heads, kv_heads or both")
-    if heads is None:
-        heads = {i: [kv * group + j for kv in kept for j in range(group)] for i, kept in kv_heads.items()}
-    elif kv_heads is not None:
-        for i, kept in heads.items():
-            used, named = {int(head) // group for head in kept}, {int(kv) for kv in kv_heads.get(i, ())}
-            if orphans := sorted(named - used):
-                raise ValueError(f"heads: layer {i} keeps kv heads {orphans} without a query head of theirs")
-            if strangers := sorted(used - named):
-                raise ValueError(f"heads: layer {i} keeps query heads of kv heads {strangers}, which go")
-    return cut(model, Cut(heads=heads))
-
-
-def keep_hidden(model: Model, channels: Sequence[int]) -> Model:
-    """The model with some channels of its residual stream. See `cut`."""
-    return cut(model, Cut(hidden=channels))
-
-
-def keep_state(
-    model: Model,
-    heads: PerLayer | None = None,
-    dims: Mapping[int, Sequence[Sequence[int]]] | None = None,
-) -> Model:
-    """A hybrid with some heads, or some state dimensions of each group, of its mixers. See `cut`."""
-    return cut(model, Cut(state_heads=heads, state_dims=dims))
-
-
 def check_indices(name: str, indices: Sequence[int], size: int) -> list[int]:
     """The indices in ascending order. ValueError: none, out of range, or given twice."""
     found = sorted(int(i) for i in indices)

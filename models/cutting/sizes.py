@@ -8,9 +8,6 @@ import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
-import torch
-from transformers import AutoModelForCausalLM
-
 from mohawk.models.cutting.depth import LAYER_LISTS
 from mohawk.models.delta_mixer import DeltaMixer
 from mohawk.models.families import check_supported, decoder_shape, family_of
@@ -231,15 +228,3 @@ def _check_class(base, head_dim: int) -> None:
     except Exception as error:  # huggingface_hub's wrapper of the class's own ValueError; its last line says what
         reason = str(error).strip().splitlines()[-1].strip()
         raise ValueError(f"{size}: {type(base).__name__} does not allow it: {reason}") from error
-
-
-def config_parameters(config) -> tuple[int, int]:
-    """(all parameters, those outside the embedding and the head) of the model a configuration makes.
-
-    Made on the meta device: no memory. A tied head counts once.
-    """
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(copy.deepcopy(config))
-    ends = {id(p): p for module in (model.model.embed_tokens, model.lm_head) for p in module.parameters()}
-    total = sum(parameter.numel() for parameter in model.parameters())
-    return total, total - sum(parameter.numel() for parameter in ends.values())

@@ -11,23 +11,15 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, BambaConfig, GenerationConfig, GPT2Config
 
-from mohawk.models.cutting.cuts import (
-    Cut,
-    cut,
-    keep_ffn,
-    keep_heads,
-    keep_hidden,
-    keep_layers,
-    keep_state,
-    resolve_layers,
-)
-from mohawk.models.cutting.sizes import Sizes, config_parameters, sized_config, sizes_of
+from mohawk.models.cutting.cuts import Cut, cut, keep_layers, resolve_layers
+from mohawk.models.cutting.sizes import Sizes, sized_config, sizes_of
 from mohawk.models.delta_mixer import DeltaMixer
 from mohawk.models.formats.bamba import fold_conv_input_bias, from_bamba, norms_groups_apart, to_bamba
 from mohawk.models.from_teacher import hybrid_from_teacher
 from mohawk.models.hybrid import HybridForCausalLM
 from mohawk.models.hybrid_config import HybridConfig
 from mohawk.models.state_mixer import StateMixer
+from tests.helpers.parameters import config_parameters
 from tests.models.conftest import CUTTABLE, FAMILIES, tiny_teacher
 
 LAYERS, HIDDEN, FFN = 4, 32, 48
@@ -35,6 +27,22 @@ DELTAS = ("gated_delta", "kimi_delta")
 HYBRIDS = [f"{name}+{mixer}" for name in CUTTABLE for mixer in ("mamba2", "discrete_mamba2")]
 HYBRIDS += [f"{name}+{mixer}" for name in ("llama", "gemma2", "olmo2", "phi", "phi3", "qwen3") for mixer in DELTAS]
 SSM = (1, 3)  # of the hybrids
+
+
+def keep_ffn(model, neurons):
+    return cut(model, Cut(ffn=neurons))
+
+
+def keep_heads(model, heads):
+    return cut(model, Cut(heads=heads))
+
+
+def keep_hidden(model, channels):
+    return cut(model, Cut(hidden=channels))
+
+
+def keep_state(model, heads=None, dims=None):
+    return cut(model, Cut(state_heads=heads, state_dims=dims))
 
 
 def model_of(name: str, **options):
@@ -529,16 +537,6 @@ def test_bad_state_cuts_get_one_line():
         keep_state(model, dims={1: [[0]], 3: [[0]]})
     with pytest.raises(ValueError, match=r"^state_dims of layer 1: groups keep \[1, 2\], allowed: one number for all$"):
         keep_state(model, dims={1: [[0], [0, 1]], 3: [[0], [0]]})
-
-
-def test_kv_heads_and_query_heads_must_fit():
-    model = tiny_teacher("llama")
-    with pytest.raises(ValueError, match=r"^heads: layer 0 keeps kv heads \[1\] without a query head of theirs$"):
-        keep_heads(model, every([0, 1]), kv_heads=every([0, 1]))
-    with pytest.raises(ValueError, match=r"^heads: layer 0 keeps query heads of kv heads \[1\], which go$"):
-        keep_heads(model, every([0, 2]), kv_heads=every([0]))
-    both = keep_heads(model, every([2, 3]), kv_heads=every([1]))
-    torch.testing.assert_close(logits(both), logits(keep_heads(model, kv_heads=every([1]))), rtol=0, atol=0)
 
 
 BAD_SIZES = {

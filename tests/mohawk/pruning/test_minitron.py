@@ -8,10 +8,11 @@ import pytest
 import torch
 
 from mohawk import KnowledgeDistiller, MinitronPruner
-from mohawk.models.cutting.sizes import config_parameters, sizes_of
+from mohawk.models.cutting.sizes import sizes_of
 from mohawk.models.from_teacher import hybrid_from_teacher
 from mohawk.pruning.baselines import random_importance
 from mohawk.pruning.minitron import written_text
+from tests.helpers.parameters import config_parameters
 from tests.models.conftest import CUTTABLE, tiny_teacher
 
 IDS = torch.randint(3, 97, (10, 24), generator=torch.Generator().manual_seed(0))

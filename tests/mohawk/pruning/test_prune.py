@@ -21,7 +21,7 @@ from mohawk.cli import main
 from mohawk.core.folders import Interrupted, is_complete
 from mohawk.core.json_files import write_json, write_text
 from mohawk.errors import UserError
-from mohawk.models.cutting.sizes import config_parameters, sized_config, sizes_of
+from mohawk.models.cutting.sizes import sized_config, sizes_of
 from mohawk.models.formats.bamba import norms_groups_apart
 from mohawk.models.hybrid import HybridForCausalLM
 from mohawk.pruning.recipe import PruneRecipe
@@ -29,6 +29,7 @@ from mohawk.pruning.run import prune
 from mohawk.runs.claim import check_folder
 from mohawk.schema.files import shipped
 from mohawk.training import saving
+from tests.helpers.parameters import config_parameters
 from tests.helpers.tiny_phase import cheap_training, fork, wait  # noqa: F401
 from tests.models.conftest import tiny_teacher
 

@@ -16,7 +16,7 @@ from mohawk.core.json_files import read_json, write_json
 from mohawk.errors import UserError
 from mohawk.measures.compare import DecodeSpeed, decode_speed
 from mohawk.models.cutting.cuts import cut
-from mohawk.models.cutting.sizes import config_parameters, sized_config, sizes_of
+from mohawk.models.cutting.sizes import sized_config, sizes_of
 from mohawk.models.from_teacher import hybrid_from_teacher
 from mohawk.models.hybrid import HybridForCausalLM
 from mohawk.pruning import baselines as importance_baselines
@@ -31,6 +31,7 @@ from mohawk.pruning.rounds import Rounds, cut_in_float32
 from mohawk.pruning.run import prune
 from mohawk.pruning.search import Budget, Costs, candidates, search, search_table, within
 from mohawk.pruning.sizes import WIDTHS, between, narrower, spread, unit
+from tests.helpers.parameters import config_parameters
 from tests.helpers.tiny_phase import cheap_training  # noqa: F401
 from tests.models.conftest import CUTTABLE, tiny_teacher
 from tests.mohawk.pruning.test_prune import checkpoint, made, read, stage, texts, wide_screen  # noqa: F401
