@@ -141,9 +141,9 @@ class Call(Task):
             grad = self._empty_or_zeros(logits.shape, _held(logits.dtype))
         task = replace(self, scale=scale)
         if self.backend == "triton":
-            from mohawk.kernels.kd import triton_backend as kd_triton
+            from mohawk.kernels.kd import triton_backend
 
-            rows = kd_triton.from_logits(logits, task, grad)
+            rows = triton_backend.from_logits(logits, task, grad)
         else:
             rows = kd_chunked.from_logits(logits, task, grad)
         if grad is None:
@@ -172,9 +172,9 @@ class Call(Task):
         bias_grad = grads[2] if bias is not None else None
         tile = None
         if self.backend == "triton":
-            from mohawk.kernels.kd import triton_backend as kd_triton
+            from mohawk.kernels.kd import triton_backend
 
-            tile = kd_triton.tile
+            tile = triton_backend.tile
         task = replace(self, scale=scale)
         hidden = hidden if low is None else hidden.to(low)
         rows, grads[1] = kd_chunked.from_hidden(hidden, head, task, grads[0], bias_grad, needs[1], tile)
@@ -247,9 +247,9 @@ def _backend(asked: str, x: Tensor, divergence: str) -> str:
     elif importlib.util.find_spec("triton") is None:
         reason = "triton is not installed (run pip install '.[triton]' in mohawk's checkout)"
     else:
-        from mohawk.kernels.kd import triton_backend as kd_triton
+        from mohawk.kernels.kd import triton_backend
 
-        if divergence not in kd_triton.DIVERGENCES:
+        if divergence not in triton_backend.DIVERGENCES:
             reason = f"it has no terms for {divergence}"
     if reason is None:
         return "triton"

@@ -179,7 +179,7 @@ def distil(
     group: ProcessGroup | None,
     settings: Settings,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """loss, kd and ce, as kd_call.distil would make them."""
+    """loss, kd and ce, as call.distil would make them."""
     s = settings
     words: list[str] = []
     tensors: list[Tensor] = []

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from mohawk.kernels.common.sharded import gathered, own_part, slices
 from mohawk.kernels.kd import call as kd_call
-from mohawk.kernels.kd import compiled as kd_compile
+from mohawk.kernels.kd import compiled
 from mohawk.kernels.kd.call import KDParts
 from mohawk.kernels.kd.divergences import described
 from mohawk.kernels.kd.options import Settings
@@ -309,7 +309,7 @@ def _distil(
         kind = student[0].device.type
         if kind != "meta" and torch.is_autocast_enabled(kind):
             settings = settings._replace(autocast=torch.get_autocast_dtype(kind))
-    distil = kd_compile.distil if torch.compiler.is_compiling() else kd_call.distil
+    distil = compiled.distil if torch.compiler.is_compiling() else kd_call.distil
     loss, kd, ce = distil(student, teacher, labels, token_weights, normalizer, group, settings)
     return (loss, KDParts(kd.detach(), ce.detach())) if settings.return_parts else loss
 

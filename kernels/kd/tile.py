@@ -7,10 +7,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from mohawk.kernels.kd import exchange as kd_shared
 from mohawk.kernels.kd import gradients as kd_gradients
 from mohawk.kernels.kd.divergences import DIVERGENCES
-from mohawk.kernels.kd.exchange import Known
+from mohawk.kernels.kd.exchange import Known, exchange
 from mohawk.kernels.kd.options import Options, Task, take
 from mohawk.kernels.kd.scores import Scores, log_softmax
 from mohawk.kernels.kd.teachers import Teacher, TeacherSamples, TeacherTopK, tail_of
@@ -156,7 +155,7 @@ def _exchange(
     distributions = options.need_kd and not options.on_logits
     needs_raw = options.need_ce and options.settings.temperature != 1.0
     ready = scores.shares is None and len(parts) == 1
-    return kd_shared.exchange(
+    return exchange(
         options.vocabulary,
         u if distributions or options.need_ce and not needs_raw else None,
         z if needs_raw else None,

@@ -22,8 +22,8 @@ import triton.language as tl
 from torch import Tensor
 
 from mohawk.kernels.kd import chunked as kd_chunked
-from mohawk.kernels.kd import exchange as kd_shared
 from mohawk.kernels.kd import tile as kd_tile
+from mohawk.kernels.kd.exchange import exchange, whole_kl
 from mohawk.kernels.kd.options import Options, Rows, Task
 from mohawk.kernels.kd.scores import Scores
 from mohawk.kernels.kd.teachers import TeacherSamples, TeacherTopK
@@ -455,7 +455,7 @@ class _Sweeps:
             stats[0], stats[1] = torch.logsumexp(z, 0), torch.logsumexp(t, 0)
             stats[5] = stats[0] - stats[1]
             if self.kind == "reverse_kl":
-                stats[3] = kd_shared.whole_kl(z, t, ratio)
+                stats[3] = whole_kl(z, t, ratio)
         return stats, None if own is None else everyone[..., 4:].sum(0)
 
     def cross_entropy(self, stats: Tensor) -> Tensor:
@@ -613,7 +613,7 @@ def _target(scores: Scores, span: tuple[int, int], student: Tensor) -> Tensor:
     vocabulary, parts, norms = scores.options.vocabulary, scores.unnormalised(*span, student), None
     if vocabulary.group is not None and scores.shares is not None:
         parts = list(parts)
-        norms = kd_shared.exchange(vocabulary, None, None, parts).teachers
+        norms = exchange(vocabulary, None, None, parts).teachers
     return scores.combined(parts, norms, student)
 
 

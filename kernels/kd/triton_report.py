@@ -8,7 +8,7 @@ multiple of 16 is compiled apart, as a launch does it: its rows are not aligned,
 from __future__ import annotations
 
 from mohawk.kernels.common import triton_report
-from mohawk.kernels.kd import triton_backend as kd_triton
+from mohawk.kernels.kd import triton_backend
 
 QUICK = ("reverse_kl", "jsd", "cosine")
 LOGITS = {"bf16": "*bf16", "fp32": "*fp32"}
@@ -19,20 +19,20 @@ def compile_one(target: str, kernel: str, divergence: str, logits: str, vocab: i
     """Compile with everything that costs registers turned on: cross-entropy, temperature, TAID, row
     indices."""
     function, types, constants = launched(kernel, divergence, logits, vocab)
-    return triton_report.compile_for(target, function, types, constants, kd_triton.launch(target.startswith("sm")))
+    return triton_report.compile_for(target, function, types, constants, triton_backend.launch(target.startswith("sm")))
 
 
 def launched(kernel: str, divergence: str, logits: str, vocab: int) -> tuple:
     """A kernel, and what it is launched with: see `specialized`."""
-    function = getattr(kd_triton, f"_{kernel}")
+    function = getattr(triton_backend, f"_{kernel}")
     constants = {
         "DIVERGENCE": divergence,
-        "IN_SWEEP": divergence in kd_triton.IN_SWEEP,
+        "IN_SWEEP": divergence in triton_backend.IN_SWEEP,
         "CE": True,
         "TEMPERED": True,
         "TAID": divergence not in ("mse", "cosine", "none"),
         "HAS_ROWS": True,
-        "BLOCK": kd_triton.BLOCK,
+        "BLOCK": triton_backend.BLOCK,
     }
     constants = {name: value for name, value in constants.items() if name in function.arg_names}
     types = dict.fromkeys(set(function.arg_names) - set(constants), "*fp32")
@@ -45,14 +45,15 @@ def launched(kernel: str, divergence: str, logits: str, vocab: int) -> tuple:
 
 def cases(quick: bool = False) -> list[tuple[str, str, str, int]]:
     """(kernel, divergence, dtype of the logits, vocabulary) that a loss can launch."""
-    names = QUICK if quick else tuple(kd_triton.DIVERGENCES)
+    names = QUICK if quick else tuple(triton_backend.DIVERGENCES)
     every = [(k, d) for d in names for k in ("statistics", "sums", "gradient")]
     every += [("statistics", "none"), ("gradient", "none")]
     return [(k, d, x, n) for k, d in every for x in LOGITS if not quick or x == "bf16" for n in VOCABULARIES]
 
 
 def main() -> int:
-    title = f"blocks of {kd_triton.BLOCK}, {kd_triton.WARPS} warps, up to {kd_triton.REGISTERS} registers on NVIDIA"
+    block, warps, registers = triton_backend.BLOCK, triton_backend.WARPS, triton_backend.REGISTERS
+    title = f"blocks of {block}, {warps} warps, up to {registers} registers on NVIDIA"
     columns = ("kernel", "divergence", "logits", "vocabulary")
     return triton_report.main("mohawk.kernels.kd.triton_report", __doc__, title, columns, cases, compile_one)
 

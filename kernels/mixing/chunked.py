@@ -240,7 +240,7 @@ def finish(metric: str, total: Tensor, size: Tensor | None, seq: int, real: Tens
 
 @torch.no_grad()
 def write_matrix(mixing: Mixing, first_row: int, last_row: int, chosen: list[int], mean: bool) -> Tensor:
-    """See `mohawk.kernels.mixing.definition.mixing_matrix`."""
+    """See `mohawk.kernels.mixing.matrix.mixing_matrix`."""
     batch, heads, seq = mixing.shape
     dtype = compute_dtype(mixing)
     device = mixing.tensors[0].device

@@ -1,8 +1,8 @@
 """Structured cuts: a smaller model of the same class from some of the layers, neurons, heads and channels of a model.
 
 `cut` takes indices for any axes at once, `keep_*` one axis each. The model is left as it was; what comes back is an
-ordinary checkpoint, and removing units that put out zero leaves the logits as they were to rounding: `cut_parameters`
-says how, `cut_sizes` which sizes there are. Units keep their order.
+ordinary checkpoint, and removing units that put out zero leaves the logits as they were to rounding: parameters.py
+says how, sizes.py which sizes there are. Units keep their order.
 
 What zero means for each axis
     ffn: the neuron's output (its row of gate or up, with biases, or its column of the down projection) is zero.

@@ -7,7 +7,7 @@ import tempfile
 
 import torch
 
-from mohawk.kernels.kd import triton_backend as kd_triton
+from mohawk.kernels.kd import triton_backend
 from mohawk.kernels.kd.divergences import DIVERGENCES
 from mohawk.kernels.kd.loss import (
     TeacherHidden,
@@ -22,7 +22,7 @@ from mohawk.kernels.kd.loss import (
 
 torch.use_deterministic_algorithms(True)
 torch.utils.deterministic.fill_uninitialized_memory = True
-kd_triton.BLOCK = 64  # several blocks and a ragged one at small sizes
+triton_backend.BLOCK = 64  # several blocks and a ragged one at small sizes
 ON_LOGITS = tuple(name for name, one in DIVERGENCES.items() if one.on_logits)
 ROWS, HIDDEN = 5, 8
 

@@ -275,12 +275,12 @@ def test_second_derivative_under_compile():
 
 def test_operator_is_registered_soundly():
     """torch's own checks of the operator: schema, autograd registration, fake tensors, AOT dispatch."""
-    from mohawk.kernels.kd import compiled as kd_compile
+    from mohawk.kernels.kd import compiled
 
     torch.manual_seed(0)
     z, t = torch.randn(4, 9, requires_grad=True), torch.randn(4, 9)
     numbers = torch.tensor([1.0, 1.0, 0.0, 0.5, 0.1, 1.0, 0.0], dtype=torch.float64)
-    names, ints = ("jsd", "mean", "chunked"), [-100, kd_compile.NO_SIZE, 0, 0, 0, 0]
+    names, ints = ("jsd", "mean", "chunked"), [-100, compiled.NO_SIZE, 0, 0, 0, 0]
     torch.library.opcheck(
-        kd_compile._op, ([z], [t], None, None, None, numbers, "TeacherLogits; tensor", *names, ints, [True], "")
+        compiled._op, ([z], [t], None, None, None, numbers, "TeacherLogits; tensor", *names, ints, [True], "")
     )
