@@ -59,7 +59,7 @@ def measure_intervals(
         goes on from what was measured.
 
     Raises:
-        UserError: the run is not that far, an interval that cannot be, or what `mohawk.conversion.run.Conversion`
+        UserError: the run is not that far, an interval that cannot be, or what `mohawk.conversion.run.opened`
             refuses.
     """
     console, folder = console or Console(), home(run)

@@ -119,7 +119,7 @@ def select(
         stopped call goes on from what was measured.
 
     Raises:
-        UserError: the run is not that far, or what `mohawk.conversion.run.Conversion` refuses.
+        UserError: the run is not that far, or what `mohawk.conversion.run.opened` refuses.
     """
     console = console or Console()
     if by not in RANKINGS:

@@ -1,4 +1,4 @@
-"""`mohawk cache`: a recipe's teacher, run once over the rows that a phase or stage trains on (teacher_writer.py)."""
+"""`mohawk cache`: a recipe's teacher, run once over the rows that a phase or stage trains on."""
 
 from __future__ import annotations
 

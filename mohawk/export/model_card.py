@@ -171,14 +171,14 @@ def _needs(config: Any) -> str:
 
 def _recipe(recipe: RecipeFile) -> str:
     """The student and its training; where things lay on somebody's disk is nobody's business."""
-    from mohawk.schema import yaml_text as recipe_text
+    from mohawk.schema import yaml_text
 
     told = recipe.model_dump(mode="json")
     places = ("teacher", "teachers", "data", "evaluation", "device", "output", "report_to")
     stages = [told.get("heal"), told.get("correct"), *told.get("stages", [])]
     for stage in filter(None, stages):  # folders
         stage |= {key: None for key in ("cache", "data", "student") if key in stage}
-    return recipe_text.write({key: value for key, value in told.items() if key not in places}).strip()
+    return yaml_text.write({key: value for key, value in told.items() if key not in places}).strip()
 
 
 def _public(source: str) -> str:

@@ -22,7 +22,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from mohawk.core import folders as checkpoints
+from mohawk.core import folders
 from mohawk.core.json_files import parse_json
 from mohawk.core.processes import several
 from mohawk.core.terminal import SHOWN
@@ -310,7 +310,7 @@ def save_text(path: Path, text: str) -> None:
     """A file that has all of `text`, or is as it was; `why_altered` knows it again. Raises UserError where it cannot be
     written."""
     try:
-        with checkpoints.write_file(path) as beside:
+        with folders.write_file(path) as beside:
             beside.write_text(text, encoding="utf-8", errors="replace")
     except OSError as error:
         raise UserError(f"{path}: cannot be written ({error.strerror or error})") from error

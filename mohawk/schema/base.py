@@ -17,7 +17,7 @@ from mohawk.errors import UserError
 from mohawk.kernels.kd.divergences import DIVERGENCES
 from mohawk.kernels.mixing.metrics import METRICS, OF_MEANS
 from mohawk.models.mixer_names import MIXERS
-from mohawk.schema import yaml_text as recipe_text
+from mohawk.schema import yaml_text
 from mohawk.schema.check import check
 from mohawk.schema.files import read_recipe
 from mohawk.schema.kinds import command_for
@@ -60,7 +60,7 @@ Share = Annotated[float, Field(ge=0, le=1)]
 Weight = Annotated[float, Field(ge=0, le=1e6)]  # of a loss
 Text = Annotated[str, Field(min_length=1)]
 # The values involved, and what is wrong with them together.
-Contradiction = tuple[list[recipe_text.Path], str]
+Contradiction = tuple[list[yaml_text.Path], str]
 Place = Annotated[Path, Field(strict=False), BeforeValidator(_place)]
 
 
@@ -186,7 +186,7 @@ class Sharding(Section):
     )
 
 
-def phase_contradictions(phase: Phase, at: recipe_text.Path, name: str, or_else: str) -> Iterator[Contradiction]:
+def phase_contradictions(phase: Phase, at: yaml_text.Path, name: str, or_else: str) -> Iterator[Contradiction]:
     """What contradicts itself in one phase's budget; `name` as a reader knows it, `or_else` the last way out."""
     if phase.warmup + phase.decay > 1:
         yield (
@@ -265,7 +265,7 @@ class RecipeFile(Section):
     def from_dict(cls, data: dict[str, Any], overrides: Sequence[str] = ()) -> Self:
         """Check plain data as `load` checks a file. Raises UserError."""
         # Through YAML text and back: a deep copy that holds only what a file could hold.
-        read = RecipeText.read(recipe_text.write(data), "recipe")
+        read = RecipeText.read(yaml_text.write(data), "recipe")
         read.places.clear()  # lines of a text that the caller never saw
         return check(cls, read, overrides, cls.contradictions)
 
@@ -273,7 +273,7 @@ class RecipeFile(Section):
         """The resolved recipe, every value written out; reading it gives an equal recipe."""
         values = self.model_dump(mode="json")
         last = {key: values.pop(key) for key in LAST}
-        return recipe_text.write(values | last)  # as a person would order it
+        return yaml_text.write(values | last)  # as a person would order it
 
     def save(self, path: str | Path) -> None:
         """Write the resolved recipe; over a run's own, as what the run is to go by."""

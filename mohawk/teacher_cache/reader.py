@@ -5,9 +5,9 @@
     rows = CachedRows(dataset, cache)                  the dataset's rows with the teacher's columns
     teacher = cache.teacher(batch)                     of a collated batch, for kd_loss and linear_kd_loss
 
-The folder holds shard-00000.bin, shard-00001.bin, ... of `rows_per_shard` rows each (teacher_records.py has their
+The folder holds shard-00000.bin, shard-00001.bin, ... of `rows_per_shard` rows each (layout.py has their
 bits), for hidden states head.bin and perhaps bias.bin, and MANIFEST.json with every file's size and sha256. It is
-written by teacher_writer.py, whole or not at all. Rows are those of one packed dataset, by index: a cache of one epoch
+written by writer.py, whole or not at all. Rows are those of one packed dataset, by index: a cache of one epoch
 serves any number of passes in any order. examples/read_teacher_cache.py reads it without this package.
 """
 
@@ -41,8 +41,9 @@ LOOKED_AT = 8  # rows whose text is compared before training begins
 class TeacherCache:
     """A finished cache; `len` is its number of rows.
 
-    folder: where it lies. layout: kind, sequence_length, vocab_size, k, ... (teacher_records.Layout). temperature: of
-    the softmax that was cut or drawn from, None for hidden states. manifest: all of MANIFEST.json.
+    folder: where it lies. layout: what it holds: kind ("top-k", "samples" or "hidden"), sequence_length, vocab_size, k,
+    hidden_size, dtype. temperature: of the softmax that was cut or drawn from, None for hidden states. manifest: all of
+    MANIFEST.json.
 
     Raises:
         UserError: no such folder, not a cache, of a later version, files that are missing or cut short.
@@ -120,11 +121,12 @@ class TeacherCache:
         return self._heads[device]
 
     def teacher(self, batch: Mapping[str, Tensor]) -> Teacher:
-        """The teacher source (kd_teachers.py) of a batch with this cache's columns, of shape (b, n) like its labels.
+        """The teacher source of a batch with this cache's columns, of shape (b, n) like its labels.
 
-        Position t answers for the token after t: the loss needs labels moved one to the left. Where the student's
-        vocabulary is wider, pass the loss `vocab_size=cache.layout.vocab_size`; where it is the beginning of the
-        cache's, `vocab_size` of the student, and what `mohawk.losses.shared_vocabulary.shared_part` leaves of this.
+        That is `TeacherTopK`, `TeacherSamples` or `TeacherHidden`. Position t answers for the token after t: the loss
+        needs labels moved one to the left. Where the student's vocabulary is wider, pass the loss
+        `vocab_size=cache.layout.vocab_size`; where it is the beginning of the cache's, `vocab_size` of the student, and
+        what `mohawk.losses.shared_vocabulary.shared_part` leaves of this.
         """
         if self.layout.kind == "top-k":
             return TeacherTopK(batch["teacher_ids"], batch["teacher_logprobs"], batch["teacher_tail"])

@@ -15,7 +15,7 @@ from mohawk.conversion.recipe import Recipe
 from mohawk.distillation.recipe import DistillRecipe
 from mohawk.errors import UserError
 from mohawk.pruning.recipe import PruneRecipe
-from mohawk.schema import yaml_text as recipe_text
+from mohawk.schema import yaml_text
 from mohawk.schema.files import shipped
 from mohawk.schema.kinds import kind_of
 from mohawk.schema.yaml_text import RecipeText
@@ -313,7 +313,7 @@ plain = st.recursive(
 @settings(max_examples=200, deadline=None)
 @given(st.dictionaries(st.sampled_from(["a", "b", "c"]), plain, min_size=1))
 def test_any_plain_data_survives_yaml(data):
-    read = RecipeText.read(recipe_text.write(data), "r.yaml")
+    read = RecipeText.read(yaml_text.write(data), "r.yaml")
     assert read.data == data and not read.mistakes
 
 

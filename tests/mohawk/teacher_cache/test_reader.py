@@ -84,7 +84,7 @@ def buckets(logits, ids, temperature):
 
 
 def bound(p, q, temperature):
-    """What teacher_records.py states, per token."""
+    """What layout.py states, per token."""
     m = torch.where(p.exp() > 0, p.abs().clamp(min=1), 0)
     mean = (p.exp() * m).sum(-1, keepdim=True)
     terms = torch.where(p.exp() > 0, p.exp() * (m + mean) * (p - q).abs(), 0)
