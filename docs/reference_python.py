@@ -15,7 +15,17 @@ PYTHON_HEAD = """\
 <!-- Written by docs/generate.py from signatures and docstrings. -->
 
 These names are public: `from mohawk import kd_loss`. They are imported when they are first used, so `import mohawk` is
-quick, and the losses and kernels need torch alone. Other modules may move from one version to the next.
+quick, and the losses and kernels need torch alone.
+
+Four modules keep their places as well: `mohawk.teacher_models` ([below](#teachers-to-distil-from)),
+`mohawk.models.hybrid`, whose import registers students with transformers, `mohawk.next_tokens` (`next_labels`,
+`next_column`, `positions`, `IGNORED`) and `mohawk.phases` (the objectives of [the three phases](#the-three-phases)).
+Every other module may move from one version to the next, also where a text below names it.
+"""
+TEACHERS_HEAD = """\
+`from mohawk.teacher_models import Ensemble`. What `KnowledgeDistiller`, `DistillationTrainer` and recipes ask while a
+student trains. A teacher of your own is anything that is called as these are: `teacher(batch, watches)` gives a list of
+`Answer`s, which cover the batch's rows between them.
 """
 GROUPS = {
     "Losses": [
@@ -23,8 +33,9 @@ GROUPS = {
         "TeacherMixture", "TeacherTAID", "TAIDSchedule",
     ],
     "Distilling": [
-        "KnowledgeDistiller", "DistillationTrainer", "HiddenMatch", "layer_map", "match_hidden", "AttentionMatch",
-        "match_attention", "OnPolicy", "RationaleDistiller", "TeacherCache", "CachedRows",
+        "KnowledgeDistiller", "DistillationTrainer", "Ramp", "OwnLoss", "Advance", "HiddenMatch", "layer_map",
+        "match_hidden", "AttentionMatch", "match_attention", "Matching", "OnPolicy", "RationaleDistiller",
+        "RationaleRouter", "RoutedRationales", "TeacherCache", "CachedRows",
     ],
     "Kernels": [
         "AttentionMixing", "SSDMixing", "DeltaMixing", "mixing_matrix", "mixing_distance", "ssd", "ssd_step",
@@ -35,12 +46,30 @@ GROUPS = {
         "GatedDeltaMixer", "KimiDeltaMixer", "to_bamba", "from_bamba", "to_granite", "to_qwen3_5", "write_gguf",
         "load_released", "to_released", "save_released",
     ],
-    "Runs": ["Recipe", "convert", "DistillRecipe", "distill", "PruneRecipe", "prune"],
+    "Runs": ["Recipe", "convert", "Hardware", "DistillRecipe", "distill", "PruneRecipe", "prune"],
     "The three phases": ["MixingObjective", "HiddenObjective", "EndToEndObjective", "next_labels"],
     "Pruning": [
-        "MinitronPruner", "measure_importance", "Importance", "Cut", "cut", "keep_layers", "trim_vocabulary",
+        "MinitronPruner", "Sizes", "measure_importance", "Importance", "Cut", "cut", "keep_layers", "trim_vocabulary",
     ],
 }  # fmt: skip
+TEACHERS = ["ModelTeacher", "Ensemble", "AverageTeacher", "CachedTeacher", "Answer"]
+# What signatures name and nobody imports: it is handed out, or is a word for types that are known.
+TYPES = {
+    "CausalLM": "a causal language model of transformers, or peft's model around one",
+    "Dense": "`TeacherLogits` or `TeacherHidden`",
+    "KDParts": "a named tuple of the loss's two terms, `kd` (with its T²) and `ce`, before their weights, detached",
+    "LABEL, RATIONALE": '`"[label]"` and `"[rationale]"`',
+    "Mixing": "`AttentionMixing`, `SSDMixing` or `DeltaMixing`",
+    "Model": "any class of model: what comes back is of the class of what went in",
+    "PerLayer": "`Mapping[int, Sequence[int]]`: for each layer the indices of what is kept",
+    "PruneStep": "a step of a pruning: `name`, `kind`, `told` (what the student then is), `round` (from 1)",
+    "Record": "what a layer was called with, as the watches of `match_attention` collect it",
+    "StateMixer": "the class that all mixers derive from",
+    "TargetSection": "the sizes or the budget of a round, as under `prune` in a [recipe](recipes.md)",
+    "Teacher": "any of the sources `Teacher...`",
+    "TrimmedVocabulary": "`model`, `tokenizer` and `tokens`: the id that each token had before",
+    "Watch": "a context around a model's pass that collects tensors of its layers into a dict",
+}
 
 
 def python() -> str:
@@ -54,6 +83,12 @@ def python() -> str:
         lines += [f"## {title}", ""]
         for name in names:
             lines += entry(mohawk._PUBLIC[name], name, name)
+        if title == "Distilling":
+            lines += ["## Teachers to distil from", "", TEACHERS_HEAD]
+            for name in TEACHERS:
+                lines += entry("mohawk.losses.teachers", name, name)
+    lines += ["## Words in signatures", "", "| word | means |", "|---|---|"]
+    lines += [f"| {', '.join(f'`{each}`' for each in word.split(', '))} | {means} |" for word, means in TYPES.items()]
     return "\n".join(lines).rstrip("\n") + "\n"
 
 
@@ -114,8 +149,9 @@ def class_arguments(node: ast.ClassDef, nodes: dict[str, ast.AST]) -> list[str]:
             if found != ["*args", "**kwargs"]:  # what only hands on is described by its base
                 return found
     if any("dataclass" in ast.unparse(each) for each in node.decorator_list):
+        by_name = any("kw_only=True" in ast.unparse(each) for each in node.decorator_list)
         fields = [item for item in node.body if isinstance(item, ast.AnnAssign)]
-        return [ast.unparse(field) for field in fields]
+        return ["*"] * by_name + [ast.unparse(field) for field in fields]
     for base in node.bases:
         if (found := nodes.get(ast.unparse(base))) is not None:
             return class_arguments(found, nodes)

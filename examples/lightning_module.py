@@ -12,8 +12,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from mohawk import Head, linear_kd_loss
-from mohawk.data.next_tokens import next_labels
+from mohawk import Head, linear_kd_loss, next_labels
 
 
 class Distillation(L.LightningModule):

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, Trainer, TrainingArguments
 
 from mohawk import kd_loss
-from mohawk.data.next_tokens import IGNORED, next_labels, positions
+from mohawk.next_tokens import IGNORED, next_labels, positions
 
 
 class DistillingTrainer(Trainer):

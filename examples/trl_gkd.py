@@ -16,8 +16,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from trl.experimental.gkd import GKDConfig, GKDTrainer
 
-from mohawk import kd_loss
-from mohawk.data.next_tokens import next_labels
+from mohawk import kd_loss, next_labels
 
 
 class FusedGKDTrainer(GKDTrainer):

@@ -19,6 +19,7 @@ if not all(os.path.isdir(os.path.join(_HERE, folder)) for folder in ("kernels", 
     __path__.append(os.path.dirname(_HERE))
 
 if TYPE_CHECKING:
+    from mohawk.conversion.footprint import Hardware
     from mohawk.conversion.objectives import EndToEndObjective, HiddenObjective, MixingObjective
     from mohawk.conversion.recipe import Recipe
     from mohawk.conversion.run import convert
@@ -42,14 +43,17 @@ if TYPE_CHECKING:
     from mohawk.kernels.mixing.matrix import mixing_matrix
     from mohawk.kernels.ssd.scan import ssd, ssd_step
     from mohawk.losses.attention_match import AttentionMatch
-    from mohawk.losses.distiller import KnowledgeDistiller
+    from mohawk.losses.distiller import KnowledgeDistiller, OwnLoss
     from mohawk.losses.heads import Head
     from mohawk.losses.hf_trainer import DistillationTrainer
     from mohawk.losses.hidden_match import HiddenMatch, layer_map
-    from mohawk.losses.matching import match_attention, match_hidden
+    from mohawk.losses.matching import Matching, match_attention, match_hidden
     from mohawk.losses.on_policy import OnPolicy
+    from mohawk.losses.rationale_router import RationaleRouter, RoutedRationales
     from mohawk.losses.rationales import RationaleDistiller
+    from mohawk.losses.schedules import Ramp
     from mohawk.models.cutting.cuts import Cut, cut, keep_layers
+    from mohawk.models.cutting.sizes import Sizes
     from mohawk.models.delta_mixer import GatedDeltaMixer, KimiDeltaMixer
     from mohawk.models.formats.bamba import from_bamba, to_bamba
     from mohawk.models.formats.gguf import write_gguf
@@ -66,8 +70,10 @@ if TYPE_CHECKING:
     from mohawk.pruning.run import prune
     from mohawk.pruning.vocabulary import trim_vocabulary
     from mohawk.teacher_cache.reader import CachedRows, TeacherCache
+    from mohawk.training.advance import Advance
 
 _PUBLIC = {
+    "Advance": "mohawk.training.advance",
     "AttentionMatch": "mohawk.losses.attention_match",
     "AttentionMixing": "mohawk.kernels.mixing.definition",
     "CachedRows": "mohawk.teacher_cache.reader",
@@ -78,6 +84,7 @@ _PUBLIC = {
     "DistillationTrainer": "mohawk.losses.hf_trainer",
     "EndToEndObjective": "mohawk.conversion.objectives",
     "GatedDeltaMixer": "mohawk.models.delta_mixer",
+    "Hardware": "mohawk.conversion.footprint",
     "Head": "mohawk.losses.heads",
     "HiddenMatch": "mohawk.losses.hidden_match",
     "HiddenObjective": "mohawk.conversion.objectives",
@@ -87,13 +94,19 @@ _PUBLIC = {
     "KimiDeltaMixer": "mohawk.models.delta_mixer",
     "KnowledgeDistiller": "mohawk.losses.distiller",
     "Mamba2Mixer": "mohawk.models.mixers",
+    "Matching": "mohawk.losses.matching",
     "MinitronPruner": "mohawk.pruning.minitron",
     "MixingObjective": "mohawk.conversion.objectives",
     "OnPolicy": "mohawk.losses.on_policy",
+    "OwnLoss": "mohawk.losses.distiller",
     "PruneRecipe": "mohawk.pruning.recipe",
+    "Ramp": "mohawk.losses.schedules",
     "RationaleDistiller": "mohawk.losses.rationales",
+    "RationaleRouter": "mohawk.losses.rationale_router",
     "Recipe": "mohawk.conversion.recipe",
+    "RoutedRationales": "mohawk.losses.rationale_router",
     "SSDMixing": "mohawk.kernels.mixing.definition",
+    "Sizes": "mohawk.models.cutting.sizes",
     "TAIDSchedule": "mohawk.kernels.kd.teachers",
     "TeacherCache": "mohawk.teacher_cache.reader",
     "TeacherHidden": "mohawk.kernels.kd.teachers",
@@ -134,6 +147,7 @@ _PUBLIC = {
 }
 
 __all__ = [
+    "Advance",
     "AttentionMatch",
     "AttentionMixing",
     "CachedRows",
@@ -144,6 +158,7 @@ __all__ = [
     "DistillationTrainer",
     "EndToEndObjective",
     "GatedDeltaMixer",
+    "Hardware",
     "Head",
     "HiddenMatch",
     "HiddenObjective",
@@ -153,13 +168,19 @@ __all__ = [
     "KimiDeltaMixer",
     "KnowledgeDistiller",
     "Mamba2Mixer",
+    "Matching",
     "MinitronPruner",
     "MixingObjective",
     "OnPolicy",
+    "OwnLoss",
     "PruneRecipe",
+    "Ramp",
     "RationaleDistiller",
+    "RationaleRouter",
     "Recipe",
+    "RoutedRationales",
     "SSDMixing",
+    "Sizes",
     "TAIDSchedule",
     "TeacherCache",
     "TeacherHidden",

@@ -130,13 +130,13 @@ def kd_loss(
         student_logits: (..., vocab), any float dtype; the loss is computed in float32 (float64 from float64). Of a
             DTensor whose vocabulary is split over processes, as a tensor-parallel head gives it, each process takes its
             slice, and `group` is that of its mesh; where its rows are split each takes its own.
-        teacher: logits (..., vocab) of any float dtype, or a teacher source (teachers.py). Gets no gradient. With
+        teacher: logits (..., vocab) of any float dtype, or one of the sources `Teacher...`. Gets no gradient. With
             reduction none it must stay as it is until the backward.
         labels: (...), int64: row i's target, already aligned (nothing is shifted here). Rows of `ignore_index` are
             skipped by both terms. None: every row counts, and `ce_weight` must be 0. For next-token targets pad the
             labels, `F.pad(labels[:, 1:], (0, 1), value=-100)`, and keep the logits whole: `logits[:, :-1]` would
             have to be copied.
-        divergence: one of the table in divergences.py, listed below. Those between raw logits know no temperature.
+        divergence: one of those listed below. Those between raw logits know no temperature.
             beta is from 0 to 1, lam from 0 (no skew) to below 1.
         temperature: T, from 0.001 to 1000, dividing both sides' logits; the divergence is multiplied by T^2 (Hinton
             et al. 2015). The cross-entropy is at temperature 1.

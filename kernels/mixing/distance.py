@@ -28,7 +28,7 @@ def mixing_distance(
 ) -> Tensor:
     """How far the student's matrix S is from the teacher's A, per batch row and head, reduced over both.
 
-    metric: one of the table in metrics.py, listed below, or, between two attentions, "kl" sum_j A (log A - log S)
+    metric: one of those listed below, or, between two attentions, "kl" sum_j A (log A - log S)
     averaged over rows. Rows and columns of padding (segment -1) count as equal; their values must be finite.
 
     Batch and seq must agree. If the head counts differ, one divides the other and each head of the smaller

@@ -64,28 +64,27 @@ class KnowledgeDistiller(Objective["CausalLM"]):
     """`kd_weight * T^2 * D(teacher, student) + ce_weight * CE + sum_i w_i * matching_i`, a mean over real tokens.
 
     A token is learned where it has a label and both it and the one in front of it are real, of one document
-    (mohawk/data/next_tokens.py). Means are of a step: over all its micro-batches and processes, however it is split.
+    (`next_labels`). Means are of a step: over all its micro-batches and processes, however it is split.
 
     Args:
         teacher: a causal language model (frozen but for what it shares with the student), a teacher of
-            mohawk/losses/teachers.py, or None where `kd_weight` is 0 and nothing is matched. The model that peft's
+            `mohawk.teacher_models`, or None where `kd_weight` is 0 and nothing is matched. The model that peft's
             adapter is around, or the adapted model itself, is asked with the adapter switched off.
         student: a causal language model of any architecture. Vocabularies may differ in size where the ids they have in
             common mean the same: only those are compared.
-        divergence, beta, lam: as of `mohawk.kd_loss`.
+        divergence, beta, lam: as of `kd_loss`.
         temperature: T; a `Ramp`; or "auto": log2(teacher's parameters / student's) + 1.
         kd_weight, ce_weight: numbers or Ramps. The cross entropy is at temperature 1.
         confidence: multiply a token's divergence by the teacher's probability of its label, so that it counts for
             little where the teacher is wrong.
         taid: TAID's moving target (arXiv 2501.16937), advanced by each step's loss.
-        matchings: losses between layers, by name.
-        own_losses: by a row's `source`: that source's rows have these weights instead, are never replaced by the
-            student's samples, and their mean is added to that of the others (MiniLLM's pretraining loss is
+        matchings: losses between layers, by name: `match_hidden`, `match_attention`, or a `Matching` of your own.
+        own_losses: an `OwnLoss` by a row's `source`: that source's rows have these weights instead, are never replaced
+            by the student's samples, and their mean is added to that of the others (MiniLLM's pretraining loss is
             `OwnLoss(ce_weight=1)` of plain text beside on-policy prompts, arXiv 2306.08543).
-        on_policy: called as on_policy(batch, step) -> batch; see mohawk/losses/on_policy.py.
-        router: called as router(batch, step) -> batch, and router.end_step(step); see
-        mohawk/losses/rationale_router.py.
-        advance: says after which step to end early; see mohawk/training/advance.py.
+        on_policy: `OnPolicy`, or what else is called as on_policy(batch, step) -> batch.
+        router: `RoutedRationales`: which teacher's rationales a step reads.
+        advance: `Advance`: after which step to end early, in our trainer and in `DistillationTrainer`.
 
     Outside our trainer, ramps move with `begin_step(step, steps)`, TAID and averaged teachers with `end_step(loss)`.
     """
@@ -196,8 +195,13 @@ class KnowledgeDistiller(Objective["CausalLM"]):
         return parameter_groups(self.trained(), learning_rate, weight_decay)
 
     def begin_step(self, step: int, steps: int, together: bool = True) -> None:
-        """Before the first micro-batch's loss of a step, counted from 0, of so many. together: the processes' micro-
-        batches are of one mean."""
+        """Call it before the first micro-batch's loss of a step.
+
+        Args:
+            step: the step's index, from 0.
+            steps: how many the training has.
+            together: whether the micro-batches of all processes have one mean; else each process has its own.
+        """
         self.step, self.steps = step, steps
         self.step_loss = 0.0
         if self._counted == step and together and several():
@@ -260,7 +264,7 @@ class KnowledgeDistiller(Objective["CausalLM"]):
         batch: `input_ids` and `labels` (b, n), unshifted, -100 where nothing is predicted; `position_ids` and
         `segment_ids` of packed rows, or `attention_mask`; `weights` (b, n) of each token's loss; `task` (b, n), 1 at
         labels and 2 at rationales of step-by-step distillation and 0 elsewhere, each a mean over its own tokens;
-        `source` (b), what `own_losses` go by; what a teacher asks for (mohawk/losses/teachers.py). normalizer: divides
+        `source` (b), what `own_losses` go by; what a teacher asks for. normalizer: divides
         instead of the count of labels; what tasks count beside each other stays. forward: called instead of the
         student, such as the student as DDP wraps it.
         """

@@ -26,7 +26,7 @@ class DistillationTrainer(Trainer):
     """Trainer whose loss is `KnowledgeDistiller`'s.
 
     Args:
-        teacher: a causal language model, or a teacher of mohawk/losses/teachers.py.
+        teacher: a causal language model, or a teacher of `mohawk.teacher_models`.
         distillation: the other arguments of `KnowledgeDistiller`: divergence, temperature, kd_weight, ce_weight,
             matchings, ...
         All others: Trainer's. The data's `labels` are unshifted, -100 where nothing is learned; padding is where an

@@ -33,7 +33,7 @@ class Matching:
 
 
 def match_hidden(match: HiddenMatch, weight: float | Ramp = 1.0) -> Matching:
-    """Hidden states of layer pairs (mohawk/losses/hidden_match.py), at the positions that predict a label."""
+    """A matching of hidden states, layer pair by layer pair, at the positions that predict a label."""
 
     def loss(student, teacher, batch):
         # a position's hidden state predicts the next token, so that token's weight is its
@@ -50,7 +50,7 @@ def match_hidden(match: HiddenMatch, weight: float | Ramp = 1.0) -> Matching:
 
 
 def match_attention(match: AttentionMatch, weight: float | Ramp = 1.0) -> Matching:
-    """Mixing matrices of layer pairs (mohawk/losses/attention_match.py), of whole rows without their padding."""
+    """A matching of mixing matrices, layer pair by layer pair, of whole rows without their padding."""
 
     def loss(student, teacher, batch):
         mask = batch.get("attention_mask")

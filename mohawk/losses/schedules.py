@@ -7,7 +7,7 @@ from typing import Literal
 
 @dataclass(frozen=True)
 class Ramp:
-    """From `start` to `end` over the first `until` (a share, 0 to 1] of the steps, `end` from there on.
+    """From `start` to `end` over the first `until` (a share, above 0, up to 1) of the steps, `end` from there on.
 
     shape: linear; cosine (half a wave, slow at both ends); or steps (the `start` first, the `end` from `until` on).
     """

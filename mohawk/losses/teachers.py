@@ -79,7 +79,7 @@ class ModelTeacher:
         if around:
             self.adapted = student
         elif self.model is student:
-            raise ValueError("teacher: got the student itself; use mohawk.losses.teachers.AverageTeacher")
+            raise ValueError("teacher: got the student itself; use mohawk.teacher_models.AverageTeacher")
         elif set(_adapters(self.model)) & set(_adapters(student)):
             raise ValueError(
                 "teacher and student share adapters, but neither is peft's model around the other; give the student's "
@@ -319,7 +319,7 @@ class AverageTeacher(ModelTeacher):
 
 
 class CachedTeacher:
-    """Answers that come with the batch, from a cache that `mohawk cache` wrote (mohawk/teacher_cache/reader.py)."""
+    """Answers that come with the batch, from a `TeacherCache` that `mohawk cache` wrote."""
 
     def __init__(self, cache: TeacherCache):
         self.cache = cache

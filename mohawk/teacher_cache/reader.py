@@ -125,8 +125,8 @@ class TeacherCache:
 
         That is `TeacherTopK`, `TeacherSamples` or `TeacherHidden`. Position t answers for the token after t: the loss
         needs labels moved one to the left. Where the student's vocabulary is wider, pass the loss
-        `vocab_size=cache.layout.vocab_size`; where it is the beginning of the cache's, `vocab_size` of the student, and
-        what `mohawk.losses.shared_vocabulary.shared_part` leaves of this.
+        `vocab_size=cache.layout.vocab_size`; where it is the beginning of the cache's, that of the student, and of the
+        ids here only those that it has (`KnowledgeDistiller` with `mohawk.teacher_models.CachedTeacher` does so).
         """
         if self.layout.kind == "top-k":
             return TeacherTopK(batch["teacher_ids"], batch["teacher_logprobs"], batch["teacher_tail"])

@@ -14,11 +14,13 @@ log = logging.getLogger(__name__)
 class Advance:
     """Measures the student every so many steps and says when to go on to the next stage.
 
-    validate: gives (the student's loss, the teacher's) on held-out text, nats per token.
-    every: steps between measurements.
-    patience, improvement: end when the student's loss has not fallen by the share `improvement` of the best so far in
-        `patience` measurements; None: never for that reason.
-    gap: end when the student's loss is within so many nats of the teacher's; None: never for that reason.
+    Args:
+        validate: gives (the student's loss, the teacher's) on held-out text, nats per token.
+        every: steps between measurements.
+        patience, improvement: end when the student's loss has not fallen by the share `improvement` of the best so far
+            in `patience` measurements; None: never for that reason.
+        gap: end when the student's loss is within so many nats of the teacher's; None: never for that reason.
+        best, since, history: what was measured so far.
     """
 
     validate: Callable[[], tuple[float, float]]

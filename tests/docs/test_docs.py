@@ -3,19 +3,24 @@ are up to date, and the site builds."""
 
 import argparse
 import ast
+import builtins
+import collections.abc
 import importlib
 import json
+import pathlib
 import re
 import runpy
 import shlex
 import shutil
 import subprocess
 import sys
+import typing
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 import torch
+import transformers
 
 from mohawk.cli import main, parser
 from mohawk.models.families import FAMILIES
@@ -234,6 +239,7 @@ def test_generated_parts_are_up_to_date():
 def test_references_are_whole():
     """Every field, option and public name has its place; a description ends up beside its own field."""
     import mohawk
+    import mohawk.teacher_models
     from mohawk.distillation.recipe import DistillRecipe
 
     recipes = (DOCS / "recipes.md").read_text(encoding="utf-8")
@@ -249,7 +255,33 @@ def test_references_are_whole():
                 shown = action.option_strings[-1] if action.option_strings else action.metavar
                 assert re.search(rf"^\| `{re.escape(shown)}[ `]", text, re.M), f"mohawk {name}: {shown}"
     headings = set(re.findall(r"^### (\S+)$", (DOCS / "python.md").read_text(encoding="utf-8"), re.M))
-    assert headings >= set(mohawk.__all__)
+    assert headings >= {*mohawk.__all__, *mohawk.teacher_models.__all__}
+
+
+def test_words_in_public_signatures_are_explained():
+    """Each is public itself, in the table at the end of the page, or a word of Python, torch or transformers."""
+    page = DOCS / "python.md"
+    signatures = [fence.text for fence in fences(page) if fence.language == "python"]
+    said = set(re.findall(r"^### (\S+)$", page.read_text(encoding="utf-8"), re.M))
+    said |= {word for words in REFERENCE["python"]["TYPES"] for word in words.split(", ")}
+    theirs = (builtins, collections.abc, pathlib, torch, torch.distributed, torch.nn, transformers, typing)
+    used = {word for text in signatures for word in re.findall(r"(?<![\w\"])[A-Z]\w+", text)}
+    assert sorted(word for word in used - said if not any(hasattr(module, word) for module in theirs)) == []
+    assert {word for words in REFERENCE["python"]["TYPES"] for word in words.split(", ")} <= used
+
+
+def test_examples_import_public_names():
+    """They are copied, so what they import keeps its place."""
+    import mohawk
+
+    stable = {"mohawk", "mohawk.models.hybrid", "mohawk.next_tokens", "mohawk.phases", "mohawk.teacher_models"}
+    for path in (ROOT / "examples").glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom) and node.module.split(".")[0] == "mohawk":
+                assert node.module in stable, f"{path.name}: {ast.unparse(node)}"
+                assert node.module != "mohawk" or {alias.name for alias in node.names} <= set(mohawk.__all__)
+    head = (DOCS / "python.md").read_text(encoding="utf-8").split("\n## ")[0]
+    assert set(re.findall(r"`(mohawk\.[\w.]+)`", head)) == stable - {"mohawk"}
 
 
 def test_docstrings_become_lists():
