@@ -1,8 +1,9 @@
-"""`HybridForCausalLM`: a decoder of a supported family in which some layers' `self_attn` is a Mamba-2 mixer.
+"""`HybridForCausalLM`: a decoder of a supported family in which some layers' `self_attn` is a mixer with a
+state: Mamba-2's or Gated DeltaNet's.
 
 The decoder itself (embeddings, norms, MLPs, rotary positions, masks, the attention layers that stay) is the family's
-own transformers code; only attention modules are swapped. `layer_types` says which: "linear_attention" marks a Mamba-2
-layer and makes transformers' caches give that layer a conv and a recurrent state instead of keys and values.
+own transformers code; only attention modules are swapped. `layer_types` says which: "linear_attention" marks a layer
+with a mixer and makes transformers' caches give it a conv and a recurrent state instead of keys and values.
 """
 
 import copy

@@ -1,1 +1,1 @@
-"""Other people's layouts of hybrids: Bamba's and those of released checkpoints."""
+"""Other people's layouts of hybrids: Bamba's, Granite 4's, Qwen3.5's, and those of released checkpoints."""

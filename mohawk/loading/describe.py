@@ -1,4 +1,4 @@
-"""`mohawk inspect`: a model's layers, mixers, parameters and state; a run's phases. Reads no weights."""
+"""`mohawk inspect`: a model's layers, mixers, parameters and state. Reads no weights."""
 
 from __future__ import annotations
 
