@@ -82,6 +82,15 @@ def found(name: str) -> bool:
         return bool(package) and hasattr(importlib.import_module(package), last)
 
 
+def test_modules_that_moved_are_where_the_changes_say():
+    text = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    moved = re.findall(r"^\| `([\w.]+)` \| `([\w.]+)` \|$", text, re.M)
+    assert len(moved) > 40
+    for old, new in moved:
+        importlib.import_module(new)
+        assert not (ROOT / old.replace(".", "/")).with_suffix(".py").is_file(), old  # a folder at most
+
+
 def test_names_behind_a_module_are_in_it():
     """Of `some_module.name`, where `name` is one of ours: some_module is what the module is called."""
     stems: dict[str, set[str]] = {}
