@@ -54,7 +54,7 @@ class SSMMixer(StateMixer):
 
     @property
     def conv_bias(self) -> Tensor:
-        """Of the convolution, which in Mamba-2 has one."""
+        """The bias of the convolution, which in Mamba-2 has one."""
         assert self.conv1d.bias is not None
         return self.conv1d.bias
 

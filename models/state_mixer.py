@@ -295,5 +295,5 @@ def segments_of_padding(padding_mask: Tensor) -> Tensor:
 
 
 def wide(x: Tensor) -> Tensor:
-    """In float32 at least."""
+    """The tensor in float32 at least."""
     return x.to(torch.promote_types(x.dtype, torch.float32))

@@ -89,7 +89,7 @@ class DeltaChunks:
         d_k_to_end: Tensor,
         d_across: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """From those of the matrices (d_across: (g, d)) those of q, k, beta and of the log decays, (g, t, 1 or d)."""
+        """Gradients of q, k, beta and the log decays, (g, t, 1 or d), from the matrices' (d_across: (g, d))."""
         d_k_from_start = torch.bmm(self.writes.mT, d_erases)
         through = torch.bmm(self.inverse.mT, torch.baddbmm(d_writes, d_erases, self.k_from_start.mT))
         d_lower = torch.bmm(through, self.writes.mT).mul_(-torch.ones_like(through[0]).tril_(-1))
@@ -165,7 +165,7 @@ def _decayed_products(left: Tensor, k: Tensor, sums: Tensor) -> Tensor:
 
 
 def _decayed_products_gradients(d_out: Tensor, left: Tensor, k: Tensor, sums: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Of left, k and the log decays."""
+    """The gradients of left, k and the log decays."""
     of_own = d_out.diagonal(dim1=-2, dim2=-1).unsqueeze(-1)
     d_left, dk = of_own * k.unsqueeze(1), (of_own * left).sum(1)
     d_decay = torch.zeros_like(k)

@@ -185,8 +185,7 @@ class Call(Task):
 
 
 def _held(dtype: torch.dtype) -> torch.dtype:
-    """Of a gradient until the backward: before it is multiplied by the loss scale, float16 would
-    underflow."""
+    """A gradient's dtype until the backward: before it is multiplied by the loss scale, float16 would underflow."""
     return torch.float32 if dtype == torch.float16 else dtype
 
 

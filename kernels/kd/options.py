@@ -40,8 +40,8 @@ class Settings(NamedTuple):
 
 @dataclass(frozen=True)
 class Options:
-    """Of a checked call. In its `settings` the divergence has its plain name, and the temperature is 1 for divergences
-    of raw logits."""
+    """What a checked call asks for. In its `settings` the divergence has its plain name, and the temperature is 1 for
+    divergences of raw logits."""
 
     settings: Settings
     vocabulary: Vocabulary

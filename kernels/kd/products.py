@@ -77,14 +77,14 @@ def _mkl_is_slow() -> bool:
 
 
 def _onednn_is_faster(rows: int, inner: int, out: Tensor) -> bool:
-    """Of a product (rows, inner) @ (inner, many) in float32 that needs copies for oneDNN."""
+    """Whether oneDNN is faster at a float32 product (rows, inner) @ (inner, many), copies for it included."""
     suits = out.dtype == torch.float32 and out.device.type == "cpu" and rows >= 8 and inner >= 128
     return suits and bool(torch.backends.mkldnn.enabled) and _mkl_is_slow()
 
 
 def _padded(matrix: Tensor) -> Tensor:
-    """With rows of 0 up to one of a few counts, at most an eighth more beyond 256: oneDNN keeps what it has compiled
-    for each shape, and the number of rows that count is another one in each step."""
+    """The matrix with rows of 0 up to one of a few counts, at most an eighth more beyond 256: oneDNN keeps what it has
+    compiled for each shape, and the number of rows that count is another one in each step."""
     rows = len(matrix)
     step = max(32, 1 << max(0, rows.bit_length() - 4))
     return functional.pad(matrix, (0, 0, 0, -rows % step))
@@ -134,7 +134,7 @@ def rounded(x: Tensor, dtype: torch.dtype | None) -> Tensor:
 def head_logits(
     hidden: Tensor, head: Tensor, bias: Tensor | None, scale: float, softcap: float | None, dtype: torch.dtype
 ) -> Tensor:
-    """By definition, differentiable: `scale * (hidden @ head.T + bias)`, softcapped, in `dtype`."""
+    """Logits by their definition, differentiable: `scale * (hidden @ head.T + bias)`, softcapped, in `dtype`."""
     logits = hidden.to(dtype) @ head.to(dtype).T
     if bias is not None:
         logits = logits + bias.to(dtype)
@@ -143,7 +143,7 @@ def head_logits(
 
 
 def finish_logits(tile: Tensor, bias: Tensor | None, scale: float, softcap: float | None) -> None:
-    """From `hidden @ head.T` to logits, in place."""
+    """Turns `hidden @ head.T` into logits, in place."""
     if bias is not None:
         tile += bias[: tile.shape[1]]
     if scale != 1.0:

@@ -128,7 +128,7 @@ class Dense(Teacher, source=False):
         """The product of a head, for all rows of a tile (rows, local entries); `take` gives these rows of a tensor."""
 
     def finish(self, tile: Tensor) -> None:
-        """From the product to the logits, in place, for some rows of the tile."""
+        """Turns the product into the logits, in place, for some rows of the tile."""
 
     def probability(self, ids: Tensor, vocab: int | None) -> Tensor:
         return self.scores(torch.float32)[:, :vocab].log_softmax(-1).gather(1, ids[:, None]).squeeze(1).exp()

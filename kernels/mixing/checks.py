@@ -49,7 +49,7 @@ def check_pair(where: str, student: Mixing, teacher: Mixing) -> None:
 
 
 def a_kind(mixing: Mixing) -> str:
-    """As in a sentence: "an SSDMixing"."""
+    """What kind a mixing is, for a sentence: "an SSDMixing"."""
     return f"a{'' if isinstance(mixing, DeltaMixing) else 'n'} {type(mixing).__name__}"
 
 

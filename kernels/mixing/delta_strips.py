@@ -187,7 +187,7 @@ def _parts(inside: DeltaChunks) -> tuple[Tensor, Tensor, Tensor]:
 def _gradients(
     inside: DeltaChunks, d_own: Tensor, d_seen: Tensor, d_crossing: Tensor, d_left: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Of q, k, beta and the log decays."""
+    """The gradients of q, k, beta and the log decays."""
     return inside.gradients(
         d_scores=torch.bmm(d_own, inside.writes.mT).baddbmm_(d_seen, inside.erases.mT, alpha=-1),
         d_writes=torch.bmm(inside.scores.mT, d_own).baddbmm_(inside.k_to_end, d_left.mT),

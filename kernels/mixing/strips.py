@@ -35,7 +35,7 @@ class Block:
         return value_bh[self.rows, group_slice(self.start, self.stop, self.heads, value_bh.shape[1])]
 
     def per_head(self, value_bh: Tensor) -> Tensor:
-        """The same with each group repeated for its heads: for small tensors."""
+        """The block's slice with each group repeated for its heads: for small tensors."""
         return _repeated(self.take(value_bh), self.stop - self.start)
 
 

@@ -91,7 +91,7 @@ def _inside_groups(shape: _Shape, groups: int, heads: int) -> bool:
 
 
 def _empty_gradient(value: Tensor, blocks: list[_Shape], wide: torch.dtype) -> Tensor:
-    """For B or C: to be written once by each block in its own dtype, or added up in a wider one."""
+    """Where B's or C's gradient goes: written once by each block in its own dtype, or added up in a wider one."""
     heads = max((block.heads.stop for block in blocks), default=0)
     if blocks and not _inside_groups(blocks[0], value.shape[2], heads):
         return torch.empty(value.shape, dtype=value.dtype, device=value.device)

@@ -85,7 +85,7 @@ def layer_parts(layer: Any, config, kept: KeptUnits) -> dict[str, Part]:
 
 
 def outer_parts(model: PreTrainedModel, hidden: Tensor | None, tokens: Tensor | None) -> dict[str, Part]:
-    """The same for the embedding, the final norm and the head, by their names in the model."""
+    """Embedding, final norm and head, by their names in the model -> what a cut keeps of them."""
     family, c = family_of(model.config), _stream_factor(model.config, hidden)
     embedding_factor = 1.0 if family.embedding_scale else c
     head_factor = embedding_factor if model.config.tie_word_embeddings else 1.0

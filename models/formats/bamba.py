@@ -345,7 +345,7 @@ def mamba2_weights(hybrid: HybridForCausalLM, *, pad_expand: bool) -> Iterator[t
 
 
 def _renamed(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """From our names to Bamba's."""
+    """The weights by Bamba's names instead of ours."""
     renamed = {}
     for key, value in state.items():
         for ours, theirs in _RENAMED.items():

@@ -91,7 +91,7 @@ def _config(config: HybridConfig, pad_expand: bool, state: dict[str, Tensor]) ->
 
 
 def _renamed(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """From our names, which are Granite's but for the MLP's, to Granite's."""
+    """The weights by Granite's names; ours differ in the MLP alone."""
     renamed = {}
     for key, value in state.items():
         if key.endswith(".mlp.gate_proj.weight"):

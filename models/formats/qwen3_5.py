@@ -123,7 +123,7 @@ def qwen3_5_config(config: HybridConfig) -> Qwen3_5TextConfig:
 
 
 def gated_weights(weights: Iterable[tuple[str, Tensor]], config: HybridConfig) -> Iterator[tuple[str, Tensor]]:
-    """From our names to Qwen3.5's, attention with a gate that is 1/2 and an o_proj of twice the size."""
+    """The weights by Qwen3.5's names, attention with a gate that is 1/2 and an o_proj of twice the size."""
     head_dim = decoder_shape(config.base_config).head_dim
     mixers = tuple(f"model.layers.{i}.self_attn." for i in config.ssm_layers)
     for key, value in weights:
@@ -162,7 +162,7 @@ def _norms(hybrid: HybridForCausalLM) -> Iterator[tuple[str, Tensor, dict[str, T
 
 
 def _rounded(weight: Tensor, dtype: torch.dtype) -> Tensor:
-    """Where w - 1 is not exact in a dtype."""
+    """Whether w - 1 is not exact in a dtype, entry by entry."""
     return (weight - 1).to(dtype).double() + 1 != weight
 
 
