@@ -279,8 +279,9 @@ def tables(result: dict) -> list[str]:
             f"{r[name]:.0f}" if r[name] is not None else "-" for name in ("distillkit", "megatron_zstd", "megatron")
         ]
         lines.append(f"| {r['k']} | {r['vocab']:,} | {r['mohawk']:.1f} | {' | '.join(cells)} |")
-    lines += ["", "What is lost (loss: beside the same k unrounded; gradient: beside the dense teacher's, of single "
-              "tokens and of their mean, in which the noise of samples goes away and a bias does not):", "",
+    lines += ["", "What is lost. The loss is compared with that of the same k unrounded. The gradient is compared with "
+              "the dense teacher's, first token by token and then as a mean over tokens: in the mean the noise of "
+              "samples goes away and a bias does not.", "",
               "| k or draws | format | bytes per token | loss, mean error | loss, largest | gradient | mean gradient |",
               "|---:|---|---:|---:|---:|---:|---:|"]  # fmt: skip
     for r in result["losses"]:

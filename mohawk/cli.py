@@ -118,7 +118,7 @@ def _mistake(text: str) -> int:
 
 
 def _line(text: str) -> str:
-    """As it is shown: what it quotes of others may be of any length."""
+    """An error's text as it is shown: what it quotes of others may be of any length."""
     return printable(shortened(re.sub(r"\S{300,}", lambda found: shortened(found[0]), text), 2000))
 
 

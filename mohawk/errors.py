@@ -63,8 +63,8 @@ def line_for(error: BaseException) -> str | None:
 
 
 def machines_own(error: BaseException) -> BaseException | None:
-    """Of an error and what it was made of: a full disk, a refused file or too little memory, which is not to be blamed
-    on what was being read; None where there is nothing of the kind."""
+    """The error, among this one and what it was made of, that is the machine's own: a full disk, a refused file or too
+    little memory, which is not to be blamed on what was being read; None where there is none."""
     for cause in causes(error):
         refused = isinstance(cause, OSError) and cause.errno in MACHINE
         if refused or _out_of_memory(cause) is not None or as_os_error(cause) is not None:
@@ -120,12 +120,12 @@ def as_os_error(error: BaseException) -> OSError | None:
 
 
 def printable(text: str) -> str:
-    """With control characters, and what is no character, escaped: what others sent must not steer a terminal."""
+    """The text with control characters and what is no character escaped: what others sent must not steer a terminal."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text)
 
 
 def shortened(text: str, most: int = 200) -> str:
-    """At most so many characters and three dots, beginning and end: for what a line quotes of others."""
+    """The beginning and end of a text, at most so many characters and three dots: for what a line quotes of others."""
     return text if len(text) <= most else f"{text[: most - most // 2]}...{text[-(most // 2) :]}"
 
 
@@ -153,7 +153,7 @@ def _out_of_memory(error: BaseException) -> str | None:
 
 
 def _silent_process(error: BaseException) -> str | None:
-    """Of a run in several processes, when one of them has ended or answers no more."""
+    """The line about a run in several processes of which one has ended or answers no more; None for other errors."""
     text = str(error)
     gone = re.search(r"Timed out waiting \d+ms for \w+|Connection closed by peer|Connection reset by peer", text)
     distributed = type(error).__name__ in ("DistBackendError", "DistNetworkError", "DistStoreError")

@@ -460,7 +460,7 @@ def _operands(mixing: AttentionMixing | SSDMixing) -> tuple[Tensor, Tensor]:
 
 
 def _dtype(*mixings: AttentionMixing | SSDMixing, half: bool = False) -> torch.dtype:
-    """The dtype of the products' operands; half: bfloat16. Float16 is widened: gradients times decays leave its range."""
+    """The products' operands' dtype; half: bfloat16. Float16 is widened: gradients times decays leave its range."""
     given = {tensor.dtype for mixing in mixings for tensor in _operands(mixing)}
     return torch.bfloat16 if half or given == {torch.bfloat16} else torch.float32
 

@@ -54,7 +54,7 @@ ALLOWED = "a number of attention layers (8), a share of the layers (25%), or sta
 
 @dataclass(frozen=True)
 class AttentionBudget:
-    """At most `layers` attention layers, `share` of all layers, or `state_bytes` of one sequence after `context`."""
+    """How much attention stays at most: `layers`, a `share` of all, or `state_bytes` of a sequence after `context`."""
 
     text: str
     layers: int | None = None
@@ -241,7 +241,7 @@ def _forget_mixers(composed: Path, target: Path) -> None:
 
 
 def _ranking(folder: Path, source: Path, by: str) -> dict[str, Any]:
-    """Of the run's selection. Raises UserError that names the command that makes it."""
+    """The ranking `by` in the run's selection. Raises UserError that names the command that makes it."""
     if by not in RANKINGS:
         raise UserError(f"--by: got {by!r}; allowed: {', '.join(RANKINGS)}")
     found = read_json(folder / SELECTION, Selection) or {"rankings": {}, "settings": {}}

@@ -30,10 +30,10 @@ PLOT = "plots/selection.png"
 RECALL_WEIGHT = 0.1
 RECALLS_LITTLE = 0.1  # of its values: a teacher below this share gives nothing to rank layers by
 RANKINGS = {
-    "kl": "greedy: from all attention, always the layer next whose replacement leaves the least KL from the teacher",
-    "recall": "greedy as kl, by the loss on the values of key-value recall",
-    "both": f"greedy as kl, by KL + {RECALL_WEIGHT} x the loss on the values of key-value recall",
-    "alone": "by the KL of each layer's replacement alone",
+    "kl": "starting from attention everywhere, each step replaces the layer that leaves the least KL from the teacher",
+    "recall": "as kl, but the least loss on the values of key-value recall",
+    "both": f"as kl, but the least sum of KL and {RECALL_WEIGHT} x the loss on the values of key-value recall",
+    "alone": "by the KL that each layer's replacement alone leaves",
 }
 
 Cost = Callable[[frozenset[int]], float]

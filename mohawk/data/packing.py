@@ -186,7 +186,7 @@ class PackedDataset(torch.utils.data.Dataset):
         return {**self.__dict__, "_epochs": {}}
 
     def _epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Of one epoch: document order, where each document ends once laid end to end, and row order."""
+        """What one epoch reads: document order, where each document ends once laid end to end, and row order."""
         if epoch not in self._epochs:
             generator = np.random.default_rng([self.seed, epoch])
             order = generator.permutation(len(self.documents))

@@ -363,7 +363,7 @@ def _teacher(row: dict[str, Any], where: str, field: str, teachers: Sequence[str
 
 
 def no_weights(where: str, fields: Iterable[Any], weight_field: str) -> UserError:
-    """Of pairs whose first row is at `where`, with these fields, and of which none has a weight."""
+    """The error about pairs of which none has a weight; the first row is at `where` and has these fields."""
     return UserError(
         f"{where}: weight_field: neither this row nor any other has a field {weight_field!r}; its fields: "
         f"{', '.join(map(str, fields))}"

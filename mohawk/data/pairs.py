@@ -179,7 +179,7 @@ class PairsDataset(torch.utils.data.Dataset):
         return {**self.__dict__, "_epochs": {}}
 
     def _epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        """Of one epoch: the examples in the order of the places, and the order of the rows."""
+        """What one epoch reads: the examples in the order of the places, and the order of the rows."""
         if epoch not in self._epochs:
             generator = np.random.default_rng([self.seed, epoch])
             shuffled = generator.permutation(len(self._used))

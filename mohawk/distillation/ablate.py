@@ -106,7 +106,7 @@ def _values(key: str, text: str) -> list[str]:
 
 
 def _places(recipe: RecipeFile, key: str, steps: str) -> list[str]:
-    """Where in a recipe a short name is, as dotted paths."""
+    """The places in a recipe that have a short name, as dotted paths."""
     if "." in key:
         return [key]
     found: list[tuple[str | int, ...]] = []

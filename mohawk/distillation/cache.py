@@ -70,7 +70,7 @@ def cache_teacher(
 
 
 def _stage_of(recipe: RecipeFile, name: str | None) -> EndToEndPhase | Stage:
-    """Whose rows are cached."""
+    """The phase or stage whose rows are cached."""
     if isinstance(recipe, Recipe):
         if name is not None:
             raise UserError(

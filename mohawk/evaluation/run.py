@@ -64,7 +64,7 @@ def evaluate_run(run: str | Path, overrides: Sequence[str] = (), console: Consol
     target = again_file(folder)
     write_json(target, results)
 
-    table = Table("text", "tokens", "teacher", "student", "ratio", "KL", "same first choice", title=name)
+    table = Table("text", "tokens", "teacher", "student", "ratio", "KL", "same top token", title=name)
     for text, found in texts.items():
         table.add_row(
             text.replace("_", "-"),

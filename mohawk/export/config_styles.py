@@ -35,8 +35,8 @@ def both_ropes(config: dict[str, Any]) -> None:
 
 
 def no_infinity(config: dict[str, Any]) -> None:
-    """Without the limits of dt: infinity is no number in JSON, each release writes it in another way, and other readers
-    fail on it; without it they all take the default, which is no limit."""
+    """Takes out the limits of dt: infinity is no number in JSON, each release writes it in another way, and other
+    readers fail on it; without it they all take the default, which is no limit."""
     config.pop("time_step_limit", None)
 
 

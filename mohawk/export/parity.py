@@ -152,7 +152,7 @@ def compare_answers(inputs: dict[str, Tensor], expected: dict[str, Tensor], foun
 
 
 def _agreement(ours: Tensor, theirs: Tensor) -> str:
-    """How often the first choice is the same; information, since the logits are what is compared."""
+    """How often the top token is the same; information, since the logits are what is compared."""
     share = (ours.argmax(-1) == theirs.argmax(-1)).float().mean().item()
     return f"{share:.1%}"
 

@@ -45,7 +45,7 @@ class Note:
 
 
 def own_notes(config: PretrainedConfig) -> list[Note]:
-    """Of a hybrid with its code beside it."""
+    """What each runtime does with a hybrid that has its code beside it."""
     return [
         Note("transformers", True, "with trust_remote_code=True: the model's code lies beside its weights"),
         Note(
@@ -70,7 +70,7 @@ def gguf_notes(config: HybridConfig) -> list[Note]:
 
 
 def bamba_notes(config: PretrainedConfig) -> list[Note]:
-    """Of a Bamba, from its configuration."""
+    """What each runtime does with a Bamba, from its configuration."""
     stock = (
         "stock class, nothing else to install; pass position_ids when you call the model with a cache yourself, and "
         f"{LEFT}{_groups(config)}"
@@ -91,7 +91,7 @@ def bamba_notes(config: PretrainedConfig) -> list[Note]:
 
 
 def granite_notes(config: PretrainedConfig) -> list[Note]:
-    """Of a Granite 4, from its configuration."""
+    """What each runtime does with a Granite 4, from its configuration."""
     wide = getattr(config, "head_dim", None) not in (None, config.hidden_size // config.num_attention_heads)
     groups = config.mamba_n_groups
     divided = f". Over several GPUs their number must divide the mixers' {groups} groups" if groups > 1 else ""
@@ -107,7 +107,7 @@ def granite_notes(config: PretrainedConfig) -> list[Note]:
 
 
 def qwen3_5_notes(config: PretrainedConfig) -> list[Note]:
-    """Of a Qwen3.5, from its configuration."""
+    """What each runtime does with a Qwen3.5, from its configuration."""
     keys, values = config.linear_key_head_dim, config.linear_value_head_dim
     irregular = _irregular(config)
     sizes = "" if keys == 128 else f". Its fast kernels want keys of 128, here they are of {keys}"

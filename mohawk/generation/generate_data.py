@@ -162,7 +162,7 @@ def generate_data(
         synced = started
 
         def summarise() -> None:
-            """Of all that is in the folder; also where the run stops early, and now and then for one that is killed."""
+            """Sums up all that is in the folder: at the end, where the run stops early, and now and then for a kill."""
             seconds, (prompts_before, tokens_before) = time.monotonic() - started, before
             made = _summary(tally, spent, seconds, tally.prompts - prompts_before, tally.tokens - tokens_before)
             try:

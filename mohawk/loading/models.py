@@ -218,7 +218,7 @@ def load_tokenizer(
 
 
 def without_quantization(model: PreTrainedModel) -> PreTrainedModel:
-    """The same dequantized weights in a model whose config knows of no quantization.
+    """A model of the same dequantized weights whose config knows of no quantization.
 
     transformers refuses to save a model that came from GGUF, though its weights are plain tensors by then.
     The new model takes over the old one's tensors; only buffers are made anew.

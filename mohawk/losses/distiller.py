@@ -461,7 +461,7 @@ class KnowledgeDistiller(Objective["CausalLM"]):
 
     @torch.no_grad()
     def _compare(self, source, hidden: Tensor, head: Head, labels: Tensor) -> None:
-        """Agreement of first choices and the teacher's entropy (nats), on some of the rows."""
+        """The share of equal top tokens and the teacher's entropy (nats), on some of the rows."""
         if not isinstance(source, TeacherHidden):
             return
         rows = (labels.flatten() != IGNORED).nonzero().squeeze(1)[:SAMPLED_ROWS]

@@ -131,7 +131,7 @@ class OnPolicy:
             self.sampling |= {"temperature": float(temperature), "top_p": float(top_p), "top_k": top_k}
 
     def limit_to(self, vocab_size: int) -> None:
-        """From here on no id from `vocab_size` on is sampled."""
+        """Samples no id from `vocab_size` on from here on; it only ever gets less."""
         self.vocab_size = min(self.vocab_size, vocab_size)
         if beyond := [token for token in self.eos if token >= self.vocab_size]:
             raise UserError(

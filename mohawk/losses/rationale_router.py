@@ -160,7 +160,7 @@ class RoutedRationales:
         self._step, self._micro_batch = -1, 0
 
     def __call__(self, batch: dict[str, Tensor], step: int) -> dict[str, Tensor]:
-        """As many rows as the batch has, of the round's teacher."""
+        """Rows of the round's teacher, as many as the batch has."""
         if self.before is None:
             self.before = self.validate()
         self._micro_batch = self._micro_batch + 1 if step == self._step else 0

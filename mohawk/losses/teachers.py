@@ -126,7 +126,7 @@ class ModelTeacher:
         return hidden, seen
 
     def asked(self, batch: Mapping[str, Tensor], watches: Sequence[Watch] = ()) -> tuple[Tensor, list[dict], Head]:
-        """As `hidden`, and the head that goes with them."""
+        """What `hidden` gives, and the head that goes with the hidden states."""
         inputs = model_inputs(batch)
         inputs["input_ids"], check_ids = readable_ids(self.model, inputs["input_ids"], "teacher")
         with self.answering(), contextlib.ExitStack() as stack:

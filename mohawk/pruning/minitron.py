@@ -130,13 +130,13 @@ class MinitronPruner:
 
     @property
     def sizes(self) -> Sizes:
-        """What is cut to."""
+        """The sizes that the model is cut to, searched for once if they were not given."""
         if self._sizes is None:
             self._sizes = self._found()
         return self._sizes
 
     def cut(self) -> Cut:
-        """What is kept."""
+        """Which units the model keeps: those with the highest scores, and the layers that were asked for."""
         return choose(self.importance, self.sizes, layers=self.layers)
 
     def prune(self) -> Any:

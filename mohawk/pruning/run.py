@@ -229,7 +229,7 @@ class Pruning:
         return Step(step.name, functools.partial(self._match, step.name), getattr(recipe.convert, step.name))
 
     def _replace_teacher(self, corrected: PreTrainedModel) -> None:
-        """From here on all is compared with, and cut from, the teacher as fine-tuned on the text."""
+        """Makes the teacher as fine-tuned on the text the one that all is cut from and compared with from here on."""
         cast(corrected, self.run.teacher.dtype)
         self.run.teacher = corrected.eval().requires_grad_(False)
         self.run.ask_teacher()
@@ -291,7 +291,7 @@ class Pruning:
         return most_frequent(self._token_counts("train"), self.run.recipe.prune.vocabulary)
 
     def _token_counts(self, part: str) -> np.ndarray:
-        """Of the train, held_out or evaluation part of the data, (vocabulary,)."""
+        """How often each token stands in the train, held_out or evaluation part of the data, (vocabulary,)."""
         pairs = {"train": self.run.data.sources.pairs, "held_out": self.run.data.sources.held_out_pairs}.get(part, {})
         return token_counts(getattr(self.run.data.sources.text, part, None), pairs.values(), self.plan.own.vocabulary)
 

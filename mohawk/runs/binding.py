@@ -184,7 +184,7 @@ def _configuration(path: Path, at: str) -> Any:
 
 
 def _commit(name: str, revision: str | None) -> str | None:
-    """Of what the hub's cache has, where the model was just loaded from."""
+    """The commit of what the hub's cache has, from where the model was just loaded."""
     from huggingface_hub import try_to_load_from_cache
 
     found = try_to_load_from_cache(name, "config.json", revision=revision)

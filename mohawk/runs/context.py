@@ -189,7 +189,7 @@ def measure_stage(
             run.console.print(
                 f"[bold]{stage}[/bold] on {name.replace('_', '-')} text: perplexity {result['student_perplexity']:.2f} "
                 f"(teacher {result['teacher_perplexity']:.2f}, ratio {result['perplexity_ratio']:.3f}), "
-                f"KL {result['kl']:.4f}, same first choice {result['top1_agreement']:.1%}"
+                f"KL {result['kl']:.4f}, same top token {result['top1_agreement']:.1%}"
             )
 
     on_first(tell)

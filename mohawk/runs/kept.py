@@ -52,7 +52,7 @@ class Tasks(TypedDict):
 
 
 class Measured(TypedDict, total=False):
-    """Of results.json, what is not measured again."""
+    """The part of results.json that is not measured again."""
 
     recipe: dict[str, Any]
     decoding: dict[str, list[Speed]]
@@ -60,7 +60,7 @@ class Measured(TypedDict, total=False):
 
 
 class Tabled(TypedDict):
-    """Of results.json, what its tables are made of."""
+    """The part of results.json that its tables are made of."""
 
     evaluation: dict[str, dict[str, Compared]]
     decoding: dict[str, list[Speed]]
@@ -82,7 +82,7 @@ class Results(Tabled):
 
 
 class Compares(TypedDict):
-    """Of results.json, what runs are compared by."""
+    """The part of results.json that runs are compared by."""
 
     evaluation: dict[str, dict[str, dict[str, float]]]
     parameters: dict[str, int]

@@ -90,7 +90,7 @@ def plot_evaluation(stages: Mapping[str, Mapping[str, Mapping[str, float]]], tar
     panels = (
         ("student_perplexity", "student's perplexity", True),
         ("kl", "mean KL(teacher ‖ student), nats per token", True),
-        ("top1_agreement", "same most probable token, % of positions", False),
+        ("top1_agreement", "same top token, % of positions", False),
     )
     figure, axes = subplots(1, len(panels), width=4.6, height=3.8)
     for axis, (key, label, logarithmic) in zip(axes[0], panels, strict=True):

@@ -240,7 +240,7 @@ def to_markdown(results: Mapping[str, Any], recipe: str, name: str) -> str:
 
 
 def print_results(results: Mapping[str, Any], console: Console) -> None:
-    """The same tables on the screen, and both continuations side by side."""
+    """Shows the report's tables on the screen, and both continuations side by side."""
     from rich import box
     from rich.markup import escape
     from rich.table import Table as RichTable

@@ -181,8 +181,8 @@ class Sharding(Section):
     )
     within: Annotated[Whole, Field(ge=1, le=2**20)] | None = Field(
         default=None,
-        description="processes that share a model, of which there are several such groups then (HSDP), as many as a "
-        "machine has GPUs; null: all share one",
+        description="how many processes share one model between them; every such group has a whole one (HSDP). Best as "
+        "many as a machine has GPUs. null: all processes share one model",
     )
 
 

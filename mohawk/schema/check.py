@@ -74,7 +74,7 @@ def _texts(value: Any, at: Where = ()) -> Iterator[tuple[Where, str]]:
 
 
 def _expanded(schema: type[BaseModel], data: dict[str, Any]) -> dict[str, Any]:
-    """With the shorthands written out: a bare text in the place of a section that has a `shorthand`."""
+    """The recipe with its shorthands written out: a bare text in the place of a section that has a `shorthand`."""
 
     def written_out(section: type[BaseModel], value: Any) -> Any:
         if isinstance(value, str) and (short := getattr(section, "shorthand", None)):

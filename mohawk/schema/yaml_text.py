@@ -213,7 +213,7 @@ def prefix(place: str, path: Path) -> str:
 
 
 def quoted(text: str) -> str:
-    """As YAML that is read back as this string, whatever it looks like: for values of overrides."""
+    """YAML that is read back as this string, whatever it looks like: for values of overrides."""
     return "'" + text.replace("'", "''") + "'"
 
 

@@ -99,7 +99,8 @@ class Answers:
         }
 
     def _samples(self, hidden: Tensor, uniform: np.ndarray) -> dict[str, np.ndarray] | None:
-        """The same of ids by inversion of the cumulative distribution: a uniform number a draw."""
+        """The records of ids drawn by inversion of the cumulative distribution, a uniform number a draw; None where
+        logits are not finite."""
         cumulative = torch.softmax(self._logits(hidden), -1).cumsum(-1, dtype=torch.float64)
         if not bool(torch.isfinite(cumulative[:, -1]).all()):
             return None

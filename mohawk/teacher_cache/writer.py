@@ -347,7 +347,7 @@ def _read_settings(folder: Path) -> dict[str, Any] | None:
 
 
 def _write_json(path: Path, value: dict[str, Any]) -> None:
-    """By one rename, with its own hash."""
+    """Writes a JSON object by one rename, with its own hash in it."""
     part = path.with_name(path.name + ".part")
     part.write_text(json.dumps(value | {"sha256": manifest_hash(value)}, indent=1) + "\n", encoding="utf-8")
     fsync(part)

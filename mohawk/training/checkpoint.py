@@ -45,7 +45,7 @@ STEPS = "steps"  # how many of them each parameter has taken, in the order of th
 
 
 def write_parameters(folder: Path, trainable: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> None:
-    """What trains, by name, and the optimizer's moments of it, of models that are not sharded."""
+    """Writes what trains, by name, and the optimizer's moments of it, of models that are not sharded."""
     save_file({name: p.detach().cpu().contiguous() for name, p in trainable.items()}, folder / WEIGHTS)
     torch.save(optimizer.state_dict(), folder / OPTIMIZER)
 
@@ -53,8 +53,8 @@ def write_parameters(folder: Path, trainable: Mapping[str, nn.Parameter], optimi
 def write_shards(
     folder: Path, trainable: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer, objective: Objective
 ) -> None:
-    """The same of sharded models, and what the objective keeps in parts, by all processes. Raises OSError on all of
-    them where one could not write."""
+    """Writes what trains of sharded models, its moments, and what the objective keeps in parts: each process its part.
+    Raises OSError on all of them where one could not write."""
     tensors: dict[str, Tensor] = {STEPS: torch.zeros(len(trainable))}
     tensors |= {f"objective.{name}": tensor for name, tensor in objective.training_state()[0].items()}
     for i, name in enumerate(sorted(trainable)):

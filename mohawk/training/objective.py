@@ -41,7 +41,7 @@ class Objective(nn.Module, Generic[StudentT]):
         return next(iter(batch.values())).numel()
 
     def begin_step(self, step: int, steps: int) -> None:
-        """Before the first losses of a step, counted from 0, of so many."""
+        """Called before the first losses of a step; it is counted from 0, and there are `steps` of them."""
 
     def losses(self, **batch: Tensor) -> Iterator[tuple[str, Tensor]]:
         """(name, scalar loss) one after the other. Each is back-propagated before the next one is asked for, so an

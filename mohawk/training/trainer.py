@@ -232,7 +232,7 @@ class PhaseTrainer:
     # ---- Data ----
 
     def _sampler(self) -> Batches:
-        """Of all steps that are left; the rows of the steps before are not read."""
+        """The batches of all steps that are left; the rows of the steps before are not read."""
         return Batches(
             len(self.train_dataset), rows=self.rows, batch_size=self.phase.batch_size, steps=self.steps,
             done=self.step, seed=self.order_seed, rank=rank(), processes=count(),
