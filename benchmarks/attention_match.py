@@ -19,7 +19,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks.pages import RESULTS  # noqa: E402
+from benchmarks.pages import RESULTS, put_in_docs  # noqa: E402
 
 HIDDEN, HEADS, OTHER_HEADS, MLP, VOCAB, LAYERS = 576, 9, 12, 1536, 4096, 6
 LENGTHS = (512, 2048)
@@ -104,6 +104,29 @@ def case(how: str, loss: str, heads: int, length: int) -> dict:
     }  # fmt: skip
 
 
+def table(result: dict) -> list[str]:
+    """Peaks alone: a step's seconds are no timing."""
+    lines = [
+        "| loss | heads of student and teacher | tokens | both models alone | with the loss | matrices returned |",
+        "|---|---:|---:|---:|---:|---:|",
+    ]
+    cases: dict[tuple, dict[str, float]] = {}
+    for row in result["rows"]:
+        cases.setdefault((row["loss"], *row["heads"], row["length"]), {})[row["how"]] = row["peak_mib"]
+    for (loss, student, teacher, length), peaks in cases.items():
+        cells = " | ".join(f"{peaks[how]:,.0f} MiB" for how in ("alone", "ours", "eager"))
+        lines.append(f"| `{loss}` | {student}, {teacher} | {length:,} | {cells} |")
+    about = result["about"]
+    machine = f"{about['machine']}, " if about["machine"] else ""
+    return [
+        *lines,
+        "",
+        f"Peak above the models in one step, both passes: {about['pairs']} layer pairs, width {about['hidden_size']}, "
+        f"one row, float32. {machine}{about['threads']} thread, torch {about['torch']}, {about['date']}. "
+        "`python benchmarks/attention_match.py`",
+    ]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="a short length only")
@@ -139,10 +162,13 @@ def main() -> None:
     about = {
         "what": "peak resident memory above the models in one step, MiB, and its seconds (one step, not a timing)",
         "batch": 1, "hidden_size": HIDDEN, "layers": [LAYERS, 2 * LAYERS], "pairs": LAYERS,
-        "torch": torch.__version__, "transformers": transformers.__version__, "machine": platform.processor(),
-        "threads": torch.get_num_threads(), "date": time.strftime("%Y-%m-%d"),
+        "torch": torch.__version__, "transformers": transformers.__version__,
+        "machine": platform.processor() or platform.machine(), "threads": torch.get_num_threads(), "date": time.strftime("%Y-%m-%d"),
     }  # fmt: skip
-    options.json.write_text(json.dumps({"about": about, "rows": rows}, indent=1) + "\n")
+    result = {"about": about, "rows": rows}
+    options.json.write_text(json.dumps(result, indent=1) + "\n")
+    if options.json == RESULTS / "attention_match.json" and not options.quick:
+        put_in_docs("attention_match", table(result))
 
 
 if __name__ == "__main__":

@@ -94,13 +94,17 @@ def draw(rows: list[dict], target: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
+    from mohawk.runs.figures import log_axis
+
     figure, axes = plt.subplots(1, len(MIXERS), figsize=(9, 3.6), layout="constrained", sharey=True)
     for axis, mixer in zip(axes, MIXERS, strict=True):
         for r in rows:
             if r["mixer"] == mixer:
                 axis.plot(range(len(STAGES)), [r["kl"][stage] for stage in STAGES], marker="o", label=r["start"])
         axis.set_xticks(range(len(STAGES)), ["before", "after phase 1", "after phase 2"])
-        axis.set_yscale("log")
+        log_axis(axis)
+        axis.grid(alpha=0.25)
+        axis.margins(x=0.15)
         axis.set_title(mixer)
         axis.spines[["top", "right"]].set_visible(False)
     axes[0].set_ylabel("KL(teacher ‖ student), nats per token")

@@ -129,16 +129,17 @@ def draw(rows: list[dict], total: int, target: Path) -> None:
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    from matplotlib.ticker import FuncFormatter, LogLocator
+
+    from mohawk.runs.figures import log_axis
 
     figure, axes = plt.subplots(1, 3, figsize=(14, 4.2), layout="constrained")
     teacher, names = rows[0], list(dict.fromkeys(row["choice"] for row in rows[1:]))
     panels = (
-        ("KL(teacher ‖ student), nats per token", lambda row: row["kl"]),
-        ("perplexity", lambda row: row["student_perplexity"]),
-        ("values recalled from a list, %", lambda row: 100 * row["recall"]["accuracy"]),
+        ("distance from the teacher", "KL(teacher ‖ student), nats per token", lambda row: row["kl"]),
+        ("prediction", "perplexity", lambda row: row["student_perplexity"]),
+        ("looking things up", "values recalled from a list, %", lambda row: 100 * row["recall"]["accuracy"]),
     )
-    for axis, (label, value) in zip(axes, panels, strict=True):
+    for axis, (title, label, value) in zip(axes, panels, strict=True):
         ends = [teacher] + [row for row in rows[1:] if not row["attention"]]
         for name in names:
             own = [row for row in rows[1:] if row["choice"] == name]
@@ -147,15 +148,13 @@ def draw(rows: list[dict], total: int, target: Path) -> None:
             told = "even spread" if name == "even" else f"mohawk select --by {name}"
             style = {"ls": "--", "marker": "s"} if name == "even" else {"marker": "o"}
             axis.plot(x, [value(row) for row in own], color=COLORS[name], ms=4, label=told, **style)
+        axis.set_title(title)
         axis.set_xlabel("layers that stay attention, %")
         axis.set_ylabel(label)
         axis.invert_xaxis()
         axis.grid(alpha=0.25)
         axis.spines[["top", "right"]].set_visible(False)
-    axes[1].set_yscale("log")
-    axes[1].yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axes[1].yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axes[1].yaxis.set_minor_formatter(FuncFormatter(lambda value, _: ""))
+    log_axis(axes[1])
     axes[0].legend(frameon=False)
     figure.savefig(target, dpi=110)
 

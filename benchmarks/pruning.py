@@ -144,7 +144,8 @@ def draw(rows: list[dict], target: Path, text: str = "evaluation") -> None:
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    from matplotlib.ticker import FuncFormatter, LogLocator
+
+    from mohawk.runs.figures import log_axis
 
     def kl(found: list[dict], when: str) -> list[float]:
         return [float(r["found"][when][text]["kl"]) for r in found]
@@ -174,10 +175,7 @@ def draw(rows: list[dict], target: Path, text: str = "evaluation") -> None:
     axes[1].set_title("width or depth")
     for axis in axes[:2]:
         axis.set_xlabel("cut of the parameters outside embedding and head, %")
-        axis.set_yscale("log")
-        axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-        axis.yaxis.set_minor_formatter(FuncFormatter(lambda value, _: ""))
+        log_axis(axis)
         axis.legend(frameon=False, fontsize=8)
     for axis in axes:
         axis.set_ylabel("KL(teacher ‖ student), nats per token")

@@ -56,11 +56,16 @@ def summary() -> list[str]:
     def cost(row: dict) -> str:
         return f"{row['seconds']:.2g} s, {row['mib']:,.0f} MiB"
 
+    version = demo["machine"]["versions"]["mohawk"]
+    earlier = version == "0.1.0"
+    demo_of = f"`make demo`, {version}" if earlier else "`make demo`"
+    trainer = f" of mohawk {version}, whose training loop was another" if earlier else ""
+
     return [
         "| measured | mohawk | beside it |",
         "|---|---|---|",
         f"| **quality**: SmolLM2-135M, 15 of 30 attention layers converted, {tokens:,} tokens, {seconds / 60:.0f} "
-        f"minutes of training (`make demo`) | perplexity {told[0]} the teacher's on held-out text, {told[1]} on text "
+        f"minutes of training ({demo_of}) | perplexity {told[0]} the teacher's on held-out text, {told[1]} on text "
         f"of another source; KL {kl[0]} and {kl[1]} nats | before training: "
         f"{demo['evaluation']['before']['held_out']['perplexity_ratio']:.2f} x and "
         f"{demo['evaluation']['before']['evaluation']['perplexity_ratio']:.2f} x |",
@@ -78,7 +83,8 @@ def summary() -> list[str]:
         f"| transformers: {cost(scan[1])} |",
         "",
         f"On {', '.join(dict.fromkeys(cpu(each) for each in (demo['machine'], decode['about']['machine'])))} with 2 "
-        "cores. Kernels in float32: CPU seconds, peak memory. The demo is one run; students that decode are untrained.",
+        f"cores. Kernels in float32: CPU seconds, peak memory. The demo is one run{trainer}; students that decode are "
+        "untrained.",
     ]
 
 

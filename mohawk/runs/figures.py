@@ -19,12 +19,24 @@ def number(value: Any) -> float:
 
 
 def log_axis(axis: Any) -> None:
+    """Make the y axis of what is drawn logarithmic, with plain numbers at its ticks: more of them where it spans
+    little, and none of this where it spans less than a factor of 2."""
     from matplotlib.ticker import FuncFormatter, LogLocator
 
+    low, high = axis.dataLim.minposy, axis.dataLim.y1
+    if high < 2 * low:
+        return
     axis.set_yscale("log")
-    axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high > 10 * low else (1, 1.5, 2, 3, 5, 7)))
     axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axis.yaxis.set_minor_formatter(FuncFormatter(lambda value, _: ""))
+
+
+def halo() -> list[Any]:
+    """A white edge, with which numbers are read where a curve passes behind them."""
+    from matplotlib.patheffects import withStroke
+
+    return [withStroke(linewidth=4, foreground="white")]
 
 
 def subplots(rows: int, columns: int, *, width: float, height: float) -> tuple[Any, np.ndarray]:

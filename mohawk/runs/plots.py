@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from mohawk.runs.figures import BLUE, GREY, ORANGE, log_axis, number, save, subplots
-from mohawk.training.metrics import read_metrics
+from mohawk.runs.figures import BLUE, GREY, ORANGE, halo, log_axis, number, save, subplots
+from mohawk.training.metrics import ends, read_metrics
 
 TITLES = {
     "before": "before",
@@ -68,11 +68,11 @@ def plot_losses(metrics: Path | str, target: Path | str, labels: Mapping[str, st
         axis.set_title(TITLES.get(name, name).replace("\n", ": "), pad=20)
         axis.set_xlabel(f"tokens ({unit})" if unit else "tokens")
         axis.set_ylabel(textwrap.fill((labels or {}).get(name, "loss"), 28))
-        last = finite[-1] if len(finite) else math.nan
-        first = finite[0] if len(finite) else math.nan
+        first, last = map(number, ends([r["loss"] for r in records[name]]))
+        said = f"{first:.4g} → {last:.4g}" + ("" if few else ", means of a tenth")
         # between title and curve, which may be anywhere in the panel
         axis.annotate(
-            f"{first:.4g} → {last:.4g}", (0.5, 1), xytext=(0, 5), xycoords="axes fraction", textcoords="offset points",
+            said, (0.5, 1), xytext=(0, 5), xycoords="axes fraction", textcoords="offset points",
             ha="center", color=GREY, fontsize=9,
         )  # fmt: skip
     return save(figure, target)
@@ -110,7 +110,7 @@ def plot_evaluation(stages: Mapping[str, Mapping[str, Mapping[str, float]]], tar
                 if math.isfinite(value):
                     axis.annotate(
                         f"{value:.3g}", (i, value), xytext=(0, -14 if below else 8), fontsize=8, color=color,
-                        textcoords="offset points", ha="center",
+                        textcoords="offset points", ha="center", zorder=4, path_effects=halo(),
                     )  # fmt: skip
         if logarithmic and any(value > 0 for line in axis.get_lines() for value in line.get_ydata()):
             log_axis(axis)

@@ -28,7 +28,7 @@ from mohawk.loading.models import parameter_count
 from mohawk.runs.kept import Compared, Measured, Results, Tasks
 from mohawk.runs.plots import plot_evaluation, plot_losses, plot_tasks
 from mohawk.runs.tables import Table, print_tables, tables
-from mohawk.training.metrics import read_metrics
+from mohawk.training.metrics import ends, read_metrics
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -200,17 +200,22 @@ def _layers(config: Any) -> str:
 
 
 def phase_times(metrics: Path) -> dict[str, dict[str, float]]:
-    """Of each phase in metrics.jsonl: steps, tokens, seconds of training, first and last loss, steps skipped.
+    """Each phase in metrics.jsonl: its steps, tokens, seconds of training, losses at both ends, steps skipped.
 
-    The seconds are those of the steps, added up over interruptions; saving and evaluating are not in them.
+    The seconds are those of the steps, added up over interruptions; saving and evaluating are not in them. The losses
+    are means over the first and the last tenth of what was logged.
     """
     found: dict[str, dict[str, Any]] = {}
+    losses: dict[str, list[float | None]] = {}
     for record in read_metrics(metrics):
-        phase = found.setdefault(record["phase"], {"tokens": 0, "seconds": 0.0, "first_loss": record["loss"]})
+        phase = found.setdefault(record["phase"], {"tokens": 0, "seconds": 0.0})
+        losses.setdefault(record["phase"], []).append(record["loss"])
         speed = record.get("tokens_per_s")
         phase["seconds"] += (record["tokens"] - phase["tokens"]) / speed if speed else 0.0
-        phase |= {"steps": record["step"], "tokens": record["tokens"], "last_loss": record["loss"]}
+        phase |= {"steps": record["step"], "tokens": record["tokens"]}
         phase["skipped_steps"] = record.get("skipped_steps", 0)
+    for name, phase in found.items():
+        phase["first_tenth"], phase["last_tenth"] = ends(losses[name])
     return found
 
 

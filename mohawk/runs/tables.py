@@ -52,19 +52,22 @@ def tables(results: Mapping[str, Any]) -> list[Table]:
     # states and speeds of two dtypes are not comparable unless the reader knows
     header = ["", *(f"{who} ({results['dtypes'][who]})" for who in ("teacher", "student"))]
     made.append(("Size and speed (one sequence, greedy, median)", header, rows))
+    tenths = all("first_tenth" in phase for phase in results["phases"].values())
+    first, last = ("first_tenth", "last_tenth") if tenths else ("first_loss", "last_loss")  # which 0.1.0 wrote
     rows = [
         [
             stages[name].removeprefix("after "),
             f"{phase['steps']:,}",
             f"{phase['tokens']:,}",
             _seconds(phase["seconds"]),
-            f"{_figure(phase['first_loss'])} → {_figure(phase['last_loss'])}",
+            f"{_figure(phase[first])} → {_figure(phase[last])}",
             str(phase["skipped_steps"]),
         ]
         for name, phase in results["phases"].items()
     ]
     if rows:
-        made.append(("Training", ["phase", "steps", "tokens", "time", "loss", "steps skipped"], rows))
+        loss = f"loss, first → last {'tenth' if tenths else 'step'}"
+        made.append(("Training", ["phase", "steps", "tokens", "time", loss, "steps skipped"], rows))
     return made + (task_tables(results["tasks"]) if results.get("tasks") else [])
 
 

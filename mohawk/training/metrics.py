@@ -7,7 +7,9 @@ that is not finite is null: NaN is not JSON. `.metrics.jsonl.crc32` has the line
 """
 
 import logging
+import math
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +29,15 @@ def read_metrics(path: str | os.PathLike) -> list[dict[str, Any]]:
     if len(records) < len(found):
         log.warning("%s: passed over %d damaged lines", path, len(found) - len(records))
     return records
+
+
+def ends(losses: Sequence[float | None]) -> tuple[float | None, float | None]:
+    """Mean of the first and of the last tenth of a phase's losses: one step's loss is as much its batch's as the
+    model's. Losses that are not finite are left out; None where a tenth has no other."""
+    tenth = max(1, len(losses) // 10)
+    parts = [[loss for loss in part if loss is not None] for part in (losses[:tenth], losses[-tenth:])]
+    first, last = (math.fsum(part) / len(part) if part else None for part in parts)
+    return first, last
 
 
 def damaged_lines(path: str | os.PathLike) -> int:

@@ -45,14 +45,16 @@ def test_labels_and_figures_of_losses_are_in_the_picture_and_not_on_the_curve(tm
     figures = []
     monkeypatch.setattr(mohawk.runs.plots, "save", lambda figure, target: figures.append(figure))
     write_metrics(tmp_path / "metrics.jsonl", {"a": [10 - i / 8 for i in range(60)], "b": [1.0, 2.0, 3.0]})
+    means = ("9.688 → 2.938, means of a tenth", "1 → 3")
     label = "forward KL + cross entropy + hidden + attention per token"
     plot_losses(tmp_path / "metrics.jsonl", tmp_path / "a.png", {"a": label, "b": "KL"})
     (figure,) = figures
     figure.canvas.draw()
     page = figure.bbox
-    for axis, text in zip(figure.axes, (label, "KL"), strict=True):
+    for axis, text, ends in zip(figure.axes, (label, "KL"), means, strict=True):
         assert axis.yaxis.label.get_text().replace("\n", " ") == text
         (said,) = [t for t in axis.texts if "→" in t.get_text()]
+        assert said.get_text() == ends
         box, panel = said.get_window_extent(), axis.get_window_extent()
         assert box.y0 >= panel.y1 and box.y1 <= axis.title.get_window_extent().y0
         for inside in (box, axis.yaxis.label.get_window_extent(), axis.title.get_window_extent()):
@@ -100,3 +102,23 @@ def test_heat_maps_show_faint_structure_and_both_signs(tmp_path):
     assert faint  # a thousandth is neither white nor red
     without = pixels(plot_mixing_matrices([Heads("x", teacher, wild)] * 2, tmp_path / "b.png"))
     assert without.shape[0] > 1.5 * image.shape[0] and without.shape[1] < image.shape[1]
+
+
+def test_a_logarithmic_axis_has_plain_numbers_and_enough_of_them():
+    from matplotlib.figure import Figure
+
+    from mohawk.runs.figures import log_axis
+
+    def labels(values):
+        axis = Figure(dpi=100).subplots()
+        axis.plot(values)
+        log_axis(axis)
+        axis.figure.canvas.draw()
+        low, high = axis.get_ylim()
+        shown = zip(axis.get_yticks(), axis.get_yticklabels(), strict=True)
+        return axis.get_yscale(), [label.get_text() for place, label in shown if low <= place <= high]
+
+    assert labels([42.0, 180.0]) == ("log", ["50", "70", "100", "150"])
+    assert labels([0.0, 0.45, 8.0]) == ("log", ["0.5", "1", "2", "5"])
+    scale, few = labels([2.1, 2.3])  # no tick of a logarithmic axis lies between
+    assert scale == "linear" and len(few) > 3

@@ -11,7 +11,7 @@ from mohawk.conversion.run import loss_labels
 from mohawk.loading.describe import size_text
 from mohawk.loading.models import parameter_count
 from mohawk.runs import report
-from mohawk.runs.tables import AFTER
+from mohawk.runs.tables import AFTER, tables
 
 
 def found(student, teacher=20.0, kl=0.5):
@@ -131,8 +131,31 @@ def test_a_run_that_was_never_evaluated_still_ends(run, finish):
 def test_times_add_up_over_records(run):
     times = report.phase_times(run / "metrics.jsonl")
     assert list(times) == ["mixing", "end_to_end"]
-    assert times["mixing"] == dict(tokens=200, seconds=15.0, first_loss=60.0, steps=2, last_loss=9.5, skipped_steps=0)
+    assert times["mixing"] == dict(tokens=200, seconds=15.0, first_tenth=60.0, steps=2, last_tenth=9.5, skipped_steps=0)
     assert times["end_to_end"]["seconds"] == 3600 and times["end_to_end"]["skipped_steps"] == 1
+    assert times["end_to_end"]["first_tenth"] is times["end_to_end"]["last_tenth"] is None  # none was finite
+
+
+def test_losses_are_means_over_the_first_and_last_tenth(tmp_path):
+    losses = [9.0, 7.0, *[100.0] * 16, None, 3.0]  # of 20 records a tenth is two
+    records = [
+        {"phase": "hidden", "step": i + 1, "tokens": 10 * (i + 1), "tokens_per_s": 10.0, "loss": loss}
+        for i, loss in enumerate(losses)
+    ]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
+    (phase,) = report.phase_times(tmp_path / "metrics.jsonl").values()
+    assert (phase["first_tenth"], phase["last_tenth"]) == (8.0, 3.0)
+
+
+def test_losses_of_single_steps_as_0_1_0_wrote_them_are_told_as_such(finish):
+    results, _ = finish()
+    (new,) = [table for table in tables(results) if table[0] == "Training"]
+    assert new[1][4] == "loss, first → last tenth" and new[2][0][4] == "60.00 → 9.500"
+    for phase in results["phases"].values():
+        phase |= {"first_loss": 5.0, "last_loss": 4.0}
+        del phase["first_tenth"], phase["last_tenth"]
+    (old,) = [table for table in tables(results) if table[0] == "Training"]
+    assert old[1][4] == "loss, first → last step" and old[2][0][4] == "5.000 → 4.000"
 
 
 def test_json_keeps_what_json_has_no_number_for(tmp_path):
