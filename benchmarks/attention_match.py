@@ -163,7 +163,8 @@ def main() -> None:
         "what": "peak resident memory above the models in one step, MiB, and its seconds (one step, not a timing)",
         "batch": 1, "hidden_size": HIDDEN, "layers": [LAYERS, 2 * LAYERS], "pairs": LAYERS,
         "torch": torch.__version__, "transformers": transformers.__version__,
-        "machine": platform.processor() or platform.machine(), "threads": torch.get_num_threads(), "date": time.strftime("%Y-%m-%d"),
+        "machine": platform.processor() or platform.machine(), "threads": torch.get_num_threads(),
+        "date": time.strftime("%Y-%m-%d"),
     }  # fmt: skip
     result = {"about": about, "rows": rows}
     options.json.write_text(json.dumps(result, indent=1) + "\n")

@@ -1,5 +1,5 @@
 """`HybridForCausalLM`: a decoder of a supported family in which some layers' `self_attn` is a mixer with a
-state: Mamba-2's or Gated DeltaNet's.
+state: Mamba-2's, Gated DeltaNet's or Kimi Delta Attention's.
 
 The decoder itself (embeddings, norms, MLPs, rotary positions, masks, the attention layers that stay) is the family's
 own transformers code; only attention modules are swapped. `layer_types` says which: "linear_attention" marks a layer
@@ -100,7 +100,7 @@ class HybridPreTrainedModel(PreTrainedModel):
 
 
 class HybridForCausalLM(HybridPreTrainedModel, GenerationMixin):
-    """A causal language model of attention and Mamba-2 layers, used like any transformers model.
+    """A causal language model of attention and layers with mixers, used like any transformers model.
 
     `forward` takes what the family's own model takes, and `segment_ids` (b, n) for packed rows: attention, conv and
     state then stay inside each document. Without it, packing is recognised from `seq_idx`, or from `position_ids` that
@@ -193,7 +193,7 @@ class HybridForCausalLM(HybridPreTrainedModel, GenerationMixin):
         return embeddings
 
     def new_cache(self) -> DynamicCache:
-        """An empty cache: conv and recurrent state for Mamba-2 layers, keys and values where attention stays."""
+        """An empty cache: conv and recurrent state for mixers, keys and values where attention stays."""
         return StateCache(self.config) if self.config.is_pure_ssm else DynamicCache(config=self.config)
 
     # pyrefly: ignore[bad-override]  # whatever its other parameters are from one release to the next

@@ -1,4 +1,4 @@
-"""Mamba-2 mixers that take the place of a decoder layer's self-attention; Gated DeltaNet's is in delta_mixer.py.
+"""Mamba-2 mixers that take the place of a decoder layer's self-attention; delta rules' are in delta_mixer.py.
 
 Both are the same skeleton (in_proj -> causal conv -> state-space scan -> gate -> out_proj) and differ in what the
 MOHAWK literature varies: `Mamba2Mixer` is the continuous form, number for number the mixer of transformers' Bamba

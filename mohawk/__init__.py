@@ -1,4 +1,4 @@
-"""Turn a Transformer checkpoint into a hybrid of attention and Mamba-2 or Gated DeltaNet layers by MOHAWK.
+"""Turn a Transformer checkpoint into a hybrid of attention and layers with a state of fixed size, by MOHAWK.
 
 Every public name is an attribute of this package and is imported when first used, so that `import mohawk` is
 cheap and `from mohawk import kd_loss` needs torch alone.

@@ -195,7 +195,8 @@ def parser() -> argparse.ArgumentParser:
     """The command line's grammar."""
     top = _Parser(
         prog="mohawk",
-        description="Turn a Transformer checkpoint into a hybrid of attention and Mamba-2 or Gated DeltaNet layers.",
+        description="Turn a Transformer checkpoint into a hybrid of attention and Mamba-2, Gated DeltaNet or "
+        "Kimi Delta layers.",
         allow_abbrev=False,
     )
     top.add_argument("--version", action="version", version=f"mohawk {mohawk.__version__}")
