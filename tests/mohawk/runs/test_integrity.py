@@ -844,7 +844,7 @@ def test_scores_of_another_model_are_forgotten_when_a_round_begins_with_one(tmp_
         ("Search", {"candidates": 3, "budget": {}}),
         ("Selection", {"settings": {}, "rankings": {"kl": {"order": ["1"], "path": []}}}),
         ("Composed", {"run": "r", "student": "s", "attention": "0"}),
-        ("Vocabulary", {"before": "10", "after": 2}),
+        ("KeptVocabulary", {"before": "10", "after": 2}),
         ("Tasks", {"student": "student", "fingerprint": None, "tasks": [], "groups": {}}),
         ("Drops", {"kl": [0.1, None], "perplexity": [1.0], "whole": 1.0}),
     ],
