@@ -140,7 +140,7 @@ def table(found: dict) -> list[str]:
         f"{about['layers']} layers; {TOKENS} tokens of text, and {NEW} greedy ones after two prompts. "
         f"llama-cpp-python {about['llama_cpp_python']} on {about['machine']}, transformers {about['transformers']}.",
         "",
-        "| file | MiB | MiB of memory to write it | largest difference of logits | KL, nats | same first choice | "
+        "| file | MiB | MiB of memory to write it | largest difference of logits | KL, nats | same top token | "
         "same greedy tokens |",
         "|---|---:|---:|---:|---:|---:|---:|",
     ]

@@ -304,7 +304,7 @@ def _rope_fields(config: HybridConfig) -> dict[str, Any]:
 
 
 def _frequencies(config: HybridConfig, kind: str) -> Tensor:
-    """Of the rotary positions, float32: of that kind of scaling."""
+    """The rotary positions' frequencies under that kind of scaling, float32."""
     if kind != "default":
         return ROPE_INIT_FUNCTIONS[kind](config.base_config, torch.device("cpu"))[0]
     size = _rotary_size(config)

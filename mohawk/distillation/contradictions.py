@@ -15,7 +15,7 @@ RESERVED = ("before", "tasks", "again")  # files in a run's folder `evaluation` 
 
 
 def recipe_contradictions(recipe: DistillRecipe) -> Iterator[Contradiction]:
-    """Of a whole distillation."""
+    """What contradicts itself in a whole distillation."""
     students = [recipe.student, *(stage.student for stage in recipe.stages if stage.student)]
     if not any(s.model or s.layers is not None or s.scratch or s.hybrid or s.lora for s in students):
         if all(stage.learn_from == "teacher" for stage in recipe.stages):
@@ -71,7 +71,7 @@ def _counts(weight: float | RampSection) -> bool:
 
 
 def data_contradictions(data: DistillData, at: Path) -> Iterator[Contradiction]:
-    """Of the recipe's data, or a stage's own, which stand there. at: as a path into the recipe."""
+    """What contradicts itself in the recipe's data, or a stage's own. at: where they stand in the recipe."""
     if all(source.loss_weight == 0 for source in data.train):
         yield [(*at, "train")], f"{'.'.join(map(str, at))}.train: every loss_weight is 0, so there is nothing to learn"
     named = [source.teacher_field is not None for source in data.train]
@@ -114,7 +114,7 @@ def data_contradictions(data: DistillData, at: Path) -> Iterator[Contradiction]:
 
 
 def stage_contradictions(recipe: StageRecipe, stage: Stage, i: int, at: Path, label: str) -> Iterator[Contradiction]:
-    """Of the recipe's i-th stage. label: its name in messages."""
+    """What contradicts itself in the recipe's i-th stage. label: its name in messages."""
     matched = stage.hidden or stage.attention
     weights = (stage.kd_weight, stage.ce_weight, *(part.weight for part in (stage.hidden, stage.attention) if part))
     if not any(map(_counts, weights)) and not any(source.own_loss for source in (stage.data or recipe.data).train):

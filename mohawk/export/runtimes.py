@@ -58,7 +58,7 @@ def own_notes(config: PretrainedConfig) -> list[Note]:
 
 
 def gguf_notes(config: HybridConfig) -> list[Note]:
-    """Of a GGUF file, from the student's configuration."""
+    """What runtimes do with a GGUF file, from the student's configuration."""
     from mohawk.models.formats.gguf import architecture
 
     told = (

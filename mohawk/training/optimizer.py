@@ -11,8 +11,8 @@ from mohawk.models.sharding import is_sharded
 
 
 def adamw(groups: list[dict[str, Any]], phase: Any) -> torch.optim.AdamW:
-    """Of an objective's parameter groups, with a phase's `learning_rate`, `betas` and `weight_decay`; each group's
-    `initial_lr` is what a schedule multiplies."""
+    """AdamW of an objective's parameter groups, with a phase's `learning_rate`, `betas` and `weight_decay`; each
+    group's `initial_lr` is what a schedule multiplies."""
     apart = sharded_apart(groups)
     optimizer = torch.optim.AdamW(
         apart,
