@@ -17,7 +17,7 @@ CACHE = "cache" if "cache" in {field.name for field in fields(CausalLMOutputWith
 # where documents begin, as transformers tells its attention (`documents_in` reads them)
 DOCUMENTS = ("seq_idx", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
 # keywords of transformers (its `TransformersKwargs`, and what its decoder layers hand to attention) that change nothing
-# in a Mamba-2 layer: positions are rotary embeddings' business, the rest is about what is returned or counted
+# in a layer with a state: positions are rotary embeddings' business, the rest is about what is returned or counted
 HARMLESS = frozenset(
     (
         "position_ids", "position_embeddings", "use_cache", "cache_position", "return_dict", "num_items_in_batch",
@@ -56,6 +56,6 @@ def documents_in(where: str, segment_ids: Tensor | None, given: dict[str, Any]) 
     if segment_ids is None and starts is not None and len(starts) > 2:
         raise ValueError(
             f"{where}: cu_seq_lens_q says where documents begin to attention alone; give position_ids that restart, or "
-            "segment_ids, for the Mamba-2 layers to know"
+            "segment_ids, for the layers with a state to know"
         )
     return segment_ids

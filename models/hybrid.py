@@ -308,7 +308,7 @@ class HybridForCausalLM(HybridPreTrainedModel, GenerationMixin):
             if not isinstance(attention_mask, Tensor) or attention_mask.dim() != 2:
                 raise ValueError(
                     f"attention_mask must be (batch, tokens), got {tuple(attention_mask.shape)}: a mask of queries by "
-                    "keys says nothing to a Mamba-2 layer; give segment_ids for packed rows"
+                    "keys says nothing to a layer with a state; give segment_ids for packed rows"
                 )
             padding_mask = attention_mask[:, -n:]
             # without padding there is less to do, but asking a GPU makes each decoding step wait for the last

@@ -160,7 +160,7 @@ class SearchSection(Section):
 
 
 class Convert(Student):
-    """Mamba-2 in place of attention, after the last cut and before its healing."""
+    """Mixers in place of attention, after the last cut and before its healing."""
 
     mixing: MixingPhase | None = Field(
         default=None, description="phase 1 against the pruned model's matrices; null: skip"

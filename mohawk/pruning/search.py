@@ -209,7 +209,7 @@ def _fitted(
         return None
     # every timing takes seconds
     steps = 16 if budget.kind == "latency" else 64
-    left = sized_config(config, full, layers)  # which may have no Mamba-2 layer any more
+    left = sized_config(config, full, layers)  # which may have no mixer any more
     state = {name: getattr(full, name) for name in ("state_heads", "state_groups", "state_size")}
     if sizes_of(left).state_heads is not None:
         path = narrower(left, full, width, steps)

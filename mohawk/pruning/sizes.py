@@ -59,7 +59,7 @@ def target_sizes(config: Any, target: Any) -> Sizes:
 
 
 def present(config: Any, sizes: Sizes) -> Sizes:
-    """The sizes as they are of a model that has lost all its attention or Mamba-2 layers: without those of them."""
+    """The sizes as they are of a model that has lost all its attention or all its mixers: without those of them."""
     own = sizes_of(config)
     if own.state_heads is None:
         sizes = replace(sizes, state_heads=None, state_groups=None, state_size=None)
