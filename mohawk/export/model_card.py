@@ -16,7 +16,7 @@ from mohawk.export.parity import Row
 from mohawk.export.runtimes import GROUPS_APART, Note
 from mohawk.loading.remote_code import LICENCE
 from mohawk.runs.kept import Tabled
-from mohawk.runs.report import tables
+from mohawk.runs.tables import tables
 from mohawk.schema.base import RecipeFile
 from mohawk.schema.kinds import load_run_recipe
 
