@@ -8,6 +8,7 @@ from transformers.configuration_utils import PreTrainedConfig
 
 from mohawk.models.call import CACHE
 from mohawk.models.families import decoder_shape
+from mohawk.models.mixer_names import is_layer
 from mohawk.models.mixers import MIXERS
 from mohawk.models.state_mixer import StateMixer
 
@@ -151,8 +152,12 @@ def mixers_by_layer(mixer: str | Mapping[int, str], layers: Collection[int]) -> 
     Raises:
         ValueError: an unknown name, layers without one, or names for others.
     """
-    if isinstance(mixer, Mapping) and all(str(i).isdecimal() for i in mixer):
+    if isinstance(mixer, Mapping):
+        if wrong := [i for i in mixer if not is_layer(i)]:
+            raise ValueError(f"mixer: got the key {wrong[0]!r}, allowed: layer indices counted from 0")
         named = {int(i): name for i, name in mixer.items()}
+        if len(named) != len(mixer):
+            raise ValueError("mixer: a layer is named twice")
     elif isinstance(mixer, str):
         named = dict.fromkeys(sorted(layers), mixer)
     else:

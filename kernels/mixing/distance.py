@@ -157,15 +157,15 @@ def _check_triton(student: Mixing, teacher: Mixing) -> None:
         raise ValueError(
             f"{where} needs the package triton: run pip install '.[triton]' in mohawk's checkout, or take 'chunked'"
         )
-    device = student.tensors[0].device
-    if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
-        raise ValueError(
-            f"{where} can't be used: the student is on {device}; it needs a CUDA or ROCm device; take 'chunked'"
-        )
     from mohawk.kernels.mixing.triton_backend import fits_triton
 
     if not fits_triton(student, teacher):
         raise ValueError(
             f"{where} is not for float64, a softcap, a head_dim or state_size above 256, nor for a DeltaMixing as the "
             "teacher of another kind; take 'chunked'"
+        )
+    device = student.tensors[0].device
+    if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+        raise ValueError(
+            f"{where} can't be used: the student is on {device}; it needs a CUDA or ROCm device; take 'chunked'"
         )

@@ -195,9 +195,10 @@ def _norm_factor(mixers: Sequence[str], own: Sizes, sizes: Sizes) -> float:
         elif issubclass(MIXERS[name], Mamba2Mixer):
             factors[name] = fewer_heads
     if len(set(factors.values())) > 1:
+        *others, last = factors
         axis = "state_size" if own.state_size != sizes.state_size else "state_heads"
         raise ValueError(
-            f"{axis}: got {getattr(sizes, axis)}; allowed in a student of {' and '.join(factors)} mixers: "
+            f"{axis}: got {getattr(sizes, axis)}; allowed in a student of {', '.join(others)} and {last} mixers: "
             f"{getattr(own, axis)}, since it changes the epsilon of the norms of some and not of others"
         )
     return next(iter(factors.values()), 1.0)

@@ -96,7 +96,7 @@ def _why_not_mixers(config: HybridConfig) -> str | None:
     if config.mixer_bias:
         return (
             "its mixers' projections have biases, which llama.cpp's Mamba-2 layers have no place for; a student made "
-            "with gate: output or random has none"
+            "with gate: output has none"
         )
     if (expand := padded_expand(config)) != 2:
         return f"its mixers are {expand} times as wide as the model, llama.cpp's Mamba-2 layers twice"

@@ -33,8 +33,8 @@ def why_not_qwen3_5(config: HybridConfig) -> str | None:
         return f"its mixers are {config.mixer_words}, Qwen3.5's are gated_delta"
     if base.model_type != "qwen3":
         return f"its attention is {base.model_type}'s; Qwen3.5's normalises q and k as Qwen3's does, and only Qwen3's"
-    if getattr(base, "attention_bias", False):
-        return "its attention and mixers have biases on their projections (attention_bias), Qwen3.5's mixers have none"
+    if getattr(base, "attention_bias", False) or config.mixer_bias:
+        return "its attention or mixers have biases on their projections, Qwen3.5's mixers have none"
     return why_not_layers(config, "Qwen3.5") or why_not_pure(config, "Qwen3.5")
 
 

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from mohawk.models.mixer_names import MIXERS
+from mohawk.models.mixer_names import MIXERS, is_layer
 from mohawk.schema.base import (
     Batch,
     Contradiction,
@@ -43,11 +43,16 @@ def _layers(value: Any) -> Any:
 def _mixers(value: Any) -> Any:
     """Layers are numbers, as which a recipe's text does not read the keys of a mapping."""
     names = list(MIXERS)
-    if isinstance(value, dict) and value and all(str(i).isdecimal() for i in value):
+    if isinstance(value, dict) and value:
         for i, name in value.items():
+            if not is_layer(i):
+                raise ValueError(f"a mapping whose keys are layer indices counted from 0, as {show(i)} is not")
             if name not in names:
                 raise ValueError(f"for layer {i} one of {', '.join(names)}, not {show(name)}")
-        return {int(i): value[i] for i in sorted(value, key=int)}
+        found = {int(i): value[i] for i in sorted(value, key=int)}
+        if len(found) != len(value):
+            raise ValueError("a mapping that names each layer once")
+        return found
     if value not in names:
         raise ValueError(f"{', '.join(names)}, or a mapping from each replaced layer to one of them")
     return value

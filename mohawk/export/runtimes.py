@@ -163,7 +163,7 @@ def _missing_in_llama_cpp(config: PretrainedConfig) -> list[str]:
     if config.mamba_expand != 2:
         missing.append(f"mamba_expand 2 (here {config.mamba_expand}; export with --pad-expand)")
     if config.mamba_proj_bias:
-        missing.append("projections without biases (a student made with gate: output or random has none)")
+        missing.append("projections without biases (a student made with gate: output has none)")
     return missing
 
 

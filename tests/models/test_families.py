@@ -237,7 +237,7 @@ def test_the_triton_kernels_refuse_a_softcap():
     pytest.importorskip("triton")
     with pytest.raises(ValueError, match="softcap"):
         mixing_distance(ssd, AttentionMixing(q, q, softcap=1.0), backend="triton")
-    with pytest.raises(ValueError, match="softcap must be None or above 0"):
+    with pytest.raises(ValueError, match="softcap must be None or a finite number above 0"):
         AttentionMixing(q, q, softcap=0.0)
 
 

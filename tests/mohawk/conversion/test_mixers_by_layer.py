@@ -172,7 +172,10 @@ def test_what_a_plan_refuses(recipe_of, student, message):
     [
         ({0: "mamba3"}, "got a mapping; allowed: for layer 0 one of mamba2, .*, not the text 'mamba3'"),
         ({}, "got a mapping; allowed: mamba2, .*, or a mapping from each replaced layer to one of them"),
-        ({"x": "mamba2"}, "got a mapping; allowed: mamba2"),
+        ({"x": "mamba2"}, "got a mapping; allowed: a mapping whose keys are layer indices .* as the text 'x' is not"),
+        ({-1: "mamba2"}, "got a mapping; allowed: a mapping whose keys are layer indices"),
+        ({1: "mamba2", "01": "gated_delta"}, "got a mapping; allowed: .* layer indices .* as the text '01' is not"),
+        ({"\u0662": "mamba2"}, "got a mapping; allowed: a mapping whose keys are layer indices"),
         (["mamba2"], r"got the list \[mamba2\]; allowed: mamba2"),
         ("mamba3", "got the text 'mamba3'; allowed: mamba2"),
     ],
