@@ -117,7 +117,8 @@ def _op(
     call.inplace = False  # checked; what a compiled model's memory holds is the compiler's
     rows, grads = call.forward(tuple(student), call.scale, tuple(needs))
     loss, kd, ce = call.reduce(rows.kd, rows.ce)
-    return [loss, kd, ce, *(loss.new_empty(0) if g is None else g for g in grads)]
+    # Row by row both are parts of one tensor, and the outputs of an operator share no memory.
+    return [loss, kd.clone(), ce.clone(), *(loss.new_empty(0) if g is None else g for g in grads)]
 
 
 @_op.register_fake
