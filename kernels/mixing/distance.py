@@ -77,12 +77,11 @@ def _compiled(student: Mixing, teacher: Mixing, metric: str, reduction: str, bac
     kind = student.tensors[0].device.type if isinstance(student, Mixing) else "cpu"
     half = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == torch.bfloat16
     words = [metric, reduction, backend, "half" if half else "whole"]
-    for mixing in (student, teacher):
+    for mixing, fixed in ((student, False), (teacher, True)):
         if not isinstance(mixing, Mixing):
             raise ValueError(f"mixing_distance: student and teacher must be {KINDS}, got {type(mixing).__name__}")
         words.append(type(mixing).__name__)
-        detached = mixing is teacher
-        tensors += [x.detach() if detached and x is not None else x for x in (*mixing.tensors, mixing.segment_ids)]
+        tensors += [x.detach() if fixed and x is not None else x for x in (*mixing.tensors, mixing.segment_ids)]
         if isinstance(mixing, AttentionMixing):
             given = (mixing.scale, mixing.window, mixing.softcap)
             words.append("".join("0" if x is None else "1" for x in given))
