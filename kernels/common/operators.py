@@ -7,8 +7,9 @@ can only be tensors and plain values, so a function takes a list of tensors, som
 
 from __future__ import annotations
 
+import contextlib
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -16,6 +17,12 @@ from torch import Tensor
 
 # By this module's name: a student's folder has a copy of the code, which may be loaded beside the package.
 NAMESPACE = re.sub(r"\W", "_", __name__)
+# What torch excludes in the body of an operator, so that no operation there is recorded, under enable_grad neither.
+_AUTOGRAD = [
+    torch._C.DispatchKey.AutogradFunctionality,
+    torch._C.DispatchKey.AutogradOther,
+    torch._C.DispatchKey.AutogradNestedTensor,
+]
 
 
 class _Kernel(NamedTuple):
@@ -67,6 +74,17 @@ def _forward(tensors: list[Tensor], there: str, name: str, words: str, numbers: 
     return [_own(out, tensors) for out in outputs]
 
 
+@contextlib.contextmanager
+def _recording() -> Iterator[None]:
+    """As outside of any operator: what is done to a tensor that requires grad is recorded."""
+    excluded = torch._C._dispatch_tls_local_exclude_set()
+    for key in _AUTOGRAD:
+        excluded = excluded.remove(key)
+    included = torch._C._dispatch_tls_local_include_set()
+    with torch._C._ForceDispatchKeyGuard(included, excluded), torch.enable_grad():
+        yield
+
+
 def _gradients(
     tensors: list[Tensor],
     upstream: list[Tensor],
@@ -77,12 +95,22 @@ def _gradients(
     needs: list[bool],
 ) -> list[Tensor]:
     leaves = [x.detach().requires_grad_(need) for x, need in zip(tensors, needs, strict=True)]
-    with torch.enable_grad():
-        outputs = _KERNELS[name].function(_spread(leaves, there), words, numbers)
     wanted = [x for x in leaves if x.requires_grad]
-    pairs = [(out, grad) for out, grad in zip(outputs, upstream, strict=True) if out.requires_grad]
-    outs, grads = [list(x) for x in zip(*pairs, strict=True)]
-    made = torch.autograd.grad(outs, wanted, grads, allow_unused=True, materialize_grads=True)
+    with _recording():
+        if not wanted[0].new_empty(0).requires_grad_().neg().requires_grad:
+            # Never zeros for what was not recorded.
+            raise RuntimeError(
+                f"{name}: torch {torch.__version__} records nothing within an operator, so there is no gradient under "
+                "torch.compile; call it outside"
+            )
+        outputs = _KERNELS[name].function(_spread(leaves, there), words, numbers)
+        # An output may depend on none of these inputs, as a final state on none but those of the state.
+        pairs = [(out, grad) for out, grad in zip(outputs, upstream, strict=True) if out.requires_grad]
+        if not pairs:
+            raise RuntimeError(f"{name}: no output depends on an input that requires grad; detach the input")
+        outs, grads = [list(x) for x in zip(*pairs, strict=True)]
+        # Within, as a function's own backward may record too.
+        made = torch.autograd.grad(outs, wanted, grads, allow_unused=True, materialize_grads=True)
     return [_own(x, [*tensors, *upstream]) for x in made]
 
 

@@ -3,15 +3,22 @@ the reference in float64, and what may be in a CUDA graph."""
 
 import importlib.util
 import sys
+import types
 
 import pytest
 import torch
 import torch.nn.functional as F
 
 from mohawk import AttentionMixing, DeltaMixing, SSDMixing, causal_conv1d, gated_delta_rule, mixing_distance, ssd
+from mohawk.kernels.causal_conv1d.package_backend import by_package
 from mohawk.kernels.causal_conv1d.reference import causal_conv1d_reference
 from mohawk.kernels.common import operators
+from mohawk.kernels.delta import scan as delta_scan
+from mohawk.kernels.delta.reference import delta_reference
 from mohawk.kernels.kd import compiled
+from mohawk.kernels.ssd import mamba_backend
+from mohawk.kernels.ssd import scan as ssd_scan
+from mohawk.kernels.ssd.reference import ssd_reference
 
 SEQ = 9
 SEGMENTS = torch.tensor([[0] * 4 + [1] * 5, [0] * 7 + [-1] * 2])
@@ -108,6 +115,185 @@ def test_one_graph(name, segmented):
     assert len(got) == len(truth)
     for mine, exact in zip(got, truth, strict=True):
         torch.testing.assert_close(mine.double(), exact, rtol=1e-4, atol=2e-5)
+
+
+def check_each_output(function, given):
+    """Each output alone, compiled and not: the same gradients, and not only zeros."""
+    torch._dynamo.reset()
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+
+    def gradients(call, which):
+        leaves = [x.clone().requires_grad_() for x in given]
+        out = call(*leaves)[which]
+        total = (out * torch.linspace(1, 2, out.numel()).view(out.shape).to(out.dtype)).sum()
+        return torch.autograd.grad(total, leaves, allow_unused=True, materialize_grads=True)
+
+    for which in range(len(function(*given))):
+        exact = gradients(function, which)
+        assert any(x.any() for x in exact)
+        torch.testing.assert_close(gradients(compiled, which), exact)
+
+
+OUTPUTS = {
+    "ssd": (
+        lambda backend, x, decay, B, C, scale, D, state: ssd(
+            x, -decay.abs(), B, C, input_scale=scale, D=D, initial_state=state, segment_ids=SEGMENTS,
+            return_final_state=True, backend=backend,
+        ),
+        CASES["ssd"][1],
+    ),
+    "gated_delta_rule": (
+        lambda backend, q, k, v, beta, decay, state: gated_delta_rule(
+            q, F.normalize(k, dim=-1), v, beta=beta.sigmoid(), log_decay=-decay.abs(), initial_state=state,
+            segment_ids=SEGMENTS, return_final_state=True, backend=backend,
+        ),
+        CASES["gated_delta_rule"][1] | {"state": (2, 2, 4, 3)},
+    ),
+    "mixing": (
+        lambda backend, C, B, decay, q, k: [
+            mixing_distance(SSDMixing(C, B, -decay.abs()), AttentionMixing(q, k), metric=metric, backend=backend)
+            for metric in ("frobenius", "relative")
+        ],
+        CASES["mixing"][1],
+    ),
+    "kl": (
+        lambda backend, q, k, other: [
+            mixing_distance(AttentionMixing(q, k), AttentionMixing(other, k), metric="kl", backend=backend)
+        ],
+        CASES["kl"][1],
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("backend", ("reference", "chunked"))
+@pytest.mark.parametrize("name", OUTPUTS)
+def test_gradients_of_each_output(name, backend):
+    function, shapes = OUTPUTS[name]
+    check_each_output(lambda *given: function(backend, *given), list(tensors(**shapes).values()))
+
+
+@pytest.mark.parametrize("seq", (2, SEQ))  # shorter than the kernel, so that the state is in the final one, and not
+@pytest.mark.parametrize("segmented", (False, True))
+def test_gradients_of_each_output_of_the_convolution(segmented, seq):
+    def function(x, weight, bias, state):
+        options = {"initial_state": state, "segment_ids": SEGMENTS[:, -seq:] if segmented else None}
+        return causal_conv1d(x, weight, bias, activation="silu", **options, return_final_state=True)
+
+    given = tensors(x=(2, seq, 6), weight=(6, 4), bias=(6,), state=(2, 6, 3))
+    check_each_output(function, list(given.values()))
+
+
+def test_gradients_around_the_kernels_of_packages(monkeypatch):
+    """What is done in torch before such a kernel and after it: definitions stand in for the kernels."""
+
+    def rule(q, k, v, decay, beta, *, scale, initial_state, output_final_state, cu_seqlens):
+        return delta_reference(q, k, v, beta, decay, initial_state, None)
+
+    fla = types.ModuleType("fla.ops.gated_delta_rule")
+    monkeypatch.setattr(fla, "chunk_gated_delta_rule", rule, raising=False)
+    monkeypatch.setitem(sys.modules, fla.__name__, fla)
+    monkeypatch.setattr(delta_scan, "why_not", lambda module: None)
+    monkeypatch.setattr(ssd_scan, "why_not", lambda module: None)
+    monkeypatch.setattr(mamba_backend, "_MambaScan", types.SimpleNamespace(apply=ssd_reference))
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+
+    def of_fla(q, k, v, beta, decay, state):
+        options = {"beta": beta.sigmoid(), "log_decay": -decay.abs(), "initial_state": state}
+        return gated_delta_rule(q, F.normalize(k, dim=-1), v, **options, return_final_state=True, backend="fla")
+
+    check_each_output(of_fla, list(tensors(**OUTPUTS["gated_delta_rule"][1]).values()))
+
+    def of_mamba(x, decay, B, C, state):
+        return ssd(x, -decay.abs(), B, C, initial_state=state, return_final_state=True, backend="mamba_ssm")
+
+    x, decay, B, _, _, _, state = tensors(**CASES["ssd"][1]).values()
+    check_each_output(of_mamba, [x.bfloat16(), decay, B, B.flip(1), state])
+
+    def convolution(x, weight, bias, *, seq_idx, initial_states, activation):
+        assert seq_idx is None
+        states = initial_states
+        return causal_conv1d_reference(x.transpose(1, 2), weight, bias, states, activation).transpose(1, 2)
+
+    def as_operator(given, activation, numbers):
+        return [by_package(convolution, *given[:3], activation, given[3], None)]
+
+    monkeypatch.setattr(operators, "_KERNELS", dict(operators._KERNELS))
+    operators.register_kernel("package", as_operator, lambda given, activation: [given[0].new_empty(given[0].shape)])
+
+    def of_package(*given):
+        if torch.compiler.is_compiling():
+            return operators.call_operator("package", given, "silu")
+        return as_operator(given, "silu", [])
+
+    check_each_output(of_package, list(tensors(x=(2, 5, 8), weight=(8, 4), bias=(8,), state=(2, 8, 3)).values()))
+
+
+@pytest.fixture
+def registered(monkeypatch):
+    """Registers a function of x and w, whose outputs have their shapes, as an operator: (x, w, *others) to outputs."""
+    monkeypatch.setattr(operators, "_KERNELS", dict(operators._KERNELS))
+
+    def register(function):
+        operators.register_kernel(
+            "plain", lambda given, words, numbers: function(*given), lambda given, words: list(given)
+        )
+        return lambda *given: operators.call_operator("plain", given)
+
+    return register
+
+
+def test_what_plain_operations_do_is_differentiated(registered):
+    """Views and changes in place as well; only what an output hangs on, whichever inputs need a gradient."""
+
+    def function(x, w):
+        y = x * 2
+        y[:, 1:].mul_(w[:, :1])
+        return [y.exp(), w.square().cumsum(1)]
+
+    operator = registered(function)
+    given = [torch.randn(2, 3), torch.randn(2, 3)]
+    for needs in ((True, True), (True, False), (False, True)):
+        for which in range(2):
+            wanted = []
+            for call in (function, operator):
+                leaves = [x.clone().requires_grad_(need) for x, need in zip(given, needs, strict=True)]
+                out = call(*leaves)[which]
+                if not out.requires_grad:
+                    wanted.append([torch.zeros(2, 3)] * sum(needs))
+                    continue
+                leaves = [x for x in leaves if x.requires_grad]
+                made = torch.autograd.grad(out.square().sum(), leaves, allow_unused=True, materialize_grads=True)
+                wanted.append(list(made))
+            torch.testing.assert_close(wanted[1], wanted[0])
+    # Nothing of it is left behind.
+    with torch._C._AutoDispatchBelowAutograd():
+        operators._gradients(given, given, "11", "plain", "", [0.0], [True, True])
+        assert not (given[0].clone().requires_grad_() * 2).requires_grad
+
+
+def test_what_has_no_gradient_raises(registered, monkeypatch):
+    x, w = torch.randn(2, 3, requires_grad=True), torch.randn(2, 3)
+    operator = registered(lambda x, w: [x.detach() + w, w * 2])
+    with pytest.raises(RuntimeError, match=r"^plain: no output depends on an input that requires grad; detach"):
+        torch.autograd.grad(operator(x, w)[0].sum(), x)
+    # A torch whose keys of autograd are others.
+    operator = registered(lambda x, w: [x * w, w * 2])
+    monkeypatch.setattr(operators, "_AUTOGRAD", [])
+    with pytest.raises(RuntimeError, match=r"^plain: torch .* records nothing within an operator, .*; call it outside"):
+        torch.autograd.grad(operator(x, w)[0].sum(), x)
+
+
+@pytest.mark.parametrize("backend", ("reference", "chunked"))
+def test_one_mixing_on_both_sides_is_the_student_by_its_place(backend):
+    def function(q, k):
+        mixing = AttentionMixing(q, k)
+        return mixing_distance(mixing, mixing, metric="squared", backend=backend)
+
+    torch._dynamo.reset()
+    leaves = [torch.randn(1, 2, 5, 4, requires_grad=True) for _ in range(2)]
+    distance = torch.compile(function, fullgraph=True, backend="aot_eager")(*leaves)
+    assert distance.requires_grad
+    torch.testing.assert_close(torch.autograd.grad(distance, leaves), torch.autograd.grad(function(*leaves), leaves))
 
 
 def test_operators_have_the_shapes_they_promise():
