@@ -5,9 +5,8 @@ Each function gets lp and lq, the log-probabilities of teacher and student (rows
 both. It returns the divergence of each row and, if `want_grad`, its gradient with respect to the student's
 tempered logits u, where lq = log_softmax(u): for D = f(q) that is q * (f'(q) - sum q f'(q)).
 
-`guard` sets terms of probability 0 to 0. Without it a row with -inf logits may come out NaN or infinite; the caller
-then calls again with it, so that rows without -inf pay nothing. Where ranks share the vocabulary, values are this
-rank's part of the sum and gradients are whole: `total` makes a sum over this rank's entries one over all.
+Where ranks share the vocabulary, values are this rank's part of the sum and gradients are whole: `total` makes a sum
+over this rank's entries one over all.
 float32 tiles are enough: to forward, reverse and skewed KL, sums of a log(a / b), the sum of b - a is added, zero in
 exact arithmetic, which cancels the rounding of both log-normalisers to first order (in JSD they cancel by themselves).
 It is added term by term and made of the same y = log(b / a): a (expm1(y) - y) is never negative, and their sum keeps
@@ -45,10 +44,20 @@ def _floor(log: Tensor) -> float:
     return -87.0 if log.dtype == torch.float32 else -708.0
 
 
-def _log_ratio(log_b: Tensor, log_a: Tensor, guard: bool) -> Tensor:
-    """log(b / a) in log_b's memory, from a floored log_a."""
-    y = log_b.sub_(log_a)
-    return y.masked_fill_(y.isneginf() & (log_a <= _floor(log_a)), 0.0) if guard else y
+def _with_ratio(log_a: Tensor, log_b: Tensor) -> tuple[Tensor, Tensor]:
+    """a, floored, and y = log(b / a) in log_b's memory, for sums of a (expm1(y) - y).
+
+    Where a was raised to the floor and b is smaller still, y is made smaller by as much, so that a y is what it was:
+    nothing for words that both sides mask, be it with -inf or with the lowest finite number, of which the floor would
+    make nats.
+    """
+    floor = _floor(log_a)
+    if not log_a.numel() or log_a.amin() >= floor:
+        return log_a.exp(), log_b.sub_(log_a)
+    raised = torch.sub(log_a, floor).clamp_(max=0.0).exp_()
+    y = log_b.sub_(_floored(log_a))
+    raised.masked_fill_(y >= 0, 1.0)
+    return log_a.exp(), y.masked_fill_(raised == 0, 0.0).mul_(raised)
 
 
 def _centre(q: Tensor, slope: Tensor, total: Total) -> Tensor:
@@ -57,22 +66,22 @@ def _centre(q: Tensor, slope: Tensor, total: Total) -> Tensor:
     return slope.addcmul_(q, total(slope.sum(-1)).unsqueeze(-1), value=-1)
 
 
-def forward_kl(lp: Tensor, lq: Tensor, beta: float, lam: float, guard: bool, want_grad: bool, total: Total) -> Rows:
-    p = _floored(lp).exp()
-    y = _log_ratio(lq, lp, guard)
-    grad = torch.expm1(y)
-    value = torch.sub(grad, y, out=y).mul_(p).sum(-1)
+def forward_kl(lp: Tensor, lq: Tensor, beta: float, lam: float, want_grad: bool, total: Total) -> Rows:
+    q = lq.exp() if want_grad else lq
+    p, y = _with_ratio(lp, lq)
+    less = torch.expm1(y, out=lp)  # q / p - 1
+    value = torch.sub(less, y, out=y).mul_(p).sum(-1)
     if not want_grad:
         return value, None
-    grad.mul_(p)  # q - p
+    # q - p is p (q / p - 1), but far above p that has the rounding of a large y: p more of it, and the rest from q.
+    grad = less.clamp_(max=1.0).mul_(p).add_(q.sub_(p, alpha=2).clamp_(min=0.0))
     # Of a whole vocabulary the sum is known to be 0; over ranks it would take a collective more.
     return value, grad.addcmul_(p, grad.sum(-1, keepdim=True), value=-1) if total is whole else grad
 
 
-def reverse_kl(lp: Tensor, lq: Tensor, beta: float, lam: float, guard: bool, want_grad: bool, total: Total) -> Rows:
-    q = _floored(lq).exp()
-    y = _log_ratio(lp, lq, guard)
-    value = torch.expm1(y).sub_(y).mul_(q).sum(-1)
+def reverse_kl(lp: Tensor, lq: Tensor, beta: float, lam: float, want_grad: bool, total: Total) -> Rows:
+    q, y = _with_ratio(lq, lp)
+    value = torch.expm1(y, out=lq).sub_(y).mul_(q).sum(-1)
     if not want_grad:
         return value, None
     y.mul_(q)
@@ -90,7 +99,7 @@ def _expm1_of_ratio(log_a: Tensor, log_b: Tensor) -> tuple[Tensor, Tensor]:
     return r, torch.expm1(r)
 
 
-def jsd(lp: Tensor, lq: Tensor, beta: float, lam: float, guard: bool, want_grad: bool, total: Total) -> Rows:
+def jsd(lp: Tensor, lq: Tensor, beta: float, lam: float, want_grad: bool, total: Total) -> Rows:
     # The smaller weight goes into the logarithm: the other way round its own term would be lost in the rounding of 1.
     if beta >= 0.5:
         q, p, to_student, to_teacher, terms = _to_mixture(_floored(lq), _floored(lp), 1 - beta)
@@ -122,7 +131,7 @@ def _mixture(log_a: Tensor, log_b: Tensor, lam: float) -> tuple[Tensor, Tensor, 
     return torch.where(x < -0.5, ratio.log(), torch.log1p(x)), x, ratio
 
 
-def skew_kl(lp: Tensor, lq: Tensor, beta: float, lam: float, guard: bool, want_grad: bool, total: Total) -> Rows:
+def skew_kl(lp: Tensor, lq: Tensor, beta: float, lam: float, want_grad: bool, total: Total) -> Rows:
     p, q = _floored(lp).exp(), _floored(lq).exp() if want_grad else _floored(lq)
     log_m, slope, ratio = _mixture(lq, lp, lam)  # log(m / p), m / p - 1, m / p
     value = torch.sub(slope, log_m, out=log_m).mul_(p).sum(-1)
@@ -132,7 +141,7 @@ def skew_kl(lp: Tensor, lq: Tensor, beta: float, lam: float, guard: bool, want_g
 
 
 def skew_reverse_kl(
-    lp: Tensor, lq: Tensor, beta: float, lam: float, guard: bool, want_grad: bool, total: Total
+    lp: Tensor, lq: Tensor, beta: float, lam: float, want_grad: bool, total: Total
 ) -> Rows:
     q = _floored(lq).exp()
     log_m, slope, ratio = _mixture(_floored(lp), lq, lam)  # log(m / q), m / q - 1, m / q
@@ -143,7 +152,7 @@ def skew_reverse_kl(
     return value, _centre(q, slope, total)
 
 
-def tvd(lp: Tensor, lq: Tensor, beta: float, lam: float, guard: bool, want_grad: bool, total: Total) -> Rows:
+def tvd(lp: Tensor, lq: Tensor, beta: float, lam: float, want_grad: bool, total: Total) -> Rows:
     q = lq.exp_()
     difference = torch.sub(q, lp.exp_())
     value = difference.abs().sum(-1) / 2
@@ -153,7 +162,7 @@ def tvd(lp: Tensor, lq: Tensor, beta: float, lam: float, guard: bool, want_grad:
 
 
 def probability_mse(
-    lp: Tensor, lq: Tensor, beta: float, lam: float, guard: bool, want_grad: bool, total: Total
+    lp: Tensor, lq: Tensor, beta: float, lam: float, want_grad: bool, total: Total
 ) -> Rows:
     q = lq.exp_()
     difference = torch.sub(q, lp.exp_())
@@ -218,7 +227,7 @@ def by_hand(name: str) -> bool:
 
 
 def of_distributions(name: str) -> Callable[..., Rows]:
-    """The function of (lp, lq, beta, lam, guard, want_grad, total) that computes this divergence."""
+    """The function of (lp, lq, beta, lam, want_grad, total) that computes this divergence."""
     return DISTRIBUTION.get(name) or functools.partial(_by_autograd, DIVERGENCES[name].definition)
 
 
@@ -228,7 +237,7 @@ def _by_autograd(
     lq: Tensor,
     beta: float,
     lam: float,
-    guard: bool,
+   
     want_grad: bool,
     total: Total,
 ) -> Rows:

@@ -40,19 +40,14 @@ def distribution(
     if known is not None:
         total = options.vocabulary.total if known.reverse_kl is None else lambda _: known.reverse_kl
 
-    def evaluate(guard: bool) -> tuple[Tensor, Tensor | None]:
-        lp = log_softmax(scores, norm)
-        own = log_softmax(u, known and known.student) if lq is None else lq.clone()
-        value, grad = function(lp, own, options.settings.beta, options.settings.lam, guard, want_grad, total)
-        return (value, grad) if size == 1 else (value / size, None if grad is None else grad.div_(size))
-
-    value, grad = evaluate(guard=known is not None)
-    if known is None and bool(torch.isfinite(value).all()):
-        return value, grad
-    if known is None:  # 0 * inf somewhere, or inf: -inf logits
-        value, grad = evaluate(guard=True)
-    if grad is not None:  # what is still NaN came in so: the gradient says it too, where a guard or a sign would not
-        grad.masked_fill_(torch.isnan(value).unsqueeze(-1), float("nan"))
+    lp = log_softmax(scores, norm)
+    own = log_softmax(u, known and known.student) if lq is None else lq.clone()
+    value, grad = function(lp, own, options.settings.beta, options.settings.lam, want_grad, total)
+    broken = torch.isnan(value)
+    if grad is not None and bool(broken.any()):  # the gradient says it too, where a sign or a floor would not
+        grad.masked_fill_(broken.unsqueeze(-1), float("nan"))
+    if size != 1:
+        value, grad = value / size, None if grad is None else grad.div_(size)
     return value, grad
 
 
