@@ -140,9 +140,7 @@ def skew_kl(lp: Tensor, lq: Tensor, beta: float, lam: float, want_grad: bool, to
     return value, _centre(q, slope.div_(ratio), total).mul_(1 - lam)
 
 
-def skew_reverse_kl(
-    lp: Tensor, lq: Tensor, beta: float, lam: float, want_grad: bool, total: Total
-) -> Rows:
+def skew_reverse_kl(lp: Tensor, lq: Tensor, beta: float, lam: float, want_grad: bool, total: Total) -> Rows:
     q = _floored(lq).exp()
     log_m, slope, ratio = _mixture(_floored(lp), lq, lam)  # log(m / q), m / q - 1, m / q
     value = torch.sub(slope, log_m).mul_(q).sum(-1)
@@ -161,9 +159,7 @@ def tvd(lp: Tensor, lq: Tensor, beta: float, lam: float, want_grad: bool, total:
     return value, _centre(q, difference.sign_().mul_(0.5), total)
 
 
-def probability_mse(
-    lp: Tensor, lq: Tensor, beta: float, lam: float, want_grad: bool, total: Total
-) -> Rows:
+def probability_mse(lp: Tensor, lq: Tensor, beta: float, lam: float, want_grad: bool, total: Total) -> Rows:
     q = lq.exp_()
     difference = torch.sub(q, lp.exp_())
     value = difference.square().sum(-1)
@@ -237,7 +233,6 @@ def _by_autograd(
     lq: Tensor,
     beta: float,
     lam: float,
-   
     want_grad: bool,
     total: Total,
 ) -> Rows:

@@ -204,6 +204,16 @@ def edges():
             if results[0][0].isfinite():
                 assert error(results[1][1], results[0][1]) < 2e-6, (divergence, student, target)
             yield 1
+        # masked with a finite number, on both sides or one
+        for student, target, low in ((True, True, torch.finfo().min), (False, True, -1e34), (True, False, -1e34)):
+            masked = {**d, "z": d["z"].clone(), "t": d["t"].clone()}
+            if student:
+                masked["z"][:, 100:] = low
+            if target:
+                masked["t"][:, 100:] = low
+            if divergence not in ON_LOGITS:
+                check(masked, "logits", False, divergence=divergence)
+                yield 1
         # values and gradients while the two come together
         for distance in (0.1, 0.01, 1e-3, 1e-4):
             near = {

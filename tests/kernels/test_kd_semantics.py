@@ -214,6 +214,57 @@ def test_digits_where_one_side_has_next_to_nothing(divergence, far):
         assert error(got, truth) <= 2 * error(reference, truth) + 1e-6
 
 
+@pytest.mark.parametrize("temperature", (1.0, 0.1))
+@pytest.mark.parametrize("divergence", ("forward_kl", "reverse_kl"))
+def test_digits_where_student_and_teacher_are_far_apart(divergence, temperature):
+    """Large log-probabilities, whose rounding is not that of the larger of two probabilities."""
+    g = torch.Generator().manual_seed(0)
+    z, t = 5 * torch.randn(512, 1000, generator=g), 5 * torch.randn(512, 1000, generator=g)
+    options = {"divergence": divergence, "temperature": temperature, "reduction": "none"}
+    found = []
+    for backend, dtype in (("reference", torch.float64), ("reference", torch.float32), ("chunked", torch.float32)):
+        x = z.to(dtype).requires_grad_()
+        rows = kd_loss(x, t.to(dtype), backend=backend, **options)
+        found.append((rows.detach(), torch.autograd.grad(rows.sum(), x)[0]))
+    for truth, reference, got in zip(*found, strict=True):
+        assert error(got, truth) <= 2 * error(reference, truth)
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
+@pytest.mark.parametrize("divergence", OF_DISTRIBUTIONS)
+def test_words_masked_with_a_finite_number(divergence, dtype):
+    """As models suppress words. What both sides mask is nothing; what one side masks costs what the definition says,
+    also beside the smallest probabilities of the other."""
+    g = torch.Generator().manual_seed(0)
+    options = {"divergence": divergence, "beta": 0.3}
+    torch.compiler.reset()
+    compiled = torch.compile(lambda x, t: kd_loss(x, t, backend="chunked", **options), backend="eager", fullgraph=True)
+    for mask in (torch.finfo(dtype).min, -1e34, -200.0):
+        for low in (None, 0.0, -95.0):  # None: both are masked
+            for mask_student in (True, False):
+                z, t = (torch.randn(8, 64, generator=g) for _ in range(2))
+                masked, other = (z, t) if mask_student else (t, z)
+                masked[:, 32:] = mask
+                other[:, 32:] = mask if low is None else other[:, 32:] + low
+                z, t = z.to(dtype), t.to(dtype)
+                found = []
+                for backend, precision in (
+                    ("reference", torch.float64), ("reference", dtype), ("chunked", dtype), ("compiled", dtype)
+                ):  # fmt: skip
+                    x = z.detach().to(precision).clone().requires_grad_()
+                    y = t.to(precision)
+                    loss = compiled(x, y) if backend == "compiled" else kd_loss(x, y, backend=backend, **options)
+                    loss.backward()
+                    with torch.no_grad():
+                        alone = kd_loss(x, y, backend="chunked" if backend == "compiled" else backend, **options)
+                    found.append((loss.detach(), alone, x.grad))
+                case = (mask, low, mask_student)
+                for truth, reference, got, opaque in zip(*found, strict=True):
+                    assert truth.isfinite().all(), case
+                    assert error(got, truth) <= 2 * error(reference, truth) + 2e-6, case
+                    assert torch.equal(opaque, got), case
+
+
 @pytest.mark.parametrize("rows", (96, 300))  # the head's gradient from one product, and summed over chunks
 @pytest.mark.parametrize("distance", (0.9, 0.25, 0.08, 0.025))  # KL of about 0.3, 0.03, 0.003, 0.0003
 def test_bfloat16_gradients(distance, rows, monkeypatch):
