@@ -60,6 +60,12 @@ def _with_ratio(log_a: Tensor, log_b: Tensor) -> tuple[Tensor, Tensor]:
     return log_a.exp(), y.masked_fill_(raised == 0, 0.0).mul_(raised)
 
 
+def _excess(b: Tensor, a: Tensor) -> Tensor:
+    """b - 2 a where it is positive, else 0: what a min(b / a - 1, 1) lacks of b - a. A b far above a, taken as
+    a exp(log(b / a)), would have the rounding of a large logarithm."""
+    return torch.sub(b, a, alpha=2).clamp_(min=0.0)
+
+
 def _centre(q: Tensor, slope: Tensor, total: Total) -> Tensor:
     """q * (slope - sum q slope) in slope's memory."""
     slope.mul_(q)
@@ -73,8 +79,7 @@ def forward_kl(lp: Tensor, lq: Tensor, beta: float, lam: float, want_grad: bool,
     value = torch.sub(less, y, out=y).mul_(p).sum(-1)
     if not want_grad:
         return value, None
-    # q - p is p (q / p - 1), but far above p that has the rounding of a large y: p more of it, and the rest from q.
-    grad = less.clamp_(max=1.0).mul_(p).add_(q.sub_(p, alpha=2).clamp_(min=0.0))
+    grad = less.clamp_(max=1.0).mul_(p).add_(_excess(q, p))  # q - p
     # Of a whole vocabulary the sum is known to be 0; over ranks it would take a collective more.
     return value, grad.addcmul_(p, grad.sum(-1, keepdim=True), value=-1) if total is whole else grad
 
@@ -119,8 +124,9 @@ def _to_mixture(log_b: Tensor, log_a: Tensor, w: float) -> tuple[Tensor, Tensor,
     r, x = _expm1_of_ratio(log_b, log_a)
     log_m_a = x.mul_(w).log1p()
     log_m_b = torch.sub(log_m_a, r, out=r)
-    terms = x.sub_(log_m_a).mul_(a).mul_(1 - w)
-    return b, a, log_m_b, log_m_a, terms.addcmul_(torch.expm1(log_m_b).sub_(log_m_b), b, value=w)
+    terms = x.clamp_(max=w).sub_(log_m_a).mul_(a).add_(_excess(b, a), alpha=w).mul_(1 - w)
+    terms.addcmul_(torch.expm1(log_m_b).clamp_(max=1 - w).sub_(log_m_b), b, value=w)
+    return b, a, log_m_b, log_m_a, terms.add_(_excess(a, b), alpha=w * (1 - w))
 
 
 def _mixture(log_a: Tensor, log_b: Tensor, lam: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -132,18 +138,18 @@ def _mixture(log_a: Tensor, log_b: Tensor, lam: float) -> tuple[Tensor, Tensor, 
 
 
 def skew_kl(lp: Tensor, lq: Tensor, beta: float, lam: float, want_grad: bool, total: Total) -> Rows:
-    p, q = _floored(lp).exp(), _floored(lq).exp() if want_grad else _floored(lq)
+    p, q = _floored(lp).exp(), _floored(lq).exp()
     log_m, slope, ratio = _mixture(lq, lp, lam)  # log(m / p), m / p - 1, m / p
-    value = torch.sub(slope, log_m, out=log_m).mul_(p).sum(-1)
+    value = torch.sub(slope.clamp(max=1 - lam), log_m, out=log_m).mul_(p).add_(_excess(q, p), alpha=1 - lam).sum(-1)
     if not want_grad:
         return value, None
     return value, _centre(q, slope.div_(ratio), total).mul_(1 - lam)
 
 
 def skew_reverse_kl(lp: Tensor, lq: Tensor, beta: float, lam: float, want_grad: bool, total: Total) -> Rows:
-    q = _floored(lq).exp()
-    log_m, slope, ratio = _mixture(_floored(lp), lq, lam)  # log(m / q), m / q - 1, m / q
-    value = torch.sub(slope, log_m).mul_(q).sum(-1)
+    p, q = _floored(lp).exp(), _floored(lq).exp()
+    log_m, slope, ratio = _mixture(lp, lq, lam)  # log(m / q), m / q - 1, m / q
+    value = slope.clamp(max=1 - lam).sub_(log_m).mul_(q).add_(_excess(p, q), alpha=1 - lam).sum(-1)
     if not want_grad:
         return value, None
     slope.div_(ratio).mul_(lam).sub_(log_m)  # log(q / m) - lam q / m + lam

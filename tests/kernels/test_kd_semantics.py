@@ -215,7 +215,7 @@ def test_digits_where_one_side_has_next_to_nothing(divergence, far):
 
 
 @pytest.mark.parametrize("temperature", (1.0, 0.1))
-@pytest.mark.parametrize("divergence", ("forward_kl", "reverse_kl"))
+@pytest.mark.parametrize("divergence", ("forward_kl", "reverse_kl", "skew_kl", "skew_reverse_kl"))
 def test_digits_where_student_and_teacher_are_far_apart(divergence, temperature):
     """Large log-probabilities, whose rounding is not that of the larger of two probabilities."""
     g = torch.Generator().manual_seed(0)
