@@ -47,16 +47,15 @@ def _floor(log: Tensor) -> float:
 def _with_ratio(log_a: Tensor, log_b: Tensor) -> tuple[Tensor, Tensor]:
     """a, floored, and y = log(b / a) in log_b's memory, for sums of a (expm1(y) - y).
 
-    Where a was raised to the floor and b is smaller still, y is made smaller by as much, so that a y is what it was:
-    nothing for words that both sides mask, be it with -inf or with the lowest finite number, of which the floor would
-    make nats.
+    Where a was raised to the floor and b is masked, with -inf or the lowest finite number, y is made smaller by as
+    much, so that a y is what it was: nothing for words that both sides mask, of which the floor would make nats.
     """
-    floor = _floor(log_a)
-    if not log_a.numel() or log_a.amin() >= floor:
-        return log_a.exp(), log_b.sub_(log_a)
+    floor, masked = _floor(log_a), -1e20
+    if not log_b.numel() or log_b.amin() > masked:
+        return _floored(log_a).exp(), log_b.sub_(log_a)
     raised = torch.sub(log_a, floor).clamp_(max=0.0).exp_()
     y = log_b.sub_(_floored(log_a))
-    raised.masked_fill_(y >= 0, 1.0)
+    raised.masked_fill_(y > masked, 1.0)
     return log_a.exp(), y.masked_fill_(raised == 0, 0.0).mul_(raised)
 
 
@@ -73,7 +72,7 @@ def _centre(q: Tensor, slope: Tensor, total: Total) -> Tensor:
 
 
 def forward_kl(lp: Tensor, lq: Tensor, beta: float, lam: float, want_grad: bool, total: Total) -> Rows:
-    q = lq.exp() if want_grad else lq
+    q = lq.clamp(min=_floor(lq)).exp_() if want_grad else lq
     p, y = _with_ratio(lp, lq)
     less = torch.expm1(y, out=lp)  # q / p - 1
     value = torch.sub(less, y, out=y).mul_(p).sum(-1)
