@@ -115,25 +115,13 @@ def _gradients(
 
 
 def _make(suffix: str, tags: tuple[torch.Tag, ...]) -> Callable[..., list[Tensor]]:
-    @torch.library.custom_op(f"{NAMESPACE}::kernel{suffix}", mutates_args=(), tags=tags)
-    def forward(tensors: list[Tensor], there: str, name: str, words: str, numbers: list[float]) -> list[Tensor]:
-        return _forward(tensors, there, name, words, numbers)
+    name = f"{NAMESPACE}::kernel{suffix}"
+    forward = torch.library.custom_op(name, _forward, mutates_args=(), tags=tags)
+    backward = torch.library.custom_op(f"{name}_gradients", _gradients, mutates_args=(), tags=tags)
 
     @forward.register_fake
     def _(tensors, there, name, words, numbers):
         return _KERNELS[name].shapes(_spread(tensors, there), words)
-
-    @torch.library.custom_op(f"{NAMESPACE}::kernel{suffix}_gradients", mutates_args=(), tags=tags)
-    def backward(
-        tensors: list[Tensor],
-        upstream: list[Tensor],
-        there: str,
-        name: str,
-        words: str,
-        numbers: list[float],
-        needs: list[bool],
-    ) -> list[Tensor]:
-        return _gradients(tensors, upstream, there, name, words, numbers, needs)
 
     @backward.register_fake
     def _(tensors, upstream, there, name, words, numbers, needs):
