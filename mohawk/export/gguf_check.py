@@ -1,4 +1,8 @@
-"""The export doctor of GGUF files: each tensor beside the student's, and llama.cpp where it is installed."""
+"""The export doctor of GGUF files: each tensor beside what was to be written, and llama.cpp where it is installed.
+
+The first finds a damaged file, not a wrong layout: names and layouts are held to gguf's tables in
+tests/mohawk/export/test_gguf.py.
+"""
 
 from __future__ import annotations
 
