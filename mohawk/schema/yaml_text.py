@@ -195,7 +195,7 @@ def _laid_out(value: Any) -> Any:
     if isinstance(value, dict):
         # A key that is a number, of a layer for one, is one without quotes too: it is read as text in any case.
         numbers = {key: int(key) for key in value if re.fullmatch("0|[1-9][0-9]{0,8}", str(key))}
-        return {numbers.get(key, key): _laid_out(entry) for key, entry in value.items()}
+        return {numbers.get(key, _quoted_if_needed(key)): _laid_out(entry) for key, entry in value.items()}
     if isinstance(value, (list, tuple)):
         result = CommentedSeq(_laid_out(entry) for entry in value)
         if not any(isinstance(entry, (dict, list, tuple)) for entry in value):
@@ -203,8 +203,16 @@ def _laid_out(value: Any) -> Any:
         return result
     if isinstance(value, PurePath):
         return str(value)
-    # Escaped, since some characters that are no printable ones do not survive plain or quoted.
-    return DoubleQuotedScalarString(value) if isinstance(value, str) and not value.isprintable() else value
+    return _quoted_if_needed(value) if isinstance(value, str) else value
+
+
+def _quoted_if_needed(text: str) -> str:
+    """In double quotes where ruamel.yaml would write what it does not read back as the same text.
+
+    Those are some characters that are not printable, and a first sign that opens something else: it writes `[?a]` and
+    reads a mapping.
+    """
+    return DoubleQuotedScalarString(text) if not text.isprintable() or text[:1] in set("?:-") else text
 
 
 def prefix(place: str, path: Path) -> str:
