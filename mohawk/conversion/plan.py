@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from mohawk.conversion.footprint import Hardware, Strategy, footprint, operations, strategies
 from mohawk.conversion.objectives import EndToEndObjective, HiddenObjective, MixingObjective, PhaseObjective
-from mohawk.conversion.recipe import Recipe, Student
+from mohawk.conversion.recipe import Hybrid, Recipe
 from mohawk.core.precision import autocast_dtype, pick_device
 from mohawk.core.processes import count
 from mohawk.errors import UserError
@@ -144,10 +144,11 @@ def make_plan(recipe: Recipe, teacher_config: Any, hardware: Hardware | None = N
     )
 
 
-def student_options(s: Student) -> dict:
+def student_options(s: Hybrid) -> dict:
     """Arguments of `hybrid_from_teacher` that a recipe's student holds."""
     return {
-        "ssm_layers": s.ssm_layers, "mixer": s.mixer, "init": s.init, "gate": s.gate,
+        "ssm_layers": s.ssm_layers, "mixer": s.mixer, "gate": s.gate,
+        "init": "attention" if s.init == "calibrated" else s.init,  # which is what calibration begins with
         "state_size": s.state_size, "conv_kernel": s.conv_kernel,
     }  # fmt: skip
 
@@ -180,8 +181,10 @@ def print_plan(plan: Plan, recipe: Recipe, console: Console) -> None:
             layers.add_row(str(i), kind.replace("_", " "), "copied")
             continue
         delta = issubclass(MIXERS[config.mixer_of(i)], DeltaMixer)
+        copied = "q, k, v, o" if delta else "q -> C, k -> B, v -> x, o -> out_proj"
         source = {
-            "attention": "q, k, v, o" if delta else "q -> C, k -> B, v -> x, o -> out_proj",
+            "attention": copied,
+            "calibrated": f"{copied}, solved",
             "neutral": "random, conv and gate passing on",
             "random": "random",
         }[recipe.student.init]

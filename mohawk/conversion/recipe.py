@@ -29,6 +29,8 @@ from mohawk.schema.base import (
 )
 from mohawk.schema.yaml_text import show
 
+CALIBRATION_TOKENS = 8192
+
 
 def _layers(value: Any) -> Any:
     if value in ("every_second", "all"):
@@ -58,16 +60,19 @@ def _mixers(value: Any) -> Any:
     return value
 
 
-class Student(Section):
+class Hybrid(Section):
+    """Which layers become what."""
+
     mixer: Annotated[Mixer | dict[int, Mixer], BeforeValidator(_mixers)] = Field(
         default="mamba2", description="; ".join(f"{name}: {text}" for name, text in MIXERS.items())
     )
     ssm_layers: Annotated[Literal["every_second", "all"] | list[int], BeforeValidator(_layers)] = Field(
         default="every_second", description="layers whose attention is replaced"
     )
-    init: Literal["attention", "neutral", "random"] = Field(
+    init: Literal["attention", "calibrated", "neutral", "random"] = Field(
         default="attention",
-        description="what mixers start from; attention: q, k, v and o; neutral: an identity convolution, an open gate",
+        description="what mixers start from; attention: q, k, v and o; calibrated: the same, then output projections "
+        "solved by least squares for the teacher's attention outputs; neutral: an identity convolution, an open gate",
     )
     gate: Literal["open", "output"] = Field(
         default="open",
@@ -87,7 +92,25 @@ class Student(Section):
         mixers = given.get("mixer")
         if "gated_delta" not in (mixers.values() if isinstance(mixers, dict) else [mixers]):
             return given
-        return given if given.get("init", "attention") != "attention" else {**given, "gate": "output"}
+        made_of_attention = given.get("init", "attention") in ("attention", "calibrated")
+        return {**given, "gate": "output"} if made_of_attention else given
+
+
+class Student(Hybrid):
+    """Where there is no text to fit the start to."""
+
+    init: Literal["attention", "neutral", "random"] = Field(
+        default="attention",
+        description="what mixers start from; attention: q, k, v and o; neutral: an identity convolution, an open gate",
+    )
+
+
+class ConvertedStudent(Hybrid):
+    """A conversion's, which has text to fit the start to."""
+
+    calibration_tokens: Count | None = Field(
+        default=None, description=f"tokens of training text that init: calibrated solves on; null: {CALIBRATION_TOKENS}"
+    )
 
 
 class MixingPhase(Phase):
@@ -146,7 +169,7 @@ class Recipe(RecipeFile):
     """A whole conversion."""
 
     teacher: TeacherSection = Field(description="the Transformer to convert")
-    student: Student = Field(default=Student(), description="what takes attention's place")
+    student: ConvertedStudent = Field(default=ConvertedStudent(), description="what takes attention's place")
     phases: Phases = Field(default=Phases(), description="the training phases")
 
     def phase_names(self) -> tuple[str, ...]:
@@ -163,11 +186,17 @@ class Recipe(RecipeFile):
                 [("teacher", "gguf_file"), ("teacher", "model")],
                 "teacher.gguf_file and a teacher.model that is itself a .gguf file; remove gguf_file",
             )
-        if self.student.gate == "output" and self.student.init != "attention":
+        if self.student.gate == "output" and self.student.init not in ("attention", "calibrated"):
             yield (
                 [("student", "gate"), ("student", "init")],
                 f"student.gate: output is made from attention weights, but student.init is {self.student.init}; "
                 "use gate: open or init: attention",
+            )
+        if self.student.calibration_tokens is not None and self.student.init != "calibrated":
+            yield (
+                [("student", "calibration_tokens"), ("student", "init")],
+                f"student.calibration_tokens is given, but student.init: {self.student.init} reads no text; use init: "
+                "calibrated, or leave it out",
             )
         for name, phase in phases.active():
             yield from phase_contradictions(phase, ("phases", name), f"phases.{name}", "set the phase to null")

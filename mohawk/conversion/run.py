@@ -14,10 +14,10 @@ from rich.console import Console
 from mohawk.conversion.footprint import Hardware
 from mohawk.conversion.plan import Plan, make_plan, objective_for, print_plan, student_options
 from mohawk.conversion.readout import solve_output_projections
-from mohawk.conversion.recipe import Recipe
+from mohawk.conversion.recipe import CALIBRATION_TOKENS, Recipe
 from mohawk.core.folders import about_of, newest_complete
 from mohawk.core.processes import first_before_others, from_first, on_first
-from mohawk.core.run_folder import COMPOSED, phase_folder
+from mohawk.core.run_folder import COMPOSED, evaluation_file, phase_folder
 from mohawk.data.packing import PackedDataset, collate
 from mohawk.errors import UserError
 from mohawk.loading.configs import load_config
@@ -100,6 +100,10 @@ def run_phases(run: RunContext[TextData]) -> None:
     if phases:
         from_first(lambda: _check_start(run, phases[0][0]))
     student = untrained_student(run.recipe, run.teacher, run.parts)
+    past = bool(phases) and is_taken(run, phases[0][0])  # after that the start is there to be measured alone
+    measured = from_first(lambda: evaluation_file(run.folder, "before").is_file())
+    if run.recipe.student.init == "calibrated" and not (past and measured):
+        _calibrate(run, student)
     measure_stage(run, "before", student, keep)
     student = take_steps(
         run, [step(name, phase) for name, phase in phases], student, keep=keep, begun_elsewhere=composed
@@ -126,6 +130,31 @@ def _check_start(run: RunContext[TextData], first: str) -> None:
         )
 
 
+def _calibrate(run: RunContext[TextData], student: HybridForCausalLM) -> None:
+    """Output projections that fit the start of the other weights, from the first rows of the training text."""
+    length, size = run.recipe.evaluation.sequence_length, run.recipe.evaluation.batch_size
+    rows = PackedDataset(run.data.text.train, length, seed=run.recipe.seed, pad_token_id=run.pad)
+    tokens = int(run.recipe.student.calibration_tokens or CALIBRATION_TOKENS)
+    _solve(run, "start", student, run.teacher, rows, tokens, length, size)
+
+
+def _solve(
+    run: RunContext,
+    name: str,
+    student: HybridForCausalLM,
+    teacher: PreTrainedModel,
+    rows: Any,
+    tokens: int,
+    length: int,
+    size: int,
+) -> None:
+    """Least squares for every output projection, from the first `tokens` of rows of `length`, `size` rows at once."""
+    count = min(len(rows), -(-tokens // length))
+    log.info("%s: solving output projections on %d tokens", name, count * length)
+    batches = (collate([rows[i] for i in range(start, min(start + size, count))]) for start in range(0, count, size))
+    solve_output_projections(student, teacher, batches, autocast=run.autocast)
+
+
 def _finish(run: RunContext[TextData], student: HybridForCausalLM) -> None:
     """The report."""
     draw_matrices(run.folder)
@@ -146,14 +175,8 @@ def train_phase(
     where its settings stand in the recipe."""
 
     def solve() -> None:
-        """Least squares for every out_proj, from the first rows of the phase's text."""
-        count = min(len(rows), -(-phase.solve_tokens // phase.sequence_length))
-        log.info("%s: solving output projections on %d tokens", name, count * phase.sequence_length)
-        batches = (
-            collate([rows[i] for i in range(start, min(start + phase.batch_size, count))])
-            for start in range(0, count, phase.batch_size)
-        )
-        solve_output_projections(student, teacher, batches, autocast=run.autocast)
+        length, size = phase.sequence_length, phase.batch_size
+        _solve(run, name, student, teacher, rows, phase.solve_tokens, length, size)
 
     objective = objective_for(name, phase, student, teacher)
     solves = name == "hidden" and phase.solve_tokens

@@ -9,6 +9,7 @@ import threading
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config
@@ -18,6 +19,7 @@ from mohawk.conversion.objectives import HiddenObjective, MixingObjective
 from mohawk.conversion.recipe import Recipe
 from mohawk.conversion.run import convert, untrained_student
 from mohawk.core.folders import Interrupted, is_complete
+from mohawk.data.packing import PackedDataset, collate, load_data
 from mohawk.errors import UserError
 from mohawk.evaluation.run import evaluate_run
 from mohawk.generation.generate import generate
@@ -327,3 +329,82 @@ def test_random_mixers_are_the_same_each_time_the_run_is_started(checkpoint, tex
     torch.manual_seed(99)
     second = untrained_student(recipe, teacher).state_dict()
     assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_a_calibrated_start_is_the_least_squares_fit_to_attention(checkpoint, texts, tmp_path):
+    """Without phases the start is the run's student: its output projections against numpy's own least squares."""
+    recipe = recipe_of(checkpoint, texts, tmp_path / "run", init="calibrated", calibration_tokens=640)
+    recipe = Recipe.from_dict(
+        recipe.model_dump(mode="json") | {"phases": {"mixing": None, "hidden": None, "end_to_end": None}}
+    )
+    convert(recipe)
+    start = HybridForCausalLM.from_pretrained(tmp_path / "run" / "student").state_dict()
+    teacher = AutoModelForCausalLM.from_pretrained(checkpoint)
+    copied = untrained_student(recipe, teacher)
+    for name, value in copied.state_dict().items():
+        assert torch.equal(start[name], value) or "out_proj" in name, name
+
+    data = load_data([{"source": str(texts / "train_*.txt")}], AutoTokenizer.from_pretrained(checkpoint),
+                     evaluation=[], validation_share=0.1, cache=str(texts / "cache"))  # fmt: skip
+    rows = PackedDataset(data.train, 32, seed=recipe.seed, pad_token_id=257)
+    batch = collate([rows[i] for i in range(20)])  # 640 tokens
+    seen: dict[tuple[str, int], torch.Tensor] = {}
+
+    def keep(name, i):
+        def hook(module, args, kwargs, out):
+            seen[name, i] = (args[0] if name == "features" else out[0]).detach()
+
+        return hook
+
+    for i, layer in enumerate(teacher.model.layers):
+        layer.self_attn.register_forward_hook(keep("attention", i), with_kwargs=True)
+        layer.input_layernorm.register_forward_hook(
+            lambda module, args, out, i=i: seen.__setitem__(("input", i), out.detach())
+        )
+    with torch.no_grad():
+        teacher(batch["input_ids"], position_ids=batch["position_ids"], use_cache=False)
+        for i in (0, 2):
+            mixer = copied.model.layers[i].self_attn
+            handle = mixer.output.register_forward_hook(keep("features", i), with_kwargs=True)
+            mixer(seen["input", i], segment_ids=batch["segment_ids"])
+            handle.remove()
+            real = batch["segment_ids"] >= 0
+            features = seen["features", i][real].double().numpy()
+            target = seen["attention", i][real].double().numpy()
+            if mixer.output.bias is not None:
+                features = np.concatenate([features, np.ones((len(features), 1))], 1)
+            first = np.concatenate(
+                [mixer.output.weight.double().numpy().T]
+                + ([] if mixer.output.bias is None else [mixer.output.bias.double().numpy()[None]])
+            )
+            pull = np.sqrt(1e-2 * np.square(features).sum(0).mean())  # the ridge, as rows of the problem
+            system = np.concatenate([features, pull * np.eye(len(first))])
+            expected = np.linalg.lstsq(system, np.concatenate([target, pull * first]), rcond=None)[0]
+            found = start[f"model.layers.{i}.self_attn.out_proj.weight"].double().numpy().T
+            assert np.abs(found - expected[: len(found)]).max() < 1e-4 * np.abs(expected).max()
+
+
+def test_a_calibrated_start_is_made_again_after_a_kill_in_phase_1(checkpoint, texts, tmp_path):
+    def recipe(name):
+        return recipe_of(checkpoint, texts, tmp_path / name, init="calibrated", mixer="discrete_mamba2")
+
+    def stopped():
+        def stop():
+            metrics = tmp_path / "killed" / "metrics.jsonl"
+            while not (metrics.exists() and '"step": 3' in metrics.read_text()):
+                time.sleep(0.002)
+            os.kill(os.getpid(), signal.SIGKILL)
+
+        threading.Thread(target=stop, daemon=True).start()
+        convert(recipe("killed"))
+
+    assert wait(fork(stopped), 120) == -signal.SIGKILL
+    assert not (tmp_path / "killed" / "phases" / "mixing" / "student").exists()
+    for name in ("killed", "whole"):
+        assert wait(fork(lambda name=name: convert(recipe(name))), 120) == 0
+    assert final(tmp_path / "killed") == final(tmp_path / "whole")
+
+
+def test_calibration_tokens_without_calibration_are_a_mistake(checkpoint, texts, tmp_path):
+    with pytest.raises(UserError, match="student.calibration_tokens is given, but student.init: attention reads no"):
+        recipe_of(checkpoint, texts, tmp_path, calibration_tokens=640)
