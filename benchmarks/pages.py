@@ -135,6 +135,11 @@ def draw_bars(rows: list[dict], axes) -> None:
     axes[1].set_yticks([])
 
 
+def made_by(machine: dict, command: str) -> str:
+    """The line under a table: the machine's devices, as runs report them, and the script with its options."""
+    return f"{'; '.join(machine['devices'])}. `python benchmarks/{command}`"
+
+
 def put_in_docs(name: str, lines: list[str]) -> None:
     """Keeps a result's text as benchmarks/results/NAME.md and fills it into the pages that show it."""
     text = "\n".join(lines).strip() + "\n"

@@ -1,7 +1,7 @@
-"""`python benchmarks/run.py [NAME ...] [--device cpu|cuda] [--quick]`: the benchmarks that compare us with
-others.
+"""`python benchmarks/run.py [NAME ...] [--device cpu|cuda] [--quick]`: the kernels, timed beside
+others'.
 
-A benchmark is a module beside this file with `cases(device, quick)`, a list of `Case`. Every case runs in a
+A benchmark is a module in benchmarks/kernels/ with `cases(device, quick)`, a list of `Case`. Every case runs in a
 fresh process: it is checked first, then warmed up, then timed; the cases of a benchmark take turns,
 `--rounds` times, so that a busy or warming machine disturbs all alike. Medians with their spread, ratios to
 the floor, and peak memory are printed and written to benchmarks/results/NAME-DEVICE.json and .md with device,
@@ -25,7 +25,7 @@ import sys
 import time
 
 RUN = pathlib.Path(__file__).resolve()
-if __name__ == "__main__":  # the script's folder is on sys.path instead of the root, and its kd_loss.py is not mohawk's
+if __name__ == "__main__":  # the script's folder is on sys.path instead of the root
     sys.path[0] = str(RUN.parents[1])
 
 from benchmarks.harness import Case, environment, measure  # noqa: E402
@@ -35,7 +35,7 @@ NAMES = ("kd_loss", "kd_accuracy", "mixing_distance", "delta_distance", "ssd", "
 
 
 def find(name: str, device: str, quick: bool) -> list[Case]:
-    return importlib.import_module(f"benchmarks.{name}").cases(device, quick)
+    return importlib.import_module(f"benchmarks.kernels.{name}").cases(device, quick)
 
 
 @functools.cache

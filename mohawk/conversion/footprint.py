@@ -2,8 +2,8 @@
 
 Parameters are counted on the models' shapes. What a layer keeps for its backward pass was counted on torch's saved
 tensors (a decoder of Llama's shape), per token: `KEPT` bytes for each channel of the residual stream, of the MLP and of
-attention or mixer. What no count gives, the loss's workspace for one, is measured by `benchmarks/sharding.py` beside
-what this says.
+attention or mixer. What no count gives, the loss's workspace for one, is measured by
+`benchmarks/models/sharding.py` beside what this says.
 """
 
 from __future__ import annotations

@@ -20,7 +20,8 @@ of the i-th set bit of `high`, less i. That is 12 bits a value at k = 64 and 10 
 A log-probability x <= 0 is kept as -x in an unsigned float of 3 exponent and 13 fraction bits: code c is c / 8192 below
 8192, and (8192 + c % 8192) / 8192 * 2 ** (c // 8192 - 1) above. 65535 is minus infinity; what is below -127.984 is kept
 as that, a probability that float32 can't hold. float16 would spend one bit on the sign and two on exponents that
-log-probabilities do not have; this rounds seven times finer (benchmarks/cache.py), by at most ROUNDING * max(1, |x|).
+log-probabilities do not have; this rounds seven times finer (benchmarks/models/cache.py), by at most
+ROUNDING * max(1, |x|).
 
 What that does to a loss: let p be the teacher's distribution over its k + 1 buckets, q the student's, s a stored
 log-probability and e = s - log p its rounding, |e| <= ROUNDING * m with m = max(1, |log p|). `kd_loss` normalises s, so

@@ -321,7 +321,7 @@ def test_tables_of_kernels_are_those_of_their_figures(name):
 
 
 def test_tables_of_the_demo_are_those_of_its_figures():
-    from benchmarks.demo import markdown
+    from benchmarks.models.demo import markdown
 
     results = json.loads((RESULTS / "demo.json").read_text(encoding="utf-8"))
     text = (RESULTS / "demo.md").read_text(encoding="utf-8")

@@ -1,4 +1,4 @@
-"""The plan's memory beside what was measured (benchmarks/sharding.py), and plans for hardware that is not there."""
+"""The plan's memory beside what benchmarks/models/sharding.py measured, and plans for hardware that is not there."""
 
 import json
 from pathlib import Path

@@ -11,7 +11,7 @@ SmolLM2-135M-Instruct becomes the demo's hybrid eight times, by the demo's recip
 3. Runs are ordinary `mohawk convert` runs, each stops and resumes like one, and what is done is not done again; the
 table, its JSON and a plot go to benchmarks/results/.
 
-    python benchmarks/initialisation.py [--mixing 8192] [--hidden 24576] [--runs runs/initialisation]
+    python benchmarks/models/initialisation.py [--mixing 8192] [--hidden 24576] [--runs runs/initialisation]
 """
 
 import argparse
@@ -20,9 +20,9 @@ import sys
 import time
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from benchmarks.pages import RESULTS, put_in_docs  # noqa: E402
+from benchmarks.pages import RESULTS, made_by, put_in_docs  # noqa: E402
 
 MIXERS = ("mamba2", "discrete_mamba2")
 STARTS = {  # name -> (student.init, student.gate)
@@ -138,8 +138,8 @@ def main() -> None:
     (options.results / "initialisation.md").write_text("\n".join(lines) + "\n")
     draw(rows, options.results / "initialisation.png")
     if options.results == RESULTS:
-        command = f"python benchmarks/initialisation.py --mixing {options.mixing:.0f} --hidden {options.hidden:.0f}"
-        told = f"{'; '.join(rows[0]['machine']['devices'])}. `{command}`"
+        command = f"models/initialisation.py --mixing {options.mixing:.0f} --hidden {options.hidden:.0f}"
+        told = made_by(rows[0]["machine"], command)
         plot = "![initialisation](benchmarks/results/initialisation.png)"
         put_in_docs("initialisation", [*lines, "", told, "", plot])
 

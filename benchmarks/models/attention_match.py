@@ -5,7 +5,7 @@ Each case is a process of its own: a random student of 6 layers and 9 heads (wid
 `mohawk.losses.attention_match`; eager is what one writes first: both models return their attentions. "Alone" is both
 models' forwards and a backward from the student's last hidden states, which both contain.
 
-    python benchmarks/attention_match.py [--quick] [--json FILE]
+    python benchmarks/models/attention_match.py [--quick] [--json FILE]
 """
 
 import argparse
@@ -17,7 +17,7 @@ import sys
 import time
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from benchmarks.pages import RESULTS, put_in_docs  # noqa: E402
 
@@ -123,7 +123,7 @@ def table(result: dict) -> list[str]:
         "",
         f"Peak above the models in one step, both passes: {about['pairs']} layer pairs, width {about['hidden_size']}, "
         f"one row, float32. {machine}{about['threads']} thread, torch {about['torch']}, {about['date']}. "
-        "`python benchmarks/attention_match.py`",
+        "`python benchmarks/models/attention_match.py`",
     ]
 
 

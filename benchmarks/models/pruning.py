@@ -6,7 +6,7 @@ equal); one cut against two rounds of cutting and healing with the same tokens i
 runs, each stops and resumes like one, and what is done is not done again; the table, its JSON and a plot go to
 benchmarks/results/.
 
-    python benchmarks/pruning.py [--tokens 98304] [--cuts 0.1 0.25 0.5] [--seed 0] [--runs runs/pruning]
+    python benchmarks/models/pruning.py [--tokens 98304] [--cuts 0.1 0.25 0.5] [--seed 0] [--runs runs/pruning]
 """
 
 import argparse
@@ -18,9 +18,9 @@ import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from benchmarks.pages import RESULTS, put_in_docs  # noqa: E402
+from benchmarks.pages import RESULTS, made_by, put_in_docs  # noqa: E402
 
 STRATEGIES = ("importance", "magnitude", "random")
 TEXTS = {"held_out": "held-out text of the training sources", "evaluation": "text of another source"}
@@ -219,8 +219,8 @@ def main() -> None:
     (options.results / "pruning.md").write_text("\n".join(lines) + "\n")
     draw(rows, options.results / "pruning.png")
     if options.results == RESULTS:
-        command = f"python benchmarks/pruning.py --tokens {options.tokens} --cuts {' '.join(map(str, options.cuts))}"
-        told = f"{'; '.join(rows[0]['machine']['devices'])}. `{command}`"
+        command = f"models/pruning.py --tokens {options.tokens} --cuts {' '.join(map(str, options.cuts))}"
+        told = made_by(rows[0]["machine"], command)
         put_in_docs("pruning", [*lines, "", told, "", "![pruning](benchmarks/results/pruning.png)"])
 
 

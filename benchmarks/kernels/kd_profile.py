@@ -2,7 +2,7 @@
 logits, and the rest (new memory, copies, rounding). The problem is kd_loss.py's; CPU seconds of one forward and
 backward, the median of several, beside products of the same shape as torch makes them in that dtype.
 
-    python benchmarks/kd_profile.py
+    python benchmarks/kernels/kd_profile.py
 """
 
 import json
@@ -12,12 +12,12 @@ import time
 from collections import defaultdict
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch  # noqa: E402
 
 from benchmarks.harness import environment  # noqa: E402
-from benchmarks.kd_loss import SHAPES, floor_work, problem  # noqa: E402
+from benchmarks.kernels.kd_loss import SHAPES, floor_work, problem  # noqa: E402
 from benchmarks.pages import RESULTS, put_in_docs  # noqa: E402
 from mohawk.kernels.kd import chunked as kd_chunked
 from mohawk.kernels.kd import products as kd_products
@@ -73,7 +73,7 @@ def main() -> None:
     ]
     about = environment("cpu")
     lines += ["", f"{about['device']}; torch {about['torch']}; commit {about['commit']}, {about['date']}. "]
-    lines[-1] += "`python benchmarks/kd_profile.py`"
+    lines[-1] += "`python benchmarks/kernels/kd_profile.py`"
     print("\n".join(lines))
     (RESULTS / "kd_profile.json").write_text(json.dumps({"about": about, "seconds": result}, indent=1) + "\n")
     put_in_docs("kd_profile", lines)

@@ -2,7 +2,7 @@
 documentation.
 
 make demo
-python benchmarks/demo.py [--run runs/demo]
+python benchmarks/models/demo.py [--run runs/demo]
 """
 
 import argparse
@@ -11,7 +11,7 @@ import shutil
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a script, or imported by another benchmark
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from benchmarks.pages import RESULTS, put_in_docs  # noqa: E402
 from mohawk.runs.tables import tables  # noqa: E402

@@ -6,7 +6,7 @@ take theirs from phase 3, and the least-squares start of phase 2 takes its from 
 another source. Runs are ordinary `mohawk convert` runs and resume; the table, its JSON and a plot go to
 benchmarks/results/.
 
-    python benchmarks/ablation.py [--tokens 65536] [--runs runs/ablation]
+    python benchmarks/models/ablation.py [--tokens 65536] [--runs runs/ablation]
 """
 
 import argparse
@@ -15,9 +15,9 @@ import sys
 import time
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from benchmarks.pages import RESULTS, put_in_docs  # noqa: E402
+from benchmarks.pages import RESULTS, made_by, put_in_docs  # noqa: E402
 
 SCHEDULES = {  # share of the token budget for each phase; what the paper's ablation compares
     "3": {"end_to_end": 1.0},
@@ -114,7 +114,7 @@ def main() -> None:
     RESULTS.mkdir(exist_ok=True)
     about = {"tokens": options.tokens, "date": time.strftime("%Y-%m-%d")}
     (RESULTS / "ablation.json").write_text(json.dumps({"about": about, "rows": rows}, indent=1) + "\n")
-    told = f"{'; '.join(rows[0]['machine']['devices'])}. `python benchmarks/ablation.py --tokens {options.tokens:.0f}`"
+    told = made_by(rows[0]["machine"], f"models/ablation.py --tokens {options.tokens:.0f}")
     put_in_docs(
         "ablation",
         [*table(rows, options.tokens).splitlines(), "", told, "", "![ablation](benchmarks/results/ablation.png)"],

@@ -6,7 +6,7 @@ layers chosen and the one of an even spread are measured on text of another sour
 the ranking has not seen. With --distil, both also go through a short phase 3 at one budget (`mohawk compose`, `mohawk
 convert`). Every step resumes.
 
-    python benchmarks/layer_choice.py [--run runs/all_layers] [--by kl both] [--distil 40960]
+    python benchmarks/models/layer_choice.py [--run runs/all_layers] [--by kl both] [--distil 40960]
 """
 
 import argparse
@@ -17,9 +17,9 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from benchmarks.pages import RESULTS, put_in_docs  # noqa: E402
+from benchmarks.pages import RESULTS, made_by, put_in_docs  # noqa: E402
 
 BUDGETS = (22, 15, 8, 4, 0)
 DISTILLED = 8  # attention layers of the students that go through phase 3
@@ -215,10 +215,10 @@ def main() -> None:
     (RESULTS / "layer_choice.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     lines = table(rows, distilled, found["num_layers"])
     draw(rows, found["num_layers"], RESULTS / "layer_choice.png")
-    command = f"python benchmarks/layer_choice.py --by {' '.join(options.by)}"
+    command = f"models/layer_choice.py --by {' '.join(options.by)}"
     command += f" --tokens {options.tokens}" * (options.tokens != 2048) + " --lazy" * options.lazy
     command += f" --distil {options.distil:.0f}" * (options.distil > 0)
-    told = f"{'; '.join(about['machine']['devices'])}. `{command}`"
+    told = made_by(about["machine"], command)
     put_in_docs("layer_choice", [*lines, "", told, "", "![layer choice](benchmarks/results/layer_choice.png)"])
     print("\n".join(lines))
 

@@ -2,9 +2,9 @@
 
 Each file is written as `mohawk export --to gguf` writes it, and asked token by token beside the student in float32:
 
-    pip install llama-cpp-python                        # compiles llama.cpp
-    python benchmarks/gguf_in_llama_cpp.py STUDENT_FOLDER
-    python benchmarks/gguf_in_llama_cpp.py --demo               # SmolLM2, every second layer a mixer, not trained
+    pip install llama-cpp-python                            # compiles llama.cpp
+    python benchmarks/models/gguf_in_llama_cpp.py STUDENT_FOLDER
+    python benchmarks/models/gguf_in_llama_cpp.py --demo    # SmolLM2, every second layer a mixer, not trained
 
 Writes benchmarks/results/gguf.json and .md, a table for docs/export.md.
 """
@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from benchmarks.pages import RESULTS, put_in_docs  # noqa: E402
 
@@ -155,6 +155,14 @@ def table(found: dict) -> list[str]:
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("student", type=Path, nargs="?", help="a student's folder")
+    parser.add_argument("--demo", action="store_true", help="SmolLM2, every second layer a mixer, not trained")
+    parser.add_argument("--threads", type=int, default=2)
+    options = parser.parse_args()
+    if (options.student is None) != options.demo:
+        parser.error("give a student's folder, or --demo")
+
     from importlib.metadata import version
 
     import llama_cpp
@@ -162,11 +170,6 @@ def main() -> None:
     from mohawk.loading.models import load_teacher, load_tokenizer
     from mohawk.models.formats.gguf import OUTTYPES
 
-    options = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    options.add_argument("student", type=Path, nargs="?", help="a student's folder")
-    options.add_argument("--demo", action="store_true")
-    options.add_argument("--threads", type=int, default=2)
-    options = options.parse_args()
     if options.demo:
         student, tokenizer = demo_student()
     else:

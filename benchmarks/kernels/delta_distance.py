@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.harness import Case
-from benchmarks.mixing_distance import make_floor, value_and_gradients
+from benchmarks.kernels.mixing_distance import make_floor, value_and_gradients
 from mohawk.kernels.mixing.definition import AttentionMixing, DeltaMixing
 from mohawk.kernels.mixing.distance import mixing_distance
 

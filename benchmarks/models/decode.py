@@ -6,7 +6,7 @@ timed. Students are as `hybrid_from_teacher` makes them: training changes what t
 attention costs shows as growth: time per 1,000 tokens of context and attention layer, which is the same in teacher and
 hybrid, and none in the pure student.
 
-    python benchmarks/decode.py [--contexts 1024 4096 16384] [--steps 24]
+    python benchmarks/models/decode.py [--contexts 1024 4096 16384] [--steps 24]
 """
 
 import argparse
@@ -16,9 +16,9 @@ import sys
 import time
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from benchmarks.pages import RESULTS, put_in_docs  # noqa: E402
+from benchmarks.pages import RESULTS, made_by, put_in_docs  # noqa: E402
 
 CHUNK = 512
 MIB = 2**20
@@ -151,7 +151,7 @@ def main() -> None:
     (options.results / "decode.md").write_text("\n".join(lines) + "\n")
     draw(found, options.results / "decode.png")
     if options.results == RESULTS:
-        told = f"{'; '.join(about['machine']['devices'])}. `python benchmarks/decode.py`"
+        told = made_by(about["machine"], "models/decode.py")
         put_in_docs("decode", [*lines, "", told, "", "![decoding](benchmarks/results/decode.png)"])
 
 

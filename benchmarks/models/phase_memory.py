@@ -5,7 +5,7 @@ step (losses and backward). Streamed is `mohawk.conversion.objectives`. Straight
 what the method's authors published: the teacher returns every attention matrix (or hidden state), the student makes
 every matrix (or output), the losses are summed and back-propagated once.
 
-    python benchmarks/phase_memory.py [--quick] [--json FILE]
+    python benchmarks/models/phase_memory.py [--quick] [--json FILE]
 """
 
 import argparse
@@ -18,7 +18,7 @@ import sys
 import time
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from benchmarks.pages import RESULTS, put_in_docs  # noqa: E402
 
@@ -122,7 +122,7 @@ def table(rows: list[dict], about: dict) -> list[str]:
     machine = (
         f"{about['machine'] or platform.machine()}, {about['threads']} threads, torch {about['torch']}, {about['date']}"
     )
-    return [*lines, "", f"{told} {machine}. `python benchmarks/phase_memory.py`"]
+    return [*lines, "", f"{told} {machine}. `python benchmarks/models/phase_memory.py`"]
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""`python benchmarks/sharding.py [--quick]`: a step of phases 2 and 3 on 1, 2 and 4 processes: memory and time of each.
+"""A step of phases 2 and 3 on 1, 2 and 4 processes: memory and time of each.
 
 A 100M model, its layers every second a mixer, float32, over gloo on this machine's cores. Three ways: models whole on
 each process (data parallelism), in parts (`sharding.kind: full`), and as accelerate's own FSDP2 has it for phase 3: the
@@ -20,9 +20,10 @@ import tempfile
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-RESULTS = ROOT / "benchmarks" / "results"
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from benchmarks.pages import RESULTS, put_in_docs  # noqa: E402
+
 MIB = 2**20
 SIZES = {"hidden_size": 640, "intermediate_size": 1792, "num_hidden_layers": 12, "num_attention_heads": 10}
 QUICK = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 4, "num_attention_heads": 2}
@@ -200,7 +201,7 @@ def table(rows: list[dict], about: dict) -> list[str]:
         "float32, a thread a process: with more processes than cores a step's time says little. Peak: resident memory "
         f"above the libraries'. {about['machine']}, {about['cores']} cores, torch {about['torch']}, {about['date']}"
     )
-    return [*lines, "", f"{told}. `python benchmarks/sharding.py`"]
+    return [*lines, "", f"{told}. `python benchmarks/models/sharding.py`"]
 
 
 def main() -> None:
@@ -221,7 +222,6 @@ def main() -> None:
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from benchmarks.pages import put_in_docs
     from mohawk.core.devices import _cpu_model
 
     with torch.device("meta"):

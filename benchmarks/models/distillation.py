@@ -5,7 +5,7 @@ order, with the same optimiser. Runs are ordinary `mohawk distill` runs, each st
 done is not done again; the table, its JSON and a plot go to benchmarks/results/, where rows of methods that are not
 asked for stay as they are.
 
-    python benchmarks/distillation.py [--tokens 204800] [--seed 0] [--methods ...] [--runs runs/distillation]
+    python benchmarks/models/distillation.py [--tokens 204800] [--seed 0] [--methods ...] [--runs runs/distillation]
 """
 
 import argparse
@@ -14,9 +14,9 @@ import sys
 import time
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from benchmarks.pages import RESULTS, put_in_docs  # noqa: E402
+from benchmarks.pages import RESULTS, made_by, put_in_docs  # noqa: E402
 
 ONLY_CE = {"kd_weight": 0.0, "ce_weight": 1.0}
 METHODS = {  # name -> what its stage says
@@ -164,9 +164,7 @@ def main() -> None:
             f"SmolLM2-135M-Instruct ({parameters['teacher'] / 1e6:.0f}M parameters) and every second layer of it "
             f"({parameters['student'] / 1e6:.0f}M), {rows[0]['tokens']:,} tokens each:"
         )
-        told = (
-            f"{'; '.join(rows[0]['machine']['devices'])}. `python benchmarks/distillation.py --tokens {options.tokens}`"
-        )
+        told = made_by(rows[0]["machine"], f"models/distillation.py --tokens {options.tokens}")
         plot = "![methods](benchmarks/results/distillation.png)"
         put_in_docs("distillation", [head, "", *table(rows), "", told, "", plot])
 

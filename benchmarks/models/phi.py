@@ -9,7 +9,7 @@ in all, from attention's weights and from random mixers, with several seeds of m
 with several learning rates of phase 3, of which each schedule's best one counts. Runs are plain `mohawk convert` runs
 and resume; table, JSON and plot go to benchmarks/results/.
 
-    python benchmarks/phi.py [--teacher-tokens 2000000] [--tokens 65536] [--seeds 2] [--rates 3e-3 1e-3 3e-4]
+    python benchmarks/models/phi.py [--teacher-tokens 2000000] [--tokens 65536] [--seeds 2] [--rates 3e-3 1e-3 3e-4]
 """
 
 import argparse
@@ -20,10 +20,10 @@ import sys
 import time
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from benchmarks.ablation import INITS, SCHEDULES  # noqa: E402
-from benchmarks.pages import RESULTS, put_in_docs  # noqa: E402
+from benchmarks.models.ablation import INITS, SCHEDULES  # noqa: E402
+from benchmarks.pages import RESULTS, made_by, put_in_docs  # noqa: E402
 
 VOCABULARY, WIDTH, LAYERS, HEADS, LENGTH = 512, 128, 4, 4, 256
 BATCH = 8  # rows of LENGTH tokens in a step of the teacher's training
@@ -237,9 +237,8 @@ def verdict(rows: list[dict], init: str) -> str:
     means = {name: sum(by_name[name] for by_name in whole.values()) / len(whole) for name in SCHEDULES}
     said = " < ".join(f"{name} ({means[name]:.4f})" for name in sorted(means, key=means.get))
     paper = ["1-2-3", "2-3", "3"]
-    found = "the order of the paper and of benchmarks/ablation.py" if sorted(means, key=means.get) == paper else (
-        "not the order of the paper"
-    )  # fmt: skip
+    same = sorted(means, key=means.get) == paper
+    found = "the order of the paper and of benchmarks/models/ablation.py" if same else "not the order of the paper"
     times = sum(sorted(by_name, key=by_name.get) == paper for by_name in whole.values())
     return (
         f"From {init} initialisation, KL on held-out addresses, best first: {said}: {found}, which {times} of "
@@ -299,10 +298,9 @@ def main() -> None:
     options.results.mkdir(parents=True, exist_ok=True)
     budgets = f"--teacher-tokens {options.teacher_tokens:.0f} --tokens {options.tokens:.0f} --seeds {options.seeds}"
     budgets += f" --rates {' '.join(f'{rate:g}' for rate in options.rates)}"
-    devices = "; ".join(rows[0]["machine"]["devices"])
     found = {"about": {"tokens": options.tokens, "teacher": about, "date": time.strftime("%Y-%m-%d")}, "rows": rows}
     (options.results / "phi.json").write_text(json.dumps(found, indent=1) + "\n")
-    text = f"{table(rows, about, options.tokens)}\n{devices}. `python benchmarks/phi.py {budgets}`\n"
+    text = f"{table(rows, about, options.tokens)}\n{made_by(rows[0]['machine'], f'models/phi.py {budgets}')}\n"
     (options.results / "phi.md").write_text(text)
     if options.results == RESULTS:
         put_in_docs("phi", text.splitlines())

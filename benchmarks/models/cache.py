@@ -9,7 +9,7 @@
 3. Tokens/s written, with the teacher alone beside it, and read back in random order.
 4. A training step of a half-depth student with the teacher online and from each kind of cache.
 
-    python benchmarks/cache.py [--rows 32] [--steps 9] [--threads N]
+    python benchmarks/models/cache.py [--rows 32] [--steps 9] [--threads N]
 """
 
 import argparse
@@ -23,9 +23,9 @@ import tempfile
 import time
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from benchmarks.pages import RESULTS, put_in_docs  # noqa: E402
+from benchmarks.pages import RESULTS, made_by, put_in_docs  # noqa: E402
 
 SOURCES = {
     "DistillKit": "arcee-ai/DistillKit a61c2e7: distillkit/compression/config.py, monotonic_logprobs.py, README.md",
@@ -353,7 +353,7 @@ def main() -> None:
     (options.results / "cache.json").write_text(json.dumps(result, indent=1) + "\n")
     (options.results / "cache.md").write_text("\n".join(lines) + "\n")
     if options.results == RESULTS:
-        told = f"{'; '.join(result['about']['machine']['devices'])}. `python benchmarks/cache.py`"
+        told = made_by(result["about"]["machine"], "models/cache.py")
         put_in_docs("cache", [*lines, "", told])
 
 
