@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mohawk.kernels.delta.scan import gated_delta_rule, gated_delta_step
-from mohawk.kernels.mixing.definition import DeltaMixing
+from mohawk.kernels.delta.interface import gated_delta_rule, gated_delta_step
+from mohawk.kernels.mixing.operands import DeltaMixing
 from mohawk.models.state_mixer import StateMixer, segments_of_padding, wide
 
 NORM_EPS = 1e-6  # inside the root of a query's or key's norm

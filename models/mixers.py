@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mohawk.kernels.mixing.definition import SSDMixing
-from mohawk.kernels.ssd.scan import ssd, ssd_step
+from mohawk.kernels.mixing.operands import SSDMixing
+from mohawk.kernels.ssd.interface import ssd, ssd_step
 from mohawk.models.delta_mixer import GatedDeltaMixer, KimiDeltaMixer
 from mohawk.models.state_mixer import StateMixer, segments_of_padding, wide
 

@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mohawk.kernels.causal_conv1d.convolution import causal_conv1d, causal_conv1d_step
-from mohawk.kernels.mixing.definition import DeltaMixing, SSDMixing
+from mohawk.kernels.causal_conv1d.interface import causal_conv1d, causal_conv1d_step
+from mohawk.kernels.mixing.operands import DeltaMixing, SSDMixing
 from mohawk.models.call import documents_in, one_cache, refuse_unknown
 
 

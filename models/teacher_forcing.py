@@ -15,7 +15,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from mohawk.kernels.mixing.definition import AttentionMixing
+from mohawk.kernels.mixing.operands import AttentionMixing
 from mohawk.models.families import decoder_layers, final_norm_name
 
 RECORDING = "mohawk_recording"  # transformers refuses names with "sdpa" in them for models with a softcap

@@ -26,9 +26,9 @@ if TYPE_CHECKING:
     from mohawk.data.next_tokens import next_labels
     from mohawk.distillation.recipe import DistillRecipe
     from mohawk.distillation.run import distill
-    from mohawk.kernels.causal_conv1d.convolution import causal_conv1d
-    from mohawk.kernels.delta.scan import gated_delta_rule, gated_delta_step
-    from mohawk.kernels.kd.loss import kd_loss, linear_kd_loss
+    from mohawk.kernels.causal_conv1d.interface import causal_conv1d
+    from mohawk.kernels.delta.interface import gated_delta_rule, gated_delta_step
+    from mohawk.kernels.kd.interface import kd_loss, linear_kd_loss
     from mohawk.kernels.kd.teachers import (
         TAIDSchedule,
         TeacherHidden,
@@ -38,10 +38,9 @@ if TYPE_CHECKING:
         TeacherTAID,
         TeacherTopK,
     )
-    from mohawk.kernels.mixing.definition import AttentionMixing, DeltaMixing, SSDMixing
-    from mohawk.kernels.mixing.distance import mixing_distance
-    from mohawk.kernels.mixing.matrix import mixing_matrix
-    from mohawk.kernels.ssd.scan import ssd, ssd_step
+    from mohawk.kernels.mixing.interface import mixing_distance, mixing_matrix
+    from mohawk.kernels.mixing.operands import AttentionMixing, DeltaMixing, SSDMixing
+    from mohawk.kernels.ssd.interface import ssd, ssd_step
     from mohawk.losses.attention_match import AttentionMatch
     from mohawk.losses.distiller import KnowledgeDistiller, OwnLoss
     from mohawk.losses.heads import Head
@@ -75,10 +74,10 @@ if TYPE_CHECKING:
 _PUBLIC = {
     "Advance": "mohawk.training.advance",
     "AttentionMatch": "mohawk.losses.attention_match",
-    "AttentionMixing": "mohawk.kernels.mixing.definition",
+    "AttentionMixing": "mohawk.kernels.mixing.operands",
     "CachedRows": "mohawk.teacher_cache.reader",
     "Cut": "mohawk.models.cutting.cuts",
-    "DeltaMixing": "mohawk.kernels.mixing.definition",
+    "DeltaMixing": "mohawk.kernels.mixing.operands",
     "DiscreteMamba2Mixer": "mohawk.models.mixers",
     "DistillRecipe": "mohawk.distillation.recipe",
     "DistillationTrainer": "mohawk.losses.hf_trainer",
@@ -105,7 +104,7 @@ _PUBLIC = {
     "RationaleRouter": "mohawk.losses.rationale_router",
     "Recipe": "mohawk.conversion.recipe",
     "RoutedRationales": "mohawk.losses.rationale_router",
-    "SSDMixing": "mohawk.kernels.mixing.definition",
+    "SSDMixing": "mohawk.kernels.mixing.operands",
     "Sizes": "mohawk.models.cutting.sizes",
     "TAIDSchedule": "mohawk.kernels.kd.teachers",
     "TeacherCache": "mohawk.teacher_cache.reader",
@@ -115,29 +114,29 @@ _PUBLIC = {
     "TeacherSamples": "mohawk.kernels.kd.teachers",
     "TeacherTAID": "mohawk.kernels.kd.teachers",
     "TeacherTopK": "mohawk.kernels.kd.teachers",
-    "causal_conv1d": "mohawk.kernels.causal_conv1d.convolution",
+    "causal_conv1d": "mohawk.kernels.causal_conv1d.interface",
     "convert": "mohawk.conversion.run",
     "cut": "mohawk.models.cutting.cuts",
     "distill": "mohawk.distillation.run",
     "from_bamba": "mohawk.models.formats.bamba",
-    "gated_delta_rule": "mohawk.kernels.delta.scan",
-    "gated_delta_step": "mohawk.kernels.delta.scan",
+    "gated_delta_rule": "mohawk.kernels.delta.interface",
+    "gated_delta_step": "mohawk.kernels.delta.interface",
     "hybrid_from_teacher": "mohawk.models.from_teacher",
-    "kd_loss": "mohawk.kernels.kd.loss",
+    "kd_loss": "mohawk.kernels.kd.interface",
     "keep_layers": "mohawk.models.cutting.cuts",
     "layer_map": "mohawk.losses.hidden_match",
-    "linear_kd_loss": "mohawk.kernels.kd.loss",
+    "linear_kd_loss": "mohawk.kernels.kd.interface",
     "load_released": "mohawk.models.formats.released",
     "match_attention": "mohawk.losses.matching",
     "match_hidden": "mohawk.losses.matching",
     "measure_importance": "mohawk.pruning.importance",
-    "mixing_distance": "mohawk.kernels.mixing.distance",
-    "mixing_matrix": "mohawk.kernels.mixing.matrix",
+    "mixing_distance": "mohawk.kernels.mixing.interface",
+    "mixing_matrix": "mohawk.kernels.mixing.interface",
     "next_labels": "mohawk.data.next_tokens",
     "prune": "mohawk.pruning.run",
     "save_released": "mohawk.models.formats.released",
-    "ssd": "mohawk.kernels.ssd.scan",
-    "ssd_step": "mohawk.kernels.ssd.scan",
+    "ssd": "mohawk.kernels.ssd.interface",
+    "ssd_step": "mohawk.kernels.ssd.interface",
     "to_bamba": "mohawk.models.formats.bamba",
     "to_granite": "mohawk.models.formats.granite",
     "to_qwen3_5": "mohawk.models.formats.qwen3_5",

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from benchmarks.harness import Case
 from benchmarks.kernels.mixing_distance import make_floor, value_and_gradients
-from mohawk.kernels.mixing.definition import AttentionMixing, DeltaMixing
-from mohawk.kernels.mixing.distance import mixing_distance
+from mohawk.kernels.mixing.interface import mixing_distance
+from mohawk.kernels.mixing.operands import AttentionMixing, DeltaMixing
 
 HEADS = {"cpu": 8, "cuda": 32}
 SEQS = {"cpu": (128, 256, 512, 1024, 2048, 4096, 8192, 16384), "cuda": (4096,)}

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from benchmarks.harness import Case
 from mohawk.kernels.delta.chunked import CHUNK
-from mohawk.kernels.delta.scan import gated_delta_rule
+from mohawk.kernels.delta.interface import gated_delta_rule
 
 SHAPE = (2, 2048, 16, 64)  # batch, seq, heads, key_dim = value_dim
 QUICK = (1, 300, 2, 16)

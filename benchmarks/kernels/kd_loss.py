@@ -14,7 +14,7 @@ from torch import Tensor
 
 from benchmarks import kd_peers
 from benchmarks.harness import Case
-from mohawk.kernels.kd.loss import TeacherHidden, kd_loss, linear_kd_loss
+from mohawk.kernels.kd.interface import TeacherHidden, kd_loss, linear_kd_loss
 
 Loss = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor | None], Tensor]
 SHAPES = {"cpu": [(1024, 576, 49152)], "cuda": [(8192, 4096, 151936), (8192, 2048, 32000)]}

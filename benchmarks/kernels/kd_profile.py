@@ -21,7 +21,7 @@ from benchmarks.kernels.kd_loss import SHAPES, floor_work, problem  # noqa: E402
 from benchmarks.pages import RESULTS, put_in_docs  # noqa: E402
 from mohawk.kernels.kd import chunked as kd_chunked
 from mohawk.kernels.kd import products as kd_products
-from mohawk.kernels.kd.loss import TeacherHidden, linear_kd_loss  # noqa: E402
+from mohawk.kernels.kd.interface import TeacherHidden, linear_kd_loss  # noqa: E402
 
 REPEATS = 15
 PARTS = {

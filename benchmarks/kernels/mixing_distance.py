@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from benchmarks.harness import Case
-from mohawk.kernels.mixing.definition import AttentionMixing, SSDMixing
-from mohawk.kernels.mixing.distance import mixing_distance
+from mohawk.kernels.mixing.interface import mixing_distance
+from mohawk.kernels.mixing.operands import AttentionMixing, SSDMixing
 
 HEADS = {"cpu": 8, "cuda": 32}
 SEQS = {"cpu": (128, 256, 512, 1024, 2048, 4096, 8192, 16384), "cuda": (4096,)}

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from benchmarks.harness import Case
 from mohawk.kernels.ssd.chunked import CHUNK
-from mohawk.kernels.ssd.scan import ssd
+from mohawk.kernels.ssd.interface import ssd
 
 SHAPE = (2, 2048, 24, 64)  # batch, seq, heads, head_dim = state_size; one group
 QUICK = (1, 300, 4, 16)

@@ -226,7 +226,7 @@ def steps(teacher, dataset, folder: Path, batch_size: int, count: int, autocast)
     import torch.nn.functional as F
 
     from mohawk.data.packing import collate
-    from mohawk.kernels.kd.loss import linear_kd_loss
+    from mohawk.kernels.kd.interface import linear_kd_loss
     from mohawk.losses.heads import Head, final_hidden_states
     from mohawk.teacher_cache.reader import CachedRows, TeacherCache
 

@@ -8,7 +8,7 @@ from torch import Tensor
 def causal_conv1d_reference(
     x: Tensor, weight: Tensor, bias: Tensor | None, initial_state: Tensor | None, activation: str | None
 ) -> Tensor:
-    """Shapes as in `mohawk.kernels.causal_conv1d.convolution.causal_conv1d`; rows of one segment. Returns y like x."""
+    """Shapes as in `causal_conv1d`; rows of one segment. Returns y like x."""
     if initial_state is None:
         initial_state = x.new_zeros(x.shape[0], x.shape[2], weight.shape[1] - 1)
     seen = torch.cat((initial_state.to(x.dtype), x.transpose(1, 2)), dim=2)

@@ -1,1 +1,1 @@
-"""What the operations share: segments, first derivatives made by hand, and how compiled kernels are looked into."""
+"""What the operations share: checks of tensors, packed documents, decays, gradients made by hand, torch.compile."""

@@ -34,7 +34,7 @@ def delta_chunked(
     initial_state: Tensor | None,
     segment_ids: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """Shapes as in `mohawk.kernels.delta.scan.gated_delta_rule`. Returns y in v's dtype and the final state."""
+    """Shapes as in `mohawk.kernels.delta.interface.gated_delta_rule`. Returns y in v's dtype and the final state."""
     y, final_state = _ChunkedRule.apply(q, k, v, beta, log_decay, initial_state, segment_ids)
     if torch.compiler.is_compiling():
         y = y.clone(memory_format=torch.contiguous_format)  # as in ssd/chunked.py

@@ -17,7 +17,7 @@ def delta_reference(
     initial_state: Tensor | None,
     segment_ids: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """Shapes as in `mohawk.kernels.delta.scan.gated_delta_rule`. Returns y in v's dtype and the final state."""
+    """Shapes as in `mohawk.kernels.delta.interface.gated_delta_rule`. Returns y in v's dtype and the final state."""
     batch, seq, heads, width = k.shape
     compute = torch.float64 if v.dtype == torch.float64 else torch.float32
     decay = decays_with_resets(log_decay, segment_ids).to(compute).exp()

@@ -7,7 +7,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from mohawk.kernels.kd.loss import (
+    from mohawk.kernels.kd.interface import (
         KDParts,
         TAIDSchedule,
         TeacherHidden,
@@ -37,4 +37,4 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module("mohawk.kernels.kd.loss"), name)
+    return getattr(importlib.import_module("mohawk.kernels.kd.interface"), name)

@@ -7,19 +7,17 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from mohawk.kernels.mixing.definition import AttentionMixing, DeltaMixing, Mixing, SSDMixing
-    from mohawk.kernels.mixing.distance import mixing_distance
-    from mohawk.kernels.mixing.matrix import mixing_matrix
-    from mohawk.kernels.mixing.mean_heads import head_mean_distance
+    from mohawk.kernels.mixing.interface import head_mean_distance, mixing_distance, mixing_matrix
+    from mohawk.kernels.mixing.operands import AttentionMixing, DeltaMixing, Mixing, SSDMixing
 
 _PUBLIC = {
-    "AttentionMixing": "definition",
-    "DeltaMixing": "definition",
-    "Mixing": "definition",
-    "SSDMixing": "definition",
-    "head_mean_distance": "mean_heads",
-    "mixing_distance": "distance",
-    "mixing_matrix": "matrix",
+    "AttentionMixing": "operands",
+    "DeltaMixing": "operands",
+    "Mixing": "operands",
+    "SSDMixing": "operands",
+    "head_mean_distance": "interface",
+    "mixing_distance": "interface",
+    "mixing_matrix": "interface",
 }
 __all__ = [
     "AttentionMixing",

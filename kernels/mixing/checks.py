@@ -1,12 +1,12 @@
-"""What can be wrong with a call of mixing_distance, said in one line before any work."""
+"""What can be wrong with a call of mixing_distance or head_mean_distance, said in one line before any work."""
 
 import torch
 from torch import Tensor
 
 from mohawk.kernels.common.segments import segment_starts
 from mohawk.kernels.mixing.chunked import real_tokens
-from mohawk.kernels.mixing.definition import KINDS, AttentionMixing, DeltaMixing, Mixing
-from mohawk.kernels.mixing.metrics import METRICS
+from mohawk.kernels.mixing.metrics import METRICS, OF_MEANS
+from mohawk.kernels.mixing.operands import KINDS, AttentionMixing, DeltaMixing, Mixing
 
 REDUCTIONS = ("mean", "sum", "none")
 BACKENDS = ("auto", "reference", "chunked", "triton")
@@ -29,6 +29,21 @@ def check(student: Mixing, teacher: Mixing, metric: str, reduction: str, backend
         )
     if metric == "kl":
         check_kl(student, teacher)
+
+
+def check_head_means(student: Mixing, teacher: Mixing, metric: str, groups: int) -> None:
+    where = "head_mean_distance"
+    if metric not in OF_MEANS:
+        raise ValueError(f"{where}: metric must be one of {', '.join(OF_MEANS)}, got {metric!r}")
+    check_pair(where, student, teacher)
+    heads, heads_t = student.shape[1], teacher.shape[1]
+    if groups < 1 or heads % groups or heads_t % groups:
+        raise ValueError(f"{where}: {groups} groups must divide the heads, {heads} (student) and {heads_t} (teacher)")
+    if metric == "kl":
+        check_kl(student, teacher)
+    for mixing in (student, teacher):
+        if metric == "scores" and not isinstance(mixing, AttentionMixing):
+            raise ValueError(f"{where}: metric 'scores' compares two attentions; {a_kind(mixing)} has no scores")
 
 
 def check_pair(where: str, student: Mixing, teacher: Mixing) -> None:

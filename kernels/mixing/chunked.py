@@ -17,8 +17,8 @@ from torch import Tensor
 
 from mohawk.kernels.common.first_order import anchors, first_order
 from mohawk.kernels.common.segments import group_slice, head_blocks
-from mohawk.kernels.mixing.definition import AttentionMixing, DeltaMixing, Mixing, SSDMixing
 from mohawk.kernels.mixing.metrics import METRICS, reads_teacher
+from mohawk.kernels.mixing.operands import AttentionMixing, DeltaMixing, Mixing, SSDMixing
 from mohawk.kernels.mixing.strips import STRIP, Block, strip_of, strips_of
 
 BACKEND = "chunked"  # as `mohawk doctor` names it
@@ -49,7 +49,7 @@ def compute_dtype(*mixings: Mixing) -> torch.dtype:
 
 
 def distance_chunked(student: Mixing, teacher: Mixing, metric: str, reduction: str) -> Tensor:
-    """Shapes and meaning as in `mohawk.kernels.mixing.distance.mixing_distance`."""
+    """Shapes and meaning as in `mohawk.kernels.mixing.interface.mixing_distance`."""
     return differentiable(student, teacher, metric, reduction, value_and_gradients)
 
 
@@ -240,7 +240,7 @@ def finish(metric: str, total: Tensor, size: Tensor | None, seq: int, real: Tens
 
 @torch.no_grad()
 def write_matrix(mixing: Mixing, first_row: int, last_row: int, chosen: list[int], mean: bool) -> Tensor:
-    """See `mohawk.kernels.mixing.matrix.mixing_matrix`."""
+    """See `mohawk.kernels.mixing.interface.mixing_matrix`."""
     batch, heads, seq = mixing.shape
     dtype = compute_dtype(mixing)
     device = mixing.tensors[0].device

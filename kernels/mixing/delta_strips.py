@@ -28,7 +28,7 @@ from torch import Tensor
 
 from mohawk.kernels.common.delta_chunks import DeltaChunks, chunk_length, padded
 from mohawk.kernels.common.segments import decays_with_resets, segment_starts
-from mohawk.kernels.mixing.definition import DeltaMixing
+from mohawk.kernels.mixing.operands import DeltaMixing
 
 if TYPE_CHECKING:
     from mohawk.kernels.mixing.strips import Block

@@ -13,40 +13,15 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from mohawk.kernels.mixing.checks import a_kind, check_kl, check_pair
 from mohawk.kernels.mixing.chunked import add_block, compute_dtype, differentiable, finish, real_tokens
-from mohawk.kernels.mixing.definition import AttentionMixing, Mixing
-from mohawk.kernels.mixing.metrics import OF_MEANS
+from mohawk.kernels.mixing.operands import AttentionMixing, Mixing
 from mohawk.kernels.mixing.strips import HIDDEN, STRIP, Block, strips_of
 
 STRIP_ENTRIES = 1 << 21  # of a strip, over the heads, that are worked on at a time
 
 
-def head_mean_distance(student: Mixing, teacher: Mixing, *, metric: str = "mse", groups: int = 1) -> Tensor:
-    """How far the mean of the student's matrices over heads is from the mean of the teacher's.
-
-    metric: "mse" ||S - A||_F^2 / n^2 of n real tokens, "frobenius" ||S - A||_F, or between two attentions "kl"
-    sum_j A (log A - log S) averaged over rows and "scores", the mse of what their softmax takes (scale * q k^T, capped
-    if there is a softcap; entries that either does not see count as equal), with S and A the means over all heads, or,
-    with groups above 1, over each of so many groups of consecutive heads, which divides both head counts. Padding
-    (segment -1) counts as equal, as in `mixing_distance`.
-
-    Returns the mean over batch and groups, a scalar in float32, or float64 if any input is. Differentiable in the
-    student's tensors, never in the teacher's; memory linear in seq. Raises ValueError for what does not fit together,
-    RuntimeError in a second derivative.
-    """
-    where = "head_mean_distance"
-    if metric not in OF_MEANS:
-        raise ValueError(f"{where}: metric must be one of {', '.join(OF_MEANS)}, got {metric!r}")
-    check_pair(where, student, teacher)
-    heads, heads_t = student.shape[1], teacher.shape[1]
-    if groups < 1 or heads % groups or heads_t % groups:
-        raise ValueError(f"{where}: {groups} groups must divide the heads, {heads} (student) and {heads_t} (teacher)")
-    if metric == "kl":
-        check_kl(student, teacher)
-    for mixing in (student, teacher):
-        if metric == "scores" and not isinstance(mixing, AttentionMixing):
-            raise ValueError(f"{where}: metric 'scores' compares two attentions; {a_kind(mixing)} has no scores")
+def head_means_chunked(student: Mixing, teacher: Mixing, metric: str, groups: int) -> Tensor:
+    """`head_mean_distance` of what was checked."""
     return differentiable(student, teacher, metric, "mean", partial(_value_and_gradients, groups=groups))
 
 

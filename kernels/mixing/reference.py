@@ -4,8 +4,8 @@ import torch
 from torch import Tensor
 
 from mohawk.kernels.common.segments import decays_with_resets, segment_runs
-from mohawk.kernels.mixing.definition import AttentionMixing, DeltaMixing, Mixing, SSDMixing
 from mohawk.kernels.mixing.metrics import METRICS
+from mohawk.kernels.mixing.operands import AttentionMixing, DeltaMixing, Mixing, SSDMixing
 
 BACKEND = "reference"  # as `mohawk doctor` names it
 

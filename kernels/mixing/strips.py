@@ -16,8 +16,8 @@ from torch import Tensor
 
 from mohawk.kernels.common.decays import decay_between, sums_before, sums_from
 from mohawk.kernels.common.segments import decays_with_resets, group_slice, segment_runs, segment_starts
-from mohawk.kernels.mixing.definition import AttentionMixing, DeltaMixing, Mixing, SSDMixing
 from mohawk.kernels.mixing.delta_strips import DeltaStrips, chunk_of
+from mohawk.kernels.mixing.operands import AttentionMixing, DeltaMixing, Mixing, SSDMixing
 
 STRIP = 64  # rows
 HIDDEN = -1e30  # a score whose exponential is 0; finite, so that log-probabilities have no NaN

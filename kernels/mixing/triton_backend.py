@@ -27,8 +27,8 @@ from torch import Tensor
 
 from mohawk.kernels.common.segments import RESET, segment_starts
 from mohawk.kernels.mixing import chunked
-from mohawk.kernels.mixing.definition import AttentionMixing, DeltaMixing, Mixing, SSDMixing
 from mohawk.kernels.mixing.metrics import reads_teacher
+from mohawk.kernels.mixing.operands import AttentionMixing, DeltaMixing, Mixing, SSDMixing
 
 BACKEND = "triton"  # as `mohawk doctor` names it
 
@@ -568,7 +568,7 @@ def sums_and_gradients(
 def distance_triton(
     student: Mixing, teacher: Mixing, metric: str, reduction: str, sums: Callable = sums_and_gradients
 ) -> Tensor:
-    """Shapes and meaning as in `mohawk.kernels.mixing.distance.mixing_distance`, float32. sums: by which kernels."""
+    """Shapes and meaning as in `mohawk.kernels.mixing.interface.mixing_distance`, float32. sums: by which kernels."""
     device = student.tensors[0].device
     half = torch.is_autocast_enabled(device.type) and torch.get_autocast_dtype(device.type) == torch.bfloat16
     run = functools.partial(_value_and_gradients, sums=functools.partial(sums, half=half))

@@ -20,9 +20,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mohawk.kernels.mixing.definition import DeltaMixing, Mixing
 from mohawk.kernels.mixing.delta_strips import DeltaStrips
 from mohawk.kernels.mixing.metrics import reads_teacher
+from mohawk.kernels.mixing.operands import DeltaMixing, Mixing
 from mohawk.kernels.mixing.strips import Block
 from mohawk.kernels.mixing.triton_backend import (
     NORMALISER,

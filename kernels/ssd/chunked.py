@@ -38,7 +38,7 @@ def ssd_chunked(
     initial_state: Tensor | None,
     segment_ids: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """Shapes as in `mohawk.kernels.ssd.scan.ssd`. Returns y in x's dtype and the final state."""
+    """Shapes as in `mohawk.kernels.ssd.interface.ssd`. Returns y in x's dtype and the final state."""
     y, final_state = _ChunkedScan.apply(x, log_decay, B, C, input_scale, D, initial_state, segment_ids)
     if torch.compiler.is_compiling():
         # y is filled block by block; traced without gradients it gets the strides of a block, which later views of it

@@ -18,7 +18,7 @@ def ssd_reference(
     initial_state: Tensor | None,
     segment_ids: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """Shapes as in `mohawk.kernels.ssd.scan.ssd`. Returns y in x's dtype and the final state."""
+    """Shapes as in `mohawk.kernels.ssd.interface.ssd`. Returns y in x's dtype and the final state."""
     batch, seq, heads, head_dim = x.shape
     compute = torch.float64 if x.dtype == torch.float64 else torch.float32
     decay = decays_with_resets(log_decay, segment_ids).to(compute).exp()

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from mohawk.data.next_tokens import next_labels
-from mohawk.kernels.kd.loss import linear_kd_loss
-from mohawk.kernels.mixing.distance import mixing_distance
+from mohawk.kernels.kd.interface import linear_kd_loss
+from mohawk.kernels.mixing.interface import mixing_distance
 from mohawk.losses.heads import Head
 from mohawk.models.families import decoder_layers, family_of, mixer_input_norm
 from mohawk.models.hybrid import HybridForCausalLM

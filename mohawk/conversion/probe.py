@@ -20,7 +20,7 @@ from mohawk.core.lines import append_line, missing_lines, read_lines, write_line
 from mohawk.core.run_folder import MEASURED, RECIPE
 from mohawk.core.terminal import Bar
 from mohawk.data.next_tokens import IGNORED
-from mohawk.kernels.kd.loss import TeacherHidden, linear_kd_loss
+from mohawk.kernels.kd.interface import TeacherHidden, linear_kd_loss
 from mohawk.losses.heads import Head
 from mohawk.measures.recall import PAIRS, recall_batches, recall_of
 from mohawk.models.casting import cast

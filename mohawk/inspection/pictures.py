@@ -24,8 +24,8 @@ from mohawk.core.run_folder import PLOTS, has_recipe
 from mohawk.data.same_tokenizer import teacher_tokenizer
 from mohawk.errors import UserError
 from mohawk.inspection.plots import PANEL, HeadPicture, percent, plot_layer
-from mohawk.kernels.mixing.definition import Mixing
-from mohawk.kernels.mixing.matrix import mixing_matrix
+from mohawk.kernels.mixing.interface import mixing_matrix
+from mohawk.kernels.mixing.operands import Mixing
 from mohawk.loading.configs import load_config
 from mohawk.loading.describe import student_folder
 from mohawk.loading.models import load_teacher

@@ -15,10 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mohawk.kernels.mixing.definition import AttentionMixing, DeltaMixing, Mixing, SSDMixing
-from mohawk.kernels.mixing.distance import mixing_distance
-from mohawk.kernels.mixing.mean_heads import head_mean_distance
+from mohawk.kernels.mixing.interface import head_mean_distance, mixing_distance
 from mohawk.kernels.mixing.metrics import OF_MEANS
+from mohawk.kernels.mixing.operands import AttentionMixing, DeltaMixing, Mixing, SSDMixing
 from mohawk.models.decoders import check_checkpointing, check_layers, decoder, first_tensor
 from mohawk.models.state_mixer import StateMixer
 from mohawk.models.teacher_forcing import RECORDING, AttentionRecord, recording_attention

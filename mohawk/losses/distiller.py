@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from mohawk.core.processes import several, total
 from mohawk.data.next_tokens import IGNORED, next_column, next_labels, positions
-from mohawk.kernels.kd.loss import TAIDSchedule, TeacherHidden, TeacherSamples, TeacherTAID, linear_kd_loss
+from mohawk.kernels.kd.interface import TAIDSchedule, TeacherHidden, TeacherSamples, TeacherTAID, linear_kd_loss
 from mohawk.loading.causal import plain_model
 from mohawk.loading.configs import check_decoder
 from mohawk.loading.models import parameter_count

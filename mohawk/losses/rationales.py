@@ -30,7 +30,7 @@ from mohawk.data.records import content_hash, read_records, why_no_chat
 from mohawk.data.same_tokenizer import check_embedding_rows
 from mohawk.data.source_files import as_source
 from mohawk.errors import UserError
-from mohawk.kernels.kd.loss import linear_kd_loss
+from mohawk.kernels.kd.interface import linear_kd_loss
 from mohawk.kernels.kd.teachers import TeacherSamples
 from mohawk.loading.causal import embedding_rows, plain_model
 from mohawk.loading.configs import check_decoder

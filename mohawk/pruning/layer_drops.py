@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from mohawk.data.next_tokens import IGNORED, next_labels
-from mohawk.kernels.kd.loss import linear_kd_loss
+from mohawk.kernels.kd.interface import linear_kd_loss
 from mohawk.losses.heads import Head
 from mohawk.models.cutting.sizes import sizes_of
 from mohawk.models.families import decoder_layers

@@ -16,8 +16,8 @@ from torch import Tensor
 from mohawk.core.folders import why_altered, write_file
 from mohawk.core.processes import is_first
 from mohawk.core.run_folder import matrices_file, plot_file
-from mohawk.kernels.mixing.definition import AttentionMixing, Mixing
-from mohawk.kernels.mixing.matrix import mixing_matrix
+from mohawk.kernels.mixing.interface import mixing_matrix
+from mohawk.kernels.mixing.operands import AttentionMixing, Mixing
 from mohawk.models.families import decoder_layers, mixer_input_norm
 from mohawk.models.hybrid import HybridForCausalLM
 from mohawk.models.sharding import is_sharded, reshard, run_in

@@ -4,7 +4,7 @@ import dataclasses
 
 import torch
 
-from mohawk.kernels.mixing.distance import mixing_distance
+from mohawk.kernels.mixing.interface import mixing_distance
 
 
 def cast(mixing, dtype):

@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from mixing_triton_cases import attention, compare, compare_layouts, documents, run, state_space
 
 from mohawk.kernels.mixing import triton_delta
-from mohawk.kernels.mixing.definition import DeltaMixing
-from mohawk.kernels.mixing.distance import mixing_distance
+from mohawk.kernels.mixing.interface import mixing_distance
+from mohawk.kernels.mixing.operands import DeltaMixing
 
 
 def delta(heads, seq, width, channels=False, strength=1.0, seed=2, alike=0.0, **options):

@@ -46,7 +46,7 @@ def without_a_gpu(*modules):
 
 
 without_a_gpu("fla.ops.gated_delta_rule", "fla.ops.kda")
-from mohawk.kernels.delta.scan import gated_delta_rule  # noqa: E402
+from mohawk.kernels.delta.interface import gated_delta_rule  # noqa: E402
 
 NAMES = ("q", "k", "v", "beta", "log_decay", "initial_state")
 

@@ -9,7 +9,7 @@ import torch
 
 from mohawk.kernels.kd import triton_backend
 from mohawk.kernels.kd.divergences import DIVERGENCES
-from mohawk.kernels.kd.loss import (
+from mohawk.kernels.kd.interface import (
     TeacherHidden,
     TeacherLogits,
     TeacherMixture,

@@ -37,10 +37,10 @@ def without_a_gpu():
 without_a_gpu()
 combined = importlib.import_module("mamba_ssm.ops.triton.ssd_combined")
 from mohawk.kernels.common.segments import segment_runs  # noqa: E402
-from mohawk.kernels.ssd import mamba_backend as ssd_mamba  # noqa: E402
-from mohawk.kernels.ssd.scan import ssd  # noqa: E402
+from mohawk.kernels.ssd import package_backend as ssd_package  # noqa: E402
+from mohawk.kernels.ssd.interface import ssd  # noqa: E402
 
-ssd_mamba.CHUNK = CHUNK  # several chunks and a ragged one at small sizes
+ssd_package.CHUNK = CHUNK  # several chunks and a ragged one at small sizes
 
 
 def problem(seq, batch=1, heads=2, head_dim=8, groups=1, state=16, strength=1.0, without=()):

@@ -10,8 +10,8 @@ import triton.language as tl
 from triton.runtime import interpreter
 
 from mohawk.kernels.mixing import triton_backend as mixing_triton
-from mohawk.kernels.mixing.definition import AttentionMixing, SSDMixing
-from mohawk.kernels.mixing.distance import mixing_distance
+from mohawk.kernels.mixing.interface import mixing_distance
+from mohawk.kernels.mixing.operands import AttentionMixing, SSDMixing
 
 torch.use_deterministic_algorithms(True)
 torch.utils.deterministic.fill_uninitialized_memory = True

@@ -13,11 +13,11 @@ from mohawk import AttentionMixing, DeltaMixing, SSDMixing, causal_conv1d, gated
 from mohawk.kernels.causal_conv1d.package_backend import by_package
 from mohawk.kernels.causal_conv1d.reference import causal_conv1d_reference
 from mohawk.kernels.common import operators
-from mohawk.kernels.delta import scan as delta_scan
+from mohawk.kernels.delta import interface as delta_interface
 from mohawk.kernels.delta.reference import delta_reference
 from mohawk.kernels.kd import compiled
-from mohawk.kernels.ssd import mamba_backend
-from mohawk.kernels.ssd import scan as ssd_scan
+from mohawk.kernels.ssd import interface as ssd_interface
+from mohawk.kernels.ssd import package_backend as ssd_package
 from mohawk.kernels.ssd.reference import ssd_reference
 
 SEQ = 9
@@ -192,9 +192,9 @@ def test_gradients_around_the_kernels_of_packages(monkeypatch):
     fla = types.ModuleType("fla.ops.gated_delta_rule")
     monkeypatch.setattr(fla, "chunk_gated_delta_rule", rule, raising=False)
     monkeypatch.setitem(sys.modules, fla.__name__, fla)
-    monkeypatch.setattr(delta_scan, "why_not", lambda module: None)
-    monkeypatch.setattr(ssd_scan, "why_not", lambda module: None)
-    monkeypatch.setattr(mamba_backend, "_MambaScan", types.SimpleNamespace(apply=ssd_reference))
+    monkeypatch.setattr(delta_interface, "why_not", lambda module: None)
+    monkeypatch.setattr(ssd_interface, "why_not", lambda module: None)
+    monkeypatch.setattr(ssd_package, "_MambaScan", types.SimpleNamespace(apply=ssd_reference))
     monkeypatch.setenv("TRITON_INTERPRET", "1")
 
     def of_fla(q, k, v, beta, decay, state):

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from mohawk.kernels.delta.scan import gated_delta_rule, gated_delta_step
+from mohawk.kernels.delta.interface import gated_delta_rule, gated_delta_step
 
 NAMES = ("q", "k", "v", "beta", "log_decay", "initial_state")
 KINDS = pytest.mark.parametrize("channels", [False, True], ids=["a decay per head", "a decay per channel"])

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from mohawk.kernels.common import packages
-from mohawk.kernels.delta.scan import gated_delta_rule
+from mohawk.kernels.delta.interface import gated_delta_rule
 from tests.helpers.interpreted import run_cases
 
 MISSING = [name for name in ("fla", "triton", "einops") if importlib.util.find_spec(name) is None]

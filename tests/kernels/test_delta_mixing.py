@@ -9,12 +9,10 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mohawk.kernels.delta.scan import gated_delta_rule
+from mohawk.kernels.delta.interface import gated_delta_rule
 from mohawk.kernels.mixing import chunked as mixing_chunked
-from mohawk.kernels.mixing.definition import AttentionMixing, DeltaMixing, SSDMixing
-from mohawk.kernels.mixing.distance import mixing_distance
-from mohawk.kernels.mixing.matrix import mixing_matrix
-from mohawk.kernels.mixing.mean_heads import head_mean_distance
+from mohawk.kernels.mixing.interface import head_mean_distance, mixing_distance, mixing_matrix
+from mohawk.kernels.mixing.operands import AttentionMixing, DeltaMixing, SSDMixing
 from mohawk.kernels.mixing.reference import dense_matrix
 from mohawk.kernels.mixing.strips import Block, strips_of
 from tests.helpers.mixings import cast, documents, run

@@ -4,10 +4,10 @@ import pytest
 import torch
 
 from mohawk.kernels.causal_conv1d import causal_conv1d
-from mohawk.kernels.delta.scan import gated_delta_rule
-from mohawk.kernels.mixing.definition import AttentionMixing, DeltaMixing, SSDMixing
-from mohawk.kernels.mixing.distance import mixing_distance
-from mohawk.kernels.ssd.scan import ssd
+from mohawk.kernels.delta.interface import gated_delta_rule
+from mohawk.kernels.mixing.interface import mixing_distance
+from mohawk.kernels.mixing.operands import AttentionMixing, DeltaMixing, SSDMixing
+from mohawk.kernels.ssd.interface import ssd
 
 
 def conv(x):

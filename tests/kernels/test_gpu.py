@@ -5,11 +5,11 @@ import dataclasses
 import pytest
 import torch
 
-from mohawk.kernels.delta.scan import gated_delta_rule
-from mohawk.kernels.kd.loss import TeacherHidden, kd_loss, linear_kd_loss
-from mohawk.kernels.mixing.definition import AttentionMixing, DeltaMixing, SSDMixing
-from mohawk.kernels.mixing.distance import mixing_distance
-from mohawk.kernels.ssd.scan import ssd
+from mohawk.kernels.delta.interface import gated_delta_rule
+from mohawk.kernels.kd.interface import TeacherHidden, kd_loss, linear_kd_loss
+from mohawk.kernels.mixing.interface import mixing_distance
+from mohawk.kernels.mixing.operands import AttentionMixing, DeltaMixing, SSDMixing
+from mohawk.kernels.ssd.interface import ssd
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
 

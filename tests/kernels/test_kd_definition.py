@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mohawk.kernels.kd.divergences import DIVERGENCES
-from mohawk.kernels.kd.loss import (
+from mohawk.kernels.kd.interface import (
     TAIDSchedule,
     TeacherHidden,
     TeacherLogits,

@@ -9,7 +9,7 @@ import torch.multiprocessing as mp
 
 from mohawk.kernels.kd import gradients as kd_gradients
 from mohawk.kernels.kd.divergences import DIVERGENCES
-from mohawk.kernels.kd.loss import (
+from mohawk.kernels.kd.interface import (
     TeacherHidden,
     TeacherLogits,
     TeacherMixture,

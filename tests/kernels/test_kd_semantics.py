@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from mohawk.kernels.kd import chunked as kd_chunked
 from mohawk.kernels.kd import products as kd_products
 from mohawk.kernels.kd.divergences import DIVERGENCES
-from mohawk.kernels.kd.loss import (
+from mohawk.kernels.kd.interface import (
     TeacherHidden,
     TeacherLogits,
     TeacherMixture,
@@ -744,7 +744,7 @@ def test_mistakes_are_one_clear_line(message):
 def test_import_needs_neither_triton_nor_transformers():
     code = (
         "import sys; sys.modules['triton'] = None; sys.modules['transformers'] = None\n"
-        "from mohawk.kernels.kd.loss import kd_loss, linear_kd_loss\n"
+        "from mohawk.kernels.kd.interface import kd_loss, linear_kd_loss\n"
         "import torch; print(float(kd_loss(torch.zeros(2, 3), torch.zeros(2, 3))))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=".", timeout=120)

@@ -7,10 +7,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from mohawk.kernels.mixing.definition import AttentionMixing, SSDMixing
-from mohawk.kernels.mixing.matrix import mixing_matrix
+from mohawk.kernels.mixing.interface import mixing_matrix
+from mohawk.kernels.mixing.operands import AttentionMixing, SSDMixing
 from mohawk.kernels.mixing.reference import dense_matrix
-from mohawk.kernels.ssd.scan import ssd
+from mohawk.kernels.ssd.interface import ssd
 
 
 def attention(seq=150, dtype=torch.float64, **options):
@@ -122,7 +122,7 @@ def test_a_slice_of_a_long_scan_is_the_scan():
 def test_the_kernels_need_torch_alone():
     code = """
 import sys
-import mohawk.kernels.causal_conv1d, mohawk.kernels.mixing.distance, mohawk.kernels.ssd.scan
+import mohawk.kernels.causal_conv1d, mohawk.kernels.mixing.interface, mohawk.kernels.ssd.interface
 print([name for name in ("transformers", "triton", "mamba_ssm", "causal_conv1d") if name in sys.modules])
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

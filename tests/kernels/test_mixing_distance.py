@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mohawk.kernels.mixing import chunked as mixing_chunked
-from mohawk.kernels.mixing.definition import AttentionMixing, SSDMixing
-from mohawk.kernels.mixing.distance import mixing_distance
+from mohawk.kernels.mixing.interface import mixing_distance
+from mohawk.kernels.mixing.operands import AttentionMixing, SSDMixing
 from tests.helpers.mixings import cast, documents, run
 
 METRICS = ["frobenius", "squared", "mse", "relative"]

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from mohawk.kernels.mixing import mean_heads as mixing_heads
-from mohawk.kernels.mixing.definition import AttentionMixing, SSDMixing
-from mohawk.kernels.mixing.mean_heads import head_mean_distance
+from mohawk.kernels.mixing.interface import head_mean_distance
+from mohawk.kernels.mixing.operands import AttentionMixing, SSDMixing
 from mohawk.kernels.mixing.reference import dense_matrix
 
 SEQ = 131  # two strips and a bit

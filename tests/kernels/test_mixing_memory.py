@@ -6,13 +6,11 @@ import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from mohawk.kernels.delta.scan import gated_delta_rule
-from mohawk.kernels.mixing.definition import AttentionMixing, DeltaMixing, SSDMixing
-from mohawk.kernels.mixing.distance import mixing_distance
-from mohawk.kernels.mixing.matrix import mixing_matrix
-from mohawk.kernels.mixing.mean_heads import head_mean_distance
+from mohawk.kernels.delta.interface import gated_delta_rule
+from mohawk.kernels.mixing.interface import head_mean_distance, mixing_distance, mixing_matrix
+from mohawk.kernels.mixing.operands import AttentionMixing, DeltaMixing, SSDMixing
 from mohawk.kernels.mixing.reference import dense_matrix
-from mohawk.kernels.ssd.scan import ssd
+from mohawk.kernels.ssd.interface import ssd
 
 
 def peak_bytes(function):

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from mohawk.kernels.ssd.scan import ssd, ssd_step
+from mohawk.kernels.ssd.interface import ssd, ssd_step
 
 NAMES = ("x", "log_decay", "B", "C", "input_scale", "D", "initial_state")
 

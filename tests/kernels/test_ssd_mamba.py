@@ -14,8 +14,8 @@ import torch
 
 from mohawk.kernels.causal_conv1d import causal_conv1d, package_backend
 from mohawk.kernels.common import packages
-from mohawk.kernels.ssd import mamba_backend as ssd_mamba
-from mohawk.kernels.ssd.scan import ssd
+from mohawk.kernels.ssd import package_backend as ssd_package
+from mohawk.kernels.ssd.interface import ssd
 from tests.helpers.interpreted import run_cases
 
 MISSING = [name for name in ("mamba_ssm", "triton", "einops") if importlib.util.find_spec(name) is None]
@@ -67,12 +67,12 @@ def test_a_package_that_cannot_be_imported_is_named_once_and_done_without(broken
         r"mamba_ssm is installed but cannot be imported \(ImportError: libcudart.so.99: no such file\); mohawk goes"
     )
     with pytest.warns(RuntimeWarning, match=reason):
-        assert not packages.usable(ssd_mamba.KERNELS)
+        assert not packages.usable(ssd_package.KERNELS)
     with pytest.warns(RuntimeWarning, match="causal_conv1d is installed but cannot be imported"):
         assert package_backend.package_function() is None
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert not packages.usable(ssd_mamba.KERNELS)
+        assert not packages.usable(ssd_package.KERNELS)
         assert not packages.usable("no_such_package_anywhere"), "and one that is not installed is nothing to warn of"
 
 

@@ -12,9 +12,8 @@ from mohawk.conversion.footprint import used_parameters
 from mohawk.conversion.objectives import EndToEndObjective, HiddenObjective, MixingObjective
 from mohawk.conversion.plan import parameter_kind
 from mohawk.conversion.readout import solve_output_projections
-from mohawk.kernels.mixing.definition import AttentionMixing, SSDMixing
-from mohawk.kernels.mixing.distance import mixing_distance
-from mohawk.kernels.mixing.matrix import mixing_matrix
+from mohawk.kernels.mixing.interface import mixing_distance, mixing_matrix
+from mohawk.kernels.mixing.operands import AttentionMixing, SSDMixing
 from mohawk.kernels.mixing.reference import dense_matrix
 from mohawk.models.families import FAMILIES, check_supported, decoder_layers, family_of, mixer_input_norm
 from mohawk.models.from_teacher import hybrid_from_teacher

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from transformers import BambaConfig, GPT2Config, GPT2LMHeadModel
 from transformers.models.bamba.modeling_bamba import BambaMixer
 
-from mohawk.kernels.mixing.matrix import mixing_matrix
+from mohawk.kernels.mixing.interface import mixing_matrix
 from mohawk.models.families import attention_parts, mixer_input_norm
 from mohawk.models.from_teacher import choose_layers, hybrid_from_teacher
 from mohawk.models.initialisation import CONTENT, RESTING, _silu_inverse, attention_input_size

@@ -26,7 +26,7 @@ from mohawk.export.targets import TARGETS
 from mohawk.inspection import commands as inspection
 from mohawk.kernels.kd import gradients, teachers
 from mohawk.kernels.kd.divergences import DIVERGENCES, Divergence
-from mohawk.kernels.kd.loss import (
+from mohawk.kernels.kd.interface import (
     TeacherHidden,
     TeacherLogits,
     TeacherMixture,
@@ -35,10 +35,9 @@ from mohawk.kernels.kd.loss import (
     kd_loss,
     linear_kd_loss,
 )
-from mohawk.kernels.mixing.definition import AttentionMixing, SSDMixing
-from mohawk.kernels.mixing.distance import mixing_distance
-from mohawk.kernels.mixing.matrix import mixing_matrix
+from mohawk.kernels.mixing.interface import mixing_distance, mixing_matrix
 from mohawk.kernels.mixing.metrics import METRICS, Metric
+from mohawk.kernels.mixing.operands import AttentionMixing, SSDMixing
 from mohawk.losses.label_probability import label_probability
 from mohawk.models.families import FAMILIES, Family, decoder_layers
 from mohawk.models.from_teacher import hybrid_from_teacher
@@ -160,7 +159,7 @@ except ValidationError as error:
     assert "hellinger" in str(error)
 else:
     raise AssertionError
-from mohawk.kernels.kd.loss import kd_loss
+from mohawk.kernels.kd.interface import kd_loss
 assert "hellinger: squared Hellinger distance" in kd_loss.__doc__
 """
     subprocess.run([sys.executable, "-c", script], check=True)

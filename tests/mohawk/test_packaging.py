@@ -197,7 +197,7 @@ USE = """
     import importlib.util, sys
     import mohawk
     from mohawk import Mamba2Mixer, HybridForCausalLM, kd_loss
-    from mohawk.kernels.kd.loss import kd_loss as same
+    from mohawk.kernels.kd.interface import kd_loss as same
     from mohawk.conversion.recipe import Recipe
     from mohawk.schema.files import shipped
     from transformers.utils import is_kernels_available

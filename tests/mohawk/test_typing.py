@@ -55,7 +55,7 @@ def test_what_a_loss_returns_is_known_from_return_parts(library, tmp_path):
         import torch
         from typing_extensions import assert_type
         from mohawk import kd_loss, linear_kd_loss
-        from mohawk.kernels.kd.loss import KDParts
+        from mohawk.kernels.kd.interface import KDParts
 
         a, b = torch.randn(2, 4, requires_grad=True), torch.randn(2, 4)
         loss = kd_loss(a, b)
@@ -122,13 +122,14 @@ def test_the_overloads_name_every_keyword():
     """They name their common keywords apart from the functions, which could get one more."""
     import inspect
 
-    from mohawk.kernels.kd import loss
+    from mohawk.kernels.kd import interface
 
-    for function, options in ((loss.kd_loss, loss._LogitsOptions), (loss.linear_kd_loss, loss._LinearOptions)):
+    functions = {interface.kd_loss: interface._LogitsOptions, interface.linear_kd_loss: interface._LinearOptions}
+    for function, options in functions.items():
         keywords = {
             name: each.annotation
             for name, each in inspect.signature(function).parameters.items()
             if each.kind is each.KEYWORD_ONLY and name != "return_parts"
         }
-        named = {**loss._Options.__annotations__, **options.__annotations__}
+        named = {**interface._Options.__annotations__, **options.__annotations__}
         assert {name: each.__forward_arg__ for name, each in named.items()} == keywords

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from mohawk.conversion.objectives import EndToEndObjective, HiddenObjective, MixingObjective
-from mohawk.kernels.mixing.matrix import mixing_matrix
+from mohawk.kernels.mixing.interface import mixing_matrix
 from mohawk.models.families import mixer_input_norm
 from mohawk.models.from_teacher import hybrid_from_teacher
 from mohawk.models.packed import positions_of

@@ -431,7 +431,7 @@ def test_the_copied_code_asks_for_nothing_that_may_be_missing(tmp_path, monkeypa
 
 def test_flattening():
     source = (
-        "import os\nfrom mohawk.kernels.ssd.scan import (\n    ssd,\n)\nfrom mohawk.models.mixers import A\n"
+        "import os\nfrom mohawk.kernels.ssd.interface import (\n    ssd,\n)\nfrom mohawk.models.mixers import A\n"
         "\n\ndef f():\n    import math\n\n"
         "    from mamba_ssm import (\n        a,\n    )\n\n    return a, math\n\n\nAutoConfig.register('x', Y)\n"
     )

@@ -48,7 +48,7 @@ def test_operations_use_the_chunked_path_without_a_gpu(monkeypatch):
         "mixing_distance": "chunked",
         "ssd": "chunked",
         "gated_delta_rule": "chunked",
-        "causal_conv1d": "torch",
+        "causal_conv1d": "chunked",
     }
 
 
@@ -58,7 +58,7 @@ def test_operations_use_the_chunked_path_without_a_gpu(monkeypatch):
         ("mohawk.kernels.some.module", "triton", "triton"),
         ("mohawk.kernels.some.module", "chunked", "chunked"),
         ("mohawk.kernels.some.module", "reference", "reference"),
-        ("mohawk.kernels.ssd.scan", None, "torch"),
+        ("mohawk.kernels.ssd.interface", None, "torch"),
         ("elsewhere", "triton", "torch"),
         ("mamba_ssm.ops.triton.ssd_combined", None, "mamba_ssm"),
         ("causal_conv1d", None, "causal_conv1d"),
@@ -122,7 +122,7 @@ def test_why_there_is_no_gpu(monkeypatch):
         ("ssd", "mamba_ssm", "cuda", "3.6.0", "the mamba_ssm package is installed"),
         ("ssd", "chunked", "cuda", "3.6.0", "mamba-ssm is missing"),
         ("gated_delta_rule", "chunked", "cuda", "3.6.0", "fla-core is missing"),
-        ("causal_conv1d", "torch", "cuda", "3.6.0", "causal-conv1d is missing"),
+        ("causal_conv1d", "chunked", "cuda", "3.6.0", "causal-conv1d is missing"),
     ],
 )
 def test_reasons(monkeypatch, operation, backend, device, triton, words):

@@ -14,9 +14,8 @@ from mohawk.cli import main
 from mohawk.conversion.recipe import Recipe
 from mohawk.core.folders import is_complete
 from mohawk.inspection.pictures import head_picture
-from mohawk.kernels.mixing.definition import AttentionMixing, SSDMixing
-from mohawk.kernels.mixing.distance import mixing_distance
-from mohawk.kernels.mixing.matrix import mixing_matrix
+from mohawk.kernels.mixing.interface import mixing_distance, mixing_matrix
+from mohawk.kernels.mixing.operands import AttentionMixing, SSDMixing
 from mohawk.kernels.mixing.reference import dense_matrix
 from mohawk.models.from_teacher import hybrid_from_teacher
 from tests.kernels.test_mixing_memory import peak_bytes

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from mohawk.data.packing import PackedDataset, collate
-from mohawk.kernels.kd.loss import kd_loss
+from mohawk.kernels.kd.interface import kd_loss
 from mohawk.kernels.kd.teachers import TeacherSamples, TeacherTopK
 from mohawk.losses.distiller import KnowledgeDistiller
 from mohawk.losses.shared_vocabulary import shared_part, told_of_cut

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from mohawk.data.packing import collate
-from mohawk.kernels.delta.scan import gated_delta_rule
-from mohawk.kernels.ssd.scan import ssd
+from mohawk.kernels.delta.interface import gated_delta_rule
+from mohawk.kernels.ssd.interface import ssd
 from mohawk.models.cutting.cuts import Cut, cut, keep_layers
 from mohawk.models.cutting.sizes import sizes_of
 from mohawk.models.families import decoder_layers, family_of

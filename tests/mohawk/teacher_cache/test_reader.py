@@ -13,7 +13,14 @@ import torch.nn.functional as F
 from mohawk.core.folders import MANIFEST
 from mohawk.data.packing import PackedDataset, collate
 from mohawk.errors import UserError
-from mohawk.kernels.kd.loss import TeacherHidden, TeacherLogits, TeacherSamples, TeacherTopK, kd_loss, linear_kd_loss
+from mohawk.kernels.kd.interface import (
+    TeacherHidden,
+    TeacherLogits,
+    TeacherSamples,
+    TeacherTopK,
+    kd_loss,
+    linear_kd_loss,
+)
 from mohawk.losses.heads import Head
 from mohawk.teacher_cache.layout import ROUNDING
 from mohawk.teacher_cache.reader import CachedRows, TeacherCache, shard_name

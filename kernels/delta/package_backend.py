@@ -46,8 +46,7 @@ def delta_fla(
     initial_state: Tensor | None,
     segment_ids: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """Shapes as in `mohawk.kernels.delta.scan.gated_delta_rule`, for tensors without a `refusal`. Returns y and the
-    final state."""
+    """Shapes as in `gated_delta_rule`, for tensors without a `refusal`. Returns y and the final state."""
     module = importlib.import_module(kernels(log_decay))
     rule = module.chunk_kda if log_decay.dim() == 4 else module.chunk_gated_delta_rule
     decay = log_decay.to(torch.float32).clamp(min=STRONGEST)

@@ -1,7 +1,6 @@
 """Depthwise causal convolution over the sequence, the short one in front of a state-space scan.
 
-Four shifted multiply-adds with the backward written out: `torch.nn.Conv1d` with groups = channels is slow
-to train on a CPU and knows neither states nor packed documents.
+`torch.nn.Conv1d` with groups = channels is slow to train on a CPU and knows neither states nor packed documents.
 """
 
 from typing import Literal, overload
@@ -10,8 +9,8 @@ import torch
 from torch import Tensor
 
 from mohawk.kernels.causal_conv1d.checks import ACTIVATIONS, check
+from mohawk.kernels.causal_conv1d.chunked import accumulator_dtype, causal_conv1d_chunked
 from mohawk.kernels.causal_conv1d.package_backend import by_package, fits_package, package_function
-from mohawk.kernels.causal_conv1d.shifted import CausalConv, accumulator_dtype
 from mohawk.kernels.common.operators import call_operator, register_kernel
 from mohawk.kernels.common.segments import segment_runs, segment_starts
 from mohawk.kernels.common.tensors import transformed
@@ -86,7 +85,7 @@ def causal_conv1d(
     if package is not None:
         y = by_package(package, x, weight, bias, activation, initial_state, segment_ids)
     else:
-        y = CausalConv.apply(x, weight, bias, initial_state, segment_ids, activation == "silu")
+        y = causal_conv1d_chunked(x, weight, bias, initial_state, segment_ids, activation)
     if not return_final_state:
         return y
     batch, seq, channels = x.shape

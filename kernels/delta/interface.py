@@ -17,7 +17,7 @@ from mohawk.kernels.common.packages import usable, why_not
 from mohawk.kernels.common.tensors import check_untransformed
 from mohawk.kernels.delta.checks import check, fits_step
 from mohawk.kernels.delta.chunked import delta_chunked
-from mohawk.kernels.delta.fla_backend import delta_fla, kernels, refusal
+from mohawk.kernels.delta.package_backend import delta_fla, kernels, refusal
 from mohawk.kernels.delta.reference import delta_reference
 
 BACKENDS = {"auto": None, "reference": delta_reference, "chunked": delta_chunked, "fla": delta_fla}

@@ -1,20 +1,22 @@
-"""The distance between two mixing matrices, with gradients, without either matrix: MOHAWK's first phase."""
+"""Mixing matrices written out, and the distance between two, with gradients, without either: MOHAWK's first phase."""
 
 import importlib.util
 import inspect
 import os
 import textwrap
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from mohawk.kernels.common.operators import call_operator, register_kernel
-from mohawk.kernels.common.tensors import check_untransformed
-from mohawk.kernels.mixing.checks import check
-from mohawk.kernels.mixing.chunked import distance_chunked
-from mohawk.kernels.mixing.definition import KINDS, AttentionMixing, DeltaMixing, Mixing, SSDMixing
+from mohawk.kernels.common.tensors import check_untransformed, whole_number
+from mohawk.kernels.mixing.checks import check, check_head_means
+from mohawk.kernels.mixing.chunked import distance_chunked, write_matrix
+from mohawk.kernels.mixing.mean_heads import head_means_chunked
 from mohawk.kernels.mixing.metrics import described
+from mohawk.kernels.mixing.operands import KINDS, AttentionMixing, DeltaMixing, Mixing, SSDMixing
 from mohawk.kernels.mixing.reference import distance_reference
 
 
@@ -69,6 +71,56 @@ if mixing_distance.__doc__:  # python -OO has none
     mixing_distance.__doc__ = (
         inspect.cleandoc(mixing_distance.__doc__) + "\n\nMetrics:\n" + textwrap.indent(described(), "    ")
     )
+
+
+def head_mean_distance(student: Mixing, teacher: Mixing, *, metric: str = "mse", groups: int = 1) -> Tensor:
+    """How far the mean of the student's matrices over heads is from the mean of the teacher's.
+
+    metric: "mse" ||S - A||_F^2 / n^2 of n real tokens, "frobenius" ||S - A||_F, or between two attentions "kl"
+    sum_j A (log A - log S) averaged over rows and "scores", the mse of what their softmax takes (scale * q k^T, capped
+    if there is a softcap; entries that either does not see count as equal), with S and A the means over all heads, or,
+    with groups above 1, over each of so many groups of consecutive heads, which divides both head counts. Padding
+    (segment -1) counts as equal, as in `mixing_distance`.
+
+    Returns the mean over batch and groups, a scalar in float32, or float64 if any input is. Differentiable in the
+    student's tensors, never in the teacher's; memory linear in seq. Raises ValueError for what does not fit together,
+    RuntimeError in a second derivative.
+    """
+    check_head_means(student, teacher, metric, groups)
+    return head_means_chunked(student, teacher, metric, groups)
+
+
+def mixing_matrix(
+    mixing: Mixing,
+    rows: tuple[int, int] | None = None,
+    *,
+    heads: Sequence[int] | None = None,
+    mean_heads: bool = False,
+) -> Tensor:
+    """The matrix of a mixing, (batch, heads, rows, seq), written strip by strip; not differentiable.
+
+    rows: the range (i0, i1) of rows, all if None. heads: which heads, all if None. mean_heads: their mean,
+    (batch, rows, seq), summed strip by strip. Besides the result, one head's operands and one strip of 64
+    rows are held, so some rows of a long context cost little. float64 inputs give float64, all others
+    float32. Padding (segment -1) is a segment like any other here. Raises ValueError for rows or heads that
+    do not exist.
+    """
+    if not isinstance(mixing, Mixing):
+        raise ValueError(f"mixing_matrix: takes {KINDS}, got {type(mixing).__name__}")
+    batch, count, seq = mixing.shape
+    first, last = rows if isinstance(rows, (tuple, list)) and len(rows) == 2 else (0, seq if rows is None else -1)
+    first, last = _place(first), _place(last)
+    if not 0 <= first <= last <= seq:
+        raise ValueError(f"mixing_matrix: rows must be (i0, i1) with 0 <= i0 <= i1 <= {seq}, got {rows}")
+    if heads is not None and not isinstance(heads, Iterable):
+        raise ValueError(f"mixing_matrix: heads must be a list of heads, got {heads!r}")
+    given = list(range(count)) if heads is None else heads.tolist() if isinstance(heads, Tensor) else list(heads)
+    chosen = [_place(head) for head in given]
+    if not all(0 <= head < count for head in chosen):
+        raise ValueError(f"mixing_matrix: heads must be whole numbers between 0 and {count - 1}, got {given}")
+    if mean_heads and not chosen:
+        raise ValueError("mixing_matrix: the mean over heads needs at least one head, got none")
+    return write_matrix(mixing, first, last, chosen, mean_heads)
 
 
 def _compiled(student: Mixing, teacher: Mixing, metric: str, reduction: str, backend: str) -> Tensor:
@@ -168,3 +220,9 @@ def _check_triton(student: Mixing, teacher: Mixing) -> None:
         raise ValueError(
             f"{where} can't be used: the student is on {device}; it needs a CUDA or ROCm device; take 'chunked'"
         )
+
+
+def _place(value: object) -> int:
+    """-1, which is nowhere, for what is no whole number."""
+    whole = whole_number(value)
+    return -1 if whole is None else whole

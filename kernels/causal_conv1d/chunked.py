@@ -1,14 +1,29 @@
-"""The convolution as shifted multiply-adds, on any device, with the backward written out."""
+"""The convolution in torch, on any device, with the backward written out: multiply-adds of shifted rows.
+
+One batch row is a chunk, which stays in the cache, and in it one segment comes after the other.
+"""
 
 import torch
 from torch import Tensor
 
 from mohawk.kernels.common.first_order import first_order
 
+BACKEND = "chunked"
 
-class CausalConv(torch.autograd.Function):
-    """One batch row at a time, which stays in the cache, and in it one segment after the other."""
 
+def causal_conv1d_chunked(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    initial_state: Tensor | None,
+    segment_ids: Tensor | None,
+    activation: str | None,
+) -> Tensor:
+    """Shapes as in `causal_conv1d`. Returns y like x."""
+    return _ChunkedConv.apply(x, weight, bias, initial_state, segment_ids, activation == "silu")
+
+
+class _ChunkedConv(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, initial_state, segment_ids, silu):
         ctx.save_for_backward(x, weight, bias, initial_state, segment_ids)

@@ -17,7 +17,7 @@ from mohawk.kernels.common.packages import usable, why_not
 from mohawk.kernels.common.tensors import check_untransformed
 from mohawk.kernels.ssd.checks import check, fits_step
 from mohawk.kernels.ssd.chunked import ssd_chunked
-from mohawk.kernels.ssd.mamba_backend import KERNELS, refusal, ssd_mamba
+from mohawk.kernels.ssd.package_backend import KERNELS, refusal, ssd_mamba
 from mohawk.kernels.ssd.reference import ssd_reference
 
 BACKENDS = {"auto": None, "reference": ssd_reference, "chunked": ssd_chunked, "mamba_ssm": ssd_mamba}

@@ -47,7 +47,7 @@ def ssd_mamba(
     initial_state: Tensor | None,
     segment_ids: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """Shapes as in `mohawk.kernels.ssd.scan.ssd`, for tensors without a `refusal`. Returns y and the final state."""
+    """Shapes as in `ssd`, for tensors without a `refusal`. Returns y and the final state."""
     if input_scale is None:
         input_scale = torch.ones_like(log_decay)
     runs = None if segment_ids is None else segment_runs(segment_ids).to(torch.int32)
