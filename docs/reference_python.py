@@ -66,7 +66,7 @@ TYPES = {
     "Record": "what a layer was called with, as the watches of `match_attention` collect it",
     "StateMixer": "the class that all mixers derive from",
     "TargetSection": "the sizes or the budget of a round, as under `prune` in a [recipe](recipes.md)",
-    "Teacher": "any of the sources `Teacher...`",
+    "TeacherSource": "any of the sources `Teacher...`",
     "TrimmedVocabulary": "`model`, `tokenizer` and `tokens`: the id that each token had before",
     "Watch": "a context around a model's pass that collects tensors of its layers into a dict",
 }

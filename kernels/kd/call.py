@@ -20,10 +20,10 @@ from mohawk.kernels.kd import gradients as kd_gradients
 from mohawk.kernels.kd import products as kd_products
 from mohawk.kernels.kd import reference as kd_reference
 from mohawk.kernels.kd.divergences import DIVERGENCES, plain
-from mohawk.kernels.kd.options import Head, Options, Rows, Settings, Task
-from mohawk.kernels.kd.teachers import SOURCES, Teacher
+from mohawk.kernels.kd.options import KDTask, Options, RowLosses, Settings, StudentHead
+from mohawk.kernels.kd.teachers import SOURCES, TeacherSource
 from mohawk.kernels.kd.tile import BY_HAND
-from mohawk.kernels.kd.vocabulary import Vocabulary
+from mohawk.kernels.kd.vocabulary import VocabularySlice
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -41,7 +41,7 @@ class KDParts(NamedTuple):
 
 def distil(
     student: tuple[Tensor, ...],
-    teacher: Teacher,
+    teacher: TeacherSource,
     labels: Tensor | None,
     token_weights: Tensor | None,
     normalizer: float | Tensor | None,
@@ -58,7 +58,7 @@ def distil(
 
 
 @dataclass
-class Call(Task):
+class Call(KDTask):
     """A task, and what to do with the losses of its rows."""
 
     lead: torch.Size
@@ -118,7 +118,7 @@ class Call(Task):
 
     def forward(
         self, student: tuple[Tensor, ...], scale: Tensor, needs: tuple[bool, ...]
-    ) -> tuple[Rows, list[Tensor | None]]:
+    ) -> tuple[RowLosses, list[Tensor | None]]:
         """kd and ce of the rows that count, and the gradients of sum(scale * (kd_weight * kd + ce_weight *
         ce))."""
         # Triton launches on the current device, wherever the tensors are.
@@ -132,7 +132,7 @@ class Call(Task):
 
     def _logits(
         self, student: tuple[Tensor, ...], scale: Tensor, needs: tuple[bool, ...]
-    ) -> tuple[kd_chunked.Rows, list[Tensor | None]]:
+    ) -> tuple[kd_chunked.RowLosses, list[Tensor | None]]:
         logits = student[0].reshape(-1, student[0].shape[-1])
         grad, vocab = None, self.options.vocabulary.local
         if needs[0] and self.inplace:
@@ -156,13 +156,13 @@ class Call(Task):
 
     def _linear(
         self, student: tuple[Tensor, ...], scale: Tensor, needs: tuple[bool, ...]
-    ) -> tuple[kd_chunked.Rows, list[Tensor | None]]:
+    ) -> tuple[kd_chunked.RowLosses, list[Tensor | None]]:
         s, vocabulary = self.settings, self.options.vocabulary
         hidden = student[0].reshape(-1, student[0].shape[-1])
         bias = student[2] if len(student) > 2 else None
         low = kd_products.operand_dtype(s.autocast, hidden)
         weight = student[1] if low is None else student[1].to(low)
-        head = Head(weight, bias, s.logit_scale, s.logit_softcap, student[1].dtype)
+        head = StudentHead(weight, bias, s.logit_scale, s.logit_softcap, student[1].dtype)
         grads: list[Tensor | None] = [None] * len(student)
         if needs[0]:
             summed = vocabulary.group is not None  # over ranks, and then rounded
@@ -259,7 +259,7 @@ def _backend(asked: str, x: Tensor, divergence: str) -> str:
 
 def prepare(
     student: tuple[Tensor, ...],
-    teacher: Teacher,
+    teacher: TeacherSource,
     labels: Tensor | None,
     token_weights: Tensor | None,
     normalizer: float | Tensor | None,
@@ -273,11 +273,11 @@ def prepare(
     kd_checks.check_student(student, s)
     lead, device = student[0].shape[:-1], student[0].device
     entries = student[1].shape[0] if s.linear else student[0].shape[-1]
-    of_teacher = teacher.entries() if isinstance(teacher, Teacher) else []
-    vocabulary = Vocabulary(entries, s.vocab_size, group, lead.numel(), device, of_teacher)
+    of_teacher = teacher.entries() if isinstance(teacher, TeacherSource) else []
+    vocabulary = VocabularySlice(entries, s.vocab_size, group, lead.numel(), device, of_teacher)
     kd_checks.check_rows(labels, token_weights, lead, device, vocabulary.size, s.ignore_index)
     kept = None if labels is None else labels != s.ignore_index
-    if not isinstance(teacher, Teacher):
+    if not isinstance(teacher, TeacherSource):
         raise ValueError(
             f"teacher is a {type(teacher).__name__}; it must be a logits tensor or one of {', '.join(SOURCES)}"
         )

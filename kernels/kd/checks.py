@@ -13,7 +13,7 @@ from torch import Tensor
 
 from mohawk.kernels.common.tensors import unusable, whole_number
 from mohawk.kernels.kd.divergences import DIVERGENCES
-from mohawk.kernels.kd.vocabulary import Vocabulary
+from mohawk.kernels.kd.vocabulary import VocabularySlice
 
 if TYPE_CHECKING:
     from mohawk.kernels.kd.options import Settings
@@ -141,7 +141,7 @@ class Against(NamedTuple):
 
     lead: torch.Size
     device: torch.device
-    vocabulary: Vocabulary
+    vocabulary: VocabularySlice
     settings: Settings
     kept: Tensor | None = None  # the rows that count, of shape `lead`; None: all
 

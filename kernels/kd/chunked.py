@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 
 from mohawk.kernels.kd import products as kd_products
-from mohawk.kernels.kd.options import Head, Options, Rows, Task, take
+from mohawk.kernels.kd.options import KDTask, Options, RowLosses, StudentHead, take
 from mohawk.kernels.kd.scores import Scores
 from mohawk.kernels.kd.tile import Tile, torch_tile
-from mohawk.kernels.kd.vocabulary import Vocabulary
+from mohawk.kernels.kd.vocabulary import VocabularySlice
 
 BACKEND = "chunked"  # as `mohawk doctor` names it
 
@@ -43,12 +43,12 @@ def _spans(n: int, step: int) -> Iterator[tuple[int, int]]:
         yield n * k // count, n * (k + 1) // count
 
 
-def _outer_rows(tiles: int, tile: Tile, vocabulary: Vocabulary, dtype: torch.dtype) -> int:
+def _outer_rows(tiles: int, tile: Tile, vocabulary: VocabularySlice, dtype: torch.dtype) -> int:
     most = TILE_BYTES if tile is torch_tile else TRITON_TILE_BYTES
     return max(1, most // (max(1, tiles * vocabulary.widest) * dtype.itemsize))
 
 
-def _inner_rows(tile: Tile, device: torch.device, vocabulary: Vocabulary, dtype: torch.dtype, outer: int) -> int:
+def _inner_rows(tile: Tile, device: torch.device, vocabulary: VocabularySlice, dtype: torch.dtype, outer: int) -> int:
     if tile is not torch_tile:
         return max(1, outer)
     if vocabulary.group is not None:
@@ -59,7 +59,7 @@ def _inner_rows(tile: Tile, device: torch.device, vocabulary: Vocabulary, dtype:
     return max(torch.get_num_threads(), CACHE_BYTES // (vocabulary.widest * dtype.itemsize))
 
 
-def from_logits(logits: Tensor, task: Task, grad: Tensor | None, tile: Tile | None = None) -> Rows:
+def from_logits(logits: Tensor, task: KDTask, grad: Tensor | None, tile: Tile | None = None) -> RowLosses:
     """kd and ce of each row of the student's logits (n, vocab) that the task chooses.
 
     `grad` (n, vocab), zero in the other rows and possibly `logits` itself, receives the gradient of
@@ -92,9 +92,9 @@ def from_logits(logits: Tensor, task: Task, grad: Tensor | None, tile: Tile | No
     return summed(kd, ce, options)
 
 
-def summed(kd: Tensor, ce: Tensor, options: Options) -> Rows:
+def summed(kd: Tensor, ce: Tensor, options: Options) -> RowLosses:
     kd, ce = options.vocabulary.total(torch.stack([kd, ce]))
-    return Rows(kd, ce)
+    return RowLosses(kd, ce)
 
 
 def keeps_gradient(rows: int, hidden: Tensor, head: Tensor) -> bool:
@@ -130,13 +130,13 @@ def _room_for_rounded(
 
 def from_hidden(
     hidden: Tensor,
-    head: Head,
-    task: Task,
+    head: StudentHead,
+    task: KDTask,
     hidden_grad: Tensor | None,
     bias_grad: Tensor | None,
     want_head_grad: bool,
     tile: Tile | None = None,
-) -> tuple[Rows, Tensor | None]:
+) -> tuple[RowLosses, Tensor | None]:
     """As `from_logits`, from hidden states (n, hidden) and a head (vocab, hidden); with the gradient of its weight.
 
     `hidden_grad` (n, hidden) is zero in the rows that don't count, and summed over the ranks of a shared

@@ -15,7 +15,7 @@ from torch import Tensor
 from mohawk.kernels.kd import call as kd_call
 from mohawk.kernels.kd import gradients as kd_gradients
 from mohawk.kernels.kd.options import Settings
-from mohawk.kernels.kd.teachers import SOURCES, Teacher
+from mohawk.kernels.kd.teachers import SOURCES, TeacherSource
 from mohawk.kernels.kd.tile import BY_HAND
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ AUTOCAST = (None, torch.bfloat16, torch.float16, torch.float32, torch.float64)  
 
 def _flatten(value: Any, words: list[str], tensors: list[Tensor], numbers: list[float]) -> None:
     """A source, or a field of one: a word for each."""
-    if isinstance(value, Teacher):
+    if isinstance(value, TeacherSource):
         words.append(type(value).__name__)
         for name in value.__match_args__:
             _flatten(getattr(value, name), words, tensors, numbers)
@@ -105,7 +105,7 @@ def _op(
 
         # A name is a NewType of str, which torch's operators know as str.
         process_group = distributed_c10d._resolve_process_group(group)  # pyrefly: ignore[bad-argument-type]
-    source: Teacher = _unflatten(words.split("; "), list(teacher), of_teacher)
+    source: TeacherSource = _unflatten(words.split("; "), list(teacher), of_teacher)
     call = kd_call.prepare(tuple(student), source, labels, token_weights, normalizer, process_group, settings)
     if call.backend == "reference":
         raise ValueError("backend 'reference' can't be compiled; use 'chunked', or call it outside torch.compile")
@@ -173,7 +173,7 @@ _op.register_autograd(_backward, setup_context=_setup_context)
 
 def distil(
     student: tuple[Tensor, ...],
-    teacher: Teacher,
+    teacher: TeacherSource,
     labels: Tensor | None,
     token_weights: Tensor | None,
     normalizer: float | Tensor | None,
@@ -185,7 +185,7 @@ def distil(
     words: list[str] = []
     tensors: list[Tensor] = []
     of_teacher: list[float] = []
-    if not isinstance(teacher, Teacher):
+    if not isinstance(teacher, TeacherSource):
         raise ValueError(f"teacher is a {type(teacher).__name__}; it must be a logits tensor or a teacher source")
     _flatten(teacher, words, tensors, of_teacher)
     if normalizer is not None and not isinstance(normalizer, Tensor):

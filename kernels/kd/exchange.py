@@ -24,7 +24,7 @@ from typing import final
 import torch
 from torch import Tensor
 
-from mohawk.kernels.kd.vocabulary import Vocabulary
+from mohawk.kernels.kd.vocabulary import VocabularySlice
 
 
 @final
@@ -62,7 +62,7 @@ def whole_kl(a: Tensor, b: Tensor, kl: Tensor) -> Tensor:
 
 
 def exchange(
-    vocabulary: Vocabulary,
+    vocabulary: VocabularySlice,
     student: Tensor | None,
     raw: Tensor | None,
     teachers: Sequence[Tensor],

@@ -23,9 +23,9 @@ import torch
 from torch import Tensor
 
 from mohawk.kernels.kd.divergences import DIVERGENCES, Divergence
-from mohawk.kernels.kd.vocabulary import Vocabulary
+from mohawk.kernels.kd.vocabulary import VocabularySlice
 
-Rows = tuple[Tensor, Tensor | None]
+ValueAndGradient = tuple[Tensor, Tensor | None]
 Total = Callable[[Tensor], Tensor]
 
 
@@ -71,7 +71,7 @@ def _centre(q: Tensor, slope: Tensor, total: Total) -> Tensor:
     return slope.addcmul_(q, total(slope.sum(-1)).unsqueeze(-1), value=-1)
 
 
-def forward_kl(lp: Tensor, lq: Tensor, beta: float, lam: float, want_grad: bool, total: Total) -> Rows:
+def forward_kl(lp: Tensor, lq: Tensor, beta: float, lam: float, want_grad: bool, total: Total) -> ValueAndGradient:
     q = lq.clamp(min=_floor(lq)).exp_() if want_grad else lq
     p, y = _with_ratio(lp, lq)
     less = torch.expm1(y, out=lp)  # q / p - 1
@@ -83,7 +83,7 @@ def forward_kl(lp: Tensor, lq: Tensor, beta: float, lam: float, want_grad: bool,
     return value, grad.addcmul_(p, grad.sum(-1, keepdim=True), value=-1) if total is whole else grad
 
 
-def reverse_kl(lp: Tensor, lq: Tensor, beta: float, lam: float, want_grad: bool, total: Total) -> Rows:
+def reverse_kl(lp: Tensor, lq: Tensor, beta: float, lam: float, want_grad: bool, total: Total) -> ValueAndGradient:
     q, y = _with_ratio(lq, lp)
     value = torch.expm1(y, out=lq).sub_(y).mul_(q).sum(-1)
     if not want_grad:
@@ -103,7 +103,7 @@ def _expm1_of_ratio(log_a: Tensor, log_b: Tensor) -> tuple[Tensor, Tensor]:
     return r, torch.expm1(r)
 
 
-def jsd(lp: Tensor, lq: Tensor, beta: float, lam: float, want_grad: bool, total: Total) -> Rows:
+def jsd(lp: Tensor, lq: Tensor, beta: float, lam: float, want_grad: bool, total: Total) -> ValueAndGradient:
     # The smaller weight goes into the logarithm: the other way round its own term would be lost in the rounding of 1.
     if beta >= 0.5:
         q, p, to_student, to_teacher, terms = _to_mixture(_floored(lq), _floored(lp), 1 - beta)
@@ -136,7 +136,7 @@ def _mixture(log_a: Tensor, log_b: Tensor, lam: float) -> tuple[Tensor, Tensor, 
     return torch.where(x < -0.5, ratio.log(), torch.log1p(x)), x, ratio
 
 
-def skew_kl(lp: Tensor, lq: Tensor, beta: float, lam: float, want_grad: bool, total: Total) -> Rows:
+def skew_kl(lp: Tensor, lq: Tensor, beta: float, lam: float, want_grad: bool, total: Total) -> ValueAndGradient:
     p, q = _floored(lp).exp(), _floored(lq).exp()
     log_m, slope, ratio = _mixture(lq, lp, lam)  # log(m / p), m / p - 1, m / p
     value = torch.sub(slope.clamp(max=1 - lam), log_m, out=log_m).mul_(p).add_(_excess(q, p), alpha=1 - lam).sum(-1)
@@ -145,7 +145,7 @@ def skew_kl(lp: Tensor, lq: Tensor, beta: float, lam: float, want_grad: bool, to
     return value, _centre(q, slope.div_(ratio), total).mul_(1 - lam)
 
 
-def skew_reverse_kl(lp: Tensor, lq: Tensor, beta: float, lam: float, want_grad: bool, total: Total) -> Rows:
+def skew_reverse_kl(lp: Tensor, lq: Tensor, beta: float, lam: float, want_grad: bool, total: Total) -> ValueAndGradient:
     p, q = _floored(lp).exp(), _floored(lq).exp()
     log_m, slope, ratio = _mixture(lp, lq, lam)  # log(m / q), m / q - 1, m / q
     value = slope.clamp(max=1 - lam).sub_(log_m).mul_(q).add_(_excess(p, q), alpha=1 - lam).sum(-1)
@@ -155,7 +155,7 @@ def skew_reverse_kl(lp: Tensor, lq: Tensor, beta: float, lam: float, want_grad: 
     return value, _centre(q, slope, total)
 
 
-def tvd(lp: Tensor, lq: Tensor, beta: float, lam: float, want_grad: bool, total: Total) -> Rows:
+def tvd(lp: Tensor, lq: Tensor, beta: float, lam: float, want_grad: bool, total: Total) -> ValueAndGradient:
     q = lq.exp_()
     difference = torch.sub(q, lp.exp_())
     value = difference.abs().sum(-1) / 2
@@ -164,7 +164,7 @@ def tvd(lp: Tensor, lq: Tensor, beta: float, lam: float, want_grad: bool, total:
     return value, _centre(q, difference.sign_().mul_(0.5), total)
 
 
-def probability_mse(lp: Tensor, lq: Tensor, beta: float, lam: float, want_grad: bool, total: Total) -> Rows:
+def probability_mse(lp: Tensor, lq: Tensor, beta: float, lam: float, want_grad: bool, total: Total) -> ValueAndGradient:
     q = lq.exp_()
     difference = torch.sub(q, lp.exp_())
     value = difference.square().sum(-1)
@@ -194,13 +194,17 @@ def finite(z: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
     return z.masked_fill(out, 0.0), t.masked_fill(out, 0.0)
 
 
-def mse(z: Tensor, t: Tensor, want_grad: bool, vocabulary: Vocabulary, products: Tensor | None = None) -> Rows:
+def mse(
+    z: Tensor, t: Tensor, want_grad: bool, vocabulary: VocabularySlice, products: Tensor | None = None
+) -> ValueAndGradient:
     difference = torch.sub(z, t).masked_fill_(torch.isneginf(z) | torch.isneginf(t), 0.0)
     value = difference.square().sum(-1) / vocabulary.size
     return value, difference.mul_(2 / vocabulary.size) if want_grad else None
 
 
-def cosine(z: Tensor, t: Tensor, want_grad: bool, vocabulary: Vocabulary, products: Tensor | None = None) -> Rows:
+def cosine(
+    z: Tensor, t: Tensor, want_grad: bool, vocabulary: VocabularySlice, products: Tensor | None = None
+) -> ValueAndGradient:
     """`products` are |z|^2, |t|^2 and z t over all ranks, (3, rows), where they share the vocabulary."""
     z, t = finite(z, t)
     squares = torch.stack([z.square().sum(-1), t.square().sum(-1)]) if products is None else products[:2]
@@ -227,7 +231,7 @@ def by_hand(name: str) -> bool:
     return name in DISTRIBUTION or name in LOGITS
 
 
-def of_distributions(name: str) -> Callable[..., Rows]:
+def of_distributions(name: str) -> Callable[..., ValueAndGradient]:
     """The function of (lp, lq, beta, lam, want_grad, total) that computes this divergence."""
     return DISTRIBUTION.get(name) or functools.partial(_by_autograd, DIVERGENCES[name].definition)
 
@@ -240,7 +244,7 @@ def _by_autograd(
     lam: float,
     want_grad: bool,
     total: Total,
-) -> Rows:
+) -> ValueAndGradient:
     with torch.set_grad_enabled(want_grad):
         value = definition(lp, lq.requires_grad_(want_grad), beta, lam)
     if not want_grad:
@@ -250,15 +254,15 @@ def _by_autograd(
     return value.detach(), slope.sub(lq.exp_().mul_(total(slope.sum(-1)).unsqueeze(-1)))
 
 
-def of_logits(name: str) -> Callable[..., Rows]:
+def of_logits(name: str) -> Callable[..., ValueAndGradient]:
     """The function of (z, t, want_grad, vocabulary, products) that computes this divergence. One without a gradient
     here sees the whole vocabulary alone."""
     return LOGITS.get(name) or functools.partial(_of_logits_by_autograd, DIVERGENCES[name])
 
 
 def _of_logits_by_autograd(
-    divergence: Divergence, z: Tensor, t: Tensor, want_grad: bool, vocabulary: Vocabulary, products: None = None
-) -> Rows:
+    divergence: Divergence, z: Tensor, t: Tensor, want_grad: bool, vocabulary: VocabularySlice, products: None = None
+) -> ValueAndGradient:
     size = vocabulary.size if divergence.mean else 1
     z = z.detach().requires_grad_(want_grad)
     with torch.set_grad_enabled(want_grad):

@@ -21,11 +21,11 @@ from mohawk.kernels.kd.divergences import described
 from mohawk.kernels.kd.options import Settings
 from mohawk.kernels.kd.teachers import (
     TAIDSchedule,
-    Teacher,
     TeacherHidden,
     TeacherLogits,
     TeacherMixture,
     TeacherSamples,
+    TeacherSource,
     TeacherTAID,
     TeacherTopK,
 )
@@ -79,7 +79,7 @@ class _LinearOptions(_Options, total=False):
 @overload
 def kd_loss(
     student_logits: Tensor,
-    teacher: Tensor | Teacher,
+    teacher: Tensor | TeacherSource,
     labels: Tensor | None = None,
     *,
     return_parts: Literal[False] = False,
@@ -88,7 +88,7 @@ def kd_loss(
 @overload
 def kd_loss(
     student_logits: Tensor,
-    teacher: Tensor | Teacher,
+    teacher: Tensor | TeacherSource,
     labels: Tensor | None = None,
     *,
     return_parts: Literal[True, "rows"],
@@ -97,7 +97,7 @@ def kd_loss(
 @overload
 def kd_loss(
     student_logits: Tensor,
-    teacher: Tensor | Teacher,
+    teacher: Tensor | TeacherSource,
     labels: Tensor | None = None,
     *,
     return_parts: bool | Literal["rows"],
@@ -105,7 +105,7 @@ def kd_loss(
 ) -> Tensor | tuple[Tensor, KDParts]: ...
 def kd_loss(
     student_logits: Tensor,
-    teacher: Tensor | Teacher,
+    teacher: Tensor | TeacherSource,
     labels: Tensor | None = None,
     *,
     divergence: str = "forward_kl",
@@ -189,7 +189,7 @@ def kd_loss(
 def linear_kd_loss(
     student_hidden: Tensor,
     student_head: Tensor,
-    teacher: Tensor | Teacher,
+    teacher: Tensor | TeacherSource,
     labels: Tensor | None = None,
     *,
     return_parts: Literal[False] = False,
@@ -199,7 +199,7 @@ def linear_kd_loss(
 def linear_kd_loss(
     student_hidden: Tensor,
     student_head: Tensor,
-    teacher: Tensor | Teacher,
+    teacher: Tensor | TeacherSource,
     labels: Tensor | None = None,
     *,
     return_parts: Literal[True, "rows"],
@@ -209,7 +209,7 @@ def linear_kd_loss(
 def linear_kd_loss(
     student_hidden: Tensor,
     student_head: Tensor,
-    teacher: Tensor | Teacher,
+    teacher: Tensor | TeacherSource,
     labels: Tensor | None = None,
     *,
     return_parts: bool | Literal["rows"],
@@ -218,7 +218,7 @@ def linear_kd_loss(
 def linear_kd_loss(
     student_hidden: Tensor,
     student_head: Tensor,
-    teacher: Tensor | Teacher,
+    teacher: Tensor | TeacherSource,
     labels: Tensor | None = None,
     *,
     student_bias: Tensor | None = None,
@@ -287,7 +287,7 @@ def linear_kd_loss(
 
 def _distil(
     student: tuple[Tensor, ...],
-    teacher: Tensor | Teacher,
+    teacher: Tensor | TeacherSource,
     labels: Tensor | None,
     token_weights: Tensor | None,
     normalizer: float | Tensor | None,
@@ -296,7 +296,7 @@ def _distil(
 ) -> Tensor | tuple[Tensor, KDParts]:
     if isinstance(teacher, Tensor):
         teacher = TeacherLogits(teacher)
-    if isinstance(teacher, Teacher) and not torch.compiler.is_compiling():
+    if isinstance(teacher, TeacherSource) and not torch.compiler.is_compiling():
         if settings.linear:
             hidden, *head = student
             student = (hidden, *(gathered(x) if group is None else own_part(x) for x in head))

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from mohawk.kernels.kd.divergences import DIVERGENCES
-from mohawk.kernels.kd.teachers import Teacher
-from mohawk.kernels.kd.vocabulary import Vocabulary
+from mohawk.kernels.kd.teachers import TeacherSource
+from mohawk.kernels.kd.vocabulary import VocabularySlice
 
 
 class Settings(NamedTuple):
@@ -44,7 +44,7 @@ class Options:
     divergences of raw logits."""
 
     settings: Settings
-    vocabulary: Vocabulary
+    vocabulary: VocabularySlice
     need_kd: bool
     need_ce: bool
 
@@ -54,17 +54,17 @@ class Options:
 
 
 @dataclass
-class Task:
+class KDTask:
     """A checked call: a teacher of flat rows, which of them count, and for what."""
 
     options: Options
-    teacher: Teacher
+    teacher: TeacherSource
     labels: Tensor | None  # of the rows that count
     rows: Tensor | None  # their indices; None: all
     scale: Tensor  # of each of these rows in the reduced loss
 
 
-class Head(NamedTuple):
+class StudentHead(NamedTuple):
     """The student's, as in `linear_kd_loss`."""
 
     weight: Tensor
@@ -75,7 +75,7 @@ class Head(NamedTuple):
 
 
 @dataclass
-class Rows:
+class RowLosses:
     """Per-row results: T^2 * divergence and cross-entropy, unweighted."""
 
     kd: Tensor

@@ -11,12 +11,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mohawk.kernels.kd.divergences import DIVERGENCES
-from mohawk.kernels.kd.teachers import Teacher
+from mohawk.kernels.kd.teachers import TeacherSource
 
 BACKEND = "reference"  # as `mohawk doctor` names it
 
 
-def _teacher_scores(teacher: Teacher, student: Tensor, temperature: float) -> Tensor:
+def _teacher_scores(teacher: TeacherSource, student: Tensor, temperature: float) -> Tensor:
     """Tempered, unnormalised log-probabilities of a dense teacher or a mixture, (rows, vocab)."""
     parts = [one.scores(student.dtype)[:, : student.shape[-1]] / temperature for one in teacher.parts()]
     scores, shares = parts[0], teacher.shares()
@@ -31,7 +31,7 @@ def _teacher_scores(teacher: Teacher, student: Tensor, temperature: float) -> Te
 
 def row_losses(
     student: Tensor,
-    teacher: Teacher,
+    teacher: TeacherSource,
     labels: Tensor | None,
     *,
     divergence: str,

@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 
 from mohawk.kernels.kd.exchange import Known
-from mohawk.kernels.kd.options import Task, take
+from mohawk.kernels.kd.options import KDTask, take
 
 
 class Scores:
     """A teacher's tempered scores (unnormalised log-probabilities), tile by tile."""
 
-    def __init__(self, task: Task):
+    def __init__(self, task: KDTask):
         teacher = task.teacher
         self.parts, self.shares, self.step = teacher.parts(), teacher.shares(), teacher.step
         self.rows, self.options, self.dtype = task.rows, task.options, task.scale.dtype

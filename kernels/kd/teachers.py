@@ -3,8 +3,8 @@ cached top k, random samples, and two ways of combining dense teachers. All hold
 ever copied, and none receives a gradient.
 
 A source is a frozen dataclass of tensors, numbers and other sources, derived from `Dense` where it has a score for
-every word, else from `Teacher`. Its class carries all that the loss needs to know of it; for one that is not dense,
-chunked.py and triton_backend.py may have a faster way.
+every word, else from `TeacherSource`. Its class carries all that the loss needs to know of it; for one that is not
+dense, chunked.py and triton_backend.py may have a faster way.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ if TYPE_CHECKING:
 
     from mohawk.kernels.kd.checks import Against
 
-SOURCES: dict[str, type[Teacher]] = {}  # by the names of their classes, which enter themselves
+SOURCES: dict[str, type[TeacherSource]] = {}  # by the names of their classes, which enter themselves
 
 
 @dataclass(frozen=True, eq=False)
-class Teacher:
+class TeacherSource:
     """A source. A class says which of its tensors have rows, checks them, and either names the dense teachers in it
     (`parts`) or compares the student with itself (`compared`)."""
 
@@ -87,26 +87,26 @@ class Teacher:
         """The source with what is multiplied (hidden states, heads) in that dtype."""
         return self._inside(lambda one: one.rounded(dtype))
 
-    def _inside(self, f: Callable[[Teacher], Teacher]) -> Self:
+    def _inside(self, f: Callable[[TeacherSource], TeacherSource]) -> Self:
         """The source with f of each source in it."""
         made: dict[str, object] = {}
         for name in self.__match_args__:
             value = getattr(self, name)
-            if isinstance(value, Teacher):
+            if isinstance(value, TeacherSource):
                 made[name] = f(value)
-            elif isinstance(value, (list, tuple)) and any(isinstance(one, Teacher) for one in value):
-                made[name] = [f(one) if isinstance(one, Teacher) else one for one in value]
+            elif isinstance(value, (list, tuple)) and any(isinstance(one, TeacherSource) for one in value):
+                made[name] = [f(one) if isinstance(one, TeacherSource) else one for one in value]
         return replace(self, **made) if made else self
 
     def _mapped(self, name: str, value: object, f: Callable[[Tensor, int], Tensor]) -> object:
         if isinstance(value, Tensor):
             return f(value.detach(), self.ROWS[name]) if name in self.ROWS else value.detach()
-        if isinstance(value, Teacher):
+        if isinstance(value, TeacherSource):
             return value.map_rows(f)
         return [self._mapped(name, one, f) for one in value] if isinstance(value, Sequence) else value
 
 
-class Dense(Teacher, source=False):
+class Dense(TeacherSource, source=False):
     """A source with a score for every word. `scores` is enough; what else is here is for one that lies in memory as
     logits, or is made fastest for many rows at once."""
 
@@ -212,7 +212,7 @@ class TeacherHidden(Dense):
 
 
 @dataclass(frozen=True, eq=False)
-class TeacherTopK(Teacher):
+class TeacherTopK(TeacherSource):
     """A cached top k: int64 ids (..., k) without repeats in a row, their log-probabilities (..., k).
 
     The rest of the vocabulary is one bucket of log mass `tail_logprob` (...); left out, it is the mass that
@@ -274,7 +274,7 @@ class TeacherTopK(Teacher):
 
 
 @dataclass(frozen=True, eq=False)
-class TeacherSamples(Teacher):
+class TeacherSamples(TeacherSource):
     """int64 ids drawn from the teacher, (..., k), and their weights (..., k) of a float dtype: counts over draws when
     they are drawn from the (tempered) teacher itself, importance weights otherwise. Ids may repeat.
 
@@ -306,7 +306,7 @@ class TeacherSamples(Teacher):
 
 
 @dataclass(frozen=True, eq=False)
-class TeacherMixture(Teacher):
+class TeacherMixture(TeacherSource):
     """Several dense teachers as one: `log sum_i w_i p_i`, each p_i tempered first. The weights are positive
     and are divided by their sum; None weighs all alike."""
 
@@ -352,7 +352,7 @@ class TeacherMixture(Teacher):
 
 
 @dataclass(frozen=True, eq=False)
-class TeacherTAID(Teacher):
+class TeacherTAID(TeacherSource):
     """TAID's moving target (arXiv 2501.16937): `softmax((1 - t) stopgrad(z_student) + t z_teacher)`, from a
     dense teacher or a mixture. `t` goes from about 0.4 to 1 during training: `TAIDSchedule` has the rule."""
 
@@ -366,7 +366,7 @@ class TeacherTAID(Teacher):
         self.teacher.check(student)
 
     def entries(self) -> list[int]:
-        return self.teacher.entries() if isinstance(self.teacher, Teacher) else []
+        return self.teacher.entries() if isinstance(self.teacher, TeacherSource) else []
 
     def parts(self) -> Sequence[Dense]:
         return self.teacher.parts()

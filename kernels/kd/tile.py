@@ -10,15 +10,15 @@ from torch import Tensor
 from mohawk.kernels.kd import gradients as kd_gradients
 from mohawk.kernels.kd.divergences import DIVERGENCES
 from mohawk.kernels.kd.exchange import Known, exchange
-from mohawk.kernels.kd.options import Options, Task, take
+from mohawk.kernels.kd.options import KDTask, Options, take
 from mohawk.kernels.kd.scores import Scores, log_softmax
-from mohawk.kernels.kd.teachers import Teacher, TeacherSamples, TeacherTopK, tail_of
+from mohawk.kernels.kd.teachers import TeacherSamples, TeacherSource, TeacherTopK, tail_of
 
 # kd and ce of a tile of the student's logits, which becomes the gradient: see torch_tile.
-Tile = Callable[[Tensor, Task, Scores, tuple[int, int], bool], tuple[Tensor, Tensor]]
+Tile = Callable[[Tensor, KDTask, Scores, tuple[int, int], bool], tuple[Tensor, Tensor]]
 # Of sources that are not dense, from (task, span, u, log-probabilities of the student where they are already
 # there, want_grad, known): the value of each row and its gradient in u.
-Compare = Callable[[Task, tuple[int, int], Tensor, Tensor | None, bool, Known | None], tuple[Tensor, Tensor | None]]
+Compare = Callable[[KDTask, tuple[int, int], Tensor, Tensor | None, bool, Known | None], tuple[Tensor, Tensor | None]]
 
 
 def distribution(
@@ -51,7 +51,7 @@ def distribution(
     return value, grad
 
 
-def take_topk(task: Task, span: tuple[int, int], dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+def take_topk(task: KDTask, span: tuple[int, int], dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     """ids and log-probabilities (rows, k), and the log mass of the rest (rows)."""
     teacher, rows = task.teacher, task.rows
     assert isinstance(teacher, TeacherTopK)
@@ -60,7 +60,7 @@ def take_topk(task: Task, span: tuple[int, int], dtype: torch.dtype) -> tuple[Te
     return take(teacher.ids, rows, *span), lp, tail_of(lp, tail, task.options.vocabulary.size)
 
 
-def take_samples(task: Task, span: tuple[int, int], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def take_samples(task: KDTask, span: tuple[int, int], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """ids and weights (rows, k)."""
     teacher, rows = task.teacher, task.rows
     assert isinstance(teacher, TeacherSamples)
@@ -68,7 +68,7 @@ def take_samples(task: Task, span: tuple[int, int], dtype: torch.dtype) -> tuple
 
 
 def _topk(
-    task: Task,
+    task: KDTask,
     span: tuple[int, int],
     u: Tensor,
     lq: Tensor | None,
@@ -97,7 +97,7 @@ def _topk(
 
 
 def _samples(
-    task: Task,
+    task: KDTask,
     span: tuple[int, int],
     u: Tensor,
     lq: Tensor | None,
@@ -115,7 +115,7 @@ def _samples(
 
 
 def _by_autograd(
-    task: Task,
+    task: KDTask,
     span: tuple[int, int],
     u: Tensor,
     lq: Tensor | None,
@@ -133,13 +133,13 @@ def _by_autograd(
     return value.detach(), torch.autograd.grad(value, u, torch.ones_like(value))[0] if want_grad else None
 
 
-BY_HAND: dict[type[Teacher], Compare] = {TeacherTopK: _topk, TeacherSamples: _samples}
+BY_HAND: dict[type[TeacherSource], Compare] = {TeacherTopK: _topk, TeacherSamples: _samples}
 
 
 def _exchange(
     z: Tensor,
     u: Tensor,
-    task: Task,
+    task: KDTask,
     scores: Scores,
     parts: list[Tensor],
     span: tuple[int, int],
@@ -163,7 +163,7 @@ def _exchange(
 
 def torch_tile(
     z: Tensor,
-    task: Task,
+    task: KDTask,
     scores: Scores,
     span: tuple[int, int],
     want_grad: bool,

@@ -24,10 +24,10 @@ from torch import Tensor
 from mohawk.kernels.kd import chunked as kd_chunked
 from mohawk.kernels.kd import tile as kd_tile
 from mohawk.kernels.kd.exchange import exchange, whole_kl
-from mohawk.kernels.kd.options import Options, Rows, Task
+from mohawk.kernels.kd.options import KDTask, Options, RowLosses
 from mohawk.kernels.kd.scores import Scores
 from mohawk.kernels.kd.teachers import TeacherSamples, TeacherTopK
-from mohawk.kernels.kd.vocabulary import Vocabulary
+from mohawk.kernels.kd.vocabulary import VocabularySlice
 
 BACKEND = "triton"  # as `mohawk doctor` names it
 
@@ -488,7 +488,7 @@ class _Sweeps:
         return value
 
 
-def _recentred(sums: Tensor, vocabulary: Vocabulary) -> tuple[Tensor, Tensor, Tensor]:
+def _recentred(sums: Tensor, vocabulary: VocabularySlice) -> tuple[Tensor, Tensor, Tensor]:
     """value, sum q * slope and sum d of probability_mse, where both sides sum to one and so sum d to 0.
 
     What is left of it is a relative error of p that all entries share, the rounding of the log-normalisers: with it
@@ -536,7 +536,7 @@ def _dense(sweeps: _Sweeps, grad: Tensor | None) -> tuple[Tensor, Tensor]:
     return value * temperature**2, ce
 
 
-def _topk(sweeps: _Sweeps, task: Task, span: tuple[int, int], want_grad: bool):
+def _topk(sweeps: _Sweeps, task: KDTask, span: tuple[int, int], want_grad: bool):
     """Buckets: the ids taken out of the sweeps by -inf, their k columns in torch."""
     ids, lp, tail = kd_tile.take_topk(task, span, sweeps.z.dtype)
     o, z, scale = sweeps.options, sweeps.z, sweeps.scale
@@ -571,7 +571,7 @@ def _topk(sweeps: _Sweeps, task: Task, span: tuple[int, int], want_grad: bool):
     return vocabulary.once(value) * o.settings.temperature**2, ce
 
 
-def _samples(sweeps: _Sweeps, task: Task, span: tuple[int, int], want_grad: bool):
+def _samples(sweeps: _Sweeps, task: KDTask, span: tuple[int, int], want_grad: bool):
     ids, weights = kd_tile.take_samples(task, span, sweeps.z.dtype)
     o, z = sweeps.options, sweeps.z
     stats, _ = sweeps.statistics()
@@ -591,7 +591,7 @@ def _samples(sweeps: _Sweeps, task: Task, span: tuple[int, int], want_grad: bool
 SWEPT = {TeacherTopK: _topk, TeacherSamples: _samples}
 
 
-def from_logits(logits: Tensor, task: Task, grad: Tensor | None) -> Rows:
+def from_logits(logits: Tensor, task: KDTask, grad: Tensor | None) -> RowLosses:
     """As chunked.from_logits. Teachers that are logits are read where they are, without a copy of anything."""
     teacher, options = task.teacher, task.options
     parts, step = teacher.parts(), teacher.step
@@ -617,7 +617,7 @@ def _target(scores: Scores, span: tuple[int, int], student: Tensor) -> Tensor:
     return scores.combined(parts, norms, student)
 
 
-def tile(z: Tensor, task: Task, scores: Scores, span: tuple[int, int], want_grad: bool) -> tuple[Tensor, Tensor]:
+def tile(z: Tensor, task: KDTask, scores: Scores, span: tuple[int, int], want_grad: bool) -> tuple[Tensor, Tensor]:
     """As tile.torch_tile: kd and ce of the rows of z, which becomes the gradient."""
     options = task.options
     if z.stride(-1) != 1 and z.shape[-1] > 1:

@@ -15,7 +15,7 @@ from torch import Tensor
 from mohawk.kernels.common.tensors import whole_number
 
 
-class Vocabulary:
+class VocabularySlice:
     """`entries` on this rank, of which `local` are real, from the global id `start`; `size` real ones over
     all ranks; the `widest` slice of any."""
 

@@ -42,7 +42,7 @@ from mohawk.training.objective import Objective
 from mohawk.training.weight_decay import parameter_groups
 
 if TYPE_CHECKING:
-    from mohawk.kernels.kd.teachers import Teacher
+    from mohawk.kernels.kd.teachers import TeacherSource
     from mohawk.loading.causal import CausalLM
     from mohawk.losses.rationale_router import RoutedRationales
 
@@ -344,7 +344,7 @@ class KnowledgeDistiller(Objective["CausalLM"]):
 
     def _parts(
         self, batch: Mapping[str, Tensor], once: Sequence[Answer] | None, counts: Tensor
-    ) -> Iterator[tuple[Teacher | None, Tensor | None, OwnLoss, Tensor]]:
+    ) -> Iterator[tuple[TeacherSource | None, Tensor | None, OwnLoss, Tensor]]:
         """The rows of a batch by the loss they have: (what the teacher says of them, their indices or None for all, the
         loss, (TASKS) how many tokens of each task the step has of that loss). Where nothing is compared the teacher is
         not asked.
@@ -377,7 +377,7 @@ class KnowledgeDistiller(Objective["CausalLM"]):
 
     def _logit_loss(
         self,
-        source: Teacher | None,
+        source: TeacherSource | None,
         hidden: Tensor,
         head: Head,
         labels: Tensor,

@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from mohawk.data.next_tokens import IGNORED
-from mohawk.kernels.kd.teachers import Teacher
+from mohawk.kernels.kd.teachers import TeacherSource
 
 
 @torch.no_grad()
-def label_probability(source: Teacher, labels: Tensor, vocab_size: int | None = None, rows: int = 256) -> Tensor:
+def label_probability(source: TeacherSource, labels: Tensor, vocab_size: int | None = None, rows: int = 256) -> Tensor:
     """(...,) float32: the teacher's probability of each label, 0 where it is ignored or beyond `vocab_size`.
 
     source: any teacher of `kd_loss` but samples. At temperature 1; of a top k at the temperature it was cut at, where

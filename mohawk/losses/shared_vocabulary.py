@@ -9,10 +9,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mohawk.kernels.kd.teachers import Teacher, TeacherSamples, TeacherTopK
+from mohawk.kernels.kd.teachers import TeacherSamples, TeacherSource, TeacherTopK
 
 
-def shared_part(source: Teacher, vocab_size: int) -> Teacher:
+def shared_part(source: TeacherSource, vocab_size: int) -> TeacherSource:
     """The teacher given that the next token is one of the first `vocab_size`.
 
     Exact for dense teachers, and for a top k of all that mass lies in. Of a shorter top k the ids that are left are
@@ -35,7 +35,7 @@ def shared_part(source: Teacher, vocab_size: int) -> Teacher:
     return _shared_top_k(source, vocab_size)
 
 
-def told_of_cut(source: Teacher, vocab_size: int, rows: Tensor) -> str | None:
+def told_of_cut(source: TeacherSource, vocab_size: int, rows: Tensor) -> str | None:
     """One line about what `shared_part` does to the answers of some rows, bool (...), in shares of their probability;
     None where it changes nothing, or does so exactly and leaves no row without an answer. Waits for the device."""
     if not isinstance(source, (TeacherTopK, TeacherSamples)) or not bool(rows.any()):

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from mohawk.errors import UserError
-from mohawk.kernels.kd.teachers import Teacher, TeacherHidden, TeacherMixture
+from mohawk.kernels.kd.teachers import TeacherHidden, TeacherMixture, TeacherSource
 from mohawk.loading.causal import plain_model
 from mohawk.loading.configs import check_decoder
 from mohawk.losses.heads import Head, final_hidden_states, in_autocast, readable_ids, vocabulary_rows
@@ -48,7 +48,7 @@ class Answer:
     seen: what each watch collected.
     """
 
-    source: Teacher
+    source: TeacherSource
     rows: Tensor | None = None
     seen: list[dict[Any, Any]] = field(default_factory=list)
 
@@ -254,7 +254,7 @@ class Ensemble:
         return min(teacher.vocab_size for teacher in self.teachers)
 
 
-def taken(source: Teacher, rows: Tensor) -> Teacher:
+def taken(source: TeacherSource, rows: Tensor) -> TeacherSource:
     """What a teacher says of some of the rows that it said it of."""
     return source.map_rows(lambda x, trailing: x[rows])
 

@@ -28,7 +28,7 @@ from mohawk.core.json_files import parse_json
 from mohawk.core.places import home
 from mohawk.errors import UserError
 from mohawk.kernels.kd.divergences import DIVERGENCES
-from mohawk.kernels.kd.teachers import Teacher, TeacherHidden, TeacherSamples, TeacherTopK
+from mohawk.kernels.kd.teachers import TeacherHidden, TeacherSamples, TeacherSource, TeacherTopK
 from mohawk.losses.heads import Head
 from mohawk.teacher_cache.layout import DTYPES, Layout, checksum, decode, is_whole, text_digest
 
@@ -120,7 +120,7 @@ class TeacherCache:
             self._heads[device] = Head(**parts, scale=about["scale"], softcap=about["softcap"])
         return self._heads[device]
 
-    def teacher(self, batch: Mapping[str, Tensor]) -> Teacher:
+    def teacher(self, batch: Mapping[str, Tensor]) -> TeacherSource:
         """The teacher source of a batch with this cache's columns, of shape (b, n) like its labels.
 
         That is `TeacherTopK`, `TeacherSamples` or `TeacherHidden`. Position t answers for the token after t: the loss

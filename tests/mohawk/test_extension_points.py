@@ -227,7 +227,7 @@ def test_another_teacher_source_is_a_class_too(z, forget_sources):
     """One id in each row, smoothed: sum over words of -target * log q is the cross-entropy with label smoothing."""
 
     @dataclass(frozen=True, eq=False)
-    class TeacherSmoothed(teachers.Teacher):
+    class TeacherSmoothed(teachers.TeacherSource):
         ids: Tensor
         smoothing: float
 
