@@ -82,7 +82,7 @@ class HybridConfig(PreTrainedConfig):
             self.mixer_state_size = mixer_state_size or shape.head_dim
             self.mixer_num_groups = mixer_num_groups or self.mixer_num_heads
             self.layer_types = layer_types or attention_types(base_config)
-            self.mixer = joined(mixers_by_layer(mixer, self.ssm_layers), mixer)
+            self.mixer = one_name(mixers_by_layer(mixer, self.ssm_layers), mixer)
         super().__init__(**kwargs)
         # set after, since the parent has its own ideas about a missing value
         if base_config is not None and len(self.layer_types) != base_config.num_hidden_layers:
@@ -127,7 +127,7 @@ class HybridConfig(PreTrainedConfig):
         mixers = {i: self.mixer_of(i) for i in self.ssm_layers if i in layers}
         kinds = attention_types(self.base_config)
         self.layer_types = [SSM_LAYER if i in mixers else kind for i, kind in enumerate(kinds)]
-        self.mixer = joined(mixers, self.mixer_kinds[0])
+        self.mixer = one_name(mixers, self.mixer_kinds[0])
 
     def make_mixer(self, layer_idx: int) -> StateMixer:
         """A freshly initialised mixer for one layer."""
@@ -172,7 +172,7 @@ def mixers_by_layer(mixer: str | Mapping[int, str], layers: Collection[int]) -> 
     return {i: named[i] for i in sorted(layers)}
 
 
-def joined(mixers: dict[int, str], otherwise: Any) -> str | dict[int, str]:
+def one_name(mixers: dict[int, str], otherwise: Any) -> str | dict[int, str]:
     """One name where all mixers are of one; `otherwise` where there is none."""
     kinds = list(dict.fromkeys(mixers.values()))
     return mixers if len(kinds) > 1 else (kinds or [otherwise])[0]

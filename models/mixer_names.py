@@ -4,7 +4,7 @@ mixers.py, under the same names."""
 import re
 from typing import Any
 
-MIXERS = {
+MIXER_NAMES = {
     "mamba2": "Bamba's, for stock transformers",
     "discrete_mamba2": "the MOHAWK paper's",
     "gated_delta": "Qwen3.5's Gated DeltaNet",

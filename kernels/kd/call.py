@@ -248,7 +248,7 @@ def _backend(asked: str, x: Tensor, divergence: str) -> str:
     else:
         from mohawk.kernels.kd import triton_backend
 
-        if divergence not in triton_backend.DIVERGENCES:
+        if divergence not in triton_backend.IN_TRITON:
             reason = f"it has no terms for {divergence}"
     if reason is None:
         return "triton"

@@ -27,7 +27,7 @@ def _one_of(name: str, value: object, allowed: tuple[object, ...]) -> None:
         raise ValueError(f"{name} is {value!r}; allowed: {', '.join(map(str, allowed))}")
 
 
-def number(name: str, value: object, ok: Callable[[float], bool], allowed: str) -> None:
+def check_number(name: str, value: object, ok: Callable[[float], bool], allowed: str) -> None:
     real = isinstance(value, numbers.Real) and not isinstance(value, bool)
     if not real or not math.isfinite(value) or not ok(float(value)):
         raise ValueError(f"{name} is {value!r}; it must be {allowed}")
@@ -40,11 +40,11 @@ def check_settings(s: Settings, has_labels: bool, normalizer: float | Tensor | N
     _one_of("backend", s.backend, BACKENDS)
     _one_of("return_parts", s.return_parts, (False, True, "rows"))
     # Beyond, T^2 raises the rounding of the divergence above its value.
-    number("temperature", s.temperature, lambda x: 1e-3 <= x <= 1e3, "a number from 0.001 to 1000")
-    number("kd_weight", s.kd_weight, lambda x: x >= 0, "a finite number, 0 or above")
-    number("ce_weight", s.ce_weight, lambda x: x >= 0, "a finite number, 0 or above")
-    number("beta", s.beta, lambda x: 0 <= x <= 1, "a number from 0 (forward KL) to 1 (reverse KL)")
-    number("lam", s.lam, lambda x: 0 <= x < 1, "a number from 0 (no skew) to below 1")
+    check_number("temperature", s.temperature, lambda x: 1e-3 <= x <= 1e3, "a number from 0.001 to 1000")
+    check_number("kd_weight", s.kd_weight, lambda x: x >= 0, "a finite number, 0 or above")
+    check_number("ce_weight", s.ce_weight, lambda x: x >= 0, "a finite number, 0 or above")
+    check_number("beta", s.beta, lambda x: 0 <= x <= 1, "a number from 0 (forward KL) to 1 (reverse KL)")
+    check_number("lam", s.lam, lambda x: 0 <= x < 1, "a number from 0 (no skew) to below 1")
     if s.ce_weight and not has_labels:
         raise ValueError(f"ce_weight is {s.ce_weight} but labels is None; pass labels or set ce_weight to 0")
     if whole_number(s.ignore_index) is None:
@@ -59,14 +59,14 @@ def check_settings(s: Settings, has_labels: bool, normalizer: float | Tensor | N
         if normalizer.requires_grad:
             raise ValueError("normalizer requires grad, but none is computed for it; pass normalizer.detach()")
     else:
-        number("normalizer", normalizer, lambda x: x >= 0, "a finite number above 0")
+        check_number("normalizer", normalizer, lambda x: x >= 0, "a finite number above 0")
 
 
 def positive(normalizer: float | Tensor) -> float:
     """The normalizer where there are rows to divide by it. (Without any, as when all labels of all accumulation steps
     are ignored, it may be 0.)"""
     value = normalizer.item() if isinstance(normalizer, Tensor) else normalizer
-    number("normalizer", value, lambda x: x > 0, "above 0 where there are real rows, and finite")
+    check_number("normalizer", value, lambda x: x > 0, "above 0 where there are real rows, and finite")
     return float(value)
 
 
@@ -126,9 +126,9 @@ def check_head(
         _device(f"{side} bias", bias, hidden.device)
         if bias.shape[0] != head.shape[0]:
             raise ValueError(f"{side} bias has {bias.shape[0]} entries but the head has {head.shape[0]} rows")
-    number(f"{side} logit_scale", scale, lambda x: True, "a finite number")
+    check_number(f"{side} logit_scale", scale, lambda x: True, "a finite number")
     if softcap is not None:
-        number(f"{side} logit_softcap", softcap, lambda x: x > 0, "None or a finite number above 0")
+        check_number(f"{side} logit_softcap", softcap, lambda x: x > 0, "None or a finite number above 0")
 
 
 def leading(name: str, shape: torch.Size, expected: torch.Size, what: str = "the student's") -> None:

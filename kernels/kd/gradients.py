@@ -29,7 +29,7 @@ ValueAndGradient = tuple[Tensor, Tensor | None]
 Total = Callable[[Tensor], Tensor]
 
 
-def whole(x: Tensor) -> Tensor:
+def own_total(x: Tensor) -> Tensor:
     """The total of a vocabulary of which no other rank has a part."""
     return x
 
@@ -80,7 +80,7 @@ def forward_kl(lp: Tensor, lq: Tensor, beta: float, lam: float, want_grad: bool,
         return value, None
     grad = less.clamp_(max=1.0).mul_(p).add_(_excess(q, p))  # q - p
     # Of a whole vocabulary the sum is known to be 0; over ranks it would take a collective more.
-    return value, grad.addcmul_(p, grad.sum(-1, keepdim=True), value=-1) if total is whole else grad
+    return value, grad.addcmul_(p, grad.sum(-1, keepdim=True), value=-1) if total is own_total else grad
 
 
 def reverse_kl(lp: Tensor, lq: Tensor, beta: float, lam: float, want_grad: bool, total: Total) -> ValueAndGradient:
@@ -220,8 +220,8 @@ def cosine(
     if not want_grad:
         return value, None
     inverse = torch.where(norms[0] > 1e-8, 1 / floored[0], 0.0)
-    whole = value if products is None else 1 - products[2] / (floored[0] * floored[1]).squeeze(-1)
-    return value, difference.addcmul_(z, whole.unsqueeze(-1), value=-1).mul_(inverse)
+    product = value if products is None else 1 - products[2] / (floored[0] * floored[1]).squeeze(-1)
+    return value, difference.addcmul_(z, product.unsqueeze(-1), value=-1).mul_(inverse)
 
 
 LOGITS = {"mse": mse, "cosine": cosine}

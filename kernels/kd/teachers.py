@@ -332,7 +332,7 @@ class TeacherMixture(TeacherSource):
                 raise ValueError(f"TeacherMixture has {counts}; it must have as many")
             for weight in self.weights:
                 allowed = "a number from 1e-30 to 1e30"
-                checks.number("a weight of TeacherMixture", weight, lambda x: 1e-30 <= x <= 1e30, allowed)
+                checks.check_number("a weight of TeacherMixture", weight, lambda x: 1e-30 <= x <= 1e30, allowed)
 
     def entries(self) -> list[int]:
         teachers = self.teachers if isinstance(self.teachers, Sequence) else ()
@@ -362,7 +362,7 @@ class TeacherTAID(TeacherSource):
     def check(self, student: Against) -> None:
         if not isinstance(self.teacher, (Dense, TeacherMixture)):
             raise ValueError(f"TeacherTAID takes a dense teacher or a mixture, not {type(self.teacher).__name__}")
-        checks.number("TeacherTAID.t", self.t, lambda x: 0 <= x <= 1, "a number from 0 to 1")
+        checks.check_number("TeacherTAID.t", self.t, lambda x: 0 <= x <= 1, "a number from 0 to 1")
         self.teacher.check(student)
 
     def entries(self) -> list[int]:

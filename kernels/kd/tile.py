@@ -36,7 +36,7 @@ def distribution(
     """
     function = kd_gradients.of_distributions(options.settings.divergence)
     size = options.vocabulary.size if DIVERGENCES[options.settings.divergence].mean else 1
-    total: kd_gradients.Total = kd_gradients.whole
+    total: kd_gradients.Total = kd_gradients.own_total
     if known is not None:
         total = options.vocabulary.total if known.reverse_kl is None else lambda _: known.reverse_kl
 

@@ -43,7 +43,7 @@ REGISTERS = 128
 # value is summed up while the gradient is written; with the others `_sums` comes first.
 IN_SWEEP = ("forward_kl", "reverse_kl", "mse", "cosine")
 SUMS_FIRST = ("jsd", "skew_kl", "skew_reverse_kl", "tvd", "probability_mse")
-DIVERGENCES = (*IN_SWEEP, *SUMS_FIRST)
+IN_TRITON = (*IN_SWEEP, *SUMS_FIRST)
 
 
 def launch(nvidia: bool) -> dict[str, int | bool]:

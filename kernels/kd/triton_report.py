@@ -18,11 +18,11 @@ VOCABULARIES = (151936, 50257)
 def compile_one(target: str, kernel: str, divergence: str, logits: str, vocab: int) -> triton_report.Usage:
     """Compile with everything that costs registers turned on: cross-entropy, temperature, TAID, row
     indices."""
-    function, types, constants = launched(kernel, divergence, logits, vocab)
+    function, types, constants = launch_arguments(kernel, divergence, logits, vocab)
     return triton_report.compile_for(target, function, types, constants, triton_backend.launch(target.startswith("sm")))
 
 
-def launched(kernel: str, divergence: str, logits: str, vocab: int) -> tuple:
+def launch_arguments(kernel: str, divergence: str, logits: str, vocab: int) -> tuple:
     """A kernel, and what it is launched with: see `specialized`."""
     function = getattr(triton_backend, f"_{kernel}")
     constants = {
@@ -45,7 +45,7 @@ def launched(kernel: str, divergence: str, logits: str, vocab: int) -> tuple:
 
 def cases(quick: bool = False) -> list[tuple[str, str, str, int]]:
     """(kernel, divergence, dtype of the logits, vocabulary) that a loss can launch."""
-    names = QUICK if quick else tuple(triton_backend.DIVERGENCES)
+    names = QUICK if quick else tuple(triton_backend.IN_TRITON)
     every = [(k, d) for d in names for k in ("statistics", "sums", "gradient")]
     every += [("statistics", "none"), ("gradient", "none")]
     return [(k, d, x, n) for k, d in every for x in LOGITS if not quick or x == "bf16" for n in VOCABULARIES]

@@ -21,7 +21,7 @@ def check(student: Mixing, teacher: Mixing, metric: str, reduction: str, backend
     ):
         if value not in allowed:
             raise ValueError(f"{where}: {name} must be one of {', '.join(allowed)}, got {value!r}")
-    check_pair(where, student, teacher)
+    check_mixings(where, student, teacher)
     heads, heads_t = student.shape[1], teacher.shape[1]
     if min(heads, heads_t) < 1 or max(heads, heads_t) % min(heads, heads_t):
         raise ValueError(
@@ -35,7 +35,7 @@ def check_head_means(student: Mixing, teacher: Mixing, metric: str, groups: int)
     where = "head_mean_distance"
     if metric not in OF_MEANS:
         raise ValueError(f"{where}: metric must be one of {', '.join(OF_MEANS)}, got {metric!r}")
-    check_pair(where, student, teacher)
+    check_mixings(where, student, teacher)
     heads, heads_t = student.shape[1], teacher.shape[1]
     if groups < 1 or heads % groups or heads_t % groups:
         raise ValueError(f"{where}: {groups} groups must divide the heads, {heads} (student) and {heads_t} (teacher)")
@@ -46,7 +46,7 @@ def check_head_means(student: Mixing, teacher: Mixing, metric: str, groups: int)
             raise ValueError(f"{where}: metric 'scores' compares two attentions; {a_kind(mixing)} has no scores")
 
 
-def check_pair(where: str, student: Mixing, teacher: Mixing) -> None:
+def check_mixings(where: str, student: Mixing, teacher: Mixing) -> None:
     """Raises ValueError, from `where`, unless both are mixings of one batch, length and device."""
     for name, value in (("student", student), ("teacher", teacher)):
         if not isinstance(value, Mixing):

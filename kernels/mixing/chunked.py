@@ -131,7 +131,7 @@ def value_and_gradients(
         theirs = strips_of(teacher, block, dtype, False)
         masks = None if real is None else real[block.rows]
         total, size = _sweep(mine, theirs, seq, strip, metric, masks, wanted)
-        value, factor = finish(metric, total, size, seq, masks)
+        value, factor = distance_and_factor(metric, total, size, seq, masks)
         values[block.rows, block.start : block.stop] = value
         if wanted:
             factor = (factor * weight).to(dtype)
@@ -228,7 +228,9 @@ def _kl_strip(mine, theirs, row: int, end: int, first: int, mask: Tensor | None,
     return terms.sum(-1)
 
 
-def finish(metric: str, total: Tensor, size: Tensor | None, seq: int, real: Tensor | None) -> tuple[Tensor, Tensor]:
+def distance_and_factor(
+    metric: str, total: Tensor, size: Tensor | None, seq: int, real: Tensor | None
+) -> tuple[Tensor, Tensor]:
     """The distance, and the factor for the gradients of half the sum of squares (for kl: of the sum)."""
     if metric == "kl":
         rows = seq if real is None else real.sum(-1).clamp(min=1).unsqueeze(1)

@@ -13,7 +13,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from mohawk.kernels.mixing.chunked import add_block, compute_dtype, differentiable, finish, real_tokens
+from mohawk.kernels.mixing.chunked import add_block, compute_dtype, differentiable, distance_and_factor, real_tokens
 from mohawk.kernels.mixing.operands import AttentionMixing, Mixing
 from mohawk.kernels.mixing.strips import HIDDEN, STRIP, Block, strips_of
 
@@ -57,7 +57,7 @@ def _value_and_gradients(
             start = min(row, mine.first_column(row), theirs.first_column(row))
             step = {"kl": _kl_strip, "scores": _scores_strip}.get(metric, _squared_strip)
             sums += step(mine, theirs, row, end, start, masks, groups, wanted).sum(-1, dtype=torch.float64)
-        values[part], factor = finish(metric, sums, None, seq, masks)
+        values[part], factor = distance_and_factor(metric, sums, None, seq, masks)
         if not wanted:
             continue
         factor = (factor * share / values.numel()).to(dtype).repeat_interleave(heads // groups, 1)

@@ -585,7 +585,7 @@ def _value_and_gradients(
     """(batch, heads) distances, and the gradients of their reduction (per head if there is none)."""
     real = chunked.real_tokens(student, teacher)
     total, size, per_head = sums(student, teacher, metric, real, wanted)
-    values, factor = chunked.finish(metric, total, size, student.shape[2], real)
+    values, factor = chunked.distance_and_factor(metric, total, size, student.shape[2], real)
     gradients: list[Tensor | None] = [None] * len(student.tensors)
     if wanted:
         factor = factor / values.numel() if reduction == "mean" else factor

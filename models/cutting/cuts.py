@@ -26,7 +26,7 @@ from torch import Tensor
 from transformers.initialization import no_init_weights
 
 from mohawk.models.cutting.depth import Model, keep_any_layers
-from mohawk.models.cutting.parameters import KeptUnits, folded_bias, folded_biases, layer_parts, outer_parts, select
+from mohawk.models.cutting.parameters import KeptUnits, folded_bias, folded_biases, kept_of, layer_parts, outer_parts
 from mohawk.models.cutting.sizes import (
     Sizes,
     attention_layers,
@@ -279,7 +279,7 @@ def _cut_state(
                 )
             if last == "bias" and module in extra:
                 tensor = (tensor.double() + extra[module]).to(tensor.dtype)
-            state[f"model.layers.{new}.{name}"] = select(tensor, part, last)
+            state[f"model.layers.{new}.{name}"] = kept_of(tensor, part, last)
     final = f"model.{family_of(model.config).final_norm}"
     for module_name, part in outer_parts(model, hidden, tokens).items():
         module = model.get_submodule(module_name)
@@ -289,7 +289,7 @@ def _cut_state(
             if module_name == "lm_head" and name == "bias":
                 extra = folded_bias(model.get_submodule(final), module, hidden)
                 tensor = tensor if extra is None else (tensor.double() + extra).to(tensor.dtype)
-            state[f"{module_name}.{name}"] = select(tensor, part, name)
+            state[f"{module_name}.{name}"] = kept_of(tensor, part, name)
     return state
 
 

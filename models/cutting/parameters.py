@@ -125,7 +125,7 @@ def folded_bias(norm: Any, reader: Any, hidden: Tensor | None) -> Tensor | None:
     return reader.weight[:, gone].double() @ bias[gone].double()
 
 
-def select(tensor: Tensor, part: Part, name: str) -> Tensor:
+def kept_of(tensor: Tensor, part: Part, name: str) -> Tensor:
     """What a cut keeps of a parameter (its name ends in weight, bias or is a vector's own); a copy."""
     is_bias = name == "bias"
     kept = tensor

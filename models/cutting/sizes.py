@@ -11,7 +11,7 @@ from dataclasses import dataclass, fields
 from mohawk.models.cutting.depth import LAYER_LISTS
 from mohawk.models.delta_mixer import DeltaMixer
 from mohawk.models.families import check_supported, decoder_shape, family_of
-from mohawk.models.hybrid_config import joined
+from mohawk.models.hybrid_config import one_name
 from mohawk.models.mixers import MIXERS, Mamba2Mixer
 
 
@@ -210,7 +210,7 @@ def _keep_layer_entries(config, layers: list[int]) -> None:
             setattr(config, name, [entries[i] for i in layers])
     if isinstance(mixers := getattr(config, "mixer", None), dict):
         left = {new: mixers[old] for new, old in enumerate(layers) if old in mixers}
-        config.mixer = joined(left, config.mixer_kinds[0])
+        config.mixer = one_name(left, config.mixer_kinds[0])
     if getattr(config, "max_window_layers", None) is not None:
         config.max_window_layers = sum(i < config.max_window_layers for i in layers)
 

@@ -21,7 +21,7 @@ from mohawk.models.formats.bamba import filled, why_not_layers, why_not_pure
 from mohawk.models.hybrid import HybridForCausalLM
 from mohawk.models.hybrid_config import SSM_LAYER, HybridConfig
 
-ATTENTION = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+ATTENTION_WEIGHTS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 DELTA = tuple(f"self_attn.in_proj_{name}" for name in ("qkv", "z", "b", "a"))
 MLP = ("mlp.gate_proj", "mlp.up_proj")
 
@@ -175,6 +175,6 @@ def _readers(norm: str, config: HybridConfig) -> list[str]:
     if norm == "model.norm.weight":
         return [] if config.tie_word_embeddings else ["lm_head.weight"]
     layer, name = norm.removeprefix("model.layers.").split(".", 1)
-    mixes = DELTA if int(layer) in config.ssm_layers else ATTENTION
+    mixes = DELTA if int(layer) in config.ssm_layers else ATTENTION_WEIGHTS
     parts = {"input_layernorm.weight": mixes, "post_attention_layernorm.weight": MLP}
     return [f"model.layers.{layer}.{part}.weight" for part in parts.get(name, ())]

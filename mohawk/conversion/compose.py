@@ -27,7 +27,7 @@ from mohawk.core.json_files import read_json, write_json
 from mohawk.core.places import home
 from mohawk.core.run_folder import (
     COMPOSED,
-    METRICS,
+    METRICS_FILE,
     RECIPE,
     RESULTS,
     SELECTION,
@@ -182,9 +182,9 @@ def compose(
             about |= {"budget": budget, "by": by} if budget is not None else {}
             about |= {"interval": interval} if interval is not None else {}
             write_json(new.output / COMPOSED, about)
-            metrics = folder / METRICS  # of phases 1 and 2, whose mixers these are
+            metrics = folder / METRICS_FILE  # of phases 1 and 2, whose mixers these are
             if metrics.is_file():
-                copy_without(metrics, new.output / METRICS, "end_to_end")
+                copy_without(metrics, new.output / METRICS_FILE, "end_to_end")
             asked_of = recipe.teacher
             teacher = load_teacher(asked_of.model, dtype=asked_of.dtype, **asked_of.where)
             student = load_teacher(source, dtype="auto", who="student").requires_grad_(True)

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from mohawk.models.mixer_names import MIXERS, is_layer
+from mohawk.models.mixer_names import MIXER_NAMES, is_layer
 from mohawk.schema.base import (
     Batch,
     Contradiction,
@@ -44,7 +44,7 @@ def _layers(value: Any) -> Any:
 
 def _mixers(value: Any) -> Any:
     """Layers are numbers, as which a recipe's text does not read the keys of a mapping."""
-    names = list(MIXERS)
+    names = list(MIXER_NAMES)
     if isinstance(value, dict) and value:
         for i, name in value.items():
             if not is_layer(i):
@@ -64,7 +64,7 @@ class Hybrid(Section):
     """Which layers become what."""
 
     mixer: Annotated[Mixer | dict[int, Mixer], BeforeValidator(_mixers)] = Field(
-        default="mamba2", description="; ".join(f"{name}: {text}" for name, text in MIXERS.items())
+        default="mamba2", description="; ".join(f"{name}: {text}" for name, text in MIXER_NAMES.items())
     )
     ssm_layers: Annotated[Literal["every_second", "all"] | list[int], BeforeValidator(_layers)] = Field(
         default="every_second", description="layers whose attention is replaced"

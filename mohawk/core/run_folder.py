@@ -24,7 +24,7 @@ from pathlib import Path
 RECIPE = "recipe.yaml"
 RUN_FILE = "run.json"
 LOCK = ".lock"
-METRICS = "metrics.jsonl"
+METRICS_FILE = "metrics.jsonl"
 LOG = "log.txt"
 STUDENT = "student"
 BASE = "base"

@@ -208,7 +208,7 @@ def _user_error(error: Exception, source: Source, files: list[Path], form: str |
 
 def _check_encoding(path: Path) -> None:
     try:
-        with opened(path) as file, io.TextIOWrapper(file, encoding="utf-8") as file:
+        with open_file(path) as file, io.TextIOWrapper(file, encoding="utf-8") as file:
             while file.read(1 << 20):
                 continue
     except UnicodeDecodeError as error:
@@ -226,7 +226,7 @@ def check_json(files: list[Path], most: int | None = None) -> None:
     so many lines of each file.
     """
     for path in files:
-        with opened(path) as file:
+        with open_file(path) as file:
             for number, line in enumerate(itertools.islice(file, most), 1):
                 if not line.strip(b" \t\r\n\xef\xbb\xbf"):
                     continue
@@ -243,7 +243,7 @@ def is_one_text(path: Path) -> bool:
     """Whether a JSON file may be, and is, one text over several lines or a list, instead of an object a line."""
     if _suffix(path) in (".jsonl", ".ndjson"):
         return False
-    with opened(path) as file:
+    with open_file(path) as file:
         first = next((line for line in file if line.strip(b" \t\r\n\xef\xbb\xbf")), b"{}")
     try:
         return not isinstance(parse_json(first), dict)
@@ -271,7 +271,7 @@ def _wrong_object(line: bytes, path: Path) -> str | None:
 
 
 def _wrong_text(path: Path) -> str | None:
-    with opened(path) as file:
+    with open_file(path) as file:
         text = file.read()
     if _depth(text) > DEEPEST:
         return f"JSON nested more than {DEEPEST} deep"
@@ -293,7 +293,7 @@ def _depth(text: bytes) -> int:
 
 
 @contextmanager
-def opened(path: Path) -> Iterator[Any]:
+def open_file(path: Path) -> Iterator[Any]:
     """A file's bytes, compressed or not. Raises UserError where they are cut or damaged."""
     try:
         with OPENERS.get(path.suffix.lower(), open)(path, "rb") as file:
@@ -309,7 +309,7 @@ def _unpacked(path: Path, folder: str | None) -> Path:
     if path.suffix.lower() != ".zst" or folder is None:
         return path
     target = Path(tempfile.mkdtemp(dir=folder)) / path.stem
-    with opened(path) as file, naming(target), target.open("wb") as unpacked:
+    with open_file(path) as file, naming(target), target.open("wb") as unpacked:
         shutil.copyfileobj(file, unpacked)
     return target
 

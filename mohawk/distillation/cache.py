@@ -42,7 +42,7 @@ def cache_teacher(
     from mohawk.loading.configs import load_config
     from mohawk.loading.models import load_teacher
     from mohawk.runs.inputs import check_inputs
-    from mohawk.teacher_cache.answers import within
+    from mohawk.teacher_cache.answers import check_range
 
     asked, about = _stage_of(recipe, stage), recipe.teacher
     check_inputs(recipe)
@@ -58,7 +58,7 @@ def cache_teacher(
     dataset = _rows_of(recipe, asked, sequence_length or asked.sequence_length, tokenizer)
     length = len(dataset[0]["input_ids"])
     if kind == "top-k":  # before weights are loaded
-        within("k", k, 1, load_config(about.model, **about.where).get_text_config().vocab_size)
+        check_range("k", k, 1, load_config(about.model, **about.where).get_text_config().vocab_size)
     rows = None if tokens is None else min(len(dataset), -(-tokens // length))
     loading = {name: getattr(about, name) for name in ("quantize", "device_map") if getattr(about, name, None)}
     teacher = load_teacher(about.model, dtype=about.dtype, device=device, **about.where, **loading)

@@ -15,7 +15,7 @@ from mohawk.core.run_folder import (
     ADAPTER,
     BASE,
     MEASURED,
-    METRICS,
+    METRICS_FILE,
     PHASES,
     STUDENT,
     has_recipe,
@@ -57,13 +57,13 @@ def findings(folder: Path) -> Iterator[Finding]:
         path = sums.with_name(sums.name.removesuffix(SUMS).removeprefix("."))
         if not _passing(path, folder):
             yield Finding(path, why_altered(path))
-    for path in sorted(folder.rglob(METRICS)):
+    for path in sorted(folder.rglob(METRICS_FILE)):
         if not _passing(path, folder):
             count = damaged_lines(path)
             yield Finding(path, f"{count} damaged lines" if count else None)
     for sums in sorted(folder.rglob(".*.crc32")):
         path = sums.with_name(sums.name.removesuffix(".crc32").removeprefix("."))
-        if path.name not in (METRICS, Path(MEASURED).name) and not _passing(path, folder):
+        if path.name not in (METRICS_FILE, Path(MEASURED).name) and not _passing(path, folder):
             yield Finding(path, damage(path, spare_lines(path.parent)))
     for path in sorted(path for name in FILES for path in folder.rglob(name)):
         if not sums_of(path).exists() and path.stat().st_size and not _passing(path, folder):

@@ -39,11 +39,11 @@ class MixerRecord:
         return self.mixer.mixing(self.hidden_states, segment_ids=segment_ids)
 
 
-Record = AttentionRecord | MixerRecord
+LayerRecord = AttentionRecord | MixerRecord
 
 
 @contextmanager
-def collect_attention(model: nn.Module, layers: Collection[int]) -> Iterator[dict[int, Record]]:
+def collect_attention(model: nn.Module, layers: Collection[int]) -> Iterator[dict[int, LayerRecord]]:
     """Notes what the mixing matrices of some layers are made of in the model's forward passes within it.
 
     Yields a dict: layer -> record, which each forward pass overwrites; `record.mixing(segment_ids)` is the layer's
@@ -63,8 +63,8 @@ def collect_attention(model: nn.Module, layers: Collection[int]) -> Iterator[dic
     check_layers(f"attention of {name}", layers, len(modules))
     check_checkpointing(f"attention of {name}", modules)
     kinds = getattr(body.config, "layer_types", None)
-    records: dict[int, Record] = {}
-    tagged: list[tuple[nn.Module, Record]] = []
+    records: dict[int, LayerRecord] = {}
+    tagged: list[tuple[nn.Module, LayerRecord]] = []
     hooks = []
     for layer in sorted(set(layers)):
         mixer = next((module for module in modules[layer].modules() if isinstance(module, StateMixer)), None)
@@ -182,7 +182,7 @@ class AttentionMatch:
                 )
 
     def __call__(
-        self, student: Mapping[int, Record], teacher: Mapping[int, Record], segment_ids: Tensor | None = None
+        self, student: Mapping[int, LayerRecord], teacher: Mapping[int, LayerRecord], segment_ids: Tensor | None = None
     ) -> Tensor:
         """The mean over pairs of each pair's loss, a scalar in float32, or float64 if either side is.
 
@@ -195,7 +195,7 @@ class AttentionMatch:
         return torch.stack(list(self.losses(student, teacher, segment_ids).values())).mean()
 
     def losses(
-        self, student: Mapping[int, Record], teacher: Mapping[int, Record], segment_ids: Tensor | None = None
+        self, student: Mapping[int, LayerRecord], teacher: Mapping[int, LayerRecord], segment_ids: Tensor | None = None
     ) -> dict[tuple[int, int], Tensor]:
         """Each pair's loss, a scalar; arguments as in `__call__`, which is their mean."""
         losses = {}
@@ -225,7 +225,7 @@ def parted(mask: Tensor) -> bool:
     return bool((F.pad(mask.bool().long(), (1, 1)).diff(dim=-1).clamp_min(0).sum(-1) > 1).any())
 
 
-def side_by_side(records: Mapping[int, Record], mask: Tensor) -> dict[int, Record]:
+def side_by_side(records: Mapping[int, LayerRecord], mask: Tensor) -> dict[int, LayerRecord]:
     """What the matrices of a forward pass are made of with each row's real tokens first, in their order.
 
     That is the matrix over the real tokens, for attention whose mask hides padding and for mixers, which pass over it.
@@ -239,7 +239,7 @@ def side_by_side(records: Mapping[int, Record], mask: Tensor) -> dict[int, Recor
         shape[0], shape[dim] = order.shape
         return x.gather(dim, order.to(x.device).view(shape).expand_as(x))
 
-    found: dict[int, Record] = {}
+    found: dict[int, LayerRecord] = {}
     for layer, record in records.items():
         if isinstance(record, MixerRecord):
             found[layer] = dataclasses.replace(record, hidden_states=moved(record.hidden_states, 1))
@@ -272,7 +272,7 @@ def _no_attention(loss: str, what: str) -> str:
     return f"attention match: {loss} compares {compared}; {what} has a state-space matrix, take mse or frobenius"
 
 
-def _mixing(records: Mapping[int, Record], layer: int, side: str, segment_ids: Tensor | None) -> Mixing:
+def _mixing(records: Mapping[int, LayerRecord], layer: int, side: str, segment_ids: Tensor | None) -> Mixing:
     record = records.get(layer)
     if record is None:
         have = ", ".join(map(str, sorted(records))) or "none"

@@ -13,7 +13,7 @@ from mohawk.core.devices import machine
 from mohawk.core.folders import MANIFEST
 from mohawk.core.json_files import read_json, write_json, write_text
 from mohawk.core.run_folder import (
-    METRICS,
+    METRICS_FILE,
     RECIPE,
     REPORT,
     RESULTS,
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-PLOTS = {
+CAPTIONS = {
     "losses.png": "Loss of each phase",
     "evaluation.png": "Evaluation before phase 1 and after each phase",
     "mixing_matrices.png": "Mixing matrices of teacher and student",
@@ -103,13 +103,13 @@ def finish(
         }
     evaluated = {stage: read_json(evaluation_file(folder, stage), dict[str, Compared]) for stage in stages}
     evaluated = {stage: found for stage, found in evaluated.items() if found}
-    plot_losses(folder / METRICS, plot_file(folder, "losses"), labels)
+    plot_losses(folder / METRICS_FILE, plot_file(folder, "losses"), labels)
     plot_evaluation(evaluated, plot_file(folder, "evaluation"))
-    tasks, times = kept_tasks(folder, STUDENT), phase_times(folder / METRICS)
+    tasks, times = kept_tasks(folder, STUDENT), phase_times(folder / METRICS_FILE)
     _plot_tasks(folder, tasks)
     results = {
         "teacher": recipe.teacher.model,
-        "architecture": architecture(teacher, student),
+        "architecture": architecture_line(teacher, student),
         "parameters": {who: parameter_count(model) for who, model in models.items()},
         "dtypes": {who: str(model.dtype).removeprefix("torch.") for who, model in models.items()},
         "stages": dict(stages),
@@ -178,7 +178,7 @@ def _plot_tasks(folder: Path, tasks: Mapping[str, Any] | None) -> None:
         target.unlink(missing_ok=True)  # of a student that was there before
 
 
-def architecture(teacher: PreTrainedModel, student: PreTrainedModel) -> str:
+def architecture_line(teacher: PreTrainedModel, student: PreTrainedModel) -> str:
     """One line: what became of the teacher's layers."""
     told = [_layers(model.config.get_text_config()) for model in (teacher, student)]
     hybrids = any("attention" in layers for layers in told)
@@ -234,7 +234,7 @@ def to_markdown(results: Mapping[str, Any], recipe: str, name: str) -> str:
     else:
         parts.append(TOO_LARGE)
     if results["plots"]:
-        images = [f"![{PLOTS.get(Path(p).name, Path(p).stem.replace('_', ' '))}]({p})" for p in results["plots"]]
+        images = [f"![{CAPTIONS.get(Path(p).name, Path(p).stem.replace('_', ' '))}]({p})" for p in results["plots"]]
         parts.append("## Plots\n\n" + "\n\n".join(images))
     found = results["machine"]
     versions = ", ".join(f"{package} {version}" for package, version in found["versions"].items())

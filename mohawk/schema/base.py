@@ -16,7 +16,7 @@ from mohawk.core.run_folder import RECIPE, is_run
 from mohawk.errors import UserError
 from mohawk.kernels.kd.divergences import DIVERGENCES
 from mohawk.kernels.mixing.metrics import METRICS, OF_MEANS
-from mohawk.models.mixer_names import MIXERS
+from mohawk.models.mixer_names import MIXER_NAMES
 from mohawk.schema import yaml_text
 from mohawk.schema.check import check
 from mohawk.schema.files import read_recipe
@@ -55,7 +55,7 @@ else:
     Divergence = Literal[tuple(DIVERGENCES)]
     MatrixMetric = Literal[tuple(METRICS)]  # of mixing matrices
     HeadMetric = Literal[OF_MEANS]  # of means over heads
-    Mixer = Literal[tuple(MIXERS)]
+    Mixer = Literal[tuple(MIXER_NAMES)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Weight = Annotated[float, Field(ge=0, le=1e6)]  # of a loss
 Text = Annotated[str, Field(min_length=1)]

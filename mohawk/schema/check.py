@@ -17,15 +17,15 @@ from mohawk.schema.yaml_text import RecipeText, prefix, report, show
 if TYPE_CHECKING:
     from pydantic_core import ErrorDetails
 
-Model = TypeVar("Model", bound=BaseModel)
+Checked = TypeVar("Checked", bound=BaseModel)
 
 
 def check(
-    schema: type[Model],
+    schema: type[Checked],
     read: RecipeText,
     overrides: Sequence[str],
-    contradictions: Callable[[Model], Iterable[tuple[list[Where], str]]],
-) -> Model:
+    contradictions: Callable[[Checked], Iterable[tuple[list[Where], str]]],
+) -> Checked:
     """The checked model, or a UserError with all mistakes: in text, overrides, values and between values.
 
     contradictions: yields (paths of the values involved, what is wrong with them together).

@@ -133,15 +133,15 @@ def make_answers(
     if name not in DTYPES or not head.weight.dtype.is_floating_point:
         raise UserError(f"teacher: its head is {head.weight.dtype}; allowed: {', '.join(DTYPES)}")
     vocab = len(head.weight) if vocab_size is None else vocab_size
-    within("vocab_size", vocab, 1, len(head.weight))
+    check_range("vocab_size", vocab, 1, len(head.weight))
     if not 1e-3 <= temperature <= 1e3:
         raise UserError(f"temperature: got {temperature}; allowed: 0.001 to 1000")
-    within("seed", seed, 0)
+    check_range("seed", seed, 0)
     numbers = {"top-k": k, "samples": draws, "hidden": 0}[kind]
     if kind == "top-k":
-        within("k", k, 1, vocab)
+        check_range("k", k, 1, vocab)
     elif kind == "samples":
-        within("draws", draws, 1)
+        check_range("draws", draws, 1)
     size: dict[str, Any] = {"hidden_size": head.weight.shape[1], "dtype": name} if kind == "hidden" else {}
     if kind == "hidden":
         vocab = len(head.weight)  # the head is kept whole; the loss takes its vocab_size
@@ -150,7 +150,7 @@ def make_answers(
     return Answers(teacher, head, layout, temperature, seed, autocast)
 
 
-def within(name: str, value: int, low: int, high: int | None = None) -> None:
+def check_range(name: str, value: int, low: int, high: int | None = None) -> None:
     if type(value) is not int or value < low or high is not None and value > high:
         allowed = f"a whole number from {low} to {high}" if high is not None else f"a whole number of at least {low}"
         raise UserError(f"{name}: got {value!r}; allowed: {allowed}")

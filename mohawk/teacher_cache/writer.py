@@ -26,7 +26,7 @@ from mohawk.core.terminal import SHOWN, Bar
 from mohawk.errors import UserError, naming
 from mohawk.loading.model_hash import teacher_hash
 from mohawk.losses.heads import Head
-from mohawk.teacher_cache.answers import Answers, make_answers, within
+from mohawk.teacher_cache.answers import Answers, check_range, make_answers
 from mohawk.teacher_cache.layout import Layout, is_whole, make_row, text_digest
 from mohawk.teacher_cache.reader import (
     FORMAT,
@@ -93,11 +93,11 @@ def write_cache(
         teacher, dataset, kind=kind, k=k, draws=draws, temperature=temperature, seed=seed, vocab_size=vocab_size,
         autocast=autocast,
     )  # fmt: skip
-    within("rows", rows, 1, len(dataset))
-    within("batch_size", batch_size, 1)
+    check_range("rows", rows, 1, len(dataset))
+    check_range("batch_size", batch_size, 1)
     layout = answers.layout
     per_shard = rows_per_shard or max(1, SHARD_BYTES // layout.row.itemsize)
-    within("rows_per_shard", per_shard, 1)
+    check_range("rows_per_shard", per_shard, 1)
     settings = {
         "format": FORMAT,
         "version": VERSION,

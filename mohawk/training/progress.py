@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from mohawk.core.lines import append_line
 from mohawk.core.processes import is_first
-from mohawk.core.run_folder import LOG, METRICS
+from mohawk.core.run_folder import LOG, METRICS_FILE
 from mohawk.core.terminal import FORMAT, PLAIN_SECONDS
 from mohawk.training.metrics import drop_after
 
@@ -92,7 +92,7 @@ class Metrics:
     """The records of the phase `name` in `run_dir`/metrics.jsonl, which the first process writes."""
 
     def __init__(self, run_dir: str | os.PathLike, name: str):
-        self.path = Path(run_dir) / METRICS
+        self.path = Path(run_dir) / METRICS_FILE
         self.name = name
 
     def start(self, step: int) -> None:

@@ -57,7 +57,7 @@ logger = logging.getLogger(__name__)
 MAX_NONFINITE = 3
 MAX_NONFINITE_TOTAL = 10
 
-Batch = dict[str, Any]  # tensors by name, or groups of them
+Tensors = dict[str, Any]  # tensors by name, or groups of them
 
 
 class PhaseTrainer:
@@ -91,7 +91,7 @@ class PhaseTrainer:
         phase: Any,
         run_dir: str | os.PathLike,
         train_dataset: Any,
-        collate: Callable[[list], Batch],
+        collate: Callable[[list], Tensors],
         precision: str = "auto",
         device: str = "auto",
         seed: int = 0,
@@ -238,7 +238,7 @@ class PhaseTrainer:
             done=self.step, seed=self.order_seed, rank=rank(), processes=count(),
         )  # fmt: skip
 
-    def _batches(self, sampler: Batches) -> Iterator[Batch]:
+    def _batches(self, sampler: Batches) -> Iterator[Tensors]:
         loader = DataLoader(
             self.train_dataset,
             batch_sampler=sampler,
@@ -248,7 +248,7 @@ class PhaseTrainer:
         )
         return iter(loader)
 
-    def _micro_batches(self, batches: Iterator[Batch], per_step: int) -> tuple[list[tuple[Batch, float]], float]:
+    def _micro_batches(self, batches: Iterator[Tensors], per_step: int) -> tuple[list[tuple[Tensors, float]], float]:
         """The micro-batches of one step with what each counts, and what all count over all processes."""
         read: Any = itertools.islice(batches, per_step)
         taken: list[Any] = [send_to_device(batch, self.device) for batch in read]
@@ -263,7 +263,7 @@ class PhaseTrainer:
 
     # ---- One step ----
 
-    def _take_step(self, batches: Iterator[Batch], per_step: int) -> None:
+    def _take_step(self, batches: Iterator[Tensors], per_step: int) -> None:
         taken, whole = self._micro_batches(batches, per_step)
         self.progress.show(self.step)  # the step before, which has been logged since
         self.objective.begin_step(self.step, self.steps)
@@ -292,7 +292,7 @@ class PhaseTrainer:
         if self._request.number is not None and not several():
             self._stop = True  # even when it came after the gradients were final
 
-    def _back_propagate(self, batch: Batch, share: float) -> None:
+    def _back_propagate(self, batch: Tensors, share: float) -> None:
         """Every loss of a micro-batch, one after the other."""
         losses = iter(self.objective.losses(**batch))
         while True:
@@ -308,7 +308,7 @@ class PhaseTrainer:
             del item, loss
 
     @torch.no_grad()
-    def _name_losses(self, batch: Batch) -> None:
+    def _name_losses(self, batch: Tensors) -> None:
         """Zeros for the losses of rows that count nothing, for processes to add up the same ones."""
         with self._autocast():
             for name, loss in self.objective.losses(**batch):

@@ -35,7 +35,7 @@ from mohawk.kernels.kd import triton_report as kd
 made = {"*bf16": MockTensor(torch.bfloat16), "*fp32": MockTensor(torch.float32), "*i64": MockTensor(torch.int64)}
 for kernel in ("statistics", "sums", "gradient"):
     for vocab in kd.VOCABULARIES:
-        function, types, constants = kd.launched(kernel, "jsd", "bf16", vocab)
+        function, types, constants = kd.launch_arguments(kernel, "jsd", "bf16", vocab)
         backend = make_backend(triton_report.TARGETS["sm_90"])
         bind = create_function_from_signature(function.signature, function.params, backend)
         passed = {name: 0.5 if kind == "fp32" else made.get(kind, kind) for name, kind in types.items()}

@@ -41,7 +41,7 @@ from mohawk.kernels.mixing.operands import AttentionMixing, SSDMixing
 from mohawk.losses.label_probability import label_probability
 from mohawk.models.families import FAMILIES, Family, decoder_layers
 from mohawk.models.from_teacher import hybrid_from_teacher
-from mohawk.models.mixer_names import MIXERS as MIXER_NAMES
+from mohawk.models.mixer_names import MIXER_NAMES
 from mohawk.models.mixers import MIXERS, SSMMixer
 from mohawk.models.teacher_forcing import layer_calls, record, recording_attention
 from tests.mohawk.export.test_export import needs_groups
@@ -142,9 +142,9 @@ def test_recipes_and_texts_read_the_tables():
     script = """
 from mohawk.kernels.kd.divergences import DIVERGENCES, Divergence
 from mohawk.kernels.mixing.metrics import METRICS
-from mohawk.models.mixer_names import MIXERS
+from mohawk.models.mixer_names import MIXER_NAMES
 import sys
-METRICS["rooted"], MIXERS["moving_average"] = METRICS["squared"], "an average"
+METRICS["rooted"], MIXER_NAMES["moving_average"] = METRICS["squared"], "an average"
 DIVERGENCES["hellinger"] = Divergence(definition=lambda lp, lq, beta, lam: ..., text="squared Hellinger distance")
 from pydantic import TypeAdapter, ValidationError
 from mohawk.conversion.recipe import MixingPhase, Student
@@ -350,7 +350,7 @@ def test_a_run_with_a_mixer_of_a_class_and_a_name(place, tmp_path):  # noqa: F81
     recipe = written(place, tmp_path / "own", student=student, phases=phases)
     code = (
         "import sys\nfrom mohawk.models import mixer_names\n"
-        "mixer_names.MIXERS['moving_average'] = 'an average over the past'\n"
+        "mixer_names.MIXER_NAMES['moving_average'] = 'an average over the past'\n"
         "from mohawk.models import mixers\nfrom tests.mohawk.test_extension_points import MovingAverage\n"
         "mixers.MIXERS['moving_average'] = MovingAverage\n"
         "from mohawk.cli import main\nfrom mohawk.export.model_card import model_card\n"

@@ -26,11 +26,11 @@ def test_report_names_versions_devices_and_operations():
 
 
 def test_students_are_held_against_their_own_full_forward(monkeypatch):
-    from mohawk.models.mixer_names import MIXERS
+    from mohawk.models.mixer_names import MIXER_NAMES
     from mohawk.models.state_mixer import StateMixer
 
     rows = doctor.student_rows()
-    assert [name for name, _, _ in rows] == [f"{mixer}, {kind}" for mixer in MIXERS for kind in ("hybrid", "pure")]
+    assert [name for name, _, _ in rows] == [f"{mixer}, {kind}" for mixer in MIXER_NAMES for kind in ("hybrid", "pure")]
     assert not any(broken for _, _, broken in rows) and "Students" in printed()
     with monkeypatch.context() as patch:
         patch.setattr(StateMixer, "_read_cache", lambda *_: (None, None))  # each call starts from an empty state
