@@ -257,6 +257,59 @@ def test_overrides():
     assert data["teacher"] == "short" and data["phases"] == {"mixing": None}, "the caller's data are untouched"
 
 
+PRUNED = {**MINIMAL, "prune": {"ffn": 64}}
+DISTILLED = {**MINIMAL, "student": "small/model", "stages": [{"name": "a"}, {"name": "b"}]}
+
+
+@pytest.mark.parametrize(
+    ("schema", "data", "bare", "written_out"),
+    [
+        (Recipe, MINIMAL, {"teacher": "x"}, {"teacher": {"model": "x"}}),
+        (PruneRecipe, PRUNED, {"heal": {"data": {"train": ["x"]}}}, {"heal": {"data": {"train": [{"source": "x"}]}}}),
+        (
+            PruneRecipe,
+            PRUNED,
+            {"correct": {"data": {"train": ["x", {"source": "y", "kind": "pairs"}], "evaluation": ["z"]}}},
+            {
+                "correct": {
+                    "data": {
+                        "train": [{"source": "x"}, {"source": "y", "kind": "pairs"}], "evaluation": [{"source": "z"}],
+                    }
+                }
+            },
+        ),
+        (
+            DistillRecipe,
+            DISTILLED,
+            {"stages": [{"name": "a"}, {"name": "b", "student": "x", "data": {"train": ["y"]}}]},
+            {"stages": [{"name": "a"}, {"name": "b", "student": {"model": "x"}, "data": {"train": [{"source": "y"}]}}]},
+        ),
+        (DistillRecipe, DISTILLED, {"teachers": ["x", "y"]}, {"teachers": [{"model": "x"}, {"model": "y"}]}),
+    ],
+    ids=["teacher", "heal.data", "correct.data", "stages", "teachers"],
+)  # fmt: skip
+def test_a_bare_text_is_a_section_written_short(schema, data, bare, written_out):
+    """A checkpoint is its `model` and text its `source`, wherever in a recipe they stand."""
+    recipe = schema.from_dict({**data, **bare})
+    assert recipe == schema.from_dict({**data, **written_out})
+    assert recipe != schema.from_dict(data)
+
+
+def test_an_override_reaches_into_a_bare_text():
+    data = {**PRUNED, "heal": {"data": {"train": ["a", "b"]}}}
+    recipe = PruneRecipe.from_dict(
+        data, ["heal.data.train.1.field=body", "correct={data: {train: [c]}}", "correct.data.train.0.split=test"]
+    )
+    assert recipe.heal is not None and recipe.heal.data is not None
+    assert [(source.source, source.field) for source in recipe.heal.data.train] == [("a", "text"), ("b", "body")]
+    assert recipe.correct is not None and recipe.correct.data is not None
+    assert [(source.source, source.split) for source in recipe.correct.data.train] == [("c", "test")]
+    with pytest.raises(UserError) as caught:
+        PruneRecipe.from_dict({**PRUNED, "heal": {"data": {"train": "a"}}, "correct": {"data": {"train": [3]}}})
+    lines = str(caught.value).splitlines()
+    assert len(lines) == 2 and "heal.data.train: got the text 'a'; allowed: a list" in lines[0] + lines[1]
+
+
 @pytest.mark.parametrize(
     ("override", "words"),
     [
