@@ -13,7 +13,7 @@ from mohawk.core.json_files import read_json
 from mohawk.core.places import home
 from mohawk.core.run_folder import RESULTS
 from mohawk.export.parity import Row
-from mohawk.export.runtimes import GROUPS_APART, Note
+from mohawk.export.runtimes import Note, needed_transformers
 from mohawk.loading.remote_code import LICENCE
 from mohawk.runs.kept import Tabled
 from mohawk.runs.tables import tables
@@ -137,7 +137,9 @@ def _tag(label: str) -> str:
 
 
 def _sentence(config: Any, methods: Sequence[str], gguf: str | None) -> str:
-    kinds = list(getattr(config, "layers_block_type", None) or config.layer_types)
+    from mohawk.models.formats.stock import layer_kinds
+
+    kinds = layer_kinds(config)
     ssm = kinds.count("linear_attention")
     names = " and ".join(methods)
     what = "GGUF file" if gguf else config.architectures[0]
@@ -164,9 +166,8 @@ def _llama_cpp(file: str) -> str:
 
 
 def _needs(config: Any) -> str:
-    if getattr(config, "mamba_n_groups", 1) == 1:
-        return ""
-    return f"\n\nNeeds transformers {GROUPS_APART} or later; earlier ones load it without a word and answer otherwise."
+    needed = needed_transformers(config)
+    return f"\n\nNeeds transformers {needed}." if needed else ""
 
 
 def _recipe(recipe: RecipeFile) -> str:

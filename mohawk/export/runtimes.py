@@ -142,10 +142,18 @@ def _irregular(config: PretrainedConfig) -> str | None:
     )
 
 
+def needed_transformers(config: PretrainedConfig) -> str | None:
+    """Which releases of transformers compute an export as the student does; None: all that load it."""
+    from mohawk.models.formats.stock import norm_groups
+
+    if norm_groups(config) == 1:
+        return None
+    return f"{GROUPS_APART} or later: earlier ones normalise a mixer's groups together, without a word"
+
+
 def _groups(config: PretrainedConfig) -> str:
-    if config.mamba_n_groups == 1:
-        return ""
-    return f". Needs {GROUPS_APART} or later: earlier ones normalise a mixer's groups together, without a word"
+    needed = needed_transformers(config)
+    return f". Needs {needed}" if needed else ""
 
 
 def _vllm(config: PretrainedConfig) -> str:

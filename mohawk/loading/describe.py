@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,11 +21,6 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 GROWING = ("full_attention", "sliding_attention")  # layer types that keep keys and values of the tokens in sight
-# what Mamba-2 mixers of transformers have
-MAMBA2 = ("conv_dim", "conv_kernel_size", "num_heads", "head_dim", "ssm_state_size")
-# and Qwen3.5's of the gated delta rule
-GATED_DELTA = ("conv_dim", "conv_kernel_size", "num_v_heads", "head_v_dim", "head_k_dim", "in_proj_qkv")
-MIXER_NAMES = ("self_attn", "attn", "mamba", "linear_attn")  # Granite's layers have two of them, one of which is None
 
 
 @dataclass(frozen=True)
@@ -135,20 +129,19 @@ def _dtype(config: PretrainedConfig):
 
 def _layer(config: PretrainedConfig, index: int, block, itemsize: int) -> Layer:
     from mohawk.models.families import decoder_shape
+    from mohawk.models.formats.stock import mixer_in, stock_mixer
 
     types = getattr(config, "layer_types", None)
     kind = types[index] if types else "full_attention"
-    mixer = next((found for name in MIXER_NAMES if (found := getattr(block, name, None)) is not None), block)
+    mixer = mixer_in(block)
     counts = sum(p.numel() for p in mixer.parameters()), sum(p.numel() for p in block.parameters())
     if hasattr(mixer, "conv_size"):  # one of our mixers: a conv state in the model's dtype, a float32 state
         conv = mixer.conv_size * mixer.conv_kernel * itemsize
         state = mixer.num_heads * mixer.head_dim * mixer.state_size * 4
         return Layer(index, config.mixer_of(index), *counts, fixed_bytes=conv + state, token_bytes=0, window=None)
-    for kind_of, names in (("mamba2", MAMBA2), ("gated_delta", GATED_DELTA)):  # transformers' own, as in Bamba
-        if all(hasattr(mixer, name) for name in names):
-            channels, kernel, *sizes = (getattr(mixer, name) for name in names[:5])
-            fixed = channels * kernel * itemsize + math.prod(sizes) * 4
-            return Layer(index, kind_of, *counts, fixed_bytes=fixed, token_bytes=0, window=None)
+    if stock := stock_mixer(mixer):
+        fixed = stock.conv_elements * itemsize + stock.state_elements * 4
+        return Layer(index, stock.kind, *counts, fixed_bytes=fixed, token_bytes=0, window=None)
     if kind not in GROWING:
         return Layer(index, kind, *counts, fixed_bytes=None, token_bytes=0, window=None)
     shape = decoder_shape(config)
