@@ -82,8 +82,8 @@ def hybrid_from_teacher(
             leaves the mixer at its own initialisation; "neutral", of the two Mamba-2 mixers, does so with its
             projections, and starts with an identity convolution and a gate of 1, as Phi-Mamba did.
         gate: what z starts from under "attention": "open" (a constant; z rows 0), "output" (z from the output and
-            value projections, as AWS hybrid-model-factory does) or "random". Default "open", and "output" where a
-            layer is "gated_delta", which has no constant gate.
+            value projections, as AWS hybrid-model-factory does) or "random". Default "open", and "output" in layers
+            of "gated_delta", which has no constant gate.
         state_size: N; default the teacher's head dim.
         conv_kernel: taps of the causal convolution.
         dtype: of the student's weights; default the teacher's.
@@ -106,8 +106,7 @@ def hybrid_from_teacher(
     if init not in INITS:
         raise ValueError(f"init: got {init!r}, allowed: {', '.join(INITS)}")
     never_open = [name for name, kind in kinds.items() if not kind.constant_gate]
-    gate = ("output" if never_open else "open") if gate is None else gate
-    if gate not in GATES:
+    if gate not in (None, *GATES):
         raise ValueError(f"gate: got {gate!r}, allowed: {', '.join(GATES)}")
     if (init, gate) == ("attention", "open") and never_open:
         raise ValueError(
@@ -138,7 +137,7 @@ def hybrid_from_teacher(
         with torch.device("meta"):
             twin = type(model)(model.config)
     parts = attention_parts(decoder_layers(twin)[0].self_attn)
-    constant_gate = init == "neutral" or (init, gate) == ("attention", "open")
+    constant = [name for name in kinds if init == "neutral" or (init, gate_of(name, gate)) == ("attention", "open")]
     config = HybridConfig(
         base_config=base_config,
         layer_types=[SSM_LAYER if i in mixers else kind for i, kind in enumerate(attention_types(base_config))],
@@ -146,8 +145,7 @@ def hybrid_from_teacher(
         mixer_state_size=state_size,
         mixer_conv_kernel=conv_kernel,
         # one switch for both projections: an output bias must be kept, and a constant gate needs a bias on z
-        mixer_bias=parts.o.bias is not None
-        or (constant_gate and any(kind.gate_in_projection for kind in kinds.values())),
+        mixer_bias=parts.o.bias is not None or any(kinds[name].gate_in_projection for name in constant),
     )
     config._attn_implementation = model.config._attn_implementation
     if init == "attention" and deltas and any(one.bias is not None for one in (parts.q, parts.k, parts.v)):
@@ -157,7 +155,8 @@ def hybrid_from_teacher(
         )
     with torch.device("meta"):
         student = HybridForCausalLM(config)
-    cast(student, dtype or model.dtype)
+    config.dtype = dtype or model.dtype  # which says what a state takes
+    cast(student, config.dtype)
     if spread is not None:
         spread(student)
     seed = int(torch.randint(2**31, (), device="cpu"))
@@ -165,9 +164,14 @@ def hybrid_from_teacher(
         materialise(student, model.device)
         _copy_outside(model, student, chosen)
         for i in chosen:
-            _fill_mixer(model, twin, student, i, seed + i, init, gate)
+            _fill_mixer(model, twin, student, i, seed + i, init, gate_of(mixers[i], gate))
     student.generation_config = saveable(model.generation_config)
     return student.train(model.training)
+
+
+def gate_of(mixer: str, gate: str | None) -> str:
+    """What one mixer's gate starts from where `gate` is asked for, or nothing."""
+    return gate or ("open" if MIXERS[mixer].constant_gate else "output")
 
 
 def _copy_outside(model: PreTrainedModel, student: HybridForCausalLM, replaced: Sequence[int]) -> None:

@@ -20,6 +20,8 @@ from mohawk.kernels.common.segments import decays_with_resets
 BACKEND = "chunked"  # as `mohawk doctor` names it
 
 # Tokens per chunk: 64 balances the products inside chunks (seq * chunk) with those through states (seq * channels).
+# On a CPU 32 took a seventh less time with 64 channels and as much with 128, but keeps twice as many states for the
+# backward pass, and is twice as many steps, one after the other, on a GPU.
 CHUNK = 64
 # Elements of one operand (seq * channels for some heads) worked on at a time: half a MB, of which there are dozens.
 BLOCK_ELEMENTS = 1 << 17

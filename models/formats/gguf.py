@@ -94,10 +94,14 @@ def _why_not_delta(config: HybridConfig) -> str | None:
 
 def _why_not_mixers(config: HybridConfig) -> str | None:
     if config.mixer_bias:
-        return (
-            "its mixers' projections have biases, which llama.cpp's Mamba-2 layers have no place for; a student made "
-            "with gate: output has none"
+        base = config.base_config
+        kept = getattr(base, "attention_out_bias", getattr(base, "attention_bias", False))
+        told = (
+            "its teacher's attention has one on its output, which they keep"
+            if kept
+            else "the default gate, open, is one; a student made with gate: output (and init: attention) has none"
         )
+        return f"its mixers' projections have biases, which llama.cpp's Mamba-2 layers have no place for: {told}"
     if (expand := padded_expand(config)) != 2:
         return f"its mixers are {expand} times as wide as the model, llama.cpp's Mamba-2 layers twice"
     return None

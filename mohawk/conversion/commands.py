@@ -16,6 +16,7 @@ DEVICE_MEMORY, PEAK, UTILISATION = 80 * 10**9, 989.0, 0.4
 
 def _convert(options: argparse.Namespace) -> None:
     from mohawk.conversion.recipe import Recipe
+    from mohawk.schema.base import placed
 
     recipe = Recipe.load(options.recipe, overrides(options))
     asked = given(options, "processes", "device_memory", "peak", "utilisation")
@@ -32,7 +33,8 @@ def _convert(options: argparse.Namespace) -> None:
         memory = asked.get("device_memory", DEVICE_MEMORY)
         share = asked.get("utilisation", UTILISATION)
         planned = {"hardware": Hardware(asked.get("processes", 1), memory, 1e12 * flops, share)}
-    convert(recipe, dry_run=options.dry_run, **planned)
+    with placed(options.recipe, overrides(options)):
+        convert(recipe, dry_run=options.dry_run, **planned)
 
 
 def _add_convert(parser: argparse.ArgumentParser) -> None:

@@ -10,16 +10,16 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from mohawk.conversion.footprint import Hardware, Strategy, footprint, operations, strategies
 from mohawk.conversion.objectives import EndToEndObjective, HiddenObjective, MixingObjective, PhaseObjective
-from mohawk.conversion.recipe import Hybrid, Recipe
+from mohawk.conversion.recipe import Hybrid, Recipe, student_mistakes
 from mohawk.core.precision import autocast_dtype, pick_device
 from mohawk.core.processes import count
 from mohawk.errors import UserError
 from mohawk.loading.configs import building
 from mohawk.models.delta_mixer import DeltaMixer
 from mohawk.models.families import FAMILIES, check_supported, decoder_shape, needed_attention
-from mohawk.models.from_teacher import choose_layers, hybrid_from_teacher
+from mohawk.models.from_teacher import choose_layers, gate_of, hybrid_from_teacher
 from mohawk.models.hybrid import HybridForCausalLM
-from mohawk.models.hybrid_config import SSM_LAYER
+from mohawk.models.hybrid_config import SSM_LAYER, HybridConfig
 from mohawk.models.mixers import MIXERS
 from mohawk.runs.sharding import check_within, device_bytes
 
@@ -93,12 +93,16 @@ def make_plan(recipe: Recipe, teacher_config: Any, hardware: Hardware | None = N
     check_within(recipe, hardware.processes)
     try:
         check_supported(teacher_config)
-        choose_layers(recipe.student.ssm_layers, decoder_shape(teacher_config).num_layers)
+        with student_mistakes(("student",)):
+            choose_layers(recipe.student.ssm_layers, decoder_shape(teacher_config).num_layers)
         with torch.device("meta"):
             attention = needed_attention(teacher_config)
             with building(teacher_config, recipe.teacher.model):
                 teacher = AutoModelForCausalLM.from_config(teacher_config, attn_implementation=attention)
-            student = hybrid_from_teacher(teacher, **student_options(recipe.student))
+            with student_mistakes(("student",)):
+                student = hybrid_from_teacher(teacher, **student_options(recipe.student))
+    except UserError:
+        raise
     except ValueError as error:
         raise UserError(str(error)) from error
     bits16 = fast or hardware.flops is not None
@@ -175,23 +179,26 @@ def print_plan(plan: Plan, recipe: Recipe, console: Console) -> None:
         f"{len(ssm)} of {len(plan.layer_types)} layers become {config.mixer_words} "
         f"({config.mixer_num_heads} heads x {config.mixer_head_dim}, state {config.mixer_state_size})"
     )
-    layers = Table("layer", "mixer", "weights from")
+    layers = Table("layer", "mixer", "weights from", "gate")
     for i, kind in enumerate(plan.layer_types):
         if kind != SSM_LAYER:
             layers.add_row(str(i), kind.replace("_", " "), "copied")
             continue
-        delta = issubclass(MIXERS[config.mixer_of(i)], DeltaMixer)
-        copied = "q, k, v, o" if delta else "q -> C, k -> B, v -> x, o -> out_proj"
+        name = config.mixer_of(i)
+        copied = "q, k, v, o" if issubclass(MIXERS[name], DeltaMixer) else "q -> C, k -> B, v -> x, o -> out_proj"
+        start = gate_of(name, recipe.student.gate)
+        gate = {"attention": start, "calibrated": start, "neutral": "open", "random": "random"}
         source = {
             "attention": copied,
             "calibrated": f"{copied}, solved",
             "neutral": "random, conv and gate passing on",
             "random": "random",
         }[recipe.student.init]
-        layers.add_row(str(i), config.mixer_of(i), f"{source}; MLP and norms copied")
+        layers.add_row(str(i), name, source, gate[recipe.student.init])
     console.print(layers)
     stays = f" and the attention of layers {_ranges(kept)}" if kept else ""
     console.print(f"Embeddings, norms, MLPs, head{stays} are copied from the teacher.")
+    print_exports(config, console)
     phases = Table("phase", "trains", "frozen", "tokens", "steps", "memory (estimate)")
     total = sum(p.numel() for p in plan.student.parameters())
     for phase in plan.phases:
@@ -202,6 +209,23 @@ def print_plan(plan: Plan, recipe: Recipe, console: Console) -> None:
         )  # fmt: skip
     console.print(phases)
     print_hardware(plan, recipe, console)
+
+
+def print_exports(config: HybridConfig, console: Console) -> None:
+    """What `mohawk export` will be able to write of such a student, and why not the rest."""
+    from mohawk.models.formats.refusals import WHY_NOT
+
+    can, cannot = [], []
+    for name, why_not in WHY_NOT.items():
+        if (reason := why_not(config, False)) is None:
+            can.append(name)
+        elif why_not(config, True) is None:
+            can.append(f"{name} with --pad-expand")
+        else:
+            cannot.append(f"not {name}: {reason}")
+    console.print(f"[bold]Export[/bold] --to {', '.join([*can, 'hybrid'])}", highlight=False)
+    for line in cannot:
+        console.print(line, highlight=False, soft_wrap=True, markup=False)
 
 
 def print_hardware(plan: Plan, recipe: Recipe, console: Console) -> None:

@@ -7,6 +7,7 @@ right type, lies in its range and contradicts no other, or raises one UserError 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
@@ -17,6 +18,7 @@ from mohawk.schema.base import (
     Contradiction,
     Count,
     Divergence,
+    FieldError,
     MatrixMetric,
     Mixer,
     Phase,
@@ -27,9 +29,10 @@ from mohawk.schema.base import (
     Whole,
     phase_contradictions,
 )
-from mohawk.schema.yaml_text import show
+from mohawk.schema.yaml_text import Path, dotted, show
 
 CALIBRATION_TOKENS = 8192
+FROM_ATTENTION = ("attention", "calibrated")  # what starts are made of attention's weights
 
 
 def _layers(value: Any) -> Any:
@@ -74,9 +77,10 @@ class Hybrid(Section):
         description="what mixers start from; attention: q, k, v and o; calibrated: the same, then output projections "
         "solved by least squares for the teacher's attention outputs; neutral: an identity convolution, an open gate",
     )
-    gate: Literal["open", "output"] = Field(
-        default="open",
-        description="what the gate starts from; open: a constant; output: W_O and W_V, the default of gated_delta",
+    gate: Literal["open", "output"] | None = Field(
+        default=None,
+        description="what the gate starts from; open: a constant; output: W_O and W_V; null: output in gated_delta "
+        "mixers, which have no constant, open in others",
     )
     state_size: Annotated[Whole, Field(ge=1, le=1024)] | None = Field(
         default=None, description="size of the state per head; null: the teacher's head_dim"
@@ -85,15 +89,15 @@ class Hybrid(Section):
 
     @model_validator(mode="before")
     @classmethod
-    def _gate_of_a_delta_rule(cls, given: Any) -> Any:
-        """It has no constant gate: where none is asked for, all start from the weights that they are made of."""
-        if not isinstance(given, dict) or "gate" in given:
+    def _one_gate(cls, given: Any) -> Any:
+        """The gate that is not asked for, by its name where all mixers have the same."""
+        if not isinstance(given, dict) or given.get("gate") is not None:
             return given
         mixers = given.get("mixer")
-        if "gated_delta" not in (mixers.values() if isinstance(mixers, dict) else [mixers]):
-            return given
-        made_of_attention = given.get("init", "attention") in ("attention", "calibrated")
-        return {**given, "gate": "output"} if made_of_attention else given
+        deltas = {name == "gated_delta" for name in (mixers.values() if isinstance(mixers, dict) else [mixers])}
+        if given.get("init", "attention") not in FROM_ATTENTION or deltas == {False}:
+            return {**given, "gate": "open"}
+        return {**given, "gate": "output"} if deltas == {True} else given
 
 
 class Student(Hybrid):
@@ -111,6 +115,41 @@ class ConvertedStudent(Hybrid):
     calibration_tokens: Count | None = Field(
         default=None, description=f"tokens of training text that init: calibrated solves on; null: {CALIBRATION_TOKENS}"
     )
+
+
+def student_contradictions(student: Hybrid, at: Path) -> Iterator[Contradiction]:
+    """What contradicts itself in a student, which stands at that place in a recipe."""
+    name = dotted(at)
+    if student.gate == "output" and student.init not in FROM_ATTENTION:
+        yield (
+            [(*at, "gate"), (*at, "init")],
+            f"{name}.gate: output is made from attention weights, but {name}.init is {student.init}; use gate: open or "
+            "init: attention",
+        )
+    if not isinstance(student.mixer, dict) or not isinstance(student.ssm_layers, list):
+        return
+    if strange := sorted(set(student.mixer) - set(student.ssm_layers)):
+        yield (
+            [(*at, "mixer", str(strange[0])), (*at, "ssm_layers")],
+            f"{name}.mixer: names layers {strange}, which {name}.ssm_layers does not replace; leave them out",
+        )
+    if missing := sorted(set(student.ssm_layers) - set(student.mixer)):
+        yield (
+            [(*at, "mixer"), (*at, "ssm_layers")],
+            f"{name}.mixer: says nothing of layers {missing}, which {name}.ssm_layers replaces; name a mixer for each",
+        )
+
+
+@contextmanager
+def student_mistakes(at: Path) -> Iterator[None]:
+    """What `hybrid_from_teacher` finds wrong within the block with the student at that place is the user's mistake."""
+    try:
+        yield
+    except ValueError as error:
+        field, _, text = str(error).partition(": ")
+        if field not in Hybrid.model_fields:
+            raise FieldError(at, str(error)) from error
+        raise FieldError((*at, field), text) from error
 
 
 class MixingPhase(Phase):
@@ -186,12 +225,7 @@ class Recipe(RecipeFile):
                 [("teacher", "gguf_file"), ("teacher", "model")],
                 "teacher.gguf_file and a teacher.model that is itself a .gguf file; remove gguf_file",
             )
-        if self.student.gate == "output" and self.student.init not in ("attention", "calibrated"):
-            yield (
-                [("student", "gate"), ("student", "init")],
-                f"student.gate: output is made from attention weights, but student.init is {self.student.init}; "
-                "use gate: open or init: attention",
-            )
+        yield from student_contradictions(self.student, ("student",))
         if self.student.calibration_tokens is not None and self.student.init != "calibrated":
             yield (
                 [("student", "calibration_tokens"), ("student", "init")],

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from mohawk.conversion.plan import student_options
+from mohawk.conversion.recipe import student_mistakes
 from mohawk.core.processes import several
 from mohawk.data.text import tokenizer_key
 from mohawk.distillation.recipe import DistillData, DistillStudent, DistillTeacher, RampSection, Stage
@@ -27,6 +28,8 @@ from mohawk.models.decoders import decoder
 from mohawk.models.from_teacher import hybrid_from_teacher
 from mohawk.models.generation_settings import saveable
 from mohawk.models.sharding import copied
+from mohawk.schema.base import FieldError
+from mohawk.schema.yaml_text import field_path
 from mohawk.teacher_cache.reader import TeacherCache
 
 if TYPE_CHECKING:
@@ -101,7 +104,7 @@ def shaped_in_parts(
         copied(base, shape, spread, functools.partial(_of_layer, base, kept))
         shape.generation_config = saveable(base.generation_config)
     if given.hybrid is not None:
-        with mistakes(f"{where}.hybrid"):
+        with student_mistakes(field_path(f"{where}.hybrid")):
             torch.manual_seed(seed)
             shape = hybrid_from_teacher(shape, spread=spread, **student_options(given.hybrid))
     return shape
@@ -132,7 +135,7 @@ def shaped(given: DistillStudent, base: PreTrainedModel, seed: int, where: str =
         with torch.device(base.device):
             student = type(student)(student.config)
     if given.hybrid is not None:
-        with mistakes(f"{where}.hybrid"):
+        with student_mistakes(field_path(f"{where}.hybrid")):
             torch.manual_seed(seed)
             student = hybrid_from_teacher(student, **student_options(given.hybrid))
     return student
@@ -166,7 +169,7 @@ def mistakes(where: str) -> Iterator[None]:
     try:
         yield
     except ValueError as error:
-        raise UserError(f"{where}: {error}") from error
+        raise FieldError(field_path(where), str(error)) from error
 
 
 def schedule_of(value: Any) -> Any:

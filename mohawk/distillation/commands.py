@@ -12,13 +12,15 @@ from mohawk.schema.arguments import add_run, add_set, overrides
 
 def _distill(options: argparse.Namespace) -> None:
     from mohawk.distillation.recipe import DistillRecipe
+    from mohawk.schema.base import placed
 
     recipe = DistillRecipe.load(options.recipe, overrides(options))
 
     need("lora" if recipe.has_adapter() else "convert", "`mohawk distill`")
     from mohawk.distillation.run import distill
 
-    distill(recipe, dry_run=options.dry_run)
+    with placed(options.recipe, overrides(options)):
+        distill(recipe, dry_run=options.dry_run)
 
 
 def _add_ablate(parser: argparse.ArgumentParser) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from mohawk.conversion.recipe import student_contradictions
 from mohawk.schema.base import Contradiction, phase_contradictions
 
 if TYPE_CHECKING:
@@ -24,6 +25,11 @@ def recipe_contradictions(recipe: DistillRecipe) -> Iterator[Contradiction]:
                 "student: the teacher itself, whole, would learn from itself; name a model, the layers to keep, "
                 "scratch: true, a hybrid, or stages with learn_from: average",
             )
+    hybrids = [(("student",), recipe.student)]
+    hybrids += [(("stages", i, "student"), stage.student) for i, stage in enumerate(recipe.stages) if stage.student]
+    for at, student in hybrids:
+        if student.hybrid is not None:
+            yield from student_contradictions(student.hybrid, (*at, "hybrid"))
     for i, stage in enumerate(recipe.stages):
         lora = (stage.student or recipe.student).lora
         if recipe.sharding.kind == "full" and lora is not None and stage.learn_from in ("average", "start"):

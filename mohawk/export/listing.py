@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 from mohawk.export.runtimes import Note
-from mohawk.export.targets import INSTEAD, TARGETS, Target
+from mohawk.export.targets import INSTEAD, TARGETS, Target, runtimes
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from transformers import PreTrainedTokenizerBase
 
     from mohawk.models.hybrid_config import HybridConfig
     from mohawk.models.mixers import Mamba2Mixer
@@ -36,10 +37,12 @@ def choices(student: str | Path) -> list[Choice]:
     Raises:
         UserError: not a hybrid, or no such folder.
     """
-    from mohawk.export.run import hybrid_config
+    from mohawk.export.run import has_tokenizer, hybrid_config
+    from mohawk.loading.models import load_tokenizer
 
     folder, config = hybrid_config(student)
-    return [_choice(name, target, config, folder) for name, target in TARGETS.items()]
+    tokenizer = load_tokenizer(folder, who="") if has_tokenizer(folder) else None
+    return [_choice(name, target, config, folder, tokenizer) for name, target in TARGETS.items()]
 
 
 def print_choices(student: str | Path, console: Console) -> None:
@@ -56,21 +59,23 @@ def print_choices(student: str | Path, console: Console) -> None:
             console.print(line, highlight=False, soft_wrap=True, markup=False)
 
 
-def _choice(name: str, target: Target, config: HybridConfig, folder: str) -> Choice:
-    from mohawk.export.run import has_tokenizer
-    from mohawk.loading.models import load_tokenizer
+def _choice(
+    name: str, target: Target, config: HybridConfig, folder: str, tokenizer: PreTrainedTokenizerBase | None
+) -> Choice:
+    def notes(pad_expand: bool) -> tuple[Note, ...]:
+        return tuple(runtimes(target, target.configuration(config, pad_expand), config, tokenizer))
 
     if reason := target.why_not(config, False):
         if not (target.adapts and target.why_not(config, True) is None):
             return Choice(name, reason.removesuffix(INSTEAD))
         remark = "with --pad-expand alone: its mixers' channels are no multiple of the hidden size"
-        return Choice(name, None, remark, tuple(target.notes(target.configuration(config, True))))
+        return Choice(name, None, remark, notes(True))
     remark = None
-    if has_tokenizer(folder) and (reason := target.why_not_tokenizer(load_tokenizer(folder, who=""), config)):
+    if tokenizer is not None and (reason := target.why_not_tokenizer(tokenizer, config)):
         return Choice(name, reason.removesuffix(INSTEAD))
     if target.adapts and _biased(Path(folder), config):
         remark = "with --fold-bias alone: in_proj has biases on x, B and C, which it moves behind the convolution"
-    return Choice(name, None, remark, tuple(target.notes(target.configuration(config, False))))
+    return Choice(name, None, remark, notes(False))
 
 
 def _biased(folder: Path, config: HybridConfig) -> bool:

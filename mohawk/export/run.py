@@ -13,7 +13,7 @@ from mohawk.core.folders import write_whole
 from mohawk.core.places import home
 from mohawk.core.run_folder import has_recipe
 from mohawk.errors import UserError
-from mohawk.export.targets import TARGETS, Asked, Target
+from mohawk.export.targets import TARGETS, Asked, Target, runtimes
 from mohawk.loading.describe import student_folder
 
 if TYPE_CHECKING:
@@ -98,12 +98,13 @@ def export(
         file = next((path.name for path in folder.glob("*.gguf")), None)
         written = config if file else AutoConfig.from_pretrained(folder, trust_remote_code=False)
         ran = {row.check.partition(":")[0] for row in rows}
-        runtimes = [replace(note, checked=note.checked or note.runtime in ran) for note in written_as.notes(written)]
-        card = model_card(target.resolve().name, written, config.mixer_kinds, run, rows, runtimes, changes, file)
+        known = runtimes(written_as, written, config, tokenizer)
+        notes = [replace(note, checked=note.checked or note.runtime in ran) for note in known]
+        card = model_card(target.resolve().name, written, config.mixer_kinds, run, rows, notes, changes, file)
         (folder / "README.md").write_text(card, encoding="utf-8")
     for change in changes:
         console.print(change, highlight=False, soft_wrap=True, markup=False)
-    for note in runtimes:
+    for note in notes:
         seen = "checked" if note.checked else "not checked"
         console.print(f"{note.runtime} ({seen}): {note.text}", highlight=False, soft_wrap=True, markup=False)
     console.print(f"written to {target}", highlight=False, soft_wrap=True, markup=False)

@@ -76,7 +76,7 @@ class Target:
     Args:
         text: what it is, for `--to`.
         write: (model, tokenizer, folder, asked): fills the folder.
-        notes: where what was written runs, from its configuration.
+        notes: where what was written runs, from its configuration alone; see `runtimes`.
         check: (folder, model, tokenizer, console) -> rows of the parity table, which it prints; may change the model.
         outtypes: what `--outtype` can be, the default first; empty for what has the student's own dtype.
         why_not: (config, pad_expand) -> the whole line for a student that can't be written so; None if it can.
@@ -98,32 +98,33 @@ class Target:
     configuration: Callable[[HybridConfig, bool], PreTrainedConfig] = lambda config, pad_expand: config
 
 
-def _not_stock(class_name: str, mixer: str, reason: str | None, config: HybridConfig) -> str | None:
+def runtimes(
+    target: Target, written: PreTrainedConfig, config: HybridConfig, tokenizer: PreTrainedTokenizerBase | None
+) -> list[Note]:
+    """What is known of where an export runs. llama.cpp has the same layers whichever way they come to it, so what
+    `--to gguf` is refused for holds for its own converter too.
+
+    written: what was written's configuration. config, tokenizer: the student's.
+    """
+    from mohawk.models.formats.refusals import WHY_NOT
+
+    reason = WHY_NOT["gguf"](config, False) or (tokenizer and _why_not_cut_so(tokenizer, config))
+    notes = target.notes(written)
+    if not reason:
+        return notes
+    return [Note("llama.cpp", False, reason, runs=False) if note.runtime == "llama.cpp" else note for note in notes]
+
+
+def _not_stock(target: str, class_name: str, mixer: str, config: HybridConfig, pad_expand: bool) -> str | None:
     """The whole line for a student that cannot be of a stock class with these mixers; for one with others it names the
     class that has them."""
-    if reason is None:
+    from mohawk.models.formats.refusals import WHY_NOT
+
+    if (reason := WHY_NOT[target](config, pad_expand)) is None:
         return None
     other = {"mamba2": "bamba", "gated_delta": "qwen3_5"}.get(config.mixer_words)
     takes = config.mixer != mixer and other and TARGETS[other].why_not(config, False) is None
     return f"cannot be a {class_name}: {reason}" + (f"; `--to {other}` takes it" if takes else INSTEAD)
-
-
-def _why_not_bamba(config: HybridConfig, pad_expand: bool) -> str | None:
-    from mohawk.models.formats.bamba import why_not_bamba
-
-    return _not_stock("BambaForCausalLM", "mamba2", why_not_bamba(config, pad_expand=pad_expand), config)
-
-
-def _why_not_granite(config: HybridConfig, pad_expand: bool) -> str | None:
-    from mohawk.models.formats.granite import why_not_granite
-
-    return _not_stock("GraniteMoeHybridForCausalLM", "mamba2", why_not_granite(config, pad_expand=pad_expand), config)
-
-
-def _why_not_qwen3_5(config: HybridConfig, pad_expand: bool) -> str | None:
-    from mohawk.models.formats.qwen3_5 import why_not_qwen3_5
-
-    return _not_stock("Qwen3_5ForCausalLM", "gated_delta", why_not_qwen3_5(config), config)
 
 
 def conv_input_bias(config: HybridConfig, class_name: str, name: str) -> str:
@@ -197,21 +198,27 @@ def _save(model: PreTrainedModel, tokenizer: Tokenizer, folder: Path) -> None:
 def _why_not_gguf(config: HybridConfig, pad_expand: bool) -> str | None:
     from importlib.util import find_spec
 
-    from mohawk.models.formats.gguf import why_not_gguf
+    from mohawk.models.formats.refusals import WHY_NOT
 
     if find_spec("gguf") is None:
         return "--to gguf needs the package gguf: run pip install gguf"
-    reason = why_not_gguf(config)
+    reason = WHY_NOT["gguf"](config, pad_expand)
     return reason and f"cannot be a GGUF file: {reason}{INSTEAD}"
 
 
 def _why_not_in_gguf(tokenizer: PreTrainedTokenizerBase, config: HybridConfig) -> str | None:
+    reason = _why_not_cut_so(tokenizer, config)
+    return reason and f"cannot be a GGUF file: {reason}{INSTEAD}"
+
+
+def _why_not_cut_so(tokenizer: PreTrainedTokenizerBase, config: HybridConfig) -> str | None:
+    """Why llama.cpp cannot turn text into this tokenizer's tokens; None where it can."""
     from mohawk.models.formats.gguf_vocabulary import vocabulary
 
     try:
         vocabulary(tokenizer, config.vocab_size)
     except ValueError as error:
-        return f"cannot be a GGUF file: {error}{INSTEAD}"
+        return str(error)
     return None
 
 
@@ -261,7 +268,7 @@ TARGETS = {
         "transformers' Bamba, which llama.cpp has too (default)",
         _write_bamba,
         bamba_notes,
-        why_not=_why_not_bamba,
+        why_not=partial(_not_stock, "bamba", "BambaForCausalLM", "mamba2"),
         adapts=True,
         prepare=partial(_adapt, class_name="BambaForCausalLM", name="Bamba"),
         configuration=_bamba_config,
@@ -270,7 +277,7 @@ TARGETS = {
         "transformers' Granite 4, which vLLM and SGLang have too",
         _write_granite,
         granite_notes,
-        why_not=_why_not_granite,
+        why_not=partial(_not_stock, "granite", "GraniteMoeHybridForCausalLM", "mamba2"),
         adapts=True,
         prepare=partial(_adapt, class_name="GraniteMoeHybridForCausalLM", name="Granite"),
         configuration=_granite_config,
@@ -279,7 +286,7 @@ TARGETS = {
         "transformers' Qwen3.5, for gated_delta students of Qwen3",
         _write_qwen3_5,
         qwen3_5_notes,
-        why_not=_why_not_qwen3_5,
+        why_not=partial(_not_stock, "qwen3_5", "Qwen3_5ForCausalLM", "gated_delta"),
         prepare=_tell_wide_norms,
         configuration=_qwen3_5_config,
     ),

@@ -15,13 +15,15 @@ def _add_prune(parser: argparse.ArgumentParser) -> None:
 
 def _prune(options: argparse.Namespace) -> None:
     from mohawk.pruning.recipe import PruneRecipe
+    from mohawk.schema.base import placed
 
     recipe = PruneRecipe.load(options.recipe, overrides(options))
 
     need("convert", "`mohawk prune`")
     from mohawk.pruning.run import prune
 
-    prune(recipe, dry_run=options.dry_run)
+    with placed(options.recipe, overrides(options)):
+        prune(recipe, dry_run=options.dry_run)
 
 
 COMMANDS = [

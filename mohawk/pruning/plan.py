@@ -11,6 +11,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from mohawk.conversion.recipe import student_mistakes
 from mohawk.distillation.build import matchings_for, mistakes
 from mohawk.models.cutting.cuts import resolve_layers
 from mohawk.models.cutting.sizes import Sizes, sized_config, sizes_of
@@ -186,10 +187,9 @@ def _check_stages(recipe: PruneRecipe, plan: Plan) -> None:
     """What healing and conversion ask of the models."""
     teacher = empty_model(plan.config)
     for config in plan.rounds[-1].ends if plan.rounds else [copy.deepcopy(plan.config)]:
-        if recipe.convert is not None:
-            with mistakes("convert"):
+        with student_mistakes(("convert",)):
+            if recipe.convert is not None:
                 choose_layers(recipe.convert.ssm_layers, config.num_hidden_layers)
-        with mistakes("convert"):
             student = empty_model(config, convert_options(recipe))
         if recipe.heal is not None:
             with mistakes("heal"):

@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
 
-from mohawk.conversion.recipe import HiddenPhase, MixingPhase, Student
+from mohawk.conversion.recipe import HiddenPhase, MixingPhase, Student, student_contradictions
 from mohawk.core.json_files import read_json
 from mohawk.core.run_folder import SEARCH, of_rounds
 from mohawk.distillation.contradictions import RESERVED, data_contradictions, stage_contradictions
@@ -376,12 +376,7 @@ class PruneRecipe(RecipeFile):
 
 
 def _convert_contradictions(convert: Convert) -> Iterator[Contradiction]:
-    if convert.gate == "output" and convert.init != "attention":
-        yield (
-            [("convert", "gate"), ("convert", "init")],
-            f"convert.gate: output is made from attention weights, but convert.init is {convert.init}; use gate: open "
-            "or init: attention",
-        )
+    yield from student_contradictions(convert, ("convert",))
     for name in ("mixing", "hidden"):
         if (phase := getattr(convert, name)) is not None:
             yield from phase_contradictions(phase, ("convert", name), f"convert.{name}", "set it to null")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
@@ -62,6 +63,26 @@ Text = Annotated[str, Field(min_length=1)]
 # The values involved, and what is wrong with them together.
 Contradiction = tuple[list[yaml_text.Path], str]
 Place = Annotated[Path, Field(strict=False), BeforeValidator(_place)]
+
+
+class FieldError(UserError):
+    """A mistake in a recipe's value that shows only beside a model. at: where the value stands in the recipe."""
+
+    def __init__(self, at: yaml_text.Path, text: str) -> None:
+        super().__init__(f"{yaml_text.dotted(at)}: {text}")
+        self.at, self.text = at, text
+
+
+@contextmanager
+def placed(path: str | Path, overrides: Sequence[str]) -> Iterator[None]:
+    """Within the block a FieldError says the file and the line too, or the override, of the recipe that was loaded."""
+    try:
+        yield
+    except FieldError as error:
+        read = read_recipe(home(path))
+        for override in overrides:
+            read.set(override)
+        raise UserError(f"{yaml_text.prefix(read.place(error.at), error.at)}: {error.text}") from error
 
 
 class Section(BaseModel):

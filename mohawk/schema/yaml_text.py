@@ -230,6 +230,11 @@ def dotted(path: Path) -> str:
     return ".".join(map(str, path)) or "the recipe"
 
 
+def field_path(name: str) -> Path:
+    """data.train.0 as ("data", "train", 0)."""
+    return tuple(int(key) if key.isdigit() else key for key in name.split("."))
+
+
 def show(value: Any) -> str:
     """A value as the user would recognise it, with its kind where that may be the mistake."""
     if value is None:

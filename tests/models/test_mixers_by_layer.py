@@ -32,7 +32,7 @@ def ids(*shape):
 @pytest.mark.parametrize("teacher", ["llama", "gemma3", "phi"])
 @pytest.mark.parametrize("init", ["attention", "random"])
 def test_each_layer_starts_as_in_a_student_of_its_mixer_alone(teacher, init):
-    mixed = student_of(teacher=teacher, init=init)
+    mixed = student_of(teacher=teacher, init=init, gate="output")
     for i, name in MIXED.items():
         alone = student_of(dict.fromkeys(MIXED, name), teacher=teacher, init=init, gate="output")
         mine, theirs = (model.model.layers[i].self_attn for model in (mixed, alone))
@@ -40,6 +40,25 @@ def test_each_layer_starts_as_in_a_student_of_its_mixer_alone(teacher, init):
         assert mine.state_dict().keys() == theirs.state_dict().keys()
         for key, value in mine.state_dict().items():
             assert torch.equal(value, theirs.state_dict()[key]), key
+
+
+def test_each_layer_has_its_own_default_gate():
+    """One gated_delta layer, which cannot have a constant, leaves the others theirs."""
+    mixed, without = student_of(), student_of({**MIXED, 3: "kimi_delta"})
+    for i in (0, 1):
+        mine, theirs = (model.model.layers[i].self_attn.state_dict() for model in (mixed, without))
+        assert mine.keys() == theirs.keys()
+        for key, value in mine.items():
+            assert torch.equal(value, theirs[key]), key
+    mamba = mixed.model.layers[1].self_attn
+    assert not mamba.in_proj.weight[mamba.slices()["z"]].any() and mamba.in_proj.bias[mamba.slices()["z"]].all()
+    assert not mixed.model.layers[0].self_attn.g_b_proj.weight.any()
+    delta = mixed.model.layers[3].self_attn.state_dict()
+    alone = student_of(dict.fromkeys(MIXED, "gated_delta"), gate="output").model.layers[3].self_attn.state_dict()
+    for key in ("in_proj_z.weight", "in_proj_qkv.weight", "out_proj.weight", "conv1d.weight"):
+        assert delta[key].any() and torch.equal(delta[key], alone[key]), key
+    # one switch for the biases of all mixers, which Mamba-2's constant gate needs
+    assert delta.keys() - alone.keys() == {"out_proj.bias"} and not delta["out_proj.bias"].any()
 
 
 @pytest.mark.parametrize("layers", [[0, 1, 3], [0, 1, 2, 3]])
@@ -61,6 +80,19 @@ def test_saved_and_loaded(tmp_path):
         "mamba2",
         "full_attention",
         "gated_delta",
+    ]
+
+
+@pytest.mark.parametrize("saved", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("asked", [None, torch.bfloat16, torch.float32])
+def test_states_of_a_student_that_is_in_another_dtype(saved, asked):
+    teacher = tiny_teacher(dtype=saved).to(saved)
+    student = hybrid_from_teacher(teacher, [1], dtype=asked)
+    size = (asked or saved).itemsize
+    assert student.config.dtype == student.dtype == (asked or saved)
+    # 2 key-value heads of 8, keys and values; 4 heads of 8 x 8 in float32 and 4 x (3 x 32) inputs of the convolution
+    assert [layer.state_bytes(10) for layer in describe_layers(student)] == [
+        (4 * 4 * 8 * 8 + 4 * 3 * 32 * size) if i == 1 else 10 * 2 * 2 * 8 * size for i in range(4)
     ]
 
 

@@ -95,11 +95,14 @@ def recipe_of(tokenizer, tmp_path):
 
 def test_a_run_with_three_mixers(recipe_of, tmp_path, capsys):
     recipe = recipe_of()
-    assert recipe.student.mixer == EVERYWHERE and recipe.student.gate == "output"
+    assert recipe.student.mixer == EVERYWHERE and recipe.student.gate is None
     convert(recipe)
-    said = " ".join(capsys.readouterr().out.split())
+    said = " ".join((told := capsys.readouterr().out).split())
     assert "4 of 4 layers become kimi_delta, mamba2 and gated_delta (4 heads x 8, state 8)" in said
-    assert "0 kimi_delta q, k, v, o;" in said.replace("│ ", "") and "1 mamba2 q -> C" in said.replace("│ ", "")
+    rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in told.splitlines() if line.startswith("│")]
+    assert ["0", "kimi_delta", "q, k, v, o", "open"] in rows and ["3", "gated_delta", "q, k, v, o", "output"] in rows
+    assert ["1", "mamba2", "q -> C, k -> B, v -> x, o -> out_proj", "open"] in rows
+    assert "Export --to hybrid not bamba: its mixers are kimi_delta, mamba2 and gated_delta, Bamba's are" in said
     assert "4 kimi_delta, mamba2 and gated_delta and 0 attention layers" in (tmp_path / "run/report.md").read_text()
     written = (tmp_path / "run" / "recipe.yaml").read_text()
     assert "  mixer:\n    0: kimi_delta\n    1: mamba2\n    2: mamba2\n    3: gated_delta\n" in written
@@ -156,7 +159,14 @@ def test_select_and_compose_keep_each_layers_own(recipe_of, tmp_path):
 @pytest.mark.parametrize(
     "student, message",
     [
-        ({"ssm_layers": [0, 1]}, r"mixer: names layers \[2, 3\], which are not replaced; leave them out"),
+        (
+            {"ssm_layers": [0, 1]},
+            r"^recipe: student.mixer: names layers \[2, 3\], which student.ssm_layers does not replace; leave them",
+        ),
+        (
+            {"ssm_layers": [0, 1, 2, 3], "mixer": {0: "mamba2"}},
+            r"student.mixer: says nothing of layers \[1, 2, 3\], which student.ssm_layers replaces",
+        ),
         ({"mixer": {0: "mamba2"}}, r"mixer: says nothing of layers \[1, 2, 3\], which are replaced"),
         ({"mixer": {**EVERYWHERE, 9: "mamba2"}}, r"mixer: names layers \[9\]"),
         ({"gate": "open"}, "gate: got 'open'"),
@@ -165,6 +175,50 @@ def test_select_and_compose_keep_each_layers_own(recipe_of, tmp_path):
 def test_what_a_plan_refuses(recipe_of, student, message):
     with pytest.raises(UserError, match=message):
         convert(recipe_of(**student), dry_run=True)
+
+
+@pytest.mark.parametrize(
+    "student, sets, line",
+    [
+        (
+            "  mixer:\n    0: mamba2\n    9: mamba2\n",
+            (),
+            "{path}:4: student.mixer: says nothing of layers [1, 2, 3], which are replaced; name one for each of them",
+        ),
+        (
+            "  ssm_layers: [0]\n  mixer:\n    0: mamba2\n    9: mamba2\n",
+            (),
+            "{path}:7: student.mixer: names layers [9], which student.ssm_layers does not replace; leave them out",
+        ),
+        (
+            "  mixer: mamba2\n",
+            ("student.ssm_layers=[7]",),
+            "--set student.ssm_layers: got [7], but the",
+        ),
+        (
+            "  mixer: gated_delta\n  gate: open\n",
+            (),
+            "{path}:5: student.gate: got 'open', a constant gate, which a gated_delta mixer has no bias for",
+        ),
+        (
+            "  state_size: 3\n",
+            (),
+            "{path}:3: student: init 'attention' copies q and k into C and B, so state_size",
+        ),
+    ],
+)
+def test_what_does_not_fit_the_teacher_is_told_with_its_line(recipe_of, student, sets, line, tmp_path, capsys):
+    recipe_of()  # and so the teacher and the texts
+    recipe = tmp_path / "recipe.yaml"
+    layers = "" if "ssm_layers" in student else "  ssm_layers: all\n"
+    recipe.write_text(
+        f"teacher: {tmp_path / 'teacher'}\ndata: {{train: ['{tmp_path}/train_*.txt'], cache: {tmp_path / 'cache'}}}\n"
+        f"student:\n{student}{layers}output: {tmp_path / 'run'}\n"
+    )
+    words = [word for one in sets for word in ("--set", one)]
+    assert main(["convert", str(recipe), "--dry-run", *words]) == 2
+    told = capsys.readouterr().err.strip()
+    assert line.format(path=recipe) in told and len(told.splitlines()) == 1
 
 
 @pytest.mark.parametrize(

@@ -84,6 +84,11 @@ STUDENTS = {
         "llama", (0, 1), mixer="mamba2", mixer_num_heads=4, mixer_head_dim=16, mixer_num_groups=1, mixer_state_size=12,
         mixer_conv_kernel=3,
     ),
+    **{
+        f"{taps} taps": lambda taps=taps: made_of("llama", (0, 2), mixer="mamba2", mixer_conv_kernel=taps)
+        for taps in (1, 2, 16)
+    },
+    "delta, 1 tap": lambda: made_of("qwen3", (0, 2), mixer="gated_delta", mixer_conv_kernel=1),
     "delta": lambda: student_of("qwen3", mixer="gated_delta"),
     "delta, irregular": lambda: student_of("qwen3", (1, 3), "gated_delta", tie_word_embeddings=True),
     "delta, bfloat16": lambda: student_of("qwen3", mixer="gated_delta", dtype=torch.bfloat16),
@@ -250,7 +255,11 @@ def test_why_not():
         return why_not_gguf(config)
 
     assert why() is None
-    assert "projections have biases" in why(mixer_bias=True)
+    bias = why(mixer_bias=True)
+    assert "projections have biases" in bias and "the default gate, open, is one; a student made with gate: out" in bias
+    kept = hybrid_from_teacher(tiny_teacher("llama", attention_bias=True), [0, 2], gate="output")
+    assert kept.config.mixer_bias
+    assert why(kept).endswith("its teacher's attention has one on its output, which they keep")
     assert "no attention layer is left" in why(student_of(layers=(0, 1, 2, 3)))
     assert "its mixers are discrete_mamba2" in why(student_of(mixer="discrete_mamba2"))
     mixed = hybrid_from_teacher(tiny_teacher(), [0, 2], {0: "mamba2", 2: "kimi_delta"})
@@ -484,6 +493,24 @@ def test_what_is_refused_is_refused_before_weights_are_read(folder, capsys, monk
     assert main(["export", str(folder), "--to", "gguf"]) == 2
     assert "needs the package gguf: run pip install gguf" in capsys.readouterr().err
     assert [path.name for path in folder.parent.iterdir()] == ["student"]
+
+
+@pytest.mark.parametrize("mixer, target", [("mamba2", "bamba"), ("gated_delta", "qwen3_5")])
+def test_a_tokenizer_that_llama_cpp_lacks_is_said_of_every_way_to_it(mixer, target, tmp_path, capsys):
+    """The list says of no folder that llama.cpp runs it while it refuses the file for the tokenizer."""
+    family = "qwen3" if mixer == "gated_delta" else "llama"
+    student_of(family, (0, 1, 2), mixer, vocab_size=600).save_pretrained(tmp_path)
+
+    def of_llama_cpp():
+        assert main(["export", str(tmp_path), "--list"]) == 0
+        told = capsys.readouterr().out.split(f"--to {target}: ")[1].split("--to ")[0].splitlines()
+        return next(line.strip() for line in told if line.strip().startswith("llama.cpp: "))
+
+    TOKENIZERS["qwen2"]().save_pretrained(tmp_path)
+    here = of_llama_cpp()  # a Bamba of this width has to be padded for it
+    assert here.startswith("llama.cpp: yes") if mixer == "gated_delta" else "--pad-expand" in here
+    byte_level(split("[a-z]+"), BYTES).save_pretrained(tmp_path)
+    assert of_llama_cpp().startswith("llama.cpp: no; the tokenizer cuts text by [a-z]+; ")
 
 
 def test_a_full_disk_leaves_nothing(folder, capsys, monkeypatch):

@@ -31,6 +31,15 @@ def test_the_same_answers(name, tmp_path):
     assert rows[2].same == "all" or rows[2].same.startswith("up to a tie")
 
 
+def test_a_text_that_ends_at_once(tmp_path):
+    """Greedy tokens are compared as they come, those that end a text among them."""
+    student = STUDENTS["llama"]().eval()
+    student.generation_config.eos_token_id = list(range(student.config.vocab_size))
+    write_gguf(student, tmp_path / "x.gguf")
+    rows = answered(tmp_path / "x.gguf", student, None, exact=True)
+    assert len(rows) == 3 and all(row.passed for row in rows), rows
+
+
 @pytest.mark.parametrize("outtype", ["bf16", "q8_0"])
 @pytest.mark.parametrize("name", ["llama", "delta"])
 def test_rounded_weights(name, outtype, tmp_path):
