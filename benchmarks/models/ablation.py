@@ -1,18 +1,24 @@
-"""Does each phase of MOHAWK pay? The same student, the same number of tokens, with and without phases 1 and 2.
+"""Does each phase of MOHAWK pay, and with which mixer? The same student, the same number of tokens, without and with
+phases 1 and 2.
 
-SmolLM2-135M-Instruct becomes the demo's hybrid six times: phase 3 alone, phases 2 and 3, and all three, each from
-attention initialisation and from random mixers. Every run sees the same total of training tokens (the earlier phases
-take theirs from phase 3, and the least-squares start of phase 2 takes its from phase 2) and is evaluated on text of
-another source. Runs are ordinary `mohawk convert` runs and resume; the table, its JSON and a plot go to
-benchmarks/results/.
+SmolLM2-135M-Instruct becomes the demo's hybrid by phase 3 alone, by phases 2 and 3, and by all three, with each mixer.
+Every run sees the same total of training tokens: earlier phases take theirs from later ones, and the least-squares
+start of phase 2 takes its from phase 2. Since a short schedule may want another learning rate than a long one, each
+first tries some, times the demo's in all its phases, with one seed; the rate that is best on held-out text of the
+training source is run with the other seeds, and what the table says is of text of another source.
 
-    python benchmarks/models/ablation.py [--tokens 65536] [--runs runs/ablation]
+Runs are ordinary `mohawk convert` runs: each stops and resumes like one, and what is done is not done again. The table,
+its JSON with every run, and a plot go to benchmarks/results/.
+
+    python benchmarks/models/ablation.py [--mixers mamba2 gated_delta] [--tokens 65536] [--seeds 3] [--rates 0.5 1 2]
 """
 
 import argparse
 import json
+import statistics
 import sys
 import time
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
@@ -24,102 +30,245 @@ SCHEDULES = {  # share of the token budget for each phase; what the paper's abla
     "2-3": {"hidden": 0.5, "end_to_end": 0.5},
     "1-2-3": {"mixing": 1 / 12, "hidden": 5 / 12, "end_to_end": 0.5},
 }
-INITS = ("attention", "random")
+PHASES = ("mixing", "hidden", "end_to_end")
+CONTEXTS = (512, 4096)  # at which decoding is timed
 
 
-def recipe_for(init: str, schedule: dict[str, float], tokens: float, output: Path):
-    """The demo's recipe with another start and other budgets."""
+@dataclass(frozen=True)
+class Run:
+    """One conversion. rate: times the demo's learning rates."""
+
+    mixer: str
+    phases: str
+    rate: float
+    seed: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.mixer}-{self.phases}-rate-{self.rate:g}-seed-{self.seed}"
+
+
+def settings_for(run: Run, tokens: float, output: Path) -> list[str]:
+    """What differs from the demo's recipe."""
     from mohawk.conversion.recipe import Recipe
+    from mohawk.schema.files import shipped
+
+    demo, shares = Recipe.load(shipped("demo")).phases, SCHEDULES[run.phases]
+    settings = [
+        f"student.mixer={run.mixer}",
+        f"seed={run.seed}",
+        f"output={output}",
+        f"evaluation.contexts={list(CONTEXTS)}",
+        "evaluation.decode_tokens=8",
+        "evaluation.continuation_tokens=2",
+    ]
+    for phase in PHASES:
+        if phase not in shares:
+            settings.append(f"phases.{phase}=null")
+            continue
+        budget = tokens * shares[phase]
+        if phase == "hidden":
+            solved = min(demo.hidden.solve_tokens, int(budget) // 2)
+            settings.append(f"phases.hidden.solve_tokens={solved}")
+            budget -= solved
+        settings.append(f"phases.{phase}.tokens={budget:.0f}")
+        settings.append(f"phases.{phase}.learning_rate={getattr(demo, phase).learning_rate * run.rate:g}")
+    return settings
+
+
+def done(run: Run, tokens: float, folder: Path) -> dict:
+    """What a run found, which is converted first where it has not been."""
+    from mohawk.conversion.recipe import Recipe
+    from mohawk.conversion.run import convert
     from mohawk.demo import fetch
     from mohawk.demo.run import local_settings
     from mohawk.schema.files import shipped
 
-    settings = local_settings(str(fetch.smollm2()))
-    settings += [
-        f"student.init={init}",
-        f"output={output}",
-        "evaluation.contexts=[512]",
-        "evaluation.decode_tokens=2",
-    ]
-    solved = Recipe.load(shipped("demo")).phases.hidden.solve_tokens
-    for phase in ("mixing", "hidden", "end_to_end"):
-        budget = tokens * schedule.get(phase, 0) - (solved if phase == "hidden" else 0)
-        settings.append(f"phases.{phase}.tokens={budget:.0f}" if budget > 0 else f"phases.{phase}=null")
-    return Recipe.load(shipped("demo"), settings)
+    output = folder / run.name
+    if not (output / "results.json").is_file():
+        convert(Recipe.load(shipped("demo"), local_settings(str(fetch.smollm2())) + settings_for(run, tokens, output)))
+    return row(run, json.loads((output / "results.json").read_text(encoding="utf-8")))
 
 
-def row(init: str, name: str, run: Path) -> dict:
-    results = json.loads((run / "results.json").read_text(encoding="utf-8"))
-    last = list(results["evaluation"].values())[-1]["evaluation"]
-    start = results["evaluation"]["before"]["evaluation"]
-    return {
-        "init": init, "phases": name, "kl": last["kl"], "ratio": last["perplexity_ratio"],
-        "top1_agreement": last["top1_agreement"], "kl_before": start["kl"],
+def row(run: Run, results: dict) -> dict:
+    """A run's figures. tuned_on: the KL on held-out text, by which a rate is chosen."""
+    first, last = results["evaluation"]["before"], list(results["evaluation"].values())[-1]
+    return asdict(run) | {
+        "kl": last["evaluation"]["kl"], "ratio": float(last["evaluation"]["perplexity_ratio"]),
+        "top1_agreement": last["evaluation"]["top1_agreement"], "kl_before": first["evaluation"]["kl"],
+        "tuned_on": last["held_out"]["kl"],
         "tokens": {phase: found["tokens"] for phase, found in results["phases"].items()},
-        "machine": results["machine"],
+        "decoding": results["decoding"], "machine": results["machine"],
     }  # fmt: skip
 
 
-def draw(rows: list[dict], target: Path) -> None:
+class Progress:
+    """How many runs are done, and how long the rest will take at the pace of those that this process has made."""
+
+    def __init__(self, total: int, clock=time.monotonic):
+        self.total, self.begun, self.made, self.clock = total, 0, [], clock
+
+    def __call__(self, run: Run, work):
+        """What `work` gives; it takes no time where the run was there."""
+        self.begun += 1
+        start = self.clock()
+        print(f"run {self.begun} of {self.total}: {run.name}{self._rest()}", flush=True)
+        found = work()
+        if (took := self.clock() - start) > 5:
+            self.made.append(took)
+        return found
+
+    def _rest(self) -> str:
+        if not self.made:
+            return ""
+        left = statistics.mean(self.made) * (self.total - self.begun + 1)
+        return f"; about {left / 60:.0f} minutes for what is left"
+
+
+def all_rows(options: argparse.Namespace, do, progress: Progress) -> list[dict]:
+    """Every run, in order: for each mixer and schedule the rates, then the other seeds with the best of them."""
+    rows = []
+    for mixer in options.mixers:
+        for phases in SCHEDULES:
+
+            def made(rate: float, seed: int, mixer=mixer, phases=phases) -> dict:
+                run = Run(mixer, phases, rate, seed)
+                return progress(run, lambda: do(run))
+
+            tried = [made(rate, 0) for rate in options.rates]
+            rows += tried
+            best = min(tried, key=lambda found: found["tuned_on"])["rate"]
+            rows += [made(best, seed) for seed in range(1, options.seeds)]
+            print("\n".join(table(summary(rows), options.tokens)), flush=True)
+    return rows
+
+
+def summary(rows: list[dict]) -> list[dict]:
+    """For each mixer and schedule the mean and the sample standard deviation over seeds with the rate that was chosen;
+    decoding as the median of the mixer's runs."""
+    found = []
+    for mixer, phases in dict.fromkeys((r["mixer"], r["phases"]) for r in rows):
+        mine = [r for r in rows if (r["mixer"], r["phases"]) == (mixer, phases)]
+        rate = min((r for r in mine if r["seed"] == 0), key=lambda r: r["tuned_on"])["rate"]
+        seeds = [r for r in mine if r["rate"] == rate]
+        line = {"mixer": mixer, "phases": phases, "rate": rate, "rates": sorted({r["rate"] for r in mine})}
+        line |= {"seeds": len(seeds), "kl_before": statistics.mean(r["kl_before"] for r in seeds)}
+        for name in ("kl", "ratio", "top1_agreement"):
+            values = [r[name] for r in seeds]
+            line[name] = {"mean": statistics.mean(values), "values": values}
+            line[name]["deviation"] = statistics.stdev(values) if len(values) > 1 else None
+        found.append(line)
+    return found
+
+
+def decoding(rows: list[dict]) -> dict[str, list[dict]]:
+    """Who -> for each context the median tokens per second and the bytes of a state: the teacher and each mixer's
+    student."""
+    told = {"teacher": [r["decoding"]["teacher"] for r in rows]}
+    for r in rows:
+        told.setdefault(r["mixer"], []).append(r["decoding"]["student"])
+    return {
+        name: [
+            {
+                "context": many[0]["context"], "state_bytes": many[0]["state_bytes"],
+                "tokens_per_s": statistics.median(one["tokens_per_s"] for one in many),
+            }
+            for many in zip(*runs, strict=True)
+        ]
+        for name, runs in told.items()
+    }  # fmt: skip
+
+
+def table(lines: list[dict], tokens: float) -> list[str]:
+    seeds = sorted({line["seeds"] for line in lines})
+    told = f"{seeds[-1]} seeds, mean ± standard deviation" if seeds[-1] > 1 else "one seed"
+    text = [
+        f"SmolLM2-135M-Instruct, 15 of 30 layers replaced, {tokens:,.0f} training tokens a run; text of another "
+        f"source; {told}. Learning rates: times the demo's, the best on held-out text.",
+        "",
+        "| mixer | phases | learning rates | KL (nats) | perplexity ratio | same top token | KL before |",
+        "|---|---|---:|---:|---:|---:|---:|",
+    ]
+
+    def cell(line: dict, name: str, form: str) -> str:
+        value, deviation = line[name]["mean"], line[name]["deviation"]
+        return f"{value:{form}}" + (f" ± {deviation:{form}}" if deviation is not None else "")
+
+    for line in lines:
+        rates = f"{line['rate']:g} of {', '.join(f'{rate:g}' for rate in line['rates'])}"
+        text.append(
+            f"| {line['mixer']} | {line['phases']} | {rates} | "
+            f"{cell(line, 'kl', '.4f')} | {cell(line, 'ratio', '.3f')} | {cell(line, 'top1_agreement', '.1%')} | "
+            f"{line['kl_before']:.2f} |"
+        )
+    return text
+
+
+def decoding_table(found: dict[str, list[dict]]) -> list[str]:
+    contexts = [f"{one['context']:,}" for one in found["teacher"]]
+    heads = [f"tokens/s after {context}" for context in contexts] + [f"state after {context}" for context in contexts]
+    text = ["| one sequence | " + " | ".join(heads) + " |", "|---" + "|---:" * len(heads) + "|"]
+    for name, rows in found.items():
+        cells = [f"{one['tokens_per_s']:.1f}" for one in rows] + [f"{one['state_bytes'] / 1e6:.1f} MB" for one in rows]
+        text.append(f"| {name} | {' | '.join(cells)} |")
+    return text
+
+
+def draw(lines: list[dict], target: Path) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axis = plt.subplots(figsize=(6, 3.6), layout="constrained")
-    for offset, init in enumerate(INITS):
-        own = [r for r in rows if r["init"] == init]
-        x = [i + 0.38 * (offset - 0.5) for i in range(len(own))]
-        bars = axis.bar(x, [r["kl"] for r in own], width=0.36, label=f"{init} initialisation")
-        axis.bar_label(bars, fmt="%.3f", fontsize=8)
+    figure, axis = plt.subplots(figsize=(6.4, 3.8), layout="constrained")
+    mixers = list(dict.fromkeys(line["mixer"] for line in lines))
+    width = 0.8 / len(mixers)
+    for turn, mixer in enumerate(mixers):
+        own = [line for line in lines if line["mixer"] == mixer]
+        x = [list(SCHEDULES).index(line["phases"]) + width * (turn - (len(mixers) - 1) / 2) for line in own]
+        errors = [line["kl"]["deviation"] or 0 for line in own]
+        bars = axis.bar(x, [line["kl"]["mean"] for line in own], width * 0.95, yerr=errors, capsize=3, label=mixer)
+        axis.bar_label(bars, fmt="%.3f", fontsize=8, padding=2)
+        for place, line in zip(x, own, strict=True):
+            axis.plot([place] * line["seeds"], line["kl"]["values"], "k.", markersize=3)
     axis.set_xticks(range(len(SCHEDULES)), [f"phase{'s' * (len(name) > 1)} {name}" for name in SCHEDULES])
     axis.set_ylabel("KL(teacher ‖ student), nats per token")
-    axis.set_title("The same tokens, with and without phases 1 and 2")
+    axis.set_title("The same tokens, without and with phases 1 and 2")
     axis.margins(y=0.2)
     axis.legend(frameon=False)
     axis.spines[["top", "right"]].set_visible(False)
     figure.savefig(target, dpi=120)
-
-
-def table(rows: list[dict], tokens: float) -> str:
-    lines = [
-        f"SmolLM2-135M-Instruct, {tokens:,.0f} training tokens a run; text of another source.",
-        "",
-        "| init | phases | KL (nats) | perplexity ratio | same top token | KL before |",
-        "|---|---|---:|---:|---:|---:|",
-    ]
-    for r in rows:
-        lines.append(
-            f"| {r['init']} | {r['phases']} | {r['kl']:.4f} | {float(r['ratio']):.3f} | {r['top1_agreement']:.1%} | "
-            f"{r['kl_before']:.2f} |"
-        )
-    return "\n".join(lines) + "\n"
+    plt.close(figure)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--mixers", nargs="+", default=["mamba2", "gated_delta"], help="mixers to compare")
     parser.add_argument("--tokens", type=float, default=65536, help="training tokens of each run")
+    parser.add_argument("--seeds", type=int, default=3, help="runs with the best rate")
+    parser.add_argument("--rates", type=float, nargs="+", default=[0.5, 1, 2], help="times the demo's learning rates")
     parser.add_argument("--runs", type=Path, default=Path("runs/ablation"), help="folder of the runs")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the table, its JSON and the plot")
     options = parser.parse_args()
-    from mohawk.conversion.run import convert
-
-    rows = []
-    for init in INITS:
-        for name, schedule in SCHEDULES.items():
-            run = options.runs / f"{init}-{name}"
-            if not (run / "results.json").is_file():
-                convert(recipe_for(init, schedule, options.tokens, run))
-            rows.append(row(init, name, run))
-            print(table(rows, options.tokens), flush=True)
-    RESULTS.mkdir(exist_ok=True)
-    about = {"tokens": options.tokens, "date": time.strftime("%Y-%m-%d")}
-    (RESULTS / "ablation.json").write_text(json.dumps({"about": about, "rows": rows}, indent=1) + "\n")
-    told = made_by(rows[0]["machine"], f"models/ablation.py --tokens {options.tokens:.0f}")
-    put_in_docs(
-        "ablation",
-        [*table(rows, options.tokens).splitlines(), "", told, "", "![ablation](benchmarks/results/ablation.png)"],
+    progress = Progress(len(options.mixers) * len(SCHEDULES) * (len(options.rates) + options.seeds - 1))
+    rows = all_rows(options, lambda run: done(run, options.tokens, options.runs), progress)
+    lines, speeds = summary(rows), decoding(rows)
+    options.results.mkdir(parents=True, exist_ok=True)
+    about = {"tokens": options.tokens, "seeds": options.seeds, "date": time.strftime("%Y-%m-%d")}
+    written = {"about": about, "summary": lines, "decoding": speeds, "rows": rows}
+    (options.results / "ablation.json").write_text(json.dumps(written, indent=1) + "\n")
+    draw(lines, options.results / "ablation.png")
+    command = (
+        f"models/ablation.py --mixers {' '.join(options.mixers)} --tokens {options.tokens:.0f} "
+        f"--seeds {options.seeds} --rates {' '.join(f'{rate:g}' for rate in options.rates)}"
     )
-    draw(rows, RESULTS / "ablation.png")
+    told = made_by(rows[0]["machine"], command)
+    plot = "![ablation](benchmarks/results/ablation.png)"
+    text = [*table(lines, options.tokens), "", *decoding_table(speeds), "", told, "", plot]
+    if options.results == RESULTS:
+        put_in_docs("ablation", text)
+    else:
+        (options.results / "ablation.md").write_text("\n".join(text) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,17 +1,19 @@
-"""What should a mixer start from? Four starts of both mixers, before training and after equal tokens of phases 1 and 2.
+"""What should a mixer start from? The starts that each has, before training and after equal tokens of phases 1 and 2.
 
 | start | projections | convolution, gate |
 |---|---|---|
 | random | random | random |
 | neutral | random | identity, 1: Phi-Mamba's |
-| attention | q -> C, k -> B, v -> x, o -> out | identity up to a scale, constant |
+| attention | q -> C, k -> B, v -> x, o -> out; of delta rules q, k, v and o | identity up to a scale, constant |
 | attention, z from W_O | the same, z rows from W_O and W_V | the same, as AWS hybrid-model-factory gates |
 
-SmolLM2-135M-Instruct becomes the demo's hybrid eight times, by the demo's recipe with other budgets and without phase
+A delta rule has no neutral start, and Gated DeltaNet no constant gate.
+
+SmolLM2-135M-Instruct becomes the demo's hybrid once for each, by the demo's recipe with other budgets and without phase
 3. Runs are ordinary `mohawk convert` runs, each stops and resumes like one, and what is done is not done again; the
 table, its JSON and a plot go to benchmarks/results/.
 
-    python benchmarks/models/initialisation.py [--mixing 8192] [--hidden 24576] [--runs runs/initialisation]
+    python benchmarks/models/initialisation.py [--mixing 8192] [--hidden 24576] [--mixers mamba2 gated_delta]
 """
 
 import argparse
@@ -24,12 +26,17 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from benchmarks.pages import RESULTS, made_by, put_in_docs  # noqa: E402
 
-MIXERS = ("mamba2", "discrete_mamba2")
 STARTS = {  # name -> (student.init, student.gate)
     "random": ("random", "open"),
     "neutral": ("neutral", "open"),
     "attention": ("attention", "open"),
     "attention, z from W_O": ("attention", "output"),
+}
+MIXERS = {  # the starts of each
+    "mamba2": tuple(STARTS),
+    "discrete_mamba2": tuple(STARTS),
+    "gated_delta": ("random", "attention, z from W_O"),
+    "kimi_delta": ("random", "attention", "attention, z from W_O"),
 }
 STAGES = ("before", "mixing", "hidden")
 
@@ -96,8 +103,11 @@ def draw(rows: list[dict], target: Path) -> None:
 
     from mohawk.runs.figures import log_axis
 
-    figure, axes = plt.subplots(1, len(MIXERS), figsize=(9, 3.6), layout="constrained", sharey=True)
-    for axis, mixer in zip(axes, MIXERS, strict=True):
+    mixers = list(dict.fromkeys(r["mixer"] for r in rows))
+    figure, axes = plt.subplots(
+        1, len(mixers), figsize=(1 + 3.6 * len(mixers), 3.6), layout="constrained", sharey=True, squeeze=False
+    )
+    for axis, mixer in zip(axes[0], mixers, strict=True):
         for r in rows:
             if r["mixer"] == mixer:
                 axis.plot(range(len(STAGES)), [r["kl"][stage] for stage in STAGES], marker="o", label=r["start"])
@@ -107,13 +117,14 @@ def draw(rows: list[dict], target: Path) -> None:
         axis.margins(x=0.15)
         axis.set_title(mixer)
         axis.spines[["top", "right"]].set_visible(False)
-    axes[0].set_ylabel("KL(teacher ‖ student), nats per token")
-    axes[1].legend(frameon=False)
+        axis.legend(frameon=False, fontsize=8)
+    axes[0, 0].set_ylabel("KL(teacher ‖ student), nats per token")
     figure.savefig(target, dpi=120)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--mixers", nargs="+", choices=MIXERS, default=list(MIXERS), help="mixers to compare")
     parser.add_argument("--mixing", type=float, default=8192, help="tokens of phase 1")
     parser.add_argument(
         "--hidden", type=float, default=24576, help="tokens of phase 2, its least-squares start included"
@@ -124,8 +135,8 @@ def main() -> None:
     from mohawk.conversion.run import convert
 
     rows = []
-    for mixer in MIXERS:
-        for start in STARTS:
+    for mixer in options.mixers:
+        for start in MIXERS[mixer]:
             run = options.runs / f"{mixer}-{start.replace(', ', '-').replace(' ', '-')}"
             if not (run / "results.json").is_file():
                 convert(recipe_for(mixer, start, options.mixing, options.hidden, run))
@@ -139,6 +150,7 @@ def main() -> None:
     draw(rows, options.results / "initialisation.png")
     if options.results == RESULTS:
         command = f"models/initialisation.py --mixing {options.mixing:.0f} --hidden {options.hidden:.0f}"
+        command += "" if options.mixers == list(MIXERS) else f" --mixers {' '.join(options.mixers)}"
         told = made_by(rows[0]["machine"], command)
         plot = "![initialisation](benchmarks/results/initialisation.png)"
         put_in_docs("initialisation", [*lines, "", told, "", plot])
