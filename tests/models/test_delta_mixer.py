@@ -379,3 +379,71 @@ def test_with_an_adapter(name, targets):
         gradient = mixer.get_submodule(key).lora_B["default"].weight.grad
         outside = f"{key}.weight" in mixer.outside_matrix
         assert gradient is None if outside else gradient.abs().sum() > 0, key
+
+
+def token_by_token(name, weights, sizes, x):
+    """A mixer's output by the papers' formulas, in float64: weights by their names, x (b, n, D)."""
+    _, heads, p, N, groups, taps = sizes
+    if name == "gated_delta":
+        qkv, z, b, a = (x @ weights[f"in_proj_{part}.weight"].T for part in ("qkv", "z", "b", "a"))
+        log_decay = (-weights["A_log"].exp() * F.softplus(a + weights["dt_bias"]))[..., None].expand(*a.shape, N)
+    else:
+        qkv = torch.cat([x @ weights[f"{part}_proj.weight"].T for part in "qkv"], -1)
+        z, b = x @ weights["g_a_proj.weight"].T @ weights["g_b_proj.weight"].T, x @ weights["b_proj.weight"].T
+        f = x @ weights["forget_gate.f_a_proj.weight"].T @ weights["forget_gate.f_b_proj.weight"].T
+        f = (f + weights["forget_gate.dt_bias"]).unflatten(-1, (heads, N))
+        log_decay = -weights["forget_gate.A_log"].exp().view(heads, 1) * F.softplus(f)
+    before, taken = F.pad(qkv, (0, 0, taps - 1, 0)), weights["conv1d.weight"][:, 0]
+    qkv = F.silu(sum(before[:, j : j + x.shape[1]] * taken[:, j] for j in range(taps)))
+    q, k, v = qkv.split([groups * N, groups * N, heads * p], -1)
+    q, k = (one.unflatten(-1, (groups, N)).repeat_interleave(heads // groups, 2) for one in (q, k))
+    q, k = (one / (one.square().sum(-1, keepdim=True) + 1e-6).sqrt() for one in (q, k))
+    q = q * N**-0.5
+    v, beta = v.unflatten(-1, (heads, p)), b.sigmoid()
+    state, out = x.new_zeros(len(x), heads, N, p), []
+    for t in range(x.shape[1]):
+        state = state * log_decay[:, t].exp()[..., None]
+        missing = v[:, t] - torch.einsum("bhnp,bhn->bhp", state, k[:, t])
+        state = state + torch.einsum("bhn,bhp->bhnp", k[:, t] * beta[:, t, :, None], missing)
+        out.append(torch.einsum("bhnp,bhn->bhp", state, q[:, t]))
+    y, z = torch.stack(out, 1), z.unflatten(-1, (heads, p))
+    y = y / (y.square().mean(-1, keepdim=True) + 1e-6).sqrt()
+    if name == "gated_delta":
+        return (y * weights["norm.weight"] * F.silu(z)).flatten(-2) @ weights["out_proj.weight"].T
+    return (y * weights["o_norm.weight"] * z.sigmoid()).flatten(-2) @ weights["o_proj.weight"].T
+
+
+@pytest.mark.parametrize("decays", ["strong", "weak", "overwhelming", "mixed"])
+@pytest.mark.parametrize("beta", [1e-11, 1 - 1e-11, None])
+@pytest.mark.parametrize("name, sizes", [("gated_delta", (30, 6, 9, 11, 3, 4)), ("kimi_delta", (33, 5, 17, 17, 5, 2))])
+def test_extreme_gates(name, sizes, beta, decays):
+    """By the formulas in float64: beta next to 0 and 1, or either from token to token; log decays of a token around
+    -20, -1e-8, -2000, or from next to nothing to thousands. transformers' Kimi has NaN gradients of the last."""
+    mixer, _ = pair(name, sizes)
+    x = torch.randn(2, 67, sizes[0])
+    x[..., 0] = 1
+    decay, (to_beta, to_decay) = (
+        (mixer, (mixer.in_proj_b, mixer.in_proj_a))
+        if name == "gated_delta"
+        else (mixer.forget_gate, (mixer.b_proj, mixer.forget_gate.f_b_proj))
+    )
+    with torch.no_grad():
+        to_beta.weight[:, 0] = 0.0 if beta is None else torch.logit(torch.tensor(beta, dtype=torch.float64)).float()
+        to_beta.weight *= 20 if beta is None else 1
+        if decays == "mixed":
+            to_decay.weight *= 30
+        else:
+            bias, rate = {"strong": (3.0, 2.0), "weak": (-18.0, 0.0), "overwhelming": (40.0, 4.0)}[decays]
+            decay.dt_bias.fill_(bias)
+            decay.A_log.fill_(rate)
+    weights = {key: value.detach().double().requires_grad_() for key, value in mixer.state_dict().items()}
+    expected, found = token_by_token(name, weights, sizes, x.double()), mixer(x)[0]
+    assert (found - expected).norm() <= 1e-5 * expected.norm()
+    down = torch.randn_like(found)
+    (expected * down).sum().backward()
+    (found * down).sum().backward()
+    # a gradient through beta next to 1 is below float32's rounding of beta itself
+    largest = max(float(value.grad.norm()) for value in weights.values())
+    for key, parameter in mixer.named_parameters():
+        gradient = weights[key].grad
+        assert (parameter.grad - gradient).norm() <= 1e-4 * gradient.norm() + 1e-8 * largest, key
