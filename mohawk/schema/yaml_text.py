@@ -195,7 +195,7 @@ def _laid_out(value: Any) -> Any:
     if isinstance(value, dict):
         # A key that is a number, of a layer for one, is one without quotes too: it is read as text in any case.
         numbers = {key: int(key) for key in value if re.fullmatch("0|[1-9][0-9]{0,8}", str(key))}
-        return {numbers.get(key, _quoted_if_needed(key)): _laid_out(entry) for key, entry in value.items()}
+        return {numbers.get(key, _laid_out(key)): _laid_out(entry) for key, entry in value.items()}
     if isinstance(value, (list, tuple)):
         result = CommentedSeq(_laid_out(entry) for entry in value)
         if not any(isinstance(entry, (dict, list, tuple)) for entry in value):
