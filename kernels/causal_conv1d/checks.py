@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from mohawk.kernels.common.segments import check_segment_ids
-from mohawk.kernels.common.tensors import check_tensors
+from mohawk.kernels.common.tensors import check_floating, check_given, check_tensors
 
 ACTIVATIONS = (None, "silu")
 
@@ -17,11 +17,8 @@ def check(
     segment_ids: Tensor | None,
 ) -> None:
     where = "causal_conv1d"
-    for name, value in (("x", x), ("weight", weight)):
-        if value is None:
-            raise ValueError(f"{where}: {name} is None; it must be a tensor")
-    tensors = {"x": x, "weight": weight, "bias": bias, "initial_state": initial_state}
-    check_tensors(where, **tensors)
+    check_given(where, x=x, weight=weight)
+    check_tensors(where, bias=bias, initial_state=initial_state)
     if x.dim() != 3 or not x.is_floating_point():
         raise ValueError(f"{where}: x must be floating point (batch, seq, channels), got {x.dtype} {tuple(x.shape)}")
     batch, seq, channels = x.shape
@@ -40,9 +37,5 @@ def check(
             f"{where}: initial_state must be (batch, channels, kernel - 1) = {state_shape}, "
             f"got {tuple(initial_state.shape)}"
         )
-    for name, value in tensors.items():
-        if value is not None and not value.is_floating_point():
-            raise ValueError(f"{where}: {name} must be floating point, got {value.dtype}")
-        if value is not None and value.device != x.device:
-            raise ValueError(f"{where}: {name} is on {value.device}, x on {x.device}; move them to one device")
+    check_floating(where, "x", x.device, x=x, weight=weight, bias=bias, initial_state=initial_state)
     check_segment_ids(segment_ids, batch, seq, where)

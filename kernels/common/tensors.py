@@ -48,6 +48,24 @@ def check_tensors(where: str, **tensors: object) -> None:
             raise ValueError(f"{where}: {name} {reason}")
 
 
+def check_given(where: str, **tensors: object) -> None:
+    """As `check_tensors`, for what has to be given."""
+    for name, x in tensors.items():
+        if x is None:
+            raise ValueError(f"{where}: {name} is None; it must be a tensor")
+    check_tensors(where, **tensors)
+
+
+def check_floating(where: str, lead: str, device: torch.device, **tensors: Tensor | None) -> None:
+    """Raises ValueError, from `where`, for what is not floating point, or on another device than `lead`; None is left
+    out."""
+    for name, x in tensors.items():
+        if x is not None and not x.is_floating_point():
+            raise ValueError(f"{where}: {name} must be floating point, got {x.dtype}")
+        if x is not None and x.device != device:
+            raise ValueError(f"{where}: {name} is on {x.device}, {lead} on {device}; move them to one device")
+
+
 def check_untransformed(where: str, *tensors: object) -> None:
     """Raises ValueError, from `where`, where a transform of torch.func is looking on."""
     if any(transformed(x) for x in tensors):

@@ -4,7 +4,7 @@ from torch import Tensor
 
 from mohawk.kernels.common.delta_chunks import check_gates
 from mohawk.kernels.common.segments import check_segment_ids
-from mohawk.kernels.common.tensors import check_tensors
+from mohawk.kernels.common.tensors import check_floating, check_given, check_tensors
 
 
 def fits_step(state: Tensor, q: Tensor, k: Tensor, v: Tensor, beta: Tensor, log_decay: Tensor) -> bool:
@@ -29,12 +29,10 @@ def check(
     segment_ids: Tensor | None,
     where: str = "gated_delta_rule",
 ) -> None:
-    tensors: dict[str, Tensor | None] = {"q": q, "k": k, "v": v, "beta": beta, "log_decay": log_decay}
-    for name, value in tensors.items():
-        if value is None:
-            raise ValueError(f"{where}: {name} is None; it must be a tensor")
-    tensors["the state"] = initial_state
-    check_tensors(where, **tensors)
+    given = {"q": q, "k": k, "v": v, "beta": beta, "log_decay": log_decay}
+    check_given(where, **given)
+    optional = {"the state": initial_state}
+    check_tensors(where, **optional)
     if v.dim() != 4:
         raise ValueError(f"{where}: v must be (batch, seq, heads, value_dim), got {tuple(v.shape)}")
     batch, seq, heads, value_dim = v.shape
@@ -54,8 +52,4 @@ def check(
             f"got {tuple(initial_state.shape)}"
         )
     check_segment_ids(segment_ids, batch, seq, where)
-    for name, value in tensors.items():
-        if value is not None and not value.is_floating_point():
-            raise ValueError(f"{where}: {name} must be floating point, got {value.dtype}")
-        if value is not None and value.device != v.device:
-            raise ValueError(f"{where}: {name} is on {value.device}, v on {v.device}; move them to one device")
+    check_floating(where, "v", v.device, **given, **optional)

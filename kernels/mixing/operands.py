@@ -11,12 +11,11 @@ import math
 import numbers
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from mohawk.kernels.common.delta_chunks import check_gates
 from mohawk.kernels.common.segments import check_segment_ids
-from mohawk.kernels.common.tensors import check_tensors, whole_number
+from mohawk.kernels.common.tensors import check_floating, check_given, check_tensors, whole_number
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,7 +39,7 @@ class AttentionMixing:
 
     def __post_init__(self) -> None:
         q, k, where = self.q, self.k, "AttentionMixing"
-        _check_tensors(where, q=q, k=k)
+        check_given(where, q=q, k=k)
         if q.dim() != 4 or k.dim() != 4:
             shapes = f"{tuple(q.shape)} and {tuple(k.shape)}"
             raise ValueError(f"{where}: q and k must be (batch, heads, seq, head_dim), got {shapes}")
@@ -64,7 +63,7 @@ class AttentionMixing:
                 allowed = "a finite number" + (" above 0" if least == 0 else "")
                 raise ValueError(f"{where}: {name} must be None or {allowed}, got {value!r}")
             object.__setattr__(self, name, float(value))
-        _check_floating(where, q.device, q=q, k=k)
+        check_floating(where, "the rest", q.device, q=q, k=k)
         check_segment_ids(self.segment_ids, q.shape[0], q.shape[2], where)
 
     @property
@@ -101,7 +100,7 @@ class SSDMixing:
 
     def __post_init__(self) -> None:
         where = "SSDMixing"
-        _check_tensors(where, C=self.C, B=self.B, log_decay=self.log_decay)
+        check_given(where, C=self.C, B=self.B, log_decay=self.log_decay)
         check_tensors(where, input_scale=self.input_scale, D=self.D)
         if self.log_decay.dim() != 3:
             raise ValueError(f"{where}: log_decay must be (batch, seq, heads), got {tuple(self.log_decay.shape)}")
@@ -123,10 +122,8 @@ class SSDMixing:
             )
         if self.D is not None and tuple(self.D.shape) != (heads,):
             raise ValueError(f"{where}: D must be (heads,) = ({heads},), got {tuple(self.D.shape)}")
-        device = self.C.device
-        _check_floating(
-            where, device, C=self.C, B=self.B, log_decay=self.log_decay, input_scale=self.input_scale, D=self.D
-        )
+        given = {"C": self.C, "B": self.B, "log_decay": self.log_decay}
+        check_floating(where, "the rest", self.C.device, **given, input_scale=self.input_scale, D=self.D)
         check_segment_ids(self.segment_ids, batch, seq, where)
 
     @property
@@ -160,14 +157,14 @@ class DeltaMixing:
 
     def __post_init__(self) -> None:
         q, k, where = self.q, self.k, "DeltaMixing"
-        _check_tensors(where, q=q, k=k, beta=self.beta, log_decay=self.log_decay)
+        check_given(where, q=q, k=k, beta=self.beta, log_decay=self.log_decay)
         if q.dim() != 4 or q.shape != k.shape:
             shapes = f"{tuple(q.shape)} and {tuple(k.shape)}"
             raise ValueError(f"{where}: q and k must be (batch, seq, heads, d), both alike, got {shapes}")
         if not q.shape[3]:
             raise ValueError(f"{where}: d is 0")
         check_gates(where, k, self.beta, self.log_decay)
-        _check_floating(where, q.device, q=q, k=k, beta=self.beta, log_decay=self.log_decay)
+        check_floating(where, "the rest", q.device, q=q, k=k, beta=self.beta, log_decay=self.log_decay)
         check_segment_ids(self.segment_ids, q.shape[0], q.shape[1], where)
 
     @property
@@ -183,18 +180,3 @@ class DeltaMixing:
 
 Mixing = AttentionMixing | SSDMixing | DeltaMixing
 KINDS = "an AttentionMixing, an SSDMixing or a DeltaMixing"
-
-
-def _check_tensors(where: str, **tensors: object) -> None:
-    for name, value in tensors.items():
-        if value is None:
-            raise ValueError(f"{where}: {name} is None; it must be a tensor")
-    check_tensors(where, **tensors)
-
-
-def _check_floating(where: str, device: torch.device, **tensors: Tensor | None) -> None:
-    for name, value in tensors.items():
-        if value is not None and not value.is_floating_point():
-            raise ValueError(f"{where}: {name} must be floating point, got {value.dtype}")
-        if value is not None and value.device != device:
-            raise ValueError(f"{where}: {name} is on {value.device}, the rest on {device}; move them to one device")

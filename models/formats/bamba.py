@@ -18,6 +18,7 @@ from transformers.models.bamba import modeling_bamba
 
 from mohawk.models.casting import cast
 from mohawk.models.families import decoder_shape
+from mohawk.models.formats.stock import decoder_fields
 from mohawk.models.generation_settings import saveable
 from mohawk.models.hybrid import HybridForCausalLM
 from mohawk.models.hybrid_config import SSM_LAYER, HybridConfig
@@ -281,21 +282,10 @@ def _bamba_config(config: HybridConfig, pad_expand: bool, state: dict[str, Tenso
 
 def mamba2_fields(config: HybridConfig, pad_expand: bool, state: dict[str, Tensor]) -> dict[str, Any]:
     """Fields that Bamba's and Granite's configurations have in common. state: of `mamba2_state`, if only its names."""
-    base, shape, heads = config.base_config, decoder_shape(config.base_config), _heads(config, pad_expand)
+    shape, heads = decoder_shape(config.base_config), _heads(config, pad_expand)
     other = {} if shape.head_dim * shape.num_heads == shape.hidden_size else {"head_dim": shape.head_dim}
     return dict(
-        vocab_size=config.vocab_size,
-        hidden_size=shape.hidden_size,
-        intermediate_size=base.intermediate_size,
-        num_hidden_layers=shape.num_layers,
-        num_attention_heads=shape.num_heads,
-        num_key_value_heads=shape.num_kv_heads,
-        hidden_act=base.hidden_act,
-        initializer_range=base.initializer_range,
-        rms_norm_eps=base.rms_norm_eps,
-        tie_word_embeddings=config.tie_word_embeddings,
-        max_position_embeddings=base.max_position_embeddings,
-        attention_dropout=base.attention_dropout,
+        **decoder_fields(config),
         attention_bias=any(key.endswith("self_attn.q_proj.bias") for key in state),
         mamba_n_heads=heads,
         mamba_d_head=config.mixer_head_dim,
@@ -305,10 +295,6 @@ def mamba2_fields(config: HybridConfig, pad_expand: bool, state: dict[str, Tenso
         mamba_expand=heads * config.mixer_head_dim // shape.hidden_size,
         mamba_conv_bias=True,
         mamba_proj_bias=config.mixer_bias,
-        pad_token_id=config.pad_token_id,
-        bos_token_id=config.bos_token_id,
-        eos_token_id=config.eos_token_id,
-        attn_implementation=config._attn_implementation,
         **other,
     )
 

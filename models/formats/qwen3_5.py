@@ -18,6 +18,7 @@ from transformers import Qwen3_5ForCausalLM, Qwen3_5TextConfig
 
 from mohawk.models.families import decoder_shape
 from mohawk.models.formats.bamba import filled, why_not_layers, why_not_pure
+from mohawk.models.formats.stock import decoder_fields
 from mohawk.models.hybrid import HybridForCausalLM
 from mohawk.models.hybrid_config import SSM_LAYER, HybridConfig
 
@@ -94,19 +95,8 @@ def qwen3_5_config(config: HybridConfig) -> Qwen3_5TextConfig:
     # runtimes that compute the layers' kinds from it find them as they are, others find none and stop
     other: dict[str, Any] = {} if interval is None else {"full_attention_interval": interval}
     return Qwen3_5TextConfig(
-        vocab_size=config.vocab_size,
-        hidden_size=shape.hidden_size,
-        intermediate_size=base.intermediate_size,
-        num_hidden_layers=shape.num_layers,
-        num_attention_heads=shape.num_heads,
-        num_key_value_heads=shape.num_kv_heads,
+        **decoder_fields(config),
         head_dim=shape.head_dim,
-        hidden_act=base.hidden_act,
-        initializer_range=base.initializer_range,
-        rms_norm_eps=base.rms_norm_eps,
-        tie_word_embeddings=config.tie_word_embeddings,
-        max_position_embeddings=base.max_position_embeddings,
-        attention_dropout=base.attention_dropout,
         rope_parameters={**base.rope_parameters, "partial_rotary_factor": 1.0},  # Qwen3.5's own default is 0.25
         layer_types=kinds,
         linear_num_value_heads=config.mixer_num_heads,
@@ -114,10 +104,6 @@ def qwen3_5_config(config: HybridConfig) -> Qwen3_5TextConfig:
         linear_num_key_heads=config.mixer_num_groups,
         linear_key_head_dim=config.mixer_state_size,
         linear_conv_kernel_dim=config.mixer_conv_kernel,
-        pad_token_id=config.pad_token_id,
-        bos_token_id=config.bos_token_id,
-        eos_token_id=config.eos_token_id,
-        attn_implementation=config._attn_implementation,  # pyrefly: ignore[unexpected-keyword]  # the base class takes it
         **other,
     )
 

@@ -1,4 +1,4 @@
-"""What transformers' own decoders with mixers (Bamba, Granite 4, Qwen3.5) call their mixers and the sizes of these."""
+"""What transformers' own decoders with mixers (Bamba, Granite 4, Qwen3.5) call their parts and sizes."""
 
 from __future__ import annotations
 
@@ -7,6 +7,9 @@ from typing import Any, NamedTuple
 
 from torch import nn
 from transformers import PreTrainedConfig
+
+from mohawk.models.families import decoder_shape
+from mohawk.models.hybrid_config import HybridConfig
 
 PLACES = ("self_attn", "attn", "mamba", "linear_attn")  # Granite's layers have two of them, one of which is None
 # Our mixer of the same kind -> the attributes of theirs: the convolution's channels and taps, sizes whose product is
@@ -43,6 +46,29 @@ def stock_mixer(mixer: nn.Module) -> StockMixer | None:
 def layer_kinds(config: PreTrainedConfig) -> list[str]:
     """A word for each layer, "linear_attention" for one with a mixer, as Bamba's configuration too has it."""
     return list(getattr(config, "layers_block_type", None) or config.layer_types)
+
+
+def decoder_fields(config: HybridConfig) -> dict[str, Any]:
+    """What the stock configurations call alike: sizes, norms, positions and special tokens of a student."""
+    base, shape = config.base_config, decoder_shape(config.base_config)
+    return dict(
+        vocab_size=config.vocab_size,
+        hidden_size=shape.hidden_size,
+        intermediate_size=base.intermediate_size,
+        num_hidden_layers=shape.num_layers,
+        num_attention_heads=shape.num_heads,
+        num_key_value_heads=shape.num_kv_heads,
+        hidden_act=base.hidden_act,
+        initializer_range=base.initializer_range,
+        rms_norm_eps=base.rms_norm_eps,
+        tie_word_embeddings=config.tie_word_embeddings,
+        max_position_embeddings=base.max_position_embeddings,
+        attention_dropout=base.attention_dropout,
+        pad_token_id=config.pad_token_id,
+        bos_token_id=config.bos_token_id,
+        eos_token_id=config.eos_token_id,
+        attn_implementation=config._attn_implementation,
+    )
 
 
 def norm_groups(config: PreTrainedConfig) -> int:
