@@ -1,13 +1,15 @@
 """Runs whose layers get different mixers: from the recipe's mapping through all phases, select and compose."""
 
+import io
 import json
 
 import pytest
 import torch
+from rich.console import Console
 
 from mohawk.cli import main
 from mohawk.conversion.objectives import MixingObjective
-from mohawk.conversion.plan import make_plan
+from mohawk.conversion.plan import make_plan, print_plan
 from mohawk.conversion.recipe import Recipe
 from mohawk.conversion.run import convert
 from mohawk.conversion.select import select
@@ -132,6 +134,41 @@ def test_a_plan_counts_each_layers_own(recipe_of):
     assert len(set(alone.values())) == 3
     for found, *each in zip(mixed, *(alone[name] for name in EVERYWHERE.values()), strict=True):
         assert found == pytest.approx(sum(each) / 4, abs=4)
+
+
+@pytest.mark.parametrize(
+    "student, heads, can, cannot",
+    [
+        ({"mixer": "mamba2"}, {}, "bamba, granite, hybrid", {"gguf": "made with gate: output (and init: attention)"}),
+        ({"mixer": "mamba2", "gate": "output"}, {}, "bamba, granite, gguf, hybrid", {}),
+        (
+            {"mixer": "mamba2", "gate": "output"},
+            {"hidden_size": 48, "num_attention_heads": 3, "num_key_value_heads": 1, "head_dim": 24},
+            "bamba with --pad-expand, granite with --pad-expand, gguf, hybrid",
+            {},
+        ),
+        (
+            {"mixer": "gated_delta"},
+            {},
+            "hybrid",
+            {"bamba": "its mixers are gated_delta", "gguf": "is llama's; Qwen3.5"},
+        ),
+    ],
+)
+def test_a_plan_says_what_can_be_exported(recipe_of, student, heads, can, cannot, monkeypatch):
+    """Before anything is trained, with the setting that decides it."""
+    from mohawk.models.formats import bamba, granite
+
+    for module in (bamba, granite):
+        monkeypatch.setattr(module, "norms_groups_apart", lambda: True)
+    recipe = recipe_of(ssm_layers="every_second", **student)
+    console = Console(file=io.StringIO(), width=200)
+    print_plan(make_plan(recipe, tiny_teacher(vocab_size=258, **heads).config), recipe, console)
+    said = console.file.getvalue()
+    assert f"Export --to {can}\n" in said
+    told = dict(line.removeprefix("not ").split(": ", 1) for line in said.splitlines() if line.startswith("not "))
+    assert told["qwen3_5"] and (student["mixer"] == "gated_delta" or set(told) == {"qwen3_5", *cannot})
+    assert all(reason in told[name] for name, reason in cannot.items())
 
 
 def test_select_and_compose_keep_each_layers_own(recipe_of, tmp_path):
