@@ -400,6 +400,18 @@ def test_what_the_models_do_not_have_is_said_before_they_load(checkpoints, texts
     assert len(str(caught.value).splitlines()) == 1
 
 
+def test_it_is_said_with_the_recipes_line(checkpoints, texts, tmp_path, capsys):
+    student = {"hybrid": {"ssm_layers": [0], "mixer": {0: "gated_delta"}, "gate": "open"}}
+    path = tmp_path / "recipe.yaml"
+    recipe_of(checkpoints, texts, tmp_path / "run", {}, student=student).save(path)
+    (line,) = (i for i, text in enumerate(path.read_text().splitlines(), 1) if "gate: open" in text)
+    assert main(["distill", str(path), "--dry-run"]) == 2
+    assert f"{path}:{line}: student.hybrid.gate: got 'open', a constant gate" in capsys.readouterr().err
+    student["hybrid"]["mixer"] = {0: "mamba2", 5: "mamba2"}
+    with pytest.raises(UserError, match=r"student.hybrid.mixer: names layers \[5\], which student.hybrid.ssm_layers"):
+        recipe_of(checkpoints, texts, tmp_path / "run", {}, student=student)
+
+
 def test_a_source_has_a_loss_of_its_own(checkpoints, texts, tmp_path, capsys):
     """MiniLLM's two terms: reverse KL on the student's samples, and the cross entropy of plain text."""
     pairs = {"source": str(texts / "pairs.jsonl"), "kind": "pairs", "sampling_weight": 0.5}

@@ -278,6 +278,10 @@ def test_a_dry_run_shows_sizes_and_reads_no_weights(checkpoint, texts, tmp_path,
     (bare / "config.json").write_bytes((checkpoint / "config.json").read_bytes())
     recipe = tmp_path / "recipe.yaml"
     made(bare, texts, tmp_path / "run", prune={"ffn": 24, "layers": 2}, convert={"ssm_layers": [1]}).save(recipe)
+    assert main(["prune", str(recipe), "--dry-run", "--set", "convert.ssm_layers=[7]"]) == 2
+    assert "error: --set convert.ssm_layers: got [7], but the teacher's layers are numbered 0 to" in (
+        capsys.readouterr().err
+    )
     assert main(["prune", str(recipe), "--dry-run", "--set", "prune.rounds=2"]) == 0
     printed = capsys.readouterr().out
     config = AutoModelForCausalLM.from_pretrained(checkpoint).config
