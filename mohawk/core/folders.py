@@ -1,9 +1,9 @@
 """Folders and files that are complete or invisible: checkpoints, the student of a phase, the final student, figures.
 
-A folder is written beside its place under a `.partial-` name, every file is hashed into MANIFEST.json, files
-and folder are flushed to the disk, and one rename makes it appear. A reader believes a folder only when its
-manifest verifies: a kill at any moment, a full disk or a flipped bit costs at most the newest folder. A file that
-stands alone, NAME, is written likewise, its sha256 in `.NAME.sha256` beside it.
+A folder is written beside its place under a `.partial-` name, every file is hashed into MANIFEST.json, which has a hash
+of itself too, files and folder are flushed to the disk, and one rename makes it appear. A reader believes a folder only
+when its manifest verifies: a kill at any moment, a full disk or a flipped bit costs at most the newest folder. A file
+that stands alone, NAME, is written likewise, its sha256 in `.NAME.sha256` beside it.
 """
 
 import hashlib
@@ -159,12 +159,14 @@ def why_incomplete(
     """
     path = Path(path)
     try:
-        files = json.loads((path / MANIFEST).read_bytes())["files"]
+        files = _manifest(path)["files"]
         expected = {name: (entry["bytes"], entry["sha256"]) for name, entry in files.items()}
     except FileNotFoundError:
         return f"no {MANIFEST}" if path.is_dir() else "no such folder"
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        return f"{MANIFEST} cannot be read"
+    except OSError as error:
+        return f"{MANIFEST} cannot be read ({error.strerror})"
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return f"{MANIFEST} is damaged"
     if not expected:
         return f"{MANIFEST} lists no files"
     expected = {name: entry for name, entry in expected.items() if card or not name.endswith(CARD)}
@@ -205,22 +207,37 @@ def refuse_damaged(path: str | os.PathLike, remedy: str, where: str = "") -> Non
 
 
 def about_of(path: str | os.PathLike) -> dict[str, Any]:
-    """What `write_whole` was told of the folder `path`; empty where it was told nothing."""
+    """What `write_whole` was told of the folder `path`; empty where it was told nothing, or the manifest is damaged."""
     try:
-        about = json.loads((Path(path) / MANIFEST).read_bytes()).get("about")
+        about = _manifest(Path(path)).get("about")
     except (OSError, ValueError, AttributeError, RecursionError):
         return {}
     return about if isinstance(about, dict) else {}
 
 
 def weights_sum(path: str | os.PathLike) -> str | None:
-    """What changes with the weights in the folder `path`, by its manifest; None where it has none."""
+    """What changes with the weights in the folder `path`, by its manifest; None where it has none, or a damaged one."""
     try:
-        files = json.loads((Path(path) / MANIFEST).read_bytes())["files"]
+        files = _manifest(Path(path))["files"]
         sums = [f"{name} {files[name]['sha256']}" for name in sorted(files) if name.endswith(WEIGHTS)]
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
     return hashlib.sha256("\n".join(sums).encode()).hexdigest()
+
+
+def _manifest(path: Path) -> Any:
+    """The manifest of the folder `path`, compared with its own sum; those of earlier versions have none. Raises
+    OSError, and ValueError or RecursionError where it is damaged."""
+    value = json.loads((path / MANIFEST).read_bytes())
+    if isinstance(value, dict) and "sha256" in value and value["sha256"] != manifest_sum(value):
+        raise ValueError("not as it was written")
+    return value
+
+
+def manifest_sum(manifest: Mapping[str, Any]) -> str:
+    """sha256 of a manifest without its own `sha256`."""
+    rest = {key: value for key, value in manifest.items() if key != "sha256"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
 def step_of(path: str | os.PathLike) -> int:
@@ -322,6 +339,8 @@ def seal(folder: Path, about: Mapping[str, Any] | None = None, sums: Mapping[str
         files[name] = {"bytes": (folder / name).stat().st_size, "sha256": digest}
     manifest = folder / MANIFEST
     value = {"files": files} | ({"about": dict(about)} if about else {})
+    value = json.loads(json.dumps(value))  # as it will be read
+    value["sha256"] = manifest_sum(value)
     manifest.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
     fsync(manifest)
     for path in folder.rglob("*"):

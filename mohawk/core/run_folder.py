@@ -118,12 +118,13 @@ def plot_names(run: Path) -> list[str]:
 
 def summed_files(run: Path) -> Iterator[Path]:
     """Every file that is written at once and whole, with its sum beside it."""
-    names = (RECIPE, RUN_FILE, RESULTS, SELECTION, COMPOSED, VOCABULARY, f"{MATRICES}/*.safetensors")
+    names = (RECIPE, RUN_FILE, RESULTS, REPORT, SELECTION, COMPOSED, VOCABULARY, f"{MATRICES}/*.safetensors")
     yield from sorted(path for name in names for path in run.glob(name))
     yield from sorted((*evaluation_files(run), *of_rounds(run, "*.json"), *of_rounds(run, "*.safetensors")))
 
 
 def summed_folders(run: Path) -> Iterator[Path]:
-    """Every folder that has a manifest: what phases left, and the last student."""
+    """Every folder that has a manifest: what phases left, the last student, and what was made of it."""
     left = [path for name in (STUDENT, "checkpoint-*", ADAPTER, BASE) for path in run.glob(f"{PHASES}/*/{name}")]
-    yield from sorted(path for path in (run / STUDENT, *left) if path.is_dir())
+    made = [run / STUDENT, run / PLOTS / "matrices", *run.glob("export/[!.]*")]
+    yield from sorted(path for path in (*made, *left) if path.is_dir())

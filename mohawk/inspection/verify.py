@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mohawk.core.folders import MANIFEST, PARTIAL, why_altered, why_incomplete
-from mohawk.core.lines import damage, sums_of
+from mohawk.core.folders import MANIFEST, PARTIAL, sum_file, why_altered, why_incomplete
+from mohawk.core.lines import damage, missing_lines, sums_of
 from mohawk.core.places import home
 from mohawk.core.run_folder import (
     ADAPTER,
@@ -22,7 +22,8 @@ from mohawk.core.run_folder import (
     summed_files,
     summed_folders,
 )
-from mohawk.data.generated import FILES, spare_lines
+from mohawk.data.generated import FILES, SUMMARY, spare_lines
+from mohawk.data.generated import MANIFEST as GENERATED_BY
 from mohawk.errors import UserError
 from mohawk.training.metrics import damaged_lines
 
@@ -57,10 +58,8 @@ def findings(folder: Path) -> Iterator[Finding]:
         path = sums.with_name(sums.name.removesuffix(SUMS).removeprefix("."))
         if not _passing(path, folder):
             yield Finding(path, why_altered(path))
-    for path in sorted(folder.rglob(METRICS_FILE)):
-        if not _passing(path, folder):
-            count = damaged_lines(path)
-            yield Finding(path, f"{count} damaged lines" if count else None)
+    for path in _of_lines(folder, METRICS_FILE):
+        yield Finding(path, _records(path, damaged_lines))
     for sums in sorted(folder.rglob(".*.crc32")):
         path = sums.with_name(sums.name.removesuffix(".crc32").removeprefix("."))
         if path.name not in (METRICS_FILE, Path(MEASURED).name) and not _passing(path, folder):
@@ -68,11 +67,10 @@ def findings(folder: Path) -> Iterator[Finding]:
     for path in sorted(path for name in FILES for path in folder.rglob(name)):
         if not sums_of(path).exists() and path.stat().st_size and not _passing(path, folder):
             yield Finding(path, NO_SUMS)
-    if (folder / MEASURED).is_file():
+    for path in _of_lines(folder, Path(MEASURED).name):
         from mohawk.conversion.probe import damaged_measurements
 
-        count = damaged_measurements(folder / MEASURED)
-        yield Finding(folder / MEASURED, f"{count} damaged lines" if count else None)
+        yield Finding(path, _records(path, damaged_measurements))
     yield from _without_sums(folder, inside)
 
 
@@ -124,15 +122,34 @@ def _whole(place: Path) -> str | None:
     return why_incomplete(place)
 
 
+def _of_lines(folder: Path, name: str) -> list[Path]:
+    """The files of this name, and those whose checksums are there."""
+    sums = (path.with_name(name) for path in folder.rglob(sums_of(Path(name)).name))
+    return sorted(path for path in {*folder.rglob(name), *sums} if not _passing(path, folder))
+
+
+def _records(path: Path, damaged: Callable[[Path], int]) -> str | None:
+    """What is wrong with a file of records, of which `damaged` counts the lines that are not as they were written."""
+    if not path.exists():
+        return "is missing" if missing_lines(path) > 1 else None  # a kill before its first line leaves a checksum
+    if count := damaged(path):
+        return f"{count} damaged lines"
+    return None if sums_of(path).exists() else NO_SUMS
+
+
 def _without_sums(folder: Path, inside: set[Path]) -> Iterator[Finding]:
     """What has no sum where an earlier version wrote it: a run's files, tokenised text and pairs."""
     if has_recipe(folder):
         for path in summed_files(folder):
-            if not path.with_name(f".{path.name}{SUMS}").exists():
+            if not sum_file(path).exists():
                 yield Finding(path, NO_SUMS)
         for path in summed_folders(folder):
             if path not in inside:
                 yield Finding(path, f"has no {MANIFEST}")
+    answers = {path.parent for name in FILES for path in folder.rglob(name)}
+    for path in sorted(place / name for place in answers for name in (GENERATED_BY, SUMMARY)):
+        if path.is_file() and not sum_file(path).exists() and not _passing(path, folder):
+            yield Finding(path, NO_SUMS)
     for path in sorted({*folder.rglob("offsets.npy"), *folder.rglob("spans.npy")}):
         if path.parent not in inside and not _passing(path, folder):
             yield Finding(path.parent, NO_SUMS)

@@ -14,7 +14,6 @@ serves any number of passes in any order. examples/read_teacher_cache.py reads i
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mohawk.core.folders import MANIFEST, why_incomplete
+from mohawk.core.folders import MANIFEST, manifest_sum, why_incomplete
 from mohawk.core.json_files import parse_json
 from mohawk.core.places import home
 from mohawk.errors import UserError
@@ -269,7 +268,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
             raise UserError(f"{path}: is not of a teacher cache; give the folder that mohawk cache wrote")
         if manifest["version"] != VERSION:
             raise UserError(f"{path}: is of format version {manifest['version']}, known is {VERSION}; update mohawk")
-        if manifest["sha256"] != manifest_hash(manifest):
+        if manifest["sha256"] != manifest_sum(manifest):
             raise UserError(f"{path}: is damaged (its sha256 is not what it says); {REPAIR}")
     except FileNotFoundError:
         unfinished = " (it is not finished: run mohawk cache again)" if unfinished_folder(folder).is_dir() else ""
@@ -281,12 +280,6 @@ def read_manifest(folder: Path) -> dict[str, Any]:
             raise
         raise UserError(f"{path}: is damaged (no JSON of a teacher cache); {REPAIR}") from error
     return manifest
-
-
-def manifest_hash(manifest: Mapping[str, Any]) -> str:
-    """sha256 of a manifest without its own `sha256`."""
-    rest = {key: value for key, value in manifest.items() if key != "sha256"}
-    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
 def unfinished_folder(folder: Path) -> Path:

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from mohawk.core.folders import MANIFEST, fsync, locked, why_incomplete
+from mohawk.core.folders import MANIFEST, fsync, locked, manifest_sum, why_incomplete
 from mohawk.core.json_files import parse_json
 from mohawk.core.places import home
 from mohawk.core.terminal import SHOWN, Bar
@@ -33,7 +33,6 @@ from mohawk.teacher_cache.reader import (
     VERSION,
     CachedRows,
     TeacherCache,
-    manifest_hash,
     read_manifest,
     shard_name,
     unfinished_folder,
@@ -341,7 +340,7 @@ def _same(folder: Path, old: dict[str, Any], new: dict[str, Any]) -> None:
 def _read_settings(folder: Path) -> dict[str, Any] | None:
     try:
         settings = parse_json((folder / SETTINGS).read_bytes())
-        return settings if settings["sha256"] == manifest_hash(settings) and settings["format"] == FORMAT else None
+        return settings if settings["sha256"] == manifest_sum(settings) and settings["format"] == FORMAT else None
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
@@ -349,7 +348,7 @@ def _read_settings(folder: Path) -> dict[str, Any] | None:
 def _write_json(path: Path, value: dict[str, Any]) -> None:
     """Writes a JSON object by one rename, with its own hash in it."""
     part = path.with_name(path.name + ".part")
-    part.write_text(json.dumps(value | {"sha256": manifest_hash(value)}, indent=1) + "\n", encoding="utf-8")
+    part.write_text(json.dumps(value | {"sha256": manifest_sum(value)}, indent=1) + "\n", encoding="utf-8")
     fsync(part)
     os.rename(part, path)
     fsync(path.parent)

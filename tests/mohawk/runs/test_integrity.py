@@ -26,6 +26,7 @@ from mohawk.core.folders import (
     sum_file,
     weights_sum,
     why_altered,
+    why_incomplete,
     write_file,
     write_whole,
 )
@@ -110,7 +111,7 @@ def test_every_use_of_a_damaged_student_is_refused_in_one_line(file, place, caps
         capsys.readouterr()
         assert main(arguments) == 2, arguments
         (line,) = [line for line in said(capsys).splitlines() if line.startswith("error")]
-        assert f"{'MANIFEST.json cannot be read' if file == MANIFEST else file + ' is damaged'}" in line, line
+        assert f"{file} is damaged" in line, line
         assert "run/student" in line
 
 
@@ -184,6 +185,46 @@ def test_verify_names_every_kind_of_damaged_file(place, capsys):
             assert len(lines) == 2 and os.path.relpath(part, place) in lines[0], (name, lines)
             path.write_bytes(whole)
     assert main(["verify", "run"]) == 0
+
+
+@pytest.mark.parametrize("name", ["run/metrics.jsonl", "run/export/hybrid/MANIFEST.json", "run/student/config.json"])
+def test_verify_names_what_is_missing(name, place, capsys):
+    assert main(["export", "run", "--to", "hybrid"]) == 0
+    (place / name).unlink()
+    capsys.readouterr()
+    assert main(["verify", "run"]) == 2
+    assert re.search(
+        rf"^error: {os.path.dirname(name)}.*({Path(name).name} is missing|is missing|has no)", said(capsys)
+    )
+
+
+@pytest.mark.parametrize("name", [".metrics.jsonl.crc32", ".report.md.sha256"])
+def test_verify_says_of_what_it_has_no_sum(name, place, capsys):
+    (place / "run" / name).unlink()
+    capsys.readouterr()
+    assert main(["verify", "run"]) == 0
+    of = name.removeprefix(".").rpartition(".")[0]
+    assert f"run/{of}: was written without sums" in capsys.readouterr().out
+
+
+def test_no_bit_of_a_manifest_changes_in_silence(place):
+    """Whichever it is: what the folder is of stands there too, by which students of other runs are known."""
+    folder = place / "run" / "phases" / "end_to_end" / "student"
+    path, about = folder / MANIFEST, about_of(folder)
+    whole = path.read_bytes()
+    assert {"run", "from", "bound"} <= about.keys()
+    meaning = json.loads(whole)
+    for at in range(whole.index(b'"about"'), len(whole)):
+        changed = bytearray(whole)
+        changed[at] ^= 1
+        path.write_bytes(changed)
+        if why_incomplete(folder) is None:
+            found = json.loads(bytes(changed))
+            assert {k: v for k, v in found.items() if k in ("files", "about")} == {
+                k: v for k, v in meaning.items() if k != "sha256"
+            }, at
+        else:
+            assert about_of(folder) == {} and weights_sum(folder) is None, at
 
 
 def test_verify_of_caches_and_of_what_is_none(place, capsys):
