@@ -12,7 +12,7 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
-from mohawk.core.folders import why_altered, write_file
+from mohawk.core.folders import sum_file, why_altered, write_file
 
 log = logging.getLogger(__name__)
 
@@ -29,7 +29,8 @@ def write_text(path: Path | str, text: str) -> None:
 
 
 def read_json(path: Path | str, kind: Any = dict[str, Any]) -> Any | None:
-    """What `write_json` wrote, with its numbers back; None where there is no such file, or a damaged one (logged).
+    """What `write_json` wrote, with its numbers back; None where there is no such file, or a damaged one. That one is
+    damaged, or was there, is logged.
 
     kind: a type as pydantic checks it; a value of another one is damage too.
 
@@ -38,6 +39,8 @@ def read_json(path: Path | str, kind: Any = dict[str, Any]) -> Any | None:
     """
     path = Path(path)
     if not path.is_file():
+        if sum_file(path).exists():
+            log.warning("%s is missing: making again what was in it", path)
         return None
     content = path.read_bytes()
     problem = why_altered(path, content)

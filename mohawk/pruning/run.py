@@ -311,15 +311,7 @@ class Pruning:
         rows = [["teacher", *sizes_row(self.plan.own), *(f"{n:,}" for n in parameters_of(self.run.teacher))]]
         searches = []
         for number in range(1, len(self.plan.rounds) + 1):
-            if (found := read_json(self.rounds.folder(number) / CUT, CutMade)) is not None:
-                counts = (found["parameters"], found["outside_embedding_and_head"])
-                rows.append(
-                    [
-                        f"after cut {number}",
-                        *sizes_row(Sizes(**found["after"]), self.plan.own),
-                        *(f"{n:,}" for n in counts),
-                    ]
-                )
+            rows.append([f"after cut {number}", *self._after_cut(number)])
             if (state := read_json(self.rounds.folder(number) / SEARCH, Search)) and "picked" in state:
                 searches.append(search_table(state))
         counts = [f"{n:,}" for n in parameters_of(student)]
@@ -337,3 +329,15 @@ class Pruning:
             ]  # fmt: skip
             made.append(("Vocabulary kept", ["", "kept"], lines))
         return made
+
+    def _after_cut(self, number: int) -> list[str]:
+        """The cells of a round's cut in the table of sizes; question marks where all that it left is lost."""
+        found, student = read_json(self.rounds.folder(number) / CUT, CutMade), f"prune_{number}"
+        if found is not None:
+            after, counts = Sizes(**found["after"]), (found["parameters"], found["outside_embedding_and_head"])
+        elif is_complete(folder := phase_student(self.run.folder, student)):
+            config = load_config(folder)
+            after, counts = sizes_of(config), parameters_of(empty_model(config))
+        else:
+            return ["?"] * (len(sizes_header(self.plan.own)) + 2)
+        return [*sizes_row(after, self.plan.own), *(f"{n:,}" for n in counts)]

@@ -23,6 +23,8 @@ def read_metrics(path: str | os.PathLike) -> list[dict[str, Any]]:
     """The records of logged steps, in the file's order; none where there is no file. Damaged lines are passed over."""
     path = Path(path)
     if not path.is_file():
+        if (count := missing_lines(path)) > 1:  # a kill before its first line leaves a checksum
+            log.warning("%s is missing, and the %d lines that were in it", path, count)
         return []
     found = _records(path)
     records = [record for _, record in found if record and {"tokens", "loss"} <= record.keys()]

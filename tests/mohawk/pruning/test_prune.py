@@ -126,6 +126,13 @@ def test_two_rounds_of_width_depth_and_a_smaller_vocabulary(merging, texts, tmp_
     for number, found in zip("12", cuts, strict=True):
         weights = load_file(run / "phases" / f"prune_{number}" / "student" / "model.safetensors")
         assert sum(w.numel() for w in weights.values()) == found["parameters"]
+    # of a cut whose figures are lost the report has the same from what it left
+    table = (run / "report.md").read_text().partition("## Sizes")[2].partition("##")[0]
+    assert table.count("after cut") == 2
+    (run / "rounds" / "1" / "cut.json").unlink()
+    (run / "rounds" / "2" / "cut.json").write_text("{}")
+    prune(recipe)
+    assert (run / "report.md").read_text().partition("## Sizes")[2].partition("##")[0] == table
     found = {name: read(run / "evaluation" / f"{name}.json")["held_out"]["kl"] for name in
              ("prune_1", "heal_1", "prune_2", "heal_2")}  # fmt: skip
     assert found["heal_1"] < found["prune_1"] and found["heal_2"] < found["prune_2"]

@@ -346,6 +346,19 @@ def test_damaged_figures_and_a_lost_recipe_are_made_again(place, caplog):
         assert f"{name} is damaged" in caplog.text
 
 
+def test_what_is_missing_and_was_there_is_said(place, caplog):
+    """And figures are measured again; losses are not."""
+    run = place / "run"
+    figures = json.loads((run / "results.json").read_text())["evaluation"]["mixing"]["held_out"]
+    (run / "evaluation" / "mixing.json").unlink()
+    (run / "metrics.jsonl").unlink()
+    convert(recipe_of())
+    assert "evaluation/mixing.json is missing: making again" in caplog.text
+    assert f"metrics.jsonl is missing, and the {2 * STEPS} lines that were in it" in caplog.text
+    again = json.loads((run / "results.json").read_text())["evaluation"]["mixing"]["held_out"]
+    assert again == pytest.approx(figures)
+
+
 def test_a_damaged_recipe_is_refused_by_those_that_read_the_run(place, capsys):
     path = place / "run" / "recipe.yaml"
     path.write_text(path.read_text().replace("seed: 0", "seed: 1"))
