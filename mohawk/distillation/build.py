@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -35,6 +35,7 @@ from mohawk.teacher_cache.reader import TeacherCache
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from mohawk.distillation.recipe import StageRecipe
     from mohawk.loading.causal import CausalLM
     from mohawk.loading.parts import Spread
 
@@ -62,11 +63,11 @@ def checked_cache(stage: Stage) -> TeacherCache:
     return cache
 
 
-def check_caches(stages: Iterable[Stage], tokenizer: PreTrainedTokenizerBase) -> None:
-    """UserError where a stage's cache does not fit it, or was made with another tokenizer."""
-    for stage in stages:
+def check_caches(recipe: StageRecipe, tokenizer: PreTrainedTokenizerBase) -> None:
+    """UserError where a stage's cache does not fit it, or was made with another tokenizer or seed."""
+    for stage in recipe.stages:
         if stage.cache is not None:
-            checked_cache(stage).check(tokenizer_hash=tokenizer_key(tokenizer))
+            checked_cache(stage).check(tokenizer_hash=tokenizer_key(tokenizer), seed=recipe.seed)
 
 
 def load(

@@ -54,7 +54,7 @@ def distill(recipe: DistillRecipe, *, dry_run: bool = False) -> None:
         recipe,
         dry_run=dry_run,
         plan=plan,
-        further=functools.partial(check_caches, recipe.stages),
+        further=functools.partial(check_caches, recipe),
         work=lambda folder, console, needed: run_stages(
             opened(recipe, folder, console, parts=parts_of(recipe, needed > device_bytes(pick_device(recipe.device))))
         ),

@@ -132,8 +132,7 @@ def read_rationales(files: Sequence[Any], templates: Sequence[str] = TEMPLATES) 
                 record["label"] = _text(row, "label", where)
                 record["rationale"] = _text(row, "rationale", where) if row.get("rationale") is not None else None
             elif row.get("response") is not None:
-                response = _text(row, "response", where)
-                found = next(filter(None, (extract_rationale(response, template) for template in templates)), None)
+                found = _taken_apart(_text(row, "response", where), templates)
                 if found is None:
                     unmatched.append(where)
                     continue
@@ -156,14 +155,20 @@ def read_rationales(files: Sequence[Any], templates: Sequence[str] = TEMPLATES) 
     return records
 
 
-def check_record(row: Mapping[str, Any], where: str) -> None:
-    """UserError where a line has not what `read_rationales` asks of each."""
+def _taken_apart(response: str, templates: Sequence[str]) -> Extracted | None:
+    return next(filter(None, (extract_rationale(response, template) for template in templates)), None)
+
+
+def check_record(row: Mapping[str, Any], where: str, templates: Sequence[str] = TEMPLATES) -> bool:
+    """UserError where a line has not what `read_rationales` asks of each. Returns whether there is something to learn
+    in it: a label, or a response that a template matches."""
     _prompt(row, where)
     given = next((name for name in ("label", "response") if row.get(name) is not None), None)
     if given is None:
         raise UserError(_nothing_to_learn(row, where))
     for name in (given, "rationale") if given == "label" and row.get("rationale") is not None else (given,):
         _text(row, name, where)
+    return given == "label" or _taken_apart(_text(row, given, where), templates) is not None
 
 
 def _nothing_to_learn(row: Mapping[str, Any], where: str) -> str:

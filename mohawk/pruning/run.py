@@ -133,7 +133,7 @@ def _check_further(recipe: PruneRecipe, tokenizer: Any) -> None:
             check_trimmable(tokenizer)
         except ValueError as error:
             raise UserError(f"prune.vocabulary: {error}") from error
-    check_caches(recipe.stages, tokenizer)
+    check_caches(recipe, tokenizer)
 
 
 def _plan(recipe: PruneRecipe, config: Any, run: Path) -> Plan:

@@ -18,7 +18,7 @@ from mohawk.data.source_files import as_source, local_files
 from mohawk.errors import UserError
 from mohawk.loading.configs import load_config
 from mohawk.loading.models import quantization
-from mohawk.losses.rationales import check_record
+from mohawk.losses.rationales import TEMPLATES, check_record
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -170,13 +170,19 @@ def _check_source(source: Any, where: str, tokenizer: PreTrainedTokenizerBase | 
                 f"{', '.join(rows[0][1])}"
             )
     if kind != "text":
+        templates, learned = getattr(source, "templates", None) or TEMPLATES, kind != "rationales" or not rows
         for at, row in rows:
             if not any(value is not None for value in row.values()):
                 continue  # the columns of a Parquet file without rows
             if kind == "rationales":
-                check_record(row, at)
+                learned |= check_record(row, at, templates)
             elif tokenizer is not None:
                 _check_pair(source, tokenizer, at, row, teachers)
+        if not learned and not any(check_record(row, at, templates) for at, row in read_records(plain)):
+            raise UserError(
+                f"{where}: none of the responses, from {rows[0][0]} on, matches one of the {len(templates)} templates; "
+                "give templates that take them apart"
+            )
     name = getattr(source, "weight_field", None)
     if name is not None and rows and not any(name in row for _, row in rows):
         if form == "parquet" or not any(name in row for _, row in read_records(plain)):  # a later row may have it

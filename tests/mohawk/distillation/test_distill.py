@@ -203,6 +203,10 @@ def test_a_cached_teacher_teaches_as_the_teacher_does(checkpoints, texts, tmp_pa
     )
     with pytest.raises(UserError, match="cache again with this teacher"):
         distill(wide)
+    with pytest.raises(UserError, match="cached with data seed 0, here it is 5"):
+        distill(
+            recipe_of(checkpoints, texts, tmp_path / "seed", {"cache": str(tmp_path / "cache")}, seed=5), dry_run=True
+        )
     cache_teacher(plain, tmp_path / "top", kind="top-k", k=16, temperature=2.0)
     with pytest.raises(UserError, match="temperature 2"):
         distill(recipe_of(checkpoints, texts, tmp_path / "other", {"cache": str(tmp_path / "top")}))

@@ -114,6 +114,10 @@ CASES = {
     "a rationale's type": (
         {"data": {"train": [{"source": "reasons.parquet", "kind": "rationales"}]}}, "row 0: rationale: got list"
     ),
+    "templates that take no response apart": (
+        {"data": {"train": [{"source": "pairs.jsonl", "kind": "rationales", "templates": ["{rationale} x {label}"]}]}},
+        "data.train.0: none of the responses, from .*pairs.jsonl:1 on, matches one of the 1 templates",
+    ),
     "teacher_field of text": (
         {"data": {"train": [{"source": "text.txt", "teacher_field": "by"}]}}, "teacher_field is of kind: pairs"
     ),
