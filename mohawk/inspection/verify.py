@@ -25,6 +25,7 @@ from mohawk.core.run_folder import (
 from mohawk.data.generated import FILES, SUMMARY, spare_lines
 from mohawk.data.generated import MANIFEST as GENERATED_BY
 from mohawk.errors import UserError
+from mohawk.loading.describe import why_outdated
 from mohawk.training.metrics import damaged_lines
 
 if TYPE_CHECKING:
@@ -71,7 +72,7 @@ def findings(folder: Path) -> Iterator[Finding]:
         from mohawk.conversion.probe import damaged_measurements
 
         yield Finding(path, _records(path, damaged_measurements))
-    yield from _without_sums(folder, inside)
+    yield from _of_runs(folder, inside)
 
 
 def verify(path: str | Path, console: Console | None = None) -> list[Finding]:
@@ -137,9 +138,12 @@ def _records(path: Path, damaged: Callable[[Path], int]) -> str | None:
     return None if sums_of(path).exists() else NO_SUMS
 
 
-def _without_sums(folder: Path, inside: set[Path]) -> Iterator[Finding]:
-    """What has no sum where an earlier version wrote it: a run's files, tokenised text and pairs."""
+def _of_runs(folder: Path, inside: set[Path]) -> Iterator[Finding]:
+    """A final student that is not of the last step's, and what has no sum where an earlier version wrote it: a run's
+    files, tokenised text and pairs."""
     if has_recipe(folder):
+        if (problem := why_outdated(folder)) is not None:
+            yield Finding(folder / STUDENT, problem)
         for path in summed_files(folder):
             if not sum_file(path).exists():
                 yield Finding(path, NO_SUMS)

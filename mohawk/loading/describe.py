@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mohawk.core.folders import MANIFEST, refuse_damaged
+from mohawk.core.folders import MANIFEST, about_of, refuse_damaged, weights_sum
 from mohawk.core.places import home
 from mohawk.core.run_folder import STUDENT, has_recipe, phase_student
 from mohawk.errors import UserError
-from mohawk.schema.kinds import phase_names, run_command
+from mohawk.schema.kinds import load_run_recipe, phase_names, run_command
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -57,17 +57,34 @@ class Description:
 
 def student_folder(path: str | Path) -> str:
     """The model inside a run's folder (the final student, else the latest phase's), or the name as it is. Raises
-    UserError where the student is not as the run wrote it."""
+    UserError where the student is not as the run wrote it, or not made of what the run has now."""
     folder = home(path)
     if not has_recipe(folder):
         return str(path)
     for student in _students(folder):
-        if (student / "config.json").is_file():
+        if any((student / name).is_file() for name in (MANIFEST, "config.json")):
             if not (student / MANIFEST).exists():
                 log.warning("%s has no %s: it is not verified", student, MANIFEST)
-            refuse_damaged(student, f"`{run_command(folder)}` with the run's recipe makes it again")
+            again = f"`{run_command(folder)}` with the run's recipe makes it again"
+            refuse_damaged(student, again)
+            if student == folder / STUDENT and (problem := why_outdated(folder)) is not None:
+                raise UserError(f"{student} {problem}; {again}, or name {student} to use it as it is")
             return str(student)
     raise UserError(f"{path} is a run without a student yet; `{run_command(folder)}` with its recipe goes on with it")
+
+
+def why_outdated(run: Path) -> str | None:
+    """What is wrong with a run's final student where its last step has left another one since, as a run that was
+    stopped in between shows; None where it is of that one, or where nothing there says."""
+    made_of = about_of(run / STUDENT).get("from")
+    try:
+        last = next(reversed(load_run_recipe(run).trained()), None)
+    except UserError:  # a damaged recipe does not say
+        return None
+    left = None if last is None else weights_sum(phase_student(run, last))
+    if None in (made_of, left) or made_of == left:
+        return None
+    return f"was made of another student than phases/{last} has now"
 
 
 def _students(folder: Path) -> Iterator[Path]:

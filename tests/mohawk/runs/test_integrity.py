@@ -449,6 +449,41 @@ def test_a_final_student_of_another_one_is_made_again(place):
     assert results["recipe"]["phases"]["end_to_end"]["learning_rate"] == 1e-3
 
 
+def test_a_final_student_of_another_one_is_not_used_meanwhile(place, capsys):
+    """As a kill leaves it between the last phase's new student and the run's."""
+    phase = place / "run" / "phases" / "end_to_end" / "student"
+    tensors = load_file(phase / "model.safetensors")
+    about = about_of(phase)
+    with write_whole(phase, about=about) as partial:
+        shutil.copytree(phase, partial, dirs_exist_ok=True)
+        (partial / MANIFEST).unlink()
+        save_file({k: v + 1e-3 for k, v in tensors.items()}, partial / "model.safetensors", {"format": "pt"})
+    prompts = place / "prompts.txt"
+    prompts.write_text("A cat\n")
+    uses = [
+        ["generate", "run", "--prompt", "A"], ["inspect", "run"], ["evaluate", "run"], ["export", "run"],
+        ["generate-data", str(prompts), "--model", "run", "--output", "answers"],
+    ]  # fmt: skip
+    for arguments in uses:
+        capsys.readouterr()
+        assert main(arguments) == 2, arguments
+        assert "run/student was made of another student than phases/end_to_end has now; `mohawk convert`" in said(
+            capsys
+        )
+    assert main(["verify", "run"]) == 2
+    assert "run/student: was made of another student" in said(capsys)
+    assert main(["generate", "run/student", "--prompt", "A", "--max-new-tokens", "1"]) == 0
+    convert(recipe_of())
+    assert main(["generate", "run", "--prompt", "A", "--max-new-tokens", "1"]) == 0
+
+
+def test_a_final_student_without_its_configuration_is_damaged(place, capsys):
+    """And no other one is used in its place."""
+    (place / "run" / "student" / "config.json").unlink()
+    assert main(["generate", "run", "--prompt", "A"]) == 2
+    assert "run/student: config.json is missing" in said(capsys)
+
+
 def test_what_another_run_left_is_not_taken_for_this_ones(place):
     run, other = place / "run", place / "other"
     shutil.copytree(run, other)
