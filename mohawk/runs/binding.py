@@ -19,7 +19,7 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
-from mohawk.core.folders import MANIFEST, WEIGHTS, about_of
+from mohawk.core.folders import MANIFEST, WEIGHTS, about_of, weights_sum
 from mohawk.core.json_files import parse_json, read_json, write_json
 from mohawk.core.places import home
 from mohawk.core.run_folder import ROUNDS, RUN_FILE, STUDENT, evaluation_files, left_by_phases
@@ -28,7 +28,7 @@ from mohawk.data.source_files import source_content
 from mohawk.data.text import tokenizer_key
 from mohawk.errors import UserError
 from mohawk.runs.kept import Bound
-from mohawk.schema.base import CheckpointSection, sections
+from mohawk.schema.base import CheckpointSection, Phase, sections
 
 log = logging.getLogger(__name__)
 
@@ -123,12 +123,15 @@ def _difference(name: str, then: str, now: str) -> str:
 
 
 def inputs_of(recipe: Any, tokenizer: Any) -> Iterator[tuple[str, list[str]]]:
-    """(dotted name, [what the recipe says, hash]) of every model's weights and configuration, the tokenizer, and every
-    text that a recipe names; of the special tokens' roles JSON in place of a hash."""
+    """(dotted name, [what the recipe says, hash]) of every model's weights, configuration and code, the tokenizer, and
+    every text and cache that a recipe names; of the special tokens' roles JSON in place of a hash."""
     yield from _models_of(recipe)
     for at, section in sections(recipe):
         if hasattr(section, "source"):
             yield f"{at} text", [section.source, source_content(section)]
+        if isinstance(section, Phase) and (cache := getattr(section, "cache", None)) is not None:
+            if (answers := weights_sum(home(cache))) is not None:
+                yield f"{at}.cache", [str(cache), answers]
     scores = getattr(getattr(recipe, "calibration", None), "scores", None)
     if scores is not None and (path := home(scores)).is_file():
         yield "calibration.scores", [scores, sha256_of([path])[0]]
@@ -155,7 +158,7 @@ def versions() -> dict[str, str]:
 
 
 def _model(section: CheckpointSection, at: str) -> dict[str, str]:
-    """Hashes of a model's weights and configuration, or the commit of one on the hub."""
+    """Hashes of a model's weights, configuration and code that is run, or the commit of one on the hub."""
     from mohawk.loading.configs import locate
 
     assert section.model is not None
@@ -166,13 +169,20 @@ def _model(section: CheckpointSection, at: str) -> dict[str, str]:
         return {} if commit is None else {"weights": f"commit {commit}"}
     if gguf_file is not None:
         return {"weights": sha256_of([folder / gguf_file])[0]}
-    files = sorted(path for path in folder.iterdir() if path.suffix in WEIGHTS and path.suffix != ".gguf")
-    sums = [f"{path.name} {digest}" for path, digest in zip(files, sha256_of(files), strict=True)]
+    weights = sorted(path for path in folder.iterdir() if path.suffix in WEIGHTS and path.suffix != ".gguf")
+    code = sorted(folder.rglob("*.py")) if section.trust_remote_code else []
     config = {file: _configuration(folder / file, at) for file in CONFIGURATION if (folder / file).is_file()}
     return {
-        "weights": hashlib.sha256("\n".join(sums).encode()).hexdigest(),
+        "weights": _sum_of(weights, folder),
         "configuration": hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest(),
+        **({"code": _sum_of(code, folder)} if code else {}),
     }
+
+
+def _sum_of(files: list[Path], folder: Path) -> str:
+    names = (path.relative_to(folder).as_posix() for path in files)
+    lines = [f"{name} {digest}" for name, digest in zip(names, sha256_of(files), strict=True)]
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
 def _configuration(path: Path, at: str) -> Any:

@@ -32,6 +32,9 @@ from mohawk.core.folders import (
 )
 from mohawk.core.json_files import read_json, write_json
 from mohawk.core.lines import append_line, read_lines, write_lines
+from mohawk.distillation.cache import cache_teacher
+from mohawk.distillation.recipe import DistillRecipe
+from mohawk.distillation.run import distill
 from mohawk.errors import UserError
 from mohawk.evaluation.run import evaluate_run
 from mohawk.inspection.verify import findings
@@ -678,6 +681,32 @@ def test_a_run_goes_on_only_with_the_inputs_it_began_with(lost, what, place, cap
             assert main(arguments) == 2 and f"run: {name}" in capsys.readouterr().err
     if what == "text":  # measured on another one, as asked
         evaluate_run("run", ["data.train=[texts/4.txt, texts/5.txt]", "data.validation_share=0.5"])
+
+
+def test_a_distillation_goes_on_only_with_the_cache_and_the_code_it_began_with(place):
+    data = recipe_of().model_dump(mode="json")
+    stage = {"tokens": 256, "batch_size": 4, "sequence_length": 32, "cache": "answers"}
+    recipe = DistillRecipe.from_dict(
+        {
+            "teacher": {"model": "./teacher", "trust_remote_code": True}, "student": {"layers": [0]},
+            "stages": [stage], "output": "distilled",
+            **{key: data[key] for key in ("data", "evaluation", "precision", "device")},
+        }
+    )  # fmt: skip
+    (place / "teacher" / "modeling.py").write_text("SCALE = 1\n")
+    cache_teacher(recipe, place / "answers", k=8)
+    distill(recipe)
+    shutil.rmtree(place / "distilled" / "student")
+    distill(recipe)
+    shutil.move(place / "answers", place / "first")
+    cache_teacher(recipe, place / "answers", k=4)
+    with pytest.raises(UserError, match=r"distilled: stages.0.cache \(answers\) has changed since the run began"):
+        distill(recipe)
+    shutil.rmtree(place / "answers")
+    shutil.move(place / "first", place / "answers")
+    (place / "teacher" / "modeling.py").write_text("SCALE = 2\n")
+    with pytest.raises(UserError, match=r"distilled: teacher code \(./teacher\) has changed since the run began"):
+        distill(recipe)
 
 
 def test_a_configuration_written_by_another_version_is_the_same(place, caplog):
