@@ -9,7 +9,7 @@ that what calls them need not ask.
 from __future__ import annotations
 
 import types
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -224,25 +224,29 @@ def copied(
     exact_scales(shape)
 
 
-def total_norm(tensors: Iterable[Tensor]) -> Tensor:
-    """The 2-norm over all that the processes hold together: parts, and what each has whole and alike."""
-    parts, alike, group = [], [], None
-    for tensor in tensors:
-        if isinstance(tensor, DTensor):
-            parts.append(tensor.to_local())
-            group = tensor.device_mesh.get_group(tensor.device_mesh.ndim - 1)
-        else:
-            alike.append(tensor)
-    if group is None:
-        return nn.utils.get_total_norm(alike)
-    square = _square([part for part in parts if part.numel()], parts[0].device)
-    dist.all_reduce(square, group=group)
-    return (square + _square(alike, parts[0].device)).sqrt().float()
+def total_norms(groups: Sequence[Iterable[Tensor]], device: torch.device) -> Tensor:
+    """(groups,) on the device: each group's 2-norm over all that the processes hold together, parts, and what each has
+    whole and alike."""
+    parts: list[list[Tensor]] = [[] for _ in groups]
+    alike: list[list[Tensor]] = [[] for _ in groups]
+    mesh = None
+    for i, tensors in enumerate(groups):
+        for tensor in tensors:
+            if isinstance(tensor, DTensor):
+                parts[i].append(tensor.to_local())
+                mesh = tensor.device_mesh
+            else:
+                alike[i].append(tensor)
+    if mesh is None:
+        return torch.stack([nn.utils.get_total_norm(tensors).to(device) for tensors in alike])
+    squares = torch.stack([_square([part for part in own if part.numel()], device) for own in parts])
+    dist.all_reduce(squares, group=mesh.get_group(mesh.ndim - 1))
+    return (squares + torch.stack([_square(tensors, device) for tensors in alike])).sqrt().float()
 
 
 def _square(tensors: list[Tensor], device: torch.device) -> Tensor:
     zero = torch.zeros((), dtype=torch.float64, device=device)
-    return nn.utils.get_total_norm(tensors).double().square() if tensors else zero
+    return nn.utils.get_total_norm(tensors).to(device).double().square() if tensors else zero
 
 
 @torch.no_grad()

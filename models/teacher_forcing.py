@@ -83,7 +83,9 @@ class _Recorder(StandIn):
 
 
 @torch.no_grad()
-def layer_calls(model: PreTrainedModel, input_ids: Tensor, position_ids: Tensor) -> tuple[Tensor, list[LayerCall]]:
+def layer_calls(
+    model: PreTrainedModel, input_ids: Tensor, position_ids: Tensor, embedded: Tensor | None = None
+) -> tuple[Tensor, list[LayerCall]]:
     """The input of the first decoder layer and the arguments of each, without running any of them.
 
     The family's own forward makes embeddings, masks and rotary tables, so nothing about a family is repeated here.
@@ -91,6 +93,7 @@ def layer_calls(model: PreTrainedModel, input_ids: Tensor, position_ids: Tensor)
     Args:
         model: a causal LM; its decoder is left as it was.
         input_ids, position_ids: (b, n); positions that restart mark the documents of packed rows.
+        embedded: (b, n, D) in place of what the embedding makes of the tokens.
 
     Returns:
         (hidden states (b, n, D), one LayerCall a layer).
@@ -102,7 +105,8 @@ def layer_calls(model: PreTrainedModel, input_ids: Tensor, position_ids: Tensor)
     norm = getattr(body, norm_name)
     setattr(body, norm_name, nn.Identity())
     try:
-        hidden = body(input_ids=input_ids, position_ids=position_ids, use_cache=False).last_hidden_state
+        given = {"input_ids": input_ids} if embedded is None else {"inputs_embeds": embedded}
+        hidden = body(**given, position_ids=position_ids, use_cache=False).last_hidden_state
     finally:
         body.layers = layers
         setattr(body, norm_name, norm)

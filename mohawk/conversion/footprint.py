@@ -18,6 +18,7 @@ from mohawk.models.decoders import decoder
 from mohawk.models.families import decoder_layers, decoder_shape
 from mohawk.models.hybrid import HybridForCausalLM
 from mohawk.models.mixers import MIXERS
+from mohawk.training.stages import AHEAD, deal
 
 # What a layer with attention keeps; of one with a mixer its class says it, as here: bytes a token and channel of
 # (residual stream, MLP, attention), in float32 and under bfloat16 autocast
@@ -44,14 +45,17 @@ class Strategy:
     """How a phase is held.
 
     parts: over how many processes a model is spread; 1: each has it whole. recompute: whether layers keep their inputs
-    alone for the backward pass.
+    alone for the backward pass. stages: over how many processes the layers are dealt; 1: each has all.
     """
 
     parts: int = 1
     recompute: bool = False
+    stages: int = 1
 
     def __str__(self) -> str:
         held = "whole" if self.parts == 1 else f"in {self.parts} parts"
+        if self.stages > 1:
+            held += f", in {self.stages} stages"
         return f"{held}, recomputing" if self.recompute else held
 
 
@@ -81,12 +85,13 @@ def footprint(
 
     Args:
         student, teacher: on any device, the meta device too.
-        trained: how many parameters the phase trains.
+        trained: how many parameters the phase trains; with stages, those of the stage that trains most.
         teacher_bytes: of one of the teacher's parameters. itemsize: of what matrices are multiplied in, 4 or 2.
         processes: that a step's rows are dealt to.
     """
     parts, last = strategy.parts, name == "end_to_end"
-    tokens = min(phase.batch_size, -(-phase.rows // processes)) * phase.sequence_length
+    dealt = processes // strategy.stages
+    tokens = min(phase.batch_size, -(-phase.rows // dealt)) * phase.sequence_length
     shape, config = decoder_shape(student.config.base_config), student.config
     width, replaced = shape.hidden_size, set(config.ssm_layers)
     layers = [_count(layer) for layer in decoder(student)[1]]
@@ -107,7 +112,17 @@ def footprint(
         "optimizer": 8 * trained // parts,
     }
     largest = max(layers)
-    if parts > 1:  # two layers gathered, one of them twice meanwhile; one's gradient before and while it is summed
+    if strategy.stages > 1:
+        found["gradients"], found["optimizer"] = 4 * trained, 8 * trained
+        if parts > 1:  # whole copies of a stage's layers beside the parts; the first has the embedding too
+            ranges = deal(sorted(replaced), strategy.stages)
+            embedding = student.model.embed_tokens.weight.numel()
+            found["teacher"] += teacher_bytes * (max(sum(theirs[i] for i in own) for own in ranges) + embedding)
+            found["student"] += 4 * max(sum(layers[i] for i in own) for own in ranges)
+        if itemsize == 2:
+            found["autocast copies"] = 2 * largest
+        found["handed on"] = AHEAD * teacher_bytes * tokens * width
+    elif parts > 1:  # two layers gathered, one of them twice meanwhile; one's gradient before and while it is summed
         found["gathered"] = itemsize * (3 * largest + max(theirs)) + 8 * largest
     elif itemsize == 2:
         found["autocast copies"] = 2 * (matrices - head if last and not strategy.recompute else largest)

@@ -24,7 +24,7 @@ from mohawk.models.hybrid import HybridForCausalLM
 from mohawk.models.mixers import MIXERS
 from mohawk.models.sharding import prefetch, reshard, run_in, stay_whole, whole_head
 from mohawk.models.state_mixer import StateMixer
-from mohawk.models.teacher_forcing import AttentionRecord, layer_calls, record, recording_attention
+from mohawk.models.teacher_forcing import AttentionRecord, LayerCall, layer_calls, record, recording_attention
 from mohawk.training.objective import Objective
 from mohawk.training.weight_decay import parameter_groups
 
@@ -72,32 +72,63 @@ class PhaseObjective(Objective[HybridForCausalLM]):
 
 
 class LayerwiseObjective(PhaseObjective):
-    """Walks the teacher's layers; `layer_loss` compares one layer of the student given the teacher's hidden state."""
+    """Walks the teacher's layers; `layer_loss` compares one layer of the student given the teacher's hidden state.
+
+    walk: the layers that this process walks, up to the last one that is replaced; with a `stage` its own.
+    """
+
+    walk: range
 
     def __init__(self, student: HybridForCausalLM, teacher: PreTrainedModel):
         super().__init__(student, teacher)
+        self.walk = range(self.layers[-1] + 1)
         stay_whole(decoder_layers(student), True)  # each layer's backward pass comes right after its forward pass
+
+    def apart(self) -> dict[str, list[nn.Parameter]]:
+        found: dict[str, list[nn.Parameter]] = {f"layer_{i}": [] for i in self.layers}
+        for name, parameter in self.trained():
+            found[f"layer_{name.split('.')[2]}"].append(parameter)  # of model.layers.3.norm
+        return found
+
+    def has(self, loss: str) -> bool:
+        return int(loss.removeprefix("layer_")) in self.walk
 
     def losses(self, **batch: Tensor) -> Iterator[tuple[str, Tensor]]:
         segment_ids = batch["segment_ids"]
-        layers, own, last = decoder_layers(self.teacher), decoder_layers(self.student), self.layers[-1]
+        layers, own = decoder_layers(self.teacher), decoder_layers(self.student)
         with recording_attention(self.teacher):
-            inputs = batch["input_ids"], batch["position_ids"]
-            hidden, calls = run_in(self.teacher, layer_calls, self.teacher, *inputs)
-            reshard(self.teacher)  # of an embedding that is the head too
-            for i, call in enumerate(calls[: last + 1]):
-                if i < last:
+            hidden, calls = self._first(batch)
+            for i in self.walk:
+                call = calls[i]
+                if i != self.walk[-1]:
                     prefetch(layers[i + 1])
                 if i in self.layers:
                     prefetch(own[i])
                 with torch.no_grad(), record(layers[i].self_attn) as attention:
                     after = layers[i](hidden, *call.args, **call.kwargs)
+                if self.stage is not None and i == self.walk[-1]:
+                    self.stage.send(after)
                 if i in self.layers:
                     loss = run_in(own[i], self.layer_loss, own[i], hidden, after, attention, call, segment_ids)
                     yield f"layer_{i}", loss / len(self.layers)
                     del loss
                 hidden = after
                 del attention, after
+
+    def _first(self, batch: dict[str, Tensor]) -> tuple[Tensor, list[LayerCall]]:
+        """What the first layer of the walk is given, and how each layer of the teacher is called."""
+        inputs = batch["input_ids"], batch["position_ids"]
+        if self.stage is None:
+            found = run_in(self.teacher, layer_calls, self.teacher, *inputs)
+            reshard(self.teacher)  # of an embedding that is the head too
+            return found
+        embedded = None
+        if self.walk[0] > 0:
+            embedding: Any = self.teacher.get_input_embeddings()
+            shape = *batch["input_ids"].shape, embedding.weight.shape[1]
+            embedded = torch.zeros(shape, dtype=embedding.weight.dtype, device=batch["input_ids"].device)
+        hidden, calls = layer_calls(self.teacher, *inputs, embedded)
+        return self.stage.receive(hidden), calls
 
     def layer_loss(
         self,

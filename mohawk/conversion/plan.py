@@ -1,6 +1,6 @@
 """What a conversion will do, worked out from the recipe and the teacher's configuration alone: no weights are read."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -21,7 +21,8 @@ from mohawk.models.from_teacher import choose_layers, gate_of, hybrid_from_teach
 from mohawk.models.hybrid import HybridForCausalLM
 from mohawk.models.hybrid_config import SSM_LAYER, HybridConfig
 from mohawk.models.mixers import MIXERS
-from mohawk.runs.sharding import check_within, device_bytes
+from mohawk.runs.sharding import check_within, device_bytes, stages_in
+from mohawk.training.stages import deal
 
 GIB = 2**30
 UNKNOWN = 2**63  # bytes of a device that is not here
@@ -38,6 +39,7 @@ class PhasePlan:
     name: str
     trained: int  # parameters
     groups: dict[str, int]  # what kind of parameter -> how many are trained
+    layers: dict[int, int]  # of which layer -> how many
     tokens: int
     steps: int
     strategy: Strategy
@@ -108,30 +110,44 @@ def make_plan(recipe: Recipe, teacher_config: Any, hardware: Hardware | None = N
     bits16 = fast or hardware.flops is not None
     each = 4 if recipe.teacher.dtype == "float32" else 2
 
-    def held(name: str, phase: Any, trained: int, strategy: Strategy) -> dict[str, int]:
+    def held(planned: PhasePlan, strategy: Strategy) -> dict[str, int]:
+        name, trained = planned.name, planned.trained
+        phase = getattr(recipe.phases, name)
+        if strategy.stages > 1:
+            trained = max(sum(planned.layers.get(i, 0) for i in own) for own in deal(replaced, strategy.stages))
         return footprint(
             name, phase, student, teacher, trained, teacher_bytes=each, itemsize=2 if bits16 else 4,
             strategy=strategy, processes=hardware.processes,
         )  # fmt: skip
 
+    replaced, stages = student.config.ssm_layers, recipe.sharding.stages or 1
+    if stages > len(replaced):
+        raise UserError(
+            f"sharding.stages: got {stages}, but {len(replaced)} layers are converted, at least one of which each "
+            "stage needs; give fewer stages"
+        )
     phases: list[PhasePlan] = []
     for name, phase in recipe.phases.active():
         objective = objective_for(name, phase, student, teacher)
         groups: dict[str, int] = {}
+        layers: dict[int, int] = {}
         for parameter_name, parameter in objective.trained():
+            if ".layers." in parameter_name:
+                i = int(parameter_name.split(".layers.")[1].split(".")[0])
+                layers[i] = layers.get(i, 0) + parameter.numel()
             kind = parameter_kind(parameter_name, student.config.ssm_layers)
             groups[kind] = groups.get(kind, 0) + parameter.numel()
         trained = sum(groups.values())
-        phases.append(PhasePlan(name, trained, groups, int(phase.tokens), phase.steps(), Strategy(), {}, 0.0))
+        phases.append(PhasePlan(name, trained, groups, layers, int(phase.tokens), phase.steps(), Strategy(), {}, 0.0))
 
     def fitting(sharded: bool | None) -> bool:
         """Each phase the fastest way that fits, else the leanest; whether all fit."""
-        fits = True
+        fits, processes = True, hardware.processes
         for planned in phases:
             asked = getattr(recipe.phases, planned.name)
             for strategy in strategies(recipe, hardware, sharded):
-                planned.strategy = strategy
-                planned.held = held(planned.name, asked, planned.trained, strategy)
+                planned.strategy = replace(strategy, stages=stages_in(recipe, f"phases.{planned.name}", processes))
+                planned.held = held(planned, planned.strategy)
                 if planned.memory <= hardware.memory:
                     break
             fits = fits and planned.memory <= hardware.memory
@@ -239,10 +255,12 @@ def print_hardware(plan: Plan, recipe: Recipe, console: Console) -> None:
         table.add_row("in all", *(f"{phase.memory / GIB:.2f}" for phase in plan.phases))
         console.print(table)
     for name, phase in recipe.phases.active():
-        if phase.rows % hardware.processes:
+        stages = stages_in(recipe, f"phases.{name}", hardware.processes)
+        if phase.rows % (dealt := hardware.processes // stages):
+            to = f"{dealt} processes" if stages == 1 else f"{dealt} pipelines of {stages} stages"
             console.print(
-                f"[bold]{name}[/bold]: a step's {phase.rows} rows cannot be dealt evenly to {hardware.processes} "
-                "processes; this phase would be refused"
+                f"[bold]{name}[/bold]: a step's {phase.rows} rows cannot be dealt evenly to {to}; this phase would be "
+                "refused"
             )
     beyond = [phase for phase in plan.phases if phase.memory > hardware.memory]
     if beyond:

@@ -24,6 +24,7 @@ from mohawk.schema.base import (
     Phase,
     RecipeFile,
     Section,
+    Sharding,
     TeacherSection,
     Weight,
     Whole,
@@ -204,12 +205,22 @@ class Phases(Section):
                 yield name, phase
 
 
+class Dealt(Sharding):
+    stages: Annotated[Whole, Field(ge=1, le=2**10)] | None = Field(
+        default=None,
+        description="over how many processes the layers are dealt in phases 1 and 2, each of which then trains its own "
+        "on what the one before hands it; more processes make several such pipelines, which deal a step's rows among "
+        "themselves. null: each process has all layers",
+    )
+
+
 class Recipe(RecipeFile):
     """A whole conversion."""
 
     teacher: TeacherSection = Field(description="the Transformer to convert")
     student: ConvertedStudent = Field(default=ConvertedStudent(), description="what takes attention's place")
     phases: Phases = Field(default=Phases(), description="the training phases")
+    sharding: Dealt = Field(default=Dealt(), description="how several processes hold models")
 
     def phase_names(self) -> tuple[str, ...]:
         return tuple(Phases.model_fields)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,7 @@ from mohawk.conversion.footprint import Hardware
 from mohawk.conversion.plan import Plan, make_plan, objective_for, print_plan, student_options
 from mohawk.conversion.readout import solve_output_projections
 from mohawk.conversion.recipe import CALIBRATION_TOKENS, Recipe
+from mohawk.conversion.stages import dealt
 from mohawk.core.folders import about_of, newest_complete
 from mohawk.core.processes import first_before_others, from_first, on_first
 from mohawk.core.run_folder import COMPOSED, evaluation_file, phase_folder
@@ -26,7 +28,7 @@ from mohawk.models.hybrid import HybridForCausalLM
 from mohawk.runs.binding import bound
 from mohawk.runs.context import RunContext, TextData, measure_stage, open_run, read_text
 from mohawk.runs.matrices import draw_matrices, save_matrices
-from mohawk.runs.sharding import Parts, parts_of
+from mohawk.runs.sharding import Parts, parts_of, stage_of
 from mohawk.runs.start import start
 from mohawk.runs.steps import Step, finish_run, is_final, is_taken, take_steps, train, write_final
 from mohawk.runs.tables import AFTER
@@ -61,6 +63,7 @@ def convert(recipe: Recipe, *, dry_run: bool = False, hardware: Hardware | None 
     def work(folder: Path, console: Console, planned: Plan) -> None:
         run = opened(recipe, folder, console, parts=parts_of(recipe, planned.sharded))
         run.recompute |= {phase.name for phase in planned.phases if phase.strategy.recompute}
+        run.stage = stage_of(recipe)
         run_phases(run)
 
     start(recipe, dry_run=dry_run, plan=plan, work=work)
@@ -178,9 +181,16 @@ def train_phase(
         length, size = phase.sequence_length, phase.batch_size
         _solve(run, name, student, teacher, rows, phase.solve_tokens, length, size)
 
-    objective = objective_for(name, phase, student, teacher)
-    solves = name == "hidden" and phase.solve_tokens
-    train(run, name, phase, objective, rows, before, section=section, first=solve if solves else None)
+    if name == "hidden" and phase.solve_tokens:
+        if from_first(lambda: newest_complete(phase_folder(run.folder, name)) is None):
+            solve()
+
+    def make() -> Any:
+        return objective_for(name, phase, student, teacher)
+
+    stage = None if name == "end_to_end" else run.stage
+    with nullcontext(make()) if stage is None else dealt(student, teacher, stage, make) as objective:
+        train(run, name, phase, objective, rows, before, section=section)
     student.requires_grad_(True)
 
 

@@ -349,10 +349,10 @@ def wait_for_all() -> None:
         dist.barrier()
 
 
-def total(tensor: torch.Tensor) -> torch.Tensor:
-    """The sum of every process's `tensor`, in place."""
+def total(tensor: torch.Tensor, group: dist.ProcessGroup | None = None) -> torch.Tensor:
+    """The sum of every process's `tensor`, in place; group: of some of them."""
     if several():
-        dist.all_reduce(tensor)
+        dist.all_reduce(tensor, group=group)
     return tensor
 
 
@@ -406,17 +406,17 @@ def means(values: Mapping[str, float]) -> dict[str, float]:
     return {name: statistics.fmean(one[name] for one in found if name in one) for name in names}
 
 
-def share_parameters(parameters: Sequence[torch.nn.Parameter]) -> None:
-    """Give every process rank 0's values, as DistributedDataParallel does when it is made; parts of a sharded parameter
-    are nobody else's."""
+def share_parameters(parameters: Sequence[torch.nn.Parameter], group: dist.ProcessGroup | None = None) -> None:
+    """Give every process the first one's values, as DistributedDataParallel does when it is made; parts of a sharded
+    parameter are nobody else's. group: of some processes."""
     if several():
         for parameter in parameters:
             if not _in_parts(parameter):
-                dist.broadcast(parameter.data, src=0)
+                dist.broadcast(parameter.data, group=group, group_src=0)
 
 
-def sum_gradients(parameters: Sequence[torch.nn.Parameter]) -> None:
-    """Add up the gradients of all processes.
+def sum_gradients(parameters: Sequence[torch.nn.Parameter], group: dist.ProcessGroup | None = None) -> None:
+    """Add up the gradients of all processes, or of those of a group.
 
     A parameter that one process's batch did not reach counts as zero there; one that none reached stays
     without a gradient, as it would in one process. Sharded parameters have the sum already.
@@ -426,11 +426,11 @@ def sum_gradients(parameters: Sequence[torch.nn.Parameter]) -> None:
         return
     reached = torch.tensor([float(p.grad is not None) for p in parameters], device=parameters[0].device)
     pending = []
-    for parameter, count in zip(parameters, total(reached).tolist(), strict=True):
+    for parameter, count in zip(parameters, total(reached, group).tolist(), strict=True):
         if count:
             gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
             parameter.grad = gradient.contiguous()
-            pending.append(dist.all_reduce(parameter.grad, async_op=True))
+            pending.append(dist.all_reduce(parameter.grad, group=group, async_op=True))
     for work in pending:
         work.wait()
 

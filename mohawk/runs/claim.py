@@ -29,6 +29,7 @@ CHANGEABLE = (
     "device",
     "sharding.kind",
     "sharding.within",
+    "sharding.stages",
     "activation_checkpointing",
     ".save_every",
     ".save_minutes",

@@ -26,6 +26,7 @@ from mohawk.measures.compare import TeacherStates, compare, teacher_states
 from mohawk.runs.binding import bind
 from mohawk.runs.kept import Compared
 from mohawk.runs.sharding import Parts
+from mohawk.training.stages import Stage
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -81,6 +82,7 @@ class RunContext(Generic[D]):
         teacher: what students are compared with.
         texts: its answers on held-out text, by the text's name; each process has some of them.
         parts: how models are spread over the processes; None: each has them whole.
+        stage: which layers this process has in phases 1 and 2, where they are dealt; None: all.
         recompute: phases in which layers keep their inputs alone for the backward pass, where the recipe leaves that
             open.
     """
@@ -95,6 +97,7 @@ class RunContext(Generic[D]):
     teacher: PreTrainedModel
     texts: dict[str, TeacherStates]
     parts: Parts | None = None
+    stage: Stage | None = None
     recompute: set[str] = field(default_factory=set)
 
     @property

@@ -15,7 +15,11 @@ from mohawk.core.precision import autocast_dtype, pick_device
 from mohawk.core.processes import count, from_first, several, wish
 from mohawk.errors import UserError
 from mohawk.models.sharding import shard
+from mohawk.schema.base import Phase, sections
+from mohawk.training.batches import check_dealt
+from mohawk.training.stages import Stage, make_stage
 
+STAGED = ("phases.mixing", "phases.hidden")  # whose layers do not reach each other
 log = logging.getLogger(__name__)
 
 
@@ -61,22 +65,43 @@ def parts_of(recipe: Any, wanted: bool) -> Parts | None:
     return Parts(mesh, autocast_dtype(recipe.precision, device))
 
 
+def stage_of(recipe: Any) -> Stage | None:
+    """Which layers' stage this process has in phases 1 and 2 of a conversion; None where each process has all."""
+    stages = recipe.sharding.stages
+    if stages is None or stages == 1:
+        return None
+    if not several():
+        log.warning("sharding.stages: %d in one process, which has all layers; start several with torchrun", stages)
+        return None
+    log.info("layers are dealt to %d stages, %d processes each, in phases 1 and 2", stages, count() // stages)
+    return make_stage(stages)
+
+
 def check_sharding(recipe: Any) -> None:
     """UserError where what a recipe says of sharding does not fit the processes that were started."""
     asked = recipe.sharding
     if asked.kind == "none" and wish() is not None:
         raise UserError("sharding.kind: got none, but accelerate is set to FSDP; leave one of the two out")
     check_within(recipe, count())
+    for name, phase in sections(recipe):
+        if isinstance(phase, Phase):
+            check_dealt(phase, name, stages=stages_in(recipe, name, count()))
+
+
+def stages_in(recipe: Any, section: str, processes: int) -> int:
+    """Over how many of so many processes a phase's layers are dealt, by where its settings stand."""
+    asked = getattr(recipe.sharding, "stages", None)
+    return asked if asked and processes > 1 and section in STAGED else 1
 
 
 def check_within(recipe: Any, processes: int) -> None:
-    """UserError where so many processes are no whole number of groups."""
-    within = recipe.sharding.within
-    if within is not None and processes > 1 and processes % within:
-        raise UserError(
-            f"sharding.within: got {within}, which does not divide the {processes} processes; give a divisor, as a "
-            "rule the GPUs of a machine"
-        )
+    """UserError where so many processes are no whole number of groups or pipelines."""
+    for name, advice in (("within", ", as a rule the GPUs of a machine"), ("stages", "")):
+        given = getattr(recipe.sharding, name, None)
+        if given is not None and processes > 1 and processes % given:
+            raise UserError(
+                f"sharding.{name}: got {given}, which does not divide the {processes} processes; give a divisor{advice}"
+            )
 
 
 def device_bytes(device: torch.device) -> int:

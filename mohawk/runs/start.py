@@ -13,8 +13,6 @@ from mohawk.core.processes import first_before_others, is_first, joined, on_firs
 from mohawk.runs.claim import check_folder, claimed
 from mohawk.runs.inputs import check_inputs
 from mohawk.runs.sharding import check_sharding
-from mohawk.schema.base import Phase, sections
-from mohawk.training.batches import check_dealt
 from mohawk.training.progress import log_to
 
 if TYPE_CHECKING:
@@ -39,9 +37,6 @@ def start(
     with joined(recipe.device):
         console, run = Console(quiet=not is_first()), Path(recipe.output)
         check_sharding(recipe)
-        for name, phase in sections(recipe):
-            if isinstance(phase, Phase):
-                check_dealt(phase, name)
         planned = plan(console)
         read = first_before_others(lambda: check_inputs(recipe, planning=dry_run, further=further))
         if dry_run:

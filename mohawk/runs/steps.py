@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mohawk.core.folders import about_of, drop_file, is_complete, newest_complete, weights_sum, write_whole
+from mohawk.core.folders import about_of, drop_file, is_complete, weights_sum, write_whole
 from mohawk.core.processes import from_first, is_first, on_first, together, wish
 from mohawk.core.run_folder import RESULTS, STUDENT, evaluation_file, phase_folder, phase_student
 from mohawk.data.packing import collate
@@ -107,13 +107,11 @@ def train(
     before: str | None,
     *,
     section: str,
-    first: Callable[[], None] | None = None,
     report_to: Sequence[str] = (),
 ) -> None:
     """Train a phase to its end, or go on with it.
 
-    rows: the dataset. before: the step before, if any. section: where its settings stand in the recipe. first: what is
-    done to the student before any training, and not where a checkpoint already has it.
+    rows: the dataset. before: the step before, if any. section: where its settings stand in the recipe.
     """
     asked, told = run.recipe.activation_checkpointing, wish()
     recompute = name in run.recompute if asked == "auto" else asked
@@ -123,8 +121,6 @@ def train(
         precision=run.recipe.precision, device=run.recipe.device, seed=run.recipe.seed, report_to=report_to,
         origin=from_first(lambda: _origin(run, before)), section=section,
     )  # fmt: skip
-    if first is not None and from_first(lambda: newest_complete(trainer.folder) is None):
-        first()
     begin = time.monotonic()
     trainer.train_phase()
     log.info("%s: %.0f s", name, time.monotonic() - begin)

@@ -69,10 +69,12 @@ def rows_per_step(phase: Any) -> int:
     return phase.batch_size * phase.gradient_accumulation
 
 
-def check_dealt(phase: Any, name: str) -> None:
-    """UserError where the processes cannot have equal parts of a step."""
-    if (rows := rows_per_step(phase)) % count():
+def check_dealt(phase: Any, name: str, stages: int = 1) -> None:
+    """UserError where the processes cannot have equal parts of a step. stages: how many of them have the same rows, and
+    other layers."""
+    if (rows := rows_per_step(phase)) % (dealt := count() // stages):
+        to = f"{dealt} processes" if stages == 1 else f"{dealt} pipelines of {stages} stages (sharding.stages)"
         raise UserError(
             f"{name}: a step has {rows} rows (batch_size x gradient_accumulation, over all processes), which cannot be "
-            f"dealt evenly to {count()} processes; start another number of them, or change one of the two"
+            f"dealt evenly to {to}; start another number of processes, or change one of the two"
         )

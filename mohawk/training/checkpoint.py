@@ -12,7 +12,7 @@ import logging
 import math
 import random
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceSt
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from mohawk.core.processes import rank, several
+from mohawk.core.processes import from_all, rank, several
 from mohawk.errors import UserError
 from mohawk.models.sharding import fill, is_sharded
 from mohawk.training.objective import Objective
@@ -51,16 +51,20 @@ def write_parameters(folder: Path, trainable: Mapping[str, nn.Parameter], optimi
 
 
 def write_shards(
-    folder: Path, trainable: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer, objective: Objective
+    folder: Path,
+    trainable: Mapping[str, nn.Parameter],
+    optimizer: torch.optim.Optimizer,
+    objective: Objective,
+    names: Iterable[str],
 ) -> None:
-    """Writes what trains of sharded models, its moments, and what the objective keeps in parts: each process its part.
-    Raises OSError on all of them where one could not write."""
-    tensors: dict[str, Tensor] = {STEPS: torch.zeros(len(trainable))}
+    """Writes what trains in parts, its moments, and what the objective keeps in parts: each process its part. names: of
+    what trains on any process. Raises OSError on all of them where one could not write."""
+    own = {name: float(optimizer.state.get(p, {}).get("step", 0.0)) for name, p in trainable.items()}
+    steps = {name: step for part in from_all(own) for name, step in part.items()}
+    tensors: dict[str, Tensor] = {STEPS: torch.tensor([steps[name] for name in sorted(names)])}
     tensors |= {f"objective.{name}": tensor for name, tensor in objective.training_state()[0].items()}
-    for i, name in enumerate(sorted(trainable)):
-        parameter = trainable[name]
+    for name, parameter in trainable.items():
         state = optimizer.state.get(parameter, {})
-        tensors[STEPS][i] = float(state.get("step", 0.0))
         tensors[f"weight.{name}"] = parameter.detach()
         tensors |= {f"{moment}.{name}": state[moment] for moment in MOMENTS if moment in state}
     writer = HuggingFaceStorageWriter(str(folder), save_distributed=True)
@@ -71,9 +75,12 @@ def write_shards(
         raise cause or OSError(str(error).splitlines()[0]) from error
 
 
-def read_parameters(checkpoint: Path, trainable: Mapping[str, nn.Parameter]) -> None:
-    """Take back what trains. Raises UserError where the checkpoint is of other parameters."""
-    here = {name: tuple(p.shape) for name, p in trainable.items()}
+def read_parameters(
+    checkpoint: Path, trainable: Mapping[str, nn.Parameter], shapes: Mapping[str, tuple[int, ...]]
+) -> None:
+    """Take back what trains. shapes: of what trains on any process. Raises UserError where the checkpoint is of other
+    parameters."""
+    here = dict(shapes)
     there = {name[len("weight.") :]: size for name, size in _sizes(checkpoint).items() if name.startswith("weight.")}
     if here != there:
         names = sorted(name for name in here.keys() | there.keys() if here.get(name) != there.get(name))
@@ -98,26 +105,26 @@ def read_moments(
     """Take back the optimizer's moments, with the settings of the recipe as it is now.
 
     Those are the same unless the user changed them, as one does when told to lower the learning rate. order: the names
-    of what trains as the objective's groups have them.
+    of what trains on any process, as the objective's groups have them.
     """
     if not _in_shards(checkpoint):
         saved = torch.load(checkpoint / OPTIMIZER, map_location="cpu", weights_only=True)["state"]
         for number, name in enumerate(order):
-            if number in saved:
+            if number in saved and name in trainable:
                 state = _empty_state(trainable[name], [moment for moment in MOMENTS if moment in saved[number]])
                 for key, tensor in state.items():
                     fill(tensor, torch.as_tensor(saved[number][key]))
                 optimizer.state[trainable[name]] = state
         return
-    sizes, steps = _sizes(checkpoint), torch.zeros(len(trainable))
+    sizes, steps = _sizes(checkpoint), torch.zeros(len(order))
     tensors = {STEPS: steps}
     for name, parameter in trainable.items():
         if moments := [moment for moment in MOMENTS if f"{moment}.{name}" in sizes]:
             optimizer.state[parameter] = state = _empty_state(parameter, moments)
             tensors |= {f"{moment}.{name}": state[moment] for moment in moments}
     _load(checkpoint, tensors)
-    for name, step in zip(sorted(trainable), steps.tolist(), strict=True):
-        if trainable[name] in optimizer.state:
+    for name, step in zip(sorted(order), steps.tolist(), strict=True):
+        if name in trainable and trainable[name] in optimizer.state:
             optimizer.state[trainable[name]]["step"].fill_(step)
 
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Generic, TypeVar
 
 from torch import Tensor, nn
 
 from mohawk.data.next_tokens import IGNORED, next_labels
+from mohawk.training.stages import Stage
 
 StudentT = TypeVar("StudentT", bound=nn.Module)
 
@@ -17,16 +18,28 @@ class Objective(nn.Module, Generic[StudentT]):
 
     `student` is the module that trains; whatever else the objective holds stays in eval mode. `shares` is true where a
     micro-batch's losses are its shares of the step's already; else they are weighed by its share of the step's `count`.
-    `finished`, once true, ends the phase before its last step.
+    `finished`, once true, ends the phase before its last step. `stage`: which of several processes' layers this one has
+    the losses of; None: all.
     """
 
     student: StudentT
     shares: bool = False
     finished: bool = False
+    stage: Stage | None = None
 
     def parameter_groups(self, learning_rate: float, weight_decay: float) -> list[dict[str, Any]]:
         """AdamW's groups, holding exactly the parameters that train."""
         raise NotImplementedError
+
+    def apart(self) -> Mapping[str, Sequence[nn.Parameter]]:
+        """Where each loss trains parameters that no other one reaches, by its name what it trains, of all processes
+        with stages; else nothing. A loss that is not finite then holds up what it trains alone, and each is clipped by
+        itself: with n of them to the nth part of the square of the norm that all may have together."""
+        return {}
+
+    def has(self, loss: str) -> bool:
+        """Whether this process computes a loss of `apart`."""
+        return True
 
     def prepare(self, batch: dict[str, Tensor], step: int) -> dict[str, Tensor]:
         """What a step, counted from 0, trains on instead of a micro-batch. Called for all of a step's micro-batches

@@ -120,9 +120,12 @@ class Window:
         self.steps.append((step, parts, skipped))
         self.grad_norm = grad_norm
 
-    def drain(self, tokens_per_step: int) -> dict[str, Any]:
-        """The record's part that is measured, over the steps that trained; over all, if none did."""
-        now = time.monotonic()
+    def drain(self, tokens_per_step: int, now: float | None = None) -> dict[str, Any]:
+        """The record's part that is measured, over the steps that trained; over all, if none did.
+
+        now: when the last of them ended, by time.monotonic().
+        """
+        now = time.monotonic() if now is None else now
         taken = [parts for _, parts, skipped in self.steps if not skipped]
         taken = taken or [parts for _, parts, _ in self.steps]
         means = {name: sum(p.get(name, 0.0) for p in taken) / len(taken) for p in taken for name in p}

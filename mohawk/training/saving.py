@@ -49,7 +49,8 @@ class Checkpoints:
     Args:
         folder: of the phase.
         objective, optimizer: what is saved, with what of it trains by its name in the objective, `trainable`.
-        order: those names as the objective's groups have them.
+        order: the names of what trains on any process, as the objective's groups have them. shapes: of it, by name.
+        staged: whether each process trains layers of its own.
         device: whose random state is saved.
         origin: see `PhaseTrainer`.
         keep: how many whole ones.
@@ -61,6 +62,8 @@ class Checkpoints:
     trainable: Mapping[str, nn.Parameter]
     optimizer: torch.optim.Optimizer
     order: Sequence[str]
+    shapes: Mapping[str, tuple[int, ...]]
+    staged: bool
     device: torch.device
     origin: Mapping[str, Any]
     keep: int
@@ -117,7 +120,7 @@ class Checkpoints:
     def load(self, checkpoint: Path, now: Mapping[str, Any]) -> dict[str, Any]:
         """Restore what trains. Gives the counts that were saved; a line where the data go on in another order than
         with those of `now`."""
-        read_parameters(checkpoint, self.trainable)
+        read_parameters(checkpoint, self.trainable, self.shapes)
         then = read_counts(checkpoint, self.objective)
         names = {"rows": "rows a step"}
         changed = [f"{names.get(key, key)} {then[key]} -> {now[key]}" for key in ORDER_KEYS if then[key] != now[key]]
@@ -144,8 +147,8 @@ class Checkpoints:
 
     def _write(self, folder: Path) -> None:
         """What this process has to write: several machines must share the folder."""
-        if any(map(is_sharded, self.trainable.values())):
-            write_shards(folder, self.trainable, self.optimizer, self.objective)
+        if self.staged or any(map(is_sharded, self.trainable.values())):
+            write_shards(folder, self.trainable, self.optimizer, self.objective, self.shapes)
         elif is_first():
             write_parameters(folder, self.trainable, self.optimizer)
         write_random_states(folder, self.device)

@@ -1,8 +1,11 @@
 """One phase of training: a loop over an `Objective` (objective.py).
 
 Gradients are averaged over real tokens, over micro-batches and processes alike; a step whose loss or gradient is not
-finite changes nothing; checkpoints are complete or invisible (mohawk.core.folders); a signal saves and raises
-`Interrupted`; a resumed run continues bit for bit on the CPU.
+finite changes nothing (of that loss, where losses train parameters of their own); checkpoints are complete or invisible
+(mohawk.core.folders); a signal saves and raises `Interrupted`; a resumed run continues bit for bit on the CPU.
+
+Processes meet after each step, to know of each other what it was. Where each has layers of its own (stages.py) nothing
+that a step does depends on that, and they meet now and then, so that none waits for the later ones.
 """
 
 from __future__ import annotations
@@ -15,6 +18,7 @@ import os
 import time
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +33,7 @@ from mohawk.core.precision import autocast_dtype, pick_device
 from mohawk.core.processes import (
     agree,
     count,
+    from_all,
     from_first,
     is_first,
     means,
@@ -41,7 +46,7 @@ from mohawk.core.processes import (
 from mohawk.core.run_folder import phase_folder
 from mohawk.core.stopping import SAME_SIGNAL, SAME_SIGNAL_DISTRIBUTED, StopRequest
 from mohawk.errors import UserError
-from mohawk.models.sharding import clip, is_sharded, reshard, total_norm
+from mohawk.models.sharding import clip, is_sharded, reshard, total_norms
 from mohawk.training.batches import Batches, check_dealt, rows_per_step
 from mohawk.training.checkpoint import is_finished
 from mohawk.training.objective import Objective
@@ -56,8 +61,30 @@ logger = logging.getLogger(__name__)
 # So many steps in a row, or in the phase, whose loss or gradient is not finite end the run with a UserError.
 MAX_NONFINITE = 3
 MAX_NONFINITE_TOTAL = 10
+# Seconds between meetings of stages, at least; and how many times as long as the last one took, since in a meeting the
+# first stages wait for the last one.
+APART, TIMES = 10.0, 20.0
 
 Tensors = dict[str, Any]  # tensors by name, or groups of them
+
+
+@dataclass
+class Taken:
+    """What is known of a step that was taken: its learning rate, the losses, and the norm of the gradient of each, or
+    of all together under ""."""
+
+    step: int
+    learning_rate: float
+    losses: dict[str, float]
+    norms: dict[str, float]
+
+    def bad(self, of: str = "") -> list[str]:
+        """What is not finite of a loss that trains parameters of its own; else of all."""
+        found = [name for name, value in self.losses.items() if of in ("", name) and not math.isfinite(value)]
+        for name, norm in self.norms.items():
+            if of in ("", name) and not math.isfinite(norm):
+                found.append(f"the gradient of {name}" if name else "the gradient")
+        return found
 
 
 class PhaseTrainer:
@@ -113,21 +140,36 @@ class PhaseTrainer:
         self.order_seed = (seed << 32) + zlib.crc32(name.encode())
 
         self.rows = rows_per_step(phase)
-        check_dealt(phase, name)
+        stage = self.stage = objective.stage
+        self.team = None if stage is None else stage.group  # of processes that add their gradients; None: all
+        self.dealt = count() if stage is None else stage.replicas  # to how many a step's rows are dealt
+        check_dealt(phase, name, stages=1 if stage is None else stage.stages)
         self.tokens_per_step = self.rows * phase.sequence_length
         self.steps = math.ceil(phase.tokens / self.tokens_per_step)
         self.step = 0  # how many are taken
         self.objective = objective.to(self.device)
         reshard(objective)  # what trains are the parts
         groups = objective.parameter_groups(phase.learning_rate, phase.weight_decay)
-        self.trainable = trainable(objective, groups)
+        named = trainable(objective, groups)
+        names = {id(parameter): name for name, parameter in named.items()}
+        order = [names[id(parameter)] for group in groups for parameter in group["params"]]
+        self.apart = objective.apart() or {"": list(named.values())}  # what is clipped together
+        self.most = (phase.max_grad_norm or math.inf) / math.sqrt(len(self.apart))
+        if stage is not None:
+            self.apart = {name: share for name, share in self.apart.items() if objective.has(name)}
+            own = {id(parameter) for share in self.apart.values() for parameter in share}
+            groups = [{**group, "params": [p for p in group["params"] if id(p) in own]} for group in groups]
+            named, everything = {name: p for name, p in named.items() if id(p) in own}, named
+        else:
+            everything = named
+        self.trainable = named
         self.sharded = any(map(is_sharded, self.trainable.values()))
         self.optimizer = adamw(groups, phase)
-        names = {id(parameter): name for name, parameter in self.trainable.items()}
         self._advice = f"Lower {self.section}.learning_rate (now {phase.learning_rate:g})"
         self.checkpoints = Checkpoints(
             self.folder, self.objective, self.trainable, self.optimizer,
-            order=[names[id(parameter)] for group in groups for parameter in group["params"]], device=self.device,
+            order=order, shapes={name: tuple(p.shape) for name, p in everything.items()}, device=self.device,
+            staged=stage is not None,
             origin=dict(origin or {}), keep=getattr(phase, "keep_checkpoints", 1), told=self._told, advice=self._advice,
         )  # fmt: skip
 
@@ -148,7 +190,8 @@ class PhaseTrainer:
         self._stop = self._due = False  # all processes agreed to stop; to save
         self._saved_at = time.monotonic()
         self._parts: dict[str, Tensor] = {}  # of the running step, by name
-        self._step_loss: float | None = None  # of the step that just ended, None if it changed nothing
+        self._taken: list[Taken] = []  # steps since processes met
+        self._met_at, self._meeting = time.monotonic(), 0.0  # the last meeting, and how long it took
         self._window = Window()
 
     # ---- The phase as a whole ----
@@ -177,7 +220,7 @@ class PhaseTrainer:
                 start,
                 self.steps,
                 self.tokens_per_step,
-                f"{sum(p.numel() for p in self.trainable.values()):,}",
+                f"{sum(map(math.prod, self.checkpoints.shapes.values())):,}",
                 "bfloat16 autocast" if self.autocast_dtype else "float32",
                 self.device,
             )
@@ -203,7 +246,7 @@ class PhaseTrainer:
     def _begin(self) -> None:
         self.objective.eval()  # a teacher in training mode would drop out
         self.objective.student.train()
-        share_parameters(list(self.trainable.values()))
+        share_parameters(list(self.trainable.values()), self.team)
         self._saved_at = time.monotonic()
         self._window.start()
         self.progress.start(self.step, self.steps)
@@ -215,12 +258,13 @@ class PhaseTrainer:
         sampler = self._sampler()
         batches = self._batches(sampler)
         while self.step < self.steps:
+            meets = self._meets()
             self._take_step(batches, sampler.per_step)
+            if not meets:
+                continue
+            self._meet()
             if self._failure is not None:
-                self._log()
                 break  # without a checkpoint: better to go on from before the trouble
-            if self.step % self.phase.log_every == 0:
-                self._log()
             over = self._stop or self.objective.finished
             if over or self._due or self.step % self.phase.save_every == 0 or self.step == self.steps:
                 self._save_checkpoint()
@@ -235,7 +279,8 @@ class PhaseTrainer:
         """The batches of all steps that are left; the rows of the steps before are not read."""
         return Batches(
             len(self.train_dataset), rows=self.rows, batch_size=self.phase.batch_size, steps=self.steps,
-            done=self.step, seed=self.order_seed, rank=rank(), processes=count(),
+            done=self.step, seed=self.order_seed, processes=self.dealt,
+            rank=rank() if self.stage is None else self.stage.replica,
         )  # fmt: skip
 
     def _batches(self, sampler: Batches) -> Iterator[Tensors]:
@@ -258,7 +303,7 @@ class PhaseTrainer:
         counts = [float(self.objective.count(batch)) for batch in taken]
         whole = sum(counts)
         if several():
-            whole = float(total(torch.tensor(whole, dtype=torch.float64, device=self.device)))
+            whole = float(total(torch.tensor(whole, dtype=torch.float64, device=self.device), self.team))
         return list(zip(taken, counts, strict=True)), whole
 
     # ---- One step ----
@@ -275,7 +320,7 @@ class PhaseTrainer:
             if self.objective.shares:
                 share = 1.0
             else:
-                share = counted / whole if whole else 1 / (per_step * count())
+                share = counted / whole if whole else 1 / (per_step * self.dealt)
             if share or in_parts:  # where models are sharded all come to each layer, whatever their rows hold
                 self._back_propagate(batch, share)
             elif several():
@@ -284,11 +329,10 @@ class PhaseTrainer:
         for group in self.optimizer.param_groups:
             factor = learning_rate_factor(self.step, self.steps, self.phase.warmup, self.phase.decay)
             group["lr"] = group["initial_lr"] * factor
+        self._taken[-1].learning_rate = self.optimizer.param_groups[0]["lr"]
         self.optimizer.step()
         self.objective.zero_grad(set_to_none=True)
         self.step += 1
-        if self._step_loss is not None:
-            self.objective.end_step(self._step_loss)
         if self._request.number is not None and not several():
             self._stop = True  # even when it came after the gradients were final
 
@@ -316,35 +360,71 @@ class PhaseTrainer:
 
     def _finish_gradients(self) -> None:
         """Sum over the processes, refuse what is not finite, clip: the gradients are then the step's."""
-        parameters = list(self.trainable.values())
-        sum_gradients(parameters)
-        gradients = [p.grad for p in parameters if p.grad is not None]
-        norm = total_norm(gradients).to(self.device)
+        sum_gradients(list(self.trainable.values()), self.team)
+        norms = total_norms(
+            [[p.grad for p in share if p.grad is not None] for share in self.apart.values()], self.device
+        )
         # what this process knows, and all are to do
-        flags = [float(self._request.number is not None), float(self._is_save_due())]
-        flags = torch.tensor(flags, device=self.device)
-        scalars = total(torch.cat([torch.stack(list(self._parts.values())), flags]))
+        flags = torch.tensor([float(self._asks_to_stop()), float(self._is_save_due())], device=self.device)
+        scalars = total(torch.cat([torch.stack(list(self._parts.values())), flags]), self.team)
         # One transfer from the device for all that this step must know.
-        *values, interrupted, due, norm_value = torch.cat([scalars, norm.float().reshape(1)]).tolist()
-        parts = dict(zip(self._parts, values, strict=True))
+        values = torch.cat([scalars, norms.float()]).tolist()
+        parts = dict(zip(self._parts, values, strict=False))
+        interrupted, due = values[len(parts) : len(parts) + 2]
         self._parts = {}
-        self._stop, self._due = self._stop or interrupted > 0, due > 0
+        if self.stage is None:
+            self._stop, self._due = self._stop or interrupted > 0, due > 0
 
-        self._step_loss = sum(parts.values())
-        bad = [name for name, value in parts.items() if not math.isfinite(value)]
-        if not math.isfinite(norm_value):
-            bad.append("the gradient")
-        if bad:
-            # The optimizer passes over a parameter without gradient: neither weights nor its state change.
-            for parameter in parameters:
-                parameter.grad = None
-            self._step_loss = None
-            self._count_nonfinite(bad)
-        else:
-            self.nonfinite_in_a_row = 0
-            if self.phase.max_grad_norm:
-                clip(parameters, self.phase.max_grad_norm, norm)
-        self._window.add(self.step + 1, parts, norm_value, skipped=bool(bad))
+        taken = Taken(self.step + 1, 0.0, parts, dict(zip(self.apart, values[len(parts) + 2 :], strict=True)))
+        for (name, share), norm in zip(self.apart.items(), norms, strict=True):
+            if taken.bad(name):
+                # The optimizer passes over a parameter without gradient: neither weights nor its state change.
+                for parameter in share:
+                    parameter.grad = None
+            elif self.phase.max_grad_norm:
+                clip(share, self.most, norm)
+        self._taken.append(taken)
+
+    def _meets(self) -> bool:
+        """Whether processes meet after the step that comes; all of them hear the same."""
+        if self.stage is None:
+            return True
+        step, passed = self.step + 1, time.monotonic() - self._met_at
+        asks = step % self.phase.save_every == 0 or step == self.steps or self._asks_to_stop() or self._is_save_due()
+        return self.stage.told(asks or is_first() and passed >= max(APART, TIMES * self._meeting))
+
+    def _meet(self) -> None:
+        """What all processes make of the steps since they met."""
+        taken, self._taken = self._taken, []
+        if self.stage is not None:
+            self.stage.flush()
+            begin = time.monotonic()
+            found = from_all((self.stage.replica, taken, self._asks_to_stop(), self._is_save_due()))
+            self._met_at = time.monotonic()
+            self._meeting = self._met_at - begin
+            self._stop, self._due = any(stop for *_, stop, _ in found), any(due for *_, due in found)
+            stages = [one for replica, one, *_ in found if replica == 0]
+            for i, all_of in enumerate(taken):
+                all_of.losses = {name: value for one in stages for name, value in one[i].losses.items()}
+                all_of.norms = {name: value for one in stages for name, value in one[i].norms.items()}
+        now, since = time.monotonic(), self._window.since
+        for i, one in enumerate(taken, 1):
+            bad = one.bad()
+            norms = list(one.norms.values())
+            norm = norms[0] if len(norms) == 1 else math.sqrt(sum(value * value for value in norms))
+            self._window.add(one.step, one.losses, norm, skipped=bool(bad))
+            if bad:
+                self._count_nonfinite(one.step, bad)
+            else:
+                self.nonfinite_in_a_row = 0
+                self.objective.end_step(sum(one.losses.values()))
+            if self._failure is not None or one.step % self.phase.log_every == 0:
+                self._log(one, since + (now - since) * i / len(taken))
+            if self._failure is not None:
+                break
+
+    def _asks_to_stop(self) -> bool:
+        return self._request.number is not None
 
     def _is_save_due(self) -> bool:
         """Whether the first process's clock asks for a checkpoint."""
@@ -356,11 +436,11 @@ class PhaseTrainer:
         """The phase as messages name it: where it stands in the recipe, and its name where that does not say it."""
         return self.section if self.section.split(".")[-1] == self.name else f"{self.section} ({self.name})"
 
-    def _count_nonfinite(self, bad: list[str]) -> None:
-        step = self.step + 1
+    def _count_nonfinite(self, step: int, bad: list[str]) -> None:
         self.skipped_steps += 1
         self.nonfinite_in_a_row += 1
-        logger.warning("%s: step %d changed nothing: not finite: %s", self.name, step, ", ".join(bad))
+        of = "" if "" in self.apart else " of what these losses train"
+        logger.warning("%s: step %d changed nothing%s: not finite: %s", self.name, step, of, ", ".join(bad))
         if self.nonfinite_in_a_row >= MAX_NONFINITE or self.skipped_steps >= MAX_NONFINITE_TOTAL:
             count = (
                 f"{self.nonfinite_in_a_row} steps in a row"
@@ -378,16 +458,16 @@ class PhaseTrainer:
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, dtype=self.autocast_dtype)
 
-    def _log(self) -> None:
+    def _log(self, taken: Taken, now: float) -> None:
         """One record of metrics.jsonl, and what else shows it."""
         record = {
             "phase": self.name,
-            "step": self.step,
+            "step": taken.step,
             "steps": self.steps,
-            "tokens": self.step * self.tokens_per_step,
-            "learning_rate": self.optimizer.param_groups[0]["lr"],
+            "tokens": taken.step * self.tokens_per_step,
+            "learning_rate": taken.learning_rate,
             "skipped_steps": self.skipped_steps,
-            **self._window.drain(self.tokens_per_step),
+            **self._window.drain(self.tokens_per_step, now),
         }
         if measured := means(self.objective.measured()):
             record["measured"] = measured
