@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Literal, TypedDict, overload
 import torch
 from torch import Tensor
 
-from mohawk.kernels.common.sharded import gathered, own_part, slices
+from mohawk.kernels.common.sharded import gathered, in_parts, own_part, slices
 from mohawk.kernels.kd import call as kd_call
-from mohawk.kernels.kd import compiled
+from mohawk.kernels.kd import compiled, shared_head
 from mohawk.kernels.kd.call import KDParts
 from mohawk.kernels.kd.divergences import described
 from mohawk.kernels.kd.options import Settings
@@ -251,9 +251,11 @@ def linear_kd_loss(
     Args:
         student_hidden: (..., hidden), final hidden states after the last norm.
         student_head: (vocab, hidden), nn.Linear's layout, in the dtype of the hidden states (free under
-            autocast). A DTensor, as FSDP2 holds it outside of its module's forward pass, is gathered, a teacher's too;
-            its gradient is the mean over the processes, as FSDP gives other parameters'. With `group` its own slice is
-            taken.
+            autocast). A DTensor, as FSDP2 holds it outside of its module's forward pass, is used as it lies
+            where the processes have fewer rows together than it has: rows then go to all of them, and neither head is
+            ever whole; else it is gathered, a teacher's too. Either way each process has the loss of its own rows, and
+            the head's gradient is the mean over the processes, as FSDP gives other parameters'. With `group` its own
+            slice is taken.
         teacher: usually `TeacherHidden`; also logits (..., vocab) or any other source.
         student_bias: (vocab).
         logit_scale, logit_softcap: logits are `logit_scale * (hidden @ head.T + bias)`, then `logit_softcap *
@@ -296,8 +298,18 @@ def _distil(
 ) -> Tensor | tuple[Tensor, KDParts]:
     if isinstance(teacher, Tensor):
         teacher = TeacherLogits(teacher)
+    if settings.linear and isinstance(student[0], Tensor):
+        kind = student[0].device.type
+        if kind != "meta" and torch.is_autocast_enabled(kind):
+            settings = settings._replace(autocast=torch.get_autocast_dtype(kind))
     if isinstance(teacher, TeacherSource) and not torch.compiler.is_compiling():
         if settings.linear:
+            labels, token_weights = own_part(labels), own_part(token_weights)
+            them = shared_head.everyone(student, teacher, settings) if group is None and in_parts(student[1]) else None
+            if them is not None:
+                given = student, teacher, labels, token_weights, normalizer
+                loss, kd, ce = shared_head.distil(*given, them, settings)
+                return (loss, KDParts(kd, ce)) if settings.return_parts else loss
             hidden, *head = student
             student = (hidden, *(gathered(x) if group is None else own_part(x) for x in head))
         else:
@@ -305,10 +317,6 @@ def _distil(
             student, group = (logits,), split or group
         teacher = teacher.without_parts(group)
         labels, token_weights = own_part(labels), own_part(token_weights)
-    if settings.linear and isinstance(student[0], Tensor):
-        kind = student[0].device.type
-        if kind != "meta" and torch.is_autocast_enabled(kind):
-            settings = settings._replace(autocast=torch.get_autocast_dtype(kind))
     distil = compiled.distil if torch.compiler.is_compiling() else kd_call.distil
     loss, kd, ce = distil(student, teacher, labels, token_weights, normalizer, group, settings)
     return (loss, KDParts(kd.detach(), ce.detach())) if settings.return_parts else loss

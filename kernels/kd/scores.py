@@ -9,8 +9,8 @@ from collections.abc import Iterable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from mohawk.kernels.kd.exchange import Known
 from mohawk.kernels.kd.options import KDTask, take
+from mohawk.kernels.kd.vocabulary import Known
 
 
 class Scores:

@@ -9,10 +9,10 @@ from torch import Tensor
 
 from mohawk.kernels.kd import gradients as kd_gradients
 from mohawk.kernels.kd.divergences import DIVERGENCES
-from mohawk.kernels.kd.exchange import Known, exchange
 from mohawk.kernels.kd.options import KDTask, Options, take
 from mohawk.kernels.kd.scores import Scores, log_softmax
 from mohawk.kernels.kd.teachers import TeacherSamples, TeacherSource, TeacherTopK, tail_of
+from mohawk.kernels.kd.vocabulary import Known, exchange
 
 # kd and ce of a tile of the student's logits, which becomes the gradient: see torch_tile.
 Tile = Callable[[Tensor, KDTask, Scores, tuple[int, int], bool], tuple[Tensor, Tensor]]

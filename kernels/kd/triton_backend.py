@@ -23,11 +23,10 @@ from torch import Tensor
 
 from mohawk.kernels.kd import chunked as kd_chunked
 from mohawk.kernels.kd import tile as kd_tile
-from mohawk.kernels.kd.exchange import exchange, whole_kl
 from mohawk.kernels.kd.options import KDTask, Options, RowLosses
 from mohawk.kernels.kd.scores import Scores
 from mohawk.kernels.kd.teachers import TeacherSamples, TeacherTopK
-from mohawk.kernels.kd.vocabulary import VocabularySlice
+from mohawk.kernels.kd.vocabulary import VocabularySlice, exchange, whole_kl
 
 BACKEND = "triton"  # as `mohawk doctor` names it
 

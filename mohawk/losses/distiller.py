@@ -21,7 +21,7 @@ from mohawk.kernels.kd.interface import TAIDSchedule, TeacherHidden, TeacherSamp
 from mohawk.loading.causal import plain_model
 from mohawk.loading.configs import check_decoder
 from mohawk.loading.models import parameter_count
-from mohawk.losses.heads import Head, final_hidden_states, readable_ids
+from mohawk.losses.heads import Head, as_forward, final_hidden_states, in_zero, readable_ids, with_head
 from mohawk.losses.label_probability import label_probability
 from mohawk.losses.matching import Matching
 from mohawk.losses.on_policy import OnPolicy, replaced_rows
@@ -303,6 +303,8 @@ class KnowledgeDistiller(Objective["CausalLM"]):
 
     def _loss(self, batch: Mapping[str, Tensor], counts: Tensor, forward: Callable[..., Any] | None) -> Tensor:
         """The sum over a batch's tokens, each divided by what `counts` has of its kind."""
+        if forward is not None and in_zero(self.student):
+            return as_forward(self.student, forward, lambda: self._loss(batch, counts, None))
         if (mask := batch.get("attention_mask")) is not None and mask.dim() == 2 and "position_ids" not in batch:
             batch = {**batch, "position_ids": positions(mask)}
         matchings, inputs = self.matchings, model_inputs(batch)
@@ -321,17 +323,22 @@ class KnowledgeDistiller(Objective["CausalLM"]):
         labels = next_labels(batch)
         weights = next_column(batch["weights"], 0.0) if "weights" in batch else None
         task = next_column(batch["task"], 0) if "task" in batch else None
-        head = Head.of(self.student)
-        loss = hidden.new_zeros(())
-        for source, rows, own, tokens in self._parts(batch, once, counts):
-            check_ids()
-            rows = slice(None) if rows is None else rows
-            part = None if weights is None else weights[rows]
-            if task is not None:
-                # so that the one mean over all tokens is the sum of several, each over a task's own
-                factors = (tokens.sum() / _some(tokens)).to(torch.float32)[task[rows]]
-                part = factors if part is None else part * factors
-            loss = loss + self._logit_loss(source, hidden[rows], head, labels[rows], part, _some(tokens.sum()), own)
+
+        def of_logits(hidden: Tensor) -> Tensor:
+            loss, head = hidden.new_zeros(()), Head.of(self.student)
+            for source, rows, own, tokens in self._parts(batch, once, counts):
+                check_ids()
+                rows = slice(None) if rows is None else rows
+                part = None if weights is None else weights[rows]
+                if task is not None:
+                    # so that the one mean over all tokens is the sum of several, each over a task's own
+                    factors = (tokens.sum() / _some(tokens)).to(torch.float32)[task[rows]]
+                    part = factors if part is None else part * factors
+                divisor = _some(tokens.sum())
+                loss = loss + self._logit_loss(source, hidden[rows], head, labels[rows], part, divisor, own)
+            return loss
+
+        loss = with_head(self.student, hidden, of_logits)
         count, rows = (labels != IGNORED).sum(), len(labels)
         for i, (name, matching) in enumerate(matchings.items()):
             assert whole is not None  # asked above

@@ -223,7 +223,8 @@ def final_hidden_states(
     if model not in _checked and last.numel():
         with torch.no_grad():
             last = last.float()
-            error = (Head.of(model).logits(hidden[:, -1]) - last).norm() / last.norm()
+            ours = with_head(model, hidden[:, -1], lambda states: Head.of(model).logits(states))
+            error = (ours - last).norm() / last.norm()
         # half-precision rounding stays far below 5 %, a missing scale or softcap that matters far above
         if error > 0.05:  # and not for NaN: a broken student has a perplexity too, NaN
             raise UserError(
@@ -231,6 +232,39 @@ def final_hidden_states(
             )
         _checked.add(model)
     return hidden
+
+
+def in_zero(module: nn.Module) -> bool:
+    """Whether DeepSpeed's ZeRO-3 has a module's parameters in parts."""
+    return any(hasattr(parameter, "ds_id") for parameter in module.parameters())
+
+
+def as_forward(module: nn.Module, call: Callable[..., Any], work: Callable[..., Tensor], *given: Tensor) -> Tensor:
+    """work(*given) as the forward pass of a module in ZeRO-3, which `call` calls: its parameters are whole in that, and
+    again where the backward pass comes back to it."""
+    own = module.__dict__.get("forward")
+
+    def restore() -> None:
+        if own is None:
+            module.__dict__.pop("forward", None)
+        else:
+            module.__dict__["forward"] = own
+
+    def forward(*args: Any, **_: Any) -> Tensor:
+        restore()
+        return work(*args)
+
+    module.__dict__["forward"] = forward
+    try:
+        return call(*given)
+    finally:
+        restore()
+
+
+def with_head(model: CausalLM, hidden: Tensor, work: Callable[[Tensor], Tensor]) -> Tensor:
+    """work(hidden), which reads the head, also where ZeRO-3 has that in parts; all processes must come here."""
+    output = model.get_output_embeddings()
+    return as_forward(output, output, work, hidden) if output is not None and in_zero(output) else work(hidden)
 
 
 def readable_ids(model: CausalLM, ids: Tensor, who: str) -> tuple[Tensor, Callable[[], None]]:

@@ -48,7 +48,7 @@ class DistillationTrainer(Trainer):
         self.distiller.matched.to(self.args.device)
         self.model_accepts_loss_kwargs = True  # the counts over micro-batches are ours to divide by
         self._training = False  # within training_step
-        self.apart: torch.optim.AdamW | None = None  # of matchings, where FSDP2 takes the model's parameters alone
+        self.apart: torch.optim.AdamW | None = None  # of matchings, where FSDP2 or DeepSpeed has the model's alone
         self.add_callback(_Steps(self))
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
@@ -86,7 +86,11 @@ class DistillationTrainer(Trainer):
         parameters = list(self.distiller.matched.parameters())
         if not (created and parameters):
             return optimizer
-        if self.is_fsdp_enabled:
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            if self.args.fp16:
+                raise ValueError(
+                    "matchings that train parameters have no loss scale of fp16 under FSDP2 or DeepSpeed; use bf16"
+                )
             of, decay = self.args, self.args.weight_decay
             betas = (of.adam_beta1, of.adam_beta2)
             self.apart = torch.optim.AdamW(parameters, of.learning_rate, betas, of.adam_epsilon, weight_decay=decay)
@@ -139,7 +143,7 @@ class _Steps(TrainerCallback):
         distiller.begin_step(state.global_step, state.max_steps, together)
 
     def on_pre_optimizer_step(self, args, state, control, **kwargs):
-        # matchings' parameters are not in the model that DDP wraps, whose gradients it averages
+        # matchings' parameters are not in the model that is wrapped, whose gradients are averaged
         parameters = list(self.trainer.distiller.matched.parameters())
         if parameters and several():
             sum_gradients(parameters)

@@ -75,7 +75,7 @@ class Collectives:
 
 
 def statistics_collectives(divergence, kind):
-    """Per chunk of rows, with a gradient: see exchange.py."""
+    """Per chunk of rows, with a gradient: see vocabulary.py."""
     if kind in ("topk", "samples"):
         return 1
     second = divergence not in ("forward_kl", "reverse_kl", *ON_LOGITS)

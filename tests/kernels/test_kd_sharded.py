@@ -6,7 +6,16 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 
-from mohawk.kernels.kd import TeacherHidden, TeacherLogits, TeacherMixture, TeacherTAID, kd_loss, linear_kd_loss
+from mohawk.kernels.kd import (
+    TeacherHidden,
+    TeacherLogits,
+    TeacherMixture,
+    TeacherSamples,
+    TeacherTAID,
+    TeacherTopK,
+    kd_loss,
+    linear_kd_loss,
+)
 from tests.helpers.processes import in_processes
 from tests.helpers.tiny_phase import cheap_training  # noqa: F401
 
@@ -178,3 +187,103 @@ def test_a_head_of_fsdp_has_gradients_like_other_layers(tmp_path):
         for of_body, of_head in ways:
             torch.testing.assert_close(of_body, body.grad)
             torch.testing.assert_close(of_head, head.grad)
+
+
+# ---- used as they lie, or gathered ----
+
+
+KINDS = ("hidden", "whole", "mixture", "taid", "top k", "samples")
+CASES = {
+    "mean": {"ce_weight": 0.5, "temperature": 2.0},
+    "sum of weighted": {"reduction": "sum", "divergence": "jsd"},
+    "each row": {"reduction": "none", "ce_weight": 0.25, "divergence": "reverse_kl"},
+    "normalizer": {"normalizer": 5.0, "divergence": "skew_kl", "logit_scale": 0.7, "logit_softcap": 4.0},
+    "logits": {"divergence": "mse", "vocab_size": VOCAB - 3},
+}
+
+
+def sources(given, of, kind):
+    """A teacher of some rows, whose heads are what `of` makes of them."""
+    if kind in ("top k", "samples"):
+        order = given["order"][..., :5]
+        logprobs = (given["theirs"] @ given["their_head"].T).log_softmax(-1).gather(-1, order)
+        return TeacherTopK(order, logprobs) if kind == "top k" else TeacherSamples(order, 0.3 * logprobs.exp())
+    one = TeacherHidden(given["theirs"], given["their_head"] if kind == "whole" else of(given["their_head"]))
+    if kind == "mixture":
+        return TeacherMixture([one, TeacherHidden(0.5 * given["theirs"], of(given["their_head"]))], [0.3, 0.7])
+    return TeacherTAID(one, 0.4) if kind == "taid" else one
+
+
+def uneven(rank=None):
+    """The problem with rows (1, 8) in which process 0 has five, some of them ignored, and weights."""
+    given = problem()
+    g = torch.Generator().manual_seed(1)
+    given["order"] = torch.randn(ROWS, VOCAB, generator=g).argsort(-1)
+    given["weights"] = torch.rand(ROWS, generator=g, dtype=torch.float64)
+    given["labels"][[1, 6]] = -100
+    mine = {None: slice(None), 0: slice(0, 5), 1: slice(5, None)}[rank]
+    heads = ("head", "bias", "their_head")
+    return {name: x if name in heads else x[mine].unsqueeze(0) for name, x in given.items()}
+
+
+def loss_of(given, of, kind, case, backend="auto"):
+    """What linear_kd_loss gives, and hidden states, head and bias of the student."""
+    tensors = [given["hidden"].clone(), of(given["head"]), of(given["bias"])]
+    hidden, head, bias = (x.requires_grad_() for x in tensors)
+    weights = given["weights"] if case == "sum of weighted" else None
+    options = {"student_bias": bias, "token_weights": weights, "return_parts": True, "backend": backend, **CASES[case]}
+    teacher = sources(given, of, kind)
+    return linear_kd_loss(hidden, head, teacher, given["labels"], **options), [hidden, head, bias]
+
+
+def fits(kind, case):
+    return kind not in ("top k", "samples", "mixture") or case == "mean"
+
+
+def in_slices(rank):
+    mesh, found, gathers = init_device_mesh("cpu", (2,)), {}, []
+    full = DTensor.full_tensor
+
+    def counted(self, **options):
+        gathers.append(self)
+        return full(self, **options)
+
+    DTensor.full_tensor = counted
+    for kind in KINDS:
+        for case in CASES:
+            if fits(kind, case):
+                made = loss_of(uneven(rank), lambda x: distribute_tensor(x, mesh, [Shard(0)]), kind, case)
+                (loss, parts), tensors = made
+                # in front of the loss a factor that is alike on all processes, or is not
+                factor = 3.0 if case != "normalizer" else 2.0 + rank
+                upstream = factor * torch.linspace(1, 2, loss.numel(), dtype=loss.dtype).reshape(loss.shape)
+                loss.backward(upstream)
+                assert not gathers
+                found[kind, case] = loss.detach(), parts, [full(x.grad) if x.dim() < 3 else x.grad for x in tensors]
+    heads = ("head", "bias", "their_head")
+    many = {name: x[:20] if name in heads else torch.cat([x] * 3) for name, x in uneven(rank).items()}
+    many["labels"] = many["labels"].clamp(max=19)
+    loss_of(many, lambda x: distribute_tensor(x, mesh, [Shard(0)]), "hidden", "mean")
+    return found, len(gathers)
+
+
+def test_heads_are_used_as_they_lie_where_rows_are_few(tmp_path):
+    """Each process has the loss of its own rows by the definition, and the gradient that is made of all losses."""
+    many = in_processes(tmp_path, 2, in_slices)
+    assert [gathers for _, gathers in many] == [3, 3]  # 24 rows and 20 words: both heads and the bias
+    for kind in KINDS:
+        for case in filter(lambda case: fits(kind, case), CASES):
+            expected = [None] * 3
+            for rank, (found, _) in enumerate(many):
+                (loss, parts), tensors = loss_of(uneven(rank), lambda x: x.clone(), kind, case, "reference")
+                torch.testing.assert_close(found[kind, case][0], loss.detach())
+                for mine, part in zip(found[kind, case][1], parts, strict=True):
+                    torch.testing.assert_close(mine, part)
+                factor = 3.0 if case != "normalizer" else 2.0 + rank
+                loss.backward(factor * torch.linspace(1, 2, loss.numel(), dtype=loss.dtype).reshape(loss.shape))
+                torch.testing.assert_close(found[kind, case][2][0], tensors[0].grad)
+                for i in (1, 2):
+                    expected[i] = tensors[i].grad if rank == 0 else (expected[i] + tensors[i].grad) / 2
+            for i in (1, 2):
+                for found, _ in many:
+                    torch.testing.assert_close(found[kind, case][2][i], expected[i], msg=f"{kind}, {case}, {i}")
