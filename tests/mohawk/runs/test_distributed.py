@@ -4,7 +4,9 @@ import json
 import logging
 import os
 import signal
+import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -198,3 +200,42 @@ def test_a_signal_to_one_process_saves_ends_both_and_the_run_goes_on(place, tmp_
     assert two_processes(folder, "convert", str(paths[1])) == [0, 0]
     whole, broken = students(*(path.parent / "run" for path in paths))
     assert torch.equal(whole, broken)
+
+
+def node(number: int, port: int, recipe: Path) -> subprocess.Popen:
+    """torchrun as it is started on each of two machines, with a process on each."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--node-rank", str(number)]
+    command += ["--nproc-per-node", "1", "--master-addr", "127.0.0.1", "--master-port", str(port)]
+    out = open(recipe.parent / f"node{number}.txt", "w")
+    command += ["-m", "mohawk", "convert", str(recipe)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[3])}
+    return subprocess.Popen(command, stdout=out, stderr=out, env=environment)
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="finds torchrun's process there")
+def test_a_machine_that_is_gone_ends_the_run_which_goes_on_in_one(place, tmp_path):
+    """torchrun and its process are killed together."""
+    phases = {"mixing": {"save_every": 20, "tokens": 300 * 4 * 32}, "hidden": None, "end_to_end": None}
+    recipe = written(place, tmp_path / "two", student={"ssm_layers": [0, 1]}, phases=phases, sharding={"stages": 2})
+    port = free_port()
+    first, second = (node(number, port, recipe) for number in (0, 1))
+    try:
+        begin = time.monotonic()
+        while not list((tmp_path / "two/run").glob("phases/mixing/checkpoint-*")):
+            assert first.poll() is second.poll() is None and time.monotonic() - begin < 300
+            time.sleep(0.05)
+        workers = Path(f"/proc/{second.pid}/task/{second.pid}/children").read_text().split()
+        for pid in (second.pid, *map(int, workers)):
+            os.kill(pid, signal.SIGKILL)
+        begin = time.monotonic()
+        assert first.wait(timeout=60) == 1 and time.monotonic() - begin < 60
+    finally:
+        for process in (first, second):
+            process.kill()
+            process.wait()
+    said = [line for line in (tmp_path / "two/node0.txt").read_text().splitlines() if line.startswith("error: ")]
+    assert len(said) == 1 and "another process of this run has ended or answers no more" in said[0]
+    assert main(["convert", str(recipe)]) == 0
+    steps = [json.loads(line)["step"] for line in (tmp_path / "two/run/metrics.jsonl").read_text().splitlines()]
+    assert steps == list(range(1, 301))
+    assert "mixing: from checkpoint-" in (tmp_path / "two/run/log.txt").read_text()

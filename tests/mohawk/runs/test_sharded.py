@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -148,9 +149,41 @@ def test_a_process_that_is_killed_ends_the_others_and_the_run_goes_on(place, tmp
     assert codes[1] == -signal.SIGKILL and codes[0] not in (0, 1) and time.monotonic() - begin < 60
     said = (tmp_path / "two/0.txt").read_text()
     assert "another process of this run has ended" in said and "Traceback" not in said
+    shutil.copytree(tmp_path / "two", tmp_path / "alone")
     in_parts(tmp_path / "two", "distill", recipe)
     first, second = students(tmp_path / "whole/run", tmp_path / "two/run")
     assert torch.equal(first, second)
+    assert main(["distill", str(recipe), "--set", f"output={tmp_path / 'alone/run'}"]) == 0  # and in another number
+    assert (students(tmp_path / "alone/run")[0] - first).abs().mean() < 1e-3 * LEARNING_RATE
+
+
+def not_finite_on_the_second(rank: int) -> None:
+    if rank == 1:
+        finish = PhaseTrainer._finish_gradients
+
+        def spoiled(self):
+            if self.step > 0:
+                gradient = next(p.grad for p in self.trainable.values() if p.grad is not None)
+                getattr(gradient, "_local_tensor", gradient).fill_(float("nan"))
+            return finish(self)
+
+        PhaseTrainer._finish_gradients = spoiled
+
+
+@pytest.mark.parametrize("kind", ["none", "full"])
+def test_gradients_that_are_not_finite_on_one_process_end_all_and_the_run_goes_on_in_one(kind, place, tmp_path):  # noqa: F811
+    stage = {"name": "logits", "ce_weight": 0.5, "save_every": 1, "tokens": 6 * 4 * 32}
+    recipe = written(place, tmp_path / "two", student={"layers": [0]}, stages=[stage], sharding={"kind": kind})
+    begin = time.monotonic()
+    codes = two_processes(tmp_path / "two", "distill", str(recipe), before=not_finite_on_the_second)
+    assert codes == [2, 2] and time.monotonic() - begin < 60
+    said = (tmp_path / "two/0.txt").read_text()
+    assert said.count("error: ") == 1 and "3 steps in a row, the last one step 4" in said and "Traceback" not in said
+    assert (tmp_path / "two/1.txt").read_text() == ""
+    assert main(["distill", str(recipe)]) == 0
+    steps = [json.loads(line) for line in (tmp_path / "two/run/metrics.jsonl").read_text().splitlines()]
+    assert [record["step"] for record in steps] == [1, 2, 3, 4, 5, 6]
+    assert [bool(record.get("skipped_at")) for record in steps] == [False, True, True, False, False, False]
 
 
 def test_recomputed_layers_train_to_the_same_student(place, tmp_path):  # noqa: F811
