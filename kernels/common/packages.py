@@ -3,7 +3,11 @@
 import functools
 import importlib
 import importlib.util
+import os
 import warnings
+
+import torch
+from torch import Tensor
 
 
 @functools.cache
@@ -28,5 +32,19 @@ def usable(module: str) -> bool:
     """Whether `module` can be imported. Warns, once, where its package is installed for nothing."""
     reason = why_not(module)
     if reason is not None and importlib.util.find_spec(module.partition(".")[0]) is not None:
-        warnings.warn(f"{reason}; mohawk goes on with torch, which is slower on a GPU", RuntimeWarning, stacklevel=2)
+        warnings.warn(
+            f"{reason}; mohawk goes on without it, which may be slower on a GPU", RuntimeWarning, stacklevel=2
+        )
     return reason is None
+
+
+def no_triton(x: Tensor, module: str) -> str | None:
+    """Why our Triton kernels in `module` cannot take tensors like x, in words; None where they can."""
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    if not x.is_cuda and not interpreted:
+        return f"x is on {x.device}; it needs a CUDA or ROCm device"
+    if x.dtype == torch.float64:
+        return "it computes in float32 and x is float64"
+    if x.is_cuda and torch.version.hip is None and torch.cuda.get_device_capability(x.device) < (8, 0):
+        return "it needs an NVIDIA GPU of compute capability 8.0 (Ampere) or above"
+    return why_not("triton") or why_not(module)

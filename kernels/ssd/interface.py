@@ -7,20 +7,35 @@ Mamba-2's own parametrisation is log_decay = dt * A, input_scale = dt; the discr
 log_decay = -softplus(a), no input_scale.
 """
 
-from typing import Literal, overload
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
 
 from mohawk.kernels.common.operators import call_operator, register_kernel
-from mohawk.kernels.common.packages import usable, why_not
+from mohawk.kernels.common.packages import no_triton, usable, why_not
 from mohawk.kernels.common.tensors import check_untransformed
 from mohawk.kernels.ssd.checks import check, fits_step
 from mohawk.kernels.ssd.chunked import ssd_chunked
 from mohawk.kernels.ssd.package_backend import KERNELS, refusal, ssd_mamba
 from mohawk.kernels.ssd.reference import ssd_reference
 
-BACKENDS = {"auto": None, "reference": ssd_reference, "chunked": ssd_chunked, "mamba_ssm": ssd_mamba}
+TRITON = "mohawk.kernels.ssd.triton_backend"
+
+
+def _ssd_triton(*given: Any) -> tuple[Tensor, Tensor]:
+    from mohawk.kernels.ssd.triton_backend import ssd_triton
+
+    return ssd_triton(*given)
+
+
+BACKENDS = {
+    "auto": None,
+    "reference": ssd_reference,
+    "chunked": ssd_chunked,
+    "triton": _ssd_triton,
+    "mamba_ssm": ssd_mamba,
+}
 
 
 @overload
@@ -87,13 +102,14 @@ def ssd(
     segment_ids: (batch, seq) integers; the state starts anew where the id changes (the first segment goes
     on from initial_state).
 
-    backend: "reference" is the recurrence token by token, "chunked" torch on any device, "mamba_ssm" that
-    package's kernels, "auto" those on CUDA where they can be imported and fit, else "chunked".
+    backend: "reference" is the recurrence token by token, "chunked" torch on any device, "triton" our own kernels for
+    GPUs, "mamba_ssm" that package's kernels. "auto" takes the package's on CUDA where they can be imported and fit,
+    else our own where triton is installed, else "chunked".
 
     Returns y like x, and with return_final_state also the state after the last token, (batch, heads,
     head_dim, state_size) in float32 (float64 for float64 x). The scan is float32 inside (float64 for float64 x).
-    Sums of log decays are kept as in float64 by "chunked"; mamba-ssm's kernels take them as float32 over 256
-    tokens, so that where decays of -10 and below meet weak ones in a chunk, y is off by up to 3e-5 of itself.
+    Sums of log decays are kept as in float64 by "chunked" and "triton"; mamba-ssm's kernels take them as float32 over
+    256 tokens, so that where decays of -10 and below meet weak ones in a chunk, y is off by up to 3e-5 of itself.
     Raises ValueError for shapes that do not fit, RuntimeError in a second derivative, which only "reference" has.
     """
     check(x, log_decay, B, C, input_scale, D, initial_state, segment_ids)
@@ -104,13 +120,17 @@ def ssd(
             "ssd", (x, log_decay, B, C, input_scale, D, initial_state, segment_ids), words=backend
         )
         return (y, final_state) if return_final_state else y
-    if backend == "mamba_ssm":
-        reason = refusal(x, B, C) or why_not(KERNELS)
+    if backend in ("mamba_ssm", "triton"):
+        reason = refusal(x, B, C) or why_not(KERNELS) if backend == "mamba_ssm" else no_triton(x, TRITON)
         if reason is not None:
-            raise ValueError(f"ssd: backend 'mamba_ssm' can't be used: {reason}; use 'auto' or 'chunked'")
+            raise ValueError(f"ssd: backend {backend!r} can't be used: {reason}; use 'auto' or 'chunked'")
     if backend == "auto":
-        # In this order: for tensors on a CPU the package is not even imported.
-        backend = "mamba_ssm" if x.is_cuda and refusal(x, B, C) is None and usable(KERNELS) else "chunked"
+        # In this order: for tensors on a CPU no package is even imported.
+        backend = "chunked"
+        if x.is_cuda and refusal(x, B, C) is None and usable(KERNELS):
+            backend = "mamba_ssm"
+        elif x.is_cuda and no_triton(x, TRITON) is None:
+            backend = "triton"
     if backend != "reference":
         check_untransformed("ssd", x, log_decay, B, C, input_scale, D, initial_state)
     run = BACKENDS[backend]

@@ -40,6 +40,7 @@ REPLACES = {
     "causal-conv1d": "causal_conv1d",
     "fla-core": "gated_delta_rule",
 }  # whose kernels run instead of ours, in which operation
+OURS = ("ssd",)  # of these, what else has Triton kernels of our own
 
 
 def doctor(console: Console | None = None) -> None:
@@ -220,7 +221,10 @@ def _why(operation: str, backend: str, device: torch.device) -> str:
         return "no GPU: torch on the CPU, in bounded memory"
     package = {operation: package for package, operation in REPLACES.items()}.get(operation)
     if package and version(package) is None:
-        return f"there is a GPU, but {package} is missing, whose kernels this would use; torch on the GPU"
+        missing = f"{package} is missing"
+        if operation in OURS and version("triton") is None:
+            missing = f"{package} and triton are missing"
+        return f"there is a GPU, but {missing}, whose kernels this would use; torch on the GPU"
     if package:
         return f"there is a GPU, but {package} is {used(package, {})}; torch on the GPU"
     if version("triton") is None:

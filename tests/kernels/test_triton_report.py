@@ -66,3 +66,9 @@ def test_distillation_losses_do_not_spill(target):
 @pytest.mark.parametrize("target", TARGETS)
 def test_mixing_distance_does_not_spill(target):
     assert len(report("mixing.triton_report", target)) == 14
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="triton's wheels with ptxas are for Linux")
+@pytest.mark.parametrize("target", TARGETS)
+def test_the_scan_does_not_spill(target):
+    assert len(report("ssd.triton_report", target)) == 11
