@@ -12,8 +12,11 @@ from mohawk.kernels.causal_conv1d.checks import ACTIVATIONS, check
 from mohawk.kernels.causal_conv1d.chunked import accumulator_dtype, causal_conv1d_chunked
 from mohawk.kernels.causal_conv1d.package_backend import by_package, fits_package, package_function
 from mohawk.kernels.common.operators import call_operator, register_kernel
+from mohawk.kernels.common.packages import no_triton
 from mohawk.kernels.common.segments import segment_runs, segment_starts
 from mohawk.kernels.common.tensors import transformed
+
+TRITON = "mohawk.kernels.causal_conv1d.triton_backend"
 
 
 @overload
@@ -84,6 +87,10 @@ def causal_conv1d(
     package = package_function() if x.is_cuda and fits_package(x, weight, initial_state, segment_ids) else None
     if package is not None:
         y = by_package(package, x, weight, bias, activation, initial_state, segment_ids)
+    elif x.is_cuda and x.numel() and no_triton(x, TRITON) is None:
+        from mohawk.kernels.causal_conv1d.triton_backend import causal_conv1d_triton
+
+        y = causal_conv1d_triton(x, weight, bias, initial_state, segment_ids, activation)
     else:
         y = causal_conv1d_chunked(x, weight, bias, initial_state, segment_ids, activation)
     if not return_final_state:

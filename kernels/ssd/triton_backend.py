@@ -570,7 +570,7 @@ def ssd_triton(
     initial_state: Tensor | None,
     segment_ids: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """Shapes as in `mohawk.kernels.ssd.scan.ssd`, no float64 x. Returns y in x's dtype and the final state."""
+    """Shapes as in `mohawk.kernels.ssd.interface.ssd`, no float64 x. Returns y in x's dtype and the final state."""
     given = (x, log_decay, B, C, input_scale, D, initial_state, segment_ids)
     if not x.numel() or not B.numel():
         return ssd_chunked(*given)

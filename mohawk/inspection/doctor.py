@@ -40,7 +40,7 @@ REPLACES = {
     "causal-conv1d": "causal_conv1d",
     "fla-core": "gated_delta_rule",
 }  # whose kernels run instead of ours, in which operation
-OURS = ("ssd",)  # of these, what else has Triton kernels of our own
+OURS = ("ssd", "causal_conv1d")  # of these, what else has Triton kernels of our own
 
 
 def doctor(console: Console | None = None) -> None:

@@ -5,6 +5,8 @@ import dataclasses
 import pytest
 import torch
 
+from mohawk.kernels.causal_conv1d.interface import causal_conv1d
+from mohawk.kernels.causal_conv1d.reference import causal_conv1d_reference
 from mohawk.kernels.delta.interface import gated_delta_rule
 from mohawk.kernels.kd.interface import TeacherHidden, kd_loss, linear_kd_loss
 from mohawk.kernels.mixing.interface import mixing_distance
@@ -208,6 +210,34 @@ def test_scan_of_a_long_sequence_beyond_32_bits():
     y, state = ssd(x, decay, B, B, return_final_state=True, backend="triton")
     assert y[0, -6:, -1, 0].tolist() == [0, 16, 32, 48, 64, 80]
     assert (state[0, -1] == 5).all() and not state[0, :-1].any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("seq", "channels", "packed"), [(333, 100, True), (1000, 6144, False), (2, 8, False)])
+def test_convolution_with_a_state(dtype, seq, channels, packed):
+    """With documents too, which no package takes beside a state. Each document alone in float64 is the truth."""
+    torch.manual_seed(seq)
+    given = [on_gpu(2, seq, channels), on_gpu(channels, 4), on_gpu(channels), on_gpu(2, channels, 3)]
+    given = [x.to(dtype) for x in given]
+    cuts = [100, 1, 2, 230] if packed else [seq]
+    ids = torch.repeat_interleave(torch.arange(len(cuts)), torch.tensor(cuts)).expand(2, seq).cuda() if packed else None
+    weights = on_gpu(2, seq, channels)
+
+    def exact(x, weight, bias, state):
+        pieces = []
+        for piece in x.split(cuts, 1):
+            pieces.append(causal_conv1d_reference(piece, weight, bias, state, "silu"))
+            state = torch.zeros_like(state)
+        return (torch.cat(pieces, 1) * weights).sum()
+
+    def ours(x, weight, bias, state):
+        y = causal_conv1d(x, weight, bias, activation="silu", initial_state=state, segment_ids=ids)
+        return (y * weights).sum()
+
+    got = value_and_gradients(ours, given)
+    truth = value_and_gradients(exact, given, torch.float64)
+    tolerance = 2e-5 if dtype == torch.float32 else 1e-2
+    assert_close(got[1:], truth[1:], tolerance, ("x", "weight", "bias", "state"))
 
 
 @pytest.mark.parametrize("channels", [False, True])

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from mohawk import ssd
-from mohawk.kernels.ssd import scan
+from mohawk.kernels.ssd import interface
 from tests.helpers.interpreted import run_cases
 
 pytest.importorskip("triton")
@@ -45,9 +45,9 @@ class OnGpu(torch.Tensor):
 def test_auto_on_a_gpu(monkeypatch, package, ours, dtype, taken):
     ran = []
     for name in ("chunked", "triton", "mamba_ssm"):
-        monkeypatch.setitem(scan.BACKENDS, name, lambda *given, name=name: (ran.append(name), None))
-    monkeypatch.setattr(scan, "usable", lambda module: package)
-    monkeypatch.setattr(scan, "no_triton", lambda x, module: ours)
+        monkeypatch.setitem(interface.BACKENDS, name, lambda *given, name=name: (ran.append(name), None))
+    monkeypatch.setattr(interface, "usable", lambda module: package)
+    monkeypatch.setattr(interface, "no_triton", lambda x, module: ours)
     x, B = torch.zeros(1, 5, 2, 4, dtype=dtype).as_subclass(OnGpu), torch.zeros(1, 5, 1, 3, dtype=dtype)
     ssd(x, torch.zeros(1, 5, 2, dtype=dtype), B, B)
     assert ran == [taken]

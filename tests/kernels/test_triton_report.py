@@ -72,3 +72,9 @@ def test_mixing_distance_does_not_spill(target):
 @pytest.mark.parametrize("target", TARGETS)
 def test_the_scan_does_not_spill(target):
     assert len(report("ssd.triton_report", target)) == 11
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="triton's wheels with ptxas are for Linux")
+@pytest.mark.parametrize("target", TARGETS)
+def test_the_convolution_does_not_spill(target):
+    assert len(report("causal_conv1d.triton_report", target)) == 3

@@ -123,7 +123,8 @@ def test_why_there_is_no_gpu(monkeypatch):
         ("ssd", "triton", "cuda", "3.6.0", "triton 3.6.0 is installed"),
         ("ssd", "chunked", "cuda", None, "mamba-ssm and triton are missing, whose kernels this would use; torch"),
         ("gated_delta_rule", "chunked", "cuda", "3.6.0", "fla-core is missing"),
-        ("causal_conv1d", "chunked", "cuda", "3.6.0", "causal-conv1d is missing"),
+        ("causal_conv1d", "triton", "cuda", "3.6.0", "triton 3.6.0 is installed"),
+        ("causal_conv1d", "chunked", "cuda", None, "causal-conv1d and triton are missing"),
     ],
 )
 def test_reasons(monkeypatch, operation, backend, device, triton, words):
