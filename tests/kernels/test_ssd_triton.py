@@ -51,3 +51,14 @@ def test_auto_on_a_gpu(monkeypatch, package, ours, dtype, taken):
     x, B = torch.zeros(1, 5, 2, 4, dtype=dtype).as_subclass(OnGpu), torch.zeros(1, 5, 1, 3, dtype=dtype)
     ssd(x, torch.zeros(1, 5, 2, dtype=dtype), B, B)
     assert ran == [taken]
+
+
+def test_how_much_a_gpu_is_handed():
+    """Launches and what torch does around them, forward and backward; the table in benchmarks/results has these."""
+    from benchmarks.operators import convolution, counted, scan
+    from mohawk.kernels.causal_conv1d.triton_backend import causal_conv1d_triton
+    from mohawk.kernels.ssd.triton_backend import ssd_triton
+
+    assert counted(ssd_triton, scan(1, 100, 2, everything=False)) == (3, 6)
+    assert counted(ssd_triton, scan(2, 300, 4, everything=True)) == (3, 8)
+    assert counted(causal_conv1d_triton, convolution(2, 300, 8, documents=True)) == (1, 6)
