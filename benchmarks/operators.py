@@ -31,7 +31,8 @@ RESULT = pathlib.Path(__file__).resolve().parent / "results" / "operators.md"
 # Nothing runs on a GPU for these.
 FREE = (
     "view", "transpose", "slice", "select", "expand", "unsqueeze", "squeeze", "detach", "empty", "as_strided",
-    "permute", "alias", "t.", "unflatten", "diagonal.", "_reshape_alias", "split", "unbind", "_unsafe_view", "lift", "new_empty",
+    "permute", "alias", "t.", "unflatten", "diagonal.", "_reshape_alias", "split", "unbind", "_unsafe_view", "lift",
+    "new_empty",
 )  # fmt: skip
 
 
