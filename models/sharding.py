@@ -8,6 +8,7 @@ that what calls them need not ask.
 
 from __future__ import annotations
 
+import copy
 import types
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -17,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from mohawk.models.casting import exact_scales
+from mohawk.models.casting import cast, exact_scales
 from mohawk.models.decoders import decoder
 
 if TYPE_CHECKING or dist.is_available():
@@ -222,6 +223,40 @@ def copied(
     for name, tensor in (*shape.named_parameters(), *shape.named_buffers()):
         fill(tensor, whole(theirs[source(name)]))
     exact_scales(shape)
+
+
+def copy_of(base: nn.Module, spread: Callable[[nn.Module], None], dtype: torch.dtype | None = None) -> Any:
+    """A copy of a model in parts, in parts as `spread` brings it into them, a tensor at a time.
+
+    dtype: of its parameters; default the base's.
+    """
+    plain: Any = base
+    with torch.device("meta"):
+        shape: Any = type(plain)(copy.deepcopy(plain.config))
+    cast(shape, dtype or plain.dtype)
+    copied(base, shape, spread)
+    shape.generation_config = copy.deepcopy(plain.generation_config)
+    return shape.train(base.training)
+
+
+@torch.no_grad()
+def whole_modules(model: nn.Module, names: Iterable[str]) -> Iterator[tuple[str, nn.Module]]:
+    """Modules of a model by their names, one after the other, with their weights whole and in their own dtype.
+
+    Of a sharded model each is a copy, which has its weights until the next one is asked for, as all processes must.
+    """
+    if not is_sharded(model):
+        yield from ((name, model.get_submodule(name)) for name in names)
+        return
+    reshard(model)
+    plain: Any = model
+    with torch.device("meta"):
+        twin = type(plain)(plain.config)
+    for name in names:
+        own, theirs = twin.get_submodule(name), model.get_submodule(name)
+        own.load_state_dict({key: whole(tensor) for key, tensor in theirs.named_parameters()}, assign=True)
+        yield name, own
+        own.to("meta")
 
 
 def total_norms(groups: Sequence[Iterable[Tensor]], device: torch.device) -> Tensor:

@@ -17,14 +17,15 @@ What zero means for each axis
         without a trace when it equals the mean of all channels, as a channel of zeros does in a stream whose mean is 0.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.initialization import no_init_weights
 
+from mohawk.models.casting import cast
 from mohawk.models.cutting.depth import Model, keep_any_layers
 from mohawk.models.cutting.parameters import KeptUnits, folded_bias, folded_biases, kept_of, layer_parts, outer_parts
 from mohawk.models.cutting.sizes import (
@@ -36,8 +37,9 @@ from mohawk.models.cutting.sizes import (
     ssm_layers,
 )
 from mohawk.models.decoders import decoder
-from mohawk.models.families import FAMILIES, decoder_layers, family_of
+from mohawk.models.families import FAMILIES, family_of
 from mohawk.models.generation_settings import saveable
+from mohawk.models.sharding import fill, materialise, whole_modules
 
 PerLayer = Mapping[int, Sequence[int]]
 # token ids in configurations and generation settings: those a model needs, and lists that may lose some
@@ -96,15 +98,21 @@ class Cut:
 
 
 @torch.no_grad()
-def cut(model: Model, what: Cut) -> Model:
+def cut(
+    model: Model, what: Cut, *, dtype: torch.dtype | None = None, spread: Callable[[nn.Module], None] | None = None
+) -> Model:
     """A smaller model of the same class, with what the cut keeps of the weights; the model is left as it was.
 
     Args:
-        model: a causal LM of a supported family, or a `HybridForCausalLM`.
+        model: a causal LM of a supported family, or a `HybridForCausalLM`; whole, or in parts on several processes.
         what: the units that stay.
+        dtype: of the smaller model's weights, also of those that are rescaled or folded into others; default the
+            model's.
+        spread: brings the smaller model into its parts, `mohawk.models.sharding.shard` for one: of a sharded model no
+            process ever holds more than a layer or the embedding whole. None: it is whole.
 
     Returns:
-        A model of the same class, dtype, device, mode and generation settings; its parameters are trainable.
+        A model of the same class, device, mode and generation settings; its parameters are trainable.
 
     Raises:
         ValueError: indices out of range or given twice, nothing kept, layers that keep different numbers, groups left
@@ -124,15 +132,44 @@ def cut(model: Model, what: Cut) -> Model:
     if tokens is not None:
         _renumber(config, generation, tokens, own.vocabulary)
     with no_init_weights():  # all of them come from the model
-        smaller = type(model)(config)
-    state = _cut_state(model, layers, kept, _index(hidden, model.device), _index(tokens, model.device))
-    missing, unexpected = smaller.load_state_dict(state, strict=False, assign=True)
+        smaller = type(model)(config) if spread is None else _without_weights(type(model), config)
+    weights = _cut_weights(model, layers, kept, _index(hidden, model.device), _index(tokens, model.device), dtype)
     tied = {"lm_head.weight"} if config.tie_word_embeddings else set()
+    if spread is None:
+        missing, unexpected = smaller.load_state_dict(dict(weights), strict=False, assign=True)
+    else:
+        cast(smaller, dtype or model.dtype)
+        spread(smaller)
+        materialise(smaller, model.device)
+        missing, unexpected = _filled(smaller, weights)
     if set(missing) - tied or unexpected:
         raise RuntimeError(f"weights without a place: {unexpected}; without a source: {missing}")
     smaller.tie_weights()
     smaller.generation_config = generation
-    return smaller.to(model.device).train(model.training)
+    # pyrefly: ignore[bad-argument-type]  # transformers wraps `to` and loses its parameters
+    smaller = smaller.to(model.device) if spread is None else smaller
+    return smaller.train(model.training)
+
+
+def _filled(model: nn.Module, weights: Iterator[tuple[str, Tensor]]) -> tuple[list[str], list[str]]:
+    """Writes whole weights into a model in parts; the names that got none, and those that the model does not have."""
+    left, unknown = dict(model.named_parameters()), []
+    for name, tensor in weights:
+        if name in left:
+            fill(left.pop(name), tensor)
+        else:
+            unknown.append(name)
+    return list(left), unknown
+
+
+def _without_weights(kind: type[Model], config) -> Model:
+    """A model on the meta device, but for its buffers."""
+    from accelerate import init_empty_weights
+
+    with init_empty_weights(include_buffers=False):
+        model = kind(config)
+    model.tie_weights()  # which making it empty has undone
+    return model
 
 
 def keep_layers(model: Model, layers: str | Sequence[int]) -> Model:
@@ -260,13 +297,17 @@ def _sizes(own: Sizes, what: Cut, kept: dict[int, KeptUnits]) -> Sizes:
     return Sizes(**sizes)
 
 
-def _cut_state(
-    model: Model, layers: list[int], kept: dict[int, KeptUnits], hidden: Tensor | None, tokens: Tensor | None
-) -> dict[str, Tensor]:
-    """The smaller model's state dict."""
-    state = {}
-    for new, old in enumerate(layers):
-        layer = decoder_layers(model)[old]
+def _cut_weights(
+    model: Model,
+    layers: list[int],
+    kept: dict[int, KeptUnits],
+    hidden: Tensor | None,
+    tokens: Tensor | None,
+    dtype: torch.dtype | None,
+) -> Iterator[tuple[str, Tensor]]:
+    """The smaller model's state dict, a tensor at a time."""
+    names = [f"model.layers.{old}" for old in layers]
+    for new, (old, (_, layer)) in enumerate(zip(layers, whole_modules(model, names), strict=True)):
         parts = layer_parts(layer, model.config, kept[old])
         extra = dict(folded_biases(layer, model.config, hidden))
         for name, tensor in layer.state_dict().items():
@@ -277,20 +318,21 @@ def _cut_state(
                     f"layer {old}: {name} ({tensor.dtype}) is no plain weight of this family; merge adapters and "
                     "dequantise before a cut"
                 )
+            tensor = tensor.to(dtype or tensor.dtype)
             if last == "bias" and module in extra:
                 tensor = (tensor.double() + extra[module]).to(tensor.dtype)
-            state[f"model.layers.{new}.{name}"] = kept_of(tensor, part, last)
-    final = f"model.{family_of(model.config).final_norm}"
-    for module_name, part in outer_parts(model, hidden, tokens).items():
-        module = model.get_submodule(module_name)
+            yield f"model.layers.{new}.{name}", kept_of(tensor, part, last)
+    final = model.get_submodule(f"model.{family_of(model.config).final_norm}")
+    outer = outer_parts(model, hidden, tokens)
+    for module_name, module in whole_modules(model, outer):
         for name, tensor in module.state_dict().items():
             if module_name == "lm_head" and name == "weight" and model.config.tie_word_embeddings:
                 continue
+            tensor = tensor.to(dtype or tensor.dtype)
             if module_name == "lm_head" and name == "bias":
-                extra = folded_bias(model.get_submodule(final), module, hidden)
+                extra = folded_bias(final, module, hidden)
                 tensor = tensor if extra is None else (tensor.double() + extra).to(tensor.dtype)
-            state[f"{module_name}.{name}"] = kept_of(tensor, part, name)
-    return state
+            yield f"{module_name}.{name}", kept_of(tensor, outer[module_name], name)
 
 
 def _renumber(config, generation, tokens: list[int], vocabulary: int) -> None:

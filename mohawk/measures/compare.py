@@ -87,7 +87,7 @@ def teacher_states(
     products, or None for the parameters' own. Raises UserError when the dataset predicts no token.
     """
     device = torch.device(device) if device is not None else teacher.device
-    batches = _dealt(dataset, batch_size)
+    batches = list(dealt_batches(dataset, batch_size))
     reshard(teacher)
     head = Head.of(teacher).frozen()
     hidden = []
@@ -102,16 +102,17 @@ def teacher_states(
     return TeacherStates(batches, hidden, head, tokens)
 
 
-def _dealt(dataset: Any, batch_size: int) -> list[dict[str, Tensor]]:
-    """This process's batches of a dataset, one after the other in turn. Who has one less than others has one more that
-    predicts nothing: a sharded model is run by all."""
+def dealt_batches(dataset: Any, batch_size: int) -> Iterator[dict[str, Tensor]]:
+    """This process's batches of a packed dataset, one after the other in turn. Who has one less than others has one
+    more, of which every token is padding: a sharded model is run by all."""
     starts = range(0, len(dataset), batch_size)
     own = [starts[i] for i in range(rank(), len(starts), count())]
-    batches = [collate([dataset[i] for i in range(start, min(start + batch_size, len(dataset)))]) for start in own]
+    for start in own:
+        yield collate([dataset[i] for i in range(start, min(start + batch_size, len(dataset)))])
     if len(own) < -(-len(starts) // count()):
         spare = collate([dataset[0]])
-        batches.append({**spare, "labels": torch.full_like(spare["labels"], IGNORED)})
-    return batches
+        padding = {"labels": IGNORED, "segment_ids": -1}
+        yield {**spare, **{name: torch.full_like(spare[name], value) for name, value in padding.items()}}
 
 
 @torch.no_grad()

@@ -11,8 +11,9 @@ from transformers import PreTrainedModel
 
 from mohawk.models.cutting.sizes import attention_layers, sizes_of, ssm_layers
 from mohawk.models.delta_mixer import DeltaMixer, GatedDeltaMixer, KimiDeltaMixer
-from mohawk.models.families import attention_parts, decoder_layers, family_of
+from mohawk.models.families import attention_parts, family_of
 from mohawk.models.mixers import SSMMixer
+from mohawk.models.sharding import reshard, whole, whole_modules
 from mohawk.models.state_mixer import StateMixer
 from mohawk.pruning.importance import Importance
 
@@ -48,16 +49,20 @@ def magnitude_importance(model: PreTrainedModel) -> Importance:
     A layer: all its projections. A hidden channel: its column of the embedding, its rows of what is added to the
     residual stream and its columns of what reads it. A group of heads: its keys and values (or B and C) and its heads.
 
+    Of a model in parts all processes must ask; a layer at a time is whole.
+
     Raises:
         ValueError: an unsupported model.
     """
     own, family = sizes_of(model.config), family_of(model.config)
-    whole: Any = model  # of its family's own class
-    hidden = _columns(whole.model.embed_tokens.weight)
-    if not whole.config.tie_word_embeddings:
-        hidden = hidden + _columns(whole.lm_head.weight)
+    plain: Any = model  # of its family's own class
+    reshard(model)
+    hidden = _columns(whole(plain.model.embed_tokens.weight))
+    if not plain.config.tie_word_embeddings:
+        hidden = hidden + _columns(whole(plain.lm_head.weight))
     layers, ffn, heads, kv_heads, state_heads, state_groups, state_dims = ([] for _ in range(7))
-    for layer in decoder_layers(model):
+    layer: Any
+    for _, layer in whole_modules(model, [f"model.layers.{i}" for i in range(own.layers)]):
         readers = [getattr(layer.mlp, name).weight for name in family.mlp_inputs]
         down = getattr(layer.mlp, family.mlp_output).weight
         # a fused projection holds gate and values one below the other

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from mohawk.core.folders import why_altered, write_file
+from mohawk.core.processes import from_all
 from mohawk.models.cutting.cuts import Cut, resolve_layers
 from mohawk.models.cutting.sizes import Sizes, attention_layers, base_config, check_sizes_within, sizes_of, ssm_layers
 from mohawk.models.delta_mixer import DeltaMixer
@@ -33,6 +34,7 @@ from mohawk.models.families import decoder_layers, family_of
 from mohawk.models.hybrid import HybridForCausalLM
 from mohawk.models.mixers import SSMMixer
 from mohawk.models.packed import positions_of
+from mohawk.models.sharding import reshard, run_in
 from mohawk.models.state_mixer import StateMixer
 from mohawk.pruning.state_use import delta_state_use, state_use
 
@@ -99,14 +101,18 @@ class Importance:
 
 
 @torch.no_grad()
-def measure_importance(model: PreTrainedModel, batches: Iterable[Mapping[str, Tensor]]) -> Importance:
+def measure_importance(
+    model: PreTrainedModel, batches: Iterable[Mapping[str, Tensor]], *, dealt: bool = False
+) -> Importance:
     """All scores in one pass.
 
     Args:
-        model: a causal LM of a supported family or a hybrid; run in eval mode and left as it was.
+        model: a causal LM of a supported family or a hybrid; run in eval mode and left as it was. Of one in parts all
+            processes ask, with equally many batches.
         batches: packed batches (see `mohawk.data.packing`): input_ids (b, n), and segment_ids and position_ids where
             rows hold several documents or padding (-1), which is left out; or a document a row, with an attention_mask
             (b, n) of 0 at padding.
+        dealt: each of several processes gives batches of its own, whose scores are added up; all of them must ask.
 
     Raises:
         ValueError: an unsupported model, or no token at all.
@@ -121,6 +127,9 @@ def measure_importance(model: PreTrainedModel, batches: Iterable[Mapping[str, Te
                 meter.run(batch)
     finally:
         model.train(training)
+        reshard(model)
+    if dealt:
+        meter.add_up()
     return meter.result()
 
 
@@ -161,6 +170,15 @@ class _Meter:
         run_decoder(self.model, batch)
         self.rows += sum(count > 0 for count in self.counts)
         self.tokens += sum(self.counts)
+
+    def add_up(self) -> None:
+        """Adds what the other processes measured. One whose batches had no token has nothing to add."""
+        own = {key: square.cpu() for key, square in self.squares.items()}
+        found = from_all((own, [cosine.cpu() for cosine in self.cosines], self.rows, self.tokens))
+        keys = dict.fromkeys(key for squares, *_ in found for key in squares)
+        self.squares = {key: _sum([squares[key] for squares, *_ in found if key in squares]) for key in keys}
+        self.cosines = [_sum(list(one)) for one in zip(*(cosines for _, cosines, *_ in found), strict=True)]
+        self.rows, self.tokens = sum(rows for *_, rows, _ in found), sum(tokens for *_, tokens in found)
 
     def result(self) -> Importance:
         if self.tokens == 0:
@@ -244,6 +262,10 @@ def _wide_sum(x: Tensor) -> Tensor:
     return x.sum(0).cpu().double() if x.device.type == "mps" else x.sum(0, dtype=torch.float64)
 
 
+def _sum(tensors: Sequence[Tensor]) -> Tensor:
+    return torch.stack(list(tensors)).sum(0)
+
+
 def segments_in(batch: Mapping[str, Tensor], device: torch.device) -> Tensor:
     """(b, n) documents of a batch's rows, -1 at padding; one document a row, but for what an attention mask hides,
     where the batch does not say."""
@@ -260,9 +282,10 @@ def run_decoder(model: PreTrainedModel, batch: Mapping[str, Tensor]) -> Tensor:
     positions = batch.get("position_ids")
     positions = positions_of(segments) if positions is None else positions.to(model.device)
     if isinstance(model, HybridForCausalLM):
-        return model.body(ids, position_ids=positions, segment_ids=segments, use_cache=False).last_hidden_state
-    body: Any = model.model
-    return body(input_ids=ids, position_ids=positions, use_cache=False).last_hidden_state
+        more, body = {"segment_ids": segments}, model.body
+    else:
+        more, body = {}, model.model
+    return run_in(model, body, input_ids=ids, position_ids=positions, use_cache=False, **more).last_hidden_state
 
 
 def choose(importance: Importance, sizes: Sizes, *, layers: str | Sequence[int] | Tensor = "score") -> Cut:

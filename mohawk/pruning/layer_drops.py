@@ -15,11 +15,13 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from mohawk.core.processes import from_all
 from mohawk.data.next_tokens import IGNORED, next_labels
 from mohawk.kernels.kd.interface import linear_kd_loss
 from mohawk.losses.heads import Head
 from mohawk.models.cutting.sizes import sizes_of
 from mohawk.models.families import decoder_layers
+from mohawk.models.sharding import is_sharded, reshard
 from mohawk.models.teacher_forcing import StandIn
 from mohawk.pruning.importance import run_decoder
 
@@ -54,34 +56,45 @@ def without_layer(model: PreTrainedModel, index: int) -> Iterator[None]:
 
 
 @torch.no_grad()
-def measure_layer_drops(model: PreTrainedModel, batches: Iterable[Mapping[str, Tensor]]) -> LayerDrops:
+def measure_layer_drops(
+    model: PreTrainedModel, batches: Iterable[Mapping[str, Tensor]], *, dealt: bool = False
+) -> LayerDrops:
     """Each layer left out in turn, on packed batches with labels (see `mohawk.data.packing`); the model is left as it
     was.
+
+    dealt: each of several processes gives batches of its own, equally many of them, whose figures are added up; all of
+    them must ask.
 
     Raises:
         ValueError: an unsupported model, or batches in which nothing is predicted.
     """
     count, training = sizes_of(model.config).layers, model.training
     kl, ce = torch.zeros(count, dtype=torch.float64), torch.zeros(count + 1, dtype=torch.float64)
+    reshard(model)
     head, tokens = Head.of(model).frozen(), 0
     model.eval()
     try:
         for batch in batches:
             labels = next_labels(batch).to(model.device)[:, :-1]
             real = labels != IGNORED
-            if not (found := int(real.sum())):
+            found = int(real.sum())
+            if not (found or is_sharded(model)):  # whose layers other processes come to
                 continue
             tokens += found
             whole = run_decoder(model, batch)[:, :-1][real].float()
             for i in range(count):
                 with without_layer(model, i):
                     less = run_decoder(model, batch)[:, :-1][real].float()
+                if not found:
+                    continue
                 parts = linear_kd_loss(
                     **head.student(less), teacher=head.teacher(whole), labels=labels[real],
                     reduction="sum", return_parts=True,
                 )[1]  # fmt: skip
                 kl[i] += parts.kd.double().cpu()
                 ce[i] += parts.ce.double().cpu()
+            if not found:
+                continue
             parts = linear_kd_loss(
                 **head.student(whole), teacher=head.teacher(whole), labels=labels[real],
                 reduction="sum", return_parts=True,
@@ -89,6 +102,12 @@ def measure_layer_drops(model: PreTrainedModel, batches: Iterable[Mapping[str, T
             ce[count] += parts.ce.double().cpu()
     finally:
         model.train(training)
+        reshard(model)
+    if dealt:
+        found = from_all((kl, ce, tokens))
+        kl = torch.stack([of_kl for of_kl, _, _ in found]).sum(0)
+        ce = torch.stack([of_ce for _, of_ce, _ in found]).sum(0)
+        tokens = sum(counted for _, _, counted in found)
     if not tokens:
         raise ValueError("nothing is predicted in the calibration text; give batches whose labels are not all -100")
     perplexity = torch.exp(ce / tokens)
