@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import argparse
 import re
+from typing import TYPE_CHECKING, Any
 
 from mohawk.core.command import Command, given, number, path, refuse
 from mohawk.core.extras import need
 from mohawk.errors import UserError
 from mohawk.schema.arguments import add_run, add_set, overrides
+
+if TYPE_CHECKING:
+    from mohawk.conversion.footprint import Hardware
 
 # What --dry-run plans for where nothing else is said: an H100
 DEVICE_MEMORY, PEAK, UTILISATION = 80 * 10**9, 989.0, 0.4
@@ -19,26 +23,35 @@ def _convert(options: argparse.Namespace) -> None:
     from mohawk.schema.base import placed
 
     recipe = Recipe.load(options.recipe, overrides(options))
+    planned = hardware_asked(options)
+
+    need("convert", "`mohawk convert`")
+    from mohawk.conversion.run import convert
+
+    with placed(options.recipe, overrides(options)):
+        convert(recipe, dry_run=options.dry_run, hardware=hardware_of(planned))
+
+
+def hardware_asked(options: argparse.Namespace) -> dict[str, Any]:
+    """What the options of `add_hardware` say, those that were given. Raises UserError without --dry-run."""
     asked = given(options, "processes", "device_memory", "peak", "utilisation")
     if asked and not options.dry_run:
         refuse(asked, "--dry-run")
+    return asked
 
-    need("convert", "`mohawk convert`")
+
+def hardware_of(asked: dict[str, Any]) -> Hardware | None:
+    """The hardware that a plan is for; None: what there is."""
     from mohawk.conversion.footprint import Hardware
-    from mohawk.conversion.run import convert
 
-    planned = {}
-    if asked:
-        flops = asked.get("peak", PEAK)
-        memory = asked.get("device_memory", DEVICE_MEMORY)
-        share = asked.get("utilisation", UTILISATION)
-        planned = {"hardware": Hardware(asked.get("processes", 1), memory, 1e12 * flops, share)}
-    with placed(options.recipe, overrides(options)):
-        convert(recipe, dry_run=options.dry_run, **planned)
+    if not asked:
+        return None
+    flops, share = asked.get("peak", PEAK), asked.get("utilisation", UTILISATION)
+    return Hardware(asked.get("processes", 1), asked.get("device_memory", DEVICE_MEMORY), 1e12 * flops, share)
 
 
-def _add_convert(parser: argparse.ArgumentParser) -> None:
-    add_run(parser)
+def add_hardware(parser: argparse.ArgumentParser) -> None:
+    """Options of a run's command that make its dry run a plan for other hardware."""
     plan = parser.add_argument_group("with --dry-run, a plan for other hardware, in bfloat16")
     plan.add_argument("--processes", type=number(int, 1, 2**20), metavar="N", help="how many devices; default: 1")
     plan.add_argument(
@@ -53,6 +66,11 @@ def _add_convert(parser: argparse.ArgumentParser) -> None:
     plan.add_argument(
         "--utilisation", type=number(float, 0.001, 1), metavar="SHARE", help="of the peak that is reached; default: 0.4"
     )
+
+
+def _add_convert(parser: argparse.ArgumentParser) -> None:
+    add_run(parser)
+    add_hardware(parser)
 
 
 def _memory(text: str) -> int:

@@ -1,5 +1,6 @@
 """What a conversion will do, worked out from the recipe and the teacher's configuration alone: no weights are read."""
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -86,13 +87,7 @@ def make_plan(recipe: Recipe, teacher_config: Any, hardware: Hardware | None = N
     Raises:
         UserError: the teacher cannot be converted, or the recipe does not fit it.
     """
-    if recipe.device == "cuda" and not torch.cuda.is_available():  # a plan for another machine, whose GPU is not known
-        here, fast = Hardware(count(), UNKNOWN), recipe.precision != "float32"
-    else:
-        device = pick_device(recipe.device)
-        here, fast = Hardware(count(), device_bytes(device)), autocast_dtype(recipe.precision, device) is not None
-    hardware = hardware or here
-    check_within(recipe, hardware.processes)
+    hardware, bits16 = planned_for(recipe, hardware)
     try:
         check_supported(teacher_config)
         with student_mistakes(("student",)):
@@ -107,7 +102,6 @@ def make_plan(recipe: Recipe, teacher_config: Any, hardware: Hardware | None = N
         raise
     except ValueError as error:
         raise UserError(str(error)) from error
-    bits16 = fast or hardware.flops is not None
     each = 4 if recipe.teacher.dtype == "float32" else 2
 
     def held(planned: PhasePlan, strategy: Strategy) -> dict[str, int]:
@@ -162,6 +156,18 @@ def make_plan(recipe: Recipe, teacher_config: Any, hardware: Hardware | None = N
     return Plan(
         student.config.layer_types, student, sum(p.numel() for p in teacher.parameters()), phases, hardware, sharded
     )
+
+
+def planned_for(recipe: Any, hardware: Hardware | None) -> tuple[Hardware, bool]:
+    """What a plan is for, by default what there is, and whether products are in 16 bits there. Raises UserError."""
+    if recipe.device == "cuda" and not torch.cuda.is_available():  # a plan for another machine, whose GPU is not known
+        here, fast = Hardware(count(), UNKNOWN), recipe.precision != "float32"
+    else:
+        device = pick_device(recipe.device)
+        here, fast = Hardware(count(), device_bytes(device)), autocast_dtype(recipe.precision, device) is not None
+    hardware = hardware or here
+    check_within(recipe, hardware.processes)
+    return hardware, fast or hardware.flops is not None
 
 
 def student_options(s: Hybrid) -> dict:
@@ -224,7 +230,7 @@ def print_plan(plan: Plan, recipe: Recipe, console: Console) -> None:
             f"{phase.memory / GIB:.1f} GiB",
         )  # fmt: skip
     console.print(phases)
-    print_hardware(plan, recipe, console)
+    print_hardware(plan.phases, plan.hardware, recipe.phases.active(), console)
 
 
 def print_exports(config: HybridConfig, console: Console) -> None:
@@ -244,25 +250,30 @@ def print_exports(config: HybridConfig, console: Console) -> None:
         console.print(line, highlight=False, soft_wrap=True, markup=False)
 
 
-def print_hardware(plan: Plan, recipe: Recipe, console: Console) -> None:
-    """What each process holds, and how long it takes, where there are several or the plan is for other hardware."""
-    hardware = plan.hardware
+def print_hardware(
+    phases: Sequence[Any], hardware: Hardware, sections: Iterable[tuple[str, Any]], console: Console
+) -> None:
+    """What each process holds, and how long it takes, where there are several or the plan is for other hardware.
+
+    phases: `PhasePlan`s, or what has the same strategy, held, memory, tokens and operations. sections: their settings
+    in the recipe, by name.
+    """
     if hardware.processes > 1:
-        table = Table("GiB of a process", *(phase.name for phase in plan.phases))
-        table.add_row("models are", *(str(phase.strategy) for phase in plan.phases))
-        for part in dict.fromkeys(name for phase in plan.phases for name in phase.held):
-            table.add_row(part, *(f"{phase.held.get(part, 0) / GIB:.2f}" for phase in plan.phases))
-        table.add_row("in all", *(f"{phase.memory / GIB:.2f}" for phase in plan.phases))
+        table = Table("GiB of a process", *(phase.name for phase in phases))
+        table.add_row("models are", *(str(phase.strategy) for phase in phases))
+        for part in dict.fromkeys(name for phase in phases for name in phase.held):
+            table.add_row(part, *(f"{phase.held.get(part, 0) / GIB:.2f}" for phase in phases))
+        table.add_row("in all", *(f"{phase.memory / GIB:.2f}" for phase in phases))
         console.print(table)
-    for name, phase in recipe.phases.active():
-        stages = stages_in(recipe, f"phases.{name}", hardware.processes)
+    for planned, (name, phase) in zip(phases, sections, strict=True):
+        stages = planned.strategy.stages
         if phase.rows % (dealt := hardware.processes // stages):
             to = f"{dealt} processes" if stages == 1 else f"{dealt} pipelines of {stages} stages"
             console.print(
                 f"[bold]{name}[/bold]: a step's {phase.rows} rows cannot be dealt evenly to {to}; this phase would be "
                 "refused"
             )
-    beyond = [phase for phase in plan.phases if phase.memory > hardware.memory]
+    beyond = [phase for phase in phases if phase.memory > hardware.memory]
     if beyond:
         named = ", ".join(f"{phase.name} {phase.memory / GIB:.1f} GiB" for phase in beyond)
         console.print(
@@ -271,10 +282,10 @@ def print_hardware(plan: Plan, recipe: Recipe, console: Console) -> None:
         )
     if hardware.flops is None:
         return
-    table = Table("", *(phase.name for phase in plan.phases), "in all")
-    rates = [hardware.flops * hardware.utilisation / phase.operations for phase in plan.phases]
-    hours = [phase.tokens / rate / 3600 for phase, rate in zip(plan.phases, rates, strict=True)]
-    table.add_row("GFLOP a token", *(f"{phase.operations / 1e9:,.1f}" for phase in plan.phases), "")
+    table = Table("", *(phase.name for phase in phases), "in all")
+    rates = [hardware.flops * hardware.utilisation / phase.operations for phase in phases]
+    hours = [phase.tokens / rate / 3600 for phase, rate in zip(phases, rates, strict=True)]
+    table.add_row("GFLOP a token", *(f"{phase.operations / 1e9:,.1f}" for phase in phases), "")
     table.add_row("tokens a second", *(f"{rate * hardware.processes:,.0f}" for rate in rates), "")
     table.add_row("device-hours", *(f"{one:,.1f}" for one in hours), f"{sum(hours):,.1f}")
     table.add_row(

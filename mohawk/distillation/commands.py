@@ -4,10 +4,16 @@ from __future__ import annotations
 
 import argparse
 
+from mohawk.conversion.commands import add_hardware, hardware_asked, hardware_of
 from mohawk.core.command import Command, number, path
 from mohawk.core.extras import need
 from mohawk.errors import UserError
 from mohawk.schema.arguments import add_run, add_set, overrides
+
+
+def _add_distill(parser: argparse.ArgumentParser) -> None:
+    add_run(parser)
+    add_hardware(parser)
 
 
 def _distill(options: argparse.Namespace) -> None:
@@ -15,12 +21,13 @@ def _distill(options: argparse.Namespace) -> None:
     from mohawk.schema.base import placed
 
     recipe = DistillRecipe.load(options.recipe, overrides(options))
+    planned = hardware_asked(options)
 
     need("lora" if recipe.has_adapter() else "convert", "`mohawk distill`")
     from mohawk.distillation.run import distill
 
     with placed(options.recipe, overrides(options)):
-        distill(recipe, dry_run=options.dry_run)
+        distill(recipe, dry_run=options.dry_run, hardware=hardware_of(planned))
 
 
 def _add_ablate(parser: argparse.ArgumentParser) -> None:
@@ -96,7 +103,7 @@ COMMANDS = [
     Command(
         "distill",
         "distil a teacher into a student by a recipe, or go on with a stopped run",
-        add_run,
+        _add_distill,
         _distill,
         resumes=True,
         together=True,

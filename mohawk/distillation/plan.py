@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,8 +11,11 @@ from rich.console import Console
 from rich.table import Table
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from mohawk.conversion.footprint import Hardware, Strategy
+from mohawk.conversion.plan import GIB, planned_for, print_hardware
 from mohawk.core.precision import pick_device
 from mohawk.distillation.build import checked_cache, loss_label, matchings_for, mistakes, shaped
+from mohawk.distillation.footprint import Need, allowed_ways, fit, stage_footprint, stage_operations
 from mohawk.distillation.recipe import DistillRecipe, DistillStudent, RampSection, Stage
 from mohawk.errors import UserError
 from mohawk.loading.configs import building, load_config
@@ -21,6 +25,7 @@ from mohawk.losses.teachers import check_together
 from mohawk.models.cutting.cuts import resolve_layers
 from mohawk.models.decoders import decoder
 from mohawk.models.families import needed_attention
+from mohawk.schema.base import TeacherSection
 from mohawk.training.trackers import trackers
 
 
@@ -37,24 +42,36 @@ class StagePlan:
 class Plan:
     """A distillation, before it runs. teacher, student: on the meta device, the latter as the first stage gets it.
 
-    memory: bytes of models and optimizer where a process holds them whole.
+    needs: what each stage needs of a process. hardware: what the plan is for. sharded: whether models are in parts
+    there.
     """
 
     teacher: PreTrainedModel
     student: PreTrainedModel
     stages: list[StagePlan]
-    memory: int
+    needs: list[Need]
+    hardware: Hardware
+    sharded: bool
 
 
-def make_plan(recipe: DistillRecipe) -> Plan:
-    """Sizes and stages, from configurations alone. Raises UserError for what does not fit the models."""
+def make_plan(recipe: DistillRecipe, hardware: Hardware | None = None) -> Plan:
+    """Sizes and stages, from configurations alone, and how models are held. Raises UserError for what does not fit the
+    models.
+
+    hardware: what the plan is for; default: the processes and devices that there are.
+    """
+    hardware, bits16 = planned_for(recipe, hardware)
     config = load_config(recipe.teacher.model, **recipe.teacher.where)
     further = [load_config(one.model, **one.where, who=f"teachers.{i}") for i, one in enumerate(recipe.teachers)]
     check_together(recipe.combine, [config, *further])
     trackers(recipe.report_to)
     teacher = _meta(config, recipe.teacher.trust_remote_code)
     student = first = _planned(recipe.student, teacher, recipe)
+    asked = [(recipe.teacher, teacher)]
+    asked += [(one, _meta(of, one.trust_remote_code)) for one, of in zip(recipe.teachers, further, strict=True)]
+    teachers = [(model, bytes_of(one)) for one, model in asked]
     stages: list[StagePlan] = []
+    needs: list[Need] = []
     for i, stage in enumerate(recipe.stages):
         before = student
         if stage.student is not None:
@@ -67,19 +84,66 @@ def make_plan(recipe: DistillRecipe) -> Plan:
         if temperature == "auto":
             temperature = temperature_for(*map(parameter_count, (teacher, student)))
         stages.append(StagePlan(stage, None if stage.student is None else student, temperature))
-    asked = [(recipe.teacher, teacher)]
-    asked += [(one, _meta(of, one.trust_remote_code)) for one, of in zip(recipe.teachers, further, strict=True)]
-    teachers = sum(parameter_count(model) * (4 if one.dtype == "float32" else 2) for one, model in asked)
-    largest = max(map(parameter_count, (first, *(one.student for one in stages if one.student is not None))))
-    return Plan(teacher, first, stages, teachers + 16 * largest)  # weights, gradients and two moments in float32
+        needs.append(need_of(recipe, stage, student, teachers, before, hardware, bits16))
+    return Plan(teacher, first, stages, needs, hardware, fit(needs, recipe, hardware))
+
+
+def bytes_of(teacher: TeacherSection) -> int:
+    """Of one of its parameters, where `auto` is taken for 16 bits."""
+    return 4 if teacher.dtype == "float32" else 2
+
+
+def need_of(
+    recipe: Any,
+    stage: Stage,
+    student: PreTrainedModel,
+    teachers: Sequence[tuple[PreTrainedModel, int]],
+    before: PreTrainedModel | None,
+    hardware: Hardware,
+    bits16: bool,
+) -> Need:
+    """What a stage needs of a process.
+
+    Args:
+        recipe: of a distillation, or of a pruning.
+        student, teachers: on the meta device; the first teacher is held in every stage, for what is measured on
+            held-out text. before: the student that the stage found.
+    """
+    lora = (stage.student or recipe.student).lora
+    held, answers = [teachers[0]], teachers  # beside the student, and who is run
+    if stage.learn_from == "previous":
+        held, answers = [teachers[0], (before or student, 4)], [(before or student, 4)]
+    elif stage.learn_from in ("average", "start"):
+        held, answers = [teachers[0], (student, 4)], [(student, 4)]
+    elif stage.cache is not None:
+        answers = []
+    else:
+        held = list(teachers)
+    trained, student_bytes = sum(p.numel() for p in student.parameters()), 4.0
+    if lora is not None:
+        linear = (module for module in decoder(student)[0].modules() if isinstance(module, torch.nn.Linear))
+        trained = sum(lora.rank * (module.in_features + module.out_features) for module in linear)
+        student_bytes = 0.5 if lora.bits == 4 else 4.0
+
+    def held_as(strategy: Strategy) -> dict[str, int]:
+        return stage_footprint(
+            stage, student, held, trained, itemsize=2 if bits16 else 4, strategy=strategy,
+            processes=hardware.processes, student_bytes=student_bytes,
+        )  # fmt: skip
+
+    def works_as(strategy: Strategy) -> float:
+        return stage_operations(stage, student, [model for model, _ in answers], strategy.recompute)
+
+    return Need(stage.name, int(stage.tokens), held_as, works_as, allowed_ways(stage, student, recipe))
 
 
 def print_plan(plan: Plan, recipe: DistillRecipe, console: Console) -> None:
     """The plan as a person reads it."""
     console.print(f"[bold]Teacher[/bold] {recipe.teacher.model}: {_size(plan.teacher)}")
     console.print(f"[bold]Student[/bold] {recipe.student.model or 'from the teacher'}: {_size(plan.student)}")
-    table = Table("stage", "learns from", "by", "temperature", "tokens", "steps", "learning rate")
-    for planned in plan.stages:
+    columns = "stage", "learns from", "by", "temperature", "tokens", "steps", "learning rate", "memory (estimate)"
+    table = Table(*columns)
+    for planned, need in zip(plan.stages, plan.needs, strict=True):
         stage = planned.stage
         if planned.student is not None:
             console.print(f"[bold]From {stage.name} on[/bold]: {_size(planned.student)}")
@@ -89,8 +153,10 @@ def print_plan(plan: Plan, recipe: DistillRecipe, console: Console) -> None:
             loss_label(stage).removesuffix(" per token"),
             _number(planned.temperature),
             f"{stage.tokens:,}", f"{stage.steps():,}", f"{stage.learning_rate:g}",
+            f"{need.memory / GIB:.1f} GiB",
         )  # fmt: skip
     console.print(table)
+    print_hardware(plan.needs, plan.hardware, [(stage.name, stage) for stage in recipe.stages], console)
     for data in (recipe.data, *(stage.data for stage in recipe.stages if stage.data)):
         for source in data.train:
             if (own := source.own_loss) is not None:

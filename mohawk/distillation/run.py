@@ -10,16 +10,16 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
+from mohawk.conversion.footprint import Hardware
 from mohawk.core.extras import need
-from mohawk.core.precision import pick_device
 from mohawk.core.processes import first_before_others, from_first, on_first
 from mohawk.distillation.build import check_caches, checked_cache, load, loss_label
-from mohawk.distillation.plan import make_plan, print_plan
+from mohawk.distillation.plan import Plan, make_plan, print_plan
 from mohawk.distillation.recipe import DistillRecipe
 from mohawk.distillation.sources import StageData
 from mohawk.distillation.stages import StageTrainer, made, stage_step
 from mohawk.runs.context import RunContext, measure_stage, open_run
-from mohawk.runs.sharding import Parts, device_bytes, parts_of
+from mohawk.runs.sharding import Parts, parts_of
 from mohawk.runs.start import start
 from mohawk.runs.steps import finish_run, is_final, take_steps, write_final
 from mohawk.teacher_cache.reader import CachedRows
@@ -30,12 +30,13 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 
-def distill(recipe: DistillRecipe, *, dry_run: bool = False) -> None:
+def distill(recipe: DistillRecipe, *, dry_run: bool = False, hardware: Hardware | None = None) -> None:
     """Run a recipe to its end, or go on with it; in all the processes that torchrun or accelerate started.
 
     Args:
         recipe: checked by `DistillRecipe.load` or `DistillRecipe.from_dict`.
         dry_run: print the plan and return; configurations, tokenizers and the first rows of texts are read.
+        hardware: what a dry run's plan is for; default: what there is.
 
     Raises:
         UserError: a model cannot be loaded, the recipe does not fit the models, the data hold no text, or the output
@@ -43,10 +44,15 @@ def distill(recipe: DistillRecipe, *, dry_run: bool = False) -> None:
         Interrupted: a signal stopped the run after it saved.
     """
 
-    def plan(console: Console) -> int:
-        planned = first_before_others(lambda: make_plan(recipe))
+    def plan(console: Console) -> Plan:
+        planned = first_before_others(lambda: make_plan(recipe, hardware))
         print_plan(planned, recipe, console)
-        return planned.memory
+        return planned
+
+    def work(folder: Path, console: Console, planned: Plan) -> None:
+        run = opened(recipe, folder, console, parts=parts_of(recipe, planned.sharded))
+        run.recompute |= {need.name for need in planned.needs if need.strategy.recompute}
+        run_stages(run)
 
     if recipe.has_adapter():
         need("lora", "student.lora")
@@ -55,9 +61,7 @@ def distill(recipe: DistillRecipe, *, dry_run: bool = False) -> None:
         dry_run=dry_run,
         plan=plan,
         further=functools.partial(check_caches, recipe),
-        work=lambda folder, console, needed: run_stages(
-            opened(recipe, folder, console, parts=parts_of(recipe, needed > device_bytes(pick_device(recipe.device))))
-        ),
+        work=work,
     )
 
 

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from transformers import PreTrainedModel
 
+from mohawk.conversion.footprint import Hardware, Strategy, footprint, operations
+from mohawk.conversion.plan import GIB, objective_for, planned_for, print_hardware
 from mohawk.conversion.recipe import student_mistakes
 from mohawk.distillation.build import matchings_for, mistakes
+from mohawk.distillation.footprint import Need, fit
+from mohawk.distillation.plan import bytes_of, need_of
 from mohawk.models.cutting.cuts import resolve_layers
 from mohawk.models.cutting.sizes import Sizes, sized_config, sizes_of
 from mohawk.models.from_teacher import choose_layers
@@ -58,9 +63,18 @@ class Round:
 
 @dataclass
 class Plan:
-    config: Any  # the teacher's
+    """A pruning, before it runs.
+
+    config: the teacher's. needs: what each kind of stage needs of a process, healings as the largest of them does.
+    hardware: what the plan is for. sharded: whether models are in parts there.
+    """
+
+    config: Any
     own: Sizes
     rounds: list[Round]
+    hardware: Hardware
+    needs: list[Need] = field(default_factory=list)
+    sharded: bool = False
 
 
 def convert_options(recipe: PruneRecipe) -> dict[str, Any] | None:
@@ -99,16 +113,24 @@ def found_for(recipe: PruneRecipe, costs: Costs, budget: Budget, where: str, kep
         return candidates(costs, budget, depths=asked.depths, steps=asked.steps, widths=asked.widths, kept=kept)
 
 
-def make_plan(recipe: PruneRecipe, config: Any, device: Any = "cpu", saved: Sequence[Sizes] = ()) -> Plan:
-    """Resolves sizes and candidates.
+def make_plan(
+    recipe: PruneRecipe,
+    config: Any,
+    device: Any = "cpu",
+    saved: Sequence[Sizes] = (),
+    hardware: Hardware | None = None,
+) -> Plan:
+    """Resolves sizes and candidates, and how models are held.
 
     saved: candidates that a stopped run found for its first round; without them a latency budget is measured here.
+    hardware: what the plan is for; default: the processes and devices that there are.
 
     Raises:
         UserError: the teacher cannot be cut, or the recipe does not fit it.
     """
     with mistakes("teacher"):
         own = sizes_of(config)
+    hardware, bits16 = planned_for(recipe, hardware)
     vocabulary = recipe.prune.vocabulary
     if isinstance(vocabulary, int) and vocabulary > own.vocabulary:
         with mistakes("prune.vocabulary"):
@@ -154,10 +176,62 @@ def make_plan(recipe: PruneRecipe, config: Any, device: Any = "cpu", saved: Sequ
         if split:
             continue
         now = None if round_.sizes is None else round_.ends[0]
-    plan = Plan(config, own, rounds)
+    plan = Plan(config, own, rounds, hardware)
     _check_rounds(plan)
     _check_stages(recipe, plan)
+    plan.needs = list(_needs(recipe, plan, bits16))
+    plan.sharded = fit(plan.needs, recipe, plan.hardware)
     return plan
+
+
+def _needs(recipe: PruneRecipe, plan: Plan, bits16: bool) -> Iterator[Need]:
+    """What training needs of a process; each kind of stage for the largest model that it may train."""
+    teacher, hardware = (empty_model(plan.config), bytes_of(recipe.teacher)), plan.hardware
+    if recipe.correct is not None:
+        yield need_of(recipe, recipe.correct, teacher[0], [teacher], None, hardware, bits16)
+    ends = plan.rounds[-1].ends if plan.rounds else [plan.config]
+    pruned = max(map(empty_model, ends), key=lambda model: parameters_of(model)[0])
+    options, hybrid = convert_options(recipe), None
+    if options is not None:
+        hybrid = empty_model(pruned.config, options)
+        for name in ("mixing", "hidden"):
+            if (phase := getattr(recipe.convert, name)) is not None:
+                yield _need_of_phase(name, phase, hybrid, pruned, teacher, hardware, bits16)
+    if recipe.heal is not None and any(step.kind == "heal" for step in recipe.steps()):
+        healed = [hybrid or pruned]
+        if len(plan.rounds) > 1:
+            healed += map(empty_model, plan.rounds[0].ends)
+        largest = max(healed, key=lambda model: parameters_of(model)[0])
+        yield need_of(recipe, recipe.heal, largest, [teacher], None, hardware, bits16)
+
+
+def _need_of_phase(
+    name: str,
+    phase: Any,
+    hybrid: Any,
+    parent: PreTrainedModel,
+    teacher: tuple[PreTrainedModel, int],
+    hardware: Hardware,
+    bits16: bool,
+) -> Need:
+    """What phase 1 or 2 of a conversion needs of a process; the pruned model is in float32 there, and the teacher is
+    held too."""
+    objective = objective_for(name, phase, hybrid, parent)
+    trained = sum(parameter.numel() for _, parameter in objective.trained())
+
+    def held_as(strategy: Strategy) -> dict[str, int]:
+        found = footprint(
+            name, phase, hybrid, parent, trained, teacher_bytes=4, itemsize=2 if bits16 else 4, strategy=strategy,
+            processes=hardware.processes,
+        )  # fmt: skip
+        pruned = found.pop("teacher")
+        whole = teacher[1] * parameters_of(teacher[0])[0] // strategy.parts
+        return {"teacher": whole, "pruned model": pruned, **found}
+
+    def works_as(strategy: Strategy) -> float:
+        return operations(name, phase, hybrid, parent, strategy.recompute)
+
+    return Need(name, int(phase.tokens), held_as, works_as)
 
 
 def _check_rounds(plan: Plan) -> None:
@@ -262,7 +336,7 @@ def print_plan(plan: Plan, recipe: PruneRecipe, console: Console) -> None:
         )
         if any(round_.budget is not None and round_.budget.kind != "nonembedding" for round_ in plan.rounds):
             console.print("The budget is met before that, with the whole vocabulary: the result is smaller yet.")
-    _print_stages(recipe, console)
+    _print_stages(recipe, plan, console)
 
 
 def _costs_told(round_: Round) -> str:
@@ -276,15 +350,17 @@ def _costs_told(round_: Round) -> str:
     )
 
 
-def _print_stages(recipe: PruneRecipe, console: Console) -> None:
-    table = Table("stage", "tokens", "steps", "learning rate")
+def _print_stages(recipe: PruneRecipe, plan: Plan, console: Console) -> None:
+    table = Table("stage", "tokens", "steps", "learning rate", "memory (estimate)")
     stages: list[tuple[str, Phase]] = [("correct", recipe.correct)] if recipe.correct else []
     if recipe.convert is not None:
         stages += [(name, phase) for name in ("mixing", "hidden") if (phase := getattr(recipe.convert, name))]
     times = sum(step.kind == "heal" for step in recipe.steps())
     if recipe.heal is not None and times:  # a smaller vocabulary alone needs none
         stages.append((f"heal, {times} times" if times > 1 else "heal", recipe.heal))
-    for name, stage in stages:
-        table.add_row(name, f"{stage.tokens:,}", f"{stage.steps():,}", f"{stage.learning_rate:g}")
+    for (name, stage), need in zip(stages, plan.needs, strict=True):
+        memory = f"{need.memory / GIB:.1f} GiB"
+        table.add_row(name, f"{stage.tokens:,}", f"{stage.steps():,}", f"{stage.learning_rate:g}", memory)
     if stages:
         console.print(table)
+        print_hardware(plan.needs, plan.hardware, stages, console)

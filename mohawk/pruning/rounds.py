@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import logging
 import shutil
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.utils.data import Subset
 from transformers import PreTrainedModel
 
 from mohawk.core.folders import weights_sum
@@ -33,11 +33,11 @@ from mohawk.core.run_folder import (
     plot_file,
     round_folder,
 )
-from mohawk.data.packing import collate
 from mohawk.distillation.build import mistakes
 from mohawk.distillation.sources import StageData, training_rows
 from mohawk.distillation.stages import StageTrainer, on_held_out
 from mohawk.errors import UserError
+from mohawk.measures.compare import dealt_batches
 from mohawk.models.cutting.cuts import Cut, cut
 from mohawk.models.cutting.sizes import Sizes, attention_layers, sizes_of, ssm_layers
 from mohawk.pruning.baselines import magnitude_importance, random_importance
@@ -64,15 +64,6 @@ def given_scores(path: str) -> Importance:
         raise UserError(
             f"calibration.scores: {path} cannot be read ({found}); give scores of an earlier run"
         ) from error
-
-
-def cut_in_float32(base: PreTrainedModel, what: Cut) -> PreTrainedModel:
-    """A trainable cut; weights that it rescales or folds into others are rounded to float32, whatever the model has.
-
-    The float32 copy of another dtype's model is gone when this returns.
-    """
-    whole = base if base.dtype == torch.float32 else copy.deepcopy(base).float()
-    return cut(whole, what).requires_grad_(True)
 
 
 class Rounds:
@@ -109,7 +100,7 @@ class Rounds:
             sizes, layers = self._mixed(number, base, scores, layers, sizes, mix)
         with mistakes(round_.where):
             what = choose(scores, sizes, layers=layers)
-            smaller = cut_in_float32(base, what)
+            smaller = self._trainable(base, what)
         kept = list(what.layers) if what.layers is not None else list(range(sizes.layers))
         total, inside = parameters_of(smaller)
         found = {"before": asdict(sizes_of(base.config)), "after": asdict(sizes_of(smaller.config)), "layers": kept,
@@ -118,6 +109,12 @@ class Rounds:
         log.info("round %d: %s", number, json.dumps(found))
         self._check_budget(number, smaller)
         return smaller
+
+    def _trainable(self, base: PreTrainedModel, what: Cut) -> PreTrainedModel:
+        """A cut in float32, whatever the model has, also where it rescales weights or folds them into others."""
+        parts = self.run.parts
+        spread = None if parts is None else parts.student
+        return cut(base, what, dtype=torch.float32, spread=spread).requires_grad_(True)
 
     def _mix(self, number: int) -> Counter[str] | None:
         """How many layers of each kind there were in what round 1 priced; None: a round with a target of its own, or
@@ -167,18 +164,21 @@ class Rounds:
             )  # fmt: skip
 
     def _scores(self, number: int, base: PreTrainedModel) -> Importance:
-        return from_first(lambda: self._kept_scores(number, base))
-
-    def _kept_scores(self, number: int, base: PreTrainedModel) -> Importance:
+        """A round's scores, which all processes measure together unless an earlier run kept them."""
         path = self.folder(number) / IMPORTANCE
+        scores = from_first(lambda: self._kept_scores(path))
+        if scores is None:
+            scores = self._measured_scores(number, base)
+            on_first(lambda: scores.save(path))
+        return scores
+
+    def _kept_scores(self, path: Path) -> Importance | None:
         if path.is_file():
             try:
                 return Importance.load(path)
             except Exception as error:  # safetensors' own error for a damaged file, ValueError for another one
                 log.warning("%s cannot be read (%s): measuring again", path, error)
-        scores = self._measured_scores(number, base)
-        scores.save(path)
-        return scores
+        return None
 
     def _measured_scores(self, number: int, base: PreTrainedModel) -> Importance:
         strategy = self.run.recipe.prune.strategy
@@ -188,17 +188,18 @@ class Rounds:
             return random_importance(base.config, self.run.recipe.seed + number)
         asked = self.run.recipe.calibration
         if number == 1 and asked.scores is not None:
-            scores = given_scores(asked.scores)
+            given = asked.scores
+            scores = from_first(lambda: given_scores(given))
             with mistakes("calibration.scores"):
                 check_scores(scores, base.config)
             self.run.console.print(f"round 1: importance as in {asked.scores}")
             return scores
         self.run.console.print(f"round {number}: importance on {asked.tokens:,} tokens")
         with torch.autocast(self.run.device.type, dtype=self.run.autocast, enabled=self.run.autocast is not None):
-            return measure_importance(base, self._calibration(asked.tokens))
+            return measure_importance(base, self._calibration(asked.tokens), dealt=True)
 
-    def _calibration(self, tokens: int) -> Any:
-        """Batches of training text, a fixed choice."""
+    def _calibration(self, tokens: int) -> Iterator[dict[str, torch.Tensor]]:
+        """This process's batches of training text, of a fixed choice."""
         asked = self.run.recipe.calibration
         wanted = -(-tokens // asked.sequence_length)
         rows = training_rows(
@@ -209,15 +210,10 @@ class Rounds:
             self.run.recipe.seed,
             self.run.pad,
         )
-        count = min(wanted, len(rows))
-        for start in range(0, count, asked.batch_size):
-            yield collate([rows[i] for i in range(start, min(start + asked.batch_size, count))])
+        return dealt_batches(Subset(rows, range(min(wanted, len(rows)))), asked.batch_size)
 
     def _layer_scores(self, number: int, base: PreTrainedModel, round_: Round) -> Any:
         """What `choose` calls layers: a word, indices, or scores of its own."""
-        return from_first(lambda: self._kept_layer_scores(number, base, round_))
-
-    def _kept_layer_scores(self, number: int, base: PreTrainedModel, round_: Round) -> Any:
         given, by = round_.target.layers, self.run.recipe.prune.layers_by
         if given is not None and not isinstance(given, int):
             return given
@@ -225,13 +221,13 @@ class Rounds:
         if by in ("block_importance", "contiguous") or fixed:
             return "block" if by == "contiguous" else "score"
         path = self.folder(number) / LAYERS
-        if (found := read_json(path, Drops)) is None:
+        if (found := from_first(lambda: read_json(path, Drops))) is None:
             tokens = self.run.recipe.calibration.layer_tokens
             self.run.console.print(f"round {number}: each layer left out in turn, on {tokens:,} tokens")
             with torch.autocast(self.run.device.type, dtype=self.run.autocast, enabled=self.run.autocast is not None):
-                drops = measure_layer_drops(base, self._calibration(tokens))
+                drops = measure_layer_drops(base, self._calibration(tokens), dealt=True)
             found = {"kl": drops.kl.tolist(), "perplexity": drops.perplexity.tolist(), "whole": drops.whole}
-            write_json(path, found)
+            on_first(lambda: write_json(path, found))
         return torch.tensor(found[by], dtype=torch.float64)
 
     def _sizes(self, number: int, base: PreTrainedModel, scores: Importance, layers: Any) -> Sizes:
@@ -278,10 +274,10 @@ class Rounds:
             costs = costs_of(self.run.recipe, base.config, budget.kind, self.run.device)
             if not from_first((folder / SEARCH).is_file):  # whose candidates are kept
                 found = from_first(lambda: found_for(self.run.recipe, costs, budget, round_.where, kept))
-        light = self._light_healing(folder) if self.run.recipe.search.tokens else None
+        light = self._light_healing(number) if self.run.recipe.search.tokens else None
         picked = search(
             found, costs, budget, kept=kept, heal=light, measure=partial(on_held_out, self.run), folder=folder,
-            make=lambda sizes: cut_in_float32(base, choose(scores, sizes, layers=layers)),
+            make=lambda sizes: self._trainable(base, choose(scores, sizes, layers=layers)),
             console=self.run.console,
         )  # fmt: skip
         plot = plot_file(self.run.folder, f"search_{number}")
@@ -290,14 +286,17 @@ class Rounds:
         on_first(lambda: plot_candidates(state, plot))
         return picked
 
-    def _light_healing(self, folder: Path) -> Callable[[int, PreTrainedModel], None]:
+    def _light_healing(self, number: int) -> Callable[[int, PreTrainedModel], None]:
+        folder = self.folder(number)
         asked = {"tokens": self.run.recipe.search.tokens, "advance": None}
 
         # checkpoints and metrics are none of the run's
-        trainer = StageTrainer(replace(self.run, folder=folder))
+        trainer = StageTrainer(replace(self.run, folder=folder, recompute=set()))
+        again = f"{self.run.recipe.heal.name}_{number}" in self.run.recompute
 
-        def heal(number: int, student: PreTrainedModel) -> None:
-            name = f"candidate_{number + 1}"
+        def heal(candidate: int, student: PreTrainedModel) -> None:
+            name = f"candidate_{candidate + 1}"
+            trainer.run.recompute |= {name} if again else set()
             trainer.train(0, self.run.recipe.heal.model_copy(update={**asked, "name": name}), student, None)
             weights = phase_folder(folder, name)
             on_first(lambda: shutil.rmtree(weights, ignore_errors=True))  # its figures are kept, its weights are not

@@ -15,11 +15,12 @@ import torch
 from rich.console import Console
 from transformers import PreTrainedModel
 
+from mohawk.conversion.footprint import Hardware
 from mohawk.conversion.run import train_phase
 from mohawk.core.folders import is_complete
 from mohawk.core.json_files import read_json, write_json
 from mohawk.core.precision import pick_device
-from mohawk.core.processes import first_before_others, from_first, on_first, wish
+from mohawk.core.processes import first_before_others, from_first, on_first
 from mohawk.core.run_folder import (
     CUT,
     RECIPE,
@@ -40,20 +41,23 @@ from mohawk.errors import UserError
 from mohawk.loading.configs import building, load_config
 from mohawk.loading.models import load_teacher, load_tokenizer
 from mohawk.models.casting import cast
+from mohawk.models.cutting.cuts import Cut, cut
 from mohawk.models.cutting.sizes import Sizes, sizes_of
 from mohawk.models.from_teacher import hybrid_from_teacher
 from mohawk.models.hybrid import HybridForCausalLM
+from mohawk.models.sharding import copy_of
 from mohawk.pruning.plan import Plan, convert_options, make_plan, print_plan
 from mohawk.pruning.recipe import PruneRecipe, PruneStep
 from mohawk.pruning.rounds import Rounds, given_scores
 from mohawk.pruning.search import search_table
 from mohawk.pruning.sizes import empty_model, parameters_of, sizes_header, sizes_row
-from mohawk.pruning.vocabulary import check_trimmable, reasons_to_keep, told_reasons, trim_tokenizer, trim_vocabulary
+from mohawk.pruning.vocabulary import check_trimmable, reasons_to_keep, tokens_to_keep, told_reasons, trim_tokenizer
 from mohawk.runs.context import RunContext, open_run
 from mohawk.runs.kept import CutMade, KeptVocabulary, Search
 from mohawk.runs.report import finish
+from mohawk.runs.sharding import Parts, parts_of
 from mohawk.runs.start import start
-from mohawk.runs.steps import Step, is_final, take_steps, write_final
+from mohawk.runs.steps import Step, is_final, take_steps, whole_models, write_final
 from mohawk.runs.tables import Table
 
 if TYPE_CHECKING:
@@ -62,12 +66,13 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 
-def prune(recipe: PruneRecipe, *, dry_run: bool = False) -> None:
+def prune(recipe: PruneRecipe, *, dry_run: bool = False, hardware: Hardware | None = None) -> None:
     """Run a recipe to its end, or go on with it; in all the processes that torchrun or accelerate started.
 
     Args:
         recipe: checked by `PruneRecipe.load` or `PruneRecipe.from_dict`.
         dry_run: print the plan and return; the teacher's configuration and tokenizer and texts' first rows are read.
+        hardware: what a dry run's plan is for; default: what there is.
 
     Raises:
         UserError: the teacher cannot be loaded or cut, the target does not fit it, the data hold no text, or the output
@@ -77,44 +82,57 @@ def prune(recipe: PruneRecipe, *, dry_run: bool = False) -> None:
 
     def plan(console: Console) -> Plan:
         about = recipe.teacher
-        if recipe.sharding.kind == "full" or wish() is not None:
-            raise UserError(
-                "sharding: got full, but a cut needs the whole model on each process; set sharding.kind: none, and "
-                "convert or distil in parts what prune leaves"
-            )
         config = first_before_others(lambda: load_config(about.model, **about.where))
         with mistakes("teacher"):
             sizes_of(config)
         with building(config, about.model):
             empty_model(config)
-        planned = _plan(recipe, config, Path(recipe.output))
+        planned = _plan(recipe, config, Path(recipe.output), hardware)
         print_plan(planned, recipe, console)
         on_first(lambda: _check_files(recipe, dry_run))
         return planned
+
+    def work(folder: Path, console: Console, planned: Plan) -> None:
+        run = opened(recipe, folder, console, parts=parts_of(recipe, planned.sharded))
+        again = {need.name for need in planned.needs if need.strategy.recompute}
+        kinds = {"heal": recipe.heal, "correct": recipe.correct}
+        for step in recipe.steps():
+            stage = kinds.get(step.kind)
+            if (step.name if stage is None else stage.name) in again:
+                run.recompute.add(step.name)
+        Pruning(run, planned).run_steps()
 
     start(
         recipe,
         dry_run=dry_run,
         plan=plan,
         further=functools.partial(_check_further, recipe),
-        work=lambda folder, console, planned: Pruning(opened(recipe, folder, console), planned).run_steps(),
+        work=work,
     )
 
 
-def opened(recipe: PruneRecipe, folder: Path, console: Console, *, trains: bool = True) -> RunContext[StageData]:
+def opened(
+    recipe: PruneRecipe, folder: Path, console: Console, *, trains: bool = True, parts: Parts | None = None
+) -> RunContext[StageData]:
     """A pruning's folder with its teacher, corrected where that is over, and data; see `open_run`."""
 
     def load_it(device: torch.device, spread: Spread | None) -> PreTrainedModel:
-        """The teacher; once it was corrected, and measured, nothing is left to compare with the one as it was."""
-        if recipe.correct is not None:
-            corrected = phase_student(folder, recipe.correct.name)
-            measured = evaluation_file(folder, recipe.correct.name)
-            if from_first(lambda: measured.is_file() and is_complete(corrected)):
-                return load_teacher(corrected, dtype=recipe.teacher.dtype, device=device, spread=spread)
+        corrected = corrected_teacher(recipe, folder)
+        if corrected is not None:
+            return load_teacher(corrected, dtype=recipe.teacher.dtype, device=device, spread=spread)
         return load(recipe.teacher, device, spread=spread)
 
     read = functools.partial(read_data, recipe)
-    return open_run(recipe, folder, console, read=read, load=load_it, trains=trains)
+    return open_run(recipe, folder, console, read=read, load=load_it, trains=trains, parts=parts)
+
+
+def corrected_teacher(recipe: PruneRecipe, folder: Path) -> Path | None:
+    """Where the teacher lies once it was corrected and measured, when nothing is left to compare with the one as it
+    was; None before. All processes must ask."""
+    if recipe.correct is None:
+        return None
+    corrected, measured = phase_student(folder, recipe.correct.name), evaluation_file(folder, recipe.correct.name)
+    return corrected if from_first(lambda: measured.is_file() and is_complete(corrected)) else None
 
 
 def _check_files(recipe: PruneRecipe, dry_run: bool) -> None:
@@ -136,16 +154,16 @@ def _check_further(recipe: PruneRecipe, tokenizer: Any) -> None:
     check_caches(recipe, tokenizer)
 
 
-def _plan(recipe: PruneRecipe, config: Any, run: Path) -> Plan:
+def _plan(recipe: PruneRecipe, config: Any, run: Path, hardware: Hardware | None) -> Plan:
     """The plan, with a stopped run's candidates; one of several processes measures a latency, for all."""
     device = pick_device(recipe.device)
 
     def make() -> Plan:
-        return make_plan(recipe, config, device, _saved_candidates(run, recipe))
+        return make_plan(recipe, config, device, _saved_candidates(run, recipe), hardware)
 
     plan = on_first(make)
     found = from_first(lambda: plan.rounds[0].candidates if plan is not None and plan.rounds else [])
-    return make_plan(recipe, config, device, found) if plan is None else plan
+    return make_plan(recipe, config, device, found, hardware) if plan is None else plan
 
 
 def _saved_candidates(run: Path, recipe: PruneRecipe) -> list[Sizes]:
@@ -182,17 +200,25 @@ class Pruning:
         if not from_first(lambda: self._is_final(last)):
             self._write_final(student, last)
         del student
-        on_first(self._finish)
+        corrected = corrected_teacher(run.recipe, run.folder)
+        on_first(lambda: self._finish(corrected))
         log.info("run finished in %.0f s", time.monotonic() - begin)
 
-    def _finish(self) -> None:
+    def _finish(self, corrected: Path | None) -> None:
         """The report."""
         run, steps, final = self.run, self.run.recipe.steps(), self.run.folder / STUDENT
-        student = load_teacher(final, dtype="auto", device=run.device, who="student")
+        if run.parts is None:
+            models = load_teacher(final, dtype="auto", device=run.device, who="student"), run.teacher
+        else:
+            shape = empty_model(load_config(final, who="student"))
+            cast(shape, getattr(torch, run.recipe.save_dtype))
+            models = whole_models(run, shape, corrected) or (shape, run.teacher)
+        student, teacher = models
         finish(
-            run.folder, run.recipe, student.eval(), run.teacher, run.tokenizer, run.console,
+            run.folder, run.recipe, student.eval(), teacher, run.tokenizer, run.console,
             stages={step.name: step.told for step in steps}, labels=self._labels(steps),
             own_tables=self._tables(student), student_tokenizer=load_tokenizer(final, who="student"),
+            whole=student.device.type != "meta",
         )  # fmt: skip
 
     def _step(self, step: PruneStep) -> Step:
@@ -201,26 +227,30 @@ class Pruning:
         if step.kind == "correct":
 
             def correct(student: PreTrainedModel | None, before: str | None) -> PreTrainedModel:
-                teacher = copy.deepcopy(run.teacher).requires_grad_(True)
-                cast(teacher, torch.float32)
-                return self.trainer.train(0, recipe.correct, teacher, before)
+                if run.parts is not None:
+                    teacher = copy_of(run.teacher, run.parts.student, torch.float32)
+                else:
+                    teacher = copy.deepcopy(run.teacher)
+                    cast(teacher, torch.float32)
+                return self.trainer.train(0, recipe.correct, teacher.requires_grad_(True), before)
 
             return Step(step.name, correct, recipe.correct, needed=True, then=self._replace_teacher)
         if step.kind == "cut":
 
-            def cut(student: PreTrainedModel | None, before: str | None) -> PreTrainedModel:
+            def cut_it(student: PreTrainedModel | None, before: str | None) -> PreTrainedModel:
                 on_first(lambda: self.rounds.forget_scores(step.round, before))
                 return self.rounds.cut(step.round, run.teacher if student is None else student)
 
-            return Step(step.name, cut)
+            return Step(step.name, cut_it)
         if step.kind == "convert":
 
             def convert(student: PreTrainedModel | None, before: str | None) -> PreTrainedModel:
                 options = convert_options(recipe)
                 assert options is not None  # or there was no such step
                 torch.manual_seed(recipe.seed)
-                hybrid = hybrid_from_teacher(run.teacher if student is None else student, **options)
-                return hybrid.float().requires_grad_(True)
+                base = run.teacher if student is None else student
+                spread = None if run.parts is None else run.parts.student
+                return hybrid_from_teacher(base, dtype=torch.float32, spread=spread, **options).requires_grad_(True)
 
             return Step(step.name, convert)
         if step.kind == "heal":
@@ -230,9 +260,13 @@ class Pruning:
 
     def _replace_teacher(self, corrected: PreTrainedModel) -> None:
         """Makes the teacher as fine-tuned on the text the one that all is cut from and compared with from here on."""
-        cast(corrected, self.run.teacher.dtype)
-        self.run.teacher = corrected.eval().requires_grad_(False)
-        self.run.ask_teacher()
+        run = self.run
+        if run.parts is None:
+            cast(corrected, run.teacher.dtype)
+        else:
+            corrected = copy_of(corrected, run.parts.teacher, run.teacher.dtype)
+        run.teacher = corrected.eval().requires_grad_(False)
+        run.ask_teacher()
 
     def _match(self, name: str, student: HybridForCausalLM, before: str | None) -> HybridForCausalLM:
         """Phase 1 or 2 of a conversion, against the pruned model."""
@@ -242,7 +276,7 @@ class Pruning:
             folder = phase_student(run.folder, f"prune_{len(self.plan.rounds)}")
             if not from_first(lambda: is_complete(folder)):
                 raise UserError(f"{folder} is missing or damaged; to make it again, delete {folder.parent.parent}")
-            parent = load_teacher(folder, device=run.device, who="student")
+            parent = load_teacher(folder, device=run.device, spread=run.spread_teacher, who="student")
         wanted = phase.steps() * phase.rows
         rows = training_rows(recipe.data, run.data.sources, phase.sequence_length, wanted, recipe.seed, run.pad)
         train_phase(run, name, phase, student, parent, rows, before, f"convert.{name}")
@@ -258,21 +292,26 @@ class Pruning:
         return is_final(self.run, last, same_weights=False)
 
     def _write_final(self, student: PreTrainedModel, last: str | None) -> None:
-        student = copy.deepcopy(student) if student is self.run.teacher else student
-        cast(student, getattr(torch, self.run.recipe.save_dtype))
-        tokenizer = self.run.tokenizer
-        if self.run.recipe.prune.vocabulary is not None:
+        run, tokenizer = self.run, self.run.tokenizer
+        dtype, spread = getattr(torch, run.recipe.save_dtype), run.spread_teacher
+        if run.recipe.prune.vocabulary is not None:
             with mistakes("prune.vocabulary"):
-                trimmed = trim_vocabulary(student, tokenizer, ids=self._tokens_wanted)
-            student, tokenizer = trimmed.model, trimmed.tokenizer
-            covered: dict[str, Any] = {"before": self.plan.own.vocabulary, "after": len(trimmed.tokens)}
+                tokens = tokens_to_keep(student, tokenizer, ids=self._tokens_wanted)
+                tokenizer = trim_tokenizer(tokenizer, tokens)
+                student = cut(student, Cut(tokens=tokens), dtype=dtype, spread=spread)
+            covered: dict[str, Any] = {"before": self.plan.own.vocabulary, "after": len(tokens)}
             covered["why"] = {reason: len(tokens) for reason, tokens in self._reasons_to_keep.items()}
             for name in ("held_out", "evaluation"):
                 counts = self._token_counts(name)
                 if counts.any():
-                    covered[name] = float(counts[trimmed.tokens].sum() / counts.sum())
-            on_first(lambda: write_json(self.run.folder / VOCABULARY, covered))
-        write_final(self.run, student, last, tokenizer)
+                    covered[name] = float(counts[tokens].sum() / counts.sum())
+            on_first(lambda: write_json(run.folder / VOCABULARY, covered))
+        elif spread is not None and student.dtype != dtype:
+            student = copy_of(student, spread, dtype)
+        elif spread is None:
+            student = copy.deepcopy(student) if student is run.teacher else student
+            cast(student, dtype)
+        write_final(run, student, last, tokenizer)
 
     def _check_vocabulary(self) -> None:
         """One line that says what will be kept and why, or the reason why nothing can be left out."""

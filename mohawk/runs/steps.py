@@ -162,16 +162,22 @@ def load_student(run: RunContext, step: str) -> PreTrainedModel:
     return load_teacher(folder, device=run.device, spread=spread, who="student").requires_grad_(True)
 
 
-def whole_models(run: RunContext, student: PreTrainedModel) -> tuple[PreTrainedModel, PreTrainedModel] | None:
+def whole_models(
+    run: RunContext, student: PreTrainedModel, corrected: Path | None = None
+) -> tuple[PreTrainedModel, PreTrainedModel] | None:
     """Student and teacher as one process has them, for the first one to measure; models in parts are read again from
-    their files. None where they do not fit into its memory."""
+    their files. None where they do not fit into its memory.
+
+    corrected: the teacher's folder, where it is not the recipe's any more.
+    """
     if run.parts is None:
         return student, run.teacher
     needed = sum(p.numel() * p.element_size() for model in (student, run.teacher) for p in model.parameters())
     if needed > MOST * device_bytes(run.device):
         return None
     about = run.recipe.teacher
-    teacher = load_teacher(about.model, dtype=about.dtype, device=run.device, **about.where)
+    named = (about.model, about.where) if corrected is None else (corrected, {})
+    teacher = load_teacher(named[0], dtype=about.dtype, device=run.device, **named[1])
     final = load_teacher(run.folder / STUDENT, dtype="auto", device=run.device, who="student")
     return final, teacher
 

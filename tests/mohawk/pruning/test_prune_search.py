@@ -27,7 +27,7 @@ from mohawk.pruning.importance import choose
 from mohawk.pruning.layers import chosen_with_mix
 from mohawk.pruning.plan import Round
 from mohawk.pruning.recipe import Prune
-from mohawk.pruning.rounds import Rounds, cut_in_float32
+from mohawk.pruning.rounds import Rounds
 from mohawk.pruning.run import prune
 from mohawk.pruning.search import Budget, Costs, candidates, search, search_table, within
 from mohawk.pruning.sizes import WIDTHS, between, narrower, spread, unit
@@ -351,12 +351,12 @@ def test_a_bfloat16_teacher_is_cut_in_float32():
     wide = copy.deepcopy(teacher).float()
     sizes = replace(sizes_of(teacher.config), hidden=24)
     what = choose(random_importance(teacher.config, 0), sizes)
-    made_of, expected = cut_in_float32(teacher, what).state_dict(), cut(wide, what).state_dict()
+    made_of, expected = cut(teacher, what, dtype=torch.float32).state_dict(), cut(wide, what).state_dict()
     assert teacher.dtype == torch.bfloat16
     assert all(torch.equal(made_of[name], tensor) for name, tensor in expected.items())
     rounded = cut(teacher, what).float().state_dict()  # the norms' weights are scaled
     assert any(not torch.equal(rounded[name], tensor) for name, tensor in expected.items())
-    assert all(p.requires_grad for p in cut_in_float32(teacher, what).parameters())
+    assert all(p.requires_grad for p in cut(teacher, what, dtype=torch.float32).parameters())
 
 
 def test_candidates_without_a_mixer_are_narrower_too():

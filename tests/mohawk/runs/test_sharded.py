@@ -196,12 +196,6 @@ def test_recomputed_layers_train_to_the_same_student(place, tmp_path):  # noqa: 
     assert torch.equal(first, second)
 
 
-def test_prune_refuses_parts_before_anything_is_loaded(place, tmp_path, capsys):  # noqa: F811
-    recipe = written(place, tmp_path / "run", prune={"layers": 1}, **PARTS)
-    assert main(["prune", str(recipe), "--dry-run"]) == 2
-    assert "sharding: got full, but a cut needs the whole model on each process" in capsys.readouterr().err
-
-
 def test_bfloat16_in_parts_is_that_of_whole_models(place, tmp_path):  # noqa: F811
     """Autocast multiplies rounded copies of whole models; gathered matrices are rounded already."""
     phases = {

@@ -1,0 +1,185 @@
+"""What a stage of distillation needs of each process: bytes by what they are of, and floating-point operations.
+
+Counted as a conversion's phase 3 is (mohawk/conversion/footprint.py, whose numbers of what a layer keeps for its
+backward pass were measured), for any causal language model, with the teachers and matchings that a stage has.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from mohawk.conversion.footprint import KEPT, TILE, Hardware, Strategy, strategies, used_parameters
+from mohawk.models.decoders import decoder
+from mohawk.models.mixers import MIXERS
+
+
+@dataclass
+class Need:
+    """What a stage needs, as a plan tells it.
+
+    held_as: bytes at its peak, by what they are of, where it is held in some way. works_as: floating-point operations
+    of one token. ways: those that it may be held in; None: all that the recipe allows. strategy, held, operations: of
+    the way that `fit` chose.
+    """
+
+    name: str
+    tokens: int
+    held_as: Callable[[Strategy], dict[str, int]]
+    works_as: Callable[[Strategy], float]
+    ways: Callable[[Strategy], bool] | None = None
+    strategy: Strategy = Strategy()
+    held: dict[str, int] = field(default_factory=dict)
+    operations: float = 0.0
+
+    @property
+    def memory(self) -> int:
+        return sum(self.held.values())
+
+
+def fit(needs: Sequence[Need], recipe: Any, hardware: Hardware) -> bool:
+    """Choose the fastest way for each stage that fits into a device, else the leanest; whether models are in parts,
+    which they are in all stages of a run or in none."""
+
+    def fitting(sharded: bool) -> bool:
+        for need in needs:
+            for strategy in strategies(recipe, hardware, sharded):
+                if need.ways is not None and not need.ways(strategy):
+                    continue
+                need.strategy, need.held = strategy, need.held_as(strategy)
+                if need.memory <= hardware.memory:
+                    break
+            need.operations = need.works_as(need.strategy)
+        return all(need.memory <= hardware.memory for need in needs)
+
+    ways = {strategy.parts > 1 for strategy in strategies(recipe, hardware)}
+    if ways == {True} or not fitting(False) and True in ways:
+        fitting(True)
+        return True
+    return False
+
+
+def allowed_ways(stage: Any, student: PreTrainedModel, recipe: Any) -> Callable[[Strategy], bool] | None:
+    """Which ways a stage may be held in, where `activation_checkpointing: auto` leaves it to the plan: a layer cannot
+    compute its insides again where its class does not know how, nor where its attention is watched."""
+    if recipe.activation_checkpointing != "auto":
+        return None
+    can = student.supports_gradient_checkpointing and getattr(stage, "attention", None) is None
+    return None if can else lambda strategy: not strategy.recompute
+
+
+def stage_footprint(
+    stage: Any,
+    student: PreTrainedModel,
+    teachers: Sequence[tuple[PreTrainedModel, int]],
+    trained: int,
+    *,
+    itemsize: int,
+    strategy: Strategy,
+    processes: int = 1,
+    student_bytes: float = 4,
+) -> dict[str, int]:
+    """Bytes of one process at the peak of a stage, by what they are of.
+
+    Args:
+        stage: of a recipe.
+        student, teachers: on any device, the meta device too; of each teacher the bytes of one of its parameters.
+        trained: how many parameters the stage trains.
+        itemsize: of what matrices are multiplied in, 4 or 2.
+        processes: that a step's rows are dealt to.
+        student_bytes: of one of the student's matrices' parameters.
+    """
+    parts, config = strategy.parts, student.config.get_text_config()
+    tokens = min(stage.batch_size, -(-stage.rows // processes)) * stage.sequence_length
+    width, layers = config.hidden_size, [_count(layer) for layer in decoder(student)[1]]
+    matrices = sum(p.numel() for p in student.parameters() if p.dim() > 1 and p.shape[1] > 1)
+    head = _head(student)
+    kept = _kept(student, tokens, itemsize)
+    found = {
+        "teacher": sum(each * _count(model) for model, each in teachers) // parts,
+        "student": int(student_bytes * matrices) // parts + 4 * (_count(student) - matrices),
+        "gradients": 4 * trained // parts,
+        "optimizer": 8 * trained // parts,
+    }
+    if parts > 1:  # two layers gathered, one of them twice meanwhile; one's gradient before and while it is summed
+        theirs = [max(map(_count, decoder(model)[1])) for model, _ in teachers]
+        found["gathered"] = itemsize * (3 * max(layers) + max(theirs, default=0)) + 8 * max(layers)
+    elif itemsize == 2:
+        found["autocast copies"] = 2 * (max(layers) if strategy.recompute else matrices - head)
+    again = 4 * tokens * width * len(layers) + max(kept)
+    found["activations"] = again if strategy.recompute else sum(kept)
+    # both heads, the head's gradient in float32 while it is made, hidden states and their gradients
+    heads = (4 + (2 * itemsize if parts > 1 or itemsize == 2 else 0)) * head
+    found["head and loss"] = heads + min(TILE, 16 * tokens * config.vocab_size) + 6 * tokens * width
+    if stage.batch_size * processes >= stage.rows:
+        # of a step's only backward pass: gradients take the place of activations, and count as far as they take more
+        freed = found["activations"] + found["head and loss"]
+        found["gradients"] = max(0, found["gradients"] + max(kept) - freed)
+    if (matched := _matched(stage, student, [model for model, _ in teachers], tokens)) > 0:
+        found["matchings"] = matched
+    if getattr(stage, "on_policy", None) is not None and parts > 1:  # whole on each process while it samples
+        room = sum(found[name] for name in ("gathered", "activations", "head and loss"))
+        found["samples"] = max(0, itemsize * _count(student) - room)
+    return found
+
+
+def stage_operations(
+    stage: Any, student: PreTrainedModel, teachers: Sequence[PreTrainedModel], recompute: bool
+) -> float:
+    """Floating-point operations of one token in a stage: products of matrices and attention; without samples."""
+    passes = [(student, 8 if recompute else 6, 3.5 + recompute), *((model, 2, 1.0) for model in teachers)]
+    work = 0.0
+    for model, products, attention in passes:
+        config = model.config.get_text_config()
+        body = sum(used_parameters(layer, config) for layer in decoder(model)[1])
+        layers = len(decoder(model)[1]) - len(getattr(model.config, "ssm_layers", ()))
+        work += products * body + min(products, 6) * _head(model)
+        work += attention * layers * 2 * stage.sequence_length * _inner(config)
+    return work
+
+
+def _kept(model: PreTrainedModel, tokens: int, itemsize: int) -> list[int]:
+    """Bytes that each layer keeps for its backward pass."""
+    config: Any = model.config
+    text = config.get_text_config()
+    mixers = set(getattr(config, "ssm_layers", ()))
+    width, experts = text.hidden_size, getattr(text, "num_experts_per_tok", None) or 1
+    neurons = experts * (getattr(text, "intermediate_size", None) or 4 * width)
+    found = []
+    for i in range(len(decoder(model)[1])):
+        kept = MIXERS[config.mixer_of(i)].kept_bytes if i in mixers else KEPT
+        inner = config.mixer_num_heads * config.mixer_head_dim if i in mixers else _inner(text)
+        a, b, c = kept[itemsize]
+        found.append(
+            int(tokens * (a * width + b * neurons * (getattr(text, "num_experts_per_tok", None) or 1) + c * inner))
+        )
+    return found
+
+
+def _head(model: Any) -> int:
+    """Parameters of the output embedding."""
+    return _count(model.get_output_embeddings())
+
+
+def _inner(config: Any) -> int:
+    """Channels of all query heads of a layer."""
+    heads = getattr(config, "num_attention_heads", None)
+    size = getattr(config, "head_dim", None)
+    return heads * size if heads and size else config.hidden_size
+
+
+def _matched(stage: Any, student: PreTrainedModel, teachers: Sequence[PreTrainedModel], tokens: int) -> int:
+    """Bytes of what a stage's matchings keep: float32 hidden states, or queries and keys, of both sides."""
+    pairs, models = len(decoder(student)[1]), [student, *teachers[:1]]
+    configs = [model.config.get_text_config() for model in models]
+    hidden, attention = getattr(stage, "hidden", None), getattr(stage, "attention", None)
+    each = 0 if hidden is None else sum(config.hidden_size for config in configs)
+    each += 0 if attention is None else sum(2 * _inner(config) for config in configs)
+    return 4 * tokens * pairs * each
+
+
+def _count(module: Any) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
