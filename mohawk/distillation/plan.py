@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from mohawk.conversion.footprint import Hardware, Strategy
 from mohawk.conversion.plan import GIB, planned_for, print_hardware
@@ -18,13 +18,12 @@ from mohawk.distillation.build import checked_cache, loss_label, matchings_for, 
 from mohawk.distillation.footprint import Need, allowed_ways, fit, stage_footprint, stage_operations
 from mohawk.distillation.recipe import DistillRecipe, DistillStudent, RampSection, Stage
 from mohawk.errors import UserError
-from mohawk.loading.configs import building, load_config
-from mohawk.loading.models import parameter_count
+from mohawk.loading.configs import load_config
+from mohawk.loading.models import model_shape, parameter_count
 from mohawk.losses.schedules import temperature_for
 from mohawk.losses.teachers import check_together
 from mohawk.models.cutting.cuts import resolve_layers
 from mohawk.models.decoders import decoder
-from mohawk.models.families import needed_attention
 from mohawk.schema.base import TeacherSection
 from mohawk.training.trackers import trackers
 
@@ -65,10 +64,10 @@ def make_plan(recipe: DistillRecipe, hardware: Hardware | None = None) -> Plan:
     further = [load_config(one.model, **one.where, who=f"teachers.{i}") for i, one in enumerate(recipe.teachers)]
     check_together(recipe.combine, [config, *further])
     trackers(recipe.report_to)
-    teacher = _meta(config, recipe.teacher.trust_remote_code)
+    teacher = model_shape(config, recipe.teacher.trust_remote_code)
     student = first = _planned(recipe.student, teacher, recipe)
     asked = [(recipe.teacher, teacher)]
-    asked += [(one, _meta(of, one.trust_remote_code)) for one, of in zip(recipe.teachers, further, strict=True)]
+    asked += [(one, model_shape(of, one.trust_remote_code)) for one, of in zip(recipe.teachers, further, strict=True)]
     teachers = [(model, bytes_of(one)) for one, model in asked]
     stages: list[StagePlan] = []
     needs: list[Need] = []
@@ -169,20 +168,13 @@ def _number(value: float | RampSection) -> str:
     return f"{value.start:g} to {value.end:g}" if isinstance(value, RampSection) else f"{value:.3g}"
 
 
-def _meta(config: Any, trust_remote_code: bool, who: str = "teacher") -> PreTrainedModel:
-    with torch.device("meta"), building(config, config.name_or_path, who):
-        return AutoModelForCausalLM.from_config(
-            config, attn_implementation=needed_attention(config), trust_remote_code=trust_remote_code
-        )
-
-
 def _planned(
     given: DistillStudent, base: PreTrainedModel, recipe: DistillRecipe, where: str = "student"
 ) -> PreTrainedModel:
     """The student's shape, on the meta device."""
     if given.model is not None:
         config = load_config(given.model, **given.where, who=f"{where}.model")
-        base = _meta(config, given.trust_remote_code, f"{where}.model")
+        base = model_shape(config, given.trust_remote_code, f"{where}.model")
     if type(base).__module__.startswith("transformers_modules."):  # where transformers puts a checkpoint's own code
         raise UserError(
             f"{where}: {type(base).__name__} is of code that came with its checkpoint, so that no run can save it and "

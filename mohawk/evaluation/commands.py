@@ -37,5 +37,5 @@ def _evaluate(options: argparse.Namespace) -> None:
 
 
 COMMANDS = [
-    Command("evaluate", "measure a run's student against its teacher again", _add_evaluate, _evaluate),
+    Command("evaluate", "measure a run's student against its teacher again", _add_evaluate, _evaluate, together=True),
 ]

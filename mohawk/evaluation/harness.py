@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import difflib
 import importlib.metadata
+import io
 import logging
 import math
 import statistics
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, redirect_stderr
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,8 +25,10 @@ from rich.console import Console
 from mohawk.core.hub import hub_or_cache, is_unreachable
 from mohawk.core.json_files import write_json
 from mohawk.core.places import home
+from mohawk.core.processes import from_first, is_first, joined
 from mohawk.core.run_folder import has_recipe, tasks_file
 from mohawk.errors import UserError
+from mohawk.evaluation.run import measured_in_parts
 from mohawk.loading.describe import student_folder
 from mohawk.runs.report import fingerprint, kept_tasks, report_tasks
 from mohawk.runs.tables import print_tables, task_tables
@@ -36,6 +39,9 @@ if TYPE_CHECKING:
     from lm_eval.api.model import LM
     from lm_eval.tasks import TaskManager
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from mohawk.runs.sharding import Parts
+    from mohawk.schema.base import RecipeFile
 
 OURS = Path(__file__).parent / "tasks"
 # What a task is about, where its `metadata` have no `kind` that says so: the beginnings of the harness's names.
@@ -75,19 +81,39 @@ def evaluate_tasks(
         UserError: no such run, student, folder or task, or a task's data cannot be fetched.
         ModuleNotFoundError: lm_eval is not installed.
     """
-    folder, console = home(run), console or Console()
+    folder = home(run)
     if not has_recipe(folder):
         raise UserError(f"{run} is not a run's folder: it holds no recipe.yaml")
     recipe = load_run_recipe(folder, overrides)
     name = student_folder(folder)
     manager = task_manager(tasks, task_path)
+    console = console or Console(quiet=not is_first())
+    asked = {"limit": limit, "fewshot": fewshot, "batch_size": batch_size or recipe.evaluation.batch_size}
+    with joined(recipe.device):
+        parts = measured_in_parts(recipe, name)
+        if parts is None:  # one process has all that it takes
+            return from_first(lambda: _evaluate(recipe, folder, name, tasks, manager, console, None, asked))
+        return _evaluate(recipe, folder, name, tasks, manager, console, parts, asked)
 
+
+def _evaluate(
+    recipe: RecipeFile,
+    folder: Path,
+    name: str,
+    tasks: Sequence[str],
+    manager: TaskManager,
+    console: Console,
+    parts: Parts | None,
+    asked: Mapping[str, Any],
+) -> dict[str, Any]:
+    """`evaluate_tasks`; of models in parts all processes answer every question."""
     from mohawk.core.precision import autocast_dtype, pick_device
     from mohawk.data.same_tokenizer import check_same, own_tokenizer, teacher_tokenizer
     from mohawk.loading.models import load_teacher, load_tokenizer
     from mohawk.runs.binding import check_models
 
     check_models(folder, recipe)
+    spread = None if parts is None else parts.teacher
     device = pick_device(recipe.device)
     autocast = autocast_dtype(recipe.precision, device)
     source = recipe.teacher
@@ -98,18 +124,25 @@ def evaluate_tasks(
     answers = {}
     for who in ("teacher", "student"):
         if who == "teacher":
-            model = load_teacher(source.model, dtype=source.dtype, device=device, **source.where)
+            model = load_teacher(source.model, dtype=source.dtype, device=device, spread=spread, **source.where)
         else:
-            model = load_teacher(name, device=device, who="student")
+            model = load_teacher(name, device=device, spread=spread, who="student")
             if trimmed:
                 tokenizer = load_tokenizer(name, who="student")
         console.print(f"{who}: {', '.join(tasks)}", highlight=False, markup=False)
-        answers[who] = run_tasks(
-            model, tokenizer, tasks, manager, limit=limit, fewshot=fewshot, autocast=autocast,
-            batch_size=batch_size or recipe.evaluation.batch_size,
-        )  # fmt: skip
+        answers[who] = run_tasks(model, tokenizer, tasks, manager, autocast=autocast, **asked)
         del model  # before the other one is loaded
-    found = paired(answers["teacher"], answers["student"])
+
+    def keep() -> dict[str, Any]:
+        return _kept(folder, name, console, paired(answers["teacher"], answers["student"]), autocast)
+
+    return keep() if parts is None else from_first(keep)
+
+
+def _kept(
+    folder: Path, name: str, console: Console, found: dict[str, Any], autocast: torch.dtype | None
+) -> dict[str, Any]:
+    """What was found, written beside earlier results of other tasks, printed, and put into the run's report."""
     settings = {
         "lm_eval": importlib.metadata.version("lm_eval"),
         "precision": str(autocast or "as stored").removeprefix("torch."),
@@ -176,6 +209,7 @@ def run_tasks(
             _errors_only("lm_eval.api.task"),
             _replaced(evaluator, "get_git_commit_hash", lambda: None),
             hub_or_cache(),
+            nullcontext() if is_first() else redirect_stderr(io.StringIO()),  # the harness's own bars
         ):
             return evaluator.simple_evaluate(
                 model=wrapped, tasks=list(tasks), task_manager=manager, limit=limit, num_fewshot=fewshot,
@@ -203,7 +237,7 @@ def harness_model(
     from mohawk.losses.heads import Head
     from mohawk.measures.compare import packed_hidden_states
 
-    bars = sys.stderr.isatty()
+    bars = sys.stderr.isatty() and is_first()
 
     class Scored(HFLM):
         def loglikelihood(self, requests, disable_tqdm: bool = False):
@@ -222,7 +256,7 @@ def harness_model(
             """
             positions = torch.arange(inps.shape[1], device=inps.device).expand_as(inps)
             batch = {"input_ids": inps, "position_ids": positions}
-            with torch.inference_mode():
+            with torch.no_grad():  # FSDP knows no inference mode
                 # pyrefly: ignore[bad-argument-type]  # lm-eval takes others too; this one is given a model below
                 hidden = packed_hidden_states(self.model, batch, device=inps.device, autocast=autocast)
                 return head.logits(hidden)

@@ -13,6 +13,7 @@ from rich.table import Table
 from mohawk.conversion.recipe import Recipe
 from mohawk.core.json_files import write_json
 from mohawk.core.places import home
+from mohawk.core.processes import from_first, is_first, joined, on_first
 from mohawk.core.run_folder import again_file, has_recipe
 from mohawk.distillation.recipe import DistillRecipe
 from mohawk.errors import UserError
@@ -23,15 +24,17 @@ from mohawk.schema.kinds import load_run_recipe, trims_vocabulary
 
 if TYPE_CHECKING:
     from mohawk.runs.context import RunContext
+    from mohawk.runs.sharding import Parts
 
 
 def evaluate_run(run: str | Path, overrides: Sequence[str] = (), console: Console | None = None) -> dict:
-    """Compare, time decoding, print both and write them to RUN/evaluation/again.json.
+    """Compare, time decoding, print both and write them to RUN/evaluation/again.json; in all the processes that
+    torchrun or accelerate started.
 
     overrides: of the run's recipe, such as `data.evaluation=[other.txt]` or `evaluation.tokens=1e6`; those
     that concern the student or its training change nothing. Returns what was written. Raises UserError.
     """
-    folder, console = home(run), console or Console()
+    folder = home(run)
     if not has_recipe(folder):
         raise UserError(f"{run} is not a run's folder: it holds no recipe.yaml")
     recipe = load_run_recipe(folder, overrides)
@@ -43,26 +46,41 @@ def evaluate_run(run: str | Path, overrides: Sequence[str] = (), console: Consol
             "results.json has what was measured before, and --tasks compares answers"
         )
 
+    with joined(recipe.device):
+        return _evaluate(recipe, folder, name, overrides, console or Console(quiet=not is_first()))
+
+
+def _evaluate(recipe: RecipeFile, folder: Path, name: str, overrides: Sequence[str], console: Console) -> dict:
     from mohawk.data.same_tokenizer import check_same, own_tokenizer, teacher_tokenizer
     from mohawk.loading.models import load_teacher
     from mohawk.measures.compare import compare, decode_speed
+    from mohawk.runs.steps import whole_models
 
     about = recipe.teacher
     if (own := own_tokenizer(name, who="student")) is not None:  # before models are loaded
         check_same(teacher_tokenizer(about.model, tokenizer=about.tokenizer, **about.where), own, name)
-    context = _opened(recipe, folder, console)
-    student = load_teacher(name, device=context.device, who="student")
+    context = _opened(recipe, folder, console, measured_in_parts(recipe, name))
+    student = load_teacher(name, device=context.device, spread=context.spread_teacher, who="student")
     texts = {
         text: asdict(compare(student, states, autocast=context.autocast)) for text, states in context.texts.items()
     }
-    asked = recipe.evaluation
-    speeds = {
-        kind: [asdict(speed) for speed in decode_speed(model, asked.contexts, asked.decode_tokens)]
-        for kind, model in (("teacher", context.teacher), ("student", student))
-    }
+    asked, corrected = recipe.evaluation, corrected_teacher(recipe, folder)
+
+    def speeds_of() -> dict[str, list[dict]]:
+        models = whole_models(context, student, corrected=corrected, folder=name, dtype="float32")
+        if models is None:
+            console.print("decoding is not timed: student and teacher together do not fit into one process")
+            return {}
+        timed = {"teacher": models[1], "student": models[0]}
+        return {
+            kind: [asdict(speed) for speed in decode_speed(model, asked.contexts, asked.decode_tokens)]
+            for kind, model in timed.items()
+        }
+
+    speeds = from_first(speeds_of)
     results = {"student": name, "overrides": list(overrides), "texts": texts, "decoding": speeds}
     target = again_file(folder)
-    write_json(target, results)
+    on_first(lambda: write_json(target, results))
 
     table = Table("text", "tokens", "teacher", "student", "ratio", "KL", "same top token", title=name)
     for text, found in texts.items():
@@ -81,22 +99,54 @@ def evaluate_run(run: str | Path, overrides: Sequence[str] = (), console: Consol
         for speed in measured:
             row = f"{speed['context']:,}", f"{speed['tokens_per_s']:.1f}", f"{speed['state_bytes']:,}"
             table.add_row(kind, *row)
-    console.print(table)
+    if speeds:
+        console.print(table)
     console.print(f"written to {target}", highlight=False, soft_wrap=True, markup=False)
     return results
 
 
-def _opened(recipe: RecipeFile, folder: Path, console: Console) -> RunContext:
+def measured_in_parts(recipe: RecipeFile, student: str) -> Parts | None:
+    """How the models of a run are spread while they are measured: in parts where the recipe says so, or leaves it open
+    and the two of them together do not fit into a process. Raises UserError."""
+    from mohawk.core.precision import pick_device
+    from mohawk.core.processes import several
+    from mohawk.loading.configs import load_config
+    from mohawk.loading.models import model_shape, parameter_count
+    from mohawk.runs.sharding import check_sharding, device_bytes, parts_of
+    from mohawk.runs.steps import MOST
+
+    check_sharding(recipe)
+
+    def too_large() -> bool:
+        about = recipe.teacher
+        teacher = model_shape(load_config(about.model, **about.where), about.trust_remote_code)
+        own = model_shape(load_config(student, who="student"), who="student")
+        needed = parameter_count(teacher) * (4 if about.dtype == "float32" else 2) + 4 * parameter_count(own)
+        return needed > MOST * device_bytes(pick_device(recipe.device))
+
+    return parts_of(recipe, several() and recipe.sharding.kind == "auto" and from_first(too_large))
+
+
+def corrected_teacher(recipe: RecipeFile, folder: Path) -> Path | None:
+    """Where a pruning's teacher lies that was corrected; None: it is the recipe's own."""
+    if not isinstance(recipe, PruneRecipe):
+        return None
+    from mohawk.pruning.run import corrected_teacher as of_pruning
+
+    return of_pruning(recipe, folder)
+
+
+def _opened(recipe: RecipeFile, folder: Path, console: Console, parts: Parts | None) -> RunContext:
     """The run's teacher and texts, as its own kind reads them."""
     if isinstance(recipe, Recipe):
         from mohawk.conversion.run import opened as converted
 
-        return converted(recipe, folder, console, trains=False)
+        return converted(recipe, folder, console, trains=False, parts=parts)
     if isinstance(recipe, PruneRecipe):
         from mohawk.pruning.run import opened as pruned
 
-        return pruned(recipe, folder, console, trains=False)
+        return pruned(recipe, folder, console, trains=False, parts=parts)
     assert isinstance(recipe, DistillRecipe)
     from mohawk.distillation.run import opened as distilled
 
-    return distilled(recipe, folder, console, trains=False)
+    return distilled(recipe, folder, console, trains=False, parts=parts)

@@ -144,6 +144,20 @@ def load_teacher(
     return teacher
 
 
+def model_shape(config: Any, trust_remote_code: bool = False, who: str = "teacher") -> PreTrainedModel:
+    """The causal language model of a configuration, on the meta device. Raises UserError where there is none."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from mohawk.loading.configs import building
+    from mohawk.models.families import needed_attention
+
+    with torch.device("meta"), building(config, config.name_or_path, who):
+        return AutoModelForCausalLM.from_config(
+            config, attn_implementation=needed_attention(config), trust_remote_code=trust_remote_code
+        )
+
+
 def quantization(quantize: str, who: str = "teacher") -> Any:
     """transformers' configuration for weights in few bits, of whichever package is installed. Raises UserError."""
     from importlib.util import find_spec

@@ -112,9 +112,7 @@ class Rounds:
 
     def _trainable(self, base: PreTrainedModel, what: Cut) -> PreTrainedModel:
         """A cut in float32, whatever the model has, also where it rescales weights or folds them into others."""
-        parts = self.run.parts
-        spread = None if parts is None else parts.student
-        return cut(base, what, dtype=torch.float32, spread=spread).requires_grad_(True)
+        return cut(base, what, dtype=torch.float32, spread=self.run.spread_student).requires_grad_(True)
 
     def _mix(self, number: int) -> Counter[str] | None:
         """How many layers of each kind there were in what round 1 priced; None: a round with a target of its own, or

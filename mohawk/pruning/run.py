@@ -212,7 +212,7 @@ class Pruning:
         else:
             shape = empty_model(load_config(final, who="student"))
             cast(shape, getattr(torch, run.recipe.save_dtype))
-            models = whole_models(run, shape, corrected) or (shape, run.teacher)
+            models = whole_models(run, shape, corrected=corrected) or (shape, run.teacher)
         student, teacher = models
         finish(
             run.folder, run.recipe, student.eval(), teacher, run.tokenizer, run.console,
@@ -249,8 +249,8 @@ class Pruning:
                 assert options is not None  # or there was no such step
                 torch.manual_seed(recipe.seed)
                 base = run.teacher if student is None else student
-                spread = None if run.parts is None else run.parts.student
-                return hybrid_from_teacher(base, dtype=torch.float32, spread=spread, **options).requires_grad_(True)
+                hybrid = hybrid_from_teacher(base, dtype=torch.float32, spread=run.spread_student, **options)
+                return hybrid.requires_grad_(True)
 
             return Step(step.name, convert)
         if step.kind == "heal":

@@ -106,6 +106,11 @@ class RunContext(Generic[D]):
         return None if self.parts is None else self.parts.teacher
 
     @property
+    def spread_student(self) -> Spread | None:
+        """What brings a model that trains into its parts."""
+        return None if self.parts is None else self.parts.student
+
+    @property
     def pad(self) -> int:
         """A token to fill rows with."""
         return pad_token(self.tokenizer, self.teacher.config.get_text_config().vocab_size)

@@ -157,18 +157,23 @@ def is_taken(run: RunContext, step: str) -> bool:
 
 def load_student(run: RunContext, step: str) -> PreTrainedModel:
     """A finished step's student, which trains on."""
-    spread = None if run.parts is None else run.parts.student
     folder = phase_student(run.folder, step)
-    return load_teacher(folder, device=run.device, spread=spread, who="student").requires_grad_(True)
+    return load_teacher(folder, device=run.device, spread=run.spread_student, who="student").requires_grad_(True)
 
 
 def whole_models(
-    run: RunContext, student: PreTrainedModel, corrected: Path | None = None
+    run: RunContext,
+    student: PreTrainedModel,
+    *,
+    corrected: Path | None = None,
+    folder: Path | str | None = None,
+    dtype: str = "auto",
 ) -> tuple[PreTrainedModel, PreTrainedModel] | None:
     """Student and teacher as one process has them, for the first one to measure; models in parts are read again from
     their files. None where they do not fit into its memory.
 
-    corrected: the teacher's folder, where it is not the recipe's any more.
+    corrected: the teacher's folder, where it is not the recipe's any more. folder, dtype: the student's; default the
+    run's final one, as it was saved.
     """
     if run.parts is None:
         return student, run.teacher
@@ -178,8 +183,8 @@ def whole_models(
     about = run.recipe.teacher
     named = (about.model, about.where) if corrected is None else (corrected, {})
     teacher = load_teacher(named[0], dtype=about.dtype, device=run.device, **named[1])
-    final = load_teacher(run.folder / STUDENT, dtype="auto", device=run.device, who="student")
-    return final, teacher
+    found = load_teacher(folder or run.folder / STUDENT, dtype=dtype, device=run.device, who="student")
+    return found, teacher
 
 
 def finish_run(run: RunContext, student: PreTrainedModel, **told: Any) -> None:
