@@ -66,6 +66,8 @@ def shard(model: nn.Module, mesh: Any, *, dtype: torch.dtype | None = None, trai
 
     body, layers = decoder(model)
     for layer in layers:
+        for experts in _of_several(layer, kept):
+            group(experts, False, True)
         group(layer, True, True)
     embedding, head = _embeddings(model)
     norms = [module for module in body.children() if module is not embedding and module not in (layers, head)]
@@ -86,6 +88,16 @@ def shard(model: nn.Module, mesh: Any, *, dtype: torch.dtype | None = None, trai
         register_fsdp_forward_method(module, RUN)
     if not any(p.is_meta for p in model.parameters()):
         _make_root(model)
+
+
+def _of_several(layer: nn.Module, kept: set[nn.Parameter]) -> list[nn.Module]:
+    """Modules that hold several matrices as one tensor: a layer's experts. Autocast rounds what it hands to a product
+    of matrices, and not what slices are taken of, so that these keep their own dtype."""
+    return [
+        module
+        for module in layer.modules()
+        if any(p.dim() > 2 and p not in kept for p in module.parameters(recurse=False))
+    ]
 
 
 def materialise(model: nn.Module, device: torch.device | str) -> None:
@@ -139,7 +151,8 @@ def whole_model(model: nn.Module) -> Iterator[None]:
             reshard(model)
             embedding, head = _embeddings(model)
             tied = head is None or embedding.weight is head.weight
-            stay_whole([*decoder(model)[1], *([] if tied else [embedding])], False)
+            within = [module for layer in decoder(model)[1] for module in layer.modules()]
+            stay_whole([*within, *([] if tied else [embedding])], False)
 
 
 @contextmanager
@@ -189,6 +202,11 @@ def whole(tensor: Tensor) -> Tensor:
 def local(tensor: Tensor) -> Tensor:
     """What this process has of a tensor."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def parts_in(tensor: Tensor) -> int:
+    """Over how many processes a tensor is spread; 1: each that has it has it whole."""
+    return tensor.device_mesh.size(tensor.device_mesh.ndim - 1) if isinstance(tensor, DTensor) else 1
 
 
 @torch.no_grad()

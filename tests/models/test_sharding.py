@@ -104,3 +104,36 @@ def test_replicas_of_two_processes_each(tmp_path):
     mesh = lambda: init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))  # noqa: E731
     made = in_processes(tmp_path, 4, lambda rank: found("llama_biased", "mamba2", 4, mesh=mesh))
     same(found("llama_biased", "mamba2", 1), made[3])
+
+
+def in_bfloat16(sharded: bool) -> tuple[torch.Tensor, dict]:
+    """Loss and gradients under autocast of a model with experts, the same rows on both processes."""
+    mesh = init_device_mesh("cpu", (2,))
+    teacher = tiny_teacher("mixtral")
+    spread = None
+    if sharded:
+        spread = lambda model: shard(model, mesh, dtype=torch.bfloat16)  # noqa: E731
+        shard(teacher, mesh, dtype=torch.bfloat16, trains=False)
+    torch.manual_seed(0)
+    student = hybrid_from_teacher(teacher, [1], spread=spread)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        (_, loss), *more = EndToEndObjective(student, teacher, ce_weight=0.3).losses(**batch())
+    assert not more
+    loss.backward()
+    reshard(student)
+    named = dict(student.named_parameters())
+    sum_gradients([p for p in named.values() if p.grad is not None])
+    return loss.detach(), {name: whole(p.grad).clone() for name, p in named.items() if p.grad is not None}
+
+
+def test_experts_under_autocast_are_what_they_are_whole(tmp_path):
+    """Autocast does not round experts that are one tensor: gathered, they must not be rounded either."""
+
+    def body(rank):
+        return in_bfloat16(False), in_bfloat16(True)
+
+    (loss, gradients), (loss_in_parts, gradients_in_parts) = in_processes(tmp_path, 2, body)[0]
+    assert float(loss_in_parts) == pytest.approx(float(loss), rel=1e-6)
+    for name, gradient in gradients.items():
+        error = (gradients_in_parts[name] - gradient).norm()
+        assert error <= 1e-5 * gradient.norm() + 1e-9, (name, float(error / gradient.norm()))
