@@ -20,10 +20,10 @@ import torch
 from torch import nn
 
 from mohawk.core.folders import about_of, newest_complete, rotate, step_of, write_whole
-from mohawk.core.processes import agree, from_all, hashed_together, is_first, several, together, wait_for_all
+from mohawk.core.processes import agree, hashed_together, is_first, several, together, wait_for_all
 from mohawk.errors import UserError, naming
-from mohawk.loading.nonfinite import first_nonfinite
-from mohawk.models.sharding import is_sharded, local, reshard
+from mohawk.loading.nonfinite import first_nonfinite_of_all
+from mohawk.models.sharding import is_sharded, reshard
 from mohawk.training.batches import rows_per_step
 from mohawk.training.checkpoint import (
     ORDER_KEYS,
@@ -157,13 +157,12 @@ class Checkpoints:
         """Weights that are not finite never take the place of earlier ones. Raises UserError."""
         state = self.optimizer.state
         moments = (
-            (f"{key} of {name}", local(value))
+            (f"{key} of {name}", value)
             for name, p in self.trainable.items()
             for key, value in state.get(p, {}).items()
             if isinstance(value, torch.Tensor)
         )
-        own = first_nonfinite(itertools.chain(((name, local(p)) for name, p in self.trainable.items()), moments))
-        found = next((one for one in from_all(own) if one is not None), None)
+        found = first_nonfinite_of_all(itertools.chain(self.trainable.items(), moments))
         if found is not None:
             raise UserError(
                 f"{self.told}: after step {step} {found} is not finite, so no checkpoint is written;"

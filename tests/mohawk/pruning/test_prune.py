@@ -421,13 +421,13 @@ def test_a_stage_that_breaks_down_names_its_own_field_and_goes_on_with_another_r
     which, where, more, checkpoint, texts, tmp_path, monkeypatch
 ):
     """The field is one that a prune recipe has, and the advice is one that the run then takes."""
-    run, real = tmp_path / "run", saving.first_nonfinite
+    run, real = tmp_path / "run", saving.first_nonfinite_of_all
 
     def first_nonfinite(tensors):
         name = "heal_2" if which == "heal" else which.split(".")[-1]
         return "lm_head.weight" if (run / "phases" / name).exists() else real(tensors)
 
-    monkeypatch.setattr(saving, "first_nonfinite", first_nonfinite)
+    monkeypatch.setattr(saving, "first_nonfinite_of_all", first_nonfinite)
     data = recipe_data(checkpoint, texts, run, **more)
     lower = rf"Lower {re.escape(which)}\.learning_rate \(now 0\.003\)"
     with pytest.raises(UserError, match=rf"{where}: after step 2 lm_head.weight is not finite.* {lower}"):

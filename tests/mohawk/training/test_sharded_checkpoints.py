@@ -149,7 +149,7 @@ def test_a_full_disk_on_one_process_ends_all(tmp_path):
     assert not list((tmp_path / "run/phases/mixing").glob(".partial*"))
 
 
-def test_weights_that_are_not_finite_on_one_process_are_not_written(tmp_path):
+def test_weights_that_are_not_finite_are_not_written_and_counted_over_all_parts(tmp_path):
     def body(rank):
         trainer = trainer_of(tmp_path / "run", "mixing", 2)
         parameter = next(p for p in trainer.trainable.values() if is_sharded(p))
@@ -157,17 +157,16 @@ def test_weights_that_are_not_finite_on_one_process_are_not_written(tmp_path):
 
         def broken():
             step()
-            if rank == 1:
-                parameter.data.to_local()[0, 0] = float("nan")
+            parameter.data.to_local()[0, : 1 + rank] = float("nan")
 
         trainer.optimizer.step = broken
         trainer.steps = 1
         with pytest.raises(UserError) as caught:
             trainer.train_phase()
-        return str(caught.value)
+        return str(caught.value), parameter.numel()
 
-    for said in in_processes(tmp_path, 2, body):
-        assert "is not finite, so no checkpoint is written; there is no earlier one" in said
+    for said, size in in_processes(tmp_path, 2, body):
+        assert f"(3 of {size:,} values) is not finite, so no checkpoint is written; there is no earlier one" in said
 
 
 class HalfLabelled(Rows):
