@@ -18,7 +18,7 @@ from mohawk.loading.causal import check_causal_on, embedding_rows, plain_model, 
 from mohawk.loading.configs import check_decoder
 from mohawk.loading.offload import loaded
 from mohawk.models.families import logit_factors
-from mohawk.models.sharding import stay_whole, whole
+from mohawk.models.sharding import is_sharded, stay_whole, whole
 
 if TYPE_CHECKING:
     from mohawk.loading.causal import CausalLM
@@ -231,6 +231,9 @@ def final_hidden_states(
                 f"{type(model).__name__} does more to its logits than scale and softcap them, which is not supported"
             )
         _checked.add(model)
+    if is_sharded(model) and not torch.is_grad_enabled():  # no backward pass comes, which would put it into parts again
+        any_model: Any = model
+        any_model.reshard()
     return hidden
 
 

@@ -103,3 +103,24 @@ def test_a_model_that_gathers_its_head_again_for_its_backward_pass(tmp_path):
         assert many.keys() == one.keys()
         for name, gradient in one.items():
             torch.testing.assert_close(many[name], gradient, rtol=1e-4, atol=1e-7)
+
+
+def whole_after(mesh) -> tuple[int, int]:
+    """How many of a root's own matrices are whole after a pass without gradients, and after one with them."""
+    model = tiny_teacher("llama_biased")
+    for layer in model.model.layers:
+        fully_shard(layer, mesh=mesh)
+    fully_shard(model, mesh=mesh, reshard_after_forward=True)
+    ids, found = {"input_ids": Rows().ids[:2]}, []
+    for grad in (False, True):
+        with torch.set_grad_enabled(grad):
+            hidden = final_hidden_states(model, ids)
+        own = [model.model.embed_tokens.weight, model.lm_head.weight]
+        found.append(sum(not hasattr(weight, "full_tensor") for weight in own))
+        assert Head.of(model).logits(hidden).isfinite().all()
+    return tuple(found)
+
+
+def test_a_pass_without_gradients_leaves_the_roots_matrices_in_parts(tmp_path):
+    for found in in_processes(tmp_path, 2, lambda rank: whole_after(init_device_mesh("cpu", (2,)))):
+        assert found == (0, 2)
