@@ -27,6 +27,9 @@ PATHS = {
 }
 LEFT_ALONE = ("steps", "chunks", "left", "generate")
 STATES = {"linear_attention", "mamba"}  # kinds of layers that have one
+# Stock classes that keep none of these promises: with padding, masks or several tokens on a cache they compute
+# something else, and their steps round otherwise than a full forward
+WITHOUT = ("mamba", "mamba2", "falcon_mamba")
 TOKENS = 24
 # of the largest logit: float32 rounding in another order stays well below (SmolLM2's 30 layers: 3e-6), and a forgotten
 # state, bias or position far above; bfloat16's own rounding differs by a percent or two from path to path
@@ -65,8 +68,10 @@ def paths_of(config) -> tuple[str, ...]:
 
     transformers' own classes with states (Bamba, Granite 4, Qwen3.5) let padding that comes after a token decay the
     state and fill the convolution; and its attention layers with a window count padding within it, which shows here
-    where the window is as short as the texts.
+    where the window is as short as the texts. Of stock Mambas none is asked for.
     """
+    if config.model_type in WITHOUT:
+        return ()
     kinds = getattr(config, "layer_types", None)
     lets_padding_in = not hasattr(config, "base_config") and STATES & set(
         kinds or getattr(config, "layers_block_type", None) or ()

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, MambaConfig, MambaForCausalLM
 
 from mohawk.cli import main
 from mohawk.core.folders import Interrupted, is_complete
@@ -564,3 +564,18 @@ def test_what_a_plan_cannot_know_of_a_teacher_with_code_of_its_own_is_said(
     data["student"], data["teachers"] = {"layers": "every_second"}, [{"model": str(own)}]
     with pytest.raises(UserError, match=r"^teachers.0: .* if you trust it, set teachers.0.trust_remote_code: true"):
         distill(DistillRecipe.from_dict(data), dry_run=True)
+
+
+def test_a_stock_mamba_teaches_one_of_fewer_layers(tokenizer, texts, tmp_path, caplog):
+    """Its class answers otherwise with padding or several tokens on a cache, which is not asked of it."""
+    config = MambaConfig(vocab_size=258, hidden_size=32, num_hidden_layers=2, state_size=8, bos_token_id=256,
+                         eos_token_id=257)  # fmt: skip
+    torch.manual_seed(0)
+    MambaForCausalLM(config).save_pretrained(tmp_path / "mamba")
+    tokenizer.save_pretrained(tmp_path / "mamba")
+    stage = {"name": "a", "tokens": TOKENS, "batch_size": 4, "sequence_length": 32}
+    recipe = recipe_of({"big": tmp_path / "mamba"}, texts, tmp_path / "run", stage, student={"layers": [0]})
+    distill(recipe)
+    results = json.loads((tmp_path / "run/results.json").read_text())
+    assert results["consistency"] == {} and len(results["decoding"]["student"]) > 0
+    assert "is not measured: MambaForCausalLM of transformers does not" in caplog.text
