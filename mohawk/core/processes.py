@@ -406,6 +406,13 @@ def means(values: Mapping[str, float]) -> dict[str, float]:
     return {name: statistics.fmean(one[name] for one in found if name in one) for name in names}
 
 
+def shared_from_first(tensor: torch.Tensor) -> torch.Tensor:
+    """Rank 0's values, in place, on every process; all of them give a tensor of that shape and dtype."""
+    if several():
+        dist.broadcast(tensor, src=0)
+    return tensor
+
+
 def share_parameters(parameters: Sequence[torch.nn.Parameter], group: dist.ProcessGroup | None = None) -> None:
     """Give every process the first one's values, as DistributedDataParallel does when it is made; parts of a sharded
     parameter are nobody else's. group: of some processes."""

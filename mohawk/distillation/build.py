@@ -12,7 +12,7 @@ import torch
 
 from mohawk.conversion.plan import student_options
 from mohawk.conversion.recipe import student_mistakes
-from mohawk.core.processes import several
+from mohawk.core.processes import is_first, several, shared_from_first
 from mohawk.data.text import tokenizer_key
 from mohawk.distillation.recipe import DistillData, DistillStudent, DistillTeacher, RampSection, Stage
 from mohawk.errors import UserError
@@ -23,11 +23,12 @@ from mohawk.losses.distiller import OwnLoss
 from mohawk.losses.hidden_match import HiddenMatch, layer_map
 from mohawk.losses.matching import Matching, match_attention, match_hidden
 from mohawk.losses.schedules import Ramp
+from mohawk.models.casting import exact_scales
 from mohawk.models.cutting.cuts import keep_layers, resolve_layers
 from mohawk.models.decoders import decoder
 from mohawk.models.from_teacher import hybrid_from_teacher
 from mohawk.models.generation_settings import saveable
-from mohawk.models.sharding import copied
+from mohawk.models.sharding import copied, fill, materialise
 from mohawk.schema.base import FieldError
 from mohawk.schema.yaml_text import field_path
 from mohawk.teacher_cache.reader import TeacherCache
@@ -88,7 +89,7 @@ def shaped_in_parts(
     given: DistillStudent, base: PreTrainedModel, seed: int, spread: Spread, where: str = "student"
 ) -> PreTrainedModel:
     """As `shaped`, of a model in parts: the student is in parts too, and none is ever whole on a process, but for
-    random weights."""
+    random weights in the first one's main memory."""
     with torch.device("meta"):
         shape, kept = type(base)(copy.deepcopy(base.config)), None
     with mistakes(f"{where}.layers"):
@@ -96,11 +97,7 @@ def shaped_in_parts(
             kept = resolve_layers(given.layers, len(decoder(base)[1]))
             shape = keep_layers(shape, kept)
     if given.scratch:
-        torch.manual_seed(seed)
-        shape = type(shape)(shape.config)
-        # pyrefly: ignore[bad-argument-type]  # transformers wraps `to` and loses its parameters
-        shape.to(base.device)
-        spread(shape)
+        _fill_randomly(shape, seed, spread, base.device)
     else:
         copied(base, shape, spread, functools.partial(_of_layer, base, kept))
         shape.generation_config = saveable(base.generation_config)
@@ -109,6 +106,24 @@ def shaped_in_parts(
             torch.manual_seed(seed)
             shape = hybrid_from_teacher(shape, spread=spread, **student_options(given.hybrid))
     return shape
+
+
+def _fill_randomly(shape: PreTrainedModel, seed: int, spread: Spread, device: torch.device) -> None:
+    """The random weights that a model of this shape has in one process: drawn by the first one, and handed to the
+    others a tensor at a time."""
+    drawn: dict[str, Any] = {}
+    if is_first():
+        torch.manual_seed(seed)
+        model = type(shape)(shape.config)
+        drawn = dict(model.named_parameters()) | dict(model.named_buffers())
+    spread(shape)
+    materialise(shape, device)
+    for name, tensor in (*shape.named_parameters(), *shape.named_buffers()):
+        values = torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
+        if name in drawn:
+            values.copy_(drawn[name].detach())
+        fill(tensor, shared_from_first(values))
+    exact_scales(shape)
 
 
 def _of_layer(base: PreTrainedModel, kept: Sequence[int] | None, name: str) -> str:

@@ -67,6 +67,7 @@ DISTILLED = {
     ),
     "lora": ({"lora": {"rank": 2, "keep": True}}, [{"ce_weight": 1.0}]),
     "taid": ({"layers": "last:1"}, [{"taid": {}}]),
+    "scratch": ({"layers": [0], "scratch": True, "hybrid": {"ssm_layers": [0]}}, [{}]),
 }
 
 
