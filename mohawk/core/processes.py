@@ -413,6 +413,15 @@ def shared_from_first(tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
+def rows_of_all(tensor: torch.Tensor) -> torch.Tensor:
+    """Every process's rows one below the other, in the order of their ranks; all have equally many."""
+    if not several():
+        return tensor
+    found = [torch.empty_like(tensor) for _ in range(count())]
+    dist.all_gather(found, tensor.contiguous())
+    return torch.cat(found)
+
+
 def share_parameters(parameters: Sequence[torch.nn.Parameter], group: dist.ProcessGroup | None = None) -> None:
     """Give every process the first one's values, as DistributedDataParallel does when it is made; parts of a sharded
     parameter are nobody else's. group: of some processes."""

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mohawk.conversion.recipe import Recipe
+from mohawk.core.places import home
+from mohawk.core.processes import first_before_others, joined, on_first
 from mohawk.distillation.recipe import StageRecipe
 from mohawk.errors import UserError
+from mohawk.teacher_cache.reader import TeacherCache
 from mohawk.teacher_cache.writer import write_cache
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     from mohawk.conversion.recipe import EndToEndPhase
     from mohawk.distillation.recipe import Stage
+    from mohawk.loading.parts import Spread
     from mohawk.schema.base import RecipeFile
-    from mohawk.teacher_cache.reader import TeacherCache
 
 
 def cache_teacher(
@@ -33,40 +39,59 @@ def cache_teacher(
     """`write_cache` with a recipe's teacher, text and seed: the rows that its phase 3 trains on, or a stage of its.
 
     stage: of a distillation, by name; by default the first that learns from the teacher. What else is left out is the
-    stage's (temperature, sequence_length, batch_size). tokens: only so many, instead of one pass over the text. Raises
-    UserError.
+    stage's (temperature, sequence_length, batch_size). tokens: only so many, instead of one pass over the text. In all
+    the processes that torchrun or accelerate started. Raises UserError.
     """
     from mohawk.core.precision import autocast_dtype, pick_device
     from mohawk.data.same_tokenizer import teacher_tokenizer
     from mohawk.data.text import tokenizer_key
+    from mohawk.distillation.plan import bytes_of
     from mohawk.loading.configs import load_config
-    from mohawk.loading.models import load_teacher
+    from mohawk.loading.models import load_teacher, model_shape, parameter_count
     from mohawk.runs.inputs import check_inputs
+    from mohawk.runs.sharding import parts_to_ask
     from mohawk.teacher_cache.answers import check_range
 
-    asked, about = _stage_of(recipe, stage), recipe.teacher
-    check_inputs(recipe)
-    if temperature is None and kind != "hidden":
-        if not isinstance(asked.temperature, (int, float)):
-            raise UserError(
-                "temperature: the stage's is no number, but an answer is cached at one; give --temperature T, and the "
-                "same in the stage that reads the cache, or --kind hidden, which serves any"
-            )
-        temperature = asked.temperature
-    device = pick_device(recipe.device)
-    tokenizer = teacher_tokenizer(about.model, tokenizer=about.tokenizer, **about.where)
-    dataset = _rows_of(recipe, asked, sequence_length or asked.sequence_length, tokenizer)
-    length = len(dataset[0]["input_ids"])
-    if kind == "top-k":  # before weights are loaded
-        check_range("k", k, 1, load_config(about.model, **about.where).get_text_config().vocab_size)
-    rows = None if tokens is None else min(len(dataset), -(-tokens // length))
-    loading = {name: getattr(about, name) for name in ("quantize", "device_map") if getattr(about, name, None)}
-    teacher = load_teacher(about.model, dtype=about.dtype, device=device, **about.where, **loading)
-    return write_cache(
-        output, teacher, dataset, kind=kind, k=k, draws=draws, seed=recipe.seed, rows=rows,
-        temperature=1.0 if temperature is None else temperature, batch_size=batch_size or asked.batch_size,
-        autocast=autocast_dtype(recipe.precision, device), tokenizer_hash=tokenizer_key(tokenizer),
-    )  # fmt: skip
+    with joined(recipe.device):
+        asked, about = _stage_of(recipe, stage), recipe.teacher
+        first_before_others(lambda: check_inputs(recipe))
+        if temperature is None and kind != "hidden":
+            if not isinstance(asked.temperature, (int, float)):
+                raise UserError(
+                    "temperature: the stage's is no number, but an answer is cached at one; give --temperature T, and "
+                    "the same in the stage that reads the cache, or --kind hidden, which serves any"
+                )
+            temperature = asked.temperature
+        device = pick_device(recipe.device)
+        tokenizer = teacher_tokenizer(about.model, tokenizer=about.tokenizer, **about.where)
+        dataset = first_before_others(
+            lambda: _rows_of(recipe, asked, sequence_length or asked.sequence_length, tokenizer)
+        )
+        length = len(dataset[0]["input_ids"])
+        if kind == "top-k":  # before weights are loaded
+            check_range("k", k, 1, load_config(about.model, **about.where).get_text_config().vocab_size)
+        rows = None if tokens is None else min(len(dataset), -(-tokens // length))
+        loading = {name: getattr(about, name) for name in ("quantize", "device_map") if getattr(about, name, None)}
+        write = functools.partial(
+            write_cache, output, dataset=dataset, kind=kind, k=k, draws=draws, seed=recipe.seed, rows=rows,
+            temperature=1.0 if temperature is None else temperature, batch_size=batch_size or asked.batch_size,
+            autocast=autocast_dtype(recipe.precision, device), tokenizer_hash=tokenizer_key(tokenizer),
+        )  # fmt: skip
+
+        def load(spread: Spread | None) -> PreTrainedModel:
+            return load_teacher(
+                about.model, dtype=about.dtype, device=device, spread=spread, **about.where, **loading
+            )  # fmt: skip
+
+        def needed() -> int:
+            shape = model_shape(load_config(about.model, **about.where), about.trust_remote_code)
+            return parameter_count(shape) * bytes_of(about)
+
+        parts = parts_to_ask(recipe, needed)
+        if parts is not None:
+            return write(teacher=load(parts.teacher))
+        on_first(lambda: write(teacher=load(None)))  # which has all that it takes
+        return TeacherCache(home(output))
 
 
 def _stage_of(recipe: RecipeFile, name: str | None) -> EndToEndPhase | Stage:

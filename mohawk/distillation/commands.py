@@ -115,5 +115,6 @@ COMMANDS = [
         _add_cache,
         _cache,
         resumes=True,
+        together=True,
     ),
 ]

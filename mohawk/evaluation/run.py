@@ -106,25 +106,19 @@ def _evaluate(recipe: RecipeFile, folder: Path, name: str, overrides: Sequence[s
 
 
 def measured_in_parts(recipe: RecipeFile, student: str) -> Parts | None:
-    """How the models of a run are spread while they are measured: in parts where the recipe says so, or leaves it open
-    and the two of them together do not fit into a process. Raises UserError."""
-    from mohawk.core.precision import pick_device
-    from mohawk.core.processes import several
+    """How a run's teacher and student are spread while they are measured. Raises UserError."""
+    from mohawk.distillation.plan import bytes_of
     from mohawk.loading.configs import load_config
     from mohawk.loading.models import model_shape, parameter_count
-    from mohawk.runs.sharding import check_sharding, device_bytes, parts_of
-    from mohawk.runs.steps import MOST
+    from mohawk.runs.sharding import parts_to_ask
 
-    check_sharding(recipe)
-
-    def too_large() -> bool:
+    def needed() -> int:
         about = recipe.teacher
         teacher = model_shape(load_config(about.model, **about.where), about.trust_remote_code)
         own = model_shape(load_config(student, who="student"), who="student")
-        needed = parameter_count(teacher) * (4 if about.dtype == "float32" else 2) + 4 * parameter_count(own)
-        return needed > MOST * device_bytes(pick_device(recipe.device))
+        return parameter_count(teacher) * bytes_of(about) + 4 * parameter_count(own)
 
-    return parts_of(recipe, several() and recipe.sharding.kind == "auto" and from_first(too_large))
+    return parts_to_ask(recipe, needed)
 
 
 def corrected_teacher(recipe: RecipeFile, folder: Path) -> Path | None:

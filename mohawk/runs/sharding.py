@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +22,8 @@ from mohawk.training.stages import Stage, make_stage
 
 STAGED = ("phases.mixing", "phases.hidden")  # whose layers do not reach each other
 log = logging.getLogger(__name__)
+
+MOST = 0.7  # of a process's memory that whole models may take beside what they are asked for
 
 
 @dataclass(frozen=True)
@@ -77,15 +80,27 @@ def stage_of(recipe: Any) -> Stage | None:
     return make_stage(stages)
 
 
+def parts_to_ask(recipe: Any, needed: Callable[[], int]) -> Parts | None:
+    """How models that are only asked are spread: in parts where the recipe says so, or leaves it open and they do not
+    fit into a process. needed: their bytes. Raises UserError."""
+    _check_groups(recipe)
+    left_open = several() and recipe.sharding.kind == "auto"
+    device = pick_device(recipe.device)
+    return parts_of(recipe, left_open and from_first(lambda: needed() > MOST * device_bytes(device)))
+
+
 def check_sharding(recipe: Any) -> None:
     """UserError where what a recipe says of sharding does not fit the processes that were started."""
-    asked = recipe.sharding
-    if asked.kind == "none" and wish() is not None:
-        raise UserError("sharding.kind: got none, but accelerate is set to FSDP; leave one of the two out")
-    check_within(recipe, count())
+    _check_groups(recipe)
     for name, phase in sections(recipe):
         if isinstance(phase, Phase):
             check_dealt(phase, name, stages=stages_in(recipe, name, count()))
+
+
+def _check_groups(recipe: Any) -> None:
+    if recipe.sharding.kind == "none" and wish() is not None:
+        raise UserError("sharding.kind: got none, but accelerate is set to FSDP; leave one of the two out")
+    check_within(recipe, count())
 
 
 def stages_in(recipe: Any, section: str, processes: int) -> int:

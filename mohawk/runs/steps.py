@@ -27,7 +27,7 @@ from mohawk.models.sharding import is_sharded
 from mohawk.runs.binding import of_this_run, record_of
 from mohawk.runs.context import RunContext, measure_stage
 from mohawk.runs.report import finish
-from mohawk.runs.sharding import device_bytes
+from mohawk.runs.sharding import MOST, device_bytes
 from mohawk.training.objective import Objective
 from mohawk.training.saving import is_over
 from mohawk.training.trainer import PhaseTrainer
@@ -36,8 +36,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 log = logging.getLogger(__name__)
-
-MOST = 0.7  # of a process's memory that whole models may take beside those in parts
 
 
 @dataclass(frozen=True)

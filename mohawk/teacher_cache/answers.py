@@ -7,17 +7,19 @@ answered by itself and its random numbers come from (seed, row), so nothing depe
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from mohawk.core.processes import agree, count, rank, rows_of_all
 from mohawk.errors import UserError
 from mohawk.kernels.kd.products import finish_logits, logits_product
 from mohawk.loading.configs import check_decoder
 from mohawk.losses.heads import Head, final_hidden_states
+from mohawk.models.sharding import is_sharded, reshard, whole
 from mohawk.teacher_cache.layout import ANSWER_KINDS, DTYPES, Layout, encode_logprobs, pack_ascending, pack_ids
 
 if TYPE_CHECKING:
@@ -64,11 +66,37 @@ class Answers:
     @torch.no_grad()
     def _hidden(self, batch: Mapping[str, Tensor]) -> Tensor:
         """What the teacher gives its head, (b, n, hidden_size), without computing all logits."""
-        embedding = cast(Tensor, self.teacher.get_input_embeddings().weight)
-        if (largest := int(batch["input_ids"].max())) >= len(embedding):
+        rows = len(cast(Tensor, self.teacher.get_input_embeddings().weight))
+        if (largest := int(batch["input_ids"].max())) >= rows:
             raise UserError(
-                f"data: holds token {largest}, but the teacher has only {len(embedding)}; use the teacher's tokenizer"
+                f"data: holds token {largest}, but the teacher has only {rows}; use the teacher's tokenizer"
             )
+        if not is_sharded(self.teacher):
+            return self._run(batch)
+        agree(batch)  # to those who `follow`
+        return self._run_dealt(batch)
+
+    @torch.no_grad()
+    def follow(self) -> None:
+        """What the other processes of a teacher in parts do while the first one asks for answers, until it has `ended`
+        that."""
+        while (batch := agree(None)) is not None:
+            self._run_dealt(batch)
+
+    def ended(self) -> None:
+        """The first process asks no more."""
+        if is_sharded(self.teacher):
+            agree(None)
+
+    def _run_dealt(self, batch: Mapping[str, Tensor]) -> Tensor:
+        """`_run`, each process some of the rows."""
+        rows = len(batch["input_ids"])
+        each = -(-rows // count())
+        own = [min(i, rows - 1) for i in range(rank() * each, (rank() + 1) * each)]
+        return rows_of_all(self._run({name: column[own] for name, column in batch.items()}))[:rows]
+
+    def _run(self, batch: Mapping[str, Tensor]) -> Tensor:
+        embedding = cast(Tensor, self.teacher.get_input_embeddings().weight)
         # Where accelerate keeps the embedding elsewhere, the head lies where it computes.
         device = (self.head.weight if embedding.device.type == "meta" else embedding).device
         inputs = {name: tensor.to(device) for name, tensor in batch.items()}
@@ -127,7 +155,9 @@ def make_answers(
     if not len(dataset):
         raise UserError("data: has no rows to cache; give text")
     check_decoder(teacher, "teacher")
-    head = Head.of(teacher).detached()
+    reshard(teacher)
+    head = Head.of(teacher)
+    head = replace(head, weight=whole(head.weight), bias=None if head.bias is None else whole(head.bias))
     dtype = autocast or head.weight.dtype
     name = str(dtype).removeprefix("torch.")
     if name not in DTYPES or not head.weight.dtype.is_floating_point:

@@ -22,10 +22,12 @@ import torch
 from mohawk.core.folders import MANIFEST, fsync, locked, manifest_sum, why_incomplete
 from mohawk.core.json_files import parse_json
 from mohawk.core.places import home
+from mohawk.core.processes import count, is_first, on_first
 from mohawk.core.terminal import SHOWN, Bar
 from mohawk.errors import UserError, naming
 from mohawk.loading.model_hash import teacher_hash
 from mohawk.losses.heads import Head
+from mohawk.models.sharding import is_sharded, reshard
 from mohawk.teacher_cache.answers import Answers, check_range, make_answers
 from mohawk.teacher_cache.layout import Layout, is_whole, make_row, text_digest
 from mohawk.teacher_cache.reader import (
@@ -68,7 +70,8 @@ def write_cache(
 
     Args:
         folder: appears when it is whole; until then NAME.unfinished beside it holds what there is.
-        teacher: a causal language model, on its device, whose packed rows it tells apart by their `position_ids`.
+        teacher: a causal language model, on its device, whose packed rows it tells apart by their `position_ids`. Of
+            one in parts all processes must ask: the first one writes, and batch_size is each one's.
         dataset: map-style rows of one length n with `input_ids`, and `position_ids` and `segment_ids` if packed.
         kind: top-k (with the log mass of the rest), samples (arXiv 2503.16870) or hidden (the final hidden states, bit
             for bit, and the head).
@@ -107,7 +110,7 @@ def write_cache(
         "temperature": None if kind == "hidden" else float(temperature),
         "draw_seed": seed if kind == "samples" else None,
         "teacher": {
-            "name": str(getattr(teacher.config, "_name_or_path", "")) or type(teacher).__name__,
+            "name": str(getattr(teacher.config, "_name_or_path", "")) or type(teacher).__name__.removeprefix("FSDP"),
             "sha256": teacher_hash(teacher),
             "autocast": None if autocast is None else str(autocast).removeprefix("torch."),
         },
@@ -119,12 +122,31 @@ def write_cache(
         },
         "rows_per_shard": per_shard,
     }
-    unfinished = unfinished_folder(folder)
     training = teacher.training
     teacher.eval()
     try:
-        if _taken(folder) and (cache := _finished(folder, settings, dataset)) is not None:
-            return cache
+        if not is_sharded(teacher):
+            _write_or_go_on(folder, settings, answers, dataset, batch_size)
+        elif is_first():
+            try:
+                _write_or_go_on(folder, settings, answers, dataset, batch_size * count())
+            finally:
+                answers.ended()
+        else:
+            answers.follow()
+    finally:
+        teacher.train(training)
+        reshard(teacher)
+    on_first(lambda: TeacherCache(folder))  # where the first one could not write it, it has ended, and so do all
+    return TeacherCache(folder)
+
+
+def _write_or_go_on(folder: Path, settings: dict[str, Any], answers: Answers, dataset: Any, batch_size: int) -> None:
+    """The cache, unless it is there. Raises UserError."""
+    unfinished = unfinished_folder(folder)
+    try:
+        if _taken(folder) and _finished(folder, settings, dataset):
+            return
         unfinished.mkdir(parents=True, exist_ok=True)
         with locked(unfinished):
             if _taken(folder):  # another process has finished it meanwhile
@@ -136,9 +158,6 @@ def write_cache(
             f"{unfinished}: cannot be written ({error.strerror}); make room or choose another output, and run again: "
             "finished shards are kept"
         ) from error
-    finally:
-        teacher.train(training)
-    return TeacherCache(folder)
 
 
 def _taken(folder: Path) -> bool:
@@ -146,8 +165,8 @@ def _taken(folder: Path) -> bool:
     return os.path.lexists(folder) and not (folder.is_dir() and not any(folder.iterdir()))
 
 
-def _finished(folder: Path, settings: dict[str, Any], dataset: Any) -> TeacherCache | None:
-    """The cache that is there already; None after a damaged one was moved back to where it is written."""
+def _finished(folder: Path, settings: dict[str, Any], dataset: Any) -> bool:
+    """Whether the cache is there already; a damaged one is moved back to where it is written."""
     damaged = None
     try:
         old = read_manifest(folder)
@@ -162,7 +181,7 @@ def _finished(folder: Path, settings: dict[str, Any], dataset: Any) -> TeacherCa
         cache = TeacherCache(folder)
         CachedRows(dataset, cache)  # of the same text?
         log.info("%s is there already: %s rows, nothing damaged", folder, f"{len(cache):,}", extra=SHOWN)
-        return cache
+        return True
     log.warning("%s: %s; writing that again", folder, problem)
     unfinished = unfinished_folder(folder)
     if unfinished.exists():
@@ -171,7 +190,7 @@ def _finished(folder: Path, settings: dict[str, Any], dataset: Any) -> TeacherCa
     _write_json(folder / SETTINGS, settings)
     os.rename(folder, unfinished)
     (unfinished / MANIFEST).unlink(missing_ok=True)
-    return None
+    return False
 
 
 def _drop_foreign(folder: Path) -> None:

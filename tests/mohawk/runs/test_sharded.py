@@ -12,6 +12,7 @@ import torch
 
 from mohawk.cli import main
 from mohawk.losses.on_policy import OnPolicy
+from mohawk.teacher_cache.reader import TeacherCache
 from mohawk.training.trainer import PhaseTrainer
 from tests.helpers.tiny_phase import cheap_training  # noqa: F401
 from tests.models.conftest import tiny_teacher
@@ -87,6 +88,33 @@ def test_distill_in_parts_is_one(kind, place, tokenizer, tmp_path):  # noqa: F81
     recipe = written(place, tmp_path / "two", **parts, **PARTS)
     in_parts(tmp_path / "two", "distill", recipe)
     same_run(tmp_path / "one/run", tmp_path / "two/run", 1e-5, 3e-3 * LEARNING_RATE, (*OWN, "objective.safetensors"))
+
+
+@pytest.mark.parametrize("kind", ["hidden", "top-k"])
+def test_a_cache_in_parts_is_that_of_one_process(kind, place, tmp_path):  # noqa: F811
+    """Each process answers some rows of a batch, one more than once where they are no multiple; then it is there."""
+    stage = {"name": "a", "batch_size": 3}
+    parts = {"student": {"layers": [0]}, "stages": [stage]}
+    one, two = tmp_path / "one/cache-of-it", tmp_path / "two/cache-of-it"
+    options = ("--kind", kind, "--tokens", "256")
+    assert main(["cache", str(written(place, tmp_path / "one", **parts)), "--output", str(one), *options]) == 0
+    recipe = written(place, tmp_path / "two", **parts, **PARTS)
+    command = ("cache", str(recipe), "--output", str(two), *options)
+    for said in ("cached 8 rows", "is there already: 8 rows"):
+        assert two_processes(tmp_path / "two", *command) == [0, 0], (tmp_path / "two/0.txt").read_text()
+        assert (tmp_path / "two/1.txt").read_text() == ""
+        assert said in " ".join((tmp_path / "two/0.txt").read_text().split())
+    manifests = [json.loads((folder / "MANIFEST.json").read_text()) for folder in (one, two)]
+    for key in ("layout", "teacher", "tokenizer", "data", "temperature"):
+        assert manifests[0][key] == manifests[1][key], key
+    caches = [TeacherCache(folder) for folder in (one, two)]
+    for row in range(8):
+        mine, theirs = (cache.row(row) for cache in caches)
+        assert mine.keys() == theirs.keys()
+        for name, column in mine.items():
+            torch.testing.assert_close(theirs[name], column, rtol=1e-2 if kind == "top-k" else 1e-5, atol=1e-5)
+    assert two_processes(tmp_path / "two", *command[:-1], "512") == [2, 2]  # another cache: a mistake, said once
+    assert (tmp_path / "two/0.txt").read_text().count("error: ") == 1
 
 
 def no_prompts_on_the_second(rank: int) -> None:
