@@ -177,13 +177,10 @@ def train_phase(
     """One of the three phases, of a student of `teacher`. rows: the dataset. before: the step before, if any. section:
     where its settings stand in the recipe."""
 
-    def solve() -> None:
-        length, size = phase.sequence_length, phase.batch_size
-        _solve(run, name, student, teacher, rows, phase.solve_tokens, length, size)
-
     if name == "hidden" and phase.solve_tokens:
         if from_first(lambda: newest_complete(phase_folder(run.folder, name)) is None):
-            solve()
+            length, size = phase.sequence_length, phase.batch_size
+            _solve(run, name, student, teacher, rows, phase.solve_tokens, length, size)
 
     def make() -> Any:
         return objective_for(name, phase, student, teacher)
