@@ -43,7 +43,7 @@ def stock_mixer(mixer: nn.Module) -> StockMixer | None:
     return None
 
 
-def layer_kinds(config: PreTrainedConfig) -> list[str]:
+def layer_words(config: PreTrainedConfig) -> list[str]:
     """A word for each layer, "linear_attention" for one with a mixer, as Bamba's configuration too has it."""
     return list(getattr(config, "layers_block_type", None) or config.layer_types)
 

@@ -142,7 +142,7 @@ def answered(
             "tokens": tokens[:, steps.shape[1] :],
             "tokens_logits": torch.stack(chosen, 1),
         }
-    rows = compare(expected, found, exact)
+    rows = compared(expected, found, exact)
     if tokenizer is not None:
         ids = tokenizer(TEXT)["input_ids"]
         same = "all" if found["text"].tolist() == ids else "no, the text is cut into others"
@@ -150,7 +150,7 @@ def answered(
     return rows
 
 
-def compare(expected: dict[str, Tensor], found: dict[str, Tensor], exact: bool) -> list[Row]:
+def compared(expected: dict[str, Tensor], found: dict[str, Tensor], exact: bool) -> list[Row]:
     """Rows of answers. exact: they have to be the same, up to float32 rounding."""
     tolerance = WITHIN * float(expected["full"].abs().max()) if exact else float("inf")
     rows = []

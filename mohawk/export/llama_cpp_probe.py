@@ -1,4 +1,4 @@
-"""What llama.cpp answers to fixed inputs: run in a process of its own, which a failed assertion of its may end."""
+"""What llama.cpp answers to fixed inputs: run in a process of its own, which a failed assertion would end."""
 
 import sys
 

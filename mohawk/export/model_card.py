@@ -137,9 +137,9 @@ def _tag(label: str) -> str:
 
 
 def _sentence(config: Any, methods: Sequence[str], gguf: str | None) -> str:
-    from mohawk.models.formats.stock import layer_kinds
+    from mohawk.models.formats.stock import layer_words
 
-    kinds = layer_kinds(config)
+    kinds = layer_words(config)
     ssm = kinds.count("linear_attention")
     names = " and ".join(methods)
     what = "GGUF file" if gguf else config.architectures[0]

@@ -127,7 +127,7 @@ def _not_stock(target: str, class_name: str, mixer: str, config: HybridConfig, p
     return f"cannot be a {class_name}: {reason}" + (f"; `--to {other}` takes it" if takes else INSTEAD)
 
 
-def conv_input_bias(config: HybridConfig, class_name: str, name: str) -> str:
+def conv_input_bias_line(config: HybridConfig, class_name: str, name: str) -> str:
     """The whole line for a student with biases on x, B and C, which --fold-bias moves."""
     return (
         f"cannot be a {class_name}: in_proj has biases on x, B and C, which transformers' {name} lets "
@@ -144,7 +144,7 @@ def _adapt(model: HybridForCausalLM, pad_expand: bool, fold_bias: bool, *, class
     changes = []
     if has_conv_input_bias(model):
         if not fold_bias:
-            raise UserError(conv_input_bias(model.config, class_name, name))
+            raise UserError(conv_input_bias_line(model.config, class_name, name))
         fold_conv_input_bias(model)
         changes.append(FOLDED.format(kept=model.config.mixer_conv_kernel - 1))
     if pad_expand:

@@ -177,7 +177,7 @@ def claim(path: Path, settings: dict[str, Any], prompts: Sequence[Prompt], endpo
                 f"output: {path.parent} holds answers to other prompts ({count}, here {len(prompts)}); choose another "
                 "folder, or give the same prompts (more may follow them)"
             )
-    write(path, made)
+    write_object(path, made)
 
 
 def _changed(old: Any, new: Any, at: str = "") -> list[str]:
@@ -219,7 +219,7 @@ def seconds_spent(path: Path) -> float | None:
         return None
 
 
-def write(path: Path, value: Any) -> None:
+def write_object(path: Path, value: Any) -> None:
     with write_file(path) as beside:
         beside.write_bytes(as_json(value))
 

@@ -37,7 +37,7 @@ from mohawk.generation.answer_files import (
     scan,
     seconds_spent,
     unwritable,
-    write,
+    write_object,
 )
 from mohawk.generation.decoding import Decoding, Response, local_teacher
 from mohawk.generation.endpoint import EndpointTeacher
@@ -166,7 +166,7 @@ def generate_data(
             seconds, (prompts_before, tokens_before) = time.monotonic() - started, before
             made = _summary(tally, spent, seconds, tally.prompts - prompts_before, tally.tokens - tokens_before)
             try:
-                write(output / SUMMARY, made)
+                write_object(output / SUMMARY, made)
             except OSError as error:
                 raise unwritable(output / SUMMARY, error) from error
 

@@ -1,4 +1,4 @@
-"""Where a model lies and what it is, by its configuration alone; what is wrong with it, said of who it is."""
+"""Where a model lies and what it is, by its configuration alone; what is wrong with it, naming which model."""
 
 from __future__ import annotations
 

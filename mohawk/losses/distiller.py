@@ -24,6 +24,7 @@ from mohawk.loading.models import parameter_count
 from mohawk.losses.heads import Head, as_forward, final_hidden_states, in_zero, readable_ids, with_head
 from mohawk.losses.label_probability import label_probability
 from mohawk.losses.matching import Matching
+from mohawk.losses.measured import Means, agreement
 from mohawk.losses.on_policy import OnPolicy, replaced_rows
 from mohawk.losses.schedules import Ramp, at, temperature_for
 from mohawk.losses.shared_vocabulary import shared_part, told_of_cut
@@ -48,7 +49,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-SAMPLED_ROWS = 256  # of a batch, on which agreement and the teacher's entropy are measured
 TASKS = 3  # of tokens: plain text, labels and rationales (mohawk/losses/rationales.py), each of one mean of its own
 
 
@@ -144,7 +144,7 @@ class KnowledgeDistiller(Objective["CausalLM"]):
         self.step_loss: Tensor | float = 0.0  # sum of the losses since the step began
         self.averaged = 1  # over how many processes gradients are averaged, not summed
         self._counted, self._counts = -1, torch.zeros(())  # of which step, and what `prepare` counted of it
-        self._sums: dict[str, list[Any]] = {}
+        self._means = Means()
         self._told = False  # what a smaller vocabulary does to the teacher's answers
 
     # ---- in a plain training loop ----
@@ -222,10 +222,7 @@ class KnowledgeDistiller(Objective["CausalLM"]):
 
     def measured(self) -> dict[str, float]:
         """Means since the last call of what was measured beside the loss, and where schedules are."""
-        sums = {name: (float(total), float(count)) for name, (total, count) in self._sums.items()}
-        values = {name: total / count for name, (total, count) in sums.items() if count}
-        self._sums = {}
-        values["temperature"] = self._now(self.temperature)
+        values = {**self._means.take(), "temperature": self._now(self.temperature)}
         if self.taid is not None:
             values["taid_t"] = self.taid.t
         return values
@@ -428,7 +425,11 @@ class KnowledgeDistiller(Objective["CausalLM"]):
 
         if source is None:
             return cross_entropy()
-        self._compare(source, hidden, head, labels)
+        if self.measuring and isinstance(source, TeacherHidden):
+            if found := agreement(source, hidden, head, labels, self._vocab_size(head)):
+                same, entropy, rows = found
+                self._measure("agreement", same, rows)
+                self._measure("teacher_entropy", entropy, rows)
         # pyrefly: ignore[bad-argument-type]  # of what it can't be of, it says so itself
         target = source if self.taid is None else TeacherTAID(source, self.taid.t)
         if not self.confidence and vocab is None:
@@ -457,33 +458,9 @@ class KnowledgeDistiller(Objective["CausalLM"]):
         theirs = getattr(self.teacher, "vocab_size", None)
         return None if theirs is None or theirs == len(head.weight) else min(theirs, len(head.weight))
 
-    # ---- what is measured beside the loss ----
-
     def _measure(self, name: str, mean: Tensor, count: Tensor) -> None:
-        if not self.measuring:
-            return
-        entry = self._sums.setdefault(name, [0.0, 0.0])  # tensors: nothing waits for the device here
-        entry[0] = entry[0] + mean.detach() * count
-        entry[1] = entry[1] + count
-
-    @torch.no_grad()
-    def _compare(self, source, hidden: Tensor, head: Head, labels: Tensor) -> None:
-        """The share of equal top tokens and the teacher's entropy (nats), on some of the rows."""
-        if not isinstance(source, TeacherHidden):
-            return
-        rows = (labels.flatten() != IGNORED).nonzero().squeeze(1)[:SAMPLED_ROWS]
-        if not len(rows):
-            return
-        vocab = self._vocab_size(head)
-        of_teacher = Head(source.head, source.bias, source.logit_scale, source.logit_softcap)
-        teacher = of_teacher.logits(source.hidden.flatten(0, 1)[rows])[:, :vocab]
-        student = head.logits(hidden.flatten(0, 1)[rows])[:, :vocab]
-        same = (teacher.argmax(-1) == student.argmax(-1)).float().mean()
-        logprobs = teacher.log_softmax(-1)
-        entropy = -(logprobs.exp() * logprobs.clamp(min=-1e4)).sum(-1).mean()
-        count = torch.tensor(float(len(rows)))
-        self._measure("agreement", same, count)
-        self._measure("teacher_entropy", entropy, count)
+        if self.measuring:
+            self._means.add(name, mean, count)
 
 
 def _some(count: Tensor) -> Tensor:

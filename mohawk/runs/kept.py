@@ -1,4 +1,4 @@
-"""What a run's JSON files look like, for `read_json` to tell whole ones. Further keys are no matter."""
+"""What a run's JSON files look like, for `read_json` to tell whole ones. Further keys are allowed."""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerFast
 from mohawk.cli import main
 from mohawk.errors import UserError
 from mohawk.export import gguf_check
-from mohawk.export.gguf_check import compare, read_back
+from mohawk.export.gguf_check import compared, read_back
 from mohawk.export.run import export
 from mohawk.export.targets import TARGETS
 from mohawk.models.casting import cast
@@ -595,16 +595,16 @@ def test_answers_are_compared():
     torch.manual_seed(0)
     expected = {"full": torch.randn(9, 7), "steps": torch.randn(6, 7), "tokens_logits": torch.randn(1, 4, 7)}
     expected["tokens"] = expected["tokens_logits"].argmax(-1)
-    assert all(row.passed for row in compare(expected, expected, True))
+    assert all(row.passed for row in compared(expected, expected, True))
     for key in ("full", "steps", "tokens_logits"):
         other = {**expected, key: expected[key] + 0.01}
-        assert [row.passed for row in compare(expected, other, True)].count(False) == 1
-        assert all(row.passed for row in compare(expected, other, False))
-        assert not all(row.passed for row in compare(expected, {**expected, key: expected[key] * torch.nan}, False))
+        assert [row.passed for row in compared(expected, other, True)].count(False) == 1
+        assert all(row.passed for row in compared(expected, other, False))
+        assert not all(row.passed for row in compared(expected, {**expected, key: expected[key] * torch.nan}, False))
     tokens = expected["tokens"].clone()
     tokens[0, 2] = (tokens[0, 2] + 1) % 7
-    assert [row.same for row in compare(expected, {**expected, "tokens": tokens}, True)][2] == "no, from token 2"
-    assert [row.same for row in compare(expected, {**expected, "tokens": tokens}, False)][2] == "the first 2"
+    assert [row.same for row in compared(expected, {**expected, "tokens": tokens}, True)][2] == "no, from token 2"
+    assert [row.same for row in compared(expected, {**expected, "tokens": tokens}, False)][2] == "the first 2"
 
 
 def test_a_llama_cpp_that_fails_is_warned_of(folder, tmp_path, monkeypatch, caplog):
