@@ -27,18 +27,13 @@ from mohawk.kernels.mixing.strips import Block
 from mohawk.kernels.mixing.triton_backend import (
     NORMALISER,
     _dtype,
-    _entries,
     _first_seen,
-    _held,
     _major,
-    _offset,
-    _products,
     _side,
-    _vectors,
     _width,
     distance_triton,
-    normaliser_kernel,
 )
+from mohawk.kernels.mixing.triton_kernels import _entries, _held, _offset, _products, _vectors, normaliser_kernel
 
 BACKEND = "triton"  # as `mohawk doctor` names it
 PROGRAMS = 256  # strips under way at a time, over the heads of a batch row: enough for a GPU
@@ -220,7 +215,7 @@ def return_kernel(
 
 def tiles(major: int) -> dict:
     """How to launch. major: of CUDA's compute capability, 0 for AMD, which has products in float32; elsewhere three in
-    tf32 have its precision. Nothing spills on sm_80, sm_90, sm_100 and gfx942, for which mixing_triton_report compiles
+    tf32 have its precision. Nothing spills on sm_80, sm_90, sm_100 and gfx942, for which triton_report.py compiles
     them; with wider steps it would before sm_100."""
     return {
         "BLOCK": 64,

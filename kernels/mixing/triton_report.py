@@ -13,7 +13,7 @@ import torch
 from mohawk.kernels.common import triton_report
 from mohawk.kernels.mixing import triton_backend as mixing_triton
 from mohawk.kernels.mixing import triton_delta
-from mohawk.kernels.mixing.triton_backend import Side
+from mohawk.kernels.mixing.triton_kernels import Side, normaliser_kernel, pass_kernel
 
 WIDTHS = (64, 128, 256)
 MAJOR = {"sm_80": 8, "sm_90": 9, "sm_100": 10, "gfx942": 0}
@@ -61,7 +61,7 @@ def compile_one(
     if kernel == "normaliser":
         types["side"] = teacher
         constants["WIDTH"] = width
-        return triton_report.compile_for(target, mixing_triton.normaliser_kernel, types, constants, options)
+        return triton_report.compile_for(target, normaliser_kernel, types, constants, options)
     types |= {"student": student, "teacher": teacher}
     types |= dict.fromkeys(("real", "bounds"), None) if not masked else {"real": "*i8", "bounds": "*i32"}
     types |= dict.fromkeys(("squares", "sizes", "row_weights", "column_weights"), "*fp64")
@@ -69,7 +69,7 @@ def compile_one(
     constants |= {"STUDENT_WIDTH": width, "TEACHER_WIDTH": width}
     metric = {"none": "squared", "segments": "relative", "segments, kl": "kl"}[masks]
     constants |= {"ROWS": kernel == "rows", "METRIC": metric, "GRADIENTS": True}
-    return triton_report.compile_for(target, mixing_triton.pass_kernel, types, constants, options)
+    return triton_report.compile_for(target, pass_kernel, types, constants, options)
 
 
 def _compile_delta(
