@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import sharding
+from benchmarks.models import sharding
 from mohawk.cli import main
 from mohawk.conversion.footprint import Hardware, Strategy, strategies
 from mohawk.conversion.recipe import Recipe
