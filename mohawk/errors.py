@@ -72,6 +72,14 @@ def machines_own(error: BaseException) -> BaseException | None:
     return None
 
 
+def is_refusal(error: BaseException) -> bool:
+    """Whether something could not be read for the machine's own reasons, which say nothing of what is in it: no
+    permission, too many open files, too little memory. What a disk cannot give any more (EIO) is as lost as what is
+    damaged."""
+    own = machines_own(error)
+    return own is not None and not (isinstance(own, OSError) and own.errno == errno.EIO)
+
+
 def causes(error: BaseException) -> list[BaseException]:
     """The error and what it came of, outermost first."""
     chain: list[BaseException] = []

@@ -20,7 +20,7 @@ from typing import Any
 
 from mohawk.core.run_folder import LOCK
 from mohawk.core.sums import hashed, sha256_of
-from mohawk.errors import UserError, naming
+from mohawk.errors import UserError, is_refusal, naming
 
 logger = logging.getLogger(__name__)
 
@@ -117,7 +117,11 @@ def why_altered(path: str | os.PathLike, content: bytes | None = None) -> str | 
     """What is wrong with a file that `write_file` wrote, in a few words; None when it is as written, or has no sum:
     files of earlier versions have none.
 
-    content: what was read of it, if it was. Raises OSError where then its sum may not be read.
+    content: what was read of it, if it was.
+
+    Raises:
+        OSError: the machine refuses to read it or its sum, which says nothing of what is in it; where `content` is
+            given, its sum cannot be read at all.
     """
     path = Path(path)
     try:
@@ -131,7 +135,7 @@ def why_altered(path: str | os.PathLike, content: bytes | None = None) -> str | 
     except FileNotFoundError:
         return "is missing"
     except OSError as error:
-        if content is not None:
+        if content is not None or is_refusal(error):
             raise
         return f"cannot be read ({error.strerror})"
 
@@ -156,6 +160,9 @@ def why_incomplete(
     contents: compare hashes too, which reads every file; False only looks for missing and shortened files.
     remembered: hash no file again that was hashed before and has kept its size and times (mohawk.core.sums).
     card: compare a model card too.
+
+    Raises:
+        OSError: the machine refuses to read a file, which says nothing of what is in it.
     """
     path = Path(path)
     try:
@@ -164,7 +171,7 @@ def why_incomplete(
     except FileNotFoundError:
         return f"no {MANIFEST}" if path.is_dir() else "no such folder"
     except OSError as error:
-        return f"{MANIFEST} cannot be read ({error.strerror})"
+        return _unreadable(MANIFEST, error)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return f"{MANIFEST} is damaged"
     if not expected:
@@ -187,13 +194,20 @@ def why_incomplete(
             if digest != expected[name][1]:
                 return f"{name} is damaged"
     except OSError as error:
-        return f"{Path(error.filename).name if error.filename else 'a file'} cannot be read ({error.strerror})"
+        return _unreadable(Path(error.filename).name if error.filename else "a file", error)
     return None
+
+
+def _unreadable(name: str, error: OSError) -> str:
+    """What is wrong with a file that the disk does not give. Raises the error where the machine refuses to read it."""
+    if is_refusal(error):
+        raise error
+    return f"{name} cannot be read ({error.strerror})"
 
 
 def is_complete(path: str | os.PathLike) -> bool:
     """Whether every file of the folder `path` is there with the content its manifest promises; a file that was hashed
-    before and has kept its size and times is not read again."""
+    before and has kept its size and times is not read again. Raises OSError, as `why_incomplete` does."""
     return why_incomplete(path, remembered=True) is None
 
 
@@ -207,22 +221,35 @@ def refuse_damaged(path: str | os.PathLike, remedy: str, where: str = "") -> Non
 
 
 def about_of(path: str | os.PathLike) -> dict[str, Any]:
-    """What `write_whole` was told of the folder `path`; empty where it was told nothing, or the manifest is damaged."""
-    try:
-        about = _manifest(Path(path)).get("about")
-    except (OSError, ValueError, AttributeError, RecursionError):
-        return {}
+    """What `write_whole` was told of the folder `path`; empty where it was told nothing, or the manifest is damaged.
+    Raises OSError where the machine refuses to read that."""
+    about = _known_manifest(path).get("about")
     return about if isinstance(about, dict) else {}
 
 
 def weights_sum(path: str | os.PathLike) -> str | None:
-    """What changes with the weights in the folder `path`, by its manifest; None where it has none, or a damaged one."""
+    """What changes with the weights in the folder `path`, by its manifest; None where it has none, or a damaged one.
+    Raises OSError where the machine refuses to read that."""
     try:
-        files = _manifest(Path(path))["files"]
+        files = _known_manifest(path)["files"]
         sums = [f"{name} {files[name]['sha256']}" for name in sorted(files) if name.endswith(WEIGHTS)]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+    except (KeyError, TypeError):
         return None
     return hashlib.sha256("\n".join(sums).encode()).hexdigest()
+
+
+def _known_manifest(path: str | os.PathLike) -> dict[str, Any]:
+    """The manifest of the folder `path`; empty where there is none, or a damaged one. Raises OSError where the machine
+    refuses to read it."""
+    try:
+        manifest = _manifest(Path(path))
+    except OSError as error:
+        if is_refusal(error):
+            raise
+        return {}
+    except (ValueError, RecursionError):
+        return {}
+    return manifest if isinstance(manifest, dict) else {}
 
 
 def _manifest(path: Path) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from mohawk.core.json_files import parse_json
+from mohawk.errors import is_refusal
 
 RESPONSES = "responses.jsonl"
 REJECTED = "rejected.jsonl"
@@ -20,5 +21,7 @@ def spare_lines(folder: Path) -> int:
         done = parse_json((folder / SUMMARY).read_bytes())["prompts"]
         samples = int(manifest["settings"]["decoding"].get("samples") or 1)
         return 0 if done == manifest["prompts"]["count"] else samples
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        if is_refusal(error):
+            raise
         return 0

@@ -21,7 +21,7 @@ from mohawk.data.chat import as_messages, render
 from mohawk.data.records import content_hash, read_records, why_no_chat
 from mohawk.data.source_files import Source, as_source, source_content
 from mohawk.data.text import tokenizer_key
-from mohawk.errors import UserError, naming
+from mohawk.errors import UserError, is_refusal, naming
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -146,6 +146,8 @@ def _readable(folder: Path) -> bool:
             return True
         problem = "its arrays have other lengths than its spans say"
     except (OSError, ValueError, KeyError, TypeError, IndexError, EOFError) as error:
+        if is_refusal(error):
+            raise
         problem = str(error)
     log.warning("%s is damaged (%s); making it again", folder, problem)
     shutil.rmtree(folder)

@@ -26,7 +26,7 @@ from mohawk.data.source_files import (
     no_object,
     rows_of,
 )
-from mohawk.errors import UserError
+from mohawk.errors import UserError, is_refusal
 
 Messages = list[dict[str, Any]]
 
@@ -135,6 +135,8 @@ def _parquet_rows(path: Path, count: int) -> Iterator[tuple[str, dict[str, Any]]
             batch = next(file.iter_batches(count, columns=columns), None)
             rows = [] if batch is None else batch.to_pylist()
     except (ArrowException, OSError, UnicodeDecodeError) as error:
+        if is_refusal(error):
+            raise
         raise UserError(f"{path}: cannot be read as Parquet ({str(error).splitlines()[0]}); check the file") from error
     nothing = dict.fromkeys(fields)
     if not rows:

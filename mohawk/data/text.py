@@ -30,7 +30,7 @@ from mohawk.data.source_files import (
     local_files,
     rows_of,
 )
-from mohawk.errors import UserError, naming
+from mohawk.errors import UserError, is_refusal, naming
 
 if TYPE_CHECKING:
     import datasets
@@ -110,6 +110,8 @@ def _readable(folder: Path) -> bool:
             return True
         problem = "tokens.bin has another length than offsets.npy says"
     except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
+        if is_refusal(error):
+            raise
         problem = str(error)
     log.warning("%s is damaged (%s); making it again", folder, problem)
     shutil.rmtree(folder)

@@ -12,6 +12,7 @@ from mohawk.core.hub import hub_or_cache
 from mohawk.core.json_files import read_json
 from mohawk.core.places import home
 from mohawk.core.run_folder import RESULTS
+from mohawk.errors import is_refusal
 from mohawk.export.parity import Row
 from mohawk.export.runtimes import Note, needed_transformers
 from mohawk.loading.remote_code import LICENCE
@@ -103,6 +104,8 @@ def licence_of(teacher: str, revision: str | None = None) -> str | None:
             with hub_or_cache():
                 card = Path(hf_hub_download(teacher, "README.md", revision=revision))
         except (OSError, ValueError) as error:  # offline, gated, no such repository, no card
+            if is_refusal(error):
+                raise
             log.info("no model card of %s (%s)", teacher, type(error).__name__)
             return None
     if not card.is_file():

@@ -19,7 +19,7 @@ from mohawk.core.json_files import parse_json
 from mohawk.core.lines import byte_lines, missing_lines, sum_of, sums_of, why_sums_unusable
 from mohawk.data.generated import FILES, RESPONSES
 from mohawk.data.records import Prompt
-from mohawk.errors import UserError, naming, shortened
+from mohawk.errors import UserError, is_refusal, naming, shortened
 from mohawk.generation.masking import without_secrets
 
 log = logging.getLogger(__name__)
@@ -215,7 +215,9 @@ def seconds_spent(path: Path) -> float | None:
     """What earlier starts of the command took; None where the folder does not say."""
     try:
         return None if why_altered(path) else float(parse_json(path.read_bytes())["seconds"])
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        if is_refusal(error):
+            raise
         return None
 
 

@@ -22,7 +22,7 @@ from mohawk.core.places import home
 from mohawk.core.precision import pick_device
 from mohawk.core.run_folder import PLOTS, has_recipe
 from mohawk.data.same_tokenizer import teacher_tokenizer
-from mohawk.errors import UserError
+from mohawk.errors import UserError, is_refusal
 from mohawk.inspection.plots import PANEL, HeadPicture, percent, plot_layer
 from mohawk.kernels.mixing.interface import mixing_matrix
 from mohawk.kernels.mixing.operands import Mixing
@@ -115,10 +115,10 @@ def inspect_matrices(
     part = f"rows {rows[0]} to {rows[1] - 1} of " if rows[0] else ""
     what = f"{part}the first {rows[1]} tokens of {source}"
 
+    theirs = load_teacher(**asked.teacher, dtype=asked.dtype, device=asked.device)
+    student = None if asked.student is None else load_teacher(asked.student, device=asked.device, who="student")
     try:
         with write_whole(target) as folder:
-            theirs = load_teacher(**asked.teacher, dtype=asked.dtype, device=asked.device)
-            student = None if asked.student is None else load_teacher(asked.student, device=asked.device, who="student")
             kept = [i for i in wanted if student is not None and _same_attention(theirs, student, i)]
             drawn = wanted if layers is not None else [i for i in wanted if i not in kept]
             lines = {i: _Layer(i, _mixer(student_config, i, i in kept)) for i in wanted}
@@ -243,7 +243,9 @@ def _target(model: str | Path, output: Path | None) -> Path:
         # other folders of ours carry a manifest too, a student's for one
         try:
             files = json.loads((output / MANIFEST).read_bytes())["files"]
-        except (OSError, ValueError, KeyError, TypeError):
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            if is_refusal(error):
+                raise
             files = {}
         if INDEX not in files:
             raise UserError(f"--output: {output} holds other files; choose another folder")

@@ -58,7 +58,7 @@ def findings(folder: Path) -> Iterator[Finding]:
     for sums in sorted(folder.rglob(f".*{SUMS}")):
         path = sums.with_name(sums.name.removesuffix(SUMS).removeprefix("."))
         if not _passing(path, folder):
-            yield Finding(path, why_altered(path))
+            yield Finding(path, _altered(path))
     for path in _of_lines(folder, METRICS_FILE):
         yield Finding(path, _records(path, damaged_lines))
     for sums in sorted(folder.rglob(".*.crc32")):
@@ -118,9 +118,21 @@ def _whole(place: Path) -> str | None:
             read_manifest(place)
     except UserError as error:
         return str(error).partition(": ")[2].partition("; ")[0]
-    except (OSError, ValueError, RecursionError) as error:
+    except OSError as error:
+        return f"{MANIFEST} cannot be read ({error.strerror})"
+    except (ValueError, RecursionError) as error:
         return f"{MANIFEST} cannot be read ({error})"
-    return why_incomplete(place)
+    try:
+        return why_incomplete(place)
+    except OSError as error:
+        return f"{Path(error.filename or place).name} cannot be read ({error.strerror})"
+
+
+def _altered(path: Path) -> str | None:
+    try:
+        return why_altered(path)
+    except OSError as error:
+        return f"cannot be read ({error.strerror})"
 
 
 def _of_lines(folder: Path, name: str) -> list[Path]:

@@ -36,7 +36,7 @@ from mohawk.core.run_folder import (
 from mohawk.distillation.build import mistakes
 from mohawk.distillation.sources import StageData, training_rows
 from mohawk.distillation.stages import StageTrainer, on_held_out
-from mohawk.errors import UserError
+from mohawk.errors import UserError, is_refusal
 from mohawk.measures.compare import dealt_batches
 from mohawk.models.cutting.cuts import Cut, cut
 from mohawk.models.cutting.sizes import Sizes, attention_layers, sizes_of, ssm_layers
@@ -60,6 +60,8 @@ def given_scores(path: str) -> Importance:
     try:
         return Importance.load(home(path))
     except Exception as error:  # safetensors' own error for a damaged file, ValueError for another one
+        if is_refusal(error):
+            raise
         found = str(error).splitlines()[0]
         raise UserError(
             f"calibration.scores: {path} cannot be read ({found}); give scores of an earlier run"
@@ -175,6 +177,8 @@ class Rounds:
             try:
                 return Importance.load(path)
             except Exception as error:  # safetensors' own error for a damaged file, ValueError for another one
+                if is_refusal(error):
+                    raise
                 log.warning("%s cannot be read (%s): measuring again", path, error)
         return None
 

@@ -62,8 +62,8 @@ def claimed(run: Path, recipe: RecipeFile) -> Iterator[None]:
 def _claimed(run: Path, recipe: RecipeFile) -> Iterator[None]:
     written = run / RECIPE
     with ExitStack() as stack:
+        changed = _changes(run, recipe)
         try:
-            changed = _changes(run, recipe)
             run.mkdir(parents=True, exist_ok=True)
             stack.enter_context(locked(run))
             write_bound(run, recipe)  # first: of the two it is the one to go by

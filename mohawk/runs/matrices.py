@@ -16,6 +16,7 @@ from torch import Tensor
 from mohawk.core.folders import why_altered, write_file
 from mohawk.core.processes import is_first
 from mohawk.core.run_folder import matrices_file, plot_file
+from mohawk.errors import is_refusal
 from mohawk.kernels.mixing.interface import mixing_matrix
 from mohawk.kernels.mixing.operands import AttentionMixing, Mixing
 from mohawk.models.families import decoder_layers, mixer_input_norm
@@ -127,6 +128,8 @@ def saved_matrices(run: Path, stage: str) -> dict[str, Tensor]:
         if (problem := why_altered(path)) is None:
             return {key: value.float() for key, value in load_file(path).items()}
     except (OSError, SafetensorError) as error:
+        if is_refusal(error):
+            raise
         problem = str(error)
     log.warning("%s is damaged (%s): drawing without it", path, problem)
     return {}

@@ -25,7 +25,7 @@ from torch import Tensor
 from mohawk.core.folders import MANIFEST, manifest_sum, why_incomplete
 from mohawk.core.json_files import parse_json
 from mohawk.core.places import home
-from mohawk.errors import UserError
+from mohawk.errors import UserError, is_refusal
 from mohawk.kernels.kd.divergences import DIVERGENCES
 from mohawk.kernels.kd.teachers import TeacherHidden, TeacherSamples, TeacherSource, TeacherTopK
 from mohawk.losses.heads import Head
@@ -260,7 +260,12 @@ def shard_name(shard: int) -> str:
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """MANIFEST.json of a finished cache, checked against its own hash. Raises UserError."""
+    """MANIFEST.json of a finished cache, checked against its own hash.
+
+    Raises:
+        UserError: there is none, or a damaged one.
+        OSError: the machine refuses to read it, which says nothing of what is in it.
+    """
     path = folder / MANIFEST
     try:
         manifest = parse_json(path.read_bytes())
@@ -274,6 +279,8 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         unfinished = " (it is not finished: run mohawk cache again)" if unfinished_folder(folder).is_dir() else ""
         raise UserError(f"{folder}: holds no {MANIFEST}, so it is no teacher cache{unfinished}") from None
     except OSError as error:
+        if is_refusal(error):
+            raise
         raise UserError(f"{path}: cannot be read ({error.strerror})") from error
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         if isinstance(error, UserError):

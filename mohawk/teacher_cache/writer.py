@@ -24,7 +24,7 @@ from mohawk.core.json_files import parse_json
 from mohawk.core.places import home
 from mohawk.core.processes import count, is_first, on_first
 from mohawk.core.terminal import SHOWN, Bar
-from mohawk.errors import UserError, naming
+from mohawk.errors import UserError, is_refusal, naming
 from mohawk.loading.model_hash import teacher_hash
 from mohawk.losses.heads import Head
 from mohawk.models.sharding import is_sharded, reshard
@@ -143,10 +143,10 @@ def write_cache(
 
 def _write_or_go_on(folder: Path, settings: dict[str, Any], answers: Answers, dataset: Any, batch_size: int) -> None:
     """The cache, unless it is there. Raises UserError."""
+    if _taken(folder) and _finished(folder, settings, dataset):
+        return
     unfinished = unfinished_folder(folder)
     try:
-        if _taken(folder) and _finished(folder, settings, dataset):
-            return
         unfinished.mkdir(parents=True, exist_ok=True)
         with locked(unfinished):
             if _taken(folder):  # another process has finished it meanwhile
@@ -360,7 +360,11 @@ def _read_settings(folder: Path) -> dict[str, Any] | None:
     try:
         settings = parse_json((folder / SETTINGS).read_bytes())
         return settings if settings["sha256"] == manifest_sum(settings) and settings["format"] == FORMAT else None
-    except (OSError, ValueError, KeyError, TypeError):
+    except OSError as error:
+        if is_refusal(error):
+            raise
+        return None
+    except (ValueError, KeyError, TypeError):
         return None
 
 

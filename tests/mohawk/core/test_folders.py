@@ -1,17 +1,24 @@
+import errno
+import io
 import json
 import logging
 import os
+import re
+from pathlib import Path
 
 import pytest
 
+from mohawk.core import sums
 from mohawk.core.folders import (
     MANIFEST,
+    about_of,
     checkpoints,
     is_complete,
     locked,
     newest_complete,
     remove_partial,
     rotate,
+    weights_sum,
     why_incomplete,
     write_whole,
 )
@@ -175,3 +182,46 @@ def test_second_holder_of_a_folder_is_refused(tmp_path):
                 pass
     with locked(tmp_path):
         pass
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EMFILE, errno.ESTALE, errno.ENOMEM])
+def test_what_the_machine_refuses_to_read_is_not_taken_for_damage(tmp_path, monkeypatch, number):
+    """Nothing is passed over, made again or deleted for it: the same folder is whole a moment later."""
+    write(tmp_path / "checkpoint-1")
+    write(tmp_path / "checkpoint-2", about={"run": "this"})
+    of, refused = io.open, {MANIFEST}
+
+    def opened(path, *args, **kwargs):
+        if Path(path).name in refused:
+            raise OSError(number, os.strerror(number), str(path))
+        return of(path, *args, **kwargs)
+
+    monkeypatch.setattr(io, "open", opened)
+    monkeypatch.setattr("builtins.open", opened)
+    newest = tmp_path / "checkpoint-2"
+    for read in (about_of, why_incomplete, weights_sum, is_complete):
+        with pytest.raises(OSError, match=re.escape(str(newest / MANIFEST))):
+            read(newest)
+    refused |= {"model.bin"}
+    refused -= {MANIFEST}
+    for read in (why_incomplete, lambda newest: newest_complete(newest.parent)):
+        with pytest.raises(OSError, match=re.escape(str(newest / "model.bin"))):
+            read(newest)
+    refused.clear()
+    assert newest_complete(tmp_path) == newest and about_of(newest) == {"run": "this"}
+
+
+def test_what_the_disk_has_lost_is_passed_over(tmp_path, monkeypatch, caplog):
+    write(tmp_path / "checkpoint-1")
+    write(tmp_path / "checkpoint-2")
+
+    hashed = sums.hashed
+
+    def lost(path):
+        if path == tmp_path / "checkpoint-2" / "model.bin":
+            raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
+        return hashed(path)
+
+    monkeypatch.setattr(sums, "hashed", lost)
+    assert newest_complete(tmp_path) == tmp_path / "checkpoint-1"
+    assert "passed over checkpoint-2 (model.bin cannot be read (Input/output error))" in caplog.text
