@@ -25,22 +25,23 @@ def whole_folder(target: Path, about: Mapping[str, Any] | None = None) -> Iterat
     If another process finished the same folder first, its result stays and ours is dropped. What killed processes left
     of it is removed. Raises UserError where nothing can be written.
     """
-    held = None
+    held: int | None = None
+    ours: list[Path] = []
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        for left in target.parent.glob(f".{target.name}-*"):
-            if (orphan := _hold(left)) is not None:
-                log.info("removing %s, left by a process that was stopped", left)
-                shutil.rmtree(left, ignore_errors=True)
-                os.close(orphan)
-        made = Path(tempfile.mkdtemp(prefix=".new-", dir=target.parent))
-        held = _hold(made)  # before others take it for one of ours
-        scratch = made.rename(made.with_name(f".{target.name}-{made.name.removeprefix('.new-')}"))
-    except OSError as error:
-        if held is not None:
-            os.close(held)
-        raise unwritable(target.parent, error) from error
-    try:
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            for left in target.parent.glob(f".{target.name}-*"):
+                if (orphan := _hold(left)) is not None:
+                    log.info("removing %s, left by a process that was stopped", left)
+                    shutil.rmtree(left, ignore_errors=True)
+                    os.close(orphan)
+            made = Path(tempfile.mkdtemp(prefix=".new-", dir=target.parent))
+            scratch = made.with_name(f".{target.name}-{made.name.removeprefix('.new-')}")
+            ours = [made, scratch]
+            held = _hold(made)  # before others take it for one of ours
+            made.rename(scratch)
+        except OSError as error:
+            raise unwritable(target.parent, error) from error
         folder = scratch / target.name
         folder.mkdir()
         yield folder
@@ -52,7 +53,8 @@ def whole_folder(target: Path, about: Mapping[str, Any] | None = None) -> Iterat
             if not target.is_dir():
                 raise
     finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+        for path in ours:
+            shutil.rmtree(path, ignore_errors=True)
         if held is not None:
             os.close(held)
 

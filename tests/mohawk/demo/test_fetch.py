@@ -1,4 +1,5 @@
 import bz2
+import errno
 import hashlib
 import os
 import shutil
@@ -8,6 +9,7 @@ import sys
 import tarfile
 import time
 import zipfile
+from pathlib import Path
 
 import pytest
 
@@ -168,6 +170,28 @@ def test_a_folder_is_whole_or_absent(tmp_path):
             (other / "whole").write_text("second")
     assert (target / "whole").read_text() == "second"  # it was there first
     assert list(tmp_path.iterdir()) == [target]
+
+
+@pytest.mark.parametrize(
+    ("call", "raised", "ends"),
+    [
+        ("rename", OSError(errno.ENOSPC, "No space left on device"), UserError),
+        ("rename", KeyboardInterrupt(), KeyboardInterrupt),
+        ("mkdir", OSError(errno.EDQUOT, "Disk quota exceeded"), OSError),
+    ],
+)
+def test_a_folder_that_cannot_be_begun_leaves_nothing(tmp_path, monkeypatch, call, raised, ends):
+    of = getattr(Path, call)
+
+    def refuse(path, *args, **kwargs):
+        if path.name.startswith(".new-") or path.parent.name.startswith(".made-"):
+            raise raised
+        return of(path, *args, **kwargs)
+
+    monkeypatch.setattr(Path, call, refuse)
+    with pytest.raises(ends), user_cache.whole_folder(tmp_path / "made"):
+        raise AssertionError("begun")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_the_cache_is_where_the_user_says(tmp_path, monkeypatch):
