@@ -7,9 +7,6 @@ tests/mohawk/export/test_gguf.py.
 from __future__ import annotations
 
 import logging
-import os
-import subprocess
-import sys
 import tempfile
 from collections import defaultdict
 from importlib.util import find_spec
@@ -17,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 from mohawk.errors import UserError
-from mohawk.export.parity import TEXT, Row, inputs_for, print_parity, same_tokens
+from mohawk.export.parity import TEXT, Row, in_fresh_process, inputs_for, print_parity, same_tokens
 
 if TYPE_CHECKING:
     import numpy as np
@@ -117,11 +114,9 @@ def answered(
         save_file({key: value.contiguous() for key, value in asked.items()}, place / "inputs.safetensors")
         source = (Path(__file__).parent / "llama_cpp_probe.py").read_text(encoding="utf-8")
         text = TEXT if tokenizer is not None else ""
-        done = subprocess.run(  # a failed assertion of its would end this process
-            [sys.executable, "-c", source, str(path.resolve()), "inputs.safetensors", "answers.safetensors", text],
-            cwd=place, env={**os.environ, "GGML_NO_BACKTRACE": "1"}, capture_output=True, text=True, encoding="utf-8",
-            errors="replace",
-        )  # fmt: skip
+        arguments = [str(path.resolve()), "inputs.safetensors", "answers.safetensors", text]
+        # a failed assertion of its would end this process
+        done = in_fresh_process(source, arguments, place, {"GGML_NO_BACKTRACE": "1"})
         if done.returncode:
             log.debug("llama.cpp said:\n%s", done.stderr)
             last = done.stderr.strip().splitlines()[-1:] or [f"exit code {done.returncode}"]

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mohawk.errors import UserError
+from mohawk.errors import MACHINE, UserError, machines_own
 from mohawk.measures import consistency
 from mohawk.measures.consistency import PATHS, TOKENS
 
@@ -98,7 +101,7 @@ def check_export(
     """Load `folder` in a fresh process where `mohawk` cannot be imported, ask it the same, and compare.
 
     Returns a row for each of CHECKS and, the export against its own full forward, for each of the consistency PATHS
-    that its class can keep. Raises UserError when the folder does not load there.
+    that its class can keep. Raises UserError when the folder does not load there; else as `in_fresh_process`.
     """
     from safetensors.torch import load_file, save_file
 
@@ -111,16 +114,42 @@ def check_export(
         trust = "trust" if trust_remote_code else "no"
         # nothing from a hub, no modules left in the user's cache, and a working directory without packages
         offline = {"HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(place / "modules")}
-        done = subprocess.run(
-            [sys.executable, "-c", source, *map(str, arguments), trust],
-            cwd=place, env={**os.environ, **offline}, capture_output=True, text=True, encoding="utf-8",
-        )  # fmt: skip
+        done = in_fresh_process(source, [*map(str, arguments), trust], place, offline)
         if done.returncode:
             log.info("the fresh process said:\n%s", done.stderr)
             last = done.stderr.strip().splitlines()[-1:] or [f"exit code {done.returncode}"]
             raise UserError(f"export: the written folder does not load where mohawk is absent: {last[0]}")
         found = load_file(place / "answers.safetensors")
     return compare_answers(inputs, expected, found)
+
+
+def in_fresh_process(
+    source: str, arguments: Sequence[str], place: Path, environment: Mapping[str, str]
+) -> subprocess.CompletedProcess[str]:
+    """Run a script in a process of its own, in the folder `place`, with more environment variables.
+
+    Raises:
+        UserError: something killed it.
+        MemoryError, OSError: it ended for too little memory or a file that the machine refused, which says nothing of
+            what it was asked.
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", source, *arguments],
+        cwd=place, env={**os.environ, **environment}, capture_output=True, text=True, encoding="utf-8",
+        errors="replace",
+    )  # fmt: skip
+    if done.returncode == -signal.SIGKILL:
+        raise UserError(
+            "export: the fresh process that tries what was written was killed, as the kernel does where memory runs "
+            "out; nothing was kept; free memory, then run the same command"
+        )
+    last = (done.stderr.strip().splitlines() or [""])[-1]
+    if done.returncode and (last.startswith("MemoryError") or machines_own(RuntimeError(last))):
+        raise MemoryError(last)
+    if done.returncode and (found := re.search(r"\[Errno (\d+)\] [^:]*(?:: '(.*)')?", last)):
+        if (number := int(found[1])) in MACHINE:
+            raise OSError(number, os.strerror(number), found[2])
+    return done
 
 
 def _shares(found: dict[str, Tensor]) -> dict[str, float]:

@@ -22,10 +22,10 @@ from transformers.dynamic_module_utils import check_imports
 from mohawk.cli import main
 from mohawk.conversion.recipe import Recipe
 from mohawk.core.json_files import write_json
-from mohawk.errors import UserError
+from mohawk.errors import UserError, line_for
 from mohawk.export import run as export_module
 from mohawk.export.model_card import licence_of
-from mohawk.export.parity import CHECKS, check_export, compare_answers, inputs_for
+from mohawk.export.parity import CHECKS, check_export, compare_answers, in_fresh_process, inputs_for
 from mohawk.export.run import export
 from mohawk.export.runtimes import bamba_notes, own_notes
 from mohawk.export.targets import TARGETS
@@ -278,6 +278,27 @@ def test_a_folder_that_does_not_load_is_one_line(tmp_path, make_llama):
     with pytest.raises(UserError, match="does not load where mohawk is absent: .*mohawk_hybrid") as error:
         check_export(tmp_path, inputs_for(student.config, None), {})
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("script", "line"),
+    [
+        ("raise MemoryError", "out of memory; lower batch sizes"),
+        ("import torch; torch.empty(1 << 50)", "out of memory (4503599627370496 bytes more were asked for)"),
+        ("open('/proc/self/mem', 'rb').read(1)", "a file that was being read or written: Input/output error"),
+        ("import os; raise OSError(28, os.strerror(28), '/tmp/x')", "/tmp/x: No space left on device; free disk space"),
+    ],
+)
+def test_what_the_machine_refuses_a_fresh_process_is_not_the_exports_fault(tmp_path, script, line):
+    with pytest.raises((MemoryError, OSError)) as caught:
+        in_fresh_process(script, [], tmp_path, {})
+    assert line_for(caught.value).startswith(line)
+
+
+def test_a_fresh_process_that_was_killed_says_so(tmp_path):
+    with pytest.raises(UserError, match="was killed, as the kernel does where memory runs out"):
+        in_fresh_process("import os; os.kill(os.getpid(), 9)", [], tmp_path, {})
+    assert in_fresh_process("raise KeyError('a')", [], tmp_path, {}).returncode == 1  # that is the script's own
 
 
 def test_refusals_say_why_and_what_to_do(make_run, make_llama, tmp_path, capsys):
