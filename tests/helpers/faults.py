@@ -1,6 +1,7 @@
 """The command line in a child process whose file calls fail as they are told to."""
 
 import errno
+import functools
 import hashlib
 import json
 import os
@@ -8,6 +9,7 @@ import resource
 import signal
 import sys
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -100,15 +102,46 @@ class Allocations(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+class LibraryCalls:
+    """Counts the calls of a command into the libraries below it: of functions in C, and of those in Python that
+    another package calls. At the `at`-th one `strike` happens in its place."""
+
+    NAMES = ("numpy", "safetensors", "tokenizers", "pyarrow", "datasets", "transformers", "matplotlib", "PIL", "gguf")
+
+    def __init__(self, at: int, strike: Callable[[], None]):
+        self.at, self.strike, self.count = at, strike, 0
+
+    def __call__(self, frame, event, arg):
+        if event == "c_call":
+            of = getattr(arg, "__module__", None) or type(getattr(arg, "__self__", None)).__module__
+            called = of.partition(".")[0] in self.NAMES
+        else:
+            package = _package(frame.f_code.co_filename)
+            called = event == "call" and package in self.NAMES and frame.f_code.co_name not in ("<module>", "__del__")
+            called = called and (frame.f_back is None or _package(frame.f_back.f_code.co_filename) != package)
+        if called:
+            self.count += 1
+            if self.count == self.at:
+                sys.setprofile(None)
+                self.strike()
+
+
+@functools.cache
+def _package(file: str) -> str:
+    """The installed package that a file of code is of; empty for anything else."""
+    return file.partition("/site-packages/")[2].partition("/")[0]
+
+
 def _raise(error: BaseException):
     raise error
 
 
 class Seen(NamedTuple):
-    """What a command did: its file calls, and how many tensors it made."""
+    """What a command did: its file calls, how many tensors it made, how often it called a library (where asked)."""
 
     calls: list[str]
     allocations: int
+    libraries: int = 0
 
 
 def command(
@@ -119,11 +152,13 @@ def command(
     number: int = errno.ENOSPC,
     largest: int | None = None,
     memory_at: int | None = None,
+    library_at: int | None = None,
+    strike: Callable[[], None] = lambda: _raise(MemoryError()),
 ):
     """(exit code, what it printed, what it did) of one command line.
 
-    A fault comes at the `at`-th call of a path under `root`, at every write beyond `largest` bytes of a file, or at the
-    `memory_at`-th tensor that is made.
+    A fault comes at the `at`-th call of a path under `root`, at every write beyond `largest` bytes of a file, at the
+    `memory_at`-th tensor that is made, or, as `strike` makes it, at the `library_at`-th call into a library.
     """
     called = root.with_name("called")
     reading, writing = os.pipe()  # not a file: it would have to keep to `largest` too
@@ -139,10 +174,13 @@ def command(
             signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
             resource.setrlimit(resource.RLIMIT_FSIZE, (largest, resource.RLIM_INFINITY))
         faults.install()
+        libraries = LibraryCalls(library_at or 0, strike)
         with Allocations(memory_at) as allocations:
+            sys.setprofile(None if library_at is None else libraries)
             code = main([str(word) for word in argv])
+            sys.setprofile(None)
         resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
-        called.write_text(json.dumps([faults.calls, allocations.count]))
+        called.write_text(json.dumps([faults.calls, allocations.count, libraries.count]))
         return code
 
     called.unlink(missing_ok=True)

@@ -163,6 +163,26 @@ def test_files_that_may_not_grow(place, name, largest):
     assert code == 0 and contents(place.work) == expected, said
 
 
+@pytest.mark.parametrize("name", ["cache", "generate-data", "merge"])
+def test_too_little_memory_in_a_library(place, name):
+    """At a few of the calls of numpy, safetensors, tokenizers, pyarrow, datasets, transformers and matplotlib."""
+    expected, _ = place.undisturbed(name)
+    place.fresh(name)
+    code, said, done = place.run(name, library_at=0)
+    assert code == 0, said
+    place.fresh(name)
+    for at in spread(done.libraries, name, 200):
+        code, said, _ = place.run(name, library_at=at)
+        if code == 0:  # there was less left to do, or the library can do without
+            assert contents(place.work) == expected, said
+            place.fresh(name)
+            continue
+        check_line(code, said, place.work, None)
+        assert "error: out of memory; lower batch sizes" in said, said
+    code, said, _ = place.run(name)
+    assert code == 0 and contents(place.work) == expected, said
+
+
 @pytest.mark.parametrize("name", OF_TENSORS)
 def test_too_little_memory(place, name):
     """At a few of the tensors that a command makes, in forward and backward passes, loading, measuring and drawing."""
