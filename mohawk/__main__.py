@@ -17,6 +17,7 @@ def main() -> int:
             file=sys.stderr,
         )
         return 2
+    _open_closed_streams()
     try:
         from mohawk.cli import main as command
 
@@ -33,6 +34,18 @@ def main() -> int:
         sys.stdout.flush(), sys.stderr.flush()
         os._exit(code)
     return code
+
+
+def _open_closed_streams() -> None:
+    """Standard streams that were closed before we began (`>&-`) go nowhere; else the next file that is opened would
+    take a stream's number, and what is printed would go into it."""
+    for handle, name in enumerate(("stdin", "stdout", "stderr")):
+        if getattr(sys, name) is None:
+            opened = os.open(os.devnull, os.O_RDWR)
+            if opened != handle:
+                os.dup2(opened, handle)
+                os.close(opened)
+            setattr(sys, name, open(handle, "w" if handle else "r", encoding="utf-8", closefd=False))
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import NoReturn
+from typing import NoReturn, TextIO
 
 import mohawk
 from mohawk.core.command import Command
@@ -75,11 +75,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         if _rank() > 0:
             return 130
         resumed = options is not None and options.command.resumes
-        print("stopped" + "; the same command goes on from what was saved" * resumed, file=sys.stderr)
+        _say("stopped" + "; the same command goes on from what was saved" * resumed)
         return 130
     except BrokenPipeError:
         # Whoever read our output has closed it (`| head`); Python would complain again when it exits.
-        _drop_output()
+        _drop_output(sys.stdout)
         return 1
     except Exception as error:
         from mohawk.core.folders import Interrupted
@@ -87,7 +87,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if isinstance(error, Interrupted):
             if _rank() == 0:
                 again = f"; to go on: mohawk {shlex.join(argv)}" if _processes() == 1 else ""
-                print(f"{error}{again}{_requeue_hint()}", file=sys.stderr)
+                _say(f"{error}{again}{_requeue_hint()}")
             return 130
         line = line_for(error)
         if line is None:
@@ -95,7 +95,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         try:
             sys.stdout.flush()
         except OSError:  # that was the file
-            _drop_output()
+            _drop_output(sys.stdout)
         return _mistake(line)
     return 0
 
@@ -113,8 +113,16 @@ def _bars_in_terminals_alone() -> Iterator[None]:
 
 
 def _mistake(text: str) -> int:
-    print(*(f"error: {_line(line)}" for line in text.splitlines()), sep="\n", file=sys.stderr)
+    _say(*(f"error: {_line(line)}" for line in text.splitlines()))
     return 2
+
+
+def _say(*lines: str) -> None:
+    """Lines on stderr; where that is full or gone, the exit code says enough."""
+    try:
+        print(*lines, sep="\n", file=sys.stderr, flush=True)
+    except OSError:
+        _drop_output(sys.stderr)
 
 
 def _line(text: str) -> str:
@@ -122,8 +130,9 @@ def _line(text: str) -> str:
     return printable(shortened(re.sub(r"\S{300,}", lambda found: shortened(found[0]), text), 2000))
 
 
-def _drop_output() -> None:
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+def _drop_output(stream: TextIO) -> None:
+    """What a stream still holds goes nowhere: Python would try again to write it when it exits."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def _requeue_hint() -> str:

@@ -533,6 +533,35 @@ def test_inspect_a_run(models, tmp_path, capsys):
     assert main(["generate", str(run), "--prompt", "Hello", "--max-new-tokens", "1"]) == 0
 
 
+@pytest.mark.parametrize(
+    ("ending", "code"),
+    [
+        ("recipes >&-", 0),
+        ("recipes 2>&-", 0),
+        ("recipes <&- >&- 2>&-", 0),
+        ("inspect /nowhere 2>&-", 2),
+        ("inspect /nowhere 2>/dev/full", 2),
+        ("recipes >/dev/full 2>/dev/full", 2),
+    ],
+)
+def test_the_exit_code_is_right_where_nobody_can_be_told(ending, code):
+    command = f"{shlex.quote(sys.executable)} -m mohawk {ending}"
+    result = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert result.returncode == code and "Traceback" not in result.stderr
+    assert ("demo" in result.stdout) == (ending == "recipes 2>&-") and "error" not in result.stdout
+
+
+def test_files_do_not_take_the_place_of_closed_streams(tmp_path):
+    """What is opened next would have the number of stdout, and what is printed would go into it."""
+    code = (
+        "import os, sys; from mohawk.__main__ import _open_closed_streams as go; go(); "
+        "os.write(os.open(sys.argv[1], os.O_CREAT | os.O_WRONLY), b'a'); print('b'); print('c', file=sys.stderr)"
+    )
+    command = f"{shlex.quote(sys.executable)} -c {shlex.quote(code)} {shlex.quote(str(tmp_path / 'file'))} <&- >&- 2>&-"
+    assert subprocess.run(["bash", "-c", command], cwd=ROOT, timeout=300).returncode == 0
+    assert (tmp_path / "file").read_bytes() == b"a"
+
+
 def test_a_closed_pipe_is_no_error():
     code = (
         "import sys, types\n"
