@@ -121,8 +121,9 @@ def run_phases(run: RunContext[TextData]) -> None:
 def _check_start(run: RunContext[TextData], first: str) -> None:
     """UserError for a run that an earlier version stopped in phase 1, where its student had random values that phase 1
     does not train: they were drawn otherwise then, and a checkpoint does not hold them."""
-    stopped = newest_complete(phase_folder(run.folder, first))
-    if first != "mixing" or stopped is None or run.recipe.student.init not in ("random", "neutral"):
+    if first != "mixing" or run.recipe.student.init not in ("random", "neutral"):
+        return
+    if (stopped := newest_complete(phase_folder(run.folder, first))) is None:
         return
     began = (bound(run.folder) or {}).get("versions", {})
     if "run" not in about_of(stopped) or began.get("mohawk", "").startswith("0.1."):

@@ -118,6 +118,16 @@ def test_every_use_of_a_damaged_student_is_refused_in_one_line(file, place, caps
         assert "run/student" in line
 
 
+def test_checkpoints_of_a_finished_phase_are_not_read_again(place, caplog):
+    """They may be large, and nothing goes on from them."""
+    newest = checkpoints(place / "run" / "phases" / "mixing")[0]
+    flip(newest / "trainable.safetensors")
+    before = (newest / "trainable.safetensors").read_bytes()
+    convert(recipe_of())
+    assert "passed over" not in caplog.text and "resuming" not in caplog.text
+    assert (newest / "trainable.safetensors").read_bytes() == before
+
+
 def test_a_student_is_hashed_once_and_again_when_it_changes(place, monkeypatch):
     student, hashed = place / "run" / "student", []
     monkeypatch.setattr(sums, "SETTLED_NS", -1)  # the copy is as young as this test
