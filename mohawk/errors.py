@@ -150,7 +150,9 @@ def _out_of_memory(error: BaseException) -> str | None:
     runtime = text if isinstance(error, RuntimeError) else ""  # torch's, for whatever device
     gpu = type(error).__name__ == "OutOfMemoryError" or bool(re.search("out of memory|ALLOC_FAILED", runtime))
     cpu = isinstance(error, MemoryError) or isinstance(error, OSError) and error.errno == errno.ENOMEM
-    if not (gpu or cpu or re.search("DefaultCPUAllocator|not enough memory|std::bad_alloc", runtime)):
+    # torch's load_state_dict keeps the arguments alone of what fails in it, and a MemoryError has none
+    told = re.search(r"DefaultCPUAllocator|not enough memory|std::bad_alloc|an exception occurred : \(\)", runtime)
+    if not (gpu or cpu or told):
         return None
     wanted = re.search(r"(?:allocate|[Uu]nable to allocate) ([\d.]+ ?(?:bytes|[KMGTPE]iB|B))", text)
     size = f" ({wanted[1]} more were asked for)" if wanted else ""

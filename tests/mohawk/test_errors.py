@@ -56,6 +56,17 @@ def test_too_little_memory_says_how_much_was_asked_for():
     gpu = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB. GPU 0 has a total capacity of 7 GiB")
     assert line_for(gpu) == f"out of memory on the GPU (20.00 GiB more were asked for){hint}"
     assert "out of memory on the GPU" in line_for(RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling x"))
+
+    class Short(torch.Tensor):
+        @classmethod
+        def __torch_function__(cls, func, types, args=(), kwargs=None):
+            if func is torch.Tensor.copy_:
+                raise MemoryError
+            return super().__torch_function__(func, types, args, kwargs)
+
+    layer = torch.nn.Linear(2, 2)
+    short = raised(lambda: layer.load_state_dict({"weight": torch.ones(2, 2).as_subclass(Short)}, strict=False))
+    assert isinstance(short, RuntimeError) and line_for(short) == f"out of memory{hint}"
     for text in ("CUDA error: out of memory\nCUDA kernel", "HIP error: out of memory", "MPS backend out of memory (M"):
         assert line_for(RuntimeError(text)) == f"out of memory on the GPU{hint}"
     assert line_for(RuntimeError("std::bad_alloc")) == f"out of memory{hint}"
