@@ -53,10 +53,10 @@ def line_for(error: BaseException) -> str | None:
     for cause in causes(error):
         if (line := _out_of_memory(cause)) is not None:
             return line
-        if isinstance(cause, OSError) and (cause is error or cause.errno in MACHINE):
-            return _file_line(cause)
         if (again := as_os_error(cause)) is not None:
             return _file_line(again)
+        if isinstance(cause, OSError) and (cause is error or cause.errno in MACHINE):
+            return _file_line(cause)
         if (line := _silent_process(cause)) is not None:
             return line
     return None
@@ -99,7 +99,7 @@ def naming(path: str | os.PathLike) -> Iterator[None]:
     except OSError as error:
         if error.errno is None:  # with a name its text would be lost
             if (made := as_os_error(error)) is not None:
-                made.filename = os.fspath(path)
+                made.filename = made.filename or os.fspath(path)
                 raise made from error
         elif error.filename is None:
             error.filename = os.fspath(path)
@@ -112,10 +112,17 @@ def naming(path: str | os.PathLike) -> Iterator[None]:
 
 
 def as_os_error(error: BaseException) -> OSError | None:
-    """The OSError in what safetensors, numpy and torch.save raise when they cannot write; None for anything else."""
+    """The OSError in what safetensors, tokenizers, numpy and torch.save raise when they cannot read or write; None for
+    anything else."""
     kind = f"{type(error).__module__.partition('.')[0]}.{type(error).__name__}"
-    if kind == "safetensors.SafetensorError" and (found := re.search(r"\(os error (\d+)\)", str(error))):
-        return OSError(int(found[1]), os.strerror(int(found[1])))
+    # Rust's words for it, in an exception of safetensors' own and in tokenizers' bare one
+    if kind in ("safetensors.SafetensorError", "builtins.Exception"):
+        if found := re.search(r"\(os error (\d+)\)", str(error)):
+            return OSError(int(found[1]), os.strerror(int(found[1])))
+    # safetensors says so of any file that it could not open
+    if type(error) is FileNotFoundError and error.errno is None:
+        if found := re.fullmatch(r"No such file or directory: (.+)", str(error)):
+            return _why_not_opened(found[1])
     # numpy's of an array: "1000 requested and 24 written"
     if type(error) is OSError and error.errno is None and re.search(r"\d+ requested and \d+ written", str(error)):
         return OSError(errno.ENOSPC, "could not be written whole")
@@ -124,6 +131,15 @@ def as_os_error(error: BaseException) -> OSError | None:
         r"PytorchStreamWriter failed|inline_container.*unexpected pos|iostream error", str(error)
     ):
         return OSError(errno.ENOSPC, "could not be written whole")
+    return None
+
+
+def _why_not_opened(path: str) -> OSError | None:
+    """What the machine has against opening a file; None where it opens, or is not there."""
+    try:
+        open(path, "rb").close()
+    except OSError as error:
+        return error if error.errno in MACHINE else None
     return None
 
 

@@ -7,18 +7,23 @@ import re
 import resource
 import signal
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, models
 
 import mohawk
 from mohawk.cli import main
 from mohawk.conversion.recipe import Recipe
 from mohawk.distillation.recipe import DistillRecipe
-from mohawk.errors import UserError, as_os_error, line_for, machines_own, naming, printable
+from mohawk.errors import UserError, as_os_error, is_refusal, line_for, machines_own, naming, printable
 from mohawk.pruning.recipe import PruneRecipe
 from mohawk.schema.check import _is_section, _parts
 from tests.helpers.tiny_phase import fork, wait
@@ -95,6 +100,37 @@ def test_a_full_disk_inside_another_librarys_error_is_the_full_disk():
         assert line_for(error) is None and machines_own(error) is None
 
 
+def test_what_libraries_say_of_too_many_open_files(tmp_path):
+    """Real ones: nothing more may be opened. To safetensors that is a file that is not there."""
+    path = tmp_path / "a"
+    save_file({"a": torch.ones(3)}, path)
+    words = tmp_path / "b"
+    Tokenizer(models.BPE()).save(str(words))
+    pq.write_table(pa.table({"a": [1]}), tmp_path / "c")
+    limits, lines, held = resource.getrlimit(resource.RLIMIT_NOFILE), [], []
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(map(int, os.listdir("/proc/self/fd"))) + 1, limits[1]))
+    try:
+        with suppress(OSError):
+            while True:
+                held.append(os.open(os.devnull, os.O_RDONLY))
+        for read in (
+            lambda: safe_open(path, "pt"),
+            lambda: load_file(path),
+            lambda: Tokenizer.from_file(str(words)),
+            lambda: pq.ParquetFile(tmp_path / "c"),
+        ):
+            error = raised(read)
+            lines.append((line_for(error), is_refusal(error)))
+    finally:
+        for handle in held:
+            os.close(handle)
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    assert all(refused and "Too many open files; raise the limit of open files" in line for line, refused in lines)
+    assert all(str(path) in line for line, _ in lines[:2])
+    missing = raised(lambda: load_file(tmp_path / "none"))
+    assert machines_own(missing) is None and "No such file or directory" in line_for(missing)
+
+
 def test_what_safetensors_and_torch_say_of_a_full_disk(tmp_path):
     """Real ones: no file may grow beyond 100 kB."""
 
@@ -102,21 +138,23 @@ def test_what_safetensors_and_torch_say_of_a_full_disk(tmp_path):
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))
         tensors = {"a": torch.zeros(1_000_000)}
+        long = Tokenizer(models.WordLevel({f"word{i}": i for i in range(10_000)}, unk_token="word0"))
         lines = []
         for write in (
             lambda path: save_file(tensors, path),
             lambda path: torch.save(tensors, path),
             lambda path: np.save(path, tensors["a"].numpy()),
             lambda path: path.write_bytes(bytes(1_000_000)),
+            lambda path: long.save(str(path)),
         ):
             try:
                 with naming(tmp_path / "there"):
                     write(tmp_path / "x")
             except OSError as error:
                 lines.append(line_for(error))
-        assert len(lines) == 4 and all(line.startswith(f"{tmp_path}/there: ") for line in lines), lines
+        assert len(lines) == 5 and all(line.startswith(f"{tmp_path}/there: ") for line in lines), lines
         assert "File too large" in lines[0] and all("could not be written whole" in line for line in lines[1:3])
-        assert "File too large" in lines[3]
+        assert "File too large" in lines[3] and "File too large" in lines[4]
 
     assert wait(fork(body)) == 0
     assert as_os_error(RuntimeError("another")) is None
