@@ -4,8 +4,10 @@ Nothing heavy is imported: the kinds of other libraries are told by their names.
 """
 
 import errno
+import io
 import os
 import re
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -54,9 +56,9 @@ def line_for(error: BaseException) -> str | None:
         if (line := _out_of_memory(cause)) is not None:
             return line
         if (again := as_os_error(cause)) is not None:
-            return _file_line(again)
+            return _file_line(again, file_at(cause))
         if isinstance(cause, OSError) and (cause is error or cause.errno in MACHINE):
-            return _file_line(cause)
+            return _file_line(cause, file_at(cause))
         if (line := _silent_process(cause)) is not None:
             return line
     return None
@@ -70,6 +72,17 @@ def machines_own(error: BaseException) -> BaseException | None:
         if refused or _out_of_memory(cause) is not None or as_os_error(cause) is not None:
             return cause
     return None
+
+
+def file_at(error: BaseException) -> str | None:
+    """The file that was open where an error was raised: a read or a write that fails knows no name. None where the
+    innermost functions hold none; those further out may hold others."""
+    found = None
+    for frame, _ in list(traceback.walk_tb(error.__traceback__))[-3:]:
+        for value in list(frame.f_locals.values()):
+            if isinstance(value, io.IOBase) and isinstance(name := getattr(value, "name", None), str):
+                found = name
+    return found
 
 
 def is_refusal(error: BaseException) -> bool:
@@ -153,9 +166,11 @@ def shortened(text: str, most: int = 200) -> str:
     return text if len(text) <= most else f"{text[: most - most // 2]}...{text[-(most // 2) :]}"
 
 
-def _file_line(error: OSError) -> str:
+def _file_line(error: OSError, at: str | None = None) -> str:
     reason = error.strerror or next(iter(str(error).strip().splitlines()), "") or type(error).__name__
     names = [os.fsdecode(name) for name in (error.filename, error.filename2) if isinstance(name, (str, bytes))]
+    if at is not None and error.errno is not None:
+        names = names or [at]
     where = " -> ".join(shortened(name) if len(name) >= 250 else name for name in names)
     advice = ADVICE.get(error.errno or 0)
     return f"{where or 'a file that was being read or written'}: {reason}" + (f"; {advice}" if advice else "")

@@ -13,7 +13,7 @@ from mohawk.core.folders import refuse_damaged
 from mohawk.core.hub import hub_or_cache, is_unreachable
 from mohawk.core.json_files import parse_json
 from mohawk.core.places import home
-from mohawk.errors import UserError, causes, machines_own, shortened
+from mohawk.errors import UserError, as_os_error, causes, file_at, machines_own, shortened
 from mohawk.loading.causal import GIVE, check_causal, plain_model
 
 if TYPE_CHECKING:
@@ -226,7 +226,10 @@ def load_error(
     if isinstance(error, UserError):
         return error
     if (own := machines_own(error)) is not None:
-        return own
+        made = as_os_error(own) or own
+        if isinstance(made, OSError) and made.errno is not None and made.filename is None:
+            made.filename = file_at(own) or name  # a read that fails knows no name, and tokenizers' own has none
+        return made
     chain = causes(error)
     local = Path(name).exists()
     at = f" at revision {revision}" if revision else ""

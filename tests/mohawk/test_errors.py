@@ -2,6 +2,7 @@
 
 import ast
 import errno
+import json
 import os
 import re
 import resource
@@ -49,6 +50,30 @@ def test_file_calls_say_path_reason_and_what_to_do(tmp_path):
     assert line_for(raised(lambda: open("a\0b"))) == "a file name holds a NUL character, which none can; leave it out"
     half = raised(lambda: (tmp_path / "\ud800").mkdir())
     assert line_for(half) == "a text or a file name holds \\ud800, which utf-8 cannot write; leave it out"
+
+
+def test_a_read_or_write_that_fails_is_told_with_its_file(tmp_path):
+    """Python's errors of these have no name; real ones: a memory that is not mapped, a device without room."""
+    lost = "/proc/self/mem: Input/output error; check the disk or the network share, then run the same command"
+    assert line_for(raised(lambda: Path("/proc/self/mem").read_bytes())) == lost
+
+    def load():
+        with open("/proc/self/mem", "rb") as file:
+            return json.load(file)
+
+    assert line_for(raised(load)) == lost
+    full = raised(lambda: Path("/dev/full").write_text("x" * 100_000))
+    assert line_for(full) == f"/dev/full: {FULL}; free disk space, then run the same command"
+    (tmp_path / "other").touch()
+    with open(tmp_path / "other") as other:  # noqa: F841 - of somebody further out
+        nameless = raised(lambda: raised_within(4, OSError(errno.EIO, "Input/output error")))
+    assert line_for(nameless).startswith("a file that was being read or written: Input/output error")
+
+
+def raised_within(calls, error):
+    if calls:
+        raised_within(calls - 1, error)
+    raise error
 
 
 def test_too_little_memory_says_how_much_was_asked_for():

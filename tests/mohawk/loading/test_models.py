@@ -7,7 +7,7 @@ import re
 import pytest
 import torch
 
-from mohawk.errors import UserError
+from mohawk.errors import UserError, line_for
 from mohawk.loading.configs import load_config, load_error
 from mohawk.loading.models import load_teacher, load_tokenizer, without_quantization
 
@@ -367,3 +367,16 @@ def test_a_damaged_file_beside_the_weights_is_named(tmp_path, make_llama, file, 
     (tmp_path / file).write_text(content)
     with pytest.raises(UserError, match=re.escape(words)):
         load_teacher(tmp_path)
+
+
+def test_a_read_that_fails_inside_tokenizers_names_the_model(tmp_path, tokenizer, monkeypatch):
+    """Its exception is a bare one, and says no file."""
+    tokenizer.save_pretrained(tmp_path)
+
+    def lost(*args, **kwargs):
+        raise Exception("Input/output error (os error 5)")  # its own words where a read fails
+
+    monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", lost)
+    with pytest.raises(OSError) as error:
+        load_tokenizer("none", tokenizer=tmp_path)
+    assert line_for(error.value).startswith(f"{tmp_path}: Input/output error; check the disk")
