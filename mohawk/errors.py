@@ -53,7 +53,7 @@ def line_for(error: BaseException) -> str | None:
     if isinstance(error, ValueError) and str(error).startswith("embedded null"):
         return "a file name holds a NUL character, which none can; leave it out"
     for cause in causes(error):
-        if (line := _out_of_memory(cause)) is not None:
+        if (line := _out_of_memory(cause) or _out_of_memory(as_os_error(cause))) is not None:
             return line
         if (again := as_os_error(cause)) is not None:
             return _file_line(again, file_at(cause))
@@ -139,6 +139,11 @@ def as_os_error(error: BaseException) -> OSError | None:
     # numpy's of an array: "1000 requested and 24 written"
     if type(error) is OSError and error.errno is None and re.search(r"\d+ requested and \d+ written", str(error)):
         return OSError(errno.ENOSPC, "could not be written whole")
+    # torch's of a file that it maps: "unable to mmap 24 bytes from file <x>: Cannot allocate memory (12)"
+    if type(error) is RuntimeError and (
+        found := re.search(r"unable to (?:mmap|open)\b.*? file <(.+?)>.*: [^:]+ \((\d+)\)", str(error))
+    ):
+        return OSError(number, os.strerror(number), found[1]) if (number := int(found[2])) in MACHINE else None
     # torch's archive writer says only that fewer bytes arrived than it wrote, or that its stream has failed
     if type(error) is RuntimeError and re.search(
         r"PytorchStreamWriter failed|inline_container.*unexpected pos|iostream error", str(error)
@@ -176,7 +181,7 @@ def _file_line(error: OSError, at: str | None = None) -> str:
     return f"{where or 'a file that was being read or written'}: {reason}" + (f"; {advice}" if advice else "")
 
 
-def _out_of_memory(error: BaseException) -> str | None:
+def _out_of_memory(error: BaseException | None) -> str | None:
     text = str(error)
     runtime = text if isinstance(error, RuntimeError) else ""  # torch's, for whatever device
     gpu = type(error).__name__ == "OutOfMemoryError" or bool(re.search("out of memory|ALLOC_FAILED", runtime))

@@ -141,6 +141,7 @@ def test_what_libraries_say_of_too_many_open_files(tmp_path):
         for read in (
             lambda: safe_open(path, "pt"),
             lambda: load_file(path),
+            lambda: torch.UntypedStorage.from_file(str(path), shared=False, nbytes=4),
             lambda: Tokenizer.from_file(str(words)),
             lambda: pq.ParquetFile(tmp_path / "c"),
         ):
@@ -151,9 +152,13 @@ def test_what_libraries_say_of_too_many_open_files(tmp_path):
             os.close(handle)
         resource.setrlimit(resource.RLIMIT_NOFILE, limits)
     assert all(refused and "Too many open files; raise the limit of open files" in line for line, refused in lines)
-    assert all(str(path) in line for line, _ in lines[:2])
+    assert all(str(path) in line for line, _ in lines[:3])
     missing = raised(lambda: load_file(tmp_path / "none"))
     assert machines_own(missing) is None and "No such file or directory" in line_for(missing)
+    missing = raised(lambda: torch.UntypedStorage.from_file(str(tmp_path / "none"), shared=False, nbytes=4))
+    assert machines_own(missing) is None and line_for(missing) is None
+    unmapped = RuntimeError("unable to mmap 24 bytes from file </a b/c>: Cannot allocate memory (12)")  # torch's words
+    assert line_for(unmapped).startswith("out of memory; lower batch sizes") and is_refusal(unmapped)
 
 
 def test_what_safetensors_and_torch_say_of_a_full_disk(tmp_path):
