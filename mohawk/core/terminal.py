@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 import sys
 import time
+from contextlib import suppress
+from typing import TextIO
 
 from mohawk.errors import printable
 
@@ -21,15 +23,23 @@ class Terminal(logging.Handler):
         return record.levelno >= logging.WARNING or getattr(record, "shown", False)
 
     def emit(self, record: logging.LogRecord) -> None:
+        text = self.format(record)
         if "tqdm" in sys.modules:
             from tqdm import tqdm
 
-            tqdm.write(self.format(record), file=sys.stderr)
+            with suppress(OSError):  # as `say` does
+                tqdm.write(text, file=sys.stderr)
         else:
-            print(self.format(record), file=sys.stderr)
+            say(text)
 
     def format(self, record: logging.LogRecord) -> str:
         return "\n".join(map(printable, super().format(record).splitlines()))
+
+
+def say(text: str, stream: TextIO | None = None) -> None:
+    """A line on stderr, or on another stream of which nothing depends: where it is full or closed, work goes on."""
+    with suppress(OSError):
+        print(text, file=stream or sys.stderr, flush=True)
 
 
 def log_to_stderr() -> None:
@@ -88,4 +98,4 @@ class Bar:
         elif self.worked and time.monotonic() - self.said_at >= PLAIN_SECONDS:
             self.said_at = time.monotonic()
             left = self.bar.format_interval(self.seconds / self.worked * max(self.total - self.done, 0))
-            print(f"{line}, {self.at_most}{left} left", file=sys.stderr, flush=True)
+            say(f"{line}, {self.at_most}{left} left")

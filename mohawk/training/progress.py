@@ -7,7 +7,7 @@ import os
 import sys
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -16,7 +16,7 @@ from tqdm import tqdm
 from mohawk.core.lines import append_line
 from mohawk.core.processes import is_first
 from mohawk.core.run_folder import LOG, METRICS_FILE
-from mohawk.core.terminal import FORMAT, PLAIN_SECONDS
+from mohawk.core.terminal import FORMAT, PLAIN_SECONDS, say
 from mohawk.training.metrics import drop_after
 
 # Without a terminal (a CI log, a file) a line comes after this share of the phase too, if that is sooner.
@@ -74,11 +74,10 @@ class Progress:
             return
         left = (now - self.started) / (step - self.first_step) * (self.steps - step)
         self.said_at, self.said_step = now, step
-        print(
+        say(
             f"{self.name}  step {step}/{self.steps} ({100 * step / self.steps:.0f} %)  {record_text(self.record)},"
             f" {tqdm.format_interval(left)} left",
-            file=self.out,
-            flush=True,
+            self.out,
         )
 
     def close(self) -> None:
@@ -165,7 +164,7 @@ def log_to(run_dir: str | os.PathLike) -> Iterator[None]:
         return
     run_dir = Path(run_dir)
     run_dir.mkdir(parents=True, exist_ok=True)
-    handler = logging.FileHandler(run_dir / LOG, encoding="utf-8")
+    handler = _LogFile(run_dir / LOG, encoding="utf-8")
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s", "%Y-%m-%d %H:%M:%S"))
     handler.setLevel(logging.INFO)
     package = logging.getLogger("mohawk")
@@ -178,7 +177,25 @@ def log_to(run_dir: str | os.PathLike) -> Iterator[None]:
     finally:
         package.removeHandler(handler)
         package.setLevel(level)
-        handler.close()
+        with suppress(OSError):
+            handler.close()
+
+
+class _LogFile(logging.FileHandler):
+    """Where it cannot be written, that is said once and the run goes on: nothing depends on it."""
+
+    failed = False
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        error = sys.exc_info()[1]
+        if not isinstance(error, (OSError, MemoryError)):
+            super().handleError(record)
+        elif not self.failed:
+            self.failed = True
+            reason = getattr(error, "strerror", None) or type(error).__name__
+            logging.getLogger(__name__).warning(
+                "%s cannot be written (%s): lines of it are missing", self.baseFilename, reason
+            )
 
 
 def _finite(value: Any) -> Any:

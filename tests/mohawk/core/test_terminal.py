@@ -1,6 +1,8 @@
 """What a command prints while it works: log lines, how far it is."""
 
 import logging
+import os
+import sys
 
 import pytest
 
@@ -16,6 +18,18 @@ def test_warnings_and_marked_lines_reach_stderr(capsys):
     log.info("tokenising %s", "notes.txt", extra=SHOWN)
     log.warning("odd \x1b[2J text")
     assert capsys.readouterr().err == "tokenising notes.txt\nodd \\x1b[2J text\n"
+
+
+def test_work_goes_on_where_stderr_is_full(monkeypatch):
+    log_to_stderr()
+    with open("/dev/full", "w") as full:
+        monkeypatch.setattr("sys.stderr", full)
+        logging.getLogger("mohawk").warning("once")
+        terminal.say("twice")
+        monkeypatch.setitem(sys.modules, "tqdm", None)
+        monkeypatch.delitem(sys.modules, "tqdm")
+        logging.getLogger("mohawk").warning("again")
+        os.dup2(os.open(os.devnull, os.O_WRONLY), full.fileno())  # for its last flush
 
 
 def test_the_handler_is_added_once(capsys):

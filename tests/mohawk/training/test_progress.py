@@ -12,6 +12,7 @@ import termios
 
 import pytest
 
+from mohawk.core.terminal import log_to_stderr
 from mohawk.training import progress
 from mohawk.training.progress import Metrics, Progress, Window, drop_after, log_to, record_text
 from tests.helpers.tiny_phase import cheap_training, tiny_phase, tiny_trainer  # noqa: F401
@@ -169,6 +170,19 @@ def test_log_file_has_what_happened(tmp_path, cheap_training):  # noqa: F811
     text = (tmp_path / "log.txt").read_text()
     assert re.search(r"^\d{4}-\d\d-\d\d \d\d:\d\d:\d\d INFO mixing: from the beginning, 4 steps of 48 tokens", text)
     assert "mixing: saved" in text and "checkpoint-2" in text and "mixing: done after 4 steps" in text
+
+
+def test_a_log_that_cannot_be_written_is_said_once(tmp_path, capsys):
+    (tmp_path / "log.txt").symlink_to("/dev/full")
+    log_to_stderr()
+    log, done = logging.getLogger("mohawk.training"), []
+    with log_to(tmp_path):
+        for i in range(3):
+            log.info("step %d", i)
+            done.append(i)
+    said = capsys.readouterr().err
+    assert said == f"{tmp_path}/log.txt cannot be written (No space left on device): lines of it are missing\n"
+    assert done == [0, 1, 2]
 
 
 def test_bar_is_closed_when_the_phase_fails(tmp_path, cheap_training):  # noqa: F811
