@@ -55,7 +55,7 @@ def test_auto_on_a_gpu(monkeypatch, package, ours, dtype, taken):
 
 def test_how_much_a_gpu_is_handed():
     """Launches and what torch does around them, forward and backward; the table in benchmarks/results has these."""
-    from benchmarks.operators import convolution, counted, scan
+    from benchmarks.kernels.operators import convolution, counted, scan
     from mohawk.kernels.causal_conv1d.triton_backend import causal_conv1d_triton
     from mohawk.kernels.ssd.triton_backend import ssd_triton
 

@@ -281,6 +281,8 @@ OF_ONE_KIND = {
     ("distillation/cache.py", "phases.end_to_end"),  # of a conversion
     ("evaluation/run.py", "prune.vocabulary"),  # of a pruning
     ("loading/models.py", "teacher.quantize"),  # where a recipe has it
+    ("runs/sharding.py", "sharding.stages"),  # of a conversion, which alone has them
+    ("training/batches.py", "sharding.stages"),  # likewise
     ("pruning/recipe.py", "student.layers"),  # "as in a distillation's"
     ("schema/arguments.py", "phases.hidden.tokens"),  # an example
 }

@@ -1,4 +1,4 @@
-"""`python benchmarks/operators.py`: how many operators a GPU would be handed by the scan and the convolution of one
+"""`python benchmarks/kernels/operators.py`: how many operators a GPU would be handed by the scan and the convolution of one
 layer, in torch and by our Triton kernels. No GPU is needed: what torch dispatches is counted, without views and
 allocations, and launches of Triton kernels are counted instead of made.
 
@@ -20,14 +20,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from triton.runtime.jit import JITFunction
 
 if __name__ == "__main__":
-    sys.path[0] = str(pathlib.Path(__file__).resolve().parents[1])
+    sys.path[0] = str(pathlib.Path(__file__).resolve().parents[2])
 
 from mohawk.kernels.causal_conv1d import chunked as conv_chunked  # noqa: E402
 from mohawk.kernels.causal_conv1d import triton_backend as conv_triton  # noqa: E402
 from mohawk.kernels.ssd import chunked as ssd_chunked  # noqa: E402
 from mohawk.kernels.ssd import triton_backend as ssd_triton  # noqa: E402
 
-RESULT = pathlib.Path(__file__).resolve().parent / "results" / "operators.md"
+RESULT = pathlib.Path(__file__).resolve().parents[1] / "results" / "operators.md"
 # Nothing runs on a GPU for these.
 FREE = (
     "view", "transpose", "slice", "select", "expand", "unsqueeze", "squeeze", "detach", "empty", "as_strided",
@@ -124,7 +124,7 @@ def main() -> None:
     quick = parser.parse_args().quick
     lines = [
         "Operators that a GPU would be handed, without views and allocations; counted on a CPU, without a GPU. "
-        f"torch {torch.__version__}. `python benchmarks/operators.py`",
+        f"torch {torch.__version__}. `python benchmarks/kernels/operators.py`",
         "",
         *table(quick),
     ]
