@@ -1,6 +1,8 @@
-"""`python benchmarks/kernels/operators.py`: how many operators a GPU would be handed by the scan and the convolution of one
-layer, in torch and by our Triton kernels. No GPU is needed: what torch dispatches is counted, without views and
-allocations, and launches of Triton kernels are counted instead of made.
+"""How many operators a GPU would be handed by the scan and the convolution of one layer, in torch and by our Triton
+kernels. No GPU is needed: what torch dispatches is counted, without views and allocations, and launches of Triton
+kernels are counted instead of made.
+
+    python benchmarks/kernels/operators.py [--quick]
 
 Prints a table and, but with --quick, writes it to benchmarks/results/operators.md.
 """
