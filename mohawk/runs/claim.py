@@ -62,7 +62,7 @@ def claimed(run: Path, recipe: RecipeFile) -> Iterator[None]:
 def _claimed(run: Path, recipe: RecipeFile) -> Iterator[None]:
     written = run / RECIPE
     with ExitStack() as stack:
-        changed = _changes(run, recipe)
+        changed = check_folder(run, recipe)
         try:
             run.mkdir(parents=True, exist_ok=True)
             stack.enter_context(locked(run))
@@ -75,14 +75,17 @@ def _claimed(run: Path, recipe: RecipeFile) -> Iterator[None]:
         yield
 
 
-def check_folder(run: Path, recipe: RecipeFile) -> None:
-    """UserError where `claimed` would refuse the folder; nothing is written."""
+def check_folder(run: Path, recipe: RecipeFile) -> list[str]:
+    """Dotted names of the fields that differ from the recipe already in `run`; nothing is written.
+
+    Raises UserError where `claimed` would refuse the folder.
+    """
     there = next(place for place in (run, *run.absolute().parents) if place.exists())
     if not there.is_dir() or not os.access(there, os.W_OK):
         raise UserError(
             f"output: {run} cannot be written, as {there} is no folder to write into; choose another output"
         )
-    _changes(run, recipe)
+    return _changes(run, recipe)
 
 
 def _changes(run: Path, recipe: RecipeFile) -> list[str]:

@@ -67,13 +67,13 @@ def test_convert_gets_the_checked_recipe(recipe, module):
     calls = module("conversion.run", "convert")
     assert main(["convert", str(recipe), "--dry-run", "--set", "seed=3", "--set", "phases.hidden=null"]) == 0
     ((checked,), options) = calls[0]
-    assert isinstance(checked, Recipe) and options == {"dry_run": True}
+    assert isinstance(checked, Recipe) and options == {"dry_run": True, "hardware": None}
     assert checked.seed == 3 and checked.phases.hidden is None and checked.output == Path("runs/mine")
     # a folder's name is text, whatever YAML would make of it
     for name in ("runs/x", "2026", "null", "it's: here"):
         assert main(["convert", str(recipe), "--output", name]) == 0
         ((checked,), options) = calls[-1]
-        assert checked.output == Path(name) and options == {"dry_run": False}
+        assert checked.output == Path(name) and options == {"dry_run": False, "hardware": None}
 
 
 def test_demo_gets_its_arguments(module):

@@ -441,8 +441,8 @@ def test_the_copied_code_asks_for_nothing_that_may_be_missing(tmp_path, monkeypa
         "mohawk_hybrid",
         "mohawk_mixers",
         "mohawk_families",
-        "mohawk_ssd_scan",
-        "mohawk_causal_conv1d_convolution",
+        "mohawk_ssd_interface",
+        "mohawk_causal_conv1d_interface",
     } <= files.keys()
     for missing in ("mohawk", "mamba_ssm", "causal_conv1d", "triton"):
         monkeypatch.setitem(sys.modules, missing, None)
@@ -459,7 +459,7 @@ def test_flattening():
         "    from mamba_ssm import (\n        a,\n    )\n\n    return a, math\n\n\nAutoConfig.register('x', Y)\n"
     )
     assert flattened(source) == (
-        "import os\nfrom .mohawk_ssd_scan import (\n    ssd,\n)\nfrom .mohawk_mixers import A\n\n\ndef f():\n"
+        "import os\nfrom .mohawk_ssd_interface import (\n    ssd,\n)\nfrom .mohawk_mixers import A\n\n\ndef f():\n"
         "    import math\n\n"
         "    try:\n        from mamba_ssm import (\n            a,\n        )\n    except ImportError:\n"
         "        raise\n\n"
