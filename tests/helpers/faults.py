@@ -1,5 +1,6 @@
 """The command line in a child process whose file calls fail as they are told to."""
 
+import ctypes
 import errno
 import functools
 import hashlib
@@ -136,12 +137,37 @@ def _raise(error: BaseException):
     raise error
 
 
+class Libc:
+    """Counts the calls of libc that touch a path under `root`, and makes the `at`-th one fail, in a process that
+    tests/helpers/libc_faults.c was preloaded into; at: None does nothing."""
+
+    def __init__(self, root: Path, at: int | None, number: int):
+        self.root, self.at, self.number, self.preloaded = str(root), at, number, ctypes.CDLL(None)
+        self.count, self.struck = 0, ""
+
+    def __enter__(self):
+        if self.at is not None:
+            self.preloaded.libc_faults_begin(self.root.encode(), ctypes.c_long(self.at), self.number)
+        return self
+
+    def __exit__(self, *raised):
+        if self.at is not None:
+            self.preloaded.libc_faults_end()
+            self.preloaded.libc_faults_count.restype = ctypes.c_long
+            self.preloaded.libc_faults_struck.restype = ctypes.c_char_p
+            self.count = self.preloaded.libc_faults_count()
+            self.struck = self.preloaded.libc_faults_struck().decode()
+
+
 class Seen(NamedTuple):
-    """What a command did: its file calls, how many tensors it made, how often it called a library (where asked)."""
+    """What a command did: its file calls, how many tensors it made, how often it called a library and libc (where
+    asked), and which call of libc failed."""
 
     calls: list[str]
     allocations: int
     libraries: int = 0
+    libc: int = 0
+    struck: str = ""
 
 
 def command(
@@ -154,11 +180,13 @@ def command(
     memory_at: int | None = None,
     library_at: int | None = None,
     strike: Callable[[], None] = lambda: _raise(MemoryError()),
+    libc_at: int | None = None,
 ):
     """(exit code, what it printed, what it did) of one command line.
 
     A fault comes at the `at`-th call of a path under `root`, at every write beyond `largest` bytes of a file, at the
-    `memory_at`-th tensor that is made, or, as `strike` makes it, at the `library_at`-th call into a library.
+    `memory_at`-th tensor that is made, as `strike` makes it at the `library_at`-th call into a library, or at the
+    `libc_at`-th call of libc for a path under `root`.
     """
     called = root.with_name("called")
     reading, writing = os.pipe()  # not a file: it would have to keep to `largest` too
@@ -177,10 +205,12 @@ def command(
         libraries = LibraryCalls(library_at or 0, strike)
         with Allocations(memory_at) as allocations:
             sys.setprofile(None if library_at is None else libraries)
-            code = main([str(word) for word in argv])
+            with Libc(root, libc_at, number) as libc:
+                code = main([str(word) for word in argv])
             sys.setprofile(None)
         resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
-        called.write_text(json.dumps([faults.calls, allocations.count, libraries.count]))
+        done = [faults.calls, allocations.count, libraries.count, libc.count, libc.struck]
+        called.write_text(json.dumps(done))
         return code
 
     called.unlink(missing_ok=True)
