@@ -1,8 +1,8 @@
-"""Commands with a fault in a call of libc, whichever library makes it: what Rust, C++ and Arrow meet and Python does not.
+"""Commands with a fault in a call of libc, whichever library makes it: Rust, C++ and Arrow too, and not Python alone.
 
-The faults are made by a small library that is preloaded, so these tests run in a process of their own; it is built
-here, and without a C compiler, or elsewhere than on Linux, they are skipped. `MOHAWK_FAULTS=all` tries hundreds of calls
-of every command, not a few of three.
+The faults are made by a small library that is preloaded, so these tests run in a process of their own. It is built
+here; without a C compiler, or elsewhere than on Linux, they are skipped. `MOHAWK_FAULTS=all` tries hundreds of calls of
+every command, not a few of three.
 """
 
 import errno
