@@ -6,6 +6,7 @@
 | neutral | random | identity, 1: Phi-Mamba's |
 | attention | q -> C, k -> B, v -> x, o -> out; of delta rules q, k, v and o | identity up to a scale, constant |
 | attention, z from W_O | the same, z rows from W_O and W_V | the same, as AWS hybrid-model-factory gates |
+| calibrated | attention's, the output's solved by least squares | attention's, as each mixer's default gate is |
 
 A delta rule has no neutral start, and Gated DeltaNet no constant gate.
 
@@ -31,18 +32,19 @@ STARTS = {  # name -> (student.init, student.gate)
     "neutral": ("neutral", "open"),
     "attention": ("attention", "open"),
     "attention, z from W_O": ("attention", "output"),
+    "calibrated": ("calibrated", None),
 }
 MIXERS = {  # the starts of each
     "mamba2": tuple(STARTS),
     "discrete_mamba2": tuple(STARTS),
-    "gated_delta": ("random", "attention, z from W_O"),
-    "kimi_delta": ("random", "attention", "attention, z from W_O"),
+    "gated_delta": ("random", "attention, z from W_O", "calibrated"),
+    "kimi_delta": ("random", "attention", "attention, z from W_O", "calibrated"),
 }
 STAGES = ("before", "mixing", "hidden")
 
 
 def recipe_for(mixer: str, start: str, mixing: float, hidden: float, output: Path):
-    """The demo's recipe from another start, up to the end of phase 2; the least-squares start counts as phase 2."""
+    """The demo's recipe from another start, up to the end of phase 2, as part of which least squares count."""
     from mohawk.conversion.recipe import Recipe
     from mohawk.demo import fetch
     from mohawk.demo.run import local_settings
@@ -51,10 +53,13 @@ def recipe_for(mixer: str, start: str, mixing: float, hidden: float, output: Pat
     init, gate = STARTS[start]
     settings = local_settings(str(fetch.smollm2()))
     solved = min(Recipe.load(shipped("demo")).phases.hidden.solve_tokens, int(hidden) // 2)
+    if init == "calibrated":
+        hidden -= solved
+        settings.append(f"student.calibration_tokens={solved}")
     settings += [
         f"student.mixer={mixer}",
         f"student.init={init}",
-        f"student.gate={gate}",
+        f"student.gate={gate or 'null'}",
         f"phases.mixing.tokens={mixing:.0f}",
         f"phases.hidden.tokens={hidden - solved:.0f}",
         f"phases.hidden.solve_tokens={solved}",

@@ -13,7 +13,8 @@ def test_every_start_can_be_made(mixer, start, monkeypatch, tmp_path):
     monkeypatch.setattr("mohawk.demo.fetch.smollm2", lambda: tmp_path)
     monkeypatch.setattr("mohawk.demo.run.local_settings", lambda teacher: [])
     recipe = recipe_for(mixer, start, 6144, 18432, tmp_path / "run")
-    assert recipe.phases.hidden.tokens + recipe.phases.hidden.solve_tokens == 18432
+    solved = recipe.phases.hidden.solve_tokens + (recipe.student.calibration_tokens or 0)
+    assert recipe.phases.hidden.tokens + solved == 18432
     options = student_options(recipe.student) | {"ssm_layers": [1]}
     student = hybrid_from_teacher(tiny_teacher(), **options)
     assert student.config.mixer_of(1) == mixer
