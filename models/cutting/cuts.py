@@ -1,6 +1,6 @@
 """Structured cuts: a smaller model of the same class from some of the layers, neurons, heads and channels of a model.
 
-`cut` takes indices for any axes at once, `keep_*` one axis each. The model is left as it was; what comes back is an
+`cut` takes indices for any axes at once, `keep_layers` layers alone. The model is left as it was; what comes back is an
 ordinary checkpoint, and removing units that put out zero leaves the logits as they were to rounding: parameters.py
 says how, sizes.py which sizes there are. Units keep their order.
 
