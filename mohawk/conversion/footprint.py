@@ -18,7 +18,7 @@ from mohawk.models.decoders import decoder
 from mohawk.models.families import decoder_layers, decoder_shape
 from mohawk.models.hybrid import HybridForCausalLM
 from mohawk.models.mixers import MIXERS
-from mohawk.training.stages import AHEAD, deal
+from mohawk.training.pipeline import AHEAD, deal
 
 # What a layer with attention keeps; of one with a mixer its class says it, as here: bytes a token and channel of
 # (residual stream, MLP, attention), in float32 and under bfloat16 autocast

@@ -23,7 +23,7 @@ from mohawk.models.hybrid import HybridForCausalLM
 from mohawk.models.hybrid_config import SSM_LAYER, HybridConfig
 from mohawk.models.mixers import MIXERS
 from mohawk.runs.sharding import check_within, device_bytes, stages_in
-from mohawk.training.stages import deal
+from mohawk.training.pipeline import deal
 
 GIB = 2**30
 UNKNOWN = 2**63  # bytes of a device that is not here

@@ -13,10 +13,10 @@ import torch
 from rich.console import Console
 
 from mohawk.conversion.footprint import Hardware
+from mohawk.conversion.pipeline import dealt
 from mohawk.conversion.plan import Plan, make_plan, objective_for, print_plan, student_options
 from mohawk.conversion.readout import solve_output_projections
 from mohawk.conversion.recipe import CALIBRATION_TOKENS, Recipe
-from mohawk.conversion.stages import dealt
 from mohawk.core.folders import about_of, newest_complete
 from mohawk.core.processes import first_before_others, from_first, on_first
 from mohawk.core.run_folder import COMPOSED, evaluation_file, phase_folder

@@ -26,7 +26,7 @@ from mohawk.measures.compare import TeacherStates, compare, teacher_states
 from mohawk.runs.binding import bind
 from mohawk.runs.kept import Compared
 from mohawk.runs.sharding import Parts
-from mohawk.training.stages import Stage
+from mohawk.training.pipeline import PipelineStage
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -97,7 +97,7 @@ class RunContext(Generic[D]):
     teacher: PreTrainedModel
     texts: dict[str, TeacherStates]
     parts: Parts | None = None
-    stage: Stage | None = None
+    stage: PipelineStage | None = None
     recompute: set[str] = field(default_factory=set)
 
     @property

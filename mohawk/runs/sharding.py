@@ -18,7 +18,7 @@ from mohawk.errors import UserError
 from mohawk.models.sharding import shard
 from mohawk.schema.base import Phase, sections
 from mohawk.training.batches import check_dealt
-from mohawk.training.stages import Stage, make_stage
+from mohawk.training.pipeline import PipelineStage, make_stage
 
 STAGED = ("phases.mixing", "phases.hidden")  # whose layers do not reach each other
 log = logging.getLogger(__name__)
@@ -68,7 +68,7 @@ def parts_of(recipe: Any, wanted: bool) -> Parts | None:
     return Parts(mesh, autocast_dtype(recipe.precision, device))
 
 
-def stage_of(recipe: Any) -> Stage | None:
+def stage_of(recipe: Any) -> PipelineStage | None:
     """Which layers' stage this process has in phases 1 and 2 of a conversion; None where each process has all."""
     stages = recipe.sharding.stages
     if stages is None or stages == 1:

@@ -8,7 +8,7 @@ from typing import Any, Generic, TypeVar
 from torch import Tensor, nn
 
 from mohawk.data.next_tokens import IGNORED, next_labels
-from mohawk.training.stages import Stage
+from mohawk.training.pipeline import PipelineStage
 
 StudentT = TypeVar("StudentT", bound=nn.Module)
 
@@ -25,7 +25,7 @@ class Objective(nn.Module, Generic[StudentT]):
     student: StudentT
     shares: bool = False
     finished: bool = False
-    stage: Stage | None = None
+    stage: PipelineStage | None = None
 
     def parameter_groups(self, learning_rate: float, weight_decay: float) -> list[dict[str, Any]]:
         """AdamW's groups, holding exactly the parameters that train."""

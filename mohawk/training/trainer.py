@@ -4,8 +4,8 @@ Gradients are averaged over real tokens, over micro-batches and processes alike;
 finite changes nothing (of that loss, where losses train parameters of their own); checkpoints are complete or invisible
 (mohawk.core.folders); a signal saves and raises `Interrupted`; a resumed run continues bit for bit on the CPU.
 
-Processes meet after each step, to know of each other what it was. Where each has layers of its own (stages.py) nothing
-that a step does depends on that, and they meet now and then, so that none waits for the later ones.
+After each step the processes tell each other how it went. Where each has layers of its own (pipeline.py), no step
+depends on that, and they meet only now and then, so that none waits for those behind it.
 """
 
 from __future__ import annotations

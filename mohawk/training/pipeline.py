@@ -22,7 +22,7 @@ REPLACED = 4  # what a layer that is replaced costs beside one that is not: the 
 
 
 @dataclass
-class Stage:
+class PipelineStage:
     """Which layers' stage a process has, in which of several pipelines.
 
     index: of the stage, of `stages`. replica: of the pipeline, of `replicas`, which deal a step's rows among
@@ -69,12 +69,12 @@ class Stage:
             self._sent.popleft()[0].wait()
 
 
-def make_stage(stages: int) -> Stage:
+def make_stage(stages: int) -> PipelineStage:
     """This process's stage; all processes must ask, and be a multiple of `stages`. Neighbours have ranks that follow
     each other, so that hidden states stay within a machine where they can."""
     groups = [dist.new_group(list(range(index, count(), stages))) for index in range(stages)]
     replica, index = divmod(rank(), stages)
-    return Stage(index, stages, replica, count() // stages, groups[index])
+    return PipelineStage(index, stages, replica, count() // stages, groups[index])
 
 
 def deal(replaced: Sequence[int], stages: int) -> list[range]:

@@ -16,15 +16,15 @@ from torch.distributed.device_mesh import init_device_mesh
 from mohawk.cli import main
 from mohawk.conversion.footprint import Hardware
 from mohawk.conversion.objectives import HiddenObjective, MixingObjective
+from mohawk.conversion.pipeline import dealt
 from mohawk.conversion.plan import make_plan
 from mohawk.conversion.recipe import Recipe
-from mohawk.conversion.stages import dealt
 from mohawk.core.folders import Interrupted, newest_complete
 from mohawk.errors import UserError
 from mohawk.loading.configs import load_config
 from mohawk.models.from_teacher import hybrid_from_teacher
 from mohawk.models.sharding import is_sharded, shard, whole
-from mohawk.training.stages import REPLACED, deal, make_stage
+from mohawk.training.pipeline import REPLACED, deal, make_stage
 from mohawk.training.trainer import PhaseTrainer
 from tests.helpers.processes import in_processes
 from tests.helpers.tiny_phase import cheap_training, collate, tiny_phase  # noqa: F401

@@ -19,12 +19,12 @@ from mohawk.conversion.objectives import LayerwiseObjective
 from mohawk.models.families import decoder_layers
 from mohawk.models.hybrid import HybridForCausalLM
 from mohawk.models.sharding import fill, is_sharded, reshard, stay_whole, whole
-from mohawk.training.stages import Stage, deal
+from mohawk.training.pipeline import PipelineStage, deal
 
 
 @contextmanager
 def dealt(
-    student: HybridForCausalLM, teacher: PreTrainedModel, stage: Stage, make: Callable[[], LayerwiseObjective]
+    student: HybridForCausalLM, teacher: PreTrainedModel, stage: PipelineStage, make: Callable[[], LayerwiseObjective]
 ) -> Iterator[LayerwiseObjective]:
     """Within, the objective that `make` gives walks this process's layers alone; afterwards all processes have what
     each has trained. All of them must ask."""
