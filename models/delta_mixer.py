@@ -197,7 +197,7 @@ class ForgetGate(nn.Module):
         self.A_log = nn.Parameter(torch.log(torch.linspace(1, 16, num_heads)).view(1, 1, num_heads, 1))
 
     def fresh(self) -> "ForgetGate":
-        """A gate whose vectors are those of a new one."""
+        """A new gate on a model of width 1: cheap, and its vectors are those of any new gate."""
         return ForgetGate(1, *self.sizes[1:])
 
     def forward(self, hidden_states: Tensor) -> Tensor:

@@ -118,7 +118,7 @@ class HybridConfig(PreTrainedConfig):
 
     @property
     def mixer_words(self) -> str:
-        """They as one says them: mamba2, gated_delta and kimi_delta."""
+        """The names of the mixers as text for a sentence: `mamba2, gated_delta and kimi_delta`."""
         *others, last = self.mixer_kinds
         return f"{', '.join(others)} and {last}" if others else last
 

@@ -125,7 +125,7 @@ def _run(self: nn.Module, work: Callable[..., T], *args: Any, **kwargs: Any) -> 
 
 
 def _make_root(model: nn.Module) -> None:
-    """An empty pass, after which any layer may be called first: else it would become a root of its own."""
+    """An empty pass makes the model FSDP's root. Otherwise the layer that is called first would become one."""
     run_in(model, lambda: None)
     reshard(model)
 

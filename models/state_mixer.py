@@ -114,7 +114,7 @@ class StateMixer(nn.Module):
         return getattr(self, self.output_name)
 
     def fresh(self) -> "StateMixer":
-        """A mixer of these sizes, but for one channel of the residual stream: its vectors are those of a new one."""
+        """A new mixer of the same sizes on a model of width 1: cheap, and its vectors are those of any new mixer."""
         sizes = self.num_heads, self.head_dim, self.state_size, self.num_groups, self.conv_kernel
         return type(self)(1, *sizes, bias=self.output.bias is not None)
 

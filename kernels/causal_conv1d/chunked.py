@@ -95,7 +95,7 @@ def _pieces(x: Tensor, segment_ids: Tensor | None) -> list[list[tuple[int, int]]
 
 
 def _from_state(kept: int, length: int) -> list[tuple[int, slice, slice]]:
-    """Tap by tap (back tokens before its own) the first segment's tokens that read the state, and what of it."""
+    """For each distance that a tap looks back: which tokens read the state by it, and which of its tokens."""
     reads = []
     for back in range(1, kept + 1):
         count = min(back, length)

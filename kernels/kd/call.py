@@ -88,7 +88,7 @@ class Call(KDTask):
         return x.sum(dtype=torch.float32 if x.device.type == "mps" else torch.float64).to(x.dtype)
 
     def _in_place(self, x: Tensor) -> Tensor:
-        """(...): of the rows that count, 0 in the others."""
+        """(...) values of all rows: those of the rows that count in their places, 0 in the others."""
         if self.rows is not None:
             x = x.new_zeros(self.lead.numel()).index_copy(0, self.rows, x)
         return x.reshape(self.lead)

@@ -65,7 +65,7 @@ class KDTask:
 
 
 class StudentHead(NamedTuple):
-    """The student's, as in `linear_kd_loss`."""
+    """The student's head, as `linear_kd_loss` takes it."""
 
     weight: Tensor
     bias: Tensor | None
@@ -83,5 +83,5 @@ class RowLosses:
 
 
 def take(x: Tensor, rows: Tensor | None, start: int, stop: int) -> Tensor:
-    """Those of the chosen rows (None: all) from start to stop."""
+    """x's entries for the chosen rows (None: all) from start to stop."""
     return x[start:stop] if rows is None else x.index_select(0, rows[start:stop])

@@ -25,7 +25,7 @@ class Scores:
         self.start = 0
 
     def load(self, start: int, stop: int, tiles: list[Tensor]) -> None:
-        """Those that are made for many rows at once, for rows start..stop, into `tiles`."""
+        """Makes the scores that come from a matrix product, for all rows start..stop at once, in `tiles`."""
         self.start, self.tiles = start, [tile[: stop - start] for tile in tiles]
         for one, tile in zip(self.in_tiles, self.tiles, strict=True):
             one.fill(lambda x: take(x, self.rows, start, stop), tile)
@@ -50,7 +50,7 @@ class Scores:
         return scores.div_(temperature) if ours else scores / temperature
 
     def _towards(self, scores: Tensor, student: Tensor) -> Tensor:
-        """TAID's step from the student."""
+        """TAID's target: the student's scores moved towards the teacher's by the share t."""
         t = self.step
         if t == 1.0:
             return scores

@@ -51,11 +51,11 @@ class TeacherSource:
         return []
 
     def parts(self) -> Sequence[Dense]:
-        """The dense teachers inside; none: see `compared`."""
+        """The dense teachers inside. Where there are none, the source has its own `compared`."""
         return ()
 
     def shares(self) -> list[float] | None:
-        """Those of the parts in a mixture, summing to one; None where it is none."""
+        """The weights of the parts of a mixture, summing to one; None where the source is no mixture."""
         return None
 
     @property
@@ -69,7 +69,7 @@ class TeacherSource:
         raise NotImplementedError
 
     def probability(self, ids: Tensor, vocab: int | None) -> Tensor:
-        """(rows) of one id in each row, at temperature 1 and among the first `vocab` entries. For flat rows."""
+        """(rows) probability of one id in each flat row, at temperature 1 and among the first `vocab` entries."""
         raise ValueError(f"confidence: needs a teacher's probabilities, which {type(self).__name__} does not have")
 
     def map_rows(self, f: Callable[[Tensor, int], Tensor]) -> Self:

@@ -54,7 +54,7 @@ class DeltaStrips:
         self.starts = None if ids is None else segment_starts(ids).amin(0).tolist()
 
         def cut(value_bnh: Tensor) -> Tensor:
-            """(c, r, t, ...)"""
+            """A tensor of the block as (chunks, heads, tokens of a chunk, ...)."""
             value = padded(block.per_head(value_bnh.transpose(1, 2)), self.chunk, dtype)
             return value.flatten(0, 1).transpose(0, 1).contiguous()
 
@@ -77,7 +77,7 @@ class DeltaStrips:
             self.d_seen, self.d_crossing, self.d_left = (torch.zeros(x, dtype=dtype, device=self.device) for x in made)
 
     def _some(self) -> Iterator[slice]:
-        """Ranges of chunks."""
+        """Ranges of chunks, so few at a time that what is made of them stays small."""
         count, pairs, chunk, width = self.given[0].shape
         entries = SOME_ENTRIES if self.device.type == "cpu" else SOME_ENTRIES_OF_A_GPU
         step = max(1, entries // (pairs * chunk * max(chunk, width)))

@@ -223,6 +223,6 @@ def _check_triton(student: Mixing, teacher: Mixing) -> None:
 
 
 def _place(value: object) -> int:
-    """-1, which is nowhere, for what is no whole number."""
+    """The number as an int; -1, which is never a valid place, for what is no whole number."""
     whole = whole_number(value)
     return -1 if whole is None else whole

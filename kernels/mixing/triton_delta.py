@@ -241,7 +241,7 @@ class _Matrices:
         return cls(strips.seen, strips.crossing, strips.left, strips.own(slice(None)))
 
     def less(self, other: _Matrices) -> _Matrices:
-        """What the difference of two delta rules' matrices is made of."""
+        """The matrices of the difference from another delta rule: both side by side, the other's with a minus."""
         width, more = self.seen.shape[-1], other.seen.shape[-1]
         crossing = self.crossing.new_zeros(*self.crossing.shape[:2], width + more, width + more)
         crossing[..., :width, :width], crossing[..., width:, width:] = self.crossing, other.crossing

@@ -55,7 +55,7 @@ class Part:
     offset: float = 0.0
 
     def scaled(self, factor: float) -> "Part":
-        """Its outputs multiplied: weight and bias."""
+        """The same part, with what the module puts out multiplied: its weight and bias."""
         return replace(self, weight_factor=self.weight_factor * factor, bias_factor=self.bias_factor * factor)
 
 
@@ -223,7 +223,7 @@ def _mixer_parts(mixer: StateMixer, kept: KeptUnits) -> dict[str, Part]:
 
 
 def _ssm_parts(mixer: SSMMixer, hidden: Tensor | None, heads: Tensor, state: Tensor) -> dict[str, Part]:
-    """state: rows of B and of C."""
+    """The parts of a Mamba-2 mixer. state: which rows of B and of C stay."""
     inner = units(heads, mixer.head_dim)
     rows = {"x": inner, "B": state, "C": state, "z": inner, "decay": heads}
     slices = sorted(((part.start, name) for name, part in mixer.slices().items() if name in rows))
@@ -236,8 +236,10 @@ def _ssm_parts(mixer: SSMMixer, hidden: Tensor | None, heads: Tensor, state: Ten
 
 
 def _delta_parts(mixer: DeltaMixer, hidden: Tensor | None, heads: Tensor, state: Tensor) -> dict[str, Part]:
-    """state: rows of q and of k. The norm is of each head by itself; its epsilon, where a state has fewer dimensions,
-    is set in the configuration."""
+    """The parts of a delta rule's mixer. state: which rows of q and of k stay.
+
+    The norm is of each head by itself; where a state has fewer dimensions, its epsilon is set in the configuration.
+    """
     inner = units(heads, mixer.head_dim)
     qkv = torch.cat([state, mixer.group_size + state, 2 * mixer.group_size + inner])
     if isinstance(mixer, GatedDeltaMixer):

@@ -47,7 +47,7 @@ def _layers(value: Any) -> Any:
 
 
 def _mixers(value: Any) -> Any:
-    """Layers are numbers, as which a recipe's text does not read the keys of a mapping."""
+    """One mixer's name, or a mapping from layers to names; its keys are text in a recipe and become numbers."""
     names = list(MIXER_NAMES)
     if isinstance(value, dict) and value:
         for i, name in value.items():
@@ -91,7 +91,7 @@ class Hybrid(Section):
     @model_validator(mode="before")
     @classmethod
     def _one_gate(cls, given: Any) -> Any:
-        """The gate that is not asked for, by its name where all mixers have the same."""
+        """Where no gate is asked for and all mixers start with the same one, that one's name."""
         if not isinstance(given, dict) or given.get("gate") is not None:
             return given
         mixers = given.get("mixer")
@@ -102,7 +102,7 @@ class Hybrid(Section):
 
 
 class Student(Hybrid):
-    """Where there is no text to fit the start to."""
+    """A hybrid student of a distillation or pruning: without `init: calibrated`, which needs text."""
 
     init: Literal["attention", "neutral", "random"] = Field(
         default="attention",
@@ -111,7 +111,7 @@ class Student(Hybrid):
 
 
 class ConvertedStudent(Hybrid):
-    """A conversion's, which has text to fit the start to."""
+    """A conversion's student, whose start may be fitted to training text (`init: calibrated`)."""
 
     calibration_tokens: Count | None = Field(
         default=None, description=f"tokens of training text that init: calibrated solves on; null: {CALIBRATION_TOKENS}"
@@ -143,7 +143,7 @@ def student_contradictions(student: Hybrid, at: Path) -> Iterator[Contradiction]
 
 @contextmanager
 def student_mistakes(at: Path) -> Iterator[None]:
-    """What `hybrid_from_teacher` finds wrong within the block with the student at that place is the user's mistake."""
+    """Within the block, a ValueError of `hybrid_from_teacher` becomes a FieldError about the student at that place."""
     try:
         yield
     except ValueError as error:

@@ -135,7 +135,7 @@ def _check_start(run: RunContext[TextData], first: str) -> None:
 
 
 def _calibrate(run: RunContext[TextData], student: HybridForCausalLM) -> None:
-    """Output projections that fit the start of the other weights, from the first rows of the training text."""
+    """Solves the output projections for the mixers as they start, on the first rows of the training text."""
     length, size = run.recipe.evaluation.sequence_length, run.recipe.evaluation.batch_size
     rows = PackedDataset(run.data.text.train, length, seed=run.recipe.seed, pad_token_id=run.pad)
     tokens = int(run.recipe.student.calibration_tokens or CALIBRATION_TOKENS)
@@ -160,7 +160,7 @@ def _solve(
 
 
 def _finish(run: RunContext[TextData], student: HybridForCausalLM) -> None:
-    """The report."""
+    """Draws the mixing matrices, measures the final student and writes the report."""
     draw_matrices(run.folder)
     finish_run(run, student, stages=AFTER, labels=loss_labels(run.recipe))
 

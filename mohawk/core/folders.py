@@ -314,7 +314,7 @@ def rotate(folder: str | os.PathLike, newest: str | os.PathLike, keep: int = 1) 
 
 
 def _delete(path: Path) -> None:
-    """A folder that nobody takes for complete any more; where it cannot be deleted, it is in the way of nothing."""
+    """Deletes a folder that is already set aside. Where that fails, a warning is enough: nobody reads the folder."""
     try:
         shutil.rmtree(path)
     except OSError as error:

@@ -92,7 +92,7 @@ class Bar:
         self.bar.update(count)
 
     def say(self, line: str, beside: str = "") -> None:
-        """line: what a plain line says before the time left, where one is due; beside: what stands beside a bar."""
+        """How far the work is: `beside` stands beside a bar; without one, `line` is printed now and then."""
         if not self.bar.disable:
             self.bar.set_postfix_str(beside, refresh=False)
         elif self.worked and time.monotonic() - self.said_at >= PLAIN_SECONDS:

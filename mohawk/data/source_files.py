@@ -40,7 +40,7 @@ FORMATS = ("text", "paragraphs", "jsonl", "parquet")
 
 
 def _zstandard(path: Path, mode: str) -> io.BufferedReader:
-    """Through Arrow, which every installation has; Python itself has it from 3.14 on."""
+    """Opens a .zst file with Arrow, which every installation has; Python itself reads Zstandard only from 3.14 on."""
     import pyarrow
 
     return io.BufferedReader(pyarrow.input_stream(str(path), compression="zstd"))
@@ -252,7 +252,7 @@ def is_one_text(path: Path) -> bool:
 
 
 def no_object(value: Any) -> str:
-    """What a line holds that is no object, in JSON's words."""
+    """Says that a line's value is not a JSON object, and what it is."""
     kind = "null" if value is None else f"a JSON {type(value).__name__}"
     return f"{kind}, not an object; each line is one object"
 

@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 
 
 def checked_cache(stage: Stage) -> TeacherCache:
-    """A stage's cache, its folder and settings looked at; text, tokenizer and teacher are checked when they are there.
+    """Opens a stage's cache and checks its settings; text, tokenizer and teacher are checked once they are read.
 
     Raises UserError for what does not fit the stage.
     """
@@ -181,7 +181,7 @@ def matchings_for(stage: Stage, student: CausalLM, teacher: CausalLM | None) -> 
 
 @contextmanager
 def mistakes(where: str) -> Iterator[None]:
-    """What is found wrong with a recipe's values within the block is the user's mistake, in one line."""
+    """Within the block, a ValueError becomes a FieldError about the recipe's field at that place."""
     try:
         yield
     except ValueError as error:

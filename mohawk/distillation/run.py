@@ -99,7 +99,7 @@ def run_stages(run: RunContext[StageData]) -> None:
 
 
 def _finish(run: RunContext[StageData], student: PreTrainedModel) -> None:
-    """The report."""
+    """Measures the final student and writes the report."""
     stages = run.recipe.stages
     names = {"before": "before training", **{stage.name: f"after {stage.name}" for stage in stages}}
     labels = {stage.name: loss_label(stage) for stage in stages}

@@ -108,7 +108,7 @@ class StageData:
         return stage.data.model_copy(update=kept)
 
     def of(self, stage: Stage) -> Sources:
-        """What a stage trains on."""
+        """The data that a stage trains on: its own, or the recipe's."""
         return next((sources for data, sources in self._own if data is stage.data), self.sources)
 
     def rows(self, stage: Stage, pad: int) -> Any:

@@ -40,7 +40,7 @@ def main(path: str, inputs: str, answers: str, text: str) -> None:
 
 
 def logits_of(model, token: int):
-    """Those after one more token."""
+    """The logits after one more token."""
     import torch
 
     model.eval([token])

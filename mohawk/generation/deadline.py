@@ -1,4 +1,4 @@
-"""HTTP in which a whole answer has to be there before a moment, and which follows no redirect."""
+"""HTTP requests with a deadline for the whole answer, which follow no redirect."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import Any
 
 
 class DeadlineRequest(urllib.request.Request):
-    """One whose whole answer has to be there before `deadline`, a moment of the monotonic clock."""
+    """A request whose whole answer has to be there before `deadline`, a time of the monotonic clock."""
 
     deadline: float
 
@@ -25,7 +25,7 @@ class NoRedirect(urllib.request.HTTPRedirectHandler):
 
 
 class _Until(io.RawIOBase):
-    """What a socket receives until a moment: its own time limit is of each packet, however many come."""
+    """What a socket receives until a deadline. The socket's own time limit would start anew with each packet."""
 
     def __init__(self, sock: socket.socket, deadline: float):
         self.sock, self.deadline = sock, deadline
@@ -55,7 +55,7 @@ class _Until(io.RawIOBase):
 
 
 class _Response(http.client.HTTPResponse):
-    """Status, headers and body all before `deadline`."""
+    """A response whose status, headers and body all have to arrive before `deadline`."""
 
     def __init__(self, sock: socket.socket, *args: Any, deadline: float, **options: Any):
         super().__init__(sock, *args, **options)

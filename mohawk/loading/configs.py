@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 def said_of(who: str) -> str:
-    """What a message about a model begins with, where it is called so."""
+    """What a message about a model begins with: what the model is called, if anything."""
     return f"{who}: " if who else ""
 
 

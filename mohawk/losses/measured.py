@@ -21,13 +21,13 @@ class Means:
         self._sums: dict[str, list[Any]] = {}
 
     def add(self, name: str, mean: Tensor, count: Tensor) -> None:
-        """The mean of `count` values. Both stay tensors: nothing waits for the device here."""
+        """Add a mean of `count` values. Both stay tensors: nothing waits for the device here."""
         entry = self._sums.setdefault(name, [0.0, 0.0])
         entry[0] = entry[0] + mean.detach() * count
         entry[1] = entry[1] + count
 
     def take(self) -> dict[str, float]:
-        """Those of something; the next ones begin."""
+        """The means by name, without those of nothing; what is added from here on counts for the next ones."""
         sums = {name: (float(total), float(count)) for name, (total, count) in self._sums.items()}
         self._sums = {}
         return {name: total / count for name, (total, count) in sums.items() if count}

@@ -205,7 +205,7 @@ class Pruning:
         log.info("run finished in %.0f s", time.monotonic() - begin)
 
     def _finish(self, corrected: Path | None) -> None:
-        """The report."""
+        """Measures the final student and writes the report."""
         run, steps, final = self.run, self.run.recipe.steps(), self.run.folder / STUDENT
         if run.parts is None:
             models = load_teacher(final, dtype="auto", device=run.device, who="student"), run.teacher

@@ -200,7 +200,7 @@ def _fewer_heads(own: Sizes, heads: str, groups: str, share: float) -> dict[str,
 
 
 def sizes_line(sizes: Sizes) -> str:
-    """24 layers, hidden 576, ffn 1024, heads 9/3"""
+    """The sizes in one line, such as `24 layers, hidden 576, ffn 1024, heads 9/3`."""
     line = f"{sizes.layers} layers, hidden {sizes.hidden}, ffn {sizes.ffn}, heads {sizes.heads}/{sizes.kv_heads}"
     if sizes.state_heads is not None:
         line += f", state {sizes.state_heads}/{sizes.state_groups} x {sizes.state_size}"
