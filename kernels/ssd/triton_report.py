@@ -10,8 +10,8 @@ from __future__ import annotations
 from typing import Any
 
 from mohawk.kernels.common import triton_report
-from mohawk.kernels.ssd import triton_backend
-from mohawk.kernels.ssd.triton_backend import Operand
+from mohawk.kernels.ssd import triton_backend, triton_kernels
+from mohawk.kernels.ssd.triton_kernels import Operand
 
 MAJOR = {"sm_80": 8, "sm_90": 9, "sm_100": 10, "gfx942": 0}
 HEADS, GROUPS = 32, 8
@@ -24,7 +24,7 @@ def _operand(dtype: str, heads: int, width: int = 1) -> Operand:
 
 def launched(kernel: str, dtype: str, width: int, packed: bool, tiles: dict) -> tuple:
     """A kernel, and what it is launched with (see `specialized`) where head_dim and state_size are `width`."""
-    function = getattr(triton_backend, f"{kernel.split()[0]}_kernel")
+    function = getattr(triton_kernels, f"{kernel.split()[0]}_kernel")
     x, group = _operand(dtype, HEADS, width), _operand(dtype, GROUPS, width)
     gate = _operand("fp32", HEADS)
     types: dict[str, Any] = {"x": x, "dy": x, "B": group, "C": group, "values": x, "keys": group}
