@@ -176,7 +176,7 @@ class EndToEndPhase(Phase):
     tokens: Count = Field(default=2_760_000_000, description="training tokens of the phase")
     learning_rate: Annotated[float, Field(gt=0, le=1)] = Field(default=1e-5, description="learning rate after warmup")
     gradient_accumulation: Batch = Field(
-        default=16, description="batches in one step; processes deal its rows among themselves"
+        default=16, description="batches in one step, whose rows are divided among the processes"
     )
     train: Literal["all", "all_but_mlp", "mixers"] = Field(default="all", description="which parameters train")
     divergence: Divergence = Field(
@@ -208,9 +208,9 @@ class Phases(Section):
 class Dealt(Sharding):
     stages: Annotated[Whole, Field(ge=1, le=2**10)] | None = Field(
         default=None,
-        description="over how many processes the layers are dealt in phases 1 and 2, each of which then trains its own "
-        "on what the one before hands it; more processes make several such pipelines, which deal a step's rows among "
-        "themselves. null: each process has all layers",
+        description="how many processes make a pipeline in phases 1 and 2, each with some of the layers, which it "
+        "trains on the hidden states that the process before it hands on; further processes make further "
+        "pipelines, and a step's rows are divided among these. null: each process has all layers",
     )
 
 

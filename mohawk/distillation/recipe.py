@@ -163,8 +163,9 @@ class DistillSource(SourceSection):
     loss_weight: Weight = Field(default=1.0, description="multiplies the loss of its tokens")
     own_loss: OwnLossSection | None = Field(
         default=None,
-        description="added to the stage's loss, which is then of the other sources: such as the cross entropy of plain "
-        "text beside on-policy training on prompts; null: the stage's",
+        description="a loss of this source's rows alone, added to the stage's loss, which is then of the other "
+        "sources' rows: such as the cross entropy of plain text beside on-policy training on prompts; null: the "
+        "stage's loss",
     )
 
 

@@ -156,7 +156,7 @@ class Phase(Section):
     warmup: Share = Field(default=0.1, description="share of the steps in which the learning rate rises")
     decay: Share = Field(default=0.1, description="share of the steps in which it falls to 0 at the end")
     gradient_accumulation: Batch = Field(
-        default=1, description="batches in one step; processes deal its rows among themselves"
+        default=1, description="batches in one step, whose rows are divided among the processes"
     )
     save_every: Count = Field(default=500, description="steps between checkpoints")
     save_minutes: Annotated[float, Field(gt=0, le=1e6)] | None = Field(
@@ -197,13 +197,13 @@ class Evaluation(Section):
 class Sharding(Section):
     kind: Literal["auto", "none", "full"] = Field(
         default="auto",
-        description="where each of several processes holds models: none: whole; full: a part of each (torch's FSDP2); "
-        "auto: in parts where the plan needs more memory than a device has",
+        description="how each of several processes holds models; none: whole; full: in parts (torch's FSDP2); auto: in "
+        "parts where the plan needs more memory than a device has",
     )
     within: Annotated[Whole, Field(ge=1, le=2**20)] | None = Field(
         default=None,
-        description="how many processes share one model between them; every such group has a whole one (HSDP). Best as "
-        "many as a machine has GPUs. null: all processes share one model",
+        description="how many processes share one model, of which each such group has one (HSDP); best as many as a "
+        "machine has GPUs. null: all processes share one model",
     )
 
 
