@@ -226,7 +226,7 @@ def other_than_decoder(config) -> str | None:
 
 
 def looks_ahead(config) -> bool:
-    """Whether a configuration, or that of the text decoder in it, lets each token see those behind it."""
+    """Whether a configuration, or that of the text decoder in it, lets each token see later ones."""
     return any(
         getattr(part, "use_bidirectional_attention", False) in (True, "all")
         or getattr(part, "is_causal", True) is False
@@ -317,7 +317,7 @@ class _StandsIn(nn.Module):
 
 
 def _unlike_llamas_layers(layer: Any, hidden_size: int) -> str | None:
-    """What a layer without weights, which is left changed, lacks of what Llama's does around its attention."""
+    """What a layer lacks of what Llama's does around its attention. It needs no weights, and is left changed."""
     keywords = "layers that hand keywords on to their attention; in these, a mixer would not hear of padding"
     if not any(p.kind is p.VAR_KEYWORD for p in inspect.signature(layer.forward).parameters.values()):
         return keywords

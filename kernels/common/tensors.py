@@ -35,7 +35,7 @@ def unusable(x: object) -> str | None:
 
 
 def transformed(x: object) -> bool:
-    """Whether a transform of torch.func is looking on, which kernels with gradients by hand cannot have."""
+    """Whether a transform of torch.func is being applied, under which gradients made by hand are wrong."""
     if torch.compiler.is_compiling() or not isinstance(x, Tensor):
         return False
     return torch._C._functorch.is_functorch_wrapped_tensor(x)
@@ -67,7 +67,7 @@ def check_floating(where: str, lead: str, device: torch.device, **tensors: Tenso
 
 
 def check_untransformed(where: str, *tensors: object) -> None:
-    """Raises ValueError, from `where`, where a transform of torch.func is looking on."""
+    """Raises ValueError, from `where`, inside a transform of torch.func."""
     if any(transformed(x) for x in tensors):
         raise ValueError(f"{where}: a tensor {TRANSFORMED}")
 

@@ -203,7 +203,7 @@ def _first_said(error: UserError) -> bool:
 
 
 def _found(*keys: str) -> bool:
-    """Whether word is left under all the keys, or is so within seconds."""
+    """Whether all the keys are set in the store, now or within seconds."""
     assert _store is not None
     try:
         _store.wait(list(keys), HEARING)
