@@ -91,6 +91,20 @@ def test_tokens_alike_and_text_cut_otherwise(teacher, how):
     assert "all tokens are alike, but " in said and " is cut into " in said
 
 
+def test_one_merge_of_a_large_vocabulary():
+    """Whichever it is: every token that both have is cut."""
+    letters = "abcdefghijklmnopqrstuvwxyz"
+    words = [(a, b) for a in letters for b in letters]
+    longer = [(a + b, c) for a, b in words for c in letters]
+    state = json.loads(made(merges=[*words, *longer]).backend_tokenizer.to_str())
+    teacher = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(state)), eos_token="<eos>")
+    for merge in longer[1234:1239]:
+        less = copy.deepcopy(state)
+        less["model"]["merges"].remove(list(merge))
+        other = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(less)), eos_token="<eos>")
+        assert f"all tokens are alike, but {''.join(merge)!r} is cut" in refusal(teacher, other)
+
+
 def test_roles_are_compared_unless_told_otherwise(teacher):
     for role, own, named in (("eos", "<eos>", "<bos>"), ("bos", "<bos>", "<eos>")):
         other = copy.deepcopy(teacher)
