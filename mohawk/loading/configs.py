@@ -180,6 +180,8 @@ def check_decoder(model: Any, who: str) -> None:
     causal = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
     if other is None and name in MODEL_FOR_MASKED_LM_MAPPING_NAMES.values() and name not in causal:
         other = "it fills in masked tokens, each from those around it"
+    if other is None and model.get_output_embeddings() is None:  # a body alone, or one that classifies
+        other = "it has no output embedding, and so predicts no token"
     if other is not None:
         raise UserError(f"{who}: got {name}: {other}; {GIVE}")
     check_causal(model, who)

@@ -23,6 +23,8 @@ from transformers import (
     GPT2Config,
     GPT2LMHeadModel,
     LlamaForCausalLM,
+    LlamaForSequenceClassification,
+    LlamaModel,
     MixtralConfig,
     MixtralForCausalLM,
     MoshiConfig,
@@ -49,10 +51,11 @@ from mohawk.losses.heads import final_hidden_states
 from mohawk.losses.hf_trainer import DistillationTrainer
 from mohawk.losses.on_policy import OnPolicy
 from mohawk.losses.rationales import RationaleDistiller
-from mohawk.losses.teachers import Ensemble, ModelTeacher
+from mohawk.losses.teachers import AverageTeacher, Ensemble, ModelTeacher
 from mohawk.models.families import other_than_decoder
 from mohawk.models.from_teacher import hybrid_from_teacher
 from mohawk.pruning.minitron import MinitronPruner
+from mohawk.teacher_cache.writer import write_cache
 
 BERT = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48, "vocab_size": 258}
 BART = {
@@ -154,6 +157,27 @@ def test_classes_refuse_what_is_no_decoder(other, make_llama, tokenizer, tmp_pat
         lambda: MinitronPruner(model, target_params=0.5).sizes,
     ):
         with pytest.raises(ValueError, match=rf"model_type '{model.config.model_type}' cannot be") as caught:
+            call()
+        assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", [LlamaModel, LlamaForSequenceClassification])
+def test_decoders_without_an_output_embedding_are_refused_by_name(kind, make_llama, tokenizer, tmp_path):
+    """A body alone, as AutoModel loads it, and one that classifies, before the first loss is asked for."""
+    llama = make_llama()
+    model = kind(llama.config)
+    arguments = TrainingArguments(output_dir=str(tmp_path), report_to=[], use_cpu=True)
+    for call in (
+        lambda: KnowledgeDistiller(model, llama),
+        lambda: KnowledgeDistiller(None, model, kd_weight=0.0, ce_weight=1.0),
+        lambda: AverageTeacher(model, 0.9),
+        lambda: DistillationTrainer(model=model, args=arguments, teacher=llama),
+        lambda: RationaleDistiller(llama, tokenizer, teacher=model, kd_weight=1.0),
+        lambda: LocalTeacher(model, tokenizer, Decoding()),
+        lambda: OnPolicy(model, tokenizer),
+        lambda: write_cache(tmp_path / "cache", model, [{"input_ids": torch.arange(4)}], k=4),
+    ):
+        with pytest.raises(UserError, match=rf"{kind.__name__}.* no output embedding") as caught:
             call()
         assert "\n" not in str(caught.value)
 
