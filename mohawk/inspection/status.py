@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mohawk.core.folders import MANIFEST, why_incomplete
-from mohawk.core.run_folder import COMPOSED, STUDENT, phase_folder
+from mohawk.core.run_folder import COMPOSED, STUDENT, phase_folder, phase_student
 from mohawk.schema.kinds import phase_names
 
 if TYPE_CHECKING:
@@ -35,18 +35,27 @@ def print_run(folder: Path, console: Console) -> None:
             f"composed of the mixers of {composed['run']}; attention layers: {kept}{chosen}",
             highlight=False, soft_wrap=True, markup=False,
         )  # fmt: skip
-    for name in phase_names(folder):
+    names = phase_names(folder)
+    reached = max((i for i, name in enumerate(names) if _left(folder, name)), default=-1)
+    for i, name in enumerate(names):
         phase = phase_folder(folder, name)
         if composed is not None and name in elsewhere:
             state = f"done in {composed['run']}"
         elif name not in asked:
             state = "left out (null in the recipe)"
-        elif (phase / STUDENT / "config.json").is_file():
+        elif _left(folder, name):
             kept = phase / STUDENT
             problem = why_incomplete(kept, remembered=True) if (kept / MANIFEST).exists() else None
             state = "done" if problem is None else f"damaged ({problem})"
+        elif i < reached:
+            state = "done, but its student is missing"
         elif checkpoint := newest_complete(phase) if phase.is_dir() else None:
             state = f"stopped at {checkpoint.name}"
         else:
             state = "not begun"
         console.print(f"{name}: {state}", highlight=False, soft_wrap=True, markup=False)
+
+
+def _left(folder: Path, name: str) -> bool:
+    """Whether a phase has left a student."""
+    return (phase_student(folder, name) / "config.json").is_file()

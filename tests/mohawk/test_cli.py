@@ -4,6 +4,7 @@ import os
 import re
 import resource
 import shlex
+import shutil
 import subprocess
 import sys
 import types
@@ -523,6 +524,13 @@ def test_inspect_a_run(models, tmp_path, capsys):
     assert main(["inspect", str(run)]) == 0
     out = capsys.readouterr().out
     assert "mixing: done" in out and "hidden: not begun" in out and "1-2" in out
+    # a student that was deleted since, to save room, is not asked for
+    (run / "phases" / "end_to_end").mkdir()
+    (run / "phases" / "end_to_end" / "student").symlink_to(models / "hybrid")
+    assert main(["inspect", str(run)]) == 0
+    out = capsys.readouterr().out
+    assert "hidden: done, but its student is missing\n" in out and out.count(": done\n") == 2
+    shutil.rmtree(run / "phases" / "end_to_end")
     # what the recipe leaves out is not what is left to do
     (run / "recipe.yaml").write_text(RECIPE + "phases: {hidden: null, end_to_end: null}\n")
     assert main(["inspect", str(run)]) == 0
