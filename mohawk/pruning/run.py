@@ -361,7 +361,7 @@ class Pruning:
         covered = read_json(self.run.folder / VOCABULARY, KeptVocabulary)
         if covered is not None and self.run.recipe.prune.vocabulary:
             lines = [["tokens", f"{covered['after']:,} of {covered['before']:,}"]]
-            lines += [[reason, f"{count:,}"] for reason, count in covered["why"].items()]
+            lines += [[reason, f"{count:,}"] for reason, count in covered.get("why", {}).items()]
             lines += [
                 [f"of {name.replace('_', '-')} text's tokens", f"{covered[name]:.2%}"]
                 for name in ("held_out", "evaluation") if name in covered

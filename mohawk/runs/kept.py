@@ -170,6 +170,7 @@ class KeptVocabulary(TypedDict):
 
     before: int
     after: int
+    why: NotRequired[dict[str, int]]  # which 0.1.0 did not write
     held_out: NotRequired[float]
     evaluation: NotRequired[float]
 

@@ -543,6 +543,13 @@ def test_why_more_tokens_are_kept_than_asked_for(merging, texts, tmp_path, capsy
     parts = ", ".join(f"{count} {reason}" for reason, count in why.items() if count)
     assert f"vocabulary: kept in the end are, of 290, {len(kept)} tokens: {parts}" in capsys.readouterr().out
     assert "bytes or characters" in (run / "report.md").read_text()
+    # version 0.1.0 did not write the reasons
+    found = read(run / "vocabulary.json")
+    del found["why"]
+    write_json(run / "vocabulary.json", found)
+    prune(made(merging, texts, run, prune={"vocabulary": asked}, heal=None))
+    report = (run / "report.md").read_text()
+    assert f"{len(kept)} of 290" in report and "bytes or characters" not in report
 
 
 def test_scores_of_an_earlier_run(checkpoint, texts, tmp_path, capsys):
