@@ -21,7 +21,7 @@ def spare_lines(folder: Path) -> int:
         done = parse_json((folder / SUMMARY).read_bytes())["prompts"]
         samples = int(manifest["settings"]["decoding"].get("samples") or 1)
         return 0 if done == manifest["prompts"]["count"] else samples
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
         if is_refusal(error):
             raise
         return 0

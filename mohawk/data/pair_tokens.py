@@ -7,6 +7,7 @@ import hashlib
 import json
 import logging
 import shutil
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import islice
@@ -21,7 +22,7 @@ from mohawk.data.chat import as_messages, render
 from mohawk.data.records import content_hash, read_records, why_no_chat
 from mohawk.data.source_files import Source, as_source, source_content
 from mohawk.data.text import tokenizer_key
-from mohawk.errors import UserError, is_refusal, naming
+from mohawk.errors import UserError, is_refusal, naming, shortened
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -29,7 +30,8 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 CHUNK = 1000  # examples tokenised at once
-LAYOUT = 2  # of the cached folders; raise it when their contents change
+LAYOUT = 3  # of the cached folders; raise it when their contents change
+HEAVIEST = 1e30  # of an example's own weights, which are float32 in a row
 
 
 @dataclass(frozen=True)
@@ -134,8 +136,8 @@ def check_pair(
         _weight(row, where, weight_field)
     needed = {"probability": ("logprob",), "importance": ("logprob", "sampling_logprob")}.get(weighting or "", ())
     for name in needed:
-        if not isinstance(row.get(name), (int, float)):
-            raise UserError(f"{where}: has no {name}, which weighting {weighting!r} needs; use uniform or counts")
+        if _finite(row.get(name)) is None:
+            raise UserError(no_score(where, name, weighting))
 
 
 def _readable(folder: Path) -> bool:
@@ -182,17 +184,16 @@ def _tokenize(
             examples.append((pieces, end, special))
             numbers = []
             for name in ("logprob", "sampling_logprob"):
-                value = row.get(name)
-                if not isinstance(value, (int, float)):
+                value = _finite(row.get(name))
+                if value is None:
                     unknown.setdefault(name, where)
-                    value = np.nan
-                numbers.append(float(value))
+                numbers.append(np.nan if value is None else value)
             length = row.get("tokens")
             teacher = _teacher(row, where, teacher_field, teachers) if teacher_field is not None else -1
             # an answer that was cut is not the one that ended there
             answer: Any = [response, row.get("finish_reason") == "length"]
             keys = (int(content_hash(asked)[:16], 16), int(content_hash(answer)[:16], 16))
-            meta.append((*keys, *numbers, length if isinstance(length, int) else -1, teacher))
+            meta.append((*keys, *numbers, length if type(length) is int and 0 < length < 2**31 else -1, teacher))
             weighed = weighed or weight_field in row
             first = first if first[0] else (where, list(row))
             weights.append(_weight(row, where, weight_field) if weight_field is not None else 1.0)
@@ -374,9 +375,22 @@ def no_weights(where: str, fields: Iterable[Any], weight_field: str) -> UserErro
 
 def _weight(row: dict[str, Any], where: str, field: str) -> float:
     value = row.get(field, 1.0)
-    if type(value) not in (int, float) or not 0 <= value < float("inf"):
-        raise UserError(f"{where}: field {field!r} is {value!r}; allowed: a number of at least 0")
-    return float(value)
+    weight = _finite(value)
+    if weight is None or not 0 <= weight <= HEAVIEST:
+        raise UserError(
+            f"{where}: field {field!r} is {shortened(repr(value), 60)}; allowed: a number from 0 to {HEAVIEST:g}"
+        )
+    return weight
+
+
+def _finite(value: Any) -> float | None:
+    """A number in a row, None where it is none: Python reads NaN, infinity and whole numbers of any size in JSON."""
+    return float(value) if type(value) in (int, float) and abs(value) <= sys.float_info.max else None
+
+
+def no_score(where: str, name: str, weighting: str | None) -> str:
+    """What is wrong with a row that a weighting needs a log-probability of."""
+    return f"{where}: has no {name}, which weighting {weighting!r} needs as a finite number; use uniform or counts"
 
 
 def _chunks(rows: Iterator[tuple[str, dict[str, Any]]]) -> Iterator[list[tuple[str, dict[str, Any]]]]:

@@ -32,7 +32,7 @@ import numpy as np
 import torch
 
 from mohawk.data.next_tokens import IGNORED
-from mohawk.data.pair_tokens import Pairs, read_pairs
+from mohawk.data.pair_tokens import Pairs, no_score, read_pairs
 from mohawk.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -89,9 +89,7 @@ def response_weights(pairs: Pairs, weighting: str | None, *, length_normalized: 
         scores = scores / np.maximum(pairs.lengths, 1)
     if np.isnan(scores).any():
         name = next(name for name in needed if name in pairs.unknown)
-        raise UserError(
-            f"{pairs.unknown[name]}: has no {name}, which weighting {weighting!r} needs; use uniform or counts"
-        )
+        raise UserError(no_score(pairs.unknown[name], name, weighting))
     counted = np.ones(len(pairs), dtype=bool)
     if weighting == "probability":
         counted[:] = False

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
 import os
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -100,7 +101,7 @@ def _rows(path: Path, index: Mapping[str, int], say: bool) -> Iterator[_Row]:
             row = parse_json(line)
             identity, sample, tokens = row["prompt_id"], int(row["sample"]), int(row["tokens"] or 0)
             i = index[identity] if whole is None else index.get(identity)
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, OverflowError):
             if say:
                 log.warning("%s:%d: damaged, and passed over", path, number)
             continue
@@ -214,8 +215,9 @@ def unwritable(path: Path | str, error: OSError) -> UserError:
 def seconds_spent(path: Path) -> float | None:
     """What earlier starts of the command took; None where the folder does not say."""
     try:
-        return None if why_altered(path) else float(parse_json(path.read_bytes())["seconds"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        spent = math.inf if why_altered(path) else float(parse_json(path.read_bytes())["seconds"])
+        return spent if math.isfinite(spent) else None
+    except (OSError, ValueError, KeyError, TypeError, OverflowError) as error:
         if is_refusal(error):
             raise
         return None

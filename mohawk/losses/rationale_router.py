@@ -298,7 +298,9 @@ def read_gains(path: str | Path, settings: Mapping[str, Any] | None = None) -> d
     except ValueError as error:
         raise UserError(f"{path}: not JSON ({error})") from None
     gains = state.get("gains") if isinstance(state, dict) else None
-    numbers = isinstance(gains, dict) and all(type(gain) in (int, float) for gain in gains.values())
+    numbers = isinstance(gains, dict) and all(
+        type(gain) in (int, float) and abs(gain) < 1e300 for gain in gains.values()
+    )
     if not numbers or not gains and settings is None:
         raise UserError(f'{path}: needs {{"gains": {{"TEACHER": NUMBER, ...}}}}, as measuring writes it')
     if settings is not None and state.get("settings") != settings:

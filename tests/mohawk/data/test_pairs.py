@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mohawk.data.packing import collate
+from mohawk.data.pair_tokens import check_pair
 from mohawk.data.pairs import Pairs, PairsDataset, read_pairs, response_weights, split_pairs
 from mohawk.errors import UserError
 
@@ -348,6 +349,24 @@ def test_unknown_logprobs_are_named(read, tmp_path):
     with pytest.raises(UserError, match="rows.jsonl:1: has no sampling_logprob"):
         PairsDataset(pairs, 16, weighting="importance")
     assert len(PairsDataset(pairs, 16, weighting="probability")) == 1
+
+
+@pytest.mark.parametrize("odd", [float("nan"), float("inf"), -float("inf"), 10**400, True, "1"])
+def test_what_is_no_finite_number_is_named_by_its_line(odd, read, tokenizer):
+    """Python writes NaN and infinity into JSON, and reads whole numbers of any size."""
+    fields = {"prompt_field": "prompt", "response_field": "response", "messages_field": "messages", "chat": False}
+    fields |= {"teacher_field": None, "teachers": (), "weight_field": None, "weighting": "importance"}
+    first, second = ({"prompt": "a", "response": r, "logprob": -1.0, "sampling_logprob": -1.0} for r in "bc")
+    for name in ("logprob", "sampling_logprob"):
+        said = f":2: has no {name}, which weighting 'importance' needs as a finite number; use uniform or counts$"
+        with pytest.raises(UserError, match=said):
+            PairsDataset(read(first, {**second, name: odd}), 16, weighting="importance")
+        with pytest.raises(UserError, match=said):
+            check_pair(tokenizer, "rows:2", {**second, name: odd}, **fields)
+    with pytest.raises(UserError, match=r"rows.jsonl:2: field 'w' is .{1,70}; allowed: a number from 0 to 1e\+30$"):
+        read(first, {**second, "w": odd}, weight_field="w")
+    # how long an answer is shows in its tokens too
+    assert read({**first, "tokens": odd}, second).lengths.tolist() == [2, 2]
 
 
 def test_what_is_too_long_is_counted(read, caplog):

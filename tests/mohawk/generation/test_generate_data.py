@@ -392,6 +392,23 @@ def test_a_folder_of_an_earlier_version_goes_on_unverified(tmp_path, prompts, ca
     assert capsys.readouterr().out.count("not verified") == 2
 
 
+@pytest.mark.parametrize("odd", ["Infinity", "1e999", "NaN", "[1]", '"many"'])
+def test_odd_numbers_that_an_earlier_version_kept_are_asked_again(odd, tmp_path, prompts, caplog):
+    out, whole = tmp_path / "out", tmp_path / "whole"
+    generate_data(prompts, scripted(), whole, filters=FEW)
+    generate_data(prompts, scripted(), out, filters=FEW)
+    for path in [*out.glob(".*.crc32"), *out.glob(".*.sha256")]:
+        path.unlink()
+    lines = (out / RESPONSES).read_text().splitlines()
+    tokens = json.loads(lines[1])["tokens"]
+    lines[1] = lines[1].replace(f'"tokens": {tokens}', f'"tokens": {odd}')
+    (out / RESPONSES).write_text("\n".join(lines) + "\n")
+    (out / SUMMARY).write_text(f'{{"seconds": {odd}}}')
+    generate_data(prompts, scripted(), out, filters=FEW)
+    assert "responses.jsonl:2: damaged, and passed over" in caplog.text
+    assert contents(out) == contents(whole)
+
+
 def test_lines_out_of_order_are_not_written_over(tmp_path, prompts):
     out = tmp_path / "out"
     generate_data(prompts, Scripted(lambda i, s: f"answer {i}"), out)

@@ -230,6 +230,9 @@ def test_wrong_input_is_one_line(trial, tmp_path):
         ("[]", "needs {"),
         ('{"gains": {}}', "needs {"),
         ('{"gains": {"a": "x"}}', "needs {"),
+        ('{"gains": {"a": NaN}}', "needs {"),
+        ('{"gains": {"a": -Infinity}}', "needs {"),
+        ('{"gains": {"a": 1' + "0" * 400 + "}}", "needs {"),
     ):
         path.write_text(text)
         with pytest.raises(UserError) as error:
