@@ -54,10 +54,10 @@ class OnPolicy:
 
     A prompt is what comes before a labelled part of a segment: before the response of a prompt/response pair, before
     each answer of a chat with all turns until then. Where the second token has a label already (plain text), it is the
-    first `prompt_tokens` tokens. Of each row as many segments are asked, in order, as fit into it with `max_new_tokens`
-    for each prompt; of a chat whose turns do not all fit, as many as do, by a draw that gives each turn its chance; of
-    the row's first segment at least one prompt always, with less room if need be. Samples go into the rows their
-    prompts come from: the rows' number and their columns stay, and the batch is cut to its longest row.
+    first `prompt_tokens` tokens. Where a row has no room for all of its prompts with `max_new_tokens` for each, as many
+    are asked as fit, by a draw in each step that gives every one its chance; one at least, with less room if need be.
+    Samples go into the rows their prompts come from: the rows' number and their columns stay, and the batch is cut to
+    its longest row.
 
     Only ids that everybody knows are sampled: those below `vocab_size`, and of a tokenizer that is given its own. The
     teacher judges what it could not even read otherwise.
@@ -192,7 +192,7 @@ class OnPolicy:
         prompts = []
         for row, (segment, label) in enumerate(zip(segments, labels, strict=True)):
             starts = np.flatnonzero(np.diff(segment, prepend=segment[0] - 1))
-            room = n
+            found = []
             for begin, end in zip(starts, np.append(starts[1:], n), strict=True):
                 learned = label[begin:end] != IGNORED
                 # nothing to learn: padding, a lone token, or a prompt that the row's end has cut
@@ -202,24 +202,24 @@ class OnPolicy:
                 # answers with something before them; of a cut chat the rest of its first turn is none
                 turns = [i for i in begins if i > 1]
                 lengths = turns or [min(self.prompt_tokens, int(end - begin) - 1)]
-                found = []
-                for i in self._in_turn(lengths, room, f"{step} {row} {begin}"):
-                    length = lengths[i]
-                    if length < 1 or (room < n and length + self.max_new_tokens > room):
-                        continue
-                    limit = min(self.max_new_tokens, n - length)
-                    room -= length + limit
-                    first = row, begin + (turns or begins)[i]
-                    found.append(PromptPlace(row, int(begin), length, limit, float(weights[first]), int(tasks[first])))
-                prompts += sorted(found, key=lambda prompt: prompt.length)
+                for length, i in zip(lengths, turns or begins, strict=False):
+                    first, limit = (row, begin + i), min(self.max_new_tokens, n - length)
+                    of_first = float(weights[first]), int(tasks[first])
+                    if length > 0:
+                        found.append(PromptPlace(row, int(begin), length, limit, *of_first))
+            prompts += self._fitting(found, n, f"{step} {row}")
         return prompts
 
-    def _in_turn(self, lengths: list[int], room: int, key: str) -> list[int]:
-        """Indices of a segment's prompts in the order in which they get room: as they come, or drawn."""
-        order = list(range(len(lengths)))
-        if sum(lengths) + len(lengths) * self.max_new_tokens > room:
-            random.Random(f"{self.seed} {key}").shuffle(order)
-        return order
+    def _fitting(self, prompts: list[PromptPlace], n: int, key: str) -> list[PromptPlace]:
+        """A row's prompts that fit into its n tokens: all of them, in order, or as many as do, by a draw."""
+        if sum(prompt.length + self.max_new_tokens for prompt in prompts) > n:
+            prompts = random.Random(f"{self.seed} {key}").sample(prompts, len(prompts))
+        room, fitting = n, []
+        for prompt in prompts:
+            if room == n or prompt.length + self.max_new_tokens <= room:
+                room -= prompt.length + prompt.limit
+                fitting.append(prompt)
+        return sorted(fitting, key=lambda prompt: (prompt.begin, prompt.length))
 
     @contextlib.contextmanager
     def _sampling(self, step: int, ids: Tensor) -> Iterator[None]:

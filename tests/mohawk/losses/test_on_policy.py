@@ -465,6 +465,29 @@ def test_turns_that_do_not_fit_have_their_chance(make_student):
     assert set(asked) == {3, 7, 15} and min(asked.count(k) for k in (3, 7, 15)) >= 8
 
 
+def test_whatever_lies_behind_others_in_a_row_has_its_chance(make_student):
+    """Packing puts the shorter ones behind the longer, again and again: of each row all prompts are drawn from."""
+    on_policy = OnPolicy(make_student("gpt2"), share=1, max_new_tokens=6, eos_token_id=257, pad_token_id=PAD)
+    first, second = chat_of([(3, 2), (2, 4)], n=11, seed=1), chat_of([(4, 3), (3, 3)], n=13, seed=2)
+    chats = {name: torch.cat([first[name], second[name]]) for name in first}
+    chats["segment_ids"][11:] = 1
+    pairs = row_of((6, 3), (5, 3), (5, 2), (4, 2), (4, 2), n=24, seed=3)
+    expected = {0: [(0, 3), (0, 7), (1, 4), (1, 10)], 1: [(0, 3), (1, 3), (2, 2), (3, 2), (4, 2)]}
+    for which, row in enumerate((chats, pairs)):
+        batch = collate([row])
+        begins = [int((row["segment_ids"] == segment).int().argmax()) for segment in range(5)]
+        texts = [row["input_ids"][begins[s] : begins[s] + length].tolist() for s, length in expected[which]]
+        asked, steps = [0] * len(texts), 60
+        for step in range(steps):
+            made = on_policy(batch, step)
+            assert made["input_ids"].shape[1] <= 24
+            places = [texts.index(prompt) for prompt in prompts_of(made, 0)]
+            assert places == sorted(set(places)) and 1 <= len(places) < len(texts)
+            for place in places:
+                asked[place] += 1
+        assert min(asked) >= steps // 8, asked
+
+
 def test_of_a_chat_whose_left_was_cut_within_an_answer_the_others_are_asked(make_student):
     row = chat_of([(3, 2), (2, 4)], n=40, seed=1)
     row["labels"][1:3] = row["input_ids"][1:3]  # an answer from the first token on, as truncation leaves it
