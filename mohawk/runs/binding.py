@@ -77,7 +77,7 @@ def bind(run: Path, recipe: Any, tokenizer: Any, precision: str, *, record: bool
     if found is None or (found["inputs"] is None and not record):
         return
     now = dict(inputs_of(recipe, tokenizer))
-    if found["inputs"] is None:
+    if found["inputs"] is None or record and not _begun(run):  # such as one whose first teacher was refused
         write_json(run / RUN_FILE, found | {"inputs": now, "precision": precision, "versions": versions()})
         return
     installed, then = versions(), found["versions"]
@@ -204,8 +204,7 @@ def _commit(name: str, revision: str | None) -> str | None:
 def _made_again(run: Path) -> dict[str, Any]:
     """What run.json says where there is none: of a new run, of an earlier version's, or of one that lost it."""
     new = {"id": secrets.token_hex(8), "inputs": None, "precision": None, "versions": versions()}
-    work = [*left_by_phases(run), *evaluation_files(run), *run.glob(f"{ROUNDS}/*"), run / STUDENT]
-    if not any(path.is_dir() or path.suffix == ".json" for path in work):
+    if not _begun(run):
         return new
     found = _recorded(run)
     if found is None:
@@ -216,6 +215,12 @@ def _made_again(run: Path) -> dict[str, Any]:
         return new | {"id": _earlier_id(run) or new["id"]}
     log.warning("%s: %s is lost; made again of what %s says", run, RUN_FILE, found.pop("path"))
     return found
+
+
+def _begun(run: Path) -> bool:
+    """Whether a run has made anything of what it reads."""
+    work = [*left_by_phases(run), *evaluation_files(run), *run.glob(f"{ROUNDS}/*"), run / STUDENT]
+    return any(path.is_dir() or path.suffix == ".json" for path in work)
 
 
 def _recorded(run: Path) -> dict[str, Any] | None:

@@ -872,6 +872,20 @@ def test_a_teacher_that_is_not_finite_is_refused_by_name(value, place, capsys):
     assert "not finite, first model.layers.1.mlp.up_proj.weight (1 of " in line
 
 
+def test_a_run_that_has_made_nothing_is_bound_to_what_it_reads_next(place):
+    """As its refusal asks for: a whole checkpoint in the place of one that was not finite."""
+    path = place / "teacher" / "model.safetensors"
+    good, state = path.read_bytes(), load_file(path)
+    state["model.norm.weight"][3] = float("nan")
+    save_file(state, path, metadata={"format": "pt"})
+    with pytest.raises(UserError, match="not finite, first model.norm.weight"):
+        convert(recipe_of("fresh"))
+    path.write_bytes(good)
+    convert(recipe_of("fresh"))
+    ours, theirs = (json.loads((place / run / "run.json").read_text())["inputs"] for run in ("fresh", "run"))
+    assert ours == theirs
+
+
 def test_weights_that_are_not_finite_take_no_checkpoints_place(tmp_path):
     class Broken(TinyObjective):
         """Its weights become infinite at step 6 by something that no gradient shows."""
