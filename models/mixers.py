@@ -47,6 +47,8 @@ class SSMMixer(StateMixer):
     Arguments as in `StateMixer`; `bias` is one switch for in_proj and out_proj, as in Bamba.
     """
 
+    label = "Mamba-2"
+
     def __init__(self, *args, bias: bool = False, **kwargs):
         super().__init__(*args, bias=bias, **kwargs)
         self.D = nn.Parameter(torch.ones(self.num_heads))

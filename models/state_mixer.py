@@ -73,7 +73,7 @@ class StateMixer(nn.Module):
         ValueError: if num_heads is not a multiple of num_groups.
     """
 
-    label: str = "Mamba-2"
+    label: str
     kept_bytes: dict[int, tuple[float, float, float]] = {4: (20.0, 16.0, 52.4), 2: (18.0, 8.0, 40.4)}
     activation: str | None = None  # after the conv
     conv_has_bias: bool = True
