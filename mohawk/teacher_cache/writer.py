@@ -130,8 +130,10 @@ def write_cache(
         elif is_first():
             try:
                 _write_or_go_on(folder, settings, answers, dataset, batch_size * count())
-            finally:
+            except UserError:  # found between two batches; in the middle of one the others hear of nothing but its end
                 answers.ended()
+                raise
+            answers.ended()
         else:
             answers.follow()
     finally:

@@ -12,6 +12,7 @@ import torch
 
 from mohawk.cli import main
 from mohawk.losses.on_policy import OnPolicy
+from mohawk.teacher_cache.answers import Answers
 from mohawk.teacher_cache.reader import TeacherCache
 from mohawk.training.trainer import PhaseTrainer
 from tests.helpers.tiny_phase import cheap_training  # noqa: F401
@@ -115,6 +116,29 @@ def test_a_cache_in_parts_is_that_of_one_process(kind, place, tmp_path):  # noqa
             torch.testing.assert_close(theirs[name], column, rtol=1e-2 if kind == "top-k" else 1e-5, atol=1e-5)
     assert two_processes(tmp_path / "two", *command[:-1], "512") == [2, 2]  # another cache: a mistake, said once
     assert (tmp_path / "two/0.txt").read_text().count("error: ") == 1
+
+
+def out_of_memory_in_a_batch(rank: int) -> None:
+    if rank == 0:
+        run, seen = Answers._run, []
+
+        def fails(self, batch):
+            seen.append(1)
+            if len(seen) == 2:
+                raise MemoryError
+            return run(self, batch)
+
+        Answers._run = fails
+
+
+def test_a_cache_whose_first_process_fails_in_the_middle_of_a_batch_ends_all(place, tmp_path):  # noqa: F811
+    """The others are in a layer of the teacher then, and hear of nothing else."""
+    recipe = written(place, tmp_path / "two", student={"layers": [0]}, stages=[{"name": "a"}], **PARTS)
+    command = ("cache", str(recipe), "--output", str(tmp_path / "two/cache-of-it"))
+    assert two_processes(tmp_path / "two", *command, before=out_of_memory_in_a_batch) == [2, 2]
+    said = [(tmp_path / f"two/{rank}.txt").read_text() for rank in (0, 1)]
+    assert "memory" in said[0] and "another process of this run has ended" in said[1]
+    assert not any("Traceback" in one for one in said)
 
 
 def no_prompts_on_the_second(rank: int) -> None:
