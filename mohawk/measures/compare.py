@@ -39,8 +39,8 @@ class TeacherStates:
     """A teacher's answers on an evaluation text, of which each process has its share of the batches.
 
     batches: packed batches as `collate` gives them, equally many on all processes. hidden: for each batch, the final
-    hidden state (rows, hidden) of every position that predicts a token, in the teacher's dtype. head: the teacher's.
-    tokens: how many are predicted, on all processes together.
+    hidden state (rows, hidden) of every position that predicts a token, in the teacher's dtype. head: the teacher's
+    own, in parts where that is. tokens: how many are predicted, on all processes together.
     """
 
     batches: list[dict[str, Tensor]]
@@ -89,7 +89,7 @@ def teacher_states(
     device = torch.device(device) if device is not None else teacher.device
     batches = list(dealt_batches(dataset, batch_size))
     reshard(teacher)
-    head = Head.of(teacher).frozen()
+    head = Head.of(teacher).detached()  # a copy in float32 would be there for as long as the run
     hidden = []
     with _evaluating(teacher):
         for batch in batches:
@@ -129,7 +129,7 @@ def compare(
     """
     device = torch.device(device) if device is not None else student.device
     reshard(student)
-    student_head, teacher_head = Head.of(student).frozen(), states.head.to(device)
+    student_head, teacher_head = Head.of(student).frozen(), states.head.frozen().to(device)
     vocab = min(len(student_head.weight), len(teacher_head.weight))
     totals = torch.zeros(4, dtype=torch.float64, device=device)
     with _evaluating(student):

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from torch.distributed.device_mesh import init_device_mesh
 
 from mohawk.data.packing import PackedDataset, split_documents
 from mohawk.data.text import TokenizedText
@@ -18,6 +19,8 @@ from mohawk.measures.compare import (
     decode_speed,
     teacher_states,
 )
+from mohawk.models.sharding import shard
+from tests.helpers.processes import in_processes
 
 LENGTHS = [13, 40, 2, 1, 27, 9]  # one document has nothing to predict
 
@@ -161,6 +164,23 @@ def test_logits_are_never_whole(dataset, make_llama, monkeypatch):
     monkeypatch.setattr(torch.nn.functional, "linear", watch)
     compare(make_llama(1), teacher_states(make_llama(0), dataset, batch_size=4))
     assert 0 < largest <= 5
+
+
+@pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="needs gloo")
+def test_a_teachers_head_is_not_kept_whole(dataset, make_llama, tmp_path):
+    """It would be there in float32 for as long as a run, beside every text and on every process."""
+    teacher = make_llama().bfloat16()
+    assert teacher_states(teacher, dataset).head.weight.data_ptr() == teacher.lm_head.weight.data_ptr()
+
+    def in_parts(rank):
+        teacher = make_llama(0)
+        shard(teacher, init_device_mesh("cpu", (2,)), trains=False)
+        states = teacher_states(teacher, dataset, batch_size=3)
+        assert len(states.head.weight.to_local()) == 258 // 2
+        return compare(make_llama(1), states)
+
+    truth = by_definition(make_llama(1), make_llama(0), dataset)
+    assert all(close(ours, truth) for ours in in_processes(tmp_path, 2, in_parts))
 
 
 def test_a_text_that_predicts_nothing(dataset, make_llama):
