@@ -151,7 +151,9 @@ class Phase(Section):
     ] = Field(default=(0.9, 0.95), description="AdamW's betas")
     weight_decay: Share = Field(default=0.1, description="AdamW's weight decay, on matrices alone")
     max_grad_norm: Annotated[float, Field(gt=0)] | None = Field(
-        default=1.0, description="gradients are clipped to this norm; null: not clipped"
+        default=1.0,
+        description="norm that gradients are clipped to, in phases 1 and 2 each of n layers by itself to a sqrt(n)th "
+        "of it; null: not clipped",
     )
     warmup: Share = Field(default=0.1, description="share of the steps in which the learning rate rises")
     decay: Share = Field(default=0.1, description="share of the steps in which it falls to 0 at the end")

@@ -33,8 +33,9 @@ class Objective(nn.Module, Generic[StudentT]):
 
     def apart(self) -> Mapping[str, Sequence[nn.Parameter]]:
         """Where each loss trains parameters that no other one reaches, by its name what it trains, of all processes
-        with stages; else nothing. A loss that is not finite then holds up what it trains alone, and each is clipped by
-        itself: with n of them to the nth part of the square of the norm that all may have together."""
+        with stages; else nothing. A loss that is not finite then holds up what it trains alone, and each
+        gradient is clipped by itself, with n of them to max_grad_norm / sqrt(n): together they are at most as long as
+        one that is clipped whole, and none shortens another."""
         return {}
 
     def has(self, loss: str) -> bool:
