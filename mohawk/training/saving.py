@@ -107,11 +107,8 @@ class Checkpoints:
                     sums |= hashed_together(folder)
                 together(stack.close)  # the first process makes it visible
         except OSError as error:
-            raise UserError(
-                f"{path}: the checkpoint could not be written ({error.strerror or error};"
-                f" {shutil.disk_usage(self.folder).free / 1e6:,.0f} MB are free there); {self._whole_one()}."
-                " Free disk space or make the folder writable, then run the same command"
-            ) from error
+            # what is free changes from moment to moment, and one mistake is said once
+            raise UserError(agree(self._unwritten(path, error) if is_first() else None)) from error
         logger.info("%s: saved %s", counts["name"], path)
         if is_first():
             rotate(self.folder, path, keep=self.keep)
@@ -168,6 +165,13 @@ class Checkpoints:
                 f"{self.told}: after step {step} {found} is not finite, so no checkpoint is written;"
                 f" {self._whole_one()}. {self.advice} and run again"
             )
+
+    def _unwritten(self, path: Path, error: OSError) -> str:
+        return (
+            f"{path}: the checkpoint could not be written ({error.strerror or error};"
+            f" {shutil.disk_usage(self.folder).free / 1e6:,.0f} MB are free there); {self._whole_one()}."
+            " Free disk space or make the folder writable, then run the same command"
+        )
 
     def _whole_one(self) -> str:
         kept = newest_complete(self.folder)

@@ -5,6 +5,7 @@ import os
 import shutil
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -135,6 +136,7 @@ def full_disk_on_the_second(run: Path, rank: int) -> str:
             raise OSError(28, "No space left on device")
 
         module.write_random_states = full
+        module.shutil.disk_usage = lambda folder: SimpleNamespace(free=1)  # a moment later
     try:
         trainer.train_phase()
     except UserError as error:
@@ -145,6 +147,7 @@ def full_disk_on_the_second(run: Path, rank: int) -> str:
 def test_a_full_disk_on_one_process_ends_all(tmp_path):
     said = in_processes(tmp_path, 2, lambda rank: full_disk_on_the_second(tmp_path / "run", rank))
     assert all("the checkpoint could not be written (No space left on device;" in one for one in said)
+    assert said[0] == said[1]  # or it is told twice
     assert not list((tmp_path / "run/phases/mixing").glob("checkpoint*"))
     assert not list((tmp_path / "run/phases/mixing").glob(".partial*"))
 
