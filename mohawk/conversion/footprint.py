@@ -122,8 +122,8 @@ def footprint(
         if itemsize == 2:
             found["autocast copies"] = 2 * largest
         found["handed on"] = AHEAD * teacher_bytes * tokens * width
-    elif parts > 1:  # two layers gathered, one of them twice meanwhile; one's gradient before and while it is summed
-        found["gathered"] = itemsize * (3 * largest + max(theirs)) + 8 * largest
+    elif parts > 1:
+        found["gathered"] = gathered(itemsize, largest, max(theirs))
     elif itemsize == 2:
         found["autocast copies"] = 2 * (matrices - head if last and not strategy.recompute else largest)
     if not last:
@@ -133,14 +133,49 @@ def footprint(
         found["activations"] = 4 * tokens * width * len(layers) + max(map(kept, range(len(layers))))
     else:
         found["activations"] = sum(map(kept, range(len(layers))))
+    add_loss(
+        found, head=head, words=config.vocab_size, tokens=tokens, width=width, itemsize=itemsize, parts=parts,
+        layer=max(map(kept, range(len(layers)))), one_pass=phase.batch_size * processes >= phase.rows,
+    )  # fmt: skip
+    return found
+
+
+def gathered(itemsize: int, largest: int, of_teacher: int) -> int:
+    """Bytes of the layers that are whole at one time, by the parameters of the largest of each model: two, one of them
+    twice meanwhile; and one's gradient before and while it is summed."""
+    return itemsize * (3 * largest + of_teacher) + 8 * largest
+
+
+def add_loss(
+    found: dict[str, int],
+    *,
+    head: int,
+    words: int,
+    tokens: int,
+    width: int,
+    itemsize: int,
+    parts: int,
+    layer: int,
+    one_pass: bool,
+) -> None:
+    """Adds what a loss on logits needs, and takes away what is not there at the same time.
+
+    Args:
+        found: bytes of everything else, by what they are of.
+        head: parameters of an output embedding of `words` rows. tokens, width: of the hidden states.
+        layer: bytes that a layer keeps for its backward pass, at most.
+        one_pass: whether a step has a single backward pass.
+    """
+    logits = min(TILE, 16 * tokens * words)
     # both heads, the head's gradient in float32 while it is made, hidden states and their gradients
     heads = (4 + (2 * itemsize if parts > 1 or itemsize == 2 else 0)) * head
-    found["head and loss"] = heads + min(TILE, 16 * tokens * config.vocab_size) + 6 * tokens * width
-    if phase.batch_size * processes >= phase.rows:
-        # of a step's only backward pass: gradients take the place of activations, and count as far as they take more
-        freed = found["activations"] + found["head and loss"]
-        found["gradients"] = max(0, found["gradients"] + max(map(kept, range(len(layers)))) - freed)
-    return found
+    found["head and loss"] = heads + logits + 6 * tokens * width
+    layers = found.get("gathered", 0)
+    if layers:  # while there are logits no layer is whole, and the other way round
+        found["gathered"] = max(0, layers - logits)
+    if one_pass:  # gradients take the place of activations, and count as far as they take more
+        freed = found["activations"] + found["head and loss"] + found.get("gathered", 0)
+        found["gradients"] = max(0, found["gradients"] + layer + layers - freed)
 
 
 def operations(name: str, phase: Any, student: HybridForCausalLM, teacher: PreTrainedModel, recompute: bool) -> float:

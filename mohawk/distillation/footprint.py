@@ -12,7 +12,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from mohawk.conversion.footprint import KEPT, TILE, Hardware, Strategy, strategies, used_parameters
+from mohawk.conversion.footprint import KEPT, Hardware, Strategy, add_loss, gathered, strategies, used_parameters
 from mohawk.models.decoders import decoder
 from mohawk.models.mixers import MIXERS
 
@@ -104,20 +104,17 @@ def stage_footprint(
         "gradients": 4 * trained // parts,
         "optimizer": 8 * trained // parts,
     }
-    if parts > 1:  # two layers gathered, one of them twice meanwhile; one's gradient before and while it is summed
+    if parts > 1:
         theirs = [max(map(_count, decoder(model)[1])) for model, _ in teachers]
-        found["gathered"] = itemsize * (3 * max(layers) + max(theirs, default=0)) + 8 * max(layers)
+        found["gathered"] = gathered(itemsize, max(layers), max(theirs, default=0))
     elif itemsize == 2:
         found["autocast copies"] = 2 * (max(layers) if strategy.recompute else matrices - head)
     again = 4 * tokens * width * len(layers) + max(kept)
     found["activations"] = again if strategy.recompute else sum(kept)
-    # both heads, the head's gradient in float32 while it is made, hidden states and their gradients
-    heads = (4 + (2 * itemsize if parts > 1 or itemsize == 2 else 0)) * head
-    found["head and loss"] = heads + min(TILE, 16 * tokens * config.vocab_size) + 6 * tokens * width
-    if stage.batch_size * processes >= stage.rows:
-        # of a step's only backward pass: gradients take the place of activations, and count as far as they take more
-        freed = found["activations"] + found["head and loss"]
-        found["gradients"] = max(0, found["gradients"] + max(kept) - freed)
+    add_loss(
+        found, head=head, words=config.vocab_size, tokens=tokens, width=width, itemsize=itemsize, parts=parts,
+        layer=max(kept), one_pass=stage.batch_size * processes >= stage.rows,
+    )  # fmt: skip
     if (matched := _matched(stage, student, [model for model, _ in teachers], tokens)) > 0:
         found["matchings"] = matched
     if getattr(stage, "on_policy", None) is not None and parts > 1:  # whole on each process while it samples
