@@ -1,14 +1,16 @@
-"""A step of phases 2 and 3 on 1, 2 and 4 processes: memory and time of each.
+"""A step of phases 2 and 3 and of a distillation on 1, 2 and 4 processes: memory and time of each.
 
-A 100M model, its layers every second a mixer, float32, over gloo on this machine's cores. Three ways: models whole on
-each process (data parallelism), in parts (`sharding.kind: full`), and as accelerate's own FSDP2 has it for phase 3: the
-student in parts, the teacher whole, as it prepares one model. Beside the peak stands what the plan says of it.
+A 100M model, float32, over gloo on this machine's cores; its student has a mixer in every second layer or, distilled,
+every second layer alone. Three ways: models whole on each process (data parallelism), in parts (`sharding.kind: full`),
+and as accelerate's own FSDP2 has it for phase 3: the student in parts, the teacher whole, as it prepares one model.
+Beside the peak stands what the plan says of it.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import platform
 import resource
@@ -18,6 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
@@ -30,6 +33,7 @@ QUICK = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 4, "n
 VOCAB, LENGTH = 32000, 256
 ROWS = 4  # of a step, over all processes
 STEPS = 3
+PHASES = ("hidden", "end_to_end", "distill")
 TEACHER = "MOHAWK_BENCHMARK_TEACHER"  # environment variable: the folder of the teacher that all cases read
 
 
@@ -48,8 +52,8 @@ def case(phase: str, how: str, processes: int, rows: int, quick: bool, recompute
     import torch.distributed as dist
     from torch.distributed.device_mesh import init_device_mesh
 
-    from mohawk.conversion.objectives import EndToEndObjective, HiddenObjective
     from mohawk.core.processes import sum_gradients, total
+    from mohawk.distillation.build import shaped, shaped_in_parts
     from mohawk.loading.models import load_teacher
     from mohawk.losses.distiller import KnowledgeDistiller
     from mohawk.models.from_teacher import hybrid_from_teacher
@@ -66,11 +70,15 @@ def case(phase: str, how: str, processes: int, rows: int, quick: bool, recompute
         mesh = init_device_mesh("cpu", (processes,))
         teacher = load_teacher(os.environ[TEACHER], spread=lambda model: shard(model, mesh, trains=False))
         torch.manual_seed(0)
-        student = hybrid_from_teacher(teacher, spread=lambda model: shard(model, mesh))
+        spread = lambda model: shard(model, mesh)  # noqa: E731
+        if phase == "distill":
+            student = shaped_in_parts(_distilled(), teacher, 0, spread)
+        else:
+            student = hybrid_from_teacher(teacher, spread=spread)
     else:
         teacher = load_teacher(os.environ[TEACHER])
         torch.manual_seed(0)
-        student = hybrid_from_teacher(teacher)
+        student = shaped(_distilled(), teacher, 0) if phase == "distill" else hybrid_from_teacher(teacher)
     student.requires_grad_(True).train()
     if recompute:
         student.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -79,9 +87,7 @@ def case(phase: str, how: str, processes: int, rows: int, quick: bool, recompute
         objective = KnowledgeDistiller(teacher, student)
         parameters = [p for p in student.parameters() if p.requires_grad]
     else:
-        objective = (
-            HiddenObjective(student, teacher) if phase == "hidden" else EndToEndObjective(student, teacher, "all")
-        )
+        objective = _objective(phase, student, teacher)
         reshard(student)
         parameters = [p for p in student.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(sharded_apart([{"params": parameters}]), fused=True)
@@ -96,7 +102,7 @@ def case(phase: str, how: str, processes: int, rows: int, quick: bool, recompute
         if processes > 1:
             dist.barrier()
         begin, loss = time.perf_counter(), torch.zeros(())
-        if how == "accelerate":
+        if how == "accelerate" or phase == "distill":
             given = {name: batch[name] for name in ("input_ids", "labels")}
             losses = [("kl", objective.loss(given))]
         else:
@@ -109,6 +115,21 @@ def case(phase: str, how: str, processes: int, rows: int, quick: bool, recompute
         optimizer.zero_grad(set_to_none=True)
         times.append(time.perf_counter() - begin)
     return {"peak_mib": (_peak() - start) / MIB, "seconds": statistics.median(times[1:]), "loss": float(total(loss))}
+
+
+def _distilled():
+    from mohawk.distillation.recipe import DistillStudent
+
+    return DistillStudent(layers="every_second")
+
+
+def _objective(phase: str, student, teacher):
+    from mohawk.conversion.objectives import EndToEndObjective, HiddenObjective
+    from mohawk.losses.distiller import KnowledgeDistiller
+
+    if phase == "distill":
+        return KnowledgeDistiller(teacher, student)
+    return HiddenObjective(student, teacher) if phase == "hidden" else EndToEndObjective(student, teacher, "all")
 
 
 def _accelerates(student, optimizer):
@@ -138,20 +159,34 @@ def planned(phase: str, how: str, processes: int, rows: int, quick: bool, recomp
     from transformers import LlamaConfig, LlamaForCausalLM
 
     from mohawk.conversion.footprint import Strategy, footprint
-    from mohawk.conversion.objectives import EndToEndObjective, HiddenObjective
+    from mohawk.distillation.build import shaped
+    from mohawk.distillation.footprint import stage_footprint
     from mohawk.models.from_teacher import hybrid_from_teacher
 
     config = LlamaConfig(vocab_size=VOCAB, max_position_embeddings=LENGTH, **(QUICK if quick else SIZES))
     with torch.device("meta"):
         teacher = LlamaForCausalLM(config)
-        student = hybrid_from_teacher(teacher)
-    objective = HiddenObjective(student, teacher) if phase == "hidden" else EndToEndObjective(student, teacher, "all")
+        student = shaped(_distilled(), teacher, 0) if phase == "distill" else hybrid_from_teacher(teacher)
     asked = types.SimpleNamespace(batch_size=rows, rows=rows, sequence_length=LENGTH, match="block_output")
-    found = footprint(
-        phase, asked, student, teacher, sum(p.numel() for _, p in objective.trained()), teacher_bytes=4, itemsize=4,
-        strategy=Strategy(processes if how == "parts" else 1, recompute), processes=processes,
-    )  # fmt: skip
+    trained = sum(p.numel() for _, p in _objective(phase, student, teacher).trained())
+    given = {"itemsize": 4, "strategy": Strategy(processes if how == "parts" else 1, recompute), "processes": processes}
+    if phase == "distill":
+        found = stage_footprint(asked, student, [(teacher, 4)], trained, **given)
+    else:
+        found = footprint(phase, asked, student, teacher, trained, teacher_bytes=4, **given)
     return sum(found.values()) / MIB
+
+
+def _is_busy() -> bool:
+    """Whether other work takes a tenth of the machine or more."""
+
+    def ticks() -> list[int]:
+        return [int(word) for word in Path("/proc/stat").read_text().splitlines()[0].split()[1:8]]
+
+    before = ticks()
+    time.sleep(1)
+    passed = [now - then for now, then in zip(ticks(), before, strict=True)]
+    return passed[3] < 0.9 * sum(passed)
 
 
 def run_case(phase: str, how: str, processes: int, rows: int, quick: bool, recompute: bool) -> dict:
@@ -162,6 +197,7 @@ def run_case(phase: str, how: str, processes: int, rows: int, quick: bool, recom
     environment = {**os.environ, "WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     # what is freed is given back at once, so that resident memory is what is held
     environment |= {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+    busy = _is_busy()
     started = [
         subprocess.Popen(
             command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
@@ -177,8 +213,8 @@ def run_case(phase: str, how: str, processes: int, rows: int, quick: bool, recom
         found.append(json.loads(out.splitlines()[-1]))
     return {
         "phase": phase, "how": how, "processes": processes, "recompute": recompute,
-        "peak_mib": max(one["peak_mib"] for one in found), "seconds": max(one["seconds"] for one in found),
-        "loss": found[0]["loss"],
+        "peak_mib": max(one["peak_mib"] for one in found),
+        "seconds": None if busy else max(one["seconds"] for one in found), "loss": found[0]["loss"],
         "planned_mib": None if how == "accelerate" else planned(phase, how, processes, rows, quick, recompute),
     }  # fmt: skip
 
@@ -192,13 +228,16 @@ def table(rows: list[dict], about: dict) -> list[str]:
         first = next(one for one in rows if one["phase"] == row["phase"] and one["processes"] == 1)
         how = names[row["how"]] + (", activation checkpointing" if row["recompute"] else "")
         plan = "" if row["planned_mib"] is None else f"{row['planned_mib']:,.0f} MiB"
+        seconds = "" if row["seconds"] is None else f"{row['seconds']:.2f} s"
         lines.append(
             f"| {row['phase']} | {row['processes']} | {how} | {row['peak_mib']:,.0f} MiB | {plan} | "
-            f"{row['peak_mib'] / first['peak_mib']:.2f} | {row['seconds']:.2f} s |"
+            f"{row['peak_mib'] / first['peak_mib']:.2f} | {seconds} |"
         )
     told = (
         f"{about['parameters'] / 1e6:.0f}M parameters, {ROWS} rows of {LENGTH} tokens a step over all processes, "
-        "float32, a thread a process: with more processes than cores a step's time says little. Peak: resident memory "
+        "a student with a mixer in every second layer (distill: of every second layer alone), "
+        "float32, a thread a process: with more processes than cores a step's time says little, and it is left "
+        "out where the machine had other work. Peak: resident memory "
         f"above the libraries'. {about['machine']}, {about['cores']} cores, torch {about['torch']}, {about['date']}"
     )
     return [*lines, "", f"{told}. `python benchmarks/models/sharding.py`"]
@@ -207,6 +246,7 @@ def table(rows: list[dict], about: dict) -> list[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="a tiny model")
+    parser.add_argument("--phase", choices=PHASES, help="measure this one alone; what the file has of others stays")
     parser.add_argument("--json", type=Path, default=RESULTS / "sharding-cpu.json")
     parser.add_argument("--case", nargs=6, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -214,11 +254,17 @@ def main() -> None:
         phase, how, processes, rows, quick, recompute = options.case
         print(json.dumps(case(phase, how, int(processes), int(rows), quick == "True", recompute == "True")))
         return
-    rows = []
+    rows, phases = [], PHASES if options.phase is None else (options.phase,)
+    if len(phases) < len(PHASES):  # plans change without a measurement
+        rows = [row for row in json.loads(options.json.read_text())["rows"] if row["phase"] not in phases]
+        for row in rows:
+            asked = row["phase"], row["how"], row["processes"], ROWS, options.quick, row["recompute"]
+            row["planned_mib"] = row["planned_mib"] and planned(*asked)
     with tempfile.TemporaryDirectory() as folder:
         os.environ[TEACHER] = folder
         save_teacher(folder, options.quick)
-        measure(rows, options.quick)
+        measure(rows, options.quick, phases)
+    rows.sort(key=lambda row: PHASES.index(row["phase"]))
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -246,21 +292,24 @@ def save_teacher(folder: str, quick: bool) -> None:
     LlamaForCausalLM(config).save_pretrained(folder)
 
 
-def measure(rows: list[dict], quick: bool) -> None:
+def measure(rows: list[dict], quick: bool, phases: Sequence[str]) -> None:
     """Every case, one after the other, into `rows`."""
-    for phase in ("hidden", "end_to_end"):
+    for phase in phases:
         ways = [("whole", 1, False), ("whole", 2, False), ("parts", 2, False), ("whole", 4, False), ("parts", 4, False)]
         if phase == "end_to_end":
             ways.insert(1, ("whole", 1, True))
             ways[4:4] = [("accelerate", 2, False)]
             ways += [("accelerate", 4, False), ("parts", 4, True)]
+        if phase == "distill":
+            ways[1:1] = [("whole", 1, True)]
+            ways.insert(4, ("parts", 2, True))
         for how, processes, recompute in ways:
             rows.append(run_case(phase, how, processes, ROWS, quick, recompute))
             row = rows[-1]
             plan = "" if row["planned_mib"] is None else f"{row['planned_mib']:7.0f} MiB planned"
             print(
                 f"{phase:10} {how:10} x{processes} {'recompute' if recompute else '':9} {row['peak_mib']:7.0f} MiB "
-                f"{plan:20} {row['seconds']:6.2f} s  loss {row['loss']:.6f}", flush=True,
+                f"{plan:20} {row['seconds'] or math.nan:6.2f} s  loss {row['loss']:.6f}", flush=True,
             )  # fmt: skip
         losses = [row["loss"] for row in rows if row["phase"] == phase]
         if max(losses) - min(losses) > 1e-5 * abs(losses[0]):
