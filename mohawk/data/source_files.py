@@ -58,6 +58,10 @@ BUILDERS = {"text": "text", "paragraphs": "text", "jsonl": "json", "parquet": "p
 DEEPEST = 500  # brackets inside brackets in a line of JSON
 
 
+class NotThere(UserError):
+    """A local source that names no file here; it may name one later."""
+
+
 @dataclass(frozen=True)
 class Source:
     """Where text comes from.
@@ -104,13 +108,13 @@ def local_files(source: Source) -> tuple[list[Path], str | None]:
     elif path.is_dir():
         files = sorted(p for p in path.rglob("*") if p.is_file() and _suffix(p) in SUFFIXES)
         if not files:
-            raise UserError(f"data: the folder {name} holds no {', '.join(SUFFIXES)} file")
+            raise NotThere(f"data: the folder {name} holds no {', '.join(SUFFIXES)} file")
     elif any(c in name for c in "*?["):
         files = sorted(Path(p) for p in globbing.glob(str(path), recursive=True) if Path(p).is_file())
         if not files:
-            raise UserError(f"data: {name} matches no file (looked from {Path.cwd()})")
+            raise NotThere(f"data: {name} matches no file (looked from {Path.cwd()})")
     elif _looks_local(name):
-        raise UserError(f"data: {name} does not exist (looked for {path.absolute()})")
+        raise NotThere(f"data: {name} does not exist (looked for {path.absolute()})")
     else:
         return [], None
     if empty := [p for p in files if p.stat().st_size == 0]:
@@ -190,6 +194,8 @@ def _user_error(error: Exception, source: Source, files: list[Path], form: str |
         if any(isinstance(e, UnicodeDecodeError) for e in chain) or "UTF-8" in said or "utf-8" in said:
             for path in files:
                 _check_encoding(path)
+        if "corresponds to no data" in said:
+            return UserError(f"data: {name} has no rows; remove it or give it text")
         if "split" in str(error).lower():
             return UserError(f"data: {name}: a local file has only the split train, got {source.split!r}")
         what = {"jsonl": "JSON lines", "parquet": "Parquet"}.get(form or "", "text")

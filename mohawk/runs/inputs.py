@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from mohawk.data.pair_tokens import check_pair, no_weights
 from mohawk.data.records import first_records, read_records
 from mohawk.data.same_tokenizer import check_embedding_rows, check_same, own_tokenizer, teacher_tokenizer
-from mohawk.data.source_files import as_source, local_files
+from mohawk.data.source_files import NotThere, as_source, local_files
 from mohawk.errors import UserError
 from mohawk.loading.configs import load_config
 from mohawk.loading.models import quantization
@@ -65,7 +65,7 @@ def check_inputs(
     for at, source in texts.items():
         try:
             local_files(as_source(source))
-        except UserError as error:
+        except NotThere as error:
             if not planning:
                 raise
             log.warning("%s: not checked: %s", at, error)

@@ -204,6 +204,11 @@ def mistake_parquet(folder):
     return folder / "a.parquet", "cannot read .* as Parquet"
 
 
+def mistake_no_rows(folder):
+    (folder / "a.jsonl").write_text("\n\n")
+    return folder / "a.jsonl", r"a\.jsonl has no rows; remove it or give it text"
+
+
 def mistake_missing(folder):
     return folder / "nowhere.txt", "nowhere.txt does not exist"
 

@@ -54,6 +54,8 @@ def folder(tmp_path_factory, make_llama, tokenizer):
         lines(f"{name}/a.jsonl", [{"text": "words"}] * 300)
         lines(f"{name}/b.jsonl", [{"text": text}])
     lines("short.jsonl", [{"text": "words"}] * 3)
+    (root / "text.md").write_text("some words")
+    (root / "nothing.txt").touch()
     return root
 
 
@@ -95,6 +97,8 @@ CASES = {
     "a field that is not there": (
         {"data": {"train": ["body.jsonl"]}}, "data.train.0: .*body.jsonl:1 has no field 'text'; its fields: body"
     ),
+    "a suffix that says nothing": ({"data": {"train": ["text.md"]}}, "text.md has an unknown suffix; set format"),
+    "a file without a byte": ({"data": {"train": ["nothing.txt"]}}, "nothing.txt is empty; remove it or give it text"),
     "a column of Parquet": (
         {"data": {"train": ["body.parquet"]}}, "data.train.0: .*parquet row 0 has no field 'text'; its"
     ),
