@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import urllib.parse
 from collections.abc import Iterator
 from typing import Any
 
@@ -24,17 +23,30 @@ BEARER = re.compile(r"\b(bearer|basic)\s+\S+", re.I)
 
 
 def any_of(secrets: set[str]) -> re.Pattern[str]:
-    """Finds each of them, also as it stands in an address or in JSON; short ones where no letter or digit is beside,
-    but for those of an escape before it (\\n, %3D)."""
+    """Finds each of them, escaped in any way too, as in an address or in JSON; short ones where no letter or digit is
+    beside, but for those of an escape before it (\\n, %3D)."""
 
     def found(text: str) -> str:
         if len(text) >= LONG_KEY:
-            return re.escape(text)
+            return _escaped_or_not(text)
         begin = r"(?:(?<![A-Za-z0-9])|(?<=\\[bfnrt])|(?<=%[0-9A-Fa-f]{2}))"
-        return rf"{begin}{re.escape(text)}(?![A-Za-z0-9])"
+        return rf"{begin}{_escaped_or_not(text)}(?![A-Za-z0-9])"
 
-    forms = {form for text in secrets for form in (text, urllib.parse.quote(text, safe=""), json.dumps(text)[1:-1])}
-    return re.compile("|".join(map(found, sorted(forms, key=len, reverse=True))) or "(?!)")
+    return re.compile("|".join(map(found, sorted(secrets, key=len, reverse=True))) or "(?!)")
+
+
+def _escaped_or_not(text: str) -> str:
+    """A pattern of the text, each character of it as it is or escaped: who quotes an address may leave some as they
+    are, and JSON may escape any."""
+    pattern = ""
+    for character in text:
+        escapes = [json.dumps(character)[1:-1], "".join(f"%{byte:02x}" for byte in character.encode())]
+        units = character.encode("utf-16-be").hex()
+        escapes.append("".join(f"\\u{units[i : i + 4]}" for i in range(0, len(units), 4)))
+        escapes += [f"\\{character}"] * (character in '"/\\')
+        pattern += f"(?:{'|'.join(f'(?i:{re.escape(escape)})' for escape in escapes if escape != character)}"
+        pattern += f"|{re.escape(character)})"
+    return pattern
 
 
 def without_secrets(value: Any) -> Any:

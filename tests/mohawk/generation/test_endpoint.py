@@ -2,6 +2,7 @@
 
 import json
 import time
+import urllib.parse
 from email.utils import formatdate
 
 import pytest
@@ -11,7 +12,7 @@ from mohawk.errors import UserError
 from mohawk.generation import endpoint as client
 from mohawk.generation.decoding import Decoding
 from mohawk.generation.endpoint import EndpointTeacher, base_url, read_answer, retry_after
-from mohawk.generation.masking import names_secret
+from mohawk.generation.masking import any_of, names_secret
 from tests.helpers.tiny_endpoint import Server, error
 
 SAMPLING = Decoding(method="sample", samples=2, temperature=0.5, top_p=0.9, max_new_tokens=5)
@@ -429,3 +430,19 @@ def test_secrets_of_a_request_stand_nowhere(server, monkeypatch):
     ((_, (response,)),) = teacher.responses(prompts(1))
     assert response.error == "refused by the endpoint: HTTP 400 (you sent *** and ***)"
     assert server.seen[0][2]["x-api-key"] == secret  # sent as given
+
+
+@pytest.mark.parametrize("key", ["sk-Ab/9+x=7", "a/b%2=", 'q"\\/é😀longer'])
+def test_a_key_is_found_however_its_characters_are_escaped(key):
+    """By urllib with / left as it is, by servers that write %2f, by JSON that escapes / or everything."""
+    percent = "".join(f"%{byte:02x}" for byte in key.encode())
+    written = json.dumps(key)[1:-1]
+    spelled = {key, percent, percent.upper(), urllib.parse.quote(key), urllib.parse.quote(key, safe=""), written}
+    spelled |= {urllib.parse.quote(key, safe="+="), written.replace("/", "\\/")}
+    spelled.add(json.dumps(key, ensure_ascii=False)[1:-1])
+    units = key.encode("utf-16-be").hex()
+    spelled.add("".join(f"\\u{units[i : i + 4]}" for i in range(0, len(units), 4)))
+    for text in spelled:
+        assert any_of({key}).sub("***", f"at /{text}&x") == "at /***&x", text
+    assert any_of({key}).sub("***", f"/{key[:-1]}!") == f"/{key[:-1]}!"
+    assert any_of(set()).sub("***", "nothing") == "nothing"
