@@ -91,7 +91,7 @@ def read_pairs(
     is a user's message. Otherwise the tokens are those of the prompt, as the model sees it when it answers, then the
     response's and the EOS. A response that was cut (finish_reason "length") gets no end to learn.
 
-    teacher_field: who answers the row, an index or one of `teachers`. weight_field: a number of at least 0 that
+    teacher_field: who answers the row, an index or one of `teachers`. weight_field: a number from 0 to 1e30 that
     multiplies the loss of the row's tokens; a row without it counts 1, and one row at least has it. cache: a folder;
     None is the user's. Raises UserError with file and line.
     """
