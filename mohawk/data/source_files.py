@@ -172,9 +172,10 @@ def load_rows(source: Source, files: list[Path], form: str | None, scratch: str 
         return datasets.load_dataset(BUILDERS[form], data_files=names, split=source.split, cache_dir=scratch, **options)
     except Exception as error:
         made = _user_error(error, source, files, form)
-        # Arrow's copy, whose writer knows no name
-        if isinstance(made, OSError) and made.errno in FULL and made.filename is None and scratch is not None:
-            made.filename = str(Path(scratch).parent)
+        # Arrow knows no names: of its copy, of which there is too little room, or of the text
+        if isinstance(made, OSError) and made.errno is not None and made.filename is None and files:
+            copied = made.errno in FULL and scratch is not None
+            made.filename = str(Path(scratch).parent if copied else files[0] if len(files) == 1 else source.source)
         raise made from error
     finally:
         if not bars:

@@ -1,3 +1,4 @@
+import errno
 import gzip
 import json
 import os
@@ -421,3 +422,18 @@ def test_parquet_that_is_damaged_is_named(tmp_path, load):
             with pytest.raises(UserError, match="a.parquet") as raised:
                 read_it(path)
             assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EIO, errno.ENOSPC])
+def test_what_arrow_may_not_read_or_write_is_named(number, tokenizer, tmp_path, monkeypatch):
+    """Its errors have no names: of a text that cannot be read it is the text's, of a full disk the copy's folder."""
+    (tmp_path / "text.txt").write_text("some words\n")
+
+    def refused(*args, **kwargs):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(datasets, "load_dataset", refused)
+    with pytest.raises(OSError) as caught:
+        tokenize(str(tmp_path / "text.txt"), tokenizer, cache=tmp_path / "cache")
+    expected = tmp_path / "cache" / "tokens" if number == errno.ENOSPC else tmp_path / "text.txt"
+    assert str(caught.value.filename).startswith(str(expected)) and caught.value.errno == number
