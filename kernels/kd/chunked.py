@@ -3,7 +3,7 @@
 Two nested loops. The outer one takes as many rows as make an efficient matrix product and fills a float32
 tile of logits for the student and one for each teacher that comes as hidden states. The inner one takes so
 few rows that a dozen elementwise passes over them stay in the cache, and overwrites the student's tile with
-its gradient (tile.py, with scores.py and gradients.py; the products are in products.py). Memory is a few tiles,
+its gradient (tile.py, with gradients.py; the products are in products.py). Memory is a few tiles,
 whatever the number of rows, and a sum in float32 of the head's gradient or what takes its place (`keeps_gradient`).
 """
 
@@ -17,8 +17,7 @@ from torch import Tensor
 
 from mohawk.kernels.kd import products as kd_products
 from mohawk.kernels.kd.options import KDTask, Options, RowLosses, StudentHead, take
-from mohawk.kernels.kd.scores import Scores
-from mohawk.kernels.kd.tile import Tile, torch_tile
+from mohawk.kernels.kd.tile import Scores, Tile, torch_tile
 from mohawk.kernels.kd.vocabulary import VocabularySlice
 
 BACKEND = "chunked"  # as `mohawk doctor` names it

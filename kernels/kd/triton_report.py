@@ -8,7 +8,7 @@ multiple of 16 is compiled apart, as a launch does it: its rows are not aligned,
 from __future__ import annotations
 
 from mohawk.kernels.common import triton_report
-from mohawk.kernels.kd import triton_backend
+from mohawk.kernels.kd import triton_backend, triton_kernels
 
 QUICK = ("reverse_kl", "jsd", "cosine")
 LOGITS = {"bf16": "*bf16", "fp32": "*fp32"}
@@ -24,7 +24,7 @@ def compile_one(target: str, kernel: str, divergence: str, logits: str, vocab: i
 
 def launch_arguments(kernel: str, divergence: str, logits: str, vocab: int) -> tuple:
     """A kernel, and what it is launched with: see `specialized`."""
-    function = getattr(triton_backend, f"_{kernel}")
+    function = getattr(triton_kernels, f"{kernel}_kernel")
     constants = {
         "DIVERGENCE": divergence,
         "IN_SWEEP": divergence in triton_backend.IN_SWEEP,
