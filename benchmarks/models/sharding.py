@@ -52,7 +52,7 @@ def case(phase: str, how: str, processes: int, rows: int, quick: bool, recompute
     import torch.distributed as dist
     from torch.distributed.device_mesh import init_device_mesh
 
-    from mohawk.core.processes import sum_gradients, total
+    from mohawk.core.collectives import sum_gradients, total
     from mohawk.distillation.build import shaped, shaped_in_parts
     from mohawk.loading.models import load_teacher
     from mohawk.losses.distiller import KnowledgeDistiller

@@ -12,7 +12,8 @@ import torch
 
 from mohawk.conversion.plan import student_options
 from mohawk.conversion.recipe import student_mistakes
-from mohawk.core.processes import is_first, several, shared_from_first
+from mohawk.core.collectives import shared_from_first
+from mohawk.core.processes import is_first, several
 from mohawk.data.text import tokenizer_key
 from mohawk.distillation.recipe import DistillData, DistillStudent, DistillTeacher, RampSection, Stage
 from mohawk.errors import UserError

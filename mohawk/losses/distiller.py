@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 import torch
 from torch import Tensor, nn
 
-from mohawk.core.processes import several, total
+from mohawk.core.collectives import total
+from mohawk.core.processes import several
 from mohawk.data.next_tokens import IGNORED, next_column, next_labels, positions
 from mohawk.kernels.kd.interface import TAIDSchedule, TeacherHidden, TeacherSamples, TeacherTAID, linear_kd_loss
 from mohawk.loading.causal import plain_model

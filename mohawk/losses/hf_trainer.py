@@ -13,7 +13,8 @@ from torch import nn
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from mohawk.core.processes import means, several, sum_gradients, total
+from mohawk.core.collectives import means, sum_gradients, total
+from mohawk.core.processes import several
 from mohawk.losses.distiller import KnowledgeDistiller
 
 if TYPE_CHECKING:

@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor, nn
 
-from mohawk.core.processes import count, from_all, rank, total
+from mohawk.core.collectives import total
+from mohawk.core.processes import count, from_all, rank
 from mohawk.data.next_tokens import IGNORED, next_labels
 from mohawk.data.packing import collate
 from mohawk.errors import UserError

@@ -14,7 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mohawk.core.processes import agree, count, rank, rows_of_all
+from mohawk.core.collectives import rows_of_all
+from mohawk.core.processes import agree, count, rank
 from mohawk.errors import UserError
 from mohawk.kernels.kd.products import finish_logits, logits_product
 from mohawk.loading.configs import check_decoder

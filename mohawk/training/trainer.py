@@ -28,21 +28,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import set_seed
 
+from mohawk.core.collectives import means, share_parameters, sum_gradients, total
 from mohawk.core.folders import Interrupted, locked, remove_partial, step_of
 from mohawk.core.precision import autocast_dtype, pick_device
-from mohawk.core.processes import (
-    agree,
-    count,
-    from_all,
-    from_first,
-    is_first,
-    means,
-    rank,
-    several,
-    share_parameters,
-    sum_gradients,
-    total,
-)
+from mohawk.core.processes import agree, count, from_all, from_first, is_first, rank, several
 from mohawk.core.run_folder import phase_folder
 from mohawk.core.stopping import SAME_SIGNAL, SAME_SIGNAL_DISTRIBUTED, StopRequest
 from mohawk.errors import UserError

@@ -5,7 +5,8 @@ import torch
 from torch.distributed.device_mesh import init_device_mesh
 
 from mohawk.conversion.objectives import EndToEndObjective, HiddenObjective, MixingObjective
-from mohawk.core.processes import count, sum_gradients, total
+from mohawk.core.collectives import sum_gradients, total
+from mohawk.core.processes import count
 from mohawk.models.from_teacher import hybrid_from_teacher
 from mohawk.models.sharding import is_sharded, reshard, shard, whole
 from tests.helpers.processes import in_processes

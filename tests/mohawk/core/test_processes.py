@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from mohawk.core import processes
+from mohawk.core import collectives, processes
 from mohawk.core.stopping import StopRequest
 from mohawk.errors import UserError, line_for
 from tests.helpers.tiny_phase import cheap_training, fork, free_port, wait  # noqa: F401
@@ -50,10 +50,10 @@ def end(pid):
 
 def test_one_that_hangs_in_a_step(tmp_path):
     def work(rank):
-        processes.total(torch.ones(3))
+        collectives.total(torch.ones(3))
         if rank == 1:
             os.kill(os.getpid(), signal.SIGSTOP)
-        processes.total(torch.ones(3))
+        collectives.total(torch.ones(3))
 
     first, second = two_processes(tmp_path, work, 0.05)
     try:
@@ -66,7 +66,7 @@ def test_one_that_hangs_in_a_step(tmp_path):
 
 def test_the_first_that_hangs_while_the_others_wait_for_its_work(tmp_path):
     def work(rank):
-        processes.total(torch.ones(3))
+        collectives.total(torch.ones(3))
         processes.on_first(lambda: os.kill(os.getpid(), signal.SIGSTOP))
 
     first, second = two_processes(tmp_path, work, 0.05)
