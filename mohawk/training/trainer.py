@@ -139,19 +139,16 @@ class PhaseTrainer:
         self.objective = objective.to(self.device)
         reshard(objective)  # what trains are the parts
         groups = objective.parameter_groups(phase.learning_rate, phase.weight_decay)
-        named = trainable(objective, groups)
-        names = {id(parameter): name for name, parameter in named.items()}
+        everything = self.trainable = trainable(objective, groups)
+        names = {id(parameter): name for name, parameter in everything.items()}
         order = [names[id(parameter)] for group in groups for parameter in group["params"]]
-        self.apart = objective.apart() or {"": list(named.values())}  # what is clipped together
+        self.apart = objective.apart() or {"": list(everything.values())}  # what is clipped together
         self.most = (phase.max_grad_norm or math.inf) / math.sqrt(len(self.apart))
         if stage is not None:
             self.apart = {name: share for name, share in self.apart.items() if objective.has(name)}
             own = {id(parameter) for share in self.apart.values() for parameter in share}
             groups = [{**group, "params": [p for p in group["params"] if id(p) in own]} for group in groups]
-            named, everything = {name: p for name, p in named.items() if id(p) in own}, named
-        else:
-            everything = named
-        self.trainable = named
+            self.trainable = {name: p for name, p in everything.items() if id(p) in own}
         self.sharded = any(map(is_sharded, self.trainable.values()))
         self.optimizer = adamw(groups, phase)
         self._advice = f"Lower {self.section}.learning_rate (now {phase.learning_rate:g})"
