@@ -23,6 +23,8 @@ FILES = (
     "spiece.model", "sentencepiece.bpe.model", "tekken.json",
 )  # fmt: skip
 ROLES = ("eos", "bos", "unk", "pad")
+FLAGS = ("lstrip", "rstrip", "single_word", "normalized")  # of tokens that were added, special ones among them
+ADVICE = "ids would mean other words to it; give a model of the same tokenizer"
 # What normalisers, pre-tokenizers and merges treat differently: cases, accents composed and not, scripts with and
 # without spaces, digits, white space, code, emoji of several code points, full-width and zero-width characters.
 SAMPLE = (
@@ -99,11 +101,14 @@ def check_same(
 ) -> None:  # fmt: skip
     """UserError, with the first difference, unless both tokenizers read the ids that both have as the same text.
 
-    Ids that only one of them has make no difference, nor do rows of embeddings beyond both. who: whose `other` is, as
-    messages begin. than: whose `teacher` is. roles: also compare which id is eos, bos, unk and pad; one that either
-    does not have is no difference, but for eos, which ends documents.
+    Ids that only one of them has make no difference, nor do rows of embeddings beyond both. Added tokens are compared
+    by how they are looked for in a text too. who: whose `other` is, as messages begin. than: whose `teacher` is. roles:
+    also compare which id is eos, bos, unk and pad; one that either does not have is no difference, but for eos, which
+    ends documents.
     """
     wrong = _difference(teacher, other) if tokenizer_key(teacher) != tokenizer_key(other) else None
+    if wrong is None:
+        wrong = _other_flags(teacher, other)
     if wrong is None and roles:
         wrong = _other_role(teacher, other)
     if wrong is not None:
@@ -114,12 +119,11 @@ def _difference(teacher: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase
     """The first id that is another token, or the first text that is cut otherwise."""
     theirs, ours = ({i: token for token, i in t.get_vocab().items()} for t in (teacher, other))
     both = sorted(theirs.keys() & ours.keys())
-    advice = "ids would mean other words to it; give a model of the same tokenizer"
     if not both:
-        return f"they have no id in common; {advice}"
+        return f"they have no id in common; {ADVICE}"
     for i in both:
         if theirs[i] != ours[i]:
-            return f"id {i} is {theirs[i]!r} there and {ours[i]!r} here; {advice}"
+            return f"id {i} is {theirs[i]!r} there and {ours[i]!r} here; {ADVICE}"
     texts = list(SAMPLE)
     if getattr(teacher, "is_fast", False) and getattr(other, "is_fast", False):
         # each token's own text goes through all the merges that make it; a hundred thousand take seconds
@@ -134,8 +138,32 @@ def _difference(teacher: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase
             at = min(len(there), len(here)) if at is None else at
             names = [t.convert_ids_to_tokens(ids[at : at + 3]) for t, ids in ((teacher, there), (other, here))]
             cut_so = f"{text[:40]!r} is cut into ... {names[0]} there and {names[1]} here"
-            return f"all tokens are alike, but {cut_so}; {advice}"
+            return f"all tokens are alike, but {cut_so}; {ADVICE}"
     return None
+
+
+def _other_flags(teacher: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase) -> str | None:
+    """The first added token that both have, but look for in a text otherwise."""
+    theirs, ours = (getattr(t, "added_tokens_decoder", {}) for t in (teacher, other))
+    for i in sorted(theirs.keys() & ours.keys()):
+        there, here, token = theirs[i], ours[i], theirs[i].content
+        flag = next((flag for flag in FLAGS if getattr(there, flag) != getattr(here, flag)), None)
+        if flag is None or flag == "normalized" and _found_alike(teacher, other, token):
+            continue
+        return (
+            f"id {i}, {token!r}, has {flag} {getattr(there, flag)} there and {getattr(here, flag)} here, so that text "
+            f"around it is cut otherwise; {ADVICE}"
+        )
+    return None
+
+
+def _found_alike(teacher: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase, token: str) -> bool:
+    """Whether both tokenizers cut a text with a token in it alike, as normalisers may have it: one that does nothing to
+    it makes no difference between a token that is looked for before it and one after."""
+    wide = "".join(chr(ord(c) + 0xFEE0) if "!" <= c <= "~" else c for c in token)  # NFKC brings it back
+    texts = [f"a{t}b {t} c" for t in (token, token.upper(), token.lower(), wide)] + [token]
+    there, here = (t(texts, add_special_tokens=False, verbose=False)["input_ids"] for t in (teacher, other))
+    return there == here
 
 
 def _other_role(teacher: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase) -> str | None:

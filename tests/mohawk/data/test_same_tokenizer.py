@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from mohawk.cli import main
@@ -89,6 +89,28 @@ def test_tokens_alike_and_text_cut_otherwise(teacher, how):
         other.backend_tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
     said = refusal(teacher, other)
     assert "all tokens are alike, but " in said and " is cut into " in said
+
+
+@pytest.mark.parametrize("flag", ["lstrip", "rstrip", "single_word", "normalized"])
+@pytest.mark.parametrize("special", [True, False])
+def test_how_an_added_token_is_looked_for(flag, special):
+    """Each flag changes how some text around the token is cut."""
+
+    def with_token(on: bool, normalizer=None):
+        flags = dict.fromkeys(("lstrip", "rstrip", "single_word", "normalized"), False) | {flag: on}
+        found = made(normalizer=normalizer)
+        found.add_tokens([AddedToken("<Call>", special=special, **flags)], special_tokens=special)
+        return found
+
+    lower = normalizers.Lowercase() if flag == "normalized" else None
+    one, other = with_token(False, lower), with_token(True, lower)
+    assert refusal(one, with_token(False, lower)) is None
+    text = "the <call>and <Call> in an<Call>d"
+    assert one(text).input_ids != other(text).input_ids
+    said = refusal(one, other)
+    assert f"id {one.convert_tokens_to_ids('<Call>')}, '<Call>', has {flag} False there and True here" in said
+    if flag == "normalized":  # without a normaliser it is one and the same
+        assert refusal(with_token(False), with_token(True)) is None
 
 
 def test_one_merge_of_a_large_vocabulary():
