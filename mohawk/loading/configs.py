@@ -53,6 +53,11 @@ def locate(model: str | Path, gguf_file: str | None = None, who: str = "teacher"
             if not (path / gguf_file).is_file():
                 raise UserError(f"{said_of(who)}{name} holds no {gguf_file}; {_listed(path, '.gguf')}")
         elif not (path / "config.json").is_file():
+            if (path / "adapter_config.json").is_file():
+                raise UserError(
+                    f"{said_of(who)}{name} holds an adapter of peft's alone; merge it into the model that it is for "
+                    "(merge_and_unload), save that, and give its folder"
+                )
             raise UserError(
                 f"{said_of(who)}{name} holds no config.json, so it is no saved Hugging Face model; "
                 f"{_listed(path, '.gguf')}"

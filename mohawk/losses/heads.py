@@ -197,7 +197,8 @@ def final_hidden_states(
 
     The logits of the last position alone are computed. On a model's first pass they check `Head.of`, and what
     `check_decoder` could not find out before it; raises UserError where the model does more to its logits than a Head
-    says, or is not causal, or where a row has padding in front and the model has no mask for it.
+    says, is not causal or has states of tokens of its own, or where a row has padding in front and the model has no
+    mask for it.
     """
     _check_padding(model, inputs.get("attention_mask"))
     if model not in _checked:
@@ -220,6 +221,12 @@ def final_hidden_states(
     finally:
         hook.remove()
     (hidden,) = seen
+    if (tokens := inputs["input_ids"].shape[1]) != hidden.shape[1]:
+        raise UserError(
+            f"{type(model).__name__} has {hidden.shape[1]} states for {tokens} tokens, as with prompt tuning, which "
+            "puts tokens of its own in front; train an adapter that leaves the text as it is, such as LoRA, IA3 or "
+            "prefix tuning"
+        )
     if model not in _checked and last.numel():
         with torch.no_grad():
             last = last.float()

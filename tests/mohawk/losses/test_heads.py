@@ -125,6 +125,40 @@ def test_what_is_no_weight_is_refused(config, words, make_llama):
         assert Head.of(student.eval()).weight.shape == (258, 32)
 
 
+PROMPTS = {
+    "prompt tuning": peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3),
+    "p-tuning": peft.PromptEncoderConfig(task_type="CAUSAL_LM", num_virtual_tokens=3),
+}
+
+
+@pytest.mark.parametrize("kind", PROMPTS)
+@pytest.mark.parametrize("who", ["student", "teacher"])
+def test_tokens_of_a_models_own_are_refused(kind, who, make_llama):
+    prompted = peft.get_peft_model(make_llama(seed=2), PROMPTS[kind])
+    models = (prompted, make_llama(seed=1)) if who == "teacher" else (make_llama(seed=1), prompted)
+    with pytest.raises(UserError, match="has 13 states for 10 tokens, as with prompt tuning.*such as LoRA") as caught:
+        KnowledgeDistiller(*models).compute_loss(torch.arange(2, 12)[None])
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3),
+        peft.IA3Config(task_type="CAUSAL_LM", target_modules=["k_proj"], feedforward_modules=[]),
+    ],
+)
+def test_other_adapters_of_the_layers_are_trained(config, make_llama):
+    """Prefix tuning has keys and values of its own in front, but no states."""
+    ids = torch.randint(2, 250, (2, 9), generator=torch.Generator().manual_seed(0))
+    student, teacher = moved(peft.get_peft_model(make_llama(seed=2), config)).train(), make_llama(seed=1)
+    loss = KnowledgeDistiller(teacher, student).compute_loss(ids)
+    truth = kd_loss(student(input_ids=ids).logits, teacher(ids).logits, next_labels({"labels": ids}))
+    torch.testing.assert_close(loss, truth, rtol=1e-5, atol=1e-6)
+    loss.backward()
+    assert all(p.grad is not None and bool(p.grad.any()) for p in student.parameters() if p.requires_grad)
+
+
 def test_packed_weights_are_refused(make_llama):
     model = make_llama()
     model.lm_head.weight = torch.nn.Parameter(torch.zeros(258, 16, dtype=torch.uint8), requires_grad=False)
