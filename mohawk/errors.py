@@ -31,7 +31,8 @@ ADVICE = {
     errno.EACCES: "check who may read and write it and its folder",
     errno.EPERM: "check who may read and write it and its folder",
     errno.EROFS: "choose a folder that can be written",
-    errno.EIO: "check the disk or the network share, then run the same command",
+    errno.EIO: "check the disk or the network share, then run the same command; a file that a disk has lost has to be "
+    "deleted or put back first",
     errno.EFBIG: "raise the limit of file sizes (ulimit -f), or choose another disk",
     errno.EMFILE: "raise the limit of open files (ulimit -n)",
     errno.ENFILE: "raise the limit of open files",
@@ -87,10 +88,8 @@ def file_at(error: BaseException) -> str | None:
 
 def is_refusal(error: BaseException) -> bool:
     """Whether something could not be read for the machine's own reasons, which say nothing of what is in it: no
-    permission, too many open files, too little memory. What a disk cannot give any more (EIO) is as lost as what is
-    damaged."""
-    own = machines_own(error)
-    return own is not None and not (isinstance(own, OSError) and own.errno == errno.EIO)
+    permission, a disk or a network share that does not answer, too many open files, too little memory."""
+    return machines_own(error) is not None
 
 
 def causes(error: BaseException) -> list[BaseException]:

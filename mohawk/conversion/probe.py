@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from collections.abc import Callable, Collection
 from dataclasses import asdict
 from pathlib import Path
@@ -16,8 +17,8 @@ from mohawk.conversion.recipe import Recipe
 from mohawk.conversion.run import opened
 from mohawk.conversion.swap import LayerSwap
 from mohawk.core.folders import MANIFEST
-from mohawk.core.lines import append_line, missing_lines, read_lines, write_lines
-from mohawk.core.run_folder import MEASURED, RECIPE
+from mohawk.core.lines import append_line, missing_lines, read_lines, sums_of, write_lines
+from mohawk.core.run_folder import MEASURED, RECIPE, has_lost_sum
 from mohawk.core.terminal import Bar
 from mohawk.data.next_tokens import IGNORED
 from mohawk.kernels.kd.interface import TeacherHidden, linear_kd_loss
@@ -25,6 +26,8 @@ from mohawk.losses.heads import Head
 from mohawk.measures.recall import PAIRS, recall_batches, recall_of
 from mohawk.models.casting import cast
 from mohawk.models.hybrid import HybridForCausalLM
+
+log = logging.getLogger(__name__)
 
 
 def short_fingerprint(student: Path) -> str:
@@ -117,6 +120,9 @@ class Probe:
     def _recollect(self) -> None:
         """Reads what a call with the same settings has measured, and begins the file anew with that."""
         head = json.dumps(self.settings)
+        if self._file.is_file() and not sums_of(self._file).exists() and has_lost_sum(self._file):
+            log.warning("%s has lost the checksums of its lines: measuring again", self._file)
+            self._file.unlink()
         lines = read_lines(self._file) if self._file.is_file() else []
         for line, whole in lines[1:] if lines[:1] == [(head, True)] else []:
             if whole and (found := _read(line)) is not None:  # a kill may have cut a line short

@@ -6,6 +6,7 @@ when its manifest verifies: a kill at any moment, a full disk or a flipped bit c
 that stands alone, NAME, is written likewise, its sha256 in `.NAME.sha256` beside it.
 """
 
+import errno
 import hashlib
 import json
 import logging
@@ -18,7 +19,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from mohawk.core.run_folder import LOCK
+from mohawk.core.run_folder import LOCK, has_lost_sum
 from mohawk.core.sums import hashed, sha256_of
 from mohawk.errors import UserError, is_refusal, naming
 
@@ -114,8 +115,8 @@ def write_file(path: str | os.PathLike) -> Iterator[Path]:
 
 
 def why_altered(path: str | os.PathLike, content: bytes | None = None) -> str | None:
-    """What is wrong with a file that `write_file` wrote, in a few words; None when it is as written, or has no sum:
-    files of earlier versions have none.
+    """What is wrong with a file that `write_file` wrote, in a few words; None when it is as written, or never had a
+    sum: files of earlier versions have none.
 
     content: what was read of it, if it was.
 
@@ -127,7 +128,7 @@ def why_altered(path: str | os.PathLike, content: bytes | None = None) -> str | 
     try:
         sums = _sums(path)
         if sums is None:
-            return None
+            return "has lost the sum beside it" if has_lost_sum(path) else None
         if not sums:
             return "has a damaged sum beside it"
         digest = hashed(path) if content is None else hashlib.sha256(content).hexdigest()
@@ -282,14 +283,26 @@ def checkpoints(folder: str | os.PathLike) -> list[Path]:
 
 
 def newest_complete(folder: str | os.PathLike) -> Path | None:
-    """The newest checkpoint-N in `folder` whose manifest verifies, or None; logs those passed over."""
-    passed, found = [], None
+    """The newest checkpoint-N in `folder` whose manifest verifies, or None; logs those passed over.
+
+    Raises:
+        OSError: the machine refuses to read one. What the disk has lost (EIO) is passed over where an older checkpoint
+            is whole, as what is damaged.
+    """
+    passed, found, lost = [], None, None
     for path in checkpoints(folder):
-        problem = why_incomplete(path)
+        try:
+            problem = why_incomplete(path)
+        except OSError as error:
+            if error.errno != errno.EIO:
+                raise
+            lost, problem = lost or error, f"{Path(error.filename or path).name} cannot be read ({error.strerror})"
         if problem is None:
             found = path
             break
         passed.append(f"{path.name} ({problem})")
+    if lost is not None and found is None:  # another time it may be there, which is better than to begin again
+        raise lost
     if passed:
         using = f"resuming from {found.name}" if found else "starting from the beginning"
         logger.warning("%s: passed over %s; %s", folder, ", ".join(passed), using)

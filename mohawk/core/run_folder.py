@@ -18,6 +18,7 @@ selection.json, selection/       the ranking of `mohawk select`, and every measu
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -44,6 +45,11 @@ REPORT = "report.md"
 COMPOSED = "composed.json"
 SELECTION = "selection.json"
 MEASURED = "selection/measured.jsonl"
+SUMMED = (  # every file that is written at once and whole, with its sum beside it
+    RECIPE, RUN_FILE, RESULTS, REPORT, SELECTION, COMPOSED, VOCABULARY, f"{MATRICES}/*.safetensors", f"{PLOTS}/*.png",
+    "evaluation/*.json", f"{ROUNDS}/*/*.json", f"{ROUNDS}/*/*.safetensors",
+)  # fmt: skip
+SUMMED_LINES = (METRICS_FILE, MEASURED)  # every file that grows by lines, with a checksum for each
 
 
 def is_run(folder: Path) -> bool:
@@ -118,9 +124,24 @@ def plot_names(run: Path) -> list[str]:
 
 def summed_files(run: Path) -> Iterator[Path]:
     """Every file that is written at once and whole, with its sum beside it."""
-    names = (RECIPE, RUN_FILE, RESULTS, REPORT, SELECTION, COMPOSED, VOCABULARY, f"{MATRICES}/*.safetensors")
-    yield from sorted(path for name in names for path in run.glob(name))
-    yield from sorted((*evaluation_files(run), *of_rounds(run, "*.json"), *of_rounds(run, "*.safetensors")))
+    yield from sorted(path for pattern in SUMMED for path in run.glob(pattern))
+
+
+def has_lost_sum(path: Path) -> bool:
+    """Whether a file without a sum, or without checksums of its lines, had one: it is part of a run whose run.json says
+    that all are written with theirs, which runs that an earlier version began do not."""
+    for run in list(path.absolute().parents)[:3]:
+        named = path.absolute().relative_to(run)
+        if any(
+            len(named.parts) == pattern.count("/") + 1 and named.match(pattern) for pattern in SUMMED + SUMMED_LINES
+        ):
+            try:
+                told = json.loads((run / RUN_FILE).read_bytes())
+            except (FileNotFoundError, ValueError, RecursionError):  # no run, or a damaged file, which others tell
+                continue
+            if isinstance(told, dict) and told.get("sums") is True:
+                return True
+    return False
 
 
 def summed_folders(run: Path) -> Iterator[Path]:

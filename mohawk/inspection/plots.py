@@ -10,8 +10,6 @@ from typing import Any
 
 import numpy as np
 
-from mohawk.runs.figures import save
-
 PANEL = 256  # pixels a side, so that 256 tokens are drawn one by one
 _INCH = 128  # pixels
 
@@ -35,7 +33,8 @@ class HeadPicture:
 
 
 def plot_layer(heads: Sequence[HeadPicture], title: str, rows: tuple[int, int], target: Path | str) -> Path:
-    """Every head of a layer: teacher, student and difference side by side, or the teacher alone.
+    """Every head of a layer: teacher, student and difference side by side, or the teacher alone; without a sum beside
+    it, for a folder with a manifest.
 
     rows: the range of positions that the pictures' rows are; their columns are all positions before its end.
     Colour as in `mohawk.runs.plots.plot_mixing_matrices`, one scale a head.
@@ -96,7 +95,8 @@ def plot_layer(heads: Sequence[HeadPicture], title: str, rows: tuple[int, int], 
         at = ((x + panels * (side + gap)) / width, y / height, bar / width, side / height)
         # pyrefly: ignore[unbound-name]  # there is a picture of each head
         figure.colorbar(image, cax=figure.add_axes(at)).ax.tick_params(labelsize=6.5, length=2, pad=1.5)
-    return save(figure, target)
+    figure.savefig(target, format="png")
+    return Path(target)
 
 
 def percent(share: float) -> str:

@@ -18,6 +18,7 @@ from mohawk.core.run_folder import (
     METRICS_FILE,
     PHASES,
     STUDENT,
+    has_lost_sum,
     has_recipe,
     summed_files,
     summed_folders,
@@ -147,7 +148,9 @@ def _records(path: Path, damaged: Callable[[Path], int]) -> str | None:
         return "is missing" if missing_lines(path) > 1 else None  # a kill before its first line leaves a checksum
     if count := damaged(path):
         return f"{count} damaged lines"
-    return None if sums_of(path).exists() else NO_SUMS
+    if sums_of(path).exists():
+        return None
+    return "has lost the checksums of its lines" if has_lost_sum(path) else NO_SUMS
 
 
 def _of_runs(folder: Path, inside: set[Path]) -> Iterator[Finding]:
@@ -158,7 +161,7 @@ def _of_runs(folder: Path, inside: set[Path]) -> Iterator[Finding]:
             yield Finding(folder / STUDENT, problem)
         for path in summed_files(folder):
             if not sum_file(path).exists():
-                yield Finding(path, NO_SUMS)
+                yield Finding(path, _altered(path) or NO_SUMS)
         for path in summed_folders(folder):
             if path not in inside:
                 yield Finding(path, f"has no {MANIFEST}")

@@ -35,7 +35,7 @@ log = logging.getLogger(__name__)
 PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "datasets", "accelerate", "triton")
 TOKENIZER = "teacher tokenizer"
 ROLES = "teacher special tokens"
-RECORDED = ("inputs", "precision", "versions")  # of run.json, in the manifests of what a run trained
+RECORDED = ("inputs", "precision", "versions", "sums")  # of run.json, in the manifests of what a run trained
 # What a model's folder is configured by, besides its weights; a generation's settings decide nothing here.
 CONFIGURATION = ("config.json", "mamba_config.json", "adapter_config.json")
 UNRELATED = ("_name_or_path", "transformers_version")  # in them: who wrote them, and from where
@@ -60,7 +60,7 @@ def record_of(run: Path) -> dict[str, Any]:
     found = bound(run)
     if found is None:
         return {}
-    return {"run": found["id"], "bound": {name: found[name] for name in RECORDED}}
+    return {"run": found["id"], "bound": {name: found[name] for name in RECORDED if name in found}}
 
 
 def bind(run: Path, recipe: Any, tokenizer: Any, precision: str, *, record: bool) -> None:
@@ -205,7 +205,7 @@ def _made_again(run: Path) -> dict[str, Any]:
     """What run.json says where there is none: of a new run, of an earlier version's, or of one that lost it."""
     new = {"id": secrets.token_hex(8), "inputs": None, "precision": None, "versions": versions()}
     if not _begun(run):
-        return new
+        return new | {"sums": True}
     found = _recorded(run)
     if found is None:
         log.warning(

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import math
-import os
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from mohawk.errors import naming
+from mohawk.core.folders import write_file
 
 BLUE, ORANGE, GREY = "#1f6feb", "#d9730d", "#8c959f"
 
@@ -54,14 +53,8 @@ def subplots(rows: int, columns: int, *, width: float, height: float) -> tuple[A
 
 
 def save(figure: Any, target: Path | str) -> Path:
+    """Write a picture with its sum beside it."""
     target = Path(target)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    beside = target.with_name(f".{target.name}.tmp")
-    try:
-        with naming(target):
-            figure.savefig(beside, format="png")
-        os.replace(beside, target)
-    except BaseException:
-        beside.unlink(missing_ok=True)
-        raise
+    with write_file(target) as beside:
+        figure.savefig(beside, format="png")
     return target

@@ -184,3 +184,4 @@ class Bound(TypedDict):
     inputs: dict[str, list[str]] | None
     precision: str | None
     versions: dict[str, str]
+    sums: NotRequired[bool]  # every file of the run is written with its sum; an earlier version's had none

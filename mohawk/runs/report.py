@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mohawk.core.devices import machine
-from mohawk.core.folders import MANIFEST
+from mohawk.core.folders import MANIFEST, drop_file
 from mohawk.core.json_files import read_json, write_json, write_text
 from mohawk.core.run_folder import (
     METRICS_FILE,
@@ -178,7 +178,7 @@ def fingerprint(student: Path | str) -> str | None:
 def _plot_tasks(folder: Path, tasks: Mapping[str, Any] | None) -> None:
     target = plot_file(folder, "tasks")
     if not (tasks and plot_tasks(tasks["tasks"], target)):
-        target.unlink(missing_ok=True)  # of a student that was there before
+        drop_file(target)  # of a student that was there before
 
 
 def architecture_line(teacher: PreTrainedModel, student: PreTrainedModel) -> str:

@@ -13,7 +13,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from mohawk.core.folders import sum_file, why_altered, write_file
 from mohawk.core.places import home
-from mohawk.core.run_folder import RECIPE, is_run
+from mohawk.core.run_folder import RECIPE, has_lost_sum, is_run
 from mohawk.errors import UserError
 from mohawk.kernels.kd.divergences import DIVERGENCES
 from mohawk.kernels.mixing.metrics import METRICS, OF_MEANS
@@ -300,7 +300,7 @@ class RecipeFile(Section):
 
     def save(self, path: str | Path) -> None:
         """Write the resolved recipe; over a run's own, as what the run is to go by."""
-        if sum_file(Path(path)).exists():
+        if sum_file(Path(path)).exists() or has_lost_sum(Path(path)):
             with write_file(path) as beside:
                 beside.write_text(self.to_yaml(), encoding="utf-8")
         else:

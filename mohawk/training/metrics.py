@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from mohawk.core.json_files import parse_json
-from mohawk.core.lines import missing_lines, read_lines, write_lines
+from mohawk.core.lines import missing_lines, read_lines, sums_of, write_lines
+from mohawk.core.run_folder import has_lost_sum
 
 log = logging.getLogger(__name__)
 
@@ -26,6 +27,8 @@ def read_metrics(path: str | os.PathLike) -> list[dict[str, Any]]:
         if (count := missing_lines(path)) > 1:  # a kill before its first line leaves a checksum
             log.warning("%s is missing, and the %d lines that were in it", path, count)
         return []
+    if not sums_of(path).exists() and has_lost_sum(path):
+        log.warning("%s has lost the checksums of its lines: they are taken as they are", path)
     found = _records(path)
     records = [record for _, record in found if record and {"tokens", "loss"} <= record.keys()]
     if len(records) < len(found):

@@ -32,6 +32,7 @@ from mohawk.core.folders import (
 )
 from mohawk.core.json_files import read_json, write_json
 from mohawk.core.lines import append_line, read_lines, write_lines
+from mohawk.core.run_folder import RECIPE, RUN_FILE
 from mohawk.distillation.cache import cache_teacher
 from mohawk.distillation.recipe import DistillRecipe
 from mohawk.distillation.run import distill
@@ -39,6 +40,7 @@ from mohawk.errors import UserError
 from mohawk.evaluation.run import evaluate_run
 from mohawk.inspection.verify import findings
 from mohawk.runs.claim import check_folder
+from mohawk.runs.kept import Bound
 from mohawk.training.metrics import read_metrics
 from tests.helpers.tiny_phase import TinyObjective, cheap_training, tiny_phase, tiny_trainer, weights  # noqa: F401
 from tests.models.conftest import tiny_teacher
@@ -182,7 +184,8 @@ def test_verify_names_every_kind_of_damaged_file(place, capsys):
     assert "each as it was written" in capsys.readouterr().out
     every = [
         "recipe.yaml", "run.json", "results.json", "report.md", "metrics.jsonl", "evaluation/before.json",
-        "evaluation/mixing.json", "matrices/before.safetensors", "student/config.json", "student/model.safetensors",
+        "evaluation/mixing.json", "matrices/before.safetensors", "plots/losses.png", "student/config.json",
+        "student/model.safetensors",
         "phases/mixing/student/model.safetensors", "phases/mixing/checkpoint-4/optimizer.pt",
         "phases/end_to_end/checkpoint-2/phase_state.json",
     ]  # fmt: skip
@@ -213,11 +216,35 @@ def test_verify_names_what_is_missing(name, place, capsys):
 
 @pytest.mark.parametrize("name", [".metrics.jsonl.crc32", ".report.md.sha256"])
 def test_verify_says_of_what_it_has_no_sum(name, place, capsys):
+    """Of an earlier version's run it is said; what began with sums has lost one."""
     (place / "run" / name).unlink()
     capsys.readouterr()
-    assert main(["verify", "run"]) == 0
     of = name.removeprefix(".").rpartition(".")[0]
+    assert main(["verify", "run"]) == 2 and re.search(rf"^error: run/{of}: has lost the ", said(capsys))
+    told = read_json(place / "run" / "run.json", Bound)
+    write_json(place / "run" / "run.json", {key: value for key, value in told.items() if key != "sums"})
+    assert main(["verify", "run"]) == 0
     assert f"run/{of}: was written without sums" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", [RECIPE, RUN_FILE, "results.json", "evaluation/mixing.json", "plots/losses.png"])
+def test_a_file_whose_sum_is_deleted_is_damaged(name, place, caplog, capsys):
+    """It could be anything now: it is made again, with its sum, and all is as it was."""
+    path = place / "run" / name
+    before = path.read_bytes()
+    flip(path, before.index(b"precision") if name == RUN_FILE else None)
+    sum_file(path).unlink()
+    if name != RECIPE:  # which is taken as edited on purpose where it is named
+        convert(recipe_of())
+        assert name == "plots/losses.png" or "has lost the sum beside it" in caplog.text
+        assert read_json(path) == json.loads(before) if name.startswith("eval") else why_altered(path) is None
+    else:
+        assert main(["evaluate", "run"]) == 2 and "recipe.yaml has lost the sum beside it" in said(capsys)
+        convert(recipe_of())
+    assert main(["verify", "run"]) == 0
+    # as a text that lies in the folder has none
+    (place / "run" / "notes.json").write_text("{}")
+    assert why_altered(place / "run" / "notes.json") is None
 
 
 def test_no_bit_of_a_manifest_changes_in_silence(place):
