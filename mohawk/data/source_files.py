@@ -213,11 +213,26 @@ def _user_error(error: Exception, source: Source, files: list[Path], form: str |
     return UserError(f"data: cannot load {name}: {said}")
 
 
-def _check_encoding(path: Path) -> None:
+def check_encoding(files: list[Path], most: int) -> str:
+    """UserError for the first text file that is not UTF-8; gives what was read: of each file an equal share of `most`
+    characters."""
+    share = max(1, most // len(files))
+    whole = [_check_encoding(path, share) for path in files]
+    if all(whole):
+        return "all"
+    return f"the first {share:,} characters" + (" of each file" if len(files) > 1 else "")
+
+
+def _check_encoding(path: Path, most: int | None = None) -> bool:
+    """UserError where a file is not UTF-8; gives whether all of it was read. most: only so many characters of it."""
     try:
         with open_file(path) as file, io.TextIOWrapper(file, encoding="utf-8") as file:
-            while file.read(1 << 20):
-                continue
+            left = most
+            while left is None or left > 0:
+                if not (read := file.read(1 << 20 if left is None else min(left, 1 << 20))):
+                    return True
+                left = None if left is None else left - len(read)
+            return not file.read(1)
     except UnicodeDecodeError as error:
         raise UserError(
             f"data: {path} is not UTF-8 ({error.reason}, byte 0x{error.object[error.start]:02x}); "

@@ -305,6 +305,9 @@ class StageRecipe(Protocol):
     def stages(self) -> list[Stage]: ...
     @property
     def seed(self) -> int: ...
+    def section_of(self, stage: Stage, i: int) -> str:
+        """Where a stage's settings stand in the recipe; i: its place among the stages."""
+        ...
 
 
 class DistillRecipe(RecipeFile):
@@ -327,7 +330,13 @@ class DistillRecipe(RecipeFile):
         return tuple(stage.name for stage in self.stages)
 
     def trained(self) -> dict[str, tuple[str, Any]]:
-        return {stage.name: (f"stages.{i}", stage) for i, stage in enumerate(self.stages)}
+        return {stage.name: (at, stage) for at, stage in self.stage_places().items()}
+
+    def stage_places(self) -> dict[str, Any]:
+        return {self.section_of(stage, i): stage for i, stage in enumerate(self.stages)}
+
+    def section_of(self, stage: Stage, i: int) -> str:
+        return f"stages.{i}"
 
     def has_adapter(self) -> bool:
         """Whether any stage trains adapters (LoRA)."""

@@ -60,9 +60,7 @@ class StageTrainer:
     def train(self, i: int, stage: Stage, student: PreTrainedModel, before: str | None) -> PreTrainedModel:
         """The student after a stage. i: its place in the recipe. before: the step before it, if any."""
         run, recipe = self.run, self.run.recipe
-        section = f"stages.{i}"
-        if hasattr(recipe, "prune"):
-            section = "correct" if stage is recipe.correct else "heal"
+        section = recipe.section_of(stage, i)
         if stage.student is not None:
             student = made(run, stage.student, student, f"{section}.student")
         rows = run.data.rows(stage, run.pad)

@@ -240,7 +240,14 @@ class PruneRecipe(RecipeFile):
 
     @property
     def stages(self) -> list[Stage]:
-        return [stage for stage in (self.correct, self.heal) if stage is not None]
+        return list(self.stage_places().values())
+
+    def stage_places(self) -> dict[str, Any]:
+        given = {"correct": self.correct, "heal": self.heal}
+        return {at: stage for at, stage in given.items() if stage is not None}
+
+    def section_of(self, stage: Stage, i: int) -> str:
+        return "correct" if stage is self.correct else "heal"  # of which each round has a copy
 
     def rounds(self) -> list[TargetSection]:
         """What each round aims at: its own target, or the one that all of them share."""

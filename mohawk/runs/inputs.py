@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from mohawk.data.pair_tokens import check_pair, no_weights
 from mohawk.data.records import first_records, read_records
 from mohawk.data.same_tokenizer import check_embedding_rows, check_same, own_tokenizer, teacher_tokenizer
-from mohawk.data.source_files import NotThere, as_source, local_files
+from mohawk.data.source_files import NotThere, as_source, check_encoding, local_files
 from mohawk.errors import UserError
 from mohawk.loading.configs import load_config
 from mohawk.loading.models import quantization
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 LOOKED_AT = 200  # rows of a text that are read
+CHARACTERS = 1 << 26  # of a source's text files that are read, all of them together
 
 
 def check_inputs(
@@ -54,7 +55,7 @@ def check_inputs(
         _check_packages(name, teacher)
     if tokenizer is not None and further is not None:
         further(tokenizer)
-    stages = [("", recipe), *_stages(recipe)]
+    stages = [("", recipe), *((f"{at}.", stage) for at, stage in recipe.stage_places().items())]
     names = [getattr(teacher, "name", None) or str(i) for i, (_, teacher) in enumerate(_teachers(recipe))]
     texts = {}
     for at, part in stages:
@@ -95,17 +96,10 @@ def _teachers(recipe: RecipeFile) -> list[tuple[str, Any]]:
     return [("teacher", recipe.teacher), *((f"teachers.{i}", teacher) for i, teacher in enumerate(further))]
 
 
-def _stages(recipe: RecipeFile) -> list[tuple[str, Any]]:
-    """The recipe's stages by where they stand in it, with a dot; a pruning's have keys of their own."""
-    if hasattr(recipe, "prune"):
-        return [(f"{key}.", stage) for key in ("correct", "heal") if (stage := getattr(recipe, key)) is not None]
-    return [(f"stages.{i}.", stage) for i, stage in enumerate(getattr(recipe, "stages", []))]
-
-
 def _students(recipe: RecipeFile) -> Iterator[tuple[str, Any]]:
     """What is made of a checkpoint of its own, by where it stands in the recipe."""
     given = [("student", getattr(recipe, "student", None))]
-    given += [(f"{where}student", stage.student) for where, stage in _stages(recipe)]
+    given += [(f"{at}.student", stage.student) for at, stage in recipe.stage_places().items()]
     return ((where, student) for where, student in given if getattr(student, "model", None) is not None)
 
 
@@ -189,8 +183,10 @@ def _check_source(source: Any, where: str, tokenizer: PreTrainedTokenizerBase | 
             raise no_weights(*rows[0], name)
     if not files:
         return "nothing, it is not on this machine"
+    if form in ("text", "paragraphs"):
+        return check_encoding(files, CHARACTERS)
     if not rows:
-        return "nothing, it is neither JSON lines nor Parquet"
+        return "nothing, it has no rows"
     return f"{'all' if len(rows) < LOOKED_AT and len(files) == 1 else 'the first'} {len(rows)} rows"
 
 

@@ -262,6 +262,10 @@ class RecipeFile(Section):
         and those settings; an empty text and None for a step without training."""
         raise NotImplementedError
 
+    def stage_places(self) -> dict[str, Any]:
+        """By where it stands in the recipe, each stage of distillation, which may have a student and text of its own."""
+        return {}
+
     def held_fast(self, run: Path) -> tuple[str, ...]:
         """Sections that must stay as they are, since what is trained by them in a run's folder is still being
         compared."""

@@ -10,6 +10,7 @@ import yaml
 
 from mohawk.cli import main
 from mohawk.loading import lora
+from mohawk.runs import inputs
 
 
 @pytest.fixture(scope="module")
@@ -254,6 +255,19 @@ def test_a_plan_may_be_made_before_the_text_is_there(folder, tmp_path, capsys):
     assert "to_come.jsonl does not exist" in capsys.readouterr().err
 
 
+def test_a_dry_run_reads_text_files(folder, tmp_path, monkeypatch, capsys):
+    """As far as it says: a file's end may be beyond that."""
+    (tmp_path / "odd").mkdir()
+    for name, text in (("a.txt", b"one two " * 200), ("b.txt", b"three " * 5000 + "Gürteltier".encode("latin-1"))):
+        (tmp_path / "odd" / name).write_bytes(text)
+    path = recipe(folder, tmp_path, {"data": {"train": [str(tmp_path / "odd")]}})
+    assert main(["distill", path, "--dry-run"]) == 2
+    assert re.search(r"^error: data: .*b.txt is not UTF-8 \(invalid .*, byte 0xfc\); ", capsys.readouterr().err)
+    monkeypatch.setattr(inputs, "CHARACTERS", 800)
+    assert main(["distill", path, "--dry-run"]) == 0
+    assert "data.train.0: the first 400 characters of each file" in " ".join(capsys.readouterr().out.split())
+
+
 @pytest.mark.parametrize("command", ["convert", "distill", "prune"])
 def test_a_dry_run_says_how_much_it_read(command, folder, tmp_path, capsys):
     texts = ["several", "text.txt", "short.jsonl"]
@@ -267,9 +281,9 @@ def test_a_dry_run_says_how_much_it_read(command, folder, tmp_path, capsys):
     assert main([command, str(path), "--dry-run"]) == 0, capsys.readouterr().err
     said = " ".join(capsys.readouterr().out.split())
     assert (
-        "Read of the text: data.train.0: the first 201 rows; data.train.1: nothing, it is neither JSON lines nor "
-        "Parquet; data.train.2: all 3 rows; data.evaluation.0: nothing, it is not on this machine. The rest is checked "
-        "when a run reads it, before any weights."
+        "Read of the text: data.train.0: the first 201 rows; data.train.1: all; data.train.2: all 3 rows; "
+        "data.evaluation.0: nothing, it is not on this machine. The rest is checked when a run reads it, before any "
+        "weights."
     ) in said
 
 
