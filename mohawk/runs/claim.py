@@ -13,10 +13,19 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-from mohawk.core.folders import locked, why_altered
+from mohawk.core.folders import drop_file, locked, why_altered
 from mohawk.core.json_files import write_text
 from mohawk.core.processes import on_first
-from mohawk.core.run_folder import RECIPE, RUN_FILE, phase_folder, phase_student
+from mohawk.core.run_folder import (
+    RECIPE,
+    ROUNDS,
+    RUN_FILE,
+    STUDENT,
+    left_by_phases,
+    phase_folder,
+    phase_student,
+    summed_files,
+)
 from mohawk.errors import UserError
 from mohawk.runs.binding import bound, write_bound
 from mohawk.schema.base import Phase, RecipeFile, sections
@@ -66,12 +75,15 @@ def _claimed(run: Path, recipe: RecipeFile) -> Iterator[None]:
         try:
             run.mkdir(parents=True, exist_ok=True)
             stack.enter_context(locked(run))
+            if anew := bool(changed) and not _trained(run):
+                _forget(run)
             write_bound(run, recipe)  # first: of the two it is the one to go by
             write_text(written, recipe.to_yaml())
         except OSError as error:
             raise UserError(f"output: {run} cannot be written ({error.strerror}); choose another output") from error
         if changed:
-            log.info("resuming; changed since the last start: %s", ", ".join(changed))
+            how = "beginning anew, as nothing was trained" if anew else "resuming"
+            log.info("%s; changed since the last start: %s", how, ", ".join(changed))
         yield
 
 
@@ -100,6 +112,8 @@ def _changes(run: Path, recipe: RecipeFile) -> list[str]:
         return []
     old = _written(run, type(recipe))
     changed = _changed(old, recipe)
+    if not _trained(run):  # such as one that died of a path that is mended now
+        return changed
     fixed = [name for name in changed if not (_changeable(run, recipe, name) or _same_rows(old, recipe, name))]
     if fixed:
         raise UserError(
@@ -107,6 +121,19 @@ def _changes(run: Path, recipe: RecipeFile) -> list[str]:
             "delete the folder to start over"
         )
     return changed
+
+
+def _trained(run: Path) -> bool:
+    """Whether there is anything in a run that the text was trained on or scored by, whole or not."""
+    left = (path for path in (*left_by_phases(run), *run.glob(f"{ROUNDS}/*")) if not path.name.startswith("."))
+    return (run / STUDENT).exists() or any(left)
+
+
+def _forget(run: Path) -> None:
+    """Delete what a run that trained nothing has measured: of another recipe it may be another value."""
+    for path in list(summed_files(run)):
+        if path.name not in (RECIPE, RUN_FILE):
+            drop_file(path)
 
 
 def _written(run: Path, kind: type) -> Any:

@@ -243,6 +243,7 @@ def test_a_folder_keeps_its_recipe_but_takes_another_learning_rate(checkpoint, t
         pass
     data["student"]["ssm_layers"] = [1]
     data["seed"] = 3
+    (moved / "phases" / "mixing" / "checkpoint-1").mkdir(parents=True)
     with pytest.raises(UserError, match="another seed, student.ssm_layers"), claimed(moved, Recipe.from_dict(data)):
         pass
 

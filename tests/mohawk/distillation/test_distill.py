@@ -481,6 +481,7 @@ def test_what_changed_in_a_list_of_stages_is_named(checkpoints, texts, tmp_path)
         )
 
     b = {"name": "b"}
+    (run / "phases" / "a" / "checkpoint-1").mkdir(parents=True)
     changed = {"tokens": 2 * TOKENS, "hidden": {"weight": 2.0}, "save_every": 3}
     with pytest.raises(UserError, match=r"another stages\.0\.hidden, stages\.0\.tokens; choose"), again(changed, [b]):
         pass

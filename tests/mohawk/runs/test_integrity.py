@@ -39,7 +39,7 @@ from mohawk.distillation.run import distill
 from mohawk.errors import UserError
 from mohawk.evaluation.run import evaluate_run
 from mohawk.inspection.verify import findings
-from mohawk.runs.claim import check_folder
+from mohawk.runs.claim import check_folder, claimed
 from mohawk.runs.kept import Bound
 from mohawk.training.metrics import read_metrics
 from tests.helpers.tiny_phase import TinyObjective, cheap_training, tiny_phase, tiny_trainer, weights  # noqa: F401
@@ -864,6 +864,27 @@ def test_a_tilde_is_the_home_folder(place, monkeypatch, capsys):
     assert main(["convert", "~/r.yaml", "--output", "~/new", "--dry-run"]) == 0
     assert not any(path.name == "~" for path in place.iterdir())
     assert main(["convert", "~/r.yaml", "--output", "~nobody-of-that-name/new", "--dry-run"]) == 2
+
+
+def test_a_run_that_trained_nothing_takes_another_recipe(place, caplog):
+    """One that died of a mistyped path, or behind what is measured before: the end is as if it had not been there."""
+    (place / "odd.txt").write_text("Quite another text. " * 300)
+    with claimed(place / "new", recipe_of("new", **{"data.train.0.source": "odd.txt"})):
+        pass
+    shutil.copytree(place / "run" / "evaluation", place / "new" / "evaluation")  # of the student before
+    before = (place / "new" / "evaluation" / "before.json").read_bytes()
+    caplog.set_level(logging.INFO)
+    changed = {"seed": 7, "student.init": "random"}
+    check_folder(place / "new", recipe_of("new", **changed))
+    convert(recipe_of("new", **changed))
+    assert "beginning anew, as nothing was trained; changed since the last start: data.train.0.source" in caplog.text
+    assert (place / "new" / "evaluation" / "before.json").read_bytes() != before
+    assert read_json(place / "new" / "run.json", Bound)["inputs"]["data.train.0 text"][0] == "texts"
+    convert(recipe_of("fresh", **changed))
+    first, second = (place / name / "student" / "model.safetensors" for name in ("new", "fresh"))
+    assert first.read_bytes() == second.read_bytes()
+    with pytest.raises(UserError, match="another seed;"):  # now there is something
+        check_folder(place / "new", recipe_of("new", **changed | {"seed": 8}))
 
 
 @pytest.mark.parametrize("value", ["''", '" "', "null", "7"])
