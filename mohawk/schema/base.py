@@ -263,7 +263,7 @@ class RecipeFile(Section):
         raise NotImplementedError
 
     def stage_places(self) -> dict[str, Any]:
-        """By where it stands in the recipe, each stage of distillation, which may have a student and text of its own."""
+        """By where it stands in the recipe, each stage of distillation, which may have its own student and text."""
         return {}
 
     def held_fast(self, run: Path) -> tuple[str, ...]:
