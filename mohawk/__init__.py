@@ -4,9 +4,9 @@ Every public name is an attribute of this package and is imported when first use
 cheap and `from mohawk import kd_loss` needs torch alone.
 """
 
-import importlib
 import os
-from typing import TYPE_CHECKING, Any
+
+TYPE_CHECKING = False  # to checkers it is true; typing itself takes long to import, and a Ctrl-C meanwhile is not ours
 
 __version__ = "0.2.0"
 
@@ -222,9 +222,11 @@ __all__ = [
 
 if not TYPE_CHECKING:  # checkers know the names above, and that there are no others
 
-    def __getattr__(name: str) -> Any:
+    def __getattr__(name: str):
         if name not in _PUBLIC:
             raise AttributeError(f"module 'mohawk' has no attribute {name!r}")
+        import importlib
+
         try:
             value = getattr(importlib.import_module(_PUBLIC[name]), name)
         except ImportError as error:

@@ -1,12 +1,33 @@
-"""`python -m mohawk` and the installed command: a Ctrl-C among the imports, or at the very end, is one line too."""
+"""`python -m mohawk` and the installed command: a Ctrl-C from its first import on, or at the very end, is one line too.
+
+What is imported before `main` is what Python itself has by then, so that no moment is left between the two.
+"""
 
 import os
-import signal
 import sys
 
 
 def main() -> int:
     """Run the command line; returns the exit code."""
+    try:
+        code = _command()
+        sys.stdout.flush()
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        code = 130
+    finally:
+        # all is done: a Ctrl-C while Python takes itself down ends it there, without a word
+        import signal
+
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+    if code and "LOCAL_RANK" in os.environ:
+        # of a run in several processes: what torch leaves open waits for a process that may answer no more
+        sys.stdout.flush(), sys.stderr.flush()
+        os._exit(code)
+    return code
+
+
+def _command() -> int:
     if not hasattr(sys.modules["mohawk"], "__version__"):
         # The package registry's `mohawk`, an HTTP authentication library, has put its __init__.py where ours was, or
         # taken ours along when it was uninstalled.
@@ -18,22 +39,9 @@ def main() -> int:
         )
         return 2
     _open_closed_streams()
-    try:
-        from mohawk.cli import main as command
+    from mohawk.cli import main as command
 
-        code = command()
-        sys.stdout.flush()
-    except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)
-        code = 130
-    finally:
-        # all is done: a Ctrl-C while Python takes itself down ends it there, without a word
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
-    if code and "LOCAL_RANK" in os.environ:
-        # of a run in several processes: what torch leaves open waits for a process that may answer no more
-        sys.stdout.flush(), sys.stderr.flush()
-        os._exit(code)
-    return code
+    return command()
 
 
 def _open_closed_streams() -> None:

@@ -109,6 +109,15 @@ def test_ctrl_c_at_any_moment_of_a_process():
     assert 130 in codes
 
 
+def test_nothing_is_imported_before_main_catches_a_ctrl_c():
+    """But what Python has by then: each import would be a moment of a traceback."""
+    counted = (
+        "import os, sys; before = set(sys.modules); import mohawk.__main__; print(sorted(set(sys.modules) - before))"
+    )
+    ran = subprocess.run([sys.executable, "-S", "-c", counted], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert ran.stdout == "['mohawk', 'mohawk.__main__']\n"
+
+
 def test_a_closed_terminal_does_not_end_the_saving(tmp_path):
     """SIGHUP comes with it, and from then on every print would fail."""
     pid, terminal = pty.fork()
