@@ -209,6 +209,14 @@ def parts_in(tensor: Tensor) -> int:
     return tensor.device_mesh.size(tensor.device_mesh.ndim - 1) if isinstance(tensor, DTensor) else 1
 
 
+def first_row(tensor: Tensor) -> int:
+    """Where in the first dimension of a tensor this process's part of it begins; 0 where it is whole."""
+    if not isinstance(tensor, DTensor):
+        return 0
+    mesh, rows = tensor.device_mesh, tensor.shape[0]
+    return min(rows, mesh.get_local_rank(mesh.ndim - 1) * -(-rows // parts_in(tensor)))
+
+
 @torch.no_grad()
 def fill(tensor: Tensor, values: Tensor) -> None:
     """Writes whole values, which all processes have, into a tensor, or each process its part of them; or values that

@@ -92,9 +92,10 @@ def load_teacher(
     try:
         with hub_or_cache(name):
             teacher = None
-            if spread is not None and not released and gguf_file is None:
+            if spread is not None and not released:
+                gguf_options(gguf_file, who)
                 teacher = read_in_parts(
-                    name, config, spread, device or "cpu", revision=revision, dtype=kind,
+                    name, config, spread, device or "cpu", gguf_file=gguf_file, revision=revision, dtype=kind,
                     trust_remote_code=trust_remote_code,
                 )  # fmt: skip
             if teacher is not None:
@@ -125,10 +126,10 @@ def load_teacher(
     saved = [a for a in config.architectures or () if a.endswith("ForConditionalGeneration")]
     if saved and type(teacher).__name__ not in saved:
         log.warning("%s was saved as %s: its text model alone is used, and is all that students keep", name, saved[0])
-    if gguf_file is not None:
+    if gguf_file is not None and not is_sharded(teacher):
         teacher = without_quantization(teacher)
     if spread is not None and not is_sharded(teacher):
-        what = "its files do not hold its tensors under their names; each process reads all before it keeps its part"
+        what = "its files can only be read whole; each process reads all of them before it keeps its part"
         log.warning("%s%s: %s", said_of(who), name, what)
         spread(teacher)
     refuse_nonfinite(teacher, f"{said_of(who)}{name}", "give a checkpoint whose weights are whole")

@@ -3,25 +3,24 @@
 from __future__ import annotations
 
 import json
-import logging
-import tempfile
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
-from mohawk.core.processes import first_before_others, several, together
+from mohawk.core.processes import first_before_others, together
+from mohawk.loading.gguf import read_gguf
+from mohawk.loading.stored import Rows, Stored, fill_rows, rows_in_files, stored_in
 from mohawk.models.casting import cast
 from mohawk.models.families import needed_attention
 from mohawk.models.sharding import materialise, reshard, whole
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
-
-log = logging.getLogger(__name__)
 
 FILE_BYTES = 5 * 10**9  # of one file of weights, at most
 PLAIN = {torch.float16, torch.bfloat16, torch.float32, torch.float64}  # of weights that are what they say
@@ -34,109 +33,113 @@ def read_in_parts(
     spread: Spread,
     device: torch.device | str,
     *,
+    gguf_file: str | None = None,
     revision: str | None = None,
     dtype: torch.dtype | None = None,
     trust_remote_code: bool = False,
 ) -> PreTrainedModel | None:
-    """A causal language model of which each process reads its own part from the safetensors of a folder or hub id.
+    """A causal language model of which each process reads its own part from the files of a folder or hub id.
 
-    dtype: of its parameters; default the configuration's, or that of the files. None where the files do not hold the
-    model's parameters under their names as plain numbers: those of an older format, of a larger model around it, of
-    experts that are one tensor in memory. It has to be read whole.
+    gguf_file: its name there; a tensor of it is whole at a time, or a layer's experts. dtype: of its parameters;
+    default the configuration's, or that of the files. None where the files do not hold the model's parameters as plain
+    numbers, under names or in tensors that can be told from those in memory. It has to be read whole.
     """
-    import torch.distributed.checkpoint as dcp
     from accelerate import init_empty_weights
-    from torch.distributed.checkpoint import HuggingFaceStorageReader
     from transformers import AutoModelForCausalLM, GenerationConfig
     from transformers.utils import GENERATION_CONFIG_NAME
 
-    folder = Path(name)
-    if not folder.is_dir():
-        from huggingface_hub import snapshot_download
-
-        wanted = ["*.json", "model.safetensors", "model-*-of-*.safetensors"]
-        folder = Path(first_before_others(lambda: snapshot_download(name, revision=revision, allow_patterns=wanted)))
-    files = _weight_files(folder)
-    if not files:
-        return None
+    folder = _folder(name, revision, gguf_file)
     with init_empty_weights(include_buffers=False):
         model = AutoModelForCausalLM.from_config(
             config, attn_implementation=needed_attention(config), trust_remote_code=trust_remote_code
         )
     model.tie_weights()  # which making it empty has undone
-    wanted = {key: tuple(tensor.shape) for key, tensor in _saved(model)}
-    with tempfile.TemporaryDirectory() as named:  # torch's reader takes all files of a folder for the model's
-        for file in files:
-            (Path(named) / file.name).symlink_to(file.resolve())
-        reader = HuggingFaceStorageReader(named)
-        found: Any = reader.read_metadata().state_dict_metadata
-        here = {key: entry for key, entry in found.items() if key in wanted}
-        if {key: tuple(entry.size) for key, entry in here.items()} != wanted:
-            return None
-        dtypes = {entry.properties.dtype for entry in here.values()}
-        if not dtypes <= PLAIN or getattr(model, "_keep_in_fp32_modules", None) and dtype is not torch.float32:
-            return None
-        own: Any = getattr(config, "dtype", None)
-        first: Any = next(iter(here.values())).properties.dtype
-        cast(model, dtype or (own if isinstance(own, torch.dtype) else first))
-        spread(model)
-        materialise(model, device)
-        dcp.load({key: tensor.detach() for key, tensor in _saved(model)}, storage_reader=reader, no_dist=not several())
+    if getattr(model, "_keep_in_fp32_modules", None) and dtype is not torch.float32:
+        return None
+    if gguf_file is not None:
+        return read_gguf(folder / gguf_file, model, spread, device, dtype)
+    held = rows_in_files(model, _saved(model))
+    stored = None if held is None else _stored(model, folder, held)
+    if held is None or stored is None:
+        return None
+    own: Any = getattr(config, "dtype", None)
+    first = next(iter(stored.values())).dtype
+    cast(model, dtype or (own if isinstance(own, torch.dtype) else first))
+    spread(model)
+    materialise(model, device)
+    sources: dict[str, list[tuple[Stored, Tensor]]] = {}
+    for key, rows in held.items():
+        sources.setdefault(rows.of, []).append((stored[key], rows.places))
+    for key, tensor in _saved(model):
+        fill_rows(tensor, sources[key])
     if (folder / GENERATION_CONFIG_NAME).is_file():
         model.generation_config = GenerationConfig.from_pretrained(folder)
     return model
 
 
-def _weight_files(folder: Path) -> list[Path]:
-    """The safetensors of a model's folder: those that its index names, or the one that needs none."""
-    index = folder / SAFE_WEIGHTS_INDEX_NAME
-    if index.is_file():
-        try:
-            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        except (ValueError, KeyError, TypeError, AttributeError):
-            return []  # transformers says what is wrong with it
+def _folder(name: str, revision: str | None, gguf_file: str | None) -> Path:
+    """Where a model's files are, those of a hub id once they are in its cache."""
+    if Path(name).is_dir():
+        return Path(name)
+    from huggingface_hub import snapshot_download
+
+    def fetched(*wanted: str) -> Path:
+        asked = ["*.json", *wanted]
+        return Path(first_before_others(lambda: snapshot_download(name, revision=revision, allow_patterns=asked)))
+
+    if gguf_file is not None:
+        return fetched(gguf_file)
+    folder = fetched("model.safetensors", "model-*-of-*.safetensors")
+    return folder if any(folder.glob("*.safetensors")) else fetched("pytorch_model*.bin")
+
+
+def _stored(model: PreTrainedModel, folder: Path, held: Mapping[str, Rows]) -> dict[str, Stored] | None:
+    """The tensors of a folder's files that a model is made of, as `held` names them; None where they are not all
+    there, or have other shapes, or packed numbers. The files may be a larger model's around it, or its body's alone.
+    """
+    found = stored_in(folder)
+    names: list[Callable[[str], str]] = [
+        lambda name: name,
+        lambda name: name.replace("language_model.", "", 1),
+        lambda name: f"{model.base_model_prefix}.{name}",
+    ]
+    shapes = dict(_saved(model))
+    for named in names:
+        here = {named(name): tensor for name, tensor in found.items()}
+        if held.keys() <= here.keys():
+            break
     else:
-        names = [SAFE_WEIGHTS_NAME]
-    files = [folder / name for name in names]
-    return files if all(file.is_file() for file in files) else []
-
-
-def _names_on_disk(model: PreTrainedModel) -> bool:
-    """Whether a model's files hold its tensors under the names that they have in memory, each by itself."""
-    from transformers.modeling_utils import revert_weight_conversion
-
-    own = {key: torch.empty(tensor.shape, dtype=tensor.dtype, device="meta") for key, tensor in _saved(model)}
-    return revert_weight_conversion(model, dict(own)).keys() == own.keys()
+        return None
+    for key, rows in held.items():
+        row = shapes[rows.of].shape[-1:] if shapes[rows.of].dim() > 1 else ()
+        if here[key].dtype not in PLAIN or here[key].shape[len(here[key].shape) - len(row) :] != row:
+            return None
+        if math.prod(here[key].shape) != len(rows.places) * math.prod(row):
+            return None
+    return {key: here[key] for key in held}
 
 
 def write_in_parts(model: PreTrainedModel, folder: Path | None) -> None:
     """Write a model as `save_pretrained` does, a file's tensors at a time on the first process, which alone has the
     folder. All processes must ask. Raises OSError on all of them where the first could not write.
-
-    A model whose files have other names than its tensors (experts that are one tensor in memory) is put together on the
-    first process.
     """
     from safetensors.torch import save_file
+    from transformers.modeling_utils import revert_weight_conversion
 
     reshard(model)
-    if not _names_on_disk(model):
-        state = {}
-        for key, tensor in _saved(model):
-            values = whole(tensor)
-            if folder is not None:
-                state[key] = values.cpu()
-        together(lambda: folder and model.save_pretrained(folder, state_dict=state, max_shard_size=FILE_BYTES))
-        return
-    files = _files(model)
+    # where a tensor of the files takes several of memory to make, all of them are put together on the first process
+    files = [dict(_saved(model))] if rows_in_files(model, _saved(model)) is None else _files(model)
     names: dict[str, str] = {}
     for i, tensors in enumerate(files, 1):
         file = "model.safetensors" if len(files) == 1 else f"model-{i:05d}-of-{len(files):05d}.safetensors"
-        names |= dict.fromkeys(tensors, file)
         held = {}
         for key, tensor in tensors.items():
             values = whole(tensor)
             if folder is not None:
-                held[key] = values.cpu().contiguous()
+                held[key] = values.cpu()
+        # by their names in files, where a layer's experts are many
+        held = {key: value.contiguous() for key, value in revert_weight_conversion(model, held).items()}
+        names |= dict.fromkeys(held, file)
         together(lambda file=file, held=held: folder and save_file(held, folder / file, metadata={"format": "pt"}))
     size = sum(tensor.numel() * tensor.element_size() for tensors in files for tensor in tensors.values())
 

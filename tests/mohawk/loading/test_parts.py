@@ -1,5 +1,6 @@
 """Models in parts from files and into files: what transformers reads and writes."""
 
+import dataclasses
 import json
 import shutil
 
@@ -17,6 +18,7 @@ from mohawk.models.sharding import is_sharded, shard, whole
 from tests.helpers.processes import in_processes
 from tests.helpers.tiny_phase import cheap_training  # noqa: F401
 from tests.models.conftest import tiny_teacher
+from tests.mohawk.loading.test_models import write_gguf
 
 pytestmark = [
     pytest.mark.usefixtures("cheap_training"),
@@ -25,24 +27,34 @@ pytestmark = [
 
 
 def read(folder, **options):
-    """A teacher's parameters, put together again, and whether each process read its own parts alone."""
+    """A teacher's parameters, put together again; whether each process read its own parts alone; and how many numbers
+    this one took from safetensors or .bin files."""
     mesh = init_device_mesh("cpu", (2,))
-    asked = []
-    read_in_parts = parts.read_in_parts
+    asked, numbers = [], []
+    read_in_parts, stored_in = parts.read_in_parts, parts.stored_in
 
     def noted(*given, **more):
         asked.append(read_in_parts(*given, **more))
         return asked[-1]
 
+    def counting(stored):
+        def reads(begin, end):
+            values = stored.read(begin, end)
+            numbers.append(values.numel())
+            return values
+
+        return dataclasses.replace(stored, read=reads)
+
     parts.read_in_parts = noted
+    parts.stored_in = lambda folder: {name: counting(one) for name, one in stored_in(folder).items()}
     try:
         model = load_teacher(folder, spread=lambda one: shard(one, mesh, trains=False), **options)
     except UserError as error:
         return str(error)
     finally:
-        parts.read_in_parts = read_in_parts
+        parts.read_in_parts, parts.stored_in = read_in_parts, stored_in
     assert is_sharded(model)
-    return {name: whole(p) for name, p in model.named_parameters()}, asked[0] is not None
+    return {name: whole(p) for name, p in model.named_parameters()}, asked[0] is not None, sum(numbers)
 
 
 def kept(folder, **options):
@@ -63,24 +75,74 @@ def without_dtype(folder):
     (folder / "config.json").write_text(json.dumps(config))
 
 
-@pytest.mark.parametrize(
-    ("family", "changed", "options", "apart"),
-    [
-        ("llama", with_a_variant, {}, True),
-        ("llama_biased", without_dtype, {"dtype": "auto"}, True),
-        ("llama_biased", None, {"dtype": "bfloat16"}, True),
-        ("mixtral", None, {}, False),  # whose experts are one tensor in memory and many in its files
-    ],
-)
-def test_what_is_read(family, changed, options, apart, tmp_path):
-    tiny_teacher(family).save_pretrained(tmp_path / "model")
-    if changed is not None:
-        changed(tmp_path / "model")
-    expected = kept(tmp_path / "model", **options)
-    for found, alone in in_processes(tmp_path, 2, lambda rank: read(tmp_path / "model", **options)):
-        assert alone == apart and found.keys() == expected.keys()
-        for name, tensor in expected.items():
-            assert found[name].dtype == tensor.dtype and torch.equal(found[name], tensor), name
+def as_bin(folder, older=False):
+    """In two files, with an index."""
+    weights = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    names = {name: f"pytorch_model-{1 + i % 2}.bin" for i, name in enumerate(weights)}
+    for file in sorted(set(names.values())):
+        held = {name: weights[name] for name in names if names[name] == file}
+        torch.save(held, folder / file, _use_new_zipfile_serialization=not older)
+    (folder / "pytorch_model.bin.index.json").write_text(json.dumps({"metadata": {}, "weight_map": names}))
+
+
+def as_older_bin(folder):
+    as_bin(folder, older=True)
+
+
+def within_a_larger_model(folder):
+    weights = load_file(folder / "model.safetensors")
+    named = {name.replace("model.", "model.language_model."): tensor for name, tensor in weights.items()}
+    save_file(named | {"model.vision_tower.weight": torch.ones(3)}, folder / "model.safetensors", {"format": "pt"})
+
+
+READ = {
+    "variant": ("llama", with_a_variant, {}, True),
+    "dtype": ("llama_biased", without_dtype, {"dtype": "auto"}, True),
+    "rounded": ("llama_biased", None, {"dtype": "bfloat16"}, True),
+    "bin": ("llama", as_bin, {"dtype": "bfloat16"}, True),
+    "old bin": ("llama", as_older_bin, {}, False),  # which cannot be mapped
+    # experts that are one tensor in memory and many in the files, or another one
+    "experts": ("mixtral", None, {}, True),
+    "experts in bin": ("qwen3_moe", as_bin, {"dtype": "bfloat16"}, True),
+    "renamed experts": ("granitemoe", None, {}, True),
+}
+
+
+def test_what_is_read(tmp_path):
+    expected = {}
+    for name, (family, changed, options, _) in READ.items():
+        tiny_teacher(family).save_pretrained(tmp_path / name)
+        if changed is not None:
+            changed(tmp_path / name)
+        expected[name] = kept(tmp_path / name, **options)
+    # as a larger model's text model, which transformers renames where the configuration is the larger one's
+    tiny_teacher("llama_biased").save_pretrained(tmp_path / "within")
+    expected["within"] = kept(tmp_path / "within")
+    within_a_larger_model(tmp_path / "within")
+    cases = READ | {"within": ("", None, {}, True)}
+    found = in_processes(
+        tmp_path, 2, lambda rank: {name: read(tmp_path / name, **options) for name, (*_, options, _) in cases.items()}
+    )
+    for name, (*_, apart) in cases.items():
+        size = sum(tensor.numel() for tensor in expected[name].values())
+        for held, alone, numbers in (one[name] for one in found):
+            assert alone == apart and held.keys() == expected[name].keys(), name
+            for key, tensor in expected[name].items():
+                assert held[key].dtype == tensor.dtype and torch.equal(held[key], tensor), (name, key)
+            assert numbers < 0.7 * size, (name, numbers, size)  # half, and vectors; two experts of three
+
+
+def test_a_gguf_file_is_read_in_parts(tmp_path, make_llama, tokenizer):
+    path = tmp_path / "tiny.gguf"
+    write_gguf(path, make_llama(), tokenizer)
+    found = in_processes(tmp_path, 2, lambda rank: [read(path, dtype=dtype) for dtype in ("float32", "bfloat16")])
+    for i, dtype in enumerate(("float32", "bfloat16")):
+        expected = kept(path, dtype=dtype)
+        for held, alone, _ in (one[i] for one in found):
+            assert alone and held.keys() == expected.keys()
+            for name, tensor in expected.items():
+                assert held[name].dtype == tensor.dtype and torch.equal(held[name], tensor), name
 
 
 def test_packed_weights_are_refused(tmp_path):
