@@ -66,9 +66,10 @@ def metavar(action: argparse.Action) -> str:
     if action.nargs == 0:
         return ""
     if isinstance(action.metavar, tuple):
-        return " ".join(action.metavar)
+        first, *rest = action.metavar
+        return f"{first} [{' '.join(rest)} ...]" if action.nargs == "+" else " ".join(action.metavar)
     name = action.metavar or ("{" + ",".join(map(str, action.choices)) + "}" if action.choices else action.dest.upper())
-    return f"{name} ..." if action.nargs == "+" else name
+    return {"+": f"{name} ...", "*": f"[{name} ...]"}.get(action.nargs, name)
 
 
 def helped(action: argparse.Action) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import re
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mohawk.core.command import Command, given, number, path, refuse
@@ -120,10 +121,23 @@ def _add_compose(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "model", type=path, metavar="RUN", help="a run's folder, its phases 1 and 2 done for all layers"
     )
+    parser.add_argument(
+        "--mixers-of",
+        action="append",
+        nargs="+",
+        default=[],
+        metavar=("RUN", "I"),
+        help="another run of the same teacher, and the layers whose mixers come from it; no layers: in each layer the "
+        "mixer that alone leaves the least KL, by `mohawk select` in each run",
+    )
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--budget", metavar="B", help="attention layers (8), a share (25%%) or state bytes (40MB@4096)")
     what.add_argument(
-        "--attention", type=number(int, 0), nargs="+", metavar="I", help="the attention layers, without a ranking"
+        "--attention",
+        type=number(int, 0),
+        nargs="*",
+        metavar="I",
+        help="the attention layers, without a ranking; none: a mixer wherever there is one",
     )
     what.add_argument(
         "--interval", type=number(int, 2), metavar="N", help="attention at every N-th layer, as some runtimes ask for"
@@ -138,7 +152,20 @@ def _compose(options: argparse.Namespace) -> None:
     from mohawk.conversion.compose import compose
 
     chosen = {name: getattr(options, name) for name in ("budget", "attention", "interval", "by", "output")}
-    compose(options.model, **chosen, overrides=options.set)
+    compose(
+        options.model,
+        **chosen,
+        mixers_of=[_run_and_layers(*given) for given in options.mixers_of],
+        overrides=options.set,
+    )
+
+
+def _run_and_layers(run: str, *layers: str) -> tuple[Path, list[int]]:
+    """What one --mixers-of says. Raises UserError."""
+    try:
+        return path(run), [int(number(int, 0)(layer)) for layer in layers]
+    except argparse.ArgumentTypeError as error:
+        raise UserError(f"--mixers-of: {error}") from error
 
 
 def add_by(sub: argparse.ArgumentParser) -> None:

@@ -1,4 +1,4 @@
-"""`mohawk compose`: from a run with mixers in all layers to a new run with some, as far as phase 3.
+"""`mohawk compose`: from runs with mixers in all layers to a new run with some of them, as far as phase 3.
 
 A budget says how many attention layers may stay, `mohawk select` which. The new run's recipe is the old one's but for
 its layers, and its phases 1 and 2 are done, so that `mohawk convert` goes on with phase 3.
@@ -17,11 +17,11 @@ from typing import Any
 import torch
 from rich.console import Console
 
+from mohawk.conversion.mixed import TrainedRun, mixed_config, mixed_student, mixers_from, starting_gate
 from mohawk.conversion.patterns import interval_cost, regular_layers
 from mohawk.conversion.probe import short_fingerprint
 from mohawk.conversion.recipe import EndToEndPhase, Recipe
-from mohawk.conversion.select import RANKINGS, trained_student
-from mohawk.conversion.swap import keep_attention
+from mohawk.conversion.select import RANKINGS
 from mohawk.core.folders import MANIFEST, checkpoints, drop_file, is_complete, write_whole
 from mohawk.core.json_files import read_json, write_json
 from mohawk.core.places import home
@@ -39,10 +39,9 @@ from mohawk.errors import UserError
 from mohawk.loading.describe import size_text, state_sizes
 from mohawk.loading.models import load_teacher
 from mohawk.loading.nonfinite import refuse_nonfinite
-from mohawk.models.casting import cast
 from mohawk.models.hybrid import HybridForCausalLM
 from mohawk.models.hybrid_config import HybridConfig
-from mohawk.runs.binding import check_models, record_of
+from mohawk.runs.binding import record_of
 from mohawk.runs.claim import claimed
 from mohawk.runs.kept import Composed, Selection
 from mohawk.training.metrics import copy_without
@@ -124,6 +123,7 @@ def state_bytes(config: HybridConfig, ssm_layers: Sequence[int], context: int) -
 def compose(
     run: str | Path,
     *,
+    mixers_of: Sequence[tuple[str | Path, Sequence[int]]] = (),
     budget: str | None = None,
     attention: Sequence[int] | None = None,
     interval: int | None = None,
@@ -136,8 +136,11 @@ def compose(
 
     Args:
         run: folder of a run whose phases 1 and 2 are done, with mixers in all layers or at least in those to replace.
+        mixers_of: further runs of the same teacher, as far, each with the layers whose mixers come from it in place of
+            `run`'s; with none, each layer comes from the run whose mixer alone leaves the least KL, as `mohawk select`
+            has measured it in each of them.
         budget: see `AttentionBudget`; needs the ranking that `mohawk select` makes.
-        attention: or else the attention layers themselves.
+        attention: or else the attention layers themselves; none of them: mixers wherever there is one.
         interval: or else N, for attention at the layers i with (i + 1) % N == 0.
         by: which ranking, of `mohawk.conversion.select.RANKINGS`.
         output: the new folder; default: beside `run`, its name with the number of attention layers.
@@ -150,11 +153,17 @@ def compose(
         UserError: a budget that is none or cannot be met, no such ranking yet, a folder that is in use, or one whose
             phase 3 went on from mixers that the run has since trained again.
     """
-    console, folder = console or Console(), home(run)
+    console = console or Console()
     asked = None if budget is None else AttentionBudget.parse(budget)
-    recipe, source = trained_student(folder)
-    check_models(folder, recipe)
-    config = HybridConfig.from_pretrained(source)
+    if asked is not None and mixers_of:
+        raise UserError(
+            "--budget goes by a ranking, and mixers of several runs have none together; first: mohawk compose RUN "
+            "--mixers-of OTHER --attention, then mohawk select and mohawk compose --budget on the run that this makes"
+        )
+    first = TrainedRun.open(run)
+    folder, recipe, source = first.folder, first.recipe, first.student
+    mixers = mixers_from(first, [(TrainedRun.open(other), layers) for other, layers in mixers_of])
+    config = mixed_config(first, mixers)
     total = config.num_hidden_layers
     ranking: dict[str, Any] | None = None
     if asked is not None:
@@ -168,29 +177,30 @@ def compose(
     if not layers:
         raise UserError(f"{run}: with attention in all of {total} layers nothing would be converted; allow fewer")
     output = folder.resolve().with_name(f"{folder.resolve().name}-{len(kept)}-attention") if output is None else output
-    new = _recipe(recipe, layers, home(output), overrides)
-    if new.output.resolve() == folder.resolve():
+    mixers = {i: mixers[i] for i in layers}
+    config = mixed_config(first, mixers)
+    new = _recipe(recipe, config, starting_gate(mixers), home(output), overrides)
+    others = _others(first, mixers)
+    if new.output.resolve() in {each.folder.resolve() for each in (first, *mixers.values())}:
         raise UserError(f"--output: {output} is the run itself; choose another folder")
     with claimed(new.output, new):
         target = new.output / source.relative_to(folder)
-        if _outdated(new.output, target, source):
-            line = f"{new.output}: {folder} has trained its mixers again since; its student is made anew of them"
+        if changed := _outdated(new.output, target, source, others):
+            line = f"{new.output}: {changed} has trained its mixers again since; its student is made anew of them"
             console.print(line, highlight=False, soft_wrap=True, markup=False)
             _forget_mixers(new.output, target)
         if not is_complete(target) or read_json(new.output / COMPOSED, Composed) is None:
             about = {"run": str(folder.resolve()), "student": short_fingerprint(source), "attention": kept}
+            about |= {"others": others} if others else {}
             about |= {"budget": budget, "by": by} if budget is not None else {}
             about |= {"interval": interval} if interval is not None else {}
             write_json(new.output / COMPOSED, about)
             metrics = folder / METRICS_FILE  # of phases 1 and 2, whose mixers these are
-            if metrics.is_file():
+            if metrics.is_file() and not others:
                 copy_without(metrics, new.output / METRICS_FILE, "end_to_end")
             asked_of = recipe.teacher
             teacher = load_teacher(asked_of.model, dtype=asked_of.dtype, **asked_of.where)
-            student = load_teacher(source, dtype="auto", who="student").requires_grad_(True)
-            assert isinstance(student, HybridForCausalLM)
-            cast(teacher, student.dtype)
-            made = keep_attention(student, teacher, layers)
+            made = mixed_student(first, mixers, teacher)
             refuse_nonfinite(made, f"{target}: this student", "it is not written")
             with write_whole(target, replace=True, about=record_of(new.output)) as partial:
                 made.save_pretrained(partial)
@@ -198,7 +208,7 @@ def compose(
     size = sum(state_bytes(config, layers, context))
     at = f"{size_text(size)} of state after {context:,} tokens"
     console.print(f"{len(kept)} attention layers ({', '.join(map(str, kept)) or 'none'}), {at}", highlight=False)
-    point = None if interval is None else interval_cost(folder, source, interval)
+    point = None if interval is None or others else interval_cost(folder, source, interval)
     if ranking is not None:
         point = ranking["path"][len(layers)]
     if point is not None:
@@ -212,25 +222,41 @@ def compose(
     return new.output
 
 
-def _outdated(composed: Path, target: Path, source: Path) -> bool:
-    """Whether an earlier call made this folder's student of other mixers than the run has now.
+def _others(first: TrainedRun, mixers: dict[int, TrainedRun]) -> list[dict[str, Any]]:
+    """What composed.json says of the further runs: each with its student and the layers that came from it."""
+    found: dict[str, dict[str, Any]] = {}
+    for i, run in mixers.items():
+        if run.folder != first.folder:
+            name = str(run.folder.resolve())
+            found.setdefault(name, {"run": name, "student": short_fingerprint(run.student), "layers": []})
+            found[name]["layers"].append(i)
+    return list(found.values())
+
+
+def _outdated(composed: Path, target: Path, source: Path, others: list[dict[str, Any]]) -> str | None:
+    """Of whose mixers an earlier call made this folder's student that has others now; None where it is up to date.
 
     Raises:
-        UserError: it did, and phase 3 went on from there; or the folder's student is none that was composed.
+        UserError: it did, and phase 3 went on from there; the folder's student is none that was composed; or it has
+            layers of other runs.
     """
     about, last = read_json(composed / COMPOSED, Composed), phase_folder(composed, "end_to_end")
     if about is None:
         if target.exists() and not (composed / COMPOSED).exists():
             raise UserError(f"--output: {composed} trains mixers of its own; choose another folder")
-        return False
-    if about["student"] == short_fingerprint(source):
-        return False
-    if (composed / STUDENT).exists() or (last / STUDENT).exists() or checkpoints(last):
+        return None
+    then = about.get("others", [])
+    if [(each["run"], each["layers"]) for each in then] != [(each["run"], each["layers"]) for each in others]:
+        raise UserError(f"--output: {composed} has its layers' mixers from other runs; choose another folder")
+    now = {about["run"]: short_fingerprint(source)} | {each["run"]: each["student"] for each in others}
+    made_of = {about["run"]: about["student"]} | {each["run"]: each["student"] for each in then}
+    changed = next((run for run in now if now[run] != made_of[run]), None)
+    if changed is not None and ((composed / STUDENT).exists() or (last / STUDENT).exists() or checkpoints(last)):
         raise UserError(
-            f"--output: {composed} has begun phase 3 with mixers that {about['run']} has trained again since; choose "
+            f"--output: {composed} has begun phase 3 with mixers that {changed} has trained again since; choose "
             "another folder, or delete it to start over"
         )
-    return True
+    return changed
 
 
 def _forget_mixers(composed: Path, target: Path) -> None:
@@ -264,16 +290,17 @@ def _all_but(attention: Sequence[int], config: HybridConfig) -> list[int]:
     return [i for i in trained if i not in attention]
 
 
-def _recipe(recipe: Recipe, layers: list[int], output: Path, overrides: Sequence[str]) -> Recipe:
+def _recipe(recipe: Recipe, config: HybridConfig, gate: str | None, output: Path, overrides: Sequence[str]) -> Recipe:
     for override in overrides:
         if not override.strip().startswith(SETTABLE):
             raise UserError(
                 f"--set: got {override!r}; here only {', '.join(SETTABLE)} can be set: the rest is the run's"
             )
     data = recipe.model_dump(mode="json")
-    data["student"]["ssm_layers"], data["output"] = layers, str(output)
-    if isinstance(recipe.student.mixer, dict):
-        data["student"]["mixer"] = {i: recipe.student.mixer[i] for i in layers}
+    data["student"] |= {"ssm_layers": config.ssm_layers, "gate": gate}
+    several = isinstance(recipe.student.mixer, dict) or not isinstance(config.mixer, str)
+    data["student"]["mixer"] = {i: config.mixer_of(i) for i in config.ssm_layers} if several else config.mixer
+    data["output"] = str(output)
     if data["phases"]["end_to_end"] is None:
         data["phases"]["end_to_end"] = EndToEndPhase().model_dump(mode="json")
     return Recipe.from_dict(data, overrides)

@@ -35,6 +35,9 @@ def print_run(folder: Path, console: Console) -> None:
             f"composed of the mixers of {composed['run']}; attention layers: {kept}{chosen}",
             highlight=False, soft_wrap=True, markup=False,
         )  # fmt: skip
+        for other in composed.get("others", []):
+            layers = ", ".join(map(str, other["layers"]))
+            console.print(f"layers {layers}: of {other['run']}", highlight=False, soft_wrap=True, markup=False)
     names = phase_names(folder)
     reached = max((i for i, name in enumerate(names) if _left(folder, name)), default=-1)
     for i, name in enumerate(names):

@@ -100,7 +100,7 @@ def check_models(run: Path, recipe: Any) -> None:
     """UserError where a run's teacher, or another model that its recipe names, is not the one that it began with."""
     found = bound(run) or _recorded(run)
     if found is not None and found["inputs"] is not None:
-        _refuse_changed(run, found["inputs"], dict(_models_of(recipe)))
+        _refuse_changed(run, found["inputs"], dict(models_of(recipe)))
 
 
 def _refuse_changed(run: Path, then: dict[str, list[str]], now: dict[str, list[str]]) -> None:
@@ -125,7 +125,7 @@ def _difference(name: str, then: str, now: str) -> str:
 def inputs_of(recipe: Any, tokenizer: Any) -> Iterator[tuple[str, list[str]]]:
     """(dotted name, [what the recipe says, hash]) of every model's weights, configuration and code, the tokenizer, and
     every text and cache that a recipe names; of the special tokens' roles JSON in place of a hash."""
-    yield from _models_of(recipe)
+    yield from models_of(recipe)
     for at, section in sections(recipe):
         if hasattr(section, "source"):
             yield f"{at} text", [section.source, source_content(section)]
@@ -141,7 +141,8 @@ def inputs_of(recipe: Any, tokenizer: Any) -> Iterator[tuple[str, list[str]]]:
     yield ROLES, [given, json.dumps(tokenizer.special_tokens_map, sort_keys=True, default=str)]
 
 
-def _models_of(recipe: Any) -> Iterator[tuple[str, list[str]]]:
+def models_of(recipe: Any) -> Iterator[tuple[str, list[str]]]:
+    """As `inputs_of`, of the models alone: `teacher weights`, `teacher configuration` and the like."""
     for at, section in sections(recipe):
         if isinstance(section, CheckpointSection) and section.model is not None:
             for what, digest in _model(section, at).items():

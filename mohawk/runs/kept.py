@@ -89,12 +89,21 @@ class Compares(TypedDict):
     phases: dict[str, dict[str, float | None]]
 
 
+class Contribution(TypedDict):
+    """A further run in composed.json, and which layers' mixers are its."""
+
+    run: str
+    student: str
+    layers: list[int]
+
+
 class Composed(TypedDict):
     """composed.json."""
 
     run: str
     student: str
     attention: list[int]
+    others: NotRequired[list[Contribution]]
     budget: NotRequired[str | None]
     by: NotRequired[str]
     interval: NotRequired[int]
@@ -117,10 +126,18 @@ class Pattern(TypedDict):
     cost: Point
 
 
+class Alone(TypedDict):
+    """What a layer costs whose mixer alone takes attention's place."""
+
+    layer: int
+    kl: float
+
+
 class Selection(TypedDict):
     """selection.json."""
 
     settings: dict[str, Any]
+    layers: NotRequired[list[Alone]]
     rankings: dict[str, Ranking]
     patterns: NotRequired[dict[str, Pattern]]
 
