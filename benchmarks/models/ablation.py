@@ -8,8 +8,9 @@ short schedule may want another learning rate than a long one, each first tries 
 phases, with one seed; the rate that is best on held-out text of the training source is run with the other seeds, and
 what the table says is of text of another source.
 
-Runs are ordinary `mohawk convert` runs: each stops and resumes like one, and what is done is not done again. The table,
-its JSON with every run, and a plot go to benchmarks/results/.
+Runs are ordinary `mohawk convert` runs: each stops and resumes like one, and what is done is not done again. When all
+are there, a step of the teacher and of a student of each mixer is timed, in turns. The table, its JSON with every run,
+and a plot go to benchmarks/results/.
 
     python benchmarks/models/ablation.py [--mixers mamba2 gated_delta] [--tokens 65536] [--seeds 3] [--rates 0.5 1 2]
 """
@@ -34,6 +35,7 @@ SCHEDULES = {  # share of the token budget for each phase; what the paper's abla
 }
 PHASES = ("mixing", "hidden", "end_to_end")
 CONTEXTS = (512, 4096)  # at which decoding is timed
+ROUNDS, STEPS = 3, 16  # how often each model has its turn, and steps in a turn
 
 
 @dataclass(frozen=True)
@@ -61,8 +63,8 @@ def settings_for(run: Run, tokens: float, output: Path) -> list[str]:
         f"student.mixer={run.mixer}",
         f"seed={run.seed}",
         f"output={output}",
-        f"evaluation.contexts={list(CONTEXTS)}",
-        "evaluation.decode_tokens=8",
+        "evaluation.contexts=[16]",  # decoding is timed when all runs are there
+        "evaluation.decode_tokens=1",
         "evaluation.continuation_tokens=2",
     ]
     if "calibration" in shares:
@@ -103,7 +105,7 @@ def row(run: Run, results: dict) -> dict:
         "top1_agreement": last["evaluation"]["top1_agreement"], "kl_before": first["evaluation"]["kl"],
         "tuned_on": last["held_out"]["kl"],
         "tokens": {phase: found["tokens"] for phase, found in results["phases"].items()},
-        "decoding": results["decoding"], "machine": results["machine"],
+        "machine": results["machine"],
     }  # fmt: skip
 
 
@@ -149,8 +151,8 @@ def all_rows(options: argparse.Namespace, do, progress: Progress) -> list[dict]:
 
 
 def summary(rows: list[dict]) -> list[dict]:
-    """For each mixer and schedule the mean and the sample standard deviation over seeds with the rate that was chosen;
-    decoding as the median of the mixer's runs."""
+    """For each mixer and schedule the mean and the sample standard deviation over seeds with the rate that was
+    chosen."""
     found = []
     for mixer, phases in dict.fromkeys((r["mixer"], r["phases"]) for r in rows):
         mine = [r for r in rows if (r["mixer"], r["phases"]) == (mixer, phases)]
@@ -166,21 +168,37 @@ def summary(rows: list[dict]) -> list[dict]:
     return found
 
 
-def decoding(rows: list[dict]) -> dict[str, list[dict]]:
-    """Who -> for each context the median tokens per second and the bytes of a state: the teacher and each mixer's
-    student."""
-    told = {"teacher": [r["decoding"]["teacher"] for r in rows]}
-    for r in rows:
-        told.setdefault(r["mixer"], []).append(r["decoding"]["student"])
+def timed(options: argparse.Namespace) -> dict[str, list[list[dict]]]:
+    """Who -> the speeds of each round: the teacher and a student of each mixer, one after another in every round, so
+    that a machine that grows slower does so for all."""
+    from mohawk.demo import fetch
+    from mohawk.loading.models import load_teacher
+    from mohawk.measures.compare import decode_speed
+
+    folders = {"teacher": fetch.smollm2()}
+    for mixer in options.mixers:
+        first = Run(mixer, next(iter(SCHEDULES)), options.rates[0], 0)
+        folders[mixer] = options.runs / first.name / "student"
+    models = {name: load_teacher(folder) for name, folder in folders.items()}
+    rounds: dict[str, list[list[dict]]] = {name: [] for name in models}
+    for turn in range(ROUNDS):
+        print(f"timing decoding, round {turn + 1} of {ROUNDS}", flush=True)
+        for name, model in models.items():
+            rounds[name].append([asdict(speed) for speed in decode_speed(model, CONTEXTS, STEPS)])
+    return rounds
+
+
+def decoding(rounds: dict[str, list[list[dict]]]) -> dict[str, list[dict]]:
+    """Who -> for each context the median over rounds of tokens per second, and the bytes of a state."""
     return {
         name: [
             {
                 "context": many[0]["context"], "state_bytes": many[0]["state_bytes"],
                 "tokens_per_s": statistics.median(one["tokens_per_s"] for one in many),
             }
-            for many in zip(*runs, strict=True)
+            for many in zip(*turns, strict=True)
         ]
-        for name, runs in told.items()
+        for name, turns in rounds.items()
     }  # fmt: skip
 
 
@@ -257,7 +275,7 @@ def main() -> None:
     options = parser.parse_args()
     progress = Progress(len(options.mixers) * len(SCHEDULES) * (len(options.rates) + options.seeds - 1))
     rows = all_rows(options, lambda run: done(run, options.tokens, options.runs), progress)
-    lines, speeds = summary(rows), decoding(rows)
+    lines, speeds = summary(rows), decoding(timed(options))
     options.results.mkdir(parents=True, exist_ok=True)
     about = {"tokens": options.tokens, "seeds": options.seeds, "date": time.strftime("%Y-%m-%d")}
     written = {"about": about, "summary": lines, "decoding": speeds, "rows": rows}
