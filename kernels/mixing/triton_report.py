@@ -13,7 +13,8 @@ import torch
 from mohawk.kernels.common import triton_report
 from mohawk.kernels.mixing import triton_backend as mixing_triton
 from mohawk.kernels.mixing import triton_delta
-from mohawk.kernels.mixing.triton_kernels import Side, normaliser_kernel, pass_kernel
+from mohawk.kernels.mixing.triton_kernels import normaliser_kernel, pass_kernel
+from mohawk.kernels.mixing.triton_tiles import Side
 
 WIDTHS = (64, 128, 256)
 MAJOR = {"sm_80": 8, "sm_90": 9, "sm_100": 10, "gfx942": 0}

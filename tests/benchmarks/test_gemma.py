@@ -32,12 +32,13 @@ def test_packages():
 @pytest.mark.parametrize("tokens", [6144, 65536])
 def test_budgets(tokens, tmp_path, monkeypatch):
     monkeypatch.setattr("mohawk.demo.run.local_settings", lambda teacher: [f"teacher.model={teacher}"])
-    recipe = gemma.recipe_for(tmp_path, "gated_delta", tokens, tmp_path / "run")
+    recipe = gemma.recipe_for(tmp_path, "gated_delta", tokens, 1024, tmp_path / "run")
     phases = dict(recipe.phases.active())
     assert list(phases) == ["mixing", "hidden", "end_to_end"]
     assert sum(phase.tokens for phase in phases.values()) + phases["hidden"].solve_tokens == pytest.approx(
         tokens, abs=2
     )
+    assert recipe.evaluation.tokens == 1024
     assert recipe.teacher.model == str(tmp_path) and recipe.student.ssm_layers == "every_second"
 
 
@@ -47,4 +48,4 @@ def test_table():
     results = {"evaluation": dict.fromkeys(gemma.STAGES, found), "decoding": {"teacher": speed, "student": speed}}
     lines = gemma.table(results, "mamba2", 65536)
     assert lines[4] == "| before phase 1 | 0.5000 | 0.5000 | 1.250 | 1.250 |"
-    assert lines[-1] == "| student, after 512 tokens | 12.3 | 5.2 MB |"
+    assert lines[-1] == "| after 512 tokens | 5.2 MB | 5.2 MB |"

@@ -223,8 +223,8 @@ def half():
     yield compare("half", heads, attention(2, 2, 60, 8, seed=8, segment_ids=ids), "kl", dtype=torch.bfloat16)
     yield compare("float16", ssd, heads, dtype=torch.float16)
     # A float32 or float16 teacher of a bfloat16 student, and all in float32: bfloat16 products under autocast.
-    used, side = set(), mixing_triton._side
-    mixing_triton._side = lambda mixing, dtype: (used.add(dtype), side(mixing, dtype))[1]
+    used, side = set(), mixing_triton.side_of
+    mixing_triton.side_of = lambda mixing, dtype: (used.add(dtype), side(mixing, dtype))[1]
     for mine, theirs in ((torch.bfloat16, torch.float32), (torch.bfloat16, torch.float16), (torch.float32,) * 2):
         student, teacher = cast(ssd, mine), cast(heads, theirs)
         low = [dataclasses.replace(x, **{k: v.bfloat16().detach() for k, v in vars(x).items() if k in "qkCB"})
