@@ -117,12 +117,13 @@ def qwen3_5_notes(config: PretrainedConfig) -> list[Note]:
         f'{MLX} knows this layout as qwen3_5 alone: write "model_type": "qwen3_5" into the config.json of a copy; a '
         "tiny student in float32 gave the same logits there"
     )
+    not_in_mlx = irregular or _wrong_in_mlx(config)
     return [
         Note("transformers", True, f"stock class, nothing else to install; {LEFT}"),
         Note("vLLM", False, _served("vLLM", sizes)),
         Note("SGLang", False, irregular or _served("SGLang", sizes), runs=irregular is None),
         Note("llama.cpp", False, uneven or llama_cpp, runs=uneven is None),
-        Note("MLX", False, irregular or mlx, runs=irregular is None),
+        Note("MLX", False, not_in_mlx or mlx, runs=not_in_mlx is None),
     ]
 
 
@@ -140,6 +141,18 @@ def _irregular(config: PretrainedConfig) -> str | None:
         "has attention at every N-th layer, counted from 1, and nowhere else (full_attention_interval); here it is in "
         f"layers {', '.join(map(str, kept))}, counted from 0. `mohawk compose RUN --interval N` keeps it where N asks"
     )
+
+
+def _wrong_in_mlx(config: PretrainedConfig) -> str | None:
+    """What mlx-lm, by its source, computes otherwise without saying so; None where there is nothing."""
+    if config.linear_conv_kernel_dim == 1:
+        return f"{MLX} adds the 1 to norms' weights only where it sees a convolution of more than one tap"
+    rope = config.rope_parameters
+    if rope["rope_type"] == "yarn" and rope.get("attention_factor") is not None:
+        return f"{MLX} leaves out a yarn's attention_factor (here {rope['attention_factor']}), without a word"
+    if rope["rope_type"] == "dynamic":
+        return f"{MLX} takes another base for dynamic rotary positions, without a word"
+    return None
 
 
 def needed_transformers(config: PretrainedConfig) -> str | None:

@@ -1,4 +1,5 @@
-"""Exported folders as the loaders of vLLM and SGLang read them, by their source: names, shapes, fields of config.json.
+"""Exported folders as the loaders of vLLM, SGLang and mlx-lm read them, by their source: names, shapes, fields of
+config.json.
 
 Read in vLLM 0.33.0 (vllm/model_executor/models/granitemoehybrid.py, granitemoeshared.py, qwen3_5.py, qwen3_next.py,
 layers/mamba/mamba_mixer2.py, layers/mamba/gdn/qwen_gdn_linear_attn.py) and in SGLang 0.5.23
@@ -7,7 +8,11 @@ qwen3_5_text.py). Both make their parameters from these fields alone and stop at
 lists below are computed from config.json as they compute them. A field that SGLang does not find gets a default of its
 own, which is no error: those have to be there.
 
-The model classes of both releases were also built on a CPU, with vLLM's attention operation left out, and filled by
+mlx-lm 0.32.2 (mlx_lm/models/qwen3_5.py, qwen3_next.py, rope_utils.py) has the names and shapes that vLLM has for a
+Qwen3.5, below `language_model.`, with attention where the interval says. It ran such a folder on a CPU
+(docs/export.md); what it would get wrong by its source is tested here.
+
+The model classes of vLLM and SGLang were also built on a CPU, with vLLM's attention operation left out, and filled by
 their own load_weights from folders like these, with no parameter left over. That needs both installed, and is not
 repeated here.
 """
@@ -19,10 +24,15 @@ import torch
 from safetensors import safe_open
 from transformers import AutoConfig
 
+from mohawk.export.runtimes import qwen3_5_notes
 from mohawk.export.targets import TARGETS, Asked
 from mohawk.models.formats import granite
+from mohawk.models.formats.qwen3_5 import qwen3_5_config
+from mohawk.models.from_teacher import hybrid_from_teacher
+from tests.models.conftest import tiny_teacher
 from tests.models.test_bamba import ROPES
 from tests.models.test_bamba import student_of as mamba2_student
+from tests.models.test_qwen3_5 import FULL
 from tests.models.test_qwen3_5 import student_of as delta_student
 
 # granitemoehybrid.py: what vLLM's decoder reads of its configuration, and what SGLang's class has another default for
@@ -42,6 +52,11 @@ QWEN_FIELDS = {
     "linear_value_head_dim", "max_position_embeddings", "num_attention_heads", "num_hidden_layers",
     "num_key_value_heads", "pad_token_id", "partial_rotary_factor", "rms_norm_eps", "rope_parameters", "rope_scaling",
     "rope_theta", "tie_word_embeddings", "vocab_size",
+}  # fmt: skip
+
+# mlx-lm's qwen3_5.py has other defaults for all of these; what it has no field for it does not read
+MLX_FIELDS = QWEN_FIELDS - {
+    "bos_token_id", "eos_token_id", "hidden_act", "pad_token_id", "partial_rotary_factor", "rope_scaling", "rope_theta",
 }  # fmt: skip
 
 
@@ -170,6 +185,29 @@ def test_qwen3_5(options, tmp_path):
     assert config["dtype"] == "float32"  # norms of the bfloat16 one are
     assert read.layer_types == student.config.layer_types
     both_ropes(config, read, student)
+
+
+def mlx_note(options, **mixer):
+    teacher = tiny_teacher("qwen3", **{**FULL, **options})
+    config = qwen3_5_config(hybrid_from_teacher(teacher, [0, 2], "gated_delta", **mixer).config)
+    return next(note for note in qwen3_5_notes(config) if note.runtime == "MLX")
+
+
+def test_mlx(tmp_path):
+    """It computes layers' kinds from the interval, takes q_proj's gate from the second half of each head's rows, and
+    adds 1 to the norms in front of linear maps where a convolution's weight is as transformers stores it."""
+    config, shapes, _ = written("qwen3_5", delta_student(), tmp_path)
+    assert MLX_FIELDS <= config.keys() and config["full_attention_interval"] == 2
+    assert config["rope_parameters"].keys() >= {"rope_type", "rope_theta", "partial_rotary_factor"}
+    stored = {name: shape for name, shape in shapes.items() if name.endswith("conv1d.weight")}
+    assert stored and all(shape[1] == 1 < shape[2] for shape in stored.values())
+    assert mlx_note({}).runs and mlx_note({"rope_parameters": ROPES["yarn"]}).runs
+    for options, mixer, told in (
+        ({}, {"conv_kernel": 1}, "more than one tap"),
+        ({"rope_parameters": {**ROPES["yarn"], "attention_factor": 1.5}}, {}, "attention_factor (here 1.5)"),
+    ):
+        note = mlx_note(options, **mixer)
+        assert not note.runs and told in note.text
 
 
 def both_ropes(config, read, student):
