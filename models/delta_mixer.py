@@ -8,11 +8,13 @@ Shapes: b batch, n sequence, D hidden size, h value heads of width p, g key head
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mohawk.kernels.decode.interface import delta_decode_step
 from mohawk.kernels.delta.interface import gated_delta_rule, gated_delta_step
 from mohawk.kernels.mixing.operands import DeltaMixing
 from mohawk.models.state_mixer import StateMixer, segments_of_padding, wide
@@ -73,7 +75,23 @@ class DeltaMixer(StateMixer):
         """(..., h, p) outputs of the rule and gate -> the same: norm and gate."""
         raise NotImplementedError
 
+    def decode_options(self) -> dict[str, Any]:
+        """What `delta_decode_step` is to know of the decay, beside what `raw_gates` holds, and of the gate."""
+        raise NotImplementedError
+
     # --- shared --------------------------------------------------------------------------------------------------
+
+    def decode(
+        self, window: Tensor, state: Tensor, inputs: Tensor, z: Tensor, raw: Tensor, real: Tensor | None
+    ) -> Tensor:
+        beta, decay = raw[:, : self.num_heads], raw[:, self.num_heads :]
+        if decay.shape[1] != self.num_heads:
+            decay = decay.view(-1, self.num_heads, self.state_size)
+        conv = self.conv1d
+        return delta_decode_step(
+            window, state, inputs, z, beta, decay, weight=conv.weight[:, 0], bias=conv.bias, real=real,
+            **self.decode_options(),
+        )  # fmt: skip
 
     def slices(self) -> dict[str, slice]:
         """Which channels of the convolution are queries, keys and values."""
@@ -181,6 +199,13 @@ class GatedDeltaMixer(DeltaMixer):
     def normed(self, y: Tensor, z: Tensor) -> Tensor:
         return self.norm(y, z)
 
+    def read_by_decode(self) -> tuple[nn.Module, ...]:
+        return self.conv1d, self.norm
+
+    def decode_options(self) -> dict[str, Any]:
+        norm = self.norm
+        return {"A_log": self.A_log, "dt_bias": self.dt_bias, "norm_weight": norm.weight, "norm_eps": norm.eps}
+
 
 class ForgetGate(nn.Module):
     """Kimi Delta Attention's decay, of each channel of each head's keys, by way of `rank` channels."""
@@ -266,3 +291,10 @@ class KimiDeltaMixer(DeltaMixer):
 
     def normed(self, y: Tensor, z: Tensor) -> Tensor:
         return self.o_norm(y, z)
+
+    def read_by_decode(self) -> tuple[nn.Module, ...]:
+        return self.conv1d, self.o_norm
+
+    def decode_options(self) -> dict[str, Any]:
+        norm = self.o_norm
+        return {"norm_weight": norm.weight, "norm_eps": norm.eps, "gate_activation": "sigmoid"}

@@ -9,11 +9,13 @@ Shapes: b batch, n sequence, D hidden size, h heads, p head dim, g groups, N sta
 """
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mohawk.kernels.decode.interface import ssd_decode_step
 from mohawk.kernels.mixing.operands import SSDMixing
 from mohawk.kernels.ssd.interface import ssd, ssd_step
 from mohawk.models.delta_mixer import GatedDeltaMixer, KimiDeltaMixer
@@ -173,6 +175,19 @@ class SSMMixer(StateMixer):
         x, B, C = self._cut(convolved)
         return ssd_step(state, x, log_decay, B, C, D=self.D, input_scale=input_scale)
 
+    def decode(
+        self, window: Tensor, state: Tensor, inputs: Tensor, z: Tensor, raw: Tensor, real: Tensor | None
+    ) -> Tensor:
+        conv = self.conv1d
+        return ssd_decode_step(
+            window, state, inputs, z, raw, weight=conv.weight[:, 0], bias=conv.bias, activation=self.activation,
+            D=self.D, real=real, **self.decode_options(),
+        )  # fmt: skip
+
+    def decode_options(self) -> dict[str, Any]:
+        """What `ssd_decode_step` is to know of the decay and of the gate."""
+        raise NotImplementedError
+
     def _cut(self, xBC: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(..., channels) -> x (..., h, p), B and C (..., g, N)."""
         x, B, C = xBC.split([self.inner_size, self.group_size, self.group_size], -1)
@@ -217,6 +232,13 @@ class Mamba2Mixer(SSMMixer):
     def gate(self, y: Tensor, z: Tensor) -> Tensor:
         return self.norm(y, z)
 
+    def read_by_decode(self) -> tuple[nn.Module, ...]:
+        return self.conv1d, self.norm
+
+    def decode_options(self) -> dict[str, Any]:
+        norm = self.norm
+        return {"A_log": self.A_log, "dt_bias": self.dt_bias, "norm_weight": norm.weight, "norm_eps": norm.eps}
+
 
 class DiscreteMamba2Mixer(SSMMixer):
     """Discrete Mamba-2 of the MOHAWK paper (arXiv 2408.10189), Phi-Mamba and Llamba, state-dict keys included.
@@ -255,6 +277,9 @@ class DiscreteMamba2Mixer(SSMMixer):
 
     def gate(self, y: Tensor, z: Tensor) -> Tensor:
         return wide(y) * F.silu(wide(z) + wide(self.z_bias))
+
+    def decode_options(self) -> dict[str, Any]:
+        return {"gate_bias": self.z_bias}
 
 
 # By the names in mixer_names.py.

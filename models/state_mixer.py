@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mohawk.kernels.causal_conv1d.interface import causal_conv1d, causal_conv1d_step
+from mohawk.kernels.decode.in_place import by_tap
 from mohawk.kernels.mixing.operands import DeltaMixing, SSDMixing
 from mohawk.models.call import documents_in, one_cache, refuse_unknown
 
@@ -148,6 +149,16 @@ class StateMixer(nn.Module):
         """(b, n, h*p) outputs of the recurrence and gate -> input of the output's projection."""
         raise NotImplementedError
 
+    def decode(
+        self, window: Tensor, state: Tensor, inputs: Tensor, z: Tensor, raw: Tensor, real: Tensor | None
+    ) -> Tensor:
+        """A token's step from what is projected to the input of the output's projection (b, h*p), with the
+        convolution's window (b, channels, k) and the state changed in place.
+
+        inputs, z, raw: as `project` has them, without the sequence dimension. real: (b,), False at padding.
+        """
+        raise NotImplementedError
+
     def mixing(
         self, hidden_states: Tensor, segment_ids: Tensor | None = None, padding_mask: Tensor | None = None
     ) -> SSDMixing | DeltaMixing:
@@ -214,13 +225,38 @@ class StateMixer(nn.Module):
             padding_mask = attention_mask
         real = None if padding_mask is None else padding_mask[:, padding_mask.shape[1] - n :].bool()
         inputs, z, raw = self.project(hidden_states)
-        if n == 1 and cache is not None and cache.has_previous_state(self.layer_idx):
-            y = self._step(inputs, raw, cache, real)
+        steps = n == 1 and cache is not None and cache.has_previous_state(self.layer_idx)
+        if steps and self._decodes(layer := cache.layers[self.layer_idx]):
+            states = layer.conv_states[0], layer.recurrent_states[0]
+            at = None if real is None else real[:, 0]
+            gated = self.decode(*states, inputs.squeeze(1), z.squeeze(1), raw.squeeze(1), at).unsqueeze(1)
         else:
-            y = self._scan(inputs, raw, cache, real, segment_ids)
-        output = self.output(self.gate(y.reshape(z.shape), z).to(inputs.dtype))
+            y = self._step(inputs, raw, cache, real) if steps else self._scan(inputs, raw, cache, real, segment_ids)
+            gated = self.gate(y.reshape(z.shape), z).to(inputs.dtype)
+        output = self.output(gated)
         # nothing is learnt at padding either: a norm of zeros has a huge gradient
         return output if real is None else output.masked_fill(~real[..., None], 0), None
+
+    def _decodes(self, layer) -> bool:
+        """Whether a step on this layer's states is `decode`'s: in inference, outside of a graph that is being compiled,
+        where the modules whose weights it reads are as they were made (not offloaded, hooked or replaced).
+
+        On a CPU the window is laid out for it.
+        """
+        window = layer.conv_states[0]
+        if torch.is_grad_enabled() or torch.compiler.is_compiling() or window.shape[-1] != self.conv_kernel:
+            return False
+        for module in self.read_by_decode():
+            own = vars(module)
+            if own["_forward_hooks"] or own["_forward_pre_hooks"] or "forward" in own or module.weight.is_meta:
+                return False
+        if window.is_cpu and window.stride(1) != 1:
+            layer.conv_states[0] = by_tap(window)
+        return True
+
+    def read_by_decode(self) -> tuple[nn.Module, ...]:
+        """Modules whose weights `decode` reads, without calling them."""
+        return (self.conv1d,)
 
     def _scan(self, inputs: Tensor, raw: Tensor, cache, real: Tensor | None, segment_ids: Tensor | None) -> Tensor:
         """Any number of tokens, with or without a cache, which is updated: inputs of the convolution (b, n, channels)
@@ -249,7 +285,7 @@ class StateMixer(nn.Module):
         return y if back is None else y.take_along_dim(back[..., None, None], 1)
 
     def _step(self, inputs: Tensor, raw: Tensor, cache, real: Tensor | None) -> Tensor:
-        """`_scan` of one token on top of a cache, in few and small operations: decoding is nothing but this."""
+        """`_scan` of one token on top of a cache, by operations that have gradients and modules that are called."""
         window = self._next_window(cache.layers[self.layer_idx].conv_states[0], inputs, real)
         self._write_window(cache, window)
         convolved = self.conv1d(window.to(inputs.dtype), step=True)
