@@ -156,6 +156,30 @@ def whole_model(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
+def called_apart(model: nn.Module, idle: Callable[[], Any]) -> Iterator[None]:
+    """Within, each process may call a sharded model as often as it likes, a layer of it being whole at a time: one that
+    is done does `idle`, which calls it once, until all of them are. All processes must come here."""
+    device = next(model.parameters()).device
+
+    def busy(here: bool) -> bool:
+        flag = torch.tensor(float(here), device=device)
+        dist.all_reduce(flag)
+        return bool(flag)
+
+    def tell(*_: Any) -> None:
+        busy(True)
+
+    hook = model.register_forward_pre_hook(tell, prepend=True)  # before FSDP's, which gathers what the root itself has
+    try:
+        yield
+    finally:
+        hook.remove()
+    while busy(False):
+        idle()
+    reshard(model)
+
+
+@contextmanager
 def whole_head(model: nn.Module) -> Iterator[None]:
     """Within, the head's matrix is whole, outside of a forward pass."""
     head = _embeddings(model)[1] if is_sharded(model) else None

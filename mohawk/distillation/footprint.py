@@ -22,8 +22,9 @@ class Need:
     """What a stage needs, as a plan tells it.
 
     held_as: bytes at its peak, by what they are of, where it is held in some way. works_as: floating-point operations
-    of one token. ways: those that it may be held in; None: all that the recipe allows. strategy, held, operations: of
-    the way that `fit` chose.
+    of one token. ways: those that it may be held in; None: all that the recipe allows. to_sample: bytes more where its
+    student, in parts otherwise, is whole while it writes samples; None: it writes none. strategy, held, operations: of
+    the way that `fit` chose; gathers: whether it has room for these bytes.
     """
 
     name: str
@@ -31,9 +32,11 @@ class Need:
     held_as: Callable[[Strategy], dict[str, int]]
     works_as: Callable[[Strategy], float]
     ways: Callable[[Strategy], bool] | None = None
+    to_sample: Callable[[Strategy, dict[str, int]], int] | None = None
     strategy: Strategy = Strategy()
     held: dict[str, int] = field(default_factory=dict)
     operations: float = 0.0
+    gathers: bool = False
 
     @property
     def memory(self) -> int:
@@ -53,6 +56,11 @@ def fit(needs: Sequence[Need], recipe: Any, hardware: Hardware) -> bool:
                 if need.memory <= hardware.memory:
                     break
             need.operations = need.works_as(need.strategy)
+            need.gathers = False
+            if need.to_sample is not None and need.strategy.parts > 1:
+                more = need.to_sample(need.strategy, need.held)
+                if need.memory + more <= hardware.memory:
+                    need.gathers, need.held["samples"] = True, more
         return all(need.memory <= hardware.memory for need in needs)
 
     ways = {strategy.parts > 1 for strategy in strategies(recipe, hardware)}
@@ -117,10 +125,13 @@ def stage_footprint(
     )  # fmt: skip
     if (matched := _matched(stage, student, [model for model, _ in teachers], tokens)) > 0:
         found["matchings"] = matched
-    if getattr(stage, "on_policy", None) is not None and parts > 1:  # whole on each process while it samples
-        room = sum(found[name] for name in ("gathered", "activations", "head and loss"))
-        found["samples"] = max(0, itemsize * _count(student) - room)
     return found
+
+
+def sampling_bytes(student: PreTrainedModel, held: dict[str, int], itemsize: int) -> int:
+    """Bytes that a whole student takes beyond what is free while nothing trains, in a stage whose bytes are `held`."""
+    room = sum(held.get(name, 0) for name in ("gathered", "activations", "head and loss", "gradients"))
+    return max(0, itemsize * _count(student) - room)
 
 
 def stage_operations(

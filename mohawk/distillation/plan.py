@@ -15,7 +15,7 @@ from mohawk.conversion.footprint import Hardware, Strategy
 from mohawk.conversion.plan import GIB, planned_for, print_hardware
 from mohawk.core.precision import pick_device
 from mohawk.distillation.build import checked_cache, loss_label, matchings_for, mistakes, shaped
-from mohawk.distillation.footprint import Need, allowed_ways, fit, stage_footprint, stage_operations
+from mohawk.distillation.footprint import Need, allowed_ways, fit, sampling_bytes, stage_footprint, stage_operations
 from mohawk.distillation.recipe import DistillRecipe, DistillStudent, RampSection, Stage
 from mohawk.errors import UserError
 from mohawk.loading.configs import load_config
@@ -133,7 +133,13 @@ def need_of(
     def works_as(strategy: Strategy) -> float:
         return stage_operations(stage, student, [model for model, _ in answers], strategy.recompute)
 
-    return Need(stage.name, int(stage.tokens), held_as, works_as, allowed_ways(stage, student, recipe))
+    def to_sample(strategy: Strategy, held: dict[str, int]) -> int:
+        return sampling_bytes(student, held, 2 if bits16 else 4)
+
+    return Need(
+        stage.name, int(stage.tokens), held_as, works_as, allowed_ways(stage, student, recipe),
+        to_sample if stage.on_policy is not None else None,
+    )  # fmt: skip
 
 
 def print_plan(plan: Plan, recipe: DistillRecipe, console: Console) -> None:

@@ -52,6 +52,7 @@ def distill(recipe: DistillRecipe, *, dry_run: bool = False, hardware: Hardware 
     def work(folder: Path, console: Console, planned: Plan) -> None:
         run = opened(recipe, folder, console, parts=parts_of(recipe, planned.sharded))
         run.recompute |= {need.name for need in planned.needs if need.strategy.recompute}
+        run.gathers |= from_first(lambda: {need.name for need in planned.needs if need.gathers})
         run_stages(run)
 
     if recipe.has_adapter():

@@ -116,6 +116,7 @@ class StageTrainer:
                 top_p=on_policy.top_p,
                 prompt_tokens=on_policy.prompt_tokens,
                 seed=self.run.recipe.seed,
+                gather=stage.name in self.run.gathers,
             ),
             router=router,
             advance=None

@@ -1,4 +1,4 @@
-"""GGUF files read by several processes, each of which keeps its part; a tensor, or a layer's experts, is whole at a time.
+"""GGUF files of which each process keeps its part; a tensor, or a layer's experts, is whole at a time.
 
 What the file's tensors are in the model is transformers' to say (modeling_gguf_pytorch_utils.py, whose
 `load_gguf_checkpoint` reads all of them at once).

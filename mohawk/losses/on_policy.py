@@ -24,7 +24,7 @@ from mohawk.errors import UserError
 from mohawk.loading.causal import plain_model
 from mohawk.loading.configs import check_decoder
 from mohawk.losses.heads import readable_ids, vocabulary_rows
-from mohawk.models.sharding import whole_model
+from mohawk.models.sharding import called_apart, is_sharded, whole_model
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -76,6 +76,8 @@ class OnPolicy:
         eos_token_id: one id or several that end a sample; none: every sample has `max_new_tokens`.
         pad_token_id: default: the tokenizer's, else the first eos, else 0.
         vocab_size: of the teacher, where the student's is larger. `KnowledgeDistiller` sets it.
+        gather: whether a student in parts (FSDP2) is whole on each process while it writes, which spares it to gather
+            each layer again for every token, where there is the memory for it.
 
     Raises:
         UserError: a setting out of its range, or a batch with columns of a cached teacher, which has not seen them.
@@ -96,6 +98,7 @@ class OnPolicy:
         eos_token_id: int | Sequence[int] | None = None,
         pad_token_id: int | None = None,
         vocab_size: int | None = None,
+        gather: bool = False,
     ):
         for name, value, fine, allowed in (
             ("share", share, 0 <= share <= 1, "0 to 1"),
@@ -123,6 +126,7 @@ class OnPolicy:
         # peft's generate reads and writes configurations of its own; the adapters are in the model it wraps
         self.student = plain_model(student)
         self.share, self.max_new_tokens, self.prompt_tokens, self.seed = share, max_new_tokens, prompt_tokens, seed
+        self.gather = gather
         rows = vocabulary_rows(self.student)
         self.vocab_size = rows if tokenizer is None else min(rows, max(tokenizer.get_vocab().values()) + 1)
         self.limit_to(vocab_size or rows)
@@ -161,8 +165,20 @@ class OnPolicy:
             )
         if not self.decides(step):
             return batch
-        with whole_model(self.student):  # processes may have other numbers of prompts, or none
+        with self.apart():
             return self._replaced(batch, step)
+
+    def apart(self) -> contextlib.AbstractContextManager[None]:
+        """What all processes enter in an on-policy step, which may have other numbers of prompts, or none."""
+        if not is_sharded(self.student):
+            return contextlib.nullcontext()
+        return whole_model(self.student) if self.gather else called_apart(self.student, self._idle)
+
+    @torch.no_grad()
+    def _idle(self) -> None:
+        """One pass, of which nothing is kept."""
+        token = torch.full((1, 1), self.pad, device=self.student.device)
+        self.student(input_ids=token, use_cache=False)
 
     def _replaced(self, batch: dict[str, Tensor], step: int) -> dict[str, Tensor]:
         prompts = self._prompts(batch, step)
@@ -263,7 +279,7 @@ class OnPolicy:
             written = self.student.generate(
                 input_ids=ids.to(self.student.device),
                 attention_mask=mask.to(self.student.device),
-                synced_gpus=False,  # a sharded student is whole here
+                synced_gpus=False,  # `apart` sees to that
                 generation_config=GenerationConfig(
                     max_new_tokens=limit,
                     pad_token_id=self.pad,
@@ -315,12 +331,13 @@ def replaced_rows(
     """
     if kept is None or not bool(kept.any()):
         return on_policy(batch, step)
+    if bool(kept.all()):
+        if isinstance(on_policy, OnPolicy) and on_policy.share and on_policy.decides(step):
+            with on_policy.apart():  # where others sample
+                pass
+        return batch
     asked = {name: column[~kept] for name, column in batch.items()}
-    whole = contextlib.nullcontext()
-    if isinstance(on_policy, OnPolicy) and on_policy.share and on_policy.decides(step):
-        whole = whole_model(on_policy.student)  # all take part where it is in parts, also who keeps all rows
-    with whole:
-        made = asked if bool(kept.all()) else on_policy(asked, step)
+    made = on_policy(asked, step)
     if made is asked:
         return batch
     fill, result = {"labels": IGNORED, "segment_ids": -1}, {}

@@ -95,11 +95,13 @@ def prune(recipe: PruneRecipe, *, dry_run: bool = False, hardware: Hardware | No
     def work(folder: Path, console: Console, planned: Plan) -> None:
         run = opened(recipe, folder, console, parts=parts_of(recipe, planned.sharded))
         again = {need.name for need in planned.needs if need.strategy.recompute}
+        gathers = from_first(lambda: {need.name for need in planned.needs if need.gathers})
         kinds = {"heal": recipe.heal, "correct": recipe.correct}
         for step in recipe.steps():
             stage = kinds.get(step.kind)
-            if (step.name if stage is None else stage.name) in again:
-                run.recompute.add(step.name)
+            name = step.name if stage is None else stage.name
+            run.recompute |= {step.name} if name in again else set()
+            run.gathers |= {step.name} if name in gathers else set()
         Pruning(run, planned).run_steps()
 
     start(

@@ -85,6 +85,7 @@ class RunContext(Generic[D]):
         stage: which layers this process has in phases 1 and 2, where they are dealt; None: all.
         recompute: phases in which layers keep their inputs alone for the backward pass, where the recipe leaves that
             open.
+        gathers: those whose student, in parts otherwise, is whole on each process while it writes samples.
     """
 
     recipe: Any
@@ -99,6 +100,7 @@ class RunContext(Generic[D]):
     parts: Parts | None = None
     stage: PipelineStage | None = None
     recompute: set[str] = field(default_factory=set)
+    gathers: set[str] = field(default_factory=set)
 
     @property
     def spread_teacher(self) -> Spread | None:

@@ -4,13 +4,18 @@ import copy
 
 import pytest
 import torch
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from mohawk.data.packing import collate
 from mohawk.errors import UserError
 from mohawk.losses.distiller import KnowledgeDistiller
 from mohawk.losses.on_policy import OnPolicy
+from mohawk.models.decoders import decoder
 from mohawk.models.from_teacher import hybrid_from_teacher
+from mohawk.models.sharding import shard
+from tests.helpers.processes import in_processes
 from tests.helpers.tiny_phase import (
     cheap_training,  # noqa: F401
     fork,
@@ -362,6 +367,46 @@ def test_processes_agree_on_the_steps_and_sample_each_for_itself(make_student, t
     assert sampled == [labels is not None for labels in second] and 0 < sum(sampled) < 6
     for a, b in zip(first, second, strict=True):
         assert a is None or not torch.equal(a, b)
+
+
+def sampled_apart(student) -> list:
+    """What this process samples with all of a student and with its part of it, and how many layers were whole at a
+    time; the second of three processes has no prompt, the third more than the others."""
+    rank = torch.distributed.get_rank()
+    segments = [((7, 4),), (), ((7, 4), (3, 2), (9, 2))][rank]
+    batch = collate([row_of(*segments, n=24, seed=rank), row_of((5, 5), n=24, seed=7)])
+    asked = {"share": 1.0, "max_new_tokens": 6, "eos_token_id": 257}
+    policies = [OnPolicy(student, temperature=heat, **asked) for heat in (0.0, 1.0)]
+    expected = [policy(batch, 3)["input_ids"] for policy in policies]
+    shard(student, init_device_mesh("cpu", (3,)))
+    layers, most = decoder(student)[1], [0]
+
+    def look(*_):
+        most[0] = max(most[0], sum(not isinstance(module.weight, DTensor) for module in of_matrices))
+
+    in_layers = [[m for m in layer.modules() if getattr(m, "weight", torch.ones(1)).dim() == 2] for layer in layers]
+    of_matrices = [module for modules in in_layers for module in modules]
+    for layer in layers:
+        layer.register_forward_pre_hook(look)
+    found = []
+    for gather in (False, True):
+        for policy in policies:
+            policy.gather = gather
+            found.append(policy(batch, 3)["input_ids"])
+        if not gather:
+            apart = most[0]
+    parts = all(isinstance(module.weight, DTensor) for module in of_matrices)
+    return [expected, found, apart, max(map(len, in_layers)), parts]
+
+
+@pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="needs gloo")
+@pytest.mark.parametrize("kind", ["gpt2", "hybrid"])
+def test_a_student_in_parts_samples_as_a_whole_one(kind, make_student, tmp_path):
+    found = in_processes(tmp_path, 3, lambda rank: sampled_apart(make_student(kind).eval()))
+    for rank, (expected, samples, apart, in_a_layer, parts) in enumerate(found):
+        for one, other in zip([*expected, *expected], samples, strict=True):
+            assert torch.equal(one, other), rank
+        assert 0 < apart <= in_a_layer and parts  # of the whole layer that calls
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "hybrid"])
