@@ -39,6 +39,10 @@ def _command() -> int:
         )
         return 2
     _open_closed_streams()
+    import faulthandler
+
+    # what ends the process from below, as a read of a mapped file that a disk has lost (SIGBUS) does, says where it was
+    faulthandler.enable()
     from mohawk.cli import main as command
 
     return command()

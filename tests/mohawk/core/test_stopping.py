@@ -118,6 +118,23 @@ def test_nothing_is_imported_before_main_catches_a_ctrl_c():
     assert ran.stdout == "['mohawk', 'mohawk.__main__']\n"
 
 
+def test_a_mapped_file_that_cannot_be_read_ends_the_process_with_a_word(tmp_path):
+    """The kernel's signal comes in the middle of a read that no Python sees."""
+    crash = (
+        "import os, sys, numpy as np, mohawk.__main__ as m, mohawk.cli as c\n"
+        "def read():\n"
+        "    rows = np.memmap(sys.argv[1], dtype='u1', mode='r')\n"
+        "    os.truncate(sys.argv[1], 0)\n"
+        "    return int(rows[100000])\n"
+        "c.main = read; sys.exit(m.main())"
+    )
+    (tmp_path / "rows").write_bytes(bytes(200_000))
+    command = [sys.executable, "-c", crash, str(tmp_path / "rows")]
+    ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert ran.returncode == -signal.SIGBUS and ran.stderr.startswith("Fatal Python error: Bus error"), ran.stderr
+    assert "in read" in ran.stderr
+
+
 def test_a_closed_terminal_does_not_end_the_saving(tmp_path):
     """SIGHUP comes with it, and from then on every print would fail."""
     pid, terminal = pty.fork()
