@@ -8,12 +8,14 @@ attention or mixer. What no count gives, the loss's workspace for one, is measur
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
+from mohawk.kernels.kd.chunked import TRITON_TILE_BYTES
 from mohawk.models.decoders import decoder
 from mohawk.models.families import decoder_layers, decoder_shape
 from mohawk.models.hybrid import HybridForCausalLM
@@ -31,13 +33,15 @@ class Hardware:
     """What a plan is for.
 
     processes: how many take part, each with a device of `memory` bytes. flops: floating-point operations a second of
-    one at its peak, of which a run reaches the share `utilisation`; None: not known.
+    one at its peak, of which a run reaches the share `utilisation`; None: not known. triton: whether the loss's logits
+    are swept by Triton's kernels, which take larger tiles of them.
     """
 
     processes: int
     memory: int
     flops: float | None = None
     utilisation: float = 0.4
+    triton: bool = False
 
 
 @dataclass(frozen=True)
@@ -80,6 +84,7 @@ def footprint(
     itemsize: int,
     strategy: Strategy,
     processes: int = 1,
+    triton: bool = False,
 ) -> dict[str, int]:
     """Bytes of one process at the peak of a phase, by what they are of.
 
@@ -87,7 +92,7 @@ def footprint(
         student, teacher: on any device, the meta device too.
         trained: how many parameters the phase trains; with stages, those of the stage that trains most.
         teacher_bytes: of one of the teacher's parameters. itemsize: of what matrices are multiplied in, 4 or 2.
-        processes: that a step's rows are dealt to.
+        processes: that a step's rows are dealt to. triton: see `Hardware`.
     """
     parts, last = strategy.parts, name == "end_to_end"
     dealt = processes // strategy.stages
@@ -102,8 +107,7 @@ def footprint(
     def kept(i: int) -> int:
         kept_bytes = MIXERS[config.mixer_of(i)].kept_bytes if i in replaced else KEPT
         inner = config.mixer_num_heads * config.mixer_head_dim if i in replaced else shape.num_heads * shape.head_dim
-        a, b, c = kept_bytes[itemsize]
-        return int(tokens * (a * width + b * (config.intermediate_size or 4 * width) + c * inner))
+        return kept_by(decoder(student)[1][i], config.base_config, kept_bytes, inner, tokens, itemsize)
 
     found = {
         "teacher": teacher_bytes * _count(teacher) // parts,
@@ -111,7 +115,6 @@ def footprint(
         "gradients": 4 * trained // parts,
         "optimizer": 8 * trained // parts,
     }
-    largest = max(layers)
     if strategy.stages > 1:
         found["gradients"], found["optimizer"] = 4 * trained, 8 * trained
         if parts > 1:  # whole copies of a stage's layers beside the parts; the first has the embedding too
@@ -120,12 +123,15 @@ def footprint(
             found["teacher"] += teacher_bytes * (max(sum(theirs[i] for i in own) for own in ranges) + embedding)
             found["student"] += 4 * max(sum(layers[i] for i in own) for own in ranges)
         if itemsize == 2:
-            found["autocast copies"] = 2 * largest
+            found["autocast copies"] = 2 * max(map(rounded_parameters, decoder(student)[1]))
         found["handed on"] = AHEAD * teacher_bytes * tokens * width
     elif parts > 1:
-        found["gathered"] = gathered(itemsize, largest, max(theirs))
+        found["gathered"] = gathered(itemsize, [(student, 4)], [(teacher, teacher_bytes)])
     elif itemsize == 2:
-        found["autocast copies"] = 2 * (matrices - head if last and not strategy.recompute else largest)
+        each = list(map(rounded_parameters, decoder(student)[1]))
+        found["autocast copies"] = 2 * (matrices - head - sum(layers) + sum(each))
+        if not last or strategy.recompute:
+            found["autocast copies"] = 2 * max(each)
     if not last:
         found["activations"] = max(map(kept, range(len(layers)))) + 10 * tokens * width
         return found
@@ -135,15 +141,51 @@ def footprint(
         found["activations"] = sum(map(kept, range(len(layers))))
     add_loss(
         found, head=head, words=config.vocab_size, tokens=tokens, width=width, itemsize=itemsize, parts=parts,
-        layer=max(map(kept, range(len(layers)))), one_pass=phase.batch_size * processes >= phase.rows,
+        layer=max(map(kept, range(len(layers)))), one_pass=phase.batch_size * processes >= phase.rows, triton=triton,
     )  # fmt: skip
     return found
 
 
-def gathered(itemsize: int, largest: int, of_teacher: int) -> int:
-    """Bytes of the layers that are whole at one time, by the parameters of the largest of each model: two, one of them
-    twice meanwhile; and one's gradient before and while it is summed."""
-    return itemsize * (3 * largest + of_teacher) + 8 * largest
+def gathered(
+    itemsize: int, students: Sequence[tuple[torch.nn.Module, int]], teachers: Sequence[tuple[torch.nn.Module, int]]
+) -> int:
+    """Bytes of the layers that are whole at one time, of the largest of each model: two, one of them twice meanwhile;
+    and one's gradient before and while it is summed. With each model come the bytes of one of its parameters, which a
+    layer's experts keep while they are whole."""
+
+    def whole(layer: torch.nn.Module, own: int) -> int:
+        rounded = rounded_parameters(layer)
+        return itemsize * rounded + own * (_count(layer) - rounded)
+
+    def largest(models: Sequence[tuple[torch.nn.Module, int]]) -> int:
+        return max((whole(layer, own) for model, own in models for layer in decoder(model)[1]), default=0)
+
+    trained = max((_count(layer) for model, _ in students for layer in decoder(model)[1]), default=0)
+    return 3 * largest(students) + largest(teachers) + 8 * trained
+
+
+def rounded_parameters(layer: torch.nn.Module) -> int:
+    """Parameters of a layer that products in 16 bits have copies of: all but its experts, of which slices are taken."""
+    return _count(layer) - sum(p.numel() for p in _experts(layer))
+
+
+def _experts(layer: torch.nn.Module) -> list[torch.nn.Parameter]:
+    return [p for p in layer.parameters() if p.dim() > 2 and p.shape[1] > 1]  # a convolution has 1 there
+
+
+def kept_by(layer: torch.nn.Module, config: Any, kept_bytes: Any, inner: int, tokens: int, itemsize: int) -> int:
+    """Bytes that a layer keeps for its backward pass. config: of the decoder. kept_bytes: as `KEPT`. inner: channels of
+    attention or mixer."""
+    a, b, c = kept_bytes[itemsize]
+    width = config.hidden_size
+    chosen = getattr(config, "num_experts_per_tok", None)
+    if experts := [p.shape for p in _experts(layer)] if chosen else []:
+        # products of experts are in float32 whatever autocast says, each on a copy of its tokens, and give one
+        neurons = min(sum(shape[1:]) - width for shape in experts)
+        of_mlp = chosen * (KEPT[4][1] * neurons + 8 * width)
+    else:
+        of_mlp = b * (getattr(config, "intermediate_size", None) or 4 * width)
+    return int(tokens * (a * width + of_mlp + c * inner))
 
 
 def add_loss(
@@ -157,6 +199,7 @@ def add_loss(
     parts: int,
     layer: int,
     one_pass: bool,
+    triton: bool,
 ) -> None:
     """Adds what a loss on logits needs, and takes away what is not there at the same time.
 
@@ -164,9 +207,9 @@ def add_loss(
         found: bytes of everything else, by what they are of.
         head: parameters of an output embedding of `words` rows. tokens, width: of the hidden states.
         layer: bytes that a layer keeps for its backward pass, at most.
-        one_pass: whether a step has a single backward pass.
+        one_pass: whether a step has a single backward pass. triton: see `Hardware`.
     """
-    logits = min(TILE, 16 * tokens * words)
+    logits = min(TRITON_TILE_BYTES, 8 * tokens * words) if triton else min(TILE, 16 * tokens * words)
     # both heads, the head's gradient in float32 while it is made, hidden states and their gradients
     heads = (4 + (2 * itemsize if parts > 1 or itemsize == 2 else 0)) * head
     found["head and loss"] = heads + logits + 6 * tokens * width

@@ -111,7 +111,7 @@ def make_plan(recipe: Recipe, teacher_config: Any, hardware: Hardware | None = N
             trained = max(sum(planned.layers.get(i, 0) for i in own) for own in deal(replaced, strategy.stages))
         return footprint(
             name, phase, student, teacher, trained, teacher_bytes=each, itemsize=2 if bits16 else 4,
-            strategy=strategy, processes=hardware.processes,
+            strategy=strategy, processes=hardware.processes, triton=hardware.triton,
         )  # fmt: skip
 
     replaced, stages = student.config.ssm_layers, recipe.sharding.stages or 1
@@ -165,9 +165,10 @@ def planned_for(recipe: Any, hardware: Hardware | None) -> tuple[Hardware, bool]
     else:
         device = pick_device(recipe.device)
         here, fast = Hardware(count(), device_bytes(device)), autocast_dtype(recipe.precision, device) is not None
+        here = replace(here, triton=device.type == "cuda")
     hardware = hardware or here
     check_within(recipe, hardware.processes)
-    return hardware, fast or hardware.flops is not None
+    return replace(hardware, triton=here.triton or hardware.flops is not None), fast or hardware.flops is not None
 
 
 def student_options(s: Hybrid) -> dict:

@@ -12,7 +12,17 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from mohawk.conversion.footprint import KEPT, Hardware, Strategy, add_loss, gathered, strategies, used_parameters
+from mohawk.conversion.footprint import (
+    KEPT,
+    Hardware,
+    Strategy,
+    add_loss,
+    gathered,
+    kept_by,
+    rounded_parameters,
+    strategies,
+    used_parameters,
+)
 from mohawk.models.decoders import decoder
 from mohawk.models.mixers import MIXERS
 
@@ -89,6 +99,7 @@ def stage_footprint(
     strategy: Strategy,
     processes: int = 1,
     student_bytes: float = 4,
+    triton: bool = False,
 ) -> dict[str, int]:
     """Bytes of one process at the peak of a stage, by what they are of.
 
@@ -98,7 +109,7 @@ def stage_footprint(
         trained: how many parameters the stage trains.
         itemsize: of what matrices are multiplied in, 4 or 2.
         processes: that a step's rows are dealt to.
-        student_bytes: of one of the student's matrices' parameters.
+        student_bytes: of one of the student's matrices' parameters. triton: see `Hardware`.
     """
     parts, config = strategy.parts, student.config.get_text_config()
     tokens = min(stage.batch_size, -(-stage.rows // processes)) * stage.sequence_length
@@ -113,15 +124,16 @@ def stage_footprint(
         "optimizer": 8 * trained // parts,
     }
     if parts > 1:
-        theirs = [max(map(_count, decoder(model)[1])) for model, _ in teachers]
-        found["gathered"] = gathered(itemsize, max(layers), max(theirs, default=0))
+        found["gathered"] = gathered(itemsize, [(student, 4)], teachers)
     elif itemsize == 2:
-        found["autocast copies"] = 2 * (max(layers) if strategy.recompute else matrices - head)
+        each = list(map(rounded_parameters, decoder(student)[1]))
+        copied = max(each) if strategy.recompute else matrices - head - sum(layers) + sum(each)
+        found["autocast copies"] = 2 * copied
     again = 4 * tokens * width * len(layers) + max(kept)
     found["activations"] = again if strategy.recompute else sum(kept)
     add_loss(
         found, head=head, words=config.vocab_size, tokens=tokens, width=width, itemsize=itemsize, parts=parts,
-        layer=max(kept), one_pass=stage.batch_size * processes >= stage.rows,
+        layer=max(kept), one_pass=stage.batch_size * processes >= stage.rows, triton=triton,
     )  # fmt: skip
     if (matched := _matched(stage, student, [model for model, _ in teachers], tokens)) > 0:
         found["matchings"] = matched
@@ -154,16 +166,11 @@ def _kept(model: PreTrainedModel, tokens: int, itemsize: int) -> list[int]:
     config: Any = model.config
     text = config.get_text_config()
     mixers = set(getattr(config, "ssm_layers", ()))
-    width, experts = text.hidden_size, getattr(text, "num_experts_per_tok", None) or 1
-    neurons = experts * (getattr(text, "intermediate_size", None) or 4 * width)
     found = []
-    for i in range(len(decoder(model)[1])):
+    for i, layer in enumerate(decoder(model)[1]):
         kept = MIXERS[config.mixer_of(i)].kept_bytes if i in mixers else KEPT
         inner = config.mixer_num_heads * config.mixer_head_dim if i in mixers else _inner(text)
-        a, b, c = kept[itemsize]
-        found.append(
-            int(tokens * (a * width + b * neurons * (getattr(text, "num_experts_per_tok", None) or 1) + c * inner))
-        )
+        found.append(kept_by(layer, text, kept, inner, tokens, itemsize))
     return found
 
 

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from mohawk.conversion.footprint import Hardware, Strategy
 from mohawk.conversion.plan import GIB, planned_for, print_hardware
 from mohawk.core.precision import pick_device
+from mohawk.core.processes import wish
 from mohawk.distillation.build import checked_cache, loss_label, matchings_for, mistakes, shaped
 from mohawk.distillation.footprint import Need, allowed_ways, fit, sampling_bytes, stage_footprint, stage_operations
 from mohawk.distillation.recipe import DistillRecipe, DistillStudent, RampSection, Stage
@@ -84,7 +85,20 @@ def make_plan(recipe: DistillRecipe, hardware: Hardware | None = None) -> Plan:
             temperature = temperature_for(*map(parameter_count, (teacher, student)))
         stages.append(StagePlan(stage, None if stage.student is None else student, temperature))
         needs.append(need_of(recipe, stage, student, teachers, before, hardware, bits16))
-    return Plan(teacher, first, stages, needs, hardware, fit(needs, recipe, hardware))
+    sharded = fit(needs, recipe, hardware)
+    for i, stage in enumerate(recipe.stages):
+        if sharded or wish() is not None:
+            _check_average(recipe, stage, f"stages.{i} ({stage.name})")
+    return Plan(teacher, first, stages, needs, hardware, sharded)
+
+
+def _check_average(recipe: DistillRecipe, stage: Stage, where: str) -> None:
+    """UserError where models in parts cannot do what a stage asks."""
+    if stage.learn_from in ("average", "start") and (stage.student or recipe.student).lora is not None:
+        raise UserError(
+            f"{where}: learn_from: {stage.learn_from} of adapters needs whole models, which are in parts here; set "
+            "sharding.kind: none, or leave lora out"
+        )
 
 
 def bytes_of(teacher: TeacherSection) -> int:
@@ -127,7 +141,7 @@ def need_of(
     def held_as(strategy: Strategy) -> dict[str, int]:
         return stage_footprint(
             stage, student, held, trained, itemsize=2 if bits16 else 4, strategy=strategy,
-            processes=hardware.processes, student_bytes=student_bytes,
+            processes=hardware.processes, student_bytes=student_bytes, triton=hardware.triton,
         )  # fmt: skip
 
     def works_as(strategy: Strategy) -> float:

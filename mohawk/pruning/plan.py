@@ -222,7 +222,7 @@ def _need_of_phase(
     def held_as(strategy: Strategy) -> dict[str, int]:
         found = footprint(
             name, phase, hybrid, parent, trained, teacher_bytes=4, itemsize=2 if bits16 else 4, strategy=strategy,
-            processes=hardware.processes,
+            processes=hardware.processes, triton=hardware.triton,
         )  # fmt: skip
         pruned = found.pop("teacher")
         whole = teacher[1] * parameters_of(teacher[0])[0] // strategy.parts

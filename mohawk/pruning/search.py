@@ -38,6 +38,7 @@ from mohawk.pruning.sizes import (
     unit,
 )
 from mohawk.runs.kept import Search
+from mohawk.runs.sharding import MOST, device_bytes
 from mohawk.runs.tables import print_tables
 
 log = logging.getLogger(__name__)
@@ -90,7 +91,7 @@ class Costs:
         device: str | torch.device = "cpu",
     ):
         self.config, self.kind, self.context, self.convert = config, kind, context, convert
-        self.dtype, self.device = getattr(torch, dtype), device
+        self.dtype, self.device = getattr(torch, dtype), torch.device(device)
         self._known: dict[tuple[Sizes, tuple[int, ...]], float] = {}
 
     def __call__(self, sizes: Sizes, layers: Sequence[int]) -> float:
@@ -112,6 +113,12 @@ class Costs:
         model.config.dtype = self.dtype
         if self.kind == "memory":
             return float(total * self.dtype.itemsize + sum(state_sizes(model, self.context)))
+        needed, room = total * self.dtype.itemsize + sum(state_sizes(model, self.context)), device_bytes(self.device)
+        if needed > MOST * room:
+            raise ValueError(
+                f"its decoding is timed with a whole model in one process, which takes {needed / 2**30:.1f} GiB, and "
+                f"may take {MOST:.0%} of {room / 2**30:.1f} GiB here; give a budget of parameters or memory"
+            )
         config = model.config
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)

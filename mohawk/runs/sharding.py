@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +20,7 @@ from mohawk.schema.base import Phase, sections
 from mohawk.training.batches import check_dealt
 from mohawk.training.pipeline import PipelineStage, make_stage
 
+GROUPS = ("within", "stages")  # of `sharding`: what has to divide the number of processes
 STAGED = ("phases.mixing", "phases.hidden")  # whose layers do not reach each other
 log = logging.getLogger(__name__)
 
@@ -83,7 +84,7 @@ def stage_of(recipe: Any) -> PipelineStage | None:
 def parts_to_ask(recipe: Any, needed: Callable[[], int]) -> Parts | None:
     """How models that are only asked are spread: in parts where the recipe says so, or leaves it open and they do not
     fit into a process. needed: their bytes. Raises UserError."""
-    _check_groups(recipe)
+    _check_groups(recipe, ("within",))  # stages are of training
     left_open = several() and recipe.sharding.kind == "auto"
     device = pick_device(recipe.device)
     return parts_of(recipe, left_open and from_first(lambda: needed() > MOST * device_bytes(device)))
@@ -97,10 +98,10 @@ def check_sharding(recipe: Any) -> None:
             check_dealt(phase, name, stages=stages_in(recipe, name, count()))
 
 
-def _check_groups(recipe: Any) -> None:
+def _check_groups(recipe: Any, names: Sequence[str] = GROUPS) -> None:
     if recipe.sharding.kind == "none" and wish() is not None:
         raise UserError("sharding.kind: got none, but accelerate is set to FSDP; leave one of the two out")
-    check_within(recipe, count())
+    check_within(recipe, count(), names)
 
 
 def stages_in(recipe: Any, section: str, processes: int) -> int:
@@ -109,11 +110,12 @@ def stages_in(recipe: Any, section: str, processes: int) -> int:
     return asked if asked and processes > 1 and section in STAGED else 1
 
 
-def check_within(recipe: Any, processes: int) -> None:
+def check_within(recipe: Any, processes: int, names: Sequence[str] = GROUPS) -> None:
     """UserError where so many processes are no whole number of groups or pipelines."""
-    for name, advice in (("within", ", as a rule the GPUs of a machine"), ("stages", "")):
+    for name in names:
         given = getattr(recipe.sharding, name, None)
         if given is not None and processes > 1 and processes % given:
+            advice = ", as a rule the GPUs of a machine" if name == "within" else ""
             raise UserError(
                 f"sharding.{name}: got {given}, which does not divide the {processes} processes; give a divisor{advice}"
             )

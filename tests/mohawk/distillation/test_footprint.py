@@ -8,10 +8,11 @@ import torch
 import yaml
 
 from mohawk.cli import main
-from mohawk.conversion.footprint import Hardware, Strategy, footprint
+from mohawk.conversion.footprint import Hardware, Strategy, footprint, kept_by, rounded_parameters
 from mohawk.distillation.footprint import stage_footprint
 from mohawk.distillation.plan import make_plan
 from mohawk.distillation.recipe import DistillRecipe
+from mohawk.errors import UserError
 from mohawk.models.from_teacher import hybrid_from_teacher
 from mohawk.runs import steps
 from tests.models.conftest import tiny_teacher
@@ -97,6 +98,54 @@ def test_the_fastest_way_that_fits(place):
     assert watched.needs[0].strategy == Strategy(2)
     asked = planned(place, 1, sharding={"kind": "none"}, activation_checkpointing=False)
     assert asked.needs[0].strategy == Strategy() and not asked.sharded
+
+
+def test_a_student_is_whole_while_it_samples_where_there_is_room(place):
+    stage = {"stage": {"on_policy": {"share": 1.0}}, "sharding": {"kind": "full"}}
+    tight = planned(place, 1, activation_checkpointing=False, **copy.deepcopy(stage)).needs[0]
+    assert not tight.gathers and "samples" not in tight.held
+    ample = planned(place, activation_checkpointing=False, **copy.deepcopy(stage)).needs[0]
+    assert ample.gathers and ample.memory == tight.memory + ample.held["samples"]
+    assert not planned(place, sharding={"kind": "full"}).needs[0].gathers
+
+
+def test_an_average_of_adapters_in_parts_is_refused_by_the_plan(place):
+    asked = {"student": {"lora": {"rank": 2}}, "stage": {"learn_from": "average", "ce_weight": 1.0}}
+    assert not planned(place, **copy.deepcopy(asked)).sharded
+    with pytest.raises(UserError, match=r"stages.0 \(a\): learn_from: average of adapters .* sharding.kind: none"):
+        planned(place, 1, **asked)
+
+
+def test_experts_are_in_float32_beside_products_in_16_bits():
+    """Nothing of them is copied by autocast, and what a layer keeps for its backward pass is what torch saves."""
+    teacher = tiny_teacher("mixtral", hidden_size=64, intermediate_size=96).train()
+    tokens, widths = 2 * 32, {}
+    layer = teacher.model.layers[1]
+    own = {p.untyped_storage().data_ptr() for p in teacher.parameters()}
+
+    def save(tensor):
+        if tensor.untyped_storage().data_ptr() not in own:
+            widths[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    hidden = torch.randn(2, 32, 64, requires_grad=True)
+    with (
+        torch.autograd.graph.saved_tensors_hooks(save, lambda tensor: tensor),
+        torch.autocast("cpu", dtype=torch.bfloat16),
+    ):
+        kept = layer.mlp(hidden)
+    del kept
+    found = kept_by(layer, teacher.config, {2: (0, 0, 0)}, 0, tokens, 2)
+    assert found == pytest.approx(sum(widths.values()), rel=0.15)
+    experts = sum(p.numel() for p in layer.mlp.experts.parameters())
+    assert rounded_parameters(layer) == sum(p.numel() for p in layer.parameters()) - experts
+    with torch.device("meta"):
+        shape = tiny_teacher("mixtral")
+    phase = SimpleNamespace(batch_size=4, rows=4, sequence_length=8)
+    held = stage_footprint(phase, shape, [(shape, 2)], 1, itemsize=2, strategy=Strategy())
+    of_experts = 4 * sum(p.numel() for p in shape.model.layers[0].mlp.experts.parameters())
+    matrices = sum(p.numel() for p in shape.parameters() if p.dim() > 1) - shape.lm_head.weight.numel() - of_experts
+    assert held["autocast copies"] == pytest.approx(2 * matrices, rel=0.02)  # and vectors of layers
 
 
 RECIPES = {

@@ -107,6 +107,14 @@ def test_latency_is_measured_on_random_weights_of_the_shape(monkeypatch):
     assert len(found) >= 2
 
 
+def test_a_latency_is_not_timed_where_no_process_holds_the_model(monkeypatch):
+    config = tiny_teacher().config
+    needed = 4 * config_parameters(config)[0]
+    monkeypatch.setattr(prune_search, "device_bytes", lambda device: needed)
+    with pytest.raises(ValueError, match="timed with a whole model in one process.* give a budget of parameters"):
+        Costs(config, "latency", context=8)(sizes_of(config), range(4))
+
+
 def test_depths_given_and_mistakes():
     config = tiny_teacher().config
     costs, total = Costs(config, "parameters"), config_parameters(config)[0]
