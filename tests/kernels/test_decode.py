@@ -7,6 +7,7 @@ import torch
 
 from mohawk.kernels.decode import c_backend, delta_decode_step, interface, ssd_decode_step
 from mohawk.kernels.decode.in_place import by_tap
+from tests.helpers.interpreted import run_cases
 from tests.kernels.decode_cases import KERNEL, PROBLEMS, steps, whole
 
 COMPILER = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
@@ -144,3 +145,9 @@ def test_mistakes_of_the_delta_step():
         delta_decode_step(**given, gate_activation="tanh")
     with pytest.raises(ValueError, match=r"delta_decode_step: shapes .* beta \(batch, heads\).* beta \(2, 3\)"):
         delta_decode_step(**{**given, "beta": torch.zeros(2, 3).double()})
+
+
+def test_interpreted():
+    """The Triton kernels, in a process of their own: TRITON_INTERPRET is read when they are defined."""
+    pytest.importorskip("triton")
+    run_cases("decode_triton_cases")
