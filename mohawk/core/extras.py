@@ -11,7 +11,7 @@ from mohawk.errors import UserError
 # What of each extra of pyproject.toml is imported here, by its name there; some of "convert" comes with the others.
 EXTRAS = {
     "convert": (
-        "accelerate", "datasets", "einops", "gguf", "huggingface_hub", "matplotlib", "numpy", "safetensors",
+        "accelerate", "datasets", "einops", "gguf", "huggingface_hub", "jinja2", "matplotlib", "numpy", "safetensors",
         "tokenizers", "tqdm", "transformers",
     ),
     "eval": ("lm_eval",),

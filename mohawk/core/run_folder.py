@@ -9,7 +9,8 @@ rounds/N/                        of a round of pruning: the sum of what it begin
 matrices/NAME.safetensors        of a stage: mixing matrices, for pictures
 evaluation/NAME.json             measured before and after each; `tasks` and `again` by `mohawk evaluate`
 vocabulary.json                  which tokens a pruning kept, and why
-results.json, report.md, plots/  what came of it
+results.json, report.md,         what came of it
+report.html, plots/
 student/                         the last one
 export/TARGET/                   the last one for another runtime, by `mohawk export`
 composed.json                    which run's phases a composed run goes on from
@@ -42,12 +43,13 @@ VOCABULARY = "vocabulary.json"
 PLOTS = "plots"
 RESULTS = "results.json"
 REPORT = "report.md"
+PAGE = "report.html"
 COMPOSED = "composed.json"
 SELECTION = "selection.json"
 MEASURED = "selection/measured.jsonl"
 SUMMED = (  # every file that is written at once and whole, with its sum beside it
-    RECIPE, RUN_FILE, RESULTS, REPORT, SELECTION, COMPOSED, VOCABULARY, f"{MATRICES}/*.safetensors", f"{PLOTS}/*.png",
-    "evaluation/*.json", f"{ROUNDS}/*/*.json", f"{ROUNDS}/*/*.safetensors",
+    RECIPE, RUN_FILE, RESULTS, REPORT, PAGE, SELECTION, COMPOSED, VOCABULARY, f"{MATRICES}/*.safetensors",
+    f"{PLOTS}/*.png", "evaluation/*.json", f"{ROUNDS}/*/*.json", f"{ROUNDS}/*/*.safetensors",
 )  # fmt: skip
 SUMMED_LINES = (METRICS_FILE, MEASURED)  # every file that grows by lines, with a checksum for each
 

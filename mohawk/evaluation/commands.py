@@ -1,4 +1,4 @@
-"""The command of evaluation."""
+"""The commands of evaluation."""
 
 from __future__ import annotations
 
@@ -36,6 +36,21 @@ def _evaluate(options: argparse.Namespace) -> None:
     evaluate_run(options.model, options.set)
 
 
+def _add_report(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("runs", type=path, nargs="+", metavar="RUN", help="a finished run's folder; several: compared")
+    parser.add_argument(
+        "--output", type=path, metavar="FILE", help="default: report.html in the run, of several in this folder"
+    )
+
+
+def _report(options: argparse.Namespace) -> None:
+    need("convert", "`mohawk report`")
+    from mohawk.runs.page import report_runs
+
+    print(f"written to {report_runs(options.runs, options.output)}")
+
+
 COMMANDS = [
     Command("evaluate", "measure a run's student against its teacher again", _add_evaluate, _evaluate, together=True),
+    Command("report", "write the report of a run, or of several beside each other, as one page", _add_report, _report),
 ]

@@ -13,6 +13,8 @@ import functools
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from torch import Tensor
     from transformers import PreTrainedModel
 
@@ -82,8 +84,13 @@ def paths_of(config) -> tuple[str, ...]:
 
 
 def broken_paths(model: PreTrainedModel, found: dict[str, float]) -> str | None:
-    """What of `inconsistencies` is more than rounding, in one line, or None."""
-    allowed = TOLERANCE[str(model.dtype).removeprefix("torch.")]
+    """What of a model's `inconsistencies` is more than rounding, in one line, or None."""
+    return broken_in(found, str(model.dtype).removeprefix("torch."))
+
+
+def broken_in(found: Mapping[str, float], dtype: str) -> str | None:
+    """As `broken_paths`, of a model whose parameters are of this dtype ("float32")."""
+    allowed = TOLERANCE[dtype]
     # a NaN is not below anything
     broken = [f"{PATHS[path]} {share:.1g}" for path, share in found.items() if not share <= allowed]
     return f"{', '.join(broken)} of the largest logit ({allowed:.0e} allowed)" if broken else None

@@ -57,6 +57,7 @@ class Measured(TypedDict, total=False):
     recipe: dict[str, Any]
     decoding: dict[str, list[Speed]]
     continuations: dict[str, str]
+    broken: str | None
 
 
 class Tabled(TypedDict):

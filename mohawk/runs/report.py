@@ -1,4 +1,4 @@
-"""The end of a run: what was measured, as results.json, as report.md with plots, and on the screen."""
+"""The end of a run: what was measured, as results.json, as report.md with plots, as a page, and on the screen."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from mohawk.core.folders import MANIFEST, drop_file
 from mohawk.core.json_files import read_json, write_json, write_text
 from mohawk.core.run_folder import (
     METRICS_FILE,
+    PAGE,
     RECIPE,
     REPORT,
     RESULTS,
@@ -26,8 +27,11 @@ from mohawk.core.run_folder import (
 from mohawk.errors import UserError
 from mohawk.loading.models import parameter_count
 from mohawk.runs.kept import Compared, Measured, Results, Tasks
+from mohawk.runs.markdown import TOO_LARGE, to_markdown
+from mohawk.runs.page import Finished, write_page
 from mohawk.runs.plots import plot_evaluation, plot_losses, plot_tasks
 from mohawk.runs.tables import Table, print_tables, tables
+from mohawk.runs.verdict import verdict
 from mohawk.training.metrics import ends, read_metrics
 
 if TYPE_CHECKING:
@@ -37,17 +41,6 @@ if TYPE_CHECKING:
     from mohawk.conversion.recipe import Recipe
 
 log = logging.getLogger(__name__)
-
-CAPTIONS = {
-    "losses.png": "Loss of each phase",
-    "evaluation.png": "Evaluation before phase 1 and after each phase",
-    "mixing_matrices.png": "Mixing matrices of teacher and student",
-    "tasks.png": "Tasks of lm-evaluation-harness",
-}
-TOO_LARGE = (
-    "Speed, state sizes, continuations, and whether the student answers step by step as in one pass, were not "
-    "measured: student and teacher together do not fit into one process. `mohawk evaluate` measures them where they do."
-)
 
 
 def finish(
@@ -64,7 +57,7 @@ def finish(
     student_tokenizer: PreTrainedTokenizerBase | None = None,
     whole: bool = True,
 ) -> dict[str, Any]:
-    """Measure what is still missing, draw, write results.json and report.md, print the tables.
+    """Measure what is still missing, draw, write results.json, report.md and report.html, print the tables.
 
     folder: a run's, with evaluation/*.json and metrics.jsonl. Speed, state size and continuations are measured here,
     unless an earlier call with the same evaluation settings left them in results.json. stages: name -> what the student
@@ -72,8 +65,8 @@ def finish(
     student_tokenizer: where it is not the teacher's. whole: False where the models are in parts, too large for one
     process: what one process would measure is left out. Returns the results.
 
-    Raises UserError, before anything is measured, when the student does not answer step by step, in chunks, with
-    padding or turn by turn as in one full forward: its figures would be those of a model that nobody can use.
+    Raises UserError, once the report says so too, when the student does not answer step by step, in chunks, with
+    padding or turn by turn as in one full forward: its likelihoods are those of a model that nobody can use.
     """
     from mohawk.measures.compare import continuation, decode_speed
     from mohawk.measures.consistency import broken_paths, inconsistencies, some_tokens
@@ -83,17 +76,12 @@ def finish(
     if whole and not consistency:
         log.warning("whether the student answers step by step as in one pass is not measured: %s of transformers does "
                     "not", type(student).__name__)  # fmt: skip
-    if consistency and (broken := broken_paths(student, consistency)):
-        raise UserError(
-            f"{folder}: the student is trained and kept, but does not answer as its own full forward does: {broken}; "
-            "`mohawk doctor` says whether the installed versions are ones that mohawk was tested with; with those the "
-            "same command goes on"
-        )
+    broken = broken_paths(student, consistency) if consistency else None
     asked = recipe.evaluation
     models = {"teacher": teacher, "student": student}
     of = {"teacher": tokenizer, "student": student_tokenizer or tokenizer}
     earlier = read_json(folder / RESULTS, Measured) or {}
-    if earlier.get("recipe", {}).get("evaluation") != asked.model_dump(mode="json"):
+    if earlier.get("recipe", {}).get("evaluation") != asked.model_dump(mode="json") or earlier.get("broken"):
         earlier = {}
     decoding = earlier.get("decoding") or {
         who: [asdict(s) for s in decode_speed(model, asked.contexts, asked.decode_tokens)] if whole else []
@@ -120,6 +108,7 @@ def finish(
         "evaluation": evaluated,
         "decoding": decoding,
         "consistency": consistency,
+        "broken": broken,
         "phases": {name: times[name] for name in stages if name in times},
         "continuations": continuations,
         "plots": plot_names(folder),
@@ -127,25 +116,27 @@ def finish(
         "recipe": recipe.model_dump(mode="json"),
         **({"tasks": tasks} if tasks else {}),
     }
-    write_json(folder / RESULTS, results)
-    write_text(folder / REPORT, to_markdown(results, recipe.to_yaml(), folder.resolve().name))
+    _write(folder, results, recipe.to_yaml())
     print_results(results, console)
-    console.print(f"report: {folder / REPORT}", highlight=False, soft_wrap=True, markup=False)
+    console.print(f"report: {folder / REPORT}, page: {folder / PAGE}", highlight=False, soft_wrap=True, markup=False)
+    if broken:
+        raise UserError(
+            f"{folder}: the student is trained and kept, but does not answer as its own full forward does: {broken}; "
+            "`mohawk doctor` says whether the installed versions are ones that mohawk was tested with; with those the "
+            "same command goes on"
+        )
     return results
 
 
-def _consistency_line(found: Mapping[str, float]) -> str:
-    from mohawk.measures.consistency import PATHS
-
-    ways = ", ".join(PATHS[path] for path in found if path in PATHS)
-    return (
-        f"The student answers as in one full forward by every way tried ({ways}): logits differ by at most "
-        f"{max(found.values()):.0e} of the largest."
-    )
+def _write(folder: Path, results: dict[str, Any], recipe: str) -> None:
+    """results.json, report.md and report.html of a run's folder."""
+    write_json(folder / RESULTS, results)
+    write_text(folder / REPORT, to_markdown(results, recipe, folder.resolve().name))
+    write_page([Finished(folder, results, recipe)], folder / PAGE)
 
 
 def report_tasks(folder: Path | str) -> Path | None:
-    """Put what evaluation/tasks.json says of a finished run's student into results.json and report.md.
+    """Put what evaluation/tasks.json says of a finished run's student into results.json, report.md and report.html.
 
     Returns the report, None where the run has none yet: `finish` will put them in.
     """
@@ -156,9 +147,7 @@ def report_tasks(folder: Path | str) -> Path | None:
     _plot_tasks(folder, tasks)
     results["tasks"] = tasks
     results["plots"] = plot_names(folder)
-    write_json(folder / RESULTS, results)
-    recipe = (folder / RECIPE).read_text(encoding="utf-8")
-    write_text(folder / REPORT, to_markdown(results, recipe, folder.resolve().name))
+    _write(folder, results, (folder / RECIPE).read_text(encoding="utf-8"))
     return folder / REPORT
 
 
@@ -222,38 +211,16 @@ def phase_times(metrics: Path) -> dict[str, dict[str, float]]:
     return found
 
 
-def to_markdown(results: Mapping[str, Any], recipe: str, name: str) -> str:
-    """report.md: the tables, the continuations, the plots, the machine and the recipe."""
-    parts = [f"# {name}\n\n{results['architecture']}\n\nTeacher: `{results['teacher']}`"]
-    for title, header, rows in tables(results):
-        lines = ["| " + " | ".join(row) + " |" for row in (header, ["---"] + ["---:"] * (len(header) - 1), *rows)]
-        parts.append(f"## {title}\n\n" + "\n".join(lines))
-    if results.get("consistency"):
-        parts.append(_consistency_line(results["consistency"]))
-    if said := results["continuations"]:
-        quoted = [f"The prompt:\n\n{_indented(said['prompt'])}"]
-        quoted += [f"The {who}:\n\n{_indented(said[who])}" for who in ("teacher", "student")]
-        parts.append("## Greedy continuations\n\n" + "\n\n".join(quoted))
-    else:
-        parts.append(TOO_LARGE)
-    if results["plots"]:
-        images = [f"![{CAPTIONS.get(Path(p).name, Path(p).stem.replace('_', ' '))}]({p})" for p in results["plots"]]
-        parts.append("## Plots\n\n" + "\n\n".join(images))
-    found = results["machine"]
-    versions = ", ".join(f"{package} {version}" for package, version in found["versions"].items())
-    lines = [f"- {line}" for line in (versions, f"run on {found['device']}", *found["devices"], found["system"])]
-    parts.append("## Machine\n\n" + "\n".join(lines))
-    parts.append(f"## Recipe\n\n```yaml\n{recipe.strip()}\n```")
-    return "\n\n".join(parts) + "\n"
-
-
 def print_results(results: Mapping[str, Any], console: Console) -> None:
-    """Shows the report's tables on the screen, and both continuations side by side."""
+    """Shows the report's verdict and tables on the screen, and both continuations side by side."""
     from rich import box
     from rich.markup import escape
     from rich.table import Table as RichTable
 
     console.print(escape(results["architecture"]), highlight=False)
+    for line in verdict(results):
+        style = {"good": "green", "bad": "bold red", "plain": "bold"}[line.state]
+        console.print(f"[{style}]{line.asks}[/]: {escape(line.says)}", highlight=False, soft_wrap=True)
     print_tables(tables(results), console)
     said = results["continuations"]
     if not said:
@@ -263,8 +230,3 @@ def print_results(results: Mapping[str, Any], console: Console) -> None:
     table = RichTable("teacher", "student", title=title, title_justify="left", box=box.SIMPLE_HEAD)
     table.add_row(*(escape(said[who].strip()) for who in ("teacher", "student")))
     console.print(table)
-
-
-def _indented(text: str) -> str:
-    # an indented block shows any text as it is, whatever marks it contains
-    return "\n".join(f"    {line}" for line in text.strip("\n").splitlines() or [""])

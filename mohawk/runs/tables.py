@@ -32,10 +32,10 @@ def tables(results: Mapping[str, Any]) -> list[Table]:
                 rows.append(
                     [
                         name_of_stage,
-                        _figure(found["student_perplexity"]),
-                        _figure(found["teacher_perplexity"]),
-                        _figure(found["perplexity_ratio"]),
-                        _figure(found["kl"]),
+                        figure_text(found["student_perplexity"]),
+                        figure_text(found["teacher_perplexity"]),
+                        figure_text(found["perplexity_ratio"]),
+                        figure_text(found["kl"]),
                         f"{found['top1_agreement']:.1%}",
                     ]
                 )
@@ -59,8 +59,8 @@ def tables(results: Mapping[str, Any]) -> list[Table]:
             stages[name].removeprefix("after "),
             f"{phase['steps']:,}",
             f"{phase['tokens']:,}",
-            _seconds(phase["seconds"]),
-            f"{_figure(phase[first])} → {_figure(phase[last])}",
+            time_text(phase["seconds"]),
+            f"{figure_text(phase[first])} → {figure_text(phase[last])}",
             str(phase["skipped_steps"]),
         ]
         for name, phase in results["phases"].items()
@@ -110,7 +110,7 @@ def _with_errors(values: Mapping[str, Any]) -> list[str]:
     made = []
     for who in ("teacher", "student", "difference"):
         value, error = values[who], values[f"{who}_stderr"]
-        figure = f"{value:{'+' if who == 'difference' else ''}.3f}" if math.isfinite(value) else _figure(value)
+        figure = f"{value:{'+' if who == 'difference' else ''}.3f}" if math.isfinite(value) else figure_text(value)
         made.append(figure if error is None else f"{figure} ± {error:.3f}")
     return made
 
@@ -138,7 +138,8 @@ def print_tables(made: list[Table], console: Console) -> None:
         console.print(table)
 
 
-def _figure(value: float | None) -> str:
+def figure_text(value: float | None) -> str:
+    """A number as tables show it."""
     if value is None or math.isnan(value):
         return "not finite"
     if math.isinf(value):
@@ -148,7 +149,8 @@ def _figure(value: float | None) -> str:
     return f"{value:.2e}"
 
 
-def _seconds(seconds: float) -> str:
+def time_text(seconds: float) -> str:
+    """A duration as tables show it."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{rest} s"

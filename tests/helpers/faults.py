@@ -24,7 +24,8 @@ from tests.helpers.tiny_phase import fork, wait
 # Python's own file calls, with their paths: whatever library makes them
 EVENTS = ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.truncate", "os.link")
 # of what is measured by the clock only that it is there is compared
-BY_THE_CLOCK = ("metrics.jsonl", "log.txt", "results.json", "report.md", "summary.json", "again.json", "README.md")
+BY_THE_CLOCK = ("metrics.jsonl", "log.txt", "results.json", "report.md", "report.html", "summary.json", "again.json",
+                "README.md")  # fmt: skip
 
 
 class Faults:

@@ -8,6 +8,7 @@ from rich.console import Console
 
 from mohawk.conversion.recipe import Recipe
 from mohawk.conversion.run import loss_labels
+from mohawk.errors import UserError
 from mohawk.loading.describe import size_text
 from mohawk.loading.models import parameter_count
 from mohawk.runs import report
@@ -117,6 +118,26 @@ def test_a_second_time_nothing_is_measured_again(run, finish, monkeypatch):
     monkeypatch.setattr("mohawk.measures.compare.continuation", None)
     second, _ = finish()
     assert second["decoding"] == first["decoding"] and second["continuations"] == first["continuations"]
+
+
+def test_a_student_with_broken_decoding_is_unfit_and_measured_again_once_it_is_whole(run, finish, monkeypatch):
+    from mohawk.models.mixers import SSMMixer
+
+    # every step begins with an empty state, which no full forward shows
+    monkeypatch.setattr(SSMMixer, "_step", lambda mixer, xBC, raw, cache, real: mixer._scan(xBC, raw, None, real, None))
+    with pytest.raises(UserError, match="does not answer as its own full forward does: prefill and steps"):
+        finish()
+    broken = report.read_json(run / "results.json")
+    assert broken["evaluation"]["end_to_end"]["held_out"]["perplexity_ratio"] == 1.25  # its likelihood is what it was
+    page, text = (run / "report.html").read_text(), (run / "report.md").read_text()
+    assert '<td class="bad">NO: decoding is broken (prefill and steps' in page
+    assert "- **fit to use**: NO: decoding is broken (prefill and steps" in text
+    monkeypatch.undo()
+    report.write_json(run / "results.json", broken | {"continuations": dict.fromkeys(broken["continuations"], "old")})
+    results, screen = finish()
+    assert results["broken"] is None and results["continuations"]["student"] != "old"
+    assert "fit to use: it generates by the function that was measured" in screen
+    assert 'class="bad"' not in (run / "report.html").read_text()
 
 
 def test_a_run_that_was_never_evaluated_still_ends(run, finish):
