@@ -19,6 +19,7 @@ from mohawk.distillation.recipe import DistillRecipe
 from mohawk.errors import UserError
 from mohawk.loading.describe import student_folder
 from mohawk.pruning.recipe import PruneRecipe
+from mohawk.runs.tables import agreement_tables, print_tables
 from mohawk.schema.base import RecipeFile
 from mohawk.schema.kinds import load_run_recipe, trims_vocabulary
 
@@ -94,6 +95,7 @@ def _evaluate(recipe: RecipeFile, folder: Path, name: str, overrides: Sequence[s
             f"{found['top1_agreement']:.1%}",
         )
     console.print(table)
+    print_tables(agreement_tables(texts), console)
     table = Table("decoding", "context", "tokens/s", "state bytes")
     for kind, measured in speeds.items():
         for speed in measured:

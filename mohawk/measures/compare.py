@@ -17,13 +17,13 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor, nn
 
-from mohawk.core.collectives import total
 from mohawk.core.processes import count, from_all, rank
 from mohawk.data.next_tokens import IGNORED, next_labels
 from mohawk.data.packing import collate
 from mohawk.errors import UserError
 from mohawk.loading.causal import plain_model
 from mohawk.losses.heads import Head, final_hidden_states
+from mohawk.measures.agreement import FIGURES, Tally, token_figures
 from mohawk.models.call import CACHE
 from mohawk.models.sharding import reshard
 
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
     from mohawk.loading.causal import CausalLM
 
+WHO = ("teacher", "student")
 ROWS = 256  # through the heads at once: 256 x 49152 float32 logits are 50 MB a side
 
 
@@ -53,7 +54,18 @@ class TeacherStates:
 @dataclass(frozen=True)
 class Comparison:
     """Student against teacher on the same text: perplexities, mean KL(teacher || student) in nats per token,
-    and the share of tokens whose most probable continuation is the same. tokens: how many were predicted."""
+    and the share of tokens whose most probable continuation is the same. tokens: how many were predicted.
+
+    Attributes:
+        kl_error, log_ratio_error: standard errors of `kl` and of the log of `perplexity_ratio`, by windows of text.
+        worst_kl: the largest KL of a token, nats.
+        top5_overlap: the share of the five most probable tokens that both have.
+        acceptance: mean of 1 - TV: how often a token drawn from the student passes as a draft for the teacher.
+        accepted: of 1, 2, ... tokens drafted in a row, how many are kept on average, along the text.
+        teacher_accuracy, student_accuracy: the share of tokens that were the most probable.
+        teacher_confidence, student_confidence: mean probability of the most probable token.
+        teacher_calibration, student_calibration: expected calibration error, in bins of confidence.
+    """
 
     tokens: int
     teacher_perplexity: float
@@ -61,6 +73,18 @@ class Comparison:
     perplexity_ratio: float
     kl: float
     top1_agreement: float
+    kl_error: float | None = None
+    log_ratio_error: float | None = None
+    worst_kl: float | None = None
+    top5_overlap: float | None = None
+    acceptance: float | None = None
+    accepted: tuple[float | None, ...] = ()
+    teacher_accuracy: float | None = None
+    student_accuracy: float | None = None
+    teacher_confidence: float | None = None
+    student_confidence: float | None = None
+    teacher_calibration: float | None = None
+    student_calibration: float | None = None
 
 
 @dataclass(frozen=True)
@@ -124,7 +148,7 @@ def compare(
     device: str | torch.device | None = None,
     autocast: torch.dtype | None = None,
 ) -> Comparison:
-    """Perplexities, KL(teacher || student) and top-1 agreement over every predicted token, by all processes together.
+    """How close a student is over every predicted token, by all processes together.
 
     Where the vocabularies differ in padding, the entries both have are compared.
     """
@@ -132,41 +156,44 @@ def compare(
     reshard(student)
     student_head, teacher_head = Head.of(student).frozen(), states.head.frozen().to(device)
     vocab = min(len(student_head.weight), len(teacher_head.weight))
-    totals = torch.zeros(4, dtype=torch.float64, device=device)
+    tally = Tally()
     with _evaluating(student):
         for batch, teacher_hidden in zip(states.batches, states.hidden, strict=True):
             hidden = packed_hidden_states(student, batch, device=device, autocast=autocast)
             predicting = _predicting(batch)
             student_hidden = hidden[predicting.to(device)]
             targets = next_labels(batch)[predicting].to(device)
+            figures = [torch.empty(0, len(FIGURES), dtype=torch.float64, device=device)]
             for start in range(0, len(targets), ROWS):
                 rows = slice(start, start + ROWS)
-                totals += _sums(
-                    teacher_head.logits(teacher_hidden[rows].to(device))[:, :vocab],
-                    student_head.logits(student_hidden[rows])[:, :vocab],
-                    targets[rows],
+                figures.append(
+                    token_figures(
+                        teacher_head.logits(teacher_hidden[rows].to(device))[:, :vocab],
+                        student_head.logits(student_hidden[rows])[:, :vocab],
+                        targets[rows],
+                    )
                 )
+            tally.add(torch.cat(figures), predicting)
     reshard(student)
-    teacher_nll, student_nll, kl, same = (total(totals) / states.tokens).tolist()
+    every = tally.shared(device)
+    teacher_nll, student_nll = every.mean("teacher_nll"), every.mean("student_nll")
     return Comparison(
         tokens=states.tokens,
         teacher_perplexity=_exp(teacher_nll),
         student_perplexity=_exp(student_nll),
         perplexity_ratio=_exp(student_nll - teacher_nll),
-        kl=kl,
-        top1_agreement=same,
+        kl=every.mean("kl"),
+        top1_agreement=every.mean("same"),
+        kl_error=every.kl_error,
+        log_ratio_error=every.log_ratio_error,
+        worst_kl=every.worst_kl,
+        top5_overlap=every.mean("overlap"),
+        acceptance=every.mean("kept"),
+        accepted=tuple(every.accepted),
+        **{f"{who}_accuracy": every.mean(f"{who}_right") for who in WHO},
+        **{f"{who}_confidence": every.mean(f"{who}_confidence") for who in WHO},
+        **{f"{who}_calibration": every.calibration_error(who) for who in WHO},
     )
-
-
-def _sums(teacher: Tensor, student: Tensor, targets: Tensor) -> Tensor:
-    """Sums over rows of logits (rows, vocab): teacher's and student's NLL, KL, rows with the same argmax."""
-    same = teacher.argmax(-1) == student.argmax(-1)
-    teacher, student = teacher.log_softmax(-1), student.log_softmax(-1)
-    index = targets[:, None]
-    nll = [-logprobs.gather(1, index).double().sum() for logprobs in (teacher, student)]
-    # terms of p = 0 are 0, also where the student's log probability is -inf
-    terms = torch.where(teacher > -math.inf, teacher.exp() * (teacher - student), 0.0)
-    return torch.stack([*nll, terms.sum(-1).double().sum(), same.double().sum()])
 
 
 def _exp(nats: float) -> float:

@@ -22,6 +22,7 @@ from mohawk.data.packing import Data, PackedDataset, load_data
 from mohawk.data.same_tokenizer import teacher_tokenizer
 from mohawk.errors import UserError
 from mohawk.loading.models import load_teacher
+from mohawk.measures.agreement import acceptance_words
 from mohawk.measures.compare import TeacherStates, compare, teacher_states
 from mohawk.runs.binding import bind
 from mohawk.runs.kept import Compared
@@ -199,7 +200,8 @@ def measure_stage(
             run.console.print(
                 f"[bold]{stage}[/bold] on {name.replace('_', '-')} text: perplexity {result['student_perplexity']:.2f} "
                 f"(teacher {result['teacher_perplexity']:.2f}, ratio {result['perplexity_ratio']:.3f}), "
-                f"KL {result['kl']:.4f}, same top token {result['top1_agreement']:.1%}"
+                f"KL {result['kl']:.4f}, same top token {result['top1_agreement']:.1%}; as the teacher's draft "
+                f"{result['acceptance']:.1%} of tokens pass, {acceptance_words(result['accepted'])} drafted"
             )
 
     on_first(tell)

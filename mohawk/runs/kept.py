@@ -19,6 +19,19 @@ class Compared(TypedDict):
     perplexity_ratio: float
     kl: float
     top1_agreement: float
+    # which earlier versions did not measure
+    kl_error: NotRequired[float | None]
+    log_ratio_error: NotRequired[float | None]
+    worst_kl: NotRequired[float]
+    top5_overlap: NotRequired[float]
+    acceptance: NotRequired[float]
+    accepted: NotRequired[list[float | None]]
+    teacher_accuracy: NotRequired[float]
+    student_accuracy: NotRequired[float]
+    teacher_confidence: NotRequired[float]
+    student_confidence: NotRequired[float]
+    teacher_calibration: NotRequired[float]
+    student_calibration: NotRequired[float]
 
 
 class Speed(TypedDict):

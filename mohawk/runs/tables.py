@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from mohawk.loading.describe import size_text
@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 Table = tuple[str, list[str], list[list[str]]]  # title, header, rows
+NORMAL = 1.959964  # standard errors to each side of a 95 % interval
 AFTER = {
     "before": "before phase 1",
     "mixing": "after phase 1, matrices",
@@ -43,6 +44,8 @@ def tables(results: Mapping[str, Any]) -> list[Table]:
         if rows:
             header = ["student", "perplexity", "teacher's", "ratio", "KL (nats)", "same top token"]
             made.append((f"On {name} ({tokens:,} tokens)", header, rows))
+    last = next((found for stage in reversed(stages) if (found := results["evaluation"].get(stage))), {})
+    made += agreement_tables(last)
     decoding, parameters = results["decoding"], results["parameters"]
     rows = [["parameters", *(f"{parameters[who]:,}" for who in ("teacher", "student"))]]
     for teacher, student in zip(decoding["teacher"], decoding["student"], strict=True):
@@ -69,6 +72,62 @@ def tables(results: Mapping[str, Any]) -> list[Table]:
         loss = f"loss, first → last {'tenth' if tenths else 'step'}"
         made.append(("Training", ["phase", "steps", "tokens", "time", loss, "steps skipped"], rows))
     return made + (task_tables(results["tasks"]) if results.get("tasks") else [])
+
+
+def agreement_tables(texts: Mapping[str, Mapping[str, Any]]) -> list[Table]:
+    """Beyond the means: errors, the worst token, what a draft would keep, and calibration; of what was measured on each
+    text, a text a column."""
+    texts = {text: found for text, found in texts.items() if found.get("acceptance") is not None}
+    if not texts:
+        return []
+    names = [TEXTS.get(text, text) for text in texts]
+
+    def row(name: str, show: Callable[[Mapping[str, Any]], str]) -> list[str]:
+        return [name, *map(show, texts.values())]
+
+    def share(key: str) -> Callable[[Mapping[str, Any]], str]:
+        return lambda found: percent_text(found[key])
+
+    rows = [
+        row("perplexity ratio, 95 % interval", lambda found: ratio_interval(found)),
+        row("KL, 95 % interval", lambda found: kl_interval(found)),
+        row("KL of the worst token", lambda found: figure_text(found["worst_kl"])),
+        row("same tokens among the top 5", share("top5_overlap")),
+        row("a drafted token passes (1 - TV)", share("acceptance")),
+    ]
+    for k in range(max(len(found["accepted"]) for found in texts.values())):
+        kept = [found["accepted"][k] for found in texts.values()]
+        rows.append([f"kept of {k + 1} drafted", *("-" if n is None else f"{n:.2f}" for n in kept)])
+    made: list[Table] = [("Agreement, token by token", ["", *names], rows)]
+    rows = [
+        [TEXTS.get(text, text), who, *(percent_text(found[f"{who}_{key}"]) for key in ("accuracy", "confidence"))]
+        + [percent_text(found[f"{who}_calibration"])]
+        for text, found in texts.items()
+        for who in ("teacher", "student")
+    ]
+    header = ["text", "model", "top token is right", "its mean probability", "calibration error (ECE)"]
+    return [*made, ("Calibration", header, rows)]
+
+
+def ratio_interval(found: Mapping[str, Any]) -> str:
+    """A 95 % interval of the perplexities' ratio; "-" where the text was too short for one."""
+    error, ratio = found.get("log_ratio_error"), found["perplexity_ratio"]
+    if error is None or not (math.isfinite(error) and math.isfinite(ratio)):
+        return "-"
+    return f"{figure_text(ratio * math.exp(-NORMAL * error))} to {figure_text(ratio * math.exp(NORMAL * error))}"
+
+
+def kl_interval(found: Mapping[str, Any]) -> str:
+    """A 95 % interval of the mean KL; "-" where the text was too short for one."""
+    error, kl = found.get("kl_error"), found["kl"]
+    if error is None or not math.isfinite(error):
+        return "-"
+    return f"{figure_text(max(0.0, kl - NORMAL * error))} to {figure_text(kl + NORMAL * error)}"
+
+
+def percent_text(share: float | None) -> str:
+    """A share as tables show it."""
+    return f"{share:.1%}" if share is not None and math.isfinite(share) else "not finite"
 
 
 TASK_TITLES = {

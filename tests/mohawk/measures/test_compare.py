@@ -43,23 +43,79 @@ def segments(dataset):
 
 
 def by_definition(student, teacher, dataset, vocab=258) -> Comparison:
-    """Each document piece alone, whole logits, float64."""
-    sums = torch.zeros(4, dtype=torch.float64)
-    count = 0
-    with torch.no_grad():
-        for ids in segments(dataset):
-            p, q = (m(ids).logits[0, :-1, :vocab].double().log_softmax(-1) for m in (teacher, student))
-            targets = ids[0, 1:, None]
-            kl = (p.exp() * (p - q)).sum()
-            same = (p.argmax(-1) == q.argmax(-1)).sum()
-            sums += torch.stack([-p.gather(1, targets).sum(), -q.gather(1, targets).sum(), kl, same])
-            count += len(targets)
-    t, s, kl, same = (sums / count).tolist()
-    return Comparison(count, math.exp(t), math.exp(s), math.exp(s - t), kl, same)
+    """Each document piece alone, whole logits, float64; then plain Python over tokens and windows."""
+    tokens, windows, runs = [], [], []
+    for row in dataset:
+        window = []
+        for segment in range(int(row["segment_ids"].max()) + 1):
+            ids = row["input_ids"][row["segment_ids"] == segment][None]
+            with torch.no_grad():
+                p, q = (m(ids).logits[0, :-1, :vocab].double().log_softmax(-1) for m in (teacher, student))
+            runs.append([])
+            for logp, logq, target in zip(p, q, ids[0, 1:], strict=True):
+                both = zip(logp.exp().tolist(), logq.exp().tolist(), strict=True)
+                tops = [set(log.sort(descending=True).indices[:5].tolist()) for log in (logp, logq)]
+                window.append(
+                    {
+                        "kl": float((logp.exp() * (logp - logq)).sum()),
+                        "nll": [-float(log[target]) for log in (logp, logq)],
+                        "first": [int(log.argmax()) for log in (logp, logq)],
+                        "confidence": [float(log.exp().max()) for log in (logp, logq)],
+                        "target": int(target),
+                        "overlap": len(tops[0] & tops[1]) / 5,
+                    }
+                )
+                runs[-1].append(sum(min(a, b) for a, b in both))
+        tokens += window
+        windows.append(window)
+
+    def mean(values):
+        values = list(values)
+        return sum(values) / len(values)
+
+    def error(of):
+        """Of a mean over tokens, from what windows leave of it."""
+        whole = mean(map(of, tokens))
+        left = [sum(of(token) - whole for token in window) for window in windows if window]
+        return math.sqrt(sum(x**2 for x in left) * len(left) / (len(left) - 1)) / len(tokens) if left[1:] else None
+
+    def calibration(who):
+        bins = {}
+        for token in tokens:
+            bins.setdefault(math.ceil(token["confidence"][who] * 15), []).append(token)
+        return sum(
+            len(b) / len(tokens) * abs(mean(t["confidence"][who] - (t["first"][who] == t["target"]) for t in b))
+            for b in bins.values()
+        )
+
+    def kept(k):
+        """By what may happen: the first i of k tokens pass, and the next one does not."""
+        found = []
+        for run in runs:
+            for start in range(len(run) - k + 1):
+                pass_ = run[start : start + k]
+                chances = [math.prod(pass_[:i]) * (1 - pass_[i]) for i in range(k)] + [math.prod(pass_)]
+                found.append(sum(i * chance for i, chance in enumerate(chances)))
+        return mean(found) if found else None
+
+    t, s = (mean(token["nll"][who] for token in tokens) for who in (0, 1))
+    right = [mean(token["first"][who] == token["target"] for token in tokens) for who in (0, 1)]
+    return Comparison(
+        len(tokens), math.exp(t), math.exp(s), math.exp(s - t), mean(token["kl"] for token in tokens),
+        mean(token["first"][0] == token["first"][1] for token in tokens), error(lambda token: token["kl"]),
+        error(lambda token: token["nll"][1] - token["nll"][0]), max(token["kl"] for token in tokens),
+        mean(token["overlap"] for token in tokens), mean(chance for run in runs for chance in run),
+        tuple(kept(k) for k in range(1, 9)), *right,
+        *(mean(token["confidence"][who] for token in tokens) for who in (0, 1)), calibration(0), calibration(1),
+    )  # fmt: skip
 
 
-def close(ours: Comparison, truth: Comparison, rel=1e-4) -> bool:
-    return ours.tokens == truth.tokens and vars(ours) == pytest.approx(vars(truth), rel=rel, abs=1e-6)
+def close(ours: Comparison, truth: Comparison, rel=1e-4, least=1e-6) -> bool:
+    def numbers(of: Comparison) -> dict[str, float]:
+        found = {f"accepted {k}": value for k, value in enumerate(of.accepted, 1)} | vars(of)
+        return {name: -1.0 if value is None else value for name, value in found.items() if name != "accepted"}
+
+    return ours.tokens == truth.tokens and numbers(ours) == pytest.approx(numbers(truth), rel=rel, abs=least)
 
 
 @pytest.mark.parametrize("rows", [1, 7, 256])
@@ -134,10 +190,10 @@ def test_half_precision_states_and_autocast_stay_near(dataset, make_llama):
     teacher, student = make_llama(0), make_llama(1)
     truth = by_definition(student, teacher, dataset)
     states = teacher_states(teacher, dataset, autocast=torch.bfloat16)
-    assert close(compare(student, states, autocast=torch.bfloat16), truth, rel=0.1)
+    assert close(compare(student, states, autocast=torch.bfloat16), truth, rel=0.1, least=0.005)
     states = teacher_states(make_llama(0).bfloat16(), dataset)
     assert states.hidden[0].dtype == torch.bfloat16
-    assert close(compare(make_llama(1).bfloat16(), states), truth, rel=0.1)
+    assert close(compare(make_llama(1).bfloat16(), states), truth, rel=0.1, least=0.005)
 
 
 def test_a_broken_student_is_reported_not_hidden(dataset, make_llama):
@@ -249,3 +305,29 @@ def test_continuation_is_greedy_and_without_the_prompt(make_llama, tokenizer):
     assert continuation(model, tokenizer, "Once upon", 5) == expected
     with pytest.raises(UserError, match="evaluation.prompt"):
         continuation(model, tokenizer, "", 5)
+
+
+def test_what_a_draft_keeps_by_hand():
+    """Two pieces of text in a row, of 3 and 2 tokens to predict, and one more row of 1."""
+    from mohawk.measures.agreement import drafted
+
+    predicting = torch.tensor([[1, 1, 1, 0, 1, 1, 0], [1, 0, 0, 0, 0, 0, 0]]).bool()
+    kept = torch.tensor([0.5, 0.8, 0.25, 1.0, 0.5, 0.1], dtype=torch.float64)
+    found = drafted(kept, predicting)
+    one = [0.5, 0.8, 0.25, 1.0, 0.5, 0.1]
+    two = [0.5 + 0.4, 0.8 + 0.2, 1.0 + 0.5]
+    three = [0.5 + 0.4 + 0.1]
+    assert found[0].tolist() == pytest.approx([sum(one), sum(two), sum(three), 0, 0, 0, 0, 0])
+    assert found[1].tolist() == [6, 3, 1, 0, 0, 0, 0, 0]
+
+
+def test_calibration_by_hand():
+    """Four tokens at 90 % of which three are right, one at 20 % that is not: (4/5) |0.75 - 0.9| + (1/5) 0.2."""
+    from mohawk.measures.agreement import FIGURES, Tally
+
+    figures = torch.zeros(5, len(FIGURES), dtype=torch.float64)
+    for column, values in {"student_confidence": [0.9] * 4 + [0.2], "student_right": [1, 1, 1, 0, 0]}.items():
+        figures[:, FIGURES.index(column)] = torch.tensor(values, dtype=torch.float64)
+    tally = Tally()
+    tally.add(figures, torch.ones(1, 5).bool())
+    assert tally.shared(torch.device("cpu")).calibration_error("student") == pytest.approx(0.16)

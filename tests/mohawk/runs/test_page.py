@@ -189,3 +189,21 @@ def test_a_browser_shows_and_prints_the_page(tmp_path):
     assert (np.abs(imread(shot)[..., :3] - blue).max(-1) < 0.02).sum() > 2 * 100_000  # both runs' plots are there
     assert pdf.read_bytes().startswith(b"%PDF")
     assert 2 <= len(re.findall(rb"/Type\s*/Page\b", pdf.read_bytes())) <= 8
+
+
+def test_figures_of_each_token_have_tables_of_their_own():
+    from mohawk.runs.tables import agreement_tables
+
+    found = compared(1.25) | dict(
+        kl_error=0.05, log_ratio_error=0.1, worst_kl=7.0, top5_overlap=0.8, acceptance=0.75, accepted=[0.75, None],
+        teacher_accuracy=0.5, student_accuracy=0.4, teacher_confidence=0.6, student_confidence=0.7,
+        teacher_calibration=0.1, student_calibration=0.3,
+    )  # fmt: skip
+    agreement, calibration = agreement_tables({"held_out": found, "evaluation": compared(2.0)})  # of an earlier version
+    assert agreement[1] == ["", "held-out text of the training source"]
+    shown = dict(agreement[2])
+    # 1.25 exp(-+ 1.96 x 0.1), 0.25 -+ 1.96 x 0.05
+    assert shown["perplexity ratio, 95 % interval"] == "1.028 to 1.521"
+    assert shown["KL, 95 % interval"] == "0.152 to 0.348" and shown["KL of the worst token"] == "7.000"
+    assert shown["kept of 1 drafted"] == "0.75" and shown["kept of 2 drafted"] == "-"
+    assert calibration[2][1] == ["held-out text of the training source", "student", "40.0%", "70.0%", "30.0%"]
