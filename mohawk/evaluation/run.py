@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
@@ -19,7 +19,8 @@ from mohawk.distillation.recipe import DistillRecipe
 from mohawk.errors import UserError
 from mohawk.loading.describe import student_folder
 from mohawk.pruning.recipe import PruneRecipe
-from mohawk.runs.tables import agreement_tables, print_tables
+from mohawk.runs.tables import agreement_tables, behaviour_tables, print_tables
+from mohawk.runs.verdict import fitness
 from mohawk.schema.base import RecipeFile
 from mohawk.schema.kinds import load_run_recipe, trims_vocabulary
 
@@ -33,7 +34,8 @@ def evaluate_run(run: str | Path, overrides: Sequence[str] = (), console: Consol
     torchrun or accelerate started.
 
     overrides: of the run's recipe, such as `data.evaluation=[other.txt]` or `evaluation.tokens=1e6`; those
-    that concern the student or its training change nothing. Returns what was written. Raises UserError.
+    that concern the student or its training change nothing. Returns what was written. Raises UserError, also, when all
+    is written, for a student whose decoding is broken.
     """
     folder = home(run)
     if not has_recipe(folder):
@@ -54,8 +56,11 @@ def evaluate_run(run: str | Path, overrides: Sequence[str] = (), console: Consol
 def _evaluate(recipe: RecipeFile, folder: Path, name: str, overrides: Sequence[str], console: Console) -> dict:
     from mohawk.data.same_tokenizer import check_same, own_tokenizer, teacher_tokenizer
     from mohawk.loading.models import load_teacher
+    from mohawk.measures.behaviour import behaviour
     from mohawk.measures.compare import compare, decode_speed
-    from mohawk.runs.steps import whole_models
+    from mohawk.measures.consistency import broken_in, inconsistencies, some_tokens
+    from mohawk.runs.report import fingerprint, report_consistency
+    from mohawk.runs.steps import long_rows, whole_models
 
     about = recipe.teacher
     if (own := own_tokenizer(name, who="student")) is not None:  # before models are loaded
@@ -67,19 +72,30 @@ def _evaluate(recipe: RecipeFile, folder: Path, name: str, overrides: Sequence[s
     }
     asked, corrected = recipe.evaluation, corrected_teacher(recipe, folder)
 
-    def speeds_of() -> dict[str, list[dict]]:
+    def by_one() -> dict[str, Any]:
+        """What one process measures of whole models."""
         models = whole_models(context, student, corrected=corrected, folder=name, dtype="float32")
         if models is None:
             console.print("decoding is not timed: student and teacher together do not fit into one process")
-            return {}
-        timed = {"teacher": models[1], "student": models[0]}
+            return {"decoding": {}}
+        both = {"teacher": models[1], "student": models[0]}
         return {
-            kind: [asdict(speed) for speed in decode_speed(model, asked.contexts, asked.decode_tokens)]
-            for kind, model in timed.items()
-        }
+            "decoding": {
+                kind: [asdict(speed) for speed in decode_speed(model, asked.contexts, asked.decode_tokens)]
+                for kind, model in both.items()
+            },
+            "consistency": inconsistencies(models[0].eval(), some_tokens(models[0])),
+            "dtype": str(models[0].dtype).removeprefix("torch."),
+            "behaviour": behaviour(
+                both, dict.fromkeys(both, context.tokenizer), long_rows(context), longest=asked.longest,
+                new_tokens=asked.continuation_tokens,
+            ),
+        }  # fmt: skip
 
-    speeds = from_first(speeds_of)
-    results = {"student": name, "overrides": list(overrides), "texts": texts, "decoding": speeds}
+    measured = from_first(by_one)
+    speeds, consistency = measured["decoding"], measured.get("consistency") or {}
+    results = {"student": name, "fingerprint": fingerprint(name), "overrides": list(overrides), "texts": texts}
+    results |= measured
     target = again_file(folder)
     on_first(lambda: write_json(target, results))
 
@@ -95,15 +111,25 @@ def _evaluate(recipe: RecipeFile, folder: Path, name: str, overrides: Sequence[s
             f"{found['top1_agreement']:.1%}",
         )
     console.print(table)
-    print_tables(agreement_tables(texts), console)
+    print_tables(agreement_tables(texts) + behaviour_tables(measured.get("behaviour") or {}), console)
     table = Table("decoding", "context", "tokens/s", "state bytes")
-    for kind, measured in speeds.items():
-        for speed in measured:
+    for kind, timed in speeds.items():
+        for speed in timed:
             row = f"{speed['context']:,}", f"{speed['tokens_per_s']:.1f}", f"{speed['state_bytes']:,}"
             table.add_row(kind, *row)
     if speeds:
         console.print(table)
     console.print(f"written to {target}", highlight=False, soft_wrap=True, markup=False)
+    if consistency:
+        dtype = measured["dtype"]
+        line = fitness(consistency, dtype)
+        console.print(f"{line.asks}: {line.says}", highlight=False, soft_wrap=True, markup=False)
+        on_first(lambda: report_consistency(folder, name, consistency, dtype))
+        if broken := broken_in(consistency, dtype):
+            raise UserError(
+                f"{name}: the student does not answer as its own full forward does: {broken}; `mohawk doctor` says "
+                "whether the installed versions are ones that mohawk was tested with"
+            )
     return results
 
 

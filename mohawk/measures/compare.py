@@ -116,7 +116,7 @@ def teacher_states(
     reshard(teacher)
     head = Head.of(teacher).detached()  # a copy in float32 would be there for as long as the run
     hidden = []
-    with _evaluating(teacher):
+    with evaluating(teacher):
         for batch in batches:
             states = packed_hidden_states(teacher, batch, device=device, autocast=autocast)
             hidden.append(states[_predicting(batch).to(device)].cpu())
@@ -157,7 +157,7 @@ def compare(
     student_head, teacher_head = Head.of(student).frozen(), states.head.frozen().to(device)
     vocab = min(len(student_head.weight), len(teacher_head.weight))
     tally = Tally()
-    with _evaluating(student):
+    with evaluating(student):
         for batch, teacher_hidden in zip(states.batches, states.hidden, strict=True):
             hidden = packed_hidden_states(student, batch, device=device, autocast=autocast)
             predicting = _predicting(batch)
@@ -179,9 +179,9 @@ def compare(
     teacher_nll, student_nll = every.mean("teacher_nll"), every.mean("student_nll")
     return Comparison(
         tokens=states.tokens,
-        teacher_perplexity=_exp(teacher_nll),
-        student_perplexity=_exp(student_nll),
-        perplexity_ratio=_exp(student_nll - teacher_nll),
+        teacher_perplexity=exp(teacher_nll),
+        student_perplexity=exp(student_nll),
+        perplexity_ratio=exp(student_nll - teacher_nll),
         kl=every.mean("kl"),
         top1_agreement=every.mean("same"),
         kl_error=every.kl_error,
@@ -196,7 +196,8 @@ def compare(
     )
 
 
-def _exp(nats: float) -> float:
+def exp(nats: float) -> float:
+    """e to that power; infinity where a float ends."""
     return math.inf if nats > 700 else math.exp(nats)  # NaN stays NaN
 
 
@@ -223,7 +224,8 @@ def packed_hidden_states(
 
 
 @contextlib.contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Within the block the model is in eval mode; then it is as it was."""
     training = model.training
     model.eval()
     try:
@@ -250,7 +252,7 @@ def decode_speed(
     device = model.device
     generator = torch.Generator().manual_seed(seed)
     speeds = []
-    with _evaluating(model):
+    with evaluating(model):
         for context in contexts:
             ids = torch.randint(
                 plain_model(model).config.get_text_config().vocab_size, (1, context), generator=generator
@@ -316,7 +318,7 @@ def continuation(model: CausalLM, tokenizer: PreTrainedTokenizerBase, prompt: st
     if length == 0:
         raise UserError("evaluation.prompt: this tokenizer makes no token of it; give some words")
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    with _evaluating(model):
+    with evaluating(model):
         # pyrefly: ignore[not-callable]  # a method of the class that mixes it in
         ids = model.generate(
             **inputs,

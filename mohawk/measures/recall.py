@@ -69,13 +69,23 @@ def _row(tokenizer: PreTrainedTokenizerBase, shuffler: random.Random) -> tuple[l
     spans = []
     for key, value in shuffler.sample(pairs, PAIRS):
         text += f"{key}: "
-        spans.append((len(text), len(text) + len(value)))
+        spans.append((len(text), len(text) + len(value), len(spans)))
         text += f"{value}\n"
+    return as_row(tokenizer, text, spans)
+
+
+def as_row(
+    tokenizer: PreTrainedTokenizerBase, text: str, spans: Sequence[tuple[int, int, int]]
+) -> tuple[list[int], list[int]]:
+    """(token ids of a text, for each the index of the value it belongs to or -1). spans: of each value its first
+    character, the one past its last, and its index; in the text's order."""
     encoded = tokenizer(text, return_offsets_mapping=True)
-    values = [
-        next((i for i, (begin, end) in enumerate(spans) if first < end and last > begin), -1)
-        for first, last in encoded["offset_mapping"]
-    ]
+    values, at = [], 0
+    for first, last in encoded["offset_mapping"]:
+        while at < len(spans) and spans[at][1] <= first:
+            at += 1
+        begin, end, index = spans[at] if at < len(spans) else (last, last, -1)
+        values.append(index if first < end and last > begin else -1)
     return list(encoded["input_ids"]), values
 
 

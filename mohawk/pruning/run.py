@@ -57,7 +57,7 @@ from mohawk.runs.kept import CutMade, KeptVocabulary, Search
 from mohawk.runs.report import finish
 from mohawk.runs.sharding import Parts, parts_of
 from mohawk.runs.start import start
-from mohawk.runs.steps import Step, is_final, take_steps, whole_models, write_final
+from mohawk.runs.steps import Step, is_final, long_rows, take_steps, whole_models, write_final
 from mohawk.runs.tables import Table
 
 if TYPE_CHECKING:
@@ -221,6 +221,7 @@ class Pruning:
             stages={step.name: step.told for step in steps}, labels=self._labels(steps),
             own_tables=self._tables(student), student_tokenizer=load_tokenizer(final, who="student"),
             whole=student.device.type != "meta",
+            texts=None if run.recipe.prune.vocabulary is not None else long_rows(run),  # its tokens have other numbers
         )  # fmt: skip
 
     def _step(self, step: PruneStep) -> Step:

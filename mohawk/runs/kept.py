@@ -71,6 +71,7 @@ class Measured(TypedDict, total=False):
     decoding: dict[str, list[Speed]]
     continuations: dict[str, str]
     broken: str | None
+    behaviour: dict[str, Any]
 
 
 class Tabled(TypedDict):
@@ -83,6 +84,8 @@ class Tabled(TypedDict):
     phases: dict[str, dict[str, float | None]]
     stages: NotRequired[dict[str, str]]
     own_tables: NotRequired[list[list[Any]]]
+    behaviour: NotRequired[dict[str, Any]]
+    layers: NotRequired[list[dict[str, Any]]]
 
 
 class Results(Tabled):
@@ -153,6 +156,7 @@ class Selection(TypedDict):
     settings: dict[str, Any]
     layers: NotRequired[list[Alone]]
     rankings: dict[str, Ranking]
+    layers: NotRequired[list[dict[str, Any]]]
     patterns: NotRequired[dict[str, Pattern]]
 
 

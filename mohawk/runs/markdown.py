@@ -14,6 +14,8 @@ CAPTIONS = {
     "losses.png": "Loss of each phase",
     "evaluation.png": "Evaluation before phase 1 and after each phase",
     "mixing_matrices.png": "Mixing matrices of teacher and student",
+    "positions.png": "Perplexity by position in long texts",
+    "retrieval.png": "Retrieval: share of answers that are right, by length of the text and depth in it",
     "tasks.png": "Tasks of lm-evaluation-harness",
 }
 TOO_LARGE = (
@@ -56,8 +58,9 @@ def machine_lines(found: Mapping[str, Any]) -> list[str]:
 
 def notes(results: Mapping[str, Any]) -> list[str]:
     """Sentences below the tables: by which ways the student was seen to decode, what was not measured."""
-    consistency = results.get("consistency")
-    said = [_consistency_line(consistency, results["dtypes"]["student"])] if consistency else []
+    said, dtype = [], results.get("decoded_in") or results["dtypes"]["student"]
+    if consistency := results.get("consistency"):
+        said.append(_consistency_line(consistency, dtype))
     return said if results["continuations"] else [*said, TOO_LARGE]
 
 

@@ -25,6 +25,7 @@ TEXTS = {
     "held_out_pairs": "held-out prompts and responses",
     "evaluation": "text of another source",
 }
+RETRIEVALS = {"needle": "among sentences about nothing", "pairs": "among others of their kind"}
 SHARES = ("acc", "acc_norm", "exact_match", "pass@1", "f1", "em")  # metrics of tasks that lie between 0 and 1
 
 
@@ -160,6 +161,57 @@ def plot_mixing_matrices(rows: Sequence[Heads], target: Path | str) -> Path | No
             axis.set_axis_off()
         # pyrefly: ignore[unbound-name]  # there is a matrix in each row
         figure.colorbar(image, ax=list(line), label="entry (symmetric log)", shrink=0.85, pad=0.01)
+    return save(figure, target)
+
+
+def plot_retrieval(found: Mapping[str, Mapping[str, Any]], target: Path | str) -> Path | None:
+    """Heat maps of `mohawk.measures.retrieval.retrieval`, teacher beside student, a kind of text a row; None, and no
+    picture, where none was measured."""
+    target = Path(target)
+    if not found:
+        target.unlink(missing_ok=True)
+        return None
+    figure, axes = subplots(
+        len(found), 2, width=4.6, height=1.5 + 0.45 * max(len(t["lengths"]) for t in found.values())
+    )
+    for line, (kind, told) in zip(axes, found.items(), strict=True):
+        for axis, who in zip(line, ("teacher", "student"), strict=True):
+            shares = 100 * np.array(told[who], dtype=float)
+            image = axis.imshow(shares, cmap="RdYlGn", vmin=0, vmax=100, aspect="auto")
+            for (i, j), share in np.ndenumerate(shares):
+                axis.annotate(f"{share:.0f}", (j, i), ha="center", va="center", fontsize=9)
+            axis.set_xticks(range(len(told["depths"])), [f"{depth:.0%}" for depth in told["depths"]])
+            axis.set_yticks(range(len(told["lengths"])), [f"{length:,}" for length in told["lengths"]])
+            axis.set_title(f"{who}: {RETRIEVALS.get(kind, kind)}", fontsize=10)
+            axis.set_xlabel("depth in the text")
+            axis.set_ylabel("tokens")
+            axis.grid(False)
+        # pyrefly: ignore[unbound-name]  # there are two models
+        figure.colorbar(image, ax=list(line), label="right, %", shrink=0.9, pad=0.01)
+    return save(figure, target)
+
+
+def plot_positions(found: Mapping[str, Sequence[Mapping[str, Any]]], target: Path | str) -> Path | None:
+    """Perplexity of teacher and student in bins of positions, a text a panel; None, and no picture, where none was
+    measured."""
+    target = Path(target)
+    if not found:
+        target.unlink(missing_ok=True)
+        return None
+    figure, axes = subplots(1, len(found), width=4.6, height=3.4)
+    for axis, (text, bins) in zip(axes[0], found.items(), strict=True):
+        places = [math.sqrt(each["first"] * each["last"]) for each in bins]
+        for who, color, marker in (("teacher", BLUE, "o"), ("student", ORANGE, "s")):
+            values = [value if math.isfinite(value := number(each[who])) else math.nan for each in bins]
+            axis.plot(places, values, color=color, marker=marker, lw=1.8, label=who)
+        axis.set_xscale("log", base=2)
+        axis.set_xticks(places, [f"{each['first']:,}–{each['last']:,}" for each in bins], fontsize=8, rotation=20)
+        axis.set_xticks([], minor=True)
+        axis.set_title(TEXTS.get(text, text), fontsize=10)
+        axis.set_xlabel("position")
+        axis.set_ylabel("perplexity")
+        axis.set_ylim(bottom=0)
+        axis.legend(frameon=False)
     return save(figure, target)
 
 

@@ -13,11 +13,13 @@ from mohawk.core.devices import machine
 from mohawk.core.folders import MANIFEST, drop_file
 from mohawk.core.json_files import read_json, write_json, write_text
 from mohawk.core.run_folder import (
+    COMPOSED,
     METRICS_FILE,
     PAGE,
     RECIPE,
     REPORT,
     RESULTS,
+    SELECTION,
     STUDENT,
     evaluation_file,
     plot_file,
@@ -26,16 +28,18 @@ from mohawk.core.run_folder import (
 )
 from mohawk.errors import UserError
 from mohawk.loading.models import parameter_count
-from mohawk.runs.kept import Compared, Measured, Results, Tasks
+from mohawk.measures.consistency import broken_in
+from mohawk.runs.kept import Compared, Composed, Measured, Results, Selection, Tasks
 from mohawk.runs.markdown import TOO_LARGE, to_markdown
 from mohawk.runs.page import Finished, write_page
-from mohawk.runs.plots import plot_evaluation, plot_losses, plot_tasks
+from mohawk.runs.plots import plot_evaluation, plot_losses, plot_positions, plot_retrieval, plot_tasks
 from mohawk.runs.tables import Table, print_tables, tables
 from mohawk.runs.verdict import verdict
 from mohawk.training.metrics import ends, read_metrics
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from torch import Tensor
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from mohawk.conversion.recipe import Recipe
@@ -56,6 +60,7 @@ def finish(
     own_tables: Sequence[Table] = (),
     student_tokenizer: PreTrainedTokenizerBase | None = None,
     whole: bool = True,
+    texts: Mapping[str, Tensor] | None = None,
 ) -> dict[str, Any]:
     """Measure what is still missing, draw, write results.json, report.md and report.html, print the tables.
 
@@ -63,11 +68,13 @@ def finish(
     unless an earlier call with the same evaluation settings left them in results.json. stages: name -> what the student
     then was, in order. labels: what each one's loss is. own_tables: of a kind of run, in front of the others.
     student_tokenizer: where it is not the teacher's. whole: False where the models are in parts, too large for one
-    process: what one process would measure is left out. Returns the results.
+    process: what one process would measure is left out. texts: rows of token ids (rows, n) by the text's name, as
+    `mohawk.measures.behaviour.behaviour` takes them. Returns the results.
 
     Raises UserError, once the report says so too, when the student does not answer step by step, in chunks, with
     padding or turn by turn as in one full forward: its likelihoods are those of a model that nobody can use.
     """
+    from mohawk.measures.behaviour import behaviour
     from mohawk.measures.compare import continuation, decode_speed
     from mohawk.measures.consistency import broken_paths, inconsistencies, some_tokens
 
@@ -92,10 +99,17 @@ def finish(
         continuations = {"prompt": asked.prompt} | {
             who: continuation(model, of[who], asked.prompt, asked.continuation_tokens) for who, model in models.items()
         }
+    behaved = earlier.get("behaviour") or {}
+    if whole and not behaved:
+        behaved = behaviour(
+            models, of, texts or {}, longest=asked.longest, new_tokens=asked.continuation_tokens
+        )  # fmt: skip
     evaluated = {stage: read_json(evaluation_file(folder, stage), dict[str, Compared]) for stage in stages}
     evaluated = {stage: found for stage, found in evaluated.items() if found}
     plot_losses(folder / METRICS_FILE, plot_file(folder, "losses"), labels)
     plot_evaluation(evaluated, plot_file(folder, "evaluation"))
+    plot_retrieval(behaved.get("retrieval", {}), plot_file(folder, "retrieval"))
+    plot_positions(behaved.get("positions", {}), plot_file(folder, "positions"))
     tasks, times = kept_tasks(folder, STUDENT), phase_times(folder / METRICS_FILE)
     _plot_tasks(folder, tasks)
     results = {
@@ -109,6 +123,8 @@ def finish(
         "decoding": decoding,
         "consistency": consistency,
         "broken": broken,
+        "behaviour": behaved,
+        "layers": layer_costs(folder, student.config.get_text_config()),
         "phases": {name: times[name] for name in stages if name in times},
         "continuations": continuations,
         "plots": plot_names(folder),
@@ -151,6 +167,16 @@ def report_tasks(folder: Path | str) -> Path | None:
     return folder / REPORT
 
 
+def report_consistency(folder: Path, student: str, found: Mapping[str, float], dtype: str) -> None:
+    """Put into a finished run's report how its student, loaded in this dtype, was seen to decode once more; nothing
+    where the student measured is another one."""
+    results, measured = read_json(folder / RESULTS, Results), fingerprint(student)
+    if results is None or measured is None or measured != fingerprint(folder / STUDENT):
+        return
+    results |= {"consistency": dict(found), "decoded_in": dtype, "broken": broken_in(found, dtype)}
+    _write(folder, results, (folder / RECIPE).read_text(encoding="utf-8"))
+
+
 def kept_tasks(folder: Path, student: str) -> dict[str, Any] | None:
     """evaluation/tasks.json, if it is of the student that is in the run's folder `student` now."""
     found = read_json(tasks_file(folder), Tasks)
@@ -189,6 +215,31 @@ def _layers(config: Any) -> str:
         return f"{getattr(config, 'num_hidden_layers', '?')} layers"
     mixers = getattr(config, "mixer_words", "state space")
     return f"{replaced} {mixers} and {len(kinds) - replaced} attention layers"
+
+
+def layer_costs(folder: Path, config: Any) -> list[dict[str, Any]]:
+    """Each layer of a hybrid: its number from 0, whether attention stayed, and where `mohawk select` ranked the layers,
+    of this run or of the one whose mixers these are, what replacing it alone cost: `kl`, and `recall` beside the
+    teacher's, `recalled`. Empty for a student without mixers."""
+    kinds = list(getattr(config, "layer_types", None) or [])
+    if "linear_attention" not in kinds:
+        return []
+    composed = read_json(folder / COMPOSED, Composed)
+    source = folder if composed is None else Path(composed["run"])
+    selection = read_json(source / SELECTION, Selection) if (source / SELECTION).is_file() else None
+    alone = {row["layer"]: row for row in selection.get("layers", ())} if selection else {}
+    whole = next((ranking["path"][0] for ranking in selection["rankings"].values()), None) if selection else None
+    made = []
+    for i, kind in enumerate(kinds):
+        layer = {"layer": i, "stayed": kind != "linear_attention"}
+        if i in alone and whole is not None:
+            layer |= {
+                "kl": alone[i]["kl"],
+                "recall": alone[i]["recall"]["accuracy"],
+                "recalled": whole["recall"]["accuracy"],
+            }
+        made.append(layer)
+    return made
 
 
 def phase_times(metrics: Path) -> dict[str, dict[str, float]]:

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from mohawk.core.folders import about_of, drop_file, is_complete, weights_sum, write_whole
 from mohawk.core.processes import from_first, is_first, on_first, together, wish
 from mohawk.core.run_folder import RESULTS, STUDENT, evaluation_file, phase_folder, phase_student
@@ -190,8 +192,20 @@ def finish_run(run: RunContext, student: PreTrainedModel, **told: Any) -> None:
     models = whole_models(run, student)
     student, teacher = models or (student, run.teacher)
     finish(
-        run.folder, run.recipe, student.eval(), teacher, run.tokenizer, run.console, whole=models is not None, **told
+        run.folder, run.recipe, student.eval(), teacher, run.tokenizer, run.console, whole=models is not None,
+        texts=long_rows(run), **told,
     )  # fmt: skip
+
+
+def long_rows(run: RunContext) -> dict[str, torch.Tensor]:
+    """Up to two rows of each text that is held out, (rows, n) token ids laid end to end, as long as the evaluation's
+    longest text or as all that there is."""
+    longest, found = run.recipe.evaluation.longest, {}
+    for name, kept in run.data.held_out(longest, 2 * longest, run.pad).items():
+        rows = [kept[i] for i in range(min(2, len(kept)))] if name in ("held_out", "evaluation") else []
+        if full := [row["input_ids"] for row in rows if row["segment_ids"][-1] >= 0]:  # without padding
+            found[name] = torch.stack(full)
+    return found
 
 
 def write_student(run: RunContext, step: str, student: PreTrainedModel, before: str | None) -> None:

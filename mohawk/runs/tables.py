@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from mohawk.loading.describe import size_text
-from mohawk.runs.plots import TEXTS
+from mohawk.runs.plots import RETRIEVALS, TEXTS
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -46,6 +46,9 @@ def tables(results: Mapping[str, Any]) -> list[Table]:
             made.append((f"On {name} ({tokens:,} tokens)", header, rows))
     last = next((found for stage in reversed(stages) if (found := results["evaluation"].get(stage))), {})
     made += agreement_tables(last)
+    made += behaviour_tables(results.get("behaviour") or {})
+    if layers := results.get("layers"):
+        made.append(layer_table(layers))
     decoding, parameters = results["decoding"], results["parameters"]
     rows = [["parameters", *(f"{parameters[who]:,}" for who in ("teacher", "student"))]]
     for teacher, student in zip(decoding["teacher"], decoding["student"], strict=True):
@@ -107,6 +110,79 @@ def agreement_tables(texts: Mapping[str, Mapping[str, Any]]) -> list[Table]:
     ]
     header = ["text", "model", "top token is right", "its mean probability", "calibration error (ECE)"]
     return [*made, ("Calibration", header, rows)]
+
+
+def behaviour_tables(found: Mapping[str, Any]) -> list[Table]:
+    """What was written, retrieved and read in long texts, as `mohawk.measures.behaviour` found it."""
+    made: list[Table] = []
+    if retrieved := found.get("retrieval"):
+        rows = []
+        for kind, told in retrieved.items():
+            shares = {who: _weighted(told[who], told["asked"]) for who in ("teacher", "student")}
+            asked = sum(told["asked"]) * len(told["depths"])
+            error = f"{100 * told['difference']:+.1f} ± {100 * NORMAL * told['difference_error']:.1f} points"
+            lengths = " to ".join(f"{length:,}" for length in sorted({told["lengths"][0], told["lengths"][-1]}))
+            cells = [RETRIEVALS.get(kind, kind), lengths, f"{asked:,}", *map(percent_text, shares.values()), error]
+            rows.append(cells)
+        header = ["words hidden", "tokens", "asked", "teacher", "student", "difference, 95 %"]
+        made.append(("Retrieval from anywhere in a text (pictured below)", header, rows))
+    for text, bins in (found.get("positions") or {}).items():
+        rows = [
+            [f"{each['first']:,} to {each['last']:,}", f"{each['tokens']:,}"]
+            + [figure_text(each[key]) for key in ("teacher", "student", "ratio")]
+            for each in bins
+        ]
+        header = ["positions", "tokens", "teacher", "student", "ratio"]
+        made.append((f"Perplexity by position in long rows of {TEXTS.get(text, text)}", header, rows))
+    if told := found.get("written"):
+        rows = [
+            [
+                who,
+                f"{of['length']:.1f}",
+                percent_text(of["ended"]),
+                "-" if of["repeated"] is None else percent_text(of["repeated"]),
+                "-" if of["perplexity"] is None else figure_text(of["perplexity"]),
+            ]
+            for who, of in ((who, told[who]) for who in ("teacher", "student"))
+        ]
+        header = ["", "tokens, mean", "ended by themselves", "repeated 4-grams", "perplexity to the teacher"]
+        made.append(
+            (f"What {told['prompts']} prompts are continued with (greedy, {told['tokens']} tokens)", header, rows)
+        )
+        same = told["same"]
+        rows = [["tokens before the first that differs, mean", f"{same['first']:.1f}"]]
+        rows += [[name, f"{score:.1f}"] for name, score in same["scores"].items()]
+        made.append(("The student's continuations against the teacher's", ["", "of 100 where a score"], rows))
+    return made
+
+
+def _weighted(shares: list[list[float]], asked: list[int]) -> float:
+    """The share of all answers: shares by length and depth, asked by length."""
+    each = [sum(by_depth) / len(by_depth) for by_depth in shares]
+    return sum(share * count for share, count in zip(each, asked, strict=True)) / sum(asked)
+
+
+def layer_table(layers: list[dict[str, Any]]) -> Table:
+    """Which layers stayed attention, and what replacing each alone cost where `mohawk select` measured that."""
+    ranked = [layer for layer in layers if "kl" in layer]
+    if not ranked:
+        kinds = {True: "attention stayed", False: "replaced"}
+        rows = [
+            [told, ", ".join(str(layer["layer"]) for layer in layers if layer["stayed"] is stayed) or "none"]
+            for stayed, told in kinds.items()
+        ]
+        return "Layers", ["", "numbers, from 0"], rows
+    rows = [
+        [
+            str(layer["layer"]),
+            "stayed attention" if layer["stayed"] else "replaced",
+            figure_text(layer["kl"]),
+            f"{percent_text(layer['recall'])} (of {percent_text(layer['recalled'])})",
+        ]
+        for layer in ranked
+    ]
+    header = ["layer", "", "KL alone, before phase 3", "recalled with it replaced alone"]
+    return "Layers, and what replacing each alone costs", header, rows
 
 
 def ratio_interval(found: Mapping[str, Any]) -> str:

@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from mohawk.loading.describe import size_text
 from mohawk.measures.consistency import PATHS, TOLERANCE, broken_in
-from mohawk.runs.plots import TEXTS
+from mohawk.runs.plots import RETRIEVALS, TEXTS
 
 ABOUT = 0.05  # two speeds closer than this, as a share, are called the same: a median of one short run is no better
 
@@ -31,7 +31,7 @@ class Line:
 def verdict(results: Mapping[str, Any]) -> list[Line]:
     """Five lines about the student that results.json is of."""
     return [
-        _fit(results),
+        fitness(results.get("consistency") or {}, results.get("decoded_in") or results["dtypes"]["student"]),
         Line("given up", _given_up(results)),
         Line("gained", _gained(results["decoding"])),
         Line("pays", _pays(results["decoding"])),
@@ -45,19 +45,20 @@ def last_evaluation(results: Mapping[str, Any]) -> Mapping[str, Mapping[str, Any
     return found[list(found)[-1]] if found else {}
 
 
-def _fit(results: Mapping[str, Any]) -> Line:
-    """Whether what the student generates is what its likelihoods are of."""
-    asks, found = "fit to use", results.get("consistency")
+def fitness(found: Mapping[str, float], dtype: str) -> Line:
+    """Whether what a student generates is what its likelihoods are of: `mohawk.measures.consistency.inconsistencies` of
+    one with parameters of this dtype."""
+    asks = "fit to use"
     if not found:
         return Line(asks, "not known: whether the student generates by the function that was measured was not tried")
-    if broken := broken_in(found, results["dtypes"]["student"]):
+    if broken := broken_in(found, dtype):
         return Line(
             asks,
             f"NO: decoding is broken ({broken}), so that what it generates is not what the figures below are of",
             "bad",
         )
     ways = sum(path in PATHS for path in found)
-    allowed = TOLERANCE[results["dtypes"]["student"]]
+    allowed = TOLERANCE[dtype]
     return Line(
         asks,
         f"it generates by the function that was measured: of {ways} ways to decode none differs from a full forward by "
@@ -77,7 +78,21 @@ def _given_up(results: Mapping[str, Any]) -> str:
             f"{_figure(found['student_perplexity'])} ({_figure(found['perplexity_ratio'])} x), KL "
             f"{_figure(found['kl'])} nats, the same top token at {found['top1_agreement']:.1%}"
         )
+    behaved = results.get("behaviour") or {}
+    if found := behaved.get("retrieval"):
+        lost = ", ".join(
+            f"{100 * each['difference']:+.0f} ± {100 * 1.96 * each['difference_error']:.0f} points {RETRIEVALS[kind]}"
+            for kind, each in found.items()
+        )
+        told.append(f"words found again in long texts: {lost}")
+    if (found := behaved.get("written")) and found["student"]["repeated"] is not None:
+        shares = [found[who]["repeated"] for who in ("student", "teacher")]
+        told.append(f"it repeats {shares[0]:.0%} of what it writes" + _beside(shares[1]))
     return "; ".join(told)
+
+
+def _beside(teacher: float | None) -> str:
+    return "" if teacher is None else f" (the teacher {teacher:.0%})"
 
 
 def _gained(decoding: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:

@@ -207,3 +207,45 @@ def test_figures_of_each_token_have_tables_of_their_own():
     assert shown["KL, 95 % interval"] == "0.152 to 0.348" and shown["KL of the worst token"] == "7.000"
     assert shown["kept of 1 drafted"] == "0.75" and shown["kept of 2 drafted"] == "-"
     assert calibration[2][1] == ["held-out text of the training source", "student", "40.0%", "70.0%", "30.0%"]
+
+
+def test_what_was_found_again_and_written_is_in_the_verdict_the_tables_and_pictures(tmp_path):
+    from matplotlib.image import imread
+
+    from mohawk.runs.plots import plot_positions, plot_retrieval
+    from mohawk.runs.tables import behaviour_tables, layer_table
+
+    def writes(repeated):
+        return {"length": 11.5, "ended": 0.25, "repeated": repeated, "perplexity": 3.5}
+
+    needle = {
+        "lengths": [512, 1024], "depths": [0.0, 1.0], "asked": [12, 4], "teacher": [[1.0, 0.5], [1.0, 1.0]],
+        "student": [[0.5, 0.5], [0.0, 0.0]], "difference": -0.375, "difference_error": 0.05,
+    }  # fmt: skip
+    bins = [dict(first=1, last=127, tokens=254, teacher=20.0, student=25.0, ratio=1.25)]
+    found = {
+        "retrieval": {"needle": needle},
+        "positions": {"held_out": bins},
+        "written": {
+            "prompts": 8, "tokens": 60, "teacher": writes(0.1), "student": writes(0.75),
+            "same": {"first": 2.5, "scores": {"BLEU": 12.0}},
+        },
+    }  # fmt: skip
+    told = said(made_results() | {"behaviour": found})["given up"].says
+    assert "words found again in long texts: -38 ± 10 points among sentences about nothing" in told
+    assert "it repeats 75% of what it writes (the teacher 10%)" in told
+    retrieved, positions, written, same = behaviour_tables(found)
+    # of 24 answers at 512 and 8 at 1024: the teacher 18 + 8 = 26, the student 12
+    assert retrieved[2] == [
+        ["among sentences about nothing", "512 to 1,024", "32", "81.2%", "37.5%", "-37.5 ± 9.8 points"]
+    ]
+    assert positions[2] == [["1 to 127", "254", "20.00", "25.00", "1.250"]]
+    assert written[2][1] == ["student", "11.5", "25.0%", "75.0%", "3.500"] and same[2][1] == ["BLEU", "12.0"]
+    target = tmp_path / "retrieval.png"
+    assert plot_retrieval({"needle": needle}, target) and plot_positions({"held_out": bins}, tmp_path / "positions.png")
+    assert imread(target).shape[1] > 1000
+    assert plot_retrieval({}, target) is None and not target.exists()
+    layers = [{"layer": 0, "stayed": True}, {"layer": 1, "stayed": False}]
+    assert layer_table(layers)[2] == [["attention stayed", "0"], ["replaced", "1"]]
+    layers = [layer | {"kl": 0.026, "recall": 0.125, "recalled": 0.69} for layer in layers]
+    assert layer_table(layers)[2][1] == ["1", "replaced", "0.026", "12.5% (of 69.0%)"]
