@@ -206,6 +206,7 @@ def percent_text(share: float | None) -> str:
     return f"{share:.1%}" if share is not None and math.isfinite(share) else "not finite"
 
 
+WRITTEN = "_written"  # the end of the name of a task that generates what another one scores
 TASK_TITLES = {
     "other": "Tasks",
     "knowledge": "Tasks of knowledge, apart from any mean",
@@ -230,6 +231,8 @@ def task_tables(found: Mapping[str, Any]) -> list[Table]:
                     rows.append([name, f"{metric}{shots}", asked, *_with_errors(values)])
         if rows:
             made.append((f"{title} (± standard error)", header, rows))
+    if beside := _written_beside_scored(found["tasks"]):
+        made.append(beside)
     rows = [
         [name, metric, f"mean over {len(group['members'])}", *_with_errors(values)]
         for name, group in found["groups"].items()
@@ -238,6 +241,27 @@ def task_tables(found: Mapping[str, Any]) -> list[Table]:
     if rows:
         made.append(("Means over the tasks of a group, each of which is above", header, rows))
     return made
+
+
+def _written_beside_scored(tasks: Mapping[str, Any]) -> Table | None:
+    """The same questions scored by likelihood and answered by generating; None where no task was asked in both ways."""
+    rows = []
+    for name, written in tasks.items():
+        scored = tasks.get(name.removesuffix(WRITTEN))
+        if not name.endswith(WRITTEN) or scored is None or scored["questions"] != written["questions"]:
+            continue
+        row = [name.removesuffix(WRITTEN), f"{written['questions']:,}"]
+        for task, metric in ((scored, "acc"), (written, "exact_match")):
+            values = task["metrics"][metric]
+            error = values["difference_stderr"]
+            within = "" if error is None else f" ± {NORMAL * error:.3f}"
+            row += [f"{values[who]:.3f}" for who in ("teacher", "student")]
+            row.append(f"{values['difference']:+.3f}{within}")
+        rows.append(row)
+    if not rows:
+        return None
+    ways = [f"{way}: {what}" for way in ("scored", "written") for what in ("teacher", "student", "difference, 95 %")]
+    return "The same questions, scored by likelihood and written", ["task", "questions", *ways], rows
 
 
 def _with_errors(values: Mapping[str, Any]) -> list[str]:

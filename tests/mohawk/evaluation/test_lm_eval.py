@@ -328,3 +328,43 @@ def test_a_report_has_the_tasks_of_its_own_student(run, make_llama, tokenizer, s
     report.finish(run, recipe, student, make_llama(), tokenizer, console, **about)
     assert "tasks" not in report.read_json(run / report.RESULTS)
     assert "tasks.png" not in (run / report.REPORT).read_text()
+
+
+@harness
+@pytest.mark.parametrize("says, share", [(" {}", 1.0), ("{}", 1.0), ("{} and so on", 0.0), ("", 0.0)])
+def test_answers_in_the_models_own_words_are_right_as_a_whole(says, share):
+    from lm_eval import evaluator
+    from lm_eval.api.model import LM
+
+    from mohawk.evaluation.harness import task_manager
+
+    class Says(LM):
+        def generate_until(self, requests, disable_tqdm=False):
+            answers = [doc["choices"][doc["answer"]] if "choices" in doc else doc["answer"].strip() for doc in
+                       (request.doc for request in requests)]  # fmt: skip
+            return [says.format(answer) for answer in answers]
+
+        def loglikelihood(self, requests, disable_tqdm=False):
+            raise NotImplementedError
+
+        loglikelihood_rolling = loglikelihood
+
+    names = ["mohawk_facts_written", "mohawk_recall_8_written"]
+    found = evaluator.simple_evaluate(
+        model=Says(), tasks=names, task_manager=task_manager(names), limit=5, bootstrap_iters=0, log_samples=False
+    )
+    assert [found["results"][name]["exact_match,none"] for name in names] == [share, share]
+
+
+def test_what_is_scored_and_written_stands_beside_each_other():
+    def task(metric, teacher, student):
+        values = {"teacher": teacher, "student": student, "difference": student - teacher, "higher_is_better": True}
+        values |= {"teacher_stderr": None, "student_stderr": None, "difference_stderr": 0.05}
+        return {"kind": "other", "fewshot": 0, "questions": 50, "of": 100, "metrics": {metric: values}}
+
+    tasks = {"facts": task("acc", 0.75, 0.7), "facts_written": task("exact_match", 0.5, 0.125)}
+    title, header, rows = task_tables({"tasks": tasks, "groups": {}})[-1]
+    assert title.startswith("The same questions") and header[2:4] == ["scored: teacher", "scored: student"]
+    assert rows == [["facts", "50", "0.750", "0.700", "-0.050 ± 0.098", "0.500", "0.125", "-0.375 ± 0.098"]]
+    del tasks["facts"]
+    assert len(task_tables({"tasks": tasks, "groups": {}})) == 1
