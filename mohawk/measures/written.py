@@ -103,7 +103,9 @@ def written(
             "perplexity": perplexity_of(models["teacher"], prompts, found),
         }
     first = [_agree(a, b) for a, b in zip(texts["teacher"], texts["student"], strict=True)]
-    plain = {who: [tokenizer.decode(text, skip_special_tokens=True) for text in found] for who, found in texts.items()}
+    plain = {
+        who: [str(tokenizer.decode(text, skip_special_tokens=True)) for text in found] for who, found in texts.items()
+    }
     told["same"] = {"first": statistics.fmean(first), "scores": overlap_scores(plain["student"], plain["teacher"])}
     return told
 
