@@ -183,14 +183,9 @@ def test_verify_names_every_kind_of_damaged_file(place, capsys):
     assert main(["verify", "run"]) == 0
     assert "each as it was written" in capsys.readouterr().out
     every = [
-<<<<<<< HEAD
-        "recipe.yaml", "run.json", "results.json", "report.md", "metrics.jsonl", "evaluation/before.json",
-        "evaluation/mixing.json", "matrices/before.safetensors", "plots/losses.png", "student/config.json",
-=======
         "recipe.yaml", "run.json", "results.json", "report.md", "report.html", "metrics.jsonl",
-        "evaluation/before.json", "evaluation/mixing.json", "matrices/before.safetensors", "student/config.json",
->>>>>>> a991269 (Runs end with one page too: a verdict in five lines, tables and plots, for one run or several beside each other)
-        "student/model.safetensors",
+        "evaluation/before.json", "evaluation/mixing.json", "matrices/before.safetensors", "plots/losses.png",
+        "student/config.json", "student/model.safetensors",
         "phases/mixing/student/model.safetensors", "phases/mixing/checkpoint-4/optimizer.pt",
         "phases/end_to_end/checkpoint-2/phase_state.json",
     ]  # fmt: skip
