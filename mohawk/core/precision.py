@@ -1,9 +1,13 @@
-"""Which dtype a recipe's `precision` means on a device."""
+"""Which dtype a recipe's `precision` means on a device, and how much memory that has."""
+
+import os
 
 import torch
 
 from mohawk.core.processes import several
 from mohawk.errors import UserError
+
+MOST = 0.7  # of a process's memory that whole models may take beside what they are asked for
 
 
 def autocast_dtype(precision: str, device: torch.device) -> torch.dtype | None:
@@ -37,3 +41,13 @@ def pick_device(name: str) -> torch.device:
     if name == "cuda" and several():
         return torch.device(name, torch.cuda.current_device())  # this process's own
     return torch.device(name)
+
+
+def device_bytes(device: torch.device) -> int:
+    """The memory that one process has: its GPU's, or its share of the machine's."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    if not hasattr(os, "sysconf"):  # Windows
+        return 2**63
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return memory // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))

@@ -236,6 +236,7 @@ COMMANDS = [
         _add_generate_data,
         _generate_data,
         resumes=True,
+        together=True,
     ),
     Command(
         "purify", "make several teachers' rationales of the same prompts one each", _add_purify, _purify, resumes=True

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 import math
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
@@ -19,6 +19,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mohawk.core.precision import MOST, device_bytes
+from mohawk.core.processes import count, from_first, several, wish
 from mohawk.data.chat import chat_text
 from mohawk.data.records import Prompt
 from mohawk.data.text import tokenizer_key
@@ -141,6 +143,12 @@ class LocalTeacher:
             what["chat_template_hash"] = hashlib.sha256(str(self.tokenizer.chat_template).encode()).hexdigest()[:16]
         return {**what, "chat": self.chat}
 
+    def prompts_apart(self) -> int:
+        """How many prompts, counted from the list's beginning, have batches of their own."""
+        if self.decoding.method == "beam":
+            return max(1, self.batch_size // self.decoding.beams)
+        return self.batch_size // math.gcd(self.batch_size, self.decoding.samples)
+
     def responses(
         self, prompts: Sequence[Prompt], first: int = 0, stop: int | None = None
     ) -> Generator[tuple[int, list[Response]], None, None]:
@@ -223,7 +231,8 @@ class LocalTeacher:
             chooser = Chooser(uniforms, decoding.temperature, decoding.top_p)
             options["logits_processor"] = [chooser]
         with _plain_generation(self.model, self.ends, pad):
-            out = self.model.generate(input_ids, attention_mask=mask, **options)
+            # of several processes with parts of a model, whoever deals batches to them sees to who calls it when
+            out = self.model.generate(input_ids, attention_mask=mask, synced_gpus=False, **options)
         made = out[:, longest:].tolist()
         answers = []
         for k, row in enumerate(made):
@@ -270,8 +279,26 @@ def local_teacher(
     where: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code, "who": ""}
     reader = teacher_tokenizer(name, tokenizer=tokenizer, option="--tokenizer", **where)
     # bfloat16 is what checkpoints are saved in and what few CPUs are fast at
-    loaded = load_teacher(name, dtype=dtype or ("float32" if device == "cpu" else "auto"), device=device, **where)
+    dtype = dtype or ("float32" if device == "cpu" else "auto")
+    spread = _spread(name, dtype, torch.device(device), where) if several() else None
+    loaded = load_teacher(name, dtype=dtype, device=device, spread=spread, **where)
     return LocalTeacher(loaded, reader, decoding, batch_size=batch_size, chat=chat, name=str(model), revision=revision)
+
+
+def _spread(name: str, dtype: str, device: torch.device, where: dict[str, Any]) -> Callable[[Any], None] | None:
+    """What brings a model into parts on all processes, where it does not fit into one of them; None where it does."""
+    from torch.distributed.device_mesh import init_device_mesh
+
+    from mohawk.loading.configs import load_config
+    from mohawk.loading.models import model_shape, parameter_count
+    from mohawk.models.sharding import shard
+
+    shape = model_shape(load_config(name, **where), where["trust_remote_code"])
+    needed = parameter_count(shape) * (4 if dtype == "float32" else 2)
+    if not from_first(lambda: wish() is not None or needed > MOST * device_bytes(device)):
+        return None
+    mesh = init_device_mesh(device.type, (count(),))
+    return lambda model: shard(model, mesh, trains=False)
 
 
 class Chooser:

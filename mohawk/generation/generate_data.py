@@ -20,6 +20,7 @@ from mohawk.core.folders import locked, sum_file
 from mohawk.core.json_files import parse_json
 from mohawk.core.lines import sum_of, write_lines
 from mohawk.core.places import home
+from mohawk.core.processes import first_before_others, is_first, joined, on_first, several
 from mohawk.core.terminal import SHOWN, Bar
 from mohawk.data.chat import as_messages
 from mohawk.data.generated import FILES, MANIFEST, REJECTED, RESPONSES, SUMMARY
@@ -39,7 +40,8 @@ from mohawk.generation.answer_files import (
     unwritable,
     write_object,
 )
-from mohawk.generation.decoding import Decoding, Response, local_teacher
+from mohawk.generation.dealing import DealtTeacher
+from mohawk.generation.decoding import Decoding, LocalTeacher, Response, local_teacher
 from mohawk.generation.endpoint import EndpointTeacher
 from mohawk.generation.filters import Filters, Judge, Verdict
 
@@ -77,25 +79,44 @@ def generate_from(
     reading: Mapping[str, Any] | None = None,
     limit: int | None = None,
     teacher: Mapping[str, Any] | None = None,
-) -> Tally:
+) -> None:
     """The command line's work: prompts read, teacher opened, answers written, what came of it printed.
 
     reading: fields of `mohawk.data.source_files.Source` for all sources. teacher: options of `local_teacher` or, with
-    an endpoint, of `EndpointTeacher` (request as JSON text). Raises UserError.
+    an endpoint, of `EndpointTeacher` (request as JSON text). Several processes deal a local teacher's batches among
+    themselves; an endpoint is asked by the first one alone. Raises UserError.
     """
-    from rich.console import Console
-
-    prompts = read_prompts([Source(source, **(reading or {})) for source in sources], limit=limit)
     options = dict(teacher or {})
-    if endpoint is not None:
-        if "request" in options:
-            options["request"] = _json_object(options["request"])
-        opened: AnsweringTeacher = EndpointTeacher(endpoint, model, decoding, chat=chat, **options)
-    else:
-        opened = local_teacher(model, decoding, chat=chat, **options)
-    tally = generate_data(prompts, opened, output, filters=filters)
-    print_summary(output, Console())
-    return tally
+    with joined("cpu" if endpoint is not None else options.get("device", "auto")):
+        read = [Source(source, **(reading or {})) for source in sources]
+        prompts = first_before_others(lambda: read_prompts(read, limit=limit))
+        if endpoint is not None:
+            if "request" in options:
+                options["request"] = _json_object(options["request"])
+            asked = EndpointTeacher(endpoint, model, decoding, chat=chat, **options)
+            on_first(lambda: generate_data(prompts, asked, output, filters=filters))
+        else:
+            opened = local_teacher(model, decoding, chat=chat, **options)
+            _generate_together(prompts, opened, output, filters)
+        if is_first():
+            from rich.console import Console
+
+            print_summary(output, Console())
+
+
+def _generate_together(prompts: Sequence[Prompt], teacher: LocalTeacher, output: Path | str, filters: Filters) -> None:
+    """`generate_data` by all the processes that there are, of which the first one writes."""
+    if not several():
+        generate_data(prompts, teacher, output, filters=filters)
+        return
+    dealt = DealtTeacher(teacher)
+    if not is_first():
+        dealt.serve(prompts)
+        return
+    try:
+        generate_data(prompts, dealt, output, filters=filters)
+    finally:
+        dealt.done()
 
 
 def generate_data(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +11,7 @@ import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from mohawk.core.precision import autocast_dtype, pick_device
+from mohawk.core.precision import MOST, autocast_dtype, device_bytes, pick_device
 from mohawk.core.processes import count, from_first, several, wish
 from mohawk.errors import UserError
 from mohawk.models.sharding import shard
@@ -23,8 +22,6 @@ from mohawk.training.pipeline import PipelineStage, make_stage
 GROUPS = ("within", "stages")  # of `sharding`: what has to divide the number of processes
 STAGED = ("phases.mixing", "phases.hidden")  # whose layers do not reach each other
 log = logging.getLogger(__name__)
-
-MOST = 0.7  # of a process's memory that whole models may take beside what they are asked for
 
 
 @dataclass(frozen=True)
@@ -119,13 +116,3 @@ def check_within(recipe: Any, processes: int, names: Sequence[str] = GROUPS) -> 
             raise UserError(
                 f"sharding.{name}: got {given}, which does not divide the {processes} processes; give a divisor{advice}"
             )
-
-
-def device_bytes(device: torch.device) -> int:
-    """The memory that one process has: its GPU's, or its share of the machine's."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_properties(device).total_memory
-    if not hasattr(os, "sysconf"):  # Windows
-        return 2**63
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return memory // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))

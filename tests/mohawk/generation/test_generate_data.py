@@ -8,18 +8,21 @@ import time
 from collections import Counter
 
 import pytest
+import torch
 
 from mohawk.cli import main
 from mohawk.data.generated import REJECTED, RESPONSES, SUMMARY
 from mohawk.data.records import read_prompts, read_records
 from mohawk.data.source_files import check_written
 from mohawk.errors import UserError
+from mohawk.generation import decoding
 from mohawk.generation.decoding import Decoding, LocalTeacher, Response
 from mohawk.generation.endpoint import EndpointTeacher
 from mohawk.generation.filters import Filters
 from mohawk.generation.generate_data import generate_data
 from tests.helpers.tiny_endpoint import Server, error
 from tests.helpers.tiny_phase import cheap_training, fork, wait  # noqa: F401
+from tests.mohawk.runs.test_distributed import two_processes
 
 SAMPLING = Decoding(method="sample", samples=3, max_new_tokens=6, top_p=0.9)
 FILTERS = Filters(max_tokens=5, min_agreement=0.3)
@@ -608,3 +611,30 @@ def test_secrets_of_a_request_are_not_kept_and_not_echoed(tmp_path, capsys):
         assert "s3cret" not in "".join(file.read_text() for file in (tmp_path / "out").iterdir() if file.is_file())
     finally:
         server.close()
+
+
+def no_room(rank):
+    decoding.device_bytes = lambda device: 1
+
+
+@pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="needs gloo")
+def test_several_processes_write_what_one_does(prompts, model, tokenizer, tmp_path):
+    """Batches lie across prompts; then the teacher is in parts, and goes on with what one process has begun."""
+    model.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    command = ["generate-data", str(tmp_path / "prompts.txt"), "--model", str(tmp_path / "model"), "--device", "cpu"]
+    command += ["--samples", "3", "--temperature", "1", "--max-new-tokens", "6", "--batch-size", "4"]
+    one, two, parts = (tmp_path / name for name in ("one", "two", "parts"))
+    assert main([*command, "--output", str(one)]) == 0
+    tmp_path.joinpath("said").mkdir()
+    assert two_processes(tmp_path / "said", *command, "--output", str(two)) == [0, 0]
+    assert contents(two) == contents(one)
+    assert main([*command, "--output", str(parts), "--limit", "3"]) == 0
+    assert two_processes(tmp_path / "said", *command, "--output", str(parts), before=no_room) == [0, 0]
+    mine, theirs = lines(one), lines(parts)
+    for a, b in zip(mine, theirs, strict=True):
+        assert a["logprob"] == pytest.approx(b["logprob"], abs=1e-3) and a["response"] == b["response"]
+    # what the first process refuses ends the others
+    assert two_processes(tmp_path / "said", *command, "--output", str(two), "--seed", "7")[0] == 2
+    said = (tmp_path / "said/0.txt").read_text()
+    assert "holds answers made with other settings" in said and "Traceback" not in said
