@@ -5,6 +5,7 @@ import argparse
 import ast
 import builtins
 import collections.abc
+import contextlib
 import importlib
 import json
 import pathlib
@@ -264,7 +265,7 @@ def test_words_in_public_signatures_are_explained():
     signatures = [fence.text for fence in fences(page) if fence.language == "python"]
     said = set(re.findall(r"^### (\S+)$", page.read_text(encoding="utf-8"), re.M))
     said |= {word for words in REFERENCE["python"]["TYPES"] for word in words.split(", ")}
-    theirs = (builtins, collections.abc, pathlib, torch, torch.distributed, torch.nn, transformers, typing)
+    theirs = (builtins, collections.abc, contextlib, pathlib, torch, torch.distributed, torch.nn, transformers, typing)
     used = {word for text in signatures for word in re.findall(r"(?<![\w\"])[A-Z]\w+", text)}
     assert sorted(word for word in used - said if not any(hasattr(module, word) for module in theirs)) == []
     assert {word for words in REFERENCE["python"]["TYPES"] for word in words.split(", ")} <= used
