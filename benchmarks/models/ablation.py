@@ -1,9 +1,9 @@
 """Does each phase of MOHAWK pay, and with which mixer? The same student, the same number of tokens, without and with
 phases 1 and 2.
 
-SmolLM2-135M-Instruct becomes the demo's hybrid by phase 3 alone, from attention's start and from one whose output
-projections were solved (`student.init: calibrated`), by phases 2 and 3, and by all three, with each mixer. Every run
-sees the same total of training tokens: earlier phases take theirs from later ones, and so does least squares. Since a
+SmolLM2-135M-Instruct becomes the demo's hybrid by phase 3 alone, from attention's start and from one whose mixers were
+fitted (`student.init: calibrated`), by phases 2 and 3, and by all three, with each mixer. Every run sees the same total
+of training tokens: earlier phases take theirs from later ones, and so do fits, which see them more than once. Since a
 short schedule may want another learning rate than a long one, each first tries some, times the demo's in all its
 phases, with one seed; the rate that is best on held-out text of the training source is run with the other seeds, and
 what the table says is of text of another source.

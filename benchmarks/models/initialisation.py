@@ -6,15 +6,16 @@
 | neutral | random | identity, 1: Phi-Mamba's |
 | attention | q -> C, k -> B, v -> x, o -> out; of delta rules q, k, v and o | identity up to a scale, constant |
 | attention, z from W_O | the same, z rows from W_O and W_V | the same, as AWS hybrid-model-factory gates |
-| calibrated | attention's, the output's solved by least squares | attention's, as each mixer's default gate is |
+| calibrated | attention's with each mixer's default gate, then all of a mixer fitted to attention's output | the same |
 
-A delta rule has no neutral start, and Gated DeltaNet no constant gate.
+A delta rule has no neutral start, and Gated DeltaNet no constant gate. A calibrated start takes its tokens from phase
+2; it sees each of them more than once.
 
 SmolLM2-135M-Instruct becomes the demo's hybrid once for each, by the demo's recipe with other budgets and without phase
 3. Runs are ordinary `mohawk convert` runs, each stops and resumes like one, and what is done is not done again; the
 table, its JSON and a plot go to benchmarks/results/.
 
-    python benchmarks/models/initialisation.py [--mixing 8192] [--hidden 24576] [--mixers mamba2 gated_delta]
+    python benchmarks/models/initialisation.py [--mixing 2048] [--hidden 8192] [--mixers mamba2 gated_delta]
 """
 
 import argparse
@@ -64,6 +65,7 @@ def recipe_for(mixer: str, start: str, mixing: float, hidden: float, output: Pat
         f"phases.hidden.tokens={hidden - solved:.0f}",
         f"phases.hidden.solve_tokens={solved}",
         "phases.end_to_end=null",
+        "evaluation.tokens=2048",
         "evaluation.contexts=[64]",
         "evaluation.decode_tokens=2",
         "evaluation.continuation_tokens=2",
@@ -130,9 +132,9 @@ def draw(rows: list[dict], target: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--mixers", nargs="+", choices=MIXERS, default=list(MIXERS), help="mixers to compare")
-    parser.add_argument("--mixing", type=float, default=8192, help="tokens of phase 1")
+    parser.add_argument("--mixing", type=float, default=2048, help="tokens of phase 1")
     parser.add_argument(
-        "--hidden", type=float, default=24576, help="tokens of phase 2, its least-squares start included"
+        "--hidden", type=float, default=8192, help="tokens of phase 2, its least-squares start included"
     )
     parser.add_argument("--runs", type=Path, default=Path("runs/initialisation"), help="folder of the runs")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the table, its JSON and the plot")

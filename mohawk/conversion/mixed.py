@@ -122,7 +122,7 @@ def _check_fit(run: TrainedRun, other: TrainedRun) -> None:
             refuse(f"{name} of mixers", one, two, "a student has one for all its mixers")
     if run.config.dtype != other.config.dtype:
         refuse("dtype", run.config.dtype, other.config.dtype, "a student has one")
-    for name in ("init", "calibration_tokens"):
+    for name in ("init", "calibration_tokens", "calibration_steps"):
         one, two = (getattr(each.recipe.student, name) for each in (run, other))
         if one != two:
             refuse(f"student.{name}", one, two, "the new run's recipe has one for all")

@@ -213,12 +213,16 @@ def print_plan(plan: Plan, recipe: Recipe, console: Console) -> None:
         gate = {"attention": start, "calibrated": start, "neutral": "open", "random": "random"}
         source = {
             "attention": copied,
-            "calibrated": f"{copied}, solved",
+            "calibrated": f"{copied}, fitted",
             "neutral": "random, conv and gate passing on",
             "random": "random",
         }[recipe.student.init]
         layers.add_row(str(i), name, source, gate[recipe.student.init])
     console.print(layers)
+    if recipe.student.init == "calibrated":
+        tokens, steps = recipe.student.calibration()
+        each = f", {steps:,} steps a layer" if steps else ", by least squares alone"
+        console.print(f"Mixers are fitted to attention's outputs on {tokens:,} tokens first{each}.")
     stays = f" and the attention of layers {_ranges(kept)}" if kept else ""
     console.print(f"Embeddings, norms, MLPs, head{stays} are copied from the teacher.")
     print_exports(config, console)

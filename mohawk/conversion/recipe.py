@@ -33,6 +33,7 @@ from mohawk.schema.base import (
 from mohawk.schema.yaml_text import Path, dotted, show
 
 CALIBRATION_TOKENS = 8192
+CALIBRATION_STEPS = 32
 FROM_ATTENTION = ("attention", "calibrated")  # what starts are made of attention's weights
 
 
@@ -75,8 +76,8 @@ class Hybrid(Section):
     )
     init: Literal["attention", "calibrated", "neutral", "random"] = Field(
         default="attention",
-        description="what mixers start from; attention: q, k, v and o; calibrated: the same, then output projections "
-        "solved by least squares for the teacher's attention outputs; neutral: an identity convolution, an open gate",
+        description="what mixers start from; attention: q, k, v and o; calibrated: the same, then each mixer fitted to "
+        "the attention output that it replaces; neutral: an identity convolution, an open gate",
     )
     gate: Literal["open", "output"] | None = Field(
         default=None,
@@ -114,8 +115,18 @@ class ConvertedStudent(Hybrid):
     """A conversion's student, whose start may be fitted to training text (`init: calibrated`)."""
 
     calibration_tokens: Count | None = Field(
-        default=None, description=f"tokens of training text that init: calibrated solves on; null: {CALIBRATION_TOKENS}"
+        default=None, description=f"tokens of training text that init: calibrated fits to; null: {CALIBRATION_TOKENS}"
     )
+    calibration_steps: Annotated[Whole, Field(ge=0, le=10**6)] | None = Field(
+        default=None,
+        description="optimizer steps for each layer of init: calibrated, of a row each, between two solutions of the "
+        f"output projection by least squares; 0: least squares alone; null: {CALIBRATION_STEPS}",
+    )
+
+    def calibration(self) -> tuple[int, int]:
+        """(tokens, steps for each layer) of a calibrated start."""
+        steps = CALIBRATION_STEPS if self.calibration_steps is None else self.calibration_steps
+        return int(self.calibration_tokens or CALIBRATION_TOKENS), steps
 
 
 def student_contradictions(student: Hybrid, at: Path) -> Iterator[Contradiction]:
@@ -237,12 +248,13 @@ class Recipe(RecipeFile):
                 "teacher.gguf_file and a teacher.model that is itself a .gguf file; remove gguf_file",
             )
         yield from student_contradictions(self.student, ("student",))
-        if self.student.calibration_tokens is not None and self.student.init != "calibrated":
-            yield (
-                [("student", "calibration_tokens"), ("student", "init")],
-                f"student.calibration_tokens is given, but student.init: {self.student.init} reads no text; use init: "
-                "calibrated, or leave it out",
-            )
+        for name in ("calibration_tokens", "calibration_steps"):
+            if getattr(self.student, name) is not None and self.student.init != "calibrated":
+                yield (
+                    [("student", name), ("student", "init")],
+                    f"student.{name} is given, but student.init: {self.student.init} fits nothing to text; use init: "
+                    "calibrated, or leave it out",
+                )
         for name, phase in phases.active():
             yield from phase_contradictions(phase, ("phases", name), f"phases.{name}", "set the phase to null")
         hidden, last = phases.hidden, phases.end_to_end

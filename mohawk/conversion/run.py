@@ -5,18 +5,21 @@ from __future__ import annotations
 import functools
 import logging
 import time
+from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from rich.console import Console
+from torch import Tensor
 
+from mohawk.conversion.calibration import calibrate
 from mohawk.conversion.footprint import Hardware
 from mohawk.conversion.pipeline import dealt
 from mohawk.conversion.plan import Plan, make_plan, objective_for, print_plan, student_options
 from mohawk.conversion.readout import solve_output_projections
-from mohawk.conversion.recipe import CALIBRATION_TOKENS, Recipe
+from mohawk.conversion.recipe import Recipe
 from mohawk.core.folders import about_of, newest_complete
 from mohawk.core.processes import first_before_others, from_first, on_first
 from mohawk.core.run_folder import COMPOSED, evaluation_file, phase_folder
@@ -135,28 +138,19 @@ def _check_start(run: RunContext[TextData], first: str) -> None:
 
 
 def _calibrate(run: RunContext[TextData], student: HybridForCausalLM) -> None:
-    """Solves the output projections for the mixers as they start, on the first rows of the training text."""
-    length, size = run.recipe.evaluation.sequence_length, run.recipe.evaluation.batch_size
+    """Fits the mixers as they start to attention's outputs, on the first rows of the training text."""
+    length = run.recipe.evaluation.sequence_length
     rows = PackedDataset(run.data.text.train, length, seed=run.recipe.seed, pad_token_id=run.pad)
-    tokens = int(run.recipe.student.calibration_tokens or CALIBRATION_TOKENS)
-    _solve(run, "start", student, run.teacher, rows, tokens, length, size)
+    tokens, steps = run.recipe.student.calibration()
+    batches = list(_batches(rows, tokens, length, 1))
+    log.info("start: fitting mixers to %d tokens", len(batches) * length)
+    calibrate(student, run.teacher, batches, steps=steps, autocast=run.autocast)
 
 
-def _solve(
-    run: RunContext,
-    name: str,
-    student: HybridForCausalLM,
-    teacher: PreTrainedModel,
-    rows: Any,
-    tokens: int,
-    length: int,
-    size: int,
-) -> None:
-    """Least squares for every output projection, from the first `tokens` of rows of `length`, `size` rows at once."""
+def _batches(rows: Any, tokens: int, length: int, size: int) -> Iterator[dict[str, Tensor]]:
+    """The first `tokens` of rows of `length`, `size` rows at once."""
     count = min(len(rows), -(-tokens // length))
-    log.info("%s: solving output projections on %d tokens", name, count * length)
-    batches = (collate([rows[i] for i in range(start, min(start + size, count))]) for start in range(0, count, size))
-    solve_output_projections(student, teacher, batches, autocast=run.autocast)
+    return (collate([rows[i] for i in range(start, min(start + size, count))]) for start in range(0, count, size))
 
 
 def _finish(run: RunContext[TextData], student: HybridForCausalLM) -> None:
@@ -181,7 +175,9 @@ def train_phase(
     if name == "hidden" and phase.solve_tokens:
         if from_first(lambda: newest_complete(phase_folder(run.folder, name)) is None):
             length, size = phase.sequence_length, phase.batch_size
-            _solve(run, name, student, teacher, rows, phase.solve_tokens, length, size)
+            log.info("%s: solving output projections on the first %d tokens", name, phase.solve_tokens)
+            batches = _batches(rows, phase.solve_tokens, length, size)
+            solve_output_projections(student, teacher, batches, autocast=run.autocast)
 
     def make() -> Any:
         return objective_for(name, phase, student, teacher)

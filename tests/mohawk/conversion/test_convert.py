@@ -206,6 +206,9 @@ def test_a_dry_run_reads_no_weights_and_writes_nothing(checkpoint, texts, tmp_pa
     printed = capsys.readouterr().out
     for said in ("mamba2", "full attention", "q -> C", "mixing", "hidden", "end_to_end", "GiB"):
         assert said in printed
+    convert(recipe_of(bare, texts, tmp_path / "run", init="calibrated", calibration_steps=7), dry_run=True)
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "Mixers are fitted to attention's outputs on 8,192 tokens first, 7 steps a layer." in printed
     assert sorted(p.name for p in tmp_path.iterdir()) == ["teacher"]
 
 
@@ -334,7 +337,9 @@ def test_random_mixers_are_the_same_each_time_the_run_is_started(checkpoint, tex
 
 def test_a_calibrated_start_is_the_least_squares_fit_to_attention(checkpoint, texts, tmp_path):
     """Without phases the start is the run's student: its output projections against numpy's own least squares."""
-    recipe = recipe_of(checkpoint, texts, tmp_path / "run", init="calibrated", calibration_tokens=640)
+    recipe = recipe_of(
+        checkpoint, texts, tmp_path / "run", init="calibrated", calibration_tokens=640, calibration_steps=0
+    )
     recipe = Recipe.from_dict(
         recipe.model_dump(mode="json") | {"phases": {"mixing": None, "hidden": None, "end_to_end": None}}
     )
@@ -387,7 +392,8 @@ def test_a_calibrated_start_is_the_least_squares_fit_to_attention(checkpoint, te
 
 def test_a_calibrated_start_is_made_again_after_a_kill_in_phase_1(checkpoint, texts, tmp_path):
     def recipe(name):
-        return recipe_of(checkpoint, texts, tmp_path / name, init="calibrated", mixer="discrete_mamba2")
+        student = {"init": "calibrated", "mixer": "discrete_mamba2", "calibration_tokens": 320, "calibration_steps": 4}
+        return recipe_of(checkpoint, texts, tmp_path / name, **student)
 
     def stopped():
         def stop():
@@ -406,6 +412,7 @@ def test_a_calibrated_start_is_made_again_after_a_kill_in_phase_1(checkpoint, te
     assert final(tmp_path / "killed") == final(tmp_path / "whole")
 
 
-def test_calibration_tokens_without_calibration_are_a_mistake(checkpoint, texts, tmp_path):
-    with pytest.raises(UserError, match="student.calibration_tokens is given, but student.init: attention reads no"):
-        recipe_of(checkpoint, texts, tmp_path, calibration_tokens=640)
+@pytest.mark.parametrize("field", ["calibration_tokens", "calibration_steps"])
+def test_calibration_of_another_start_is_a_mistake(field, checkpoint, texts, tmp_path):
+    with pytest.raises(UserError, match=f"student.{field} is given, but student.init: attention fits nothing to text"):
+        recipe_of(checkpoint, texts, tmp_path, **{field: 640})

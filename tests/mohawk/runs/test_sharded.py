@@ -49,7 +49,8 @@ def test_convert_in_parts_is_one(place, tmp_path):  # noqa: F811
         "hidden": {"solve_tokens": 256, "match": "mixer_output"},
         "end_to_end": {"gradient_accumulation": 1},
     }
-    parts = {"student": {"ssm_layers": [1]}, "phases": phases}
+    student = {"ssm_layers": [1], "init": "calibrated", "calibration_tokens": 256, "calibration_steps": 4}
+    parts = {"student": student, "phases": phases}
     assert main(["convert", str(written(place, tmp_path / "one", **parts))]) == 0
     recipe = written(place, tmp_path / "two", **parts, **PARTS)
     in_parts(tmp_path / "two", "convert", recipe)
