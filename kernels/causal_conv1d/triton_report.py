@@ -29,7 +29,8 @@ def compile_one(target: str, kernel: str, dtype: str) -> triton_report.Usage:
     constants = {name: value for name, value in constants.items() if name in function.arg_names}
     types = {name: types[name] for name in function.arg_names if name in types}
     options = {name: triton_backend.LAUNCH[name] for name in ("num_warps", "num_stages")}
-    return triton_report.compile_for(target, function, types, constants, options)
+    entries = triton_backend.TOKENS * triton_backend.CHANNELS
+    return triton_report.compile_for(target, function, types, constants, options, entries)
 
 
 def cases(quick: bool = False) -> list[tuple[str, str]]:

@@ -1,11 +1,12 @@
-"""Compile Triton kernels for GPUs that need not be there, and read off what each takes of one."""
+"""Compile Triton kernels for GPUs that need not be there, read off what each takes of one and what it does, and hold
+that to bounds."""
 
 from __future__ import annotations
 
 import argparse
+import json
 import pathlib
 import re
-import subprocess
 import tempfile
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
@@ -13,6 +14,9 @@ from typing import Any, NamedTuple
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+
+from mohawk.kernels.common import machine_code
+from mohawk.kernels.common.machine_code import Work
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -24,12 +28,21 @@ TARGETS = {
 SHARED = {"sm_80": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "gfx942": 64 << 10}
 
 
+# How far a count may lie above its bound: the next compiler puts this or that otherwise.
+MARGIN = 1.05
+
+
 class Usage(NamedTuple):
-    """Registers of a thread, the bytes it spills to memory, and bytes of shared memory of a program."""
+    """Registers of a thread, the bytes it spills to memory, and bytes of shared memory of a program; and its work, per
+    entry of what the kernel sweeps if that is known."""
 
     registers: int
     spilled: int
     shared: int
+    work: Work
+
+    def numbers(self) -> dict[str, float]:
+        return {"registers": self.registers, "spilled": self.spilled, "shared": self.shared, **self.work._asdict()}
 
 
 def specialized(function, types: dict, constants: dict) -> tuple[dict, dict, dict]:
@@ -63,24 +76,32 @@ def specialized(function, types: dict, constants: dict) -> tuple[dict, dict, dic
     return signature, constexprs, attributes
 
 
-def compile_for(target: str, function, types: dict, constants: dict, options: dict[str, int]) -> Usage:
-    """Compile one kernel as a launch would, with `types` as in `specialized`."""
+def compile_for(
+    target: str, function, types: dict, constants: dict, options: dict[str, Any], entries: int | None = None
+) -> Usage:
+    """Compile one kernel as a launch would, with `types` as in `specialized`. entries: of what a program sweeps in one
+    round of its main loop; None if they are not to be counted by."""
     signature, constexprs, attributes = specialized(function, types, constants)
     source = ASTSource(function, signature, constexprs=constexprs, attrs=attributes)
     compiled = triton.compile(source, target=TARGETS[target], options=options)
-    if target.startswith("sm"):
+    nvidia = target.startswith("sm")
+    if nvidia:
         registers, spilled = _nvidia(compiled.asm["cubin"])
+        text = machine_code.disassembled(compiled.asm["cubin"])
     else:
         registers, spilled = _amd(compiled.asm["amdgcn"])
-    return Usage(registers, spilled, compiled.metadata.shared)
+        text = compiled.asm["amdgcn"]
+    done = machine_code.work(text, nvidia)
+    if entries is not None:
+        done = done.per(entries / (compiled.metadata.num_warps * TARGETS[target].warp_size))
+    return Usage(registers, spilled, compiled.metadata.shared, done)
 
 
 def _nvidia(cubin: bytes) -> tuple[int, int]:
-    tool = pathlib.Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        out = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+        out = machine_code.run_tool("cuobjdump", "-res-usage", file.name)
     found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", out)
     if found is None:
         raise RuntimeError(f"cuobjdump printed no resource usage: {out!r}")
@@ -107,22 +128,50 @@ def main(
     compile_one: Callable[..., Usage],
 ) -> int:
     """The command line of a report: compile_one(target, *case) for every case, as a table. Returns 1 if anything
-    spills or takes more shared memory than there is."""
+    spills, takes more shared memory than there is or is beyond a bound."""
     parser = argparse.ArgumentParser(prog=f"python -m {module}", description=doc)
     parser.add_argument("--quick", action="store_true", help="fewer cases")
     parser.add_argument("--target", choices=TARGETS, action="append")
+    parser.add_argument("--bounds", type=pathlib.Path, metavar="FILE", help="hold the counts to those in a JSON file")
+    parser.add_argument("--record", action="store_true", help="raise the bounds in the file to what is counted")
     options = parser.parse_args()
     print(f"triton {triton.__version__}, {title}")
-    names = ("target", *columns, "registers", "spilled", "shared bytes")
+    names = ("target", *columns, "registers", "spilled", "shared bytes", *Work._fields)
     print(f"| {' | '.join(names)} |\n{'|---' * len(names)}|")
-    spilled = large = 0
+    spilled, large, counted = 0, 0, {}
     for target in options.target or TARGETS:
         for case in cases(options.quick):
             usage = compile_one(target, *case)
             spilled += usage.spilled > 0
             large += usage.shared > SHARED[target]
-            print("| " + " | ".join(map(str, (target, *case, *usage))) + " |", flush=True)
+            name = " | ".join(map(str, (target, *case)))
+            counted[name] = usage.numbers()
+            print(f"| {name} | " + " | ".join(f"{number:g}" for number in counted[name].values()) + " |", flush=True)
+    beyond = _beyond(options.bounds, counted, options.record) if options.bounds else []
+    for line in beyond:
+        print(line)
     if large:
         print(f"{large} kernels take more shared memory than there is")
     print(f"{spilled} kernels spill" if spilled else "nothing spills")
-    return 1 if spilled or large else 0
+    return 1 if spilled or large or beyond else 0
+
+
+def _beyond(path: pathlib.Path, counted: dict[str, dict[str, float]], record: bool) -> list[str]:
+    """A line for every count beyond its bound, or without one. Of tensor cores' instructions the bound is the least."""
+    bounds = json.loads(path.read_text("utf-8")) if path.exists() else {}
+    if record:
+        for name, numbers in counted.items():
+            old = bounds.get(name, numbers)
+            bounds[name] = {k: (min if k == "tensor" else max)(x, old[k]) for k, x in numbers.items()}
+        rows = (f"{json.dumps(name)}: {json.dumps(numbers)}" for name, numbers in sorted(bounds.items()))
+        path.write_text("{\n" + ",\n".join(rows) + "\n}\n", "utf-8")
+        return []
+    lines = []
+    for name, numbers in counted.items():
+        for kind, number in numbers.items():
+            bound = bounds.get(name, {}).get(kind)
+            if bound is None:
+                lines.append(f"{name}: no bound of {kind}")
+            elif kind == "tensor" and number < bound / MARGIN or kind != "tensor" and number > bound * MARGIN:
+                lines.append(f"{name}: {kind} {number:g}, bound {bound:g}")
+    return lines

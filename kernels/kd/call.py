@@ -197,7 +197,7 @@ class _Loss(torch.autograd.Function):
         student = tensors[: len(tensors) - len(anchors)]
         # needs_input_grad knows nothing of no_grad.
         needs = tuple(grad_enabled and need for need in ctx.needs_input_grad[3 : 3 + len(student)])
-        ctx.call, ctx.needs, ctx.anchors = None, needs, anchors
+        ctx.call, ctx.needs, ctx.anchors, ctx.backend = None, needs, anchors, call.backend
         if call.settings.reduction == "none":
             ctx.save_for_backward(*student)
             ctx.call, needs = call, (False,) * len(student)  # in 'mean' and 'sum' the teacher is not needed any more
@@ -228,6 +228,10 @@ class _Loss(torch.autograd.Function):
         keep, grads = torch._C._autograd._get_current_graph_task_keep_graph(), ctx.grads  # pyrefly: ignore[implicit-import]
         if not keep:
             ctx.grads = None
+        if ctx.backend == "triton" and grad_loss.device.type != "cpu" and not keep:
+            from mohawk.kernels.kd import triton_backend
+
+            return [g if g is None else triton_backend.times(g, grad_loss) for g in grads]
         if grad_loss.device.type != "cpu" or grad_loss.item() != 1.0:
             return [g if g is None else g * grad_loss if keep else g.mul_(grad_loss) for g in grads]
         return [g.clone() if keep and g is not None else g for g in grads]

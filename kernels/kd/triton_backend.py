@@ -5,18 +5,26 @@ Matrix products stay with the vendor's library: from hidden states the chunked b
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass, replace
 
 import torch
 import triton
 from torch import Tensor
 
+from mohawk.kernels.common.triton_rows import lattice
 from mohawk.kernels.kd import chunked as kd_chunked
 from mohawk.kernels.kd import tile as kd_tile
 from mohawk.kernels.kd.options import KDTask, Options, RowLosses
 from mohawk.kernels.kd.teachers import TeacherSamples, TeacherTopK
 from mohawk.kernels.kd.tile import Scores
-from mohawk.kernels.kd.triton_kernels import gradient_kernel, statistics_kernel, sums_kernel
+from mohawk.kernels.kd.triton_kernels import (
+    gradient_kernel,
+    merge_kernel,
+    statistics_kernel,
+    sums_kernel,
+    times_kernel,
+)
 from mohawk.kernels.kd.vocabulary import VocabularySlice, exchange, whole_kl
 
 BACKEND = "triton"  # as `mohawk doctor` names it
@@ -24,6 +32,8 @@ BACKEND = "triton"  # as `mohawk doctor` names it
 # 4096 wide with 8 warps is 16 elements of each array per thread: enough loads in flight.
 BLOCK = 4096
 WARPS = 8
+# Programs that a multiprocessor has at once, at most, with these; where rows are fewer, several programs share one.
+PROGRAMS = 4
 # Left to itself, ptxas saves registers to fit more programs, and keeps one or two numbers of a thread in memory for
 # it: in which kernels differs from one triton to the next, whatever the block (of 2048 and 4096 with 4, 8 and 16 warps
 # each spills somewhere by 3.6 or 3.9). With leave to take 128, which two programs on a multiprocessor have at these
@@ -41,6 +51,26 @@ def launch(nvidia: bool) -> dict[str, int | bool]:
     which triton does by itself only up to 3.9."""
     options = {"num_warps": WARPS, "enable_fp_fusion": True}
     return options | {"maxnreg": REGISTERS} if nvidia else options
+
+
+def _processors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
+def splits(rows: int, blocks: int, device: torch.device) -> int:
+    """How many programs share a row, so that a few rows occupy all of a GPU."""
+    processors = _processors(device)
+    if rows >= 2 * processors:
+        return 1
+    return max(1, min(blocks, triton.cdiv(PROGRAMS * processors, max(1, rows))))
+
+
+def times(x: Tensor, factor: Tensor) -> Tensor:
+    """x, contiguous, times a number on its device, in place. No memory is read or written where that is 1, as the
+    gradient of a loss mostly is; to ask on the host would be to wait for the GPU."""
+    with torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext():
+        times_kernel[(PROGRAMS * _processors(x.device),)](x, factor, x.numel(), BLOCK=BLOCK, num_warps=WARPS)
+    return x
 
 
 @dataclass
@@ -71,25 +101,41 @@ class _Sweeps:
             self.columns = (columns if ours is None else torch.where(ours, columns, -1)).contiguous()
         self.teacher = self.z if self.t is None else self.t
         self.strides = (self.z.stride(0), self.teacher.stride(0))
-        self.numbers = (self.z_scale, self.t_scale, 0.0 if self.taid is None else self.taid)
+        scales = (None if one == 1.0 else one for one in (self.z_scale, self.t_scale))
+        self.numbers = (*scales, 0.0 if self.taid is None else self.taid)
+        block = min(BLOCK, max(16, triton.next_power_of_2(vocabulary.local)))
+        self.splits = splits(self.n, triton.cdiv(vocabulary.local, block), self.z.device)
+        self.place, aligned, group = lattice(self.z, self.teacher)
         self.flags = {
             "DIVERGENCE": self.kind,
-            "TAID": self.taid is not None,
             "HAS_ROWS": self.rows is not None,
-            "BLOCK": min(BLOCK, max(16, triton.next_power_of_2(vocabulary.local))),
             **launch(nvidia=torch.version.hip is None),
+        }
+        self.sweep = {
+            "TAID": self.taid is not None,
+            "Z_ALIGNED": aligned[0],
+            "T_ALIGNED": aligned[1],
+            "BLOCK": block,
+            "GROUP": group,
+            **self.flags,
         }
         self.row_index = self.scale if self.rows is None else self.rows
 
     def statistics(self, own: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-        """What `statistics_kernel` makes, over all ranks, in one collective. Along goes the sum over the ranks of `own`
+        """What `merge_kernel` makes, over all ranks, in one collective. Along goes the sum over the ranks of `own`
         (rows, k)."""
         vocabulary, stats = self.options.vocabulary, self.scale.new_zeros(6, self.n)
         needed = self.kind != "mse" or self.ce
         if self.n and needed:
-            statistics_kernel[(self.n,)](
-                self.z, self.teacher, self.row_index, self.columns, stats, *self.strides, vocabulary.local,
-                self.n, *self.numbers, CE=self.ce, TEMPERED=self.tempered, **self.flags,
+            parts = self.scale.new_empty(7, self.splits, self.n)
+            ce = {"CE": self.ce, "TEMPERED": self.tempered}
+            statistics_kernel[(self.n, self.splits)](
+                self.z, self.teacher, self.row_index, parts, *self.strides, vocabulary.local, self.n, *self.place,
+                *self.numbers, **ce, **self.sweep,
+            )  # fmt: skip
+            merge_kernel[(self.n,)](
+                self.z, self.row_index, self.columns, parts, stats, self.strides[0], self.n, self.splits,
+                SPLITS=triton.next_power_of_2(self.splits), **ce, **self.flags | {"num_warps": 1},
             )  # fmt: skip
         if vocabulary.group is None or not needed:
             return stats, own
@@ -112,27 +158,29 @@ class _Sweeps:
         return torch.where(self.columns >= 0, normaliser - stats[4], 0.0)
 
     def sums(self, stats: Tensor) -> Tensor:
-        out, o = stats.new_zeros(6, self.n), self.options
+        out, o = stats.new_zeros(6, self.splits, self.n), self.options
         if self.n:
-            sums_kernel[(self.n,)](
+            sums_kernel[(self.n, self.splits)](
                 self.z, self.teacher, self.row_index, stats, out, *self.strides, o.vocabulary.local,
-                o.vocabulary.size, self.n, *self.numbers, o.settings.beta, o.settings.lam, **self.flags,
+                o.vocabulary.size, self.n, *self.place, *self.numbers, o.settings.beta, o.settings.lam, **self.sweep,
             )  # fmt: skip
-        return out
+        return out.sum(1)
 
     def gradient(
         self, stats: Tensor, projected: Tensor, kd_row: Tensor, grad: Tensor, in_sweep: bool = False
     ) -> Tensor:
         """Into `grad`; returns the value if `in_sweep`."""
-        value, o = stats.new_zeros(self.n), self.options
+        value, o = stats.new_zeros(self.splits, self.n), self.options
         if self.n:
-            gradient_kernel[(self.n,)](
+            place, (z, t, to), group = lattice(self.z, self.teacher, grad)
+            aligned = {"Z_ALIGNED": z, "T_ALIGNED": t, "GRAD_ALIGNED": to, "GROUP": group}
+            gradient_kernel[(self.n, self.splits)](
                 self.z, self.teacher, grad, self.row_index, self.columns, stats, projected, kd_row,
                 self.scale * o.settings.ce_weight, value, *self.strides, grad.stride(0), o.vocabulary.local,
-                o.vocabulary.size, self.n, *self.numbers, o.settings.beta, o.settings.lam,
-                IN_SWEEP=in_sweep, CE=self.ce, TEMPERED=self.tempered, **self.flags,
+                o.vocabulary.size, self.n, *place, *self.numbers, o.settings.beta, o.settings.lam,
+                IN_SWEEP=in_sweep, CE=self.ce, TEMPERED=self.tempered, **self.sweep | aligned,
             )  # fmt: skip
-        return value
+        return value.sum(0)
 
 
 def _recentred(sums: Tensor, vocabulary: VocabularySlice) -> tuple[Tensor, Tensor, Tensor]:

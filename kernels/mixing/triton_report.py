@@ -58,11 +58,12 @@ def compile_one(
     student, teacher = (_side(kind, dtype, masked, width) for kind in pair.split("-"))
     constants = {name: tiles[name] for name in ("BLOCK", "STEP", "CHUNK", "PRECISION")}
     options = {name: tiles[name] for name in ("num_warps", "num_stages", "enable_fp_fusion")}
+    entries = tiles["BLOCK"] * tiles["STEP"]
     types: dict[str, Any] = {"seq": 2048, "heads": 32}
     if kernel == "normaliser":
         types["side"] = teacher
         constants["WIDTH"] = width
-        return triton_report.compile_for(target, normaliser_kernel, types, constants, options)
+        return triton_report.compile_for(target, normaliser_kernel, types, constants, options, entries)
     types |= {"student": student, "teacher": teacher}
     types |= dict.fromkeys(("real", "bounds"), None) if not masked else {"real": "*i8", "bounds": "*i32"}
     types |= dict.fromkeys(("squares", "sizes", "row_weights", "column_weights"), "*fp64")
@@ -70,7 +71,7 @@ def compile_one(
     constants |= {"STUDENT_WIDTH": width, "TEACHER_WIDTH": width}
     metric = {"none": "squared", "segments": "relative", "segments, kl": "kl"}[masks]
     constants |= {"ROWS": kernel == "rows", "METRIC": metric, "GRADIENTS": True}
-    return triton_report.compile_for(target, pass_kernel, types, constants, options)
+    return triton_report.compile_for(target, pass_kernel, types, constants, options, entries)
 
 
 def _compile_delta(
