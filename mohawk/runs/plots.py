@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from mohawk.core.folders import drop_file
 from mohawk.runs.figures import BLUE, GREY, ORANGE, halo, log_axis, number, save, subplots
 from mohawk.training.metrics import ends, read_metrics
 
@@ -167,9 +168,8 @@ def plot_mixing_matrices(rows: Sequence[Heads], target: Path | str) -> Path | No
 def plot_retrieval(found: Mapping[str, Mapping[str, Any]], target: Path | str) -> Path | None:
     """Heat maps of `mohawk.measures.retrieval.retrieval`, teacher beside student, a kind of text a row; None, and no
     picture, where none was measured."""
-    target = Path(target)
     if not found:
-        target.unlink(missing_ok=True)
+        drop_file(Path(target))  # of a student that was there before
         return None
     figure, axes = subplots(
         len(found), 2, width=4.6, height=1.5 + 0.45 * max(len(t["lengths"]) for t in found.values())
@@ -194,9 +194,8 @@ def plot_retrieval(found: Mapping[str, Mapping[str, Any]], target: Path | str) -
 def plot_positions(found: Mapping[str, Sequence[Mapping[str, Any]]], target: Path | str) -> Path | None:
     """Perplexity of teacher and student in bins of positions, a text a panel; None, and no picture, where none was
     measured."""
-    target = Path(target)
     if not found:
-        target.unlink(missing_ok=True)
+        drop_file(Path(target))  # of a student that was there before
         return None
     figure, axes = subplots(1, len(found), width=4.6, height=3.4)
     for axis, (text, bins) in zip(axes[0], found.items(), strict=True):

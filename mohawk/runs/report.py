@@ -225,21 +225,28 @@ def layer_costs(folder: Path, config: Any) -> list[dict[str, Any]]:
     if "linear_attention" not in kinds:
         return []
     composed = read_json(folder / COMPOSED, Composed)
-    source = folder if composed is None else Path(composed["run"])
-    selection = read_json(source / SELECTION, Selection) if (source / SELECTION).is_file() else None
-    alone = {row["layer"]: row for row in selection.get("layers", ())} if selection else {}
-    whole = next((ranking["path"][0] for ranking in selection["rankings"].values()), None) if selection else None
-    made = []
-    for i, kind in enumerate(kinds):
-        layer = {"layer": i, "stayed": kind != "linear_attention"}
-        if i in alone and whole is not None:
-            layer |= {
-                "kl": alone[i]["kl"],
-                "recall": alone[i]["recall"]["accuracy"],
-                "recalled": whole["recall"]["accuracy"],
-            }
-        made.append(layer)
-    return made
+    made_of = [] if composed is None else composed.get("others", [])
+    source_of = {layer: (each["run"], each["student"]) for each in made_of for layer in each["layers"]}
+    usual = (str(folder), None) if composed is None else (composed["run"], composed["student"])
+    sources = [source_of.get(i, usual) for i in range(len(kinds))]
+    costs = {source: _costs_alone(*source) for source in set(sources)}
+    return [
+        {"layer": i, "stayed": kind != "linear_attention"} | costs[source].get(i, {})
+        for i, (kind, source) in enumerate(zip(kinds, sources, strict=True))
+    ]
+
+
+def _costs_alone(run: str, student: str | None) -> dict[int, dict[str, float]]:
+    """What `mohawk select` found that replacing each layer of a run alone costs; nothing where it was not asked, or of
+    mixers that were trained again since. student: whose mixers they are; None: the run's own."""
+    found = read_json(Path(run) / SELECTION, Selection)
+    if not found or not found["rankings"] or student not in (None, found["settings"].get("student")):
+        return {}
+    whole = next(iter(found["rankings"].values()))["path"][0]["recall"]["accuracy"]
+    return {
+        row["layer"]: {"kl": row["kl"], "recall": row["recall"]["accuracy"], "recalled": whole}
+        for row in found.get("layers", ())
+    }
 
 
 def phase_times(metrics: Path) -> dict[str, dict[str, float]]:

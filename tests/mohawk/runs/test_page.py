@@ -249,3 +249,31 @@ def test_what_was_found_again_and_written_is_in_the_verdict_the_tables_and_pictu
     assert layer_table(layers)[2] == [["attention stayed", "0"], ["replaced", "1"]]
     layers = [layer | {"kl": 0.026, "recall": 0.125, "recalled": 0.69} for layer in layers]
     assert layer_table(layers)[2][1] == ["1", "replaced", "0.026", "12.5% (of 69.0%)"]
+
+
+def test_what_each_layer_costs_is_of_the_run_that_its_mixer_was_trained_in(tmp_path):
+    from types import SimpleNamespace
+
+    from mohawk.runs.report import layer_costs
+
+    def selected(run, student, kl):
+        recall = {"accuracy": 0.5, "loss": 1.0, "values": 16}
+        path = [{"kl": 0.0, "recall": recall | {"accuracy": 0.75}}]
+        layers = [{"layer": i, "kl": kl + i, "recall": recall} for i in (0, 1, 2)]
+        found = {"settings": {"student": student}, "rankings": {"kl": {"order": [], "path": path}}, "layers": layers}
+        write_json(tmp_path / run / "selection.json", found)
+
+    config = SimpleNamespace(layer_types=["linear_attention", "full_attention", "linear_attention"])
+    assert layer_costs(tmp_path, SimpleNamespace()) == []
+    assert [layer["stayed"] for layer in layer_costs(tmp_path, config)] == [False, True, False]
+    assert not any("kl" in layer for layer in layer_costs(tmp_path, config))
+    selected("main", "aa", 10.0), selected("other", "bb", 20.0)
+    about = {"run": str(tmp_path / "main"), "student": "aa", "attention": [1]}
+    about["others"] = [{"run": str(tmp_path / "other"), "student": "bb", "layers": [2]}]
+    write_json(tmp_path / "composed.json", about)
+    assert [layer["kl"] for layer in layer_costs(tmp_path, config)] == [10.0, 11.0, 22.0]
+    assert layer_costs(tmp_path, config)[0] == {
+        "layer": 0, "stayed": False, "kl": 10.0, "recall": 0.5, "recalled": 0.75
+    }  # fmt: skip
+    selected("other", "cc", 20.0)  # its mixers were trained again since
+    assert "kl" not in layer_costs(tmp_path, config)[2]

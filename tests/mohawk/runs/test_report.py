@@ -123,15 +123,15 @@ def test_a_second_time_nothing_is_measured_again(run, finish, monkeypatch):
 def test_a_student_with_broken_decoding_is_unfit_and_measured_again_once_it_is_whole(run, finish, monkeypatch):
     from mohawk.models.mixers import SSMMixer
 
-    # every step begins with an empty state, which no full forward shows
-    monkeypatch.setattr(SSMMixer, "_step", lambda mixer, xBC, raw, cache, real: mixer._scan(xBC, raw, None, real, None))
-    with pytest.raises(UserError, match="does not answer as its own full forward does: prefill and steps"):
+    # each piece of several tokens begins with an empty state, which no full forward shows
+    monkeypatch.setattr(SSMMixer, "_read_cache", lambda *_: (None, None))
+    with pytest.raises(UserError, match="does not answer as its own full forward does: prefill in chunks"):
         finish()
     broken = report.read_json(run / "results.json")
     assert broken["evaluation"]["end_to_end"]["held_out"]["perplexity_ratio"] == 1.25  # its likelihood is what it was
     page, text = (run / "report.html").read_text(), (run / "report.md").read_text()
-    assert '<td class="bad">NO: decoding is broken (prefill and steps' in page
-    assert "- **fit to use**: NO: decoding is broken (prefill and steps" in text
+    assert '<td class="bad">NO: decoding is broken (prefill in chunks' in page
+    assert "- **fit to use**: NO: decoding is broken (prefill in chunks" in text
     monkeypatch.undo()
     report.write_json(run / "results.json", broken | {"continuations": dict.fromkeys(broken["continuations"], "old")})
     results, screen = finish()
