@@ -156,7 +156,6 @@ class Selection(TypedDict):
     settings: dict[str, Any]
     layers: NotRequired[list[Alone]]
     rankings: dict[str, Ranking]
-    layers: NotRequired[list[dict[str, Any]]]
     patterns: NotRequired[dict[str, Pattern]]
 
 

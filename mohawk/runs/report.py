@@ -246,6 +246,7 @@ def _costs_alone(run: str, student: str | None) -> dict[int, dict[str, float]]:
     return {
         row["layer"]: {"kl": row["kl"], "recall": row["recall"]["accuracy"], "recalled": whole}
         for row in found.get("layers", ())
+        if "recall" in row
     }
 
 
