@@ -1,5 +1,5 @@
 """The kernels compile for GPUs that are not here, nothing spills with the shipped blocks, and no count of what an H100
-would execute is beyond its bound. Bounds are the most of triton 3.6, 3.7 and 3.9; after a change that costs what it is
+would execute is beyond its bound. Bounds are the most of triton 3.6 and 3.7; after a change that costs what it is
 worth, write them anew:
 
     python -m mohawk.kernels.kd.triton_report --quick --target sm_90 --bounds tests/kernels/bounds_kd.json --record
