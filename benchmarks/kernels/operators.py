@@ -1,6 +1,6 @@
 """How many operators a GPU would be handed by the scan and the convolution of one layer, in torch and by our Triton
-kernels. No GPU is needed: what torch dispatches is counted, without views and allocations, and launches of Triton
-kernels are counted instead of made.
+kernels, and how many a CPU or GPU by a layer's decoding step. No GPU is needed: what torch dispatches is counted,
+without views and allocations, and launches of Triton kernels are counted instead of made.
 
     python benchmarks/kernels/operators.py [--quick]
 
@@ -120,6 +120,45 @@ def table(quick: bool) -> list[str]:
     return lines
 
 
+def steps() -> list[str]:
+    """A decoding step of a layer with its projections, by what there is of backends, beside one of attention."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from mohawk.kernels.decode import interface
+    from mohawk.models.call import CACHE
+    from mohawk.models.from_teacher import hybrid_from_teacher
+    from mohawk.models.mixer_names import MIXER_NAMES
+
+    sizes = {"hidden_size": 64, "intermediate_size": 64, "num_attention_heads": 4, "vocab_size": 64}
+    teacher = LlamaForCausalLM(LlamaConfig(**sizes, num_hidden_layers=2)).eval()
+    hidden, chosen = torch.randn(1, 1, 64), interface._chosen
+
+    def counted_step(student: Any, layer: int, backend: str | None) -> int:
+        with torch.no_grad():
+            cache = student(torch.zeros(1, 5, dtype=torch.long), use_cache=True)[CACHE]
+            student(torch.zeros(1, 1, dtype=torch.long), **{CACHE: cache})  # the first step lays the window out
+            positions = student.model.rotary_emb(hidden, torch.tensor([[6]]))
+            interface._chosen = lambda *given: backend
+            try:
+                with torch.set_grad_enabled(backend is None), Count() as count:
+                    student.model.layers[layer].self_attn(
+                        hidden, position_embeddings=positions, attention_mask=None, **{CACHE: cache}
+                    )
+            finally:
+                interface._chosen = chosen
+        return count.total + (backend == "c")
+
+    lines = [
+        "| a decoding step of a layer | operation by operation | in place | in C | by Triton |",
+        "|---|---|---|---|---|",
+    ]
+    for mixer in MIXER_NAMES:
+        student = hybrid_from_teacher(teacher, [1], mixer).eval()
+        numbers = (counted_step(student, 1, backend) for backend in (None, "in_place", "c", "triton"))
+        lines.append(f"| {mixer} | " + " | ".join(map(str, numbers)) + " |")
+    return [*lines, f"| attention (Llama, transformers) | {counted_step(teacher, 0, None)} | | | |"]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="small shapes; prints only")
@@ -129,6 +168,8 @@ def main() -> None:
         f"torch {torch.__version__}. `python benchmarks/kernels/operators.py`",
         "",
         *table(quick),
+        "",
+        *steps(),
     ]
     print("\n".join(lines))
     if not quick:

@@ -16,7 +16,13 @@ BACKEND = "in_place"
 
 def by_tap(window: Tensor) -> Tensor:
     """(b, c, k) -> the same in memory that holds all channels of a tap side by side."""
-    return window if window.stride(1) == 1 else window.mT.contiguous().mT
+    if window.stride(1) == 1:
+        return window
+    batch, channels, kernel = window.shape
+    # no view: one made without gradients could not be written to where they are recorded
+    return torch.empty_strided(
+        window.shape, (channels * kernel, 1, channels), dtype=window.dtype, device=window.device
+    ).copy_(window)
 
 
 @torch.no_grad()

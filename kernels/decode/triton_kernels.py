@@ -36,7 +36,8 @@ class Window(NamedTuple):
 
 @triton.jit
 def _convolved(
-    window, inputs, weight, bias, row, first, count, live, SILU: tl.constexpr, KERNEL: tl.constexpr, WIDTH: tl.constexpr,
+    window, inputs, weight, bias, row, first, count, live, SILU: tl.constexpr, KERNEL: tl.constexpr,
+    WIDTH: tl.constexpr,
 ):  # fmt: skip
     """(WIDTH,) what is convolved of `count` channels from `first` on, float32, zeros beyond. Moves them in the window
     where `live`."""
@@ -69,7 +70,7 @@ def _convolved(
 
 @triton.jit
 def _softplus(value):
-    """As torch has it: the value itself above 20. log1p(e) as log(u) e / (u - 1), u = 1 + e, keeps a small e's digits."""
+    """As torch has it: the value itself above 20. log1p(e) is log(u) e / (u - 1), u = 1 + e: digits stay."""
     small = tl.exp(tl.minimum(value, 20.0))
     sum = 1.0 + small
     gained = sum - 1.0

@@ -212,8 +212,8 @@ def _check_triton(student: Mixing, teacher: Mixing) -> None:
 
     if not fits_triton(student, teacher):
         raise ValueError(
-            f"{where} is not for float64, a softcap, a head_dim or state_size above 256, nor for a DeltaMixing as the "
-            "teacher of another kind; take 'chunked'"
+            f"{where} is not for float64, a head_dim or state_size above 256, nor for a DeltaMixing as the teacher of "
+            "another kind; take 'chunked'"
         )
     device = student.tensors[0].device
     if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":

@@ -166,14 +166,12 @@ def _value_and_gradients(
 
 
 def fits_triton(student: Mixing, teacher: Mixing) -> bool:
-    """Whether the kernels cover this pair: no float64 or softcap, head_dim and state_size at most 256, and a delta rule
-    as a teacher only of another (triton_delta.py)."""
+    """Whether the kernels cover this pair: no float64, head_dim and state_size at most 256, and a delta rule as a
+    teacher only of another (triton_delta.py)."""
     if isinstance(teacher, DeltaMixing) and not isinstance(student, DeltaMixing):
         return False
     for mixing in (student, teacher):
         if any(value is not None and value.dtype == torch.float64 for value in mixing.tensors):
-            return False
-        if isinstance(mixing, AttentionMixing) and mixing.softcap is not None:
             return False
         if mixing.tensors[0].shape[-1] > 256:
             return False

@@ -24,6 +24,7 @@ from mohawk.kernels.mixing.triton_tiles import (
     held_operand,
     load_operand,
     offset_of,
+    scores_of,
     tile_entries,
     tile_products,
 )
@@ -40,7 +41,7 @@ def _absorb(
     """Take the columns from `begin` into the largest score and the sum of exponentials below it."""
     columns = begin + tl.arange(0, STEP)
     products = tile_products(q_tile, q, rows, k, columns, seq, side.width, WIDTH, CHUNK, PRECISION)
-    scores = products * side.scale
+    scores, _ = scores_of(side, products)
     if DIAGONAL or side.first is not None:
         seen = columns[None, :] <= rows[:, None]
         if side.first is not None:
@@ -137,11 +138,14 @@ def _visit(
                 better = tl.where(mass > 0, weight.to(tl.float32) / mass, 0.0)
                 gradient += (centre - better)[:, None] * plain
                 centre = better
-                plain = tl.dot(S.to(other.dtype), other, plain, input_precision=PRECISION)
+                sloped = S if student.softcap is None else S * strict
+                plain = tl.dot(sloped.to(other.dtype), other, plain, input_precision=PRECISION)
                 residual = S * (residual - centre[:, None])
             else:
                 of_rows = tl.load(row_weights + step, mask=step < seq, other=0.0).to(tl.float32)
                 residual = S * (residual - of_rows[None, :])
+        if student.softcap is not None:
+            residual *= strict
         gradient = tl.dot(residual.to(other.dtype), other, gradient, input_precision=PRECISION)
     return total, size, weight, diagonal, mass, centre, gradient, plain
 

@@ -54,9 +54,10 @@ def first_seen(mixing: Mixing) -> Tensor | None:
 def side_of(mixing: AttentionMixing | SSDMixing, dtype: torch.dtype) -> Side:
     """One of the matrices with operands in `dtype`; an attention's `most` and `inverse` are yet to be found."""
     left, right = (value.to(dtype).contiguous() for value in _operands(mixing))
-    most = inverse = sums = weight = D = scale = None
+    most = inverse = sums = weight = D = scale = softcap = None
     if isinstance(mixing, AttentionMixing):
         scale = mixing.resolved_scale() * math.log2(math.e)
+        softcap = None if mixing.softcap is None else mixing.softcap * math.log2(math.e)
         most, inverse = torch.empty(2, *mixing.shape, dtype=torch.float32, device=left.device)
     else:
         # Borders of segments are masked in the kernels: in the sums they would only cost digits.
@@ -66,4 +67,4 @@ def side_of(mixing: AttentionMixing | SSDMixing, dtype: torch.dtype) -> Side:
             weight = mixing.input_scale.transpose(1, 2).float().contiguous()
         D = None if mixing.D is None else mixing.D.float().contiguous()
     sizes = (mixing.shape[1], left.shape[1], right.shape[1], left.shape[3])
-    return Side(left, right, first_seen(mixing), most, inverse, sums, weight, D, scale, *sizes)
+    return Side(left, right, first_seen(mixing), most, inverse, sums, weight, D, scale, softcap, *sizes)

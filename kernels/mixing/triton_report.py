@@ -23,7 +23,7 @@ PAIRS = ("ssd-attention", "attention-ssd", "attention-attention", "ssd-ssd")
 DELTA_PAIRS = ("delta-attention", "delta-ssd", "delta-delta")  # of triton_delta.py
 
 
-def _side(kind: str, dtype: str, masked: bool, width: int) -> Side:
+def _side(kind: str, dtype: str, masked: bool, width: int, softcap: bool = False) -> Side:
     """What a side's fields are launched with, an input scale and a diagonal among them."""
     attention = kind == "attention"
     return Side(
@@ -36,6 +36,7 @@ def _side(kind: str, dtype: str, masked: bool, width: int) -> Side:
         weight=None if attention else "*fp32",
         D=None if attention else "*fp32",
         scale="fp32" if attention else None,
+        softcap="fp32" if attention and softcap else None,
         heads=32,
         left_heads=32,
         right_heads=8 if attention else 32,
@@ -47,7 +48,7 @@ def compile_one(
     target: str, kernel: str, pair: str, masks: str, width: int, dtype: str, tiles: dict | None = None
 ) -> triton_report.Usage:
     """Compile with both operands of one width. masks: "segments" is documents and padding, by the metric with most
-    sums; "segments, kl" the same by kl; "none" is one document."""
+    sums; "segments, kl" the same by kl; "segments, softcap" with one on all attentions; "none" is one document."""
     if pair in DELTA_PAIRS:
         return _compile_delta(target, kernel, pair, masks, width, dtype, tiles or triton_delta.tiles(MAJOR[target]))
     if tiles is None:
@@ -55,7 +56,7 @@ def compile_one(
     if kernel == "normaliser":
         tiles = tiles | mixing_triton.NORMALISER
     masked = masks != "none"
-    student, teacher = (_side(kind, dtype, masked, width) for kind in pair.split("-"))
+    student, teacher = (_side(kind, dtype, masked, width, "softcap" in masks) for kind in pair.split("-"))
     constants = {name: tiles[name] for name in ("BLOCK", "STEP", "CHUNK", "PRECISION")}
     options = {name: tiles[name] for name in ("num_warps", "num_stages", "enable_fp_fusion")}
     entries = tiles["BLOCK"] * tiles["STEP"]
@@ -69,7 +70,7 @@ def compile_one(
     types |= dict.fromkeys(("squares", "sizes", "row_weights", "column_weights"), "*fp64")
     types |= dict.fromkeys(("diagonals", "gradients"), "*fp32")
     constants |= {"STUDENT_WIDTH": width, "TEACHER_WIDTH": width}
-    metric = {"none": "squared", "segments": "relative", "segments, kl": "kl"}[masks]
+    metric = {"none": "squared", "segments": "relative", "segments, softcap": "relative", "segments, kl": "kl"}[masks]
     constants |= {"ROWS": kernel == "rows", "METRIC": metric, "GRADIENTS": True}
     return triton_report.compile_for(target, pass_kernel, types, constants, options, entries)
 
@@ -100,6 +101,7 @@ def cases(quick: bool = False) -> list[tuple[str, str, str, int, str]]:
     every += [(kernel, pair, "segments") for pair in PAIRS for kernel in ("rows", "columns")]
     every += [(kernel, "ssd-attention", "none") for kernel in ("rows", "columns")]
     every += [(kernel, "attention-attention", "segments, kl") for kernel in ("rows", "columns")]
+    every += [(kernel, pair, "segments, softcap") for pair in PAIRS[:3:2] for kernel in ("rows", "columns")]
     every += [("walk", pair, masks) for pair in DELTA_PAIRS for masks in ("segments", "none")]
     every += [("return", pair, "segments") for pair in DELTA_PAIRS[1:]]
     shapes = [(width, dtype) for width in WIDTHS for dtype in DTYPES]

@@ -20,6 +20,7 @@ class Side(NamedTuple):
     weight: Any  # state-space: (batch, heads, seq) float32 input_scale, None if all are 1
     D: Any  # state-space: (heads,) float32, None if 0
     scale: Any  # attention: of the scores, for base 2
+    softcap: Any  # attention: what scores are bounded to, for base 2; None if they are not
     heads: Any
     left_heads: Any
     right_heads: Any
@@ -100,12 +101,32 @@ def edge_vectors(side, batch, at, tokens, origin, seq, ROW: tl.constexpr, DIAGON
 
 
 @triton.jit
+def _tanh(value):
+    """By exponentials; near 0, where those would cancel, by its series, whose next term is below float32's digits."""
+    small = tl.exp(-2 * tl.abs(value))
+    far = (1 - small) / (1 + small)
+    square = value * value
+    near = 1 + square * (-1 / 3 + square * (2 / 15 + square * (-17 / 315 + square * (62 / 2835))))
+    return tl.where(tl.abs(value) < 0.25, value * near, tl.where(value < 0, -far, far))
+
+
+@triton.jit
+def scores_of(side, products):
+    """Attention's scores to base 2, and their slope by the products, but for the scale: 1 without a softcap."""
+    scores, slope = products * side.scale, 1.0
+    if side.softcap is not None:
+        bounded = _tanh(scores / side.softcap)
+        scores, slope = side.softcap * bounded, 1 - bounded * bounded
+    return scores, slope
+
+
+@triton.jit
 def tile_entries(side, D, products, own, step, of_own, of_step, seq, ROWS: tl.constexpr, DIAGONAL: tl.constexpr):
     """A tile of the matrix from a tile of q k^T or C B^T: (entries, by, strict).
 
     Attention: `by` is the entries' logarithm. State-space: the factor between the gradients of an entry and of the
     product it is made from, but for the part per own token where that is a factor; `strict` is the entries without
-    the matrix's diagonal, on which no decay acts.
+    the matrix's diagonal, on which no decay acts. With a softcap `strict` is the slope of attention's scores.
     """
     own_value, own_low, own_weight, own_first = of_own
     step_value, step_low, step_weight, step_first = of_step
@@ -115,13 +136,14 @@ def tile_entries(side, D, products, own, step, of_own, of_step, seq, ROWS: tl.co
     if side.first is not None:
         seen = seen & (column >= (own_first[:, None] if ROWS else step_first[None, :]))
     if side.sums is None:
-        by = products * side.scale - (own_value[:, None] if ROWS else step_value[None, :])
+        scores, slope = scores_of(side, products)
+        by = scores - (own_value[:, None] if ROWS else step_value[None, :])
         inverse = own_low[:, None] if ROWS else step_low[None, :]
         entries = tl.exp2(by) * inverse
         by += tl.log2(inverse)
         if DIAGONAL or side.first is not None:
             entries = tl.where(seen, entries, 0.0)
-        strict = entries
+        strict = entries if side.softcap is None else slope
     elif DIAGONAL:
         exponents = (own_value[:, None] - step_value[None, :]) + (own_low[:, None] - step_low[None, :])
         by = tl.exp2(tl.where(seen, exponents if ROWS else -exponents, float("-inf")))

@@ -247,8 +247,24 @@ def large():
     yield compare("attention", heads, ssd)
 
 
+def softcaps():
+    """Of the student, of the teacher and of both, bending much or little, packed and not."""
+    bent, straight = attention(2, 1, 37, 8, softcap=2.0, scale=0.7), attention(4, 2, 37, 8, seed=4, softcap=50.0)
+    ids = documents(37)
+    for student, teacher, metric in (
+        (bent, straight, "frobenius"),
+        (straight, bent, "kl"),
+        (bent, attention(2, 2, 37, 8, seed=5), "relative"),
+        (state_space(2, (1, 1), 37, 5), dataclasses.replace(bent, segment_ids=ids), "squared"),
+        (dataclasses.replace(bent, segment_ids=ids), state_space(2, (1, 1), 37, 5), "mse"),
+    ):
+        yield compare("softcap", student, teacher, metric)
+    yield compare("softcap, bf16", bent, straight, "frobenius", dtype=torch.bfloat16)
+
+
 if __name__ == "__main__":
     blocks = {"BLOCK": 128, "STEP": 64, "CHUNK": 64} if sys.argv[1] == "large" else {}
     mixing_triton.tiles = lambda *_: SMALL | blocks
     parts = {"kinds": kinds, "packed": packed, "extremes": extremes, "half": half, "large": large, "layouts": layouts}
+    parts |= {"softcaps": softcaps}
     print(sum(parts[sys.argv[1]]()), "cases right")

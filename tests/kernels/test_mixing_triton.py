@@ -9,7 +9,7 @@ from tests.helpers.interpreted import run_cases
 pytest.importorskip("triton")
 
 
-PARTS = ("kinds", "packed", "extremes", "half", "large", "layouts")
+PARTS = ("kinds", "packed", "extremes", "half", "large", "layouts", "softcaps")
 
 
 @pytest.mark.parametrize(
