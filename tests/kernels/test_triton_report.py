@@ -138,3 +138,9 @@ def test_a_count_beyond_its_bound_is_told(tmp_path):
     slower = _beyond(bounds, {"one": {"instructions": 10.6, "tensor": 0.0}}, record=False)
     assert slower == ["one: instructions 10.6, bound 10", "one: tensor 0, bound 2"]
     assert _beyond(bounds, {"another": {"instructions": 1.0}}, record=False) == ["another: no bound of instructions"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="triton's wheels with ptxas are for Linux")
+@pytest.mark.parametrize("target", TARGETS)
+def test_decoding_steps_do_not_spill(target):
+    assert len(report("decode.triton_report", target)) == 4
