@@ -13,10 +13,13 @@ from mohawk.kernels.decode.triton_kernels import Rows, Window, delta_kernel, ssd
 BACKEND = "triton"  # as `mohawk doctor` names it
 
 
-def tiles(rows: int, columns: int) -> dict[str, int]:
-    """How to launch for heads' states of this size: in one tile, of 32 elements a thread (of NVIDIA's)."""
+def tiles(rows: int, columns: int, amd: bool) -> dict[str, int]:
+    """How to launch for heads' states of this size: in one tile, with the warps for which decode.triton_report found no
+    spills. AMD's have twice as many threads."""
     wide, high = (max(8, triton.next_power_of_2(size)) for size in (columns, rows))
-    return {"ROWS": high, "COLUMNS": wide, "num_warps": min(16, max(1, wide * high // 1024)), "num_stages": 1}
+    warps = max(1, wide * high // 1024)
+    warps = min(8, warps) if amd else 16 if warps > 4 else warps
+    return {"ROWS": high, "COLUMNS": wide, "num_warps": warps, "num_stages": 1}
 
 
 def ssd_decode_triton(
@@ -48,7 +51,7 @@ def ssd_decode_triton(
         ssd_kernel[(batch, groups)](
             _window(window), *map(_rows, (inputs, gate, decay)), *fixed, _bytes(real), held, between, out, norm_eps,
             heads, groups, rows, columns, SILU=silu, KERNEL=weight.shape[1], PER_GROUP=heads // groups,
-            **tiles(rows, columns),
+            **tiles(rows, columns, torch.version.hip is not None),
         )  # fmt: skip
     return out
 
@@ -79,7 +82,7 @@ def delta_decode_triton(
         delta_kernel[(batch, groups)](
             _window(window), *map(_rows, (inputs, gate, beta, decay.flatten(1))), *fixed, _bytes(real), held, out,
             norm_eps, rows**-0.5, heads, groups, rows, columns, BY_CHANNEL=by_channel, SIGMOID=sigmoid,
-            KERNEL=weight.shape[1], PER_GROUP=heads // groups, **tiles(rows, columns),
+            KERNEL=weight.shape[1], PER_GROUP=heads // groups, **tiles(rows, columns, torch.version.hip is not None),
         )  # fmt: skip
     return out
 

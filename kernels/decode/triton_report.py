@@ -1,8 +1,8 @@
 """`python -m mohawk.kernels.decode.triton_report`: compile the Triton kernels of decoding steps for GPUs that need not
 be there, and print registers, spilled bytes and shared memory of each.
 
-Exit code 1 if anything spills. `--quick` compiles bfloat16 inputs and the largest states alone. All have padding; heads are alone in their
-group, or share it.
+Exit code 1 if anything spills. `--quick` compiles bfloat16 inputs and the largest states alone. All have padding;
+heads are alone in their group, or share it.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def compile_one(target: str, step: str, dtype: str, rows: int, columns: int, per
         types |= dict.fromkeys(("A_log", "dt_bias", "norm_weight", "between"), None)
     elif step == "kimi delta":
         types |= dict.fromkeys(("A_log", "dt_bias"), None)
-    launch = triton_backend.tiles(rows, columns)
+    launch = triton_backend.tiles(rows, columns, target.startswith("gfx"))
     constants = {**launch, "KERNEL": TAPS, "PER_GROUP": per_group, "SILU": step == "mamba2"}
     constants |= {"rows": rows, "columns": columns, "BY_CHANNEL": step == "kimi delta", "SIGMOID": step == "kimi delta"}
     constants = {name: value for name, value in constants.items() if name in function.arg_names}

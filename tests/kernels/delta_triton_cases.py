@@ -88,9 +88,14 @@ def large():
     yield compare("two", delta(1, 129, 256), delta(1, 129, 130, seed=5))
 
 
+def softcaps():
+    yield compare("softcap", delta(2, 40, 5), attention(2, 1, 40, 8, softcap=2.0), "frobenius")
+
+
 if __name__ == "__main__":
     shipped = triton_delta.tiles(8) | {"PRECISION": "ieee"}
     small = {} if sys.argv[1] == "large" else {"BLOCK": 16, "CHUNK": 16}
     triton_delta.tiles = lambda _: shipped | small
     parts = {"kinds": kinds, "packed": packed, "extremes": extremes, "large": large, "layouts": layouts}
+    parts |= {"softcaps": softcaps}
     print(sum(parts[sys.argv[1]]()), "cases right")
