@@ -104,6 +104,7 @@ class Compares(TypedDict):
     evaluation: dict[str, dict[str, dict[str, float]]]
     parameters: dict[str, int]
     phases: dict[str, dict[str, float | None]]
+    broken: NotRequired[str | None]
 
 
 class Contribution(TypedDict):

@@ -317,7 +317,8 @@ def test_a_student_that_contradicts_itself_is_kept_and_the_run_fails(checkpoint,
         assert main(command) == 2
     error = capsys.readouterr().err.splitlines()[-1]
     assert error.startswith("error: ") and "prefill in chunks" in error and "mohawk doctor" in error
-    assert is_complete(tmp_path / "run" / "student") and not (tmp_path / "run" / "results.json").exists()
+    assert is_complete(tmp_path / "run" / "student")
+    assert "NO: decoding is broken (prefill in chunks" in (tmp_path / "run" / "report.html").read_text()
     # with working versions the same command goes on, and reports
     assert main(command) == 0
     results = json.loads((tmp_path / "run" / "results.json").read_text())
