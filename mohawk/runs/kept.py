@@ -144,18 +144,10 @@ class Pattern(TypedDict):
     cost: Point
 
 
-class Alone(TypedDict):
-    """What a layer costs whose mixer alone takes attention's place."""
-
-    layer: int
-    kl: float
-
-
 class Selection(TypedDict):
     """selection.json."""
 
     settings: dict[str, Any]
-    layers: NotRequired[list[Alone]]
     rankings: dict[str, Ranking]
     patterns: NotRequired[dict[str, Pattern]]
 
