@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 
 import torch
-import triton
 from torch import Tensor
 
 from mohawk.kernels.decode.triton_kernels import Rows, Window, delta_kernel, ssd_kernel
@@ -16,7 +15,7 @@ BACKEND = "triton"  # as `mohawk doctor` names it
 def tiles(rows: int, columns: int, amd: bool) -> dict[str, int]:
     """How to launch for heads' states of this size: in one tile, with the warps for which decode.triton_report found no
     spills. AMD's have twice as many threads."""
-    wide, high = (max(8, triton.next_power_of_2(size)) for size in (columns, rows))
+    wide, high = (max(8, 1 << (size - 1).bit_length()) for size in (columns, rows))
     warps = max(1, wide * high // 1024)
     warps = min(8, warps) if amd else 16 if warps > 4 else warps
     return {"ROWS": high, "COLUMNS": wide, "num_warps": warps, "num_stages": 1}
