@@ -199,8 +199,8 @@ class GatedDeltaMixer(DeltaMixer):
     def normed(self, y: Tensor, z: Tensor) -> Tensor:
         return self.norm(y, z)
 
-    def read_by_decode(self) -> tuple[nn.Module, ...]:
-        return self.conv1d, self.norm
+    def read_by_decode(self) -> tuple[tuple[Any, type[nn.Module]], ...]:
+        return *super().read_by_decode(), (self.norm, HeadRMSNorm)
 
     def decode_options(self) -> dict[str, Any]:
         norm = self.norm
@@ -292,8 +292,8 @@ class KimiDeltaMixer(DeltaMixer):
     def normed(self, y: Tensor, z: Tensor) -> Tensor:
         return self.o_norm(y, z)
 
-    def read_by_decode(self) -> tuple[nn.Module, ...]:
-        return self.conv1d, self.o_norm
+    def read_by_decode(self) -> tuple[tuple[Any, type[nn.Module]], ...]:
+        return *super().read_by_decode(), (self.o_norm, HeadRMSNorm)
 
     def decode_options(self) -> dict[str, Any]:
         norm = self.o_norm

@@ -232,8 +232,8 @@ class Mamba2Mixer(SSMMixer):
     def gate(self, y: Tensor, z: Tensor) -> Tensor:
         return self.norm(y, z)
 
-    def read_by_decode(self) -> tuple[nn.Module, ...]:
-        return self.conv1d, self.norm
+    def read_by_decode(self) -> tuple[tuple[Any, type[nn.Module]], ...]:
+        return *super().read_by_decode(), (self.norm, GatedRMSNorm)
 
     def decode_options(self) -> dict[str, Any]:
         norm = self.norm

@@ -3,6 +3,8 @@
 Shapes: b batch, n sequence, D hidden size, h heads, p head dim, N state size, k conv kernel.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -246,17 +248,20 @@ class StateMixer(nn.Module):
         window = layer.conv_states[0]
         if torch.is_grad_enabled() or torch.compiler.is_compiling() or window.shape[-1] != self.conv_kernel:
             return False
-        for module in self.read_by_decode():
+        for module, kind in self.read_by_decode():
             own = vars(module)
-            if own["_forward_hooks"] or own["_forward_pre_hooks"] or "forward" in own or module.weight.is_meta:
+            if not isinstance(module, kind) or own["_forward_hooks"] or own["_forward_pre_hooks"] or "forward" in own:
+                return False
+            if module.weight.is_meta:
                 return False
         if window.is_cpu and window.stride(1) != 1:
             layer.conv_states[0] = by_tap(window)
         return True
 
-    def read_by_decode(self) -> tuple[nn.Module, ...]:
-        """Modules whose weights `decode` reads, without calling them."""
-        return (self.conv1d,)
+    def read_by_decode(self) -> tuple[tuple[Any, type[nn.Module]], ...]:
+        """Modules whose weights `decode` reads, without calling them, and their classes: an adapter around one
+        has its weight too, and computes something else."""
+        return ((self.conv1d, CausalConv1d),)
 
     def _scan(self, inputs: Tensor, raw: Tensor, cache, real: Tensor | None, segment_ids: Tensor | None) -> Tensor:
         """Any number of tokens, with or without a cache, which is updated: inputs of the convolution (b, n, channels)

@@ -71,7 +71,8 @@ def no_c(window: Tensor, state: Tensor, kinds: set[tuple[torch.dtype, torch.devi
     if len(kinds) > 1 or state.dtype != torch.float32:
         return f"it computes in float32 and tensors are {', '.join(sorted(str(dtype) for dtype, _ in kinds))}"
     _, channels, kernel = window.shape
-    if window.stride() != (channels * kernel, 1, channels) or not state.is_contiguous():
+    usual = window.stride() == (channels * kernel, 1, channels)
+    if not (usual or window.mT.is_contiguous()) or not state.is_contiguous():  # one row or tap has any stride
         return "the window's memory is not (batch, kernel, channels), or the state's is not contiguous"
     if type(state) is not Tensor or type(window) is not Tensor:
         return f"state is a {type(state).__name__}; it must be a plain tensor"

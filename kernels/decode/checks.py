@@ -69,6 +69,14 @@ def fits_delta(
     )
 
 
+def fits_rows(real: object, state: Tensor) -> bool:
+    """Whether `real` is None or says of each row of the batch whether there is a token."""
+    if real is None:
+        return True
+    fits = isinstance(real, Tensor) and real.dtype == torch.bool and real.device == state.device
+    return fits and real.shape == state.shape[:1]
+
+
 def _fit_by_channel(weight: Tensor, bias: Tensor | None, channels: int) -> bool:
     return weight.dim() == 2 and weight.shape[0] == channels and (bias is None or bias.shape == (channels,))
 
@@ -79,6 +87,8 @@ def explain(where: str, tensors: dict[str, Tensor | None], given: tuple[str, ...
     check_tensors(where, **tensors)
     state, real = tensors["state"], tensors["real"]
     assert state is not None
+    if real is not None and real.device != state.device:
+        raise ValueError(f"{where}: real is on {real.device}, state on {state.device}; move them to one device")
     check_floating(where, "state", state.device, **{name: x for name, x in tensors.items() if name != "real"})
     if real is not None and real.dtype != torch.bool:
         raise ValueError(f"{where}: real must be bool, False at padding, got {real.dtype}")

@@ -74,7 +74,7 @@ def ssd_decode_in_place(
     z = _as(gate, wide)
     y = y.view(batch, inner).mul_(F.silu(z if gate_bias is None else z + _as(gate_bias, wide)))
     if norm_weight is not None:
-        grouped = y.view(batch, groups, -1)
+        grouped = y.view(batch, groups, inner // groups)
         grouped.mul_(_one_by_root(grouped.square().mean(-1, True), norm_eps))
         y.mul_(_as(norm_weight, wide))
     return _as(y, inputs.dtype)
@@ -112,7 +112,8 @@ def delta_decode_in_place(
         raw = log_decay if dt_bias is None else log_decay + _as(dt_bias, wide)
         log_decay = _as(A_log, wide).exp().mul(F.softplus(raw)).neg_()
     own = _as(state, wide)
-    own.mul_(log_decay.exp().view(batch, heads, -1, 1))
+    channels = decay.shape[2] if decay.dim() == 3 else 1
+    own.mul_(log_decay.exp().view(batch, heads, channels, 1))
     change = (v - (own * k).sum(-2)).mul_(_as(beta, wide).sigmoid().unsqueeze(-1))
     own.addcmul_(k, change.unsqueeze(-2))
     y = (own * qk[:, 0]).sum(-2).mul_(key_dim**-0.5)
@@ -120,7 +121,7 @@ def delta_decode_in_place(
         state.copy_(own)
     y.mul_(_one_by_root(y.square().mean(-1, True), norm_eps)).mul_(_as(norm_weight, wide))
     z = _as(gate, wide)
-    y = y.view(batch, -1).mul_(z.sigmoid() if sigmoid else F.silu(z))
+    y = y.view(gate.shape).mul_(z.sigmoid() if sigmoid else F.silu(z))
     return _as(y, inputs.dtype)
 
 

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 from mohawk.kernels.common.packages import no_triton
 from mohawk.kernels.decode.c_backend import MOST, delta_decode_c, no_c, ssd_decode_c
-from mohawk.kernels.decode.checks import explain, fits_delta, fits_ssd, usual
+from mohawk.kernels.decode.checks import explain, fits_delta, fits_rows, fits_ssd, usual
 from mohawk.kernels.decode.in_place import delta_decode_in_place, ssd_decode_in_place
 from mohawk.kernels.decode.reference import delta_decode_reference, ssd_decode_reference
 
@@ -81,7 +82,7 @@ def ssd_decode_step(
         window, state, inputs, gate, decay, weight, bias, per_head, per_channel
     )
     kinds = {(x.dtype, x.device) for x in tensors if x is not None} if fits else set()
-    if not (fits and _of_rows(real, inputs) and usual(kinds, state.device)):
+    if not (fits and fits_rows(real, state) and usual(kinds, state.device)):
         names = ("window", "state", "inputs", "gate", "decay", "weight", "bias", "A_log", "dt_bias", "D", "gate_bias",
                  "norm_weight")  # fmt: skip
         named = {**dict(zip(names, tensors, strict=True)), "real": real}
@@ -94,14 +95,14 @@ def ssd_decode_step(
              norm_weight, norm_eps)  # fmt: skip
     backend = _chosen(where, backend, window, state, kinds, real)
     if backend == "c":
-        return ssd_decode_c(*given, real)
+        return _written(window, state, ssd_decode_c(*given, real))
     if backend == "in_place":
         return ssd_decode_in_place(*given)
     if backend == "reference":
         return ssd_decode_reference(*given, real)
     from mohawk.kernels.decode.triton_backend import ssd_decode_triton
 
-    return ssd_decode_triton(*given, real)
+    return _written(window, state, ssd_decode_triton(*given, real))
 
 
 def delta_decode_step(
@@ -141,7 +142,7 @@ def delta_decode_step(
         window, state, inputs, gate, beta, decay, weight, bias, per_head, norm_weight
     )
     kinds = {(x.dtype, x.device) for x in tensors if x is not None} if fits else set()
-    if not (fits and _of_rows(real, inputs) and usual(kinds, state.device)):
+    if not (fits and fits_rows(real, state) and usual(kinds, state.device)):
         names = ("window", "state", "inputs", "gate", "beta", "decay", "weight", "norm_weight", "bias", "A_log",
                  "dt_bias")  # fmt: skip
         named = {**dict(zip(names, tensors, strict=True)), "real": real}
@@ -154,14 +155,14 @@ def delta_decode_step(
              gate_activation == "sigmoid")  # fmt: skip
     backend = _chosen(where, backend, window, state, kinds, real)
     if backend == "c":
-        return delta_decode_c(*given, real)
+        return _written(window, state, delta_decode_c(*given, real))
     if backend == "in_place":
         return delta_decode_in_place(*given)
     if backend == "reference":
         return delta_decode_reference(*given, real)
     from mohawk.kernels.decode.triton_backend import delta_decode_triton
 
-    return delta_decode_triton(*given, real)
+    return _written(window, state, delta_decode_triton(*given, real))
 
 
 def _whole(window: Tensor, state: Tensor, inputs: Tensor, given: tuple[object, ...], optional: tuple) -> bool:
@@ -171,8 +172,12 @@ def _whole(window: Tensor, state: Tensor, inputs: Tensor, given: tuple[object, .
     return window.dim() == 3 and state.dim() == 4 and inputs.dim() == 2
 
 
-def _of_rows(real: Tensor | None, inputs: Tensor) -> bool:
-    return real is None or (real.dtype == torch.bool and real.shape == inputs.shape[:1])
+def _written(window: Tensor, state: Tensor, y: Tensor) -> Tensor:
+    """Tells autograd of what it cannot see: a graph that kept these would have gradients of other values."""
+    for changed in (window, state):
+        if not changed.is_inference():
+            increment_version(changed)
+    return y
 
 
 def _chosen(

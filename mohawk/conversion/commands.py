@@ -78,9 +78,10 @@ def _memory(text: str) -> int:
     """An argparse type: bytes with a unit."""
     units = {"MB": 1e6, "GB": 1e9, "MiB": 2**20, "GiB": 2**30}
     found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(MB|GB|MiB|GiB)", text.strip())
-    if found is None or float(found[1]) == 0:
+    size = 0.0 if found is None else float(found[1]) * units[found[2]]
+    if not 1 <= size < 2**60:
         raise argparse.ArgumentTypeError(f"got {text!r}; allowed: a number with MB, GB, MiB or GiB, such as 80GB")
-    return int(float(found[1]) * units[found[2]])
+    return int(size)
 
 
 def _add_select(parser: argparse.ArgumentParser) -> None:

@@ -100,6 +100,42 @@ def test_what_auto_takes(monkeypatch):
     assert ran == ["in_place", "reference", "c", "c", "in_place", "in_place"]
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_graph_that_kept_what_changed_says_so(backend):
+    """Its gradient would be of other values."""
+    given = arguments()
+    for name in ("window", "state"):
+        parameter = torch.ones(given[name].shape, requires_grad=True)
+        product = (parameter * given[name]).sum()
+        ssd_decode_step(**given, backend=backend)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            product.backward()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("form", ("mamba2", "gated_delta", "kimi_delta"))
+def test_no_row(form, backend):
+    """A batch that has ended altogether."""
+    moving, fixed, state = PROBLEMS[form](form, 2, 4, 5, 7, 2)
+    moving = {name: x[:0] for name, x in moving.items()}
+    made, _, after = steps(form, moving, fixed, state[:0], backend, torch.float32)
+    assert made.shape == (0, 4, 20) and after.shape == (0, *state.shape[1:])
+
+
+def test_c_takes_a_window_of_one_tap_or_row():
+    """Whose strides say nothing of how it lies."""
+    given = arguments()
+    one_tap = {**given, "window": torch.zeros(2, given["window"].shape[1], 1), "weight": given["weight"][:, :1]}
+    row = {name: x[:1] if name in ("window", "state", "inputs", "gate", "decay") else x for name, x in given.items()}
+    window = row["window"]
+    row["window"] = window.as_strided(window.shape, (7, *window.stride()[1:]))
+    for given in (one_tap, row):
+        first, second = ({name: x.clone() for name, x in given.items()} for _ in range(2))
+        made = ssd_decode_step(**first | {"window": given["window"]}, backend="c")
+        torch.testing.assert_close(made, ssd_decode_step(**second, backend="reference"), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(given["window"], second["window"], rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("compiler", ("no-such-compiler", "false"))
 def test_a_compiler_that_is_missing_or_fails(monkeypatch, compiler):
     """Said, and torch goes on."""
@@ -124,6 +160,8 @@ def test_a_compiler_that_is_missing_or_fails(monkeypatch, compiler):
         ({"gate": torch.zeros(2, 20, dtype=torch.int64)}, "gate must be floating point, got torch.int64"),
         ({"real": torch.ones(2)}, "real must be bool, False at padding, got torch.float32"),
         ({"real": torch.ones(3, dtype=torch.bool)}, r"real \(3,\)"),
+        ({"real": [True, False]}, "real is a list; it must be a tensor"),
+        ({"real": torch.ones(2, dtype=torch.bool, device="meta")}, "real is on the meta device"),
         ({"activation": "gelu"}, "activation must be None or 'silu', got 'gelu'"),
         ({"A_log": None}, "dt_bias is given without A_log"),
         ({"backend": "cuda"}, "backend must be one of auto, reference, in_place, c, triton, got 'cuda'"),

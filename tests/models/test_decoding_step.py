@@ -74,6 +74,31 @@ def test_hooks_run(student, calls):
     assert len(ran) == 6 and not calls
 
 
+class Around(torch.nn.Module):
+    """As an adapter is: it has the weight of what it stands for, and computes something else."""
+
+    def __init__(self, module):
+        super().__init__()
+        self.module = module
+
+    @property
+    def weight(self):
+        return self.module.weight
+
+    def forward(self, *given, **options):
+        return 2 * self.module(*given, **options)
+
+
+def test_modules_with_adapters_around_them_run(student, calls):
+    mixer = student.model.layers[1].self_attn
+    for module, _ in mixer.read_by_decode():
+        name = next(name for name, child in mixer.named_children() if child is module)
+        setattr(mixer, name, Around(module))
+        torch.testing.assert_close(decode(student, [False] * 4), whole(student), rtol=1e-4, atol=1e-4)
+        assert not calls
+        setattr(mixer, name, module)
+
+
 def test_a_row_that_has_ended(student, calls):
     """Padding behind a row's tokens: its state stays, and the other row goes on as by itself."""
     masks = torch.ones(2, 9, dtype=torch.long)

@@ -77,7 +77,8 @@ def test_what_does_not_go_together(planned, options, said):
     assert said in planned(*options)[1]
 
 
-def test_memory_has_a_unit(planned, capsys):
+@pytest.mark.parametrize("size", ["80", "0GB", "0.0000001MB", 400 * "9" + "GB"])
+def test_memory_has_a_unit_and_a_size(size, planned, capsys):
     with pytest.raises(SystemExit):
-        planned("--dry-run", "--device-memory", "80")
-    assert "got '80'; allowed: a number with MB, GB, MiB or GiB, such as 80GB" in capsys.readouterr().err
+        planned("--dry-run", "--device-memory", size)
+    assert f"got '{size}'; allowed: a number with MB, GB, MiB or GiB, such as 80GB" in capsys.readouterr().err
