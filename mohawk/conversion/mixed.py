@@ -172,7 +172,7 @@ def mixed_student(run: TrainedRun, chosen: Mapping[int, TrainedRun], teacher: Pr
     for source in {each.folder: each for each in chosen.values()}.values():
         if source.folder != run.folder:
             layers = decoder_layers(_loaded(source))
-            for i in (i for i, each in chosen.items() if each is source):
+            for i in (i for i, each in chosen.items() if each.folder == source.folder):  # named once or twice
                 decoder_layers(student)[i] = layers[i]
     config = mixed_config(run, chosen)
     for name in ("layer_types", "mixer", "mixer_bias"):

@@ -62,7 +62,8 @@ def test_layers_of_two_runs(runs, tmp_path, capsys):
     as any run."""
     mamba, delta = runs("mamba", mixer="mamba2"), runs("delta", mixer="gated_delta")
     line = ["compose", str(mamba), "--mixers-of", str(delta), "1", "3", "--attention"]
-    assert main([*line, "--output", str(tmp_path / "both"), *SETS]) == 0
+    twice = [*line[:5], "--mixers-of", str(delta), "3", "--attention"]  # the same run
+    assert main([*twice, "--output", str(tmp_path / "both"), *SETS]) == 0
     both = trained(tmp_path / "both")
     assert both.config.mixer == {0: "mamba2", 1: "gated_delta", 2: "mamba2", 3: "gated_delta"}
     recipe = Recipe.load(tmp_path / "both" / "recipe.yaml")
