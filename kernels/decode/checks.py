@@ -73,8 +73,9 @@ def fits_rows(real: object, state: Tensor) -> bool:
     """Whether `real` is None or says of each row of the batch whether there is a token."""
     if real is None:
         return True
-    fits = isinstance(real, Tensor) and real.dtype == torch.bool and real.device == state.device
-    return fits and real.shape == state.shape[:1]
+    if not isinstance(real, Tensor) or real.device != state.device:
+        return False
+    return real.dtype == torch.bool and real.shape == state.shape[:1]
 
 
 def _fit_by_channel(weight: Tensor, bias: Tensor | None, channels: int) -> bool:
