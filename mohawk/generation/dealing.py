@@ -13,6 +13,7 @@ import torch
 
 from mohawk.core.processes import agree, count, from_all, is_first, rank
 from mohawk.data.records import Prompt
+from mohawk.errors import SaidElsewhere, UserError
 from mohawk.generation.decoding import LocalTeacher, Response
 from mohawk.models.sharding import called_apart, is_sharded
 
@@ -44,14 +45,24 @@ class DealtTeacher:
             begin += each * count()
 
     def serve(self, prompts: Sequence[Prompt]) -> None:
-        """Answer this process's share, on all but the first, until it says that it is done."""
+        """Answer this process's share, on all but the first, until it says that it is done. Raises what it says that
+        ends all."""
         assert not is_first()
         while (asked := agree(None)) is not None:
+            if isinstance(asked, BaseException):
+                raise asked
             self._round(prompts, *asked)
 
-    def done(self) -> None:
-        """Let the others go; where the first one fails amid a round they hear of that by its end."""
-        if not self.busy:
+    def done(self, failed: BaseException | None = None) -> None:
+        """Let the others go, which end with an error where the first one has `failed`; amid a round they hear of that
+        by its end."""
+        if self.busy:
+            return
+        if isinstance(failed, UserError):
+            agree(SaidElsewhere(str(failed)))
+        elif failed is not None:
+            agree(SystemExit(130 if isinstance(failed, KeyboardInterrupt) else 1))
+        else:
             agree(None)
 
     def _round(self, prompts: Sequence[Prompt], begin: int, first: int, stop: int) -> list[Answered]:

@@ -115,8 +115,10 @@ def _generate_together(prompts: Sequence[Prompt], teacher: LocalTeacher, output:
         return
     try:
         generate_data(prompts, dealt, output, filters=filters)
-    finally:
-        dealt.done()
+    except BaseException as error:
+        dealt.done(error)
+        raise
+    dealt.done()
 
 
 def generate_data(

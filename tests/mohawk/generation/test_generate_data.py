@@ -15,7 +15,7 @@ from mohawk.data.generated import REJECTED, RESPONSES, SUMMARY
 from mohawk.data.records import read_prompts, read_records
 from mohawk.data.source_files import check_written
 from mohawk.errors import UserError
-from mohawk.generation import decoding
+from mohawk.generation import decoding, filters
 from mohawk.generation.decoding import Decoding, LocalTeacher, Response
 from mohawk.generation.endpoint import EndpointTeacher
 from mohawk.generation.filters import Filters
@@ -617,6 +617,13 @@ def no_room(rank):
     decoding.device_bytes = lambda device: 1
 
 
+def broken_judge(rank):
+    def verdicts(self, prompt, responses):
+        raise RuntimeError("a bug")
+
+    filters.Judge.verdicts = verdicts
+
+
 @pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="needs gloo")
 def test_several_processes_write_what_one_does(prompts, model, tokenizer, tmp_path):
     """Batches lie across prompts; then the teacher is in parts, and goes on with what one process has begun."""
@@ -635,6 +642,11 @@ def test_several_processes_write_what_one_does(prompts, model, tokenizer, tmp_pa
     for a, b in zip(mine, theirs, strict=True):
         assert a["logprob"] == pytest.approx(b["logprob"], abs=1e-3) and a["response"] == b["response"]
     # what the first process refuses ends the others
-    assert two_processes(tmp_path / "said", *command, "--output", str(two), "--seed", "7")[0] == 2
+    assert two_processes(tmp_path / "said", *command, "--output", str(two), "--seed", "7") == [2, 2]
     said = (tmp_path / "said/0.txt").read_text()
     assert "holds answers made with other settings" in said and "Traceback" not in said
+    assert not (tmp_path / "said/1.txt").read_text()
+    bug = two_processes(tmp_path / "said", *command, "--output", str(tmp_path / "new"), before=broken_judge)
+    assert 0 not in bug
+    assert "a bug" in (tmp_path / "said/0.txt").read_text()
+    assert (tmp_path / "said/1.txt").read_text().endswith("SystemExit: 1\n")
