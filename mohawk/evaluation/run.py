@@ -57,7 +57,7 @@ def _evaluate(recipe: RecipeFile, folder: Path, name: str, overrides: Sequence[s
     from mohawk.data.same_tokenizer import check_same, own_tokenizer, teacher_tokenizer
     from mohawk.loading.models import load_teacher
     from mohawk.measures.behaviour import behaviour
-    from mohawk.measures.compare import compare, decode_speed
+    from mohawk.measures.compare import compare, contexts_within, decode_speed
     from mohawk.measures.consistency import broken_in, inconsistencies, some_tokens
     from mohawk.runs.report import fingerprint, report_consistency
     from mohawk.runs.steps import long_rows, whole_models
@@ -79,9 +79,10 @@ def _evaluate(recipe: RecipeFile, folder: Path, name: str, overrides: Sequence[s
             console.print("decoding is not timed: student and teacher together do not fit into one process")
             return {"decoding": {}}
         both = {"teacher": models[1], "student": models[0]}
+        contexts = contexts_within(list(both.values()), asked.contexts, asked.decode_tokens)
         return {
             "decoding": {
-                kind: [asdict(speed) for speed in decode_speed(model, asked.contexts, asked.decode_tokens)]
+                kind: [asdict(speed) for speed in decode_speed(model, contexts, asked.decode_tokens)]
                 for kind, model in both.items()
             },
             "consistency": inconsistencies(models[0].eval(), some_tokens(models[0])),

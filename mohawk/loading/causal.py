@@ -38,6 +38,20 @@ def embedding_rows(model: CausalLM) -> int:
     return getattr(embedding, "num_embeddings", None) or len(embedding.weight)
 
 
+def position_rows(model: CausalLM) -> int | None:
+    """How many tokens a model can read that looks their positions up in a table, as GPT-2 does; None of one that
+    computes them, as rotary embeddings are."""
+    plain = plain_model(model)
+    most = getattr(plain.config.get_text_config(), "max_position_embeddings", None)
+    if not isinstance(most, int):
+        return None
+    words = within_peft(model.get_input_embeddings())
+    tables = (module for module in plain.modules() if isinstance(module, nn.Embedding) and module is not words)
+    # a few rows more than positions: OPT's begin at 2
+    found = [table for table in tables if most <= table.num_embeddings <= most + 2]
+    return min((table.num_embeddings - getattr(table, "offset", 0) for table in found), default=None)
+
+
 def within_peft(module: Any) -> Any:
     for name in ("original_module", "base_layer"):  # peft's, a wrapper around an adapter around the module
         module = getattr(module, name, module)

@@ -45,7 +45,7 @@ def behaviour(
         for name, rows in texts.items():
             found["positions"][name] = by_position(models, rows[:, :longest])
         if texts:
-            prompts = prompts_of(list(texts.values())[-1])
+            prompts = prompts_of(list(texts.values())[-1][:, :longest])
             found["written"] = written(models, tokenizers["teacher"], prompts, new_tokens)
     return found
 

@@ -7,6 +7,7 @@ head again. Logits are float32 and never whole: a few hundred rows at a time go 
 from __future__ import annotations
 
 import contextlib
+import logging
 import math
 import statistics
 import time
@@ -21,7 +22,7 @@ from mohawk.core.processes import count, from_all, rank
 from mohawk.data.next_tokens import IGNORED, next_labels
 from mohawk.data.packing import collate
 from mohawk.errors import UserError
-from mohawk.loading.causal import plain_model
+from mohawk.loading.causal import plain_model, position_rows
 from mohawk.losses.heads import Head, final_hidden_states
 from mohawk.measures.agreement import FIGURES, Tally, token_figures
 from mohawk.models.call import CACHE
@@ -31,6 +32,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from mohawk.loading.causal import CausalLM
+
+log = logging.getLogger(__name__)
 
 WHO = ("teacher", "student")
 ROWS = 256  # through the heads at once: 256 x 49152 float32 logits are 50 MB a side
@@ -235,6 +238,17 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 @torch.inference_mode()
+def contexts_within(models: Sequence[CausalLM], contexts: Sequence[int], new_tokens: int) -> list[int]:
+    """The contexts that `decode_speed` can measure with all of these models; those left out are logged."""
+    fitting = [context for context in contexts if all(room_for(model, context) > new_tokens for model in models)]
+    if beyond := [f"{context:,}" for context in contexts if context not in fitting]:
+        log.warning(
+            "evaluation.contexts: %s not timed, with %d tokens more they are beyond a model's last position",
+            ", ".join(beyond), new_tokens,
+        )  # fmt: skip
+    return fitting
+
+
 def decode_speed(
     model: CausalLM,
     contexts: Sequence[int],
@@ -310,13 +324,25 @@ def cache_bytes(cache: Any) -> int:
 
 
 @torch.inference_mode()
+def room_for(model: CausalLM, tokens: int) -> int:
+    """How many tokens a model can write after so many; no bound where it computes positions."""
+    rows = position_rows(model)
+    return 2**31 if rows is None else max(0, rows - tokens)
+
+
 def continuation(model: CausalLM, tokenizer: PreTrainedTokenizerBase, prompt: str, new_tokens: int = 60) -> str:
-    """The model's greedy continuation of `prompt`, without it. Raises UserError for an empty prompt."""
+    """The model's greedy continuation of `prompt`, without it, as far as its positions go.
+
+    Raises UserError for an empty prompt.
+    """
     inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
     inputs.pop("token_type_ids", None)
     length = inputs["input_ids"].shape[1]
     if length == 0:
         raise UserError("evaluation.prompt: this tokenizer makes no token of it; give some words")
+    new_tokens = min(new_tokens, room_for(model, length))
+    if new_tokens == 0:
+        return ""
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     with evaluating(model):
         # pyrefly: ignore[not-callable]  # a method of the class that mixes it in

@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from mohawk.losses.heads import Head
-from mohawk.measures.compare import exp, packed_hidden_states
+from mohawk.loading.causal import embedding_rows
+from mohawk.losses.heads import Head, vocabulary_rows
+from mohawk.measures.compare import exp, packed_hidden_states, room_for
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -25,15 +26,19 @@ if TYPE_CHECKING:
 GRAM = 4  # tokens in a row that count as a repetition when they come again
 
 
-def write(model: CausalLM, prompts: Tensor, new_tokens: int, eos: Sequence[int]) -> list[list[int]]:
+def write(
+    model: CausalLM, prompts: Tensor, new_tokens: int, eos: Sequence[int], vocab_size: int | None = None
+) -> list[list[int]]:
     """A model's greedy continuations of prompts of the same length, (prompts, n) token ids, each up to the first of the
-    tokens that end a text, which is not in it."""
+    tokens that end a text, which is not in it. vocab_size: no id from it on is written."""
+    known = vocabulary_rows(model)
+    beyond = None if vocab_size is None else list(range(vocab_size, known)) or None
     with torch.inference_mode():
         # pyrefly: ignore[not-callable]  # a method of the class that mixes it in
         ids = model.generate(
             prompts.to(model.device), attention_mask=torch.ones_like(prompts).to(model.device),
             max_new_tokens=new_tokens, do_sample=False, temperature=None, top_p=None, top_k=None,
-            eos_token_id=list(eos) or None, pad_token_id=eos[0] if eos else 0,
+            eos_token_id=list(eos) or None, pad_token_id=eos[0] if eos else 0, suppress_tokens=beyond,
         )  # fmt: skip
     made = []
     for row in ids[:, prompts.shape[1] :].tolist():
@@ -86,13 +91,19 @@ def written(
 ) -> dict[str, Any]:
     """Greedy continuations of (prompts, n) token ids by teacher and student, with the same tokenizer.
 
+    Only ids that both models can read are written, and no more than both have positions for.
+
     Returns {"prompts", "tokens" (the most that were asked for), "teacher", "student", "same"}. Of each model: mean
     `length` and share `ended` (by a token that ends texts), `repeated` and the teacher's `perplexity`. same: `first`,
     how many tokens agree before the first that differs, mean; `scores` of `overlap_scores`, the student's text against
     the teacher's.
     """
     eos = [tokenizer.eos_token_id] if isinstance(tokenizer.eos_token_id, int) else []
-    texts = {who: write(model, prompts, new_tokens, eos) for who, model in models.items()}
+    new_tokens = min(new_tokens, *(room_for(model, prompts.shape[1]) for model in models.values()))
+    if new_tokens == 0:
+        return {}
+    shared = min(map(embedding_rows, models.values()))
+    texts = {who: write(model, prompts, new_tokens, eos, shared) for who, model in models.items()}
     told: dict[str, Any] = {"prompts": len(prompts), "tokens": new_tokens}
     for who, found in texts.items():
         shares = [share for text in found if (share := repeated(text)) is not None]

@@ -15,8 +15,10 @@ from typing import Any
 
 from mohawk.core.folders import drop_file, locked, why_altered
 from mohawk.core.json_files import write_text
+from mohawk.core.lines import sums_of
 from mohawk.core.processes import on_first
 from mohawk.core.run_folder import (
+    METRICS_FILE,
     RECIPE,
     ROUNDS,
     RUN_FILE,
@@ -72,10 +74,13 @@ def _claimed(run: Path, recipe: RecipeFile) -> Iterator[None]:
     written = run / RECIPE
     with ExitStack() as stack:
         changed = check_folder(run, recipe)
+        anew = bool(changed) and not _trained(run)
         try:
             run.mkdir(parents=True, exist_ok=True)
             stack.enter_context(locked(run))
-            if anew := bool(changed) and not _trained(run):
+            if anew and _trained(run):
+                raise UserError(f"output: another process has trained in {run} meanwhile; choose another output")
+            if anew:
                 _forget(run)
             write_bound(run, recipe)  # first: of the two it is the one to go by
             write_text(written, recipe.to_yaml())
@@ -134,6 +139,8 @@ def _forget(run: Path) -> None:
     for path in list(summed_files(run)):
         if path.name not in (RECIPE, RUN_FILE):
             drop_file(path)
+    for path in (run / METRICS_FILE, sums_of(run / METRICS_FILE)):  # of steps that no checkpoint holds
+        path.unlink(missing_ok=True)
 
 
 def _written(run: Path, kind: type) -> Any:

@@ -21,12 +21,14 @@ from mohawk.core.run_folder import evaluation_file
 from mohawk.data.packing import Data, PackedDataset, load_data
 from mohawk.data.same_tokenizer import teacher_tokenizer
 from mohawk.errors import UserError
+from mohawk.loading.causal import position_rows
 from mohawk.loading.models import load_teacher
 from mohawk.measures.agreement import acceptance_words
 from mohawk.measures.compare import TeacherStates, compare, teacher_states
 from mohawk.runs.binding import bind
 from mohawk.runs.kept import Compared
 from mohawk.runs.sharding import Parts
+from mohawk.schema.base import sections
 from mohawk.training.pipeline import PipelineStage
 
 if TYPE_CHECKING:
@@ -163,9 +165,22 @@ def open_run(
         teacher = load(device, spread)
     for name, tokens in data.texts():
         refuse_tokens(tokens, name, teacher.config.get_text_config().vocab_size)
+    _refuse_lengths(recipe, teacher)
     run = RunContext(recipe, folder, console, device, autocast, tokenizer, data, teacher, {}, parts)
     run.ask_teacher()
     return run
+
+
+def _refuse_lengths(recipe: Any, teacher: PreTrainedModel) -> None:
+    """UserError where rows are longer than a teacher can read that looks positions up in a table."""
+    rows = position_rows(teacher)
+    for at, section in sections(recipe):
+        length = getattr(section, "sequence_length", None)
+        if rows is not None and isinstance(length, int) and length > rows:
+            raise UserError(
+                f"{at}.sequence_length: got {length}, but {recipe.teacher.model} has positions for {rows} tokens; give "
+                f"{rows} or less"
+            )
 
 
 def read_text(recipe: Any, tokenizer: PreTrainedTokenizerBase) -> TextData:

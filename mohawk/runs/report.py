@@ -75,7 +75,7 @@ def finish(
     padding or turn by turn as in one full forward: its likelihoods are those of a model that nobody can use.
     """
     from mohawk.measures.behaviour import behaviour
-    from mohawk.measures.compare import continuation, decode_speed
+    from mohawk.measures.compare import contexts_within, continuation, decode_speed
     from mohawk.measures.consistency import broken_paths, inconsistencies, some_tokens
 
     folder = Path(folder)
@@ -90,9 +90,9 @@ def finish(
     earlier = read_json(folder / RESULTS, Measured) or {}
     if earlier.get("recipe", {}).get("evaluation") != asked.model_dump(mode="json") or earlier.get("broken"):
         earlier = {}
+    contexts = contexts_within(list(models.values()), asked.contexts, asked.decode_tokens) if whole else []
     decoding = earlier.get("decoding") or {
-        who: [asdict(s) for s in decode_speed(model, asked.contexts, asked.decode_tokens)] if whole else []
-        for who, model in models.items()
+        who: [asdict(s) for s in decode_speed(model, contexts, asked.decode_tokens)] for who, model in models.items()
     }
     continuations = earlier.get("continuations") or {}
     if whole and not continuations:

@@ -253,8 +253,10 @@ def test_any_causal_model_may_teach(checkpoints, tokenizer, texts, tmp_path):
     shape = {"n_embd": 24, "n_layer": 4, "n_head": 3, "n_positions": 64, "bos_token_id": 256, "eos_token_id": 257}
     GPT2LMHeadModel(GPT2Config(vocab_size=258, **shape)).save_pretrained(tmp_path / "gpt2")
     tokenizer.save_pretrained(tmp_path / "gpt2")
-    stage = {"hidden": {}, "attention": {}}
-    distill(recipe_of(checkpoints, texts, tmp_path / "run", stage, teacher=str(tmp_path / "gpt2")))
+    stage, teacher = {"hidden": {}, "attention": {}}, str(tmp_path / "gpt2")
+    with pytest.raises(UserError, match=r"stages.0.sequence_length: got 65, but .*gpt2 has positions for 64 tokens"):
+        distill(recipe_of(checkpoints, texts, tmp_path / "run", {"sequence_length": 65}, teacher=teacher))
+    distill(recipe_of(checkpoints, texts, tmp_path / "run", stage, teacher=teacher))
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "student").config.n_layer == 2
 
 

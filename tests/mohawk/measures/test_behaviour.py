@@ -158,3 +158,42 @@ def test_behaviour_stays_within_the_models_positions(make_llama, tokenizer):
     assert found["written"]["same"]["first"] == found["written"]["student"]["length"]  # the same model
     assert behaviour(models, both, {}, longest=400, new_tokens=4) == {"retrieval": {}, "positions": {}, "written": {}}
     assert prompts_of(torch.arange(70).view(2, 35)).tolist() == [list(range(32)), list(range(35, 67))]
+
+
+def test_a_larger_student_writes_what_its_teacher_can_read(make_llama, tokenizer):
+    """Each greedy choice is the most probable of the ids that both have."""
+    teacher, student = make_llama(0), make_llama(1, vocab_size=320)
+    with torch.no_grad():
+        direction = torch.randn(32)
+        student.lm_head.weight[300:302] = torch.stack([direction, -direction]) * 50  # one of both is always on top
+    prompts = torch.randint(0, 250, (2, 8), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        logits = student(prompts).logits[:, -1]
+    assert bool((logits.argmax(-1) >= 258).all())
+    texts = write(student, prompts, 1, [], 258)
+    assert [text[0] for text in texts] == logits[:, :258].argmax(-1).tolist()
+    found = written({"teacher": teacher, "student": student}, tokenizer, prompts, 6)
+    assert math.isfinite(found["student"]["perplexity"])
+
+
+def test_models_with_a_table_of_positions(tokenizer, caplog):
+    """GPT-2 and OPT, whose table begins at 2, read no token beyond their last position."""
+    from transformers import GPT2Config, GPT2LMHeadModel, OPTConfig, OPTForCausalLM
+
+    from mohawk.loading.causal import position_rows
+    from mohawk.measures.compare import contexts_within, continuation, decode_speed
+
+    ends = {"bos_token_id": 256, "eos_token_id": 257}
+    gpt2 = GPT2LMHeadModel(GPT2Config(vocab_size=258, n_positions=40, n_embd=32, n_layer=1, n_head=2, **ends)).eval()
+    opt = OPTConfig(
+        vocab_size=258, max_position_embeddings=40, hidden_size=32, word_embed_proj_dim=32, ffn_dim=32,
+        num_hidden_layers=1, num_attention_heads=2, **ends,
+    )  # fmt: skip
+    for model in (gpt2, OPTForCausalLM(opt).eval()):
+        assert position_rows(model) == 40
+        assert contexts_within([model], [37, 38, 512], 2) == [37] and "38, 512 not timed" in caplog.text
+        assert decode_speed(model, [37], 2)[0].context == 37
+        continuation(model, tokenizer, "word " * 7, 60), continuation(model, tokenizer, "word " * 20, 60)
+        both, rows = {"teacher": model, "student": model}, torch.randint(0, 250, (2, 64))
+        found = behaviour(both, dict.fromkeys(both, tokenizer), {"held_out": rows}, longest=64, new_tokens=60)
+        assert found["written"]["tokens"] == 8 and found["positions"]["held_out"][-1]["last"] == 39

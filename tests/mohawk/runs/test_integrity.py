@@ -873,12 +873,14 @@ def test_a_run_that_trained_nothing_takes_another_recipe(place, caplog):
         pass
     shutil.copytree(place / "run" / "evaluation", place / "new" / "evaluation")  # of the student before
     before = (place / "new" / "evaluation" / "before.json").read_bytes()
+    append_line(place / "new" / "metrics.jsonl", '{"phase": "of_the_other", "step": 1, "tokens": 64, "loss": 1.0}')
     caplog.set_level(logging.INFO)
     changed = {"seed": 7, "student.init": "random"}
     check_folder(place / "new", recipe_of("new", **changed))
     convert(recipe_of("new", **changed))
     assert "beginning anew, as nothing was trained; changed since the last start: data.train.0.source" in caplog.text
     assert (place / "new" / "evaluation" / "before.json").read_bytes() != before
+    assert "of_the_other" not in (place / "new" / "metrics.jsonl").read_text()  # steps that no checkpoint had
     assert read_json(place / "new" / "run.json", Bound)["inputs"]["data.train.0 text"][0] == "texts"
     convert(recipe_of("fresh", **changed))
     first, second = (place / name / "student" / "model.safetensors" for name in ("new", "fresh"))
