@@ -199,7 +199,7 @@ def from_hidden(
                 kd_products.hidden_gradient(z_tile, weight, rounded, packed)
                 hidden_grad.index_copy_(0, rows[first:last], packed)
         if head_grad is not None:
-            kd_products.add_head_gradient(z_tile, part, rounded, head_grad[:vocab], first == 0)
+            kd_products.add_head_gradient(z_tile, part, rounded, head_grad[:vocab], first == 0, head.dtype)
         if bias_grad is not None:
             bias_grad[:vocab] += z_tile.sum(0)
     if kept is not None:

@@ -174,7 +174,7 @@ def hidden_gradient(grad: Tensor, head: Tensor, rounded: Tensor | None, out: Ten
     in grad's.
 
     `rounded` is grad in the head's 16-bit dtype where the caller has it: the sum over the vocabulary is
-    float32 inside the product either way, and only its terms are rounded.
+    float32 inside the product either way, and only its terms are rounded. On a CPU they are for 16-bit results alone.
     """
     if rounded is not None and _half_on_gpu(rounded, head):
         # Asked for bfloat16, cuBLAS may add parts of so long a sum in bfloat16.
@@ -185,16 +185,19 @@ def hidden_gradient(grad: Tensor, head: Tensor, rounded: Tensor | None, out: Ten
         torch.mm(grad, head, out=out)
     else:
         total = grad.new_zeros(out.shape)
-        with _bf16_instructions if _exact_in_bf16(head) else contextlib.nullcontext():
+        with _bf16_instructions if _exact_in_bf16(head, out) else contextlib.nullcontext():
             for columns, part in _slices(head, grad.dtype):
                 total.addmm_(grad[:, columns], part)
         out.copy_(total)
 
 
-def add_head_gradient(grad: Tensor, hidden: Tensor, rounded: Tensor | None, total: Tensor, first: bool) -> None:
+def add_head_gradient(
+    grad: Tensor, hidden: Tensor, rounded: Tensor | None, total: Tensor, first: bool, dtype: torch.dtype
+) -> None:
     """total += grad.T @ hidden, with grad and total in float32 or float64; `first`: total = grad.T @ hidden.
 
-    `rounded` as in `hidden_gradient`.
+    `rounded` as in `hidden_gradient`; `dtype` is what the total will be rounded to: on a CPU, terms are rounded for a
+    16-bit one alone.
     """
     if rounded is not None and _half_on_gpu(rounded, hidden):
         if first:
@@ -204,7 +207,7 @@ def add_head_gradient(grad: Tensor, hidden: Tensor, rounded: Tensor | None, tota
         for start in range(0, total.shape[0], step):
             total[start : start + step] += _float32_product(rounded[:, start : start + step].T, hidden)
         return
-    with _bf16_instructions if _exact_in_bf16(hidden) else contextlib.nullcontext():
+    with _bf16_instructions if dtype == hidden.dtype and _exact_in_bf16(hidden) else contextlib.nullcontext():
         total.addmm_(grad.T, hidden.to(total.dtype), beta=0 if first else 1)
 
 

@@ -14,7 +14,7 @@ EXTRAS = {
         "accelerate", "datasets", "einops", "gguf", "huggingface_hub", "jinja2", "matplotlib", "numpy", "safetensors",
         "tokenizers", "tqdm", "transformers",
     ),
-    "eval": ("lm_eval",),
+    "eval": ("lm_eval", "rouge_score", "sacrebleu"),
     "lora": ("peft",),
     "triton": ("triton",),
 }  # fmt: skip

@@ -101,7 +101,7 @@ class Results(Tabled):
 class Compares(TypedDict):
     """The part of results.json that runs are compared by."""
 
-    evaluation: dict[str, dict[str, dict[str, float]]]
+    evaluation: dict[str, dict[str, Compared]]
     parameters: dict[str, int]
     phases: dict[str, dict[str, float | None]]
     broken: NotRequired[str | None]

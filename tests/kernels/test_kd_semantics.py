@@ -341,7 +341,7 @@ def test_products_ask_a_gpu_for_float32(dtype):
         with pytest.raises(RuntimeError, match="dtype"):
             torch.mm(hidden, head.T, out=tile)
         kd_products.logits_product(hidden, head, tile)
-        kd_products.add_head_gradient(tile, hidden, grad, total, True)
+        kd_products.add_head_gradient(tile, hidden, grad, total, True, dtype)
 
 
 def test_onednn_sees_few_shapes_and_its_switch(monkeypatch):

@@ -173,6 +173,7 @@ def test_every_command_of_a_bare_install_says_what_to_install(tmp_path):
         "purify a.jsonl --by vote --output o": "convert",
         "export x": "convert",
         "inspect x": "convert",
+        "report x": "convert",
         "inspect x --matrices a": "convert",
     }
     words = {shlex.split(line)[0] for line in lines}
