@@ -49,7 +49,7 @@ def position_rows(model: CausalLM) -> int | None:
     tables = (module for module in plain.modules() if isinstance(module, nn.Embedding) and module is not words)
     # a few rows more than positions: OPT's begin at 2
     found = [table for table in tables if most <= table.num_embeddings <= most + 2]
-    return min((table.num_embeddings - getattr(table, "offset", 0) for table in found), default=None)
+    return min((table.num_embeddings - vars(table).get("offset", 0) for table in found), default=None)
 
 
 def within_peft(module: Any) -> Any:
