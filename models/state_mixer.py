@@ -3,6 +3,7 @@
 Shapes: b batch, n sequence, D hidden size, h heads, p head dim, N state size, k conv kernel.
 """
 
+import functools
 from typing import Any
 
 import torch
@@ -45,6 +46,15 @@ class CausalConv1d(nn.Conv1d):
         return causal_conv1d(
             x, weight, bias, activation=self.activation, initial_state=initial_state, segment_ids=segment_ids
         )
+
+
+@functools.cache
+def _says_how_it_decodes(kind: type) -> bool:
+    """Whether `decode_options` of a class of mixers is of the class that says what a step is, or of one below: a class
+    that changes a part of the step, and not them, decodes by its parts."""
+    owners = {name: i for i, owner in reversed(list(enumerate(kind.__mro__))) for name in vars(owner)}
+    parts = ("decay", "gates", "gate", "normed", "recur", "recur_step", "_step", "_cut", "_heads", "_normalised")
+    return owners["decode_options"] <= min(owners[name] for name in parts if name in owners)
 
 
 class StateMixer(nn.Module):
@@ -247,6 +257,8 @@ class StateMixer(nn.Module):
         """
         window = layer.conv_states[0]
         if torch.is_grad_enabled() or torch.compiler.is_compiling() or window.shape[-1] != self.conv_kernel:
+            return False
+        if not _says_how_it_decodes(type(self)):
             return False
         for module, kind in self.read_by_decode():
             own = vars(module)

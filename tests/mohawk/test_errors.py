@@ -55,6 +55,7 @@ def test_file_calls_say_path_reason_and_what_to_do(tmp_path):
 def test_a_read_or_write_that_fails_is_told_with_its_file(tmp_path):
     """Python's errors of these have no name; real ones: a memory that is not mapped, a device without room."""
     lost = "/proc/self/mem: Input/output error; check the disk or the network share, then run the same command"
+    lost += "; a file that a disk has lost has to be deleted or put back first"
     assert line_for(raised(lambda: Path("/proc/self/mem").read_bytes())) == lost
 
     def load():

@@ -95,6 +95,7 @@ def test_wheel_holds_everything_and_nothing_else(wheel, checkout):
     expected = {f"mohawk/recipes/{path.name}" for path in (checkout / "recipes").glob("*.yaml")}
     tasks = next(path.parent for path in (checkout / "mohawk").rglob("task_data.py"))
     expected |= {path.relative_to(checkout).as_posix() for path in tasks.iterdir() if path.suffix in (".tsv", ".yaml")}
+    expected |= {path.relative_to(checkout).as_posix() for path in (checkout / "mohawk").rglob("*.html")}
     expected.add("mohawk/py.typed")  # without it checkers read no types of an installed package
     for folder, inside in PACKAGES.items():
         found = (path.relative_to(checkout / folder) for path in (checkout / folder).rglob("*.py"))
@@ -337,6 +338,7 @@ def test_type_checkers_see_the_same_names_from_the_same_modules():
 # says in which version
 IMPORTED_AS = {
     "lm_eval": "lm-eval",
+    "rouge_score": "rouge-score",
     "mamba_ssm": "mamba-ssm",
     "causal_conv1d": "causal-conv1d",
     "ruamel": "ruamel-yaml",

@@ -17,7 +17,7 @@ from mohawk.conversion.recipe import Recipe
 from mohawk.conversion.run import convert
 from mohawk.conversion.select import greedy, select
 from mohawk.conversion.swap import keep_attention
-from mohawk.core.folders import is_complete, write_whole
+from mohawk.core.folders import is_complete, sum_file, write_whole
 from mohawk.errors import UserError
 from mohawk.loading.describe import describe
 from mohawk.measures.compare import compare, decode_speed
@@ -181,8 +181,13 @@ def test_a_stopped_selection_goes_on(run, selected, monkeypatch, capsys):
     assert set(found["rankings"]) == {"kl"} and found["settings"]["tokens"] == TOKENS - 32
 
 
+def copy_selection(selected, run):
+    for path in (selected / "selection.json", sum_file(selected / "selection.json")):
+        shutil.copy(path, run)
+
+
 def test_composed_runs_go_on_with_phase_3(run, selected, capsys):
-    shutil.copy(selected / "selection.json", run)
+    copy_selection(selected, run)
     order = json.loads((run / "selection.json").read_text())["rankings"]["kl"]["order"]
     setting = [f"phases.end_to_end.{key}" for key in ("tokens=128", "batch_size=2", "sequence_length=32")]
     setting.append("phases.end_to_end.gradient_accumulation=1")
@@ -298,7 +303,7 @@ def test_composing_again_after_the_run_was_trained_again(run, tmp_path, capsys):
 
 
 def test_inspect_says_what_a_composed_run_is(run, selected, tmp_path, capsys):
-    shutil.copy(selected / "selection.json", run)
+    copy_selection(selected, run)
     order = json.loads((run / "selection.json").read_text())["rankings"]["kl"]["order"]
     composed = compose(run, budget="1", output=tmp_path / "mine")
     capsys.readouterr()
@@ -314,7 +319,7 @@ def test_attention_at_every_nth_layer(run, selected, tmp_path, capsys, monkeypat
     """Each interval's cost is that of the whole choice, measured by itself or on a ranking's way; compose keeps the
     layers that a runtime computes from the interval."""
     monkeypatch.setenv("COLUMNS", "120")
-    shutil.copy(selected / "selection.json", run)
+    copy_selection(selected, run)
     ranked = json.loads((run / "selection.json").read_text())
     assert main(["select", str(run), "--interval", "2", "3", "--tokens", str(TOKENS)]) == 0
     said = capsys.readouterr().out

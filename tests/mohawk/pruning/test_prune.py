@@ -324,6 +324,7 @@ def test_a_dry_run_promises_what_the_run_does(checkpoint, texts, tmp_path, capsy
         planned()
     (tmp_path / "run" / "recipe.yaml").write_text(made(checkpoint, texts, tmp_path / "run").to_yaml())
     planned()
+    (tmp_path / "run" / "student").mkdir()
     with pytest.raises(
         UserError, match=r"output: .*run holds a run that was started with another prune.ffn, prune.lay"
     ):

@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from mohawk.cli import main
 from mohawk.core.folders import is_complete
 from mohawk.training.trainer import PhaseTrainer
+from tests.helpers.figures import level
 from tests.helpers.tiny_phase import cheap_training, fork, free_port, wait  # noqa: F401
 from tests.models.conftest import tiny_teacher
 
@@ -116,7 +117,7 @@ def same_run(one: Path, two: Path, loss: float, weight: float, own: tuple[str, .
     assert [r["loss"] for r in mine] == pytest.approx([r["loss"] for r in theirs], rel=loss)
     mine, theirs = (json.loads((run / "results.json").read_text())["evaluation"] for run in (two, one))
     for stage in theirs:
-        assert mine[stage]["held_out"] == pytest.approx(theirs[stage]["held_out"], rel=10 * loss), stage
+        assert level(mine[stage]["held_out"]) == pytest.approx(level(theirs[stage]["held_out"]), rel=10 * loss), stage
 
 
 def test_distill_in_two_processes_is_one(place, tmp_path):
