@@ -92,22 +92,28 @@ def pair(name, sizes, dtype=torch.float32):
 @pytest.mark.parametrize("name, sizes", CASES)
 @pytest.mark.parametrize("n", [1, 5, 70, 130])
 def test_equal_to_transformers(name, sizes, n):
-    """Value and every gradient: in float32 at most twice as far from float64 as transformers' own are."""
+    """Value and every gradient: in float32 at most twice as far from float64 as transformers' own are, or as what it
+    changes when the input is rounded to float32: a token alone leaves little of a query's gradient behind its norm."""
     mixer, module = pair(name, sizes)
     exact, _ = pair(name, sizes, torch.float64)
     x = torch.randn(2, n, sizes[0])
-    found = []
-    for one in (mixer, module, exact):
-        given = x.to(next(one.parameters()).dtype, copy=True).requires_grad_()
+    rounded = [x.double() * (1 + 2**-24 * torch.randn(x.shape).sign()) for _ in range(8)]
+
+    def found(one, given):
+        given = given.to(next(one.parameters()).dtype, copy=True).requires_grad_()
+        one.zero_grad()
         y = one(given)
         y = y[0] if isinstance(y, tuple) else y
         (y * torch.linspace(-1, 1, y.numel()).view_as(y)).sum().backward()
         gradients = {name: parameter.grad.double() for name, parameter in one.named_parameters()}
-        found.append({"y": y.detach().double(), "x": given.grad.double(), **gradients})
-    mine, others, right = found
+        return {"y": y.detach().double(), "x": given.grad.double(), **gradients}
+
+    mine, others, right = found(mixer, x), found(module, x), found(exact, x)
+    moved = [found(exact, given) for given in rounded]
     for name in right:
         size, error = right[name].norm(), (mine[name] - right[name]).norm()
-        assert error <= max(2 * (others[name] - right[name]).norm(), 1e-6 * size), name
+        by_input = torch.stack([(one[name] - right[name]).norm() for one in moved]).max()
+        assert error <= max(2 * (others[name] - right[name]).norm(), 1e-6 * size, by_input), name
         assert error <= 1e-4 * size, name
 
 

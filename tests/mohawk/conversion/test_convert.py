@@ -72,7 +72,8 @@ def recipe_of(checkpoint: Path, texts: Path, output: Path, **student) -> Recipe:
                 "end_to_end": {**phase, "gradient_accumulation": 2, "tokens": STEPS * 8 * 32, "train": "all_but_mlp"},
             },
             "evaluation": {
-                "sequence_length": 32, "batch_size": 4, "tokens": 128, "contexts": [8, 16], "decode_tokens": 2,
+                "sequence_length": 32, "batch_size": 4, "tokens": 128,
+                "longest": 64, "contexts": [8, 16], "decode_tokens": 2,
                 "prompt": "A cat", "continuation_tokens": 4,
             },
             "precision": "float32", "device": "cpu", "output": str(output),

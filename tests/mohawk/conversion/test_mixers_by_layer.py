@@ -84,7 +84,8 @@ def recipe_of(tokenizer, tmp_path):
                     "end_to_end": {**phase, "gradient_accumulation": 1},
                 },
                 "evaluation": {
-                    "sequence_length": 32, "batch_size": 4, "tokens": 128, "contexts": [8], "decode_tokens": 2,
+                    "sequence_length": 32, "batch_size": 4, "tokens": 128,
+                    "longest": 64, "contexts": [8], "decode_tokens": 2,
                     "prompt": "A cat", "continuation_tokens": 2,
                 },
                 "precision": "float32", "device": "cpu", "output": str(tmp_path / "run"),

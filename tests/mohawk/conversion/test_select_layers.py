@@ -50,7 +50,8 @@ def trained(tokenizer, tmp_path_factory):
             },
             "phases": {"mixing": phase, "hidden": {**phase, "train_mlp": True}, "end_to_end": None},
             "evaluation": {
-                "sequence_length": 32, "batch_size": 4, "tokens": TOKENS, "contexts": [8], "decode_tokens": 2,
+                "sequence_length": 32, "batch_size": 4, "tokens": TOKENS,
+                "longest": 64, "contexts": [8], "decode_tokens": 2,
                 "prompt": "A cat", "continuation_tokens": 2,
             },
             "precision": "float32", "device": "cpu", "output": str(folder / "run"),

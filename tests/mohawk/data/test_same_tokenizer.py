@@ -178,7 +178,7 @@ def recipe(folders, tmp_path, **changes):
         "teacher": str(folders / "same"), "student": {"layers": [0]}, "precision": "float32", "device": "cpu",
         "data": {"train": [str(folders / "text.txt")], "validation_share": 0.1, "cache": str(folders / "cache")},
         "stages": [stage], "output": str(tmp_path / "run"),
-        "evaluation": {"sequence_length": 32, "tokens": 64, "contexts": [8], "decode_tokens": 1,
+        "evaluation": {"sequence_length": 32, "tokens": 64, "longest": 64, "contexts": [8], "decode_tokens": 1,
                        "continuation_tokens": 1},
     } | changes  # fmt: skip
     path = tmp_path / "recipe.yaml"

@@ -72,7 +72,8 @@ def recipe_of(checkpoints, texts, output, *stages, **settings) -> DistillRecipe:
             "data": data,
             "stages": [{**shape, **stage} for stage in stages],
             "evaluation": {
-                "sequence_length": 32, "batch_size": 4, "tokens": 128, "contexts": [8], "decode_tokens": 2,
+                "sequence_length": 32, "batch_size": 4, "tokens": 128,
+                "longest": 64, "contexts": [8], "decode_tokens": 2,
                 "prompt": "A cat", "continuation_tokens": 4,
             },
             "precision": "float32", "device": "cpu", "output": str(output), **settings,

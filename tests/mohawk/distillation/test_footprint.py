@@ -35,7 +35,7 @@ def data_of(place, **given) -> dict:
     return {
         "teacher": str(place / "teacher"), "data": {"train": [str(place / "a.txt")], "cache": str(place / "cache")},
         "device": "cpu", "precision": "float32", "output": str(place / "run"),
-        "evaluation": {"sequence_length": 16, "tokens": 64, "contexts": [4], "decode_tokens": 2,
+        "evaluation": {"sequence_length": 16, "tokens": 64, "longest": 64, "contexts": [4], "decode_tokens": 2,
                        "continuation_tokens": 2}, **given,
     }  # fmt: skip
 

@@ -77,7 +77,13 @@ def run(tmp_path, make_llama, tokenizer, student):
         {
             "teacher": str(tmp_path / "teacher"),
             "data": {"train": ["none.txt"]},
-            "evaluation": {"contexts": [4], "decode_tokens": 1, "continuation_tokens": 2, "prompt": "One"},
+            "evaluation": {
+                "longest": 64,
+                "contexts": [4],
+                "decode_tokens": 1,
+                "continuation_tokens": 2,
+                "prompt": "One",
+            },
             "precision": "float32",
             "device": "cpu",
             "output": str(tmp_path / "run"),

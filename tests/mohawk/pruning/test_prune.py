@@ -94,7 +94,7 @@ def recipe_data(checkpoint: Path, texts: Path, output: Path, **given):
         "calibration": {"tokens": 512, "sequence_length": 32, "batch_size": 4, "layer_tokens": 128},
         "heal": stage(),
         "evaluation": {
-            "sequence_length": 32, "batch_size": 4, "tokens": 128, "contexts": [8], "decode_tokens": 2,
+            "sequence_length": 32, "batch_size": 4, "tokens": 128, "longest": 64, "contexts": [8], "decode_tokens": 2,
             "prompt": "A cat", "continuation_tokens": 4,
         },
         "precision": "float32", "device": "cpu", "output": str(output), **given,

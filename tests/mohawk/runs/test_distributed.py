@@ -57,7 +57,7 @@ def written(place: Path, folder: Path, **parts) -> Path:
             "train": [str(place / "texts" / "*.txt")], "validation_share": 0.1, "cache": str(folder / "cache"),
         },
         "evaluation": {
-            "sequence_length": 32, "batch_size": 4, "tokens": 64, "contexts": [4], "decode_tokens": 2,
+            "sequence_length": 32, "batch_size": 4, "tokens": 64, "longest": 64, "contexts": [4], "decode_tokens": 2,
             "prompt": "A cat", "continuation_tokens": 2,
         },
         "precision": "float32", "device": "cpu", "output": str(folder / "run"),

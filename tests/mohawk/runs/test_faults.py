@@ -23,7 +23,7 @@ PHASE = "{tokens: 128, batch_size: 2, sequence_length: 32, save_every: 1, gradie
 COMMON = """
 teacher: {work}/teacher
 data: {{train: [{work}/text.txt], validation_share: 0.1, cache: {work}/cache}}
-evaluation: {{tokens: 64, sequence_length: 32, contexts: [4], decode_tokens: 1, continuation_tokens: 1}}
+evaluation: {{tokens: 64, sequence_length: 32, longest: 64, contexts: [4], decode_tokens: 1, continuation_tokens: 1}}
 device: cpu
 """
 RECIPES = {

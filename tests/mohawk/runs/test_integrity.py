@@ -83,7 +83,8 @@ def recipe_of(output: str = "run", **changed) -> Recipe:
         "teacher": "./teacher", "student": {"ssm_layers": [1]},
         "data": {"train": ["texts"], "validation_share": 0.2, "cache": "cache"},
         "phases": {"mixing": phase, "hidden": None, "end_to_end": {**phase, "gradient_accumulation": 1}},
-        "evaluation": {"sequence_length": 32, "batch_size": 4, "tokens": 64, "contexts": [8], "decode_tokens": 2,
+        "evaluation": {"sequence_length": 32, "batch_size": 4, "tokens": 64,
+            "longest": 64, "contexts": [8], "decode_tokens": 2,
                        "prompt": "A cat", "continuation_tokens": 2},
         "precision": "float32", "device": "cpu", "output": output,
     }  # fmt: skip

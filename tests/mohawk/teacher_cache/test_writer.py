@@ -420,7 +420,8 @@ def test_a_distillation_from_a_cache_is_the_online_one(tmp_path, recipe, capfd):
     text, _ = recipe.read_text().split("phases:")
     staged.write_text(
         text + "student: {layers: [0]}\nprecision: float32\nseed: 5\n"
-        "evaluation: {sequence_length: 32, tokens: 64, contexts: [8], decode_tokens: 1, continuation_tokens: 1}\n"
+        "evaluation: {sequence_length: 32, tokens: 64, "
+        "longest: 64, contexts: [8], decode_tokens: 1, continuation_tokens: 1}\n"
         "stages:\n"
         "  - {name: own, learn_from: start, tokens: 96, batch_size: 3, sequence_length: 32, gradient_accumulation: 1}\n"
         "  - {name: far, tokens: 640, batch_size: 4, sequence_length: 32, gradient_accumulation: 1, temperature: 2.0}\n"
@@ -450,7 +451,8 @@ def test_a_student_of_a_smaller_vocabulary_learns_from_a_cache_what_it_would_onl
     text, _ = recipe.read_text().split("phases:")
     staged.write_text(
         text + f"student: {tmp_path / 'small'}\nprecision: float32\nseed: 5\n"
-        "evaluation: {sequence_length: 32, tokens: 64, contexts: [8], decode_tokens: 1, continuation_tokens: 1}\n"
+        "evaluation: {sequence_length: 32, tokens: 64, "
+        "longest: 64, contexts: [8], decode_tokens: 1, continuation_tokens: 1}\n"
         "stages: [{tokens: 640, batch_size: 4, sequence_length: 32, gradient_accumulation: 1}]\n"
     )
     assert main(["cache", str(staged), "--output", str(tmp_path / "hidden"), "--kind", "hidden"]) == 0
