@@ -133,7 +133,8 @@ def test_prune_in_parts_is_one(kind, checkpoint, merging, texts, tmp_path):  # n
     if KINDS[kind]["heal"] is None:
         assert all(torch.equal(*pair) for pair in [students(one, two)])
     else:
-        same_run(one, two, 1e-5, 3e-3 * LEARNING_RATE, (*OWN, "objective.safetensors"))
+        measured_whole = ("positions.png", ".positions.png")
+        same_run(one, two, 1e-5, 3e-3 * LEARNING_RATE, (*OWN, "objective.safetensors", *measured_whole))
 
 
 def never_whole(rank: int) -> None:
