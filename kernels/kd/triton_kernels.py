@@ -268,7 +268,7 @@ def _jsd_series(x, w):
 def _terms(p, q, r, beta, lam, vocab_all, DIVERGENCE: tl.constexpr):
     """(value, slope) per entry: D = sum value, dD/du = q * (slope - sum q slope), but for forward KL, whose slope is
     the gradient itself. In the KLs no value is negative: where p and q are close, a log(a / b) + b - a is a times
-    `_expm1_less` of log(b / a)."""
+    `expm1_less` of log(b / a)."""
     if DIVERGENCE == "forward_kl":
         rest = expm1_less(r)
         near = tl.abs(r) < 0.35

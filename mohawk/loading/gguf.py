@@ -1,7 +1,6 @@
 """GGUF files of which each process keeps its part; a tensor, or a layer's experts, is whole at a time.
 
-What the file's tensors are in the model is transformers' to say (modeling_gguf_pytorch_utils.py, whose
-`load_gguf_checkpoint` reads all of them at once).
+What the file's tensors are in the model is transformers' to say, whose own reader takes all of them at once.
 """
 
 from __future__ import annotations
