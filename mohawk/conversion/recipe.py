@@ -33,7 +33,7 @@ from mohawk.schema.base import (
 from mohawk.schema.yaml_text import Path, dotted, show
 
 CALIBRATION_TOKENS = 8192
-CALIBRATION_STEPS = 32
+CALIBRATION_STEPS = 0
 FROM_ATTENTION = ("attention", "calibrated")  # what starts are made of attention's weights
 
 
@@ -120,7 +120,7 @@ class ConvertedStudent(Hybrid):
     calibration_steps: Annotated[Whole, Field(ge=0, le=10**6)] | None = Field(
         default=None,
         description="optimizer steps for each layer of init: calibrated, of a row each, between two solutions of the "
-        f"output projection by least squares; 0: least squares alone; null: {CALIBRATION_STEPS}",
+        f"output projection by least squares; 0: least squares alone; null: {CALIBRATION_STEPS}, as steps have not been seen to pay",
     )
 
     def calibration(self) -> tuple[int, int]:

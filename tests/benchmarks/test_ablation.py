@@ -82,14 +82,14 @@ def test_the_rate_is_chosen_on_text_that_the_table_does_not_show(capsys):
     assert lines[0]["kl"]["mean"] == pytest.approx(0.41)
     assert lines[0]["kl"]["deviation"] == pytest.approx(statistics.stdev(values))
     text = "\n".join(table(lines, 65536))
-    assert "| mamba2 | 2-3 | 1 of 0.5, 1, 2 | 0.4100 ± 0.0100 | 1.410 ± 0.010 | 59.0% ± 1.0% | 2.00 |" in text
-    assert "3 seeds, mean ± standard deviation" in text
+    assert "| mamba2 | 2-3 | 1 of 0.5, 1, 2 | 3 | 0.4100 ± 0.0100 | 1.410 ± 0.010 | 59.0% ± 1.0% | 2.00 |" in text
+    assert "mean ± standard deviation over seeds" in text
     assert "run 40 of 40: gated_delta-1-2-3-rate-1-seed-2" in capsys.readouterr().out
 
 
 def test_one_seed_has_no_spread(tmp_path):
     lines = summary(rows_of(seeds=1))
-    assert "| gated_delta | 3 | 1 of 0.5, 1, 2 | 0.3000 | 1.300 | 70.0% | 2.00 |" in table(lines, 65536)
+    assert "| gated_delta | 3 | 1 of 0.5, 1, 2 | 1 | 0.3000 | 1.300 | 70.0% | 2.00 |" in table(lines, 65536)
     assert "one seed" in table(lines, 65536)[0]
     pytest.importorskip("matplotlib")
     draw(lines, tmp_path / "x.png")
