@@ -1,7 +1,7 @@
 """Decoding steps as one call of C each, for float32 on a CPU with a compiler of C.
 
 A step is a dozen small operations on little data, so what it takes in torch is mostly their number. The source is
-compiled when a step is first made, in about a second, for the machine it is made on; nothing is kept on disk.
+compiled when a step is first made, for the machine it is made on; nothing is kept on disk.
 """
 
 from __future__ import annotations

@@ -120,7 +120,7 @@ class ConvertedStudent(Hybrid):
     calibration_steps: Annotated[Whole, Field(ge=0, le=10**6)] | None = Field(
         default=None,
         description="optimizer steps for each layer of init: calibrated, of a row each, between two solutions of the "
-        f"output projection by least squares; 0: least squares alone; null: {CALIBRATION_STEPS}, as steps have not been seen to pay",
+        f"output projection by least squares; 0: least squares alone; null: {CALIBRATION_STEPS}",
     )
 
     def calibration(self) -> tuple[int, int]:
