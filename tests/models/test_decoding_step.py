@@ -8,6 +8,7 @@ from mohawk.models import delta_mixer, mixers
 from mohawk.models.call import CACHE
 from mohawk.models.from_teacher import hybrid_from_teacher
 from mohawk.models.mixer_names import MIXER_NAMES
+from mohawk.models.state_mixer import _says_how_it_decodes
 from tests.models.conftest import tiny_teacher
 
 IDS = torch.randint(3, 97, (2, 9), generator=torch.Generator().manual_seed(0))
@@ -107,3 +108,14 @@ def test_a_row_that_has_ended(student, calls):
     torch.testing.assert_close(made[0], whole(student)[0], rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(made[1, :6], whole(student)[1, :6], rtol=1e-4, atol=1e-4)
     assert len(calls) == 4
+
+
+@pytest.mark.parametrize("name", MIXER_NAMES)
+def test_a_class_that_changes_a_part_decodes_by_its_parts(name):
+    """Not by what another class says of a step: its own gate would be passed over."""
+    stock = mixers.MIXERS[name]
+    assert _says_how_it_decodes(stock)
+    for part in ("gate", "recur_step", "_cut"):
+        assert not _says_how_it_decodes(type("Own", (stock,), {part: lambda *_: None})), part
+    both = {"gate": lambda *_: None, "decode_options": lambda _: {}}
+    assert _says_how_it_decodes(type("Own", (stock,), both))
