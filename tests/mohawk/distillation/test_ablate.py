@@ -17,7 +17,12 @@ def compared(folder, names, tokens):
     """What is printed for runs of these names and numbers of tokens."""
     recipes = {name: SimpleNamespace(output=folder / str(i)) for i, name in enumerate(names)}
     for i, count in enumerate(tokens):
-        found = {"student_perplexity": 27512.345, "teacher_perplexity": 12.3, "perplexity_ratio": 2236.776}
+        found = {
+            "tokens": 4096,
+            "student_perplexity": 27512.345,
+            "teacher_perplexity": 12.3,
+            "perplexity_ratio": 2236.776,
+        }
         phase = {"tokens": count, "seconds": 90.0}
         write_json(
             folder / str(i) / RESULTS,

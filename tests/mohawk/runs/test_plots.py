@@ -36,7 +36,7 @@ def test_losses_of_every_phase_side_by_side(tmp_path, monkeypatch):
     write_metrics(tmp_path / "metrics.jsonl", {"mixing": falling})
     one = pixels(plot_losses(tmp_path / "metrics.jsonl", tmp_path / "one.png"))
     assert abs(three.shape[1] - 3 * one.shape[1]) <= 3  # to the rounding of each to pixels
-    assert [p.name for p in (tmp_path / "plots").iterdir()] == ["losses.png"]
+    assert {p.name for p in (tmp_path / "plots").iterdir()} == {"losses.png", ".losses.png.sha256"}
 
 
 def test_labels_and_figures_of_losses_are_in_the_picture_and_not_on_the_curve(tmp_path, monkeypatch):
