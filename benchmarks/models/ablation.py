@@ -8,9 +8,9 @@ short schedule may want another learning rate than a long one, each first tries 
 phases, with one seed; the rate that is best on held-out text of the training source is run with the other seeds, and
 what the table says is of text of another source.
 
-Runs are ordinary `mohawk convert` runs: each stops and resumes like one, and what is done is not done again. When all
-are there, a step of the teacher and of a student of each mixer is timed, in turns. The table, its JSON with every run,
-and a plot go to benchmarks/results/.
+Runs are ordinary `mohawk convert` runs: each stops and resumes like one, and what is done is not done again, nor what
+ablation.json has of as many tokens. When all are there, a step of the teacher and of a student of each mixer is timed,
+in turns. The table, its JSON with every run, and a plot go to benchmarks/results/.
 
     python benchmarks/models/ablation.py [--mixers mamba2 gated_delta] [--tokens 65536] [--seeds 3] [--rates 0.5 1 2]
 """
@@ -66,6 +66,7 @@ def settings_for(run: Run, tokens: float, output: Path) -> list[str]:
         "evaluation.contexts=[16]",  # decoding is timed when all runs are there
         "evaluation.decode_tokens=1",
         "evaluation.continuation_tokens=2",
+        "evaluation.longest=null",
     ]
     if "calibration" in shares:
         settings += ["student.init=calibrated", f"student.calibration_tokens={tokens * shares['calibration']:.0f}"]
@@ -81,6 +82,16 @@ def settings_for(run: Run, tokens: float, output: Path) -> list[str]:
         settings.append(f"phases.{phase}.tokens={budget:.0f}")
         settings.append(f"phases.{phase}.learning_rate={getattr(demo, phase).learning_rate * run.rate:g}")
     return settings
+
+
+def measured(results: Path, tokens: float) -> dict[Run, dict]:
+    """What ablation.json has of runs of as many tokens."""
+    if not results.is_file():
+        return {}
+    kept = json.loads(results.read_text(encoding="utf-8"))
+    if kept["about"]["tokens"] != tokens:
+        return {}
+    return {Run(r["mixer"], r["phases"], r["rate"], r["seed"]): r for r in kept["rows"]}
 
 
 def done(run: Run, tokens: float, folder: Path) -> dict:
@@ -177,8 +188,8 @@ def timed(options: argparse.Namespace) -> dict[str, list[list[dict]]]:
 
     folders = {"teacher": fetch.smollm2()}
     for mixer in options.mixers:
-        first = Run(mixer, next(iter(SCHEDULES)), options.rates[0], 0)
-        folders[mixer] = options.runs / first.name / "student"
+        if made := sorted(options.runs.glob(f"{mixer}-*/student")):
+            folders[mixer] = made[0]
     models = {name: load_teacher(folder) for name, folder in folders.items()}
     rounds: dict[str, list[list[dict]]] = {name: [] for name in models}
     for turn in range(ROUNDS):
@@ -274,7 +285,8 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the table, its JSON and the plot")
     options = parser.parse_args()
     progress = Progress(len(options.mixers) * len(SCHEDULES) * (len(options.rates) + options.seeds - 1))
-    rows = all_rows(options, lambda run: done(run, options.tokens, options.runs), progress)
+    known = measured(options.results / "ablation.json", options.tokens)
+    rows = all_rows(options, lambda run: known.get(run) or done(run, options.tokens, options.runs), progress)
     lines, speeds = summary(rows), decoding(timed(options))
     options.results.mkdir(parents=True, exist_ok=True)
     about = {"tokens": options.tokens, "seeds": options.seeds, "date": time.strftime("%Y-%m-%d")}

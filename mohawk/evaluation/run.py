@@ -87,7 +87,7 @@ def _evaluate(recipe: RecipeFile, folder: Path, name: str, overrides: Sequence[s
             },
             "consistency": inconsistencies(models[0].eval(), some_tokens(models[0])),
             "dtype": str(models[0].dtype).removeprefix("torch."),
-            "behaviour": behaviour(
+            "behaviour": {} if asked.longest is None else behaviour(
                 both, dict.fromkeys(both, context.tokenizer), long_rows(context), longest=asked.longest,
                 new_tokens=asked.continuation_tokens,
             ),

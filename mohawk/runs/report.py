@@ -100,10 +100,8 @@ def finish(
             who: continuation(model, of[who], asked.prompt, asked.continuation_tokens) for who, model in models.items()
         }
     behaved = earlier.get("behaviour") or {}
-    if whole and not behaved:
-        behaved = behaviour(
-            models, of, texts or {}, longest=asked.longest, new_tokens=asked.continuation_tokens
-        )  # fmt: skip
+    if whole and asked.longest is not None and not behaved:
+        behaved = behaviour(models, of, texts or {}, longest=asked.longest, new_tokens=asked.continuation_tokens)
     evaluated = {stage: read_json(evaluation_file(folder, stage), dict[str, Compared]) for stage in stages}
     evaluated = {stage: found for stage, found in evaluated.items() if found}
     plot_losses(folder / METRICS_FILE, plot_file(folder, "losses"), labels)

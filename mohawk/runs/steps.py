@@ -199,8 +199,10 @@ def finish_run(run: RunContext, student: PreTrainedModel, **told: Any) -> None:
 
 def long_rows(run: RunContext) -> dict[str, torch.Tensor]:
     """Up to two rows of each text that is held out, (rows, n) token ids laid end to end, as long as the evaluation's
-    longest text or as all that there is."""
+    longest text or as all that there is; none where that is null."""
     longest, found = run.recipe.evaluation.longest, {}
+    if longest is None:
+        return found
     for name, kept in run.data.held_out(longest, 2 * longest, run.pad).items():
         rows = [kept[i] for i in range(min(2, len(kept)))] if name in ("held_out", "evaluation") else []
         if full := [row["input_ids"] for row in rows if row["segment_ids"][-1] >= 0]:  # without padding

@@ -194,9 +194,10 @@ class Evaluation(Section):
         description="prompt that teacher and student continue",
     )
     continuation_tokens: Batch = Field(default=60, description="tokens of that continuation")
-    longest: RowLength = Field(
+    longest: RowLength | None = Field(
         default=2048,
-        description="tokens in the longest text for retrieval and perplexity by position",
+        description="tokens in the longest text for retrieval and perplexity by position; null: neither these nor what "
+        "models write is measured",
     )
 
 
