@@ -67,7 +67,7 @@ def recipe_for(mixer: str, start: str, mixing: float, hidden: float, output: Pat
         "phases.end_to_end=null",
         "evaluation.tokens=2048",
         "evaluation.contexts=[64]",
-        "evaluation.longest=64",
+        "evaluation.longest=null",
         "evaluation.decode_tokens=2",
         "evaluation.continuation_tokens=2",
         f"output={output}",
