@@ -48,13 +48,15 @@ def cache_teacher(
     from mohawk.distillation.plan import bytes_of
     from mohawk.loading.configs import load_config
     from mohawk.loading.models import load_teacher, model_shape, parameter_count
-    from mohawk.runs.inputs import check_inputs
+    from mohawk.runs.inputs import check_inputs, positions_of, refuse_too_long
     from mohawk.runs.sharding import parts_to_ask
     from mohawk.teacher_cache.answers import check_range
 
     with joined(recipe.device):
         asked, about = _stage_of(recipe, stage), recipe.teacher
         first_before_others(lambda: check_inputs(recipe))
+        if sequence_length is not None:
+            refuse_too_long("", sequence_length, about.model, positions_of(about))
         if temperature is None and kind != "hidden":
             if not isinstance(asked.temperature, (int, float)):
                 raise UserError(

@@ -37,13 +37,15 @@ SUMS = ".sha256"
 
 @dataclass(frozen=True)
 class Finding:
-    """problem: None for what is as it was written; "no sums" for what was written without any."""
+    """problem: None for what is as it was written; one of UNVERIFIED for what has no sums to compare with."""
 
     path: Path
     problem: str | None
 
 
 NO_SUMS = "was written without sums, by an earlier version"
+NO_MANIFEST = f"has no {MANIFEST}: an earlier version wrote it without sums, or it was deleted"
+UNVERIFIED = (NO_SUMS, NO_MANIFEST)
 
 
 def findings(folder: Path) -> Iterator[Finding]:
@@ -94,11 +96,13 @@ def verify(path: str | Path, console: Console | None = None) -> list[Finding]:
         raise UserError(f"{path} holds nothing with sums of mohawk's; give a run's folder, a student's, or a cache's")
     whole = sum(one.problem is None for one in found)
     for one in found:
-        if one.problem == NO_SUMS:
-            console.print(f"{one.path}: {NO_SUMS}; not verified", highlight=False, soft_wrap=True, markup=False)
-    if damaged := [one for one in found if one.problem not in (None, NO_SUMS)]:
+        if one.problem in UNVERIFIED:
+            console.print(f"{one.path}: {one.problem}; not verified", highlight=False, soft_wrap=True, markup=False)
+    if damaged := [one for one in found if one.problem not in (None, *UNVERIFIED)]:
         lines = [f"{one.path}: {one.problem}; {_remedy(one.path)}" for one in damaged]
         raise UserError("\n".join([*lines, f"{len(damaged)} of {len(found)} parts of {path} are damaged"]))
+    if not whole:
+        raise UserError(f"nothing of {path} is verified, as it has no sums; delete it to have it made again with them")
     console.print(f"{path}: {whole} parts, each as it was written", highlight=False, soft_wrap=True, markup=False)
     return found
 
@@ -154,8 +158,8 @@ def _records(path: Path, damaged: Callable[[Path], int]) -> str | None:
 
 
 def _of_runs(folder: Path, inside: set[Path]) -> Iterator[Finding]:
-    """A final student that is not of the last step's, and what has no sum where an earlier version wrote it: a run's
-    files, tokenised text and pairs."""
+    """A final student that is not of the last step's, what has no sum where an earlier version wrote it (a run's files,
+    tokenised text and pairs), and a teacher's answers that are not finished."""
     if has_recipe(folder):
         if (problem := why_outdated(folder)) is not None:
             yield Finding(folder / STUDENT, problem)
@@ -171,7 +175,12 @@ def _of_runs(folder: Path, inside: set[Path]) -> Iterator[Finding]:
             yield Finding(path, NO_SUMS)
     for path in sorted({*folder.rglob("offsets.npy"), *folder.rglob("spans.npy")}):
         if path.parent not in inside and not _passing(path, folder):
-            yield Finding(path.parent, NO_SUMS)
+            yield Finding(path.parent, NO_MANIFEST)
+    for place in sorted({path.parent for path in folder.rglob("shard-*.bin")} - inside):
+        from mohawk.teacher_cache.writer import SETTINGS
+
+        if not _passing(place, folder) and (place / SETTINGS).is_file():
+            yield Finding(place, f"has no {MANIFEST}, so its answers are not finished")
 
 
 def _passing(path: Path, folder: Path) -> bool:

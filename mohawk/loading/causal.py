@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 GIVE = "give a decoder, which writes text from left to right (saved as ...ForCausalLM)"
+FIXED = ("embed_positions", "pos_encoding")  # tables that do not train: of GPT-J and CodeGen, of CTRL
 PROBED = 32  # tokens of a text that show whether a model is causal
 _causal: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # models that were found to be
 
@@ -42,14 +43,20 @@ def position_rows(model: CausalLM) -> int | None:
     """How many tokens a model can read that looks their positions up in a table, as GPT-2 does; None of one that
     computes them, as rotary embeddings are."""
     plain = plain_model(model)
-    most = getattr(plain.config.get_text_config(), "max_position_embeddings", None)
+    config = plain.config.get_text_config()
+    if config.model_type == "mpt":  # whose biases are made for so many
+        return config.max_seq_len
+    most = getattr(config, "max_position_embeddings", None)
     if not isinstance(most, int):
         return None
     words = within_peft(model.get_input_embeddings())
     tables = (module for module in plain.modules() if isinstance(module, nn.Embedding) and module is not words)
     # a few rows more than positions: OPT's begin at 2
     found = [table for table in tables if most <= table.num_embeddings <= most + 2]
-    return min((table.num_embeddings - vars(table).get("offset", 0) for table in found), default=None)
+    rows = [table.num_embeddings - vars(table).get("offset", 0) for table in found]
+    fixed = (getattr(module, name, None) for module in plain.modules() for name in FIXED)
+    rows += [len(table) for table in fixed if isinstance(table, Tensor) and table.dim() == 2]
+    return min(rows, default=None)
 
 
 def within_peft(module: Any) -> Any:

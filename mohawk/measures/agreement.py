@@ -111,12 +111,13 @@ class Tally:
 
     @property
     def log_ratio_error(self) -> float | None:
-        """Standard error of the log of the perplexities' ratio; None of fewer than two windows."""
+        """Standard error of the log of the perplexities' ratio; None of fewer than two windows, NaN where a token's
+        is not finite."""
         return self._error(2)
 
     @property
     def kl_error(self) -> float | None:
-        """Standard error of the mean KL; None of fewer than two windows."""
+        """Standard error of the mean KL; None of fewer than two windows, NaN where a token's is not finite."""
         return self._error(3)
 
     def _error(self, which: int) -> float | None:
@@ -126,6 +127,8 @@ class Tally:
             return None
         ratio = float(moments[0, which]) / tokens
         squares = moments[which, which] - 2 * ratio * moments[1, which] + ratio**2 * moments[1, 1]
+        if not math.isfinite(squares):  # max would make 0 of a NaN
+            return math.nan
         return math.sqrt(max(0.0, float(squares)) * windows / (windows - 1)) / tokens
 
     @property

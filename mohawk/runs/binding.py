@@ -19,10 +19,19 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
-from mohawk.core.folders import MANIFEST, WEIGHTS, about_of, weights_sum
+from mohawk.core.folders import MANIFEST, WEIGHTS, about_of, sum_file, weights_sum
 from mohawk.core.json_files import parse_json, read_json, write_json
+from mohawk.core.lines import sums_of
 from mohawk.core.places import home
-from mohawk.core.run_folder import ROUNDS, RUN_FILE, STUDENT, evaluation_files, left_by_phases
+from mohawk.core.run_folder import (
+    ROUNDS,
+    RUN_FILE,
+    STUDENT,
+    SUMMED_LINES,
+    evaluation_files,
+    left_by_phases,
+    summed_files,
+)
 from mohawk.core.sums import sha256_of
 from mohawk.data.source_files import source_content
 from mohawk.data.text import tokenizer_key
@@ -206,7 +215,7 @@ def _made_again(run: Path) -> dict[str, Any]:
     """What run.json says where there is none: of a new run, of an earlier version's, or of one that lost it."""
     new = {"id": secrets.token_hex(8), "inputs": None, "precision": None, "versions": versions()}
     if not _begun(run):
-        return new | {"sums": True}
+        return new if _wrote_unsummed(run) else new | {"sums": True}
     found = _recorded(run)
     if found is None:
         log.warning(
@@ -216,6 +225,14 @@ def _made_again(run: Path) -> dict[str, Any]:
         return new | {"id": _earlier_id(run) or new["id"]}
     log.warning("%s: %s is lost; made again of what %s says", run, RUN_FILE, found.pop("path"))
     return found
+
+
+def _wrote_unsummed(run: Path) -> bool:
+    """Whether a run has a file without its sum, as an earlier version wrote them."""
+    lines = (run / name for name in SUMMED_LINES)
+    return any(not sum_file(path).exists() for path in summed_files(run)) or any(
+        path.is_file() and not sums_of(path).exists() for path in lines
+    )
 
 
 def _begun(run: Path) -> bool:

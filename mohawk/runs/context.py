@@ -26,6 +26,7 @@ from mohawk.loading.models import load_teacher
 from mohawk.measures.agreement import acceptance_words
 from mohawk.measures.compare import TeacherStates, compare, teacher_states
 from mohawk.runs.binding import bind
+from mohawk.runs.inputs import check_lengths, refuse_too_long
 from mohawk.runs.kept import Compared
 from mohawk.runs.sharding import Parts
 from mohawk.schema.base import sections
@@ -153,6 +154,7 @@ def open_run(
     Raises UserError.
     """
     device, about = pick_device(recipe.device), recipe.teacher
+    first_before_others(lambda: check_lengths(recipe))
     autocast = autocast_dtype(recipe.precision, device)
     tokenizer = first_before_others(lambda: teacher_tokenizer(about.model, tokenizer=about.tokenizer, **about.where))
     data = first_before_others(lambda: read(tokenizer))
@@ -172,15 +174,11 @@ def open_run(
 
 
 def _refuse_lengths(recipe: Any, teacher: PreTrainedModel) -> None:
-    """UserError where rows are longer than a teacher can read that looks positions up in a table."""
+    """As `check_lengths`, of a teacher that is loaded, whose code may have come with it."""
     rows = position_rows(teacher)
     for at, section in sections(recipe):
-        length = getattr(section, "sequence_length", None)
-        if rows is not None and isinstance(length, int) and length > rows:
-            raise UserError(
-                f"{at}.sequence_length: got {length}, but {recipe.teacher.model} has positions for {rows} tokens; give "
-                f"{rows} or less"
-            )
+        if isinstance(length := getattr(section, "sequence_length", None), int):
+            refuse_too_long(at, length, recipe.teacher.model, rows)
 
 
 def read_text(recipe: Any, tokenizer: PreTrainedTokenizerBase) -> TextData:

@@ -16,9 +16,11 @@ from mohawk.data.records import first_records, read_records
 from mohawk.data.same_tokenizer import check_embedding_rows, check_same, own_tokenizer, teacher_tokenizer
 from mohawk.data.source_files import NotThere, as_source, check_encoding, local_files
 from mohawk.errors import UserError
+from mohawk.loading.causal import position_rows
 from mohawk.loading.configs import load_config
-from mohawk.loading.models import quantization
+from mohawk.loading.models import model_shape, quantization
 from mohawk.losses.rationales import TEMPLATES, check_record
+from mohawk.schema.base import sections
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -43,8 +45,9 @@ def check_inputs(
     what a kind of recipe has to check with the tokenizer besides, before texts are looked at.
 
     Raises:
-        UserError: a tokenizer that is not the teacher's or larger than its model, a package that is missing, a text
-            that is not there, whose rows lack a field or have something else in it, a cache that does not fit.
+        UserError: a tokenizer that is not the teacher's or larger than its model, a package that is missing, rows that
+            are longer than a model has positions for, a text that is not there, whose rows lack a field or have
+            something else in it, a cache that does not fit.
     """
     teacher = recipe.teacher
     missing = teacher.tokenizer is None and own_tokenizer(teacher.model, **teacher.where) is None
@@ -53,6 +56,7 @@ def check_inputs(
     tokenizer = None if planning and missing else _check_tokenizers(recipe)
     for name, teacher in _teachers(recipe):
         _check_packages(name, teacher)
+    check_lengths(recipe)
     if tokenizer is not None and further is not None:
         further(tokenizer)
     stages = [("", recipe), *((f"{at}.", stage) for at, stage in recipe.stage_places().items())]
@@ -131,6 +135,49 @@ def _check_reads(tokenizer: Any, own: Any, given: CheckpointSection, name: str) 
         log.warning("%s has no tokenizer to compare: it is taken to read ids as the teacher's does", who)
     rows = load_config(given.model, **given.where, who=name).get_text_config().vocab_size
     check_embedding_rows(tokenizer, rows, who, "the teacher's tokenizer")
+
+
+def check_lengths(recipe: RecipeFile) -> None:
+    """UserError where rows are longer than a model can read that looks positions up in a table, as far as that can be
+    told without running code that comes with it."""
+    rows = {at: section.sequence_length for at, section in sections(recipe) if hasattr(section, "sequence_length")}
+    stages = recipe.stage_places()
+    readers = [("teacher", recipe.teacher, rows)]
+    readers += [(name, one, {at: rows[at] for at in stages}) for name, one in _teachers(recipe)[1:]]
+    for name, student in _students(recipe):
+        first = name.removesuffix("student").removesuffix(".")
+        read = {"evaluation": rows["evaluation"]}
+        for at, stage in list(stages.items())[list(stages).index(first) if first else 0 :]:
+            if at != first and getattr(stage.student, "model", None) is not None:
+                break  # which begins with a student of its own
+            read[at] = rows[at]
+        readers.append((f"{name}.model", student, read))
+    too_long = []
+    for name, model, read in readers:
+        most = positions_of(model, name)
+        too_long += [_too_long(at, rows, model.model, most) for at, rows in read.items() if most and rows > most]
+    if too_long:
+        raise UserError("\n".join(dict.fromkeys(too_long)))
+
+
+def positions_of(model: CheckpointSection, who: str = "teacher") -> int | None:
+    """`position_rows` of a checkpoint by its configuration; None also where only its own code would tell."""
+    assert model.model is not None
+    config = load_config(model.model, **model.where, who=who)
+    if getattr(config.get_text_config(), "rope_parameters", None) or getattr(config, "auto_map", None):
+        return None
+    return position_rows(model_shape(config, who=who))
+
+
+def refuse_too_long(at: str, length: int, model: str, most: int | None) -> None:
+    """UserError where rows, of the length that `at` gives, are longer than the `most` tokens that a model can read."""
+    if most is not None and length > most:
+        raise UserError(_too_long(at, length, model, most))
+
+
+def _too_long(at: str, length: int, model: str | None, most: int) -> str:
+    at = f"{at}.sequence_length".removeprefix(".")
+    return f"{at}: got {length}, but {model} has positions for {most} tokens; give {most} or less"
 
 
 def _check_packages(name: str, teacher: Any) -> None:

@@ -188,16 +188,20 @@ def layer_table(layers: list[dict[str, Any]]) -> Table:
 def ratio_interval(found: Mapping[str, Any]) -> str:
     """A 95 % interval of the perplexities' ratio; "-" where the text was too short for one."""
     error, ratio = found.get("log_ratio_error"), found["perplexity_ratio"]
-    if error is None or not (math.isfinite(error) and math.isfinite(ratio)):
+    if error is None:
         return "-"
+    if not (math.isfinite(error) and math.isfinite(ratio)):
+        return "not finite"
     return f"{figure_text(ratio * math.exp(-NORMAL * error))} to {figure_text(ratio * math.exp(NORMAL * error))}"
 
 
 def kl_interval(found: Mapping[str, Any]) -> str:
     """A 95 % interval of the mean KL; "-" where the text was too short for one."""
     error, kl = found.get("kl_error"), found["kl"]
-    if error is None or not math.isfinite(error):
+    if error is None:
         return "-"
+    if not math.isfinite(error):
+        return "not finite"
     return f"{figure_text(max(0.0, kl - NORMAL * error))} to {figure_text(kl + NORMAL * error)}"
 
 

@@ -11,6 +11,7 @@ from mohawk.data.text import TokenizedText
 from mohawk.errors import UserError
 from mohawk.losses.heads import Head
 from mohawk.measures import compare as evaluate
+from mohawk.measures.agreement import FIGURES, Tally
 from mohawk.measures.compare import (
     Comparison,
     cache_bytes,
@@ -20,6 +21,7 @@ from mohawk.measures.compare import (
     teacher_states,
 )
 from mohawk.models.sharding import shard
+from mohawk.runs.tables import kl_interval, ratio_interval
 from tests.helpers.processes import in_processes
 
 LENGTHS = [13, 40, 2, 1, 27, 9]  # one document has nothing to predict
@@ -323,11 +325,19 @@ def test_what_a_draft_keeps_by_hand():
 
 def test_calibration_by_hand():
     """Four tokens at 90 % of which three are right, one at 20 % that is not: (4/5) |0.75 - 0.9| + (1/5) 0.2."""
-    from mohawk.measures.agreement import FIGURES, Tally
-
     figures = torch.zeros(5, len(FIGURES), dtype=torch.float64)
     for column, values in {"student_confidence": [0.9] * 4 + [0.2], "student_right": [1, 1, 1, 0, 0]}.items():
         figures[:, FIGURES.index(column)] = torch.tensor(values, dtype=torch.float64)
     tally = Tally()
     tally.add(figures, torch.ones(1, 5).bool())
     assert tally.shared(torch.device("cpu")).calibration_error("student") == pytest.approx(0.16)
+
+
+def test_errors_of_what_is_not_finite_are_not_zero():
+    """A NaN among windows: its error is not known, and the tables say so."""
+    tally, figures = Tally(), torch.rand(6, len(FIGURES), dtype=torch.float64)
+    figures[4, FIGURES.index("kl")] = math.nan
+    tally.add(figures, torch.ones(3, 2, dtype=torch.bool))
+    assert math.isnan(tally.kl_error) and tally.log_ratio_error > 0
+    found = {"kl": math.nan, "kl_error": tally.kl_error, "perplexity_ratio": 1.0, "log_ratio_error": None}
+    assert kl_interval(found) == "not finite" and ratio_interval(found) == "-"

@@ -20,6 +20,14 @@ def folder(tmp_path_factory, make_llama, tokenizer):
         make_llama(1, vocab_size=rows, tie_word_embeddings=name == "tied").save_pretrained(root / name)
         tokenizer.save_pretrained(root / name)
         (root / name / "model.safetensors").unlink()
+    from transformers import GPT2Config, GPTJConfig
+
+    for kind, name in ((GPT2Config, "gpt2"), (GPTJConfig, "gptj")):  # with tables of positions, one of sines
+        kind(
+            vocab_size=258, n_embd=8, n_layer=1, n_head=2, n_positions=24, rotary_dim=4, bos_token_id=256,
+            eos_token_id=257,
+        ).save_pretrained(root / name)  # fmt: skip
+        tokenizer.save_pretrained(root / name)
     (root / "text.txt").write_text("The name of all things is water. " * 40)
 
     def lines(name, rows):
@@ -90,6 +98,22 @@ CASES = {
     "LoRA of a head that is the embedding too": (
         {"teacher": "tied", "student": {"layers": [0], "lora": {"targets": ["lm_head"]}}},
         "student.lora: LoRA: the output embedding is the input embedding too",
+    ),
+    "rows beyond a table of positions": (
+        {"teacher": "gpt2", "evaluation": {"tokens": 64, "sequence_length": 24}},
+        "error: stages.0.sequence_length: got 32, but .*gpt2 has positions for 24 tokens; give 24 or less",
+    ),
+    "evaluation beyond a table of positions": (
+        {"teacher": "gptj", "evaluation": {"tokens": 64, "sequence_length": 25}, "stage": {"sequence_length": 24}},
+        "error: evaluation.sequence_length: got 25, but .*gptj has positions for 24",
+    ),
+    "a student's positions": (
+        {"student": {"model": "gpt2"}, "evaluation": {"tokens": 64, "sequence_length": 16}},
+        "error: stages.0.sequence_length: got 32, but .*gpt2 has positions for 24",
+    ),
+    "the positions of a stage's own student": (
+        {"stage": {"student": {"model": "gptj"}}, "evaluation": {"tokens": 64, "sequence_length": 24}},
+        "error: stages.0.sequence_length: got 32, but .*gptj has positions for 24",
     ),
     "int8 without a package": (
         {"teacher": {"model": "teacher", "quantize": "int8"}}, "teacher.quantize: int8 needs bitsandbytes or torchao"

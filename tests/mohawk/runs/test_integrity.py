@@ -275,6 +275,11 @@ def test_verify_of_caches_and_of_what_is_none(place, capsys):
     flip(tokens / "tokens.bin")
     assert main(["verify", "cache"]) == 2 and "tokens.bin is damaged" in said(capsys)
     assert main(["verify", str(tokens)]) == 2
+    (tokens / MANIFEST).unlink()
+    capsys.readouterr()
+    assert main(["verify", "cache"]) == 2
+    told = capsys.readouterr()
+    assert f"{tokens.name}: has no MANIFEST.json" in told.out and "nothing of cache is verified" in told.err
     assert main(["verify", "texts"]) == 2 and "nothing with sums" in said(capsys)
     assert main(["verify", "nowhere"]) == 2 and "no folder" in said(capsys)
 
@@ -294,6 +299,8 @@ def test_verify_of_a_teachers_cache(place, capsys):
         assert main(["verify", "answers"]) == 2
         assert problem in said(capsys).splitlines()[0].replace("answers/MANIFEST.json", "answers")
         path.write_bytes(whole)
+    path.unlink()
+    assert main(["verify", "answers"]) == 2 and "answers: has no MANIFEST.json" in said(capsys)
 
 
 def test_runs_of_earlier_versions_are_used_and_said_to_be_unverified(place, capsys, caplog):
@@ -315,6 +322,20 @@ def test_runs_of_earlier_versions_are_used_and_said_to_be_unverified(place, caps
     capsys.readouterr()
     assert main(["verify", "run"]) == 0
     assert "evaluation/before.json: was written without sums" in capsys.readouterr().out
+
+
+def test_a_run_that_an_earlier_version_began_is_not_said_to_have_lost_its_sums(place, capsys):
+    """It was killed before its first checkpoint, with a step logged and no run.json yet."""
+    run = place / "early"
+    run.mkdir()
+    recipe_of("early").save(run / RECIPE)
+    (run / "metrics.jsonl").write_text('{"phase": "mixing", "step": 1, "tokens": 64, "loss": 1.0}\n')
+    for name, told in (("early", None), ("new", True)):
+        with claimed(place / name, recipe_of(name)):
+            pass
+        assert read_json(place / name / RUN_FILE, Bound).get("sums") is told
+        assert main(["verify", name]) == 0, said(capsys)
+    assert "early/metrics.jsonl: was written without sums" in capsys.readouterr().out
 
 
 # ---- made again ----
