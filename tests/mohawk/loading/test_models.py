@@ -48,10 +48,11 @@ def test_other_families_load(tmp_path, family):
 
 
 def write_gguf(path, model, tokenizer):
-    """A float32 GGUF file of a tiny Llama, with the names and the row order that llama.cpp gives them."""
+    """A float32 GGUF file of a tiny Llama or Qwen3-MoE, with the names and the row order that llama.cpp gives them."""
     gguf = pytest.importorskip("gguf")
     config = model.config
-    writer = gguf.GGUFWriter(path, "llama")
+    mixture = config.model_type == "qwen3_moe"
+    writer = gguf.GGUFWriter(path, "qwen3moe" if mixture else "llama")
     writer.add_block_count(config.num_hidden_layers)
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
@@ -82,6 +83,12 @@ def write_gguf(path, model, tokenizer):
         "input_layernorm": "attn_norm",
         "post_attention_layernorm": "ffn_norm",
     }
+    if mixture:
+        writer.add_key_length(config.head_dim)
+        writer.add_expert_count(config.num_experts)
+        writer.add_expert_used_count(config.num_experts_per_tok)
+        names = {ours: theirs for ours, theirs in names.items() if not ours.startswith("mlp.")}
+        names |= {"self_attn.q_norm": "attn_q_norm", "self_attn.k_norm": "attn_k_norm", "mlp.gate": "ffn_gate_inp"}
     state = {k: v.numpy() for k, v in model.state_dict().items()}
     writer.add_tensor("token_embd.weight", state["model.embed_tokens.weight"])
     writer.add_tensor("output_norm.weight", state["model.norm.weight"])
@@ -89,11 +96,17 @@ def write_gguf(path, model, tokenizer):
     for layer in range(config.num_hidden_layers):
         for ours, theirs in names.items():
             weight = state[f"model.layers.{layer}.{ours}.weight"]
-            if ours.endswith("q_proj"):
+            if ours.endswith("q_proj") and not mixture:
                 weight = permuted(weight, config.num_attention_heads)
-            if ours.endswith("k_proj"):
+            if ours.endswith("k_proj") and not mixture:
                 weight = permuted(weight, config.num_key_value_heads)
             writer.add_tensor(f"blk.{layer}.{theirs}.weight", weight)
+        if mixture:
+            experts = {"up": 1, "down": None, "gate": 0}
+            for name, half in experts.items():
+                kept = state[f"model.layers.{layer}.mlp.experts.{'down' if half is None else 'gate_up'}_proj"]
+                weight = kept if half is None else kept[:, half * kept.shape[1] // 2 :][:, : kept.shape[1] // 2].copy()
+                writer.add_tensor(f"blk.{layer}.ffn_{name}_exps.weight", weight)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

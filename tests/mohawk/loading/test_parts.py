@@ -133,16 +133,22 @@ def test_what_is_read(tmp_path):
             assert numbers < 0.7 * size, (name, numbers, size)  # half, and vectors; two experts of three
 
 
-def test_a_gguf_file_is_read_in_parts(tmp_path, make_llama, tokenizer):
-    path = tmp_path / "tiny.gguf"
-    write_gguf(path, make_llama(), tokenizer)
-    found = in_processes(tmp_path, 2, lambda rank: [read(path, dtype=dtype) for dtype in ("float32", "bfloat16")])
-    for i, dtype in enumerate(("float32", "bfloat16")):
+def test_gguf_files_are_read_in_parts(tmp_path, make_llama, tokenizer):
+    write_gguf(tmp_path / "tiny.gguf", make_llama(), tokenizer)
+    # the size of experts is not in what transformers reads of a GGUF file: it takes its own default
+    mixture = tiny_teacher(
+        "qwen3_moe", vocab_size=258, num_hidden_layers=2, mlp_only_layers=[], moe_intermediate_size=768, num_experts=3
+    )
+    write_gguf(tmp_path / "experts.gguf", mixture, tokenizer)
+    cases = [(tmp_path / f"{name}.gguf", dtype) for name in ("tiny", "experts") for dtype in ("float32", "bfloat16")]
+    found = in_processes(tmp_path, 2, lambda rank: [read(path, dtype=dtype) for path, dtype in cases])
+    for i, (path, dtype) in enumerate(cases):
         expected = kept(path, dtype=dtype)
         for held, alone, _ in (one[i] for one in found):
             assert alone and held.keys() == expected.keys()
             for name, tensor in expected.items():
                 assert held[name].dtype == tensor.dtype and torch.equal(held[name], tensor), name
+    assert all(torch.equal(found[0][2][0][name], tensor) for name, tensor in mixture.named_parameters())
 
 
 def test_packed_weights_are_refused(tmp_path):
