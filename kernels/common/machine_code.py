@@ -16,7 +16,7 @@ import triton
 
 
 class Work(NamedTuple):
-    """What one thread does in one round of a kernel's main loop, or in all of a kernel that has no loop. Loops inside
+    """What one thread does in one round of a kernel's main loop, or in all of a kernel that has no main one. Loops inside
     of that one count once. Where a compiler makes one round of several, as it does of short ones, all are counted: the
     bytes tell."""
 
@@ -63,23 +63,25 @@ def run_tool(name: str, *arguments: str) -> str:
     return subprocess.run([tool, *arguments], capture_output=True, text=True, check=True).stdout
 
 
-def work(text: str, nvidia: bool) -> Work:
+class Instruction(NamedTuple):
+    name: str
+    target: str | None  # the label that a branch leads to
+    ends: bool  # whether what stands behind it never comes next
+
+
+def work(text: str, nvidia: bool, whole: bool = False) -> Work:
     """The work of a kernel's first outermost loop, which is the main one as these kernels are written, from nvdisasm's
-    text or LLVM's assembly."""
+    text or LLVM's assembly. whole: of all of the kernel, each loop once, where no loop is the main one."""
     instructions, labels = _parsed(text, nvidia)
-    loops = []
-    for end, (_, line) in enumerate(instructions):
-        target = re.search(r"BRA.*(\.L_x_\d+)" if nvidia else r"s_c?branch\w*\s+(\.LBB\d+_\d+)", line)
-        # A branch to itself is what fills the end of a kernel.
-        if target and labels.get(target[1], end) < end:
-            loops.append((labels[target[1]], end))
-    outermost = [one for one in loops if not any(a <= one[0] and one[1] <= b and (a, b) != one for a, b in loops)]
-    if outermost:
-        start, end = min(outermost)
-        instructions = instructions[start : end + 1]
     table = NVIDIA if nvidia else AMD
+    moving = re.compile("|".join(table[kind] for kind in ("loaded", "stored", "tensor")))
+    if not whole:
+        for loop in _loops(instructions, labels):
+            if any(moving.match(one.name) for one in loop):  # else it waits for a tensor core or a copy
+                instructions = loop
+                break
     counts = dict.fromkeys(Work._fields, 0)
-    for name, _ in instructions:
+    for name, _, _ in instructions:
         counts["instructions"] += 1
         for kind, pattern in table.items():
             if re.match(pattern, name):
@@ -89,19 +91,51 @@ def work(text: str, nvidia: bool) -> Work:
     return Work(**counts)
 
 
-def _parsed(text: str, nvidia: bool) -> tuple[list[tuple[str, str]], dict[str, int]]:
-    """(name, line) of each instruction, and where labels point among them."""
-    instructions: list[tuple[str, str]] = []
+def _loops(instructions: list[Instruction], labels: dict[str, int]) -> list[list[Instruction]]:
+    """The outermost loops, in the order of their beginnings: the instructions that lead to each other and back. They
+    need not stand together, since compilers move what is seldom run behind everything else."""
+    cuts = {0, *labels.values(), *(place + 1 for place, one in enumerate(instructions) if one.target or one.ends)}
+    begins = sorted(cut for cut in cuts if cut < len(instructions))
+    blocks = [instructions[begin:end] for begin, end in zip(begins, [*begins[1:], None], strict=True)]
+    number = {begin: index for index, begin in enumerate(begins)}
+    after: list[set[int]] = []
+    for index, block in enumerate(blocks):
+        last = block[-1]
+        leads = {number[labels[last.target]]} if labels.get(last.target or "", len(instructions)) in number else set()
+        after.append(leads | ({index + 1} if not last.ends and index + 1 < len(blocks) else set()))
+
+    def reached(index: int) -> set[int]:
+        found: set[int] = set()
+        waiting = [index]
+        while waiting:
+            new = after[waiting.pop()] - found
+            found |= new
+            waiting += new
+        return found
+
+    reach = [reached(index) for index in range(len(blocks))]
+    loops = {tuple(other for other in sorted(reach[index]) if index in reach[other]) for index in range(len(blocks))}
+    return [[one for index in loop for one in blocks[index]] for loop in sorted(loops) if loop]
+
+
+def _parsed(text: str, nvidia: bool) -> tuple[list[Instruction], dict[str, int]]:
+    """The instructions, and where labels point among them."""
+    instructions: list[Instruction] = []
     labels = {}
     for line in text.splitlines():
         line = line.strip()
         if label := re.match(r"(\.L_x_\d+|\.LBB\d+_\d+):", line):
             labels[label[1]] = len(instructions)
-        elif nvidia and (found := re.search(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z]\S*)(.*)", line)):
-            if found[1] != "NOP":
-                instructions.append((found[1], found[1] + found[2]))
+        elif nvidia and (found := re.search(r"/\*[0-9a-f]{4,}\*/\s+(@!?U?P\w+\s+)?([A-Z]\S*)(.*)", line)):
+            condition, name, operands = found.groups()
+            branch = re.match(r"BRA", name) and re.search(r"^(.*)`\((\.L_x_\d+)\)", operands)
+            always = bool(branch and not branch[1].strip()) or name in ("EXIT", "RET") or name.startswith("RET.")
+            if name != "NOP":
+                instructions.append(Instruction(name, branch[2] if branch else None, always and condition is None))
         elif not nvidia and (found := re.match(r"([vs]_|ds_|global_|buffer_|flat_)\w+", line)):
-            instructions.append((found[0], line))
+            branch = re.match(r"s_c?branch\w*\s+(\.LBB\d+_\d+)", line)
+            always = found[0] in ("s_branch", "s_endpgm")
+            instructions.append(Instruction(found[0], branch[1] if branch else None, always))
     return instructions, labels
 
 

@@ -26,23 +26,44 @@ TARGETS = {
 }
 # What one program may have of shared memory, in bytes.
 SHARED = {"sm_80": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "gfx942": 64 << 10}
-
+# What a multiprocessor, or a compute unit, has of it for all programs; and on NVIDIA's what a program costs beside.
+SHARED_OF_ALL = {"sm_80": 164 << 10, "sm_90": 228 << 10, "sm_100": 228 << 10, "gfx942": 64 << 10}
+RESERVED = 1 << 10
 
 # How far a count may lie above its bound: the next compiler puts this or that otherwise.
 MARGIN = 1.05
 
 
+# Of these counts fewer is worse.
+AT_LEAST = ("tensor", "resident")
+
+
 class Usage(NamedTuple):
-    """Registers of a thread, the bytes it spills to memory, and bytes of shared memory of a program; and its work, per
-    entry of what the kernel sweeps if that is known."""
+    """Registers of a thread, the bytes it spills to memory, and bytes of shared memory of a program; how many programs
+    a multiprocessor holds at once; and the work, per entry of what the kernel sweeps if that is known."""
 
     registers: int
     spilled: int
     shared: int
+    resident: int
     work: Work
 
     def numbers(self) -> dict[str, float]:
-        return {"registers": self.registers, "spilled": self.spilled, "shared": self.shared, **self.work._asdict()}
+        own = self._asdict()
+        return {**{name: number for name, number in own.items() if name != "work"}, **self.work._asdict()}
+
+
+def resident(target: str, registers: int, shared: int, warps: int) -> int:
+    """How many programs a multiprocessor (AMD: a compute unit) holds at once: 65,536 registers, handed out to warps 256
+    at a time, and 64 warps; on AMD four units of 512 registers a lane, handed out 8 at a time, and 8 waves."""
+    registers = max(8, -(-registers // 8) * 8)
+    if target.startswith("gfx"):
+        by_registers = 4 * min(8, 512 // registers) // warps
+        by_shared = SHARED_OF_ALL[target] // max(1, shared)
+    else:
+        by_registers = min(65536 // (registers * 32) // warps, 64 // warps)
+        by_shared = SHARED_OF_ALL[target] // (shared + RESERVED)
+    return min(32, by_registers, by_shared)
 
 
 def specialized(function, types: dict, constants: dict) -> tuple[dict, dict, dict]:
@@ -77,10 +98,16 @@ def specialized(function, types: dict, constants: dict) -> tuple[dict, dict, dic
 
 
 def compile_for(
-    target: str, function, types: dict, constants: dict, options: dict[str, Any], entries: int | None = None
+    target: str,
+    function,
+    types: dict,
+    constants: dict,
+    options: dict[str, Any],
+    entries: int | None = None,
+    whole: bool = False,
 ) -> Usage:
     """Compile one kernel as a launch would, with `types` as in `specialized`. entries: of what a program sweeps in one
-    round of its main loop; None if they are not to be counted by."""
+    round of its main loop, by which its work is divided. whole: no loop is the main one; see `machine_code.work`."""
     signature, constexprs, attributes = specialized(function, types, constants)
     source = ASTSource(function, signature, constexprs=constexprs, attrs=attributes)
     compiled = triton.compile(source, target=TARGETS[target], options=options)
@@ -91,10 +118,11 @@ def compile_for(
     else:
         registers, spilled = _amd(compiled.asm["amdgcn"])
         text = compiled.asm["amdgcn"]
-    done = machine_code.work(text, nvidia)
+    done = machine_code.work(text, nvidia, whole)
     if entries is not None:
         done = done.per(entries / (compiled.metadata.num_warps * TARGETS[target].warp_size))
-    return Usage(registers, spilled, compiled.metadata.shared, done)
+    shared, warps = compiled.metadata.shared, compiled.metadata.num_warps
+    return Usage(registers, spilled, shared, resident(target, registers, shared, warps), done)
 
 
 def _nvidia(cubin: bytes) -> tuple[int, int]:
@@ -133,10 +161,11 @@ def main(
     parser.add_argument("--quick", action="store_true", help="fewer cases")
     parser.add_argument("--target", choices=TARGETS, action="append")
     parser.add_argument("--bounds", type=pathlib.Path, metavar="FILE", help="hold the counts to those in a JSON file")
-    parser.add_argument("--record", action="store_true", help="raise the bounds in the file to what is counted")
+    record = "loosen the bounds in the file to what is counted; for new ones, delete it first"
+    parser.add_argument("--record", action="store_true", help=record)
     options = parser.parse_args()
     print(f"triton {triton.__version__}, {title}")
-    names = ("target", *columns, "registers", "spilled", "shared bytes", *Work._fields)
+    names = ("target", *columns, "registers", "spilled", "shared bytes", "resident", *Work._fields)
     print(f"| {' | '.join(names)} |\n{'|---' * len(names)}|")
     spilled, large, counted = 0, 0, {}
     for target in options.target or TARGETS:
@@ -157,14 +186,22 @@ def main(
 
 
 def _beyond(path: pathlib.Path, counted: dict[str, dict[str, float]], record: bool) -> list[str]:
-    """A line for every count beyond its bound, or without one. Of tensor cores' instructions the bound is the least."""
+    """A line for every count beyond its bound, or without one. A file's first entry names the versions of triton that
+    its bounds are of; another compiler's counts are not held to them."""
+    version = ".".join(triton.__version__.split(".")[:2])
     bounds = json.loads(path.read_text("utf-8")) if path.exists() else {}
+    versions = bounds.pop("triton", [])
     if record:
         for name, numbers in counted.items():
-            old = bounds.get(name, numbers)
-            bounds[name] = {k: (min if k == "tensor" else max)(x, old[k]) for k, x in numbers.items()}
-        rows = (f"{json.dumps(name)}: {json.dumps(numbers)}" for name, numbers in sorted(bounds.items()))
-        path.write_text("{\n" + ",\n".join(rows) + "\n}\n", "utf-8")
+            old = bounds.get(name, {})
+            worse = {kind: (min if kind in AT_LEAST else max)(x, old.get(kind, x)) for kind, x in numbers.items()}
+            bounds[name] = worse
+        rows = {"triton": sorted({*versions, version}), **dict(sorted(bounds.items()))}
+        lines = (f"{json.dumps(name)}: {json.dumps(numbers)}" for name, numbers in rows.items())
+        path.write_text("{\n" + ",\n".join(lines) + "\n}\n", "utf-8")
+        return []
+    if version not in versions:
+        print(f"{path} has no bounds of triton {version}: nothing is held to them")
         return []
     lines = []
     for name, numbers in counted.items():
@@ -172,6 +209,6 @@ def _beyond(path: pathlib.Path, counted: dict[str, dict[str, float]], record: bo
             bound = bounds.get(name, {}).get(kind)
             if bound is None:
                 lines.append(f"{name}: no bound of {kind}")
-            elif kind == "tensor" and number < bound / MARGIN or kind != "tensor" and number > bound * MARGIN:
+            elif kind in AT_LEAST and number < bound / MARGIN or kind not in AT_LEAST and number > bound * MARGIN:
                 lines.append(f"{name}: {kind} {number:g}, bound {bound:g}")
     return lines

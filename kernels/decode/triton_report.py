@@ -2,7 +2,7 @@
 be there, and print registers, spilled bytes and shared memory of each.
 
 Exit code 1 if anything spills. `--quick` compiles bfloat16 inputs and the largest states alone. All have padding;
-heads are alone in their group, or share it.
+heads are alone in their group, or share it. What is counted is of one entry of a head's state.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def compile_one(target: str, step: str, dtype: str, rows: int, columns: int, per
     constants = {name: value for name, value in constants.items() if name in function.arg_names}
     types = {name: types[name] for name in function.arg_names if name in types and name not in constants}
     options = {name: launch[name] for name in ("num_warps", "num_stages")}
-    return triton_report.compile_for(target, function, types, constants, options)
+    return triton_report.compile_for(target, function, types, constants, options, rows * columns)
 
 
 def cases(quick: bool = False) -> list[tuple[str, str, int, int, int]]:

@@ -2,6 +2,7 @@
 need not be there, and print registers, spilled bytes and shared memory of each.
 
 Exit code 1 if anything spills or takes more shared memory than there is. `--quick` compiles two pairs at two widths.
+What is counted is of one entry of the matrices, as a step makes them; of delta rules each loop once.
 """
 
 from __future__ import annotations
@@ -86,13 +87,14 @@ def _compile_delta(
     types: dict[str, Any] = dict.fromkeys(("crossing", "left", "residuals", "d_walks", "d_seen"), "*fp32")
     types |= dict.fromkeys(("heads", "chunks", "start", "wave"), 32) | {"width": constants["WIDTH"]}
     types["bounds"] = None if masks == "none" else "*i32"
+    entries = tiles["BLOCK"] * tiles["BLOCK"]
     if kernel == "return":
-        return triton_report.compile_for(target, triton_delta.return_kernel, types, constants, options)
+        return triton_report.compile_for(target, triton_delta.return_kernel, types, constants, options, entries, True)
     types |= dict.fromkeys(("seen", "own_tiles", "walks", "d_own"), "*fp32") | {"seq": 2048}
     types |= {"teacher": None if alone else _side(teacher, dtype, masks != "none", width)}
     types |= {"real": None if masks == "none" else "*i8"} | dict.fromkeys(("squares", "sizes"), "*fp64")
     constants |= {"SIZES": masks != "none", "TEACHER_WIDTH": 0 if alone else width}
-    return triton_report.compile_for(target, triton_delta.walk_kernel, types, constants, options)
+    return triton_report.compile_for(target, triton_delta.walk_kernel, types, constants, options, entries, True)
 
 
 def cases(quick: bool = False) -> list[tuple[str, str, str, int, str]]:
@@ -107,8 +109,10 @@ def cases(quick: bool = False) -> list[tuple[str, str, str, int, str]]:
     shapes = [(width, dtype) for width in WIDTHS for dtype in DTYPES]
     if quick:
         some = (*PAIRS[::2], *DELTA_PAIRS[::2])
+        once = [every[0], ("rows", "attention-attention", "segments, softcap")]
         every = [case for case in every if case[0] != "normaliser" and case[1] in some and case[2] == "segments"]
-        shapes = [(128, "bf16"), (256, "fp32")]
+        narrow, wide = (128, "bf16"), (256, "fp32")
+        return [(*case, *narrow) for case in once + every] + [(*case, *wide) for case in every]
     return [(*case, width, dtype) for width, dtype in shapes for case in every]
 
 
