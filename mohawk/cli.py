@@ -1,7 +1,7 @@
 """The `mohawk` command line: gathers the commands of all folders, and turns errors into lines and exit codes.
 
 Exit codes: 0 done, 1 a bug (with its traceback), 2 a mistake in what the user gave, or a machine that refuses (a full
-disk, too little memory), 130 stopped by a signal.
+disk, too little memory), 3 what is watched is not as it should be, 130 stopped by a signal.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from mohawk.core.command import Command
 from mohawk.core.extras import explain
 from mohawk.core.stopping import cleaning_up
 from mohawk.core.terminal import log_to_stderr
-from mohawk.errors import SaidElsewhere, UserError, line_for, printable, shortened
+from mohawk.errors import Alarm, SaidElsewhere, UserError, line_for, printable, shortened
 
 # Each has a `commands` module. What is heavy is imported by the command that needs it.
 FOLDERS = (
@@ -67,6 +67,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     except UserError as error:
         return _mistake(str(error))
+    except Alarm as alarm:
+        _say(*(f"alarm: {_line(line)}" for line in str(alarm).splitlines()))
+        return 3
     except ImportError as error:
         if options is None or (line := explain(error, f"`mohawk {options.command.name}`")) is None:
             raise

@@ -24,6 +24,11 @@ class SaidElsewhere(UserError):
     """A UserError that the first of several processes prints: this one ends without a word."""
 
 
+class Alarm(Exception):
+    """What a command was asked to watch is not as it should be. The command line prints its text, a line for each thing
+    found, and exits with code 3."""
+
+
 # What to do about a file call that failed, by its number; strerror says what it was.
 ADVICE = {
     errno.ENOSPC: "free disk space, then run the same command",

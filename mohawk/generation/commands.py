@@ -6,6 +6,7 @@ import argparse
 
 from mohawk.core.command import Command, given, number, path, refuse
 from mohawk.errors import UserError
+from mohawk.generation.arguments import add_batches, add_reading, add_requests
 
 
 def _add_generate(parser: argparse.ArgumentParser) -> None:
@@ -56,16 +57,7 @@ def _add_generate_data(parser: argparse.ArgumentParser) -> None:
         "--output", type=path, required=True, metavar="DIR", help="the answers' folder; goes on if it can"
     )
     parser.add_argument("--chat", action="store_true", help="a prompt is a user's message: chat template, or chat API")
-    reading = parser.add_argument_group("prompts")
-    reading.add_argument(
-        "--field", default="prompt", metavar="NAME", help="field of each row that holds the prompt; default: prompt"
-    )
-    reading.add_argument(
-        "--format", metavar="FORMAT", help="text (lines), paragraphs, jsonl or parquet; default: by suffix"
-    )
-    reading.add_argument("--split", default="train", metavar="NAME", help="split of a hub dataset; default: train")
-    reading.add_argument("--subset", metavar="NAME", help="configuration name of a hub dataset")
-    reading.add_argument("--limit", type=number(int, 1), metavar="N", help="only the first N; without it, all the rest")
+    add_reading(parser)
     decoding = parser.add_argument_group("decoding (greedy without --beams and --temperature)")
     decoding.add_argument(
         "--samples", type=number(int, 1), default=1, metavar="N", help="answers to each prompt; default: 1"
@@ -84,29 +76,13 @@ def _add_generate_data(parser: argparse.ArgumentParser) -> None:
     decoding.add_argument("--top-p", type=number(float, 0, 1), metavar="P", help="sample from this share; default: 1")
     decoding.add_argument("--seed", type=number(int, 0), default=0, metavar="N", help="seed of sampling; default: 0")
     local = parser.add_argument_group("a local teacher")
-    local.add_argument("--batch-size", type=number(int, 1), metavar="N", help="sequences at once; default: 8")
-    local.add_argument(
-        "--dtype", choices=("float32", "bfloat16", "float16", "auto"), help="default: auto; cpu: float32"
-    )
-    local.add_argument("--device", choices=("auto", "cpu", "cuda"), help="default: auto")
+    add_batches(local)
     local.add_argument("--revision", metavar="NAME", help="branch, tag or commit of a hub model")
     local.add_argument("--tokenizer", metavar="MODEL", help="folder or hub id, where the model comes without one")
     local.add_argument("--trust-remote-code", action="store_true", default=None, help="run the checkpoint's own code")
     remote = parser.add_argument_group("an endpoint")
     remote.add_argument("--key-env", metavar="NAME", help="environment variable with the key; default: OPENAI_API_KEY")
-    remote.add_argument("--concurrency", type=number(int, 1), metavar="N", help="requests at once; default: 8")
-    remote.add_argument(
-        "--timeout",
-        type=number(float, 0.1),
-        metavar="S",
-        help="seconds of silence before a request is given up (5 times that in all); default: 120",
-    )
-    remote.add_argument(
-        "--retries", type=number(int, 0), metavar="N", help="how often one request is tried again; default: 6"
-    )
-    remote.add_argument(
-        "--request", metavar="JSON", help='more fields of each request, null drops one: {"top_k": 20, "logprobs": null}'
-    )
+    add_requests(remote)
     keep = parser.add_argument_group("which answers are kept")
     keep.add_argument("--min-tokens", type=number(int, 0), metavar="N", help="shortest answer, in tokens")
     keep.add_argument("--max-tokens", type=number(int, 1), metavar="N", help="longest answer, in tokens")

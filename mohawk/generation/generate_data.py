@@ -92,7 +92,7 @@ def generate_from(
         prompts = first_before_others(lambda: read_prompts(read, limit=limit))
         if endpoint is not None:
             if "request" in options:
-                options["request"] = _json_object(options["request"])
+                options["request"] = json_object(options["request"])
             asked = EndpointTeacher(endpoint, model, decoding, chat=chat, **options)
             on_first(lambda: generate_data(prompts, asked, output, filters=filters))
         else:
@@ -297,7 +297,8 @@ def _held_back(answers: Iterator[tuple[int, list[Response]]], tally: Tally) -> I
         )
 
 
-def _json_object(text: str) -> dict[str, Any]:
+def json_object(text: str) -> dict[str, Any]:
+    """What --request gives. Raises UserError."""
     try:
         value = parse_json(text)
     except ValueError as error:

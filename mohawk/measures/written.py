@@ -54,20 +54,26 @@ def repeated(tokens: Sequence[int]) -> float | None:
 
 
 @torch.no_grad()
-def perplexity_of(model: CausalLM, prompts: Tensor, texts: Sequence[Sequence[int]]) -> float | None:
-    """A model's perplexity of continuations, given their prompts; None where all are empty."""
-    head, total, count = Head.of(model).frozen(), 0.0, 0
+def logprobs_of(model: CausalLM, prompts: Tensor, texts: Sequence[Sequence[int]]) -> list[float]:
+    """log p of each continuation given its prompt, under a model, nats; 0 of an empty one."""
+    head, sums = Head.of(model).frozen(), []
     for prompt, text in zip(prompts, texts, strict=True):
         if not text:
+            sums.append(0.0)
             continue
         row = torch.cat([prompt, torch.tensor(text, dtype=prompt.dtype)])[None]
         batch = {"input_ids": row, "position_ids": torch.arange(row.shape[1])[None]}
         hidden = packed_hidden_states(model, batch, device=model.device)[0, len(prompt) - 1 : -1]
         logprobs = head.logits(hidden).log_softmax(-1)
         targets = torch.tensor(text, device=logprobs.device)
-        total -= float(logprobs.gather(1, targets[:, None]).double().sum())
-        count += len(text)
-    return exp(total / count) if count else None
+        sums.append(float(logprobs.gather(1, targets[:, None]).double().sum()))
+    return sums
+
+
+def perplexity_of(model: CausalLM, prompts: Tensor, texts: Sequence[Sequence[int]]) -> float | None:
+    """A model's perplexity of continuations, given their prompts; None where all are empty."""
+    count = sum(map(len, texts))
+    return exp(-sum(logprobs_of(model, prompts, texts)) / count) if count else None
 
 
 def overlap_scores(hypotheses: Sequence[str], references: Sequence[str]) -> dict[str, float]:
@@ -93,10 +99,11 @@ def written(
 
     Only ids that both models can read are written, and no more than both have positions for.
 
-    Returns {"prompts", "tokens" (the most that were asked for), "teacher", "student", "same"}. Of each model: mean
-    `length` and share `ended` (by a token that ends texts), `repeated` and the teacher's `perplexity`. same: `first`,
-    how many tokens agree before the first that differs, mean; `scores` of `overlap_scores`, the student's text against
-    the teacher's.
+    Returns {"prompts", "tokens" (the most that were asked for), "teacher", "student", "same", "answers"}. Of each:
+    mean `length` and share `ended` (by a token that ends texts), `repeated` and the teacher's `perplexity`. same:
+    `first`, how many tokens agree before the first that differs, mean; `scores` of `overlap_scores`, the student's text
+    against the teacher's. answers: what the student wrote, as `mohawk watch` reads it: `prompt`, `response`, `tokens`
+    and `logprob`, the sum of the student's own of these tokens.
     """
     eos = [tokenizer.eos_token_id] if isinstance(tokenizer.eos_token_id, int) else []
     new_tokens = min(new_tokens, *(room_for(model, prompts.shape[1]) for model in models.values()))
@@ -118,6 +125,12 @@ def written(
         who: [str(tokenizer.decode(text, skip_special_tokens=True)) for text in found] for who, found in texts.items()
     }
     told["same"] = {"first": statistics.fmean(first), "scores": overlap_scores(plain["student"], plain["teacher"])}
+    own = logprobs_of(models["student"], prompts, texts["student"])
+    asked = [str(tokenizer.decode(prompt, skip_special_tokens=True)) for prompt in prompts.tolist()]
+    told["answers"] = [
+        {"prompt": prompt, "response": response, "tokens": len(text), "logprob": logprob}
+        for prompt, response, text, logprob in zip(asked, plain["student"], texts["student"], own, strict=True)
+    ]
     return told
 
 

@@ -7,13 +7,13 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from mohawk.loading.describe import size_text
+from mohawk.measures.paired import NORMAL
 from mohawk.runs.plots import RETRIEVALS, TEXTS
 
 if TYPE_CHECKING:
     from rich.console import Console
 
 Table = tuple[str, list[str], list[list[str]]]  # title, header, rows
-NORMAL = 1.959964  # standard errors to each side of a 95 % interval
 AFTER = {
     "before": "before phase 1",
     "mixing": "after phase 1, matrices",

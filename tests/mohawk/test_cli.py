@@ -174,6 +174,8 @@ def test_every_command_of_a_bare_install_says_what_to_install(tmp_path):
         "export x": "convert",
         "inspect x": "convert",
         "report x": "convert",
+        "compare x y p.txt --output o": "convert",
+        "watch l.jsonl": "convert",
         "inspect x --matrices a": "convert",
     }
     words = {shlex.split(line)[0] for line in lines}

@@ -156,6 +156,10 @@ def test_behaviour_stays_within_the_models_positions(make_llama, tokenizer):
     assert found["positions"]["held_out"][-1]["last"] == 255  # of 256 positions
     assert found["retrieval"] == {} and found["written"]["prompts"] == 8
     assert found["written"]["same"]["first"] == found["written"]["student"]["length"]  # the same model
+    answers = found["written"]["answers"]
+    logprob, tokens = (sum(answer[key] for answer in answers) for key in ("logprob", "tokens"))
+    assert (len(answers), tokens / 8) == (8, found["written"]["student"]["length"])
+    assert math.exp(-logprob / tokens) == pytest.approx(found["written"]["teacher"]["perplexity"])
     assert behaviour(models, both, {}, longest=400, new_tokens=4) == {"retrieval": {}, "positions": {}, "written": {}}
     assert prompts_of(torch.arange(70).view(2, 35)).tolist() == [list(range(32)), list(range(35, 67))]
 
