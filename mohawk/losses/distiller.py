@@ -76,6 +76,8 @@ class KnowledgeDistiller(Objective["CausalLM"]):
         divergence, beta, lam: as of `kd_loss`.
         temperature: T; a `Ramp`; or "auto": log2(teacher's parameters / student's) + 1.
         kd_weight, ce_weight: numbers or Ramps. The cross entropy is at temperature 1.
+        alpha: instead of both, a number from 0 to 1: ce_weight is alpha, kd_weight is 1 - alpha. Code that multiplies
+            the divergence by its alpha, as Hinton et al. (arXiv 1503.02531) weight soft targets, means 1 - alpha here.
         confidence: multiply a token's divergence by the teacher's probability of its label, so that it counts for
             little where the teacher is wrong.
         taid: TAID's moving target (arXiv 2501.16937), advanced by each step's loss.
@@ -103,6 +105,7 @@ class KnowledgeDistiller(Objective["CausalLM"]):
         temperature: float | Ramp | Literal["auto"] = 1.0,
         kd_weight: float | Ramp = 1.0,
         ce_weight: float | Ramp = 0.0,
+        alpha: float | None = None,
         beta: float = 0.5,
         lam: float = 0.1,
         confidence: bool = False,
@@ -114,6 +117,8 @@ class KnowledgeDistiller(Objective["CausalLM"]):
         advance: Advance | None = None,
     ):
         super().__init__()
+        if alpha is not None:
+            kd_weight, ce_weight = _weights_of(alpha, kd_weight, ce_weight)
         self.own_losses = dict(own_losses or {})
         divergences = [kd_weight, *(own.kd_weight for own in self.own_losses.values())]
         if teacher is None and (any(weight != 0 for weight in divergences) or matchings):
@@ -462,6 +467,19 @@ class KnowledgeDistiller(Objective["CausalLM"]):
     def _measure(self, name: str, mean: Tensor, count: Tensor) -> None:
         if self.measuring:
             self._means.add(name, mean, count)
+
+
+def _weights_of(alpha: float, kd_weight: float | Ramp, ce_weight: float | Ramp) -> tuple[float, float]:
+    """kd_weight and ce_weight that alpha means. Raises ValueError where it is no share or those are given too."""
+    if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not 0 <= alpha <= 1:
+        raise ValueError(f"alpha: got {alpha!r}; allowed: 0 to 1, the weight of the labels' cross entropy")
+    if kd_weight != 1.0 or ce_weight != 0.0:
+        raise ValueError(
+            f"alpha: got {alpha:g} beside kd_weight or ce_weight, which say the same; give alpha={alpha:g} alone where "
+            f"it weighs the labels' cross entropy (kd_weight={1 - alpha:g}, ce_weight={alpha:g}), or "
+            f"kd_weight={alpha:g}, ce_weight={1 - alpha:g} where it weighs the divergence, as in some code"
+        )
+    return 1 - alpha, alpha
 
 
 def _some(count: Tensor) -> Tensor:

@@ -38,7 +38,8 @@ class MinitronPruner:
         teacher: a causal LM of a supported family, or a `HybridForCausalLM`; left as it was.
         target_params: how many parameters are left, all of them counted; below 1 a share of those outside embedding and
             head. Met from below, to within `tolerance`.
-        strategy: "importance" (activations), "magnitude" (norms of weights) or "random".
+        strategy: "importance" (activations), "magnitude" (norms of weights) or "random". pruning_strategy: the same, by
+            the name that tutorials have for it.
         calibration: text for the importance: packed batches as `mohawk.data.packing.collate` gives them, a tokenizer's
             with an attention mask, or (rows, n) int64 token ids. None: text that the teacher writes itself
             (`written_text`), which ranks units less well than the text it will be used on.
@@ -71,7 +72,12 @@ class MinitronPruner:
         layers: str | Sequence[int] | Tensor = "score",
         tolerance: float = 0.03,
         seed: int = 0,
+        pruning_strategy: str | None = None,
     ):
+        if pruning_strategy is not None:
+            if strategy not in ("importance", pruning_strategy):
+                raise ValueError(f"pruning_strategy: got {pruning_strategy!r} beside strategy {strategy!r}; give one")
+            strategy = pruning_strategy
         if strategy not in STRATEGIES:
             raise ValueError(f"strategy: got {strategy!r}; allowed: {', '.join(STRATEGIES)}")
         if width not in WIDTHS:
@@ -142,6 +148,8 @@ class MinitronPruner:
     def prune(self) -> Any:
         """The smaller model, of the teacher's class, dtype and device; its parameters are trainable."""
         return cut(self.teacher, self.cut()).requires_grad_(True)
+
+    prune_and_create_student = prune  # what tutorials call it
 
     def _found(self) -> Sizes:
         config, own = self.teacher.config, sizes_of(self.teacher.config)

@@ -94,6 +94,16 @@ def test_loss_and_gradients_are_those_of_the_definition(models, batch, teacher, 
     assert 0 <= measured["agreement"] <= 1 and 0 < measured["teacher_entropy"] < math.log(vocab)
 
 
+def test_alpha_is_the_weight_of_the_labels(models, batch):
+    teacher, student, (ids, labels, mask) = models["llama"], models["small"], batch
+    loss = KnowledgeDistiller(teacher=teacher, student=student, temperature=2.0, alpha=0.3)
+    with torch.no_grad():
+        logits = [logits_of(model, ids, mask) for model in (student, teacher)]
+        expected = by_hand(*logits, labels, mask, 2.0, 0.7, 0.3, student.config.vocab_size)
+        torch.testing.assert_close(loss.compute_loss(ids, labels, mask).double(), expected, rtol=2e-5, atol=1e-6)
+    teacher.requires_grad_(True)
+
+
 def test_cross_entropy_alone_is_the_models_own_loss(models, batch):
     ids, _, _ = batch
     student = models["small"]
@@ -440,6 +450,11 @@ def test_heads_have_scale_bias_and_softcap():
     ("arguments", "words"),
     [
         ({"teacher": None}, "kd_weight 0"),
+        ({"teacher": "average", "alpha": 1.5}, "alpha: got 1.5; allowed: 0 to 1"),
+        (
+            {"teacher": "average", "alpha": 0.25, "ce_weight": 0.5},
+            r"kd_weight=0.75, ce_weight=0.25\), or kd_weight=0.2",
+        ),
         ({"teacher": "student"}, "the student itself"),
         ({"teacher": "average", "temperature": "auto"}, None),
     ],

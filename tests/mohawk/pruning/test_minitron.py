@@ -30,7 +30,9 @@ def test_as_a_script(tmp_path, monkeypatch, capsys):
             num_key_value_heads=2, initializer_range=0.3))
         ids = torch.randint(0, 64, (8, 16))
         target = sum(p.numel() for p in teacher.parameters()) * 0.6
-        student = MinitronPruner(teacher, target_params=target, strategy="importance", calibration=ids).prune()
+        pruner = MinitronPruner(teacher=teacher, target_params=target, pruning_strategy="magnitude")
+        student = pruner.prune_and_create_student()
+        assert pruner.strategy == "magnitude"
         assert 0.97 * target <= sum(p.numel() for p in student.parameters()) <= target
         distiller = KnowledgeDistiller(teacher, student)
         optimizer = torch.optim.AdamW(student.parameters(), lr=1e-3)
@@ -126,6 +128,7 @@ def test_sizes_given_and_mistakes():
         ({"target_params": "5"}, "target_params: got '5'; allowed: a number of parameters, at least 1000, or a share"),
         ({"target_params": 1.0}, "target_params: got 1.0; allowed"),
         ({"target_params": True}, "target_params: got True; allowed"),
+        ({"target_params": 0.5, "strategy": "random", "pruning_strategy": "magnitude"}, "got 'magnitude' beside"),
         ({"target_params": 0.5, "depth": 0}, "depth: got 0; allowed: 1 to 4 layers, or None"),
         ({"target_params": 0.5, "depth": 2.5}, "depth: got 2.5; allowed"),
         ({"target_params": 0.5, "tolerance": 0}, "tolerance: got 0; allowed: a share above 0"),
