@@ -8,6 +8,8 @@ import torch.distributed as dist
 
 from mohawk.core.processes import count, several
 
+SMALL = 2**16  # numbers of a gradient that is sent together with others: norms, biases, decays, adapters
+
 
 def total(tensor: torch.Tensor, group: dist.ProcessGroup | None = None) -> torch.Tensor:
     """The sum of every process's `tensor`, in place; group: of some of them."""
@@ -52,7 +54,7 @@ def share_parameters(parameters: Sequence[torch.nn.Parameter], group: dist.Proce
 
 
 def sum_gradients(parameters: Sequence[torch.nn.Parameter], group: dist.ProcessGroup | None = None) -> None:
-    """Add up the gradients of all processes, or of those of a group.
+    """Add up the gradients of all processes, or of those of a group; small ones in one message.
 
     A parameter that one process's batch did not reach counts as zero there; one that none reached stays
     without a gradient, as it would in one process. Sharded parameters have the sum already.
@@ -62,11 +64,19 @@ def sum_gradients(parameters: Sequence[torch.nn.Parameter], group: dist.ProcessG
         return
     reached = torch.tensor([float(p.grad is not None) for p in parameters], device=parameters[0].device)
     pending = []
+    small: dict[torch.dtype, list[torch.Tensor]] = {}
     for parameter, processes in zip(parameters, total(reached, group).tolist(), strict=True):
         if processes:
             gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-            parameter.grad = gradient.contiguous()
-            pending.append(dist.all_reduce(parameter.grad, group=group, async_op=True))
+            parameter.grad = gradient = gradient.contiguous()
+            if gradient.numel() <= SMALL:
+                small.setdefault(gradient.dtype, []).append(gradient)
+            else:
+                pending.append(dist.all_reduce(gradient, group=group, async_op=True))
+    for gradients in small.values():
+        sums = total(torch.cat([gradient.flatten() for gradient in gradients]), group)
+        for gradient, summed in zip(gradients, sums.split([one.numel() for one in gradients]), strict=True):
+            gradient.copy_(summed.view_as(gradient))
     for work in pending:
         work.wait()
 

@@ -13,6 +13,7 @@ import torch
 from mohawk.core import collectives, processes
 from mohawk.core.stopping import StopRequest
 from mohawk.errors import UserError, line_for
+from tests.helpers.processes import in_processes
 from tests.helpers.tiny_phase import cheap_training, fork, free_port, wait  # noqa: F401
 
 ROOT = Path(__file__).parents[3]
@@ -191,3 +192,35 @@ def test_accelerates_wish_to_shard_is_the_commands(monkeypatch):
     with processes.joined("cpu"):
         assert processes.wish() == processes.Wish(activation_checkpointing=True)
         assert not any(name in os.environ for name in asked)
+
+
+def test_small_gradients_are_summed_in_one_message(tmp_path, monkeypatch):
+    monkeypatch.setattr(collectives, "SMALL", 12)
+    sizes = [(3, 4), (12,), (5,), (13,), (7, 2), (6,), (2,)]  # the fourth and fifth by themselves
+    whole = torch.arange(1.0, 1 + sum(torch.Size(size).numel() for size in sizes)) % 8  # sums are exact in bfloat16
+
+    def body(rank):
+        parameters = [torch.nn.Parameter(torch.zeros(size)) for size in sizes[:-1]]
+        parameters.append(torch.nn.Parameter(torch.zeros(sizes[-1], dtype=torch.bfloat16)))
+        for i, values in enumerate(whole.split([p.numel() for p in parameters])):
+            # in other strides, as a transposed product leaves it; one is reached in one process alone, one in none
+            values = (values * (1 + rank)).to(parameters[i].dtype)
+            values = values.view(4, 3).T if i == 0 else values.view(sizes[i])
+            parameters[i].grad = None if i == 5 or (i == 2 and rank == 0) else values.clone()
+        sent = []
+        sends = torch.distributed.all_reduce
+        monkeypatch.setattr(
+            torch.distributed, "all_reduce", lambda *given, **more: sent.append(1) or sends(*given, **more)
+        )
+        collectives.sum_gradients(parameters)
+        return [p.grad for p in parameters], len(sent)
+
+    expected = list(whole.split([torch.Size(size).numel() for size in sizes]))
+    for gradients, sent in in_processes(tmp_path, 3, body):
+        assert sent == 1 + 2 + 2  # who has one; by themselves; float32 and bfloat16 together
+        for i, (gradient, values) in enumerate(zip(gradients, expected, strict=True)):
+            if i == 5:
+                assert gradient is None
+                continue
+            values = values.view(4, 3).T if i == 0 else values.view(sizes[i])
+            assert torch.equal(gradient.float(), values * (5 if i == 2 else 6)), i
