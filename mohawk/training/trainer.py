@@ -4,8 +4,7 @@ Gradients are averaged over real tokens, over micro-batches and processes alike;
 finite changes nothing (of that loss, where losses train parameters of their own); checkpoints are complete or invisible
 (mohawk.core.folders); a signal saves and raises `Interrupted`; a resumed run continues bit for bit on the CPU.
 
-After each step the processes tell each other how it went. Where each has layers of its own (pipeline.py), no step
-depends on that, and they meet only now and then, so that none waits for those behind it.
+After each step the processes tell each other how it went; where each has layers of its own, now and then (meetings.py).
 """
 
 from __future__ import annotations
@@ -18,7 +17,6 @@ import os
 import time
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -31,13 +29,14 @@ from transformers import set_seed
 from mohawk.core.collectives import means, share_parameters, sum_gradients, total
 from mohawk.core.folders import Interrupted, locked, remove_partial, step_of
 from mohawk.core.precision import autocast_dtype, pick_device
-from mohawk.core.processes import agree, count, from_all, from_first, is_first, rank, several
+from mohawk.core.processes import agree, count, from_first, is_first, rank, several
 from mohawk.core.run_folder import phase_folder
 from mohawk.core.stopping import SAME_SIGNAL, SAME_SIGNAL_DISTRIBUTED, StopRequest
 from mohawk.errors import UserError
 from mohawk.models.sharding import clip, is_sharded, reshard, total_norms
 from mohawk.training.batches import Batches, check_dealt, rows_per_step
 from mohawk.training.checkpoint import is_finished
+from mohawk.training.meetings import Meetings, Taken
 from mohawk.training.objective import Objective
 from mohawk.training.optimizer import adamw, trainable
 from mohawk.training.progress import Metrics, Progress, Window
@@ -50,30 +49,8 @@ logger = logging.getLogger(__name__)
 # So many steps in a row, or in the phase, whose loss or gradient is not finite end the run with a UserError.
 MAX_NONFINITE = 3
 MAX_NONFINITE_TOTAL = 10
-# Seconds between meetings of stages, at least; and how many times as long as the last one took, since in a meeting the
-# first stages wait for the last one.
-APART, TIMES = 10.0, 20.0
 
 Tensors = dict[str, Any]  # tensors by name, or groups of them
-
-
-@dataclass
-class Taken:
-    """What is known of a step that was taken: its learning rate, the losses, and the norm of the gradient of each, or
-    of all together under ""."""
-
-    step: int
-    learning_rate: float
-    losses: dict[str, float]
-    norms: dict[str, float]
-
-    def bad(self, of: str = "") -> list[str]:
-        """What is not finite of a loss that trains parameters of its own; else of all."""
-        found = [name for name, value in self.losses.items() if of in ("", name) and not math.isfinite(value)]
-        for name, norm in self.norms.items():
-            if of in ("", name) and not math.isfinite(norm):
-                found.append(f"the gradient of {name}" if name else "the gradient")
-        return found
 
 
 class PhaseTrainer:
@@ -177,7 +154,7 @@ class PhaseTrainer:
         self._saved_at = time.monotonic()
         self._parts: dict[str, Tensor] = {}  # of the running step, by name
         self._taken: list[Taken] = []  # steps since processes met
-        self._met_at, self._meeting = time.monotonic(), 0.0  # the last meeting, and how long it took
+        self._meetings = None if stage is None else Meetings(stage)
         self._window = Window()
 
     # ---- The phase as a whole ----
@@ -373,26 +350,17 @@ class PhaseTrainer:
 
     def _meets(self) -> bool:
         """Whether processes meet after the step that comes; all of them hear the same."""
-        if self.stage is None:
+        if self._meetings is None:
             return True
-        step, passed = self.step + 1, time.monotonic() - self._met_at
+        step = self.step + 1
         asks = step % self.phase.save_every == 0 or step == self.steps or self._asks_to_stop() or self._is_save_due()
-        return self.stage.told(asks or is_first() and passed >= max(APART, TIMES * self._meeting))
+        return self._meetings.next(asks)
 
     def _meet(self) -> None:
         """What all processes make of the steps since they met."""
         taken, self._taken = self._taken, []
-        if self.stage is not None:
-            self.stage.flush()
-            begin = time.monotonic()
-            found = from_all((self.stage.replica, taken, self._asks_to_stop(), self._is_save_due()))
-            self._met_at = time.monotonic()
-            self._meeting = self._met_at - begin
-            self._stop, self._due = any(stop for *_, stop, _ in found), any(due for *_, due in found)
-            stages = [one for replica, one, *_ in found if replica == 0]
-            for i, all_of in enumerate(taken):
-                all_of.losses = {name: value for one in stages for name, value in one[i].losses.items()}
-                all_of.norms = {name: value for one in stages for name, value in one[i].norms.items()}
+        if self._meetings is not None:
+            taken, self._stop, self._due = self._meetings.hold(taken, self._asks_to_stop(), self._is_save_due())
         now, since = time.monotonic(), self._window.since
         for i, one in enumerate(taken, 1):
             bad = one.bad()
