@@ -33,6 +33,7 @@ FOLDERS = (
     "evaluation",
     "generation",
     "export",
+    "quantization",
     "inspection",
     "schema",
 )

@@ -24,7 +24,7 @@ LEVELS = [
     {"distillation"},
     {"pruning"},
     {"evaluation", "export", "inspection"},
-    {"demo", "phases", "teacher_models", "next_tokens"},  # the latter: earlier names of public modules
+    {"demo", "quantization", "phases", "teacher_models", "next_tokens"},  # the latter: earlier names of public modules
     {"cli"},
     {"__main__"},
 ]

@@ -28,8 +28,10 @@ from mohawk.models.hybrid import HybridForCausalLM
 from mohawk.models.hybrid_config import SSM_LAYER, HybridConfig
 
 # of matrices; llama.cpp wants all else in float32: norms, biases, convolutions, decays
-OUTTYPES = {"f32": 0, "bf16": 32, "q8_0": 7}  # name -> general.file_type
-BLOCK = 32  # weights of a row that share a scale in q8_0
+OUTTYPES = {"f32": 0, "bf16": 32, "q8_0": 7, "q4_0": 2}  # name -> general.file_type
+BLOCKED = ("q8_0", "q4_0")  # in which BLOCK weights of a row share a scale
+BLOCK = 32
+SMALL = ("ssm_alpha.", "ssm_beta.")  # of each head one row, which says how long its state lasts: few, and left whole
 ROPES = {"granitehybrid": ("default", "linear", "llama3", "yarn"), "qwen35": ("default", "linear", "yarn")}
 YARN = {"rope_type", "rope_theta", "partial_rotary_factor", "factor", "original_max_position_embeddings"}
 BETAS = {"beta_fast": "yarn_beta_fast", "beta_slow": "yarn_beta_slow"}
@@ -195,8 +197,8 @@ def write_gguf(
     Args:
         hybrid: with `mamba2` mixers, or `gated_delta` ones of a Qwen3 teacher.
         path: of the file. What fails half-way leaves a part of it.
-        outtype: of matrices, all else being float32: f32; bf16; or q8_0, 8 bits and a float16 scale for every 32
-            weights of a row (rows that 32 does not divide stay in float32).
+        outtype: of matrices, all else being float32: f32; bf16; q8_0 or q4_0, 8 or 4 bits and a float16 scale for
+            every 32 weights of a row (rows that 32 does not divide, and rows of single heads, stay in float32).
         tokenizer: a fast one, written so that llama.cpp takes text; without one it takes token ids alone.
         about: other keys, such as general.name.
 
@@ -211,7 +213,7 @@ def write_gguf(
     if reason := why_not_gguf(hybrid.config):
         raise ValueError(f"this student cannot be a GGUF file: {reason}")
     fields = {"general.type": "model", **(about or {}), "general.file_type": OUTTYPES[outtype]}
-    if outtype == "q8_0":
+    if outtype in BLOCKED:
         fields["general.quantization_version"] = gguf.GGML_QUANT_VERSION
     fields |= gguf_fields(hybrid.config) | vocabulary(tokenizer, hybrid.config.vocab_size)
 
@@ -236,7 +238,8 @@ def write_gguf(
 def stored_as(name: str, shape: tuple[int, ...], outtype: str) -> str:
     """The type of a tensor in a file of that outtype."""
     matrix = name.endswith(".weight") and len(shape) == 2 and "norm" not in name and "conv1d" not in name
-    return outtype if matrix and not (outtype == "q8_0" and shape[-1] % BLOCK) else "f32"
+    whole = outtype in BLOCKED and (shape[-1] % BLOCK or any(small in name for small in SMALL))
+    return outtype if matrix and not whole else "f32"
 
 
 def _name(key: str, names: Mapping[str, str]) -> str:

@@ -16,9 +16,10 @@ EXTRAS = {
     ),
     "eval": ("lm_eval", "rouge_score", "sacrebleu"),
     "lora": ("peft",),
+    "quantize": ("torchao",),
     "triton": ("triton",),
 }  # fmt: skip
-WITH = {"eval": "convert", "lora": "convert"}  # extras that contain another one
+WITH = {"eval": "convert", "lora": "convert", "quantize": "convert"}  # extras that contain another one
 BASE = ("torch", "pydantic", "rich", "ruamel")  # what every installation has
 
 

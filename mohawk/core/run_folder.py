@@ -7,12 +7,14 @@ phases/NAME/                     checkpoints of a phase, round or stage, and its
 rounds/N/                        of a round of pruning: the sum of what it begins with, units' and layers' scores, its
                                  search (and phases/ of the candidates' healing), and its cut
 matrices/NAME.safetensors        of a stage: mixing matrices, for pictures
-evaluation/NAME.json             measured before and after each; `tasks` and `again` by `mohawk evaluate`
+evaluation/NAME.json             measured before and after each; `tasks` and `again` by `mohawk evaluate`, `quantized`
+                                 by `mohawk quantize`
 vocabulary.json                  which tokens a pruning kept, and why
 results.json, report.md,         what came of it
 report.html, plots/
 student/                         the last one
 export/TARGET/                   the last one for another runtime, by `mohawk export`
+quantized/FORMAT/                the last one with weights in fewer bits, by `mohawk quantize`
 composed.json                    which run's phases a composed run goes on from
 selection.json, selection/       the ranking of `mohawk select`, and every measurement of it
 """
@@ -114,6 +116,16 @@ def again_file(run: Path) -> Path:
     return evaluation_file(run, "again")
 
 
+def quantized_file(run: Path) -> Path:
+    """What `mohawk quantize` measured of the student in each format."""
+    return evaluation_file(run, "quantized")
+
+
+def quantized_folder(run: Path, name: str) -> Path:
+    """The student with its weights in that format."""
+    return run / "quantized" / name
+
+
 def plot_file(run: Path, name: str) -> Path:
     """A picture of the report."""
     return run / PLOTS / f"{name}.png"
@@ -149,5 +161,5 @@ def has_lost_sum(path: Path) -> bool:
 def summed_folders(run: Path) -> Iterator[Path]:
     """Every folder that has a manifest: what phases left, the last student, and what was made of it."""
     left = [path for name in (STUDENT, "checkpoint-*", ADAPTER, BASE) for path in run.glob(f"{PHASES}/*/{name}")]
-    made = [run / STUDENT, run / PLOTS / "matrices", *run.glob("export/[!.]*")]
+    made = [run / STUDENT, run / PLOTS / "matrices", *run.glob("export/[!.]*"), *run.glob("quantized/[!.]*")]
     yield from sorted(path for path in (*made, *left) if path.is_dir())

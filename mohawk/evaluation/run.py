@@ -65,7 +65,7 @@ def _evaluate(recipe: RecipeFile, folder: Path, name: str, overrides: Sequence[s
     about = recipe.teacher
     if (own := own_tokenizer(name, who="student")) is not None:  # before models are loaded
         check_same(teacher_tokenizer(about.model, tokenizer=about.tokenizer, **about.where), own, name)
-    context = _opened(recipe, folder, console, measured_in_parts(recipe, name))
+    context = opened(recipe, folder, console, measured_in_parts(recipe, name))
     student = load_teacher(name, device=context.device, spread=context.spread_teacher, who="student")
     texts = {
         text: asdict(compare(student, states, autocast=context.autocast)) for text, states in context.texts.items()
@@ -159,7 +159,7 @@ def corrected_teacher(recipe: RecipeFile, folder: Path) -> Path | None:
     return of_pruning(recipe, folder)
 
 
-def _opened(recipe: RecipeFile, folder: Path, console: Console, parts: Parts | None) -> RunContext:
+def opened(recipe: RecipeFile, folder: Path, console: Console, parts: Parts | None) -> RunContext:
     """The run's teacher and texts, as its own kind reads them."""
     if isinstance(recipe, Recipe):
         from mohawk.conversion.run import opened as converted

@@ -91,6 +91,9 @@ def rounding(kind: str, weight: np.ndarray) -> np.ndarray | float:
     if kind == "q8_0":  # 127 steps to the largest of 32; the step itself is rounded to float16
         step = np.abs(weight.astype(np.float64)).reshape(-1, 32).max(1) / 127
         return np.repeat(step / 2 + 127 * np.maximum(step * 2.0**-11, 2.0**-25), 32).reshape(weight.shape)
+    if kind == "q4_0":  # 16 steps of an eighth of the largest of 32, whose negative is cut by one; the step is rounded
+        step = np.abs(weight.astype(np.float64)).reshape(-1, 32).max(1) / 8
+        return np.repeat(step + 8 * np.maximum(step * 2.0**-11, 2.0**-25), 32).reshape(weight.shape)
     if kind == "bf16":  # 8 bits of precision, and the exponents of float32
         return np.ldexp(0.5, np.maximum(np.frexp(weight)[1], -125) - 8)
     return 0.0

@@ -51,7 +51,7 @@ def export(
             gguf with the outtype behind it.
         pad_expand: add heads of zeros up to mamba_expand 2 (llama.cpp), or where whole heads do not fill an integer.
         fold_bias: move in_proj's biases on x, B, C behind the convolution, where a student has some.
-        outtype: of the matrices in a GGUF file: "f32" (the default), "bf16" or "q8_0".
+        outtype: of the matrices in a GGUF file: "f32" (the default), "bf16", "q8_0" or "q4_0".
 
     Returns:
         The folder.

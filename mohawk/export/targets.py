@@ -295,7 +295,7 @@ TARGETS = {
         _write_gguf,
         gguf_notes,
         check=_check_gguf,
-        outtypes=("f32", "bf16", "q8_0"),
+        outtypes=("f32", "bf16", "q8_0", "q4_0"),
         why_not=_why_not_gguf,
         why_not_tokenizer=_why_not_in_gguf,
         prepare=_tell_padding,

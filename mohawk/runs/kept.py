@@ -64,6 +64,24 @@ class Tasks(TypedDict):
     groups: dict[str, Group]
 
 
+class QuantizedRow(TypedDict):
+    """A student in one format, or as it is (`as it is`)."""
+
+    bytes: int
+    texts: dict[str, Compared]
+    consistency: dict[str, float]
+    quantised: float | None
+
+
+class Quantized(TypedDict):
+    """evaluation/quantized.json."""
+
+    student: str
+    fingerprint: str | None
+    dtype: str
+    formats: dict[str, QuantizedRow]
+
+
 class Measured(TypedDict, total=False):
     """The part of results.json that is not measured again."""
 
@@ -86,6 +104,7 @@ class Tabled(TypedDict):
     own_tables: NotRequired[list[list[Any]]]
     behaviour: NotRequired[dict[str, Any]]
     layers: NotRequired[list[dict[str, Any]]]
+    quantized: NotRequired[Quantized]
 
 
 class Results(Tabled):

@@ -24,12 +24,13 @@ from mohawk.core.run_folder import (
     evaluation_file,
     plot_file,
     plot_names,
+    quantized_file,
     tasks_file,
 )
 from mohawk.errors import UserError
 from mohawk.loading.models import parameter_count
 from mohawk.measures.consistency import broken_in
-from mohawk.runs.kept import Compared, Composed, Measured, Results, Selection, Tasks
+from mohawk.runs.kept import Compared, Composed, Measured, Quantized, Results, Selection, Tasks
 from mohawk.runs.markdown import TOO_LARGE, to_markdown
 from mohawk.runs.page import Finished, write_page
 from mohawk.runs.plots import plot_evaluation, plot_losses, plot_positions, plot_retrieval, plot_tasks
@@ -109,6 +110,7 @@ def finish(
     plot_retrieval(behaved.get("retrieval", {}), plot_file(folder, "retrieval"))
     plot_positions(behaved.get("positions", {}), plot_file(folder, "positions"))
     tasks, times = kept_tasks(folder, STUDENT), phase_times(folder / METRICS_FILE)
+    quantized = kept_quantized(folder)
     _plot_tasks(folder, tasks)
     results = {
         "teacher": recipe.teacher.model,
@@ -129,6 +131,7 @@ def finish(
         "machine": machine(teacher.device),
         "recipe": recipe.model_dump(mode="json"),
         **({"tasks": tasks} if tasks else {}),
+        **({"quantized": quantized} if quantized else {}),
     }
     _write(folder, results, recipe.to_yaml())
     print_results(results, console)
@@ -165,6 +168,19 @@ def report_tasks(folder: Path | str) -> Path | None:
     return folder / REPORT
 
 
+def report_quantized(folder: Path) -> Path | None:
+    """Put what evaluation/quantized.json says of a finished run's student into its report.
+
+    Returns the report, None where the run has none yet: `finish` will put it in.
+    """
+    results, quantized = read_json(folder / RESULTS, Results), kept_quantized(folder)
+    if results is None or quantized is None:
+        return None
+    results["quantized"] = quantized
+    _write(folder, results, (folder / RECIPE).read_text(encoding="utf-8"))
+    return folder / REPORT
+
+
 def report_consistency(folder: Path, student: str, found: Mapping[str, float], dtype: str) -> None:
     """Put into a finished run's report how its student, loaded in this dtype, was seen to decode once more; nothing
     where the student measured is another one."""
@@ -180,6 +196,12 @@ def kept_tasks(folder: Path, student: str) -> dict[str, Any] | None:
     found = read_json(tasks_file(folder), Tasks)
     same = found and (found["student"], found["fingerprint"]) == (student, fingerprint(folder / student))
     return found if same else None
+
+
+def kept_quantized(folder: Path) -> Any | None:
+    """evaluation/quantized.json, if it is of the run's final student as it is now."""
+    found = read_json(quantized_file(folder), Quantized)
+    return found if found and found["fingerprint"] == fingerprint(folder / STUDENT) is not None else None
 
 
 def fingerprint(student: Path | str) -> str | None:

@@ -74,6 +74,8 @@ def tables(results: Mapping[str, Any]) -> list[Table]:
     if rows:
         loss = f"loss, first → last {'tenth' if tenths else 'step'}"
         made.append(("Training", ["phase", "steps", "tokens", "time", loss, "steps skipped"], rows))
+    if results.get("quantized"):
+        made += quantized_tables(results["quantized"])
     return made + (task_tables(results["tasks"]) if results.get("tasks") else [])
 
 
@@ -153,6 +155,28 @@ def behaviour_tables(found: Mapping[str, Any]) -> list[Table]:
         rows = [["tokens before the first that differs, mean", f"{same['first']:.1f}"]]
         rows += [[name, f"{score:.1f}"] for name, score in same["scores"].items()]
         made.append(("The student's continuations against the teacher's", ["", "of 100 where a score"], rows))
+    return made
+
+
+def quantized_tables(found: Mapping[str, Any]) -> list[Table]:
+    """The student's weights in fewer bits beside the student: a table for each text."""
+    formats = found["formats"]
+    made: list[Table] = []
+    for text, name in TEXTS.items():
+        rows = []
+        for kind, told in formats.items():
+            if (compared := told["texts"].get(text)) is None:
+                continue
+            differs = max(told["consistency"].values(), default=None)
+            rows.append(
+                [kind, size_text(told["bytes"])]
+                + [figure_text(compared[key]) for key in ("student_perplexity", "perplexity_ratio", "kl")]
+                + [percent_text(compared["top1_agreement"]), "-" if differs is None else f"{differs:.0e}"]
+            )
+        if rows:
+            header = ["weights", "file", "perplexity", "to the teacher's", "KL (nats)", "same top token"]
+            title = f"Quantised, on {name} ({found['dtype']} where not quantised)"
+            made.append((title, [*header, "decoding differs"], rows))
     return made
 
 

@@ -176,6 +176,8 @@ def test_every_command_of_a_bare_install_says_what_to_install(tmp_path):
         "report x": "convert",
         "compare x y p.txt --output o": "convert",
         "watch l.jsonl": "convert",
+        "quantize x --to int8": "quantize",
+        "quantize x --to gguf-q8_0": "convert",
         "inspect x --matrices a": "convert",
     }
     words = {shlex.split(line)[0] for line in lines}

@@ -156,6 +156,8 @@ def rounded(key, value, kind):
     if kind == "bf16":
         return torch.from_numpy(value.copy()).bfloat16().float().numpy(), 0
     largest = np.abs(value.astype(np.float64)).reshape(*value.shape[:-1], -1, 32).max(-1).repeat(32, -1)
+    if kind == "q4_0":  # 16 steps, from the largest to a step short of its negative
+        return value, largest / 8 * (1 + 8 / 2**11) + 8 * 2.0**-25
     return value, largest / 127 * (0.5 + 127 / 2**11) + 127 * 2.0**-25  # the scale is a float16
 
 
@@ -180,7 +182,8 @@ def test_every_tensor(name, outtype, tmp_path):
         tensor = stored.pop(names.get_name(key, try_suffixes=(".weight", ".bias")))
         kind = tensor.tensor_type.name.lower()
         matrix = value.ndim == 2 and "norm" not in key and "conv1d" not in key and key.endswith(".weight")
-        assert kind == (outtype if matrix and (outtype != "q8_0" or value.shape[1] % 32 == 0) else "f32"), key
+        blocks = value.shape[-1] % 32 == 0 and not key.endswith(("in_proj_a.weight", "in_proj_b.weight"))
+        assert kind == (outtype if matrix and (outtype not in ("q8_0", "q4_0") or blocks) else "f32"), key
         assert tensor.shape.tolist() == list(value.shape[::-1]), key
         wanted, off = rounded(key, value, kind)
         got = gguf.dequantize(tensor.data, tensor.tensor_type)
@@ -281,7 +284,7 @@ def test_why_not():
     llama3 = student_of("qwen3", mixer="gated_delta", rope_parameters=ROPES["llama3"])
     assert "scaled by llama3, llama.cpp's qwen35 knows default, linear, yarn" in why(llama3)
 
-    with pytest.raises(ValueError, match="outtype: got 'q4_0'; allowed: f32, bf16, q8_0"):
+    with pytest.raises(ValueError, match="outtype: got 'q4_1'; allowed: f32, bf16, q8_0, q4_0"):
         write_gguf(student_of(), "x.gguf", "q4_0")
     with pytest.raises(ValueError, match="cannot be a GGUF file: no attention layer"):
         write_gguf(student_of(layers=(0, 1, 2, 3)), "x.gguf")
@@ -563,12 +566,13 @@ def test_reading_back(tmp_path):
         read_back(tmp_path / "x.gguf", student_of())
 
 
-def test_small_weights_in_q8_0(tmp_path):
+@pytest.mark.parametrize("outtype", ["q8_0", "q4_0"])
+def test_small_weights_in_blocks(outtype, tmp_path):
     """A block whose scale is below float16's normal numbers is off by more than half a step: that is allowed for."""
     student = student_of()
     with torch.no_grad():
         student.model.layers[1].mlp.gate_proj.weight.mul_(1e-4)
-    write_gguf(student, tmp_path / "x.gguf", "q8_0")
+    write_gguf(student, tmp_path / "x.gguf", outtype)
     assert all(row.passed for row in read_back(tmp_path / "x.gguf", student))
 
 

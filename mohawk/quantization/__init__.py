@@ -1,0 +1,1 @@
+"""`mohawk quantize`: a run's student with its weights in fewer bits."""
