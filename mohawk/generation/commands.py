@@ -26,6 +26,13 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--seed", type=number(int, 0), metavar="N", help="seed of sampling")
+    drafting = parser.add_argument_group("speculative decoding")
+    drafting.add_argument(
+        "--draft", metavar="MODEL", help="a student of the model drafts its tokens: the same text in fewer passes"
+    )
+    drafting.add_argument(
+        "--draft-tokens", type=number(int, 1), metavar="K", help="tokens drafted in a round; default: 4"
+    )
 
 
 def _generate(options: argparse.Namespace) -> None:
@@ -33,6 +40,8 @@ def _generate(options: argparse.Namespace) -> None:
         raise UserError(f"--temperature: got {options.temperature}; allowed: 0, which is greedy, or at least 0.001")
     if options.top_p < 1 and options.temperature == 0:
         raise UserError("--top-p needs --temperature above 0: greedy decoding has nothing to sample from")
+    if options.draft is None:
+        refuse(given(options, "draft_tokens"), "--draft MODEL; give one, or leave it out")
     from mohawk.generation.generate import generate
 
     generate(
@@ -44,6 +53,7 @@ def _generate(options: argparse.Namespace) -> None:
         device=options.device,
         seed=options.seed,
         tokenizer=options.tokenizer,
+        **given(options, "draft", "draft_tokens"),
     )
 
 
