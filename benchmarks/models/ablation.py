@@ -1,12 +1,12 @@
 """Does each phase of MOHAWK pay, and with which mixer? The same student, the same number of tokens, without and with
 phases 1 and 2.
 
-SmolLM2-135M-Instruct becomes the demo's hybrid by phase 3 alone, from attention's start and from one whose mixers were
-fitted (`student.init: calibrated`), by phases 2 and 3, and by all three, with each mixer. Every run sees the same total
-of training tokens: earlier phases take theirs from later ones, and so do fits, which see them more than once. Since a
-short schedule may want another learning rate than a long one, each first tries some, times the demo's in all its
-phases, with one seed; the rate that is best on held-out text of the training source is run with the other seeds, and
-what the table says is of text of another source.
+SmolLM2-135M-Instruct becomes the demo's hybrid by phase 3 alone, by phases 2 and 3, and by all three, each from
+attention's start and from one whose mixers were fitted (`student.init: calibrated`), with each mixer. Every run sees
+the same total of training tokens: earlier phases take theirs from later ones, and so do fits, which see them more than
+once. Since a short schedule may want another learning rate than a long one, each first tries some, times the demo's in
+all its phases, with one seed; the rate that is best on held-out text of the training source is run with the other
+seeds, and what the table says is of text of another source.
 
 Runs are ordinary `mohawk convert` runs: each stops and resumes like one, and what is done is not done again, nor what
 ablation.json has of as many tokens. When all are there, a step of the teacher and of a student of each mixer is timed,
@@ -32,6 +32,8 @@ SCHEDULES = {  # share of the token budget for each phase; what the paper's abla
     "calibrated, 3": {"calibration": 1 / 8, "end_to_end": 7 / 8},
     "2-3": {"hidden": 0.5, "end_to_end": 0.5},
     "1-2-3": {"mixing": 1 / 12, "hidden": 5 / 12, "end_to_end": 0.5},
+    "calibrated, 2-3": {"calibration": 1 / 8, "hidden": 3 / 8, "end_to_end": 0.5},
+    "calibrated, 1-2-3": {"calibration": 1 / 8, "mixing": 1 / 12, "hidden": 7 / 24, "end_to_end": 0.5},
 }
 PHASES = ("mixing", "hidden", "end_to_end")
 CONTEXTS = (512, 4096)  # at which decoding is timed
@@ -265,7 +267,8 @@ def draw(lines: list[dict], target: Path) -> None:
         axis.bar_label(bars, fmt="%.3f", fontsize=8, padding=2)
         for place, line in zip(x, own, strict=True):
             axis.plot([place] * line["seeds"], line["kl"]["values"], "k.", markersize=3)
-    axis.set_xticks(range(len(SCHEDULES)), [f"phases {name}" for name in SCHEDULES])
+    axis.set_xticks(range(len(SCHEDULES)), [name.replace(", ", "\n") for name in SCHEDULES])
+    axis.set_xlabel("phases")
     axis.set_ylabel("KL(teacher ‖ student), nats per token")
     axis.set_title("The same tokens, without and with phases 1 and 2")
     axis.margins(y=0.2)
