@@ -109,6 +109,8 @@ def local_files(source: Source) -> tuple[list[Path], str | None]:
         files = sorted(p for p in path.rglob("*") if p.is_file() and _suffix(p) in SUFFIXES)
         if not files:
             raise NotThere(f"data: the folder {name} holds no {', '.join(SUFFIXES)} file")
+    elif path.exists():
+        raise UserError(f"data: {name} is neither a file nor a folder; give one of these")
     elif any(c in name for c in "*?["):
         files = sorted(Path(p) for p in globbing.glob(str(path), recursive=True) if Path(p).is_file())
         if not files:

@@ -164,8 +164,8 @@ def stage_contradictions(recipe: StageRecipe, stage: Stage, i: int, at: Path, la
             [(*at, "temperature")],
             f"{label}: temperature: auto compares the sizes of one teacher and the student; give a number",
         )
-    if stage.temperature != "auto" and min(_ends(stage.temperature)) < 0.001:
-        yield [(*at, "temperature")], f"{label}: a temperature of 0; use one of at least 0.001"
+    if stage.temperature != "auto" and (least := min(_ends(stage.temperature))) < 0.001:
+        yield [(*at, "temperature")], f"{label}: a temperature of {least:g}; use one of at least 0.001"
     if stage.taid is not None and stage.taid.start > stage.taid.end:
         yield [(*at, "taid")], f"{label}: taid starts at {stage.taid.start:g}, above its end {stage.taid.end:g}"
     if stage.advance is not None and stage.advance.patience is None and stage.advance.gap is None:

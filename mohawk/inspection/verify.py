@@ -135,7 +135,11 @@ def _whole(place: Path) -> str | None:
 
 def _altered(path: Path) -> str | None:
     try:
-        return why_altered(path)
+        problem, sums = why_altered(path), sum_file(path)
+        if problem is None and sums.exists():  # right, but for the name behind it
+            named = [line.endswith(f"  {path.name}".encode()) for line in sums.read_bytes().splitlines()]
+            problem = None if all(named) else "has a damaged sum beside it"
+        return problem
     except OSError as error:
         return f"cannot be read ({error.strerror})"
 

@@ -127,6 +127,8 @@ def load_config(
     if not remote and type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise UserError(f"{said_of(who)}{kind}, which transformers has no causal language model for")
     declared = config.architectures or []
+    if not (isinstance(declared, list) and all(isinstance(entry, str) for entry in declared)):
+        raise _cannot_be(name, who, "architectures", declared, "a list of names")
     if declared and not any(a.endswith(CAUSAL_HEADS) for a in declared):
         raise UserError(
             f"{said_of(who)}{kind} saved as {', '.join(declared)}, not as a causal language model; "
@@ -140,10 +142,17 @@ def _check_sizes(config: Mapping[str, Any], name: str, who: str) -> None:
     for field, least in SIZES.items():
         value = config.get(field)
         if value is not None and not isinstance(value, (list, tuple)) and not (type(value) is int and value >= least):
-            raise UserError(
-                f"{said_of(who)}the configuration of {name} cannot be: {field}: got {shortened(repr(value), 60)}; "
-                f"allowed: a whole number of at least {least}; give a checkpoint with a sound config.json"
-            )
+            raise _cannot_be(name, who, field, value, f"a whole number of at least {least}")
+    layers = config.get("num_hidden_layers")
+    if isinstance(layers, int) and layers > MOST_LAYERS:  # even without weights that many take minutes to make
+        raise _cannot_be(name, who, "num_hidden_layers", layers, f"at most {MOST_LAYERS:,}")
+
+
+def _cannot_be(name: str, who: str, field: str, value: Any, allowed: str) -> UserError:
+    return UserError(
+        f"{said_of(who)}the configuration of {name} cannot be: {field}: got {shortened(repr(value), 60)}; "
+        f"allowed: {allowed}; give a checkpoint with a sound config.json"
+    )
 
 
 @contextmanager
@@ -318,6 +327,7 @@ SIZES = {
     "vocab_size": 1, "hidden_size": 1, "num_hidden_layers": 1, "num_attention_heads": 1, "num_key_value_heads": 1,
     "intermediate_size": 1, "head_dim": 1,
 }  # fmt: skip
+MOST_LAYERS = 10_000
 
 
 CAUSAL_HEADS = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")

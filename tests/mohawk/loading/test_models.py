@@ -344,6 +344,8 @@ SOUND = {
         ({"head_dim": -3}, "head_dim: got -3"),
         ({"hidden_size": "a"}, "hidden_size: got 'a'"),
         ({"vocab_size": True}, "vocab_size: got True"),
+        ({"num_hidden_layers": 10**7}, "num_hidden_layers: got 10000000; allowed: at most 10,000"),
+        ({"architectures": 5}, "architectures: got 5; allowed: a list of names"),
         ({"hidden_act": "no"}, "no llama model can be made of it (KeyError: 'no')"),
         ({"pad_token_id": 500}, "no llama model can be made of it (AssertionError: Padding_idx"),
     ],

@@ -123,6 +123,7 @@ CASES = {
         {"data": {"train": ["body.jsonl"]}}, "data.train.0: .*body.jsonl:1 has no field 'text'; its fields: body"
     ),
     "a suffix that says nothing": ({"data": {"train": ["text.md"]}}, "text.md has an unknown suffix; set format"),
+    "a device": ({"data": {"train": ["/dev/null"]}}, "data: /dev/null is neither a file nor a folder"),
     "a file without a byte": ({"data": {"train": ["nothing.txt"]}}, "nothing.txt is empty; remove it or give it text"),
     "a column of Parquet": (
         {"data": {"train": ["body.parquet"]}}, "data.train.0: .*parquet row 0 has no field 'text'; its"

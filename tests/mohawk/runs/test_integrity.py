@@ -202,7 +202,8 @@ def test_verify_names_every_kind_of_damaged_file(place, capsys):
             part = str(path) if sum_file(path).exists() or name == "metrics.jsonl" else str(path.parent)
             assert len(lines) == 2 and os.path.relpath(part, place) in lines[0], (name, lines)
             path.write_bytes(whole)
-    assert main(["verify", "run"]) == 0
+    flip(sum_file(place / "run" / "report.md"), -2)  # in the name behind the sum
+    assert main(["verify", "run"]) == 2 and "report.md: has a damaged sum beside it" in said(capsys)
 
 
 @pytest.mark.parametrize("name", ["run/metrics.jsonl", "run/export/hybrid/MANIFEST.json", "run/student/config.json"])
