@@ -123,6 +123,8 @@ class KnowledgeDistiller(Objective["CausalLM"]):
         divergences = [kd_weight, *(own.kd_weight for own in self.own_losses.values())]
         if teacher is None and (any(weight != 0 for weight in divergences) or matchings):
             raise ValueError("teacher: got None, which needs kd_weight 0 and no matchings")
+        if not isinstance(matchings or {}, Mapping):
+            raise ValueError(f'matchings: got {type(matchings).__name__}; give a dict: {{"hidden": match_hidden(...)}}')
         if isinstance(teacher, nn.Module):
             model = cast("CausalLM", teacher)  # which ModelTeacher finds out
             teacher = ModelTeacher(plain_model(student) if is_around(student, model) else model)

@@ -456,6 +456,7 @@ def test_heads_have_scale_bias_and_softcap():
             r"kd_weight=0.75, ce_weight=0.25\), or kd_weight=0.2",
         ),
         ({"teacher": "student"}, "the student itself"),
+        ({"teacher": "average", "matchings": [1]}, "matchings: got list; give a dict"),
         ({"teacher": "average", "temperature": "auto"}, None),
     ],
 )
