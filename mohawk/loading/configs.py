@@ -266,6 +266,11 @@ def load_error(
         return UserError(
             f"{said_of(who)}cannot load the {what} from the folder {name}: {culprit}; give a whole checkpoint"
         )
+    if "ignore_mismatched_sizes" in str(error):  # whose report names them above
+        return UserError(
+            f"{said_of(who)}cannot load the {what} of {name}: they have other shapes than its config.json says; give a "
+            "checkpoint whose configuration is its own"
+        )
     if found(UnpicklingError):
         return UserError(
             f"{said_of(who)}cannot load the {what} of {name}: its .bin file is damaged, or a pickle with more in it "

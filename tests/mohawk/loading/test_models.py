@@ -384,6 +384,13 @@ def test_a_damaged_file_beside_the_weights_is_named(tmp_path, make_llama, file, 
         load_teacher(tmp_path)
 
 
+def test_weights_of_other_shapes_than_the_configuration_says(tmp_path, make_llama):
+    make_llama().save_pretrained(tmp_path)
+    make_llama(intermediate_size=16).config.save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="^teacher: cannot load the weights of .* other shapes than its config.json"):
+        load_teacher(tmp_path)
+
+
 def test_a_read_that_fails_inside_tokenizers_names_the_model(tmp_path, tokenizer, monkeypatch):
     """Its exception is a bare one, and says no file."""
     tokenizer.save_pretrained(tmp_path)
