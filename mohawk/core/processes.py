@@ -10,7 +10,7 @@ import os
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -130,6 +130,12 @@ def patience() -> timedelta:
     if not 0 < minutes <= 60 * 24 * 365:
         raise UserError(f"{PATIENCE}: got {given!r}; allowed: minutes, more than 0 and at most a year")
     return timedelta(minutes=minutes)
+
+
+def own_group(members: Sequence[Sequence[int]]) -> Any:
+    """The one of these groups of ranks that this process is in, each is in one of; all must ask. A silent member is
+    waited for as long as all processes are (`patience`), and not for torch's own time."""
+    return dist.new_subgroups_by_enumeration([list(ranks) for ranks in members], timeout=patience())[0]
 
 
 def leave() -> None:

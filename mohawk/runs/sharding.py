@@ -12,7 +12,7 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from mohawk.core.precision import MOST, autocast_dtype, device_bytes, pick_device
-from mohawk.core.processes import count, from_first, several, wish
+from mohawk.core.processes import count, from_first, own_group, several, wish
 from mohawk.errors import UserError
 from mohawk.models.sharding import shard
 from mohawk.schema.base import Phase, sections
@@ -60,9 +60,11 @@ def parts_of(recipe: Any, wanted: bool) -> Parts | None:
     if within == count():
         mesh = init_device_mesh(device.type, (count(),))
     else:
-        mesh = init_device_mesh(device.type, (count() // within, within), mesh_dim_names=("replicas", "parts"))
-    groups = "" if within == count() else f", in {count() // within} groups of {within}"
-    log.info("models are in parts on %d processes%s", count(), groups)
+        ranks = torch.arange(count()).view(-1, within)
+        groups = [own_group(ranks.T.tolist()), own_group(ranks.tolist())]
+        mesh = DeviceMesh.from_group(groups, device.type, mesh=ranks, mesh_dim_names=("replicas", "parts"))
+    shared = "" if within == count() else f", in {count() // within} groups of {within}"
+    log.info("models are in parts on %d processes%s", count(), shared)
     return Parts(mesh, autocast_dtype(recipe.precision, device))
 
 

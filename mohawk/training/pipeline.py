@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from mohawk.core.processes import count, rank
+from mohawk.core.processes import count, own_group, rank
 
 AHEAD = 4  # tensors that a stage has handed on and the next one has not taken yet, at most
 REPLACED = 4  # what a layer that is replaced costs beside one that is not: the student's pass, and twice that back
@@ -72,9 +72,9 @@ class PipelineStage:
 def make_stage(stages: int) -> PipelineStage:
     """This process's stage; all processes must ask, and be a multiple of `stages`. Neighbours have ranks that follow
     each other, so that hidden states stay within a machine where they can."""
-    groups = [dist.new_group(list(range(index, count(), stages))) for index in range(stages)]
+    group = own_group([range(index, count(), stages) for index in range(stages)])
     replica, index = divmod(rank(), stages)
-    return PipelineStage(index, stages, replica, count() // stages, groups[index])
+    return PipelineStage(index, stages, replica, count() // stages, group)
 
 
 def deal(replaced: Sequence[int], stages: int) -> list[range]:

@@ -6,13 +6,18 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.distributed.device_mesh import init_device_mesh
 
 from mohawk.core import collectives, processes
 from mohawk.core.stopping import StopRequest
 from mohawk.errors import UserError, line_for
+from mohawk.runs.sharding import parts_of
+from mohawk.schema.base import Sharding
+from mohawk.training.pipeline import make_stage
 from tests.helpers.processes import in_processes
 from tests.helpers.tiny_phase import cheap_training, fork, free_port, wait  # noqa: F401
 
@@ -49,12 +54,14 @@ def end(pid):
     wait(pid)
 
 
-def test_one_that_hangs_in_a_step(tmp_path):
+@pytest.mark.parametrize("grouped", [False, True])
+def test_one_that_hangs_in_a_step(grouped, tmp_path):
     def work(rank):
-        collectives.total(torch.ones(3))
+        group = processes.own_group([[0, 1]]) if grouped else None
+        collectives.total(torch.ones(3), group)
         if rank == 1:
             os.kill(os.getpid(), signal.SIGSTOP)
-        collectives.total(torch.ones(3))
+        collectives.total(torch.ones(3), group)
 
     first, second = two_processes(tmp_path, work, 0.05)
     try:
@@ -224,3 +231,19 @@ def test_small_gradients_are_summed_in_one_message(tmp_path, monkeypatch):
                 continue
             values = values.view(4, 3).T if i == 0 else values.view(sizes[i])
             assert torch.equal(gradient.float(), values * (5 if i == 2 else 6)), i
+
+
+def test_groups_of_a_sharded_run_are_those_of_torchs_mesh(tmp_path):
+    recipe = SimpleNamespace(sharding=Sharding(kind="full", within=2), device="cpu", precision="float32")
+
+    names = ("replicas", "parts")
+
+    def body(rank):
+        torchs = init_device_mesh("cpu", (2, 2), mesh_dim_names=names)
+        meshes = [torchs, parts_of(recipe, True).mesh]
+        ranks = [torch.distributed.get_process_group_ranks(mesh.get_group(name)) for mesh in meshes for name in names]
+        return [mesh.mesh.tolist() for mesh in meshes], ranks, make_stage(2).group.size()
+
+    for rank, (meshes, ranks, size) in enumerate(in_processes(tmp_path, 4, body)):
+        assert meshes == [[[0, 1], [2, 3]]] * 2 and size == 2
+        assert ranks == [[rank % 2, rank % 2 + 2], [rank // 2 * 2, rank // 2 * 2 + 1]] * 2
