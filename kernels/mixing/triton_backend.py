@@ -26,19 +26,28 @@ from mohawk.kernels.mixing.triton_tiles import Side
 BACKEND = "triton"  # as `mohawk doctor` names it
 
 
-def tiles(usual: bool, width: int, dtype: torch.dtype, major: int) -> dict:
+def tiles(usual: bool, width: int, dtype: torch.dtype, major: int, softcap: bool = False) -> dict:
     """How to launch. usual: a state-space student and an attention teacher, the pair that needs fewest registers;
-    width: the larger of head_dim and state_size padded to a power of 2; major: of CUDA's compute capability, 0 for AMD.
+    width: the larger of head_dim and state_size padded to a power of 2; major: of CUDA's compute capability, 0 for AMD;
+    softcap: of the student's scores.
 
     The largest blocks found that spill no registers on sm_80, sm_90, sm_100 and gfx942, for which triton_report.py
     compiles them. Float32 takes three products in tf32 for each, whose sum has its precision in chunks this short; AMD
     has products in float32.
     """
-    precision = "ieee"
+    precision, most = "ieee", None
     if dtype == torch.float32:
         block, step, chunk, warps, stages, precision = 16 if width > 128 else 32, 16, 32, 8, 1, "tf32x3"
+        if major == 9 and usual and width <= 128:
+            block, chunk, warps = 64, 64 if width <= 64 else 32, 4  # which wgmma takes
+        elif width <= 64:
+            warps = 4  # eight would make every product twice
     elif width > 128 or not (usual or major in (0, 9, 10)):
         block, step, chunk, warps, stages = 32, 32, 32, 8, 2
+    elif major == 9 and width <= 64:
+        # Three programs a multiprocessor have their turn while others wait for tensor cores.
+        block, step, chunk, warps, stages = 64, 32 if usual else 16, 64, 4, 2
+        most = None if softcap else 168
     else:
         block, step, chunk, warps, stages = 128, 32, 128, 8, 2
         if major == 9 and not usual:
@@ -49,7 +58,7 @@ def tiles(usual: bool, width: int, dtype: torch.dtype, major: int) -> dict:
             block, chunk = 64, 32
     if major == 0:  # 64 threads a warp
         block, warps, stages, precision = min(block, 64), 4, 1, "ieee"
-    return {
+    launch = {
         "BLOCK": block,
         "STEP": step,
         "CHUNK": chunk,
@@ -58,6 +67,7 @@ def tiles(usual: bool, width: int, dtype: torch.dtype, major: int) -> dict:
         "num_stages": stages,
         "enable_fp_fusion": True,  # as triton does by itself only up to 3.9
     }
+    return launch if most is None else launch | {"maxnreg": most}
 
 
 def _bounds(student: Side, teacher: Side) -> tuple[Tensor | None, Tensor | None]:
@@ -90,7 +100,8 @@ def sums_and_gradients(
     dtype = product_dtype(student, teacher, half=half)
     s, t = side_of(student, dtype), side_of(teacher, dtype)
     widths = {"STUDENT_WIDTH": padded_width(s.width), "TEACHER_WIDTH": padded_width(t.width)}
-    launch = tiles(s.most is None and t.most is not None, max(widths.values()), dtype, capability_major(device))
+    usual, capped = s.most is None and t.most is not None, s.softcap is not None
+    launch = tiles(usual, max(widths.values()), dtype, capability_major(device), capped)
     programs = triton.cdiv(seq, launch["BLOCK"]) * batch
     for side in (s, t):
         if side.most is not None:

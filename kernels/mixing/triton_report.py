@@ -20,6 +20,7 @@ from mohawk.kernels.mixing.triton_tiles import Side
 WIDTHS = (64, 128, 256)
 MAJOR = {"sm_80": 8, "sm_90": 9, "sm_100": 10, "gfx942": 0}
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion", "maxnreg")
 PAIRS = ("ssd-attention", "attention-ssd", "attention-attention", "ssd-ssd")
 DELTA_PAIRS = ("delta-attention", "delta-ssd", "delta-delta")  # of triton_delta.py
 
@@ -53,13 +54,14 @@ def compile_one(
     if pair in DELTA_PAIRS:
         return _compile_delta(target, kernel, pair, masks, width, dtype, tiles or triton_delta.tiles(MAJOR[target]))
     if tiles is None:
-        tiles = mixing_triton.tiles(pair == PAIRS[0], width, DTYPES[dtype], MAJOR[target])
+        capped = "softcap" in masks and pair.startswith("attention")
+        tiles = mixing_triton.tiles(pair == PAIRS[0], width, DTYPES[dtype], MAJOR[target], capped)
     if kernel == "normaliser":
         tiles = tiles | mixing_triton.NORMALISER
     masked = masks != "none"
     student, teacher = (_side(kind, dtype, masked, width, "softcap" in masks) for kind in pair.split("-"))
     constants = {name: tiles[name] for name in ("BLOCK", "STEP", "CHUNK", "PRECISION")}
-    options = {name: tiles[name] for name in ("num_warps", "num_stages", "enable_fp_fusion")}
+    options = {name: tiles[name] for name in OPTIONS if name in tiles}
     entries = tiles["BLOCK"] * tiles["STEP"]
     types: dict[str, Any] = {"seq": 2048, "heads": 32}
     if kernel == "normaliser":
@@ -112,7 +114,8 @@ def cases(quick: bool = False) -> list[tuple[str, str, str, int, str]]:
         once = [every[0], ("rows", "attention-attention", "segments, softcap")]
         every = [case for case in every if case[0] != "normaliser" and case[1] in some and case[2] == "segments"]
         narrow, wide = (128, "bf16"), (256, "fp32")
-        return [(*case, *narrow) for case in once + every] + [(*case, *wide) for case in every]
+        common = [("rows", PAIRS[0], "segments", 64, dtype) for dtype in DTYPES]
+        return common + [(*case, *narrow) for case in once + every] + [(*case, *wide) for case in every]
     return [(*case, width, dtype) for width, dtype in shapes for case in every]
 
 
