@@ -16,9 +16,9 @@ import triton
 
 
 class Work(NamedTuple):
-    """What one thread does in one round of a kernel's main loop, or in all of a kernel that has none. Loops inside
-    of that one count once. Where a compiler makes one round of several, as it does of short ones, all are counted: the
-    bytes tell."""
+    """What one thread does in one round of a kernel's main loop, or in all of a kernel that has no main one. Loops
+    inside of that one count once. Where a compiler makes one round of several, as it does of short ones, all are
+    counted: the bytes tell."""
 
     instructions: float
     special: float  # exponentials, logarithms, reciprocals, roots

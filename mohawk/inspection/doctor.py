@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 import importlib.util
 import platform
@@ -209,7 +210,9 @@ def backend_used(call: Callable[[], Any]) -> str:
     for package in (MODULES[name] for name in REPLACES):
         if any(name == package or name.startswith(f"{package}.") for name in ran):
             return package
-    return next((backend for backend in ("triton", "chunked", "reference") if backend in ours), "torch")
+    # What runs in torch in place has asked the C backend first.
+    order = ("triton", "chunked", "in_place", "c", "reference")
+    return next((backend for backend in order if backend in ours), "torch")
 
 
 def _why(operation: str, backend: str, device: torch.device) -> str:
@@ -217,6 +220,12 @@ def _why(operation: str, backend: str, device: torch.device) -> str:
         return f"the {backend} package is installed and there is a GPU"
     if backend == "triton":
         return f"there is a GPU, and triton {version('triton')} is installed"
+    if backend == "c":
+        return "no GPU, and a C compiler: one function in float32, torch in place in other dtypes"
+    if device.type == "cpu" and backend == "in_place":
+        from mohawk.kernels.decode.c_backend import library
+
+        return f"no GPU, and no C, {library()}: torch on the CPU, in place"
     if device.type == "cpu":
         return "no GPU: torch on the CPU, in bounded memory"
     package = {operation: package for package, operation in REPLACES.items()}.get(operation)
@@ -275,6 +284,26 @@ def _causal_conv1d(device: torch.device) -> None:
     mohawk.causal_conv1d(torch.zeros(1, 16, 8, device=device), torch.zeros(8, 4, device=device))
 
 
+def _ssd_decode_step(device: torch.device) -> None:
+    import torch
+
+    from mohawk.kernels.decode import ssd_decode_step
+
+    new = functools.partial(torch.zeros, device=device)
+    x, dt = new(1, 8), new(1, 2)
+    ssd_decode_step(new(1, 4, 16).mT, new(1, 2, 4, 4), new(1, 16), x, dt, weight=new(16, 4), A_log=new(2))
+
+
+def _delta_decode_step(device: torch.device) -> None:
+    import torch
+
+    from mohawk.kernels.decode import delta_decode_step
+
+    new = functools.partial(torch.zeros, device=device)
+    window, state, gate = new(1, 4, 24).mT, new(1, 2, 4, 4), new(1, 2)
+    delta_decode_step(window, state, new(1, 24), new(1, 8), gate, gate, weight=new(24, 4), norm_weight=new(4))
+
+
 _calls: dict[str, Callable[[torch.device], None]] = {
     "kd_loss": _kd_loss,
     "linear_kd_loss": _linear_kd_loss,
@@ -282,6 +311,8 @@ _calls: dict[str, Callable[[torch.device], None]] = {
     "ssd": _ssd,
     "gated_delta_rule": _gated_delta_rule,
     "causal_conv1d": _causal_conv1d,
+    "ssd_decode_step": _ssd_decode_step,
+    "delta_decode_step": _delta_decode_step,
 }
 
 

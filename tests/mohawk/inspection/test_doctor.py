@@ -10,6 +10,7 @@ from rich.console import Console
 
 from mohawk.core import devices, versions
 from mohawk.inspection import doctor
+from mohawk.kernels.decode import c_backend
 
 
 def printed() -> str:
@@ -41,6 +42,7 @@ def test_students_are_held_against_their_own_full_forward(monkeypatch):
 
 def test_operations_use_the_chunked_path_without_a_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    steps = "in_place" if isinstance(c_backend.library(), str) else "c"
     rows = {name: backend for name, backend, _ in doctor.operation_rows()}
     assert rows == {
         "kd_loss": "chunked",
@@ -49,7 +51,12 @@ def test_operations_use_the_chunked_path_without_a_gpu(monkeypatch):
         "ssd": "chunked",
         "gated_delta_rule": "chunked",
         "causal_conv1d": "chunked",
+        "ssd_decode_step": steps,
+        "delta_decode_step": steps,
     }
+    monkeypatch.setattr(c_backend, "library", lambda: "no compiler")
+    steps = {backend: why for name, backend, why in doctor.operation_rows() if "step" in name}
+    assert list(steps) == ["in_place"] and "no compiler" in steps["in_place"]
 
 
 @pytest.mark.parametrize(
