@@ -101,7 +101,8 @@ def _loops(instructions: list[Instruction], labels: dict[str, int]) -> list[list
     after: list[set[int]] = []
     for index, block in enumerate(blocks):
         last = block[-1]
-        leads = {number[labels[last.target]]} if labels.get(last.target or "", len(instructions)) in number else set()
+        place = labels.get(last.target) if last.target else None
+        leads = {number[place]} if place in number else set()
         after.append(leads | ({index + 1} if not last.ends and index + 1 < len(blocks) else set()))
 
     def reached(index: int) -> set[int]:
