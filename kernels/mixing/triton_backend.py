@@ -43,7 +43,7 @@ def tiles(usual: bool, width: int, dtype: torch.dtype, major: int, softcap: bool
         elif width <= 64:
             warps = 4  # eight would make every product twice
     elif width > 128 or not (usual or major in (0, 9, 10)):
-        block, step, chunk, warps, stages = 32, 32, 32, 8, 2
+        block, step, chunk, warps, stages = 32, 32, 32, 8, 1 if softcap and width > 128 and major == 8 else 2
     elif major == 9 and width <= 64:
         # Three programs a multiprocessor have their turn while others wait for tensor cores.
         block, step, chunk, warps, stages = 64, 32 if usual else 16, 64, 4, 2

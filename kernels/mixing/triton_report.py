@@ -111,11 +111,11 @@ def cases(quick: bool = False) -> list[tuple[str, str, str, int, str]]:
     shapes = [(width, dtype) for width in WIDTHS for dtype in DTYPES]
     if quick:
         some = (*PAIRS[::2], *DELTA_PAIRS[::2])
-        once = [every[0], ("rows", "attention-attention", "segments, softcap")]
         every = [case for case in every if case[0] != "normaliser" and case[1] in some and case[2] == "segments"]
         narrow, wide = (128, "bf16"), (256, "fp32")
-        common = [("rows", PAIRS[0], "segments", 64, dtype) for dtype in DTYPES]
-        return common + [(*case, *narrow) for case in once + every] + [(*case, *wide) for case in every]
+        once = [("rows", PAIRS[0], "segments", 64, dtype) for dtype in DTYPES]
+        once += [("normaliser", PAIRS[2], "segments", *narrow), ("rows", PAIRS[2], "segments, softcap", 256, "bf16")]
+        return once + [(*case, *narrow) for case in every] + [(*case, *wide) for case in every]
     return [(*case, width, dtype) for width, dtype in shapes for case in every]
 
 
