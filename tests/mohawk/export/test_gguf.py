@@ -285,7 +285,7 @@ def test_why_not():
     assert "scaled by llama3, llama.cpp's qwen35 knows default, linear, yarn" in why(llama3)
 
     with pytest.raises(ValueError, match="outtype: got 'q4_1'; allowed: f32, bf16, q8_0, q4_0"):
-        write_gguf(student_of(), "x.gguf", "q4_0")
+        write_gguf(student_of(), "x.gguf", "q4_1")
     with pytest.raises(ValueError, match="cannot be a GGUF file: no attention layer"):
         write_gguf(student_of(layers=(0, 1, 2, 3)), "x.gguf")
 
@@ -469,10 +469,10 @@ def test_what_is_asked_wrongly(folder, capsys):
     assert "are of --to bamba and --to granite; gguf needs neither" in capsys.readouterr().err
     assert main(["export", str(folder), "--to", "bamba", "--outtype", "q8_0"]) == 2
     assert "--outtype: got 'q8_0' with --to bamba; it is of --to gguf" in capsys.readouterr().err
-    with pytest.raises(UserError, match="--outtype: got 'q4_0' with --to gguf; no --to has it"):
-        export(folder, "gguf", outtype="q4_0")
+    with pytest.raises(UserError, match="--outtype: got 'q4_1' with --to gguf; no --to has it"):
+        export(folder, "gguf", outtype="q4_1")
     with pytest.raises(SystemExit):
-        main(["export", str(folder), "--to", "gguf", "--outtype", "q4_0"])
+        main(["export", str(folder), "--to", "gguf", "--outtype", "q4_1"])
     assert TARGETS["gguf"].outtypes == tuple(OUTTYPES)
 
 
