@@ -53,7 +53,7 @@ def recipe_for(mixer: str, start: str, mixing: float, hidden: float, output: Pat
 
     init, gate = STARTS[start]
     settings = local_settings(str(fetch.smollm2()))
-    solved = min(Recipe.load(shipped("demo")).phases.hidden.solve_tokens, int(hidden) // 2)
+    solved = min(Recipe.load(shipped("demo")).phases.hidden.solve_tokens, int(hidden) // 3)
     if init == "calibrated":
         hidden -= solved
         settings.append(f"student.calibration_tokens={solved}")
