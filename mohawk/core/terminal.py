@@ -42,8 +42,15 @@ def say(text: str, stream: TextIO | None = None) -> None:
         print(text, file=stream or sys.stderr, flush=True)
 
 
+# transformers imports torchao where it is installed, which then names each of its GPU kernels that a CPU cannot load
+QUIET = ("torchao", "torch.utils._pytree")
+
+
 def log_to_stderr() -> None:
-    """Print the log lines of this package that are warnings, or are marked `SHOWN`, on stderr."""
+    """Print the log lines of this package that are warnings, or are marked `SHOWN`, on stderr, and not what importing
+    torchao says of the machine."""
+    for name in QUIET:
+        logging.getLogger(name).setLevel(logging.ERROR)
     logger = logging.getLogger("mohawk")
     if not any(isinstance(handler, Terminal) for handler in logger.handlers):
         logger.addHandler(Terminal())
