@@ -63,10 +63,25 @@ def locate(model: str | Path, gguf_file: str | None = None, who: str = "teacher"
                 f"{_listed(path, '.gguf')}"
             )
         refuse_damaged(path, "make it again", f"{said_of(who)}cannot load the weights from the folder ")
+        _refuse_outside(path, who)
         return str(path), gguf_file
     if looks_local(name):
         raise UserError(f"{said_of(who)}{name} does not exist (looked for {path.absolute()})")
     return name, gguf_file
+
+
+def _refuse_outside(folder: Path, who: str) -> None:
+    """UserError where an index of weights names files that are not in its own folder."""
+    for index in sorted(folder.glob("*.index.json")):
+        try:
+            files = set(parse_json(index.read_bytes())["weight_map"].values())
+        except (ValueError, KeyError, TypeError, AttributeError):
+            continue  # transformers says what is wrong with it
+        if outside := sorted(str(file) for file in files if Path(str(file)).name != str(file)):
+            raise UserError(
+                f"{said_of(who)}{index}: weight_map: got {shortened(repr(outside[0]), 60)}; allowed: names of files in "
+                "the same folder; put the weights there, or give another checkpoint"
+            )
 
 
 def looks_local(name: str) -> bool:
@@ -126,6 +141,8 @@ def load_config(
     remote = trust_remote_code and "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
     if not remote and type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise UserError(f"{said_of(who)}{kind}, which transformers has no causal language model for")
+    if not remote:  # whose own code may know others
+        _check_names(config.get_text_config(), name, who)
     declared = config.architectures or []
     if not (isinstance(declared, list) and all(isinstance(entry, str) for entry in declared)):
         raise _cannot_be(name, who, "architectures", declared, "a list of names")
@@ -146,6 +163,24 @@ def _check_sizes(config: Mapping[str, Any], name: str, who: str) -> None:
     layers = config.get("num_hidden_layers")
     if isinstance(layers, int) and layers > MOST_LAYERS:  # even without weights that many take minutes to make
         raise _cannot_be(name, who, "num_hidden_layers", layers, f"at most {MOST_LAYERS:,}")
+
+
+def _check_names(config: PretrainedConfig, name: str, who: str) -> None:
+    """UserError for an activation or kind of rotary embedding that transformers does not have, by its field."""
+    from transformers.activations import ACT2FN
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    for field in ("hidden_act", "hidden_activation", "activation_function"):
+        value = getattr(config, field, None)
+        if value is not None and not (isinstance(value, str) and value in ACT2FN):
+            raise _cannot_be(name, who, field, value, f"what transformers has: {', '.join(sorted(ACT2FN))}")
+    ropes = getattr(config, "rope_parameters", None) or {}
+    # of all layers, or of each kind of layers
+    for rope in [ropes, *ropes.values()] if isinstance(ropes, dict) else []:
+        kind = rope.get("rope_type", "default") if isinstance(rope, dict) else "default"
+        known = sorted({"default", *ROPE_INIT_FUNCTIONS})
+        if kind not in known:
+            raise _cannot_be(name, who, "rope_type", kind, f"what transformers has: {', '.join(known)}")
 
 
 def _cannot_be(name: str, who: str, field: str, value: Any, allowed: str) -> UserError:

@@ -346,7 +346,11 @@ SOUND = {
         ({"vocab_size": True}, "vocab_size: got True"),
         ({"num_hidden_layers": 10**7}, "num_hidden_layers: got 10000000; allowed: at most 10,000"),
         ({"architectures": 5}, "architectures: got 5; allowed: a list of names"),
-        ({"hidden_act": "no"}, "no llama model can be made of it (KeyError: 'no')"),
+        ({"hidden_act": "no"}, "hidden_act: got 'no'; allowed: what transformers has: gelu, "),
+        (
+            {"rope_scaling": {"type": "odd", "factor": 2.0}},
+            "rope_type: got 'odd'; allowed: what transformers has: default",
+        ),
         ({"pad_token_id": 500}, "no llama model can be made of it (AssertionError: Padding_idx"),
     ],
     ids=str,
@@ -373,6 +377,11 @@ def test_a_configuration_of_which_no_model_can_be_made(tmp_path, capsys, wrong, 
         ("pytorch_model.bin", "", "pytorch_model.bin is empty; give a whole checkpoint"),
         ("generation_config.json", "[1]", "generation_config.json holds a JSON list, not an object"),
         ("generation_config.json", "null", "generation_config.json holds null, not an object"),
+        (
+            "model.safetensors.index.json",
+            '{"weight_map": {"lm_head.weight": "../other/model.safetensors"}}',
+            "index.json: weight_map: got '../other/model.safetensors'; allowed: names of files in the same folder",
+        ),
     ],
 )
 def test_a_damaged_file_beside_the_weights_is_named(tmp_path, make_llama, file, content, words):
