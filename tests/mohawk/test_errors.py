@@ -281,6 +281,7 @@ KINDS = {"conversion": Recipe, "distillation": DistillRecipe, "pruning": PruneRe
 OF_ONE_KIND = {
     ("distillation/cache.py", "phases.end_to_end"),  # of a conversion
     ("evaluation/run.py", "prune.vocabulary"),  # of a pruning
+    ("quantization/run.py", "prune.vocabulary"),  # likewise
     ("loading/models.py", "teacher.quantize"),  # where a recipe has it
     ("runs/sharding.py", "sharding.stages"),  # of a conversion, which alone has them
     ("training/batches.py", "sharding.stages"),  # likewise
