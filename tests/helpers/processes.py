@@ -11,7 +11,7 @@ from mohawk.core.processes import joined, leave
 from tests.helpers.tiny_phase import fork, free_port, wait
 
 
-def in_processes(folder: Path, count: int, body: Callable[[int], Any], timeout: float = 60.0) -> list[Any]:
+def in_processes(folder: Path, count: int, body: Callable[[int], Any], timeout: float = 150.0) -> list[Any]:
     """What `body(rank)` gives in each of `count` processes of one group; kept in `folder` on the way."""
     port = str(free_port())
 

@@ -157,8 +157,9 @@ def fork(body) -> int:
         os._exit(code)
 
 
-def wait(pid: int, timeout: float = 60.0) -> int:
-    """The exit code of a child, -N if signal N ended it."""
+def wait(pid: int, timeout: float = 150.0) -> int:
+    """The exit code of a child, -N if signal N ended it. timeout: seconds, of a machine that has other work too: a
+    process of several that is ended here makes the others say that one has ended."""
     end = time.monotonic() + timeout
     while True:
         done, status = os.waitpid(pid, os.WNOHANG)
