@@ -8,9 +8,10 @@ once. Since a short schedule may want another learning rate than a long one, eac
 all its phases, with one seed; the rate that is best on held-out text of the training source is run with the other
 seeds, and what the table says is of text of another source.
 
-Runs are ordinary `mohawk convert` runs: each stops and resumes like one, and what is done is not done again, nor what
-ablation.json has of as many tokens. When all are there, a step of the teacher and of a student of each mixer is timed,
-in turns. The table, its JSON with every run, and a plot go to benchmarks/results/.
+Runs are ordinary `mohawk convert` runs: each stops and resumes like one, and what is done is not done again; with
+--keep nor is what ablation.json has of as many tokens, whatever version it is of. When all are there, a step of the
+teacher and of a student of each mixer is timed, in turns. The table, its JSON with every run, and a plot go to
+benchmarks/results/.
 
     python benchmarks/models/ablation.py [--mixers mamba2 gated_delta] [--tokens 65536] [--seeds 3] [--rates 0.5 1 2]
 """
@@ -286,9 +287,10 @@ def main() -> None:
     parser.add_argument("--rates", type=float, nargs="+", default=[0.5, 1, 2], help="times the demo's learning rates")
     parser.add_argument("--runs", type=Path, default=Path("runs/ablation"), help="folder of the runs")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the table, its JSON and the plot")
+    parser.add_argument("--keep", action="store_true", help="take rows of the ablation.json there is, and run the rest")
     options = parser.parse_args()
     progress = Progress(len(options.mixers) * len(SCHEDULES) * (len(options.rates) + options.seeds - 1))
-    known = measured(options.results / "ablation.json", options.tokens)
+    known = measured(options.results / "ablation.json", options.tokens) if options.keep else {}
     rows = all_rows(options, lambda run: known.get(run) or done(run, options.tokens, options.runs), progress)
     lines, speeds = summary(rows), decoding(timed(options))
     options.results.mkdir(parents=True, exist_ok=True)

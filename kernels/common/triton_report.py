@@ -32,8 +32,6 @@ RESERVED = 1 << 10
 
 # How far a count may lie above its bound: the next compiler puts this or that otherwise.
 MARGIN = 1.05
-
-
 # Of these counts fewer is worse.
 AT_LEAST = ("tensor", "resident")
 

@@ -46,11 +46,16 @@ def say(text: str, stream: TextIO | None = None) -> None:
 QUIET = ("torchao", "torch.utils._pytree")
 
 
+def quiet_torchao() -> None:
+    """Before it is imported, by us or by transformers."""
+    for name in QUIET:
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
 def log_to_stderr() -> None:
     """Print the log lines of this package that are warnings, or are marked `SHOWN`, on stderr, and not what importing
     torchao says of the machine."""
-    for name in QUIET:
-        logging.getLogger(name).setLevel(logging.ERROR)
+    quiet_torchao()
     logger = logging.getLogger("mohawk")
     if not any(isinstance(handler, Terminal) for handler in logger.handlers):
         logger.addHandler(Terminal())

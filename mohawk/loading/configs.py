@@ -174,11 +174,10 @@ def _check_names(config: PretrainedConfig, name: str, who: str) -> None:
         value = getattr(config, field, None)
         if value is not None and not (isinstance(value, str) and value in ACT2FN):
             raise _cannot_be(name, who, field, value, f"what transformers has: {', '.join(sorted(ACT2FN))}")
-    ropes = getattr(config, "rope_parameters", None) or {}
+    ropes, known = getattr(config, "rope_parameters", None) or {}, sorted({"default", *ROPE_INIT_FUNCTIONS})
     # of all layers, or of each kind of layers
     for rope in [ropes, *ropes.values()] if isinstance(ropes, dict) else []:
         kind = rope.get("rope_type", "default") if isinstance(rope, dict) else "default"
-        known = sorted({"default", *ROPE_INIT_FUNCTIONS})
         if kind not in known:
             raise _cannot_be(name, who, "rope_type", kind, f"what transformers has: {', '.join(known)}")
 

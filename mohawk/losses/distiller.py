@@ -27,7 +27,7 @@ from mohawk.losses.label_probability import label_probability
 from mohawk.losses.matching import Matching
 from mohawk.losses.measured import Means, agreement
 from mohawk.losses.on_policy import OnPolicy, replaced_rows
-from mohawk.losses.schedules import Ramp, at, temperature_for
+from mohawk.losses.schedules import Ramp, at, temperature_for, weights_for
 from mohawk.losses.shared_vocabulary import shared_part, told_of_cut
 from mohawk.losses.teachers import (
     Answer,
@@ -118,7 +118,7 @@ class KnowledgeDistiller(Objective["CausalLM"]):
     ):
         super().__init__()
         if alpha is not None:
-            kd_weight, ce_weight = _weights_of(alpha, kd_weight, ce_weight)
+            kd_weight, ce_weight = weights_for(alpha, kd_weight, ce_weight)
         self.own_losses = dict(own_losses or {})
         divergences = [kd_weight, *(own.kd_weight for own in self.own_losses.values())]
         if teacher is None and (any(weight != 0 for weight in divergences) or matchings):
@@ -469,19 +469,6 @@ class KnowledgeDistiller(Objective["CausalLM"]):
     def _measure(self, name: str, mean: Tensor, count: Tensor) -> None:
         if self.measuring:
             self._means.add(name, mean, count)
-
-
-def _weights_of(alpha: float, kd_weight: float | Ramp, ce_weight: float | Ramp) -> tuple[float, float]:
-    """kd_weight and ce_weight that alpha means. Raises ValueError where it is no share or those are given too."""
-    if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not 0 <= alpha <= 1:
-        raise ValueError(f"alpha: got {alpha!r}; allowed: 0 to 1, the weight of the labels' cross entropy")
-    if kd_weight != 1.0 or ce_weight != 0.0:
-        raise ValueError(
-            f"alpha: got {alpha:g} beside kd_weight or ce_weight, which say the same; give alpha={alpha:g} alone where "
-            f"it weighs the labels' cross entropy (kd_weight={1 - alpha:g}, ce_weight={alpha:g}), or "
-            f"kd_weight={alpha:g}, ce_weight={1 - alpha:g} where it weighs the divergence, as in some code"
-        )
-    return 1 - alpha, alpha
 
 
 def _some(count: Tensor) -> Tensor:

@@ -1,5 +1,7 @@
 """Numbers that change while a student trains: temperatures and loss weights."""
 
+from __future__ import annotations
+
 import math
 from dataclasses import dataclass
 from typing import Literal
@@ -27,7 +29,7 @@ class Ramp:
         return self.start + (self.end - self.start) * share
 
 
-def at(value: "float | Ramp", progress: float) -> float:
+def at(value: float | Ramp, progress: float) -> float:
     """A constant's or a ramp's value when a share `progress` of the steps is done."""
     return value.at(progress) if isinstance(value, Ramp) else value
 
@@ -35,3 +37,16 @@ def at(value: "float | Ramp", progress: float) -> float:
 def temperature_for(teacher_parameters: int, student_parameters: int) -> float:
     """The rule of thumb log2(size of the teacher / size of the student) + 1, at least 1."""
     return max(1.0, math.log2(teacher_parameters / student_parameters) + 1)
+
+
+def weights_for(alpha: float, kd_weight: float | Ramp, ce_weight: float | Ramp) -> tuple[float, float]:
+    """kd_weight and ce_weight that alpha means. Raises ValueError where it is no share or those are given too."""
+    if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not 0 <= alpha <= 1:
+        raise ValueError(f"alpha: got {alpha!r}; allowed: 0 to 1, the weight of the labels' cross entropy")
+    if kd_weight != 1.0 or ce_weight != 0.0:
+        raise ValueError(
+            f"alpha: got {alpha:g} beside kd_weight or ce_weight, which say the same; give alpha={alpha:g} alone where "
+            f"it weighs the labels' cross entropy (kd_weight={1 - alpha:g}, ce_weight={alpha:g}), or "
+            f"kd_weight={alpha:g}, ce_weight={1 - alpha:g} where it weighs the divergence, as in some code"
+        )
+    return 1 - alpha, alpha

@@ -7,7 +7,6 @@ lasts and are a few in a thousand of all weights.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -20,15 +19,14 @@ from mohawk.errors import UserError
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-GROUP = 32  # weights of a row that share a scale, in int4 and GGUF
+GROUP = 32  # weights of a row that share a scale, in int4
 SMALL = 4  # a mixer's projection to or from fewer than 1 / SMALL of the model's width is small
 
 
 @dataclass(frozen=True)
 class Format:
-    """text: what it is, for people. config: torchao's configuration; None: a GGUF file's. outtype: of that file."""
+    """config: torchao's configuration; None: a GGUF file's. outtype: of that file."""
 
-    text: str
     config: Callable[[], Any] | None = None
     outtype: str | None = None
 
@@ -54,12 +52,12 @@ def _fp8() -> Any:
 
 
 FORMATS = {
-    "int8": Format("8 bits, a scale for each row", _int8),
-    "int4": Format(f"4 bits, a scale for every {GROUP} weights of a row; a byte each in the file", _int4),
-    "fp8": Format("8-bit floating point (e4m3), a scale for each matrix", _fp8),
-    "gguf-bf16": Format("GGUF, bfloat16", outtype="bf16"),
-    "gguf-q8_0": Format(f"GGUF, 8 bits, a scale for every {GROUP} weights of a row", outtype="q8_0"),
-    "gguf-q4_0": Format(f"GGUF, 4 bits, a scale for every {GROUP} weights of a row", outtype="q4_0"),
+    "int8": Format(_int8),  # a scale for each row
+    "int4": Format(_int4),
+    "fp8": Format(_fp8),  # e4m3, a scale for each matrix
+    "gguf-bf16": Format(outtype="bf16"),
+    "gguf-q8_0": Format(outtype="q8_0"),
+    "gguf-q4_0": Format(outtype="q4_0"),
 }
 REFUSED = {
     "bnb": "bitsandbytes computes on GPUs alone and quantises a model as it is loaded: there is no other file; give "
@@ -77,12 +75,6 @@ def check_format(name: str) -> Format:
         return FORMATS[name]
     why = next((f": {why}" for start, why in REFUSED.items() if name.startswith(start)), "")
     raise UserError(f"--to: got {name!r}; allowed: {', '.join(FORMATS)}{why}")
-
-
-def quiet_torchao() -> None:
-    """Before it is imported: it warns of every GPU kernel that is not there, and of how it is made itself."""
-    for name in ("torchao", "torch.utils._pytree"):
-        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def torchao_config(name: str, kept: list[str]) -> Any:

@@ -15,9 +15,10 @@ from mohawk.core.folders import write_whole
 from mohawk.core.json_files import write_json
 from mohawk.core.places import home
 from mohawk.core.run_folder import STUDENT, has_recipe, quantized_file, quantized_folder
+from mohawk.core.terminal import quiet_torchao
 from mohawk.errors import UserError
 from mohawk.loading.describe import student_folder
-from mohawk.quantization.formats import FORMATS, check_format, quiet_torchao
+from mohawk.quantization.formats import FORMATS, check_format
 from mohawk.runs.report import fingerprint, kept_quantized, report_quantized
 from mohawk.runs.tables import print_tables, quantized_tables
 from mohawk.schema.kinds import load_run_recipe, trims_vocabulary
@@ -91,13 +92,14 @@ def _torchao(context: RunContext, folder: Path, student: str, name: str, console
     """A folder with torchao's weights, measured as it is loaded from there."""
     from transformers import AutoModelForCausalLM
 
-    from mohawk.loading.models import load_teacher, load_tokenizer
+    from mohawk.loading.configs import load_config
+    from mohawk.loading.models import load_teacher, load_tokenizer, model_shape
     from mohawk.loading.remote_code import add_code
     from mohawk.models.families import needed_attention
     from mohawk.quantization.formats import kept_modules, quantised_share, torchao_config
 
-    plain = load_teacher(student, dtype="auto", who="student")
-    kept, attention = kept_modules(plain, name), needed_attention(plain.config)
+    config = load_config(student, who="student")
+    kept, attention = kept_modules(model_shape(config, who="student"), name), needed_attention(config)
     tokenizer, target = load_tokenizer(student, who="student"), quantized_folder(folder, name)
     model = AutoModelForCausalLM.from_pretrained(
         student, dtype="auto", quantization_config=torchao_config(name, kept), attn_implementation=attention
@@ -108,7 +110,7 @@ def _torchao(context: RunContext, folder: Path, student: str, name: str, console
         model.save_pretrained(partial)
         add_code(partial, model)
         tokenizer.save_pretrained(partial)
-    del model, plain
+    del model
     gc.collect()
     again = load_teacher(target, dtype="auto", device=context.device, who="student")
     trusted = "auto_map" in json.loads((target / "config.json").read_text(encoding="utf-8"))

@@ -14,6 +14,7 @@ from mohawk.conversion.recipe import Recipe
 from mohawk.conversion.run import convert
 from mohawk.conversion.select import select
 from mohawk.conversion.swap import keep_attention
+from mohawk.core.json_files import read_json
 from mohawk.errors import UserError
 from mohawk.evaluation.run import evaluate_run
 from mohawk.loading.describe import describe
@@ -85,7 +86,7 @@ def recipe_of(tokenizer, tmp_path):
                 },
                 "evaluation": {
                     "sequence_length": 32, "batch_size": 4, "tokens": 128,
-                    "longest": 64, "contexts": [8], "decode_tokens": 2,
+                    "longest": None, "contexts": [8], "decode_tokens": 2,
                     "prompt": "A cat", "continuation_tokens": 2,
                 },
                 "precision": "float32", "device": "cpu", "output": str(tmp_path / "run"),
@@ -107,6 +108,7 @@ def test_a_run_with_three_mixers(recipe_of, tmp_path, capsys):
     assert ["1", "mamba2", "q -> C, k -> B, v -> x, o -> out_proj", "open"] in rows
     assert "Export --to hybrid not bamba: its mixers are kimi_delta, mamba2 and gated_delta, Bamba's are" in said
     assert "4 kimi_delta, mamba2 and gated_delta and 0 attention layers" in (tmp_path / "run/report.md").read_text()
+    assert read_json(tmp_path / "run/results.json")["behaviour"] == {}  # as evaluation.longest is null
     written = (tmp_path / "run" / "recipe.yaml").read_text()
     assert "  mixer:\n    0: kimi_delta\n    1: mamba2\n    2: mamba2\n    3: gated_delta\n" in written
     assert Recipe.load(tmp_path / "run" / "recipe.yaml") == recipe
