@@ -1,6 +1,8 @@
 """Triton kernels in Triton's interpreter, in a process of their own: TRITON_INTERPRET is read when they are defined."""
 
+import inspect
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +14,7 @@ def run_cases(name: str, *arguments: str) -> None:
     """tests/kernels/`name`.py, which has to say that its cases are right."""
     paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     done = subprocess.run(
-        [sys.executable, str(ROOT / "tests" / "kernels" / f"{name}.py"), *arguments],
+        [sys.executable, __file__, str(ROOT / "tests" / "kernels" / f"{name}.py"), *arguments],
         env={**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
@@ -20,3 +22,33 @@ def run_cases(name: str, *arguments: str) -> None:
     )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     assert done.stdout.strip().endswith("cases right")
+
+
+def patch_once_a_launch() -> None:
+    """The interpreter puts its own functions into triton.language when a kernel is launched, and looks for what to put
+    there again whenever the kernel calls another function, which takes half of its time and finds nothing."""
+    from triton import language
+    from triton.runtime import interpreter
+
+    patch = interpreter._patch_lang
+    patched: set[bool] = set()  # since the launch, from a function that sees triton.language.core and from others
+
+    def patch_lang(function):
+        sees_core = any(inspect.ismodule(x) and x is language.core for x in function.__globals__.values())
+        if sees_core in patched:
+            return interpreter._LangPatchScope()
+        scope = patch(function)
+        if not patched:
+            restore = scope.restore
+            scope.restore = lambda: (patched.clear(), restore())
+        patched.add(sees_core)
+        return scope
+
+    interpreter._patch_lang = patch_lang
+
+
+if __name__ == "__main__":
+    sys.argv = sys.argv[1:]
+    sys.path[0] = str(Path(sys.argv[0]).parent)
+    patch_once_a_launch()
+    runpy.run_path(sys.argv[0], run_name="__main__")

@@ -20,7 +20,7 @@ from mohawk.kernels.kd.interface import (
     linear_kd_loss,
 )
 
-torch.use_deterministic_algorithms(True)
+torch.set_deterministic_debug_mode("error")  # as use_deterministic_algorithms, which imports inductor first
 torch.utils.deterministic.fill_uninitialized_memory = True
 triton_backend.BLOCK = 64  # several blocks and a ragged one at small sizes
 ON_LOGITS = tuple(name for name, one in DIVERGENCES.items() if one.on_logits)

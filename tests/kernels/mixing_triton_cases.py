@@ -13,7 +13,7 @@ from mohawk.kernels.mixing import triton_backend as mixing_triton
 from mohawk.kernels.mixing.interface import mixing_distance
 from mohawk.kernels.mixing.operands import AttentionMixing, SSDMixing
 
-torch.use_deterministic_algorithms(True)
+torch.set_deterministic_debug_mode("error")  # as use_deterministic_algorithms, which imports inductor first
 torch.utils.deterministic.fill_uninitialized_memory = True
 # Several blocks of several steps, and ragged ones, at small sizes.
 SMALL = {"BLOCK": 32, "STEP": 16, "num_warps": 4, "num_stages": 1, "CHUNK": 16, "PRECISION": "ieee"}
