@@ -15,17 +15,23 @@ from pathlib import Path
 import pytest
 
 pytest.importorskip("triton")
-TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
+LINUX = pytest.mark.skipif(sys.platform != "linux", reason="triton's wheels with ptxas are for Linux")
 
 
-def report(module, target):
-    """The rows of a quick report for one target, held to the bounds beside this file."""
-    bounds = Path(__file__).with_name(f"bounds_{module.split('.')[0]}.json")
+@LINUX
+@pytest.mark.parametrize("targets", [("sm_80", "sm_90"), ("sm_100", "gfx942")], ids=" and ".join)
+@pytest.mark.parametrize(
+    "kernel, rows",
+    [("kd", 17), pytest.param("mixing", 18, marks=pytest.mark.slow), ("ssd", 11), ("causal_conv1d", 3), ("decode", 4)],
+)
+def test_nothing_spills_or_goes_beyond_its_bound(kernel, rows, targets):
+    """By the quick report."""
+    bounds = Path(__file__).with_name(f"bounds_{kernel}.json")
     assert bounds.exists()
-    command = [sys.executable, "-m", f"mohawk.kernels.{module}", "--quick", "--target", target, "--bounds", bounds]
     # Its own process: in one where kernels were defined under TRITON_INTERPRET nothing can be compiled.
+    command = [sys.executable, "-m", f"mohawk.kernels.{kernel}.triton_report", "--quick", "--bounds", bounds]
     done = subprocess.run(
-        command,
+        [*command, *(part for target in targets for part in ("--target", target))],
         capture_output=True,
         text=True,
         env={k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"},
@@ -33,7 +39,8 @@ def report(module, target):
     )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert done.stdout.endswith("nothing spills\n")
-    return [line for line in done.stdout.splitlines() if line.startswith(f"| {target} |")]
+    for target in targets:
+        assert done.stdout.count(f"\n| {target} |") == rows, (target, done.stdout)
 
 
 SPECIALISED = """
@@ -66,31 +73,6 @@ def test_the_report_compiles_what_a_launch_does():
     assert done.stdout == "the same\n", done.stderr
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="triton's wheels with ptxas are for Linux")
-@pytest.mark.parametrize("target", TARGETS)
-def test_distillation_losses_do_not_spill(target):
-    assert len(report("kd.triton_report", target)) == 17
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(sys.platform != "linux", reason="triton's wheels with ptxas are for Linux")
-@pytest.mark.parametrize("target", TARGETS)
-def test_mixing_distance_does_not_spill(target):
-    assert len(report("mixing.triton_report", target)) == 18
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="triton's wheels with ptxas are for Linux")
-@pytest.mark.parametrize("target", TARGETS)
-def test_the_scan_does_not_spill(target):
-    assert len(report("ssd.triton_report", target)) == 11
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="triton's wheels with ptxas are for Linux")
-@pytest.mark.parametrize("target", TARGETS)
-def test_the_convolution_does_not_spill(target):
-    assert len(report("causal_conv1d.triton_report", target)) == 3
-
-
 COUNTED = """
 import triton
 import triton.language as tl
@@ -117,7 +99,7 @@ print("counted")
 """
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="triton's wheels with ptxas are for Linux")
+@LINUX
 def test_counts_of_a_kernel_that_can_be_counted_by_hand(tmp_path):
     """For each number two bytes are read, one exponential taken and four bytes written; without a mask 16 bytes are
     read at a time."""
@@ -195,9 +177,3 @@ def test_programs_that_a_multiprocessor_holds(target, registers, shared, warps, 
     from mohawk.kernels.common import triton_report
 
     assert triton_report.resident(target, registers, shared, warps) == programs
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="triton's wheels with ptxas are for Linux")
-@pytest.mark.parametrize("target", TARGETS)
-def test_decoding_steps_do_not_spill(target):
-    assert len(report("decode.triton_report", target)) == 4
