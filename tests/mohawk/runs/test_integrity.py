@@ -76,6 +76,24 @@ def place(made, tmp_path, monkeypatch):
     return tmp_path / "copy"
 
 
+@pytest.fixture(scope="module")
+def exported(made, tmp_path_factory):
+    """A copy of it with an export, which takes a process of its own to be checked in."""
+    folder = tmp_path_factory.mktemp("exported") / "copy"
+    shutil.copytree(made, folder)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        assert main(["export", "run", "--to", "hybrid"]) == 0
+    return folder
+
+
+@pytest.fixture
+def place_with_export(exported, tmp_path, monkeypatch):
+    shutil.copytree(exported, tmp_path / "copy")
+    monkeypatch.chdir(tmp_path / "copy")
+    return tmp_path / "copy"
+
+
 def recipe_of(output: str = "run", **changed) -> Recipe:
     """Its paths are relative: a copy of the folder is a run like the one it was copied from."""
     phase = {"tokens": STEPS * 4 * 32, "batch_size": 4, "sequence_length": 32, "learning_rate": 3e-3, "save_every": 2}
@@ -168,14 +186,13 @@ def test_a_cache_that_cannot_be_written_costs_only_time(place, monkeypatch):
     assert is_complete(place / "run" / "student")
 
 
-def test_a_card_that_a_person_wrote_in_is_no_damage_to_a_model(place, capsys):
-    assert main(["export", "run", "--to", "hybrid", "--output", "out"]) == 0
-    (place / "out" / "README.md").write_text("# Mine\n")
+def test_a_card_that_a_person_wrote_in_is_no_damage_to_a_model(place_with_export, capsys):
     from mohawk.loading.configs import locate
 
-    assert locate("out") == ("out", None)
-    capsys.readouterr()
-    assert main(["verify", "out"]) == 2 and "README.md has 7 bytes" in said(capsys)
+    out = "run/export/hybrid"
+    Path(out, "README.md").write_text("# Mine\n")
+    assert locate(out) == (out, None)
+    assert main(["verify", out]) == 2 and "README.md has 7 bytes" in said(capsys)
 
 
 # ---- verify ----
@@ -207,10 +224,8 @@ def test_verify_names_every_kind_of_damaged_file(place, capsys):
 
 
 @pytest.mark.parametrize("name", ["run/metrics.jsonl", "run/export/hybrid/MANIFEST.json", "run/student/config.json"])
-def test_verify_names_what_is_missing(name, place, capsys):
-    assert main(["export", "run", "--to", "hybrid"]) == 0
-    (place / name).unlink()
-    capsys.readouterr()
+def test_verify_names_what_is_missing(name, place_with_export, capsys):
+    (place_with_export / name).unlink()
     assert main(["verify", "run"]) == 2
     assert re.search(
         rf"^error: {os.path.dirname(name)}.*({Path(name).name} is missing|is missing|has no)", said(capsys)
