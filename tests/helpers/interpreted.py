@@ -30,6 +30,8 @@ def patch_once_a_launch() -> None:
     from triton import language
     from triton.runtime import interpreter
 
+    if not hasattr(interpreter, "_LangPatchScope"):  # another version, which keeps this in another way
+        return
     patch = interpreter._patch_lang
     patched: set[bool] = set()  # since the launch, from a function that sees triton.language.core and from others
 
@@ -47,8 +49,26 @@ def patch_once_a_launch() -> None:
     interpreter._patch_lang = patch_lang
 
 
+def look_for_overflow_in_numpy() -> None:
+    """The interpreter looks whether whole numbers overflow with ten operations of its own for each of a kernel's."""
+    import numpy as np
+    from triton.language.semantic import TritonSemantic
+
+    functions = {"add": np.add, "sub": np.subtract, "mul": np.multiply}
+
+    def look(semantic, left, right, operation):
+        kind = left.type.scalar
+        if kind.int_bitwidth < 64 and semantic.builder.options.sanitize_overflow:
+            found = functions[operation.__name__](left.handle.data, right.handle.data, dtype=np.int64)
+            fits = (kind.get_int_min_value() <= found) & (found <= kind.get_int_max_value())
+            assert fits.all(), f"int{kind.int_bitwidth} overflow in {operation.__name__}"
+
+    TritonSemantic.binary_op_sanitize_overflow_impl = look
+
+
 if __name__ == "__main__":
     sys.argv = sys.argv[1:]
     sys.path[0] = str(Path(sys.argv[0]).parent)
     patch_once_a_launch()
+    look_for_overflow_in_numpy()
     runpy.run_path(sys.argv[0], run_name="__main__")
