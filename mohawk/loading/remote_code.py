@@ -8,6 +8,7 @@ relative. Nothing is listed by hand: what the class imports when it is loaded is
 from __future__ import annotations
 
 import ast
+import functools
 import importlib.util
 import json
 import re
@@ -54,6 +55,7 @@ def write_remote_code(folder: Path) -> dict[str, str]:
     return {"AutoConfig": f"{entry}.HybridConfig", "AutoModelForCausalLM": f"{entry}.HybridForCausalLM"}
 
 
+@functools.cache  # a run writes the same modules beside each of its students
 def flattened(source: str) -> str:
     """A module's text as a member of the flat folder.
 

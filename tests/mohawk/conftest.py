@@ -1,5 +1,8 @@
 """Tiny models, tokenizers and texts, made here: nothing comes from a network."""
 
+import functools
+import os
+
 import pytest
 
 
@@ -12,6 +15,33 @@ def own_sums(tmp_path_factory):
     sums._memory = lambda of: folder / memory(of).name
     yield
     sums._memory = memory
+
+
+@pytest.fixture(scope="session", autouse=True)
+def quick_files_and_pictures():
+    """Files are left to the system to write, as a test's processes are killed, not its machine; pictures are small,
+    and nothing in them is moved to make room."""
+    from matplotlib.figure import Figure
+
+    savefig = Figure.savefig
+
+    @functools.wraps(savefig)
+    def small(figure, *arguments, **options):
+        figure.set_layout_engine("none")
+        return savefig(figure, *arguments, **{"dpi": 40, **options})
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda handle: None)
+        patch.setattr(Figure, "savefig", small)
+        yield
+
+
+@pytest.fixture
+def pictures_as_shipped(monkeypatch):
+    """For tests that look at them."""
+    from matplotlib.figure import Figure
+
+    monkeypatch.setattr(Figure, "savefig", Figure.savefig.__wrapped__)
 
 
 @pytest.fixture(scope="session")

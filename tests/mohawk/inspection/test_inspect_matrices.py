@@ -21,6 +21,8 @@ from mohawk.models.from_teacher import hybrid_from_teacher
 from tests.kernels.test_mixing_memory import peak_bytes
 from tests.models.conftest import tiny_teacher
 
+pytestmark = pytest.mark.usefixtures("pictures_as_shipped")
+
 TEXT = "The quick brown fox jumps over the lazy dog, and then it sleeps. "
 
 

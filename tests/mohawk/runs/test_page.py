@@ -15,6 +15,8 @@ from mohawk.runs.page import Finished, to_html
 from mohawk.runs.verdict import verdict
 from tests.helpers.browser import BROWSER, browse
 
+pytestmark = pytest.mark.usefixtures("pictures_as_shipped")
+
 NASTY = "<script>document.title = 'ran'</script><img src=http://elsewhere.test/x.png> & \"so\" on"
 
 

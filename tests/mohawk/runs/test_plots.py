@@ -5,6 +5,8 @@ import pytest
 
 from mohawk.runs.plots import Heads, plot_evaluation, plot_losses, plot_mixing_matrices
 
+pytestmark = pytest.mark.usefixtures("pictures_as_shipped")
+
 
 def pixels(path) -> np.ndarray:
     from matplotlib.image import imread
