@@ -237,7 +237,6 @@ def evaluating(model: nn.Module) -> Iterator[None]:
         model.train(training)
 
 
-@torch.inference_mode()
 def contexts_within(models: Sequence[CausalLM], contexts: Sequence[int], new_tokens: int) -> list[int]:
     """The contexts that `decode_speed` can measure with all of these models; those left out are logged."""
     fitting = [context for context in contexts if all(room_for(model, context) > new_tokens for model in models)]
@@ -249,6 +248,7 @@ def contexts_within(models: Sequence[CausalLM], contexts: Sequence[int], new_tok
     return fitting
 
 
+@torch.inference_mode()
 def decode_speed(
     model: CausalLM,
     contexts: Sequence[int],

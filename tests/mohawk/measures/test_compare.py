@@ -281,6 +281,15 @@ def test_any_family_decodes(family):
     assert speeds[1].state_bytes - speeds[0].state_bytes == 16 * attention * 2 * 2 * 8 * 4
 
 
+def test_what_is_timed_is_decoding_without_gradients(make_llama):
+    """With them steps are slower, other kernels run, and the cache keeps a graph of all before it."""
+    model = make_llama()
+    recorded = []
+    model.register_forward_hook(lambda module, given, output: recorded.append(output.logits.requires_grad))
+    evaluate.decode_speed(model, [5], 2)
+    assert len(recorded) == 4 and not any(recorded)
+
+
 def test_shared_storage_counts_once():
     a = torch.zeros(10)
     holder = type("Layer", (), {})()
