@@ -7,12 +7,29 @@ import runpy
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
+# of a row's counts: which, a power of ten, and the unit that it makes of them
+RATES = {
+    "cpu": (("flops", 9, "GFLOP/s"), ("bytes", 9, "GB/s")),
+    "cuda": (("flops", 12, "TFLOP/s"), ("bytes", 9, "GB/s")),
+}
 
 
 def beside(row: dict, other: dict) -> str:
     """How many times the time and the memory of `row` the other line takes."""
     name, times = other["name"].split(",")[0], other["seconds"] / row["seconds"]
     return f"{name} takes {times:.2g} x the time, {other['mib'] / max(row['mib'], 1):.2g} x the memory"
+
+
+def rate(row: dict, device: str) -> str:
+    """What the floor counts, over the time."""
+    rates = [
+        f"{row[kind] / row['seconds'] / 10**power:.3g} {unit}" for kind, power, unit in RATES[device] if kind in row
+    ]
+    return ", ".join(rates)
+
+
+def part(row: dict, name: str) -> str:
+    return f"{row['quantiles'][name][1]:.3g}" if name in row.get("quantiles", ()) else ""
 
 
 def table_lines(rows: list[dict], device: str) -> list[str]:
@@ -26,7 +43,10 @@ def table_lines(rows: list[dict], device: str) -> list[str]:
             lines += [f"**{table}**", "", "| | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
         else:
             compared = any("against" in row for row in mine)
-            head = ["", seconds, "spread", "of the floor", "peak MiB", "error"] + ["beside it"] * compared
+            parts = ["forward", "backward"] * any("quantiles" in row for row in mine)
+            rated = any("flops" in row or "bytes" in row for row in mine)
+            head = ["", seconds, "spread", *parts, "of the floor", *["floor's work"] * rated, "peak MiB", "error"]
+            head += ["beside it"] * compared
             lines += [f"**{table}**", "", f"| {' | '.join(head)} |".replace("|  |", "| |"), "|---" * len(head) + "|"]
         for row in mine:
             cells = [row["name"]]
@@ -38,7 +58,8 @@ def table_lines(rows: list[dict], device: str) -> list[str]:
                 floor = by_key.get((table, row["floor"]), {}).get("seconds")
                 ratio = f"{row['seconds'] / floor:.2f}" if floor else ""
                 spread = "-".join(f"{x:.3g}" for x in row["spread"])
-                cells += [f"{row['seconds']:.3g}", spread, ratio, f"{row['mib']:.0f}", f"{row['error']:.1e}"]
+                cells += [f"{row['seconds']:.3g}", spread, *(part(row, name) for name in parts), ratio]
+                cells += [rate(row, device)] * rated + [f"{row['mib']:.0f}", f"{row['error']:.1e}"]
                 other = by_key.get((table, row.get("against")), {})
                 if "seconds" in other:
                     cells.append(beside(row, other))
@@ -74,14 +95,14 @@ def panels(rows: list[dict], title: str):
     if not tables:
         return None
     grouped = [[row for row in rows if row["table"] == table] for table in tables]
-    curves = any("at" in row for row in rows)
-    heights = [4.2 if curves else 0.26 * len(mine) + 1.1 for mine in grouped]
+    curves = [any("at" in row for row in mine) for mine in grouped]
+    heights = [4.2 if curve else 0.26 * len(mine) + 1.1 for mine, curve in zip(grouped, curves, strict=True)]
     figure, axes = plt.subplots(
         len(grouped), 2, figsize=(12, sum(heights) + 0.6), squeeze=False, layout="constrained",
         height_ratios=heights,
     )  # fmt: skip
-    for mine, pair in zip(grouped, axes, strict=True):
-        (draw_curves if curves else draw_bars)(mine, pair)
+    for mine, pair, curve in zip(grouped, axes, curves, strict=True):
+        (draw_curves if curve else draw_bars)(mine, pair)
         pair[0].set_title(mine[0]["table"], loc="left", fontsize="medium", fontweight="bold")
     figure.suptitle(title)
     plt.close(figure)  # of pyplot's list; the figure itself stays
@@ -105,7 +126,7 @@ def draw_curves(rows: list[dict], axes) -> None:
         axis.set_yscale("log")
         lengths = sorted({row["at"] for row in rows})
         axis.set_xticks(lengths, [f"{length:,}" for length in lengths])
-        axis.set_xlabel("tokens")
+        axis.set_xlabel(rows[0].get("axis", "tokens"))
         axis.set_ylabel(unit)
         axis.grid(alpha=0.3)
     axes[0].legend(fontsize="small")

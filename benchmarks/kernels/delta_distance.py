@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from benchmarks.harness import Case
-from benchmarks.kernels.mixing_distance import make_floor, value_and_gradients
+from benchmarks.kernels.mixing_distance import make_floor, step, value_and_gradients
+from benchmarks.own import Own
 from mohawk.kernels.mixing.interface import mixing_distance
 from mohawk.kernels.mixing.operands import AttentionMixing, DeltaMixing
 
@@ -24,6 +25,7 @@ WIDTH = 64
 DTYPES = {"cpu": torch.float32, "cuda": torch.bfloat16}
 EAGER_UP_TO = {"cpu": 2048, "cuda": 4096}  # what it does grows with the cube of n
 CHECK_UP_TO = 300  # the float64 reference goes token by token
+WHOLE_UP_TO = 2048  # the closed form in float64 builds whole matrices
 FORMULA = (
     "Floor: one product of n x 3.5 h d and 3.5 h d x n, 7 h d n² flops: what q kᵀ of the teacher and six products of "
     "the walks take on the lower triangle when each tile is made once. Inputs are in the dtype of the table, log "
@@ -62,28 +64,33 @@ def eager(teacher_q: Tensor, teacher_k: Tensor, q: Tensor, k: Tensor, beta: Tens
     sums = log_decay.cumsum(1).transpose(1, 2)
     decay = (sums.unsqueeze(-1) - sums.unsqueeze(-2)).masked_fill(hidden, float("-inf")).exp().to(q.dtype)
     lower = beta.unsqueeze(-1) * (k @ k.transpose(-1, -2)) * decay
+    wide = torch.promote_types(q.dtype, torch.float32)
     inverse = torch.linalg.solve_triangular(
-        lower.float(), torch.diag_embed(beta.float()), upper=False, unitriangular=True
+        lower.to(wide), torch.diag_embed(beta.to(wide)), upper=False, unitriangular=True
     )
     delta = (q @ k.transpose(-1, -2) * decay) @ inverse.to(q.dtype)
-    return torch.linalg.matrix_norm((delta - attention).float()).mean()
+    return torch.linalg.matrix_norm((delta - attention).to(wide)).mean()
 
 
 def make(distance: Distance, seq: int, heads: int, dtype: torch.dtype, device: str):
-    """(check, work): the largest relative error of the value and the four gradients, at most CHECK_UP_TO tokens long;
-    value and gradients at full size."""
+    """(check, step): the largest relative error of the value and the four gradients, at most CHECK_UP_TO tokens long
+    or, if it is to be whole, WHOLE_UP_TO."""
+    given = problem(seq, heads, dtype, device)
 
-    def check() -> float:
+    def check(whole: bool) -> float:
         small = problem(min(seq, CHECK_UP_TO), heads, dtype, device)
         got = value_and_gradients(distance, small)
         exact = value_and_gradients(reference, tuple(x.detach().double() for x in small))
+        if whole:
+            large = problem(min(seq, WHOLE_UP_TO), heads, dtype, device)
+            got += value_and_gradients(distance, large)
+            exact += value_and_gradients(eager, tuple(x.detach().double() for x in large))
         return max(((a.double() - b).norm() / b.norm()).item() for a, b in zip(got, exact, strict=True))
 
-    given = problem(seq, heads, dtype, device)
-    return check, lambda: value_and_gradients(distance, given)
+    return check, step(distance, given)
 
 
-def cases(device: str, quick: bool) -> list[Case]:
+def cases(device: str, quick: bool, own: Own = ()) -> list[Case]:
     found = []
     heads, dtype = HEADS[device], DTYPES[device]
     table = f"batch 1, {heads} heads, d = {WIDTH}, {str(dtype)[6:]}"
@@ -91,10 +98,18 @@ def cases(device: str, quick: bool) -> list[Case]:
         shape = (seq, heads, dtype, device)
         floor, beside = f"floor: one product, n {seq}", f"eager, n {seq}"
         tolerance = 1e-3 if dtype == torch.float32 else 0.1
-        options = {"floor": floor, "formula": FORMULA, "tolerance": tolerance, "at": seq}
+        flops = 7.0 * heads * WIDTH * seq * seq
+        options = {"floor": floor, "formula": FORMULA, "tolerance": tolerance, "at": seq, "flops": flops}
         against = beside if seq <= EAGER_UP_TO[device] else None
         found.append(Case(table, floor, lambda s=seq: make_floor(s, 7 * heads * WIDTH // 2, dtype, device), **options))
         found.append(Case(table, f"mohawk, n {seq}", lambda s=shape: make(ours, *s), against=against, **options))
+        for name, kind, function in own:
+            if kind == "delta_distance":
+
+                def build_own(function=function, shape=shape):
+                    return make(function, *shape)
+
+                found.append(Case(table, f"{name.split(',')[0]}, n {seq}", build_own, **options))
         if against:
             found.append(Case(table, beside, lambda s=shape: make(eager, *s), **options))
     return found

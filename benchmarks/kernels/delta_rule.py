@@ -8,7 +8,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from benchmarks.harness import Case
+from benchmarks.harness import Case, Step
+from benchmarks.own import Own
 from mohawk.kernels.delta.chunked import CHUNK
 from mohawk.kernels.delta.interface import gated_delta_rule
 
@@ -57,27 +58,33 @@ def output_and_gradients(rule: Rule, given: list[Tensor], dy: Tensor) -> list[Te
 
 
 def make(rule: Rule, shape: tuple[int, int, int, int], dtype: torch.dtype, device: str):
-    """(check, work): the largest relative error of y and the five gradients on CHECK_SEQ tokens; forward and backward
-    at full size."""
-
-    def check() -> float:
-        small, dy = problem((shape[0], CHECK_SEQ, *shape[2:]), dtype, device)
-        got = output_and_gradients(rule, small, dy)
-        exact = output_and_gradients(reference, [x.detach().double() for x in small], dy.double())
-        return max(((a.double() - b).norm() / b.norm()).item() for a, b in zip(got, exact, strict=True))
+    """(check, step): the largest relative error of y and the five gradients on CHECK_SEQ tokens
+    and, if it is to be whole, of y at the size that is timed."""
 
     given, dy = problem(shape, dtype, device)
-    return check, lambda: output_and_gradients(rule, given, dy)
+
+    def check(whole: bool) -> float:
+        small, small_dy = problem((shape[0], CHECK_SEQ, *shape[2:]), dtype, device)
+        got = output_and_gradients(rule, small, small_dy)
+        exact = output_and_gradients(reference, [x.detach().double() for x in small], small_dy.double())
+        if whole:
+            with torch.no_grad():
+                got.append(rule(*given))
+                exact.append(reference(*(x.detach().double() for x in given)))
+        return max(((a.double() - b).norm() / b.norm()).item() for a, b in zip(got, exact, strict=True))
+
+    inputs = [x.requires_grad_() for x in given]
+    return check, Step(lambda: rule(*inputs), lambda y: torch.autograd.grad(y, inputs, dy.to(y.dtype)))
 
 
 def make_floor(shape: tuple[int, int, int, int], dtype: torch.dtype, device: str):
     batch, seq, heads, width = shape
     left = torch.randn(batch * seq, heads * width, device=device).to(dtype)
     right = torch.randn(heads * width, 19 * CHUNK + 10 * width, device=device).to(dtype)
-    return (lambda: 0.0), lambda: left @ right
+    return (lambda whole: 0.0), lambda: left @ right
 
 
-def cases(device: str, quick: bool) -> list[Case]:
+def cases(device: str, quick: bool, own: Own = ()) -> list[Case]:
     found = []
     shape = QUICK if quick else SHAPE
     batch, seq, heads, width = shape
@@ -85,6 +92,7 @@ def cases(device: str, quick: bool) -> list[Case]:
         table = f"{str(dtype)[6:]}, batch {batch}, n {seq}, {heads} heads of {width}"
         floor = "floor: one product"
         options = {"floor": floor, "formula": FORMULA, "tolerance": 1e-3 if dtype == torch.float32 else 0.1}
+        options["flops"] = 2.0 * batch * seq * heads * width * (19 * CHUNK + 10 * width)
         found.append(Case(table, floor, lambda dtype=dtype: make_floor(shape, dtype, device), **options))
 
         def build(dtype=dtype):
@@ -94,5 +102,12 @@ def cases(device: str, quick: bool) -> list[Case]:
             return make(transformers_torch(), shape, dtype, device)
 
         found.append(Case(table, "mohawk", build, against=TRANSFORMERS, **options))
+        for name, kind, function in own:
+            if kind == "gated_delta_rule":
+
+                def build_own(function=function, dtype=dtype):
+                    return make(function, shape, dtype, device)
+
+                found.append(Case(table, name, build_own, **options))
         found.append(Case(table, TRANSFORMERS, build_other, "transformers", **options))
     return found

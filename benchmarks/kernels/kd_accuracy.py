@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from benchmarks import kd_loss as speed
 from benchmarks.harness import Case
+from benchmarks.kernels import kd_loss as speed
+from benchmarks.own import Own
 
 # Distances of the teacher's hidden states from the student's, and the KL that they give.
 DISTANCES = {"KL 0.3": 0.41, "KL 0.03": 0.125, "KL 0.003": 0.0385, "KL 0.0003": 0.0108}
@@ -29,7 +30,7 @@ def errors(loss, truth, device: str) -> dict[str, float]:
     return columns
 
 
-def cases(device: str, quick: bool) -> list[Case]:
+def cases(device: str, quick: bool, own: Own = ()) -> list[Case]:
     found = []
     peers = {"eager forward KL": (speed.kd_peers.eager_forward_kl, "forward_kl", None)}
     peers |= {"torchtune forward KL": (speed.kd_peers.torchtune_forward_kl, "forward_kl", None)}
@@ -41,7 +42,7 @@ def cases(device: str, quick: bool) -> list[Case]:
             if kind == divergence:
 
                 def build(loss=loss, truth=truth):
-                    return (lambda: errors(loss, truth, device)), None
+                    return (lambda whole: errors(loss, truth, device)), None
 
                 found.append(Case(f"{table}, relative gradient error in bfloat16", name, build, needs))
     return found

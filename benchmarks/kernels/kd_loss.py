@@ -1,7 +1,8 @@
 """Distillation losses beside the floor of the matrix products alone and beside other packages.
 
 From hidden states: 1024 tokens, hidden size 576, vocabulary 49152 (SmolLM2-135M's head) for student and teacher,
-forward and backward to hidden states and head, gradients included in the memory. From logits: 1024 x 49152.
+forward and backward to hidden states and head, gradients included in the memory. From logits: 1024 x 49152. Beside
+these, sweeps: over tokens and vocabularies, and over the heads of models that people distil.
 """
 
 from __future__ import annotations
@@ -12,15 +13,26 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from benchmarks import kd_peers
-from benchmarks.harness import Case
+from benchmarks.harness import Case, Step
+from benchmarks.kernels import kd_peers
+from benchmarks.own import Own
 from mohawk.kernels.kd.interface import TeacherHidden, kd_loss, linear_kd_loss
 
 Loss = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor | None], Tensor]
 SHAPES = {"cpu": [(1024, 576, 49152)], "cuda": [(8192, 4096, 151936), (8192, 2048, 32000)]}
+# From logits on a GPU: places beyond 2^31 are reached
+LOGITS = {"cpu": [], "cuda": [(16384, 151936)]}
 QUICK = (128, 64, 4096)
+MODELS = {  # hidden size and vocabulary
+    "SmolLM2-135M": (576, 49152),
+    "Qwen2.5-0.5B": (896, 151936),
+    "Gemma-3-1B": (1152, 262144),
+    "Llama-3.2-1B": (2048, 128256),
+    "Phi-4-mini": (3072, 200064),
+}
 FLOOR = "floor: four matrix products"
 FLOOR_ROWS = {"cpu": 256, "cuda": 2048}
+CHECKED_ROWS = 64  # of the float64 reference at a time
 FORMULA = (
     "Floor: student logits, teacher logits, gradients of hidden states and head, 8 N V H flops, in chunks of {} rows "
     "in the dtype of the table."
@@ -40,7 +52,7 @@ def problem(shape: tuple[int, int, int], dtype: torch.dtype, device: str, distan
 
 
 def _ours(**options) -> Loss:
-    labelled = "ce_weight" in options or options.pop("labelled", False)
+    labelled = options.pop("labelled", False) or "ce_weight" in options
 
     def loss(hidden, head, teacher, teacher_head, labels):
         return linear_kd_loss(
@@ -66,58 +78,86 @@ def floor_work(shape: tuple[int, int, int], dtype: torch.dtype, device: str) -> 
     return work
 
 
+def gradients(loss: Loss, given: tuple[Tensor, ...], dtype: torch.dtype) -> list[Tensor]:
+    """Of hidden states and head, in float64."""
+    *tensors, labels = given
+    h, head, th, teacher_head = (x.to(dtype) for x in tensors)
+    h, head = (x.detach().clone().requires_grad_() for x in (h, head))
+    loss(h, head, th, teacher_head, labels).backward()
+    return [h.grad.double(), head.grad.double()]
+
+
+def gradients_by_rows(truth: Loss, given: tuple[Tensor, ...]) -> list[Tensor]:
+    """The same of a mean over rows with labels, in float64 and in some rows at a time."""
+    *tensors, labels = given
+    h, head, th, teacher_head = (x.double() for x in tensors)
+    h, head = (x.detach().clone().requires_grad_() for x in (h, head))
+    for rows in torch.arange(len(h), device=h.device).split(CHECKED_ROWS):
+        share = (labels[rows] != -100).sum().double() / (labels != -100).sum()
+        (truth(h[rows], head, th[rows], teacher_head, labels[rows]) * share).backward()
+    return [h.grad, head.grad]
+
+
+def relative(got: list[Tensor], exact: list[Tensor]) -> float:
+    return max(((a - b).norm() / b.norm()).item() for a, b in zip(got, exact, strict=True))
+
+
 def make(loss: Loss, truth: Loss, shape, dtype: torch.dtype, device: str, ignored: float = 0.0):
-    """(check, work) of a fused loss: gradient error against the float64 reference on a small problem, and one
-    forward and backward at full size."""
-
-    def check() -> float:
-        small = problem((48, 64, 1000), dtype, device)
-        labels = small[4]
-        got, exact = [], []
-        for function, to, out in ((loss, dtype, got), (truth, torch.float64, exact)):
-            h, head, th, teacher_head = (x.to(to) for x in small[:4])
-            h, head = h.clone().requires_grad_(), head.clone().requires_grad_()
-            function(h, head, th, teacher_head, labels).backward()
-            out += [h.grad.double(), head.grad.double()]
-        return max(((a - b).norm() / b.norm()).item() for a, b in zip(got, exact, strict=True))
-
-    h, head, th, teacher_head, labels = problem(shape, dtype, device)
-    h.requires_grad_(), head.requires_grad_()
+    """(check, step) of a fused loss: gradient error against the float64 reference, of a small problem and, if it is to
+    be whole, of the one that is timed."""
+    given = problem(shape, dtype, device)
+    h, head, th, teacher_head, labels = given
     if ignored:
         labels[torch.rand(len(labels), generator=torch.Generator().manual_seed(1)).to(device) < ignored] = -100
 
-    def work() -> None:
-        h.grad = head.grad = None
-        loss(h, head, th, teacher_head, labels).backward()
+    def check(whole: bool) -> float:
+        small = problem((48, 64, 1000), dtype, device)
+        found = relative(gradients(loss, small, dtype), gradients(truth, small, torch.float64))
+        if whole:
+            found = max(found, relative(gradients(loss, given, dtype), gradients_by_rows(truth, given)))
+        return found
 
-    return check, work
+    leaves = h.detach().clone().requires_grad_(), head.detach().clone().requires_grad_()
+
+    def forward() -> Tensor:
+        for leaf in leaves:
+            leaf.grad = None
+        return loss(*leaves, th, teacher_head, labels)
+
+    return check, Step(forward, torch.Tensor.backward)
 
 
 def make_logits(function: Callable, truth: Callable, shape, dtype: torch.dtype, device: str):
-    """(check, work) of a loss from logits: function(student, teacher)."""
+    """(check, step) of a loss from logits: function(student, teacher)."""
 
-    def both(shape):
+    def both(rows: int, vocab: int) -> tuple[Tensor, Tensor]:
         g = torch.Generator(device).manual_seed(0)
-        z = 2 * torch.randn(shape[0], shape[2], generator=g, device=device)
+        z = 2 * torch.randn(rows, vocab, generator=g, device=device)
         return z.to(dtype), (z + torch.randn(z.shape, generator=g, device=device)).to(dtype)
 
-    def check() -> float:
-        z, t = both((48, 0, 1000))
-        grads = []
-        for f, to in ((function, dtype), (truth, torch.float64)):
-            x = z.to(to).clone().requires_grad_()
-            f(x, t.to(to)).backward()
-            grads.append(x.grad.double())
-        return ((grads[0] - grads[1]).norm() / grads[1].norm()).item()
+    def check(whole: bool) -> float:
+        found = 0.0
+        for rows, vocab in ((48, 1000), shape)[: 1 + whole]:
+            z, t = both(rows, vocab)
+            x = z.clone().requires_grad_()
+            function(x, t).backward()
+            squares = torch.zeros(2, dtype=torch.float64, device=device)  # of the error and of what is right
+            for part in torch.arange(rows, device=device).split(CHECKED_ROWS):
+                exact = z[part].double().requires_grad_()
+                (truth(exact, t[part].double()) * (len(part) / rows)).backward()
+                wrong = x.grad[part].double() - exact.grad
+                squares += torch.stack([wrong.square().sum(), exact.grad.square().sum()])
+            found = max(found, (squares[0] / squares[1]).sqrt().item())
+        return found
 
-    z, t = both(shape)
+    z, t = both(*shape)
     z.requires_grad_()
 
-    def work() -> None:
+    def forward() -> Tensor:
         z.grad = None
-        function(z, t).backward()
+        return function(z, t)
 
-    return check, work
+    return check, Step(forward, torch.Tensor.backward)
 
 
 class _ModelOutput(torch.autograd.Function):
@@ -138,9 +178,9 @@ def _eager_logits(z: Tensor, t: Tensor) -> Tensor:
     return torch.nn.functional.kl_div(log_q, log_p, log_target=True, reduction="batchmean")
 
 
-def copy_work(shape: tuple[int, int, int], dtype: torch.dtype, device: str) -> Callable[[], None]:
+def copy_work(shape: tuple[int, int], dtype: torch.dtype, device: str) -> Callable[[], None]:
     """Five passes over an array of the logits' size: each copy reads one and writes one."""
-    z = torch.zeros(shape[0], shape[2], dtype=dtype, device=device)
+    z = torch.zeros(shape, dtype=dtype, device=device)
     out, half = torch.empty_like(z), shape[0] // 2
 
     def work() -> None:
@@ -161,30 +201,36 @@ def _compile(loss: Callable) -> Callable:
     return torch.compile(loss, dynamic=False)
 
 
-def cases(device: str, quick: bool) -> list[Case]:
-    return [case for shape in ([QUICK] if quick else SHAPES[device]) for case in _cases(shape, device)]
+def cases(device: str, quick: bool, own: Own = ()) -> list[Case]:
+    found = [case for shape in ([QUICK] if quick else SHAPES[device]) for case in _cases(shape, device, own)]
+    if not quick:
+        found += [case for shape in LOGITS[device] for case in _from_logits(shape, torch.bfloat16, device, own)]
+        found += _sweeps(device, own)
+    return found
 
 
-def _cases(shape: tuple[int, int, int], device: str) -> list[Case]:
+def _truth(**options) -> Loss:
+    return _ours(backend="reference", labelled=True, **options)
+
+
+def _cases(shape: tuple[int, int, int], device: str, own: Own) -> list[Case]:
     n, hidden, vocab = shape
     found, formula = [], FORMULA.format(FLOOR_ROWS[device])
-    truths = {d: _ours(backend="reference", divergence=d) for d in ("forward_kl", "reverse_kl", "jsd")} | {
-        "ce": _ours(backend="reference", ce_weight=0.5)
-    }
+    truths = {d: _truth(divergence=d) for d in ("forward_kl", "reverse_kl", "jsd")} | {"ce": _truth(ce_weight=0.5)}
 
     def add(table, name, loss, truth, dtype, needs=None, ignored=0.0):
         def build(loss=loss, truth=truths[truth]):
             return make(loss, truth, shape, dtype, device, ignored)
 
-        found.append(Case(table, name, build, needs, FLOOR, formula))
+        found.append(Case(table, name, build, needs, FLOOR, formula, flops=8.0 * n * vocab * hidden))
 
     for dtype in (torch.float32, torch.bfloat16) if device == "cpu" else (torch.bfloat16,):
         table = f"{str(dtype)[6:]}, from hidden states, {n} x {hidden} x {vocab}"
 
         def floor(dtype=dtype):
-            return (lambda: 0.0), floor_work(shape, dtype, device)
+            return (lambda whole: 0.0), floor_work(shape, dtype, device)
 
-        found.append(Case(table, FLOOR, floor, None, FLOOR, formula))
+        found.append(Case(table, FLOOR, floor, None, FLOOR, formula, flops=8.0 * n * vocab * hidden))
         add(table, "mohawk forward KL", _ours(), "forward_kl", dtype)
         add(table, "mohawk JSD", _ours(divergence="jsd"), "jsd", dtype)
         add(table, "mohawk reverse KL", _ours(divergence="reverse_kl"), "reverse_kl", dtype)
@@ -202,29 +248,81 @@ def _cases(shape: tuple[int, int, int], device: str) -> list[Case]:
         add(table, "torchtune forward KL", kd_peers.torchtune_forward_kl, "forward_kl", dtype)
         for name, peer in PEERS.items():
             add(table, name, peer[0], peer[1], dtype, peer[2])
-    dtype = torch.float32 if device == "cpu" else torch.bfloat16
-    table = f"{str(dtype)[6:]}, from logits, {n} x {vocab}"
+        for name, kind, loss in own:
+            if kind in truths:
+                add(table, name, loss, kind, dtype)
+    return found + _from_logits((n, vocab), torch.float32 if device == "cpu" else torch.bfloat16, device, own)
+
+
+def _from_logits(shape: tuple[int, int], dtype: torch.dtype, device: str, own: Own) -> list[Case]:
+    table = f"{str(dtype)[6:]}, from logits, {shape[0]} x {shape[1]}"
     floor_name, functions = "floor: 5 passes by copies", {"mohawk forward KL": kd_loss}
     functions["mohawk forward KL, in place"] = lambda z, t: kd_loss(_ModelOutput.apply(z), t, inplace=True)
     functions["eager forward KL"] = _eager_logits
     if device == "cuda":
         functions["torch.compile forward KL"] = _compiled(_eager_logits)
+        functions["Liger KL, Triton"] = kd_peers.liger_triton_kl
+        functions["Liger JSD, Triton"] = kd_peers.liger_triton_jsd
+        functions["mohawk JSD"] = functools.partial(kd_loss, divergence="jsd")
+    functions |= {name: function for name, kind, function in own if kind == "forward_kl_from_logits"}
+    moved = 5.0 * shape[0] * shape[1] * dtype.itemsize
 
     def copies():
-        return (lambda: 0.0), copy_work(shape, dtype, device)
+        return (lambda whole: 0.0), copy_work(shape, dtype, device)
 
-    found.append(Case(table, floor_name, copies, None, floor_name, PASSES))
+    found = [Case(table, floor_name, copies, None, floor_name, PASSES, bytes=moved)]
     for name, function in functions.items():
+        truth = functools.partial(kd_loss, backend="reference", divergence="jsd" if "JSD" in name else "forward_kl")
 
-        def build(function=function):
-            return make_logits(function, lambda z, t: kd_loss(z, t, backend="reference"), shape, dtype, device)
+        def build(function=function, truth=truth):
+            return make_logits(function, truth, shape, dtype, device)
 
-        found.append(Case(table, name, build, None, floor_name, PASSES))
+        needs = "liger_kernel" if name.startswith("Liger") else None
+        found.append(Case(table, name, build, needs, floor_name, PASSES, bytes=moved))
+    return found
+
+
+def _sweeps(device: str, own: Own) -> list[Case]:
+    """Forward KL over tokens, over vocabularies and over the heads of named models."""
+    dtype = torch.float32 if device == "cpu" else torch.bfloat16
+    tokens = {"cpu": (16, 64, 256, 1024, 4096), "cuda": (128, 512, 2048, 8192, 32768)}[device]
+    vocabularies = {"cpu": (1000, 8000, 32000, 128000), "cuda": (8000, 32000, 128256, 262144)}[device]
+    rows, hidden = {"cpu": (256, 576), "cuda": (8192, 2048)}[device]
+    along = {
+        f"vocabulary 32000, hidden {hidden}": [("tokens", n, (n, hidden, 32000)) for n in tokens],
+        f"{rows} tokens, hidden {hidden}": [("vocabulary", v, (rows, hidden, v)) for v in vocabularies],
+    }
+    losses = {"mohawk": _ours(), "eager": kd_peers.eager_forward_kl}
+    losses |= {name.split(",")[0]: loss for name, kind, loss in own if kind == "forward_kl"}
+    found = []
+
+    def add(table: str, place: str, name: str, loss: Loss | None, shape, **more) -> None:
+        def build():
+            if loss is None:
+                return (lambda whole: 0.0), floor_work(shape, dtype, device)
+            return make(loss, _truth(), shape, dtype, device)
+
+        flops = 8.0 * shape[0] * shape[1] * shape[2]
+        floor, against = f"{FLOOR}, {place}", f"eager, {place}" if name == "mohawk" else None
+        formula = FORMULA.format(FLOOR_ROWS[device])
+        found.append(Case(table, f"{name}, {place}", build, None, floor, formula, against=against, flops=flops, **more))
+
+    for swept, places in along.items():
+        for axis, at, shape in places:
+            for name, loss in ({FLOOR: None} | losses).items():
+                table = f"{str(dtype)[6:]}, forward KL over {axis}: {swept}"
+                add(table, f"{'n' if axis == 'tokens' else 'V'} {at}", name, loss, shape, at=at, axis=axis)
+    for model, (width, vocab) in MODELS.items():
+        for name, loss in ({FLOOR: None} | losses).items():
+            table = f"{str(dtype)[6:]}, forward KL with the heads of models, {rows} tokens"
+            add(table, model, name, loss, (rows, width, vocab))
     return found
 
 
 # name: (loss, the reference it is checked against, the package it needs)
 PEERS: dict[str, tuple[Loss, str, str]] = {
+    "Liger forward KL, compiled": (kd_peers.liger_compiled_forward_kl, "forward_kl", "liger_kernel"),
+    "Liger JSD, compiled": (kd_peers.liger_compiled_jsd, "jsd", "liger_kernel"),
     "Liger forward KL, chunks of 1024": (kd_peers.liger_forward_kl_1024, "forward_kl", "liger_kernel"),
     "Liger forward KL, chunks of 256": (kd_peers.liger_forward_kl_256, "forward_kl", "liger_kernel"),
     "Liger JSD, chunks of 256": (kd_peers.liger_jsd_256, "jsd", "liger_kernel"),

@@ -53,11 +53,11 @@ def torchtune_forward_kl(hidden, head, teacher, teacher_head, labels) -> Tensor:
     return total / hidden.shape[0]
 
 
-def _liger(beta: float, chunk_size: int, hidden, head, teacher, teacher_head, labels) -> Tensor:
+def _liger(beta: float, chunk_size: int, compiled: bool, hidden, head, teacher, teacher_head, labels) -> Tensor:
     from liger_kernel.chunked_loss.jsd_loss import LigerFusedLinearJSDLoss
 
     loss = LigerFusedLinearJSDLoss(
-        weight_hard_loss=0.0, weight_soft_loss=1.0, beta=beta, temperature=1.0, compiled=False, chunk_size=chunk_size
+        weight_hard_loss=0.0, weight_soft_loss=1.0, beta=beta, temperature=1.0, compiled=compiled, chunk_size=chunk_size
     )
     if labels is None:
         labels = torch.zeros(hidden.shape[0], dtype=torch.long, device=hidden.device)
@@ -66,15 +66,24 @@ def _liger(beta: float, chunk_size: int, hidden, head, teacher, teacher_head, la
 
 
 def liger_forward_kl_1024(*args) -> Tensor:
-    return _liger(0.0, 1024, *args)
+    return _liger(0.0, 1024, False, *args)
 
 
 def liger_forward_kl_256(*args) -> Tensor:
-    return _liger(0.0, 256, *args)
+    return _liger(0.0, 256, False, *args)
 
 
 def liger_jsd_256(*args) -> Tensor:
-    return _liger(0.5, 256, *args)
+    return _liger(0.5, 256, False, *args)
+
+
+def liger_compiled_forward_kl(*args) -> Tensor:
+    """As it is shipped: its chunks compiled."""
+    return _liger(0.0, 1024, True, *args)
+
+
+def liger_compiled_jsd(*args) -> Tensor:
+    return _liger(0.5, 1024, True, *args)
 
 
 def trl_gkd_jsd(hidden, head, teacher, teacher_head, labels) -> Tensor:
@@ -121,3 +130,20 @@ def orda_forward_kl(hidden, head, teacher, teacher_head, labels) -> Tensor:
     return orda_kernel.distillation_loss(
         hidden, head, labels, source, student_ce_weight=0.0, kl_weight=1.0, backend=backend
     ).loss
+
+
+def liger_triton_kl(student: Tensor, teacher: Tensor) -> Tensor:
+    """Its own kernel, on log-probabilities."""
+    from liger_kernel.transformers import LigerKLDIVLoss
+
+    with torch.no_grad():
+        target = F.log_softmax(teacher.float(), -1)
+    return LigerKLDIVLoss(reduction="batchmean", log_target=True)(F.log_softmax(student.float(), -1), target)
+
+
+def liger_triton_jsd(student: Tensor, teacher: Tensor) -> Tensor:
+    from liger_kernel.transformers import LigerJSD
+
+    with torch.no_grad():
+        target = F.log_softmax(teacher.float(), -1)
+    return LigerJSD(beta=0.5)(F.log_softmax(student.float(), -1), target)

@@ -6,12 +6,14 @@ as the method's authors do.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
 
-from benchmarks.harness import Case
+from benchmarks.harness import Case, Step
+from benchmarks.own import Own
 from mohawk.kernels.mixing.interface import mixing_distance
 from mohawk.kernels.mixing.operands import AttentionMixing, SSDMixing
 
@@ -22,6 +24,7 @@ WIDTHS = {"cpu": (64,), "cuda": (64, 128)}
 DTYPES = {"cpu": torch.float32, "cuda": torch.bfloat16}
 EAGER_UP_TO = {"cpu": 4096, "cuda": 4096}  # its matrices of the next length take 17 GB
 CHECK_UP_TO = 500  # the float64 reference builds whole matrices
+ROWS = 256  # of the matrices that a whole check holds at a time
 FORMULA = (
     "Floor: one product of n x 2 h N and 2 h N x n, 4 h N n² flops: what q kᵀ, C Bᵀ, dC and dB take on the lower "
     "triangle when each tile is made once. Inputs are in the dtype of the table, log decays and scales in float32."
@@ -67,18 +70,56 @@ def value_and_gradients(distance: Distance, given: tuple[Tensor, ...]) -> list[T
     return [value.detach(), *torch.autograd.grad(value, student)]
 
 
-def make(distance: Distance, seq: int, heads: int, width: int, dtype: torch.dtype, device: str):
-    """(check, work): the largest relative error of the value and the five gradients, at most CHECK_UP_TO tokens long;
-    value and gradients at full size."""
+def step(distance: Distance, given: tuple[Tensor, ...]) -> Step:
+    student = [x.requires_grad_() for x in given[2:]]
+    return Step(lambda: distance(*given[:2], *student), lambda value: torch.autograd.grad(value, student))
 
-    def check() -> float:
+
+def strips(given: tuple[Tensor, ...]) -> Iterator[Tensor]:
+    """SSD - attention, some rows at a time."""
+    q, k, C, B, log_decay, input_scale, D = given
+    seq, sums = q.shape[2], log_decay.cumsum(1).transpose(1, 2)
+    for start in range(0, seq, ROWS):
+        rows = slice(start, min(start + ROWS, seq))
+        hidden = torch.arange(seq, device=q.device) > torch.arange(rows.start, rows.stop, device=q.device)[:, None]
+        scores = q[:, :, rows] @ k.transpose(-1, -2) * q.shape[-1] ** -0.5
+        attention = torch.softmax(scores.masked_fill(hidden, float("-inf")), dim=-1)
+        decay = (sums[:, :, rows, None] - sums[:, :, None, :]).masked_fill(hidden, float("-inf")).exp()
+        ssd = C.transpose(1, 2)[:, :, rows] @ B.permute(0, 2, 3, 1) * decay * input_scale.transpose(1, 2)[:, :, None]
+        diagonal = torch.zeros_like(ssd).diagonal_scatter(D[:, None].expand(-1, ssd.shape[2])[None], rows.start, -2, -1)
+        yield ssd + diagonal - attention
+
+
+def value_and_gradients_by_rows(given: tuple[Tensor, ...]) -> list[Tensor]:
+    """The same by its definition, in float64, at any length."""
+    given = tuple(x.detach().double() for x in given)
+    student = [x.requires_grad_() for x in given[2:]]
+    with torch.no_grad():
+        norms = sum(strip.square().sum((-2, -1)) for strip in strips(given)).sqrt()
+    gradients = [torch.zeros_like(x) for x in student]
+    for number in range(-(-given[0].shape[2] // ROWS)):  # each with a graph of its own
+        strip = next(itertools.islice(strips(given), number, None))
+        part = (strip.square().sum((-2, -1)) / (2 * norms)).mean()
+        for total, found in zip(gradients, torch.autograd.grad(part, student), strict=True):
+            total += found
+    return [norms.mean(), *gradients]
+
+
+def make(distance: Distance, seq: int, heads: int, width: int, dtype: torch.dtype, device: str):
+    """(check, step): the largest relative error of the value and the five gradients, at most CHECK_UP_TO tokens long
+    or, if it is to be whole, of the size that is timed."""
+    given = problem(seq, heads, width, dtype, device)
+
+    def check(whole: bool) -> float:
         small = problem(min(seq, CHECK_UP_TO), heads, width, dtype, device)
         got = value_and_gradients(distance, small)
         exact = value_and_gradients(reference, tuple(x.detach().double() for x in small))
+        if whole:
+            got += value_and_gradients(distance, given)
+            exact += value_and_gradients_by_rows(given)
         return max(((a.double() - b).norm() / b.norm()).item() for a, b in zip(got, exact, strict=True))
 
-    given = problem(seq, heads, width, dtype, device)
-    return check, lambda: value_and_gradients(distance, given)
+    return check, step(distance, given)
 
 
 def make_floor(seq: int, inner: int, dtype: torch.dtype, device: str):
@@ -92,22 +133,24 @@ def make_floor(seq: int, inner: int, dtype: torch.dtype, device: str):
         for start in range(0, seq, rows):
             torch.mm(left[start : start + rows], right, out=out[: len(left[start : start + rows])])
 
-    return (lambda: 0.0), work
+    return (lambda whole: 0.0), work
 
 
-def cases(device: str, quick: bool) -> list[Case]:
+def cases(device: str, quick: bool, own: Own = ()) -> list[Case]:
     found = []
     heads, dtype = HEADS[device], DTYPES[device]
     tolerance = 1e-3 if dtype == torch.float32 else 0.1
     others = {"eager": lambda: eager}
     if device == "cuda":
         others["torch.compile"] = lambda: torch.compile(eager, dynamic=False)
+    mine = {name.split(",")[0]: function for name, kind, function in own if kind == "ssd_distance"}
     for width in WIDTHS[device]:
         table = f"batch 1, {heads} heads, d = N = {width}, {str(dtype)[6:]}"
         for seq in QUICK_SEQS if quick else SEQS[device]:
             shape = (seq, heads, width, dtype, device)
             floor, beside = f"floor: one product, n {seq}", f"eager, n {seq}"
-            options = {"floor": floor, "formula": FORMULA, "tolerance": tolerance, "at": seq}
+            flops = 4.0 * heads * width * seq * seq
+            options = {"floor": floor, "formula": FORMULA, "tolerance": tolerance, "at": seq, "flops": flops}
             against = beside if seq <= EAGER_UP_TO[device] else None
 
             def build(shape=shape):
@@ -115,6 +158,12 @@ def cases(device: str, quick: bool) -> list[Case]:
 
             found.append(Case(table, floor, lambda s=shape: make_floor(s[0], 2 * s[1] * s[2], *s[3:]), **options))
             found.append(Case(table, f"mohawk, n {seq}", build, against=against, **options))
+            for name, function in mine.items():
+
+                def build_own(function=function, shape=shape):
+                    return make(function, *shape)
+
+                found.append(Case(table, f"{name}, n {seq}", build_own, **options))
             for name, other in others.items() if against else ():
 
                 def build_other(other=other, shape=shape):
