@@ -6,6 +6,9 @@ the ids mean: tokenizers are compared token by token, by what special ones are f
 
 from __future__ import annotations
 
+import json
+from bisect import bisect_left
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -36,7 +39,10 @@ SAMPLE = (
     "قفز الثعلب البني السريع فوق الكلب الكسول. השועל החום המהיר קפץ.",
     "तेज़ भूरी लोमड़ी आलसी कुत्ते के ऊपर कूदती है। สุนัขจิ้งจอกสีน้ำตาล",
     "👩‍👩‍👧 🇪🇺 ＡＢＣ１２３ zero\u200bwidth non\u00a0breaking 2024-05-17T09:41:00Z https://example.org/a_b?c=%20",
+    "IT'S, WE'LL; don’t! ``quoted'' text ... --- C++ #a $5 10% snake_case getHTTPResponse iPhone 7\n",
+    "1 12 123 1234 12345 123456789012 3.0 0x1F 4GB\n\n\n\ta.\n/b //c\n\n  d;\n    e()  \n" + "verylong" * 16,
 )
+CHANGED, NEIGHBOURS = 2000, 16  # merges that two tokenizers rank otherwise, and others beside each, that are tried
 
 
 def teacher_tokenizer(
@@ -128,6 +134,10 @@ def _difference(teacher: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase
     if getattr(teacher, "is_fast", False) and getattr(other, "is_fast", False):
         # each token's own text goes through all the merges that make it; a hundred thousand take seconds
         texts += teacher.backend_tokenizer.decode_batch([[i] for i in both], skip_special_tokens=False)
+        there, here = (json.loads(t.backend_tokenizer.to_str())["model"] for t in (teacher, other))
+        if (odd := _other_score(there, here)) is not None:
+            return odd
+        texts += teacher.backend_tokenizer.decode_batch(list(_around_changed_merges(there, here)))
     cut = [
         t(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
         for t in (teacher, other)
@@ -140,6 +150,66 @@ def _difference(teacher: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase
             cut_so = f"{text[:40]!r} is cut into ... {names[0]} there and {names[1]} here"
             return f"all tokens are alike, but {cut_so}; {ADVICE}"
     return None
+
+
+def _other_score(there: dict[str, Any], here: dict[str, Any]) -> str | None:
+    """The first token of two Unigram models whose scores, by which text is cut, are others."""
+    if not there["type"] == here["type"] == "Unigram":
+        return None
+    ours = dict(here["vocab"])
+    for token, score in there["vocab"]:
+        if abs(ours.get(token, score) - score) > 1e-3:
+            return (
+                f"all tokens are alike, but {token!r} has the score {score:g} there and {ours[token]:g} here, so that "
+                f"text is cut otherwise; {ADVICE}"
+            )
+    return None
+
+
+def _around_changed_merges(there: dict[str, Any], here: dict[str, Any]) -> Iterator[list[int]]:
+    """Ids of tokens, side by side, that two BPE models may merge otherwise: those of merges that one has alone, or
+    ranks otherwise, by themselves, twice, and with tokens that other merges put beside them."""
+    if not there["type"] == here["type"] == "BPE":
+        return
+    ids = there["vocab"]
+    shared = ids.keys() & here["vocab"].keys()
+    lists = []
+    for model in (there, here):
+        pairs = (tuple(pair.split(" ") if isinstance(pair, str) else pair) for pair in model["merges"])
+        lists.append([pair for pair in pairs if {*pair, "".join(pair)} <= shared])
+    if lists[0] == lists[1]:
+        return
+    beside: tuple[dict[str, list[str]], dict[str, list[str]]] = ({}, {})
+    for merges in lists:
+        for left, right in merges:
+            for known, token, neighbour in ((beside[0], right, left), (beside[1], left, right)):
+                found = known.setdefault(token, [])
+                if len(found) < NEIGHBOURS and neighbour not in found:
+                    found.append(neighbour)
+    for left, right in sorted(_changed(*lists))[:CHANGED]:
+        a, b = ids[left], ids[right]
+        yield from ([a, b], [a, b, a, b])
+        yield from ([ids[x], a, b] for x in beside[0].get(left, []))
+        yield from ([a, b, ids[x]] for x in beside[1].get(right, []))
+
+
+def _changed(there: list[Any], here: list[Any]) -> Collection[Any]:
+    """What one list has alone, and what has to move for the others to be in one order."""
+    place = {entry: i for i, entry in enumerate(here)}
+    both = [entry for entry in there if entry in place]
+    # the longest part that is in both orders: of its possible ends by length the earliest, and what came before each
+    ends: list[int] = []
+    last: list[int] = []
+    before: list[int | None] = []
+    for i, entry in enumerate(both):
+        at = bisect_left(ends, place[entry])
+        ends[at : at + 1], last[at : at + 1] = [place[entry]], [i]
+        before.append(last[at - 1] if at else None)
+    kept, i = set(), last[-1] if last else None
+    while i is not None:
+        kept.add(both[i])
+        i = before[i]
+    return (set(there) | set(here)) - kept
 
 
 def _other_flags(teacher: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase) -> str | None:

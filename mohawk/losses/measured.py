@@ -5,8 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
+from mohawk.core.processes import several
 from mohawk.data.next_tokens import IGNORED
 from mohawk.kernels.kd.interface import TeacherHidden
 from mohawk.losses.heads import Head
@@ -27,9 +29,16 @@ class Means:
         entry[1] = entry[1] + count
 
     def take(self) -> dict[str, float]:
-        """The means by name, without those of nothing; what is added from here on counts for the next ones."""
+        """The means by name, without those of nothing, over what all processes added: all of them must ask. What is
+        added from here on counts for the next ones."""
         sums = {name: (float(total), float(count)) for name, (total, count) in self._sums.items()}
         self._sums = {}
+        if several():
+            found: list[dict[str, tuple[float, float]]] = [{}] * dist.get_world_size()
+            dist.all_gather_object(found, sums)
+            names = dict.fromkeys(name for one in found for name in one)
+            added = {name: [one[name] for one in found if name in one] for name in names}
+            sums = {name: (sum(t for t, _ in of), sum(c for _, c in of)) for name, of in added.items()}
         return {name: total / count for name, (total, count) in sums.items() if count}
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from mohawk.cli import main
@@ -89,6 +89,63 @@ def test_tokens_alike_and_text_cut_otherwise(teacher, how):
         other.backend_tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
     said = refusal(teacher, other)
     assert "all tokens are alike, but " in said and " is cut into " in said
+
+
+@pytest.mark.parametrize("how", ["order of merges", "whole words", "digits", "lines", "quotes"])
+def test_tokens_alike_by_themselves_and_cut_otherwise_beside_others(how):
+    """Each token's own text is cut alike, and none of these letters stand together in any sample."""
+    letters = {token: i for i, token in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+
+    def made_of(merges, pattern=None, normalizer=None, **options):
+        vocab = letters | {token: 256 + i for i, token in enumerate(["zq", "qx", "zqx", "Ċ/", "123"])}
+        backend = Tokenizer(models.BPE(vocab=vocab, merges=[*merges, ("Ċ", "/")], **options))
+        backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=pattern is None)
+        if pattern is not None:
+            split = pre_tokenizers.Split(Regex(pattern), "isolated")
+            backend.pre_tokenizer = pre_tokenizers.Sequence([split, backend.pre_tokenizer])
+        if normalizer is not None:
+            backend.normalizer = normalizer
+        backend.decoder = decoders.ByteLevel()
+        return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<eos>")
+
+    two, three = [("z", "q"), ("q", "x")], [("z", "q"), ("q", "x"), ("zq", "x")]
+    words = r"\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s+"
+    whole = {"ignore_merges": True}
+    one, other, text = {
+        "order of merges": (made_of(two), made_of(two[::-1]), "zqx"),
+        "whole words": (made_of(three), made_of(two, **whole), "azqx"),
+        "digits": (made_of([], words, **whole), made_of([], words.replace("{1,3}", "+"), **whole), "1234"),
+        "lines": (made_of([], words), made_of([], words.replace(r"[\r\n]*", r"[\r\n/]*")), "a.\n/b"),
+        "quotes": (made_of([]), made_of([], normalizer=normalizers.Replace("``", '"')), "``a''"),
+    }[how]
+    assert one.get_vocab() == other.get_vocab() and one(text).input_ids != other(text).input_ids
+    assert "all tokens are alike, but " in refusal(one, other)
+    assert refusal(one, copy.deepcopy(one)) is None
+
+
+def test_scores_of_pieces_are_compared():
+    def pieces(first, second):
+        vocab = [("<unk>", 0.0), *((letter, -8.0) for letter in "▁azqx"), ("zq", first), ("qx", second)]
+        backend = Tokenizer(models.Unigram(vocab, unk_id=0))
+        backend.pre_tokenizer, backend.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+        return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>", unk_token="<unk>")
+
+    one, other = pieces(-9.0, -10.0), pieces(-10.0, -9.0)
+    assert one("azqx").input_ids != other("azqx").input_ids
+    assert "'zq' has the score -9 there and -10 here" in refusal(one, other)
+    assert refusal(one, pieces(-9.0, -10.0)) is None and refusal(one, pieces(-9.0, -10.00001)) is None
+
+
+def test_merges_in_another_order_that_cut_alike_are_the_same():
+    """As conversions of one model may list them: only what two merges contend for tells their order."""
+    merges = [("z", "q"), ("a", "b"), ("zq", "x")]
+    assert refusal(made(merges), made(merges)) is None
+    state = json.loads(made(merges).backend_tokenizer.to_str())
+    state["model"]["merges"] = [list(merges[i]) for i in (1, 0, 2)]
+    other = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(json.dumps(state)), eos_token="<eos>", bos_token="<bos>"
+    )
+    assert refusal(made(merges), other) is None
 
 
 @pytest.mark.parametrize("flag", ["lstrip", "rstrip", "single_word", "normalized"])

@@ -23,9 +23,11 @@ from mohawk.kernels.kd.teachers import TeacherLogits, TeacherTopK
 from mohawk.losses.distiller import OwnLoss
 from mohawk.losses.heads import Head, final_hidden_states
 from mohawk.losses.label_probability import label_probability
+from mohawk.losses.measured import Means
 from mohawk.losses.schedules import Ramp, at, temperature_for
 from mohawk.losses.teachers import AverageTeacher, Ensemble, ModelTeacher
 from mohawk.models.from_teacher import hybrid_from_teacher
+from tests.helpers.processes import in_processes
 
 VOCAB = 258
 
@@ -384,6 +386,20 @@ def test_rows_with_an_own_loss_are_never_the_students_samples(models, batch):
     distiller.loss({name: column[[1]] for name, column in made.items()})
     hook.remove()
     assert [len(given["input_ids"]) for given in asked] == [2]
+
+
+def test_what_is_measured_is_a_mean_over_all_processes_tokens(tmp_path):
+    """Of a process with few tokens as little as they are, and of one that had none nothing."""
+
+    def body(rank):
+        means = Means()
+        means.add("ce", torch.tensor([1.0, 4.0][rank]), torch.tensor([10, 2][rank]))
+        if rank:
+            means.add("kd", torch.tensor(3.0), torch.tensor(5))
+        return means.take(), means.take()
+
+    expected = {"ce": (10 * 1.0 + 2 * 4.0) / 12, "kd": 3.0}
+    assert in_processes(tmp_path, 2, body) == [(expected, {}), (expected, {})]
 
 
 def test_nothing_is_predicted_from_padding(models, batch):
