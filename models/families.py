@@ -10,10 +10,13 @@ import inspect
 from collections.abc import MutableSequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,6 +131,7 @@ FAMILIES: dict[str, Family] = {
 # What models are whose configurations do not say that text is not theirs to write, or not from left to right.
 _AHEAD = "it is not causal: each token sees those behind it too"
 _DRAFTS = "it drafts for another model, whose keys and values it reads"
+_NO_TEXT = "it is no model that writes text (transformers has no causal language model of this type)"
 OTHERS = {
     "trocr": "it is the decoder of an encoder of images, and reads that one's states",
     "git": "it is made to describe images",
@@ -191,6 +195,20 @@ def check_supported(config, verb: str = "converted to a hybrid") -> None:
         raise ValueError(f"model_type {kind!r} cannot be {verb}; {reason}; supported: {known}")
 
 
+def check_causal_lm(model: "PreTrainedModel", verb: str) -> None:
+    """Raises ValueError, saying what the model is, unless it is a decoder with its output embedding, by configuration
+    and class. verb: what the message says cannot be done."""
+    other = other_than_decoder(model.config)
+    if other in (None, _NO_TEXT):  # of a type that is somebody's own the head tells
+        no_head = model.get_output_embeddings() is None  # a body alone, or one that classifies
+        other = "it has no output embedding, and so predicts no token" if no_head else None
+    if other is not None:
+        raise ValueError(
+            f"{type(model).__name__} cannot be {verb}: {other}; give a decoder with its head (a class that ends in "
+            "ForCausalLM)"
+        )
+
+
 def other_than_decoder(config) -> str | None:
     """What a model is that does not write text from left to right; None where it does, as far as transformers knows.
 
@@ -205,21 +223,20 @@ def other_than_decoder(config) -> str | None:
     if getattr(config, "is_encoder_decoder", False):
         return "it is an encoder and a decoder, and the decoder alone is no language model"
     causal = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING or bool(getattr(config, "auto_map", None))
-    nothing = "it is no model that writes text (transformers has no causal language model of this type)"
     kind = getattr(config, "model_type", None)
     if kind in FAMILIES:
         return None
     if kind in OTHERS:
         return OTHERS[kind]
     if (text := getattr(config, "text_config", None)) is not None:
-        return None if causal or other_than_decoder(text) is None else nothing
+        return None if causal or other_than_decoder(text) is None else _NO_TEXT
     if getattr(config, "add_cross_attention", False) or type(config) in MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING:
         return "it is a decoder whose layers read an encoder's states, and alone no language model"
     looks_back = getattr(config, "is_decoder", False) or getattr(config, "causal", False)  # XLM has a word of its own
     if (type(config) in MODEL_FOR_MASKED_LM_MAPPING or kind == "bert-generation") and not looks_back:
         return "it is an encoder, in which each token sees those behind it too"
     if not causal:
-        return nothing
+        return _NO_TEXT
     if (reads := _reads(config)) != "input_ids":
         return f"it is made for {reads}, not for text"
     return None

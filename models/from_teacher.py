@@ -13,6 +13,7 @@ from mohawk.models.casting import cast, exact_scales
 from mohawk.models.delta_mixer import DeltaMixer
 from mohawk.models.families import (
     attention_parts,
+    check_causal_lm,
     check_supported,
     decoder_layers,
     decoder_shape,
@@ -98,6 +99,7 @@ def hybrid_from_teacher(
             attention implementation leaves out its softcap.
     """
     check_supported(model.config)
+    check_causal_lm(model, "converted to a hybrid")
     shape = decoder_shape(model.config)
     state_size = shape.head_dim if state_size is None else state_size
     chosen = choose_layers(ssm_layers, shape.num_layers)

@@ -37,7 +37,7 @@ from mohawk.models.cutting.sizes import (
     ssm_layers,
 )
 from mohawk.models.decoders import decoder
-from mohawk.models.families import FAMILIES, family_of
+from mohawk.models.families import FAMILIES, check_causal_lm, family_of
 from mohawk.models.generation_settings import saveable
 from mohawk.models.sharding import fill, materialise, whole_modules
 
@@ -117,8 +117,9 @@ def cut(
     Raises:
         ValueError: indices out of range or given twice, nothing kept, layers that keep different numbers, groups left
             without a head, sizes the family's class or mixers of several kinds do not allow, or special tokens that
-            would go.
+            would go, or a model that is no causal LM.
     """
+    check_causal_lm(model, "cut")
     own = sizes_of(model.config)
     if what.heads is not None and not attention_layers(model.config):
         raise ValueError("heads: given, but the model has no attention layer; leave them out")
@@ -176,9 +177,10 @@ def keep_layers(model: Model, layers: str | Sequence[int]) -> Model:
     """The model with some of its decoder layers, in their order: see `resolve_layers` for the words, and `cut`.
 
     Any causal LM of transformers: of a family that `cut` does not know, or does not cut, layers are found by structure
-    (`mohawk.models.cutting.depth`). ValueError: bad layers, a model whose layers cannot change places, or a hybrid with
-    mixtures of experts.
+    (`mohawk.models.cutting.depth`). ValueError: bad layers, a model whose layers cannot change places, a hybrid with
+    mixtures of experts, or a model that is no causal LM.
     """
+    check_causal_lm(model, "cut")
     kept = resolve_layers(layers, len(decoder(model)[1]))
     kind = model.config.model_type
     by_structure = FAMILIES[kind].experts if kind in FAMILIES else kind not in ("mohawk_hybrid", "bamba")

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from tokenizers import Tokenizer
 
 from mohawk.models.cutting.cuts import Cut, check_indices, cut
+from mohawk.models.families import check_causal_lm
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -77,6 +78,7 @@ def reasons_to_keep(
     ids: Sequence[int] | None = None,
 ) -> dict[str, list[int]]:
     """`tokens_to_keep`, each id once, by the first reason there is: in the words in which a reader is told."""
+    check_causal_lm(model, "cut")
     if texts is None and ids is None:
         raise ValueError("trim_vocabulary: give texts, ids or both")
     state = _state(tokenizer)

@@ -6,7 +6,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    BertConfig,
+    BertForMaskedLM,
+    LlamaConfig,
+    LlamaForSequenceClassification,
+    LlamaModel,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 from mohawk.conversion.footprint import used_parameters
 from mohawk.conversion.objectives import EndToEndObjective, HiddenObjective, MixingObjective
@@ -15,6 +26,7 @@ from mohawk.conversion.readout import solve_output_projections
 from mohawk.kernels.mixing.interface import mixing_distance, mixing_matrix
 from mohawk.kernels.mixing.operands import AttentionMixing
 from mohawk.kernels.mixing.reference import dense_matrix
+from mohawk.models.cutting.cuts import Cut, cut, keep_layers
 from mohawk.models.families import FAMILIES, check_supported, decoder_layers, family_of, mixer_input_norm
 from mohawk.models.from_teacher import hybrid_from_teacher
 from mohawk.models.hybrid import HybridForCausalLM
@@ -313,6 +325,24 @@ def test_what_is_no_decoder_is_called_what_it_is(kind, options, what):
         check_supported(AutoConfig.for_model(kind, **options))
     assert "\n" not in str(caught.value) and "supported: llama (" in str(caught.value)
     assert "it is" not in str(caught.value) or "FAMILIES" not in str(caught.value)
+
+
+def no_causal_lms():
+    """(model, what it is) of encoders, of both, and of a decoder's body and classifier."""
+    sizes = {"vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    sizes |= {"intermediate_size": 32}
+    t5 = T5Config(vocab_size=40, d_model=16, d_kv=8, d_ff=32, num_layers=2, num_heads=2)
+    yield BertForMaskedLM(BertConfig(**sizes)), "it is an encoder, in which each token sees those behind it too"
+    yield T5ForConditionalGeneration(t5), "it is an encoder and a decoder"
+    yield LlamaModel(LlamaConfig(**sizes)), "it has no output embedding"
+    yield LlamaForSequenceClassification(LlamaConfig(**sizes)), "it has no output embedding"
+
+
+def test_what_is_no_causal_lm_is_neither_cut_nor_converted():
+    for model, what in no_causal_lms():
+        for use in (lambda m: keep_layers(m, [0]), lambda m: cut(m, Cut(layers=[0])), hybrid_from_teacher):
+            with pytest.raises(ValueError, match=rf"^[^\n]* cannot be (cut|converted to a hybrid)[:;] {what}[^\n]*$"):
+                use(model)
 
 
 @pytest.mark.parametrize(

@@ -150,6 +150,8 @@ def test_spaces_come_back_where_all_else_is_bytes():
 def test_what_cannot_be_trimmed_gets_one_line():
     tokenizer = byte_level()
     model = tiny_teacher("llama", vocab_size=len(tokenizer))
+    with pytest.raises(ValueError, match=r"^LlamaModel cannot be cut: it has no output embedding, [^\n]+$"):
+        trim_vocabulary(model.model, tokenizer, ids=[0])
     with pytest.raises(ValueError, match=r"^trim_vocabulary: give texts, ids or both$"):
         trim_vocabulary(model, tokenizer)
     with pytest.raises(ValueError, match=r"^ids: got 9999, allowed: 0 to \d+$"):
