@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import os
 import shutil
@@ -15,6 +16,9 @@ from mohawk.core.folders import MANIFEST, about_of, fsync, seal, why_incomplete
 from mohawk.errors import UserError
 
 log = logging.getLogger(__name__)
+
+META = "meta.json"  # of text in tokens: what it is
+SUMS = "sums"  # in it: that the folder has a manifest with the sums of its files
 
 
 @contextlib.contextmanager
@@ -79,19 +83,20 @@ def _hold(folder: Path) -> int | None:
 def kept_whole(folder: Path, about: Mapping[str, Any] | None = None) -> bool:
     """Whether a folder of `whole_folder` is there as it was written, and about the same.
 
-    A damaged one is said and removed, to be made again. One of an earlier version, without a manifest, is said once and
-    taken as it is.
+    A damaged one, or one that has lost its manifest, is said and removed, to be made again. One of an earlier version,
+    which had none, is said once and taken as it is.
     """
     if not folder.is_dir():
         return False
-    if not (folder / MANIFEST).exists():
+    lost = has_lost_manifest(folder)
+    if not (folder / MANIFEST).exists() and not lost:
         if folder not in _told:
             _told.add(folder)
             log.warning(
                 "%s was kept by an earlier version, without sums: not verified; delete it to have it made again", folder
             )
         return True
-    problem = why_incomplete(folder, remembered=True)
+    problem = f"has lost its {MANIFEST}" if lost else why_incomplete(folder, remembered=True)
     if problem is None and about_of(folder) != dict(about or {}):
         problem = "is another folder under this name"
     if problem is None:
@@ -103,6 +108,18 @@ def kept_whole(folder: Path, about: Mapping[str, Any] | None = None) -> bool:
     except OSError as error:
         raise unwritable(folder.parent, error) from error
     return False
+
+
+def has_lost_manifest(folder: Path) -> bool:
+    """Whether a folder of text in tokens without a manifest had one, as its META says; of one that an earlier version
+    wrote it does not."""
+    if (folder / MANIFEST).exists():
+        return False
+    try:
+        told = json.loads((folder / META).read_bytes())
+    except (FileNotFoundError, ValueError, RecursionError):
+        return False
+    return isinstance(told, dict) and told.get(SUMS) is True
 
 
 _told: set[Path] = set()

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mohawk.core.places import cache_dir, home
-from mohawk.core.user_cache import kept_whole, whole_folder
+from mohawk.core.user_cache import META, SUMS, kept_whole, whole_folder
 from mohawk.data.chat import as_messages, render
 from mohawk.data.records import content_hash, read_records, why_no_chat
 from mohawk.data.source_files import Source, as_source, source_content
@@ -231,12 +231,12 @@ def _tokenize(
 
 
 def _save(pairs: Pairs, folder: Path) -> None:
-    meta = {"unknown": pairs.unknown, "bos_token_id": pairs.bos_token_id}
+    meta = {"unknown": pairs.unknown, "bos_token_id": pairs.bos_token_id, SUMS: True}
     with naming(folder):
         for field in dataclasses.fields(Pairs):
             if isinstance(value := getattr(pairs, field.name), np.ndarray):
                 np.save(folder / f"{field.name}.npy", value)
-        (folder / "meta.json").write_text(json.dumps(meta) + "\n")
+        (folder / META).write_text(json.dumps(meta) + "\n")
 
 
 def _load(folder: Path) -> Pairs:
@@ -245,7 +245,9 @@ def _load(folder: Path) -> Pairs:
         for path in folder.glob("*.npy")
     }
     arrays.setdefault("teachers", None)
-    return Pairs(**arrays, **json.loads((folder / "meta.json").read_text()))
+    meta = json.loads((folder / META).read_text())
+    meta.pop(SUMS, None)  # of the folder, not of the pairs
+    return Pairs(**arrays, **meta)
 
 
 def _pieces(

@@ -19,7 +19,7 @@ import numpy as np
 
 from mohawk.core.places import cache_dir, home
 from mohawk.core.terminal import SHOWN
-from mohawk.core.user_cache import kept_whole, whole_folder
+from mohawk.core.user_cache import META, SUMS, kept_whole, whole_folder
 from mohawk.data.source_files import (
     Source,
     as_source,
@@ -52,7 +52,7 @@ class TokenizedText:
 
     def __init__(self, folder: Path):
         self.folder = Path(folder)
-        meta = json.loads((self.folder / "meta.json").read_text())
+        meta = json.loads((self.folder / META).read_text())
         self.name: str = meta["source"]
         self.dtype = np.dtype(meta["dtype"])
         self.offsets = np.load(self.folder / "offsets.npy")
@@ -223,8 +223,9 @@ def _write(
         "dtype": dtype.str,
         "documents": len(lengths),
         "tokens": int(sum(lengths)),
+        SUMS: True,
     }
     with naming(folder):
         np.save(folder / "offsets.npy", np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64))
         np.save(folder / "digests.npy", np.frombuffer(b"".join(digests), dtype="<u8"))
-        (folder / "meta.json").write_text(json.dumps(meta, indent=1) + "\n")
+        (folder / META).write_text(json.dumps(meta, indent=1) + "\n")

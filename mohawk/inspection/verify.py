@@ -23,6 +23,7 @@ from mohawk.core.run_folder import (
     summed_files,
     summed_folders,
 )
+from mohawk.core.user_cache import has_lost_manifest
 from mohawk.data.generated import FILES, SUMMARY, spare_lines
 from mohawk.data.generated import MANIFEST as GENERATED_BY
 from mohawk.errors import UserError
@@ -137,7 +138,7 @@ def _altered(path: Path) -> str | None:
     try:
         problem, sums = why_altered(path), sum_file(path)
         if problem is None and sums.exists():  # right, but for the name behind it
-            named = [line.endswith(f"  {path.name}".encode()) for line in sums.read_bytes().splitlines()]
+            named = [line.endswith(f"  {path.name}\n".encode()) for line in sums.read_bytes().splitlines(keepends=True)]
             problem = None if all(named) else "has a damaged sum beside it"
         return problem
     except OSError as error:
@@ -179,7 +180,8 @@ def _of_runs(folder: Path, inside: set[Path]) -> Iterator[Finding]:
             yield Finding(path, NO_SUMS)
     for path in sorted({*folder.rglob("offsets.npy"), *folder.rglob("spans.npy")}):
         if path.parent not in inside and not _passing(path, folder):
-            yield Finding(path.parent, NO_MANIFEST)
+            lost = has_lost_manifest(path.parent)
+            yield Finding(path.parent, f"has lost its {MANIFEST}" if lost else NO_MANIFEST)
     for place in sorted({path.parent for path in folder.rglob("shard-*.bin")} - inside):
         from mohawk.teacher_cache.writer import SETTINGS
 

@@ -51,12 +51,17 @@ def position_rows(model: CausalLM) -> int | None:
         return None
     words = within_peft(model.get_input_embeddings())
     tables = (module for module in plain.modules() if isinstance(module, nn.Embedding) and module is not words)
-    # a few rows more than positions: OPT's begin at 2
+    # a few rows more than positions: OPT's begin at 2; RoBERTa's begin behind that of padding
     found = [table for table in tables if most <= table.num_embeddings <= most + 2]
-    rows = [table.num_embeddings - vars(table).get("offset", 0) for table in found]
+    rows = [table.num_embeddings - _first_position(table) for table in found]
     fixed = (getattr(module, name, None) for module in plain.modules() for name in FIXED)
     rows += [len(table) for table in fixed if isinstance(table, Tensor) and table.dim() == 2]
     return min(rows, default=None)
+
+
+def _first_position(table: nn.Embedding) -> int:
+    """The row of a table of positions that is a text's first token's."""
+    return vars(table).get("offset", 0 if table.padding_idx is None else table.padding_idx + 1)
 
 
 def within_peft(module: Any) -> Any:

@@ -54,10 +54,7 @@ def locate(model: str | Path, gguf_file: str | None = None, who: str = "teacher"
                 raise UserError(f"{said_of(who)}{name} holds no {gguf_file}; {_listed(path, '.gguf')}")
         elif not (path / "config.json").is_file():
             if (path / "adapter_config.json").is_file():
-                raise UserError(
-                    f"{said_of(who)}{name} holds an adapter of peft's alone; merge it into the model that it is for "
-                    "(merge_and_unload), save that, and give its folder"
-                )
+                raise UserError(f"{said_of(who)}{name} holds an adapter of peft's alone; {_instead_of_adapter(path)}")
             raise UserError(
                 f"{said_of(who)}{name} holds no config.json, so it is no saved Hugging Face model; "
                 f"{_listed(path, '.gguf')}"
@@ -68,6 +65,17 @@ def locate(model: str | Path, gguf_file: str | None = None, who: str = "teacher"
     if looks_local(name):
         raise UserError(f"{said_of(who)}{name} does not exist (looked for {path.absolute()})")
     return name, gguf_file
+
+
+def _instead_of_adapter(folder: Path) -> str:
+    """What to give in place of an adapter."""
+    try:
+        kind = parse_json((folder / "adapter_config.json").read_bytes())["peft_type"]
+    except (ValueError, KeyError, TypeError):
+        kind = None
+    if kind in PROMPTS:  # which adds states that stand for no token, and changes no weight
+        return f"one of {kind} cannot be merged into a model; give a model without it, or an adapter that can, as LoRA"
+    return "merge it into the model that it is for (merge_and_unload), save that, and give its folder"
 
 
 def _refuse_outside(folder: Path, who: str) -> None:
@@ -296,7 +304,7 @@ def load_error(
         return UserError(f"{said_of(who)}{name}: {first_line(error)}")
     if isinstance(error, ImportError):
         return error
-    if local and gguf_file is None and (culprit := _damaged_file(Path(name))) is not None:
+    if local and gguf_file is None and (culprit := _damaged_file(Path(name), what)) is not None:
         return UserError(
             f"{said_of(who)}cannot load the {what} from the folder {name}: {culprit}; give a whole checkpoint"
         )
@@ -338,8 +346,9 @@ def load_error(
     return error
 
 
-def _damaged_file(folder: Path) -> str | None:
-    """The first file of a checkpoint that is empty, or no JSON object where one belongs, and what it is instead."""
+def _damaged_file(folder: Path, what: str) -> str | None:
+    """The first file of a checkpoint that is empty, or no JSON object where one belongs, and what it is instead; of a
+    tokenizer also a file that is none. what: `tokenizer`, `weights` or `configuration`, which cannot be loaded."""
     for file in sorted(folder.glob("*")):
         if file.suffix in (".bin", ".safetensors", ".json") and file.is_file() and file.stat().st_size == 0:
             return f"{file.name} is empty"
@@ -351,6 +360,26 @@ def _damaged_file(folder: Path) -> str | None:
             if not isinstance(value, dict):
                 kind = "null" if value is None else f"a JSON {type(value).__name__}"
                 return f"{file.name} holds {kind}, not an object"
+    return _damaged_tokenizer(folder / "tokenizer.json") if what == "tokenizer" else None
+
+
+def _damaged_tokenizer(file: Path) -> str | None:
+    """What is wrong with a tokenizer.json, by its place in the file where it is no JSON, or what the package tokenizers
+    says of it; None where that reads it, or there is no such file."""
+    if not file.is_file():
+        return None
+    from tokenizers import Tokenizer
+
+    try:
+        parse_json(file.read_bytes())
+    except ValueError as error:
+        return f"{file.name} is not JSON ({shortened(str(error))})"
+    try:
+        Tokenizer.from_file(str(file))
+    except Exception as error:  # tokenizers' own, a bare one
+        if machines_own(error) is not None:
+            raise
+        return f"{file.name} is no tokenizer ({shortened(first_line(error).partition(': ')[2])})"
     return None
 
 
@@ -367,6 +396,18 @@ SIZES = {
     "intermediate_size": 1, "head_dim": 1,
 }  # fmt: skip
 MOST_LAYERS = 10_000
+
+
+# peft's adapters of states in front of a text's
+PROMPTS = (
+    "PROMPT_TUNING",
+    "MULTITASK_PROMPT_TUNING",
+    "P_TUNING",
+    "PREFIX_TUNING",
+    "ADAPTION_PROMPT",
+    "CPT",
+    "CARTRIDGE",
+)
 
 
 CAUSAL_HEADS = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")

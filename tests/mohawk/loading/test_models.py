@@ -312,9 +312,37 @@ def test_a_gguf_file_cut_short(tmp_path, make_llama, tokenizer, share):
 def test_json_nested_too_deep(folder, name):
     (folder / name).write_text('{"a": ' + "[" * 100_000 + "]" * 100_000 + "}")
     load = load_config if name == "config.json" else load_tokenizer
-    words = r"config.json is not JSON \(nested too deep\); give" if name == "config.json" else "RecursionError"
+    words = rf"{name} is not JSON \(nested too deep\); give a whole checkpoint"
     with pytest.raises(UserError, match=f"cannot load the .* from the folder {folder}: {words}"):
         load(folder)
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (lambda text: text[: len(text) // 2], "tokenizer.json is not JSON ("),
+        (lambda text: text.replace('"BPE"', '"BPX"'), "tokenizer.json is no tokenizer ("),
+        (lambda text: text.replace('"vocab"', '"vocap"'), "tokenizer.json is no tokenizer ("),
+        (lambda text: "[]", "tokenizer.json is no tokenizer ("),
+    ],
+)
+def test_a_damaged_tokenizer_is_named(folder, damage, words):
+    path = folder / "tokenizer.json"
+    path.write_text(damage(path.read_text()))
+    with pytest.raises(UserError) as caught:
+        load_tokenizer(folder)
+    said = str(caught.value)
+    assert f"cannot load the tokenizer from the folder {folder}: {words}" in said and "\n" not in said
+    assert said.endswith("; give a whole checkpoint")
+
+
+@pytest.mark.parametrize(
+    ("kind", "words"), [("LORA", "merge_and_unload"), ("P_TUNING", "P_TUNING cannot be merged into a model; give")]
+)
+def test_an_adapter_alone_is_no_model(tmp_path, kind, words):
+    (tmp_path / "adapter_config.json").write_text(f'{{"peft_type": "{kind}"}}')
+    with pytest.raises(UserError, match=f"{tmp_path} holds an adapter of peft's alone; .*{words}"):
+        load_config(tmp_path)
 
 
 def test_a_full_disk_is_not_the_checkpoints_fault(folder, monkeypatch):

@@ -181,8 +181,15 @@ def test_a_larger_student_writes_what_its_teacher_can_read(make_llama, tokenizer
 
 
 def test_models_with_a_table_of_positions(tokenizer, caplog):
-    """GPT-2 and OPT, whose table begins at 2, read no token beyond their last position."""
-    from transformers import GPT2Config, GPT2LMHeadModel, OPTConfig, OPTForCausalLM
+    """GPT-2, OPT and RoBERTa, whose tables begin at 2, read no token beyond their last position."""
+    from transformers import (
+        GPT2Config,
+        GPT2LMHeadModel,
+        OPTConfig,
+        OPTForCausalLM,
+        RobertaConfig,
+        RobertaForCausalLM,
+    )
 
     from mohawk.loading.causal import position_rows
     from mohawk.measures.compare import contexts_within, continuation, decode_speed
@@ -193,7 +200,11 @@ def test_models_with_a_table_of_positions(tokenizer, caplog):
         vocab_size=258, max_position_embeddings=40, hidden_size=32, word_embed_proj_dim=32, ffn_dim=32,
         num_hidden_layers=1, num_attention_heads=2, **ends,
     )  # fmt: skip
-    for model in (gpt2, OPTForCausalLM(opt).eval()):
+    roberta = RobertaConfig(
+        vocab_size=258, max_position_embeddings=42, hidden_size=32, intermediate_size=32, num_hidden_layers=1,
+        num_attention_heads=2, is_decoder=True, pad_token_id=1, **ends,
+    )  # fmt: skip
+    for model in (gpt2, OPTForCausalLM(opt).eval(), RobertaForCausalLM(roberta).eval()):
         assert position_rows(model) == 40
         assert contexts_within([model], [37, 38, 512], 2) == [37] and "38, 512 not timed" in caplog.text
         assert decode_speed(model, [37], 2)[0].context == 37

@@ -219,8 +219,11 @@ def test_verify_names_every_kind_of_damaged_file(place, capsys):
             part = str(path) if sum_file(path).exists() or name == "metrics.jsonl" else str(path.parent)
             assert len(lines) == 2 and os.path.relpath(part, place) in lines[0], (name, lines)
             path.write_bytes(whole)
-    flip(sum_file(place / "run" / "report.md"), -2)  # in the name behind the sum
-    assert main(["verify", "run"]) == 2 and "report.md: has a damaged sum beside it" in said(capsys)
+    sums = sum_file(place / "run" / "report.md")
+    whole = sums.read_bytes()
+    for content in (whole[:-2] + b"x\n", whole[:-1]):  # in the name behind the sum, and its last byte
+        sums.write_bytes(content)
+        assert main(["verify", "run"]) == 2 and "report.md: has a damaged sum beside it" in said(capsys)
 
 
 @pytest.mark.parametrize("name", ["run/metrics.jsonl", "run/export/hybrid/MANIFEST.json", "run/student/config.json"])
@@ -285,6 +288,13 @@ def test_no_bit_of_a_manifest_changes_in_silence(place):
             assert about_of(folder) == {} and weights_sum(folder) is None, at
 
 
+def written_by_an_earlier_version(tokens: Path) -> None:
+    """Tokenised text had no manifest then, and did not say that it has one."""
+    (tokens / MANIFEST).unlink(missing_ok=True)
+    meta = json.loads((tokens / "meta.json").read_text())
+    (tokens / "meta.json").write_text(json.dumps({key: value for key, value in meta.items() if key != "sums"}))
+
+
 def test_verify_of_caches_and_of_what_is_none(place, capsys):
     assert main(["verify", "cache"]) == 0
     (tokens,) = (place / "cache" / "tokens").iterdir()
@@ -292,7 +302,8 @@ def test_verify_of_caches_and_of_what_is_none(place, capsys):
     assert main(["verify", "cache"]) == 2 and "tokens.bin is damaged" in said(capsys)
     assert main(["verify", str(tokens)]) == 2
     (tokens / MANIFEST).unlink()
-    capsys.readouterr()
+    assert main(["verify", "cache"]) == 2 and f"{tokens.name}: has lost its MANIFEST.json" in said(capsys)
+    written_by_an_earlier_version(tokens)
     assert main(["verify", "cache"]) == 2
     told = capsys.readouterr()
     assert f"{tokens.name}: has no MANIFEST.json" in told.out and "nothing of cache is verified" in told.err
@@ -326,7 +337,7 @@ def test_runs_of_earlier_versions_are_used_and_said_to_be_unverified(place, caps
     for path in [*run.glob("phases/*/*"), run / "student", *(place / "cache" / "tokens").iterdir()]:
         manifest = path / MANIFEST
         if "tokens" in path.parts:
-            manifest.unlink()
+            written_by_an_earlier_version(path)
         elif manifest.exists():
             value = json.loads(manifest.read_text())
             manifest.write_text(json.dumps({"files": value["files"]}))
@@ -380,8 +391,14 @@ def test_a_damaged_token_cache_is_made_again(place, caplog):
     shutil.copytree(other, tokens)
     tokenize("texts", tokenizer, cache="cache")
     assert (tokens / "tokens.bin").read_bytes() == whole["tokens.bin"]
-    # one of an earlier version, cut short
+    # one that has lost its manifest could be anything
+    caplog.clear()
     (tokens / MANIFEST).unlink()
+    flip(tokens / "tokens.bin", 0)
+    tokenize("texts", tokenizer, cache="cache")
+    assert (tokens / "tokens.bin").read_bytes() == whole["tokens.bin"] and "has lost its MANIFEST" in caplog.text
+    # one of an earlier version, cut short
+    written_by_an_earlier_version(tokens)
     (tokens / "tokens.bin").write_bytes(whole["tokens.bin"][:-2])
     tokenize("texts", tokenizer, cache="cache")
     assert (tokens / "tokens.bin").read_bytes() == whole["tokens.bin"]
@@ -395,8 +412,8 @@ def test_a_damaged_pair_cache_is_made_again(place, caplog):
     (place / "pairs.jsonl").write_text('{"prompt": "one", "response": "two"}\n{"prompt": "a", "response": "b c"}\n')
     first = read_pairs(["pairs.jsonl"], tokenizer, cache="cache").tokens.tolist()
     (folder,) = (place / "cache" / "pairs").iterdir()
-    for name in ("tokens.npy", "spans.npy", "meta.json"):
-        flip(folder / name)
+    for name in ("tokens.npy", "spans.npy", "meta.json", MANIFEST):
+        flip(folder / name) if name != MANIFEST else (folder / name).unlink()
         assert read_pairs(["pairs.jsonl"], tokenizer, cache="cache").tokens.tolist() == first
         assert "making it again" in caplog.text
         caplog.clear()
