@@ -126,4 +126,7 @@ _told: set[Path] = set()
 
 
 def unwritable(folder: Path, error: OSError) -> UserError:
-    return UserError(f"cannot write the cache {folder}: {error.strerror}; set MOHAWK_CACHE to a writable folder")
+    return UserError(
+        f"cannot write the cache {folder}: {error.strerror}; set MOHAWK_CACHE to a writable folder, or "
+        "data.cache where a recipe has it"
+    )

@@ -168,6 +168,10 @@ def _check_sizes(config: Mapping[str, Any], name: str, who: str) -> None:
         value = config.get(field)
         if value is not None and not isinstance(value, (list, tuple)) and not (type(value) is int and value >= least):
             raise _cannot_be(name, who, field, value, f"a whole number of at least {least}")
+    for field in WHOLE:
+        value = config.get(field)
+        if not (value is None or type(value) is int):
+            raise _cannot_be(name, who, field, value, "a whole number, or null")
     layers = config.get("num_hidden_layers")
     if isinstance(layers, int) and layers > MOST_LAYERS:  # even without weights that many take minutes to make
         raise _cannot_be(name, who, "num_hidden_layers", layers, f"at most {MOST_LAYERS:,}")
@@ -304,7 +308,7 @@ def load_error(
         return UserError(f"{said_of(who)}{name}: {first_line(error)}")
     if isinstance(error, ImportError):
         return error
-    if local and gguf_file is None and (culprit := _damaged_file(Path(name), what)) is not None:
+    if local and gguf_file is None and (culprit := _damaged_file(Path(name), what, first_line(error))) is not None:
         return UserError(
             f"{said_of(who)}cannot load the {what} from the folder {name}: {culprit}; give a whole checkpoint"
         )
@@ -346,13 +350,15 @@ def load_error(
     return error
 
 
-def _damaged_file(folder: Path, what: str) -> str | None:
+def _damaged_file(folder: Path, what: str, said: str) -> str | None:
     """The first file of a checkpoint that is empty, or no JSON object where one belongs, and what it is instead; of a
-    tokenizer also a file that is none. what: `tokenizer`, `weights` or `configuration`, which cannot be loaded."""
+    tokenizer also a file that is none. what: `tokenizer`, `weights` or `configuration`, which cannot be loaded. said:
+    what transformers says of that."""
     for file in sorted(folder.glob("*")):
         if file.suffix in (".bin", ".safetensors", ".json") and file.is_file() and file.stat().st_size == 0:
             return f"{file.name} is empty"
-        if file.name in ("config.json", "generation_config.json", "tokenizer_config.json"):
+        index = file.name.endswith(".index.json")
+        if index or file.name in (*OBJECTS, *(BESIDE_TOKENIZER if what == "tokenizer" else ())):
             try:
                 value = parse_json(file.read_bytes())
             except ValueError as error:
@@ -360,12 +366,15 @@ def _damaged_file(folder: Path, what: str) -> str | None:
             if not isinstance(value, dict):
                 kind = "null" if value is None else f"a JSON {type(value).__name__}"
                 return f"{file.name} holds {kind}, not an object"
-    return _damaged_tokenizer(folder / "tokenizer.json") if what == "tokenizer" else None
+            if index and (lacks := [key for key in INDEX if not isinstance(value.get(key), dict)]):
+                return f"{file.name} has no object {lacks[0]!r}, which an index of weights has"
+    return _damaged_tokenizer(folder / "tokenizer.json", said) if what == "tokenizer" else None
 
 
-def _damaged_tokenizer(file: Path) -> str | None:
+def _damaged_tokenizer(file: Path, said: str) -> str | None:
     """What is wrong with a tokenizer.json, by its place in the file where it is no JSON, or what the package tokenizers
-    says of it; None where that reads it, or there is no such file."""
+    says of it; or that something is with the files beside it, where it can be read. None where there is no such file.
+    said: what transformers says."""
     if not file.is_file():
         return None
     from tokenizers import Tokenizer
@@ -380,7 +389,8 @@ def _damaged_tokenizer(file: Path) -> str | None:
         if machines_own(error) is not None:
             raise
         return f"{file.name} is no tokenizer ({shortened(first_line(error).partition(': ')[2])})"
-    return None
+    others = [name for name in ("tokenizer_config.json", *BESIDE_TOKENIZER) if file.with_name(name).is_file()]
+    return f"{' or '.join(others)} does not fit {file.name} ({said})" if others else None
 
 
 def first_line(error: BaseException) -> str:
@@ -395,7 +405,13 @@ SIZES = {
     "vocab_size": 1, "hidden_size": 1, "num_hidden_layers": 1, "num_attention_heads": 1, "num_key_value_heads": 1,
     "intermediate_size": 1, "head_dim": 1,
 }  # fmt: skip
+WHOLE = ("sliding_window", "max_position_embeddings")  # which transformers reads as a model runs, whatever its class
 MOST_LAYERS = 10_000
+
+
+OBJECTS = ("config.json", "generation_config.json", "tokenizer_config.json")  # files that hold one in JSON
+BESIDE_TOKENIZER = ("special_tokens_map.json", "added_tokens.json")
+INDEX = ("metadata", "weight_map")  # of the weights in several files
 
 
 # peft's adapters of states in front of a text's

@@ -7,11 +7,17 @@ from pathlib import Path
 from mohawk.errors import UserError
 from mohawk.schema.yaml_text import RecipeText
 
+LARGEST = 1 << 20  # characters of a recipe
+
 
 def read_recipe(path: Path) -> RecipeText:
     """A recipe's YAML text, its values not checked yet. Raises UserError."""
     try:
-        return RecipeText.read(path.read_text(encoding="utf-8"), str(path))
+        with path.open(encoding="utf-8") as file:  # of a file that is none, such as weights, no more than tells
+            text = file.read(LARGEST + 1)
+        if len(text) > LARGEST:
+            raise UserError(f"cannot read the recipe {path}: has more than {LARGEST:,} characters, which no recipe has")
+        return RecipeText.read(text, str(path))
     except FileNotFoundError as error:
         name = path.name.removesuffix(".yaml")
         copies = (

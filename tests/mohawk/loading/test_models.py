@@ -337,6 +337,19 @@ def test_a_damaged_tokenizer_is_named(folder, damage, words):
 
 
 @pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("special_tokens_map.json", "[]", "special_tokens_map.json holds a JSON list, not an object"),
+        ("tokenizer_config.json", '{"tokenizer_class": 5}', "tokenizer_config.json does not fit tokenizer.json ("),
+    ],
+)
+def test_a_file_beside_a_tokenizer_is_named(folder, name, content, words):
+    (folder / name).write_text(content)
+    with pytest.raises(UserError, match=re.escape(f"the tokenizer from the folder {folder}: {words}")):
+        load_tokenizer(folder)
+
+
+@pytest.mark.parametrize(
     ("kind", "words"), [("LORA", "merge_and_unload"), ("P_TUNING", "P_TUNING cannot be merged into a model; give")]
 )
 def test_an_adapter_alone_is_no_model(tmp_path, kind, words):
@@ -371,6 +384,7 @@ SOUND = {
         ({"intermediate_size": -1}, "intermediate_size: got -1"),
         ({"head_dim": -3}, "head_dim: got -3"),
         ({"hidden_size": "a"}, "hidden_size: got 'a'"),
+        ({"sliding_window": "w"}, "sliding_window: got 'w'; allowed: a whole number, or null"),
         ({"vocab_size": True}, "vocab_size: got True"),
         ({"num_hidden_layers": 10**7}, "num_hidden_layers: got 10000000; allowed: at most 10,000"),
         ({"architectures": 5}, "architectures: got 5; allowed: a list of names"),
@@ -410,11 +424,13 @@ def test_a_configuration_of_which_no_model_can_be_made(tmp_path, capsys, wrong, 
             '{"weight_map": {"lm_head.weight": "../other/model.safetensors"}}',
             "index.json: weight_map: got '../other/model.safetensors'; allowed: names of files in the same folder",
         ),
+        ("model.safetensors.index.json", '{"metadata": {}}', "index.json has no object 'weight_map', which an index"),
+        ("model.safetensors.index.json", "[1, 2]", "index.json holds a JSON list, not an object"),
     ],
 )
 def test_a_damaged_file_beside_the_weights_is_named(tmp_path, make_llama, file, content, words):
     make_llama().save_pretrained(tmp_path)
-    if file.endswith(".bin"):
+    if file != "generation_config.json":
         (tmp_path / "model.safetensors").unlink()
     (tmp_path / file).write_text(content)
     with pytest.raises(UserError, match=re.escape(words)):

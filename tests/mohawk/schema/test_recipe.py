@@ -229,6 +229,13 @@ def test_a_recipe_that_cannot_be_read(tmp_path):
         Recipe.load(tmp_path / "latin.yaml")
 
 
+def test_a_file_that_is_far_too_large_for_a_recipe_is_not_read_whole(tmp_path):
+    with open(tmp_path / "model.safetensors", "wb") as file:
+        file.truncate(1 << 33)  # 8 GiB of nothing
+    with pytest.raises(UserError, match="model.safetensors: has more than 1,048,576 characters, which no recipe has"):
+        Recipe.load(tmp_path / "model.safetensors")
+
+
 def test_overrides():
     data = {**with_values(phases__mixing=None), "teacher": "short"}
     recipe = Recipe.from_dict(
