@@ -51,17 +51,22 @@ def path(text: str) -> Path:
         raise argparse.ArgumentTypeError(str(error)) from None
 
 
+MOST = 10**15  # of a whole number that has no bound of its own, as in recipes
+
+
 def number(kind: type, low: float, high: float = float("inf")) -> Callable[[str], float]:
-    """An argparse type that also checks the range."""
+    """An argparse type that also checks the range; a whole number is at most MOST."""
 
     def parse(text: str) -> float:
         try:
             value = kind(text)
         except ValueError:
             value = None
-        if value is None or not low <= value <= high or value == float("inf"):
+        over = kind is int and value is not None and value > MOST
+        if value is None or not low <= value <= high or value == float("inf") or over:
             words = "a whole number" if kind is int else "a number"
-            upto = f"from {low} to {high}" if high != float("inf") else f"of at least {low}"
+            most = min(high, MOST) if over else high
+            upto = f"from {low} to {most}" if most != float("inf") else f"of at least {low}"
             raise argparse.ArgumentTypeError(f"got {shortened(repr(text), 60)}; allowed: {words} {upto}")
         return value
 

@@ -239,6 +239,20 @@ def weights_sum(path: str | os.PathLike) -> str | None:
     return hashlib.sha256("\n".join(sums).encode()).hexdigest()
 
 
+def made_of(source: str | os.PathLike) -> dict[str, Any]:
+    """What a manifest says of a folder that is made of the weights in `source`; nothing where those have no manifest.
+    Raises OSError, as `weights_sum` does."""
+    weights = weights_sum(source)
+    return {} if weights is None else {"from": weights}
+
+
+def is_made_of_others(path: str | os.PathLike, source: str | os.PathLike) -> bool:
+    """Whether the folder `path` was made of other weights than those in `source`, as far as their manifests say. Raises
+    OSError where the machine refuses to read them."""
+    told, there = about_of(path).get("from"), weights_sum(source)
+    return None not in (told, there) and told != there
+
+
 def _known_manifest(path: str | os.PathLike) -> dict[str, Any]:
     """The manifest of the folder `path`; empty where there is none, or a damaged one. Raises OSError where the machine
     refuses to read it."""

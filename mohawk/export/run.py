@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, cast
 
 from rich.console import Console
 
-from mohawk.core.folders import write_whole
+from mohawk.core.folders import made_of, write_whole
 from mohawk.core.places import home
 from mohawk.core.run_folder import has_recipe
 from mohawk.errors import UserError
@@ -89,7 +89,7 @@ def export(
     model = cast("HybridForCausalLM", load_teacher(student, dtype="auto", who=""))
     changes = written_as.prepare(model, pad_expand, fold_bias)
     asked = Asked(pad_expand, fold_bias, outtype, _about(run, student, config))
-    with write_whole(target) as folder:
+    with write_whole(target, about=made_of(student)) as folder:
         rows = _write_and_check(folder, model, tokenizer, written_as, asked, console)
         from transformers import AutoConfig
 

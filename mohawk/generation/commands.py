@@ -25,7 +25,7 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
         help="sample from this share; default: 1",
     )
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    parser.add_argument("--seed", type=number(int, 0), metavar="N", help="seed of sampling")
+    parser.add_argument("--seed", type=number(int, 0, 2**32 - 1), metavar="N", help="seed of sampling")
     drafting = parser.add_argument_group("speculative decoding")
     drafting.add_argument(
         "--draft", metavar="MODEL", help="a student of the model drafts its tokens: the same text in fewer passes"

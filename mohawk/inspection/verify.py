@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mohawk.core.folders import MANIFEST, PARTIAL, sum_file, why_altered, why_incomplete
+from mohawk.core.folders import MANIFEST, PARTIAL, is_made_of_others, sum_file, why_altered, why_incomplete
 from mohawk.core.lines import damage, missing_lines, sums_of
 from mohawk.core.places import home
 from mohawk.core.run_folder import (
@@ -168,6 +168,9 @@ def _of_runs(folder: Path, inside: set[Path]) -> Iterator[Finding]:
     if has_recipe(folder):
         if (problem := why_outdated(folder)) is not None:
             yield Finding(folder / STUDENT, problem)
+        for path in (*folder.glob("export/[!.]*"), *folder.glob("quantized/[!.]*")):
+            if is_made_of_others(path, folder / STUDENT):
+                yield Finding(path, f"was made of another student than {folder / STUDENT} is now")
         for path in summed_files(folder):
             if not sum_file(path).exists():
                 yield Finding(path, _altered(path) or NO_SUMS)

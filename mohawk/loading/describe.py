@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mohawk.core.folders import MANIFEST, about_of, refuse_damaged, weights_sum
+from mohawk.core.folders import MANIFEST, is_made_of_others, refuse_damaged
 from mohawk.core.places import home
 from mohawk.core.run_folder import STUDENT, has_recipe, phase_student
 from mohawk.errors import UserError
@@ -76,13 +76,11 @@ def student_folder(path: str | Path) -> str:
 def why_outdated(run: Path) -> str | None:
     """What is wrong with a run's final student where its last step has left another one since, as a run that was
     stopped in between shows; None where it is of that one, or where nothing there says."""
-    made_of = about_of(run / STUDENT).get("from")
     try:
         last = next(reversed(load_run_recipe(run).trained()), None)
     except UserError:  # a damaged recipe does not say
         return None
-    left = None if last is None else weights_sum(phase_student(run, last))
-    if None in (made_of, left) or made_of == left:
+    if last is None or not is_made_of_others(run / STUDENT, phase_student(run, last)):
         return None
     return f"was made of another student than phases/{last} has now"
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from mohawk.core.folders import write_whole
+from mohawk.core.folders import made_of, write_whole
 from mohawk.core.json_files import write_json
 from mohawk.core.places import home
 from mohawk.core.run_folder import STUDENT, has_recipe, quantized_file, quantized_folder
@@ -106,7 +106,7 @@ def _torchao(context: RunContext, folder: Path, student: str, name: str, console
     )
     if (share := quantised_share(model)) == 0:
         raise UserError(f"{name}: none of the student's matrices can be stored so; choose another --to")
-    with write_whole(target, replace=True) as partial:
+    with write_whole(target, replace=True, about=made_of(student)) as partial:
         model.save_pretrained(partial)
         add_code(partial, model)
         tokenizer.save_pretrained(partial)

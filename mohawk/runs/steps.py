@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import itertools
 import logging
 import time
 from collections.abc import Callable, Sequence
@@ -16,7 +17,15 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from mohawk.core.folders import about_of, drop_file, is_complete, weights_sum, write_whole
+from mohawk.core.folders import (
+    about_of,
+    drop_file,
+    is_complete,
+    is_made_of_others,
+    made_of,
+    weights_sum,
+    write_whole,
+)
 from mohawk.core.processes import from_first, is_first, on_first, together, wish
 from mohawk.core.run_folder import RESULTS, STUDENT, evaluation_file, phase_folder, phase_student
 from mohawk.data.packing import collate
@@ -72,8 +81,10 @@ def take_steps(
     """Take every step that is not finished, measure every student once, and give the last one.
 
     student: what the first step begins with; None: the teacher. keep: see `measure_stage`. begun_elsewhere: finished
-    steps were another run's, so that what is lost of them cannot be made again here.
+    steps were another run's, so that what is lost of them cannot be made again here. Raises UserError where a step was
+    made of another student than the one before it has now.
     """
+    from_first(lambda: _refuse_replaced(run, steps))
     finished = max((i for i, step in enumerate(steps) if is_taken(run, step.name)), default=-1)
     names, reached = [step.name for step in steps], True  # whether `student` is what the next step begins with
     for i, step in enumerate(steps):
@@ -277,8 +288,22 @@ def _write_whole(model: PreTrainedModel, folder: Path, about: dict[str, Any], co
 def _origin(run: RunContext, before: str | None) -> dict[str, Any]:
     """What a step's checkpoints and student are of: this run, its inputs, the weights that the step before left."""
     of = record_of(run.folder)
-    left = None if before is None else weights_sum(phase_student(run.folder, before))
-    return of if left is None else of | {"from": left}
+    return of if before is None else of | made_of(phase_student(run.folder, before))
+
+
+def _refuse_replaced(run: RunContext, steps: Sequence[Step]) -> None:
+    """UserError where a finished step went on from another student than the step before it has now, as where a folder
+    was copied in its place."""
+    for before, step in itertools.pairwise(steps):
+        earlier, later = (phase_student(run.folder, one.name) for one in (before, step))
+        # one that is needed may have been trained again meanwhile, which a GPU does not do bit for bit
+        if before.needed or not (is_complete(earlier) and is_complete(later)):
+            continue
+        if is_made_of_others(later, earlier):
+            raise UserError(
+                f"{later}: was made of another student than {earlier} is now; put back the one that it was made of, or "
+                f"delete {later.parent} to train {step.name} again"
+            )
 
 
 def _lost(run: RunContext, step: Step) -> list[Path]:

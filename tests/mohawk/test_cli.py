@@ -311,6 +311,8 @@ def test_bugs_keep_their_traceback(recipe, module):
             "--temperature: got 'warm'; allowed: a number of at least 0",
         ),
         ("generate x --prompt y --max-new-tokens 0", "got '0'; allowed: a whole number of at least 1"),
+        ("generate x --prompt y --max-new-tokens 1" + 30 * "0", "allowed: a whole number from 1 to 1000000000000000"),
+        ("generate x --prompt y --seed 4294967296", "got '4294967296'; allowed: a whole number from 0 to 4294967295"),
         ("generate x --prompt y --max-new-tokens 1.5", "got '1.5'; allowed: a whole number of at least 1"),
         ("generate x --prompt y --temperature nan", "got 'nan'; allowed: a number of at least 0"),
         ("inspect x --contexts 0", "got '0'; allowed: a whole number of at least 1"),

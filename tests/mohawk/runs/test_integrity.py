@@ -573,6 +573,36 @@ def test_a_final_student_of_another_one_is_not_used_meanwhile(place, capsys):
     assert main(["generate", "run", "--prompt", "A", "--max-new-tokens", "1"]) == 0
 
 
+def test_a_phase_that_was_made_of_another_student_is_refused(three, place):
+    """As where one phase's folder was put back from a copy of the run that went another way."""
+    run = place / "three"
+    earlier, later = (run / "phases" / phase / "student" for phase in ("mixing", "hidden"))
+    tensors, about = load_file(earlier / "model.safetensors"), about_of(earlier)
+    with write_whole(earlier, about=about) as partial:
+        shutil.copytree(earlier, partial, dirs_exist_ok=True)
+        (partial / MANIFEST).unlink()
+        save_file({k: v + 1e-3 for k, v in tensors.items()}, partial / "model.safetensors", {"format": "pt"})
+    words = f"^three/phases/hidden/student: was made of another student than {earlier.relative_to(place)} is now; put"
+    with pytest.raises(UserError, match=words):
+        convert(recipe_of("three", **HIDDEN))
+    shutil.rmtree(later.parent)
+    shutil.rmtree(run / "phases" / "end_to_end")
+    convert(recipe_of("three", **HIDDEN))
+    assert about_of(later)["from"] == weights_sum(earlier)
+
+
+def test_an_export_of_another_student_is_told(place, capsys):
+    assert main(["export", "run", "--to", "hybrid"]) == 0
+    assert about_of(place / "run" / "export" / "hybrid") == {"from": weights_sum("run/student")}
+    assert main(["verify", "run"]) == 0
+    shutil.rmtree(place / "run" / "phases" / "end_to_end")
+    convert(recipe_of(**{"phases.end_to_end.learning_rate": 1e-3}))
+    capsys.readouterr()
+    assert main(["verify", "run"]) == 2
+    assert "run/export/hybrid: was made of another student than run/student is now" in said(capsys)
+    assert main(["export", "run", "--to", "hybrid"]) == 0 and main(["verify", "run"]) == 0
+
+
 def test_a_final_student_without_its_configuration_is_damaged(place, capsys):
     """And no other one is used in its place."""
     (place / "run" / "student" / "config.json").unlink()
