@@ -31,13 +31,18 @@ def demo(teacher: str | None = None, output: Path | str | None = None, overrides
     own = Recipe.load(shipped("demo")).teacher.model
     if teacher is not None:
         locate(teacher)  # a mistyped folder is told before anything is fetched
+    folder = [] if output is None else [f"output={quoted(str(output))}"]
+    # mistakes too, with the recipe's own texts in place of what is to be fetched
+    asked = Recipe.load(shipped("demo"), folder + list(overrides or []))
+
+    from mohawk.runs.claim import refuse_unwritable  # torch, as below
+
+    refuse_unwritable(Path(asked.output))
     log.info("fetching the checkpoint and the texts (kept in %s)", cache_dir(), extra=SHOWN)
     settings = local_settings(teacher or str(fetch.smollm2()))
     if teacher not in (None, own):
         settings.append("student.ssm_layers=every_second")  # the recipe's layers are its own teacher's
-    if output is not None:
-        settings.append(f"output={quoted(str(output))}")
-    recipe = Recipe.load(shipped("demo"), settings + list(overrides or []))
+    recipe = Recipe.load(shipped("demo"), settings + folder + list(overrides or []))
 
     from mohawk.conversion.run import convert  # torch and transformers, once the recipe is known to be good
 

@@ -53,6 +53,8 @@ def ablate(
     kind = kind_of(path)
     output = Path(output) if output is not None else Path("runs") / f"{path.stem}-ablation"
     steps = "stages" if kind is DistillRecipe else "phases"
+    if any(override.partition("=")[0].strip() == "output" for override in overrides):
+        raise UserError("--set output: each run has a folder of its own under --output; give that")
     variants = variants_of(kind.load(path, overrides), over, steps)
     recipes = {
         name: kind.load(path, [*overrides, *changes, f"output={quoted(str(output / slug(name)))}"])
@@ -107,6 +109,8 @@ def _values(key: str, text: str) -> list[str]:
 
 def _places(recipe: RecipeFile, key: str, steps: str) -> list[str]:
     """The places in a recipe that have a short name, as dotted paths."""
+    if key == "output":
+        raise UserError("--over output: each run has a folder of its own under --output; give that")
     if "." in key:
         return [key]
     found: list[tuple[str | int, ...]] = []

@@ -262,8 +262,15 @@ class EndpointTeacher:
 
 def base_url(url: str) -> str:
     """The API's base from what people write: with or without /v1, or a whole endpoint. Raises UserError."""
-    parts = urllib.parse.urlsplit(url.strip())
-    if parts.scheme not in ("http", "https") or not parts.hostname:
+    try:
+        parts = urllib.parse.urlsplit(url.strip())
+        whole = parts.port is None or parts.port > 0
+    except ValueError:  # brackets of half an IPv6 address, or a port that is none: it may be a password
+        raise UserError(
+            "endpoint: the address has a host or a port that cannot be; give the API's base, such as "
+            "http://localhost:8000/v1"
+        ) from None
+    if not whole or parts.scheme not in ("http", "https") or not parts.hostname:
         raise UserError(f"endpoint: got {url!r}; give the API's base, such as http://localhost:8000/v1")
     if parts.username or parts.password or parts.query:
         raise UserError("endpoint: the address carries a name, password or query; the key comes from the environment")

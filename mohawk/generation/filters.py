@@ -66,7 +66,7 @@ class Filters:
         }
         for name in ("scorer", "normalizer"):
             if name in given:
-                path = inspect.getsourcefile(load_function(given[name], name))
+                path = _source_of(load_function(given[name], name), given[name])
                 given[f"{name}_sha256"] = hashlib.sha256(Path(path).read_bytes()).hexdigest() if path else None
         return given
 
@@ -174,6 +174,16 @@ def load_function(name: str, option: str) -> Callable[..., Any]:
     if not callable(found):
         raise UserError(f"{option}: {module} has no function {function}")
     return found
+
+
+def _source_of(function: Callable[..., Any], name: str) -> str | None:
+    """The file of a function's code, or of the module that names it; None where these are compiled."""
+    for found in (function, sys.modules[name.partition(":")[0]]):
+        try:
+            return inspect.getsourcefile(found)
+        except TypeError:  # a built-in one, or an object that can be called
+            continue
+    return None
 
 
 def _called(function: Callable[..., Any], option: str, prompt: Prompt, *given: str | Messages) -> Any:

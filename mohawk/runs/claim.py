@@ -97,12 +97,17 @@ def check_folder(run: Path, recipe: RecipeFile) -> list[str]:
 
     Raises UserError where `claimed` would refuse the folder.
     """
+    refuse_unwritable(run)
+    return _changes(run, recipe)
+
+
+def refuse_unwritable(run: Path) -> None:
+    """UserError where there is no place for a run's folder."""
     there = next(place for place in (run, *run.absolute().parents) if place.exists())
     if not there.is_dir() or not os.access(there, os.W_OK):
         raise UserError(
             f"output: {run} cannot be written, as {there} is no folder to write into; choose another output"
         )
-    return _changes(run, recipe)
 
 
 def _changes(run: Path, recipe: RecipeFile) -> list[str]:

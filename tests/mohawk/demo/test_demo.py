@@ -64,6 +64,11 @@ def test_a_folder_that_is_not_there_is_told_before_anything_is_fetched(monkeypat
     monkeypatch.setattr(fetch, "state_of_the_union", lambda: pytest.fail("fetched"))
     with pytest.raises(UserError, match="does not exist"):
         demo.demo(teacher=str(tmp_path / "nowhere"))
+    monkeypatch.setattr(fetch, "smollm2", lambda: pytest.fail("fetched"))
+    (tmp_path / "file").write_text("")
+    for given, words in (({"output": tmp_path / "file"}, "cannot be written"), ({"overrides": ["zz=1"]}, "zz")):
+        with pytest.raises(UserError, match=words):
+            demo.demo(**given)
 
 
 @pytest.mark.parametrize(("family", "layers"), [("llama", 2), ("qwen2", 40), ("phi", 6)])

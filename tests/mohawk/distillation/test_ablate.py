@@ -9,8 +9,10 @@ from rich.console import Console
 
 from mohawk.core.json_files import read_json, write_json
 from mohawk.core.run_folder import RESULTS
-from mohawk.distillation.ablate import compare_runs
+from mohawk.distillation.ablate import ablate, compare_runs
+from mohawk.errors import UserError
 from mohawk.runs.tables import print_tables
+from mohawk.schema.files import shipped
 
 
 def compared(folder, names, tokens):
@@ -38,6 +40,12 @@ def compared(folder, names, tokens):
 
 
 LONG = "temperature=2, divergence=skew_reverse_kl, learning_rate=0.0003, kd_weight=0.25"
+
+
+@pytest.mark.parametrize("given", [{"over": ["output=a,b"]}, {"over": ["seed=1,2"], "overrides": ["output=a"]}])
+def test_a_runs_folder_is_not_to_be_varied(given):
+    with pytest.raises(UserError, match="output: each run has a folder of its own under --output"):
+        ablate(shipped("distill-distilbert"), **given)
 
 
 def test_figures_are_whole_and_long_names_wrap_at_80_columns(tmp_path):

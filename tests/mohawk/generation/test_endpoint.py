@@ -196,7 +196,8 @@ def test_addresses():
     ):
         assert base_url(given) == "http://h:8/v1"
     assert base_url("https://h/api/openai/v2") == "https://h/api/openai/v2"
-    for wrong in ("h:8/v1", "ftp://h", "http://", "http://me:secret@h/v1", "http://h/v1?key=secret"):
+    for wrong in ("h:8/v1", "ftp://h", "http://", "http://me:secret@h/v1", "http://h/v1?key=secret", "http://[::1",
+                  "http://me:secret", "http://h:70000"):  # fmt: skip
         with pytest.raises(UserError) as error:
             base_url(wrong)
         assert "secret" not in str(error.value)

@@ -125,3 +125,9 @@ def test_mistakes_are_one_line(settings, message, scoring):
     with pytest.raises(UserError) as error:
         judged(Filters(**settings), "x")
     assert str(error.value) == message
+
+
+def test_a_function_without_python_code_is_known_by_its_module():
+    """A built-in one has no file, and what is imported from Python's own modules has theirs."""
+    assert Filters(scorer="math:sqrt", min_score=0).settings()["scorer_sha256"] is None
+    assert len(Filters(scorer="os:system", min_score=0).settings()["scorer_sha256"]) == 64
