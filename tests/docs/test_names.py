@@ -15,7 +15,7 @@ FILES = [path.relative_to(ROOT).as_posix() for path in (*PACKAGE, *OTHERS)]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 
-FOREIGN = {"convert_hf_to_gguf.py", "setup.py"}  # files of other people's, which our pages speak of
+FOREIGN = {"convert_hf_to_gguf.py", "my_kernels.py", "setup.py"}  # other people's files, which our pages speak of
 # What torch, transformers, mamba-ssm, lm-evaluation-harness and the system call things, and our code does not.
 THEIRS = {
     "BambaMixer", "KimiLinearDeltaAttention", "LinearAttentionLayer", "Qwen3_5GatedDeltaNet", "TransformersKwargs",
