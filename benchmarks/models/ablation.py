@@ -10,7 +10,7 @@ seeds, and what the table says is of text of another source.
 
 Runs are ordinary `mohawk convert` runs: each stops and resumes like one, and what is done is not done again; with
 --keep nor is what ablation.json has of as many tokens, whatever version it is of. When all are there, a step of the
-teacher and of a student of each mixer is timed, in turns. The table, its JSON with every run, and a plot go to
+teacher and of a student of each mixer is timed, in turns; an untrained one, which takes as long. The table, its JSON with every run, and a plot go to
 benchmarks/results/.
 
     python benchmarks/models/ablation.py [--mixers mamba2 gated_delta] [--tokens 65536] [--seeds 3] [--rates 0.5 1 2]
@@ -150,7 +150,7 @@ def all_rows(options: argparse.Namespace, do, progress: Progress) -> list[dict]:
     """Every run, in order: for each mixer and schedule the rates, then the other seeds with the best of them."""
     rows = []
     for mixer in options.mixers:
-        for phases in SCHEDULES:
+        for phases in options.schedules:
 
             def made(rate: float, seed: int, mixer=mixer, phases=phases) -> dict:
                 run = Run(mixer, phases, rate, seed)
@@ -185,15 +185,16 @@ def summary(rows: list[dict]) -> list[dict]:
 def timed(options: argparse.Namespace) -> dict[str, list[list[dict]]]:
     """Who -> the speeds of each round: the teacher and a student of each mixer, one after another in every round, so
     that a machine that grows slower does so for all."""
+    from mohawk.conversion.recipe import Recipe
     from mohawk.demo import fetch
     from mohawk.loading.models import load_teacher
     from mohawk.measures.compare import decode_speed
+    from mohawk.models.from_teacher import hybrid_from_teacher
+    from mohawk.schema.files import shipped
 
-    folders = {"teacher": fetch.smollm2()}
-    for mixer in options.mixers:
-        if made := sorted(options.runs.glob(f"{mixer}-*/student")):
-            folders[mixer] = made[0]
-    models = {name: load_teacher(folder) for name, folder in folders.items()}
+    layers = Recipe.load(shipped("demo")).student.ssm_layers
+    models = {"teacher": load_teacher(fetch.smollm2())}
+    models |= {mixer: hybrid_from_teacher(models["teacher"], layers, mixer).eval() for mixer in options.mixers}
     rounds: dict[str, list[list[dict]]] = {name: [] for name in models}
     for turn in range(ROUNDS):
         print(f"timing decoding, round {turn + 1} of {ROUNDS}", flush=True)
@@ -258,17 +259,17 @@ def draw(lines: list[dict], target: Path) -> None:
     import matplotlib.pyplot as plt
 
     figure, axis = plt.subplots(figsize=(6.4, 3.8), layout="constrained")
-    mixers = list(dict.fromkeys(line["mixer"] for line in lines))
+    mixers, places = (list(dict.fromkeys(line[what] for line in lines)) for what in ("mixer", "phases"))
     width = 0.8 / len(mixers)
     for turn, mixer in enumerate(mixers):
         own = [line for line in lines if line["mixer"] == mixer]
-        x = [list(SCHEDULES).index(line["phases"]) + width * (turn - (len(mixers) - 1) / 2) for line in own]
+        x = [places.index(line["phases"]) + width * (turn - (len(mixers) - 1) / 2) for line in own]
         errors = [line["kl"]["deviation"] or 0 for line in own]
         bars = axis.bar(x, [line["kl"]["mean"] for line in own], width * 0.95, yerr=errors, capsize=3, label=mixer)
         axis.bar_label(bars, fmt="%.3f", fontsize=8, padding=2)
         for place, line in zip(x, own, strict=True):
             axis.plot([place] * line["seeds"], line["kl"]["values"], "k.", markersize=3)
-    axis.set_xticks(range(len(SCHEDULES)), [name.replace(", ", "\n") for name in SCHEDULES])
+    axis.set_xticks(range(len(places)), [name.replace(", ", "\n") for name in places])
     axis.set_xlabel("phases")
     axis.set_ylabel("KL(teacher ‖ student), nats per token")
     axis.set_title("The same tokens, without and with phases 1 and 2")
@@ -282,6 +283,7 @@ def draw(lines: list[dict], target: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--mixers", nargs="+", default=["mamba2", "gated_delta"], help="mixers to compare")
+    parser.add_argument("--schedules", nargs="+", choices=SCHEDULES, default=list(SCHEDULES), help="which of them")
     parser.add_argument("--tokens", type=float, default=65536, help="training tokens of each run")
     parser.add_argument("--seeds", type=int, default=3, help="runs with the best rate")
     parser.add_argument("--rates", type=float, nargs="+", default=[0.5, 1, 2], help="times the demo's learning rates")
@@ -289,7 +291,7 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the table, its JSON and the plot")
     parser.add_argument("--keep", action="store_true", help="take rows of the ablation.json there is, and run the rest")
     options = parser.parse_args()
-    progress = Progress(len(options.mixers) * len(SCHEDULES) * (len(options.rates) + options.seeds - 1))
+    progress = Progress(len(options.mixers) * len(options.schedules) * (len(options.rates) + options.seeds - 1))
     known = measured(options.results / "ablation.json", options.tokens) if options.keep else {}
     rows = all_rows(options, lambda run: known.get(run) or done(run, options.tokens, options.runs), progress)
     lines, speeds = summary(rows), decoding(timed(options))
@@ -298,8 +300,10 @@ def main() -> None:
     written = {"about": about, "summary": lines, "decoding": speeds, "rows": rows}
     (options.results / "ablation.json").write_text(json.dumps(written, indent=1) + "\n")
     draw(lines, options.results / "ablation.png")
+    chosen = "".join(f" '{name}'" for name in options.schedules) if options.schedules != list(SCHEDULES) else ""
+    chosen = chosen and f" --schedules{chosen}"
     command = (
-        f"models/ablation.py --mixers {' '.join(options.mixers)} --tokens {options.tokens:.0f} "
+        f"models/ablation.py --mixers {' '.join(options.mixers)}{chosen} --tokens {options.tokens:.0f} "
         f"--seeds {options.seeds} --rates {' '.join(f'{rate:g}' for rate in options.rates)}"
     )
     told = made_by(rows[0]["machine"], command)

@@ -64,7 +64,9 @@ def rows_of(seeds=3):
         kl = {0.5: 0.4, 1.0: 0.3, 2.0: 0.2}[run.rate] + 0.01 * run.seed + 0.1 * (run.mixer == "mamba2")
         return row(run, results(kl, held_out))
 
-    options = argparse.Namespace(mixers=["mamba2", "gated_delta"], rates=[0.5, 1.0, 2.0], seeds=seeds, tokens=65536)
+    options = argparse.Namespace(
+        mixers=["mamba2", "gated_delta"], schedules=list(SCHEDULES), rates=[0.5, 1.0, 2.0], seeds=seeds, tokens=65536
+    )
     total = 2 * len(SCHEDULES) * (2 + seeds)
     rows = all_rows(options, do, Progress(total))
     assert len(made) == len(set(made)) == len({run.name for run in made}) == total
