@@ -10,8 +10,8 @@ seeds, and what the table says is of text of another source.
 
 Runs are ordinary `mohawk convert` runs: each stops and resumes like one, and what is done is not done again; with
 --keep nor is what ablation.json has of as many tokens, whatever version it is of. When all are there, a step of the
-teacher and of a student of each mixer is timed, in turns; an untrained one, which takes as long. The table, its JSON with every run, and a plot go to
-benchmarks/results/.
+teacher and of a student of each mixer is timed, in turns; an untrained one, which takes as long. The table, its JSON
+with every run, and a plot go to benchmarks/results/.
 
     python benchmarks/models/ablation.py [--mixers mamba2 gated_delta] [--tokens 65536] [--seeds 3] [--rates 0.5 1 2]
 """
