@@ -12,8 +12,7 @@ import torch
 
 from mohawk.conversion.plan import student_options
 from mohawk.conversion.recipe import student_mistakes
-from mohawk.core.collectives import shared_from_first
-from mohawk.core.processes import is_first, several
+from mohawk.core.processes import several
 from mohawk.data.text import tokenizer_key
 from mohawk.distillation.recipe import DistillData, DistillStudent, DistillTeacher, RampSection, Stage
 from mohawk.errors import UserError
@@ -24,12 +23,12 @@ from mohawk.losses.distiller import OwnLoss
 from mohawk.losses.hidden_match import HiddenMatch, layer_map
 from mohawk.losses.matching import Matching, match_attention, match_hidden
 from mohawk.losses.schedules import Ramp
-from mohawk.models.casting import exact_scales
 from mohawk.models.cutting.cuts import keep_layers, resolve_layers
 from mohawk.models.decoders import decoder
 from mohawk.models.from_teacher import hybrid_from_teacher
 from mohawk.models.generation_settings import saveable
-from mohawk.models.sharding import copied, fill, materialise
+from mohawk.models.random_weights import random_model
+from mohawk.models.sharding import copied
 from mohawk.schema.base import FieldError
 from mohawk.schema.yaml_text import field_path
 from mohawk.teacher_cache.reader import TeacherCache
@@ -89,8 +88,7 @@ def load(
 def shaped_in_parts(
     given: DistillStudent, base: PreTrainedModel, seed: int, spread: Spread, where: str = "student"
 ) -> PreTrainedModel:
-    """As `shaped`, of a model in parts: the student is in parts too, and none is ever whole on a process, but for
-    random weights in the first one's main memory."""
+    """As `shaped`, of a model in parts: the student is in parts too, and none is ever whole on a process."""
     with torch.device("meta"):
         shape, kept = type(base)(copy.deepcopy(base.config)), None
     with mistakes(f"{where}.layers"):
@@ -98,7 +96,7 @@ def shaped_in_parts(
             kept = resolve_layers(given.layers, len(decoder(base)[1]))
             shape = keep_layers(shape, kept)
     if given.scratch:
-        _fill_randomly(shape, seed, spread, base.device)
+        shape = _random(shape, seed, base.device, spread, where)
     else:
         copied(base, shape, spread, functools.partial(_of_layer, base, kept))
         shape.generation_config = saveable(base.generation_config)
@@ -109,22 +107,12 @@ def shaped_in_parts(
     return shape
 
 
-def _fill_randomly(shape: PreTrainedModel, seed: int, spread: Spread, device: torch.device) -> None:
-    """The random weights that a model of this shape has in one process: drawn by the first one, and handed to the
-    others a tensor at a time."""
-    drawn: dict[str, Any] = {}
-    if is_first():
-        torch.manual_seed(seed)
-        model = type(shape)(shape.config)
-        drawn = dict(model.named_parameters()) | dict(model.named_buffers())
-    spread(shape)
-    materialise(shape, device)
-    for name, tensor in (*shape.named_parameters(), *shape.named_buffers()):
-        values = torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
-        if name in drawn:
-            values.copy_(drawn[name].detach())
-        fill(tensor, shared_from_first(values))
-    exact_scales(shape)
+def _random(
+    shape: PreTrainedModel, seed: int, device: torch.device, spread: Spread | None, where: str
+) -> PreTrainedModel:
+    """A model of this shape with random weights, the same in parts or whole."""
+    with mistakes(f"{where}.scratch"):
+        return random_model(type(shape), copy.deepcopy(shape.config), seed, device, spread)
 
 
 def _of_layer(base: PreTrainedModel, kept: Sequence[int] | None, name: str) -> str:
@@ -143,14 +131,12 @@ def shaped(given: DistillStudent, base: PreTrainedModel, seed: int, where: str =
     where: it stands in the recipe, for messages.
     """
     with mistakes(f"{where}.layers"):
-        if given.layers is None:
-            student = copy.deepcopy(base)
-        else:
+        if given.layers is not None:
             student = keep_layers(base, given.layers)
+        else:
+            student = base if given.scratch else copy.deepcopy(base)
     if given.scratch:
-        torch.manual_seed(seed)
-        with torch.device(base.device):
-            student = type(student)(student.config)
+        student = _random(student, seed, base.device, None, where)
     if given.hybrid is not None:
         with student_mistakes(field_path(f"{where}.hybrid")):
             torch.manual_seed(seed)

@@ -30,6 +30,12 @@ def recipe_contradictions(recipe: DistillRecipe) -> Iterator[Contradiction]:
     for at, student in hybrids:
         if student.hybrid is not None:
             yield from student_contradictions(student.hybrid, (*at, "hybrid"))
+        if student.scratch and student.lora is not None:
+            yield (
+                [(*at, "scratch"), (*at, "lora")],
+                f"{'.'.join(map(str, at))}: scratch: true with lora trains adapters on weights that stay "
+                "random; leave one of the two out",
+            )
     for i, stage in enumerate(recipe.stages):
         lora = (stage.student or recipe.student).lora
         if recipe.sharding.kind == "full" and lora is not None and stage.learn_from in ("average", "start"):

@@ -363,6 +363,8 @@ def test_when_to_advance():
         ([{"temperature": "auto", "learn_from": "average"}], {}, "give a number"),
         ([{}], {"combine": "row"}, "teacher_field"),
         ([{}], {"student": {}}, "would learn from itself"),
+        ([{}], {"student": {"scratch": True, "lora": {}}}, "student: scratch: true with lora trains adapters on"),
+        ([{"student": {"scratch": True, "lora": {}}}], {}, "stages.0.student: scratch: true with lora"),
         ([{}], {"data": {"train": [{"source": "a.txt", "weighting": "uniform"}]}}, "weighting is of kind: pairs"),
         ([{"hidden": {"layers": "half"}}], {}, "uniform, last, dense_top, dense_bottom"),
         ([{"name": "A stage"}], {}, "small letters"),
