@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from mohawk.core.processes import wish
 from mohawk.kernels.kd.chunked import TRITON_TILE_BYTES
 from mohawk.models.decoders import decoder
 from mohawk.models.families import decoder_layers, decoder_shape
@@ -64,12 +65,15 @@ class Strategy:
 
 
 def strategies(recipe: Any, hardware: Hardware, sharded: bool | None = None) -> list[Strategy]:
-    """The ways that a recipe allows on so many processes, the fastest first. sharded: whether models are in parts;
-    None: as the recipe has it."""
+    """The ways that a recipe, or what accelerate launch was told, allows on so many processes, the fastest first.
+    sharded: whether models are in parts; None: as these have it."""
+    told = wish()
     within = recipe.sharding.within or hardware.processes
-    wanted = {"none": [False], "full": [True], "auto": [False, True]}[recipe.sharding.kind]
+    wanted = {"none": [False], "full": [True], "auto": [False, True] if told is None else [True]}[recipe.sharding.kind]
     spread = [False] if hardware.processes == 1 else wanted if sharded is None else [sharded]
     again = [False, True] if recipe.activation_checkpointing == "auto" else [recipe.activation_checkpointing]
+    if told is not None and told.activation_checkpointing:
+        again = [True]
     return [Strategy(within if parts else 1, recompute) for parts in spread for recompute in again]
 
 

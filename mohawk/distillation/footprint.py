@@ -23,6 +23,7 @@ from mohawk.conversion.footprint import (
     strategies,
     used_parameters,
 )
+from mohawk.core.processes import wish
 from mohawk.models.decoders import decoder
 from mohawk.models.mixers import MIXERS
 
@@ -83,7 +84,8 @@ def fit(needs: Sequence[Need], recipe: Any, hardware: Hardware) -> bool:
 def allowed_ways(stage: Any, student: PreTrainedModel, recipe: Any) -> Callable[[Strategy], bool] | None:
     """Which ways a stage may be held in, where `activation_checkpointing: auto` leaves it to the plan: a layer cannot
     compute its insides again where its class does not know how, nor where its attention is watched."""
-    if recipe.activation_checkpointing != "auto":
+    told = wish()
+    if recipe.activation_checkpointing != "auto" or told is not None and told.activation_checkpointing:
         return None
     can = student.supports_gradient_checkpointing and getattr(stage, "attention", None) is None
     return None if can else lambda strategy: not strategy.recompute

@@ -7,6 +7,7 @@ import pytest
 import torch
 import yaml
 
+import mohawk.core.processes as processes
 from mohawk.cli import main
 from mohawk.conversion.footprint import Hardware, Strategy, footprint, kept_by, rounded_parameters
 from mohawk.distillation.footprint import stage_footprint
@@ -86,6 +87,16 @@ def test_adapters_alone_have_moments(place):
     layers = (module for name, module in tiny_teacher(vocab_size=258, num_hidden_layers=4).model.named_modules()
               if isinstance(module, torch.nn.Linear))  # fmt: skip
     assert held["optimizer"] == 8 * sum(2 * (module.in_features + module.out_features) for module in layers)
+
+
+def test_what_accelerate_launch_was_told_is_planned(place, monkeypatch):
+    """Its FSDP2 configuration shards where `sharding.kind: auto` alone would not."""
+    for again in (False, True):
+        monkeypatch.setattr(processes, "_wish", processes.Wish(activation_checkpointing=again))
+        found = planned(place)
+        assert found.sharded and found.needs[0].strategy == Strategy(2, again)
+    watched = planned(place, stage={"hidden": {}, "attention": {}})  # which auto would not compute again
+    assert watched.needs[0].strategy == Strategy(2, True) and watched.needs[0].memory > 0
 
 
 def test_the_fastest_way_that_fits(place):
