@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,6 +21,7 @@ from mohawk.training.batches import check_dealt
 from mohawk.training.pipeline import PipelineStage, make_stage
 
 GROUPS = ("within", "stages")  # of `sharding`: what has to divide the number of processes
+VIEW = r"FSDP2-wrapped module \((.*FSDPLinear|\w*(ForCausalLM|LMHeadModel))\) returned a view tensor"
 STAGED = ("phases.mixing", "phases.hidden")  # whose layers do not reach each other
 log = logging.getLogger(__name__)
 
@@ -63,6 +65,8 @@ def parts_of(recipe: Any, wanted: bool) -> Parts | None:
         ranks = torch.arange(count()).view(-1, within)
         groups = [own_group(ranks.T.tolist()), own_group(ranks.tolist())]
         mesh = DeviceMesh.from_group(groups, device.type, mesh=ranks, mesh_dim_names=("replicas", "parts"))
+    # said of the logits of a head with a bias, which nothing changes in place
+    warnings.filterwarnings("ignore", VIEW, UserWarning)
     shared = "" if within == count() else f", in {count() // within} groups of {within}"
     log.info("models are in parts on %d processes%s", count(), shared)
     return Parts(mesh, autocast_dtype(recipe.precision, device))
