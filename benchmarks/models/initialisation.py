@@ -12,8 +12,9 @@ A delta rule has no neutral start, and Gated DeltaNet no constant gate. A calibr
 2; it sees each of them more than once.
 
 SmolLM2-135M-Instruct becomes the demo's hybrid once for each, by the demo's recipe with other budgets and without phase
-3. Runs are ordinary `mohawk convert` runs, each stops and resumes like one, and what is done is not done again; the
-table, its JSON and a plot go to benchmarks/results/.
+3. Runs are ordinary `mohawk convert` runs, each stops and resumes like one, and what is done is not done again; with
+--keep nor is what initialisation.json has of as many tokens, whatever version it is of. The table, its JSON and a plot
+go to benchmarks/results/.
 
     python benchmarks/models/initialisation.py [--mixing 2048] [--hidden 8192] [--mixers mamba2 gated_delta]
 """
@@ -73,6 +74,16 @@ def recipe_for(mixer: str, start: str, mixing: float, hidden: float, output: Pat
         f"output={output}",
     ]
     return Recipe.load(shipped("demo"), settings)
+
+
+def measured(results: Path, mixing: float, hidden: float) -> dict[tuple[str, str], dict]:
+    """What initialisation.json has of runs of as many tokens, by mixer and start."""
+    if not results.is_file():
+        return {}
+    kept = json.loads(results.read_text(encoding="utf-8"))
+    if (kept["about"]["mixing"], kept["about"]["hidden"]) != (mixing, hidden):
+        return {}
+    return {(r["mixer"], r["start"]): r for r in kept["rows"]}
 
 
 def row(mixer: str, start: str, run: Path) -> dict:
@@ -139,12 +150,20 @@ def main() -> None:
     )
     parser.add_argument("--runs", type=Path, default=Path("runs/initialisation"), help="folder of the runs")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the table, its JSON and the plot")
+    parser.add_argument(
+        "--keep", action="store_true", help="take rows of the initialisation.json there is, and run the rest"
+    )
     options = parser.parse_args()
     from mohawk.conversion.run import convert
 
+    results = options.results / "initialisation.json"
+    known = measured(results, options.mixing, options.hidden) if options.keep else {}
     rows = []
     for mixer in options.mixers:
         for start in MIXERS[mixer]:
+            if (mixer, start) in known:
+                rows.append(known[mixer, start])
+                continue
             run = options.runs / f"{mixer}-{start.replace(', ', '-').replace(' ', '-')}"
             if not (run / "results.json").is_file():
                 convert(recipe_for(mixer, start, options.mixing, options.hidden, run))
@@ -153,7 +172,7 @@ def main() -> None:
     options.results.mkdir(parents=True, exist_ok=True)
     about = {"mixing": options.mixing, "hidden": options.hidden, "date": time.strftime("%Y-%m-%d")}
     lines = table(rows, options.mixing, options.hidden)
-    (options.results / "initialisation.json").write_text(json.dumps({"about": about, "rows": rows}, indent=1) + "\n")
+    results.write_text(json.dumps({"about": about, "rows": rows}, indent=1) + "\n")
     (options.results / "initialisation.md").write_text("\n".join(lines) + "\n")
     draw(rows, options.results / "initialisation.png")
     if options.results == RESULTS:
