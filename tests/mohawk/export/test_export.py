@@ -132,7 +132,8 @@ def test_a_run_becomes_a_stock_granite(make_run):
     run = make_run(tie_word_embeddings=True, rope_parameters=ROPE)
     folder, screen = exported(run, "granite", pad_expand=True)
     assert folder == run / "export" / "granite" and screen.count(" ok") == len(CHECKS) + len(LEFT_ALONE)
-    assert "mamba_expand 2" in screen and "vLLM (not checked)" in screen and "no token was computed" in screen
+    assert "mamba_expand 2" in screen and "vLLM (not checked)" in screen
+    assert "0.32 was run on a CPU" in screen and "(0.33 was not run)" in screen and "no token was computed" in screen
     config = json.loads((folder / "config.json").read_text(), parse_constant=pytest.fail)
     assert config["layer_types"] == ["mamba", "attention", "mamba"] and "time_step_limit" not in config
     assert config["rope_theta"] == 500.0 and config["rope_scaling"] == {"rope_type": "linear", "factor": 2.0}
@@ -193,7 +194,7 @@ def test_what_a_student_can_be_is_listed(make_run, make_llama, tmp_path, capsys,
     assert said.startswith("no; cannot be a GGUF file: its mixers' projections have biases") and "--to" not in said
     runtimes = {name: dict(line.split(": ", 1) for line in lines[1:]) for name, lines in found.items()}
     assert runtimes["granite"]["transformers"].startswith("yes (each export is checked there); ")
-    assert runtimes["granite"]["vLLM"].startswith("yes (not checked there); `vllm serve DIR`; not run: ")
+    assert runtimes["granite"]["vLLM"].startswith("yes (not checked there); `vllm serve DIR`; 0.32 was run on a CPU: ")
     assert runtimes["bamba"]["vLLM"].startswith("no; removed Bamba after 0.23")
     # what the file is refused for holds for llama.cpp's own converter of these folders too
     for name in ("bamba", "granite"):

