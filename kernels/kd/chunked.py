@@ -26,20 +26,26 @@ BACKEND = "chunked"  # as `mohawk doctor` names it
 # over the heads, which it could read in the time that it multiplies a few hundred rows with them; it gets them where
 # Triton sweeps the tiles, since torch's elementwise passes would make several more of the size.
 TILE_BYTES = 96 << 20
-TRITON_TILE_BYTES = 1 << 30
+# 1024 rows of two 151936-word vocabularies.
+TRITON_TILE_BYTES = 5 << 28
+# Rows of a GPU's matrix products that are computed as one; a product of other numbers of rows is as slow as of the next.
+GPU_ROWS = 128
 # oneDNN's bfloat16 product multiplies what lies behind a row of a strided matrix, up to a whole step, by zeros: it has
 # to be finite
 READ_AHEAD = 64
 CACHE_BYTES = 2 << 20  # of one array in the elementwise passes on CPU
 
 
-def _spans(n: int, step: int) -> Iterator[tuple[int, int]]:
-    """n rows in nearly equal spans of at most `step`."""
+def _spans(n: int, step: int, multiple: int = 1) -> Iterator[tuple[int, int]]:
+    """n rows in nearly equal spans of at most `step`, all but the last of a multiple of `multiple` rows where `step` is
+    one or more."""
     if n == 0:
         return
-    count = math.ceil(n / max(1, step))
+    multiple = multiple if step >= multiple else 1
+    parts = math.ceil(n / multiple)
+    count = math.ceil(parts / max(1, step // multiple))
     for k in range(count):
-        yield n * k // count, n * (k + 1) // count
+        yield parts * k // count * multiple, min(n, parts * (k + 1) // count * multiple)
 
 
 def _outer_rows(tiles: int, tile: Tile, vocabulary: VocabularySlice, dtype: torch.dtype) -> int:
@@ -151,7 +157,8 @@ def from_hidden(
     want_grad = want_head_grad or not (hidden_grad is None and bias_grad is None)
     scores = Scores(task)
     count = 1 + (len(scores.in_tiles) if options.need_kd else 0)
-    spans = list(_spans(n, _outer_rows(count, tile, vocabulary, dtype)))
+    multiple = GPU_ROWS if head.weight.is_cuda else 1
+    spans = list(_spans(n, _outer_rows(count, tile, vocabulary, dtype), multiple))
     most = max((last - first for first, last in spans), default=0)
     tiles = [scale.new_empty((most, vocab)) for _ in range(count)]
     weight = head.weight[:vocab]

@@ -21,8 +21,6 @@ from torch.nn import functional
 
 # Of a head that is copied: large enough for oneDNN, small beside the tiles.
 SLICE_BYTES = 4 << 20
-# Of one float32 result of cuBLAS beside the array that it goes into.
-GPU_BYTES = 256 << 20
 
 
 class _Bf16Instructions:
@@ -202,10 +200,8 @@ def add_head_gradient(
     if rounded is not None and _half_on_gpu(rounded, hidden):
         if first:
             _float32_product(rounded.T, hidden, total)
-            return
-        step = max(1, GPU_BYTES // (4 * hidden.shape[1]))
-        for start in range(0, total.shape[0], step):
-            total[start : start + step] += _float32_product(rounded[:, start : start + step].T, hidden)
+        else:  # the product adds to what is there as it writes: no other array, and one pass over this one
+            torch.addmm(total, rounded.T, hidden, out_dtype=torch.float32, out=total)
         return
     with _bf16_instructions if dtype == hidden.dtype and _exact_in_bf16(hidden) else contextlib.nullcontext():
         total.addmm_(grad.T, hidden.to(total.dtype), beta=0 if first else 1)

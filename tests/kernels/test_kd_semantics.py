@@ -344,6 +344,40 @@ def test_products_ask_a_gpu_for_float32(dtype):
         kd_products.add_head_gradient(tile, hidden, grad, total, True, dtype)
 
 
+def test_a_gpus_head_gradient_is_added_to_as_it_is_written(monkeypatch):
+    """By `addmm` into the float32 sum itself; torch knows no such product without a GPU, so it is stood in for."""
+    hidden, grad = torch.randn(2, 7, 16).bfloat16(), torch.randn(2, 7, 50).bfloat16()
+    total, wide = torch.empty(50, 16), [(x.double(), g.double()) for x, g in zip(hidden, grad, strict=True)]
+
+    def addmm(given, a, b, *, out_dtype, out):
+        assert given is total and out is total and out_dtype == torch.float32
+        assert a.dtype == b.dtype == torch.bfloat16
+        return out.copy_(given + a.float() @ b.float())
+
+    monkeypatch.setattr(kd_products, "_half_on_gpu", lambda *operands: True)
+    monkeypatch.setattr(kd_products, "_float32_product", lambda a, b, out: out.copy_(a.float() @ b.float()))
+    monkeypatch.setattr(kd_products.torch, "addmm", addmm)
+    for i in range(2):
+        kd_products.add_head_gradient(grad[i].float(), hidden[i], grad[i], total, i == 0, torch.bfloat16)
+    torch.testing.assert_close(total.double(), sum(g.T @ x for x, g in wide), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("rows", (0, 1, 127, 128, 129, 1000, 8191, 8192))
+@pytest.mark.parametrize("step", (1, 50, 128, 883, 1104))
+def test_rows_are_cut_in_what_a_product_computes_as_one(rows, step):
+    """Each once, in their order, never more than there is room for; on a GPU by multiples of 128 where that can be."""
+    for multiple in (1, 128):
+        spans = list(kd_chunked._spans(rows, step, multiple))
+        assert [row for first, last in spans for row in range(first, last)] == list(range(rows))
+        sizes = [last - first for first, last in spans]
+        assert all(0 < size <= step for size in sizes)
+        if multiple == 128 <= step:
+            assert all(size % 128 == 0 for size in sizes[:-1])
+            assert not sizes or max(sizes) - min(sizes[:-1] or sizes) <= 128
+        else:
+            assert not sizes or max(sizes) - min(sizes) <= 1
+
+
 def test_onednn_sees_few_shapes_and_its_switch(monkeypatch):
     """It keeps what it has compiled for each shape; and `enabled=False` is for us too."""
     monkeypatch.setattr(kd_products, "_mkl_is_slow", lambda: True)
