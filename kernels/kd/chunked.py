@@ -28,7 +28,7 @@ BACKEND = "chunked"  # as `mohawk doctor` names it
 TILE_BYTES = 96 << 20
 # 1024 rows of two 151936-word vocabularies.
 TRITON_TILE_BYTES = 5 << 28
-# Rows of a GPU's matrix products that are computed as one; a product of other numbers of rows is as slow as of the next.
+# Rows that a GPU's matrix products compute as one: those of a number between are as slow as of the next multiple.
 GPU_ROWS = 128
 # oneDNN's bfloat16 product multiplies what lies behind a row of a strided matrix, up to a whole step, by zeros: it has
 # to be finite
@@ -87,7 +87,7 @@ def from_logits(logits: Tensor, task: KDTask, grad: Tensor | None, tile: Tile | 
             if rows is None and z.dtype == dtype and grad is not None:
                 z = z.clone()
             z = z.to(dtype)
-            kd[start:stop], ce[start:stop] = tile(z, task, scores, (start, stop), grad is not None)
+            kd[start:stop], ce[start:stop] = tile(z, task, scores, (start, stop), grad is not None, None)
             if grad is None:
                 continue
             if rows is None:
@@ -171,6 +171,8 @@ def from_hidden(
     # Where it is not kept, cuBLAS takes it for both products, oneDNN for one.
     round_grad = weight.dtype == hidden.dtype == torch.bfloat16
     round_grad = round_grad and (hidden_grad is not None or want_grad and weight.is_cuda)
+    # Nothing is made of the gradient in float32.
+    rounds = kept is not None and head.softcap is None and head.scale == 1.0 and bias_grad is None
     for first, last in spans:
         z_tile = tiles[0][: last - first]
         part = take(hidden, rows, first, last)
@@ -189,12 +191,13 @@ def from_hidden(
             if want_grad and head.softcap is not None:
                 damping = 1 - (z / head.softcap).square_()
             span = (first + start, first + stop)
-            kd[span[0] : span[1]], ce[span[0] : span[1]] = tile(z, task, scores, span, want_grad)
+            into = rounded[start:stop] if rounded is not None and rounds else None
+            kd[span[0] : span[1]], ce[span[0] : span[1]] = tile(z, task, scores, span, want_grad, into)
             if damping is not None:
                 z *= damping
             if want_grad and head.scale != 1.0:
                 z *= head.scale
-            if rounded is not None:
+            if rounded is not None and into is None:
                 rounded[start:stop] = z
         if behind is not None:
             behind.zero_()

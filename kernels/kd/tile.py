@@ -96,7 +96,7 @@ def log_softmax(scores: Tensor, norm: Tensor | None = None) -> Tensor:
 
 
 # kd and ce of a tile of the student's logits, which becomes the gradient: see torch_tile.
-Tile = Callable[[Tensor, KDTask, Scores, tuple[int, int], bool], tuple[Tensor, Tensor]]
+Tile = Callable[[Tensor, KDTask, Scores, tuple[int, int], bool, Tensor | None], tuple[Tensor, Tensor]]
 # Of sources that are not dense, from (task, span, u, log-probabilities of the student where they are already
 # there, want_grad, known): the value of each row and its gradient in u.
 Compare = Callable[[KDTask, tuple[int, int], Tensor, Tensor | None, bool, Known | None], tuple[Tensor, Tensor | None]]
@@ -248,8 +248,12 @@ def torch_tile(
     scores: Scores,
     span: tuple[int, int],
     want_grad: bool,
+    into: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """kd and ce of the rows of z, the student's float logits; z becomes the gradient of sum(scale * loss)."""
+    """kd and ce of the rows of z, the student's float logits; z becomes the gradient of sum(scale * loss).
+
+    into: where the gradient goes in another dtype; what z is then, is not said.
+    """
     start, stop = span
     options, labels, scale = task.options, task.labels, task.scale
     temperature, vocabulary = options.settings.temperature, options.vocabulary
@@ -295,4 +299,6 @@ def torch_tile(
             torch.mul(ce_grad, row * options.settings.ce_weight, out=z)
         else:
             z.zero_()
+        if into is not None:
+            into.copy_(z)
     return kd, ce

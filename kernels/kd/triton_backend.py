@@ -312,25 +312,30 @@ def _target(scores: Scores, span: tuple[int, int], student: Tensor) -> Tensor:
     return scores.combined(parts, norms, student)
 
 
-def tile(z: Tensor, task: KDTask, scores: Scores, span: tuple[int, int], want_grad: bool) -> tuple[Tensor, Tensor]:
-    """As tile.torch_tile: kd and ce of the rows of z, which becomes the gradient."""
+def tile(
+    z: Tensor, task: KDTask, scores: Scores, span: tuple[int, int], want_grad: bool, into: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """As tile.torch_tile: kd and ce of the rows of z, which becomes the gradient, or that goes `into` another array."""
     options = task.options
     if z.stride(-1) != 1 and z.shape[-1] > 1:
         whole = z.contiguous()
-        rows = tile(whole, task, scores, span, want_grad)
-        if want_grad:
+        rows = tile(whole, task, scores, span, want_grad, into)
+        if want_grad and into is None:
             z.copy_(whole)
         return rows
     if options.need_kd and not scores.parts and type(task.teacher) not in SWEPT:
-        return kd_tile.torch_tile(z, task, scores, span, want_grad)
+        return kd_tile.torch_tile(z, task, scores, span, want_grad, into)
     inverse = 1.0 / options.settings.temperature if options.need_kd else 1.0
     part = slice(*span)
     labels = None if task.labels is None else task.labels[part]
     sweeps = _Sweeps(z, None, None, labels, task.scale[part], options, inverse)
     if options.need_kd and not scores.parts:
-        return SWEPT[type(task.teacher)](sweeps, task, span, want_grad)
+        rows = SWEPT[type(task.teacher)](sweeps, task, span, want_grad)
+        if want_grad and into is not None:  # its columns apart are added to the gradient in float32
+            into.copy_(z)
+        return rows
     if options.need_kd:
         student = z if inverse == 1.0 else z * inverse
         target = _target(scores, span, student)
         sweeps = replace(sweeps, t=target if target.stride(-1) == 1 else target.contiguous())
-    return _dense(sweeps, z if want_grad else None)
+    return _dense(sweeps, None if not want_grad else z if into is None else into)

@@ -224,6 +224,30 @@ def edges():
             yield 1
 
 
+def half():
+    """From bfloat16 hidden states and heads: the kernel rounds the gradient as it writes it, unless more is made of
+    it."""
+    d = problem(130)
+    given = [d[name].bfloat16() for name in ("h", "head", "th")]
+    for divergence, kind, more in itertools.product(
+        ("forward_kl", "jsd", "cosine"), ("hidden", "topk"), ({}, {"logit_softcap": 7.0}, {"logit_scale": 0.5})
+    ):
+        if kind == "topk" and divergence != "forward_kl":
+            continue
+        grads = []
+        for dtype, backend in ((torch.bfloat16, "triton"), (torch.float64, "reference")):
+            h, head, th = (x.to(dtype) for x in given)
+            leaves = [h.clone().requires_grad_(), head.clone().requires_grad_()]
+            target = TeacherHidden(th, head) if kind == "hidden" else teacher("topk", d, dtype)
+            loss = linear_kd_loss(*leaves, target, d["labels"], ce_weight=0.5, divergence=divergence, backend=backend,
+                                  **more)  # fmt: skip
+            loss.backward()
+            grads.append([x.grad for x in leaves])
+        for got, exact in zip(*grads, strict=True):
+            assert error(got, exact) < 0.01, (divergence, kind, more, error(got, exact))
+        yield 1
+
+
 def strided(x, layout):
     """The same values, with other steps between them in memory."""
     if layout == "transposed":
@@ -346,11 +370,5 @@ def shared():
 
 
 if __name__ == "__main__":
-    print(
-        sum(
-            {"dense": dense, "sparse": sparse, "edges": edges, "layouts": layouts, "split": split, "shared": shared}[
-                sys.argv[1]
-            ]()
-        ),
-        "cases right",
-    )
+    parts = (dense, sparse, edges, half, layouts, split, shared)
+    print(sum({part.__name__: part for part in parts}[sys.argv[1]]()), "cases right")

@@ -9,6 +9,6 @@ from tests.helpers.interpreted import run_cases
 pytest.importorskip("triton")
 
 
-@pytest.mark.parametrize("part", ("dense", "sparse", "edges", "layouts", "split", "shared"))
+@pytest.mark.parametrize("part", ("dense", "sparse", "edges", "half", "layouts", "split", "shared"))
 def test_interpreted(part):
     run_cases("kd_triton_cases", part)
