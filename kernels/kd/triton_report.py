@@ -3,7 +3,8 @@ that need not be there, and print registers, spilled bytes and shared memory of 
 
 Exit code 1 if anything spills. `--quick` compiles one divergence of each kind, from bfloat16. All vocabularies have
 the same code. Extras are cross-entropy, a temperature, TAID and row indices. Layout "apart": the teacher's rows do not
-begin where the student's do, counted from multiples of 16 bytes, and its logits are loaded one by one.
+begin where the student's do, counted from multiples of 16 bytes, and its logits are loaded one by one. "rounded": the
+gradient of float32 logits is written in bfloat16.
 """
 
 from __future__ import annotations
@@ -19,7 +20,10 @@ PLAIN = (
     ("gradient", "jsd"),
     ("sums", "skew_kl"),
 )
-APART = ("statistics", "forward_kl", "bf16", "apart", "none")
+OTHERS = [
+    ("statistics", "forward_kl", "bf16", "apart", "none"),
+    ("gradient", "forward_kl", "fp32", "rounded", "none"),
+]
 WIDTHS = {"bf16": 2, "fp32": 4}  # bytes
 
 
@@ -42,15 +46,16 @@ def launch_arguments(kernel: str, divergence: str, logits: str, layout: str, ext
         "TAID": extras == "all" and divergence not in ("mse", "cosine", "none"),
         "HAS_ROWS": extras == "all",
         "Z_ALIGNED": True,
-        "T_ALIGNED": layout == "alike",
+        "T_ALIGNED": layout != "apart",
         "GRAD_ALIGNED": True,
         "BLOCK": triton_backend.BLOCK,
-        "GROUP": 16 // WIDTHS[logits],
+        "GROUP": 16 // WIDTHS["bf16" if layout == "rounded" else logits],
     }
     constants = {name: value for name, value in constants.items() if name in function.arg_names}
     types = dict.fromkeys(set(function.arg_names) - set(constants), "*fp32")
     types |= {"rows_ptr": "*i64", "labels_ptr": "*i64"}
     types |= dict.fromkeys(("z_ptr", "t_ptr", "grad_ptr"), f"*{logits}")
+    types |= {"grad_ptr": "*bf16"} if layout == "rounded" else {}
     types |= dict.fromkeys(("vocab", "vocab_all", "z_stride", "t_stride", "grad_stride"), 50257)
     types |= {"n": 4096, "phase": 0, "turn": 1}
     types |= dict.fromkeys(("taid", "beta", "lam"), "fp32")
@@ -63,10 +68,10 @@ def cases(quick: bool = False) -> list[tuple[str, str, str, str, str]]:
     if quick:
         kinds = [(k, d, "all") for d in QUICK for k in ("statistics", "sums", "gradient")]
         kinds += [(k, "none", "all") for k in ("statistics", "gradient")] + [(k, d, "none") for k, d in PLAIN]
-        return [(k, d, "bf16", "alike", extras) for k, d, extras in kinds] + [APART]
+        return [(k, d, "bf16", "alike", extras) for k, d, extras in kinds] + OTHERS
     every = [(k, d) for d in triton_backend.IN_TRITON for k in ("statistics", "sums", "gradient")]
     every += [("statistics", "none"), ("gradient", "none")]
-    return [(k, d, x, "alike", extras) for k, d in every for x in WIDTHS for extras in ("all", "none")] + [APART]
+    return [(k, d, x, "alike", extras) for k, d in every for x in WIDTHS for extras in ("all", "none")] + OTHERS
 
 
 def main() -> int:
