@@ -45,11 +45,14 @@ bench() {
 
 # The sum of the limits is 590 seconds.
 mapfile -t tests < <(grep -rl --include='test_*.py' 'pytest\.mark\.gpu' tests)
-step tests 170 "$python" -m pytest -q -m gpu "${tests[@]}"
-bench mixing_distance 110
-bench kd_loss 200
-bench ssd 80
+step tests 150 "$python" -m pytest -q -m gpu "${tests[@]}"
+bench mixing_distance 80
+bench kd_loss 160
+bench ssd 60
 bench kd_accuracy 30
+bench delta_rule 40
+bench delta_distance 30
+bench kd_sweeps 40
 
 printf '%s\n' '' "${summary[@]}" | tee -a "$log"
 exit $failed

@@ -19,6 +19,7 @@ KINDS = {
         "jsd": "(hidden, head, teacher_hidden, teacher_head, labels) -> Jensen-Shannon divergence, mean of rows",
         "forward_kl_from_logits": "(student, teacher) -> KL(teacher || student), mean of rows",
     },
+    "kd_sweeps": {"forward_kl": "as of kd_loss"},
     "mixing_distance": {
         "ssd_distance": "(q, k, C, B, log_decay, input_scale, D) -> Frobenius distance, mean of heads",
     },
@@ -33,7 +34,7 @@ Own = list[tuple[str, str, Callable]]  # the line's name, the function's, the fu
 
 def described() -> str:
     """What a file may define, for --help."""
-    lines = [f"  {name}{takes}" for kinds in KINDS.values() for name, takes in kinds.items()]
+    lines = [f"  {name}{takes}" for kinds in KINDS.values() for name, takes in kinds.items() if takes[0] == "("]
     return "functions that a --module may define:\n" + "\n".join(lines)
 
 
@@ -59,7 +60,7 @@ def load(files: list[str]) -> dict[str, Own]:
             if callable(getattr(module, kind, None))
         ]
         if not mine:
-            known = ", ".join(kind for kinds in KINDS.values() for kind in kinds)
+            known = ", ".join(dict.fromkeys(kind for kinds in KINDS.values() for kind in kinds))
             raise ValueError(f"--module {name}: defines none of {known}")
         for benchmark, kind, function in mine:
             found.setdefault(benchmark, []).append((f"{path.stem}, {kind.replace('_', ' ')}", kind, function))

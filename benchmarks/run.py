@@ -35,7 +35,7 @@ from benchmarks.harness import Case, environment, measure  # noqa: E402
 from benchmarks.pages import RESULTS, ROOT, draw, put_in_docs, table_lines  # noqa: E402
 from benchmarks.unfinished import Unfinished, signature  # noqa: E402
 
-NAMES = ("kd_loss", "kd_accuracy", "mixing_distance", "delta_distance", "ssd", "delta_rule")
+NAMES = ("kd_loss", "kd_sweeps", "kd_accuracy", "mixing_distance", "delta_distance", "ssd", "delta_rule")
 
 
 def find(name: str, options: argparse.Namespace) -> list[Case]:

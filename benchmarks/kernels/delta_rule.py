@@ -51,6 +51,12 @@ def transformers_torch() -> Rule:
     return lambda q, k, v, beta, log_decay: rule(q * q.shape[-1] ** 0.5, k, v, log_decay, beta)[0]
 
 
+def flash_linear_attention() -> Rule:
+    from fla.ops.gated_delta_rule import chunk_gated_delta_rule
+
+    return lambda q, k, v, beta, log_decay: chunk_gated_delta_rule(q, k, v, log_decay, beta, scale=1.0)[0]
+
+
 def output_and_gradients(rule: Rule, given: list[Tensor], dy: Tensor) -> list[Tensor]:
     inputs = [x.requires_grad_() for x in given]
     y = rule(*inputs)
@@ -110,4 +116,10 @@ def cases(device: str, quick: bool, own: Own = ()) -> list[Case]:
 
                 found.append(Case(table, name, build_own, **options))
         found.append(Case(table, TRANSFORMERS, build_other, "transformers", **options))
+        if device == "cuda":
+
+            def build_fla(dtype=dtype):
+                return make(flash_linear_attention(), shape, dtype, device)
+
+            found.append(Case(table, "flash-linear-attention", build_fla, "fla", **options))
     return found

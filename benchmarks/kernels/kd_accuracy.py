@@ -35,9 +35,9 @@ def cases(device: str, quick: bool, own: Own = ()) -> list[Case]:
     peers = {"eager forward KL": (speed.kd_peers.eager_forward_kl, "forward_kl", None)}
     peers |= {"torchtune forward KL": (speed.kd_peers.torchtune_forward_kl, "forward_kl", None)}
     peers |= speed.PEERS
-    ours = {f"mohawk {d}": (speed._ours(divergence=d), d, None) for d in ("forward_kl", "jsd")}
+    ours = {f"mohawk {d}": (speed.ours(divergence=d), d, None) for d in ("forward_kl", "jsd")}
     for divergence, table in (("forward_kl", "forward KL"), ("jsd", "JSD")):
-        truth = speed._ours(backend="reference", divergence=divergence)
+        truth = speed.ours(backend="reference", divergence=divergence)
         for name, (loss, kind, needs) in (ours | peers).items():
             if kind == divergence:
 

@@ -1,8 +1,7 @@
 """Distillation losses beside the floor of the matrix products alone and beside other packages.
 
 From hidden states: 1024 tokens, hidden size 576, vocabulary 49152 (SmolLM2-135M's head) for student and teacher,
-forward and backward to hidden states and head, gradients included in the memory. From logits: 1024 x 49152. Beside
-these, sweeps: over tokens and vocabularies, and over the heads of models that people distil.
+forward and backward to hidden states and head, gradients included in the memory. From logits: 1024 x 49152.
 """
 
 from __future__ import annotations
@@ -23,13 +22,6 @@ SHAPES = {"cpu": [(1024, 576, 49152)], "cuda": [(8192, 4096, 151936), (8192, 204
 # From logits on a GPU: places beyond 2^31 are reached
 LOGITS = {"cpu": [], "cuda": [(16384, 151936)]}
 QUICK = (128, 64, 4096)
-MODELS = {  # hidden size and vocabulary
-    "SmolLM2-135M": (576, 49152),
-    "Qwen2.5-0.5B": (896, 151936),
-    "Gemma-3-1B": (1152, 262144),
-    "Llama-3.2-1B": (2048, 128256),
-    "Phi-4-mini": (3072, 200064),
-}
 FLOOR = "floor: four matrix products"
 FLOOR_ROWS = {"cpu": 256, "cuda": 2048}
 CHECKED_ROWS = 64  # of the float64 reference at a time
@@ -51,7 +43,7 @@ def problem(shape: tuple[int, int, int], dtype: torch.dtype, device: str, distan
     return *(x.to(dtype) for x in (h, head, th, head.clone())), labels
 
 
-def _ours(**options) -> Loss:
+def ours(**options) -> Loss:
     labelled = options.pop("labelled", False) or "ce_weight" in options
 
     def loss(hidden, head, teacher, teacher_head, labels):
@@ -205,18 +197,17 @@ def cases(device: str, quick: bool, own: Own = ()) -> list[Case]:
     found = [case for shape in ([QUICK] if quick else SHAPES[device]) for case in _cases(shape, device, own)]
     if not quick:
         found += [case for shape in LOGITS[device] for case in _from_logits(shape, torch.bfloat16, device, own)]
-        found += _sweeps(device, own)
     return found
 
 
-def _truth(**options) -> Loss:
-    return _ours(backend="reference", labelled=True, **options)
+def truth_of(**options) -> Loss:
+    return ours(backend="reference", labelled=True, **options)
 
 
 def _cases(shape: tuple[int, int, int], device: str, own: Own) -> list[Case]:
     n, hidden, vocab = shape
     found, formula = [], FORMULA.format(FLOOR_ROWS[device])
-    truths = {d: _truth(divergence=d) for d in ("forward_kl", "reverse_kl", "jsd")} | {"ce": _truth(ce_weight=0.5)}
+    truths = {d: truth_of(divergence=d) for d in ("forward_kl", "reverse_kl", "jsd")} | {"ce": truth_of(ce_weight=0.5)}
 
     def add(table, name, loss, truth, dtype, needs=None, ignored=0.0):
         def build(loss=loss, truth=truths[truth]):
@@ -231,11 +222,11 @@ def _cases(shape: tuple[int, int, int], device: str, own: Own) -> list[Case]:
             return (lambda whole: 0.0), floor_work(shape, dtype, device)
 
         found.append(Case(table, FLOOR, floor, None, FLOOR, formula, flops=8.0 * n * vocab * hidden))
-        add(table, "mohawk forward KL", _ours(), "forward_kl", dtype)
-        add(table, "mohawk JSD", _ours(divergence="jsd"), "jsd", dtype)
-        add(table, "mohawk reverse KL", _ours(divergence="reverse_kl"), "reverse_kl", dtype)
-        add(table, "mohawk forward KL and CE", _ours(ce_weight=0.5), "ce", dtype)
-        add(table, "mohawk forward KL, 80 % ignored", _ours(labelled=True), "forward_kl", dtype, None, 0.8)
+        add(table, "mohawk forward KL", ours(), "forward_kl", dtype)
+        add(table, "mohawk JSD", ours(divergence="jsd"), "jsd", dtype)
+        add(table, "mohawk reverse KL", ours(divergence="reverse_kl"), "reverse_kl", dtype)
+        add(table, "mohawk forward KL and CE", ours(ce_weight=0.5), "ce", dtype)
+        add(table, "mohawk forward KL, 80 % ignored", ours(labelled=True), "forward_kl", dtype, None, 0.8)
         add(table, "eager forward KL", kd_peers.eager_forward_kl, "forward_kl", dtype)
         if device == "cpu":
             add(table, "eager forward KL and CE", kd_peers.eager_forward_kl_ce, "ce", dtype)
@@ -279,43 +270,6 @@ def _from_logits(shape: tuple[int, int], dtype: torch.dtype, device: str, own: O
 
         needs = "liger_kernel" if name.startswith("Liger") else None
         found.append(Case(table, name, build, needs, floor_name, PASSES, bytes=moved))
-    return found
-
-
-def _sweeps(device: str, own: Own) -> list[Case]:
-    """Forward KL over tokens, over vocabularies and over the heads of named models."""
-    dtype = torch.float32 if device == "cpu" else torch.bfloat16
-    tokens = {"cpu": (16, 64, 256, 1024, 4096), "cuda": (128, 512, 2048, 8192, 32768)}[device]
-    vocabularies = {"cpu": (1000, 8000, 32000, 128000), "cuda": (8000, 32000, 128256, 262144)}[device]
-    rows, hidden = {"cpu": (256, 576), "cuda": (8192, 2048)}[device]
-    along = {
-        f"vocabulary 32000, hidden {hidden}": [("tokens", n, (n, hidden, 32000)) for n in tokens],
-        f"{rows} tokens, hidden {hidden}": [("vocabulary", v, (rows, hidden, v)) for v in vocabularies],
-    }
-    losses = {"mohawk": _ours(), "eager": kd_peers.eager_forward_kl}
-    losses |= {name.split(",")[0]: loss for name, kind, loss in own if kind == "forward_kl"}
-    found = []
-
-    def add(table: str, place: str, name: str, loss: Loss | None, shape, **more) -> None:
-        def build():
-            if loss is None:
-                return (lambda whole: 0.0), floor_work(shape, dtype, device)
-            return make(loss, _truth(), shape, dtype, device)
-
-        flops = 8.0 * shape[0] * shape[1] * shape[2]
-        floor, against = f"{FLOOR}, {place}", f"eager, {place}" if name == "mohawk" else None
-        formula = FORMULA.format(FLOOR_ROWS[device])
-        found.append(Case(table, f"{name}, {place}", build, None, floor, formula, against=against, flops=flops, **more))
-
-    for swept, places in along.items():
-        for axis, at, shape in places:
-            for name, loss in ({FLOOR: None} | losses).items():
-                table = f"{str(dtype)[6:]}, forward KL over {axis}: {swept}"
-                add(table, f"{'n' if axis == 'tokens' else 'V'} {at}", name, loss, shape, at=at, axis=axis)
-    for model, (width, vocab) in MODELS.items():
-        for name, loss in ({FLOOR: None} | losses).items():
-            table = f"{str(dtype)[6:]}, forward KL with the heads of models, {rows} tokens"
-            add(table, model, name, loss, (rows, width, vocab))
     return found
 
 
