@@ -25,7 +25,7 @@ from mohawk.data.chat import chat_text
 from mohawk.data.records import Prompt
 from mohawk.data.text import tokenizer_key
 from mohawk.errors import UserError
-from mohawk.loading.causal import plain_model
+from mohawk.loading.causal import context_length, plain_model
 from mohawk.loading.configs import check_decoder
 
 if TYPE_CHECKING:
@@ -128,7 +128,7 @@ class LocalTeacher:
         ends = self.model.generation_config.eos_token_id
         ends = ends if isinstance(ends, list) else [ends]
         self.ends = sorted({e for e in (*ends, tokenizer.eos_token_id) if e is not None})
-        self.limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+        self.limit = context_length(model)
 
     def identity(self) -> dict[str, Any]:
         """What tells this teacher from others; all of it decides its answers."""

@@ -59,6 +59,14 @@ def position_rows(model: CausalLM) -> int | None:
     return min(rows, default=None)
 
 
+def positions_of(model: CausalLM) -> int | None:
+    """How many tokens a model reads in one text: those of its table of positions, else what its configuration says."""
+    rows = position_rows(model)
+    return (
+        getattr(plain_model(model).config.get_text_config(), "max_position_embeddings", None) if rows is None else rows
+    )
+
+
 def _first_position(table: nn.Embedding) -> int:
     """The row of a table of positions that is a text's first token's."""
     return vars(table).get("offset", 0 if table.padding_idx is None else table.padding_idx + 1)

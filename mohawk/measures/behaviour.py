@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from mohawk.loading.causal import plain_model
+from mohawk.loading.causal import context_length
 from mohawk.measures.compare import evaluating
 from mohawk.measures.positions import by_position
 from mohawk.measures.retrieval import lengths_to, retrieval
@@ -59,4 +59,4 @@ def prompts_of(rows: Tensor) -> Tensor:
 
 def _positions(model: CausalLM, otherwise: int) -> int:
     """How many tokens a model's positions are for."""
-    return getattr(plain_model(model).config.get_text_config(), "max_position_embeddings", None) or otherwise
+    return context_length(model) or otherwise

@@ -323,13 +323,13 @@ def cache_bytes(cache: Any) -> int:
     return sum(storages.values())
 
 
-@torch.inference_mode()
 def room_for(model: CausalLM, tokens: int) -> int:
     """How many tokens a model can write after so many; no bound where it computes positions."""
     rows = position_rows(model)
     return 2**31 if rows is None else max(0, rows - tokens)
 
 
+@torch.inference_mode()
 def continuation(model: CausalLM, tokenizer: PreTrainedTokenizerBase, prompt: str, new_tokens: int = 60) -> str:
     """The model's greedy continuation of `prompt`, without it, as far as its positions go.
 

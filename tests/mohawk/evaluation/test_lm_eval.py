@@ -308,6 +308,7 @@ def test_means_are_below_what_they_are_of():
     assert tables[2][2] == [["both", "acc", "mean over 2", "0.750 ± 0.350", "0.500 ± 0.350", "-0.250"]]
 
 
+@pytest.mark.usefixtures("pictures_as_shipped")
 def test_a_report_has_the_tasks_of_its_own_student(run, make_llama, tokenizer, student):
     import io
 
