@@ -36,6 +36,9 @@ def cases(device: str, quick: bool, own: Own = ()) -> list[Case]:
     peers |= {"torchtune forward KL": (speed.kd_peers.torchtune_forward_kl, "forward_kl", None)}
     peers |= speed.PEERS
     ours = {f"mohawk {d}": (speed.ours(divergence=d), d, None) for d in ("forward_kl", "jsd")}
+    if device == "cpu":
+        for d in ("forward_kl", "jsd"):
+            ours[f"mohawk {d}, rounded"] = (speed.ours(divergence=d, precision="rounded"), d, None)
     for divergence, table in (("forward_kl", "forward KL"), ("jsd", "JSD")):
         truth = speed.ours(backend="reference", divergence=divergence)
         for name, (loss, kind, needs) in (ours | peers).items():

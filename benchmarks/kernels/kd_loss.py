@@ -227,6 +227,8 @@ def _cases(shape: tuple[int, int, int], device: str, own: Own) -> list[Case]:
         add(table, "mohawk reverse KL", ours(divergence="reverse_kl"), "reverse_kl", dtype)
         add(table, "mohawk forward KL and CE", ours(ce_weight=0.5), "ce", dtype)
         add(table, "mohawk forward KL, 80 % ignored", ours(labelled=True), "forward_kl", dtype, None, 0.8)
+        if device == "cpu" and dtype == torch.bfloat16:
+            add(table, "mohawk forward KL, rounded", ours(precision="rounded"), "forward_kl", dtype)
         add(table, "eager forward KL", kd_peers.eager_forward_kl, "forward_kl", dtype)
         if device == "cpu":
             add(table, "eager forward KL and CE", kd_peers.eager_forward_kl_ce, "ce", dtype)

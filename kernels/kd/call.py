@@ -102,9 +102,11 @@ class Call(KDTask):
         with torch.autocast(flat.device.type, enabled=False):
             if s.linear:
                 bias = student[2] if len(student) > 2 else None
-                low = kd_products.operand_dtype(s.autocast, flat)
+                low = kd_products.operand_dtype(s.autocast, flat, s.rounds)
                 flat, head = (kd_products.rounded(x, low) for x in (flat, student[1]))
-                flat = kd_products.head_logits(flat, head, bias, s.logit_scale, s.logit_softcap, dtype)
+                as_product = (flat, head) if low is None else (x.to(low) for x in (flat, head))
+                low = torch.bfloat16 if s.rounds and kd_products.is_rounded(*as_product) else None
+                flat = kd_products.head_logits(flat, head, bias, s.logit_scale, s.logit_softcap, dtype, low)
             kd, ce = kd_reference.row_losses(
                 flat.to(dtype)[:, : self.options.vocabulary.local],
                 teacher,
@@ -160,9 +162,9 @@ class Call(KDTask):
         s, vocabulary = self.settings, self.options.vocabulary
         hidden = student[0].reshape(-1, student[0].shape[-1])
         bias = student[2] if len(student) > 2 else None
-        low = kd_products.operand_dtype(s.autocast, hidden)
+        low = kd_products.operand_dtype(s.autocast, hidden, s.rounds)
         weight = student[1] if low is None else student[1].to(low)
-        head = StudentHead(weight, bias, s.logit_scale, s.logit_softcap, student[1].dtype)
+        head = StudentHead(weight, bias, s.logit_scale, s.logit_softcap, student[1].dtype, s.rounds)
         grads: list[Tensor | None] = [None] * len(student)
         if needs[0]:
             summed = vocabulary.group is not None  # over ranks, and then rounded
@@ -302,8 +304,9 @@ def prepare(
         if student[0].dtype == torch.float16:
             raise ValueError("inplace would hold the gradient in float16 before the loss scale; use another dtype")
 
-    low = kd_products.operand_dtype(s.autocast, student[0])
+    low = kd_products.operand_dtype(s.autocast, student[0], s.rounds)
     teacher = teacher if low is None else teacher.rounded(low)
+    teacher = teacher.with_rounded_logits() if s.rounds else teacher
     teacher = teacher.map_rows(lambda x, trailing: x.reshape(-1, *x.shape[x.dim() - trailing :]))
     count = real = lead.numel()
     rows = None

@@ -20,9 +20,10 @@ if TYPE_CHECKING:
 
 REDUCTIONS = ("mean", "sum", "none")
 BACKENDS = ("auto", "reference", "chunked", "triton")
+PRECISIONS = ("full", "rounded")
 
 
-def _one_of(name: str, value: object, allowed: tuple[object, ...]) -> None:
+def one_of(name: str, value: object, allowed: tuple[object, ...]) -> None:
     if value not in allowed:
         raise ValueError(f"{name} is {value!r}; allowed: {', '.join(map(str, allowed))}")
 
@@ -35,10 +36,11 @@ def check_number(name: str, value: object, ok: Callable[[float], bool], allowed:
 
 def check_settings(s: Settings, has_labels: bool, normalizer: float | Tensor | None) -> None:
     """Check the options that need no shapes."""
-    _one_of("divergence", s.divergence, tuple(DIVERGENCES))
-    _one_of("reduction", s.reduction, REDUCTIONS)
-    _one_of("backend", s.backend, BACKENDS)
-    _one_of("return_parts", s.return_parts, (False, True, "rows"))
+    one_of("divergence", s.divergence, tuple(DIVERGENCES))
+    one_of("reduction", s.reduction, REDUCTIONS)
+    one_of("backend", s.backend, BACKENDS)
+    one_of("precision", s.precision, PRECISIONS)
+    one_of("return_parts", s.return_parts, (False, True, "rows"))
     # Beyond, T^2 raises the rounding of the divergence above its value.
     check_number("temperature", s.temperature, lambda x: 1e-3 <= x <= 1e3, "a number from 0.001 to 1000")
     check_number("kd_weight", s.kd_weight, lambda x: x >= 0, "a finite number, 0 or above")

@@ -176,7 +176,7 @@ def from_hidden(
     for first, last in spans:
         z_tile = tiles[0][: last - first]
         part = take(hidden, rows, first, last)
-        kd_products.logits_product(part, weight, z_tile)
+        kd_products.logits_product(part, weight, z_tile, head.rounded)
         if options.need_kd:
             scores.load(first, last, tiles[1:])
         rounded = behind = None

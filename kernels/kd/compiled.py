@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from mohawk.kernels.kd import call as kd_call
+from mohawk.kernels.kd import checks as kd_checks
 from mohawk.kernels.kd import gradients as kd_gradients
 from mohawk.kernels.kd.options import Settings
 from mohawk.kernels.kd.teachers import SOURCES, TeacherSource
@@ -80,7 +81,7 @@ def _op(
     group: str,
 ) -> list[Tensor]:
     temperature, kd_weight, ce_weight, beta, lam, logit_scale, softcap, *of_teacher = numbers.tolist()
-    ignore_index, vocab_size, return_parts, inplace, linear, autocast = ints
+    ignore_index, vocab_size, return_parts, inplace, linear, autocast, precision = ints
     settings = Settings(
         divergence=divergence,
         temperature=temperature,
@@ -98,6 +99,7 @@ def _op(
         logit_scale=logit_scale,
         logit_softcap=None if math.isnan(softcap) else softcap,
         autocast=AUTOCAST[autocast],
+        precision=kd_checks.PRECISIONS[precision],
     )
     process_group = None
     if group:
@@ -196,7 +198,9 @@ def distil(
     softcap = NO_NUMBER if s.logit_softcap is None else s.logit_softcap
     numbers = [s.temperature, s.kd_weight, s.ce_weight, s.beta, s.lam, s.logit_scale, softcap, *of_teacher]
     numbers = torch.stack([torch.full((), x, dtype=torch.float64) for x in numbers])
+    kd_checks.one_of("precision", s.precision, kd_checks.PRECISIONS)
     flags = [PARTS.index(s.return_parts), int(s.inplace), int(s.linear), AUTOCAST.index(s.autocast)]
+    flags.append(kd_checks.PRECISIONS.index(s.precision))
     ints = [s.ignore_index, NO_SIZE if s.vocab_size is None else s.vocab_size, *flags]
     needs = [torch.is_grad_enabled() and x.requires_grad and s.reduction != "none" for x in student]
     name = "" if group is None else group.group_name

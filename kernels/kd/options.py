@@ -31,11 +31,16 @@ class Settings(NamedTuple):
     linear: bool = False
     logit_scale: float = 1.0
     logit_softcap: float | None = None
+    precision: str = "full"  # or "rounded": logits made by a product in bfloat16
     autocast: torch.dtype | None = None  # the caller's: hidden states and head may then differ in dtype
 
     @property
     def under_autocast(self) -> bool:
         return self.autocast is not None
+
+    @property
+    def rounds(self) -> bool:
+        return self.precision == "rounded"
 
 
 @dataclass(frozen=True)
@@ -72,6 +77,7 @@ class StudentHead(NamedTuple):
     scale: float
     softcap: float | None
     dtype: torch.dtype  # of the student's own weight, which this may be a copy of, and of its gradient
+    rounded: bool = False  # whether its products may be rounded to bfloat16
 
 
 @dataclass

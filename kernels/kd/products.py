@@ -5,6 +5,9 @@ at 0.003); a product that keeps its float32 accumulator costs nothing of the kin
 `out_dtype`. CPU torch has no such overload, but oneDNN multiplies float32 copies of bfloat16 numbers with
 bfloat16 instructions when asked to, where the processor has them for such copies (AMX), which is exact for them;
 the copies are made slice by slice. Float32 operands are multiplied as float32.
+
+Other CPUs multiply bfloat16 numbers fast only where the result is bfloat16 too. `rounds` is for those who want that: two
+of the four products of a loss take less than half of the time, and logits have the rounding that the first lines warn of.
 """
 
 from __future__ import annotations
@@ -115,13 +118,18 @@ def _float32_product(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
     return torch.mm(a, b, out_dtype=torch.float32, out=out)
 
 
-def operand_dtype(autocast: torch.dtype | None, hidden: Tensor) -> torch.dtype | None:
-    """What hidden states and heads are rounded to under autocast: its dtype, where their products are faster in it.
-    None: nothing is rounded."""
+def operand_dtype(autocast: torch.dtype | None, hidden: Tensor, rounds: bool = False) -> torch.dtype | None:
+    """What hidden states and heads are rounded to under autocast: its dtype, where their products are faster in it, as
+    they are in bfloat16 on any CPU where logits may be rounded too. None: nothing is rounded."""
     if hidden.dtype == torch.float64 or autocast not in (torch.bfloat16, torch.float16):
         return None
-    fast = hidden.device.type != "cpu" or autocast == torch.bfloat16 and _has_bf16_instructions()
+    fast = hidden.device.type != "cpu" or autocast == torch.bfloat16 and (rounds or _has_bf16_instructions())
     return autocast if fast else None
+
+
+def is_rounded(*operands: Tensor) -> bool:
+    """Whether a product of these comes in bfloat16 where that is asked for: on a CPU, which has to choose."""
+    return all(one.dtype == torch.bfloat16 and one.device.type == "cpu" for one in operands)
 
 
 def rounded(x: Tensor, dtype: torch.dtype | None) -> Tensor:
@@ -130,10 +138,17 @@ def rounded(x: Tensor, dtype: torch.dtype | None) -> Tensor:
 
 
 def head_logits(
-    hidden: Tensor, head: Tensor, bias: Tensor | None, scale: float, softcap: float | None, dtype: torch.dtype
+    hidden: Tensor,
+    head: Tensor,
+    bias: Tensor | None,
+    scale: float,
+    softcap: float | None,
+    dtype: torch.dtype,
+    low: torch.dtype | None = None,
 ) -> Tensor:
-    """Logits by their definition, differentiable: `scale * (hidden @ head.T + bias)`, softcapped, in `dtype`."""
-    logits = hidden.to(dtype) @ head.to(dtype).T
+    """Logits by their definition, differentiable: `scale * (hidden @ head.T + bias)`, softcapped, in `dtype`; of the
+    product rounded to `low` where that is given."""
+    logits = rounded(hidden.to(dtype) @ head.to(dtype).T, low)
     if bias is not None:
         logits = logits + bias.to(dtype)
     logits = scale * logits
@@ -150,8 +165,14 @@ def finish_logits(tile: Tensor, bias: Tensor | None, scale: float, softcap: floa
         tile.div_(softcap).tanh_().mul_(softcap)
 
 
-def logits_product(hidden: Tensor, head: Tensor, out: Tensor) -> None:
-    """out = hidden @ head.T with the precision of `out` (float32, or float64)."""
+def logits_product(hidden: Tensor, head: Tensor, out: Tensor, rounds: bool = False) -> None:
+    """out = hidden @ head.T with the precision of `out` (float32, or float64), or rounded to bfloat16 where that is asked
+    for and `is_rounded`."""
+    if rounds and is_rounded(hidden, head):
+        step = max(1, SLICE_BYTES // (2 * max(1, len(hidden))))
+        for start in range(0, len(head), step):
+            out[:, start : start + step] = hidden @ head[start : start + step].T
+        return
     if _half_on_gpu(hidden, head) and out.dtype == torch.float32:
         _float32_product(hidden, head.T, out)
         return

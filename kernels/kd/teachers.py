@@ -87,6 +87,10 @@ class TeacherSource:
         """The source with what is multiplied (hidden states, heads) in that dtype."""
         return self._inside(lambda one: one.rounded(dtype))
 
+    def with_rounded_logits(self) -> Self:
+        """The source with logits of bfloat16 hidden states rounded to it on a CPU."""
+        return self._inside(lambda one: one.with_rounded_logits())
+
     def _inside(self, f: Callable[[TeacherSource], TeacherSource]) -> Self:
         """The source with f of each source in it."""
         made: dict[str, object] = {}
@@ -179,6 +183,7 @@ class TeacherHidden(Dense):
 
     ROWS = {"hidden": 1}
     in_tile = True
+    rounds: ClassVar[bool] = False
 
     def check(self, student: Against) -> None:
         scale, softcap = self.logit_scale, self.logit_softcap
@@ -198,17 +203,26 @@ class TeacherHidden(Dense):
     def rounded(self, dtype: torch.dtype) -> TeacherHidden:
         return replace(self, hidden=self.hidden.detach().to(dtype), head=self.head.detach().to(dtype))
 
+    def with_rounded_logits(self) -> TeacherHidden:  # one derived from it makes logits of its own
+        return _RoundedHidden(**vars(self)) if type(self) is TeacherHidden else self
+
     def entries(self) -> list[int]:
         return [self.head.shape[0]] if isinstance(self.head, Tensor) and self.head.dim() else []
 
     def scores(self, dtype: torch.dtype) -> Tensor:
-        return products.head_logits(self.hidden, self.head, self.bias, self.logit_scale, self.logit_softcap, dtype)
+        low = torch.bfloat16 if self.rounds and products.is_rounded(self.hidden, self.head) else None
+        scale, softcap = self.logit_scale, self.logit_softcap
+        return products.head_logits(self.hidden, self.head, self.bias, scale, softcap, dtype, low)
 
     def fill(self, take: Callable[[Tensor], Tensor], tile: Tensor) -> None:
-        products.logits_product(take(self.hidden), self.head[: tile.shape[1]], tile)
+        products.logits_product(take(self.hidden), self.head[: tile.shape[1]], tile, self.rounds)
 
     def finish(self, tile: Tensor) -> None:
         products.finish_logits(tile, self.bias, self.logit_scale, self.logit_softcap)
+
+
+class _RoundedHidden(TeacherHidden, source=False):
+    rounds = True
 
 
 @dataclass(frozen=True, eq=False)
