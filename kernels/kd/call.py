@@ -295,6 +295,8 @@ def prepare(
         raise ValueError("backend 'reference' has no group; use 'chunked', or gather the vocabulary first")
     if group is not None and entry.on_logits and s.divergence not in kd_gradients.LOGITS:
         raise ValueError(f"divergence {s.divergence!r} has no gradient for a split vocabulary; gather it first")
+    if group is not None and entry.whole:
+        raise ValueError(f"divergence {s.divergence!r} has no parts that ranks could have; gather the vocabulary first")
     if group is not None and not teacher.parts() and type(teacher) not in BY_HAND:
         raise ValueError(f"{type(teacher).__name__} has no way for a split vocabulary; gather it first")
     if s.inplace:

@@ -45,7 +45,7 @@ def check_settings(s: Settings, has_labels: bool, normalizer: float | Tensor | N
     check_number("temperature", s.temperature, lambda x: 1e-3 <= x <= 1e3, "a number from 0.001 to 1000")
     check_number("kd_weight", s.kd_weight, lambda x: x >= 0, "a finite number, 0 or above")
     check_number("ce_weight", s.ce_weight, lambda x: x >= 0, "a finite number, 0 or above")
-    check_number("beta", s.beta, lambda x: 0 <= x <= 1, "a number from 0 (forward KL) to 1 (reverse KL)")
+    check_number("beta", s.beta, lambda x: 0 <= x <= 1, "a number from 0 to 1")
     check_number("lam", s.lam, lambda x: 0 <= x < 1, "a number from 0 (no skew) to below 1")
     if s.ce_weight and not has_labels:
         raise ValueError(f"ce_weight is {s.ce_weight} but labels is None; pass labels or set ce_weight to 0")

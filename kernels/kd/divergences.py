@@ -36,6 +36,8 @@ class Divergence:
         ends: where beta or lam make another divergence of it, that one's name: {"beta": {0.0: name}}. The definition is
             only asked for what lies between.
         no_top_k: why it can't be taken over the buckets of a top k; None where it can.
+        instead: the name of one to take over a top k in its place.
+        whole: it is no sum over words, so that ranks which share the vocabulary can't have parts of it.
     """
 
     definition: Callable[..., Tensor]
@@ -44,6 +46,8 @@ class Divergence:
     mean: bool = False
     ends: Mapping[str, Mapping[float, str]] = field(default_factory=dict)
     no_top_k: str | None = None
+    instead: str = "tvd"
+    whole: bool = False
 
 
 def _kl(log_a: Tensor, log_b: Tensor) -> Tensor:
@@ -63,6 +67,33 @@ def _log_mix(weight_a: float, log_a: Tensor, log_b: Tensor) -> Tensor:
 def _jsd(lp: Tensor, lq: Tensor, beta: float, lam: float) -> Tensor:
     lm = _log_mix(beta, lp, lq)
     return beta * _kl(lp, lm) + (1 - beta) * _kl(lq, lm)
+
+
+def head_share(lp: Tensor, lq: Tensor, mass: float) -> Tensor:
+    """(rows): what share of sum |p - q| lies in the teacher's head, without gradient; 1/2 where the sum is 0.
+
+    The head is the teacher's most likely words, as many as hold a mass of `mass` at most, the likeliest one in any
+    case (as in the authors' code, arXiv 2404.02657). Words of one probability are in it together or not at all, so that
+    their numbering does not matter.
+    """
+    p = lp.detach().exp()
+    gap = (p - lq.detach().exp()).abs_()
+    some = min(p.shape[-1], 256)  # mostly enough, and far faster than to sort all
+    top = p.topk(some, -1).values
+    if some < p.shape[-1] and bool((top.sum(-1) <= mass).any()):
+        top = p.sort(-1, descending=True).values
+    size = (top.cumsum(-1) <= mass).sum(-1, keepdim=True).clamp(min=1)
+    last = top.gather(-1, size - 1)
+    after = top.gather(-1, size.clamp(max=top.shape[-1] - 1))
+    cut = (after == last) & (size < top.shape[-1]) & (last < top[:, :1])  # through words of one probability
+    head = (p > last) | (p == last) & ~cut
+    total = gap.sum(-1)
+    return (gap.masked_fill(~head, 0.0).sum(-1) / total).masked_fill(total == 0, 0.5)
+
+
+def _adaptive_kl(lp: Tensor, lq: Tensor, beta: float, lam: float) -> Tensor:
+    share = head_share(lp, lq, beta)
+    return share * _kl(lp, lq) + (1 - share) * _kl(lq, lp)
 
 
 # Between logits -inf means a word that is not there, on either side; +inf is an overflow and stays visible.
@@ -105,6 +136,15 @@ DIVERGENCES: dict[str, Divergence] = {
         definition=lambda lp, lq, beta, lam: _kl(lq, _log_mix(lam, lq, lp)),
         text="KL(q, (1 - lam) p + lam q), as in DistiLLM",
         ends={"lam": {0.0: "reverse_kl"}},
+    ),
+    "adaptive_kl": Divergence(
+        definition=_adaptive_kl,
+        text="s KL(p, q) + (1 - s) KL(q, p), AKL of arXiv 2404.02657: s, which has no gradient, is the share of "
+        "sum |p - q| in p's head, its likeliest words of mass beta at most; at beta 1 forward KL",
+        ends={"beta": {1.0: "forward_kl"}},
+        no_top_k="whose tail is one bucket: how far its words are apart is not known",
+        instead="jsd",
+        whole=True,
     ),
     "tvd": Divergence(
         definition=lambda lp, lq, beta, lam: 0.5 * (lp.exp() - lq.exp()).abs().sum(-1),

@@ -22,7 +22,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from mohawk.kernels.kd.divergences import DIVERGENCES, Divergence
+from mohawk.kernels.kd.divergences import DIVERGENCES, Divergence, head_share
 from mohawk.kernels.kd.vocabulary import VocabularySlice
 
 ValueAndGradient = tuple[Tensor, Tensor | None]
@@ -155,6 +155,17 @@ def skew_reverse_kl(lp: Tensor, lq: Tensor, beta: float, lam: float, want_grad: 
     return value, _centre(q, slope, total)
 
 
+def adaptive_kl(lp: Tensor, lq: Tensor, beta: float, lam: float, want_grad: bool, total: Total) -> ValueAndGradient:
+    share = head_share(lp, lq, beta)
+    forward, grad = forward_kl(lp.clone(), lq.clone(), beta, lam, want_grad, total)
+    reverse, grad_of_reverse = reverse_kl(lp, lq, beta, lam, want_grad, total)
+    value = share * forward + (1 - share) * reverse
+    if grad is None or grad_of_reverse is None:
+        return value, None
+    share = share.unsqueeze(-1)
+    return value, grad.mul_(share).addcmul_(grad_of_reverse, 1 - share)
+
+
 def tvd(lp: Tensor, lq: Tensor, beta: float, lam: float, want_grad: bool, total: Total) -> ValueAndGradient:
     q = lq.exp_()
     difference = torch.sub(q, lp.exp_())
@@ -179,6 +190,7 @@ DISTRIBUTION = {
     "jsd": jsd,
     "skew_kl": skew_kl,
     "skew_reverse_kl": skew_reverse_kl,
+    "adaptive_kl": adaptive_kl,
     "tvd": tvd,
     "probability_mse": probability_mse,
 }

@@ -139,7 +139,7 @@ def kd_loss(
             labels, `F.pad(labels[:, 1:], (0, 1), value=-100)`, and keep the logits whole: `logits[:, :-1]` would
             have to be copied.
         divergence: one of those listed below. Those between raw logits know no temperature.
-            beta is from 0 to 1, lam from 0 (no skew) to below 1.
+            beta, of jsd and adaptive_kl, is from 0 to 1; lam, of the skewed ones, from 0 (no skew) to below 1.
         temperature: T, from 0.001 to 1000, dividing both sides' logits; the divergence is multiplied by T^2 (Hinton
             et al. 2015). The cross-entropy is at temperature 1.
         kd_weight, ce_weight: 0 or above.

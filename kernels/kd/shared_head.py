@@ -59,7 +59,7 @@ def everyone(student: tuple[Tensor, ...], teacher: TeacherSource, settings: Sett
     if not placement.is_shard(0) or (processes - 1) * each >= words:
         return None
     divergence = DIVERGENCES.get(settings.divergence)
-    if divergence is None or divergence.on_logits and settings.divergence not in LOGITS:
+    if divergence is None or divergence.whole or divergence.on_logits and settings.divergence not in LOGITS:
         return None
     dense = teacher.parts()
     fits = all(isinstance(one, TeacherHidden) and one.entries() == [words] for one in dense)

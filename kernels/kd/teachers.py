@@ -247,7 +247,10 @@ class TeacherTopK(TeacherSource):
         name = student.settings.divergence
         checks.of_probabilities(self, name)
         if why := DIVERGENCES[name].no_top_k:
-            raise ValueError(f"divergence {name!r} can't be taken over a top k, {why}; use a dense teacher, or 'tvd'")
+            other = DIVERGENCES[name].instead
+            raise ValueError(
+                f"divergence {name!r} can't be taken over a top k, {why}; use a dense teacher, or {other!r}"
+            )
         tail = self.tail_logprob
         checks.check_ids("TeacherTopK", self.ids, "logprobs", self.logprobs, student)
         if tail is not None:

@@ -68,7 +68,10 @@ def check_caches(recipe: StageRecipe, tokenizer: PreTrainedTokenizerBase) -> Non
     """UserError where a stage's cache does not fit it, or was made with another tokenizer or seed."""
     for stage in recipe.stages:
         if stage.cache is not None:
-            checked_cache(stage).check(tokenizer_hash=tokenizer_key(tokenizer), seed=recipe.seed)
+            cache = checked_cache(stage)
+            cache.check(tokenizer_hash=tokenizer_key(tokenizer), seed=recipe.seed)
+            for own in own_losses(stage.data or recipe.data).values():
+                cache.check(divergence=own.divergence)
 
 
 def load(
@@ -183,11 +186,18 @@ def schedule_of(value: Any) -> Any:
 def own_losses(data: DistillData) -> dict[int, OwnLoss]:
     """Losses of sources that have their own, by their places."""
     given = {i: source.own_loss for i, source in enumerate(data.train) if source.own_loss is not None}
-    return {i: OwnLoss(schedule_of(loss.kd_weight), schedule_of(loss.ce_weight)) for i, loss in given.items()}
+    return {
+        i: OwnLoss(schedule_of(loss.kd_weight), schedule_of(loss.ce_weight), loss.divergence, loss.beta, loss.lam)
+        for i, loss in given.items()
+    }
+
+
+def divergence_label(name: str) -> str:
+    return name.replace("_", " ").replace("kl", "KL")
 
 
 def loss_label(stage: Stage) -> str:
-    parts = [] if stage.kd_weight == 0 else [stage.divergence.replace("_", " ").replace("kl", "KL")]
+    parts = [] if stage.kd_weight == 0 else [divergence_label(stage.divergence)]
     if parts and stage.cache is not None and checked_cache(stage).layout.kind == "samples":
         parts = ["cross entropy with the teacher's samples"]
     parts += ["cross entropy"] * (stage.ce_weight != 0)

@@ -112,8 +112,16 @@ def data_contradictions(data: DistillData, at: Path) -> Iterator[Contradiction]:
                 [(*at, "train", i)],
                 f"{name}: own_loss is of text and pairs; rationales have rationale_weight beside their labels",
             )
-        if source.own_loss is not None and not any(map(_counts, vars(source.own_loss).values())):
+        own = source.own_loss
+        if own is not None and not (_counts(own.kd_weight) or _counts(own.ce_weight)):
             yield [(*at, "train", i)], f"{name}: own_loss has no weight above 0; leave the source out"
+        given = [key for key in ("divergence", "beta", "lam") if own is not None and getattr(own, key) is not None]
+        if own is not None and given and not _counts(own.kd_weight):
+            yield (
+                [(*at, "train", i, "own_loss", given[0])],
+                f"{name}.own_loss: {', '.join(given)} of a divergence whose kd_weight is 0; give it a kd_weight "
+                "above 0, or leave it out",
+            )
         for kind, keys in of.items():
             given = [key for key in keys if key in source.model_fields_set and source.kind != kind]
             given = [key for key in given if getattr(source, key) != type(source).model_fields[key].default]
@@ -176,5 +184,6 @@ def stage_contradictions(recipe: StageRecipe, stage: Stage, i: int, at: Path, la
         yield [(*at, "taid")], f"{label}: taid starts at {stage.taid.start:g}, above its end {stage.taid.end:g}"
     if stage.advance is not None and stage.advance.patience is None and stage.advance.gap is None:
         yield [(*at, "advance")], f"{label}: advance never ends the stage; give patience, gap or both"
-    if stage.divergence in ("mse", "cosine") and stage.taid:
+    owns = [source.own_loss.divergence for source in (stage.data or recipe.data).train if source.own_loss]
+    if stage.taid and any(name in ("mse", "cosine") for name in (stage.divergence, *owns)):
         yield [(*at, "divergence"), (*at, "taid")], f"{label}: taid is of divergences between distributions"

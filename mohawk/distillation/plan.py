@@ -15,7 +15,7 @@ from mohawk.conversion.footprint import Hardware, Strategy
 from mohawk.conversion.plan import GIB, planned_for, print_hardware
 from mohawk.core.precision import pick_device
 from mohawk.core.processes import wish
-from mohawk.distillation.build import checked_cache, loss_label, matchings_for, mistakes, shaped
+from mohawk.distillation.build import checked_cache, divergence_label, loss_label, matchings_for, mistakes, shaped
 from mohawk.distillation.footprint import Need, allowed_ways, fit, sampling_bytes, stage_footprint, stage_operations
 from mohawk.distillation.recipe import DistillRecipe, DistillStudent, RampSection, Stage
 from mohawk.errors import UserError
@@ -179,7 +179,8 @@ def print_plan(plan: Plan, recipe: DistillRecipe, console: Console) -> None:
     for data in (recipe.data, *(stage.data for stage in recipe.stages if stage.data)):
         for source in data.train:
             if (own := source.own_loss) is not None:
-                terms = {"divergence": own.kd_weight, "cross entropy": own.ce_weight}
+                divergence = "divergence" if own.divergence is None else divergence_label(own.divergence)
+                terms = {divergence: own.kd_weight, "cross entropy": own.ce_weight}
                 given = " + ".join(f"{_number(weight)} x {name}" for name, weight in terms.items() if weight != 0)
                 console.print(f"[bold]Beside them[/bold] {given} of {source.source}, per token of its own")
 

@@ -121,6 +121,13 @@ class OwnLossSection(Section):
 
     kd_weight: Weight | RampSection = Field(default=0.0, description="weight of the divergence")
     ce_weight: Weight | RampSection = Field(default=1.0, description="weight of the cross entropy with the text")
+    divergence: Divergence | None = Field(
+        default=None, description="divergence between next-token distributions; null: the stage's"
+    )
+    beta: Share | None = Field(default=None, description="beta of jsd and adaptive_kl; null: the stage's")
+    lam: Annotated[float, Field(ge=0, lt=1)] | None = Field(
+        default=None, description="skew of skew_kl and skew_reverse_kl; null: the stage's"
+    )
 
 
 class DistillSource(SourceSection):
@@ -265,7 +272,11 @@ class Stage(Phase):
         default=None, description="folder that `mohawk cache` wrote: the teacher's answers instead of the teacher"
     )
     divergence: Divergence = Field(default="forward_kl", description="divergence between next-token distributions")
-    beta: Share = Field(default=0.5, description="beta of jsd: 0 is forward, 1 reverse KL")
+    beta: Share = Field(
+        default=0.5,
+        description="beta of jsd: 0 is forward, 1 reverse KL; of adaptive_kl: the mass of the teacher's head, its "
+        "likeliest words",
+    )
     lam: Annotated[float, Field(ge=0, lt=1)] = Field(default=0.1, description="skew of skew_kl and skew_reverse_kl")
     temperature: Literal["auto"] | Annotated[float, Field(ge=0.001, le=1000)] | RampSection = Field(
         default=1.0, description="temperature of both distributions; auto: log2(size ratio) + 1"

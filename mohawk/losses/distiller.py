@@ -55,10 +55,17 @@ TASKS = 3  # of tokens: plain text, labels and rationales (mohawk/losses/rationa
 
 @dataclass(frozen=True)
 class OwnLoss:
-    """`kd_weight * T^2 * D + ce_weight * CE` of one source's rows, a term of its own: the mean over their tokens."""
+    """`kd_weight * T^2 * D + ce_weight * CE` of one source's rows, a term of its own: the mean over their tokens.
+
+    divergence, beta, lam: of D, where they are not the other rows': DistiLLM-2 (arXiv 2503.07067) is skew_kl on the
+    teacher's answers beside skew_reverse_kl on the student's own.
+    """
 
     kd_weight: float | Ramp = 0.0
     ce_weight: float | Ramp = 0.0
+    divergence: str | None = None
+    beta: float | None = None
+    lam: float | None = None
 
 
 class KnowledgeDistiller(Objective["CausalLM"]):
@@ -407,10 +414,10 @@ class KnowledgeDistiller(Objective["CausalLM"]):
                     log.warning("%s", line)
             source = shared_part(source, vocab)
         options: dict[str, Any] = {
-            "divergence": self.divergence,
+            "divergence": self.divergence if own.divergence is None else own.divergence,
             "temperature": self._now(self.temperature),
-            "beta": self.beta,
-            "lam": self.lam,
+            "beta": self.beta if own.beta is None else own.beta,
+            "lam": self.lam if own.lam is None else own.lam,
             "normalizer": divisor,
         }
         count = (labels != IGNORED).sum()

@@ -171,7 +171,8 @@ class TeacherCache:
         if entry and entry.on_logits and layout.kind != "hidden":
             wrong.append(f"{layout.kind}, and {divergence} compares logits; cache hidden states, or use forward_kl")
         elif entry and entry.no_top_k and layout.kind == "top-k":
-            wrong.append(f"a top k, over which {divergence} can't be taken; cache hidden states, or use tvd")
+            other = entry.instead
+            wrong.append(f"a top k, over which {divergence} can't be taken; cache hidden states, or use {other}")
         elif divergence not in (None, "forward_kl") and layout.kind == "samples":
             wrong.append(f"samples, from which {divergence} can't be estimated; use forward_kl, or cache a top k")
         if wrong:

@@ -28,7 +28,7 @@ KINDS = (*DENSE, "mixture", "topk", "samples")
 
 
 def cases():
-    for divergence in DIVERGENCES:
+    for divergence in (name for name, one in DIVERGENCES.items() if not one.whole):
         for kind in KINDS:
             if kind == "samples" and divergence != "forward_kl":
                 continue
@@ -141,6 +141,8 @@ def rank_main(rank, world, store, results):
         got = {case: losses(d, part, *case, dist.group.WORLD) for case in cases()}
         del kd_gradients.DISTRIBUTION["jsd"]  # so that its definition is differentiated
         got["by autograd"] = losses(d, part, "jsd", "mixture", dist.group.WORLD)
+        with pytest.raises(ValueError, match="'adaptive_kl' has no parts that ranks could have; gather the vocabulary"):
+            losses(d, part, "adaptive_kl", "logits", dist.group.WORLD)
         # Padded differently before they were split, the slices of student and teacher are not the same words.
         z, t = torch.randn(3, 6), torch.randn(3, 8)
         with pytest.raises(ValueError, match="rank 0 of the group has 6 entries of the student's vocabulary and 8"):

@@ -199,6 +199,7 @@ CASES = {
     "each row": {"reduction": "none", "ce_weight": 0.25, "divergence": "reverse_kl"},
     "normalizer": {"normalizer": 5.0, "divergence": "skew_kl", "logit_scale": 0.7, "logit_softcap": 4.0},
     "logits": {"divergence": "mse", "vocab_size": VOCAB - 3},
+    "gathered": {"divergence": "adaptive_kl"},
 }
 
 
@@ -258,7 +259,8 @@ def in_slices(rank):
                 factor = 3.0 if case != "normalizer" else 2.0 + rank
                 upstream = factor * torch.linspace(1, 2, loss.numel(), dtype=loss.dtype).reshape(loss.shape)
                 loss.backward(upstream)
-                assert not gathers
+                assert bool(gathers) == (case == "gathered")
+                gathers.clear()
                 found[kind, case] = loss.detach(), parts, [full(x.grad) if x.dim() < 3 else x.grad for x in tensors]
     heads = ("head", "bias", "their_head")
     many = {name: x[:20] if name in heads else torch.cat([x] * 3) for name, x in uneven(rank).items()}

@@ -379,6 +379,16 @@ def test_when_to_advance():
         ([{}], {"data": {"train": ["b.txt", {"source": "a.txt", "own_loss": {"ce_weight": 0}}]}}, "no weight above 0"),
         (
             [{}],
+            {"data": {"train": ["b.txt", {"source": "a.txt", "own_loss": {"divergence": "skew_kl", "lam": 0.2}}]}},
+            "divergence, lam of a divergence whose kd_weight is 0",
+        ),
+        (
+            [{"taid": {}}],
+            {"data": {"train": ["b.txt", {"source": "a.txt", "own_loss": {"kd_weight": 1, "divergence": "mse"}}]}},
+            "taid is of divergences between distributions",
+        ),
+        (
+            [{}],
             {"data": {"train": ["b.txt", {"source": "a.jsonl", "kind": "rationales", "own_loss": {}}]}},
             "own_loss is of text and pairs",
         ),

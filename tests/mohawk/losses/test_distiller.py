@@ -352,6 +352,25 @@ def test_tasks_and_own_losses_by_hand(models, batch):
         distiller.loss({"input_ids": ids, "labels": labels})
 
 
+def test_distillm_2s_pair_by_hand(models, batch):
+    """Skew KL on the teacher's answers beside skew reverse KL on the student's own, each with its skew."""
+    ids, _, _ = batch
+    own = {1: OwnLoss(kd_weight=0.5, divergence="skew_kl", lam=0.2)}
+    options = {"divergence": "skew_reverse_kl", "lam": 0.1, "kd_weight": 0.5, "own_losses": own}
+    student = models["small"]
+    distiller = KnowledgeDistiller(models["llama"], student, **options)
+    ours = distiller.loss({"input_ids": ids, "labels": ids, "source": torch.tensor([0, 1, 0])})
+    mask = torch.ones_like(ids)
+    p, q = (logits_of(models[name], ids, mask).softmax(-1) for name in ("llama", "small"))
+    skew = (p[1] * (p[1] / (0.2 * p[1] + 0.8 * q[1])).log()).sum(-1).mean()
+    p, q = p[[0, 2]], q[[0, 2]]
+    reverse = (q * (q / (0.9 * p + 0.1 * q)).log()).sum(-1).mean()
+    torch.testing.assert_close(ours.double(), 0.5 * (skew + reverse), rtol=2e-5, atol=1e-7)
+    head = student.get_output_embeddings().weight
+    for got, expected in zip(*(torch.autograd.grad(x, head) for x in (ours, 0.5 * (skew + reverse))), strict=True):
+        torch.testing.assert_close(got, expected, rtol=2e-4, atol=1e-7)
+
+
 def test_rows_with_an_own_loss_are_never_the_students_samples(models, batch):
     ids, _, _ = batch
     student = models["small"]
