@@ -172,7 +172,7 @@ def from_hidden(
     round_grad = weight.dtype == hidden.dtype == torch.bfloat16
     round_grad = round_grad and (hidden_grad is not None or want_grad and weight.is_cuda)
     # Nothing is made of the gradient in float32.
-    rounds = kept is not None and head.softcap is None and head.scale == 1.0 and bias_grad is None
+    tile_rounds = kept is not None and head.softcap is None and head.scale == 1.0 and bias_grad is None
     for first, last in spans:
         z_tile = tiles[0][: last - first]
         part = take(hidden, rows, first, last)
@@ -191,7 +191,7 @@ def from_hidden(
             if want_grad and head.softcap is not None:
                 damping = 1 - (z / head.softcap).square_()
             span = (first + start, first + stop)
-            into = rounded[start:stop] if rounded is not None and rounds else None
+            into = rounded[start:stop] if rounded is not None and tile_rounds else None
             kd[span[0] : span[1]], ce[span[0] : span[1]] = tile(z, task, scores, span, want_grad, into)
             if damping is not None:
                 z *= damping

@@ -6,8 +6,9 @@ at 0.003); a product that keeps its float32 accumulator costs nothing of the kin
 bfloat16 instructions when asked to, where the processor has them for such copies (AMX), which is exact for them;
 the copies are made slice by slice. Float32 operands are multiplied as float32.
 
-Other CPUs multiply bfloat16 numbers fast only where the result is bfloat16 too. `rounds` is for those who want that: two
-of the four products of a loss take less than half of the time, and logits have the rounding that the first lines warn of.
+Other CPUs multiply bfloat16 numbers fast only where the result is bfloat16 too. `rounds` is for those who want that:
+two of the four products of a loss take less than half of the time, and logits have the rounding that the first lines
+warn of.
 """
 
 from __future__ import annotations
@@ -166,8 +167,8 @@ def finish_logits(tile: Tensor, bias: Tensor | None, scale: float, softcap: floa
 
 
 def logits_product(hidden: Tensor, head: Tensor, out: Tensor, rounds: bool = False) -> None:
-    """out = hidden @ head.T with the precision of `out` (float32, or float64), or rounded to bfloat16 where that is asked
-    for and `is_rounded`."""
+    """out = hidden @ head.T with the precision of `out` (float32, or float64), or rounded to bfloat16 where that is
+    asked for and `is_rounded`."""
     if rounds and is_rounded(hidden, head):
         step = max(1, SLICE_BYTES // (2 * max(1, len(hidden))))
         for start in range(0, len(head), step):

@@ -59,12 +59,11 @@ def position_rows(model: CausalLM) -> int | None:
     return min(rows, default=None)
 
 
-def positions_of(model: CausalLM) -> int | None:
+def context_length(model: CausalLM) -> int | None:
     """How many tokens a model reads in one text: those of its table of positions, else what its configuration says."""
-    rows = position_rows(model)
-    return (
-        getattr(plain_model(model).config.get_text_config(), "max_position_embeddings", None) if rows is None else rows
-    )
+    if (rows := position_rows(model)) is not None:
+        return rows
+    return getattr(plain_model(model).config.get_text_config(), "max_position_embeddings", None)
 
 
 def _first_position(table: nn.Embedding) -> int:
