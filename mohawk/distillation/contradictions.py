@@ -184,6 +184,24 @@ def stage_contradictions(recipe: StageRecipe, stage: Stage, i: int, at: Path, la
         yield [(*at, "taid")], f"{label}: taid starts at {stage.taid.start:g}, above its end {stage.taid.end:g}"
     if stage.advance is not None and stage.advance.patience is None and stage.advance.gap is None:
         yield [(*at, "advance")], f"{label}: advance never ends the stage; give patience, gap or both"
+    if stage.policy_gradient is not None:
+        sampling = stage.on_policy
+        asked = {
+            "divergence": (stage.divergence == "reverse_kl", "divergence: reverse_kl"),
+            "temperature": (stage.temperature == 1, "temperature: 1"),
+            "taid": (stage.taid is None, "taid: null"),
+            "confidence": (not stage.confidence, "confidence: false"),
+            "on_policy": (
+                sampling is not None and (sampling.share, sampling.temperature, sampling.top_p) == (1, 1, 1),
+                "on_policy of share, temperature and top_p 1",
+            ),
+        }
+        if missing := {key: words for key, (fine, words) in asked.items() if not fine}:
+            yield (
+                [(*at, "policy_gradient"), *((*at, key) for key in missing)],
+                f"{label}: policy_gradient needs {', '.join(missing.values())}: it is the gradient of reverse KL on "
+                "the student's own samples; change that, or leave it out",
+            )
     owns = [source.own_loss.divergence for source in (stage.data or recipe.data).train if source.own_loss]
     if stage.taid and any(name in ("mse", "cosine") for name in (stage.divergence, *owns)):
         yield [(*at, "divergence"), (*at, "taid")], f"{label}: taid is of divergences between distributions"

@@ -290,6 +290,11 @@ class Stage(Phase):
     hidden: HiddenMatching | None = Field(default=None, description="match hidden states")
     attention: AttentionMatching | None = Field(default=None, description="match attention or mixing matrices")
     on_policy: OnPolicySection | None = Field(default=None, description="train on the student's own samples")
+    policy_gradient: Literal["normalized", "sum"] | None = Field(
+        default=None,
+        description="MiniLLM's gradient of whole sequences, of reverse_kl on samples (on_policy of share 1): what a "
+        "token does to those behind it, as their mean or sum; null: each token's divergence by itself",
+    )
     routing: Routing | None = Field(
         default=None, description="choose among the sources of rationales, each one teacher's, while training"
     )

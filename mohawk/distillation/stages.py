@@ -118,6 +118,7 @@ class StageTrainer:
                 seed=self.run.recipe.seed,
                 gather=stage.name in self.run.gathers,
             ),
+            policy_gradient=stage.policy_gradient,
             router=router,
             advance=None
             if advance is None

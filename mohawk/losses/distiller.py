@@ -27,7 +27,8 @@ from mohawk.losses.label_probability import label_probability
 from mohawk.losses.matching import Matching
 from mohawk.losses.measured import Means, agreement
 from mohawk.losses.on_policy import OnPolicy, replaced_rows
-from mohawk.losses.schedules import Ramp, at, temperature_for, weights_for
+from mohawk.losses.policy_gradient import PolicyGradient, check_policy_gradient, policy_term
+from mohawk.losses.schedules import Ramp, at, task_weights, temperature_for, weights_for
 from mohawk.losses.shared_vocabulary import shared_part, told_of_cut
 from mohawk.losses.teachers import (
     Answer,
@@ -85,6 +86,8 @@ class KnowledgeDistiller(Objective["CausalLM"]):
         kd_weight, ce_weight: numbers or Ramps. The cross entropy is at temperature 1.
         alpha: instead of both, a number from 0 to 1: ce_weight is alpha, kd_weight is 1 - alpha. Code that multiplies
             the divergence by its alpha, as Hinton et al. (arXiv 1503.02531) weight soft targets, means 1 - alpha here.
+        task_weight: what the means of tasks are multiplied by, {"text": ..., "label": ..., "rationale": ...}, each 1
+            where it is left out: tasks 0, 1 and 2 of a batch's column `task`.
         confidence: multiply a token's divergence by the teacher's probability of its label, so that it counts for
             little where the teacher is wrong.
         taid: TAID's moving target (arXiv 2501.16937), advanced by each step's loss.
@@ -93,6 +96,12 @@ class KnowledgeDistiller(Objective["CausalLM"]):
             by the student's samples, and their mean is added to that of the others (MiniLLM's pretraining loss is
             `OwnLoss(ce_weight=1)` of plain text beside on-policy prompts, arXiv 2306.08543).
         on_policy: `OnPolicy`, or what else is called as on_policy(batch, step) -> batch.
+        policy_gradient: of reverse KL on the student's own samples, MiniLLM's gradient of whole sequences:
+            "normalized", as in the paper, or "sum" (`mohawk.losses.policy_gradient`). None: each token's divergence by
+            itself, which ignores what a token does to those behind it. It needs an `OnPolicy` of share 1 that samples
+            from the student's whole distribution at temperature 1; the paper's samples that the teacher has a part in,
+            and their importance weights, are not here. Rows with own_losses have none. The loss's value stays reverse
+            KL.
         router: `RoutedRationales`: which teacher's rationales a step reads.
         advance: `Advance`: after which step to end early, in our trainer and in `DistillationTrainer`.
 
@@ -113,6 +122,7 @@ class KnowledgeDistiller(Objective["CausalLM"]):
         kd_weight: float | Ramp = 1.0,
         ce_weight: float | Ramp = 0.0,
         alpha: float | None = None,
+        task_weight: Mapping[str, float] | None = None,
         beta: float = 0.5,
         lam: float = 0.1,
         confidence: bool = False,
@@ -120,6 +130,7 @@ class KnowledgeDistiller(Objective["CausalLM"]):
         matchings: Mapping[str, Matching] | None = None,
         own_losses: Mapping[int, OwnLoss] | None = None,
         on_policy: Callable[[dict[str, Tensor], int], dict[str, Tensor]] | None = None,
+        policy_gradient: PolicyGradient | None = None,
         router: RoutedRationales | None = None,
         advance: Advance | None = None,
     ):
@@ -147,6 +158,15 @@ class KnowledgeDistiller(Objective["CausalLM"]):
             temperature = temperature_for(parameter_count(teacher.model), parameter_count(student))
         self.temperature, self.kd_weight, self.ce_weight = temperature, kd_weight, ce_weight
         self.divergence, self.beta, self.lam = divergence, beta, lam
+        self.task_weight = task_weights(task_weight)
+        exclusive = {"taid": taid is not None, "confidence": confidence}
+        check_policy_gradient(policy_gradient, divergence, temperature, exclusive)
+        if policy_gradient is not None and not (isinstance(on_policy, OnPolicy) and on_policy.unbiased):
+            raise ValueError(
+                "policy_gradient: is of the student's own samples; give on_policy=OnPolicy(..., share=1) with "
+                "temperature 1, top_p 1 and top_k 0"
+            )
+        self.policy_gradient: PolicyGradient | None = policy_gradient
         self.confidence, self.taid, self.on_policy, self.advance = confidence, taid, on_policy, advance
         self.router = router
         if isinstance(on_policy, OnPolicy) and (known := getattr(teacher, "vocab_size", None)) is not None:
@@ -170,6 +190,8 @@ class KnowledgeDistiller(Objective["CausalLM"]):
         labels: Tensor | None = None,
         attention_mask: Tensor | None = None,
         normalizer: float | Tensor | None = None,
+        *,
+        teacher_rationale: None = None,
     ) -> Tensor:
         """The loss of a batch, a scalar with the student's gradients.
 
@@ -177,7 +199,15 @@ class KnowledgeDistiller(Objective["CausalLM"]):
             input_ids: (batch, n) int64. labels: (batch, n), not shifted, -100 where nothing is predicted; None: every
                 real token. attention_mask: (batch, n), 0 at padding, on either side.
             normalizer: divides the sum over tokens instead of their count (gradient accumulation: see `kd_loss`).
+            teacher_rationale: None; `RationaleDistiller.compute_loss` takes rationales.
+
+        Raises ValueError for a teacher_rationale.
         """
+        if teacher_rationale is not None:
+            raise ValueError(
+                "teacher_rationale: a rationale is a task of its own, with a prompt of its own; use "
+                "RationaleDistiller(student, tokenizer).compute_loss(prompts, labels, teacher_rationale=...)"
+            )
         batch = {"input_ids": input_ids, "labels": input_ids if labels is None else labels}
         return self.loss(batch | ({} if attention_mask is None else {"attention_mask": attention_mask}), normalizer)
 
@@ -342,12 +372,21 @@ class KnowledgeDistiller(Objective["CausalLM"]):
                 check_ids()
                 rows = slice(None) if rows is None else rows
                 part = None if weights is None else weights[rows]
-                if task is not None:
+                if task is not None or self.task_weight[0] != 1:
                     # so that the one mean over all tokens is the sum of several, each over a task's own
-                    factors = (tokens.sum() / _some(tokens)).to(torch.float32)[task[rows]]
-                    part = factors if part is None else part * factors
+                    factors = tokens.sum() / _some(tokens) * tokens.new_tensor(self.task_weight)
+                    of = torch.zeros_like(labels[rows]) if task is None else task[rows]
+                    part = factors.to(torch.float32)[of] * (1.0 if part is None else part)
                 divisor = _some(tokens.sum())
                 loss = loss + self._logit_loss(source, hidden[rows], head, labels[rows], part, divisor, own)
+                if (
+                    self.policy_gradient is not None
+                    and source is not None
+                    and all(own is not one for one in self.own_losses.values())
+                ):
+                    later = self._policy_term(source, hidden[rows], head, labels[rows])
+                    later = later if part is None else later * part
+                    loss = loss + self._now(own.kd_weight) * later.sum() / divisor.to(later.dtype)
             return loss
 
         loss = with_head(self.student, hidden, of_logits)
@@ -467,6 +506,19 @@ class KnowledgeDistiller(Objective["CausalLM"]):
         )  # fmt: skip
         measured("kd", parts.kd)
         return kd + cross_entropy() if ce_weight else kd
+
+    def _policy_term(self, source: TeacherSource, hidden: Tensor, head: Head, labels: Tensor) -> Tensor:
+        """(b, n): what `policy_gradient` adds to each row's divergence."""
+        assert self.policy_gradient is not None
+        vocab = self._vocab_size(head)
+        labels = labels if vocab is None else labels.clamp(max=vocab - 1)
+        ids = labels.clamp(min=0).unsqueeze(-1)
+        nobody = TeacherSamples(ids, torch.ones(ids.shape, device=ids.device))
+        options: dict[str, Any] = {"kd_weight": 0.0, "ce_weight": 1.0, "vocab_size": vocab, "reduction": "none"}
+        rows = linear_kd_loss(**head.student(hidden), teacher=nobody, labels=labels, **options)
+        theirs = label_probability(source, labels, vocab or len(head.weight))
+        log_p = theirs.clamp_min(torch.finfo(theirs.dtype).tiny).log()
+        return policy_term(rows, log_p, labels, self.policy_gradient)
 
     def _vocab_size(self, head: Head) -> int | None:
         """The entries that both sides have, where the vocabularies differ in size."""

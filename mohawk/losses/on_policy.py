@@ -134,6 +134,12 @@ class OnPolicy:
         if temperature > 0:
             self.sampling |= {"temperature": float(temperature), "top_p": float(top_p), "top_k": top_k}
 
+    @property
+    def unbiased(self) -> bool:
+        """Whether all steps are on-policy and samples are drawn from the student's own distribution."""
+        neutral = {"do_sample": True, "temperature": 1.0, "top_p": 1.0, "top_k": 0}
+        return self.share == 1 and self.sampling == neutral
+
     def limit_to(self, vocab_size: int) -> None:
         """Samples no id from `vocab_size` on from here on; it only ever gets less."""
         self.vocab_size = min(self.vocab_size, vocab_size)

@@ -35,6 +35,7 @@ from mohawk.kernels.kd.teachers import TeacherSamples
 from mohawk.loading.causal import embedding_rows, plain_model
 from mohawk.loading.configs import check_decoder
 from mohawk.losses.heads import Head, final_hidden_states
+from mohawk.losses.schedules import task_weights
 from mohawk.losses.teachers import ModelTeacher, is_around
 
 if TYPE_CHECKING:
@@ -59,6 +60,10 @@ TEMPLATES = (
     "{rationale} Final answer: {label}",
     "{rationale} Answer: {label}",
 )
+
+
+# Of each example: a text, ids, or None where there is none.
+Answers = Tensor | Sequence[str | Sequence[int] | Tensor | None]
 
 
 class Extracted(NamedTuple):
@@ -295,13 +300,15 @@ class RationaleDistiller:
         tokenizer: the student's, and the teacher's.
         label_prefix, rationale_prefix: what tells the model which task it has.
         rationale_weight: lambda of the paper's L_label + lambda * L_rationale.
+        task_weight: instead, weights of both losses: {"label": ..., "rationale": ...}, 1 where one is left out.
         teacher: a model whose next-token distribution the label task learns as well; it is frozen here, but for what it
             shares with the student, whose adapter is switched off where the teacher is the model that it adapts.
         ce_weight, kd_weight, temperature, divergence: of the label task, `kd_weight * T^2 * D + ce_weight * CE` as in
             `kd_loss`; a rationale's loss is its cross-entropy.
 
     Raises:
-        UserError: kd_weight above 0 without a teacher or the reverse; a rationale_weight below 0.
+        UserError: kd_weight above 0 without a teacher or the reverse; a rationale_weight below 0; a task_weight beside
+            it or of another task.
     """
 
     def __init__(
@@ -312,6 +319,7 @@ class RationaleDistiller:
         label_prefix: str = LABEL,
         rationale_prefix: str = RATIONALE,
         rationale_weight: float = 1.0,
+        task_weight: Mapping[str, float] | None = None,
         teacher: CausalLM | None = None,
         ce_weight: float = 1.0,
         kd_weight: float = 0.0,
@@ -320,6 +328,20 @@ class RationaleDistiller:
     ):
         if rationale_weight < 0:
             raise UserError(f"rationale_weight: got {rationale_weight}; allowed: 0 or above")
+        label_weight = 1.0
+        if task_weight is not None:
+            try:
+                _, label_weight, weight = task_weights(task_weight)
+            except ValueError as error:
+                raise UserError(str(error)) from None
+            if "text" in task_weight:
+                raise UserError("task_weight: got 'text'; allowed: label, rationale: there is no plain text here")
+            if rationale_weight != 1:
+                raise UserError(
+                    f"rationale_weight: got {rationale_weight:g} beside task_weight, which has the rationales' weight "
+                    "too; give one of them"
+                )
+            rationale_weight = weight
         if (teacher is None) != (kd_weight == 0):
             what = "no teacher" if teacher is None else "a teacher"
             raise UserError(f"kd_weight: got {kd_weight} and {what}; give a teacher and a weight above 0, or neither")
@@ -334,7 +356,7 @@ class RationaleDistiller:
             self.teacher = ModelTeacher(plain_model(student) if is_around(student, teacher) else teacher)
             self.teacher.beside(student)
         self.prefixes = (label_prefix, rationale_prefix)
-        self.rationale_weight = rationale_weight
+        self.label_weight, self.rationale_weight = label_weight, rationale_weight
         self.label_loss: dict[str, Any] = {"ce_weight": ce_weight, "kd_weight": kd_weight}
         self.label_loss |= {"temperature": temperature, "divergence": divergence}
 
@@ -342,9 +364,10 @@ class RationaleDistiller:
     def compute_loss(
         self,
         prompts: Sequence[str],
-        labels: Sequence[str],
-        rationales: Sequence[str | None],
+        labels: Answers,
+        rationales: Answers | None = None,
         *,
+        teacher_rationale: Answers | None = None,
         return_parts: Literal[False] = False,
         normalizers: tuple[float, float] | None = None,
     ) -> Tensor: ...
@@ -352,9 +375,10 @@ class RationaleDistiller:
     def compute_loss(
         self,
         prompts: Sequence[str],
-        labels: Sequence[str],
-        rationales: Sequence[str | None],
+        labels: Answers,
+        rationales: Answers | None = None,
         *,
+        teacher_rationale: Answers | None = None,
         return_parts: Literal[True],
         normalizers: tuple[float, float] | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]: ...
@@ -362,27 +386,46 @@ class RationaleDistiller:
     def compute_loss(
         self,
         prompts: Sequence[str],
-        labels: Sequence[str],
-        rationales: Sequence[str | None],
+        labels: Answers,
+        rationales: Answers | None = None,
         *,
+        teacher_rationale: Answers | None = None,
         return_parts: bool,
         normalizers: tuple[float, float] | None = None,
     ) -> Tensor | tuple[Tensor, dict[str, Tensor]]: ...
     def compute_loss(
         self,
         prompts: Sequence[str],
-        labels: Sequence[str],
-        rationales: Sequence[str | None],
+        labels: Answers,
+        rationales: Answers | None = None,
         *,
+        teacher_rationale: Answers | None = None,
         return_parts: bool = False,
         normalizers: tuple[float, float] | None = None,
     ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
         """label loss + rationale_weight * rationale loss, each a mean over its answers' tokens, eos included; a scalar.
 
-        Three texts an example; a rationale may be None. return_parts: also {"label": ..., "rationale": ...}, both
-        detached and before the weight. normalizers: divide the two sums over tokens instead of their counts, such as
-        those of all micro-batches of a step (`count_tokens`). Raises UserError for lists of different lengths.
+        Three texts an example; a rationale may be None. teacher_rationale: the same as rationales, by another name.
+        Labels and rationales may also be the tokenizer's ids: a tensor (b, m) int64, padded with -100 or the
+        tokenizer's padding, or a list of ids for each example, with or without the eos. return_parts: also
+        {"label": ..., "rationale": ...}, both detached and before the weight. normalizers: divide the two sums over
+        tokens instead of their counts, such as those of all micro-batches of a step (`count_tokens`).
+
+        Raises UserError for lists of different lengths, ids that the student has not, prompts that are no texts, and
+        both names of the rationales or none.
         """
+        if (rationales is None) == (teacher_rationale is None):
+            got = "neither" if rationales is None else "both"
+            raise UserError(f"compute_loss: got {got} of rationales and teacher_rationale; give one of them")
+        rationales = rationales if teacher_rationale is None else teacher_rationale
+        if isinstance(prompts, (str, Tensor)) or not all(isinstance(prompt, str) for prompt in prompts):
+            raise UserError(
+                "compute_loss: prompts: got no list of texts; give texts, such as tokenizer.batch_decode(ids, "
+                "skip_special_tokens=True): each task puts a prefix in front of them"
+            )
+        labels, rationales = self._answers("labels", labels), self._answers("teacher_rationale", rationales)
+        if None in labels:
+            raise UserError("compute_loss: labels: one holds no token; give every example a label")
         of_labels, of_rationales = normalizers or (None, None)
         if not len(prompts) == len(labels) == len(rationales) or not len(prompts):
             counts = f"{len(prompts)} prompts, {len(labels)} labels and {len(rationales)} rationales"
@@ -397,7 +440,7 @@ class RationaleDistiller:
             rationale = self._task_loss(
                 self.prefixes[1], asked, answers, None, of_rationales, ce_weight=1.0, kd_weight=0.0
             )
-        loss = label + self.rationale_weight * rationale
+        loss = self.label_weight * label + self.rationale_weight * rationale
         return (loss, {"label": label.detach(), "rationale": rationale.detach()}) if return_parts else loss
 
     def _task_loss(self, prefix: str, prompts, answers, teacher, normalizer, **options: Any) -> Tensor:
@@ -420,23 +463,51 @@ class RationaleDistiller:
         sizes = {len(head.weight), len(source.head)}  # rows behind the tokenizer's last token differ within a family
         return linear_kd_loss(**student, teacher=source, vocab_size=min(sizes) if len(sizes) > 1 else None, **options)
 
-    def count_tokens(
-        self, prompts: Sequence[str], labels: Sequence[str], rationales: Sequence[str | None]
-    ) -> tuple[int, int]:
+    def count_tokens(self, prompts: Sequence[str], labels: Answers, rationales: Answers) -> tuple[int, int]:
         """How many tokens the label loss and the rationale loss of some examples are the means of, eos included."""
 
         def tokens(prefix: str, answers: Sequence[str | None]) -> int:
             asked = zip(prompts, answers, strict=True)
             pairs = ((task_prompt(prefix, prompt), answer) for prompt, answer in asked if answer is not None)
-            return sum(len(pair_ids(self.tokenizer, *pair)[1]) for pair in pairs)
+            return sum(len(self._pair(*pair)[1]) for pair in pairs)
 
-        return tokens(self.prefixes[0], labels), tokens(self.prefixes[1], rationales)
+        of_labels, of_rationales = self._answers("labels", labels), self._answers("rationales", rationales)
+        return tokens(self.prefixes[0], of_labels), tokens(self.prefixes[1], of_rationales)
 
-    def encode(self, prompts: Sequence[str], answers: Sequence[str]) -> dict[str, Tensor]:
+    def _answers(self, name: str, given: Answers) -> list[str | list[int] | None]:
+        """Texts and ids, these without padding and eos; None where there is nothing."""
+        if isinstance(given, str) or isinstance(given, Tensor) and (given.dim() != 2 or given.is_floating_point()):
+            got = "one text" if isinstance(given, str) else f"a tensor {tuple(given.shape)} of {given.dtype}"
+            raise UserError(f"compute_loss: {name}: got {got}; give a list of texts, or ids (b, m) int64")
+        answers: list[str | list[int] | None] = []
+        ends = {self.tokenizer.pad_token_id, self.tokenizer.eos_token_id}
+        rows = embedding_rows(self.student)
+        for one in given:
+            if one is None or isinstance(one, str):
+                answers.append(one)
+                continue
+            ids = [int(i) for i in (one.tolist() if isinstance(one, Tensor) else one) if i != IGNORED]
+            if beyond := [i for i in ids if not 0 <= i < rows]:
+                raise UserError(f"compute_loss: {name}: got the id {beyond[0]}; the student has 0 to {rows - 1}")
+            while ids and ids[-1] in ends:
+                ids.pop()
+            while ids and ids[0] == self.tokenizer.pad_token_id:
+                ids.pop(0)
+            answers.append(ids or None)
+        return answers
+
+    def _pair(self, prompt: str, answer: str | Sequence[int]) -> tuple[list[int], list[int]]:
+        """A prompt's ids and its answer's, with the eos."""
+        if isinstance(answer, str):
+            return pair_ids(self.tokenizer, prompt, answer)
+        before, after = pair_ids(self.tokenizer, prompt, "")
+        return before, [*answer, *after]
+
+    def encode(self, prompts: Sequence[str], answers: Sequence[str | Sequence[int]]) -> dict[str, Tensor]:
         """input_ids, attention_mask and labels (b, n) int64, padded on the right; labels on answers and their eos."""
         rows = []
         for prompt, answer in zip(prompts, answers, strict=True):
-            before, after = pair_ids(self.tokenizer, prompt, answer)
+            before, after = self._pair(prompt, answer)
             rows.append((before + after, [IGNORED] * len(before) + after))
         n = max(len(ids) for ids, _ in rows)
         batch = {name: torch.full((len(rows), n), fill) for name, fill in (("input_ids", 0), ("labels", IGNORED))}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -50,3 +51,26 @@ def weights_for(alpha: float, kd_weight: float | Ramp, ce_weight: float | Ramp) 
             f"kd_weight={alpha:g}, ce_weight={1 - alpha:g} where it weighs the divergence, as in some code"
         )
     return 1 - alpha, alpha
+
+
+def task_weights(task_weight: Mapping[str, float] | None) -> tuple[float, float, float]:
+    """Weights of plain text, labels and rationales, the tasks 0, 1 and 2 of a batch: those given by name, others 1.
+    Raises ValueError for other names and for what is no weight."""
+    names = ("text", "label", "rationale")
+    if task_weight is None:
+        return 1.0, 1.0, 1.0
+    if not isinstance(task_weight, Mapping):
+        raise ValueError(
+            f"task_weight: got {task_weight!r}; give a dict of {', '.join(names)}, or alpha= where it weighs the "
+            "labels' cross entropy beside the divergence"
+        )
+    for name, weight in task_weight.items():
+        if name not in names:
+            raise ValueError(
+                f"task_weight: got {name!r}; allowed: {', '.join(names)}; the divergence and the cross entropy have "
+                "kd_weight and ce_weight"
+            )
+        if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 <= weight < math.inf:
+            raise ValueError(f"task_weight[{name!r}]: got {weight!r}; allowed: a finite number, 0 or above")
+    text, label, rationale = (float(task_weight.get(name, 1.0)) for name in names)
+    return text, label, rationale

@@ -383,6 +383,12 @@ def test_when_to_advance():
             "divergence, lam of a divergence whose kd_weight is 0",
         ),
         (
+            [{"divergence": "reverse_kl", "policy_gradient": "normalized", "on_policy": {"share": 0.5}}],
+            {},
+            "policy_gradient needs on_policy of share, temperature and top_p 1: ",
+        ),
+        ([{"policy_gradient": "sum", "on_policy": {"share": 1}}], {}, "policy_gradient needs divergence: reverse_kl: "),
+        (
             [{"taid": {}}],
             {"data": {"train": ["b.txt", {"source": "a.txt", "own_loss": {"kd_weight": 1, "divergence": "mse"}}]}},
             "taid is of divergences between distributions",
@@ -436,6 +442,7 @@ def test_a_source_has_a_loss_of_its_own(checkpoints, texts, tmp_path, capsys):
     pairs = {"source": str(texts / "pairs.jsonl"), "kind": "pairs", "sampling_weight": 0.5}
     text = {"source": str(texts / "train_*.txt"), "sampling_weight": 0.5, "own_loss": {"ce_weight": 2.0}}
     stage = {"divergence": "reverse_kl", "on_policy": {"share": 1.0, "max_new_tokens": 8}, "log_every": 1}
+    stage["policy_gradient"] = "normalized"
     recipe = recipe_of(checkpoints, texts, tmp_path / "run", stage, data={"train": [pairs, text]})
     distill(recipe, dry_run=True)
     printed = " ".join(capsys.readouterr().out.split())

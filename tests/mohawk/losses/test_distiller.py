@@ -352,6 +352,28 @@ def test_tasks_and_own_losses_by_hand(models, batch):
         distiller.loss({"input_ids": ids, "labels": labels})
 
 
+def test_weights_of_tasks(models, batch):
+    ids, _, _ = batch
+    task = torch.zeros_like(ids)
+    task[0], task[1] = 1, 2
+    given = {"input_ids": ids, "labels": ids, "task": task}
+    each = []
+    for name in ("text", "label", "rationale"):
+        only = dict.fromkeys(("text", "label", "rationale"), 0.0) | {name: 1.0}
+        each.append(KnowledgeDistiller(models["llama"], models["small"], task_weight=only).loss(given))
+    rows = [KnowledgeDistiller(models["llama"], models["small"]).compute_loss(ids[[i]]) for i in (2, 0, 1)]
+    torch.testing.assert_close(each, rows)
+    weighted = KnowledgeDistiller(models["llama"], models["small"], task_weight={"label": 2, "rationale": 0.5})
+    torch.testing.assert_close(weighted.loss(given), rows[0] + 2 * rows[1] + 0.5 * rows[2])
+    plain = {"input_ids": ids, "labels": ids}
+    halved = KnowledgeDistiller(models["llama"], models["small"], task_weight={"text": 0.5}).loss(plain)
+    torch.testing.assert_close(halved, 0.5 * KnowledgeDistiller(models["llama"], models["small"]).loss(plain))
+    with pytest.raises(ValueError, match="task_weight: got 'ce'; allowed: text, label, rationale; .* ce_weight"):
+        KnowledgeDistiller(models["llama"], models["small"], task_weight={"ce": 0.5})
+    with pytest.raises(ValueError, match=r"use RationaleDistiller\(student, tokenizer\).compute_loss"):
+        weighted.compute_loss(ids, teacher_rationale=ids)
+
+
 def test_distillm_2s_pair_by_hand(models, batch):
     """Skew KL on the teacher's answers beside skew reverse KL on the student's own, each with its skew."""
     ids, _, _ = batch

@@ -17,9 +17,11 @@ from mohawk.losses.rationales import (
     TEMPLATES,
     RationaleDistiller,
     extract_rationale,
+    pair_ids,
     rationale_pairs,
     read_rationale_pairs,
     read_rationales,
+    task_prompt,
 )
 from mohawk.models.from_teacher import hybrid_from_teacher
 
@@ -358,6 +360,47 @@ def test_a_plain_loop_learns(make_llama, tokenizer):
         optimizer.zero_grad()
         losses.append(loss.item())
     assert losses[-1] < 0.7 * losses[0]
+
+
+def test_weights_of_tasks_and_rationales_as_ids(make_llama, tokenizer):
+    student, (prompts, labels, rationales) = make_llama(), EXAMPLES
+    plain = RationaleDistiller(student, tokenizer)
+    _, parts = plain.compute_loss(prompts, labels, rationales, return_parts=True)
+    weighted = RationaleDistiller(student, tokenizer, task_weight={"label": 0.5, "rationale": 0.3})
+    expected = 0.5 * parts["label"] + 0.3 * parts["rationale"]
+    torch.testing.assert_close(weighted.compute_loss(prompts, labels, teacher_rationale=rationales).detach(), expected)
+    # the ids that the texts have behind their prompts, padded by one and by the other convention, and as lists
+    ids = [
+        [] if text is None else pair_ids(tokenizer, task_prompt("[rationale]", prompt), text)[1]
+        for prompt, text in zip(prompts, rationales, strict=True)
+    ]
+    assert any(ids) and [] in ids
+    n = max(map(len, ids)) + 1
+    padded = torch.tensor([one + [-100] * (n - len(one)) for one in ids])
+    for given in (ids, padded, [torch.tensor(one[:-1]) for one in ids]):
+        got = weighted.compute_loss(prompts, labels, teacher_rationale=given)
+        torch.testing.assert_close(got.detach(), expected)
+        assert weighted.count_tokens(prompts, labels, given) == weighted.count_tokens(*EXAMPLES)
+    for arguments, words in (
+        ({"rationales": ids, "teacher_rationale": ids}, "got both of rationales and teacher_rationale"),
+        ({}, "got neither of rationales and teacher_rationale"),
+        ({"teacher_rationale": padded.float()}, "a tensor .* of torch.float32; give a list of texts, or ids"),
+        ({"teacher_rationale": padded + 10**6}, "got the id 9[0-9]+; the student has 0 to"),
+        ({"teacher_rationale": "why"}, "got one text; give a list"),
+    ):
+        with pytest.raises(UserError, match=rf"^compute_loss: [^\n]*{words}[^\n]*$"):
+            plain.compute_loss(prompts, labels, **arguments)
+    with pytest.raises(UserError, match=r"^compute_loss: prompts: got no list of texts; [^\n]+$"):
+        plain.compute_loss(padded, labels, teacher_rationale=padded)
+    for options, words in (
+        ({"task_weight": {"kd": 1}}, "got 'kd'; allowed: text, label, rationale; the divergence and .* kd_weight"),
+        ({"task_weight": {"text": 1}}, "got 'text'; allowed: label, rationale"),
+        ({"task_weight": 0.5}, "got 0.5; give a dict .*alpha="),
+        ({"task_weight": {"label": -1}}, "got -1; allowed: a finite number"),
+        ({"task_weight": {"label": 1}, "rationale_weight": 0.5}, "got 0.5 beside task_weight"),
+    ):
+        with pytest.raises(UserError, match=rf"^(task|rationale)_weight[^\n]*: {words}[^\n]*$"):
+            RationaleDistiller(student, tokenizer, **options)
 
 
 def test_no_rationale_in_a_batch(make_llama, tokenizer):
