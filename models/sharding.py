@@ -84,8 +84,7 @@ def shard(model: nn.Module, mesh: Any, *, dtype: torch.dtype | None = None, trai
             # gloo has no other sum, and NCCL's premultiplied one is wrong in bfloat16 up to torch 2.13
             module.set_force_sum_reduction_for_comms(True)
     for module in (model, *layers):
-        module.__dict__[RUN] = types.MethodType(_run, module)
-        register_fsdp_forward_method(module, RUN)
+        _let_run(module)
     if not any(p.is_meta for p in model.parameters()):
         _make_root(model)
 
@@ -124,6 +123,11 @@ def _run(self: nn.Module, work: Callable[..., T], *args: Any, **kwargs: Any) -> 
     return work(*args, **kwargs)
 
 
+def _let_run(module: nn.Module) -> None:
+    module.__dict__[RUN] = types.MethodType(_run, module)
+    register_fsdp_forward_method(module, RUN)
+
+
 def _make_root(model: nn.Module) -> None:
     """An empty pass makes the model FSDP's root. Otherwise the layer that is called first would become one."""
     run_in(model, lambda: None)
@@ -132,9 +136,18 @@ def _make_root(model: nn.Module) -> None:
 
 def run_in(module: nn.Module, work: Callable[..., T], *args: Any, **kwargs: Any) -> T:
     """work(*args, **kwargs) as the module's forward: its own matrices are whole in it, and gradients of what it gives
-    are summed over the processes after their backward pass. Of a frozen model only detached tensors may leave it."""
+    are summed over the processes after their backward pass, which FSDP follows from tensors, also in lists and dicts.
+    Of a frozen model only detached tensors may leave it."""
+    if RUN not in module.__dict__ and isinstance(module, FSDPModule):  # which someone else has spread
+        _let_run(module)
     run: Any = module.__dict__.get(RUN)
     return work(*args, **kwargs) if run is None else run(work, *args, **kwargs)
+
+
+def gathers(layer: nn.Module, part: nn.Module) -> nn.Module | None:
+    """What of a layer has to run for the matrices of a part of it to be whole; None where they are not in parts."""
+    groups = [module for module in layer.modules() if isinstance(module, FSDPModule)]
+    return next((group for group in reversed(groups) if any(part is module for module in group.modules())), None)
 
 
 @contextmanager

@@ -19,6 +19,7 @@ from mohawk.kernels.mixing.interface import head_mean_distance, mixing_distance
 from mohawk.kernels.mixing.metrics import OF_MEANS
 from mohawk.kernels.mixing.operands import AttentionMixing, DeltaMixing, Mixing, SSDMixing
 from mohawk.models.decoders import check_checkpointing, check_layers, decoder, first_tensor
+from mohawk.models.sharding import gathers, run_in
 from mohawk.models.state_mixer import StateMixer
 from mohawk.models.teacher_forcing import RECORDING, AttentionRecord, recording_attention
 
@@ -33,10 +34,27 @@ class MixerRecord:
 
     mixer: StateMixer
     hidden_states: Tensor | None = None  # (b, n, D), behind the layer's input norm
+    group: nn.Module | None = None  # as whose forward the mixer's matrices are whole; None: they are
 
     def mixing(self, segment_ids: Tensor | None = None) -> SSDMixing | DeltaMixing:
         assert self.hidden_states is not None  # the model has run
-        return self.mixer.mixing(self.hidden_states, segment_ids=segment_ids)
+        if self.group is None:
+            return self.mixer.mixing(self.hidden_states, segment_ids=segment_ids)
+        made: list[SSDMixing | DeltaMixing] = []
+
+        def tensors(hidden_states: Tensor) -> dict[str, Tensor]:
+            made.append(self.mixer.mixing(hidden_states, segment_ids=segment_ids))
+            given = {name: x for name, x in vars(made[0]).items() if isinstance(x, Tensor)}
+            # parameters lose their memory behind it
+            return {name: x.clone() if _is_parameters(x) else x for name, x in given.items()}
+
+        found: dict[str, Any] = run_in(self.group, tensors, self.hidden_states)
+        return dataclasses.replace(made[0], **found)
+
+
+def _is_parameters(x: Tensor) -> bool:
+    """Whether a tensor is a parameter or a view of one."""
+    return isinstance(x if x._base is None else x._base, nn.Parameter)
 
 
 LayerRecord = AttentionRecord | MixerRecord
@@ -70,7 +88,10 @@ def collect_attention(model: nn.Module, layers: Collection[int]) -> Iterator[dic
         mixer = next((module for module in modules[layer].modules() if isinstance(module, StateMixer)), None)
         if mixer is None and kinds is not None and kinds[layer] not in LAYER_KINDS:
             raise ValueError(f"attention of {name}: layer {layer} is of {kinds[layer]}, which cannot be recorded")
-        records[layer] = AttentionRecord() if mixer is None else MixerRecord(mixer)
+        if mixer is None:
+            records[layer] = AttentionRecord()
+        else:
+            records[layer] = MixerRecord(mixer, group=gathers(modules[layer], mixer))
         if mixer is None:
             tagged += [(module, records[layer]) for module in modules[layer].modules()]
 

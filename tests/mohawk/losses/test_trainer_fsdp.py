@@ -6,11 +6,13 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from transformers import TrainingArguments
 
-from mohawk import DistillationTrainer, hybrid_from_teacher
+from mohawk import DistillationTrainer, KnowledgeDistiller, hybrid_from_teacher
+from mohawk.core.collectives import sum_gradients
+from mohawk.losses.attention_match import AttentionMatch
 from mohawk.losses.heads import Head, final_hidden_states
 from mohawk.losses.hidden_match import HiddenMatch
-from mohawk.losses.matching import match_hidden
-from mohawk.models.sharding import whole
+from mohawk.losses.matching import match_attention, match_hidden
+from mohawk.models.sharding import reshard, shard, whole
 from tests.helpers.processes import in_processes
 from tests.helpers.tiny_phase import cheap_training  # noqa: F401
 from tests.models.conftest import tiny_teacher
@@ -124,3 +126,37 @@ def whole_after(mesh) -> tuple[int, int]:
 def test_a_pass_without_gradients_leaves_the_roots_matrices_in_parts(tmp_path):
     for found in in_processes(tmp_path, 2, lambda rank: whole_after(init_device_mesh("cpu", (2,)))):
         assert found == (0, 2)
+
+
+def matched(how: str, mesh) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """Loss and gradients of two steps' worth of a hybrid whose mixers' matrices are matched, the same rows on every
+    process."""
+    teacher = tiny_teacher()
+    torch.manual_seed(0)
+    student = hybrid_from_teacher(teacher, mixer={1: "mamba2", 3: "gated_delta"}).requires_grad_(True).train()
+    if mesh is not None and how == "ours":
+        shard(student, mesh)
+    elif mesh is not None:
+        for layer in student.model.layers:
+            fully_shard(layer, mesh=mesh)
+        fully_shard(student, mesh=mesh)
+    of_matrices = match_attention(AttentionMatch([(0, 0), (1, 1), (3, 3)], loss="frobenius"))
+    distiller = KnowledgeDistiller(teacher, student, matchings={"attention": of_matrices})
+    for _ in range(2):
+        loss = distiller.compute_loss(Rows().ids[:2])
+        loss.backward()
+    share = 1 if mesh is None or how == "accelerate" else mesh.size()  # ours sums
+    reshard(student)
+    parameters = [p for p in student.parameters() if p.grad is not None]
+    sum_gradients(parameters) if how == "ours" else None
+    return loss.detach(), {n: whole(p.grad) / share for n, p in student.named_parameters() if p.grad is not None}
+
+
+def test_mixers_matrices_that_are_matched_behind_the_layers_forward_pass(tmp_path):
+    one = {how: matched(how, None) for how in ("ours", "accelerate")}
+    many, _ = in_processes(tmp_path, 2, lambda rank: {how: matched(how, init_device_mesh("cpu", (2,))) for how in one})
+    for how, (loss, gradients) in one.items():
+        torch.testing.assert_close(many[how][0], loss, rtol=1e-6, atol=0)
+        assert many[how][1].keys() == gradients.keys()
+        for name, gradient in gradients.items():
+            assert (many[how][1][name] - gradient).norm() <= 1e-5 * gradient.norm() + 1e-9, (how, name)
