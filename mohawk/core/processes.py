@@ -28,6 +28,8 @@ T = TypeVar("T")
 PATIENCE = "MOHAWK_TIMEOUT_MINUTES"  # environment variable: how long a process may be silent where others wait for it
 MINUTES = 30.0  # where it is not set
 HEARING = timedelta(seconds=5)  # for a mistake that all find to be found by all
+ARRIVING = timedelta(seconds=60)  # for processes that are still being started, before a mistake ends the first
+LAST = 2.0  # seconds by which those of the first machine outlive others, whose torchrun asks a store there
 BEAT = 2.0  # seconds between signs of life of the first process, while the others wait for its work
 
 _store: dist.Store | None = None  # where a process leaves word while others are in the middle of something
@@ -152,6 +154,7 @@ def _start(device: str | None) -> None:
         stop_with_parent()
     if _store is None:
         _store = next(dist.rendezvous("env://", timeout=patience()))[0]
+        _store.set(f"here {os.environ['RANK']}", "")
     if device is None:
         return
     cuda = device != "cpu" and torch.cuda.is_available()
@@ -191,28 +194,55 @@ def _quiet() -> Iterator[None]:
 
 
 def _tell(error: UserError) -> None:
-    """The first process's mistake, for the others; waits a little until they have heard it."""
-    if _store is not None:
+    """The first process's mistake, for the others; waits until they have heard it. Until then none of those that have
+    ends either: a launcher ends all with the first that does."""
+    if _store is None:
+        return
+    others = range(1, int(os.environ["WORLD_SIZE"]))
+    try:
         _store.set("error", str(error))
-        _found(*(f"heard {rank}" for rank in range(1, int(os.environ["WORLD_SIZE"]))))
+        if _all_set([f"here {rank}" for rank in others], ARRIVING):
+            _all_set([f"heard {rank}" for rank in others], HEARING)
+        _store.set("over", "")
+    except dist.DistError:  # the store is gone, and who had it
+        return
+    time.sleep(_outliving())
+
+
+def _all_set(keys: Sequence[str], limit: timedelta) -> bool:
+    """Whether all the keys are set within so long. Not by `wait`, which prints what it waited for in vain."""
+    assert _store is not None
+    end = time.monotonic() + limit.total_seconds()
+    while not _store.check(list(keys)):
+        if time.monotonic() > end:
+            return False
+        time.sleep(0.02)
+    return True
+
+
+def _outliving() -> float:
+    """Seconds that the first process waits before it ends with a mistake that all have heard."""
+    return LAST if int(os.environ.get("GROUP_WORLD_SIZE", "1")) > 1 else 0.1  # of torchrun: how many machines
 
 
 def _first_said(error: UserError) -> bool:
     """Whether the first process ends with the same mistake. Once it was told that all know, it is gone."""
     global _heard
-    if _heard or _store is None or not _found("error"):
+    if _heard or _store is None or not (_found("here 0", ARRIVING) and _found("error", HEARING)):
         return isinstance(error, SaidElsewhere)
     _heard = _store.get("error").decode() == str(error)
     _store.set(f"heard {os.environ['RANK']}", "")
+    if _heard and _found("over", ARRIVING + HEARING) and os.environ.get("GROUP_RANK", "0") == "0":
+        time.sleep(_outliving() + 0.4)  # the first, which is on this machine, is to speak before it is ended
     return _heard
 
 
-def _found(*keys: str) -> bool:
-    """Whether all the keys are set in the store, now or within seconds."""
+def _found(key: str, limit: timedelta) -> bool:
+    """Whether a key is set in the store, now or within so long."""
     assert _store is not None
     try:
-        _store.wait(list(keys), HEARING)
-    except dist.DistError:  # none in time, or the first process is gone
+        _store.wait([key], limit)
+    except dist.DistError:  # not in time, or the first process is gone
         return False
     return True
 

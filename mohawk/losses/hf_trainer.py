@@ -37,7 +37,8 @@ class DistillationTrainer(Trainer):
     split does not change it.
 
     What is measured beside the loss (kd, ce, agreement, teacher_entropy, temperature) is logged with it. Parameters of
-    matchings train with the model's; they, TAID and moving averages are kept in checkpoints, beside the model.
+    matchings train with the model's; under FSDP2 and DeepSpeed they have an AdamW of their own, whatever `optim` is.
+    They, TAID and moving averages are kept in checkpoints, beside the model.
     """
 
     def __init__(self, *args: Any, teacher: Any, distillation: dict[str, Any] | None = None, **kwargs: Any):

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -159,6 +160,32 @@ def test_the_one_process_of_accelerate_launch_is_asked_to_save_when_that_is_gone
     assert launcher.wait() == -signal.SIGTERM
     until(tmp_path / "said")
     assert (tmp_path / "said").read_text() == str(int(signal.SIGTERM) if stops else None)
+
+
+def test_a_mistake_of_all_is_the_firsts_also_where_one_comes_late(tmp_path, monkeypatch):
+    """Those that came in time wait with it, as a launcher ends all when one ends."""
+    monkeypatch.setattr(processes, "HEARING", timedelta(seconds=0.5))
+    port = str(free_port())
+
+    def body(rank):
+        os.environ.update(
+            RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="3", MASTER_ADDR="127.0.0.1", MASTER_PORT=port
+        )
+        if rank == 2:
+            time.sleep(2.0)
+        try:
+            with processes.joined():
+                if rank == 2:
+                    (tmp_path / "late").touch()
+                raise UserError("a recipe's")
+        except UserError as error:
+            said = f"{type(error).__name__}: {error}, {(tmp_path / 'late').exists()}"
+        (tmp_path / str(rank)).write_text(said)
+
+    pids = [fork(lambda rank=rank: body(rank)) for rank in range(3)]
+    assert [wait(pid) for pid in pids] == [0, 0, 0]
+    kinds = ("UserError", "SaidElsewhere", "SaidElsewhere")
+    assert [(tmp_path / str(rank)).read_text() for rank in range(3)] == [f"{k}: a recipe's, True" for k in kinds]
 
 
 @pytest.mark.parametrize("given", ["soon", "0", "-1", "nan", "inf", "1e9"])
