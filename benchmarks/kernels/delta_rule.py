@@ -10,7 +10,7 @@ from torch import Tensor
 
 from benchmarks.harness import Case, Step
 from benchmarks.own import Own
-from mohawk.kernels.delta.chunked import CHUNK
+from mohawk.kernels.delta.chunked import CHUNK, CHUNKS
 from mohawk.kernels.delta.interface import gated_delta_rule
 
 SHAPE = (2, 2048, 16, 64)  # batch, seq, heads, key_dim = value_dim
@@ -18,7 +18,7 @@ QUICK = (1, 300, 2, 16)
 CHECK_SEQ = 150  # the reference goes token by token
 TRANSFORMERS = "transformers, Qwen3.5 in torch"
 FORMULA = (
-    f"Floor: one product of b n x h d and h d x (19 Q + 10 d), 2 b n h d (19 Q + 10 d) flops, Q = {CHUNK} the chunk: "
+    "Floor: one product of b n x h d and h d x (19 Q + 10 d), 2 b n h d (19 Q + 10 d) flops, Q = {} the chunk: "
     "the rule's own 8 products forward and 21 backward, each with the chunk or the state."
 )
 # (q, k, v, beta, log_decay) -> y
@@ -83,10 +83,14 @@ def make(rule: Rule, shape: tuple[int, int, int, int], dtype: torch.dtype, devic
     return check, Step(lambda: rule(*inputs), lambda y: torch.autograd.grad(y, inputs, dy.to(y.dtype)))
 
 
+def columns(width: int, device: str) -> int:
+    return 19 * CHUNKS.get(device, CHUNK) + 10 * width
+
+
 def make_floor(shape: tuple[int, int, int, int], dtype: torch.dtype, device: str):
     batch, seq, heads, width = shape
     left = torch.randn(batch * seq, heads * width, device=device).to(dtype)
-    right = torch.randn(heads * width, 19 * CHUNK + 10 * width, device=device).to(dtype)
+    right = torch.randn(heads * width, columns(width, device), device=device).to(dtype)
     return (lambda whole: 0.0), lambda: left @ right
 
 
@@ -97,8 +101,12 @@ def cases(device: str, quick: bool, own: Own = ()) -> list[Case]:
     for dtype in (torch.float32, torch.bfloat16):
         table = f"{str(dtype)[6:]}, batch {batch}, n {seq}, {heads} heads of {width}"
         floor = "floor: one product"
-        options = {"floor": floor, "formula": FORMULA, "tolerance": 1e-3 if dtype == torch.float32 else 0.1}
-        options["flops"] = 2.0 * batch * seq * heads * width * (19 * CHUNK + 10 * width)
+        options = {
+            "floor": floor,
+            "formula": FORMULA.format(CHUNKS.get(device, CHUNK)),
+            "tolerance": 1e-3 if dtype == torch.float32 else 0.1,
+        }
+        options["flops"] = 2.0 * batch * seq * heads * width * columns(width, device)
         found.append(Case(table, floor, lambda dtype=dtype: make_floor(shape, dtype, device), **options))
 
         def build(dtype=dtype):
