@@ -417,13 +417,14 @@ class RationaleDistiller:
         if (rationales is None) == (teacher_rationale is None):
             got = "neither" if rationales is None else "both"
             raise UserError(f"compute_loss: got {got} of rationales and teacher_rationale; give one of them")
-        rationales = rationales if teacher_rationale is None else teacher_rationale
+        given = rationales if teacher_rationale is None else teacher_rationale
+        assert given is not None  # one of both is
         if isinstance(prompts, (str, Tensor)) or not all(isinstance(prompt, str) for prompt in prompts):
             raise UserError(
                 "compute_loss: prompts: got no list of texts; give texts, such as tokenizer.batch_decode(ids, "
                 "skip_special_tokens=True): each task puts a prefix in front of them"
             )
-        labels, rationales = self._answers("labels", labels), self._answers("teacher_rationale", rationales)
+        labels, rationales = self._answers("labels", labels), self._answers("rationales", given)
         if None in labels:
             raise UserError("compute_loss: labels: one holds no token; give every example a label")
         of_labels, of_rationales = normalizers or (None, None)
@@ -466,7 +467,7 @@ class RationaleDistiller:
     def count_tokens(self, prompts: Sequence[str], labels: Answers, rationales: Answers) -> tuple[int, int]:
         """How many tokens the label loss and the rationale loss of some examples are the means of, eos included."""
 
-        def tokens(prefix: str, answers: Sequence[str | None]) -> int:
+        def tokens(prefix: str, answers: Sequence[str | list[int] | None]) -> int:
             asked = zip(prompts, answers, strict=True)
             pairs = ((task_prompt(prefix, prompt), answer) for prompt, answer in asked if answer is not None)
             return sum(len(self._pair(*pair)[1]) for pair in pairs)
