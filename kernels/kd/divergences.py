@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 
 # Stands for -inf and keeps autograd out of inf - inf: exp of it is 0 in float32 and float64.
 LOW = -8e37
+# Between raw logits, a logit below this is a word that is not there: -inf, and the numbers that models suppress words
+# with, whose squares are infinite in float32.
+NOT_THERE = -1e15
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,11 +99,11 @@ def _adaptive_kl(lp: Tensor, lq: Tensor, beta: float, lam: float) -> Tensor:
     return share * _kl(lp, lq) + (1 - share) * _kl(lq, lp)
 
 
-# Between logits -inf means a word that is not there, on either side; +inf is an overflow and stays visible.
+# Between raw logits a word below NOT_THERE on either side is left out; +inf is an overflow and stays visible.
 
 
 def _both_there(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
-    out = student.isneginf() | teacher.isneginf()
+    out = (student < NOT_THERE) | (teacher < NOT_THERE)
     return student.masked_fill(out, 0.0), teacher.masked_fill(out, 0.0)
 
 
@@ -110,9 +113,16 @@ def _mse(student: Tensor, teacher: Tensor) -> Tensor:
 
 
 def _cosine(student: Tensor, teacher: Tensor) -> Tensor:
-    from torch.nn.functional import cosine_similarity
-
-    return 1 - cosine_similarity(*_both_there(student, teacher), dim=-1)
+    """1 - cos as half the square of what unit vectors differ by, which keeps its digits where the two come together.
+    Each norm is at least 1e-8, as in torch's cosine_similarity; what a shorter vector lacks of 1 is added."""
+    value = 0.0
+    units = []
+    for x in _both_there(student, teacher):
+        norm = x.norm(dim=-1, keepdim=True)
+        unit = x / norm.clamp_min(1e-8)
+        value = value + (1 - unit.square().sum(-1)).where(norm.squeeze(-1) < 1e-8, 0.0) / 2
+        units.append(unit)
+    return value + (units[0] - units[1]).square().sum(-1) / 2
 
 
 DIVERGENCES: dict[str, Divergence] = {

@@ -22,7 +22,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from mohawk.kernels.kd.divergences import DIVERGENCES, Divergence, head_share
+from mohawk.kernels.kd.divergences import DIVERGENCES, NOT_THERE, Divergence, head_share
 from mohawk.kernels.kd.vocabulary import VocabularySlice
 
 ValueAndGradient = tuple[Tensor, Tensor | None]
@@ -196,20 +196,24 @@ DISTRIBUTION = {
 }
 
 
-# On logits: z and t are raw, the gradient is with respect to z, entries that are -inf on either side are left
+# On logits: z and t are raw, the gradient is with respect to z, entries that are not there on either side are left
 # out.
 
 
 def finite(z: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-    """New tensors, 0 where either is -inf. +inf (an overflow) stays."""
-    out = torch.isneginf(z) | torch.isneginf(t)
+    """New tensors, 0 where either has no word. +inf (an overflow) stays."""
+    out = _not_there(z, t)
     return z.masked_fill(out, 0.0), t.masked_fill(out, 0.0)
+
+
+def _not_there(z: Tensor, t: Tensor) -> Tensor:
+    return (z < NOT_THERE) | (t < NOT_THERE)
 
 
 def mse(
     z: Tensor, t: Tensor, want_grad: bool, vocabulary: VocabularySlice, products: Tensor | None = None
 ) -> ValueAndGradient:
-    difference = torch.sub(z, t).masked_fill_(torch.isneginf(z) | torch.isneginf(t), 0.0)
+    difference = torch.sub(z, t).masked_fill_(_not_there(z, t), 0.0)
     value = difference.square().sum(-1) / vocabulary.size
     return value, difference.mul_(2 / vocabulary.size) if want_grad else None
 

@@ -138,7 +138,8 @@ def kd_loss(
             skipped by both terms. None: every row counts, and `ce_weight` must be 0. For next-token targets pad the
             labels, `F.pad(labels[:, 1:], (0, 1), value=-100)`, and keep the logits whole: `logits[:, :-1]` would
             have to be copied.
-        divergence: one of those listed below. Those between raw logits know no temperature.
+        divergence: one of those listed below. Those between raw logits know no temperature
+            and leave out words whose logit on either side is -inf or below -1e15, as models suppress words.
             beta, of jsd and adaptive_kl, is from 0 to 1; lam, of the skewed ones, from 0 (no skew) to below 1.
         temperature: T, from 0.001 to 1000, dividing both sides' logits; the divergence is multiplied by T^2 (Hinton
             et al. 2015). The cross-entropy is at temperature 1.

@@ -167,8 +167,8 @@ def finish_logits(tile: Tensor, bias: Tensor | None, scale: float, softcap: floa
 
 
 def logits_product(hidden: Tensor, head: Tensor, out: Tensor, rounds: bool = False) -> None:
-    """out = hidden @ head.T with the precision of `out` (float32, or float64), or rounded to bfloat16 where that is
-    asked for and `is_rounded`."""
+    """out = hidden @ head.T with the precision of `out` (float32, or float64); where `rounds` asks for it and
+    `is_rounded`, rounded to bfloat16."""
     if rounds and is_rounded(hidden, head):
         step = max(1, SLICE_BYTES // (2 * max(1, len(hidden))))
         for start in range(0, len(head), step):

@@ -19,6 +19,9 @@ import triton.language as tl
 
 from mohawk.kernels.common.triton_math import exp, expm1, expm1_less, log1p
 from mohawk.kernels.common.triton_rows import columns_of, load_block, load_row, rounds, start_of
+from mohawk.kernels.kd import divergences
+
+NOT_THERE = tl.constexpr(divergences.NOT_THERE)
 
 
 @triton.jit
@@ -129,7 +132,7 @@ def statistics_kernel(
             else:
                 t = load_block(t_row, columns, first, vocab, EDGES)
                 if DIVERGENCE == "cosine":
-                    out = (z == float("-inf")) | (t == float("-inf"))
+                    out = (z < NOT_THERE) | (t < NOT_THERE)
                     z, t = tl.where(out, 0.0, z), tl.where(out, 0.0, t)
                     z_sum += tl.sum(z * z, 1)
                     t_sum += tl.sum(t * t, 1)
@@ -309,7 +312,7 @@ def _terms(p, q, r, beta, lam, vocab_all, DIVERGENCE: tl.constexpr):
 @triton.jit
 def _raw(z, t, z_norm, t_norm, vocab_all, DIVERGENCE: tl.constexpr):
     """(value, difference, z) per entry for the divergences of raw logits."""
-    out = (z == float("-inf")) | (t == float("-inf"))
+    out = (z < NOT_THERE) | (t < NOT_THERE)
     z, t = tl.where(out, 0.0, z), tl.where(out, 0.0, t)
     if DIVERGENCE == "cosine":
         z, t = z / z_norm, t / t_norm

@@ -169,6 +169,21 @@ def test_values_of_small_divergences(divergence):
         assert errors["chunked"] <= max(2 * errors["reference"], 2e-6), (distance, errors)
 
 
+def test_digits_of_cosine_where_vectors_all_but_agree():
+    g = torch.Generator().manual_seed(0)
+    for distance in (1e-3, 1e-4):  # 5e-7 and 5e-9
+        z = torch.randn(8, 4000, generator=g)
+        t = z + distance * torch.randn(8, 4000, generator=g)
+        a, b = (x.double() / x.double().norm(dim=-1, keepdim=True) for x in (z, t))
+        truth = (a - b).square().sum(-1) / 2
+        for backend in BACKENDS:
+            rows = kd_loss(z, t, divergence="cosine", reduction="none", backend=backend)
+            assert error(rows, truth) < 0.01, (backend, distance)
+    nothing = torch.zeros(1, 5)
+    for z, t, value in ((nothing, nothing, 1.0), (nothing, nothing + 1, 1.0), (nothing + 1, nothing, 1.0)):
+        assert all(kd_loss(z, t, divergence="cosine", backend=one) == value for one in BACKENDS)
+
+
 @pytest.mark.parametrize("spread", (1.0, 4.0))
 @pytest.mark.parametrize("divergence", ("forward_kl", "reverse_kl", "jsd", "skew_kl", "skew_reverse_kl"))
 def test_digits_where_student_and_teacher_all_but_agree(divergence, spread):
@@ -263,6 +278,29 @@ def test_words_masked_with_a_finite_number(divergence, dtype):
                     assert truth.isfinite().all(), case
                     assert error(got, truth) <= 2 * error(reference, truth) + 2e-6, case
                     assert torch.equal(opaque, got), case
+
+
+@pytest.mark.parametrize("mask", (float("-inf"), torch.finfo(torch.bfloat16).min, -1e34, -1e18))
+@pytest.mark.parametrize("divergence", ("mse", "cosine"))
+def test_masked_words_are_not_there_between_raw_logits(divergence, mask):
+    """On one side or both: what is left is compared as if these words were not, whatever number masks them."""
+    g = torch.Generator().manual_seed(0)
+    for masked in ((True, True), (True, False), (False, True)):
+        z, t = torch.randn(4, 40, generator=g), torch.randn(4, 40, generator=g)
+        for one, here in zip((z, t), masked, strict=True):
+            one[:, 30:] = mask if here else one[:, 30:]
+        x, y = z.double().requires_grad_(), t.double()
+        left = (x[:, :30], y[:, :30])
+        if divergence == "cosine":
+            value = 1 - torch.stack([(a * b).sum() / (a.norm() * b.norm()) for a, b in zip(*left, strict=True)])
+        else:
+            value = (left[0] - left[1]).square().sum(-1) / 40
+        truth = torch.autograd.grad(value.mean(), x)[0]
+        for backend in BACKENDS:
+            w = z.clone().requires_grad_()
+            loss = kd_loss(w, t, divergence=divergence, backend=backend)
+            loss.backward()
+            assert error(loss.detach(), value.mean().detach()) < 1e-6 and error(w.grad, truth) < 1e-5, (backend, masked)
 
 
 @pytest.mark.parametrize("rows", (96, 300))  # the head's gradient from one product, and summed over chunks
