@@ -7,7 +7,7 @@ import contextlib
 import importlib.util
 import os
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -263,6 +263,12 @@ def _backend(asked: str, x: Tensor, divergence: str) -> str:
     return "chunked"
 
 
+def _untransformed(name: str, x: Any) -> Any:
+    if transformed(x):
+        raise ValueError(f"{name} {TRANSFORMED}")
+    return x
+
+
 def prepare(
     student: tuple[Tensor, ...],
     teacher: TeacherSource,
@@ -281,6 +287,9 @@ def prepare(
     entries = student[1].shape[0] if s.linear else student[0].shape[-1]
     of_teacher = teacher.entries() if isinstance(teacher, TeacherSource) else []
     vocabulary = VocabularySlice(entries, s.vocab_size, group, lead.numel(), device, of_teacher)
+    if s.backend != "reference":
+        for name, x in (("labels", labels), ("token_weights", token_weights), ("normalizer", normalizer)):
+            _untransformed(name, x)
     kd_checks.check_rows(labels, token_weights, lead, device, vocabulary.size, s.ignore_index)
     kept = None if labels is None else labels != s.ignore_index
     if not isinstance(teacher, TeacherSource):
@@ -289,8 +298,10 @@ def prepare(
         )
     teacher.check(kd_checks.Against(lead, device, vocabulary, s, kept))
     backend = _backend(s.backend, student[0], s.divergence)
-    if backend != "reference" and any(transformed(x) for x in student):
-        raise ValueError(f"the student {TRANSFORMED}")
+    if backend != "reference":
+        for x in student:
+            _untransformed("the student", x)
+        teacher.map_rows(lambda x, trailing: _untransformed("the teacher", x))
     if backend == "reference" and group is not None:
         raise ValueError("backend 'reference' has no group; use 'chunked', or gather the vocabulary first")
     if group is not None and entry.on_logits and s.divergence not in kd_gradients.LOGITS:

@@ -56,6 +56,7 @@ def check_settings(s: Settings, has_labels: bool, normalizer: float | Tensor | N
     if s.reduction != "mean":
         raise ValueError(f"normalizer is given but reduction is {s.reduction!r}; it replaces the count in 'mean'")
     if isinstance(normalizer, Tensor):
+        with_values("normalizer", normalizer)
         if normalizer.numel() != 1:
             raise ValueError(f"normalizer has shape {tuple(normalizer.shape)}; it must be one number")
         if normalizer.requires_grad:
@@ -81,10 +82,14 @@ def check_student(student: tuple[Tensor, ...], s: Settings) -> None:
     check_head("student", student[0], student[1], bias, s.logit_scale, s.logit_softcap, s.under_autocast)
 
 
-def floating(name: str, x: object, dims: int | None = None) -> None:
-    reason = unusable(x)
-    if reason is not None or not isinstance(x, Tensor):
+def with_values(name: str, x: object) -> None:
+    if (reason := unusable(x)) is not None:
         raise ValueError(f"{name} {reason}")
+
+
+def floating(name: str, x: object, dims: int | None = None) -> None:
+    with_values(name, x)
+    assert isinstance(x, Tensor)
     if not x.is_floating_point():
         raise ValueError(f"{name} has dtype {x.dtype}; it must be a float dtype")
     if dims is not None and x.dim() != dims:
@@ -181,6 +186,7 @@ def check_ids(kind: str, ids: Tensor, field: str, values: Tensor, student: Again
     floating(name, values)
     if not isinstance(ids, Tensor) or ids.dtype != torch.int64:
         raise ValueError(f"{kind}.ids must be an int64 tensor")
+    with_values(f"{kind}.ids", ids)
     if ids.shape != values.shape:
         raise ValueError(f"{kind}.ids has shape {tuple(ids.shape)} but {name} {tuple(values.shape)}")
     _device(name, values, student.device)
@@ -207,6 +213,7 @@ def check_rows(
     if labels is not None:
         if not isinstance(labels, Tensor) or labels.dtype != torch.int64:
             raise ValueError(f"labels must be an int64 tensor, not {getattr(labels, 'dtype', type(labels).__name__)}")
+        with_values("labels", labels)
         _device("labels", labels, device)
         leading("labels", labels.shape, lead)
         wrong = (labels != ignore_index) & ((labels < 0) | (labels >= vocab))

@@ -132,7 +132,7 @@ def statistics_kernel(
             else:
                 t = load_block(t_row, columns, first, vocab, EDGES)
                 if DIVERGENCE == "cosine":
-                    out = (z < NOT_THERE) | (t < NOT_THERE)
+                    out = tl.minimum(z, t) < NOT_THERE
                     z, t = tl.where(out, 0.0, z), tl.where(out, 0.0, t)
                     z_sum += tl.sum(z * z, 1)
                     t_sum += tl.sum(t * t, 1)
@@ -312,7 +312,7 @@ def _terms(p, q, r, beta, lam, vocab_all, DIVERGENCE: tl.constexpr):
 @triton.jit
 def _raw(z, t, z_norm, t_norm, vocab_all, DIVERGENCE: tl.constexpr):
     """(value, difference, z) per entry for the divergences of raw logits."""
-    out = (z < NOT_THERE) | (t < NOT_THERE)
+    out = tl.minimum(z, t) < NOT_THERE
     z, t = tl.where(out, 0.0, z), tl.where(out, 0.0, t)
     if DIVERGENCE == "cosine":
         z, t = z / z_norm, t / t_norm

@@ -12,6 +12,7 @@ from mohawk import (
     AttentionMixing,
     DeltaMixing,
     SSDMixing,
+    TeacherTopK,
     causal_conv1d,
     gated_delta_rule,
     kd_loss,
@@ -77,6 +78,28 @@ def test_transforms_of_functions(name):
         lambda: torch.func.vmap(call)(given[None]),
     ):
         refused(transform, r"inside a transform of torch.func \(grad, vmap, jvp\); use torch.autograd")
+
+
+def test_whatever_stands_beside_the_student_has_values():
+    """Labels, ids and normalizer too: without values or inside a transform, one line says which."""
+    z, t, y = torch.randn(4, 9), torch.randn(4, 9), torch.arange(4)
+    with FakeTensorMode() as mode:
+        fake, one = torch.arange(4), mode.from_tensor(torch.ones(()))
+    for name, call in (
+        ("labels is a FakeTensor", lambda: kd_loss(z, t, fake)),
+        ("labels is torch.sparse_coo", lambda: kd_loss(z, t, y.to_sparse())),
+        ("normalizer is a FakeTensor", lambda: kd_loss(z, t, normalizer=one)),
+        ("normalizer is on the meta device", lambda: kd_loss(z, t, normalizer=torch.ones((), device="meta"))),
+        ("TeacherTopK.ids is a FakeTensor", lambda: kd_loss(z, TeacherTopK(fake[:, None], -t[:, :1].abs()))),
+        ("the teacher is inside", lambda: torch.func.grad(lambda x: kd_loss(z, x))(t)),
+        ("labels is inside", lambda: torch.func.vmap(lambda x: kd_loss(z, t, x))(y.expand(2, 4))),
+        (
+            "token_weights is inside",
+            lambda: torch.func.vmap(lambda x: kd_loss(z, t, token_weights=x))(torch.ones(2, 4)),
+        ),
+    ):
+        with pytest.raises(ValueError, match=name):
+            call()
 
 
 def test_the_reference_under_torch_func():
