@@ -296,7 +296,10 @@ def main() -> None:
     rows = all_rows(options, lambda run: known.get(run) or done(run, options.tokens, options.runs), progress)
     lines, speeds = summary(rows), decoding(timed(options))
     options.results.mkdir(parents=True, exist_ok=True)
-    about = {"tokens": options.tokens, "seeds": options.seeds, "date": time.strftime("%Y-%m-%d")}
+    from mohawk.core.devices import machine
+
+    timed_on = machine("cpu")["devices"][0]  # rows that were kept may be of another
+    about = {"timed_on": timed_on, "tokens": options.tokens, "seeds": options.seeds, "date": time.strftime("%Y-%m-%d")}
     written = {"about": about, "summary": lines, "decoding": speeds, "rows": rows}
     (options.results / "ablation.json").write_text(json.dumps(written, indent=1) + "\n")
     draw(lines, options.results / "ablation.png")
@@ -308,7 +311,17 @@ def main() -> None:
     )
     told = made_by(rows[0]["machine"], command)
     plot = "![ablation](benchmarks/results/ablation.png)"
-    text = [*table(lines, options.tokens), "", *decoding_table(speeds), "", told, "", plot]
+    text = [
+        *table(lines, options.tokens),
+        "",
+        *decoding_table(speeds),
+        "",
+        f"Decoding: {timed_on}.",
+        "",
+        told,
+        "",
+        plot,
+    ]
     if options.results == RESULTS:
         put_in_docs("ablation", text)
     else:
