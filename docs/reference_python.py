@@ -55,6 +55,8 @@ GROUPS = {
 TEACHERS = ["ModelTeacher", "Ensemble", "AverageTeacher", "CachedTeacher", "Answer"]
 # What signatures name and nobody imports: it is handed out, or is a word for types that are known.
 TYPES = {
+    "Answers": "texts, or their ids: a tensor (b, m) padded with -100 or the tokenizer's padding, or lists; None in a "
+    "list: that row has none",
     "CausalLM": "a causal language model of transformers, or peft's model around one",
     "Dense": "`TeacherLogits` or `TeacherHidden`",
     "KDParts": "a named tuple of the loss's two terms, `kd` (with its T²) and `ce`, before their weights, detached",
@@ -63,6 +65,7 @@ TYPES = {
     "Mixing": "`AttentionMixing`, `SSDMixing` or `DeltaMixing`",
     "Model": "any class of model: what comes back is of the class of what went in",
     "PerLayer": "`Mapping[int, Sequence[int]]`: for each layer the indices of what is kept",
+    "PolicyGradient": '`"normalized"` or `"sum"`',
     "PruneStep": "a step of a pruning: `name`, `kind`, `told` (what the student then is), `round` (from 1)",
     "StateMixer": "the class that all mixers derive from",
     "TargetSection": "the sizes or the budget of a round, as under `prune` in a [recipe](recipes.md)",

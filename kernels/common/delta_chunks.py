@@ -19,7 +19,6 @@ d channels, s operands beside each other.
 """
 
 from collections.abc import Iterator
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -55,23 +54,14 @@ def check_gates(where: str, k: Tensor, beta: Tensor, log_decay: Tensor) -> None:
         )
 
 
-class Made(NamedTuple):
-    """What costs most to make of chunks: (g, t, t) each, and the last (g, t, d)."""
-
-    scores: Tensor
-    overlaps: Tensor
-    inverse: Tensor
-    erases: Tensor
-
-
 class DeltaChunks:
     """The matrices above for many chunks at once.
 
     q, k: (g, t, d), beta: (g, t), all of one dtype; sums: (g, t, 1) or (g, t, d) float64 cumulative log decays from the
-    start of each chunk. made: of the same chunks, where it was kept.
+    start of each chunk.
     """
 
-    def __init__(self, q: Tensor, k: Tensor, beta: Tensor, sums: Tensor, made: Made | None = None) -> None:
+    def __init__(self, q: Tensor, k: Tensor, beta: Tensor, sums: Tensor) -> None:
         self.q, self.k, self.beta, self.sums = q, k, beta, sums
         self.from_start = sums.exp().to(k.dtype)
         self.to_end = (sums[:, -1:] - sums).exp().to(k.dtype)
@@ -80,11 +70,6 @@ class DeltaChunks:
         self.k_to_end = k * self.to_end
         if sums.shape[-1] == 1:
             self.decay = decay_between(sums.squeeze(-1), k.dtype)
-        if made is not None:
-            self.scores, self.overlaps, self.inverse, self.erases = made
-            self.writes = self.inverse * beta.unsqueeze(1)
-            return
-        if sums.shape[-1] == 1:
             self.scores = torch.bmm(q, k.mT).mul_(self.decay)
             self.overlaps = torch.bmm(k, k.mT).mul_(self.decay)
         else:
@@ -94,10 +79,6 @@ class DeltaChunks:
         self.inverse = torch.linalg.solve_triangular(lower, eye.expand_as(lower), upper=False, unitriangular=True)
         self.writes = self.inverse * beta.unsqueeze(1)
         self.erases = torch.bmm(self.writes, self.k_from_start)
-
-    @property
-    def made(self) -> Made:
-        return Made(self.scores, self.overlaps, self.inverse, self.erases)
 
     def gradients(
         self,

@@ -1,9 +1,8 @@
 """The gated delta rule in chunks, in torch, with the backward written out.
 
 Inside a chunk the rule is a masked matrix product (common/delta_chunks.py); between chunks a state of key_dim x
-value_dim is carried. Kept for the backward are the inputs, the state entering each chunk, what the tokens write, and
-what costs most to make inside chunks (a row of each for a token); the rest is made again. Work goes block by block
-(some heads of some batch rows, the whole sequence), so memory is linear in seq.
+value_dim is carried. The backward keeps the inputs and the state entering each chunk and makes the rest again. Work
+goes block by block (some heads of some batch rows, the whole sequence), so memory is linear in seq.
 
 Letters after an underscore: r heads of batch rows, c chunks, t tokens of a chunk, d key channels, p value channels.
 Everything inside is float32 or wider: bfloat16 inputs are widened, and only results are rounded back.
@@ -14,21 +13,19 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mohawk.kernels.common.delta_chunks import DeltaChunks, Made, chunk_length, padded
+from mohawk.kernels.common.delta_chunks import DeltaChunks, chunk_length, padded
 from mohawk.kernels.common.first_order import first_order
 from mohawk.kernels.common.segments import decays_with_resets
 
 BACKEND = "chunked"  # as `mohawk doctor` names it
 
 # Tokens per chunk: 64 balances the products inside chunks (seq * chunk) with those through states (seq * channels).
-# On a CPU 32 take a seventh less time with 64 channels and as much with 128; on a GPU they are twice as many steps, one
-# after the other.
+# On a CPU 32 take a seventh less time with 64 channels and as much with 128, and an eighth more memory, for twice as
+# many states; on a GPU they are twice as many steps, one after the other.
 CHUNKS = {"cpu": 32}
 CHUNK = 64  # elsewhere
-# Tensors of a block for its backward pass: the states, what is added to them, and those of `Made`.
-KEPT = 2 + len(Made._fields)
-# Elements of one operand (seq * channels for some heads) worked on at a time: a MB, of which there are dozens.
-BLOCK_ELEMENTS = 1 << 18
+# Elements of one operand (seq * channels for some heads) worked on at a time: half a MB, of which there are dozens.
+BLOCK_ELEMENTS = 1 << 17
 
 
 def delta_chunked(
@@ -79,17 +76,7 @@ def _blocks(k: Tensor, v: Tensor) -> list[_Block]:
 class _Operands:
     """What forward and backward both need of one block."""
 
-    def __init__(
-        self,
-        block: _Block,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        beta: Tensor,
-        log_decay: Tensor,
-        ids: Tensor | None,
-        made: Made | None = None,
-    ) -> None:
+    def __init__(self, block: _Block, q: Tensor, k: Tensor, v: Tensor, beta: Tensor, log_decay: Tensor, ids) -> None:
         chunk = _chunk(k)
 
         def cut(value: Tensor, dtype: torch.dtype = block.dtype) -> Tensor:
@@ -97,8 +84,7 @@ class _Operands:
 
         decays = decays_with_resets(block.of(log_decay), None if ids is None else ids[block.rows])
         sums = padded(decays.transpose(1, 2), chunk, torch.float64).flatten(0, 2).cumsum(1)
-        sums = sums if sums.dim() == 3 else sums.unsqueeze(-1)
-        self.inside = DeltaChunks(cut(q), cut(k), cut(beta), sums, made)
+        self.inside = DeltaChunks(cut(q), cut(k), cut(beta), sums if sums.dim() == 3 else sums.unsqueeze(-1))
         self.v_gtp = cut(v)
         self.across_gd1 = self.inside.across.unsqueeze(-1)
         self.chunks = -(-k.shape[1] // chunk)
@@ -120,14 +106,12 @@ class _ChunkedRule(torch.autograd.Function):
         final = torch.zeros(batch, heads, width, v.shape[3], dtype=dtype, device=v.device)
         if initial_state is not None:
             final.copy_(initial_state)
-        kept: list[Tensor] = []  # of each block KEPT
+        states = []
         with torch.autocast(v.device.type, enabled=False):
             for block in _blocks(k, v):
                 ops = _Operands(block, q, k, v, beta, log_decay, segment_ids)
-                states = _forward_block(block, ops, y, final)
-                if any(ctx.needs_input_grad):
-                    kept += [*states, *ops.inside.made]
-        ctx.save_for_backward(q, k, v, beta, log_decay, segment_ids, *kept)
+                states.append(_forward_block(block, ops, y, final))
+        ctx.save_for_backward(q, k, v, beta, log_decay, segment_ids, *states)
         ctx.initial_dtype = None if initial_state is None else initial_state.dtype
         ctx.set_materialize_grads(False)
         return y, final
@@ -135,7 +119,7 @@ class _ChunkedRule(torch.autograd.Function):
     @staticmethod
     @first_order("gated_delta_rule has no second derivative; use backend='reference' for it")
     def backward(ctx, dy, d_final):
-        q, k, v, beta, log_decay, segment_ids, *kept = ctx.saved_tensors
+        q, k, v, beta, log_decay, segment_ids, *states = ctx.saved_tensors
         gradients = [torch.empty_like(value) for value in (q, k, v, beta, log_decay)]
         shape = (k.shape[0], *k.shape[2:], v.shape[3])
         d_state = torch.zeros(shape, dtype=torch.promote_types(v.dtype, torch.float32), device=v.device)
@@ -144,16 +128,15 @@ class _ChunkedRule(torch.autograd.Function):
         if dy is None:
             dy = torch.zeros_like(v)
         with torch.autocast(v.device.type, enabled=False):
-            for i, block in enumerate(_blocks(k, v)):
-                entering, updates, *made = kept[KEPT * i : KEPT * (i + 1)]
-                ops = _Operands(block, q, k, v, beta, log_decay, segment_ids, Made(*made))
-                _backward_block(block, ops, entering, updates, dy, d_state, gradients)
+            for block, entering in zip(_blocks(k, v), states, strict=True):
+                ops = _Operands(block, q, k, v, beta, log_decay, segment_ids)
+                _backward_block(block, ops, entering, dy, d_state, gradients)
         return *gradients, None if ctx.initial_dtype is None else d_state.to(ctx.initial_dtype), None
 
 
-def _forward_block(block: _Block, ops: _Operands, y: Tensor, final: Tensor) -> tuple[Tensor, Tensor]:
+def _forward_block(block: _Block, ops: _Operands, y: Tensor, final: Tensor) -> Tensor:
     """Fill this block's part of y and of `final`, which holds the initial state. Returns (r, c, d, p) the states that
-    enter the chunks, and (g, t, p) what the tokens add to them along their keys."""
+    enter the chunks."""
     inside, own = ops.inside, final[block.rows, block.heads]
     updates_rctp = ops.updates()
     erases_rctd, k_rctd, across_rcd1 = (ops.by_chunk(x) for x in (inside.erases, inside.k_to_end, ops.across_gd1))
@@ -166,26 +149,21 @@ def _forward_block(block: _Block, ops: _Operands, y: Tensor, final: Tensor) -> t
         states[:, c + 1].baddbmm_(k_rctd[:, c].mT, updates_rctp[:, c])
     own.copy_(states[:, -1].view_as(own))
 
-    entering, updates_gtp = states[:, :-1], updates_rctp.flatten(0, 1)
-    y_gtp = torch.bmm(inside.scores, updates_gtp)
+    entering = states[:, :-1]
+    y_gtp = torch.bmm(inside.scores, updates_rctp.flatten(0, 1))
     y_gtp.baddbmm_(inside.q_from_start, entering.flatten(0, 1))
     _uncut(block.of(y), y_gtp)
-    return entering, updates_gtp
+    return entering
 
 
 def _backward_block(
-    block: _Block,
-    ops: _Operands,
-    entering: Tensor,
-    updates_gtp: Tensor,
-    dy: Tensor,
-    d_state: Tensor,
-    gradients: list[Tensor],
+    block: _Block, ops: _Operands, entering: Tensor, dy: Tensor, d_state: Tensor, gradients: list[Tensor]
 ) -> None:
     """Fill this block's gradients; d_state holds the final state's and receives the initial state's."""
     inside, own = ops.inside, d_state[block.rows, block.heads]
     dy_gtp = padded(block.of(dy).transpose(1, 2), inside.k.shape[1], block.dtype).flatten(0, 2)
     enter_gdp = entering.flatten(0, 1)
+    updates_gtp = ops.updates().flatten(0, 1).baddbmm_(inside.erases, enter_gdp, alpha=-1)
 
     # Between chunks: the gradient of the state leaving each chunk, from the last chunk to the first.
     d_updates_rctp = ops.by_chunk(torch.bmm(inside.scores.mT, dy_gtp))

@@ -282,7 +282,7 @@ def test_operator_is_registered_soundly():
     torch.manual_seed(0)
     z, t = torch.randn(4, 9, requires_grad=True), torch.randn(4, 9)
     numbers = torch.tensor([1.0, 1.0, 0.0, 0.5, 0.1, 1.0, 0.0], dtype=torch.float64)
-    names, ints = ("jsd", "mean", "chunked"), [-100, compiled.NO_SIZE, 0, 0, 0, 0]
+    names, ints = ("jsd", "mean", "chunked"), [-100, compiled.NO_SIZE, 0, 0, 0, 0, 0]
     torch.library.opcheck(
         compiled._op, ([z], [t], None, None, None, numbers, "TeacherLogits; tensor", *names, ints, [True], "")
     )
