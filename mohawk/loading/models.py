@@ -87,6 +87,8 @@ def load_teacher(
             "sharding.kind: none"
         )
     name, gguf_file = locate(model, gguf_file, who)
+    if gguf_file is None:
+        _refuse_larger_than_its_files(config, Path(name), who)
     kind = None if dtype == "auto" else getattr(torch, dtype)
     released = released_in(name, gguf_file, revision, who) is not None
     try:
@@ -143,6 +145,22 @@ def load_teacher(
     teacher = teacher if placed else teacher.to(device)
     check_causal(teacher, who or "model")  # before anything is trained or written with it
     return teacher
+
+
+def _refuse_larger_than_its_files(config: Any, folder: Path, who: str) -> None:
+    """UserError where the embedding or one layer's MLP that a configuration asks for takes more than all the files of
+    its folder even in 4 bits a weight: it would be allocated before anything is compared."""
+    stored = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    text = config.get_text_config()
+    width = getattr(text, "hidden_size", None)
+    for rows in ("vocab_size", "intermediate_size"):
+        count = getattr(text, rows, None)
+        columns = getattr(text, "word_embed_proj_dim", width) if rows == "vocab_size" else width
+        if stored and isinstance(count, int) and isinstance(columns, int) and count * columns > 2 * stored:
+            raise UserError(
+                f"{said_of(who)}{folder / 'config.json'}: {rows} {count} and hidden_size {width} are of larger weights "
+                f"than its files hold ({stored:,} bytes); give the config.json that belongs to them"
+            )
 
 
 def model_shape(config: Any, trust_remote_code: bool = False, who: str = "teacher") -> PreTrainedModel:

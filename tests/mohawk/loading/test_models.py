@@ -437,6 +437,15 @@ def test_a_damaged_file_beside_the_weights_is_named(tmp_path, make_llama, file, 
         load_teacher(tmp_path)
 
 
+@pytest.mark.parametrize("field", ["hidden_size", "vocab_size", "intermediate_size"])
+def test_a_configuration_of_far_larger_weights_is_refused_before_they_are_allocated(field, tmp_path, make_llama):
+    make_llama().save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {field: 2**30}))
+    with pytest.raises(UserError, match=rf"^teacher: .*config.json: .*{2**30}.* larger weights than its files hold"):
+        load_teacher(tmp_path)
+
+
 def test_weights_of_other_shapes_than_the_configuration_says(tmp_path, make_llama):
     make_llama().save_pretrained(tmp_path)
     make_llama(intermediate_size=16).config.save_pretrained(tmp_path)
