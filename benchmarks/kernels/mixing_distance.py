@@ -6,8 +6,7 @@ as the method's authors do.
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -75,31 +74,29 @@ def step(distance: Distance, given: tuple[Tensor, ...]) -> Step:
     return Step(lambda: distance(*given[:2], *student), lambda value: torch.autograd.grad(value, student))
 
 
-def strips(given: tuple[Tensor, ...]) -> Iterator[Tensor]:
-    """SSD - attention, some rows at a time."""
+def strip(given: tuple[Tensor, ...], start: int) -> Tensor:
+    """SSD - attention, of ROWS rows or those that are left."""
     q, k, C, B, log_decay, input_scale, D = given
     seq, sums = q.shape[2], log_decay.cumsum(1).transpose(1, 2)
-    for start in range(0, seq, ROWS):
-        rows = slice(start, min(start + ROWS, seq))
-        hidden = torch.arange(seq, device=q.device) > torch.arange(rows.start, rows.stop, device=q.device)[:, None]
-        scores = q[:, :, rows] @ k.transpose(-1, -2) * q.shape[-1] ** -0.5
-        attention = torch.softmax(scores.masked_fill(hidden, float("-inf")), dim=-1)
-        decay = (sums[:, :, rows, None] - sums[:, :, None, :]).masked_fill(hidden, float("-inf")).exp()
-        ssd = C.transpose(1, 2)[:, :, rows] @ B.permute(0, 2, 3, 1) * decay * input_scale.transpose(1, 2)[:, :, None]
-        diagonal = torch.zeros_like(ssd).diagonal_scatter(D[:, None].expand(-1, ssd.shape[2])[None], rows.start, -2, -1)
-        yield ssd + diagonal - attention
+    rows = slice(start, min(start + ROWS, seq))
+    hidden = torch.arange(seq, device=q.device) > torch.arange(rows.start, rows.stop, device=q.device)[:, None]
+    scores = q[:, :, rows] @ k.transpose(-1, -2) * q.shape[-1] ** -0.5
+    attention = torch.softmax(scores.masked_fill(hidden, float("-inf")), dim=-1)
+    decay = (sums[:, :, rows, None] - sums[:, :, None, :]).masked_fill(hidden, float("-inf")).exp()
+    ssd = C.transpose(1, 2)[:, :, rows] @ B.permute(0, 2, 3, 1) * decay * input_scale.transpose(1, 2)[:, :, None]
+    own = D[:, None].expand(-1, ssd.shape[2])[None]
+    return ssd + torch.zeros_like(ssd).diagonal_scatter(own, rows.start, -2, -1) - attention
 
 
 def value_and_gradients_by_rows(given: tuple[Tensor, ...]) -> list[Tensor]:
     """The same by its definition, in float64, at any length."""
     given = tuple(x.detach().double() for x in given)
-    student = [x.requires_grad_() for x in given[2:]]
+    student, starts = [x.requires_grad_() for x in given[2:]], range(0, given[0].shape[2], ROWS)
     with torch.no_grad():
-        norms = sum(strip.square().sum((-2, -1)) for strip in strips(given)).sqrt()
+        norms = sum(strip(given, start).square().sum((-2, -1)) for start in starts).sqrt()
     gradients = [torch.zeros_like(x) for x in student]
-    for number in range(-(-given[0].shape[2] // ROWS)):  # each with a graph of its own
-        strip = next(itertools.islice(strips(given), number, None))
-        part = (strip.square().sum((-2, -1)) / (2 * norms)).mean()
+    for start in starts:  # each with a graph of its own
+        part = (strip(given, start).square().sum((-2, -1)) / (2 * norms)).mean()
         for total, found in zip(gradients, torch.autograd.grad(part, student), strict=True):
             total += found
     return [norms.mean(), *gradients]

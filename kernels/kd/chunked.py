@@ -38,7 +38,7 @@ CACHE_BYTES = 2 << 20  # of one array in the elementwise passes on CPU
 
 def _spans(n: int, step: int, multiple: int = 1) -> Iterator[tuple[int, int]]:
     """n rows in nearly equal spans of at most `step`, all but the last of a multiple of `multiple` rows where `step` is
-    one or more."""
+    that many or more."""
     if n == 0:
         return
     multiple = multiple if step >= multiple else 1
