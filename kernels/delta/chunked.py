@@ -4,16 +4,18 @@ Inside a chunk the rule is a masked matrix product (common/delta_chunks.py); bet
 value_dim is carried. The backward keeps the inputs and the state entering each chunk and makes the rest again. Work
 goes block by block (some heads of some batch rows, the whole sequence), so memory is linear in seq.
 
-Letters after an underscore: r heads of batch rows, c chunks, t tokens of a chunk, d key channels, p value channels.
-Everything inside is float32 or wider: bfloat16 inputs are widened, and only results are rounded back.
+Letters after an underscore: c chunks, r heads of batch rows, g both of them in this order, t tokens of a chunk, d key
+channels, p value channels. Everything inside is float32 or wider: bfloat16 inputs are widened, and only results are
+rounded back.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from mohawk.kernels.common.delta_chunks import DeltaChunks, chunk_length, padded
+from mohawk.kernels.common.delta_chunks import DeltaChunks, chunk_length
 from mohawk.kernels.common.first_order import first_order
 from mohawk.kernels.common.segments import decays_with_resets
 
@@ -24,8 +26,8 @@ BACKEND = "chunked"  # as `mohawk doctor` names it
 # many states; on a GPU they are twice as many steps, one after the other.
 CHUNKS = {"cpu": 32}
 CHUNK = 64  # elsewhere
-# Elements of one operand (seq * channels for some heads) worked on at a time: half a MB, of which there are dozens.
-BLOCK_ELEMENTS = 1 << 17
+# Elements of one operand (seq * channels for some heads) worked on at a time: a MB, of which there are dozens.
+BLOCK_ELEMENTS = 1 << 18
 
 
 def delta_chunked(
@@ -79,21 +81,21 @@ class _Operands:
     def __init__(self, block: _Block, q: Tensor, k: Tensor, v: Tensor, beta: Tensor, log_decay: Tensor, ids) -> None:
         chunk = _chunk(k)
 
-        def cut(value: Tensor, dtype: torch.dtype = block.dtype) -> Tensor:
-            return padded(block.of(value).transpose(1, 2), chunk, dtype).flatten(0, 2)
+        def cut(value: Tensor) -> Tensor:
+            return _cut(block.of(value), chunk, block.dtype)
 
         decays = decays_with_resets(block.of(log_decay), None if ids is None else ids[block.rows])
-        sums = padded(decays.transpose(1, 2), chunk, torch.float64).flatten(0, 2).cumsum(1)
+        sums = _cut(decays, chunk, torch.float64).cumsum(1)
         self.inside = DeltaChunks(cut(q), cut(k), cut(beta), sums if sums.dim() == 3 else sums.unsqueeze(-1))
         self.v_gtp = cut(v)
         self.across_gd1 = self.inside.across.unsqueeze(-1)
         self.chunks = -(-k.shape[1] // chunk)
 
     def by_chunk(self, value_g: Tensor) -> Tensor:
-        return value_g.unflatten(0, (-1, self.chunks))
+        return value_g.unflatten(0, (self.chunks, -1))
 
     def updates(self) -> Tensor:
-        """(r, c, t, p) what the tokens add along their keys, as if the states entering the chunks were 0."""
+        """(c, r, t, p) what the tokens add along their keys, as if the states entering the chunks were 0."""
         return self.by_chunk(torch.bmm(self.inside.writes, self.v_gtp))
 
 
@@ -135,65 +137,87 @@ class _ChunkedRule(torch.autograd.Function):
 
 
 def _forward_block(block: _Block, ops: _Operands, y: Tensor, final: Tensor) -> Tensor:
-    """Fill this block's part of y and of `final`, which holds the initial state. Returns (r, c, d, p) the states that
+    """Fill this block's part of y and of `final`, which holds the initial state. Returns (g, d, p) the states that
     enter the chunks."""
     inside, own = ops.inside, final[block.rows, block.heads]
-    updates_rctp = ops.updates()
-    erases_rctd, k_rctd, across_rcd1 = (ops.by_chunk(x) for x in (inside.erases, inside.k_to_end, ops.across_gd1))
-    states = final.new_empty(len(updates_rctp), ops.chunks + 1, *own.shape[2:])
-    states[:, 0] = own.flatten(0, 1)
+    updates_crtp = ops.updates()
+    erases_crtd, k_crtd, across_crd1 = (ops.by_chunk(x) for x in (inside.erases, inside.k_to_end, ops.across_gd1))
+    states = final.new_empty(ops.chunks + 1, *updates_crtp.shape[1:2], *own.shape[2:])
+    states[0] = own.flatten(0, 1)
     for c in range(ops.chunks):
-        state = states[:, c]
-        updates_rctp[:, c].baddbmm_(erases_rctd[:, c], state, alpha=-1)
-        torch.mul(state, across_rcd1[:, c], out=states[:, c + 1])
-        states[:, c + 1].baddbmm_(k_rctd[:, c].mT, updates_rctp[:, c])
-    own.copy_(states[:, -1].view_as(own))
+        updates_crtp[c].baddbmm_(erases_crtd[c], states[c], alpha=-1)
+        torch.mul(states[c], across_crd1[c], out=states[c + 1])
+        states[c + 1].baddbmm_(k_crtd[c].mT, updates_crtp[c])
+    own.copy_(states[-1].view_as(own))
 
-    entering = states[:, :-1]
-    y_gtp = torch.bmm(inside.scores, updates_rctp.flatten(0, 1))
-    y_gtp.baddbmm_(inside.q_from_start, entering.flatten(0, 1))
+    enter_gdp = states[:-1].flatten(0, 1)
+    y_gtp = torch.bmm(inside.scores, updates_crtp.flatten(0, 1))
+    y_gtp.baddbmm_(inside.q_from_start, enter_gdp)
     _uncut(block.of(y), y_gtp)
-    return entering
+    return enter_gdp
 
 
 def _backward_block(
-    block: _Block, ops: _Operands, entering: Tensor, dy: Tensor, d_state: Tensor, gradients: list[Tensor]
+    block: _Block, ops: _Operands, enter_gdp: Tensor, dy: Tensor, d_state: Tensor, gradients: list[Tensor]
 ) -> None:
     """Fill this block's gradients; d_state holds the final state's and receives the initial state's."""
     inside, own = ops.inside, d_state[block.rows, block.heads]
-    dy_gtp = padded(block.of(dy).transpose(1, 2), inside.k.shape[1], block.dtype).flatten(0, 2)
-    enter_gdp = entering.flatten(0, 1)
-    updates_gtp = ops.updates().flatten(0, 1).baddbmm_(inside.erases, enter_gdp, alpha=-1)
+    dy_gtp = _cut(block.of(dy), inside.k.shape[1], block.dtype)
 
     # Between chunks: the gradient of the state leaving each chunk, from the last chunk to the first.
-    d_updates_rctp = ops.by_chunk(torch.bmm(inside.scores.mT, dy_gtp))
-    erases_rctd, k_rctd, across_rcd1 = (ops.by_chunk(x) for x in (inside.erases, inside.k_to_end, ops.across_gd1))
-    d_states = entering.new_empty(len(entering), ops.chunks + 1, *own.shape[2:])
-    d_states[:, -1] = own.flatten(0, 1)
-    d_states[:, :-1] = ops.by_chunk(torch.bmm(inside.q_from_start.mT, dy_gtp))
+    d_updates_crtp = ops.by_chunk(torch.bmm(inside.scores.mT, dy_gtp))
+    erases_crtd, k_crtd, across_crd1 = (ops.by_chunk(x) for x in (inside.erases, inside.k_to_end, ops.across_gd1))
+    d_states = enter_gdp.new_empty(ops.chunks + 1, *d_updates_crtp.shape[1:2], *own.shape[2:])
+    d_states[-1] = own.flatten(0, 1)
+    torch.bmm(inside.q_from_start.mT, dy_gtp, out=d_states[:-1].flatten(0, 1))
     for c in range(ops.chunks - 1, -1, -1):
-        leaving = d_states[:, c + 1]
-        d_updates_rctp[:, c].baddbmm_(k_rctd[:, c], leaving)
-        d_states[:, c].addcmul_(across_rcd1[:, c], leaving)
-        d_states[:, c].baddbmm_(erases_rctd[:, c].mT, d_updates_rctp[:, c], alpha=-1)
-    own.copy_(d_states[:, 0].view_as(own))
+        d_updates_crtp[c].baddbmm_(k_crtd[c], d_states[c + 1])
+        d_states[c].addcmul_(across_crd1[c], d_states[c + 1])
+        d_states[c].baddbmm_(erases_crtd[c].mT, d_updates_crtp[c], alpha=-1)
+    own.copy_(d_states[0].view_as(own))
 
-    d_updates_gtp, leaving_gdp = d_updates_rctp.flatten(0, 1), d_states[:, 1:].flatten(0, 1)
-    dv = torch.bmm(inside.writes.mT, d_updates_gtp)
+    updates_gtp = ops.updates().flatten(0, 1).baddbmm_(inside.erases, enter_gdp, alpha=-1)
+    d_updates_gtp, leaving_gdp = d_updates_crtp.flatten(0, 1), d_states[1:].flatten(0, 1)
+    _uncut(block.of(gradients[2]), torch.bmm(inside.writes.mT, d_updates_gtp))
     dq, dk, d_beta, d_decay = inside.gradients(
         d_scores=torch.bmm(dy_gtp, updates_gtp.mT),
         d_writes=torch.bmm(d_updates_gtp, ops.v_gtp.mT),
         d_erases=torch.bmm(d_updates_gtp, enter_gdp.mT).neg_(),
         d_q_from_start=torch.bmm(dy_gtp, enter_gdp.mT),
         d_k_to_end=torch.bmm(updates_gtp, leaving_gdp.mT),
-        d_across=(enter_gdp * leaving_gdp).sum(-1),
+        d_across=leaving_gdp.mul_(enter_gdp).sum(-1),  # the states' gradients have been read
     )
-    for out, value in zip(gradients, (dq, dk, dv, d_beta, d_decay), strict=True):
-        _uncut(block.of(out), value)
+    for place, value in ((0, dq), (1, dk), (3, d_beta), (4, d_decay)):
+        _uncut(block.of(gradients[place]), value)
+
+
+def _cut(value_bnh: Tensor, chunk: int, dtype: torch.dtype) -> Tensor:
+    """(batch, seq, heads, ...) into (g, t, ...), contiguous, the last chunk filled up with zeros: tokens that neither
+    decay nor write nor read."""
+    batch, seq, heads, *rest = value_bnh.shape
+    out = torch.empty(-(-seq // chunk), batch, heads, chunk, *rest, dtype=dtype, device=value_bnh.device)
+    for part, (value, tokens) in _chunkwise(out, value_bnh):
+        part[:, :, :, :tokens] = value
+        part[:, :, :, tokens:] = 0
+    return out.flatten(0, 2)
 
 
 def _uncut(out_bnh: Tensor, value_gt: Tensor) -> None:
     """(g, t, ...) into (batch, seq, heads, ...)."""
-    batch, seq, heads = out_bnh.shape[:3]
-    whole = value_gt.view(batch, heads, -1, *value_gt.shape[2:])[:, :, :seq].transpose(1, 2)
-    out_bnh.copy_(whole if whole.dim() == out_bnh.dim() else whole.squeeze(-1))
+    batch, seq, heads, *rest = out_bnh.shape
+    chunk = value_gt.shape[1]
+    whole = value_gt.view(-(-seq // chunk), batch, heads, chunk, *rest)
+    for part, (out, tokens) in _chunkwise(whole, out_bnh):
+        out.copy_(part[:, :, :, :tokens])
+
+
+def _chunkwise(cut_cbht: Tensor, whole_bnh: Tensor) -> Iterator[tuple[Tensor, tuple[Tensor, int]]]:
+    """The full chunks, then the one that is not, if any: of what is cut, and the same tokens of the whole, seen as
+    (c, batch, heads, tokens, ...), with how many these are in a chunk."""
+    chunk, seq = cut_cbht.shape[3], whole_bnh.shape[1]
+    full = seq // chunk
+    for first, last, tokens in ((0, full, chunk), (full, full + 1, seq % chunk)):
+        if last > first and tokens:
+            some = whole_bnh[:, first * chunk : first * chunk + (last - first) * tokens]
+            seen = some.unflatten(1, (last - first, tokens)).transpose(0, 1).transpose(2, 3)
+            yield cut_cbht[first:last], (seen, tokens)
