@@ -25,6 +25,8 @@ QUICK = (128, 64, 4096)
 FLOOR = "floor: four matrix products"
 FLOOR_ROWS = {"cpu": 256, "cuda": 2048}
 CHECKED_ROWS = 64  # of the float64 reference at a time
+CE_FLOOR = "floor: three matrix products"
+CE_FORMULA = "Floor: student logits, gradients of hidden states and head, 6 N V H flops, in chunks of {} rows."
 FORMULA = (
     "Floor: student logits, teacher logits, gradients of hidden states and head, 8 N V H flops, in chunks of {} rows "
     "in the dtype of the table."
@@ -54,16 +56,20 @@ def ours(**options) -> Loss:
     return loss
 
 
-def floor_work(shape: tuple[int, int, int], dtype: torch.dtype, device: str) -> Callable[[], None]:
-    """The four products alone, results thrown away chunk by chunk except for the gradients."""
+def floor_work(
+    shape: tuple[int, int, int], dtype: torch.dtype, device: str, with_teacher: bool = True
+) -> Callable[[], None]:
+    """The four products alone, or three without a teacher's logits; results thrown away chunk by chunk except for the
+    gradients."""
     h, head, th, teacher_head, _ = problem(shape, dtype, device)
 
     def work() -> None:
         head_grad, hidden_grad = torch.zeros_like(head), torch.empty_like(h)
         for start in range(0, len(h), FLOOR_ROWS[device]):
             rows = slice(start, start + FLOOR_ROWS[device])
-            tile = th[rows] @ teacher_head.T
-            torch.mm(h[rows], head.T, out=tile)
+            tile = (th[rows] if with_teacher else h[rows]) @ (teacher_head if with_teacher else head).T
+            if with_teacher:
+                torch.mm(h[rows], head.T, out=tile)
             torch.mm(tile, head, out=hidden_grad[rows])
             head_grad.addmm_(tile.T, h[rows])
 
@@ -244,7 +250,32 @@ def _cases(shape: tuple[int, int, int], device: str, own: Own) -> list[Case]:
         for name, kind, loss in own:
             if kind in truths:
                 add(table, name, loss, kind, dtype)
+        found += _cross_entropy(shape, dtype, device)
     return found + _from_logits((n, vocab), torch.float32 if device == "cpu" else torch.bfloat16, device, own)
+
+
+def _cross_entropy(shape: tuple[int, int, int], dtype: torch.dtype, device: str) -> list[Case]:
+    """The labels' loss alone, beside packages that have nothing else."""
+    n, hidden, vocab = shape
+    table = f"{str(dtype)[6:]}, cross entropy from hidden states, {n} x {hidden} x {vocab}"
+    more = {"floor": CE_FLOOR, "formula": CE_FORMULA.format(FLOOR_ROWS[device]), "flops": 6.0 * n * vocab * hidden}
+
+    def floor():
+        return (lambda whole: 0.0), floor_work(shape, dtype, device, with_teacher=False)
+
+    def build(loss: Loss):
+        return make(loss, truth_of(kd_weight=0.0, ce_weight=1.0), shape, dtype, device)
+
+    found = [Case(table, CE_FLOOR, floor, None, **more)]
+    losses = {"mohawk": (ours(kd_weight=0.0, ce_weight=1.0), None), "eager": (kd_peers.eager_ce, None)}
+    losses["torch linear_cross_entropy"] = (kd_peers.torch_linear_ce, None)
+    if device == "cuda":
+        losses["torch.compile"] = (_compiled(kd_peers.eager_ce), None)
+        losses["Liger, Triton"] = (kd_peers.liger_ce, "liger_kernel")
+        losses["quack"] = (kd_peers.quack_ce, "quack")
+    return found + [
+        Case(table, name, functools.partial(build, loss), needs, **more) for name, (loss, needs) in losses.items()
+    ]
 
 
 def _from_logits(shape: tuple[int, int], dtype: torch.dtype, device: str, own: Own) -> list[Case]:

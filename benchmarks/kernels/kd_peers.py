@@ -53,6 +53,29 @@ def torchtune_forward_kl(hidden, head, teacher, teacher_head, labels) -> Tensor:
     return total / hidden.shape[0]
 
 
+def eager_ce(hidden, head, teacher, teacher_head, labels) -> Tensor:
+    return F.cross_entropy((hidden @ head.T).float(), labels)
+
+
+def torch_linear_ce(hidden, head, teacher, teacher_head, labels) -> Tensor:
+    """torch's own fused one, from 2.13 on, in chunks of rows as it chooses them."""
+    if not hasattr(F, "linear_cross_entropy"):
+        raise ImportError("torch has linear_cross_entropy from 2.13 on")
+    return F.linear_cross_entropy(hidden, head, labels, options=torch.nn.LinearCrossEntropyOptions())
+
+
+def quack_ce(hidden, head, teacher, teacher_head, labels) -> Tensor:
+    from quack.linear_cross_entropy import chunked_linear_cross_entropy
+
+    return chunked_linear_cross_entropy(hidden, head, labels, chunk_size=8192, reduction="mean", tuned=False)
+
+
+def liger_ce(hidden, head, teacher, teacher_head, labels) -> Tensor:
+    from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
+
+    return LigerFusedLinearCrossEntropyLoss()(head, hidden, labels)
+
+
 def _liger(beta: float, chunk_size: int, compiled: bool, hidden, head, teacher, teacher_head, labels) -> Tensor:
     from liger_kernel.chunked_loss.jsd_loss import LigerFusedLinearJSDLoss
 
