@@ -41,7 +41,10 @@ class AttentionRecord:
     scale: float | None = None
     window: int | None = None
     softcap: float | None = None
+    causal: bool = True
     output: Tensor | None = field(default=None, repr=False)  # (b, n, D), after the output projection
+    value: Tensor | None = field(default=None, repr=False)  # (b, kv heads, n, values' d), where it is kept
+    keeps_value: bool = False
 
     def mixing(self, segment_ids: Tensor | None = None) -> AttentionMixing:
         """The layer's mixing matrix softmax(mask(softcap(scale q k^T))), unmaterialised."""
@@ -53,6 +56,7 @@ class AttentionRecord:
             window=self.window,
             segment_ids=segment_ids,
             softcap=self.softcap,
+            causal=self.causal,
         )
 
 
@@ -127,6 +131,9 @@ def _recording_attention(module: nn.Module, query: Tensor, key: Tensor, value: T
         record.scale = query.shape[-1] ** -0.5 if scaling is None else scaling
         record.window = kwargs.get("sliding_window")
         record.softcap = kwargs.get("softcap")
+        causal = kwargs.get("is_causal")  # as sdpa finds it, where there is no mask
+        record.causal = bool(getattr(module, "is_causal", True) if causal is None else causal)
+        record.value = value if record.keeps_value else None
     if kwargs.get("softcap") is not None:
         output = softcapped_attention(query, key, value, attention_mask, kwargs["scaling"], kwargs["softcap"])
         return output.transpose(1, 2).contiguous(), None

@@ -32,6 +32,11 @@ def segment_starts(segment_ids: Tensor) -> Tensor:
     return torch.where(first, index, 0).cummax(dim=1).values if seq else index.clone()
 
 
+def segment_ends(segment_ids: Tensor) -> Tensor:
+    """(batch, seq) ids -> (batch, seq) int64 index of the last token of the run each token lies in."""
+    return segment_ids.shape[1] - 1 - segment_starts(segment_ids.flip(1)).flip(1)
+
+
 def decays_with_resets(log_decay: Tensor, segment_ids: Tensor | None) -> Tensor:
     """(batch, seq, heads, ...) log decays in float64, with the border of each segment a decay to exactly 0.
 

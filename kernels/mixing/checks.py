@@ -3,10 +3,10 @@
 import torch
 from torch import Tensor
 
-from mohawk.kernels.common.segments import segment_starts
+from mohawk.kernels.common.segments import segment_ends, segment_starts
 from mohawk.kernels.mixing.chunked import real_tokens
 from mohawk.kernels.mixing.metrics import METRICS, OF_MEANS
-from mohawk.kernels.mixing.operands import KINDS, AttentionMixing, DeltaMixing, Mixing
+from mohawk.kernels.mixing.operands import KINDS, AttentionMixing, DeltaMixing, Mixing, is_causal
 
 REDUCTIONS = ("mean", "sum", "none")
 BACKENDS = ("auto", "reference", "chunked", "triton")
@@ -62,6 +62,13 @@ def check_mixings(where: str, student: Mixing, teacher: Mixing) -> None:
             "move them to one device"
         )
 
+    if is_causal(student) != is_causal(teacher):
+        kinds = ("causal" if is_causal(mixing) else "not" for mixing in (student, teacher))
+        raise ValueError(
+            f"{where}: student and teacher must both be causal or both not, got {next(kinds)} (student) and "
+            f"{next(kinds)} (teacher)"
+        )
+
 
 def a_kind(mixing: Mixing) -> str:
     """What kind a mixing is, for a sentence: "an SSDMixing"."""
@@ -77,6 +84,8 @@ def check_kl(student: Mixing, teacher: Mixing) -> None:
     if student.window is None and student.segment_ids is None:
         return
     hidden = _first_column(teacher) < _first_column(student)
+    if not student.causal:
+        hidden |= _last_column(teacher) > _last_column(student)
     real = real_tokens(student, teacher)
     if real is not None:
         hidden &= real
@@ -93,3 +102,11 @@ def _first_column(mixing: AttentionMixing) -> Tensor:
     index = torch.arange(seq, device=mixing.q.device).expand(batch, seq)
     first = torch.zeros_like(index) if mixing.segment_ids is None else segment_starts(mixing.segment_ids)
     return first if mixing.window is None else torch.maximum(first, index - mixing.window + 1)
+
+
+def _last_column(mixing: AttentionMixing) -> Tensor:
+    """(batch, seq) the last token that each token sees, where it sees those behind it too."""
+    batch, _, seq = mixing.shape
+    index = torch.arange(seq, device=mixing.q.device).expand(batch, seq)
+    last = torch.full_like(index, seq - 1) if mixing.segment_ids is None else segment_ends(mixing.segment_ids)
+    return last if mixing.window is None else torch.minimum(last, index + mixing.window - 1)

@@ -19,7 +19,7 @@ from mohawk.kernels.common.first_order import anchors, first_order
 from mohawk.kernels.common.segments import group_slice, head_blocks
 from mohawk.kernels.mixing.metrics import METRICS, reads_teacher
 from mohawk.kernels.mixing.operands import AttentionMixing, DeltaMixing, Mixing, SSDMixing
-from mohawk.kernels.mixing.strips import STRIP, Block, strip_of, strips_of
+from mohawk.kernels.mixing.strips import STRIP, Block, columns_of, strip_of, strips_of
 
 BACKEND = "chunked"  # as `mohawk doctor` names it
 
@@ -188,43 +188,44 @@ def _sweep(mine, theirs, seq: int, strip: int, metric: str, real: Tensor | None,
     padded = None if real is None else (~real).any(0).tolist()
     for row in range(0, seq, strip):
         end = min(row + strip, seq)
-        first = min(row, mine.first_column(row), theirs.first_column(row))
+        columns = columns_of(row, end, mine, theirs)
+        first, stop = columns[0], columns[-1] if columns[1:] else end
         mask = None
-        if padded is not None and any(padded[first:end]):
+        if padded is not None and any(padded[first:stop]):
             assert real is not None
-            mask = (real[:, row:end].unsqueeze(2) & real[:, first:end].unsqueeze(1)).unsqueeze(1)
+            mask = (real[:, row:end].unsqueeze(2) & real[:, first:stop].unsqueeze(1)).unsqueeze(1)
         if metric == "kl":
-            rows[:, :, row:end] = _kl_strip(mine, theirs, row, end, first, mask, wanted)
+            rows[:, :, row:end] = _kl_strip(mine, theirs, row, end, columns, mask, wanted)
             continue
-        strip_entries = theirs.strip(row, end, first)
+        strip_entries = theirs.strip(row, end, *columns)
         if sizes is not None:
             if mask is not None:
                 strip_entries *= mask
             sizes[:, :, row:end] = torch.linalg.vector_norm(strip_entries, dim=-1)
-        residual = mine.difference(strip_entries, row, end, first)
+        residual = mine.difference(strip_entries, row, end, *columns)
         if mask is not None:
             residual *= mask
         rows[:, :, row:end] = torch.linalg.vector_norm(residual, dim=-1)
         if wanted:
-            mine.accumulate(residual, row, end, first)
+            mine.accumulate(residual, row, end, *columns)
     rows = rows.to(torch.float64)
     if metric == "kl":
         return rows.sum(-1), None
     return rows.square_().sum(-1), None if sizes is None else sizes.to(torch.float64).square_().sum(-1)
 
 
-def _kl_strip(mine, theirs, row: int, end: int, first: int, mask: Tensor | None, wanted: bool) -> Tensor:
+def _kl_strip(mine, theirs, row: int, end: int, columns: tuple[int, ...], mask: Tensor | None, wanted: bool) -> Tensor:
     """(b, h, t) the KL of each row."""
-    log_s, log_a = mine.log_strip(row, end, first), theirs.log_strip(row, end, first)
+    log_s, log_a = mine.log_strip(row, end, *columns), theirs.log_strip(row, end, *columns)
     a = log_a.exp()
     terms = a * (log_a - log_s)
     residual = log_s.exp_().sub_(a)
     if mask is not None:
         # A padded row is left out; a padded column is never seen from a real row.
-        rows = mask.diagonal(offset=row - first, dim1=-2, dim2=-1).unsqueeze(-1)
+        rows = mask.diagonal(offset=row - columns[0], dim1=-2, dim2=-1).unsqueeze(-1)
         terms, residual = terms * rows, residual.mul_(rows)
     if wanted:
-        mine.accumulate_scores(residual, row, end, first)
+        mine.accumulate_scores(residual, row, end, *columns)
     return terms.sum(-1)
 
 
@@ -254,9 +255,10 @@ def write_matrix(mixing: Mixing, first_row: int, last_row: int, chosen: list[int
                 strips = strips_of(mixing, Block(slice(item, item + 1), head, head + 1, heads), dtype, False)
                 for row in range(first_row, last_row, STRIP):
                     end = min(row + STRIP, last_row)
-                    first = min(row, strips.first_column(row))
-                    tile = strips.strip(row, end, first)[0, 0]
+                    columns = columns_of(row, end, strips)
+                    tile = strips.strip(row, end, *columns)[0, 0]
                     target = out[item] if mean else out[item, place]
-                    here = target[row - first_row : end - first_row, first:end]
+                    seen = slice(columns[0], columns[0] + tile.shape[-1])
+                    here = target[row - first_row : end - first_row, seen]
                     here.add_(tile, alpha=1 / len(chosen)) if mean else here.copy_(tile)
     return out

@@ -33,8 +33,8 @@ def mixing_distance(
     metric: one of those listed below, or, between two attentions, "kl" sum_j A (log A - log S)
     averaged over rows. Rows and columns of padding (segment -1) count as equal; their values must be finite.
 
-    Batch and seq must agree. If the head counts differ, one divides the other and each head of the smaller
-    side is compared with a group of consecutive heads of the larger, as in grouped-query attention.
+    Batch and seq must agree, and both matrices be causal, or neither, as those of encoders. If the head counts differ,
+    one divides the other and each head of the smaller side is compared with a group of consecutive heads of the larger, as in grouped-query attention.
     reduction: "mean" or "sum" over (batch, heads), or "none". backend: "reference" builds both matrices,
     "chunked" never holds more than some rows of them, memory linear in seq.
 
@@ -136,12 +136,13 @@ def _compiled(student: Mixing, teacher: Mixing, metric: str, reduction: str, bac
         tensors += [x.detach() if fixed and x is not None else x for x in (*mixing.tensors, mixing.segment_ids)]
         if isinstance(mixing, AttentionMixing):
             given = (mixing.scale, mixing.window, mixing.softcap)
-            words.append("".join("0" if x is None else "1" for x in given))
+            words.append("".join("0" if x is None else "1" for x in given) + str(int(mixing.causal)))
             numbers += [0.0 if x is None else float(x) for x in given]
     (value,) = call_operator("mixing_distance", tensors, " ".join(words), numbers, reads_values=True)
     return value
 
 
+PLAIN = ("scale", "window", "softcap", "causal")  # what an attention has beside tensors
 _BY_NAME = {kind.__name__: kind for kind in (AttentionMixing, SSDMixing, DeltaMixing)}
 
 
@@ -151,10 +152,12 @@ def _as_operator(tensors: list[Tensor | None], words: str, numbers: list[float])
     mixings: list[Mixing] = []
     for name in names:
         kind = _BY_NAME[name]
-        fields = [f for f in kind.__match_args__ if f not in ("scale", "window", "softcap")]
+        fields = [f for f in kind.__match_args__ if f not in PLAIN]
         made: dict[str, Any] = {field: next(given) for field in fields}
         if kind is AttentionMixing:
-            for field, there in zip(("scale", "window", "softcap"), next(names), strict=True):
+            *given_words, causal = next(names)
+            made["causal"] = causal == "1"
+            for field, there in zip(PLAIN[:3], given_words, strict=True):
                 value = next(values)
                 if there == "1":
                     made[field] = int(value) if field == "window" else value
@@ -177,7 +180,7 @@ def _shapes(tensors: list[Tensor | None], words: str) -> list[Tensor]:
         assert of_heads is not None
         heads.append(of_heads.shape[1] if name == "AttentionMixing" else of_heads.shape[2])
         batch = first.shape[0]
-        at += len(_BY_NAME[name].__match_args__) - (3 if name == "AttentionMixing" else 0)
+        at += len(_BY_NAME[name].__match_args__) - (len(PLAIN) if name == "AttentionMixing" else 0)
     shape = (batch, max(heads)) if reduction == "none" else ()
     first = tensors[0]
     assert first is not None
@@ -212,8 +215,8 @@ def _check_triton(student: Mixing, teacher: Mixing) -> None:
 
     if not fits_triton(student, teacher):
         raise ValueError(
-            f"{where} is not for float64, a head_dim or state_size above 256, nor for a DeltaMixing as the teacher of "
-            "another kind; take 'chunked'"
+            f"{where} is not for float64, a head_dim or state_size above 256, attention that is not causal, nor for a "
+            "DeltaMixing as the teacher of another kind; take 'chunked'"
         )
     device = student.tensors[0].device
     if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from mohawk.kernels.mixing.chunked import add_block, compute_dtype, differentiable, distance_and_factor, real_tokens
 from mohawk.kernels.mixing.operands import AttentionMixing, Mixing
-from mohawk.kernels.mixing.strips import HIDDEN, STRIP, Block, strips_of
+from mohawk.kernels.mixing.strips import HIDDEN, STRIP, Block, columns_of, strips_of
 
 STRIP_ENTRIES = 1 << 21  # of a strip, over the heads, that are worked on at a time
 
@@ -54,9 +54,9 @@ def _value_and_gradients(
         sums = torch.zeros(mine.batch, groups, dtype=torch.float64, device=device)
         for row in range(0, seq, strip):
             end = min(row + strip, seq)
-            start = min(row, mine.first_column(row), theirs.first_column(row))
+            columns = columns_of(row, end, mine, theirs)
             step = {"kl": _kl_strip, "scores": _scores_strip}.get(metric, _squared_strip)
-            sums += step(mine, theirs, row, end, start, masks, groups, wanted).sum(-1, dtype=torch.float64)
+            sums += step(mine, theirs, row, end, columns, masks, groups, wanted).sum(-1, dtype=torch.float64)
         values[part], factor = distance_and_factor(metric, sums, None, seq, masks)
         if not wanted:
             continue
@@ -72,35 +72,42 @@ def _mean(strip_bhtm: Tensor, groups: int) -> Tensor:
     return strip_bhtm.unflatten(1, (groups, -1)).mean(2)
 
 
-def _squared_strip(mine, theirs, row, end, first, real, groups, wanted) -> Tensor:
+def _real_entries(real: Tensor, row: int, end: int, columns: tuple[int, ...]) -> Tensor:
+    """(b, 1, t, m) which entries of a strip are between two tokens that are no padding."""
+    first, stop = columns[0], columns[-1] if columns[1:] else end
+    return (real[:, row:end].unsqueeze(2) & real[:, first:stop].unsqueeze(1)).unsqueeze(1)
+
+
+def _squared_strip(mine, theirs, row, end, columns, real, groups, wanted) -> Tensor:
     """(b, g, t) squared differences of a strip's rows; adds the gradients of half of them by the means."""
-    nothing = torch.zeros(mine.batch, mine.heads, end - row, end - first, dtype=mine.dtype, device=mine.device)
-    matrix = mine.difference(nothing, row, end, first)
-    residual = _mean(matrix, groups).sub_(_mean(theirs.strip(row, end, first), groups))
+    target = theirs.strip(row, end, *columns)
+    nothing = torch.zeros(mine.batch, mine.heads, *target.shape[2:], dtype=mine.dtype, device=mine.device)
+    matrix = mine.difference(nothing, row, end, *columns)
+    residual = _mean(matrix, groups).sub_(_mean(target, groups))
     if real is not None:
-        residual *= (real[:, row:end].unsqueeze(2) & real[:, first:end].unsqueeze(1)).unsqueeze(1)
+        residual *= _real_entries(real, row, end, columns)
     if wanted:
-        mine.accumulate(residual.repeat_interleave(mine.heads // groups, 1), row, end, first)
+        mine.accumulate(residual.repeat_interleave(mine.heads // groups, 1), row, end, *columns)
     return residual.square().sum(-1)
 
 
-def _scores_strip(mine, theirs, row, end, first, real, groups, wanted) -> Tensor:
+def _scores_strip(mine, theirs, row, end, columns, real, groups, wanted) -> Tensor:
     """(b, g, t) squared differences of a strip's scores; adds the gradients of half of them by the scores."""
-    scores, target = mine.scores(row, end, first), theirs.scores(row, end, first)
+    scores, target = mine.scores(row, end, *columns), theirs.scores(row, end, *columns)
     seen = (scores[:, :1] > HIDDEN / 2) & (target[:, :1] > HIDDEN / 2)  # alike in all heads
     if real is not None:
-        seen &= (real[:, row:end].unsqueeze(2) & real[:, first:end].unsqueeze(1)).unsqueeze(1)
+        seen &= _real_entries(real, row, end, columns)
     residual = (_mean(scores, groups) - _mean(target, groups)).masked_fill_(~seen, 0.0)
     if wanted:
-        mine.accumulate_scores(residual.repeat_interleave(mine.heads // groups, 1), row, end, first)
+        mine.accumulate_scores(residual.repeat_interleave(mine.heads // groups, 1), row, end, *columns)
     return residual.square().sum(-1)
 
 
-def _kl_strip(mine, theirs, row, end, first, real, groups, wanted) -> Tensor:
+def _kl_strip(mine, theirs, row, end, columns, real, groups, wanted) -> Tensor:
     """(b, g, t) the KL of a strip's rows; adds its gradients by the scores."""
     per_group = mine.heads // groups
-    a = _mean(theirs.strip(row, end, first), groups)
-    log_heads = mine.log_strip(row, end, first)
+    a = _mean(theirs.strip(row, end, *columns), groups)
+    log_heads = mine.log_strip(row, end, *columns)
     # in logarithms, so that a probability that underflows still has a gradient
     log_heads_g = log_heads.unflatten(1, (groups, per_group))
     log_sum = torch.logsumexp(log_heads_g, 2)
@@ -113,5 +120,5 @@ def _kl_strip(mine, theirs, row, end, first, real, groups, wanted) -> Tensor:
         # d/d log p of head h is -a times the head's part of the sum; through the softmax of its scores
         d_log = (log_heads_g - log_sum.unsqueeze(2)).exp_().mul_(a.unsqueeze(2)).neg_().flatten(1, 2)
         d_scores = d_log - log_heads.exp() * d_log.sum(-1, keepdim=True)
-        mine.accumulate_scores(d_scores, row, end, first)
+        mine.accumulate_scores(d_scores, row, end, *columns)
     return terms.sum(-1)

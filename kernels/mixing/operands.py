@@ -1,4 +1,4 @@
-"""Mixing matrices: the lower-triangular matrix that a sequence mixer applies to its values, head by head.
+"""Mixing matrices: the matrix that a sequence mixer applies to its values, head by head; lower triangular if causal.
 
 Attention is softmax(scale * q k^T) with rows that sum to 1. A state-space head (SSD, arXiv 2405.21060) is
 S[i, j] = (C_i . B_j) exp(log_decay_{j+1} + ... + log_decay_i) input_scale_j for j <= i, plus D on the
@@ -20,14 +20,15 @@ from mohawk.kernels.common.tensors import check_floating, check_given, check_ten
 
 @dataclass(frozen=True, eq=False)
 class AttentionMixing:
-    """Causal softmax attention.
+    """Softmax attention, causal unless it is said otherwise.
 
     q: (batch, heads, seq, head_dim), k: (batch, kv_heads, seq, head_dim), both after rotary embedding;
     kv_heads divides heads and query head h reads kv head h // (heads // kv_heads).
 
     scale: 1 / sqrt(head_dim) if None. window: a token sees itself and the window - 1 tokens before it;
     everything if None. segment_ids: (batch, seq) integers; a token sees only its own segment (a run of
-    equal ids), -1 is padding. softcap: c bounds the scores s to c tanh(s / c), as in Gemma 2.
+    equal ids), -1 is padding. softcap: c bounds the scores s to c tanh(s / c), as in Gemma 2. causal: false where a
+    token sees those behind it too, as in an encoder; a window then reaches as far ahead as back.
     """
 
     q: Tensor
@@ -36,10 +37,13 @@ class AttentionMixing:
     window: int | None = None
     segment_ids: Tensor | None = None
     softcap: float | None = None
+    causal: bool = True
 
     def __post_init__(self) -> None:
         q, k, where = self.q, self.k, "AttentionMixing"
         check_given(where, q=q, k=k)
+        if not isinstance(self.causal, bool):
+            raise ValueError(f"{where}: causal must be True or False, got {self.causal!r}")
         if q.dim() != 4 or k.dim() != 4:
             shapes = f"{tuple(q.shape)} and {tuple(k.shape)}"
             raise ValueError(f"{where}: q and k must be (batch, heads, seq, head_dim), got {shapes}")
@@ -179,4 +183,11 @@ class DeltaMixing:
 
 
 Mixing = AttentionMixing | SSDMixing | DeltaMixing
+
+
+def is_causal(mixing: Mixing) -> bool:
+    """Whether nothing is above the diagonal."""
+    return not isinstance(mixing, AttentionMixing) or mixing.causal
+
+
 KINDS = "an AttentionMixing, an SSDMixing or a DeltaMixing"

@@ -31,9 +31,9 @@ def _dense_attention(mixing: AttentionMixing, log: bool) -> Tensor:
         scores = mixing.softcap * torch.tanh(scores / mixing.softcap)
     index = torch.arange(seq, device=scores.device)
     back = index.unsqueeze(1) - index
-    hidden = back < 0
+    hidden = back < 0 if mixing.causal else torch.zeros_like(back, dtype=torch.bool)
     if mixing.window is not None:
-        hidden = hidden | (back >= mixing.window)
+        hidden = hidden | (back.abs() >= mixing.window)
     if mixing.segment_ids is not None:
         runs = segment_runs(mixing.segment_ids)
         hidden = hidden | (runs.unsqueeze(2) != runs.unsqueeze(1)).unsqueeze(1)

@@ -15,7 +15,13 @@ import torch
 from torch import Tensor
 
 from mohawk.kernels.common.decays import decay_between, sums_before, sums_from
-from mohawk.kernels.common.segments import decays_with_resets, group_slice, segment_runs, segment_starts
+from mohawk.kernels.common.segments import (
+    decays_with_resets,
+    group_slice,
+    segment_ends,
+    segment_runs,
+    segment_starts,
+)
 from mohawk.kernels.mixing.delta_strips import DeltaStrips, chunk_of
 from mohawk.kernels.mixing.operands import AttentionMixing, DeltaMixing, Mixing, SSDMixing
 
@@ -52,22 +58,24 @@ def _transposed(value_bnh: Tensor) -> Tensor:
 
 
 class _AttentionStrips:
-    """Strips of an attention matrix, and the gradients of q and k."""
+    """Strips of an attention matrix, and the gradients of q and k. stop: the end of a strip's columns; None: that of
+    its rows, as of all causal matrices."""
 
     def __init__(self, mixing: AttentionMixing, block: Block, dtype: torch.dtype, gradients: bool) -> None:
         self.heads = block.stop - block.start
         self.dtype, self.device = dtype, mixing.q.device
         self.scale, self.softcap = mixing.resolved_scale(), mixing.softcap
-        self.window = mixing.window
+        self.window, self.causal = mixing.window, mixing.causal
         self.q = block.take(mixing.q).to(dtype)
         self.k = block.take(mixing.k).to(dtype).contiguous()
         self.batch = self.q.shape[0]
         tile = strip_of(self.q.shape[2], tall=True)
         self.later = torch.ones(tile, tile, dtype=torch.bool, device=self.q.device).triu(1)
-        self.runs = self.starts = None
+        self.runs = self.starts = self.ends = None
         if mixing.segment_ids is not None:
             ids = mixing.segment_ids[block.rows]
             self.runs, self.starts = segment_runs(ids), segment_starts(ids).amin(0).tolist()
+            self.ends = None if self.causal else segment_ends(ids).amax(0).tolist()
         if gradients:
             batch, _, seq, width = self.q.shape
             self.dq = torch.zeros(batch, self.heads, seq, width, dtype=dtype, device=self.q.device)
@@ -77,62 +85,74 @@ class _AttentionStrips:
         first = 0 if self.starts is None else self.starts[row]
         return first if self.window is None else max(first, row - self.window + 1)
 
-    def scores(self, row: int, end: int, first: int) -> Tensor:
-        """(b, h, t, m) masked scores of rows row..end and columns first..end."""
+    def last_column(self, end: int) -> int:
+        """One past the last that the rows before `end` see."""
+        if self.causal:
+            return end
+        last = self.q.shape[2] if self.ends is None else self.ends[end - 1] + 1
+        return last if self.window is None else min(last, end - 1 + self.window)
+
+    def scores(self, row: int, end: int, first: int, stop: int | None = None) -> Tensor:
+        """(b, h, t, m) masked scores of rows row..end and columns first..stop."""
         batch, kv_heads, _, width = self.k.shape
-        rows = end - row
+        rows, stop = end - row, stop or end
         q = _repeated(self.q[:, :, row:end], self.heads) * self.scale
         # The query heads of one kv head are stacked as rows of one product.
         stacked = q.reshape(batch * kv_heads, -1, width)
-        keys = _flat(self.k[:, :, first:end])
-        scores = torch.bmm(stacked, keys.transpose(1, 2)).view(batch, self.heads, rows, end - first)
+        keys = _flat(self.k[:, :, first:stop])
+        scores = torch.bmm(stacked, keys.transpose(1, 2)).view(batch, self.heads, rows, stop - first)
         if self.softcap is not None:
             bounded = torch.tanh(scores / self.softcap)
-            scores, self.slope = self.softcap * bounded, 1 - bounded.square()
-        scores[..., row - first :].masked_fill_(self.later[:rows, :rows], HIDDEN)
-        if self.window is not None and end - first > self.window:
-            index = torch.arange(first, end, device=scores.device)
-            scores.masked_fill_(index[row - first :].unsqueeze(1) - index >= self.window, HIDDEN)
+            scores, self.slope, self.slope_at = self.softcap * bounded, 1 - bounded.square(), first
+        if self.causal:
+            scores[..., row - first :].masked_fill_(self.later[:rows, :rows], HIDDEN)
+        if self.window is not None and stop - first > self.window:
+            index = torch.arange(first, stop, device=scores.device)
+            back = index[row - first : end - first].unsqueeze(1) - index
+            scores.masked_fill_(back.abs_() >= self.window, HIDDEN)
         if self.runs is not None:
-            hidden = self.runs[:, row:end].unsqueeze(2) != self.runs[:, first:end].unsqueeze(1)
+            hidden = self.runs[:, row:end].unsqueeze(2) != self.runs[:, first:stop].unsqueeze(1)
             scores.masked_fill_(hidden.unsqueeze(1), HIDDEN)
         return scores
 
-    def _widened(self, strip: Tensor, columns: int, fill: float) -> Tensor:
-        if strip.shape[-1] == columns:
-            return strip
-        wide = strip.new_full((*strip.shape[:-1], columns), fill)
-        wide[..., columns - strip.shape[-1] :] = strip
+    def _seen(self, normalise, row: int, end: int, first: int, stop: int | None, fill: float) -> Tensor:
+        """What `normalise` makes of the scores of the columns that these rows see; `fill` in the others."""
+        stop = stop or end
+        start, last = max(first, self.first_column(row)), min(stop, self.last_column(end))
+        own = normalise(self.scores(row, end, start, last), -1)
+        if (start, last) == (first, stop):
+            return own
+        wide = own.new_full((*own.shape[:-1], stop - first), fill)
+        wide[..., start - first : last - first] = own
         return wide
 
-    def strip(self, row: int, end: int, first: int) -> Tensor:
-        """(b, h, t, m) probabilities of rows row..end and columns first..end."""
-        own = torch.softmax(self.scores(row, end, max(first, self.first_column(row))), -1)
-        return self._widened(own, end - first, 0)
+    def strip(self, row: int, end: int, first: int, stop: int | None = None) -> Tensor:
+        """(b, h, t, m) probabilities of rows row..end and columns first..stop."""
+        return self._seen(torch.softmax, row, end, first, stop, 0)
 
-    def log_strip(self, row: int, end: int, first: int) -> Tensor:
-        own = torch.log_softmax(self.scores(row, end, max(first, self.first_column(row))), -1)
-        return self._widened(own, end - first, HIDDEN)
+    def log_strip(self, row: int, end: int, first: int, stop: int | None = None) -> Tensor:
+        return self._seen(torch.log_softmax, row, end, first, stop, HIDDEN)
 
-    def difference(self, teacher: Tensor, row: int, end: int, first: int) -> Tensor:
+    def difference(self, teacher: Tensor, row: int, end: int, first: int, stop: int | None = None) -> Tensor:
         """Turn the teacher's strip into student minus teacher."""
-        self.probabilities = self.strip(row, end, first)
+        self.probabilities = self.strip(row, end, first, stop)
         return torch.sub(self.probabilities, teacher, out=teacher)
 
-    def accumulate(self, residual: Tensor, row: int, end: int, first: int) -> None:
+    def accumulate(self, residual: Tensor, row: int, end: int, first: int, stop: int | None = None) -> None:
         """Add the gradients of half the sum of squares of `residual`, the strip's difference."""
         weighted = residual * self.probabilities
         d_scores = weighted - self.probabilities * weighted.sum(-1, keepdim=True)
-        self.accumulate_scores(d_scores, row, end, first)
+        self.accumulate_scores(d_scores, row, end, first, stop)
 
-    def accumulate_scores(self, d_scores: Tensor, row: int, end: int, first: int) -> None:
-        if self.softcap is not None:  # columns in front of those with scores have probability 0
-            d_scores = d_scores.clone()
-            d_scores[..., d_scores.shape[-1] - self.slope.shape[-1] :] *= self.slope
-        keys = _repeated(self.k[:, :, first:end], self.heads)
+    def accumulate_scores(self, d_scores: Tensor, row: int, end: int, first: int, stop: int | None = None) -> None:
+        if self.softcap is not None:  # columns beside those with scores have probability 0
+            d_scores, at = d_scores.clone(), self.slope_at - first
+            d_scores[..., at : at + self.slope.shape[-1]] *= self.slope
+        stop = stop or end
+        keys = _repeated(self.k[:, :, first:stop], self.heads)
         queries = _repeated(self.q[:, :, row:end], self.heads)
         self.dq[:, :, row:end] += (d_scores @ keys).mul_(self.scale)
-        self.dk[:, :, first:end] += (d_scores.transpose(-1, -2) @ queries).mul_(self.scale)
+        self.dk[:, :, first:stop] += (d_scores.transpose(-1, -2) @ queries).mul_(self.scale)
 
     def gradients(self) -> tuple[Tensor, ...]:
         return self.dq, self.dk
@@ -266,6 +286,14 @@ def strip_of(seq: int, tall: bool) -> int:
     """Rows of a strip. tall: there is a delta rule, whose walks take as many steps for some of a chunk's rows as for
     all."""
     return max(1, chunk_of(seq) if tall else min(STRIP, seq))
+
+
+def columns_of(row: int, end: int, *sides) -> tuple[int, ...]:
+    """The columns in which rows row..end of any of the matrices have anything, as methods of theirs take it: the first,
+    and one past the last where that is not `end`."""
+    first = min(row, *(side.first_column(row) for side in sides))
+    ahead = [side for side in sides if isinstance(side, _AttentionStrips) and not side.causal]
+    return (first, max(side.last_column(end) for side in ahead)) if ahead else (first,)
 
 
 def strips_of(mixing: Mixing, block: Block, dtype: torch.dtype, gradients: bool):

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mohawk.kernels.mixing import chunked
 from mohawk.kernels.mixing.metrics import reads_teacher
-from mohawk.kernels.mixing.operands import AttentionMixing, DeltaMixing, Mixing
+from mohawk.kernels.mixing.operands import AttentionMixing, DeltaMixing, Mixing, is_causal
 from mohawk.kernels.mixing.triton_kernels import normaliser_kernel, pass_kernel
 from mohawk.kernels.mixing.triton_launch import (
     NORMALISER,
@@ -177,12 +177,12 @@ def _value_and_gradients(
 
 
 def fits_triton(student: Mixing, teacher: Mixing) -> bool:
-    """Whether the kernels cover this pair: no float64, head_dim and state_size at most 256, and a delta rule as a
-    teacher only of another (triton_delta.py)."""
+    """Whether the kernels cover this pair: causal, no float64, head_dim and state_size at most 256, and a delta rule as
+    a teacher only of another (triton_delta.py)."""
     if isinstance(teacher, DeltaMixing) and not isinstance(student, DeltaMixing):
         return False
     for mixing in (student, teacher):
-        if any(value is not None and value.dtype == torch.float64 for value in mixing.tensors):
+        if not is_causal(mixing) or any(x is not None and x.dtype == torch.float64 for x in mixing.tensors):
             return False
         if mixing.tensors[0].shape[-1] > 256:
             return False
