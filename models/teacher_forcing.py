@@ -124,8 +124,7 @@ def _recording_attention(module: nn.Module, query: Tensor, key: Tensor, value: T
                 f"{type(module).__name__}: its attention has {name}, which queries and keys do not tell; "
                 "its matrices cannot be compared"
             )
-    record = module.__dict__.get("mixing_record")
-    if record is not None:
+    for record in module.__dict__.get("mixing_records", ()):
         record.query, record.key = query, key
         scaling = kwargs.get("scaling")
         record.scale = query.shape[-1] ** -0.5 if scaling is None else scaling
@@ -203,10 +202,27 @@ def record(attention: nn.Module) -> Iterator[AttentionRecord]:
     def keep_output(module, args, result):
         noted.output = result[0]
 
-    attention.__dict__["mixing_record"] = noted
+    tag(attention, noted)
     hook = attention.register_forward_hook(keep_output)
     try:
         yield noted
     finally:
         hook.remove()
-        del attention.__dict__["mixing_record"]
+        untag(attention, noted)
+
+
+def tag(module: nn.Module, noted: Any) -> None:
+    """From here on a module's attention is noted in a record, beside those that it is noted in already."""
+    module.__dict__.setdefault("mixing_records", []).append(noted)
+
+
+def untag(module: nn.Module, noted: Any) -> None:
+    """Ends that; nothing where it had ended."""
+    kept = [one for one in module.__dict__.pop("mixing_records", ()) if one is not noted]
+    if kept:
+        module.__dict__["mixing_records"] = kept
+
+
+def tagged(module: nn.Module, noted: Any) -> bool:
+    """Whether a module's attention is noted in this record."""
+    return any(one is noted for one in module.__dict__.get("mixing_records", ()))

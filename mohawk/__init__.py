@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from mohawk.conversion.objectives import EndToEndObjective, HiddenObjective, MixingObjective
     from mohawk.conversion.recipe import Recipe
     from mohawk.conversion.run import convert
+    from mohawk.data.masking import Masking
     from mohawk.data.next_tokens import next_labels
     from mohawk.distillation.recipe import DistillRecipe
     from mohawk.distillation.run import distill
@@ -46,10 +47,11 @@ if TYPE_CHECKING:
     from mohawk.losses.heads import Head
     from mohawk.losses.hf_trainer import DistillationTrainer
     from mohawk.losses.hidden_match import HiddenMatch, layer_map
-    from mohawk.losses.matching import Matching, match_attention, match_hidden
+    from mohawk.losses.matching import Matching, match_attention, match_hidden, match_relations
     from mohawk.losses.on_policy import OnPolicy
     from mohawk.losses.rationale_router import RationaleRouter, RoutedRationales
     from mohawk.losses.rationales import RationaleDistiller
+    from mohawk.losses.relation_match import RelationMatch
     from mohawk.losses.schedules import Ramp
     from mohawk.models.cutting.cuts import Cut, cut, keep_layers
     from mohawk.models.cutting.sizes import Sizes
@@ -93,6 +95,7 @@ _PUBLIC = {
     "KimiDeltaMixer": "mohawk.models.delta_mixer",
     "KnowledgeDistiller": "mohawk.losses.distiller",
     "Mamba2Mixer": "mohawk.models.mixers",
+    "Masking": "mohawk.data.masking",
     "Matching": "mohawk.losses.matching",
     "MinitronPruner": "mohawk.pruning.minitron",
     "MixingObjective": "mohawk.conversion.objectives",
@@ -103,6 +106,7 @@ _PUBLIC = {
     "RationaleDistiller": "mohawk.losses.rationales",
     "RationaleRouter": "mohawk.losses.rationale_router",
     "Recipe": "mohawk.conversion.recipe",
+    "RelationMatch": "mohawk.losses.relation_match",
     "RoutedRationales": "mohawk.losses.rationale_router",
     "SSDMixing": "mohawk.kernels.mixing.operands",
     "Sizes": "mohawk.models.cutting.sizes",
@@ -129,6 +133,7 @@ _PUBLIC = {
     "load_released": "mohawk.models.formats.released",
     "match_attention": "mohawk.losses.matching",
     "match_hidden": "mohawk.losses.matching",
+    "match_relations": "mohawk.losses.matching",
     "measure_importance": "mohawk.pruning.importance",
     "mixing_distance": "mohawk.kernels.mixing.interface",
     "mixing_matrix": "mohawk.kernels.mixing.interface",
@@ -167,6 +172,7 @@ __all__ = [
     "KimiDeltaMixer",
     "KnowledgeDistiller",
     "Mamba2Mixer",
+    "Masking",
     "Matching",
     "MinitronPruner",
     "MixingObjective",
@@ -177,6 +183,7 @@ __all__ = [
     "RationaleDistiller",
     "RationaleRouter",
     "Recipe",
+    "RelationMatch",
     "RoutedRationales",
     "SSDMixing",
     "Sizes",
@@ -203,6 +210,7 @@ __all__ = [
     "load_released",
     "match_attention",
     "match_hidden",
+    "match_relations",
     "measure_importance",
     "mixing_distance",
     "mixing_matrix",

@@ -34,7 +34,8 @@ def mixing_distance(
     averaged over rows. Rows and columns of padding (segment -1) count as equal; their values must be finite.
 
     Batch and seq must agree, and both matrices be causal, or neither, as those of encoders. If the head counts differ,
-    one divides the other and each head of the smaller side is compared with a group of consecutive heads of the larger, as in grouped-query attention.
+    one divides the other and each head of the smaller side is compared with a group of consecutive heads of the
+    larger, as in grouped-query attention.
     reduction: "mean" or "sum" over (batch, heads), or "none". backend: "reference" builds both matrices,
     "chunked" never holds more than some rows of them, memory linear in seq.
 

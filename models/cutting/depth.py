@@ -1,4 +1,4 @@
-"""Some of the layers of any causal LM, without knowing its family: found by structure, and checked by running them.
+"""Some of the layers of any causal LM or encoder, whatever its family: found by structure, and checked by running them.
 
 A family may make a layer's nature depend on its index (windows, experts, positions, scales). What a configuration lists
 layer by layer is cut here; for the rest every layer of the smaller model is compared with the one it came from.
@@ -72,7 +72,8 @@ def keep_any_layers(model: Model, layers: Sequence[int]) -> Model:
         raise ValueError(f"layers: {kind} has other parameters in layers at other places: {', '.join(odd[:3])}")
     smaller.load_state_dict(state, assign=True)
     smaller.tie_weights()
-    smaller.generation_config = saveable(model.generation_config)
+    if getattr(model, "generation_config", None) is not None:  # of what writes text
+        smaller.generation_config = saveable(model.generation_config)
     smaller = smaller.to(model.device)
     _check_layers(model, smaller, layers)
     return smaller.train(model.training)
@@ -103,7 +104,8 @@ def _check_layers(model: PreTrainedModel, smaller: PreTrainedModel, layers: Sequ
     modes = [layer.training for layer in old]
     smaller.eval()
     try:
-        smaller(input_ids=torch.arange(TOKENS, device=model.device)[None] % model.config.vocab_size, use_cache=False)
+        more = {"use_cache": False} if hasattr(smaller, "generate") else {}  # which encoders do not know
+        smaller(input_ids=torch.arange(TOKENS, device=model.device)[None] % model.config.vocab_size, **more)
         for i, before, (args, kwargs, out) in zip(layers, old, noted, strict=True):
             before.eval()
             expected, got = _first(before(*args, **kwargs)), _first(out)

@@ -15,6 +15,7 @@ from mohawk.core.json_files import parse_json
 from mohawk.core.places import home
 from mohawk.errors import UserError, as_os_error, causes, file_at, machines_own, shortened
 from mohawk.loading.causal import GIVE, check_causal, plain_model
+from mohawk.loading.tasks import CAUSAL, OTHERWISE, config_problem
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -117,16 +118,17 @@ def load_config(
     revision: str | None = None,
     trust_remote_code: bool = False,
     who: str = "teacher",
+    task: str = CAUSAL,
 ) -> PretrainedConfig:
-    """A model's configuration, checked to be a causal language model's; of a released student (Phi-Mamba, Llamba,
-    MambaInLlama) our own. who: what messages call the model. Raises UserError."""
+    """A model's configuration, checked to be a causal language model's, or one for another `task`; of a released
+    student (Phi-Mamba, Llamba, MambaInLlama) our own. who: what messages call the model. Raises UserError."""
     from transformers import AutoConfig
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
     from mohawk.models.families import other_than_decoder
 
     name, gguf_file = locate(model, gguf_file, who)
-    if (released := released_in(name, gguf_file, revision, who)) is not None:
+    if task == CAUSAL and (released := released_in(name, gguf_file, revision, who)) is not None:
         return released
     if gguf_file is None and (file := Path(name) / "config.json").is_file():
         try:
@@ -144,8 +146,13 @@ def load_config(
         raise load_error(error, name, revision, "configuration", who, gguf_file) from error
     _check_sizes(vars(config.get_text_config()), name, who)
     kind = f"{name} is a {config.model_type} model"
+    if task != CAUSAL:
+        if (problem := config_problem(config, task, trust_remote_code)) is not None:
+            raise UserError(f"{said_of(who)}{kind}: {problem}")
+        _check_names(config.get_text_config(), name, who)
+        return config
     if (other := other_than_decoder(config) or _ahead(config)) is not None:
-        raise UserError(f"{said_of(who)}{kind}: {other}; {GIVE}")
+        raise UserError(f"{said_of(who)}{kind}: {other}; {_given_instead(other)}")
     remote = trust_remote_code and "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
     if not remote and type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise UserError(f"{said_of(who)}{kind}, which transformers has no causal language model for")
@@ -243,8 +250,13 @@ def check_decoder(model: Any, who: str) -> None:
     if other is None and model.get_output_embeddings() is None:  # a body alone, or one that classifies
         other = "it has no output embedding, and so predicts no token"
     if other is not None:
-        raise UserError(f"{who}: got {name}: {other}; {GIVE}")
+        raise UserError(f"{who}: got {name}: {other}; {_given_instead(other)}")
     check_causal(model, who)
+
+
+def _given_instead(other: str) -> str:
+    """What to give in place of a model that writes no text from left to right."""
+    return GIVE if "speech" in other or "image" in other else f"{GIVE}, or say what it is for: {OTHERWISE}"
 
 
 def _ahead(config: PretrainedConfig) -> str | None:

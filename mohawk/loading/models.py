@@ -25,6 +25,7 @@ from mohawk.loading.configs import (
     released_in,
     said_of,
 )
+from mohawk.loading.tasks import CAUSAL, auto_class, check_task
 
 if TYPE_CHECKING:
     import torch
@@ -49,8 +50,10 @@ def load_teacher(
     device_map: str | None = None,
     spread: Spread | None = None,
     who: str = "teacher",
+    task: str = CAUSAL,
+    classes: Any = None,
 ) -> PreTrainedModel:
-    """Load a causal language model in eval mode with frozen parameters.
+    """Load a causal language model, or one for another `task`, in eval mode with frozen parameters.
 
     model: a folder with config.json, a `.gguf` file, a folder plus `gguf_file`, or a hub id (`revision`).
     dtype: float32, bfloat16, float16, or auto (the checkpoint's own).
@@ -59,12 +62,14 @@ def load_teacher(
     spread: brings the model into its parts on several processes, of which each reads its own, all but it where the
     files allow no other way; None: the model is whole.
     who: what messages call the model, such as `student.model`; empty: they begin with its name.
+    task: causal_lm, masked_lm or classification. classes: of classification, a configuration whose classes the model
+    is to tell; a head that its files do not hold for them is drawn by torch's random state.
     A GGUF checkpoint is dequantized, and the returned model can be saved like any other.
     Raises UserError with one line: missing folder, not a causal language model, unreachable hub, weights
     missing.
     """
     import torch
-    from transformers import AutoModelForCausalLM, GenerationConfig
+    from transformers import GenerationConfig
     from transformers.utils import GENERATION_CONFIG_NAME
 
     from mohawk.loading.nonfinite import refuse_nonfinite
@@ -80,7 +85,11 @@ def load_teacher(
         )
     if dtype not in DTYPES:
         raise UserError(f"{option_of(who, 'dtype')}: got {dtype!r}; allowed: {', '.join(DTYPES)}")
-    config = load_config(model, gguf_file=gguf_file, revision=revision, trust_remote_code=trust_remote_code, who=who)
+    config = load_config(
+        model, gguf_file=gguf_file, revision=revision, trust_remote_code=trust_remote_code, who=who, task=task
+    )
+    if classes is not None:
+        with_classes(config, classes)
     if spread is not None and getattr(config, "quantization_config", None) is not None:
         raise UserError(
             f"{said_of(who)}{model} has packed weights, which cannot be in parts; give plain ones, or set "
@@ -90,7 +99,7 @@ def load_teacher(
     if gguf_file is None:
         _refuse_larger_than_its_files(config, Path(name), who)
     kind = None if dtype == "auto" else getattr(torch, dtype)
-    released = released_in(name, gguf_file, revision, who) is not None
+    released = task == CAUSAL and released_in(name, gguf_file, revision, who) is not None
     try:
         with hub_or_cache(name):
             teacher = None
@@ -105,8 +114,9 @@ def load_teacher(
             elif released:
                 teacher, info = load_released(name, revision=revision, dtype=kind), {"missing_keys": ()}
             else:
-                teacher, info = AutoModelForCausalLM.from_pretrained(
+                teacher, info = auto_class(task).from_pretrained(
                     name,
+                    **({} if classes is None else {"config": config}),
                     revision=revision,
                     dtype=kind or "auto",
                     trust_remote_code=trust_remote_code,
@@ -120,7 +130,8 @@ def load_teacher(
                 teacher.generation_config = GenerationConfig.from_pretrained(name)
     except Exception as error:
         raise load_error(error, name, revision, "weights", who, gguf_file) from error
-    if missing := sorted(info["missing_keys"]):
+    fresh = _fresh_head(teacher, info["missing_keys"]) if classes is not None else set()
+    if missing := sorted(set(info["missing_keys"]) - fresh):
         raise UserError(
             f"{said_of(who)}{name} lacks {len(missing)} weights ({', '.join(missing[:3])}), they would be random; "
             "give a complete causal language model checkpoint"
@@ -143,8 +154,28 @@ def load_teacher(
     placed = device is None or device_map is not None or quantize is not None
     # pyrefly: ignore[bad-argument-type]  # transformers wraps `to` and loses its parameters
     teacher = teacher if placed else teacher.to(device)
-    check_causal(teacher, who or "model")  # before anything is trained or written with it
+    if task == CAUSAL:
+        check_causal(teacher, who or "model")  # before anything is trained or written with it
+    else:
+        check_task(teacher, who or "model", task)
     return teacher
+
+
+def with_classes(config: Any, like: Any) -> None:
+    """Gives a configuration the classes of another."""
+    config.num_labels = like.num_labels
+    config.id2label, config.label2id = dict(like.id2label), dict(like.label2id)
+    config.problem_type = like.problem_type
+
+
+def _fresh_head(model: Any, missing: Any) -> set[str]:
+    """Of the names of weights that a checkpoint does not hold, those of what reads classes off the body."""
+    body = f"{model.base_model_prefix}."
+    fresh = {name for name in missing if not name.startswith(body) or ".pooler." in name}
+    if fresh:
+        log.warning("%s: %d weights of its head for the classes are new: %s", type(model).__name__, len(fresh),
+                    ", ".join(sorted(fresh)[:3]))  # fmt: skip
+    return fresh
 
 
 def _refuse_larger_than_its_files(config: Any, folder: Path, who: str) -> None:
@@ -163,16 +194,18 @@ def _refuse_larger_than_its_files(config: Any, folder: Path, who: str) -> None:
             )
 
 
-def model_shape(config: Any, trust_remote_code: bool = False, who: str = "teacher") -> PreTrainedModel:
-    """The causal language model of a configuration, on the meta device. Raises UserError where there is none."""
+def model_shape(
+    config: Any, trust_remote_code: bool = False, who: str = "teacher", task: str = CAUSAL
+) -> PreTrainedModel:
+    """The causal language model of a configuration, or that for another `task`, on the meta device. Raises UserError
+    where there is none."""
     import torch
-    from transformers import AutoModelForCausalLM
 
     from mohawk.loading.configs import building
     from mohawk.models.families import needed_attention
 
     with torch.device("meta"), building(config, config.name_or_path, who):
-        return AutoModelForCausalLM.from_config(
+        return auto_class(task).from_config(
             config, attn_implementation=needed_attention(config), trust_remote_code=trust_remote_code
         )
 

@@ -18,10 +18,10 @@ from torch import Tensor, nn
 from mohawk.kernels.mixing.interface import head_mean_distance, mixing_distance
 from mohawk.kernels.mixing.metrics import OF_MEANS
 from mohawk.kernels.mixing.operands import AttentionMixing, DeltaMixing, Mixing, SSDMixing
-from mohawk.models.decoders import check_checkpointing, check_layers, decoder, first_tensor
+from mohawk.models.decoders import check_checkpointing, check_layers, decoder, first_tensor, layers_config
 from mohawk.models.sharding import gathers, run_in
 from mohawk.models.state_mixer import StateMixer
-from mohawk.models.teacher_forcing import RECORDING, AttentionRecord, recording_attention
+from mohawk.models.teacher_forcing import RECORDING, AttentionRecord, recording_attention, tag, tagged, untag
 
 OF_ATTENTION = ("kl", "scores")  # what a state-space matrix has not
 HEADS = ("auto", "mean", "group")
@@ -61,77 +61,82 @@ LayerRecord = AttentionRecord | MixerRecord
 
 
 @contextmanager
-def collect_attention(model: nn.Module, layers: Collection[int]) -> Iterator[dict[int, LayerRecord]]:
+def collect_attention(
+    model: nn.Module, layers: Collection[int], *, values: bool = False
+) -> Iterator[dict[int, LayerRecord]]:
     """Notes what the mixing matrices of some layers are made of in the model's forward passes within it.
 
     Yields a dict: layer -> record, which each forward pass overwrites; `record.mixing(segment_ids)` is the layer's
     matrix, unmaterialised, with the graph of the forward. With gradient checkpointing, do the backward within.
 
     Args:
-        model: a causal LM of transformers whose attention goes through its AttentionInterface, or a hybrid; also
-            behind peft. Within, attention runs through sdpa (or ours, where scores are bounded).
+        model: a causal LM or an encoder of transformers whose attention goes through its AttentionInterface, or a
+            hybrid; also behind peft. Within, attention runs through sdpa (or ours, where scores are bounded).
         layers: from 0.
+        values: note attention's values too.
 
     Raises:
         ValueError: a layer that the model does not have, attention that cannot be recorded, reentrant gradient
             checkpointing; within, attention that queries and keys do not tell (sinks, position biases).
     """
     name = type(model).__name__
-    body, modules = decoder(model)
+    (body, modules), config = decoder(model), layers_config(model)
+    if getattr(config, "is_encoder_decoder", False):
+        raise ValueError(f"attention of {name}: an encoder's and a decoder's cannot be matched; match hidden states")
     check_layers(f"attention of {name}", layers, len(modules))
     check_checkpointing(f"attention of {name}", modules)
-    kinds = getattr(body.config, "layer_types", None)
+    kinds = getattr(config, "layer_types", None)
     records: dict[int, LayerRecord] = {}
-    tagged: list[tuple[nn.Module, LayerRecord]] = []
+    noting: list[tuple[nn.Module, LayerRecord]] = []
     hooks = []
     for layer in sorted(set(layers)):
         mixer = next((module for module in modules[layer].modules() if isinstance(module, StateMixer)), None)
         if mixer is None and kinds is not None and kinds[layer] not in LAYER_KINDS:
             raise ValueError(f"attention of {name}: layer {layer} is of {kinds[layer]}, which cannot be recorded")
         if mixer is None:
-            records[layer] = AttentionRecord()
+            records[layer] = AttentionRecord(keeps_value=values)
         else:
             records[layer] = MixerRecord(mixer, group=gathers(modules[layer], mixer))
         if mixer is None:
-            tagged += [(module, records[layer]) for module in modules[layer].modules()]
+            noting += [(module, records[layer]) for module in modules[layer].modules()]
 
     # tagged in the forward alone: a checkpointed layer that runs again in the backward is not noted again
-    def tag(module, args):
-        for part, record in tagged:
-            part.__dict__["mixing_record"] = record
+    def begin(module, args):
+        for part, record in noting:
+            tag(part, record)
 
-    def untag():
-        for part, _record in tagged:
-            part.__dict__.pop("mixing_record", None)
+    def end():
+        for part, record in noting:
+            untag(part, record)
 
     def note_input(record: MixerRecord):
         def note(module, args, kwargs):
-            if "mixing_record" in module.__dict__:
+            if tagged(module, record):
                 record.hidden_states = first_tensor(args, kwargs)
 
         return note
 
     for record in records.values():
         if isinstance(record, MixerRecord):
-            tagged.append((record.mixer, record))
+            noting.append((record.mixer, record))
             hooks.append(record.mixer.register_forward_pre_hook(note_input(record), with_kwargs=True))
 
     def finish(*_):
-        untag()
+        end()
         for layer, record in records.items():
             if isinstance(record, AttentionRecord) and record.window is None and kinds is not None:
                 if kinds[layer] == "sliding_attention":  # the window is in its mask alone
                     raise ValueError(f"attention of {name}: layer {layer} does not tell its window; leave it out")
 
-    hooks += [body.register_forward_pre_hook(tag), body.register_forward_hook(finish)]
+    hooks += [body.register_forward_pre_hook(begin), body.register_forward_hook(finish)]
     try:
         with recording_attention(model):
             attends = any(isinstance(record, AttentionRecord) for record in records.values())
-            if attends and getattr(body.config, "_attn_implementation", None) != RECORDING:
+            if attends and getattr(config, "_attn_implementation", None) != RECORDING:
                 raise ValueError(_NOT_RECORDED.format(name=name))
             yield records
     finally:
-        untag()
+        end()
         for hook in hooks:
             hook.remove()
 
@@ -190,17 +195,11 @@ class AttentionMatch:
     def check(self, student: nn.Module, teacher: nn.Module) -> None:
         """Raises ValueError, before anything is run, for what these two models do not have or cannot record."""
         for model, layers in ((student, self.student_layers), (teacher, self.teacher_layers)):
-            with collect_attention(model, layers) as records:
-                for layer, record in records.items():
-                    if self.loss in OF_ATTENTION and isinstance(record, MixerRecord):
-                        raise ValueError(_no_attention(self.loss, f"layer {layer} of {type(model).__name__}"))
-        for i, j in self.pairs if self.loss == "kl" else ():
-            mine, theirs = _window(student, i), _window(teacher, j)
-            if mine is not None and (theirs is None or theirs > mine):
-                raise ValueError(
-                    f"attention match: kl is infinite where the teacher sees more: layer {i} of the student looks back "
-                    f"{mine} tokens, layer {j} of the teacher {theirs or 'all'}; pair layers of one kind, or take mse"
-                )
+            for layer, record in check_recorded(model, layers).items():
+                if self.loss in OF_ATTENTION and isinstance(record, MixerRecord):
+                    raise ValueError(_no_attention(self.loss, f"layer {layer} of {type(model).__name__}"))
+        if self.loss == "kl":
+            check_windows("attention match", self.pairs, student, teacher)
 
     def __call__(
         self, student: Mapping[int, LayerRecord], teacher: Mapping[int, LayerRecord], segment_ids: Tensor | None = None
@@ -241,6 +240,23 @@ class AttentionMatch:
         return head_mean_distance(student, teacher, metric=self.loss, groups=groups)
 
 
+def check_recorded(model: nn.Module, layers: Collection[int]) -> dict[int, LayerRecord]:
+    """What a pass would note of a model's layers, empty. Raises ValueError as `collect_attention`."""
+    with collect_attention(model, layers) as records:
+        return records
+
+
+def check_windows(where: str, pairs: Sequence[Sequence[int]], student: nn.Module, teacher: nn.Module) -> None:
+    """Raises ValueError where a KL is infinite: the teacher sees more than the student."""
+    for i, j in pairs:
+        mine, theirs = _window(student, i), _window(teacher, j)
+        if mine is not None and (theirs is None or theirs > mine):
+            raise ValueError(
+                f"{where}: kl is infinite where the teacher sees more: layer {i} of the student looks back "
+                f"{mine} tokens, layer {j} of the teacher {theirs or 'all'}; pair layers of one kind, or take mse"
+            )
+
+
 def parted(mask: Tensor) -> bool:
     """Whether a mask (b, n), 0 at padding, has padding between a row's tokens."""
     return bool((F.pad(mask.bool().long(), (1, 1)).diff(dim=-1).clamp_min(0).sum(-1) > 1).any())
@@ -270,18 +286,20 @@ def side_by_side(records: Mapping[int, LayerRecord], mask: Tensor) -> dict[int, 
                 f"attention match: layer {layer} has a window of {record.window}, which counts the padding between a "
                 "row's tokens; move the padding to one end"
             )
-        found[layer] = dataclasses.replace(record, query=moved(record.query, 2), key=moved(record.key, 2))
+        value = None if record.value is None else moved(record.value, 2)
+        found[layer] = dataclasses.replace(
+            record, query=moved(record.query, 2), key=moved(record.key, 2), value=value
+        )  # fmt: skip
     return found
 
 
 def _window(model: nn.Module, layer: int) -> int | None:
     """How many tokens a layer's attention looks back; None: all."""
-    body, modules = decoder(model)
-    inner: Iterator[Any] = modules[layer].modules()
+    inner: Iterator[Any] = decoder(model)[1][layer].modules()
     for module in inner:
         if hasattr(module, "sliding_window"):
             return module.sliding_window
-    config = body.config
+    config = layers_config(model)
     kinds = getattr(config, "layer_types", None)
     if kinds is not None and kinds[layer] != "sliding_attention":
         return None
@@ -293,17 +311,24 @@ def _no_attention(loss: str, what: str) -> str:
     return f"attention match: {loss} compares {compared}; {what} has a state-space matrix, take mse or frobenius"
 
 
-def _mixing(records: Mapping[int, LayerRecord], layer: int, side: str, segment_ids: Tensor | None) -> Mixing:
+def recorded(where: str, records: Mapping[int, LayerRecord], layer: int, side: str) -> LayerRecord:
+    """What was noted of a layer. Raises ValueError where that is nothing."""
     record = records.get(layer)
     if record is None:
         have = ", ".join(map(str, sorted(records))) or "none"
-        raise ValueError(f"attention match: nothing recorded of the {side}'s layer {layer}; there are {have}")
-    noted = record.query if isinstance(record, AttentionRecord) else record.hidden_states
-    if noted is None:
+        raise ValueError(f"{where}: nothing recorded of the {side}'s layer {layer}; there are {have}")
+    if (record.query if isinstance(record, AttentionRecord) else record.hidden_states) is None:
         raise ValueError(
-            f"attention match: the {side}'s layer {layer} made no attention that could be recorded; run the model "
+            f"{where}: the {side}'s layer {layer} made no attention that could be recorded; run the model "
             "within collect_attention, or distil its hidden states instead"
         )
+    return record
+
+
+def _mixing(records: Mapping[int, LayerRecord], layer: int, side: str, segment_ids: Tensor | None) -> Mixing:
+    record = recorded("attention match", records, layer, side)
+    noted = record.query if isinstance(record, AttentionRecord) else record.hidden_states
+    assert noted is not None  # as `recorded` says
     return record.mixing(None if segment_ids is None else segment_ids.to(noted.device))
 
 

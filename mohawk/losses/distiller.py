@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
@@ -17,26 +17,26 @@ from torch import Tensor, nn
 
 from mohawk.core.collectives import total
 from mohawk.core.processes import several
-from mohawk.data.next_tokens import IGNORED, next_column, next_labels, positions
+from mohawk.data.next_tokens import IGNORED, next_column
 from mohawk.kernels.kd.interface import TAIDSchedule, TeacherHidden, TeacherSamples, TeacherTAID, linear_kd_loss
 from mohawk.loading.causal import plain_model
-from mohawk.loading.configs import check_decoder
 from mohawk.loading.models import parameter_count
-from mohawk.losses.heads import Head, as_forward, final_hidden_states, in_zero, readable_ids, with_head
+from mohawk.losses.heads import Head, as_forward, in_zero, with_head
 from mohawk.losses.label_probability import label_probability
-from mohawk.losses.matching import Matching
+from mohawk.losses.matching import PLACES, Matching
 from mohawk.losses.measured import Means, agreement
 from mohawk.losses.on_policy import OnPolicy, replaced_rows
 from mohawk.losses.policy_gradient import PolicyGradient, check_policy_gradient, policy_term
 from mohawk.losses.schedules import Ramp, at, task_weights, temperature_for, weights_for
 from mohawk.losses.shared_vocabulary import shared_part, told_of_cut
+from mohawk.losses.tasks import CAUSAL_LM, PARTS, task_of
 from mohawk.losses.teachers import (
     Answer,
     AverageTeacher,
     Ensemble,
     ModelTeacher,
     is_around,
-    model_inputs,
+    readable_inputs,
     taken,
     teacher_in_parts,
 )
@@ -47,6 +47,7 @@ from mohawk.training.weight_decay import parameter_groups
 if TYPE_CHECKING:
     from mohawk.kernels.kd.teachers import TeacherSource
     from mohawk.loading.causal import CausalLM
+    from mohawk.loading.tasks import TaskName
     from mohawk.losses.rationale_router import RoutedRationales
 
 log = logging.getLogger(__name__)
@@ -104,6 +105,14 @@ class KnowledgeDistiller(Objective["CausalLM"]):
             KL.
         router: `RoutedRationales`: which teacher's rationales a step reads.
         advance: `Advance`: after which step to end early, in our trainer and in `DistillationTrainer`.
+        task: what teacher and student are for; each has labels and columns of its own, see `compute_loss`. "causal_lm":
+            as above. "masked_lm": encoders that fill in masked words (BERT, RoBERTa, DistilBERT, ModernBERT).
+            "classification": models that tell a text's class, of equally many classes. "seq2seq_lm": an encoder and a
+            decoder (T5, Whisper). Hidden states are matched at all real tokens (of the decoder: at those with a label).
+        masking: of masked_lm: called as masking(batch, step) before a step's losses, such as `mohawk.Masking`, which
+            draws masks; None: the batch has them.
+        kd_on: of masked_lm: "labels": the divergence is of the masked words, as the cross entropy; "all": of all real
+            tokens, as in DistilBERT (arXiv 1910.01108).
 
     Outside our trainer, ramps move with `begin_step(step, steps)`, TAID and averaged teachers with `end_step(loss)`.
     """
@@ -133,8 +142,16 @@ class KnowledgeDistiller(Objective["CausalLM"]):
         policy_gradient: PolicyGradient | None = None,
         router: RoutedRationales | None = None,
         advance: Advance | None = None,
+        task: TaskName = "causal_lm",
+        masking: Callable[[dict[str, Tensor], int], dict[str, Tensor]] | None = None,
+        kd_on: Literal["labels", "all"] = "labels",
     ):
         super().__init__()
+        self.task = task_of(task)
+        self._check_task(masking, kd_on, {
+            "on_policy": on_policy, "policy_gradient": policy_gradient, "router": router, "own_losses": own_losses,
+            "task_weight": task_weight,
+        })  # fmt: skip
         if alpha is not None:
             kd_weight, ce_weight = weights_for(alpha, kd_weight, ce_weight)
         self.own_losses = dict(own_losses or {})
@@ -145,11 +162,16 @@ class KnowledgeDistiller(Objective["CausalLM"]):
             raise ValueError(f'matchings: got {type(matchings).__name__}; give a dict: {{"hidden": match_hidden(...)}}')
         if isinstance(teacher, nn.Module):
             model = cast("CausalLM", teacher)  # which ModelTeacher finds out
-            teacher = ModelTeacher(plain_model(student) if is_around(student, model) else model)
+            teacher = ModelTeacher(plain_model(student) if is_around(student, model) else model, task=self.task)
         for model in teacher.teachers if isinstance(teacher, Ensemble) else [teacher]:
             if isinstance(model, ModelTeacher):
+                if model.task.name != task:
+                    raise ValueError(f"teacher: got a {type(model).__name__} of task {model.task.name}; give it {task}")
                 model.beside(student)
-        check_decoder(student, "student")
+        self.task.check(student, "student")
+        for model in teacher.teachers if isinstance(teacher, Ensemble) else [teacher]:
+            if isinstance(model, ModelTeacher):
+                self.task.check_together(model.model, student)
         self.student = student
         self.__dict__["teacher"] = teacher  # neither trained nor saved, so kept out of the module tree
         if temperature == "auto":
@@ -182,16 +204,28 @@ class KnowledgeDistiller(Objective["CausalLM"]):
         self._means = Means()
         self._told = False  # what a smaller vocabulary does to the teacher's answers
 
+    def _check_task(self, masking: Any, kd_on: str, of_text: Mapping[str, Any]) -> None:
+        name = self.task.name
+        if kd_on not in ("labels", "all"):
+            raise ValueError(f"kd_on: got {kd_on!r}; allowed: labels, all")
+        if name != "masked_lm" and (kd_on != "labels" or masking is not None):
+            given = "masking" if masking is not None else f"kd_on: got {kd_on!r}"
+            raise ValueError(f"{given}: is of task masked_lm, but the task is {name}; leave it out")
+        if self.task is not CAUSAL_LM and (given := [key for key, value in of_text.items() if value]):
+            raise ValueError(f"{given[0]}: is of causal language models, but the task is {name}; leave it out")
+        self.masking, self.kd_on = masking, kd_on
+
     # ---- in a plain training loop ----
 
     def compute_loss(
         self,
-        input_ids: Tensor,
+        input_ids: Tensor | None = None,
         labels: Tensor | None = None,
         attention_mask: Tensor | None = None,
         normalizer: float | Tensor | None = None,
         *,
         teacher_rationale: None = None,
+        **inputs: Tensor,
     ) -> Tensor:
         """The loss of a batch, a scalar with the student's gradients.
 
@@ -200,16 +234,27 @@ class KnowledgeDistiller(Objective["CausalLM"]):
                 real token. attention_mask: (batch, n), 0 at padding, on either side.
             normalizer: divides the sum over tokens instead of their count (gradient accumulation: see `kd_loss`).
             teacher_rationale: None; `RationaleDistiller.compute_loss` takes rationales.
+            inputs: of other tasks, what their models read besides: `token_type_ids`, `position_ids`; of seq2seq_lm
+                `input_features` in place of input_ids (Whisper), `decoder_input_ids` (default: the labels, one behind).
 
-        Raises ValueError for a teacher_rationale.
+        Labels of other tasks are of their own positions, -100 where there is none: (batch, n) of masked words, (batch,)
+        classes, (batch, m) of what a decoder writes.
+
+        Raises ValueError for a teacher_rationale, an input that no model of the task reads, or missing labels.
         """
         if teacher_rationale is not None:
             raise ValueError(
                 "teacher_rationale: a rationale is a task of its own, with a prompt of its own; use "
                 "RationaleDistiller(student, tokenizer).compute_loss(prompts, labels, teacher_rationale=...)"
             )
-        batch = {"input_ids": input_ids, "labels": input_ids if labels is None else labels}
-        return self.loss(batch | ({} if attention_mask is None else {"attention_mask": attention_mask}), normalizer)
+        known = {*self.task.inputs, *self.task.told}
+        if unknown := sorted(inputs.keys() - known):
+            raise ValueError(f"{unknown[0]}: no input of task {self.task.name}; allowed: {', '.join(sorted(known))}")
+        if labels is None and self.task is not CAUSAL_LM:
+            raise ValueError(f"labels: got None, which task {self.task.name} cannot do without")
+        given = {"input_ids": input_ids, "labels": input_ids if labels is None else labels, **inputs}
+        given["attention_mask"] = attention_mask
+        return self.loss({name: column for name, column in given.items() if column is not None}, normalizer)
 
     # ---- as an objective of our trainer ----
 
@@ -219,6 +264,7 @@ class KnowledgeDistiller(Objective["CausalLM"]):
         All micro-batches of a step come here before the first one's loss: what is in them is counted.
         """
         batch = batch if self.router is None else self.router(batch, step)
+        batch = batch if self.masking is None else self.masking(batch, step)
         if self.on_policy is not None:
             kept = None if not self.own_losses else self._rows_of(self.own_losses, batch)
             batch = replaced_rows(self.on_policy, batch, step, kept)
@@ -290,6 +336,10 @@ class KnowledgeDistiller(Objective["CausalLM"]):
                 part.load(values[name])
         self.finished = values.get("finished", False)
 
+    def count(self, batch: dict[str, Tensor]) -> int:
+        """How many labels a micro-batch has."""
+        return int((self.task.labels(batch) != IGNORED).sum())
+
     # ---- the loss ----
 
     def _now(self, value: float | Ramp) -> float:
@@ -334,26 +384,27 @@ class KnowledgeDistiller(Objective["CausalLM"]):
         return torch.isin(batch["source"], torch.tensor(list(sources), device=batch["source"].device))
 
     def _count(self, batch: Mapping[str, Tensor]) -> Tensor:
-        """Floats: rows; then tokens of each task, of the main loss and of each of the own losses."""
-        real = next_labels(batch) != IGNORED
-        task = next_column(batch["task"], 0) if "task" in batch else torch.zeros_like(batch["labels"])
+        """Floats: rows; then tokens of each task, of the main loss and of each of the own losses; of what is no causal
+        model, positions of each of PARTS."""
+        real = self.task.labels(batch) != IGNORED
+        task = next_column(batch["task"], 0) if "task" in batch else torch.zeros_like(real, dtype=torch.long)
         tokens = torch.stack([(real & (task == k)).sum(-1) for k in range(TASKS)], -1)
         own = [tokens[self._rows_of([source], batch)].sum(0) for source in self.own_losses]
         main = tokens.sum(0) - sum(own)
         counts = torch.cat([tokens.new_tensor([len(tokens)]), main, *own])
+        if self.task is not CAUSAL_LM:  # and the positions that matchings compare
+            counts = torch.cat([counts, torch.stack([self._places(batch, part) for part in PARTS])])
         return counts.to(torch.float32 if counts.device.type == "mps" else torch.float64)
 
     def _loss(self, batch: Mapping[str, Tensor], counts: Tensor, forward: Callable[..., Any] | None) -> Tensor:
         """The sum over a batch's tokens, each divided by what `counts` has of its kind."""
         if forward is not None and in_zero(self.student):
             return as_forward(self.student, forward, lambda: self._loss(batch, counts, None))
-        if (mask := batch.get("attention_mask")) is not None and mask.dim() == 2 and "position_ids" not in batch:
-            batch = {**batch, "position_ids": positions(mask)}
-        matchings, inputs = self.matchings, model_inputs(batch)
-        inputs["input_ids"], check_ids = readable_ids(self.student, inputs["input_ids"], "student")
+        batch, matchings = self.task.prepared(batch, self.student), self.matchings
+        inputs, check_ids = readable_inputs(self.task, self.student, batch, "student")
         with ExitStack() as stack:
             seen = [stack.enter_context(m.student(self.student)) for m in matchings.values()]
-            hidden = final_hidden_states(self.student, inputs, forward)
+            hidden = self.task.states(self.student, inputs, forward)
         whole = None
         if matchings:
             assert self.teacher is not None  # refused at the start
@@ -362,12 +413,12 @@ class KnowledgeDistiller(Objective["CausalLM"]):
         if once is None and self.own_losses and teacher_in_parts(self.teacher):  # whatever losses a process's rows have
             assert self.teacher is not None
             once = list(self.teacher(batch))
-        labels = next_labels(batch)
-        weights = next_column(batch["weights"], 0.0) if "weights" in batch else None
+        labels = self.task.labels(batch)
+        weights = self.task.aligned(batch["weights"], 0.0) if "weights" in batch else None
         task = next_column(batch["task"], 0) if "task" in batch else None
 
         def of_logits(hidden: Tensor) -> Tensor:
-            loss, head = hidden.new_zeros(()), Head.of(self.student)
+            loss, head = hidden.new_zeros(()), self.task.head(self.student)
             for source, rows, own, tokens in self._parts(batch, once, counts):
                 check_ids()
                 rows = slice(None) if rows is None else rows
@@ -378,6 +429,12 @@ class KnowledgeDistiller(Objective["CausalLM"]):
                     of = torch.zeros_like(labels[rows]) if task is None else task[rows]
                     part = factors.to(torch.float32)[of] * (1.0 if part is None else part)
                 divisor = _some(tokens.sum())
+                if self.kd_on == "all" and source is not None:
+                    real = self.task.places(batch, "decoder")
+                    every = torch.where(labels == IGNORED, batch["input_ids"], labels).masked_fill(~real, IGNORED)
+                    only = replace(own, ce_weight=0.0)
+                    loss = loss + self._logit_loss(source, hidden, head, every, None, _some(counts[-len(PARTS)]), only)
+                    source, own = None, replace(own, kd_weight=0.0)
                 loss = loss + self._logit_loss(source, hidden[rows], head, labels[rows], part, divisor, own)
                 if (
                     self.policy_gradient is not None
@@ -393,12 +450,23 @@ class KnowledgeDistiller(Objective["CausalLM"]):
         count, rows = (labels != IGNORED).sum(), len(labels)
         for i, (name, matching) in enumerate(matchings.items()):
             assert whole is not None  # asked above
-            matched = matching.loss(seen[i], whole.seen[i], batch)
-            self._measure(name, matched, torch.tensor(float(rows)) if matching.by_row else count)
-            share = rows / counts[0] if matching.by_row else count / _some(counts[1:].sum())
+            by_row, found, every = matching.by_row, count, counts[1:].sum()
+            compared = batch
+            if self.task is not CAUSAL_LM:
+                where = PARTS.index(matching.part)
+                every, found = counts[where - len(PARTS)], self._places(batch, matching.part)
+                compared = {**batch, PLACES: self.task.places(batch, matching.part)}
+            matched = matching.loss(seen[i], whole.seen[i], compared)
+            self._measure(name, matched, torch.tensor(float(rows)) if by_row else found)
+            share = rows / counts[0] if by_row else found / _some(every)
             loss = loss + self._now(matching.weight) * matched * share.to(matched.dtype)
         self.step_loss = self.step_loss + loss.detach()
         return loss
+
+    def _places(self, batch: Mapping[str, Tensor], part: str) -> Tensor:
+        """How many positions matchings of a part compare: of those of which every row has equally many, the rows."""
+        places = self.task.places(batch, part)
+        return torch.tensor(len(batch["labels"]), device=batch["labels"].device) if places is None else places.sum()
 
     def _parts(
         self, batch: Mapping[str, Tensor], once: Sequence[Answer] | None, counts: Tensor

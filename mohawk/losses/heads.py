@@ -189,11 +189,16 @@ def vocabulary_rows(model: CausalLM) -> int:
 
 
 def final_hidden_states(
-    model: CausalLM, inputs: Mapping[str, Tensor], forward: Callable[..., Any] | None = None
+    model: CausalLM,
+    inputs: Mapping[str, Tensor],
+    forward: Callable[..., Any] | None = None,
+    *,
+    causal: bool = True,
 ) -> Tensor:
     """What a model gives its output embedding, (batch, sequence, hidden), with gradients, without all its logits.
 
     inputs: of the model's forward. forward: what to call instead of the model, such as the model as DDP wraps it.
+    causal: false for an encoder's, or a decoder's beside an encoder, whose kind was checked by `mohawk.losses.tasks`.
 
     The logits of the last position alone are computed. On a model's first pass they check `Head.of`, and what
     `check_decoder` could not find out before it; raises UserError where the model does more to its logits than a Head
@@ -201,7 +206,7 @@ def final_hidden_states(
     mask for it.
     """
     _check_padding(model, inputs.get("attention_mask"))
-    if model not in _checked:
+    if causal and model not in _checked:
         check_decoder(model, "model")
         check_causal_on(model, inputs, forward or model)
     seen: list[Tensor] = []
@@ -217,11 +222,13 @@ def final_hidden_states(
     stay_whole([model], True)
     hook = output.register_forward_pre_hook(keep)
     try:
-        last = (forward or model)(**inputs, use_cache=False).logits[:, -1]
+        last = (forward or model)(**inputs, **({"use_cache": False} if causal else {})).logits[:, -1]
     finally:
         hook.remove()
+    if not seen:
+        raise UserError(f"{type(model).__name__} makes its logits without its output embedding, which is not supported")
     (hidden,) = seen
-    if (tokens := inputs["input_ids"].shape[1]) != hidden.shape[1]:
+    if causal and (tokens := inputs["input_ids"].shape[1]) != hidden.shape[1]:
         raise UserError(
             f"{type(model).__name__} has {hidden.shape[1]} states for {tokens} tokens, as with prompt tuning, which "
             "puts tokens of its own in front; train an adapter that leaves the text as it is, such as LoRA, IA3 or "

@@ -122,21 +122,23 @@ def _explicit(pairs, S: int, T: int, embeddings: bool) -> list[tuple[int, int]]:
 
 
 @contextmanager
-def collect_hidden(model: nn.Module, layers: Collection[int]) -> Iterator[dict[int, Tensor]]:
+def collect_hidden(model: nn.Module, layers: Collection[int], part: str = "decoder") -> Iterator[dict[int, Tensor]]:
     """Keeps the hidden states of some layers of the model's forward passes within it, and of no others.
 
     Yields a dict that each forward pass fills (and the next one overwrites): layer -> (b, n, H), with the graph it
     was computed in, exactly the `hidden_states[layer + 1]` of `output_hidden_states`. It stays filled afterwards.
 
     Args:
-        model: any causal LM of transformers or a hybrid, also behind peft; its decoder is found by structure.
+        model: any causal LM or encoder of transformers or a hybrid, also behind peft; its layers are found by
+            structure.
         layers: from 0; EMBEDDINGS (-1) is the first layer's input.
+        part: of a model with an encoder and a decoder, whose layers: "decoder" or "encoder".
 
     Raises:
         ValueError: a layer that the model does not have; a decoder that is not found; reentrant gradient
             checkpointing.
     """
-    body, modules = decoder(model)
+    body, modules = decoder(model, part)
     where = f"hidden states of {type(model).__name__}"
     check_layers(where, layers, len(modules), EMBEDDINGS)
     check_checkpointing(where, modules)

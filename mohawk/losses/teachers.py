@@ -22,8 +22,8 @@ from torch import Tensor, nn
 from mohawk.errors import UserError
 from mohawk.kernels.kd.teachers import TeacherHidden, TeacherMixture, TeacherSource
 from mohawk.loading.causal import plain_model
-from mohawk.loading.configs import check_decoder
-from mohawk.losses.heads import Head, final_hidden_states, in_autocast, readable_ids, vocabulary_rows
+from mohawk.losses.heads import Head, in_autocast, readable_ids
+from mohawk.losses.tasks import CAUSAL_LM, Task, task_of
 from mohawk.models.sharding import fill, is_sharded, local, reshard
 
 if TYPE_CHECKING:
@@ -37,7 +37,6 @@ log = logging.getLogger(__name__)
 
 # What a model is watched with during its pass: a context that collects tensors of its layers into a dict.
 Watch = Callable[["CausalLM"], AbstractContextManager[dict[Any, Any]]]
-INPUTS = ("input_ids", "position_ids", "attention_mask")
 
 
 @dataclass(frozen=True)
@@ -53,19 +52,16 @@ class Answer:
     seen: list[dict[Any, Any]] = field(default_factory=list)
 
 
-def model_inputs(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A batch's columns that a model's forward takes."""
-    return {name: batch[name] for name in INPUTS if name in batch}
-
-
 class ModelTeacher:
-    """One causal language model, which answers in eval mode and without gradients.
+    """One model, which answers in eval mode and without gradients.
 
-    micro_batch: rows at a time, fewer than the student's where the teacher is the larger one.
+    micro_batch: rows at a time, fewer than the student's where the teacher is the larger one. task: what it is for, as
+    `KnowledgeDistiller` takes it.
     """
 
-    def __init__(self, model: CausalLM, micro_batch: int | None = None):
-        check_decoder(model, "teacher")
+    def __init__(self, model: CausalLM, micro_batch: int | None = None, task: Task | str = CAUSAL_LM):
+        self.task = task_of(task) if isinstance(task, str) else task
+        self.task.check(model, "teacher")
         self.model, self.micro_batch = model, micro_batch
         self.adapted: PeftModel | None = None  # peft's model around this one, whose adapter is not the teacher's
 
@@ -127,17 +123,16 @@ class ModelTeacher:
 
     def asked(self, batch: Mapping[str, Tensor], watches: Sequence[Watch] = ()) -> tuple[Tensor, list[dict], Head]:
         """What `hidden` gives, and the head that goes with the hidden states."""
-        inputs = model_inputs(batch)
-        inputs["input_ids"], check_ids = readable_ids(self.model, inputs["input_ids"], "teacher")
+        inputs, check_ids = readable_inputs(self.task, self.model, batch, "teacher")
         with self.answering(), contextlib.ExitStack() as stack:
             seen = [stack.enter_context(watch(self.model)) for watch in watches]
-            rows = len(batch["input_ids"]) if watches or not self.micro_batch else self.micro_batch
+            rows = len(next(iter(inputs.values()))) if watches or not self.micro_batch else self.micro_batch
             parts = zip(*(tensor.split(max(1, rows)) for tensor in inputs.values()), strict=True)
-            hidden = [final_hidden_states(self.model, dict(zip(inputs, part, strict=True))) for part in parts]
+            hidden = [self.task.states(self.model, dict(zip(inputs, part, strict=True))) for part in parts]
             check_ids()  # the loss, which is next, waits for the device as well
             if self.adapted is not None:
                 self._check(seen)
-            return hidden[0] if len(hidden) == 1 else torch.cat(hidden), seen, Head.of(self.model)
+            return hidden[0] if len(hidden) == 1 else torch.cat(hidden), seen, self.task.head(self.model)
 
     def _check(self, seen: list[dict]) -> None:
         # a state-space layer's matrix is made when it is compared, where the adapter is on again
@@ -154,7 +149,19 @@ class ModelTeacher:
 
     @property
     def vocab_size(self) -> int:
-        return vocabulary_rows(self.model)
+        return self.task.words(self.model)
+
+
+def readable_inputs(
+    task: Task, model: CausalLM, batch: Mapping[str, Tensor], who: str
+) -> tuple[dict[str, Tensor], Callable[[], None]]:
+    """What a model reads of a batch, its ids such that it can; and what raises UserError where some were not (see
+    `readable_ids`)."""
+    inputs = task.inputs_of(model, batch)
+    if "input_ids" not in inputs:
+        return inputs, lambda: None
+    inputs["input_ids"], check = readable_ids(model, inputs["input_ids"], who)
+    return inputs, check
 
 
 def is_around(student: CausalLM, model: nn.Module) -> TypeGuard[PeftModel]:
@@ -207,7 +214,8 @@ class Ensemble:
         if len(given) != len(self.teachers) or not all(w > 0 for w in given):
             raise ValueError(f"weights: got {given} for {len(self.teachers)} teachers; allowed: one above 0 for each")
         self.weights = [w / sum(given) for w in given]
-        check_together(combine, [plain_model(teacher.model).config for teacher in self.teachers])
+        self.task = self.teachers[0].task if self.teachers else CAUSAL_LM
+        check_together(combine, [plain_model(teacher.model).config for teacher in self.teachers], self.task.name)
 
     def __call__(self, batch: Mapping[str, Tensor], watches: Sequence[Watch] = ()) -> list[Answer]:
         if self.combine == "row":
@@ -232,7 +240,7 @@ class Ensemble:
     def _by_row(self, batch, watches):
         if "teacher" not in batch:
             raise UserError("teachers: combine: row needs data that name a teacher for each example (teacher_field)")
-        column = batch["teacher"]
+        column, names = batch["teacher"], [name for name in (*self.task.inputs, *self.task.told) if name in batch]
         if watches:
             raise UserError("teachers: combine: row has no layers in common to match; leave out hidden and attention")
         if int(column.max()) >= len(self.teachers) or int(column.min()) < 0:
@@ -242,11 +250,11 @@ class Ensemble:
         for i, teacher in enumerate(self.teachers):
             rows = (column == i).nonzero().squeeze(1)
             if is_sharded(teacher.model):  # of which every process has a part: all ask it, whatever their rows are
-                ((answer),) = teacher({name: batch[name] for name in INPUTS if name in batch})
+                ((answer),) = teacher({name: batch[name] for name in names})
                 if len(rows):
                     yield Answer(taken(answer.source, rows), rows)
             elif len(rows):
-                ((answer),) = teacher({name: batch[name][rows] for name in INPUTS if name in batch})
+                ((answer),) = teacher({name: batch[name][rows] for name in names})
                 yield Answer(answer.source, rows)
 
     @property
@@ -265,8 +273,13 @@ def teacher_in_parts(teacher: object) -> bool:
     return any(isinstance(one, ModelTeacher) and is_sharded(one.model) for one in models)
 
 
-def check_together(combine: str, configs: Sequence[PretrainedConfig]) -> None:
+def check_together(combine: str, configs: Sequence[PretrainedConfig], task: str = CAUSAL_LM.name) -> None:
     """UserError where teachers of these configurations have no common answer."""
+    if task == "classification":
+        if len(counts := {config.num_labels for config in configs}) > 1:
+            given = ", ".join(map(str, sorted(counts)))
+            raise UserError(f"teachers: they tell {given} classes; give teachers of the same classes")
+        return
     texts = [config.get_text_config() for config in configs]
     if len(texts) < 2 or combine == "row":
         return
@@ -288,8 +301,9 @@ class AverageTeacher(ModelTeacher):
         decay: float,
         micro_batch: int | None = None,
         copy_of: Callable[[CausalLM], CausalLM] = copy.deepcopy,
+        task: Task | str = CAUSAL_LM,
     ):
-        super().__init__(copy_of(student), micro_batch)
+        super().__init__(copy_of(student), micro_batch, task)
         self.student, self.decay = student, decay
         self.model.requires_grad_(False).eval()
 

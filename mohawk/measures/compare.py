@@ -19,12 +19,14 @@ import torch
 from torch import Tensor, nn
 
 from mohawk.core.processes import count, from_all, rank
-from mohawk.data.next_tokens import IGNORED, next_labels
+from mohawk.data.next_tokens import IGNORED
 from mohawk.data.packing import collate
 from mohawk.errors import UserError
 from mohawk.loading.causal import plain_model, position_rows
 from mohawk.losses.heads import Head, final_hidden_states
+from mohawk.losses.tasks import CAUSAL_LM, Task
 from mohawk.measures.agreement import FIGURES, Tally, token_figures
+from mohawk.measures.classes import f1, roc_auc
 from mohawk.models.call import CACHE
 from mohawk.models.sharding import reshard
 
@@ -52,6 +54,7 @@ class TeacherStates:
     hidden: list[Tensor]
     head: Head
     tokens: int
+    task: Task = CAUSAL_LM
 
 
 @dataclass(frozen=True)
@@ -68,6 +71,9 @@ class Comparison:
         teacher_accuracy, student_accuracy: the share of tokens that were the most probable.
         teacher_confidence, student_confidence: mean probability of the most probable token.
         teacher_calibration, student_calibration: expected calibration error, in bins of confidence.
+        teacher_f1, student_f1, teacher_roc_auc, student_roc_auc: of classes (`mohawk.measures.classes`).
+
+    Of masked words, tokens are those; of classes, they are texts and perplexities are exp(cross entropy).
     """
 
     tokens: int
@@ -88,6 +94,10 @@ class Comparison:
     student_confidence: float | None = None
     teacher_calibration: float | None = None
     student_calibration: float | None = None
+    teacher_f1: float | None = None
+    student_f1: float | None = None
+    teacher_roc_auc: float | None = None
+    student_roc_auc: float | None = None
 
 
 @dataclass(frozen=True)
@@ -107,39 +117,42 @@ def teacher_states(
     batch_size: int = 8,
     device: str | torch.device | None = None,
     autocast: torch.dtype | None = None,
+    task: Task = CAUSAL_LM,
 ) -> TeacherStates:
     """Run the teacher over a packed dataset once and keep its final hidden states (on the CPU); all processes do so,
     each with its share.
 
     device: where the teacher is (default: where its parameters are). autocast: a dtype for its matrix
-    products, or None for the parameters' own. Raises UserError when the dataset predicts no token.
+    products, or None for the parameters' own. task: what the teacher is for. Raises UserError when the dataset predicts
+    no token.
     """
     device = torch.device(device) if device is not None else teacher.device
     batches = list(dealt_batches(dataset, batch_size))
     reshard(teacher)
-    head = Head.of(teacher).detached()  # a copy in float32 would be there for as long as the run
+    head = task.head(teacher).detached()  # a copy in float32 would be there for as long as the run
     hidden = []
     with evaluating(teacher):
         for batch in batches:
-            states = packed_hidden_states(teacher, batch, device=device, autocast=autocast)
-            hidden.append(states[_predicting(batch).to(device)].cpu())
+            states = _states(task, teacher, batch, device, autocast)
+            hidden.append(states[_predicting(task, batch).to(device)].cpu())
     reshard(teacher)
     tokens = sum(from_all(sum(len(h) for h in hidden)))
     if not tokens:
         raise UserError("evaluation: the text predicts no token; give at least two tokens of it")
-    return TeacherStates(batches, hidden, head, tokens)
+    return TeacherStates(batches, hidden, head, tokens, task)
 
 
 def dealt_batches(dataset: Any, batch_size: int) -> Iterator[dict[str, Tensor]]:
     """This process's batches of a packed dataset, one after the other in turn. Who has one less than others has one
     more, of which every token is padding: a sharded model is run by all."""
+    together = getattr(dataset, "collate", collate)
     starts = range(0, len(dataset), batch_size)
     own = [starts[i] for i in range(rank(), len(starts), count())]
     for start in own:
-        yield collate([dataset[i] for i in range(start, min(start + batch_size, len(dataset)))])
+        yield together([dataset[i] for i in range(start, min(start + batch_size, len(dataset)))])
     if len(own) < -(-len(starts) // count()):
-        spare = collate([dataset[0]])
-        padding = {"labels": IGNORED, "segment_ids": -1}
+        spare = together([dataset[0]])
+        padding = {name: value for name, value in {"labels": IGNORED, "segment_ids": -1}.items() if name in spare}
         yield {**spare, **{name: torch.full_like(spare[name], value) for name, value in padding.items()}}
 
 
@@ -157,15 +170,19 @@ def compare(
     """
     device = torch.device(device) if device is not None else student.device
     reshard(student)
-    student_head, teacher_head = Head.of(student).frozen(), states.head.frozen().to(device)
+    task = states.task
+    student_head, teacher_head = task.head(student).frozen(), states.head.frozen().to(device)
     vocab = min(len(student_head.weight), len(teacher_head.weight))
-    tally = Tally()
+    tally, told = Tally(), []
     with evaluating(student):
         for batch, teacher_hidden in zip(states.batches, states.hidden, strict=True):
-            hidden = packed_hidden_states(student, batch, device=device, autocast=autocast)
-            predicting = _predicting(batch)
+            hidden = _states(task, student, batch, device, autocast)
+            predicting = _predicting(task, batch)
             student_hidden = hidden[predicting.to(device)]
-            targets = next_labels(batch)[predicting].to(device)
+            targets = task.labels(batch)[predicting].to(device)
+            if task.name == "classification":
+                both = teacher_head.logits(teacher_hidden.to(device)), student_head.logits(student_hidden)
+                told.append([targets.cpu(), *(logits.double().softmax(-1).cpu() for logits in both)])
             figures = [torch.empty(0, len(FIGURES), dtype=torch.float64, device=device)]
             for start in range(0, len(targets), ROWS):
                 rows = slice(start, start + ROWS)
@@ -191,12 +208,28 @@ def compare(
         log_ratio_error=every.log_ratio_error,
         worst_kl=every.worst_kl,
         top5_overlap=every.mean("overlap"),
-        acceptance=every.mean("kept"),
-        accepted=tuple(every.accepted),
+        # of what writes no text there are no drafts
+        acceptance=every.mean("kept") if task is CAUSAL_LM else None,
+        accepted=tuple(every.accepted) if task is CAUSAL_LM else (),
         **{f"{who}_accuracy": every.mean(f"{who}_right") for who in WHO},
         **{f"{who}_confidence": every.mean(f"{who}_confidence") for who in WHO},
         **{f"{who}_calibration": every.calibration_error(who) for who in WHO},
+        **_of_classes(told),
     )
+
+
+def _of_classes(told: list[list[Tensor]]) -> dict[str, Any]:
+    """F1 and areas under ROC curves, of what all processes were told: labels, and both models' probabilities."""
+    everything = [part for one in from_all(told) for part in one]
+    if not everything:
+        return {}
+    labels, *probabilities = (torch.cat(parts) for parts in zip(*everything, strict=True))
+    found: dict[str, Any] = {}
+    for who, p in zip(WHO, probabilities, strict=True):
+        broken = not bool(p.isfinite().all())
+        found[f"{who}_f1"] = math.nan if broken else f1(p.argmax(-1), labels, p.shape[1])
+        found[f"{who}_roc_auc"] = math.nan if broken else roc_auc(p, labels)
+    return found
 
 
 def exp(nats: float) -> float:
@@ -204,9 +237,20 @@ def exp(nats: float) -> float:
     return math.inf if nats > 700 else math.exp(nats)  # NaN stays NaN
 
 
-def _predicting(batch: dict[str, Tensor]) -> Tensor:
-    """Bool (batch, sequence): positions whose next token is predicted, that is, has a label."""
-    return next_labels(batch) != IGNORED
+def _predicting(task: Task, batch: dict[str, Tensor]) -> Tensor:
+    """Bool (batch, positions): those at which something is predicted, that is, which have a label."""
+    return task.labels(batch) != IGNORED
+
+
+def _states(
+    task: Task, model: CausalLM, batch: dict[str, Tensor], device: torch.device, autocast: torch.dtype | None
+) -> Tensor:
+    """What goes into a model's head at each position of a batch."""
+    if task is CAUSAL_LM:
+        return packed_hidden_states(model, batch, device=device, autocast=autocast)
+    inputs = {name: column.to(device) for name, column in task.inputs_of(model, batch).items()}
+    with torch.autocast(device.type, dtype=autocast, enabled=autocast is not None):
+        return task.states(model, inputs)
 
 
 def packed_hidden_states(

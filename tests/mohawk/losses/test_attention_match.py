@@ -298,7 +298,7 @@ def test_models_are_left_as_they_were():
             inside = model(input_ids=rows()).logits
             raise ZeroDivisionError
         assert before == [m.config._attn_implementation for m in model.modules() if hasattr(m, "config")]
-        assert not any("mixing_record" in m.__dict__ or m._forward_hooks for m in model.modules())
+        assert not any("mixing_records" in m.__dict__ or m._forward_hooks for m in model.modules())
         torch.testing.assert_close(inside, logits)
         torch.testing.assert_close(model(input_ids=rows()).logits, logits, rtol=0, atol=0)
 
