@@ -34,8 +34,8 @@ GROUPS = {
     ],
     "Distilling": [
         "KnowledgeDistiller", "DistillationTrainer", "Ramp", "OwnLoss", "Advance", "HiddenMatch", "layer_map",
-        "match_hidden", "AttentionMatch", "match_attention", "Matching", "OnPolicy", "RationaleDistiller",
-        "RationaleRouter", "RoutedRationales", "TeacherCache", "CachedRows",
+        "match_hidden", "AttentionMatch", "match_attention", "RelationMatch", "match_relations", "Matching", "OnPolicy",
+        "Masking", "RationaleDistiller", "RationaleRouter", "RoutedRationales", "TeacherCache", "CachedRows",
     ],
     "Kernels": [
         "AttentionMixing", "SSDMixing", "DeltaMixing", "mixing_matrix", "mixing_distance", "ssd", "ssd_step",
@@ -69,6 +69,8 @@ TYPES = {
     "PruneStep": "a step of a pruning: `name`, `kind`, `told` (what the student then is), `round` (from 1)",
     "StateMixer": "the class that all mixers derive from",
     "TargetSection": "the sizes or the budget of a round, as under `prune` in a [recipe](recipes.md)",
+    "Task": "what a model is for, as its name says it",
+    "TaskName": '`"causal_lm"`, `"masked_lm"`, `"classification"` or `"seq2seq_lm"`',
     "TeacherSource": "any of the sources `Teacher...`",
     "TrimmedVocabulary": "`model`, `tokenizer` and `tokens`: the id that each token had before",
     "Watch": "a context around a model's pass that collects tensors of its layers into a dict",

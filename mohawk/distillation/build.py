@@ -14,16 +14,20 @@ from mohawk.conversion.plan import student_options
 from mohawk.conversion.recipe import student_mistakes
 from mohawk.core.processes import several
 from mohawk.data.text import tokenizer_key
+from mohawk.distillation.contradictions import MATCHED
 from mohawk.distillation.recipe import DistillData, DistillStudent, DistillTeacher, RampSection, Stage
 from mohawk.errors import UserError
 from mohawk.loading.causal import plain_model
 from mohawk.loading.models import load_teacher
+from mohawk.loading.tasks import CAUSAL
 from mohawk.losses.attention_match import AttentionMatch
 from mohawk.losses.distiller import OwnLoss
 from mohawk.losses.hidden_match import HiddenMatch, layer_map
-from mohawk.losses.matching import Matching, match_attention, match_hidden
+from mohawk.losses.matching import Matching, match_attention, match_hidden, match_relations
+from mohawk.losses.relation_match import RelationMatch
 from mohawk.losses.schedules import Ramp
 from mohawk.models.cutting.cuts import keep_layers, resolve_layers
+from mohawk.models.cutting.depth import keep_any_layers
 from mohawk.models.decoders import decoder
 from mohawk.models.from_teacher import hybrid_from_teacher
 from mohawk.models.generation_settings import saveable
@@ -75,7 +79,12 @@ def check_caches(recipe: StageRecipe, tokenizer: PreTrainedTokenizerBase) -> Non
 
 
 def load(
-    given: DistillTeacher, device: torch.device, who: str = "teacher", *, spread: Spread | None = None
+    given: DistillTeacher,
+    device: torch.device,
+    who: str = "teacher",
+    *,
+    spread: Spread | None = None,
+    task: str = CAUSAL,
 ) -> PreTrainedModel:
     """A recipe's teacher, on its device or devices, or in parts (see `load_teacher`)."""
     if given.device_map and several():
@@ -84,7 +93,7 @@ def load(
         )
     return load_teacher(
         given.model, **given.where, dtype=given.dtype, device=device, quantize=given.quantize,
-        device_map=given.device_map, spread=spread, who=who,
+        device_map=given.device_map, spread=spread, who=who, task=task,
     )  # fmt: skip
 
 
@@ -128,13 +137,17 @@ def _of_layer(base: PreTrainedModel, kept: Sequence[int] | None, name: str) -> s
     return f"{prefix}.{kept[int(index)]}.{rest}"
 
 
-def shaped(given: DistillStudent, base: PreTrainedModel, seed: int, where: str = "student") -> PreTrainedModel:
+def shaped(
+    given: DistillStudent, base: PreTrainedModel, seed: int, where: str = "student", task: str = CAUSAL
+) -> PreTrainedModel:
     """A student before training: `base` itself copied, some of its layers, its shape with random weights, a hybrid.
 
     where: it stands in the recipe, for messages.
     """
     with mistakes(f"{where}.layers"):
-        if given.layers is not None:
+        if given.layers is not None and task != CAUSAL:
+            student = keep_any_layers(base, resolve_layers(given.layers, len(decoder(base)[1])))
+        elif given.layers is not None:
             student = keep_layers(base, given.layers)
         else:
             student = base if given.scratch else copy.deepcopy(base)
@@ -150,10 +163,10 @@ def shaped(given: DistillStudent, base: PreTrainedModel, seed: int, where: str =
 def matchings_for(stage: Stage, student: CausalLM, teacher: CausalLM | None) -> dict[str, Matching]:
     """The losses between layers that a stage asks for. Raises ValueError for what the models do not have."""
     found: dict[str, Matching] = {}
-    if stage.hidden is None and stage.attention is None:
+    if all(getattr(stage, key) is None for key in MATCHED):
         return found
     if teacher is None:
-        raise ValueError("hidden and attention need a teacher model to match")
+        raise ValueError(f"{', '.join(MATCHED)} need a teacher model to match")
     depths = [len(decoder(model)[1]) for model in (student, teacher)]
     if (hidden := stage.hidden) is not None:
         match = HiddenMatch(
@@ -166,6 +179,14 @@ def matchings_for(stage: Stage, student: CausalLM, teacher: CausalLM | None) -> 
         match = AttentionMatch(layer_map(attention.layers, *depths), loss=attention.metric)
         match.check(student, teacher)
         found["attention"] = match_attention(match, schedule_of(attention.weight))
+    if (asked := stage.relations) is not None:
+        last = [[depth - 1 for depth in depths]]
+        pairs = layer_map(last if asked.layers is None else asked.layers, *depths)
+        match = RelationMatch(
+            pairs, queries=asked.queries, keys=asked.keys, values=asked.values, heads=asked.heads
+        )  # fmt: skip
+        match.check(student, teacher)
+        found["relations"] = match_relations(match, schedule_of(asked.weight))
     return found
 
 
@@ -201,5 +222,5 @@ def loss_label(stage: Stage) -> str:
     if parts and stage.cache is not None and checked_cache(stage).layout.kind == "samples":
         parts = ["cross entropy with the teacher's samples"]
     parts += ["cross entropy"] * (stage.ce_weight != 0)
-    parts += [name for name in ("hidden", "attention") if getattr(stage, name)]
+    parts += [name for name in MATCHED if getattr(stage, name)]
     return " + ".join(parts) + " per token"

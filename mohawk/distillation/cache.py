@@ -48,10 +48,13 @@ def cache_teacher(
     from mohawk.distillation.plan import bytes_of
     from mohawk.loading.configs import load_config
     from mohawk.loading.models import load_teacher, model_shape, parameter_count
+    from mohawk.loading.tasks import CAUSAL, task_in
     from mohawk.runs.inputs import check_inputs, positions_of, refuse_too_long
     from mohawk.runs.sharding import parts_to_ask
     from mohawk.teacher_cache.answers import check_range
 
+    if (task := task_in(recipe)) != CAUSAL:
+        raise UserError(f"task: got {task}; caches are of causal_lm alone: an encoder's masks change with each step")
     with joined(recipe.device):
         asked, about = _stage_of(recipe, stage), recipe.teacher
         first_before_others(lambda: check_inputs(recipe))

@@ -9,9 +9,17 @@ from mohawk.conversion.recipe import student_contradictions
 from mohawk.schema.base import Contradiction, phase_contradictions
 
 if TYPE_CHECKING:
-    from mohawk.distillation.recipe import DistillData, DistillRecipe, RampSection, Stage, StageRecipe
+    from mohawk.distillation.recipe import (
+        DistillData,
+        DistillRecipe,
+        DistillStudent,
+        RampSection,
+        Stage,
+        StageRecipe,
+    )
     from mohawk.schema.yaml_text import Path
 
+MATCHED = ("hidden", "attention", "relations")  # of a stage, between layers
 RESERVED = ("before", "tasks", "again")  # files in a run's folder `evaluation` that no stage is called by
 
 
@@ -53,6 +61,7 @@ def recipe_contradictions(recipe: DistillRecipe) -> Iterator[Contradiction]:
                     f"combine: row needs {name}.train with a teacher_field that names each example's teacher",
                 )
     yield from data_contradictions(recipe.data, ("data",))
+    yield from task_contradictions(recipe)
     names = [stage.name for stage in recipe.stages]
     for i, stage in enumerate(recipe.stages):
         at = ("stages", i)
@@ -70,6 +79,87 @@ def recipe_contradictions(recipe: DistillRecipe) -> Iterator[Contradiction]:
                     f"{label}: a cache is of the recipe's text, not of the stage's own; leave out one of them",
                 )
         yield from stage_contradictions(recipe, stage, i, at, label)
+
+
+def task_contradictions(recipe: DistillRecipe) -> Iterator[Contradiction]:
+    """What contradicts the task of a recipe's models."""
+    task = recipe.task
+    if task != "masked_lm":
+        if recipe.masking != type(recipe.masking)():
+            yield [("masking",), ("task",)], f"masking: is of task: masked_lm, but the task is {task}; leave it out"
+        for i, stage in enumerate(recipe.stages):
+            if stage.kd_on != "labels":
+                yield (
+                    [("stages", i, "kd_on"), ("task",)],
+                    f"stages.{i} ({stage.name}): kd_on: all is of task: masked_lm, but the task is {task}; leave "
+                    "it out",
+                )
+    elif recipe.masking.masked + recipe.masking.random > 1:
+        yield (
+            [("masking", "masked"), ("masking", "random")],
+            f"masking: masked {recipe.masking.masked:g} and random {recipe.masking.random:g} are shares of the masked "
+            "words and together exceed 1; lower one",
+        )
+    if task != "classification":
+        for at, own in _data_of(recipe):
+            for key in ("label_field", "pair_field"):
+                if getattr(own, key) != type(own).model_fields[key].default:
+                    name = ".".join(map(str, (*at, key)))
+                    yield [(*at, key), ("task",)], f"{name}: is of task: classification, but the task is {task}"
+    if task == "causal_lm":
+        return
+    if recipe.sharding.kind == "full":
+        yield (
+            [("sharding", "kind"), ("task",)],
+            f"sharding.kind: full, but models of task: {task} are whole on each process; set it to none or auto",
+        )
+    if recipe.combine == "row":
+        yield [("combine",), ("task",)], f"combine: row is of prompts with responses, not of task: {task}; leave it out"
+    for at, student in _students_of(recipe):
+        for key in ("hybrid", "lora"):
+            if getattr(student, key) is not None:
+                name = ".".join(map(str, (*at, key)))
+                yield [(*at, key), ("task",)], f"{name}: is of causal language models, but the task is {task}"
+    for at, own in _data_of(recipe):
+        for i, source in enumerate(own.train):
+            name = ".".join(map(str, (*at, "train", i)))
+            if (
+                source.kind != "text"
+                or source.own_loss is not None
+                or source.sampling_weight
+                or source.loss_weight != 1
+            ):
+                yield (
+                    [(*at, "train", i), ("task",)],
+                    f"{name}: kind, own_loss, sampling_weight and loss_weight are of causal language models, but the "
+                    f"task is {task}; leave them out",
+                )
+    for i, stage in enumerate(recipe.stages):
+        if stage.cache is not None:
+            why = "its masks change with each step" if task == "masked_lm" else "its rows are read in another form"
+            yield (
+                [("stages", i, "cache"), ("task",)],
+                f"stages.{i} ({stage.name}): cache: answers to text of task: {task} are not kept, since {why}; leave "
+                "it out",
+            )
+        for key in ("on_policy", "policy_gradient", "routing"):
+            if getattr(stage, key) is not None:
+                yield (
+                    [("stages", i, key), ("task",)],
+                    f"stages.{i} ({stage.name}): {key} is of causal language models, but the task is {task}; leave it "
+                    "out",
+                )
+
+
+def _data_of(recipe: DistillRecipe) -> Iterator[tuple[Path, DistillData]]:
+    """The recipe's data and its stages' own, by where they stand."""
+    yield ("data",), recipe.data
+    yield from ((("stages", i, "data"), stage.data) for i, stage in enumerate(recipe.stages) if stage.data is not None)
+
+
+def _students_of(recipe: DistillRecipe) -> Iterator[tuple[Path, DistillStudent]]:
+    yield ("student",), recipe.student
+    yield from ((("stages", i, "student"), s.student) for i, s in enumerate(recipe.stages) if s.student is not None)
 
 
 def _ends(value: float | RampSection) -> tuple[float, ...]:
@@ -135,8 +225,9 @@ def data_contradictions(data: DistillData, at: Path) -> Iterator[Contradiction]:
 
 def stage_contradictions(recipe: StageRecipe, stage: Stage, i: int, at: Path, label: str) -> Iterator[Contradiction]:
     """What contradicts itself in the recipe's i-th stage. label: its name in messages."""
-    matched = stage.hidden or stage.attention
-    weights = (stage.kd_weight, stage.ce_weight, *(part.weight for part in (stage.hidden, stage.attention) if part))
+    given = {key: part for key in MATCHED if (part := getattr(stage, key)) is not None}
+    matched = next(iter(given), None)
+    weights = (stage.kd_weight, stage.ce_weight, *(part.weight for part in given.values()))
     if not any(map(_counts, weights)) and not any(source.own_loss for source in (stage.data or recipe.data).train):
         yield (
             [(*at, "kd_weight"), (*at, "ce_weight")],
@@ -146,7 +237,7 @@ def stage_contradictions(recipe: StageRecipe, stage: Stage, i: int, at: Path, la
     if stage.learn_from == "previous" and i == 0:
         yield [(*at, "learn_from")], f"{label}: learn_from: previous, but it is the first stage; use teacher"
     if stage.cache is not None:
-        for key in ("hidden", "attention", "on_policy", "taid"):
+        for key in (*MATCHED, "on_policy", "taid"):
             if getattr(stage, key) is not None:
                 yield (
                     [(*at, key), (*at, "cache")],
@@ -170,7 +261,7 @@ def stage_contradictions(recipe: StageRecipe, stage: Stage, i: int, at: Path, la
             yield [(*at, "routing"), (*at, "cache")], f"{label}: routing reads its own rows; leave out the cache"
     if recipe.combine == "row" and matched:
         yield (
-            [(*at, "hidden" if stage.hidden else "attention")],
+            [(*at, matched)],
             f"{label}: with combine: row the teachers have no layers in common to match; leave it out",
         )
     if stage.temperature == "auto" and (stage.learn_from != "teacher" or stage.cache or recipe.teachers):
@@ -184,6 +275,12 @@ def stage_contradictions(recipe: StageRecipe, stage: Stage, i: int, at: Path, la
         yield [(*at, "taid")], f"{label}: taid starts at {stage.taid.start:g}, above its end {stage.taid.end:g}"
     if stage.advance is not None and stage.advance.patience is None and stage.advance.gap is None:
         yield [(*at, "advance")], f"{label}: advance never ends the stage; give patience, gap or both"
+    if (relations := stage.relations) is not None and not (relations.queries or relations.keys or relations.values):
+        names = ("queries", "keys", "values")
+        yield (
+            [(*at, "relations", name) for name in names],
+            f"{label}: relations has weights of 0 alone ({', '.join(names)}); raise one, or leave it out",
+        )
     if stage.policy_gradient is not None:
         sampling = stage.on_policy
         asked = {

@@ -87,7 +87,8 @@ def allowed_ways(stage: Any, student: PreTrainedModel, recipe: Any) -> Callable[
     told = wish()
     if recipe.activation_checkpointing != "auto" or told is not None and told.activation_checkpointing:
         return None
-    can = student.supports_gradient_checkpointing and getattr(stage, "attention", None) is None
+    watched = any(getattr(stage, key, None) is not None for key in ("attention", "relations"))
+    can = student.supports_gradient_checkpointing and not watched
     return None if can else lambda strategy: not strategy.recompute
 
 
@@ -133,9 +134,10 @@ def stage_footprint(
         found["autocast copies"] = 2 * copied
     again = 4 * tokens * width * len(layers) + max(kept)
     found["activations"] = again if strategy.recompute else sum(kept)
+    words = config.vocab_size if head else config.num_labels
     add_loss(
-        found, head=head, words=config.vocab_size, tokens=tokens, width=width, itemsize=itemsize, parts=parts,
-        layer=max(kept), one_pass=stage.batch_size * processes >= stage.rows, triton=triton,
+        found, head=head, words=words, tokens=tokens, width=width, itemsize=itemsize, parts=parts, layer=max(kept),
+        one_pass=stage.batch_size * processes >= stage.rows, triton=triton,
     )  # fmt: skip
     if (matched := _matched(stage, student, [model for model, _ in teachers], tokens)) > 0:
         found["matchings"] = matched
@@ -178,7 +180,8 @@ def _kept(model: PreTrainedModel, tokens: int, itemsize: int) -> list[int]:
 
 def _head(model: Any) -> int:
     """Parameters of the output embedding."""
-    return _count(model.get_output_embeddings())
+    output = model.get_output_embeddings()
+    return 0 if output is None else _count(output)  # that of classes is small
 
 
 def _inner(config: Any) -> int:
@@ -192,10 +195,13 @@ def _matched(stage: Any, student: PreTrainedModel, teachers: Sequence[PreTrained
     """Bytes of what a stage's matchings keep: float32 hidden states, or queries and keys, of both sides."""
     pairs, models = len(decoder(student)[1]), [student, *teachers[:1]]
     configs = [model.config.get_text_config() for model in models]
-    hidden, attention = getattr(stage, "hidden", None), getattr(stage, "attention", None)
+    hidden, attention, relations = (getattr(stage, key, None) for key in ("hidden", "attention", "relations"))
     each = 0 if hidden is None else sum(config.hidden_size for config in configs)
     each += 0 if attention is None else sum(2 * _inner(config) for config in configs)
-    return 4 * tokens * pairs * each
+    last = 0 if relations is None else sum(3 * _inner(config) for config in configs)
+    if relations is not None and relations.layers is not None:  # of more than the last layer, perhaps
+        each, last = each + last, 0
+    return 4 * tokens * (pairs * each + last)
 
 
 def _count(module: Any) -> int:

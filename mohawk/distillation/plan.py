@@ -20,7 +20,8 @@ from mohawk.distillation.footprint import Need, allowed_ways, fit, sampling_byte
 from mohawk.distillation.recipe import DistillRecipe, DistillStudent, RampSection, Stage
 from mohawk.errors import UserError
 from mohawk.loading.configs import load_config
-from mohawk.loading.models import model_shape, parameter_count
+from mohawk.loading.models import model_shape, parameter_count, with_classes
+from mohawk.loading.tasks import CAUSAL
 from mohawk.losses.schedules import temperature_for
 from mohawk.losses.teachers import check_together
 from mohawk.models.cutting.cuts import resolve_layers
@@ -60,15 +61,23 @@ def make_plan(recipe: DistillRecipe, hardware: Hardware | None = None) -> Plan:
 
     hardware: what the plan is for; default: the processes and devices that there are.
     """
+    task = recipe.task
+    if task != CAUSAL:  # whose models are whole on each process
+        recipe = recipe.model_copy(update={"sharding": recipe.sharding.model_copy(update={"kind": "none"})})
     hardware, bits16 = planned_for(recipe, hardware)
-    config = load_config(recipe.teacher.model, **recipe.teacher.where)
-    further = [load_config(one.model, **one.where, who=f"teachers.{i}") for i, one in enumerate(recipe.teachers)]
-    check_together(recipe.combine, [config, *further])
+    config = load_config(recipe.teacher.model, **recipe.teacher.where, task=task)
+    further = [
+        load_config(one.model, **one.where, who=f"teachers.{i}", task=task) for i, one in enumerate(recipe.teachers)
+    ]
+    check_together(recipe.combine, [config, *further], task)
     trackers(recipe.report_to)
-    teacher = model_shape(config, recipe.teacher.trust_remote_code)
+    teacher = model_shape(config, recipe.teacher.trust_remote_code, task=task)
     student = first = _planned(recipe.student, teacher, recipe)
     asked = [(recipe.teacher, teacher)]
-    asked += [(one, model_shape(of, one.trust_remote_code)) for one, of in zip(recipe.teachers, further, strict=True)]
+    asked += [
+        (one, model_shape(of, one.trust_remote_code, task=task))
+        for one, of in zip(recipe.teachers, further, strict=True)
+    ]
     teachers = [(model, bytes_of(one)) for one, model in asked]
     stages: list[StagePlan] = []
     needs: list[Need] = []
@@ -194,8 +203,11 @@ def _planned(
 ) -> PreTrainedModel:
     """The student's shape, on the meta device."""
     if given.model is not None:
-        config = load_config(given.model, **given.where, who=f"{where}.model")
-        base = model_shape(config, given.trust_remote_code, f"{where}.model")
+        config = load_config(given.model, **given.where, who=f"{where}.model", task=recipe.task)
+        if recipe.task == "classification":
+            about = recipe.teacher
+            with_classes(config, load_config(about.model, **about.where, task=recipe.task))
+        base = model_shape(config, given.trust_remote_code, f"{where}.model", recipe.task)
     if type(base).__module__.startswith("transformers_modules."):  # where transformers puts a checkpoint's own code
         raise UserError(
             f"{where}: {type(base).__name__} is of code that came with its checkpoint, so that no run can save it and "
@@ -205,7 +217,7 @@ def _planned(
         with mistakes(f"{where}.layers"):
             resolve_layers(given.layers, len(decoder(base)[1]))
     with torch.device("meta"):
-        student = shaped(given, base, recipe.seed, where)
+        student = shaped(given, base, recipe.seed, where, recipe.task)
     if (lora := given.lora) is not None:
         with mistakes(f"{where}.lora"):
             from mohawk.loading.lora import check_adapter, reaches_head

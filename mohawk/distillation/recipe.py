@@ -179,6 +179,23 @@ class DistillSource(SourceSection):
 class DistillData(DataSection):
     # pyrefly: ignore[bad-override]  # nobody puts a plain source in: a recipe is frozen
     train: list[DistillSource] = Field(min_length=1, description="text to train on")
+    label_field: Text = Field(
+        default="label", description="field of a text's class, its number or name, of task: classification"
+    )
+    pair_field: Text = Field(
+        default="text_pair", description="field of the second of two texts, if there is one, of task: classification"
+    )
+
+
+class MaskingSection(Section):
+    """Which words of a row are masked (BERT, arXiv 1810.04805)."""
+
+    share: Annotated[float, Field(gt=0, le=1)] = Field(default=0.15, description="share of the words that are masked")
+    masked: Share = Field(default=0.8, description="share of these that become the mask token")
+    random: Share = Field(default=0.1, description="share of these that become another word; the rest stays")
+    dynamic: bool = Field(
+        default=True, description="draw masks anew at each step (RoBERTa); false: a row always has the same ones"
+    )
 
 
 class Taid(Section):
@@ -214,6 +231,24 @@ class AttentionMatching(Section):
     metric: HeadMetric = Field(
         default="kl",
         description="distance between the matrices of a head; scores: mse of the scores before the softmax",
+    )
+
+
+class RelationMatching(Section):
+    """MiniLM v2: relations between tokens, the softmax of scaled dot products of queries, keys or values."""
+
+    weight: Weight | RampSection = Field(default=1.0, description="weight of this loss")
+    layers: Layers | None = Field(
+        default=None,
+        description="which of the student's layers learn from which of the teacher's; null: the last one from the last",
+    )
+    queries: Weight = Field(default=1.0, description="weight of relations between queries")
+    keys: Weight = Field(default=1.0, description="weight of relations between keys")
+    values: Weight = Field(default=1.0, description="weight of relations between values")
+    heads: Count | None = Field(
+        default=None,
+        description="relation heads that both sides' channels are cut into, such as 48; null: the greatest common "
+        "divisor of their head counts",
     )
 
 
@@ -283,12 +318,19 @@ class Stage(Phase):
     )
     kd_weight: Weight | RampSection = Field(default=1.0, description="weight of the divergence")
     ce_weight: Weight | RampSection = Field(default=0.0, description="weight of the cross entropy with the text")
+    kd_on: Literal["labels", "all"] = Field(
+        default="labels",
+        description="of masked_lm: the divergence is of masked words, or of all real tokens (as DistilBERT's)",
+    )
     confidence: bool = Field(
         default=False, description="weigh the divergence by the teacher's probability of the label"
     )
     taid: Taid | None = Field(default=None, description="a target that moves from the student to the teacher")
     hidden: HiddenMatching | None = Field(default=None, description="match hidden states")
     attention: AttentionMatching | None = Field(default=None, description="match attention or mixing matrices")
+    relations: RelationMatching | None = Field(
+        default=None, description="match relations between queries, keys and values (MiniLM)"
+    )
     on_policy: OnPolicySection | None = Field(default=None, description="train on the student's own samples")
     policy_gradient: Literal["normalized", "sum"] | None = Field(
         default=None,
@@ -329,6 +371,12 @@ class StageRecipe(Protocol):
 class DistillRecipe(RecipeFile):
     """A whole distillation."""
 
+    task: Literal["causal_lm", "masked_lm", "classification"] = Field(
+        default="causal_lm",
+        description="what the models do: write text from left to right; fill in masked words (BERT and other "
+        "encoders); tell the class of a text",
+    )
+    masking: MaskingSection = Field(default=MaskingSection(), description="of task: masked_lm, which words are masked")
     teacher: DistillTeacher = Field(description="the model to learn from")
     teachers: list[DistillTeacher] = Field(default=[], description="further teachers")
     combine: Literal["probabilities", "logits", "row"] = Field(

@@ -12,12 +12,15 @@ from rich.console import Console
 
 from mohawk.conversion.footprint import Hardware
 from mohawk.core.extras import need
-from mohawk.core.processes import first_before_others, from_first, on_first
+from mohawk.core.processes import first_before_others, from_first, on_first, wish
 from mohawk.distillation.build import check_caches, checked_cache, load, loss_label
+from mohawk.distillation.encoders import EncoderData
 from mohawk.distillation.plan import Plan, make_plan, print_plan
 from mohawk.distillation.recipe import DistillRecipe
 from mohawk.distillation.sources import StageData
 from mohawk.distillation.stages import StageTrainer, made, stage_step
+from mohawk.errors import UserError
+from mohawk.loading.tasks import CAUSAL, task_in
 from mohawk.runs.context import RunContext, measure_stage, open_run
 from mohawk.runs.sharding import Parts, parts_of
 from mohawk.runs.start import start
@@ -43,6 +46,9 @@ def distill(recipe: DistillRecipe, *, dry_run: bool = False, hardware: Hardware 
             folder holds another run.
         Interrupted: a signal stopped the run after it saved.
     """
+
+    if recipe.task != CAUSAL and wish() is not None:
+        raise UserError(f"task: {recipe.task}: its models are whole on each process, but accelerate is set to FSDP")
 
     def plan(console: Console) -> Plan:
         planned = first_before_others(lambda: make_plan(recipe, hardware))
@@ -72,12 +78,14 @@ def opened(
     """A distillation's folder with its first teacher and data; see `open_run`."""
     return open_run(
         recipe, folder, console, trains=trains, parts=parts, read=functools.partial(read_data, recipe),
-        load=lambda device, spread: load(recipe.teacher, device, spread=spread),
+        load=lambda device, spread: load(recipe.teacher, device, spread=spread, task=task_in(recipe)),
     )  # fmt: skip
 
 
-def read_data(recipe: Any, tokenizer: PreTrainedTokenizerBase) -> StageData:
+def read_data(recipe: Any, tokenizer: PreTrainedTokenizerBase) -> StageData | EncoderData:
     """What the stages of a recipe read. Raises UserError, also where a stage's cache is of another text."""
+    if task_in(recipe) != CAUSAL:
+        return EncoderData(recipe, tokenizer)
     data = StageData(recipe, tokenizer)
     for stage in recipe.stages:
         if stage.cache is not None:
@@ -112,5 +120,6 @@ def untrained(run: RunContext[StageData]) -> PreTrainedModel:
     base, about = run.teacher, run.recipe.teacher
     if run.recipe.student.model is None and (about.quantize or about.device_map):
         # rounded or spread weights can be asked, but not trained
-        base = load(about.model_copy(update={"quantize": None, "device_map": None}), run.device)
+        plain = about.model_copy(update={"quantize": None, "device_map": None})
+        base = load(plain, run.device, task=task_in(run.recipe))
     return made(run, run.recipe.student, base)

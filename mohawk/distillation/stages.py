@@ -24,6 +24,8 @@ from mohawk.distillation.build import (
     shaped,
     shaped_in_parts,
 )
+from mohawk.distillation.contradictions import MATCHED
+from mohawk.distillation.encoders import masking_of
 from mohawk.distillation.recipe import DistillStudent, Lora, Stage
 from mohawk.distillation.sources import StageData, rows_by_source
 from mohawk.kernels.kd.teachers import TAIDSchedule
@@ -31,6 +33,7 @@ from mohawk.loading.lora import add_adapter, merge_adapter, save_adapter
 from mohawk.loading.model_hash import teacher_hash
 from mohawk.loading.models import load_teacher
 from mohawk.loading.nonfinite import refuse_nonfinite
+from mohawk.loading.tasks import task_in
 from mohawk.losses.distiller import KnowledgeDistiller, OwnLoss
 from mohawk.losses.on_policy import OnPolicy
 from mohawk.losses.rationale_router import RationaleRouter, RoutedRationales
@@ -54,7 +57,7 @@ class StageTrainer:
     """Trains a run's stages. What is asked of the teacher's weights is kept, as hashing them takes a while."""
 
     def __init__(self, run: RunContext[StageData]):
-        self.run = run
+        self.run, self.task = run, task_in(run.recipe)
         self._teacher_hash: str | None = None  # once a cache is compared with it
 
     def train(self, i: int, stage: Stage, student: PreTrainedModel, before: str | None) -> PreTrainedModel:
@@ -88,6 +91,7 @@ class StageTrainer:
 
     def _objective(self, i: int, stage: Stage, student: CausalLM) -> KnowledgeDistiller:
         own = own_losses(self.run.data.asked(stage))
+        masking = masking_of(self.run.recipe, self.run.tokenizer) if self.task == "masked_lm" else None
         router = self._router(stage, student)
         teacher = self._teacher(i, stage, student, own.values())
         model = teacher.teachers[0].model if isinstance(teacher, Ensemble) else getattr(teacher, "model", None)
@@ -120,6 +124,9 @@ class StageTrainer:
             ),
             policy_gradient=stage.policy_gradient,
             router=router,
+            task=self.task,
+            masking=masking,
+            kd_on=stage.kd_on,
             advance=None
             if advance is None
             else Advance(
@@ -144,19 +151,21 @@ class StageTrainer:
             return CachedTeacher(self._cache(stage))
         if stage.learn_from == "previous":
             previous = phase_student(run.folder, recipe.stages[i - 1].name)
-            return ModelTeacher(load_teacher(previous, device=run.device, spread=run.spread_teacher))
+            found = load_teacher(previous, device=run.device, spread=run.spread_teacher, task=self.task)
+            return ModelTeacher(found, task=self.task)
         if stage.learn_from in ("average", "start"):
             decay = stage.average_decay if stage.learn_from == "average" else 1.0
-            return AverageTeacher(student, decay, copy_of=functools.partial(_copy, run))
+            return AverageTeacher(student, decay, copy_of=functools.partial(_copy, run), task=self.task)
         if all(weight == 0 for weight in (stage.kd_weight, *(loss.kd_weight for loss in own))):
-            if not (stage.hidden or stage.attention):
+            if all(getattr(stage, key) is None for key in MATCHED):
                 return None
         given = [recipe.teacher, *recipe.teachers]
         further = [
-            load(one, run.device, f"teachers.{k}", spread=run.spread_teacher) for k, one in enumerate(recipe.teachers)
+            load(one, run.device, f"teachers.{k}", spread=run.spread_teacher, task=self.task)
+            for k, one in enumerate(recipe.teachers)
         ]
         models = [run.teacher, *further]
-        teachers = [ModelTeacher(model, g.micro_batch) for model, g in zip(models, given, strict=True)]
+        teachers = [ModelTeacher(model, g.micro_batch, self.task) for model, g in zip(models, given, strict=True)]
         if len(teachers) == 1:
             return teachers[0]
         return Ensemble(teachers, recipe.combine, [g.weight for g in given])
@@ -203,12 +212,18 @@ def made(run: RunContext, given: DistillStudent, base: PreTrainedModel, where: s
     parts = run.parts
     if given.model is not None:
         spread = None if parts is None else parts.student
-        base = load_teacher(given.model, **given.where, device=run.device, spread=spread, who=f"{where}.model")
+        task = task_in(run.recipe)
+        classes = run.teacher.config if task == "classification" else None
+        torch.manual_seed(run.recipe.seed)  # of a new head for classes, the same whenever it is made
+        base = load_teacher(
+            given.model, **given.where, device=run.device, spread=spread, who=f"{where}.model", task=task,
+            classes=classes,
+        )  # fmt: skip
     if parts is not None:
         if given.model is not None and given.layers is None and not given.scratch and given.hybrid is None:
             return base.requires_grad_(True)
         return shaped_in_parts(given, base, run.recipe.seed, parts.student, where).requires_grad_(True)
-    student = shaped(given, base, run.recipe.seed, where)
+    student = shaped(given, base, run.recipe.seed, where, task_in(run.recipe))
     cast(student, torch.float32)
     # pyrefly: ignore[bad-argument-type]  # transformers wraps `to` and loses its parameters
     return student.to(run.device).requires_grad_(True)

@@ -18,6 +18,7 @@ from mohawk.core.run_folder import again_file, has_recipe
 from mohawk.distillation.recipe import DistillRecipe
 from mohawk.errors import UserError
 from mohawk.loading.describe import student_folder
+from mohawk.loading.tasks import CAUSAL, task_in
 from mohawk.pruning.recipe import PruneRecipe
 from mohawk.runs.tables import agreement_tables, behaviour_tables, print_tables
 from mohawk.runs.verdict import fitness
@@ -43,6 +44,11 @@ def evaluate_run(run: str | Path, overrides: Sequence[str] = (), console: Consol
     recipe = load_run_recipe(folder, overrides)
     name = student_folder(folder)
 
+    if (task := task_in(recipe)) != CAUSAL:
+        raise UserError(
+            f"{run}: is of task: {task}, which `mohawk evaluate` does not measure; its results.json and report.md "
+            "have what was"
+        )
     if trims_vocabulary(recipe):
         raise UserError(
             f"{run}: its student numbers tokens anew (prune.vocabulary), so it cannot be compared token by token; "

@@ -19,14 +19,15 @@ from mohawk.core.precision import autocast_dtype, pick_device
 from mohawk.core.processes import first_before_others, from_first, on_first
 from mohawk.core.run_folder import evaluation_file
 from mohawk.data.packing import Data, PackedDataset, load_data
-from mohawk.data.same_tokenizer import teacher_tokenizer
 from mohawk.errors import UserError
 from mohawk.loading.causal import position_rows
 from mohawk.loading.models import load_teacher
+from mohawk.loading.tasks import task_in
+from mohawk.losses.tasks import task_of
 from mohawk.measures.agreement import acceptance_words
 from mohawk.measures.compare import TeacherStates, compare, teacher_states
 from mohawk.runs.binding import bind
-from mohawk.runs.inputs import check_lengths, refuse_too_long
+from mohawk.runs.inputs import check_lengths, refuse_too_long, tokenizer_of
 from mohawk.runs.kept import Compared
 from mohawk.runs.sharding import Parts
 from mohawk.schema.base import sections
@@ -127,7 +128,13 @@ class RunContext(Generic[D]):
 
         rows = self.data.held_out(asked.sequence_length, asked.tokens, self.pad)
         self.texts = {
-            name: teacher_states(self.teacher, kept, batch_size=asked.batch_size, autocast=self.autocast)
+            name: teacher_states(
+                self.teacher,
+                kept,
+                batch_size=asked.batch_size,
+                autocast=self.autocast,
+                task=task_of(task_in(self.recipe)),
+            )
             for name, kept in rows.items()
         }
 
@@ -156,7 +163,7 @@ def open_run(
     device, about = pick_device(recipe.device), recipe.teacher
     first_before_others(lambda: check_lengths(recipe))
     autocast = autocast_dtype(recipe.precision, device)
-    tokenizer = first_before_others(lambda: teacher_tokenizer(about.model, tokenizer=about.tokenizer, **about.where))
+    tokenizer = first_before_others(lambda: tokenizer_of(recipe))
     data = first_before_others(lambda: read(tokenizer))
     precision = str(autocast or "float32").removeprefix("torch.")
     on_first(lambda: bind(folder, recipe, tokenizer, precision, record=trains))
@@ -213,11 +220,22 @@ def measure_stage(
             run.console.print(
                 f"[bold]{stage}[/bold] on {name.replace('_', '-')} text: perplexity {result['student_perplexity']:.2f} "
                 f"(teacher {result['teacher_perplexity']:.2f}, ratio {result['perplexity_ratio']:.3f}), "
-                f"KL {result['kl']:.4f}, same top token {result['top1_agreement']:.1%}; as the teacher's draft "
-                f"{result['acceptance']:.1%} of tokens pass, {acceptance_words(result['accepted'])} drafted"
+                f"KL {result['kl']:.4f}, same top token {result['top1_agreement']:.1%}" + _further(result)
             )
 
     on_first(tell)
+
+
+def _further(result: Mapping[str, Any]) -> str:
+    """What is told of a comparison besides: a draft's acceptance, or how classes are told."""
+    if result["acceptance"] is not None:
+        passing = f"; as the teacher's draft {result['acceptance']:.1%} of tokens pass"
+        return f"{passing}, {acceptance_words(result['accepted'])} drafted"
+    told = f"; right {result['student_accuracy']:.1%} (teacher {result['teacher_accuracy']:.1%})"
+    for key, name in (("f1", "F1"), ("roc_auc", "ROC-AUC")):
+        if (own := result[f"student_{key}"]) is not None:
+            told += f", {name} {own:.3f} (teacher {result[f'teacher_{key}']:.3f})"
+    return told
 
 
 def refuse_tokens(tokens: np.ndarray, name: str, vocabulary: int) -> None:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
+from mohawk.data.encoder_rows import LabelFields, labelled_row
 from mohawk.data.pair_tokens import check_pair, no_weights
 from mohawk.data.records import first_records, read_records
 from mohawk.data.same_tokenizer import check_embedding_rows, check_same, own_tokenizer, teacher_tokenizer
@@ -18,7 +19,8 @@ from mohawk.data.source_files import NotThere, as_source, check_encoding, local_
 from mohawk.errors import UserError
 from mohawk.loading.causal import position_rows
 from mohawk.loading.configs import load_config
-from mohawk.loading.models import model_shape, quantization
+from mohawk.loading.models import load_tokenizer, model_shape, quantization
+from mohawk.loading.tasks import CAUSAL, class_names, task_in
 from mohawk.losses.rationales import TEMPLATES, check_record
 from mohawk.schema.base import sections
 
@@ -76,6 +78,7 @@ def check_inputs(
             log.warning("%s: not checked: %s", at, error)
         else:
             read.append(f"{at}: {_check_source(source, at, tokenizer, names)}")
+            _check_labels(recipe, at, source)
     text = f"Read of the text: {'; '.join(read)}. The rest is checked when a run reads it, before any weights."
     return "\n".join([text, *_unknown(recipe)])
 
@@ -85,7 +88,7 @@ def _unknown(recipe: RecipeFile) -> Iterator[str]:
     for name, model in [*_teachers(recipe), *_students(recipe)]:
         if not model.trust_remote_code:
             continue
-        config = load_config(model.model, **model.where)
+        config = load_config(model.model, **model.where, task=task_in(recipe))
         if "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {}):
             yield (
                 f"Not known of {name}: {model.model} is run by Python code that comes with it. That the code loads its "
@@ -113,19 +116,21 @@ def _check_tokenizers(recipe: RecipeFile) -> PreTrainedTokenizerBase:
     for name, teacher in _teachers(recipe):
         where = teacher.where | {"who": name}
         if tokenizer is None:
-            tokenizer = teacher_tokenizer(teacher.model, tokenizer=teacher.tokenizer, **where)
+            tokenizer = tokenizer_of(recipe)
             continue
         own = None
-        if teacher.tokenizer is not None or own_tokenizer(teacher.model, **where) is not None:
+        if task_in(recipe) != CAUSAL:
+            own = own_tokenizer(teacher.model, **where)
+        elif teacher.tokenizer is not None or own_tokenizer(teacher.model, **where) is not None:
             own = teacher_tokenizer(teacher.model, tokenizer=teacher.tokenizer, option=f"{name}.tokenizer", **where)
-        _check_reads(tokenizer, own, teacher, name)
+        _check_reads(tokenizer, own, teacher, name, task_in(recipe))
     for name, student in _students(recipe):
         own = own_tokenizer(student.model, **student.where, who=f"{name}.model")
-        _check_reads(tokenizer, own, student, f"{name}.model")
+        _check_reads(tokenizer, own, student, f"{name}.model", task_in(recipe))
     return tokenizer
 
 
-def _check_reads(tokenizer: Any, own: Any, given: CheckpointSection, name: str) -> None:
+def _check_reads(tokenizer: Any, own: Any, given: CheckpointSection, name: str, task: str) -> None:
     """A model reads the ids of `tokenizer` as its own, if it comes with one, does, and has a row for each."""
     assert given.model is not None
     who = f"{name}: {given.model}"
@@ -133,7 +138,7 @@ def _check_reads(tokenizer: Any, own: Any, given: CheckpointSection, name: str) 
         check_same(tokenizer, own, who)
     else:
         log.warning("%s has no tokenizer to compare: it is taken to read ids as the teacher's does", who)
-    rows = load_config(given.model, **given.where, who=name).get_text_config().vocab_size
+    rows = load_config(given.model, **given.where, who=name, task=task).get_text_config().vocab_size
     check_embedding_rows(tokenizer, rows, who, "the teacher's tokenizer")
 
 
@@ -154,19 +159,19 @@ def check_lengths(recipe: RecipeFile) -> None:
         readers.append((f"{name}.model", student, read))
     too_long = []
     for name, model, read in readers:
-        most = positions_of(model, name)
+        most = positions_of(model, name, task_in(recipe))
         too_long += [_too_long(at, rows, model.model, most) for at, rows in read.items() if most and rows > most]
     if too_long:
         raise UserError("\n".join(dict.fromkeys(too_long)))
 
 
-def positions_of(model: CheckpointSection, who: str = "teacher") -> int | None:
+def positions_of(model: CheckpointSection, who: str = "teacher", task: str = CAUSAL) -> int | None:
     """`position_rows` of a checkpoint by its configuration; None also where only its own code would tell."""
     assert model.model is not None
-    config = load_config(model.model, **model.where, who=who)
+    config = load_config(model.model, **model.where, who=who, task=task)
     if getattr(config.get_text_config(), "rope_parameters", None) or getattr(config, "auto_map", None):
         return None
-    return position_rows(model_shape(config, who=who))
+    return position_rows(model_shape(config, who=who, task=task))
 
 
 def refuse_too_long(at: str, length: int, model: str, most: int | None) -> None:
@@ -178,6 +183,17 @@ def refuse_too_long(at: str, length: int, model: str, most: int | None) -> None:
 def _too_long(at: str, length: int, model: str | None, most: int) -> str:
     at = f"{at}.sequence_length".removeprefix(".")
     return f"{at}: got {length}, but {model} has positions for {most} tokens; give {most} or less"
+
+
+def tokenizer_of(recipe: RecipeFile) -> PreTrainedTokenizerBase:
+    """The teacher's tokenizer, as a recipe names it. Raises UserError as `teacher_tokenizer`."""
+    about, task = recipe.teacher, task_in(recipe)
+    if task == CAUSAL:
+        return teacher_tokenizer(about.model, tokenizer=about.tokenizer, **about.where)
+    found = load_tokenizer(about.model, tokenizer=about.tokenizer, option="teacher.tokenizer", **about.where)
+    rows = load_config(about.model, **about.where, task=task).get_text_config().vocab_size
+    check_embedding_rows(found, rows, f"teacher: {about.model}")
+    return found
 
 
 def _check_packages(name: str, teacher: Any) -> None:
@@ -235,6 +251,23 @@ def _check_source(source: Any, where: str, tokenizer: PreTrainedTokenizerBase | 
     if not rows:
         return "nothing, it has no rows"
     return f"{'all' if len(rows) < LOOKED_AT and len(files) == 1 else 'the first'} {len(rows)} rows"
+
+
+def _check_labels(recipe: RecipeFile, at: str, source: Any) -> None:
+    """UserError where one of a source's first rows, of task: classification, has no class of the teacher's."""
+    if task_in(recipe) != "classification":
+        return
+    about, data = recipe.teacher, recipe.data
+    if local_files(as_source(source))[1] in ("text", "paragraphs"):
+        raise UserError(
+            f"{at}: {source.source} is plain text, but task: classification needs rows with a label; give JSON lines "
+            "or Parquet"
+        )
+    config = load_config(about.model, **about.where, task="classification")
+    fields = LabelFields(data.label_field, data.pair_field, class_names(config), config.num_labels)  # pyrefly: ignore
+    for where, row in first_records(as_source(source), LOOKED_AT):
+        if any(value is not None for value in row.values()):
+            labelled_row(f"{at}: {where}", row, source.field, fields)
 
 
 def _check_pair(source: DistillSource, tokenizer: Any, at: str, row: dict[str, Any], teachers: list[str]) -> None:

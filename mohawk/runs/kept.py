@@ -24,7 +24,7 @@ class Compared(TypedDict):
     log_ratio_error: NotRequired[float | None]
     worst_kl: NotRequired[float]
     top5_overlap: NotRequired[float]
-    acceptance: NotRequired[float]
+    acceptance: NotRequired[float | None]
     accepted: NotRequired[list[float | None]]
     teacher_accuracy: NotRequired[float]
     student_accuracy: NotRequired[float]
@@ -32,6 +32,10 @@ class Compared(TypedDict):
     student_confidence: NotRequired[float]
     teacher_calibration: NotRequired[float]
     student_calibration: NotRequired[float]
+    teacher_f1: NotRequired[float | None]  # of classes
+    student_f1: NotRequired[float | None]
+    teacher_roc_auc: NotRequired[float | None]
+    student_roc_auc: NotRequired[float | None]
 
 
 class Speed(TypedDict):

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from mohawk.loading.tasks import CAUSAL
 from mohawk.measures.consistency import PATHS, broken_in
 from mohawk.runs.tables import tables
 from mohawk.runs.verdict import verdict
@@ -61,7 +62,8 @@ def notes(results: Mapping[str, Any]) -> list[str]:
     said, dtype = [], results.get("decoded_in") or results["dtypes"]["student"]
     if consistency := results.get("consistency"):
         said.append(_consistency_line(consistency, dtype))
-    return said if results["continuations"] else [*said, TOO_LARGE]
+    causal = results.get("task", CAUSAL) == CAUSAL  # others write no text
+    return said if results["continuations"] or not causal else [*said, TOO_LARGE]
 
 
 def _consistency_line(found: Mapping[str, float], dtype: str) -> str:

@@ -29,6 +29,7 @@ from mohawk.core.run_folder import (
 )
 from mohawk.errors import UserError
 from mohawk.loading.models import parameter_count
+from mohawk.loading.tasks import task_in
 from mohawk.measures.consistency import broken_in
 from mohawk.runs.kept import Compared, Composed, Measured, Quantized, Results, Selection, Tasks
 from mohawk.runs.markdown import TOO_LARGE, to_markdown
@@ -114,6 +115,7 @@ def finish(
     _plot_tasks(folder, tasks)
     results = {
         "teacher": recipe.teacher.model,
+        "task": task_in(recipe),
         "architecture": architecture_line(teacher, student),
         "parameters": {who: parameter_count(model) for who, model in models.items()},
         "dtypes": {who: str(model.dtype).removeprefix("torch.") for who, model in models.items()},

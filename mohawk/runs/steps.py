@@ -34,6 +34,7 @@ from mohawk.loading.models import load_teacher
 from mohawk.loading.nonfinite import refuse_nonfinite
 from mohawk.loading.parts import FILE_BYTES, write_in_parts
 from mohawk.loading.remote_code import add_code
+from mohawk.loading.tasks import CAUSAL, task_in
 from mohawk.models.sharding import is_sharded
 from mohawk.runs.binding import of_this_run, record_of
 from mohawk.runs.context import RunContext, measure_stage
@@ -128,7 +129,8 @@ def train(
     recompute = name in run.recompute if asked == "auto" else asked
     set_checkpointing(objective.student, recompute or told is not None and told.activation_checkpointing)
     trainer = PhaseTrainer(
-        objective, name=name, phase=phase, run_dir=run.folder, train_dataset=rows, collate=collate,
+        objective, name=name, phase=phase, run_dir=run.folder, train_dataset=rows,
+        collate=getattr(rows, "collate", collate),
         precision=run.recipe.precision, device=run.recipe.device, seed=run.recipe.seed, report_to=report_to,
         origin=from_first(lambda: _origin(run, before)), section=section,
     )  # fmt: skip
@@ -169,7 +171,10 @@ def is_taken(run: RunContext, step: str) -> bool:
 def load_student(run: RunContext, step: str) -> PreTrainedModel:
     """A finished step's student, which trains on."""
     folder = phase_student(run.folder, step)
-    return load_teacher(folder, device=run.device, spread=run.spread_student, who="student").requires_grad_(True)
+    found = load_teacher(
+        folder, device=run.device, spread=run.spread_student, who="student", task=task_in(run.recipe)
+    )  # fmt: skip
+    return found.requires_grad_(True)
 
 
 def whole_models(
@@ -200,6 +205,11 @@ def whole_models(
 
 def finish_run(run: RunContext, student: PreTrainedModel, **told: Any) -> None:
     """Measure the final student and write the report, on the first process. told: to `mohawk.runs.report.finish`."""
+    if task_in(run.recipe) != CAUSAL:  # which writes no text
+        finish(
+            run.folder, run.recipe, student.eval(), run.teacher, run.tokenizer, run.console, whole=False, **told
+        )  # fmt: skip
+        return
     models = whole_models(run, student)
     student, teacher = models or (student, run.teacher)
     finish(

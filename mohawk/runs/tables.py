@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from mohawk.loading.describe import size_text
+from mohawk.loading.tasks import CAUSAL
 from mohawk.measures.paired import NORMAL
 from mohawk.runs.plots import RETRIEVALS, TEXTS
 
@@ -26,7 +27,10 @@ def tables(results: Mapping[str, Any]) -> list[Table]:
     """The run's figures as tables of strings: quality for each text, size and speed, training."""
     made: list[Table] = [tuple(table) for table in results.get("own_tables", ())]
     stages = results.get("stages", AFTER)  # which earlier results did not have
-    for text, name in TEXTS.items():
+    task = results.get("task", CAUSAL)
+    if task == "classification":
+        made += class_tables(results["evaluation"], stages)
+    for text, name in TEXTS.items() if task != "classification" else ():
         rows, tokens = [], 0
         for stage, name_of_stage in stages.items():
             if found := results["evaluation"].get(stage, {}).get(text):
@@ -43,7 +47,7 @@ def tables(results: Mapping[str, Any]) -> list[Table]:
                 tokens = found["tokens"]
         if rows:
             header = ["student", "perplexity", "teacher's", "ratio", "KL (nats)", "same top token"]
-            made.append((f"On {name} ({tokens:,} tokens)", header, rows))
+            made.append((f"On {name} ({tokens:,} {'tokens' if task == CAUSAL else 'masked words'})", header, rows))
     last = next((found for stage in reversed(stages) if (found := results["evaluation"].get(stage))), {})
     made += agreement_tables(last)
     made += behaviour_tables(results.get("behaviour") or {})
@@ -57,7 +61,8 @@ def tables(results: Mapping[str, Any]) -> list[Table]:
         rows.append([f"decoding {context}", *(f"{s['tokens_per_s']:.1f} tokens/s" for s in (teacher, student))])
     # states and speeds of two dtypes are not comparable unless the reader knows
     header = ["", *(f"{who} ({results['dtypes'][who]})" for who in ("teacher", "student"))]
-    made.append(("Size and speed (one sequence, greedy, median)", header, rows))
+    what = "Size and speed (one sequence, greedy, median)" if task == CAUSAL else "Size"
+    made.append((what, header, rows))
     tenths = all("first_tenth" in phase for phase in results["phases"].values())
     first, last = ("first_tenth", "last_tenth") if tenths else ("first_loss", "last_loss")  # which 0.1.0 wrote
     rows = [
@@ -77,6 +82,25 @@ def tables(results: Mapping[str, Any]) -> list[Table]:
     if results.get("quantized"):
         made += quantized_tables(results["quantized"])
     return made + (task_tables(results["tasks"]) if results.get("tasks") else [])
+
+
+def class_tables(evaluation: Mapping[str, Any], stages: Mapping[str, str]) -> list[Table]:
+    """How classes are told before and after each stage, a table a text."""
+    made: list[Table] = []
+    for text, name in TEXTS.items():
+        rows, texts = [], 0
+        for stage, name_of_stage in stages.items():
+            if found := evaluation.get(stage, {}).get(text):
+                row = [name_of_stage, *(percent_text(found[f"{who}_accuracy"]) for who in ("student", "teacher"))]
+                for key in ("f1", "roc_auc"):
+                    each = (found[f"{who}_{key}"] for who in ("student", "teacher"))
+                    row += ["-" if value is None else figure_text(value) for value in each]
+                rows.append([*row, figure_text(found["kl"]), percent_text(found["top1_agreement"])])
+                texts = found["tokens"]
+        if rows:
+            header = ["student", "accuracy", "teacher's", "F1", "teacher's", "ROC-AUC", "teacher's", "KL (nats)"]
+            made.append((f"On {name} ({texts:,} texts)", [*header, "same class"], rows))
+    return made
 
 
 def agreement_tables(texts: Mapping[str, Mapping[str, Any]]) -> list[Table]:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from mohawk.loading.describe import size_text
+from mohawk.loading.tasks import CAUSAL
 from mohawk.measures.consistency import PATHS, TOLERANCE, broken_in
 from mohawk.runs.plots import RETRIEVALS, TEXTS
 
@@ -29,7 +30,15 @@ class Line:
 
 
 def verdict(results: Mapping[str, Any]) -> list[Line]:
-    """Five lines about the student that results.json is of."""
+    """Five lines about the student that results.json is of; three of one that writes no text."""
+    if results.get("task", CAUSAL) != CAUSAL:
+        counts = results["parameters"]
+        smaller = f"{counts['teacher'] / counts['student']:.3g} x fewer parameters" if counts["student"] else ""
+        return [
+            Line("given up", _given_up_by_encoder(results)),
+            Line("gained", smaller),
+            Line("cost", _cost(results)),
+        ]  # fmt: skip
     return [
         fitness(results.get("consistency") or {}, results.get("decoded_in") or results["dtypes"]["student"]),
         Line("given up", _given_up(results)),
@@ -89,6 +98,27 @@ def _given_up(results: Mapping[str, Any]) -> str:
         shares = [found[who]["repeated"] for who in ("student", "teacher")]
         told.append(f"it repeats {shares[0]:.0%} of what it writes" + _beside(shares[1]))
     return "; ".join(told)
+
+
+def _given_up_by_encoder(results: Mapping[str, Any]) -> str:
+    told = []
+    for name, found in last_evaluation(results).items():
+        where, same = f"on {TEXTS.get(name, name)}", f"{found['top1_agreement']:.1%}"
+        if results["task"] == "classification":
+            pairs = [("accuracy", "accuracy"), ("F1", "f1"), ("ROC-AUC", "roc_auc")]
+            became = ", ".join(
+                f"{word} {_figure(found[f'teacher_{key}'])} became {_figure(found[f'student_{key}'])}"
+                for word, key in pairs
+                if found[f"teacher_{key}"] is not None
+            )
+            told.append(f"{where} {became}, KL {_figure(found['kl'])} nats, the same class of {same}")
+        else:
+            told.append(
+                f"{where} the perplexity of masked words {_figure(found['teacher_perplexity'])} became "
+                f"{_figure(found['student_perplexity'])} ({_figure(found['perplexity_ratio'])} x), KL "
+                f"{_figure(found['kl'])} nats, the same word at {same}"
+            )
+    return "; ".join(told) or "not measured"
 
 
 def _beside(teacher: float | None) -> str:
