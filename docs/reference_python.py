@@ -52,7 +52,7 @@ GROUPS = {
         "MinitronPruner", "Sizes", "measure_importance", "Importance", "Cut", "cut", "keep_layers", "trim_vocabulary",
     ],
 }  # fmt: skip
-TEACHERS = ["ModelTeacher", "Ensemble", "AverageTeacher", "CachedTeacher", "Answer"]
+TEACHERS = ["ModelTeacher", "Ensemble", "AverageTeacher", "CachedTeacher", "AlignedTeacher", "Answer"]
 # What signatures name and nobody imports: it is handed out, or is a word for types that are known.
 TYPES = {
     "Answers": "texts, or their ids: a tensor (b, m) padded with -100 or the tokenizer's padding, or lists; None in a "

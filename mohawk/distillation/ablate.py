@@ -200,6 +200,17 @@ def comparison(rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, list[str], 
         if not shown:
             continue
         lines = []
+        if any("kl" not in row["texts"][text] for row in shown):  # of no teacher, or one with other tokens
+            header = ["variant", "perplexity", "bits per byte", "top token is right", "tokens", "minutes"]
+            for row in shown:
+                found = row["texts"][text]
+                bits, right = (found.get(key) for key in ("bits_per_byte", "student_accuracy"))
+                lines.append(
+                    [row["name"], f"{float(found['student_perplexity']):.2f}", "-" if bits is None else f"{bits:.4f}"]
+                    + ["-" if right is None else f"{right:.1%}", f"{row['tokens']:,}", f"{row['seconds'] / 60:.1f}"]
+                )
+            tables.append((f"On {about}", header, lines))
+            continue
         for row in shown:
             found = row["texts"][text]
             lines.append(

@@ -6,13 +6,14 @@ import copy
 import functools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
 from mohawk.conversion.plan import student_options
 from mohawk.conversion.recipe import student_mistakes
 from mohawk.core.processes import several
+from mohawk.data.run_tokenizers import run_tokenizers
 from mohawk.data.text import tokenizer_key
 from mohawk.distillation.contradictions import MATCHED
 from mohawk.distillation.recipe import DistillData, DistillStudent, DistillTeacher, RampSection, Stage
@@ -45,13 +46,24 @@ if TYPE_CHECKING:
     from mohawk.loading.parts import Spread
 
 
-def checked_cache(stage: Stage) -> TeacherCache:
+def checked_cache(stage: Stage, align: str | None = None) -> TeacherCache:
     """Opens a stage's cache and checks its settings; text, tokenizer and teacher are checked once they are read.
 
-    Raises UserError for what does not fit the stage.
+    align: how the teacher's tokens, which the cache is then of, are compared with the student's. Raises UserError for
+    what does not fit the stage.
     """
     assert stage.cache is not None
     cache, temperature = TeacherCache(stage.cache), stage.temperature
+    if align is not None and cache.layout.kind == "samples":
+        raise UserError(
+            f"stages ({stage.name}): align needs a teacher's probabilities, which samples do not tell; cache a top k, "
+            "or hidden states"
+        )
+    if align == "spans" and cache.layout.kind == "top-k" and temperature != 1:
+        raise UserError(
+            f"stages ({stage.name}): align: spans compares likelihoods, which this top k has at temperature "
+            f"{cache.temperature:g} alone; set temperature: 1, or cache hidden states"
+        )
     if isinstance(temperature, RampSection) and cache.temperature is not None:
         raise UserError(
             f"stages ({stage.name}): cache: its temperature is {cache.temperature:g} throughout, the stage's "
@@ -62,7 +74,7 @@ def checked_cache(stage: Stage) -> TeacherCache:
             f"stages ({stage.name}): confidence needs probabilities, which samples do not tell; leave it out"
         )
     cache.check(
-        sequence_length=stage.sequence_length, divergence=stage.divergence,
+        sequence_length=stage.sequence_length if align is None else None, divergence=stage.divergence,
         temperature=temperature if isinstance(temperature, (int, float)) else None,
     )  # fmt: skip
     return cache
@@ -70,9 +82,13 @@ def checked_cache(stage: Stage) -> TeacherCache:
 
 def check_caches(recipe: StageRecipe, tokenizer: PreTrainedTokenizerBase) -> None:
     """UserError where a stage's cache does not fit it, or was made with another tokenizer or seed."""
+    align = getattr(recipe, "align", None)
+    if align is not None and any(stage.cache is not None for stage in recipe.stages):
+        teachers = run_tokenizers(cast(Any, recipe)).teacher
+        tokenizer, align = (tokenizer, None) if teachers is None else (teachers, align)
     for stage in recipe.stages:
         if stage.cache is not None:
-            cache = checked_cache(stage)
+            cache = checked_cache(stage, align)
             cache.check(tokenizer_hash=tokenizer_key(tokenizer), seed=recipe.seed)
             for own in own_losses(stage.data or recipe.data).values():
                 cache.check(divergence=own.divergence)
@@ -217,9 +233,12 @@ def divergence_label(name: str) -> str:
     return name.replace("_", " ").replace("kl", "KL")
 
 
-def loss_label(stage: Stage) -> str:
+def loss_label(stage: Stage, align: str | None = None) -> str:
+    """What a stage's loss is of. align: how a teacher with other tokens is compared."""
     parts = [] if stage.kd_weight == 0 else [divergence_label(stage.divergence)]
-    if parts and stage.cache is not None and checked_cache(stage).layout.kind == "samples":
+    if parts and align is not None and stage.learn_from == "teacher":
+        parts = ["sorted probabilities (ULD)"] if align == "uld" else [f"{parts[0]} of spans"]
+    if parts and stage.cache is not None and checked_cache(stage, align).layout.kind == "samples":
         parts = ["cross entropy with the teacher's samples"]
     parts += ["cross entropy"] * (stage.ce_weight != 0)
     parts += [name for name in MATCHED if getattr(stage, name)]

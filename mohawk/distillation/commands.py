@@ -8,7 +8,10 @@ from mohawk.conversion.commands import add_hardware, hardware_asked, hardware_of
 from mohawk.core.command import Command, number, path
 from mohawk.core.extras import need
 from mohawk.errors import UserError
+from mohawk.generation.arguments import add_requests
 from mohawk.schema.arguments import add_run, add_set, overrides
+
+ENDPOINT_K = 20  # tokens that a server says of each place without having been told otherwise (vLLM)
 
 
 def _add_distill(parser: argparse.ArgumentParser) -> None:
@@ -60,7 +63,10 @@ def _add_cache(parser: argparse.ArgumentParser) -> None:
         "--stage", metavar="NAME", help="stage of a distillation; default: the first that learns from the teacher"
     )
     parser.add_argument(
-        "--k", type=number(int, 1), metavar="K", help="tokens kept of each position (top-k); default: 64"
+        "--k",
+        type=number(int, 1),
+        metavar="K",
+        help="tokens kept of each position (top-k); default: 64, of --endpoint 20",
     )
     parser.add_argument(
         "--draws", type=number(int, 1), metavar="N", help="tokens drawn for each position (samples); default: 12"
@@ -78,6 +84,15 @@ def _add_cache(parser: argparse.ArgumentParser) -> None:
         "--tokens", type=number(int, 1), metavar="N", help="stop after so many tokens; default: one pass over the text"
     )
     parser.add_argument("--batch-size", type=number(int, 1), metavar="N", help="rows at once; default: the stage's")
+    remote = parser.add_argument_group(
+        "a server that says how likely a text's tokens are, instead of loading the teacher"
+    )
+    remote.add_argument("--endpoint", metavar="URL", help="an OpenAI-compatible API, such as http://localhost:8000/v1")
+    remote.add_argument(
+        "--model", metavar="NAME", help="the server's name of the teacher; default: the recipe's teacher"
+    )
+    remote.add_argument("--key-env", metavar="NAME", help="environment variable with the key; default: OPENAI_API_KEY")
+    add_requests(remote)
     add_set(parser)
 
 
@@ -90,6 +105,17 @@ def _cache(options: argparse.Namespace) -> None:
         raise UserError("--temperature is of --kind top-k and samples: hidden states serve any; leave it out")
     names = ("stage", "temperature", "sequence_length", "tokens", "batch_size", *kinds)
     given = {name: value for name in names if (value := getattr(options, name)) is not None}
+    asked = ("model", "key_env", "concurrency", "timeout", "retries", "request")
+    remote = {name: value for name in asked if (value := getattr(options, name)) is not None}
+    if options.endpoint is None and remote:
+        raise UserError(f"--{next(iter(remote)).replace('_', '-')} is of --endpoint URL; give one, or leave it out")
+    if options.endpoint is not None:
+        if options.kind != "top-k":
+            raise UserError(f"--kind {options.kind} needs the teacher itself; leave it out with --endpoint")
+        if options.batch_size is not None:
+            raise UserError("--batch-size is of a teacher that is loaded; with --endpoint give --concurrency")
+        given["k"] = given.get("k", ENDPOINT_K)
+        given["endpoint"] = {"url": options.endpoint, **remote}
     from mohawk.schema.kinds import kind_of
 
     recipe = kind_of(options.recipe).load(options.recipe, options.set)

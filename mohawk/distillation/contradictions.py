@@ -62,6 +62,7 @@ def recipe_contradictions(recipe: DistillRecipe) -> Iterator[Contradiction]:
                 )
     yield from data_contradictions(recipe.data, ("data",))
     yield from task_contradictions(recipe)
+    yield from teacher_contradictions(recipe)
     names = [stage.name for stage in recipe.stages]
     for i, stage in enumerate(recipe.stages):
         at = ("stages", i)
@@ -113,6 +114,10 @@ def task_contradictions(recipe: DistillRecipe) -> Iterator[Contradiction]:
             [("sharding", "kind"), ("task",)],
             f"sharding.kind: full, but models of task: {task} are whole on each process; set it to none or auto",
         )
+    if recipe.teacher is None:
+        yield [("teacher",), ("task",)], f"teacher: null is of causal language models, but the task is {task}; name one"
+    elif recipe.align is not None:
+        yield [("align",), ("task",)], f"align: is of causal language models, but the task is {task}; leave it out"
     if recipe.combine == "row":
         yield [("combine",), ("task",)], f"combine: row is of prompts with responses, not of task: {task}; leave it out"
     for at, student in _students_of(recipe):
@@ -160,6 +165,88 @@ def _data_of(recipe: DistillRecipe) -> Iterator[tuple[Path, DistillData]]:
 def _students_of(recipe: DistillRecipe) -> Iterator[tuple[Path, DistillStudent]]:
     yield ("student",), recipe.student
     yield from ((("stages", i, "student"), s.student) for i, s in enumerate(recipe.stages) if s.student is not None)
+
+
+def teacher_contradictions(recipe: DistillRecipe) -> Iterator[Contradiction]:
+    """What a recipe asks of a teacher that it does not have, or of one whose tokens are others than the student's."""
+    if recipe.teacher is None:
+        yield from _without_teacher(recipe)
+    if recipe.align is not None:
+        yield from _aligned(recipe)
+
+
+def _without_teacher(recipe: DistillRecipe) -> Iterator[Contradiction]:
+    if recipe.teachers:
+        yield [("teacher",), ("teachers",)], "teachers: got some, but teacher is null; name the first one in teacher"
+    if recipe.align is not None:
+        yield [("align",)], f"align: got {recipe.align}, but teacher is null; leave it out"
+    if recipe.student.model is None:
+        yield (
+            [("student", "model")],
+            "student.model: is needed where teacher is null, as nothing else gives the student",
+        )
+    for at, part in _data_of(recipe):
+        for i, source in enumerate(part.train):
+            if source.teacher_field is not None:
+                name = ".".join(map(str, (*at, "train", i)))
+                yield [(*at, "train", i)], f"{name}.teacher_field: names a teacher, but teacher is null; leave it out"
+    for i, stage in enumerate(recipe.stages):
+        at, label = ("stages", i), f"stages.{i} ({stage.name})"
+        if stage.advance is not None and stage.advance.gap is not None:
+            yield [(*at, "advance")], f"{label}: advance.gap is from the teacher, which is null; give patience instead"
+        if stage.temperature == "auto":
+            yield [(*at, "temperature")], f"{label}: temperature: auto needs a teacher, which is null; give a number"
+        if stage.learn_from != "teacher" or stage.cache is not None:
+            continue
+        owns = [source.own_loss.kd_weight for source in (stage.data or recipe.data).train if source.own_loss]
+        if any(map(_counts, (stage.kd_weight, *owns))):
+            yield (
+                [(*at, "kd_weight"), ("teacher",)],
+                f"{label}: a kd_weight above 0 needs a teacher, and teacher is null; set kd_weight: 0 and ce_weight: "
+                "1, or give a cache",
+            )
+        for key in ("hidden", "attention"):
+            if getattr(stage, key) is not None:
+                yield [(*at, key)], f"{label}: {key} matches a teacher's layers, and teacher is null; leave it out"
+
+
+def _aligned(recipe: DistillRecipe) -> Iterator[Contradiction]:
+    if recipe.student.model is None:
+        yield (
+            [("student", "model"), ("align",)],
+            "align: is between a teacher and a student with another tokenizer; name the student in student.model, or "
+            "leave align out",
+        )
+    if recipe.teachers:
+        yield (
+            [("teachers",), ("align",)],
+            "teachers: several cannot be aligned with the student's tokens; leave align out",
+        )
+    if recipe.sharding.kind == "full":
+        yield (
+            [("sharding", "kind"), ("align",)],
+            "align: needs whole models on each process; set sharding.kind: none, or leave align out",
+        )
+    for i, stage in enumerate(recipe.stages):
+        at, label = ("stages", i), f"stages.{i} ({stage.name})"
+        if stage.advance is not None and stage.advance.gap is not None:
+            yield (
+                [(*at, "advance"), ("align",)],
+                f"{label}: advance.gap is in nats a token, and the teacher's tokens are others; give patience instead",
+            )
+        if stage.learn_from != "teacher":
+            continue
+        asked = {
+            "hidden": stage.hidden is not None, "attention": stage.attention is not None,
+            "taid": stage.taid is not None, "confidence": stage.confidence,
+            "policy_gradient": stage.policy_gradient is not None,
+            "divergence": stage.divergence in ("mse", "cosine"),
+        }  # fmt: skip
+        for key in (key for key, given in asked.items() if given):
+            yield (
+                [(*at, key), ("align",)],
+                f"{label}: {key} needs a teacher that reads the student's own tokens; leave it out, or align",
+            )
 
 
 def _ends(value: float | RampSection) -> tuple[float, ...]:

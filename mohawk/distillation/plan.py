@@ -47,7 +47,7 @@ class Plan:
     there.
     """
 
-    teacher: PreTrainedModel
+    teacher: PreTrainedModel | None
     student: PreTrainedModel
     stages: list[StagePlan]
     needs: list[Need]
@@ -65,15 +65,18 @@ def make_plan(recipe: DistillRecipe, hardware: Hardware | None = None) -> Plan:
     if task != CAUSAL:  # whose models are whole on each process
         recipe = recipe.model_copy(update={"sharding": recipe.sharding.model_copy(update={"kind": "none"})})
     hardware, bits16 = planned_for(recipe, hardware)
-    config = load_config(recipe.teacher.model, **recipe.teacher.where, task=task)
+    given, teacher = recipe.teacher, None
+    configs, asked = [], []
+    if given is not None:
+        configs = [load_config(given.model, **given.where, task=task)]
+        teacher = model_shape(configs[0], given.trust_remote_code, task=task)
+        asked = [(given, teacher)]
     further = [
         load_config(one.model, **one.where, who=f"teachers.{i}", task=task) for i, one in enumerate(recipe.teachers)
     ]
-    check_together(recipe.combine, [config, *further], task)
+    check_together(recipe.combine, [*configs, *further], task)
     trackers(recipe.report_to)
-    teacher = model_shape(config, recipe.teacher.trust_remote_code, task=task)
     student = first = _planned(recipe.student, teacher, recipe)
-    asked = [(recipe.teacher, teacher)]
     asked += [
         (one, model_shape(of, one.trust_remote_code, task=task))
         for one, of in zip(recipe.teachers, further, strict=True)
@@ -88,9 +91,10 @@ def make_plan(recipe: DistillRecipe, hardware: Hardware | None = None) -> Plan:
         with mistakes(f"stages.{i} ({stage.name})"):
             matchings_for(stage, student, {"teacher": teacher, "previous": before}.get(stage.learn_from, student))
         if stage.cache is not None:
-            checked_cache(stage)
+            checked_cache(stage, recipe.align)
         temperature = stage.temperature
         if temperature == "auto":
+            assert teacher is not None  # refused among the contradictions
             temperature = temperature_for(*map(parameter_count, (teacher, student)))
         stages.append(StagePlan(stage, None if stage.student is None else student, temperature))
         needs.append(need_of(recipe, stage, student, teachers, before, hardware, bits16))
@@ -132,11 +136,11 @@ def need_of(
             held-out text. before: the student that the stage found.
     """
     lora = (stage.student or recipe.student).lora
-    held, answers = [teachers[0]], teachers  # beside the student, and who is run
+    held, answers = list(teachers[:1]), teachers  # beside the student, and who is run
     if stage.learn_from == "previous":
-        held, answers = [teachers[0], (before or student, 4)], [(before or student, 4)]
+        held, answers = [*held, (before or student, 4)], [(before or student, 4)]
     elif stage.learn_from in ("average", "start"):
-        held, answers = [teachers[0], (student, 4)], [(student, 4)]
+        held, answers = [*held, (student, 4)], [(student, 4)]
     elif stage.cache is not None:
         answers = []
     else:
@@ -167,8 +171,13 @@ def need_of(
 
 def print_plan(plan: Plan, recipe: DistillRecipe, console: Console) -> None:
     """The plan as a person reads it."""
-    console.print(f"[bold]Teacher[/bold] {recipe.teacher.model}: {_size(plan.teacher)}")
+    if recipe.teacher is not None and plan.teacher is not None:
+        console.print(f"[bold]Teacher[/bold] {recipe.teacher.model}: {_size(plan.teacher)}")
+    else:
+        console.print("[bold]Teacher[/bold] none")
     console.print(f"[bold]Student[/bold] {recipe.student.model or 'from the teacher'}: {_size(plan.student)}")
+    if recipe.align is not None:
+        console.print(f"[bold]Tokens[/bold] of each model's own tokenizer, aligned by bytes ({recipe.align})")
     columns = "stage", "learns from", "by", "temperature", "tokens", "steps", "learning rate", "memory (estimate)"
     table = Table(*columns)
     for planned, need in zip(plan.stages, plan.needs, strict=True):
@@ -177,8 +186,8 @@ def print_plan(plan: Plan, recipe: DistillRecipe, console: Console) -> None:
             console.print(f"[bold]From {stage.name} on[/bold]: {_size(planned.student)}")
         table.add_row(
             stage.name,
-            f"cache {stage.cache}" if stage.cache else stage.learn_from,
-            loss_label(stage).removesuffix(" per token"),
+            f"cache {stage.cache}" if stage.cache else _learns_from(recipe, stage),
+            loss_label(stage, recipe.align).removesuffix(" per token"),
             _number(planned.temperature),
             f"{stage.tokens:,}", f"{stage.steps():,}", f"{stage.learning_rate:g}",
             f"{need.memory / GIB:.1f} GiB",
@@ -194,20 +203,25 @@ def print_plan(plan: Plan, recipe: DistillRecipe, console: Console) -> None:
                 console.print(f"[bold]Beside them[/bold] {given} of {source.source}, per token of its own")
 
 
+def _learns_from(recipe: DistillRecipe, stage: Stage) -> str:
+    return "the text" if recipe.teacher is None and stage.learn_from == "teacher" else stage.learn_from
+
+
 def _number(value: float | RampSection) -> str:
     return f"{value.start:g} to {value.end:g}" if isinstance(value, RampSection) else f"{value:.3g}"
 
 
 def _planned(
-    given: DistillStudent, base: PreTrainedModel, recipe: DistillRecipe, where: str = "student"
+    given: DistillStudent, base: PreTrainedModel | None, recipe: DistillRecipe, where: str = "student"
 ) -> PreTrainedModel:
-    """The student's shape, on the meta device."""
+    """The student's shape, on the meta device. base: what it is made of where it names no model."""
     if given.model is not None:
         config = load_config(given.model, **given.where, who=f"{where}.model", task=recipe.task)
-        if recipe.task == "classification":
+        if recipe.task == "classification" and recipe.teacher is not None:
             about = recipe.teacher
             with_classes(config, load_config(about.model, **about.where, task=recipe.task))
         base = model_shape(config, given.trust_remote_code, f"{where}.model", recipe.task)
+    assert base is not None  # refused among the contradictions
     if type(base).__module__.startswith("transformers_modules."):  # where transformers puts a checkpoint's own code
         raise UserError(
             f"{where}: {type(base).__name__} is of code that came with its checkpoint, so that no run can save it and "

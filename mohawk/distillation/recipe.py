@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal, Protocol, runtime_checkable
 from pydantic import BeforeValidator, Field
 
 from mohawk.conversion.recipe import Student
-from mohawk.distillation.contradictions import recipe_contradictions
+from mohawk.distillation.contradictions import recipe_contradictions, teacher_contradictions
 from mohawk.schema.base import (
     Batch,
     CheckpointSection,
@@ -350,7 +350,7 @@ class StageRecipe(Protocol):
     """What stages of distillation ask of the recipe that they are of: a distillation's own, or a pruning's."""
 
     @property
-    def teacher(self) -> DistillTeacher: ...
+    def teacher(self) -> DistillTeacher | None: ...
     @property
     def teachers(self) -> list[DistillTeacher]: ...
     @property
@@ -377,7 +377,15 @@ class DistillRecipe(RecipeFile):
         "encoders); tell the class of a text",
     )
     masking: MaskingSection = Field(default=MaskingSection(), description="of task: masked_lm, which words are masked")
-    teacher: DistillTeacher = Field(description="the model to learn from")
+    # pyrefly: ignore[bad-override]  # a recipe is frozen
+    teacher: DistillTeacher | None = Field(
+        description="the model to learn from; null: none, the student learns from the text alone, or from a cache"
+    )
+    align: Literal["spans", "uld"] | None = Field(
+        default=None,
+        description="how a teacher with another tokenizer than the student's is compared; spans: the divergence of "
+        "spans of tokens that are the same bytes; uld: the distance of sorted probabilities; null: it is refused",
+    )
     teachers: list[DistillTeacher] = Field(default=[], description="further teachers")
     combine: Literal["probabilities", "logits", "row"] = Field(
         default="probabilities",
@@ -409,3 +417,4 @@ class DistillRecipe(RecipeFile):
     def contradictions(self) -> Iterator[Contradiction]:
         yield from super().contradictions()
         yield from recipe_contradictions(self)
+        yield from teacher_contradictions(self)

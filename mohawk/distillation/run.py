@@ -6,18 +6,20 @@ import functools
 import logging
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from rich.console import Console
 
 from mohawk.conversion.footprint import Hardware
 from mohawk.core.extras import need
 from mohawk.core.processes import first_before_others, from_first, on_first, wish
+from mohawk.data.aligned_rows import TeacherRows, TokenAligner
+from mohawk.data.run_tokenizers import run_tokenizers
 from mohawk.distillation.build import check_caches, checked_cache, load, loss_label
 from mohawk.distillation.encoders import EncoderData
 from mohawk.distillation.plan import Plan, make_plan, print_plan
-from mohawk.distillation.recipe import DistillRecipe
-from mohawk.distillation.sources import StageData
+from mohawk.distillation.recipe import DistillRecipe, DistillTeacher
+from mohawk.distillation.sources import StageData, examples_of
 from mohawk.distillation.stages import StageTrainer, made, stage_step
 from mohawk.errors import UserError
 from mohawk.loading.tasks import CAUSAL, task_in
@@ -78,7 +80,9 @@ def opened(
     """A distillation's folder with its first teacher and data; see `open_run`."""
     return open_run(
         recipe, folder, console, trains=trains, parts=parts, read=functools.partial(read_data, recipe),
-        load=lambda device, spread: load(recipe.teacher, device, spread=spread, task=task_in(recipe)),
+        load=lambda device, spread: load(
+            cast(DistillTeacher, recipe.teacher), device, spread=spread, task=task_in(recipe)
+        ),
     )  # fmt: skip
 
 
@@ -87,9 +91,15 @@ def read_data(recipe: Any, tokenizer: PreTrainedTokenizerBase) -> StageData | En
     if task_in(recipe) != CAUSAL:
         return EncoderData(recipe, tokenizer)
     data = StageData(recipe, tokenizer)
-    for stage in recipe.stages:
-        if stage.cache is not None:
-            CachedRows(data.rows(stage, pad=0), checked_cache(stage))
+    cached = [stage for stage in recipe.stages if stage.cache is not None]
+    align = getattr(recipe, "align", None)
+    theirs = run_tokenizers(recipe).teacher if align is not None and cached else None
+    for stage in cached:
+        rows, cache = data.rows(stage, pad=0), checked_cache(stage, None if theirs is None else align)
+        if theirs is not None:
+            examples = examples_of(data.asked(stage), tokenizer, theirs, stage.sequence_length)
+            rows = TeacherRows(rows, TokenAligner(tokenizer, theirs, examples=examples), cache.layout.sequence_length)
+        CachedRows(rows, cache)
     return data
 
 
@@ -111,7 +121,8 @@ def _finish(run: RunContext[StageData], student: PreTrainedModel) -> None:
     """Measures the final student and writes the report."""
     stages = run.recipe.stages
     names = {"before": "before training", **{stage.name: f"after {stage.name}" for stage in stages}}
-    labels = {stage.name: loss_label(stage) for stage in stages}
+    align = getattr(run.recipe, "align", None) if run.teacher_tokenizer is not None else None
+    labels = {stage.name: loss_label(stage, align) for stage in stages}
     finish_run(run, student, stages=names, labels=labels)
 
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from torch.utils.data import Dataset
 
+from mohawk.data.aligned_rows import Examples
 from mohawk.data.mixture import Mixture
 from mohawk.data.packing import Data, Documents, PackedDataset, load_data
 from mohawk.data.pairs import Pairs, PairsDataset, check_pairs, read_pairs, split_pairs
@@ -82,7 +83,8 @@ class StageData:
     def __init__(self, recipe: Any, tokenizer: PreTrainedTokenizerBase):
         """Tokenise all, and check that the stages can read it. Raises UserError."""
         self._asked, self._seed = recipe.data, recipe.seed
-        teachers = [teacher.name or str(i) for i, teacher in enumerate([recipe.teacher, *recipe.teachers])]
+        given = [recipe.teacher, *recipe.teachers]
+        teachers = [teacher.name or str(i) for i, teacher in enumerate(given) if teacher is not None]
 
         def checked(data: DistillData, stages: Sequence[Stage]) -> Sources:
             sources = load_sources(data, teachers, tokenizer)
@@ -201,6 +203,26 @@ def _pairs_rows(source: DistillSource, pairs: Pairs, sequence_length: int, seed:
         pairs, sequence_length, weighting=source.weighting, length_normalized=source.length_normalized,
         too_long=source.too_long, seed=seed, pad_token_id=pad,
     )  # fmt: skip
+
+
+def examples_of(
+    asked: DistillData, tokenizer: PreTrainedTokenizerBase, teachers: PreTrainedTokenizerBase, sequence_length: int
+) -> list[Examples]:
+    """The prompts and responses of a recipe's data as both tokenizers have them, each by its own template."""
+    found = []
+    for source in asked.train:
+        if source.kind != "pairs":
+            continue
+        ours, theirs = (
+            read_pairs(
+                [_plain(source)], one, prompt_field=source.prompt_field, response_field=source.response_field,
+                messages_field=source.messages_field, chat=source.chat, weight_field=source.weight_field,
+                cache=asked.cache,
+            )
+            for one in (tokenizer, teachers)
+        )  # fmt: skip
+        found.append(Examples(ours, theirs, sequence_length))
+    return found
 
 
 def _plain(source: DistillSource) -> dict[str, Any]:

@@ -13,6 +13,7 @@ import torch
 from mohawk.core.folders import write_whole
 from mohawk.core.processes import on_first
 from mohawk.core.run_folder import ADAPTER, BASE, phase_folder, phase_student
+from mohawk.data.aligned_rows import AlignedRows, TeacherRows
 from mohawk.data.text import tokenizer_key
 from mohawk.distillation.build import (
     checked_cache,
@@ -27,21 +28,23 @@ from mohawk.distillation.build import (
 from mohawk.distillation.contradictions import MATCHED
 from mohawk.distillation.encoders import masking_of
 from mohawk.distillation.recipe import DistillStudent, Lora, Stage
-from mohawk.distillation.sources import StageData, rows_by_source
+from mohawk.distillation.sources import StageData, examples_of, rows_by_source
 from mohawk.kernels.kd.teachers import TAIDSchedule
 from mohawk.loading.lora import add_adapter, merge_adapter, save_adapter
 from mohawk.loading.model_hash import teacher_hash
 from mohawk.loading.models import load_teacher
 from mohawk.loading.nonfinite import refuse_nonfinite
 from mohawk.loading.tasks import task_in
+from mohawk.losses.aligned import AlignedTeacher
 from mohawk.losses.distiller import KnowledgeDistiller, OwnLoss
 from mohawk.losses.on_policy import OnPolicy
 from mohawk.losses.rationale_router import RationaleRouter, RoutedRationales
 from mohawk.losses.teachers import AverageTeacher, CachedTeacher, Ensemble, ModelTeacher
-from mohawk.measures.compare import Comparison, compare
+from mohawk.measures.alone import Alone
+from mohawk.measures.compare import Comparison
 from mohawk.models.casting import cast
 from mohawk.models.sharding import copied, is_sharded
-from mohawk.runs.context import RunContext
+from mohawk.runs.context import RunContext, measured
 from mohawk.runs.steps import Step, train, write_plain
 from mohawk.teacher_cache.reader import CachedRows, TeacherCache
 from mohawk.training.advance import Advance
@@ -80,8 +83,15 @@ class StageTrainer:
         with mistakes(f"{section} ({stage.name})"):
             objective = self._objective(i, stage, student if trained is None else trained)
         if stage.cache is not None:
-            assert isinstance(objective.teacher, CachedTeacher)
-            rows = CachedRows(rows, objective.teacher.cache)
+            teacher = objective.teacher
+            if isinstance(teacher, AlignedTeacher):
+                assert isinstance(teacher.teacher, CachedTeacher)
+                cache = teacher.teacher.cache
+                theirs = TeacherRows(rows, teacher.aligner, cache.layout.sequence_length)
+                rows = AlignedRows(rows, CachedRows(theirs, cache))
+            else:
+                assert isinstance(teacher, CachedTeacher)
+                rows = CachedRows(rows, teacher.cache)
         train(run, stage.name, stage, objective, rows, before, section=section, report_to=recipe.report_to)
         if lora is not None and trained is not None:
             if lora.keep:
@@ -148,7 +158,7 @@ class StageTrainer:
         """Who answers in a stage, as `KnowledgeDistiller` asks; None where nobody is asked."""
         run, recipe = self.run, self.run.recipe
         if stage.cache is not None:
-            return CachedTeacher(self._cache(stage))
+            return self._aligned(stage, CachedTeacher(self._cache(stage)))
         if stage.learn_from == "previous":
             previous = phase_student(run.folder, recipe.stages[i - 1].name)
             found = load_teacher(previous, device=run.device, spread=run.spread_teacher, task=self.task)
@@ -159,6 +169,8 @@ class StageTrainer:
         if all(weight == 0 for weight in (stage.kd_weight, *(loss.kd_weight for loss in own))):
             if all(getattr(stage, key) is None for key in MATCHED):
                 return None
+        if recipe.teacher is None:
+            return None
         given = [recipe.teacher, *recipe.teachers]
         further = [
             load(one, run.device, f"teachers.{k}", spread=run.spread_teacher, task=self.task)
@@ -167,22 +179,33 @@ class StageTrainer:
         models = [run.teacher, *further]
         teachers = [ModelTeacher(model, g.micro_batch, self.task) for model, g in zip(models, given, strict=True)]
         if len(teachers) == 1:
-            return teachers[0]
+            return self._aligned(stage, teachers[0])
         return Ensemble(teachers, recipe.combine, [g.weight for g in given])
 
+    def _aligned(self, stage: Stage, teacher: ModelTeacher | CachedTeacher) -> Any:
+        """The teacher as it is, or with its own tokens aligned with the student's."""
+        run, own = self.run, self.run.teacher_tokenizer
+        if own is None:
+            return teacher
+        examples = examples_of(run.data.asked(stage), run.tokenizer, own, stage.sequence_length)
+        return AlignedTeacher(teacher, own, run.tokenizer, align=run.recipe.align, examples=examples)
+
     def _cache(self, stage: Stage) -> TeacherCache:
-        cache = checked_cache(stage)
-        about, whole = self.run.recipe.teacher, None
-        if not (about.quantize or about.device_map):  # whose weights are others
-            self._teacher_hash = self._teacher_hash or teacher_hash(self.run.teacher)
+        run = self.run
+        cache = checked_cache(stage, None if run.teacher_tokenizer is None else run.recipe.align)
+        about, whole = run.recipe.teacher, None
+        if about is not None and not (about.quantize or about.device_map):  # whose weights are others
+            self._teacher_hash = self._teacher_hash or teacher_hash(run.teacher)
             whole = self._teacher_hash
-        cache.check(tokenizer_hash=tokenizer_key(self.run.tokenizer), teacher_hash=whole)
+        cache.check(tokenizer_hash=tokenizer_key(run.teacher_tokenizer or run.tokenizer), teacher_hash=whole)
         return cache
 
     def _validate(self, student: CausalLM) -> tuple[float, float]:
-        """(student's, teacher's) loss on held-out text, nats per token; the same on all processes."""
+        """(student's, teacher's) loss on held-out text, nats per token, the latter NaN where the teacher reads no such
+        tokens; the same on all processes."""
         found = on_held_out(self.run, student)
-        return math.log(found.student_perplexity), math.log(found.teacher_perplexity)
+        theirs = math.log(found.teacher_perplexity) if isinstance(found, Comparison) else math.nan
+        return math.log(found.student_perplexity), theirs
 
     def _write_adapter(self, stage: str, student: PeftModel) -> None:
         folder = phase_folder(self.run.folder, stage)
@@ -242,7 +265,7 @@ def _copy(run: RunContext, student: CausalLM) -> CausalLM:
     return shape
 
 
-def on_held_out(run: RunContext, student: CausalLM) -> Comparison:
-    """A student beside the teacher on held-out text, by all processes together."""
+def on_held_out(run: RunContext, student: CausalLM) -> Comparison | Alone:
+    """A student on held-out text, beside the teacher if that reads its tokens, by all processes together."""
     name = "held_out" if "held_out" in run.texts else next(iter(run.texts))
-    return compare(student, run.texts[name], autocast=run.autocast)
+    return measured(run, student, run.texts[name])

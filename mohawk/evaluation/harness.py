@@ -85,6 +85,10 @@ def evaluate_tasks(
     if not has_recipe(folder):
         raise UserError(f"{run} is not a run's folder: it holds no recipe.yaml")
     recipe = load_run_recipe(folder, overrides)
+    if recipe.teacher is None:
+        raise UserError(
+            f"{run}: has no teacher, beside whose answers a student's are set; use lm_eval on {folder}/student"
+        )
     name = student_folder(folder)
     manager = task_manager(tasks, task_path)
     console = console or Console(quiet=not is_first())
@@ -118,7 +122,7 @@ def _evaluate(
     autocast = autocast_dtype(recipe.precision, device)
     source = recipe.teacher
     tokenizer = teacher_tokenizer(source.model, tokenizer=source.tokenizer, **source.where)
-    trimmed = trims_vocabulary(recipe)  # has its own numbers
+    trimmed = trims_vocabulary(recipe) or getattr(recipe, "align", None) is not None  # has its own numbers
     if not trimmed and (own := own_tokenizer(name, who="student")) is not None:
         check_same(tokenizer, own, f"{name}")
     answers = {}

@@ -15,6 +15,7 @@ from mohawk.core.json_files import write_json
 from mohawk.core.places import home
 from mohawk.core.processes import from_first, is_first, joined, on_first
 from mohawk.core.run_folder import again_file, has_recipe
+from mohawk.data.run_tokenizers import why_uncompared
 from mohawk.distillation.recipe import DistillRecipe
 from mohawk.errors import UserError
 from mohawk.loading.describe import student_folder
@@ -53,6 +54,12 @@ def evaluate_run(run: str | Path, overrides: Sequence[str] = (), console: Consol
         raise UserError(
             f"{run}: its student numbers tokens anew (prune.vocabulary), so it cannot be compared token by token; "
             "results.json has what was measured before, and --tasks compares answers"
+        )
+
+    if (why := why_uncompared(recipe)) is not None:
+        raise UserError(
+            f"{run}: its student cannot be compared token by token: {why}; results.json has what was measured, bits "
+            "per byte among it"
         )
 
     with joined(recipe.device):

@@ -89,8 +89,9 @@ def model_card(
 def teacher_of(config: Any, run: Path | None) -> tuple[str | None, str | None]:
     """The teacher of a student and the licence that its model card names, as far as they are known."""
     recipe = load_run_recipe(run) if run else None
-    teacher = recipe.teacher.model if recipe else _base_name(config)
-    return teacher, licence_of(teacher, recipe.teacher.revision if recipe else None) if teacher else None
+    about = recipe.teacher if recipe else None
+    teacher = (about.model if about else None) if recipe else _base_name(config)
+    return teacher, licence_of(teacher, about.revision if about else None) if teacher else None
 
 
 def licence_of(teacher: str, revision: str | None = None) -> str | None:

@@ -183,6 +183,10 @@ class EndpointTeacher:
             body |= {"top_p": decoding.top_p, "seed": decoding.seed_of(prompt, sample)}
         return {k: v for k, v in {**body, **self.request}.items() if v is not None}
 
+    def read(self, answer: Any, prompt: Prompt) -> Response:
+        """A Response from an answer's JSON. Raises ValueError where it is none."""
+        return read_answer(self.masked(answer), self.chat)
+
     def ask(self, prompt: Prompt, sample: int) -> Response:
         """One answer, after as many tries as it takes. Raises UserError when there is no use in going on."""
         data = json.dumps(self.body(prompt, sample)).encode()
@@ -220,7 +224,7 @@ class EndpointTeacher:
                 odd = isinstance(error, ValueError)
             else:
                 try:
-                    response = read_answer(self.masked(answer), self.chat)
+                    response = self.read(answer, prompt)
                     self.odd_in_a_row = 0
                     return response
                 except ValueError as error:

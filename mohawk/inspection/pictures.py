@@ -188,6 +188,8 @@ def _asked(model: str | Path, teacher: str | Path | None) -> _Asked:
         recipe = load_run_recipe(folder)
         # a run made on a GPU can be looked at without one
         own, device = recipe.teacher, pick_device("cpu" if recipe.device == "cpu" else "auto")
+        if own is None:
+            raise UserError(f"{model}: the run has no teacher to draw beside its student; give {folder}/student")
         if teacher is not None:
             return _Asked({"model": str(teacher)}, own.dtype, None, student_folder(folder), device)
         check_models(folder, recipe)

@@ -18,9 +18,11 @@ from torch import Tensor, nn
 from mohawk.core.collectives import total
 from mohawk.core.processes import several
 from mohawk.data.next_tokens import IGNORED, next_column
+from mohawk.kernels.kd.divergences import DIVERGENCES
 from mohawk.kernels.kd.interface import TAIDSchedule, TeacherHidden, TeacherSamples, TeacherTAID, linear_kd_loss
 from mohawk.loading.causal import plain_model
 from mohawk.loading.models import parameter_count
+from mohawk.losses.aligned import AlignedAnswer, AlignedTeacher, aligned_loss
 from mohawk.losses.heads import Head, as_forward, in_zero, with_head
 from mohawk.losses.label_probability import label_probability
 from mohawk.losses.matching import PLACES, Matching
@@ -33,6 +35,7 @@ from mohawk.losses.tasks import CAUSAL_LM, PARTS, task_of
 from mohawk.losses.teachers import (
     Answer,
     AverageTeacher,
+    CachedTeacher,
     Ensemble,
     ModelTeacher,
     is_around,
@@ -80,6 +83,7 @@ class KnowledgeDistiller(Objective["CausalLM"]):
         teacher: a causal language model (frozen but for what it shares with the student), a teacher of
             `mohawk.teacher_models`, or None where `kd_weight` is 0 and nothing is matched. The model that peft's
             adapter is around, or the adapted model itself, is asked with the adapter switched off.
+            A teacher with another tokenizer is `mohawk.teacher_models.AlignedTeacher`.
         student: a causal language model of any architecture. Vocabularies may differ in size where the ids they have in
             common mean the same: only those are compared.
         divergence, beta, lam: as of `kd_loss`.
@@ -163,7 +167,10 @@ class KnowledgeDistiller(Objective["CausalLM"]):
         if isinstance(teacher, nn.Module):
             model = cast("CausalLM", teacher)  # which ModelTeacher finds out
             teacher = ModelTeacher(plain_model(student) if is_around(student, model) else model, task=self.task)
-        for model in teacher.teachers if isinstance(teacher, Ensemble) else [teacher]:
+        if isinstance(teacher, AlignedTeacher):
+            _check_aligned(teacher, divergence, temperature, taid, confidence, matchings, policy_gradient)
+        asked = teacher.teacher if isinstance(teacher, AlignedTeacher) else teacher
+        for model in asked.teachers if isinstance(asked, Ensemble) else [asked]:
             if isinstance(model, ModelTeacher):
                 if model.task.name != task:
                     raise ValueError(f"teacher: got a {type(model).__name__} of task {model.task.name}; give it {task}")
@@ -175,9 +182,9 @@ class KnowledgeDistiller(Objective["CausalLM"]):
         self.student = student
         self.__dict__["teacher"] = teacher  # neither trained nor saved, so kept out of the module tree
         if temperature == "auto":
-            if not isinstance(teacher, ModelTeacher):
+            if not isinstance(asked, ModelTeacher):
                 raise ValueError("temperature: auto needs one teacher model, whose size is known; give a number")
-            temperature = temperature_for(parameter_count(teacher.model), parameter_count(student))
+            temperature = temperature_for(parameter_count(asked.model), parameter_count(student))
         self.temperature, self.kd_weight, self.ce_weight = temperature, kd_weight, ce_weight
         self.divergence, self.beta, self.lam = divergence, beta, lam
         self.task_weight = task_weights(task_weight)
@@ -514,7 +521,8 @@ class KnowledgeDistiller(Objective["CausalLM"]):
         """kd_weight * T^2 * D + ce_weight * CE over some rows, divided by `divisor`."""
         kd_weight, ce_weight = self._now(own.kd_weight), self._now(own.ce_weight)
         student, vocab = head.student(hidden), self._vocab_size(head)
-        if source is not None and vocab is not None:
+        aligned = source if isinstance(source, AlignedAnswer) else None
+        if source is not None and vocab is not None and aligned is None:
             if not self._told and vocab == len(head.weight):
                 self._told = True
                 if (line := told_of_cut(source, vocab, labels != IGNORED)) is not None:
@@ -547,6 +555,14 @@ class KnowledgeDistiller(Objective["CausalLM"]):
 
         if source is None:
             return cross_entropy()
+        if aligned is not None:
+            assert isinstance(self.teacher, AlignedTeacher)
+            settings = {name: value for name, value in options.items() if name != "normalizer"}
+            found = aligned_loss(aligned, self.teacher, hidden, head, weights, **settings)
+            self._measure("kd", found.nats / count.clamp(min=1), count)
+            self._measure("aligned_tokens", found.tokens / count.clamp(min=1), count)
+            kd = kd_weight * found.loss / divisor.to(found.loss.dtype)
+            return kd + cross_entropy() if ce_weight else kd
         if self.measuring and isinstance(source, TeacherHidden):
             if found := agreement(source, hidden, head, labels, self._vocab_size(head)):
                 same, entropy, rows = found
@@ -596,6 +612,34 @@ class KnowledgeDistiller(Objective["CausalLM"]):
     def _measure(self, name: str, mean: Tensor, count: Tensor) -> None:
         if self.measuring:
             self._means.add(name, mean, count)
+
+
+def _check_aligned(
+    teacher: AlignedTeacher,
+    divergence: str,
+    temperature: float | Ramp | Literal["auto"],
+    taid: TAIDSchedule | None,
+    confidence: bool,
+    matchings: Mapping[str, Matching] | None,
+    policy_gradient: PolicyGradient | None,
+) -> None:
+    """ValueError for what needs a teacher that reads the student's own tokens."""
+    given = {
+        "taid": taid is not None, "confidence": confidence, "matchings": bool(matchings),
+        "policy_gradient": policy_gradient is not None,
+    }  # fmt: skip
+    if wrong := [name for name, asked in given.items() if asked]:
+        raise ValueError(f"{wrong[0]}: needs a teacher that reads the student's own tokens; leave it out with align")
+    if DIVERGENCES[divergence].on_logits if divergence in DIVERGENCES else False:
+        raise ValueError(
+            f"divergence: {divergence} compares logits, which two vocabularies do not share; use forward_kl"
+        )
+    cache = teacher.teacher.cache if isinstance(teacher.teacher, CachedTeacher) else None
+    if cache is not None and cache.layout.kind == "top-k" and teacher.align == "spans" and temperature != 1:
+        raise ValueError(
+            "temperature: likelihoods of spans are at 1, but this top k was cut at another; cache at 1, or cache "
+            "hidden states"
+        )
 
 
 def _some(count: Tensor) -> Tensor:

@@ -159,11 +159,12 @@ def _check_rounding(path: Path, model: Any) -> None:
 
 def _row(context: RunContext, model: Any, size: int, quantised: float | None) -> dict[str, Any]:
     """What is kept of one format."""
-    from mohawk.measures.compare import compare
+    from mohawk.measures.compare import TeacherStates, compare
     from mohawk.measures.consistency import inconsistencies, some_tokens
 
     model = model.to(context.device).eval()
-    texts = {name: asdict(compare(model, states, autocast=None)) for name, states in context.texts.items()}
+    compared = (item for item in context.texts.items() if isinstance(item[1], TeacherStates))
+    texts = {name: asdict(compare(model, states, autocast=None)) for name, states in compared}
     return {
         "bytes": size, "texts": texts, "consistency": inconsistencies(model, some_tokens(model)),
         "quantised": quantised,

@@ -23,6 +23,9 @@ def side_by_side(runs: Runs) -> list[Table]:
         rows = []
         for run, results in runs.items():
             if found := last_evaluation(results).get(text):
+                if "kl" not in found:  # of a student beside no teacher, or beside one with other tokens
+                    rows.append([run, figure_text(found["student_perplexity"]), *["-"] * 4])
+                    continue
                 values = (found[key] for key in ("student_perplexity", "teacher_perplexity", "perplexity_ratio", "kl"))
                 rows.append([run, *map(figure_text, values), f"{found['top1_agreement']:.1%}"])
         if rows:

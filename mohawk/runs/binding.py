@@ -33,6 +33,7 @@ from mohawk.core.run_folder import (
     summed_files,
 )
 from mohawk.core.sums import sha256_of
+from mohawk.data.run_tokenizers import tokenizer_source
 from mohawk.data.source_files import source_content
 from mohawk.data.text import tokenizer_key
 from mohawk.errors import UserError
@@ -144,7 +145,7 @@ def inputs_of(recipe: Any, tokenizer: Any) -> Iterator[tuple[str, list[str]]]:
     scores = getattr(getattr(recipe, "calibration", None), "scores", None)
     if scores is not None and (path := home(scores)).is_file():
         yield "calibration.scores", [scores, sha256_of([path])[0]]
-    given = recipe.teacher.tokenizer or recipe.teacher.model
+    given = str(tokenizer_source(recipe))
     parts = f"{tokenizer_key(tokenizer)} {tokenizer.chat_template}"
     yield TOKENIZER, [given, hashlib.sha256(parts.encode("utf-8", "surrogatepass")).hexdigest()]
     yield ROLES, [given, json.dumps(tokenizer.special_tokens_map, sort_keys=True, default=str)]

@@ -19,16 +19,18 @@ from mohawk.core.precision import autocast_dtype, pick_device
 from mohawk.core.processes import first_before_others, from_first, on_first
 from mohawk.core.run_folder import evaluation_file
 from mohawk.data.packing import Data, PackedDataset, load_data
+from mohawk.data.run_tokenizers import run_tokenizers
 from mohawk.errors import UserError
 from mohawk.loading.causal import position_rows
 from mohawk.loading.models import load_teacher
 from mohawk.loading.tasks import task_in
 from mohawk.losses.tasks import task_of
 from mohawk.measures.agreement import acceptance_words
-from mohawk.measures.compare import TeacherStates, compare, teacher_states
+from mohawk.measures.alone import Alone, TextRows, alone, text_rows
+from mohawk.measures.compare import Comparison, TeacherStates, compare, teacher_states
 from mohawk.runs.binding import bind
-from mohawk.runs.inputs import check_lengths, refuse_too_long, tokenizer_of
-from mohawk.runs.kept import Compared
+from mohawk.runs.inputs import check_lengths, refuse_too_long
+from mohawk.runs.kept import Compared, Told
 from mohawk.runs.sharding import Parts
 from mohawk.schema.base import sections
 from mohawk.training.pipeline import PipelineStage
@@ -84,8 +86,11 @@ class RunContext(Generic[D]):
     Attributes:
         autocast: what the recipe's precision is on the device; None: float32.
         data: of the recipe, tokenised.
-        teacher: what students are compared with.
-        texts: its answers on held-out text, by the text's name; each process has some of them.
+        tokenizer: of the text, and of the student.
+        teacher: the model that students are compared with; None: none.
+        teacher_tokenizer: the teacher's, where its tokens are others than the text's and are aligned with them.
+        texts: the teacher's answers on held-out text, by the text's name, or that text where it cannot be asked about
+            these tokens; each process has some of them.
         parts: how models are spread over the processes; None: each has them whole.
         stage: which layers this process has in phases 1 and 2, where they are dealt; None: all.
         recompute: phases in which layers keep their inputs alone for the backward pass, where the recipe leaves that
@@ -100,12 +105,13 @@ class RunContext(Generic[D]):
     autocast: torch.dtype | None
     tokenizer: PreTrainedTokenizerBase
     data: D
-    teacher: PreTrainedModel
-    texts: dict[str, TeacherStates]
+    teacher: Any
+    texts: Mapping[str, Any]
     parts: Parts | None = None
     stage: PipelineStage | None = None
     recompute: set[str] = field(default_factory=set)
     gathers: set[str] = field(default_factory=set)
+    teacher_tokenizer: PreTrainedTokenizerBase | None = None
 
     @property
     def spread_teacher(self) -> Spread | None:
@@ -120,13 +126,22 @@ class RunContext(Generic[D]):
     @property
     def pad(self) -> int:
         """A token to fill rows with."""
-        return pad_token(self.tokenizer, self.teacher.config.get_text_config().vocab_size)
+        return pad_token(self.tokenizer, vocabulary_of(self.tokenizer, self.teacher, self.teacher_tokenizer))
 
     def ask_teacher(self) -> None:
         """Ask it for its answers on held-out text, with which every student is compared."""
         asked = self.recipe.evaluation
 
         rows = self.data.held_out(asked.sequence_length, asked.tokens, self.pad)
+        if self.teacher is None or self.teacher_tokenizer is not None:
+            self.texts = {
+                name: text_rows(
+                    kept, self.tokenizer, batch_size=asked.batch_size, teacher=self.teacher,
+                    teacher_tokenizer=self.teacher_tokenizer, autocast=self.autocast,
+                )
+                for name, kept in rows.items()
+            }  # fmt: skip
+            return
         self.texts = {
             name: teacher_states(
                 self.teacher,
@@ -163,19 +178,26 @@ def open_run(
     device, about = pick_device(recipe.device), recipe.teacher
     first_before_others(lambda: check_lengths(recipe))
     autocast = autocast_dtype(recipe.precision, device)
-    tokenizer = first_before_others(lambda: tokenizer_of(recipe))
+    tokenizers = first_before_others(lambda: run_tokenizers(recipe))
+    tokenizer = tokenizers.text
     data = first_before_others(lambda: read(tokenizer))
     precision = str(autocast or "float32").removeprefix("torch.")
     on_first(lambda: bind(folder, recipe, tokenizer, precision, record=trains))
     spread = None if parts is None else parts.teacher
-    if load is None:
+    if about is None:
+        teacher = None
+    elif load is None:
         teacher = load_teacher(about.model, dtype=about.dtype, device=device, spread=spread, **about.where)
     else:
         teacher = load(device, spread)
-    for name, tokens in data.texts():
-        refuse_tokens(tokens, name, teacher.config.get_text_config().vocab_size)
-    _refuse_lengths(recipe, teacher)
-    run = RunContext(recipe, folder, console, device, autocast, tokenizer, data, teacher, {}, parts)
+    if teacher is not None and tokenizers.teacher is None:
+        for name, tokens in data.texts():
+            refuse_tokens(tokens, name, teacher.config.get_text_config().vocab_size)
+        _refuse_lengths(recipe, teacher)
+    run = RunContext(
+        recipe, folder, console, device, autocast, tokenizer, data, teacher, {}, parts,
+        teacher_tokenizer=tokenizers.teacher,
+    )  # fmt: skip
     run.ask_teacher()
     return run
 
@@ -207,9 +229,9 @@ def measure_stage(
     beside: called first with the same stage and student, for what is kept besides the figures; on all processes too.
     """
     path = evaluation_file(run.folder, stage)
-    if from_first(lambda: read_json(path, dict[str, Compared])) is not None:
+    if from_first(lambda: read_json(path, dict[str, Compared] | dict[str, Told])) is not None:
         return
-    results = {name: asdict(compare(student, states, autocast=run.autocast)) for name, states in run.texts.items()}
+    results = {name: asdict(measured(run, student, rows)) for name, rows in run.texts.items()}
     if beside is not None:
         beside(stage, student)
 
@@ -217,6 +239,9 @@ def measure_stage(
         write_json(path, results)
         for name, result in results.items():
             log.info("%s, %s: %s", stage, name, json.dumps(result))
+            if "kl" not in result:
+                run.console.print(f"[bold]{stage}[/bold] on {name.replace('_', '-')} text: {told(result)}")
+                continue
             run.console.print(
                 f"[bold]{stage}[/bold] on {name.replace('_', '-')} text: perplexity {result['student_perplexity']:.2f} "
                 f"(teacher {result['teacher_perplexity']:.2f}, ratio {result['perplexity_ratio']:.3f}), "
@@ -236,6 +261,29 @@ def _further(result: Mapping[str, Any]) -> str:
         if (own := result[f"student_{key}"]) is not None:
             told += f", {name} {own:.3f} (teacher {result[f'teacher_{key}']:.3f})"
     return told
+
+
+def measured(run: RunContext, student: Any, rows: TeacherStates | TextRows) -> Comparison | Alone:
+    """A student's figures on a text: beside the teacher's where it reads the same tokens."""
+    if isinstance(rows, TeacherStates):
+        return compare(student, rows, autocast=run.autocast)
+    return alone(student, rows, autocast=run.autocast)
+
+
+def told(found: Mapping[str, Any]) -> str:
+    """A line of a student's figures without a teacher's."""
+    bits, theirs = found["bits_per_byte"], found["teacher_bits_per_byte"]
+    line = f"perplexity {found['student_perplexity']:.2f}"
+    if bits is not None:
+        line += f", {bits:.4f} bits per byte" + ("" if theirs is None else f" (teacher {theirs:.4f})")
+    return line + f", top token right {found['student_accuracy']:.1%}"
+
+
+def vocabulary_of(tokenizer: Any, teacher: PreTrainedModel | None, teacher_tokenizer: Any) -> int:
+    """How many ids there are in rows of text."""
+    if teacher is None or teacher_tokenizer is not None:
+        return max(tokenizer.get_vocab().values()) + 1
+    return teacher.config.get_text_config().vocab_size
 
 
 def refuse_tokens(tokens: np.ndarray, name: str, vocabulary: int) -> None:

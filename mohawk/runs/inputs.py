@@ -11,15 +11,17 @@ from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
+from mohawk.data.aligned_rows import TokenAligner
 from mohawk.data.encoder_rows import LabelFields, labelled_row
 from mohawk.data.pair_tokens import check_pair, no_weights
 from mohawk.data.records import first_records, read_records
+from mohawk.data.run_tokenizers import run_tokenizers
 from mohawk.data.same_tokenizer import check_embedding_rows, check_same, own_tokenizer, teacher_tokenizer
 from mohawk.data.source_files import NotThere, as_source, check_encoding, local_files
 from mohawk.errors import UserError
 from mohawk.loading.causal import position_rows
 from mohawk.loading.configs import load_config
-from mohawk.loading.models import load_tokenizer, model_shape, quantization
+from mohawk.loading.models import model_shape, quantization
 from mohawk.loading.tasks import CAUSAL, class_names, task_in
 from mohawk.losses.rationales import TEMPLATES, check_record
 from mohawk.schema.base import sections
@@ -51,10 +53,10 @@ def check_inputs(
             are longer than a model has positions for, a text that is not there, whose rows lack a field or have
             something else in it, a cache that does not fit.
     """
-    teacher = recipe.teacher
-    missing = teacher.tokenizer is None and own_tokenizer(teacher.model, **teacher.where) is None
+    about: Any = recipe.teacher
+    missing = about is not None and about.tokenizer is None and own_tokenizer(about.model, **about.where) is None
     if planning and missing:
-        log.warning("teacher: %s has no tokenizer; what depends on it is not checked", teacher.model)
+        log.warning("teacher: %s has no tokenizer; what depends on it is not checked", about.model)
     tokenizer = None if planning and missing else _check_tokenizers(recipe)
     for name, teacher in _teachers(recipe):
         _check_packages(name, teacher)
@@ -100,7 +102,8 @@ def _unknown(recipe: RecipeFile) -> Iterator[str]:
 def _teachers(recipe: RecipeFile) -> list[tuple[str, Any]]:
     """The recipe's teachers by where they stand in it."""
     further = getattr(recipe, "teachers", [])
-    return [("teacher", recipe.teacher), *((f"teachers.{i}", teacher) for i, teacher in enumerate(further))]
+    first = [] if recipe.teacher is None else [("teacher", recipe.teacher)]
+    return [*first, *((f"teachers.{i}", teacher) for i, teacher in enumerate(further))]
 
 
 def _students(recipe: RecipeFile) -> Iterator[tuple[str, Any]]:
@@ -111,13 +114,16 @@ def _students(recipe: RecipeFile) -> Iterator[tuple[str, Any]]:
 
 
 def _check_tokenizers(recipe: RecipeFile) -> PreTrainedTokenizerBase:
-    """The teacher's, which reads all text and is saved with the student: all models have to read its ids alike."""
-    tokenizer: Any = None
-    for name, teacher in _teachers(recipe):
+    """The one that reads all text and is saved with the student: all models have to read its ids alike, but for a
+    teacher whose tokens are aligned with them."""
+    found = run_tokenizers(recipe)
+    tokenizer: Any = found.text
+    if found.teacher is not None:
+        TokenAligner(tokenizer, found.teacher)  # which refuses those whose bytes are not known
+    elif getattr(recipe, "align", None) is not None:
+        log.warning("align: teacher and student have one tokenizer, so that their tokens are compared as they are")
+    for name, teacher in _teachers(recipe)[1:]:
         where = teacher.where | {"who": name}
-        if tokenizer is None:
-            tokenizer = tokenizer_of(recipe)
-            continue
         own = None
         if task_in(recipe) != CAUSAL:
             own = own_tokenizer(teacher.model, **where)
@@ -126,7 +132,12 @@ def _check_tokenizers(recipe: RecipeFile) -> PreTrainedTokenizerBase:
         _check_reads(tokenizer, own, teacher, name, task_in(recipe))
     for name, student in _students(recipe):
         own = own_tokenizer(student.model, **student.where, who=f"{name}.model")
-        _check_reads(tokenizer, own, student, f"{name}.model", task_in(recipe))
+        try:
+            _check_reads(tokenizer, own, student, f"{name}.model", task_in(recipe))
+        except UserError as error:
+            if own is None or not hasattr(recipe, "align") or recipe.teacher is None or found.teacher is not None:
+                raise
+            raise UserError(f"{error}; or set align: spans, or uld, to distil between the two") from None
     return tokenizer
 
 
@@ -147,7 +158,9 @@ def check_lengths(recipe: RecipeFile) -> None:
     told without running code that comes with it."""
     rows = {at: section.sequence_length for at, section in sections(recipe) if hasattr(section, "sequence_length")}
     stages = recipe.stage_places()
-    readers = [("teacher", recipe.teacher, rows)]
+    readers = [] if recipe.teacher is None else [("teacher", recipe.teacher, rows)]
+    if getattr(recipe, "align", None) is not None:  # whose rows are of its own tokens, and end where it does
+        readers = []
     readers += [(name, one, {at: rows[at] for at in stages}) for name, one in _teachers(recipe)[1:]]
     for name, student in _students(recipe):
         first = name.removesuffix("student").removesuffix(".")
@@ -183,17 +196,6 @@ def refuse_too_long(at: str, length: int, model: str, most: int | None) -> None:
 def _too_long(at: str, length: int, model: str | None, most: int) -> str:
     at = f"{at}.sequence_length".removeprefix(".")
     return f"{at}: got {length}, but {model} has positions for {most} tokens; give {most} or less"
-
-
-def tokenizer_of(recipe: RecipeFile) -> PreTrainedTokenizerBase:
-    """The teacher's tokenizer, as a recipe names it. Raises UserError as `teacher_tokenizer`."""
-    about, task = recipe.teacher, task_in(recipe)
-    if task == CAUSAL:
-        return teacher_tokenizer(about.model, tokenizer=about.tokenizer, **about.where)
-    found = load_tokenizer(about.model, tokenizer=about.tokenizer, option="teacher.tokenizer", **about.where)
-    rows = load_config(about.model, **about.where, task=task).get_text_config().vocab_size
-    check_embedding_rows(found, rows, f"teacher: {about.model}")
-    return found
 
 
 def _check_packages(name: str, teacher: Any) -> None:

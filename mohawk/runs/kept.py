@@ -38,6 +38,17 @@ class Compared(TypedDict):
     student_roc_auc: NotRequired[float | None]
 
 
+class Told(TypedDict):
+    """A `mohawk.measures.alone.Alone`: of a student that no teacher can be compared with token by token."""
+
+    tokens: int
+    student_perplexity: float
+    bits_per_byte: float | None
+    student_accuracy: float
+    student_confidence: float
+    teacher_bits_per_byte: float | None
+
+
 class Speed(TypedDict):
     """A `mohawk.measures.compare.DecodeSpeed`."""
 
@@ -99,7 +110,7 @@ class Measured(TypedDict, total=False):
 class Tabled(TypedDict):
     """The part of results.json that its tables are made of."""
 
-    evaluation: dict[str, dict[str, Compared]]
+    evaluation: dict[str, dict[str, Compared] | dict[str, Told]]
     decoding: dict[str, list[Speed]]
     parameters: dict[str, int]
     dtypes: dict[str, str]
@@ -115,7 +126,7 @@ class Results(Tabled):
     """results.json, as its report needs it."""
 
     architecture: str
-    teacher: str
+    teacher: str | None
     continuations: dict[str, str]
     plots: list[str]
     machine: dict[str, Any]
@@ -124,7 +135,7 @@ class Results(Tabled):
 class Compares(TypedDict):
     """The part of results.json that runs are compared by."""
 
-    evaluation: dict[str, dict[str, Compared]]
+    evaluation: dict[str, dict[str, Compared] | dict[str, Told]]
     parameters: dict[str, int]
     phases: dict[str, dict[str, float | None]]
     broken: NotRequired[str | None]

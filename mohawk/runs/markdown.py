@@ -8,7 +8,7 @@ from typing import Any
 
 from mohawk.loading.tasks import CAUSAL
 from mohawk.measures.consistency import PATHS, broken_in
-from mohawk.runs.tables import tables
+from mohawk.runs.tables import tables, who_of
 from mohawk.runs.verdict import verdict
 
 CAPTIONS = {
@@ -27,7 +27,8 @@ TOO_LARGE = (
 
 def to_markdown(results: Mapping[str, Any], recipe: str, name: str) -> str:
     """report.md: the verdict, the tables, the continuations, the plots, the machine and the recipe."""
-    parts = [f"# {name}\n\n{results['architecture']}\n\nTeacher: `{results['teacher']}`"]
+    parts = [f"# {name}\n\n{results['architecture']}"]
+    parts += [] if results["teacher"] is None else [f"Teacher: `{results['teacher']}`"]
     parts.append("\n".join(f"- **{line.asks}**: {line.says}" for line in verdict(results)))
     for title, header, rows in tables(results):
         lines = ["| " + " | ".join(row) + " |" for row in (header, ["---"] + ["---:"] * (len(header) - 1), *rows)]
@@ -35,7 +36,7 @@ def to_markdown(results: Mapping[str, Any], recipe: str, name: str) -> str:
     parts += notes(results)
     if said := results["continuations"]:
         quoted = [f"The prompt:\n\n{_indented(said['prompt'])}"]
-        quoted += [f"The {who}:\n\n{_indented(said[who])}" for who in ("teacher", "student")]
+        quoted += [f"The {who}:\n\n{_indented(said[who])}" for who in who_of(said)]
         parts.append("## Greedy continuations\n\n" + "\n\n".join(quoted))
     if results["plots"]:
         images = [f"![{caption(plot)}]({plot})" for plot in results["plots"]]

@@ -89,11 +89,13 @@ def plot_evaluation(stages: Mapping[str, Mapping[str, Mapping[str, float]]], tar
     if not names:
         return None
     texts = [t for t in TEXTS if any(t in stages[s] for s in names)]
-    panels = (
+    panels = [
         ("student_perplexity", "student's perplexity", True),
         ("kl", "mean KL(teacher ‖ student), nats per token", True),
         ("top1_agreement", "same top token, % of positions", False),
-    )
+    ]
+    if not any("kl" in found for s in names for found in stages[s].values()):
+        panels[1:] = [("bits_per_byte", "student's bits per byte", False)]
     figure, axes = subplots(1, len(panels), width=4.6, height=3.8)
     for axis, (key, label, logarithmic) in zip(axes[0], panels, strict=True):
         for text, color, marker in zip(texts, (BLUE, ORANGE, GREY), "os^", strict=False):
@@ -102,8 +104,9 @@ def plot_evaluation(stages: Mapping[str, Mapping[str, Mapping[str, float]]], tar
             if key == "top1_agreement":
                 values = [100 * v for v in values]
             axis.plot(range(len(names)), values, color=color, marker=marker, lw=1.8, label=TEXTS[text])
-            if key == "student_perplexity":
-                of_teacher = next(number(stages[s][text]["teacher_perplexity"]) for s in names if text in stages[s])
+            theirs = {"student_perplexity": "teacher_perplexity", "bits_per_byte": "teacher_bits_per_byte"}.get(key)
+            if theirs is not None and any(stages[s].get(text, {}).get(theirs) is not None for s in names):
+                of_teacher = next(number(stages[s][text][theirs]) for s in names if text in stages[s])
                 axis.axhline(of_teacher, color=color, ls="--", lw=1, label=f"teacher there: {of_teacher:.3g}")
             for i, value in enumerate(values):
                 # the lower one of two texts has its number below the point, so that the two do not overlap
@@ -116,7 +119,7 @@ def plot_evaluation(stages: Mapping[str, Mapping[str, Mapping[str, float]]], tar
                     )  # fmt: skip
         if logarithmic and any(value > 0 for line in axis.get_lines() for value in line.get_ydata()):
             log_axis(axis)
-        elif not logarithmic:
+        elif key == "top1_agreement":
             axis.set_ylim(-8, 108)
         axis.margins(x=0.12, y=0.15)
         axis.set_xticks(range(len(names)), [TITLES.get(s, s) for s in names], fontsize=8.5)

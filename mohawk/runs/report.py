@@ -31,11 +31,11 @@ from mohawk.errors import UserError
 from mohawk.loading.models import parameter_count
 from mohawk.loading.tasks import task_in
 from mohawk.measures.consistency import broken_in
-from mohawk.runs.kept import Compared, Composed, Measured, Quantized, Results, Selection, Tasks
+from mohawk.runs.kept import Compared, Composed, Measured, Quantized, Results, Selection, Tasks, Told
 from mohawk.runs.markdown import TOO_LARGE, to_markdown
 from mohawk.runs.page import Finished, write_page
 from mohawk.runs.plots import plot_evaluation, plot_losses, plot_positions, plot_retrieval, plot_tasks
-from mohawk.runs.tables import Table, print_tables, tables
+from mohawk.runs.tables import Table, print_tables, tables, who_of
 from mohawk.runs.verdict import verdict
 from mohawk.training.metrics import ends, read_metrics
 
@@ -53,7 +53,7 @@ def finish(
     folder: Path | str,
     recipe: Recipe,
     student: PreTrainedModel,
-    teacher: PreTrainedModel,
+    teacher: PreTrainedModel | None,
     tokenizer: PreTrainedTokenizerBase,
     console: Console,
     *,
@@ -67,7 +67,8 @@ def finish(
     """Measure what is still missing, draw, write results.json, report.md and report.html, print the tables.
 
     folder: a run's, with evaluation/*.json and metrics.jsonl. Speed, state size and continuations are measured here,
-    unless an earlier call with the same evaluation settings left them in results.json. stages: name -> what the student
+    unless an earlier call with the same evaluation settings left them in results.json. teacher: None: the student is
+    measured alone. stages: name -> what the student
     then was, in order. labels: what each one's loss is. own_tables: of a kind of run, in front of the others.
     student_tokenizer: where it is not the teacher's. whole: False where the models are in parts, too large for one
     process: what one process would measure is left out. texts: rows of token ids (rows, n) by the text's name, as
@@ -87,7 +88,7 @@ def finish(
                     "not", type(student).__name__)  # fmt: skip
     broken = broken_paths(student, consistency) if consistency else None
     asked = recipe.evaluation
-    models = {"teacher": teacher, "student": student}
+    models = {"student": student} if teacher is None else {"teacher": teacher, "student": student}
     of = {"teacher": tokenizer, "student": student_tokenizer or tokenizer}
     earlier = read_json(folder / RESULTS, Measured) or {}
     if earlier.get("recipe", {}).get("evaluation") != asked.model_dump(mode="json") or earlier.get("broken"):
@@ -102,9 +103,10 @@ def finish(
             who: continuation(model, of[who], asked.prompt, asked.continuation_tokens) for who, model in models.items()
         }
     behaved = earlier.get("behaviour") or {}
-    if whole and asked.longest is not None and not behaved:
+    if whole and asked.longest is not None and teacher is not None and not behaved:
         behaved = behaviour(models, of, texts or {}, longest=asked.longest, new_tokens=asked.continuation_tokens)
-    evaluated = {stage: read_json(evaluation_file(folder, stage), dict[str, Compared]) for stage in stages}
+    kind = dict[str, Compared] | dict[str, Told]
+    evaluated = {stage: read_json(evaluation_file(folder, stage), kind) for stage in stages}
     evaluated = {stage: found for stage, found in evaluated.items() if found}
     plot_losses(folder / METRICS_FILE, plot_file(folder, "losses"), labels)
     plot_evaluation(evaluated, plot_file(folder, "evaluation"))
@@ -114,7 +116,7 @@ def finish(
     quantized = kept_quantized(folder)
     _plot_tasks(folder, tasks)
     results = {
-        "teacher": recipe.teacher.model,
+        "teacher": None if recipe.teacher is None else recipe.teacher.model,
         "task": task_in(recipe),
         "architecture": architecture_line(teacher, student),
         "parameters": {who: parameter_count(model) for who, model in models.items()},
@@ -130,7 +132,7 @@ def finish(
         "phases": {name: times[name] for name in stages if name in times},
         "continuations": continuations,
         "plots": plot_names(folder),
-        "machine": machine(teacher.device),
+        "machine": machine(student.device),
         "recipe": recipe.model_dump(mode="json"),
         **({"tasks": tasks} if tasks else {}),
         **({"quantized": quantized} if quantized else {}),
@@ -218,8 +220,10 @@ def _plot_tasks(folder: Path, tasks: Mapping[str, Any] | None) -> None:
         drop_file(target)  # of a student that was there before
 
 
-def architecture_line(teacher: PreTrainedModel, student: PreTrainedModel) -> str:
+def architecture_line(teacher: PreTrainedModel | None, student: PreTrainedModel) -> str:
     """One line: what became of the teacher's layers."""
+    if teacher is None:
+        return f"{type(student).__name__.removeprefix('FSDP')} with {_layers(student.config.get_text_config())}"
     told = [_layers(model.config.get_text_config()) for model in (teacher, student)]
     hybrids = any("attention" in layers for layers in told)
     names = [
@@ -308,6 +312,6 @@ def print_results(results: Mapping[str, Any], console: Console) -> None:
         console.print(TOO_LARGE)
         return
     title = f"Greedy continuations of: {escape(said['prompt'])}"
-    table = RichTable("teacher", "student", title=title, title_justify="left", box=box.SIMPLE_HEAD)
-    table.add_row(*(escape(said[who].strip()) for who in ("teacher", "student")))
+    table = RichTable(*who_of(said), title=title, title_justify="left", box=box.SIMPLE_HEAD)
+    table.add_row(*(escape(said[who].strip()) for who in who_of(said)))
     console.print(table)

@@ -184,21 +184,23 @@ def whole_models(
     corrected: Path | None = None,
     folder: Path | str | None = None,
     dtype: str = "auto",
-) -> tuple[PreTrainedModel, PreTrainedModel] | None:
-    """Student and teacher as one process has them, for the first one to measure; models in parts are read again from
-    their files. None where they do not fit into its memory.
+) -> tuple[PreTrainedModel, Any] | None:
+    """Student and teacher (None where a run has none) as one process has them, for the first one to measure; models in
+    parts are read again from their files. None where they do not fit into its memory.
 
     corrected: the teacher's folder, where it is not the recipe's any more. folder, dtype: the student's; default the
     run's final one, as it was saved.
     """
     if run.parts is None:
         return student, run.teacher
-    needed = sum(p.numel() * p.element_size() for model in (student, run.teacher) for p in model.parameters())
+    models = [student] if run.teacher is None else [student, run.teacher]
+    needed = sum(p.numel() * p.element_size() for model in models for p in model.parameters())
     if needed > MOST * device_bytes(run.device):
         return None
-    about = run.recipe.teacher
-    named = (about.model, about.where) if corrected is None else (corrected, {})
-    teacher = load_teacher(named[0], dtype=about.dtype, device=run.device, **named[1])
+    about, teacher = run.recipe.teacher, None
+    if about is not None:
+        named = (about.model, about.where) if corrected is None else (corrected, {})
+        teacher = load_teacher(named[0], dtype=about.dtype, device=run.device, **named[1])
     found = load_teacher(folder or run.folder / STUDENT, dtype=dtype, device=run.device, who="student")
     return found, teacher
 
@@ -212,9 +214,12 @@ def finish_run(run: RunContext, student: PreTrainedModel, **told: Any) -> None:
         return
     models = whole_models(run, student)
     student, teacher = models or (student, run.teacher)
+    own = run.teacher_tokenizer
+    if own is not None:
+        told["student_tokenizer"] = run.tokenizer
     finish(
-        run.folder, run.recipe, student.eval(), teacher, run.tokenizer, run.console, whole=models is not None,
-        texts=long_rows(run), **told,
+        run.folder, run.recipe, student.eval(), teacher, own or run.tokenizer, run.console, whole=models is not None,
+        texts={} if own is not None else long_rows(run), **told,
     )  # fmt: skip
 
 

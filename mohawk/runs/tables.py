@@ -23,6 +23,11 @@ AFTER = {
 }
 
 
+def who_of(found: Mapping[str, Any]) -> list[str]:
+    """Those of teacher and student whom something says anything of: a run may have no teacher."""
+    return [who for who in ("teacher", "student") if who in found]
+
+
 def tables(results: Mapping[str, Any]) -> list[Table]:
     """The run's figures as tables of strings: quality for each text, size and speed, training."""
     made: list[Table] = [tuple(table) for table in results.get("own_tables", ())]
@@ -31,9 +36,13 @@ def tables(results: Mapping[str, Any]) -> list[Table]:
     if task == "classification":
         made += class_tables(results["evaluation"], stages)
     for text, name in TEXTS.items() if task != "classification" else ():
-        rows, tokens = [], 0
+        rows, alone, tokens = [], [], 0
         for stage, name_of_stage in stages.items():
             if found := results["evaluation"].get(stage, {}).get(text):
+                tokens = found["tokens"]
+                if "kl" not in found:
+                    alone.append([name_of_stage, *_alone_row(found)])
+                    continue
                 rows.append(
                     [
                         name_of_stage,
@@ -44,7 +53,11 @@ def tables(results: Mapping[str, Any]) -> list[Table]:
                         f"{found['top1_agreement']:.1%}",
                     ]
                 )
-                tokens = found["tokens"]
+        if alone:
+            header = ["student", "perplexity", "bits per byte", "teacher's", "top token is right"]
+            kept = [i for i in range(len(header)) if any(row[i] for row in alone)]
+            cells = [[row[i] for i in kept] for row in alone]
+            made.append((f"On {name} ({tokens:,} tokens)", [header[i] for i in kept], cells))
         if rows:
             header = ["student", "perplexity", "teacher's", "ratio", "KL (nats)", "same top token"]
             made.append((f"On {name} ({tokens:,} {'tokens' if task == CAUSAL else 'masked words'})", header, rows))
@@ -54,13 +67,13 @@ def tables(results: Mapping[str, Any]) -> list[Table]:
     if layers := results.get("layers"):
         made.append(layer_table(layers))
     decoding, parameters = results["decoding"], results["parameters"]
-    rows = [["parameters", *(f"{parameters[who]:,}" for who in ("teacher", "student"))]]
-    for teacher, student in zip(decoding["teacher"], decoding["student"], strict=True):
-        context = f"after {teacher['context']:,} tokens"
-        rows.append([f"state {context}", *(size_text(s["state_bytes"]) for s in (teacher, student))])
-        rows.append([f"decoding {context}", *(f"{s['tokens_per_s']:.1f} tokens/s" for s in (teacher, student))])
+    rows = [["parameters", *(f"{parameters[who]:,}" for who in who_of(parameters))]]
+    for speeds in zip(*(decoding[who] for who in who_of(decoding)), strict=True):
+        context = f"after {speeds[0]['context']:,} tokens"
+        rows.append([f"state {context}", *(size_text(s["state_bytes"]) for s in speeds)])
+        rows.append([f"decoding {context}", *(f"{s['tokens_per_s']:.1f} tokens/s" for s in speeds)])
     # states and speeds of two dtypes are not comparable unless the reader knows
-    header = ["", *(f"{who} ({results['dtypes'][who]})" for who in ("teacher", "student"))]
+    header = ["", *(f"{who} ({results['dtypes'][who]})" for who in who_of(results["dtypes"]))]
     what = "Size and speed (one sequence, greedy, median)" if task == CAUSAL else "Size"
     made.append((what, header, rows))
     tenths = all("first_tenth" in phase for phase in results["phases"].values())
@@ -101,6 +114,15 @@ def class_tables(evaluation: Mapping[str, Any], stages: Mapping[str, str]) -> li
             header = ["student", "accuracy", "teacher's", "F1", "teacher's", "ROC-AUC", "teacher's", "KL (nats)"]
             made.append((f"On {name} ({texts:,} texts)", [*header, "same class"], rows))
     return made
+
+
+def _alone_row(found: Mapping[str, Any]) -> list[str]:
+    """A student's figures without a teacher's; an empty text where one is not known."""
+    bits = [
+        "" if (value := found[key]) is None else figure_text(value)
+        for key in ("bits_per_byte", "teacher_bits_per_byte")
+    ]
+    return [figure_text(found["student_perplexity"]), *bits, f"{found['student_accuracy']:.1%}"]
 
 
 def agreement_tables(texts: Mapping[str, Mapping[str, Any]]) -> list[Table]:

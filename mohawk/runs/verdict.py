@@ -41,7 +41,7 @@ def verdict(results: Mapping[str, Any]) -> list[Line]:
         ]  # fmt: skip
     return [
         fitness(results.get("consistency") or {}, results.get("decoded_in") or results["dtypes"]["student"]),
-        Line("given up", _given_up(results)),
+        Line("given up" if "teacher" in results["parameters"] else "reached", _given_up(results)),
         Line("gained", _gained(results["decoding"])),
         Line("pays", _pays(results["decoding"])),
         Line("cost", _cost(results)),
@@ -82,6 +82,14 @@ def _given_up(results: Mapping[str, Any]) -> str:
         return "not measured"
     told = []
     for name, found in texts.items():
+        if "kl" not in found:
+            bits, theirs = found["bits_per_byte"], found["teacher_bits_per_byte"]
+            of_bytes = "" if bits is None else f", {bits:.3f} bits per byte"
+            beside = "" if bits is None or theirs is None else f" (the teacher, whose tokens are others, {theirs:.3f})"
+            told.append(
+                f"on {TEXTS.get(name, name)} perplexity {_figure(found['student_perplexity'])}{of_bytes}{beside}"
+            )
+            continue
         told.append(
             f"on {TEXTS.get(name, name)} perplexity {_figure(found['teacher_perplexity'])} became "
             f"{_figure(found['student_perplexity'])} ({_figure(found['perplexity_ratio'])} x), KL "
@@ -128,7 +136,7 @@ def _beside(teacher: float | None) -> str:
 def _gained(decoding: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
     """At the longest context that was measured."""
     if not decoding.get("teacher"):
-        return "not measured"
+        return _alone(decoding)
     teacher, student = decoding["teacher"][-1], decoding["student"][-1]
     sizes = [who["state_bytes"] for who in (teacher, student)]
     speeds = [who["tokens_per_s"] for who in (teacher, student)]
@@ -143,9 +151,20 @@ def _gained(decoding: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
     )
 
 
+def _alone(decoding: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
+    """What a student without a teacher decodes like at the longest context."""
+    if not decoding.get("student") or "teacher" in decoding:
+        return "not measured"
+    last = decoding["student"][-1]
+    return (
+        f"no teacher to compare with; after {last['context']:,} tokens the state of one sequence is "
+        f"{size_text(last['state_bytes'])}, and decoding {last['tokens_per_s']:.1f} tokens/s"
+    )
+
+
 def _pays(decoding: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
     if not decoding.get("teacher"):
-        return "not measured"
+        return "not measured" if "teacher" in decoding or not decoding else "no teacher to compare with"
     contexts = [measured["context"] for measured in decoding["teacher"]]
 
     def ahead(key: str, gain: Callable[[float, float], float]) -> list[float]:
@@ -182,7 +201,8 @@ def _cost(results: Mapping[str, Any]) -> str:
     skipped = sum(p["skipped_steps"] for p in phases)
     device = results["machine"]["device"]
     told = f"{tokens:,} training tokens in {hours:.2g} hours on {device}" if phases else "no training"
-    told += f"; parameters {counts['teacher']:,} became {counts['student']:,}"
+    became = f"{counts['teacher']:,} became " if "teacher" in counts else ""
+    told += f"; parameters {became}{counts['student']:,}"
     return told + (f"; {skipped} steps were skipped, whose loss or gradient was not finite" if skipped else "")
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import numpy as np
 import torch
@@ -121,11 +121,7 @@ class Answers:
         norm = torch.logaddexp(torch.logsumexp(values, -1), rest)
         if not bool(torch.isfinite(norm).all()):
             return None
-        return {
-            **pack_ascending(encode_logprobs(values - norm[:, None]).cpu().numpy(), self.layout.low_bits),
-            "tail": encode_logprobs(rest - norm).cpu().numpy(),
-            "ids": pack_ids(ids.cpu().numpy(), self.layout.id_bits),
-        }
+        return top_k_columns(self.layout, values - norm[:, None], ids, rest - norm)
 
     def _samples(self, hidden: Tensor, uniform: np.ndarray) -> dict[str, np.ndarray] | None:
         """The records of ids drawn by inversion of the cumulative distribution, a uniform number a draw; None where
@@ -136,6 +132,25 @@ class Answers:
         u = torch.from_numpy(uniform).to(cumulative.device).clamp_(max=1 - 2.0**-40) * cumulative[:, -1:]
         ids = torch.searchsorted(cumulative, u, right=True)
         return {"ids": pack_ids(np.sort(ids.cpu().numpy(), -1), self.layout.id_bits)}
+
+
+class Kept(Protocol):
+    """What answers are made by, batch after batch: a model's `Answers`, or another's."""
+
+    @property
+    def layout(self) -> Layout: ...
+    def columns(self, batch: Mapping[str, Tensor], indices: range) -> Iterator[dict[str, np.ndarray]]: ...
+    def ended(self) -> None: ...
+
+
+def top_k_columns(layout: Layout, logprobs: Tensor, ids: Tensor, tail: Tensor) -> dict[str, np.ndarray]:
+    """The records' columns of a top k: log-probabilities (rows, k), most probable first, their ids, and the log mass of
+    the rest (rows)."""
+    return {
+        **pack_ascending(encode_logprobs(logprobs).cpu().numpy(), layout.low_bits),
+        "tail": encode_logprobs(tail).cpu().numpy(),
+        "ids": pack_ids(ids.cpu().numpy(), layout.id_bits),
+    }
 
 
 def make_answers(

@@ -28,7 +28,7 @@ from mohawk.errors import UserError, is_refusal, naming
 from mohawk.loading.model_hash import teacher_hash
 from mohawk.losses.heads import Head
 from mohawk.models.sharding import is_sharded, reshard
-from mohawk.teacher_cache.answers import Answers, check_range, make_answers
+from mohawk.teacher_cache.answers import Answers, Kept, check_range, make_answers
 from mohawk.teacher_cache.layout import Layout, is_whole, make_row, text_digest
 from mohawk.teacher_cache.reader import (
     FORMAT,
@@ -90,38 +90,20 @@ def write_cache(
             another text; another process is writing it; the disk is full or can't be written; the teacher gives NaN.
     """
     folder = home(folder)
-    rows = len(dataset) if rows is None else rows
     answers = make_answers(
         teacher, dataset, kind=kind, k=k, draws=draws, temperature=temperature, seed=seed, vocab_size=vocab_size,
         autocast=autocast,
     )  # fmt: skip
-    check_range("rows", rows, 1, len(dataset))
-    check_range("batch_size", batch_size, 1)
-    layout = answers.layout
-    per_shard = rows_per_shard or max(1, SHARD_BYTES // layout.row.itemsize)
-    check_range("rows_per_shard", per_shard, 1)
-    settings = {
-        "format": FORMAT,
-        "version": VERSION,
-        "layout": asdict(layout),
-        "id_bits": layout.id_bits,
-        "low_bits": layout.low_bits,
-        "record": [list(field) for field in layout.fields],  # as JSON gives it back
-        "temperature": None if kind == "hidden" else float(temperature),
-        "draw_seed": seed if kind == "samples" else None,
-        "teacher": {
-            "name": str(getattr(teacher.config, "_name_or_path", "")) or type(teacher).__name__.removeprefix("FSDP"),
-            "sha256": teacher_hash(teacher),
-            "autocast": None if autocast is None else str(autocast).removeprefix("torch."),
-        },
-        "tokenizer": tokenizer_hash,
-        "data": {
-            "rows": rows,
-            "sequence_length": layout.sequence_length,
-            "seed": getattr(dataset, "seed", None),
-        },
-        "rows_per_shard": per_shard,
+    about = {
+        "name": str(getattr(teacher.config, "_name_or_path", "")) or type(teacher).__name__.removeprefix("FSDP"),
+        "sha256": teacher_hash(teacher),
+        "autocast": None if autocast is None else str(autocast).removeprefix("torch."),
     }
+    settings = _settings(
+        answers.layout, dataset, about, temperature=None if kind == "hidden" else float(temperature),
+        draw_seed=seed if kind == "samples" else None, tokenizer_hash=tokenizer_hash, rows=rows, batch_size=batch_size,
+        rows_per_shard=rows_per_shard,
+    )  # fmt: skip
     training = teacher.training
     teacher.eval()
     try:
@@ -143,7 +125,69 @@ def write_cache(
     return TeacherCache(folder)
 
 
-def _write_or_go_on(folder: Path, settings: dict[str, Any], answers: Answers, dataset: Any, batch_size: int) -> None:
+def keep_answers(
+    folder: str | Path,
+    answers: Kept,
+    dataset: Any,
+    *,
+    teacher: dict[str, Any],
+    temperature: float | None,
+    tokenizer_hash: str | None,
+    rows: int | None = None,
+    batch_size: int = 8,
+) -> TeacherCache:
+    """`write_cache` with answers that come from elsewhere than a model in this process.
+
+    teacher: what tells it from others: name, sha256, autocast, and what else there is. Raises UserError.
+    """
+    folder = home(folder)
+    settings = _settings(
+        answers.layout, dataset, teacher, temperature=temperature, draw_seed=None, tokenizer_hash=tokenizer_hash,
+        rows=rows, batch_size=batch_size, rows_per_shard=None,
+    )  # fmt: skip
+    _write_or_go_on(folder, settings, answers, dataset, batch_size)
+    return TeacherCache(folder)
+
+
+def _settings(
+    layout: Layout,
+    dataset: Any,
+    teacher: dict[str, Any],
+    *,
+    temperature: float | None,
+    draw_seed: int | None,
+    tokenizer_hash: str | None,
+    rows: int | None,
+    batch_size: int,
+    rows_per_shard: int | None,
+) -> dict[str, Any]:
+    """What an unfinished cache will be. Raises UserError for a number out of its range."""
+    rows = len(dataset) if rows is None else rows
+    check_range("rows", rows, 1, len(dataset))
+    check_range("batch_size", batch_size, 1)
+    per_shard = rows_per_shard or max(1, SHARD_BYTES // layout.row.itemsize)
+    check_range("rows_per_shard", per_shard, 1)
+    return {
+        "format": FORMAT,
+        "version": VERSION,
+        "layout": asdict(layout),
+        "id_bits": layout.id_bits,
+        "low_bits": layout.low_bits,
+        "record": [list(field) for field in layout.fields],  # as JSON gives it back
+        "temperature": temperature,
+        "draw_seed": draw_seed,
+        "teacher": teacher,
+        "tokenizer": tokenizer_hash,
+        "data": {
+            "rows": rows,
+            "sequence_length": layout.sequence_length,
+            "seed": getattr(dataset, "seed", None),
+        },
+        "rows_per_shard": per_shard,
+    }
+
+
+def _write_or_go_on(folder: Path, settings: dict[str, Any], answers: Kept, dataset: Any, batch_size: int) -> None:
     """The cache, unless it is there. Raises UserError."""
     if _taken(folder) and _finished(folder, settings, dataset):
         return
@@ -231,7 +275,7 @@ def _claim(unfinished: Path, settings: dict[str, Any]) -> None:
 
 
 def _write(
-    unfinished: Path, folder: Path, settings: dict[str, Any], answers: Answers, dataset: Any, batch_size: int
+    unfinished: Path, folder: Path, settings: dict[str, Any], answers: Kept, dataset: Any, batch_size: int
 ) -> None:
     """All shards that are not there, then the manifest, then the folder's name."""
     layout, rows, per_shard = answers.layout, settings["data"]["rows"], settings["rows_per_shard"]
@@ -250,6 +294,7 @@ def _write(
             texts.append(text)
     about = {}
     if layout.kind == "hidden":
+        assert isinstance(answers, Answers)
         about["head"] = _write_head(unfinished, answers.head)
         names = [part["file"] for part in (about["head"]["weight"], about["head"]["bias"]) if part]
         files |= {name: _entry(unfinished / name) for name in names}
@@ -292,7 +337,7 @@ def _kept(path: Path, layout: Layout, dataset: Any, span: range) -> tuple[str, n
 
 
 def _write_shard(
-    path: Path, answers: Answers, dataset: Any, span: range, batch_size: int, progress: Bar
+    path: Path, answers: Kept, dataset: Any, span: range, batch_size: int, progress: Bar
 ) -> tuple[str, np.ndarray]:
     """Writes one shard, which appears whole; its sha256 and its rows' text digests."""
     digest, texts, length = hashlib.sha256(), [], answers.layout.sequence_length
