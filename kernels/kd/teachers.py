@@ -9,6 +9,7 @@ dense, chunked.py and triton_backend.py may have a faster way.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar
@@ -70,6 +71,10 @@ class TeacherSource:
 
     def probability(self, ids: Tensor, vocab: int | None) -> Tensor:
         """(rows) probability of one id in each flat row, at temperature 1 and among the first `vocab` entries."""
+        raise ValueError(f"confidence: needs a teacher's probabilities, which {type(self).__name__} does not have")
+
+    def entropy(self, vocab: int | None) -> Tensor:
+        """(rows) entropy in nats of each flat row, at temperature 1 and among the first `vocab` entries."""
         raise ValueError(f"confidence: needs a teacher's probabilities, which {type(self).__name__} does not have")
 
     def map_rows(self, f: Callable[[Tensor, int], Tensor]) -> Self:
@@ -136,6 +141,9 @@ class Dense(TeacherSource, source=False):
 
     def probability(self, ids: Tensor, vocab: int | None) -> Tensor:
         return self.scores(torch.float32)[:, :vocab].log_softmax(-1).gather(1, ids[:, None]).squeeze(1).exp()
+
+    def entropy(self, vocab: int | None) -> Tensor:
+        return entropy_of(self.scores(torch.float32)[:, :vocab].log_softmax(-1))
 
 
 @dataclass(frozen=True, eq=False)
@@ -289,6 +297,14 @@ class TeacherTopK(TeacherSource):
         rest = tail_of(logprobs, self.tail_logprob, vocab).exp() / max(1, vocab - self.ids.shape[1])
         return torch.where(hit.any(-1), (logprobs.exp() * hit).sum(-1), rest)
 
+    def entropy(self, vocab: int | None) -> Tensor:
+        """Of the k, and of the rest as if its mass were spread evenly over the other entries."""
+        logprobs = self.logprobs.float()
+        vocab = vocab or int(self.ids.max()) + 1
+        others = max(1, vocab - self.ids.shape[1])
+        each = tail_of(logprobs, self.tail_logprob, vocab) - math.log(others)
+        return entropy_of(logprobs) + others * entropy_of(each[:, None])
+
 
 @dataclass(frozen=True, eq=False)
 class TeacherSamples(TeacherSource):
@@ -367,6 +383,11 @@ class TeacherMixture(TeacherSource):
         shares = zip(self.shares(), self.teachers, strict=True)
         return torch.stack([w * one.probability(ids, vocab) for w, one in shares]).sum(0)
 
+    def entropy(self, vocab: int | None) -> Tensor:
+        each = [one.scores(torch.float32)[:, :vocab].log_softmax(-1) for one in self.teachers]
+        shares = [math.log(w) for w in self.shares()]
+        return entropy_of(torch.stack([one + w for one, w in zip(each, shares, strict=True)]).logsumexp(0))
+
 
 @dataclass(frozen=True, eq=False)
 class TeacherTAID(TeacherSource):
@@ -394,6 +415,11 @@ class TeacherTAID(TeacherSource):
     @property
     def step(self) -> float:
         return self.t
+
+
+def entropy_of(logprobs: Tensor) -> Tensor:
+    """(rows) of log-probabilities (rows, entries): -sum p log p, where an entry without mass counts nothing."""
+    return -(logprobs.exp() * logprobs.clamp_min(torch.finfo(logprobs.dtype).min)).sum(-1)
 
 
 @dataclass

@@ -24,7 +24,7 @@ from mohawk.loading.causal import plain_model
 from mohawk.loading.models import parameter_count
 from mohawk.losses.aligned import AlignedAnswer, AlignedTeacher, aligned_loss
 from mohawk.losses.heads import Head, as_forward, in_zero, with_head
-from mohawk.losses.label_probability import label_probability
+from mohawk.losses.label_probability import CONFIDENCES, Confidence, label_probability, teacher_certainty
 from mohawk.losses.matching import PLACES, Matching
 from mohawk.losses.measured import Means, agreement
 from mohawk.losses.on_policy import OnPolicy, replaced_rows
@@ -93,8 +93,11 @@ class KnowledgeDistiller(Objective["CausalLM"]):
             the divergence by its alpha, as Hinton et al. (arXiv 1503.02531) weight soft targets, means 1 - alpha here.
         task_weight: what the means of tasks are multiplied by, {"text": ..., "label": ..., "rationale": ...}, each 1
             where it is left out: tasks 0, 1 and 2 of a batch's column `task`.
-        confidence: multiply a token's divergence by the teacher's probability of its label, so that it counts for
-            little where the teacher is wrong.
+        confidence: True multiplies a token's divergence by the teacher's probability of its label, so that it counts
+            for little where the teacher is wrong. "label" and "entropy" also give the cross entropy what the divergence
+            loses: a token's loss is `c * kd_weight * T^2 * D + (ce_weight + (1 - c) * kd_weight) * CE`, where c is that
+            probability, or 1 - H / log(vocabulary) with H the teacher's entropy in nats (at temperature 1; of a cached
+            top k at the cache's, the rest of the mass spread evenly).
         taid: TAID's moving target (arXiv 2501.16937), advanced by each step's loss.
         matchings: losses between layers, by name: `match_hidden`, `match_attention`, or a `Matching` of your own.
         own_losses: an `OwnLoss` by a row's `source`: that source's rows have these weights instead, are never replaced
@@ -138,7 +141,7 @@ class KnowledgeDistiller(Objective["CausalLM"]):
         task_weight: Mapping[str, float] | None = None,
         beta: float = 0.5,
         lam: float = 0.1,
-        confidence: bool = False,
+        confidence: Confidence = False,
         taid: TAIDSchedule | None = None,
         matchings: Mapping[str, Matching] | None = None,
         own_losses: Mapping[int, OwnLoss] | None = None,
@@ -158,6 +161,8 @@ class KnowledgeDistiller(Objective["CausalLM"]):
         })  # fmt: skip
         if alpha is not None:
             kd_weight, ce_weight = weights_for(alpha, kd_weight, ce_weight)
+        if confidence not in CONFIDENCES:
+            raise ValueError(f"confidence: got {confidence!r}; allowed: {', '.join(map(repr, CONFIDENCES))}")
         self.own_losses = dict(own_losses or {})
         divergences = [kd_weight, *(own.kd_weight for own in self.own_losses.values())]
         if teacher is None and (any(weight != 0 for weight in divergences) or matchings):
@@ -188,7 +193,7 @@ class KnowledgeDistiller(Objective["CausalLM"]):
         self.temperature, self.kd_weight, self.ce_weight = temperature, kd_weight, ce_weight
         self.divergence, self.beta, self.lam = divergence, beta, lam
         self.task_weight = task_weights(task_weight)
-        exclusive = {"taid": taid is not None, "confidence": confidence}
+        exclusive = {"taid": taid is not None, "confidence": bool(confidence)}
         check_policy_gradient(policy_gradient, divergence, temperature, exclusive)
         if policy_gradient is not None and not (isinstance(on_policy, OnPolicy) and on_policy.unbiased):
             raise ValueError(
@@ -540,14 +545,14 @@ class KnowledgeDistiller(Objective["CausalLM"]):
         def measured(name: str, rows: Tensor) -> None:  # means of these rows, without the weights of tokens
             self._measure(name, rows.sum() / count.clamp(min=1), count)
 
-        def cross_entropy() -> Tensor:
+        def cross_entropy(by: Tensor | None = weights, ce_weight: float = ce_weight) -> Tensor:
             # over the student's whole vocabulary, whatever the teacher's is; the loss wants some teacher, and these ids
             # cost nothing
             ids = labels.clamp(min=0).unsqueeze(-1)
             nobody = TeacherSamples(ids, torch.ones(ids.shape, device=ids.device))
             plain: dict[str, Any] = {**options, "divergence": "forward_kl", "temperature": 1.0}
             ce, parts = linear_kd_loss(
-                **student, teacher=nobody, labels=labels, token_weights=weights, kd_weight=0.0, ce_weight=ce_weight,
+                **student, teacher=nobody, labels=labels, token_weights=by, kd_weight=0.0, ce_weight=ce_weight,
                 return_parts="rows", **plain,
             )  # fmt: skip
             measured("ce", parts.ce)
@@ -578,10 +583,14 @@ class KnowledgeDistiller(Objective["CausalLM"]):
             measured("kd", parts.kd)
             measured("ce", parts.ce)
             return loss
-        kd_weights = weights
+        kd_weights, moved = weights, None
         if self.confidence:
-            sure = label_probability(source, labels, vocab or len(head.weight))
+            sure_of = teacher_certainty if self.confidence == "entropy" else label_probability
+            sure = sure_of(source, labels, vocab or len(head.weight))
             kd_weights = sure if weights is None else sure * weights
+            if self.confidence is not True:
+                moved = ce_weight + (1 - sure) * kd_weight
+                moved = moved if weights is None else moved * weights
         # labels say which rows count; those that the teacher does not know still do
         known = labels if vocab is None else labels.clamp(max=vocab - 1)
         kd, parts = linear_kd_loss(
@@ -589,6 +598,8 @@ class KnowledgeDistiller(Objective["CausalLM"]):
             vocab_size=vocab, return_parts="rows", **options,
         )  # fmt: skip
         measured("kd", parts.kd)
+        if moved is not None:
+            return kd + cross_entropy(moved, 1.0)
         return kd + cross_entropy() if ce_weight else kd
 
     def _policy_term(self, source: TeacherSource, hidden: Tensor, head: Head, labels: Tensor) -> Tensor:

@@ -19,13 +19,13 @@ from mohawk import (
     match_hidden,
 )
 from mohawk.errors import UserError
-from mohawk.kernels.kd.teachers import TeacherLogits, TeacherTopK
+from mohawk.kernels.kd.teachers import TeacherLogits, TeacherMixture, TeacherSamples, TeacherTopK
 from mohawk.losses.distiller import OwnLoss
 from mohawk.losses.heads import Head, final_hidden_states
-from mohawk.losses.label_probability import label_probability
+from mohawk.losses.label_probability import label_probability, teacher_certainty
 from mohawk.losses.measured import Means
 from mohawk.losses.schedules import Ramp, at, temperature_for
-from mohawk.losses.teachers import AverageTeacher, Ensemble, ModelTeacher
+from mohawk.losses.teachers import Answer, AverageTeacher, Ensemble, ModelTeacher
 from mohawk.models.from_teacher import hybrid_from_teacher
 from tests.helpers.processes import in_processes
 
@@ -122,6 +122,71 @@ def test_confidence_weighs_by_the_labels_probability(models, batch):
     sure = target.softmax(-1).gather(-1, shifted[..., None]).squeeze(-1)
     expected = by_hand(logits_of(student, ids, mask), target, labels, mask, ce=0.5, weight=sure)
     torch.testing.assert_close(ours.double(), expected, rtol=2e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("by", ["label", "entropy"])
+@pytest.mark.parametrize("top", [None, 20])
+def test_what_confidence_takes_from_the_divergence_goes_to_the_labels(models, batch, by, top):
+    """Value and gradients of a dense teacher and of a cached top k, beside float64 from the definition."""
+    teacher, student, (ids, labels, mask) = models["llama"], models["small"], batch
+    weights = torch.rand(ids.shape, generator=torch.Generator().manual_seed(4)) + 0.5
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    with torch.no_grad():
+        whole = teacher(input_ids=ids, attention_mask=mask, position_ids=positions).logits
+    log_p = whole[:, :-1].double().log_softmax(-1)
+    answers = teacher
+    if top is not None:
+        kept = whole.log_softmax(-1).topk(top)
+        answers = lambda *_: [Answer(TeacherTopK(kept.indices, kept.values))]  # noqa: E731
+    distiller = KnowledgeDistiller(answers, student, kd_weight=0.7, ce_weight=0.2, confidence=by)
+    given = {"input_ids": ids, "labels": labels, "attention_mask": mask, "weights": weights}
+    ours = distiller.loss(given)
+    labels = labels.masked_fill(mask == 0, -100)[:, 1:]
+    real, chosen = labels != -100, labels.clamp(min=0)[..., None]
+    log_q = logits_of(student, ids, mask).log_softmax(-1)
+    ce = -log_q.gather(-1, chosen).squeeze(-1)
+    if top is None:
+        divergence = (log_p.exp() * (log_p - log_q)).sum(-1)
+        likely = log_p.gather(-1, chosen).squeeze(-1).exp()
+        entropy = -(log_p.exp() * log_p).sum(-1)
+    else:
+        inside, mine = (x[:, :-1].double() if x.is_floating_point() else x[:, :-1] for x in (kept.values, kept.indices))
+        rest = 1 - inside.exp().sum(-1)
+        ours_inside = log_q.gather(-1, mine)
+        rest_q = 1 - ours_inside.exp().sum(-1)
+        divergence = (inside.exp() * (inside - ours_inside)).sum(-1) + rest * (rest.log() - rest_q.log())
+        each = rest / (VOCAB - top)
+        hit = mine == chosen
+        likely = torch.where(hit.any(-1), (inside.exp() * hit).sum(-1), each)
+        entropy = -(inside.exp() * inside).sum(-1) - rest * each.log()
+    sure = likely if by == "label" else 1 - entropy / math.log(VOCAB)
+    rows = 0.7 * sure * divergence + (0.2 + 0.7 * (1 - sure)) * ce
+    expected = (rows * weights[:, 1:].double())[real].sum() / real.sum()
+    torch.testing.assert_close(ours.double(), expected, rtol=5e-5, atol=1e-6)
+    trained = [p for p in student.parameters() if p.requires_grad]
+    for mine, theirs in zip(*(torch.autograd.grad(x, trained) for x in (ours, expected)), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-5)
+    teacher.requires_grad_(True)
+
+
+def test_certainty_of_mixtures_and_of_what_is_odd():
+    torch.manual_seed(0)
+    logits, labels = torch.randn(2, 3, 7, dtype=torch.float64), torch.tensor([[1, -100, 6], [0, 2, 5]])
+    logits[0, 0], logits[0, 2, :3] = 0.0, -math.inf  # all alike; words without mass
+    p = logits.softmax(-1)
+    expected = (1 + p.xlogy(p).sum(-1) / math.log(7)) * (labels != -100)
+    found = teacher_certainty(TeacherLogits(logits.transpose(0, 1).contiguous().transpose(0, 1)), labels, 7)
+    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-6)
+    both = TeacherMixture([TeacherLogits(logits), TeacherLogits(logits.flip(-1))], [1.0, 3.0])
+    p = (p + 3 * p.flip(-1)) / 4
+    expected = (1 + p.xlogy(p).sum(-1) / math.log(7)) * (labels != -100)
+    torch.testing.assert_close(teacher_certainty(both, labels, 7).double(), expected, rtol=1e-5, atol=1e-6)
+    nothing = torch.full((2, 3), -100)
+    assert not teacher_certainty(TeacherLogits(logits), nothing, 7).any()
+    with pytest.raises(ValueError, match="confidence: needs a teacher's probabilities, which TeacherSamples"):
+        teacher_certainty(TeacherSamples(torch.zeros(2, 3, 1, dtype=torch.long), torch.ones(2, 3, 1)), labels, 7)
+    with pytest.raises(ValueError, match="confidence: got 'entropies'; allowed: False, True, 'label', 'entropy'"):
+        KnowledgeDistiller(None, None, kd_weight=0, confidence="entropies")
 
 
 def test_label_probability_of_other_sources():
