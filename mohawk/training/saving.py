@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import itertools
 import logging
-import math
 import os
 import shutil
 from collections.abc import Mapping, Sequence
@@ -24,9 +23,10 @@ from mohawk.core.processes import agree, hashed_together, is_first, several, tog
 from mohawk.errors import UserError, naming
 from mohawk.loading.nonfinite import first_nonfinite_of_all
 from mohawk.models.sharding import is_sharded, reshard
-from mohawk.training.batches import rows_per_step
+from mohawk.training.batches import steps_of
 from mohawk.training.checkpoint import (
     ORDER_KEYS,
+    counts_of,
     is_finished,
     read_counts,
     read_moments,
@@ -183,5 +183,6 @@ def is_over(folder: str | os.PathLike, phase: Any) -> bool:
     of one after which the objective had ended it."""
     if (checkpoint := newest_complete(folder)) is None:
         return False
-    last = math.ceil(phase.tokens / (rows_per_step(phase) * phase.sequence_length))
+    examples = 0 if getattr(phase, "epochs", None) is None else counts_of(checkpoint)["examples"]
+    last = steps_of(phase, examples)
     return step_of(checkpoint) >= last or is_finished(checkpoint)

@@ -34,7 +34,7 @@ from mohawk.core.run_folder import phase_folder
 from mohawk.core.stopping import SAME_SIGNAL, SAME_SIGNAL_DISTRIBUTED, StopRequest
 from mohawk.errors import UserError
 from mohawk.models.sharding import clip, is_sharded, reshard, total_norms
-from mohawk.training.batches import Batches, check_dealt, rows_per_step
+from mohawk.training.batches import Batches, WithNothing, check_dealt, rows_per_step, steps_of
 from mohawk.training.checkpoint import is_finished
 from mohawk.training.meetings import Meetings, Taken
 from mohawk.training.objective import Objective
@@ -61,7 +61,8 @@ class PhaseTrainer:
         name: of the phase: `run_dir/phases/<name>/` holds its checkpoints.
         phase: `tokens`, `batch_size`, `sequence_length`, `learning_rate`, `betas`, `weight_decay`,
             `max_grad_norm`, `warmup`, `decay` (fractions of the steps), `gradient_accumulation`,
-            `save_every`, `log_every` (steps); `keep_checkpoints` (the newest ones; 1) and `save_minutes` (of the clock)
+            `save_every`, `log_every` (steps); instead of tokens `epochs`, how often each example is read: the last step
+            has the rows that are left; `keep_checkpoints` (the newest ones; 1) and `save_minutes` (of the clock)
             are optional. With 2 kept a damaged newest one costs the steps of one interval.
         run_dir: of the run; metrics.jsonl is appended to there.
         train_dataset: maps an index to an example; read in an order that depends on seed and name only, anew
@@ -111,7 +112,9 @@ class PhaseTrainer:
         self.dealt = count() if stage is None else stage.replicas  # to how many a step's rows are dealt
         check_dealt(phase, name, stages=1 if stage is None else stage.stages)
         self.tokens_per_step = self.rows * phase.sequence_length
-        self.steps = math.ceil(phase.tokens / self.tokens_per_step)
+        epochs = getattr(phase, "epochs", None)
+        self.in_all = None if epochs is None else epochs * len(train_dataset)  # rows of all steps
+        self.steps = steps_of(phase, len(train_dataset))
         self.step = 0  # how many are taken
         self.objective = objective.to(self.device)
         reshard(objective)  # what trains are the parts
@@ -243,12 +246,12 @@ class PhaseTrainer:
         return Batches(
             len(self.train_dataset), rows=self.rows, batch_size=self.phase.batch_size, steps=self.steps,
             done=self.step, seed=self.order_seed, processes=self.dealt,
-            rank=rank() if self.stage is None else self.stage.replica,
+            rank=rank() if self.stage is None else self.stage.replica, in_all=self.in_all,
         )  # fmt: skip
 
     def _batches(self, sampler: Batches) -> Iterator[Tensors]:
         loader = DataLoader(
-            self.train_dataset,
+            self.train_dataset if self.in_all is None else WithNothing(self.train_dataset),
             batch_sampler=sampler,
             collate_fn=self.collate,
             pin_memory=self.device.type == "cuda",
@@ -418,7 +421,7 @@ class PhaseTrainer:
             "phase": self.name,
             "step": taken.step,
             "steps": self.steps,
-            "tokens": taken.step * self.tokens_per_step,
+            "tokens": self._tokens_after(taken.step),
             "learning_rate": taken.learning_rate,
             "skipped_steps": self.skipped_steps,
             **self._window.drain(self.tokens_per_step, now),
@@ -428,6 +431,11 @@ class PhaseTrainer:
         self.trackers.log(record)
         self.metrics.log(record)
         self.progress.log(record)
+
+    def _tokens_after(self, step: int) -> int:
+        """How many tokens the first steps had."""
+        rows = step * self.rows
+        return (rows if self.in_all is None else min(rows, self.in_all)) * self.phase.sequence_length
 
     # ---- Checkpoints ----
 

@@ -14,7 +14,7 @@ from torch import nn
 from mohawk.core.folders import Interrupted, is_complete, locked
 from mohawk.core.stopping import STOPPING
 from mohawk.errors import UserError
-from mohawk.training.batches import Batches
+from mohawk.training.batches import NOTHING, Batches, WithNothing, steps_of
 from mohawk.training.checkpoint import WEIGHTS
 from tests.helpers.tiny_phase import (
     LENGTH,
@@ -589,3 +589,36 @@ def test_trackers_get_every_number_of_a_record(tmp_path, monkeypatch):
     assert any(name.startswith("parts/") for name in seen[0])
     with pytest.raises(UserError, match="report_to: .*nonsense"):
         tiny_trainer(tmp_path / "other", report_to=["nonsense"])
+
+
+@pytest.mark.parametrize(("examples", "epochs", "rows", "size", "processes"), [
+    (10, 1, 4, 4, 1), (10, 2, 4, 2, 1), (7, 3, 6, 2, 2), (5, 1, 4, 4, 2), (5, 1, 4, 1, 4), (8, 1, 4, 3, 2),
+    (3, 1, 8, 2, 4),
+])  # fmt: skip
+def test_epochs_read_every_row_as_often_and_the_last_step_has_what_is_left(examples, epochs, rows, size, processes):
+    phase = types.SimpleNamespace(
+        epochs=epochs, batch_size=rows, gradient_accumulation=1, sequence_length=9, tokens=None
+    )
+    steps = steps_of(phase, examples)
+    assert steps == math.ceil(epochs * examples / rows)
+    settings = dict(rows=rows, batch_size=size, steps=steps, seed=3, processes=processes, in_all=epochs * examples)
+    dealt = [Batches(examples, rank=rank, **settings) for rank in range(processes)]
+    read = [list(one) for one in dealt]
+    assert [len(one) for one in dealt] == [len(one) for one in read]
+    last = len(read[0]) - (steps - 1) * dealt[0].per_step
+    assert all(len(one) == len(read[0]) for one in read) and 0 < last <= dealt[0].per_step
+    every = [i for one in read for batch in one for i in batch if i != NOTHING]
+    assert sorted(every) == sorted(list(range(examples)) * epochs)
+    assert all(0 < len(batch) <= size for one in read for batch in one)
+    whole = (steps - 1) * dealt[0].per_step
+    counts = [sum(i != NOTHING for batch in one[whole:] for i in batch) for one in read]
+    assert sum(counts) == epochs * examples - (steps - 1) * rows and max(counts) - min(counts) <= 1
+    for done in range(steps):
+        rest = [list(Batches(examples, rank=rank, done=done, **settings)) for rank in range(processes)]
+        assert rest == [one[done * dealt[0].per_step :] for one in read]
+
+
+def test_a_row_that_teaches_nothing():
+    rows = [{"input_ids": torch.tensor([1, 2]), "labels": torch.tensor([1, 2])}]
+    padded = WithNothing(rows)
+    assert len(padded) == 1 and padded[0] is rows[0] and padded[NOTHING]["labels"].tolist() == [-100, -100]
