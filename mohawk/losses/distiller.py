@@ -630,7 +630,7 @@ def _check_aligned(
     divergence: str,
     temperature: float | Ramp | Literal["auto"],
     taid: TAIDSchedule | None,
-    confidence: bool,
+    confidence: Confidence,
     matchings: Mapping[str, Matching] | None,
     policy_gradient: PolicyGradient | None,
 ) -> None:
