@@ -23,6 +23,7 @@ from mohawk.core.extras import explain
 from mohawk.core.stopping import cleaning_up
 from mohawk.core.terminal import log_to_stderr
 from mohawk.errors import Alarm, SaidElsewhere, UserError, line_for, printable, shortened
+from mohawk.launchers import hear_mpi
 
 # Each has a `commands` module. What is heavy is imported by the command that needs it.
 FOLDERS = (
@@ -48,6 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         with cleaning_up() as interrupted, _bars_in_terminals_alone():
             try:
+                hear_mpi()
                 grammar = parser()
                 options = grammar.parse_args(argv)
                 _check_texts(grammar, options)
@@ -146,7 +148,7 @@ def _requeue_hint() -> str:
 
 
 def _processes() -> int:
-    """How many torchrun or accelerate launch started of us."""
+    """How many torchrun, accelerate launch or mpirun started of us."""
     return int(os.environ.get("WORLD_SIZE", "1")) if "LOCAL_RANK" in os.environ else 1
 
 
@@ -161,9 +163,7 @@ def _run_together(options: argparse.Namespace) -> None:
     with joined():
         if not options.command.together:
             able = [command.name for command in commands().values() if command.together]
-            raise UserError(
-                f"only {', '.join(able[:-1])} and {able[-1]} run in several processes; leave out torchrun or accelerate"
-            )
+            raise UserError(f"only {', '.join(able[:-1])} and {able[-1]} run in several processes; start one")
         options.command.run(options)
     leave()
 

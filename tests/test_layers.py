@@ -12,6 +12,7 @@ PACKAGE = {"mohawk": ROOT / "mohawk", "mohawk.kernels": ROOT / "kernels", "mohaw
 # From the bottom. A folder imports from itself and from lower lines; within a line nobody imports anybody.
 LEVELS = [
     {"errors", "kernels"},
+    {"launchers"},
     {"core", "models"},
     {"schema"},
     {"loading"},

@@ -1,4 +1,4 @@
-"""What the processes that torchrun or accelerate started tell each other; in one process, nothing happens.
+"""What the processes that torchrun, accelerate or mpirun started tell each other; in one process, nothing happens.
 
 A run in several processes is one program: all compute what training needs, the first (rank 0) alone writes, prints,
 measures, and decides what depends on files.
@@ -20,9 +20,10 @@ from typing import Any, TypeVar, cast
 import torch
 import torch.distributed as dist
 
-from mohawk.core.stopping import stop_with_parent, under_accelerate
+from mohawk.core.stopping import stop_with_parent
 from mohawk.core.sums import hashed
 from mohawk.errors import SaidElsewhere, UserError, as_os_error
+from mohawk.launchers import hear_mpi, under_accelerate, wanted_several
 
 T = TypeVar("T")
 PATIENCE = "MOHAWK_TIMEOUT_MINUTES"  # environment variable: how long a process may be silent where others wait for it
@@ -32,6 +33,12 @@ ARRIVING = timedelta(seconds=60)  # for processes that are still being started, 
 LAST = 2.0  # seconds by which those of the first machine outlive others, whose torchrun asks a store there
 BEAT = 2.0  # seconds between signs of life of the first process, while the others wait for its work
 
+ALONE = (
+    "accelerate launch has started one process, whatever num_processes says, as it does on CPUs without mpirun "
+    "(mpirun_hostfile); to have several, use torchrun"
+)
+log = logging.getLogger(__name__)
+
 _store: dist.Store | None = None  # where a process leaves word while others are in the middle of something
 _works = 0  # how many times the others have waited for the first
 _wish: "Wish | None" = None
@@ -39,7 +46,7 @@ _heard = False  # that the first process ends with the mistake that this one end
 
 
 def launched() -> bool:
-    """Whether torchrun or accelerate launch started this as one of several processes."""
+    """Whether torchrun, accelerate launch or mpirun started this as one of several processes."""
     return "LOCAL_RANK" in os.environ and int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 
@@ -56,10 +63,13 @@ def joined(device: str | None = None) -> Iterator[None]:
 
     device: a recipe's, which makes them a process group, each with a GPU of its own unless it is cpu; None: not yet.
     """
+    hear_mpi()
     if not launched():
         _hear_accelerate()
         if under_accelerate():
             stop_with_parent()
+            if wanted_several():
+                log.warning(ALONE)
         yield
         return
     _start(device)

@@ -15,7 +15,6 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 # Within this many seconds of the first, another signal is the same one: `timeout` delivers it once to the
@@ -128,16 +127,6 @@ def stop_with_parent() -> None:
         import ctypes
 
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, int(signal.SIGTERM), 0, 0, 0)
-
-
-def under_accelerate() -> bool:
-    """Whether accelerate launch, which hands no signal on, waits for this one process (as it starts it on a CPU)."""
-    try:
-        words = Path(f"/proc/{os.getppid()}/cmdline").read_bytes().decode(errors="replace").split("\0")
-    except OSError:  # no Linux, and no way to be told of its end
-        return False
-    names = {Path(word).name for word in words}
-    return "accelerate-launch" in names or "accelerate.commands.launch" in names or {"accelerate", "launch"} <= names
 
 
 def leave_dead_terminal() -> None:

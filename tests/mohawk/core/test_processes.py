@@ -16,6 +16,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from mohawk.core import collectives, processes
 from mohawk.core.stopping import StopRequest
 from mohawk.errors import UserError, line_for
+from mohawk.launchers import hear_mpi
 from mohawk.runs.sharding import parts_of
 from mohawk.schema.base import Sharding
 from mohawk.training.pipeline import make_stage
@@ -274,3 +275,55 @@ def test_groups_of_a_sharded_run_are_those_of_torchs_mesh(tmp_path):
     for rank, (meshes, ranks, size) in enumerate(in_processes(tmp_path, 4, body)):
         assert meshes == [[[0, 1], [2, 3]]] * 2 and size == 2
         assert ranks == [[rank % 2, rank % 2 + 2], [rank // 2 * 2, rank // 2 * 2 + 1]] * 2
+
+
+OF_MPI = [
+    ("PMI_SIZE", "PMI_RANK", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"),
+    ("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_SIZE"),
+]
+
+
+@pytest.mark.parametrize("names", OF_MPI, ids=["MPICH", "Open MPI"])
+def test_what_mpirun_starts_is_one_program(names, tmp_path):
+    """As accelerate launch does on CPUs: without torchrun's variables."""
+    port = str(free_port())
+
+    def body(rank):
+        of = dict(zip(names, ("2", str(rank), str(rank), "2"), strict=True))
+        os.environ.update(of, MASTER_PORT=port)
+        with processes.joined("cpu"):
+            found = processes.count(), processes.rank(), processes.from_all(rank), os.environ["LOCAL_WORLD_SIZE"]
+            (tmp_path / str(rank)).write_text(str(found))
+            processes.leave()
+
+    assert [wait(pid) for pid in [fork(lambda rank=rank: body(rank)) for rank in range(2)]] == [0, 0]
+    assert [(tmp_path / str(rank)).read_text() for rank in range(2)] == [f"(2, {r}, [0, 1], '2')" for r in range(2)]
+
+
+@pytest.mark.parametrize("given", [{}, {"PMI_SIZE": "1"}, {"PMI_SIZE": "4", "RANK": "0", "LOCAL_RANK": "0"}])
+def test_one_process_or_torchruns_stays_what_it_is(given, monkeypatch):
+    for name, value in (dict.fromkeys(OF_MPI[0], "0") | given).items():
+        monkeypatch.setenv(name, value)
+    hear_mpi()
+    assert ("RANK" in given) == ("LOCAL_RANK" in os.environ) and "WORLD_SIZE" not in os.environ
+
+
+def test_mpirun_on_several_machines_has_to_say_where_the_first_one_is(monkeypatch):
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    for name, value in zip(OF_MPI[1], ("4", "2", "0", "2"), strict=True):
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match="MASTER_ADDR: is not set, and mpirun has started 2 of 4 processes on this"):
+        hear_mpi()
+
+
+@pytest.mark.parametrize(("port", "lines"), [("29500", 1), (None, 0)])
+def test_one_process_where_accelerate_was_told_of_several_is_said(port, lines, monkeypatch, caplog):
+    monkeypatch.setattr(processes, "under_accelerate", lambda: True)
+    monkeypatch.setattr(processes, "stop_with_parent", lambda: None)
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "True")
+    monkeypatch.delenv("MASTER_PORT", raising=False)
+    if port is not None:
+        monkeypatch.setenv("MASTER_PORT", port)
+    with processes.joined("cpu"):
+        said = [record.getMessage() for record in caplog.records if "accelerate launch" in record.getMessage()]
+    assert len(said) == lines and all("has started one process" in line for line in said)
