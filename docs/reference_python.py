@@ -55,10 +55,12 @@ GROUPS = {
 TEACHERS = ["ModelTeacher", "Ensemble", "AverageTeacher", "CachedTeacher", "AlignedTeacher", "Answer"]
 # What signatures name and nobody imports: it is handed out, or is a word for types that are known.
 TYPES = {
+    "Align": '`"spans"` or `"uld"`',
     "Answers": "texts, or their ids: a tensor (b, m) padded with -100 or the tokenizer's padding, or lists; None in a "
     "list: that row has none",
     "CausalLM": "a causal language model of transformers, or peft's model around one",
     "Dense": "`TeacherLogits` or `TeacherHidden`",
+    "Examples": "prompts and responses that both tokenizers have read: a recipe makes them of its pairs",
     "KDParts": "a named tuple of the loss's two terms, `kd` (with its T²) and `ce`, before their weights, detached",
     "LABEL, RATIONALE": '`"[label]"` and `"[rationale]"`',
     "LayerRecord": "what a layer was called with, as the watches of `match_attention` collect it",
@@ -91,7 +93,8 @@ def python() -> str:
         if title == "Distilling":
             lines += ["## Teachers to distil from", "", TEACHERS_HEAD]
             for name in TEACHERS:
-                lines += entry("mohawk.losses.teachers", name, name)
+                module = "aligned" if name == "AlignedTeacher" else "teachers"
+                lines += entry(f"mohawk.losses.{module}", name, name)
     lines += ["## Words in signatures", "", "| word | means |", "|---|---|"]
     lines += [f"| {', '.join(f'`{each}`' for each in word.split(', '))} | {means} |" for word, means in TYPES.items()]
     return "\n".join(lines).rstrip("\n") + "\n"

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from mohawk.errors import UserError
-from mohawk.generation.prompt_logprobs import OFFER, Likeliest, PromptScorer, Scored, asked
+from mohawk.generation.prompt_logprobs import Likeliest, PromptScorer, Scored, asked
 from mohawk.kernels.kd.teachers import TeacherTopK
 from mohawk.losses.shared_vocabulary import shared_part
 from mohawk.teacher_cache.answers import top_k_columns
@@ -48,7 +48,10 @@ class EndpointAnswers:
             for start, _ in own:
                 _, (answer,) = next(answers)
                 if not isinstance(answer, Scored):
-                    raise UserError(f"endpoint: {self.scorer.url}: row {index}: {answer.error}; {OFFER}")
+                    raise UserError(
+                        f"endpoint: {self.scorer.url}: row {index}: {answer.error}; see what the server allows and "
+                        "run the same command, it goes on"
+                    )
                 found[start : start + len(answer.likeliest)] = answer.likeliest
             yield self._columns(found, index)
         next(answers, None)  # which ends it
