@@ -33,7 +33,7 @@ def collate(rows: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
     """Stack rows into a batch as long as the longest of them, without the padding that all have."""
     batch = stacked(rows)
     longest = max(1, int(batch["attention_mask"].sum(-1).max()))
-    return {name: column[:, :longest] if name in LENGTHS else column for name, column in batch.items()}
+    return {name: column[:, :longest] if column.dim() == 2 else column for name, column in batch.items()}
 
 
 class TextRows(Dataset):

@@ -172,7 +172,7 @@ def _write(
     vocab = max(len(tokenizer), (tokenizer.eos_token_id or 0) + 1)
     dtype = np.dtype("<u2" if vocab <= 1 << 16 else "<u4")
     eos = tokenizer.eos_token_id
-    if eos is None:
+    if eos is None and tokenizer.sep_token_id is None:  # which encoders have instead
         log.warning("the tokenizer has no EOS token: nothing is put between documents")
     lengths, digests = [], []
 

@@ -262,6 +262,8 @@ class KnowledgeDistiller(Objective["CausalLM"]):
         known = {*self.task.inputs, *self.task.told}
         if unknown := sorted(inputs.keys() - known):
             raise ValueError(f"{unknown[0]}: no input of task {self.task.name}; allowed: {', '.join(sorted(known))}")
+        if input_ids is None and (self.task.name != "seq2seq_lm" or not inputs):
+            raise ValueError(f"input_ids: got None, which task {self.task.name} cannot do without")
         if labels is None and self.task is not CAUSAL_LM:
             raise ValueError(f"labels: got None, which task {self.task.name} cannot do without")
         given = {"input_ids": input_ids, "labels": input_ids if labels is None else labels, **inputs}
@@ -376,6 +378,8 @@ class KnowledgeDistiller(Objective["CausalLM"]):
         if normalizer is not None:
             scale = normalizer / counts[1 : 1 + TASKS].sum().clamp(min=1)
             counts[: 1 + TASKS] *= scale
+            if self.task is not CAUSAL_LM:
+                counts[-len(PARTS) :] *= scale
         return self._loss(batch, counts, forward)
 
     def share(self, batch: Mapping[str, Tensor], forward: Callable[..., Any] | None = None) -> Tensor:
