@@ -99,28 +99,34 @@ def results_of(run):
     return json.loads((run / "results.json").read_text())
 
 
-def test_distilberts_triple_loss_and_every_second_layer(given, tmp_path):
+@pytest.fixture(scope="module")
+def finished(given):
+    """The folder of a run with DistilBERT's three losses."""
     stage = {
         "temperature": 2, "kd_weight": 5, "ce_weight": 2, "kd_on": "all",
         "hidden": {"layers": [[1, 3]], "loss": "cosine"},
     }  # fmt: skip
-    distill(recipe_of(given, tmp_path / "run", "masked_lm", stage))
-    student = AutoModelForMaskedLM.from_pretrained(tmp_path / "run" / "student")
+    distill(recipe_of(given, given / "finished", "masked_lm", stage))
+    return given / "finished"
+
+
+def test_distilberts_triple_loss_and_every_second_layer(finished):
+    student = AutoModelForMaskedLM.from_pretrained(finished / "student")
     assert type(student) is BertForMaskedLM
     assert student.config.num_hidden_layers == 2
-    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
     assert len(lines) == 4
     measured = lines[-1]["measured"]
     assert {"kd", "ce", "hidden"} <= measured.keys()
-    results = results_of(tmp_path / "run")
+    results = results_of(finished)
     found = results["evaluation"]["distil"]["held_out"]
     assert results["task"] == "masked_lm"
     assert found["student_perplexity"] > 1 < found["teacher_perplexity"]
     assert found["acceptance"] is None
-    report = (tmp_path / "run" / "report.md").read_text()
+    report = (finished / "report.md").read_text()
     assert "masked words" in report
     assert "draft" not in report
-    assert (tmp_path / "run" / "report.html").is_file()
+    assert (finished / "report.html").is_file()
 
 
 def test_tinyberts_stages_into_another_class_and_width(given, tmp_path):
@@ -210,17 +216,14 @@ def test_a_dry_run_and_what_it_refuses(given, tmp_path, capsys):
 def test_shipped_recipes_fit_their_teachers(name, given, tmp_path, capsys):
     teacher = tmp_path / "teacher"
     config = BertConfig(**{**SIZES, "num_hidden_layers": 12, "hidden_size": 96, "num_attention_heads": 12})
-    config.max_position_embeddings = 512
+    config.max_position_embeddings, config.id2label = 512, {0: "no", 1: "yes"}
     config.save_pretrained(teacher)
     rows = [f"data.train.0.source={given / 'rows.jsonl'}"] if name == "distill-bert-classes" else []
     distill(DistillRecipe.load(shipped(name), [f"teacher.model={teacher}", *rows]), dry_run=True)
     assert "6 layers" in capsys.readouterr().out
 
 
-def test_the_command_line(given, tmp_path, capsys):
-    path = tmp_path / "recipe.yaml"
-    recipe_of(given, tmp_path / "run", "masked_lm").save(path)
-    assert main(["distill", str(path), "--dry-run"]) == 0
-    distill(DistillRecipe.load(path))
+def test_the_command_line(finished, capsys):
+    assert main(["distill", str(finished / "recipe.yaml"), "--dry-run"]) == 0
     with pytest.raises(UserError, match="is of task: masked_lm, which `mohawk evaluate` does not measure"):
-        evaluate_run(tmp_path / "run")
+        evaluate_run(finished)
