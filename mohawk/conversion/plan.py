@@ -289,6 +289,10 @@ def print_hardware(
         return
     table = Table("", *(phase.name for phase in phases), "in all")
     rates = [hardware.flops * hardware.utilisation / phase.operations for phase in phases]
+    if any(phase.tokens is None for phase in phases):  # whose text has to be read first
+        table.add_row("tokens a second", *(f"{rate * hardware.processes:,.0f}" for rate in rates), "")
+        console.print(table)
+        return
     hours = [phase.tokens / rate / 3600 for phase, rate in zip(phases, rates, strict=True)]
     table.add_row("GFLOP a token", *(f"{phase.operations / 1e9:,.1f}" for phase in phases), "")
     table.add_row("tokens a second", *(f"{rate * hardware.processes:,.0f}" for rate in rates), "")

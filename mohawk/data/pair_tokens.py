@@ -18,8 +18,9 @@ import numpy as np
 
 from mohawk.core.places import cache_dir, home
 from mohawk.core.user_cache import META, SUMS, kept_whole, whole_folder
-from mohawk.data.chat import as_messages, render
-from mohawk.data.records import content_hash, read_records, why_no_chat
+from mohawk.data.chat import chat_template
+from mohawk.data.messages import as_messages, chat_of
+from mohawk.data.records import content_hash, read_records
 from mohawk.data.source_files import Source, as_source, source_content
 from mohawk.data.text import tokenizer_key
 from mohawk.errors import UserError, is_refusal, naming, shortened
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 CHUNK = 1000  # examples tokenised at once
-LAYOUT = 3  # of the cached folders; raise it when their contents change
+LAYOUT = 4  # of the cached folders; raise it when their contents change
 HEAVIEST = 1e30  # of an example's own weights, which are float32 in a row
 
 
@@ -43,7 +44,8 @@ class Pairs:
     was asked and answered. logprobs, sampling_logprobs: float64, as generate-data writes them, nan where not known.
     lengths: int64, generated tokens. teachers: int64, or None. unknown: where the first example without a logprob or
     sampling_logprob stands, by name. bos_token_id: the tokenizer's, or None. weights: float64, of the examples' own, or
-    None. tasks: int64, of step-by-step distillation (mohawk/losses/rationales.py), or None.
+    None. tasks: int64, of step-by-step distillation (mohawk/losses/rationales.py), or None. Without chats the prompts
+    count for them.
     """
 
     tokens: np.ndarray
@@ -60,6 +62,7 @@ class Pairs:
     bos_token_id: int | None
     weights: np.ndarray | None = None
     tasks: np.ndarray | None = None
+    chats: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.spans)
@@ -78,6 +81,7 @@ def read_pairs(
     response_field: str = "response",
     messages_field: str = "messages",
     chat: bool = False,
+    turns: str = "all",
     teacher_field: str | None = None,
     teachers: Sequence[str] = (),
     weight_field: str | None = None,
@@ -85,12 +89,15 @@ def read_pairs(
 ) -> Pairs:
     """Prompts and responses, tokenised, or from the cache where the same text met the same tokenizer before.
 
-    A row has a chat in `messages_field`, whose last turn is the assistant's or in `response_field`; or a text in
-    `prompt_field` and one in `response_field`. Chats go through the tokenizer's chat template, and each assistant's
-    turn is learned where the template leaves earlier turns as they were (else the last one); with `chat` a text prompt
-    is a user's message. Otherwise the tokens are those of the prompt, as the model sees it when it answers, then the
-    response's and the EOS. A response that was cut (finish_reason "length") gets no end to learn.
+    A row has a chat in `messages_field` (or `conversations`, ShareGPT's), as `mohawk.data.messages` reads it, with what
+    the assistant then says in `response_field`, if it is not in there; or a text in `prompt_field` and one in
+    `response_field`. Chats go through the tokenizer's chat template with the row's `tools`; learned is what the
+    assistant writes, calls of tools and the end of its turn included (`mohawk.data.chat`); with `chat` a text prompt is
+    a user's message. Rows whose chat has no answer are counted, logged and left out. Otherwise the tokens are those of
+    the prompt, as the model sees it when it answers, then the response's and the EOS. A response that was cut
+    (finish_reason "length") gets no end to learn.
 
+    turns: which answers of a chat are learned, all or the last.
     teacher_field: who answers the row, an index or one of `teachers`. weight_field: a number from 0 to 1e30 that
     multiplies the loss of the row's tokens; a row without it counts 1, and one row at least has it. cache: a folder;
     None is the user's. Raises UserError with file and line.
@@ -101,7 +108,13 @@ def read_pairs(
         "response_field": response_field,
         "messages_field": messages_field,
     }
-    options |= {"chat": chat, "teacher_field": teacher_field, "teachers": list(teachers), "weight_field": weight_field}
+    options |= {
+        "chat": chat,
+        "turns": turns,
+        "teacher_field": teacher_field,
+        "teachers": list(teachers),
+        "weight_field": weight_field,
+    }
     contents = [(asdict(source), source_content(source)) for source in sources]
     settings = {"layout": LAYOUT, **options, "sources": contents}
     settings |= {"tokenizer": tokenizer_key(tokenizer), "template": str(tokenizer.chat_template)}
@@ -123,13 +136,14 @@ def check_pair(
     response_field: str,
     messages_field: str,
     chat: bool,
+    turns: str,
     teacher_field: str | None,
     teachers: Sequence[str],
     weight_field: str | None,
     weighting: str | None,
 ) -> None:
     """UserError where a row has not what `read_pairs` asks of each, or a weighting of it (mohawk/data/pairs.py)."""
-    _pieces(tokenizer, where, row, prompt_field, response_field, messages_field, chat)
+    _examples(tokenizer, where, row, prompt_field, response_field, messages_field, chat, turns)
     if teacher_field is not None:
         _teacher(row, where, teacher_field, teachers)
     if weight_field is not None:
@@ -163,6 +177,7 @@ def _tokenize(
     response_field: str,
     messages_field: str,
     chat: bool,
+    turns: str,
     teacher_field: str | None,
     teachers: Sequence[str],
     weight_field: str | None,
@@ -174,14 +189,16 @@ def _tokenize(
     unknown: dict[str, str] = {}
     weights: list[float] = []
     weighed, first = False, ("", [])  # whether any row has a weight; the first row's place and fields
-    total = 0
+    total, rows, left_out, unanswered = 0, 0, 0, ""
     for chunk in _chunks((where, row) for source in sources for where, row in read_records(source)):
         examples = []
         for where, row in chunk:
-            asked, response, pieces, end, special = _pieces(
-                tokenizer, where, row, prompt_field, response_field, messages_field, chat
-            )
-            examples.append((pieces, end, special))
+            rows += 1
+            found = _examples(tokenizer, where, row, prompt_field, response_field, messages_field, chat, turns)
+            if not found:
+                unanswered = unanswered or where
+                left_out += 1
+                continue
             numbers = []
             for name in ("logprob", "sampling_logprob"):
                 value = _finite(row.get(name))
@@ -189,14 +206,18 @@ def _tokenize(
                     unknown.setdefault(name, where)
                 numbers.append(np.nan if value is None else value)
             length = row.get("tokens")
+            length = length if type(length) is int and 0 < length < 2**31 and len(found) == 1 else -1
             teacher = _teacher(row, where, teacher_field, teachers) if teacher_field is not None else -1
-            # an answer that was cut is not the one that ended there
-            answer: Any = [response, row.get("finish_reason") == "length"]
-            keys = (int(content_hash(asked)[:16], 16), int(content_hash(answer)[:16], 16))
-            meta.append((*keys, *numbers, length if type(length) is int and 0 < length < 2**31 else -1, teacher))
             weighed = weighed or weight_field in row
             first = first if first[0] else (where, list(row))
-            weights.append(_weight(row, where, weight_field) if weight_field is not None else 1.0)
+            weight = _weight(row, where, weight_field) if weight_field is not None else 1.0
+            whole = _key(found[-1].asked)
+            for example in found:
+                examples.append((example.pieces, example.ends, example.special))
+                # an answer that was cut is not the one that ended there
+                answer: Any = [example.answer, row.get("finish_reason") == "length"]
+                meta.append((_key(example.asked), _key(answer), *numbers, length, teacher, whole))
+                weights.append(weight)
         for ids, learned, begin in _encode(tokenizer, examples):
             flags = np.zeros(len(ids), dtype=bool)
             for start, stop in learned:
@@ -205,13 +226,19 @@ def _tokenize(
             learn.append(flags)
             responses.append(total + begin)
             total += len(ids)
+    names = ", ".join(source.source for source in sources)
+    if left_out:
+        said = f"{left_out} of {rows} chats in {names} have no answer to learn, the first: {unanswered}"
+        if not tokens:
+            raise UserError(f"data: {said}; `mohawk generate-data` has a teacher answer them")
+        log.warning("%s; they are left out", said)
     if not tokens:
-        raise UserError(f"data: {', '.join(source.source for source in sources)} holds no examples")
+        raise UserError(f"data: {names} holds no examples")
     if weight_field is not None and not weighed:
         raise no_weights(*first, weight_field)
     sizes = np.fromiter(map(len, tokens), np.int64, len(tokens))
     ends = np.cumsum(sizes)
-    prompts, answers, logprobs, sampling, lengths, who = zip(*meta, strict=True)
+    prompts, answers, logprobs, sampling, lengths, who, chats = zip(*meta, strict=True)
     lengths = np.array(lengths, dtype=np.int64)
     return Pairs(
         tokens=np.concatenate(tokens),
@@ -227,6 +254,7 @@ def _tokenize(
         unknown=unknown,
         bos_token_id=tokenizer.bos_token_id,
         weights=None if weight_field is None else np.array(weights),
+        chats=np.array(chats, dtype=np.uint64),
     )
 
 
@@ -250,7 +278,19 @@ def _load(folder: Path) -> Pairs:
     return Pairs(**arrays, **meta)
 
 
-def _pieces(
+@dataclass(frozen=True)
+class _Example:
+    """What is asked and answered; the texts, each learned or not; whether an EOS follows them, and whether the
+    tokenizer adds its own special tokens."""
+
+    asked: Any
+    answer: Any
+    pieces: list[tuple[str, bool]]
+    ends: bool
+    special: bool
+
+
+def _examples(
     tokenizer: PreTrainedTokenizerBase,
     where: str,
     row: dict[str, Any],
@@ -258,14 +298,20 @@ def _pieces(
     response_field: str,
     messages_field: str,
     chat: bool,
-) -> tuple[Any, str, list[tuple[str, bool]], bool, bool]:
-    """(what was asked, the response, [(text, learned)], whether an EOS follows, whether the tokenizer adds its own)."""
+    turns: str,
+) -> list[_Example]:
+    """The examples of a row: one of a prompt and a response, as many of a chat as its template makes."""
     response = row.get(response_field)
     if response is not None and not isinstance(response, str):
         raise UserError(f"{where}: field {response_field!r} holds {type(response).__name__}, not text")
-    cut = row.get("finish_reason") == "length"
-    messages = row.get(messages_field)
-    if messages is None:
+    cut, tools = row.get("finish_reason") == "length", None
+    try:
+        found = chat_of(row, messages_field)
+    except ValueError as error:
+        raise UserError(f"{where}: {error}") from None
+    if found is not None:
+        messages, tools = found
+    else:
         prompt = row.get(prompt_field)
         if not isinstance(prompt, str) or response is None:
             missing = prompt_field if not isinstance(prompt, str) else response_field
@@ -274,45 +320,27 @@ def _pieces(
                 f"{', '.join(map(str, row))}"
             )
         if not chat:
-            return prompt, response, [(prompt, False), (response, True)], not cut, True
+            return [_Example(prompt, response, [(prompt, False), (response, True)], not cut, True)]
         messages = as_messages(prompt)
-    elif (wrong := why_no_chat(messages)) is not None:
-        raise UserError(f"{where}: field {messages_field!r} is no chat: {wrong}")
-    if messages[-1]["role"] != "assistant":
-        if response is None:
-            raise UserError(f"{where}: the chat ends with {messages[-1]['role']}, and there is no {response_field!r}")
+    generated = messages[-1]["role"] != "assistant" and response is not None
+    if generated:
         messages = [*messages, {"role": "assistant", "content": response}]
-    if not tokenizer.chat_template:
-        raise UserError(
-            f"{where}: a chat, but this tokenizer has no chat template; use one of an instruction-tuned model"
-        )
-    asked, response = messages[:-1], messages[-1]["content"]
-    pieces, end = _chat_pieces(tokenizer, messages, where, cut)
-    return asked, response, pieces, end, False
+    template = chat_template(tokenizer, where)
+    made = []
+    for example in template.examples(
+        messages, where, tools=tools, turns=turns, cut=cut, generated=generated and "finish_reason" in row
+    ):
+        place = example.turn + len(messages)  # counted from the end: a system prompt may have gone into another message
+        asked, answer = messages[:place], messages[place]
+        said = answer["content"] if "tool_calls" not in answer else answer
+        asked = asked if tools is None else {"messages": asked, "tools": tools}
+        made.append(_Example(asked, said, example.pieces, example.ends, False))
+    return made
 
 
-def _chat_pieces(
-    tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, Any]], where: str, cut: bool
-) -> tuple[list[tuple[str, bool]], bool]:
-    whole = render(tokenizer, messages, where)
-    pieces, at = [], 0
-    turns = [i for i, message in enumerate(messages) if message["role"] == "assistant" and i > 0]
-    if not turns:
-        raise UserError(f"{where}: the chat begins with its only answer; it needs a turn before it")
-    for i in turns:
-        before = render(tokenizer, messages[:i], where, add_generation_prompt=True)
-        last = i == turns[-1]
-        with_turn = whole if last else render(tokenizer, messages[: i + 1], where)
-        kept = len(before) >= at and with_turn.startswith(before) and whole.startswith(with_turn)
-        if last and (cut or not kept):
-            # as the model saw it when it answered; a template that writes past turns otherwise ends with the EOS
-            if not before.startswith(whole[:at]):
-                pieces, at = [], 0
-            return [*pieces, (before[at:], False), (messages[i]["content"], True)], not cut
-        if kept:
-            pieces += [(whole[at : len(before)], False), (whole[len(before) : len(with_turn)], True)]
-            at = len(with_turn)
-    return pieces, False
+def _key(content: Any) -> int:
+    """A hash of 64 bits."""
+    return int(content_hash(content)[:16], 16)
 
 
 def _encode(

@@ -45,19 +45,21 @@ TOO_LONG = ("truncate", "drop")
 
 def split_pairs(pairs: Pairs, share: float) -> tuple[Pairs, Pairs]:
     """Split into (training, held-out) examples; about `share` of the prompts, with all their responses, are held out.
+    All examples of a chat are on one side.
 
     Which ones depends on the prompts' text alone. Raises UserError when share is not in [0, 1) or leaves either side
     without a prompt.
     """
     if not 0 <= share < 1:
         raise UserError(f"data.validation_share: got {share}; allowed: 0 up to, but not including, 1")
-    unique = np.unique(pairs.prompts)  # hashes: their order is as good as random
+    chats = pairs.prompts if pairs.chats is None else pairs.chats
+    unique = np.unique(chats)  # hashes: their order is as good as random
     count = round(share * len(unique))
     if share > 0 and not 0 < count < len(unique):
         raise UserError(
             f"data.validation_share: {share} of {len(unique)} prompts holds out {count}; give more, or set 0"
         )
-    held = np.isin(pairs.prompts, unique[:count])
+    held = np.isin(chats, unique[:count])
     return pairs.take(~held), pairs.take(held)
 
 

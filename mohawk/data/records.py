@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from mohawk.core.json_files import parse_json
+from mohawk.data.messages import Messages, chat_of
 from mohawk.data.source_files import (
     DAMAGED,
     OPENERS,
@@ -28,21 +29,21 @@ from mohawk.data.source_files import (
 )
 from mohawk.errors import UserError, is_refusal
 
-Messages = list[dict[str, Any]]
-
 
 @dataclass(frozen=True)
 class Prompt:
     """What a teacher is asked.
 
     id: 16 hex digits of the content's hash, with -2, -3, ... where the same prompt comes again; it does not depend on
-    what else is asked. sha256: of the content. content: a text, or a chat's messages. where: file and line.
+    what else is asked. sha256: of the content. content: a text, or a chat's messages, as `mohawk.data.messages` has
+    them. where: file and line. tools: of a chat, or None.
     """
 
     id: str
     sha256: str
     content: str | Messages
     where: str
+    tools: list[dict[str, Any]] | None = None
 
 
 def read_prompts(sources: Sequence[Any], *, limit: int | None = None) -> list[Prompt]:
@@ -58,18 +59,22 @@ def read_prompts(sources: Sequence[Any], *, limit: int | None = None) -> list[Pr
         for where, row in read_records(source):
             if len(prompts) == limit:
                 return prompts
-            if source.field not in row:
-                raise UserError(f"{where}: has no field {source.field!r}; its fields: {', '.join(map(str, row))}")
-            content = row[source.field]
+            content, tools = row.get(source.field), None
             if isinstance(content, str):
                 if not content.strip():
                     raise UserError(f"{where}: field {source.field!r} is empty; a prompt needs some words")
-            elif (wrong := why_no_chat(content)) is not None:
-                raise UserError(f"{where}: field {source.field!r} is neither a text nor messages: {wrong}")
-            digest = content_hash(content)
+            else:
+                try:
+                    found = chat_of(row, source.field)
+                except ValueError as error:
+                    raise UserError(f"{where}: {error}; give a text, or messages") from None
+                if found is None:
+                    raise UserError(f"{where}: has no field {source.field!r}; its fields: {', '.join(map(str, row))}")
+                content, tools = found
+            digest = content_hash(content if tools is None else {"messages": content, "tools": tools})
             seen[digest] += 1
             again = f"-{seen[digest]}" if seen[digest] > 1 else ""
-            prompts.append(Prompt(digest[:16] + again, digest, content, where))
+            prompts.append(Prompt(digest[:16] + again, digest, content, where, tools))
     if not prompts:
         raise UserError(f"prompts: {', '.join(as_source(s).source for s in sources)} holds none")
     return prompts
@@ -145,19 +150,7 @@ def _parquet_rows(path: Path, count: int) -> Iterator[tuple[str, dict[str, Any]]
         yield f"{path} row {i}", nothing | row
 
 
-def why_no_chat(messages: Any) -> str | None:
-    """None when `messages` is a chat as templates take it, else what is wrong, in a few words."""
-    if not isinstance(messages, list) or not messages:
-        return f"got {type(messages).__name__ if not isinstance(messages, list) else 'an empty list'}"
-    for i, message in enumerate(messages):
-        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
-            return f"message {i} is no object with a role"
-        if not isinstance(message.get("content"), str):
-            return f"message {i} ({message['role']}) has no text in `content`"
-    return None
-
-
-def content_hash(content: str | Messages) -> str:
+def content_hash(content: Any) -> str:
     """sha256 of a prompt's text, or of its messages as canonical JSON; hex."""
     text = content if isinstance(content, str) else json.dumps(content, sort_keys=True, ensure_ascii=False)
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()

@@ -186,8 +186,8 @@ def _rows_of(recipe: RecipeFile, asked: EndToEndPhase | Stage, length: int, toke
 
         names = ["0" if recipe.teacher is None else recipe.teacher.name or "0"]
         sources = load_sources(recipe.data, names, tokenizer)
-        wanted = asked.steps() * asked.batch_size * asked.gradient_accumulation
-        return training_rows(recipe.data, sources, length, wanted, recipe.seed, 0)
+        assert isinstance(asked, Stage)
+        return training_rows(recipe.data, sources, length, asked.asked_rows(), recipe.seed, 0)
     from mohawk.data.packing import PackedDataset, load_data
 
     data = load_data(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from mohawk.conversion.recipe import student_contradictions
@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from mohawk.distillation.recipe import (
         DistillData,
         DistillRecipe,
+        DistillSource,
         DistillStudent,
         RampSection,
         Stage,
@@ -279,7 +280,7 @@ def data_contradictions(data: DistillData, at: Path) -> Iterator[Contradiction]:
             "of nothing; leave one source without",
         )
     of = {
-        "pairs": ("teacher_field", "weight_field", "weighting", "chat", "length_normalized"),
+        "pairs": ("teacher_field", "weight_field", "weighting", "chat", "turns", "length_normalized"),
         "rationales": ("rationale_weight", "label_prefix", "rationale_prefix", "templates"),
     }
     for i, source in enumerate(data.train):
@@ -310,8 +311,30 @@ def data_contradictions(data: DistillData, at: Path) -> Iterator[Contradiction]:
                 )
 
 
+def _length_contradictions(
+    stage: Stage, train: Sequence[DistillSource], at: Path, label: str
+) -> Iterator[Contradiction]:
+    """Of `tokens` and `epochs`, one of which says how long a stage is."""
+    if (stage.tokens is None) == (stage.epochs is None):
+        yield (
+            [(*at, "tokens"), (*at, "epochs")],
+            f"{label}: {'both' if stage.tokens else 'neither'} of tokens and epochs; give one, the other is null",
+        )
+    if stage.epochs is None:
+        return
+    if len(train) > 1 and any(source.sampling_weight is not None for source in train):
+        yield (
+            [(*at, "epochs")],
+            f"{label}: epochs read every row equally often, but sampling_weight draws sources in other proportions; "
+            "give tokens, or leave the weights out",
+        )
+    if stage.routing is not None:
+        yield [(*at, "epochs"), (*at, "routing")], f"{label}: routing chooses what is read; give tokens, not epochs"
+
+
 def stage_contradictions(recipe: StageRecipe, stage: Stage, i: int, at: Path, label: str) -> Iterator[Contradiction]:
     """What contradicts itself in the recipe's i-th stage. label: its name in messages."""
+    yield from _length_contradictions(stage, (stage.data or recipe.data).train, at, label)
     given = {key: part for key in MATCHED if (part := getattr(stage, key)) is not None}
     matched = next(iter(given), None)
     weights = (stage.kd_weight, stage.ce_weight, *(part.weight for part in given.values()))

@@ -32,14 +32,15 @@ from mohawk.models.mixers import MIXERS
 class Need:
     """What a stage needs, as a plan tells it.
 
-    held_as: bytes at its peak, by what they are of, where it is held in some way. works_as: floating-point operations
-    of one token. ways: those that it may be held in; None: all that the recipe allows. to_sample: bytes more where its
-    student, in parts otherwise, is whole while it writes samples; None: it writes none. strategy, held, operations: of
-    the way that `fit` chose; gathers: whether it has room for these bytes.
+    tokens: None where they are known once the stage's text is read. held_as: bytes at its peak, by what they are of,
+    where it is held in some way. works_as: floating-point operations of one token. ways: those that it may be held in;
+    None: all that the recipe allows. to_sample: bytes more where its student, in parts otherwise, is whole while it
+    writes samples; None: it writes none. strategy, held, operations: of the way that `fit` chose; gathers: whether it
+    has room for these bytes.
     """
 
     name: str
-    tokens: int
+    tokens: int | None
     held_as: Callable[[Strategy], dict[str, int]]
     works_as: Callable[[Strategy], float]
     ways: Callable[[Strategy], bool] | None = None

@@ -164,7 +164,7 @@ def need_of(
         return sampling_bytes(student, held, 2 if bits16 else 4)
 
     return Need(
-        stage.name, int(stage.tokens), held_as, works_as, allowed_ways(stage, student, recipe),
+        stage.name, stage.tokens, held_as, works_as, allowed_ways(stage, student, recipe),
         to_sample if stage.on_policy is not None else None,
     )  # fmt: skip
 
@@ -189,7 +189,7 @@ def print_plan(plan: Plan, recipe: DistillRecipe, console: Console) -> None:
             f"cache {stage.cache}" if stage.cache else _learns_from(recipe, stage),
             loss_label(stage, recipe.align).removesuffix(" per token"),
             _number(planned.temperature),
-            f"{stage.tokens:,}", f"{stage.steps():,}", f"{stage.learning_rate:g}",
+            *stage.told(), f"{stage.learning_rate:g}",
             f"{need.memory / GIB:.1f} GiB",
         )  # fmt: skip
     console.print(table)

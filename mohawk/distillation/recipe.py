@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal, Protocol, runtime_checkable
 
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator, Field, model_validator
 
 from mohawk.conversion.recipe import Student
 from mohawk.distillation.contradictions import recipe_contradictions, teacher_contradictions
@@ -138,8 +138,14 @@ class DistillSource(SourceSection):
     )
     prompt_field: Text = Field(default="prompt", description="field of the prompt, in pairs")
     response_field: Text = Field(default="response", description="field of the response, in pairs")
-    messages_field: Text = Field(default="messages", description="field of the messages, in pairs that are chats")
+    messages_field: Text = Field(
+        default="messages",
+        description="field of the messages, in pairs that are chats; without it `conversations` (ShareGPT's) counts",
+    )
     chat: bool = Field(default=False, description="put prompts and responses into the tokenizer's chat template")
+    turns: Literal["all", "last"] = Field(
+        default="all", description="which of the assistant's answers in a chat are learned"
+    )
     weight_field: Text | None = Field(
         default=None, description="field, in pairs, of a number that multiplies an example's loss"
     )
@@ -322,8 +328,10 @@ class Stage(Phase):
         default="labels",
         description="of masked_lm: the divergence is of masked words, or of all real tokens (as DistilBERT's)",
     )
-    confidence: bool = Field(
-        default=False, description="weigh the divergence by the teacher's probability of the label"
+    confidence: bool | Literal["label", "entropy"] = Field(
+        default=False,
+        description="true: weigh the divergence of a token by the teacher's probability of its label; label, entropy: "
+        "by that or by how low the teacher's entropy is, and the cross entropy by what it loses",
     )
     taid: Taid | None = Field(default=None, description="a target that moves from the student to the teacher")
     hidden: HiddenMatching | None = Field(default=None, description="match hidden states")
@@ -342,7 +350,30 @@ class Stage(Phase):
     )
     advance: AdvanceSection | None = Field(default=None, description="end early; null: when the tokens are used up")
     learning_rate: Annotated[float, Field(gt=0, le=1)] = Field(default=1e-4, description="learning rate after warmup")
-    tokens: Count = Field(default=100_000_000, description="training tokens of the stage")
+    # pyrefly: ignore[bad-override]  # a recipe is frozen, and gives one of the two
+    tokens: Count | None = Field(
+        default=100_000_000, description="training tokens of the stage; null: `epochs` says how long it is"
+    )
+    epochs: Count | None = Field(
+        default=None, description="instead of tokens: how often each row is read, in an order of its own each time"
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _tokens_or_epochs(cls, given: Any) -> Any:
+        """Epochs alone leave out the default of tokens."""
+        if isinstance(given, dict) and given.get("epochs") is not None and "tokens" not in given:
+            return {**given, "tokens": None}
+        return given
+
+    def asked_rows(self) -> int | None:
+        """How many rows all steps read; None: as many as `epochs` make of the data."""
+        return None if self.tokens is None else self.steps() * self.rows
+
+    def told(self) -> tuple[str, str]:
+        if self.tokens is not None:
+            return super().told()
+        return f"{self.epochs} epoch{'s' * (self.epochs != 1)}", "as rows make"
 
 
 @runtime_checkable
@@ -394,6 +425,9 @@ class DistillRecipe(RecipeFile):
     student: DistillStudent = Field(default=DistillStudent(), description="the model that learns")
     data: DistillData = Field(description="the text to train and evaluate on")
     stages: list[Stage] = Field(min_length=1, description="stages of training, one after another")
+    save_dtype: Literal["float32", "bfloat16", "float16"] = Field(
+        default="float32", description="dtype of the final student's weights, which are trained in float32"
+    )
     report_to: list[Text] = Field(
         default=[], description="experiment trackers of transformers (tensorboard, wandb, ...)"
     )

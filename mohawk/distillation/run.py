@@ -6,8 +6,9 @@ import functools
 import logging
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
+import torch
 from rich.console import Console
 
 from mohawk.conversion.footprint import Hardware
@@ -18,11 +19,13 @@ from mohawk.data.run_tokenizers import run_tokenizers
 from mohawk.distillation.build import check_caches, checked_cache, load, loss_label
 from mohawk.distillation.encoders import EncoderData
 from mohawk.distillation.plan import Plan, make_plan, print_plan
-from mohawk.distillation.recipe import DistillRecipe, DistillTeacher
+from mohawk.distillation.recipe import DistillRecipe
 from mohawk.distillation.sources import StageData, examples_of
 from mohawk.distillation.stages import StageTrainer, made, stage_step
 from mohawk.errors import UserError
 from mohawk.loading.tasks import CAUSAL, task_in
+from mohawk.models.casting import cast
+from mohawk.models.sharding import copy_of
 from mohawk.runs.context import RunContext, measure_stage, open_run
 from mohawk.runs.sharding import Parts, parts_of
 from mohawk.runs.start import start
@@ -31,6 +34,8 @@ from mohawk.teacher_cache.reader import CachedRows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from mohawk.loading.parts import Spread
 
 log = logging.getLogger(__name__)
 
@@ -78,11 +83,14 @@ def opened(
     recipe: DistillRecipe, folder: Path, console: Console, *, trains: bool = True, parts: Parts | None = None
 ) -> RunContext[StageData]:
     """A distillation's folder with its first teacher and data; see `open_run`."""
+
+    def load_teacher(device: torch.device, spread: Spread | None) -> PreTrainedModel:
+        assert recipe.teacher is not None  # nothing is loaded where there is none
+        return load(recipe.teacher, device, spread=spread, task=task_in(recipe))
+
     return open_run(
         recipe, folder, console, trains=trains, parts=parts, read=functools.partial(read_data, recipe),
-        load=lambda device, spread: load(
-            cast(DistillTeacher, recipe.teacher), device, spread=spread, task=task_in(recipe)
-        ),
+        load=load_teacher,
     )  # fmt: skip
 
 
@@ -111,10 +119,20 @@ def run_stages(run: RunContext[StageData]) -> None:
     trainer = StageTrainer(run)
     student = take_steps(run, [stage_step(trainer, i, stage) for i, stage in enumerate(run.recipe.stages)], student)
     last = run.recipe.stages[-1].name
-    if not from_first(lambda: is_final(run, last)):
+    student = as_saved(run, student)
+    if not from_first(lambda: is_final(run, last, same_weights=run.recipe.save_dtype == "float32")):
         write_final(run, student, last)
     on_first(lambda: _finish(run, student))
     log.info("run finished in %.0f s", time.monotonic() - begin)
+
+
+def as_saved(run: RunContext[StageData], student: PreTrainedModel) -> PreTrainedModel:
+    """The last stage's student in the dtype that the run's student is saved in; where it is whole, the same object."""
+    dtype = getattr(torch, run.recipe.save_dtype)
+    if run.parts is None:
+        cast(student, dtype)
+        return student
+    return student if student.dtype == dtype else copy_of(student, run.parts.teacher, dtype)
 
 
 def _finish(run: RunContext[StageData], student: PreTrainedModel) -> None:

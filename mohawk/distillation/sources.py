@@ -67,8 +67,9 @@ def load_sources(asked: DistillData, teachers: Sequence[str], tokenizer: PreTrai
         else:
             found = read_pairs(
                 [_plain(source)], tokenizer, prompt_field=source.prompt_field, response_field=source.response_field,
-                messages_field=source.messages_field, chat=source.chat, teacher_field=source.teacher_field,
-                teachers=teachers if source.teacher_field else (), weight_field=source.weight_field, cache=asked.cache,
+                messages_field=source.messages_field, chat=source.chat, turns=source.turns,
+                teacher_field=source.teacher_field, teachers=teachers if source.teacher_field else (),
+                weight_field=source.weight_field, cache=asked.cache,
             )  # fmt: skip
         pairs[i], held_out[i] = split_pairs(found, asked.validation_share)
     return Sources(text, pairs, held_out)
@@ -115,8 +116,8 @@ class StageData:
 
     def rows(self, stage: Stage, pad: int) -> Any:
         """The dataset that a stage trains on; pad: fills up rows."""
-        wanted = stage.steps() * stage.rows
-        return training_rows(self.asked(stage), self.of(stage), stage.sequence_length, wanted, self._seed, pad)
+        asked, sources = self.asked(stage), self.of(stage)
+        return training_rows(asked, sources, stage.sequence_length, stage.asked_rows(), self._seed, pad)
 
     def texts(self) -> Iterator[tuple[str, np.ndarray]]:
         """The name of every text or source of pairs of the recipe's data, and its token ids."""
@@ -134,10 +135,12 @@ class StageData:
         return found if pairs is None else found | {"held_out_pairs": pairs}
 
 
-def training_rows(asked: DistillData, sources: Sources, sequence_length: int, rows: int, seed: int, pad: int) -> Any:
+def training_rows(
+    asked: DistillData, sources: Sources, sequence_length: int, rows: int | None, seed: int, pad: int
+) -> Any:
     """A dataset of rows of `sequence_length` tokens: text alone, packed over all its sources, or a mixture of sources.
 
-    rows: how many a stage will ask for: a mixture holds its proportions over so many.
+    rows: how many a stage will ask for: a mixture holds its proportions over so many. None: each row once.
     """
     train = asked.train
     plain = not sources.pairs and all(

@@ -14,6 +14,7 @@ from mohawk.core.folders import write_whole
 from mohawk.core.processes import on_first
 from mohawk.core.run_folder import ADAPTER, BASE, phase_folder, phase_student
 from mohawk.data.aligned_rows import AlignedRows, TeacherRows
+from mohawk.data.chat import ends_of_turn
 from mohawk.data.text import tokenizer_key
 from mohawk.distillation.build import (
     checked_cache,
@@ -70,8 +71,8 @@ class StageTrainer:
         if stage.student is not None:
             student = made(run, stage.student, student, f"{section}.student")
         rows = run.data.rows(stage, run.pad)
-        wanted = stage.steps() * stage.rows
-        if len(rows) < wanted:
+        wanted = stage.asked_rows()
+        if wanted is not None and len(rows) < wanted:
             run.console.print(f"{stage.name}: reads its {len(rows):,} rows of text {wanted / len(rows):.1f} times")
         torch.manual_seed(recipe.seed)  # of adapters and projections, the same whenever the stage begins
         lora, trained = lora_of(recipe, stage), None
@@ -92,6 +93,8 @@ class StageTrainer:
             else:
                 assert isinstance(teacher, CachedTeacher)
                 rows = CachedRows(rows, teacher.cache)
+        if stage.epochs is not None:
+            run.console.print(f"{stage.name}: {told_epochs(stage.epochs, len(rows), stage.rows)}", highlight=False)
         train(run, stage.name, stage, objective, rows, before, section=section, report_to=recipe.report_to)
         if lora is not None and trained is not None:
             if lora.keep:
@@ -129,6 +132,7 @@ class StageTrainer:
                 temperature=on_policy.temperature,
                 top_p=on_policy.top_p,
                 prompt_tokens=on_policy.prompt_tokens,
+                eos_token_id=ends_of_turn(self.run.tokenizer) or None,
                 seed=self.run.recipe.seed,
                 gather=stage.name in self.run.gathers,
             ),
@@ -215,6 +219,13 @@ class StageTrainer:
         refuse_nonfinite(student, f"{target}: this adapter", "it is not written; lower the learning rate")
         with write_whole(target, replace=True) as partial:
             save_adapter(student, partial)
+
+
+def told_epochs(epochs: int, examples: int, per_step: int) -> str:
+    """What so many epochs are in steps."""
+    steps, left = divmod(epochs * examples, per_step)
+    told = f"{epochs} epoch{'s' * (epochs != 1)} of {examples:,} rows: {steps + (left > 0):,} steps of {per_step} rows"
+    return f"{told}, the last one of {left}" if left else told
 
 
 def stage_step(trainer: StageTrainer, i: int, stage: Stage) -> Step:

@@ -20,7 +20,8 @@ import numpy as np
 from mohawk.core.json_files import parse_json, write_text
 from mohawk.core.places import home
 from mohawk.core.run_folder import STUDENT, has_recipe
-from mohawk.data.records import Messages, Prompt, why_no_chat
+from mohawk.data.messages import Messages, canonical
+from mohawk.data.records import Prompt
 from mohawk.errors import Alarm, UserError
 from mohawk.measures.drift import Drift, drift_of_tokens, drift_of_values
 from mohawk.runs.page import finished
@@ -165,8 +166,11 @@ def as_answer(row: Any) -> Answer:
     if not failed and not isinstance(row.get("response"), str):
         raise ValueError("no text in `response`, and no `error`")
     prompt = row.get("prompt", row.get("messages"))
-    if not (prompt is None or isinstance(prompt, str)) and (wrong := why_no_chat(prompt)) is not None:
-        raise ValueError(f"its prompt is neither a text nor messages: {wrong}")
+    if not (prompt is None or isinstance(prompt, str)):
+        try:
+            prompt = canonical(prompt)
+        except ValueError as error:
+            raise ValueError(f"its prompt is neither a text nor messages: {error}") from None
     seconds = {name: _number(row, name, 0.0) for name in ("latency", "first_token") if row.get(name) is not None}
     logprob = _number(row, "logprob") if row.get("logprob") is not None else None
     tokens = int(_number(row, "tokens", 0.0)) if row.get("tokens") is not None else None

@@ -67,6 +67,12 @@ def _add_generate_data(parser: argparse.ArgumentParser) -> None:
         "--output", type=path, required=True, metavar="DIR", help="the answers' folder; goes on if it can"
     )
     parser.add_argument("--chat", action="store_true", help="a prompt is a user's message: chat template, or chat API")
+    parser.add_argument(
+        "--turns",
+        choices=("last", "all"),
+        default="last",
+        help="all: answer each user's turn of a chat in sequence, in place of the answers it has; default: last",
+    )
     add_reading(parser)
     decoding = parser.add_argument_group("decoding (greedy without --beams and --temperature)")
     decoding.add_argument(
@@ -120,6 +126,8 @@ def _generate_data(options: argparse.Namespace) -> None:
         raise UserError("--beams and --temperature: a search draws nothing; give one of the two")
     if options.top_p is not None and not options.temperature:
         raise UserError("--top-p needs --temperature above 0: greedy decoding has nothing to sample from")
+    if options.turns == "all" and not options.chat:
+        raise UserError("--turns all needs --chat: turns are a chat's")
     method = "beam" if options.beams is not None else "sample" if options.temperature else "greedy"
 
     from mohawk.generation.decoding import Decoding
@@ -135,6 +143,7 @@ def _generate_data(options: argparse.Namespace) -> None:
         filters=Filters(**given(options, *Filters.__dataclass_fields__)),
         endpoint=options.endpoint,
         chat=options.chat,
+        turns=options.turns,
         reading=given(options, "field", "format", "split", "subset"),
         limit=options.limit,
         teacher=local or remote,

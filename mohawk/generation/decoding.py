@@ -21,10 +21,12 @@ from torch import Tensor
 
 from mohawk.core.precision import MOST, device_bytes
 from mohawk.core.processes import count, from_first, several, wish
-from mohawk.data.chat import chat_text
+from mohawk.data.chat import chat_template
+from mohawk.data.messages import Messages, as_messages
 from mohawk.data.records import Prompt
 from mohawk.data.text import tokenizer_key
 from mohawk.errors import UserError
+from mohawk.generation.conversations import TURNS, conversation
 from mohawk.loading.causal import context_length, plain_model
 from mohawk.loading.configs import check_decoder
 
@@ -86,6 +88,7 @@ class Response:
     does not say. finish_reason: stop, length, or an endpoint's own word. logprob: the sum of the teacher's own
     log-probabilities (temperature 1, the whole vocabulary) of those tokens. sampling_logprob: the same of the
     distribution that was sampled from. Either is None where it is not known. error: why there is no answer, or None.
+    messages: of a whole conversation, what was said before its last answer, of whose answers these numbers are sums.
     """
 
     text: str
@@ -94,6 +97,7 @@ class Response:
     logprob: float | None = None
     sampling_logprob: float | None = None
     error: str | None = None
+    messages: Messages | None = None
 
 
 class LocalTeacher:
@@ -102,6 +106,7 @@ class LocalTeacher:
     model, tokenizer: as `mohawk.loading.models` loads them; model may be any with transformers' `generate`, in eval
     mode.
     batch_size: sequences at once (beams count). chat: texts are a user's message, put through the chat template.
+    turns: what of a chat is answered, its end ("last") or each user's turn in sequence ("all"; not with beams).
     name, revision: what the answers say that they are from. Raises UserError for a model that is no decoder, and for a
     chat without a template.
     """
@@ -114,13 +119,15 @@ class LocalTeacher:
         *,
         batch_size: int = 8,
         chat: bool = False,
+        turns: str = "last",
         name: str | None = None,
         revision: str | None = None,
     ):
         check_decoder(model, "teacher")
+        check_turns(turns, decoding)
         self.name, self.revision = name or model.name_or_path or type(model).__name__, revision
         self.model, self.tokenizer, self.decoding = plain_model(model), tokenizer, decoding
-        self.batch_size, self.chat = batch_size, chat
+        self.batch_size, self.chat, self.turns = batch_size, chat, turns
         if chat and not tokenizer.chat_template:
             raise UserError(
                 "chat: this tokenizer has no chat template; leave chat out, or take an instruction-tuned model"
@@ -141,7 +148,7 @@ class LocalTeacher:
         }
         if self.chat:
             what["chat_template_hash"] = hashlib.sha256(str(self.tokenizer.chat_template).encode()).hexdigest()[:16]
-        return {**what, "chat": self.chat}
+        return {**what, "chat": self.chat, **({"turns": self.turns} if self.turns != "last" else {})}
 
     def prompts_apart(self) -> int:
         """How many prompts, counted from the list's beginning, have batches of their own."""
@@ -189,17 +196,33 @@ class LocalTeacher:
             # some tokenizers end every text, and nothing is left to say after the end
             while len(ids) > 1 and ids[-1] == self.tokenizer.eos_token_id:
                 ids.pop()
-        elif not self.tokenizer.chat_template:
-            raise UserError(f"{prompt.where}: a chat's messages, but this tokenizer has no chat template")
         else:
-            ids = self.tokenizer(chat_text(self.tokenizer, prompt), add_special_tokens=False)["input_ids"]
+            template, messages = chat_template(self.tokenizer, prompt.where), as_messages(prompt.content)
+            text = template.prompt(messages, prompt.where, prompt.tools)
+            ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
         if not ids:
             raise UserError(f"{prompt.where}: has no tokens, and this tokenizer adds no first one; give some words")
         return ids
 
-    @torch.no_grad()
     def _answer(self, asked: list[tuple[Prompt, int]]) -> list[Response]:
         """Answers of one batch: one per (prompt, sample), or `samples` per prompt with beams."""
+        if self.turns == "last":
+            return self._answer_once(asked)
+        talks = [conversation(prompt) for prompt, _ in asked]
+        waiting = {k: next(talk) for k, talk in enumerate(talks)}  # what each asks next
+        done: dict[int, Response] = {}
+        while waiting:
+            answers = self._answer_once([(prompt, asked[k][1]) for k, prompt in waiting.items()])
+            for k, answer in zip(list(waiting), answers, strict=True):
+                try:
+                    waiting[k] = talks[k].send(answer)
+                except StopIteration as end:
+                    done[k] = end.value
+                    del waiting[k]
+        return [done[k] for k in range(len(asked))]
+
+    @torch.no_grad()
+    def _answer_once(self, asked: list[tuple[Prompt, int]]) -> list[Response]:
         encoded = [self.encode(prompt) for prompt, _ in asked]
         room = [self.limit is None or len(ids) + self.decoding.max_new_tokens <= self.limit for ids in encoded]
         fitting = [k for k, fits in enumerate(room) if fits]
@@ -261,6 +284,7 @@ def local_teacher(
     trust_remote_code: bool = False,
     batch_size: int = 8,
     chat: bool = False,
+    turns: str = "last",
 ) -> LocalTeacher:
     """A LocalTeacher from a folder, run, .gguf file or hub id. dtype None: float32 on a CPU, else the checkpoint's.
 
@@ -282,7 +306,19 @@ def local_teacher(
     dtype = dtype or ("float32" if device == "cpu" else "auto")
     spread = _spread(name, dtype, torch.device(device), where) if several() else None
     loaded = load_teacher(name, dtype=dtype, device=device, spread=spread, **where)
-    return LocalTeacher(loaded, reader, decoding, batch_size=batch_size, chat=chat, name=str(model), revision=revision)
+    return LocalTeacher(
+        loaded, reader, decoding, batch_size=batch_size, chat=chat, turns=turns, name=str(model), revision=revision
+    )
+
+
+def check_turns(turns: str, decoding: Decoding) -> None:
+    """UserError where so many turns of a chat cannot be answered."""
+    if turns not in TURNS:
+        raise UserError(f"turns: got {turns!r}; allowed: {', '.join(TURNS)}")
+    if turns == "all" and decoding.method == "beam":
+        raise UserError(
+            "turns: all with beams: each answer goes on from one before it; use greedy decoding or sampling"
+        )
 
 
 def _spread(name: str, dtype: str, device: torch.device, where: dict[str, Any]) -> Callable[[Any], None] | None:

@@ -25,11 +25,12 @@ from email.utils import parsedate_to_datetime
 from typing import Any
 
 from mohawk.core.json_files import parse_json
-from mohawk.data.chat import as_messages
+from mohawk.data.messages import Messages, as_messages
 from mohawk.data.records import Prompt
 from mohawk.errors import UserError, printable, shortened
+from mohawk.generation.conversations import conversation
 from mohawk.generation.deadline import DeadlineHttp, DeadlineHttps, DeadlineRequest, NoRedirect
-from mohawk.generation.decoding import Decoding, Response
+from mohawk.generation.decoding import Decoding, Response, check_turns
 from mohawk.generation.masking import LONG_KEY, MASK, any_of, secrets_in, without_secrets
 
 log = logging.getLogger(__name__)
@@ -54,10 +55,10 @@ class EndpointTeacher:
     """Asks `url` for answers of `model`.
 
     url: the API's base, such as http://localhost:8000/v1. chat: /chat/completions, and a text is a user's message;
-    otherwise /completions. key_env: the environment variable with the key; where it is not set none is sent. request:
-    further fields of every request (None removes one). concurrency: requests at once. timeout: seconds that a server
-    may be silent; one answer may take five times as long in all. retries: further tries of one request. Raises
-    UserError for a url or a key that cannot be.
+    otherwise /completions. turns: as of `LocalTeacher`; all needs chat. key_env: the environment variable with the key;
+    where it is not set none is sent. request: further fields of every request (None removes one). concurrency: requests
+    at once. timeout: seconds that a server may be silent; one answer may take five times as long in all. retries:
+    further tries of one request. Raises UserError for a url or a key that cannot be.
 
     An answer that is not what the API promises is an error of that answer alone. The key stands nowhere in what comes
     out of here, even where a server echoes it.
@@ -70,6 +71,7 @@ class EndpointTeacher:
         decoding: Decoding,
         *,
         chat: bool = False,
+        turns: str = "last",
         key_env: str | None = None,
         request: Mapping[str, Any] | None = None,
         concurrency: int = 8,
@@ -80,7 +82,8 @@ class EndpointTeacher:
             raise UserError("endpoint: the API has no beam search; use greedy decoding or sampling")
         base, path = base_url(url), "chat/completions" if chat else "completions"
         self.address = f"{base}/{path}"
-        self.model, self.decoding, self.chat = model, decoding, chat
+        check_turns(turns, decoding)
+        self.model, self.decoding, self.chat, self.turns = model, decoding, chat, turns
         self.request = dict(request or {})
         self.concurrency, self.timeout, self.retries = concurrency, timeout, retries
         self.headers = {"Content-Type": "application/json", "User-Agent": "mohawk"}
@@ -116,6 +119,7 @@ class EndpointTeacher:
     def identity(self) -> dict[str, Any]:
         """What tells this teacher from others; not the address, so that a server may move."""
         about = {"name": self.model, "revision": None, "hash": None, "chat": self.chat, "request": self.request}
+        about |= {"turns": self.turns} if self.turns != "last" else {}
         return self.masked(without_secrets(about))
 
     def masked(self, value: Any) -> Any:
@@ -161,19 +165,32 @@ class EndpointTeacher:
         while (task := waiting.get()) is not None and not self.stop.is_set():
             future, prompt, sample = task
             try:
-                future.set_result(self.ask(prompt, sample))
+                future.set_result(self._answer(prompt, sample))
             except Stopped:
                 return
             except BaseException as error:  # raised again where the answer is waited for, which asks for no other then
                 future.set_exception(error)
                 return
 
+    def _answer(self, prompt: Prompt, sample: int) -> Response:
+        """One answer, or the last one of a conversation that was gone through."""
+        if self.turns == "last":
+            return self.ask(prompt, sample)
+        talk = conversation(prompt)
+        asked = next(talk)
+        while True:
+            try:
+                asked = talk.send(self.ask(asked, sample))
+            except StopIteration as end:
+                return end.value
+
     def body(self, prompt: Prompt, sample: int) -> dict[str, Any]:
         """The request of one answer."""
         decoding = self.decoding
         body: dict[str, Any] = {"model": self.model, "max_tokens": decoding.max_new_tokens}
         if self.chat:
-            body |= {"messages": as_messages(prompt.content), "logprobs": True}
+            body |= {"messages": as_api(as_messages(prompt.content)), "logprobs": True}
+            body |= {} if prompt.tools is None else {"tools": prompt.tools}
         elif isinstance(prompt.content, str):
             body |= {"prompt": prompt.content, "logprobs": 0}
         else:
@@ -262,6 +279,21 @@ class EndpointTeacher:
         while (left := until - time.monotonic()) > 0:
             if self.stop.wait(left):
                 raise Stopped
+
+
+def as_api(messages: Messages) -> Messages:
+    """Messages as the API takes them: arguments of calls as JSON text, thoughts left out."""
+    made = []
+    for message in messages:
+        message = {key: value for key, value in message.items() if key not in ("reasoning_content", "weight")}
+        if "tool_calls" in message:
+            functions = [call["function"] for call in message["tool_calls"]]
+            texts = [{**of, "arguments": json.dumps(of["arguments"], ensure_ascii=False)} for of in functions]
+            message["tool_calls"] = [
+                {**call, "function": text} for call, text in zip(message["tool_calls"], texts, strict=True)
+            ]
+        made.append(message)
+    return made
 
 
 def base_url(url: str) -> str:

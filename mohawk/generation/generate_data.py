@@ -22,8 +22,8 @@ from mohawk.core.lines import sum_of, write_lines
 from mohawk.core.places import home
 from mohawk.core.processes import first_before_others, is_first, joined, on_first, several
 from mohawk.core.terminal import SHOWN, Bar
-from mohawk.data.chat import as_messages
 from mohawk.data.generated import FILES, MANIFEST, REJECTED, RESPONSES, SUMMARY
+from mohawk.data.messages import as_messages
 from mohawk.data.records import Prompt, read_prompts
 from mohawk.data.source_files import Source
 from mohawk.errors import UserError
@@ -40,6 +40,7 @@ from mohawk.generation.answer_files import (
     unwritable,
     write_object,
 )
+from mohawk.generation.conversations import check_conversations
 from mohawk.generation.dealing import DealtTeacher
 from mohawk.generation.decoding import Decoding, LocalTeacher, Response, local_teacher
 from mohawk.generation.endpoint import EndpointTeacher
@@ -76,12 +77,14 @@ def generate_from(
     filters: Filters,
     endpoint: str | None = None,
     chat: bool = False,
+    turns: str = "last",
     reading: Mapping[str, Any] | None = None,
     limit: int | None = None,
     teacher: Mapping[str, Any] | None = None,
 ) -> None:
     """The command line's work: prompts read, teacher opened, answers written, what came of it printed.
 
+    turns: "all" answers each user's turn of chats in sequence, with the teacher's own answers before it.
     reading: fields of `mohawk.data.source_files.Source` for all sources. teacher: options of `local_teacher` or, with
     an endpoint, of `EndpointTeacher` (request as JSON text). Several processes deal a local teacher's batches among
     themselves; an endpoint is asked by the first one alone. Raises UserError.
@@ -90,13 +93,15 @@ def generate_from(
     with joined("cpu" if endpoint is not None else options.get("device", "auto")):
         read = [Source(source, **(reading or {})) for source in sources]
         prompts = first_before_others(lambda: read_prompts(read, limit=limit))
+        if turns == "all":
+            check_conversations(prompts)
         if endpoint is not None:
             if "request" in options:
                 options["request"] = json_object(options["request"])
-            asked = EndpointTeacher(endpoint, model, decoding, chat=chat, **options)
+            asked = EndpointTeacher(endpoint, model, decoding, chat=chat, turns=turns, **options)
             on_first(lambda: generate_data(prompts, asked, output, filters=filters))
         else:
-            opened = local_teacher(model, decoding, chat=chat, **options)
+            opened = local_teacher(model, decoding, chat=chat, turns=turns, **options)
             _generate_together(prompts, opened, output, filters)
         if is_first():
             from rich.console import Console
@@ -231,7 +236,8 @@ def _line(
 ) -> bytes:
     decoding, line = teacher.decoding, {}
     if teacher.chat or isinstance(prompt.content, list):
-        line["messages"] = as_messages(prompt.content)
+        line["messages"] = as_messages(prompt.content) if response.messages is None else response.messages
+        line |= {} if prompt.tools is None else {"tools": prompt.tools}
     else:
         line["prompt"] = prompt.content
     line |= {"response": response.text, "prompt_id": prompt.id, "prompt_sha256": prompt.sha256, "sample": sample}

@@ -24,9 +24,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mohawk.data.messages import canonical, chat_of
 from mohawk.data.next_tokens import IGNORED, next_labels
 from mohawk.data.pairs import Pairs
-from mohawk.data.records import content_hash, read_records, why_no_chat
+from mohawk.data.records import content_hash, read_records
 from mohawk.data.same_tokenizer import check_embedding_rows
 from mohawk.data.source_files import as_source
 from mohawk.errors import UserError
@@ -50,6 +51,7 @@ TASKS = {"label": 1, "rationale": 2}  # in the column `task` of packed rows
 FIELDS = {"label": r"[^\n]+?", "rationale": r"[\s\S]+"}
 # Tried in this order; the first that matches counts.
 TEMPLATES = (
+    "<think> {rationale} </think> {label}",
     "Rationale: {rationale} Label: {label}",
     "Label: {label} Rationale: {rationale}",
     "Answer: {label} Explanation: {rationale}",
@@ -121,8 +123,9 @@ def read_rationales(files: Sequence[Any], templates: Sequence[str] = TEMPLATES) 
 
     A line has `prompt` (or, as `generate-data` writes a chat, `messages` of one user's message) and either `label`,
     with or without `rationale`, or `response`: a teacher's text, which the first of `templates` that matches takes
-    apart. Responses that none matches are counted, logged and left out. `teacher` is the line's own, or the file's
-    name. Raises UserError, with file and line, for anything else and where nothing is left.
+    apart; or a chat of one question and its answer, whose `reasoning_content` or `<think>` is the rationale. Responses
+    that none matches are counted, logged and left out. `teacher` is the line's own, or the file's name. Raises
+    UserError, with file and line, for anything else and where nothing is left.
     """
     for template in templates:
         _pattern(template)
@@ -132,6 +135,7 @@ def read_rationales(files: Sequence[Any], templates: Sequence[str] = TEMPLATES) 
     for source, stem in zip(sources, stems, strict=True):
         name = stem if stems.count(stem) == 1 else source.source
         for where, row in read_records(source):
+            row = _of_chat(row, where)
             record: dict[str, Any] = {"prompt": _prompt(row, where), "teacher": str(row.get("teacher") or name)}
             if row.get("label") is not None:
                 record["label"] = _text(row, "label", where)
@@ -167,6 +171,7 @@ def _taken_apart(response: str, templates: Sequence[str]) -> Extracted | None:
 def check_record(row: Mapping[str, Any], where: str, templates: Sequence[str] = TEMPLATES) -> bool:
     """UserError where a line has not what `read_rationales` asks of each. Returns whether there is something to learn
     in it: a label, or a response that a template matches."""
+    row = _of_chat(row, where)
     _prompt(row, where)
     given = next((name for name in ("label", "response") if row.get(name) is not None), None)
     if given is None:
@@ -174,6 +179,24 @@ def check_record(row: Mapping[str, Any], where: str, templates: Sequence[str] = 
     for name in (given, "rationale") if given == "label" and row.get("rationale") is not None else (given,):
         _text(row, name, where)
     return given == "label" or _taken_apart(_text(row, given, where), templates) is not None
+
+
+def _of_chat(row: Mapping[str, Any], where: str) -> Mapping[str, Any]:
+    """A row; of a chat of one question and its answer the prompt, and the answer as label and rationale (its thoughts),
+    or as a response."""
+    if any(row.get(name) is not None for name in ("prompt", "label", "response")):
+        return row
+    try:
+        found = chat_of(row)
+    except ValueError as error:
+        raise UserError(f"{where}: {error}") from None
+    if found is None or [message["role"] for message in found[0]] != ["user", "assistant"]:
+        return row
+    asked, answer = found[0]
+    made = {"prompt": asked["content"]} | {k: row[k] for k in ("teacher",) if row.get(k) is not None}
+    if thoughts := answer.get("reasoning_content"):
+        return {**made, "label": answer["content"], "rationale": thoughts}
+    return {**made, "response": answer["content"]}
 
 
 def _nothing_to_learn(row: Mapping[str, Any], where: str) -> str:
@@ -185,8 +208,10 @@ def _prompt(row: Mapping[str, Any], where: str) -> str:
     messages = row.get("messages")
     if "prompt" in row or messages is None:
         return _text(row, "prompt", where)
-    if (wrong := why_no_chat(messages)) is not None:
-        raise UserError(f"{where}: messages: {wrong}")
+    try:
+        messages = canonical(messages)
+    except ValueError as error:
+        raise UserError(f"{where}: messages: {error}") from None
     if [message["role"] for message in messages] != ["user"]:
         roles = ", ".join(message["role"] for message in messages)
         raise UserError(f"{where}: messages of {roles}; a rationale's prompt is one text, so give one user's message")

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from mohawk.data.aligned_rows import TokenAligner
 from mohawk.data.encoder_rows import LabelFields, labelled_row
+from mohawk.data.messages import OTHER_FIELDS
 from mohawk.data.pair_tokens import check_pair, no_weights
 from mohawk.data.records import first_records, read_records
 from mohawk.data.run_tokenizers import run_tokenizers
@@ -147,6 +148,11 @@ def _check_reads(tokenizer: Any, own: Any, given: CheckpointSection, name: str, 
     who = f"{name}: {given.model}"
     if own is not None:
         check_same(tokenizer, own, who)
+        if own.chat_template and own.chat_template != tokenizer.chat_template:
+            log.warning(
+                "%s: its chat template is another one than the teacher's; all models read chats through the teacher's, "
+                "which is saved with the student", who,
+            )  # fmt: skip
     else:
         log.warning("%s has no tokenizer to compare: it is taken to read ids as the teacher's does", who)
     rows = load_config(given.model, **given.where, who=name, task=task).get_text_config().vocab_size
@@ -223,7 +229,7 @@ def _check_source(source: Any, where: str, tokenizer: PreTrainedTokenizerBase | 
     elif kind == "pairs" and form == "parquet":
         # whose columns are those of all rows, so that they can be told even where no tokenizer is there yet
         needed = [source.prompt_field, source.messages_field]
-        if not any(name in rows[0][1] for name in needed):
+        if not any(name in rows[0][1] for name in (*needed, *OTHER_FIELDS)):
             raise UserError(
                 f"{where}: {rows[0][0]} has neither field {needed[0]!r} nor {needed[1]!r}; its fields: "
                 f"{', '.join(rows[0][1])}"
@@ -275,6 +281,6 @@ def _check_labels(recipe: RecipeFile, at: str, source: Any) -> None:
 def _check_pair(source: DistillSource, tokenizer: Any, at: str, row: dict[str, Any], teachers: list[str]) -> None:
     check_pair(
         tokenizer, at, row, prompt_field=source.prompt_field, response_field=source.response_field,
-        messages_field=source.messages_field, chat=source.chat, teacher_field=source.teacher_field, teachers=teachers,
-        weight_field=source.weight_field, weighting=source.weighting,
+        messages_field=source.messages_field, chat=source.chat, turns=source.turns, teacher_field=source.teacher_field,
+        teachers=teachers, weight_field=source.weight_field, weighting=source.weighting,
     )  # fmt: skip

@@ -180,6 +180,10 @@ class Phase(Section):
         """Optimiser steps of the phase; the last one may exceed the token budget."""
         return math.ceil(self.tokens / self.tokens_per_step)
 
+    def told(self) -> tuple[str, str]:
+        """Its budget and its steps, as tables have them."""
+        return f"{self.tokens:,}", f"{self.steps():,}"
+
 
 class Evaluation(Section):
     sequence_length: RowLength = Field(default=512, description="tokens in an evaluated window")
@@ -222,7 +226,7 @@ def phase_contradictions(phase: Phase, at: yaml_text.Path, name: str, or_else: s
             f"{name}: warmup {phase.warmup:g} and decay {phase.decay:g} are shares of the steps "
             "and together exceed 1; lower one",
         )
-    if phase.tokens < phase.tokens_per_step:
+    if phase.tokens is not None and phase.tokens < phase.tokens_per_step:
         yield (
             [(*at, key) for key in ("tokens", "batch_size", "sequence_length", "gradient_accumulation")],
             f"{name}: {phase.tokens} tokens do not fill one step of batch_size x sequence_length "

@@ -146,14 +146,20 @@ def test_templates_that_write_turns_otherwise(read, tokenizer, monkeypatch):
         {"role": "assistant", "content": "hm#no"},
     ]
     monkeypatch.setattr(tokenizer, "chat_template", FORGETFUL)
-    assert text_and_learned(read({"messages": talk}), tokenizer) == (
+    pairs = read({"messages": talk})  # each answer behind what the model sees then
+    assert text_and_learned(pairs, tokenizer, 0) == ("<|user|>hi<end>\n<|assistant|>hm#yo<end>\n", "hm#yo<end>\n")
+    assert text_and_learned(pairs, tokenizer, 1) == (
         "<|user|>hi<end>\n<|assistant|>yo<end>\n<|user|>more<end>\n<|assistant|>hm#no<end>\n",
         "hm#no<end>\n",
     )
+    assert pairs.chats[0] == pairs.chats[1] == pairs.prompts[1] != pairs.prompts[0]
     monkeypatch.setattr(tokenizer, "chat_template", OPENING)
-    assert text_and_learned(read({"messages": talk[:2]}), tokenizer) == (
-        "<|user|>hi<end>\n<|assistant|><think>hm#yo<eos>",
-        "hm#yo<eos>",
+    generated = {"messages": talk[:1], "response": "hm</think>yo", "finish_reason": "stop"}
+    pairs = read({"messages": talk[:2]}, generated)
+    assert text_and_learned(pairs, tokenizer, 0) == ("<|user|>hi<end>\n<|assistant|>hm#yo<end>\n", "hm#yo<end>\n")
+    assert text_and_learned(pairs, tokenizer, 1) == (
+        "<|user|>hi<end>\n<|assistant|><think>hm</think>yo<end>\n",
+        "hm</think>yo<end>\n",
     )
 
 
@@ -164,10 +170,6 @@ def test_templates_that_write_turns_otherwise(read, tokenizer, monkeypatch):
         ({"prompt": "x"}, "has no text in 'response' and no chat in 'messages'; its fields: prompt"),
         ({"prompt": "x", "response": 3}, "field 'response' holds int, not text"),
         ({"messages": [{"role": "user"}]}, "field 'messages' is no chat: message 0 (user) has no text in `content`"),
-        (
-            {"messages": [{"role": "user", "content": "x"}]},
-            "the chat ends with user, and there is no 'response'",
-        ),
         (
             {"messages": [{"role": "user", "content": "x"}], "response": "y"},
             "a chat, but this tokenizer has no chat template; use one of an instruction-tuned model",
@@ -180,10 +182,15 @@ def test_a_bad_line_is_named(read, tmp_path, row, message):
     assert str(error.value) == f"{tmp_path}/rows.jsonl:2: {message}"
 
 
-def test_a_chat_without_a_question(read, tokenizer, monkeypatch):
+def test_chats_without_an_answer_are_left_out(read, tokenizer, monkeypatch, caplog):
     monkeypatch.setattr(tokenizer, "chat_template", CHATML)
-    with pytest.raises(UserError, match="rows.jsonl:1: the chat begins with its only answer"):
-        read({"messages": [{"role": "assistant", "content": "x"}]})
+    unasked = {"messages": [{"role": "assistant", "content": "x"}]}
+    unanswered = {"messages": [{"role": "user", "content": "x"}]}
+    with pytest.raises(UserError, match="data: 1 of 1 chats in .* have no answer to learn, the first: .*jsonl:1; "):
+        read(unasked)
+    with caplog.at_level("WARNING", "mohawk.data.pair_tokens"):
+        assert len(read(unanswered, {**unanswered, "response": "y"}, unasked)) == 1
+    assert "2 of 3 chats in" in caplog.text and "rows.jsonl:1; they are left out" in caplog.text
 
 
 def test_teachers(read, tmp_path):
@@ -355,6 +362,7 @@ def test_unknown_logprobs_are_named(read, tmp_path):
 def test_what_is_no_finite_number_is_named_by_its_line(odd, read, tokenizer):
     """Python writes NaN and infinity into JSON, and reads whole numbers of any size."""
     fields = {"prompt_field": "prompt", "response_field": "response", "messages_field": "messages", "chat": False}
+    fields["turns"] = "all"
     fields |= {"teacher_field": None, "teachers": (), "weight_field": None, "weighting": "importance"}
     first, second = ({"prompt": "a", "response": r, "logprob": -1.0, "sampling_logprob": -1.0} for r in "bc")
     for name in ("logprob", "sampling_logprob"):

@@ -1,6 +1,8 @@
 """`mohawk distill` as its user meets it: tiny checkpoints, stages, texts and pairs, a student for transformers."""
 
 import json
+import math
+import re
 import shutil
 import signal
 from pathlib import Path
@@ -21,6 +23,7 @@ from mohawk.losses.distiller import KnowledgeDistiller
 from mohawk.runs.claim import claimed
 from mohawk.schema.files import shipped
 from mohawk.training.advance import Advance
+from tests.helpers.chat_templates import tokenizer_with
 from tests.helpers.tiny_phase import cheap_training, fork, wait  # noqa: F401
 from tests.models.conftest import tiny_teacher
 
@@ -87,6 +90,50 @@ def metrics_of(run) -> list[dict]:
 
 def weights_of(run) -> dict[str, torch.Tensor]:
     return dict(AutoModelForCausalLM.from_pretrained(run / "student").named_parameters())
+
+
+def test_epochs_of_chats_end_as_a_small_student(tmp_path, texts, capsys):
+    """ShareGPT's conversations, their answers alone, each row twice; the student in 16 bits; stopped and gone on."""
+    tokenizer = tokenizer_with("qwen")
+    tiny_teacher(vocab_size=len(tokenizer), num_hidden_layers=2).save_pretrained(tmp_path / "teacher")
+    tokenizer.save_pretrained(tmp_path / "teacher")
+    turns = [("human", "How many?"), ("gpt", "{} or so."), ("human", "Sure?"), ("gpt", "Yes, {}.")]
+    talks = [[{"from": who, "value": said.format(i)} for who, said in turns] for i in range(21)]
+    (tmp_path / "log.jsonl").write_text("".join(json.dumps({"conversations": talk}) + "\n" for talk in talks))
+    source = {"source": str(tmp_path / "log.jsonl"), "kind": "pairs"}
+    stage = {"sequence_length": 256, "epochs": 2, "confidence": "entropy", "save_every": 1}
+    settings = {"data": {"train": [source], "evaluation": []}, "save_dtype": "bfloat16"}
+
+    def recipe(**more):
+        made = recipe_of({"big": tmp_path / "teacher"}, texts, tmp_path / "run", {**stage, **more}, **settings)
+        return made
+
+    asked = DistillRecipe.from_dict({
+        **json.loads(json.dumps(recipe(tokens=None).model_dump(mode="json"))), "student": {"layers": "first:1"},
+    })  # fmt: skip
+    assert DistillRecipe.from_dict(asked.model_dump(mode="json")) == asked
+    distill(asked, dry_run=True)
+    assert "epochs" in capsys.readouterr().out
+    distill(asked)
+    printed = capsys.readouterr().out
+    found = re.search(r"2 epochs of (\d+) rows: (\d+) steps of 4 rows(?:, the last one of (\d))?", printed)
+    rows, steps, left = (int(number or 0) for number in found.groups())
+    assert steps == math.ceil(2 * rows / 4) and left == 2 * rows % 4
+    records = metrics_of(tmp_path / "run")
+    assert len(records) == steps and records[-1]["tokens"] == 2 * rows * 256
+    student = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "student", dtype="auto")
+    assert student.dtype == torch.bfloat16 and student.config.num_hidden_layers == 1
+    stage_student = tmp_path / "run" / "phases" / "distil" / "student"
+    assert AutoModelForCausalLM.from_pretrained(stage_student, dtype="auto").dtype == torch.float32
+    before = (tmp_path / "run" / "student" / "model.safetensors").read_bytes()
+    distill(asked)  # a finished run is left as it is
+    assert (tmp_path / "run" / "student" / "model.safetensors").read_bytes() == before
+    for more, said in (
+        ({"tokens": 1e4}, "both of tokens and epochs; give one, the other is null"),
+        ({"tokens": None, "epochs": None}, "neither of tokens and epochs"),
+    ):
+        with pytest.raises(UserError, match=said):
+            recipe(**more)
 
 
 def test_stages_from_checkpoints_to_a_student(checkpoints, texts, tmp_path, capsys):
@@ -468,6 +515,7 @@ TEACHERS = {
     "distill-deepseek": {"num_hidden_layers": 28, "hidden_size": 96},
     "distill-distilbert": {"num_hidden_layers": 32, "hidden_size": 80},
     "distill-tinybert": {"num_hidden_layers": 32, "hidden_size": 80},
+    "distill-chat": {"num_hidden_layers": 28, "hidden_size": 64},
     "distill-gkd": {"num_hidden_layers": 24, "hidden_size": 64},
     "distill-reverse-kl": {"num_hidden_layers": 24, "hidden_size": 64},
     "mohawk-lite": {"num_hidden_layers": 16, "hidden_size": 64},

@@ -220,7 +220,7 @@ def test_a_chat_goes_through_the_template(model, tokenizer, monkeypatch):
     monkeypatch.setattr(tokenizer, "chat_template", None)
     with pytest.raises(UserError, match="no chat template"):
         LocalTeacher(model, tokenizer, Decoding(), chat=True)
-    with pytest.raises(UserError, match="p:1: a chat's messages, but this tokenizer has no chat template"):
+    with pytest.raises(UserError, match="p:1: a chat, but this tokenizer has no chat template"):
         plain.encode(Prompt("0", "0", messages, "p:1"))
 
 

@@ -16,6 +16,7 @@ from mohawk.losses.distiller import KnowledgeDistiller
 from mohawk.losses.rationales import (
     TEMPLATES,
     RationaleDistiller,
+    check_record,
     extract_rationale,
     pair_ids,
     rationale_pairs,
@@ -421,3 +422,20 @@ def test_wrong_input_is_one_line(make_llama, tokenizer):
         RationaleDistiller(student, tokenizer, teacher=make_llama())
     with pytest.raises(UserError, match=r"^compute_loss: got 2 prompts, 1 labels and 2 rationales; [^\n]+$"):
         RationaleDistiller(student, tokenizer).compute_loss(["a", "b"], ["c"], [None, None])
+
+
+def test_thoughts_of_chats_are_rationales(tmp_path):
+    asked = {"role": "user", "content": "2+2?"}
+    said = "<think>\nTwo and\ntwo.\n</think>\n\n4"
+    rows = [
+        {"messages": [asked, {"role": "assistant", "content": "4", "reasoning_content": "Two and two."}]},
+        {"conversations": [{"from": "human", "value": "2+2?"}, {"from": "gpt", "value": said}]},
+        {"messages": [asked], "response": "<think>So.</think>4", "teacher": "r1"},
+    ]  # fmt: skip
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = read_rationales([tmp_path / "a.jsonl"])
+    assert [(r["prompt"], r["label"], r["rationale"]) for r in found] == [
+        ("2+2?", "4", "Two and two."), ("2+2?", "4", "Two and\ntwo."), ("2+2?", "4", "So."),
+    ]  # fmt: skip
+    assert [r["teacher"] for r in found] == ["a", "a", "r1"]
+    assert check_record(rows[1], "a:2")
