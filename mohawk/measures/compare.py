@@ -307,7 +307,6 @@ def decode_speed(
     step. state_bytes are those of all the cache's tensors right after the context: keys and values, conv and
     recurrent states.
     """
-    device = model.device
     generator = torch.Generator().manual_seed(seed)
     speeds = []
     with evaluating(model):
@@ -315,25 +314,58 @@ def decode_speed(
             ids = torch.randint(
                 plain_model(model).config.get_text_config().vocab_size, (1, context), generator=generator
             )
-            cache = output = None
-            for start in range(0, context, chunk):
-                piece = ids[:, start : start + chunk].to(device)
-                output = _step(model, piece, start, cache)
-                cache = output[CACHE]
-            assert output is not None  # a context has a token
-            size = cache_bytes(cache)
-            token = output.logits[:, -1:].argmax(-1)
-            times = []
-            for position in range(context, context + new_tokens + 1):
-                _synchronize(device)
-                begin = time.perf_counter()
-                output = _step(model, token, position, cache)
-                token = output.logits[:, -1:].argmax(-1)
-                _synchronize(device)
-                times.append(time.perf_counter() - begin)
-                cache = output[CACHE]
+            decoding = _Decoding(model, ids, chunk)
+            size = cache_bytes(decoding.cache)
+            times = [decoding.step() for _ in range(new_tokens + 1)]
             speeds.append(DecodeSpeed(context, 1 / statistics.median(times[1:]), size))
     return speeds
+
+
+@torch.inference_mode()
+def decode_ratio(
+    model: CausalLM, beside: CausalLM, context: int, pairs: int = 48, *, chunk: int = 512, seed: int = 0
+) -> float:
+    """How long a step of greedy decoding takes, as a share of another model's on the same device: the median over pairs
+    of steps, one right after the other and each first in every second pair, so that what else the machine does bears on
+    both alike. Batch 1, after `context` random tokens; one pair comes first and does not count."""
+    words = [plain_model(one).config.get_text_config().vocab_size for one in (model, beside)]
+    ids = torch.randint(min(words), (1, context), generator=torch.Generator().manual_seed(seed))
+    ratios = []
+    with evaluating(model), evaluating(beside):
+        mine, other = _Decoding(model, ids, chunk), _Decoding(beside, ids, chunk)
+        for i in range(pairs + 1):
+            if i % 2:
+                took = mine.step()
+                of = other.step()
+            else:
+                of = other.step()
+                took = mine.step()
+            ratios.append(took / of)
+    return statistics.median(ratios[1:])
+
+
+class _Decoding:
+    """Greedy decoding after ids (1, n), which are prefilled `chunk` at a time."""
+
+    def __init__(self, model: CausalLM, ids: Tensor, chunk: int):
+        self.model, self.position = model, ids.shape[1]
+        output, self.cache = None, None
+        for start in range(0, self.position, chunk):
+            output = _step(model, ids[:, start : start + chunk].to(model.device), start, self.cache)
+            self.cache = output[CACHE]
+        assert output is not None  # a context has a token
+        self.token = output.logits[:, -1:].argmax(-1)
+
+    def step(self) -> float:
+        """Decode a token; the seconds that it took."""
+        _synchronize(self.model.device)
+        begin = time.perf_counter()
+        output = _step(self.model, self.token, self.position, self.cache)
+        self.token = output.logits[:, -1:].argmax(-1)
+        _synchronize(self.model.device)
+        took = time.perf_counter() - begin
+        self.cache, self.position = output[CACHE], self.position + 1
+        return took
 
 
 def _step(model: CausalLM, ids: Tensor, start: int, cache: Any) -> Any:

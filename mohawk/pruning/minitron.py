@@ -44,7 +44,10 @@ class MinitronPruner:
             with an attention mask, or (rows, n) int64 token ids. None: text that the teacher writes itself
             (`written_text`), which ranks units less well than the text it will be used on.
         importance: scores measured before, instead of all that: `Importance.load(path)`.
-        sizes: instead of `target_params`: the sizes to cut to.
+        target_memory, target_flops: instead of `target_params` or beside it: bytes of weights (in the teacher's dtype)
+            and of the state after `context` tokens, and floating-point operations of one token decoded there. The model
+            is within all that are given, and uses up one to within `tolerance`.
+        sizes: instead of all these: the sizes to cut to.
         depth: layers to keep with `target_params`; None: all of them if the target can be reached by width, else as
             many as it can. Minitron finds that width costs less quality than depth up to 15B parameters;
             benchmarks/results/pruning.md has the opposite for a model of 135M after 49,152 tokens of healing.
@@ -73,6 +76,9 @@ class MinitronPruner:
         tolerance: float = 0.03,
         seed: int = 0,
         pruning_strategy: str | None = None,
+        target_memory: float | None = None,
+        target_flops: float | None = None,
+        context: int = 4096,
     ):
         if pruning_strategy is not None:
             if strategy not in ("importance", pruning_strategy):
@@ -82,8 +88,16 @@ class MinitronPruner:
             raise ValueError(f"strategy: got {strategy!r}; allowed: {', '.join(STRATEGIES)}")
         if width not in WIDTHS:
             raise ValueError(f"width: got {width!r}; allowed: {', '.join(WIDTHS)}")
-        if (target_params is None) == (sizes is None):
-            raise ValueError("give either target_params or sizes")
+        limits = {"memory": target_memory, "flops": target_flops}
+        self.limits = {name: limit for name, limit in limits.items() if limit is not None}
+        for name, limit in self.limits.items():
+            if not _is_number(limit):
+                raise ValueError(f"target_{name}: got {limit!r}; allowed: a number above 0")
+        if type(context) is not int or context < 1:
+            raise ValueError(f"context: got {context!r}; allowed: a number of tokens, at least 1")
+        self.context = context
+        if (target_params is None and not self.limits) == (sizes is None):
+            raise ValueError("give either target_params (or target_memory, target_flops) or sizes")
         own = sizes_of(teacher.config).layers
         if target_params is not None and (not _is_number(target_params) or 1 <= target_params < 1000):
             raise ValueError(
@@ -153,11 +167,14 @@ class MinitronPruner:
 
     def _found(self) -> Sizes:
         config, own = self.teacher.config, sizes_of(self.teacher.config)
-        assert self.target_params is not None  # else the sizes were given
-        share = self.target_params < 1
-        whole = parameters_of(empty_model(config))
-        kind, value = ("nonembedding", self.target_params * whole[1]) if share else ("parameters", self.target_params)
-        costs, budget = Costs(config, kind), Budget(kind, value, self.tolerance)
+        kind, value = None if self.target_params is None else "parameters", self.target_params or 0.0
+        if self.target_params is not None and self.target_params < 1:
+            kind, value = "nonembedding", self.target_params * parameters_of(empty_model(config))[1]
+        budgets = [] if kind is None else [Budget(kind, value, self.tolerance)]
+        budgets += [Budget(name, limit, self.tolerance) for name, limit in self.limits.items()]
+        budget = Budget.together(budgets, self.tolerance)
+        dtype = str(self.teacher.dtype).removeprefix("torch.")
+        costs = Costs(config, budget, context=self.context, dtype=dtype)
         least = max(1, own.layers // STEPS)
         depths = [self.depth] if self.depth is not None else [*range(own.layers, 0, -least)]
         reasons: list[str] = []
@@ -170,7 +187,8 @@ class MinitronPruner:
             except UserError as error:
                 reasons.append(str(error))
         tried = "" if len(depths) == 1 else f" (nor with other numbers of layers down to {depths[-1]}: {reasons[-1]})"
-        raise ValueError(f"target_params: {reasons[0]}" + (tried if reasons[-1] != reasons[0] else ""))
+        names = ", ".join([*(["target_params"] if kind else []), *(f"target_{name}" for name in self.limits)])
+        raise ValueError(f"{names}: {reasons[0]}" + (tried if reasons[-1] != reasons[0] else ""))
 
 
 def written_text(model: PreTrainedModel, rows: int = WRITTEN[0], length: int = WRITTEN[1], *, seed: int = 0) -> Tensor:

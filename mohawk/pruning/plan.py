@@ -86,22 +86,23 @@ def convert_options(recipe: PruneRecipe) -> dict[str, Any] | None:
 
 
 def budget_of(target: TargetSection, config: Any, tolerance: float) -> Budget:
-    """A target's budget in absolute terms; a share is of the teacher's, whose configuration is given."""
-    name = target.budgets()[0]
-    value = getattr(target, name)
-    if name == "latency":
-        return Budget(name, value, max(tolerance, TIMING))
-    if name == "memory":
+    """A target's budget in absolute terms, several as one; a share is of the teacher, whose configuration is given."""
+
+    def one(name: str) -> Budget:
+        value = getattr(target, name)
+        if name == "latency":
+            return Budget(name, value, max(tolerance, TIMING))
+        if name == "parameters" and value < 1:
+            return Budget("nonembedding", value * parameters_of(empty_model(config))[1], tolerance)
         return Budget(name, value, tolerance)
-    if value < 1:
-        return Budget("nonembedding", value * parameters_of(empty_model(config))[1], tolerance)
-    return Budget("parameters", value, tolerance)
+
+    return Budget.together([one(name) for name in target.budgets()], tolerance)
 
 
-def costs_of(recipe: PruneRecipe, config: Any, kind: str, device: Any = "cpu") -> Costs:
+def costs_of(recipe: PruneRecipe, config: Any, budget: Budget, device: Any = "cpu") -> Costs:
     """What models cost that are cut from one of this configuration, converted and in the dtype that is saved."""
     return Costs(
-        config, kind, context=recipe.prune.context, dtype=recipe.save_dtype, convert=convert_options(recipe),
+        config, budget, context=recipe.prune.context, dtype=recipe.save_dtype, convert=convert_options(recipe),
         device=device,
     )  # fmt: skip
 
@@ -109,8 +110,11 @@ def costs_of(recipe: PruneRecipe, config: Any, kind: str, device: Any = "cpu") -
 def found_for(recipe: PruneRecipe, costs: Costs, budget: Budget, where: str, kept: Any = None) -> list[Sizes]:
     """The candidates for a budget as the recipe's search asks. Raises UserError."""
     asked = recipe.search
-    with mistakes(f"{where}.{'parameters' if budget.kind == 'nonembedding' else budget.kind}"):
-        return candidates(costs, budget, depths=asked.depths, steps=asked.steps, widths=asked.widths, kept=kept)
+    at = {"nonembedding": f"{where}.parameters", "several": where}.get(budget.kind, f"{where}.{budget.kind}")
+    with mistakes(at):
+        found = candidates(costs, budget, depths=asked.depths, steps=asked.steps, widths=asked.widths, kept=kept)
+    costs.let_go()
+    return found
 
 
 def make_plan(
@@ -157,14 +161,14 @@ def make_plan(
             round_.sizes = between(config, final, round_.share) if split else final
         else:
             round_.budget = budget_of(target, config, recipe.search.tolerance)
-            if before and before[1].kind == round_.budget.kind and before[1].value <= round_.budget.value:
+            if before and round_.budget.covers(before[1]):
                 with mistakes(f"{where}.{target.budgets()[0]}"):
-                    told = round_.budget.told(before[1].value)
+                    told = before[1].told(before[1].value)
                     raise ValueError(
                         f"the model already has at most {told} by {before[0]}; allowed: a budget below that"
                     )
             before = (where, round_.budget)
-            round_.costs = costs_of(recipe, round_.start, round_.budget.kind, device)
+            round_.costs = costs_of(recipe, round_.start, round_.budget, device)
             # of a later round only whether it can be reached at all is known before
             known = list(saved) if i == 0 else []
             round_.candidates = known or found_for(recipe, round_.costs, round_.budget, where)
@@ -344,7 +348,7 @@ def _costs_told(round_: Round) -> str:
     assert round_.costs is not None and round_.budget is not None  # asked of rounds with a budget
     own = sizes_of(round_.start)
     found = [round_.costs.known(sizes, spread(own.layers, sizes.layers)) for sizes in (own, *round_.candidates)]
-    told = [f"{cost:.3g}" if round_.budget.kind == "latency" else f"{cost:,.0f}" for cost in found if cost is not None]
+    told = [round_.budget.number(cost) for cost in found if cost is not None]
     return (
         f"the model before it and the candidates: {', '.join(told)}" if len(told) == len(found) else "as found before"
     )
@@ -360,7 +364,7 @@ def _print_stages(recipe: PruneRecipe, plan: Plan, console: Console) -> None:
         stages.append((f"heal, {times} times" if times > 1 else "heal", recipe.heal))
     for (name, stage), need in zip(stages, plan.needs, strict=True):
         memory = f"{need.memory / GIB:.1f} GiB"
-        table.add_row(name, f"{stage.tokens:,}", f"{stage.steps():,}", f"{stage.learning_rate:g}", memory)
+        table.add_row(name, *stage.told(), f"{stage.learning_rate:g}", memory)
     if stages:
         console.print(table)
         print_hardware(plan.needs, plan.hardware, stages, console)

@@ -41,7 +41,7 @@ from mohawk.schema.base import (
     phase_contradictions,
 )
 
-BUDGETS = ("parameters", "memory", "latency")
+BUDGETS = ("parameters", "memory", "flops", "latency")
 SIZES = ("layers", "hidden", "ffn", "heads", "kv_heads", "state_heads", "state_groups", "state_size")
 
 
@@ -75,7 +75,8 @@ def _vocabulary(value: Any) -> Any:
 
 
 class TargetSection(Section):
-    """Sizes, or one budget for which depth and width are searched."""
+    """Sizes, or a budget for which depth and width are searched; several of parameters, memory and FLOPs are met
+    together."""
 
     layers: Annotated[int | str | list[int], BeforeValidator(_layers)] | None = Field(
         default=None,
@@ -94,8 +95,12 @@ class TargetSection(Section):
         default=None, description="budget: of all parameters, or below 1 a share of those outside embedding and head"
     )
     memory: Positive | None = Field(default=None, description="budget: bytes of weights and of the state at `context`")
+    flops: Positive | None = Field(
+        default=None, description="budget: floating-point operations of a decoded token at `context`"
+    )
     latency: Positive | None = Field(
-        default=None, description="budget: milliseconds a decoded token takes here at `context`"
+        default=None,
+        description="budget: milliseconds a decoded token takes here at `context`, timed in turn with the whole model",
     )
 
     def sizes(self) -> list[str]:
@@ -125,7 +130,9 @@ class Prune(TargetSection):
         description="which layers stay; kl, perplexity: by their rise without the layer; contiguous: all but the block "
         "of least block importance",
     )
-    context: Length = Field(default=4096, description="tokens before the one that a memory or latency budget is about")
+    context: Length = Field(
+        default=4096, description="tokens before the one that a budget of memory, flops or latency is about"
+    )
 
 
 class Calibration(Section):
@@ -333,8 +340,11 @@ class PruneRecipe(RecipeFile):
                     [(*at, sizes[0]), (*at, budgets[0])],
                     f"{label}: {sizes[0]} and {budgets[0]}: a budget has its sizes searched; leave out one of them",
                 )
-            if len(budgets) > 1:
-                yield [(*at, name) for name in budgets], f"{label}: {' and '.join(budgets)}; give one budget"
+            if len(budgets) > 1 and "latency" in budgets:
+                yield (
+                    [(*at, name) for name in budgets],
+                    f"{label}: {' and '.join(budgets)}: a latency is timed, and never met for sure; give it alone",
+                )
         if prune.rounds > 1 and prune.layers is not None and not isinstance(prune.layers, int):
             yield (
                 [("prune", "layers"), ("prune", "rounds")],

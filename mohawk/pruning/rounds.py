@@ -147,7 +147,7 @@ class Rounds:
         if number == len(self.plan.rounds):
             budget = self.plan.rounds[0].budget
             assert budget is not None  # or there was no mix
-            sizes = within(costs_of(self.run.recipe, base.config, budget.kind, self.run.device), budget, sizes, kept)
+            sizes = within(costs_of(self.run.recipe, base.config, budget, self.run.device), budget, sizes, kept)
         return sizes, kept
 
     def _check_budget(self, number: int, smaller: PreTrainedModel) -> None:
@@ -156,7 +156,7 @@ class Rounds:
         budget = last.budget if self.run.recipe.prune.targets else self.plan.rounds[0].budget
         if number < len(self.plan.rounds) or budget is None or budget.kind == "latency":  # a timing is told by search
             return
-        cost = costs_of(self.run.recipe, smaller.config, budget.kind, self.run.device).of(smaller.config)
+        cost = costs_of(self.run.recipe, smaller.config, budget, self.run.device).of(smaller.config)
         if budget.exceeded(cost):
             self.run.console.print(
                 f"[bold]{last.where}[/bold]: the model has {budget.told(cost)}, more than the budget of "
@@ -273,7 +273,7 @@ class Rounds:
         planned = number == 1 and (alike or budget.kind == "latency")
         costs = round_.costs if planned else None
         if costs is None:
-            costs = costs_of(self.run.recipe, base.config, budget.kind, self.run.device)
+            costs = costs_of(self.run.recipe, base.config, budget, self.run.device)
             if not from_first((folder / SEARCH).is_file):  # whose candidates are kept
                 found = from_first(lambda: found_for(self.run.recipe, costs, budget, round_.where, kept))
         light = self._light_healing(number) if self.run.recipe.search.tokens else None
@@ -282,6 +282,7 @@ class Rounds:
             make=lambda sizes: self._trainable(base, choose(scores, sizes, layers=layers)),
             console=self.run.console,
         )  # fmt: skip
+        costs.let_go()
         plot = plot_file(self.run.folder, f"search_{number}")
         state = self._search_so_far(number)
         assert state is not None  # the search has written it
@@ -290,7 +291,7 @@ class Rounds:
 
     def _light_healing(self, number: int) -> Callable[[int, PreTrainedModel], None]:
         folder = self.folder(number)
-        asked = {"tokens": self.run.recipe.search.tokens, "advance": None}
+        asked = {"tokens": self.run.recipe.search.tokens, "epochs": None, "advance": None}
 
         # checkpoints and metrics are none of the run's
         trainer = StageTrainer(replace(self.run, folder=folder, recompute=set()))

@@ -22,13 +22,14 @@ from mohawk.core.processes import from_first, on_first
 from mohawk.core.run_folder import SEARCH
 from mohawk.errors import UserError
 from mohawk.loading.describe import state_sizes
-from mohawk.measures.compare import Comparison, decode_speed
+from mohawk.measures.compare import Comparison, decode_ratio, decode_speed
 from mohawk.models.casting import cast
 from mohawk.models.cutting.sizes import Sizes, sized_config, sizes_of
 from mohawk.models.families import needed_attention
 from mohawk.pruning.sizes import (
     WIDTHS,
     empty_model,
+    flops_of,
     narrower,
     parameters_of,
     sizes_header,
@@ -43,19 +44,42 @@ from mohawk.runs.tables import print_tables
 
 log = logging.getLogger(__name__)
 
-TIMED_TOKENS = 16  # decoded for one measurement of latency; the median counts
+PAIRS = 48  # of steps of a model and of the one that it is cut from, one right after the other
+# of a budget's kind
 UNITS = {"parameters": "parameters", "nonembedding": "parameters outside embedding and head", "memory": "bytes",
-         "latency": "ms a token"}  # fmt: skip
+         "flops": "FLOPs a token", "latency": "ms a token", "several": "of the budget that is used most"}  # fmt: skip
 Kept = Callable[[int], Sequence[int]]  # how many layers -> which
+Each = Callable[[Sizes], tuple[float, ...]]  # sizes -> the cost, or of several budgets the share of each
 
 
 @dataclass(frozen=True)
 class Budget:
-    """kind: one of UNITS. value: in that unit. tolerance: share of it that may be left (latency: or exceeded)."""
+    """kind: one of UNITS. value: in that unit. tolerance: share of it that may be left (latency: or exceeded). parts:
+    budgets that are met together, of kind several, whose value is 1: a model is within all and uses up one."""
 
     kind: str
     value: float
     tolerance: float = 0.03
+    parts: tuple[Budget, ...] = ()
+
+    @classmethod
+    def of(cls, given: dict[str, Any]) -> Budget:
+        """From `asdict` of one, as JSON gives it back."""
+        return cls(**{**given, "parts": tuple(cls.of(part) for part in given.get("parts", ()))})
+
+    @classmethod
+    def together(cls, budgets: Sequence[Budget], tolerance: float) -> Budget:
+        """One budget of one or several. Raises ValueError where one of several is a latency, which is timed."""
+        if len(budgets) == 1:
+            return budgets[0]
+        if any(budget.kind == "latency" for budget in budgets):
+            raise ValueError("latency beside other budgets: it is timed, and never met for sure; give it alone")
+        return cls("several", 1.0, tolerance, tuple(budgets))
+
+    def covers(self, other: Budget) -> bool:
+        """Whether all that is within the other is within this one."""
+        mine, theirs = ({part.kind: part.value for part in one.parts or (one,)} for one in (self, other))
+        return all(kind in theirs and theirs[kind] <= value for kind, value in mine.items())
 
     def exceeded(self, cost: float) -> bool:
         return cost > (1 + (self.tolerance if self.kind == "latency" else 1e-9)) * self.value
@@ -65,7 +89,14 @@ class Budget:
         return (1 - self.tolerance) * self.value <= cost and not self.exceeded(cost)
 
     def told(self, cost: float) -> str:
-        return f"{cost:.4g} ms a token" if self.kind == "latency" else f"{cost:,.0f} {UNITS[self.kind]}"
+        if self.kind == "several":
+            of = " and ".join(part.told(part.value) for part in self.parts)
+            return of if cost == self.value else f"{cost:.1%} of {of}, of the one that it uses most"
+        return f"{self.number(cost)} {UNITS[self.kind]}"
+
+    def number(self, cost: float) -> str:
+        """A cost without its unit."""
+        return f"{cost:.4g}" if self.kind == "latency" else f"{cost:.1%}" if self.parts else f"{cost:,.0f}"
 
 
 class Costs:
@@ -73,7 +104,9 @@ class Costs:
 
     Args:
         config: of the model that is cut.
-        kind: one of UNITS. Latency builds the model with random weights and times it here.
+        budget: whose unit it is, or its kind. Of several budgets a cost is the largest share of one. Latency builds the
+            model with random weights and times it here beside the one that it is cut from, step by step in turn: it is
+            the latter's, measured once, times the median ratio, which other work on the machine changes little.
         context: tokens that the state (memory) and the decoded token (latency) come after.
         dtype: of the weights.
         convert: options of `hybrid_from_teacher`: costs are those of the hybrid that the cut model becomes.
@@ -83,41 +116,81 @@ class Costs:
     def __init__(
         self,
         config: Any,
-        kind: str,
+        budget: Budget | str,
         *,
         context: int = 4096,
         dtype: str = "float32",
         convert: dict[str, Any] | None = None,
         device: str | torch.device = "cpu",
     ):
-        self.config, self.kind, self.context, self.convert = config, kind, context, convert
+        self.config, self.context, self.convert = config, context, convert
+        self.budget = Budget(budget, 1.0) if isinstance(budget, str) else budget
         self.dtype, self.device = getattr(torch, dtype), torch.device(device)
-        self._known: dict[tuple[Sizes, tuple[int, ...]], float] = {}
+        self._known: dict[tuple[Sizes, tuple[int, ...]], tuple[float, ...]] = {}
+        self._whole: PreTrainedModel | None = None  # what latencies are measured beside
+        self._milliseconds: float | None = None  # its own, of a token; measured once
 
     def __call__(self, sizes: Sizes, layers: Sequence[int]) -> float:
+        return max(self.each(sizes, layers))
+
+    def each(self, sizes: Sizes, layers: Sequence[int]) -> tuple[float, ...]:
+        """The cost, or of several budgets the share of each."""
         key = (sizes, tuple(layers))
         if key not in self._known:
-            self._known[key] = self.of(sized_config(self.config, sizes, layers))
+            self._known[key] = self._of(sized_config(self.config, sizes, layers))
         return self._known[key]
 
     def known(self, sizes: Sizes, layers: Sequence[int]) -> float | None:
         """What has been counted or measured already."""
-        return self._known.get((sizes, tuple(layers)))
+        found = self._known.get((sizes, tuple(layers)))
+        return None if found is None else max(found)
 
     def of(self, config: Any) -> float:
         """The cost of a model of this configuration."""
+        return max(self._of(config))
+
+    def let_go(self) -> None:
+        """Free the model that latencies are measured beside; what it took is kept."""
+        self._whole = None
+
+    def _of(self, config: Any) -> tuple[float, ...]:
         model = empty_model(config, self.convert)
-        total, inside = parameters_of(model)
-        if self.kind in ("parameters", "nonembedding"):
-            return float(total if self.kind == "parameters" else inside)
         model.config.dtype = self.dtype
-        if self.kind == "memory":
-            return float(total * self.dtype.itemsize + sum(state_sizes(model, self.context)))
-        needed, room = total * self.dtype.itemsize + sum(state_sizes(model, self.context)), device_bytes(self.device)
+        if self.budget.kind == "several":
+            return tuple(self._counted(part.kind, model) / part.value for part in self.budget.parts)
+        if self.budget.kind == "latency":
+            return (self._timed(model),)
+        return (self._counted(self.budget.kind, model),)
+
+    def _counted(self, kind: str, model: PreTrainedModel) -> float:
+        if kind == "flops":
+            return flops_of(model, self.context)
+        if kind == "memory":
+            return float(self._bytes(model))
+        total, inside = parameters_of(model)
+        return float(total if kind == "parameters" else inside)
+
+    def _bytes(self, model: PreTrainedModel) -> int:
+        return parameters_of(model)[0] * self.dtype.itemsize + sum(state_sizes(model, self.context))
+
+    def _timed(self, model: PreTrainedModel) -> float:
+        """Milliseconds of a token, of the whole model times what this one takes of it."""
+        whole = empty_model(self.config, self.convert)
+        whole.config.dtype = self.dtype
+        needed = self._bytes(whole) + self._bytes(model)
+        if self._whole is None:
+            self._whole = self._made(whole, needed)
+        if self._milliseconds is None:
+            self._milliseconds = 1000 / decode_speed(self._whole, [self.context], PAIRS)[0].tokens_per_s
+        return self._milliseconds * decode_ratio(self._made(model, needed), self._whole, self.context, PAIRS)
+
+    def _made(self, model: PreTrainedModel, needed: int) -> PreTrainedModel:
+        """A model of this shape with random weights; needed: the bytes of all that is timed."""
+        room = device_bytes(self.device)
         if needed > MOST * room:
             raise ValueError(
-                f"its decoding is timed with a whole model in one process, which takes {needed / 2**30:.1f} GiB, and "
-                f"may take {MOST:.0%} of {room / 2**30:.1f} GiB here; give a budget of parameters or memory"
+                f"its decoding is timed beside the whole model's in one process, which takes {needed / 2**30:.1f} GiB, "
+                f"and may take {MOST:.0%} of {room / 2**30:.1f} GiB here; give a budget of parameters or memory"
             )
         config = model.config
         with torch.random.fork_rng(devices=[]):
@@ -125,8 +198,7 @@ class Costs:
             made = AutoModelForCausalLM.from_config(config, attn_implementation=needed_attention(config))
         cast(made, self.dtype)
         # pyrefly: ignore[bad-argument-type]  # transformers wraps `to` and loses its parameters
-        made = made.to(self.device).eval()
-        return 1000 / decode_speed(made, [self.context], TIMED_TOKENS)[0].tokens_per_s
+        return made.to(self.device).eval()
 
 
 def candidates(
@@ -159,6 +231,9 @@ def candidates(
     def cost(sizes: Sizes) -> float:
         return costs(sizes, of(sizes.layers))
 
+    def each(sizes: Sizes) -> tuple[float, ...]:
+        return costs.each(sizes, of(sizes.layers))
+
     whole = cost(own)
     if whole <= budget.value:
         raise UserError(f"the model already has {budget.told(whole)}; allowed: a budget below that")
@@ -168,7 +243,7 @@ def candidates(
     found: list[Sizes] = []
     for depth in reversed(tried):
         for width in widths:
-            fitted = _fitted(costs.config, replace(own, layers=depth), width, budget, cost, of(depth))
+            fitted = _fitted(costs.config, replace(own, layers=depth), width, budget, each, of(depth))
             if fitted is not None and fitted not in found:
                 found.append(fitted)
     if not found:
@@ -206,10 +281,12 @@ def _narrowest(config: Any, own: Sizes, depths: Sequence[int], width: str) -> Si
     return replace(path[-1], layers=depths[0], ffn=min(path[-1].ffn, unit(own.ffn))) if path else None
 
 
-def _fitted(
-    config: Any, full: Sizes, width: str, budget: Budget, cost: Callable[[Sizes], float], layers: Sequence[int]
-) -> Sizes | None:
+def _fitted(config: Any, full: Sizes, width: str, budget: Budget, each: Each, layers: Sequence[int]) -> Sizes | None:
     """The sizes of so many layers that use up the budget, as evenly narrow as can be; None: there are none."""
+
+    def cost(sizes: Sizes) -> float:
+        return max(each(sizes))
+
     if budget.holds(cost(full)):
         return full
     if cost(full) < budget.value:
@@ -229,21 +306,22 @@ def _fitted(
     if budget.kind == "latency":
         near = [point for point in path[max(0, low - 1) : low + 1] if budget.holds(cost(point))]
         return min(near, key=lambda point: abs(cost(point) - budget.value), default=None)
-    fitted = [_fit_ffn(full, point, budget, cost) for point in path[max(0, low - 2) : low + 3]]
+    fitted = [_fit_ffn(full, point, budget, each) for point in path[max(0, low - 2) : low + 3]]
     return min((f for f in fitted if f is not None), key=lambda f: _unevenness(full, f, width), default=None)
 
 
-def _fit_ffn(full: Sizes, point: Sizes, budget: Budget, cost: Callable[[Sizes], float]) -> Sizes | None:
-    """The point with as many neurons as the budget has room for: its costs are a straight line in them."""
-    least = cost(replace(point, ffn=1))
-    each = (cost(replace(point, ffn=full.ffn)) - least) / max(1, full.ffn - 1)
-    room = 1 + (budget.value * (1 + 1e-12) - least) / each if each > 0 else full.ffn
+def _fit_ffn(full: Sizes, point: Sizes, budget: Budget, each: Each) -> Sizes | None:
+    """The point with as many neurons as the budget has room for: its costs are straight lines in them."""
+    room = float(full.ffn)
+    for least, most in zip(each(replace(point, ffn=1)), each(replace(point, ffn=full.ffn)), strict=True):
+        slope = (most - least) / max(1, full.ffn - 1)
+        room = min(room, 1 + (budget.value * (1 + 1e-12) - least) / slope) if slope > 0 else room
     if room < 1:
         return None
     neurons, step = min(full.ffn, int(room)), unit(full.ffn)
     while step:  # the roundest number that leaves no more than the tolerance
         fitted = replace(point, ffn=max(1, neurons // step * step))
-        if budget.holds(cost(fitted)):
+        if budget.holds(max(each(fitted))):
             return fitted
         step //= 2
     return None
@@ -253,12 +331,9 @@ def within(costs: Costs, budget: Budget, sizes: Sizes, layers: Sequence[int]) ->
     """The sizes, with as many neurons fewer as it takes to be within a budget of parameters or memory; the same where
     no number of neurons is."""
 
-    def cost(one: Sizes) -> float:
-        return costs(one, layers)
-
-    if budget.kind == "latency" or not budget.exceeded(cost(sizes)):
+    if budget.kind == "latency" or not budget.exceeded(costs(sizes, layers)):
         return sizes
-    return _fit_ffn(sizes, sizes, replace(budget, tolerance=1.0), cost) or sizes
+    return _fit_ffn(sizes, sizes, replace(budget, tolerance=1.0), lambda one: costs.each(one, layers)) or sizes
 
 
 def _unevenness(full: Sizes, sizes: Sizes, width: str) -> float:
@@ -330,7 +405,8 @@ def search_table(state: dict[str, Any]) -> tuple[str, list[str], list[list[str]]
     """A finished search as a table of strings, the best candidate first."""
     rows = sorted(enumerate(state["candidates"]), key=lambda item: _rank(item[1]))
     header = ["candidate", *sizes_header(Sizes(**rows[0][1]["sizes"])), "parameters"]
-    counted = state["budget"]["kind"] in ("parameters", "nonembedding")
+    budget = Budget.of(state["budget"])
+    counted = budget.kind in ("parameters", "nonembedding")
     header += [] if counted else [state["unit"]]
     healed = any(row["kl"] != row["kl_as_cut"] for _, row in rows)
     header += ["KL as cut", *["KL healed"] * healed, "perplexity"]
@@ -339,9 +415,8 @@ def search_table(state: dict[str, Any]) -> tuple[str, list[str], list[list[str]]
         line = [f"{number + 1}" + (" (picked)" if number == state["picked"] else "")]
         line += [*sizes_row(Sizes(**row["sizes"])), f"{row['parameters']:,}"]
         if not counted:
-            line.append(f"{row['cost']:.4g}" if state["budget"]["kind"] == "latency" else f"{row['cost']:,.0f}")
+            line.append(budget.number(row["cost"]))
         line += [f"{row['kl_as_cut']:.4f}", *[f"{row['kl']:.4f}"] * healed, f"{row['perplexity']:.2f}"]
         lines.append(line)
-    budget = Budget(**state["budget"])
     how = "after equal light healing" if healed else "as cut"
     return f"Candidates within {budget.told(budget.value)}, {how}", header, lines

@@ -11,7 +11,9 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from mohawk.conversion.footprint import used_parameters
 from mohawk.conversion.plan import parameter_kind
+from mohawk.loading.describe import describe_layers
 from mohawk.models.cutting.cuts import resolve_layers
 from mohawk.models.cutting.sizes import (
     Sizes,
@@ -22,7 +24,9 @@ from mohawk.models.cutting.sizes import (
     sizes_of,
     ssm_layers,
 )
+from mohawk.models.decoders import decoder
 from mohawk.models.families import decoder_shape, needed_attention
+from mohawk.models.formats.stock import mixer_in, stock_mixer
 
 WIDTHS = ("all", "inner", "ffn")  # what a narrower model has less of: everything, heads and MLPs, MLPs
 
@@ -147,6 +151,26 @@ def parameters_of(model: PreTrainedModel) -> tuple[int, int]:
     ends = {id(p): p for part in both if part is not None for p in part.parameters()}
     total = sum(p.numel() for p in model.parameters())
     return total, total - sum(p.numel() for p in ends.values())
+
+
+def flops_of(model: PreTrainedModel, context: int) -> float:
+    """Floating-point operations of one decoded token after `context` others: 2 for each weight that it is multiplied
+    with (of a mixture of experts, those of the experts it is sent to), the head's too; 4 x head size in each query head
+    for each token that attention reaches; 6 for each entry of a mixer's state."""
+    config, layers = base_config(model.config), decoder(model)[1]
+    head = model.get_output_embeddings()
+    found = 2.0 * sum(used_parameters(layer, config) for layer in layers) + 2 * head.weight.numel()
+    for layer, described in zip(layers, describe_layers(model), strict=True):
+        if described.token_bytes:
+            shape = decoder_shape(config)
+            reached = context if described.window is None else min(context, described.window)
+            found += 4 * shape.num_heads * shape.head_dim * reached
+            continue
+        mixer = mixer_in(layer)
+        stock = stock_mixer(mixer)
+        entries = stock.state_elements if stock else mixer.num_heads * mixer.head_dim * mixer.state_size
+        found += 6 * entries
+    return found
 
 
 def parameters_by_kind(model: PreTrainedModel) -> dict[str, int]:

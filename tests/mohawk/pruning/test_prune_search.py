@@ -3,7 +3,7 @@
 import copy
 import json
 from contextlib import nullcontext
-from dataclasses import replace
+from dataclasses import asdict, replace
 from types import SimpleNamespace
 
 import pytest
@@ -14,9 +14,11 @@ from mohawk import MinitronPruner
 from mohawk.cli import main
 from mohawk.core.json_files import read_json, write_json
 from mohawk.errors import UserError
+from mohawk.measures import compare
 from mohawk.measures.compare import DecodeSpeed, decode_speed
 from mohawk.models.cutting.cuts import cut
 from mohawk.models.cutting.sizes import sized_config, sizes_of
+from mohawk.models.decoders import decoder
 from mohawk.models.from_teacher import hybrid_from_teacher
 from mohawk.models.hybrid import HybridForCausalLM
 from mohawk.pruning import baselines as importance_baselines
@@ -90,28 +92,100 @@ def test_memory_is_what_weights_and_state_take(convert, dtype):
 def test_latency_is_measured_on_random_weights_of_the_shape(monkeypatch):
     config = tiny_teacher().config
     assert 0.01 < Costs(config, "latency", context=8)(sizes_of(config), range(4)) < 1000
-    seen = []
+    seen, whole = [], []
 
     def timed(model, contexts, tokens):  # a machine that takes a microsecond a parameter
+        whole.append(sum(p.numel() for p in model.parameters()))
+        return [DecodeSpeed(contexts[0], 1e6 / whole[-1], 0)]
+
+    def beside(model, other, context, pairs):
+        assert sum(p.numel() for p in other.parameters()) == whole[0]
         seen.append(sum(p.numel() for p in model.parameters()))
-        return [DecodeSpeed(contexts[0], 1e6 / seen[-1], 0)]
+        return seen[-1] / whole[0]
 
     monkeypatch.setattr(prune_search, "decode_speed", timed)
+    monkeypatch.setattr(prune_search, "decode_ratio", beside)
     costs = Costs(config, "latency", context=8)
     before = torch.get_rng_state()
     found = candidates(costs, Budget("latency", 0.6 * config_parameters(config)[0] / 1000, 0.1), steps=2)
     assert torch.equal(torch.get_rng_state(), before) and len(seen) == len(set(costs._known))  # each timed once
+    assert len(whole) == 1
     for sizes in found:
         ms = config_parameters(sized_config(config, sizes, spread(4, sizes.layers)))[0] / 1000
         assert abs(ms / (0.6 * config_parameters(config)[0] / 1000) - 1) <= 0.1
     assert len(found) >= 2
 
 
+def test_other_work_on_the_machine_does_not_change_a_ratio(monkeypatch):
+    """The machine gets four times slower amid the pairs, and stands still now and then; the clock is made up."""
+    now, steps = [0.0], [0]
+    small, large = (torch.nn.Linear(1, 1) for _ in range(2))
+
+    class Output(dict):
+        logits = torch.zeros(1, 1, 4)
+
+    def step(model, ids, start, cache):
+        steps[0] += 1
+        load = 4.0 if steps[0] > 40 else 1.0
+        now[0] += (3.0 if model is large else 1.0) * load + (50.0 if steps[0] % 13 == 0 else 0.0)
+        return Output({compare.CACHE: None})
+
+    for model in (small, large):
+        model.config = SimpleNamespace(get_text_config=lambda: SimpleNamespace(vocab_size=4))
+        model.device = torch.device("cpu")
+    monkeypatch.setattr(compare, "_step", step)
+    monkeypatch.setattr(compare, "plain_model", lambda model: model)
+    monkeypatch.setattr(compare.time, "perf_counter", lambda: now[0])
+    assert compare.decode_ratio(small, large, 3) == pytest.approx(1 / 3)
+    assert compare.decode_ratio(large, small, 3) == pytest.approx(3.0)
+
+
+@pytest.mark.parametrize(
+    ("tightest", "convert"),
+    [("parameters", None), ("flops", None), ("memory", {"ssm_layers": "every_second", "mixer": "mamba2"})],
+)
+def test_budgets_are_met_together(tightest, convert):
+    """Within each of them, as counted from models that are there; the tightest is used up."""
+    config, context = tiny_teacher().config, 40
+    options = {"context": context, "dtype": "bfloat16", "convert": convert}
+    own = sizes_of(config)
+    whole = {kind: Costs(config, kind, **options)(own, range(4)) for kind in ("parameters", "memory", "flops")}
+    budgets = [Budget(kind, (0.6 if kind == tightest else 0.8) * cost, 0.1) for kind, cost in whole.items()]
+    budget = Budget.together(budgets, 0.1)
+    (sizes,) = candidates(Costs(config, budget, **options), budget, depths=[3], widths=["all"])
+    model = built(config, sizes, spread(4, 3))
+    model = (model if convert is None else hybrid_from_teacher(model, **convert)).to(torch.bfloat16)
+    total = sum(p.numel() for p in model.parameters())
+    state = decode_speed(model, [context], 1)[0].state_bytes
+    costs = {"parameters": total, "memory": 2 * total + state, "flops": flops_by_hand(model, context)}
+    shares = {one.kind: costs[one.kind] / one.value for one in budgets}
+    assert max(shares, key=shares.get) == tightest and 0.9 <= shares[tightest] <= 1 + 1e-9, shares
+    assert Budget.of(asdict(budget)) == budget and budget.number(0.95) == "95.0%"
+    assert budget.told(1.0).count(" and ") == 2 and "95.0% of" in budget.told(0.95)
+    with pytest.raises(ValueError, match="latency beside other budgets: it is timed"):
+        Budget.together([Budget("latency", 1.0), Budget("memory", 1.0)], 0.1)
+    tighter = Budget.together([replace(part, value=part.value / 2) for part in budget.parts], 0.1)
+    assert budget.covers(tighter) and not tighter.covers(budget) and budget.parts[0].covers(tighter)
+
+
+def flops_by_hand(model, context):
+    """Each weight matrix once, attention over the context, and mixers' states."""
+    found = 2 * model.get_output_embeddings().weight.numel()
+    for layer in decoder(model)[1]:
+        found += 2 * sum(p.numel() for p in layer.parameters())
+        mixer = layer.self_attn
+        if hasattr(mixer, "state_size"):
+            found += 6 * mixer.num_heads * mixer.head_dim * mixer.state_size
+        else:
+            found += 4 * context * mixer.q_proj.out_features
+    return found
+
+
 def test_a_latency_is_not_timed_where_no_process_holds_the_model(monkeypatch):
     config = tiny_teacher().config
     needed = 4 * config_parameters(config)[0]
     monkeypatch.setattr(prune_search, "device_bytes", lambda device: needed)
-    with pytest.raises(ValueError, match="timed with a whole model in one process.* give a budget of parameters"):
+    with pytest.raises(ValueError, match="timed beside the whole model's in one process.* give a budget of parameters"):
         Costs(config, "latency", context=8)(sizes_of(config), range(4))
 
 
