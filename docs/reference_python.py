@@ -59,6 +59,7 @@ TYPES = {
     "Answers": "texts, or their ids: a tensor (b, m) padded with -100 or the tokenizer's padding, or lists; None in a "
     "list: that row has none",
     "CausalLM": "a causal language model of transformers, or peft's model around one",
+    "Confidence": '`False`, `True`, `"label"` or `"entropy"`',
     "Dense": "`TeacherLogits` or `TeacherHidden`",
     "Examples": "prompts and responses that both tokenizers have read: a recipe makes them of its pairs",
     "KDParts": "a named tuple of the loss's two terms, `kd` (with its T²) and `ce`, before their weights, detached",
