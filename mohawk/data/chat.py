@@ -154,7 +154,7 @@ class ChatTemplate:
         if turns == "last":
             learned = [i for i in learned if i == last]
         found: list[Example] = []
-        text = ""  # of the last example
+        before = text = ""  # the prompt of the last answer, and the whole last example
         for i in learned:
             before, answer, end = self._answer(messages, i, tools, where, generated and i == last)
             end = "" if cut and i == last else end

@@ -29,6 +29,8 @@ from mohawk.data.source_files import (
 )
 from mohawk.errors import UserError, is_refusal
 
+CHUNK = 1000  # rows of a Parquet file that are in memory at once
+
 
 @dataclass(frozen=True)
 class Prompt:
@@ -88,13 +90,17 @@ def read_records(source: Any) -> Iterator[tuple[str, dict[str, Any]]]:
     source = as_source(source)
     files, form = local_files(source)
     check_written(files)
-    if not files or form == "parquet":
+    if not files:
         dataset = load_rows(source, files, form)
         for i, row in rows_of(dataset, source):
             yield f"{source.source} row {i}", row
         return
     if source.split != "train":
         raise UserError(f"{source.source}: lines of a file have no splits, got {source.split!r}; leave it out")
+    if form == "parquet":  # read where it lies: `datasets` would keep a copy
+        rows = (row for path in files for batch in _parquet_batches(path, CHUNK) for row in batch[1])
+        yield from ((f"{source.source} row {i}", row) for i, row in enumerate(rows))
+        return
     for path in files:
         if form == "jsonl":
             yield from _json_lines(path)
@@ -128,7 +134,17 @@ def first_records(source: Any, count: int) -> Iterator[tuple[str, dict[str, Any]
 
 
 def _parquet_rows(path: Path, count: int) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The first rows of a file, without the contents of columns of bytes, such as images."""
+    """The first rows of a file; of one without rows its columns, each None."""
+    names, rows = next(_parquet_batches(path, count))
+    if not rows:
+        yield str(path), dict.fromkeys(names)
+    for i, row in enumerate(rows):
+        yield f"{path} row {i}", row
+
+
+def _parquet_batches(path: Path, count: int) -> Iterator[tuple[list[str], list[dict[str, Any]]]]:
+    """(names of the columns, rows) of a file, at most so many rows at a time and one batch at least, without the
+    contents of columns of bytes, such as images."""
     from pyarrow import ArrowException, types
     from pyarrow.parquet import ParquetFile
 
@@ -137,17 +153,16 @@ def _parquet_rows(path: Path, count: int) -> Iterator[tuple[str, dict[str, Any]]
             fields = {field.name: field.type for field in file.schema_arrow}
             columns = [name for name, kind in fields.items() if not types.is_large_binary(kind)]
             columns = [name for name in columns if not types.is_binary(fields[name])]
-            batch = next(file.iter_batches(count, columns=columns), None)
-            rows = [] if batch is None else batch.to_pylist()
+            nothing, empty = dict.fromkeys(fields), True
+            for batch in file.iter_batches(count, columns=columns):
+                empty = False
+                yield list(fields), [nothing | row for row in batch.to_pylist()]
+            if empty:
+                yield list(fields), []
     except (ArrowException, OSError, UnicodeDecodeError) as error:
         if is_refusal(error):
             raise
         raise UserError(f"{path}: cannot be read as Parquet ({str(error).splitlines()[0]}); check the file") from error
-    nothing = dict.fromkeys(fields)
-    if not rows:
-        yield str(path), nothing
-    for i, row in enumerate(rows):
-        yield f"{path} row {i}", nothing | row
 
 
 def content_hash(content: Any) -> str:

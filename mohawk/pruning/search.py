@@ -65,7 +65,8 @@ class Budget:
     @classmethod
     def of(cls, given: dict[str, Any]) -> Budget:
         """From `asdict` of one, as JSON gives it back."""
-        return cls(**{**given, "parts": tuple(cls.of(part) for part in given.get("parts", ()))})
+        parts = tuple(cls.of(part) for part in given.get("parts", ()))
+        return cls(given["kind"], given["value"], given["tolerance"], parts)
 
     @classmethod
     def together(cls, budgets: Sequence[Budget], tolerance: float) -> Budget:

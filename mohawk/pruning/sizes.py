@@ -159,6 +159,7 @@ def flops_of(model: PreTrainedModel, context: int) -> float:
     for each token that attention reaches; 6 for each entry of a mixer's state."""
     config, layers = base_config(model.config), decoder(model)[1]
     head = model.get_output_embeddings()
+    assert head is not None  # of a causal language model
     found = 2.0 * sum(used_parameters(layer, config) for layer in layers) + 2 * head.weight.numel()
     for layer, described in zip(layers, describe_layers(model), strict=True):
         if described.token_bytes:

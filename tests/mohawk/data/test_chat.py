@@ -210,6 +210,22 @@ def test_packed_rows_hold_the_same(read, tokenizers):
     assert short.truncated == 1 and runs(tokenizer, ids, labels != -100) == ["Ünicode no more.<|im_end|>"]
 
 
+def test_parquet_is_read_where_it_lies(tmp_path, tokenizers, monkeypatch):
+    """A column of messages, in which Arrow puts None where one has not what another has; no copy is made of it."""
+    import pyarrow
+    import pyarrow.parquet
+
+    called = openai('{"city": "Bonn"}')["messages"]
+    table = pyarrow.table({"messages": [TALK, called, TALK[:1]], "image": [b"\xff", None, None]})
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet", row_group_size=1)
+    monkeypatch.setattr("mohawk.data.source_files.load_rows", None)
+    monkeypatch.setattr("mohawk.data.records.load_rows", None)
+    pairs = read_pairs([tmp_path / "a.parquet"], tokenizers["qwen"], cache=tmp_path / "cache")
+    call = '<tool_call>\n{"name": "weather", "arguments": {"city": "Bonn"}}\n</tool_call><|im_end|>'
+    answers = [turn["content"] + "<|im_end|>" for turn in TALK[1::2]]
+    assert learned(pairs, tokenizers["qwen"]) == [answers, [call, "Mild.<|im_end|>"]]
+
+
 def test_samples_begin_where_each_answer_does(read, tokenizers):
     """On-policy: behind the header of every answer of a chat, with all that was said before; ended as a turn is."""
     tokenizer = tokenizers["qwen"]

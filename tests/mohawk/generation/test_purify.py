@@ -267,7 +267,7 @@ def test_a_file_of_votes_becomes_pairs(files, tmp_path, tokenizer, capsys):
     ]
     printed = capsys.readouterr()
     assert printed.out == f"2 prompts in {output}: 2 by vote\n"
-    assert "1 of 2 responses match none of the 9 templates" in printed.err
+    assert "1 of 2 responses match none of the 10 templates" in printed.err
     pairs = list(rationale_pairs(read_rationales([output])))
     assert [pair["response"] for pair in pairs] == ["2", "One and one.", "4", "twice two"]
     # what is there stays

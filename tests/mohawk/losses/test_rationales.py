@@ -112,7 +112,7 @@ def test_records_of_files(tmp_path, caplog):
         {"prompt": "4+4?", "teacher": "small", "label": "8", "rationale": None, "where": f"{second}:2"},
     ]
     (said,) = [record.getMessage() for record in caplog.records]
-    assert said.startswith("1 of 3 responses match none of the 9 templates") and said.endswith(f"{first}:3")
+    assert said.startswith("1 of 3 responses match none of the 10 templates") and said.endswith(f"{first}:3")
 
 
 def test_teachers_are_told_apart_by_their_files(tmp_path):
