@@ -42,7 +42,7 @@ def masking_of(recipe: DistillRecipe, tokenizer: PreTrainedTokenizerBase, *, dyn
 
 def label_fields(recipe: DistillRecipe) -> LabelFields:
     """Which fields of a row are text, pair and class, and what the teacher's classes are called. Raises UserError."""
-    config = load_config(recipe.teacher.model, **recipe.teacher.where, task=recipe.task)
+    config: Any = load_config(recipe.teacher.model, **recipe.teacher.where, task=recipe.task)
     return LabelFields(recipe.data.label_field, recipe.data.pair_field, class_names(config), config.num_labels)
 
 

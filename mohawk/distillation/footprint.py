@@ -135,7 +135,7 @@ def stage_footprint(
         found["autocast copies"] = 2 * copied
     again = 4 * tokens * width * len(layers) + max(kept)
     found["activations"] = again if strategy.recompute else sum(kept)
-    words = config.vocab_size if head else config.num_labels
+    words: Any = config.vocab_size if head else config.num_labels
     add_loss(
         found, head=head, words=words, tokens=tokens, width=width, itemsize=itemsize, parts=parts, layer=max(kept),
         one_pass=stage.batch_size * processes >= stage.rows, triton=triton,

@@ -94,8 +94,8 @@ def opened(
     )  # fmt: skip
 
 
-def read_data(recipe: Any, tokenizer: PreTrainedTokenizerBase) -> StageData | EncoderData:
-    """What the stages of a recipe read. Raises UserError, also where a stage's cache is of another text."""
+def read_data(recipe: Any, tokenizer: PreTrainedTokenizerBase) -> Any:
+    """`StageData` or `EncoderData` of a recipe. Raises UserError, also where a stage's cache is of another text."""
     if task_in(recipe) != CAUSAL:
         return EncoderData(recipe, tokenizer)
     data = StageData(recipe, tokenizer)

@@ -61,7 +61,8 @@ class StageTrainer:
     """Trains a run's stages. What is asked of the teacher's weights is kept, as hashing them takes a while."""
 
     def __init__(self, run: RunContext[StageData]):
-        self.run, self.task = run, task_in(run.recipe)
+        self.run = run
+        self.task: Any = task_in(run.recipe)
         self._teacher_hash: str | None = None  # once a cache is compared with it
 
     def train(self, i: int, stage: Stage, student: PreTrainedModel, before: str | None) -> PreTrainedModel:

@@ -447,6 +447,7 @@ class KnowledgeDistiller(Objective["CausalLM"]):
                 divisor = _some(tokens.sum())
                 if self.kd_on == "all" and source is not None:
                     real = self.task.places(batch, "decoder")
+                    assert real is not None  # of words
                     every = torch.where(labels == IGNORED, batch["input_ids"], labels).masked_fill(~real, IGNORED)
                     only = replace(own, ce_weight=0.0)
                     loss = loss + self._logit_loss(source, hidden, head, every, None, _some(counts[-len(PARTS)]), only)
@@ -467,7 +468,7 @@ class KnowledgeDistiller(Objective["CausalLM"]):
         for i, (name, matching) in enumerate(matchings.items()):
             assert whole is not None  # asked above
             by_row, found, every = matching.by_row, count, counts[1:].sum()
-            compared = batch
+            compared: Mapping[str, Any] = batch
             if self.task is not CAUSAL_LM:
                 where = PARTS.index(matching.part)
                 every, found = counts[where - len(PARTS)], self._places(batch, matching.part)

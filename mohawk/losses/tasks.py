@@ -142,7 +142,8 @@ class Classification(_Aligned):
         return Head(torch.eye(self.words(model), dtype=like.dtype, device=like.device))
 
     def words(self, model: CausalLM) -> int:
-        return plain_model(model).config.num_labels
+        config: Any = plain_model(model).config
+        return config.num_labels
 
     def labels(self, batch: Mapping[str, Tensor]) -> Tensor:
         return batch["labels"].unsqueeze(1)

@@ -276,7 +276,8 @@ def teacher_in_parts(teacher: object) -> bool:
 def check_together(combine: str, configs: Sequence[PretrainedConfig], task: str = CAUSAL_LM.name) -> None:
     """UserError where teachers of these configurations have no common answer."""
     if task == "classification":
-        if len(counts := {config.num_labels for config in configs}) > 1:
+        counts: set[Any] = {config.num_labels for config in configs}
+        if len(counts) > 1:
             given = ", ".join(map(str, sorted(counts)))
             raise UserError(f"teachers: they tell {given} classes; give teachers of the same classes")
         return
