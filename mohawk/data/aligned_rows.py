@@ -136,8 +136,8 @@ class TokenAligner:
         made: list[int] = []
         of: list[int] = []
         spans: list[Span] = []
-        cuts = np.flatnonzero(np.diff(segments, prepend=segments[0] - 1))
-        for start, stop in zip(cuts.tolist(), [*cuts[1:].tolist(), len(ids)], strict=True):
+        cuts: list[int] = np.flatnonzero(np.diff(segments, prepend=segments[0] - 1)).tolist()
+        for start, stop in zip(cuts, [*cuts[1:], len(ids)], strict=True):
             if segments[start] < 0:
                 continue
             learned = labels[start:stop] != IGNORED
@@ -215,7 +215,9 @@ class TokenAligner:
             ]
             if b"".join(pieces[0]).lstrip(b" ") == b"".join(pieces[1]).lstrip(b" "):
                 pieces = [_without_space_in_front(side) for side in pieces]
-            spans += [(here[0] + a, here[0] + b, there[0] + c, there[0] + d) for a, b, c, d in met_spans(*pieces)]
+            spans += [
+                (here[0] + a, here[0] + b, there[0] + c, there[0] + d) for a, b, c, d in met_spans(pieces[0], pieces[1])
+            ]
         return spans
 
 

@@ -61,10 +61,10 @@ class TokenBytes:
             else:
                 self.of[i] = _bytes_of(token, "ByteLevel" in kinds)
         self.prefix = _in_front(tokenizer)
-        self.adds_space = self.bytes("a") == b" a"
+        self.adds_space = self.written("a") == b" a"
         for text in SAMPLE:
             text = unicodedata.normalize("NFC", text)
-            if (found := self.bytes(text)) not in (text.encode(), b" " + text.encode()):
+            if (found := self.written(text)) not in (text.encode(), b" " + text.encode()):
                 back = shortened(repr(found.decode("utf-8", "replace")[:40]), 60)
                 raise UserError(
                     f"{who}: its tokenizer gives {shortened(repr(text[:40]), 60)} back as {back}, so that its tokens "
@@ -77,7 +77,7 @@ class TokenBytes:
             text = text[1:]  # which comes back as the space in front
         return self.tokenizer(text, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
 
-    def bytes(self, text: str) -> bytes:
+    def written(self, text: str) -> bytes:
         """The bytes of a text's tokens."""
         ids = self.tokenizer(text, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
         return b"".join(self.of[i] for i in ids)
@@ -137,7 +137,7 @@ def shared_tokens(first: TokenBytes, second: TokenBytes, roles: dict[int, int]) 
 
     def by_bytes(tokens: TokenBytes) -> dict[bytes, int]:
         found: dict[bytes, int] = {}
-        names = tokens.tokenizer.convert_ids_to_tokens(range(len(tokens.of)))
+        names = tokens.tokenizer.convert_ids_to_tokens(list(range(len(tokens.of))))
         for i, text in enumerate(tokens.of):
             # a byte of its own may also be a token's whole text, by which texts are then cut
             if text and i not in tokens.special and (text not in found or FALLBACK.fullmatch(names[found[text]] or "")):
@@ -175,23 +175,21 @@ def met_spans(ours: Sequence[bytes], theirs: Sequence[bytes]) -> list[Span]:
     in front and behind is cut; a token without bytes belongs to what is in front of it, and to no span at the start.
     """
     left, right = b"".join(ours), b"".join(theirs)
-    ends = [np.cumsum([0, *map(len, side)]) for side in (ours, theirs)]
+    here, there = (np.cumsum([0, *map(len, side)]) for side in (ours, theirs))
     if left == right:
-        return _between(*ends, 0, len(left))
+        return _between(here, there, 0, len(left))
     front = _in_common(left, right)
     behind = min(_in_common(left[::-1], right[::-1]), min(len(left), len(right)) - front)
-    found = _between(*ends, 0, front)
-    from_end = [side - side[-1] for side in ends]
-    return found + _between(*from_end, -behind, 0)
+    return _between(here, there, 0, front) + _between(here - here[-1], there - there[-1], -behind, 0)
 
 
 def _between(ours: np.ndarray, theirs: np.ndarray, low: int, high: int) -> list[Span]:
     """Spans between the ends that both have from `low` to `high`. ours, theirs: 0 or less, then where tokens end."""
     cuts = np.intersect1d(ours, theirs)
     cuts = cuts[(cuts >= low) & (cuts <= high)]
-    a, c = (np.searchsorted(side, cuts, "right") - 1 for side in (ours, theirs))
-    spans = zip(a[:-1].tolist(), a[1:].tolist(), c[:-1].tolist(), c[1:].tolist(), strict=True)
-    return [span for span in spans if span[0] < span[1] and span[2] < span[3]]
+    own, other = (np.asarray(np.searchsorted(side, cuts, "right") - 1) for side in (ours, theirs))
+    spans = np.stack([own[:-1], own[1:], other[:-1], other[1:]], 1)
+    return [(a, b, c, d) for a, b, c, d in spans.tolist() if a < b and c < d]
 
 
 def _in_common(left: bytes, right: bytes) -> int:

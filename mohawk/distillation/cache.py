@@ -86,7 +86,7 @@ def cache_teacher(
         dataset = rows_of_text
         if tokenizers.teacher is not None:
             dataset = first_before_others(lambda: _of_teacher(recipe, tokenizers, rows_of_text, length, rows))
-        source = about if about is not None else cast(DistillRecipe, recipe).student
+        source: Any = about if about is not None else cast(DistillRecipe, recipe).student
         entries = load_config(source.model, **source.where).get_text_config().vocab_size
         if kind == "top-k":  # before weights are loaded
             check_range("k", k, 1, entries)

@@ -102,6 +102,11 @@ def make_plan(recipe: DistillRecipe, hardware: Hardware | None = None) -> Plan:
     for i, stage in enumerate(recipe.stages):
         if sharded or wish() is not None:
             _check_average(recipe, stage, f"stages.{i} ({stage.name})")
+    if sharded and recipe.align is not None:
+        raise UserError(
+            "align: needs whole models on each process, which are in parts here; set sharding.kind: none, or leave "
+            "align out"
+        )
     return Plan(teacher, first, stages, needs, hardware, sharded)
 
 

@@ -41,8 +41,7 @@ from mohawk.losses.distiller import KnowledgeDistiller, OwnLoss
 from mohawk.losses.on_policy import OnPolicy
 from mohawk.losses.rationale_router import RationaleRouter, RoutedRationales
 from mohawk.losses.teachers import AverageTeacher, CachedTeacher, Ensemble, ModelTeacher
-from mohawk.measures.alone import Alone
-from mohawk.measures.compare import Comparison
+from mohawk.measures.compare import Comparison, compare
 from mohawk.models.casting import cast
 from mohawk.models.sharding import copied, is_sharded
 from mohawk.runs.context import RunContext, measured
@@ -208,7 +207,7 @@ class StageTrainer:
     def _validate(self, student: CausalLM) -> tuple[float, float]:
         """(student's, teacher's) loss on held-out text, nats per token, the latter NaN where the teacher reads no such
         tokens; the same on all processes."""
-        found = on_held_out(self.run, student)
+        found = measured(self.run, student, _held_out(self.run))
         theirs = math.log(found.teacher_perplexity) if isinstance(found, Comparison) else math.nan
         return math.log(found.student_perplexity), theirs
 
@@ -277,7 +276,10 @@ def _copy(run: RunContext, student: CausalLM) -> CausalLM:
     return shape
 
 
-def on_held_out(run: RunContext, student: CausalLM) -> Comparison | Alone:
-    """A student on held-out text, beside the teacher if that reads its tokens, by all processes together."""
-    name = "held_out" if "held_out" in run.texts else next(iter(run.texts))
-    return measured(run, student, run.texts[name])
+def on_held_out(run: RunContext, student: CausalLM) -> Comparison:
+    """A student beside the teacher on held-out text, by all processes together."""
+    return compare(student, _held_out(run), autocast=run.autocast)
+
+
+def _held_out(run: RunContext) -> Any:
+    return run.texts["held_out" if "held_out" in run.texts else next(iter(run.texts))]

@@ -33,7 +33,7 @@ from mohawk.core.run_folder import (
     summed_files,
 )
 from mohawk.core.sums import sha256_of
-from mohawk.data.run_tokenizers import tokenizer_source
+from mohawk.data.run_tokenizers import run_tokenizers, tokenizer_source
 from mohawk.data.source_files import source_content
 from mohawk.data.text import tokenizer_key
 from mohawk.errors import UserError
@@ -45,6 +45,7 @@ log = logging.getLogger(__name__)
 PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "datasets", "accelerate", "triton")
 TOKENIZER = "teacher tokenizer"
 ROLES = "teacher special tokens"
+ALIGNED = "aligned teacher's tokenizer"
 RECORDED = ("inputs", "precision", "versions", "sums")  # of run.json, in the manifests of what a run trained
 # What a model's folder is configured by, besides its weights; a generation's settings decide nothing here.
 CONFIGURATION = ("config.json", "mamba_config.json", "adapter_config.json")
@@ -148,6 +149,10 @@ def inputs_of(recipe: Any, tokenizer: Any) -> Iterator[tuple[str, list[str]]]:
     given = str(tokenizer_source(recipe))
     parts = f"{tokenizer_key(tokenizer)} {tokenizer.chat_template}"
     yield TOKENIZER, [given, hashlib.sha256(parts.encode("utf-8", "surrogatepass")).hexdigest()]
+    theirs = None if getattr(recipe, "align", None) is None else run_tokenizers(recipe).teacher
+    if theirs is not None:
+        parts = f"{tokenizer_key(theirs)} {theirs.chat_template}"
+        yield ALIGNED, [recipe.teacher.model, hashlib.sha256(parts.encode("utf-8", "surrogatepass")).hexdigest()]
     yield ROLES, [given, json.dumps(tokenizer.special_tokens_map, sort_keys=True, default=str)]
 
 
