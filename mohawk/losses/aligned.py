@@ -94,6 +94,7 @@ class AlignedTeacher:
                 )
             teacher = ModelTeacher(teacher)
         self.teacher, self.align = teacher, align
+        self.shared: dict[tuple[int, int, torch.device], _Shared] = {}
         longest = position_rows(plain_model(teacher.model)) if isinstance(teacher, ModelTeacher) else None
         self.aligner = TokenAligner(student_tokenizer, tokenizer, examples=examples, longest=longest)
         if isinstance(teacher, CachedTeacher) and teacher.cache.layout.kind == "samples":
@@ -150,7 +151,7 @@ def aligned_loss(
     if teacher.align == "uld":
         rows = _sorted_distance(answer, of, flat, head, weighed, temperature)
         return Compared(*rows, of.count.new_zeros(()), of.count.sum())
-    shared = _shared(teacher.aligner, answer, head)
+    shared = _shared(teacher, answer, head)
     label, other = answer.student_ids.flatten()[of.first + 1], answer.teacher_ids.flatten()[of.other + 1]
     alone = (of.count == 1) & (of.other_count == 1) & (shared.other_of[label] == other)
     loss, nats = flat.flatten()[:0].sum().float(), flat.new_zeros((), dtype=torch.float32)
@@ -194,10 +195,17 @@ class _Shared:
     other_of: Tensor
 
 
-def _shared(aligner: TokenAligner, answer: AlignedAnswer, head: Head) -> _Shared:
-    device, entries = head.weight.device, len(head.weight)
-    source = answer.source
+def _shared(teacher: AlignedTeacher, answer: AlignedAnswer, head: Head) -> _Shared:
+    """What is shared by vocabularies of these sizes, made once."""
+    source, aligner = answer.source, teacher.aligner
     others = len(source.head) if isinstance(source, TeacherHidden) else len(aligner.teacher.of)
+    key = (len(head.weight), others, head.weight.device)
+    if key not in teacher.shared:
+        teacher.shared[key] = _shared_of(aligner, *key)
+    return teacher.shared[key]
+
+
+def _shared_of(aligner: TokenAligner, entries: int, others: int, device: torch.device) -> _Shared:
     if aligner.same:  # ids mean the same, and so do rows of embeddings beyond the vocabulary
         k = min(entries, others)
         of = torch.arange(entries, device=device)
