@@ -21,7 +21,7 @@ from torch import Tensor
 
 from mohawk.core.precision import MOST, device_bytes
 from mohawk.core.processes import count, from_first, several, wish
-from mohawk.data.chat import chat_template
+from mohawk.data.chat import chat_template, ends_of_turn
 from mohawk.data.messages import Messages, as_messages
 from mohawk.data.records import Prompt
 from mohawk.data.text import tokenizer_key
@@ -134,7 +134,8 @@ class LocalTeacher:
             )
         ends = self.model.generation_config.eos_token_id
         ends = ends if isinstance(ends, list) else [ends]
-        self.ends = sorted({e for e in (*ends, tokenizer.eos_token_id) if e is not None})
+        ends = [*ends, tokenizer.eos_token_id, *(ends_of_turn(tokenizer) if chat else ())]
+        self.ends = sorted({e for e in ends if e is not None})
         self.limit = context_length(model)
 
     def identity(self) -> dict[str, Any]:

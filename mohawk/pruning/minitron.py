@@ -97,7 +97,7 @@ class MinitronPruner:
             raise ValueError(f"context: got {context!r}; allowed: a number of tokens, at least 1")
         self.context = context
         if (target_params is None and not self.limits) == (sizes is None):
-            raise ValueError("give either target_params (or target_memory, target_flops) or sizes")
+            raise ValueError("give either target_params or sizes, or target_memory or target_flops for the former")
         own = sizes_of(teacher.config).layers
         if target_params is not None and (not _is_number(target_params) or 1 <= target_params < 1000):
             raise ValueError(

@@ -12,6 +12,7 @@ from mohawk.models.cutting.sizes import sizes_of
 from mohawk.models.from_teacher import hybrid_from_teacher
 from mohawk.pruning.baselines import random_importance
 from mohawk.pruning.minitron import written_text
+from mohawk.pruning.search import Costs
 from tests.helpers.parameters import config_parameters
 from tests.models.conftest import CUTTABLE, tiny_teacher
 
@@ -95,6 +96,30 @@ def test_named_layers_to_a_target(layers):
     pruner = MinitronPruner(teacher, total * 0.45, calibration=IDS, layers=layers, tolerance=0.1)
     assert pruner.cut().layers == {"every_second": [0, 2], "first:2": [0, 1]}.get(str(layers), [0, 3])
     assert 0.9 * 0.45 * total <= sum(p.numel() for p in pruner.prune().parameters()) <= 0.45 * total
+
+
+def test_targets_of_several_kinds_are_met_together():
+    teacher = tiny_teacher()
+    own, context = sizes_of(teacher.config), 24
+    whole = {kind: Costs(teacher.config, kind, context=context)(own, range(4)) for kind in ("memory", "flops")}
+    limits = {"target_memory": 0.9 * whole["memory"], "target_flops": 0.6 * whole["flops"]}
+    total = config_parameters(teacher.config)[0]
+    pruner = MinitronPruner(
+        teacher, strategy="random", depth=3, context=context, tolerance=0.1, target_params=0.9 * total, **limits
+    )
+    student = pruner.prune()
+    cost = {kind: Costs(student.config, kind, context=context)(sizes_of(student.config), range(3)) for kind in whole}
+    assert sum(p.numel() for p in student.parameters()) <= 0.9 * total and cost["memory"] <= limits["target_memory"]
+    assert 0.9 * limits["target_flops"] <= cost["flops"] <= limits["target_flops"]
+    for wrong, said in (
+        ({"target_memory": -1}, "target_memory: got -1; allowed: a number above 0"),
+        ({"target_flops": 1e6, "context": 0}, "context: got 0; allowed: a number of tokens"),
+        ({"target_flops": 1e6, "sizes": own}, "give either target_params or sizes"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            MinitronPruner(teacher, **wrong)
+    with pytest.raises(ValueError, match="target_memory: .*cannot be reached"):
+        MinitronPruner(teacher, strategy="random", target_memory=10).prune()
 
 
 def test_sizes_given_and_mistakes():
