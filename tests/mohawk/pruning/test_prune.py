@@ -390,10 +390,15 @@ def test_all_mistakes_of_a_recipe_at_once(checkpoint, texts, tmp_path):
         "'some'; allowed: corpus",
     ):
         assert said in str(raised.value), said
-    data["prune"], data["heal"] = {"parameters": 0.5, "memory": 1e9, "ffn": 3}, stage(tokens=1, learn_from="previous")
+    data["prune"], data["heal"] = {"parameters": 0.5, "latency": 9, "ffn": 3}, stage(tokens=1, learn_from="previous")
     with pytest.raises(UserError) as raised:
         PruneRecipe.from_dict(data)
-    for said in ("ffn and parameters", "parameters and memory; give one", "do not fill one step", "previous; allowed"):
+    for said in (
+        "ffn and parameters",
+        "parameters and latency: a latency is timed",
+        "do not fill one step",
+        "previous; allowed",
+    ):
         assert said in str(raised.value), said
 
 
