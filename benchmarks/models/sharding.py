@@ -9,6 +9,8 @@ Beside the peak stands what the plan says of it.
 from __future__ import annotations
 
 import argparse
+import ctypes
+import gc
 import json
 import math
 import os
@@ -34,7 +36,9 @@ VOCAB, LENGTH = 32000, 256
 ROWS = 4  # of a step, over all processes
 STEPS = 3
 PHASES = ("hidden", "end_to_end", "distill")
-TEACHER = "MOHAWK_BENCHMARK_TEACHER"  # environment variable: the folder of the teacher that all cases read
+TINY_SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+# environment variables: the folders of the teachers that all cases read
+TEACHER, TINY = "MOHAWK_BENCHMARK_TEACHER", "MOHAWK_BENCHMARK_TINY_TEACHER"
 
 
 def _rss() -> int:
@@ -46,8 +50,22 @@ def _peak() -> int:
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:"))
 
 
-def case(phase: str, how: str, processes: int, rows: int, quick: bool, recompute: bool) -> dict:
+def case(phase: str, how: str, processes: int, rows: int, recompute: bool) -> dict:
     """One process's part of a case: bytes at the peak above the libraries, seconds of a step, the loss."""
+    import torch
+    import torch.distributed as dist
+
+    torch.set_num_threads(1)
+    if processes > 1:
+        dist.init_process_group("gloo")
+    # once with a tiny model, so that the libraries are there: what they import and page in as late as in a first phase,
+    # 25 MiB and more, is theirs, whatever the model
+    measured(os.environ[TINY], phase, how, processes, rows, recompute)
+    return measured(os.environ[TEACHER], phase, how, processes, rows, recompute)
+
+
+def measured(folder: str, phase: str, how: str, processes: int, rows: int, recompute: bool) -> dict:
+    """As `case`, of the teacher in a folder."""
     import torch
     import torch.distributed as dist
     from torch.distributed.device_mesh import init_device_mesh
@@ -60,25 +78,23 @@ def case(phase: str, how: str, processes: int, rows: int, quick: bool, recompute
     from mohawk.models.sharding import reshard, shard
     from mohawk.training.optimizer import sharded_apart
 
-    torch.set_num_threads(1)
-    if processes > 1:
-        dist.init_process_group("gloo")
     rank = int(os.environ.get("RANK", "0"))
-    torch.mm(torch.ones(64, 64), torch.ones(64, 64))  # the libraries' own buffers
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
     start = _rss()
     if how == "parts" and processes > 1:
         mesh = init_device_mesh("cpu", (processes,))
-        teacher = load_teacher(os.environ[TEACHER], spread=lambda model: shard(model, mesh, trains=False))
+        teacher = load_teacher(folder, spread=lambda model: shard(model, mesh, trains=False))
         torch.manual_seed(0)
         spread = lambda model: shard(model, mesh)  # noqa: E731
         if phase == "distill":
-            student = shaped_in_parts(_distilled(), teacher, 0, spread)
+            student = shaped_in_parts(distilled(), teacher, 0, spread)
         else:
             student = hybrid_from_teacher(teacher, spread=spread)
     else:
-        teacher = load_teacher(os.environ[TEACHER])
+        teacher = load_teacher(folder)
         torch.manual_seed(0)
-        student = shaped(_distilled(), teacher, 0) if phase == "distill" else hybrid_from_teacher(teacher)
+        student = shaped(distilled(), teacher, 0) if phase == "distill" else hybrid_from_teacher(teacher)
     student.requires_grad_(True).train()
     if recompute:
         student.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -87,11 +103,11 @@ def case(phase: str, how: str, processes: int, rows: int, quick: bool, recompute
         objective = KnowledgeDistiller(teacher, student)
         parameters = [p for p in student.parameters() if p.requires_grad]
     else:
-        objective = _objective(phase, student, teacher)
+        objective = objective_of(phase, student, teacher)
         reshard(student)
         parameters = [p for p in student.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(sharded_apart([{"params": parameters}]), fused=True)
-    ids = torch.randint(VOCAB, (rows, LENGTH), generator=torch.Generator().manual_seed(1))
+    ids = torch.randint(teacher.config.vocab_size, (rows, LENGTH), generator=torch.Generator().manual_seed(1))
     mine = ids[rank * rows // processes : (rank + 1) * rows // processes]
     batch = {"input_ids": mine, "position_ids": torch.arange(LENGTH).repeat(len(mine), 1), "labels": mine}
     batch["segment_ids"] = torch.zeros_like(mine)
@@ -117,26 +133,30 @@ def case(phase: str, how: str, processes: int, rows: int, quick: bool, recompute
     return {"peak_mib": (_peak() - start) / MIB, "seconds": statistics.median(times[1:]), "loss": float(total(loss))}
 
 
-def _distilled():
+def distilled():
     from mohawk.distillation.recipe import DistillStudent
 
     return DistillStudent(layers="every_second")
 
 
-def _objective(phase: str, student, teacher):
-    from mohawk.conversion.objectives import EndToEndObjective, HiddenObjective
+def objective_of(phase: str, student, teacher):
+    from mohawk.conversion.objectives import EndToEndObjective, HiddenObjective, MixingObjective
     from mohawk.losses.distiller import KnowledgeDistiller
 
     if phase == "distill":
         return KnowledgeDistiller(teacher, student)
-    return HiddenObjective(student, teacher) if phase == "hidden" else EndToEndObjective(student, teacher, "all")
+    if phase == "end_to_end":
+        return EndToEndObjective(student, teacher, "all")
+    return (MixingObjective if phase == "mixing" else HiddenObjective)(student, teacher)
 
 
 def _accelerates(student, optimizer):
     """Student and optimizer as accelerate's FSDP2 plugin prepares them, told that gloo is a device's backend."""
     from accelerate import Accelerator, FullyShardedDataParallelPlugin, PartialState
+    from accelerate.state import AcceleratorState
     from accelerate.utils import DistributedType
 
+    AcceleratorState._reset_state(reset_partial_state=True)  # of the tiny model
     PartialState._prepare_backend = lambda self, *_, **__: ("gloo", DistributedType.MULTI_GPU)
     PartialState.set_device = lambda self: setattr(self, "device", __import__("torch").device("cpu"))
     plugin = FullyShardedDataParallelPlugin(
@@ -153,28 +173,33 @@ def _accelerates(student, optimizer):
 
 def planned(phase: str, how: str, processes: int, rows: int, quick: bool, recompute: bool) -> float:
     """MiB of one process, as the plan has them."""
+    from transformers import LlamaConfig
+
+    config = LlamaConfig(vocab_size=VOCAB, max_position_embeddings=LENGTH, **(QUICK if quick else SIZES))
+    return sum(planned_parts(config, phase, how, processes, rows, recompute).values()) / MIB
+
+
+def planned_parts(config, phase: str, how: str, processes: int, rows: int, recompute: bool) -> dict[str, int]:
+    """Bytes of one process by what they are of, of a teacher's configuration."""
     import types
 
     import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers import AutoModelForCausalLM
 
     from mohawk.conversion.footprint import Strategy, footprint
     from mohawk.distillation.build import shaped
     from mohawk.distillation.footprint import stage_footprint
     from mohawk.models.from_teacher import hybrid_from_teacher
 
-    config = LlamaConfig(vocab_size=VOCAB, max_position_embeddings=LENGTH, **(QUICK if quick else SIZES))
     with torch.device("meta"):
-        teacher = LlamaForCausalLM(config)
-        student = shaped(_distilled(), teacher, 0) if phase == "distill" else hybrid_from_teacher(teacher)
+        teacher = AutoModelForCausalLM.from_config(config)
+        student = shaped(distilled(), teacher, 0) if phase == "distill" else hybrid_from_teacher(teacher)
     asked = types.SimpleNamespace(batch_size=rows, rows=rows, sequence_length=LENGTH, match="block_output")
-    trained = sum(p.numel() for _, p in _objective(phase, student, teacher).trained())
+    trained = sum(p.numel() for _, p in objective_of(phase, student, teacher).trained())
     given = {"itemsize": 4, "strategy": Strategy(processes if how == "parts" else 1, recompute), "processes": processes}
     if phase == "distill":
-        found = stage_footprint(asked, student, [(teacher, 4)], trained, **given)
-    else:
-        found = footprint(phase, asked, student, teacher, trained, teacher_bytes=4, **given)
-    return sum(found.values()) / MIB
+        return stage_footprint(asked, student, [(teacher, 4)], trained, **given)
+    return footprint(phase, asked, student, teacher, trained, teacher_bytes=4, **given)
 
 
 def _is_busy() -> bool:
@@ -193,7 +218,7 @@ def run_case(phase: str, how: str, processes: int, rows: int, quick: bool, recom
     with socket.socket() as server:
         server.bind(("127.0.0.1", 0))
         port = server.getsockname()[1]
-    command = [sys.executable, __file__, "--case", phase, how, str(processes), str(rows), str(quick), str(recompute)]
+    command = [sys.executable, __file__, "--case", phase, how, str(processes), str(rows), str(recompute)]
     environment = {**os.environ, "WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     # what is freed is given back at once, so that resident memory is what is held
     environment |= {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
@@ -248,11 +273,11 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="a tiny model")
     parser.add_argument("--phase", choices=PHASES, help="measure this one alone; what the file has of others stays")
     parser.add_argument("--json", type=Path, default=RESULTS / "sharding-cpu.json")
-    parser.add_argument("--case", nargs=6, help=argparse.SUPPRESS)
+    parser.add_argument("--case", nargs=5, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.case:
-        phase, how, processes, rows, quick, recompute = options.case
-        print(json.dumps(case(phase, how, int(processes), int(rows), quick == "True", recompute == "True")))
+        phase, how, processes, rows, recompute = options.case
+        print(json.dumps(case(phase, how, int(processes), int(rows), recompute == "True")))
         return
     rows, phases = [], PHASES if options.phase is None else (options.phase,)
     if len(phases) < len(PHASES):  # plans change without a measurement
@@ -261,8 +286,9 @@ def main() -> None:
             asked = row["phase"], row["how"], row["processes"], ROWS, options.quick, row["recompute"]
             row["planned_mib"] = row["planned_mib"] and planned(*asked)
     with tempfile.TemporaryDirectory() as folder:
-        os.environ[TEACHER] = folder
-        save_teacher(folder, options.quick)
+        os.environ |= {TEACHER: f"{folder}/teacher", TINY: f"{folder}/tiny"}
+        save_teacher(os.environ[TEACHER], QUICK if options.quick else SIZES, VOCAB)
+        save_teacher(os.environ[TINY], TINY_SIZES, 256)
         measure(rows, options.quick, phases)
     rows.sort(key=lambda row: PHASES.index(row["phase"]))
     import torch
@@ -283,12 +309,12 @@ def main() -> None:
         put_in_docs(options.json.stem, table(rows, about))
 
 
-def save_teacher(folder: str, quick: bool) -> None:
+def save_teacher(folder: str, sizes: dict[str, int], words: int) -> None:
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
-    config = LlamaConfig(vocab_size=VOCAB, max_position_embeddings=LENGTH, **(QUICK if quick else SIZES))
+    config = LlamaConfig(vocab_size=words, max_position_embeddings=LENGTH, **sizes)
     LlamaForCausalLM(config).save_pretrained(folder)
 
 

@@ -3,7 +3,7 @@
 Parameters are counted on the models' shapes. What a layer keeps for its backward pass was counted on torch's saved
 tensors (a decoder of Llama's shape), per token: `KEPT` bytes for each channel of the residual stream, of the MLP and of
 attention or mixer. What no count gives, the loss's workspace for one, is measured by
-`benchmarks/models/sharding.py` beside what this says.
+`benchmarks/models/sharding.py` and `plans.py` beside what this says. What the libraries take is not in it.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 from transformers import PreTrainedModel
 
 from mohawk.core.processes import wish
-from mohawk.kernels.kd.chunked import TRITON_TILE_BYTES
+from mohawk.kernels.kd.chunked import TILE_BYTES, TRITON_TILE_BYTES
 from mohawk.models.decoders import decoder
 from mohawk.models.families import decoder_layers, decoder_shape
 from mohawk.models.hybrid import HybridForCausalLM
@@ -26,7 +26,7 @@ from mohawk.training.pipeline import AHEAD, deal
 # What a layer with attention keeps; of one with a mixer its class says it, as here: bytes a token and channel of
 # (residual stream, MLP, attention), in float32 and under bfloat16 autocast
 KEPT = {4: (20.6, 16.1, 16.7), 2: (22.6, 8.1, 8.7)}
-TILE = 2**28  # bytes of logits at once in the loss, both sides and what is made of them
+PASSES = 24 << 20  # bytes of what the loss makes of the few rows of logits that it works on, on a CPU
 
 
 @dataclass(frozen=True)
@@ -213,7 +213,8 @@ def add_loss(
         layer: bytes that a layer keeps for its backward pass, at most.
         one_pass: whether a step has a single backward pass. triton: see `Hardware`.
     """
-    logits = min(TRITON_TILE_BYTES, 8 * tokens * words) if triton else min(TILE, 16 * tokens * words)
+    logits = 8 * tokens * words  # of both sides, a tile of them at once
+    logits = min(TRITON_TILE_BYTES, logits) if triton else min(TILE_BYTES, logits) + min(PASSES, logits)
     # both heads, the head's gradient in float32 while it is made, hidden states and their gradients
     heads = (4 + (2 * itemsize if parts > 1 or itemsize == 2 else 0)) * head
     found["head and loss"] = heads + logits + 6 * tokens * width
