@@ -270,6 +270,27 @@ class KnowledgeDistiller(Objective["CausalLM"]):
         given["attention_mask"] = attention_mask
         return self.loss({name: column for name, column in given.items() if column is not None}, normalizer)
 
+    def forward(self, batch: Mapping[str, Tensor], normalizer: float | Tensor | None = None) -> Tensor:
+        """`loss`, for what wraps a module and what it trains, the matchings' parameters among it: DDP, or
+        `accelerator.prepare(distiller, optimizer)`."""
+        return self.loss(batch, normalizer)
+
+    @property
+    def _no_split_modules(self) -> Any:
+        """The student's; what wraps the distiller asks for it, as for the next three."""
+        return getattr(self.student, "_no_split_modules", None)
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.student.get_input_embeddings()
+
+    def get_output_embeddings(self) -> nn.Module | None:
+        return self.student.get_output_embeddings()
+
+    def tie_weights(self) -> None:
+        tie: Any = getattr(self.student, "tie_weights", None)
+        if tie is not None:
+            tie()
+
     # ---- as an objective of our trainer ----
 
     def prepare(self, batch: dict[str, Tensor], step: int) -> dict[str, Tensor]:

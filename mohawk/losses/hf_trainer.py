@@ -37,8 +37,8 @@ class DistillationTrainer(Trainer):
     split does not change it.
 
     What is measured beside the loss (kd, ce, agreement, teacher_entropy, temperature) is logged with it. Parameters of
-    matchings train with the model's; under FSDP2 and DeepSpeed they have an AdamW of their own, whatever `optim` is.
-    They, TAID and moving averages are kept in checkpoints, beside the model.
+    matchings train with the model's; under FSDP2 and DeepSpeed they have an optimizer of their own, which `optim` names
+    as well. They, TAID and moving averages are kept in checkpoints, beside the model.
     """
 
     def __init__(self, *args: Any, teacher: Any, distillation: dict[str, Any] | None = None, **kwargs: Any):
@@ -50,7 +50,8 @@ class DistillationTrainer(Trainer):
         self.distiller.matched.to(self.args.device)
         self.model_accepts_loss_kwargs = True  # the counts over micro-batches are ours to divide by
         self._training = False  # within training_step
-        self.apart: torch.optim.AdamW | None = None  # of matchings, where FSDP2 or DeepSpeed has the model's alone
+        # of matchings, where FSDP2's or DeepSpeed's has the model's parameters alone
+        self.apart: torch.optim.Optimizer | None = None
         self.add_callback(_Steps(self))
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
@@ -86,19 +87,32 @@ class DistillationTrainer(Trainer):
         created = self.optimizer is None
         optimizer = super().create_optimizer(*(() if model is None else (model,)))
         parameters = list(self.distiller.matched.parameters())
-        if not (created and parameters):
+        if not parameters:
             return optimizer
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
-            if self.args.fp16:
+            if self.apart is None:
+                self.apart = self._optimizer_apart()
+        elif not any(parameters[0] is p for group in optimizer.param_groups for p in group["params"]):
+            if not created and self.lr_scheduler is not None:
                 raise ValueError(
-                    "matchings that train parameters have no loss scale of fp16 under FSDP2 or DeepSpeed; use bf16"
+                    "optimizers: the optimizer that was given lacks the parameters of matchings, and its scheduler has "
+                    "no rate for them; give them to it, or give no scheduler"
                 )
-            of, decay = self.args, self.args.weight_decay
-            betas = (of.adam_beta1, of.adam_beta2)
-            self.apart = torch.optim.AdamW(parameters, of.learning_rate, betas, of.adam_epsilon, weight_decay=decay)
-        else:
             optimizer.add_param_group({"params": parameters, "weight_decay": self.args.weight_decay})
         return optimizer
+
+    def _optimizer_apart(self) -> torch.optim.Optimizer:
+        """One of the kind that `optim` asks for, of the matchings' parameters alone."""
+        if self.args.fp16:
+            raise ValueError(
+                "matchings that train parameters have no loss scale of fp16 under FSDP2 or DeepSpeed; use bf16"
+            )
+        kept = self.optimizer, self.model
+        self.optimizer, self.model = None, self.distiller.matched
+        try:
+            return super().create_optimizer()
+        finally:
+            self.optimizer, self.model = kept
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         if "loss" in logs:
@@ -113,23 +127,28 @@ class DistillationTrainer(Trainer):
                 state, values = self.distiller.training_state()
                 state |= {f"matched.{name}": tensor for name, tensor in self.distiller.matched.state_dict().items()}
                 moments = {} if self.apart is None else self.apart.state_dict()["state"]
-                state |= {f"apart.{i}.{name}": one for i, of in moments.items() for name, one in of.items()}
+                found = {f"apart.{i}.{name}": one for i, of in moments.items() for name, one in of.items()}
+                state |= {key: one for key, one in found.items() if isinstance(one, torch.Tensor)}
+                values["apart"] = {key: one for key, one in found.items() if isinstance(one, int | float)}
                 save_file({name: t.detach().cpu().contiguous() for name, t in state.items()}, folder / TENSORS)
                 (folder / VALUES).write_text(json.dumps(values) + "\n", encoding="utf-8")
 
-    def _load_from_checkpoint(self, resume_from_checkpoint, *args: Any, **kwargs: Any) -> None:
-        super()._load_from_checkpoint(resume_from_checkpoint, *args, **kwargs)
-        state = load_file(Path(resume_from_checkpoint) / TENSORS)
+    def _load_optimizer_and_scheduler(self, checkpoint, *args: Any, **kwargs: Any) -> None:
+        """Whatever loads the model: DeepSpeed does it itself."""
+        super()._load_optimizer_and_scheduler(checkpoint, *args, **kwargs)
+        if checkpoint is None:
+            return
+        state = load_file(Path(checkpoint) / TENSORS)
+        values = json.loads((Path(checkpoint) / VALUES).read_text(encoding="utf-8"))
         matched = {name.removeprefix("matched."): t for name, t in state.items() if name.startswith("matched.")}
         self.distiller.matched.load_state_dict(matched)
         if self.apart is not None:
-            kept: dict[int, dict[str, torch.Tensor]] = {}
-            for key, tensor in state.items():
+            kept: dict[int, dict[str, Any]] = {}
+            for key, one in {**state, **values.get("apart", {})}.items():
                 if key.startswith("apart."):
-                    _, i, name = key.split(".")
-                    kept.setdefault(int(i), {})[name] = tensor
+                    _, i, name = key.split(".", 2)
+                    kept.setdefault(int(i), {})[name] = one
             self.apart.load_state_dict({**self.apart.state_dict(), "state": kept})
-        values = json.loads((Path(resume_from_checkpoint) / VALUES).read_text(encoding="utf-8"))
         self.distiller.load_training_state(state, values)
 
 

@@ -24,7 +24,7 @@ from mohawk.kernels.kd.teachers import TeacherHidden, TeacherMixture, TeacherSou
 from mohawk.loading.causal import plain_model
 from mohawk.losses.heads import Head, in_autocast, readable_ids
 from mohawk.losses.tasks import CAUSAL_LM, Task, task_of
-from mohawk.models.sharding import fill, is_sharded, local, reshard
+from mohawk.models.sharding import fill, is_sharded, local, reshard, whole
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -37,6 +37,7 @@ log = logging.getLogger(__name__)
 
 # What a model is watched with during its pass: a context that collects tensors of its layers into a dict.
 Watch = Callable[["CausalLM"], AbstractContextManager[dict[Any, Any]]]
+CHECKPOINTED = "_checkpoint_wrapped_module."  # in names of a model that accelerate lets compute its layers again
 
 
 @dataclass(frozen=True)
@@ -310,13 +311,21 @@ class AverageTeacher(ModelTeacher):
 
     @torch.no_grad()
     def update(self) -> None:
-        if self.decay < 1:
-            for average, tensor in self._pairs():
-                local(average).lerp_(local(tensor).to(average.dtype), 1 - self.decay)
+        if self.decay == 1:
+            return
+        reshard(self.model), reshard(self.student)
+        own = dict(self.model.named_parameters())
+        for name, parameter in self._trained():
+            average = own[name]
+            if is_sharded(average):
+                local(average).lerp_(local(parameter).to(average.dtype), 1 - self.decay)
+                continue
+            with _gathered(parameter) as value:  # what someone else has spread since the copy was made
+                average.lerp_(value.to(average), 1 - self.decay)
 
     def state(self) -> dict[str, Tensor]:
         """The average's tensors by the student's names of them; none where it never changes."""
-        names = [name for name, p in self.student.named_parameters() if p.requires_grad]
+        names = [name for name, _ in self._trained()]
         reshard(self.model)  # what is kept, and moved, are its parts
         own = dict(self.model.named_parameters())
         return {f"average.{name}": own[name] for name in names} if self.decay < 1 else {}
@@ -326,11 +335,22 @@ class AverageTeacher(ModelTeacher):
         for name, tensor in self.state().items():
             fill(tensor, tensors[name])
 
-    def _pairs(self):
-        for model in (self.model, self.student):
-            reshard(model)
-        own = dict(self.model.named_parameters())
-        return ((own[name], p) for name, p in self.student.named_parameters() if p.requires_grad)
+    def _trained(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """The student's parameters that train, by the names that the copy has for them."""
+        named = self.student.named_parameters()
+        return ((name.replace(CHECKPOINTED, ""), p) for name, p in named if p.requires_grad)
+
+
+@contextlib.contextmanager
+def _gathered(parameter: nn.Parameter) -> Iterator[Tensor]:
+    """A parameter whole, wherever its parts are; all processes must ask."""
+    if not hasattr(parameter, "ds_id"):  # of DeepSpeed's ZeRO-3
+        yield whole(parameter)
+        return
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters([parameter]):
+        yield parameter.detach()
 
 
 class CachedTeacher:
