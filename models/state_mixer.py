@@ -284,11 +284,12 @@ class StateMixer(nn.Module):
         """
         back = padded = None
         if real is not None:
-            order = (~real).long().argsort(dim=1, stable=True)
-            back = order.argsort(dim=1)
+            back = torch.where(real, real.cumsum(1), real.sum(1, keepdim=True) + (~real).cumsum(1)) - 1
+            order = torch.arange(real.shape[1], device=real.device).expand_as(back)
+            order = torch.zeros_like(back).scatter(1, back, order)
             padded = ~real.gather(1, order)[..., None]
-            inputs = inputs.take_along_dim(order[..., None], 1).masked_fill(padded, 0)
-            raw = raw.take_along_dim(order[..., None], 1).masked_fill(padded, 0)
+            inputs = _reordered(inputs, order).masked_fill(padded, 0)
+            raw = _reordered(raw, order).masked_fill(padded, 0)
             segment_ids = None if segment_ids is None else segment_ids.gather(1, order)
         window, state = self._read_cache(cache)
         conv_state = None if window is None else window[..., 1:].to(inputs.dtype)
@@ -299,7 +300,7 @@ class StateMixer(nn.Module):
         if cache is not None:
             self._write_window(cache, self._next_window(window, inputs, real))
             cache.update_recurrent_state(state, self.layer_idx)
-        return y if back is None else y.take_along_dim(back[..., None, None], 1)
+        return y if back is None else _reordered(y, back)
 
     def _step(self, inputs: Tensor, raw: Tensor, cache, real: Tensor | None) -> Tensor:
         """`_scan` of one token on top of a cache, by operations that have gradients and modules that are called."""
@@ -323,7 +324,7 @@ class StateMixer(nn.Module):
         if real is None:
             return seen[..., n:]
         last = real.sum(1)[:, None] + torch.arange(k, device=inputs.device)
-        return seen.take_along_dim(last[:, None], 2)
+        return seen.gather(2, last[:, None].expand(-1, channels, -1))
 
     def _write_window(self, cache, window: Tensor) -> None:
         # the cache keeps the last k of all it is given
@@ -336,6 +337,13 @@ class StateMixer(nn.Module):
         layer = cache.layers[self.layer_idx]
         # a copy, since the cache is overwritten in place
         return layer.conv_states[0][..., -self.conv_kernel :].clone(), layer.recurrent_states[0]
+
+
+def _reordered(value: Tensor, order: Tensor) -> Tensor:
+    """(b, n, ...) with the tokens of each row in another order, (b, n)."""
+    index = order.view(*order.shape, *[1] * (value.dim() - 2))
+    # as take_along_dim, which would fix the sizes of a graph that is traced for any
+    return value.gather(1, index.expand(-1, -1, *value.shape[2:]))
 
 
 def segments_of_padding(padding_mask: Tensor) -> Tensor:

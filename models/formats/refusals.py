@@ -5,6 +5,7 @@ from collections.abc import Callable
 from mohawk.models.formats.bamba import why_not_bamba
 from mohawk.models.formats.gguf import why_not_gguf
 from mohawk.models.formats.granite import why_not_granite
+from mohawk.models.formats.onnx import why_not_onnx
 from mohawk.models.formats.qwen3_5 import why_not_qwen3_5
 from mohawk.models.hybrid_config import HybridConfig
 
@@ -14,4 +15,5 @@ WHY_NOT: dict[str, Callable[[HybridConfig, bool], str | None]] = {
     "granite": lambda config, pad_expand: why_not_granite(config, pad_expand=pad_expand),
     "qwen3_5": lambda config, pad_expand: why_not_qwen3_5(config),
     "gguf": lambda config, pad_expand: why_not_gguf(config),
+    "onnx": lambda config, pad_expand: why_not_onnx(config),
 }

@@ -16,10 +16,11 @@ EXTRAS = {
     ),
     "eval": ("lm_eval", "rouge_score", "sacrebleu"),
     "lora": ("peft",),
+    "onnx": ("onnx", "onnxruntime", "onnxscript"),
     "quantize": ("torchao",),
     "triton": ("triton",),
 }  # fmt: skip
-WITH = {"eval": "convert", "lora": "convert", "quantize": "convert"}  # extras that contain another one
+WITH = dict.fromkeys(("eval", "lora", "onnx", "quantize"), "convert")  # extras that contain another one
 BASE = ("torch", "pydantic", "rich", "ruamel")  # what every installation has
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, cast
 from mohawk.conversion.recipe import Recipe
 from mohawk.core.places import home
 from mohawk.core.processes import first_before_others, joined, on_first
-from mohawk.distillation.recipe import DistillRecipe, StageRecipe
+from mohawk.distillation.recipe import DistillRecipe, Stage, StageRecipe
 from mohawk.errors import UserError
 from mohawk.teacher_cache.reader import TeacherCache
 from mohawk.teacher_cache.writer import write_cache
@@ -20,7 +20,6 @@ if TYPE_CHECKING:
 
     from mohawk.conversion.recipe import EndToEndPhase
     from mohawk.data.run_tokenizers import RunTokenizers
-    from mohawk.distillation.recipe import Stage
     from mohawk.loading.parts import Spread
     from mohawk.schema.base import RecipeFile
 

@@ -35,12 +35,12 @@ def choices(student: str | Path) -> list[Choice]:
     biases are read.
 
     Raises:
-        UserError: not a hybrid, or no such folder.
+        UserError: no such folder, or no causal language model in it.
     """
-    from mohawk.export.run import has_tokenizer, hybrid_config
+    from mohawk.export.run import has_tokenizer, student_config
     from mohawk.loading.models import load_tokenizer
 
-    folder, config = hybrid_config(student)
+    folder, config = student_config(student)
     tokenizer = load_tokenizer(folder, who="") if has_tokenizer(folder) else None
     return [_choice(name, target, config, folder, tokenizer) for name, target in TARGETS.items()]
 
@@ -65,6 +65,8 @@ def _choice(
     def notes(pad_expand: bool) -> tuple[Note, ...]:
         return tuple(runtimes(target, target.configuration(config, pad_expand), config, tokenizer))
 
+    if not (target.plain or hasattr(config, "mixer_kinds")):
+        return Choice(name, f"it has no mixers: a {config.model_type} model, which transformers runs as it is")
     if reason := target.why_not(config, False):
         if not (target.adapts and target.why_not(config, True) is None):
             return Choice(name, reason.removesuffix(INSTEAD))

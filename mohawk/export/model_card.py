@@ -24,6 +24,37 @@ from mohawk.schema.kinds import load_run_recipe
 log = logging.getLogger(__name__)
 
 UNKNOWN = "not known; check the teacher's"
+ONNX = """```python
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+from tokenizers import Tokenizer
+
+folder = Path("{name}")
+tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+several = onnxruntime.InferenceSession(folder / "model.onnx")  # reads any number of tokens
+step = folder / "step.onnx"  # one token, for less; a model of attention alone has none
+one = onnxruntime.InferenceSession(step) if step.exists() else several
+
+ids = np.array([tokenizer.encode("The most important thing is").ids])
+read, tokens = 0, ids
+cache = {{  # zeros, and keys and values of no token; the batch is 1
+    each.name: np.zeros([1, *(0 if isinstance(size, str) else size for size in each.shape[1:])], np.float32)
+    for each in several.get_inputs() if each.name.startswith("past")
+}}
+for _ in range(50):
+    read += tokens.shape[1]
+    given = {{"input_ids": tokens, "attention_mask": np.ones((1, read), np.int64), "num_logits_to_keep": np.array(1)}}
+    logits, *cached = (one if tokens.shape[1] == 1 else several).run(None, given | cache)
+    cache = dict(zip(cache, cached))
+    tokens = logits[:, -1].argmax(-1)[:, None]
+    ids = np.concatenate([ids, tokens], 1)
+print(tokenizer.decode(ids[0]))
+```
+
+`attention_mask` is 0 at padding, wherever that lies; `num_logits_to_keep` says of how many last tokens logits are
+wanted, 0 of all."""
 
 
 def model_card(
@@ -34,7 +65,7 @@ def model_card(
     rows: Sequence[Row],
     runtimes: Sequence[Note],
     changes: Sequence[str] = (),
-    gguf: str | None = None,
+    file: str | None = None,
 ) -> str:
     """Markdown with the front matter that model hubs read.
 
@@ -46,17 +77,18 @@ def model_card(
         rows: what the export doctor found.
         runtimes: where the export runs.
         changes: what the export changed about the student, a sentence each.
-        gguf: the name of the file, where the folder holds one for llama.cpp; config is then the student's.
+        file: the name of the file to run, where the folder holds one for llama.cpp or onnxruntime; config is then the
+            student's.
     """
     recipe = load_run_recipe(run) if run else None
     results = read_json(run / RESULTS, Tabled) if run else None
     teacher, licence = teacher_of(config, run)
-    remote = gguf is None and hasattr(config, "auto_map")  # its code lies beside it
-    kind = "gguf" if gguf else "custom_code" if remote else config.model_type
+    remote = file is None and bool(getattr(config, "auto_map", None))  # its code lies beside it
+    kind = Path(file).suffix[1:] if file else "custom_code" if remote else config.model_type
     methods = _labels(mixers)
     parts = [
         _front_matter(methods, teacher, licence, kind),
-        f"# {name}\n\n{_sentence(config, methods, gguf)}",
+        f"# {name}\n\n{_sentence(config, methods, kind if file else None)}",
         "\n".join(
             f"- {line}"
             for line in (
@@ -66,7 +98,7 @@ def model_card(
                 *changes,
             )
         ),  # fmt: skip
-        f"## Use\n\n{_llama_cpp(gguf) if gguf else _example(name, remote)}{'' if gguf else _needs(config)}",
+        f"## Use\n\n{_use(name, file, remote)}{'' if file else _needs(config)}",
     ]
     if results:
         parts += [f"## {title}\n\n{_table(header, cells)}" for title, header, cells in tables(results)]
@@ -75,6 +107,7 @@ def model_card(
         parts.append("## Data\n\nTrained on " + ", ".join(f"`{source}`" for source in sources) + ".")
         parts.append(f"## Recipe\n\n```yaml\n{_recipe(recipe)}\n```")
     cells = [[row.check, f"{row.difference:.1e}", f"{row.tolerance:.1e}", row.same] for row in rows]
+    gguf = kind == "gguf"
     read = "read back" if gguf else "loaded in a fresh process without mohawk"
     header = ["check", "max difference" if gguf else "max difference of logits", "allowed", "same tokens"]
     parts.append(
@@ -118,10 +151,10 @@ def licence_of(teacher: str, revision: str | None = None) -> str | None:
 
 def _front_matter(methods: Sequence[str], teacher: str | None, licence: str | None, kind: str) -> str:
     lines = [
-        f"library_name: {'gguf' if kind == 'gguf' else 'transformers'}",
+        f"library_name: {kind if kind in ('gguf', 'onnx') else 'transformers'}",
         "pipeline_tag: text-generation",
         f"license: {licence or 'unknown'}",
-        f"tags: [mohawk, hybrid, {', '.join(_tag(label) for label in methods)}, {kind}]",
+        f"tags: [{', '.join(['mohawk', *(['hybrid'] if methods else []), *map(_tag, methods), kind])}]",
     ]
     if teacher and not home(teacher).exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", teacher):
         lines.append(f"base_model: {teacher}")
@@ -140,13 +173,16 @@ def _tag(label: str) -> str:
     return label.replace("-", "").replace(" ", "-").lower()
 
 
-def _sentence(config: Any, methods: Sequence[str], gguf: str | None) -> str:
+def _sentence(config: Any, methods: Sequence[str], kind: str | None) -> str:
     from mohawk.models.formats.stock import layer_words
 
+    what = {"gguf": "GGUF file", "onnx": "student as ONNX graphs,", None: None}[kind] or config.architectures[0]
+    if not methods:
+        layers = config.num_hidden_layers
+        return f"A {what} of {layers} attention layers, pruned or distilled from a Transformer with the package mohawk."
     kinds = layer_words(config)
     ssm = kinds.count("linear_attention")
     names = " and ".join(methods)
-    what = "GGUF file" if gguf else config.architectures[0]
     return (
         f"A {what} of {ssm} {names} and {len(kinds) - ssm} attention layers, "
         "distilled from a Transformer by MOHAWK (https://arxiv.org/abs/2408.10189) with the package mohawk."
@@ -162,6 +198,12 @@ def _example(name: str, remote: bool) -> str:
         'inputs = tokenizer("The most important thing is", return_tensors="pt")\n'
         "print(tokenizer.decode(model.generate(**inputs, max_new_tokens=50)[0]))\n```"
     )
+
+
+def _use(name: str, file: str | None, remote: bool) -> str:
+    if file is None:
+        return _example(name, remote)
+    return _llama_cpp(file) if file.endswith(".gguf") else ONNX.format(name=name)
 
 
 def _llama_cpp(file: str) -> str:

@@ -157,12 +157,17 @@ def _shares(found: dict[str, Tensor]) -> dict[str, float]:
     return {path: float(found[f"itself_{path}"]) for path in PATHS if f"itself_{path}" in found}
 
 
-def compare_answers(inputs: dict[str, Tensor], expected: dict[str, Tensor], found: dict[str, Tensor]) -> list[Row]:
-    """One row for each of CHECKS, and one of the export against itself for each of PATHS that it was asked."""
+def compare_answers(
+    inputs: dict[str, Tensor], expected: dict[str, Tensor], found: dict[str, Tensor], without: Sequence[str] = ()
+) -> list[Row]:
+    """One row for each of CHECKS but those `without`, and one of the export against itself for each of PATHS that it
+    was asked."""
     tolerance = TOLERANCE * float(expected["full"].abs().max())
     real = inputs["mask"].bool()  # what a model puts out at padded positions means nothing
     rows = []
     for key, name in CHECKS.items():
+        if key in without:
+            continue
         if key.endswith("tokens"):
             same, steps = same_tokens(expected, found, key, tolerance)
             ours, theirs = expected[f"{key}_logits"][:, :steps], found[f"{key}_logits"][:, :steps]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from rich.console import Console
 
@@ -40,13 +40,14 @@ def export(
 
     The folder appears whole, and only after a fresh process that cannot import mohawk has loaded it and answered as
     the student does (`mohawk.export.parity`); a GGUF file after every tensor was read back, and, where llama-cpp-python
-    is installed, after llama.cpp has answered (`mohawk.export.gguf_check`).
+    is installed, after llama.cpp has answered (`mohawk.export.gguf_check`); ONNX graphs after onnxruntime has, in a
+    process that has neither mohawk nor torch (`mohawk.export.onnx_check`).
 
     Args:
         source: a run's folder, or a student's.
-        to: one of `TARGETS` in targets.py: "bamba", "granite" or "qwen3_5", which need no code, "gguf", or "hybrid",
-            whose code lies beside the weights (`trust_remote_code`). `mohawk.export.listing` says which a student can
-            be.
+        to: one of `TARGETS` in targets.py: "bamba", "granite" or "qwen3_5", which need no code, "gguf", "onnx", which
+            takes students without mixers too, or "hybrid", whose code lies beside the weights (`trust_remote_code`).
+            `mohawk.export.listing` says which a student can be.
         output: the folder to write; by default `export/<to>` in the run, or `<student>-<to>` beside the student, for
             gguf with the outtype behind it.
         pad_expand: add heads of zeros up to mamba_expand 2 (llama.cpp), or where whole heads do not fill an integer.
@@ -57,8 +58,8 @@ def export(
         The folder.
 
     Raises:
-        UserError: not a hybrid, not expressible (with the reason), a tokenizer that llama.cpp does not have, the output
-            taken, or a mismatch.
+        UserError: not a hybrid where it has to be one, not expressible (with the reason), a tokenizer that llama.cpp
+            does not have, the output taken, or a mismatch.
     """
     from mohawk.loading.models import load_teacher
 
@@ -75,7 +76,7 @@ def export(
     outtype = outtype or next(iter(written_as.outtypes), None)
     run = home(source)
     run = run if has_recipe(run) else None
-    student, config = hybrid_config(source)
+    student, config = student_config(source) if written_as.plain else hybrid_config(source)
     if reason := written_as.why_not(config, pad_expand):
         raise UserError(reason)
     kind = f"{to}-{outtype}" if outtype else to
@@ -94,13 +95,15 @@ def export(
         from transformers import AutoConfig
 
         from mohawk.export.model_card import model_card
+        from mohawk.models.formats.onnx import GRAPH
 
-        file = next((path.name for path in folder.glob("*.gguf")), None)
+        file = next((path.name for path in folder.iterdir() if path.suffix == ".gguf" or path.name == GRAPH), None)
         written = config if file else AutoConfig.from_pretrained(folder, trust_remote_code=False)
         ran = {row.check.partition(":")[0] for row in rows}
         known = runtimes(written_as, written, config, tokenizer)
         notes = [replace(note, checked=note.checked or note.runtime in ran) for note in known]
-        card = model_card(target.resolve().name, written, config.mixer_kinds, run, rows, notes, changes, file)
+        mixers = getattr(config, "mixer_kinds", [])
+        card = model_card(target.resolve().name, written, mixers, run, rows, notes, changes, file)
         (folder / "README.md").write_text(card, encoding="utf-8")
     for change in changes:
         console.print(change, highlight=False, soft_wrap=True, markup=False)
@@ -112,20 +115,30 @@ def export(
 
 
 def hybrid_config(source: str | Path) -> tuple[str, HybridConfig]:
-    """Where the student of a run's or a student's folder lies, and its configuration.
+    """As `student_config`, of a hybrid. Raises UserError for others too."""
+    from mohawk.models.hybrid_config import HybridConfig
+
+    student, config = student_config(source)
+    if not isinstance(config, HybridConfig):
+        raise UserError(
+            f"{student} is a {config.model_type} model; only hybrids made by mohawk are exported so. A model of "
+            "transformers runs as it is, or as `--to onnx`"
+        )
+    return student, config
+
+
+def student_config(source: str | Path) -> tuple[str, Any]:
+    """Where the student of a run's or a student's folder lies, and its configuration: a hybrid's, or that of a class of
+    transformers.
 
     Raises:
-        UserError: not a hybrid, or no such folder.
+        UserError: no such folder, or no causal language model in it.
     """
     import mohawk.models.hybrid  # noqa: F401  makes the Auto classes know hybrids
     from mohawk.loading.configs import load_config
-    from mohawk.models.hybrid_config import HybridConfig
 
     student = student_folder(source)
-    config = load_config(student, who="")
-    if not isinstance(config, HybridConfig):
-        raise UserError(f"{student} is a {config.model_type} model; only hybrids made by mohawk are exported")
-    return student, config
+    return student, load_config(student, who="")
 
 
 def has_tokenizer(student: str) -> bool:
@@ -147,7 +160,7 @@ def _tokenizer(student: str, run: Path | None) -> PreTrainedTokenizerBase | None
     return None
 
 
-def _about(run: Path | None, student: str, config: HybridConfig) -> dict[str, str]:
+def _about(run: Path | None, student: str, config: Any) -> dict[str, str]:
     """What a single file says of the model, as nothing lies beside it once it is copied: its name and its licence."""
     from mohawk.export.model_card import teacher_of
 

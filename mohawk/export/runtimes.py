@@ -76,6 +76,16 @@ def gguf_notes(config: HybridConfig) -> list[Note]:
     return [Note("llama.cpp", False, told), Note("what is built on it", False, others)]
 
 
+def onnx_notes(config: PretrainedConfig) -> list[Note]:
+    """What runtimes do with ONNX graphs."""
+    told = "each export is run there on a CPU; its providers for GPUs were not tried"
+    others = (
+        "ONNX operators of opset 18 alone, with Scan for the recurrences; inputs are called as onnxruntime-genai and "
+        "transformers.js call theirs. Not tried"
+    )
+    return [Note("onnxruntime", True, told), Note("other runtimes of ONNX", False, others)]
+
+
 def bamba_notes(config: PretrainedConfig) -> list[Note]:
     """What each runtime does with a Bamba, from its configuration."""
     stock = (

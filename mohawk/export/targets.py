@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 from mohawk.errors import UserError
 from mohawk.export.config_styles import both_ropes, float32, no_infinity, older_kinds, restyle
-from mohawk.export.runtimes import Note, bamba_notes, gguf_notes, granite_notes, own_notes, qwen3_5_notes
+from mohawk.export.runtimes import Note, bamba_notes, gguf_notes, granite_notes, onnx_notes, own_notes, qwen3_5_notes
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -81,6 +81,7 @@ class Target:
         outtypes: what `--outtype` can be, the default first; empty for what has the student's own dtype.
         why_not: (config, pad_expand) -> the whole line for a student that can't be written so; None if it can.
         why_not_tokenizer: (tokenizer, config) -> the same for the tokenizer beside it.
+        plain: whether a student without mixers, of a class of transformers, can be written so too.
         adapts: whether `--pad-expand` and `--fold-bias` mean something.
         prepare: (model, pad_expand, fold_bias) -> what there is to say about the changes that it made in place.
         configuration: (config, pad_expand) -> what would be written's, for a student that can be written so.
@@ -93,6 +94,7 @@ class Target:
     outtypes: tuple[str, ...] = ()
     why_not: Callable[[HybridConfig, bool], str | None] = lambda config, pad_expand: None
     why_not_tokenizer: Callable[[PreTrainedTokenizerBase, HybridConfig], str | None] = lambda tokenizer, config: None
+    plain: bool = False
     adapts: bool = False
     prepare: Callable[[HybridForCausalLM, bool, bool], list[str]] = lambda model, pad_expand, fold_bias: []
     configuration: Callable[[HybridConfig, bool], PreTrainedConfig] = lambda config, pad_expand: config
@@ -108,8 +110,10 @@ def runtimes(
     """
     from mohawk.models.formats.refusals import WHY_NOT
 
-    reason = WHY_NOT["gguf"](config, False) or (tokenizer and _why_not_cut_so(tokenizer, config))
     notes = target.notes(written)
+    if all(note.runtime != "llama.cpp" for note in notes):
+        return notes
+    reason = WHY_NOT["gguf"](config, False) or (tokenizer and _why_not_cut_so(tokenizer, config))
     if not reason:
         return notes
     return [Note("llama.cpp", False, reason, runs=False) if note.runtime == "llama.cpp" else note for note in notes]
@@ -236,6 +240,34 @@ def _check_gguf(folder: Path, model: HybridForCausalLM, tokenizer: Tokenizer, co
     return check_gguf(folder, model, tokenizer, console)
 
 
+def _why_not_onnx(config: Any, pad_expand: bool) -> str | None:
+    from mohawk.core.extras import need
+    from mohawk.models.formats.refusals import WHY_NOT
+
+    try:
+        need("onnx", "`mohawk export --to onnx`")
+    except UserError as error:
+        return str(error)
+    reason = WHY_NOT["onnx"](config, pad_expand)
+    return reason and f"cannot be ONNX graphs: {reason}" + (INSTEAD if hasattr(config, "mixer_kinds") else "")
+
+
+def _write_onnx(model: Any, tokenizer: Tokenizer, folder: Path, asked: Asked) -> None:
+    from mohawk.models.formats.onnx import write_onnx
+
+    write_onnx(model, folder)
+    model.config.save_pretrained(folder)
+    model.generation_config.save_pretrained(folder)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
+
+
+def _check_onnx(folder: Path, model: Any, tokenizer: Tokenizer, console: Console) -> list[Row]:
+    from mohawk.export.onnx_check import check_onnx
+
+    return check_onnx(folder, model, tokenizer, console)
+
+
 def _tell_padding(model: HybridForCausalLM, pad_expand: bool, fold_bias: bool) -> list[str]:
     from mohawk.models.formats.bamba import padded_expand
 
@@ -299,6 +331,14 @@ TARGETS = {
         why_not=_why_not_gguf,
         why_not_tokenizer=_why_not_in_gguf,
         prepare=_tell_padding,
+    ),
+    "onnx": Target(
+        "ONNX graphs, for onnxruntime; plain students too",
+        _write_onnx,
+        onnx_notes,
+        check=_check_onnx,
+        why_not=_why_not_onnx,
+        plain=True,
     ),
     "hybrid": Target(
         "ours, its code beside the weights",
