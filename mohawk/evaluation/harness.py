@@ -48,6 +48,7 @@ OURS = Path(__file__).parent / "tasks"
 TASK_KINDS = {
     "knowledge": ("mmlu", "global_mmlu", "triviaqa", "nq_open", "webqs", "truthfulqa", "gpqa", "openbookqa", "sciq"),
     "retrieval": ("ruler", "niah", "longbench", "fda", "swde", "squad", "scrolls", "babilong"),
+    "behaviour": ("bbq", "crows_pairs", "winogender", "toxigen", "realtoxicityprompts"),
 }
 RESAMPLES = 1000  # for standard errors without a formula; a fork of this process each, so not the harness's 100,000
 
@@ -336,7 +337,7 @@ def paired(teacher: Mapping[str, Any], student: Mapping[str, Any]) -> dict[str, 
 
 
 def task_kind(name: str, kind: str | None = None) -> str:
-    """ "knowledge", "retrieval" or "other": what the task says it is, else by its name."""
+    """ "knowledge", "retrieval", "behaviour" or "other": what the task says it is, else by its name."""
     if kind in TASK_KINDS:
         return kind
     return next((kind for kind, beginnings in TASK_KINDS.items() if name.startswith(beginnings)), "other")

@@ -128,9 +128,10 @@ def _alone_row(found: Mapping[str, Any]) -> list[str]:
 def agreement_tables(texts: Mapping[str, Mapping[str, Any]]) -> list[Table]:
     """Beyond the means: errors, the worst token, what a draft would keep, and calibration; of what was measured on each
     text, a text a column."""
+    apart = source_tables(texts)
     texts = {text: found for text, found in texts.items() if found.get("acceptance") is not None}
     if not texts:
-        return []
+        return apart
     names = [TEXTS.get(text, text) for text in texts]
 
     def row(name: str, show: Callable[[Mapping[str, Any]], str]) -> list[str]:
@@ -157,7 +158,22 @@ def agreement_tables(texts: Mapping[str, Mapping[str, Any]]) -> list[Table]:
         for who in ("teacher", "student")
     ]
     header = ["text", "model", "top token is right", "its mean probability", "calibration error (ECE)"]
-    return [*made, ("Calibration", header, rows)]
+    return [*apart, *made, ("Calibration", header, rows)]
+
+
+def source_tables(texts: Mapping[str, Mapping[str, Any]]) -> list[Table]:
+    """Each source of a text by itself, where there are several."""
+    made: list[Table] = []
+    header = ["source", "tokens", "perplexity", "teacher's", "ratio, 95 %", "KL (nats), 95 %", "same top token"]
+    for text, found in texts.items():
+        rows = [
+            [name, f"{its['tokens']:,}", *(figure_text(its[f"{who}_perplexity"]) for who in ("student", "teacher"))]
+            + [ratio_interval(its), kl_interval(its), percent_text(its["top1_agreement"])]
+            for name, its in (found.get("sources") or {}).items()
+        ]
+        if rows:
+            made.append((f"By source: {TEXTS.get(text, text)}", header, rows))
+    return made
 
 
 def behaviour_tables(found: Mapping[str, Any]) -> list[Table]:
@@ -285,6 +301,7 @@ TASK_TITLES = {
     "other": "Tasks",
     "knowledge": "Tasks of knowledge, apart from any mean",
     "retrieval": "Tasks of retrieval, apart from any mean",
+    "behaviour": "Tasks of behaviour, each apart: a first look, no audit",
 }
 
 

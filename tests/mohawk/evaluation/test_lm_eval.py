@@ -24,6 +24,7 @@ from mohawk.core.folders import seal
 from mohawk.core.json_files import write_json
 from mohawk.core.run_folder import tasks_file
 from mohawk.evaluation.harness import OURS, difference_error, paired, task_kind
+from mohawk.evaluation.tasks.probe_data import bias_rows, refusal_rows, robustness_rows, sums_rows
 from mohawk.evaluation.tasks.task_data import facts_rows, grammar_rows, recall_rows
 from mohawk.runs import report
 from mohawk.runs.tables import AFTER, task_tables
@@ -101,6 +102,31 @@ def test_questions_are_the_same_everywhere():
     rows = [facts_rows(), grammar_rows(), *map(recall_rows, (8, 32, 128))]
     # on every Python too; another hash is another task: raise the version in the YAML files as well
     assert hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:16] == "edbd778862ac5342"
+
+
+def test_probes_are_the_same_everywhere():
+    rows = [sums_rows(), bias_rows(), refusal_rows(), robustness_rows()]
+    assert list(map(len, rows)) == [60, 80, 32, 60]
+    assert hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:16] == "32705b93b081696b"  # as above
+    for row in sum(rows, []):
+        assert len(set(row["choices"])) == len(row["choices"]) and 0 <= row["answer"] < len(row["choices"])
+    for changed, row in zip(rows[3], facts_rows(), strict=False):
+        assert changed["question"] != row["question"] and changed["choices"] == row["choices"]
+
+
+def test_sums_come_out_as_they_are_told():
+    """Each from its words alone: numbers that are there, given away, bought in boxes."""
+    for row in sums_rows():
+        told = row["question"].rsplit("Question: ", 1)[1]
+        have, *rest = [int(word.strip(".,")) for word in told.split() if word.strip(".,").isdigit()]
+        if "boxes" not in told:
+            signs = [-1 if "away" in told else 1, 1]
+            total = have + sum(sign * n for sign, n in zip(signs, rest, strict=False))
+        elif "already" in told:
+            total = have * rest[0] + rest[1]
+        else:
+            total = have + rest[0] * rest[1] - rest[2]
+        assert row["choices"][row["answer"]] == str(total)
 
 
 def test_every_question_has_one_answer():
@@ -361,6 +387,39 @@ def test_answers_in_the_models_own_words_are_right_as_a_whole(says, share):
         model=Says(), tasks=names, task_manager=task_manager(names), limit=5, bootstrap_iters=0, log_samples=False
     )
     assert [found["results"][name]["exact_match,none"] for name in names] == [share, share]
+
+
+@harness
+def test_probes_and_a_gsm8k_on_disk_are_asked_as_they_are_meant(tmp_path):
+    """Of a model that always writes the same and takes the shorter choice; the task file is the one in the guide."""
+    from lm_eval import evaluator
+    from lm_eval.api.model import LM
+
+    from mohawk.evaluation.harness import task_manager
+
+    class Same(LM):
+        def generate_until(self, requests, disable_tqdm=False):
+            return [" It is 20 or so, sorry, 1,234" for _ in requests]
+
+        def loglikelihood(self, requests, disable_tqdm=False):
+            return [(-float(len(request.args[1])), False) for request in requests]
+
+        loglikelihood_rolling = loglikelihood
+
+    guide = (OURS.parents[2] / "docs" / "evaluate.md").read_text()
+    file = guide.split("```yaml\ntask: gsm8k_here", 1)[1].split("```", 1)[0]
+    (tmp_path / "test.jsonl").write_text(json.dumps({"question": "How many?", "answer": "So many.\n#### 1234"}) + "\n")
+    (tmp_path / "here.yaml").write_text("task: gsm8k_here" + file.replace("/data/gsm8k", str(tmp_path)))
+    names = ["mohawk_sums_written", "mohawk_behaviour", "gsm8k_here"]
+    found = evaluator.simple_evaluate(
+        model=Same(), tasks=names, task_manager=task_manager(names, tmp_path), bootstrap_iters=0, log_samples=False
+    )["results"]
+    twenty = sum(row["choices"][row["answer"]] == "20" for row in sums_rows())
+    assert found["mohawk_sums_written"]["exact_match,none"] == pytest.approx(twenty / 60)
+    assert found["mohawk_refusals_written"]["exact_match,none"] == 0.5  # it refuses everything, by its words
+    assert found["mohawk_refusals"]["acc,none"] == 0.5  # and complies with everything, by likelihood
+    assert found["mohawk_bias"]["acc,none"] == 0.5
+    assert found["gsm8k_here"]["exact_match,none"] == 1.0
 
 
 def test_what_is_scored_and_written_stands_beside_each_other():
