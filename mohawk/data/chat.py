@@ -54,7 +54,10 @@ def chat_template(tokenizer: PreTrainedTokenizerBase, where: str) -> ChatTemplat
         raise UserError(
             f"{where}: a chat, but this tokenizer has no chat template; use one of an instruction-tuned model"
         )
-    return _found_out(tokenizer, json.dumps(tokenizer.chat_template))
+    try:
+        return _found_out(tokenizer, json.dumps(tokenizer.chat_template))
+    except UserError as error:
+        raise UserError(f"{where}: {str(error).removeprefix('chat template: ')}") from error
 
 
 @functools.lru_cache(maxsize=8)

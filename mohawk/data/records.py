@@ -148,6 +148,7 @@ def _parquet_batches(path: Path, count: int) -> Iterator[tuple[list[str], list[d
     from pyarrow import ArrowException, types
     from pyarrow.parquet import ParquetFile
 
+    read = 0
     try:
         with ParquetFile(path) as file:
             fields = {field.name: field.type for field in file.schema_arrow}
@@ -157,9 +158,15 @@ def _parquet_batches(path: Path, count: int) -> Iterator[tuple[list[str], list[d
             for batch in file.iter_batches(count, columns=columns):
                 empty = False
                 yield list(fields), [nothing | row for row in batch.to_pylist()]
+                read += len(batch)
             if empty:
                 yield list(fields), []
-    except (ArrowException, OSError, UnicodeDecodeError) as error:
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"{path}: row {read} (from 0), or soon after it, is not UTF-8 ({error.reason}, byte "
+            f"0x{error.object[error.start]:02x}); write the file anew with text that is"
+        ) from error
+    except (ArrowException, OSError) as error:
         if is_refusal(error):
             raise
         raise UserError(f"{path}: cannot be read as Parquet ({str(error).splitlines()[0]}); check the file") from error

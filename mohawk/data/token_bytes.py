@@ -189,7 +189,7 @@ def _between(ours: np.ndarray, theirs: np.ndarray, low: int, high: int) -> list[
     cuts = cuts[(cuts >= low) & (cuts <= high)]
     own, other = (np.asarray(np.searchsorted(side, cuts, "right") - 1) for side in (ours, theirs))
     spans = np.stack([own[:-1], own[1:], other[:-1], other[1:]], 1)
-    found: list[list[int]] = spans.tolist()
+    found: Any = spans.tolist()
     return [(a, b, c, d) for a, b, c, d in found if a < b and c < d]
 
 

@@ -42,6 +42,7 @@ def masking_of(recipe: DistillRecipe, tokenizer: PreTrainedTokenizerBase, *, dyn
 
 def label_fields(recipe: DistillRecipe) -> LabelFields:
     """Which fields of a row are text, pair and class, and what the teacher's classes are called. Raises UserError."""
+    assert recipe.teacher is not None  # refused among the contradictions
     config: Any = load_config(recipe.teacher.model, **recipe.teacher.where, task=recipe.task)
     return LabelFields(recipe.data.label_field, recipe.data.pair_field, class_names(config), config.num_labels)
 

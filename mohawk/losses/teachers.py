@@ -60,7 +60,7 @@ class ModelTeacher:
     `KnowledgeDistiller` takes it.
     """
 
-    def __init__(self, model: CausalLM, micro_batch: int | None = None, task: Task | str = CAUSAL_LM):
+    def __init__(self, model: CausalLM, micro_batch: int | None = None, task: Task | str = "causal_lm"):
         self.task = task_of(task) if isinstance(task, str) else task
         self.task.check(model, "teacher")
         self.model, self.micro_batch = model, micro_batch
@@ -274,7 +274,7 @@ def teacher_in_parts(teacher: object) -> bool:
     return any(isinstance(one, ModelTeacher) and is_sharded(one.model) for one in models)
 
 
-def check_together(combine: str, configs: Sequence[PretrainedConfig], task: str = CAUSAL_LM.name) -> None:
+def check_together(combine: str, configs: Sequence[PretrainedConfig], task: str = "causal_lm") -> None:
     """UserError where teachers of these configurations have no common answer."""
     if task == "classification":
         counts: set[Any] = {config.num_labels for config in configs}
@@ -303,7 +303,7 @@ class AverageTeacher(ModelTeacher):
         decay: float,
         micro_batch: int | None = None,
         copy_of: Callable[[CausalLM], CausalLM] = copy.deepcopy,
-        task: Task | str = CAUSAL_LM,
+        task: Task | str = "causal_lm",
     ):
         super().__init__(copy_of(student), micro_batch, task)
         self.student, self.decay = student, decay

@@ -162,6 +162,8 @@ def test_yaml_snippets_are_recipes(page, tmp_path):
         if fence.language in ("yaml", "yml"):
             text = fence.text
             given = set(re.findall(r"^(\w+):", text, re.M))
+            if "dataset_path" in given:  # a task of lm-eval's
+                continue
             text += "teacher: x\n" * ("teacher" not in given) + "data: {train: [x.txt]}\n" * ("data" not in given)
             if "stages" in given and "student" not in given:
                 text += "student: {layers: every_second}\n"
