@@ -187,10 +187,9 @@ def _between(ours: np.ndarray, theirs: np.ndarray, low: int, high: int) -> list[
     """Spans between the ends that both have from `low` to `high`. ours, theirs: 0 or less, then where tokens end."""
     cuts = np.intersect1d(ours, theirs)
     cuts = cuts[(cuts >= low) & (cuts <= high)]
-    own, other = (np.asarray(np.searchsorted(side, cuts, "right") - 1) for side in (ours, theirs))
-    spans = np.stack([own[:-1], own[1:], other[:-1], other[1:]], 1)
-    found: Any = spans.tolist()
-    return [(a, b, c, d) for a, b, c, d in found if a < b and c < d]
+    own, other = ([int(i) - 1 for i in np.atleast_1d(np.searchsorted(side, cuts, "right"))] for side in (ours, theirs))
+    spans = zip(own, own[1:], other, other[1:], strict=False)
+    return [(a, b, c, d) for a, b, c, d in spans if a < b and c < d]
 
 
 def _in_common(left: bytes, right: bytes) -> int:
