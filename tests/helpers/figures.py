@@ -2,8 +2,8 @@
 
 
 def level(figures: dict) -> dict:
-    """One number a key, also where an evaluation has several: `accepted` of 1, 2, ... drafted tokens. What a task does not
-    have, such as classes, is left out, so that one side alone having it tells."""
+    """One number a key, also where an evaluation has several: `accepted` of 1, 2, ... drafted tokens. What a task does
+    not have, such as classes, is left out, so that one side alone having it tells."""
     found = {}
     for name, value in figures.items():
         if value is None:
