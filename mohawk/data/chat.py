@@ -101,7 +101,7 @@ class ChatTemplate:
         whole = self._render(answered, None, where)
         longer = self._render([*answered, *asked], None, where)
         if whole.count(ANSWER) != 1 or ASK not in before:
-            raise UserError(f"{where}: this tokenizer's does not write a question and its answer once each")
+            raise UserError(f"{where}: this tokenizer's chat template does not write question and answer once each")
         at = whole.index(ANSWER)
         self.opener = self.header = ""
         if not whole.startswith(before):
@@ -109,7 +109,7 @@ class ChatTemplate:
             self.opener = before[len(shared) :]
             if not OPENS_THOUGHT.fullmatch(self.opener):
                 raise UserError(
-                    f"{where}: this tokenizer's asks for an answer with {before[len(shared) :]!r}, which no answer "
+                    f"{where}: this tokenizer's chat template asks for an answer with {self.opener!r}, which no answer "
                     "has before it, so that what of a chat is answers cannot be told; give a template that does"
                 )
         elif before == plain:

@@ -260,7 +260,7 @@ def test_templates_that_cannot_be_told(tokenizers, tmp_path):
 
     header = "{% for m in messages %}<|im_start|>{{ m.role }}\n"
     ask = "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-    assert "does not write a question and its answer once each" in refused(header + "{% endfor %}" + ask)
+    assert "does not write question and answer once each" in refused(header + "{% endfor %}" + ask)
     other = ask.replace("assistant\n", "assistant says: ")
     assert "asks for an answer with ' says: '" in refused(header + "{{ m.content }}<|im_end|>\n{% endfor %}" + other)
     said = refused(header + "{{ m.content[:13] }}<|im_end|>\n{% endfor %}" + ask)
