@@ -111,6 +111,25 @@ def test_it_resumes_with_projections_and_schedules(make_llama, tmp_path):
     assert saved["architectures"] == ["LlamaForCausalLM"]
 
 
+def test_an_optimizer_that_is_given_trains_projections_too(make_llama, tmp_path):
+    def trained(with_schedule: bool):
+        model, match = make_llama(seed=2), HiddenMatch(layer_map("uniform", 2, 2), 32, 48)
+        before = [p.detach().clone() for p in match.parameters()]
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0) if with_schedule else None
+        DistillationTrainer(
+            model=model, args=arguments(tmp_path, max_steps=1), train_dataset=rows(),
+            teacher=make_llama(seed=1, hidden_size=48), optimizers=(optimizer, schedule),
+            distillation={**OPTIONS, "matchings": {"hidden": match_hidden(match)}},
+        ).train()  # fmt: skip
+        return before, list(match.parameters())
+
+    before, after = trained(False)
+    assert not any(torch.equal(one, other) for one, other in zip(before, after, strict=True))
+    with pytest.raises(ValueError, match="the optimizer that was given lacks the parameters of matchings"):
+        trained(True)
+
+
 def test_on_policy_with_padded_batches(make_llama, tmp_path):
     """Batches as transformers' collators make them, with an attention mask: samples are learned, their mask is used."""
     data = [
