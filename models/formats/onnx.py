@@ -11,6 +11,7 @@ Attention, MLPs, norms and rotary positions are the family's own code, traced by
 """
 
 import contextlib
+import hashlib
 import logging
 from collections.abc import Iterator
 from pathlib import Path
@@ -317,17 +318,20 @@ def _quiet() -> Iterator[None]:
         log.setLevel(before)
 
 
-def _save_sharing(program: torch.onnx.ONNXProgram, folder: Path) -> None:
-    """Writes STEP with the weights of GRAPH that are its own too as those."""
+def _save_sharing(program: Any, folder: Path) -> None:
+    """Writes STEP, with the weights that GRAPH has too as those. By their values: what the exporter turns round to
+    multiply with has a name of its own in each graph."""
     from onnxscript import ir
 
-    written = ir.load(folder / GRAPH).graph.initializers
+    def content(tensor: Any) -> tuple[str, str, bytes]:
+        return str(tensor.dtype), str(tensor.shape), hashlib.sha256(tensor.tobytes()).digest()
+
+    there = {}
+    for value in ir.load(folder / GRAPH).graph.initializers.values():
+        if isinstance(tensor := value.const_value, ir.ExternalTensor):
+            there[content(tensor)] = tensor
     for name, value in program.model.graph.initializers.items():
-        there = written.get(name)
-        if there is None or not isinstance(there.const_value, ir.ExternalTensor) or value.const_value is None:
-            continue
-        tensor = there.const_value
-        if (tensor.shape, tensor.dtype) == (value.const_value.shape, value.const_value.dtype):
+        if value.const_value is not None and (tensor := there.get(content(value.const_value))) is not None:
             value.const_value = ir.ExternalTensor(
                 tensor.location, tensor.offset, tensor.length, tensor.dtype, shape=tensor.shape, name=name,
                 base_dir=folder,

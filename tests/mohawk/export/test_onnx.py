@@ -139,3 +139,9 @@ def test_graphs_of_hybrids_answer_as_the_student_does(tmp_path, make_llama):
         assert check in said
     names = sorted(path.name for path in folder.glob("*.onnx*"))
     assert names == ["model.onnx", "model.onnx.data", "step.onnx"]  # and no second copy of the weights
+
+    import onnx
+
+    graph = onnx.load(folder / "step.onnx", load_external_data=False).graph
+    beside = {tensor.data_location == onnx.TensorProto.EXTERNAL for tensor in graph.initializer if len(tensor.dims) > 1}
+    assert beside == {True}
