@@ -42,16 +42,16 @@ if TYPE_CHECKING:
     from mohawk.kernels.mixing.interface import mixing_distance, mixing_matrix
     from mohawk.kernels.mixing.operands import AttentionMixing, DeltaMixing, SSDMixing
     from mohawk.kernels.ssd.interface import ssd, ssd_step
-    from mohawk.losses.attention_match import AttentionMatch
     from mohawk.losses.distiller import KnowledgeDistiller, OwnLoss
     from mohawk.losses.heads import Head
     from mohawk.losses.hf_trainer import DistillationTrainer
-    from mohawk.losses.hidden_match import HiddenMatch, layer_map
-    from mohawk.losses.matching import Matching, match_attention, match_hidden, match_relations
+    from mohawk.losses.layers.attention_match import AttentionMatch
+    from mohawk.losses.layers.hidden_match import HiddenMatch, layer_map
+    from mohawk.losses.layers.matching import Matching, match_attention, match_hidden, match_relations
+    from mohawk.losses.layers.relation_match import RelationMatch
     from mohawk.losses.on_policy import OnPolicy
     from mohawk.losses.rationale_router import RationaleRouter, RoutedRationales
     from mohawk.losses.rationales import RationaleDistiller
-    from mohawk.losses.relation_match import RelationMatch
     from mohawk.losses.schedules import Ramp
     from mohawk.models.cutting.cuts import Cut, cut, keep_layers
     from mohawk.models.cutting.sizes import Sizes
@@ -75,7 +75,7 @@ if TYPE_CHECKING:
 
 _PUBLIC = {
     "Advance": "mohawk.training.advance",
-    "AttentionMatch": "mohawk.losses.attention_match",
+    "AttentionMatch": "mohawk.losses.layers.attention_match",
     "AttentionMixing": "mohawk.kernels.mixing.operands",
     "CachedRows": "mohawk.teacher_cache.reader",
     "Cut": "mohawk.models.cutting.cuts",
@@ -87,7 +87,7 @@ _PUBLIC = {
     "GatedDeltaMixer": "mohawk.models.delta_mixer",
     "Hardware": "mohawk.conversion.footprint",
     "Head": "mohawk.losses.heads",
-    "HiddenMatch": "mohawk.losses.hidden_match",
+    "HiddenMatch": "mohawk.losses.layers.hidden_match",
     "HiddenObjective": "mohawk.conversion.objectives",
     "HybridConfig": "mohawk.models.hybrid_config",
     "HybridForCausalLM": "mohawk.models.hybrid",
@@ -96,7 +96,7 @@ _PUBLIC = {
     "KnowledgeDistiller": "mohawk.losses.distiller",
     "Mamba2Mixer": "mohawk.models.mixers",
     "Masking": "mohawk.data.masking",
-    "Matching": "mohawk.losses.matching",
+    "Matching": "mohawk.losses.layers.matching",
     "MinitronPruner": "mohawk.pruning.minitron",
     "MixingObjective": "mohawk.conversion.objectives",
     "OnPolicy": "mohawk.losses.on_policy",
@@ -106,7 +106,7 @@ _PUBLIC = {
     "RationaleDistiller": "mohawk.losses.rationales",
     "RationaleRouter": "mohawk.losses.rationale_router",
     "Recipe": "mohawk.conversion.recipe",
-    "RelationMatch": "mohawk.losses.relation_match",
+    "RelationMatch": "mohawk.losses.layers.relation_match",
     "RoutedRationales": "mohawk.losses.rationale_router",
     "SSDMixing": "mohawk.kernels.mixing.operands",
     "Sizes": "mohawk.models.cutting.sizes",
@@ -128,12 +128,12 @@ _PUBLIC = {
     "hybrid_from_teacher": "mohawk.models.from_teacher",
     "kd_loss": "mohawk.kernels.kd.interface",
     "keep_layers": "mohawk.models.cutting.cuts",
-    "layer_map": "mohawk.losses.hidden_match",
+    "layer_map": "mohawk.losses.layers.hidden_match",
     "linear_kd_loss": "mohawk.kernels.kd.interface",
     "load_released": "mohawk.models.formats.released",
-    "match_attention": "mohawk.losses.matching",
-    "match_hidden": "mohawk.losses.matching",
-    "match_relations": "mohawk.losses.matching",
+    "match_attention": "mohawk.losses.layers.matching",
+    "match_hidden": "mohawk.losses.layers.matching",
+    "match_relations": "mohawk.losses.layers.matching",
     "measure_importance": "mohawk.pruning.importance",
     "mixing_distance": "mohawk.kernels.mixing.interface",
     "mixing_matrix": "mohawk.kernels.mixing.interface",

@@ -2,7 +2,7 @@
 
 Each case is a process of its own: a random student of 6 layers and 9 heads (width 576, SmolLM2-135M's) and a teacher of
 12 layers with as many or other heads, one forward of both, the loss of 6 layer pairs, one backward. Ours is
-`mohawk.losses.attention_match`; eager is what one writes first: both models return their attentions. "Alone" is both
+`mohawk.losses.layers.attention_match`; eager is what one writes first: both models return their attentions. "Alone" is both
 models' forwards and a backward from the student's last hidden states, which both contain.
 
     python benchmarks/models/attention_match.py [--quick] [--json FILE]
@@ -41,7 +41,7 @@ def model(layers: int, heads: int, attention: str):
 def ours(student, teacher, match, ids):
     import torch
 
-    from mohawk.losses.attention_match import collect_attention
+    from mohawk.losses.layers.attention_match import collect_attention
 
     with collect_attention(teacher, match.teacher_layers) as theirs, torch.no_grad():
         teacher.model(ids, use_cache=False)
@@ -81,8 +81,8 @@ def case(how: str, loss: str, heads: int, length: int) -> dict:
     """One step in this process; bytes above what the models themselves take."""
     import torch
 
-    from mohawk.losses.attention_match import AttentionMatch
-    from mohawk.losses.hidden_match import layer_map
+    from mohawk.losses.layers.attention_match import AttentionMatch
+    from mohawk.losses.layers.hidden_match import layer_map
 
     torch.manual_seed(0)
     attention = "eager" if how == "eager" else "sdpa"

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from mohawk.data.next_tokens import IGNORED
 from mohawk.data.text import tokenizer_key
-from mohawk.data.token_bytes import Span, TokenBytes, met_spans, shared_tokens, special_roles
+from mohawk.data.tokenizers.token_bytes import Span, TokenBytes, met_spans, shared_tokens, special_roles
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -13,19 +13,19 @@ import torch
 from mohawk.conversion.plan import student_options
 from mohawk.conversion.recipe import student_mistakes
 from mohawk.core.processes import several
-from mohawk.data.run_tokenizers import run_tokenizers
 from mohawk.data.text import tokenizer_key
+from mohawk.data.tokenizers.run_tokenizers import run_tokenizers
 from mohawk.distillation.contradictions import MATCHED
 from mohawk.distillation.recipe import DistillData, DistillStudent, DistillTeacher, RampSection, Stage
 from mohawk.errors import UserError
 from mohawk.loading.causal import plain_model
 from mohawk.loading.models import load_teacher
 from mohawk.loading.tasks import CAUSAL
-from mohawk.losses.attention_match import AttentionMatch
 from mohawk.losses.distiller import OwnLoss
-from mohawk.losses.hidden_match import HiddenMatch, layer_map
-from mohawk.losses.matching import Matching, match_attention, match_hidden, match_relations
-from mohawk.losses.relation_match import RelationMatch
+from mohawk.losses.layers.attention_match import AttentionMatch
+from mohawk.losses.layers.hidden_match import HiddenMatch, layer_map
+from mohawk.losses.layers.matching import Matching, match_attention, match_hidden, match_relations
+from mohawk.losses.layers.relation_match import RelationMatch
 from mohawk.losses.schedules import Ramp
 from mohawk.models.cutting.cuts import keep_layers, resolve_layers
 from mohawk.models.cutting.depth import keep_any_layers

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from mohawk.conversion.recipe import EndToEndPhase
-    from mohawk.data.run_tokenizers import RunTokenizers
+    from mohawk.data.tokenizers.run_tokenizers import RunTokenizers
     from mohawk.loading.parts import Spread
     from mohawk.schema.base import RecipeFile
 
@@ -47,8 +47,8 @@ def cache_teacher(
     are of its own tokens. In all the processes that torchrun or accelerate started. Raises UserError.
     """
     from mohawk.core.precision import autocast_dtype, pick_device
-    from mohawk.data.run_tokenizers import run_tokenizers
     from mohawk.data.text import tokenizer_key
+    from mohawk.data.tokenizers.run_tokenizers import run_tokenizers
     from mohawk.distillation.plan import bytes_of
     from mohawk.loading.configs import load_config
     from mohawk.loading.models import load_teacher, model_shape, parameter_count

@@ -15,7 +15,7 @@ from mohawk.conversion.footprint import Hardware
 from mohawk.core.extras import need
 from mohawk.core.processes import first_before_others, from_first, on_first, wish
 from mohawk.data.aligned_rows import TeacherRows, TokenAligner
-from mohawk.data.run_tokenizers import run_tokenizers
+from mohawk.data.tokenizers.run_tokenizers import run_tokenizers
 from mohawk.distillation.build import check_caches, checked_cache, load, loss_label
 from mohawk.distillation.encoders import EncoderData
 from mohawk.distillation.plan import Plan, make_plan, print_plan

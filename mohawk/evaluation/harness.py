@@ -113,7 +113,7 @@ def _evaluate(
 ) -> dict[str, Any]:
     """`evaluate_tasks`; of models in parts all processes answer every question."""
     from mohawk.core.precision import autocast_dtype, pick_device
-    from mohawk.data.same_tokenizer import check_same, own_tokenizer, teacher_tokenizer
+    from mohawk.data.tokenizers.same_tokenizer import check_same, own_tokenizer, teacher_tokenizer
     from mohawk.loading.models import load_teacher, load_tokenizer
     from mohawk.runs.binding import check_models
 

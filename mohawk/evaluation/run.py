@@ -15,7 +15,7 @@ from mohawk.core.json_files import write_json
 from mohawk.core.places import home
 from mohawk.core.processes import from_first, is_first, joined, on_first
 from mohawk.core.run_folder import again_file, has_recipe
-from mohawk.data.run_tokenizers import why_uncompared
+from mohawk.data.tokenizers.run_tokenizers import why_uncompared
 from mohawk.distillation.recipe import DistillRecipe
 from mohawk.errors import UserError
 from mohawk.loading.describe import student_folder
@@ -67,7 +67,7 @@ def evaluate_run(run: str | Path, overrides: Sequence[str] = (), console: Consol
 
 
 def _evaluate(recipe: RecipeFile, folder: Path, name: str, overrides: Sequence[str], console: Console) -> dict:
-    from mohawk.data.same_tokenizer import check_same, own_tokenizer, teacher_tokenizer
+    from mohawk.data.tokenizers.same_tokenizer import check_same, own_tokenizer, teacher_tokenizer
     from mohawk.loading.models import load_teacher
     from mohawk.measures.behaviour import behaviour
     from mohawk.measures.compare import compare, contexts_within, decode_speed

@@ -292,7 +292,7 @@ def local_teacher(
     Raises UserError as `mohawk.loading.models.load_teacher` does.
     """
     import mohawk.models.hybrid  # noqa: F401  makes the Auto classes know hybrids
-    from mohawk.data.same_tokenizer import teacher_tokenizer
+    from mohawk.data.tokenizers.same_tokenizer import teacher_tokenizer
     from mohawk.loading.describe import student_folder
     from mohawk.loading.models import load_teacher
 

@@ -43,7 +43,7 @@ def generate(
     from transformers import TextStreamer, set_seed
 
     import mohawk.models.hybrid  # noqa: F401  makes the Auto classes know hybrids
-    from mohawk.data.same_tokenizer import teacher_tokenizer
+    from mohawk.data.tokenizers.same_tokenizer import teacher_tokenizer
     from mohawk.loading.causal import plain_model
     from mohawk.loading.models import load_teacher
 
@@ -97,7 +97,7 @@ def _drafted(
     from transformers import TextStreamer
 
     from mohawk.core.terminal import say
-    from mohawk.data.same_tokenizer import check_same, own_tokenizer
+    from mohawk.data.tokenizers.same_tokenizer import check_same, own_tokenizer
     from mohawk.generation.speculative import Track, speculate, step_seconds
     from mohawk.loading.causal import plain_model, position_rows
     from mohawk.loading.models import load_teacher

@@ -307,7 +307,7 @@ def completer(teacher: LocalTeacher | EndpointTeacher) -> Complete:
 def _measured(records, keep, student, validation, rounds, trial) -> dict[str, Any]:
     import torch
 
-    from mohawk.data.same_tokenizer import teacher_tokenizer
+    from mohawk.data.tokenizers.same_tokenizer import teacher_tokenizer
     from mohawk.loading.describe import student_folder
     from mohawk.loading.models import load_teacher
 

@@ -21,7 +21,7 @@ from mohawk.core.folders import MANIFEST, write_whole
 from mohawk.core.places import home
 from mohawk.core.precision import pick_device
 from mohawk.core.run_folder import PLOTS, has_recipe
-from mohawk.data.same_tokenizer import teacher_tokenizer
+from mohawk.data.tokenizers.same_tokenizer import teacher_tokenizer
 from mohawk.errors import UserError, is_refusal
 from mohawk.inspection.plots import PANEL, HeadPicture, percent, plot_layer
 from mohawk.kernels.mixing.interface import mixing_matrix

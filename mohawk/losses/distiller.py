@@ -25,7 +25,7 @@ from mohawk.loading.models import parameter_count
 from mohawk.losses.aligned import AlignedAnswer, AlignedTeacher, aligned_loss
 from mohawk.losses.heads import Head, as_forward, in_zero, with_head
 from mohawk.losses.label_probability import CONFIDENCES, Confidence, label_probability, teacher_certainty
-from mohawk.losses.matching import PLACES, Matching
+from mohawk.losses.layers.matching import PLACES, Matching
 from mohawk.losses.measured import Means, agreement
 from mohawk.losses.on_policy import OnPolicy, replaced_rows
 from mohawk.losses.policy_gradient import PolicyGradient, check_policy_gradient, policy_term

@@ -28,8 +28,8 @@ from mohawk.data.messages import canonical, chat_of
 from mohawk.data.next_tokens import IGNORED, next_labels
 from mohawk.data.pairs import Pairs
 from mohawk.data.records import content_hash, read_records
-from mohawk.data.same_tokenizer import check_embedding_rows
 from mohawk.data.source_files import as_source
+from mohawk.data.tokenizers.same_tokenizer import check_embedding_rows
 from mohawk.errors import UserError
 from mohawk.kernels.kd.interface import linear_kd_loss
 from mohawk.kernels.kd.teachers import TeacherSamples

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from mohawk.core.processes import from_all
 from mohawk.data.next_tokens import IGNORED, next_labels
-from mohawk.data.token_bytes import TokenBytes
+from mohawk.data.tokenizers.token_bytes import TokenBytes
 from mohawk.errors import UserError
 from mohawk.losses.aligned import AlignedTeacher, likelihoods
 from mohawk.losses.heads import Head

@@ -33,9 +33,9 @@ from mohawk.core.run_folder import (
     summed_files,
 )
 from mohawk.core.sums import sha256_of
-from mohawk.data.run_tokenizers import run_tokenizers, tokenizer_source
 from mohawk.data.source_files import source_content
 from mohawk.data.text import tokenizer_key
+from mohawk.data.tokenizers.run_tokenizers import run_tokenizers, tokenizer_source
 from mohawk.errors import UserError
 from mohawk.runs.kept import Bound
 from mohawk.schema.base import CheckpointSection, Phase, sections

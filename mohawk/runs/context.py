@@ -19,7 +19,7 @@ from mohawk.core.precision import autocast_dtype, pick_device
 from mohawk.core.processes import first_before_others, from_first, on_first
 from mohawk.core.run_folder import evaluation_file
 from mohawk.data.packing import Data, PackedDataset, load_data
-from mohawk.data.run_tokenizers import run_tokenizers
+from mohawk.data.tokenizers.run_tokenizers import run_tokenizers
 from mohawk.errors import UserError
 from mohawk.loading.causal import position_rows
 from mohawk.loading.models import load_teacher

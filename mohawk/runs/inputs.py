@@ -16,9 +16,9 @@ from mohawk.data.encoder_rows import LabelFields, labelled_row
 from mohawk.data.messages import OTHER_FIELDS
 from mohawk.data.pair_tokens import check_pair, no_weights
 from mohawk.data.records import first_records, read_records
-from mohawk.data.run_tokenizers import run_tokenizers
-from mohawk.data.same_tokenizer import check_embedding_rows, check_same, own_tokenizer, teacher_tokenizer
 from mohawk.data.source_files import NotThere, as_source, check_encoding, local_files
+from mohawk.data.tokenizers.run_tokenizers import run_tokenizers
+from mohawk.data.tokenizers.same_tokenizer import check_embedding_rows, check_same, own_tokenizer, teacher_tokenizer
 from mohawk.errors import UserError
 from mohawk.loading.causal import position_rows
 from mohawk.loading.configs import load_config

@@ -6,7 +6,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers
 from transformers import PreTrainedTokenizerFast
 
 from mohawk.data.aligned_rows import Examples, TokenAligner, _whole_characters
-from mohawk.data.token_bytes import TokenBytes, met_spans, shared_tokens, special_roles
+from mohawk.data.tokenizers.token_bytes import TokenBytes, met_spans, shared_tokens, special_roles
 from mohawk.errors import UserError
 
 WORDS = ("▁the", "▁fox", "▁", "he", "t", "h", "e", "f", "o", "x")

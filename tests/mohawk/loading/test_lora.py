@@ -8,8 +8,8 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from mohawk.loading import lora
-from mohawk.losses.attention_match import AttentionMatch, collect_attention
-from mohawk.losses.hidden_match import collect_hidden
+from mohawk.losses.layers.attention_match import AttentionMatch, collect_attention
+from mohawk.losses.layers.hidden_match import collect_hidden
 from mohawk.models.from_teacher import hybrid_from_teacher
 from mohawk.models.sharding import reshard, shard, whole
 from tests.helpers.processes import in_processes

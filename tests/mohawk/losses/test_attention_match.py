@@ -6,8 +6,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from mohawk.kernels.mixing.reference import dense_matrix
-from mohawk.losses.attention_match import AttentionMatch, collect_attention, side_by_side
-from mohawk.losses.matching import match_attention
+from mohawk.losses.layers.attention_match import AttentionMatch, collect_attention, side_by_side
+from mohawk.losses.layers.matching import match_attention
 from mohawk.models.from_teacher import hybrid_from_teacher
 from mohawk.models.teacher_forcing import AttentionRecord
 

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from mohawk.losses.hidden_match import EMBEDDINGS, HiddenMatch, collect_hidden, layer_map
+from mohawk.losses.layers.hidden_match import EMBEDDINGS, HiddenMatch, collect_hidden, layer_map
 from mohawk.models.decoders import decoder
 from mohawk.models.from_teacher import hybrid_from_teacher
 

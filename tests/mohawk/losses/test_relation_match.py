@@ -13,9 +13,9 @@ from transformers import (
 
 from mohawk.kernels.mixing.interface import mixing_distance
 from mohawk.kernels.mixing.operands import AttentionMixing
-from mohawk.losses.attention_match import collect_attention
-from mohawk.losses.matching import match_relations
-from mohawk.losses.relation_match import RelationMatch
+from mohawk.losses.layers.attention_match import collect_attention
+from mohawk.losses.layers.matching import match_relations
+from mohawk.losses.layers.relation_match import RelationMatch
 from tests.kernels.test_mixing_memory import peak_bytes
 
 

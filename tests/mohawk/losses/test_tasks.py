@@ -15,8 +15,8 @@ from transformers import (
 
 from mohawk.errors import UserError
 from mohawk.losses.distiller import KnowledgeDistiller
-from mohawk.losses.hidden_match import HiddenMatch
-from mohawk.losses.matching import match_hidden
+from mohawk.losses.layers.hidden_match import HiddenMatch
+from mohawk.losses.layers.matching import match_hidden
 from mohawk.losses.teachers import Ensemble, ModelTeacher
 
 T = 2.0

@@ -10,10 +10,10 @@ from transformers import TrainingArguments
 
 from mohawk import DistillationTrainer, KnowledgeDistiller, hybrid_from_teacher
 from mohawk.core.collectives import sum_gradients
-from mohawk.losses.attention_match import AttentionMatch
 from mohawk.losses.heads import Head, final_hidden_states
-from mohawk.losses.hidden_match import HiddenMatch
-from mohawk.losses.matching import match_attention, match_hidden
+from mohawk.losses.layers.attention_match import AttentionMatch
+from mohawk.losses.layers.hidden_match import HiddenMatch
+from mohawk.losses.layers.matching import match_attention, match_hidden
 from mohawk.losses.teachers import AverageTeacher
 from mohawk.models.sharding import reshard, shard, whole
 from tests.helpers.processes import in_processes

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from mohawk.kernels.mixing.interface import mixing_distance
 from mohawk.kernels.mixing.operands import AttentionMixing
-from mohawk.losses.attention_match import LayerRecord, MixerRecord, check_recorded, check_windows, recorded
+from mohawk.losses.layers.attention_match import LayerRecord, MixerRecord, check_recorded, check_windows, recorded
 from mohawk.models.decoders import layers_config
 from mohawk.models.teacher_forcing import AttentionRecord
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mohawk.data.same_tokenizer import check_embedding_rows, check_same, own_tokenizer, teacher_tokenizer
+from mohawk.data.tokenizers.same_tokenizer import check_embedding_rows, check_same, own_tokenizer, teacher_tokenizer
 from mohawk.errors import UserError
 from mohawk.loading.configs import load_config
 from mohawk.loading.models import load_tokenizer

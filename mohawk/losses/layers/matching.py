@@ -9,9 +9,9 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from mohawk.data.next_tokens import IGNORED, next_column, next_labels
-from mohawk.losses.attention_match import AttentionMatch, collect_attention, parted, side_by_side
-from mohawk.losses.hidden_match import HiddenMatch, collect_hidden
-from mohawk.losses.relation_match import RelationMatch
+from mohawk.losses.layers.attention_match import AttentionMatch, collect_attention, parted, side_by_side
+from mohawk.losses.layers.hidden_match import HiddenMatch, collect_hidden
+from mohawk.losses.layers.relation_match import RelationMatch
 from mohawk.losses.schedules import Ramp
 from mohawk.losses.teachers import Watch
 

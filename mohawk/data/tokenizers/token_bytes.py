@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mohawk.data.same_tokenizer import SAMPLE
+from mohawk.data.tokenizers.same_tokenizer import SAMPLE
 from mohawk.errors import UserError, shortened
 
 if TYPE_CHECKING:
