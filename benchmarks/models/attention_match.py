@@ -2,8 +2,8 @@
 
 Each case is a process of its own: a random student of 6 layers and 9 heads (width 576, SmolLM2-135M's) and a teacher of
 12 layers with as many or other heads, one forward of both, the loss of 6 layer pairs, one backward. Ours is
-`mohawk.losses.layers.attention_match`; eager is what one writes first: both models return their attentions. "Alone" is both
-models' forwards and a backward from the student's last hidden states, which both contain.
+`mohawk.losses.layers.attention_match`; eager is what one writes first: both models return their attentions. "Alone" is
+both models' forwards and a backward from the student's last hidden states, which both contain.
 
     python benchmarks/models/attention_match.py [--quick] [--json FILE]
 """

@@ -326,7 +326,7 @@ def _save_sharing(program: Any, folder: Path) -> None:
     def content(tensor: Any) -> tuple[str, str, bytes]:
         return str(tensor.dtype), str(tensor.shape), hashlib.sha256(tensor.tobytes()).digest()
 
-    there = {}
+    there: dict[tuple[str, str, bytes], Any] = {}
     for value in ir.load(folder / GRAPH).graph.initializers.values():
         if isinstance(tensor := value.const_value, ir.ExternalTensor):
             there[content(tensor)] = tensor
