@@ -136,7 +136,7 @@ def _check_tokenizers(recipe: RecipeFile) -> PreTrainedTokenizerBase:
         try:
             _check_reads(tokenizer, own, student, f"{name}.model", task_in(recipe))
         except UserError as error:
-            aligns = name == "student.model" and hasattr(recipe, "align") and recipe.teacher is not None
+            aligns = name == "student" and hasattr(recipe, "align") and recipe.teacher is not None
             if own is None or not aligns or found.teacher is not None:
                 raise
             raise UserError(f"{error}; or set align: spans, or uld, to distil between the two") from None
