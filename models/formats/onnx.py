@@ -331,9 +331,8 @@ def _save_sharing(program: Any, folder: Path) -> None:
         if isinstance(tensor := value.const_value, ir.ExternalTensor):
             there[content(tensor)] = tensor
     for name, value in program.model.graph.initializers.items():
-        if value.const_value is not None and (tensor := there.get(content(value.const_value))) is not None:
+        if value.const_value is not None and (same := there.get(content(value.const_value))) is not None:
             value.const_value = ir.ExternalTensor(
-                tensor.location, tensor.offset, tensor.length, tensor.dtype, shape=tensor.shape, name=name,
-                base_dir=folder,
+                same.location, same.offset, same.length, same.dtype, shape=same.shape, name=name, base_dir=folder,
             )  # fmt: skip
     ir.save(program.model, folder / STEP)

@@ -11,7 +11,7 @@ Token ids stay on disk, memory-mapped: what is in memory is some 50 bytes per do
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -199,33 +199,55 @@ class PackedDataset(torch.utils.data.Dataset):
         return self._epochs[epoch]
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        index = range(self.rows)[index]  # IndexError past the end, negative from the end
-        epoch, row = divmod(index, self.rows_per_epoch)
-        order, ends, rows = self._epoch(epoch)
         n = self.sequence_length
-        begin = int(rows[row]) * n
         input_ids = np.full(n, self.pad_token_id, dtype=np.int64)
         position_ids = np.arange(n, dtype=np.int64)
         segment_ids = np.full(n, -1, dtype=np.int64)
         labels = np.full(n, IGNORED, dtype=np.int64)
-        filled, segment = 0, 0
-        which = int(np.searchsorted(ends, begin, side="right"))
-        while filled < n and which < len(order):
-            text, first, last = self.documents.spans[order[which]]
-            starts = int(ends[which]) - int(last - first)
-            skip = begin + filled - starts  # tokens of this document that lie in earlier rows
-            take = min(n - filled, int(last - first) - skip)
-            here = slice(filled, filled + take)
-            input_ids[here] = self.documents.texts[text].tokens[first + skip : first + skip + take]
+        filled = 0
+        for segment, (here, text, start) in enumerate(self._pieces(index)):
+            take, filled = here.stop - here.start, here.stop
+            input_ids[here] = self.documents.texts[text].tokens[start : start + take]
             labels[here] = input_ids[here]
-            labels[filled] = IGNORED
+            labels[here.start] = IGNORED
             position_ids[here] = np.arange(take)
             segment_ids[here] = segment
-            filled, segment, which = filled + take, segment + 1, which + 1
         position_ids[filled:] = np.arange(n - filled)
         columns = {"input_ids": input_ids, "position_ids": position_ids}
         columns |= {"segment_ids": segment_ids, "labels": labels}
         return {name: torch.from_numpy(values) for name, values in columns.items()}
+
+    def _pieces(self, index: int) -> Iterator[tuple[slice, int, int]]:
+        """What a row is made of: where in it, which of the documents' texts, and from which of its tokens on."""
+        index = range(self.rows)[index]  # IndexError past the end, negative from the end
+        epoch, row = divmod(index, self.rows_per_epoch)
+        order, ends, rows = self._epoch(epoch)
+        n = self.sequence_length
+        begin, filled = int(rows[row]) * n, 0
+        which = int(np.searchsorted(ends, begin, side="right"))
+        while filled < n and which < len(order):
+            text, first, last = map(int, self.documents.spans[order[which]])
+            skip = begin + filled - (int(ends[which]) - (last - first))  # tokens of it that lie in earlier rows
+            take = min(n - filled, last - first - skip)
+            yield slice(filled, filled + take), text, first + skip
+            filled, which = filled + take, which + 1
+
+
+class BySource(PackedDataset):
+    """The same rows with one column more, `sources` (n,): the index in `self.sources`, names without doubles, of the
+    text that a token is of; -1 at padding."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        names = [text.name for text in self.documents.texts]
+        self.sources = tuple(dict.fromkeys(names))
+        self._source_of = [self.sources.index(name) for name in names]
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        sources = torch.full((self.sequence_length,), -1)
+        for here, text, _ in self._pieces(index):
+            sources[here] = self._source_of[text]
+        return super().__getitem__(index) | {"sources": sources}
 
 
 def collate(rows: Sequence[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:

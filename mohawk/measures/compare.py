@@ -12,7 +12,7 @@ import math
 import statistics
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -47,7 +47,8 @@ class TeacherStates:
 
     batches: packed batches as `collate` gives them, equally many on all processes. hidden: for each batch, the final
     hidden state (rows, hidden) of every position that predicts a token, in the teacher's dtype. head: the teacher's
-    own, in parts where that is. tokens: how many are predicted, on all processes together.
+    own, in parts where that is. tokens: how many are predicted, on all processes together. sources: names of the texts
+    that the batches' column of this name counts.
     """
 
     batches: list[dict[str, Tensor]]
@@ -55,6 +56,7 @@ class TeacherStates:
     head: Head
     tokens: int
     task: Task = CAUSAL_LM
+    sources: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -72,6 +74,8 @@ class Comparison:
         teacher_confidence, student_confidence: mean probability of the most probable token.
         teacher_calibration, student_calibration: expected calibration error, in bins of confidence.
         teacher_f1, student_f1, teacher_roc_auc, student_roc_auc: of classes (`mohawk.measures.classes`).
+        sources: where the text is of several sources, those above up to `log_ratio_error` of each one's tokens, by its
+            name.
 
     Of masked words, tokens are those; of classes, they are texts and perplexities are exp(cross entropy).
     """
@@ -98,6 +102,7 @@ class Comparison:
     student_f1: float | None = None
     teacher_roc_auc: float | None = None
     student_roc_auc: float | None = None
+    sources: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -139,7 +144,7 @@ def teacher_states(
     tokens = sum(from_all(sum(len(h) for h in hidden)))
     if not tokens:
         raise UserError("evaluation: the text predicts no token; give at least two tokens of it")
-    return TeacherStates(batches, hidden, head, tokens, task)
+    return TeacherStates(batches, hidden, head, tokens, task, getattr(dataset, "sources", ()))
 
 
 def dealt_batches(dataset: Any, batch_size: int) -> Iterator[dict[str, Tensor]]:
@@ -173,7 +178,8 @@ def compare(
     task = states.task
     student_head, teacher_head = task.head(student).frozen(), states.head.frozen().to(device)
     vocab = min(len(student_head.weight), len(teacher_head.weight))
-    tally, told = Tally(), []
+    sources = states.sources if len(states.sources) > 1 else ()
+    tally, told, apart = Tally(), [], {name: Tally() for name in sources}
     with evaluating(student):
         for batch, teacher_hidden in zip(states.batches, states.hidden, strict=True):
             hidden = _states(task, student, batch, device, autocast)
@@ -193,19 +199,18 @@ def compare(
                         targets[rows],
                     )
                 )
-            tally.add(torch.cat(figures), predicting)
+            of_batch = torch.cat(figures)
+            tally.add(of_batch, predicting)
+            for i, one in enumerate(apart.values()):
+                its = batch["sources"] == i
+                one.add(of_batch[its[predicting].to(device)], predicting & its)
     reshard(student)
     every = tally.shared(device)
-    teacher_nll, student_nll = every.mean("teacher_nll"), every.mean("student_nll")
+    shared = {name: one.shared(device) for name, one in apart.items()}
     return Comparison(
         tokens=states.tokens,
-        teacher_perplexity=exp(teacher_nll),
-        student_perplexity=exp(student_nll),
-        perplexity_ratio=exp(student_nll - teacher_nll),
-        kl=every.mean("kl"),
-        top1_agreement=every.mean("same"),
-        kl_error=every.kl_error,
-        log_ratio_error=every.log_ratio_error,
+        **_means(every),
+        sources={name: {"tokens": int(one.tokens), **_means(one)} for name, one in shared.items() if one.tokens},
         worst_kl=every.worst_kl,
         top5_overlap=every.mean("overlap"),
         # of what writes no text there are no drafts
@@ -230,6 +235,20 @@ def _of_classes(told: list[list[Tensor]]) -> dict[str, Any]:
         found[f"{who}_f1"] = math.nan if broken else f1(p.argmax(-1), labels, p.shape[1])
         found[f"{who}_roc_auc"] = math.nan if broken else roc_auc(p, labels)
     return found
+
+
+def _means(tally: Tally) -> dict[str, Any]:
+    """The first figures of a `Comparison`."""
+    teacher_nll, student_nll = tally.mean("teacher_nll"), tally.mean("student_nll")
+    return {
+        "teacher_perplexity": exp(teacher_nll),
+        "student_perplexity": exp(student_nll),
+        "perplexity_ratio": exp(student_nll - teacher_nll),
+        "kl": tally.mean("kl"),
+        "top1_agreement": tally.mean("same"),
+        "kl_error": tally.kl_error,
+        "log_ratio_error": tally.log_ratio_error,
+    }
 
 
 def exp(nats: float) -> float:

@@ -18,7 +18,7 @@ from mohawk.core.json_files import read_json, write_json
 from mohawk.core.precision import autocast_dtype, pick_device
 from mohawk.core.processes import first_before_others, from_first, on_first
 from mohawk.core.run_folder import evaluation_file
-from mohawk.data.packing import Data, PackedDataset, load_data
+from mohawk.data.packing import BySource, Data, load_data
 from mohawk.data.tokenizers.run_tokenizers import run_tokenizers
 from mohawk.errors import UserError
 from mohawk.loading.causal import position_rows
@@ -72,7 +72,7 @@ class TextData:
         for name, kept in (("held_out", self.text.held_out), ("evaluation", self.text.evaluation)):
             if kept is not None and kept.tokens:
                 length = min(sequence_length, kept.tokens)
-                found[name] = PackedDataset(kept, length, tokens=min(tokens, kept.tokens), seed=0, pad_token_id=pad)
+                found[name] = BySource(kept, length, tokens=min(tokens, kept.tokens), seed=0, pad_token_id=pad)
         return found
 
 

@@ -10,6 +10,19 @@ from typing_extensions import NotRequired, TypedDict
 from mohawk.models.cutting.sizes import Sizes
 
 
+class OfSource(TypedDict):
+    """Some of a `Comparison`, of one source's tokens."""
+
+    tokens: int
+    teacher_perplexity: float
+    student_perplexity: float
+    perplexity_ratio: float
+    kl: float
+    top1_agreement: float
+    kl_error: float | None
+    log_ratio_error: float | None
+
+
 class Compared(TypedDict):
     """A `mohawk.measures.compare.Comparison`."""
 
@@ -36,6 +49,7 @@ class Compared(TypedDict):
     student_f1: NotRequired[float | None]
     teacher_roc_auc: NotRequired[float | None]
     student_roc_auc: NotRequired[float | None]
+    sources: NotRequired[dict[str, OfSource]]
 
 
 class Told(TypedDict):

@@ -6,7 +6,7 @@ import torch
 import transformers
 from torch.distributed.device_mesh import init_device_mesh
 
-from mohawk.data.packing import PackedDataset, split_documents
+from mohawk.data.packing import BySource, PackedDataset, split_documents
 from mohawk.data.text import TokenizedText
 from mohawk.errors import UserError
 from mohawk.losses.heads import Head
@@ -21,7 +21,7 @@ from mohawk.measures.compare import (
     teacher_states,
 )
 from mohawk.models.sharding import shard
-from mohawk.runs.tables import kl_interval, ratio_interval
+from mohawk.runs.tables import agreement_tables, kl_interval, ratio_interval
 from tests.helpers.processes import in_processes
 
 LENGTHS = [13, 40, 2, 1, 27, 9]  # one document has nothing to predict
@@ -115,7 +115,11 @@ def by_definition(student, teacher, dataset, vocab=258) -> Comparison:
 def close(ours: Comparison, truth: Comparison, rel=1e-4, least=1e-6) -> bool:
     def numbers(of: Comparison) -> dict[str, float]:
         found = {f"accepted {k}": value for k, value in enumerate(of.accepted, 1)} | vars(of)
-        return {name: -1.0 if value is None else value for name, value in found.items() if name != "accepted"}
+        return {
+            name: -1.0 if value is None else value
+            for name, value in found.items()
+            if name not in ("accepted", "sources")
+        }
 
     return ours.tokens == truth.tokens and numbers(ours) == pytest.approx(numbers(truth), rel=rel, abs=least)
 
@@ -129,6 +133,53 @@ def test_comparison_is_its_definition(dataset, make_llama, monkeypatch, rows, ba
     truth = by_definition(student, teacher, dataset)
     assert close(ours, truth)
     assert truth.kl > 0.1 and truth.tokens == sum(len(s[0]) - 1 for s in segments(dataset))
+
+
+def test_each_source_by_itself_is_its_definition(tmp_path, make_llama):
+    """Two texts whose documents share rows, the second one named as a third: one source of two texts."""
+    texts = []
+    for i, name in enumerate(["prose", "code", "prose"]):
+        folder, lengths = tmp_path / str(i), LENGTHS[2 * i : 2 * i + 2]
+        folder.mkdir()
+        np.random.default_rng(i).integers(0, 250, sum(lengths)).astype("<u2").tofile(folder / "tokens.bin")
+        np.save(folder / "offsets.npy", np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64))
+        np.save(folder / "digests.npy", np.arange(len(lengths), dtype="<u8") + 10 * i)
+        (folder / "meta.json").write_text(f'{{"source": "{name}", "dtype": "<u2"}}')
+        texts.append(TokenizedText(folder))
+    rows = BySource(split_documents(texts)[0], 24)
+    plain = PackedDataset(rows.documents, 24)
+    for row, same in zip(rows, plain, strict=True):
+        assert all(torch.equal(row[name], same[name]) for name in same)
+        assert torch.equal(row["sources"] == -1, row["segment_ids"] == -1)
+    assert len(rows.sources) == 2
+    teacher, student = make_llama(), make_llama(hidden_size=32)
+    figures = {name: [] for name in rows.sources}
+    for row in rows:
+        for segment in range(int(row["segment_ids"].max()) + 1):
+            here = row["segment_ids"] == segment
+            (source,) = set(row["sources"][here].tolist())
+            with torch.no_grad():
+                ids = row["input_ids"][here][None]
+                p, q = (m(ids).logits[0, :-1].double().log_softmax(-1) for m in (teacher, student))
+            target = ids[0, 1:, None]
+            kl, nll = (p.exp() * (p - q)).sum(-1), [-x.gather(1, target)[:, 0] for x in (p, q)]
+            same = (p.argmax(-1) == q.argmax(-1)).double()
+            figures[rows.sources[source]].append(torch.stack([kl, *nll, same], 1))
+    found = compare(student, teacher_states(teacher, rows, batch_size=2))
+    assert sum(its["tokens"] for its in found.sources.values()) == found.tokens
+    for name, parts in figures.items():
+        kl, teachers, students, same = torch.cat(parts).mean(0).tolist()
+        its = found.sources[name]
+        assert its["tokens"] == len(torch.cat(parts))
+        assert its["kl"] == pytest.approx(kl, rel=1e-4)
+        assert its["teacher_perplexity"] == pytest.approx(math.exp(teachers), rel=1e-4)
+        assert its["student_perplexity"] == pytest.approx(math.exp(students), rel=1e-4)
+        assert its["perplexity_ratio"] == pytest.approx(math.exp(students - teachers), rel=1e-4)
+        assert its["top1_agreement"] == pytest.approx(same)
+    title, header, cells = agreement_tables({"evaluation": vars(found)})[0]
+    assert title == "By source: text of another source" and [row[0] for row in cells] == list(rows.sources)
+    assert " to " in cells[0][4] and " to " in cells[0][5]
+    assert compare(student, teacher_states(teacher, plain)).sources == {}
 
 
 def test_a_model_equals_itself(dataset, make_llama):
