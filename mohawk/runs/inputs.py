@@ -152,7 +152,7 @@ def _check_reads(tokenizer: Any, own: Any, given: CheckpointSection, name: str, 
         if own.chat_template and own.chat_template != tokenizer.chat_template:
             log.warning(
                 "%s: its chat template is another one than the teacher's; all models read chats through the teacher's, "
-                "which is saved with the student", who,
+                "which is saved with the student; align: spans has each read kind: pairs through its own", who,
             )  # fmt: skip
     else:
         log.warning("%s has no tokenizer to compare: it is taken to read ids as the teacher's does", who)

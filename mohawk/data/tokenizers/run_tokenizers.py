@@ -22,7 +22,8 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class RunTokenizers:
     """text: what cuts the text that a run reads, and what its student is saved with. teacher: the teacher's own, where
-    that is another one and its tokens are aligned with the text's; None otherwise."""
+    that is another one, or one with another chat template, and its tokens are aligned with the text's; None
+    otherwise."""
 
     text: PreTrainedTokenizerBase
     teacher: PreTrainedTokenizerBase | None = None
@@ -46,8 +47,16 @@ def run_tokenizers(recipe: RecipeFile) -> RunTokenizers:
             check_same(theirs, own, "student.model")
         except UserError:
             return RunTokenizers(own, theirs)
+        if own.chat_template and own.chat_template != theirs.chat_template and _has_pairs(recipe):
+            return RunTokenizers(own, theirs)
         return RunTokenizers(theirs)
     return RunTokenizers(_student_tokenizer(recipe))
+
+
+def _has_pairs(recipe: Any) -> bool:
+    """Whether a recipe reads prompts and responses, which may be chats."""
+    own = [stage.data for stage in recipe.stages if stage.data is not None]
+    return any(source.kind == "pairs" for data in [recipe.data, *own] for source in data.train)
 
 
 def why_uncompared(recipe: RecipeFile) -> str | None:

@@ -1,12 +1,15 @@
 """`mohawk distill` between two tokenizers, from a cache of the teacher's tokens, and without any teacher."""
 
 import json
+import shutil
 
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from mohawk.cli import main
+from mohawk.data.tokenizers.run_tokenizers import run_tokenizers
+from mohawk.distillation.recipe import DistillRecipe
 from mohawk.errors import UserError
 from tests.helpers.tiny_phase import cheap_training  # noqa: F401
 from tests.models.conftest import tiny_teacher
@@ -126,6 +129,28 @@ def test_a_cache_of_the_teachers_tokens_gives_the_same_loss(place, tmp_path, kin
     online, cached = (last_metrics(path) for path in (tmp_path / "r.yaml", tmp_path / "2" / "r.yaml"))
     assert cached["kd"] == pytest.approx(online["kd"], rel=1e-3)
     assert cached["ce"] == pytest.approx(online["ce"], rel=1e-3)
+
+
+def test_one_tokenizer_with_two_chat_templates(place, tmp_path):
+    """Each side reads chats through its own; learned is what is the same in both, with the loss of the usual kind."""
+    shutil.copytree(place / "small", tmp_path / "teacher")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "teacher")
+    tokenizer.chat_template = OTHER_TEMPLATE
+    tokenizer.save_pretrained(tmp_path / "teacher")
+    data = {
+        "train": [{"source": str(place / "chats.jsonl"), "kind": "pairs"}], "validation_share": 0.1,
+        "cache": str(place / "cache"),
+    }  # fmt: skip
+    recipe = written(place, tmp_path / "r.yaml", align="spans", data=data, teacher=str(tmp_path / "teacher"))
+    found = run_tokenizers(DistillRecipe.load(recipe))
+    assert found.text.chat_template == TEMPLATE and found.teacher.chat_template == OTHER_TEMPLATE
+    assert main(["distill", recipe]) == 0
+    # the same weights, which after other headers say other things
+    assert 0 < last_metrics(tmp_path / "r.yaml")["kd"] < 1
+    saved = AutoTokenizer.from_pretrained(tmp_path / "run" / "student")
+    assert saved.chat_template == TEMPLATE
+    plain = written(place, tmp_path / "p.yaml", align="spans", teacher=str(tmp_path / "teacher"))
+    assert run_tokenizers(DistillRecipe.load(plain)).teacher is None
 
 
 def test_without_a_teacher(place, tmp_path, capsys):
