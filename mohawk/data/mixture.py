@@ -91,6 +91,19 @@ class Mixture(torch.utils.data.Dataset):
                 raise UserError(f"data source {k}: column {name!r}: {here}, but data source {read[0]} has {there}")
 
 
+class AnsweredBy(torch.utils.data.Dataset):
+    """The rows of a dataset, all of which one teacher answers: their column `teacher` () int64 is its place."""
+
+    def __init__(self, dataset: Any, teacher: int):
+        self.dataset, self.teacher = dataset, teacher
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        return {**self.dataset[index], "teacher": torch.tensor(self.teacher)}
+
+
 def chairman_order(weights: Sequence[float], rows: int, seed: int = 0) -> np.ndarray:
     """int32 (rows): which part each row is of, so that in every prefix each has its share to less than one row.
 

@@ -56,11 +56,13 @@ def recipe_contradictions(recipe: DistillRecipe) -> Iterator[Contradiction]:
     if recipe.combine == "row":
         asking = [("data", recipe.data)] + [(f"stages.{i}.data", s.data) for i, s in enumerate(recipe.stages) if s.data]
         for name, data in asking:
-            if not any(source.teacher_field for source in data.train):
+            if not any(source.teacher_field or source.teacher for source in data.train):
                 yield (
                     [("combine",)],
-                    f"combine: row needs {name}.train with a teacher_field that names each example's teacher",
+                    f"combine: row needs {name}.train with a teacher_field that names each example's teacher, or a "
+                    "teacher for each source",
                 )
+    yield from _named_teachers(recipe)
     yield from data_contradictions(recipe.data, ("data",))
     yield from task_contradictions(recipe)
     yield from teacher_contradictions(recipe)
@@ -168,6 +170,33 @@ def _students_of(recipe: DistillRecipe) -> Iterator[tuple[Path, DistillStudent]]
     yield from ((("stages", i, "student"), s.student) for i, s in enumerate(recipe.stages) if s.student is not None)
 
 
+def _named_teachers(recipe: DistillRecipe) -> Iterator[Contradiction]:
+    """Sources that name a teacher which is not there, or which nobody asks for."""
+    given = [recipe.teacher, *recipe.teachers] if recipe.teacher is not None else recipe.teachers
+    names = [teacher.name or str(i) for i, teacher in enumerate(given)]
+    for at, data in _data_of(recipe):
+        for i, source in enumerate(data.train):
+            name = ".".join(map(str, (*at, "train", i)))
+            if source.teacher is None:
+                continue
+            if recipe.combine != "row":
+                yield (
+                    [(*at, "train", i, "teacher"), ("combine",)],
+                    f"{name}.teacher: names a teacher, but combine is {recipe.combine}, so that all are asked; set "
+                    "combine: row, or leave it out",
+                )
+            elif source.teacher not in names:
+                yield (
+                    [(*at, "train", i, "teacher")],
+                    f"{name}.teacher: got {source.teacher!r}; the recipe's teachers: {', '.join(names)}",
+                )
+            elif source.teacher_field is not None:
+                yield (
+                    [(*at, "train", i, "teacher")],
+                    f"{name}: teacher and teacher_field both name who answers; leave out one of them",
+                )
+
+
 def teacher_contradictions(recipe: DistillRecipe) -> Iterator[Contradiction]:
     """What a recipe asks of a teacher that it does not have, or of one whose tokens are others than the student's."""
     if recipe.teacher is None:
@@ -264,14 +293,14 @@ def data_contradictions(data: DistillData, at: Path) -> Iterator[Contradiction]:
     """What contradicts itself in the recipe's data, or a stage's own. at: where they stand in the recipe."""
     if all(source.loss_weight == 0 for source in data.train):
         yield [(*at, "train")], f"{'.'.join(map(str, at))}.train: every loss_weight is 0, so there is nothing to learn"
-    named = [source.teacher_field is not None for source in data.train]
+    named = [bool(source.teacher_field or source.teacher) for source in data.train]
     if any(named) and not all(named):
         without = named.index(False)
         name = ".".join(map(str, (*at, "train")))
         yield (
             [(*at, "train", without)],
-            f"{name}.{without}: has no teacher_field, but {name}.{named.index(True)} has one: rows of both would share "
-            "batches, and each needs a teacher; give both one (kind: pairs), or neither",
+            f"{name}.{without}: has no teacher or teacher_field, but {name}.{named.index(True)} has one: rows of both "
+            "would share batches, and each needs a teacher; give both one, or neither",
         )
     if all(source.own_loss for source in data.train):
         yield (

@@ -76,7 +76,7 @@ class RampSection(Section):
 
 class DistillTeacher(TeacherSection):
     name: Text | None = Field(
-        default=None, description="name that an example's teacher_field gives it; null: its place, from 0"
+        default=None, description="name that a source's teacher or teacher_field gives it; null: its place, from 0"
     )
     weight: Positive = Field(default=1.0, description="weight among several teachers")
     micro_batch: Batch | None = Field(
@@ -160,6 +160,11 @@ class DistillSource(SourceSection):
     )
     teacher_field: Text | None = Field(
         default=None, description="field, in pairs, of the name of the teacher that answers an example"
+    )
+    teacher: Text | None = Field(
+        default=None,
+        description="name of the teacher that answers all of the source, with combine: row; null: as teacher_field "
+        "says",
     )
     weighting: Literal["uniform", "counts", "probability", "importance"] | None = Field(
         default=None,
@@ -420,7 +425,8 @@ class DistillRecipe(RecipeFile):
     teachers: list[DistillTeacher] = Field(default=[], description="further teachers")
     combine: Literal["probabilities", "logits", "row"] = Field(
         default="probabilities",
-        description="how several teachers are combined; row: each example has its own (teacher_field)",
+        description="how several teachers are combined; row: each source or example has its own (teacher, "
+        "teacher_field)",
     )
     student: DistillStudent = Field(default=DistillStudent(), description="the model that learns")
     data: DistillData = Field(description="the text to train and evaluate on")

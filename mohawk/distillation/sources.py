@@ -11,7 +11,7 @@ import numpy as np
 from torch.utils.data import Dataset
 
 from mohawk.data.aligned_rows import Examples
-from mohawk.data.mixture import Mixture
+from mohawk.data.mixture import AnsweredBy, Mixture
 from mohawk.data.packing import Data, Documents, PackedDataset, load_data
 from mohawk.data.pairs import Pairs, PairsDataset, check_pairs, read_pairs, split_pairs
 from mohawk.distillation.recipe import DistillData, DistillSource, Stage
@@ -86,6 +86,7 @@ class StageData:
         self._asked, self._seed = recipe.data, recipe.seed
         given = [recipe.teacher, *recipe.teachers]
         teachers = [teacher.name or str(i) for i, teacher in enumerate(given) if teacher is not None]
+        self._teachers = teachers
 
         def checked(data: DistillData, stages: Sequence[Stage]) -> Sources:
             sources = load_sources(data, teachers, tokenizer)
@@ -117,7 +118,8 @@ class StageData:
     def rows(self, stage: Stage, pad: int) -> Any:
         """The dataset that a stage trains on; pad: fills up rows."""
         asked, sources = self.asked(stage), self.of(stage)
-        return training_rows(asked, sources, stage.sequence_length, stage.asked_rows(), self._seed, pad)
+        wanted = stage.asked_rows()
+        return training_rows(asked, sources, stage.sequence_length, wanted, self._seed, pad, self._teachers)
 
     def texts(self) -> Iterator[tuple[str, np.ndarray]]:
         """The name of every text or source of pairs of the recipe's data, and its token ids."""
@@ -136,15 +138,22 @@ class StageData:
 
 
 def training_rows(
-    asked: DistillData, sources: Sources, sequence_length: int, rows: int | None, seed: int, pad: int
+    asked: DistillData,
+    sources: Sources,
+    sequence_length: int,
+    rows: int | None,
+    seed: int,
+    pad: int,
+    teachers: Sequence[str] = (),
 ) -> Any:
     """A dataset of rows of `sequence_length` tokens: text alone, packed over all its sources, or a mixture of sources.
 
-    rows: how many a stage will ask for: a mixture holds its proportions over so many. None: each row once.
+    rows: how many a stage will ask for: a mixture holds its proportions over so many. None: each row once. teachers:
+    their names, one of which a source may give, whose rows then have their place as the column `teacher`.
     """
     train = asked.train
     plain = not sources.pairs and all(
-        s.sampling_weight is None and s.loss_weight == 1 and not s.own_loss for s in train
+        s.sampling_weight is None and s.loss_weight == 1 and not s.own_loss and not s.teacher for s in train
     )
     if plain:
         assert sources.text is not None
@@ -159,6 +168,8 @@ def training_rows(
             own = Documents(documents.texts, documents.spans[documents.spans[:, 0] == at])
             parts.append(PackedDataset(own, sequence_length, seed=seed, pad_token_id=pad))
             at += 1
+        if source.teacher is not None:
+            parts[-1] = AnsweredBy(parts[-1], teachers.index(source.teacher))
     if len(parts) == 1 and train[0].loss_weight == 1:
         return parts[0]
     if any(s.sampling_weight is not None for s in train):

@@ -74,8 +74,8 @@ class Comparison:
         teacher_confidence, student_confidence: mean probability of the most probable token.
         teacher_calibration, student_calibration: expected calibration error, in bins of confidence.
         teacher_f1, student_f1, teacher_roc_auc, student_roc_auc: of classes (`mohawk.measures.classes`).
-        sources: where the text is of several sources, those above up to `log_ratio_error` of each one's tokens, by its
-            name.
+        sources: where the text is of several sources, those above up to `log_ratio_error`, and the accuracies, of each
+            one's tokens, by its name.
 
     Of masked words, tokens are those; of classes, they are texts and perplexities are exp(cross entropy).
     """
@@ -216,7 +216,6 @@ def compare(
         # of what writes no text there are no drafts
         acceptance=every.mean("kept") if task is CAUSAL_LM else None,
         accepted=tuple(every.accepted) if task is CAUSAL_LM else (),
-        **{f"{who}_accuracy": every.mean(f"{who}_right") for who in WHO},
         **{f"{who}_confidence": every.mean(f"{who}_confidence") for who in WHO},
         **{f"{who}_calibration": every.calibration_error(who) for who in WHO},
         **_of_classes(told),
@@ -248,6 +247,7 @@ def _means(tally: Tally) -> dict[str, Any]:
         "top1_agreement": tally.mean("same"),
         "kl_error": tally.kl_error,
         "log_ratio_error": tally.log_ratio_error,
+        **{f"{who}_accuracy": tally.mean(f"{who}_right") for who in WHO},
     }
 
 

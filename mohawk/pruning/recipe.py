@@ -293,6 +293,12 @@ class PruneRecipe(RecipeFile):
     def contradictions(self) -> Iterator[Contradiction]:
         yield from super().contradictions()
         yield from data_contradictions(self.data, ("data",))
+        for i, source in enumerate(self.data.train):
+            if source.teacher is not None:
+                yield (
+                    [("data", "train", i, "teacher")],
+                    f"data.train.{i}.teacher: a pruning has one teacher; leave it out",
+                )
         for key in ("quantize", "device_map"):
             if getattr(self.teacher, key) is not None:
                 yield [("teacher", key)], f"teacher.{key}: a cut needs the weights themselves; leave it out"

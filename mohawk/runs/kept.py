@@ -21,6 +21,8 @@ class OfSource(TypedDict):
     top1_agreement: float
     kl_error: float | None
     log_ratio_error: float | None
+    teacher_accuracy: float
+    student_accuracy: float
 
 
 class Compared(TypedDict):

@@ -62,7 +62,7 @@ def tables(results: Mapping[str, Any]) -> list[Table]:
             header = ["student", "perplexity", "teacher's", "ratio", "KL (nats)", "same top token"]
             made.append((f"On {name} ({tokens:,} {'tokens' if task == CAUSAL else 'masked words'})", header, rows))
     last = next((found for stage in reversed(stages) if (found := results["evaluation"].get(stage))), {})
-    made += agreement_tables(last)
+    made += agreement_tables(last, results["evaluation"].get("before"))
     made += behaviour_tables(results.get("behaviour") or {})
     if layers := results.get("layers"):
         made.append(layer_table(layers))
@@ -125,10 +125,12 @@ def _alone_row(found: Mapping[str, Any]) -> list[str]:
     return [figure_text(found["student_perplexity"]), *bits, f"{found['student_accuracy']:.1%}"]
 
 
-def agreement_tables(texts: Mapping[str, Mapping[str, Any]]) -> list[Table]:
+def agreement_tables(
+    texts: Mapping[str, Mapping[str, Any]], before: Mapping[str, Mapping[str, Any]] | None = None
+) -> list[Table]:
     """Beyond the means: errors, the worst token, what a draft would keep, and calibration; of what was measured on each
-    text, a text a column."""
-    apart = source_tables(texts)
+    text, a text a column. before: the same before training."""
+    apart = source_tables(texts, before or {})
     texts = {text: found for text, found in texts.items() if found.get("acceptance") is not None}
     if not texts:
         return apart
@@ -161,16 +163,21 @@ def agreement_tables(texts: Mapping[str, Mapping[str, Any]]) -> list[Table]:
     return [*apart, *made, ("Calibration", header, rows)]
 
 
-def source_tables(texts: Mapping[str, Mapping[str, Any]]) -> list[Table]:
-    """Each source of a text by itself, where there are several."""
+def source_tables(texts: Mapping[str, Mapping[str, Any]], before: Mapping[str, Mapping[str, Any]]) -> list[Table]:
+    """Each source of a text by itself, where there are several; also how much of what the student knew before training
+    it has kept: its accuracy as a share of what it was."""
     made: list[Table] = []
     header = ["source", "tokens", "perplexity", "teacher's", "ratio, 95 %", "KL (nats), 95 %", "same top token"]
+    header += ["top token is right", "before", "kept"]
     for text, found in texts.items():
-        rows = [
-            [name, f"{its['tokens']:,}", *(figure_text(its[f"{who}_perplexity"]) for who in ("student", "teacher"))]
-            + [ratio_interval(its), kl_interval(its), percent_text(its["top1_agreement"])]
-            for name, its in (found.get("sources") or {}).items()
-        ]
+        rows, earlier = [], (before.get(text) or {}).get("sources") or {}
+        for name, its in (found.get("sources") or {}).items():
+            row = [name, f"{its['tokens']:,}"]
+            row += [figure_text(its[f"{who}_perplexity"]) for who in ("student", "teacher")]
+            row += [ratio_interval(its), kl_interval(its), percent_text(its["top1_agreement"])]
+            now, then = its["student_accuracy"], earlier.get(name, {}).get("student_accuracy")
+            row += [percent_text(now), "" if then is None else percent_text(then)]
+            rows.append([*row, "" if not then else percent_text(now / then)])
         if rows:
             made.append((f"By source: {TEXTS.get(text, text)}", header, rows))
     return made

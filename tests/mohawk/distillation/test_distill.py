@@ -282,6 +282,29 @@ def test_several_teachers(checkpoints, texts, tmp_path, combine):
     assert metrics_of(tmp_path / "run")[-1]["loss"] > 0
 
 
+def test_each_source_has_its_teacher_and_its_figures(checkpoints, texts, tmp_path):
+    """A replay that the student as it was answers: of it alone there is nothing to learn, and nothing is forgotten."""
+    old = {"source": str(texts / "train_1*.txt"), "teacher": "before"}
+    given = {
+        "teacher": {"name": "new", "model": str(checkpoints["big"])}, "combine": "row",
+        "teachers": [{"name": "before", "model": str(checkpoints["wide"])}],
+        "student": {"model": str(checkpoints["wide"])},
+    }  # fmt: skip
+    distill(recipe_of(checkpoints, texts, tmp_path / "replay", {}, data={"train": [old]}, **given))
+    assert metrics_of(tmp_path / "replay")[0]["measured"]["kd"] == pytest.approx(0, abs=1e-6)
+    data = {"train": [old, {"source": str(texts / "train_[2-9].txt"), "teacher": "new"}], "validation_share": 0.4}
+    distill(recipe_of(checkpoints, texts, tmp_path / "both", {}, data=data, **given))
+    assert max(step["measured"]["kd"] for step in metrics_of(tmp_path / "both")) > 0.01
+    results = json.loads((tmp_path / "both" / "results.json").read_text())["evaluation"]
+    first, last = ({**results[at]["held_out"]["sources"]} for at in ("before", list(results)[-1]))
+    assert len(first) == 2
+    rows = [line.split("|") for line in (tmp_path / "both" / "report.md").read_text().splitlines()]
+    for name, its in last.items():
+        (row,) = [[cell.strip() for cell in cells] for cells in rows if name in cells[1:2] or f" {name} " in cells[1:2]]
+        now, then = its["student_accuracy"], first[name]["student_accuracy"]
+        assert row[-4:-1] == [f"{now:.1%}", f"{then:.1%}", f"{now / then:.1%}" if then else ""]
+
+
 def test_a_hybrid_and_a_student_from_scratch(checkpoints, texts, tmp_path):
     student = {"hybrid": {"ssm_layers": [0, 2]}}
     match = {"layers": [[1, 1], [3, 3]], "metric": "frobenius", "weight": 0.1}
@@ -409,6 +432,25 @@ def test_when_to_advance():
         ([{"temperature": {"start": 0, "end": 1}}], {}, "a temperature of 0"),
         ([{"temperature": "auto", "learn_from": "average"}], {}, "give a number"),
         ([{}], {"combine": "row"}, "teacher_field"),
+        ([{}], {"data": {"train": [{"source": "a.txt", "teacher": "big"}]}}, "but combine is probabilities"),
+        (
+            [{}],
+            {"combine": "row", "data": {"train": [{"source": "a.txt", "teacher": "small"}]}},
+            "data.train.0.teacher: got 'small'; the recipe's teachers: 0",
+        ),
+        (
+            [{}],
+            {"combine": "row", "data": {"train": [{"source": "a.txt", "teacher": "0"}, "b.txt"]}},
+            "data.train.1: has no teacher or teacher_field, but data.train.0 has one",
+        ),
+        (
+            [{}],
+            {
+                "combine": "row",
+                "data": {"train": [{"source": "a", "kind": "pairs", "teacher": "0", "teacher_field": "t"}]},
+            },
+            "teacher and teacher_field both name who answers",
+        ),
         ([{}], {"student": {}}, "would learn from itself"),
         ([{}], {"student": {"scratch": True, "lora": {}}}, "student: scratch: true with lora trains adapters on"),
         ([{"student": {"scratch": True, "lora": {}}}], {}, "stages.0.student: scratch: true with lora"),
