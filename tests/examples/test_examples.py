@@ -25,6 +25,9 @@ NEEDS = {
     "knowledge_distiller": ("transformers",),
     "rationale_distiller": ("transformers",),
     "distillation_trainer": ("transformers", "accelerate"),
+    "encoder_distillation": ("transformers",),
+    "t5_distillation": ("transformers",),
+    "whisper_distillation": ("transformers",),
 }
 OTHERS = ("read_teacher_cache",)  # trains nothing: test_read_teacher_cache.py
 VOCAB = 64

@@ -283,7 +283,7 @@ OF_ONE_KIND = {
     ("evaluation/run.py", "prune.vocabulary"),  # of a pruning
     ("quantization/run.py", "prune.vocabulary"),  # likewise
     ("loading/models.py", "teacher.quantize"),  # where a recipe has it
-    ("data/run_tokenizers.py", "student.model"),  # of a distillation, whose student may cut the text
+    ("data/tokenizers/run_tokenizers.py", "student.model"),  # of a distillation, whose student may cut the text
     ("runs/sharding.py", "sharding.stages"),  # of a conversion, which alone has them
     ("training/batches.py", "sharding.stages"),  # likewise
     ("pruning/recipe.py", "student.layers"),  # "as in a distillation's"

@@ -106,7 +106,7 @@ def test_a_run_with_three_mixers(recipe_of, tmp_path, capsys):
     rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in told.splitlines() if line.startswith("│")]
     assert ["0", "kimi_delta", "q, k, v, o", "open"] in rows and ["3", "gated_delta", "q, k, v, o", "output"] in rows
     assert ["1", "mamba2", "q -> C, k -> B, v -> x, o -> out_proj", "open"] in rows
-    assert "Export --to hybrid not bamba: its mixers are kimi_delta, mamba2 and gated_delta, Bamba's are" in said
+    assert "Export --to onnx, hybrid not bamba: its mixers are kimi_delta, mamba2 and gated_delta, Bamba's are" in said
     assert "4 kimi_delta, mamba2 and gated_delta and 0 attention layers" in (tmp_path / "run/report.md").read_text()
     assert read_json(tmp_path / "run/results.json")["behaviour"] == {}  # as evaluation.longest is null
     written = (tmp_path / "run" / "recipe.yaml").read_text()
@@ -142,18 +142,23 @@ def test_a_plan_counts_each_layers_own(recipe_of):
 @pytest.mark.parametrize(
     "student, heads, can, cannot",
     [
-        ({"mixer": "mamba2"}, {}, "bamba, granite, hybrid", {"gguf": "made with gate: output (and init: attention)"}),
-        ({"mixer": "mamba2", "gate": "output"}, {}, "bamba, granite, gguf, hybrid", {}),
+        (
+            {"mixer": "mamba2"},
+            {},
+            "bamba, granite, onnx, hybrid",
+            {"gguf": "made with gate: output (and init: attention)"},
+        ),
+        ({"mixer": "mamba2", "gate": "output"}, {}, "bamba, granite, gguf, onnx, hybrid", {}),
         (
             {"mixer": "mamba2", "gate": "output"},
             {"hidden_size": 48, "num_attention_heads": 3, "num_key_value_heads": 1, "head_dim": 24},
-            "bamba with --pad-expand, granite with --pad-expand, gguf, hybrid",
+            "bamba with --pad-expand, granite with --pad-expand, gguf, onnx, hybrid",
             {},
         ),
         (
             {"mixer": "gated_delta"},
             {},
-            "hybrid",
+            "onnx, hybrid",
             {"bamba": "its mixers are gated_delta", "gguf": "is llama's; Qwen3.5"},
         ),
     ],

@@ -394,14 +394,12 @@ def test_shipped_recipes_are_valid(name):
     assert recipe.output == Path("runs") / name
     phases = [phase for _, phase in recipe.phases.active()] if isinstance(recipe, Recipe) else recipe.stages
     for phase in phases:
-        assert phase.steps() >= 10, "a shipped recipe trains"
+        assert getattr(phase, "epochs", None) or phase.steps() >= 10, "a shipped recipe trains"
 
 
 def test_unknown_shipped_recipe():
     for name in ("nothing", "../recipes/demo", ""):
-        with pytest.raises(
-            UserError, match=f"no recipe named '{name}' comes with mohawk; allowed: demo, distill-deepseek"
-        ):
+        with pytest.raises(UserError, match=f"no recipe named '{name}' comes with mohawk; allowed: demo, distill-bert"):
             shipped(name)
 
 
