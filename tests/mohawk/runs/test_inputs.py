@@ -76,11 +76,11 @@ def pairs(name, **more):
 CASES = {
     "teacher_field beside text": (
         {"data": {"train": [pairs("pairs.jsonl", teacher_field="by"), "text.txt"]}},
-        "data.train.1: has no teacher_field, but data.train.0 has one",
+        "data.train.1: has no teacher or teacher_field, but data.train.0 has one",
     ),
     "teacher_field beside pairs of a stage": (
         {"stage": {"data": {"train": [pairs("pairs.jsonl"), pairs("pairs.jsonl", teacher_field="by")]}}},
-        "stages.0.data.train.0: has no teacher_field, but stages.0.data.train.1 has one",
+        "stages.0.data.train.0: has no teacher or teacher_field, but stages.0.data.train.1 has one",
     ),
     "a stage's text where each row has a teacher": (
         {"data": {"train": [pairs("pairs.jsonl", teacher_field="by")]}, "combine": "row", "teachers": ["teacher"],
