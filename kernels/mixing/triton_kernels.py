@@ -92,7 +92,7 @@ def normaliser_kernel(
 def _visit(
     student, teacher, student_own, teacher_own, student_step, teacher_step, student_tile, teacher_tile, of_student,
     of_teacher, student_at, teacher_at, student_origin, teacher_origin, student_D, teacher_D, batch, own, begin, real,
-    row_weights, seq, total, size, weight, diagonal, mass, centre, gradient, plain,
+    row_weights, column_weights, seq, total, size, weight, diagonal, mass, centre, gradient, plain,
     ROWS: tl.constexpr, DIAGONAL: tl.constexpr, METRIC: tl.constexpr, GRADIENTS: tl.constexpr, STEP: tl.constexpr,
     STUDENT_WIDTH: tl.constexpr, TEACHER_WIDTH: tl.constexpr, CHUNK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -125,7 +125,14 @@ def _visit(
     if GRADIENTS:
         other = load_operand(student_step, step, seq, 0, student.width, STUDENT_WIDTH)
         if student.sums is not None:
-            weight += tl.sum(residual * strict, 1)
+            if not DIAGONAL or other.dtype != tl.float32:
+                weight += tl.sum(residual * strict, 1)
+            elif ROWS:
+                # The decays' gradient is made of rows' sums less columns', and the entries here, the largest, are in
+                # both: taken from one tile they leave no rounding of their own.
+                gained = (residual * strict).to(tl.float64)
+                weight += tl.sum(gained, 1)
+                tl.store(column_weights + step, tl.sum(gained, 0), mask=step < seq)
             if ROWS and DIAGONAL:
                 diagonal += tl.sum(tl.where(own[:, None] == step[None, :], residual, 0.0), 1)
             residual = residual * by
@@ -160,10 +167,10 @@ def pass_kernel(
 
     Written with ROWS: squares, of R (kl: the divergences); sizes, of A, for "relative"; row_weights, with a
     state-space student the sum of R S off the diagonal, with attention that of R S; diagonals, R's entry there.
-    Written without: column_weights, for a state-space student. gradients: (batch, heads, seq, width) of the own
-    operand, for half the sum of squares, but for input_scale or attention's scale. real: (batch, seq), 0 for columns
-    to leave out. bounds: (batch, seq), the first column that a row, or the end of the rows that a column has anything
-    in; None if all.
+    Written without: column_weights, for a state-space student; of float32 operands' tiles on the diagonal with ROWS,
+    and the rest is added without. gradients: (batch, heads, seq, width) of the own operand, for half the sum of
+    squares, but for input_scale or attention's scale. real: (batch, seq), 0 for columns to leave out. bounds:
+    (batch, seq), the first column that a row, or the end of the rows that a column has anything in; None if all.
     """
     blocks = tl.cdiv(seq, BLOCK)
     pair = tl.program_id(0) // blocks
@@ -190,6 +197,7 @@ def pass_kernel(
         teacher_D = tl.load(teacher.D + head // (heads // teacher.heads))
     at = pair.to(tl.int64) * seq
     row_weights += at
+    column_weights += at
     if real is not None:
         real += batch.to(tl.int64) * seq
     own = block * BLOCK + tl.arange(0, BLOCK)
@@ -230,7 +238,8 @@ def pass_kernel(
         total, size, weight, diagonal, mass, centre, gradient, plain = _visit(
             student, teacher, student_own, teacher_own, student_step, teacher_step, student_tile, teacher_tile,
             of_student, of_teacher, student_at, teacher_at, student_origin, teacher_origin, student_D, teacher_D,
-            batch, own, begin, real, row_weights, seq, total, size, weight, diagonal, mass, centre, gradient, plain,
+            batch, own, begin, real, row_weights, column_weights, seq, total, size, weight, diagonal, mass, centre,
+            gradient, plain,
             ROWS, False, METRIC, GRADIENTS, STEP, STUDENT_WIDTH, TEACHER_WIDTH, CHUNK, PRECISION,
         )  # fmt: skip
     if student.sums is not None:
@@ -247,7 +256,8 @@ def pass_kernel(
         total, size, weight, diagonal, mass, centre, gradient, plain = _visit(
             student, teacher, student_own, teacher_own, student_step, teacher_step, student_tile, teacher_tile,
             of_student, of_teacher, student_at, teacher_at, student_origin, teacher_origin, student_D, teacher_D,
-            batch, own, begin, real, row_weights, seq, total, size, weight, diagonal, mass, centre, gradient, plain,
+            batch, own, begin, real, row_weights, column_weights, seq, total, size, weight, diagonal, mass, centre,
+            gradient, plain,
             ROWS, True, METRIC, GRADIENTS, STEP, STUDENT_WIDTH, TEACHER_WIDTH, CHUNK, PRECISION,
         )  # fmt: skip
 
@@ -263,7 +273,9 @@ def pass_kernel(
             elif METRIC != "kl":
                 gradient += (centre - weight.to(tl.float32))[:, None] * plain
         elif student.sums is not None:
-            tl.store(column_weights + at + own, weight, mask=inside)
+            if student_own.dtype.element_ty == tl.float32:
+                weight += tl.load(column_weights + own, mask=inside, other=0.0)
+            tl.store(column_weights + own, weight, mask=inside)
         column = tl.arange(0, STUDENT_WIDTH)
         target = gradients + (at + own)[:, None] * student.width + column[None, :]
         tl.store(target, gradient, mask=inside[:, None] & (column[None, :] < student.width))
