@@ -1,11 +1,12 @@
 """Triton kernels in Triton's interpreter, in a process of their own: TRITON_INTERPRET is read when they are defined."""
 
-import inspect
+import functools
 import os
 import runpy
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -35,8 +36,12 @@ def patch_once_a_launch() -> None:
     patch = interpreter._patch_lang
     patched: set[bool] = set()  # since the launch, from a function that sees triton.language.core and from others
 
+    @functools.cache
+    def sees_core_of(function):
+        return any(x is language.core for x in function.__globals__.values())
+
     def patch_lang(function):
-        sees_core = any(inspect.ismodule(x) and x is language.core for x in function.__globals__.values())
+        sees_core = sees_core_of(function)
         if sees_core in patched:
             return interpreter._LangPatchScope()
         scope = patch(function)
@@ -66,9 +71,61 @@ def look_for_overflow_in_numpy() -> None:
     TritonSemantic.binary_op_sanitize_overflow_impl = look
 
 
+def remember_types() -> None:
+    """The interpreter makes the type and shape of every value anew, a third of its time, and copies what has already
+    the shape it is broadcast to."""
+    from triton import language
+    from triton.language.semantic import TritonSemantic
+    from triton.runtime import interpreter
+
+    in_numpy = interpreter._get_np_dtype
+    dtypes: dict[str, Any] = {}
+
+    def numpy_of(dtype):
+        name = dtype.scalar.name  # pointers have a name too, but no hash
+        if name not in dtypes:
+            dtypes[name] = in_numpy(dtype)
+        return dtypes[name]
+
+    interpreter._get_np_dtype = numpy_of
+    types: dict[tuple, dict] = {}
+    block, tensor, broadcast = language.block_type, language.tensor, TritonSemantic.broadcast_impl_value
+    make_type, make_tensor = block.__init__, tensor.__init__
+
+    def type_of(self, element_ty, shape):
+        try:
+            key = (element_ty, tuple(shape))
+            known = types.get(key)
+        except TypeError:  # of pointers, which have no hash
+            return make_type(self, element_ty, shape)
+        if known is None:
+            make_type(self, element_ty, shape)
+            tensor(None, self)
+            types[key] = dict(self.__dict__)
+        else:
+            self.__dict__.update(known)
+
+    def tensor_of(self, handle, type):
+        known = type.__dict__.get("of_tensors")
+        if known is None:
+            make_tensor(self, handle, type)
+            type.of_tensors = (self.shape, self.numel, self.dtype)
+            return
+        self.handle, self.type = handle, type
+        self.shape, self.numel, self.dtype = known
+
+    def alike(self, left, right):
+        if left.type.is_block() and right.type.is_block() and list(left.type.shape) == list(right.type.shape):
+            return left, right
+        return broadcast(self, left, right)
+
+    block.__init__, tensor.__init__, TritonSemantic.broadcast_impl_value = type_of, tensor_of, alike
+
+
 if __name__ == "__main__":
     sys.argv = sys.argv[1:]
     sys.path[0] = str(Path(sys.argv[0]).parent)
     patch_once_a_launch()
     look_for_overflow_in_numpy()
+    remember_types()
     runpy.run_path(sys.argv[0], run_name="__main__")
