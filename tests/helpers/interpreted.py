@@ -1,79 +1,37 @@
-"""Triton kernels in Triton's interpreter, in a process of their own: TRITON_INTERPRET is read when they are defined.
+"""Triton kernels in Triton's interpreter, in a process of their own: TRITON_INTERPRET is read when they are defined."""
 
-One such process of a test run imports torch and triton, and is forked for each part of the cases."""
-
-import atexit
 import functools
-import json
 import os
-import runpy
-import signal
-import subprocess
-import sys
-import tempfile
-import traceback
 from pathlib import Path
 from typing import Any
 
+from tests.helpers import forks
+
 ROOT = Path(__file__).resolve().parents[2]
 SECONDS = 600  # a part may take
+FIRST = f"""
+import os, sys
+os.environ["TRITON_INTERPRET"] = "1"
+sys.path.insert(0, {str(ROOT)!r})
+import torch
+from triton.runtime import interpreter
+from tests.helpers import interpreted
+interpreted.patch_once_a_launch()
+interpreted.look_for_overflow_in_numpy()
+interpreted.remember_types()
+"""
 
 
 def run_cases(name: str, *arguments: str) -> None:
     """tests/kernels/`name`.py, which has to say that its cases are right."""
-    process = interpreter_of_this_run()
-    assert process.stdin and process.stdout
-    with tempfile.TemporaryDirectory() as folder:
-        printed = Path(folder, "printed.txt")
-        asked = [str(printed), str(ROOT / "tests" / "kernels" / f"{name}.py"), *arguments]
-        print(json.dumps(asked), file=process.stdin, flush=True)
-        code = process.stdout.readline().strip()
-        text = printed.read_text()
-    assert code == "0", f"exit status {code}\n{text[-6000:]}"
-    assert text.strip().endswith("cases right"), text[-6000:]
-
-
-@functools.cache
-def interpreter_of_this_run() -> subprocess.Popen[str]:
-    """Runs `answer`."""
     paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
-    process = subprocess.Popen(
-        [sys.executable, __file__],
-        env={**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"},
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    atexit.register(process.communicate)  # it ends with its input
-    return process
-
-
-def answer() -> None:
-    """For each line [file to print to, script, arguments]: run it in a fork, and print its exit status."""
-    for line in sys.stdin:
-        printed, script, *arguments = json.loads(line)
-        pid = os.fork()
-        if not pid:
-            run(printed, script, arguments)
-        print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
-
-
-def run(printed: str, script: str, arguments: list[str]) -> None:
-    signal.alarm(SECONDS)
-    file = os.open(printed, os.O_WRONLY | os.O_CREAT)
-    for stream in (1, 2):
-        os.dup2(file, stream)
-    sys.argv, sys.path[0] = [script, *arguments], str(Path(script).parent)
-    code = 1
-    try:
-        runpy.run_path(script, run_name="__main__")
-        code = 0
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
+    own = {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths)}
+    path = str(ROOT / "tests" / "kernels" / f"{name}.py")
+    source = f"import runpy, signal, sys; signal.alarm({SECONDS}); sys.path[0] = {str(Path(path).parent)!r}; "
+    source += f"sys.argv[0] = {path!r}; runpy.run_path({path!r}, run_name='__main__')"
+    done = forks.run(FIRST, source, arguments, ROOT, {**os.environ, **own})
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    assert done.stdout.strip().endswith("cases right")
 
 
 def patch_once_a_launch() -> None:
@@ -171,13 +129,3 @@ def remember_types() -> None:
         return broadcast(self, left, right)
 
     block.__init__, tensor.__init__, TritonSemantic.broadcast_impl_value = type_of, tensor_of, alike
-
-
-if __name__ == "__main__":
-    import torch  # noqa: F401, so that forks have it
-    from triton.runtime import interpreter  # noqa: F401
-
-    patch_once_a_launch()
-    look_for_overflow_in_numpy()
-    remember_types()
-    answer()

@@ -2,8 +2,13 @@
 
 import functools
 import os
+import subprocess
+import sys
+import types
 
 import pytest
+
+BEFORE_TRANSFORMERS = "import torch, torch._dynamo, torch.distributed.fsdp, torch.distributed.tensor, scipy.optimize"
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -34,6 +39,30 @@ def quick_files_and_pictures():
         patch.setattr(os, "fsync", lambda handle: None)
         patch.setattr(Figure, "savefig", small)
         yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def quick_fresh_processes():
+    """Exports are tried in forks of a process that knows no package of ours, and has imported of torch what
+    transformers needs: but for `fresh_processes_as_shipped`."""
+    from mohawk.export import parity
+    from tests.helpers import forks
+
+    def run(command, *, cwd, env, **_):
+        python, option, source, *arguments = command
+        assert (python, option) == (sys.executable, "-c")
+        return forks.run(BEFORE_TRANSFORMERS, source, arguments, cwd, env)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(parity, "subprocess", types.SimpleNamespace(run=run))
+        yield
+
+
+@pytest.fixture
+def fresh_processes_as_shipped(monkeypatch):
+    from mohawk.export import parity
+
+    monkeypatch.setattr(parity, "subprocess", subprocess)
 
 
 @pytest.fixture

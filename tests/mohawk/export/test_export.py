@@ -127,6 +127,7 @@ def test_a_run_becomes_a_hybrid_with_its_own_code(mixer, make_run):
 
 
 @pytest.mark.skipif(not granite.norms_groups_apart(), reason="this transformers norms Granite's groups together")
+@pytest.mark.usefixtures("fresh_processes_as_shipped")
 def test_a_run_becomes_a_stock_granite(make_run):
     """Its config.json in both styles of rope, and with the names of layers that Granite's checkpoints have."""
     run = make_run(tie_word_embeddings=True, rope_parameters=ROPE)
