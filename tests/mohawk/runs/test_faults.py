@@ -15,7 +15,9 @@ import pytest
 
 from mohawk.errors import ADVICE
 from tests.helpers.faults import command, contents
+from tests.helpers.forks import listener
 from tests.helpers.tiny_phase import cheap_training  # noqa: F401
+from tests.mohawk.conftest import BEFORE_TRANSFORMERS
 
 pytestmark = pytest.mark.usefixtures("cheap_training")
 
@@ -92,6 +94,7 @@ def place(tokenizer, make_llama, tmp_path_factory):
         "mohawk.generation.generate_data",
     ):
         pytest.importorskip(module)  # once here, not in every child
+    listener(BEFORE_TRANSFORMERS)
     place = Place(tmp_path_factory.mktemp("faults"))
     given = place.given
     given.mkdir()
