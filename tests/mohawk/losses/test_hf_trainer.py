@@ -1,14 +1,11 @@
 """DistillationTrainer in a Trainer script: its loss is the definition's, it logs what it measures, it resumes."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
+from accelerate.state import AcceleratorState
 from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainingArguments
 
 from mohawk import (
@@ -23,6 +20,7 @@ from mohawk import (
     match_hidden,
 )
 from mohawk.losses.schedules import Ramp
+from tests.helpers.processes import in_processes
 from tests.helpers.tiny_phase import cheap_training  # noqa: F401
 
 pytestmark = pytest.mark.usefixtures("cheap_training")
@@ -262,17 +260,6 @@ def test_accumulation_does_not_change_the_update(by, make_llama, tmp_path):
             assert (a - b).abs().max() <= 1e-6
 
 
-TWO_PROCESSES = """
-import os, sys, torch
-from tests.mohawk.losses import test_hf_trainer as here
-from tests.mohawk.conftest import make_llama
-settings = {"ddp_backend": "gloo", "ddp_find_unused_parameters": False}
-trainer = here.matched_trainer(make_llama.__wrapped__(), sys.argv[1], 2, settings)
-trainer.train()
-torch.save(here.outcome(trainer), f"{sys.argv[1]}/{os.environ['RANK']}.pt")
-"""
-
-
 def matched_trainer(make_llama, folder, processes: int, settings):
     """Three steps of eight rows padded on the left, with TAID and both kinds of matchings."""
     torch.manual_seed(0)
@@ -295,19 +282,20 @@ def outcome(trainer):
 
 def test_two_processes_are_one(make_llama, tmp_path):
     """The same steps, the same schedule on each process."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    script = tmp_path / "two.py"
-    script.write_text(TWO_PROCESSES)
-    root = str(Path(__file__).parents[3])
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([root, os.environ.get("PYTHONPATH", "")])}
-    environment |= {"OMP_NUM_THREADS": "1", "USE_LIBUV": "0"}
-    done = subprocess.run([*command, script, tmp_path], capture_output=True, text=True, cwd=root, env=environment)
-    assert done.returncode == 0, done.stderr[-3000:]
+    settings = {"ddp_backend": "gloo", "ddp_find_unused_parameters": False}
+
+    def body(rank):
+        AcceleratorState._reset_state(reset_partial_state=True)  # of tests before
+        trainer = matched_trainer(make_llama, tmp_path / str(rank), 2, settings)
+        trainer.train()
+        assert trainer.args.world_size == 2
+        return outcome(trainer)
+
+    both = in_processes(tmp_path, 2, body)
     alone = matched_trainer(make_llama, tmp_path, 1, {})
     alone.train()
     values, t, parameters = outcome(alone)
-    for rank in range(2):
-        theirs, their_t, found = torch.load(tmp_path / f"{rank}.pt")
+    for theirs, their_t, found in both:
         assert theirs == pytest.approx(values, rel=1e-5) and their_t == pytest.approx(t, rel=1e-9)
         for a, b in zip(found, parameters, strict=True):
             assert (a - b).abs().max() <= 1e-6
