@@ -140,8 +140,10 @@ def _canonical(i: int, message: Any, names: dict[str, str]) -> Messages:
         made["reasoning_content"] = thoughts
     if calls:
         made["tool_calls"] = [_call(call, where, names) for call in calls]
-    if role == "tool" and "name" not in made and made.get("tool_call_id") in names:
-        made["name"] = names[made["tool_call_id"]]
+    if (answered := made.get("tool_call_id")) is not None and not isinstance(answered, str):
+        raise ValueError(f"{where} has {type(answered).__name__} for its tool_call_id, not text")
+    if role == "tool" and "name" not in made and answered in names:
+        made["name"] = names[answered]
     return [*results, made]
 
 
@@ -159,6 +161,8 @@ def _parts(content: list[Any], where: str, names: dict[str, str]) -> _Parts:
     found = _Parts()
     for k, part in enumerate(content):
         kind = part.get("type", "text") if isinstance(part, dict) else "text"
+        if not isinstance(kind, str):
+            raise ValueError(f"{where}: part {k} has {type(kind).__name__} for its type, not text")
         holds = {"refusal": "refusal", "thinking": "thinking"}.get(kind, "text")
         text = part if isinstance(part, str) else part.get(holds) if isinstance(part, dict) else None
         if kind == "redacted_thinking":  # which nobody can read

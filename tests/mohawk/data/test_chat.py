@@ -302,6 +302,14 @@ def test_messages_of_one_form():
         ({"messages": openai("[1]")["messages"]}, "calls weather with [1], not an object of arguments"),
         ({"messages": TALK, "tools": "{"}, "field 'tools' is no JSON"),
         ({"messages": TALK, "tools": [{"type": "function"}]}, "field 'tools': tool 0 has no name"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": ["text"], "text": "a"}]}]},
+            "message 0 (user): part 0 has list for its type, not text",
+        ),
+        (
+            {"messages": [{"role": "tool", "content": "4", "tool_call_id": [1]}]},
+            "message 0 (tool) has list for its tool_call_id, not text",
+        ),
         ({"messages": [SYSTEM, *TALK], "system": "Other."}, "a system prompt in field 'system' and another one in"),
     ],
 )
