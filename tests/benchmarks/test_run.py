@@ -3,8 +3,11 @@ what is checked at full size is checked against the definition."""
 
 import argparse
 import csv
+import importlib.metadata
 import json
+import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +15,15 @@ import torch
 from benchmarks import liger_csv, own, pages, run, unfinished
 from benchmarks.harness import Case, Step, measure
 from benchmarks.kernels import kd_loss, mixing_distance
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def test_no_script_hides_a_package():
+    """Where Python looks first is the folder of the script it runs: what lies beside it may be no package's name."""
+    scripts = {path.stem for path in ROOT.glob("benchmarks/**/*.py")}
+    assert "another_tokenizer" in scripts
+    assert not scripts & {*sys.stdlib_module_names, *importlib.metadata.packages_distributions()}
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
