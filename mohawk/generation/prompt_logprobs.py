@@ -85,9 +85,16 @@ class PromptScorer(EndpointTeacher):
             return Scored("", likeliest=self._places(found, ids, lambda key: int(key)))
         if tops is None or own is None or texts is None:
             return Response("", error="no top_logprobs of the echoed prompt in the answer")
-        if len(tops) < len(ids):
+        for given in (tops, own, texts):
+            if not isinstance(given, list):
+                raise ValueError(f"log-probabilities of a prompt: got {type(given).__name__}; allowed: a list")
+        if min(len(tops), len(own), len(texts)) < len(ids):
             return Response("", error="the prompt is not echoed")
         known = self._known()
+        echoed = [(_token_id(text, known), i) for text, i in zip(texts, ids, strict=False) if isinstance(text, str)]
+        same = [there == i for there, i in echoed if there is not None]
+        if 2 * sum(same) < len(same):  # single ones differ where a server strips a space
+            raise ValueError("the prompt is echoed as other tokens; is this the model's tokenizer?")
         places = self._places(tops[: len(ids)], ids, lambda key: _token_id(key, known))
         for place, value, token in zip(places, own[1:], ids[1:], strict=False):
             place.setdefault(token, _number(value))  # which some servers leave out where it is unlikely
@@ -106,6 +113,8 @@ class PromptScorer(EndpointTeacher):
             for key, value in entry.items():
                 try:
                     token = id_of(key)
+                    if token is not None and token < 0:
+                        raise ValueError
                 except ValueError:
                     raise ValueError(f"a token's id: got {key[:40]!r}") from None
                 if token is not None:
@@ -143,6 +152,6 @@ def _token_id(key: str, known: Mapping[str, int]) -> int | None:
 
 
 def _number(value: Any) -> float:
-    if type(value) not in (int, float) or math.isnan(value) or value > 0.01:
+    if type(value) not in (int, float) or value != value or value > 0.01:  # NaN is not itself
         raise ValueError(f"a log-probability: got {json.dumps(value)[:40]}; allowed: a number up to 0")
-    return float(value)
+    return float(value) if value > -1e300 else -math.inf

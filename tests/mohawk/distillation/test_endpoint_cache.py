@@ -189,3 +189,43 @@ def test_arguments_that_do_not_go_together(place, tmp_path, capsys):
     }.items():
         assert main([*command, *more]) == 2
         assert said in capsys.readouterr().err
+
+
+GOOD = {
+    "tokens": ["a", "b", "c"],
+    "token_logprobs": [None, -0.1, -0.2],
+    "top_logprobs": [None, {"b": -0.1, "d": -3}, {"c": -0.2}],
+}
+
+
+@pytest.mark.parametrize(
+    ("form", "change", "said"),
+    [
+        ("echo", {"top_logprobs": 5}, "log-probabilities of a prompt: got int; allowed: a list"),
+        ("echo", {"token_logprobs": {"a": 1}}, "log-probabilities of a prompt: got dict"),
+        ("echo", {"top_logprobs": [None, {"token_id:-4": -0.1}, {}]}, "a token's id: got 'token_id:-4'"),
+        ("echo", {"tokens": ["x", "y", "z"]}, "the prompt is echoed as other tokens; is this the model's tokenizer"),
+        ("prompt_logprobs", [None, {"98": -0.1, "-7": -2}, {"99": -0.1}], "a token's id: got '-7'"),
+        ("prompt_logprobs", [None, {"98": {"logprob": "NaN"}}, {"99": -0.1}], "a log-probability: got .NaN"),
+    ],
+)
+def test_answers_that_say_nothing_of_the_prompt(tokenizer, form, change, said):
+    scorer = PromptScorer("http://localhost:1/v1", "m", tokenizer, 2)
+    scorer.form = form
+    choice = {"prompt_logprobs": change} if form == "prompt_logprobs" else {"logprobs": {**GOOD, **change}}
+    with pytest.raises(ValueError, match=said):
+        scorer.read({"choices": [choice]}, asked(tokenizer.encode("abc", add_special_tokens=False), "row 0"))
+
+
+def test_answers_that_are_short_or_beyond_all_numbers(tokenizer):
+    scorer = PromptScorer("http://localhost:1/v1", "m", tokenizer, 2)
+    scorer.form = "echo"
+    a, b, c = tokenizer.encode("abc", add_special_tokens=False)
+    (d,) = tokenizer.encode("d", add_special_tokens=False)
+    ids = asked([a, b, c], "row 0")
+    found = scorer.read({"choices": [{"logprobs": GOOD}]}, ids)
+    assert found.likeliest == [{b: -0.1, d: -3.0}, {c: -0.2}]
+    assert scorer.read({"choices": [{"logprobs": {**GOOD, "token_logprobs": [None]}}]}, ids).error
+    scorer.form = "prompt_logprobs"
+    places = [None, {str(b): -(10**400)}, {str(c): -0.2}]
+    assert scorer.read({"choices": [{"prompt_logprobs": places}]}, ids).likeliest[0] == {b: -float("inf")}
