@@ -53,7 +53,7 @@ def recipe_contradictions(recipe: DistillRecipe) -> Iterator[Contradiction]:
                 f"stages.{i}.learn_from: got {stage.learn_from} with an adapter, whose average cannot be held in "
                 "parts; set sharding.kind: none, or leave lora out",
             )
-    if recipe.combine == "row":
+    if recipe.combine == "row" and recipe.teacher is not None:
         asking = [("data", recipe.data)] + [(f"stages.{i}.data", s.data) for i, s in enumerate(recipe.stages) if s.data]
         for name, data in asking:
             if not any(source.teacher_field or source.teacher for source in data.train):
@@ -172,7 +172,9 @@ def _students_of(recipe: DistillRecipe) -> Iterator[tuple[Path, DistillStudent]]
 
 def _named_teachers(recipe: DistillRecipe) -> Iterator[Contradiction]:
     """Sources that name a teacher which is not there, or which nobody asks for."""
-    given = [recipe.teacher, *recipe.teachers] if recipe.teacher is not None else recipe.teachers
+    if recipe.teacher is None:  # which `_without_teacher` tells
+        return
+    given = [recipe.teacher, *recipe.teachers]
     names = [teacher.name or str(i) for i, teacher in enumerate(given)]
     for at, data in _data_of(recipe):
         for i, source in enumerate(data.train):
@@ -215,11 +217,14 @@ def _without_teacher(recipe: DistillRecipe) -> Iterator[Contradiction]:
             [("student", "model")],
             "student.model: is needed where teacher is null, as nothing else gives the student",
         )
+    if recipe.combine != "probabilities":
+        yield [("combine",)], f"combine: got {recipe.combine}, but teacher is null; leave it out"
     for at, part in _data_of(recipe):
         for i, source in enumerate(part.train):
-            if source.teacher_field is not None:
-                name = ".".join(map(str, (*at, "train", i)))
-                yield [(*at, "train", i)], f"{name}.teacher_field: names a teacher, but teacher is null; leave it out"
+            for key in ("teacher", "teacher_field"):
+                if getattr(source, key) is not None:
+                    name = ".".join(map(str, (*at, "train", i)))
+                    yield [(*at, "train", i)], f"{name}.{key}: names a teacher, but teacher is null; leave it out"
     for i, stage in enumerate(recipe.stages):
         at, label = ("stages", i), f"stages.{i} ({stage.name})"
         if stage.advance is not None and stage.advance.gap is not None:
@@ -235,9 +240,12 @@ def _without_teacher(recipe: DistillRecipe) -> Iterator[Contradiction]:
                 f"{label}: a kd_weight above 0 needs a teacher, and teacher is null; set kd_weight: 0 and ce_weight: "
                 "1, or give a cache",
             )
-        for key in ("hidden", "attention"):
+        for key in MATCHED:
             if getattr(stage, key) is not None:
                 yield [(*at, key)], f"{label}: {key} matches a teacher's layers, and teacher is null; leave it out"
+        for key in ("taid", "confidence", "on_policy", "policy_gradient"):
+            if getattr(stage, key):
+                yield [(*at, key)], f"{label}: {key} asks a teacher, and teacher is null; leave it out"
 
 
 def _aligned(recipe: DistillRecipe) -> Iterator[Contradiction]:
@@ -266,11 +274,20 @@ def _aligned(recipe: DistillRecipe) -> Iterator[Contradiction]:
             )
         if stage.learn_from != "teacher":
             continue
+        owns = [source.own_loss for source in (stage.data or recipe.data).train if source.own_loss is not None]
+        named = {stage.divergence, *(own.divergence for own in owns if own.divergence is not None)}
+        if recipe.align == "uld" and (others := sorted(named - {"forward_kl"})):
+            yield (
+                [(*at, "divergence"), ("align",)],
+                f"{label}: divergence: {others[0]}, but align: uld takes the distance of sorted probabilities instead; "
+                "leave it out, or set align: spans",
+            )
+            named = set()
         asked = {
-            "hidden": stage.hidden is not None, "attention": stage.attention is not None,
+            **{key: getattr(stage, key) is not None for key in MATCHED},
             "taid": stage.taid is not None, "confidence": stage.confidence,
             "policy_gradient": stage.policy_gradient is not None,
-            "divergence": stage.divergence in ("mse", "cosine"),
+            "divergence": bool(named & {"mse", "cosine"}),
         }  # fmt: skip
         for key in (key for key, given in asked.items() if given):
             yield (

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal, Protocol, runtime_checkable
 from pydantic import BeforeValidator, Field, model_validator
 
 from mohawk.conversion.recipe import Student
-from mohawk.distillation.contradictions import recipe_contradictions, teacher_contradictions
+from mohawk.distillation.contradictions import recipe_contradictions
 from mohawk.schema.base import (
     Batch,
     CheckpointSection,
@@ -457,4 +457,3 @@ class DistillRecipe(RecipeFile):
     def contradictions(self) -> Iterator[Contradiction]:
         yield from super().contradictions()
         yield from recipe_contradictions(self)
-        yield from teacher_contradictions(self)

@@ -171,3 +171,33 @@ def test_without_a_teacher(place, tmp_path, capsys):
     assert main(["inspect", str(tmp_path / "run")]) == 0
     assert main(["cache", recipe, "--output", str(tmp_path / "none")]) == 2
     assert "teacher is null" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("stage", "fields", "said"),
+    [
+        ({"relations": {}}, {}, "relations matches a teacher's layers, and teacher is null"),
+        ({"taid": {}}, {}, "taid asks a teacher, and teacher is null; leave it out"),
+        ({"confidence": "entropy"}, {}, "confidence asks a teacher, and teacher is null; leave it out"),
+        ({"on_policy": {}}, {}, "on_policy asks a teacher, and teacher is null; leave it out"),
+        ({}, {"combine": "row"}, "combine: got row, but teacher is null; leave it out"),
+        ({}, {"teacher": "big", "align": "spans", "stage": {"relations": {}}}, "relations needs a teacher that reads"),
+        ({}, {"teacher": "big", "align": "uld", "stage": {"divergence": "jsd"}}, "divergence: jsd, but align: uld"),
+    ],
+)
+def test_what_needs_a_teacher_or_its_tokens(tmp_path, stage, fields, said):
+    given = {"teacher": None, "student": "small", "data": {"train": ["a.txt"]}, "output": "run", **fields}
+    stage = given.pop("stage", {"kd_weight": 0, "ce_weight": 1, **stage})
+    (tmp_path / "r.yaml").write_text(json.dumps({**given, "stages": [{"tokens": 384, **stage}]}))
+    with pytest.raises(UserError) as error:
+        DistillRecipe.load(tmp_path / "r.yaml")
+    assert said in str(error.value)
+
+
+def test_own_losses_of_an_aligned_teacher(tmp_path):
+    """Which differ by logits, which two vocabularies do not share."""
+    train = ["a.txt", {"source": "b.txt", "own_loss": {"kd_weight": 1, "divergence": "mse"}}]
+    given = {"teacher": "big", "student": "small", "align": "spans", "data": {"train": train}, "output": "run"}
+    (tmp_path / "r.yaml").write_text(json.dumps({**given, "stages": [{"tokens": 5e6}]}))
+    with pytest.raises(UserError, match="divergence needs a teacher that reads the student's own tokens"):
+        DistillRecipe.load(tmp_path / "r.yaml")
