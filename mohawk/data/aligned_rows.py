@@ -41,8 +41,20 @@ class Spans:
     teacher: Tensor
 
 
+@dataclass(frozen=True)
+class Reading:
+    """A text of a teacher's. ids: its tokens. turns: for each answer in it, its place among those of the student's
+    text, counted from the end (-1 is the last one), and its tokens."""
+
+    ids: list[int]
+    turns: list[tuple[int, range]]
+
+
 class Examples:
     """Prompts and responses as both tokenizers have them, found by the student's ids.
+
+    Both have the same answers in the same order, but not in the same texts: a template that writes history otherwise
+    makes several texts of a chat (mohawk/data/chat.py). So answers are what is matched, chat by chat.
 
     sequence_length: of the student's rows, in which a longer example loses the left of its prompt.
     """
@@ -52,18 +64,52 @@ class Examples:
         self.places: dict[bytes, int] = {}
         for i, (first, last) in enumerate(ours.spans.tolist()):
             self.places[self._key(ours.tokens[first:last].astype(np.int64))] = i
+        self.turns = _matched(ours, theirs)
 
     def _key(self, ids: np.ndarray) -> bytes:
         if len(ids) >= self.length:  # the first token of a row may be the BOS in another's place
             ids = ids[len(ids) - self.length + 1 :]
         return hashlib.blake2b(ids.astype("<i8").tobytes(), digest_size=16).digest()
 
-    def find(self, ids: np.ndarray) -> tuple[list[int], list[bool]] | None:
-        """The teacher's ids of a document of the student's, and which of them are learned; None for another text."""
+    def find(self, ids: np.ndarray) -> list[Reading] | None:
+        """The teacher's texts of a document of the student's, each to its last answer that is in there; None for
+        another text than these examples."""
         if (i := self.places.get(self._key(ids))) is None:
             return None
-        first, last = self.theirs.spans[i].tolist()
-        return self.theirs.tokens[first:last].tolist(), self.theirs.learn[first:last].tolist()
+        turns = self.turns[i]
+        found = []
+        for text, group in groupby(enumerate(turns, -len(turns)), key=lambda entry: entry[1][0]):
+            spans = [(place, other) for place, (_, other) in group]
+            first = int(self.theirs.spans[text, 0])
+            found.append(Reading(self.theirs.tokens[first : first + spans[-1][1].stop].tolist(), spans))
+        return found
+
+
+def _matched(ours: Pairs, theirs: Pairs) -> list[list[tuple[int, range]]]:
+    """For each example of ours, of each of its answers the example of theirs that has it, and where in that."""
+    answers = [_answers(pairs) for pairs in (ours, theirs)]
+    chats = [_by_value(pairs.prompts if pairs.chats is None else pairs.chats) for pairs in (ours, theirs)]
+    there: dict[int, list[tuple[int, range]]] = {}
+    for chat, examples in chats[0].items():
+        others = [(k, span) for k in chats[1].get(chat, ()) for span in answers[1][k]]
+        if len(others) != sum(len(answers[0][i]) for i in examples):  # answers side by side that one template parts
+            others = []
+        for i in examples:
+            there[i], others = others[: len(answers[0][i])], others[len(answers[0][i]) :]
+    return [there[i] for i in range(len(ours))]
+
+
+def _by_value(of: np.ndarray) -> dict[int, list[int]]:
+    """The places of each value, ascending."""
+    found: dict[int, list[int]] = {}
+    for i, value in enumerate(of.tolist()):
+        found.setdefault(value, []).append(i)
+    return found
+
+
+def _answers(pairs: Pairs) -> list[list[range]]:
+    """Of each example the tokens of its answers, counted from its first one."""
+    return [_ranges(np.asarray(pairs.learn[first:last])) for first, last in pairs.spans.tolist()]
 
 
 class TokenAligner:
@@ -129,7 +175,7 @@ class TokenAligner:
         }
 
     def row(self, ids: np.ndarray, labels: np.ndarray, segments: np.ndarray) -> tuple[list[int], list[int], list[Span]]:
-        """The teacher's ids of a row, the document that each is of, and the spans.
+        """The teacher's ids of a row, the text that each is of, counted from 0, and the spans.
 
         ids, labels, segments: int64 (n), the student's; segments are -1 at padding.
         """
@@ -141,28 +187,32 @@ class TokenAligner:
             if segments[start] < 0:
                 continue
             learned = labels[start:stop] != IGNORED
-            theirs, found = self._document(ids[start:stop], learned)
-            room = len(theirs) if self.longest is None else max(0, self.longest - len(made))
             learned_before = np.concatenate([[0], np.cumsum(learned)])
-            for a, b, c, d in found:
-                # the first token of a document is predicted from nothing, and a span is learned whole or not at all
-                if a > 0 and c > 0 and d <= room and learned_before[b] - learned_before[a] == b - a:
-                    spans.append((start + a, start + b, len(made) + c, len(made) + d))
-            theirs = theirs[:room]
-            of += [int(segments[start])] * len(theirs)
-            made += theirs
+            for theirs, found in self._document(ids[start:stop], learned):
+                room = len(theirs) if self.longest is None else max(0, self.longest - len(made))
+                for a, b, c, d in found:
+                    # the first token of a document is predicted from nothing, and a span is learned whole or not at all
+                    if a > 0 and c > 0 and d <= room and learned_before[b] - learned_before[a] == b - a:
+                        spans.append((start + a, start + b, len(made) + c, len(made) + d))
+                theirs = theirs[:room]
+                of += [of[-1] + 1 if of else 0] * len(theirs)
+                made += theirs
         return made, of, spans
 
-    def _document(self, ids: np.ndarray, learned: np.ndarray) -> tuple[list[int], list[Span]]:
+    def _document(self, ids: np.ndarray, learned: np.ndarray) -> list[tuple[list[int], list[Span]]]:
+        """The teacher's texts of a document of the student's, one but for chats, and where both meet."""
         for examples in self.examples:
             if (found := examples.find(ids)) is not None:
-                theirs, learn = found
-                ranges = [_ranges(np.asarray(flags)) for flags in (learned, learn)]
-                # templates that leave other turns out leave out the earlier ones
-                turns = zip(reversed(ranges[0]), reversed(ranges[1]), strict=False)
-                spans = [span for mine, other in turns for span in self._turn(ids.tolist(), mine, theirs, other)]
-                return theirs, spans
-        return self._cut_anew(ids.tolist())
+                own, made = _ranges(learned), []  # of an example that was cut on the left the last ones
+                for reading in found:
+                    turns = [(own[place], other) for place, other in reading.turns if place >= -len(own)]
+                    spans = [
+                        span for mine, other in turns for span in self._turn(ids.tolist(), mine, reading.ids, other)
+                    ]
+                    if turns:
+                        made.append((reading.ids, spans))
+                return made
+        return [self._cut_anew(ids.tolist())]
 
     def _cut_anew(self, ids: list[int]) -> tuple[list[int], list[Span]]:
         """A document that is cut by the teacher's tokenizer: text between special tokens, and those by their roles."""

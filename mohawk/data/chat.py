@@ -21,14 +21,14 @@ import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
-from mohawk.data.messages import Messages
+from mohawk.data.messages import THOUGHTS, Messages
 from mohawk.errors import UserError, shortened
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 TURNS = ("all", "last")  # which of a chat's answers are learned
-ASK, ANSWER, SYSTEM = "QuestionProbe", "AnswerProbe", "SystemProbe"
+ASK, ANSWER, SYSTEM, CALLED = "QuestionProbe", "AnswerProbe", "SystemProbe", "ArgumentProbe"
 OPENS_THOUGHT = re.compile(r"\s*<[^<>]*think[^<>]*>\s*", re.IGNORECASE)  # with which some prompts end
 THOUGHT = re.compile(r"(?:\s*<think>)?(?P<thought>.*?)</think>\s*(?P<rest>.*)", re.DOTALL)
 SHORT_ID = re.compile("[a-zA-Z0-9]{9}")  # what Mistral's templates take for the id of a call
@@ -120,6 +120,8 @@ class ChatTemplate:
         self.end = _to_special(tokenizer, self.ending) or shared
         self.has_system = self._says(SYSTEM, [{"role": "system", "content": SYSTEM}, *asked])
         self.has_developer = "developer" in self.source
+        fields = (name for name in THOUGHTS if re.search(rf"[.'\"]{name}\b", self.source))
+        self.thoughts = next(fields, THOUGHTS[0])
 
     def prompt(self, messages: Messages, where: str, tools: list[dict[str, Any]] | None = None) -> str:
         """A chat up to where the next answer begins. Raises UserError where the template refuses it."""
@@ -193,20 +195,24 @@ class ChatTemplate:
         rest = content
         if not thought and "</think>" in content and (parts := THOUGHT.fullmatch(content)) is not None:
             thought, rest = parts["thought"], parts["rest"]
-        if not thought.strip() and "enable_thinking" in self.source:
+        said = thought.strip()
+        if not said and "enable_thinking" in self.source:
             # an answer without thoughts is one to a prompt that asks for none
             without = self._render(messages[:i], tools, where, ask=True, enable_thinking=False)
             asked = without if whole.startswith(without) and len(without) > len(asked) else asked
         written, end = self._parted(whole[len(asked) :], i, where)
-        if thought.strip() and thought.strip() not in written:
+        # how often its words stand there without it: an answer or a call may repeat a short thought
+        plain = {name: value for name, value in message.items() if name not in THOUGHTS} | {"content": rest}
+        bare = [*messages[:i], plain] if rest.strip() or "tool_calls" in message else messages[:i]
+        without = self._render(bare, tools, where).count(said) if said else 0
+        if said and whole.count(said) <= without:
             # in the answer's text, where the template knows no field for it; before it, where it leaves it out even so
-            inside = {**message, "content": f"<think>\n{thought.strip()}\n</think>\n\n{rest}"}
-            inside.pop("reasoning_content", None)
+            inside = {**plain, "content": f"<think>\n{said}\n</think>\n\n{rest}"}
             again = self._render([*messages[:i], inside], tools, where)
-            if again.startswith(asked) and thought.strip() in again[len(asked) :]:
+            if again.startswith(asked) and again.count(said) > without:
                 written, end = self._parted(again[len(asked) :], i, where)
             else:
-                written = f"<think>\n{thought.strip()}\n</think>\n\n{written.lstrip()}"
+                written = f"<think>\n{said}\n</think>\n\n{written.lstrip()}"
             if self.opener and written.startswith(self.opener):
                 asked, written = opened, written[len(self.opener) :]
         if rest.strip() not in written:
@@ -217,6 +223,13 @@ class ChatTemplate:
                     f"{where}: the chat template leaves out the call of {name!r} in message {i}; give one that "
                     "writes calls of tools, or leave the chat out"
                 )
+            arguments = call["function"]["arguments"]
+            for key in arguments if isinstance(arguments, dict) else json.loads(arguments):
+                if key not in written and json.dumps(key, ensure_ascii=False)[1:-1] not in written:
+                    raise UserError(
+                        f"{where}: the chat template leaves out the argument {key!r} of the call of {name!r} in "
+                        f"message {i}; give one that writes it, or leave the chat out"
+                    )
         return asked, written, end
 
     def _parted(self, turn: str, i: int, where: str) -> tuple[str, str]:
@@ -236,7 +249,7 @@ class ChatTemplate:
         while count < len(messages) and messages[count]["role"] in ("system", "developer"):
             count += 1
         leading, rest = messages[:count], messages[count:]
-        rest = [self._as_system(message) for message in rest]
+        rest = [self._as_known(message) for message in rest]
         if count > 1 or leading and (leading[0]["role"] == "developer" and not self.has_developer):
             role = leading[0]["role"] if self.has_developer and count == 1 else "system"
             leading = [{**leading[0], "role": role, "content": "\n\n".join(m["content"] for m in leading)}]
@@ -247,9 +260,30 @@ class ChatTemplate:
             return [{**rest[0], "content": text}, *rest[1:]]
         return [*leading, *rest]
 
-    def _as_system(self, message: dict[str, Any]) -> dict[str, Any]:
-        developer = message["role"] == "developer" and not self.has_developer
-        return {**message, "role": "system"} if developer else message
+    def _as_known(self, message: dict[str, Any]) -> dict[str, Any]:
+        """A message with the role, the field of thoughts and the form of arguments that the template knows."""
+        if message["role"] == "developer" and not self.has_developer:
+            message = {**message, "role": "system"}
+        if "reasoning_content" in message and self.thoughts != "reasoning_content":
+            message = {**message, self.thoughts: message["reasoning_content"]}
+        if "tool_calls" in message and self.takes_text:
+            message = {**message, "tool_calls": [_in_text(call) for call in message["tool_calls"]]}
+        return message
+
+    @functools.cached_property
+    def takes_text(self) -> bool:
+        """Whether the template wants a call's arguments as JSON text (DeepSeek-V3's): it joins them with other text, or
+        writes a mapping as Python does."""
+        function = {"name": "probe", "arguments": {"of": CALLED}}
+        call = {"type": "function", "id": "abcdefgh1", "function": function}
+        found = []
+        for made in (call, _in_text(call)):
+            asked = [{"role": "user", "content": ASK}, {"role": "assistant", "content": "", "tool_calls": [made]}]
+            try:
+                found.append(self._render(asked, None, "chat template"))
+            except UserError:
+                found.append("")
+        return (CALLED not in found[0] or f"'{CALLED}'" in found[0]) and f'"{CALLED}"' in found[1]
 
     def _check_context(self, messages: Messages, tools: list[dict[str, Any]] | None, text: str, where: str) -> None:
         """UserError where a prompt lacks what was said in it."""
@@ -310,6 +344,13 @@ def _counts(message: dict[str, Any], where: str) -> bool:
 
 def _says_something(message: dict[str, Any]) -> bool:
     return any(message.get(name) for name in ("tool_calls", "reasoning_content")) or bool(message["content"].strip())
+
+
+def _in_text(call: dict[str, Any]) -> dict[str, Any]:
+    """A call with its arguments as JSON text."""
+    function = call["function"]
+    text = json.dumps(function["arguments"], ensure_ascii=False)
+    return {**call, "function": {**function, "arguments": text}}
 
 
 def _special(tokenizer: PreTrainedTokenizerBase) -> list[str]:

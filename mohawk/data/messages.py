@@ -20,6 +20,7 @@ Messages = list[dict[str, Any]]
 OTHER_FIELDS = ("messages", "conversations", "chat_messages")  # the latter two of ShareGPT and claude.ai's exports
 ROLES = {
     "human": "user", "gpt": "assistant", "chatgpt": "assistant", "model": "assistant", "bot": "assistant",
+    "ai": "assistant",
     "function": "tool", "observation": "tool", "function_response": "tool", "tool_response": "tool",
     "function_call": "assistant", "tool_call": "assistant",
 }  # fmt: skip
@@ -99,13 +100,12 @@ def _canonical(i: int, message: Any, names: dict[str, str]) -> Messages:
     if key is None:
         raise ValueError(f"message {i} is no object with a role")
     given = said.pop(key)
-    role = ROLES.get(given, given)
+    low = given.lower()  # some logs have User and Assistant
+    role = ROLES.get(low, low if low in KNOWN else given)
     if key != "role" and role not in KNOWN:
         raise ValueError(f"message {i} is from {given!r}; allowed: {', '.join(dict.fromkeys((*KNOWN, *ROLES)))}")
     where = f"message {i} ({role})"
-    thoughts = next((said.pop(name) for name in THOUGHTS if name in said), None)
-    for name in THOUGHTS:
-        said.pop(name, None)
+    thoughts = next((found for found in [said.pop(name, None) for name in THOUGHTS] if found), None)
     if thoughts is not None and not isinstance(thoughts, str):
         raise ValueError(f"{where} has {type(thoughts).__name__} for its reasoning, not text")
     calls = said.pop("tool_calls", None) or []
@@ -117,7 +117,7 @@ def _canonical(i: int, message: Any, names: dict[str, str]) -> Messages:
     if key != "role":  # what else a turn of such a log has is about it, not part of it
         said = {}
     results: Messages = []
-    if given in CALLS:
+    if low in CALLS:
         try:
             made = parse_json(content) if isinstance(content, str) else content
         except ValueError as error:

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 CHUNK = 1000  # examples tokenised at once
-LAYOUT = 4  # of the cached folders; raise it when their contents change
+LAYOUT = 5  # of the cached folders; raise it when their contents change
 HEAVIEST = 1e30  # of an example's own weights, which are float32 in a row
 
 

@@ -230,8 +230,8 @@ def examples_of(
         ours, theirs = (
             read_pairs(
                 [_plain(source)], one, prompt_field=source.prompt_field, response_field=source.response_field,
-                messages_field=source.messages_field, chat=source.chat, weight_field=source.weight_field,
-                cache=asked.cache,
+                messages_field=source.messages_field, chat=source.chat, turns=source.turns,
+                weight_field=source.weight_field, cache=asked.cache,
             )
             for one in (tokenizer, teachers)
         )  # fmt: skip

@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 
+from mohawk.data.aligned_rows import Examples, TokenAligner
 from mohawk.data.chat import ends_of_turn
 from mohawk.data.messages import canonical, chat_of
 from mohawk.data.packing import collate
@@ -107,6 +108,13 @@ def test_thoughts_are_kept_and_learned(name, read, tokenizers):
     assert not set(train.chats) & set(held.chats)
 
 
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_a_thought_that_its_answer_repeats(name, read, tokenizers):
+    row = {"messages": [TALK[0], {"role": "assistant", "content": "It is 4.", "reasoning": "4", "thinking": ""}]}
+    opens = "" if name == "deepseek" else " <think>\n" if name == "mistral_tools" else "<think>\n"
+    assert learned(read(name, row), tokenizers[name]) == [[f"{opens}4\n</think>\n\nIt is 4.{ENDS[name]}"]]
+
+
 CALL = {"type": "tool_use", "id": "toolu_01A", "name": "weather", "input": {"city": "Bonn"}}
 CLAUDE = {
     "system": [{"type": "text", "text": "Be brief."}],
@@ -188,6 +196,63 @@ def test_calls_of_other_templates(read, tokenizers):
             read(name, openai("{}"))
     with pytest.raises(UserError, match="rows.jsonl:1: the chat template leaves out the tool 'weather'; give one"):
         read("llama3", {"messages": TALK, "tools": [TOOL]})
+
+
+@pytest.mark.parametrize("written", ["+ ARGUMENTS +", "}}{{ ARGUMENTS }}{{"])
+def test_templates_that_want_arguments_as_text(written, tmp_path):
+    """DeepSeek-V3's joins them with other text; a mapping that is only put in would be written as Python does."""
+    tokenizer = tokenizer_with("qwen")
+    written = written.replace("ARGUMENTS", "c.function.arguments")
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content }}{% for c in m.tool_calls or [] %}"
+        "{{ c.function.name + ' ' " + written + " '' }}{% endfor %}{{ '<|im_end|>' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    )
+    row = {"messages": openai({"city": "Bonn"})["messages"]}
+    (tmp_path / "a.jsonl").write_text(json.dumps(row) + "\n")
+    found = learned(read_pairs([tmp_path / "a.jsonl"], tokenizer, cache=tmp_path / "cache"), tokenizer)
+    assert found == [['weather {"city": "Bonn"}<|im_end|>', "Mild.<|im_end|>"]]
+    tokenizer.chat_template = tokenizer.chat_template.replace("c.function.arguments", "''")
+    with pytest.raises(UserError, match="leaves out the argument 'city' of the call of 'weather' in message 2"):
+        read_pairs([tmp_path / "a.jsonl"], tokenizer, cache=tmp_path / "cache")
+
+
+def test_thoughts_in_the_field_that_a_template_knows(tmp_path):
+    """As gpt-oss has them."""
+    tokenizer = tokenizer_with("qwen")
+    tokenizer.chat_template = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.thinking %}[{{ m.thinking }}]{% endif %}"
+        "{{ m.content }}<|im_end|>{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    row = {"messages": [TALK[0], {"role": "assistant", "content": "It is 4.", "reasoning_content": "4"}]}
+    (tmp_path / "a.jsonl").write_text(json.dumps(row) + "\n")
+    found = learned(read_pairs([tmp_path / "a.jsonl"], tokenizer, cache=tmp_path / "cache"), tokenizer)
+    assert found == [["[4]It is 4.<|im_end|>"]]
+
+
+@pytest.mark.parametrize(
+    ("student", "teacher"), [("qwen", "qwen3"), ("qwen3", "qwen"), ("deepseek", "qwen3"), ("qwen3", "deepseek")]
+)
+@pytest.mark.parametrize("turns", ["all", "last"])
+def test_answers_of_two_templates_meet(student, teacher, turns, read, tokenizers):
+    """Though one makes several texts of a chat of which the other makes one: each answer whole, beside its own."""
+    thoughtful = [TALK[0], {"role": "assistant", "content": "Hello.", "reasoning_content": "He greets."}, *TALK[2:]]
+    rows = [{"messages": talk} for talk in (TALK, thoughtful, [*TALK, *thoughtful])]
+    ours, theirs = (read(name, *rows, turns=turns) for name in (student, teacher))
+    cut = [tokenizers[name] for name in (student, teacher)]
+    aligner = TokenAligner(*cut, examples=[Examples(ours, theirs, 400)])
+    dataset = PairsDataset(ours, 400)
+    asked = met = 0
+    for row in (dataset[i] for i in range(len(dataset))):
+        ids, texts, spans = aligner.row(*(row[name].numpy() for name in ("input_ids", "labels", "segment_ids")))
+        asked += int((row["labels"] != -100).sum())
+        met += sum(b - a for a, b, _, _ in spans)
+        for a, b, c, d in spans:
+            here, there = cut[0].decode(row["input_ids"][a:b]), cut[1].decode(ids[c:d])
+            assert here == there or here in ENDS.values() and there in ENDS.values()
+            assert len(set(texts[c:d])) == 1
+    opened = 8 * (student == "qwen3" and teacher == "deepseek" and turns == "all")  # "<think>\n", which is asked for
+    assert met == asked - 2 * opened
 
 
 def test_packed_rows_hold_the_same(read, tokenizers):
@@ -274,6 +339,8 @@ def test_messages_of_one_form():
         {"role": "user", "content": "x", "name": "Ann"}
     ]
     assert canonical([{"sender": "human", "text": "x", "uuid": 3}]) == [{"role": "user", "content": "x"}]
+    roles = {"User": "user", "Assistant": "assistant", "AI": "assistant", "critic": "critic"}
+    assert [canonical([{"role": one, "content": "x"}])[0]["role"] for one in roles] == list(roles.values())
     thought = [{"type": "thinking", "thinking": "hm", "signature": "s"}, {"type": "redacted_thinking", "data": "z"}]
     assert canonical(
         [{"role": "assistant", "content": [*thought, {"type": "text", "text": "x"}], "tool_calls": None}]
