@@ -8,6 +8,7 @@ taken where the bytes of its tokens give a text back.
 from __future__ import annotations
 
 import json
+import os
 import re
 import unicodedata
 from collections.abc import Iterator, Sequence
@@ -36,7 +37,7 @@ class TokenBytes:
         of: by id, the bytes that the token is in a text; of an added token those of its content.
         special: ids that stand for no text: bos, eos and the like.
         prefix: ids that the tokenizer puts in front of a text by itself.
-        adds_space: whether it puts a space in front of a text that has none.
+        adds_space: whether it puts a space in front of a text that has none. adds_another: of one that has one, too.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, who: str):
@@ -62,18 +63,21 @@ class TokenBytes:
                 self.of[i] = _bytes_of(token, "ByteLevel" in kinds)
         self.prefix = _in_front(tokenizer)
         self.adds_space = self.written("a") == b" a"
+        self.adds_another = self.written(" a") == b"  a"
         for text in SAMPLE:
             text = unicodedata.normalize("NFC", text)
             if (found := self.written(text)) not in (text.encode(), b" " + text.encode()):
-                back = shortened(repr(found.decode("utf-8", "replace")[:40]), 60)
+                back = found.decode("utf-8", "replace").removeprefix(" " * (found[:1] == b" " and text[:1] != " "))
+                at = max(0, len(os.path.commonprefix([text, back])) - 10)  # what is alike in front says nothing
+                there, here = (shortened(repr(whole[at : at + 40]), 60) for whole in (text, back))
                 raise UserError(
-                    f"{who}: its tokenizer gives {shortened(repr(text[:40]), 60)} back as {back}, so that its tokens "
-                    f"cannot be aligned with another's by bytes; {WHOLE_TEXTS}"
+                    f"{who}: its tokenizer gives {there} back as {here}, so that its tokens cannot be aligned with "
+                    f"another's by bytes; {WHOLE_TEXTS}"
                 )
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text, without special tokens around it."""
-        if self.adds_space and text.startswith(" "):
+        if self.adds_another and text.startswith(" "):
             text = text[1:]  # which comes back as the space in front
         return self.tokenizer(text, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
 

@@ -2,14 +2,17 @@
 the tokenizers are one."""
 
 import math
+import unicodedata
 
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from mohawk import KnowledgeDistiller
 from mohawk.data.aligned_rows import TokenAligner
+from mohawk.data.tokenizers.same_tokenizer import SAMPLE
+from mohawk.data.tokenizers.token_bytes import TokenBytes
 from mohawk.losses import aligned as aligned_module
 from mohawk.losses.aligned import AlignedTeacher
 
@@ -190,6 +193,27 @@ def test_padded_batches_and_bfloat16(make_llama, small, big):
     assert distiller.compute_loss(padded, attention_mask=mask).item() == pytest.approx(alone.item(), rel=1e-5)
     rounded = KnowledgeDistiller(AlignedTeacher(teacher.bfloat16(), big, small), student.bfloat16()).compute_loss(plain)
     assert rounded.item() == pytest.approx(alone.item(), rel=0.05)
+
+
+def test_spaces_of_pieces_come_back():
+    """Metaspace puts a space in front of a text alone that has none; SentencePiece's normaliser in front of each."""
+    found = []
+    for piece in (pre_tokenizers.Metaspace(prepend_scheme="always"), None):
+        backend = Tokenizer(models.BPE(unk_token="<unk>"))
+        if piece is None:
+            backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+        else:
+            backend.pre_tokenizer = piece
+        alphabet = sorted({c for text in SAMPLE for c in unicodedata.normalize("NFC", text)} | {"▁"})
+        trainer = trainers.BpeTrainer(
+            vocab_size=len(alphabet), special_tokens=["<unk>"], initial_alphabet=alphabet, show_progress=False
+        )
+        backend.train_from_iterator(["a b"], trainer)
+        tokens = TokenBytes(PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>"), "student")
+        for text in ("a", " a", "  a", "   a  b"):
+            assert b"".join(tokens.pieces(tokens.encode(text), text.encode())) == text.encode()
+        found.append(tokens.adds_another)
+    assert found == [False, True]
 
 
 def test_nothing_in_common_is_no_loss(make_llama, small, big):
