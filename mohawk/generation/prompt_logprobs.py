@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -22,6 +23,8 @@ from mohawk.generation.endpoint import EndpointTeacher
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+log = logging.getLogger(__name__)
 
 FORMS = ("prompt_logprobs", "echo")
 OFFER = (
@@ -50,12 +53,19 @@ class PromptScorer(EndpointTeacher):
         self._ids: dict[str, int] | None = None  # of texts that are one token's alone
 
     def probe(self, ids: Sequence[int]) -> None:
-        """Find the way that the server knows, with a few ids. Raises UserError where it knows none."""
+        """Find the way that the server knows, with a few ids; one that names fewer tokens than were asked for is told.
+        Raises UserError where it knows none."""
         said = ""
         for form in FORMS:
             self.form = form
             found = self.ask(asked(ids, "the first row"), 0)
-            if found.error is None:
+            if isinstance(found, Scored) and found.error is None:
+                named = min(map(len, found.likeliest), default=self.k)
+                if named < min(self.k, len(self.tokenizer)):
+                    log.warning(
+                        "endpoint: names %d tokens where the likeliest %d were asked for; all others count as equally "
+                        "likely there: ask for so many with --k, or have the server give more", named, self.k,
+                    )  # fmt: skip
                 return
             said = said or found.error
         raise UserError(f"endpoint: {self.url} does not say how likely a prompt's tokens are ({said}); {OFFER}")

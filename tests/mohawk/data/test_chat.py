@@ -348,6 +348,8 @@ def test_messages_of_one_form():
     old = {"role": "assistant", "content": None, "function_call": {"name": "f", "arguments": "{}"}}
     assert canonical([old])[0]["tool_calls"] == [{"type": "function", "function": {"name": "f", "arguments": {}}}]
     assert chat_of({"prompt": "x", "messages": None}) is None
+    odd = [{"role": "tool", "content": "x", "tool_call_id": {"a": 1}}]
+    assert canonical(odd) == odd
 
 
 @pytest.mark.parametrize(
@@ -365,6 +367,7 @@ def test_messages_of_one_form():
             {"messages": [{"role": "assistant", "content": [CALL, {"type": "text", "text": "x"}]}]},
             "part 1 is a text behind a call",
         ),
+        ({"messages": [{"role": "user", "content": [{"type": ["x"]}]}]}, "part 0 has list for its type, not text"),
         ({"messages": openai("{")["messages"]}, "message 2 (assistant) calls weather with arguments that are no JSON"),
         ({"messages": openai("[1]")["messages"]}, "calls weather with [1], not an object of arguments"),
         ({"messages": TALK, "tools": "{"}, "field 'tools' is no JSON"),

@@ -229,3 +229,16 @@ def test_answers_that_are_short_or_beyond_all_numbers(tokenizer):
     scorer.form = "prompt_logprobs"
     places = [None, {str(b): -(10**400)}, {str(c): -0.2}]
     assert scorer.read({"choices": [{"prompt_logprobs": places}]}, ids).likeliest[0] == {b: -float("inf")}
+
+
+def test_a_server_that_names_fewer_tokens_is_told(tokenizer, monkeypatch, caplog):
+    scorer = PromptScorer("http://localhost:1/v1", "m", tokenizer, 3)
+    ids = tokenizer.encode("abc", add_special_tokens=False)
+    places = [None, {str(ids[1]): -0.1, "0": -3}, {str(ids[2]): -0.2, "0": -3, "1": -4}]
+    monkeypatch.setattr(scorer, "_post", lambda data: {"choices": [{"prompt_logprobs": places}]})
+    scorer.probe(ids)
+    assert "names 2 tokens where the likeliest 3 were asked for" in caplog.text
+    caplog.clear()
+    scorer.k = 2
+    scorer.probe(ids)
+    assert not caplog.text
