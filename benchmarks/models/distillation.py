@@ -267,8 +267,8 @@ def make_start(start: str, teacher: str, data: dict, folder: Path) -> dict:
         return json.loads((folder / "start.json").read_text(encoding="utf-8"))
     whole, tokenizer = LlamaForCausalLM.from_pretrained(teacher).eval(), AutoTokenizer.from_pretrained(teacher)
     with open(data["train"][0], encoding="utf-8") as file:
-        texts = [json.loads(next(file))["text"] for _ in range(8)]
-    ids = torch.tensor([tokenizer(text)["input_ids"][:LENGTH] for text in texts])
+        rows = [tokenizer(json.loads(next(file))["text"])["input_ids"][:LENGTH] for _ in range(16)]
+    ids = torch.tensor([row for row in rows if len(row) == LENGTH])  # the end of an address may be short
 
     @torch.no_grad()
     def logits(model) -> torch.Tensor:
@@ -388,7 +388,7 @@ def draw_rates(found: dict[str, list[dict]], target: Path) -> None:
 
 def sweep(options: argparse.Namespace) -> None:
     """The small setting."""
-    runs = options.runs / "small"
+    runs = options.runs / f"small-{options.teacher_tokens}"
     data, files = small_data(runs / "data")
     teacher = make_teacher(runs / "teacher", data, files, options.teacher_tokens)
     path = options.results / "distillation_rates.json"
