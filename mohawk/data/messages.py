@@ -140,8 +140,8 @@ def _canonical(i: int, message: Any, names: dict[str, str]) -> Messages:
         made["reasoning_content"] = thoughts
     if calls:
         made["tool_calls"] = [_call(call, where, names) for call in calls]
-    if (answered := made.get("tool_call_id")) is not None and not isinstance(answered, str):
-        raise ValueError(f"{where} has {type(answered).__name__} for its tool_call_id, not text")
+    if (answered := made.get("tool_call_id")) is not None and not isinstance(answered, (str, int)):
+        raise ValueError(f"{where} has {type(answered).__name__} for its tool_call_id, not text or a number")
     if role == "tool" and "name" not in made and answered in names:
         made["name"] = names[answered]
     return [*results, made]

@@ -348,8 +348,8 @@ def test_messages_of_one_form():
     old = {"role": "assistant", "content": None, "function_call": {"name": "f", "arguments": "{}"}}
     assert canonical([old])[0]["tool_calls"] == [{"type": "function", "function": {"name": "f", "arguments": {}}}]
     assert chat_of({"prompt": "x", "messages": None}) is None
-    odd = [{"role": "tool", "content": "x", "tool_call_id": {"a": 1}}]
-    assert canonical(odd) == odd
+    numbered = [{"role": "tool", "content": "x", "tool_call_id": 1}]
+    assert canonical(numbered) == numbered
 
 
 @pytest.mark.parametrize(
@@ -378,7 +378,7 @@ def test_messages_of_one_form():
         ),
         (
             {"messages": [{"role": "tool", "content": "4", "tool_call_id": [1]}]},
-            "message 0 (tool) has list for its tool_call_id, not text",
+            "message 0 (tool) has list for its tool_call_id, not text or a number",
         ),
         ({"messages": [SYSTEM, *TALK], "system": "Other."}, "a system prompt in field 'system' and another one in"),
     ],
