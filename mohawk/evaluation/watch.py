@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import math
+import sys
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -177,7 +178,10 @@ def as_answer(row: Any) -> Answer:
     if (each := row.get("logprobs")) is not None:
         if not isinstance(each, list) or not all(_is_number(value) for value in each):
             raise ValueError("`logprobs` is no list of numbers")
-        logprob, tokens = math.fsum(each), len(each)
+        try:
+            logprob, tokens = math.fsum(each), len(each)
+        except OverflowError:
+            raise ValueError("`logprobs` has no finite sum") from None
     return Answer(prompt, "" if failed else row["response"], logprob, tokens, seconds, failed)
 
 
@@ -258,7 +262,9 @@ def _text(prompt: str | Messages) -> str:
 
 
 def _is_number(value: Any) -> bool:
-    return type(value) in (int, float) and math.isfinite(value)
+    if type(value) is int:  # which JSON has of any length
+        return abs(value) <= sys.float_info.max
+    return type(value) is float and math.isfinite(value)
 
 
 def _number(row: Mapping[str, Any], name: str, least: float = -math.inf) -> float:

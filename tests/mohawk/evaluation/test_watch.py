@@ -86,6 +86,11 @@ def test_what_is_no_log(tmp_path, capsys):
     assert found.answers[0].confidence == pytest.approx(0.22313016)  # exp(-3 / 2)
     assert main(["watch", str(path)]) == 0
     assert "3 lines are no answers" in capsys.readouterr().out
+    long = "1" + "0" * 400  # JSON's whole numbers have no end, and sums of finite ones may have none either
+    path.write_text(
+        f'{good}\n{{"response": "x", "latency": {long}}}\n{{"response": "x", "logprobs": [-1e308, -1e308]}}\n'
+    )
+    assert (read_log(path).unreadable, read_log(path).first) == (2, f"{path}:2: `latency` is no number of at least 0")
     path.write_text('{"response": 1}\n')
     for line, words in (
         ([], "no text in `response`, and no `error`"),
