@@ -172,7 +172,7 @@ def split_labelled(rows: Labelled, share: float) -> tuple[Labelled, Labelled]:
 class LabelledRows(Dataset):
     """Labelled texts as an encoder reads them: `input_ids`, `attention_mask` and, where the tokenizer makes them,
     `token_type_ids` (n), and the class in `labels`. What is longer than `sequence_length` is cut, the longer text of
-    two first. count: only the first so many."""
+    two first. count: only so many, drawn at random, always the same ones: files are often sorted by class."""
 
     collate = staticmethod(collate)
 
@@ -186,13 +186,15 @@ class LabelledRows(Dataset):
         count: int | None = None,
     ):
         self.rows, self.tokenizer, self.length, self.pad = rows, tokenizer, sequence_length, pad_token_id
-        self.count = len(rows) if count is None else min(count, len(rows))
+        self.places: Sequence[int] = range(len(rows))
+        if count is not None and count < len(rows):
+            self.places = sorted(np.random.default_rng(0).choice(len(rows), count, replace=False).tolist())
 
     def __len__(self) -> int:
-        return self.count
+        return len(self.places)
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
-        index = range(self.count)[index]
+        index = self.places[index]
         read = self.tokenizer(
             self.rows.texts[index], self.rows.pairs[index], truncation="longest_first", max_length=self.length
         )

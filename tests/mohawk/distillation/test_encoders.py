@@ -3,6 +3,7 @@
 import json
 import signal
 
+import numpy as np
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
@@ -19,6 +20,7 @@ from transformers import (
 
 from mohawk.cli import main
 from mohawk.core.folders import Interrupted
+from mohawk.data.encoder_rows import Labelled, LabelledRows
 from mohawk.distillation.cache import cache_teacher
 from mohawk.distillation.recipe import DistillRecipe
 from mohawk.distillation.run import distill
@@ -155,6 +157,15 @@ def test_classes_with_their_measures(given, tmp_path):
     distill(recipe_of(given, tmp_path / "other", "classification", {}, student=str(given / "distilbert")))
     config = AutoModelForSequenceClassification.from_pretrained(tmp_path / "other" / "student").config
     assert config.id2label == {0: "no", 1: "yes"}
+
+
+def test_evaluated_rows_of_a_file_that_is_sorted_by_class_are_of_all_classes():
+    rows = Labelled([str(i) for i in range(400)], [None] * 400, np.arange(400) // 200)
+    places = list(LabelledRows(rows, None, 8, count=64).places)
+    assert len(places) == 64 == len(set(places))
+    assert 20 < rows.labels[places].sum() < 44
+    assert places == list(LabelledRows(rows, None, 8, count=64).places)
+    assert [len(LabelledRows(rows, None, 8, count=count)) for count in (None, 400, 900)] == [400] * 3
 
 
 def test_a_stopped_run_goes_on_bit_for_bit(given, tmp_path, monkeypatch):
