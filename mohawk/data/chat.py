@@ -217,8 +217,13 @@ class ChatTemplate:
                 asked, written = opened, written[len(self.opener) :]
         if rest.strip() not in written:
             raise UserError(f"{where}: the chat template leaves out or changes the answer in message {i}")
-        for call in message.get("tool_calls", ()):
-            if (name := call["function"]["name"]) not in written:
+        calls = message.get("tool_calls", ())
+        for k, call in enumerate(calls):
+            others = {key: value for key, value in message.items() if key != "tool_calls"}
+            if fewer := [*calls[:k], *calls[k + 1 :]]:
+                others["tool_calls"] = fewer
+            # the answer's text may hold the name too: a call that is written makes a difference
+            if (name := call["function"]["name"]) not in written or self._is(whole, [*messages[:i], others], tools):
                 raise UserError(
                     f"{where}: the chat template leaves out the call of {name!r} in message {i}; give one that "
                     "writes calls of tools, or leave the chat out"
@@ -303,6 +308,13 @@ class ChatTemplate:
                     "out the field `tools`"
                 )
 
+    def _is(self, text: str, messages: Messages, tools: list[dict[str, Any]] | None) -> bool:
+        """Whether a template makes this text of messages, which it may also refuse."""
+        try:
+            return text == self._render(messages, tools, "chat template")
+        except UserError:
+            return False
+
     def _says(self, text: str, messages: Messages) -> bool:
         try:
             return text in self._render(messages, None, "chat template")
@@ -331,8 +343,9 @@ def render(tokenizer: PreTrainedTokenizerBase, messages: Messages, where: str, *
 
     try:
         return cast(str, tokenizer.apply_chat_template(messages, tokenize=False, **options))
-    except (jinja2.TemplateError, ValueError, TypeError, KeyError) as error:
-        raise UserError(f"{where}: the chat template refuses these messages: {str(error).splitlines()[0]}") from error
+    except (jinja2.TemplateError, ValueError, TypeError, LookupError, ArithmeticError, AttributeError) as error:
+        said = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise UserError(f"{where}: the chat template refuses these messages: {said}") from error
 
 
 def _counts(message: dict[str, Any], where: str) -> bool:

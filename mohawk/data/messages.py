@@ -97,7 +97,7 @@ def _canonical(i: int, message: Any, names: dict[str, str]) -> Messages:
     """One message as one or more: an Anthropic user's results of tools are messages of their own."""
     said = {key: value for key, value in message.items() if value is not None} if isinstance(message, dict) else {}
     key = next((key for key in ("role", "from", "sender") if isinstance(said.get(key), str)), None)
-    if key is None:
+    if key is None or not said[key].strip():
         raise ValueError(f"message {i} is no object with a role")
     given = said.pop(key)
     low = given.lower()  # some logs have User and Assistant

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from mohawk.data.aligned_rows import Examples, TokenAligner
-from mohawk.data.chat import ends_of_turn
+from mohawk.data.chat import ends_of_turn, render
 from mohawk.data.messages import canonical, chat_of
 from mohawk.data.packing import collate
 from mohawk.data.pair_tokens import read_pairs
@@ -357,6 +357,7 @@ def test_messages_of_one_form():
     [
         ({"messages": {}}, "field 'messages' is no chat: got dict"),
         ({"messages": [{"role": "user"}]}, "message 0 (user) has no text in `content`"),
+        ({"messages": [{"role": " ", "content": "x"}]}, "message 0 is no object with a role"),
         ({"conversations": [{"from": "narrator", "value": "x"}]}, "message 0 is from 'narrator'; allowed: system, dev"),
         (
             {"messages": [{"role": "user", "content": [{"type": "image"}]}]},
@@ -387,3 +388,22 @@ def test_what_is_no_chat(row, message):
     with pytest.raises(ValueError) as error:
         chat_of(row)
     assert message in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["qwen", "qwen3", "llama3", "deepseek"])
+def test_a_call_that_is_left_out_is_missed_though_the_answer_has_its_name(name, read, tokenizers):
+    called = {"role": "assistant", "content": "I ask weather.", "tool_calls": [{"name": "weather", "arguments": {}}]}
+    row = {"messages": [TALK[0], called]}
+    if name == "qwen":
+        assert '{"name": "weather", "arguments": {}}' in learned(read(name, row), tokenizers[name])[0][0]
+        return
+    with pytest.raises(UserError, match="leaves out the call of 'weather' in message 1"):
+        read(name, row)
+
+
+def test_a_template_that_fails_without_a_word():
+    tokenizer = tokenizer_with("qwen")
+    for template, said in (("{{ raise_exception('') }}", "TemplateError"), ("{{ 1 / 0 }}", "division by zero")):
+        tokenizer.chat_template = template
+        with pytest.raises(UserError, match=f"row 3: the chat template refuses these messages: {said}"):
+            render(tokenizer, TALK, "row 3")
