@@ -6,6 +6,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers
 from transformers import PreTrainedTokenizerFast
 
 from mohawk.data.aligned_rows import Examples, TokenAligner, _whole_characters
+from mohawk.data.pair_tokens import Pairs
 from mohawk.data.tokenizers.token_bytes import TokenBytes, met_spans, shared_tokens, special_roles
 from mohawk.errors import UserError
 
@@ -48,7 +49,7 @@ def test_bytes_of_both_kinds(tokenizer):
 
 
 def test_lower_casing_is_refused():
-    with pytest.raises(UserError, match="^teacher: its tokenizer gives 'The quick .* back as ' the quick .* by bytes"):
+    with pytest.raises(UserError, match="^teacher: its tokenizer gives 'The quick .* back as 'the quick .* by bytes"):
         TokenBytes(sentencepiece(lower=True), "teacher")
 
 
@@ -87,17 +88,32 @@ def test_a_space_in_front_is_no_text(tokenizer):
 
 
 def test_examples_are_found_by_the_students_ids(tokenizer):
-    from types import SimpleNamespace
-
     import numpy as np
+
+    def example(ids, learn):
+        one = np.zeros(1, dtype=np.int64)
+        return Pairs(
+            ids,
+            learn,
+            np.array([[0, len(ids)]]),
+            one,
+            one,
+            one,
+            np.full(1, np.nan),
+            np.full(1, np.nan),
+            one,
+            None,
+            {},
+            None,
+        )
 
     ids = np.array(tokenizer("the fox")["input_ids"] + [257])
     learn = np.array([False] * 4 + [True] * 4)
-    ours = SimpleNamespace(spans=np.array([[0, 8]]), tokens=ids, learn=learn)
+    ours = example(ids, learn)
     teacher = sentencepiece()
     theirs_ids = np.array([1, *teacher("the")["input_ids"], *teacher("fox")["input_ids"], 2])
     flags = np.array([i >= len(theirs_ids) - 2 for i in range(len(theirs_ids))])
-    theirs = SimpleNamespace(spans=np.array([[0, len(theirs_ids)]]), tokens=theirs_ids, learn=flags)
+    theirs = example(theirs_ids, flags)
     aligner = TokenAligner(tokenizer, teacher, examples=[Examples(ours, theirs, 16)])
     labels = np.where(learn, ids, -100)
     made, _, spans = aligner.row(ids, labels, np.zeros(8, dtype=np.int64))
