@@ -188,7 +188,8 @@ class LabelledRows(Dataset):
         self.rows, self.tokenizer, self.length, self.pad = rows, tokenizer, sequence_length, pad_token_id
         self.places: Sequence[int] = range(len(rows))
         if count is not None and count < len(rows):
-            self.places = sorted(np.random.default_rng(0).choice(len(rows), count, replace=False).tolist())
+            drawn = np.random.default_rng(0).permutation(len(rows))[:count]
+            self.places = [int(place) for place in np.sort(drawn)]
 
     def __len__(self) -> int:
         return len(self.places)
