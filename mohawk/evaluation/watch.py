@@ -141,17 +141,19 @@ def watch(
 
 
 def read_log(path: Path, last: int | None = None) -> Answers:
-    """The answers of a log; a last line without its end is still being written. Raises UserError where none is one."""
+    """The answers of a log; a last line that is cut is still being written. Raises UserError where none is one."""
     if not path.is_file():
         raise UserError(f"{path}: no such file; give a log of JSON lines")
     lines: deque[tuple[int, bytes]] = deque(maxlen=last)
     with open(path, "rb") as file:
-        lines.extend((number, line) for number, line in enumerate(file, 1) if line.endswith(b"\n") and line.strip())
+        lines.extend((number, line) for number, line in enumerate(file, 1) if line.strip())
     answers, unreadable, first = [], 0, None
     for number, line in lines:
         try:
             answers.append(as_answer(parse_json(line)))
         except ValueError as error:
+            if not line.endswith(b"\n"):
+                continue
             unreadable += 1
             first = first or f"{path}:{number}: {error}"
     if not any(not answer.failed for answer in answers):

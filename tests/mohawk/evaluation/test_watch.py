@@ -86,6 +86,10 @@ def test_what_is_no_log(tmp_path, capsys):
     assert found.answers[0].confidence == pytest.approx(0.22313016)  # exp(-3 / 2)
     assert main(["watch", str(path)]) == 0
     assert "3 lines are no answers" in capsys.readouterr().out
+    path.write_text(f"{good}\n{good}")  # a log's last line may have no end; one that is cut is left out
+    assert len(read_log(path).answers) == 2
+    path.write_text(f"{good}\n{good[:-1]}")
+    assert (len(read_log(path).answers), read_log(path).unreadable) == (1, 0)
     long = "1" + "0" * 400  # JSON's whole numbers have no end, and sums of finite ones may have none either
     path.write_text(
         f'{good}\n{{"response": "x", "latency": {long}}}\n{{"response": "x", "logprobs": [-1e308, -1e308]}}\n'
