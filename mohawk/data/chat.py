@@ -204,12 +204,12 @@ class ChatTemplate:
         # how often its words stand there without it: an answer or a call may repeat a short thought
         plain = {name: value for name, value in message.items() if name not in THOUGHTS} | {"content": rest}
         bare = [*messages[:i], plain] if rest.strip() or "tool_calls" in message else messages[:i]
-        without = self._render(bare, tools, where).count(said) if said else 0
-        if said and whole.count(said) <= without:
+        others = self._render(bare, tools, where).count(said) if said else 0
+        if said and whole.count(said) <= others:
             # in the answer's text, where the template knows no field for it; before it, where it leaves it out even so
             inside = {**plain, "content": f"<think>\n{said}\n</think>\n\n{rest}"}
             again = self._render([*messages[:i], inside], tools, where)
-            if again.startswith(asked) and again.count(said) > without:
+            if again.startswith(asked) and again.count(said) > others:
                 written, end = self._parted(again[len(asked) :], i, where)
             else:
                 written = f"<think>\n{said}\n</think>\n\n{written.lstrip()}"
@@ -219,11 +219,11 @@ class ChatTemplate:
             raise UserError(f"{where}: the chat template leaves out or changes the answer in message {i}")
         calls = message.get("tool_calls", ())
         for k, call in enumerate(calls):
-            others = {key: value for key, value in message.items() if key != "tool_calls"}
+            less = {key: value for key, value in message.items() if key != "tool_calls"}
             if fewer := [*calls[:k], *calls[k + 1 :]]:
-                others["tool_calls"] = fewer
+                less["tool_calls"] = fewer
             # the answer's text may hold the name too: a call that is written makes a difference
-            if (name := call["function"]["name"]) not in written or self._is(whole, [*messages[:i], others], tools):
+            if (name := call["function"]["name"]) not in written or self._is(whole, [*messages[:i], less], tools):
                 raise UserError(
                     f"{where}: the chat template leaves out the call of {name!r} in message {i}; give one that "
                     "writes calls of tools, or leave the chat out"

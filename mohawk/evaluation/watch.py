@@ -146,19 +146,27 @@ def read_log(path: Path, last: int | None = None) -> Answers:
         raise UserError(f"{path}: no such file; give a log of JSON lines")
     lines: deque[tuple[int, bytes]] = deque(maxlen=last)
     with open(path, "rb") as file:
-        lines.extend((number, line) for number, line in enumerate(file, 1) if line.strip())
+        lines.extend((number, line) for number, line in enumerate(file, 1) if line.strip() and not _is_cut(line))
     answers, unreadable, first = [], 0, None
     for number, line in lines:
         try:
             answers.append(as_answer(parse_json(line)))
         except ValueError as error:
-            if not line.endswith(b"\n"):
-                continue
             unreadable += 1
             first = first or f"{path}:{number}: {error}"
     if not any(not answer.failed for answer in answers):
         raise UserError(first or f"{path}: holds no answer" + f", {len(answers)} failures" * bool(answers))
     return Answers(str(path), answers, unreadable, first)
+
+
+def _is_cut(line: bytes) -> bool:
+    if line.endswith(b"\n"):
+        return False
+    try:
+        parse_json(line)
+    except ValueError:
+        return True
+    return False
 
 
 def as_answer(row: Any) -> Answer:

@@ -1,7 +1,7 @@
 """Scripts, each in a process of its own that begins with what takes long to import.
 
 One process of a test run imports it, listens on a socket, and is forked for every script: a start of torch and what
-transformers needs of it is six seconds of a slow core, hundreds of times over. A request and its answer are a line of
+transformers needs of it takes seconds, for each export that a test makes. A request and its answer are a line of
 JSON each.
 """
 
@@ -22,7 +22,7 @@ from pathlib import Path
 def run(
     first: str, source: str, arguments: Sequence[str], cwd: str | Path, environment: Mapping[str, str]
 ) -> "subprocess.CompletedProcess[str]":
-    """`python -c source arguments`, after the script `first`, which is run once for all with this environment."""
+    """`python -c source arguments`, after the script `first`, which is run once for all."""
     with tempfile.TemporaryDirectory() as folder, socket.socket(socket.AF_UNIX) as link:
         out, err = Path(folder, "out"), Path(folder, "err")
         link.connect(listener(first))

@@ -90,6 +90,7 @@ def test_what_is_no_log(tmp_path, capsys):
     assert len(read_log(path).answers) == 2
     path.write_text(f"{good}\n{good[:-1]}")
     assert (len(read_log(path).answers), read_log(path).unreadable) == (1, 0)
+    assert len(read_log(path, last=1).answers) == 1
     long = "1" + "0" * 400  # JSON's whole numbers have no end, and sums of finite ones may have none either
     path.write_text(
         f'{good}\n{{"response": "x", "latency": {long}}}\n{{"response": "x", "logprobs": [-1e308, -1e308]}}\n'
