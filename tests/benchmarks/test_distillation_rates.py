@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from benchmarks.models.distillation import (
+from benchmarks.models.distillation_rates import (
     EXTENSIONS,
     RATES,
     SMALL,
@@ -59,7 +59,7 @@ def test_table_and_plot(tmp_path):
 
 @pytest.mark.parametrize("method", SMALL)
 def test_every_method_is_a_recipe(method, tmp_path):
-    from benchmarks.models.distillation import METHODS
+    from benchmarks.models.distillation_rates import METHODS
 
     stage = {**METHODS[method], "learning_rate": 1e-3}
     recipe = small_recipe("teacher", "student", {"train": ["a.txt"]}, stage, 1024, 2, tmp_path / "run")
