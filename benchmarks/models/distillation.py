@@ -1,10 +1,9 @@
 """Which method of distillation does most with the same tokens? SmolLM2-135M teaches every second layer of itself.
 
-One learning rate and one seed, so that it does not rank methods whose losses are of another scale:
-distillation_rates.py does. Every method trains the same student (but for `from scratch`, whose weights are random) on the same rows in the same
-order, with the same optimiser. Runs are ordinary `mohawk distill` runs, each stops and resumes like one, and what is
-done is not done again; the table, its JSON and a plot go to benchmarks/results/, where rows of methods that are not
-asked for stay as they are.
+Every method trains the same student (but for `from scratch`, whose weights are random) on the same rows in the same
+order, with the same optimiser, at one learning rate: distillation_rates.py gives each the best of several. Runs are
+ordinary `mohawk distill` runs, each stops and resumes like one, and what is done is not done again; the table, its
+JSON and a plot go to benchmarks/results/, where rows of methods that are not asked for stay as they are.
 
     python benchmarks/models/distillation.py [--tokens 204800] [--seed 0] [--methods ...] [--runs runs/distillation]
 """
